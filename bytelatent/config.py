@@ -1,0 +1,112 @@
+"""YAML and `key=value` into strict settings.
+
+Settings are pydantic models; a key nobody knows is an error that names the nearest known one.
+"""
+
+import types
+from pathlib import Path
+from typing import Any, Self, Union, get_args, get_origin
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bytelatent.errors import UserError, nearest
+
+
+class Settings(BaseModel):
+    """A group of settings: unknown keys are errors, values do not change after they are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str = "") -> Self:
+        """Check `values` against this model.
+
+        Args:
+            values: nested plain values, as read from YAML or JSON.
+            where: the file they came from, named in the error.
+
+        Raises:
+            UserError: one line for the first wrong key, with the nearest known key.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(_one_line(cls, error, where)) from None
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain nested values, as they would stand in a YAML file."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file as nested plain values."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config: '{path}' does not exist; the presets are in apps/bytelatent/configs/")
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"config: '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, DictConfig):
+        raise UserError(f"config: '{path}' holds no settings; it should be a mapping of keys to values")
+    return _resolved(config, str(path))
+
+
+def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`values` with `key.inner=value` overrides laid over them; values are read as YAML (`1e-4`, `true`, `[1, 2]`)."""
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"'{override}' is not a setting; write key=value, as in optimizer.lr=4e-4")
+    try:
+        return _resolved(OmegaConf.merge(values, OmegaConf.from_dotlist(overrides)), " ".join(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from None
+
+
+def _resolved(config: Any, where: str) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _one_line(model: type[BaseModel], error: ValidationError, where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    prefix = f"{where}: " if where else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, location[:-1])
+        hint = nearest(location[-1], known) or f"; known here: {', '.join(known)}"
+        return f"{prefix}{key}: unknown key{hint}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if first["type"] in {"missing", "value_error"} else f", not {first['input']!r}"
+    return f"{prefix}{key + ': ' if key else ''}{message}{shown}{more}"
+
+
+def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The known keys of the settings found by walking `location` down from `model`."""
+    models = [model]
+    for name in location:
+        inner = [
+            m for known in models if name in known.model_fields for m in _models_in(known.model_fields[name].annotation)
+        ]
+        models = inner or models  # list indices and union tags are no fields
+    return sorted({name for known in models for name in known.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, list, dict, tuple) or get_args(annotation):
+        return [model for inner in get_args(annotation) for model in _models_in(inner)]
+    return []

@@ -1,0 +1,23 @@
+"""Where patches begin: one interface, the rules, threshold calibration.
+
+Every rule answers two questions with the same result: the starts in a whole batch at once (`next_starts`), and, from a
+small carried state, whether the next id starts a patch (`PatchState`, `step`). The decision about position i+1 uses
+only ids 0..i, so a prefix is patched the same with or without what follows.
+"""
+
+from bytelatent.patching.calibration import Calibration, calibrate, mean_patch_bytes
+from bytelatent.patching.patch import Patch
+from bytelatent.patching.rules import PatchState, next_starts, patch_lengths, step
+from bytelatent.patching.settings import PatchSettings
+
+__all__ = [
+    "Calibration",
+    "Patch",
+    "PatchSettings",
+    "PatchState",
+    "calibrate",
+    "mean_patch_bytes",
+    "next_starts",
+    "patch_lengths",
+    "step",
+]

@@ -1,0 +1,95 @@
+"""The threshold that gives a wanted mean patch size."""
+
+import torch
+from torch import Tensor
+
+from bytelatent.config import Settings
+from bytelatent.errors import UserError
+from bytelatent.patching.rules import next_starts
+from bytelatent.patching.settings import PatchSettings
+from bytelatent.vocab import OFFSET
+
+# Shapes: T ids in a packed stream of documents
+
+
+class Calibration(Settings):
+    """A threshold and what it was measured on. Another byte LM, window or kind of text wants another threshold."""
+
+    threshold: float  # nats
+    wanted_patch_bytes: float
+    mean_patch_bytes: float  # on the text the threshold was chosen on
+    held_out_mean_patch_bytes: float | None = None
+    window: int | None = None  # the byte LM's attention window in ids
+    data: str = ""  # the text it was measured on
+    data_bytes: int = 0
+    byte_lm: str = ""  # fingerprint of the byte LM's weights
+
+
+def mean_patch_bytes(ids: Tensor, entropies: Tensor | None, position: Tensor, settings: PatchSettings) -> float:
+    """Bytes per patch of a packed stream, counting the patches that hold at least one byte.
+
+    Args:
+        ids: [T] packed documents.
+        entropies: [T] nats, where the rule needs them.
+        position: [T] position in the document.
+        settings: the rule.
+    """
+    begins = torch.cat(
+        [torch.ones_like(ids[:1], dtype=torch.bool), next_starts(ids, entropies, position, settings)[:-1]]
+    )
+    patch = (begins | (position == 0)).cumsum(dim=0)
+    is_byte = ids >= OFFSET
+    num_patches = int(patch[is_byte].unique().numel())
+    return int(is_byte.sum()) / num_patches if num_patches else 0.0
+
+
+def calibrate(
+    ids: Tensor, entropies: Tensor, position: Tensor, wanted_patch_bytes: float, settings: PatchSettings | None = None
+) -> Calibration:
+    """Choose the threshold whose mean patch size is nearest to the wanted one.
+
+    The number of patches only falls as the threshold rises, so a bisection over the values that occur finds it.
+
+    Args:
+        ids: [T] packed documents.
+        entropies: [T] nats.
+        position: [T] position in the document.
+        wanted_patch_bytes: mean bytes a patch should hold.
+        settings: the entropy rule to choose for (its own threshold does not matter); the plain one by default.
+
+    Raises:
+        UserError: no threshold comes near the wanted size on this text.
+    """
+    if not bool((ids >= OFFSET).any()):
+        raise UserError("calibration: the text holds no bytes")
+    rule = settings or PatchSettings(mode="entropy", threshold=0.0)
+    values = entropies.float()
+    if rule.monotonicity:
+        values = values.diff()
+    candidates = torch.unique(values)  # sorted; a patch starts strictly above, so midpoints are safe from rounding
+    thresholds = torch.cat([candidates[:1] - 1.0, (candidates[:-1] + candidates[1:]) / 2, candidates[-1:] + 1.0])
+
+    def size(index: int) -> float:
+        chosen = rule.model_copy(update={"threshold": float(thresholds[index])})
+        return mean_patch_bytes(ids, entropies, position, chosen)
+
+    low, high = 0, len(thresholds) - 1
+    smallest, largest = size(low), size(high)
+    if not smallest * 0.95 <= wanted_patch_bytes <= largest * 1.05:
+        raise UserError(
+            f"calibration: a mean patch of {wanted_patch_bytes:g} bytes is out of reach; "
+            f"on this text this rule gives {smallest:.2f} to {largest:.2f}"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        if size(middle) < wanted_patch_bytes:
+            low = middle
+        else:
+            high = middle
+    best = min((low, high), key=lambda index: abs(size(index) - wanted_patch_bytes))
+    return Calibration(
+        threshold=float(thresholds[best]),
+        wanted_patch_bytes=wanted_patch_bytes,
+        mean_patch_bytes=size(best),
+        data_bytes=int((ids >= OFFSET).sum()),
+    )

@@ -1,0 +1,31 @@
+"""Ids and bytes: four special ids, then the 256 byte values.
+
+Byte `b` is id `b + 4`. A document is BOS, its bytes, EOS. Any byte string is a valid document: nothing here
+assumes UTF-8.
+"""
+
+import numpy as np
+
+BOE, BOS, EOS, BPE_DELIMITER = 0, 1, 2, 3
+OFFSET = 4
+VOCAB_SIZE = OFFSET + 256
+PADDING = -1  # fills ragged rows of ids; never embedded
+
+
+def encode(text: str | bytes, bos: bool = True, eos: bool = True) -> np.ndarray:
+    """The ids of a document, int64 [bytes + bos + eos]. A string is encoded as UTF-8, bytes are taken as they are."""
+    data = text.encode("utf-8", errors="surrogateescape") if isinstance(text, str) else text
+    ids = np.empty(len(data) + bos + eos, dtype=np.int64)
+    ids[int(bos) : int(bos) + len(data)] = np.frombuffer(data, dtype=np.uint8)
+    ids[int(bos) : int(bos) + len(data)] += OFFSET
+    if bos:
+        ids[0] = BOS
+    if eos:
+        ids[-1] = EOS
+    return ids
+
+
+def decode(ids: np.ndarray | list[int]) -> bytes:
+    """The bytes among `ids`, in order; special ids and padding are dropped."""
+    array = np.asarray(ids, dtype=np.int64)
+    return (array[array >= OFFSET] - OFFSET).astype(np.uint8).tobytes()
