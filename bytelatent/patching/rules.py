@@ -145,6 +145,7 @@ def _natural(
     if settings.mode == "byte":
         return torch.ones_like(position, dtype=torch.bool)
     if settings.mode == "static":
+        assert settings.patch_size is not None
         return (position + 1) % settings.patch_size == 0
     if settings.mode == "space":
         # The first of a run of space-like bytes ends a patch, and so does every special id (itself space-like).

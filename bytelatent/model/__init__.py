@@ -1,0 +1,31 @@
+"""The byte LM and the Byte Latent Transformer."""
+
+from torch import nn
+
+from bytelatent.model.blt import BLTModel
+from bytelatent.model.byte_lm import ByteLM, entropies
+from bytelatent.model.presets import PRESETS, preset
+from bytelatent.model.settings import BLTSettings, ByteLMSettings, ModelSettings
+from bytelatent.model.stream import PatchedStream, Stream, add_patches, pack_rows
+
+
+def build(settings: ModelSettings) -> nn.Module:
+    """The model these settings describe, with fresh weights, on torch's default device."""
+    return ByteLM(settings) if isinstance(settings, ByteLMSettings) else BLTModel(settings)
+
+
+__all__ = [
+    "PRESETS",
+    "BLTModel",
+    "BLTSettings",
+    "ByteLM",
+    "ByteLMSettings",
+    "ModelSettings",
+    "PatchedStream",
+    "Stream",
+    "add_patches",
+    "build",
+    "entropies",
+    "pack_rows",
+    "preset",
+]

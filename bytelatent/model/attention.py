@@ -1,0 +1,123 @@
+"""Causal attention inside documents, with or without a window: the same mask on every backend.
+
+Without a GPU the mask is explicit: dense, or for windows a band of blocks, so that memory is O(T * window). On CUDA it
+is a FlexAttention block mask. Either is built once a batch and shared by the layers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Shapes: T positions in the stream, H heads, J key/value heads, E head size, W window, N blocks of W positions
+
+
+@dataclass(frozen=True)
+class DenseMask:
+    allowed_TT: Tensor
+
+
+@dataclass(frozen=True)
+class BandedMask:
+    allowed_NW2W: Tensor  # each block of W queries sees its own block and the one before
+    window: int
+
+
+@dataclass(frozen=True)
+class FlexMask:
+    block_mask: Any
+
+
+Mask = DenseMask | BandedMask | FlexMask
+
+
+def build_mask(document: Tensor, window: int | None) -> Mask:
+    """The mask of a packed stream: a position sees itself and what came before it in its document.
+
+    Args:
+        document: [T] the document of each position; padding has one of its own (-1).
+        window: positions seen, itself included; None for all.
+    """
+    size = document.shape[0]
+    if document.device.type == "cuda":
+        return _flex_mask(document, window)
+    index = torch.arange(size, device=document.device)
+    if window is None or size <= 2 * window:
+        return DenseMask(_allowed(document, document, index, index, window))
+    padded = -size % window
+    blocks = F.pad(document, (0, padded), value=-2).view(-1, window)
+    places = torch.arange(size + padded, device=document.device).view(-1, window)
+    seen, where = _with_previous(blocks, fill=-3), _with_previous(places, fill=-1)
+    return BandedMask(_allowed(blocks, seen, places, where, window), window)
+
+
+def attend(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Mask) -> Tensor:
+    """Softmax attention under the mask, [T, H, E]. Groups of H/J query heads share a key and value head."""
+    grouped = q_THE.shape[1] != k_TJE.shape[1]
+    if isinstance(mask, FlexMask):
+        return _flex(q_THE, k_TJE, v_TJE, mask.block_mask, grouped)
+    if isinstance(mask, DenseMask):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed_TT, enable_gqa=grouped)
+        return out[0].transpose(0, 1)
+    size, window = q_THE.shape[0], mask.window
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -size % window)).unflatten(0, (-1, window)) for x in (q_THE, k_TJE, v_TJE))
+    q, k, v = q.transpose(1, 2), _with_previous(k).transpose(1, 2), _with_previous(v).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed_NW2W.unsqueeze(1), enable_gqa=grouped)
+    return out.transpose(1, 2).flatten(0, 1)[:size]
+
+
+def rotary(position: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Rotary angles as complex numbers of modulus 1, [T, E/2], for pairs (2i, 2i+1)."""
+    exponents = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
+    angles = position.float()[:, None] * (1.0 / theta**exponents)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotate(x_THE: Tensor, rotary_TE2: Tensor) -> Tensor:
+    """Rotate each pair (2i, 2i+1) of every head by its position's angle."""
+    pairs = x_THE.float().unflatten(-1, (-1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = rotary_TE2[:, None, :, 0], rotary_TE2[:, None, :, 1]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x_THE.dtype)
+
+
+def _allowed(document: Tensor, seen: Tensor, place: Tensor, where: Tensor, window: int | None) -> Tensor:
+    """Which keys (`seen`, `where`) each query (`document`, `place`) may see."""
+    distance = place.unsqueeze(-1) - where.unsqueeze(-2)
+    allowed = (document.unsqueeze(-1) == seen.unsqueeze(-2)) & (distance >= 0)
+    return allowed if window is None else allowed & (distance < window)
+
+
+def _with_previous(blocks: Tensor, fill: int = 0) -> Tensor:
+    """[N, W, ...] -> [N, 2W, ...]: each block after the one before it."""
+    before = torch.cat([torch.full_like(blocks[:1], fill), blocks[:-1]])
+    return torch.cat([before, blocks], dim=1)
+
+
+def _flex_mask(document: Tensor, window: int | None) -> FlexMask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        within = (document[query] == document[key]) & (query >= key)
+        return within if window is None else within & (query - key < window)
+
+    size = document.shape[0]
+    return FlexMask(create_block_mask(allowed, None, None, size, size, device=str(document.device)))
+
+
+_compiled_flex: Any = None
+
+
+def _flex(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, block_mask: Any, grouped: bool) -> Tensor:
+    global _compiled_flex
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if _compiled_flex is None:  # eager FlexAttention would build the whole T x T matrix
+        _compiled_flex = torch.compile(flex_attention, dynamic=True)
+    call = flex_attention if torch.compiler.is_compiling() else _compiled_flex
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
+    return call(q, k, v, block_mask=block_mask, enable_gqa=grouped)[0].transpose(0, 1)

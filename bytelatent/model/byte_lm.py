@@ -1,0 +1,43 @@
+"""The byte LM: a small transformer over bytes. Its entropies say where patches begin.
+
+Source: Pagnoni et al. 2024, section 2.3.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from bytelatent.model.attention import build_mask
+from bytelatent.model.block import Stack, init_weights
+from bytelatent.model.settings import ByteLMSettings
+from bytelatent.model.stream import Stream
+from bytelatent.vocab import VOCAB_SIZE
+
+# Shapes: T ids in the stream, D width, V vocabulary
+
+
+class ByteLM(nn.Module):
+    def __init__(self, settings: ByteLMSettings):
+        super().__init__()
+        self.settings = settings
+        self.embedding = nn.Embedding(VOCAB_SIZE, settings.dim)
+        self.stack = Stack(settings)
+        self.norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
+        self.output = nn.Linear(settings.dim, VOCAB_SIZE, bias=False)
+        init_weights(self)
+
+    def forward(self, stream: Stream) -> Tensor:
+        """Logits of the id that follows each id, float32 [T, V]."""
+        mask = build_mask(stream.document, self.settings.window)
+        x_TD = self.stack(self.embedding(stream.ids), stream.position, mask)
+        return self.output(self.norm(x_TD)).float()
+
+    @torch.no_grad()
+    def entropies(self, stream: Stream) -> Tensor:
+        """Uncertainty about the id that follows each id, in nats, float32 [T]."""
+        return entropies(self(stream))
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Entropy in nats of the distributions that `logits` [..., V] give, [...]."""
+    log_probabilities = logits.float().log_softmax(dim=-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)

@@ -1,0 +1,118 @@
+"""The shapes of the models."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from bytelatent.config import Settings
+
+
+class StackSettings(Settings):
+    """A stack of transformer blocks.
+
+    Attributes:
+        window: ids (itself and the window-1 before it) that attention sees; None for the whole document.
+        num_kv_heads: key and value heads shared by groups of query heads; None for as many as num_heads.
+        ffn_dim_multiplier, multiple_of: the feed-forward width is 2/3 * 4 * dim * ffn_dim_multiplier, rounded up.
+    """
+
+    dim: int = Field(ge=2)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=1)
+    ffn_dim_multiplier: float = Field(default=1.0, gt=0)
+    multiple_of: int = Field(default=256, ge=1)
+    rope_theta: float = Field(default=500_000.0, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim {self.dim} must be num_heads {self.num_heads} times an even head size")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Feed-forward width. Each factor is truncated in turn, as published."""
+        hidden = int(int(2 * 4 * self.dim / 3) * self.ffn_dim_multiplier)
+        return self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+
+
+class ByteLMSettings(StackSettings):
+    """The byte LM, whose entropies say where patches begin."""
+
+    kind: Literal["byte_lm"] = "byte_lm"
+
+
+class CrossAttentionSettings(Settings):
+    """Attention between bytes and patches.
+
+    Attributes:
+        k: queries (in the encoder) and keys (in the decoder) a patch.
+        all_layers_encoder, all_layers_decoder: after (before) every layer, or only the last (first).
+    """
+
+    k: int = Field(default=2, ge=1)
+    num_heads: int = Field(ge=1)
+    all_layers_encoder: bool = False
+    all_layers_decoder: bool = True
+
+
+class NgramHashSettings(Settings):
+    """Byte n-gram hash embeddings.
+
+    Attributes:
+        stop_at_document: n-grams do not reach over a document's start. The published models reach over it.
+    """
+
+    sizes: list[int] = Field(default=[3, 4, 5, 6, 7, 8], min_length=1)
+    num_functions: int = Field(default=1, ge=1, le=11)
+    vocab_size: int = Field(default=500_002, ge=1)
+    stop_at_document: bool = True
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if min(self.sizes) < 1:
+            raise ValueError(f"n-gram sizes must be at least 1, not {self.sizes}")
+        return self
+
+
+class BLTSettings(Settings):
+    """The Byte Latent Transformer."""
+
+    kind: Literal["blt"] = "blt"
+    encoder: StackSettings
+    global_transformer: StackSettings
+    decoder: StackSettings
+    cross_attention: CrossAttentionSettings
+    ngram_hash: NgramHashSettings | None = NgramHashSettings()
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> Self:
+        if self.encoder.dim != self.decoder.dim:
+            raise ValueError(
+                f"decoder.dim {self.decoder.dim} must equal encoder.dim {self.encoder.dim}: "
+                "the decoder starts from the encoder's byte states"
+            )
+        if self.encoder.dim % self.cross_attention.num_heads:
+            raise ValueError(
+                f"encoder.dim {self.encoder.dim} must be a multiple of "
+                f"cross_attention.num_heads {self.cross_attention.num_heads}"
+            )
+        if self.global_transformer.window is not None:
+            raise ValueError("global_transformer.window: the global transformer sees the whole document; leave it out")
+        return self
+
+
+ModelSettings = ByteLMSettings | BLTSettings

@@ -1,0 +1,82 @@
+"""Packed batches: documents end to end in one flat stream.
+
+A batch is T ids and P patch slots, both of any size; where shapes must not change they are padded, the bytes with
+document -1 and the patches likewise. Positions restart in each document, and nothing crosses from one to another.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+# Shapes: T ids in the stream, P patches
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Ids of packed documents."""
+
+    ids: Tensor  # [T] int64
+    document: Tensor  # [T] int64, -1: padding
+    position: Tensor  # [T] int64, 0 at each document's start
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        values = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
+        return replace(self, **values)
+
+
+@dataclass(frozen=True)
+class PatchedStream(Stream):
+    """A stream cut into patches."""
+
+    patch: Tensor  # [T] int64, the patch an id is in
+    read: Tensor  # [T] int64, the patch an id reads: the newest one closed once it is read; -1: none yet
+    patch_document: Tensor  # [P] int64, -1: an unused slot
+    patch_position: Tensor  # [P] int64, 0 at each document's first patch
+    history: Tensor  # [T] int64, ids before this one that published n-gram hashes reach, over document starts too
+
+    @property
+    def num_patches(self) -> int:
+        return self.patch_document.shape[0]
+
+
+def pack_rows(rows: list[Tensor]) -> Stream:
+    """A stream of rows of ids, each a document."""
+    sizes = torch.tensor([len(row) for row in rows])
+    ids = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+    document = torch.repeat_interleave(torch.arange(len(rows)), sizes)
+    position = torch.cat([torch.arange(len(row)) for row in rows]) if rows else document
+    return Stream(ids, document.to(ids.device), position.to(ids.device))
+
+
+def add_patches(
+    stream: Stream, next_starts: Tensor, num_patches: int | None = None, history: Tensor | None = None
+) -> PatchedStream:
+    """Cut a stream into patches.
+
+    Args:
+        next_starts: bool [T], whether the id after each id starts a patch; a document's first id always does.
+        num_patches: patch slots, at least as many as there are patches; None for exactly as many.
+        history: [T] ids before each one in the text it came from; None where the whole stream is one text.
+    """
+    is_first = stream.position == 0
+    follows = torch.cat([torch.zeros_like(next_starts[:1]), next_starts[:-1]])
+    patch = (is_first | follows).cumsum(0) - 1
+    if num_patches is None:
+        num_patches = int(patch[-1]) + 1 if len(patch) else 0
+    first_of_document = torch.where(is_first, patch, 0).cummax(0).values
+    newest_closed = torch.where(next_starts, patch, patch - 1)
+    read = torch.where(newest_closed < first_of_document, -1, newest_closed)
+    patch_document = torch.full([num_patches], -1, dtype=torch.long, device=patch.device)
+    patch_position = torch.zeros([num_patches], dtype=torch.long, device=patch.device)
+    return PatchedStream(
+        ids=stream.ids,
+        document=stream.document,
+        position=stream.position,
+        patch=patch,
+        read=read,
+        patch_document=patch_document.scatter(0, patch, stream.document),
+        patch_position=patch_position.scatter(0, patch, patch - first_of_document),
+        history=torch.arange(len(patch), device=patch.device) if history is None else history,
+    )
