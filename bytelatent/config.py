@@ -34,14 +34,15 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(_one_line(cls, error, where)) from None
+            raise UserError(" ".join(_one_line(cls, error, where).split())) from None
 
     def plain(self) -> dict[str, Any]:
         """The settings as plain nested values, as they would stand in a YAML file."""
-        return self.model_dump(mode="json", exclude_none=True)
+        return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+        # OmegaConf's writer, since its reader takes more for a number than YAML does: it quotes the string '1e5'.
+        return OmegaConf.to_yaml(OmegaConf.create(self.plain()))
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -51,8 +52,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config: '{path}' does not exist; the presets are in apps/bytelatent/configs/")
     try:
         config = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"config: '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
+        raise UserError(f"config: '{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, DictConfig):
         raise UserError(f"config: '{path}' holds no settings; it should be a mapping of keys to values")
     return _resolved(config, str(path))
@@ -61,12 +62,14 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """`values` with `key.inner=value` overrides laid over them; values are read as YAML (`1e-4`, `true`, `[1, 2]`)."""
     for override in overrides:
-        if "=" not in override:
+        key, equals, _ = override.partition("=")
+        if not key or not equals:
             raise UserError(f"'{override}' is not a setting; write key=value, as in optimizer.lr=4e-4")
     try:
         return _resolved(OmegaConf.merge(values, OmegaConf.from_dotlist(overrides)), " ".join(overrides))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
+        # Beside its own errors OmegaConf raises plain ones, as for a key into a list; lists are replaced whole.
+        raise UserError(" ".join(f"{' '.join(overrides)}: {error}".split())) from None
 
 
 def _resolved(config: Any, where: str) -> dict[str, Any]:

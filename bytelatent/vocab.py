@@ -12,9 +12,19 @@ VOCAB_SIZE = OFFSET + 256
 PADDING = -1  # fills ragged rows of ids; never embedded
 
 
+def to_bytes(text: str | bytes) -> bytes:
+    """UTF-8; bytes as they are. Surrogates that stand for undecodable bytes become those bytes again, others pass."""
+    if isinstance(text, bytes):
+        return text
+    try:
+        return text.encode("utf-8", errors="surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", errors="surrogatepass")
+
+
 def encode(text: str | bytes, bos: bool = True, eos: bool = True) -> np.ndarray:
-    """The ids of a document, int64 [bytes + bos + eos]. A string is encoded as UTF-8, bytes are taken as they are."""
-    data = text.encode("utf-8", errors="surrogateescape") if isinstance(text, str) else text
+    """The ids of a document, int64 [bytes + bos + eos]."""
+    data = to_bytes(text)
     ids = np.empty(len(data) + bos + eos, dtype=np.int64)
     ids[int(bos) : int(bos) + len(data)] = np.frombuffer(data, dtype=np.uint8)
     ids[int(bos) : int(bos) + len(data)] += OFFSET

@@ -127,7 +127,7 @@ def _patching(folder: Path, args: dict[str, Any]) -> PatchSettings:
         values["threshold_add"] = patcher.get("threshold_add", args.get("patching_threshold_add"))
         values["monotonicity"] = patcher.get("monotonicity", args.get("monotonicity")) or False
     if mode == "static":
-        values["patch_size"] = int(patcher.get("patch_size", args.get("patch_size")))
+        values["patch_size"] = int(patcher.get("patch_size") or args["patch_size"])
     return PatchSettings.parse(values, where=str(folder))
 
 

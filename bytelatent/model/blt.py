@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bytelatent.model.attention import build_mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
-from bytelatent.model.patch_attention import CrossAttention, pool_patches
+from bytelatent.model.patch_attention import GatherBytes, ReadPatches, pool_patches
 from bytelatent.model.settings import BLTSettings
 from bytelatent.model.stream import PatchedStream
 from bytelatent.vocab import VOCAB_SIZE
@@ -30,7 +30,7 @@ class LocalEncoder(nn.Module):
         self.stack = Stack(encoder)
         self.pooled_to_queries = nn.Linear(encoder.dim, cross.k * encoder.dim, bias=False)
         self.cross_attention = nn.ModuleList(
-            CrossAttention(encoder.dim, cross, encoder.norm_eps)
+            GatherBytes(encoder.dim, cross, encoder.norm_eps)
             for _ in range(encoder.num_layers if cross.all_layers_encoder else 1)
         )
 
@@ -45,7 +45,8 @@ class LocalEncoder(nn.Module):
     def queries(self, h_TD: Tensor, batch: PatchedStream) -> Tensor:
         """The K queries of each patch, from the maximum of its bytes, [P, K, D]."""
         pooled_PD = pool_patches(h_TD, batch.patch, batch.num_patches)
-        return self.pooled_to_queries(pooled_PD).unflatten(-1, (self.settings.cross_attention.k, -1))
+        queries = self.pooled_to_queries(pooled_PD).to(h_TD.dtype)  # under autocast too, states stay in float32
+        return queries.unflatten(-1, (self.settings.cross_attention.k, -1))
 
     def forward(self, batch: PatchedStream) -> tuple[Tensor, Tensor]:
         """Byte states [T, D] and patch states [P, K, D]."""
@@ -59,8 +60,8 @@ class LocalEncoder(nn.Module):
             if layer >= first_with_cross_attention:
                 if patches_PKD is None:
                     patches_PKD = self.queries(h_TD, batch)
-                cross_attention = self.cross_attention[layer - first_with_cross_attention]
-                patches_PKD = cross_attention.gather_bytes(patches_PKD, h_TD, batch.patch)
+                gather_bytes = self.cross_attention[layer - first_with_cross_attention]
+                patches_PKD = gather_bytes(patches_PKD, h_TD, batch.patch)
         assert patches_PKD is not None
         return h_TD, patches_PKD
 
@@ -77,7 +78,7 @@ class GlobalTransformer(nn.Module):
 
     def forward(self, patches_PKD: Tensor, batch: PatchedStream) -> Tensor:
         """[P, K, D] -> [P, G]"""
-        x_PG = self.projection(patches_PKD.flatten(1))
+        x_PG = self.projection(patches_PKD.flatten(1)).to(patches_PKD.dtype)
         return self.stack(x_PG, batch.patch_position, build_mask(batch.patch_document, window=None))
 
 
@@ -90,7 +91,7 @@ class LocalDecoder(nn.Module):
         self.settings = settings
         self.patch_to_keys = nn.Linear(settings.global_transformer.dim, cross.k * decoder.dim, bias=False)
         self.cross_attention = nn.ModuleList(
-            CrossAttention(decoder.dim, cross, decoder.norm_eps)
+            ReadPatches(decoder.dim, cross, decoder.norm_eps)
             for _ in range(decoder.num_layers if cross.all_layers_decoder else 1)
         )
         self.stack = Stack(decoder)
@@ -99,12 +100,13 @@ class LocalDecoder(nn.Module):
 
     def forward(self, h_TD: Tensor, patches_PG: Tensor, batch: PatchedStream) -> Tensor:
         """Logits, float32 [T, V]."""
-        keys_PKD = self.patch_to_keys(patches_PG).unflatten(-1, (self.settings.cross_attention.k, -1))
+        keys = self.patch_to_keys(patches_PG).to(h_TD.dtype)
+        keys_PKD = keys.unflatten(-1, (self.settings.cross_attention.k, -1))
         rotary = self.stack.rotary(batch.position)
         mask = build_mask(batch.document, self.settings.decoder.window)
         for layer, block in enumerate(self.stack.blocks):
             if layer < len(self.cross_attention):
-                h_TD = self.cross_attention[layer].read_patches(h_TD, keys_PKD, batch.read)
+                h_TD = self.cross_attention[layer](h_TD, keys_PKD, batch.read)
             h_TD = block(h_TD, rotary, mask)
         return self.output(self.norm(h_TD)).float()
 

@@ -66,7 +66,7 @@ def attend_to_read_patch(q_THE: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: Te
 class CrossAttention(nn.Module):
     """The projections around either attention; no rotary embedding, norms of queries and of keys and values apart.
 
-    It returns twice the input plus the attention's output: the published layer adds its input, and its caller adds
+    The result is twice the input plus what attention found: the published layer adds its input, and its caller adds
     it again.
     """
 
@@ -80,25 +80,31 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(dim, dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
-
-    def _project(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of `x`, keys and values of `seen`, each [..., H, E]."""
         seen = self.key_value_norm(seen)
-        return (
-            self._heads(self.query(self.query_norm(x))),
-            self._heads(self.key(seen)),
-            self._heads(self.value(seen)),
-        )
+        projected = (self.query(self.query_norm(x)), self.key(seen), self.value(seen))
+        q, k, v = (values.unflatten(-1, (self.num_heads, -1)) for values in projected)
+        return q, k, v
 
-    def gather_bytes(self, queries_PKD: Tensor, h_TD: Tensor, patch: Tensor) -> Tensor:
-        """Encoder: what each patch's queries find in its bytes, [P, K, D]."""
-        q, k, v = self._project(queries_PKD, h_TD)
-        out = attend_to_own_bytes(q, k, v, patch).flatten(-2).to(q.dtype)
-        return 2 * queries_PKD + self.output(out)
+    def add(self, x: Tensor, found: Tensor) -> Tensor:
+        """`found` [..., H, E] put back together and added to `x`."""
+        return 2 * x + self.output(found.flatten(-2).to(x.dtype))
 
-    def read_patches(self, h_TD: Tensor, keys_PKD: Tensor, read: Tensor) -> Tensor:
-        """Decoder: what each byte finds in the patch it reads, [T, D]."""
-        q, k, v = self._project(h_TD, keys_PKD)
-        out = attend_to_read_patch(q, k, v, read).flatten(-2).to(q.dtype)
-        return 2 * h_TD + self.output(out)
+
+class GatherBytes(CrossAttention):
+    """Encoder: a patch's queries look at its bytes."""
+
+    def forward(self, queries_PKD: Tensor, h_TD: Tensor, patch: Tensor) -> Tensor:
+        """[P, K, D] -> [P, K, D]"""
+        q, k, v = self.project(queries_PKD, h_TD)
+        return self.add(queries_PKD, attend_to_own_bytes(q, k, v, patch))
+
+
+class ReadPatches(CrossAttention):
+    """Decoder: a byte looks at the patch it reads."""
+
+    def forward(self, h_TD: Tensor, keys_PKD: Tensor, read: Tensor) -> Tensor:
+        """[T, D] -> [T, D]"""
+        q, k, v = self.project(h_TD, keys_PKD)
+        return self.add(h_TD, attend_to_read_patch(q, k, v, read))

@@ -117,6 +117,11 @@ def _load(path: str) -> Any:
     if not Path(path).is_file():
         raise UserError(f"patching.tokenizer: '{path}' does not exist; it should be a Hugging Face tokenizer.json")
     try:
-        return Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the Rust library raises plain Exception
-        raise UserError(f"patching.tokenizer: '{path}' is no tokenizer.json: {error}") from None
+        message = " ".join(str(error).split())
+        raise UserError(f"patching.tokenizer: '{path}' is no tokenizer.json: {message}") from None
+    # A file may carry the limits of the model it was made for; a cut window would hide its newest token.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -65,7 +65,7 @@ def calibrate(
     rule = settings or PatchSettings(mode="entropy", threshold=0.0)
     values = entropies.float()
     if rule.monotonicity:
-        values = values.diff()
+        values = values.diff(prepend=values[:1])
     candidates = torch.unique(values)  # sorted; a patch starts strictly above, so midpoints are safe from rounding
     thresholds = torch.cat([candidates[:1] - 1.0, (candidates[:-1] + candidates[1:]) / 2, candidates[-1:] + 1.0])
 

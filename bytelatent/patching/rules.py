@@ -155,6 +155,7 @@ def _natural(
     if entropies is None or previous_entropy is None:
         raise UserError("patching rule 'entropy' needs the byte LM's entropies")
     assert settings.threshold is not None
+    entropies, previous_entropy = entropies.float(), previous_entropy.float()  # a batch in bfloat16 decides as `step`
     rises = entropies - previous_entropy
     if settings.monotonicity:
         return (position <= 1) | (rises > settings.threshold)

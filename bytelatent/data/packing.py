@@ -1,0 +1,109 @@
+"""Pieces packed into batches."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bytelatent.data.pieces import Piece, stream_of
+from bytelatent.errors import UserError
+from bytelatent.model.loss import IGNORED
+from bytelatent.model.stream import PatchedStream, Stream, add_patches
+from bytelatent.vocab import OFFSET
+
+# Shapes: T ids in the batch, P patches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model reads and what it should predict."""
+
+    stream: Stream  # a PatchedStream where there are patches
+    targets: Tensor  # [T] the id that follows each id; -100: padding
+    num_targets: int
+    num_bytes: int  # targets that are bytes of text: all but EOS
+    num_patches: int  # patches in use
+
+    def to(self, device: torch.device | str) -> "Batch":
+        targets = self.targets.to(device, non_blocking=True)
+        stream = self.stream.to(device, non_blocking=True)
+        return Batch(stream, targets, self.num_targets, self.num_bytes, self.num_patches)
+
+
+def take(ready: deque[Piece], size: int, slots: int | None, more: Callable[[], bool]) -> list[Piece]:
+    """Take pieces off `ready` until a batch is full, cutting the last one to fit; its rest stays in `ready`.
+
+    Args:
+        ready: pieces in order; patched, where there is a limit on patches.
+        size: T.
+        slots: P, of which one is left for padding; None for no limit.
+        more: appends to `ready`, or says that there is no more.
+    """
+    taken: list[Piece] = []
+    bytes_left, patches_left = size, None if slots is None else slots - 1
+    while bytes_left > 0 and (ready or more()):
+        piece = ready.popleft()
+        fits = min(len(piece), bytes_left)
+        if patches_left is not None:
+            assert piece.next_starts is not None
+            patches = 1 + np.concatenate([[0], np.cumsum(piece.next_starts[: fits - 1])])
+            fits = int(np.searchsorted(patches, patches_left, side="right"))
+        if fits == 0:
+            ready.appendleft(piece)
+            break
+        if fits < len(piece):
+            piece, rest = piece.split(fits)
+            ready.appendleft(rest)
+        if patches_left is not None:
+            assert piece.next_starts is not None
+            patches_left -= 1 + int(piece.next_starts[:-1].sum())
+        bytes_left -= fits
+        taken.append(piece)
+    return taken
+
+
+def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None) -> Batch:
+    """A batch of pieces.
+
+    Args:
+        pieces: what is read; patched or not, all alike.
+        size: T, filled up with padding; None for as many ids as there are.
+        slots: P likewise.
+
+    Raises:
+        UserError: there are no pieces.
+    """
+    if not pieces:
+        raise UserError("data: there is no text to read: every document is empty")
+    stream = stream_of(pieces)
+    targets = torch.from_numpy(np.concatenate([piece.ids[1:] for piece in pieces]).astype(np.int64))
+    num_targets, num_bytes = len(targets), int((targets >= OFFSET).sum())
+    padding = 0 if size is None else size - num_targets
+    if padding:
+        stream = Stream(
+            ids=_pad(stream.ids, padding, torch.zeros(padding)),
+            document=_pad(stream.document, padding, torch.full([padding], -1)),
+            position=_pad(stream.position, padding, torch.arange(padding)),
+        )
+        targets = _pad(targets, padding, torch.full([padding], IGNORED))
+    num_patches = 0
+    if all(piece.next_starts is not None for piece in pieces):
+        starts = torch.from_numpy(np.concatenate([p.next_starts for p in pieces if p.next_starts is not None]))
+        if padding:
+            starts = torch.cat([starts, torch.zeros(padding, dtype=torch.bool)])
+        stream = add_patches(stream, starts, slots)
+        num_patches = int((stream.patch_document >= 0).sum())
+    return Batch(stream, targets, num_targets, num_bytes, num_patches)
+
+
+def patched(batch: Batch) -> PatchedStream:
+    assert isinstance(batch.stream, PatchedStream)
+    return batch.stream
+
+
+def _pad(values: Tensor, padding: int, filler: Tensor) -> Tensor:
+    assert len(filler) == padding
+    return torch.cat([values, filler.to(values.dtype)])

@@ -1,0 +1,46 @@
+"""Which text, and how much of it in a batch."""
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from bytelatent.config import Settings
+
+
+class SourceSettings(Settings):
+    """Files that belong together.
+
+    Attributes:
+        path: a file, a folder or a glob.
+        weight: how often a document is taken from this source, relative to the others.
+        text_key: the key or column that holds the text.
+    """
+
+    path: str
+    weight: float = Field(default=1.0, gt=0)
+    text_key: str = "text"
+
+
+class DataSettings(Settings):
+    """The text of a training run.
+
+    Attributes:
+        train, valid: sources; a path alone will do.
+        context: ids that a document's pieces hold at most.
+        batch_bytes: ids in a batch.
+        batch_patches: patch slots in a batch, so that shapes never change; None for as many as there are.
+        shuffle_buffer: pieces among which the next one is drawn.
+    """
+
+    train: list[SourceSettings] = Field(min_length=1)
+    valid: list[SourceSettings] = Field(default=[])
+    context: int = Field(default=8192, ge=2)
+    batch_bytes: int = Field(default=16_384, ge=2)
+    batch_patches: int | None = Field(default=None, ge=2)
+    shuffle_buffer: int = Field(default=256, ge=1)
+
+    @field_validator("train", "valid", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        values = [value] if isinstance(value, str | dict) else value
+        return [{"path": item} if isinstance(item, str) else item for item in values]

@@ -1,0 +1,197 @@
+"""Patches and a run's report as one HTML file that needs nothing beside it."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bytelatent.patching import Patch
+from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, number
+from bytelatent.report.characters import LOST, Character, characters, finite, visible
+from bytelatent.report.figures import SIZES, loss_curves, patch_length_histogram
+from bytelatent.report.strip import HEIGHT, Strip, entropy_strip
+from bytelatent.report.writing import write_whole
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+MODEL_NAMES = {"blt": "BLT", "byte_lm": "byte LM"}
+TILES = {
+    "mean_patch_bytes": ("bytes a patch, on average", number),
+    "threshold": ("entropy threshold, in nats", number),
+    "train_bytes": ("of text trained on", amount_of_bytes),
+    "seconds": ("for everything", duration),
+}
+
+
+@dataclass
+class Report:
+    """What a run has to show.
+
+    Attributes:
+        title: of the page.
+        summary: `bits_per_byte` (a number for each of `blt`, `byte_lm`, `xz`, ...), `mean_patch_bytes`, `threshold`
+            (nats), `seconds`, `train_bytes`, `sample`; anything else is listed as it is.
+        curves: name of a model to the rows of its metrics. Training rows have `bytes_seen` and `bits_per_byte`,
+            validation rows `bytes_seen` and `validation_bits_per_byte`.
+        texts: name of a held-out text to its patches.
+        patch_lengths: in bytes.
+        threshold: of the entropy rule, nats.
+        samples: pairs of a prompt and what the model wrote after it.
+        notes: sentences for the end of the page.
+    """
+
+    title: str
+    summary: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    texts: dict[str, Sequence[Patch]] = field(default_factory=dict)
+    patch_lengths: Sequence[int] = ()
+    threshold: float | None = None
+    samples: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def write_patches_page(
+    path: str | Path,
+    texts: Mapping[str, Sequence[Patch]],
+    title: str,
+    thresholds: Mapping[str, float] | None = None,
+) -> None:
+    """Write a page with patched texts, the entropies of each byte shown where one points.
+
+    Args:
+        path: of the HTML file.
+        texts: name of a rule (or a text) to the patches.
+        title: of the page.
+        thresholds: for names of `texts`, the level in nats to draw over the entropies.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    thresholds = thresholds or {}
+    shown = [_patched(name, patches, thresholds.get(name)) for name, patches in texts.items()]
+    write_whole(path, _environment().get_template("patches.html").render(title=title, texts=shown))
+
+
+def write_report(path: str | Path, report: Report) -> None:
+    """Write a run's report: how well it compresses, how it learned, its patches and what it writes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    bits = report.summary.get("bits_per_byte")
+    bits = bits if isinstance(bits, Mapping) else {}
+    sample = report.summary.get("sample")
+    samples = report.samples or ([("", sample)] if isinstance(sample, str) else [])
+    shown = {"bits_per_byte", "sample", *TILES}
+    facts = {"threshold": report.threshold} | report.summary
+    page = _environment().get_template("report.html").render(
+        title=report.title,
+        tiles=[(show(facts[key]), label) for key, (label, show) in TILES.items() if finite(facts.get(key)) is not None],
+        bars=_bars(bits),
+        curves=_drawings(lambda size: loss_curves(report.curves, _references(bits), size)),
+        curve_names=list(report.curves),
+        has_reference=bool(_references(bits)),
+        texts=[_patched(name, patches, report.threshold) for name, patches in report.texts.items()],
+        lengths=_drawings(lambda size: patch_length_histogram(report.patch_lengths, size)),
+        samples=samples,
+        notes=report.notes,
+        others=[(key, _plain(value)) for key, value in report.summary.items() if key not in shown],
+    )  # fmt: skip
+    write_whole(path, page)
+
+
+@dataclass(frozen=True)
+class _PatchedText:
+    """A text as the template needs it: for each patch its characters, each with what to say when one points at it."""
+
+    name: str
+    num_patches: int
+    num_bytes: int
+    patches: list[list[tuple[Character, str]]]
+    strip: Strip | None
+    threshold: float | None
+
+
+def _patched(name: str, patches: Sequence[Patch], threshold: float | None) -> _PatchedText:
+    return _PatchedText(
+        name=name,
+        num_patches=len(patches),
+        num_bytes=sum(patch.end - patch.start for patch in patches),
+        patches=[
+            [(character, _facts(character, index, patch)) for character in characters(patch)]
+            for index, patch in enumerate(patches)
+        ],
+        strip=entropy_strip(patches, threshold),
+        threshold=finite(threshold),
+    )
+
+
+def _facts(character: Character, patch_index: int, patch: Patch) -> str:
+    """A line for each byte of the character: where it is, its value, its entropy."""
+    num_bytes = patch.end - patch.start
+    name = "cut" if character.text == LOST else visible(character.text).replace(" ", "space")
+    lines = [f"{name} · patch {patch_index + 1} of {num_bytes} {'byte' if num_bytes == 1 else 'bytes'}"]
+    for offset in range(character.num_bytes):
+        line = f"byte {character.start + offset}"
+        if character.values is not None:
+            line += f" · 0x{character.values[offset]:02X}"
+        entropy = None if character.entropies is None else finite(character.entropies[offset])
+        if entropy is not None:
+            line += f" · entropy {entropy:.2f} nats = {entropy / math.log(2):.2f} bits"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _bars(bits: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Name, number and length in percent of the longest, the best first, those without a number last."""
+    known = {name: finite(value) for name, value in bits.items()}
+    longest = max((value for value in known.values() if value is not None), default=0.0)
+    ordered = sorted(known.items(), key=lambda item: math.inf if item[1] is None else item[1])
+    return [
+        (
+            MODEL_NAMES.get(name, name),
+            UNKNOWN if value is None else f"{value:.3f}",
+            round(100 * max(0.0, value or 0.0) / longest, 1) if longest > 0 else 0.0,
+        )
+        for name, value in ordered
+    ]
+
+
+def _references(bits: Mapping[str, Any]) -> dict[str, float]:
+    """What does not learn, to be drawn as a level line."""
+    value = finite(bits.get("xz"))
+    return {} if value is None or value <= 0 else {"xz": value}
+
+
+def _drawings(draw: Any) -> dict[str, str]:
+    """The same figure in each size, or nothing when there is nothing to draw."""
+    drawn = {size: draw(size) for size in SIZES}
+    return {size: svg for size, svg in drawn.items() if svg is not None}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["visible"] = visible
+    environment.globals["STRIP_HEIGHT"] = HEIGHT
+    return environment
