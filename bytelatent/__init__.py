@@ -1,1 +1,18 @@
-"""bytelatent."""
+"""Byte-level language models with dynamic patches: the Byte Latent Transformer (Pagnoni et al. 2024)."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["BLT", "__version__"]
+
+if TYPE_CHECKING:
+    from bytelatent.blt import BLT
+
+
+def __getattr__(name: str) -> Any:
+    """`from bytelatent import BLT` imports torch; `import bytelatent` alone stays light."""
+    if name == "BLT":
+        from bytelatent.blt import BLT
+
+        return BLT
+    raise AttributeError(f"module 'bytelatent' has no attribute '{name}'")

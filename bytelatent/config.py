@@ -34,7 +34,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(" ".join(_one_line(cls, error, where).split())) from None
+            raise UserError(_one_line(cls, error, where)) from None
 
     def plain(self) -> dict[str, Any]:
         """The settings as plain nested values, as they would stand in a YAML file."""
@@ -53,7 +53,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
-        raise UserError(f"config: '{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config: '{path}' cannot be read as YAML: {error}") from None
     if not isinstance(config, DictConfig):
         raise UserError(f"config: '{path}' holds no settings; it should be a mapping of keys to values")
     return _resolved(config, str(path))
@@ -67,16 +67,16 @@ def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise UserError(f"'{override}' is not a setting; write key=value, as in optimizer.lr=4e-4")
     try:
         return _resolved(OmegaConf.merge(values, OmegaConf.from_dotlist(overrides)), " ".join(overrides))
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError) as error:
         # Beside its own errors OmegaConf raises plain ones, as for a key into a list; lists are replaced whole.
-        raise UserError(" ".join(f"{' '.join(overrides)}: {error}".split())) from None
+        raise UserError(f"{' '.join(overrides)}: {error}") from None
 
 
 def _resolved(config: Any, where: str) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: {error}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 

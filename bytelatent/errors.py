@@ -7,6 +7,10 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with code 2.
     """
 
+    def __init__(self, message: str) -> None:
+        # A value that a user gave, or the message of a library, may hold line breaks.
+        super().__init__(" ".join(message.split()))
+
 
 def nearest(name: str, known: list[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, else the empty string."""

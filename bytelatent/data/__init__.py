@@ -2,8 +2,9 @@
 
 from bytelatent.data.documents import Document, find_files, read_documents
 from bytelatent.data.loader import Loader, batches_once
-from bytelatent.data.packing import Batch, pack, patched, take
-from bytelatent.data.pieces import Patcher, Piece, cut, stream_of
+from bytelatent.data.packing import Batch, pack, surprise, take
+from bytelatent.data.patcher import Patcher, patch_in_groups, patches_of
+from bytelatent.data.pieces import Piece, cut, stream_of
 from bytelatent.data.settings import DataSettings, SourceSettings
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "cut",
     "find_files",
     "pack",
-    "patched",
+    "patch_in_groups",
+    "patches_of",
     "read_documents",
     "stream_of",
+    "surprise",
     "take",
 ]

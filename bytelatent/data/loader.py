@@ -8,7 +8,8 @@ import numpy as np
 
 from bytelatent.data.documents import Document, find_files, read_documents
 from bytelatent.data.packing import Batch, pack, take
-from bytelatent.data.pieces import Patcher, Piece, cut
+from bytelatent.data.patcher import Patcher
+from bytelatent.data.pieces import Piece, cut
 from bytelatent.data.settings import DataSettings, SourceSettings
 from bytelatent.errors import UserError
 

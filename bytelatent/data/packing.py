@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bytelatent.data.pieces import Piece, stream_of
 from bytelatent.errors import UserError
-from bytelatent.model.loss import IGNORED
-from bytelatent.model.stream import PatchedStream, Stream, add_patches
+from bytelatent.model.loss import IGNORED, sum_of_nats
+from bytelatent.model.stream import Stream, add_patches
 from bytelatent.vocab import OFFSET
 
 # Shapes: T ids in the batch, P patches
@@ -99,9 +99,9 @@ def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None)
     return Batch(stream, targets, num_targets, num_bytes, num_patches)
 
 
-def patched(batch: Batch) -> PatchedStream:
-    assert isinstance(batch.stream, PatchedStream)
-    return batch.stream
+def surprise(model: Callable[[Stream], Tensor], batch: Batch) -> Tensor:
+    """The summed surprise in nats of the batch's targets."""
+    return sum_of_nats(model(batch.stream), batch.targets)
 
 
 def _pad(values: Tensor, padding: int, filler: Tensor) -> Tensor:

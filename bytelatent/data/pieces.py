@@ -1,15 +1,13 @@
 """Documents cut into pieces that fit a batch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from bytelatent.data.documents import Document
-from bytelatent.errors import UserError
-from bytelatent.model import ByteLM, Stream, pack_rows
-from bytelatent.patching import PatchSettings, next_starts
+from bytelatent.model import Stream, pack_rows
 from bytelatent.vocab import encode
 
 # Shapes: N ids a piece reads
@@ -51,42 +49,3 @@ def cut(document: Document, context: int) -> Iterator[Piece]:
 def stream_of(pieces: Sequence[Piece], device: torch.device | str = "cpu") -> Stream:
     """The ids that the pieces read, packed."""
     return pack_rows([torch.from_numpy(piece.ids[:-1].astype(np.int64)) for piece in pieces]).to(device)
-
-
-class Patcher:
-    """Finds where patches start: from a rule alone, from stored entropies, or from the frozen byte LM.
-
-    Args:
-        settings: the rule.
-        byte_lm: gives the entropies; None where the rule needs none or they are stored with the text.
-        dtype: precision the byte LM runs in.
-    """
-
-    def __init__(self, settings: PatchSettings, byte_lm: ByteLM | None = None, dtype: torch.dtype = torch.float32):
-        self.settings = settings
-        self.byte_lm = byte_lm
-        self.dtype = dtype
-        self.device = next(byte_lm.parameters()).device if byte_lm is not None else torch.device("cpu")
-
-    def __call__(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The pieces with their entropies (where the rule needs them) and patch starts."""
-        if not pieces:
-            return []
-        stream = stream_of(pieces, self.device)
-        entropies = self._entropies(pieces, stream) if self.settings.needs_entropies else None
-        starts = next_starts(stream.ids, entropies, stream.position, self.settings)
-        ends = np.cumsum([len(piece) for piece in pieces])[:-1]
-        starts_of = np.split(starts.cpu().numpy(), ends)
-        if entropies is None:
-            return [replace(p, next_starts=s) for p, s in zip(pieces, starts_of, strict=True)]
-        entropies_of = np.split(entropies.cpu().numpy(), ends)
-        return [replace(p, entropies=e, next_starts=s) for p, e, s in zip(pieces, entropies_of, starts_of, strict=True)]
-
-    def _entropies(self, pieces: Sequence[Piece], stream: Stream) -> torch.Tensor:
-        if self.byte_lm is not None:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return self.byte_lm.entropies(stream)
-        stored = [piece.entropies for piece in pieces if piece.entropies is not None]
-        if len(stored) < len(pieces):
-            raise UserError("data: patching by entropy needs a byte LM or entropies stored beside every text")
-        return torch.from_numpy(np.concatenate(stored))

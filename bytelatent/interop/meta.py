@@ -1,16 +1,13 @@
 """Meta's hub format: `config.json` (`args`), `model.safetensors`, `train_args.json`."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from bytelatent.errors import UserError
+from bytelatent.interop.native import filled, read_json, read_tensors
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
@@ -43,16 +40,16 @@ HASH_TABLE = re.compile(r"^encoder_hash_tok_embedding\.(\d+)\.weight$")
 def is_meta(folder: Path) -> bool:
     """Whether `folder` is in Meta's hub format."""
     config = folder / "config.json"
-    return config.is_file() and "args" in _read_json(config)
+    return config.is_file() and "args" in read_json(config)
 
 
 def is_byte_lm(folder: Path) -> bool:
-    return "n_layers_local_encoder" not in _read_json(folder / "config.json")["args"]
+    return "n_layers_local_encoder" not in read_json(folder / "config.json")["args"]
 
 
 def load_byte_lm(folder: Path) -> ByteLM:
     """The entropy model of a release."""
-    args = _read_json(folder / "config.json")["args"]
+    args = read_json(folder / "config.json")["args"]
     settings = ByteLMSettings(
         dim=args["dim"],
         num_layers=args["n_layers"],
@@ -61,12 +58,12 @@ def load_byte_lm(folder: Path) -> ByteLM:
         window=args.get("sliding_window"),
         **_shared(args),
     )
-    return _filled(ByteLM, settings, _tensors(folder), folder)
+    return filled(ByteLM, settings, _tensors(folder), str(folder))
 
 
 def load_blt(folder: Path) -> tuple[BLTModel, PatchSettings]:
     """A released BLT and the patching rule it was trained with."""
-    args = _read_json(folder / "config.json")["args"]
+    args = read_json(folder / "config.json")["args"]
     window = args["local_attention_window_len"]
     shared = _shared(args)
     settings = BLTSettings(
@@ -104,7 +101,7 @@ def load_blt(folder: Path) -> tuple[BLTModel, PatchSettings]:
             stop_at_document=False,
         ),
     )
-    return _filled(BLTModel, settings, _tensors(folder), folder), _patching(folder, args)
+    return filled(BLTModel, settings, _tensors(folder), str(folder)), _patching(folder, args)
 
 
 def _shared(args: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +116,7 @@ def _shared(args: dict[str, Any]) -> dict[str, Any]:
 def _patching(folder: Path, args: dict[str, Any]) -> PatchSettings:
     """The rule from `train_args.json`, which knows the threshold; `config.json` often does not."""
     path = folder / "train_args.json"
-    patcher = _read_json(path)["data"]["patcher_args"] if path.is_file() else {}
+    patcher = read_json(path)["data"]["patcher_args"] if path.is_file() else {}
     mode = patcher.get("patching_mode", args.get("patching_mode"))
     values = {"mode": mode, "max_patch_length": patcher.get("max_patch_length", args.get("max_patch_length"))}
     if mode == "entropy":
@@ -133,13 +130,7 @@ def _patching(folder: Path, args: dict[str, Any]) -> PatchSettings:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """The folder's tensors under our names."""
-    path = folder / "model.safetensors"
-    try:
-        published = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist; the download is not complete") from None
-    except SafetensorError as error:
-        raise UserError(f"'{path}' is not a whole safetensors file ({error}); download it again") from None
+    published = read_tensors(folder / "model.safetensors")
     tables = {int(match[1]): published.pop(name) for name in list(published) if (match := HASH_TABLE.match(name))}
     tensors = {}
     for name, tensor in published.items():
@@ -149,30 +140,3 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     if tables:
         tensors["encoder.ngram_hash.tables.weight"] = torch.cat([tables[i] for i in sorted(tables)])
     return tensors
-
-
-def _filled(model_class: type[Any], settings: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
-    """A model of these settings holding these tensors."""
-    with torch.device("meta"):
-        model: nn.Module = model_class(settings)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    problems += [f"unknown {name}" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} is {list(tensors[name].shape)} where the settings say {list(shape)}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        raise UserError(f"'{folder}': the tensors do not fit the settings: {'; '.join(problems)}")
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not valid JSON ({error})") from None

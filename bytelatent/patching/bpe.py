@@ -119,8 +119,7 @@ def _load(path: str) -> Any:
     try:
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the Rust library raises plain Exception
-        message = " ".join(str(error).split())
-        raise UserError(f"patching.tokenizer: '{path}' is no tokenizer.json: {message}") from None
+        raise UserError(f"patching.tokenizer: '{path}' is no tokenizer.json: {error}") from None
     # A file may carry the limits of the model it was made for; a cut window would hide its newest token.
     tokenizer.no_truncation()
     tokenizer.no_padding()

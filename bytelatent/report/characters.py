@@ -87,7 +87,7 @@ def visible(character: str) -> str:
     if category in ("Mn", "Me") and not 0xFE00 <= code <= 0xFE0F:
         return "◌" + character
     if category[0] in "CZ" or category in ("Mn", "Me"):
-        return f"‹U+{code:04X}›"
+        return f"<U+{code:04X}>"
     return character
 
 

@@ -140,7 +140,7 @@ def _figure(size: str) -> Iterator[tuple["Figure", "Axes"]]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9.5, "text.parse_math": False}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9.5, "text.parse_math": False}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=SIZES[size], layout="constrained")
         axes = figure.add_subplot()
@@ -156,7 +156,6 @@ def _plain_look(axes: "Axes") -> None:
     axes.tick_params(axis="x", length=3)
     axes.xaxis.label.set_color(MUTED)
     axes.yaxis.label.set_color(MUTED)
-    return figure, axes
 
 
 def _svg(figure: "Figure", name: str) -> str:

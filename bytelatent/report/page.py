@@ -23,7 +23,7 @@ TILES = {
     "mean_patch_bytes": ("bytes a patch, on average", number),
     "threshold": ("entropy threshold, in nats", number),
     "train_bytes": ("of text trained on", amount_of_bytes),
-    "seconds": ("for everything", duration),
+    "seconds": ("from start to finish", duration),
 }
 
 
@@ -99,7 +99,7 @@ def write_report(path: str | Path, report: Report) -> None:
         lengths=_drawings(lambda size: patch_length_histogram(report.patch_lengths, size)),
         samples=samples,
         notes=report.notes,
-        others=[(key, _plain(value)) for key, value in report.summary.items() if key not in shown],
+        others=_flat({key: value for key, value in report.summary.items() if key not in shown}),
     )  # fmt: skip
     write_whole(path, page)
 
@@ -134,7 +134,7 @@ def _facts(character: Character, patch_index: int, patch: Patch) -> str:
     """A line for each byte of the character: where it is, its value, its entropy."""
     num_bytes = patch.end - patch.start
     name = "cut" if character.text == LOST else visible(character.text).replace(" ", "space")
-    lines = [f"{name} · patch {patch_index + 1} of {num_bytes} {'byte' if num_bytes == 1 else 'bytes'}"]
+    lines = [f"{name} · patch {patch_index + 1} ({num_bytes} {'byte' if num_bytes == 1 else 'bytes'})"]
     for offset in range(character.num_bytes):
         line = f"byte {character.start + offset}"
         if character.values is not None:
@@ -173,12 +173,22 @@ def _drawings(draw: Any) -> dict[str, str]:
     return {size: svg for size, svg in drawn.items() if svg is not None}
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return json.dumps(value, default=str, ensure_ascii=False)
+def _flat(facts: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:
+    """Dotted names and values as text, of what may be nested."""
+    lines: list[tuple[str, str]] = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            lines.extend(_flat(value, f"{above}{key}."))
+        elif isinstance(value, float):
+            lines.append((f"{above}{key}", f"{value:.6g}"))
+        else:
+            lines.append(
+                (
+                    f"{above}{key}",
+                    value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False),
+                )
+            )
+    return lines
 
 
 @cache

@@ -51,7 +51,7 @@ def entropy_strip(patches: Sequence[Patch], threshold: float | None) -> Strip | 
     if not entropies:
         return None
     threshold = finite(threshold)
-    top = max(*entropies[:1], *entropies, 1.15 * (threshold or 0.0), 0.5)
+    top = max(*entropies, 1.15 * (threshold or 0.0), 0.5)
     paths: tuple[list[str], list[str]] = ([], [])
     labels: list[Label] = []
     num_bytes = 0

@@ -1,0 +1,183 @@
+"""The public face: a BLT with all it needs to be used."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from bytelatent.data import Document, Patcher, cut, pack, patch_in_groups, patches_of, take
+from bytelatent.device import choose_device
+from bytelatent.errors import UserError
+from bytelatent.evaluation import evaluate
+from bytelatent.files import whole_folder
+from bytelatent.inference import Sampling, generate_ids
+from bytelatent.interop import Config, load, save
+from bytelatent.model import BLTModel, ByteLM, add_patches, pack_rows
+from bytelatent.patching import Patch, PatchSettings, next_starts
+from bytelatent.vocab import PADDING, VOCAB_SIZE, decode, encode, to_bytes
+
+# Shapes: B rows, N ids in a row, P patches, V vocabulary
+
+
+class BLT:
+    """A Byte Latent Transformer, its patching rule, and the byte LM that the rule asks.
+
+        model = BLT.from_pretrained("runs/demo")
+        model.generate("The history of", max_new_bytes=200)
+
+    Attributes:
+        model: the network.
+        patching: the rule.
+        byte_lm: gives the entropies; None where the rule needs none.
+        context: ids the model saw at once in training; longer texts are read in pieces.
+    """
+
+    def __init__(self, model: BLTModel, config: Config, byte_lm: ByteLM | None, source: str = ""):
+        assert config.patching is not None
+        self.model = model.eval()
+        self.byte_lm = byte_lm.eval() if byte_lm is not None else None
+        self.config = config
+        self.patching: PatchSettings = config.patching
+        self.context = config.context
+        self.source = source
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, byte_lm: str | Path | None = None, device: str = "auto", dtype: str = "float32"
+    ) -> "BLT":
+        """Load a model.
+
+        Args:
+            source: a run of ours, a folder that `save_pretrained` wrote, or one in Meta's hub format.
+            byte_lm: where the byte LM is, if it does not stand inside `source`.
+            dtype: precision of the weights, `float32` or `bfloat16`. The byte LM keeps float32, for exact patches.
+
+        Raises:
+            UserError: there is no BLT at `source`, or it is not whole.
+        """
+        found = load(source, byte_lm)
+        if not isinstance(found.model, BLTModel):
+            raise UserError(f"model: '{source}' holds a byte LM, which has no patches; name a BLT")
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"dtype: '{dtype}' is none; use float32 or bfloat16")
+        place = choose_device(device)
+        model = found.model.to(place, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        lm = found.byte_lm.to(place, torch.float32) if found.byte_lm is not None else None
+        return cls(model, found.config, lm, found.source)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def patcher(self) -> Patcher:
+        return Patcher(self.patching, self._byte_lm())
+
+    @overload
+    def generate(self, prompt: str, max_new_bytes: int = ..., **sampling: float | int | None) -> str: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str], max_new_bytes: int = ..., **sampling: float | int | None
+    ) -> list[str]: ...
+    def generate(
+        self, prompt: str | Sequence[str], max_new_bytes: int = 200, **sampling: float | int | None
+    ) -> str | list[str]:
+        """Continue a text, or several.
+
+        Args:
+            max_new_bytes: where to stop, unless the model ends the document before.
+            sampling: `temperature` (0.8; 0 takes the likeliest byte), `top_k`, `top_p`, `seed` (0).
+
+        Returns:
+            What comes after each prompt. Bytes that are no UTF-8 show as U+FFFD.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        rows: list[list[int]] = [[] for _ in prompts]
+        for drawn in self.stream(prompts, max_new_bytes, **sampling):
+            for row, chosen in zip(rows, drawn, strict=True):
+                if chosen is not None:
+                    row.append(chosen)
+        texts = [decode(row).decode("utf-8", errors="replace") for row in rows]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def stream(
+        self, prompts: Sequence[str | bytes], max_new_bytes: int = 200, **sampling: float | int | None
+    ) -> Iterator[list[int | None]]:
+        """The ids that continue the prompts, one of each row at a time; None for rows that have ended."""
+        rows = [torch.from_numpy(encode(prompt, eos=False)) for prompt in prompts]
+        rule = Sampling.parse(dict(sampling), where="generate")
+        return generate_ids(self.model, self.patching, self._byte_lm(), rows, max_new_bytes, rule)
+
+    def patch(self, text: str | bytes) -> list[Patch]:
+        """The patches of a text."""
+        return patches_of(to_bytes(text), self.patcher, self.context)
+
+    def bits_per_byte(self, text: str | bytes) -> float:
+        """How many bits a byte of this text costs the model, the document's end included.
+
+        Raises:
+            UserError: the text is empty.
+        """
+        data = to_bytes(text)
+        if not data:
+            raise UserError("bits_per_byte: the text is empty")
+        ready = deque(patch_in_groups(self.patcher, list(cut(Document(data), self.context))))
+        batches = iter(lambda: take(ready, self.context, None, lambda: False), [])
+        return evaluate(self.model, map(pack, batches)).bits_per_byte
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, patch_lengths: Tensor | None = None) -> Tensor:
+        """The model's logits, for checks and research.
+
+        Args:
+            ids: [B, N], each row a document from its start, padded at its end with -1.
+            patch_lengths: [B, P] zero-padded, a row summing to its ids or to one more; None to apply the rule.
+
+        Returns:
+            float32 [B, N, V]; zero where there is padding.
+
+        Raises:
+            UserError: shapes or sums do not fit.
+        """
+        if ids.dim() != 2 or (patch_lengths is not None and len(patch_lengths) != len(ids)):
+            raise UserError(f"logits takes ids [B, N] and patch_lengths [B, P], not {list(ids.shape)}")
+        ids = ids.to(self.device)
+        rows = [row[row != PADDING] for row in ids]
+        stream = pack_rows(rows).to(self.device)
+        if patch_lengths is None:
+            entropies = None
+            if self.patching.needs_entropies and (byte_lm := self._byte_lm()) is not None:
+                entropies = byte_lm.entropies(stream)
+            starts = next_starts(stream.ids, entropies, stream.position, self.patching)
+        else:
+            pairs = zip(rows, patch_lengths.to(self.device), strict=True)
+            starts = torch.cat([_starts_of(lengths, len(row)) for row, lengths in pairs])
+        out = torch.zeros(*ids.shape, VOCAB_SIZE, device=self.device)
+        out[ids != PADDING] = self.model(add_patches(stream, starts, history=stream.position))
+        return out
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model, its rule and its byte LM into a folder, which appears whole or not at all."""
+        with whole_folder(folder) as aside:
+            save(aside, self.model, self.config, self.byte_lm)
+
+    def _byte_lm(self) -> ByteLM | None:
+        if self.patching.needs_entropies and self.byte_lm is None:
+            raise UserError("this model's patches need its byte LM; name it: BLT.from_pretrained(..., byte_lm=FOLDER)")
+        return self.byte_lm
+
+
+def _starts_of(lengths: Tensor, num_ids: int) -> Tensor:
+    """For each of a row's ids, whether the one after it starts a patch."""
+    total = int(lengths.sum())
+    if total not in (num_ids, num_ids + 1) or bool((lengths < 0).any()):
+        raise UserError(f"patch_lengths sum to {total}; a row of {num_ids} ids needs {num_ids} or {num_ids + 1}")
+    ends = lengths[lengths > 0].cumsum(0)
+    starts = torch.zeros(num_ids + 2, dtype=torch.bool, device=lengths.device)
+    starts[ends] = True
+    if total == num_ids:  # nothing is said about the id to come: it does not start a patch yet
+        starts[num_ids] = False
+    return starts[1 : num_ids + 1]

@@ -1,0 +1,86 @@
+"""Pieces cut into patches."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from bytelatent.data.documents import Document
+from bytelatent.data.pieces import Piece, cut, stream_of
+from bytelatent.device import autocast
+from bytelatent.errors import UserError
+from bytelatent.model import ByteLM, Stream
+from bytelatent.patching import Patch, PatchSettings, next_starts
+
+GROUP = 32_768  # ids the byte LM reads at once where a whole text is patched
+
+
+class Patcher:
+    """Finds where patches start: from a rule alone, from stored entropies, or from the frozen byte LM.
+
+    Args:
+        settings: the rule.
+        byte_lm: gives the entropies; None where the rule needs none or they are stored with the text.
+        dtype: precision the byte LM runs in.
+    """
+
+    def __init__(self, settings: PatchSettings, byte_lm: ByteLM | None = None, dtype: torch.dtype = torch.float32):
+        self.settings = settings
+        self.byte_lm = byte_lm
+        self.dtype = dtype
+        self.device = next(byte_lm.parameters()).device if byte_lm is not None else torch.device("cpu")
+
+    def __call__(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """The pieces with their entropies (where the rule needs them) and patch starts."""
+        if not pieces:
+            return []
+        stream = stream_of(pieces, self.device)
+        entropies = self._entropies(pieces, stream) if self.settings.needs_entropies else None
+        starts = next_starts(stream.ids, entropies, stream.position, self.settings)
+        ends = np.cumsum([len(piece) for piece in pieces])[:-1]
+        starts_of = np.split(starts.cpu().numpy(), ends)
+        if entropies is None:
+            return [replace(p, next_starts=s) for p, s in zip(pieces, starts_of, strict=True)]
+        entropies_of = np.split(entropies.cpu().numpy(), ends)
+        return [replace(p, entropies=e, next_starts=s) for p, e, s in zip(pieces, entropies_of, starts_of, strict=True)]
+
+    def _entropies(self, pieces: Sequence[Piece], stream: Stream) -> torch.Tensor:
+        if self.byte_lm is not None:
+            with autocast(self.device, self.dtype):
+                return self.byte_lm.entropies(stream)
+        stored = [piece.entropies for piece in pieces if piece.entropies is not None]
+        if len(stored) < len(pieces):
+            raise UserError("data: patching by entropy needs a byte LM or entropies stored beside every text")
+        return torch.from_numpy(np.concatenate(stored))
+
+
+def patch_in_groups(patcher: Patcher, pieces: Sequence[Piece]) -> list[Piece]:
+    """Patch any number of pieces, a group at a time, so that the byte LM's memory is bounded."""
+    patched: list[Piece] = []
+    group: list[Piece] = []
+    for piece in pieces:
+        group.append(piece)
+        if sum(map(len, group)) >= GROUP:
+            patched.extend(patcher(group))
+            group = []
+    return patched + patcher(group)
+
+
+def patches_of(text: bytes, patcher: Patcher, context: int) -> list[Patch]:
+    """The patches of a text, for people to look at. BOS, which stands alone before the text, is left out."""
+    if not text:
+        return []
+    pieces = patch_in_groups(patcher, list(cut(Document(text), context)))
+    starts = np.concatenate([piece.next_starts for piece in pieces if piece.next_starts is not None])
+    begins = [0, *(int(at) for at in np.flatnonzero(starts[1 : len(text)]) + 1)]
+    entropies = [e for piece in pieces if piece.entropies is not None for e in piece.entropies.tolist()]
+    return [
+        Patch(
+            start,
+            end,
+            text[start:end].decode("utf-8", errors="replace"),
+            entropies[start:end] if patcher.settings.needs_entropies else None,
+        )
+        for start, end in zip(begins, [*begins[1:], len(text)], strict=True)
+    ]

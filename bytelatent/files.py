@@ -1,0 +1,100 @@
+"""Files and folders that appear whole or not at all: written aside, then renamed."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bytelatent.errors import UserError
+
+MANIFEST = "complete.json"
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write to; it becomes `path` when the block ends without an error."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        os.replace(aside, path)
+    except OSError as error:
+        raise _not_written(path, error) from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `path`, with a manifest of its files, when the block ends.
+
+    What stood at `path` before is replaced only then.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        (aside / MANIFEST).write_text(json.dumps({"files": _digests(aside)}, indent=1))
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, old)
+            os.replace(aside, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, path)
+    except OSError as error:
+        raise _not_written(path, error) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def what_is_torn(folder: Path) -> str | None:
+    """Why a folder written by `whole_folder` is not whole any more; None if it is."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name, digest in files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _digest(folder / name) != digest:
+                return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    except OSError as error:
+        return str(error.strerror)
+    return None
+
+
+def newest_whole(parent: Path) -> tuple[Path | None, list[str]]:
+    """The last folder by name below `parent` that is whole, and one line about each later one that is not."""
+    passed_over = []
+    folders = sorted(place for place in parent.glob("*") if place.is_dir() and not place.name.startswith("."))
+    for folder in reversed(folders):
+        torn = what_is_torn(folder)
+        if torn is None:
+            return folder, passed_over
+        passed_over.append(f"'{folder}' is torn ({torn}); passed over")
+    return None, passed_over
+
+
+def _digests(folder: Path) -> dict[str, list[int | str]]:
+    return {str(f.relative_to(folder)): _digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def _digest(file: Path) -> list[int | str]:
+    with file.open("rb") as data:
+        return [file.stat().st_size, hashlib.file_digest(data, "sha256").hexdigest()]
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    if error.errno == errno.ENOSPC:
+        return UserError(f"the disk is full: '{path}' was not written, what was there before is whole; make room")
+    return UserError(f"'{path}' cannot be written: {error.strerror or error}")

@@ -1,0 +1,173 @@
+"""The training loop: the same for the byte LM and for BLT."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from bytelatent.data import Batch, Loader, Patcher, batches_once, surprise
+from bytelatent.device import autocast, choose_device, choose_dtype
+from bytelatent.errors import UserError
+from bytelatent.model import build
+from bytelatent.model.loss import bits_per_byte
+from bytelatent.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from bytelatent.training.metrics import Metrics
+from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.run import open_run
+from bytelatent.training.settings import TrainSettings
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; a checkpoint is written. The message says how to go on."""
+
+
+def train(settings: TrainSettings, console: Console | None = None) -> Path:
+    """Train a model, or go on training it where the run's newest checkpoint stands.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: the settings, the data or a checkpoint will not do, or the loss is not finite.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint is written.
+    """
+    console = console or Console()
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    run = open_run(settings, device, dtype, console)
+    settings, config = run.settings, run.config
+
+    torch.manual_seed(settings.seed)
+    model = build(settings.model).to(device)
+    loader = Loader(settings.data, settings.seed, run.patcher)
+    state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
+    for line in load_checkpoint(run.folder, state):
+        console.print(line, highlight=False)
+    wants_compile = device.type == "cuda" if settings.compile == "auto" else settings.compile
+    call = torch.compile(model, dynamic=settings.data.batch_patches is None) if wants_compile else model
+
+    def loss(batch: Batch) -> torch.Tensor:
+        with autocast(device, dtype):
+            return surprise(call, batch)
+
+    def checkpoint() -> None:
+        save_checkpoint(run.folder, state, config, settings.checkpoint.keep)
+
+    with (
+        _stop_signals() as stopped,
+        Metrics(run.folder / "metrics.jsonl", state.step, settings.steps, run.folder.name, console) as metrics,
+    ):
+        clock, bytes_then = time.perf_counter(), state.bytes_seen
+        while state.step < settings.steps:
+            row = _step(state, settings, loss, device)
+            last = state.step == settings.steps
+            if state.step % settings.log_every == 0 or last:
+                now = time.perf_counter()
+                row["bytes_per_second"] = round((state.bytes_seen - bytes_then) / (now - clock))
+                clock, bytes_then = now, state.bytes_seen
+                metrics.write(row)
+            if state.step % settings.validation.every == 0 or last:
+                _validate(state, settings, run.patcher, loss, device, metrics)
+                clock, bytes_then = time.perf_counter(), state.bytes_seen
+            if state.step % settings.checkpoint.every == 0 or last or stopped():
+                checkpoint()
+                clock, bytes_then = time.perf_counter(), state.bytes_seen
+            if stopped() and not last:
+                raise Interrupted(
+                    f"stopped after step {state.step}; the same command goes on from there ({run.folder})"
+                )
+    return run.folder
+
+
+def _step(
+    state: TrainState, settings: TrainSettings, loss: Callable[[Batch], torch.Tensor], device: torch.device
+) -> dict[str, Any]:
+    """One optimizer step over `accumulation` batches; its metrics."""
+    rate = learning_rate(state.step, settings.steps, settings.optimizer)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    batches = [next(state.loader) for _ in range(settings.optimizer.accumulation)]
+    num_targets = sum(batch.num_targets for batch in batches)
+    nats = 0.0
+    for batch in batches:
+        part = loss(batch.to(device))
+        (part / num_targets).backward()
+        nats += float(part.detach())
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), settings.optimizer.clip)
+    if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(nats))):
+        raise UserError(
+            f"the loss is not finite at step {state.step + 1} (loss {nats / num_targets:g}, gradient norm {norm:g}); "
+            f"the last checkpoint is whole: lower optimizer.lr (now {settings.optimizer.lr:g}) or optimizer.clip, "
+            "or use dtype=float32"
+        )
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    num_bytes = sum(batch.num_bytes for batch in batches)
+    num_patches = sum(batch.num_patches for batch in batches)
+    state.step += 1
+    state.bytes_seen += num_bytes
+    return {
+        "step": state.step,
+        "bytes_seen": state.bytes_seen,
+        "bits_per_byte": bits_per_byte(nats, num_bytes),
+        "lr": rate,
+        "gradient_norm": float(norm),
+        "mean_patch_bytes": num_bytes / num_patches if num_patches else None,
+    }
+
+
+def _validate(
+    state: TrainState,
+    settings: TrainSettings,
+    patcher: Patcher | None,
+    loss: Callable[[Batch], torch.Tensor],
+    device: torch.device,
+    metrics: Metrics,
+) -> None:
+    """Bits per byte on the validation text."""
+    data = settings.data
+    if not data.valid:
+        return
+    nats, num_bytes = 0.0, 0
+    state.model.eval()
+    with torch.no_grad():
+        for batch in batches_once(data.valid, data.context, data.batch_bytes, patcher, settings.validation.max_bytes):
+            nats += float(loss(batch.to(device)))
+            num_bytes += batch.num_bytes
+    state.model.train()
+    metrics.write(
+        {
+            "step": state.step,
+            "bytes_seen": state.bytes_seen,
+            "validation_bits_per_byte": bits_per_byte(nats, num_bytes),
+            "validation_bytes": num_bytes,
+        }
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a wish to stop after the step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,85 @@
+"""Metrics: a line of JSON each, and a live line on the terminal."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bytelatent.files import whole_file
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Metrics:
+    """Appends rows to `metrics.jsonl` and shows them.
+
+    Args:
+        path: the file.
+        after_step: rows after this step, which a resumed run will write again, are dropped.
+        num_steps: where the progress bar ends.
+        title: in front of the progress bar.
+    """
+
+    def __init__(self, path: Path, after_step: int, num_steps: int, title: str, console: Console):
+        kept = [row for row in read_metrics(path) if row["step"] <= after_step]
+        with whole_file(path) as aside:
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._console = console
+        self._last_line = -1e9
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} {task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._title = title
+        self._task = self._progress.add_task(title, total=num_steps, completed=after_step, status="")
+        self._num_steps = num_steps
+
+    def __enter__(self) -> "Metrics":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._file.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row; it is on disk when this returns."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        status = "  ".join(text for key, text in _shown(row))
+        self._progress.update(self._task, completed=row["step"], status=status)
+        if not self._console.is_terminal and (
+            time.monotonic() - self._last_line > 10 or "validation_bits_per_byte" in row
+        ):
+            self._last_line = time.monotonic()
+            self._console.print(f"{self._title} {row['step']}/{self._num_steps}  {status}", highlight=False)
+
+    def say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _shown(row: dict[str, Any]) -> list[tuple[str, str]]:
+    shown = {
+        "bits_per_byte": "{:.3f} bits/byte",
+        "validation_bits_per_byte": "held out {:.3f} bits/byte",
+        "mean_patch_bytes": "{:.2f} bytes/patch",
+        "bytes_per_second": "{:,.0f} bytes/s",
+    }
+    return [(key, form.format(row[key])) for key, form in shown.items() if row.get(key) is not None]

@@ -1,0 +1,102 @@
+"""The folder of a run: its settings, its byte LM, and what the next start finds there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bytelatent.config import load_yaml
+from bytelatent.data import Patcher
+from bytelatent.errors import UserError
+from bytelatent.files import whole_file, whole_folder
+from bytelatent.interop import Config, load_byte_lm, save
+from bytelatent.model import ByteLM
+from bytelatent.patching import Calibration
+from bytelatent.training.patches import calibrate_on, write_calibration
+from bytelatent.training.settings import TrainSettings
+
+# What may differ when a run goes on: nothing that changes the steps already done.
+MAY_CHANGE = {"steps", "validation", "checkpoint", "log_every", "device", "compile", "byte_lm"}
+
+
+@dataclass
+class Run:
+    folder: Path
+    settings: TrainSettings  # with the threshold that calibration chose
+    config: Config
+    patcher: Patcher | None
+
+
+def open_run(settings: TrainSettings, device: torch.device, dtype: torch.dtype, console: Console) -> Run:
+    """Make a run's folder, or find it as an earlier start left it.
+
+    Raises:
+        UserError: the folder is another run's.
+    """
+    folder = Path(settings.run)
+    earlier = _earlier(folder)
+    calibration = _read_calibration(folder)
+    if earlier is not None:
+        _same(settings, earlier, folder)
+    byte_lm = _byte_lm(folder, settings)
+    if settings.calibration is not None and byte_lm is not None and settings.patching is not None:
+        if earlier is None or calibration is None:
+            console.print(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes", highlight=False)
+            calibration = calibrate_on(
+                byte_lm,
+                settings.data,
+                settings.calibration.patch_bytes,
+                settings.patching,
+                settings.calibration.text_bytes,
+                settings.device,
+                settings.dtype,
+            )
+            write_calibration(folder, calibration)
+        patching = settings.patching.model_copy(update={"threshold": calibration.threshold})
+        settings = settings.model_copy(update={"patching": patching})
+    with whole_file(folder / "settings.yaml") as aside:
+        aside.write_text(settings.to_yaml(), encoding="utf-8")
+    config = Config(
+        model=settings.model, context=settings.data.context, patching=settings.patching, calibration=calibration
+    )
+    patcher = None
+    if settings.patching is not None:
+        patcher = Patcher(settings.patching, byte_lm.to(device) if byte_lm is not None else None, dtype)
+    return Run(folder, settings, config, patcher)
+
+
+def _byte_lm(folder: Path, settings: TrainSettings) -> ByteLM | None:
+    """The frozen byte LM: the run's own copy, made at its first start."""
+    if settings.byte_lm is None:
+        return None
+    copy = folder / "byte_lm"
+    if copy.is_dir():
+        return load_byte_lm(copy)
+    byte_lm = load_byte_lm(settings.byte_lm)
+    with whole_folder(copy) as aside:
+        save(aside, byte_lm, Config(model=byte_lm.settings, context=settings.data.context))
+    return byte_lm
+
+
+def _earlier(folder: Path) -> TrainSettings | None:
+    path = folder / "settings.yaml"
+    return TrainSettings.parse(load_yaml(path), where=str(path)) if path.is_file() else None
+
+
+def _same(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> None:
+    now, then = settings.plain(), earlier.plain()
+    if settings.calibration is not None:  # the threshold is calibration's to say
+        now["patching"].pop("threshold")
+        then.get("patching", {}).pop("threshold", None)
+    for name in sorted(now.keys() | then.keys()):
+        if name not in MAY_CHANGE | {"run"} and now.get(name) != then.get(name):
+            raise UserError(
+                f"'{folder}' was begun with other settings ({name}: {then.get(name)}, now {now.get(name)}); "
+                "use them again, or another run=FOLDER"
+            )
+
+
+def _read_calibration(folder: Path) -> Calibration | None:
+    path = folder / "calibration.json"
+    return Calibration.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None

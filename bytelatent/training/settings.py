@@ -1,0 +1,107 @@
+"""The settings of a training run."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from bytelatent.config import Settings
+from bytelatent.data import DataSettings
+from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
+from bytelatent.patching import PatchSettings
+
+
+class OptimizerSettings(Settings):
+    """AdamW, with linear warm-up and a cosine to `final_lr_ratio` of the peak.
+
+    Defaults: Pagnoni et al. 2024, section 4.8.
+    """
+
+    lr: float = Field(default=4e-4, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    warmup_steps: int = Field(default=2000, ge=0)
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+    accumulation: int = Field(default=1, ge=1)
+
+
+class CalibrationSettings(Settings):
+    """Choose the threshold before training, for a mean patch of so many bytes, on so much of the training text."""
+
+    patch_bytes: float = Field(gt=1)
+    text_bytes: int = Field(default=1_000_000, ge=1)
+
+
+class ValidationSettings(Settings):
+    every: int = Field(default=1000, ge=1)
+    max_bytes: int | None = Field(default=1_000_000, ge=1)
+
+
+class CheckpointSettings(Settings):
+    every: int = Field(default=1000, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class TrainSettings(Settings):
+    """A training run.
+
+    Attributes:
+        run: the folder it writes.
+        steps: optimizer steps.
+        model: a preset's name or the shapes themselves.
+        patching: the rule (BLT only). With `calibration` its threshold may be left out.
+        byte_lm: where the frozen byte LM is, if the rule needs entropies that are not stored with the text.
+        dtype: `auto` is bfloat16 where the device computes in it, else float32. Weights stay float32.
+        compile: `auto` compiles on CUDA.
+    """
+
+    run: str = "runs/train"
+    seed: int = 0
+    steps: int = Field(default=1000, ge=1)
+    model: ModelSettings
+    data: DataSettings
+    patching: PatchSettings | None = None
+    calibration: CalibrationSettings | None = None
+    byte_lm: str | None = None
+    optimizer: OptimizerSettings = OptimizerSettings()
+    validation: ValidationSettings = ValidationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log_every: int = Field(default=10, ge=1)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        """A preset by its name; otherwise `kind` says which model the shapes are of, so that errors name its keys."""
+        if isinstance(value, str):
+            return preset(value)
+        if isinstance(value, dict):
+            is_byte_lm = value.get("kind") == "byte_lm" or ("kind" not in value and "encoder" not in value)
+            return (ByteLMSettings if is_byte_lm else BLTSettings).model_validate(value)
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _threshold_to_come(cls, values: Any) -> Any:
+        """With `calibration`, a threshold that is not there yet is no error."""
+        if not isinstance(values, dict) or not values.get("calibration"):
+            return values
+        patching = values.get("patching") or {}
+        if not isinstance(patching, dict):
+            return values
+        return {**values, "patching": {"threshold": 0.0, **patching}}
+
+    @model_validator(mode="after")
+    def _patches(self) -> Self:
+        if isinstance(self.model, ByteLMSettings):
+            for name in ("patching", "calibration", "byte_lm"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} belongs to a BLT; this model is a byte LM and has no patches")
+        elif self.patching is None:
+            raise ValueError("patching: a BLT needs a rule; for example patching.mode=space")
+        elif self.calibration is not None and self.byte_lm is None:
+            raise ValueError("byte_lm: calibration needs a byte LM; name its run or folder")
+        return self
