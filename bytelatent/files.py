@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bytelatent.errors import UserError
@@ -26,7 +26,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise _not_written(path, error) from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 A patch may begin or end inside a character. `Patch.text` shows such bytes as U+FFFD, one for each byte of a
 character's end and one for all bytes of a character's beginning, so their values are gone but their number is not.
+In text that is no UTF-8 to begin with, how the lost bytes share the marks of a patch is a guess; their number is not.
 """
 
 import math

@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bytelatent.files import whole_file
 from bytelatent.patching import Patch
 from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, number
 from bytelatent.report.characters import LOST, Character, characters, finite, visible
 from bytelatent.report.figures import SIZES, loss_curves, patch_length_histogram
 from bytelatent.report.strip import HEIGHT, Strip, entropy_strip
-from bytelatent.report.writing import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -73,7 +73,7 @@ def write_patches_page(
     """
     thresholds = thresholds or {}
     shown = [_patched(name, patches, thresholds.get(name)) for name, patches in texts.items()]
-    write_whole(path, _environment().get_template("patches.html").render(title=title, texts=shown))
+    _write(path, _environment().get_template("patches.html").render(title=title, texts=shown))
 
 
 def write_report(path: str | Path, report: Report) -> None:
@@ -101,7 +101,7 @@ def write_report(path: str | Path, report: Report) -> None:
         notes=report.notes,
         others=_flat({key: value for key, value in report.summary.items() if key not in shown}),
     )  # fmt: skip
-    write_whole(path, page)
+    _write(path, page)
 
 
 @dataclass(frozen=True)
@@ -205,3 +205,8 @@ def _environment() -> "Environment":
     environment.filters["visible"] = visible
     environment.globals["STRIP_HEIGHT"] = HEIGHT
     return environment
+
+
+def _write(path: str | Path, page: str) -> None:
+    with whole_file(path) as aside:
+        aside.write_bytes(page.encode("utf-8", "backslashreplace"))

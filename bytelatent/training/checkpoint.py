@@ -29,6 +29,7 @@ class TrainState:
     loader: Loader
     step: int = 0  # steps done
     bytes_seen: int = 0  # bytes of text predicted
+    seconds: float = 0.0  # spent in steps
 
 
 def save_checkpoint(run: Path, state: TrainState, config: Config, keep: int) -> Path:
@@ -37,6 +38,7 @@ def save_checkpoint(run: Path, state: TrainState, config: Config, keep: int) -> 
     progress = {
         "step": state.step,
         "bytes_seen": state.bytes_seen,
+        "seconds": state.seconds,
         "loader": _as_tensors(state.loader.state_dict()),
         "torch_random": torch.get_rng_state(),
     }
@@ -68,6 +70,7 @@ def load_checkpoint(run: Path, state: TrainState) -> list[str]:
         state.loader.load_state_dict(_as_arrays(progress["loader"]))
         torch.set_rng_state(progress["torch_random"])
         state.step, state.bytes_seen = progress["step"], progress["bytes_seen"]
+        state.seconds = progress["seconds"]
     except (RuntimeError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -42,7 +42,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     run = open_run(settings, device, dtype, console)
-    settings, config = run.settings, run.config
+    settings = run.settings
 
     torch.manual_seed(settings.seed)
     model = build(settings.model).to(device)
@@ -57,32 +57,24 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         with autocast(device, dtype):
             return surprise(call, batch)
 
-    def checkpoint() -> None:
-        save_checkpoint(run.folder, state, config, settings.checkpoint.keep)
-
     with (
         _stop_signals() as stopped,
-        Metrics(run.folder / "metrics.jsonl", state.step, settings.steps, run.folder.name, console) as metrics,
+        Metrics(run.folder / "metrics.jsonl", state.step, _title(settings), console) as metrics,
     ):
-        clock, bytes_then = time.perf_counter(), state.bytes_seen
-        while state.step < settings.steps:
+        logged = (state.bytes_seen, state.seconds)
+        while (done := _done(state, settings)) < 1:
             row = _step(state, settings, loss, device)
-            last = state.step == settings.steps
-            if state.step % settings.log_every == 0 or last:
-                now = time.perf_counter()
-                row["bytes_per_second"] = round((state.bytes_seen - bytes_then) / (now - clock))
-                clock, bytes_then = now, state.bytes_seen
-                metrics.write(row)
-            if state.step % settings.validation.every == 0 or last:
-                _validate(state, settings, run.patcher, loss, device, metrics)
-                clock, bytes_then = time.perf_counter(), state.bytes_seen
-            if state.step % settings.checkpoint.every == 0 or last or stopped():
-                checkpoint()
-                clock, bytes_then = time.perf_counter(), state.bytes_seen
-            if stopped() and not last:
-                raise Interrupted(
-                    f"stopped after step {state.step}; the same command goes on from there ({run.folder})"
-                )
+            done = _done(state, settings)
+            if state.step % settings.log_every == 0 or done >= 1:
+                row["bytes_per_second"] = round((state.bytes_seen - logged[0]) / (state.seconds - logged[1]))
+                logged = (state.bytes_seen, state.seconds)
+                metrics.write(row, done)
+            if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
+                metrics.write(_validate(state, settings, run.patcher, loss, device), done)
+            if state.step % settings.checkpoint.every == 0 or done >= 1 or stopped():
+                save_checkpoint(run.folder, state, run.config, settings.checkpoint.keep)
+            if stopped() and done < 1:
+                raise Interrupted(f"stopped after step {state.step}; the same command goes on from there")
     return run.folder
 
 
@@ -90,7 +82,8 @@ def _step(
     state: TrainState, settings: TrainSettings, loss: Callable[[Batch], torch.Tensor], device: torch.device
 ) -> dict[str, Any]:
     """One optimizer step over `accumulation` batches; its metrics."""
-    rate = learning_rate(state.step, settings.steps, settings.optimizer)
+    began = time.perf_counter()
+    rate = learning_rate(state.step, _done(state, settings, settings.optimizer.warmup_steps), settings.optimizer)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     batches = [next(state.loader) for _ in range(settings.optimizer.accumulation)]
@@ -113,6 +106,7 @@ def _step(
     num_patches = sum(batch.num_patches for batch in batches)
     state.step += 1
     state.bytes_seen += num_bytes
+    state.seconds += time.perf_counter() - began
     return {
         "step": state.step,
         "bytes_seen": state.bytes_seen,
@@ -123,18 +117,28 @@ def _step(
     }
 
 
+def _title(settings: TrainSettings) -> str:
+    return "byte LM" if settings.model.kind == "byte_lm" else "BLT"
+
+
+def _done(state: TrainState, settings: TrainSettings, warmup_steps: int = 0) -> float:
+    """How much of the run is over, from 0 to 1; in steps, those of warm-up left out."""
+    if settings.minutes is not None:
+        return state.seconds / (60 * settings.minutes)
+    assert settings.steps is not None
+    last = settings.steps - 1 if warmup_steps else settings.steps
+    return max(state.step - warmup_steps, 0) / max(last - warmup_steps, 1)
+
+
 def _validate(
     state: TrainState,
     settings: TrainSettings,
     patcher: Patcher | None,
     loss: Callable[[Batch], torch.Tensor],
     device: torch.device,
-    metrics: Metrics,
-) -> None:
+) -> dict[str, Any]:
     """Bits per byte on the validation text."""
     data = settings.data
-    if not data.valid:
-        return
     nats, num_bytes = 0.0, 0
     state.model.eval()
     with torch.no_grad():
@@ -142,14 +146,12 @@ def _validate(
             nats += float(loss(batch.to(device)))
             num_bytes += batch.num_bytes
     state.model.train()
-    metrics.write(
-        {
-            "step": state.step,
-            "bytes_seen": state.bytes_seen,
-            "validation_bits_per_byte": bits_per_byte(nats, num_bytes),
-            "validation_bytes": num_bytes,
-        }
-    )
+    return {
+        "step": state.step,
+        "bytes_seen": state.bytes_seen,
+        "validation_bits_per_byte": bits_per_byte(nats, num_bytes),
+        "validation_bytes": num_bytes,
+    }
 
 
 @contextmanager

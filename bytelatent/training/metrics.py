@@ -28,11 +28,10 @@ class Metrics:
     Args:
         path: the file.
         after_step: rows after this step, which a resumed run will write again, are dropped.
-        num_steps: where the progress bar ends.
         title: in front of the progress bar.
     """
 
-    def __init__(self, path: Path, after_step: int, num_steps: int, title: str, console: Console):
+    def __init__(self, path: Path, after_step: int, title: str, console: Console):
         kept = [row for row in read_metrics(path) if row["step"] <= after_step]
         with whole_file(path) as aside:
             aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -42,14 +41,13 @@ class Metrics:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} {task.fields[status]}"),
+            TextColumn("{task.percentage:>3.0f} % {task.fields[status]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
         self._title = title
-        self._task = self._progress.add_task(title, total=num_steps, completed=after_step, status="")
-        self._num_steps = num_steps
+        self._task = self._progress.add_task(title, total=1.0, status="")
 
     def __enter__(self) -> "Metrics":
         self._progress.start()
@@ -59,20 +57,17 @@ class Metrics:
         self._progress.stop()
         self._file.close()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row; it is on disk when this returns."""
+    def write(self, row: dict[str, Any], done: float) -> None:
+        """Append a row; it is on disk when this returns. `done` is how much of the run is over, 0 to 1."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         status = "  ".join(text for key, text in _shown(row))
-        self._progress.update(self._task, completed=row["step"], status=status)
+        self._progress.update(self._task, completed=done, status=status)
         if not self._console.is_terminal and (
             time.monotonic() - self._last_line > 10 or "validation_bits_per_byte" in row
         ):
             self._last_line = time.monotonic()
-            self._console.print(f"{self._title} {row['step']}/{self._num_steps}  {status}", highlight=False)
-
-    def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(f"{self._title}  {done:4.0%}  step {row['step']}  {status}", highlight=False)
 
 
 def _shown(row: dict[str, Any]) -> list[tuple[str, str]]:

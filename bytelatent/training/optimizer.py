@@ -25,10 +25,14 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
 
 
-def learning_rate(step: int, num_steps: int, settings: OptimizerSettings) -> float:
-    """The rate at step 0, 1, ...: linear warm-up, then a cosine to `final_lr_ratio` of the peak at the last step."""
+def learning_rate(step: int, progress: float, settings: OptimizerSettings) -> float:
+    """Linear warm-up, then a cosine from the peak down to `final_lr_ratio` of it.
+
+    Args:
+        step: 0, 1, ...
+        progress: how much of the time after warm-up is over, 0 to 1.
+    """
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(num_steps - 1 - settings.warmup_steps, 1)
-    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    cosine = (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
     return settings.lr * (settings.final_lr_ratio + (1 - settings.final_lr_ratio) * cosine)

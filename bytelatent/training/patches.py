@@ -25,6 +25,8 @@ from bytelatent.interop import fingerprint
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
 
+SPREAD = 8  # text that is read for a sample, as a multiple of the sample
+
 
 def calibrate_on(
     byte_lm: ByteLM,
@@ -66,23 +68,27 @@ def calibrate_on(
 
 
 def sample_pieces(sources: Sequence[SourceSettings], text_bytes: int, context: int) -> list[Piece]:
-    """About `text_bytes` of text from all over the sources: their files in a fixed random order, by weight."""
+    """About `text_bytes` of text from all over the sources, by weight: the same pieces each time."""
+    random = np.random.default_rng(0)
     total = sum(source.weight for source in sources)
-    pieces: list[Piece] = []
+    sample: list[Piece] = []
     for source in sources:
         wanted = text_bytes * source.weight / total
-        files = find_files(source.path)
-        for file in np.random.default_rng(0).permutation(files):
+        read, pieces = 0, []
+        for file in random.permutation(find_files(source.path)):
             for _, document in read_documents(str(file), source.text_key):
-                pieces.extend(cut(Document(document.text[: max(int(wanted), 0)]), context))
-                wanted -= len(document.text)
-                if wanted <= 0:
+                pieces.extend(cut(Document(document.text), context))
+                read += len(document.text)
+                if read >= SPREAD * wanted:
                     break
-            if wanted <= 0:
+            if read >= SPREAD * wanted:
                 break
-    if not pieces:
+        random.shuffle(pieces)  # neighbours are alike: a sample from a wider stretch says more
+        sizes = np.cumsum([len(piece) for piece in pieces])
+        sample.extend(pieces[: int(np.searchsorted(sizes, wanted)) + 1])
+    if not sample:
         raise UserError("data: there is no text to calibrate on: every document is empty")
-    return pieces
+    return sample
 
 
 def _entropies(pieces: Sequence[Piece]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from bytelatent.training.patches import calibrate_on, write_calibration
 from bytelatent.training.settings import TrainSettings
 
 # What may differ when a run goes on: nothing that changes the steps already done.
-MAY_CHANGE = {"steps", "validation", "checkpoint", "log_every", "device", "compile", "byte_lm"}
+MAY_CHANGE = {"steps", "minutes", "validation", "checkpoint", "log_every", "device", "compile", "byte_lm"}
 
 
 @dataclass

@@ -48,7 +48,8 @@ class TrainSettings(Settings):
 
     Attributes:
         run: the folder it writes.
-        steps: optimizer steps.
+        steps: optimizer steps, or else
+        minutes: time spent in steps. The learning rate follows the clock, so such a run is not repeatable.
         model: a preset's name or the shapes themselves.
         patching: the rule (BLT only). With `calibration` its threshold may be left out.
         byte_lm: where the frozen byte LM is, if the rule needs entropies that are not stored with the text.
@@ -58,7 +59,8 @@ class TrainSettings(Settings):
 
     run: str = "runs/train"
     seed: int = 0
-    steps: int = Field(default=1000, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
     model: ModelSettings
     data: DataSettings
     patching: PatchSettings | None = None
@@ -93,6 +95,12 @@ class TrainSettings(Settings):
         if not isinstance(patching, dict):
             return values
         return {**values, "patching": {"threshold": 0.0, **patching}}
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("set steps or minutes (one of them): how long to train")
+        return self
 
     @model_validator(mode="after")
     def _patches(self) -> Self:

@@ -1,0 +1,38 @@
+# The virtual environment and the few commands everyone needs. `make` alone lists them.
+
+PYTHON ?= python3
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+		|| sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST)
+	@echo "  ARGS='...' is passed on (demo, test, lint); PYTHON=python3.12 chooses the interpreter of a new .venv"
+
+demo: .venv/.installed  ## train a small model on this machine and write a report
+	@.venv/bin/blt demo $(ARGS)
+
+# One thread a process: the processes share the cores already. More than eight only cost start-up time.
+test: .venv/.installed  ## run the tests, ARGS="tests/patching -x" for some of them
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+lint: .venv/.installed  ## ruff and basedpyright, ARGS=--fix to mend what can be
+	@bash dev/lint.sh $(ARGS)
+
+clean:  ## remove .venv, build output and caches (not runs/)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
+
+# `.unfinished` becomes the stamp only at the very end: a .venv whose making was interrupted is made anew, while one
+# that somebody made by hand is only brought up to date.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "PYTHON: '$(PYTHON)' is not Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+		exit 1; }
+	@if [ -e .venv/.unfinished ]; then rm -rf .venv; fi
+	@mkdir -p .venv && touch .venv/.unfinished && rm -f $@
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch .venv/.unfinished && mv .venv/.unfinished $@

@@ -1,0 +1,217 @@
+"""`blt VERB`: one small function a verb, no logic."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bytelatent.errors import UserError
+
+app = typer.Typer(
+    name="blt",
+    help="Byte-level language models with dynamic patches.\n\nStart with:  blt demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+DEFAULT_MODEL = "runs/demo"
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="A run, or a folder with a model.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def demo(
+    minutes: Annotated[float, typer.Option(min=0.1, help="About how long it may take.")] = 3.5,
+    out: Annotated[Path, typer.Option(help="The folder it writes.")] = Path(DEFAULT_MODEL),
+    text: Annotated[str | None, typer.Option(help="Your own text: a file or a folder.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of the text.")] = 0,
+) -> None:
+    """Train a byte LM and a BLT on this machine, measure them, and write a page to look at.
+
+    Example:  `blt demo --minutes 20 --text ~/notes`
+    """
+    from bytelatent.demo import run_demo
+
+    console = Console()
+    summary = run_demo(minutes, out, text, seed, console)
+    bits = summary["bits_per_byte"]
+    table = Table("", "bits per byte", title="held-out text")
+    for name in ("blt", "byte_lm", "xz"):
+        table.add_row(name, f"{bits[name]:.3f}")
+    console.print(table)
+    console.print(f"[bold]look at[/]  {out / 'report.html'}", highlight=False)
+    console.print(f"[bold]numbers[/]  {out / 'summary.json'}", highlight=False)
+    console.print("[bold]next[/]     blt generate 'def read(self' | blt patch 'any text' | blt demo --minutes 20")
+
+
+@app.command(context_settings={"allow_extra_args": False})
+def train(
+    settings: Annotated[list[str], typer.Argument(help="config=PATH and any number of key=value.")],
+) -> None:
+    """Train a byte LM or a BLT; the same command goes on with a run that was stopped.
+
+    Example:  `blt train config=apps/bytelatent/configs/byte_lm.yaml run=runs/mine data.train=text/*.jsonl steps=2000`
+    """
+    from bytelatent.train import main
+
+    print(main(settings))
+
+
+@app.command()
+def calibrate(
+    text: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
+    patch_bytes: Annotated[float, typer.Option(help="Mean bytes a patch should hold.")] = 4.5,
+    model: ModelOption = DEFAULT_MODEL,
+    max_bytes: Annotated[int, typer.Option(help="Text to measure on.")] = 1_000_000,
+) -> None:
+    """Find the threshold that gives a wanted patch size with a byte LM.
+
+    Example:  `blt calibrate text/*.jsonl --model runs/byte_lm --patch-bytes 6`
+    """
+    from bytelatent.data import DataSettings
+    from bytelatent.interop import load_byte_lm
+    from bytelatent.patching import PatchSettings
+    from bytelatent.training import calibrate_on
+
+    data = DataSettings.parse({"train": text})
+    rule = PatchSettings(mode="entropy", threshold=0.0)
+    print(calibrate_on(load_byte_lm(model), data, patch_bytes, rule, max_bytes).model_dump_json(indent=1))
+
+
+@app.command(name="eval")
+def evaluate(
+    text: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
+    model: ModelOption = DEFAULT_MODEL,
+    byte_lm: Annotated[str | None, typer.Option(help="The byte LM, if it is not inside the model.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Bits per byte of a model on text.
+
+    Example:  `blt eval held-out/*.jsonl --model runs/demo`
+    """
+    from bytelatent.eval import evaluate_model
+
+    result = evaluate_model(model, text, byte_lm, max_bytes, device, Console(stderr=True))
+    if as_json:
+        print(json.dumps(result))
+        return
+    patches = "" if result["mean_patch_bytes"] is None else f"  {result['mean_patch_bytes']:.2f} bytes a patch"
+    print(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to continue; standard input if left out.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    max_new_bytes: Annotated[int, typer.Option("--max-new-bytes", "-n", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Continue a text.
+
+    Example:  `blt generate "The history of" --max-new-bytes 300 --temperature 0.7`
+    """
+    from bytelatent.generate import continuation
+
+    text = _standard_input() if prompt is None else prompt
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    out = sys.stdout.buffer
+    for part in continuation(model, text, max_new_bytes, device, **sampling):
+        out.write(part)
+        out.flush()
+    out.write(b"\n")
+
+
+@app.command()
+def patch(
+    text: Annotated[str | None, typer.Argument(help="The text; standard input if left out.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    rule: Annotated[
+        str | None, typer.Option(help="The model's if left out, or e.g. space, static:4, bpe:FILE.")
+    ] = None,
+    compare: Annotated[str | None, typer.Option(help="Several rules: entropy,space,static:4")] = None,
+    entropies: Annotated[bool, typer.Option("--entropies", "-e", help="Show each byte's entropy.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page instead.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show where patches begin in a text.
+
+    Example:  `blt patch "Daenerys Targaryen is in Game of Thrones" --compare entropy,space,static:4`
+    """
+    from bytelatent.patch import Rules
+    from bytelatent.report import patched_text, write_patches_page
+
+    data = _standard_input() if text is None else text
+    names = [name.strip() for name in (compare or rule or "entropy").split(",")]
+    rules = Rules(model)
+    patched = {name: rules.patches(name, data) for name in names}
+    if as_json:
+        print(json.dumps({name: [vars(patch) for patch in patches] for name, patches in patched.items()}))
+    elif html is not None:
+        write_patches_page(html, patched, "Patches", rules.thresholds)
+        print(html)
+    else:
+        console = Console()
+        for name, patches in patched.items():
+            console.print(patched_text(name, patches, entropies))
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A preset (blt-1b, blt-8b, entropy, ...), a run, or a folder.")] = "",
+    patch_bytes: Annotated[float, typer.Option(min=1, help="Mean bytes a patch.")] = 4.5,
+    context: Annotated[int, typer.Option(min=1, help="Bytes of a document seen at once.")] = 8192,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a model's shape, parameters and FLOPs per byte, part by part.
+
+    Example:  `blt info blt-1b --patch-bytes 6`
+    """
+    from bytelatent.info import describe
+
+    description = describe(model, patch_bytes, context)
+    if as_json:
+        print(json.dumps(description.plain()))
+    else:
+        Console().print(description.table())
+
+
+def guarded(call: Callable[[], Any]) -> None:
+    """Run a command: bad input ends it with one clear line and exit code 2, a wish to stop with 130."""
+    from bytelatent.training import Interrupted
+
+    try:
+        call()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def main() -> None:
+    """The command `blt`."""
+    guarded(app)
+
+
+def _standard_input() -> bytes:
+    if sys.stdin.isatty():
+        raise UserError("no text: give it as an argument, or pipe it in")
+    return sys.stdin.buffer.read()
+
+
+if __name__ == "__main__":
+    main()

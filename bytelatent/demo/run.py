@@ -1,0 +1,163 @@
+"""The demo's steps, one after another."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bytelatent.blt import BLT
+from bytelatent.data import DataSettings, SourceSettings, batches_once, read_documents
+from bytelatent.demo.text import DemoText, collect
+from bytelatent.demo.xz import xz_bits_per_byte
+from bytelatent.errors import UserError
+from bytelatent.evaluation import evaluate
+from bytelatent.files import whole_file
+from bytelatent.patching import Patch, PatchSettings
+from bytelatent.report import Report, write_report
+from bytelatent.training import TrainSettings, read_metrics, train
+from bytelatent.training.settings import (
+    CalibrationSettings,
+    CheckpointSettings,
+    OptimizerSettings,
+    ValidationSettings,
+)
+
+PATCH_BYTES = 4.5
+CONTEXT = 1024
+BATCH_BYTES = 4096
+BYTE_LM_SHARE, BLT_SHARE = 0.25, 0.55  # of the minutes; the rest measures, generates and reports
+VALID_BYTES = 200_000  # of held-out text that bits per byte are measured on
+SHOWN_BYTES = 2_000  # of held-out text in the report
+PROMPTS = ("def read(self, ", "The history of ", "import ")
+SAMPLE_BYTES = 200
+
+
+def run_demo(minutes: float, folder: Path, own_text: str | None, seed: int, console: Console) -> dict[str, Any]:
+    """Train a byte LM and a BLT, measure, generate, report.
+
+    Args:
+        minutes: about how long it may take on this machine.
+        folder: what an earlier demo left there is replaced.
+        own_text: a file or folder; None for Python's standard library.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        UserError: too little text, or a folder that is no demo's.
+    """
+    began = time.perf_counter()
+    _clear(folder)
+    text = collect(own_text, folder / "text")
+    _say(console, "text", f"{text.what}: {text.train_bytes:,} bytes to learn from, {text.valid_bytes:,} held out")
+    held_out = _read(text.valid)[:VALID_BYTES]
+    xz, how = xz_bits_per_byte(_read(text.train), held_out)
+    _say(console, "xz", f"{xz:.3f} bits per byte ({how})")
+
+    _say(console, "byte LM", f"{minutes * BYTE_LM_SHARE:.1f} minutes of training")
+    train(_settings("demo-byte-lm", folder / "byte_lm_training", text, seed, minutes=minutes * BYTE_LM_SHARE), console)
+
+    _say(console, "BLT", f"{minutes * BLT_SHARE:.1f} minutes of training, patches of about {PATCH_BYTES} bytes")
+    settings = _settings(
+        "demo-blt",
+        folder,
+        text,
+        seed,
+        minutes=minutes * BLT_SHARE,
+        patching=PatchSettings(mode="entropy", threshold=0.0),
+        calibration=CalibrationSettings(patch_bytes=PATCH_BYTES, text_bytes=VALID_BYTES),
+        byte_lm=str(folder / "byte_lm_training"),
+    )
+    train(settings, console)
+
+    model = BLT.from_pretrained(folder)
+    bits = {"blt": _held_out_bits(model, text), "byte_lm": _held_out_bits(model.byte_lm, text), "xz": xz}
+    _say(console, "measured", ", ".join(f"{name} {value:.3f}" for name, value in bits.items()) + " bits per byte")
+    patches = model.patch(held_out[:VALID_BYTES])
+    samples = [(prompt, model.generate(prompt, SAMPLE_BYTES, temperature=0.7, seed=seed)) for prompt in PROMPTS]
+    summary = {
+        "bits_per_byte": bits,
+        "xz": how,
+        "mean_patch_bytes": len(held_out) / len(patches),
+        "threshold": model.patching.threshold,
+        "seconds": round(time.perf_counter() - began, 1),
+        "train_bytes": text.train_bytes,
+        "valid_bytes": len(held_out),
+        "text": text.what,
+        "sample": "".join(samples[0]),
+    }
+    _write_json(folder / "summary.json", summary)
+    report = Report(
+        title=f"A byte LM and a BLT, trained on {text.what} in {summary['seconds'] / 60:.1f} minutes",
+        summary=summary,
+        curves={
+            "byte LM": read_metrics(folder / "byte_lm_training" / "metrics.jsonl"),
+            "BLT": read_metrics(folder / "metrics.jsonl"),
+        },
+        texts={"held-out text": _shown(patches)},
+        patch_lengths=[patch.end - patch.start for patch in patches],
+        threshold=model.patching.threshold,
+        samples=samples,
+        notes=[f"xz: {how}.", f"Bits per byte are measured on {len(held_out):,} bytes of held-out text."],
+    )
+    write_report(folder / "report.html", report)
+    return summary
+
+
+def _settings(model: str, run: Path, text: DemoText, seed: int, **more: Any) -> TrainSettings:
+    return TrainSettings.model_validate(
+        {
+            "run": str(run),
+            "seed": seed,
+            "model": model,
+            "data": DataSettings(
+                train=[SourceSettings(path=str(text.train))],
+                valid=[SourceSettings(path=str(text.valid))],
+                context=CONTEXT,
+                batch_bytes=BATCH_BYTES,
+            ),
+            "optimizer": OptimizerSettings(lr=3e-3, warmup_steps=20, weight_decay=0.05),
+            "validation": ValidationSettings(every=10_000, max_bytes=VALID_BYTES // 4),
+            "checkpoint": CheckpointSettings(every=10_000, keep=1),
+            "log_every": 1,
+            **more,
+        }
+    )
+
+
+def _held_out_bits(model: BLT | Any, text: DemoText) -> float:
+    """Bits per byte of a BLT or a byte LM on the held-out bytes that xz packed."""
+    network, patcher = (model.model, model.patcher) if isinstance(model, BLT) else (model, None)
+    sources = [SourceSettings(path=str(text.valid))]
+    return evaluate(network, batches_once(sources, CONTEXT, BATCH_BYTES, patcher, VALID_BYTES)).bits_per_byte
+
+
+def _shown(patches: list[Patch]) -> list[Patch]:
+    """The patches of the first bytes, as many as a page should show."""
+    return [patch for patch in patches if patch.end <= SHOWN_BYTES]
+
+
+def _clear(folder: Path) -> None:
+    """Make room for a demo where an earlier one stands, and only there."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "text" / "train.jsonl").is_file()):
+        raise UserError(f"demo: '{folder}' holds something else than an earlier demo; name another folder with --out")
+    shutil.rmtree(folder)
+
+
+def _read(jsonl: Path) -> bytes:
+    return b"".join(document.text for _, document in read_documents(str(jsonl)))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _say(console: Console, what: str, line: str) -> None:
+    console.print(f"[bold]{what:<9}[/]", end="")
+    console.print(line, highlight=False, markup=False)

@@ -1,0 +1,94 @@
+"""Text for the demo: the standard library of the interpreter that runs it, or the user's own."""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bytelatent.data import find_files, read_documents
+from bytelatent.errors import UserError
+from bytelatent.files import whole_file
+
+HELD_OUT_ONE_IN = 16  # documents, chosen by a hash of their names
+CHUNK = 8192  # bytes; longer documents are cut, so that no few of them make up the held-out text
+LEAST = 100_000  # bytes of text below which there is nothing to learn from
+# Not installed everywhere, other people's, or (encodings) tables of characters rather than text.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class DemoText:
+    train: Path  # JSONL
+    valid: Path
+    train_bytes: int
+    valid_bytes: int
+    what: str  # in a few words
+
+
+def collect(own: str | None, folder: Path) -> DemoText:
+    """Write `train.jsonl` and `valid.jsonl` into `folder`.
+
+    Args:
+        own: a file or folder of the user's; None for the standard library.
+
+    Raises:
+        UserError: there is too little text.
+    """
+    documents = _own(own) if own else _standard_library()
+    what = f"'{own}'" if own else "Python's standard library"
+    parts: dict[str, list[tuple[str, bytes]]] = {"train": [], "valid": []}
+    for name, text in documents:
+        parts["valid" if _held_out(name) else "train"].extend(_chunks(name, text))
+    for rows in parts.values():
+        rows.sort(key=lambda row: _hash(row[0]))  # any prefix is a fair sample
+    sizes = {part: sum(len(text) for _, text in rows) for part, rows in parts.items()}
+    if sizes["train"] < LEAST or not sizes["valid"]:
+        raise UserError(
+            f"demo: {what} holds {sum(sizes.values()):,} bytes, {sizes['valid']:,} of them held out; "
+            f"it takes {LEAST:,} bytes at the least, in one file or in some 20 documents"
+        )
+    for part, rows in parts.items():
+        with whole_file(folder / f"{part}.jsonl") as aside, aside.open("w", encoding="utf-8") as lines:
+            for name, text in rows:
+                row = {"id": name, "text": text.decode("utf-8", errors="surrogateescape")}
+                lines.write(json.dumps(row) + "\n")
+    return DemoText(folder / "train.jsonl", folder / "valid.jsonl", sizes["train"], sizes["valid"], what)
+
+
+def _standard_library() -> Iterator[tuple[str, bytes]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root)
+        if not LEFT_OUT & set(name.parts):
+            yield str(name), file.read_bytes()
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield f"pydoc_data/{name}", text.encode("utf-8")
+
+
+def _own(path: str) -> Iterator[tuple[str, bytes]]:
+    """The user's documents. A single one is held out by its chunks, several as they are."""
+    found = [(f"{file}:{row}", document.text) for file in find_files(path) for row, document in read_documents(file)]
+    for name, text in found:
+        yield from _chunks(name, text) if len(found) == 1 else [(name, text)]
+
+
+def _chunks(name: str, text: bytes) -> Iterator[tuple[str, bytes]]:
+    """Parts of about `CHUNK` bytes, which end with a line where they can."""
+    at = 0
+    while at < len(text):
+        line_end = text.rfind(b"\n", at + CHUNK // 2, at + CHUNK)
+        end = line_end + 1 if line_end >= 0 else at + CHUNK
+        yield f"{name}:{at}", text[at:end]
+        at = end
+
+
+def _held_out(name: str) -> bool:
+    return _hash(name) % HELD_OUT_ONE_IN == 0
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")

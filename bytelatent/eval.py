@@ -1,0 +1,40 @@
+"""Bits per byte of any model on text."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from bytelatent.data import DataSettings, Patcher, batches_once, find_files
+from bytelatent.device import choose_device
+from bytelatent.errors import UserError
+from bytelatent.evaluation import evaluate
+from bytelatent.interop import load
+
+
+def evaluate_model(
+    model: str, text: list[str], byte_lm: str | None, max_bytes: int | None, device: str, console: Console
+) -> dict[str, Any]:
+    """Evaluate a BLT or a byte LM.
+
+    Raises:
+        UserError: the model or the text is not there.
+    """
+    found = load(model, byte_lm)
+    place = choose_device(device)
+    patcher = None
+    if found.config.patching is not None:
+        if found.config.patching.needs_entropies and found.byte_lm is None:
+            raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --byte-lm")
+        patcher = Patcher(found.config.patching, found.byte_lm.to(place) if found.byte_lm else None)
+    sources = DataSettings.parse({"train": text}).train
+    for source in sources:
+        find_files(source.path)  # complain before the bar appears
+    context = found.config.context
+    batches = batches_once(sources, context, max(context, 4096), patcher, max_bytes)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=max_bytes)
+        result = evaluate(found.model.to(place), batches, on_batch=lambda n: progress.advance(task, n))
+    return {"model": found.source, **asdict(result)}

@@ -1,0 +1,141 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
+from bytelatent.errors import UserError
+from bytelatent.patching import PatchSettings, PatchState, next_starts, patch_lengths, step
+from tests.patching import slow
+from tests.patching.streams import Document, documents, packed, tensors
+
+
+def batch(document: Document, rule: PatchSettings) -> list[bool]:
+    ids, entropies, position = tensors(document)
+    return next_starts(ids, entropies if rule.needs_entropies else None, position, rule).tolist()
+
+
+@given(documents)
+def test_batch_equals_the_slow_rule(rule: PatchSettings, document: Document) -> None:
+    assert batch(document, rule) == slow.starts(*document, rule)[1:]
+
+
+@given(st.lists(documents, min_size=1, max_size=3))
+def test_step_equals_batch(rule: PatchSettings, rows: list[Document]) -> None:
+    num_ids = min(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids[:num_ids] for ids, _ in rows])
+    entropies = torch.tensor([entropies[:num_ids] for _, entropies in rows]) if rule.needs_entropies else None
+    position = torch.arange(num_ids).expand(ids.shape)
+    state, decided = PatchState.empty(len(rows)), []
+    for index in range(num_ids):
+        state, starts = step(state, ids[:, index], None if entropies is None else entropies[:, index], rule)
+        decided.append(starts)
+    assert torch.stack(decided, dim=1).tolist() == next_starts(ids, entropies, position, rule).tolist()
+
+
+@given(st.lists(documents, min_size=1, max_size=4))
+def test_a_packed_document_is_patched_as_alone(rule: PatchSettings, stream: list[Document]) -> None:
+    ids, entropies, position = packed(stream)
+    together = next_starts(ids, entropies if rule.needs_entropies else None, position, rule)
+    alone = [batch(document, rule) for document in stream]
+    assert together.tolist() == [start for starts in alone for start in starts]
+
+
+@given(documents, st.data())
+def test_what_follows_changes_nothing_before(rule: PatchSettings, document: Document, drawn: st.DataObject) -> None:
+    ids, entropies = document
+    cut = drawn.draw(st.integers(1, len(ids)))
+    prefix = ids[:cut], entropies[:cut]
+    assert batch(prefix, rule) == batch(document, rule)[:cut]
+
+    def lengths(part: Document) -> list[int]:
+        ids, entropies, _ = tensors(part)
+        return patch_lengths(ids[None], entropies[None] if rule.needs_entropies else None, rule)[0].tolist()
+
+    *closed, _ = lengths(prefix)  # the last patch of the prefix may go on
+    assert lengths(document)[: len(closed)] == closed
+
+
+@pytest.mark.parametrize("include_next", [True, False])
+@given(rows=st.lists(documents, min_size=1, max_size=4))
+def test_lengths_of_ragged_rows(rule: PatchSettings, include_next: bool, rows: list[Document]) -> None:
+    num_ids = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [-1] * (num_ids - len(ids)) for ids, _ in rows])
+    padded = [entropies + [9.0] * (num_ids - len(entropies)) for _, entropies in rows]
+    entropies = torch.tensor(padded) if rule.needs_entropies else None
+    together = patch_lengths(ids, entropies, rule, include_next=include_next)
+    assert together.dtype == torch.long
+    assert together.shape[1] == max(len([length for length in row if length]) for row in together.tolist())
+    for row, document in zip(together.tolist(), rows, strict=True):
+        lengths = [length for length in row if length]
+        assert row == lengths + [0] * (len(row) - len(lengths))  # zeros stand at the end alone
+        assert min(lengths) >= 1
+        assert sum(lengths) == len(document[0]) + include_next
+        assert max(lengths) <= (rule.max_patch_length or num_ids + 1)
+        starts = slow.starts(*document, rule)
+        assert lengths == slow.lengths(starts if include_next else starts[:-1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spread"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3), (torch.float32, 1e-7), (torch.float64, 1e-8)]
+)
+@pytest.mark.parametrize(
+    "numbers", [{"threshold": 2.0, "monotonicity": True}, {"threshold": 1.5, "threshold_add": 2.0}]
+)
+def test_step_equals_batch_in_any_precision(dtype: torch.dtype, spread: float, numbers: dict[str, float]) -> None:
+    rule = PatchSettings.parse(numbers)
+    generator = torch.Generator().manual_seed(0)
+    # Every other entropy rises by nearly 2 nats, so that whatever rounds on one path alone tips a decision.
+    low, noise = torch.rand(2, 1000, generator=generator, dtype=torch.float64)
+    entropies = torch.stack([low, low + 2.0 + (noise - 0.5) * spread], dim=1).view(1, -1).to(dtype)
+    ids = torch.full(entropies.shape, 100)
+    state, decided = PatchState.empty(1), []
+    for index in range(ids.shape[1]):
+        state, starts = step(state, ids[:, index], entropies[:, index], rule)
+        decided.append(bool(starts))
+    assert decided == next_starts(ids, entropies, torch.arange(ids.shape[1])[None], rule)[0].tolist()
+
+
+def test_no_ids_and_no_rows(rule: PatchSettings) -> None:
+    def lengths(ids: Tensor, include_next: bool) -> list[list[int]]:
+        return patch_lengths(ids, ids.float() if rule.needs_entropies else None, rule, include_next).tolist()
+
+    assert lengths(torch.zeros(2, 0, dtype=torch.long), include_next=True) == [[1], [1]]
+    assert lengths(torch.zeros(2, 0, dtype=torch.long), include_next=False) == [[], []]
+    assert lengths(torch.full((1, 3), -1), include_next=False) == [[]]
+    assert lengths(torch.zeros(0, 3, dtype=torch.long), include_next=True) == []
+
+
+def test_what_a_rule_needs_and_does_not_get_is_named() -> None:
+    entropy = PatchSettings(threshold=1.0)
+    ids = torch.full((2, 3), 100)
+    with pytest.raises(UserError, match="rule 'entropy' needs the byte LM's entropies"):
+        patch_lengths(ids, None, entropy)
+    with pytest.raises(UserError, match="rule 'space' needs ids"):
+        patch_lengths(None, ids.float(), PatchSettings(mode="space"))
+    with pytest.raises(UserError, match=r"ids \[2, 3\] and entropies \[2, 2\] differ"):
+        patch_lengths(ids, torch.zeros(2, 2), entropy)
+    with pytest.raises(UserError, match=r"not a tensor of shape \[3\]"):
+        patch_lengths(ids[0], None, PatchSettings(mode="byte"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "needs a threshold"),
+        ({"mode": "space", "threshold": 1.0}, "threshold belongs to mode 'entropy'"),
+        ({"mode": "static"}, "needs patch_size"),
+        ({"mode": "static", "patch_size": 0}, "greater than or equal to 1"),
+        ({"mode": "byte", "patch_size": 2}, "patch_size belongs to mode 'static'"),
+        ({"mode": "bpe"}, "needs tokenizer"),
+        ({"threshold": 1.0, "monotonicity": True, "threshold_add": 0.5}, "two different rules"),
+        ({"mode": "byte", "max_patch_length": 0}, "greater than or equal to 1"),
+        ({"mode": "entropie", "threshold": 1.0}, "'entropie'"),
+    ],
+)
+def test_numbers_that_do_not_belong_together_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PatchSettings.parse(values)
+    with pytest.raises(ValidationError):
+        PatchSettings.model_validate(values)
