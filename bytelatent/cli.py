@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bytelatent.errors import UserError
+from bytelatent.errors import UserError, guarded
 
 app = typer.Typer(
     name="blt",
@@ -186,20 +185,6 @@ def info(
         print(json.dumps(description.plain()))
     else:
         Console().print(description.table())
-
-
-def guarded(call: Callable[[], Any]) -> None:
-    """Run a command: bad input ends it with one clear line and exit code 2, a wish to stop with 130."""
-    from bytelatent.training import Interrupted
-
-    try:
-        call()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 def main() -> None:

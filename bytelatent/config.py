@@ -82,7 +82,8 @@ def _resolved(config: Any, where: str) -> dict[str, Any]:
 
 
 def _one_line(model: type[BaseModel], error: ValidationError, where: str) -> str:
-    first = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])  # a wrong key explains the rest
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     prefix = f"{where}: " if where else ""

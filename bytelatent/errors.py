@@ -1,4 +1,9 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors that are the user's to mend, and how a command ends on them."""
+
+import difflib
+import sys
+from collections.abc import Callable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -14,7 +19,21 @@ class UserError(ValueError):
 
 def nearest(name: str, known: list[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, else the empty string."""
-    import difflib
-
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+class Interrupted(Exception):
+    """Work was asked to stop and did so in good order. The message says how to go on."""
+
+
+def guarded(call: Callable[[], Any]) -> None:
+    """Run a command: bad input ends it with one clear line and exit code 2, a wish to stop with 130."""
+    try:
+        call()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+        sys.exit(130)

@@ -69,4 +69,4 @@ def describe(model: str, patch_bytes: float, context: int) -> Description:
 
 
 def _in_words(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not False)
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None and value is not False)

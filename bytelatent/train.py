@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bytelatent.config import load_yaml, merge
-from bytelatent.errors import UserError
+from bytelatent.errors import UserError, guarded
 from bytelatent.training import TrainSettings, train
 
 USAGE = "name a configuration or settings: blt train config=apps/bytelatent/configs/byte_lm.yaml run=runs/mine"
@@ -31,6 +31,4 @@ def main(arguments: list[str], console: Console | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    from bytelatent.cli import guarded
-
     guarded(lambda: main(sys.argv[1:]))

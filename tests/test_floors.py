@@ -13,7 +13,8 @@ FLOORS = [
     ["model", "patching", "launch"],
     ["inference", "data", "interop", "report"],
     ["training", "evaluation", "serving"],
-    ["blt", "demo", "train", "stool", "eval", "generate", "info", "patch"],
+    ["blt"],
+    ["demo", "train", "stool", "eval", "generate", "info", "patch"],
     ["cli"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

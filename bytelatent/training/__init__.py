@@ -1,8 +1,8 @@
 """Training: settings, optimizer, checkpoints, metrics, the loop."""
 
-from bytelatent.training.loop import Interrupted, train
+from bytelatent.training.loop import train
 from bytelatent.training.metrics import read_metrics
 from bytelatent.training.patches import calibrate_on
 from bytelatent.training.settings import TrainSettings
 
-__all__ = ["Interrupted", "TrainSettings", "calibrate_on", "read_metrics", "train"]
+__all__ = ["TrainSettings", "calibrate_on", "read_metrics", "train"]

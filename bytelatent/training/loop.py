@@ -14,7 +14,7 @@ from torch import nn
 
 from bytelatent.data import Batch, Loader, Patcher, batches_once, surprise
 from bytelatent.device import autocast, choose_device, choose_dtype
-from bytelatent.errors import UserError
+from bytelatent.errors import Interrupted, UserError
 from bytelatent.model import build
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
@@ -22,10 +22,6 @@ from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.run import open_run
 from bytelatent.training.settings import TrainSettings
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; a checkpoint is written. The message says how to go on."""
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> Path:

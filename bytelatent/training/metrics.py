@@ -61,7 +61,7 @@ class Metrics:
         """Append a row; it is on disk when this returns. `done` is how much of the run is over, 0 to 1."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        status = "  ".join(text for key, text in _shown(row))
+        status = "  ".join(text for _, text in _shown(row))
         self._progress.update(self._task, completed=done, status=status)
         if not self._console.is_terminal and (
             time.monotonic() - self._last_line > 10 or "validation_bits_per_byte" in row

@@ -203,7 +203,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="disk is full"):
         write_report(path, Report(title="t"))
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == ["r.html"]
