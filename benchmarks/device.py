@@ -1,0 +1,124 @@
+"""Is a GPU right, and how fast is it? First the numbers, then the times.
+
+    python benchmarks/device.py [--preset blt-1b] [--bytes 16384]
+
+Correctness: logits on the GPU (FlexAttention) against the CPU (explicit masks), float32, with windows, several
+documents and padding; a perturbed id outside the window must change nothing. Speed: forward and backward, bf16,
+compiled, random patches of mean 4.5 bytes.
+"""
+
+import argparse
+import time
+
+import torch
+
+from bytelatent.model import (
+    BLTModel,
+    BLTSettings,
+    ByteLM,
+    ByteLMSettings,
+    PatchedStream,
+    add_patches,
+    build,
+    pack_rows,
+    preset,
+)
+from bytelatent.model.flops import costs
+from bytelatent.model.loss import sum_of_nats
+from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
+
+
+def stream(sizes: list[int], patch_bytes: float, slots: int | None = None) -> PatchedStream:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(4, 260, (size,), generator=generator) for size in sizes]
+    starts = torch.rand(sum(sizes), generator=generator) < 1 / patch_bytes
+    return add_patches(pack_rows(rows), starts, slots)
+
+
+def small_blt() -> BLTSettings:
+    stack = StackSettings(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, window=100, multiple_of=32)
+    middle = StackSettings(dim=96, num_layers=2, num_heads=4, multiple_of=32)
+    return BLTSettings(
+        encoder=stack,
+        global_transformer=middle,
+        decoder=stack,
+        cross_attention=CrossAttentionSettings(k=2, num_heads=4),
+        ngram_hash=NgramHashSettings(vocab_size=1009),
+    )
+
+
+@torch.no_grad()
+def check() -> None:
+    """Raise if the GPU's logits are not the CPU's."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    batch = stream([700, 33, 1, 250, 129], 4.5)
+    torch.manual_seed(0)
+    blt = BLTModel(small_blt())
+    byte_lm = ByteLM(ByteLMSettings(dim=64, num_layers=2, num_heads=4, window=100, multiple_of=32))
+    for name, model in (("BLT", blt), ("byte LM", byte_lm)):
+        expected = model(batch)
+        model.to("cuda")
+        found = model(batch.to("cuda")).cpu()
+        print(f"{name}: largest difference of logits {(found - expected).abs().max():.2e}")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    changed = batch.to("cuda")
+    before = byte_lm(changed)
+    changed.ids[10] = 4 + (changed.ids[10] - 4 + 1) % 256
+    differs = (byte_lm(changed) - before).abs().amax(dim=-1).cpu() > 0
+    seen = 10 + 2 * 99  # two layers of a window of 100
+    assert bool(differs[10]), "a changed id must change its own logits"
+    assert not differs[:10].any(), "a later id reached back"
+    assert not differs[seen + 1 : 700].any(), "an id reached over its window"
+    assert not differs[700:].any(), "an id reached another document"
+    print("masks: nothing leaks")
+
+
+def speed(name: str, num_bytes: int, sizes: list[int], compiled: bool) -> None:
+    settings = preset(name)
+    batch = stream(sizes, 4.5, slots=round(num_bytes / 4.5 * 1.1)).to("cuda")
+    targets = torch.randint(4, 260, (num_bytes,), device="cuda")
+    with torch.device("cuda"):
+        model = build(settings)
+    call = torch.compile(model, dynamic=False) if compiled else model
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = sum_of_nats(call(batch), targets) / num_bytes
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    began = time.perf_counter()
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    warm, began = time.perf_counter() - began, time.perf_counter()
+    for _ in range(10):
+        step()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / 10
+    flops = 3 * sum(part.flops_per_byte for part in costs(settings, 4.5, max(sizes)))
+    print(
+        f"{name} {'compiled' if compiled else 'eager'}, {len(sizes)} x {sizes[0]:,} bytes: "
+        f"{num_bytes / seconds:,.0f} bytes/s, {flops * num_bytes / seconds / 1e12:.0f} TFLOP/s, "
+        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, warm-up {warm:.0f} s",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="blt-1b")
+    parser.add_argument("--bytes", type=int, default=16_384)
+    parser.add_argument("--documents", type=int, default=2)
+    arguments = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    check()
+    sizes = [arguments.bytes // arguments.documents] * arguments.documents
+    for compiled in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        speed(arguments.preset, sum(sizes), sizes, compiled)
+
+
+if __name__ == "__main__":
+    main()
