@@ -12,6 +12,7 @@ from pathlib import Path
 from bytelatent.errors import UserError
 
 MANIFEST = "complete.json"
+SCANT_BYTES = 2**16  # less free space than this is a full disk
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         os.replace(aside, path)
-    except OSError as error:
+    except Exception as error:
         raise _not_written(path, error) from None
     finally:
         with suppress(OSError):
@@ -39,6 +40,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
@@ -46,11 +49,15 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         if path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, old)
-            os.replace(aside, path)
-            shutil.rmtree(old)
+            try:
+                os.replace(aside, path)
+            except BaseException:
+                os.replace(old, path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(aside, path)
-    except OSError as error:
+    except Exception as error:
         raise _not_written(path, error) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -95,7 +102,22 @@ def _digest(file: Path) -> list[int | str]:
         return [file.stat().st_size, hashlib.file_digest(data, "sha256").hexdigest()]
 
 
-def _not_written(path: Path, error: OSError) -> UserError:
-    if error.errno == errno.ENOSPC:
+def _not_written(path: Path, error: Exception) -> Exception:
+    """The error to raise in place of `error`, met while `path` was being written."""
+    if isinstance(error, UserError):
+        return error
+    if _disk_is_full(path, error):
         return UserError(f"the disk is full: '{path}' was not written, what was there before is whole; make room")
-    return UserError(f"'{path}' cannot be written: {error.strerror or error}")
+    if isinstance(error, OSError):
+        return UserError(f"'{path}' cannot be written: {error.strerror or error}")
+    return error
+
+
+def _disk_is_full(path: Path, error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    # safetensors and torch.save hide the system's error in one of their own, torch without its name. What they wrote
+    # still stands aside here, so a disk that was too small for it has nothing left.
+    with suppress(OSError):
+        return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(path.parent).free < SCANT_BYTES
+    return False

@@ -4,6 +4,7 @@ import glob
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ def read_documents(file: str, text_key: str = "text", first_row: int = 0) -> Ite
                 yield row, document
     except OSError as error:
         raise UserError(f"data: '{file}' cannot be read: {error.strerror or error}") from None
+    except (EOFError, zlib.error) as error:  # gzip's own, for a file that ends early or is damaged
+        raise UserError(f"data: '{file}' is not a whole gzip file: {error}") from None
 
 
 def _plain_text(file: str, first_row: int) -> Iterator[tuple[int, Document]]:
@@ -88,8 +91,9 @@ def _jsonl_rows(file: str, text_key: str, first_row: int) -> Iterator[tuple[int,
                 continue
             try:  # bytes that are no UTF-8 survive as surrogates and become themselves again in `to_bytes`
                 values = json.loads(line.decode("utf-8", errors="surrogateescape"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"data: '{file}' line {row + 1} is not JSON ({error.msg}); mend or remove it") from None
+            except (ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python reads, too
+                detail = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise UserError(f"data: '{file}' line {row + 1} is not JSON ({detail}); mend or remove it") from None
             if not isinstance(values, dict):
                 raise UserError(f"data: '{file}' line {row + 1} is not a JSON object with the key '{text_key}'")
             yield row, _document(values, text_key, f"'{file}' line {row + 1}")
@@ -126,7 +130,10 @@ def _document(values: dict[str, Any], text_key: str, where: str) -> Document:
     stored = values.get("entropies")
     if stored is None:
         return Document(data)
-    entropies = np.asarray(stored, dtype=np.float32)
+    try:
+        entropies = np.asarray(stored, dtype=np.float32)
+    except (ValueError, TypeError):
+        raise UserError(f"data: {where} has entropies that are not a list of numbers") from None
     if entropies.shape != (len(data) + 1,):
         raise UserError(
             f"data: {where} has {entropies.size} entropies for {len(data)} bytes; "

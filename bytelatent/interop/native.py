@@ -133,8 +133,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist; the folder is not complete") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' holds no JSON object; it should be a mapping of keys to values")
+    return values

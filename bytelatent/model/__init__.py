@@ -2,8 +2,10 @@
 
 from torch import nn
 
+from bytelatent.model.block import Block
 from bytelatent.model.blt import BLTModel
 from bytelatent.model.byte_lm import ByteLM, entropies
+from bytelatent.model.patch_attention import CrossAttention
 from bytelatent.model.presets import PRESETS, preset
 from bytelatent.model.settings import BLTSettings, ByteLMSettings, ModelSettings
 from bytelatent.model.stream import PatchedStream, Stream, add_patches, pack_rows
@@ -12,6 +14,13 @@ from bytelatent.model.stream import PatchedStream, Stream, add_patches, pack_row
 def build(settings: ModelSettings) -> nn.Module:
     """The model these settings describe, with fresh weights, on torch's default device."""
     return ByteLM(settings) if isinstance(settings, ByteLMSettings) else BLTModel(settings)
+
+
+def compile_regions(model: nn.Module) -> None:
+    """Compile a model block by block: alike blocks share one graph, and masks are built outside of it."""
+    for part in model.modules():
+        if isinstance(part, Block | CrossAttention):
+            part.compile()
 
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "Stream",
     "add_patches",
     "build",
+    "compile_regions",
     "entropies",
     "pack_rows",
     "preset",

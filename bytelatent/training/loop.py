@@ -15,7 +15,7 @@ from torch import nn
 from bytelatent.data import Batch, Loader, Patcher, batches_once, surprise
 from bytelatent.device import autocast, choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.model import build
+from bytelatent.model import build, compile_regions
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bytelatent.training.metrics import Metrics
@@ -46,12 +46,12 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
     for line in load_checkpoint(run.folder, state):
         console.print(line, highlight=False)
-    wants_compile = device.type == "cuda" if settings.compile == "auto" else settings.compile
-    call = torch.compile(model, dynamic=settings.data.batch_patches is None) if wants_compile else model
+    if device.type == "cuda" if settings.compile == "auto" else settings.compile:
+        compile_regions(model)
 
     def loss(batch: Batch) -> torch.Tensor:
         with autocast(device, dtype):
-            return surprise(call, batch)
+            return surprise(model, batch)
 
     with (
         _stop_signals() as stopped,
