@@ -61,6 +61,8 @@ class BLT:
         found = load(source, byte_lm)
         if not isinstance(found.model, BLTModel):
             raise UserError(f"model: '{source}' holds a byte LM, which has no patches; name a BLT")
+        if found.config.patching is None:
+            raise UserError(f"model: '{source}' names no patching rule; its config.json should have one")
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype: '{dtype}' is none; use float32 or bfloat16")
         place = choose_device(device)

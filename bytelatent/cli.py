@@ -52,7 +52,7 @@ def demo(
 
 @app.command(context_settings={"allow_extra_args": False})
 def train(
-    settings: Annotated[list[str], typer.Argument(help="config=PATH and any number of key=value.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="config=PATH and any number of key=value.")] = None,
 ) -> None:
     """Train a byte LM or a BLT; the same command goes on with a run that was stopped.
 
@@ -60,7 +60,7 @@ def train(
     """
     from bytelatent.train import main
 
-    print(main(settings))
+    print(main(settings or []))
 
 
 @app.command()

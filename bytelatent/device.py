@@ -14,11 +14,15 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device: '{name}' is none; use auto, cpu, cuda, cuda:1 or mps") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device: '{name}' is none; use auto, cpu, cuda, cuda:1 or mps")
     if (device.type == "cuda" and not torch.cuda.is_available()) or (
         device.type == "mps" and not torch.backends.mps.is_available()
     ):
         raise UserError(f"device: this machine (or this build of torch) has no {device.type}; use device=auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: '{name}' is not there; this machine has {torch.cuda.device_count()} of cuda")
     return device
 
 

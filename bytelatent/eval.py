@@ -34,7 +34,7 @@ def evaluate_model(
     context = found.config.context
     batches = batches_once(sources, context, max(context, 4096), patcher, max_bytes)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=max_bytes)
         result = evaluate(found.model.to(place), batches, on_batch=lambda n: progress.advance(task, n))
     return {"model": found.source, **asdict(result)}

@@ -25,7 +25,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield aside
         os.replace(aside, path)
     except Exception as error:
-        raise _not_written(path, error) from None
+        _explain(path, error)
+        raise
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -58,7 +59,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         else:
             os.replace(aside, path)
     except Exception as error:
-        raise _not_written(path, error) from None
+        _explain(path, error)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -102,20 +104,21 @@ def _digest(file: Path) -> list[int | str]:
         return [file.stat().st_size, hashlib.file_digest(data, "sha256").hexdigest()]
 
 
-def _not_written(path: Path, error: Exception) -> Exception:
-    """The error to raise in place of `error`, met while `path` was being written."""
-    if isinstance(error, UserError):
-        return error
+def _explain(path: Path, error: Exception) -> None:
+    """Raise a UserError in place of `error`, met while `path` was written, where the disk is the reason."""
     if _disk_is_full(path, error):
-        return UserError(f"the disk is full: '{path}' was not written, what was there before is whole; make room")
+        raise UserError(
+            f"the disk is full: '{path}' was not written, what was there before is whole; make room"
+        ) from None
     if isinstance(error, OSError):
-        return UserError(f"'{path}' cannot be written: {error.strerror or error}")
-    return error
+        raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from None
 
 
 def _disk_is_full(path: Path, error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOSPC
+    if isinstance(error, UserError):
+        return False
     # safetensors and torch.save hide the system's error in one of their own, torch without its name. What they wrote
     # still stands aside here, so a disk that was too small for it has nothing left.
     with suppress(OSError):

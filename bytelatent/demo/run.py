@@ -12,7 +12,7 @@ from bytelatent.blt import BLT
 from bytelatent.data import DataSettings, SourceSettings, batches_once, read_documents
 from bytelatent.demo.text import DemoText, collect
 from bytelatent.demo.xz import xz_bits_per_byte
-from bytelatent.errors import UserError
+from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.files import whole_file
 from bytelatent.patching import Patch, PatchSettings
@@ -27,7 +27,7 @@ from bytelatent.training.settings import (
 
 PATCH_BYTES = 4.5
 CONTEXT = 1024
-BATCH_BYTES = 4096
+BATCH_BYTES = 2048
 BYTE_LM_SHARE, BLT_SHARE = 0.25, 0.55  # of the minutes; the rest measures, generates and reports
 VALID_BYTES = 200_000  # of held-out text that bits per byte are measured on
 SHOWN_BYTES = 2_000  # of held-out text in the report
@@ -50,15 +50,17 @@ def run_demo(minutes: float, folder: Path, own_text: str | None, seed: int, cons
         UserError: too little text, or a folder that is no demo's.
     """
     began = time.perf_counter()
+    _must_be_a_demo(folder)
+    text = collect(own_text, folder / "text")  # complains before anything is removed
     _clear(folder)
-    text = collect(own_text, folder / "text")
     _say(console, "text", f"{text.what}: {text.train_bytes:,} bytes to learn from, {text.valid_bytes:,} held out")
     held_out = _read(text.valid)[:VALID_BYTES]
     xz, how = xz_bits_per_byte(_read(text.train), held_out)
     _say(console, "xz", f"{xz:.3f} bits per byte ({how})")
 
     _say(console, "byte LM", f"{minutes * BYTE_LM_SHARE:.1f} minutes of training")
-    train(_settings("demo-byte-lm", folder / "byte_lm_training", text, seed, minutes=minutes * BYTE_LM_SHARE), console)
+    settings = _settings("demo-byte-lm", folder / "byte_lm_training", text, seed, minutes=minutes * BYTE_LM_SHARE)
+    _train(settings, console)
 
     _say(console, "BLT", f"{minutes * BLT_SHARE:.1f} minutes of training, patches of about {PATCH_BYTES} bytes")
     settings = _settings(
@@ -71,7 +73,7 @@ def run_demo(minutes: float, folder: Path, own_text: str | None, seed: int, cons
         calibration=CalibrationSettings(patch_bytes=PATCH_BYTES, text_bytes=VALID_BYTES),
         byte_lm=str(folder / "byte_lm_training"),
     )
-    train(settings, console)
+    _train(settings, console)
 
     model = BLT.from_pretrained(folder)
     bits = {"blt": _held_out_bits(model, text), "byte_lm": _held_out_bits(model.byte_lm, text), "xz": xz}
@@ -107,6 +109,13 @@ def run_demo(minutes: float, folder: Path, own_text: str | None, seed: int, cons
     return summary
 
 
+def _train(settings: TrainSettings, console: Console) -> None:
+    try:
+        train(settings, console)
+    except Interrupted:
+        raise Interrupted("the demo is not done; the same command begins it anew") from None
+
+
 def _settings(model: str, run: Path, text: DemoText, seed: int, **more: Any) -> TrainSettings:
     return TrainSettings.model_validate(
         {
@@ -119,10 +128,11 @@ def _settings(model: str, run: Path, text: DemoText, seed: int, **more: Any) -> 
                 context=CONTEXT,
                 batch_bytes=BATCH_BYTES,
             ),
-            "optimizer": OptimizerSettings(lr=3e-3, warmup_steps=20, weight_decay=0.05),
+            "optimizer": OptimizerSettings(lr=4e-3, warmup_steps=40, weight_decay=0.05),
             "validation": ValidationSettings(every=10_000, max_bytes=VALID_BYTES // 4),
             "checkpoint": CheckpointSettings(every=10_000, keep=1),
             "log_every": 1,
+            "compile": False,  # compiling takes longer than it saves in a few minutes
             **more,
         }
     )
@@ -140,13 +150,21 @@ def _shown(patches: list[Patch]) -> list[Patch]:
     return [patch for patch in patches if patch.end <= SHOWN_BYTES]
 
 
-def _clear(folder: Path) -> None:
-    """Make room for a demo where an earlier one stands, and only there."""
-    if not folder.exists():
-        return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "text" / "train.jsonl").is_file()):
+def _must_be_a_demo(folder: Path) -> None:
+    """A folder that is there holds an earlier demo, or nothing."""
+    if folder.exists() and (
+        not folder.is_dir() or (any(folder.iterdir()) and not (folder / "text" / "train.jsonl").is_file())
+    ):
         raise UserError(f"demo: '{folder}' holds something else than an earlier demo; name another folder with --out")
-    shutil.rmtree(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier demo left, all but the text, which is new."""
+    for place in folder.iterdir():
+        if place.is_dir() and place.name != "text":
+            shutil.rmtree(place)
+        elif place.is_file():
+            place.unlink()
 
 
 def _read(jsonl: Path) -> bytes:

@@ -36,18 +36,19 @@ def collect(own: str | None, folder: Path) -> DemoText:
     Raises:
         UserError: there is too little text.
     """
-    documents = _own(own) if own else _standard_library()
+    documents = list(_own(own) if own else _standard_library())
     what = f"'{own}'" if own else "Python's standard library"
     parts: dict[str, list[tuple[str, bytes]]] = {"train": [], "valid": []}
+    held_out = _held_out([name for name, _ in documents])
     for name, text in documents:
-        parts["valid" if _held_out(name) else "train"].extend(_chunks(name, text))
+        parts["valid" if name in held_out else "train"].extend(_chunks(name, text))
     for rows in parts.values():
         rows.sort(key=lambda row: _hash(row[0]))  # any prefix is a fair sample
     sizes = {part: sum(len(text) for _, text in rows) for part, rows in parts.items()}
     if sizes["train"] < LEAST or not sizes["valid"]:
         raise UserError(
             f"demo: {what} holds {sum(sizes.values()):,} bytes, {sizes['valid']:,} of them held out; "
-            f"it takes {LEAST:,} bytes at the least, in one file or in some 20 documents"
+            f"it takes {LEAST:,} bytes at the least, in one file or in many"
         )
     for part, rows in parts.items():
         with whole_file(folder / f"{part}.jsonl") as aside, aside.open("w", encoding="utf-8") as lines:
@@ -70,10 +71,10 @@ def _standard_library() -> Iterator[tuple[str, bytes]]:
 
 
 def _own(path: str) -> Iterator[tuple[str, bytes]]:
-    """The user's documents. A single one is held out by its chunks, several as they are."""
+    """The user's documents. Few are held out by their chunks, many as they are."""
     found = [(f"{file}:{row}", document.text) for file in find_files(path) for row, document in read_documents(file)]
     for name, text in found:
-        yield from _chunks(name, text) if len(found) == 1 else [(name, text)]
+        yield from _chunks(name, text) if len(found) < HELD_OUT_ONE_IN else [(name, text)]
 
 
 def _chunks(name: str, text: bytes) -> Iterator[tuple[str, bytes]]:
@@ -86,8 +87,10 @@ def _chunks(name: str, text: bytes) -> Iterator[tuple[str, bytes]]:
         at = end
 
 
-def _held_out(name: str) -> bool:
-    return _hash(name) % HELD_OUT_ONE_IN == 0
+def _held_out(names: list[str]) -> set[str]:
+    """The names that chance chooses; where there are so few that it chose none, those that come first by their hash."""
+    chosen = {name for name in names if _hash(name) % HELD_OUT_ONE_IN == 0}
+    return chosen or set(sorted(names, key=_hash)[: max(1, len(names) // HELD_OUT_ONE_IN)])
 
 
 def _hash(name: str) -> int:

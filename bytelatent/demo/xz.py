@@ -1,7 +1,7 @@
 """xz as the yardstick: what a good compressor makes of the same held-out bytes."""
 
 import lzma
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 PRESET = 9 | lzma.PRESET_EXTREME
 DICTIONARY = 64 * 2**20  # bytes that xz -9 looks back
@@ -15,7 +15,7 @@ def xz_bits_per_byte(train: bytes, valid: bytes) -> tuple[float, str]:
     window; otherwise the held-out text is packed alone.
     """
     if len(train) + len(valid) <= DICTIONARY:
-        with ProcessPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(2) as pool:  # lzma lets go of the interpreter's lock
             both, alone = pool.map(_packed_size, [train + valid, train])
         return 8 * (both - alone) / len(valid), "xz -9e with the training text as a prefix"
     return 8 * _packed_size(valid) / len(valid), "xz -9e alone: the training text is longer than its window"

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from bytelatent.errors import UserError
 from bytelatent.interop import meta, native
 from bytelatent.interop.native import Config, Pretrained
@@ -27,7 +29,16 @@ def load(source: str | Path, byte_lm: str | Path | None = None) -> Pretrained:
     elif native.is_native(folder):
         found = native.load(folder)
     elif meta.is_meta(folder):
-        found = _load_meta(folder)
+        try:
+            found = _load_meta(folder)
+        except KeyError as error:
+            raise UserError(f"'{folder}': its JSON files lack the key {error}; fetch them again") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = "".join(f"{part}: " for part in first["loc"])
+            raise UserError(
+                f"'{folder}': its config.json is not consistent: {place}{first['msg'].removeprefix('Value error, ')}"
+            ) from None
     else:
         raise UserError(f"model: '{source}' holds no model: neither settings.yaml nor a config.json that we know")
     if byte_lm is not None:

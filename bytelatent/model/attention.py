@@ -5,6 +5,7 @@ is a FlexAttention block mask. Either is built once a batch and shared by the la
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class BandedMask:
 @dataclass(frozen=True)
 class FlexMask:
     block_mask: Any
+    attention: Any  # compiled FlexAttention; the eager one would build the whole T x T matrix
 
 
 Mask = DenseMask | BandedMask | FlexMask
@@ -57,7 +59,8 @@ def attend(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Mask) -> Tensor:
     """Softmax attention under the mask, [T, H, E]. Groups of H/J query heads share a key and value head."""
     grouped = q_THE.shape[1] != k_TJE.shape[1]
     if isinstance(mask, FlexMask):
-        return _flex(q_THE, k_TJE, v_TJE, mask.block_mask, grouped)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
+        return mask.attention(q, k, v, block_mask=mask.block_mask, enable_gqa=grouped)[0].transpose(0, 1)
     if isinstance(mask, DenseMask):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed_TT, enable_gqa=grouped)
@@ -106,18 +109,12 @@ def _flex_mask(document: Tensor, window: int | None) -> FlexMask:
         return within if window is None else within & (query - key < window)
 
     size = document.shape[0]
-    return FlexMask(create_block_mask(allowed, None, None, size, size, device=str(document.device)))
+    block_mask = create_block_mask(allowed, None, None, size, size, device=str(document.device))
+    return FlexMask(block_mask, _compiled_flex_attention())
 
 
-_compiled_flex: Any = None
-
-
-def _flex(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, block_mask: Any, grouped: bool) -> Tensor:
-    global _compiled_flex
+@cache
+def _compiled_flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    if _compiled_flex is None:  # eager FlexAttention would build the whole T x T matrix
-        _compiled_flex = torch.compile(flex_attention, dynamic=True)
-    call = flex_attention if torch.compiler.is_compiling() else _compiled_flex
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
-    return call(q, k, v, block_mask=block_mask, enable_gqa=grouped)[0].transpose(0, 1)
+    return torch.compile(flex_attention, dynamic=True)

@@ -30,11 +30,11 @@ PRESETS: dict[str, ModelSettings] = {
     # Small enough for two CPU cores and five minutes.
     "demo-byte-lm": ByteLMSettings(dim=128, num_layers=3, num_heads=4, window=128, multiple_of=64),
     "demo-blt": BLTSettings(
-        encoder=StackSettings(dim=128, num_layers=1, num_heads=4, window=128, multiple_of=64),
-        global_transformer=StackSettings(dim=256, num_layers=4, num_heads=8, multiple_of=64),
-        decoder=StackSettings(dim=128, num_layers=3, num_heads=4, window=128, multiple_of=64),
+        encoder=StackSettings(dim=128, num_layers=1, num_heads=4, window=64, multiple_of=64),
+        global_transformer=StackSettings(dim=192, num_layers=3, num_heads=6, multiple_of=64),
+        decoder=StackSettings(dim=128, num_layers=3, num_heads=4, window=64, multiple_of=64),
         cross_attention=CrossAttentionSettings(k=2, num_heads=4),
-        ngram_hash=NgramHashSettings(vocab_size=16_381),
+        ngram_hash=NgramHashSettings(vocab_size=8_191),
     ),
     # The entropy model of the paper and the releases: 14 x 768, window 512.
     "entropy": ByteLMSettings(dim=768, num_layers=14, num_heads=12, window=512, rope_theta=10_000.0),

@@ -43,7 +43,7 @@ class PatchedStream(Stream):
 
 def pack_rows(rows: list[Tensor]) -> Stream:
     """A stream of rows of ids, each a document."""
-    sizes = torch.tensor([len(row) for row in rows])
+    sizes = torch.tensor([len(row) for row in rows], dtype=torch.long)
     ids = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
     document = torch.repeat_interleave(torch.arange(len(rows)), sizes)
     position = torch.cat([torch.arange(len(row)) for row in rows]) if rows else document

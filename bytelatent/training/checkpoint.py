@@ -46,7 +46,8 @@ def save_checkpoint(run: Path, state: TrainState, config: Config, keep: int) -> 
         save(aside, state.model, config)
         torch.save(state.optimizer.state_dict(), aside / "optimizer.pt")
         torch.save(progress, aside / "progress.pt")
-    for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+    # Later ones are torn: this step could not have been done again otherwise. They must not push out whole ones.
+    for old in sorted(place for place in folder.parent.glob("step-*") if place <= folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bytelatent.data import Batch, Loader, Patcher, batches_once, surprise
+from bytelatent.data import Batch, DataSettings, Loader, Patcher, batches_once, find_files, surprise
 from bytelatent.device import autocast, choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.model import build, compile_regions
@@ -37,6 +37,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     console = console or Console()
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
+    _must_hold_text(settings.data)
     run = open_run(settings, device, dtype, console)
     settings = run.settings
 
@@ -45,7 +46,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     loader = Loader(settings.data, settings.seed, run.patcher)
     state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
     for line in load_checkpoint(run.folder, state):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if device.type == "cuda" if settings.compile == "auto" else settings.compile:
         compile_regions(model)
 
@@ -70,7 +71,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
             if state.step % settings.checkpoint.every == 0 or done >= 1 or stopped():
                 save_checkpoint(run.folder, state, run.config, settings.checkpoint.keep)
             if stopped() and done < 1:
-                raise Interrupted(f"stopped after step {state.step}; the same command goes on from there")
+                raise Interrupted(f"after step {state.step}; the same command goes on from there")
     return run.folder
 
 
@@ -79,7 +80,7 @@ def _step(
 ) -> dict[str, Any]:
     """One optimizer step over `accumulation` batches; its metrics."""
     began = time.perf_counter()
-    rate = learning_rate(state.step, _done(state, settings, settings.optimizer.warmup_steps), settings.optimizer)
+    rate = learning_rate(state.step, _after_warmup(state, settings), settings.optimizer)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     batches = [next(state.loader) for _ in range(settings.optimizer.accumulation)]
@@ -93,8 +94,8 @@ def _step(
     if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(nats))):
         raise UserError(
             f"the loss is not finite at step {state.step + 1} (loss {nats / num_targets:g}, gradient norm {norm:g}); "
-            f"the last checkpoint is whole: lower optimizer.lr (now {settings.optimizer.lr:g}) or optimizer.clip, "
-            "or use dtype=float32"
+            f"earlier checkpoints are whole: take a lower optimizer.lr (now {settings.optimizer.lr:g}) or "
+            "optimizer.clip, or dtype=float32, and another run=FOLDER"
         )
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -117,13 +118,28 @@ def _title(settings: TrainSettings) -> str:
     return "byte LM" if settings.model.kind == "byte_lm" else "BLT"
 
 
-def _done(state: TrainState, settings: TrainSettings, warmup_steps: int = 0) -> float:
-    """How much of the run is over, from 0 to 1; in steps, those of warm-up left out."""
+def _done(state: TrainState, settings: TrainSettings) -> float:
+    """How much of the run is over, from 0 to 1."""
     if settings.minutes is not None:
         return state.seconds / (60 * settings.minutes)
     assert settings.steps is not None
-    last = settings.steps - 1 if warmup_steps else settings.steps
-    return max(state.step - warmup_steps, 0) / max(last - warmup_steps, 1)
+    return state.step / settings.steps
+
+
+def _after_warmup(state: TrainState, settings: TrainSettings) -> float:
+    """How much of the cosine is over as a step begins: in steps from 0, the first after warm-up, to 1, the last."""
+    if settings.steps is None:
+        return _done(state, settings)
+    warmup = settings.optimizer.warmup_steps
+    return max(state.step - warmup, 0) / max(settings.steps - 1 - warmup, 1)
+
+
+def _must_hold_text(data: DataSettings) -> None:
+    """Complain about sources before the first step, not at the first validation."""
+    for source in [*data.train, *data.valid]:
+        find_files(source.path)
+    if data.valid and next(batches_once(data.valid, data.context, data.batch_bytes), None) is None:
+        raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
 
 
 def _validate(

@@ -2,12 +2,14 @@
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bytelatent.errors import UserError
 from bytelatent.files import whole_file
 
 
@@ -55,19 +57,24 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._file.close()
+        with suppress(OSError):  # a row that could not be written is tried once more here; `write` has said so
+            self._file.close()
 
     def write(self, row: dict[str, Any], done: float) -> None:
         """Append a row; it is on disk when this returns. `done` is how much of the run is over, 0 to 1."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"'{self._file.name}' cannot be written: {error.strerror or error}") from None
         status = "  ".join(text for _, text in _shown(row))
         self._progress.update(self._task, completed=done, status=status)
         if not self._console.is_terminal and (
             time.monotonic() - self._last_line > 10 or "validation_bits_per_byte" in row
         ):
             self._last_line = time.monotonic()
-            self._console.print(f"{self._title}  {done:4.0%}  step {row['step']}  {status}", highlight=False)
+            line = f"{self._title}  {done:4.0%}  step {row['step']}  {status}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 def _shown(row: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,7 +40,7 @@ def open_run(settings: TrainSettings, device: torch.device, dtype: torch.dtype, 
     calibration = _read_calibration(folder)
     if earlier is not None:
         _same(settings, earlier, folder)
-    byte_lm = _byte_lm(folder, settings)
+    byte_lm = _byte_lm(folder, settings, earlier)
     if settings.calibration is not None and byte_lm is not None and settings.patching is not None:
         if earlier is None or calibration is None:
             console.print(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes", highlight=False)
@@ -66,12 +67,12 @@ def open_run(settings: TrainSettings, device: torch.device, dtype: torch.dtype, 
     return Run(folder, settings, config, patcher)
 
 
-def _byte_lm(folder: Path, settings: TrainSettings) -> ByteLM | None:
-    """The frozen byte LM: the run's own copy, made at its first start."""
+def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | None) -> ByteLM | None:
+    """The frozen byte LM: the run's own copy, made as the run begins."""
     if settings.byte_lm is None:
         return None
     copy = folder / "byte_lm"
-    if copy.is_dir():
+    if earlier is not None and copy.is_dir():
         return load_byte_lm(copy)
     byte_lm = load_byte_lm(settings.byte_lm)
     with whole_folder(copy) as aside:
@@ -80,21 +81,34 @@ def _byte_lm(folder: Path, settings: TrainSettings) -> ByteLM | None:
 
 
 def _earlier(folder: Path) -> TrainSettings | None:
+    """The settings of a run that has come to its first checkpoint; before it, there is nothing that they bind."""
     path = folder / "settings.yaml"
-    return TrainSettings.parse(load_yaml(path), where=str(path)) if path.is_file() else None
+    if not path.is_file() or not any((folder / "checkpoints").glob("step-*")):
+        return None
+    return TrainSettings.parse(load_yaml(path), where=str(path))
 
 
 def _same(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> None:
     now, then = settings.plain(), earlier.plain()
     if settings.calibration is not None:  # the threshold is calibration's to say
-        now["patching"].pop("threshold")
-        then.get("patching", {}).pop("threshold", None)
+        for values in (now, then):
+            (values.get("patching") or {}).pop("threshold", None)
     for name in sorted(now.keys() | then.keys()):
         if name not in MAY_CHANGE | {"run"} and now.get(name) != then.get(name):
+            key, before, after = _difference(name, then.get(name), now.get(name))
             raise UserError(
-                f"'{folder}' was begun with other settings ({name}: {then.get(name)}, now {now.get(name)}); "
+                f"'{folder}' was begun with other settings ({key}: {before}, now {after}); "
                 "use them again, or another run=FOLDER"
             )
+
+
+def _difference(key: str, then: Any, now: Any) -> tuple[str, Any, Any]:
+    """The innermost key whose values differ, and both values."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                return _difference(f"{key}.{name}", then.get(name), now.get(name))
+    return key, then, now
 
 
 def _read_calibration(folder: Path) -> Calibration | None:

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bytelatent.config import Settings
 from bytelatent.data import DataSettings
+from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
 from bytelatent.patching import PatchSettings
 
@@ -79,7 +80,10 @@ class TrainSettings(Settings):
     def _preset(cls, value: Any) -> Any:
         """A preset by its name; otherwise `kind` says which model the shapes are of, so that errors name its keys."""
         if isinstance(value, str):
-            return preset(value)
+            try:
+                return preset(value)
+            except UserError as error:  # the key is put in front again
+                raise ValueError(str(error).removeprefix("model: ")) from None
         if isinstance(value, dict):
             is_byte_lm = value.get("kind") == "byte_lm" or ("kind" not in value and "encoder" not in value)
             return (ByteLMSettings if is_byte_lm else BLTSettings).model_validate(value)
@@ -92,7 +96,7 @@ class TrainSettings(Settings):
         if not isinstance(values, dict) or not values.get("calibration"):
             return values
         patching = values.get("patching") or {}
-        if not isinstance(patching, dict):
+        if not isinstance(patching, dict) or patching.get("mode", "entropy") != "entropy":
             return values
         return {**values, "patching": {"threshold": 0.0, **patching}}
 
@@ -110,6 +114,8 @@ class TrainSettings(Settings):
                     raise ValueError(f"{name} belongs to a BLT; this model is a byte LM and has no patches")
         elif self.patching is None:
             raise ValueError("patching: a BLT needs a rule; for example patching.mode=space")
+        elif self.calibration is not None and not self.patching.needs_entropies:
+            raise ValueError(f"calibration chooses a threshold; patching.mode '{self.patching.mode}' has none")
         elif self.calibration is not None and self.byte_lm is None:
             raise ValueError("byte_lm: calibration needs a byte LM; name its run or folder")
         return self

@@ -1,0 +1,169 @@
+"""Batches without end, and where they go on after a checkpoint."""
+
+import io
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from bytelatent.data import Batch, DataSettings, Loader, Patcher, SourceSettings, batches_once
+from bytelatent.data.loader import SourceReader
+from bytelatent.errors import UserError
+from bytelatent.patching import PatchSettings
+from bytelatent.training.checkpoint import _as_arrays, _as_tensors
+from tests.data.text_files import KINDS, write
+from tests.model.tiny import tiny_byte_lm
+
+
+def text(number: int, size: int = 12) -> bytes:
+    return f"{number:04d}".encode() + bytes(97 + (number * 7 + i * i) % 26 for i in range(size + number % 9))
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[SourceSettings]:
+    """One source of each kind of file, of two files each."""
+    for place, kind in enumerate([*KINDS, "txt"]):
+        for part in range(2):
+            first = 100 * place + 10 * part
+            documents = [text(first + i) for i in range(1 if kind == "txt" else 5)]
+            write(tmp_path / kind.replace(".", "-") / f"{part}.{kind}", documents)
+    return [SourceSettings(path=str(folder)) for folder in sorted(tmp_path.iterdir())]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    streams = (getattr(a.stream, f.name).equal(getattr(b.stream, f.name)) for f in fields(a.stream))
+    return type(a.stream) is type(b.stream) and all(streams) and a.targets.equal(b.targets)
+
+
+RULES = {"none": None, "static": PatchSettings(mode="static", patch_size=4), "space": PatchSettings(mode="space")}
+
+
+@pytest.mark.parametrize("rule", [*RULES, "entropy"])
+@pytest.mark.parametrize("done", [0, 1, 7, 40])
+def test_goes_on_bit_for_bit(sources: list[SourceSettings], rule: str, done: int) -> None:
+    """40 batches go several times through every source."""
+    patcher = None
+    if rule == "entropy":
+        patcher = Patcher(PatchSettings(mode="entropy", threshold=5.2), tiny_byte_lm())
+    elif RULES[rule] is not None:
+        patcher = Patcher(RULES[rule])
+    settings = DataSettings(
+        train=sources, context=20, batch_bytes=48, batch_patches=24 if patcher else None, shuffle_buffer=5
+    )
+    loader = Loader(settings, seed=3, patcher=patcher)
+    for _ in range(done):
+        next(loader)
+    stored = io.BytesIO()
+    torch.save(_as_tensors(loader.state_dict()), stored)
+    following = [next(loader) for _ in range(12)]
+    stored.seek(0)
+    resumed = Loader(settings, seed=3, patcher=patcher)
+    resumed.load_state_dict(_as_arrays(torch.load(stored, weights_only=True)))
+    assert all(same(next(resumed), batch) for batch in following)
+    fresh = Loader(settings, seed=3, patcher=patcher)
+    assert all(same(next(fresh), batch) for batch in following) == (done == 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_document_once_an_epoch(kind: str, tmp_path: Path) -> None:
+    for part in range(3):
+        write(tmp_path / f"{part}.{kind}", [text(10 * part + i) for i in range(4)])
+    reader = SourceReader(SourceSettings(path=str(tmp_path)), seed=0)
+    epochs = [[next(reader).text for _ in range(12)] for _ in range(4)]
+    everything = sorted(text(10 * part + i) for part in range(3) for i in range(4))
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1  # the files in another order
+
+
+@pytest.mark.parametrize("read", range(1, 14))
+def test_reader_goes_on_at_every_place(read: int, tmp_path: Path) -> None:
+    """Also at a file's and an epoch's end, and with empty documents between."""
+    for part, kind in enumerate(["jsonl.zst", "parquet", "jsonl"]):
+        write(tmp_path / f"{part}.{kind}", [b"", text(10 * part), b"", text(10 * part + 1), b""])
+    source = SourceSettings(path=str(tmp_path))
+    reader = SourceReader(source, seed=1)
+    for _ in range(read):
+        next(reader)
+    state = reader.state_dict()
+    following = [next(reader).text for _ in range(13)]
+    resumed = SourceReader(source, seed=1)
+    resumed.load_state_dict(state)
+    assert [next(resumed).text for _ in range(13)] == following
+
+
+def test_weights_are_shares_of_documents(tmp_path: Path) -> None:
+    for name in "abc":
+        write(tmp_path / f"{name}.jsonl", [name.encode() * 5] * 3)
+    weights = {"a": 1.0, "b": 2.0, "c": 5.0}
+    train = [SourceSettings(path=str(tmp_path / f"{name}.jsonl"), weight=w) for name, w in weights.items()]
+    loader = Loader(DataSettings(train=train, context=16, batch_bytes=600, shuffle_buffer=8), seed=0)
+    counts: Counter[str] = Counter()
+    for _ in range(20):
+        counts.update(chr(target - 4) for target in next(loader).targets.tolist() if target >= 4)
+    total = sum(counts.values())
+    # About 2000 documents: a share's standard deviation is below 0.012.
+    assert all(counts[name] / total == pytest.approx(weight / 8, abs=0.04) for name, weight in weights.items())
+
+
+def test_shapes_never_change(sources: list[SourceSettings]) -> None:
+    settings = DataSettings(train=sources, context=20, batch_bytes=48, batch_patches=9, shuffle_buffer=5)
+    loader = Loader(settings, seed=0, patcher=Patcher(PatchSettings(mode="static", patch_size=3)))
+    for _ in range(20):
+        batch = next(loader)
+        assert len(batch.stream.ids) == len(batch.targets) == 48
+        assert batch.stream.patch_document.shape == (9,)  # type: ignore[attr-defined]
+        assert 0 < batch.num_patches < 9
+
+
+def test_seeds_differ(sources: list[SourceSettings]) -> None:
+    settings = DataSettings(train=sources, context=20, batch_bytes=200, shuffle_buffer=5)
+    assert same(next(Loader(settings, seed=0)), next(Loader(settings, seed=0)))
+    assert not same(next(Loader(settings, seed=0)), next(Loader(settings, seed=1)))
+
+
+def test_other_files_than_the_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "0.txt", [b"one"])
+    settings = DataSettings(train=[SourceSettings(path=str(tmp_path / "a"))], batch_bytes=10)
+    state = Loader(settings, seed=0).state_dict()
+    write(tmp_path / "a" / "1.txt", [b"two"])
+    with pytest.raises(UserError, match="are not those of the checkpoint"):
+        Loader(settings, seed=0).load_state_dict(state)
+    two = DataSettings(train=[SourceSettings(path=str(tmp_path / "a"))] * 2)
+    with pytest.raises(UserError, match="number of sources"):
+        Loader(two, seed=0).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_document_is_empty(kind: str, tmp_path: Path) -> None:
+    write(tmp_path / f"a.{kind}", [b"", b""])
+    with pytest.raises(UserError, match="holds no text: every document is empty"):
+        next(Loader(DataSettings(train=[SourceSettings(path=str(tmp_path))]), seed=0))
+
+
+def test_missing_source(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'.*nowhere' does not exist"):
+        Loader(DataSettings(train=[SourceSettings(path=str(tmp_path / "nowhere"))]), seed=0)
+
+
+@pytest.mark.parametrize("context", [7, 100])
+def test_validation_reads_every_document_once(sources: list[SourceSettings], context: int) -> None:
+    batches = list(batches_once(sources, context, 50, Patcher(PatchSettings(mode="space"))))
+    predicted = [target for batch in batches for target in batch.targets.tolist()]
+    documents = [text(100 * place + 10 * part + i) for place in (0, 1, 2, 3, 4) for part in (0, 1) for i in range(5)]
+    documents = [d for d in documents if int(d[:4]) < 400 or int(d[:4]) % 10 == 0]
+    order = {"jsonl": 0, "jsonl-gz": 1, "jsonl-zst": 2, "parquet": 3, "txt": 4}
+    assert [Path(source.path).name for source in sources] == list(order)
+    assert predicted == [i for d in documents for i in [*(b + 4 for b in d), 2]]
+    assert sum(batch.num_bytes for batch in batches) == sum(map(len, documents))
+
+
+@pytest.mark.parametrize("max_bytes", [1, 30, 31, 1000])
+def test_validation_of_so_many_bytes(sources: list[SourceSettings], max_bytes: int) -> None:
+    once = list(batches_once(sources, 16, 20))
+    some = list(batches_once(sources, 16, 20, max_bytes=max_bytes))
+    everything = [t for batch in once for t in batch.targets.tolist() if t >= 4]
+    read = [t for batch in some for t in batch.targets.tolist() if t >= 4]
+    assert read == everything[:max_bytes]
+    assert 31 < len(everything) < 1000

@@ -1,0 +1,119 @@
+"""Masks: what each position sees, and what it does not."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bytelatent.model.attention import BandedMask, DenseMask, attend, build_mask
+from tests.model.slow import attention
+from tests.model.tiny import patched_stream_of as patched
+from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt, tiny_byte_lm
+
+WINDOW = 4
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 3, 8])
+@pytest.mark.parametrize("off", [-1, 0, 1, 5])
+def test_attend_equals_a_loop(window: int | None, off: int, kv_heads: int) -> None:
+    """A stream just below, at and above twice the window: where the mask changes its form."""
+    size = 2 * (window or 8) + off
+    random = torch.Generator().manual_seed(size)
+    document = (torch.rand(size, generator=random) < 0.15).cumsum(0)
+    document[-2:] = -1
+    q, k, v = (torch.randn(size, heads, 6, generator=random) for heads in (4, kv_heads, kv_heads))
+    mask = build_mask(document, window)
+    assert isinstance(mask, DenseMask if window is None or off <= 0 else BandedMask)
+
+    def seen(at: int) -> list[int]:
+        return [i for i in range(at + 1) if document[i] == document[at] and (window is None or at - i < window)]
+
+    flat = [list(x.flatten(1).double().numpy()) for x in (q, k, v)]
+    expected = np.stack(attention(*flat, seen, 4, 6, kv_heads))
+    np.testing.assert_allclose(attend(q, k, v, mask).flatten(1).numpy(), expected, atol=1e-5)
+
+
+def changed(before: torch.Tensor, after: torch.Tensor) -> set[int]:
+    difference = (before - after).abs().amax(-1)
+    assert not ((difference > 0) & (difference < 1e-6)).any()  # all or nothing: rounding alone moves no position
+    return set(torch.nonzero(difference).flatten().tolist())
+
+
+@pytest.mark.parametrize("sizes", [[7], [8], [9], [30], [3, 20, 1, 9]], ids=str)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_byte_lm_sees_its_window_and_nothing_else(sizes: list[int], layers: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    stream = stream_of([random_ids(random, size) for size in sizes], padding=2)
+    model = tiny_byte_lm(window=WINDOW, num_layers=layers)
+    with torch.no_grad():
+        before = model(stream)
+        for at in range(sum(sizes)):
+            ids = stream.ids.clone()
+            ids[at] = (ids[at] + 1) % 260
+            after = model(type(stream)(ids, stream.document, stream.position))
+            reach = range(at, at + layers * (WINDOW - 1) + 1)
+            assert changed(before, after) == {
+                i for i in reach if i < len(ids) and stream.document[i] == stream.document[at]
+            }
+
+
+@pytest.mark.parametrize("stop_at_document", [True, False])
+def test_blt_sees_neither_the_future_nor_other_documents(stop_at_document: bool) -> None:
+    random = torch.Generator().manual_seed(1)
+    sizes = [6, 18, 11]
+    documents, starts = [random_ids(random, n) for n in sizes], [random_starts(random, n) for n in sizes]
+    model = tiny_blt(window=WINDOW, stop_at_document=stop_at_document)
+    owner = [number for number, size in enumerate(sizes) for _ in range(size)]
+    reached_over = 0
+    with torch.no_grad():
+        before = model(patched(documents, starts, padding=3, more_slots=2))
+        for at in range(sum(sizes)):
+            number, place = owner[at], at - owner.index(owner[at])
+            others = [row.clone() for row in documents]
+            others[number][place] = (others[number][place] + 1) % 260
+            moved = changed(before, model(patched(others, starts, padding=3, more_slots=2)))
+            assert at in moved
+            assert min(moved) == at
+            if stop_at_document:
+                assert {owner[i] for i in moved} == {number}
+            else:
+                reached_over += {owner[i] for i in moved if i < len(owner)} != {number}
+    # The largest n-gram is 4 ids: the last three of each document reach into the next one.
+    assert reached_over == (0 if stop_at_document else 6)
+
+
+def test_blt_reads_the_whole_document_through_its_patches() -> None:
+    """The window bounds the local models only."""
+    random = torch.Generator().manual_seed(2)
+    ids, starts = random_ids(random, 40), random_starts(random, 40)
+    model = tiny_blt(window=WINDOW)
+    with torch.no_grad():
+        before = model(patched([ids], [starts]))
+        ids[1] = (ids[1] + 1) % 260
+        assert 39 in changed(before, model(patched([ids], [starts])))
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.none() | st.integers(1, 12),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.integers(0, 1000),
+)
+def test_packed_documents_as_each_alone(
+    sizes: list[int], window: int | None, padding: int, more_slots: int, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    documents, starts = [random_ids(random, n) for n in sizes], [random_starts(random, n) for n in sizes]
+    documents.append(documents[0])  # two identical ones
+    starts.append(starts[0])
+    stream = patched(documents, starts, padding, more_slots + (padding == 0))
+    for model in (tiny_byte_lm(window=window), tiny_blt(window=window)):
+        with torch.no_grad():
+            rows = model(stream).split([*map(len, documents), padding])
+            for row, ids, next_starts in zip(rows, documents, starts, strict=False):
+                torch.testing.assert_close(row, model(patched([ids], [next_starts])), atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(rows[0], rows[len(documents) - 1], atol=2e-5, rtol=1e-5)

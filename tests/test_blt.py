@@ -1,0 +1,239 @@
+"""The public face."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bytelatent import BLT
+from bytelatent.errors import UserError
+from bytelatent.interop import Config
+from bytelatent.model import BLTModel
+from bytelatent.patching import PatchSettings
+from tests.model import slow
+from tests.model.tiny import tiny_blt, tiny_byte_lm
+
+CONTEXT = 24
+THRESHOLD = 5.12
+TEXTS = [
+    "x",
+    "a short text",
+    "\u00e9\u4f60\U0001f600 and more",
+    "a text longer than what the model sees at once",
+]
+
+
+def wrap(model: BLTModel, rule: PatchSettings | None = None, with_byte_lm: bool = True) -> BLT:
+    rule = rule or PatchSettings(mode="entropy", threshold=THRESHOLD)
+    config = Config(model=model.settings, context=CONTEXT, patching=rule)
+    return BLT(model, config, tiny_byte_lm(window=6) if with_byte_lm else None)
+
+
+@pytest.fixture
+def blt() -> BLT:
+    return wrap(tiny_blt(window=6))
+
+
+def parts(text: str) -> list[list[int]]:
+    """The ids of a text and what follows the last: pieces of at most CONTEXT ids to read."""
+    ids = [1, *(b + 4 for b in text.encode()), 2]
+    return [ids[at : at + CONTEXT + 1] for at in range(0, len(ids) - 1, CONTEXT)]
+
+
+def slow_entropies(blt: BLT, ids: list[int]) -> np.ndarray:
+    assert blt.byte_lm is not None
+    logits = slow.byte_lm(blt.byte_lm.settings, blt.byte_lm.state_dict(), ids)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return -(p * np.log(p)).sum(-1)
+
+
+def slow_starts(blt: BLT, ids: list[int]) -> list[bool]:
+    entropies = slow_entropies(blt, ids)
+    assert np.abs(entropies - THRESHOLD).min() > 1e-5  # rounding decides nothing here
+    return [at == 0 or entropy > THRESHOLD for at, entropy in enumerate(entropies)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_patches_cover_the_text_once(blt: BLT, text: str) -> None:
+    data = text.encode()
+    patches = blt.patch(text)
+    assert [i for patch in patches for i in range(patch.start, patch.end)] == list(range(len(data)))
+    assert all(patch.start < patch.end for patch in patches)
+    assert [patch.text for patch in patches] == [data[p.start : p.end].decode(errors="replace") for p in patches]
+    assert blt.patch(data) == patches
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_bytes_entropy_is_that_of_the_position_before(blt: BLT, text: str) -> None:
+    expected = np.concatenate([slow_entropies(blt, ids[:-1]) for ids in parts(text)])[: len(text.encode())]
+    starts = [start for ids in parts(text) for start in slow_starts(blt, ids[:-1])][: len(text.encode())]
+    patches = blt.patch(text)
+    found = [entropy for patch in patches for entropy in patch.entropies or ()]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert [patch.start for patch in patches] == [0, *(at for at, start in enumerate(starts) if start and at > 0)]
+
+
+def test_patch_without_a_byte_lm() -> None:
+    ours = wrap(tiny_blt(), PatchSettings(mode="space"), with_byte_lm=False)
+    assert [patch.text for patch in ours.patch("It is so.")] == ["It ", "is ", "so."]
+    assert all(patch.entropies is None for patch in ours.patch("It is so."))
+    assert ours.patch("") == []
+
+
+@pytest.mark.parametrize("stop_at_document", [True, False])
+@pytest.mark.parametrize("text", TEXTS)
+def test_bits_per_byte(text: str, stop_at_document: bool) -> None:
+    """Every byte and the end, piece by piece, paid for by the bytes."""
+    ours = wrap(tiny_blt(window=6, stop_at_document=stop_at_document))
+    nats = 0.0
+    for ids in parts(text):
+        logits = slow.blt(ours.model.settings, ours.model.state_dict(), ids[:-1], slow_starts(ours, ids[:-1]))
+        shifted = logits - logits.max(-1, keepdims=True)
+        log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        nats -= sum(log_p[at, target] for at, target in enumerate(ids[1:]))
+    assert ours.bits_per_byte(text) == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_nothing_to_measure(blt: BLT) -> None:
+    for empty in ("", b""):
+        with pytest.raises(UserError, match="the text is empty"):
+            blt.bits_per_byte(empty)
+
+
+@pytest.mark.parametrize("stop_at_document", [True, False])
+def test_rows_of_logits_are_independent(stop_at_document: bool) -> None:
+    ours = wrap(tiny_blt(window=6, stop_at_document=stop_at_document))
+    rows = [[1, 70, 80, 90, 75, 82], [1, 99], [1, 70, 80, 90, 75, 82], [1, 200, 201, 202]]
+    ids = torch.tensor([row + [-1] * (6 - len(row)) for row in rows])
+    together = ours.logits(ids)
+    assert together.shape == (4, 6, 260)
+    assert (together[ids == -1] == 0).all()
+    torch.testing.assert_close(together[0], together[2], atol=2e-5, rtol=0)
+    for row, logits in zip(rows, together, strict=True):
+        expected = slow.blt(ours.model.settings, ours.model.state_dict(), row, slow_starts(ours, row))
+        np.testing.assert_allclose(logits[: len(row)].numpy(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_logits_of_given_patches(blt: BLT, last: int) -> None:
+    """Lengths may or may not say whether the id to come starts a patch."""
+    ids, lengths = torch.tensor([[1, 70, 80, 90, 75]]), torch.tensor([[1, 3, 0, 1, last, 0]])
+    found = blt.logits(ids, lengths)[0].numpy()
+    expected = slow.blt(
+        blt.model.settings, blt.model.state_dict(), ids[0].tolist(), [True, False, False, True, bool(last)]
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_last_patch_that_goes_on(blt: BLT) -> None:
+    """[1, 3, 2] says that the id to come belongs to the last patch, as [1, 3, 1] leaves it."""
+    ids = torch.tensor([[1, 70, 80, 90, 75]])
+    assert blt.logits(ids, torch.tensor([[1, 3, 2]])).equal(blt.logits(ids, torch.tensor([[1, 3, 1]])))
+    assert not blt.logits(ids, torch.tensor([[1, 3, 2]])).equal(blt.logits(ids, torch.tensor([[1, 3, 1, 1]])))
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths", "message"),
+    [
+        (torch.tensor([1, 70]), None, r"logits takes ids \[B, N\]"),
+        (torch.tensor([[1, 70]]), torch.tensor([[1, 1], [1, 1]]), "logits takes ids"),
+        (torch.tensor([[1, 70]]), torch.tensor([[1]]), "patch_lengths sum to 1; a row of 2 ids needs 2 or 3"),
+        (torch.tensor([[1, 70]]), torch.tensor([[1, 3]]), "patch_lengths sum to 4"),
+        (torch.tensor([[1, 70]]), torch.tensor([[3, -1]]), "patch_lengths sum to 2"),
+    ],
+)
+def test_logits_that_do_not_fit(blt: BLT, ids: torch.Tensor, lengths: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        blt.logits(ids, lengths)
+
+
+def test_generate(blt: BLT) -> None:
+    """Greedy bytes are the likeliest of the logits, one after another."""
+    text = blt.generate("The", max_new_bytes=6, temperature=0)
+    ids = torch.tensor([[1, *(b + 4 for b in b"The")]])
+    new: list[int] = []
+    for _ in range(6):
+        last = blt.logits(ids)[0, -1]
+        last[[0, 1, 3]] = -torch.inf
+        new.append(int(last.argmax()))
+        if new[-1] == 2:
+            break
+        ids = torch.cat([ids, torch.tensor([[new[-1]]])], dim=1)
+    assert text == bytes(i - 4 for i in new if i > 3).decode(errors="replace")
+    assert blt.generate(["The", "The"], max_new_bytes=6, temperature=0) == [text, text]
+    assert blt.generate([], max_new_bytes=6) == []
+    with pytest.raises(UserError, match="topp: unknown key; did you mean 'top_p'"):
+        blt.generate("x", topp=0.5)
+
+
+def test_round_trip(blt: BLT, tmp_path: Path) -> None:
+    blt.save_pretrained(tmp_path / "new" / "a")
+    again = BLT.from_pretrained(tmp_path / "new" / "a", device="cpu")
+    assert again.config == blt.config
+    assert again.context == CONTEXT
+    for ours, theirs in ((blt.model, again.model), (blt.byte_lm, again.byte_lm)):
+        assert ours is not None
+        assert theirs is not None
+        state = theirs.state_dict()
+        assert all(value.equal(state[name]) for name, value in ours.state_dict().items())
+    ids = torch.tensor([[1, 70, 80, 90, 75]])
+    assert again.logits(ids).equal(blt.logits(ids))
+    assert again.patch(TEXTS[3]) == blt.patch(TEXTS[3])
+    again.save_pretrained(tmp_path / "new" / "a")  # over itself
+    assert BLT.from_pretrained(tmp_path / "new" / "a", device="cpu").logits(ids).equal(blt.logits(ids))
+
+
+def test_published_weights_round_trip(goldens: Path, tmp_path: Path) -> None:
+    published = BLT.from_pretrained(goldens / "blt_k2", byte_lm=goldens / "entropy", device="cpu")
+    published.save_pretrained(tmp_path / "a")
+    again = BLT.from_pretrained(tmp_path / "a", device="cpu")
+    ids = torch.tensor([[1, *(b + 4 for b in b"the same bits"), 2]])
+    assert again.logits(ids).equal(published.logits(ids))
+    assert again.patch("the same bits") == published.patch("the same bits")
+
+
+def test_precision_of_the_weights(blt: BLT, tmp_path: Path) -> None:
+    blt.save_pretrained(tmp_path / "a")
+    half = BLT.from_pretrained(tmp_path / "a", device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    assert half.byte_lm is not None
+    assert {p.dtype for p in half.byte_lm.parameters()} == {torch.float32}
+    assert half.patch(TEXTS[3]) == blt.patch(TEXTS[3])
+    ids = torch.tensor([[1, 70, 80, 90, 75]])
+    logits = half.logits(ids)
+    assert logits.dtype == torch.float32
+    assert not logits.equal(blt.logits(ids))
+    torch.testing.assert_close(logits, blt.logits(ids), atol=0.2, rtol=0.1)
+    with pytest.raises(UserError, match="dtype: 'float16' is none"):
+        BLT.from_pretrained(tmp_path / "a", dtype="float16")
+
+
+def test_models_that_are_no_blt_or_lack_something(goldens: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds a byte LM, which has no patches"):
+        BLT.from_pretrained(goldens / "entropy")
+    lonely = BLT.from_pretrained(goldens / "blt_k2", device="cpu")
+    for use in (
+        lambda: lonely.patch("x"),
+        lambda: lonely.bits_per_byte("x"),
+        lambda: lonely.generate("x"),
+        lambda: lonely.logits(torch.tensor([[1, 5]])),
+    ):
+        with pytest.raises(UserError, match="need its byte LM; name it"):
+            use()
+    model = tiny_blt()
+    wrap(model, PatchSettings(mode="byte"), with_byte_lm=False).save_pretrained(tmp_path / "a")
+    config = Config(model=model.settings, context=9)
+    (tmp_path / "a" / "config.json").write_text(config.model_dump_json())
+    with pytest.raises(UserError, match="names no patching rule"):
+        BLT.from_pretrained(tmp_path / "a")
+
+
+def test_torn_folder(blt: BLT, tmp_path: Path) -> None:
+    blt.save_pretrained(tmp_path / "a")
+    weights = tmp_path / "a" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is not a whole safetensors file"):
+        BLT.from_pretrained(tmp_path / "a")

@@ -1,0 +1,254 @@
+"""The command `blt`, as a person meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bytelatent.cli import app, main
+from bytelatent.interop import load
+from bytelatent.model import PRESETS, build
+from bytelatent.training import train
+from bytelatent.vocab import to_bytes
+from tests.training.tiny_runs import blt_run, byte_lm_run, settings, write_text
+
+VERBS = ["demo", "train", "calibrate", "eval", "generate", "patch", "info"]
+NO_UTF8 = b"caf\xc3\xa9 \xff\xfe \x1b[31m and\nmore"
+BLT_COMMAND = [sys.executable, "-m", "bytelatent.cli"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", seed=0)
+
+
+@pytest.fixture(scope="module")
+def byte_lm(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    return train(settings(byte_lm_run(tmp_path_factory.mktemp("byte_lm") / "run", text)))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, text: Path, byte_lm: Path) -> Path:
+    return train(settings(blt_run(tmp_path_factory.mktemp("blt") / "run", text, byte_lm)))
+
+
+def blt(*arguments: object, given: bytes = b"") -> bytes:
+    """What `blt` prints, in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=given, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout_bytes
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on standard error with which `blt` ends with code 2."""
+    monkeypatch.setattr(sys, "argv", ["blt", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    captured = capsys.readouterr()
+    assert ended.value.code == 2
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("error: ")
+    return captured.err
+
+
+def test_help_lists_every_verb() -> None:
+    shown = blt("--help").decode()
+    assert all(verb in shown for verb in VERBS)
+    assert {command.name or command.callback.__name__ for command in app.registered_commands if command.callback} == {
+        *VERBS
+    }
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_shows_an_example(verb: str) -> None:
+    shown = " ".join(blt(verb, "--help").decode().split())
+    assert "Example:" in shown
+    assert f"blt {verb}" in shown
+
+
+def test_importing_the_command_is_light() -> None:
+    code = "import sys, bytelatent.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
+
+
+def test_the_real_command_patches_standard_input() -> None:
+    command = [*BLT_COMMAND, "patch", "--compare", "space,static:4,byte"]
+    ended = subprocess.run(command, input=NO_UTF8, env=ENVIRONMENT, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    shown = ended.stdout.decode()
+    assert f"byte: {len(NO_UTF8)} patches over {len(NO_UTF8)} bytes, 1.00 bytes a patch" in shown
+    assert "static:4: " in shown
+    assert "space: " in shown
+    assert "\x1b" not in shown
+
+
+def test_the_real_command_ends_with_code_2_and_one_line() -> None:
+    ended = subprocess.run([*BLT_COMMAND, "patch", "x", "--rule", "spice"], env=ENVIRONMENT, capture_output=True)
+    assert ended.returncode == 2
+    assert ended.stdout == b""
+    assert ended.stderr.decode().startswith("error: patch: no rule 'spice'; rules: ")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("verb", ["patch", "generate"])
+def test_a_closed_pipe_is_no_traceback(verb: str, byte_lm: Path) -> None:
+    arguments = ["word " * 20_000, "--rule", "space"] if verb == "patch" else ["x", "-m", str(byte_lm), "-n", "300"]
+    process = subprocess.Popen(
+        [*BLT_COMMAND, verb, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert len(process.stdout.read(1)) == 1
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.wait(timeout=60)
+    process.stderr.close()
+    assert errors == b""
+
+
+def test_patches_as_json_cover_the_text(model: Path) -> None:
+    found = json.loads(blt("patch", "--json", "--compare", "entropy,space,static:4", "-m", model, given=NO_UTF8))
+    assert found.keys() == {"entropy", "space", "static:4"}
+    for name, patches in found.items():
+        assert [patch["start"] for patch in patches] == [0, *(patch["end"] for patch in patches[:-1])]
+        assert patches[-1]["end"] == len(NO_UTF8)
+        assert all(
+            patch["text"] == NO_UTF8[patch["start"] : patch["end"]].decode(errors="replace") for patch in patches
+        )
+        assert all((patch["entropies"] is not None) == (name == "entropy") for patch in patches)
+    assert all(len(p["entropies"]) == p["end"] - p["start"] for p in found["entropy"])
+    assert [patch["text"] for patch in found["space"]][-1] == "more"
+
+
+def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
+    page = tmp_path / "pages" / "patches.html"
+    page.parent.mkdir()
+    printed = blt("patch", "some <b>text</b>", "--compare", "entropy,space", "--html", page, "-m", model)
+    assert printed.decode().strip() == str(page)
+    assert os.listdir(page.parent) == ["patches.html"]
+    assert "</html>" in page.read_text()
+    assert "<b>text</b>" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["patch", "x", "--rule", "static"], "no rule 'static'"),
+        (["patch", "x", "--rule", "static:0"], "static:0: patch_size"),
+        (["patch", "x", "--rule", "entropy:high"], "no rule 'entropy:high'"),
+        (["patch", "x", "--rule", "bpe:absent.json"], "absent.json"),
+        (["patch", "x", "-m", "absent"], "'absent' is no folder; name a run"),
+        (["patch", "x", "-m", "absent"], "take a rule that needs no model: --rule space"),
+        (["generate", "x", "-m", "absent"], "'absent' is no folder"),
+        (["generate", "x", "-m", "{model}", "--top-p", "0"], "top_p"),
+        (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is none"),
+        (["eval", "{text}", "-m", "absent"], "'absent' is no folder"),
+        (["eval", "absent.txt", "-m", "{model}"], "'absent.txt' does not exist"),
+        (["eval", "{text}", "-m", "{model}", "--max-bytes", "0"], "holds no bytes"),
+        (["calibrate", "absent.txt", "-m", "{byte_lm}"], "'absent.txt' does not exist"),
+        (["calibrate", "{text}", "-m", "{byte_lm}", "--patch-bytes", "9999"], "out of reach"),
+        (["info", "blt-1bb"], "did you mean 'blt-1b'?"),
+        (["info", "nonsense"], "no preset 'nonsense'"),
+        (["info"], "name a run, a folder or a preset; presets: "),
+        (["train"], "name a configuration or settings: blt train config="),
+        (["train", "config=absent.yaml"], "'absent.yaml' does not exist"),
+        (["train", "steps=3", "stepz=4"], "stepz: unknown key; did you mean 'steps'?"),
+        (["demo", "--text", "absent", "--out", "absent/demo"], "'absent' does not exist"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_what_will_not_do_is_one_line_and_code_2(
+    arguments: list[str],
+    message: str,
+    text: Path,
+    byte_lm: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    filled = [argument.format(text=text, byte_lm=byte_lm, model=model) for argument in arguments]
+    assert message in refused(monkeypatch, capsys, *filled)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_of_a_preset_is_what_its_modules_hold() -> None:
+    found = json.loads(blt("info", "demo-blt", "--json"))
+    parameters = sum(parameter.numel() for parameter in build(PRESETS["demo-blt"]).parameters())
+    assert found["num_parameters"] == parameters == sum(part["num_parameters"] for part in found["parts"])
+    longer = json.loads(blt("info", "demo-blt", "--json", "--patch-bytes", "9"))
+    assert longer["flops_per_byte"] < found["flops_per_byte"]
+
+
+def test_info_of_the_1b_preset() -> None:
+    found = json.loads(blt("info", "blt-1b", "--json"))
+    parts = {part["name"]: part["num_parameters"] for part in found["parts"]}
+    # 25 layers of width 2048: four square matrices, and three to the feed-forward width of 5632; two norms each.
+    assert parts["global transformer"] == 25 * (4 * 2048**2 + 3 * 2048 * 5632 + 2 * 2048)
+    assert parts["n-gram hash tables"] == 6 * 500_002 * 1024
+    assert "blt-1b" in blt("info", "blt-1b").decode()
+
+
+def test_info_of_a_run(model: Path) -> None:
+    found = json.loads(blt("info", model, "--json"))
+    loaded = load(model)
+    assert found["num_parameters"] == sum(parameter.numel() for parameter in loaded.model.parameters())
+    assert found["patching"] == loaded.config.patching.plain() if loaded.config.patching else None
+
+
+def test_train_then_train_further(tmp_path: Path, text: Path) -> None:
+    values = byte_lm_run(tmp_path / "run", text, steps=3)
+    arguments = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    assert blt("train", *arguments).decode().splitlines()[-1] == str(tmp_path / "run")
+    blt("train", *arguments, "steps=5")
+    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+
+
+def test_eval(model: Path, byte_lm: Path, text: Path) -> None:
+    num_bytes = sum(len(json.loads(line)["text"]) for line in text.read_text().splitlines())
+    found = json.loads(blt("eval", text, "-m", model, "--json"))
+    assert found["num_bytes"] == num_bytes
+    assert 0 < found["bits_per_byte"] < 9
+    printed = blt("eval", text, "-m", model).decode()
+    assert printed.startswith(f"{found['bits_per_byte']:.4f} bits per byte on {num_bytes:,} bytes")
+    assert "bytes a patch" in printed
+    of_byte_lm = json.loads(blt("eval", text, "-m", byte_lm, "--json", "--max-bytes", 500))
+    assert of_byte_lm["num_bytes"] == 500
+    assert of_byte_lm["mean_patch_bytes"] is None
+
+
+def test_calibrate(byte_lm: Path, model: Path, text: Path) -> None:
+    found = json.loads(blt("calibrate", text, "-m", byte_lm, "--patch-bytes", 5, "--max-bytes", 2000))
+    assert found["mean_patch_bytes"] == pytest.approx(5, rel=0.05)
+    assert json.loads(blt("calibrate", text, "-m", model, "--patch-bytes", 5, "--max-bytes", 2000)) == found
+
+
+@pytest.mark.parametrize("which", ["model", "byte_lm"])
+def test_generate(which: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(which)
+    once = blt("generate", "The cat", "-m", folder, "-n", 12, "--seed", 3)
+    assert once.startswith(b"The cat")
+    assert once.endswith(b"\n")
+    assert len(b"The cat") + 1 < len(once) <= len(b"The cat") + 12 + 1
+    assert blt("generate", "The cat", "-m", folder, "-n", 12, "--seed", 3) == once
+    assert blt("generate", "The cat", "-m", folder, "-n", 12, "--seed", 4) != once
+    greedy = [blt("generate", "The cat", "-m", folder, "-n", 5, "--temperature", 0, "--seed", s) for s in (1, 2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_generate_from_bytes_that_are_no_utf8(model: Path) -> None:
+    assert blt("generate", "-m", model, "-n", 2, given=NO_UTF8).startswith(NO_UTF8)
+
+
+def test_an_argument_that_is_no_utf8_is_its_bytes() -> None:
+    argument = os.fsdecode(b"a\xff b")
+    patches = json.loads(blt("patch", argument, "--rule", "space", "--json"))["space"]
+    assert patches[-1]["end"] == len(to_bytes(argument)) == 4

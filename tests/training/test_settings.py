@@ -1,0 +1,129 @@
+"""Settings that will not do are one line and exit code 2."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bytelatent.errors import UserError
+from bytelatent.train import settings_from
+from bytelatent.training import train
+from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, command, finished, settings, write_text
+
+
+def refused(arguments: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        settings_from(arguments)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+ENOUGH = ["model=demo-byte-lm", "data.train=x", "steps=3"]
+ENOUGH_BLT = ["model=demo-blt", "data.train=x", "steps=3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*ENOUGH, "optimizer.lrr=1"], "optimizer.lrr: unknown key; did you mean 'lr'?"),
+        ([*ENOUGH, "data.trian=x"], "data.trian: unknown key; did you mean 'train'?"),
+        ([*ENOUGH, "stepz=1"], "stepz: unknown key; did you mean 'steps'?"),
+        ([*ENOUGH_BLT, "model.encoder.dmi=3"], "model.encoder.dmi: unknown key; did you mean 'dim'?"),
+        ([*ENOUGH, "minutes=1"], "set steps or minutes (one of them)"),
+        (ENOUGH[:2], "set steps or minutes (one of them)"),
+        ([*ENOUGH, "patching.mode=space"], "patching belongs to a BLT"),
+        ([*ENOUGH, "byte_lm=x"], "byte_lm belongs to a BLT"),
+        (ENOUGH_BLT, "patching: a BLT needs a rule"),
+        ([*ENOUGH_BLT, "patching.mode=entropy"], "needs a threshold"),
+        ([*ENOUGH_BLT, "patching.mode=entropy", "calibration.patch_bytes=4"], "calibration needs a byte LM"),
+        ([*ENOUGH_BLT, "patching.mode=space", "calibration.patch_bytes=4"], "patching.mode 'space' has none"),
+        (["model=demo-bl", *ENOUGH[1:]], "model: no preset 'demo-bl'; did you mean 'demo-blt'?"),
+        (["model=zzz", *ENOUGH[1:]], "model: no preset 'zzz'"),
+        ([*ENOUGH, "dtype=float16"], "dtype: Input should be 'auto', 'float32' or 'bfloat16', not 'float16'"),
+        ([*ENOUGH, "optimizer.lr=-1"], "optimizer.lr: "),
+        (["config=absent.yaml"], "config: 'absent.yaml' does not exist"),
+        ([], "name a configuration or settings"),
+        ([*ENOUGH, "steps"], "'steps' is not a setting"),
+    ],
+)
+def test_settings_that_will_not_do(arguments: list[str], message: str) -> None:
+    said = refused(arguments)
+    assert message in said
+    assert "model: model:" not in said
+
+
+def test_later_settings_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: demo-byte-lm\nsteps: 3\ndata: {train: x}\noptimizer: {lr: 1.0, clip: 2.0}\n")
+    read = settings_from([f"config={path}", "optimizer.lr=1e-3", "steps=7"])
+    assert (read.steps, read.optimizer.lr, read.optimizer.clip) == (7, 1e-3, 2.0)
+
+
+def test_the_shipped_configurations_are_read() -> None:
+    configs = sorted((Path(__file__).parents[2] / "apps" / "bytelatent" / "configs").glob("*.yaml"))
+    assert len(configs) >= 8
+    for config in configs:
+        assert settings_from([f"config={config}"]).data.train
+
+
+@pytest.mark.parametrize("where", ["train", "valid"])
+@pytest.mark.parametrize("what", ["missing", "empty"])
+def test_text_that_is_not_there_is_said_before_the_first_step(
+    tmp_path: Path, text: Path, where: str, what: str
+) -> None:
+    path = tmp_path / "nothing.txt"
+    if what == "empty":
+        path.touch()
+    run = tmp_path / "run"
+    values = byte_lm_run(run, text, data={where: str(path)})
+    with pytest.raises(UserError, match=str(path)):
+        train(settings(values))
+    assert not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text() == ""
+    path.write_bytes(b"now it is there " * 20)
+    train(settings(values))  # the same folder
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"optimizer": {"lrr": 1}},
+        {"data": {"train": "absent.jsonl"}},
+        {"device": "gpu"},
+        {"model": BLT},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_the_command_ends_with_one_line_and_code_2(tmp_path: Path, text: Path, more: dict[str, Any]) -> None:
+    ended = finished(command(byte_lm_run(tmp_path / "run", text, **more)), cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("error: ")
+    assert next(iter(more)) in ended.stderr or "patching" in ended.stderr
+
+
+def test_a_byte_lm_that_is_not_there_is_named(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(UserError, match="'nowhere' is no folder"):
+        train(settings(blt_run(tmp_path / "run", text, Path("nowhere"))))
+
+
+def test_patches_out_of_reach_are_refused_and_another_byte_lm_may_be_named(
+    tmp_path: Path, text: Path, byte_lm: Path
+) -> None:
+    """What an attempt that failed left behind is not taken for the run's byte LM."""
+    run = tmp_path / "run"
+    other = train(settings(byte_lm_run(tmp_path / "other", text, steps=2, seed=4)))
+    with pytest.raises(UserError, match="a mean patch of 5000 bytes is out of reach"):
+        train(settings(blt_run(run, text, other, calibration={"patch_bytes": 5000})))
+    train(settings(blt_run(run, text, byte_lm, steps=2)))
+    newest = max((byte_lm / "checkpoints").iterdir())
+    assert (run / "byte_lm" / "model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
+
+
+def test_what_is_written_reads_back(tmp_path: Path, text: Path) -> None:
+    write_text(tmp_path / "valid.jsonl", 2)
+    read = settings(byte_lm_run(tmp_path / "run", text, data={"valid": str(tmp_path / "valid.jsonl")}))
+    path = tmp_path / "settings.yaml"
+    path.write_text(read.to_yaml())
+    assert settings_from([f"config={path}"]) == read

@@ -1,0 +1,238 @@
+"""Ctrl-C and SIGTERM, a loss that is not finite, a full disk, torn checkpoints."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from bytelatent.errors import Interrupted, UserError
+from bytelatent.files import newest_whole, what_is_torn
+from bytelatent.interop import load
+from bytelatent.training import checkpoint, loop, metrics, read_metrics, train
+from tests.training.tiny_runs import (
+    assert_equal_runs,
+    byte_lm_run,
+    checkpoints,
+    command,
+    environment,
+    finished,
+    losses,
+    settings,
+    write_text,
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    values = byte_lm_run(run, text, steps=5000, checkpoint={"every": 100_000})
+    process = subprocess.Popen(command(values), env=environment(), stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while len(read_metrics(run / "metrics.jsonl")) < 5 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = losses(run)[-1][0]
+    assert errors == f"stopped: after step {step}; the same command goes on from there\n"
+    assert checkpoints(run) == [f"step-{step:08d}"]
+    assert what_is_torn(run / "checkpoints" / checkpoints(run)[0]) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    tmp_path: Path, text: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(settings(byte_lm_run(tmp_path / "whole", text)))
+    run, surprise, calls = tmp_path / "run", loop.surprise, []
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+
+    def signalled(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), number)
+        return surprise(*arguments)
+
+    monkeypatch.setattr(loop, "surprise", signalled)
+    with pytest.raises(Interrupted, match="after step 7; the same command goes on"):
+        train(settings(byte_lm_run(run, text)))
+    assert checkpoints(run) == ["step-00000005", "step-00000007"]
+    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
+    train(settings(byte_lm_run(run, text)))
+    assert_equal_runs(run, whole)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 100)
+
+
+def remove_optimizer(folder: Path) -> None:
+    (folder / "optimizer.pt").unlink()
+
+
+def keep_only_the_model(folder: Path) -> None:
+    for name in ("complete.json", "optimizer.pt", "progress.pt"):
+        (folder / name).unlink()
+
+
+def damage_manifest(folder: Path) -> None:
+    (folder / "complete.json").write_text('{"files": ')
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / "progress.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "progress.pt").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("tear", "why"),
+    [
+        (truncate, "model.safetensors is not as it was written"),
+        (remove_optimizer, "optimizer.pt is missing"),
+        (keep_only_the_model, "complete.json is missing"),
+        (damage_manifest, "complete.json is damaged"),
+        (flip_a_bit, "progress.pt is not as it was written"),
+    ],
+)
+def test_a_torn_checkpoint_is_passed_over(
+    tmp_path: Path, text: Path, tear: Callable[[Path], None], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(settings(byte_lm_run(tmp_path / "whole", text)))
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=12)))
+    tear(run / "checkpoints" / "step-00000012")
+    assert load(run).source.startswith(str(run / "checkpoints" / "step-00000010"))
+    capsys.readouterr()
+    train(settings(byte_lm_run(run, text)))
+    line = f"'{run / 'checkpoints' / 'step-00000012'}' is torn ({why}); passed over"
+    assert line in capsys.readouterr().out.splitlines()
+    assert_equal_runs(run, whole)
+
+
+def test_no_whole_checkpoint_is_one_line(tmp_path: Path, text: Path) -> None:
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=7)))
+    truncate(run / "checkpoints" / "step-00000005")
+    remove_optimizer(run / "checkpoints" / "step-00000007")
+    with pytest.raises(UserError) as caught:
+        train(settings(byte_lm_run(run, text)))
+    message = str(caught.value)
+    assert message.startswith(f"no checkpoint of '{run}' is whole: ")
+    assert "step-00000005" in message
+    assert "step-00000007" in message
+
+
+def test_a_folder_that_was_being_written_is_no_checkpoint(tmp_path: Path, text: Path) -> None:
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=5)))
+    half = run / "checkpoints" / ".step-00000006.123.part"
+    half.mkdir()
+    (half / "config.json").write_text("{}")
+    assert newest_whole(run / "checkpoints") == (run / "checkpoints" / "step-00000005", [])
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_keep_is_honoured(tmp_path: Path, text: Path, keep: int) -> None:
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=9, checkpoint={"every": 2, "keep": keep})))
+    assert checkpoints(run) == ["step-00000004", "step-00000006", "step-00000008", "step-00000009"][-keep:]
+
+
+def test_a_torn_later_checkpoint_does_not_push_out_whole_ones(tmp_path: Path, text: Path) -> None:
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=8, checkpoint={"every": 4})))
+    truncate(run / "checkpoints" / "step-00000008")
+    values = byte_lm_run(run, text, steps=6, checkpoint={"every": 100, "keep": 1})
+    train(settings(values))
+    found, _ = newest_whole(run / "checkpoints")
+    assert found == run / "checkpoints" / "step-00000006"
+
+
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    values = byte_lm_run(run, text, steps=400, optimizer={"lr": 1e25, "warmup_steps": 0})
+    ended = finished(command({**values, "checkpoint": {"every": 1}}))
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert "the loss is not finite at step " in ended.stderr
+    assert "optimizer.lr (now 1e+25)" in ended.stderr
+
+
+def test_the_checkpoint_before_a_loss_that_is_not_finite_is_whole(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surprise, calls = loop.surprise, []
+
+    def broken(model: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        return surprise(model, batch) * (float("nan") if len(calls) == 8 else 1.0)
+
+    monkeypatch.setattr(loop, "surprise", broken)
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"not finite at step 8 \(loss nan, .*optimizer.lr \(now 0.003\)"):
+        train(settings(byte_lm_run(run, text)))
+    assert losses(run)[-1][0] == 7
+    assert checkpoints(run) == ["step-00000005"]
+    assert all(bool(value.isfinite().all()) for value in load(run).model.state_dict().values())
+    monkeypatch.undo()
+    train(settings(byte_lm_run(run, text)))
+    assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
+
+
+@pytest.mark.parametrize(("module", "good_calls"), [(checkpoint, 1), (torch, 2)], ids=["model", "optimizer"])
+def test_a_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, text: Path, module: Any, good_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, save, calls = tmp_path / "run", module.save, []
+
+    def full(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) > good_calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(*arguments)
+
+    monkeypatch.setattr(module, "save", full)
+    with pytest.raises(UserError, match=r"the disk is full: '.*step-00000010' was not written"):
+        train(settings(byte_lm_run(run, text)))
+    assert os.listdir(run / "checkpoints") == ["step-00000005"]
+    assert what_is_torn(run / "checkpoints" / "step-00000005") is None
+    monkeypatch.undo()
+    train(settings(byte_lm_run(run, text)))
+    assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
+
+
+def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    class Full:
+        name = "metrics.jsonl"
+
+        def write(self, _: str) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        close = flush = lambda self: self.write("")
+
+    written = metrics.Metrics(tmp_path / "metrics.jsonl", 0, "byte LM", Console(quiet=True))
+    written._file.close()
+    written._file = Full()  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"'metrics.jsonl' cannot be written: No space left"), written:
+        written.write({"step": 1}, 0.5)
+
+
+def test_the_system_refuses_large_files(tmp_path: Path) -> None:
+    """A real failure of a write inside safetensors, which has errors of its own."""
+    text = write_text(tmp_path / "text.jsonl", seed=0)
+    run = tmp_path / "run"
+    train(settings(byte_lm_run(run, text, steps=5)))
+    size = (run / "checkpoints" / "step-00000005" / "model.safetensors").stat().st_size
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    ended = finished(command(byte_lm_run(run, text)), preexec_fn=limit)
+    assert ended.returncode != 0
+    assert os.listdir(run / "checkpoints") == ["step-00000005"]
+    assert what_is_torn(run / "checkpoints" / "step-00000005") is None
