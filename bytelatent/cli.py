@@ -45,9 +45,14 @@ def demo(
     for name in ("blt", "byte_lm", "xz"):
         table.add_row(name, f"{bits[name]:.3f}")
     console.print(table)
-    console.print(f"[bold]look at[/]  {out / 'report.html'}", highlight=False)
-    console.print(f"[bold]numbers[/]  {out / 'summary.json'}", highlight=False)
-    console.print("[bold]next[/]     blt generate 'def read(self' | blt patch 'any text' | blt demo --minutes 20")
+    for label, line in (
+        ("look at", out / "report.html"),
+        ("numbers", out / "summary.json"),
+        ("next", f"blt generate 'def read(self' -m {out}"),
+        ("", f"blt patch 'any text' -m {out} --entropies"),
+        ("", "blt demo --minutes 20"),
+    ):
+        console.print(f"[bold]{label:<8}[/] {line}", highlight=False, soft_wrap=True)
 
 
 @app.command(context_settings={"allow_extra_args": False})

@@ -78,7 +78,7 @@ def test_writes_what_it_promises(demo: tuple[Path, dict[str, Any]]) -> None:
     assert (folder / "byte_lm_training" / "metrics.jsonl").is_file()
     page = (folder / "report.html").read_text()
     assert "</html>" in page
-    assert f"{summary['bits_per_byte']['blt']:.2f}" in page
+    assert f"{summary['bits_per_byte']['blt']:.3f}" in page
 
 
 def test_an_earlier_demo_is_replaced(demo: tuple[Path, dict[str, Any]]) -> None:
