@@ -58,12 +58,15 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         _stop_signals() as stopped,
         Metrics(run.folder / "metrics.jsonl", state.step, _title(settings), console) as metrics,
     ):
-        logged = (state.bytes_seen, state.seconds)
+        first, before, logged = state.step + 1, state.seconds, (state.bytes_seen, state.seconds)
         while (done := _done(state, settings)) < 1:
             row = _step(state, settings, loss, device)
+            if state.step == first:  # it compiles and warms up: its time says nothing about the next steps'
+                state.seconds = before
+                logged = (state.bytes_seen, state.seconds)
             done = _done(state, settings)
             if state.step % settings.log_every == 0 or done >= 1:
-                row["bytes_per_second"] = round((state.bytes_seen - logged[0]) / (state.seconds - logged[1]))
+                row["bytes_per_second"] = _rate(logged, (state.bytes_seen, state.seconds))
                 logged = (state.bytes_seen, state.seconds)
                 metrics.write(row, done)
             if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
@@ -124,6 +127,11 @@ def _done(state: TrainState, settings: TrainSettings) -> float:
         return state.seconds / (60 * settings.minutes)
     assert settings.steps is not None
     return state.step / settings.steps
+
+
+def _rate(then: tuple[int, float], now: tuple[int, float]) -> int | None:
+    """Bytes a second between two (bytes, seconds); None where no time has passed."""
+    return round((now[0] - then[0]) / (now[1] - then[1])) if now[1] > then[1] else None
 
 
 def _after_warmup(state: TrainState, settings: TrainSettings) -> float:

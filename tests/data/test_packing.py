@@ -77,13 +77,15 @@ def test_every_id_is_predicted_exactly_once(
         ]
 
 
-@given(sizes, st.integers(2, 30), st.integers(2, 32), st.integers(0, 99))
-def test_batches_are_full(documents: list[int], context: int, size: int, seed: int) -> None:
-    pieces, _ = marked(documents, context, seed, patched=False)
-    counts = []
-    while taken := take(pieces, size, None, lambda: False):
-        counts.append(sum(map(len, taken)))
-    assert all(count == size for count in counts[:-1])
+@given(sizes, st.integers(2, 30), st.integers(2, 32), st.none() | st.integers(2, 12), st.integers(0, 99))
+def test_batches_are_full(documents: list[int], context: int, size: int, slots: int | None, seed: int) -> None:
+    """Of bytes, or of patches but for the one slot that padding takes."""
+    pieces, _ = marked(documents, context, seed, patched=slots is not None)
+    full = []
+    while taken := take(pieces, size, slots, lambda: False):
+        batch = pack(taken, size, slots)
+        full.append(batch.num_targets == size or (slots is not None and batch.num_patches == slots - 1))
+    assert all(full[:-1])
 
 
 def test_more_is_asked_for_only_when_nothing_is_left() -> None:

