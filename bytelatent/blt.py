@@ -12,7 +12,7 @@ from bytelatent.data import Document, Patcher, cut, pack, patch_in_groups, patch
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
-from bytelatent.files import whole_folder
+from bytelatent.files import MANIFEST, whole_folder
 from bytelatent.inference import Sampling, generate_ids
 from bytelatent.interop import Config, load, save
 from bytelatent.model import BLTModel, ByteLM, add_patches, pack_rows
@@ -162,7 +162,14 @@ class BLT:
         return out
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model, its rule and its byte LM into a folder, which appears whole or not at all."""
+        """Write the model, its rule and its byte LM into a folder, which appears whole or not at all.
+
+        Raises:
+            UserError: the folder holds something else than a saved model.
+        """
+        folder = Path(folder).expanduser().resolve()
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+            raise UserError(f"save_pretrained: '{folder}' holds something else than a model; name another folder")
         with whole_folder(folder) as aside:
             save(aside, self.model, self.config, self.byte_lm)
 

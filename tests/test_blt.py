@@ -237,3 +237,14 @@ def test_torn_folder(blt: BLT, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UserError, match="is not a whole safetensors file"):
         BLT.from_pretrained(tmp_path / "a")
+
+
+def test_saving_replaces_a_model_and_nothing_else(blt: BLT, tmp_path: Path) -> None:
+    blt.save_pretrained(tmp_path / "model")
+    blt.save_pretrained(tmp_path / "model")
+    assert BLT.from_pretrained(tmp_path / "model").patching == blt.patching
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("dear diary")
+    with pytest.raises(UserError, match="something else"):
+        blt.save_pretrained(tmp_path / "notes")
+    assert (tmp_path / "notes" / "diary.txt").read_text() == "dear diary"
