@@ -50,7 +50,8 @@ class TrainSettings(Settings):
     Attributes:
         run: the folder it writes.
         steps: optimizer steps, or else
-        minutes: time spent in steps. The learning rate follows the clock, so such a run is not repeatable.
+        minutes: time spent in steps (but for the first after each start, which compiles and warms up). The learning
+            rate follows the clock, so such a run is not repeatable.
         model: a preset's name or the shapes themselves.
         patching: the rule (BLT only). With `calibration` its threshold may be left out.
         byte_lm: where the frozen byte LM is, if the rule needs entropies that are not stored with the text.
