@@ -13,7 +13,7 @@ from bytelatent.errors import UserError, guarded
 
 app = typer.Typer(
     name="blt",
-    help="Byte-level language models with dynamic patches.\n\nStart with:  blt demo",
+    help="Byte-level language models with dynamic patches.\n\nExample:  `blt demo`",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

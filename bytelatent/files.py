@@ -65,6 +65,34 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from writing into `folder` for as long as the block lasts; a killed one lets go by itself.
+
+    Raises:
+        UserError: another process writes there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    path = Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be written: {error.strerror or error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"'{folder}' is being written by another process; wait for it, or use run=FOLDER") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
 def what_is_torn(folder: Path) -> str | None:
     """Why a folder written by `whole_folder` is not whole any more; None if it is."""
     try:

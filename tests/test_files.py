@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.files import MANIFEST, newest_whole, what_is_torn, whole_file, whole_folder
+from bytelatent.files import MANIFEST, newest_whole, only_writer, what_is_torn, whole_file, whole_folder
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -179,3 +179,13 @@ def test_newest_whole_passes_over_torn_ones(tmp_path: Path) -> None:
     for folder in folders:
         (folder / MANIFEST).write_text(json.dumps({"files": {"nothing": [0, ""]}}))
     assert newest_whole(tmp_path)[0] is None
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "run"):
+        with pytest.raises(UserError, match="another process"), only_writer(tmp_path / "run"):
+            pass
+        with only_writer(tmp_path / "other"):
+            pass
+    with only_writer(tmp_path / "run"):
+        pass

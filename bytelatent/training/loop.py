@@ -15,12 +15,13 @@ from torch import nn
 from bytelatent.data import Batch, DataSettings, Loader, Patcher, batches_once, find_files, surprise
 from bytelatent.device import autocast, choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.files import only_writer
 from bytelatent.model import build, compile_regions
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
-from bytelatent.training.run import open_run
+from bytelatent.training.run import Run, open_run
 from bytelatent.training.settings import TrainSettings
 
 
@@ -38,9 +39,12 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     _must_hold_text(settings.data)
-    run = open_run(settings, device, dtype, console)
-    settings = run.settings
+    with only_writer(settings.run):
+        return _train(open_run(settings, device, dtype, console), device, dtype, console)
 
+
+def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console) -> Path:
+    settings = run.settings
     torch.manual_seed(settings.seed)
     model = build(settings.model).to(device)
     loader = Loader(settings.data, settings.seed, run.patcher)

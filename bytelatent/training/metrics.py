@@ -73,7 +73,7 @@ class Metrics:
             time.monotonic() - self._last_line > 10 or "validation_bits_per_byte" in row
         ):
             self._last_line = time.monotonic()
-            line = f"{self._title}  {done:4.0%}  step {row['step']}  {status}"
+            line = f"{self._title}  {min(done, 1):4.0%}  step {row['step']}  {status}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
 
