@@ -23,7 +23,8 @@ def settings_from(arguments: list[str]) -> TrainSettings:
     config = [argument.removeprefix("config=") for argument in arguments if argument.startswith("config=")]
     overrides = [argument for argument in arguments if not argument.startswith("config=")]
     values = load_yaml(config[-1]) if config else {}
-    return TrainSettings.parse(merge(values, overrides), where=config[-1] if config else "")
+    where = config[-1] if config and not overrides else ""  # a wrong key may as well stand on the command line
+    return TrainSettings.parse(merge(values, overrides), where)
 
 
 def main(arguments: list[str], console: Console | None = None) -> Path:

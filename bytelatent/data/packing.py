@@ -25,7 +25,7 @@ class Batch:
     targets: Tensor  # [T] the id that follows each id; -100: padding
     num_targets: int
     num_bytes: int  # targets that are bytes of text: all but EOS
-    num_patches: int  # patches in use
+    num_patches: int  # patches that hold a byte; BOS stands alone and does not count
 
     def to(self, device: torch.device | str) -> "Batch":
         targets = self.targets.to(device, non_blocking=True)
@@ -95,7 +95,7 @@ def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None)
         if padding:
             starts = torch.cat([starts, torch.zeros(padding, dtype=torch.bool)])
         stream = add_patches(stream, starts, slots)
-        num_patches = int((stream.patch_document >= 0).sum())
+        num_patches = int(stream.patch[stream.ids >= OFFSET].unique().numel())
     return Batch(stream, targets, num_targets, num_bytes, num_patches)
 
 

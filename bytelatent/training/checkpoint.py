@@ -49,6 +49,8 @@ def save_checkpoint(run: Path, state: TrainState, config: Config, keep: int) -> 
     # Later ones are torn: this step could not have been done again otherwise. They must not push out whole ones.
     for old in sorted(place for place in folder.parent.glob("step-*") if place <= folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+    for unfinished in folder.parent.glob(".step-*"):  # left by a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

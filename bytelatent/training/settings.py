@@ -103,8 +103,10 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _one_end(self) -> Self:
-        if (self.steps is None) == (self.minutes is None):
-            raise ValueError("set steps or minutes (one of them): how long to train")
+        if self.steps is None and self.minutes is None:
+            raise ValueError("set steps or minutes: how long to train")
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError("steps and minutes are both set; set the one that should not count to null: minutes=null")
         return self
 
     @model_validator(mode="after")
