@@ -38,7 +38,7 @@ PRESETS: dict[str, ModelSettings] = {
     ),
     # The entropy model of the paper and the releases: 14 x 768, window 512.
     "entropy": ByteLMSettings(dim=768, num_layers=14, num_heads=12, window=512, rope_theta=10_000.0),
-    # Pagnoni et al. 2024, table 10. (It gives the 400M model 10 cross-attention heads, which do not divide 768.)
+    # The sizes of Pagnoni et al. 2024. Cross-attention has as many heads as the local models, so that they divide it.
     "blt-400m": _blt((768, 12), (1, 24, 7), (1280, 10), k=2),
     "blt-1b": _blt((1024, 16), (1, 25, 9), (2048, 16), k=2),
     "blt-2b": _blt((1024, 16), (1, 26, 9), (2560, 20), k=3),
