@@ -10,8 +10,8 @@ ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
     ["errors"],  # the ground: everyone's, and it imports nothing of ours
     ["vocab", "config", "files", "device", "kernels"],
-    ["model", "patching", "launch"],
-    ["inference", "data", "interop", "report"],
+    ["model", "patching", "text", "launch"],
+    ["inference", "data", "prepare", "interop", "report"],
     ["training", "evaluation", "serving"],
     ["blt"],
     ["demo", "train", "stool", "eval", "generate", "info", "patch"],
