@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from bytelatent.data import Document, Patcher, cut, pack, patch_in_groups, patches_of, take
+from bytelatent.data import Patcher, cut, pack, patch_in_groups, patches_of, take
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
@@ -17,6 +17,7 @@ from bytelatent.inference import Sampling, generate_ids
 from bytelatent.interop import Config, load, save
 from bytelatent.model import BLTModel, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
+from bytelatent.text import Document
 from bytelatent.vocab import PADDING, VOCAB_SIZE, decode, encode, to_bytes
 
 # Shapes: B rows, N ids in a row, P patches, V vocabulary

@@ -6,11 +6,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from bytelatent.data import DataSettings, Patcher, batches_once, find_files
+from bytelatent.data import DataSettings, Patcher, batches_once
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.interop import load
+from bytelatent.text import find_files
 
 
 def evaluate_model(

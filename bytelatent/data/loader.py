@@ -1,73 +1,62 @@
 """Batches without end from weighted sources; the position is part of the checkpoint."""
 
+import itertools
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 
-from bytelatent.data.documents import Document, find_files, read_documents
 from bytelatent.data.packing import Batch, pack, take
 from bytelatent.data.patcher import Patcher
 from bytelatent.data.pieces import Piece, cut
+from bytelatent.data.reading import Reading, Readings
 from bytelatent.data.settings import DataSettings, SourceSettings
+from bytelatent.data.source import SourceReader
+from bytelatent.data.stored import StoredCheck
 from bytelatent.errors import UserError
-
-
-class SourceReader:
-    """The documents of one source, again and again, the files in another order in each epoch."""
-
-    def __init__(self, settings: SourceSettings, seed: int):
-        self.settings = settings
-        self.seed = seed
-        self.files = find_files(settings.path)
-        self.epoch, self.place, self.row = 0, 0, 0
-        self._rows = self._read()
-
-    def __next__(self) -> Document:
-        return next(self._rows)
-
-    def _read(self) -> Iterator[Document]:
-        while True:
-            found = self.place > 0 or self.row > 0
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.files))
-            while self.place < len(order):
-                file = self.files[order[self.place]]
-                for row, document in read_documents(file, self.settings.text_key, self.row):
-                    self.row, found = row + 1, True
-                    yield document
-                self.place, self.row = self.place + 1, 0
-            if not found:
-                raise UserError(f"data: '{self.settings.path}' holds no text: every document is empty")
-            self.epoch, self.place = self.epoch + 1, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"files": self.files, "epoch": self.epoch, "place": self.place, "row": self.row}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["files"] != self.files:
-            raise UserError(
-                f"data: the files of '{self.settings.path}' are not those of the checkpoint; "
-                "put them back as they were, or start another run"
-            )
-        self.epoch, self.place, self.row = state["epoch"], state["place"], state["row"]
-        self._rows = self._read()
+from bytelatent.text import Document, find_files, read_documents
 
 
 class Loader:
-    """Endless training batches.
+    """Endless training batches of one rank.
 
     Documents are drawn from the sources by weight, cut into pieces, shuffled, patched where there is a patcher, and
-    packed. `state_dict` holds all that the next batch depends on, the shuffle buffer too.
+    packed. `state_dict` holds all that the next batch depends on, the shuffle buffer too; the number of reading
+    processes changes nothing.
+
+    Args:
+        settings: the sources and the shape of a batch.
+        seed: of every choice.
+        patcher: None for batches without patches.
+        rank, world: this rank, of so many; no document is read by two in the same epoch.
+        say: is told of damaged rows and files.
     """
 
-    def __init__(self, settings: DataSettings, seed: int, patcher: Patcher | None = None):
-        self.settings = settings
-        self.patcher = patcher
-        self.readers = [SourceReader(source, seed) for source in settings.train]
+    def __init__(
+        self,
+        settings: DataSettings,
+        seed: int,
+        patcher: Patcher | None = None,
+        rank: int = 0,
+        world: int = 1,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self.settings, self.seed, self.patcher = settings, seed, patcher
+        self.rank, self.world = rank, world
+        self.readings = Readings(
+            [Reading(source.text_key, settings.context, patcher) for source in settings.train], settings.workers
+        )
+        check = StoredCheck(patcher)
+        self.sources = [
+            SourceReader(source, number, self.readings, seed, rank, world, settings.max_damaged, check, say)
+            for number, source in enumerate(settings.train)
+        ]
         weights = np.array([source.weight for source in settings.train])
         self.shares = weights / weights.sum()
-        self.random = np.random.default_rng(seed)
+        self.deals = 0  # how often the number of ranks changed
+        self.random = self._new_random()
         self.buffer: list[Piece] = []
         self.ready: deque[Piece] = deque()
 
@@ -79,36 +68,119 @@ class Loader:
         pieces = take(self.ready, settings.batch_bytes, settings.batch_patches, self._prepare)
         return pack(pieces, settings.batch_bytes, settings.batch_patches)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the reading processes."""
+        self.readings.close()
+
     def _prepare(self) -> bool:
         """Move about a batch of pieces, patched, from the shuffle buffer to `ready`."""
         pieces, size = [], 0
         while size < self.settings.batch_bytes:
             while len(self.buffer) < self.settings.shuffle_buffer:
-                source = int(self.random.choice(len(self.readers), p=self.shares))
-                self.buffer.extend(cut(next(self.readers[source]), self.settings.context))
+                source = int(self.random.choice(len(self.sources), p=self.shares)) if len(self.sources) > 1 else 0
+                self.buffer.extend(next(self.sources[source]))
             at = int(self.random.integers(len(self.buffer)))
             self.buffer[at], self.buffer[-1] = self.buffer[-1], self.buffer[at]
             pieces.append(self.buffer.pop())
             size += len(pieces[-1])
-        self.ready.extend(self.patcher(pieces) if self.patcher else pieces)
+        if self.patcher is not None:
+            pieces = [replace(piece, entropies=None) for piece in self.patcher(pieces)]
+        self.ready.extend(pieces)
         return True
+
+    def _new_random(self) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.rank, self.deals])
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "readers": [reader.state_dict() for reader in self.readers],
+            "rank": self.rank,
+            "world": self.world,
+            "deals": self.deals,
+            "sources": [source.state_dict() for source in self.sources],
             "random": self.random.bit_generator.state,
             "buffer": [_piece_state(piece) for piece in self.buffer],
             "ready": [_piece_state(piece) for piece in self.ready],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["readers"]) != len(self.readers):
-            raise UserError("data: the number of sources is not that of the checkpoint; start another run")
-        for reader, reader_state in zip(self.readers, state["readers"], strict=True):
-            reader.load_state_dict(reader_state)
+        """Go on where this rank stood.
+
+        Raises:
+            UserError: the files, the sources or the number of ranks are not those of the state; see `deal`.
+        """
+        self._check(state)
+        if (state["rank"], state["world"]) != (self.rank, self.world):
+            raise UserError(
+                f"data: the position is that of rank {state['rank']} of {state['world']}, "
+                f"and this is rank {self.rank} of {self.world}"
+            )
+        for source, source_state in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(source_state)
+        self.deals = state["deals"]
+        self.random = self._new_random()
         self.random.bit_generator.state = state["random"]
         self.buffer = [Piece(**piece) for piece in state["buffer"]]
         self.ready = deque(Piece(**piece) for piece in state["ready"])
+
+    def deal(self, states: list[dict[str, Any]]) -> str:
+        """Go on where another number of ranks stood: each document that none has given out is dealt to one rank.
+
+        All ranks pass the same states. Only the order of the documents is another than it would have been.
+
+        Args:
+            states: of all ranks, as `state_dict` gave them.
+
+        Returns:
+            One line about what was dealt.
+
+        Raises:
+            UserError: the files or the sources are not those of the states, or states are missing.
+        """
+        states = sorted(states, key=lambda state: state["rank"])
+        if [state["rank"] for state in states] != list(range(states[0]["world"])):
+            raise UserError(f"data: there should be the positions of {states[0]['world']} ranks, not {len(states)}")
+        for state in states:
+            self._check(state)
+        num_left = sum(self._deal_source(number, states) for number in range(len(self.sources)))
+        pieces = [Piece(**piece) for state in states for piece in [*state["ready"], *state["buffer"]]]
+        self.buffer = pieces[self.rank :: self.world]
+        self.ready = deque()
+        self.deals = max(state["deals"] for state in states) + 1
+        self.random = self._new_random()
+        return (
+            f"data: the position of {len(states)} ranks is dealt to {self.world}: {len(pieces)} pieces that wait and "
+            f"{num_left} blocks half read; no document is lost or repeated, their order is another"
+        )
+
+    def _deal_source(self, number: int, states: list[dict[str, Any]]) -> int:
+        source = self.sources[number]
+        before = []
+        for state in states:
+            reader = SourceReader(source.settings, number, self.readings, self.seed, state["rank"], state["world"])
+            reader.load_state_dict(state["sources"][number])
+            before.append(reader)
+        end = max(r.place._replace(block=r.place.block + 1) if r.item and not r.left else r.place for r in before)
+        left = sorted(itertools.chain.from_iterable(reader.unread(end) for reader in before))
+        source.load_state_dict(
+            {
+                "files": source.files,
+                "place": list(end),
+                "item": 0,
+                "left": [[*place, item] for place, item in left[self.rank :: self.world]],
+                "damaged": [end.epoch, sum(r.damaged.count for r in before if r.damaged.epoch == end.epoch)],
+            }
+        )
+        return len(left)
+
+    def _check(self, state: dict[str, Any]) -> None:
+        if len(state["sources"]) != len(self.sources):
+            raise UserError("data: the number of sources is not that of the checkpoint; start another run")
 
 
 def batches_once(
@@ -123,12 +195,7 @@ def batches_once(
     Args:
         max_bytes: stop after about as much text.
     """
-    documents = (
-        document
-        for source in sources
-        for file in find_files(source.path)
-        for _, document in read_documents(file, source.text_key)
-    )
+    documents = _documents_once(sources, patcher)
     ready: deque[Piece] = deque()
     num_bytes = 0
 
@@ -140,8 +207,7 @@ def batches_once(
             if document is None:
                 break
             text = document.text if max_bytes is None else document.text[: max_bytes - num_bytes]
-            entropies = None if document.entropies is None else document.entropies[: len(text) + 1]
-            pieces.extend(cut(Document(text, entropies), context))
+            pieces.extend(cut(_first(document, len(text)), context))
             num_bytes += len(text)
             size += len(text)
         ready.extend(patcher(pieces) if patcher else pieces)
@@ -149,6 +215,25 @@ def batches_once(
 
     while pieces := take(ready, batch_bytes, None, more):
         yield pack(pieces)
+
+
+def _documents_once(sources: list[SourceSettings], patcher: Patcher | None) -> Iterator[Document]:
+    check = StoredCheck(patcher)
+    for source in sources:
+        for file in find_files(source.path):
+            for _, document in read_documents(file, source.text_key, check):
+                yield document if check.patcher is not None else Document(document.text, document.id)
+
+
+def _first(document: Document, num_bytes: int) -> Document:
+    """A document's first bytes, and what is stored for them."""
+    entropies, starts = document.entropies, document.starts
+    return Document(
+        document.text[:num_bytes],
+        document.id,
+        None if entropies is None else entropies[: num_bytes + 1],
+        None if starts is None else starts[: num_bytes + 1],
+    )
 
 
 def _piece_state(piece: Piece) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bytelatent.data.documents import Document
 from bytelatent.model import Stream, pack_rows
+from bytelatent.text import Document
 from bytelatent.vocab import encode
 
 # Shapes: N ids a piece reads
@@ -39,7 +39,7 @@ class Piece:
 
 def cut(document: Document, context: int) -> Iterator[Piece]:
     """A document's pieces of at most `context` ids to read."""
-    rest = Piece(encode(document.text).astype(np.uint16), document.entropies)
+    rest = Piece(encode(document.text).astype(np.uint16), document.entropies, document.starts)
     while len(rest) > context:
         piece, rest = rest.split(context)
         yield piece

@@ -11,7 +11,7 @@ class SourceSettings(Settings):
     """Files that belong together.
 
     Attributes:
-        path: a file, a folder or a glob.
+        path: a file, a folder or a glob; also s3://, gs://, hf://, http:// and what else fsspec knows.
         weight: how often a document is taken from this source, relative to the others.
         text_key: the key or column that holds the text.
     """
@@ -30,6 +30,8 @@ class DataSettings(Settings):
         batch_bytes: ids in a batch.
         batch_patches: patch slots in a batch, so that shapes never change; None for as many as there are.
         shuffle_buffer: pieces among which the next one is drawn.
+        workers: processes that read ahead; 0 reads in the training process. The batches are the same.
+        max_damaged: rows or files that a source may hold and training passes over; one more is an error.
     """
 
     train: list[SourceSettings] = Field(min_length=1)
@@ -38,6 +40,8 @@ class DataSettings(Settings):
     batch_bytes: int = Field(default=16_384, ge=2)
     batch_patches: int | None = Field(default=None, ge=2)
     shuffle_buffer: int = Field(default=256, ge=1)
+    workers: int = Field(default=0, ge=0)
+    max_damaged: int = Field(default=100, ge=0)
 
     @field_validator("train", "valid", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from bytelatent.blt import BLT
-from bytelatent.data import DataSettings, SourceSettings, batches_once, read_documents
+from bytelatent.data import DataSettings, SourceSettings, batches_once
 from bytelatent.demo.text import DemoText, collect
 from bytelatent.demo.xz import xz_bits_per_byte
 from bytelatent.errors import Interrupted, UserError
@@ -17,6 +17,7 @@ from bytelatent.evaluation import evaluate
 from bytelatent.files import whole_file
 from bytelatent.patching import Patch, PatchSettings
 from bytelatent.report import Report, write_report
+from bytelatent.text import read_documents
 from bytelatent.training import TrainSettings, read_metrics, train
 from bytelatent.training.settings import (
     CalibrationSettings,

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bytelatent.data import find_files, read_documents
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
+from bytelatent.text import find_files, read_documents
 
 HELD_OUT_ONE_IN = 16  # documents, chosen by a hash of their names
 CHUNK = 8192  # bytes; longer documents are cut, so that no few of them make up the held-out text

@@ -8,11 +8,18 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bytelatent.errors import UserError
 
 GZIP, ZSTD = ".gz", ".zst"
+BUFFER_BYTES = 1 << 20
+
+
+class Damaged(UserError):
+    """A file or a row that cannot be read, though others may be: training passes over some of these."""
+
+    row = 0  # in the file, where it is one row
 
 
 def is_remote(path: str) -> bool:
@@ -41,19 +48,20 @@ def find_files(path: str) -> list[str]:
     return found
 
 
-def open_file(file: str) -> BinaryIO:
+def open_file(file: str) -> io.BufferedReader:
     """The file's bytes as they are, seekable.
 
     Raises:
         OSError: it cannot be read.
     """
     if not is_remote(file):
-        return open(file, "rb")
+        return io.BufferedReader(io.FileIO(file), BUFFER_BYTES)
     fs, path = file_system(file)
-    return fs.open(path, "rb")
+    raw: Any = fs.open(path, "rb")
+    return io.BufferedReader(raw, BUFFER_BYTES)
 
 
-def open_decompressed(file: str) -> BinaryIO:
+def open_decompressed(file: str) -> io.BufferedReader:
     """The file's bytes, those of .gz and .zst decompressed; not seekable.
 
     Raises:
@@ -101,22 +109,24 @@ def readable(file: str) -> Iterator[None]:
     """Say in one line why `file` could not be read.
 
     Raises:
-        UserError: in place of the errors of the system, the network and the formats.
+        Damaged: in place of the errors of the system, the network and the formats.
     """
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"data: '{file}' does not exist any more") from None
+        raise Damaged(f"data: '{file}' does not exist any more") from None
     except (EOFError, zlib.error) as error:  # gzip's own, for a file that ends early or is damaged
-        raise UserError(f"data: '{file}' is not a whole gzip file: {error}") from None
+        raise Damaged(f"data: '{file}' is not a whole gzip file: {error}") from None
     except OSError as error:
-        raise UserError(f"data: '{file}' cannot be read: {error.strerror or error}") from None
+        raise Damaged(f"data: '{file}' cannot be read: {error.strerror or error}") from None
     except Exception as error:
         if not type(error).__module__.startswith(("pyarrow", "aiohttp", "httpx", "botocore", "huggingface_hub")):
             raise
-        raise UserError(f"data: '{file}' cannot be read: {error}") from None
+        if type(error).__name__ == "ArrowInvalid":
+            raise Damaged(f"data: '{file}' is not a whole {_kind(file)} file: {error}") from None
+        raise Damaged(f"data: '{file}' cannot be read: {error}") from None
 
 
 def import_pyarrow(file: str) -> Any:
@@ -139,6 +149,10 @@ def _find_remote(path: str) -> list[str]:
     if not found:
         raise UserError(f"data: there are no files at '{path}'")
     return sorted(fs.unstrip_protocol(name) for name in found)
+
+
+def _kind(file: str) -> str:
+    return "Parquet" if file.endswith(".parquet") else "zstd"
 
 
 def _visible(inside: Path) -> bool:

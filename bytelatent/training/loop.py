@@ -12,12 +12,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bytelatent.data import Batch, DataSettings, Loader, Patcher, batches_once, find_files, surprise
+from bytelatent.data import Batch, DataSettings, Loader, Patcher, batches_once, surprise
 from bytelatent.device import autocast, choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.model import build, compile_regions
 from bytelatent.model.loss import bits_per_byte
+from bytelatent.text import find_files
 from bytelatent.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
@@ -47,10 +48,14 @@ def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console)
     settings = run.settings
     torch.manual_seed(settings.seed)
     model = build(settings.model).to(device)
-    loader = Loader(settings.data, settings.seed, run.patcher)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    loader = Loader(settings.data, settings.seed, run.patcher, say=say)
     state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
     for line in load_checkpoint(run.folder, state):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
     if device.type == "cuda" if settings.compile == "auto" else settings.compile:
         compile_regions(model)
 
@@ -59,6 +64,7 @@ def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console)
             return surprise(model, batch)
 
     with (
+        loader,
         _stop_signals() as stopped,
         Metrics(run.folder / "metrics.jsonl", state.step, _title(settings), console) as metrics,
     ):

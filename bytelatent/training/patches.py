@@ -6,17 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bytelatent.data import (
-    DataSettings,
-    Document,
-    Patcher,
-    Piece,
-    cut,
-    find_files,
-    patch_in_groups,
-    read_documents,
-    stream_of,
-)
+from bytelatent.data import DataSettings, Patcher, Piece, cut, patch_in_groups, stream_of
 from bytelatent.data.settings import SourceSettings
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import UserError
@@ -24,6 +14,7 @@ from bytelatent.files import whole_file
 from bytelatent.interop import fingerprint
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
+from bytelatent.text import Document, find_files, read_documents
 
 SPREAD = 8  # text that is read for a sample, as a multiple of the sample
 

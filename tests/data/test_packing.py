@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelatent.data import Document, Piece, cut, pack, take
+from bytelatent.data import Piece, cut, pack, take
 from bytelatent.errors import UserError
 from bytelatent.model import PatchedStream
+from bytelatent.text import Document
 from bytelatent.vocab import OFFSET
 
 
@@ -124,7 +125,7 @@ def test_split(size: int, data: st.DataObject) -> None:
 def test_cut(size: int, context: int) -> None:
     text = bytes(i % 256 for i in range(size))
     entropies = np.arange(size + 1, dtype=np.float32)
-    pieces = list(cut(Document(text, entropies), context))
+    pieces = list(cut(Document(text, entropies=entropies), context))
     assert all(len(piece) == context for piece in pieces[:-1])
     assert 0 < len(pieces[-1]) <= context
     assert [i for piece in pieces for i in piece.ids[:-1].tolist()] == [1, *(b + 4 for b in text)]

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from bytelatent.data import Document, Patcher, Piece, cut, patch_in_groups, patches_of, read_documents
+from bytelatent.data import Patcher, Piece, cut, patch_in_groups, patches_of
 from bytelatent.errors import UserError
 from bytelatent.model import pack_rows
 from bytelatent.patching import PatchSettings, patch_lengths
-from tests.data.text_files import write_stored
+from bytelatent.text import Document, read_documents
 from tests.model.tiny import tiny_byte_lm
+from tests.text.text_files import write_stored
 
 TEXTS = [b"the first of the texts", b"x", b"and a third one, a little longer than the first"]
 THRESHOLD = 5.12  # nats; the tiny model's entropies lie around it

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bytelatent.data import find_files, read_documents
 from bytelatent.errors import UserError
-from tests.data.text_files import KINDS, jsonl, write, write_stored
+from bytelatent.text import find_files, read_documents
+from tests.text.text_files import KINDS, jsonl, write, write_stored
 
 TEXTS = [b"one", "zwei \u00e9 \U0001f600 \u2028 \x85".encode(), b'a\nb\r\n\x00\\"c', b"\xff\xfe raw \x80\xc3", b"x"]
 
@@ -43,15 +43,13 @@ def test_rows_are_those_of_the_file_and_empty_texts_are_left_out(kind: str, tmp_
     documents = [b"", b"one", b"", b"three", b"four"]
     file = str(write(tmp_path / f"a.{kind}", documents))
     assert [(row, d.text) for row, d in read_documents(file)] == [(1, b"one"), (3, b"three"), (4, b"four")]
-    assert [row for row, _ in read_documents(file, first_row=3)] == [3, 4]
-    assert [row for row, _ in read_documents(file, first_row=5)] == []
 
 
 def test_parquet_of_many_row_groups(tmp_path: Path) -> None:
     documents = [f"text {i}" for i in range(700)]
     pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", row_group_size=100)
-    read = list(read_documents(str(tmp_path / "a.parquet"), first_row=511))
-    assert [(row, d.text.decode()) for row, d in read] == list(enumerate(documents))[511:]
+    read = list(read_documents(str(tmp_path / "a.parquet")))
+    assert [(row, d.text.decode()) for row, d in read] == list(enumerate(documents))
 
 
 def test_blank_lines_and_several_compressed_parts(tmp_path: Path) -> None:

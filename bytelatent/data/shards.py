@@ -1,0 +1,119 @@
+"""Files of text that each become one file, divided among processes."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bytelatent.errors import UserError
+from bytelatent.text.blocks import JSONL, PARQUET
+from bytelatent.text.places import find_files, is_remote, readable, size_of
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of text and the name of what becomes of it."""
+
+    source: str
+    name: str  # with the folders below the source, without the ending
+    size: int  # bytes of the source's file
+
+    @property
+    def output(self) -> str:
+        return f"{self.name}.parquet"
+
+
+def shards_of(sources: Sequence[str], out: Path) -> list[Shard]:
+    """The files of the sources, sorted by name.
+
+    A file of a folder keeps its path below it, any other its name alone. JSONL and Parquet change their ending; other
+    files, which are one text each, keep theirs, so that `a.py` and `a.md` do not meet.
+
+    Raises:
+        UserError: there are none, two would become the same file, or `out` is inside a source.
+    """
+    found: dict[str, Shard] = {}
+    for source in sources:
+        if not is_remote(source) and out.resolve().is_relative_to(Path(source).expanduser().resolve()):
+            raise UserError(f"entropies: --out '{out}' is inside the source '{source}'; choose a folder outside of it")
+        for file in find_files(source):
+            name = _name(file, source)
+            other = found.get(name)
+            if other is not None and other.source != file:
+                raise UserError(
+                    f"entropies: '{other.source}' and '{file}' would both become '{name}.parquet'; "
+                    "give the folder above them as the source, or each a folder of its own with --out"
+                )
+            with readable(file):
+                found[name] = Shard(file, name, size_of(file))
+    return [found[name] for name in sorted(found)]
+
+
+def divide(shards: Sequence[Shard], world: int) -> list[list[Shard]]:
+    """The shards of each rank, the largest first; each goes to the rank that has the fewest bytes so far."""
+    ranks: list[list[Shard]] = [[] for _ in range(world)]
+    loads = [0] * world
+    for shard in sorted(shards, key=lambda shard: (-shard.size, shard.name)):
+        rank = min(range(world), key=lambda rank: (loads[rank], len(ranks[rank]), rank))
+        ranks[rank].append(shard)
+        loads[rank] += shard.size
+    return ranks
+
+
+@contextmanager
+def hold(out: Path, shards: Sequence[Shard]) -> Iterator[None]:
+    """Keep other processes from writing these shards while the block lasts; a killed one lets go by itself.
+
+    Raises:
+        UserError: another process writes one of them, or `out` cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK).open("wb")
+    except OSError as error:
+        raise UserError(f"entropies: '{out}' cannot be written: {error.strerror or error}") from None
+    with lock:
+        for shard in shards:
+            if not _locked(lock.fileno(), place_in_lock(shard)):
+                raise UserError(
+                    f"entropies: '{out / shard.output}' is being written by another process; wait for it, "
+                    "or divide the files among processes with --rank and --world"
+                )
+        yield
+
+
+def place_in_lock(shard: Shard) -> int:
+    """The byte of the lock file that stands for a shard."""
+    return int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:6], "big")
+
+
+def _locked(lock: int, place: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return True
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def _name(file: str, source: str) -> str:
+    folder = Path(source).expanduser()
+    if is_remote(source):
+        above = source.rstrip("/") + "/"
+        name = file.removeprefix(above) if file.startswith(above) else file.rsplit("/", 1)[-1]
+    elif folder.is_dir():
+        name = Path(file).relative_to(folder).as_posix()
+    else:
+        name = Path(file).name
+    for ending in (*JSONL, *PARQUET):
+        if name.endswith(ending) and name != ending:
+            return name.removesuffix(ending)
+    return name

@@ -1,0 +1,144 @@
+"""Blocks: every document in exactly one, in whatever order they are read."""
+
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bytelatent.errors import UserError
+from bytelatent.text import Damaged, blocks, open_blocks, read_documents
+from tests.text.text_files import KINDS, write
+
+LONG = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 3)
+
+
+def in_blocks(file: Path, order: list[int] | None = None) -> list[list[tuple[int, bytes]]]:
+    """Each block's rows and texts, read in an order; all of them."""
+    reader = open_blocks(str(file))
+    found = {}
+    index = 0
+    while order is None and (block := reader.read(index)) is not None:
+        found[index] = block
+        index += 1
+    for index in order or []:
+        block = reader.read(index)
+        assert block is not None
+        found[index] = block
+    return [[(row, document.text) for row, document in found[i].documents] for i in sorted(found)]
+
+
+@LONG
+@given(st.sampled_from(KINDS), st.lists(st.binary(max_size=150), min_size=1, max_size=12), st.randoms())
+def test_blocks_hold_each_document_once(
+    tmp_path: Path, kind: str, documents: list[bytes], shuffle: random.Random
+) -> None:
+    file = write(tmp_path / f"a.{kind}", documents)
+    rows = [(row, text) for row, text in enumerate(documents) if text]
+    forward = in_blocks(file)
+    assert [found for block in forward for found in block] == rows
+    assert [(row, document.text) for row, document in read_documents(str(file))] == rows
+    order = list(range(len(forward)))
+    shuffle.shuffle(order)
+    assert [[text for _, text in block] for block in in_blocks(file, order)] == [[t for _, t in b] for b in forward]
+    count = open_blocks(str(file)).count()
+    assert count == len(forward) if "." not in kind else count is None
+    reader = open_blocks(str(file))
+    assert reader.read(len(forward)) is None
+    assert reader.read(len(forward) + 5) is None
+    assert reader.read(0) is not None
+
+
+def test_row_groups_that_no_block_divides(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(23)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=7)
+    assert [len(block) for block in in_blocks(tmp_path / "a.parquet")] == [3, 3, 1, 3, 3, 1, 3, 3, 1, 2]
+    assert [len(block) for block in in_blocks(tmp_path / "a.parquet", [2, 8, 1])] == [3, 1, 1]
+
+
+def test_a_line_longer_than_blocks(tmp_path: Path) -> None:
+    documents = [b"a", b"b" * 1000, b"c", b"d" * 500]
+    for kind in KINDS[:3]:
+        found = in_blocks(write(tmp_path / f"a.{kind}", documents))
+        assert [text for block in found for _, text in block] == documents
+        assert len(found) > 15
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("forward", [True, False])
+def test_damaged_lines_are_named_and_the_others_read(kind: str, forward: bool, tmp_path: Path) -> None:
+    documents = [b"x" * 40 for _ in range(12)]
+    file = write(tmp_path / "a.jsonl", documents)
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1], lines[9] = b'{"text": "cut off\n', b'{"other": 1}\n'
+    file.write_bytes(b"".join(lines))
+    if kind != "jsonl":
+        file = tmp_path / f"a.{kind}"
+        whole = (tmp_path / "a.jsonl").read_bytes()
+        if kind.endswith("gz"):
+            import gzip
+
+            file.write_bytes(gzip.compress(whole))
+        else:
+            with pa.CompressedOutputStream(str(file), "zstd") as out:
+                out.write(whole)
+    num_blocks = len(in_blocks(file))
+    reader = open_blocks(str(file))
+    order = range(num_blocks) if forward else range(num_blocks - 1, -1, -1)
+    found = [reader.read(index) for index in order]
+    assert sum(len(block.documents) for block in found if block) == 10
+    lines_named = sorted(str(error) for block in found if block for error in block.damaged)
+    assert ["line 10 has no text" in lines_named[0], "line 2 is not JSON" in lines_named[1]] == [True, True]
+    with pytest.raises(Damaged, match="line 2 is not JSON"):
+        list(read_documents(str(file)))
+
+
+def test_a_null_among_texts(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", None, "b", "c"]}), tmp_path / "a.parquet")
+    block = open_blocks(str(tmp_path / "a.parquet")).read(0)
+    assert block is not None
+    assert [row for row, _ in block.documents] == [0, 2]
+    assert [str(error) for error in block.damaged] == [
+        f"data: '{tmp_path}/a.parquet' row 1 has no text under 'text'; its columns: text"
+    ]
+
+
+def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="holds no text in column 'text' but int64") as error:
+        open_blocks(str(tmp_path / "a.parquet")).read(0)
+    assert not isinstance(error.value, Damaged)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
+def test_torn_files_are_damaged(kind: str, tmp_path: Path) -> None:
+    file = write(tmp_path / f"a.{kind}", [f"text {i} {i * 7919}".encode() for i in range(400)])
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(Damaged, match="is not a whole"):
+        in_blocks(file)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_over_fsspec(kind: str, tmp_path: Path) -> None:
+    import fsspec
+
+    documents = [f"text {i} ".encode() * (i + 1) for i in range(20)]
+    local = write(tmp_path / f"a.{kind}", documents)
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"/{tmp_path.name}/a.{kind}", local.read_bytes())
+    found = [document.text for _, document in read_documents(f"memory://{tmp_path.name}/a.{kind}")]
+    assert found == documents
+    remote = open_blocks(f"memory://{tmp_path.name}/a.{kind}")
+    here = open_blocks(str(local))
+    assert remote.count() == here.count()
+    for index in (3, 1, 0, 2):
+        assert [d.text for _, d in remote.read(index).documents] == [d.text for _, d in here.read(index).documents]  # type: ignore[union-attr]
