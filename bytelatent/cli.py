@@ -70,23 +70,20 @@ def train(
 
 @app.command()
 def calibrate(
-    text: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
+    text: Annotated[list[str], typer.Argument(help="Files, folders or globs; stored entropies are used as they are.")],
     patch_bytes: Annotated[float, typer.Option(help="Mean bytes a patch should hold.")] = 4.5,
-    model: ModelOption = DEFAULT_MODEL,
-    max_bytes: Annotated[int, typer.Option(help="Text to measure on.")] = 1_000_000,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The byte LM, for text without entropies.")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Text to measure on.")] = 1_000_000,
+    figure: Annotated[Path | None, typer.Option(help="Draw patch size against threshold: a .png, .svg or .pdf.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
-    """Find the threshold that gives a wanted patch size with a byte LM.
+    """Find the threshold that gives a wanted patch size, with a byte LM or on stored entropies.
 
-    Example:  `blt calibrate text/*.jsonl --model runs/byte_lm --patch-bytes 6`
+    Example:  `blt calibrate data/entropies/*.chunk.*.parquet --patch-bytes 6 --figure sizes.png`
     """
-    from bytelatent.data import DataSettings
-    from bytelatent.interop import load_byte_lm
-    from bytelatent.patching import PatchSettings
-    from bytelatent.training import calibrate_on
+    from bytelatent.calibrate import calibrate_text
 
-    data = DataSettings.parse({"train": text})
-    rule = PatchSettings(mode="entropy", threshold=0.0)
-    print(calibrate_on(load_byte_lm(model), data, patch_bytes, rule, max_bytes).model_dump_json(indent=1))
+    print(calibrate_text(text, patch_bytes, model, max_bytes, figure, device).model_dump_json(indent=1))
 
 
 @app.command(name="eval")

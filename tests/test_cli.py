@@ -154,6 +154,8 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["eval", "{text}", "-m", "{model}", "--max-bytes", "0"], "holds no bytes"),
         (["calibrate", "absent.txt", "-m", "{byte_lm}"], "'absent.txt' does not exist"),
         (["calibrate", "{text}", "-m", "{byte_lm}", "--patch-bytes", "9999"], "out of reach"),
+        (["calibrate", "{text}"], "needs a byte LM or entropies stored beside every text"),
+        (["calibrate", "{text}", "-m", "{byte_lm}", "--patch-bytes", "3", "--figure", "a.gif"], "end in one of .png"),
         (["info", "blt-1bb"], "did you mean 'blt-1b'?"),
         (["info", "nonsense"], "no preset 'nonsense'"),
         (["info"], "name a run, a folder or a preset; presets: "),
@@ -229,6 +231,13 @@ def test_calibrate(byte_lm: Path, model: Path, text: Path) -> None:
     found = json.loads(blt("calibrate", text, "-m", byte_lm, "--patch-bytes", 5, "--max-bytes", 2000))
     assert found["mean_patch_bytes"] == pytest.approx(5, rel=0.05)
     assert json.loads(blt("calibrate", text, "-m", model, "--patch-bytes", 5, "--max-bytes", 2000)) == found
+
+
+def test_calibrate_draws(byte_lm: Path, text: Path, tmp_path: Path) -> None:
+    figure = tmp_path / "pictures" / "sizes.png"
+    blt("calibrate", text, "-m", byte_lm, "--patch-bytes", 3, "--max-bytes", 2000, "--figure", figure)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in figure.parent.iterdir()] == ["sizes.png"]
 
 
 @pytest.mark.parametrize("which", ["model", "byte_lm"])

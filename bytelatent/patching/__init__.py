@@ -5,7 +5,7 @@ small carried state, whether the next id starts a patch (`PatchState`, `step`). 
 only ids 0..i, so a prefix is patched the same with or without what follows.
 """
 
-from bytelatent.patching.calibration import Calibration, calibrate, mean_patch_bytes
+from bytelatent.patching.calibration import Calibration, calibrate, mean_patch_bytes, patch_bytes_by_threshold
 from bytelatent.patching.patch import Patch
 from bytelatent.patching.rules import PatchState, next_starts, patch_lengths, step
 from bytelatent.patching.settings import PatchSettings
@@ -18,6 +18,7 @@ __all__ = [
     "calibrate",
     "mean_patch_bytes",
     "next_starts",
+    "patch_bytes_by_threshold",
     "patch_lengths",
     "step",
 ]

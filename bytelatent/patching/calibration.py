@@ -43,6 +43,30 @@ def mean_patch_bytes(ids: Tensor, entropies: Tensor | None, position: Tensor, se
     return int(is_byte.sum()) / num_patches if num_patches else 0.0
 
 
+def patch_bytes_by_threshold(
+    ids: Tensor, entropies: Tensor, position: Tensor, settings: PatchSettings, num_points: int = 60
+) -> tuple[list[float], list[float]]:
+    """Mean patch sizes over the thresholds that occur, for a curve.
+
+    Args:
+        ids: [T] packed documents.
+        entropies: [T] nats.
+        position: [T] position in the document.
+        settings: the entropy rule; its threshold does not matter.
+        num_points: of the curve.
+
+    Returns:
+        Thresholds in nats, rising, and the mean bytes a patch at each.
+    """
+    values = entropies.float()
+    if settings.monotonicity:
+        values = values.diff(prepend=values[:1])
+    shares = torch.linspace(0.02, 0.98, num_points, dtype=torch.float64)
+    thresholds = values.double().sort().values[(shares * (len(values) - 1)).long()].unique().tolist()
+    rules = [settings.model_copy(update={"threshold": threshold}) for threshold in thresholds]
+    return thresholds, [mean_patch_bytes(ids, entropies, position, rule) for rule in rules]
+
+
 def calibrate(
     ids: Tensor, entropies: Tensor, position: Tensor, wanted_patch_bytes: float, settings: PatchSettings | None = None
 ) -> Calibration:

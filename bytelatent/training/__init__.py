@@ -2,7 +2,7 @@
 
 from bytelatent.training.loop import train
 from bytelatent.training.metrics import read_metrics
-from bytelatent.training.patches import calibrate_on
+from bytelatent.training.patches import calibrate_on, sample_entropies
 from bytelatent.training.settings import TrainSettings
 
-__all__ = ["TrainSettings", "calibrate_on", "read_metrics", "train"]
+__all__ = ["TrainSettings", "calibrate_on", "read_metrics", "sample_entropies", "train"]

@@ -1,12 +1,13 @@
 """Before a BLT trains: its byte LM, and the threshold for the wanted patch size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bytelatent.data import DataSettings, Patcher, Piece, cut, patch_in_groups, stream_of
+from bytelatent.data import DataSettings, Patcher, Piece, StoredCheck, cut, patch_in_groups, stream_of
 from bytelatent.data.settings import SourceSettings
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import UserError
@@ -14,13 +15,13 @@ from bytelatent.files import whole_file
 from bytelatent.interop import fingerprint
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
-from bytelatent.text import Document, find_files, read_documents
+from bytelatent.text import Stored, find_files, read_documents
 
 SPREAD = 8  # text that is read for a sample, as a multiple of the sample
 
 
 def calibrate_on(
-    byte_lm: ByteLM,
+    byte_lm: ByteLM | None,
     data: DataSettings,
     wanted_patch_bytes: float,
     rule: PatchSettings,
@@ -31,34 +32,82 @@ def calibrate_on(
     """The threshold for a mean patch size on a sample of the training text, checked on the validation text.
 
     Args:
-        byte_lm: gives the entropies.
+        byte_lm: gives the entropies; None where they are stored with the text.
         data: the sources.
         wanted_patch_bytes: mean bytes a patch.
         rule: the entropy rule; its threshold does not matter.
         text_bytes: how much text to measure on.
     """
-    place = choose_device(device)
-    patcher = Patcher(rule, byte_lm.to(place), choose_dtype(dtype, place))
-    sample = patch_in_groups(patcher, sample_pieces(data.train, text_bytes, data.context))
-    stream, entropies = stream_of(sample), _entropies(sample)
-    found = calibrate(stream.ids, entropies, stream.position, wanted_patch_bytes, rule)
+    sample = sample_entropies(byte_lm, data.train, data.context, rule, text_bytes, device, dtype)
+    found = calibrate(sample.ids, sample.entropies, sample.position, wanted_patch_bytes, rule)
     held_out = None
     if data.valid:
         chosen = rule.model_copy(update={"threshold": found.threshold})
-        pieces = patch_in_groups(patcher, sample_pieces(data.valid, text_bytes, data.context))
-        stream = stream_of(pieces)
-        held_out = mean_patch_bytes(stream.ids, _entropies(pieces), stream.position, chosen)
+        valid = sample_entropies(byte_lm, data.valid, data.context, rule, text_bytes, device, dtype)
+        held_out = mean_patch_bytes(valid.ids, valid.entropies, valid.position, chosen)
     return found.model_copy(
         update={
             "held_out_mean_patch_bytes": held_out,
-            "window": byte_lm.settings.window,
+            "window": sample.window,
             "data": ", ".join(source.path for source in data.train),
-            "byte_lm": fingerprint(byte_lm),
+            "byte_lm": sample.byte_lm,
         }
     )
 
 
-def sample_pieces(sources: Sequence[SourceSettings], text_bytes: int, context: int) -> list[Piece]:
+@dataclass(frozen=True)
+class Sample:
+    """Text from all over the sources, packed, with its entropies."""
+
+    ids: torch.Tensor  # [T]
+    position: torch.Tensor  # [T]
+    entropies: torch.Tensor  # [T] nats
+    byte_lm: str  # fingerprint of the byte LM that they come from
+    window: int | None
+
+
+def sample_entropies(
+    byte_lm: ByteLM | None,
+    sources: Sequence[SourceSettings],
+    context: int,
+    rule: PatchSettings,
+    text_bytes: int,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Sample:
+    """Entropies of about `text_bytes` of text: those stored with it, else the byte LM's.
+
+    Raises:
+        UserError: there is no text, or neither are there stored entropies nor a byte LM.
+    """
+    place = choose_device(device)
+    mark = fingerprint(byte_lm) if byte_lm is not None else None
+    patcher = Patcher(rule, byte_lm.to(place) if byte_lm is not None else None, choose_dtype(dtype, place), mark)
+    stored: list[Stored] = []
+    check = StoredCheck(patcher)
+
+    def seen(found: Stored, file: str) -> None:
+        if found.rule is None:  # starts say nothing of entropies
+            check(found, file)
+            stored.append(found)
+
+    pieces = patch_in_groups(patcher, sample_pieces(sources, text_bytes, context, seen))
+    stream = stream_of(pieces)
+    entropies = torch.from_numpy(np.concatenate([p.entropies for p in pieces if p.entropies is not None]))
+    if byte_lm is not None:
+        return Sample(stream.ids, stream.position, entropies, str(mark), byte_lm.settings.window)
+    origin = stored[0] if stored else None
+    return Sample(
+        stream.ids, stream.position, entropies, origin.byte_lm if origin else "", origin.window if origin else None
+    )
+
+
+def sample_pieces(
+    sources: Sequence[SourceSettings],
+    text_bytes: int,
+    context: int,
+    check: Callable[[Stored, str], None] = lambda stored, file: None,
+) -> list[Piece]:
     """About `text_bytes` of text from all over the sources, by weight: the same pieces each time."""
     random = np.random.default_rng(0)
     total = sum(source.weight for source in sources)
@@ -67,8 +116,8 @@ def sample_pieces(sources: Sequence[SourceSettings], text_bytes: int, context: i
         wanted = text_bytes * source.weight / total
         read, pieces = 0, []
         for file in random.permutation(find_files(source.path)):
-            for _, document in read_documents(str(file), source.text_key):
-                pieces.extend(cut(Document(document.text), context))
+            for _, document in read_documents(str(file), source.text_key, check):
+                pieces.extend(cut(replace(document, starts=None), context))
                 read += len(document.text)
                 if read >= SPREAD * wanted:
                     break
@@ -80,10 +129,6 @@ def sample_pieces(sources: Sequence[SourceSettings], text_bytes: int, context: i
     if not sample:
         raise UserError("data: there is no text to calibrate on: every document is empty")
     return sample
-
-
-def _entropies(pieces: Sequence[Piece]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([p.entropies for p in pieces if p.entropies is not None]))
 
 
 def write_calibration(run: Path, calibration: Calibration) -> None:

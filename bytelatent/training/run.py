@@ -11,7 +11,7 @@ from bytelatent.config import load_yaml
 from bytelatent.data import Patcher
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file, whole_folder
-from bytelatent.interop import Config, load_byte_lm, save
+from bytelatent.interop import Config, fingerprint, load_byte_lm, save
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration
 from bytelatent.training.patches import calibrate_on, write_calibration
@@ -19,6 +19,7 @@ from bytelatent.training.settings import TrainSettings
 
 # What may differ when a run goes on: nothing that changes the steps already done.
 MAY_CHANGE = {"steps", "minutes", "validation", "checkpoint", "log_every", "device", "compile", "byte_lm"}
+DATA_MAY_CHANGE = {"workers", "max_damaged"}
 
 
 @dataclass
@@ -41,7 +42,7 @@ def open_run(settings: TrainSettings, device: torch.device, dtype: torch.dtype, 
     if earlier is not None:
         _same(settings, earlier, folder)
     byte_lm = _byte_lm(folder, settings, earlier)
-    if settings.calibration is not None and byte_lm is not None and settings.patching is not None:
+    if settings.calibration is not None and settings.patching is not None:
         if earlier is None or calibration is None:
             console.print(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes", highlight=False)
             calibration = calibrate_on(
@@ -63,7 +64,8 @@ def open_run(settings: TrainSettings, device: torch.device, dtype: torch.dtype, 
     )
     patcher = None
     if settings.patching is not None:
-        patcher = Patcher(settings.patching, byte_lm.to(device) if byte_lm is not None else None, dtype)
+        mark = fingerprint(byte_lm) if byte_lm is not None else None
+        patcher = Patcher(settings.patching, byte_lm.to(device) if byte_lm is not None else None, dtype, mark)
     return Run(folder, settings, config, patcher)
 
 
@@ -90,6 +92,9 @@ def _earlier(folder: Path) -> TrainSettings | None:
 
 def _same(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> None:
     now, then = settings.plain(), earlier.plain()
+    for values in (now, then):
+        for name in DATA_MAY_CHANGE:
+            values["data"].pop(name)
     if settings.calibration is not None:  # the threshold is calibration's to say
         for values in (now, then):
             (values.get("patching") or {}).pop("threshold", None)

@@ -54,7 +54,8 @@ class TrainSettings(Settings):
             rate follows the clock, so such a run is not repeatable.
         model: a preset's name or the shapes themselves.
         patching: the rule (BLT only). With `calibration` its threshold may be left out.
-        byte_lm: where the frozen byte LM is, if the rule needs entropies that are not stored with the text.
+        byte_lm: where the frozen byte LM is: it gives the entropies that are not stored with the text. The run keeps a
+            copy, so that the model can be used on other text.
         dtype: `auto` is bfloat16 where the device computes in it, else float32. Weights stay float32.
         compile: `auto` compiles on CUDA.
     """
@@ -119,6 +120,4 @@ class TrainSettings(Settings):
             raise ValueError("patching: a BLT needs a rule; for example patching.mode=space")
         elif self.calibration is not None and not self.patching.needs_entropies:
             raise ValueError(f"calibration chooses a threshold; patching.mode '{self.patching.mode}' has none")
-        elif self.calibration is not None and self.byte_lm is None:
-            raise ValueError("byte_lm: calibration needs a byte LM; name its run or folder")
         return self

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.patching import PatchSettings, calibrate, mean_patch_bytes
+from bytelatent.patching import PatchSettings, calibrate, mean_patch_bytes, patch_bytes_by_threshold
 from bytelatent.vocab import encode
 from tests.patching import slow
 from tests.patching.streams import Document, documents, packed, synthetic_stream
@@ -92,3 +92,14 @@ def test_calibration_without_a_rule_is_for_the_plain_one() -> None:
     plain = PatchSettings(threshold=0.0)
     assert calibrate(*stream, 4.0) == calibrate(*stream, 4.0, plain)
     assert calibrate(*stream, 4.0).mean_patch_bytes == pytest.approx(4.0, rel=0.05)
+
+
+def test_the_curve_goes_through_what_each_threshold_gives() -> None:
+    stream = synthetic_stream(3, 4)
+    rule = PatchSettings(mode="entropy", threshold=0.0)
+    thresholds, sizes = patch_bytes_by_threshold(*stream, rule, num_points=9)
+    assert thresholds == sorted(set(thresholds))
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+    for threshold, size in zip(thresholds, sizes, strict=True):
+        assert mean_patch_bytes(*stream, rule.model_copy(update={"threshold": threshold})) == size

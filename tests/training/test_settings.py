@@ -36,7 +36,6 @@ ENOUGH_BLT = ["model=demo-blt", "data.train=x", "steps=3"]
         ([*ENOUGH, "byte_lm=x"], "byte_lm belongs to a BLT"),
         (ENOUGH_BLT, "patching: a BLT needs a rule"),
         ([*ENOUGH_BLT, "patching.mode=entropy"], "needs a threshold"),
-        ([*ENOUGH_BLT, "patching.mode=entropy", "calibration.patch_bytes=4"], "calibration needs a byte LM"),
         ([*ENOUGH_BLT, "patching.mode=space", "calibration.patch_bytes=4"], "patching.mode 'space' has none"),
         (["model=demo-bl", *ENOUGH[1:]], "model: no preset 'demo-bl'; did you mean 'demo-blt'?"),
         (["model=zzz", *ENOUGH[1:]], "model: no preset 'zzz'"),

@@ -1,0 +1,40 @@
+"""The threshold for a patch size, and the picture of how one follows from the other: `blt calibrate`."""
+
+from pathlib import Path
+
+from bytelatent.data import DataSettings
+from bytelatent.interop import load_byte_lm
+from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
+from bytelatent.report import write_threshold_figure
+from bytelatent.training import sample_entropies
+
+
+def calibrate_text(
+    text: list[str],
+    patch_bytes: float,
+    model: str | None = None,
+    max_bytes: int = 1_000_000,
+    figure: Path | None = None,
+    device: str = "auto",
+) -> Calibration:
+    """Choose the threshold for a mean patch of `patch_bytes` bytes.
+
+    Args:
+        text: files, folders or globs, with entropies stored or not.
+        model: the byte LM that gives entropies where none are stored.
+        max_bytes: text to measure on.
+        figure: a picture to write: mean patch size against threshold.
+
+    Raises:
+        UserError: neither are there stored entropies nor a byte LM, or the size is out of reach.
+    """
+    data = DataSettings.parse({"train": text})
+    rule = PatchSettings(mode="entropy", threshold=0.0)
+    byte_lm = load_byte_lm(model) if model is not None else None
+    sample = sample_entropies(byte_lm, data.train, data.context, rule, max_bytes, device)
+    found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
+    if figure is not None:
+        thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, rule)
+        write_threshold_figure(figure, thresholds, sizes, (found.threshold, found.mean_patch_bytes))
+    origin = {"window": sample.window, "byte_lm": sample.byte_lm, "data": ", ".join(text)}
+    return found.model_copy(update=origin)
