@@ -95,7 +95,8 @@ def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None)
         if padding:
             starts = torch.cat([starts, torch.zeros(padding, dtype=torch.bool)])
         stream = add_patches(stream, starts, slots)
-        num_patches = int(stream.patch[stream.ids >= OFFSET].unique().numel())
+        with_bytes = stream.patch[stream.ids >= OFFSET]  # in rising order
+        num_patches = int((with_bytes[1:] != with_bytes[:-1]).sum()) + (len(with_bytes) > 0)
     return Batch(stream, targets, num_targets, num_bytes, num_patches)
 
 

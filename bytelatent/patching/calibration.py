@@ -39,8 +39,9 @@ def mean_patch_bytes(ids: Tensor, entropies: Tensor | None, position: Tensor, se
     )
     patch = (begins | (position == 0)).cumsum(dim=0)
     is_byte = ids >= OFFSET
-    num_patches = int(patch[is_byte].unique().numel())
-    return int(is_byte.sum()) / num_patches if num_patches else 0.0
+    with_bytes = patch[is_byte]  # in rising order
+    num_patches = int((with_bytes[1:] != with_bytes[:-1]).sum()) + (len(with_bytes) > 0)
+    return len(with_bytes) / num_patches if num_patches else 0.0
 
 
 def patch_bytes_by_threshold(

@@ -1,0 +1,137 @@
+"""Speed and memory of data preparation.
+
+    python benchmarks/data.py loader --text corpus/train.jsonl            # bytes/s of one process, CPU
+    python benchmarks/data.py loader --text corpus/train.jsonl --minutes 60 --workers 1   # is memory flat?
+    python benchmarks/data.py entropies --text corpus/train.jsonl         # the entropy model's shape, on a GPU
+
+The shuffle has a program of its own: benchmarks/shuffle.py.
+"""
+
+import argparse
+import itertools
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bytelatent.data import DataSettings, Loader, Patcher
+from bytelatent.patching import PatchSettings, calibrate
+from bytelatent.text import Document, Stored, read_documents
+from bytelatent.text.stored import StoredWriter
+
+CONTEXT = 8192
+BATCH_BYTES = 65_536
+PATCH_BYTES = 4.5
+ORIGIN = Stored(byte_lm="made for this benchmark", window=512, context=CONTEXT, dtype="bfloat16")
+
+
+def documents(text: str, max_bytes: int) -> Iterator[Document]:
+    """About so many bytes of documents."""
+    left = max_bytes
+    for _, document in read_documents(text):
+        if left <= 0:
+            return
+        left -= len(document.text)
+        yield document
+
+
+def store(text: str, folder: Path, max_bytes: int) -> PatchSettings:
+    """Write the text with made-up entropies, and with the starts of the rule that gives patches of 4.5 bytes.
+
+    The values are drawn like a byte LM's: most near zero, some high. What they are does not change the work.
+    """
+    random = np.random.default_rng(0)
+    sample = torch.from_numpy(random.gamma(0.6, 1.2, 200_000).astype(np.float32))
+    ids, position = torch.full([len(sample)], 100), torch.arange(len(sample))
+    threshold = calibrate(ids, sample, position, PATCH_BYTES).threshold
+    rule = PatchSettings(mode="entropy", threshold=threshold)
+    starts = ORIGIN.model_copy(update={"rule": rule.plain()})
+    names = (folder / "entropies.parquet", folder / "starts.parquet")
+    with StoredWriter(names[0], ORIGIN) as first, StoredWriter(names[1], starts) as second:
+        for number, document in enumerate(documents(text, max_bytes)):
+            entropies = random.gamma(0.6, 1.2, len(document.text) + 1).astype(np.float32)
+            first.add(str(number), document.text, entropies)
+            begins = entropies > threshold
+            begins[0] = True
+            second.add(str(number), document.text, begins)
+    return rule
+
+
+def resident_bytes(pid: int | str = "self") -> int:
+    """Memory that a process holds, proportionally where it is shared."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+def of_all(loader: Loader) -> int:
+    pool = loader.readings._pool
+    return resident_bytes() + sum(resident_bytes(pid) for pid in (list(pool._processes) if pool else []))
+
+
+def measure_loader(text: str, megabytes: int, workers: int, minutes: float, kinds: list[str]) -> None:
+    """Batches of one process as fast as they come: read, cut, shuffled, patched, packed."""
+    with tempfile.TemporaryDirectory() as folder:
+        rule = store(text, Path(folder), megabytes * 1_000_000)
+        for kind in kinds:
+            train = [f"{folder}/{kind}.parquet"]
+            settings = DataSettings.parse(
+                {"train": train, "context": CONTEXT, "batch_bytes": BATCH_BYTES, "batch_patches": BATCH_BYTES // 4}
+                | {"workers": workers}
+            )
+            with Loader(settings, 0, Patcher(rule)) as loader:
+                run_loader(loader, kind, minutes, workers)
+
+
+def run_loader(loader: Loader, kind: str, minutes: float, workers: int) -> None:
+    for _ in range(8):  # fills the shuffle buffer, starts the processes
+        next(loader)
+    begin, busy, num_bytes = time.perf_counter(), time.process_time(), 0
+    report, memory = begin, [of_all(loader)]
+    for number in itertools.count():
+        num_bytes += next(loader).num_bytes
+        now = time.perf_counter()
+        if now - report > max(minutes * 60 / 12, 1):
+            report = now
+            memory.append(of_all(loader))
+            if minutes > 1:
+                print(f"  {(now - begin) / 60:5.1f} min {number:8,} batches {memory[-1] / 2**20:8.1f} MiB", flush=True)
+        if now - begin > minutes * 60:
+            break
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - busy
+    half = len(memory) // 2
+    print(
+        f"{kind:10s} workers {workers}: {num_bytes / seconds / 1e6:6.2f} million bytes/s "
+        f"({num_bytes / cpu / 1e6:.2f} a second of this process's CPU time), {seconds:.0f} s, memory "
+        f"{memory[0] / 2**20:.0f} MiB at first, {np.mean(memory[:half] or memory) / 2**20:.0f} in the first half, "
+        f"{np.mean(memory[half:]) / 2**20:.0f} in the second",
+        flush=True,
+    )
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["loader"])
+    parser.add_argument("--text", required=True, help="JSONL or Parquet with real text")
+    parser.add_argument("--megabytes", type=int, default=100, help="text to use")
+    parser.add_argument("--minutes", type=float, default=0.3, help="how long a measurement takes")
+    parser.add_argument("--workers", type=int, default=0, help="reading processes")
+    parser.add_argument("--kinds", nargs="+", default=["entropies", "starts"])
+    options = parser.parse_args()
+    print(f"{machine()}; {time.strftime('%Y-%m-%d')}")
+    torch.set_num_threads(1)
+    measure_loader(options.text, options.megabytes, options.workers, options.minutes, options.kinds)
+
+
+if __name__ == "__main__":
+    main()
