@@ -13,13 +13,19 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from bytelatent.data import DataSettings, Loader, Patcher
+from bytelatent.data.entropies import EntropySettings, loads_of, store_entropies
+from bytelatent.data.shards import shards_of
+from bytelatent.inference import FastEntropies
+from bytelatent.model import ByteLM, ByteLMSettings, Stream, preset
 from bytelatent.patching import PatchSettings, calibrate
 from bytelatent.text import Document, Stored, read_documents
 from bytelatent.text.stored import StoredWriter
@@ -73,7 +79,9 @@ def of_all(loader: Loader) -> int:
     return resident_bytes() + sum(resident_bytes(pid) for pid in (list(pool._processes) if pool else []))
 
 
-def measure_loader(text: str, megabytes: int, workers: int, minutes: float, kinds: list[str]) -> None:
+def measure_loader(
+    text: str, megabytes: int, workers: int, minutes: float, kinds: list[str], pace: float | None
+) -> None:
     """Batches of one process as fast as they come: read, cut, shuffled, patched, packed."""
     with tempfile.TemporaryDirectory() as folder:
         rule = store(text, Path(folder), megabytes * 1_000_000)
@@ -84,16 +92,18 @@ def measure_loader(text: str, megabytes: int, workers: int, minutes: float, kind
                 | {"workers": workers}
             )
             with Loader(settings, 0, Patcher(rule)) as loader:
-                run_loader(loader, kind, minutes, workers)
+                run_loader(loader, kind, minutes, workers, pace)
 
 
-def run_loader(loader: Loader, kind: str, minutes: float, workers: int) -> None:
+def run_loader(loader: Loader, kind: str, minutes: float, workers: int, pace: float | None) -> None:
     for _ in range(8):  # fills the shuffle buffer, starts the processes
         next(loader)
     begin, busy, num_bytes = time.perf_counter(), time.process_time(), 0
     report, memory = begin, [of_all(loader)]
     for number in itertools.count():
         num_bytes += next(loader).num_bytes
+        if pace is not None:
+            time.sleep(max(num_bytes / pace - (time.perf_counter() - begin), 0))
         now = time.perf_counter()
         if now - report > max(minutes * 60 / 12, 1):
             report = now
@@ -113,6 +123,74 @@ def run_loader(loader: Loader, kind: str, minutes: float, workers: int) -> None:
     )
 
 
+def entropy_model(device: str) -> ByteLM:
+    """The published entropy model's shape: 14 layers of 768, window 512. Fresh weights do not change the work."""
+    torch.manual_seed(0)
+    settings = preset("entropy")
+    assert isinstance(settings, ByteLMSettings)
+    return ByteLM(settings).to(device).eval()
+
+
+def seconds_of(call: Callable[[], object], times: int = 10) -> float:
+    """Mean seconds of a call on the GPU, after it is warm."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(times):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000 / times
+
+
+def measure_entropies(text: str, megabytes: int) -> None:
+    """The forward pass alone, then Parquet to Parquet."""
+    byte_lm = entropy_model("cuda")
+    fast = FastEntropies(byte_lm)
+    with tempfile.TemporaryDirectory() as folder:
+        source = f"{folder}/text.parquet"
+        found = list(documents(text, megabytes * 1_000_000))
+        table = {"id": [str(n) for n in range(len(found))], "text": [document.text for document in found]}
+        pq.write_table(pa.table(table), source, row_group_size=1000)
+        for size in (32_768, 65_536, 131_072):
+            settings = EntropySettings(batch_bytes=size)
+            load = next(iter(loads_of(shards_of([source], Path(folder, "out"))[0], settings, size)))
+            stream = load.stream.to("cuda")
+            if size == 32_768:
+                check_against_float32(byte_lm, fast, stream)
+            seconds = seconds_of(lambda stream=stream: fast(stream))
+            print(f"forward alone, {size:7,} ids: {load.num_ids / seconds / 1e6:.3f} million bytes/s", flush=True)
+        for rule in (None, PatchSettings(mode="entropy", threshold=1.34)):
+            settings = EntropySettings(rule=rule)
+            out = Path(folder, "starts" if rule else "entropies")
+            summary = store_entropies(byte_lm, "benchmark", [source], out, settings, entropies_of=fast)
+            stored = sum(file.stat().st_size for file in out.glob("*.parquet"))
+            print(
+                f"Parquet to Parquet, {out.name}: {summary.num_bytes / summary.seconds / 1e6:.3f} million bytes/s, "
+                f"{summary.num_bytes:,} bytes in {summary.seconds:.1f} s, {stored:,} bytes stored",
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def check_against_float32(byte_lm: ByteLM, fast: FastEntropies, stream: Stream) -> None:
+    """How far the kernels in bfloat16, and the plain model under autocast, are from float32."""
+    exact = byte_lm.entropies(stream)
+    with torch.autocast("cuda", torch.bfloat16):
+        autocast = byte_lm.entropies(stream)
+    real = stream.document >= 0
+    for name, found in (("kernels", fast(stream)), ("autocast", autocast)):
+        error = (found - exact)[real].abs()
+        print(
+            f"{name} in bfloat16 against float32: mean error {error.mean():.4f} nats, largest {error.max():.3f}, "
+            f"entropies {exact[real].mean():.2f} +- {exact[real].std():.2f}",
+            flush=True,
+        )
+    assert (fast(stream) - exact)[real].abs().mean() < 0.03, "the kernels are not the byte LM"
+
+
 def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -121,16 +199,20 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["loader"])
+    parser.add_argument("part", choices=["loader", "entropies"])
     parser.add_argument("--text", required=True, help="JSONL or Parquet with real text")
     parser.add_argument("--megabytes", type=int, default=100, help="text to use")
     parser.add_argument("--minutes", type=float, default=0.3, help="how long a measurement takes")
     parser.add_argument("--workers", type=int, default=0, help="reading processes")
     parser.add_argument("--kinds", nargs="+", default=["entropies", "starts"])
+    parser.add_argument("--pace", type=float, help="bytes/s to hold to, as a training run would")
     options = parser.parse_args()
     print(f"{machine()}; {time.strftime('%Y-%m-%d')}")
+    if options.part == "entropies":
+        measure_entropies(options.text, options.megabytes)
+        return
     torch.set_num_threads(1)
-    measure_loader(options.text, options.megabytes, options.workers, options.minutes, options.kinds)
+    measure_loader(options.text, options.megabytes, options.workers, options.minutes, options.kinds, options.pace)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ FLOORS = [
     ["inference", "data", "prepare", "interop", "report"],
     ["training", "evaluation", "serving"],
     ["blt"],
-    ["demo", "train", "stool", "eval", "generate", "info", "patch"],
+    ["demo", "train", "stool", "calibrate", "entropies", "eval", "generate", "info", "patch"],
     ["cli"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -7,12 +7,11 @@ not depend on their timing, nor on how the files are divided among processes: a 
 import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from threading import Condition, Thread
-from typing import Generic, Literal, Self, TypeVar
+from threading import Thread
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bytelatent.config import Settings
+from bytelatent.data.channel import Channel
 from bytelatent.data.packing import pack
 from bytelatent.data.pieces import Piece, cut
 from bytelatent.data.shards import Shard, divide, hold, shards_of
@@ -379,53 +379,3 @@ def _pinned(stream: Stream) -> Stream:
 def _to_pinned(values: Tensor) -> Tensor:
     buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     return buffer.copy_(values, non_blocking=True)
-
-
-Item = TypeVar("Item")
-
-
-class BrokenOff(Exception):
-    """Another worker met an error."""
-
-
-class Channel(Generic[Item]):
-    """A queue of bounded length from one thread to another."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self._items: deque[Item] = deque()
-        self._changed = Condition()
-        self._broken = False
-
-    def put(self, item: Item) -> None:
-        """Append an item, once there is room.
-
-        Raises:
-            BrokenOff: another worker met an error.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._broken or len(self._items) < self.size)
-            if self._broken:
-                raise BrokenOff
-            self._items.append(item)
-            self._changed.notify_all()
-
-    def get(self) -> Item:
-        """The oldest item, once there is one.
-
-        Raises:
-            BrokenOff: another worker met an error.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._broken or self._items)
-            if self._broken:
-                raise BrokenOff
-            item = self._items.popleft()
-            self._changed.notify_all()
-            return item
-
-    def break_off(self) -> None:
-        """Let both sides end."""
-        with self._changed:
-            self._broken = True
-            self._changed.notify_all()

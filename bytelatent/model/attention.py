@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Shapes: T positions in the stream, H heads, J key/value heads, E head size, W window, N blocks of W positions
 
+FLEX_BLOCK = 128  # positions that FlexAttention decides about at once
+
 
 @dataclass(frozen=True)
 class DenseMask:
@@ -102,14 +104,39 @@ def _with_previous(blocks: Tensor, fill: int = 0) -> Tensor:
 
 
 def _flex_mask(document: Tensor, window: int | None) -> FlexMask:
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The mask for FlexAttention, its blocks found without looking at T x T pairs.
+
+    What a position sees is one run, from `low` to itself, and `low` never falls. So a block of queries sees the blocks
+    of keys from its first query's `low` to itself, and wholly those from its last query's `low` on.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         within = (document[query] == document[key]) & (query >= key)
         return within if window is None else within & (query - key < window)
 
     size = document.shape[0]
-    block_mask = create_block_mask(allowed, None, None, size, size, device=str(document.device))
+    place = torch.arange(size, device=document.device)
+    is_first = torch.cat([torch.ones_like(document[:1], dtype=torch.bool), document[1:] != document[:-1]])
+    low = torch.where(is_first, place, 0).cummax(0).values
+    if window is not None:
+        low = torch.maximum(low, place - window + 1)
+    first = torch.arange(0, size, FLEX_BLOCK, device=document.device)
+    block = first // FLEX_BLOCK
+    begin = low[first] // FLEX_BLOCK
+    inner = torch.minimum(-(-low[(first + FLEX_BLOCK - 1).clamp(max=size - 1)] // FLEX_BLOCK), block)
+    number = block[None, :].expand(len(block), -1)
+    partial = torch.where(number < (inner - begin)[:, None], begin[:, None] + number, block[:, None])
+    whole = (inner[:, None] + number).clamp(max=len(block) - 1)
+    block_mask = BlockMask.from_kv_blocks(
+        (inner - begin + 1).int()[None, None],
+        partial.int()[None, None],
+        (block - inner).int()[None, None],
+        whole.int()[None, None],
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=allowed,
+        seq_lengths=(size, size),
+    )
     return FlexMask(block_mask, _compiled_flex_attention())
 
 

@@ -122,6 +122,8 @@ def readable(file: str) -> Iterator[None]:
     except OSError as error:
         raise Damaged(f"data: '{file}' cannot be read: {error.strerror or error}") from None
     except Exception as error:
+        if "range requests" in str(error):  # fsspec's ValueError, for a large file that is not read from end to end
+            raise Damaged(f"data: '{file}' is on a server that sends whole files only; download it first") from None
         if not type(error).__module__.startswith(("pyarrow", "aiohttp", "httpx", "botocore", "huggingface_hub")):
             raise
         if type(error).__name__ == "ArrowInvalid":
@@ -147,8 +149,19 @@ def _find_remote(path: str) -> list[str]:
         else:
             found = [n for n in fs.find(inner) if _visible(Path(n.removeprefix(inner)))] if fs.exists(inner) else []
     if not found:
-        raise UserError(f"data: there are no files at '{path}'")
+        raise UserError(f"data: there are no files at '{path}'{_why_not(fs, inner)}")
     return sorted(fs.unstrip_protocol(name) for name in found)
+
+
+def _why_not(fs: Any, inner: str) -> str:
+    """`: REASON` where a place only looks empty because it cannot be reached; the file systems hide that."""
+    try:
+        fs.info(inner)
+    except Exception as error:
+        reason = error.__cause__ or error
+        if not isinstance(reason, FileNotFoundError):
+            return f": {reason}"
+    return ""
 
 
 def _kind(file: str) -> str:

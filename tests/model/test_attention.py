@@ -115,3 +115,29 @@ def test_packed_documents_as_each_alone(
             for row, ids, next_starts in zip(rows, documents, starts, strict=False):
                 torch.testing.assert_close(row, model(patched([ids], [next_starts])), atol=2e-5, rtol=1e-5)
             torch.testing.assert_close(rows[0], rows[len(documents) - 1], atol=2e-5, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=6), st.sampled_from([None, 1, 100, 128, 300, 2000]))
+def test_blocks_of_the_flex_mask(sizes: list[int], window: int | None) -> None:
+    """FlexAttention looks only at the blocks named; those named whole it does not mask."""
+    from bytelatent.model.attention import FLEX_BLOCK, _flex_mask
+
+    document = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    document[-sizes[-1] :] = -1  # padding
+    size = len(document)
+    place = torch.arange(size)
+    allowed = (document[:, None] == document[None, :]) & (place[:, None] >= place[None, :])
+    if window is not None:
+        allowed &= place[:, None] - place[None, :] < window
+    mask = _flex_mask(document, window).block_mask
+    for row in range(-(-size // FLEX_BLOCK)):
+        partial = mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]].tolist()
+        whole = mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].tolist()
+        assert len(set(partial + whole)) == len(partial + whole)
+        for column in range(-(-size // FLEX_BLOCK)):
+            pairs = allowed[row * FLEX_BLOCK :][:FLEX_BLOCK, column * FLEX_BLOCK :][:, :FLEX_BLOCK]
+            if column in whole:
+                assert bool(pairs.all())
+            elif column not in partial:
+                assert not bool(pairs.any())

@@ -1,0 +1,192 @@
+"""The byte LM's entropies stored beside text, by one process or by many."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from bytelatent.config import merge
+from bytelatent.data.entropies import EntropiesOf, EntropySettings, Summary, store_entropies
+from bytelatent.device import choose_device, choose_dtype
+from bytelatent.errors import Interrupted, UserError
+from bytelatent.inference import FastEntropies
+from bytelatent.interop import fingerprint, load_byte_lm
+from bytelatent.model import ByteLM
+from bytelatent.patching import PatchSettings
+from bytelatent.report.amounts import amount_of_bytes
+
+BATCH_BYTES = 131_072  # fills a data-centre GPU
+BATCH_BYTES_ELSEWHERE = 16_384
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of the processes that share the files this one is."""
+
+    rank: int
+    world: int
+    local_rank: int = 0  # among those of this machine
+
+
+def entropies_beside(
+    sources: Sequence[str],
+    model: str,
+    out: str,
+    starts: float | None,
+    rule: str | None,
+    context: int,
+    batch_bytes: int | None,
+    text_key: str,
+    device: str,
+    dtype: str,
+    rank: int | None,
+    world: int | None,
+    console: Console,
+) -> Summary:
+    """Store the entropies of a byte LM, or the patch starts of a rule, beside the text of the sources.
+
+    Args:
+        starts: the threshold of the plain entropy rule, whose starts are stored.
+        rule: any entropy rule, as key=value,key=value.
+        batch_bytes: ids in a batch; None for as many as suit the device.
+        rank, world: the part that is this process's; None to ask torchrun and SLURM.
+
+    Raises:
+        UserError: the model, the text, the folder or a value will not do.
+        Interrupted: Ctrl-C.
+    """
+    part = part_of(rank, world, os.environ)
+    place = choose_device(_own_device(device, part))
+    if batch_bytes is None:
+        batch_bytes = max(context, BATCH_BYTES if place.type == "cuda" else BATCH_BYTES_ELSEWHERE)
+    values: dict[str, Any] = {
+        "context": context,
+        "batch_bytes": batch_bytes,
+        "text_key": text_key,
+        "dtype": dtype,
+        "rule": _rule(starts, rule),
+    }
+    settings = EntropySettings.parse(values, "entropies")
+    byte_lm = load_byte_lm(model).to(place).eval()
+    name = f"rank {part.rank} of {part.world}: " if part.world > 1 else ""
+    # Bars of several processes would write over each other.
+    hidden = part.rank != 0 or not console.is_terminal
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[done]} of text, {task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        bar = Bar(progress)
+        try:
+            return store_entropies(
+                byte_lm,
+                fingerprint(byte_lm),
+                sources,
+                out,
+                settings,
+                part.rank,
+                part.world,
+                entropies_of=fast_entropies(byte_lm, place, settings),
+                say=lambda line: console.print(name + line, highlight=False, soft_wrap=True),
+                on_start=bar.start,
+                on_progress=bar.advance,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(f"finished files stand in '{out}'; the same command goes on from there") from None
+
+
+def fast_entropies(byte_lm: ByteLM, device: torch.device, settings: EntropySettings) -> EntropiesOf | None:
+    """The byte LM's forward pass by kernels; None where they cannot do it, or not precisely enough."""
+    precise_enough = choose_dtype(settings.dtype, device) == torch.bfloat16
+    if device.type != "cuda" or not precise_enough:
+        return None
+    return FastEntropies(byte_lm) if FastEntropies.supports(byte_lm.settings, settings.batch_bytes) else None
+
+
+class Bar:
+    """Progress in bytes of the files, and the speed in bytes of text."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.task = progress.add_task("", total=None, done="0 bytes", speed="")
+        self.text_bytes = 0
+
+    def start(self, input_bytes: int) -> None:
+        self.progress.reset(self.task, total=input_bytes)
+
+    def advance(self, input_bytes: int, text_bytes: int) -> None:
+        self.text_bytes += text_bytes
+        elapsed = self.progress.tasks[0].elapsed or 0.0
+        self.progress.update(
+            self.task,
+            advance=input_bytes,
+            done=amount_of_bytes(self.text_bytes),
+            speed=f"{amount_of_bytes(self.text_bytes / elapsed)}/s" if elapsed else "",
+        )
+
+
+def line_about(summary: Summary, out: str) -> str:
+    """The last line of the command."""
+    if summary.num_shards == 0:
+        return "nothing to do: there are more processes than files"
+    if summary.num_skipped == summary.num_shards:
+        return f"nothing left to do: {summary.num_shards} files stand in {out}"
+    mean = "no text" if summary.mean_entropy is None else f"mean entropy {summary.mean_entropy:.4f} nats"
+    speed = amount_of_bytes(summary.num_bytes / max(summary.seconds, 1e-9))
+    return f"{summary.num_bytes:,} bytes in {summary.seconds:.1f} s ({speed}/s), {mean} -> {out}"
+
+
+def part_of(rank: int | None, world: int | None, environment: Mapping[str, str]) -> Part:
+    """The part that is this process's: as told, else as torchrun or SLURM say, else all.
+
+    The tasks of a SLURM job divide the files, and so do the jobs of an array.
+
+    Raises:
+        UserError: only one of rank and world is given, or they do not go together.
+    """
+
+    def number(name: str, otherwise: int) -> int:
+        try:
+            return int(environment.get(name) or otherwise)
+        except ValueError:
+            raise UserError(f"{name}: '{environment[name]}' is no number; give --rank and --world") from None
+
+    local_rank = number("LOCAL_RANK", number("SLURM_LOCALID", 0))
+    if rank is not None or world is not None:
+        if rank is None or world is None:
+            raise UserError("--rank and --world belong together: --rank 0 --world 4 is the first of four parts")
+        part = Part(rank, world, local_rank)
+    elif "RANK" in environment and "WORLD_SIZE" in environment:
+        part = Part(number("RANK", 0), number("WORLD_SIZE", 1), local_rank)
+    else:
+        tasks, jobs = number("SLURM_NTASKS", 1), number("SLURM_ARRAY_TASK_COUNT", 1)
+        task = number("SLURM_PROCID", 0) if tasks > 1 else 0
+        first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
+        job = (number("SLURM_ARRAY_TASK_ID", first) - first) // step if jobs > 1 else 0
+        part = Part(job * tasks + task, jobs * tasks, local_rank)
+    if not 0 <= part.rank < part.world:
+        raise UserError(f"rank {part.rank} of {part.world}: ranks are numbered from 0; give --rank and --world")
+    return part
+
+
+def _own_device(name: str, part: Part) -> str:
+    """Each process of a machine takes a GPU of its own."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{part.local_rank % torch.cuda.device_count()}"
+    return name
+
+
+def _rule(starts: float | None, rule: str | None) -> PatchSettings | None:
+    if starts is not None and rule is not None:
+        raise UserError("--starts and --rule are two ways to name a rule; give one of them")
+    if starts is not None:
+        return PatchSettings.parse({"mode": "entropy", "threshold": starts}, "--starts")
+    if rule is None:
+        return None
+    return PatchSettings.parse(merge({}, [part.strip() for part in rule.split(",")]), "--rule")

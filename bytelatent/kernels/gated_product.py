@@ -1,0 +1,70 @@
+"""The first half of a SwiGLU feed-forward in one kernel: both products, the gate and the norm's scale.
+
+RMSNorm divides each row by one number, so it may be done after the product: the kernel reads the states themselves and
+the norm's weights are part of the matrix.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Shapes: T rows, D width, F feed-forward width
+
+ROWS, COLUMNS, INNER = 128, 256, 64  # of a program's tile, both matrices' columns together
+BAND = 8  # tiles of rows that are worked on together, so that the matrix stays in the cache
+
+
+def interleaved(gate_FD: Tensor, up_FD: Tensor) -> Tensor:
+    """Both matrices as one, row by row in turn, [2F, D]."""
+    return torch.stack([gate_FD, up_FD], dim=1).flatten(0, 1).contiguous()
+
+
+def row_scale(x_TD: Tensor, eps: float) -> Tensor:
+    """What RMSNorm multiplies each row with, float32 [T]."""
+    return torch.rsqrt(x_TD.float().pow(2).mean(dim=-1) + eps)
+
+
+def fast_row_scale(x_TD: Tensor, eps: float) -> Tensor:
+    """The same by a kernel."""
+    from bytelatent.kernels.gated_product_triton import row_scale_kernel
+
+    assert x_TD.is_contiguous(), "the states are not contiguous"
+    size, dim = x_TD.shape
+    scale_T = torch.empty(size, dtype=torch.float32, device=x_TD.device)
+    kernel: Any = row_scale_kernel
+    kernel[(size,)](x_TD, scale_T, eps, dim, 1 << (dim - 1).bit_length(), num_warps=2)
+    return scale_T
+
+
+def plain_gated_product(x_TD: Tensor, scale_T: Tensor, gate_up_2FD: Tensor) -> Tensor:
+    """What `gated_product` computes, in float32."""
+    product = (x_TD.float() @ gate_up_2FD.float().T) * scale_T[:, None]
+    return (F.silu(product[:, 0::2]) * product[:, 1::2]).to(x_TD.dtype)
+
+
+def gated_product(x_TD: Tensor, scale_T: Tensor, gate_up_2FD: Tensor) -> Tensor:
+    """silu(s x Gate) * (s x Up), [T, F].
+
+    Args:
+        x_TD: states.
+        scale_T: s, a number for each row.
+        gate_up_2FD: see `interleaved`; F is a multiple of 128, D of 64.
+    """
+    from bytelatent.kernels.gated_product_triton import gated_product_kernel
+
+    size, dim = x_TD.shape
+    width = gate_up_2FD.shape[0]
+    assert x_TD.is_contiguous(), "the states are not contiguous"
+    assert gate_up_2FD.is_contiguous(), "the matrix is not contiguous"
+    assert size % ROWS == 0, f"{size} rows are no multiple of {ROWS}"
+    assert width % COLUMNS == 0, f"{width} columns are no multiple of {COLUMNS}"
+    assert dim % INNER == 0, f"a width of {dim} is no multiple of {INNER}"
+    out = torch.empty(size, width // 2, dtype=x_TD.dtype, device=x_TD.device)
+    grid = (size // ROWS * (width // COLUMNS),)
+    kernel: Any = gated_product_kernel
+    kernel[grid](
+        x_TD, scale_T, gate_up_2FD, out, size, width, dim, ROWS, COLUMNS, INNER, BAND, num_warps=8, num_stages=3
+    )
+    return out
