@@ -6,7 +6,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, parent_process
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,7 +40,11 @@ class Reading:
         self.text_key = text_key
         self.context = context
         self.patcher = patcher.without_byte_lm() if patcher is not None else None
-        self._file, self._blocks = "", None
+        self._file = ""
+        self._blocks: BlockReader | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_blocks": None}  # an open file stays here
 
     def count(self, file: str) -> int | None:
         """How many blocks a file holds; None where only reading it would tell."""

@@ -192,6 +192,14 @@ def test_any_number_of_reading_processes_gives_the_same_batches(
         assert all(map(same, drawn(two, 25), expected[35:]))
 
 
+def test_processes_begin_after_a_parquet_file_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    write(tmp_path / "a.parquet", [name(i) for i in range(20)])
+    data = DataSettings(train=[SourceSettings(path=str(tmp_path))], context=64, batch_bytes=64, workers=1)
+    with Loader(data, 0) as loader:
+        assert all(map(same, drawn(loader, 4), drawn(Loader(data.model_copy(update={"workers": 0}), 0), 4)))
+
+
 def test_processes_end_with_the_one_that_trains(many: list[SourceSettings], tmp_path: Path) -> None:
     """Even if that one is killed."""
     import subprocess

@@ -1,0 +1,257 @@
+"""Data sets downloaded from the hub: one commit of each, whole, and at once where an earlier call has done it."""
+
+import json
+import os
+import re
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import partial
+from glob import has_magic
+from pathlib import Path
+from urllib.parse import unquote
+
+from fsspec.utils import glob_translate
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from bytelatent.errors import Interrupted, UserError, nearest
+from bytelatent.files import only_writer, whole_file
+from bytelatent.prepare.hub import HubFile, Repository, part_of
+
+DATASETS = {  # name: repository and pattern of its files
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "data/**/*.parquet"),
+    "fineweb_edu_10bt": ("HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet"),
+    "dclm_baseline_1.0": ("mlfoundations/dclm-baseline-1.0", "**/*.jsonl.zst"),
+    "dclm_baseline_1.0_10prct": ("mlfoundations/dclm-baseline-1.0", "global-shard_01_of_10/**/*.jsonl.zst"),
+}
+DONE, UNFINISHED = ".source.json", ".source.unfinished.json"
+TEXT_FILES = re.compile(r".*\.(parquet|(jsonl|txt)(\.gz|\.zst)?)")  # where no pattern chooses: no cards, no pictures
+WORKERS = 8  # files at once
+MAIN = "main"
+
+_SCHEME = "hf://"
+_ADDRESS = re.compile(
+    r"hf://(datasets/)?(?!datasets/)(?P<name>[\w.-]+/[\w.-]+)"
+    r"(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<pattern>.*))?"
+)
+_NO_DATASETS = re.compile(r"hf://(models|spaces|kernels|buckets)/")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted: the files of a data set that a pattern chooses (its text files if empty), at a revision."""
+
+    repository: str
+    pattern: str = ""
+    revision: str = MAIN
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision}" + (f"/{self.pattern}" if self.pattern else "")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a folder holds, or is to hold: kept in it, so that no later call asks the hub again."""
+
+    request: Request
+    commit: str
+    files: tuple[HubFile, ...]
+
+    def missing(self, folder: Path) -> list[HubFile]:
+        return [file for file in self.files if not _is_whole(file, folder)]
+
+
+def is_hub(source: str) -> bool:
+    """Whether `source` is the name of a known data set, or hf://datasets/OWNER/NAME[@REVISION][/PATTERN].
+
+    The short form hf://OWNER/NAME is a data set, too.
+    """
+    return source in DATASETS or (source.startswith(_SCHEME) and not _NO_DATASETS.match(source))
+
+
+def short_name(source: str) -> str:
+    """What to call the folder of a data set: the known name, or the NAME of its address.
+
+    Raises:
+        UserError: `source` is no data set of the hub.
+    """
+    return source if source in DATASETS else _request(source, None).repository.split("/")[1]
+
+
+def fetch(source: str, folder: Path, console: Console, token: str | None = None, revision: str | None = None) -> Path:
+    """Download a data set of the hub into `folder`, and return it.
+
+    All files are of one commit: what the revision stood for at the first call. A call that was stopped, also by a kill,
+    is gone on with by the next one: finished files stay, broken ones are transferred from where they broke. Once all
+    files are there, a call returns at once, without the network. A file that is there with the listed size is taken to
+    be the listed one.
+
+    Args:
+        source: a name of `DATASETS`, or hf://datasets/OWNER/NAME[@REVISION][/PATTERN].
+        token: the key of a user, for data sets that need access; HF_TOKEN if left out.
+        revision: a branch, a tag or a commit, in place of one in `source`.
+
+    Raises:
+        UserError: there is no such data set, revision or file; it needs access; the hub does not answer; the folder
+            holds something else, cannot be written or has no room.
+        Interrupted: by Ctrl-C.
+    """
+    request = _request(source, revision)
+    folder = Path(folder)
+    finished = _read(folder / DONE, request)
+    if finished and not finished.missing(folder):
+        return folder
+    import_hub(source)
+    stop = threading.Event()
+    repository = Repository(request.repository, token=token, notice=partial(console.print, style="yellow"), stop=stop)
+    with only_writer(folder):
+        record = finished or _read(folder / UNFINISHED, request)
+        if record is None:
+            record = _look_up(repository, request)
+            _write(folder / UNFINISHED, record)
+        _check_space(record, folder)
+        _download(repository, record, folder, console, stop)
+        if finished is None:
+            os.replace(folder / UNFINISHED, folder / DONE)
+    return folder
+
+
+def _request(source: str, revision: str | None) -> Request:
+    if source in DATASETS:
+        name, pattern = DATASETS[source]
+        return Request(name, pattern, revision or MAIN)
+    if not source.startswith(_SCHEME):
+        raise UserError(
+            f"'{source}' is no data set; known are {', '.join(DATASETS)} and hf://datasets/OWNER/NAME"
+            f"{nearest(source, list(DATASETS))}"
+        )
+    parts = _ADDRESS.fullmatch(source)
+    if not parts or _NO_DATASETS.match(source):
+        raise UserError(f"'{source}' is no data set; write hf://datasets/OWNER/NAME[@REVISION][/PATTERN]")
+    named = unquote(parts["revision"] or "")
+    if named and revision and named != revision:
+        raise UserError(f"'{source}' names the revision '{named}', and '{revision}' is asked for, too; give one")
+    return Request(parts["name"], (parts["pattern"] or "").strip("/"), named or revision or MAIN)
+
+
+def import_hub(source: str) -> None:
+    """Complain early that the hub's client is not installed.
+
+    Raises:
+        UserError: that is so; `source` is what needs it.
+    """
+    try:
+        import huggingface_hub  # noqa: F401
+    except ImportError:
+        raise UserError(f"'{source}' needs the package huggingface_hub; run: pip install 'bytelatent[data]'") from None
+
+
+def _look_up(repository: Repository, request: Request) -> Record:
+    commit = repository.commit_of(request.revision)
+    files = _chosen(repository, commit, request.pattern)
+    if not files:
+        folder = _fixed_folder(request.pattern)
+        raise UserError(
+            f"{request.repository} has no file '{request.pattern or '*.parquet, *.jsonl, *.txt'}' at "
+            f"'{request.revision}'; it has {repository.examples(commit, folder)}"
+        )
+    return Record(request, commit, tuple(files))
+
+
+def _chosen(repository: Repository, commit: str, pattern: str) -> list[HubFile]:
+    if has_magic(pattern):
+        wanted = re.compile(glob_translate(pattern))
+        return [file for file in repository.files(commit, _fixed_folder(pattern)) if wanted.fullmatch(file.path)]
+    found = repository.at(commit, pattern) if pattern else ""
+    if found is None:
+        return []
+    if isinstance(found, HubFile):
+        return [found]
+    return [file for file in repository.files(commit, found) if TEXT_FILES.fullmatch(file.path)]
+
+
+def _fixed_folder(pattern: str) -> str:
+    """The deepest folder that all files of a pattern are in; only this is listed, for repositories can be huge."""
+    fixed = []
+    for part in pattern.split("/")[:-1]:
+        if has_magic(part):
+            break
+        fixed.append(part)
+    return "/".join(fixed)
+
+
+def _check_space(record: Record, folder: Path) -> None:
+    needed = sum(file.size - _size_of_part(file, folder) for file in record.missing(folder))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"'{folder}' has room for {free / 1e9:.1f} GB, and {record.request} needs {needed / 1e9:.1f} GB more; "
+            "make room or choose another folder"
+        )
+
+
+def _download(repository: Repository, record: Record, folder: Path, console: Console, stop: threading.Event) -> None:
+    missing = record.missing(folder)
+    sizes = sum(file.size for file in record.files), sum(file.size for file in missing)
+    console.print(
+        f"{record.request} at {record.commit[:8]}: {len(record.files):,} files, {sizes[0] / 1e9:.2f} GB, "
+        f"{len(missing):,} of them to download",
+        highlight=False,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(record.request.repository, total=sizes[0], completed=sizes[0] - sizes[1])
+        with ThreadPoolExecutor(WORKERS) as pool:
+            jobs = [
+                pool.submit(
+                    repository.download, file, record.commit, folder / file.path, partial(progress.advance, task)
+                )
+                for file in missing
+            ]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            except BaseException as error:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                if isinstance(error, KeyboardInterrupt):
+                    raise Interrupted("the same command goes on from here") from None
+                raise
+
+
+def _is_whole(file: HubFile, folder: Path) -> bool:
+    place = folder / file.path
+    return place.is_file() and place.stat().st_size == file.size
+
+
+def _size_of_part(file: HubFile, folder: Path) -> int:
+    part = part_of(folder / file.path)
+    return part.stat().st_size if part.is_file() else 0
+
+
+def _write(path: Path, record: Record) -> None:
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+
+
+def _read(path: Path, request: Request) -> Record | None:
+    """The record in a file, if there is one.
+
+    Raises:
+        UserError: it is about something else than `request`, or damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        files = tuple(HubFile(**file) for file in values["files"])
+        record = Record(Request(**values["request"]), values["commit"], files)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"'{path}' is damaged; remove it and run the same again") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
+    if record.request != request:
+        raise UserError(f"'{path.parent}' holds {record.request}, not {request}; remove it or choose another folder")
+    return record

@@ -1,0 +1,155 @@
+"""The input cut into units and tasks, from the files alone: the same on every machine, whatever does the work."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bytelatent.errors import UserError
+from bytelatent.text.blocks import JSONL, PARQUET
+from bytelatent.text.places import GZIP, ZSTD, find_files, is_remote, open_decompressed, readable, size_of
+
+UNIT_BYTES = 1 << 26  # of a plain JSONL file; of small text files together
+UNIT_FILES = 4096  # small text files together
+TASK_BYTES = 1 << 28
+MAX_TASKS = 4096  # beyond, tasks are larger
+FIRST_ROW_BYTES = 1 << 22
+DOWNLOADS = ".download"  # below the folder that is prepared; it stays there
+EXPANSION = {GZIP: 5, ZSTD: 6, ".parquet": 4}  # a guess at how much larger the text is; only the memory depends on it
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file as it was found; another size or time of change makes it another input."""
+
+    path: str
+    id: str  # its name inside the source, for plain text
+    size: int
+    changed: int | None  # nanoseconds; None where the place does not say
+
+    @property
+    def kind(self) -> str:
+        """`lines` (JSONL that can be divided), `packed` (compressed JSONL), `parquet` or `text`."""
+        if self.path.endswith(PARQUET):
+            return "parquet"
+        if not self.path.endswith(JSONL):
+            return "text"
+        return "packed" if self.path.endswith((GZIP, ZSTD)) else "lines"
+
+    @property
+    def likely_bytes(self) -> int:
+        return self.size * next((more for end, more in EXPANSION.items() if self.path.endswith(end)), 1)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one generator of keys numbers: the lines that begin in a part of a file, a file, or several small ones."""
+
+    kind: str
+    files: list[int]  # of the inputs
+    begin: int = 0  # bytes, for `lines`
+    end: int = 0
+    size: int = 0  # bytes to read, for the progress bar
+
+
+def resolve(sources: list[str], out: Path, console: Console, download: bool = True) -> list[InputFile]:
+    """The files of the sources, those of data sets of the hub downloaded first.
+
+    Raises:
+        UserError: a source does not exist or cannot be reached.
+    """
+    found = []
+    for number, source in enumerate(sources):
+        place = source
+        if is_data_set(source):
+            if not download:
+                continue
+            from bytelatent.prepare.download import fetch, short_name
+
+            place = str(fetch(source, out / DOWNLOADS / f"{number:02d}-{short_name(source)}", console))
+        found += [_input_file(path, place) for path in find_files(place)]
+    inside = out.resolve()
+    for file in found:
+        if not is_remote(file.path) and inside in Path(file.path).resolve().parents and DOWNLOADS not in file.path:
+            raise UserError(f"--out: '{out}' holds the input '{file.path}'; give another folder")
+    return found
+
+
+def units_of(files: list[InputFile]) -> list[Unit]:
+    """Every file in order, none twice."""
+    units: list[Unit] = []
+    texts: list[int] = []
+
+    def close_texts() -> None:
+        if texts:
+            units.append(Unit("text", list(texts), size=sum(files[i].size for i in texts)))
+            texts.clear()
+
+    for number, file in enumerate(files):
+        if file.kind == "text":
+            if texts and (sum(files[i].size for i in texts) + file.size > UNIT_BYTES or len(texts) == UNIT_FILES):
+                close_texts()
+            texts.append(number)
+            continue
+        close_texts()
+        if file.kind == "lines":
+            for begin in range(0, file.size, UNIT_BYTES):
+                end = min(begin + UNIT_BYTES, file.size)
+                units.append(Unit("lines", [number], begin, end, end - begin))
+        else:
+            units.append(Unit(file.kind, [number], size=file.size))
+    close_texts()
+    return units
+
+
+def tasks_of(units: list[Unit], likely_bytes: list[int]) -> list[tuple[int, int]]:
+    """Runs of units (first, end), each of about TASK_BYTES of text."""
+    wanted = max(TASK_BYTES, -(-sum(likely_bytes) // MAX_TASKS))
+    tasks, first, size = [], 0, 0
+    for number in range(len(units)):
+        if number > first and size + likely_bytes[number] > wanted:
+            tasks.append((first, number))
+            first, size = number, 0
+        size += likely_bytes[number]
+    return [*tasks, (first, len(units))] if units else []
+
+
+def check_first_row(files: list[InputFile], text_key: str) -> None:
+    """Find out at once that the key of the text is another one: look at one row of JSONL.
+
+    Raises:
+        UserError: it is an object without that key.
+    """
+    file = next((file for file in files if file.kind in ("lines", "packed") and file.size), None)
+    if file is None:
+        return
+    try:
+        with open_decompressed(file.path) as stream:
+            row: Any = json.loads(stream.readline(FIRST_ROW_BYTES).decode("utf-8", errors="surrogateescape"))
+    except Exception:  # corrupt, torn or too long: what reads all of the file says what is wrong
+        return
+    if isinstance(row, dict) and text_key not in row:
+        raise UserError(f"--text-key: '{file.path}' has no '{text_key}'; its keys: {', '.join(map(str, row))}")
+
+
+def is_data_set(source: str) -> bool:
+    """Whether a source is one of the hub's data sets; a file or folder of that name goes first."""
+    from bytelatent.prepare.download import is_hub
+
+    return is_hub(source) and not Path(source).exists()
+
+
+def _input_file(path: str, source: str) -> InputFile:
+    if is_remote(path):
+        with readable(path):
+            return InputFile(
+                path, path.removeprefix(source).lstrip("/") or path.rsplit("/", 1)[-1], size_of(path), None
+            )
+    with readable(path):
+        found = os.stat(path)
+    place = Path(source).expanduser()
+    inside = os.path.relpath(path, place) if place.is_dir() else os.path.basename(path)
+    return InputFile(os.path.abspath(path), inside, found.st_size, found.st_mtime_ns)

@@ -1,0 +1,184 @@
+"""`prepare`: plan, two passes with a cut between them, and the manifest; what was stopped goes on."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bytelatent.errors import UserError
+from bytelatent.files import only_writer
+from bytelatent.prepare.budget import Budget, share_out
+from bytelatent.prepare.disk import writing
+from bytelatent.prepare.inputs import InputFile, check_first_row, resolve, tasks_of, units_of
+from bytelatent.prepare.manifest import read_manifest
+from bytelatent.prepare.settings import PrepareSettings, differences
+from bytelatent.prepare.work import FOLDER, Plan, Work
+
+
+def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
+    """Shuffle all documents of the sources as a whole, within the memory given, and cut them into files of equal size.
+
+    Files of `out`: NAME.chunk.00.jsonl, ...; NAME.val.jsonl; manifest.json, which comes last. The same seed and input
+    give the same documents in the same order, whatever the memory and the number of workers. Unfinished work is in
+    `out/.prepare`: the same call goes on with it.
+
+    Returns:
+        The folder. With the executor `slurm` it is filled later.
+
+    Raises:
+        UserError: bad input, or a disk or memory that is too small.
+        Interrupted: Ctrl-C.
+    """
+    console = console or Console(quiet=True)
+    out = settings.out.expanduser()
+    request = settings.request()
+    if (manifest := read_manifest(out)) is not None:
+        _check_same(out, manifest, settings, console)
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
+        console.print(f"'{out}' is ready: {_summary(manifest)}", soft_wrap=True, highlight=False)
+        return out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: '{out}' is a file; give a folder")
+    work = Work(out)
+    with _alone(work):
+        _plan(settings, request, work, console)
+        if settings.executor == "slurm":
+            from bytelatent.prepare.cluster import submit
+
+            submit(settings, work, console)
+            return out
+        if settings.executor == "ray":
+            from bytelatent.prepare.cluster import run_on_ray
+
+            run_on_ray(settings, work)
+        else:
+            from bytelatent.prepare.here import run_here
+
+            run_here(work, _budget(settings).workers, console)
+        manifest = read_manifest(out)
+        assert manifest is not None
+        shutil.rmtree(work.folder, ignore_errors=True)
+    for place in manifest["corrupt"]["places"][:3]:
+        console.print(f"left out: {place}", soft_wrap=True, highlight=False)
+    console.print(f"'{out}': {_summary(manifest)}", soft_wrap=True, highlight=False)
+    return out
+
+
+def _plan(settings: PrepareSettings, request: dict[str, Any], work: Work, console: Console) -> None:
+    """Go on with the plan that is there if it is for this request and input; else begin a new one."""
+    files = resolve(settings.source, work.out, console)
+    budget = _budget(settings)
+    try:
+        old = work.saved_plan()
+    except (OSError, ValueError, KeyError, TypeError):
+        old = None
+    new = _new_plan(settings, request, files, budget)
+    if old is not None and (why := _why_not(old, new)) is None:
+        if any(work.folder.glob("scatter/*.marker")):
+            console.print(f"going on with the work in '{work.folder}'", soft_wrap=True, highlight=False)
+        return
+    if old is not None:
+        console.print(f"starting over: {why}", soft_wrap=True, highlight=False)
+    check_first_row(files, settings.text_key)
+    with writing(work.out):
+        work.clear()
+        _check_free(settings, work, files)
+        work.begin(new)
+
+
+def _new_plan(settings: PrepareSettings, request: dict[str, Any], files: list[InputFile], budget: Budget) -> Plan:
+    units = units_of(files)
+    likely = [unit.size if unit.kind == "lines" else sum(files[i].likely_bytes for i in unit.files) for unit in units]
+    tasks = tasks_of(units, likely)
+    sizes = {"run_bytes": budget.run_bytes, "range_bytes": budget.range_bytes}
+    return Plan(request, files, units, tasks, bits=budget.bits(sum(likely)), memory=settings.memory, **sizes)
+
+
+def _why_not(old: Plan, new: Plan) -> str | None:
+    """Why work for the old plan is no use for the new one; None if it is."""
+    if differing := differences(old.request, new.request):
+        return differing
+    if old.files != new.files:
+        return "the input has changed"
+    if old.memory > new.memory:  # what was measured in bytes may differ a little from one day to the next
+        return f"there is less memory now, {new.memory:g} GB, than the {old.memory:g} GB the work was begun with"
+    sizes = {"memory": 0.0, "bits": 0, "run_bytes": 0, "range_bytes": 0}
+    return None if replace(old, **sizes) == replace(new, **sizes) else "it was begun by another version"
+
+
+def _check_same(out: Path, manifest: dict[str, Any], settings: PrepareSettings, console: Console) -> None:
+    """
+    Raises:
+        UserError: the folder was made from something else.
+    """
+    if differing := differences(manifest["request"], settings.request()):
+        raise UserError(f"--out: '{out}' was prepared otherwise: {differing}; give another folder")
+    try:
+        files = resolve(settings.source, out, console, download=False)
+    except UserError:
+        return  # the input is gone; what was made from it is here
+    then = {(file["file"], file["bytes"], file["changed"]) for file in manifest["inputs"]}
+    new = next((file.path for file in files if (file.path, file.size, file.changed) not in then), None)
+    if new is not None:
+        raise UserError(f"--out: '{out}' was prepared before '{new}' was added or changed; give another folder")
+
+
+def _check_free(settings: PrepareSettings, work: Work, files: list[InputFile]) -> None:
+    """
+    Raises:
+        UserError: there are files of that name already, or the disk is too small: found now and not hours later.
+    """
+    if found := sorted(
+        [*work.out.glob(f"{settings.stem}.chunk.*.jsonl"), *work.out.glob(f"{settings.stem}.val.jsonl")]
+    ):
+        raise UserError(f"--out: '{found[0]}' is there already, and of other work; give another folder or --name")
+    needed = 2 * sum(file.size for file in files if file.kind == "lines")
+    free = shutil.disk_usage(work.out).free
+    if needed > free:
+        raise UserError(
+            f"--out: the disk of '{work.out}' has {free / 1e9:,.2f} GB left and this takes {needed / 1e9:,.2f} GB, "
+            "half of it only until it is done; make room or give a folder elsewhere"
+        )
+
+
+def _budget(settings: PrepareSettings) -> Budget:
+    if settings.executor == "local":
+        # What the workers will hold is to be in memory when it is measured.
+        import pyarrow  # noqa: F401
+
+        import bytelatent.prepare.here  # noqa: F401
+
+        return share_out(settings.memory, settings.workers)
+    return share_out(settings.memory, 1)
+
+
+@contextmanager
+def _alone(work: Work) -> Iterator[None]:
+    """Hold the folder of unfinished work alone."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(only_writer(work.folder))
+        except UserError as error:
+            if "another process" not in str(error):
+                raise UserError(f"--out: {error}; give a folder you may write to") from None
+            raise UserError(
+                f"--out: another process prepares '{work.out}'; wait for it, or give another folder"
+            ) from None
+        yield
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    parts = [
+        f"{manifest['documents']:,} documents",
+        f"{manifest['bytes'] / 1e9:,.3f} GB",
+        f"{len(manifest['outputs'])} files",
+    ]
+    if manifest["duplicates"]:
+        parts.append(f"{manifest['duplicates']:,} duplicates left out")
+    if manifest["corrupt"]["rows"]:
+        parts.append(f"{manifest['corrupt']['rows']:,} corrupt rows left out")
+    return ", ".join(parts)

@@ -1,0 +1,46 @@
+"""The first pass: read a run of units, and write their lines as sorted runs."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from bytelatent.prepare.disk import writing
+from bytelatent.prepare.order import PlaceKeys, TextKeys, split_keys
+from bytelatent.prepare.rows import Corrupt, RowReader, Rows
+from bytelatent.prepare.runs import MAX_LINE_BYTES, RunWriter
+from bytelatent.prepare.work import Work
+
+
+def scatter(work: Work, task: int, report: Callable[[int], None]) -> None:
+    """Do one task of the first pass, unless it is done.
+
+    Args:
+        report: told the bytes read.
+
+    Raises:
+        UserError: the input cannot be read, too much of it is corrupt, or the disk is full.
+    """
+    plan = work.plan
+    files = work.task_files(task)
+    if files.marker() is not None:
+        return
+    text_keys = TextKeys(plan.request["seed"]) if plan.request["dedup"] else None
+    corrupt = Corrupt(plan.request["max_corrupt"])
+    max_line = min(plan.run_bytes // 2, MAX_LINE_BYTES)
+    reader = RowReader(plan.files, plan.request["text_key"], text_keys, corrupt, max_line, report)
+    with writing(work.out):
+        runs = RunWriter(files, plan.bits, plan.run_bytes, with_low=text_keys is not None)
+        try:
+            for number in range(*plan.tasks[task]):
+                place_keys = PlaceKeys(plan.request["seed"], number)
+                for rows in reader.read(plan.units[number]):
+                    runs.add(rows, *_keys(rows, place_keys))
+            runs.finish({"corrupt": corrupt.places})
+        finally:
+            runs.close()
+
+
+def _keys(rows: Rows, place_keys: PlaceKeys) -> tuple[np.ndarray, np.ndarray | None]:
+    if rows.keys is not None:
+        return split_keys(rows.keys)
+    return place_keys.draw(len(rows.kept)), None

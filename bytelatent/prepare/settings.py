@@ -1,0 +1,61 @@
+"""What `blt prepare` is asked for."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from bytelatent.config import Settings
+from bytelatent.errors import UserError
+from bytelatent.prepare.inputs import is_data_set
+
+GB = 1_000_000_000
+MAX_CHUNKS = 32  # of these, or one for each document, where nobody says how many
+
+
+class PrepareSettings(Settings):
+    """Which text, shuffled and cut how, goes where."""
+
+    source: Annotated[list[str], Field(min_length=1)]  # files, folders, globs, URLs, or data sets of the hub
+    out: Path
+    name: str | None = None  # the files are NAME.chunk.00.jsonl, ...; the first source's name if left out
+    memory: Annotated[float, Field(gt=0)] = 4.0  # GB (10^9 bytes) of all processes together; on a cluster, of each task
+    chunks: Annotated[int, Field(ge=1)] | None = None  # 32, or fewer where there are fewer documents
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    validation: Annotated[int, Field(ge=0)] | None = None  # documents held out; 1 %, 10000 at most
+    dedup: bool = False  # leave out documents whose text stood before
+    text_key: str = "text"
+    max_corrupt: Annotated[int, Field(ge=0)] = 1000  # rows to leave out before giving up
+    workers: Annotated[int, Field(ge=1)] | None = None  # the number of cores
+    executor: Literal["local", "slurm", "ray"] = "local"
+    partition: str | None = None  # of the SLURM cluster
+    time: str = "24:00:00"  # limit of each job on the cluster
+
+    @property
+    def stem(self) -> str:
+        """The NAME of the output files.
+
+        Raises:
+            UserError: the name given cannot be part of a file's name.
+        """
+        if self.name is not None:
+            if not self.name or self.name.startswith(".") or {"/", "\\", "\0"} & set(self.name):
+                raise UserError(f"--name: '{self.name}' cannot be a file's name; use letters and digits")
+            return self.name
+        if is_data_set(self.source[0]):
+            from bytelatent.prepare.download import short_name
+
+            return short_name(self.source[0])
+        last = self.source[0].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+        return "".join(c for c in last if c.isalnum() or c in "-_") or "text"
+
+    def request(self) -> dict[str, Any]:
+        """What the output depends on. Memory, workers and executor are no part of it: they change no byte."""
+        keep = {"source", "chunks", "seed", "validation", "dedup", "text_key", "max_corrupt"}
+        return {"name": self.stem, **self.model_dump(mode="json", include=keep)}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """`seed 1 -> 2, dedup False -> True`: what differs between two requests; empty if nothing does."""
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in keys)

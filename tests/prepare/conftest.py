@@ -1,0 +1,14 @@
+import pytest
+
+from bytelatent.prepare import budget, inputs, rows, runs
+
+
+@pytest.fixture
+def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything so small that a little text has many blocks, units, tasks, runs, bins and ranges."""
+    monkeypatch.setattr(inputs, "UNIT_BYTES", 4000)
+    monkeypatch.setattr(inputs, "TASK_BYTES", 9000)
+    monkeypatch.setattr(rows, "READ_BYTES", 700)
+    monkeypatch.setattr(runs, "SLICE_BYTES", 300)
+    monkeypatch.setattr(budget, "MAX_RUN_BYTES", 8000)
+    monkeypatch.setattr(budget, "MAX_RANGE_BYTES", 5000)

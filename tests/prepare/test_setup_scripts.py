@@ -1,0 +1,207 @@
+"""The published command lines below setup/, run as a user runs them: from another folder, in a process of their own."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bytelatent.errors import UserError
+from bytelatent.prepare import hub
+from bytelatent.prepare.tokenizers import TIKTOKEN_SHA256, fetch_tokenizer
+from tests.hub_server import HubServer
+from tests.text.text_files import jsonl
+
+SETUP = Path(__file__).parents[2] / "setup"
+LLAMA3 = "meta-llama/Meta-Llama-3-8B"
+
+
+@pytest.fixture
+def server() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+def run(
+    script: str, *arguments: str, cwd: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SETUP / script), *arguments]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment = clean | {"HF_HOME": str(cwd / "hub")} | (environment or {})
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line a script ended with."""
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    return line
+
+
+def ids(lines: bytes) -> list[bytes]:
+    return sorted(json.loads(line)["text"].encode() for line in lines.splitlines())
+
+
+def prepared(folder: Path, name: str) -> list[bytes]:
+    """The texts of a prepared folder, from chunks and held-out file together."""
+    files = [file for file in folder.glob(f"{name}.*.jsonl*") if file.suffix == ".jsonl"]
+    return sorted(text for file in files for text in ids(file.read_bytes()))
+
+
+def test_download_and_prepare(server: HubServer, tmp_path: Path) -> None:
+    documents = [b"document %d" % i for i in range(40)]
+    source = tmp_path / "repository" / "data" / "part.jsonl"
+    source.parent.mkdir(parents=True)
+    source.write_bytes(jsonl(documents))
+    server.add("someone/texts", tmp_path / "repository")
+    arguments = ["hf://datasets/someone/texts/data/*.jsonl", "1", "--nchunks", "4", "--validation", "3"]
+    done = run("download_prepare_hf_data.py", *arguments, cwd=tmp_path, environment=server.environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data" / "texts" / "data" / "part.jsonl").read_bytes() == source.read_bytes()
+    out = tmp_path / "data" / "texts_shuffled"
+    assert len(list(out.glob("texts.chunk.*.jsonl"))) == 4
+    assert prepared(out, "texts") == sorted(documents)
+
+
+def test_a_folder_is_prepared_without_a_download(tmp_path: Path) -> None:
+    (tmp_path / "my.texts").mkdir()
+    (tmp_path / "my.texts" / "a.jsonl").write_bytes(jsonl([b"one", b"two", b"three"]))
+    arguments = ["my.texts", "0.5", "--data_dir", "out", "--nchunks", "2", "--validation", "1", "--seed", "7"]
+    done = run("download_prepare_hf_data.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert prepared(tmp_path / "out" / "my.texts_shuffled", "my.texts") == [b"one", b"three", b"two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("fineweb-edu", "did you mean 'fineweb_edu'?"), ("./nowhere", "'./nowhere' is no folder")],
+)
+def test_a_wrong_name(name: str, told: str, tmp_path: Path) -> None:
+    assert told in error_of(run("download_prepare_hf_data.py", name, "1", cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_llama3_with_a_key(server: HubServer, tmp_path: Path) -> None:
+    files = {"original/tokenizer.model": b"the model", "tokenizer.json": b"{}", "weights.bin": b"large"}
+    for path, data in files.items():
+        (tmp_path / "repository" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "repository" / path).write_bytes(data)
+    server.add(LLAMA3, tmp_path / "repository", kind="model").readers = {"hf_mine"}
+    arguments = ["llama3", "tokenizers", "--api_key", "hf_mine"]
+    done = run("download_tokenizer.py", *arguments, cwd=tmp_path, environment=server.environment)
+    assert done.stdout.splitlines() == ["tokenizers/original/tokenizer.model", "tokenizers/tokenizer.json"]
+    folder = tmp_path / "tokenizers"
+    written = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    assert written == {path: data for path, data in files.items() if path != "weights.bin"}
+
+    done = run("download_tokenizer.py", *arguments[:2], cwd=tmp_path, environment=server.environment)
+    assert error_of(done) == (
+        f"error: {LLAMA3} needs access: open https://huggingface.co/{LLAMA3}, accept the terms, "
+        "then pass --api_key or set HF_TOKEN"
+    )
+
+
+def test_tokenizers(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.connect(monkeypatch, tmp_path)
+    monkeypatch.setattr(hub, "FIRST_PAUSE", 0.01)
+    console = Console(file=io.StringIO())
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "tokenizer.model").write_bytes(b"llama 2")
+    server.add("meta-llama/Llama-2-7b", tmp_path / "repository", kind="model")
+    assert fetch_tokenizer("llama2", tmp_path / "out", console) == [tmp_path / "out" / "tokenizer.model"]
+    with pytest.raises(UserError, match="there is no model 'google/gemma-2-2b'"):
+        fetch_tokenizer("gemma", tmp_path / "out", console)
+    with pytest.raises(UserError, match=r"known are llama2, .*did you mean 'llama3'"):
+        fetch_tokenizer("llama-3", tmp_path / "out", console)
+    (tmp_path / "repository" / "tokenizer.model").rename(tmp_path / "repository" / "other.model")
+    server.add("google/gemma-2-2b", tmp_path / "repository", kind="model")
+    with pytest.raises(UserError, match=r"has no file 'tokenizer\.model'; it has other\.model"):
+        fetch_tokenizer("gemma", tmp_path / "out", console)
+
+
+def test_tiktoken(server: HubServer, tmp_path: Path) -> None:
+    data = b"IQ== 0\n"
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "cl100k_base.tiktoken").write_bytes(data)
+    server.add("some/files", tmp_path / "files", kind="model")
+    url = f"{server.url}/some/files/resolve/main/cl100k_base.tiktoken"
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError, match="gave other bytes than were published"):
+        fetch_tokenizer("tiktoken", tmp_path / "out", console, url=url)
+    assert not (tmp_path / "out").exists()
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert sha256 != TIKTOKEN_SHA256
+    (file,) = fetch_tokenizer("tiktoken", tmp_path / "out", console, url=url, sha256=sha256)
+    assert file == tmp_path / "out" / "cl100k_base.tiktoken"
+    assert file.read_bytes() == data
+    done = run("download_tokenizer.py", "tiktoken", "out", "--tiktoken_url", f"{url}.not", cwd=tmp_path)
+    assert "cannot be downloaded: HTTP Error 404" in error_of(done)
+
+
+def packages(cache: Path) -> dict[str, str]:
+    """Unpacked packages of the category 'prose', as the cache keeps them; returns their texts by source."""
+    gcide = "gcide " * 4000  # cut after 16384 bytes
+    foldoc = "foldoc entry " * 20
+    anarchism = "a page of text " * 20
+    novel = ["It is a truth universally acknowledged, that a single man", "in possession of a good fortune"] * 5
+    for path, data in {
+        "dict-gcide/usr/gcide.dict.dz": gzip.compress(gcide.encode()),
+        "dict-foldoc/usr/foldoc.dict.dz": gzip.compress(foldoc.encode()),
+        "anarchism/usr/html/a.html": f"<head>no</head><p>{anarchism}</p><script>no</script>".encode(),
+        "anarchism/usr/html/same.html": f"<p>{anarchism}</p>".encode(),
+        "anarchism/usr/html/short.html": b"<p>short</p>",
+        "r-cran-janeaustenr/usr/Rdata.rdb": stored_by_r(novel),
+    }.items():
+        (cache / path).parent.mkdir(parents=True, exist_ok=True)
+        (cache / path).write_bytes(data)
+    return {"gcide": gcide, "foldoc": foldoc, "anarchism": anarchism.strip(), "austen": "\n".join(novel)}
+
+
+def stored_by_r(lines: list[str]) -> bytes:
+    strings = b"".join(b"\0\x04\0\x09" + len(line).to_bytes(4, "big") + line.encode() for line in lines)
+    return len(strings).to_bytes(4, "big") + zlib.compress(strings)
+
+
+def test_build_corpus(tmp_path: Path) -> None:
+    whole = packages(tmp_path / "cache")
+    arguments = ["out", "--only", "prose", "--cache", "cache"]
+    assert run("build_corpus.py", *arguments, cwd=tmp_path).returncode == 0
+    written = b"".join((tmp_path / "out" / f"{split}.jsonl").read_bytes() for split in ("train", "valid"))
+    rows = [json.loads(line) for line in written.splitlines() if line]
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        assert row["id"] == hashlib.sha1(row["text"].encode()).hexdigest()[:16]
+        assert row["category"] == "prose"
+        texts.setdefault(row["source"], []).append(row["text"])
+    assert sorted(texts.pop("gcide"), key=len, reverse=True) == [whole["gcide"][:16384], whole["gcide"][16384:]]
+    assert texts == {source: [text] for source, text in whole.items() if source != "gcide"}
+
+    before = (tmp_path / "out" / "train.jsonl").read_bytes()
+    assert run("build_corpus.py", *arguments, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
+
+
+def test_build_corpus_without_debian_or_network(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    arguments = ["out", "--only", "prose", "--cache", "cache"]
+    done = run("build_corpus.py", *arguments, cwd=tmp_path, environment={"PATH": str(empty)})
+    assert "apt-get is missing" in error_of(done)
+    failing = tmp_path / "failing" / "apt-get"
+    failing.parent.mkdir()
+    failing.write_text("#!/bin/sh\necho 'E: Failed to fetch: no route to host' >&2\nexit 100\n")
+    failing.chmod(0o755)
+    path = f"{failing.parent}:{os.environ['PATH']}"
+    done = run("build_corpus.py", *arguments, cwd=tmp_path, environment={"PATH": path})
+    assert "'dict-gcide' of Debian 12 (E: Failed to fetch: no route to host); check the network" in error_of(done)
+    assert "'poems' is unknown" in error_of(run("build_corpus.py", "out", "--only", "poems", cwd=tmp_path))
+    assert list((tmp_path / "out").iterdir()) == []
