@@ -127,7 +127,9 @@ def entropies(
     rule: Annotated[
         str | None, typer.Option(help="Those of another entropy rule: threshold=0.3,monotonicity=true")
     ] = None,
-    context: Annotated[int, typer.Option(help="Bytes of a document seen at once: that of the training run.")] = 8192,
+    context: Annotated[
+        int | None, typer.Option(help="Ids of a document read at once; left out: as in the byte LM's training.")
+    ] = None,
     batch_bytes: Annotated[int | None, typer.Option(help="Bytes read at once; left out: as suits the device.")] = None,
     text_key: Annotated[str, typer.Option(help="The key or column that holds the text.")] = "text",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",

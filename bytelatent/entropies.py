@@ -14,13 +14,14 @@ from bytelatent.data.entropies import EntropiesOf, EntropySettings, Summary, sto
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.inference import FastEntropies
-from bytelatent.interop import fingerprint, load_byte_lm
+from bytelatent.interop import fingerprint, load_byte_lm_and_context
 from bytelatent.model import ByteLM
 from bytelatent.patching import PatchSettings
 from bytelatent.report.amounts import amount_of_bytes
 
 BATCH_BYTES = 131_072  # fills a data-centre GPU
 BATCH_BYTES_ELSEWHERE = 16_384
+BATCH_BYTES_WITHOUT_WINDOW = 2048  # there the mask takes time by the square of it
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def entropies_beside(
     out: str,
     starts: float | None,
     rule: str | None,
-    context: int,
+    context: int | None,
     batch_bytes: int | None,
     text_key: str,
     device: str,
@@ -52,6 +53,7 @@ def entropies_beside(
     Args:
         starts: the threshold of the plain entropy rule, whose starts are stored.
         rule: any entropy rule, as key=value,key=value.
+        context: ids that the byte LM reads at once; None for as many as in its training.
         batch_bytes: ids in a batch; None for as many as suit the device.
         rank, world: the part that is this process's; None to ask torchrun and SLURM.
 
@@ -61,8 +63,11 @@ def entropies_beside(
     """
     part = part_of(rank, world, os.environ)
     place = choose_device(_own_device(device, part))
+    byte_lm, trained_context = load_byte_lm_and_context(model)
+    byte_lm = byte_lm.to(place).eval()
+    context = trained_context if context is None else context
     if batch_bytes is None:
-        batch_bytes = max(context, BATCH_BYTES if place.type == "cuda" else BATCH_BYTES_ELSEWHERE)
+        batch_bytes = max(context, batch_bytes_for(byte_lm, place))
     values: dict[str, Any] = {
         "context": context,
         "batch_bytes": batch_bytes,
@@ -71,7 +76,6 @@ def entropies_beside(
         "rule": _rule(starts, rule),
     }
     settings = EntropySettings.parse(values, "entropies")
-    byte_lm = load_byte_lm(model).to(place).eval()
     name = f"rank {part.rank} of {part.world}: " if part.world > 1 else ""
     # Bars of several processes would write over each other.
     hidden = part.rank != 0 or not console.is_terminal
@@ -99,6 +103,13 @@ def entropies_beside(
             )
         except KeyboardInterrupt:
             raise Interrupted(f"finished files stand in '{out}'; the same command goes on from there") from None
+
+
+def batch_bytes_for(byte_lm: ByteLM, device: torch.device) -> int:
+    """As many ids as keep the device busy."""
+    if device.type == "cuda":
+        return BATCH_BYTES
+    return BATCH_BYTES_WITHOUT_WINDOW if byte_lm.settings.window is None else BATCH_BYTES_ELSEWHERE
 
 
 def fast_entropies(byte_lm: ByteLM, device: torch.device, settings: EntropySettings) -> EntropiesOf | None:

@@ -48,11 +48,20 @@ def load(source: str | Path, byte_lm: str | Path | None = None) -> Pretrained:
 
 def load_byte_lm(source: str | Path) -> ByteLM:
     """A byte LM, or the byte LM of a BLT."""
+    return load_byte_lm_and_context(source)[0]
+
+
+def load_byte_lm_and_context(source: str | Path) -> tuple[ByteLM, int]:
+    """A byte LM, or that of a BLT, and how many ids it is to see at once.
+
+    Raises:
+        UserError: there is none.
+    """
     found = load(source)
     if isinstance(found.model, ByteLM):
-        return found.model
+        return found.model, found.config.context
     if found.byte_lm is not None:
-        return found.byte_lm
+        return found.byte_lm, found.config.context
     raise UserError(f"byte_lm: '{source}' holds a BLT without a byte LM; name the byte LM's own run or folder")
 
 
