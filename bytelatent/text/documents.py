@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bytelatent.text.places import Damaged
+from bytelatent.text.stored import unpack_starts
 from bytelatent.vocab import to_bytes
 
 
@@ -78,12 +79,10 @@ def _checked(
 
 
 def _unpacked(bits: bytes, text: bytes, where: str) -> np.ndarray:
-    if len(bits) != (len(text) + 8) // 8:
-        raise Damaged(
-            f"data: {where} has {8 * len(bits)} starts for {len(text)} bytes; "
-            "there should be one for BOS and one for each byte"
-        )
-    return np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=len(text) + 1).view(bool)
+    try:
+        return unpack_starts(bits, len(text))
+    except ValueError as error:
+        raise Damaged(f"data: {where} has {error}; there should be one for BOS and one for each byte") from None
 
 
 def _name(value: Any) -> str | None:

@@ -172,12 +172,13 @@ def test_they_are_what_the_patcher_computes(tmp_path: Path, byte_lm: ByteLM) -> 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rule", [None, RULE])
-def test_a_gpu_stores_the_same(tmp_path: Path, byte_lm: ByteLM, rule: PatchSettings | None) -> None:
+def test_a_gpu_stores_the_same(tmp_path: Path, rule: PatchSettings | None) -> None:
+    byte_lm = tiny_byte_lm(window=6, dim=32)  # FlexAttention wants heads of 16
     draw = np.random.default_rng(0)
     source = write(tmp_path / "text.parquet", [draw.bytes(int(size)) for size in draw.integers(1, 900, size=60)])
     asked = quick(context=256, batch_bytes=1024, rule=rule)
     summary = store(byte_lm, [source], tmp_path / "cpu", asked)
-    on_gpu = tiny_byte_lm(window=6).cuda()
+    on_gpu = byte_lm.cuda()
     store(on_gpu, [source], tmp_path / "gpu", asked)
     store(on_gpu, [source], tmp_path / "again", asked)
     assert bytes_below(tmp_path / "again") == bytes_below(tmp_path / "gpu")
