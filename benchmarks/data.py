@@ -13,6 +13,7 @@ import os
 import platform
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from bytelatent.data import DataSettings, Loader, Patcher
-from bytelatent.data.entropies import EntropySettings, loads_of, store_entropies
-from bytelatent.data.shards import shards_of
+from bytelatent.data import DataSettings, Loader, Patcher, cut, pack, take
+from bytelatent.data.entropies import EntropySettings, store_entropies
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM, ByteLMSettings, Stream, preset
 from bytelatent.patching import PatchSettings, calibrate
@@ -155,13 +156,12 @@ def measure_entropies(text: str, megabytes: int) -> None:
         table = {"id": [str(n) for n in range(len(found))], "text": [document.text for document in found]}
         pq.write_table(pa.table(table), source, row_group_size=1000)
         for size in (32_768, 65_536, 131_072):
-            settings = EntropySettings(batch_bytes=size)
-            load = next(iter(loads_of(shards_of([source], Path(folder, "out"))[0], settings, size)))
-            stream = load.stream.to("cuda")
+            stream = full_stream(found, size).to("cuda")
             if size == 32_768:
                 check_against_float32(byte_lm, fast, stream)
-            seconds = seconds_of(lambda stream=stream: fast(stream))
-            print(f"forward alone, {size:7,} ids: {load.num_ids / seconds / 1e6:.3f} million bytes/s", flush=True)
+            seconds = seconds_of(lambda stream=stream: fast(stream), times=20)
+            print(f"forward alone, {size:7,} ids: {size / seconds / 1e6:.3f} million bytes/s", flush=True)
+        show_profile(lambda: fast(stream))
         for rule in (None, PatchSettings(mode="entropy", threshold=1.34)):
             settings = EntropySettings(rule=rule)
             out = Path(folder, "starts" if rule else "entropies")
@@ -172,6 +172,27 @@ def measure_entropies(text: str, megabytes: int) -> None:
                 f"{summary.num_bytes:,} bytes in {summary.seconds:.1f} s, {stored:,} bytes stored",
                 flush=True,
             )
+
+
+def show_profile(call: Callable[[], object]) -> None:
+    """Where one call's time on the GPU goes."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    kernels = sorted(found.key_averages(), key=lambda kernel: -kernel.device_time_total)
+    total = sum(kernel.device_time_total for kernel in kernels)
+    for kernel in kernels[:8]:
+        share = kernel.device_time_total / total
+        print(
+            f"  {kernel.device_time_total / 1000:7.2f} ms {share:6.1%} {kernel.count:4d} x {kernel.key[:70]}",
+            flush=True,
+        )
+
+
+def full_stream(found: list[Document], size: int) -> Stream:
+    """Real text that fills a batch, the last document cut."""
+    pieces = (piece for document in found for piece in cut(document, CONTEXT))
+    return pack(take(deque(itertools.islice(pieces, size)), size, None, lambda: False)).stream
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Training batches from stored entropies and stored starts, and what does not belong together."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +112,9 @@ def test_validation_uses_what_is_stored(folder: Path) -> None:
 
 
 def complaint(source: Path | str, patcher: Patcher) -> str:
+    loader = Loader(settings(source), 0, patcher)
     with pytest.raises(UserError) as error:
-        for _ in range(5):
-            next(Loader(settings(source), 0, patcher))
+        list(itertools.islice(loader, 5))
     with pytest.raises(UserError, match=str(error.value).split("'")[0]):
         list(batches_once(settings(source).train, CONTEXT, 100, patcher))
     return str(error.value)
