@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bytelatent.kernels.window_attention import angles, turn
+
 # Shapes: T positions in the stream, H heads, J key/value heads, E head size, W window, N blocks of W positions
 
 FLEX_BLOCK = 128  # positions that FlexAttention decides about at once
@@ -75,19 +77,13 @@ def attend(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Mask) -> Tensor:
 
 
 def rotary(position: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Rotary angles as complex numbers of modulus 1, [T, E/2], for pairs (2i, 2i+1)."""
-    exponents = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
-    angles = position.float()[:, None] * (1.0 / theta**exponents)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    """Cosine and sine of the rotary angles, [T, E/2, 2], for pairs (2i, 2i+1)."""
+    return torch.stack(angles(position, head_dim, theta), dim=-1)
 
 
 def rotate(x_THE: Tensor, rotary_TE2: Tensor) -> Tensor:
     """Rotate each pair (2i, 2i+1) of every head by its position's angle."""
-    pairs = x_THE.float().unflatten(-1, (-1, 2))
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = rotary_TE2[:, None, :, 0], rotary_TE2[:, None, :, 1]
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).to(x_THE.dtype)
+    return turn(x_THE, rotary_TE2[..., 0], rotary_TE2[..., 1])
 
 
 def _allowed(document: Tensor, seen: Tensor, place: Tensor, where: Tensor, window: int | None) -> Tensor:
