@@ -11,7 +11,7 @@ from bytelatent.errors import UserError
 from bytelatent.prepare.inputs import InputFile, Unit
 from bytelatent.prepare.order import TextKeys
 from bytelatent.prepare.runs import Rows
-from bytelatent.text.places import import_pyarrow, open_decompressed, open_file
+from bytelatent.text.places import import_pyarrow, open_decompressed, open_file, readable
 from bytelatent.vocab import to_bytes
 
 READ_BYTES = 1 << 19  # at once; where a torn file ends depends on it
@@ -77,14 +77,12 @@ class RowReader:
         readers = {"packed": self._packed, "parquet": self._parquet, "text": self._text}
         for number in unit.files:
             file = self.files[number]
-            try:
+            with readable(file.path):
                 if unit.kind == "lines":
                     yield from self._lines(file, unit.begin, unit.end)
                 else:
                     yield from readers[unit.kind](file)
                     self.report(file.size)
-            except OSError as error:
-                raise UserError(f"'{file.path}' cannot be read: {error.strerror or error}") from None
 
     def _lines(self, file: InputFile, begin: int, end: int) -> Iterator[Rows]:
         with open_file(file.path) as stream:

@@ -237,6 +237,7 @@ class ParquetBlocks:
         if str(kind).removeprefix("large_") not in ("string", "binary", "string_view", "binary_view"):
             raise UserError(f"data: '{self.file}' holds no text in column '{self.text_key}' but {kind}")
         self.stored = stored_in(schema.metadata, self.file)
+        self._columns = [name for name in (self.text_key, "id", *self._stored_columns(schema)) if name in schema.names]
         first = 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
@@ -247,15 +248,30 @@ class ParquetBlocks:
         self._first_rows.append(first)
         self._table = table
 
+    def _stored_columns(self, schema: Any) -> list[str]:
+        """What is stored beside the text: entropies of anyone's making, starts only of ours.
+
+        Raises:
+            UserError: a column of entropies holds something else.
+        """
+        from pyarrow.types import is_floating, is_large_list, is_list
+
+        if self.stored is not None and self.stored.rule is not None:
+            return ["starts"]
+        if "entropies" not in schema.names:
+            return []
+        kind = schema.field("entropies").type
+        if not (is_list(kind) or is_large_list(kind)) or not is_floating(kind.value_type):
+            raise UserError(f"data: '{self.file}' holds in column 'entropies' no lists of floats but {kind}")
+        return ["entropies"]
+
     def _rows_of(self, index: int) -> Any:
         """The rows of a block, as an Arrow table."""
         import pyarrow
 
         group = self._groups[index]
         if group != self._group or index < self._next:
-            wanted = (self.text_key, "id", "entropies", "starts")
-            columns = [name for name in wanted if name in self._table.schema_arrow.names]
-            self._batches = self._table.iter_batches(batch_size=BLOCK_ROWS, row_groups=[group], columns=columns)
+            self._batches = self._table.iter_batches(batch_size=BLOCK_ROWS, row_groups=[group], columns=self._columns)
             self._rest = None
             self._group, self._next = group, self._groups.index(group)
         while True:

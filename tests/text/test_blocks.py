@@ -119,6 +119,19 @@ def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
     assert not isinstance(error.value, Damaged)
 
 
+def test_columns_of_other_meaning(tmp_path: Path) -> None:
+    """`starts` of somebody else are left alone; `entropies` that are none are an error."""
+    pq.write_table(pa.table({"text": ["ab", "c"], "starts": [7, 8], "id": [3, None]}), tmp_path / "a.parquet")
+    found = [document for _, document in read_documents(str(tmp_path / "a.parquet"))]
+    assert [(document.text, document.id, document.starts) for document in found] == [
+        (b"ab", "3", None),
+        (b"c", None, None),
+    ]
+    pq.write_table(pa.table({"text": ["ab"], "entropies": ["high"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="holds in column 'entropies' no lists of floats but string"):
+        list(read_documents(str(tmp_path / "b.parquet")))
+
+
 @pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
 def test_torn_files_are_damaged(kind: str, tmp_path: Path) -> None:
     file = write(tmp_path / f"a.{kind}", [f"text {i} {i * 7919}".encode() for i in range(400)])
