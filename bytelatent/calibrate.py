@@ -1,11 +1,13 @@
 """The threshold for a patch size, and the picture of how one follows from the other: `blt calibrate`."""
 
+import sys
 from pathlib import Path
 
 from bytelatent.data import DataSettings
 from bytelatent.interop import load_byte_lm
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.report import write_threshold_figure
+from bytelatent.text import DamageLimit
 from bytelatent.training import sample_entropies
 
 
@@ -31,7 +33,8 @@ def calibrate_text(
     data = DataSettings.parse({"train": text})
     rule = PatchSettings(mode="entropy", threshold=0.0)
     byte_lm = load_byte_lm(model) if model is not None else None
-    sample = sample_entropies(byte_lm, data.train, data.context, rule, max_bytes, device)
+    damaged = DamageLimit(data.max_damaged, "rows and files in all", lambda line: print(line, file=sys.stderr))
+    sample = sample_entropies(byte_lm, data.train, data.context, rule, max_bytes, device, damaged=damaged)
     found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
     if figure is not None:
         thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, rule)

@@ -57,10 +57,16 @@ def demo(
 
 @app.command()
 def prepare(
-    source: Annotated[list[str], typer.Argument(help="Files, folders, globs, URLs, or data sets of the hub.")],
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders, globs, URLs, hf://datasets/OWNER/NAME, fineweb_edu, fineweb_edu_10bt, "
+            "dclm_baseline_1.0, dclm_baseline_1.0_10prct."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The folder it fills.")],
     name: Annotated[str | None, typer.Option(help="NAME.chunk.00.jsonl, ...; the source's if left out.")] = None,
-    memory: Annotated[float, typer.Option(help="GB for all processes together; on a cluster for each.")] = 4.0,
+    memory: Annotated[float, typer.Option(help="GB for all processes, 0.25 at least; on a cluster each.")] = 4.0,
     chunks: Annotated[int | None, typer.Option(help="Files to cut it into; 32 where there are so many rows.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order.")] = 42,
     validation: Annotated[int | None, typer.Option(help="Documents held out; 1 %, 10000 at most.")] = None,
@@ -125,16 +131,17 @@ def entropies(
         float | None, typer.Option(help="Store the patch starts of this threshold (nats) instead: a bit each.")
     ] = None,
     rule: Annotated[
-        str | None, typer.Option(help="Those of another entropy rule: threshold=0.3,monotonicity=true")
+        str | None, typer.Option(help="The starts of any entropy rule: threshold=0.3,monotonicity=true")
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="Ids of a document read at once; left out: as in the byte LM's training.")
     ] = None,
     batch_bytes: Annotated[int | None, typer.Option(help="Bytes read at once; left out: as suits the device.")] = None,
     text_key: Annotated[str, typer.Option(help="The key or column that holds the text.")] = "text",
+    max_damaged: Annotated[int, typer.Option(min=0, help="Rows without text to leave out before giving up.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
-    rank: Annotated[int | None, typer.Option(help="Which part of the files; else torchrun and SLURM say.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Which part, from 0; else torchrun and SLURM say.")] = None,
     world: Annotated[int | None, typer.Option(help="Into how many parts they are divided.")] = None,
 ) -> None:
     """Store a byte LM's entropies beside text; the same command goes on where it was stopped.
@@ -147,7 +154,7 @@ def entropies(
 
     console = Console(stderr=True)
     summary = entropies_beside(
-        text, model, out, starts, rule, context, batch_bytes, text_key, device, dtype, rank, world, console
+        text, model, out, starts, rule, context, batch_bytes, text_key, max_damaged, device, dtype, rank, world, console
     )
     print(line_about(summary, out))
 

@@ -42,6 +42,7 @@ def entropies_beside(
     context: int | None,
     batch_bytes: int | None,
     text_key: str,
+    max_damaged: int,
     device: str,
     dtype: str,
     rank: int | None,
@@ -72,6 +73,7 @@ def entropies_beside(
         "context": context,
         "batch_bytes": batch_bytes,
         "text_key": text_key,
+        "max_damaged": max_damaged,
         "dtype": dtype,
         "rule": _rule(starts, rule),
     }

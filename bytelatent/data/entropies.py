@@ -6,6 +6,7 @@ not depend on their timing, nor on how the files are divided among processes: a 
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,7 +28,7 @@ from bytelatent.device import autocast, choose_dtype
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import PatchSettings, next_starts
-from bytelatent.text import Document, open_blocks
+from bytelatent.text import Damaged, DamageLimit, Document, open_blocks
 from bytelatent.text.places import GZIP, ZSTD, is_remote
 from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, read_stored
 
@@ -48,6 +49,7 @@ class EntropySettings(Settings):
         text_key: the key or column that holds the text.
         dtype: precision of the byte LM's matrix products; `auto` is bfloat16 where the device computes in it.
         rule: the patching rule whose starts are stored instead of entropies.
+        max_damaged: rows without text that are left out; one more is an error, and so is a torn file.
     """
 
     context: int = Field(default=8192, ge=2)
@@ -55,6 +57,7 @@ class EntropySettings(Settings):
     text_key: str = "text"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     rule: PatchSettings | None = None
+    max_damaged: int = Field(default=100, ge=0)
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -139,12 +142,13 @@ def store_entropies(
         static_shapes = entropies_of is not None or device.type == "cuda"
     with hold(out, shards):
         _remove_leftovers(out, shards)
-        todo = [shard for shard in shards if not _is_done(out / shard.output, _of(shard, made_by))]
+        todo = [shard for shard in shards if not _is_done(shard, out / shard.output, _of(shard, made_by))]
         summary = Summary(num_shards=len(shards), num_skipped=len(shards) - len(todo))
         if summary.num_skipped:
             say(f"{summary.num_skipped} of {len(shards)} files are done already")
         on_start(sum(shard.size for shard in todo))
-        job = Job(todo, out, made_by, settings, device, summary, on_progress)
+        damaged = DamageLimit(settings.max_damaged, "--max-damaged", say)
+        job = Job(todo, out, made_by, settings, device, summary, damaged, on_progress)
         job.run(entropies_of or _forward(byte_lm, device, dtype), static_shapes)
     summary.seconds = time.monotonic() - begin
     return summary
@@ -181,10 +185,11 @@ class Job:
         settings: EntropySettings,
         device: torch.device,
         summary: Summary,
+        damaged: DamageLimit,
         on_progress: Callable[[int, int], None],
     ):
         self.shards, self.out, self.made_by, self.settings = shards, out, made_by, settings
-        self.device, self.summary, self.on_progress = device, summary, on_progress
+        self.device, self.summary, self.damaged, self.on_progress = device, summary, damaged, on_progress
         # None ends a shard.
         self.loads: Channel[Load | None] = Channel(ON_THE_WAY)
         self.results: Channel[Result | None] = Channel(ON_THE_WAY)
@@ -219,7 +224,7 @@ class Job:
 
     def _read(self, size: int | None) -> None:
         for shard in self.shards:
-            for load in loads_of(shard, self.settings, size):
+            for load in loads_of(shard, self.settings, size, self.damaged):
                 self.loads.put(replace(load, stream=_pinned(load.stream)) if self.device.type == "cuda" else load)
             self.loads.put(None)
 
@@ -282,19 +287,22 @@ class Job:
         return position
 
 
-def loads_of(shard: Shard, settings: EntropySettings, size: int | None = None) -> Iterator[Load]:
+def loads_of(
+    shard: Shard, settings: EntropySettings, size: int | None = None, damaged: DamageLimit | None = None
+) -> Iterator[Load]:
     """The batches of a shard, in order; a piece is never split over two.
 
     Args:
         size: T, filled up with padding; None for as many ids as there are.
+        damaged: is told of rows without text, which are left out; None to raise the first.
 
     Raises:
-        UserError: the file cannot be read or a row holds no text; the file and row are named.
+        UserError: the file cannot be read, or too many rows hold no text; the file and row are named.
     """
     pieces: list[Piece] = []
     ended: list[tuple[str, bytes]] = []
     num_ids = position = 0
-    for row, document, position in _documents(shard, settings.text_key):
+    for row, document, position in _documents(shard, settings.text_key, damaged or DamageLimit(0, "--max-damaged")):
         if len(document.text) > MAX_TEXT_BYTES:
             raise UserError(
                 f"entropies: '{shard.source}' row {row} is a document of {len(document.text)} bytes; "
@@ -311,7 +319,7 @@ def loads_of(shard: Shard, settings: EntropySettings, size: int | None = None) -
         yield Load(pack(pieces, size).stream, num_ids, ended, position)
 
 
-def _documents(shard: Shard, text_key: str) -> Iterator[tuple[int, Document, int]]:
+def _documents(shard: Shard, text_key: str, damaged: DamageLimit) -> Iterator[tuple[int, Document, int]]:
     """Row, document, and about how many bytes of the file are read with it."""
     reader = open_blocks(shard.source, text_key)
     num_blocks = reader.count()
@@ -321,9 +329,10 @@ def _documents(shard: Shard, text_key: str) -> Iterator[tuple[int, Document, int
         block = reader.read(index)
         if block is None:
             return
-        if block.damaged:
-            raise block.damaged[0]
-        for row, document in block.documents:
+        for row, document in block.rows():
+            if isinstance(document, Damaged):
+                damaged(document)
+                continue
             text_bytes += len(document.text)
             if num_blocks is not None and not compressed:
                 position = shard.size * (index + 1) // num_blocks
@@ -344,7 +353,7 @@ def _of(shard: Shard, made_by: Stored) -> Stored:
     return made_by.model_copy(update={"source_bytes": shard.size})
 
 
-def _is_done(output: Path, wanted: Stored) -> bool:
+def _is_done(shard: Shard, output: Path, wanted: Stored) -> bool:
     """Whether a shard stands there already.
 
     Raises:
@@ -354,6 +363,11 @@ def _is_done(output: Path, wanted: Stored) -> bool:
         return False
     found = read_stored(output)
     if found == wanted:
+        if not is_remote(shard.source) and os.stat(shard.source).st_mtime_ns > os.stat(output).st_mtime_ns:
+            raise UserError(
+                f"entropies: '{shard.source}' has changed since '{output}' was written; remove that, "
+                "or choose another --out"
+            )
         return True
     if found is None:
         raise UserError(f"entropies: '{output}' was not written by blt entropies; choose another --out")

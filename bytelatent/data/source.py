@@ -172,7 +172,7 @@ class SourceReader:
             else:
                 self.left, self.place, self.item = [], place, item
             if block is not None and block.documents:
-                self._barren_since = place.epoch + 1
+                self._barren_since = max(self._barren_since, place.epoch + 1)
                 return block
             if place.epoch - self._barren_since > self.world:
                 self._complain_of_nothing()
@@ -204,6 +204,7 @@ class SourceReader:
         Raises:
             UserError: there are too many in this epoch.
         """
+        line = line.rstrip(".")
         count = self.damaged.count + 1 if self.damaged.epoch == epoch else 1
         self.damaged = Damage(epoch, count)
         if count > self.max_damaged:

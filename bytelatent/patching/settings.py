@@ -26,9 +26,9 @@ class PatchSettings(Settings):
     """
 
     mode: Mode = "entropy"
-    threshold: float | None = None
+    threshold: float | None = Field(default=None, allow_inf_nan=False)
     monotonicity: bool = False
-    threshold_add: float | None = None
+    threshold_add: float | None = Field(default=None, allow_inf_nan=False)
     patch_size: int | None = Field(default=None, ge=1)
     max_patch_length: int | None = Field(default=None, ge=1)
     tokenizer: str | None = None

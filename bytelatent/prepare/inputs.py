@@ -70,7 +70,10 @@ def resolve(sources: list[str], out: Path, console: Console, download: bool = Tr
             from bytelatent.prepare.download import fetch, short_name
 
             place = str(fetch(source, out / DOWNLOADS / f"{number:02d}-{short_name(source)}", console))
-        found += [_input_file(path, place) for path in find_files(place)]
+        try:
+            found += [_input_file(path, place) for path in find_files(place)]
+        except UserError as error:
+            raise UserError(f"{error}{_like_a_data_set(source)}") from None
     inside = out.resolve()
     for file in found:
         if not is_remote(file.path) and inside in Path(file.path).resolve().parents and DOWNLOADS not in file.path:
@@ -140,6 +143,13 @@ def is_data_set(source: str) -> bool:
     from bytelatent.prepare.download import is_hub
 
     return is_hub(source) and not Path(source).exists()
+
+
+def _like_a_data_set(source: str) -> str:
+    """The data sets that a bare word may have meant."""
+    from bytelatent.prepare.download import DATASETS
+
+    return "" if {"/", "*", "."} & set(source) else f"; data sets known by name: {', '.join(DATASETS)}"
 
 
 def _input_file(path: str, source: str) -> InputFile:

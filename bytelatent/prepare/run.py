@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,19 @@ def _alone(work: Work) -> Iterator[None]:
             raise UserError(
                 f"--out: another process prepares '{work.out}'; wait for it, or give another folder"
             ) from None
-        yield
+        try:
+            yield
+        except UserError:
+            _remove_if_empty(work)
+            raise
+
+
+def _remove_if_empty(work: Work) -> None:
+    """Leave nothing behind where nothing was begun."""
+    if {place.name for place in work.folder.iterdir()} <= {".lock"}:
+        shutil.rmtree(work.folder, ignore_errors=True)
+        with suppress(OSError):  # there is something else in it
+            work.out.rmdir()
 
 
 def _summary(manifest: dict[str, Any]) -> str:

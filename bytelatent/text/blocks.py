@@ -40,6 +40,11 @@ class Block:
     damaged: list[Damaged] = field(default_factory=list)
     stored: Stored | None = None  # what the file says of the entropies or starts in it
 
+    def rows(self) -> list[tuple[int, Document | Damaged]]:
+        """Documents and damaged rows in the file's order."""
+        rows: list[tuple[int, Document | Damaged]] = [*self.documents, *((error.row, error) for error in self.damaged)]
+        return sorted(rows, key=lambda found: found[0]) if self.damaged else rows
+
 
 class BlockReader(Protocol):
     """Reads blocks of one file; quick where they follow each other."""
@@ -70,28 +75,41 @@ def open_blocks(file: str, text_key: str = "text") -> BlockReader:
 
 
 def read_documents(
-    file: str, text_key: str = "text", check: Callable[[Stored, str], None] = lambda stored, file: None
+    file: str,
+    text_key: str = "text",
+    check: Callable[[Stored, str], None] = lambda stored, file: None,
+    damaged: Callable[[Damaged], None] | None = None,
 ) -> Iterator[tuple[int, Document]]:
     """The documents of a file with their rows, empty ones left out.
 
     Args:
         text_key: the key or column that holds the text.
         check: complains about what the file says of stored entropies or starts.
+        damaged: is told of each row without text, and of a file that cannot be read on; None to raise the first.
 
     Raises:
         UserError: the file cannot be read or a row holds no text; the file and row are named.
     """
     reader = open_blocks(file, text_key)
     for index in itertools.count():
-        block = reader.read(index)
+        try:
+            block = reader.read(index)
+        except Damaged as error:
+            if damaged is None:
+                raise
+            damaged(error)
+            return
         if block is None:
             return
         if block.stored is not None:
             check(block.stored, file)
-        if block.damaged:
-            yield from (found for found in block.documents if found[0] < block.damaged[0].row)
-            raise block.damaged[0]
-        yield from block.documents
+        for row, found in block.rows():
+            if not isinstance(found, Damaged):
+                yield row, found
+            elif damaged is None:
+                raise found
+            else:
+                damaged(found)
 
 
 class PlainText:
@@ -227,7 +245,7 @@ class ParquetBlocks:
         from pyarrow.parquet import ParquetFile
 
         with readable(self.file):
-            table = ParquetFile(open_file(self.file))
+            table = ParquetFile(open_file(self.file) if is_remote(self.file) else self.file)
         schema = table.schema_arrow
         if self.text_key not in schema.names:
             raise UserError(
@@ -271,7 +289,9 @@ class ParquetBlocks:
 
         group = self._groups[index]
         if group != self._group or index < self._next:
-            self._batches = self._table.iter_batches(batch_size=BLOCK_ROWS, row_groups=[group], columns=self._columns)
+            self._batches = self._table.iter_batches(
+                batch_size=BLOCK_ROWS, row_groups=[group], columns=self._columns, use_threads=False
+            )
             self._rest = None
             self._group, self._next = group, self._groups.index(group)
         while True:

@@ -141,6 +141,8 @@ def import_pyarrow(file: str) -> Any:
 
 def _find_remote(path: str) -> list[str]:
     fs, inner = file_system(path)
+    if path.startswith(("http://", "https://")) and path.endswith("/"):
+        raise UserError(f"data: '{path}' is a page, not a file; name the files on it")
     with readable(path):
         if glob.has_magic(inner):
             found = [name for name in fs.glob(inner) if fs.isfile(name)]

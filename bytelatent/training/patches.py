@@ -15,7 +15,7 @@ from bytelatent.files import whole_file
 from bytelatent.interop import fingerprint
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
-from bytelatent.text import Stored, find_files, read_documents
+from bytelatent.text import DamageLimit, Stored, find_files, read_documents
 
 SPREAD = 8  # text that is read for a sample, as a multiple of the sample
 
@@ -28,6 +28,7 @@ def calibrate_on(
     text_bytes: int,
     device: str = "auto",
     dtype: str = "auto",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
     """The threshold for a mean patch size on a sample of the training text, checked on the validation text.
 
@@ -37,8 +38,10 @@ def calibrate_on(
         wanted_patch_bytes: mean bytes a patch.
         rule: the entropy rule; its threshold does not matter.
         text_bytes: how much text to measure on.
+        say: is told of damaged rows and files, of which `data.max_damaged` are passed over.
     """
-    sample = sample_entropies(byte_lm, data.train, data.context, rule, text_bytes, device, dtype)
+    damaged = DamageLimit(data.max_damaged, "data.max_damaged", say)
+    sample = sample_entropies(byte_lm, data.train, data.context, rule, text_bytes, device, dtype, damaged)
     found = calibrate(sample.ids, sample.entropies, sample.position, wanted_patch_bytes, rule)
     held_out = None
     if data.valid:
@@ -74,6 +77,7 @@ def sample_entropies(
     text_bytes: int,
     device: str = "auto",
     dtype: str = "auto",
+    damaged: DamageLimit | None = None,
 ) -> Sample:
     """Entropies of about `text_bytes` of text: those stored with it, else the byte LM's.
 
@@ -91,7 +95,7 @@ def sample_entropies(
             check(found, file)
             stored.append(found)
 
-    pieces = patch_in_groups(patcher, sample_pieces(sources, text_bytes, context, seen))
+    pieces = patch_in_groups(patcher, sample_pieces(sources, text_bytes, context, seen, damaged))
     stream = stream_of(pieces)
     entropies = torch.from_numpy(np.concatenate([p.entropies for p in pieces if p.entropies is not None]))
     if byte_lm is not None:
@@ -107,6 +111,7 @@ def sample_pieces(
     text_bytes: int,
     context: int,
     check: Callable[[Stored, str], None] = lambda stored, file: None,
+    damaged: DamageLimit | None = None,
 ) -> list[Piece]:
     """About `text_bytes` of text from all over the sources, by weight: the same pieces each time."""
     random = np.random.default_rng(0)
@@ -116,7 +121,7 @@ def sample_pieces(
         wanted = text_bytes * source.weight / total
         read, pieces = 0, []
         for file in random.permutation(find_files(source.path)):
-            for _, document in read_documents(str(file), source.text_key, check):
+            for _, document in read_documents(str(file), source.text_key, check, damaged):
                 pieces.extend(cut(replace(document, starts=None), context))
                 read += len(document.text)
                 if read >= SPREAD * wanted:

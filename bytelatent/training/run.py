@@ -53,6 +53,7 @@ def open_run(settings: TrainSettings, device: torch.device, dtype: torch.dtype, 
                 settings.calibration.text_bytes,
                 settings.device,
                 settings.dtype,
+                lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
             )
             write_calibration(folder, calibration)
         patching = settings.patching.model_copy(update={"threshold": calibration.threshold})

@@ -370,8 +370,37 @@ def test_an_error_of_the_reader_ends_the_job(tmp_path: Path, byte_lm: ByteLM, th
     (tmp_path / "a.jsonl").write_text(good * 40)
     (tmp_path / "b.jsonl").write_text(good * 20 + "{broken\n" + good)
     with pytest.raises(UserError, match=r"b\.jsonl' line 21 is not JSON"):
-        store(byte_lm, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "out", quick())
+        store(byte_lm, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "out", quick(max_damaged=0))
     assert "b.parquet" not in bytes_below(tmp_path / "out")
+
+
+def test_rows_without_text_are_named_and_left_out(tmp_path: Path, byte_lm: ByteLM) -> None:
+    rows = ['{"text": "one"}', '{"id": 1}', '{"text": "two"}', "{broken", '{"text": null}', '{"text": "three"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    said: list[str] = []
+    settings = quick(max_damaged=3)
+    store_entropies(byte_lm, "me", [str(tmp_path / "a.jsonl")], tmp_path / "out", settings, say=said.append)
+    assert [(d.id, d.text) for d in documents_in(tmp_path / "out" / "a.parquet")] == [
+        ("a/0", b"one"),
+        ("a/2", b"two"),
+        ("a/5", b"three"),
+    ]
+    assert [f"passed over ({n} of at most 3)" in line for n, line in enumerate(said, 1)] == [True] * 3
+    assert ["line 2 " in said[0], "line 4 " in said[1], "line 5 " in said[2]] == [True] * 3
+    with pytest.raises(UserError, match=r"2 damaged rows or files were passed over already \(--max-damaged\)"):
+        store(byte_lm, [tmp_path / "a.jsonl"], tmp_path / "strict", quick(max_damaged=2))
+
+
+def test_a_source_that_changed_but_for_its_size(tmp_path: Path, byte_lm: ByteLM) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "abc"}\n')
+    store(byte_lm, [source], tmp_path / "out", quick())
+    assert store(byte_lm, [source], tmp_path / "out", quick()).num_skipped == 1
+    source.write_text('{"text": "xyz"}\n')
+    written = (tmp_path / "out" / "a.parquet").stat().st_mtime_ns
+    os.utime(source, ns=(written + 1000, written + 1000))
+    with pytest.raises(UserError, match=r"a.jsonl' has changed since '.*a.parquet' was written"):
+        store(byte_lm, [source], tmp_path / "out", quick())
 
 
 def test_entropies_that_are_no_numbers_are_not_stored(tmp_path: Path, text: Path, byte_lm: ByteLM) -> None:
@@ -511,6 +540,7 @@ def model(tmp_path: Path, byte_lm: ByteLM) -> Path:
 
 def command(text: Path, model: Path, out: str, **more: Any) -> Summary:
     values: dict[str, Any] = {"starts": None, "rule": None, "context": 64, "batch_bytes": None, "text_key": "text"}
+    values |= {"max_damaged": 100}
     values |= {"device": "cpu", "dtype": "float32", "rank": None, "world": None, "console": Console(quiet=True)}
     return entry.entropies_beside([str(text)], str(model), out, **values | more)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bytelatent.data import Batch, DataSettings, Loader, Patcher, SourceSettings
@@ -106,6 +106,7 @@ def test_ranks_read_each_document_once_an_epoch(
     steps=st.lists(st.integers(0, 9), min_size=4, max_size=4),
     again=st.integers(0, 3),
 )
+@example(sizes=[1], kinds=["jsonl.gz"], before=2, after=4, steps=[0, 1, 0, 0], again=0)  # ranks far apart in epochs
 def test_a_change_of_ranks_loses_and_repeats_nothing(
     folders: Iterator[Path], sizes: list[int], kinds: list[str], before: int, after: int, steps: list[int], again: int
 ) -> None:

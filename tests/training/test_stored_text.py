@@ -68,6 +68,27 @@ def test_the_threshold_is_chosen_on_stored_entropies(work: Path, tmp_path: Path)
     assert losses(tmp_path / "stored") == losses(tmp_path / "alone")
 
 
+def test_calibration_passes_over_damage_as_training_does(work: Path, tmp_path: Path) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    (tmp_path / "torn").mkdir()
+    whole = (work / "entropies" / "text.parquet").read_bytes()
+    (tmp_path / "torn" / "a.parquet").write_bytes(whole)
+    (tmp_path / "torn" / "b.parquet").write_bytes(whole[:-30])
+    told = StringIO()
+    values = blt_run(tmp_path / "run", tmp_path / "torn", work / "byte_lm")
+    train(settings(values), Console(file=told, width=1000))
+    lines = [line for line in told.getvalue().splitlines() if "b.parquet' is not a whole Parquet file" in line]
+    assert len(lines) >= 2  # calibration's, and that of each epoch
+    assert all("passed over (1 of at most 100)" in line for line in lines)
+    values["run"] = str(tmp_path / "strict")
+    values["data"]["max_damaged"] = 0
+    with pytest.raises(UserError, match="is not a whole Parquet file"):
+        train(settings(values))
+
+
 def test_reading_processes_may_change_between_starts(work: Path, tmp_path: Path) -> None:
     for name, changes in (("same", {}), ("other", {"workers": 1, "max_damaged": 3})):
         train(settings(of_starts(work, tmp_path / name, steps=5)))
