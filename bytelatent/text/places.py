@@ -118,7 +118,7 @@ def readable(file: str) -> Iterator[None]:
     except FileNotFoundError:
         raise Damaged(f"data: '{file}' does not exist any more") from None
     except (EOFError, zlib.error) as error:  # gzip's own, for a file that ends early or is damaged
-        raise Damaged(f"data: '{file}' is not a whole gzip file: {error}") from None
+        raise Damaged(f"data: '{file}' is not a whole gzip file; fetch or write it again ({error})") from None
     except OSError as error:
         raise Damaged(f"data: '{file}' cannot be read: {error.strerror or error}") from None
     except Exception as error:
@@ -127,7 +127,9 @@ def readable(file: str) -> Iterator[None]:
         if not type(error).__module__.startswith(("pyarrow", "aiohttp", "httpx", "botocore", "huggingface_hub")):
             raise
         if type(error).__name__ == "ArrowInvalid":
-            raise Damaged(f"data: '{file}' is not a whole {_kind(file)} file: {error}") from None
+            raise Damaged(
+                f"data: '{file}' is not a whole {_kind(file)} file; fetch or write it again ({error})"
+            ) from None
         raise Damaged(f"data: '{file}' cannot be read: {error}") from None
 
 
