@@ -11,7 +11,7 @@ from bytelatent.data.pieces import Piece
 from bytelatent.data.reading import CutBlock, Readings, Request
 from bytelatent.data.settings import SourceSettings
 from bytelatent.errors import UserError
-from bytelatent.text import Damaged, Stored, find_files
+from bytelatent.text import Damaged, DamageLimit, Stored, find_files
 
 
 class Place(NamedTuple):
@@ -66,7 +66,8 @@ class SourceReader:
     ):
         self.settings, self.number, self.readings = settings, number, readings
         self.seed, self.rank, self.world = seed, rank, world
-        self.max_damaged, self.check, self.say = max_damaged, check, say
+        self.check = check
+        self._limit = DamageLimit(max_damaged, "data.max_damaged", say, f" of '{settings.path}'")
         self.files = find_files(settings.path)
         self._order = -1, np.arange(0)  # an epoch, and the numbers of the files in its order
         self._num_blocks_of: dict[str, int] = {}
@@ -204,13 +205,11 @@ class SourceReader:
         Raises:
             UserError: there are too many in this epoch.
         """
-        line = line.rstrip(".")
-        count = self.damaged.count + 1 if self.damaged.epoch == epoch else 1
-        self.damaged = Damage(epoch, count)
-        if count > self.max_damaged:
-            limit = f"{self.max_damaged} damaged rows or files of '{self.settings.path}' were passed over already"
-            raise UserError(f"{line}; {limit} (data.max_damaged)" if self.max_damaged else line)
-        self.say(f"{line}; passed over ({count} of at most {self.max_damaged})")
+        if epoch != self.damaged.epoch:
+            self.damaged = Damage(epoch, 0)
+        self._limit.count = self.damaged.count
+        self.damaged = Damage(epoch, self.damaged.count + 1)
+        self._limit(line)
 
     def _complain_of_nothing(self) -> NoReturn:
         raise UserError(f"data: '{self.settings.path}' holds no text that can be read: every document is empty")

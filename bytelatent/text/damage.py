@@ -13,13 +13,14 @@ class DamageLimit:
         limit: one more is an error; 0 makes each an error.
         name: of the setting that holds the limit, for the error.
         say: is told of each that is passed over.
+        of: what they are counted of, for the error; nothing, or ` of '...'`.
     """
 
-    def __init__(self, limit: int, name: str, say: Callable[[str], None] = lambda line: None):
-        self.limit, self.name, self.say = limit, name, say
+    def __init__(self, limit: int, name: str, say: Callable[[str], None] = lambda line: None, of: str = ""):
+        self.limit, self.name, self.say, self.of = limit, name, say, of
         self.count = 0
 
-    def __call__(self, error: Damaged) -> None:
+    def __call__(self, error: Damaged | str) -> None:
         """Pass over one.
 
         Raises:
@@ -28,6 +29,6 @@ class DamageLimit:
         self.count += 1
         line = str(error).rstrip(".")
         if self.count > self.limit:
-            more = f"; {self.limit} damaged rows or files were passed over already ({self.name})" if self.limit else ""
-            raise UserError(line + more)
+            before = f"{self.limit} damaged rows or files{self.of} were passed over already ({self.name})"
+            raise UserError(f"{line}; {before}" if self.limit else line)
         self.say(f"{line}; passed over ({self.count} of at most {self.limit})")
