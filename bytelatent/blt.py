@@ -1,5 +1,7 @@
 """The public face: a BLT with all it needs to be used."""
 
+import logging
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +14,9 @@ from bytelatent.data import Patcher, cut, pack, patch_in_groups, patches_of, tak
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
-from bytelatent.files import MANIFEST, whole_folder
 from bytelatent.inference import Sampling, generate_ids
-from bytelatent.interop import Config, load, save
-from bytelatent.model import BLTModel, ByteLM, add_patches, pack_rows
+from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
 from bytelatent.text import Document
 from bytelatent.vocab import PADDING, VOCAB_SIZE, decode, encode, to_bytes
@@ -47,29 +48,43 @@ class BLT:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, byte_lm: str | Path | None = None, device: str = "auto", dtype: str = "float32"
+        cls,
+        source: str | Path,
+        entropy: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "float32",
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
     ) -> "BLT":
-        """Load a model.
+        """Load a model, and say in one line what was found (through the logger `bytelatent`).
 
         Args:
-            source: a run of ours, a folder that `save_pretrained` wrote, or one in Meta's hub format.
-            byte_lm: where the byte LM is, if it does not stand inside `source`.
-            dtype: precision of the weights, `float32` or `bfloat16`. The byte LM keeps float32, for exact patches.
+            source: a run of ours; a folder in our format, in one of Meta's, or in that of transformers; or OWNER/NAME,
+                a repository of the Hugging Face hub that holds one of these.
+            entropy: where the byte LM (entropy model) is, if it stands neither inside `source` nor beside it.
+            dtype: precision of the weights, `float32`, `bfloat16`, or `auto` as they are stored. The byte LM keeps
+                float32, for exact patches.
+            revision: a branch, a tag or a commit of the repository.
+            token: the key of a user of the hub; HF_TOKEN, or the key of `hf auth login`, if left out.
+            local_files_only: take what was downloaded earlier, and do not ask the hub.
 
         Raises:
-            UserError: there is no BLT at `source`, or it is not whole.
+            UserError: there is no BLT at `source`, it is not whole, or it computes something that is not known here.
         """
-        found = load(source, byte_lm)
-        if not isinstance(found.model, BLTModel):
+        if dtype not in ("float32", "bfloat16", "auto"):
+            raise UserError(f"dtype: '{dtype}' is none; use float32, bfloat16 or auto")
+        place = choose_device(device)
+        found = open_pretrained(source, entropy, revision, token, local_files_only)
+        if not isinstance(found.config.model, BLTSettings):
             raise UserError(f"model: '{source}' holds a byte LM, which has no patches; name a BLT")
         if found.config.patching is None:
             raise UserError(f"model: '{source}' names no patching rule; its config.json should have one")
-        if dtype not in ("float32", "bfloat16"):
-            raise UserError(f"dtype: '{dtype}' is none; use float32 or bfloat16")
-        place = choose_device(device)
-        model = found.model.to(place, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-        lm = found.byte_lm.to(place, torch.float32) if found.byte_lm is not None else None
-        return cls(model, found.config, lm, found.source)
+        _tell(found.in_a_line(), *found.warnings)
+        loaded = found.load(place, {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}[dtype])
+        assert isinstance(loaded.model, BLTModel)
+        lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
+        return cls(loaded.model, loaded.config, lm, loaded.source)
 
     @property
     def device(self) -> torch.device:
@@ -162,21 +177,23 @@ class BLT:
         out[ids != PADDING] = self.model(add_patches(stream, starts, history=stream.position))
         return out
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model, its rule and its byte LM into a folder, which appears whole or not at all.
+    def save_pretrained(self, folder: str | Path, format: str = "native", licence: str | None = None) -> None:
+        """Write the model, its rule, its byte LM and a card into a folder, which appears whole or not at all.
+
+        Args:
+            format: `native`; `hf` loads in transformers' `BltForCausalLM` and `AutoTokenizer`; `meta` is Meta's hub
+                format, with the byte LM in `blt-entropy/`.
+            licence: to state on the card; None: the one that the model came with.
 
         Raises:
-            UserError: the folder holds something else than a saved model.
+            UserError: the folder holds something else than a saved model, or the format has no room for one of the
+                model's settings.
         """
-        folder = Path(folder).expanduser().resolve()
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-            raise UserError(f"save_pretrained: '{folder}' holds something else than a model; name another folder")
-        with whole_folder(folder) as aside:
-            save(aside, self.model, self.config, self.byte_lm)
+        write_model(StoredModel.of(self.model, self.config, self.byte_lm), Path(folder), format, licence)
 
     def _byte_lm(self) -> ByteLM | None:
         if self.patching.needs_entropies and self.byte_lm is None:
-            raise UserError("this model's patches need its byte LM; name it: BLT.from_pretrained(..., byte_lm=FOLDER)")
+            raise UserError("this model's patches need its byte LM; name it: BLT.from_pretrained(..., entropy=FOLDER)")
         return self.byte_lm
 
 
@@ -191,3 +208,13 @@ def _starts_of(lengths: Tensor, num_ids: int) -> Tensor:
     if total == num_ids:  # nothing is said about the id to come: it does not start a patch yet
         starts[num_ids] = False
     return starts[1 : num_ids + 1]
+
+
+def _tell(*lines: str) -> None:
+    """Say something through the logger `bytelatent`, or on standard error where nobody has set up logging."""
+    log = logging.getLogger("bytelatent")
+    for line in lines:
+        if log.hasHandlers():
+            log.info(line)
+        elif log.level <= logging.INFO:
+            print(line, file=sys.stderr)

@@ -22,6 +22,10 @@ app = typer.Typer(
 DEFAULT_MODEL = "runs/demo"
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A run, or a folder with a model.")]
+EntropyOption = Annotated[
+    str | None, typer.Option(help="The byte LM (entropy model), if it stands neither inside the model nor beside it.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Of a repository: a branch, a tag or a commit.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -163,7 +167,7 @@ def entropies(
 def evaluate(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
     model: ModelOption = DEFAULT_MODEL,
-    byte_lm: Annotated[str | None, typer.Option(help="The byte LM, if it is not inside the model.")] = None,
+    entropy: EntropyOption = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     as_json: JsonOption = False,
@@ -174,7 +178,7 @@ def evaluate(
     """
     from bytelatent.eval import evaluate_model
 
-    result = evaluate_model(model, text, byte_lm, max_bytes, device, Console(stderr=True))
+    result = evaluate_model(model, text, entropy, max_bytes, device, Console(stderr=True))
     if as_json:
         print(json.dumps(result))
         return
@@ -243,19 +247,45 @@ def patch(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A run, a folder in any known format, or OWNER/NAME on the hub.")],
+    target: Annotated[str, typer.Argument(help="The folder it writes.")],
+    to: Annotated[str, typer.Option(help="native, hf (transformers), meta (Meta's hub format).")] = "native",
+    entropy: EntropyOption = None,
+    revision: RevisionOption = None,
+    licence: Annotated[
+        str | None, typer.Option(help="To state on the model's card; left out: the one it came with.")
+    ] = None,
+) -> None:
+    """Write a model in another format; any size passes through in little memory.
+
+    Example:  `blt convert runs/demo demo-hf --to hf --licence apache-2.0`
+
+    Released weights:  `blt convert facebook/blt-1b blt-1b-hf --to hf`
+    """
+    from bytelatent.convert import convert_model
+
+    print(convert_model(source, target, to, entropy, revision, licence, Console(stderr=True)))
+
+
+@app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="A preset (blt-1b, blt-8b, entropy, ...), a run, or a folder.")] = "",
+    model: Annotated[
+        str, typer.Argument(help="A preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.")
+    ] = "",
     patch_bytes: Annotated[float, typer.Option(min=1, help="Mean bytes a patch.")] = 4.5,
     context: Annotated[int, typer.Option(min=1, help="Bytes of a document seen at once.")] = 8192,
+    entropy: EntropyOption = None,
+    revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a model's shape, parameters and FLOPs per byte, part by part.
+    """Show a model's shape, parameters and FLOPs per byte, part by part; weights are not read.
 
     Example:  `blt info blt-1b --patch-bytes 6`
     """
     from bytelatent.info import describe
 
-    description = describe(model, patch_bytes, context)
+    description = describe(model, patch_bytes, context, entropy, revision)
     if as_json:
         print(json.dumps(description.plain()))
     else:

@@ -15,19 +15,19 @@ from bytelatent.text import find_files
 
 
 def evaluate_model(
-    model: str, text: list[str], byte_lm: str | None, max_bytes: int | None, device: str, console: Console
+    model: str, text: list[str], entropy: str | None, max_bytes: int | None, device: str, console: Console
 ) -> dict[str, Any]:
     """Evaluate a BLT or a byte LM.
 
     Raises:
         UserError: the model or the text is not there.
     """
-    found = load(model, byte_lm)
+    found = load(model, entropy)
     place = choose_device(device)
     patcher = None
     if found.config.patching is not None:
         if found.config.patching.needs_entropies and found.byte_lm is None:
-            raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --byte-lm")
+            raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --entropy")
         patcher = Patcher(found.config.patching, found.byte_lm.to(place) if found.byte_lm else None)
     sources = DataSettings.parse({"train": text}).train
     for source in sources:

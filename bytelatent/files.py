@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from bytelatent.errors import UserError
 
@@ -93,11 +94,28 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         yield
 
 
-def what_is_torn(folder: Path) -> str | None:
-    """Why a folder written by `whole_folder` is not whole any more; None if it is."""
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that is appended to, if it exists; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def what_is_torn(folder: Path, ending: str = "") -> str | None:
+    """Why a folder written by `whole_folder` is not whole any more; None if it is.
+
+    Args:
+        ending: only files whose names end so are looked at.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         for name, digest in files.items():
+            if not name.endswith(ending):
+                continue
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if _digest(folder / name) != digest:

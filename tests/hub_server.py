@@ -8,16 +8,18 @@
 What the real hub does and this one, too: a commit's files never change and stay when a branch moves on; large files are
 redirected to another origin (`redirects`), which must not see the user's key; a gated repository can be listed by all
 and read by few; listings come in pages. What can go wrong is ordered beforehand: `break_after`, `hold_after`, `fail`,
-`listed_sizes`, `has_ranges`. What was asked is counted: `requests`, `bytes_sent`.
+`listed_sizes`, `listed_digests`, `has_ranges`. What was asked is counted: `requests`, `bytes_sent`.
 """
 
 import hashlib
 import json
 import re
+import socket
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -54,6 +56,7 @@ class HubRepository:
         readers: the keys that may read the files of a gated repository; None if everybody may.
         private: whether it does not exist for everybody else.
         listed_sizes: sizes that listings tell in place of the true ones, by path.
+        listed_digests: sha256 that listings tell in place of the true ones, by path.
         redirects: whether files are served by another origin.
     """
 
@@ -63,6 +66,7 @@ class HubRepository:
     private: bool = False
     redirects: bool = False
     listed_sizes: dict[str, int] = field(default_factory=dict)
+    listed_digests: dict[str, str] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
 
@@ -110,10 +114,11 @@ class HubServer:
         self.close()
 
     def close(self) -> None:
-        """From now on the port refuses connections."""
+        """From now on the port refuses connections; those that a client kept open end, too."""
         self._released.set()
         self._server.shutdown()
         self._server.server_close()
+        self._server.end_connections()
 
     def connect(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         """Make huggingface_hub of this process, which reads its environment at import, ask this server.
@@ -129,6 +134,7 @@ class HubServer:
         for name, value in {
             "ENDPOINT": self.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(home / "hub"),
             "HF_TOKEN_PATH": str(home / "token"),
             "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
             "AGENT_HARNESSES_PATH": str(home / "agents.json"),
@@ -197,6 +203,23 @@ class HubServer:
 
 
 class _Server(ThreadingHTTPServer):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._open: set[socket.socket] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def end_connections(self) -> None:
+        for connection in list(self._open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         # A client that is killed, or has read enough, closes its end.
         if not isinstance(sys.exc_info()[1], ConnectionError):
@@ -280,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         revision = unquote(match["revision"] or "main")
         files = self._files(repository, revision)
-        entries = _entries(files, repository.listed_sizes)
+        entries = _entries(files, repository)
         if verb == "tree":
             self._send_tree(entries, unquote(match["path"] or ""), query)
         elif verb == "paths-info":
@@ -380,15 +403,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def _entries(files: dict[str, StoredFile], listed_sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
+def _entries(files: dict[str, StoredFile], repository: HubRepository) -> dict[str, dict[str, Any]]:
     """Files and folders by path, as the API lists them."""
     entries: dict[str, dict[str, Any]] = {}
     for path, file in files.items():
         for folder in list(Path(path).parents)[-2::-1]:
             oid = hashlib.sha1(str(folder).encode()).hexdigest()
             entries[str(folder)] = {"type": "directory", "path": str(folder), "oid": oid, "size": 0}
-        size = listed_sizes.get(path, len(file.data))
-        large = {"oid": file.sha256, "size": size, "pointerSize": 134}
+        size = repository.listed_sizes.get(path, len(file.data))
+        digest = repository.listed_digests.get(path, file.sha256)
+        large = {"oid": digest, "size": size, "pointerSize": 134}
         entries[path] = {
             "type": "file",
             "path": path,

@@ -187,7 +187,7 @@ def test_round_trip(blt: BLT, tmp_path: Path) -> None:
 
 
 def test_published_weights_round_trip(goldens: Path, tmp_path: Path) -> None:
-    published = BLT.from_pretrained(goldens / "blt_k2", byte_lm=goldens / "entropy", device="cpu")
+    published = BLT.from_pretrained(goldens / "blt_k2", entropy=goldens / "entropy", device="cpu")
     published.save_pretrained(tmp_path / "a")
     again = BLT.from_pretrained(tmp_path / "a", device="cpu")
     ids = torch.tensor([[1, *(b + 4 for b in b"the same bits"), 2]])

@@ -16,7 +16,7 @@ from bytelatent.training import train
 from bytelatent.vocab import to_bytes
 from tests.training.tiny_runs import blt_run, byte_lm_run, settings, write_text
 
-VERBS = ["demo", "prepare", "entropies", "train", "calibrate", "eval", "generate", "patch", "info"]
+VERBS = ["demo", "prepare", "entropies", "train", "calibrate", "eval", "generate", "patch", "convert", "info"]
 NO_UTF8 = b"caf\xc3\xa9 \xff\xfe \x1b[31m and\nmore"
 BLT_COMMAND = [sys.executable, "-m", "bytelatent.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
@@ -158,7 +158,7 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["calibrate", "{text}", "-m", "{byte_lm}", "--patch-bytes", "3", "--figure", "a.gif"], "end in one of .png"),
         (["info", "blt-1bb"], "did you mean 'blt-1b'?"),
         (["info", "nonsense"], "no preset 'nonsense'"),
-        (["info"], "name a run, a folder or a preset; presets: "),
+        (["info"], "name a run, a folder, a repository or a preset; presets: "),
         (["train"], "name a configuration or settings: blt train config="),
         (["train", "config=absent.yaml"], "'absent.yaml' does not exist"),
         (["train", "steps=3", "stepz=4"], "stepz: unknown key; did you mean 'steps'?"),
@@ -202,7 +202,9 @@ def test_info_of_the_1b_preset() -> None:
 def test_info_of_a_run(model: Path) -> None:
     found = json.loads(blt("info", model, "--json"))
     loaded = load(model)
-    assert found["num_parameters"] == sum(parameter.numel() for parameter in loaded.model.parameters())
+    assert loaded.byte_lm is not None
+    weights = [*loaded.model.parameters(), *loaded.byte_lm.parameters()]
+    assert found["num_parameters"] == sum(parameter.numel() for parameter in weights)
     assert found["patching"] == loaded.config.patching.plain() if loaded.config.patching else None
 
 

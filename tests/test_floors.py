@@ -10,11 +10,12 @@ ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
     ["errors"],  # the ground: everyone's, and it imports nothing of ours
     ["vocab", "config", "files", "device", "kernels"],
+    ["hub"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "interop", "report"],
     ["training", "evaluation", "serving"],
     ["blt"],
-    ["demo", "train", "stool", "calibrate", "entropies", "eval", "generate", "info", "patch"],
+    ["demo", "train", "stool", "calibrate", "convert", "entropies", "eval", "generate", "info", "patch"],
     ["cli"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

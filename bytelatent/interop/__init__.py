@@ -1,6 +1,23 @@
-"""Weights in, weights out: our format and others'."""
+"""Weights in, weights out: our format, Meta's, that of transformers."""
 
-from bytelatent.interop.native import Config, Pretrained, fingerprint, save
-from bytelatent.interop.pretrained import load, load_byte_lm, load_byte_lm_and_context
+from bytelatent.interop.convert import FORMATS, convert, num_bytes, write_model
+from bytelatent.interop.native import save
+from bytelatent.interop.pretrained import load, load_byte_lm, load_byte_lm_and_context, open_pretrained
+from bytelatent.interop.stored import Config, Origin, Pretrained, StoredModel, fingerprint
 
-__all__ = ["Config", "Pretrained", "fingerprint", "load", "load_byte_lm", "load_byte_lm_and_context", "save"]
+__all__ = [
+    "FORMATS",
+    "Config",
+    "Origin",
+    "Pretrained",
+    "StoredModel",
+    "convert",
+    "fingerprint",
+    "load",
+    "load_byte_lm",
+    "load_byte_lm_and_context",
+    "num_bytes",
+    "open_pretrained",
+    "save",
+    "write_model",
+]

@@ -1,142 +1,161 @@
-"""Meta's hub format: `config.json` (`args`), `model.safetensors`, `train_args.json`."""
+"""Meta's formats.
 
-import re
+The hub's: `config.json` (`args`), `model.safetensors`, `train_args.json`. The older one: `params.json` (all settings of
+the training), `consolidated.pth`. The entropy model is a folder of its own, in either format.
+"""
+
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from bytelatent.errors import UserError
+from bytelatent.interop.beside import recall, remember
+from bytelatent.interop.meta_args import args_of, is_byte_lm, patcher_args_of, refuse_what_is_not_known, settings_of
+from bytelatent.interop.stored import Config, StoredModel, shapes, under_our_names, under_their_names
+from bytelatent.interop.tensors import StoredTensor, read_json, read_pickle, read_weights, write_weights
+from bytelatent.model import BLTSettings, ModelSettings
 
-from bytelatent.interop.native import filled, read_json, read_tensors
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings
-from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
-from bytelatent.patching import PatchSettings
+BYTE_LM = "blt-entropy"  # where we write it; Meta's own repository is called so
+BYTE_LM_FOLDERS = (BYTE_LM, "entropy_model", "blt_entropy")
+PUBLISHED_CONTEXT = 8192
+PUBLISHED_WINDOW = 512  # of the entropy model, where an older file does not say it
 
-# Published name -> ours, applied in this order to every tensor's name.
-RENAMES = [
-    (r"^(local_encoder|local_decoder|global_transformer)\.layers\.", r"\1.stack.blocks."),
-    (r"^layers\.", "stack.blocks."),
-    (r"^tok_embeddings\.", "embedding."),
-    (r"^local_encoder\.tok_embeddings\.", "encoder.embedding."),
-    (r"^local_encoder\.patch_embedding_projection\.", "encoder.pooled_to_queries."),
-    (r"^local_decoder\.patch_embedding_projection\.", "decoder.patch_to_keys."),
-    (r"^global_transformer\.token_embedding_projection\.", "global_transformer.projection."),
-    (r"^local_(encoder|decoder)\.", r"\1."),
-    (r"\.cross_attn_layers\.", ".cross_attention."),
-    (r"\.cross_attn_norm_q\.", ".query_norm."),
-    (r"\.cross_attn_norm_kv\.", ".key_value_norm."),
-    (r"\.ffn_norm\.", ".feed_forward_norm."),
-    (r"\.wq\.", ".query."),
-    (r"\.wk\.", ".key."),
-    (r"\.wv\.", ".value."),
-    (r"\.wo\.", ".output."),
-    (r"\.w1\.", ".gate."),
-    (r"\.w2\.", ".down."),
-    (r"\.w3\.", ".up."),
+BLOCK = {
+    "attention_norm": "attention_norm",
+    "attention.query": "attention.wq",
+    "attention.key": "attention.wk",
+    "attention.value": "attention.wv",
+    "attention.output": "attention.wo",
+    "feed_forward_norm": "ffn_norm",
+    "feed_forward.gate": "feed_forward.w1",
+    "feed_forward.down": "feed_forward.w2",
+    "feed_forward.up": "feed_forward.w3",
+}
+CROSS_ATTENTION = {
+    "query_norm": "cross_attn_norm_q",
+    "key_value_norm": "cross_attn_norm_kv",
+    "query": "wq",
+    "key": "wk",
+    "value": "wv",
+    "output": "wo",
+}
+PLACES = [  # ours, theirs, what stands there by number
+    ("encoder.stack.blocks.", "local_encoder.layers.", BLOCK),
+    ("encoder.cross_attention.", "local_encoder.cross_attn_layers.", CROSS_ATTENTION),
+    ("global_transformer.stack.blocks.", "global_transformer.layers.", BLOCK),
+    ("decoder.stack.blocks.", "local_decoder.layers.", BLOCK),
+    ("decoder.cross_attention.", "local_decoder.cross_attn_layers.", CROSS_ATTENTION),
+    ("stack.blocks.", "layers.", BLOCK),
 ]
-HASH_TABLE = re.compile(r"^encoder_hash_tok_embedding\.(\d+)\.weight$")
+ALONE = {
+    "embedding": "tok_embeddings",
+    "norm": "norm",
+    "output": "output",
+    "encoder.embedding": "local_encoder.tok_embeddings",
+    "encoder.pooled_to_queries": "local_encoder.patch_embedding_projection",
+    "global_transformer.projection": "global_transformer.token_embedding_projection",
+    "decoder.patch_to_keys": "local_decoder.patch_embedding_projection",
+    "decoder.norm": "local_decoder.norm",
+    "decoder.output": "local_decoder.output",
+}
+HASH_TABLES = "encoder.ngram_hash.tables"
 
 
 def is_meta(folder: Path) -> bool:
-    """Whether `folder` is in Meta's hub format."""
+    """Whether `folder` is in one of Meta's formats."""
     config = folder / "config.json"
-    return config.is_file() and "args" in read_json(config)
+    return (config.is_file() and "args" in read_json(config)) or (folder / "params.json").is_file()
 
 
-def is_byte_lm(folder: Path) -> bool:
-    return "n_layers_local_encoder" not in read_json(folder / "config.json")["args"]
+def open_meta(folder: Path, weights: bool = True) -> StoredModel:
+    """A released BLT with the patching rule it was trained with, or a released entropy model.
+
+    Raises:
+        UserError: something is missing, or changes the mathematics to what is not known here.
+    """
+    try:
+        args, patcher, words = _read_settings(folder)
+        model, patching = settings_of(args, patcher, str(folder))
+    except KeyError as error:
+        raise UserError(f"'{folder}': its JSON files lack the key {error}; fetch them again") from None
+    warnings = refuse_what_is_not_known(args, folder)
+    config = Config(model=model, context=PUBLISHED_CONTEXT, patching=patching)
+    config = recall(folder, config, lambda earlier: settings_of(args_of(earlier), patcher_args_of(earlier)))
+    tensors: Mapping[str, StoredTensor] = {}
+    if weights:
+        tensors = under_our_names(_read_tensors(folder), config.model, published_names(config.model), str(folder))
+    byte_lm = None
+    if not is_byte_lm(args):
+        inner = next((folder / name for name in BYTE_LM_FOLDERS if is_meta(folder / name)), None)
+        byte_lm = open_meta(inner, weights) if inner is not None else None
+    return StoredModel(config, tensors, byte_lm, words, str(folder), warnings)
 
 
-def load_byte_lm(folder: Path) -> ByteLM:
-    """The entropy model of a release."""
-    args = read_json(folder / "config.json")["args"]
-    settings = ByteLMSettings(
-        dim=args["dim"],
-        num_layers=args["n_layers"],
-        num_heads=args["n_heads"],
-        num_kv_heads=args.get("n_kv_heads"),
-        window=args.get("sliding_window"),
-        **_shared(args),
+def write_meta(folder: Path, stored: StoredModel, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
+    """Write a model in the hub's format into an existing folder; its byte LM goes into `blt-entropy/`.
+
+    Raises:
+        UserError: the format has no room for one of its settings.
+    """
+    config = stored.config
+    args, patcher = args_of(config), patcher_args_of(config)
+    _write_json(folder / "config.json", {"args": args})
+    if patcher is not None:
+        data = {"patcher_args": patcher, "tokenizer_args": {"name": "blt"}}
+        _write_json(folder / "train_args.json", {"model": args, "data": data})
+    remember(folder, config)
+    # Published code reads one file; it knows nothing of shards.
+    tensors = under_their_names(stored.tensors, published_names(config.model))
+    write_weights(folder, tensors, shard_bytes=None, advance=advance)
+    if stored.byte_lm is not None:
+        (folder / BYTE_LM).mkdir()
+        write_meta(folder / BYTE_LM, stored.byte_lm, advance)
+
+
+def published_names(settings: ModelSettings) -> dict[str, list[str]]:
+    """For each of our tensors the published ones it is made of."""
+    return {name: _published(name, settings) for name in shapes(settings)}
+
+
+def _published(name: str, settings: ModelSettings) -> list[str]:
+    path, _, kind = name.rpartition(".")
+    if path == HASH_TABLES:
+        assert isinstance(settings, BLTSettings)
+        assert settings.ngram_hash is not None
+        return [f"encoder_hash_tok_embedding.{i}.{kind}" for i in range(settings.ngram_hash.num_tables)]
+    for ours, theirs, inside in PLACES:
+        if path.startswith(ours):
+            number, _, rest = path.removeprefix(ours).partition(".")
+            return [f"{theirs}{number}.{inside[rest]}.{kind}"]
+    return [f"{ALONE[path]}.{kind}"]
+
+
+def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The model's arguments, the patcher's, and the format in words."""
+    config, params = folder / "config.json", folder / "params.json"
+    if config.is_file() and "args" in read_json(config):
+        train_args = folder / "train_args.json"
+        patcher = read_json(train_args)["data"]["patcher_args"] if train_args.is_file() else {}
+        return read_json(config)["args"], patcher, "Meta's hub format"
+    values = read_json(params)
+    args = next(
+        (values[key] for key in ("model", "entropy_model", "args") if isinstance(values.get(key), dict)), values
     )
-    return filled(ByteLM, settings, _tensors(folder), str(folder))
+    patcher = (values.get("data") or {}).get("patcher_args") or {}
+    if is_byte_lm(args):
+        args = {"sliding_window": PUBLISHED_WINDOW, **args}
+    return args, patcher, "Meta's older format"
 
 
-def load_blt(folder: Path) -> tuple[BLTModel, PatchSettings]:
-    """A released BLT and the patching rule it was trained with."""
-    args = read_json(folder / "config.json")["args"]
-    window = args["local_attention_window_len"]
-    shared = _shared(args)
-    settings = BLTSettings(
-        encoder=StackSettings(
-            dim=args["dim_local_encoder"],
-            num_layers=args["n_layers_local_encoder"],
-            num_heads=args["n_heads_local_encoder"],
-            window=window,
-            **shared,
-        ),
-        global_transformer=StackSettings(
-            dim=args["dim_global"],
-            num_layers=args["n_layers_global"],
-            num_heads=args["n_heads_global"],
-            num_kv_heads=args.get("n_kv_heads_global"),
-            **shared,
-        ),
-        decoder=StackSettings(
-            dim=args["dim_local_decoder"],
-            num_layers=args["n_layers_local_decoder"],
-            num_heads=args["n_heads_local_decoder"],
-            window=window,
-            **shared,
-        ),
-        cross_attention=CrossAttentionSettings(
-            k=args["cross_attn_k"],
-            num_heads=args["cross_attn_nheads"],
-            all_layers_encoder=args["cross_attn_all_layers_encoder"],
-            all_layers_decoder=args["cross_attn_all_layers_decoder"],
-        ),
-        ngram_hash=NgramHashSettings(
-            sizes=args["encoder_hash_byte_group_size"],
-            num_functions=args["encoder_hash_byte_group_nb_functions"],
-            vocab_size=args["encoder_hash_byte_group_vocab"],
-            stop_at_document=False,
-        ),
-    )
-    return filled(BLTModel, settings, _tensors(folder), str(folder)), _patching(folder, args)
+def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    hub = ("model.safetensors", "model.safetensors.index.json")
+    if any((folder / name).is_file() for name in hub) or not (folder / "params.json").is_file():
+        return read_weights(folder)
+    if (folder / "consolidated.safetensors").is_file():
+        return read_weights(folder, stem="consolidated")
+    return read_pickle(folder / "consolidated.pth")
 
 
-def _shared(args: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "ffn_dim_multiplier": args.get("ffn_dim_multiplier") or 1.0,
-        "multiple_of": args["multiple_of"],
-        "rope_theta": args["rope_theta"],
-        "norm_eps": args["norm_eps"],
-    }
-
-
-def _patching(folder: Path, args: dict[str, Any]) -> PatchSettings:
-    """The rule from `train_args.json`, which knows the threshold; `config.json` often does not."""
-    path = folder / "train_args.json"
-    patcher = read_json(path)["data"]["patcher_args"] if path.is_file() else {}
-    mode = patcher.get("patching_mode", args.get("patching_mode"))
-    values = {"mode": mode, "max_patch_length": patcher.get("max_patch_length", args.get("max_patch_length"))}
-    if mode == "entropy":
-        values["threshold"] = patcher.get("threshold", args.get("patching_threshold"))
-        values["threshold_add"] = patcher.get("threshold_add", args.get("patching_threshold_add"))
-        values["monotonicity"] = patcher.get("monotonicity", args.get("monotonicity")) or False
-    if mode == "static":
-        values["patch_size"] = int(patcher.get("patch_size") or args["patch_size"])
-    return PatchSettings.parse(values, where=str(folder))
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """The folder's tensors under our names."""
-    published = read_tensors(folder / "model.safetensors")
-    tables = {int(match[1]): published.pop(name) for name in list(published) if (match := HASH_TABLE.match(name))}
-    tensors = {}
-    for name, tensor in published.items():
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        tensors[name] = tensor
-    if tables:
-        tensors["encoder.ngram_hash.tables.weight"] = torch.cat([tables[i] for i in sorted(tables)])
-    return tensors
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")

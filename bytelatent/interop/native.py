@@ -1,59 +1,24 @@
-"""Our own format: `config.json`, `model.safetensors`, and the byte LM in a folder of its own.
+"""Our own format: `config.json`, `model.safetensors` (or shards and their index), and the byte LM in `byte_lm/`.
 
 A run is a folder with `settings.yaml` and `checkpoints/`; each checkpoint is in this format, too.
 """
 
-import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from bytelatent.config import Settings
+from bytelatent.config import load_yaml
 from bytelatent.errors import UserError
-from bytelatent.files import newest_whole
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings
-from bytelatent.patching import Calibration, PatchSettings
+from bytelatent.files import newest_whole, read_json_lines
+from bytelatent.interop.stored import FORMAT, Config, Origin, StoredModel, shapes, under_our_names
+from bytelatent.interop.tensors import read_json, read_weights, write_weights
+from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings
 
-FORMAT = "bytelatent"
-
-
-class Config(Settings):
-    """`config.json`."""
-
-    format: str = FORMAT
-    version: int = 1
-    model: ByteLMSettings | BLTSettings
-    context: int  # ids that the model saw at once in training
-    patching: PatchSettings | None = None
-    calibration: Calibration | None = None
-
-
-@dataclass
-class Pretrained:
-    """A model, and what it needs to be used."""
-
-    model: BLTModel | ByteLM
-    config: Config
-    byte_lm: ByteLM | None
-    source: str  # where it was found, in one line
-    warnings: Sequence[str] = ()
-
-
-def save(folder: Path, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> None:
-    """Write a model into an existing folder."""
-    (folder / "config.json").write_text(json.dumps(config.plain(), indent=1), encoding="utf-8")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
-    if byte_lm is not None:
-        inner = folder / "byte_lm"
-        inner.mkdir()
-        save(inner, byte_lm, Config(model=byte_lm.settings, context=config.context))
+BYTE_LM = "byte_lm"
 
 
 def is_native(folder: Path) -> bool:
@@ -64,80 +29,76 @@ def is_run(folder: Path) -> bool:
     return (folder / "settings.yaml").is_file()
 
 
-def load(folder: Path) -> Pretrained:
-    """A model in our format."""
+def open_native(folder: Path, weights: bool = True) -> StoredModel:
+    """A model in our format.
+
+    Args:
+        weights: whether its tensors are wanted, too.
+    """
     config = Config.parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
-    model_class = ByteLM if isinstance(config.model, ByteLMSettings) else BLTModel
-    model = filled(model_class, config.model, read_tensors(folder / "model.safetensors"), str(folder))
-    byte_lm = None
-    if (folder / "byte_lm").is_dir():
-        byte_lm = load(folder / "byte_lm").model
-        assert isinstance(byte_lm, ByteLM)
-    return Pretrained(model, config, byte_lm, f"{folder} (bytelatent)")
+    tensors = {}
+    if weights:
+        tensors = under_our_names(read_weights(folder), config.model, _same_names(config.model), str(folder))
+    return StoredModel(config, tensors, _byte_lm_in(folder, weights), FORMAT, str(folder))
 
 
-def load_run(folder: Path) -> Pretrained:
+def open_run(folder: Path, weights: bool = True) -> StoredModel:
     """The model of a run, from its newest whole checkpoint."""
     checkpoint, passed_over = newest_whole(folder / "checkpoints")
     if checkpoint is None:
         detail = f": {'; '.join(passed_over)}" if passed_over else ""
         raise UserError(f"'{folder}' is a run without a whole checkpoint yet{detail}; train it further: blt train")
-    found = load(checkpoint)
-    if (folder / "byte_lm").is_dir():
-        byte_lm = load(folder / "byte_lm").model
-        assert isinstance(byte_lm, ByteLM)
-        found.byte_lm = byte_lm
-    found.source, found.warnings = f"{checkpoint} (checkpoint of a run)", passed_over
+    found = open_native(checkpoint, weights)
+    return replace(
+        found,
+        config=found.config.model_copy(update={"origin": _origin_of_run(folder, checkpoint)}),
+        byte_lm=_byte_lm_in(folder, weights) or found.byte_lm,
+        format="checkpoint of a run",
+        warnings=passed_over,
+    )
+
+
+def write_native(folder: Path, stored: StoredModel, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
+    """Write a model into an existing folder."""
+    (folder / "config.json").write_text(json.dumps(stored.config.plain(), indent=1), encoding="utf-8")
+    write_weights(folder, stored.tensors, advance=advance)
+    if stored.byte_lm is not None:
+        (folder / BYTE_LM).mkdir()
+        write_native(folder / BYTE_LM, stored.byte_lm, advance)
+
+
+def save(folder: Path, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> None:
+    """Write a model that is in memory into an existing folder."""
+    write_native(folder, StoredModel.of(model, config, byte_lm))
+
+
+def _byte_lm_in(folder: Path, weights: bool) -> StoredModel | None:
+    if not (folder / BYTE_LM).is_dir():
+        return None
+    found = open_native(folder / BYTE_LM, weights)
+    if not isinstance(found.config.model, ByteLMSettings):
+        raise UserError(f"'{folder / BYTE_LM}' should hold a byte LM and holds a BLT; put the byte LM there")
     return found
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A short digest of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _same_names(settings: ModelSettings) -> dict[str, list[str]]:
+    return {name: [name] for name in shapes(settings)}
 
 
-def filled(model_class: type[Any], settings: Any, tensors: dict[str, Tensor], where: str) -> Any:
-    """A model of these settings that holds these tensors.
-
-    Raises:
-        UserError: it lists the tensors that are missing, unknown or of another shape.
-    """
-    with torch.device("meta"):
-        model: nn.Module = model_class(settings)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    problems += [f"unknown {name}" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} is {list(tensors[name].shape)} where the settings say {list(shape)}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        raise UserError(f"'{where}': the tensors do not fit the settings: {'; '.join(problems)}")
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
+def _origin_of_run(folder: Path, checkpoint: Path) -> Origin:
+    """What a run's settings and metrics say of the text it was trained on."""
+    data = load_yaml(folder / "settings.yaml").get("data") or {}
+    step = int(checkpoint.name.rpartition("-")[2])
+    rows = [row for row in read_json_lines(folder / "metrics.jsonl") if row["step"] <= step]
+    measured = next((row for row in reversed(rows) if "validation_bits_per_byte" in row), {})
+    return Origin(
+        training_text=_paths(data.get("train")),
+        training_bytes=rows[-1].get("bytes_seen") if rows else None,
+        validation_text=_paths(data.get("valid")),
+        bits_per_byte=measured.get("validation_bits_per_byte"),
+    )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist; the folder is not complete") from None
-    except SafetensorError as error:
-        raise UserError(f"'{path}' is not a whole safetensors file ({error}); fetch or write it again") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist; the folder is not complete") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"'{path}' holds no JSON object; it should be a mapping of keys to values")
-    return values
+def _paths(sources: Any) -> list[str]:
+    listed = sources if isinstance(sources, list) else [sources] if sources else []
+    return [str(source["path"] if isinstance(source, dict) else source) for source in listed]

@@ -1,49 +1,75 @@
 """Models from wherever they come."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from bytelatent.errors import UserError
-from bytelatent.interop import meta, native
-from bytelatent.interop.native import Config, Pretrained
-from bytelatent.model import ByteLM
+from bytelatent.files import MANIFEST, what_is_torn
+from bytelatent.hub import is_repository_name, model_exists, model_folder
+from bytelatent.interop import hugging_face, meta, native
+from bytelatent.interop.card import stated_licence
+from bytelatent.interop.stored import Pretrained, StoredModel
+from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings
 
-PUBLISHED_CONTEXT = 8192
 
-
-def load(source: str | Path, byte_lm: str | Path | None = None) -> Pretrained:
-    """A model from a run of ours, a folder in our format, or one in Meta's hub format.
+def open_pretrained(
+    source: str | Path,
+    entropy: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    weights: bool = True,
+) -> StoredModel:
+    """Find a model and check that it is whole, without reading its weights.
 
     Args:
-        byte_lm: where the byte LM is, if it does not stand inside `source`.
+        source: a run of ours; a folder in our format, in one of Meta's, or in that of transformers; or OWNER/NAME, a
+            repository of the Hugging Face hub that holds one of these.
+        entropy: where the byte LM (entropy model) is, if it stands neither inside `source` nor beside it.
+        revision: a branch, a tag or a commit of the repository.
+        token: the key of a user of the hub; HF_TOKEN, or the key of `hf auth login`, if left out.
+        local_files_only: take what was downloaded earlier, and do not ask the hub.
+        weights: whether the weights are wanted; without them nothing large is downloaded.
 
     Raises:
-        UserError: there is no model, or it is not whole.
+        UserError: there is no model, it is not whole, or it computes something that is not known here.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"model: '{source}' is no folder; name a run, such as runs/demo, or a downloaded model")
-    if native.is_run(folder):
-        found = native.load_run(folder)
-    elif native.is_native(folder):
-        found = native.load(folder)
-    elif meta.is_meta(folder):
-        try:
-            found = _load_meta(folder)
-        except KeyError as error:
-            raise UserError(f"'{folder}': its JSON files lack the key {error}; fetch them again") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = "".join(f"{part}: " for part in first["loc"])
-            raise UserError(
-                f"'{folder}': its config.json is not consistent: {place}{first['msg'].removeprefix('Value error, ')}"
-            ) from None
-    else:
-        raise UserError(f"model: '{source}' holds no model: neither settings.yaml nor a config.json that we know")
-    if byte_lm is not None:
-        found.byte_lm = load_byte_lm(byte_lm)
+    place = Path(source).expanduser()
+    on_hub = not place.exists() and _is_on_hub(str(source))
+    if on_hub:
+        place = model_folder(str(source), revision, token, local_files_only, weights)
+    elif not place.is_dir():
+        raise UserError(
+            f"model: '{source}' is no folder; name a run, such as runs/demo, a folder with a model, or OWNER/NAME "
+            "on the hub"
+        )
+    elif revision is not None:
+        raise UserError(f"revision: '{source}' is a folder, which has none; leave it out")
+    found = _open(place, weights)
+    if on_hub:
+        found = replace(found, source=str(source))
+    if entropy is not None:
+        return replace(found, byte_lm=_byte_lm_of(entropy, token, local_files_only, weights))
+    if found.byte_lm is None and meta.is_meta(place) and isinstance(found.config.model, BLTSettings):
+        return replace(found, byte_lm=_beside(str(source) if on_hub else place, token, local_files_only, weights))
     return found
+
+
+def load(
+    source: str | Path,
+    entropy: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Pretrained:
+    """Read a model; the arguments are those of `open_pretrained`.
+
+    Raises:
+        UserError: there is no model, it is not whole, or it computes something that is not known here.
+    """
+    return open_pretrained(source, entropy, revision, token, local_files_only).load()
 
 
 def load_byte_lm(source: str | Path) -> ByteLM:
@@ -57,19 +83,72 @@ def load_byte_lm_and_context(source: str | Path) -> tuple[ByteLM, int]:
     Raises:
         UserError: there is none.
     """
-    found = load(source)
-    if isinstance(found.model, ByteLM):
-        return found.model, found.config.context
-    if found.byte_lm is not None:
-        return found.byte_lm, found.config.context
-    raise UserError(f"byte_lm: '{source}' holds a BLT without a byte LM; name the byte LM's own run or folder")
+    found = open_pretrained(source)
+    if not isinstance(found.config.model, ByteLMSettings):
+        context = found.config.context
+        found = _inner_byte_lm(found, source)
+        return _byte_lm(found), context
+    return _byte_lm(found), found.config.context
 
 
-def _load_meta(folder: Path) -> Pretrained:
-    source = f"{folder} (Meta's hub format)"
-    if meta.is_byte_lm(folder):
-        model = meta.load_byte_lm(folder)
-        return Pretrained(model, Config(model=model.settings, context=PUBLISHED_CONTEXT), None, source)
-    model, patching = meta.load_blt(folder)
-    config = Config(model=model.settings, context=PUBLISHED_CONTEXT, patching=patching)
-    return Pretrained(model, config, None, source)
+def _is_on_hub(source: str) -> bool:
+    """Whether a name that is no folder here is a repository's, and not a folder's that somebody mistyped."""
+    owner = source.split("/")[0]
+    return is_repository_name(source) and owner != "runs" and not Path(owner).exists()
+
+
+def _byte_lm(found: StoredModel) -> ByteLM:
+    model = found.load().model
+    assert isinstance(model, ByteLM)
+    return model
+
+
+def _open(folder: Path, weights: bool) -> StoredModel:
+    if native.is_run(folder):
+        return native.open_run(folder, weights)
+    try:
+        if native.is_native(folder):
+            found = native.open_native(folder, weights)
+        elif meta.is_meta(folder):
+            found = meta.open_meta(folder, weights)
+        elif hugging_face.is_hugging_face(folder):
+            found = hugging_face.open_hugging_face(folder, weights)
+        else:
+            raise UserError(
+                f"model: '{folder}' holds no model: neither settings.yaml, params.json nor a config.json that is "
+                "known here"
+            )
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"{part}: " for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"'{folder}': its config.json is not consistent: {key}{message}") from None
+    if weights and (folder / MANIFEST).is_file() and (torn := what_is_torn(folder, ending=".safetensors")):
+        raise UserError(f"'{folder}' is not as it was written: {torn}; fetch or write it again")
+    if found.config.origin.licence is None:
+        origin = found.config.origin.model_copy(update={"licence": stated_licence(folder)})
+        found = replace(found, config=found.config.model_copy(update={"origin": origin}))
+    return found
+
+
+def _byte_lm_of(source: str | Path, token: str | None, local_files_only: bool, weights: bool) -> StoredModel:
+    found = open_pretrained(source, None, None, token, local_files_only, weights)
+    return found if isinstance(found.config.model, ByteLMSettings) else _inner_byte_lm(found, source)
+
+
+def _inner_byte_lm(found: StoredModel, source: str | Path) -> StoredModel:
+    if found.byte_lm is None:
+        raise UserError(f"entropy: '{source}' holds a BLT without a byte LM; name the byte LM's own run or folder")
+    return found.byte_lm
+
+
+def _beside(source: str | Path, token: str | None, local_files_only: bool, weights: bool) -> StoredModel | None:
+    """Meta's entropy model: a folder, or a repository of the same owner."""
+    if isinstance(source, Path):
+        beside = [source.absolute().parent / name for name in meta.BYTE_LM_FOLDERS]
+        inner = next((folder for folder in beside if meta.is_meta(folder)), None)
+        return _byte_lm_of(inner, token, local_files_only, weights) if inner is not None else None
+    name = f"{source.split('/')[0]}/{meta.BYTE_LM}"
+    if not model_exists(name, token, local_files_only):
+        return None
+    return _byte_lm_of(name, token, local_files_only, weights)

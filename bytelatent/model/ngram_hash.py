@@ -56,8 +56,7 @@ class NgramHashEmbedding(nn.Module):
     def __init__(self, settings: NgramHashSettings, dim: int):
         super().__init__()
         self.settings = settings
-        num_tables = settings.num_functions * len(settings.sizes)
-        self.tables = nn.EmbeddingBag(num_tables * settings.vocab_size, dim, mode="sum")
+        self.tables = nn.EmbeddingBag(settings.num_tables * settings.vocab_size, dim, mode="sum")
 
     def rows(self, ids: Tensor, history: Tensor) -> Tensor:
         """[T, S] the row of each table that each id looks up."""

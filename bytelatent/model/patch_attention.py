@@ -72,19 +72,23 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, settings: CrossAttentionSettings, norm_eps: float):
         super().__init__()
-        self.num_heads = settings.num_heads
+        self.head_dim = dim // settings.num_heads
+        self.group = settings.num_heads // settings.kv_heads  # query heads that share a key and value head
+        kv_dim = settings.kv_heads * self.head_dim
         self.query_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.key_value_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.query = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, kv_dim, bias=False)
+        self.value = nn.Linear(dim, kv_dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `x`, keys and values of `seen`, each [..., H, E]."""
         seen = self.key_value_norm(seen)
         projected = (self.query(self.query_norm(x)), self.key(seen), self.value(seen))
-        q, k, v = (values.unflatten(-1, (self.num_heads, -1)) for values in projected)
+        q, k, v = (values.unflatten(-1, (-1, self.head_dim)) for values in projected)
+        if self.group > 1:
+            k, v = k.repeat_interleave(self.group, dim=-2), v.repeat_interleave(self.group, dim=-2)
         return q, k, v
 
     def add(self, x: Tensor, found: Tensor) -> Tensor:

@@ -60,13 +60,25 @@ class CrossAttentionSettings(Settings):
 
     Attributes:
         k: queries (in the encoder) and keys (in the decoder) a patch.
+        num_kv_heads: key and value heads shared by groups of query heads; None for as many as num_heads.
         all_layers_encoder, all_layers_decoder: after (before) every layer, or only the last (first).
     """
 
     k: int = Field(default=2, ge=1)
     num_heads: int = Field(ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1)
     all_layers_encoder: bool = False
     all_layers_decoder: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
 
 
 class NgramHashSettings(Settings):
@@ -86,6 +98,10 @@ class NgramHashSettings(Settings):
         if min(self.sizes) < 1:
             raise ValueError(f"n-gram sizes must be at least 1, not {self.sizes}")
         return self
+
+    @property
+    def num_tables(self) -> int:
+        return self.num_functions * len(self.sizes)
 
 
 class BLTSettings(Settings):

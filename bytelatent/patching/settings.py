@@ -59,3 +59,20 @@ class PatchSettings(Settings):
     def needs_entropies(self) -> bool:
         """Whether the rule reads the byte LM's entropies."""
         return self.mode == "entropy"
+
+    def in_words(self) -> str:
+        """The rule in a few words: `entropy, threshold 1.34 nats`."""
+        words: list[str] = [self.mode]
+        if self.monotonicity:
+            words[0] = "rise of the entropy"
+        if self.threshold is not None:
+            words.append(f"threshold {self.threshold:.4g} nats")
+        if self.threshold_add is not None:
+            words.append(f"rise above {self.threshold_add:.4g}")
+        if self.patch_size is not None:
+            words.append(f"{self.patch_size} ids each")
+        if self.max_patch_length is not None:
+            words.append(f"at most {self.max_patch_length} ids")
+        if self.tokenizer is not None:
+            words.append(self.tokenizer)
+        return ", ".join(words)

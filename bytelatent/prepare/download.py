@@ -3,9 +3,6 @@
 import json
 import os
 import re
-import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
 from glob import has_magic
@@ -14,11 +11,11 @@ from urllib.parse import unquote
 
 from fsspec.utils import glob_translate
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from bytelatent.errors import Interrupted, UserError, nearest
+from bytelatent.errors import UserError, nearest
 from bytelatent.files import only_writer, whole_file
-from bytelatent.prepare.hub import HubFile, Repository, part_of
+from bytelatent.hub.repository import MAIN, HubFile, Repository
+from bytelatent.hub.transfer import check_space, missing_files, require_client, tell, transfer
 
 DATASETS = {  # name: repository and pattern of its files
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "data/**/*.parquet"),
@@ -28,8 +25,6 @@ DATASETS = {  # name: repository and pattern of its files
 }
 DONE, UNFINISHED = ".source.json", ".source.unfinished.json"
 TEXT_FILES = re.compile(r".*\.(parquet|(jsonl|txt)(\.gz|\.zst)?)")  # where no pattern chooses: no cards, no pictures
-WORKERS = 8  # files at once
-MAIN = "main"
 
 _SCHEME = "hf://"
 _ADDRESS = re.compile(
@@ -58,9 +53,6 @@ class Record:
     request: Request
     commit: str
     files: tuple[HubFile, ...]
-
-    def missing(self, folder: Path) -> list[HubFile]:
-        return [file for file in self.files if not _is_whole(file, folder)]
 
 
 def is_hub(source: str) -> bool:
@@ -101,18 +93,17 @@ def fetch(source: str, folder: Path, console: Console, token: str | None = None,
     request = _request(source, revision)
     folder = Path(folder)
     finished = _read(folder / DONE, request)
-    if finished and not finished.missing(folder):
+    if finished and not missing_files(finished.files, folder):
         return folder
-    import_hub(source)
-    stop = threading.Event()
-    repository = Repository(request.repository, token=token, notice=partial(console.print, style="yellow"), stop=stop)
+    require_client(source, "data")
+    repository = Repository(request.repository, token=token, notice=partial(tell, console))
     with only_writer(folder):
         record = finished or _read(folder / UNFINISHED, request)
         if record is None:
             record = _look_up(repository, request)
             _write(folder / UNFINISHED, record)
-        _check_space(record, folder)
-        _download(repository, record, folder, console, stop)
+        check_space(record.files, folder, str(request), "make room or choose another folder")
+        transfer(repository, record.commit, record.files, folder, console, str(request))
         if finished is None:
             os.replace(folder / UNFINISHED, folder / DONE)
     return folder
@@ -134,18 +125,6 @@ def _request(source: str, revision: str | None) -> Request:
     if named and revision and named != revision:
         raise UserError(f"'{source}' names the revision '{named}', and '{revision}' is asked for, too; give one")
     return Request(parts["name"], (parts["pattern"] or "").strip("/"), named or revision or MAIN)
-
-
-def import_hub(source: str) -> None:
-    """Complain early that the hub's client is not installed.
-
-    Raises:
-        UserError: that is so; `source` is what needs it.
-    """
-    try:
-        import huggingface_hub  # noqa: F401
-    except ImportError:
-        raise UserError(f"'{source}' needs the package huggingface_hub; run: pip install 'bytelatent[data]'") from None
 
 
 def _look_up(repository: Repository, request: Request) -> Record:
@@ -180,55 +159,6 @@ def _fixed_folder(pattern: str) -> str:
             break
         fixed.append(part)
     return "/".join(fixed)
-
-
-def _check_space(record: Record, folder: Path) -> None:
-    needed = sum(file.size - _size_of_part(file, folder) for file in record.missing(folder))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"'{folder}' has room for {free / 1e9:.1f} GB, and {record.request} needs {needed / 1e9:.1f} GB more; "
-            "make room or choose another folder"
-        )
-
-
-def _download(repository: Repository, record: Record, folder: Path, console: Console, stop: threading.Event) -> None:
-    missing = record.missing(folder)
-    sizes = sum(file.size for file in record.files), sum(file.size for file in missing)
-    console.print(
-        f"{record.request} at {record.commit[:8]}: {len(record.files):,} files, {sizes[0] / 1e9:.2f} GB, "
-        f"{len(missing):,} of them to download",
-        highlight=False,
-    )
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(record.request.repository, total=sizes[0], completed=sizes[0] - sizes[1])
-        with ThreadPoolExecutor(WORKERS) as pool:
-            jobs = [
-                pool.submit(
-                    repository.download, file, record.commit, folder / file.path, partial(progress.advance, task)
-                )
-                for file in missing
-            ]
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-            except BaseException as error:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                if isinstance(error, KeyboardInterrupt):
-                    raise Interrupted("the same command goes on from here") from None
-                raise
-
-
-def _is_whole(file: HubFile, folder: Path) -> bool:
-    place = folder / file.path
-    return place.is_file() and place.stat().st_size == file.size
-
-
-def _size_of_part(file: HubFile, folder: Path) -> int:
-    part = part_of(folder / file.path)
-    return part.stat().st_size if part.is_file() else 0
 
 
 def _write(path: Path, record: Record) -> None:

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import whole_file
-from bytelatent.prepare.download import MAIN, import_hub
-from bytelatent.prepare.hub import Repository
+from bytelatent.hub.repository import MAIN, Repository
+from bytelatent.hub.transfer import require_client, tell
 
 OF_THE_RULE_BPE = "tokenizer.json"
 TIKTOKEN_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -63,13 +63,12 @@ def fetch_tokenizer(
         return [_fetch_plain(url, folder / url.rsplit("/", 1)[1], sha256)]
     if name not in TOKENIZERS:
         raise UserError(f"'{name}' is no known tokenizer; known are {', '.join(NAMES)}{nearest(name, list(NAMES))}")
-    import_hub(name)
+    require_client(name, "data")
     return _fetch_from_hub(TOKENIZERS[name], folder, console, token)
 
 
 def _fetch_from_hub(tokenizer: HubTokenizer, folder: Path, console: Console, token: str | None) -> list[Path]:
-    notice = partial(console.print, style="yellow")
-    repository = Repository(tokenizer.repository, kind="model", token=token, notice=notice)
+    repository = Repository(tokenizer.repository, kind="model", token=token, notice=partial(tell, console))
     commit = repository.commit_of(MAIN)
     wanted = {tokenizer.file, OF_THE_RULE_BPE}
     files = [file for file in repository.files(commit) if file.path in wanted]

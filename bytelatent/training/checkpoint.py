@@ -17,7 +17,7 @@ from bytelatent.data import Loader
 from bytelatent.errors import UserError
 from bytelatent.files import newest_whole, whole_folder
 from bytelatent.interop import Config, save
-from bytelatent.interop.native import read_tensors
+from bytelatent.interop.tensors import read_weights
 
 
 @dataclass
@@ -68,7 +68,7 @@ def load_checkpoint(run: Path, state: TrainState) -> list[str]:
     try:
         optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
         progress = torch.load(folder / "progress.pt", weights_only=True)
-        state.model.load_state_dict(read_tensors(folder / "model.safetensors"))
+        state.model.load_state_dict({name: tensor.load() for name, tensor in read_weights(folder).items()})
         state.optimizer.load_state_dict(optimizer)
         state.loader.load_state_dict(_as_arrays(progress["loader"]))
         torch.set_rng_state(progress["torch_random"])

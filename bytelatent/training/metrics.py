@@ -10,18 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bytelatent.errors import UserError
-from bytelatent.files import whole_file
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+from bytelatent.files import read_json_lines, whole_file
 
 
 class Metrics:
@@ -34,7 +23,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, after_step: int, title: str, console: Console):
-        kept = [row for row in read_metrics(path) if row["step"] <= after_step]
+        kept = [row for row in read_json_lines(path) if row["step"] <= after_step]
         with whole_file(path) as aside:
             aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")

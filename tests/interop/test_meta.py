@@ -95,8 +95,8 @@ def test_rules(patcher: dict[str, object], rule: dict[str, object], copy: Path) 
         ("config.json", ["args"], {"dim_global": 64}, "dim 64 must be num_heads 6 times an even head size"),
         ("config.json", ["args"], {"n_layers_global": "two"}, "num_layers: Input should be a valid integer"),
         ("config.json", ["args"], {"cross_attn_k": 2}, "do not fit the settings"),
-        ("config.json", ["args"], {"n_layers_global": 3}, r"missing global_transformer.stack.blocks.2"),
-        ("config.json", ["args"], {"n_layers_global": 1}, r"unknown global_transformer.stack.blocks.1"),
+        ("config.json", ["args"], {"n_layers_global": 3}, r"missing global_transformer.layers.2"),
+        ("config.json", ["args"], {"n_layers_global": 1}, r"unknown global_transformer.layers.1"),
     ],
 )
 def test_broken_folder(file: str, keys: list[str], changes: dict[str, object], message: str, copy: Path) -> None:

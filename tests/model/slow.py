@@ -105,14 +105,15 @@ def cross_attention(
     kept: list[np.ndarray],
     seen: Callable[[int], Sequence[int]],
     weights: Weights,
-    num_heads: int,
+    settings: Any,
     eps: float,
 ) -> list[np.ndarray]:
     """`x` attends to `kept`. The layer adds its input, and its caller adds it again."""
     queries = [weights["query"] @ norm(row, weights["query_norm"], eps) for row in x]
     normed = [norm(row, weights["key_value_norm"], eps) for row in kept]
     keys, values = [weights["key"] @ row for row in normed], [weights["value"] @ row for row in normed]
-    found = attention(queries, keys, values, seen, num_heads, len(x[0]) // num_heads, num_heads)
+    num_heads, num_kv_heads = settings.num_heads, settings.num_kv_heads or settings.num_heads
+    found = attention(queries, keys, values, seen, num_heads, len(x[0]) // num_heads, num_kv_heads)
     return [row + (row + weights["output"] @ out) for row, out in zip(x, found, strict=True)]
 
 
@@ -173,7 +174,7 @@ def blt(
         place = layer if cross.all_layers_encoder else 0
         queries = cross_attention(
             queries, h, lambda q: bytes_of[q // cross.k], weights / "encoder.cross_attention" / place,
-            cross.num_heads, encoder.norm_eps,
+            cross, encoder.norm_eps,
         )  # fmt: skip
 
     patches = [np.concatenate(queries[p * cross.k : (p + 1) * cross.k]) for p in range(num_patches)]
@@ -190,9 +191,7 @@ def blt(
 
     for layer in range(decoder.num_layers):
         if cross.all_layers_decoder or layer == 0:
-            h = cross_attention(
-                h, keys, read, weights / "decoder.cross_attention" / layer, cross.num_heads, decoder.norm_eps
-            )
+            h = cross_attention(h, keys, read, weights / "decoder.cross_attention" / layer, cross, decoder.norm_eps)
         h = block(h, weights / "decoder.stack.blocks" / layer, decoder)
     out = weights / "decoder"
     return np.stack([out["output"] @ norm(row, out["norm"], decoder.norm_eps) for row in h])

@@ -83,7 +83,8 @@ def blt_settings(draw: st.DrawFn) -> BLTSettings:
         decoder=StackSettings(**draw(stacks(dim))),
         cross_attention=CrossAttentionSettings(
             k=k,
-            num_heads=draw(st.sampled_from([1, 2, 4])),
+            num_heads=(heads := draw(st.sampled_from([1, 2, 4]))),
+            num_kv_heads=draw(st.sampled_from([None, 1, heads])),
             all_layers_encoder=draw(st.booleans()),
             all_layers_decoder=draw(st.booleans()),
         ),

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from bytelatent.errors import UserError
-from bytelatent.prepare import download, hub
+from bytelatent.hub import repository, transfer
+from bytelatent.hub.repository import part_of
 from bytelatent.prepare.download import DATASETS, DONE, UNFINISHED, fetch, is_hub, short_name
 from tests.hub_server import HubServer
 
@@ -39,7 +40,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
     with HubServer() as server:
         server.add(NAME, write(tmp_path / "repository"))
         server.connect(monkeypatch, tmp_path)
-        monkeypatch.setattr(hub, "FIRST_PAUSE", 0.01)
+        monkeypatch.setattr(repository, "FIRST_PAUSE", 0.01)
         yield server
 
 
@@ -163,7 +164,7 @@ def test_a_server_without_ranges_begins_anew(server: HubServer, tmp_path: Path) 
 def test_connections_that_break_for_good(server: HubServer, tmp_path: Path) -> None:
     server.break_after("big.jsonl", 0, times=100)
     assert "run the same again, it goes on from here" in error_of(f"{SOURCE}/*", tmp_path / "out")
-    assert server.requests["GET big.jsonl"] == hub.ATTEMPTS
+    assert server.requests["GET big.jsonl"] == repository.ATTEMPTS
     assert "big.jsonl" not in visible(tmp_path / "out")
 
 
@@ -192,7 +193,7 @@ def test_a_stopped_download_stays_with_its_commit(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files of two commits are not mixed: the branch moves on between the calls."""
-    monkeypatch.setattr(download, "WORKERS", 1)
+    monkeypatch.setattr(transfer, "WORKERS", 1)
     source, folder = f"{SOURCE}/data/**/*.parquet", tmp_path / "out"
     server.fail(404, url="/resolve/.*/b.parquet")
     error_of(source, folder)
@@ -226,7 +227,7 @@ def test_stopped_in_the_middle(sent: signal.Signals, code: int, server: HubServe
     environment = os.environ | server.environment | {"HF_HOME": str(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     command = [sys.executable, "-c", program, SOURCE, str(folder)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        part = hub.part_of(folder / "big.jsonl")
+        part = part_of(folder / "big.jsonl")
         others = of(*FILES.keys() - {"README.md", ".gitattributes", "big.jsonl"})
         wait_until(lambda: part.is_file() and part.stat().st_size == held and visible(folder) == others)
         process.send_signal(sent)
@@ -289,7 +290,7 @@ def test_a_size_that_is_not_as_listed(server: HubServer, tmp_path: Path) -> None
 
 def test_bytes_that_are_not_as_listed(server: HubServer, tmp_path: Path) -> None:
     """A part damaged on this disk has the right size in the end; it is not kept, so the next call succeeds."""
-    part = hub.part_of(write(tmp_path / "out", {"big.jsonl": b""}) / "big.jsonl")
+    part = part_of(write(tmp_path / "out", {"big.jsonl": b""}) / "big.jsonl")
     (tmp_path / "out" / "big.jsonl").unlink()
     part.write_bytes(b"\0" * 1000)
     assert "came with other bytes" in error_of(f"{SOURCE}/big.jsonl", tmp_path / "out")
@@ -317,14 +318,14 @@ def test_no_room(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     class Free:
         free = len(BIG) - 1
 
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: Free)
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: Free)
     assert "make room or choose another folder" in error_of(f"{SOURCE}/big.jsonl", tmp_path / "out")
     assert server.bytes_sent["big.jsonl"] == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_disk_that_fills_up(server: HubServer, tmp_path: Path) -> None:
-    part = hub.part_of(tmp_path / "out" / "big.jsonl")
+    part = part_of(tmp_path / "out" / "big.jsonl")
     part.parent.mkdir()
     part.symlink_to("/dev/full")
     assert "the disk is full" in error_of(f"{SOURCE}/big.jsonl", tmp_path / "out")

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from bytelatent.errors import UserError
-from bytelatent.prepare import hub
+from bytelatent.hub import repository
 from bytelatent.prepare.tokenizers import TIKTOKEN_SHA256, fetch_tokenizer
 from tests.hub_server import HubServer
 from tests.text.text_files import jsonl
@@ -112,7 +112,7 @@ def test_llama3_with_a_key(server: HubServer, tmp_path: Path) -> None:
 
 def test_tokenizers(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.connect(monkeypatch, tmp_path)
-    monkeypatch.setattr(hub, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(repository, "FIRST_PAUSE", 0.01)
     console = Console(file=io.StringIO())
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "tokenizer.model").write_bytes(b"llama 2")

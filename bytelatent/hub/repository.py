@@ -1,7 +1,8 @@
 """Repositories of the Hugging Face hub: what they hold, and their files, fetched so that a broken transfer goes on.
 
-The hub's own client begins a file anew when its process was stopped. Text to train on comes in files of gigabytes, so
-they are transferred here, over plain HTTP with ranges; listings, addresses, keys and errors are the client's.
+The hub's own client begins a file anew when its process was stopped. Text to train on and weights come in files of
+gigabytes, so they are transferred here, over plain HTTP with ranges; listings, addresses, keys and errors are the
+client's.
 """
 
 import errno
@@ -18,13 +19,22 @@ from typing import Any, Literal, TypeVar
 
 from bytelatent.errors import Interrupted, UserError
 
-ATTEMPTS = 5  # one after another, without a new byte in between
+ATTEMPTS = 5
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 16.0  # seconds
 PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
 HUB_PAGES = "https://huggingface.co"  # where access is granted, also if HF_ENDPOINT names a mirror
 FEW = 5  # names shown in an error
+MAIN = "main"  # the branch that every repository has
 
 Result = TypeVar("Result")
+
+
+class NoSuchRepository(UserError):
+    """The hub has no repository of this name, or does not show it to this user."""
+
+
+class Unreachable(UserError):
+    """The hub does not answer, or only says that it cannot for now."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class Repository:
         token: the key of a user; HF_TOKEN, or the key of `hf auth login`, if left out.
         notice: told in one line when something is tried again.
         stop: once set, every method ends soon with `Interrupted`.
+        pass_key: how a user hands over a key, said where one is needed.
+        attempts: how often something that may pass is tried, one after another, without a new byte in between.
     """
 
     name: str
@@ -52,10 +64,25 @@ class Repository:
     token: str | None = None
     notice: Callable[[str], None] = print
     stop: threading.Event = field(default_factory=threading.Event)
+    pass_key: str = "pass --api_key or set HF_TOKEN"
+    attempts: int = ATTEMPTS
 
     @property
     def page(self) -> str:
         return f"{HUB_PAGES}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+
+    def exists(self) -> bool:
+        """Whether the hub has it and shows it to this user.
+
+        Raises:
+            UserError: the hub does not answer, or not to this user.
+        """
+        try:
+            with self._in_one_line():
+                self._persist(lambda: self._api.repo_info(self.name, repo_type=self.kind, timeout=30))
+        except NoSuchRepository:
+            return False
+        return True
 
     def commit_of(self, revision: str) -> str:
         """The commit that a branch, a tag or a commit's own name stands for now.
@@ -74,7 +101,7 @@ class Repository:
                 refs = self._persist(lambda: self._api.list_repo_refs(self.name, repo_type=self.kind))
                 names = [ref.name for ref in [*refs.branches, *refs.tags]]
                 raise UserError(f"{self.name} has no revision '{revision}'; it has {_few(names)}") from None
-        if not info.sha:
+        if not re.fullmatch("[0-9a-f]+", info.sha or ""):
             raise UserError(f"{self.name}: the hub does not say which commit '{revision}' is; pass one as the revision")
         return info.sha
 
@@ -187,7 +214,7 @@ class Repository:
                 if not _may_pass(error):
                     raise
                 tries, reached = (1 if progress() > reached else tries + 1), progress()
-                if tries == ATTEMPTS:
+                if tries >= self.attempts:
                     raise
                 pause = min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
                 self.notice(f"{self.name}: {_first_line(error)}; trying again in {pause:.0f} s")
@@ -204,14 +231,14 @@ class Repository:
         except errors.GatedRepoError:
             raise UserError(self._needs_access()) from None
         except errors.RepositoryNotFoundError:
-            raise UserError(
+            raise NoSuchRepository(
                 f"there is no {'data set' if self.kind == 'dataset' else self.kind} '{self.name}' on the hub, "
-                "or it is private: check the name, or pass --api_key or set HF_TOKEN"
+                f"or it is private: check the name, or {self.pass_key}"
             ) from None
         except (errors.EntryNotFoundError, errors.RevisionNotFoundError):
-            raise UserError(
-                f"{self.name} does not hold a file any more that was listed before; begin anew in another folder"
-            ) from None
+            # What a data set's folder holds is of one commit for good; a model's is looked up at each call.
+            way_out = "begin anew in another folder" if self.kind == "dataset" else "run the same again"
+            raise UserError(f"{self.name} does not hold a file any more that was listed before; {way_out}") from None
         except errors.HFValidationError as error:
             raise UserError(f"'{self.name}' is no name of a repository: {error}") from None
         except errors.OfflineModeIsEnabled:
@@ -221,13 +248,14 @@ class Repository:
                 raise UserError(
                     f"{self.name}: the hub does not accept the key; make one at {HUB_PAGES}/settings/tokens"
                 ) from None
-            raise UserError(
+            passes = error.response.status_code in PASSING_STATUSES
+            raise (Unreachable if passes else UserError)(
                 f"{self.name}: the hub fails: {_first_line(error)}; run the same again later, it goes on from here"
             ) from None
         except Exception as error:
             if not _is_of_the_network(error):
                 raise
-            raise UserError(
+            raise Unreachable(
                 f"{self.name}: {constants.ENDPOINT} cannot be reached: {_first_line(error)}; check the network and "
                 "HF_ENDPOINT, then run the same again, it goes on from here"
             ) from None
@@ -237,7 +265,7 @@ class Repository:
 
         if self.token or get_token():
             return f"{self.name} needs access that your key does not have: open {self.page}, accept the terms"
-        return f"{self.name} needs access: open {self.page}, accept the terms, then pass --api_key or set HF_TOKEN"
+        return f"{self.name} needs access: open {self.page}, accept the terms, then {self.pass_key}"
 
 
 def part_of(target: Path) -> Path:

@@ -1,0 +1,300 @@
+"""Tensors where they lie: described at once, read only when they are wanted, written without holding more than a piece.
+
+A conversion renames tensors, joins them and cuts them along their first dimension. None of this needs their values, so
+a `StoredTensor` only says where its bytes are, and a model of any size is converted in the memory of one chunk.
+"""
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bytelatent.errors import UserError
+
+CHUNK_BYTES = 1 << 26
+SHARD_BYTES = 5_000_000_000  # a file of weights holds no more, unless one tensor alone does
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of bytes in a file."""
+
+    path: Path
+    begin: int
+    size: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in pieces along its first dimension, each in a file or in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Extent | Tensor, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "StoredTensor":
+        """One that is in memory, or mapped into it."""
+        return cls(tensor.dtype, tuple(tensor.shape), (tensor.detach(),))
+
+    @classmethod
+    def join(cls, parts: Sequence["StoredTensor"]) -> "StoredTensor":
+        """Tensors one after another along the first dimension; they must fit."""
+        first = parts[0]
+        assert all(part.dtype == first.dtype and part.shape[1:] == first.shape[1:] for part in parts)
+        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+        return cls(first.dtype, shape, tuple(piece for part in parts for piece in part.pieces))
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def split(self, rows: int) -> list["StoredTensor"]:
+        """Equal parts of so many rows each."""
+        shape = (rows, *self.shape[1:])
+        size = math.prod(shape) * self.dtype.itemsize
+        return [
+            StoredTensor(self.dtype, shape, tuple(self._pieces_between(begin, begin + size)))
+            for begin in range(0, self.num_bytes, size)
+        ]
+
+    def _pieces_between(self, begin: int, end: int) -> Iterator[Extent | Tensor]:
+        at = 0
+        for piece in self.pieces:
+            size = piece.size if isinstance(piece, Extent) else piece.numel() * piece.element_size()
+            first, last = max(begin - at, 0), min(end - at, size)
+            if first < last:
+                if isinstance(piece, Extent):
+                    yield Extent(piece.path, piece.begin + first, last - first)
+                else:
+                    row = size // piece.shape[0]
+                    yield piece[first // row : last // row]
+            at += size
+
+    def chunks(self) -> Iterator[Any]:
+        """Its bytes in order, a bounded number at a time, as buffers."""
+        for piece in self.pieces:
+            if isinstance(piece, Extent):
+                yield from _read(piece)
+            else:
+                yield from _bytes_of(piece)
+
+    def load(self) -> Tensor:
+        """Its values, in memory of their own."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        if out.numel() == 0:
+            return out
+        buffer = out.reshape(-1).view(torch.uint8).numpy()
+        at = 0
+        for chunk in self.chunks():
+            buffer[at : at + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
+            at += len(chunk)
+        return out
+
+
+def read_weights(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+    Raises:
+        UserError: a file is missing, or not whole.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return read_safetensors(single)
+    place_of = read_json(index).get("weight_map")
+    if not isinstance(place_of, dict) or not all(
+        isinstance(file, str) and PurePath(file).name == file for file in place_of.values()
+    ):
+        raise UserError(f"'{index}' does not say which file each tensor is in (weight_map); fetch it again")
+    tensors = {
+        name: t for file in sorted(set(place_of.values())) for name, t in read_safetensors(folder / file).items()
+    }
+    if missing := sorted(set(place_of) - set(tensors)):
+        raise UserError(f"'{index}' names tensors that its files do not hold: {', '.join(missing)}; fetch them again")
+    return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file; only its header is read.
+
+    Raises:
+        UserError: the file is missing, or not whole.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # the library checks the header against itself and against the size of the file
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise UserError(f"'{path}' does not exist; the folder is not complete") from None
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"'{path}' is not a whole safetensors file ({error}); fetch or write it again") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
+    header.pop("__metadata__", None)
+    return {name: _described(path, 8 + length, name, entry) for name, entry in header.items()}
+
+
+def _described(path: Path, data_begin: int, name: str, entry: dict[str, Any]) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise UserError(f"'{path}': {name} is stored as {entry['dtype']}; known are {', '.join(DTYPES)}")
+    begin, end = entry["data_offsets"]
+    extent = Extent(path, data_begin + begin, end - begin)
+    return StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), (extent,))
+
+
+def read_pickle(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file that `torch.save` wrote: a dictionary of them, or one below the key `model`.
+
+    Raises:
+        UserError: the file is missing, not whole, or asks for more than tensors.
+    """
+    try:
+        values = _unpickle(path)
+    except FileNotFoundError:
+        raise UserError(f"'{path}' does not exist; the folder is not complete") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"'{path}' is refused: beside tensors it holds Python objects, which could run any code when read; "
+            "get the weights as safetensors"
+        ) from None
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise UserError(f"'{path}' is not a whole file of weights ({error}); fetch it again") from None
+    tensors = values.get("model", values) if isinstance(values, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"'{path}' holds no tensors by name, neither at its top nor below 'model'")
+    return {str(name): StoredTensor.of(tensor) for name, tensor in tensors.items()}
+
+
+def _unpickle(path: Path) -> Any:
+    is_zip = zipfile.is_zipfile(path)  # only these can be mapped into memory
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, StoredTensor],
+    shard_bytes: int | None = SHARD_BYTES,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+    stem: str = "model",
+) -> None:
+    """Write `model.safetensors`, or shards and their index where there is more than `shard_bytes` (None: never).
+
+    Args:
+        advance: told how many more bytes are written.
+    """
+    shards = _shards(tensors, shard_bytes)
+    if len(shards) == 1:
+        write_safetensors(folder / f"{stem}.safetensors", tensors, advance)
+        return
+    place_of = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, {name: tensors[name] for name in names}, advance)
+        place_of |= dict.fromkeys(names, file)
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place_of.items()))}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> None:
+    """Write one file, a chunk at a time: the library would hold all of it in memory."""
+    # Wider numbers first keeps each tensor aligned, as the library does.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in NAMES_OF_DTYPES:
+            raise UserError(f"{name} is {tensor.dtype}, which is not written; convert it to float32 or bfloat16 first")
+        header[name] = {
+            "dtype": NAMES_OF_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.num_bytes],
+        }
+        at += tensor.num_bytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in order:
+            for chunk in tensors[name].chunks():
+                file.write(chunk)
+                advance(len(chunk))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: it is missing, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"'{path}' does not exist; the folder is not complete") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not valid JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' holds no JSON object; it should be a mapping of keys to values")
+    return values
+
+
+def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int | None) -> list[list[str]]:
+    """Names by file, in their order, as many in each as fit."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shard_bytes is not None and shards[-1] and filled + tensor.num_bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.num_bytes
+    return shards
+
+
+def _read(extent: Extent) -> Iterator[bytes]:
+    try:
+        with extent.path.open("rb", buffering=0) as file:
+            file.seek(extent.begin)
+            left = extent.size
+            while left:
+                chunk = file.read(min(left, CHUNK_BYTES))
+                if not chunk:
+                    raise UserError(f"'{extent.path}' became shorter while it was read; fetch or write it again")
+                left -= len(chunk)
+                yield chunk
+    except OSError as error:
+        raise UserError(f"'{extent.path}' cannot be read: {error.strerror or error}") from None
+
+
+def _bytes_of(tensor: Tensor) -> Iterator[Any]:
+    flat = tensor.reshape(-1)
+    step = CHUNK_BYTES // tensor.element_size()
+    for begin in range(0, len(flat), step):
+        yield flat[begin : begin + step].cpu().view(torch.uint8).numpy()
