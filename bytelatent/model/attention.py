@@ -6,7 +6,7 @@ is a FlexAttention block mask. Either is built once a batch and shared by the la
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,15 @@ class FlexMask:
     attention: Any  # compiled FlexAttention; the eager one would build the whole T x T matrix
 
 
-Mask = DenseMask | BandedMask | FlexMask
+class Look(Protocol):
+    """Another way to look at positions than a mask: into a cache. Each layer calls it once, in their order."""
+
+    def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
+        """What `attend` below does, with queries and keys already rotated."""
+        ...
+
+
+Mask = DenseMask | BandedMask | FlexMask | Look
 
 
 def build_mask(document: Tensor, window: int | None) -> Mask:
@@ -69,6 +77,8 @@ def attend(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Mask) -> Tensor:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed_TT, enable_gqa=grouped)
         return out[0].transpose(0, 1)
+    if not isinstance(mask, BandedMask):
+        return mask.attend(q_THE, k_TJE, v_TJE)
     size, window = q_THE.shape[0], mask.window
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -size % window)).unflatten(0, (-1, window)) for x in (q_THE, k_TJE, v_TJE))
     q, k, v = q.transpose(1, 2), _with_previous(k).transpose(1, 2), _with_previous(v).transpose(1, 2)

@@ -5,9 +5,11 @@
 Source: Pagnoni et al. 2024, figure 2 and section 3.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from bytelatent.model.attention import build_mask
+from bytelatent.model.attention import Mask, build_mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.model.patch_attention import GatherBytes, ReadPatches, pool_patches
@@ -42,28 +44,37 @@ class LocalEncoder(nn.Module):
         history = batch.position if self.ngram_hash.settings.stop_at_document else batch.history
         return x_TD + self.ngram_hash(batch.ids, history)
 
-    def queries(self, h_TD: Tensor, batch: PatchedStream) -> Tensor:
-        """The K queries of each patch, from the maximum of its bytes, [P, K, D]."""
-        pooled_PD = pool_patches(h_TD, batch.patch, batch.num_patches)
-        queries = self.pooled_to_queries(pooled_PD).to(h_TD.dtype)  # under autocast too, states stay in float32
+    def embed_last(self, tail_TN: Tensor, position: Tensor) -> Tensor:
+        """The same, [T, D], for the last id of each tail: N ids in a row, those before the document's start arbitrary."""
+        x_TD = self.embedding(tail_TN[:, -1])
+        return x_TD if self.ngram_hash is None else x_TD + self.ngram_hash.of_last(tail_TN, position)
+
+    def byte_states(self, x_TD: Tensor, position: Tensor, mask: Mask) -> list[Tensor]:
+        """The byte states [T, D] after each layer that patches look at; the last ones are the encoder's output."""
+        rotary = self.stack.rotary(position)
+        states = []
+        for block in self.stack.blocks:
+            x_TD = block(x_TD, rotary, mask)
+            states.append(x_TD)
+        return states[-len(self.cross_attention) :]
+
+    def queries(self, pooled_PD: Tensor) -> Tensor:
+        """The K queries of each patch, [P, K, D], from the maximum of its bytes."""
+        queries = self.pooled_to_queries(pooled_PD).to(pooled_PD.dtype)  # under autocast too, states stay in float32
         return queries.unflatten(-1, (self.settings.cross_attention.k, -1))
+
+    def patch_states(self, states: list[Tensor], batch: PatchedStream) -> Tensor:
+        """The K states of each patch, [P, K, D], from its bytes'."""
+        patches_PKD = self.queries(pool_patches(states[0], batch.patch, batch.num_patches))
+        for gather_bytes, h_TD in zip(self.cross_attention, states, strict=True):
+            patches_PKD = gather_bytes(patches_PKD, h_TD, batch.patch)
+        return patches_PKD
 
     def forward(self, batch: PatchedStream) -> tuple[Tensor, Tensor]:
         """Byte states [T, D] and patch states [P, K, D]."""
-        h_TD = self.embed(batch)
-        rotary = self.stack.rotary(batch.position)
         mask = build_mask(batch.document, self.settings.encoder.window)
-        patches_PKD = None
-        first_with_cross_attention = len(self.stack.blocks) - len(self.cross_attention)
-        for layer, block in enumerate(self.stack.blocks):
-            h_TD = block(h_TD, rotary, mask)
-            if layer >= first_with_cross_attention:
-                if patches_PKD is None:
-                    patches_PKD = self.queries(h_TD, batch)
-                gather_bytes = self.cross_attention[layer - first_with_cross_attention]
-                patches_PKD = gather_bytes(patches_PKD, h_TD, batch.patch)
-        assert patches_PKD is not None
-        return h_TD, patches_PKD
+        states = self.byte_states(self.embed(batch), batch.position, mask)
+        return states[-1], self.patch_states(states, batch)
 
 
 class GlobalTransformer(nn.Module):
@@ -76,10 +87,10 @@ class GlobalTransformer(nn.Module):
         self.projection = nn.Linear(dim_in, dim, bias=False) if dim_in != dim else nn.Identity()
         self.stack = Stack(settings.global_transformer)
 
-    def forward(self, patches_PKD: Tensor, batch: PatchedStream) -> Tensor:
+    def forward(self, patches_PKD: Tensor, position: Tensor, mask: Mask) -> Tensor:
         """[P, K, D] -> [P, G]"""
         x_PG = self.projection(patches_PKD.flatten(1)).to(patches_PKD.dtype)
-        return self.stack(x_PG, batch.patch_position, build_mask(batch.patch_document, window=None))
+        return self.stack(x_PG, position, mask)
 
 
 class LocalDecoder(nn.Module):
@@ -98,15 +109,30 @@ class LocalDecoder(nn.Module):
         self.norm = nn.RMSNorm(decoder.dim, eps=decoder.norm_eps)
         self.output = nn.Linear(decoder.dim, VOCAB_SIZE, bias=False)
 
+    def keys(self, patches_PG: Tensor) -> Tensor:
+        """The K key states of each patch, [P, K, D]."""
+        return self.patch_to_keys(patches_PG).unflatten(-1, (self.settings.cross_attention.k, -1))
+
     def forward(self, h_TD: Tensor, patches_PG: Tensor, batch: PatchedStream) -> Tensor:
         """Logits, float32 [T, V]."""
-        keys = self.patch_to_keys(patches_PG).to(h_TD.dtype)
-        keys_PKD = keys.unflatten(-1, (self.settings.cross_attention.k, -1))
-        rotary = self.stack.rotary(batch.position)
+        keys_PKD = self.keys(patches_PG).to(h_TD.dtype)
         mask = build_mask(batch.document, self.settings.decoder.window)
+        return self.logits(
+            h_TD, batch.position, mask, lambda layer, h: self.cross_attention[layer](h, keys_PKD, batch.read)
+        )
+
+    def logits(
+        self, h_TD: Tensor, position: Tensor, mask: Mask, read_patches: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """Logits, float32 [T, V].
+
+        Args:
+            read_patches: lets byte states [T, D] look at their patches, by the number of the cross-attention.
+        """
+        rotary = self.stack.rotary(position)
         for layer, block in enumerate(self.stack.blocks):
             if layer < len(self.cross_attention):
-                h_TD = self.cross_attention[layer](h_TD, keys_PKD, batch.read)
+                h_TD = read_patches(layer, h_TD)
             h_TD = block(h_TD, rotary, mask)
         return self.output(self.norm(h_TD)).float()
 
@@ -123,5 +149,6 @@ class BLTModel(nn.Module):
     def forward(self, batch: PatchedStream) -> Tensor:
         """Logits of the id that follows each id, float32 [T, V]."""
         h_TD, patches_PKD = self.encoder(batch)
-        patches_PG = self.global_transformer(patches_PKD, batch)
+        mask = build_mask(batch.patch_document, window=None)
+        patches_PG = self.global_transformer(patches_PKD, batch.patch_position, mask)
         return self.decoder(h_TD, patches_PG, batch)

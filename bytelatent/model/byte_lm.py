@@ -6,7 +6,7 @@ Source: Pagnoni et al. 2024, section 2.3.
 import torch
 from torch import Tensor, nn
 
-from bytelatent.model.attention import build_mask
+from bytelatent.model.attention import Mask, build_mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.settings import ByteLMSettings
 from bytelatent.model.stream import Stream
@@ -27,8 +27,11 @@ class ByteLM(nn.Module):
 
     def forward(self, stream: Stream) -> Tensor:
         """Logits of the id that follows each id, float32 [T, V]."""
-        mask = build_mask(stream.document, self.settings.window)
-        x_TD = self.stack(self.embedding(stream.ids), stream.position, mask)
+        return self.logits(stream.ids, stream.position, build_mask(stream.document, self.settings.window))
+
+    def logits(self, ids: Tensor, position: Tensor, mask: Mask) -> Tensor:
+        """Logits, float32 [T, V], of ids [T] at these positions that see what the mask lets them see."""
+        x_TD = self.stack(self.embedding(ids), position, mask)
         return self.output(self.norm(x_TD)).float()
 
     @torch.no_grad()

@@ -71,3 +71,7 @@ class NgramHashEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, history: Tensor) -> Tensor:
         return self.tables(self.rows(ids, history))
+
+    def of_last(self, tail_TN: Tensor, position: Tensor) -> Tensor:
+        """The sum for the last of N ids in a row, [T, D], `position` [T] ids after its document's start."""
+        return self.tables(self.rows(tail_TN, position[:, None].expand_as(tail_TN))[:, -1])

@@ -82,14 +82,17 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(dim, kv_dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def project(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `x`, keys and values of `seen`, each [..., H, E]."""
+    def queries(self, x: Tensor) -> Tensor:
+        """[..., H, E] of the states `x` [..., D] that look."""
+        return self.query(self.query_norm(x)).unflatten(-1, (-1, self.head_dim))
+
+    def keys_values(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., H, E] each, of the states `seen` [..., D] that are looked at; grouped heads are repeated."""
         seen = self.key_value_norm(seen)
-        projected = (self.query(self.query_norm(x)), self.key(seen), self.value(seen))
-        q, k, v = (values.unflatten(-1, (-1, self.head_dim)) for values in projected)
+        k, v = (part(seen).unflatten(-1, (-1, self.head_dim)) for part in (self.key, self.value))
         if self.group > 1:
             k, v = k.repeat_interleave(self.group, dim=-2), v.repeat_interleave(self.group, dim=-2)
-        return q, k, v
+        return k, v
 
     def add(self, x: Tensor, found: Tensor) -> Tensor:
         """`found` [..., H, E] put back together and added to `x`."""
@@ -101,8 +104,8 @@ class GatherBytes(CrossAttention):
 
     def forward(self, queries_PKD: Tensor, h_TD: Tensor, patch: Tensor) -> Tensor:
         """[P, K, D] -> [P, K, D]"""
-        q, k, v = self.project(queries_PKD, h_TD)
-        return self.add(queries_PKD, attend_to_own_bytes(q, k, v, patch))
+        found = attend_to_own_bytes(self.queries(queries_PKD), *self.keys_values(h_TD), patch)
+        return self.add(queries_PKD, found)
 
 
 class ReadPatches(CrossAttention):
@@ -110,5 +113,8 @@ class ReadPatches(CrossAttention):
 
     def forward(self, h_TD: Tensor, keys_PKD: Tensor, read: Tensor) -> Tensor:
         """[T, D] -> [T, D]"""
-        q, k, v = self.project(h_TD, keys_PKD)
-        return self.add(h_TD, attend_to_read_patch(q, k, v, read))
+        return self.read(h_TD, *self.keys_values(keys_PKD), read)
+
+    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: Tensor) -> Tensor:
+        """The same, with keys and values that are known already."""
+        return self.add(h_TD, attend_to_read_patch(self.queries(h_TD), k_PKHE, v_PKHE, read))

@@ -20,11 +20,11 @@ class StackSettings(Settings):
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     num_kv_heads: int | None = Field(default=None, ge=1)
-    window: int | None = Field(default=None, ge=1)
-    ffn_dim_multiplier: float = Field(default=1.0, gt=0)
+    window: int | None = Field(default=None, ge=1, le=2**31)
+    ffn_dim_multiplier: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     multiple_of: int = Field(default=256, ge=1)
-    rope_theta: float = Field(default=500_000.0, gt=0)
-    norm_eps: float = Field(default=1e-5, gt=0)
+    rope_theta: float = Field(default=500_000.0, gt=0, allow_inf_nan=False)
+    norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -5,6 +5,7 @@ small carried state, whether the next id starts a patch (`PatchState`, `step`). 
 only ids 0..i, so a prefix is patched the same with or without what follows.
 """
 
+from bytelatent.patching.bpe import Tail
 from bytelatent.patching.calibration import Calibration, calibrate, mean_patch_bytes, patch_bytes_by_threshold
 from bytelatent.patching.patch import Patch
 from bytelatent.patching.rules import PatchState, next_starts, patch_lengths, step
@@ -15,6 +16,7 @@ __all__ = [
     "Patch",
     "PatchSettings",
     "PatchState",
+    "Tail",
     "calibrate",
     "mean_patch_bytes",
     "next_starts",

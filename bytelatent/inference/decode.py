@@ -1,0 +1,281 @@
+"""Reading with a memory: whole prompts in one packed pass, then new ids, a few for each row at a time.
+
+`Decoder.prefill` and `Decoder.extend` give the logits of the full forward pass at every position; the second costs what
+the new ids cost. The global transformer runs for those of them that close a patch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bytelatent.errors import UserError
+from bytelatent.inference.looks import Cached, Kept
+from bytelatent.inference.state import HISTORY, SLACK, DecodeState, KeyValues
+from bytelatent.model import BLTModel, ByteLM, PatchedStream, add_patches, entropies, pack_rows
+from bytelatent.model.attention import build_mask
+from bytelatent.model.patch_attention import GatherBytes, ReadPatches, attend_to_own_bytes
+from bytelatent.patching import PatchSettings, PatchState, Tail, next_starts, step
+
+# Shapes: T entries (a row and a position each), N ids of a tail, P patches, X cross-attentions of the encoder
+
+
+class Decoder:
+    """A BLT or a byte LM, read with a memory.
+
+    Args:
+        patching: the rule, of a BLT.
+        byte_lm: gives the entropies, where the rule needs them.
+    """
+
+    def __init__(self, model: BLTModel | ByteLM, patching: PatchSettings | None, byte_lm: ByteLM | None):
+        self.model = model
+        self.patching = patching
+        self.byte_lm = byte_lm if patching is not None and patching.needs_entropies else None
+        self.device = next(model.parameters()).device
+        self.tail = 1  # ids that n-grams reach back, the newest one included
+        if isinstance(model, BLTModel) and model.settings.ngram_hash is not None:
+            self.tail = max(model.settings.ngram_hash.sizes)
+        if self.tail > HISTORY - SLACK:
+            raise UserError(f"ngram_hash.sizes: {self.tail} is too long to decode; at most {HISTORY - SLACK}")
+
+    def empty(self, num_rows: int) -> DecodeState:
+        """The state of rows that have read nothing."""
+        return DecodeState.empty(self.model, self.byte_lm, num_rows)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Tensor]) -> tuple[DecodeState, Tensor]:
+        """Read whole prompts at once.
+
+        Args:
+            prompts: ids of each row, BOS first; any lengths but zero.
+
+        Returns:
+            The state, and the logits [T, V] of all prompts' ids, one prompt after another.
+        """
+        stream = pack_rows([prompt.to(self.device) for prompt in prompts])
+        rows, position = stream.document, stream.position
+        length = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        state = self.empty(len(prompts))
+        state.position = length
+
+        def kept(cache: KeyValues, mask_of: Tensor) -> Kept:
+            """A mask of the stream that keeps the newest positions of each row."""
+            cache.make_room(int(length.max()))
+            place = (position >= length[rows] - cache.size).nonzero()[:, 0]
+            return Kept(build_mask(mask_of, cache.window), cache, place, rows[place], position[place])
+
+        newest = (position >= length[rows] - HISTORY).nonzero()[:, 0]
+        here = (rows[newest], position[newest] % HISTORY)
+        state.history.ids[here] = stream.ids[newest]
+        if isinstance(self.model, ByteLM):
+            assert state.byte_lm is not None
+            return state, self.model.logits(stream.ids, position, kept(state.byte_lm, rows))
+
+        found = None
+        if self.byte_lm is not None:
+            assert state.byte_lm is not None
+            found = entropies(self.byte_lm.logits(stream.ids, position, kept(state.byte_lm, rows)))
+            state.history.entropies[here] = found[newest]
+        assert self.patching is not None
+        starts = next_starts(stream.ids, found, position, self.patching)
+        batch = add_patches(stream, starts, history=position)
+        self._remember_patches(state, batch, found, starts, newest)
+        last = length.cumsum(0) - 1
+        is_open = torch.zeros(batch.num_patches, dtype=torch.bool, device=self.device)
+        is_open[batch.patch[last]] = ~starts[last]
+        closed = (~is_open).nonzero()[:, 0]
+
+        encoder, middle, decoder = self.model.encoder, self.model.global_transformer, self.model.decoder
+        assert state.encoder is not None
+        assert state.patches is not None
+        assert state.decoder is not None
+        states = encoder.byte_states(encoder.embed(batch), position, kept(state.encoder, rows))
+        patches_PKD = encoder.patch_states(states, batch)
+        mask = build_mask(batch.patch_document, window=None)
+        state.patches.make_room(int(batch.patch_position.max()) + 1)
+        look = Kept(mask, state.patches, closed, batch.patch_document[closed], batch.patch_position[closed])
+        patches_PG = middle(patches_PKD, batch.patch_position, look)
+
+        every = torch.arange(len(prompts), device=self.device)
+        patch_start = state.last(state.history.patch_start, every, length)
+        open_bytes = (position >= patch_start[rows]).nonzero()[:, 0]
+        longest = int((length - patch_start).max())
+        self._keep_bytes(state, [h[open_bytes] for h in states], rows[open_bytes], position[open_bytes], longest)
+        num_patches = state.last(state.history.num_patches, every, length)
+        owner, number = batch.patch_document[closed], batch.patch_position[closed]
+        recent = (number >= num_patches[owner] - SLACK).nonzero()[:, 0]
+        self._keep_patch_keys(state, patches_PG[closed[recent]], owner[recent], number[recent])
+        keys_PKD = decoder.keys(patches_PG).to(states[-1].dtype)
+        logits = decoder.logits(
+            states[-1],
+            position,
+            kept(state.decoder, rows),
+            lambda layer, h: decoder.cross_attention[layer](h, keys_PKD, batch.read),
+        )
+        return state, logits
+
+    @torch.no_grad()
+    def extend(self, state: DecodeState, rows: Tensor, ids: Tensor) -> Tensor:
+        """Read new ids.
+
+        Args:
+            rows: [T] the row of each new id; ids of a row stand in order, one after another.
+            ids: [T]
+
+        Returns:
+            Logits, float32 [T, V].
+        """
+        order = torch.arange(len(rows), device=rows.device)
+        is_first = torch.cat([torch.ones_like(rows[:1], dtype=torch.bool), rows[1:] != rows[:-1]])
+        turn = order - torch.where(is_first, order, 0).cummax(0).values  # which of its row's new ids it is
+        position = state.position[rows] + turn
+        newest = int(position.max())
+        state.history.ids[rows, position % HISTORY] = ids
+        state.position = state.position.index_add(0, rows, torch.ones_like(rows))
+        if isinstance(self.model, ByteLM):
+            assert state.byte_lm is not None
+            state.byte_lm.make_room(newest + 1)
+            return self.model.logits(ids, position, Cached(state.byte_lm, rows, position, newest))
+        found = torch.zeros(len(rows), device=rows.device)
+        if self.byte_lm is not None:
+            assert state.byte_lm is not None
+            state.byte_lm.make_room(newest + 1)
+            found = entropies(self.byte_lm.logits(ids, position, Cached(state.byte_lm, rows, position, newest)))
+        begin, closes = self._decide(state, rows, position, turn, ids, found)
+
+        encoder, decoder = self.model.encoder, self.model.decoder
+        assert state.encoder is not None
+        assert state.decoder is not None
+        assert state.patch_keys is not None
+        state.encoder.make_room(newest + 1)
+        state.decoder.make_room(newest + 1)
+        back = torch.arange(1 - self.tail, 1, device=rows.device)
+        tail = state.history.ids[rows[:, None], (position[:, None] + back) % HISTORY]
+        embedded = encoder.embed_last(tail, position)
+        states = encoder.byte_states(embedded, position, Cached(state.encoder, rows, position, newest))
+        self._keep_bytes(state, states, rows, position, int((position - begin).max()) + 1)
+        closing = closes.nonzero()[:, 0]
+        if len(closing):
+            self._close(state, rows[closing], begin[closing], position[closing])
+        read = state.history.num_patches[rows, position % HISTORY] - 1
+        kept = state.patch_keys
+        k_YTKHE, v_YTKHE = (part[:, rows, read % SLACK] for part in (kept.k, kept.v))
+        own = torch.where(read >= 0, order, -1)
+
+        def read_patches(layer: int, h_TD: Tensor) -> Tensor:
+            cross = decoder.cross_attention[layer]
+            assert isinstance(cross, ReadPatches)
+            return cross.read(h_TD, k_YTKHE[layer], v_YTKHE[layer], own)
+
+        return decoder.logits(states[-1], position, Cached(state.decoder, rows, position, newest), read_patches)
+
+    def _decide(
+        self, state: DecodeState, rows: Tensor, position: Tensor, turn: Tensor, ids: Tensor, found: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """For each entry the start of the patch that it is in, and whether it closes that patch."""
+        assert self.patching is not None
+        history = state.history
+        begin, closes = torch.empty_like(position), torch.empty_like(position, dtype=torch.bool)
+        history.entropies[rows, position % HISTORY] = found
+        for number in range(int(turn.max()) + 1):  # each needs what was decided before it
+            now = (turn == number).nonzero()[:, 0]
+            row, at = rows[now], position[now]
+            before = PatchState(
+                position=at,
+                previous_id=state.last(history.ids, row, at),
+                previous_entropy=state.last(history.entropies, row, at),
+                since_start=state.last(history.since_start, row, at),
+                tails=[state.tails[r][a] for r, a in zip(*_lists(row, at), strict=True)] if state.tails else [],
+            )
+            after, starts = step(before, ids[now], found[now], self.patching)
+            if state.tails:
+                for r, a, tail in zip(*_lists(row, at), after.tails, strict=True):
+                    state.tails[r][a + 1 :] = [tail]
+            begin[now], closes[now] = state.last(history.patch_start, row, at), starts
+            history.since_start[row, at % HISTORY] = after.since_start
+            history.patch_start[row, at % HISTORY] = torch.where(starts, at + 1, begin[now])
+            history.num_patches[row, at % HISTORY] = state.last(history.num_patches, row, at) + starts
+        return begin, closes
+
+    def _close(self, state: DecodeState, rows: Tensor, begin: Tensor, end: Tensor) -> None:
+        """Run the global transformer for the patches [P] of `rows` that hold the positions `begin` to `end`."""
+        assert isinstance(self.model, BLTModel)
+        assert state.open_bytes is not None
+        assert state.patches is not None
+        kept, encoder = state.open_bytes, self.model.encoder
+        size = end - begin + 1
+        offset = torch.arange(int(size.max()), device=rows.device)
+        patch, inner = (offset < size[:, None]).nonzero(as_tuple=True)
+        row, slot = rows[patch], (begin[patch] + inner) % kept.size
+        h_TD = kept.h[row, slot]
+        pooled = h_TD.new_zeros(len(rows), h_TD.shape[1])
+        index = patch[:, None].expand_as(h_TD)
+        patches_PKD = encoder.queries(pooled.scatter_reduce(0, index, h_TD, "amax", include_self=False))
+        for layer, cross in enumerate(encoder.cross_attention):
+            assert isinstance(cross, GatherBytes)
+            k, v = kept.k[layer][row, slot], kept.v[layer][row, slot]
+            patches_PKD = cross.add(patches_PKD, attend_to_own_bytes(cross.queries(patches_PKD), k, v, patch))
+        number = state.history.num_patches[rows, end % HISTORY] - 1
+        newest = int(number.max())
+        state.patches.make_room(newest + 1)
+        look = Cached(state.patches, rows, number, newest)
+        self._keep_patch_keys(state, self.model.global_transformer(patches_PKD, number, look), rows, number)
+
+    def _keep_bytes(
+        self, state: DecodeState, states: list[Tensor], rows: Tensor, position: Tensor, longest: int
+    ) -> None:
+        """Keep the encoder's states of bytes [T]; `longest` bytes are in the longest open patch."""
+        assert isinstance(self.model, BLTModel)
+        assert state.open_bytes is not None
+        state.open_bytes.make_room(longest + SLACK, state.position)
+        kept = state.open_bytes
+        here = (rows, position % kept.size)
+        kept.h[here] = states[0].to(kept.h.dtype)
+        for layer, (cross, h_TD) in enumerate(zip(self.model.encoder.cross_attention, states, strict=True)):
+            assert isinstance(cross, GatherBytes)
+            k, v = cross.keys_values(h_TD)
+            kept.k[layer][here], kept.v[layer][here] = k.to(kept.k.dtype), v.to(kept.v.dtype)
+
+    def _remember_patches(
+        self, state: DecodeState, batch: PatchedStream, found: Tensor | None, starts: Tensor, newest: Tensor
+    ) -> None:
+        """Fill the history of the places `newest` of a stream."""
+        assert self.patching is not None
+        position, index = batch.position, torch.arange(len(starts), device=starts.device)
+        without_limit = self.patching.model_copy(update={"max_patch_length": None})
+        natural = next_starts(batch.ids, found, position, without_limit)
+        values = {
+            "since_start": torch.where(natural, 0, index + 1 - _begin(natural, position)),
+            "patch_start": torch.where(starts, position + 1, position[_begin(starts, position)]),
+            "num_patches": batch.patch_position[batch.patch] + starts,
+        }
+        here = (batch.document[newest], position[newest] % HISTORY)
+        for name, value in values.items():
+            getattr(state.history, name)[here] = value[newest]
+        if self.patching.mode == "bpe":
+            state.tails = [[Tail()] for _ in state.position]
+            for row, tails in enumerate(state.tails):
+                for i in batch.ids[batch.document == row].tolist():
+                    tails.append(tails[-1].read(i, str(self.patching.tokenizer)))
+
+    def _keep_patch_keys(self, state: DecodeState, patches_PG: Tensor, rows: Tensor, number: Tensor) -> None:
+        assert isinstance(self.model, BLTModel)
+        assert state.patch_keys is not None
+        kept, decoder = state.patch_keys, self.model.decoder
+        keys_PKD = decoder.keys(patches_PG).to(kept.k.dtype)
+        for layer, cross in enumerate(decoder.cross_attention):
+            assert isinstance(cross, ReadPatches)
+            k, v = cross.keys_values(keys_PKD)
+            kept.k[layer][rows, number % SLACK], kept.v[layer][rows, number % SLACK] = k, v
+
+
+def _begin(starts: Tensor, position: Tensor) -> Tensor:
+    """For each place of a stream the place where its patch begins, where `starts` says it of the id after each."""
+    follows = torch.cat([torch.zeros_like(starts[:1]), starts[:-1]])
+    index = torch.arange(len(starts), device=starts.device)
+    return torch.where((position == 0) | follows, index, 0).cummax(0).values
+
+
+def _lists(*values: Tensor) -> list[list[int]]:
+    return [value.tolist() for value in values]
