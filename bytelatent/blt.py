@@ -5,7 +5,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -14,14 +14,16 @@ from bytelatent.data import Patcher, cut, pack, patch_in_groups, patches_of, tak
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
-from bytelatent.inference import Sampling, generate_ids
+from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
 from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
 from bytelatent.text import Document
-from bytelatent.vocab import PADDING, VOCAB_SIZE, decode, encode, to_bytes
+from bytelatent.vocab import PADDING, VOCAB_SIZE, encode, to_bytes
 
 # Shapes: B rows, N ids in a row, P patches, V vocabulary
+
+MAX_ROWS = 64  # sequences that `generate` continues at once; more of them wait
 
 
 class BLT:
@@ -94,40 +96,72 @@ class BLT:
     def patcher(self) -> Patcher:
         return Patcher(self.patching, self._byte_lm())
 
-    @overload
-    def generate(self, prompt: str, max_new_bytes: int = ..., **sampling: float | int | None) -> str: ...
-    @overload
-    def generate(
-        self, prompt: Sequence[str], max_new_bytes: int = ..., **sampling: float | int | None
-    ) -> list[str]: ...
-    def generate(
-        self, prompt: str | Sequence[str], max_new_bytes: int = 200, **sampling: float | int | None
-    ) -> str | list[str]:
-        """Continue a text, or several.
+    def engine(self, num_rows: int = 16) -> Engine:
+        """Continuous batching: sequences that join and leave while others go on.
 
         Args:
-            max_new_bytes: where to stop, unless the model ends the document before.
-            sampling: `temperature` (0.8; 0 takes the likeliest byte), `top_k`, `top_p`, `seed` (0).
+            num_rows: sequences on their way at once; others wait.
+        """
+        return Engine.plain(Decoder(self.model, self.patching, self._byte_lm()), num_rows)
+
+    @overload
+    def generate(self, prompt: str | bytes, max_new_bytes: int = ..., samples: None = ..., **sampling: Any) -> str: ...
+    @overload
+    def generate(
+        self, prompt: str | bytes, max_new_bytes: int = ..., samples: int = ..., **sampling: Any
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str | bytes], max_new_bytes: int = ..., samples: None = ..., **sampling: Any
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str | bytes], max_new_bytes: int = ..., samples: int = ..., **sampling: Any
+    ) -> list[list[str]]: ...
+    def generate(
+        self,
+        prompt: str | bytes | Sequence[str | bytes],
+        max_new_bytes: int = 200,
+        samples: int | None = None,
+        **sampling: Any,
+    ) -> str | list[str] | list[list[str]]:
+        """Continue a text, or several at once; each comes out as if it were alone.
+
+        Args:
+            max_new_bytes: where to stop, unless the model ends the text before.
+            samples: how many continuations of each prompt, which is read once for them; a list comes back then.
+            sampling: `temperature` (0.8; 0 takes the likeliest byte), `top_k`, `top_p`, `min_p`, `repetition_penalty`,
+                `seed` (0), `stop` (texts that end it), `valid_utf8`; see `Sampling`.
 
         Returns:
             What comes after each prompt. Bytes that are no UTF-8 show as U+FFFD.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        rows: list[list[int]] = [[] for _ in prompts]
-        for drawn in self.stream(prompts, max_new_bytes, **sampling):
-            for row, chosen in zip(rows, drawn, strict=True):
-                if chosen is not None:
-                    row.append(chosen)
-        texts = [decode(row).decode("utf-8", errors="replace") for row in rows]
-        return texts[0] if isinstance(prompt, str) else texts
 
-    def stream(
-        self, prompts: Sequence[str | bytes], max_new_bytes: int = 200, **sampling: float | int | None
-    ) -> Iterator[list[int | None]]:
-        """The ids that continue the prompts, one of each row at a time; None for rows that have ended."""
-        rows = [torch.from_numpy(encode(prompt, eos=False)) for prompt in prompts]
-        rule = Sampling.parse(dict(sampling), where="generate")
-        return generate_ids(self.model, self.patching, self._byte_lm(), rows, max_new_bytes, rule)
+        Raises:
+            UserError: a setting of the sampling will not do.
+        """
+        rule = Sampling.parse(sampling, where="generate")
+        prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
+        engine = self.engine(max(min(len(prompts) * (samples or 1), MAX_ROWS), 1))
+        asked = [engine.submit(prompt_ids(text), rule, max_new_bytes, samples or 1) for text in prompts]
+        engine.run()
+        texts = [[continuation.text for continuation in of_prompt] for of_prompt in asked]
+        found: list[Any] = texts if samples is not None else [only for [only] in texts]
+        return found[0] if isinstance(prompt, str | bytes) else found
+
+    def stream(self, prompt: str | bytes, max_new_bytes: int = 200, **sampling: Any) -> Iterator[str]:
+        """Continue a text, piece by piece as it comes, in whole characters; the arguments are those of `generate`."""
+        engine = self.engine(1)
+        [asked] = engine.submit(prompt_ids(prompt), Sampling.parse(sampling, where="stream"), max_new_bytes)
+        while asked.ended is None:
+            engine.advance()
+            if new := asked.new_text():
+                yield new
+
+    def score(self, prompt: str | bytes, continuations: Sequence[str | bytes]) -> list[float]:
+        """log P(continuation | prompt) of each, in nats; the prompt is read once for all."""
+        decoder = Decoder(self.model, self.patching, self._byte_lm())
+        texts = [torch.from_numpy(encode(text, bos=False, eos=False)) for text in continuations]
+        return log_probabilities(decoder, prompt_ids(prompt), texts)
 
     def patch(self, text: str | bytes) -> list[Patch]:
         """The patches of a text."""

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -188,28 +188,47 @@ def evaluate(
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to continue; standard input if left out.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to continue; standard input if neither this nor a file is given.")
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
+    file: Annotated[Path | None, typer.Option(help="A file that holds the prompt.")] = None,
+    jsonl: Annotated[
+        str | None, typer.Option(help='Rows of {"prompt": ...} to continue many at once; - is standard input.')
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where rows go; standard output if left out.")] = None,
     max_new_bytes: Annotated[int, typer.Option("--max-new-bytes", "-n", min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="A share of the likeliest's probability.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, bytes that occurred are less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends it; may be given again.")] = None,
+    valid_utf8: Annotated[bool, typer.Option("--valid-utf8", help="Only bytes that make valid UTF-8.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
+    rows: Annotated[int, typer.Option(min=1, help="Sequences on their way at once, of --jsonl.")] = 16,
+    log_probabilities: Annotated[
+        bool, typer.Option("--log-probabilities", help="Tell each byte's in the rows of --jsonl.")
+    ] = False,
+    entropy: EntropyOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: as the weights are stored.")] = "auto",
 ) -> None:
-    """Continue a text.
+    """Continue a text, or the rows of a file many at once.
 
     Example:  `blt generate "The history of" --max-new-bytes 300 --temperature 0.7`
-    """
-    from bytelatent.generate import continuation
 
-    text = _standard_input() if prompt is None else prompt
-    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    out = sys.stdout.buffer
-    for part in continuation(model, text, max_new_bytes, device, **sampling):
-        out.write(part)
-        out.flush()
-    out.write(b"\n")
+    Rows:  `blt generate --jsonl prompts.jsonl --out answers.jsonl --rows 64`
+    """
+    given = dict(locals())
+    from bytelatent.generate import GenerateSettings
+    from bytelatent.generate import generate as run
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "valid_utf8", "seed")
+    given["sampling"] = {name: given.pop(name) for name in names}
+    given["sampling"]["stop"] = stop or []
+    run(GenerateSettings.parse(given), sys.stdout.buffer, Console(stderr=True))
 
 
 @app.command()

@@ -5,7 +5,7 @@ Settings are pydantic models; a key nobody knows is an error that names the near
 
 import types
 from pathlib import Path
-from typing import Any, Self, Union, get_args, get_origin
+from typing import Any, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -72,6 +72,27 @@ def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         raise UserError(f"{' '.join(overrides)}: {error}") from None
 
 
+Given = TypeVar("Given", bound=Settings)
+
+
+def from_command_line(model: type[Given], arguments: list[str], usage: str) -> Given:
+    """Settings from `config=PATH` and `key=value`, later ones winning.
+
+    Args:
+        usage: what to do where there are no arguments.
+
+    Raises:
+        UserError: there are none, or a key or value will not do.
+    """
+    if not arguments:
+        raise UserError(usage)
+    config = [argument.removeprefix("config=") for argument in arguments if argument.startswith("config=")]
+    overrides = [argument for argument in arguments if not argument.startswith("config=")]
+    values = load_yaml(config[-1]) if config else {}
+    where = config[-1] if config and not overrides else ""  # a wrong key may as well stand on the command line
+    return model.parse(merge(values, overrides), where)
+
+
 def _resolved(config: Any, where: str) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(config, resolve=True)
@@ -93,8 +114,12 @@ def _one_line(model: type[BaseModel], error: ValidationError, where: str) -> str
         hint = nearest(location[-1], known) or f"; known here: {', '.join(known)}"
         return f"{prefix}{key}: unknown key{hint}{more}"
     message = first["msg"].removeprefix("Value error, ")
-    shown = "" if first["type"] in {"missing", "value_error"} else f", not {first['input']!r}"
+    shown = "" if first["type"] in {"missing", "value_error"} else f", not {_short(repr(first['input']))}"
     return f"{prefix}{key + ': ' if key else ''}{message}{shown}{more}"
+
+
+def _short(text: str, longest: int = 200) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -1,31 +1,201 @@
-"""Text from any model, as it comes."""
+"""Text from any model: one prompt as it comes, or many from a file.
 
+python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.temperature=0.7
+"""
+
+import json
+import sys
+import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 import torch
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bytelatent.config import Settings, from_command_line
 from bytelatent.device import choose_device
-from bytelatent.errors import UserError
-from bytelatent.inference import Sampling, generate_ids
-from bytelatent.interop import load
-from bytelatent.vocab import decode, encode, to_bytes
+from bytelatent.errors import UserError, guarded
+from bytelatent.files import whole_file
+from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
+from bytelatent.interop import open_pretrained
+from bytelatent.vocab import to_bytes
+
+USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
 
 
-def continuation(model: str, prompt: str | bytes, max_new_bytes: int, device: str, **sampling: Any) -> Iterator[bytes]:
-    """The prompt, then byte after byte of what a BLT or a byte LM adds to it.
+class GenerateSettings(Settings):
+    """What to continue, with which model, and how.
+
+    Attributes:
+        model: a run, a folder with a model, or OWNER/NAME on the hub.
+        entropy: its byte LM, if it stands neither inside nor beside it.
+        prompt: the text to continue; `file`: a file that holds it.
+        jsonl: a file of rows with `prompt` (and, if they like, `max_new_bytes` and settings of the sampling); `-` is
+            standard input. They are continued many at once.
+        out: the file that rows go to, in the order of `jsonl`; standard output if left out.
+        samples: continuations of each prompt.
+        rows: sequences on their way at once.
+        log_probabilities: tell those of each byte in the rows that come out.
+    """
+
+    model: str = "runs/demo"
+    entropy: str | None = None
+    prompt: str | None = None
+    file: Path | None = None
+    jsonl: str | None = None
+    out: Path | None = None
+    max_new_bytes: int = Field(default=200, ge=1)
+    samples: int = Field(default=1, ge=1)
+    rows: int = Field(default=16, ge=1)
+    sampling: Sampling = Sampling()
+    log_probabilities: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
+    """Continue a prompt, shown with what is added to it byte by byte, or the prompts of a file, row by row.
 
     Raises:
-        UserError: the model is not there.
+        UserError: the model or the prompts are not there, or a row will not do.
     """
-    found = load(model)
-    place = choose_device(device)
-    byte_lm = found.byte_lm.to(place) if found.byte_lm is not None else None
+    given = [name for name in ("prompt", "file", "jsonl") if getattr(settings, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"generate: {' and '.join(given)} are given; give one of them")
+    if settings.jsonl is None:
+        prompt = _prompt(settings)
+        engine = _engine(settings, settings.samples)
+        _show(engine, prompt, settings, out, console)
+        return
+    rows = list(_rows(settings))
+    engine = _engine(settings, settings.rows)
+    if settings.out is None:
+        _continue_rows(engine, rows, settings, out, console)
+        return
+    with whole_file(settings.out) as aside, aside.open("wb") as file:
+        _continue_rows(engine, rows, settings, file, console)
+
+
+def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
+    if settings.dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"dtype: '{settings.dtype}' is none; use auto, float32 or bfloat16")
+    place = choose_device(settings.device)
+    found = open_pretrained(settings.model, settings.entropy)
     patching = found.config.patching
-    if patching is not None and patching.needs_entropies and byte_lm is None:
-        raise UserError(f"generate: the patches of '{model}' need a byte LM, which is not there")
-    rows = [torch.from_numpy(encode(prompt, eos=False))]
-    rule = Sampling.parse(sampling, where="generate")
-    yield to_bytes(prompt)
-    for drawn in generate_ids(found.model.to(place), patching, byte_lm, rows, max_new_bytes, rule):
-        yield decode([i for i in drawn if i is not None])
+    if patching is not None and patching.needs_entropies and found.byte_lm is None:
+        raise UserError(f"generate: the patches of '{settings.model}' need a byte LM; name it: --entropy FOLDER")
+    loaded = found.load(place, None if settings.dtype == "auto" else getattr(torch, settings.dtype))
+    return Engine.plain(Decoder(loaded.model, patching, loaded.byte_lm), num_rows)
+
+
+def _prompt(settings: GenerateSettings) -> bytes:
+    if settings.prompt is not None:
+        return to_bytes(settings.prompt)
+    if settings.file is not None:
+        try:
+            return settings.file.read_bytes()
+        except OSError as error:
+            raise UserError(f"file: '{settings.file}' cannot be read: {error.strerror or error}") from None
+    if sys.stdin.isatty():
+        raise UserError("no prompt: give it as an argument, with --file or --jsonl, or pipe it in")
+    return sys.stdin.buffer.read()
+
+
+def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
+    """The prompt and what comes after it, as it comes; several samples one after another, each once it is whole."""
+    asked = engine.submit(prompt_ids(prompt), settings.sampling, settings.max_new_bytes, settings.samples)
+    began, num_bytes = time.perf_counter(), 0
+    if len(asked) == 1:
+        _write(out, prompt)
+        while asked[0].ended is None:
+            engine.advance()
+            _write(out, asked[0].new_text().encode())
+        _write(out, b"\n")
+    else:
+        engine.run()
+        for number, continuation in enumerate(asked):
+            _write(out, f"--- {number + 1} ---\n".encode() + prompt + continuation.text.encode() + b"\n")
+    num_bytes = sum(len(continuation.ids) for continuation in asked)
+    if console.is_terminal:
+        rate = num_bytes / (time.perf_counter() - began)
+        console.print(f"{num_bytes:,} bytes, {rate:,.0f} bytes/s", style="dim", highlight=False)
+
+
+def _rows(settings: GenerateSettings) -> Iterator[dict[str, Any]]:
+    assert settings.jsonl is not None
+    if settings.jsonl == "-":
+        yield from _parsed(sys.stdin.buffer, "standard input")
+        return
+    try:
+        with Path(settings.jsonl).open("rb") as file:
+            yield from _parsed(file, settings.jsonl)
+    except OSError as error:
+        raise UserError(f"jsonl: '{settings.jsonl}' cannot be read: {error.strerror or error}") from None
+
+
+def _parsed(lines: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{name}: line {number} is no JSON ({error})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise UserError(f'{name}: line {number} has no text under "prompt"; write {{"prompt": "..."}}')
+        yield row
+
+
+def _continue_rows(
+    engine: Engine, rows: list[dict[str, Any]], settings: GenerateSettings, out: BinaryIO, console: Console
+) -> None:
+    """Write each row with its continuation as soon as it and all before it are done."""
+    asked: list[list[Continuation]] = []
+    for number, row in enumerate(rows, start=1):
+        own = {key: row[key] for key in Sampling.model_fields if key in row}
+        sampling = Sampling.parse({**settings.sampling.model_dump(), **own}, where=f"row {number}")
+        count = row.get("max_new_bytes", settings.max_new_bytes)
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"row {number}: max_new_bytes is {count!r}; write a number from 1 on")
+        asked.append(engine.submit(prompt_ids(row["prompt"]), sampling, count, settings.samples))
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    began, written, num_bytes = time.perf_counter(), 0, 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(rows), rate="")
+        while written < len(rows):
+            if not all(continuation.ended for continuation in asked[written]):
+                num_bytes += len(engine.advance())
+                progress.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
+                continue
+            line = {**rows[written], **_told(asked[written], settings)}
+            _write(out, json.dumps(line, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
+            written += 1
+            progress.advance(task)
+
+
+def _told(continuations: list[Continuation], settings: GenerateSettings) -> dict[str, Any]:
+    told = []
+    for continuation in continuations:
+        about: dict[str, Any] = {"text": continuation.text, "ended": continuation.ended}
+        if settings.log_probabilities:
+            about["log_probabilities"] = [round(value, 5) for value in continuation.log_probabilities]
+        told.append(about)
+    return told[0] if settings.samples == 1 else {"samples": told}
+
+
+def _write(out: BinaryIO, data: bytes) -> None:
+    out.write(data)
+    out.flush()
+
+
+def main(arguments: list[str]) -> None:
+    """`config=FILE key=value ...`"""
+    settings = from_command_line(GenerateSettings, arguments, USAGE)
+    generate(settings, sys.stdout.buffer, Console(stderr=True))
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1:]))

@@ -1,40 +1,250 @@
-"""From logits to an id."""
+"""From logits to ids, for many rows at once, each as if it were alone.
+
+All of it is tensors of fixed shapes that never wait for the device, so that a CUDA graph can hold it. A row's id is the
+same in any batch: what is summed along a row is summed in integers, in which no order of summation rounds differently.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_serializer, field_validator
 from torch import Tensor
 
 from bytelatent.config import Settings
-from bytelatent.vocab import EOS, OFFSET
+from bytelatent.inference.utf8 import NEEDED, RESUMED, TRANSITIONS
+from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
+
+# Shapes: B rows, V vocabulary, N ids of a prompt, S states of the automaton of UTF-8
+
+RANDOM_BITS = 24  # of a draw
+WEIGHT_BITS = 30  # of the likeliest id's weight; V of them times a random number stay below 2^63
+NEVER = 1 << 30  # bytes needed after an id that may not be drawn
+FAR = 1e30  # stands for infinite logits, of which no difference could be taken
 
 
 class Sampling(Settings):
     """How the next id is drawn.
 
+    What is ruled out is ruled out in this order: by UTF-8, by top_k, by top_p, by min_p. Each looks at what the one
+    before has left, as if that were all there is.
+
     Attributes:
-        temperature: 0 takes the likeliest id.
-        top_k: only the k likeliest.
-        top_p: only the likeliest that together hold this share of the probability.
-        seed: each row draws from a generator of its own with this seed, so its bytes do not depend on its neighbours.
+        temperature: 0 takes the likeliest id, of equals the lowest.
+        top_k: only the k likeliest, of equals those with the lowest ids.
+        top_p: only the fewest that together hold this share of the probability.
+        min_p: only those at least this share as likely as the likeliest.
+        repetition_penalty: logits of bytes that have occurred in the row, its prompt included, are divided by it where
+            positive, else multiplied; 1 changes nothing. The end of the text is never penalised.
+        seed: each row draws random numbers of its own from it, so that its bytes do not depend on its neighbours.
+        stop: texts that end a row; they may begin and end within a patch.
+        valid_utf8: only bytes that can still become valid UTF-8, and no end within a character.
     """
 
-    temperature: float = Field(default=0.8, ge=0)
+    temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = 0
+    stop: list[str | bytes] = Field(default=[])
+    valid_utf8: bool = False
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, stop: list[str | bytes]) -> list[str | bytes]:
+        if not all(stop):
+            raise ValueError("an empty text would end every row before it begins; leave it out")
+        return stop
+
+    @field_serializer("stop", when_used="json")
+    def _as_text(self, stop: list[str | bytes]) -> list[str]:
+        return [part.decode("utf-8", "surrogateescape") if isinstance(part, bytes) else part for part in stop]
+
+
+@dataclass
+class SamplingRows:
+    """How each of B rows draws, and what that depends on."""
+
+    temperature: Tensor  # [B] float32; 0 takes the likeliest id
+    top_k: Tensor  # [B] int64; V: any
+    top_p: Tensor  # [B] float32; 1: any
+    min_p: Tensor  # [B] float32; 0: any
+    repetition_penalty: Tensor  # [B] float32; 1: none
+    seed: Tensor  # [B] int64
+    drawn: Tensor  # [B] int64, ids drawn so far: which of the seed's random numbers comes next
+    seen: Tensor  # [B, V] bool, the bytes that have occurred
+    valid_utf8: Tensor  # [B] bool
+    utf8: Tensor  # [B] int64, state of the automaton after what was read
+    remaining: Tensor  # [B] int64, ids that may still be drawn
+    utf8_after: Tensor  # [S, V] int64, the state after an id; the same for all rows, as are the next two
+    needed: Tensor  # [S] int64, bytes that a character in this state still needs
+    needed_after: Tensor  # [S, V] int64, bytes that its character still needs after an id; NEVER: it may not be drawn
+
+    @classmethod
+    def empty(cls, num_rows: int, device: torch.device | str) -> "SamplingRows":
+        """Rows that nothing was put into; they draw the likeliest ids."""
+
+        def full(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((num_rows,), value, dtype=dtype, device=device)
+
+        utf8_after = torch.zeros(len(NEEDED), VOCAB_SIZE, dtype=torch.int64)
+        utf8_after[:, OFFSET:] = RESUMED  # a special id is a border between texts
+        needed_after = torch.full_like(utf8_after, NEVER)
+        needed_after[:, OFFSET:] = NEEDED[TRANSITIONS]
+        needed_after[needed_after > NEEDED[:-1].max()] = NEVER
+        needed_after[0, EOS] = 0
+        return cls(
+            temperature=full(0, torch.float32),
+            top_k=full(VOCAB_SIZE, torch.int64),
+            top_p=full(1, torch.float32),
+            min_p=full(0, torch.float32),
+            repetition_penalty=full(1, torch.float32),
+            seed=full(0, torch.int64),
+            drawn=full(0, torch.int64),
+            seen=torch.zeros(num_rows, VOCAB_SIZE, dtype=torch.bool, device=device),
+            valid_utf8=full(False, torch.bool),
+            utf8=full(0, torch.int64),
+            remaining=full(0, torch.int64),
+            utf8_after=utf8_after.to(device),
+            needed=NEEDED.to(device),
+            needed_after=needed_after.to(device),
+        )
+
+    def put(self, row: int, sampling: Sampling, prompt_ids: Tensor, max_new_bytes: int) -> None:
+        """Let a row draw what follows a prompt; what it held before is gone.
+
+        Args:
+            prompt_ids: [N] on any device.
+            max_new_bytes: ids that will be drawn at most; with `valid_utf8` no character begins that would need more.
+        """
+        largest = torch.finfo(torch.float32).max
+        self.temperature[row] = min(sampling.temperature, largest)
+        self.top_k[row] = VOCAB_SIZE if sampling.top_k is None else min(sampling.top_k, VOCAB_SIZE)
+        self.top_p[row] = 1 if sampling.top_p is None else sampling.top_p
+        self.min_p[row] = 0 if sampling.min_p is None else sampling.min_p
+        # Neither a penalty of 0 nor an infinite one: float32 may round to them what is not.
+        self.repetition_penalty[row] = min(max(sampling.repetition_penalty, 1 / largest), largest)
+        self.seed[row] = _as_int64(sampling.seed)
+        self.drawn[row] = 0
+        self.valid_utf8[row] = sampling.valid_utf8
+        self.remaining[row] = max_new_bytes
+        prompt = prompt_ids.to(self.seen.device, torch.int64)
+        self.seen[row].zero_().scatter_(0, prompt, True)
+        self.seen[row, :OFFSET] = False
+        # The state depends on the last three bytes only. Slices, since an index of no dimension waits for the device.
+        state = torch.zeros(1, dtype=torch.int64, device=prompt.device)
+        for back in range(min(len(prompt), 3), 0, -1):
+            state = self.utf8_after[state, prompt[len(prompt) - back :][:1]]
+        self.utf8[row : row + 1] = state
+
+    def draw(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw a byte or EOS for each row. Nothing is changed: the same is drawn until `read` is called.
+
+        Args:
+            logits_BV: of what comes next, as the model gives them; infinite ones may be among them.
+
+        Returns:
+            ids, int64 [B]; their log-probabilities in nats, float32 [B], by the model alone: of all V ids, with no
+            temperature, nothing penalised and nothing ruled out.
+        """
+        kept_BV = self.weights(logits_BV)
+        upto_BV = kept_BV.cumsum(dim=-1)
+        # At most the sum of all weights less one, so some id is found, and none of weight 0: it adds nothing to the sum.
+        point_B = (random_numbers(self.seed, self.drawn) * upto_BV[:, -1]) >> RANDOM_BITS
+        ids_B = (upto_BV <= point_B[:, None]).sum(dim=-1)
+        log_probabilities_BV = logits_BV.float().log_softmax(dim=-1)
+        return ids_B, log_probabilities_BV.gather(1, ids_B[:, None])[:, 0]
+
+    def read(self, ids_B: Tensor, active_B: Tensor) -> None:
+        """Note which id came next in each row, in place.
+
+        Args:
+            ids_B: int64.
+            active_B: bool; other rows stay as they are.
+        """
+        every_V = torch.arange(VOCAB_SIZE, device=ids_B.device)
+        self.seen |= (every_V == ids_B[:, None]) & (every_V >= OFFSET) & active_B[:, None]
+        self.utf8.copy_(torch.where(active_B, self.utf8_after[self.utf8, ids_B], self.utf8))
+        self.drawn += active_B
+        self.remaining -= active_B.long()
+
+    def allowed(self) -> Tensor:
+        """What may be drawn, bool [B, V]: bytes and EOS, and where asked for only what can still become valid UTF-8."""
+        every_V = torch.arange(VOCAB_SIZE, device=self.utf8.device)
+        needed_B = self.needed[self.utf8]
+        # A prompt may end within a character for which there is no room. It goes on nevertheless, as far as it can.
+        room_B = torch.maximum(self.remaining, needed_B.clamp(min=1))
+        becomes_valid_BV = self.needed_after[self.utf8] < room_B[:, None]
+        return torch.where(self.valid_utf8[:, None], becomes_valid_BV, (every_V >= OFFSET) | (every_V == EOS))
+
+    def weights(self, logits_BV: Tensor) -> Tensor:
+        """What ids are drawn in proportion to: integers, int64 [B, V]; 0 where one may not be drawn.
+
+        The likeliest has 2^30. In no row are all of them 0.
+        """
+        wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64  # MPS has no float64
+        logits = logits_BV.to(wide).nan_to_num(nan=-FAR, posinf=FAR, neginf=-FAR)
+        penalty_B1 = self.repetition_penalty[:, None].to(wide)
+        penalised = torch.where(logits > 0, logits / penalty_B1, logits * penalty_B1)
+        logits = torch.where(self.seen, penalised, logits).clamp(-FAR, FAR)
+        logits = logits.masked_fill(~self.allowed(), -torch.inf)
+
+        # From the likeliest to the least likely; stable, so that among equals the lowest id comes first.
+        ordered_BV, id_BV = logits.sort(dim=-1, descending=True, stable=True)
+        rank_V = torch.arange(VOCAB_SIZE, device=logits.device)
+        takes_likeliest_B = self.temperature == 0
+        temperature_B = torch.where(takes_likeliest_B, 1, self.temperature).to(wide)
+        relative_BV = ((ordered_BV - ordered_BV[:, :1]) / temperature_B[:, None]).exp()  # the likeliest's is 1
+        weight_BV = (relative_BV * (1 << WEIGHT_BITS)).round().long()
+
+        top_k_B = torch.where(takes_likeliest_B, 1, self.top_k)
+        weight_BV = weight_BV.masked_fill(rank_V >= top_k_B[:, None], 0)
+        upto_BV = weight_BV.cumsum(dim=-1)
+        share_B1 = self.top_p[:, None].to(wide) * upto_BV[:, -1:].to(wide)
+        is_kept_BV = ((upto_BV - weight_BV).to(wide) < share_B1) & (relative_BV >= self.min_p[:, None].to(wide))
+        weight_BV = weight_BV.masked_fill(~is_kept_BV & (rank_V > 0), 0)
+        return torch.zeros_like(weight_BV).scatter(1, id_BV, weight_BV)
+
+
+def random_numbers(seed: Tensor, number: Tensor) -> Tensor:
+    """Random numbers that depend on nothing but a seed and a counter.
+
+    Args:
+        seed, number: int64, any one shape.
+
+    Returns:
+        Integers from 0 to 2^24 - 1, all equally likely, int64.
+
+    Source: Steele, Lea and Flood 2014, SplitMix64; the seed is mixed first, so that neighbouring ones are unrelated.
+    """
+    return _shifted(_mixed(_mixed(seed) + (number + 1) * _as_int64(0x9E3779B97F4A7C15)), 64 - RANDOM_BITS)
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw a byte or EOS from the logits [V] of one row; the other special ids are never drawn."""
-    logits = logits.float().cpu().clone()
-    logits[:OFFSET] = torch.where(torch.arange(OFFSET) == EOS, logits[:OFFSET], -torch.inf)
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = (logits / sampling.temperature).softmax(dim=-1)
-    ordered, ids = probabilities.sort(descending=True, stable=True)
-    if sampling.top_k is not None:
-        ordered[sampling.top_k :] = 0
-    if sampling.top_p is not None:
-        before = ordered.cumsum(0) - ordered
-        ordered[before >= sampling.top_p] = 0
-    return int(ids[torch.multinomial(ordered, 1, generator=generator)])
+    """Draw a byte or EOS from the logits [V] of one row, of which no earlier byte is known.
+
+    So `repetition_penalty` and `valid_utf8` are passed over; the random numbers are the generator's.
+    """
+    seed = int(torch.randint(1 << 62, (1,), generator=generator))
+    rows = SamplingRows.empty(1, "cpu")
+    known: dict[str, Any] = {"seed": seed, "repetition_penalty": 1.0, "valid_utf8": False}
+    rows.put(0, sampling.model_copy(update=known), torch.zeros(0, dtype=torch.int64), 1)
+    return int(rows.draw(logits.cpu()[None])[0])
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Every bit of the result depends on every bit of `x`, one to one. int64, whose products wrap around."""
+    x = (x ^ _shifted(x, 30)) * _as_int64(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _as_int64(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, as if `x` had no sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _as_int64(value: int) -> int:
+    """The int64 with the same lowest 64 bits."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 
+from bytelatent.config import from_command_line
 from bytelatent.errors import UserError
-from bytelatent.train import settings_from
-from bytelatent.training import train
+from bytelatent.train import USAGE
+from bytelatent.training import TrainSettings, train
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, command, finished, settings, write_text
 
 
 def refused(arguments: list[str]) -> str:
     with pytest.raises(UserError) as caught:
-        settings_from(arguments)
+        from_command_line(TrainSettings, arguments, USAGE)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     return message
@@ -55,7 +56,7 @@ def test_settings_that_will_not_do(arguments: list[str], message: str) -> None:
 def test_later_settings_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: demo-byte-lm\nsteps: 3\ndata: {train: x}\noptimizer: {lr: 1.0, clip: 2.0}\n")
-    read = settings_from([f"config={path}", "optimizer.lr=1e-3", "steps=7"])
+    read = from_command_line(TrainSettings, [f"config={path}", "optimizer.lr=1e-3", "steps=7"], USAGE)
     assert (read.steps, read.optimizer.lr, read.optimizer.clip) == (7, 1e-3, 2.0)
 
 
@@ -63,7 +64,7 @@ def test_the_shipped_configurations_are_read() -> None:
     configs = sorted((Path(__file__).parents[2] / "apps" / "bytelatent" / "configs").glob("*.yaml"))
     assert len(configs) >= 8
     for config in configs:
-        assert settings_from([f"config={config}"]).data.train
+        assert from_command_line(TrainSettings, [f"config={config}"], USAGE).data.train
 
 
 @pytest.mark.parametrize("where", ["train", "valid"])
@@ -125,4 +126,4 @@ def test_what_is_written_reads_back(tmp_path: Path, text: Path) -> None:
     read = settings(byte_lm_run(tmp_path / "run", text, data={"valid": str(tmp_path / "valid.jsonl")}))
     path = tmp_path / "settings.yaml"
     path.write_text(read.to_yaml())
-    assert settings_from([f"config={path}"]) == read
+    assert from_command_line(TrainSettings, [f"config={path}"], USAGE) == read

@@ -1,0 +1,270 @@
+"""Continuous batching: sequences join and leave a fixed number of rows, each as if it were alone.
+
+`Rows` holds what is on the device and draws one id a row at a time; `Engine` says which sequence is in which row, and
+turns ids into bytes, stops and ends.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from bytelatent.errors import UserError
+from bytelatent.inference.decode import Decoder
+from bytelatent.inference.sampling import Sampling, SamplingRows
+from bytelatent.inference.state import DecodeState
+from bytelatent.inference.stopping import StopWatch
+from bytelatent.inference.utf8 import CharacterStream
+from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, to_bytes
+
+# Shapes: B rows, V vocabulary
+
+PREFILL_IDS = 65_536  # prompt ids read at once
+Reason = Literal["end of text", "length", "stop", "cancelled"]
+
+
+@dataclass(eq=False)
+class Continuation:
+    """A sequence on its way.
+
+    Attributes:
+        ids: what was drawn, a stop text and EOS included.
+        log_probabilities: the model's own, of each of `ids`, in nats.
+        ended: why nothing more will come; None as long as more may.
+    """
+
+    prompt: Tensor
+    sampling: Sampling
+    max_new_bytes: int
+    ids: list[int] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
+    ended: Reason | None = None
+    _watch: StopWatch | None = None
+    _stop_begins: int | None = None
+    _told: int = 0
+    _characters: CharacterStream = field(default_factory=CharacterStream)
+
+    @property
+    def data(self) -> bytes:
+        """The bytes so far, without a stop text."""
+        return decode(self.ids)[: self._stop_begins]
+
+    @property
+    def text(self) -> str:
+        """`data` as text; bytes that are no UTF-8 show as U+FFFD."""
+        return self.data.decode("utf-8", errors="replace")
+
+    def new_bytes(self) -> bytes:
+        """What came since the last call, but for bytes that may turn out to begin a stop text."""
+        data = self.data
+        held_back = self._watch.held_back() if self._watch is not None and self.ended is None else 0
+        until = max(len(data) - held_back, self._told)
+        new, self._told = data[self._told : until], until
+        return new
+
+    def new_text(self) -> str:
+        """The same in whole characters."""
+        return self._characters.feed(self.new_bytes()) + (self._characters.finish() if self.ended else "")
+
+    def take(self, drawn: int, log_probability: float) -> None:
+        """Note a drawn id, and whether it is the last."""
+        self.ids.append(drawn)
+        self.log_probabilities.append(log_probability)
+        if drawn == EOS:
+            self.ended = "end of text"
+            return
+        if self._watch is not None:
+            self._stop_begins = self._watch.feed(drawn - OFFSET)
+        if self._stop_begins is not None:
+            self.ended = "stop"
+        elif len(self.ids) >= self.max_new_bytes:
+            self.ended = "length"
+
+
+class RowsOnDevice(Protocol):
+    """Rows that draw and read ids, one each at a time."""
+
+    def admit(self, row: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
+        """Put a sequence into a row: row `source` of a state, and the logits [V] of what comes next."""
+        ...
+
+    def release(self, row: int) -> None:
+        """Let a row's sequence go."""
+        ...
+
+    def advance(self) -> None:
+        """Draw and read one id in each row."""
+        ...
+
+    def drawn(self) -> list["Drawn"]:
+        """What has become known since the last call, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An id that was drawn for a sequence, and its log-probability."""
+
+    which: Continuation
+    id: int
+    log_probability: float
+
+
+class Rows:
+    """Rows in plain PyTorch: every step is known at once."""
+
+    def __init__(self, decoder: Decoder, num_rows: int):
+        self.decoder = decoder
+        self.state = decoder.empty(num_rows)
+        self.sampling = SamplingRows.empty(num_rows, decoder.device)
+        self.logits_BV = torch.zeros(num_rows, VOCAB_SIZE, device=decoder.device)
+        self._in_row: list[Continuation | None] = [None] * num_rows
+        self._known: list[Drawn] = []
+
+    def admit(self, row: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
+        self.state.put(row, state, source)
+        self.sampling.put(row, which.sampling, which.prompt, which.max_new_bytes)
+        self.logits_BV[row] = logits
+        self._in_row[row] = which
+
+    def release(self, row: int) -> None:
+        self._in_row[row] = None
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        active = torch.tensor([which is not None for which in self._in_row], device=self.decoder.device)
+        ids, log_probabilities = self.sampling.draw(self.logits_BV)
+        self.sampling.read(ids, active)
+        new = zip(self._in_row, ids.tolist(), log_probabilities.tolist(), self.sampling.remaining.tolist(), strict=True)
+        goes_on = []
+        for row, (which, drawn, log_probability, remaining) in enumerate(new):
+            if which is not None:
+                self._known.append(Drawn(which, drawn, log_probability))
+                if drawn != EOS and remaining > 0:
+                    goes_on.append(row)
+        if goes_on:
+            which = torch.tensor(goes_on, device=self.decoder.device)
+            self.logits_BV[which] = self.decoder.extend(self.state, which, ids[which])
+
+    def drawn(self) -> list[Drawn]:
+        known, self._known = self._known, []
+        return known
+
+
+class Engine:
+    """Sequences in rows.
+
+    Args:
+        decoder: reads prompts.
+        rows: draw and read the bytes that follow.
+        num_rows: how many sequences are on their way at once; others wait.
+    """
+
+    def __init__(self, decoder: Decoder, rows: RowsOnDevice, num_rows: int):
+        self.decoder = decoder
+        self.rows = rows
+        self._in_row: list[Continuation | None] = [None] * num_rows
+        self._waiting: deque[list[Continuation]] = deque()  # those of one prompt together
+
+    @classmethod
+    def plain(cls, decoder: Decoder, num_rows: int) -> "Engine":
+        """One in plain PyTorch."""
+        return cls(decoder, Rows(decoder, num_rows), num_rows)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not any(self._in_row)
+
+    def submit(self, prompt: Tensor, sampling: Sampling, max_new_bytes: int, samples: int = 1) -> list[Continuation]:
+        """Ask for continuations of a prompt; several share the reading of it, with seeds that follow one another.
+
+        Args:
+            prompt: [N] ids, BOS first.
+            max_new_bytes: where each ends, unless the model ends the text before.
+
+        Raises:
+            UserError: the prompt is empty, or no byte is asked for.
+        """
+        if len(prompt) == 0:
+            raise UserError("prompt: it holds no ids; a document begins with BOS")
+        if max_new_bytes < 1:
+            raise UserError(f"max_new_bytes: {max_new_bytes} is none; at least 1")
+        stops = [to_bytes(stop) for stop in sampling.stop]
+        asked = [
+            Continuation(
+                prompt,
+                sampling.model_copy(update={"seed": sampling.seed + number}),
+                max_new_bytes,
+                _watch=StopWatch(stops) if stops else None,
+            )
+            for number in range(samples)
+        ]
+        self._waiting.append(list(asked))
+        return asked
+
+    def cancel(self, which: Continuation) -> None:
+        """End a sequence where it is."""
+        if which.ended is None:
+            which.ended = "cancelled"
+        for waiting in self._waiting:
+            if which in waiting:
+                waiting.remove(which)
+        self._waiting = deque(waiting for waiting in self._waiting if waiting)
+        self._let_go_of_ended()
+
+    def advance(self) -> list[Continuation]:
+        """Let waiting sequences join and every row go on by a byte; the sequences that have come further."""
+        self._join()
+        if any(self._in_row):
+            self.rows.advance()
+        further: dict[int, Continuation] = {}
+        for drawn in self.rows.drawn():
+            if drawn.which.ended is None:
+                drawn.which.take(drawn.id, drawn.log_probability)
+                further[id(drawn.which)] = drawn.which
+        self._let_go_of_ended()
+        return list(further.values())
+
+    def run(self) -> None:
+        """Go on until every sequence has ended."""
+        while not self.is_idle:
+            self.advance()
+
+    def _join(self) -> None:
+        """Read the prompts of those who wait, as many as there are rows for."""
+        free = [row for row, which in enumerate(self._in_row) if which is None]
+        while free and self._waiting:
+            group: list[list[Continuation]] = []
+            num_ids = room = 0
+            while self._waiting and room < len(free):
+                size = len(self._waiting[0][0].prompt)
+                if group and num_ids + size > PREFILL_IDS:
+                    break
+                now = self._waiting.popleft()
+                if room + len(now) > len(free):
+                    cut = len(free) - room
+                    self._waiting.appendleft(now[cut:])
+                    now = now[:cut]
+                group.append(now)
+                num_ids += size
+                room += len(now)
+            self._read(group, [free.pop(0) for _ in range(room)])
+
+    def _read(self, group: Sequence[list[Continuation]], free: list[int]) -> None:
+        prompts = [waiting[0].prompt for waiting in group]
+        state, logits = self.decoder.prefill(prompts)
+        last = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
+        for source, waiting in enumerate(group):
+            for which in waiting:
+                row = free.pop(0)
+                self._in_row[row] = which
+                self.rows.admit(row, state, source, logits[last[source]], which)
+
+    def _let_go_of_ended(self) -> None:
+        for row, which in enumerate(self._in_row):
+            if which is not None and which.ended is not None:
+                self.rows.release(row)
+                self._in_row[row] = None

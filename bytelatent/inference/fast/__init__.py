@@ -1,0 +1,10 @@
+"""Decoding at the speed of the card: one byte of every row a step, in fixed shapes, without a word from the host.
+
+`weights` packs a model's matrices as the kernels read them, `step` is the step, `rows` captures it in a CUDA graph and
+replays it, reading what was drawn in the background.
+"""
+
+from bytelatent.inference.fast.rows import FastRows
+from bytelatent.inference.fast.weights import supports
+
+__all__ = ["FastRows", "supports"]

@@ -1,0 +1,159 @@
+"""Rows whose step is replayed from a CUDA graph, ahead of what the host has read of it."""
+
+from collections import deque
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bytelatent.inference.decode import Decoder
+from bytelatent.inference.engine import Continuation, Drawn
+from bytelatent.inference.fast.step import FastStep, Room
+from bytelatent.inference.state import DecodeState
+from bytelatent.kernels.overlap import overlapped
+from bytelatent.model import BLTModel
+
+AHEAD = 8  # steps on their way that the host has not read
+
+
+class FastRows:
+    """Rows in fixed shapes: on CUDA captured in a graph and replayed, elsewhere run as they are.
+
+    Args:
+        every: the global transformer runs in one step of so many; rows whose patch is closed wait for it. With many
+            rows some close a patch in each step, and its matrices would be read each time.
+        places: rows that it runs for at most; all of them if left out.
+    """
+
+    def __init__(self, decoder: Decoder, num_rows: int, every: int = 1, places: int | None = None):
+        self.decoder = decoder
+        self.every = every
+        self._room = Room()
+        self._bounds = [Room(0, 0, 0) for _ in range(num_rows)]
+        self._in_row: list[Continuation | None] = [None] * num_rows
+        self._step = FastStep(decoder, num_rows, places or num_rows)
+        self._graphs: dict[bool, Any] = {}
+        self._turn = 0
+        self._on_the_way: deque[tuple[list[Continuation | None], Tensor, Tensor, Any]] = deque()
+        self._known: list[Drawn] = []
+
+    def admit(self, row: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
+        position = int(state.position[source])
+        num_patches, open_bytes = self._patches_of(state, source)
+        self._bounds[row] = Room(position, num_patches, open_bytes)
+        self._make_room()
+        step = self._step
+        step.state.put(row, state, source)
+        step.sampling.put(row, which.sampling, which.prompt, which.max_new_bytes)
+        step.logits_BV[row] = logits
+        step.is_active[row], step.is_waiting[row] = True, False
+        self._in_row[row] = which
+
+    def release(self, row: int) -> None:
+        self._in_row[row] = None
+        self._bounds[row] = Room(0, 0, 0)
+        self._step.is_active[row] = False
+        self._step.is_waiting[row] = False
+
+    def advance(self) -> None:
+        for row, which in enumerate(self._in_row):
+            if which is not None:
+                self._bounds[row] = self._bounds[row].one_more()
+        self._make_room()
+        closes = self._turn % self.every == self.every - 1
+        self._turn += 1
+        if self.decoder.device.type == "cuda":
+            self._replay(closes)
+        else:
+            self._step(closes)
+        self._read_back()
+        while len(self._on_the_way) >= AHEAD:
+            self._take(wait=True)
+
+    def drawn(self) -> list[Drawn]:
+        while self._on_the_way and self._take(wait=False):
+            pass
+        known, self._known = self._known, []
+        return known
+
+    def _read_back(self) -> None:
+        """Let what was drawn be copied to the host, in the background."""
+        step, in_row = self._step, list(self._in_row)
+        if self.decoder.device.type != "cuda":
+            self._on_the_way.append((in_row, step.drawn.clone(), step.log_probability.clone(), None))
+            return
+        ids = torch.empty(step.drawn.shape, dtype=step.drawn.dtype, pin_memory=True)
+        log_probabilities = torch.empty(step.log_probability.shape, pin_memory=True)
+        ids.copy_(step.drawn, non_blocking=True)
+        log_probabilities.copy_(step.log_probability, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._on_the_way.append((in_row, ids, log_probabilities, event))
+
+    def _take(self, wait: bool) -> bool:
+        """Note what the oldest step drew, if it is known."""
+        in_row, ids, log_probabilities, event = self._on_the_way[0]
+        if event is not None:
+            if not wait and not event.query():
+                return False
+            event.synchronize()
+        self._on_the_way.popleft()
+        for which, drawn, log_probability in zip(in_row, ids.tolist(), log_probabilities.tolist(), strict=True):
+            if which is not None and drawn >= 0:
+                self._known.append(Drawn(which, drawn, log_probability))
+        return True
+
+    def _replay(self, closes: bool) -> None:
+        if closes not in self._graphs:
+            self._graphs[closes] = self._captured(closes)
+        self._graphs[closes].replay()
+
+    def _captured(self, closes: bool) -> Any:
+        """The step as a graph. Kernels are compiled by a run before, in which every row rests."""
+        step = self._step
+        kept = step.is_active.clone(), step.is_waiting.clone(), step.logits_BV.clone()
+        step.is_active.zero_()
+        step.is_waiting.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream), overlapped():
+            step(closes)
+            stream.synchronize()
+            with torch.cuda.graph(graph, stream=stream):
+                step(closes)
+        torch.cuda.current_stream().wait_stream(stream)
+        step.is_active.copy_(kept[0])
+        step.is_waiting.copy_(kept[1])
+        step.logits_BV.copy_(kept[2])
+        return graph
+
+    def _make_room(self) -> None:
+        """See that no row outgrows its tables. The host's count is the highest it could be, so first it looks."""
+        if self._most().fits(self._room):
+            return
+        self._look()
+        most = self._most()
+        if not most.fits(self._room):
+            self._room = self._room.doubled_for(most)
+            self._step.make_room(self._room)
+            self._graphs = {}  # they know the tables by their addresses
+
+    def _most(self) -> Room:
+        return Room(*(max(counts) for counts in zip(*map(astuple, self._bounds), strict=True)))
+
+    def _look(self) -> None:
+        """Replace the host's counts by the true ones."""
+        state = self._step.state
+        true = zip(state.position.tolist(), state.num_patches.tolist(), state.open_count.tolist(), strict=True)
+        for row, counts in enumerate(true):
+            if self._in_row[row] is not None:
+                self._bounds[row] = Room(*counts).one_more()
+
+    def _patches_of(self, state: DecodeState, source: int) -> tuple[int, int]:
+        if not isinstance(self.decoder.model, BLTModel):
+            return 0, 0
+        here, position = torch.tensor([source], device=state.position.device), state.position[source : source + 1]
+        begin = state.last(state.history.patch_start, here, position)
+        return int(state.last(state.history.num_patches, here, position)), int(position - begin)

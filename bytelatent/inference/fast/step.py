@@ -1,0 +1,427 @@
+"""One byte of every row: drawn, read, and the next one's logits. Shapes are fixed and nothing asks the host.
+
+A row is at rest (no sequence), reads (draws a byte and reads it), or waits: its patch is closed, but the global
+transformer has not run for it yet. A step runs it for at most `places` of the rows that want it, or for none, so rows
+may wait a step or two; they are what they are without the waiting.
+"""
+
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bytelatent.inference.decode import Decoder
+from bytelatent.inference.fast.weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
+from bytelatent.inference.sampling import SamplingRows
+from bytelatent.inference.state import BLOCK, SLACK, DecodeState, KeyValues
+from bytelatent.kernels import decode_attention, decode_patches, hash_embed, skinny_linear
+from bytelatent.model import BLTModel, ByteLM, entropies
+from bytelatent.model.ngram_hash import PRIMES
+from bytelatent.patching import PatchState, step
+from bytelatent.vocab import EOS, VOCAB_SIZE
+
+# Shapes: B rows, C places for rows that close a patch, D local width, G global width, L bytes an open patch may have,
+# X and Y encoder's and decoder's cross-attentions, K keys a patch, H heads, E head size, V vocabulary
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is room for in a row."""
+
+    positions: int = BLOCK
+    patches: int = BLOCK
+    open_bytes: int = BLOCK
+
+    def one_more(self) -> "Room":
+        return Room(*(count + 1 for count in astuple(self)))
+
+    def fits(self, other: "Room") -> bool:
+        return all(mine < theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+
+    def doubled_for(self, most: "Room") -> "Room":
+        """Twice as much of what `most` does not fit in."""
+        pairs = zip(astuple(self), astuple(most), strict=True)
+        return Room(*(mine if wanted < mine else -(-2 * wanted // BLOCK) * BLOCK for mine, wanted in pairs))
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operations of a step: Triton kernels, or what they must equal in plain PyTorch."""
+
+    linear: Any
+    gated: Any
+    attend: Any
+    read_patch: Any
+    gather_bytes: Any
+    keep_byte: Any
+    hash_embed: Any
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Kernels":
+        if device.type == "cuda":
+            return cls(
+                skinny_linear.skinny_linear,
+                skinny_linear.skinny_gated,
+                decode_attention.decode_attention,
+                decode_patches.read_patch,
+                decode_patches.gather_bytes,
+                decode_patches.keep_byte,
+                hash_embed.hash_embed,
+            )
+        return cls(
+            skinny_linear.plain_skinny_linear,
+            skinny_linear.plain_skinny_gated,
+            decode_attention.plain_decode_attention,
+            decode_patches.plain_read_patch,
+            decode_patches.plain_gather_bytes,
+            decode_patches.plain_keep_byte,
+            hash_embed.plain_hash_embed,
+        )
+
+
+@dataclass
+class FastState:
+    """What the rows remember: as `DecodeState`, but only what is newest, since nothing is taken back."""
+
+    position: Tensor  # [B] ids read
+    tail: Tensor  # [B, W] the newest ids, the last one last
+    previous_entropy: Tensor  # [B] nats
+    since_start: Tensor  # [B]
+    byte_lm: KeyValues | None
+    encoder: KeyValues | None
+    decoder: KeyValues | None
+    patches: KeyValues | None
+    num_patches: Tensor  # [B] closed
+    open_count: Tensor  # [B] bytes of the open patch
+    open_k: Tensor | None  # [X, B, L, H, E]
+    open_v: Tensor | None
+    open_max: Tensor | None  # [B, D]
+    patch_k: Tensor | None  # [Y, B+1, K, H, E] of the patch that each row reads; the last row is nobody's
+    patch_v: Tensor | None
+    encoded: Tensor | None  # [B, D] the encoder's state of the newest byte
+
+    @classmethod
+    def empty(cls, decoder: Decoder, num_rows: int, open_bytes: int = BLOCK) -> "FastState":
+        plain = decoder.empty(num_rows)
+        zeros = torch.zeros(num_rows, dtype=torch.long, device=decoder.device)
+        open_k = open_v = open_max = patch_k = patch_v = encoded = None
+        if isinstance(decoder.model, BLTModel):
+            assert plain.open_bytes is not None
+            assert plain.patch_keys is not None
+            layers, _, _, heads, size = plain.open_bytes.k.shape
+            open_k, open_v = (plain.open_bytes.k.new_zeros(layers, num_rows, open_bytes, heads, size) for _ in "kv")
+            open_max, encoded = (plain.open_bytes.h.new_zeros(num_rows, plain.open_bytes.h.shape[2]) for _ in "mx")
+            layers, _, _, keys, heads, size = plain.patch_keys.k.shape
+            patch_k, patch_v = (plain.patch_keys.k.new_zeros(layers, num_rows + 1, keys, heads, size) for _ in "kv")
+        return cls(
+            zeros.clone(),
+            zeros[:, None].repeat(1, decoder.tail),
+            zeros.float(),
+            zeros.clone(),
+            plain.byte_lm,
+            plain.encoder,
+            plain.decoder,
+            plain.patches,
+            zeros.clone(),
+            zeros.clone(),
+            open_k,
+            open_v,
+            open_max,
+            patch_k,
+            patch_v,
+            encoded,
+        )
+
+    def make_room(self, room: Room) -> None:
+        for cache in (self.byte_lm, self.encoder, self.decoder):
+            if cache is not None:
+                cache.make_room(room.positions)
+        if self.patches is not None:
+            self.patches.make_room(room.patches)
+        if self.open_k is not None and self.open_v is not None:
+            more = (0, 0, 0, 0, 0, room.open_bytes - self.open_k.shape[2])
+            self.open_k, self.open_v = F.pad(self.open_k, more), F.pad(self.open_v, more)
+
+    def put(self, row: int, other: DecodeState, source: int) -> None:
+        """Take over a row of another state; tables must have room for it."""
+        at = int(other.position[source])
+        here, position = torch.tensor([source], device=self.position.device), other.position[source : source + 1]
+        history = other.history
+        back = torch.arange(-self.tail.shape[1], 0, device=self.position.device)
+        self.position[row] = at
+        self.tail[row] = history.ids[source, (at + back) % history.ids.shape[1]]
+        self.previous_entropy[row] = other.last(history.entropies, here, position)[0]
+        self.since_start[row] = other.last(history.since_start, here, position)[0]
+        for mine, theirs in (
+            (self.byte_lm, other.byte_lm),
+            (self.encoder, other.encoder),
+            (self.decoder, other.decoder),
+            (self.patches, other.patches),
+        ):
+            if mine is not None and theirs is not None:
+                size = min(mine.size, theirs.size)
+                mine.k[:, row, :size], mine.v[:, row, :size] = theirs.k[:, source, :size], theirs.v[:, source, :size]
+        if other.open_bytes is None or other.patch_keys is None:
+            return
+        assert self.open_k is not None
+        assert self.open_v is not None
+        assert self.open_max is not None
+        assert self.patch_k is not None
+        assert self.patch_v is not None
+        num_patches = int(other.last(history.num_patches, here, position))
+        begin = int(other.last(history.patch_start, here, position))
+        self.num_patches[row], self.open_count[row] = num_patches, at - begin
+        ring, slot = other.open_bytes, torch.arange(begin, at, device=self.position.device) % other.open_bytes.size
+        if at > begin:
+            self.open_k[:, row, : at - begin], self.open_v[:, row, : at - begin] = (
+                ring.k[:, source, slot],
+                ring.v[:, source, slot],
+            )
+            self.open_max[row] = ring.h[source, slot].amax(0)
+        newest = (num_patches - 1) % SLACK
+        self.patch_k[:, row], self.patch_v[:, row] = (
+            other.patch_keys.k[:, source, newest],
+            other.patch_keys.v[:, source, newest],
+        )
+
+
+class FastStep:
+    """The step, over its own state. See `make_room`.
+
+    Args:
+        places: rows for which a step runs the global transformer at most.
+    """
+
+    def __init__(self, decoder: Decoder, num_rows: int, places: int):
+        self.decoder = decoder
+        self.kernels = Kernels.of(decoder.device)
+        self.places = min(places, num_rows)
+        self.state = FastState.empty(decoder, num_rows)
+        self.sampling = SamplingRows.empty(num_rows, decoder.device)
+        zeros = torch.zeros(num_rows, dtype=torch.long, device=decoder.device)
+        self.is_active, self.is_waiting = zeros.bool(), zeros.bool()
+        self.logits_BV = torch.zeros(num_rows, VOCAB_SIZE, device=decoder.device)
+        self.drawn, self.log_probability = zeros.clone(), zeros.float()  # -1: the row drew nothing
+        self.row = torch.arange(num_rows, device=decoder.device)
+        model, byte_lm = decoder.model, decoder.byte_lm
+        lm = model if isinstance(model, ByteLM) else byte_lm
+        self.byte_lm = ByteLMWeights.of(lm) if lm is not None else None
+        self.blt = BLTWeights.of(model) if isinstance(model, BLTModel) else None
+        self.powers = None
+        if self.blt is not None and self.blt.settings.ngram_hash is not None:
+            ngrams = self.blt.settings.ngram_hash
+            self.powers = hash_embed.ngram_powers(PRIMES[: ngrams.num_functions], ngrams.sizes, decoder.device)
+
+    def make_room(self, room: Room) -> None:
+        """Larger tables; the rows go on as they are. No row may come to as much as there is room for."""
+        self.state.make_room(room)
+        stacks = [self.byte_lm.stack] if self.byte_lm is not None else []
+        if self.blt is not None:
+            stacks += [self.blt.encoder, self.blt.middle, self.blt.decoder]
+        for stack in stacks:
+            stack.make_room(max(room.positions, room.patches))
+
+    @torch.no_grad()
+    def __call__(self, closes: bool = True) -> None:
+        """One step.
+
+        Args:
+            closes: whether the global transformer may run in it.
+        """
+        ids, reads = self._draw()
+        row = torch.where(reads, self.row, -1)
+        state = self.state
+        position = state.position.clone()
+        found = None
+        if self.byte_lm is not None:
+            assert state.byte_lm is not None
+            x_BD = F.embedding(ids, self.byte_lm.embedding)
+            x_BD = self._stack(self.byte_lm.stack, x_BD, state.byte_lm, position, row)
+            lm_logits = self._logits(x_BD, self.byte_lm.output, self.byte_lm.stack.settings.norm_eps)
+            if self.blt is None:
+                self.logits_BV.copy_(lm_logits)
+                state.position.add_(reads)
+                return
+            found = entropies(lm_logits)
+        starts = self._decide(ids, found, position, reads)
+        assert self.blt is not None
+        self._encode(ids, position, row, reads)
+        wants = (starts & reads) | self.is_waiting
+        goes_on = reads & ~wants
+        if closes:
+            goes_on |= self._close(wants)
+        self.is_waiting.copy_(wants & ~goes_on)
+        self._decode(state.position - 1, torch.where(goes_on, self.row, -1))
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """An id for each row, and which rows read it."""
+        draws = self.is_active & ~self.is_waiting
+        ids, log_probability = self.sampling.draw(self.logits_BV)
+        self.sampling.read(ids, draws)
+        self.drawn.copy_(torch.where(draws, ids, -1))
+        self.log_probability.copy_(log_probability)
+        ends = draws & ((ids == EOS) | (self.sampling.remaining <= 0))
+        self.is_active.logical_and_(~ends)
+        return ids, draws & ~ends
+
+    def _decide(self, ids: Tensor, found: Tensor | None, position: Tensor, reads: Tensor) -> Tensor:
+        """Whether the id to come starts a patch, in each row."""
+        state, patching = self.state, self.decoder.patching
+        assert patching is not None
+        before = PatchState(position, state.tail[:, -1], state.previous_entropy, state.since_start)
+        after, starts = step(before, ids, found, patching)
+        state.tail.copy_(torch.where(reads[:, None], torch.cat([state.tail[:, 1:], ids[:, None]], dim=1), state.tail))
+        state.previous_entropy.copy_(torch.where(reads, after.previous_entropy, state.previous_entropy))
+        state.since_start.copy_(torch.where(reads, after.since_start, state.since_start))
+        state.position.add_(reads)
+        return starts
+
+    def _encode(self, ids: Tensor, position: Tensor, row: Tensor, reads: Tensor) -> None:
+        state, kernels, weights = self.state, self.kernels, self.blt
+        assert weights is not None
+        assert state.encoder is not None
+        assert state.encoded is not None
+        assert state.open_k is not None
+        assert state.open_v is not None
+        model: Any = self.decoder.model
+        if self.powers is None:
+            x_BD = F.embedding(ids, model.encoder.embedding.weight)
+        else:
+            tables = model.encoder.ngram_hash.tables.weight
+            x_BD = kernels.hash_embed(state.tail, position, self.powers, tables, model.encoder.embedding.weight)
+        count = torch.where(reads, state.open_count, -1)
+        first = len(weights.encoder.blocks) - len(weights.encoder_cross)
+        for layer, block in enumerate(weights.encoder.blocks):
+            x_BD = self._block(weights.encoder, block, x_BD, state.encoder, layer, position, row)
+            if layer >= first:
+                place = layer - first
+                kv = kernels.linear(x_BD, weights.encoder_cross[place].key_value, eps=self._eps(weights.encoder))
+                pooled = {"h_BD": x_BD, "pooled_BD": state.open_max} if place == 0 else {}
+                size = state.open_k.shape[-1]
+                kernels.keep_byte(
+                    kv.unflatten(1, (-1, size)), state.open_k[place], state.open_v[place], count, **pooled
+                )
+        state.open_count.add_(reads)
+        state.encoded.copy_(torch.where(reads[:, None], x_BD, state.encoded))
+
+    def _close(self, wants: Tensor) -> Tensor:
+        """Run the global transformer for some of the rows that want it; which ones."""
+        state, kernels, weights = self.state, self.kernels, self.blt
+        assert weights is not None
+        assert state.patches is not None
+        assert state.open_k is not None
+        assert state.open_v is not None
+        assert state.open_max is not None
+        assert state.patch_k is not None
+        assert state.patch_v is not None
+        if self.places == len(self.row):
+            row = torch.where(wants, self.row, -1)
+        else:  # those who have waited go first
+            order = torch.argsort(wants.int() + (wants & self.is_waiting).int(), descending=True, stable=True)
+            order = order[: self.places]
+            row = torch.where(wants[order], order, -1)
+        run = (row >= 0).any().int()
+        here = row.clamp(min=0)
+        dim, k = weights.encoder.settings.dim, weights.settings.cross_attention.k
+        q_CD = kernels.linear(state.open_max[here], weights.pooled_to_queries, run=run)
+        q_QD = q_CD.view(-1, dim)  # Q = C*K
+        heads, size = state.open_k.shape[-2:]
+        for layer, cross in enumerate(weights.encoder_cross):
+            q = kernels.linear(q_QD, cross.query, eps=self._eps(weights.encoder), run=run)
+            found = kernels.gather_bytes(
+                q.view(-1, k, heads, size),
+                state.open_k[layer],
+                state.open_v[layer],
+                state.open_count,
+                row_C=row,
+                run=run,
+            )
+            q_QD = kernels.linear(found.view(-1, dim), cross.output, residual_MN=q_QD, residual_scale=2.0, run=run)
+        x_CG = q_QD.view(-1, k * dim)
+        if weights.projection is not None:
+            x_CG = kernels.linear(x_CG, weights.projection, run=run)
+        number = state.num_patches[here]
+        x_CG = self._stack(weights.middle, x_CG, state.patches, number, row, run)
+        keys = kernels.linear(x_CG, weights.patch_to_keys, run=run).view(-1, dim)
+        kv = kernels.linear(keys, weights.patch_key_values, eps=self._eps(weights.decoder), run=run)
+        kv_CKYHE = kv.view(self.places, k, -1, 2, heads, size)
+        nobody = torch.where(row >= 0, row, len(self.row))
+        state.patch_k[:, nobody] = kv_CKYHE[:, :, :, 0].permute(2, 0, 1, 3, 4)
+        state.patch_v[:, nobody] = kv_CKYHE[:, :, :, 1].permute(2, 0, 1, 3, 4)
+        served = torch.zeros(len(self.row) + 1, dtype=torch.bool, device=row.device).index_fill(0, nobody, True)[:-1]
+        state.num_patches.add_(served)
+        state.open_count.mul_(~served)
+        return served
+
+    def _decode(self, position: Tensor, row: Tensor) -> None:
+        """The logits of what comes next in these rows."""
+        state, kernels, weights = self.state, self.kernels, self.blt
+        assert weights is not None
+        assert state.decoder is not None
+        assert state.encoded is not None
+        assert state.patch_k is not None
+        assert state.patch_v is not None
+        x_BD = state.encoded.clone()
+        reads_patch = state.num_patches > 0
+        heads, size = state.patch_k.shape[-2:]
+        for layer, block in enumerate(weights.decoder.blocks):
+            if layer < len(weights.decoder_cross):
+                cross = weights.decoder_cross[layer]
+                q = kernels.linear(x_BD, cross.query, eps=self._eps(weights.decoder))
+                found = kernels.read_patch(
+                    q.view(-1, heads, size), state.patch_k[layer], state.patch_v[layer], reads_patch, row_B=row
+                )
+                x_BD = kernels.linear(found.flatten(1), cross.output, residual_MN=x_BD, residual_scale=2.0, out=x_BD)
+            x_BD = self._block(weights.decoder, block, x_BD, state.decoder, layer, position, row)
+        new = self._logits(x_BD, weights.output, self._eps(weights.decoder))
+        self.logits_BV.copy_(torch.where((row >= 0)[:, None], new, self.logits_BV))
+
+    def _stack(
+        self,
+        stack: StackWeights,
+        x_MD: Tensor,
+        cache: KeyValues,
+        position: Tensor,
+        row: Tensor,
+        run: Tensor | None = None,
+    ) -> Tensor:
+        for layer, block in enumerate(stack.blocks):
+            x_MD = self._block(stack, block, x_MD, cache, layer, position, row, run)
+        return x_MD
+
+    def _block(
+        self,
+        stack: StackWeights,
+        weights: BlockWeights,
+        x_MD: Tensor,
+        cache: KeyValues,
+        layer: int,
+        position: Tensor,
+        row: Tensor,
+        run: Tensor | None = None,
+    ) -> Tensor:
+        settings, kernels, eps = stack.settings, self.kernels, self._eps(stack)
+        qkv = kernels.linear(x_MD, weights.qkv, eps=eps, run=run)
+        found = kernels.attend(
+            qkv,
+            cache.k[layer],
+            cache.v[layer],
+            position,
+            stack.rotary,
+            heads=settings.num_heads,
+            window=cache.window,
+            row_B=row,
+            run=run,
+        )
+        x_MD = kernels.linear(found, weights.output, residual_MN=x_MD, run=run)
+        hidden = kernels.gated(x_MD, weights.gate_up, eps=eps, run=run)
+        return kernels.linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=run)
+
+    def _logits(self, x_BD: Tensor, output: Tensor, eps: float) -> Tensor:
+        out = torch.empty(x_BD.shape[0], VOCAB_SIZE, device=x_BD.device)
+        return self.kernels.linear(x_BD, output, eps=eps, out=out)
+
+    def _eps(self, stack: StackWeights) -> float:
+        return stack.settings.norm_eps

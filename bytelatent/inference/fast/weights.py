@@ -1,0 +1,137 @@
+"""A model's matrices as the kernels of a decoding step read them: joined, and with the norms before them folded in."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bytelatent.inference.state import BLOCK
+from bytelatent.kernels.decode_attention import rotary_table
+from bytelatent.kernels.skinny_linear import fold_norm, fold_norm_gated
+from bytelatent.model import BLTModel, BLTSettings, ByteLM
+from bytelatent.model.settings import StackSettings
+
+# Shapes: D width, H heads, J key/value heads, E head size, F feed-forward width, K keys a patch
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    qkv: Tensor  # [(H+2J)*E, D] with the norm
+    output: Tensor  # [D, H*E]
+    gate_up: Tensor  # [2F, D] row by row in turn, with the norm
+    down: Tensor  # [D, F]
+
+    @classmethod
+    def of(cls, block: Any) -> "BlockWeights":
+        attention, feed_forward = block.attention, block.feed_forward
+        qkv = torch.cat([part.weight.detach() for part in (attention.query, attention.key, attention.value)])
+        return cls(
+            fold_norm(qkv, block.attention_norm.weight.detach()),
+            attention.output.weight.detach(),
+            fold_norm_gated(
+                feed_forward.gate.weight.detach(),
+                feed_forward.up.weight.detach(),
+                block.feed_forward_norm.weight.detach(),
+            ),
+            feed_forward.down.weight.detach(),
+        )
+
+
+@dataclass
+class StackWeights:
+    settings: StackSettings
+    blocks: list[BlockWeights]
+    rotary: Tensor  # [positions, E/2, 2]
+
+    @classmethod
+    def of(cls, stack: Any) -> "StackWeights":
+        blocks = [BlockWeights.of(block) for block in stack.blocks]
+        made = cls(stack.settings, blocks, blocks[0].output.new_zeros(0))
+        made.make_room(BLOCK)
+        return made
+
+    def make_room(self, positions: int) -> None:
+        """Rotary angles of so many positions."""
+        if positions > len(self.rotary):
+            settings = self.settings
+            self.rotary = rotary_table(positions, settings.head_dim, settings.rope_theta, self.rotary.device)
+
+
+@dataclass(frozen=True)
+class CrossWeights:
+    query: Tensor  # [H*E, D] with the norm
+    key_value: Tensor  # [2*H*E, D] with the norm; grouped heads are repeated
+    output: Tensor  # [D, H*E]
+
+    @classmethod
+    def of(cls, cross: Any) -> "CrossWeights":
+        def repeated(weight: Tensor) -> Tensor:
+            return weight.unflatten(0, (-1, cross.head_dim)).repeat_interleave(cross.group, dim=0).flatten(0, 1)
+
+        both = torch.cat([repeated(cross.key.weight.detach()), repeated(cross.value.weight.detach())])
+        return cls(
+            fold_norm(cross.query.weight.detach(), cross.query_norm.weight.detach()),
+            fold_norm(both, cross.key_value_norm.weight.detach()),
+            cross.output.weight.detach(),
+        )
+
+
+@dataclass(frozen=True)
+class ByteLMWeights:
+    embedding: Tensor  # [V, D]
+    stack: StackWeights
+    output: Tensor  # [V, D] with the norm
+
+    @classmethod
+    def of(cls, model: ByteLM) -> "ByteLMWeights":
+        output = fold_norm(model.output.weight.detach(), model.norm.weight.detach())
+        return cls(model.embedding.weight.detach(), StackWeights.of(model.stack), output)
+
+
+@dataclass(frozen=True)
+class BLTWeights:
+    settings: BLTSettings
+    encoder: StackWeights
+    encoder_cross: list[CrossWeights]
+    pooled_to_queries: Tensor  # [K*D, D]
+    projection: Tensor | None  # [G, K*D]
+    middle: StackWeights
+    patch_to_keys: Tensor  # [K*D, G]
+    patch_key_values: Tensor  # [Y*2*H*E, D] of all the decoder's cross-attentions, each with its norm
+    decoder: StackWeights
+    decoder_cross: list[CrossWeights]
+    output: Tensor  # [V, D] with the norm
+
+    @classmethod
+    def of(cls, model: BLTModel) -> "BLTWeights":
+        encoder, middle, decoder = model.encoder, model.global_transformer, model.decoder
+        decoder_cross = [CrossWeights.of(cross) for cross in decoder.cross_attention]
+        projection: Any = middle.projection
+        return cls(
+            settings=model.settings,
+            encoder=StackWeights.of(encoder.stack),
+            encoder_cross=[CrossWeights.of(cross) for cross in encoder.cross_attention],
+            pooled_to_queries=encoder.pooled_to_queries.weight.detach(),
+            projection=projection.weight.detach() if isinstance(projection, torch.nn.Linear) else None,
+            middle=StackWeights.of(middle.stack),
+            patch_to_keys=decoder.patch_to_keys.weight.detach(),
+            patch_key_values=torch.cat([cross.key_value for cross in decoder_cross]),
+            decoder=StackWeights.of(decoder.stack),
+            decoder_cross=decoder_cross,
+            output=fold_norm(decoder.output.weight.detach(), decoder.norm.weight.detach()),
+        )
+
+
+def supports(model: BLTModel | ByteLM, byte_lm: ByteLM | None) -> bool:
+    """Whether the kernels can decode this model: heads of a power of two, from 16 on."""
+    stacks: list[StackSettings] = [byte_lm.settings] if byte_lm is not None else []
+    sizes = []
+    if isinstance(model, BLTModel):
+        settings = model.settings
+        stacks += [settings.encoder, settings.global_transformer, settings.decoder]
+        sizes.append(settings.encoder.dim // settings.cross_attention.num_heads)
+    else:
+        stacks.append(model.settings)
+    sizes += [stack.head_dim for stack in stacks]
+    return all(size >= 16 and size & (size - 1) == 0 for size in sizes)

@@ -1,0 +1,213 @@
+"""Products of a few rows with a large matrix, for decoding: the time is that of reading the matrix once.
+
+RMSNorm divides each row by one number, so it may be done after the product: the kernel sums the squares of the row that
+it reads anyway, and the norm's weights are part of the matrix (`fold_norm`). The residual is added as the result is
+written, and a SwiGLU's gate is applied to it.
+
+For one row there is nothing for tensor cores to do: a program multiplies a few rows of the matrix with it and sums. For
+more, rows of the matrix are the product's tall side and the states its narrow one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bytelatent.kernels.gated_product import interleaved, row_scale
+from bytelatent.kernels.overlap import launch_options
+
+# Shapes: M rows, at most a few hundred, K width of the states, N width of the result
+
+PROGRAMS = 132  # that run at once on the GPU that the launches are chosen for
+
+
+@dataclass(frozen=True)
+class SkinnyLaunch:
+    """How a product is cut into programs.
+
+    Attributes:
+        block_m: rows a program; 1: multiply and sum, else tensor cores and a power of two from 16 on.
+        block_n: columns of the result a program, a power of two; from 16 on with tensor cores.
+        block_k: how much of the width is looked at at once, a power of two; from 16 on with tensor cores.
+        num_stages: how many such parts of the width are on their way at once.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_for(M: int, N: int, K: int, gated: bool = False) -> SkinnyLaunch:
+    """The launch for M rows, N columns of the result and a width of K."""
+    if M == 1:
+        most = 4 if gated else 8  # a gated column reads two rows of the matrix
+        block_n = next((size for size in (8, 4) if size <= most and N >= size * PROGRAMS), 2)
+        # At 256 a warp has its own rows of the matrix, and no warp waits for another.
+        return SkinnyLaunch(1, block_n, min(_power_of_two(K), 256), num_warps=min(block_n, 4), num_stages=8)
+    block_m, block_n = min(max(_power_of_two(M), 16), 64), 16
+    while block_m > 16 and -(-M // block_m) * -(-N // block_n) < PROGRAMS:
+        block_m //= 2
+    if not gated and -(-M // block_m) * N >= 32 * 2 * PROGRAMS:
+        block_n = 32
+    block_k = min(max(_power_of_two(K), 16), 128 if block_m < 64 else 64)
+    return SkinnyLaunch(block_m, block_n, block_k, num_warps=4, num_stages=4)
+
+
+def fold_norm(weight_NK: Tensor, norm_K: Tensor) -> Tensor:
+    """The matrix with the weights of the RMSNorm before it, in the matrix's dtype."""
+    return (weight_NK.float() * norm_K.float()).to(weight_NK.dtype).contiguous()
+
+
+def fold_norm_gated(gate_NK: Tensor, up_NK: Tensor, norm_K: Tensor) -> Tensor:
+    """Both matrices of a SwiGLU as `skinny_gated` takes them, with the weights of the RMSNorm before it, [2N, K]."""
+    return interleaved(fold_norm(gate_NK, norm_K), fold_norm(up_NK, norm_K))
+
+
+def plain_skinny_linear(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    *,
+    eps: float | None = None,
+    residual_MN: Tensor | None = None,
+    residual_scale: float = 1.0,
+    out: Tensor | None = None,
+    also: Tensor | None = None,
+    run: Tensor | None = None,
+) -> Tensor:
+    """What `skinny_linear` computes, in float32."""
+    y_MN = _scaled_product(x_MK, weight_NK, eps)
+    if residual_MN is not None:
+        y_MN = y_MN + residual_scale * residual_MN.float()
+    dtype = x_MK.dtype if residual_MN is None else residual_MN.dtype
+    return _written(y_MN, dtype, out, also, run)
+
+
+def plain_skinny_gated(
+    x_MK: Tensor,
+    gate_up_2NK: Tensor,
+    *,
+    eps: float | None = None,
+    out: Tensor | None = None,
+    also: Tensor | None = None,
+    run: Tensor | None = None,
+) -> Tensor:
+    """What `skinny_gated` computes, in float32."""
+    y_M2N = _scaled_product(x_MK, gate_up_2NK, eps)
+    return _written(F.silu(y_M2N[:, 0::2]) * y_M2N[:, 1::2], x_MK.dtype, out, also, run)
+
+
+def skinny_linear(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    *,
+    eps: float | None = None,
+    residual_MN: Tensor | None = None,
+    residual_scale: float = 1.0,
+    out: Tensor | None = None,
+    also: Tensor | None = None,
+    run: Tensor | None = None,
+    launch: SkinnyLaunch | None = None,
+) -> Tensor:
+    """x Weight^T, of the normed x if `eps` is given, plus a residual, [M, N].
+
+    A row's result does not depend on other rows, and equal rows have equal results.
+
+    Args:
+        x_MK: states; rows may lie apart.
+        weight_NK: the matrix, contiguous; with `eps` see `fold_norm`.
+        eps: of the RMSNorm before the product; None for none.
+        residual_MN: what the product is added to.
+        residual_scale: what the residual is multiplied with first; cross-attention adds its input twice.
+        out: where the result goes, of any dtype; may be the residual. A new tensor of the residual's dtype, else x's.
+        also: a second place [M, N] for the result, as the next product may want another dtype than the residual.
+        run: one number on the device; where it is 0 nothing is written.
+        launch: see `launch_for`.
+    """
+    dtype = x_MK.dtype if residual_MN is None else residual_MN.dtype
+    return _launched(x_MK, weight_NK, False, eps, residual_MN, residual_scale, dtype, out, also, run, launch)
+
+
+def skinny_gated(
+    x_MK: Tensor,
+    gate_up_2NK: Tensor,
+    *,
+    eps: float | None = None,
+    out: Tensor | None = None,
+    also: Tensor | None = None,
+    run: Tensor | None = None,
+    launch: SkinnyLaunch | None = None,
+) -> Tensor:
+    """silu(x Gate^T) * (x Up^T), of the normed x if `eps` is given, [M, N].
+
+    Args:
+        gate_up_2NK: both matrices, row by row in turn; see `interleaved` and `fold_norm_gated`.
+
+    The others are those of `skinny_linear`.
+    """
+    return _launched(x_MK, gate_up_2NK, True, eps, None, 1.0, x_MK.dtype, out, also, run, launch)
+
+
+def _launched(
+    x: Tensor,
+    weight: Tensor,
+    gated: bool,
+    eps: float | None,
+    residual: Tensor | None,
+    residual_scale: float,
+    dtype: torch.dtype,
+    out: Tensor | None,
+    also: Tensor | None,
+    run: Tensor | None,
+    launch: SkinnyLaunch | None,
+) -> Tensor:
+    from bytelatent.kernels import skinny_linear_triton
+
+    kernels: Any = skinny_linear_triton
+    M, K = x.shape
+    N = weight.shape[0] // (2 if gated else 1)
+    assert weight.shape[1] == K, f"states of width {K}, a matrix for {weight.shape[1]}"
+    assert weight.is_contiguous(), "the matrix is not contiguous"
+    assert weight.numel() < 2**31, "the kernel counts places in the matrix in 32 bits"
+    out = torch.empty(M, N, dtype=dtype, device=x.device) if out is None else out
+    for name, tensor, width in (("x", x, K), ("residual", residual, N), ("out", out, N), ("also", also, N)):
+        if tensor is not None:
+            assert tensor.shape == (M, width), f"{name}: {tuple(tensor.shape)}, not {(M, width)}"
+            assert tensor.stride(1) == 1, f"{name}: a row is not contiguous"
+    launch = launch or launch_for(M, N, K, gated)
+    strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, residual, out, also)]
+    shape = {"N": N, "K": K, "NORM": eps is not None, "GATED": gated}
+    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch_options()}
+    arguments = (x, weight, residual, out, also, run, eps or 0.0, residual_scale, *strides)
+    if launch.block_m == 1:
+        grid = (-(-N // launch.block_n), M)
+        blocks = {"BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k, "STAGES": launch.num_stages}
+        kernels.vector_kernel[grid](*arguments, **shape, **blocks, **options)
+    else:
+        grid = (-(-M // launch.block_m), -(-N // launch.block_n))
+        blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
+        kernels.matrix_kernel[grid](*arguments, M, **shape, **blocks, **options)
+    return out
+
+
+def _scaled_product(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    product = x.float() @ weight.float().T
+    return product if eps is None else product * row_scale(x, eps)[:, None]
+
+
+def _written(y: Tensor, dtype: torch.dtype, out: Tensor | None, also: Tensor | None, run: Tensor | None) -> Tensor:
+    """Put `y` where it belongs, unless `run` is 0."""
+    out = y.new_zeros(y.shape, dtype=dtype) if out is None else out
+    if run is None or bool(run):
+        out.copy_(y)
+        if also is not None:
+            also.copy_(y)
+    return out
+
+
+def _power_of_two(size: int) -> int:
+    """The next one."""
+    return 1 << (size - 1).bit_length()

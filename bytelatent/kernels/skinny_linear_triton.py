@@ -1,0 +1,124 @@
+"""The Triton side of `skinny_linear`."""
+
+import triton
+import triton.language as tl
+
+from bytelatent.kernels.overlap_triton import wait_for_earlier
+
+
+@triton.jit
+def finished(y, up, squares, eps, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):
+    """The norm's scale and the gate; `squares` is broadcast to the shape of `y`."""
+    if NORM:
+        scale = tl.rsqrt(squares / K + eps)
+        y = y * scale
+        if GATED:
+            up = up * scale
+    if GATED:
+        y = y / (1.0 + tl.exp(-y)) * up
+    return y
+
+
+@triton.jit
+def summed(acc, acc_up, squares, weight, x_at, k, at, K: tl.constexpr, GATED: tl.constexpr):
+    """One more part of the width, which begins at `at`."""
+    within = k < K - at
+    x = tl.load(x_at + at, mask=within, other=0.0).to(tl.float32)
+    acc += tl.load(weight + at, mask=within[None, :], other=0.0).to(tl.float32) * x[None, :]
+    if GATED:
+        acc_up += tl.load(weight + (K + at), mask=within[None, :], other=0.0).to(tl.float32) * x[None, :]
+    return acc, acc_up, squares + x * x
+
+
+@triton.jit
+def vector_kernel(
+    x_ptr, weight_ptr, residual_ptr, out_ptr, also_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
+    also_row, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    MATRICES: tl.constexpr = 2 if GATED else 1
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Columns past the end repeat the last one: no mask, and what they are is not stored.
+    weight = weight_ptr + tl.minimum(n, N - 1)[:, None] * (MATRICES * K) + k[None, :]
+    within = k < K
+    if run_ptr is None:  # the first weights need not wait
+        w = tl.load(weight, mask=within[None, :], other=0.0)
+        if GATED:
+            w_up = tl.load(weight + K, mask=within[None, :], other=0.0)
+    wait_for_earlier(OVERLAP)
+    if run_ptr is not None and tl.load(run_ptr) == 0:
+        return
+        w = tl.load(weight, mask=within[None, :], other=0.0)
+        if GATED:
+            w_up = tl.load(weight + K, mask=within[None, :], other=0.0)
+    m = tl.program_id(1).to(tl.int64)
+    x_at = x_ptr + m * x_row + k
+    x = tl.load(x_at, mask=within, other=0.0).to(tl.float32)
+    acc = w.to(tl.float32) * x[None, :]
+    acc_up = acc
+    if GATED:
+        acc_up = w_up.to(tl.float32) * x[None, :]
+    squares = x * x
+    if K <= STAGES * BLOCK_K:
+        for at in tl.static_range(BLOCK_K, K, BLOCK_K):
+            acc, acc_up, squares = summed(acc, acc_up, squares, weight, x_at, k, at, K, GATED)
+    else:
+        for at in tl.range(BLOCK_K, K, BLOCK_K, loop_unroll_factor=STAGES):
+            acc, acc_up, squares = summed(acc, acc_up, squares, weight, x_at, k, at, K, GATED)
+    up = tl.sum(acc_up, 1) if GATED else 0.0
+    y = finished(tl.sum(acc, 1), up, tl.sum(squares, 0), eps, K, NORM, GATED)
+    stored = n < N
+    if residual_ptr is not None:
+        y += residual_scale * tl.load(residual_ptr + m * residual_row + n, mask=stored, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m * out_row + n, y.to(out_ptr.dtype.element_ty), mask=stored)
+    if also_ptr is not None:
+        tl.store(also_ptr + m * also_row + n, y.to(also_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def matrix_kernel(
+    x_ptr, weight_ptr, residual_ptr, out_ptr, also_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
+    also_row, M, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    wait_for_earlier(OVERLAP)
+    if run_ptr is not None and tl.load(run_ptr) == 0:
+        return
+    MATRICES: tl.constexpr = 2 if GATED else 1
+    # Programs that share rows of the matrix follow each other.
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # What lies past the end repeats the last row or column: no mask, and what it is is not stored.
+    weight = weight_ptr + tl.minimum(n, N - 1)[:, None] * (MATRICES * K) + k[None, :]
+    x_at = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * x_row + k[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc_up = acc
+    squares = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+    for at in tl.range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            x = tl.load(x_at + at)
+            w = tl.load(weight + at)
+            if GATED:
+                w_up = tl.load(weight + K + at)
+        else:
+            within = k < K - at
+            x = tl.load(x_at + at, mask=within[:, None], other=0.0)
+            w = tl.load(weight + at, mask=within[None, :], other=0.0)
+            if GATED:
+                w_up = tl.load(weight + K + at, mask=within[None, :], other=0.0)
+        acc = tl.dot(w, x.to(w.dtype), acc, input_precision="ieee")
+        if GATED:
+            acc_up = tl.dot(w_up, x.to(w.dtype), acc_up, input_precision="ieee")
+        if NORM:
+            squares += x.to(tl.float32) * x.to(tl.float32)
+    y = finished(acc, acc_up, tl.sum(squares, 0)[None, :], eps, K, NORM, GATED)
+    stored = (n < N)[:, None] & (m < M)[None, :]
+    wide = m.to(tl.int64)[None, :]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + wide * residual_row + n[:, None], mask=stored, other=0.0)
+        y += residual_scale * residual.to(tl.float32)
+    tl.store(out_ptr + wide * out_row + n[:, None], y.to(out_ptr.dtype.element_ty), mask=stored)
+    if also_ptr is not None:
+        tl.store(also_ptr + wide * also_row + n[:, None], y.to(also_ptr.dtype.element_ty), mask=stored)

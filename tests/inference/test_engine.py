@@ -1,0 +1,223 @@
+"""Sequences in rows: greedy bytes are those of the plain forward pass, alone or among any others."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bytelatent.errors import UserError
+from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
+from bytelatent.inference.fast import FastRows, supports
+from bytelatent.model import ByteLM
+from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
+from bytelatent.patching import PatchSettings
+from bytelatent.vocab import EOS
+from tests.inference.test_decode import full_logits
+from tests.model.tiny import tiny_blt, tiny_byte_lm
+
+PROMPTS = ["The", "", "a longer prompt than the others", "it", "The"]
+GREEDY = Sampling(temperature=0)
+
+
+def wide_blt(seed: int, **changes: Any) -> Any:
+    """One whose heads the kernels take: of 16."""
+    local = StackSettings(dim=32, num_layers=2, num_heads=2, num_kv_heads=1, multiple_of=8, window=7)
+    values: dict[str, Any] = {
+        "encoder": local,
+        "global_transformer": StackSettings(dim=32, num_layers=2, num_heads=2, multiple_of=8),
+        "decoder": local,
+        "cross_attention": CrossAttentionSettings(k=2, num_heads=2, num_kv_heads=1),
+        "ngram_hash": NgramHashSettings(sizes=[3, 5], num_functions=2, vocab_size=53),
+    }
+    return tiny_blt(seed, **values | changes)
+
+
+def decoders(seed: int = 0) -> dict[str, Decoder]:
+    byte_lm = tiny_byte_lm(seed, dim=32, window=6)
+    every = CrossAttentionSettings(k=3, num_heads=2, all_layers_encoder=True, all_layers_decoder=False)
+    return {
+        "byte LM": Decoder(byte_lm, None, None),
+        "entropy": Decoder(wide_blt(seed), PatchSettings(threshold=5.12), byte_lm),
+        "split": Decoder(wide_blt(seed), PatchSettings(threshold=5.3, max_patch_length=3), byte_lm),
+        "rises": Decoder(wide_blt(seed), PatchSettings(threshold=0.0, monotonicity=True), byte_lm),
+        "all layers": Decoder(wide_blt(seed, cross_attention=every, ngram_hash=None), PatchSettings(mode="space"), None),
+        "static": Decoder(wide_blt(seed), PatchSettings(mode="static", patch_size=3), None),
+    }
+
+
+NAMES = list(decoders())
+
+
+def engine_of(decoder: Decoder, kind: str, num_rows: int) -> Engine:
+    """Plain rows; the fast ones as they run on a GPU; the same where the global transformer runs seldom, for few."""
+    if kind == "plain":
+        return Engine.plain(decoder, num_rows)
+    assert supports(decoder.model, decoder.byte_lm)
+    every, places = {"fast": (1, None), "fast, seldom": (3, 1), "fast, few": (1, 2)}[kind]
+    return Engine(decoder, FastRows(decoder, num_rows, every, places), num_rows)
+
+
+KINDS = ["plain", "fast", "fast, seldom", "fast, few"]
+
+
+def slow_greedy(decoder: Decoder, prompt: str, count: int) -> list[int]:
+    """The likeliest byte again and again, by the full forward pass."""
+    ids = prompt_ids(prompt)
+    new: list[int] = []
+    while len(new) < count and (not new or new[-1] != EOS):
+        last = full_logits(decoder, [ids])[0][-1]
+        last[[0, 1, 3]] = -torch.inf
+        new.append(int(last.argmax()))
+        ids = torch.cat([ids, torch.tensor(new[-1:])])
+    return new
+
+
+def generated(engine: Engine, prompts: list[str], count: int, sampling: Sampling = GREEDY) -> list[Continuation]:
+    asked = [engine.submit(prompt_ids(prompt), sampling, count)[0] for prompt in prompts]
+    engine.run()
+    assert all(continuation.ended for continuation in asked)
+    return asked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_greedy_bytes(name: str, kind: str, num_rows: int) -> None:
+    decoder = decoders()[name]
+    found = generated(engine_of(decoder, kind, num_rows), PROMPTS, 20)
+    for prompt, continuation in zip(PROMPTS, found, strict=True):
+        assert continuation.ids == slow_greedy(decoder, prompt, 20)
+        assert len(continuation.log_probabilities) == len(continuation.ids)
+    assert found[0].ids == found[4].ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
+    """Sequences join and leave at any time; each has the bytes and log-probabilities that it has alone."""
+    decoder = decoders(seed=1)["entropy"]
+    engine = engine_of(decoder, kind, data.draw(st.integers(1, 4)))
+    asked: list[Continuation] = []
+    for number in range(data.draw(st.integers(1, 7))):
+        prompt = data.draw(st.sampled_from(PROMPTS))
+        sampling = Sampling(temperature=data.draw(st.sampled_from([0.0, 1.0])), seed=number % 3)
+        asked += engine.submit(prompt_ids(prompt), sampling, data.draw(st.integers(1, 15)), data.draw(st.integers(1, 2)))
+        for _ in range(data.draw(st.integers(0, 8))):
+            engine.advance()
+        if data.draw(st.integers(0, 3)) == 0:
+            engine.cancel(data.draw(st.sampled_from(asked)))
+    engine.run()
+    for continuation in asked:
+        alone = Engine.plain(decoder, 1).submit(continuation.prompt, continuation.sampling, continuation.max_new_bytes)
+        [alone_one] = alone
+        single = Engine.plain(decoder, 1)
+        [alone_one] = single.submit(continuation.prompt, continuation.sampling, continuation.max_new_bytes)
+        single.run()
+        if continuation.ended == "cancelled":
+            assert continuation.ids == alone_one.ids[: len(continuation.ids)]
+        else:
+            assert continuation.ids == alone_one.ids
+            assert continuation.ended == alone_one.ended
+        torch.testing.assert_close(
+            torch.tensor(continuation.log_probabilities),
+            torch.tensor(alone_one.log_probabilities[: len(continuation.ids)]),
+            atol=1e-4,
+            rtol=0,
+        )
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_long_texts_and_patches(kind: str) -> None:
+    """Beyond the first size of every table."""
+    rule = PatchSettings(mode="static", patch_size=300)
+    for decoder in (Decoder(wide_blt(2), rule, None), Decoder(wide_blt(2), PatchSettings(mode="byte"), None)):
+        [found] = generated(engine_of(decoder, kind, 1), ["x" * 200], 400)
+        ids = torch.cat([prompt_ids("x" * 200), torch.tensor(found.ids)])
+        logits = full_logits(decoder, [ids])[0][200:-1]
+        logits[:, [0, 1, 3]] = -torch.inf
+        ours = logits.gather(1, ids[201:, None])[:, 0]
+        assert (logits.amax(1) - ours).max() < 1e-4  # each was the likeliest, or as likely
+
+
+def test_samples_share_a_prompt() -> None:
+    decoder = decoders()["entropy"]
+    engine = Engine.plain(decoder, 3)
+    reads: list[int] = []
+    prefill = decoder.prefill
+
+    def counted(prompts: list[Tensor]) -> Any:
+        reads.append(len(prompts))
+        return prefill(prompts)
+
+    decoder.prefill = counted  # type: ignore[method-assign]
+    asked = engine.submit(prompt_ids("abc"), Sampling(temperature=1.0, seed=5), 10, samples=3)
+    engine.run()
+    assert reads == [1]
+    for number, continuation in enumerate(asked):
+        [alone] = generated(Engine.plain(decoder, 1), ["abc"], 10, Sampling(temperature=1.0, seed=5 + number))
+        assert continuation.ids == alone.ids
+    assert len({tuple(continuation.ids) for continuation in asked}) == 3
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_stop_texts(kind: str) -> None:
+    """Matched on bytes, shown neither in the end nor on the way."""
+    decoder = decoders()["entropy"]
+    [whole] = generated(engine_of(decoder, kind, 1), ["The"], 30)
+    stop = whole.data[7:10]
+    at = whole.data.find(stop)
+    engine = engine_of(decoder, kind, 1)
+    [found] = engine.submit(prompt_ids("The"), Sampling(temperature=0, stop=[stop, b"\x00never"]), 30)
+    shown = b""
+    while found.ended is None:
+        engine.advance()
+        shown += found.new_bytes()
+        assert whole.data[:at].startswith(shown)
+    assert found.ended == "stop"
+    assert shown == found.data == whole.data[:at]
+    assert bytes(i - 4 for i in found.ids) == whole.data[: at + 3]
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_valid_utf8(kind: str) -> None:
+    decoder = decoders()["entropy"]
+    engine = engine_of(decoder, kind, 2)
+    asked = [
+        engine.submit(prompt_ids("\u4f60"), Sampling(temperature=5.0, seed=seed, valid_utf8=True), 40)[0]
+        for seed in range(4)
+    ]
+    shown = ["" for _ in asked]
+    while not engine.is_idle:
+        engine.advance()
+        shown = [text + continuation.new_text() for text, continuation in zip(shown, asked, strict=True)]
+    for text, continuation in zip(shown, asked, strict=True):
+        assert continuation.data.decode() == text + continuation.new_text()
+        assert any(byte > 127 for byte in continuation.data)
+
+
+def test_it_ends_at_the_end_of_the_text() -> None:
+    decoder = decoders()["entropy"]
+    head: Any = decoder.model.decoder.output
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[EOS] = 1.0
+        norm: Any = decoder.model.decoder.norm
+        norm.weight.fill_(1.0)
+    for kind in KINDS:
+        [found] = generated(engine_of(decoder, kind, 1), ["abc"], 50, Sampling(temperature=0.0))
+        if found.ids[0] == EOS:
+            assert (found.ended, found.data, found.ids) == ("end of text", b"", [EOS])
+
+
+def test_what_will_not_do() -> None:
+    engine = Engine.plain(decoders()["entropy"], 1)
+    with pytest.raises(UserError, match="max_new_bytes: 0 is none"):
+        engine.submit(prompt_ids("x"), GREEDY, 0)
+    with pytest.raises(UserError, match="it holds no ids"):
+        engine.submit(torch.zeros(0, dtype=torch.long), GREEDY, 1)
+    assert engine.is_idle
+    assert isinstance(decoders()["byte LM"].model, ByteLM)

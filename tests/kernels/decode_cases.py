@@ -1,0 +1,233 @@
+"""What `test_decode_kernels.py` runs in Triton's interpreter, and anyone on a GPU: kernels beside their plain twins.
+
+    python -m tests.kernels.decode_cases '[["skinny", {"M": 1, "N": 768, "K": 768}]]'
+
+gives the largest differences of each case, as JSON; all of them are 0 or rounding.
+"""
+
+import json
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from bytelatent.kernels.decode_attention import (
+    AttentionLaunch,
+    decode_attention,
+    plain_decode_attention,
+    rotary_table,
+    split_scratch,
+)
+from bytelatent.kernels.decode_patches import (
+    gather_bytes,
+    keep_byte,
+    plain_gather_bytes,
+    plain_keep_byte,
+    plain_read_patch,
+    read_patch,
+)
+from bytelatent.kernels.entropy import entropy, plain_entropy
+from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
+from bytelatent.kernels.skinny_linear import (
+    SkinnyLaunch,
+    plain_skinny_gated,
+    plain_skinny_linear,
+    skinny_gated,
+    skinny_linear,
+)
+from bytelatent.model.ngram_hash import PRIMES
+
+Errors = dict[str, float]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest one, where both are NaN none: what nobody writes is NaN."""
+    found, expected = found.double(), expected.double()
+    assert bool((found.isnan() == expected.isnan()).all()), "something was written, or not written, that should not be"
+    return float((found - expected).nan_to_num().abs().max())
+
+
+def skinny(
+    M: int,
+    N: int,
+    K: int,
+    dtype: str = "float32",
+    gated: bool = False,
+    norm: bool = True,
+    residual: str | None = None,
+    launch: list[int] | None = None,
+) -> Errors:
+    """Also: a row of its own gives what it gave among others, if both launches are alike, and `run` is heeded."""
+    kind = getattr(torch, dtype)
+    x, weight = torch.randn(M, K + 4).to(kind)[:, :K], (torch.randn(N * (1 + gated), K) / K**0.5).to(kind)
+    eps = 1e-5 if norm else None
+    also = [torch.full((M, N), torch.nan, dtype=kind) for _ in range(2)]
+    options: dict = {"eps": eps}
+    if residual:
+        options |= {"residual_MN": torch.randn(M, N, dtype=getattr(torch, residual)), "residual_scale": 2.0}
+    fast, plain = (skinny_gated, plain_skinny_gated) if gated else (skinny_linear, plain_skinny_linear)
+    cut = {"launch": SkinnyLaunch(*launch) if launch else None}
+    found, expected = fast(x, weight, **options, **cut, also=also[0]), plain(x, weight, **options, also=also[1])
+    assert found.dtype == expected.dtype
+    x[1:] = x[:1]
+    if residual:
+        options["residual_MN"][1:] = options["residual_MN"][:1]
+    alike = fast(x, weight, **options, **cut)
+    flag, out = torch.tensor([1, 0], dtype=torch.int32), torch.full((2, M, N), torch.nan)
+    fast(x, weight, **options, **cut, out=out[0], run=flag[:1])
+    fast(x, weight, **options, **cut, out=out[1], run=flag[1:])
+    assert bool(out[1].isnan().all()), "a kernel that should not run wrote something"
+    return {
+        "error": difference(found, expected),
+        "also": difference(*also),
+        "alike": difference(alike, alike[:1].expand_as(alike)) + difference(alike[0], found[0]),
+        "run": difference(out[0].to(found.dtype), alike),
+    }
+
+
+def attention(
+    positions: list[int],
+    slots: int,
+    window: int | None,
+    new: int = 1,
+    heads: int = 2,
+    kv_heads: int = 2,
+    dtype: str = "float32",
+    rows: list[int] | None = None,
+    splits: int = 1,
+    steps: int = 1,
+    head_dim: int = 16,
+) -> Errors:
+    """Some steps one after the other, over caches that hold what came before and are NaN elsewhere."""
+    kind, size = getattr(torch, dtype), len(positions)
+    cache_rows = max(rows or [size]) + 1
+    table = rotary_table(max(positions) + new * steps, head_dim, 10_000.0)
+    caches = [torch.full((cache_rows, slots, kv_heads, head_dim), torch.nan, dtype=kind) for _ in range(2)]
+    for b, position in enumerate(positions):
+        row = b if rows is None else rows[b]
+        if row >= 0:
+            held = torch.arange(max(position - slots, 0), position) % slots
+            for cache in caches:
+                cache[row, held] = torch.randn(len(held), kv_heads, head_dim).to(kind)
+    copies = [cache.clone() for cache in caches]
+    scratch = split_scratch(size * new, heads, head_dim, splits, caches[0].device) if splits > 1 else None
+    launch = AttentionLaunch(block=16, splits=splits, num_warps=4, num_stages=2)
+    shared: dict = {"heads": heads, "window": window, "new": new, "row_B": None if rows is None else torch.tensor(rows)}
+    worst: Errors = {"error": 0.0, "keys": 0.0, "values": 0.0}
+    for step in range(steps):
+        at = torch.tensor(positions, dtype=torch.int32) + step * new
+        qkv = torch.randn(size * new, (heads + 2 * kv_heads) * head_dim).to(kind)
+        out = [torch.full((size * new, heads * head_dim), torch.nan, dtype=kind) for _ in range(2)]
+        before = [cache.clone() for cache in caches]
+        for run in (0, 1):
+            flag = torch.tensor(run, dtype=torch.int32)
+            decode_attention(
+                qkv, *caches, at, table, **shared, out=out[0], scratch=scratch, launch=launch, run=flag
+            )  # fmt: skip
+            if not run:
+                assert bool(out[0].isnan().all()), "a kernel that should not run wrote something"
+                assert max(map(difference, caches, before)) == 0
+        plain_decode_attention(qkv, *copies, at, table, **shared, out=out[1])
+        errors = (difference(*out), difference(caches[0], copies[0]), difference(caches[1], copies[1]))
+        worst = {name: max(worst[name], error) for name, error in zip(worst, errors, strict=True)}
+    return worst
+
+
+def reading(
+    sequences: int,
+    new: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    dtype: str = "float32",
+    rows: list[int] | None = None,
+) -> Errors:
+    kind, size = getattr(torch, dtype), sequences * new
+    q = torch.randn(size, heads, 16).to(kind)
+    k, v = torch.randn(2, max(rows or [sequences]) + 1, keys, kv_heads, 16).to(kind)
+    reads = torch.rand(size) < 0.7
+    for row in range(sequences) if rows is None else [row for row in rows if row >= 0]:
+        if not reads[(row if rows is None else rows.index(row)) * new :][:new].any():
+            k[row], v[row] = torch.nan, torch.nan  # what is not read does not matter
+    out = torch.full((3, *q.shape), torch.nan, dtype=kind)
+    shared: dict = {"new": new, "row_B": None if rows is None else torch.tensor(rows)}
+    read_patch(q, k, v, reads, **shared, out=out[0], run=torch.ones(1, dtype=torch.int32))
+    plain_read_patch(q, k, v, reads, **shared, out=out[1])
+    read_patch(q, k, v, reads, **shared, out=out[2], run=torch.zeros(1, dtype=torch.bool))
+    assert bool(out[2].isnan().all()), "a kernel that should not run wrote something"
+    return {"error": difference(out[0], out[1])}
+
+
+def gathering(
+    counts: list[int], most: int, queries: int, heads: int, kv_heads: int, rows: list[int], dtype: str = "float32"
+) -> Errors:
+    """Bytes are kept one by one, then gathered."""
+    kind, size, dim = getattr(torch, dtype), len(counts), 40
+    q = torch.randn(len(rows), queries, heads, 16).to(kind)
+    kept = [[torch.full((size, most, kv_heads, 16), torch.nan, dtype=kind) for _ in range(2)] for _ in range(2)]
+    pooled = [torch.full((size, dim), torch.nan) for _ in range(2)]
+    for number in range(max(counts)):
+        at = torch.tensor([number if number < count else -1 for count in counts], dtype=torch.int32)
+        kv, h = torch.randn(size, 2 * kv_heads, 16).to(kind), torch.randn(size, dim).to(kind)
+        keep_byte(kv, *kept[0], at, h_BD=h, pooled_BD=pooled[0])
+        plain_keep_byte(kv, *kept[1], at, h_BD=h, pooled_BD=pooled[1])
+        keep_byte(kv + 1, *kept[0], at, h_BD=h + 1, pooled_BD=pooled[0], run=torch.zeros(1, dtype=torch.int32))
+    out = torch.full((3, *q.shape), torch.nan, dtype=kind)
+    shared: dict = {"count_B": torch.tensor(counts), "row_C": torch.tensor(rows, dtype=torch.int32)}
+    gather_bytes(q, *kept[0], **shared, out=out[0])
+    plain_gather_bytes(q, *kept[1], **shared, out=out[1])
+    for c, row in enumerate(rows):
+        if row >= 0 and counts[row] == 0:
+            out[1, c] = 0  # the softmax over nothing
+    gather_bytes(q, *kept[0], **shared, out=out[2], run=torch.zeros(1, dtype=torch.int32))
+    assert bool(out[2].isnan().all()), "a kernel that should not run wrote something"
+    return {
+        "error": difference(out[0], out[1]),
+        "kept": max(map(difference, kept[0], kept[1])),
+        "pooled": difference(*pooled),
+    }
+
+
+def embedding(
+    histories: list[int], new: int, functions: int, sizes: list[int], rows: int, dim: int, dtype: str = "float32"
+) -> Errors:
+    kind = getattr(torch, dtype)
+    powers = ngram_powers(PRIMES[:functions], sizes)
+    tail = torch.randint(0, 260, (len(histories) // new, new + max(sizes) + 1))
+    tables, own = torch.randn(len(powers) * rows, dim).to(kind), torch.randn(260, dim).to(kind)
+    history = torch.tensor(histories, dtype=torch.int32)
+    out = torch.full((3, len(histories), dim), torch.nan)
+    hash_embed(tail, history, powers, tables, own, new=new, out=out[0])
+    plain_hash_embed(tail, history, powers, tables, own, new=new, out=out[1])
+    hash_embed(tail, history, powers, tables, own, new=new, out=out[2], run=torch.zeros(1, dtype=torch.int32))
+    assert bool(out[2].isnan().all()), "a kernel that should not run wrote something"
+    return {"error": difference(out[0], out[1])}
+
+
+def uncertainty(rows: int, vocab_size: int, scale: float, dtype: str = "float32") -> Errors:
+    logits = (scale * torch.randn(rows, vocab_size + 3)).to(getattr(torch, dtype))[:, :vocab_size]
+    out = torch.full((2, rows), torch.nan)
+    entropy(logits, out=out[0])
+    entropy(logits, out=out[1], run=torch.zeros(1, dtype=torch.int32))
+    assert bool(out[1].isnan().all()), "a kernel that should not run wrote something"
+    return {"error": difference(out[0], plain_entropy(logits))}
+
+
+CASES = {
+    "skinny": skinny,
+    "attention": attention,
+    "reading": reading,
+    "gathering": gathering,
+    "embedding": embedding,
+    "uncertainty": uncertainty,
+}
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        torch.set_default_device("cuda")
+    results = []
+    for number, (name, arguments) in enumerate(json.loads(sys.argv[1])):
+        torch.manual_seed(number)
+        results.append(CASES[name](**arguments))
+    print(json.dumps(results))

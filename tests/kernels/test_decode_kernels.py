@@ -1,0 +1,217 @@
+"""The kernels of a decoding step in Triton's interpreter beside their plain twins, and the twins beside the model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bytelatent.kernels.decode_attention import launch_for_attention, plain_decode_attention, rotary_table
+from bytelatent.kernels.decode_patches import plain_gather_bytes, plain_keep_byte, plain_read_patch
+from bytelatent.kernels.entropy import plain_entropy
+from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
+from bytelatent.kernels.skinny_linear import (
+    fold_norm,
+    fold_norm_gated,
+    launch_for,
+    plain_skinny_gated,
+    plain_skinny_linear,
+)
+from bytelatent.model.attention import attend, build_mask, rotary, rotate
+from bytelatent.model.byte_lm import entropies
+from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
+from bytelatent.model.patch_attention import attend_to_own_bytes, attend_to_read_patch
+from bytelatent.model.settings import NgramHashSettings
+
+pytest.importorskip("triton")
+
+
+def check(**cases_of: list[dict]) -> None:
+    """Run cases of `decode_cases.py` in one process, as the interpreter is chosen before Triton is imported.
+
+    Where there are tensor cores float16 stands for bfloat16, which the interpreter cannot multiply.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    named = [(name, case) for name, cases in cases_of.items() for case in cases]
+    command = [sys.executable, "-m", "tests.kernels.decode_cases", json.dumps(named)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for (_, case), errors in zip(named, json.loads(done.stdout), strict=True):
+        bound = 0.07 if "bfloat16" in case.values() else 0.01 if "float16" in case.values() else 3e-5
+        assert max(errors.values()) < bound, (case, errors)
+        assert errors.get("alike", 0) == 0, (case, errors)
+
+
+def test_skinny_products() -> None:
+    vector, looped, matrix = [1, 4, 32, 4, 8], [1, 4, 32, 4, 2], [16, 16, 32, 4, 2]
+    check(
+        skinny=[
+            {"M": 1, "N": 37, "K": 100},
+            {"M": 1, "N": 24, "K": 96, "residual": "float32", "launch": vector},
+            {"M": 1, "N": 24, "K": 96, "residual": "bfloat16", "norm": False},
+            {"M": 1, "N": 13, "K": 72, "gated": True, "launch": vector},
+            {"M": 1, "N": 13, "K": 200, "gated": True, "launch": looped},
+            {"M": 3, "N": 13, "K": 72, "launch": vector},
+            {"M": 1, "N": 24, "K": 64, "gated": True, "dtype": "bfloat16"},
+            {"M": 1, "N": 24, "K": 64, "dtype": "bfloat16", "residual": "float32"},
+            {"M": 2, "N": 40, "K": 64, "launch": matrix},
+            {"M": 5, "N": 20, "K": 100, "residual": "float32", "norm": False, "launch": matrix},
+            {"M": 17, "N": 33, "K": 80, "gated": True, "launch": matrix},
+            {"M": 70, "N": 17, "K": 48},
+            {"M": 4, "N": 48, "K": 64, "gated": True, "norm": False},
+            {"M": 3, "N": 32, "K": 96, "dtype": "float16", "residual": "bfloat16"},
+            {"M": 3, "N": 32, "K": 96, "dtype": "float16", "gated": True},
+        ],
+    )
+
+
+def test_decode_attention() -> None:
+    check(
+        attention=[
+            {"positions": [0, 5, 40], "slots": 48, "window": None, "steps": 3},
+            {"positions": [0, 3, 9, 31, 63], "slots": 20, "window": 20, "steps": 3},
+            {"positions": [2, 50], "slots": 23, "window": 20, "new": 4, "steps": 2},
+            {"positions": [0, 30], "slots": 64, "window": None, "new": 3, "heads": 4, "steps": 2},
+            {"positions": [70, 7], "slots": 40, "window": 25, "heads": 4, "kv_heads": 1, "steps": 2},
+            {"positions": [5, 37], "slots": 40, "window": 33, "new": 5, "heads": 4, "kv_heads": 2},
+            {"positions": [5, 9, 11, 3], "slots": 32, "window": 16, "rows": [5, -1, 0, 2], "steps": 2},
+            {"positions": [20, 9, 11], "slots": 32, "window": None, "rows": [1, -1, 0], "new": 2},
+            {"positions": [12], "slots": 32, "window": 1, "new": 3},
+            {"positions": [90, 3, 0], "slots": 128, "window": None, "splits": 4, "steps": 2},
+            {"positions": [90, 3], "slots": 100, "window": 70, "splits": 2, "new": 2, "heads": 4, "steps": 2},
+            {"positions": [90, 20], "slots": 80, "window": 70, "splits": 4, "rows": [-1, 1], "heads": 6},
+            {"positions": [17, 40], "slots": 24, "window": 24, "dtype": "bfloat16"},
+            {"positions": [17, 40], "slots": 32, "window": 24, "new": 2, "heads": 4, "dtype": "float16"},
+            {"positions": [9], "slots": 16, "window": None, "head_dim": 32},
+        ],
+    )
+
+
+def test_attention_between_bytes_and_patches() -> None:
+    check(
+        reading=[
+            {"sequences": 5, "new": 1, "keys": 2, "heads": 3, "kv_heads": 3},
+            {"sequences": 3, "new": 4, "keys": 3, "heads": 6, "kv_heads": 2},
+            {"sequences": 4, "new": 2, "keys": 8, "heads": 2, "kv_heads": 2, "rows": [6, -1, 0, 3]},
+            {"sequences": 2, "new": 1, "keys": 1, "heads": 4, "kv_heads": 1},
+            {"sequences": 3, "new": 1, "keys": 4, "heads": 2, "kv_heads": 2, "dtype": "bfloat16"},
+        ],
+        gathering=[
+            {"counts": [3, 1, 20], "most": 20, "queries": 2, "heads": 2, "kv_heads": 2, "rows": [2, 0, 1]},
+            {"counts": [5, 0, 17], "most": 32, "queries": 3, "heads": 4, "kv_heads": 2, "rows": [1, -1, 2, 0]},
+            {"counts": [7, 2], "most": 9, "queries": 1, "heads": 2, "kv_heads": 1, "rows": [1], "dtype": "bfloat16"},
+        ],
+    )
+
+
+def test_hash_embeddings_and_entropy() -> None:
+    check(
+        embedding=[
+            {"histories": [0, 4, 99], "new": 1, "functions": 1, "sizes": [3, 4, 5, 6, 7, 8], "rows": 5003, "dim": 40},
+            {"histories": [0, 1, 2, 7, 8, 9], "new": 3, "functions": 3, "sizes": [1, 3, 8], "rows": 101, "dim": 130},
+            {"histories": [8], "new": 1, "functions": 2, "sizes": [4], "rows": 64, "dim": 16, "dtype": "bfloat16"},
+        ],
+        uncertainty=[
+            {"rows": 3, "vocab_size": 260, "scale": 3.0},
+            {"rows": 1, "vocab_size": 16, "scale": 300.0},
+            {"rows": 2, "vocab_size": 260, "scale": 3.0, "dtype": "bfloat16"},
+        ],
+    )
+
+
+def test_plain_products_are_norm_linear_and_swiglu() -> None:
+    torch.manual_seed(0)
+    x, norm, residual = torch.randn(3, 8), torch.rand(8) + 0.5, torch.randn(3, 6)
+    gate, up = torch.randn(2, 6, 8)
+    normed = F.rms_norm(x, (8,), norm, 1e-5)
+    found = plain_skinny_linear(x, fold_norm(gate, norm), eps=1e-5, residual_MN=residual, residual_scale=2.0)
+    torch.testing.assert_close(found, 2 * residual + normed @ gate.T)
+    found = plain_skinny_gated(x, fold_norm_gated(gate, up, norm), eps=1e-5)
+    torch.testing.assert_close(found, F.silu(normed @ gate.T) * (normed @ up.T))
+    torch.testing.assert_close(plain_skinny_linear(x, gate), x @ gate.T)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=8),
+    st.sampled_from([None, 1, 5, 9]),
+    st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+)
+def test_plain_decode_attention_is_the_models(steps: list[int], window: int | None, heads: tuple[int, int]) -> None:
+    """A text in steps of any size, in a ring that holds no more than it must, is the text at once."""
+    size, (num_heads, kv_heads) = sum(steps), heads
+    qkv = torch.randn(size, num_heads + 2 * kv_heads, 8, generator=torch.Generator().manual_seed(size))
+    q, k, v = qkv.split([num_heads, kv_heads, kv_heads], dim=1)
+    turns = rotary(torch.arange(size), 8, 10_000.0)
+    mask = build_mask(torch.zeros(size, dtype=torch.long), window)
+    expected = attend(rotate(q, turns), rotate(k, turns), v, mask)
+    slots = size if window is None else window + max(steps) - 1
+    caches = torch.full((2, 3, slots, kv_heads, 8), torch.nan)
+    table, done, found = rotary_table(size, 8, 10_000.0), 0, []
+    for new in steps:
+        rows, at = torch.tensor([1]), torch.tensor([done])
+        part = qkv[done : done + new].flatten(1)
+        options: dict = {"heads": num_heads, "window": window, "new": new, "row_B": rows}
+        found.append(plain_decode_attention(part, *caches, at, table, **options))
+        done += new
+    torch.testing.assert_close(torch.cat(found), expected.flatten(1))
+
+
+def test_plain_patch_attention_is_the_models() -> None:
+    torch.manual_seed(0)
+    sizes = [3, 1, 5]
+    q, k, v = torch.randn(3, 2, 4, 8), torch.randn(9, 4, 8), torch.randn(9, 4, 8)
+    patch = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
+    kept, pooled = torch.full((2, 3, 5, 4, 8), torch.nan), torch.full((3, 6), torch.nan)
+    h = torch.randn(9, 6)
+    for number, row in enumerate(patch.tolist()):
+        at = torch.full((3,), -1)
+        at[row] = int((patch[:number] == row).sum())
+        kv = torch.cat([k[number], v[number]])[None].expand(3, -1, -1)
+        plain_keep_byte(kv, *kept, at, h_BD=h[number].expand(3, -1), pooled_BD=pooled)
+    found = plain_gather_bytes(q, *kept, torch.tensor(sizes))
+    torch.testing.assert_close(found, attend_to_own_bytes(q, k, v, patch))
+    torch.testing.assert_close(pooled, torch.stack([part.amax(0) for part in h.split(sizes)]))
+
+    q, keys, values, read = torch.randn(6, 4, 8), *torch.randn(2, 3, 2, 4, 8), torch.tensor([-1, 0, 2, -1, 1, 1])
+    rows = torch.tensor([0, 0, 2, 1, 1, 1])
+    found = plain_read_patch(q, keys, values, read >= 0, row_B=rows)
+    torch.testing.assert_close(found, attend_to_read_patch(q, keys, values, read))
+
+
+def test_plain_hash_embeddings_are_the_models() -> None:
+    torch.manual_seed(0)
+    shape = NgramHashSettings(sizes=[3, 5, 8], num_functions=2, vocab_size=997)
+    model, own = NgramHashEmbedding(shape, 12), torch.randn(260, 12)
+    ids, history = torch.randint(0, 260, (30,)), torch.arange(30) % 17
+    expected = own[ids] + model(ids, history)
+    tail = F.pad(ids, (7, 0))[None]
+    powers = ngram_powers(PRIMES[:2], [3, 5, 8])
+    found = plain_hash_embed(tail, history, powers, model.tables.weight.detach(), own, new=30)
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_plain_entropy_is_the_models() -> None:
+    logits = 5 * torch.randn(4, 260, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(plain_entropy(logits), entropies(logits))
+
+
+@given(st.integers(1, 256), st.integers(1, 12_000), st.integers(1, 12_000), st.booleans())
+def test_launches_are_ones_that_compile(M: int, N: int, K: int, gated: bool) -> None:
+    launch = launch_for(M, N, K, gated)
+    for block in (launch.block_m, launch.block_n, launch.block_k):
+        assert block & (block - 1) == 0
+    if launch.block_m > 1:
+        assert min(launch.block_m, launch.block_n, launch.block_k) >= 16
+    assert (launch.block_m == 1) == (M == 1)
+
+
+def test_splits_only_where_heads_are_few_and_keys_many() -> None:
+    assert launch_for_attention(1, 1, 12, 12, 8192).splits > 1
+    assert launch_for_attention(64, 1, 12, 12, 8192).splits == 1
+    assert launch_for_attention(1, 1, 12, 12, 100).splits == 1
