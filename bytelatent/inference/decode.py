@@ -44,14 +44,15 @@ class Decoder:
         return DecodeState.empty(self.model, self.byte_lm, num_rows)
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Tensor]) -> tuple[DecodeState, Tensor]:
+    def prefill(self, prompts: Sequence[Tensor], last_only: bool = False) -> tuple[DecodeState, Tensor]:
         """Read whole prompts at once.
 
         Args:
             prompts: ids of each row, BOS first; any lengths but zero.
+            last_only: whether only the logits of each prompt's last id are wanted.
 
         Returns:
-            The state, and the logits [T, V] of all prompts' ids, one prompt after another.
+            The state, and the logits [T, V] of all prompts' ids, one prompt after another; or of the last ones [B, V].
         """
         stream = pack_rows([prompt.to(self.device) for prompt in prompts])
         rows, position = stream.document, stream.position
@@ -70,7 +71,8 @@ class Decoder:
         state.history.ids[here] = stream.ids[newest]
         if isinstance(self.model, ByteLM):
             assert state.byte_lm is not None
-            return state, self.model.logits(stream.ids, position, kept(state.byte_lm, rows))
+            logits = self.model.logits(stream.ids, position, kept(state.byte_lm, rows))
+            return state, logits[length.cumsum(0) - 1] if last_only else logits
 
         found = None
         if self.byte_lm is not None:
@@ -107,13 +109,13 @@ class Decoder:
         recent = (number >= num_patches[owner] - SLACK).nonzero()[:, 0]
         self._keep_patch_keys(state, patches_PG[closed[recent]], owner[recent], number[recent])
         keys_PKD = decoder.keys(patches_PG).to(states[-1].dtype)
-        logits = decoder.logits(
+        h_TD = decoder.states(
             states[-1],
             position,
             kept(state.decoder, rows),
             lambda layer, h: decoder.cross_attention[layer](h, keys_PKD, batch.read),
         )
-        return state, logits
+        return state, decoder.logits(h_TD[last] if last_only else h_TD)
 
     @torch.no_grad()
     def extend(self, state: DecodeState, rows: Tensor, ids: Tensor) -> Tensor:
@@ -168,7 +170,8 @@ class Decoder:
             assert isinstance(cross, ReadPatches)
             return cross.read(h_TD, k_YTKHE[layer], v_YTKHE[layer], own)
 
-        return decoder.logits(states[-1], position, Cached(state.decoder, rows, position, newest), read_patches)
+        look = Cached(state.decoder, rows, position, newest)
+        return decoder.logits(decoder.states(states[-1], position, look, read_patches))
 
     def _decide(
         self, state: DecodeState, rows: Tensor, position: Tensor, turn: Tensor, ids: Tensor, found: Tensor

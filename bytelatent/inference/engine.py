@@ -255,13 +255,12 @@ class Engine:
 
     def _read(self, group: Sequence[list[Continuation]], free: list[int]) -> None:
         prompts = [waiting[0].prompt for waiting in group]
-        state, logits = self.decoder.prefill(prompts)
-        last = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
+        state, logits = self.decoder.prefill(prompts, last_only=True)
         for source, waiting in enumerate(group):
             for which in waiting:
                 row = free.pop(0)
                 self._in_row[row] = which
-                self.rows.admit(row, state, source, logits[last[source]], which)
+                self.rows.admit(row, state, source, logits[source], which)
 
     def _let_go_of_ended(self) -> None:
         for row, which in enumerate(self._in_row):

@@ -5,7 +5,6 @@ same in any batch: what is summed along a row is summed in integers, in which no
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pydantic import Field, field_serializer, field_validator
@@ -20,14 +19,14 @@ from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 RANDOM_BITS = 24  # of a draw
 WEIGHT_BITS = 30  # of the likeliest id's weight; V of them times a random number stay below 2^63
 NEVER = 1 << 30  # bytes needed after an id that may not be drawn
-FAR = 1e30  # stands for infinite logits, of which no difference could be taken
+FAR = 1e30  # stands for infinite logits, which have no differences
 
 
 class Sampling(Settings):
     """How the next id is drawn.
 
-    What is ruled out is ruled out in this order: by UTF-8, by top_k, by top_p, by min_p. Each looks at what the one
-    before has left, as if that were all there is.
+    In this order: `repetition_penalty`, `valid_utf8`, `temperature`, `top_k`, `top_p`, `min_p`. Each looks at what the
+    one before has left, as if that were all there is.
 
     Attributes:
         temperature: 0 takes the likeliest id, of equals the lowest.
@@ -118,13 +117,13 @@ class SamplingRows:
             prompt_ids: [N] on any device.
             max_new_bytes: ids that will be drawn at most; with `valid_utf8` no character begins that would need more.
         """
-        largest = torch.finfo(torch.float32).max
+        smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
         self.temperature[row] = min(sampling.temperature, largest)
         self.top_k[row] = VOCAB_SIZE if sampling.top_k is None else min(sampling.top_k, VOCAB_SIZE)
         self.top_p[row] = 1 if sampling.top_p is None else sampling.top_p
         self.min_p[row] = 0 if sampling.min_p is None else sampling.min_p
         # Neither a penalty of 0 nor an infinite one: float32 may round to them what is not.
-        self.repetition_penalty[row] = min(max(sampling.repetition_penalty, 1 / largest), largest)
+        self.repetition_penalty[row] = min(max(sampling.repetition_penalty, smallest), largest)
         self.seed[row] = _as_int64(sampling.seed)
         self.drawn[row] = 0
         self.valid_utf8[row] = sampling.valid_utf8
@@ -150,7 +149,7 @@ class SamplingRows:
         """
         kept_BV = self.weights(logits_BV)
         upto_BV = kept_BV.cumsum(dim=-1)
-        # At most the sum of all weights less one, so some id is found, and none of weight 0: it adds nothing to the sum.
+        # Less than the sum of all weights, so some id is found; never one of weight 0, which adds nothing to the sum.
         point_B = (random_numbers(self.seed, self.drawn) * upto_BV[:, -1]) >> RANDOM_BITS
         ids_B = (upto_BV <= point_B[:, None]).sum(dim=-1)
         log_probabilities_BV = logits_BV.float().log_softmax(dim=-1)
@@ -184,21 +183,21 @@ class SamplingRows:
         The likeliest has 2^30. In no row are all of them 0.
         """
         wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64  # MPS has no float64
-        logits = logits_BV.to(wide).nan_to_num(nan=-FAR, posinf=FAR, neginf=-FAR)
+        logits = logits_BV.to(wide)
         penalty_B1 = self.repetition_penalty[:, None].to(wide)
         penalised = torch.where(logits > 0, logits / penalty_B1, logits * penalty_B1)
-        logits = torch.where(self.seen, penalised, logits).clamp(-FAR, FAR)
+        logits = torch.where(self.seen, penalised, logits).nan_to_num(nan=-FAR).clamp(-FAR, FAR)
         logits = logits.masked_fill(~self.allowed(), -torch.inf)
 
         # From the likeliest to the least likely; stable, so that among equals the lowest id comes first.
         ordered_BV, id_BV = logits.sort(dim=-1, descending=True, stable=True)
         rank_V = torch.arange(VOCAB_SIZE, device=logits.device)
         takes_likeliest_B = self.temperature == 0
-        temperature_B = torch.where(takes_likeliest_B, 1, self.temperature).to(wide)
+        temperature_B = self.temperature.masked_fill(takes_likeliest_B, 1).to(wide)
         relative_BV = ((ordered_BV - ordered_BV[:, :1]) / temperature_B[:, None]).exp()  # the likeliest's is 1
         weight_BV = (relative_BV * (1 << WEIGHT_BITS)).round().long()
 
-        top_k_B = torch.where(takes_likeliest_B, 1, self.top_k)
+        top_k_B = self.top_k.masked_fill(takes_likeliest_B, 1)
         weight_BV = weight_BV.masked_fill(rank_V >= top_k_B[:, None], 0)
         upto_BV = weight_BV.cumsum(dim=-1)
         share_B1 = self.top_p[:, None].to(wide) * upto_BV[:, -1:].to(wide)
@@ -219,18 +218,6 @@ def random_numbers(seed: Tensor, number: Tensor) -> Tensor:
     Source: Steele, Lea and Flood 2014, SplitMix64; the seed is mixed first, so that neighbouring ones are unrelated.
     """
     return _shifted(_mixed(_mixed(seed) + (number + 1) * _as_int64(0x9E3779B97F4A7C15)), 64 - RANDOM_BITS)
-
-
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw a byte or EOS from the logits [V] of one row, of which no earlier byte is known.
-
-    So `repetition_penalty` and `valid_utf8` are passed over; the random numbers are the generator's.
-    """
-    seed = int(torch.randint(1 << 62, (1,), generator=generator))
-    rows = SamplingRows.empty(1, "cpu")
-    known: dict[str, Any] = {"seed": seed, "repetition_penalty": 1.0, "valid_utf8": False}
-    rows.put(0, sampling.model_copy(update=known), torch.zeros(0, dtype=torch.int64), 1)
-    return int(rows.draw(logits.cpu()[None])[0])
 
 
 def _mixed(x: Tensor) -> Tensor:

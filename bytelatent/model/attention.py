@@ -1,7 +1,7 @@
 """Causal attention inside documents, with or without a window: the same mask on every backend.
 
 Without a GPU the mask is explicit: dense, or for windows a band of blocks, so that memory is O(T * window). On CUDA it
-is a FlexAttention block mask. Either is built once a batch and shared by the layers.
+is a FlexAttention block mask, but for short streams. Either is built once a batch and shared by the layers.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from bytelatent.kernels.window_attention import angles, turn
 
 # Shapes: T positions in the stream, H heads, J key/value heads, E head size, W window, N blocks of W positions
 
+FLEX_FROM = 2048  # positions from which FlexAttention pays on CUDA; shorter streams take an explicit mask there, too
 FLEX_BLOCK = 128  # positions that FlexAttention decides about at once
 
 
@@ -55,10 +56,10 @@ def build_mask(document: Tensor, window: int | None) -> Mask:
         window: positions seen, itself included; None for all.
     """
     size = document.shape[0]
-    if document.device.type == "cuda":
+    if document.device.type == "cuda" and size >= FLEX_FROM:
         return _flex_mask(document, window)
     index = torch.arange(size, device=document.device)
-    if window is None or size <= 2 * window:
+    if window is None or size <= 2 * window or document.device.type == "cuda":
         return DenseMask(_allowed(document, document, index, index, window))
     padded = -size % window
     blocks = F.pad(document, (0, padded), value=-2).view(-1, window)

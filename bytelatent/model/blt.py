@@ -45,7 +45,7 @@ class LocalEncoder(nn.Module):
         return x_TD + self.ngram_hash(batch.ids, history)
 
     def embed_last(self, tail_TN: Tensor, position: Tensor) -> Tensor:
-        """The same, [T, D], for the last id of each tail: N ids in a row, those before the document's start arbitrary."""
+        """The same, [T, D], for the last of each tail's N ids; those before the document's start may be any."""
         x_TD = self.embedding(tail_TN[:, -1])
         return x_TD if self.ngram_hash is None else x_TD + self.ngram_hash.of_last(tail_TN, position)
 
@@ -117,14 +117,15 @@ class LocalDecoder(nn.Module):
         """Logits, float32 [T, V]."""
         keys_PKD = self.keys(patches_PG).to(h_TD.dtype)
         mask = build_mask(batch.document, self.settings.decoder.window)
-        return self.logits(
+        h_TD = self.states(
             h_TD, batch.position, mask, lambda layer, h: self.cross_attention[layer](h, keys_PKD, batch.read)
         )
+        return self.logits(h_TD)
 
-    def logits(
+    def states(
         self, h_TD: Tensor, position: Tensor, mask: Mask, read_patches: Callable[[int, Tensor], Tensor]
     ) -> Tensor:
-        """Logits, float32 [T, V].
+        """Byte states after all layers, [T, D].
 
         Args:
             read_patches: lets byte states [T, D] look at their patches, by the number of the cross-attention.
@@ -134,6 +135,10 @@ class LocalDecoder(nn.Module):
             if layer < len(self.cross_attention):
                 h_TD = read_patches(layer, h_TD)
             h_TD = block(h_TD, rotary, mask)
+        return h_TD
+
+    def logits(self, h_TD: Tensor) -> Tensor:
+        """[T, D] -> float32 [T, V]"""
         return self.output(self.norm(h_TD)).float()
 
 

@@ -43,7 +43,9 @@ def decoders(seed: int = 0) -> dict[str, Decoder]:
         "entropy": Decoder(wide_blt(seed), PatchSettings(threshold=5.12), byte_lm),
         "split": Decoder(wide_blt(seed), PatchSettings(threshold=5.3, max_patch_length=3), byte_lm),
         "rises": Decoder(wide_blt(seed), PatchSettings(threshold=0.0, monotonicity=True), byte_lm),
-        "all layers": Decoder(wide_blt(seed, cross_attention=every, ngram_hash=None), PatchSettings(mode="space"), None),
+        "all layers": Decoder(
+            wide_blt(seed, cross_attention=every, ngram_hash=None), PatchSettings(mode="space"), None
+        ),
         "static": Decoder(wide_blt(seed), PatchSettings(mode="static", patch_size=3), None),
     }
 
@@ -105,7 +107,9 @@ def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
     for number in range(data.draw(st.integers(1, 7))):
         prompt = data.draw(st.sampled_from(PROMPTS))
         sampling = Sampling(temperature=data.draw(st.sampled_from([0.0, 1.0])), seed=number % 3)
-        asked += engine.submit(prompt_ids(prompt), sampling, data.draw(st.integers(1, 15)), data.draw(st.integers(1, 2)))
+        asked += engine.submit(
+            prompt_ids(prompt), sampling, data.draw(st.integers(1, 15)), data.draw(st.integers(1, 2))
+        )
         for _ in range(data.draw(st.integers(0, 8))):
             engine.advance()
         if data.draw(st.integers(0, 3)) == 0:
@@ -149,9 +153,9 @@ def test_samples_share_a_prompt() -> None:
     reads: list[int] = []
     prefill = decoder.prefill
 
-    def counted(prompts: list[Tensor]) -> Any:
+    def counted(prompts: list[Tensor], last_only: bool) -> Any:
         reads.append(len(prompts))
-        return prefill(prompts)
+        return prefill(prompts, last_only)
 
     decoder.prefill = counted  # type: ignore[method-assign]
     asked = engine.submit(prompt_ids("abc"), Sampling(temperature=1.0, seed=5), 10, samples=3)

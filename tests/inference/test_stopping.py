@@ -1,7 +1,7 @@
 """Stop texts as bytes come, against a search of the whole output after each byte."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bytelatent.inference.stopping import StopWatch
@@ -9,6 +9,7 @@ from bytelatent.inference.stopping import StopWatch
 # Few different bytes, so that stop texts overlap, repeat and hold one another.
 STOPS = st.lists(st.binary(min_size=1, max_size=6).map(lambda data: bytes(b % 3 for b in data)), max_size=5)
 OUTPUTS = st.lists(st.integers(0, 2), max_size=40).map(bytes)
+MANY = settings(max_examples=300)
 
 
 def first_match(stops: list[bytes], output: bytes) -> int | None:
@@ -22,6 +23,7 @@ def may_begin(stops: list[bytes], output: bytes) -> int:
     return max((n for stop in stops for n in range(1, len(stop) + 1) if output.endswith(stop[:n])), default=0)
 
 
+@MANY
 @given(STOPS, OUTPUTS)
 def test_every_byte(stops: list[bytes], output: bytes) -> None:
     watch = StopWatch(stops)
@@ -30,6 +32,7 @@ def test_every_byte(stops: list[bytes], output: bytes) -> None:
         assert watch.held_back() == may_begin(stops, output[:end])
 
 
+@MANY
 @given(STOPS, OUTPUTS)
 def test_nothing_of_a_stop_text_is_shown(stops: list[bytes], output: bytes) -> None:
     watch, shown = StopWatch(stops), 0

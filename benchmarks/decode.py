@@ -1,0 +1,274 @@
+"""How fast is generation? Against the card's limits, and against transformers.
+
+    python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [--new 512]
+
+Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
+for patches of 4.5 bytes; prompts of 512 random bytes, new bytes drawn at temperature 1. The floor counts the bytes of
+weights and caches that must be read, at the speed at which the card copies.
+
+check    float32 on the device: the replayed step's bytes and log-probabilities against plain PyTorch's
+one      one sequence;  batch: 64;  8b: one, of the 8B shape
+first    seconds from a prompt to the first byte
+prefill  64 x 8,192 bytes, against the card's matrix rate
+peer     transformers' generate
+profile  where a step's time goes
+"""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from bytelatent.inference import Decoder, Engine, Sampling
+from bytelatent.inference.fast import FastRows
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build
+from bytelatent.model.flops import costs
+from bytelatent.model.presets import preset
+from bytelatent.patching import PatchSettings
+
+PATCH_BYTES = 4.5
+DRAW = Sampling(temperature=1.0)
+
+
+def random_model(settings: Any, dtype: torch.dtype, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda"):
+            return build(settings).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def random_prompts(count: int, size: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    bos = torch.ones(1, dtype=torch.long)
+    return [torch.cat([bos, torch.randint(4, 260, [size], generator=generator)]) for _ in range(count)]
+
+
+def decoder_of(name: str, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    """A random model, and a threshold that gives patches of 4.5 bytes on random bytes."""
+    byte_lm = random_model(preset("entropy"), dtype, seed=1)
+    model = random_model(preset(name), dtype)
+    return with_threshold(model, byte_lm)
+
+
+def with_threshold(model: BLTModel, byte_lm: ByteLM) -> Decoder:
+    from bytelatent.model import pack_rows
+
+    stream = pack_rows([prompt.cuda() for prompt in random_prompts(4, 4096, seed=7)])
+    threshold = float(byte_lm.entropies(stream)[64:].float().quantile(1 - 1 / PATCH_BYTES))
+    return Decoder(model, PatchSettings(threshold=threshold), byte_lm)
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of a copy on the device."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * len(source) / seconds_of(lambda: target.copy_(source), 10)
+
+
+def matrix_rate() -> float:
+    """FLOP/s of an 8192-cubed product in bfloat16."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    return 2 * 8192**3 / seconds_of(lambda: a @ b, 10)
+
+
+def seconds_of(work: Any, times: int) -> float:
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / times
+
+
+def floor(decoder: Decoder, rows: int, every: int, position: int) -> float:
+    """Seconds that reading what a step must read takes: weights once, caches of all rows, and 1/4.5 of the global
+    transformer's for one row, or all of them in one step of `every`."""
+    model, byte_lm = decoder.model, decoder.byte_lm
+    assert isinstance(model, BLTModel)
+    assert byte_lm is not None
+
+    def weights(*parts: Any) -> int:
+        return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+
+    def cache(settings: Any, seen: int) -> int:
+        return 2 * settings.num_layers * settings.kv_heads * settings.head_dim * 2 * seen
+
+    settings: BLTSettings = model.settings
+    inner: ByteLMSettings = byte_lm.settings
+    seen = min(position, 512)
+    by_byte = weights(byte_lm, model.decoder) + weights(model.encoder) - weights(model.encoder.ngram_hash)
+    by_byte += rows * (cache(inner, seen) + cache(settings.encoder, seen) + cache(settings.decoder, seen))
+    by_patch = weights(model.global_transformer) / (PATCH_BYTES if rows == 1 else every)
+    by_patch += rows / PATCH_BYTES * cache(settings.global_transformer, int(position / PATCH_BYTES))
+    return (by_byte + by_patch) / copy_rate()
+
+
+def generate(decoder: Decoder, count: int, new: int, every: int = 1, places: int | None = None) -> None:
+    """Warm up, then time `count` sequences of `new` bytes from the first drawn byte on."""
+    rows = FastRows(decoder, count, every, places)
+    engine = Engine(decoder, rows, count)
+    began = time.perf_counter()
+    for prompt in random_prompts(count, 16, seed=3):
+        engine.submit(prompt, DRAW, 24)
+    engine.run()
+    warm = time.perf_counter() - began
+    asked = [engine.submit(prompt, DRAW, new)[0] for prompt in random_prompts(count, 512)]
+    engine.advance()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    before = sum(len(one.ids) for one in asked)
+    engine.run()
+    torch.cuda.synchronize()
+    took = time.perf_counter() - began
+    drawn = sum(len(one.ids) for one in asked) - before
+    state = rows._step.state
+    patch = float(state.position.float().mean() / state.num_patches.float().mean())
+    limit = count / floor(decoder, count, every, 512 + new // 2)
+    rate = drawn / took
+    print(
+        f"{count} sequences, global transformer every {every}: {rate:,.0f} bytes/s, {rate / limit:.0%} of the floor's "
+        f"{limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms a byte of each, {patch:.2f} bytes a patch, warm-up {warm:.1f} s",
+        flush=True,
+    )
+
+
+def check() -> None:
+    from tests.inference.test_engine import decoders, generated
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for name, plain in decoders().items():
+        for part in (plain.model, plain.byte_lm):
+            if part is not None:
+                part.cuda()
+        there = Decoder(plain.model, plain.patching, plain.byte_lm)
+        sampling = Sampling(temperature=1.0, seed=3, top_p=0.9)
+        prompts = ["The", "a longer prompt " * 5, "it", "The"]
+        expected = generated(Engine.plain(there, 4), prompts, 60, sampling)
+        for every, places in ((1, None), (2, 2)):
+            found = generated(Engine(there, FastRows(there, 4, every, places), 4), prompts, 60, sampling)
+            for one, other in zip(found, expected, strict=True):
+                same = next((i for i, (a, b) in enumerate(zip(one.ids, other.ids, strict=False)) if a != b), 60)
+                far = max(
+                    (abs(a - b) for a, b in zip(one.log_probabilities[:same], other.log_probabilities, strict=False)),
+                    default=0.0,
+                )
+                print(
+                    f"check {name}, every {every}: {same} of {len(other.ids)} bytes equal, log-probabilities {far:.1e}"
+                )
+
+
+def first(decoder: Decoder) -> None:
+    engine = Engine(decoder, FastRows(decoder, 1), 1)
+    times = []
+    for number in range(8):
+        [prompt] = random_prompts(1, 512, seed=number)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        [asked] = engine.submit(prompt, DRAW, 64)
+        while not asked.ids:
+            engine.advance()
+        times.append(time.perf_counter() - began)
+        engine.run()
+    print(
+        f"first byte after 512: {sorted(times[2:])[len(times[2:]) // 2] * 1e3:.1f} ms (all: {[f'{t * 1e3:.1f}' for t in times]})"
+    )
+
+
+def prefill(decoder: Decoder) -> None:
+    prompts = random_prompts(64, 8191)
+    model: Any = decoder.model
+    flops = sum(part.flops_per_byte for part in costs(model.settings, PATCH_BYTES, 8192))
+    flops += sum(part.flops_per_byte for part in costs(decoder.byte_lm.settings, PATCH_BYTES, 8192))  # type: ignore
+    for group in (8, 16):
+
+        def work(group: int = group) -> None:
+            for begin in range(0, 64, group):
+                decoder.prefill(prompts[begin : begin + group], last_only=True)
+
+        work()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        took = time.perf_counter() - began
+        rate = 64 * 8192 / took
+        print(
+            f"prefill, {group} at once: {rate:,.0f} bytes/s, {rate * flops / matrix_rate():.0%} of the matrix rate",
+            flush=True,
+        )
+
+
+def peer() -> None:
+    from transformers import BltConfig, BltForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = BltForCausalLM(BltConfig(use_cache=False)).eval()
+    torch.set_default_dtype(torch.float32)
+    [prompt] = random_prompts(1, 512)
+    ids = prompt[None].cuda()
+    model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, use_cache=False)
+    torch.cuda.synchronize()
+    print(f"transformers' generate: {64 / (time.perf_counter() - began):.1f} bytes/s", flush=True)
+
+
+def profile(decoder: Decoder, count: int, every: int = 1) -> None:
+    rows = FastRows(decoder, count, every)
+    engine = Engine(decoder, rows, count)
+    for prompt in random_prompts(count, 512):
+        engine.submit(prompt, DRAW, 400)
+    for _ in range(60):
+        engine.advance()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(40):
+            engine.advance()
+        torch.cuda.synchronize()
+    print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=24, max_name_column_width=60))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["check", "one", "batch", "first", "prefill", "peer", "8b"])
+    parser.add_argument("--new", type=int, default=512)
+    given = parser.parse_args()
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    if "check" in given.what:
+        check()
+    if "peer" in given.what:
+        peer()
+        torch.cuda.empty_cache()
+    if {"one", "batch", "first", "prefill", "profile"} & set(given.what):
+        print(f"copy {copy_rate() / 1e12:.2f} TB/s, matrices {matrix_rate() / 1e12:.0f} TFLOP/s")
+        decoder = decoder_of("blt-1b")
+        if "one" in given.what:
+            generate(decoder, 1, given.new)
+        if "first" in given.what:
+            first(decoder)
+        if "batch" in given.what:
+            for every, places in ((1, None), (1, 32), (2, 48), (3, 64)):
+                generate(decoder, 64, given.new, every, places)
+        if "prefill" in given.what:
+            prefill(decoder)
+        if "profile" in given.what:
+            profile(decoder, 1)
+            profile(decoder, 64)
+        del decoder
+        torch.cuda.empty_cache()
+    if "8b" in given.what:
+        generate(decoder_of("blt-8b"), 1, given.new)
+
+
+if __name__ == "__main__":
+    main()
