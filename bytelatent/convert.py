@@ -5,7 +5,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from bytelatent.interop import convert, num_bytes, open_pretrained
+from bytelatent.errors import Interrupted
+from bytelatent.interop import check_target, convert, num_bytes, open_pretrained
 
 
 def convert_model(
@@ -21,12 +22,17 @@ def convert_model(
 
     Raises:
         UserError: the model is not there or not whole, or the format has no room for one of its settings.
+        Interrupted: by Ctrl-C; nothing is written then.
     """
+    check_target(Path(target), format, licence)
     found = open_pretrained(source, entropy, revision)
     for line in (found.in_a_line(), *found.warnings):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=num_bytes(found))
-        convert(found, Path(target), format, licence, lambda written: progress.advance(task, written))
+        try:
+            convert(found, Path(target), format, licence, lambda written: progress.advance(task, written))
+        except KeyboardInterrupt:
+            raise Interrupted(f"'{target}' was not written; the same command begins anew") from None
     return Path(target)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from bytelatent.errors import UserError
 from bytelatent.interop import open_pretrained
@@ -44,7 +45,7 @@ class Description:
         if self.patching is not None:
             lines.append(f"patches: {self.patching.in_words()}")
         table = Table(
-            title="\n".join(lines),
+            title=Text("\n".join(lines)),  # a path with brackets is no markup
             title_justify="left",
             caption=f"a forward pass, {where}; training costs three times it",
         )

@@ -1,6 +1,6 @@
 """Weights in, weights out: our format, Meta's, that of transformers."""
 
-from bytelatent.interop.convert import FORMATS, convert, num_bytes, write_model
+from bytelatent.interop.convert import FORMATS, check_target, convert, num_bytes, write_model
 from bytelatent.interop.native import save
 from bytelatent.interop.pretrained import load, load_byte_lm, load_byte_lm_and_context, open_pretrained
 from bytelatent.interop.stored import Config, Origin, Pretrained, StoredModel, fingerprint
@@ -11,6 +11,7 @@ __all__ = [
     "Origin",
     "Pretrained",
     "StoredModel",
+    "check_target",
     "convert",
     "fingerprint",
     "load",

@@ -15,6 +15,8 @@ from bytelatent.interop.tensors import read_json
 from bytelatent.model import ModelSettings
 from bytelatent.patching import PatchSettings
 
+Expressed = tuple[ModelSettings, PatchSettings | None, int]  # the last is the context
+
 FILE = "bytelatent.json"
 
 
@@ -25,7 +27,7 @@ def remember(folder: Path, config: Config, name: str = FILE) -> None:
 def recall(
     folder: Path,
     found: Config,
-    as_expressed: Callable[[Config], tuple[ModelSettings, PatchSettings | None]],
+    as_expressed: Callable[[Config], Expressed],
     name: str = FILE,
 ) -> Config:
     """What we wrote beside, if it says the same as the other format does; else what was found there.
@@ -37,8 +39,10 @@ def recall(
     if not (folder / name).is_file():
         return found
     earlier = Config.parse(read_json(folder / name), where=str(folder / name))
+    if earlier.model.kind != found.model.kind or (earlier.patching is None) != (found.patching is None):
+        return found
     try:
-        same = as_expressed(earlier) == (found.model, found.patching)
+        same = as_expressed(earlier) == (found.model, found.patching, found.context)
     except UserError:  # it cannot be expressed at all, so it was not written for this
         same = False
     return earlier if same else found

@@ -3,10 +3,12 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from bytelatent.interop.stored import Origin, StoredModel, num_parameters
+from bytelatent.interop.tensors import shown
 from bytelatent.model import BLTSettings
 
 CARD = "README.md"
@@ -21,21 +23,26 @@ PAPER = "https://arxiv.org/abs/2412.09871"
 
 def stated_licence(folder: Path) -> str | None:
     """The licence that a repository's card states at its head, or its file with a licence; None if there is neither."""
-    card = folder / CARD
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    if text.startswith("---"):
-        try:
-            head = yaml.safe_load(text[3:].split("\n---", 1)[0])
-        except yaml.YAMLError:
-            head = None
-        if isinstance(head, dict):
-            stated = head.get("license")
-            if stated == "other":
-                stated = head.get("license_name") or stated
-            if stated:
-                return str(stated)
+    head = _head_of_card(folder / CARD)
+    stated = head.get("license")
+    if stated == "other":
+        stated = head.get("license_name") or stated
+    if isinstance(stated, str) and stated.strip():
+        return shown(stated.strip())
+    if isinstance(stated, list) and stated and all(isinstance(name, str) for name in stated):
+        return shown(", ".join(stated))
     named = [file.name for pattern in LEGAL_FILES[:2] for file in sorted(folder.glob(pattern))]
     return f"see {named[0]}" if named else None
+
+
+def _head_of_card(card: Path) -> dict[str, Any]:
+    """What a card says at its head; nothing if it is damaged, for a card is no part of the model."""
+    try:
+        text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+        head = yaml.safe_load(text[3:].split("\n---", 1)[0]) if text.startswith("---") else None
+    except (yaml.YAMLError, ValueError, RecursionError, OSError):  # ValueError: dates such as 2024-99-99
+        return {}
+    return head if isinstance(head, dict) else {}
 
 
 def copy_legal_files(source: Path, target: Path) -> None:

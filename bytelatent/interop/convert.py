@@ -7,11 +7,12 @@ from pathlib import Path
 
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import MANIFEST, whole_folder
-from bytelatent.interop.card import copy_legal_files, write_card
+from bytelatent.interop.card import CARD, copy_legal_files, write_card
 from bytelatent.interop.hugging_face import write_hugging_face
 from bytelatent.interop.meta import write_meta
 from bytelatent.interop.native import write_native
 from bytelatent.interop.stored import StoredModel
+from bytelatent.model import BLTSettings
 
 Advance = Callable[[int], None]
 
@@ -61,17 +62,18 @@ def write_model(
         UserError: the format has no room for one of the model's settings, or the folder holds something else than a
             saved model.
     """
-    chosen = _format(format)
-    folder = folder.expanduser().absolute()
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise UserError(f"'{folder}' holds something else than a model; name another folder")
+    folder = check_target(folder, format, licence)
+    chosen = FORMATS[format]
+    if isinstance(stored.config.model, BLTSettings) and stored.config.patching is None:
+        raise UserError(f"model: '{stored.source}' names no patching rule; its config.json should have one")
     if licence is not None:
+        licence = " ".join(licence.split())
         origin = stored.config.origin.model_copy(update={"licence": licence})
         stored = replace(stored, config=stored.config.model_copy(update={"origin": origin}))
     with whole_folder(folder) as aside:
         chosen.write(aside, stored, advance)
-        if Path(stored.source).is_dir():
-            copy_legal_files(Path(stored.source), aside)
+        if stored.folder is not None:
+            copy_legal_files(stored.folder, aside)
         loading = [line.replace("FOLDER", repr(folder.name)) for line in chosen.loading]
         write_card(aside, folder.name, stored, chosen.library, loading)
 
@@ -86,14 +88,17 @@ def convert(
     """Write a model that lies elsewhere in another format, in the memory of one chunk.
 
     Raises:
-        UserError: as `write_model`, or the disk has no room.
+        UserError: as `write_model`, or the disk has no room, or the model would be replaced while it is read.
     """
-    _format(format)
+    folder = check_target(folder, format, licence)
+    for part in (stored, stored.byte_lm):
+        if part is not None and part.folder is not None and part.folder.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"'{folder}' would replace '{part.folder}', which is read; name another folder")
     origin = stored.config.origin
     if origin.converted_from is None:
-        origin = origin.model_copy(update={"converted_from": f"{Path(stored.source).name} ({stored.format})"})
+        origin = origin.model_copy(update={"converted_from": f"{_name(stored)} ({stored.format})"})
     stored = replace(stored, config=stored.config.model_copy(update={"origin": origin}))
-    needed, parent = num_bytes(stored), folder.expanduser().absolute().parent
+    needed, parent = num_bytes(stored), folder.parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
@@ -108,7 +113,37 @@ def num_bytes(stored: StoredModel) -> int:
     return inner + sum(tensor.num_bytes for tensor in stored.tensors.values())
 
 
-def _format(name: str) -> Format:
-    if name not in FORMATS:
-        raise UserError(f"format: '{name}' is none of {', '.join(FORMATS)}{nearest(name, list(FORMATS))}")
-    return FORMATS[name]
+def check_target(folder: Path, format: str, licence: str | None = None) -> Path:
+    """Complain early, before a model is fetched or read, about where and how it is to be written.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        UserError: there is no such format, or the folder holds something else than a saved model.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format: '{format}' is none of {', '.join(FORMATS)}{nearest(format, list(FORMATS))}")
+    if licence is not None and not licence.strip():
+        raise UserError("licence: it is empty; name one, such as apache-2.0, or leave it out")
+    try:
+        folder = folder.expanduser().absolute()
+    except RuntimeError:
+        raise UserError(f"'{folder}': there is no such user; write the path without ~") from None
+    if not _may_be_replaced(folder):
+        raise UserError(f"'{folder}' holds something else than a saved model; name another folder")
+    return folder
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether there is nothing, or a model as `write_model` leaves it; a run's checkpoint is none."""
+    try:
+        return not folder.is_dir() or not any(folder.iterdir()) or all((folder / n).is_file() for n in (MANIFEST, CARD))
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be read: {error.strerror or error}") from None
+
+
+def _name(stored: StoredModel) -> str:
+    """The repository, or the name of the folder."""
+    is_local = stored.folder is not None and Path(stored.source).is_dir()
+    return stored.folder.absolute().name if is_local and stored.folder is not None else stored.source

@@ -14,7 +14,7 @@ from typing import Any
 from bytelatent.errors import UserError
 from bytelatent.interop.beside import recall, remember
 from bytelatent.interop.stored import Config, StoredModel, shapes, under_our_names, under_their_names
-from bytelatent.interop.tensors import StoredTensor, read_json, read_weights, write_weights
+from bytelatent.interop.tensors import StoredTensor, read_json, read_weights, shown, write_weights
 from bytelatent.interop.tokenizer import write_tokenizer
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
@@ -131,12 +131,12 @@ def open_hugging_face(folder: Path, weights: bool = True) -> StoredModel:
     where = str(folder / "config.json")
     model, patching = settings_of(values, where)
     config = Config(model=model, context=values.get("max_position_embeddings", 4096), patching=patching)
-    config = recall(folder, config, lambda earlier: settings_of(_config(earlier, has_byte_lm=True), where))
+    config = recall(folder, config, lambda earlier: (*settings_of(_config(earlier, True), where), earlier.context))
     inner = None
     if {**DEFAULTS[""], **values}["patch_in_forward"]:
         byte_lm = _byte_lm_settings(values, where)
-        inner = Config(model=byte_lm, context=_part(values, "patcher_config")["max_position_embeddings"])
-        inner = recall(folder, inner, lambda earlier: (_again(earlier, where), None), BYTE_LM_BESIDE)
+        inner = Config(model=byte_lm, context=_part(values, "patcher_config", where)["max_position_embeddings"])
+        inner = recall(folder, inner, lambda earlier: (_again(earlier, where), None, earlier.context), BYTE_LM_BESIDE)
     tensors: Mapping[str, StoredTensor] = {}
     patcher: Mapping[str, StoredTensor] = {}
     if weights:
@@ -199,7 +199,7 @@ def _read_tensors(
     folder: Path, model: ModelSettings, byte_lm: ModelSettings | None
 ) -> tuple[Mapping[str, StoredTensor], Mapping[str, StoredTensor]]:
     found = read_weights(folder)
-    if NO_TABLES in found and found[NO_TABLES].shape[0] == 0:
+    if NO_TABLES in found and found[NO_TABLES].shape[:1] == (0,):
         found.pop(NO_TABLES)
     names = published_names(model) | (published_names(byte_lm) if byte_lm is not None else {})
     if byte_lm is None:
@@ -219,7 +219,7 @@ def settings_of(values: Mapping[str, Any], where: str) -> tuple[BLTSettings, Pat
         UserError: transformers computes something here that is not known.
     """
     top = {**DEFAULTS[""], **values}
-    encoder, middle, decoder = (_part(values, f"{part}_config") for part in ("encoder", "global", "decoder"))
+    encoder, middle, decoder = (_part(values, f"{part}_config", where) for part in ("encoder", "global", "decoder"))
     k, window = top["cross_attn_k"], top["local_attention_window_len"]
     _refuse(where, "tie_word_embeddings", top["tie_word_embeddings"], [False])
     for part, inner in (("", top), ("encoder_config.", encoder), ("decoder_config.", decoder)):
@@ -260,13 +260,16 @@ def settings_of(values: Mapping[str, Any], where: str) -> tuple[BLTSettings, Pat
     mode = top["patching_mode"]
     if mode != "entropy":  # whatever else it says, transformers then makes each byte a patch
         return model, PatchSettings(mode="byte", max_patch_length=top["max_patch_length"])
-    _refuse(where, "patch_size", top["patch_size"] is not None, [True])
+    if top["patch_size"] is None:
+        raise UserError(
+            f"{where}: patch_size is None; transformers then makes each byte a patch: say patching_mode 'byte'"
+        )
     rule = {"mode": mode, "threshold": top["patching_threshold"], "max_patch_length": top["max_patch_length"]}
     return model, PatchSettings.parse(rule, where=where)
 
 
 def _byte_lm_settings(values: Mapping[str, Any], where: str) -> ByteLMSettings:
-    patcher = _part(values, "patcher_config")
+    patcher = _part(values, "patcher_config", where)
     _refuse(where, "patcher_config.vocab_size", patcher.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
     stack = _stack(patcher, patcher["sliding_window"], where, "patcher_config", DEFAULT_PATCHER_THETA)
     return ByteLMSettings(**stack.model_dump())
@@ -278,7 +281,7 @@ def _stack(
     _refuse(where, f"{name}.hidden_act", part.get("hidden_act", "silu"), ["silu"])
     head_dim = part["hidden_size"] // part["num_attention_heads"]
     _refuse(where, f"{name}.head_dim", part.get("head_dim") or head_dim, [head_dim])
-    rope = part.get("rope_parameters") or part.get("rope_scaling") or {}
+    rope = _group(part, "rope_parameters", f"{where}: {name}") or _group(part, "rope_scaling", f"{where}: {name}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     _refuse(where, f"{name}.rope_parameters.rope_type", kind, ["default"])
     hidden = part["intermediate_size"] or 8 * part["hidden_size"] // 3
@@ -303,8 +306,22 @@ def _width(dim: int, hidden: int) -> dict[str, Any]:
     return {"multiple_of": 1, "ffn_dim_multiplier": (hidden + 0.5) / base}
 
 
-def _part(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {**DEFAULTS[name], **(values.get(name) or {})}
+def _part(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """One part's values, those that are computed with checked."""
+    part = {**DEFAULTS[name], **_group(values, name, where)}
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        value = part[key]
+        if not (type(value) is int and value > 0) and not (value is None and key == "intermediate_size"):
+            raise UserError(f"{where}: {name}.{key} is {shown(repr(value))}; it should be a number above 0")
+    return part
+
+
+def _group(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """The keys and values under a key, none where it is absent."""
+    found = values.get(key)
+    if found is not None and not isinstance(found, dict):
+        raise UserError(f"{where}: {key} is {shown(repr(found))}; it should be a mapping of keys to values")
+    return found or {}
 
 
 def _heads(part: Mapping[str, Any]) -> dict[str, int]:
@@ -314,7 +331,7 @@ def _heads(part: Mapping[str, Any]) -> dict[str, int]:
 
 def _refuse(where: str, key: str, value: Any, allowed: list[Any]) -> None:
     if value not in allowed:
-        raise UserError(f"{where}: {key} is {value!r}; only {allowed[0]!r} is known here")
+        raise UserError(f"{where}: {key} is {shown(repr(value))}; only {shown(repr(allowed[0]))} is known here")
 
 
 def _config(config: Config, has_byte_lm: bool) -> dict[str, Any]:

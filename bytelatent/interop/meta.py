@@ -13,7 +13,7 @@ from bytelatent.errors import UserError
 from bytelatent.interop.beside import recall, remember
 from bytelatent.interop.meta_args import args_of, is_byte_lm, patcher_args_of, refuse_what_is_not_known, settings_of
 from bytelatent.interop.stored import Config, StoredModel, shapes, under_our_names, under_their_names
-from bytelatent.interop.tensors import StoredTensor, read_json, read_pickle, read_weights, write_weights
+from bytelatent.interop.tensors import StoredTensor, read_json, read_pickle, read_weights, shown, write_weights
 from bytelatent.model import BLTSettings, ModelSettings
 
 BYTE_LM = "blt-entropy"  # where we write it; Meta's own repository is called so
@@ -74,14 +74,16 @@ def open_meta(folder: Path, weights: bool = True) -> StoredModel:
     Raises:
         UserError: something is missing, or changes the mathematics to what is not known here.
     """
+    args, patcher, words = _read_settings(folder)
     try:
-        args, patcher, words = _read_settings(folder)
         model, patching = settings_of(args, patcher, str(folder))
     except KeyError as error:
         raise UserError(f"'{folder}': its JSON files lack the key {error}; fetch them again") from None
     warnings = refuse_what_is_not_known(args, folder)
     config = Config(model=model, context=PUBLISHED_CONTEXT, patching=patching)
-    config = recall(folder, config, lambda earlier: settings_of(args_of(earlier), patcher_args_of(earlier)))
+    config = recall(
+        folder, config, lambda earlier: (*settings_of(args_of(earlier), patcher_args_of(earlier)), PUBLISHED_CONTEXT)
+    )
     tensors: Mapping[str, StoredTensor] = {}
     if weights:
         tensors = under_our_names(_read_tensors(folder), config.model, published_names(config.model), str(folder))
@@ -136,16 +138,28 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     config, params = folder / "config.json", folder / "params.json"
     if config.is_file() and "args" in read_json(config):
         train_args = folder / "train_args.json"
-        patcher = read_json(train_args)["data"]["patcher_args"] if train_args.is_file() else {}
-        return read_json(config)["args"], patcher, "Meta's hub format"
+        args, patcher = _group(config, read_json(config), "args"), {}
+        if train_args.is_file() and not is_byte_lm(args):
+            patcher = _group(train_args, _group(train_args, read_json(train_args), "data"), "patcher_args")
+        return args, patcher, "Meta's hub format"
     values = read_json(params)
     args = next(
         (values[key] for key in ("model", "entropy_model", "args") if isinstance(values.get(key), dict)), values
     )
-    patcher = (values.get("data") or {}).get("patcher_args") or {}
+    data = _group(params, values, "data") if values.get("data") is not None else {}
+    patcher = _group(params, data, "patcher_args") if data.get("patcher_args") is not None else {}
     if is_byte_lm(args):
         args = {"sliding_window": PUBLISHED_WINDOW, **args}
     return args, patcher, "Meta's older format"
+
+
+def _group(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The keys and values that a JSON file holds under a key."""
+    if key not in values:
+        raise UserError(f"'{file}' lacks the key '{key}'; fetch it again")
+    if not isinstance(values[key], dict):
+        raise UserError(f"'{file}': {key} is {shown(repr(values[key]))}; it should be a mapping of keys to values")
+    return values[key]
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:

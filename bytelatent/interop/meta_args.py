@@ -5,6 +5,7 @@ from typing import Any
 
 from bytelatent.errors import UserError
 from bytelatent.interop.stored import Config
+from bytelatent.interop.tensors import shown
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
@@ -136,19 +137,21 @@ def refuse_what_is_not_known(args: dict[str, Any], folder: Path) -> list[str]:
     for key, allowed in required.items():
         if key in args and args[key] not in allowed:
             raise UserError(
-                f"'{folder}': {key} is {args[key]!r}; only {allowed[0]!r} is known here, "
+                f"'{folder}': {key} is {shown(repr(args[key]))}; only {allowed[0]!r} is known here, "
                 "and the model would compute something else"
             )
     if not is_byte_lm(args):
         for key in ("dim_token", "dim_token_emb"):
             if args.get(key) not in (None, args["dim_local_encoder"]):
                 raise UserError(
-                    f"'{folder}': {key} is {args[key]}; only embeddings as wide as the local encoder "
+                    f"'{folder}': {key} is {shown(repr(args[key]))}; only embeddings as wide as the local encoder "
                     f"(dim_local_encoder {args['dim_local_encoder']}) are known here"
                 )
     known = SAME_IN_BOTH.keys() | BLT_ONLY.keys() | READ | OF_NO_MATTER
     unknown = [key for key, value in args.items() if key not in known and value not in (None, False)]
-    return [f"'{folder}': nobody here knows what {key}={args[key]!r} does; it is left out" for key in unknown]
+    return [
+        f"'{folder}': nobody here knows what {shown(f'{key}={args[key]!r}')} does; it is left out" for key in unknown
+    ]
 
 
 def _byte_lm_settings(args: dict[str, Any]) -> ByteLMSettings:
@@ -220,7 +223,8 @@ def _patching(args: dict[str, Any], patcher: dict[str, Any], where: str) -> Patc
         values["threshold_add"] = patcher.get("threshold_add", args.get("patching_threshold_add"))
         values["monotonicity"] = patcher.get("monotonicity", args.get("monotonicity")) or False
     if mode == "static":
-        values["patch_size"] = int(patcher.get("patch_size") or args["patch_size"])
+        size = patcher.get("patch_size") or args["patch_size"]
+        values["patch_size"] = size  # 4.0 is taken for 4, and 4.5 is refused
     return PatchSettings.parse(values, where=where)
 
 

@@ -86,17 +86,21 @@ def _same_names(settings: ModelSettings) -> dict[str, list[str]]:
 
 
 def _origin_of_run(folder: Path, checkpoint: Path) -> Origin:
-    """What a run's settings and metrics say of the text it was trained on."""
-    data = load_yaml(folder / "settings.yaml").get("data") or {}
-    step = int(checkpoint.name.rpartition("-")[2])
-    rows = [row for row in read_json_lines(folder / "metrics.jsonl") if row["step"] <= step]
-    measured = next((row for row in reversed(rows) if "validation_bits_per_byte" in row), {})
-    return Origin(
-        training_text=_paths(data.get("train")),
-        training_bytes=rows[-1].get("bytes_seen") if rows else None,
-        validation_text=_paths(data.get("valid")),
-        bits_per_byte=measured.get("validation_bits_per_byte"),
-    )
+    """What a run's settings and metrics say of the text it was trained on; as much as can be read."""
+    data = load_yaml(folder / "settings.yaml").get("data")
+    data = data if isinstance(data, dict) else {}
+    try:
+        step = int(checkpoint.name.rpartition("-")[2])
+        rows = [row for row in read_json_lines(folder / "metrics.jsonl") if row["step"] <= step]
+        measured = next((row for row in reversed(rows) if "validation_bits_per_byte" in row), {})
+        return Origin(
+            training_text=_paths(data.get("train")),
+            training_bytes=rows[-1].get("bytes_seen") if rows else None,
+            validation_text=_paths(data.get("valid")),
+            bits_per_byte=measured.get("validation_bits_per_byte"),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):  # of somebody else; the model does not need them
+        return Origin()
 
 
 def _paths(sources: Any) -> list[str]:

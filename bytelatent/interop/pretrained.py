@@ -11,7 +11,8 @@ from bytelatent.hub import is_repository_name, model_exists, model_folder
 from bytelatent.interop import hugging_face, meta, native
 from bytelatent.interop.card import stated_licence
 from bytelatent.interop.stored import Pretrained, StoredModel
-from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings
+from bytelatent.interop.tensors import shown
+from bytelatent.model import ByteLM, ByteLMSettings
 
 
 def open_pretrained(
@@ -36,7 +37,7 @@ def open_pretrained(
     Raises:
         UserError: there is no model, it is not whole, or it computes something that is not known here.
     """
-    place = Path(source).expanduser()
+    place = _folder(source)
     on_hub = not place.exists() and _is_on_hub(str(source))
     if on_hub:
         place = model_folder(str(source), revision, token, local_files_only, weights)
@@ -51,8 +52,11 @@ def open_pretrained(
     if on_hub:
         found = replace(found, source=str(source))
     if entropy is not None:
+        if isinstance(found.config.model, ByteLMSettings):
+            raise UserError(f"entropy: '{source}' is a byte LM itself and asks no other; leave it out")
         return replace(found, byte_lm=_byte_lm_of(entropy, token, local_files_only, weights))
-    if found.byte_lm is None and meta.is_meta(place) and isinstance(found.config.model, BLTSettings):
+    rule = found.config.patching
+    if found.byte_lm is None and rule is not None and rule.needs_entropies and meta.is_meta(place):
         return replace(found, byte_lm=_beside(str(source) if on_hub else place, token, local_files_only, weights))
     return found
 
@@ -97,6 +101,18 @@ def _is_on_hub(source: str) -> bool:
     return is_repository_name(source) and owner != "runs" and not Path(owner).exists()
 
 
+def _folder(source: str | Path) -> Path:
+    """Where a folder of this name would be."""
+    try:
+        place = Path(source).expanduser()
+        place.is_dir()
+    except RuntimeError:
+        raise UserError(f"model: '{source}': there is no such user; write the path without ~") from None
+    except OSError as error:
+        raise UserError(f"model: '{source}' cannot be read: {error.strerror or error}") from None
+    return place
+
+
 def _byte_lm(found: StoredModel) -> ByteLM:
     model = found.load().model
     assert isinstance(model, ByteLM)
@@ -104,10 +120,10 @@ def _byte_lm(found: StoredModel) -> ByteLM:
 
 
 def _open(folder: Path, weights: bool) -> StoredModel:
-    if native.is_run(folder):
-        return native.open_run(folder, weights)
     try:
-        if native.is_native(folder):
+        if native.is_run(folder):
+            found = native.open_run(folder, weights)
+        elif native.is_native(folder):
             found = native.open_native(folder, weights)
         elif meta.is_meta(folder):
             found = meta.open_meta(folder, weights)
@@ -122,9 +138,11 @@ def _open(folder: Path, weights: bool) -> StoredModel:
         first = error.errors()[0]
         key = "".join(f"{part}: " for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"'{folder}': its config.json is not consistent: {key}{message}") from None
+        value = "" if first["type"] in ("missing", "value_error") else f", not {shown(repr(first['input']))}"
+        raise UserError(f"'{folder}': its settings are not consistent: {key}{message}{value}; fetch it again") from None
     if weights and (folder / MANIFEST).is_file() and (torn := what_is_torn(folder, ending=".safetensors")):
         raise UserError(f"'{folder}' is not as it was written: {torn}; fetch or write it again")
+    found = replace(found, folder=folder)
     if found.config.origin.licence is None:
         origin = found.config.origin.model_copy(update={"licence": stated_licence(folder)})
         found = replace(found, config=found.config.model_copy(update={"origin": origin}))
@@ -139,7 +157,7 @@ def _byte_lm_of(source: str | Path, token: str | None, local_files_only: bool, w
 def _inner_byte_lm(found: StoredModel, source: str | Path) -> StoredModel:
     if found.byte_lm is None:
         raise UserError(f"entropy: '{source}' holds a BLT without a byte LM; name the byte LM's own run or folder")
-    return found.byte_lm
+    return replace(found.byte_lm, folder=found.folder)
 
 
 def _beside(source: str | Path, token: str | None, local_files_only: bool, weights: bool) -> StoredModel | None:

@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -11,12 +13,12 @@ from torch import Tensor, nn
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.interop.tensors import StoredTensor
+from bytelatent.interop.tensors import StoredTensor, few, shown
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build
 from bytelatent.patching import Calibration, PatchSettings
 
 FORMAT = "bytelatent"
-FEW = 12  # tensors named in an error
+MOST_LAYERS = 10_000  # a file that says more is not a model's, and building them all would take hours
 
 
 class Origin(Settings):
@@ -42,7 +44,7 @@ class Config(Settings):
     """`config.json` of our format."""
 
     format: str = FORMAT
-    version: int = 1
+    version: Literal[1] = 1
     model: ByteLMSettings | BLTSettings
     context: int  # ids that the model saw at once in training
     patching: PatchSettings | None = None
@@ -60,6 +62,7 @@ class StoredModel:
         format: what it is stored as, in words.
         source: where it was found.
         warnings: lines that its user should see.
+        folder: where its licence and card are; None for one in memory.
     """
 
     config: Config
@@ -68,6 +71,7 @@ class StoredModel:
     format: str
     source: str
     warnings: Sequence[str] = ()
+    folder: Path | None = None
 
     @classmethod
     def of(cls, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> "StoredModel":
@@ -82,7 +86,8 @@ class StoredModel:
         """Read the model.
 
         Args:
-            dtype: precision of its weights; None: as they are stored. The byte LM stays as it is stored.
+            dtype: precision of its weights; None: as they are stored, or the widest of several, which could not be
+                computed with. The byte LM stays as it is stored.
         """
         model = _filled(self.config.model, self.tensors, device, dtype)
         byte_lm = self.byte_lm.load(device).model if self.byte_lm is not None else None
@@ -102,7 +107,7 @@ class StoredModel:
         elif self.config.patching is not None and self.config.patching.needs_entropies:
             parts.append("no byte LM")
         licence = self.config.origin.licence
-        parts.append(f"licence {licence}" if licence else "licence not stated")
+        parts.append(f"licence {shown(licence)}" if licence else "licence not stated")
         return ", ".join(parts)
 
 
@@ -118,9 +123,26 @@ class Pretrained:
 
 
 def shapes(settings: ModelSettings) -> dict[str, torch.Size]:
-    """The tensors of a model of these settings and their shapes, in its own order."""
-    with torch.device("meta"):
-        return {name: value.shape for name, value in build(settings).state_dict().items()}
+    """The tensors of a model of these settings and their shapes, in its own order.
+
+    Raises:
+        UserError: no computer could hold it.
+    """
+    return {name: value.shape for name, value in _empty(settings).state_dict().items()}
+
+
+def _empty(settings: ModelSettings) -> nn.Module:
+    """A model without memory for its weights."""
+    is_blt = isinstance(settings, BLTSettings)
+    stacks = (settings.encoder, settings.global_transformer, settings.decoder) if is_blt else (settings,)
+    num_layers = max(stack.num_layers for stack in stacks)
+    if num_layers > MOST_LAYERS:
+        raise UserError(f"the settings say {num_layers:,} layers; more than {MOST_LAYERS:,} cannot be right")
+    try:
+        with torch.device("meta"):
+            return build(settings)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
+        raise UserError(f"the settings say sizes that no model has: {shown(str(error))}") from None
 
 
 def num_parameters(settings: ModelSettings) -> int:
@@ -162,8 +184,7 @@ def under_our_names(
         elif not wrong:
             found[ours] = parts[0] if len(parts) == 1 else StoredTensor.join(parts)
     if problems:
-        more = f"; and {len(problems) - FEW} more" if len(problems) > FEW else ""
-        raise UserError(f"'{where}': the tensors do not fit the settings: {'; '.join(problems[:FEW])}{more}")
+        raise UserError(f"'{where}': the tensors do not fit the settings: {few(problems, '; ')}")
     return found
 
 
@@ -191,11 +212,11 @@ def fingerprint(model: nn.Module) -> str:
 def _filled(
     settings: ModelSettings, tensors: Mapping[str, StoredTensor], device: torch.device | str, dtype: torch.dtype | None
 ) -> Any:
-    with torch.device("meta"):
-        model = build(settings)
+    model = _empty(settings)
+    dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
 
     def ready(tensor: StoredTensor) -> Tensor:
-        return tensor.load().to(device, dtype or tensor.dtype)
+        return tensor.load().to(device, dtype)
 
     model.load_state_dict({name: ready(tensor) for name, tensor in tensors.items()}, assign=True)
     return model.eval()

@@ -21,6 +21,7 @@ from torch import Tensor
 from bytelatent.errors import UserError
 
 CHUNK_BYTES = 1 << 26
+FEW = 12  # names listed in an error
 SHARD_BYTES = 5_000_000_000  # a file of weights holds no more, unless one tensor alone does
 DTYPES = {
     "F64": torch.float64,
@@ -73,11 +74,12 @@ class StoredTensor:
 
     def split(self, rows: int) -> list["StoredTensor"]:
         """Equal parts of so many rows each."""
+        assert self.shape[0] % rows == 0
         shape = (rows, *self.shape[1:])
         size = math.prod(shape) * self.dtype.itemsize
         return [
-            StoredTensor(self.dtype, shape, tuple(self._pieces_between(begin, begin + size)))
-            for begin in range(0, self.num_bytes, size)
+            StoredTensor(self.dtype, shape, tuple(self._pieces_between(number * size, (number + 1) * size)))
+            for number in range(self.shape[0] // rows)
         ]
 
     def _pieces_between(self, begin: int, end: int) -> Iterator[Extent | Tensor]:
@@ -124,16 +126,32 @@ def read_weights(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
     if single.is_file() or not index.is_file():
         return read_safetensors(single)
     place_of = read_json(index).get("weight_map")
-    if not isinstance(place_of, dict) or not all(
-        isinstance(file, str) and PurePath(file).name == file for file in place_of.values()
-    ):
+    if not isinstance(place_of, dict) or not all(_is_file_name(file) for file in place_of.values()):
         raise UserError(f"'{index}' does not say which file each tensor is in (weight_map); fetch it again")
-    tensors = {
-        name: t for file in sorted(set(place_of.values())) for name, t in read_safetensors(folder / file).items()
-    }
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(place_of.values())):
+        found = read_safetensors(folder / file)
+        if elsewhere := [name for name in found if place_of.get(name, file) != file]:
+            raise UserError(
+                f"'{folder / file}' holds tensors that '{index.name}' places elsewhere: {few(elsewhere)}; "
+                "fetch them again"
+            )
+        tensors |= found
     if missing := sorted(set(place_of) - set(tensors)):
-        raise UserError(f"'{index}' names tensors that its files do not hold: {', '.join(missing)}; fetch them again")
+        raise UserError(f"'{index}' names tensors that its files do not hold: {few(missing)}; fetch them again")
     return tensors
+
+
+def few(names: Sequence[str], separator: str = ", ") -> str:
+    """The first of many names or lines, each as one that can be shown whatever is in it."""
+    listed = separator.join(shown(name) for name in names[:FEW])
+    return listed + (f"{separator}and {len(names) - FEW} more" if len(names) > FEW else "")
+
+
+def shown(text: str, longest: int = 200) -> str:
+    """What a file says, fit for a terminal and a line: no control characters, no end of it."""
+    plain = "".join(c if c.isprintable() else " " for c in text[: longest + 1])
+    return plain if len(text) <= longest else f"{plain[:longest]}..."
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -150,7 +168,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist; the folder is not complete") from None
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is not a whole safetensors file ({error}); fetch or write it again") from None
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
@@ -160,7 +178,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 def _described(path: Path, data_begin: int, name: str, entry: dict[str, Any]) -> StoredTensor:
     if entry["dtype"] not in DTYPES:
-        raise UserError(f"'{path}': {name} is stored as {entry['dtype']}; known are {', '.join(DTYPES)}")
+        raise UserError(f"'{path}': {shown(name)} is stored as {entry['dtype']}; known are {', '.join(DTYPES)}")
     begin, end = entry["data_offsets"]
     extent = Extent(path, data_begin + begin, end - begin)
     return StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), (extent,))
@@ -178,14 +196,19 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"'{path}' does not exist; the folder is not complete") from None
     except pickle.UnpicklingError:
         raise UserError(
-            f"'{path}' is refused: beside tensors it holds Python objects, which could run any code when read; "
-            "get the weights as safetensors"
+            f"'{path}' is refused: it is damaged, or beside tensors it holds Python objects, which could run any code "
+            "when read; fetch it again, or get the weights as safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise UserError(f"'{path}' is not a whole file of weights ({error}); fetch it again") from None
+    except Exception as error:  # of whatever kind torch meets in a file that is not its own
+        why = shown(str(error) or type(error).__name__)
+        raise UserError(f"'{path}' is not a whole file of weights ({why}); fetch it again") from None
     tensors = values.get("model", values) if isinstance(values, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"'{path}' holds no tensors by name, neither at its top nor below 'model'")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in NAMES_OF_DTYPES:
+            kind = f"{tensor.dtype} on {tensor.device}, {tensor.layout}".replace("torch.", "")
+            raise UserError(f"'{path}': {shown(str(name))} is {kind}; known are plain ones of {', '.join(DTYPES)}")
     return {str(name): StoredTensor.of(tensor) for name, tensor in tensors.items()}
 
 
@@ -256,13 +279,18 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist; the folder is not complete") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:  # bad UTF-8, numbers without end, lists within lists
+        raise UserError(f"'{path}' is not valid JSON ({shown(str(error))}); fetch or write it again") from None
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
     if not isinstance(values, dict):
         raise UserError(f"'{path}' holds no JSON object; it should be a mapping of keys to values")
     return values
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether it names a file beside the one that it stands in, and nothing else."""
+    return isinstance(name, str) and name not in ("", "..") and "\0" not in name and PurePath(name).name == name
 
 
 def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int | None) -> list[list[str]]:
@@ -295,6 +323,6 @@ def _read(extent: Extent) -> Iterator[bytes]:
 
 def _bytes_of(tensor: Tensor) -> Iterator[Any]:
     flat = tensor.reshape(-1)
-    step = CHUNK_BYTES // tensor.element_size()
+    step = max(CHUNK_BYTES // tensor.element_size(), 1)
     for begin in range(0, len(flat), step):
         yield flat[begin : begin + step].cpu().view(torch.uint8).numpy()

@@ -57,10 +57,12 @@ def split_scratch(rows: int, heads: int, head_dim: int, splits: int, device: tor
 def launch_for_attention(sequences: int, new: int, heads: int, kv_heads: int, reach: int) -> AttentionLaunch:
     """The launch for attention that looks at `reach` positions at most: the window, or the slots of a row."""
     splits, programs = 1, sequences * kv_heads
-    while splits < 32 and programs * splits * 2 <= PROGRAMS * 3 // 2 and reach >= splits * 2 * 128:
+    while splits < 8 and programs * splits * 2 <= PROGRAMS and reach >= splits * 2 * 32:
         splits *= 2
     if new * heads == kv_heads:
-        return AttentionLaunch(block=64, splits=splits, num_warps=4, num_stages=3)
+        return AttentionLaunch(
+            block=32 if reach <= splits * 128 or splits == 1 else 64, splits=splits, num_warps=4, num_stages=2
+        )
     return AttentionLaunch(block=64, splits=splits, num_warps=4, num_stages=2)
 
 

@@ -28,7 +28,8 @@ class SkinnyLaunch:
     """How a product is cut into programs.
 
     Attributes:
-        block_m: rows a program; 1: multiply and sum, else tensor cores and a power of two from 16 on.
+        block_m: rows a program; 1: multiply and sum, else tensor cores and a power of two from 16 on. Below 64 the
+            matrix is the product's tall side, from 64 on the states are.
         block_n: columns of the result a program, a power of two; from 16 on with tensor cores.
         block_k: how much of the width is looked at at once, a power of two; from 16 on with tensor cores.
         num_stages: how many such parts of the width are on their way at once.
@@ -44,17 +45,17 @@ class SkinnyLaunch:
 def launch_for(M: int, N: int, K: int, gated: bool = False) -> SkinnyLaunch:
     """The launch for M rows, N columns of the result and a width of K."""
     if M == 1:
-        most = 4 if gated else 8  # a gated column reads two rows of the matrix
-        block_n = next((size for size in (8, 4) if size <= most and N >= size * PROGRAMS), 2)
+        if gated or (K >= 2048 and N <= 2048):
+            block_n = 4 if not gated and N * K > 2**23 else 2
+            return SkinnyLaunch(1, block_n, min(_power_of_two(K), 1024), num_warps=4, num_stages=8)
+        block_n = next((size for size in (8, 4) if size * PROGRAMS <= N), 2)
         # At 256 a warp has its own rows of the matrix, and no warp waits for another.
         return SkinnyLaunch(1, block_n, min(_power_of_two(K), 256), num_warps=min(block_n, 4), num_stages=8)
-    block_m, block_n = min(max(_power_of_two(M), 16), 64), 16
-    while block_m > 16 and -(-M // block_m) * -(-N // block_n) < PROGRAMS:
-        block_m //= 2
-    if not gated and -(-M // block_m) * N >= 32 * 2 * PROGRAMS:
-        block_n = 32
-    block_k = min(max(_power_of_two(K), 16), 128 if block_m < 64 else 64)
-    return SkinnyLaunch(block_m, block_n, block_k, num_warps=4, num_stages=4)
+    block_k = min(max(_power_of_two(K), 16), 128)
+    if M > 32:
+        block_n = 16 if gated or N <= 32 * PROGRAMS // 2 else 32
+        return SkinnyLaunch(64, block_n, block_k, num_warps=4, num_stages=4)
+    return SkinnyLaunch(max(_power_of_two(M), 16), 16, block_k, num_warps=4, num_stages=4)
 
 
 def fold_norm(weight_NK: Tensor, norm_K: Tensor) -> Tensor:
@@ -186,9 +187,14 @@ def _launched(
         grid = (-(-N // launch.block_n), M)
         blocks = {"BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k, "STAGES": launch.num_stages}
         kernels.vector_kernel[grid](*arguments, **shape, **blocks, **options)
+        return out
+    blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
+    if launch.block_m >= 64:
+        grid = (-(-N // launch.block_n), -(-M // launch.block_m))
+        blocks["STAGES"] = launch.num_stages
+        kernels.rows_kernel[grid](*arguments, M, **shape, **blocks, **options)
     else:
         grid = (-(-M // launch.block_m), -(-N // launch.block_n))
-        blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
         kernels.matrix_kernel[grid](*arguments, M, **shape, **blocks, **options)
     return out
 

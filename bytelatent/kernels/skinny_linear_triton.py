@@ -22,11 +22,11 @@ def finished(y, up, squares, eps, K: tl.constexpr, NORM: tl.constexpr, GATED: tl
 @triton.jit
 def summed(acc, acc_up, squares, weight, x_at, k, at, K: tl.constexpr, GATED: tl.constexpr):
     """One more part of the width, which begins at `at`."""
-    within = k < K - at
+    within = (k < K - at)[None, :]
     x = tl.load(x_at + at, mask=within, other=0.0).to(tl.float32)
-    acc += tl.load(weight + at, mask=within[None, :], other=0.0).to(tl.float32) * x[None, :]
+    acc += tl.load(weight + at, mask=within, other=0.0).to(tl.float32) * x
     if GATED:
-        acc_up += tl.load(weight + (K + at), mask=within[None, :], other=0.0).to(tl.float32) * x[None, :]
+        acc_up += tl.load(weight + (K + at), mask=within, other=0.0).to(tl.float32) * x
     return acc, acc_up, squares + x * x
 
 
@@ -37,28 +37,31 @@ def vector_kernel(
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     MATRICES: tl.constexpr = 2 if GATED else 1
+    EARLY: tl.constexpr = OVERLAP and run_ptr is None  # the first weights need not wait, but should not be read in vain
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     # Columns past the end repeat the last one: no mask, and what they are is not stored.
     weight = weight_ptr + tl.minimum(n, N - 1)[:, None] * (MATRICES * K) + k[None, :]
-    within = k < K
-    if run_ptr is None:  # the first weights need not wait
-        w = tl.load(weight, mask=within[None, :], other=0.0)
+    within = (k < K)[None, :]
+    if EARLY:
+        w = tl.load(weight, mask=within, other=0.0)
         if GATED:
-            w_up = tl.load(weight + K, mask=within[None, :], other=0.0)
+            w_up = tl.load(weight + K, mask=within, other=0.0)
     wait_for_earlier(OVERLAP)
     if run_ptr is not None and tl.load(run_ptr) == 0:
         return
-        w = tl.load(weight, mask=within[None, :], other=0.0)
+    if not EARLY:
+        w = tl.load(weight, mask=within, other=0.0)
         if GATED:
-            w_up = tl.load(weight + K, mask=within[None, :], other=0.0)
-    m = tl.program_id(1).to(tl.int64)
-    x_at = x_ptr + m * x_row + k
+            w_up = tl.load(weight + K, mask=within, other=0.0)
+    # Every column loads x anew, from the L1 cache: as the threads lie for the weights, so that none waits for another.
+    x_at = x_ptr + m * x_row + tl.zeros([BLOCK_N, 1], tl.int32) + k[None, :]
     x = tl.load(x_at, mask=within, other=0.0).to(tl.float32)
-    acc = w.to(tl.float32) * x[None, :]
+    acc = w.to(tl.float32) * x
     acc_up = acc
     if GATED:
-        acc_up = w_up.to(tl.float32) * x[None, :]
+        acc_up = w_up.to(tl.float32) * x
     squares = x * x
     if K <= STAGES * BLOCK_K:
         for at in tl.static_range(BLOCK_K, K, BLOCK_K):
@@ -67,7 +70,7 @@ def vector_kernel(
         for at in tl.range(BLOCK_K, K, BLOCK_K, loop_unroll_factor=STAGES):
             acc, acc_up, squares = summed(acc, acc_up, squares, weight, x_at, k, at, K, GATED)
     up = tl.sum(acc_up, 1) if GATED else 0.0
-    y = finished(tl.sum(acc, 1), up, tl.sum(squares, 0), eps, K, NORM, GATED)
+    y = finished(tl.sum(acc, 1), up, tl.sum(squares, 1), eps, K, NORM, GATED)
     stored = n < N
     if residual_ptr is not None:
         y += residual_scale * tl.load(residual_ptr + m * residual_row + n, mask=stored, other=0.0).to(tl.float32)
@@ -122,3 +125,50 @@ def matrix_kernel(
     tl.store(out_ptr + wide * out_row + n[:, None], y.to(out_ptr.dtype.element_ty), mask=stored)
     if also_ptr is not None:
         tl.store(also_ptr + wide * also_row + n[:, None], y.to(also_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def rows_kernel(
+    x_ptr, weight_ptr, residual_ptr, out_ptr, also_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
+    also_row, M, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Many rows: the states are the product's tall side, as the tensor cores of Hopper want it."""
+    MATRICES: tl.constexpr = 2 if GATED else 1
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # What lies past the end repeats the last row or column: no mask, and what it is is not stored.
+    weight = weight_ptr + tl.minimum(n, N - 1)[None, :] * (MATRICES * K) + k[:, None]
+    x_at = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * x_row + k[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_up = acc
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    wait_for_earlier(OVERLAP)
+    if run_ptr is not None and tl.load(run_ptr) == 0:
+        return
+    for at in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        if K % BLOCK_K == 0:
+            x, w = tl.load(x_at + at), tl.load(weight + at)
+            if GATED:
+                w_up = tl.load(weight + K + at)
+        else:
+            within = k < K - at
+            x = tl.load(x_at + at, mask=within[None, :], other=0.0)
+            w = tl.load(weight + at, mask=within[:, None], other=0.0)
+            if GATED:
+                w_up = tl.load(weight + K + at, mask=within[:, None], other=0.0)
+        acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
+        if GATED:
+            acc_up = tl.dot(x.to(w.dtype), w_up, acc_up, input_precision="ieee")
+        if NORM:
+            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+    y = finished(acc, acc_up, squares[:, None], eps, K, NORM, GATED)
+    stored = (m < M)[:, None] & (n < N)[None, :]
+    wide = m.to(tl.int64)[:, None]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + wide * residual_row + n[None, :], mask=stored, other=0.0)
+        y += residual_scale * residual.to(tl.float32)
+    tl.store(out_ptr + wide * out_row + n[None, :], y.to(out_ptr.dtype.element_ty), mask=stored)
+    if also_ptr is not None:
+        tl.store(also_ptr + wide * also_row + n[None, :], y.to(also_ptr.dtype.element_ty), mask=stored)

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from bytelatent.config import Settings
 
+LONGEST_NGRAM = 1024  # ids; one is hashed in as many steps
+
 
 class StackSettings(Settings):
     """A stack of transformer blocks.
@@ -95,8 +97,8 @@ class NgramHashSettings(Settings):
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
-        if min(self.sizes) < 1:
-            raise ValueError(f"n-gram sizes must be at least 1, not {self.sizes}")
+        if min(self.sizes) < 1 or max(self.sizes) > LONGEST_NGRAM:
+            raise ValueError(f"n-gram sizes must be from 1 to {LONGEST_NGRAM}, not {self.sizes}")
         return self
 
     @property

@@ -29,8 +29,8 @@ class PatchSettings(Settings):
     threshold: float | None = Field(default=None, allow_inf_nan=False)
     monotonicity: bool = False
     threshold_add: float | None = Field(default=None, allow_inf_nan=False)
-    patch_size: int | None = Field(default=None, ge=1)
-    max_patch_length: int | None = Field(default=None, ge=1)
+    patch_size: int | None = Field(default=None, ge=1, le=2**31)
+    max_patch_length: int | None = Field(default=None, ge=1, le=2**31)
     tokenizer: str | None = None
 
     @model_validator(mode="after")

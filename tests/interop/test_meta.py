@@ -90,7 +90,7 @@ def test_rules(patcher: dict[str, object], rule: dict[str, object], copy: Path) 
     ("file", "keys", "changes", "message"),
     [
         ("config.json", ["args"], {"dim_global": None}, "lack the key 'dim_global'"),
-        ("train_args.json", ["data"], {"patcher_args": None}, "lack the key 'patcher_args'"),
+        ("train_args.json", ["data"], {"patcher_args": None}, "train_args.json' lacks the key 'patcher_args'"),
         ("config.json", ["args"], {"dim_global": 72}, r"\[96, 128\] where the settings say \[72, 128\]"),
         ("config.json", ["args"], {"dim_global": 64}, "dim 64 must be num_heads 6 times an even head size"),
         ("config.json", ["args"], {"n_layers_global": "two"}, "num_layers: Input should be a valid integer"),

@@ -32,7 +32,7 @@ class FastRows:
         self._room = Room()
         self._bounds = [Room(0, 0, 0) for _ in range(num_rows)]
         self._in_row: list[Continuation | None] = [None] * num_rows
-        self._step = FastStep(decoder, num_rows, places or num_rows)
+        self._step = FastStep(decoder, num_rows, places or num_rows, can_wait=every > 1)
         self._graphs: dict[bool, Any] = {}
         self._turn = 0
         self._on_the_way: deque[tuple[list[Continuation | None], Tensor, Tensor, Any]] = deque()
@@ -47,14 +47,14 @@ class FastRows:
         step.state.put(row, state, source)
         step.sampling.put(row, which.sampling, which.prompt, which.max_new_bytes)
         step.logits_BV[row] = logits
-        step.is_active[row], step.is_waiting[row] = True, False
+        step.flags.is_active[row], step.flags.is_waiting[row] = True, False
         self._in_row[row] = which
 
     def release(self, row: int) -> None:
         self._in_row[row] = None
         self._bounds[row] = Room(0, 0, 0)
-        self._step.is_active[row] = False
-        self._step.is_waiting[row] = False
+        self._step.flags.is_active[row] = False
+        self._step.flags.is_waiting[row] = False
 
     def advance(self) -> None:
         for row, which in enumerate(self._in_row):
@@ -81,12 +81,12 @@ class FastRows:
         """Let what was drawn be copied to the host, in the background."""
         step, in_row = self._step, list(self._in_row)
         if self.decoder.device.type != "cuda":
-            self._on_the_way.append((in_row, step.drawn.clone(), step.log_probability.clone(), None))
+            self._on_the_way.append((in_row, step.flags.drawn.clone(), step.flags.log_probability.clone(), None))
             return
-        ids = torch.empty(step.drawn.shape, dtype=step.drawn.dtype, pin_memory=True)
-        log_probabilities = torch.empty(step.log_probability.shape, pin_memory=True)
-        ids.copy_(step.drawn, non_blocking=True)
-        log_probabilities.copy_(step.log_probability, non_blocking=True)
+        ids = torch.empty(step.flags.drawn.shape, dtype=step.flags.drawn.dtype, pin_memory=True)
+        log_probabilities = torch.empty(step.flags.log_probability.shape, pin_memory=True)
+        ids.copy_(step.flags.drawn, non_blocking=True)
+        log_probabilities.copy_(step.flags.log_probability, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._on_the_way.append((in_row, ids, log_probabilities, event))
@@ -112,9 +112,9 @@ class FastRows:
     def _captured(self, closes: bool) -> Any:
         """The step as a graph. Kernels are compiled by a run before, in which every row rests."""
         step = self._step
-        kept = step.is_active.clone(), step.is_waiting.clone(), step.logits_BV.clone()
-        step.is_active.zero_()
-        step.is_waiting.zero_()
+        kept = step.flags.is_active.clone(), step.flags.is_waiting.clone(), step.logits_BV.clone()
+        step.flags.is_active.zero_()
+        step.flags.is_waiting.zero_()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
@@ -124,8 +124,8 @@ class FastRows:
             with torch.cuda.graph(graph, stream=stream):
                 step(closes)
         torch.cuda.current_stream().wait_stream(stream)
-        step.is_active.copy_(kept[0])
-        step.is_waiting.copy_(kept[1])
+        step.flags.is_active.copy_(kept[0])
+        step.flags.is_waiting.copy_(kept[1])
         step.logits_BV.copy_(kept[2])
         return graph
 

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.inference.decode import Decoder
+from bytelatent.inference.fast import plain
 from bytelatent.inference.fast.weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
 from bytelatent.inference.sampling import SamplingRows
 from bytelatent.inference.state import BLOCK, SLACK, DecodeState, KeyValues
-from bytelatent.kernels import decode_attention, decode_patches, hash_embed, skinny_linear
-from bytelatent.model import BLTModel, ByteLM, entropies
+from bytelatent.kernels import decode_attention, decode_patches, decode_step, hash_embed, skinny_linear
+from bytelatent.model import BLTModel, ByteLM
 from bytelatent.model.ngram_hash import PRIMES
-from bytelatent.patching import PatchState, step
-from bytelatent.vocab import EOS, VOCAB_SIZE
+from bytelatent.vocab import VOCAB_SIZE
 
 # Shapes: B rows, C places for rows that close a patch, D local width, G global width, L bytes an open patch may have,
 # X and Y encoder's and decoder's cross-attentions, K keys a patch, H heads, E head size, V vocabulary
@@ -57,6 +57,10 @@ class Kernels:
     gather_bytes: Any
     keep_byte: Any
     hash_embed: Any
+    draw: Any
+    decide: Any
+    choose: Any
+    keep_patch: Any
 
     @classmethod
     def of(cls, device: torch.device) -> "Kernels":
@@ -69,6 +73,10 @@ class Kernels:
                 decode_patches.gather_bytes,
                 decode_patches.keep_byte,
                 hash_embed.hash_embed,
+                decode_step.draw,
+                decode_step.decide,
+                decode_step.choose,
+                decode_step.keep_patch,
             )
         return cls(
             skinny_linear.plain_skinny_linear,
@@ -78,6 +86,10 @@ class Kernels:
             decode_patches.plain_gather_bytes,
             decode_patches.plain_keep_byte,
             hash_embed.plain_hash_embed,
+            plain.plain_draw,
+            plain.plain_decide,
+            plain.plain_choose,
+            plain.plain_keep_patch,
         )
 
 
@@ -98,32 +110,32 @@ class FastState:
     open_k: Tensor | None  # [X, B, L, H, E]
     open_v: Tensor | None
     open_max: Tensor | None  # [B, D]
-    patch_k: Tensor | None  # [Y, B+1, K, H, E] of the patch that each row reads; the last row is nobody's
+    patch_k: Tensor | None  # [Y, B, K, H, E] of the patch that each row reads
     patch_v: Tensor | None
     encoded: Tensor | None  # [B, D] the encoder's state of the newest byte
 
     @classmethod
     def empty(cls, decoder: Decoder, num_rows: int, open_bytes: int = BLOCK) -> "FastState":
-        plain = decoder.empty(num_rows)
+        like = decoder.empty(num_rows)
         zeros = torch.zeros(num_rows, dtype=torch.long, device=decoder.device)
         open_k = open_v = open_max = patch_k = patch_v = encoded = None
         if isinstance(decoder.model, BLTModel):
-            assert plain.open_bytes is not None
-            assert plain.patch_keys is not None
-            layers, _, _, heads, size = plain.open_bytes.k.shape
-            open_k, open_v = (plain.open_bytes.k.new_zeros(layers, num_rows, open_bytes, heads, size) for _ in "kv")
-            open_max, encoded = (plain.open_bytes.h.new_zeros(num_rows, plain.open_bytes.h.shape[2]) for _ in "mx")
-            layers, _, _, keys, heads, size = plain.patch_keys.k.shape
-            patch_k, patch_v = (plain.patch_keys.k.new_zeros(layers, num_rows + 1, keys, heads, size) for _ in "kv")
+            assert like.open_bytes is not None
+            assert like.patch_keys is not None
+            layers, _, _, heads, size = like.open_bytes.k.shape
+            open_k, open_v = (like.open_bytes.k.new_zeros(layers, num_rows, open_bytes, heads, size) for _ in "kv")
+            open_max, encoded = (like.open_bytes.h.new_zeros(num_rows, like.open_bytes.h.shape[2]) for _ in "mx")
+            layers, _, _, keys, heads, size = like.patch_keys.k.shape
+            patch_k, patch_v = (like.patch_keys.k.new_zeros(layers, num_rows, keys, heads, size) for _ in "kv")
         return cls(
             zeros.clone(),
             zeros[:, None].repeat(1, decoder.tail),
             zeros.float(),
             zeros.clone(),
-            plain.byte_lm,
-            plain.encoder,
-            plain.decoder,
-            plain.patches,
+            like.byte_lm,
+            like.encoder,
+            like.decoder,
+            like.patches,
             zeros.clone(),
             zeros.clone(),
             open_k,
@@ -192,19 +204,17 @@ class FastStep:
 
     Args:
         places: rows for which a step runs the global transformer at most.
+        can_wait: whether there are steps that run it for none.
     """
 
-    def __init__(self, decoder: Decoder, num_rows: int, places: int):
+    def __init__(self, decoder: Decoder, num_rows: int, places: int, can_wait: bool = False):
         self.decoder = decoder
         self.kernels = Kernels.of(decoder.device)
-        self.places = min(places, num_rows)
+        self.can_wait = can_wait or places < num_rows
         self.state = FastState.empty(decoder, num_rows)
         self.sampling = SamplingRows.empty(num_rows, decoder.device)
-        zeros = torch.zeros(num_rows, dtype=torch.long, device=decoder.device)
-        self.is_active, self.is_waiting = zeros.bool(), zeros.bool()
+        self.flags = decode_step.Flags.empty(num_rows, min(places, num_rows), decoder.device)
         self.logits_BV = torch.zeros(num_rows, VOCAB_SIZE, device=decoder.device)
-        self.drawn, self.log_probability = zeros.clone(), zeros.float()  # -1: the row drew nothing
-        self.row = torch.arange(num_rows, device=decoder.device)
         model, byte_lm = decoder.model, decoder.byte_lm
         lm = model if isinstance(model, ByteLM) else byte_lm
         self.byte_lm = ByteLMWeights.of(lm) if lm is not None else None
@@ -213,15 +223,18 @@ class FastStep:
         if self.blt is not None and self.blt.settings.ngram_hash is not None:
             ngrams = self.blt.settings.ngram_hash
             self.powers = hash_embed.ngram_powers(PRIMES[: ngrams.num_functions], ngrams.sizes, decoder.device)
+        for stack in self._stacks():
+            stack.prepare(len(self.flags.closing) if self.blt is not None and stack is self.blt.middle else num_rows)
 
     def make_room(self, room: Room) -> None:
         """Larger tables; the rows go on as they are. No row may come to as much as there is room for."""
         self.state.make_room(room)
-        stacks = [self.byte_lm.stack] if self.byte_lm is not None else []
-        if self.blt is not None:
-            stacks += [self.blt.encoder, self.blt.middle, self.blt.decoder]
-        for stack in stacks:
+        for stack in self._stacks():
             stack.make_room(max(room.positions, room.patches))
+
+    def _stacks(self) -> list[StackWeights]:
+        stacks = [self.byte_lm.stack] if self.byte_lm is not None else []
+        return stacks if self.blt is None else [*stacks, self.blt.encoder, self.blt.middle, self.blt.decoder]
 
     @torch.no_grad()
     def __call__(self, closes: bool = True) -> None:
@@ -230,56 +243,28 @@ class FastStep:
         Args:
             closes: whether the global transformer may run in it.
         """
-        ids, reads = self._draw()
-        row = torch.where(reads, self.row, -1)
-        state = self.state
-        position = state.position.clone()
-        found = None
+        state, flags, kernels = self.state, self.flags, self.kernels
+        kernels.draw(self.logits_BV, self.sampling, state.position, flags)
+        lm_logits = None
         if self.byte_lm is not None:
             assert state.byte_lm is not None
-            x_BD = F.embedding(ids, self.byte_lm.embedding)
-            x_BD = self._stack(self.byte_lm.stack, x_BD, state.byte_lm, position, row)
-            lm_logits = self._logits(x_BD, self.byte_lm.output, self.byte_lm.stack.settings.norm_eps)
+            x_BD = F.embedding(flags.ids, self.byte_lm.embedding)
+            x_BD = self._stack(self.byte_lm.stack, x_BD, state.byte_lm, flags.at, flags.row)
+            out = self.logits_BV if self.blt is None else torch.empty_like(self.logits_BV)
+            lm_logits = kernels.linear(x_BD, self.byte_lm.output, eps=self._eps(self.byte_lm.stack), out=out)
             if self.blt is None:
-                self.logits_BV.copy_(lm_logits)
-                state.position.add_(reads)
+                state.position.add_(flags.reads)
                 return
-            found = entropies(lm_logits)
-        starts = self._decide(ids, found, position, reads)
-        assert self.blt is not None
-        self._encode(ids, position, row, reads)
-        wants = (starts & reads) | self.is_waiting
-        goes_on = reads & ~wants
+        kernels.decide(lm_logits, self.decoder.patching, state, flags)
+        encoded_BD = self._encode()
+        kernels.choose(state, flags, closes)
         if closes:
-            goes_on |= self._close(wants)
-        self.is_waiting.copy_(wants & ~goes_on)
-        self._decode(state.position - 1, torch.where(goes_on, self.row, -1))
+            self._close()
+        self._decode(encoded_BD)
 
-    def _draw(self) -> tuple[Tensor, Tensor]:
-        """An id for each row, and which rows read it."""
-        draws = self.is_active & ~self.is_waiting
-        ids, log_probability = self.sampling.draw(self.logits_BV)
-        self.sampling.read(ids, draws)
-        self.drawn.copy_(torch.where(draws, ids, -1))
-        self.log_probability.copy_(log_probability)
-        ends = draws & ((ids == EOS) | (self.sampling.remaining <= 0))
-        self.is_active.logical_and_(~ends)
-        return ids, draws & ~ends
-
-    def _decide(self, ids: Tensor, found: Tensor | None, position: Tensor, reads: Tensor) -> Tensor:
-        """Whether the id to come starts a patch, in each row."""
-        state, patching = self.state, self.decoder.patching
-        assert patching is not None
-        before = PatchState(position, state.tail[:, -1], state.previous_entropy, state.since_start)
-        after, starts = step(before, ids, found, patching)
-        state.tail.copy_(torch.where(reads[:, None], torch.cat([state.tail[:, 1:], ids[:, None]], dim=1), state.tail))
-        state.previous_entropy.copy_(torch.where(reads, after.previous_entropy, state.previous_entropy))
-        state.since_start.copy_(torch.where(reads, after.since_start, state.since_start))
-        state.position.add_(reads)
-        return starts
-
-    def _encode(self, ids: Tensor, position: Tensor, row: Tensor, reads: Tensor) -> None:
-        state, kernels, weights = self.state, self.kernels, self.blt
+    def _encode(self) -> Tensor:
+        """The encoder's states of the newest bytes, [B, D]."""
+        state, flags, kernels, weights = self.state, self.flags, self.kernels, self.blt
         assert weights is not None
         assert state.encoder is not None
         assert state.encoded is not None
@@ -287,28 +272,27 @@ class FastStep:
         assert state.open_v is not None
         model: Any = self.decoder.model
         if self.powers is None:
-            x_BD = F.embedding(ids, model.encoder.embedding.weight)
+            x_BD = F.embedding(flags.ids, model.encoder.embedding.weight)
         else:
             tables = model.encoder.ngram_hash.tables.weight
-            x_BD = kernels.hash_embed(state.tail, position, self.powers, tables, model.encoder.embedding.weight)
-        count = torch.where(reads, state.open_count, -1)
+            x_BD = kernels.hash_embed(state.tail, flags.at, self.powers, tables, model.encoder.embedding.weight)
         first = len(weights.encoder.blocks) - len(weights.encoder_cross)
         for layer, block in enumerate(weights.encoder.blocks):
-            x_BD = self._block(weights.encoder, block, x_BD, state.encoder, layer, position, row)
+            x_BD = self._block(weights.encoder, block, x_BD, state.encoder, layer, flags.at, flags.row)
             if layer >= first:
                 place = layer - first
                 kv = kernels.linear(x_BD, weights.encoder_cross[place].key_value, eps=self._eps(weights.encoder))
+                kv = kv.unflatten(1, (-1, state.open_k.shape[-1]))
                 pooled = {"h_BD": x_BD, "pooled_BD": state.open_max} if place == 0 else {}
-                size = state.open_k.shape[-1]
-                kernels.keep_byte(
-                    kv.unflatten(1, (-1, size)), state.open_k[place], state.open_v[place], count, **pooled
-                )
-        state.open_count.add_(reads)
-        state.encoded.copy_(torch.where(reads[:, None], x_BD, state.encoded))
+                kernels.keep_byte(kv, state.open_k[place], state.open_v[place], flags.count, **pooled)
+        if not self.can_wait:
+            return x_BD
+        torch.where(flags.reads[:, None], x_BD, state.encoded, out=state.encoded)
+        return state.encoded.clone()
 
-    def _close(self, wants: Tensor) -> Tensor:
-        """Run the global transformer for some of the rows that want it; which ones."""
-        state, kernels, weights = self.state, self.kernels, self.blt
+    def _close(self) -> None:
+        """Run the global transformer for the patches that are chosen."""
+        state, flags, kernels, weights = self.state, self.flags, self.kernels, self.blt
         assert weights is not None
         assert state.patches is not None
         assert state.open_k is not None
@@ -316,25 +300,18 @@ class FastStep:
         assert state.open_max is not None
         assert state.patch_k is not None
         assert state.patch_v is not None
-        if self.places == len(self.row):
-            row = torch.where(wants, self.row, -1)
-        else:  # those who have waited go first
-            order = torch.argsort(wants.int() + (wants & self.is_waiting).int(), descending=True, stable=True)
-            order = order[: self.places]
-            row = torch.where(wants[order], order, -1)
-        run = (row >= 0).any().int()
-        here = row.clamp(min=0)
+        row, run = flags.closing, flags.run
         dim, k = weights.encoder.settings.dim, weights.settings.cross_attention.k
-        q_CD = kernels.linear(state.open_max[here], weights.pooled_to_queries, run=run)
-        q_QD = q_CD.view(-1, dim)  # Q = C*K
         heads, size = state.open_k.shape[-2:]
+        pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[row.clamp(min=0)]
+        q_QD = kernels.linear(pooled_CD, weights.pooled_to_queries, run=run).view(-1, dim)  # Q = C*K
         for layer, cross in enumerate(weights.encoder_cross):
             q = kernels.linear(q_QD, cross.query, eps=self._eps(weights.encoder), run=run)
             found = kernels.gather_bytes(
                 q.view(-1, k, heads, size),
                 state.open_k[layer],
                 state.open_v[layer],
-                state.open_count,
+                flags.closing_count,
                 row_C=row,
                 run=run,
             )
@@ -342,41 +319,28 @@ class FastStep:
         x_CG = q_QD.view(-1, k * dim)
         if weights.projection is not None:
             x_CG = kernels.linear(x_CG, weights.projection, run=run)
-        number = state.num_patches[here]
-        x_CG = self._stack(weights.middle, x_CG, state.patches, number, row, run)
+        x_CG = self._stack(weights.middle, x_CG, state.patches, flags.number, row, run)
         keys = kernels.linear(x_CG, weights.patch_to_keys, run=run).view(-1, dim)
         kv = kernels.linear(keys, weights.patch_key_values, eps=self._eps(weights.decoder), run=run)
-        kv_CKYHE = kv.view(self.places, k, -1, 2, heads, size)
-        nobody = torch.where(row >= 0, row, len(self.row))
-        state.patch_k[:, nobody] = kv_CKYHE[:, :, :, 0].permute(2, 0, 1, 3, 4)
-        state.patch_v[:, nobody] = kv_CKYHE[:, :, :, 1].permute(2, 0, 1, 3, 4)
-        served = torch.zeros(len(self.row) + 1, dtype=torch.bool, device=row.device).index_fill(0, nobody, True)[:-1]
-        state.num_patches.add_(served)
-        state.open_count.mul_(~served)
-        return served
+        kernels.keep_patch(kv, state.patch_k, state.patch_v, row)
 
-    def _decode(self, position: Tensor, row: Tensor) -> None:
-        """The logits of what comes next in these rows."""
-        state, kernels, weights = self.state, self.kernels, self.blt
+    def _decode(self, x_BD: Tensor) -> None:
+        """The logits of what comes next in the rows that go on."""
+        state, flags, kernels, weights = self.state, self.flags, self.kernels, self.blt
         assert weights is not None
         assert state.decoder is not None
-        assert state.encoded is not None
         assert state.patch_k is not None
         assert state.patch_v is not None
-        x_BD = state.encoded.clone()
-        reads_patch = state.num_patches > 0
         heads, size = state.patch_k.shape[-2:]
         for layer, block in enumerate(weights.decoder.blocks):
             if layer < len(weights.decoder_cross):
                 cross = weights.decoder_cross[layer]
-                q = kernels.linear(x_BD, cross.query, eps=self._eps(weights.decoder))
-                found = kernels.read_patch(
-                    q.view(-1, heads, size), state.patch_k[layer], state.patch_v[layer], reads_patch, row_B=row
-                )
+                q = kernels.linear(x_BD, cross.query, eps=self._eps(weights.decoder)).view(-1, heads, size)
+                keys = state.patch_k[layer], state.patch_v[layer]
+                found = kernels.read_patch(q, *keys, flags.reads_patch, row_B=flags.goes_on)
                 x_BD = kernels.linear(found.flatten(1), cross.output, residual_MN=x_BD, residual_scale=2.0, out=x_BD)
-            x_BD = self._block(weights.decoder, block, x_BD, state.decoder, layer, position, row)
-        new = self._logits(x_BD, weights.output, self._eps(weights.decoder))
-        self.logits_BV.copy_(torch.where((row >= 0)[:, None], new, self.logits_BV))
+            x_BD = self._block(weights.decoder, block, x_BD, state.decoder, layer, flags.at, flags.goes_on)
+        kernels.linear(x_BD, weights.output, eps=self._eps(weights.decoder), out=self.logits_BV)
 
     def _stack(
         self,
@@ -414,14 +378,11 @@ class FastStep:
             window=cache.window,
             row_B=row,
             run=run,
+            **stack.launch,
         )
         x_MD = kernels.linear(found, weights.output, residual_MN=x_MD, run=run)
         hidden = kernels.gated(x_MD, weights.gate_up, eps=eps, run=run)
         return kernels.linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=run)
-
-    def _logits(self, x_BD: Tensor, output: Tensor, eps: float) -> Tensor:
-        out = torch.empty(x_BD.shape[0], VOCAB_SIZE, device=x_BD.device)
-        return self.kernels.linear(x_BD, output, eps=eps, out=out)
 
     def _eps(self, stack: StackWeights) -> float:
         return stack.settings.norm_eps

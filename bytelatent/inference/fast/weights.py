@@ -1,13 +1,13 @@
 """A model's matrices as the kernels of a decoding step read them: joined, and with the norms before them folded in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bytelatent.inference.state import BLOCK
-from bytelatent.kernels.decode_attention import rotary_table
+from bytelatent.kernels.decode_attention import launch_for_attention, rotary_table, split_scratch
 from bytelatent.kernels.skinny_linear import fold_norm, fold_norm_gated
 from bytelatent.model import BLTModel, BLTSettings, ByteLM
 from bytelatent.model.settings import StackSettings
@@ -43,6 +43,7 @@ class StackWeights:
     settings: StackSettings
     blocks: list[BlockWeights]
     rotary: Tensor  # [positions, E/2, 2]
+    launch: dict[str, Any] = field(default_factory=dict)  # how the attention kernel is launched; see `prepare`
 
     @classmethod
     def of(cls, stack: Any) -> "StackWeights":
@@ -50,6 +51,15 @@ class StackWeights:
         made = cls(stack.settings, blocks, blocks[0].output.new_zeros(0))
         made.make_room(BLOCK)
         return made
+
+    def prepare(self, num_rows: int) -> None:
+        """What the attention kernel needs on CUDA for so many rows, made once: a graph knows it by its address."""
+        if self.rotary.device.type == "cuda":
+            settings = self.settings
+            heads, reach = settings.num_heads, settings.window or BLOCK
+            launch = launch_for_attention(num_rows, 1, heads, settings.kv_heads, reach)
+            scratch = split_scratch(num_rows, heads, settings.head_dim, launch.splits, self.rotary.device)
+            self.launch = {"launch": launch, "scratch": scratch}
 
     def make_room(self, positions: int) -> None:
         """Rotary angles of so many positions."""
