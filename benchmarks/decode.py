@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bytelatent.inference import Decoder, Engine, Sampling
-from bytelatent.inference.fast import FastRows
+from bytelatent.inference.fast import FastDecoder, FastRows
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build
 from bytelatent.model.flops import costs
 from bytelatent.model.presets import preset
@@ -60,7 +60,7 @@ def with_threshold(model: BLTModel, byte_lm: ByteLM) -> Decoder:
 
     stream = pack_rows([prompt.cuda() for prompt in random_prompts(4, 4096, seed=7)])
     threshold = float(byte_lm.entropies(stream)[64:].float().quantile(1 - 1 / PATCH_BYTES))
-    return Decoder(model, PatchSettings(threshold=threshold), byte_lm)
+    return FastDecoder(model, PatchSettings(threshold=threshold), byte_lm)
 
 
 def copy_rate() -> float:
@@ -134,7 +134,8 @@ def generate(decoder: Decoder, count: int, new: int, every: int = 1, places: int
     rate = drawn / took
     print(
         f"{count} sequences, global transformer every {every}: {rate:,.0f} bytes/s, {rate / limit:.0%} of the floor's "
-        f"{limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms a byte of each, {patch:.2f} bytes a patch, warm-up {warm:.1f} s",
+        f"{limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms a byte of each, {patch:.2f} bytes a patch, "
+        f"warm-up {warm:.1f} s",
         flush=True,
     )
 
@@ -151,8 +152,9 @@ def check() -> None:
         sampling = Sampling(temperature=1.0, seed=3, top_p=0.9)
         prompts = ["The", "a longer prompt " * 5, "it", "The"]
         expected = generated(Engine.plain(there, 4), prompts, 60, sampling)
+        fast = FastDecoder(plain.model, plain.patching, plain.byte_lm)
         for every, places in ((1, None), (2, 2)):
-            found = generated(Engine(there, FastRows(there, 4, every, places), 4), prompts, 60, sampling)
+            found = generated(Engine(fast, FastRows(fast, 4, every, places), 4), prompts, 60, sampling)
             for one, other in zip(found, expected, strict=True):
                 same = next((i for i, (a, b) in enumerate(zip(one.ids, other.ids, strict=False)) if a != b), 60)
                 far = max(
@@ -176,9 +178,8 @@ def first(decoder: Decoder) -> None:
             engine.advance()
         times.append(time.perf_counter() - began)
         engine.run()
-    print(
-        f"first byte after 512: {sorted(times[2:])[len(times[2:]) // 2] * 1e3:.1f} ms (all: {[f'{t * 1e3:.1f}' for t in times]})"
-    )
+    middle = sorted(times[2:])[len(times[2:]) // 2]
+    print(f"first byte after 512: {middle * 1e3:.1f} ms (all: {[round(t * 1e3, 1) for t in times]})", flush=True)
 
 
 def prefill(decoder: Decoder) -> None:
@@ -211,7 +212,7 @@ def peer() -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = BltForCausalLM(BltConfig(use_cache=False)).eval()
+        model: Any = BltForCausalLM(BltConfig(use_cache=False)).eval()
     torch.set_default_dtype(torch.float32)
     [prompt] = random_prompts(1, 512)
     ids = prompt[None].cuda()

@@ -5,16 +5,18 @@ the new ids cost. The global transformer runs for those of them that close a pat
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.looks import Cached, Kept
+from bytelatent.inference.looks import Cached, Keep, Kept
 from bytelatent.inference.state import HISTORY, SLACK, DecodeState, KeyValues
-from bytelatent.model import BLTModel, ByteLM, PatchedStream, add_patches, entropies, pack_rows
-from bytelatent.model.attention import build_mask
+from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches, entropies, pack_rows
+from bytelatent.model.attention import Look, build_mask
 from bytelatent.model.patch_attention import GatherBytes, ReadPatches, attend_to_own_bytes
+from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings, PatchState, Tail, next_starts, step
 
 # Shapes: T entries (a row and a position each), N ids of a tail, P patches, X cross-attentions of the encoder
@@ -33,6 +35,8 @@ class Decoder:
         self.patching = patching
         self.byte_lm = byte_lm if patching is not None and patching.needs_entropies else None
         self.device = next(model.parameters()).device
+        self._reads: Any = model  # what reads whole prompts
+        self._reads_byte_lm: Any = self.byte_lm
         self.tail = 1  # ids that n-grams reach back, the newest one included
         if isinstance(model, BLTModel) and model.settings.ngram_hash is not None:
             self.tail = max(model.settings.ngram_hash.sizes)
@@ -54,56 +58,65 @@ class Decoder:
         Returns:
             The state, and the logits [T, V] of all prompts' ids, one prompt after another; or of the last ones [B, V].
         """
-        stream = pack_rows([prompt.to(self.device) for prompt in prompts])
+        stream = self._padded(pack_rows([prompt.to(self.device) for prompt in prompts]))
         rows, position = stream.document, stream.position
         length = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        longest = max(len(prompt) for prompt in prompts)
         state = self.empty(len(prompts))
         state.position = length
 
-        def kept(cache: KeyValues, mask_of: Tensor) -> Kept:
-            """A mask of the stream that keeps the newest positions of each row."""
-            cache.make_room(int(length.max()))
-            place = (position >= length[rows] - cache.size).nonzero()[:, 0]
-            return Kept(build_mask(mask_of, cache.window), cache, place, rows[place], position[place])
+        def newest_of(size: int) -> Tensor:
+            """The places of each row's newest ids."""
+            return ((rows >= 0) & (position >= length[rows] - size)).nonzero()[:, 0]
 
-        newest = (position >= length[rows] - HISTORY).nonzero()[:, 0]
+        def kept(cache: KeyValues, stack: StackSettings) -> Look:
+            """A mask of the stream that keeps the newest positions of each row."""
+            cache.make_room(longest)
+            place = newest_of(cache.size)
+            return self._look(stack, rows, position, Keep(cache, place, rows[place], position[place]))
+
+        newest = newest_of(HISTORY)
         here = (rows[newest], position[newest] % HISTORY)
         state.history.ids[here] = stream.ids[newest]
         if isinstance(self.model, ByteLM):
             assert state.byte_lm is not None
-            logits = self.model.logits(stream.ids, position, kept(state.byte_lm, rows))
+            logits = self._reads.logits(stream.ids, position, kept(state.byte_lm, self.model.settings))
+            logits = logits[rows >= 0] if len(rows) > int(length.sum()) else logits
             return state, logits[length.cumsum(0) - 1] if last_only else logits
 
         found = None
         if self.byte_lm is not None:
             assert state.byte_lm is not None
-            found = entropies(self.byte_lm.logits(stream.ids, position, kept(state.byte_lm, rows)))
+            assert self._reads_byte_lm is not None
+            look = kept(state.byte_lm, self.byte_lm.settings)
+            found = entropies(self._reads_byte_lm.logits(stream.ids, position, look))
             state.history.entropies[here] = found[newest]
         assert self.patching is not None
         starts = next_starts(stream.ids, found, position, self.patching)
-        batch = add_patches(stream, starts, history=position)
+        batch = self._with_patches(stream, starts)
         self._remember_patches(state, batch, found, starts, newest)
         last = length.cumsum(0) - 1
-        is_open = torch.zeros(batch.num_patches, dtype=torch.bool, device=self.device)
-        is_open[batch.patch[last]] = ~starts[last]
-        closed = (~is_open).nonzero()[:, 0]
+        is_closed = batch.patch_document >= 0
+        is_closed[batch.patch[last]] = starts[last]
+        closed = is_closed.nonzero()[:, 0]
 
-        encoder, middle, decoder = self.model.encoder, self.model.global_transformer, self.model.decoder
+        shapes = self.model.settings
+        encoder, middle, decoder = self._reads.encoder, self._reads.global_transformer, self._reads.decoder
         assert state.encoder is not None
         assert state.patches is not None
         assert state.decoder is not None
-        states = encoder.byte_states(encoder.embed(batch), position, kept(state.encoder, rows))
+        states = encoder.byte_states(self._embed(batch), position, kept(state.encoder, shapes.encoder))
         patches_PKD = encoder.patch_states(states, batch)
-        mask = build_mask(batch.patch_document, window=None)
         state.patches.make_room(int(batch.patch_position.max()) + 1)
-        look = Kept(mask, state.patches, closed, batch.patch_document[closed], batch.patch_position[closed])
+        keep = Keep(state.patches, closed, batch.patch_document[closed], batch.patch_position[closed])
+        look = self._look(shapes.global_transformer, batch.patch_document, batch.patch_position, keep)
         patches_PG = middle(patches_PKD, batch.patch_position, look)
 
         every = torch.arange(len(prompts), device=self.device)
         patch_start = state.last(state.history.patch_start, every, length)
-        open_bytes = (position >= patch_start[rows]).nonzero()[:, 0]
-        longest = int((length - patch_start).max())
-        self._keep_bytes(state, [h[open_bytes] for h in states], rows[open_bytes], position[open_bytes], longest)
+        open_bytes = ((rows >= 0) & (position >= patch_start[rows])).nonzero()[:, 0]
+        most = int((length - patch_start).max())
+        self._keep_bytes(state, [h[open_bytes] for h in states], rows[open_bytes], position[open_bytes], most)
         num_patches = state.last(state.history.num_patches, every, length)
         owner, number = batch.patch_document[closed], batch.patch_position[closed]
         recent = (number >= num_patches[owner] - SLACK).nonzero()[:, 0]
@@ -112,10 +125,25 @@ class Decoder:
         h_TD = decoder.states(
             states[-1],
             position,
-            kept(state.decoder, rows),
+            kept(state.decoder, shapes.decoder),
             lambda layer, h: decoder.cross_attention[layer](h, keys_PKD, batch.read),
         )
-        return state, decoder.logits(h_TD[last] if last_only else h_TD)
+        return state, decoder.logits(h_TD[last] if last_only else h_TD[rows >= 0])
+
+    def _padded(self, stream: Stream) -> Stream:
+        """The stream as it is read."""
+        return stream
+
+    def _with_patches(self, stream: Stream, starts: Tensor) -> PatchedStream:
+        return add_patches(stream, starts, history=stream.position)
+
+    def _embed(self, batch: PatchedStream) -> Tensor:
+        assert isinstance(self.model, BLTModel)
+        return self.model.encoder.embed(batch)
+
+    def _look(self, stack: StackSettings, document: Tensor, position: Tensor, keep: Keep) -> Look:
+        """How a stack's layers see the positions of a whole stream, and what they keep of it."""
+        return Kept(build_mask(document, stack.window), keep)
 
     @torch.no_grad()
     def extend(self, state: DecodeState, rows: Tensor, ids: Tensor) -> Tensor:
@@ -258,7 +286,7 @@ class Decoder:
             getattr(state.history, name)[here] = value[newest]
         if self.patching.mode == "bpe":
             state.tails = [[Tail()] for _ in state.position]
-            for row, tails in enumerate(state.tails):
+            for row, tails in enumerate(state.tails):  # padding is in no row
                 for i in batch.ids[batch.document == row].tolist():
                     tails.append(tails[-1].read(i, str(self.patching.tokenizer)))
 

@@ -3,6 +3,8 @@
 Each is handed to the model in place of a mask (`bytelatent.model.attention.Look`), and called once a layer, in order.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,22 +50,35 @@ class Cached:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen_T1R, enable_gqa=grouped)[:, :, 0]
 
 
-class Kept:
-    """Whole rows at once under a mask, the keys and values of some positions kept.
+@dataclass
+class Keep:
+    """Which keys and values of a stream a cache takes, layer by layer.
 
-    Args:
-        mask: of the packed stream.
-        cache: takes keys and values.
-        source: places in the stream whose keys and values are kept.
+    Attributes:
+        source: places in the stream.
         rows, position: the cache's row and the position of each.
     """
 
-    def __init__(self, mask: Mask, cache: KeyValues, source: Tensor, rows: Tensor, position: Tensor):
-        self.mask, self.cache, self.source, self.layer = mask, cache, source, 0
-        self.rows, self.slot = rows, position % cache.size
+    cache: KeyValues
+    source: Tensor
+    rows: Tensor
+    position: Tensor
+    layer: int = 0
+
+    def __call__(self, k_TJE: Tensor, v_TJE: Tensor) -> None:
+        here = (self.rows, self.position % self.cache.size)
+        self.cache.k[self.layer][here] = k_TJE[self.source].to(self.cache.k.dtype)
+        self.cache.v[self.layer][here] = v_TJE[self.source].to(self.cache.v.dtype)
+        self.layer += 1
+
+
+@dataclass
+class Kept:
+    """Whole rows at once under a mask, the keys and values of some positions kept."""
+
+    mask: Mask
+    keep: Keep
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
-        self.cache.k[self.layer][self.rows, self.slot] = k_TJE[self.source].to(self.cache.k.dtype)
-        self.cache.v[self.layer][self.rows, self.slot] = v_TJE[self.source].to(self.cache.v.dtype)
-        self.layer += 1
+        self.keep(k_TJE, v_TJE)
         return attend(q_THE, k_TJE, v_TJE, self.mask)

@@ -80,7 +80,7 @@ def deliver(
 @triton.jit
 def attend_one(
     qkv_ptr, k_ptr, v_ptr, position_ptr, rotary_ptr, row_ptr, out_ptr, run_ptr, found_ptr, weights_ptr, arrived_ptr,
-    scale, qkv_row, out_row, R: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+    scale, qkv_row, out_row, R, WINDOW: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     J: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +148,7 @@ def seen_block(q, k, v, seen, scale, highest, total, acc):
 @triton.jit
 def attend_several(
     qkv_ptr, k_ptr, v_ptr, position_ptr, rotary_ptr, row_ptr, out_ptr, run_ptr, found_ptr, weights_ptr, arrived_ptr,
-    scale, qkv_row, out_row, R: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+    scale, qkv_row, out_row, R, WINDOW: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     J: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     QUERIES: tl.constexpr, NEW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bytelatent.kernels.overlap import launch_options
-from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 
 # Shapes: B rows, C places for rows whose patch closes, V vocabulary, W ids of a tail, K keys a patch, Y
 # cross-attentions, H heads, E head size
 
+EOS, OFFSET = 2, 4  # as in `bytelatent.vocab`, which stands on the same floor
 MODES = ("entropy", "rise", "combined", "space", "static", "byte")
 
 
@@ -102,8 +102,8 @@ def draw(logits_BV: Tensor, rows: Any, position: Tensor, flags: Flags) -> None:
         *(rows.seen, rows.valid_utf8, rows.utf8, rows.remaining, rows.utf8_after, rows.needed, rows.needed_after),
         *(position, flags.is_active, flags.is_waiting),
         *(flags.drawn, flags.log_probability, flags.ids, flags.reads, flags.row, flags.at),
-        V=VOCAB_SIZE,
-        PADDED=512,
+        V=logits_BV.shape[1],
+        PADDED=_power_of_two(logits_BV.shape[1]),
         EOS=EOS,
         OFFSET=OFFSET,
         num_warps=4,
@@ -134,8 +134,8 @@ def decide(lm_logits_BV: Tensor | None, patching: Any, state: Any, flags: Flags)
         MODE=MODES.index(rule.mode),
         PATCH_SIZE=rule.patch_size,
         MOST=rule.max_patch_length,
-        V=VOCAB_SIZE,
-        PADDED=512,
+        V=1 if lm_logits_BV is None else lm_logits_BV.shape[1],
+        PADDED=1 if lm_logits_BV is None else _power_of_two(lm_logits_BV.shape[1]),
         W=state.tail.shape[1],
         PADDED_W=_power_of_two(state.tail.shape[1]),
         OFFSET=OFFSET,

@@ -20,6 +20,7 @@ from bytelatent.kernels.overlap import launch_options
 
 # Shapes: M rows, at most a few hundred, K width of the states, N width of the result
 
+LIBRARY_FROM = 16  # rows above which the library's product is faster, though its norm and gate are more kernels
 PROGRAMS = 132  # that run at once on the GPU that the launches are chosen for
 
 
@@ -28,8 +29,7 @@ class SkinnyLaunch:
     """How a product is cut into programs.
 
     Attributes:
-        block_m: rows a program; 1: multiply and sum, else tensor cores and a power of two from 16 on. Below 64 the
-            matrix is the product's tall side, from 64 on the states are.
+        block_m: rows a program; 1: multiply and sum, else tensor cores and a power of two from 16 on.
         block_n: columns of the result a program, a power of two; from 16 on with tensor cores.
         block_k: how much of the width is looked at at once, a power of two; from 16 on with tensor cores.
         num_stages: how many such parts of the width are on their way at once.
@@ -52,10 +52,7 @@ def launch_for(M: int, N: int, K: int, gated: bool = False) -> SkinnyLaunch:
         # At 256 a warp has its own rows of the matrix, and no warp waits for another.
         return SkinnyLaunch(1, block_n, min(_power_of_two(K), 256), num_warps=min(block_n, 4), num_stages=8)
     block_k = min(max(_power_of_two(K), 16), 128)
-    if M > 32:
-        block_n = 16 if gated or N <= 32 * PROGRAMS // 2 else 32
-        return SkinnyLaunch(64, block_n, block_k, num_warps=4, num_stages=4)
-    return SkinnyLaunch(max(_power_of_two(M), 16), 16, block_k, num_warps=4, num_stages=4)
+    return SkinnyLaunch(min(max(_power_of_two(M), 16), 32), 16, block_k, num_warps=4, num_stages=4)
 
 
 def fold_norm(weight_NK: Tensor, norm_K: Tensor) -> Tensor:
@@ -125,7 +122,7 @@ def skinny_linear(
         residual_scale: what the residual is multiplied with first; cross-attention adds its input twice.
         out: where the result goes, of any dtype; may be the residual. A new tensor of the residual's dtype, else x's.
         also: a second place [M, N] for the result, as the next product may want another dtype than the residual.
-        run: one number on the device; where it is 0 nothing is written.
+        run: one number on the device; where it is 0 nothing is written, or, with many rows, anything may be.
         launch: see `launch_for`.
     """
     dtype = x_MK.dtype if residual_MN is None else residual_MN.dtype
@@ -178,6 +175,8 @@ def _launched(
         if tensor is not None:
             assert tensor.shape == (M, width), f"{name}: {tuple(tensor.shape)}, not {(M, width)}"
             assert tensor.stride(1) == 1, f"{name}: a row is not contiguous"
+    if M > LIBRARY_FROM and launch is None and also is None and x.is_cuda:
+        return _by_library(x, weight, gated, eps, residual, residual_scale, dtype, out)
     launch = launch or launch_for(M, N, K, gated)
     strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, residual, out, also)]
     shape = {"N": N, "K": K, "NORM": eps is not None, "GATED": gated}
@@ -189,14 +188,53 @@ def _launched(
         kernels.vector_kernel[grid](*arguments, **shape, **blocks, **options)
         return out
     blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
-    if launch.block_m >= 64:
-        grid = (-(-N // launch.block_n), -(-M // launch.block_m))
-        blocks["STAGES"] = launch.num_stages
-        kernels.rows_kernel[grid](*arguments, M, **shape, **blocks, **options)
-    else:
-        grid = (-(-M // launch.block_m), -(-N // launch.block_n))
-        kernels.matrix_kernel[grid](*arguments, M, **shape, **blocks, **options)
+    grid = (-(-M // launch.block_m), -(-N // launch.block_n))
+    kernels.matrix_kernel[grid](*arguments, M, **shape, **blocks, **options)
     return out
+
+
+def plain_gate(gate_up_M2N: Tensor) -> Tensor:
+    """What `gate` computes."""
+    return (F.silu(gate_up_M2N[:, 0::2].float()) * gate_up_M2N[:, 1::2]).to(gate_up_M2N.dtype)
+
+
+def gate(gate_up_M2N: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of columns that are gate and up in turn, [M, N]."""
+    from bytelatent.kernels import skinny_linear_triton
+
+    kernels: Any = skinny_linear_triton
+    rows, columns, block = gate_up_M2N.shape[0], gate_up_M2N.shape[1] // 2, 512
+    if out is None:
+        out = torch.empty(rows, columns, dtype=gate_up_M2N.dtype, device=gate_up_M2N.device)
+    assert gate_up_M2N.is_contiguous(), "the columns are not contiguous"
+    kernels.gate_kernel[(rows, -(-columns // block))](
+        gate_up_M2N, out, N=columns, BLOCK=block, num_warps=4, **launch_options()
+    )
+    return out
+
+
+def _by_library(
+    x: Tensor,
+    weight: Tensor,
+    gated: bool,
+    eps: float | None,
+    residual: Tensor | None,
+    residual_scale: float,
+    dtype: torch.dtype,
+    out: Tensor | None,
+) -> Tensor:
+    """Many rows: the product is the library's, the norm's scale and the gate are kernels of their own."""
+    if eps is not None:
+        x = F.rms_norm(x, (x.shape[1],), None, eps)
+    x = x.to(weight.dtype)
+    if gated:
+        return gate(x @ weight.T, out)
+    if residual is not None and out is residual:
+        return residual.addmm_(x, weight.T, beta=residual_scale)  # in place: out of place it would copy first
+    y = x @ weight.T
+    if residual is not None:
+        y = y.add(residual, alpha=residual_scale)
+    return y.to(dtype) if out is None else out.copy_(y)
 
 
 def _scaled_product(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:

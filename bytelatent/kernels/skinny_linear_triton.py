@@ -128,47 +128,12 @@ def matrix_kernel(
 
 
 @triton.jit
-def rows_kernel(
-    x_ptr, weight_ptr, residual_ptr, out_ptr, also_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
-    also_row, M, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Many rows: the states are the product's tall side, as the tensor cores of Hopper want it."""
-    MATRICES: tl.constexpr = 2 if GATED else 1
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    # What lies past the end repeats the last row or column: no mask, and what it is is not stored.
-    weight = weight_ptr + tl.minimum(n, N - 1)[None, :] * (MATRICES * K) + k[:, None]
-    x_at = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * x_row + k[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc_up = acc
-    squares = tl.zeros([BLOCK_M], tl.float32)
+def gate_kernel(gate_up_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait_for_earlier(OVERLAP)
-    if run_ptr is not None and tl.load(run_ptr) == 0:
-        return
-    for at in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if K % BLOCK_K == 0:
-            x, w = tl.load(x_at + at), tl.load(weight + at)
-            if GATED:
-                w_up = tl.load(weight + K + at)
-        else:
-            within = k < K - at
-            x = tl.load(x_at + at, mask=within[None, :], other=0.0)
-            w = tl.load(weight + at, mask=within[:, None], other=0.0)
-            if GATED:
-                w_up = tl.load(weight + K + at, mask=within[:, None], other=0.0)
-        acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
-        if GATED:
-            acc_up = tl.dot(x.to(w.dtype), w_up, acc_up, input_precision="ieee")
-        if NORM:
-            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-    y = finished(acc, acc_up, squares[:, None], eps, K, NORM, GATED)
-    stored = (m < M)[:, None] & (n < N)[None, :]
-    wide = m.to(tl.int64)[:, None]
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + wide * residual_row + n[None, :], mask=stored, other=0.0)
-        y += residual_scale * residual.to(tl.float32)
-    tl.store(out_ptr + wide * out_row + n[None, :], y.to(out_ptr.dtype.element_ty), mask=stored)
-    if also_ptr is not None:
-        tl.store(also_ptr + wide * also_row + n[None, :], y.to(also_ptr.dtype.element_ty), mask=stored)
+    gate_up = tl.load(gate_up_ptr + m * (2 * N) + pair, mask=pair < 2 * N, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(gate_up, [BLOCK, 2]))
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + m * N + n, y.to(out_ptr.dtype.element_ty), mask=n < N)

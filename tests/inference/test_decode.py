@@ -5,12 +5,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bytelatent.inference.decode import Decoder
+from bytelatent.inference.fast import FastDecoder
 from bytelatent.inference.state import SLACK
-from bytelatent.model import BLTModel, ByteLM, add_patches, pack_rows
+from bytelatent.model import ByteLM, add_patches, pack_rows
+from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings, next_starts
 from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
 
@@ -86,6 +89,21 @@ def check(decoder: Decoder, sizes: list[int], seed: int, data: st.DataObject) ->
             assert_close(found[row], expected[row][read[row] : read[row] + count])
             read[row] += count - data.draw(st.integers(0, min(2, count)))
             state.rewind(row, read[row])
+
+
+@pytest.mark.parametrize("rule", [PatchSettings(threshold=5.12), PatchSettings(mode="space", max_patch_length=5)])
+@settings_of_hypothesis(max_examples=5)
+@given(seed=st.integers(0, 1000), data=st.data())
+def test_the_way_a_gpu_reads_prompts(rule: PatchSettings, seed: int, data: st.DataObject) -> None:
+    """With joined products, padding, and the kernels' plain forms."""
+    shape = StackSettings(dim=32, num_layers=2, num_heads=2, multiple_of=8, window=7)
+    middle = StackSettings(dim=48, num_layers=2, num_heads=3, multiple_of=8)
+    every = CrossAttentionSettings(k=2, num_heads=2, all_layers_encoder=True)
+    model = tiny_blt(seed, encoder=shape, decoder=shape, global_transformer=middle, cross_attention=every)
+    decoder = FastDecoder(model, rule, tiny_byte_lm(seed, dim=32, window=6))
+    check(decoder, [30, 1, 140], seed, data)
+    lm = FastDecoder(tiny_byte_lm(seed, dim=32, window=6), None, None)
+    check(lm, [30, 1, 140], seed, data)
 
 
 def test_wrong_drafts_leave_no_trace() -> None:

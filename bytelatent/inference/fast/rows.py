@@ -4,13 +4,14 @@ from collections import deque
 from dataclasses import astuple
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.engine import Continuation, Drawn
 from bytelatent.inference.fast.step import FastStep, Room
-from bytelatent.inference.state import DecodeState
+from bytelatent.inference.state import BLOCK, DecodeState
 from bytelatent.kernels.overlap import overlapped
 from bytelatent.model import BLTModel
 
@@ -30,19 +31,26 @@ class FastRows:
         self.decoder = decoder
         self.every = every
         self._room = Room()
-        self._bounds = [Room(0, 0, 0) for _ in range(num_rows)]
+        self._most = np.zeros((num_rows, 3), dtype=np.int64)  # what each row has at most of what Room counts
         self._in_row: list[Continuation | None] = [None] * num_rows
         self._step = FastStep(decoder, num_rows, places or num_rows, can_wait=every > 1)
         self._graphs: dict[bool, Any] = {}
         self._turn = 0
+        self._pinned: list[tuple[Tensor, Tensor]] = []
+        if decoder.device.type == "cuda":
+            self._pinned = [
+                (torch.empty(num_rows, dtype=torch.long, pin_memory=True), torch.empty(num_rows, pin_memory=True))
+                for _ in range(AHEAD + 1)
+            ]
         self._on_the_way: deque[tuple[list[Continuation | None], Tensor, Tensor, Any]] = deque()
         self._known: list[Drawn] = []
 
     def admit(self, row: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
         position = int(state.position[source])
         num_patches, open_bytes = self._patches_of(state, source)
-        self._bounds[row] = Room(position, num_patches, open_bytes)
-        self._make_room()
+        self._most[row] = position, num_patches, open_bytes
+        soon = min(which.max_new_bytes, BLOCK)  # so that tables need not grow, and graphs be made anew, at once
+        self._make_room(np.array([soon, soon, 0]))
         step = self._step
         step.state.put(row, state, source)
         step.sampling.put(row, which.sampling, which.prompt, which.max_new_bytes)
@@ -52,14 +60,12 @@ class FastRows:
 
     def release(self, row: int) -> None:
         self._in_row[row] = None
-        self._bounds[row] = Room(0, 0, 0)
+        self._most[row] = 0
         self._step.flags.is_active[row] = False
         self._step.flags.is_waiting[row] = False
 
     def advance(self) -> None:
-        for row, which in enumerate(self._in_row):
-            if which is not None:
-                self._bounds[row] = self._bounds[row].one_more()
+        self._most += 1
         self._make_room()
         closes = self._turn % self.every == self.every - 1
         self._turn += 1
@@ -83,8 +89,7 @@ class FastRows:
         if self.decoder.device.type != "cuda":
             self._on_the_way.append((in_row, step.flags.drawn.clone(), step.flags.log_probability.clone(), None))
             return
-        ids = torch.empty(step.flags.drawn.shape, dtype=step.flags.drawn.dtype, pin_memory=True)
-        log_probabilities = torch.empty(step.flags.log_probability.shape, pin_memory=True)
+        ids, log_probabilities = self._pinned[self._turn % len(self._pinned)]
         ids.copy_(step.flags.drawn, non_blocking=True)
         log_probabilities.copy_(step.flags.log_probability, non_blocking=True)
         event = torch.cuda.Event()
@@ -129,27 +134,25 @@ class FastRows:
         step.logits_BV.copy_(kept[2])
         return graph
 
-    def _make_room(self) -> None:
-        """See that no row outgrows its tables. The host's count is the highest it could be, so first it looks."""
-        if self._most().fits(self._room):
+    def _make_room(self, more: np.ndarray | int = 0) -> None:
+        """See that no row outgrows its tables. The host counts the most it could be, so before they grow it looks."""
+        room = np.array(astuple(self._room))
+        if (self._most.max(0) + more < room).all():
             return
         self._look()
-        most = self._most()
-        if not most.fits(self._room):
-            self._room = self._room.doubled_for(most)
-            self._step.make_room(self._room)
-            self._graphs = {}  # they know the tables by their addresses
-
-    def _most(self) -> Room:
-        return Room(*(max(counts) for counts in zip(*map(astuple, self._bounds), strict=True)))
+        most = self._most.max(0) + more
+        if (most < room).all():
+            return
+        self._room = Room(*(int(size) for size in np.where(most < room, room, -(-2 * most // BLOCK) * BLOCK)))
+        self._step.make_room(self._room)
+        self._graphs = {}  # they know the tables by their addresses
 
     def _look(self) -> None:
         """Replace the host's counts by the true ones."""
         state = self._step.state
-        true = zip(state.position.tolist(), state.num_patches.tolist(), state.open_count.tolist(), strict=True)
-        for row, counts in enumerate(true):
-            if self._in_row[row] is not None:
-                self._bounds[row] = Room(*counts).one_more()
+        true = torch.stack([state.position, state.num_patches, state.open_count], dim=1).cpu().numpy()
+        occupied = np.array([which is not None for which in self._in_row])[:, None]
+        self._most = np.where(occupied, true + 1, 0)
 
     def _patches_of(self, state: DecodeState, source: int) -> tuple[int, int]:
         if not isinstance(self.decoder.model, BLTModel):

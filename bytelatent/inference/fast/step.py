@@ -5,7 +5,7 @@ transformer has not run for it yet. A step runs it for at most `places` of the r
 may wait a step or two; they are what they are without the waiting.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.fast import plain
+from bytelatent.inference.fast.prefill import FastDecoder
 from bytelatent.inference.fast.weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
 from bytelatent.inference.sampling import SamplingRows
 from bytelatent.inference.state import BLOCK, SLACK, DecodeState, KeyValues
@@ -33,17 +34,6 @@ class Room:
     positions: int = BLOCK
     patches: int = BLOCK
     open_bytes: int = BLOCK
-
-    def one_more(self) -> "Room":
-        return Room(*(count + 1 for count in astuple(self)))
-
-    def fits(self, other: "Room") -> bool:
-        return all(mine < theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
-
-    def doubled_for(self, most: "Room") -> "Room":
-        """Twice as much of what `most` does not fit in."""
-        pairs = zip(astuple(self), astuple(most), strict=True)
-        return Room(*(mine if wanted < mine else -(-2 * wanted // BLOCK) * BLOCK for mine, wanted in pairs))
 
 
 @dataclass(frozen=True)
@@ -217,8 +207,11 @@ class FastStep:
         self.logits_BV = torch.zeros(num_rows, VOCAB_SIZE, device=decoder.device)
         model, byte_lm = decoder.model, decoder.byte_lm
         lm = model if isinstance(model, ByteLM) else byte_lm
-        self.byte_lm = ByteLMWeights.of(lm) if lm is not None else None
-        self.blt = BLTWeights.of(model) if isinstance(model, BLTModel) else None
+        if isinstance(decoder, FastDecoder):
+            self.byte_lm, self.blt = decoder.byte_lm_weights, decoder.blt_weights
+        else:
+            self.byte_lm = ByteLMWeights.of(lm) if lm is not None else None
+            self.blt = BLTWeights.of(model) if isinstance(model, BLTModel) else None
         self.powers = None
         if self.blt is not None and self.blt.settings.ngram_hash is not None:
             ngrams = self.blt.settings.ngram_hash
@@ -315,7 +308,8 @@ class FastStep:
                 row_C=row,
                 run=run,
             )
-            q_QD = kernels.linear(found.view(-1, dim), cross.output, residual_MN=q_QD, residual_scale=2.0, run=run)
+            given: dict[str, Any] = {"residual_MN": q_QD, "residual_scale": 2.0, "out": q_QD}
+            q_QD = kernels.linear(found.view(-1, dim), cross.output, **given, run=run)
         x_CG = q_QD.view(-1, k * dim)
         if weights.projection is not None:
             x_CG = kernels.linear(x_CG, weights.projection, run=run)
@@ -380,7 +374,7 @@ class FastStep:
             run=run,
             **stack.launch,
         )
-        x_MD = kernels.linear(found, weights.output, residual_MN=x_MD, run=run)
+        x_MD = kernels.linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=run)
         hidden = kernels.gated(x_MD, weights.gate_up, eps=eps, run=run)
         return kernels.linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=run)
 

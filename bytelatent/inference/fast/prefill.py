@@ -1,0 +1,137 @@
+"""Whole prompts at the speed of the card: the same models, with joined products and kernels in their blocks."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bytelatent.inference.decode import Decoder
+from bytelatent.inference.fast.weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
+from bytelatent.inference.looks import Keep
+from bytelatent.kernels.gated_product import COLUMNS, INNER, ROWS, fast_row_scale, gated_product
+from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
+from bytelatent.kernels.skinny_linear import gate, plain_gate
+from bytelatent.kernels.window_attention import angles, first_seen, plain_window_attention, turn, window_attention
+from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches
+from bytelatent.model.attention import Look
+from bytelatent.model.ngram_hash import PRIMES
+from bytelatent.model.settings import StackSettings
+from bytelatent.patching import PatchSettings
+from bytelatent.vocab import OFFSET
+
+# Shapes: T positions, D width, H heads, E head size, A = E/2 angles
+
+
+@dataclass
+class RunLook:
+    """A run of positions up to each one, where documents begin and windows end, with rotary angles."""
+
+    low: Tensor  # [T] the first place that each position sees
+    cos: Tensor  # [T, A]
+    sin: Tensor  # [T, A]
+    keep: Keep
+
+    def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
+        """Of queries and keys that are not rotated yet; the keys are rotated in place."""
+        if q_THE.is_cuda:
+            found = window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
+        else:
+            found = plain_window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
+            k_TJE = turn(k_TJE, self.cos, self.sin)
+        self.keep(k_TJE, v_TJE)
+        return found
+
+
+class FastBlock(nn.Module):
+    """A block in place of the model's own, with the same call."""
+
+    def __init__(self, settings: StackSettings, weights: BlockWeights):
+        super().__init__()
+        self.settings, self.weights = settings, weights
+
+    def forward(self, x_TD: Tensor, rotary: Any, look: RunLook) -> Tensor:
+        settings, weights = self.settings, self.weights
+        shape, eps = (settings.dim,), settings.norm_eps
+        qkv = F.linear(F.rms_norm(x_TD, shape, None, eps), weights.qkv)
+        q, k, v = qkv.unflatten(-1, (3, settings.num_heads, settings.head_dim)).unbind(1)
+        x_TD = torch.addmm(x_TD, look.attend(q, k, v).flatten(1), weights.output.T)
+        return x_TD.addmm_(self._hidden(x_TD), weights.down.T)
+
+    def _hidden(self, x_TD: Tensor) -> Tensor:
+        gate_up, eps = self.weights.gate_up, self.settings.norm_eps
+        fits = x_TD.shape[0] % ROWS == 0 and gate_up.shape[0] % COLUMNS == 0 and gate_up.shape[1] % INNER == 0
+        if x_TD.is_cuda and fits and x_TD.shape[0] >= 16 * ROWS:
+            return gated_product(x_TD, fast_row_scale(x_TD, eps), gate_up)
+        both = F.linear(F.rms_norm(x_TD, (self.settings.dim,), None, eps), gate_up)
+        return gate(both) if x_TD.is_cuda else plain_gate(both)
+
+
+class FastDecoder(Decoder):
+    """A `Decoder` that reads prompts fast, and holds the packed weights that `FastStep` reads, too."""
+
+    def __init__(self, model: BLTModel | ByteLM, patching: PatchSettings | None, byte_lm: ByteLM | None):
+        super().__init__(model, patching, byte_lm)
+        lm = model if isinstance(model, ByteLM) else self.byte_lm
+        self.byte_lm_weights = ByteLMWeights.of(lm) if lm is not None else None
+        self.blt_weights = BLTWeights.of(model) if isinstance(model, BLTModel) else None
+        self._fast: set[StackSettings] = set()
+        if self.byte_lm_weights is not None and lm is not None:
+            fast = self._with_fast_blocks(lm, self.byte_lm_weights.stack)
+            if isinstance(model, ByteLM):
+                self._reads = fast
+            else:
+                self._reads_byte_lm = fast
+        if self.blt_weights is not None:
+            weights = self.blt_weights
+            self._reads = copy.copy(model)
+            self._reads._modules = dict(model._modules)
+            stacks = {"encoder": weights.encoder, "global_transformer": weights.middle, "decoder": weights.decoder}
+            for name, stack in stacks.items():
+                self._reads._modules[name] = self._with_fast_blocks(getattr(model, name), stack)
+
+    def _with_fast_blocks(self, module: Any, weights: StackWeights) -> Any:
+        """The module with other blocks in its stack, where the kernels can run it; all else is shared."""
+        if not _can_run(weights.settings):
+            return module
+        self._fast.add(weights.settings)
+        stack = copy.copy(module.stack)
+        stack._modules = {"blocks": nn.ModuleList(FastBlock(weights.settings, block) for block in weights.blocks)}
+        fast = copy.copy(module)
+        fast._modules = {**module._modules, "stack": stack}
+        return fast
+
+    def _padded(self, stream: Stream) -> Stream:
+        more = -len(stream.ids) % ROWS
+        ids, document = F.pad(stream.ids, (0, more), value=OFFSET), F.pad(stream.document, (0, more), value=-1)
+        return Stream(ids, document, F.pad(stream.position, (0, more)))
+
+    def _with_patches(self, stream: Stream, starts: Tensor) -> PatchedStream:
+        exact = add_patches(stream, starts, history=stream.position)
+        slots = -(-exact.num_patches // ROWS) * ROWS
+        return add_patches(stream, starts, num_patches=slots, history=stream.position)
+
+    def _embed(self, batch: PatchedStream) -> Tensor:
+        assert isinstance(self.model, BLTModel)
+        encoder = self.model.encoder
+        if encoder.ngram_hash is None:
+            return encoder.embedding(batch.ids)
+        settings = encoder.ngram_hash.settings
+        place = torch.arange(len(batch.ids), device=batch.ids.device)
+        back = torch.arange(1 - max(settings.sizes), 1, device=batch.ids.device)
+        tail = batch.ids[(place[:, None] + back).clamp(min=0)]
+        powers = ngram_powers(PRIMES[: settings.num_functions], settings.sizes, batch.ids.device)
+        embed = hash_embed if batch.ids.is_cuda else plain_hash_embed
+        return embed(tail, batch.position, powers, encoder.ngram_hash.tables.weight, encoder.embedding.weight)
+
+    def _look(self, stack: StackSettings, document: Tensor, position: Tensor, keep: Keep) -> Look:
+        if stack not in self._fast:
+            return super()._look(stack, document, position, keep)
+        cos, sin = angles(position, stack.head_dim, stack.rope_theta)
+        return RunLook(first_seen(position, stack.window), cos, sin, keep)
+
+
+def _can_run(settings: StackSettings) -> bool:
+    return settings.kv_heads == settings.num_heads and settings.head_dim in (16, 32, 64, 128)
