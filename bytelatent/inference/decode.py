@@ -4,7 +4,7 @@
 the new ids cost. The global transformer runs for those of them that close a patch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,11 +69,16 @@ class Decoder:
             """The places of each row's newest ids."""
             return ((rows >= 0) & (position >= length[rows] - size)).nonzero()[:, 0]
 
+        sizes = [len(prompt) for prompt in prompts]
+        begins = [sum(sizes[:row]) for row in range(len(sizes))]
+
         def kept(cache: KeyValues, stack: StackSettings) -> Look:
             """A mask of the stream that keeps the newest positions of each row."""
             cache.make_room(longest)
-            place = newest_of(cache.size)
-            return self._look(stack, rows, position, Keep(cache, place, rows[place], position[place]))
+            count = [min(size, cache.size) for size in sizes]
+            first = [size - kept for size, kept in zip(sizes, count, strict=True)]
+            place = [begin + at for begin, at in zip(begins, first, strict=True)]
+            return self._look(stack, rows, position, Keep(cache, place, first, count))
 
         newest = newest_of(HISTORY)
         here = (rows[newest], position[newest] % HISTORY)
@@ -107,17 +112,18 @@ class Decoder:
         assert state.decoder is not None
         states = encoder.byte_states(self._embed(batch), position, kept(state.encoder, shapes.encoder))
         patches_PKD = encoder.patch_states(states, batch)
+        every = torch.arange(len(prompts), device=self.device)
+        num_patches = state.last(state.history.num_patches, every, length)
         state.patches.make_room(int(batch.patch_position.max()) + 1)
-        keep = Keep(state.patches, closed, batch.patch_document[closed], batch.patch_position[closed])
+        first = batch.patch[torch.tensor(begins, device=self.device)].tolist()
+        keep = Keep(state.patches, first, [0] * len(prompts), num_patches.tolist())
         look = self._look(shapes.global_transformer, batch.patch_document, batch.patch_position, keep)
         patches_PG = middle(patches_PKD, batch.patch_position, look)
 
-        every = torch.arange(len(prompts), device=self.device)
         patch_start = state.last(state.history.patch_start, every, length)
         open_bytes = ((rows >= 0) & (position >= patch_start[rows])).nonzero()[:, 0]
         most = int((length - patch_start).max())
         self._keep_bytes(state, [h[open_bytes] for h in states], rows[open_bytes], position[open_bytes], most)
-        num_patches = state.last(state.history.num_patches, every, length)
         owner, number = batch.patch_document[closed], batch.patch_position[closed]
         recent = (number >= num_patches[owner] - SLACK).nonzero()[:, 0]
         self._keep_patch_keys(state, patches_PG[closed[recent]], owner[recent], number[recent])
@@ -126,7 +132,7 @@ class Decoder:
             states[-1],
             position,
             kept(state.decoder, shapes.decoder),
-            lambda layer, h: decoder.cross_attention[layer](h, keys_PKD, batch.read),
+            self._read_patches(decoder, keys_PKD, batch.read),
         )
         return state, decoder.logits(h_TD[last] if last_only else h_TD[rows >= 0])
 
@@ -140,6 +146,10 @@ class Decoder:
     def _embed(self, batch: PatchedStream) -> Tensor:
         assert isinstance(self.model, BLTModel)
         return self.model.encoder.embed(batch)
+
+    def _read_patches(self, decoder: Any, keys_PKD: Tensor, read: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """The decoder's cross-attentions, by their number."""
+        return lambda layer, h_TD: decoder.cross_attention[layer](h_TD, keys_PKD, read)
 
     def _look(self, stack: StackSettings, document: Tensor, position: Tensor, keep: Keep) -> Look:
         """How a stack's layers see the positions of a whole stream, and what they keep of it."""

@@ -231,7 +231,8 @@ def _by_library(
         return gate(x @ weight.T, out)
     if residual is not None and out is residual:
         return residual.addmm_(x, weight.T, beta=residual_scale)  # in place: out of place it would copy first
-    y = x @ weight.T
+    wanted = dtype if out is None else out.dtype
+    y = torch.mm(x, weight.T, out_dtype=wanted) if wanted == torch.float32 != weight.dtype else x @ weight.T
     if residual is not None:
         y = y.add(residual, alpha=residual_scale)
     return y.to(dtype) if out is None else out.copy_(y)

@@ -1,6 +1,7 @@
 """Whole prompts at the speed of the card: the same models, with joined products and kernels in their blocks."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.fast.weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
 from bytelatent.inference.looks import Keep
+from bytelatent.kernels.decode_patches import plain_read_patch, read_patch
 from bytelatent.kernels.gated_product import COLUMNS, INNER, ROWS, fast_row_scale, gated_product
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
 from bytelatent.kernels.skinny_linear import gate, plain_gate
@@ -94,7 +96,7 @@ class FastDecoder(Decoder):
 
     def _with_fast_blocks(self, module: Any, weights: StackWeights) -> Any:
         """The module with other blocks in its stack, where the kernels can run it; all else is shared."""
-        if not _can_run(weights.settings):
+        if not _can_run(weights):
             return module
         self._fast.add(weights.settings)
         stack = copy.copy(module.stack)
@@ -126,6 +128,17 @@ class FastDecoder(Decoder):
         embed = hash_embed if batch.ids.is_cuda else plain_hash_embed
         return embed(tail, batch.position, powers, encoder.ngram_hash.tables.weight, encoder.embedding.weight)
 
+    def _read_patches(self, decoder: Any, keys_PKD: Tensor, read: Tensor) -> Callable[[int, Tensor], Tensor]:
+        look = read_patch if keys_PKD.is_cuda else plain_read_patch
+        row, reads = read.clamp(min=0), read >= 0
+
+        def read_patches(layer: int, h_TD: Tensor) -> Tensor:
+            cross = decoder.cross_attention[layer]
+            k_PKHE, v_PKHE = (part.contiguous() for part in cross.keys_values(keys_PKD))
+            return cross.add(h_TD, look(cross.queries(h_TD).contiguous(), k_PKHE, v_PKHE, reads, row_B=row))
+
+        return read_patches
+
     def _look(self, stack: StackSettings, document: Tensor, position: Tensor, keep: Keep) -> Look:
         if stack not in self._fast:
             return super()._look(stack, document, position, keep)
@@ -133,5 +146,7 @@ class FastDecoder(Decoder):
         return RunLook(first_seen(position, stack.window), cos, sin, keep)
 
 
-def _can_run(settings: StackSettings) -> bool:
-    return settings.kv_heads == settings.num_heads and settings.head_dim in (16, 32, 64, 128)
+def _can_run(weights: StackWeights) -> bool:
+    settings, some = weights.settings, weights.blocks[0].output
+    exact = some.dtype != torch.float32 or not some.is_cuda  # on the card the kernels would round float32 products
+    return exact and settings.kv_heads == settings.num_heads and settings.head_dim in (16, 32, 64, 128)
