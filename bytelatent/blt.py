@@ -15,6 +15,7 @@ from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
+from bytelatent.inference.fast import engine_for
 from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
@@ -102,7 +103,7 @@ class BLT:
         Args:
             num_rows: sequences on their way at once; others wait.
         """
-        return Engine.plain(Decoder(self.model, self.patching, self._byte_lm()), num_rows)
+        return engine_for(self.model, self.patching, self._byte_lm(), num_rows)
 
     @overload
     def generate(self, prompt: str | bytes, max_new_bytes: int = ..., samples: None = ..., **sampling: Any) -> str: ...

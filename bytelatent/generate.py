@@ -19,7 +19,8 @@ from bytelatent.config import Settings, from_command_line
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError, guarded
 from bytelatent.files import whole_file
-from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
+from bytelatent.inference import Continuation, Engine, Sampling, prompt_ids
+from bytelatent.inference.fast import engine_for
 from bytelatent.interop import open_pretrained
 from bytelatent.vocab import to_bytes
 
@@ -88,7 +89,7 @@ def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
     if patching is not None and patching.needs_entropies and found.byte_lm is None:
         raise UserError(f"generate: the patches of '{settings.model}' need a byte LM; name it: --entropy FOLDER")
     loaded = found.load(place, None if settings.dtype == "auto" else getattr(torch, settings.dtype))
-    return Engine.plain(Decoder(loaded.model, patching, loaded.byte_lm), num_rows)
+    return engine_for(loaded.model, patching, loaded.byte_lm, num_rows)
 
 
 def _prompt(settings: GenerateSettings) -> bytes:

@@ -4,8 +4,28 @@
 `rows` captures it in a CUDA graph and replays it, reading what was drawn in the background.
 """
 
+from bytelatent.inference.decode import Decoder
+from bytelatent.inference.engine import Engine
 from bytelatent.inference.fast.prefill import FastDecoder
 from bytelatent.inference.fast.rows import FastRows
 from bytelatent.inference.fast.weights import supports
+from bytelatent.model import BLTModel, ByteLM
+from bytelatent.patching import PatchSettings
 
-__all__ = ["FastDecoder", "FastRows", "supports"]
+
+def engine_for(
+    model: BLTModel | ByteLM, patching: PatchSettings | None, byte_lm: ByteLM | None, num_rows: int
+) -> Engine:
+    """The fastest engine that can decode this model where it is."""
+    if patching is not None and patching.mode == "bpe":  # decided by a tokenizer, on the host
+        return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
+    if next(model.parameters()).device.type != "cuda":
+        decoder = Decoder(model, patching, byte_lm)
+        return Engine(decoder, FastRows(decoder, num_rows), num_rows)
+    if not supports(model, byte_lm):
+        return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
+    decoder = FastDecoder(model, patching, byte_lm)
+    return Engine(decoder, FastRows(decoder, num_rows), num_rows)
+
+
+__all__ = ["FastDecoder", "FastRows", "engine_for", "supports"]

@@ -1,12 +1,16 @@
-"""The decisions of a step in plain PyTorch: what `bytelatent.kernels.decode_step` must equal."""
+"""A step in plain PyTorch: its decisions, which `bytelatent.kernels.decode_step` must equal, and what a CPU does faster
+than the forms beside the other kernels, which are written to be read.
+"""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.inference.sampling import SamplingRows
 from bytelatent.kernels.decode_step import Flags
+from bytelatent.kernels.window_attention import turn
 from bytelatent.model import entropies
 from bytelatent.patching import PatchSettings, PatchState, step
 from bytelatent.vocab import EOS
@@ -72,3 +76,78 @@ def plain_decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: An
     flags.count.copy_(torch.where(reads, state.open_count, -1))
     state.open_count.add_(reads)
     flags.wants.copy_((starts & reads) | flags.is_waiting)
+
+
+def attend(
+    qkv: Tensor,
+    cache_k_CRJE: Tensor,
+    cache_v_CRJE: Tensor,
+    position_B: Tensor,
+    rotary_PA2: Tensor,
+    *,
+    heads: int,
+    window: int | None,
+    row_B: Tensor,
+    run: Tensor | None = None,
+) -> Tensor:
+    """What `plain_decode_attention` computes for one new position of each sequence, all sequences at once."""
+    _, slots, kv_heads, head_dim = cache_k_CRJE.shape
+    if run is not None and not bool(run):
+        return qkv.new_zeros(len(qkv), heads * head_dim)
+    cos_BA, sin_BA = rotary_PA2[position_B].unbind(-1)
+    q_k, v_BJE = qkv.unflatten(-1, (-1, head_dim)).split([heads + kv_heads, kv_heads], dim=1)
+    q_BHE, k_BJE = turn(q_k, cos_BA, sin_BA).split([heads, kv_heads], dim=1)
+    row, slot = row_B.clamp(min=0), position_B % slots
+    if len(row_B) == 1:
+        if int(row_B) < 0:
+            return qkv.new_zeros(1, heads * head_dim)
+    elif bool((row_B < 0).any()):  # sequences that are passed over write back what stands there
+        skipped = (row_B < 0)[:, None, None]
+        k_BJE = torch.where(skipped, cache_k_CRJE[row, slot], k_BJE)
+        v_BJE = torch.where(skipped, cache_v_CRJE[row, slot], v_BJE)
+        order = torch.argsort((row_B >= 0).int(), stable=True)  # so that they do not write after a sequence of that row
+        row, slot, k_BJE, v_BJE = row[order], slot[order], k_BJE[order], v_BJE[order]
+    cache_k_CRJE[row, slot], cache_v_CRJE[row, slot] = k_BJE, v_BJE
+    row = row_B.clamp(min=0)
+    size = min(int(position_B.max()) + 1, slots)
+    newest = position_B[:, None]
+    held = newest - (newest - torch.arange(size, device=qkv.device)) % slots
+    seen = held >= 0 if window is None else (held >= 0) & (held > newest - window)
+    kept = (part[row, :size].transpose(1, 2) for part in (cache_k_CRJE, cache_v_CRJE))
+    found = F.scaled_dot_product_attention(
+        q_BHE[:, :, None], *kept, attn_mask=seen[:, None, None], enable_gqa=heads != kv_heads
+    )
+    return found[:, :, 0].flatten(1)
+
+
+def linear(
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    *,
+    eps: float | None = None,
+    residual_MN: Tensor | None = None,
+    residual_scale: float = 1.0,
+    out: Tensor | None = None,
+    run: Tensor | None = None,
+) -> Tensor:
+    """What `plain_skinny_linear` computes, in the weights' precision."""
+    if run is not None and not bool(run):
+        return x_MK.new_zeros(len(x_MK), len(weight_NK))
+    x_MK = x_MK if eps is None else x_MK * _scale(x_MK, eps)
+    if residual_MN is None:
+        y_MN = F.linear(x_MK, weight_NK)
+    else:
+        y_MN = torch.addmm(residual_MN, x_MK, weight_NK.T, beta=residual_scale)
+    return y_MN if out is None else out.copy_(y_MN)
+
+
+def gated(x_MK: Tensor, gate_up_2NK: Tensor, *, eps: float | None = None, run: Tensor | None = None) -> Tensor:
+    """What `plain_skinny_gated` computes, in the weights' precision."""
+    if run is not None and not bool(run):
+        return x_MK.new_zeros(len(x_MK), len(gate_up_2NK) // 2)
+    both = F.linear(x_MK if eps is None else x_MK * _scale(x_MK, eps), gate_up_2NK)
+    return F.silu(both[:, 0::2]) * both[:, 1::2]
+
+
+def _scale(x_MK: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x_MK.float().square().mean(-1, keepdim=True) + eps).to(x_MK.dtype)

@@ -48,9 +48,9 @@ class FastRows:
     def admit(self, row: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
         position = int(state.position[source])
         num_patches, open_bytes = self._patches_of(state, source)
-        self._most[row] = position, num_patches, open_bytes
         soon = min(which.max_new_bytes, BLOCK)  # so that tables need not grow, and graphs be made anew, at once
-        self._make_room(np.array([soon, soon, 0]))
+        self._make_room(np.array([position + soon, num_patches + soon, open_bytes + 1]))
+        self._most[row] = position, num_patches, open_bytes
         step = self._step
         step.state.put(row, state, source)
         step.sampling.put(row, which.sampling, which.prompt, which.max_new_bytes)
@@ -134,13 +134,13 @@ class FastRows:
         step.logits_BV.copy_(kept[2])
         return graph
 
-    def _make_room(self, more: np.ndarray | int = 0) -> None:
+    def _make_room(self, wanted: np.ndarray | int = 0) -> None:
         """See that no row outgrows its tables. The host counts the most it could be, so before they grow it looks."""
         room = np.array(astuple(self._room))
-        if (self._most.max(0) + more < room).all():
+        if (np.maximum(self._most.max(0), wanted) < room).all():
             return
         self._look()
-        most = self._most.max(0) + more
+        most = np.maximum(self._most.max(0), wanted)
         if (most < room).all():
             return
         self._room = Room(*(int(size) for size in np.where(most < room, room, -(-2 * most // BLOCK) * BLOCK)))

@@ -69,9 +69,9 @@ class Kernels:
                 decode_step.keep_patch,
             )
         return cls(
-            skinny_linear.plain_skinny_linear,
-            skinny_linear.plain_skinny_gated,
-            decode_attention.plain_decode_attention,
+            plain.linear,
+            plain.gated,
+            plain.attend,
             decode_patches.plain_read_patch,
             decode_patches.plain_gather_bytes,
             decode_patches.plain_keep_byte,
@@ -251,7 +251,7 @@ class FastStep:
         kernels.decide(lm_logits, self.decoder.patching, state, flags)
         encoded_BD = self._encode()
         kernels.choose(state, flags, closes)
-        if closes:
+        if closes and (flags.run.is_cuda or bool(flags.run)):  # a CPU may as well look
             self._close()
         self._decode(encoded_BD)
 
