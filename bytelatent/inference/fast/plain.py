@@ -2,6 +2,7 @@
 than the forms beside the other kernels, which are written to be read.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from bytelatent.inference.sampling import SamplingRows
 from bytelatent.kernels.decode_step import Flags
-from bytelatent.kernels.window_attention import turn
 from bytelatent.model import entropies
 from bytelatent.patching import PatchSettings, PatchState, step
 from bytelatent.vocab import EOS
@@ -94,21 +94,16 @@ def attend(
     _, slots, kv_heads, head_dim = cache_k_CRJE.shape
     if run is not None and not bool(run):
         return qkv.new_zeros(len(qkv), heads * head_dim)
-    cos_BA, sin_BA = rotary_PA2[position_B].unbind(-1)
-    q_k, v_BJE = qkv.unflatten(-1, (-1, head_dim)).split([heads + kv_heads, kv_heads], dim=1)
-    q_BHE, k_BJE = turn(q_k, cos_BA, sin_BA).split([heads, kv_heads], dim=1)
-    row, slot = row_B.clamp(min=0), position_B % slots
     if len(row_B) == 1:
-        if int(row_B) < 0:
-            return qkv.new_zeros(1, heads * head_dim)
-    elif bool((row_B < 0).any()):  # sequences that are passed over write back what stands there
-        skipped = (row_B < 0)[:, None, None]
-        k_BJE = torch.where(skipped, cache_k_CRJE[row, slot], k_BJE)
-        v_BJE = torch.where(skipped, cache_v_CRJE[row, slot], v_BJE)
-        order = torch.argsort((row_B >= 0).int(), stable=True)  # so that they do not write after a sequence of that row
-        row, slot, k_BJE, v_BJE = row[order], slot[order], k_BJE[order], v_BJE[order]
-    cache_k_CRJE[row, slot], cache_v_CRJE[row, slot] = k_BJE, v_BJE
-    row = row_B.clamp(min=0)
+        return _attend_one(qkv[0], cache_k_CRJE, cache_v_CRJE, int(position_B), rotary_PA2, heads, window, int(row_B))
+    q_k, v_BJE = qkv.unflatten(-1, (-1, head_dim)).split([heads + kv_heads, kv_heads], dim=1)
+    q_BHE, k_BJE = _turned(q_k, rotary_PA2[position_B][:, None]).split([heads, kv_heads], dim=1)
+    row, slot = row_B.clamp(min=0), position_B % slots
+    if bool((row_B < 0).any()):  # sequences that are passed over write nothing
+        here = (row_B >= 0).nonzero()[:, 0]
+        cache_k_CRJE[row[here], slot[here]], cache_v_CRJE[row[here], slot[here]] = k_BJE[here], v_BJE[here]
+    else:
+        cache_k_CRJE[row, slot], cache_v_CRJE[row, slot] = k_BJE, v_BJE
     size = min(int(position_B.max()) + 1, slots)
     newest = position_B[:, None]
     held = newest - (newest - torch.arange(size, device=qkv.device)) % slots
@@ -118,6 +113,55 @@ def attend(
         q_BHE[:, :, None], *kept, attn_mask=seen[:, None, None], enable_gqa=heads != kv_heads
     )
     return found[:, :, 0].flatten(1)
+
+
+def _attend_one(
+    qkv: Tensor,
+    cache_k_CRJE: Tensor,
+    cache_v_CRJE: Tensor,
+    position: int,
+    rotary_PA2: Tensor,
+    heads: int,
+    window: int | None,
+    row: int,
+) -> Tensor:
+    """The same for one sequence, whose cache need not be gathered."""
+    _, slots, kv_heads, head_dim = cache_k_CRJE.shape
+    if row < 0:
+        return qkv.new_zeros(1, heads * head_dim)
+    q_k, v_JE = qkv.view(-1, head_dim).split([heads + kv_heads, kv_heads])
+    q_HE, k_JE = _turned(q_k, rotary_PA2[position]).split([heads, kv_heads])
+    slot, size = position % slots, min(position + 1, slots)
+    cache_k_CRJE[row, slot], cache_v_CRJE[row, slot] = k_JE, v_JE
+    k_JRE, v_JRE = cache_k_CRJE[row, :size].transpose(0, 1), cache_v_CRJE[row, :size].transpose(0, 1)
+    mask = None if window is None or size <= window else _seen(position, slots, window)
+    found = F.scaled_dot_product_attention(
+        q_HE[None, :, None], k_JRE[None], v_JRE[None], attn_mask=mask, enable_gqa=heads != kv_heads
+    )
+    return found.view(1, -1)
+
+
+@lru_cache(maxsize=16)
+def _seen(position: int, slots: int, window: int) -> Tensor:
+    """Which slots of a ring a position sees, bool [1, 1, 1, R]; the same for all layers of a stack."""
+    held = position - (position - torch.arange(min(position + 1, slots))) % slots
+    return ((held >= 0) & (held > position - window)).view(1, 1, 1, -1)
+
+
+def _turned(x: Tensor, rotary: Tensor) -> Tensor:
+    """Pairs (2i, 2i+1) rotated: as complex numbers multiplied by cosine and sine."""
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(rotary)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def read_patch(
+    q_THE: Tensor, k_BKHE: Tensor, v_BKHE: Tensor, reads_T: Tensor, *, row_B: Tensor, run: Tensor | None = None
+) -> Tensor:
+    """What `plain_read_patch` computes for one byte of each sequence, with as many heads of keys as of queries."""
+    row = row_B.clamp(min=0)
+    k, v = (k_BKHE, v_BKHE) if len(row) == len(k_BKHE) == 1 else (k_BKHE[row], v_BKHE[row])
+    weight = ((q_THE[:, None] * k).sum(-1, keepdim=True) * q_THE.shape[-1] ** -0.5).softmax(1)
+    return (weight * v).sum(1) * reads_T[:, None, None]
 
 
 def linear(
@@ -133,7 +177,7 @@ def linear(
     """What `plain_skinny_linear` computes, in the weights' precision."""
     if run is not None and not bool(run):
         return x_MK.new_zeros(len(x_MK), len(weight_NK))
-    x_MK = x_MK if eps is None else x_MK * _scale(x_MK, eps)
+    x_MK = x_MK if eps is None else _normed(x_MK, eps)
     if residual_MN is None:
         y_MN = F.linear(x_MK, weight_NK)
     else:
@@ -145,9 +189,13 @@ def gated(x_MK: Tensor, gate_up_2NK: Tensor, *, eps: float | None = None, run: T
     """What `plain_skinny_gated` computes, in the weights' precision."""
     if run is not None and not bool(run):
         return x_MK.new_zeros(len(x_MK), len(gate_up_2NK) // 2)
-    both = F.linear(x_MK if eps is None else x_MK * _scale(x_MK, eps), gate_up_2NK)
-    return F.silu(both[:, 0::2]) * both[:, 1::2]
+    x_MK = x_MK if eps is None else _normed(x_MK, eps)
+    return F.silu(F.linear(x_MK, gate_up_2NK[0::2])).mul_(F.linear(x_MK, gate_up_2NK[1::2]))
 
 
-def _scale(x_MK: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x_MK.float().square().mean(-1, keepdim=True) + eps).to(x_MK.dtype)
+def _normed(x_MK: Tensor, eps: float) -> Tensor:
+    """RMSNorm without weights."""
+    if len(x_MK) > 1:
+        return F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
+    row = x_MK[0].float()
+    return x_MK * (float(row @ row) / len(row) + eps) ** -0.5  # a few microseconds less than the operation

@@ -72,7 +72,7 @@ class Kernels:
             plain.linear,
             plain.gated,
             plain.attend,
-            decode_patches.plain_read_patch,
+            plain.read_patch,
             decode_patches.plain_gather_bytes,
             decode_patches.plain_keep_byte,
             hash_embed.plain_hash_embed,
