@@ -306,7 +306,7 @@ def main() -> None:
         if "first" in given.what:
             first(decoder)
         if "batch" in given.what:
-            for every, places in ((1, None), (1, 32), (2, 48)):
+            for every, places in ((1, 32), (2, 48)):
                 generate(decoder, 64, given.new, every, places)
         if "prefill" in given.what:
             prefill(decoder)
