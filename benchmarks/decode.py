@@ -1,6 +1,6 @@
 """How fast is generation? Against the card's limits, and against transformers.
 
-    python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [cpu] [--new 512]
+    python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [cpu] [leaks] [--new 512]
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
 for patches of 4.5 bytes; prompts of 512 random bytes, new bytes drawn at temperature 1. The floor counts the bytes of
@@ -10,6 +10,7 @@ check    float32 on the device: the replayed step's bytes and log-probabilities 
 one      one sequence;  batch: 64;  8b: one, of the 8B shape
 first    seconds from a prompt to the first byte
 cpu      the demo's BLT on the CPU, against the whole forward pass for every byte
+leaks    sequences join, leave and are cancelled for --minutes; memory every twelfth of it
 prefill  64 x 8,192 bytes, against the card's matrix rate
 peer     transformers' generate
 profile  where a step's time goes
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from bytelatent.inference import Decoder, Engine, Sampling
-from bytelatent.inference.fast import FastDecoder, FastRows
+from bytelatent.inference.fast import FastDecoder, FastRows, engine_for
 from bytelatent.kernels import decode_step
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build
 from bytelatent.model.flops import costs
@@ -211,6 +212,36 @@ def cpu() -> None:
     print(f"{middle['whole forward pass'] / middle['with a memory']:.1f} times as fast")
 
 
+def leaks(minutes: float) -> None:
+    """Sequences of the demo's BLT join, leave and are cancelled at random; does memory grow?"""
+    import random
+    import resource
+
+    torch.manual_seed(0)
+    byte_lm: Any = build(preset("demo-byte-lm")).eval()
+    model: Any = build(preset("demo-blt")).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = engine_for(model.to(device), PatchSettings(threshold=5.0), byte_lm.to(device), 8)
+    chance, going, done, began, told = random.Random(0), [], 0, time.monotonic(), 0.0
+    while (now := time.monotonic() - began) < minutes * 60:
+        if len(going) < 16 and chance.random() < 0.2:
+            [prompt] = random_prompts(1, chance.randrange(1, 600), seed=chance.randrange(10**6))
+            going += engine.submit(prompt, Sampling(temperature=1.0, seed=done), chance.randrange(1, 400))
+        if going and chance.random() < 0.01:
+            engine.cancel(chance.choice(going))
+        engine.advance()
+        done += sum(one.ended is not None for one in going)
+        going = [one for one in going if one.ended is None]
+        if now - told > minutes * 60 / 12:
+            told = now
+            with open("/proc/self/statm") as file:
+                resident = int(file.read().split()[1]) * resource.getpagesize() / 2**20
+            on_device = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0
+            print(
+                f"{now / 60:.1f} min: {done} sequences, {resident:.0f} MiB, {on_device:.0f} on the device", flush=True
+            )
+
+
 def first(decoder: Decoder) -> None:
     engine = Engine(decoder, FastRows(decoder, 1), 1)
     times = []
@@ -288,9 +319,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["check", "peer", "one", "first", "prefill", "batch", "8b"])
     parser.add_argument("--new", type=int, default=512)
+    parser.add_argument("--minutes", type=float, default=60.0, help="of leaks")
     given = parser.parse_args()
     if "cpu" in given.what:
         cpu()
+        return
+    if "leaks" in given.what:
+        leaks(given.minutes)
         return
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     if "check" in given.what:
