@@ -1,6 +1,6 @@
 """How fast is generation? Against the card's limits, and against transformers.
 
-    python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [cpu] [leaks] [--new 512]
+    python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [cpu] [leaks] [speculation] [--new 512]
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
 for patches of 4.5 bytes; prompts of 512 random bytes, new bytes drawn at temperature 1. The floor counts the bytes of
@@ -11,6 +11,7 @@ one      one sequence;  batch: 64;  8b: one, of the 8B shape
 first    seconds from a prompt to the first byte
 cpu      the demo's BLT on the CPU, against the whole forward pass for every byte
 leaks    sequences join, leave and are cancelled for --minutes; memory every twelfth of it
+speculation  drafts of a trained --model, on this machine's CPU
 prefill  64 x 8,192 bytes, against the card's matrix rate
 peer     transformers' generate
 profile  where a step's time goes
@@ -242,6 +243,43 @@ def leaks(minutes: float) -> None:
             )
 
 
+def speculation(model: str) -> None:
+    """How many of a trained model's drafted bytes are kept, and what that makes of plain PyTorch's speed."""
+    from bytelatent.inference import prompt_ids
+    from bytelatent.inference.speculation import SpeculativeRows
+    from bytelatent.interop import load
+
+    found = load(model)
+    decoder = Decoder(found.model, found.config.patching, found.byte_lm)
+    prompts = {
+        "prose": "The history of the language begins with a small group of people who ",
+        "code": "def read(self, path):\n    with open(path) as file:\n        for line in file:\n            ",
+        "another script": "\u0418\u0441\u0442\u043e\u0440\u0438\u044f \u044f\u0437\u044b\u043a\u0430 ",
+    }
+    for name, prompt in prompts.items():
+        for temperature in (0.0, 0.8):
+            sampling = Sampling(temperature=temperature)
+            plain = None
+            for longest in (0, 2, 4, 8):
+                rows = SpeculativeRows(decoder, 1, longest) if longest else None
+                engine = Engine(decoder, rows, 1) if rows is not None else Engine.plain(decoder, 1)
+                asked = engine.submit(prompt_ids(prompt), sampling, 300)
+                engine.advance()
+                began, before = time.perf_counter(), len(asked[0].ids)
+                steps = 0
+                while asked[0].ended is None:
+                    engine.advance()
+                    steps += 1
+                rate = (len(asked[0].ids) - before) / (time.perf_counter() - began)
+                plain = plain or rate
+                kept = f", {rows.accepted / rows.drafted:.0%} of drafted bytes kept" if rows is not None else ""
+                print(
+                    f"{name}, temperature {temperature}, drafts of {longest}: {rate:,.0f} bytes/s, {rate / plain:.2f} of "
+                    f"plain, {(len(asked[0].ids) - before) / max(steps, 1):.2f} bytes a step{kept}",
+                    flush=True,
+                )
+
+
 def first(decoder: Decoder) -> None:
     engine = Engine(decoder, FastRows(decoder, 1), 1)
     times = []
@@ -319,10 +357,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["check", "peer", "one", "first", "prefill", "batch", "8b"])
     parser.add_argument("--new", type=int, default=512)
+    parser.add_argument("--model", default="runs/demo", help="of speculation")
     parser.add_argument("--minutes", type=float, default=60.0, help="of leaks")
     given = parser.parse_args()
     if "cpu" in given.what:
         cpu()
+        return
+    if "speculation" in given.what:
+        speculation(given.model)
         return
     if "leaks" in given.what:
         leaks(given.minutes)

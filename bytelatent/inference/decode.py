@@ -156,12 +156,26 @@ class Decoder:
         return Kept(build_mask(document, stack.window), keep)
 
     @torch.no_grad()
-    def extend(self, state: DecodeState, rows: Tensor, ids: Tensor) -> Tensor:
+    def read_byte_lm(self, state: DecodeState, rows: Tensor, ids: Tensor, position: Tensor) -> Tensor:
+        """Let only the byte LM read an id of some rows, ahead of the rest; its logits, float32 [T, V].
+
+        Args:
+            rows, ids, position: [T]; positions follow on one another from call to call.
+        """
+        assert self.byte_lm is not None
+        assert state.byte_lm is not None
+        newest = int(position.max())
+        state.byte_lm.make_room(newest + 1)
+        return self.byte_lm.logits(ids, position, Cached(state.byte_lm, rows, position, newest))
+
+    @torch.no_grad()
+    def extend(self, state: DecodeState, rows: Tensor, ids: Tensor, found: Tensor | None = None) -> Tensor:
         """Read new ids.
 
         Args:
             rows: [T] the row of each new id; ids of a row stand in order, one after another.
             ids: [T]
+            found: [T] entropies in nats, where the byte LM has read the ids already.
 
         Returns:
             Logits, float32 [T, V].
@@ -177,11 +191,10 @@ class Decoder:
             assert state.byte_lm is not None
             state.byte_lm.make_room(newest + 1)
             return self.model.logits(ids, position, Cached(state.byte_lm, rows, position, newest))
-        found = torch.zeros(len(rows), device=rows.device)
-        if self.byte_lm is not None:
-            assert state.byte_lm is not None
-            state.byte_lm.make_room(newest + 1)
-            found = entropies(self.byte_lm.logits(ids, position, Cached(state.byte_lm, rows, position, newest)))
+        if found is None and self.byte_lm is not None:
+            found = entropies(self.read_byte_lm(state, rows, ids, position))
+        elif found is None:
+            found = torch.zeros(len(rows), device=rows.device)
         begin, closes = self._decide(state, rows, position, turn, ids, found)
 
         encoder, decoder = self.model.encoder, self.model.decoder
