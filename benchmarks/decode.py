@@ -1,6 +1,7 @@
 """How fast is generation? Against the card's limits, and against transformers.
 
-    python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [cpu] [leaks] [speculation] [--new 512]
+    python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [--new 512]
+    python benchmarks/decode.py [cpu] [leaks --minutes 60] [speculation --model runs/demo]
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
 for patches of 4.5 bytes; prompts of 512 random bytes, new bytes drawn at temperature 1. The floor counts the bytes of
@@ -274,8 +275,8 @@ def speculation(model: str) -> None:
                 plain = plain or rate
                 kept = f", {rows.accepted / rows.drafted:.0%} of drafted bytes kept" if rows is not None else ""
                 print(
-                    f"{name}, temperature {temperature}, drafts of {longest}: {rate:,.0f} bytes/s, {rate / plain:.2f} of "
-                    f"plain, {(len(asked[0].ids) - before) / max(steps, 1):.2f} bytes a step{kept}",
+                    f"{name}, temperature {temperature}, drafts of {longest}: {rate:,.0f} bytes/s, {rate / plain:.2f} "
+                    f"of plain, {(len(asked[0].ids) - before) / max(steps, 1):.2f} bytes a step{kept}",
                     flush=True,
                 )
 

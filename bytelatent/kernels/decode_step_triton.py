@@ -136,7 +136,7 @@ def decide_kernel(
     reads = tl.load(reads_ptr + b) != 0
     ids, position = tl.load(ids_ptr + b), tl.load(position_ptr + b)
     before, previous = tl.load(tail_ptr + b * W + W - 1), tl.load(entropy_ptr + b)
-    entropy = previous * 0.0
+    entropy = previous
     if MODE < 3:
         v = tl.arange(0, PADDED)
         logits = tl.load(logits_ptr + b * V + v, mask=v < V, other=-float("inf"))

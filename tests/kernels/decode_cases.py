@@ -8,10 +8,15 @@ gives the largest differences of each case, as JSON; all of them are 0 or roundi
 import json
 import os
 import sys
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bytelatent.inference.fast import plain
+from bytelatent.inference.sampling import Sampling, SamplingRows
 from bytelatent.kernels.decode_attention import (
     AttentionLaunch,
     decode_attention,
@@ -27,18 +32,24 @@ from bytelatent.kernels.decode_patches import (
     plain_read_patch,
     read_patch,
 )
-from bytelatent.kernels.entropy import entropy, plain_entropy
+from bytelatent.kernels.decode_step import Flags, choose, decide, draw, keep_patch
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
 from bytelatent.kernels.skinny_linear import (
     SkinnyLaunch,
+    gate,
+    plain_gate,
     plain_skinny_gated,
     plain_skinny_linear,
     skinny_gated,
     skinny_linear,
 )
 from bytelatent.model.ngram_hash import PRIMES
+from bytelatent.patching import PatchSettings
 
 Errors = dict[str, float]
+
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -205,13 +216,56 @@ def embedding(
     return {"error": difference(out[0], out[1])}
 
 
-def uncertainty(rows: int, vocab_size: int, scale: float, dtype: str = "float32") -> Errors:
-    logits = (scale * torch.randn(rows, vocab_size + 3)).to(getattr(torch, dtype))[:, :vocab_size]
-    out = torch.full((2, rows), torch.nan)
-    entropy(logits, out=out[0])
-    entropy(logits, out=out[1], run=torch.zeros(1, dtype=torch.int32))
-    assert bool(out[1].isnan().all()), "a kernel that should not run wrote something"
-    return {"error": difference(out[0], plain_entropy(logits))}
+def deciding(
+    rows: int, places: int, rule: dict[str, Any], closes: bool = True, sampling: list[dict[str, Any]] | None = None
+) -> Errors:
+    """Draw, decide, choose, one after another, with the rows' states as they come."""
+    patching = PatchSettings(**rule)
+    samplings = [Sampling(**values) for values in sampling or [{}]]
+    drawing = SamplingRows.empty(rows, DEVICE)
+    for row in range(rows):
+        prompt = torch.randint(4, 260, [5])
+        drawing.put(row, samplings[row % len(samplings)], prompt, 3 + row % 4)
+    state = SimpleNamespace(
+        position=torch.randint(0, 6, [rows]),
+        tail=torch.randint(0, 260, [rows, 4]),
+        previous_entropy=torch.rand(rows) * 5,
+        since_start=torch.randint(0, 5, [rows]),
+        open_count=torch.randint(0, 9, [rows]),
+        num_patches=torch.randint(0, 4, [rows]),
+    )
+    flags = Flags.empty(rows, places, DEVICE)
+    flags.is_active.copy_(torch.rand(rows) < 0.8)
+    flags.is_waiting.copy_(flags.is_active & (torch.rand(rows) < 0.3))
+    ours, theirs = (drawing, state, flags), deepcopy((drawing, state, flags))
+    errors: Errors = {}
+    for number in range(3):
+        logits, lm_logits = 3 * torch.randn(rows, 260), 2 * torch.randn(rows, 260)
+        lm = lm_logits if patching.needs_entropies else None
+        draw(logits, ours[0], ours[1].position, ours[2])
+        decide(lm, patching, ours[1], ours[2])
+        choose(ours[1], ours[2], closes)
+        plain.plain_draw(logits, theirs[0], theirs[1].position, theirs[2])
+        plain.plain_decide(lm, patching, theirs[1], theirs[2])
+        plain.plain_choose(theirs[1], theirs[2], closes)
+        for one, other in zip(ours, theirs, strict=True):
+            for name, found in vars(one).items():
+                errors[f"{name} {number}"] = difference(found, vars(other)[name])
+    return errors
+
+
+def keeping(rows: int, closing: list[int], keys: int, heads: int, head_dim: int, layers: int) -> Errors:
+    kv = torch.randn(len(closing) * keys, layers * 2 * heads * head_dim)
+    tables = torch.randn(2, layers, rows, keys, heads, head_dim)
+    expected = tables.clone()
+    keep_patch(kv, tables[0], tables[1], torch.tensor(closing))
+    plain.plain_keep_patch(kv, expected[0], expected[1], torch.tensor(closing))
+    return {"error": difference(tables, expected)}
+
+
+def gating(rows: int, columns: int) -> Errors:
+    both = torch.randn(rows, 2 * columns)
+    return {"error": difference(gate(both), plain_gate(both))}
 
 
 CASES = {
@@ -220,7 +274,9 @@ CASES = {
     "reading": reading,
     "gathering": gathering,
     "embedding": embedding,
-    "uncertainty": uncertainty,
+    "deciding": deciding,
+    "keeping": keeping,
+    "gating": gating,
 }
 
 if __name__ == "__main__":

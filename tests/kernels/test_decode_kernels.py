@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from bytelatent.kernels.decode_attention import launch_for_attention, plain_decode_attention, rotary_table
 from bytelatent.kernels.decode_patches import plain_gather_bytes, plain_keep_byte, plain_read_patch
-from bytelatent.kernels.entropy import plain_entropy
 from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
 from bytelatent.kernels.skinny_linear import (
     fold_norm,
@@ -23,7 +22,6 @@ from bytelatent.kernels.skinny_linear import (
     plain_skinny_linear,
 )
 from bytelatent.model.attention import attend, build_mask, rotary, rotate
-from bytelatent.model.byte_lm import entropies
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.patch_attention import attend_to_own_bytes, attend_to_read_patch
 from bytelatent.model.settings import NgramHashSettings
@@ -109,17 +107,12 @@ def test_attention_between_bytes_and_patches() -> None:
     )
 
 
-def test_hash_embeddings_and_entropy() -> None:
+def test_hash_embeddings() -> None:
     check(
         embedding=[
             {"histories": [0, 4, 99], "new": 1, "functions": 1, "sizes": [3, 4, 5, 6, 7, 8], "rows": 5003, "dim": 40},
             {"histories": [0, 1, 2, 7, 8, 9], "new": 3, "functions": 3, "sizes": [1, 3, 8], "rows": 101, "dim": 130},
             {"histories": [8], "new": 1, "functions": 2, "sizes": [4], "rows": 64, "dim": 16, "dtype": "bfloat16"},
-        ],
-        uncertainty=[
-            {"rows": 3, "vocab_size": 260, "scale": 3.0},
-            {"rows": 1, "vocab_size": 16, "scale": 300.0},
-            {"rows": 2, "vocab_size": 260, "scale": 3.0, "dtype": "bfloat16"},
         ],
     )
 
@@ -196,11 +189,6 @@ def test_plain_hash_embeddings_are_the_models() -> None:
     torch.testing.assert_close(found, expected.detach())
 
 
-def test_plain_entropy_is_the_models() -> None:
-    logits = 5 * torch.randn(4, 260, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(plain_entropy(logits), entropies(logits))
-
-
 @given(st.integers(1, 256), st.integers(1, 12_000), st.integers(1, 12_000), st.booleans())
 def test_launches_are_ones_that_compile(M: int, N: int, K: int, gated: bool) -> None:
     launch = launch_for(M, N, K, gated)
@@ -214,4 +202,28 @@ def test_launches_are_ones_that_compile(M: int, N: int, K: int, gated: bool) -> 
 def test_splits_only_where_heads_are_few_and_keys_many() -> None:
     assert launch_for_attention(1, 1, 12, 12, 8192).splits > 1
     assert launch_for_attention(64, 1, 12, 12, 8192).splits == 1
-    assert launch_for_attention(1, 1, 12, 12, 100).splits == 1
+    assert launch_for_attention(1, 1, 12, 12, 40).splits == 1
+
+
+def test_decisions() -> None:
+    """Drawing, patch starts, and who may close a patch, of every kind of sampling and rule."""
+    every = [
+        {"temperature": 1.0, "seed": 1},
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 3, "seed": 2},
+        {"temperature": 1.3, "top_p": 0.6, "min_p": 0.05, "seed": 3},
+        {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.4, "valid_utf8": True, "seed": 4},
+    ]
+    check(
+        deciding=[
+            {"rows": 1, "places": 1, "rule": {"threshold": 3.9}},
+            {"rows": 5, "places": 5, "rule": {"threshold": 3.9, "max_patch_length": 3}, "sampling": every},
+            {"rows": 7, "places": 2, "rule": {"threshold": 0.0, "monotonicity": True}, "sampling": every},
+            {"rows": 6, "places": 3, "rule": {"threshold": 3.8, "threshold_add": 0.1}, "closes": False},
+            {"rows": 4, "places": 4, "rule": {"mode": "space"}, "sampling": every},
+            {"rows": 3, "places": 1, "rule": {"mode": "static", "patch_size": 2}},
+            {"rows": 3, "places": 2, "rule": {"mode": "byte"}},
+        ],
+        keeping=[{"rows": 4, "closing": [2, -1, 0], "keys": 3, "heads": 2, "head_dim": 8, "layers": 2}],
+        gating=[{"rows": 3, "columns": 700}],
+    )

@@ -42,7 +42,7 @@ def plain_choose(state: Any, flags: Flags, closes: bool) -> None:
     served = torch.zeros(len(wants) + 1, dtype=torch.bool, device=wants.device)
     served = served.index_fill(0, torch.where(closing >= 0, closing, len(wants)), True)[:-1]
     flags.closing.copy_(closing)
-    flags.number.copy_(state.num_patches[closing.clamp(min=0)])
+    flags.number.copy_(torch.where(closing >= 0, state.num_patches[closing.clamp(min=0)], 0))
     flags.run.fill_(bool((closing >= 0).any()))
     flags.closing_count.copy_(state.open_count)
     state.open_count.mul_(~served)
