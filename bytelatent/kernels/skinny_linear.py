@@ -73,7 +73,6 @@ def plain_skinny_linear(
     residual_MN: Tensor | None = None,
     residual_scale: float = 1.0,
     out: Tensor | None = None,
-    also: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
     """What `skinny_linear` computes, in float32."""
@@ -81,7 +80,7 @@ def plain_skinny_linear(
     if residual_MN is not None:
         y_MN = y_MN + residual_scale * residual_MN.float()
     dtype = x_MK.dtype if residual_MN is None else residual_MN.dtype
-    return _written(y_MN, dtype, out, also, run)
+    return _written(y_MN, dtype, out, run)
 
 
 def plain_skinny_gated(
@@ -90,12 +89,11 @@ def plain_skinny_gated(
     *,
     eps: float | None = None,
     out: Tensor | None = None,
-    also: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
     """What `skinny_gated` computes, in float32."""
     y_M2N = _scaled_product(x_MK, gate_up_2NK, eps)
-    return _written(F.silu(y_M2N[:, 0::2]) * y_M2N[:, 1::2], x_MK.dtype, out, also, run)
+    return _written(F.silu(y_M2N[:, 0::2]) * y_M2N[:, 1::2], x_MK.dtype, out, run)
 
 
 def skinny_linear(
@@ -106,7 +104,6 @@ def skinny_linear(
     residual_MN: Tensor | None = None,
     residual_scale: float = 1.0,
     out: Tensor | None = None,
-    also: Tensor | None = None,
     run: Tensor | None = None,
     launch: SkinnyLaunch | None = None,
 ) -> Tensor:
@@ -121,12 +118,11 @@ def skinny_linear(
         residual_MN: what the product is added to.
         residual_scale: what the residual is multiplied with first; cross-attention adds its input twice.
         out: where the result goes, of any dtype; may be the residual. A new tensor of the residual's dtype, else x's.
-        also: a second place [M, N] for the result, as the next product may want another dtype than the residual.
         run: one number on the device; where it is 0 nothing is written, or, with many rows, anything may be.
         launch: see `launch_for`.
     """
     dtype = x_MK.dtype if residual_MN is None else residual_MN.dtype
-    return _launched(x_MK, weight_NK, False, eps, residual_MN, residual_scale, dtype, out, also, run, launch)
+    return _launched(x_MK, weight_NK, False, eps, residual_MN, residual_scale, dtype, out, run, launch)
 
 
 def skinny_gated(
@@ -135,7 +131,6 @@ def skinny_gated(
     *,
     eps: float | None = None,
     out: Tensor | None = None,
-    also: Tensor | None = None,
     run: Tensor | None = None,
     launch: SkinnyLaunch | None = None,
 ) -> Tensor:
@@ -146,7 +141,7 @@ def skinny_gated(
 
     The others are those of `skinny_linear`.
     """
-    return _launched(x_MK, gate_up_2NK, True, eps, None, 1.0, x_MK.dtype, out, also, run, launch)
+    return _launched(x_MK, gate_up_2NK, True, eps, None, 1.0, x_MK.dtype, out, run, launch)
 
 
 def _launched(
@@ -158,7 +153,6 @@ def _launched(
     residual_scale: float,
     dtype: torch.dtype,
     out: Tensor | None,
-    also: Tensor | None,
     run: Tensor | None,
     launch: SkinnyLaunch | None,
 ) -> Tensor:
@@ -171,17 +165,17 @@ def _launched(
     assert weight.is_contiguous(), "the matrix is not contiguous"
     assert weight.numel() < 2**31, "the kernel counts places in the matrix in 32 bits"
     out = torch.empty(M, N, dtype=dtype, device=x.device) if out is None else out
-    for name, tensor, width in (("x", x, K), ("residual", residual, N), ("out", out, N), ("also", also, N)):
+    for name, tensor, width in (("x", x, K), ("residual", residual, N), ("out", out, N)):
         if tensor is not None:
             assert tensor.shape == (M, width), f"{name}: {tuple(tensor.shape)}, not {(M, width)}"
             assert tensor.stride(1) == 1, f"{name}: a row is not contiguous"
-    if M > LIBRARY_FROM and launch is None and also is None and x.is_cuda:
+    if M > LIBRARY_FROM and launch is None and x.is_cuda:
         return _by_library(x, weight, gated, eps, residual, residual_scale, dtype, out)
     launch = launch or launch_for(M, N, K, gated)
-    strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, residual, out, also)]
+    strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, residual, out)]
     shape = {"N": N, "K": K, "NORM": eps is not None, "GATED": gated}
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch_options()}
-    arguments = (x, weight, residual, out, also, run, eps or 0.0, residual_scale, *strides)
+    arguments = (x, weight, residual, out, run, eps or 0.0, residual_scale, *strides)
     if launch.block_m == 1:
         grid = (-(-N // launch.block_n), M)
         blocks = {"BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k, "STAGES": launch.num_stages}
@@ -243,13 +237,11 @@ def _scaled_product(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     return product if eps is None else product * row_scale(x, eps)[:, None]
 
 
-def _written(y: Tensor, dtype: torch.dtype, out: Tensor | None, also: Tensor | None, run: Tensor | None) -> Tensor:
+def _written(y: Tensor, dtype: torch.dtype, out: Tensor | None, run: Tensor | None) -> Tensor:
     """Put `y` where it belongs, unless `run` is 0."""
     out = y.new_zeros(y.shape, dtype=dtype) if out is None else out
     if run is None or bool(run):
         out.copy_(y)
-        if also is not None:
-            also.copy_(y)
     return out
 
 

@@ -32,8 +32,8 @@ def summed(acc, acc_up, squares, weight, x_at, k, at, K: tl.constexpr, GATED: tl
 
 @triton.jit
 def vector_kernel(
-    x_ptr, weight_ptr, residual_ptr, out_ptr, also_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
-    also_row, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, weight_ptr, residual_ptr, out_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     MATRICES: tl.constexpr = 2 if GATED else 1
@@ -75,14 +75,12 @@ def vector_kernel(
     if residual_ptr is not None:
         y += residual_scale * tl.load(residual_ptr + m * residual_row + n, mask=stored, other=0.0).to(tl.float32)
     tl.store(out_ptr + m * out_row + n, y.to(out_ptr.dtype.element_ty), mask=stored)
-    if also_ptr is not None:
-        tl.store(also_ptr + m * also_row + n, y.to(also_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def matrix_kernel(
-    x_ptr, weight_ptr, residual_ptr, out_ptr, also_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
-    also_row, M, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_ptr, weight_ptr, residual_ptr, out_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
+    M, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_earlier(OVERLAP)
@@ -123,8 +121,6 @@ def matrix_kernel(
         residual = tl.load(residual_ptr + wide * residual_row + n[:, None], mask=stored, other=0.0)
         y += residual_scale * residual.to(tl.float32)
     tl.store(out_ptr + wide * out_row + n[:, None], y.to(out_ptr.dtype.element_ty), mask=stored)
-    if also_ptr is not None:
-        tl.store(also_ptr + wide * also_row + n[:, None], y.to(also_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
