@@ -141,6 +141,8 @@ class BLT:
             UserError: a setting of the sampling will not do.
         """
         rule = Sampling.parse(sampling, where="generate")
+        if samples is not None and samples < 1:
+            raise UserError(f"samples: {samples} is none; at least 1")
         prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
         engine = self.engine(max(min(len(prompts) * (samples or 1), MAX_ROWS), 1))
         asked = [engine.submit(prompt_ids(text), rule, max_new_bytes, samples or 1) for text in prompts]
@@ -153,13 +155,19 @@ class BLT:
         """Continue a text, piece by piece as it comes, in whole characters; the arguments are those of `generate`."""
         engine = self.engine(1)
         [asked] = engine.submit(prompt_ids(prompt), Sampling.parse(sampling, where="stream"), max_new_bytes)
-        while asked.ended is None:
-            engine.advance()
-            if new := asked.new_text():
-                yield new
+
+        def pieces() -> Iterator[str]:  # a function of its own, so that wrong settings are told at once
+            while asked.ended is None:
+                engine.advance()
+                if new := asked.new_text():
+                    yield new
+
+        return pieces()
 
     def score(self, prompt: str | bytes, continuations: Sequence[str | bytes]) -> list[float]:
         """log P(continuation | prompt) of each, in nats; the prompt is read once for all."""
+        if isinstance(continuations, str | bytes):
+            raise UserError("score takes a list of continuations; write [text] for one")
         decoder = Decoder(self.model, self.patching, self._byte_lm())
         texts = [torch.from_numpy(encode(text, bos=False, eos=False)) for text in continuations]
         return log_probabilities(decoder, prompt_ids(prompt), texts)

@@ -196,14 +196,16 @@ def generate(
     jsonl: Annotated[
         str | None, typer.Option(help='Rows of {"prompt": ...} to continue many at once; - is standard input.')
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where rows go; standard output if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where rows of --jsonl go; standard output if left out.")] = None,
     max_new_bytes: Annotated[int, typer.Option("--max-new-bytes", "-n", min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     min_p: Annotated[float | None, typer.Option(min=0, max=1, help="A share of the likeliest's probability.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, bytes that occurred are less likely.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends it; may be given again.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends it; may be given again. In bash a line break is $'\\n'.")
+    ] = None,
     valid_utf8: Annotated[bool, typer.Option("--valid-utf8", help="Only bytes that make valid UTF-8.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
@@ -308,7 +310,7 @@ def info(
     if as_json:
         print(json.dumps(description.plain()))
     else:
-        Console().print(description.table())
+        description.show(Console())
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -28,7 +29,8 @@ def evaluate_model(
     if found.config.patching is not None:
         if found.config.patching.needs_entropies and found.byte_lm is None:
             raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --entropy")
-        patcher = Patcher(found.config.patching, found.byte_lm.to(place) if found.byte_lm else None)
+        # In float32, however it is stored: the same patches as those of `BLT`.
+        patcher = Patcher(found.config.patching, found.byte_lm.to(place, torch.float32) if found.byte_lm else None)
     sources = DataSettings.parse({"train": text}).train
     for source in sources:
         find_files(source.path)  # complain before the bar appears

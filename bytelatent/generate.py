@@ -4,9 +4,12 @@ python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -17,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bytelatent.config import Settings, from_command_line
 from bytelatent.device import choose_device
-from bytelatent.errors import UserError, guarded
+from bytelatent.errors import Interrupted, UserError, guarded
 from bytelatent.files import whole_file
 from bytelatent.inference import Continuation, Engine, Sampling, prompt_ids
 from bytelatent.inference.fast import engine_for
@@ -67,17 +70,42 @@ def generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> Non
     if len(given) > 1:
         raise UserError(f"generate: {' and '.join(given)} are given; give one of them")
     if settings.jsonl is None:
+        for name in ("out", "log_probabilities"):
+            if getattr(settings, name):
+                raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
         prompt = _prompt(settings)
         engine = _engine(settings, settings.samples)
         _show(engine, prompt, settings, out, console)
         return
+    if settings.out is not None and settings.out.is_dir():
+        raise UserError(f"out: '{settings.out}' is a folder; name a file")
     rows = list(_rows(settings))
     engine = _engine(settings, settings.rows)
     if settings.out is None:
         _continue_rows(engine, rows, settings, out, console)
         return
-    with whole_file(settings.out) as aside, aside.open("wb") as file:
+    with _opened(settings.out) as file:
         _continue_rows(engine, rows, settings, file, console)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears whole; a device or a pipe, which must not be replaced, is written as it comes.
+
+    What there is when Ctrl-C ends it is kept beside.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    with whole_file(path) as aside, aside.open("wb") as file:
+        try:
+            yield file
+        except KeyboardInterrupt:
+            file.flush()
+            kept = path.with_name(f"{path.name}.part")
+            shutil.copyfile(aside, kept)
+            raise Interrupted(f"'{path}' was not written; the rows so far are in '{kept}'") from None
 
 
 def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
@@ -89,7 +117,9 @@ def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
     if patching is not None and patching.needs_entropies and found.byte_lm is None:
         raise UserError(f"generate: the patches of '{settings.model}' need a byte LM; name it: --entropy FOLDER")
     loaded = found.load(place, None if settings.dtype == "auto" else getattr(torch, settings.dtype))
-    return engine_for(loaded.model, patching, loaded.byte_lm, num_rows)
+    # In float32, however it is stored: the same patches as those of `BLT`.
+    byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
+    return engine_for(loaded.model, patching, byte_lm, num_rows)
 
 
 def _prompt(settings: GenerateSettings) -> bytes:
@@ -111,9 +141,13 @@ def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: Binary
     began, num_bytes = time.perf_counter(), 0
     if len(asked) == 1:
         _write(out, prompt)
-        while asked[0].ended is None:
-            engine.advance()
-            _write(out, asked[0].new_text().encode())
+        try:
+            while asked[0].ended is None:
+                engine.advance()
+                _write(out, asked[0].new_text().encode())
+        except KeyboardInterrupt:
+            _write(out, b"\n")
+            raise Interrupted from None
         _write(out, b"\n")
     else:
         engine.run()
@@ -125,19 +159,33 @@ def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: Binary
         console.print(f"{num_bytes:,} bytes, {rate:,.0f} bytes/s", style="dim", highlight=False)
 
 
-def _rows(settings: GenerateSettings) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Row:
+    """A prompt of a file, and how it is continued.
+
+    Attributes:
+        given: all that its line holds.
+    """
+
+    given: dict[str, Any]
+    sampling: Sampling
+    max_new_bytes: int
+
+
+def _rows(settings: GenerateSettings) -> Iterator[Row]:
+    """The rows, all of them checked before a model is read."""
     assert settings.jsonl is not None
     if settings.jsonl == "-":
-        yield from _parsed(sys.stdin.buffer, "standard input")
+        yield from _parsed(sys.stdin.buffer, "standard input", settings)
         return
     try:
         with Path(settings.jsonl).open("rb") as file:
-            yield from _parsed(file, settings.jsonl)
+            yield from _parsed(file, settings.jsonl, settings)
     except OSError as error:
         raise UserError(f"jsonl: '{settings.jsonl}' cannot be read: {error.strerror or error}") from None
 
 
-def _parsed(lines: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
+def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -147,21 +195,22 @@ def _parsed(lines: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
             raise UserError(f"{name}: line {number} is no JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f'{name}: line {number} has no text under "prompt"; write {{"prompt": "..."}}')
-        yield row
+        own = {key: row[key] for key in Sampling.model_fields if key in row}
+        sampling = Sampling.parse({**settings.sampling.model_dump(), **own}, where=f"{name}: line {number}")
+        count = row.get("max_new_bytes", settings.max_new_bytes)
+        if type(count) is not int or count < 1:
+            raise UserError(f"{name}: line {number}: max_new_bytes is {count!r}; write a number from 1 on")
+        yield Row(row, sampling, count)
 
 
 def _continue_rows(
-    engine: Engine, rows: list[dict[str, Any]], settings: GenerateSettings, out: BinaryIO, console: Console
+    engine: Engine, rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console
 ) -> None:
     """Write each row with its continuation as soon as it and all before it are done."""
-    asked: list[list[Continuation]] = []
-    for number, row in enumerate(rows, start=1):
-        own = {key: row[key] for key in Sampling.model_fields if key in row}
-        sampling = Sampling.parse({**settings.sampling.model_dump(), **own}, where=f"row {number}")
-        count = row.get("max_new_bytes", settings.max_new_bytes)
-        if not isinstance(count, int) or count < 1:
-            raise UserError(f"row {number}: max_new_bytes is {count!r}; write a number from 1 on")
-        asked.append(engine.submit(prompt_ids(row["prompt"]), sampling, count, settings.samples))
+    asked = [
+        engine.submit(prompt_ids(row.given["prompt"]), row.sampling, row.max_new_bytes, settings.samples)
+        for row in rows
+    ]
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     began, written, num_bytes = time.perf_counter(), 0, 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -171,7 +220,7 @@ def _continue_rows(
                 num_bytes += len(engine.advance())
                 progress.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
                 continue
-            line = {**rows[written], **_told(asked[written], settings)}
+            line = {**rows[written].given, **_told(asked[written], settings)}
             _write(out, json.dumps(line, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
             written += 1
             progress.advance(task)
@@ -188,8 +237,13 @@ def _told(continuations: list[Continuation], settings: GenerateSettings) -> dict
 
 
 def _write(out: BinaryIO, data: bytes) -> None:
-    out.write(data)
-    out.flush()
+    try:
+        out.write(data)
+        out.flush()
+    except BrokenPipeError:
+        raise  # nobody reads any more, which is no error
+    except OSError as error:
+        raise UserError(f"the output cannot be written: {error.strerror or error}") from None
 
 
 def main(arguments: list[str]) -> None:

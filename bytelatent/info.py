@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from bytelatent.errors import UserError
 from bytelatent.interop import open_pretrained
@@ -37,18 +37,19 @@ class Description:
             "context": self.context,
         }
 
-    def table(self) -> Table:
-        """Architecture, parameters and FLOPs, part by part."""
-        is_blt = self.settings.kind == "blt"
-        where = f"{self.context:,} bytes of context" + (f", {self.patch_bytes:g}-byte patches" if is_blt else "")
+    def show(self, console: Console) -> None:
+        """Print the architecture, and below it parameters and FLOPs, part by part."""
         lines = [self.source, *architecture(self.settings)]
         if self.patching is not None:
             lines.append(f"patches: {self.patching.in_words()}")
-        table = Table(
-            title=Text("\n".join(lines)),  # a path with brackets is no markup
-            title_justify="left",
-            caption=f"a forward pass, {where}; training costs three times it",
-        )
+        is_blt = self.settings.kind == "blt"
+        where = f"{self.context:,} bytes of context" + (f", {self.patch_bytes:g}-byte patches" if is_blt else "")
+        below = f"a forward pass, {where}; training costs three times it"
+        for line in (*lines, self._table(), below):  # a path with brackets is no markup
+            console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
+
+    def _table(self) -> Table:
+        table = Table()
         table.add_column("part")
         table.add_column("parameters", justify="right")
         table.add_column("MFLOPs per byte", justify="right")

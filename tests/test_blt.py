@@ -248,3 +248,26 @@ def test_saving_replaces_a_model_and_nothing_else(blt: BLT, tmp_path: Path) -> N
     with pytest.raises(UserError, match="something else"):
         blt.save_pretrained(tmp_path / "notes")
     assert (tmp_path / "notes" / "diary.txt").read_text() == "dear diary"
+
+
+def test_stream_and_score(blt: BLT) -> None:
+    """Pieces put together are what `generate` gives; scores are those of the logits."""
+    settings = {"max_new_bytes": 20, "temperature": 1.0, "seed": 4}
+    assert "".join(blt.stream("The", **settings)) == blt.generate("The", **settings)
+    scores = blt.score("The", ["abc", "", "\u4f60" * 10])
+    for text, score in zip(("abc", "", "\u4f60" * 10), scores, strict=True):
+        ids = torch.tensor([[1, *(b + 4 for b in ("The" + text).encode())]])
+        log_probabilities = blt.logits(ids)[0].double().log_softmax(-1)
+        expected = sum(float(log_probabilities[at - 1, ids[0, at]]) for at in range(4, ids.shape[1]))
+        assert score == pytest.approx(expected, abs=1e-4)
+    assert len(blt.generate("The", max_new_bytes=5, samples=2)) == 2
+    assert blt.generate("The", max_new_bytes=30, temperature=0, stop="\x00never") == blt.generate(
+        "The", max_new_bytes=30, temperature=0
+    )
+    for wrong, message in (
+        (lambda: blt.generate("x", samples=0), "samples: 0 is none"),
+        (lambda: blt.score("x", "os"), "takes a list of continuations"),
+        (lambda: blt.stream("x", temprature=1), "temprature: unknown key; did you mean 'temperature'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            wrong()

@@ -1,14 +1,19 @@
 """The command `blt`, as a person meets it."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
+from bytelatent import BLT
 from bytelatent.cli import app, main
 from bytelatent.interop import load
 from bytelatent.model import PRESETS, build
@@ -149,6 +154,9 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["generate", "x", "-m", "absent"], "'absent' is no folder"),
         (["generate", "x", "-m", "{model}", "--top-p", "0"], "top_p"),
         (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is none"),
+        (["generate", "x", "-m", "{model}", "--out", "out.jsonl"], "out: it goes with jsonl"),
+        (["generate", "x", "-m", "{model}", "--log-probabilities"], "log_probabilities: it goes with jsonl"),
+        (["generate", "--jsonl", "{text}", "-m", "absent", "--out", "."], "out: '.' is a folder; name a file"),
         (["eval", "{text}", "-m", "absent"], "'absent' is no folder"),
         (["eval", "absent.txt", "-m", "{model}"], "'absent.txt' does not exist"),
         (["eval", "{text}", "-m", "{model}", "--max-bytes", "0"], "holds no bytes"),
@@ -165,6 +173,8 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["convert", "absent", "out"], "'absent' is no folder; name a run"),
         (["convert", "{model}", "out", "--to", "gguf"], "format: 'gguf' is none of native, hf, meta"),
         (["convert", "{model}", "out", "--licence", ""], "licence: it is empty"),
+        (["convert", "absent", "{text}"], "text.jsonl' is a file; name a folder"),
+        (["convert", "{model}", "out", "--entropy", "absent"], "error: entropy: 'absent' is no folder"),
         (["train"], "name a configuration or settings: blt train config="),
         (["train", "config=absent.yaml"], "'absent.yaml' does not exist"),
         (["train", "steps=3", "stepz=4"], "stepz: unknown key; did you mean 'steps'?"),
@@ -235,6 +245,20 @@ def test_eval(model: Path, byte_lm: Path, text: Path) -> None:
     assert of_byte_lm["mean_patch_bytes"] is None
 
 
+def test_a_byte_lm_stored_in_bfloat16_computes_in_float32(model: Path, text: Path, tmp_path: Path) -> None:
+    loaded = BLT.from_pretrained(model, device="cpu")
+    assert loaded.byte_lm is not None
+    for dtype, name in ((torch.bfloat16, "half"), (torch.float32, "whole")):  # the same values
+        loaded.byte_lm.to(dtype)
+        loaded.save_pretrained(tmp_path / name)
+    bits = [
+        json.loads(blt("eval", text, "-m", tmp_path / name, "--json"))["bits_per_byte"] for name in ("half", "whole")
+    ]
+    assert bits[0] == bits[1]
+    texts = [blt("generate", "The cat", "-m", tmp_path / name, "-n", 60) for name in ("half", "whole")]
+    assert texts[0] == texts[1]
+
+
 def test_calibrate(byte_lm: Path, model: Path, text: Path) -> None:
     found = json.loads(blt("calibrate", text, "-m", byte_lm, "--patch-bytes", 5, "--max-bytes", 2000))
     assert found["mean_patch_bytes"] == pytest.approx(5, rel=0.05)
@@ -246,6 +270,27 @@ def test_calibrate_draws(byte_lm: Path, text: Path, tmp_path: Path) -> None:
     blt("calibrate", text, "-m", byte_lm, "--patch-bytes", 3, "--max-bytes", 2000, "--figure", figure)
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in figure.parent.iterdir()] == ["sizes.png"]
+
+
+def test_rows_that_are_done_survive_ctrl_c(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bytelatent import generate as module
+    from bytelatent.errors import Interrupted
+
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text('{"prompt": "a", "max_new_bytes": 2}\n{"prompt": "b", "max_new_bytes": 50}\n')
+    write = module._write
+
+    def interrupted(file: Any, data: bytes) -> None:
+        write(file, data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write", interrupted)
+    settings = module.GenerateSettings(model=str(model), jsonl=str(rows), out=out)
+    with pytest.raises(Interrupted, match=r"the rows so far are in '.*out.jsonl.part'"):
+        module.generate(settings, io.BytesIO(), Console(file=io.StringIO()))
+    assert not out.exists()
+    [line] = (tmp_path / "out.jsonl.part").read_text().splitlines()
+    assert json.loads(line)["prompt"] == "a"
 
 
 @pytest.mark.parametrize("which", ["model", "byte_lm"])
@@ -260,6 +305,45 @@ def test_generate(which: str, request: pytest.FixtureRequest) -> None:
     assert blt("generate", "The cat", "-m", folder, "-n", 12, "--seed", 4) != once
     greedy = [blt("generate", "The cat", "-m", folder, "-n", 5, "--temperature", 0, "--seed", s) for s in (1, 2)]
     assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "x", "temperature": -1}, "temperature: "),
+        ({"prompt": "x", "max_new_bytes": True}, "max_new_bytes is True"),
+    ],
+)
+def test_a_row_that_will_not_do_is_told_by_its_line_before_a_model_is_read(
+    row: dict[str, object],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f'{{"prompt": "first"}}\n\n{json.dumps(row)}\n')
+    told = refused(monkeypatch, capsys, "generate", "--jsonl", rows, "-m", "absent")
+    assert f"{rows}: line 3: {message}" in told
+
+
+def test_generate_writes_into_a_device_and_leaves_it_one(model: Path, tmp_path: Path) -> None:
+    pipe, rows = tmp_path / "pipe", tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "The cat"}\n')
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        blt("generate", "--jsonl", rows, "-m", model, "-n", 3, "--out", pipe)
+        assert json.loads(os.read(reader, 4096))["prompt"] == "The cat"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_info_breaks_no_line_of_the_shape() -> None:
+    lines = blt("info", "blt-1b").decode().splitlines()
+    assert any(line.startswith("global transformer: ") and line.endswith("theta 500000") for line in lines)
+    assert lines[-1].endswith("training costs three times it")
 
 
 def test_generate_from_bytes_that_are_no_utf8(model: Path) -> None:

@@ -5,6 +5,7 @@ same in any batch: what is summed along a row is summed in integers, in which no
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import Field, field_serializer, field_validator
@@ -48,6 +49,11 @@ class Sampling(Settings):
     seed: int = 0
     stop: list[str | bytes] = Field(default=[])
     valid_utf8: bool = False
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_several(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str | bytes) else stop
 
     @field_validator("stop")
     @classmethod

@@ -130,6 +130,8 @@ def check_target(folder: Path, format: str, licence: str | None = None) -> Path:
         folder = folder.expanduser().absolute()
     except RuntimeError:
         raise UserError(f"'{folder}': there is no such user; write the path without ~") from None
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file; name a folder")
     if not _may_be_replaced(folder):
         raise UserError(f"'{folder}' holds something else than a saved model; name another folder")
     return folder

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from bytelatent.errors import UserError
 from bytelatent.files import MANIFEST, what_is_torn
-from bytelatent.hub import is_repository_name, model_exists, model_folder
+from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
 from bytelatent.interop import hugging_face, meta, native
 from bytelatent.interop.card import stated_licence
 from bytelatent.interop.stored import Pretrained, StoredModel
@@ -40,11 +40,14 @@ def open_pretrained(
     place = _folder(source)
     on_hub = not place.exists() and _is_on_hub(str(source))
     if on_hub:
-        place = model_folder(str(source), revision, token, local_files_only, weights)
+        try:
+            place = model_folder(str(source), revision, token, local_files_only, weights)
+        except Unreachable as error:  # it may as well be a folder whose name is mistyped
+            raise Unreachable(f"model: '{source}' is no folder here, and on the hub {error}") from None
     elif not place.is_dir():
         raise UserError(
-            f"model: '{source}' is no folder; name a run, such as runs/demo, a folder with a model, or OWNER/NAME "
-            "on the hub"
+            f"model: '{source}' is no folder; name a run (blt demo makes runs/demo), a folder with a model, or "
+            "OWNER/NAME on the hub"
         )
     elif revision is not None:
         raise UserError(f"revision: '{source}' is a folder, which has none; leave it out")
@@ -150,7 +153,10 @@ def _open(folder: Path, weights: bool) -> StoredModel:
 
 
 def _byte_lm_of(source: str | Path, token: str | None, local_files_only: bool, weights: bool) -> StoredModel:
-    found = open_pretrained(source, None, None, token, local_files_only, weights)
+    try:
+        found = open_pretrained(source, None, None, token, local_files_only, weights)
+    except UserError as error:
+        raise UserError(f"entropy: {str(error).removeprefix('model: ')}") from None
     return found if isinstance(found.config.model, ByteLMSettings) else _inner_byte_lm(found, source)
 
 

@@ -167,7 +167,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist; the folder is not complete") from None
+        raise UserError(f"'{path}' does not exist; the folder is not complete, fetch or write it again") from None
     except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is not a whole safetensors file ({error}); fetch or write it again") from None
     except OSError as error:
@@ -193,7 +193,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
     try:
         values = _unpickle(path)
     except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist; the folder is not complete") from None
+        raise UserError(f"'{path}' does not exist; the folder is not complete, fetch or write it again") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"'{path}' is refused: it is damaged, or beside tensors it holds Python objects, which could run any code "
@@ -278,7 +278,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist; the folder is not complete") from None
+        raise UserError(f"'{path}' does not exist; the folder is not complete, fetch or write it again") from None
     except (ValueError, RecursionError) as error:  # bad UTF-8, numbers without end, lists within lists
         raise UserError(f"'{path}' is not valid JSON ({shown(str(error))}); fetch or write it again") from None
     except OSError as error:

@@ -545,7 +545,7 @@ def test_valid_utf8_comes_out() -> None:
         {"repetition_penalty": INF},
         {"stop": ["a", ""]},
         {"stop": [b""]},
-        {"stop": "a"},
+        {"stop": 3},
         {"topk": 1},
     ],
 )

@@ -134,7 +134,7 @@ def test_what_is_no_saved_model_is_not_replaced(run: Path, source: Path, tmp_pat
     for target in ("notes", "runs/mine", "runs/mine/checkpoints", "runs/mine/checkpoints/step-00000007"):
         refused(lambda target=target: convert(open_pretrained(source), tmp_path / target, "hf"), "something else")
     refused(lambda: convert(open_pretrained(source), run / "byte_lm", "hf"), "something else")
-    refused(lambda: convert(open_pretrained(source), tmp_path / "file", "hf"), "file' cannot be written: Not a dir")
+    refused(lambda: convert(open_pretrained(source), tmp_path / "file", "hf"), "file' is a file; name a folder")
     refused(lambda: convert(open_pretrained(source), tmp_path / "file" / "a", "hf"), "cannot be written: Not a dir")
     refused(lambda: convert(open_pretrained(source), Path("~nobody-here/a"), "hf"), "there is no such user")
     refused(lambda: convert(open_pretrained(source), tmp_path / "out", "HF"), "'HF' is none of native, hf, meta")

@@ -66,7 +66,7 @@ def test_any_value_anywhere(format: str, data: st.DataObject, models: Path) -> N
         file.write_text(json.dumps(changed(values, place, odd)))
         found = open_pretrained(models / format)
         assert found.in_a_line().isprintable()
-        describe(str(models / format), patch_bytes=4.5, context=100).table()
+        describe(str(models / format), patch_bytes=4.5, context=100).show(Console(quiet=True))
         if format != "native" or "context" not in place:
             BLT.from_pretrained(models / format, device="cpu").logits(torch.tensor([[1, 70, 80, 90]]))
     except UserError as error:
@@ -166,8 +166,8 @@ def test_paths_with_brackets_are_no_markup(blt: BLT, tmp_path: Path) -> None:
     folder = tmp_path / "[red" / "]x[" / "bold]"
     blt.save_pretrained(folder)
     console = Console(record=True, width=60)
-    console.print(describe(str(folder), 4.5, 100).table())
-    assert str(folder) in console.export_text().replace("\n", "")
+    describe(str(folder), 4.5, 100).show(console)
+    assert str(folder) in console.export_text()
 
 
 def test_bounds_leave_room_for_every_model() -> None:
