@@ -53,15 +53,15 @@ def copy_legal_files(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def write_card(folder: Path, title: str, stored: StoredModel, library: str, loading: Sequence[str]) -> None:
+def write_card(folder: Path, title: str, stored: StoredModel, loads_with: str, loading: Sequence[str]) -> None:
     """Write the card of a model into an existing folder.
 
     Args:
-        library: that the hub should show it for.
+        loads_with: the package that the hub should show it for.
         loading: lines of Python that load it.
     """
     origin = stored.config.origin
-    head = {**_licence(origin), "library_name": library, "pipeline_tag": "text-generation"}
+    head = {**_licence(origin), "library_name": loads_with, "pipeline_tag": "text-generation"}
     head |= {"tags": ["byte-level", "tokenizer-free", "blt"]}
     lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", f"# {title}", ""]
     lines += [*_what_it_is(stored), ""]

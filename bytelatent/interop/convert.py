@@ -20,7 +20,7 @@ Advance = Callable[[int], None]
 @dataclass(frozen=True)
 class Format:
     write: Callable[[Path, StoredModel, Advance], None]
-    library: str  # what the hub shows it for
+    loads_with: str  # what the hub shows it for
     loading: tuple[str, ...]  # Python that loads it
 
 
@@ -75,7 +75,7 @@ def write_model(
         if stored.folder is not None:
             copy_legal_files(stored.folder, aside)
         loading = [line.replace("FOLDER", repr(folder.name)) for line in chosen.loading]
-        write_card(aside, folder.name, stored, chosen.library, loading)
+        write_card(aside, folder.name, stored, chosen.loads_with, loading)
 
 
 def convert(

@@ -116,8 +116,6 @@ def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
             engine.cancel(data.draw(st.sampled_from(asked)))
     engine.run()
     for continuation in asked:
-        alone = Engine.plain(decoder, 1).submit(continuation.prompt, continuation.sampling, continuation.max_new_bytes)
-        [alone_one] = alone
         single = Engine.plain(decoder, 1)
         [alone_one] = single.submit(continuation.prompt, continuation.sampling, continuation.max_new_bytes)
         single.run()
@@ -204,17 +202,14 @@ def test_valid_utf8(kind: str) -> None:
 
 
 def test_it_ends_at_the_end_of_the_text() -> None:
+    """A head of zeros: all ids are as likely, and of those that may be drawn the end is the lowest."""
     decoder = decoders()["entropy"]
     head: Any = decoder.model.decoder.output
     with torch.no_grad():
         head.weight.zero_()
-        head.weight[EOS] = 1.0
-        norm: Any = decoder.model.decoder.norm
-        norm.weight.fill_(1.0)
     for kind in KINDS:
-        [found] = generated(engine_of(decoder, kind, 1), ["abc"], 50, Sampling(temperature=0.0))
-        if found.ids[0] == EOS:
-            assert (found.ended, found.data, found.ids) == ("end of text", b"", [EOS])
+        [found] = generated(engine_of(decoder, kind, 1), ["abc"], 50)
+        assert (found.ended, found.data, found.ids) == ("end of text", b"", [EOS])
 
 
 def test_what_will_not_do() -> None:
