@@ -132,16 +132,17 @@ def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
         )
 
 
+@pytest.mark.parametrize("size", [200, 300])
 @pytest.mark.parametrize("kind", ["plain", "fast"])
-def test_long_texts_and_patches(kind: str) -> None:
-    """Beyond the first size of every table."""
+def test_long_texts_and_patches(kind: str, size: int) -> None:
+    """Beyond the first size of every table, on the way or with the prompt."""
     rule = PatchSettings(mode="static", patch_size=300)
     for decoder in (Decoder(wide_blt(2), rule, None), Decoder(wide_blt(2), PatchSettings(mode="byte"), None)):
-        [found] = generated(engine_of(decoder, kind, 1), ["x" * 200], 400)
-        ids = torch.cat([prompt_ids("x" * 200), torch.tensor(found.ids)])
-        logits = full_logits(decoder, [ids])[0][200:-1]
+        [found] = generated(engine_of(decoder, kind, 1), ["x" * size], 400)
+        ids = torch.cat([prompt_ids("x" * size), torch.tensor(found.ids)])
+        logits = full_logits(decoder, [ids])[0][size:-1]
         logits[:, [0, 1, 3]] = -torch.inf
-        ours = logits.gather(1, ids[201:, None])[:, 0]
+        ours = logits.gather(1, ids[size + 1 :, None])[:, 0]
         assert (logits.amax(1) - ours).max() < 1e-4  # each was the likeliest, or as likely
 
 

@@ -7,7 +7,9 @@ import torch
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.speculation import SpeculativeRows
+from bytelatent.inference.engine import Continuation
+from bytelatent.inference.sampling import SamplingRows
+from bytelatent.inference.speculation import DRAFTS, SpeculativeRows, _drawn_from, _Row
 from bytelatent.patching import PatchSettings
 from tests.inference.test_engine import PROMPTS, decoders, generated, wide_blt
 
@@ -70,6 +72,31 @@ def test_sampled_bytes_have_the_distribution_of_plain_decoding(sampling: Samplin
         assert abs(a - b) < 5 * (a + b) ** 0.5, pair
     chi_square = sum((plain[p] - drafted[p]) ** 2 / (plain[p] + drafted[p]) for p in likely)
     assert chi_square < len(likely) + 5 * (2 * len(likely)) ** 0.5
+
+
+def test_a_drafted_byte_has_the_models_distribution() -> None:
+    """One draft, kept or drawn anew, of many seeds: p, whatever it was drafted from."""
+    decoder = decoders()["entropy"]
+    rows = SpeculativeRows(decoder, 1)
+    p, q = torch.full((260,), -torch.inf), torch.full((260,), -torch.inf)
+    ids, ours, theirs = [50, 60, 70, 80], [0.5, 0.3, 0.15, 0.05], [0.1, 0.3, 0.2, 0.4]
+    p[ids], q[ids] = torch.tensor(ours).log(), torch.tensor(theirs).log()
+    count = 2000
+    seen: Counter[int] = Counter()
+    for seed in range(count):
+        sampling = SamplingRows.empty(1, "cpu")
+        rule = Sampling(temperature=1.0, seed=seed)
+        sampling.put(0, rule, torch.tensor([1]), 9)
+        one = _Row(Continuation(torch.tensor([1]), rule, 9), sampling, p, q)
+        one.before, one.weights = [sampling], [sampling.weights(q[None])[0]]
+        one.draft = [_drawn_from(one.weights[0], rows._random(one, DRAFTS))]
+        rows._verify(one, [p, p])
+        [drawn] = rows.drawn()
+        seen[drawn.id] += 1
+    assert set(seen) == set(ids)
+    for i, probability in zip(ids, ours, strict=True):
+        spread = (count * probability * (1 - probability)) ** 0.5
+        assert abs(seen[i] - count * probability) < 4 * spread, (i, seen)
 
 
 def test_rules_without_a_byte_lm_have_nothing_to_draft_with() -> None:
