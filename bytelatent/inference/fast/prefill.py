@@ -34,7 +34,7 @@ class RunLook:
     low: Tensor  # [T] the first place that each position sees
     cos: Tensor  # [T, A]
     sin: Tensor  # [T, A]
-    keep: Keep
+    keep: Callable[[Tensor, Tensor], None]  # takes each layer's rotated keys, and values
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         """Of queries and keys that are not rotated yet; the keys are rotated in place."""
@@ -71,6 +71,74 @@ class FastBlock(nn.Module):
         return gate(both) if x_TD.is_cuda else plain_gate(both)
 
 
+@dataclass
+class _Captured:
+    """A stack's work on so many positions as a CUDA graph, with what it reads and what it leaves."""
+
+    graph: Any
+    x_TD: Tensor
+    look: RunLook
+    kept: list[tuple[Tensor, Tensor]]  # each layer's rotated keys and values, [T, H, E]
+    out_TD: Tensor
+
+
+class FastStack(nn.Module):
+    """A stack in place of the model's own, with the same calls.
+
+    The kernels of a short prompt take less time than the host needs to start them, so there they are a CUDA graph,
+    one for each size; a stream is padded to the next.
+    """
+
+    SIZES: tuple[int, ...] = (128, 256, 512, 1024)
+
+    def __init__(self, settings: StackSettings, weights: StackWeights):
+        super().__init__()
+        self.settings = settings
+        self.blocks = nn.ModuleList(FastBlock(settings, block) for block in weights.blocks)
+        self._captured: dict[int, _Captured] = {}
+
+    def rotary(self, position: Tensor) -> None:
+        """None: a `RunLook` knows the angles."""
+
+    def forward(self, x_TD: Tensor, position: Tensor, look: RunLook) -> Tensor:
+        size = next((size for size in self.SIZES if len(x_TD) <= size), None)
+        if size is None or not x_TD.is_cuda:
+            return self._read(x_TD, look)
+        if size not in self._captured:
+            self._captured[size] = self._capture(x_TD, size)
+        captured, here = self._captured[size], slice(0, len(x_TD))
+        captured.x_TD[here] = x_TD
+        captured.look.low[here], captured.look.cos[here], captured.look.sin[here] = look.low, look.cos, look.sin
+        captured.graph.replay()
+        for k_THE, v_THE in captured.kept:
+            look.keep(k_THE[here], v_THE[here])
+        return captured.out_TD[here].clone()
+
+    def _read(self, x_TD: Tensor, look: RunLook) -> Tensor:
+        for block in self.blocks:
+            x_TD = block(x_TD, None, look)
+        return x_TD
+
+    def _capture(self, like_TD: Tensor, size: int) -> _Captured:
+        device, angles = like_TD.device, self.settings.head_dim // 2
+        low = torch.arange(size, dtype=torch.int32, device=device)  # what is not written sees itself only
+        cos, sin = torch.ones(size, angles, device=device), torch.zeros(size, angles, device=device)
+        kept: list[tuple[Tensor, Tensor]] = []
+        look = RunLook(low, cos, sin, lambda k_THE, v_THE: kept.append((k_THE, v_THE)))
+        x_TD = like_TD.new_zeros(size, like_TD.shape[1])
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self._read(x_TD, look)  # compiles the kernels
+            stream.synchronize()
+            kept.clear()
+            with torch.cuda.graph(graph, stream=stream):
+                out_TD = self._read(x_TD, look)
+        torch.cuda.current_stream().wait_stream(stream)
+        return _Captured(graph, x_TD, look, kept, out_TD)
+
+
 class FastDecoder(Decoder):
     """A `Decoder` that reads prompts fast, and holds the packed weights that `FastStep` reads, too."""
 
@@ -99,10 +167,8 @@ class FastDecoder(Decoder):
         if not _can_run(weights):
             return module
         self._fast.add(weights.settings)
-        stack = copy.copy(module.stack)
-        stack._modules = {"blocks": nn.ModuleList(FastBlock(weights.settings, block) for block in weights.blocks)}
         fast = copy.copy(module)
-        fast._modules = {**module._modules, "stack": stack}
+        fast._modules = {**module._modules, "stack": FastStack(weights.settings, weights)}
         return fast
 
     def _padded(self, stream: Stream) -> Stream:
