@@ -1,7 +1,8 @@
 """How fast is generation? Against the card's limits, and against transformers.
 
     python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [--new 512]
-    python benchmarks/decode.py [cpu] [leaks --minutes 60] [speculation --model runs/demo]
+    python benchmarks/decode.py [one8] [cpu] [leaks --minutes 60] [speculation --model runs/demo]
+    python benchmarks/decode.py quantized --model runs/demo --text FILE
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
 so that what the model writes has patches of 4.5 bytes; prompts of 512 random bytes, new bytes drawn at temperature 1.
@@ -9,6 +10,8 @@ The floor counts the bytes of weights and caches that must be read, at the speed
 
 check    float32 on the device: the replayed step's bytes and log-probabilities against plain PyTorch's
 one      one sequence;  batch: 64;  8b: one, of the 8B shape
+one8     one sequence with weights rounded to int8, to fp8, and as they are
+quantized  what the rounding costs: bits per byte of --text under a trained --model
 first    seconds from a prompt to the first byte
 cpu      the demo's BLT on the CPU, against the whole forward pass for every byte
 leaks    sequences join, leave and are cancelled for --minutes; memory every twelfth of it
@@ -20,13 +23,16 @@ profile  where a step's time goes
 
 import argparse
 import time
-from typing import Any
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from bytelatent.inference import Decoder, Engine, Sampling
 from bytelatent.inference.fast import FastDecoder, FastRows, engine_for
 from bytelatent.inference.fast.prefill import FastStack
+from bytelatent.inference.rounded import Weights, rounded
 from bytelatent.kernels import decode_step
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build, pack_rows
 from bytelatent.model.flops import costs
@@ -54,12 +60,13 @@ def random_prompts(count: int, size: int, seed: int = 0) -> list[torch.Tensor]:
     return [torch.cat([bos, torch.randint(4, 260, [size], generator=generator)]) for _ in range(count)]
 
 
-def decoder_of(name: str, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+def decoder_of(name: str, dtype: torch.dtype = torch.bfloat16, weights: Weights = "full") -> Decoder:
     """A random model, and a threshold that gives patches of 4.5 bytes on what it writes."""
     byte_lm = random_model(preset("entropy"), dtype, seed=1)
     byte_lm.output.weight.data.mul_(4)  # else its entropies are so alike that rounding decides about patches
     decode_step.EOS = -1  # no text ends, so that all are as long
-    decoder = FastDecoder(random_model(preset(name), dtype), PatchSettings(threshold=5.0), byte_lm)
+    model = rounded(random_model(preset(name), dtype), weights)
+    decoder = FastDecoder(model, PatchSettings(threshold=5.0), byte_lm)
     for _ in range(2):  # what it writes depends a little on the patches
         decoder.patching = PatchSettings(threshold=threshold_on_own_text(decoder, byte_lm))
     return decoder
@@ -106,7 +113,8 @@ def floor(decoder: Decoder, rows: int, every: int, position: int) -> float:
     assert byte_lm is not None
 
     def weights(*parts: Any) -> int:
-        return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        stored = (p for part in parts for p in chain(part.parameters(), part.buffers()))  # a rounded matrix is a buffer
+        return sum(p.numel() * p.element_size() for p in stored)
 
     def cache(settings: Any, seen: int) -> int:
         return 2 * settings.num_layers * settings.kv_heads * settings.head_dim * 2 * seen
@@ -156,12 +164,16 @@ def check() -> None:
     from tests.inference.test_engine import decoders, generated
 
     sampling = Sampling(temperature=1.0, seed=3, top_p=0.9)
-    for name, plain in decoders().items():
+    kinds: list[tuple[str, Weights]] = [(name, "full") for name in decoders()]
+    kinds += [("entropy", "int8"), ("entropy", "fp8")]
+    for name, weights in kinds:
+        plain = decoders()[name]
         for part in (plain.model, plain.byte_lm):
             if part is not None:
                 part.cuda()
-        there = Decoder(plain.model, plain.patching, plain.byte_lm)
-        fast = FastDecoder(plain.model, plain.patching, plain.byte_lm)
+        model = rounded(plain.model, weights)
+        there = Decoder(model, plain.patching, plain.byte_lm)
+        fast = FastDecoder(model, plain.patching, plain.byte_lm)
         for rows, every, places in ((4, 1, None), (4, 2, 2), (20, 1, None)):
             prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * (rows // 4)
             expected = generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
@@ -174,7 +186,10 @@ def check() -> None:
                     if a != b:
                         break
                     far = max(far, abs(p - q))
-            print(f"check {name}, {rows} rows, every {every}: {same} of {rows} equal, log-probabilities {far:.1e}")
+            print(
+                f"check {name}, {weights} weights, {rows} rows, every {every}: {same} of {rows} equal, "
+                f"log-probabilities {far:.1e}"
+            )
 
 
 def cpu() -> None:
@@ -286,6 +301,16 @@ def speculation(model: str) -> None:
                 )
 
 
+def quantized(model: str, text: str) -> None:
+    """Bits per byte of a text, by the matrices as they are and by rounded ones."""
+    from bytelatent import BLT
+
+    data = Path(text).read_bytes()
+    for weights in get_args(Weights):
+        found = BLT.from_pretrained(model, weights=weights).bits_per_byte(data)
+        print(f"{weights}: {found:.4f} bits per byte of {len(data):,} bytes", flush=True)
+
+
 def first(decoder: Decoder) -> None:
     sizes, prompts = FastStack.SIZES, random_prompts(1, 500)
     captured = [decoder.prefill(prompts, last_only=True)[1] for _ in "ab"]
@@ -369,7 +394,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["check", "peer", "one", "first", "prefill", "batch", "8b"])
     parser.add_argument("--new", type=int, default=512)
-    parser.add_argument("--model", default="runs/demo", help="of speculation")
+    parser.add_argument("--model", default="runs/demo", help="of speculation and quantized")
+    parser.add_argument("--text", help="of quantized")
     parser.add_argument("--minutes", type=float, default=60.0, help="of leaks")
     given = parser.parse_args()
     if "cpu" in given.what:
@@ -377,6 +403,9 @@ def main() -> None:
         return
     if "speculation" in given.what:
         speculation(given.model)
+        return
+    if "quantized" in given.what:
+        quantized(given.model, given.text or parser.error("quantized: name a --text"))
         return
     if "leaks" in given.what:
         leaks(given.minutes)
@@ -404,6 +433,12 @@ def main() -> None:
             profile(decoder, 64)
         del decoder
         torch.cuda.empty_cache()
+    if "one8" in given.what:
+        print(f"copy {copy_rate() / 1e12:.2f} TB/s")
+        for weights in get_args(Weights):
+            print(f"{weights} weights: ", end="")
+            generate(decoder_of("blt-1b", weights=weights), 1, given.new)
+            torch.cuda.empty_cache()
     if "8b" in given.what:
         generate(decoder_of("blt-8b"), 1, given.new)
 

@@ -16,6 +16,7 @@ from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
 from bytelatent.inference.fast import engine_for
+from bytelatent.inference.rounded import Weights, rounded
 from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
@@ -38,11 +39,15 @@ class BLT:
         patching: the rule.
         byte_lm: gives the entropies; None where the rule needs none.
         context: ids the model saw at once in training; longer texts are read in pieces.
+        weights: `full`, or what the network's large matrices are rounded to.
     """
 
-    def __init__(self, model: BLTModel, config: Config, byte_lm: ByteLM | None, source: str = ""):
+    def __init__(
+        self, model: BLTModel, config: Config, byte_lm: ByteLM | None, source: str = "", weights: Weights = "full"
+    ):
         assert config.patching is not None
-        self.model = model.eval()
+        self.model = rounded(model, weights).eval()
+        self.weights = weights
         self.byte_lm = byte_lm.eval() if byte_lm is not None else None
         self.config = config
         self.patching: PatchSettings = config.patching
@@ -59,6 +64,7 @@ class BLT:
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        weights: Weights = "full",
     ) -> "BLT":
         """Load a model, and say in one line what was found (through the logger `bytelatent`).
 
@@ -71,9 +77,12 @@ class BLT:
             revision: a branch, a tag or a commit of the repository.
             token: the key of a user of the hub; HF_TOKEN, or the key of `hf auth login`, if left out.
             local_files_only: take what was downloaded earlier, and do not ask the hub.
+            weights: `int8` or `fp8` rounds the large matrices to a byte a number once they are read, for all that is
+                done with the model; on a GPU they take less memory then, and less time to generate with.
 
         Raises:
-            UserError: there is no BLT at `source`, it is not whole, or it computes something that is not known here.
+            UserError: there is no BLT at `source`, it is not whole, or it computes something that is not known here;
+                or its weights cannot be rounded so.
         """
         if dtype not in ("float32", "bfloat16", "auto"):
             raise UserError(f"dtype: '{dtype}' is none; use float32, bfloat16 or auto")
@@ -87,7 +96,7 @@ class BLT:
         loaded = found.load(place, {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}[dtype])
         assert isinstance(loaded.model, BLTModel)
         lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-        return cls(loaded.model, loaded.config, lm, loaded.source)
+        return cls(loaded.model, loaded.config, lm, loaded.source, weights)
 
     @property
     def device(self) -> torch.device:
@@ -230,8 +239,12 @@ class BLT:
 
         Raises:
             UserError: the folder holds something else than a saved model, or the format has no room for one of the
-                model's settings.
+                model's settings; or its weights are rounded.
         """
+        if self.weights != "full":
+            raise UserError(
+                f"save_pretrained: no format holds weights rounded to {self.weights}; load with weights=full"
+            )
         write_model(StoredModel.of(self.model, self.config, self.byte_lm), Path(folder), format, licence)
 
     def _byte_lm(self) -> ByteLM | None:

@@ -216,6 +216,7 @@ def generate(
     entropy: EntropyOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: as the weights are stored.")] = "auto",
+    weights: Annotated[str, typer.Option(help="int8, fp8: large matrices rounded, faster on a GPU; full.")] = "full",
 ) -> None:
     """Continue a text, or the rows of a file many at once.
 

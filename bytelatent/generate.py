@@ -24,6 +24,7 @@ from bytelatent.errors import Interrupted, UserError, guarded
 from bytelatent.files import whole_file
 from bytelatent.inference import Continuation, Engine, Sampling, prompt_ids
 from bytelatent.inference.fast import engine_for
+from bytelatent.inference.rounded import Weights
 from bytelatent.interop import open_pretrained
 from bytelatent.vocab import to_bytes
 
@@ -43,6 +44,7 @@ class GenerateSettings(Settings):
         samples: continuations of each prompt.
         rows: sequences on their way at once.
         log_probabilities: tell those of each byte in the rows that come out.
+        weights: `int8` or `fp8` rounds the model's large matrices to a byte a number.
     """
 
     model: str = "runs/demo"
@@ -58,6 +60,7 @@ class GenerateSettings(Settings):
     log_probabilities: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    weights: Weights = "full"
 
 
 def generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
@@ -119,7 +122,7 @@ def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
     loaded = found.load(place, None if settings.dtype == "auto" else getattr(torch, settings.dtype))
     # In float32, however it is stored: the same patches as those of `BLT`.
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-    return engine_for(loaded.model, patching, byte_lm, num_rows)
+    return engine_for(loaded.model, patching, byte_lm, num_rows, settings.weights)
 
 
 def _prompt(settings: GenerateSettings) -> bytes:

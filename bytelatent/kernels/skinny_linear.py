@@ -6,6 +6,8 @@ written, and a SwiGLU's gate is applied to it.
 
 For one row there is nothing for tensor cores to do: a program multiplies a few rows of the matrix with it and sums. For
 more, rows of the matrix are the product's tall side and the states its narrow one.
+
+A matrix may be a `QuantizedMatrix`: a byte a number is read instead of two.
 """
 
 from dataclasses import dataclass
@@ -15,12 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.kernels.gated_product import interleaved, row_scale
+from bytelatent.kernels.gated_product import row_scale
 from bytelatent.kernels.overlap import launch_options
+from bytelatent.kernels.quantized import Matrix, QuantizedMatrix, dense
 
 # Shapes: M rows, at most a few hundred, K width of the states, N width of the result
 
 LIBRARY_FROM = 16  # rows above which the library's product is faster, though its norm and gate are more kernels
+# The same of a quantized matrix. Written out for the library, nine bytes of it come and go for each one that the kernel
+# reads, which it does once for every 32 rows. (Counted, not measured.)
+QUANTIZED_LIBRARY_FROM = 128
 PROGRAMS = 132  # that run at once on the GPU that the launches are chosen for
 
 
@@ -60,14 +66,9 @@ def fold_norm(weight_NK: Tensor, norm_K: Tensor) -> Tensor:
     return (weight_NK.float() * norm_K.float()).to(weight_NK.dtype).contiguous()
 
 
-def fold_norm_gated(gate_NK: Tensor, up_NK: Tensor, norm_K: Tensor) -> Tensor:
-    """Both matrices of a SwiGLU as `skinny_gated` takes them, with the weights of the RMSNorm before it, [2N, K]."""
-    return interleaved(fold_norm(gate_NK, norm_K), fold_norm(up_NK, norm_K))
-
-
 def plain_skinny_linear(
     x_MK: Tensor,
-    weight_NK: Tensor,
+    weight_NK: Matrix,
     *,
     eps: float | None = None,
     residual_MN: Tensor | None = None,
@@ -85,7 +86,7 @@ def plain_skinny_linear(
 
 def plain_skinny_gated(
     x_MK: Tensor,
-    gate_up_2NK: Tensor,
+    gate_up_2NK: Matrix,
     *,
     eps: float | None = None,
     out: Tensor | None = None,
@@ -98,7 +99,7 @@ def plain_skinny_gated(
 
 def skinny_linear(
     x_MK: Tensor,
-    weight_NK: Tensor,
+    weight_NK: Matrix,
     *,
     eps: float | None = None,
     residual_MN: Tensor | None = None,
@@ -113,7 +114,7 @@ def skinny_linear(
 
     Args:
         x_MK: states; rows may lie apart.
-        weight_NK: the matrix, contiguous; with `eps` see `fold_norm`.
+        weight_NK: the matrix, contiguous; with `eps` see `fold_norm`. A quantized one is multiplied in x's dtype.
         eps: of the RMSNorm before the product; None for none.
         residual_MN: what the product is added to.
         residual_scale: what the residual is multiplied with first; cross-attention adds its input twice.
@@ -127,7 +128,7 @@ def skinny_linear(
 
 def skinny_gated(
     x_MK: Tensor,
-    gate_up_2NK: Tensor,
+    gate_up_2NK: Matrix,
     *,
     eps: float | None = None,
     out: Tensor | None = None,
@@ -137,7 +138,7 @@ def skinny_gated(
     """silu(x Gate^T) * (x Up^T), of the normed x if `eps` is given, [M, N].
 
     Args:
-        gate_up_2NK: both matrices, row by row in turn; see `interleaved` and `fold_norm_gated`.
+        gate_up_2NK: both matrices, row by row in turn; see `interleaved` and `fold_norm`.
 
     The others are those of `skinny_linear`.
     """
@@ -146,7 +147,7 @@ def skinny_gated(
 
 def _launched(
     x: Tensor,
-    weight: Tensor,
+    matrix: Matrix,
     gated: bool,
     eps: float | None,
     residual: Tensor | None,
@@ -159,6 +160,7 @@ def _launched(
     from bytelatent.kernels import skinny_linear_triton
 
     kernels: Any = skinny_linear_triton
+    weight, scale = (matrix.values, matrix.scale) if isinstance(matrix, QuantizedMatrix) else (matrix, None)
     M, K = x.shape
     N = weight.shape[0] // (2 if gated else 1)
     assert weight.shape[1] == K, f"states of width {K}, a matrix for {weight.shape[1]}"
@@ -169,13 +171,14 @@ def _launched(
         if tensor is not None:
             assert tensor.shape == (M, width), f"{name}: {tuple(tensor.shape)}, not {(M, width)}"
             assert tensor.stride(1) == 1, f"{name}: a row is not contiguous"
-    if M > LIBRARY_FROM and launch is None and x.is_cuda:
-        return _by_library(x, weight, gated, eps, residual, residual_scale, dtype, out)
+    most = LIBRARY_FROM if scale is None else QUANTIZED_LIBRARY_FROM
+    if len(x) > most and launch is None and x.is_cuda:
+        return _by_library(x, dense(matrix, x.dtype), gated, eps, residual, residual_scale, dtype, out)
     launch = launch or launch_for(M, N, K, gated)
     strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, residual, out)]
     shape = {"N": N, "K": K, "NORM": eps is not None, "GATED": gated}
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch_options()}
-    arguments = (x, weight, residual, out, run, eps or 0.0, residual_scale, *strides)
+    arguments = (x, weight, scale, residual, out, run, eps or 0.0, residual_scale, *strides)
     if launch.block_m == 1:
         grid = (-(-N // launch.block_n), M)
         blocks = {"BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k, "STAGES": launch.num_stages}
@@ -232,8 +235,8 @@ def _by_library(
     return y.to(dtype) if out is None else out.copy_(y)
 
 
-def _scaled_product(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    product = x.float() @ weight.float().T
+def _scaled_product(x: Tensor, weight: Matrix, eps: float | None) -> Tensor:
+    product = x.float() @ dense(weight, torch.float32).float().T
     return product if eps is None else product * row_scale(x, eps)[:, None]
 
 

@@ -20,6 +20,18 @@ def finished(y, up, squares, eps, K: tl.constexpr, NORM: tl.constexpr, GATED: tl
 
 
 @triton.jit
+def row_scales(scale_ptr, n, N: tl.constexpr, GATED: tl.constexpr):
+    """What the sums of a quantized matrix's rows are multiplied with, and those of a gate's other matrix."""
+    scale, scale_up = 1.0, 1.0
+    if scale_ptr is not None:
+        at = scale_ptr + tl.minimum(n, N - 1) * (2 if GATED else 1)
+        scale = tl.load(at)
+        if GATED:
+            scale_up = tl.load(at + 1)
+    return scale, scale_up
+
+
+@triton.jit
 def summed(acc, acc_up, squares, weight, x_at, k, at, K: tl.constexpr, GATED: tl.constexpr):
     """One more part of the width, which begins at `at`."""
     within = (k < K - at)[None, :]
@@ -32,7 +44,7 @@ def summed(acc, acc_up, squares, weight, x_at, k, at, K: tl.constexpr, GATED: tl
 
 @triton.jit
 def vector_kernel(
-    x_ptr, weight_ptr, residual_ptr, out_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
+    x_ptr, weight_ptr, scale_ptr, residual_ptr, out_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
     N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -55,6 +67,7 @@ def vector_kernel(
         w = tl.load(weight, mask=within, other=0.0)
         if GATED:
             w_up = tl.load(weight + K, mask=within, other=0.0)
+    scale, scale_up = row_scales(scale_ptr, n, N, GATED)
     # Every column loads x anew, from the L1 cache: as the threads lie for the weights, so that none waits for another.
     x_at = x_ptr + m * x_row + tl.zeros([BLOCK_N, 1], tl.int32) + k[None, :]
     x = tl.load(x_at, mask=within, other=0.0).to(tl.float32)
@@ -69,8 +82,8 @@ def vector_kernel(
     else:
         for at in tl.range(BLOCK_K, K, BLOCK_K, loop_unroll_factor=STAGES):
             acc, acc_up, squares = summed(acc, acc_up, squares, weight, x_at, k, at, K, GATED)
-    up = tl.sum(acc_up, 1) if GATED else 0.0
-    y = finished(tl.sum(acc, 1), up, tl.sum(squares, 1), eps, K, NORM, GATED)
+    up = tl.sum(acc_up, 1) * scale_up if GATED else 0.0
+    y = finished(tl.sum(acc, 1) * scale, up, tl.sum(squares, 1), eps, K, NORM, GATED)
     stored = n < N
     if residual_ptr is not None:
         y += residual_scale * tl.load(residual_ptr + m * residual_row + n, mask=stored, other=0.0).to(tl.float32)
@@ -79,7 +92,7 @@ def vector_kernel(
 
 @triton.jit
 def matrix_kernel(
-    x_ptr, weight_ptr, residual_ptr, out_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
+    x_ptr, weight_ptr, scale_ptr, residual_ptr, out_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
     M, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -97,6 +110,7 @@ def matrix_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_up = acc
     squares = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+    scale, scale_up = row_scales(scale_ptr, n[:, None], N, GATED)
     for at in tl.range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
             x = tl.load(x_at + at)
@@ -109,12 +123,16 @@ def matrix_kernel(
             w = tl.load(weight + at, mask=within[None, :], other=0.0)
             if GATED:
                 w_up = tl.load(weight + K + at, mask=within[None, :], other=0.0)
+        if scale_ptr is not None:
+            w = w.to(x.dtype)
+            if GATED:
+                w_up = w_up.to(x.dtype)
         acc = tl.dot(w, x.to(w.dtype), acc, input_precision="ieee")
         if GATED:
             acc_up = tl.dot(w_up, x.to(w.dtype), acc_up, input_precision="ieee")
         if NORM:
             squares += x.to(tl.float32) * x.to(tl.float32)
-    y = finished(acc, acc_up, tl.sum(squares, 0)[None, :], eps, K, NORM, GATED)
+    y = finished(acc * scale, acc_up * scale_up, tl.sum(squares, 0)[None, :], eps, K, NORM, GATED)
     stored = (n < N)[:, None] & (m < M)[None, :]
     wide = m.to(tl.int64)[None, :]
     if residual_ptr is not None:

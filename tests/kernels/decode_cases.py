@@ -34,6 +34,7 @@ from bytelatent.kernels.decode_patches import (
 )
 from bytelatent.kernels.decode_step import Flags, choose, decide, draw, keep_patch
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
+from bytelatent.kernels.quantized import QuantizedMatrix, Rounding
 from bytelatent.kernels.skinny_linear import (
     SkinnyLaunch,
     gate,
@@ -68,25 +69,29 @@ def skinny(
     norm: bool = True,
     residual: str | None = None,
     launch: list[int] | None = None,
+    rounding: Rounding | None = None,
 ) -> Errors:
     """Also: a row of its own gives what it gave among others, if both launches are alike, and `run` is heeded."""
     kind = getattr(torch, dtype)
     x, weight = torch.randn(M, K + 4).to(kind)[:, :K], (torch.randn(N * (1 + gated), K) / K**0.5).to(kind)
+    matrix = weight
+    if rounding:  # rows of very different sizes, so that each needs its own scale
+        matrix = QuantizedMatrix.of(weight * torch.rand(len(weight), 1).mul(2).add(0.1), rounding)
     eps = 1e-5 if norm else None
     options: dict = {"eps": eps}
     if residual:
         options |= {"residual_MN": torch.randn(M, N, dtype=getattr(torch, residual)), "residual_scale": 2.0}
     fast, plain = (skinny_gated, plain_skinny_gated) if gated else (skinny_linear, plain_skinny_linear)
     cut = {"launch": SkinnyLaunch(*launch) if launch else None}
-    found, expected = fast(x, weight, **options, **cut), plain(x, weight, **options)
+    found, expected = fast(x, matrix, **options, **cut), plain(x, matrix, **options)
     assert found.dtype == expected.dtype
     x[1:] = x[:1]
     if residual:
         options["residual_MN"][1:] = options["residual_MN"][:1]
-    alike = fast(x, weight, **options, **cut)
+    alike = fast(x, matrix, **options, **cut)
     flag, out = torch.tensor([1, 0], dtype=torch.int32), torch.full((2, M, N), torch.nan)
-    fast(x, weight, **options, **cut, out=out[0], run=flag[:1])
-    fast(x, weight, **options, **cut, out=out[1], run=flag[1:])
+    fast(x, matrix, **options, **cut, out=out[0], run=flag[:1])
+    fast(x, matrix, **options, **cut, out=out[1], run=flag[1:])
     assert bool(out[1].isnan().all()), "a kernel that should not run wrote something"
     return {
         "error": difference(found, expected),

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from bytelatent.kernels.decode_attention import launch_for_attention, plain_decode_attention, rotary_table
 from bytelatent.kernels.decode_patches import plain_gather_bytes, plain_keep_byte, plain_read_patch
+from bytelatent.kernels.gated_product import interleaved
 from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
 from bytelatent.kernels.skinny_linear import (
     fold_norm,
-    fold_norm_gated,
     launch_for,
     plain_skinny_gated,
     plain_skinny_linear,
@@ -66,6 +66,25 @@ def test_skinny_products() -> None:
             {"M": 3, "N": 32, "K": 96, "dtype": "float16", "gated": True},
         ],
     )
+
+
+@pytest.mark.parametrize("rounding", ["int8", "fp8"])
+def test_skinny_products_of_quantized_matrices(rounding: str) -> None:
+    """Also more rows than go to the library, of other matrices, and widths that are not a whole number of blocks."""
+    looped, matrix = [1, 4, 32, 4, 2], [16, 16, 32, 4, 2]
+    cases = [
+        {"M": 1, "N": 37, "K": 101},
+        {"M": 1, "N": 13, "K": 200, "gated": True, "launch": looped},
+        {"M": 1, "N": 7, "K": 63, "gated": True, "norm": False},
+        {"M": 3, "N": 25, "K": 77, "residual": "float32", "launch": looped},
+        {"M": 1, "N": 24, "K": 96, "dtype": "bfloat16", "residual": "bfloat16", "norm": False},
+        {"M": 5, "N": 21, "K": 99, "residual": "float32", "launch": matrix},
+        {"M": 17, "N": 33, "K": 80, "gated": True, "launch": matrix},
+        {"M": 3, "N": 32, "K": 96, "dtype": "float16", "gated": True},
+        {"M": 2, "N": 17, "K": 64, "dtype": "float16", "norm": False},
+        {"M": 70, "N": 17, "K": 48},
+    ]
+    check(skinny=[{**case, "rounding": rounding} for case in cases])
 
 
 def test_decode_attention() -> None:
@@ -124,7 +143,7 @@ def test_plain_products_are_norm_linear_and_swiglu() -> None:
     normed = F.rms_norm(x, (8,), norm, 1e-5)
     found = plain_skinny_linear(x, fold_norm(gate, norm), eps=1e-5, residual_MN=residual, residual_scale=2.0)
     torch.testing.assert_close(found, 2 * residual + normed @ gate.T)
-    found = plain_skinny_gated(x, fold_norm_gated(gate, up, norm), eps=1e-5)
+    found = plain_skinny_gated(x, interleaved(fold_norm(gate, norm), fold_norm(up, norm)), eps=1e-5)
     torch.testing.assert_close(found, F.silu(normed @ gate.T) * (normed @ up.T))
     torch.testing.assert_close(plain_skinny_linear(x, gate), x @ gate.T)
 

@@ -9,14 +9,24 @@ from bytelatent.inference.engine import Engine
 from bytelatent.inference.fast.prefill import FastDecoder
 from bytelatent.inference.fast.rows import FastRows
 from bytelatent.inference.fast.weights import supports
+from bytelatent.inference.rounded import Weights, rounded
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.patching import PatchSettings
 
 
 def engine_for(
-    model: BLTModel | ByteLM, patching: PatchSettings | None, byte_lm: ByteLM | None, num_rows: int
+    model: BLTModel | ByteLM,
+    patching: PatchSettings | None,
+    byte_lm: ByteLM | None,
+    num_rows: int,
+    weights: Weights = "full",
 ) -> Engine:
-    """The fastest engine that can decode this model where it is."""
+    """The fastest engine that can decode this model where it is.
+
+    Args:
+        weights: round the model's large matrices to `int8` or `fp8` first, see `rounded`; the byte LM stays as it is.
+    """
+    model = rounded(model, weights)
     if patching is not None and patching.mode == "bpe":  # decided by a tokenizer, on the host
         return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
     if next(model.parameters()).device.type != "cuda":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bytelatent.inference.sampling import SamplingRows
 from bytelatent.kernels.decode_step import Flags
+from bytelatent.kernels.quantized import Matrix, dense
 from bytelatent.model import entropies
 from bytelatent.patching import PatchSettings, PatchState, step
 from bytelatent.vocab import EOS
@@ -166,7 +167,7 @@ def read_patch(
 
 def linear(
     x_MK: Tensor,
-    weight_NK: Tensor,
+    weight_NK: Matrix,
     *,
     eps: float | None = None,
     residual_MN: Tensor | None = None,
@@ -176,7 +177,8 @@ def linear(
 ) -> Tensor:
     """What `plain_skinny_linear` computes, in the weights' precision."""
     if run is not None and not bool(run):
-        return x_MK.new_zeros(len(x_MK), len(weight_NK))
+        return x_MK.new_zeros(len(x_MK), weight_NK.shape[0])
+    weight_NK = dense(weight_NK, x_MK.dtype)
     x_MK = x_MK if eps is None else _normed(x_MK, eps)
     if residual_MN is None:
         y_MN = F.linear(x_MK, weight_NK)
@@ -185,10 +187,11 @@ def linear(
     return y_MN if out is None else out.copy_(y_MN)
 
 
-def gated(x_MK: Tensor, gate_up_2NK: Tensor, *, eps: float | None = None, run: Tensor | None = None) -> Tensor:
+def gated(x_MK: Tensor, gate_up_2NK: Matrix, *, eps: float | None = None, run: Tensor | None = None) -> Tensor:
     """What `plain_skinny_gated` computes, in the weights' precision."""
     if run is not None and not bool(run):
-        return x_MK.new_zeros(len(x_MK), len(gate_up_2NK) // 2)
+        return x_MK.new_zeros(len(x_MK), gate_up_2NK.shape[0] // 2)
+    gate_up_2NK = dense(gate_up_2NK, x_MK.dtype)
     x_MK = x_MK if eps is None else _normed(x_MK, eps)
     return F.silu(F.linear(x_MK, gate_up_2NK[0::2])).mul_(F.linear(x_MK, gate_up_2NK[1::2]))
 

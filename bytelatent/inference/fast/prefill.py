@@ -15,6 +15,7 @@ from bytelatent.inference.looks import Keep
 from bytelatent.kernels.decode_patches import plain_read_patch, read_patch
 from bytelatent.kernels.gated_product import COLUMNS, INNER, ROWS, fast_row_scale, gated_product
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
+from bytelatent.kernels.quantized import dense
 from bytelatent.kernels.skinny_linear import gate, plain_gate
 from bytelatent.kernels.window_attention import angles, first_seen, plain_window_attention, turn, window_attention
 from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches
@@ -48,7 +49,10 @@ class RunLook:
 
 
 class FastBlock(nn.Module):
-    """A block in place of the model's own, with the same call."""
+    """A block in place of the model's own, with the same call.
+
+    A prompt's many positions share a matrix, so a quantized one is written out for them, one block after another.
+    """
 
     def __init__(self, settings: StackSettings, weights: BlockWeights):
         super().__init__()
@@ -57,13 +61,13 @@ class FastBlock(nn.Module):
     def forward(self, x_TD: Tensor, rotary: Any, look: RunLook) -> Tensor:
         settings, weights = self.settings, self.weights
         shape, eps = (settings.dim,), settings.norm_eps
-        qkv = F.linear(F.rms_norm(x_TD, shape, None, eps), weights.qkv)
+        qkv = F.linear(F.rms_norm(x_TD, shape, None, eps), dense(weights.qkv, x_TD.dtype))
         q, k, v = qkv.unflatten(-1, (3, settings.num_heads, settings.head_dim)).unbind(1)
-        x_TD = torch.addmm(x_TD, look.attend(q, k, v).flatten(1), weights.output.T)
-        return x_TD.addmm_(self._hidden(x_TD), weights.down.T)
+        x_TD = torch.addmm(x_TD, look.attend(q, k, v).flatten(1), dense(weights.output, x_TD.dtype).T)
+        return x_TD.addmm_(self._hidden(x_TD), dense(weights.down, x_TD.dtype).T)
 
     def _hidden(self, x_TD: Tensor) -> Tensor:
-        gate_up, eps = self.weights.gate_up, self.settings.norm_eps
+        gate_up, eps = dense(self.weights.gate_up, x_TD.dtype), self.settings.norm_eps
         fits = x_TD.shape[0] % ROWS == 0 and gate_up.shape[0] % COLUMNS == 0 and gate_up.shape[1] % INNER == 0
         if x_TD.is_cuda and fits and x_TD.shape[0] >= 16 * ROWS:
             return gated_product(x_TD, fast_row_scale(x_TD, eps), gate_up)
@@ -164,7 +168,7 @@ class FastDecoder(Decoder):
 
     def _with_fast_blocks(self, module: Any, weights: StackWeights) -> Any:
         """The module with other blocks in its stack, where the kernels can run it; all else is shared."""
-        if not _can_run(weights):
+        if not _can_run(weights.settings, next(module.parameters())):
             return module
         self._fast.add(weights.settings)
         fast = copy.copy(module)
@@ -212,7 +216,6 @@ class FastDecoder(Decoder):
         return RunLook(first_seen(position, stack.window), cos, sin, keep)
 
 
-def _can_run(weights: StackWeights) -> bool:
-    settings, some = weights.settings, weights.blocks[0].output
+def _can_run(settings: StackSettings, some: Tensor) -> bool:
     exact = some.dtype != torch.float32 or not some.is_cuda  # on the card the kernels would round float32 products
     return exact and settings.kv_heads == settings.num_heads and settings.head_dim in (16, 32, 64, 128)

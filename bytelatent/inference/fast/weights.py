@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bytelatent.inference.rounded import QuantizedLinear
 from bytelatent.inference.state import BLOCK
 from bytelatent.kernels.decode_attention import launch_for_attention, rotary_table, split_scratch
-from bytelatent.kernels.skinny_linear import fold_norm, fold_norm_gated
+from bytelatent.kernels.gated_product import interleaved
+from bytelatent.kernels.quantized import Matrix, by_rows
+from bytelatent.kernels.skinny_linear import fold_norm
 from bytelatent.model import BLTModel, BLTSettings, ByteLM
 from bytelatent.model.settings import StackSettings
 
@@ -17,24 +20,20 @@ from bytelatent.model.settings import StackSettings
 
 @dataclass(frozen=True)
 class BlockWeights:
-    qkv: Tensor  # [(H+2J)*E, D] with the norm
-    output: Tensor  # [D, H*E]
-    gate_up: Tensor  # [2F, D] row by row in turn, with the norm
-    down: Tensor  # [D, F]
+    qkv: Matrix  # [(H+2J)*E, D] with the norm
+    output: Matrix  # [D, H*E]
+    gate_up: Matrix  # [2F, D] row by row in turn, with the norm
+    down: Matrix  # [D, F]
 
     @classmethod
     def of(cls, block: Any) -> "BlockWeights":
         attention, feed_forward = block.attention, block.feed_forward
-        qkv = torch.cat([part.weight.detach() for part in (attention.query, attention.key, attention.value)])
+        norm, second_norm = block.attention_norm, block.feed_forward_norm
         return cls(
-            fold_norm(qkv, block.attention_norm.weight.detach()),
-            attention.output.weight.detach(),
-            fold_norm_gated(
-                feed_forward.gate.weight.detach(),
-                feed_forward.up.weight.detach(),
-                block.feed_forward_norm.weight.detach(),
-            ),
-            feed_forward.down.weight.detach(),
+            by_rows(_joined, *(_matrix(part, norm) for part in (attention.query, attention.key, attention.value))),
+            _matrix(attention.output),
+            by_rows(interleaved, _matrix(feed_forward.gate, second_norm), _matrix(feed_forward.up, second_norm)),
+            _matrix(feed_forward.down),
         )
 
 
@@ -48,7 +47,7 @@ class StackWeights:
     @classmethod
     def of(cls, stack: Any) -> "StackWeights":
         blocks = [BlockWeights.of(block) for block in stack.blocks]
-        made = cls(stack.settings, blocks, blocks[0].output.new_zeros(0))
+        made = cls(stack.settings, blocks, torch.zeros(0, device=blocks[0].output.device))
         made.make_room(BLOCK)
         return made
 
@@ -70,20 +69,22 @@ class StackWeights:
 
 @dataclass(frozen=True)
 class CrossWeights:
-    query: Tensor  # [H*E, D] with the norm
-    key_value: Tensor  # [2*H*E, D] with the norm; grouped heads are repeated
-    output: Tensor  # [D, H*E]
+    query: Matrix  # [H*E, D] with the norm
+    key_value: Matrix  # [2*H*E, D] with the norm; grouped heads are repeated
+    output: Matrix  # [D, H*E]
 
     @classmethod
     def of(cls, cross: Any) -> "CrossWeights":
-        def repeated(weight: Tensor) -> Tensor:
-            return weight.unflatten(0, (-1, cross.head_dim)).repeat_interleave(cross.group, dim=0).flatten(0, 1)
+        def repeated(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (-1, cross.head_dim)).repeat_interleave(cross.group, dim=0).flatten(0, 1)
 
-        both = torch.cat([repeated(cross.key.weight.detach()), repeated(cross.value.weight.detach())])
+        def both(key: Tensor, value: Tensor) -> Tensor:
+            return torch.cat([repeated(key), repeated(value)])
+
         return cls(
-            fold_norm(cross.query.weight.detach(), cross.query_norm.weight.detach()),
-            fold_norm(both, cross.key_value_norm.weight.detach()),
-            cross.output.weight.detach(),
+            _matrix(cross.query, cross.query_norm),
+            by_rows(both, *(_matrix(part, cross.key_value_norm) for part in (cross.key, cross.value))),
+            _matrix(cross.output),
         )
 
 
@@ -95,8 +96,7 @@ class ByteLMWeights:
 
     @classmethod
     def of(cls, model: ByteLM) -> "ByteLMWeights":
-        output = fold_norm(model.output.weight.detach(), model.norm.weight.detach())
-        return cls(model.embedding.weight.detach(), StackWeights.of(model.stack), output)
+        return cls(model.embedding.weight.detach(), StackWeights.of(model.stack), _head(model))
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ class BLTWeights:
     settings: BLTSettings
     encoder: StackWeights
     encoder_cross: list[CrossWeights]
-    pooled_to_queries: Tensor  # [K*D, D]
-    projection: Tensor | None  # [G, K*D]
+    pooled_to_queries: Matrix  # [K*D, D]
+    projection: Matrix | None  # [G, K*D]
     middle: StackWeights
-    patch_to_keys: Tensor  # [K*D, G]
-    patch_key_values: Tensor  # [Y*2*H*E, D] of all the decoder's cross-attentions, each with its norm
+    patch_to_keys: Matrix  # [K*D, G]
+    patch_key_values: Matrix  # [Y*2*H*E, D] of all the decoder's cross-attentions, each with its norm
     decoder: StackWeights
     decoder_cross: list[CrossWeights]
     output: Tensor  # [V, D] with the norm
@@ -122,14 +122,14 @@ class BLTWeights:
             settings=model.settings,
             encoder=StackWeights.of(encoder.stack),
             encoder_cross=[CrossWeights.of(cross) for cross in encoder.cross_attention],
-            pooled_to_queries=encoder.pooled_to_queries.weight.detach(),
-            projection=projection.weight.detach() if isinstance(projection, torch.nn.Linear) else None,
+            pooled_to_queries=_matrix(encoder.pooled_to_queries),
+            projection=None if isinstance(projection, torch.nn.Identity) else _matrix(projection),
             middle=StackWeights.of(middle.stack),
-            patch_to_keys=decoder.patch_to_keys.weight.detach(),
-            patch_key_values=torch.cat([cross.key_value for cross in decoder_cross]),
+            patch_to_keys=_matrix(decoder.patch_to_keys),
+            patch_key_values=by_rows(_joined, *(cross.key_value for cross in decoder_cross)),
             decoder=StackWeights.of(decoder.stack),
             decoder_cross=decoder_cross,
-            output=fold_norm(decoder.output.weight.detach(), decoder.norm.weight.detach()),
+            output=_head(decoder),
         )
 
 
@@ -145,3 +145,19 @@ def supports(model: BLTModel | ByteLM, byte_lm: ByteLM | None) -> bool:
         stacks.append(model.settings)
     sizes += [stack.head_dim for stack in stacks]
     return all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+
+
+def _matrix(linear: Any, norm: Any = None) -> Matrix:
+    """A layer's matrix, with the norm before it."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.matrix  # the norm is in it
+    weight = linear.weight.detach()
+    return weight if norm is None else fold_norm(weight, norm.weight.detach())
+
+
+def _head(module: Any) -> Tensor:
+    return fold_norm(module.output.weight.detach(), module.norm.weight.detach())
+
+
+def _joined(*rows: Tensor) -> Tensor:
+    return torch.cat(rows)

@@ -1,0 +1,113 @@
+"""A model whose large matrices are rounded to one byte a number: half the memory of bfloat16, and of its reading.
+
+Everything that reads the model, whole texts, prompts or byte by byte, multiplies with the same rounded numbers. The
+weights of an RMSNorm are multiplied into the matrices after it first, as the kernels of decoding want them.
+
+What stays as it is: embeddings and hash tables, of which a byte reads few rows; the head, whose rounding would be that
+of the logits; norms; and a byte LM that decides about patches, since other entropies would be other patches.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bytelatent.errors import UserError
+from bytelatent.kernels.quantized import QuantizedMatrix
+from bytelatent.model import BLTModel, ByteLM
+from bytelatent.model.block import Block
+from bytelatent.model.blt import GlobalTransformer, LocalDecoder, LocalEncoder
+from bytelatent.model.patch_attention import CrossAttention
+
+Weights = Literal["full", "int8", "fp8"]  # full: as they are
+Model = TypeVar("Model", BLTModel, ByteLM, BLTModel | ByteLM)
+
+
+class QuantizedLinear(nn.Module):
+    """In place of an `nn.Linear` without bias; the norm before it is part of its matrix."""
+
+    def __init__(self, matrix: QuantizedMatrix):
+        super().__init__()
+        self.register_buffer("values", matrix.values)
+        self.register_buffer("scale", matrix.scale)
+
+    @property
+    def matrix(self) -> QuantizedMatrix:
+        values, scale = self.values, self.scale
+        assert isinstance(values, Tensor)
+        assert isinstance(scale, Tensor)
+        return QuantizedMatrix(values, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix.dense(x.dtype))
+
+
+def rounded(model: Model, weights: Weights, as_bytes: bool | None = None) -> Model:
+    """The model with rounded matrices; all else is shared with the one given, which stays as it is.
+
+    Args:
+        weights: int8 or fp8 (float8_e4m3fn), each row of a matrix with a scale of its own; full: the model itself.
+        as_bytes: whether to keep the matrices as bytes. None: on CUDA, whose kernels read them so. A CPU would spend
+            many times as long on making numbers of the bytes as on the product, so there they are written out.
+
+    Raises:
+        UserError: there is no such rounding, the device cannot do it, or a weight is NaN or infinite.
+    """
+    if weights not in get_args(Weights):
+        raise UserError(f"weights: '{weights}' is none; use {', '.join(get_args(Weights))}")
+    if weights == "full":
+        return model
+    some = next(model.parameters())
+    if weights == "fp8" and not _has_fp8(some.device):
+        raise UserError(f"weights: this {some.device.type} device cannot compute with fp8; use int8")
+    as_bytes = some.is_cuda if as_bytes is None else as_bytes
+    copied = copy.deepcopy(model, {id(part): part for part in [*model.parameters(), *model.buffers()]})
+    for name, part in list(copied.named_modules()):
+        for norm, linears in _matrices(part):
+            for child in linears:
+                linear = part.get_submodule(child)
+                assert isinstance(linear, nn.Linear), "the matrices are rounded already"
+                weight = linear.weight.detach().float()
+                if norm is not None:
+                    weight = weight * norm.weight.detach().float()
+                matrix = QuantizedMatrix.of(weight, weights, f"{name}.{child}")
+                part.set_submodule(child, QuantizedLinear(matrix) if as_bytes else _linear(matrix, some.dtype))
+            if norm is not None:
+                norm.weight = nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
+    return copied
+
+
+def _matrices(part: nn.Module) -> Iterator[tuple[Any, list[str]]]:
+    """A module's own large matrices by their names, and the norm before them, if there is one."""
+    if isinstance(part, Block):
+        yield part.attention_norm, ["attention.query", "attention.key", "attention.value"]
+        yield None, ["attention.output"]
+        yield part.feed_forward_norm, ["feed_forward.gate", "feed_forward.up"]
+        yield None, ["feed_forward.down"]
+    elif isinstance(part, CrossAttention):
+        yield part.query_norm, ["query"]
+        yield part.key_value_norm, ["key", "value"]
+        yield None, ["output"]
+    elif isinstance(part, LocalEncoder):
+        yield None, ["pooled_to_queries"]
+    elif isinstance(part, GlobalTransformer) and not isinstance(part.projection, nn.Identity):
+        yield None, ["projection"]
+    elif isinstance(part, LocalDecoder):
+        yield None, ["patch_to_keys"]
+
+
+def _linear(matrix: QuantizedMatrix, dtype: torch.dtype) -> nn.Linear:
+    """The rounded numbers in an ordinary layer."""
+    N, K = matrix.shape
+    linear = nn.Linear(K, N, bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix.dense(dtype), requires_grad=False)
+    return linear
+
+
+def _has_fp8(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cpu"
