@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bytelatent.kernels.overlap import launch_options
+
 # Shapes: T rows, D width, F feed-forward width
 
 ROWS, COLUMNS, INNER = 128, 256, 64  # of a program's tile, both matrices' columns together
@@ -26,15 +28,16 @@ def row_scale(x_TD: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x_TD.float().pow(2).mean(dim=-1) + eps)
 
 
-def fast_row_scale(x_TD: Tensor, eps: float) -> Tensor:
-    """The same by a kernel."""
+def fast_row_scale(x_TD: Tensor, eps: float, run: Tensor | None = None) -> Tensor:
+    """The same by a kernel; anything where `run`, one number on the device, is 0."""
     from bytelatent.kernels.gated_product_triton import row_scale_kernel
 
-    assert x_TD.is_contiguous(), "the states are not contiguous"
+    assert x_TD.stride(1) == 1, "a row is not contiguous"
     size, dim = x_TD.shape
     scale_T = torch.empty(size, dtype=torch.float32, device=x_TD.device)
     kernel: Any = row_scale_kernel
-    kernel[(size,)](x_TD, scale_T, eps, dim, 1 << (dim - 1).bit_length(), num_warps=2)
+    padded = 1 << (dim - 1).bit_length()
+    kernel[(size,)](x_TD, scale_T, run, eps, x_TD.stride(0), dim, padded, num_warps=2, **launch_options())
     return scale_T
 
 

@@ -3,12 +3,17 @@
 import triton
 import triton.language as tl
 
+from bytelatent.kernels.overlap_triton import wait_for_earlier
+
 
 @triton.jit
-def row_scale_kernel(x_ptr, out_ptr, eps, D: tl.constexpr, PADDED: tl.constexpr):
+def row_scale_kernel(x_ptr, out_ptr, run_ptr, eps, x_row, D: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, PADDED)
-    x = tl.load(x_ptr + row * D + at, mask=at < D, other=0.0).to(tl.float32)
+    wait_for_earlier(OVERLAP)
+    if run_ptr is not None and tl.load(run_ptr) == 0:
+        return
+    x = tl.load(x_ptr + row * x_row + at, mask=at < D, other=0.0).to(tl.float32)
     tl.store(out_ptr + row, tl.rsqrt(tl.sum(x * x, 0) / D + eps))
 
 

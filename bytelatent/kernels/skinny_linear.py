@@ -1,8 +1,8 @@
 """Products of a few rows with a large matrix, for decoding: the time is that of reading the matrix once.
 
-RMSNorm divides each row by one number, so it may be done after the product: the kernel sums the squares of the row that
-it reads anyway, and the norm's weights are part of the matrix (`fold_norm`). The residual is added as the result is
-written, and a SwiGLU's gate is applied to it.
+RMSNorm divides each row by one number, so it may be done after the product: for one row the kernel sums the squares of
+what it reads anyway, and the norm's weights are part of the matrix (`fold_norm`). The residual is added as the result
+is written, and a SwiGLU's gate is applied to it.
 
 For one row there is nothing for tensor cores to do: a program multiplies a few rows of the matrix with it and sums. For
 more, rows of the matrix are the product's tall side and the states its narrow one.
@@ -10,20 +10,23 @@ more, rows of the matrix are the product's tall side and the states its narrow o
 A matrix may be a `QuantizedMatrix`: a byte a number is read instead of two.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.kernels.gated_product import row_scale
+from bytelatent.kernels.gated_product import fast_row_scale, row_scale
 from bytelatent.kernels.overlap import launch_options
 from bytelatent.kernels.quantized import Matrix, QuantizedMatrix, dense
 
 # Shapes: M rows, at most a few hundred, K width of the states, N width of the result
 
-LIBRARY_FROM = 16  # rows above which the library's product is faster, though its norm and gate are more kernels
+LIBRARY_FROM = 64  # rows above which the library's product is faster, though its norm and gate are more kernels
+FLOAT32_LIBRARY_FROM = 16  # the same for float32, which tensor cores would round
 # The same of a quantized matrix. Written out for the library, nine bytes of it come and go for each one that the kernel
 # reads, which it does once for every 32 rows. (Counted, not measured.)
 QUANTIZED_LIBRARY_FROM = 128
@@ -39,6 +42,8 @@ class SkinnyLaunch:
         block_n: columns of the result a program, a power of two; from 16 on with tensor cores.
         block_k: how much of the width is looked at at once, a power of two; from 16 on with tensor cores.
         num_stages: how many such parts of the width are on their way at once.
+        splits: programs that share the width; only with tensor cores. The last of them to finish adds up what they
+            found, always in the same order.
     """
 
     block_m: int
@@ -46,10 +51,11 @@ class SkinnyLaunch:
     block_k: int
     num_warps: int
     num_stages: int
+    splits: int = 1
 
 
-def launch_for(M: int, N: int, K: int, gated: bool = False) -> SkinnyLaunch:
-    """The launch for M rows, N columns of the result and a width of K."""
+def launch_for(M: int, N: int, K: int, gated: bool = False, itemsize: int = 2) -> SkinnyLaunch:
+    """The launch for M rows, N columns of the result and a width of K, of a matrix of `itemsize` bytes a number."""
     if M == 1:
         if gated or (K >= 2048 and N <= 2048):
             block_n = 4 if not gated and N * K > 2**23 else 2
@@ -57,8 +63,15 @@ def launch_for(M: int, N: int, K: int, gated: bool = False) -> SkinnyLaunch:
         block_n = next((size for size in (8, 4) if size * PROGRAMS <= N), 2)
         # At 256 a warp has its own rows of the matrix, and no warp waits for another.
         return SkinnyLaunch(1, block_n, min(_power_of_two(K), 256), num_warps=min(block_n, 4), num_stages=8)
-    block_k = min(max(_power_of_two(K), 16), 128)
-    return SkinnyLaunch(min(max(_power_of_two(M), 16), 32), 16, block_k, num_warps=4, num_stages=4)
+    # 64 columns of the result are what Hopper's tensor cores take from shared memory at once.
+    block_n, block_k = (min(max(_power_of_two(size), 16), 64) for size in (N, K))
+    if gated and N <= 64 * PROGRAMS // 2:
+        block_n = min(block_n, 32)  # of either matrix
+    tiles, parts, splits = -(-N // block_n) * -(-M // 64), -(-K // block_k), 1
+    block_m = min(max(_power_of_two(M), 16), 64)
+    while not gated and splits < 4 and tiles * splits * 2 <= PROGRAMS and parts >= splits * 2 * 8:
+        splits *= 2
+    return SkinnyLaunch(block_m, block_n, block_k, num_warps=4, num_stages=5 if itemsize < 4 else 2, splits=splits)
 
 
 def fold_norm(weight_NK: Tensor, norm_K: Tensor) -> Tensor:
@@ -171,23 +184,48 @@ def _launched(
         if tensor is not None:
             assert tensor.shape == (M, width), f"{name}: {tuple(tensor.shape)}, not {(M, width)}"
             assert tensor.stride(1) == 1, f"{name}: a row is not contiguous"
-    most = LIBRARY_FROM if scale is None else QUANTIZED_LIBRARY_FROM
+    most = LIBRARY_FROM if weight.element_size() < 4 else FLOAT32_LIBRARY_FROM
+    most = most if scale is None else QUANTIZED_LIBRARY_FROM
     if len(x) > most and launch is None and x.is_cuda:
         return _by_library(x, dense(matrix, x.dtype), gated, eps, residual, residual_scale, dtype, out)
-    launch = launch or launch_for(M, N, K, gated)
-    strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, residual, out)]
-    shape = {"N": N, "K": K, "NORM": eps is not None, "GATED": gated}
+    launch = launch or launch_for(M, N, K, gated, weight.element_size())
+    x_row, residual_row, out_row = (0 if tensor is None else tensor.stride(0) for tensor in (x, residual, out))
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch_options()}
-    arguments = (x, weight, scale, residual, out, run, eps or 0.0, residual_scale, *strides)
+    shape = {"N": N, "K": K, "GATED": gated, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
     if launch.block_m == 1:
-        grid = (-(-N // launch.block_n), M)
-        blocks = {"BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k, "STAGES": launch.num_stages}
-        kernels.vector_kernel[grid](*arguments, **shape, **blocks, **options)
+        kernels.vector_kernel[-(-N // launch.block_n), M](
+            *(x, weight, scale, residual, out, run, eps or 0.0, residual_scale, x_row, residual_row, out_row),
+            **shape,
+            NORM=eps is not None,
+            STAGES=launch.num_stages,
+            **options,
+        )
         return out
-    blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
-    grid = (-(-M // launch.block_m), -(-N // launch.block_n))
-    kernels.matrix_kernel[grid](*arguments, M, **shape, **blocks, **options)
+    grid = (-(-M // launch.block_m), -(-N // launch.block_n), launch.splits)
+    sums = arrived = None
+    if launch.splits > 1:
+        assert math.prod(grid) <= PROGRAMS, f"{math.prod(grid)} programs share widths; at most {PROGRAMS}"
+        assert launch.block_m * launch.block_n * (1 + gated) <= 64 * 64, f"blocks of shared widths: {launch}"
+        sums, arrived = _scratch(x.device, torch.cuda.current_stream().cuda_stream if x.is_cuda else 0)
+    x_scale = None if eps is None else fast_row_scale(x, eps, run)
+    kernels.matrix_kernel[grid](
+        *(x, weight, scale, x_scale, residual, out, run, residual_scale, x_row, residual_row, out_row),
+        *(sums, arrived, M),
+        **shape,
+        BLOCK_M=launch.block_m,
+        SPLITS=launch.splits,
+        **options,
+    )
     return out
+
+
+@cache
+def _scratch(device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """What programs that share the width leave for each other: their sums, and how many are done.
+
+    Launches that follow one another on a stream use the same; the counts are 0 between them.
+    """
+    return torch.empty(PROGRAMS * 64 * 64, device=device), torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
 
 
 def plain_gate(gate_up_M2N: Tensor) -> Tensor:

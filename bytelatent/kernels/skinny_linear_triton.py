@@ -92,47 +92,58 @@ def vector_kernel(
 
 @triton.jit
 def matrix_kernel(
-    x_ptr, weight_ptr, scale_ptr, residual_ptr, out_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
-    M, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, residual_ptr, out_ptr, run_ptr, residual_scale, x_row, residual_row,
+    out_row, sums_ptr, arrived_ptr, M, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """Loads feed one `tl.dot` and nothing else: else Triton 3.6 refills a buffer that a product still reads."""
     wait_for_earlier(OVERLAP)
     if run_ptr is not None and tl.load(run_ptr) == 0:
         return
     MATRICES: tl.constexpr = 2 if GATED else 1
+    ROWS: tl.constexpr = MATRICES * BLOCK_N  # of the matrix; gates and what they gate in turn
     # Programs that share rows of the matrix follow each other.
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
     # What lies past the end repeats the last row or column: no mask, and what it is is not stored.
-    weight = weight_ptr + tl.minimum(n, N - 1)[:, None] * (MATRICES * K) + k[None, :]
+    row = tl.minimum(row, MATRICES * N - 1)
+    weight = weight_ptr + row[:, None] * K + k[None, :]
     x_at = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * x_row + k[:, None]
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    acc_up = acc
-    squares = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
-    scale, scale_up = row_scales(scale_ptr, n[:, None], N, GATED)
-    for at in tl.range(0, K, BLOCK_K):
+    acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    PART: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    begin = tl.program_id(2) * PART
+    for at in tl.range(begin, tl.minimum(begin + PART, K), BLOCK_K):
         if K % BLOCK_K == 0:
             x = tl.load(x_at + at)
             w = tl.load(weight + at)
-            if GATED:
-                w_up = tl.load(weight + K + at)
         else:
             within = k < K - at
             x = tl.load(x_at + at, mask=within[:, None], other=0.0)
             w = tl.load(weight + at, mask=within[None, :], other=0.0)
-            if GATED:
-                w_up = tl.load(weight + K + at, mask=within[None, :], other=0.0)
         if scale_ptr is not None:
             w = w.to(x.dtype)
-            if GATED:
-                w_up = w_up.to(x.dtype)
         acc = tl.dot(w, x.to(w.dtype), acc, input_precision="ieee")
-        if GATED:
-            acc_up = tl.dot(w_up, x.to(w.dtype), acc_up, input_precision="ieee")
-        if NORM:
-            squares += x.to(tl.float32) * x.to(tl.float32)
-    y = finished(acc * scale, acc_up * scale_up, tl.sum(squares, 0)[None, :], eps, K, NORM, GATED)
+    if SPLITS > 1:
+        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        inner = tl.arange(0, ROWS)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.store(sums_ptr + (tile * SPLITS + tl.program_id(2)) * (ROWS * BLOCK_M) + inner, acc)
+        tl.debug_barrier()  # all threads have written before one of them says so
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
+            return
+        acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
+        for other in tl.static_range(SPLITS):
+            acc += tl.load(sums_ptr + (tile * SPLITS + other) * (ROWS * BLOCK_M) + inner, cache_modifier=".cg")
+        tl.store(arrived_ptr + tile, 0)
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + row)[:, None]
+    if x_scale_ptr is not None:
+        acc *= tl.load(x_scale_ptr + tl.minimum(m, M - 1))[None, :]
+    y = acc
+    if GATED:
+        y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N, 2, BLOCK_M]), (0, 2, 1)))
+        y = y / (1.0 + tl.exp(-y)) * up
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     stored = (n < N)[:, None] & (m < M)[None, :]
     wide = m.to(tl.int64)[None, :]
     if residual_ptr is not None:
