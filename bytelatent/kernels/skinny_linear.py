@@ -63,15 +63,17 @@ def launch_for(M: int, N: int, K: int, gated: bool = False, itemsize: int = 2) -
         block_n = next((size for size in (8, 4) if size * PROGRAMS <= N), 2)
         # At 256 a warp has its own rows of the matrix, and no warp waits for another.
         return SkinnyLaunch(1, block_n, min(_power_of_two(K), 256), num_warps=min(block_n, 4), num_stages=8)
-    # 64 columns of the result are what Hopper's tensor cores take from shared memory at once.
-    block_n, block_k = (min(max(_power_of_two(size), 16), 64) for size in (N, K))
+    # 64 rows of the matrix are what Hopper's tensor cores take from shared memory at once.
+    block_m, block_n, block_k = (min(max(_power_of_two(size), 16), 64) for size in (M, N, K))
     if gated and N <= 64 * PROGRAMS // 2:
         block_n = min(block_n, 32)  # of either matrix
-    tiles, parts, splits = -(-N // block_n) * -(-M // 64), -(-K // block_k), 1
-    block_m = min(max(_power_of_two(M), 16), 64)
-    while not gated and splits < 4 and tiles * splits * 2 <= PROGRAMS and parts >= splits * 2 * 8:
+    tiles, splits = -(-M // block_m) * -(-N // block_n), 1
+    while not gated and splits < 4 and tiles * splits * 2 <= PROGRAMS and K >= splits * 2 * 512:
         splits *= 2
-    return SkinnyLaunch(block_m, block_n, block_k, num_warps=4, num_stages=5 if itemsize < 4 else 2, splits=splits)
+    if splits > 1:
+        block_k = 128
+    num_stages = 2 if itemsize >= 4 else 4 if splits > 1 else 5 if gated else 8
+    return SkinnyLaunch(block_m, block_n, block_k, num_warps=4, num_stages=num_stages, splits=splits)
 
 
 def fold_norm(weight_NK: Tensor, norm_K: Tensor) -> Tensor:

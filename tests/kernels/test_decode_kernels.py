@@ -63,7 +63,7 @@ def test_skinny_products() -> None:
             {"M": 70, "N": 17, "K": 48},
             {"M": 5, "N": 20, "K": 100, "residual": "float32", "launch": [16, 16, 16, 4, 2, 2]},
             {"M": 20, "N": 40, "K": 150, "launch": [16, 32, 16, 4, 2, 4]},
-            {"M": 3, "N": 24, "K": 600, "dtype": "float16", "norm": False},
+            {"M": 3, "N": 24, "K": 1200, "dtype": "float16", "norm": False},
             {"M": 4, "N": 48, "K": 64, "gated": True, "norm": False},
             {"M": 3, "N": 32, "K": 96, "dtype": "float16", "residual": "bfloat16"},
             {"M": 3, "N": 32, "K": 96, "dtype": "float16", "gated": True},
