@@ -82,7 +82,7 @@ def hash_embed(
     """The sum of each new byte's embedding and its n-grams', [T, D].
 
     Args:
-        tail_BL: the last ids of each sequence, the newest last, int32 or int64; a whole stream is one sequence, all new.
+        tail_BL: the last ids of each sequence, the newest last, int32 or int64; a whole stream is one, all new.
         history_T: how many ids before each new one count, int32 or int64; what lies before them, or before a tail's
             first, counts as zero.
         powers_NW: see `ngram_powers`.

@@ -29,7 +29,9 @@ def hash_embed_kernel(
     rows = table * V + tl.where(hashes < 0, hashes + V, hashes)
     if rows_ptr is not None and tl.program_id(1) == 0:
         tl.store(rows_ptr + t.to(tl.int64) * N + table, rows, mask=table < N)
-    found = tl.load(tables_ptr + rows[:, None] * D + d[None, :], mask=(table < N)[:, None] & (d < D)[None, :], other=0.0)
+    found = tl.load(
+        tables_ptr + rows[:, None] * D + d[None, :], mask=(table < N)[:, None] & (d < D)[None, :], other=0.0
+    )
     x = tl.sum(found.to(tl.float32), 0)
     if embedding_ptr is not None:
         own = embedding_ptr + tl.load(newest).to(tl.int64) * D + d
