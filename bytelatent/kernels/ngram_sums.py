@@ -38,6 +38,7 @@ def _ngram_sums(
         rows_TN = hash_rows(tail_BL, history_T, powers_NW, tables_NVD.shape[0] // powers_NW.shape[0], new)
         return F.embedding_bag(rows_TN, tables_NVD, mode="sum"), rows_TN
     rows_TN = torch.empty(history_T.shape[0], powers_NW.shape[0], dtype=torch.int64, device=tail_BL.device)
+    tail_BL, history_T = tail_BL.contiguous(), history_T.contiguous()
     return hash_embed(tail_BL, history_T, powers_NW, tables_NVD, None, new=new, rows=rows_TN), rows_TN
 
 
