@@ -1,14 +1,15 @@
 """A new byte's embedding plus those of the n-grams that end at it, hashes and sum in one kernel.
 
-The hashes are those of `bytelatent.model.ngram_hash`.
+The hash of an n-gram x_0 .. x_{n-1} is (sum_j x_j * p^j mod 2^64, as a signed number) mod V, for a prime p.
 
-Source: Pagnoni et al. 2024, section 3.2.1.
+Source: Pagnoni et al. 2024, section 3.2.1; the published hash functions.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.kernels.overlap import launch_options
@@ -30,6 +31,21 @@ def ngram_powers(primes: Sequence[int], sizes: Sequence[int], device: torch.devi
     return torch.tensor(powers, dtype=torch.int64, device=device)
 
 
+def hash_rows(tail_BL: Tensor, history_T: Tensor, powers_NW: Tensor, rows: int, new: int) -> Tensor:
+    """The row of each table that each new id looks up, numbered through all tables of `rows` rows, int64 [T, N].
+
+    The other arguments: see `hash_embed`.
+    """
+    num_tables, widest = powers_NW.shape
+    length = tail_BL.shape[1]
+    total_TN = powers_NW.new_zeros(history_T.shape[0], num_tables)
+    for back in range(widest):
+        earlier_T = F.pad(tail_BL, (back, 0))[:, length - new : length].flatten()
+        counted_T = torch.where(history_T >= back, earlier_T, 0)
+        total_TN = total_TN + counted_T[:, None] * powers_NW[:, back]  # int64 wraps: arithmetic mod 2^64
+    return total_TN.remainder(rows) + torch.arange(num_tables, device=tail_BL.device) * rows
+
+
 def plain_hash_embed(
     tail_BL: Tensor,
     history_T: Tensor,
@@ -42,15 +58,9 @@ def plain_hash_embed(
     run: Tensor | None = None,
 ) -> Tensor:
     """What `hash_embed` computes, in float32."""
-    num_tables, widest = powers_NW.shape
-    newest = torch.arange(tail_BL.shape[1] - new, tail_BL.shape[1], device=tail_BL.device)
-    back = torch.arange(widest, device=tail_BL.device)
-    ids_TW = tail_BL[:, newest[:, None] - back].flatten(0, 1)
-    counted_TW = torch.where(back <= history_T[:, None], ids_TW.long(), 0)
-    rows = tables_NVD.shape[0] // num_tables
-    hashes_TN = (counted_TW[:, None] * powers_NW).sum(-1).remainder(rows)
-    hashes_TN = hashes_TN + torch.arange(num_tables, device=tail_BL.device) * rows
-    x_TD = embedding_D[ids_TW[:, 0].long()].float() + tables_NVD[hashes_TN].float().sum(1)
+    rows_TN = hash_rows(tail_BL, history_T, powers_NW, tables_NVD.shape[0] // powers_NW.shape[0], new)
+    newest_T = tail_BL[:, tail_BL.shape[1] - new :].flatten().long()
+    x_TD = embedding_D[newest_T].float() + tables_NVD[rows_TN].float().sum(1)
     out = x_TD.new_zeros(x_TD.shape, dtype=embedding_D.dtype) if out is None else out
     if run is None or bool(run):
         out.copy_(x_TD)
@@ -62,22 +72,25 @@ def hash_embed(
     history_T: Tensor,
     powers_NW: Tensor,
     tables_NVD: Tensor,
-    embedding_D: Tensor,
+    embedding_D: Tensor | None,
     *,
     new: int = 1,
     out: Tensor | None = None,
+    rows: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
     """The sum of each new byte's embedding and its n-grams', [T, D].
 
     Args:
-        tail_BL: the last ids of each sequence, the newest last, int32 or int64; L is at least S + W - 1.
-        history_T: how many ids before each new one count, int32 or int64; what lies before them counts as zero.
+        tail_BL: the last ids of each sequence, the newest last, int32 or int64; a whole stream is one, all new.
+        history_T: how many ids before each new one count, int32 or int64; what lies before them, or before a tail's
+            first, counts as zero.
         powers_NW: see `ngram_powers`.
         tables_NVD: [N*V, D] the rows of all tables, one table after the other.
-        embedding_D: [ids, D] the embeddings of the ids themselves.
+        embedding_D: [ids, D] the embeddings of the ids themselves; None leaves them out.
         new: S.
-        out: where the result goes, of any dtype, contiguous; a new tensor of the embedding's dtype.
+        out: where the result goes, of any dtype, contiguous; a new tensor of the tables' dtype.
+        rows: int64 [T, N], where the rows that are looked up go, as of `hash_rows`.
         run: one number on the device; where it is 0 nothing is written.
     """
     from bytelatent.kernels import hash_embed_triton
@@ -85,15 +98,18 @@ def hash_embed(
     kernels: Any = hash_embed_triton
     sequences, length = tail_BL.shape
     num_tables, widest = powers_NW.shape
-    dim = embedding_D.shape[1]
+    dim = tables_NVD.shape[1]
     if out is None:
-        out = torch.empty(sequences * new, dim, dtype=embedding_D.dtype, device=embedding_D.device)
-    assert length >= new + widest - 1, f"{new} new ids and n-grams of {widest} need longer tails than {length}"
+        out = torch.empty(sequences * new, dim, dtype=tables_NVD.dtype, device=tables_NVD.device)
+    assert new <= length, f"{new} new ids in tails of {length}"
     assert history_T.shape == (sequences * new,), f"history: {tuple(history_T.shape)}"
     assert tables_NVD.shape[0] % num_tables == 0, f"{tables_NVD.shape[0]} rows are no {num_tables} tables"
-    assert tables_NVD.shape[1] == dim, "embeddings of ids and of n-grams differ in width"
-    for name, tensor in {"tail": tail_BL, "tables": tables_NVD, "embedding": embedding_D, "out": out}.items():
-        assert tensor.is_contiguous(), f"{name}: not contiguous"
+    assert embedding_D is None or embedding_D.shape[1] == dim, "embeddings of ids and of n-grams differ in width"
+    given = {"tail": tail_BL, "history": history_T, "tables": tables_NVD, "embedding": embedding_D, "out": out}
+    for name, tensor in given.items():
+        assert tensor is None or tensor.is_contiguous(), f"{name}: not contiguous"
+    if out.shape[0] == 0:
+        return out
     block = 128
     kernels.hash_embed_kernel[(sequences * new, -(-dim // block))](
         tail_BL,
@@ -102,9 +118,10 @@ def hash_embed(
         tables_NVD,
         embedding_D,
         out,
+        rows,
         run,
-        S=new,
-        L=length,
+        new,
+        length,
         N=num_tables,
         PADDED_N=_power_of_two(num_tables),
         W=widest,

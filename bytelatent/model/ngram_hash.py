@@ -6,9 +6,11 @@ Source: Pagnoni et al. 2024, section 3.2.1; the published hash functions.
 import torch
 from torch import Tensor, nn
 
+from bytelatent.kernels.hash_embed import ngram_powers
+from bytelatent.kernels.ngram_sums import ngram_sums
 from bytelatent.model.settings import NgramHashSettings
 
-# Shapes: T ids in the stream, S tables (functions x sizes), D local width
+# Shapes: T ids in the stream, S tables (functions x sizes), W longest n-gram, D local width
 
 PRIMES = (
     1000000007,
@@ -25,53 +27,37 @@ PRIMES = (
 )
 
 
-def ngram_hashes(ids: Tensor, history: Tensor, size: int, function: int, vocab_size: int) -> Tensor:
-    """The hash of the n-gram that ends at each id.
-
-    h_i = (sum_j x_{i-size+1+j} * p^j mod 2^64, signed) mod vocab_size, with zeros before the start.
-
-    Args:
-        ids: [..., T] int64.
-        history: [..., T] how many ids before each one count; what lies before them counts as zero.
-        size: the n of the n-gram.
-        function: which of the published primes.
-        vocab_size: rows of the table.
-
-    Returns:
-        int64 [..., T] in [0, vocab_size).
-    """
-    total = torch.zeros_like(ids)
-    for back in range(size):
-        power = pow(PRIMES[function], size - 1 - back, 2**64)
-        signed = power - 2**64 if power >= 2**63 else power
-        earlier = torch.cat([torch.zeros_like(ids[..., :back]), ids[..., : max(ids.shape[-1] - back, 0)]], dim=-1)
-        earlier = earlier[..., : ids.shape[-1]]
-        total = total + torch.where(history >= back, earlier, 0) * signed  # int64 wraps: arithmetic mod 2^64
-    return total.remainder(vocab_size)
-
-
 class NgramHashEmbedding(nn.Module):
-    """The sum of a byte's n-gram embeddings, one table a function and size, all in one tensor, function-major."""
+    """The sum of a byte's n-gram embeddings, one table a function and size, all in one tensor, function-major.
+
+    `tables.sparse` says whether the tables' gradient is a sparse tensor of the rows seen.
+    """
 
     def __init__(self, settings: NgramHashSettings, dim: int):
         super().__init__()
         self.settings = settings
         self.tables = nn.EmbeddingBag(settings.num_tables * settings.vocab_size, dim, mode="sum")
+        self._powers: Tensor | None = None
 
-    def rows(self, ids: Tensor, history: Tensor) -> Tensor:
-        """[T, S] the row of each table that each id looks up."""
-        settings = self.settings
-        hashes = [
-            ngram_hashes(ids, history, size, function, settings.vocab_size)
-            for function in range(settings.num_functions)
-            for size in settings.sizes
-        ]
-        offsets = torch.arange(len(hashes), device=ids.device) * settings.vocab_size
-        return torch.stack(hashes, dim=-1) + offsets
+    def powers(self, device: torch.device) -> Tensor:
+        """[S, W] see `ngram_powers`. No buffer: those of a model that is made on no device are never filled."""
+        if self._powers is None or self._powers.device != device:
+            self._powers = ngram_powers(PRIMES[: self.settings.num_functions], self.settings.sizes, device)
+        return self._powers
 
     def forward(self, ids: Tensor, history: Tensor) -> Tensor:
-        return self.tables(self.rows(ids, history))
+        """[T, D] for the ids of a stream.
+
+        Args:
+            ids: [T] int64.
+            history: [T] how many ids before each one count; what lies before them counts as zero.
+        """
+        return self._sums(ids[None], history, new=ids.shape[0])
 
     def of_last(self, tail_TN: Tensor, position: Tensor) -> Tensor:
         """The sum for the last of N ids in a row, [T, D], `position` [T] ids after its document's start."""
-        return self.tables(self.rows(tail_TN, position[:, None].expand_as(tail_TN))[:, -1])
+        return self._sums(tail_TN, position, new=1)
+
+    def _sums(self, tail_BL: Tensor, history: Tensor, new: int) -> Tensor:
+        weight = self.tables.weight
+        return ngram_sums(tail_BL, history, self.powers(weight.device), weight, new=new, sparse=self.tables.sparse)

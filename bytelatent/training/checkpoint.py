@@ -18,6 +18,7 @@ from bytelatent.errors import UserError
 from bytelatent.files import newest_whole, whole_folder
 from bytelatent.interop import Config, save
 from bytelatent.interop.tensors import read_weights
+from bytelatent.training.optimizer import Optimizers
 
 
 @dataclass
@@ -25,7 +26,7 @@ class TrainState:
     """What changes from step to step."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Optimizers
     loader: Loader
     step: int = 0  # steps done
     bytes_seen: int = 0  # bytes of text predicted

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from bytelatent.data import Batch, DataSettings, Loader, Patcher, batches_once, surprise
 from bytelatent.device import autocast, choose_device, choose_dtype
@@ -20,6 +19,7 @@ from bytelatent.model import build, compile_regions
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.text import find_files
 from bytelatent.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from bytelatent.training.clipping import clip
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.run import Run, open_run
@@ -95,7 +95,7 @@ def _step(
     began = time.perf_counter()
     rate = learning_rate(state.step, _after_warmup(state, settings), settings.optimizer)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]
     batches = [next(state.loader) for _ in range(settings.optimizer.accumulation)]
     num_targets = sum(batch.num_targets for batch in batches)
     nats = 0.0
@@ -103,7 +103,7 @@ def _step(
         part = loss(batch.to(device))
         (part / num_targets).backward()
         nats += float(part.detach())
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), settings.optimizer.clip)
+    norm = clip(state.model.parameters(), settings.optimizer.clip)
     if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(nats))):
         raise UserError(
             f"the loss is not finite at step {state.step + 1} (loss {nats / num_targets:g}, gradient norm {norm:g}); "

@@ -11,13 +11,34 @@ from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
 from bytelatent.patching import PatchSettings
 
 
-class OptimizerSettings(Settings):
-    """AdamW, with linear warm-up and a cosine to `final_lr_ratio` of the peak.
+class LearningRateScale(Settings):
+    """What the learning rate of each part of the model is multiplied with.
 
-    Defaults: Pagnoni et al. 2024, section 4.8.
+    Attributes:
+        byte_embedding, hash_tables: of the encoder (or the byte LM), and not of `encoder`.
     """
 
+    byte_embedding: float = Field(default=1.0, gt=0)
+    hash_tables: float = Field(default=1.0, gt=0)
+    encoder: float = Field(default=1.0, gt=0)
+    global_transformer: float = Field(default=1.0, gt=0)
+    decoder: float = Field(default=1.0, gt=0)
+
+
+class OptimizerSettings(Settings):
+    """AdamW or Muon, with linear warm-up and a cosine to `final_lr_ratio` of the peak.
+
+    Defaults: Pagnoni et al. 2024, section 4.8.
+
+    Attributes:
+        name: `muon` trains the matrices of the blocks by Muon, and the rest by AdamW.
+        hash_gradients: with `rows` the hash tables' gradients hold only the rows that a step sees, and AdamW touches
+            only these; see `SparseRowsAdamW` for what differs.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=4e-4, gt=0)
+    lr_scale: LearningRateScale = LearningRateScale()
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -25,6 +46,7 @@ class OptimizerSettings(Settings):
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
     accumulation: int = Field(default=1, ge=1)
+    hash_gradients: Literal["dense", "rows"] = "dense"
 
 
 class CalibrationSettings(Settings):
@@ -108,6 +130,21 @@ class TrainSettings(Settings):
             raise ValueError("set steps or minutes: how long to train")
         if self.steps is not None and self.minutes is not None:
             raise ValueError("steps and minutes are both set; set the one that should not count to null: minutes=null")
+        return self
+
+    @model_validator(mode="after")
+    def _parts(self) -> Self:
+        """What is said of a part of the model that it has not would be passed over."""
+        scales = self.optimizer.lr_scale
+        if isinstance(self.model, ByteLMSettings):
+            for name in ("hash_tables", "encoder", "global_transformer", "decoder"):
+                if getattr(scales, name) != 1:
+                    raise ValueError(f"optimizer.lr_scale.{name} belongs to a BLT; this model is a byte LM")
+        if isinstance(self.model, ByteLMSettings) or self.model.ngram_hash is None:
+            if scales.hash_tables != 1:
+                raise ValueError("optimizer.lr_scale.hash_tables: this model has no hash tables; leave it out")
+            if self.optimizer.hash_gradients == "rows":
+                raise ValueError("optimizer.hash_gradients: this model has no hash tables; leave 'rows' out")
         return self
 
     @model_validator(mode="after")

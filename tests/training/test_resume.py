@@ -122,6 +122,8 @@ def test_a_byte_lm_that_is_killed_goes_on_bit_for_bit(
         {"data": {"context": 16, "batch_bytes": 40}},  # pieces are cut to fit
         {"data": {"batch_patches": 30}},
         {"dtype": "bfloat16"},
+        {"optimizer": {"lr": 3e-3, "warmup_steps": 3, "accumulation": 2, "hash_gradients": "rows"}},
+        {"optimizer": {"name": "muon", "warmup_steps": 3, "hash_gradients": "rows", "lr_scale": {"hash_tables": 3.0}}},
         {"seed": 5, "validation": {"every": 4, "max_bytes": 500}},
     ],
     ids=str,

@@ -1,5 +1,6 @@
 """Settings that will not do are one line and exit code 2."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def refused(arguments: list[str]) -> str:
 
 ENOUGH = ["model=demo-byte-lm", "data.train=x", "steps=3"]
 ENOUGH_BLT = ["model=demo-blt", "data.train=x", "steps=3"]
+NO_TABLES = json.dumps({**BLT, "ngram_hash": None})
+WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,13 @@ ENOUGH_BLT = ["model=demo-blt", "data.train=x", "steps=3"]
         (["model=zzz", *ENOUGH[1:]], "model: no preset 'zzz'"),
         ([*ENOUGH, "dtype=float16"], "dtype: Input should be 'auto', 'float32' or 'bfloat16', not 'float16'"),
         ([*ENOUGH, "optimizer.lr=-1"], "optimizer.lr: "),
+        ([*ENOUGH, "optimizer.name=adam"], "optimizer.name: Input should be 'adamw' or 'muon', not 'adam'"),
+        ([*ENOUGH, "optimizer.lr_scale.embeding=2"], "optimizer.lr_scale.embeding: unknown key; "),
+        ([*ENOUGH, "optimizer.lr_scale.decoder=0"], "optimizer.lr_scale.decoder: "),
+        ([*ENOUGH, "optimizer.lr_scale.encoder=2"], "optimizer.lr_scale.encoder belongs to a BLT"),
+        ([*ENOUGH, "optimizer.hash_gradients=rows"], "optimizer.hash_gradients: this model has no hash tables"),
+        ([*WITHOUT_TABLES, "optimizer.hash_gradients=rows"], "optimizer.hash_gradients: this model has no hash tables"),
+        ([*WITHOUT_TABLES, "optimizer.lr_scale.hash_tables=2"], "optimizer.lr_scale.hash_tables: this model has no"),
         (["config=absent.yaml"], "config: 'absent.yaml' does not exist"),
         ([], "name a configuration or settings"),
         ([*ENOUGH, "steps"], "'steps' is not a setting"),

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from bytelatent.training import loop, read_metrics, train
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.settings import OptimizerSettings
-from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, checkpoints, losses, settings, write_text
+from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, checkpoints, losses, settings, unigram_bits, write_text
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1, 4])
@@ -100,12 +99,6 @@ def test_gradients_are_averaged_over_all_targets_and_clipped(text: Path) -> None
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, wanted / 3, rtol=1e-3, atol=1e-7)
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def unigram_bits(path: Path) -> float:
-    text = "".join(json.loads(line)["text"] for line in path.read_text().splitlines())
-    counts = Counter(text)
-    return -sum(n / len(text) * math.log2(n / len(text)) for n in counts.values())
 
 
 @pytest.mark.parametrize("kind", ["byte LM", "BLT"])

@@ -1,10 +1,12 @@
 """Runs small enough for a test: their text, their settings, their command."""
 
 import json
+import math
 import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,13 @@ def write_text(path: Path, seed: int, num_documents: int = 60) -> Path:
     rows = [{"text": " ".join(draw.choice(WORDS) for _ in range(20)) + "."} for _ in range(num_documents)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def unigram_bits(path: Path) -> float:
+    """What a letter of a text costs one who knows how often each comes."""
+    text = "".join(json.loads(line)["text"] for line in path.read_text().splitlines())
+    counts = Counter(text)
+    return -sum(n / len(text) * math.log2(n / len(text)) for n in counts.values())
 
 
 def byte_lm_run(run: Path, text: Path, steps: int = 12, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""What `test_hash_training.py` runs in Triton's interpreter, and anyone on a GPU: the kernels that train hash tables.
+
+    python -m tests.kernels.hash_cases '[["sums", {"T": 40, "N": 3, "rows": 9, "dim": 40}]]'
+
+gives the largest differences from what is expected of each case, as JSON; all of them are 0 or rounding.
+"""
+
+import json
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from bytelatent.kernels.hash_embed import hash_embed, ngram_powers
+from bytelatent.kernels.row_adamw import fast_row_update, plain_row_update
+from bytelatent.kernels.row_sums import fast_row_sums
+from bytelatent.model.ngram_hash import PRIMES
+from tests.kernels.decode_cases import DEVICE, Errors, difference
+from tests.model.slow import ngram_hash
+
+
+def stream(sequences: int, new: int, before: int, sizes: list[int], functions: int, rows: int, dim: int) -> Errors:
+    """Whole sequences at once, without zeros in front; histories may reach back further than there are ids."""
+    ids = torch.randint(0, 260, (sequences, before + new))
+    history = torch.randint(0, 2 * max(sizes), (sequences * new,))
+    tables = torch.randn(functions * len(sizes) * rows, dim)
+    found = torch.full((sequences * new, functions * len(sizes)), -1)
+    powers = ngram_powers(PRIMES[:functions], sizes, DEVICE)
+    out = hash_embed(ids, history, powers, tables, None, new=new, rows=found)
+    expected = []
+    for number, reach in enumerate(history.tolist()):
+        sequence, at = ids[number // new].tolist(), before + number % new
+        text = [value if at - place <= reach else 0 for place, value in enumerate(sequence)]
+        hashes = [ngram_hash(text, at, size, function, rows) for function in range(functions) for size in sizes]
+        expected.append([table * rows + value for table, value in enumerate(hashes)])
+    expected = torch.tensor(expected, device=found.device)
+    return {"rows": difference(found, expected), "error": difference(out, tables[expected].sum(1))}
+
+
+def sums(T: int, N: int, rows: int, dim: int) -> Errors:
+    """Against a product with a matrix of ones. Some rows are seen by all states, most by few."""
+    lookups = (rows * torch.rand(T, N) ** 4).long()
+    grads = torch.randn(T, dim)
+    seen, found = fast_row_sums(lookups, grads)
+    counts = F.one_hot(lookups, rows).sum(1).double()
+    expected = (counts.T @ grads.double())[counts.sum(0) > 0]
+    return {"rows": difference(seen, counts.sum(0).nonzero()[:, 0]), "error": difference(found, expected)}
+
+
+def update(rows: int, seen: int, dim: int, weight_decay: float = 0.0) -> Errors:
+    """Rows that are not seen stay as they are."""
+    tables = [torch.randn(rows, dim), torch.randn(rows, dim), torch.rand(rows, dim)]
+    copies = [table.clone() for table in tables]
+    which = torch.randperm(rows)[:seen].sort().values
+    step, root = torch.rand(seen) + 0.1, torch.rand(seen) + 0.1
+    rest = (which, torch.randn(seen, dim), step, root, (0.9, 0.95), 1e-8, 1 - weight_decay)
+    fast_row_update(*tables, *rest)
+    plain_row_update(*copies, *rest)
+    return {name: difference(*both) for name, *both in zip(("weight", "mean", "square"), tables, copies, strict=True)}
+
+
+CASES = {"stream": stream, "sums": sums, "update": update}
+
+if __name__ == "__main__":
+    torch.set_default_device(DEVICE)
+    torch.manual_seed(0)
+    print(json.dumps([CASES[name](**arguments) for name, arguments in json.loads(sys.argv[1])]))

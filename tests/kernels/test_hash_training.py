@@ -1,0 +1,147 @@
+"""Hash tables in training: the kernels in Triton's interpreter, their plain twins, and the operator around them."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bytelatent.kernels.hash_embed import hash_rows, ngram_powers
+from bytelatent.kernels.row_adamw import row_adamw
+from bytelatent.kernels.row_sums import plain_row_sums, row_sums
+from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
+from bytelatent.model.settings import NgramHashSettings
+
+
+def check(**cases_of: list[dict]) -> None:
+    """Run cases of `hash_cases.py` in one process, as the interpreter is chosen before Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    named = [(name, case) for name, cases in cases_of.items() for case in cases]
+    command = [sys.executable, "-m", "tests.kernels.hash_cases", json.dumps(named)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for (_, case), errors in zip(named, json.loads(done.stdout), strict=True):
+        assert errors.get("rows", 0) == 0, (case, errors)
+        assert max(errors.values()) < 3e-5, (case, errors)
+
+
+def test_kernels() -> None:
+    pytest.importorskip("triton")
+    check(
+        stream=[
+            {"sequences": 1, "new": 30, "before": 0, "sizes": [3, 5, 8], "functions": 1, "rows": 997, "dim": 24},
+            {"sequences": 3, "new": 4, "before": 2, "sizes": [1, 4], "functions": 3, "rows": 64, "dim": 130},
+            {"sequences": 1, "new": 1, "before": 0, "sizes": [2], "functions": 1, "rows": 5, "dim": 8},
+        ],
+        sums=[
+            {"T": 200, "N": 2, "rows": 30, "dim": 24},  # rows of up to 180 states
+            {"T": 30, "N": 3, "rows": 50, "dim": 130},
+            {"T": 1, "N": 1, "rows": 3, "dim": 16},
+            {"T": 20, "N": 1, "rows": 1, "dim": 7},
+            {"T": 0, "N": 2, "rows": 3, "dim": 16},
+        ],
+        update=[
+            {"rows": 9, "seen": 5, "dim": 40},
+            {"rows": 4, "seen": 4, "dim": 1030, "weight_decay": 0.3},
+            {"rows": 4, "seen": 0, "dim": 8},
+        ],
+    )
+
+
+def embedding_and_stream(size: int, dtype: torch.dtype = torch.float64) -> tuple[NgramHashEmbedding, Tensor, Tensor]:
+    torch.manual_seed(size)
+    model = NgramHashEmbedding(NgramHashSettings(sizes=[2, 3, 5], num_functions=2, vocab_size=29), 12).to(dtype)
+    return model, torch.randint(0, 9, (size,)), torch.randint(0, 7, (size,))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 60), st.booleans())
+def test_the_gradient_is_autograds(size: int, sparse: bool) -> None:
+    model, ids, history = embedding_and_stream(size)
+    model.tables.sparse = sparse
+    weight, grads = model.tables.weight, torch.randn(size, 12, dtype=torch.float64)
+    rows = hash_rows(ids[None], history, ngram_powers(PRIMES[:2], [2, 3, 5]), 29, new=size)
+    copy = weight.detach().clone().requires_grad_()
+    expected = copy[rows].sum(1)
+    expected.backward(grads)
+    found = model(ids, history)
+    torch.testing.assert_close(found, expected)
+    found.backward(grads)
+    assert weight.grad is not None
+    assert copy.grad is not None
+    torch.testing.assert_close(weight.grad.to_dense(), copy.grad)
+    assert weight.grad.is_sparse == sparse
+    if sparse:  # what the next one to use it need not sort again
+        assert weight.grad._indices()[0].tolist() == sorted(set(rows.flatten().tolist()))
+        model(ids, history).backward(grads)
+        torch.testing.assert_close(weight.grad.to_dense(), 2 * copy.grad)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_one_graph(sparse: bool) -> None:
+    """Whole, under torch.compile, with a gradient of as many rows as there happen to be."""
+    model, ids, history = embedding_and_stream(40, torch.float32)
+    model.tables.sparse = sparse
+    weight, gradients, outputs = model.tables.weight, [], []
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    grads = torch.randn(40, 12)
+    for run in (model, compiled):
+        outputs.append(run(ids, history))
+        outputs[-1].backward(grads)
+        assert weight.grad is not None
+        assert weight.grad.is_sparse == sparse
+        gradients.append(weight.grad)
+        weight.grad = None
+    assert torch.equal(*outputs)
+    assert torch.equal(*(gradient.to_dense() for gradient in gradients))
+
+
+def test_the_operators_are_what_they_say() -> None:
+    model, ids, history = embedding_and_stream(20, torch.float32)
+    for sparse in (False, True):
+        arguments = (ids[None], history, model.powers(ids.device), model.tables.weight, 20, sparse)
+        torch.library.opcheck(torch.ops.bytelatent.ngram_sums.default, arguments)
+    torch.library.opcheck(torch.ops.bytelatent.row_sums.default, (torch.randint(0, 9, (7, 2)), torch.randn(7, 3)))
+
+
+def test_states_stay_in_float32_under_autocast() -> None:
+    model, ids, history = embedding_and_stream(20, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(ids, history).dtype == torch.float32
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=2, max_size=2), max_size=12))
+def test_row_sums(lookups: list[list[int]]) -> None:
+    rows = torch.tensor(lookups, dtype=torch.long).view(-1, 2)
+    grads = torch.arange(len(rows) * 3.0).view(-1, 3)
+    for form in (row_sums, plain_row_sums):
+        seen, found = form(rows, grads)
+        assert all(before < after for before, after in pairwise(seen.tolist()))
+        expected = {row: [0.0] * 3 for row in rows.flatten().tolist()}
+        for state, row in [(state, row) for state, pair in enumerate(lookups) for row in pair]:
+            expected[row] = [x + y for x, y in zip(expected[row], grads[state].tolist(), strict=True)]
+        assert dict(zip(seen.tolist(), found.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_rows_update_is_torchs(weight_decay: float) -> None:
+    """Three changes of one row, in float64, beside a parameter of that row alone."""
+    torch.manual_seed(0)
+    table, mean, square = torch.randn(5, 4).double(), torch.zeros(5, 4).double(), torch.zeros(5, 4).double()
+    alone, before = torch.nn.Parameter(table[3].clone()), table.clone()
+    rule: dict = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": weight_decay}
+    adam = torch.optim.AdamW([alone], **rule)
+    for number in range(3):
+        alone.grad = torch.randn(4).double()
+        count = torch.tensor([number + 1.0])
+        row_adamw(table, mean, square, torch.tensor([3]), alone.grad[None].clone(), count, **rule)
+        adam.step()
+    torch.testing.assert_close(table[3], alone.detach())
+    table[3] = before[3]
+    assert torch.equal(table, before)

@@ -1,0 +1,247 @@
+"""Which optimizer trains which weights, AdamW on sparse rows, clipping over dense and sparse gradients."""
+
+import io
+from collections import Counter
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bytelatent.data import Batch, Loader, Patcher, surprise
+from bytelatent.model import build
+from bytelatent.training import loop, read_metrics, train
+from bytelatent.training.checkpoint import TrainState
+from bytelatent.training.clipping import clip
+from bytelatent.training.optimizer import Optimizers, build_optimizer
+from bytelatent.training.row_adamw import SparseRowsAdamW
+from bytelatent.training.settings import OptimizerSettings, TrainSettings
+from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits
+
+TABLES = "encoder.ngram_hash.tables.weight"
+
+
+def sparse_gradient(rows: list[int], shape: tuple[int, int]) -> Tensor:
+    """Random, of these rows in this order; a row that comes twice has the sum of both."""
+    values = torch.randn(len(rows), shape[1])
+    return torch.sparse_coo_tensor(torch.tensor([rows]), values, shape, check_invariants=True)
+
+
+RULE: dict[str, Any] = {"lr": 0.05, "betas": (0.7, 0.9), "eps": 1e-6}
+
+
+def test_where_every_row_is_seen_it_is_adamw() -> None:
+    torch.manual_seed(0)
+    table, other = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.zeros(7, 5))
+    other.data.copy_(table.data)
+    ours, torchs = (
+        SparseRowsAdamW([table], weight_decay=0.2, **RULE),
+        torch.optim.AdamW([other], weight_decay=0.2, **RULE),
+    )
+    for _ in range(8):
+        table.grad = sparse_gradient([*torch.randperm(7).tolist(), 3, 3, 1], (7, 5))
+        other.grad = table.grad.to_dense()
+        ours.step()
+        torchs.step()
+    torch.testing.assert_close(table, other)
+
+
+@examples(max_examples=20, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=8), st.sampled_from([0.0, 0.1]))
+def test_each_row_is_trained_as_if_alone(steps: list[list[int]], weight_decay: float) -> None:
+    """An optimizer for every row, that takes no part in the steps that do not see it."""
+    torch.manual_seed(len(steps))
+    table = nn.Parameter(torch.randn(5, 3))
+    alone = [nn.Parameter(row.clone()) for row in table.data]
+    optimizers = [torch.optim.AdamW([row], weight_decay=weight_decay, **RULE) for row in alone]
+    ours = SparseRowsAdamW([table], weight_decay=weight_decay, **RULE)
+    for rows in steps:
+        table.grad = sparse_gradient(rows, (5, 3))
+        before, dense = table.detach().clone(), table.grad.to_dense()
+        ours.step()
+        for row in range(5):
+            if row in rows:
+                alone[row].grad = dense[row]
+                optimizers[row].step()
+            else:
+                assert torch.equal(table[row], before[row])
+    torch.testing.assert_close(table.detach(), torch.stack([row.detach() for row in alone]))
+
+
+def test_its_state_is_all_it_needs() -> None:
+    torch.manual_seed(0)
+    table = nn.Parameter(torch.randn(6, 4))
+    one = SparseRowsAdamW([table], **RULE)
+    gradients = [sparse_gradient(rows, (6, 4)) for rows in ([0, 3, 3], [5, 0], [3], [0, 1, 2, 3])]
+    for gradient in gradients[:2]:
+        table.grad = gradient
+        one.step()
+    file = io.BytesIO()
+    torch.save(one.state_dict(), file)
+    copy = nn.Parameter(table.detach().clone())
+    other = SparseRowsAdamW([copy], lr=9.0)
+    other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    for gradient in gradients[2:]:
+        for parameter, optimizer in ((table, one), (copy, other)):
+            parameter.grad = gradient
+            optimizer.step()
+    assert torch.equal(table, copy)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_clipping_of_dense_and_sparse(max_norm: float) -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(9, 2)), nn.Parameter(torch.randn(5))]
+    dense = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    parameters[0].grad = torch.randn(4, 3)
+    parameters[1].grad = sparse_gradient([8, 2, 8, 8, 0], (9, 2))
+    for parameter, other in zip(parameters[:2], dense, strict=False):
+        assert parameter.grad is not None
+        other.grad = parameter.grad.to_dense().clone()
+    expected = nn.utils.clip_grad_norm_(dense, max_norm)
+    assert float(expected) > 1
+    torch.testing.assert_close(clip(iter(parameters), max_norm), expected)
+    assert parameters[2].grad is None
+    for parameter, other in zip(parameters[:2], dense, strict=False):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.to_dense(), other.grad)
+
+
+def groups_by_name(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) -> dict[str, tuple[str, dict]]:
+    """The optimizer's class and the group of each weight; every weight has one."""
+    parts = optimizer.optimizers.values() if isinstance(optimizer, Optimizers) else [optimizer]
+    of = [
+        (id(parameter), type(part).__name__, group)
+        for part in parts
+        for group in part.param_groups
+        for parameter in group["params"]
+    ]
+    assert set(Counter(number for number, *_ in of).values()) == {1}
+    found = {number: (kind, group) for number, kind, group in of}
+    assert len(found) == len(list(model.parameters()))
+    return {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def tiny_blt() -> nn.Module:
+    return build(settings(byte_lm_run(Path("x"), Path("x"), model=BLT, patching={"mode": "space"})).model)
+
+
+def test_muon_trains_the_matrices_of_blocks() -> None:
+    model = tiny_blt()
+    rule = OptimizerSettings(name="muon", hash_gradients="rows", weight_decay=0.3)
+    kinds = {name: kind for name, (kind, _) in groups_by_name(model, build_optimizer(model, rule)).items()}
+    assert {name for name, kind in kinds.items() if kind == "SparseRowsAdamW"} == {TABLES}
+    by_muon = {name for name, kind in kinds.items() if kind == "Muon"}
+    assert by_muon == {
+        name for name in kinds if (".blocks." in name or ".cross_attention." in name) and "norm" not in name
+    }
+    assert {"global_transformer.stack.blocks.0.feed_forward.down.weight", "decoder.cross_attention.0.query.weight"} <= (
+        by_muon
+    )
+    assert {kinds[name] for name in ("decoder.output.weight", "encoder.embedding.weight", "decoder.norm.weight")} == {
+        "AdamW"
+    }
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("hash_gradients", ["dense", "rows"])
+def test_parts_have_their_learning_rates(name: Any, hash_gradients: Any) -> None:
+    model = tiny_blt()
+    scales = {"byte_embedding": 2.0, "hash_tables": 3.0, "encoder": 5.0, "global_transformer": 7.0, "decoder": 11.0}
+    rule = OptimizerSettings.parse(
+        {"name": name, "lr": 0.1, "lr_scale": scales, "weight_decay": 0.3, "hash_gradients": hash_gradients}
+    )
+    groups = {weight: group for weight, (_, group) in groups_by_name(model, build_optimizer(model, rule)).items()}
+    for weight, group in groups.items():
+        part = {TABLES: "hash_tables", "encoder.embedding.weight": "byte_embedding"}.get(weight, weight.split(".")[0])
+        assert group["lr"] == pytest.approx(0.1 * scales[part])
+        assert group["lr_scale"] == scales[part]
+        decays = model.get_parameter(weight).dim() == 2 and "embedding" not in weight and weight != TABLES
+        assert group["weight_decay"] == (0.3 if decays else 0.0), weight
+
+
+def test_the_byte_embedding_of_a_byte_lm_has_a_rate_of_its_own() -> None:
+    model = build(settings(byte_lm_run(Path("x"), Path("x"))).model)
+    rule = OptimizerSettings.parse({"lr_scale": {"byte_embedding": 4.0}})
+    groups = groups_by_name(model, build_optimizer(model, rule))
+    assert {name for name, (_, group) in groups.items() if group["lr_scale"] == 4.0} == {"embedding.weight"}
+    assert {group["lr_scale"] for _, group in groups.values()} == {1.0, 4.0}
+
+
+def space_run(text: Path, **optimizer: Any) -> TrainSettings:
+    rule = {"lr": 1e-2, "warmup_steps": 0, **optimizer}
+    more: dict[str, Any] = {"model": BLT, "patching": {"mode": "space"}, "optimizer": rule}
+    return settings(byte_lm_run(Path("x"), text, **more))
+
+
+def steps_of(rule: TrainSettings, batches: list[Batch], model: nn.Module, steps: int) -> list[dict[str, Any]]:
+    state = TrainState(model, build_optimizer(model, rule.optimizer), iter(batches))  # type: ignore[arg-type]
+    return [loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu")) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("clipped", [1e9, 1e-2])
+def test_a_first_step_by_rows_is_a_dense_one(text: Path, clipped: float) -> None:
+    """Over two batches, which share some rows. AdamW's first step leaves what has no gradient as it is."""
+    dense = space_run(text, accumulation=2, clip=clipped)
+    rows = space_run(text, accumulation=2, clip=clipped, hash_gradients="rows")
+    loader = Loader(dense.data, 0, Patcher(dense.patching))
+    batches = [next(loader) for _ in range(4)]
+    torch.manual_seed(0)
+    one = build(dense.model)
+    other = deepcopy(one)
+    before = one.get_parameter(TABLES).detach().clone()
+    (expected,), (found,) = steps_of(dense, batches[:2], one, 1), steps_of(rows, batches[:2], other, 1)
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(parameter, one.get_parameter(name), rtol=1e-4, atol=1e-5)
+    changed = (other.get_parameter(TABLES) != before).any(1)
+    assert 0.2 < changed.float().mean() < 0.95
+    assert other.get_parameter(TABLES).grad is None
+
+
+def test_the_schedule_is_scaled(text: Path) -> None:
+    rule = space_run(text, lr_scale={"decoder": 0.25}, hash_gradients="rows", name="muon", warmup_steps=2)
+    model = build(rule.model)
+    state = TrainState(model, build_optimizer(model, rule.optimizer), Loader(rule.data, 0, Patcher(rule.patching)))
+    row = loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu"))
+    assert row["lr"] == pytest.approx(5e-3)
+    for name, (_, group) in groups_by_name(model, state.optimizer).items():
+        assert group["lr"] == pytest.approx(5e-3 * (0.25 if name.startswith("decoder.") else 1.0))
+
+
+def test_a_row_that_is_not_seen_again_stays(text: Path) -> None:
+    rows = space_run(text, hash_gradients="rows")
+    loader = Loader(rows.data, 0, Patcher(rows.patching))
+    batches = [next(loader) for _ in range(2)]
+    torch.manual_seed(0)
+    model = build(rows.model)
+    table, seen = model.get_parameter(TABLES), []
+    for batch in batches:
+        surprise(model, batch).backward()
+        assert table.grad is not None
+        seen.append((table.grad.to_dense() if table.grad.is_sparse else table.grad).abs().sum(1) > 0)
+        table.grad = None
+    state = TrainState(model, build_optimizer(model, rows.optimizer), iter(batches))  # type: ignore[arg-type]
+    kept = []
+    for _ in batches:
+        kept.append(table.detach().clone())
+        loop._step(state, rows, lambda batch: surprise(model, batch), torch.device("cpu"))
+    only_first = seen[0] & ~seen[1]
+    assert only_first.any()
+    assert torch.equal(table[only_first], kept[1][only_first])
+    assert not torch.equal(kept[1][only_first], kept[0][only_first])
+
+
+@pytest.mark.parametrize("model", ["byte LM", "BLT"])
+def test_muon_learns(tmp_path: Path, text: Path, model: str) -> None:
+    more: dict[str, Any] = {"optimizer": {"name": "muon", "lr": 1e-2, "warmup_steps": 3}}
+    if model == "BLT":
+        more |= {"model": BLT, "patching": {"mode": "space"}}
+        more["optimizer"]["hash_gradients"] = "rows"
+    rows = read_metrics(train(settings(byte_lm_run(tmp_path / "run", text, 40, **more))) / "metrics.jsonl")
+    assert sum(row["bits_per_byte"] for row in rows[-5:]) / 5 < 0.9 * unigram_bits(text)
