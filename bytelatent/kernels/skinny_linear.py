@@ -68,7 +68,7 @@ def launch_for(M: int, N: int, K: int, gated: bool = False, itemsize: int = 2) -
     if gated and N <= 64 * PROGRAMS // 2:
         block_n = min(block_n, 32)  # of either matrix
     tiles, splits = -(-M // block_m) * -(-N // block_n), 1
-    while not gated and splits < 4 and tiles * splits * 2 <= PROGRAMS and K >= splits * 2 * 512:
+    while not gated and splits < 4 and tiles * splits * 2 <= PROGRAMS and splits * 2 * 512 <= K:
         splits *= 2
     if splits > 1:
         block_k = 128
