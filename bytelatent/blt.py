@@ -16,7 +16,7 @@ from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
 from bytelatent.inference.fast import engine_for
-from bytelatent.inference.rounded import Weights, rounded
+from bytelatent.inference.rounded import Weights, check_weights, rounded
 from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
@@ -87,6 +87,7 @@ class BLT:
         if dtype not in ("float32", "bfloat16", "auto"):
             raise UserError(f"dtype: '{dtype}' is none; use float32, bfloat16 or auto")
         place = choose_device(device)
+        check_weights(weights, place)
         found = open_pretrained(source, entropy, revision, token, local_files_only)
         if not isinstance(found.config.model, BLTSettings):
             raise UserError(f"model: '{source}' holds a byte LM, which has no patches; name a BLT")

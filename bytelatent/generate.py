@@ -24,7 +24,7 @@ from bytelatent.errors import Interrupted, UserError, guarded
 from bytelatent.files import whole_file
 from bytelatent.inference import Continuation, Engine, Sampling, prompt_ids
 from bytelatent.inference.fast import engine_for
-from bytelatent.inference.rounded import Weights
+from bytelatent.inference.rounded import Weights, check_weights
 from bytelatent.interop import open_pretrained
 from bytelatent.vocab import to_bytes
 
@@ -115,6 +115,7 @@ def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
     if settings.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype: '{settings.dtype}' is none; use auto, float32 or bfloat16")
     place = choose_device(settings.device)
+    check_weights(settings.weights, place)
     found = open_pretrained(settings.model, settings.entropy)
     patching = found.config.patching
     if patching is not None and patching.needs_entropies and found.byte_lm is None:

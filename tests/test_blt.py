@@ -9,6 +9,7 @@ import torch
 
 from bytelatent import BLT
 from bytelatent.errors import UserError
+from bytelatent.inference.rounded import rounded
 from bytelatent.interop import Config
 from bytelatent.model import BLTModel
 from bytelatent.patching import PatchSettings
@@ -209,6 +210,27 @@ def test_precision_of_the_weights(blt: BLT, tmp_path: Path) -> None:
     torch.testing.assert_close(logits, blt.logits(ids), atol=0.2, rtol=0.1)
     with pytest.raises(UserError, match="dtype: 'float16' is none"):
         BLT.from_pretrained(tmp_path / "a", dtype="float16")
+
+
+def test_rounded_weights(blt: BLT, tmp_path: Path) -> None:
+    """One model for all that is done with it; its patches are those of the weights as they are."""
+    blt.save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match="weights: 'int4' is none; use full, int8, fp8"):
+        BLT.from_pretrained(tmp_path / "absent", weights="int4")  # type: ignore[arg-type]
+    ids = torch.tensor([[1, 70, 80, 90, 75]])
+    for weights in ("int8", "fp8"):
+        ours = BLT.from_pretrained(tmp_path / "a", device="cpu", weights=weights)
+        assert ours.weights == weights
+        assert ours.patch(TEXTS[3]) == blt.patch(TEXTS[3])
+        assert ours.logits(ids).equal(wrap(rounded(blt.model, weights)).logits(ids))
+        assert not ours.logits(ids).equal(blt.logits(ids))
+        expected = float(ours.logits(torch.tensor([[1, 70, 80]]))[0, -2].log_softmax(-1)[80])
+        assert ours.score(b"\x42", [b"\x4c"]) == [pytest.approx(expected, abs=1e-4)]
+        assert ours.bits_per_byte(TEXTS[1]) == pytest.approx(blt.bits_per_byte(TEXTS[1]), rel=0.02)
+        assert ours.generate("x", max_new_bytes=5) == "".join(ours.stream("x", max_new_bytes=5))
+        with pytest.raises(UserError, match=f"no format holds weights rounded to {weights}; load with weights=full"):
+            ours.save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_models_that_are_no_blt_or_lack_something(goldens: Path, tmp_path: Path) -> None:

@@ -45,6 +45,18 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.matrix.dense(x.dtype))
 
 
+def check_weights(weights: str, device: torch.device) -> None:
+    """See, before a model is read, that it can be rounded so.
+
+    Raises:
+        UserError: there is no such rounding, or the device cannot compute with it.
+    """
+    if weights not in get_args(Weights):
+        raise UserError(f"weights: '{weights}' is none; use {', '.join(get_args(Weights))}")
+    if weights == "fp8" and not _has_fp8(device):
+        raise UserError(f"weights: this {device.type} device cannot compute with fp8; use int8")
+
+
 def rounded(model: Model, weights: Weights, as_bytes: bool | None = None) -> Model:
     """The model with rounded matrices; all else is shared with the one given, which stays as it is.
 
@@ -54,15 +66,12 @@ def rounded(model: Model, weights: Weights, as_bytes: bool | None = None) -> Mod
             many times as long on making numbers of the bytes as on the product, so there they are written out.
 
     Raises:
-        UserError: there is no such rounding, the device cannot do it, or a weight is NaN or infinite.
+        UserError: see `check_weights`; or a weight is NaN or infinite.
     """
-    if weights not in get_args(Weights):
-        raise UserError(f"weights: '{weights}' is none; use {', '.join(get_args(Weights))}")
+    some = next(model.parameters())
+    check_weights(weights, some.device)
     if weights == "full":
         return model
-    some = next(model.parameters())
-    if weights == "fp8" and not _has_fp8(some.device):
-        raise UserError(f"weights: this {some.device.type} device cannot compute with fp8; use int8")
     as_bytes = some.is_cuda if as_bytes is None else as_bytes
     copied = copy.deepcopy(model, {id(part): part for part in [*model.parameters(), *model.buffers()]})
     for name, part in list(copied.named_modules()):
