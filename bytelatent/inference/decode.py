@@ -13,9 +13,10 @@ from torch import Tensor
 from bytelatent.errors import UserError
 from bytelatent.inference.looks import Cached, Keep, Kept
 from bytelatent.inference.state import HISTORY, SLACK, DecodeState, KeyValues
+from bytelatent.kernels.patch_attention import attend_to_own_bytes, pool_patches, runs_of
 from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches, entropies, pack_rows
 from bytelatent.model.attention import Look, build_mask
-from bytelatent.model.patch_attention import GatherBytes, ReadPatches, attend_to_own_bytes
+from bytelatent.model.patch_attention import GatherBytes, ReadPatches
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings, PatchState, Tail, next_starts, step
 
@@ -149,7 +150,8 @@ class Decoder:
 
     def _read_patches(self, decoder: Any, keys_PKD: Tensor, read: Tensor) -> Callable[[int, Tensor], Tensor]:
         """The decoder's cross-attentions, by their number."""
-        return lambda layer, h_TD: decoder.cross_attention[layer](h_TD, keys_PKD, read)
+        runs = runs_of(read, len(keys_PKD))
+        return lambda layer, h_TD: decoder.cross_attention[layer](h_TD, keys_PKD, runs)
 
     def _look(self, stack: StackSettings, document: Tensor, position: Tensor, keep: Keep) -> Look:
         """How a stack's layers see the positions of a whole stream, and what they keep of it."""
@@ -214,7 +216,7 @@ class Decoder:
         read = state.history.num_patches[rows, position % HISTORY] - 1
         kept = state.patch_keys
         k_YTKHE, v_YTKHE = (part[:, rows, read % SLACK] for part in (kept.k, kept.v))
-        own = torch.where(read >= 0, order, -1)
+        own = runs_of(torch.where(read >= 0, order, -1), len(rows))
 
         def read_patches(layer: int, h_TD: Tensor) -> Tensor:
             cross = decoder.cross_attention[layer]
@@ -263,13 +265,12 @@ class Decoder:
         patch, inner = (offset < size[:, None]).nonzero(as_tuple=True)
         row, slot = rows[patch], (begin[patch] + inner) % kept.size
         h_TD = kept.h[row, slot]
-        pooled = h_TD.new_zeros(len(rows), h_TD.shape[1])
-        index = patch[:, None].expand_as(h_TD)
-        patches_PKD = encoder.queries(pooled.scatter_reduce(0, index, h_TD, "amax", include_self=False))
+        runs = runs_of(patch, len(rows))
+        patches_PKD = encoder.queries(pool_patches(h_TD, runs))
         for layer, cross in enumerate(encoder.cross_attention):
             assert isinstance(cross, GatherBytes)
             k, v = kept.k[layer][row, slot], kept.v[layer][row, slot]
-            patches_PKD = cross.add(patches_PKD, attend_to_own_bytes(cross.queries(patches_PKD), k, v, patch))
+            patches_PKD = cross.add(patches_PKD, attend_to_own_bytes(cross.queries(patches_PKD), k, v, runs))
         number = state.history.num_patches[rows, end % HISTORY] - 1
         newest = int(number.max())
         state.patches.make_room(newest + 1)

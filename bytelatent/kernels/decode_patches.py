@@ -2,7 +2,7 @@
 
 Decoder: a byte reads the K keys of one patch, the last that its sequence has closed. Encoder: as a patch is closed, its
 queries gather from its bytes, whose keys and values were kept one by one. What they equal in training is
-`attend_to_read_patch` and `attend_to_own_bytes` in `bytelatent.model.patch_attention`.
+`attend_to_read_patch` and `attend_to_own_bytes` in `bytelatent.kernels.patch_attention`.
 
 Source: Pagnoni et al. 2024, sections 3.2.2 and 3.3.1.
 """

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from bytelatent.kernels.patch_attention import pool_patches, runs_of
 from bytelatent.model.attention import Mask, build_mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
-from bytelatent.model.patch_attention import GatherBytes, ReadPatches, pool_patches
+from bytelatent.model.patch_attention import GatherBytes, ReadPatches
 from bytelatent.model.settings import BLTSettings
 from bytelatent.model.stream import PatchedStream
 from bytelatent.vocab import VOCAB_SIZE
@@ -65,9 +66,10 @@ class LocalEncoder(nn.Module):
 
     def patch_states(self, states: list[Tensor], batch: PatchedStream) -> Tensor:
         """The K states of each patch, [P, K, D], from its bytes'."""
-        patches_PKD = self.queries(pool_patches(states[0], batch.patch, batch.num_patches))
+        own = runs_of(batch.patch, batch.num_patches)
+        patches_PKD = self.queries(pool_patches(states[0], own))
         for gather_bytes, h_TD in zip(self.cross_attention, states, strict=True):
-            patches_PKD = gather_bytes(patches_PKD, h_TD, batch.patch)
+            patches_PKD = gather_bytes(patches_PKD, h_TD, own)
         return patches_PKD
 
     def forward(self, batch: PatchedStream) -> tuple[Tensor, Tensor]:
@@ -116,10 +118,9 @@ class LocalDecoder(nn.Module):
     def forward(self, h_TD: Tensor, patches_PG: Tensor, batch: PatchedStream) -> Tensor:
         """Logits, float32 [T, V]."""
         keys_PKD = self.keys(patches_PG).to(h_TD.dtype)
+        read = runs_of(batch.read, batch.num_patches)
         mask = build_mask(batch.document, self.settings.decoder.window)
-        h_TD = self.states(
-            h_TD, batch.position, mask, lambda layer, h: self.cross_attention[layer](h, keys_PKD, batch.read)
-        )
+        h_TD = self.states(h_TD, batch.position, mask, lambda layer, h: self.cross_attention[layer](h, keys_PKD, read))
         return self.logits(h_TD)
 
     def states(

@@ -15,6 +15,7 @@ from bytelatent.kernels.decode_attention import launch_for_attention, plain_deco
 from bytelatent.kernels.decode_patches import plain_gather_bytes, plain_keep_byte, plain_read_patch
 from bytelatent.kernels.gated_product import interleaved
 from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
+from bytelatent.kernels.patch_attention import attend_to_own_bytes, attend_to_read_patch, runs_of
 from bytelatent.kernels.skinny_linear import (
     fold_norm,
     launch_for,
@@ -23,7 +24,6 @@ from bytelatent.kernels.skinny_linear import (
 )
 from bytelatent.model.attention import attend, build_mask, rotary, rotate
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
-from bytelatent.model.patch_attention import attend_to_own_bytes, attend_to_read_patch
 from bytelatent.model.settings import NgramHashSettings
 
 pytest.importorskip("triton")
@@ -190,13 +190,13 @@ def test_plain_patch_attention_is_the_models() -> None:
         kv = torch.cat([k[number], v[number]])[None].expand(3, -1, -1)
         plain_keep_byte(kv, *kept, at, h_BD=h[number].expand(3, -1), pooled_BD=pooled)
     found = plain_gather_bytes(q, *kept, torch.tensor(sizes))
-    torch.testing.assert_close(found, attend_to_own_bytes(q, k, v, patch))
+    torch.testing.assert_close(found, attend_to_own_bytes(q, k, v, runs_of(patch, 3)))
     torch.testing.assert_close(pooled, torch.stack([part.amax(0) for part in h.split(sizes)]))
 
     q, keys, values, read = torch.randn(6, 4, 8), *torch.randn(2, 3, 2, 4, 8), torch.tensor([-1, 0, 2, -1, 1, 1])
     rows = torch.tensor([0, 0, 2, 1, 1, 1])
     found = plain_read_patch(q, keys, values, read >= 0, row_B=rows)
-    torch.testing.assert_close(found, attend_to_read_patch(q, keys, values, read))
+    torch.testing.assert_close(found, attend_to_read_patch(q, keys, values, runs_of(read, 3)))
 
 
 def test_plain_hash_embeddings_are_the_models() -> None:
