@@ -7,7 +7,7 @@ from bytelatent.inference.decode import Decoder
 from bytelatent.inference.engine import Continuation, Engine
 from bytelatent.inference.fast_entropies import FastEntropies
 from bytelatent.inference.sampling import Sampling
-from bytelatent.inference.scoring import log_probabilities
+from bytelatent.inference.scoring import log_probabilities, log_probabilities_of_pairs
 from bytelatent.vocab import encode
 
 
@@ -23,5 +23,6 @@ __all__ = [
     "FastEntropies",
     "Sampling",
     "log_probabilities",
+    "log_probabilities_of_pairs",
     "prompt_ids",
 ]

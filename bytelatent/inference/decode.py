@@ -5,22 +5,26 @@ the new ids cost. The global transformer runs for those of them that close a pat
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.looks import Cached, Keep, Kept
+from bytelatent.inference.boundaries import Boundaries, boundaries
+from bytelatent.inference.looks import Cached, Keep, Kept, Runs
 from bytelatent.inference.state import HISTORY, SLACK, DecodeState, KeyValues
 from bytelatent.kernels.patch_attention import attend_to_own_bytes, pool_patches, runs_of
 from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches, entropies, pack_rows
 from bytelatent.model.attention import Look, build_mask
 from bytelatent.model.patch_attention import GatherBytes, ReadPatches
 from bytelatent.model.settings import StackSettings
-from bytelatent.patching import PatchSettings, PatchState, Tail, next_starts, step
+from bytelatent.patching import PatchSettings
 
-# Shapes: T entries (a row and a position each), N ids of a tail, P patches, X cross-attentions of the encoder
+# Shapes: T ids (a row and a position each), B rows, P patches, K states a patch, D local width, G global width,
+# V vocabulary
+
+Keys = tuple[Tensor, Tensor]  # keys and values of bytes [T, H, E] or of patches [P, K, H, E]
 
 
 class Decoder:
@@ -90,7 +94,7 @@ class Decoder:
             logits = logits[rows >= 0] if len(rows) > int(length.sum()) else logits
             return state, logits[length.cumsum(0) - 1] if last_only else logits
 
-        found = None
+        found = torch.zeros(len(rows), device=self.device)
         if self.byte_lm is not None:
             assert state.byte_lm is not None
             assert self._reads_byte_lm is not None
@@ -98,9 +102,11 @@ class Decoder:
             found = entropies(self._reads_byte_lm.logits(stream.ids, position, look))
             state.history.entropies[here] = found[newest]
         assert self.patching is not None
-        starts = next_starts(stream.ids, found, position, self.patching)
+        runs = Runs(rows, position)
+        decided = boundaries(self.patching, state, runs, stream.ids, found)
+        decided.keep(state, runs, newest)
+        starts = decided.closes
         batch = self._with_patches(stream, starts)
-        self._remember_patches(state, batch, found, starts, newest)
         last = length.cumsum(0) - 1
         is_closed = batch.patch_document >= 0
         is_closed[batch.patch[last]] = starts[last]
@@ -124,10 +130,13 @@ class Decoder:
         patch_start = state.last(state.history.patch_start, every, length)
         open_bytes = ((rows >= 0) & (position >= patch_start[rows])).nonzero()[:, 0]
         most = int((length - patch_start).max())
-        self._keep_bytes(state, [h[open_bytes] for h in states], rows[open_bytes], position[open_bytes], most)
+        opened = [h[open_bytes] for h in states]
+        runs = Runs(rows[open_bytes], position[open_bytes])
+        self._keep_bytes(state, runs, opened[0], self._byte_keys(opened), most)
         owner, number = batch.patch_document[closed], batch.patch_position[closed]
         recent = (number >= num_patches[owner] - SLACK).nonzero()[:, 0]
-        self._keep_patch_keys(state, patches_PG[closed[recent]], owner[recent], number[recent])
+        patches = Runs(owner[recent], number[recent])
+        self._keep_patch_keys(state, patches, self._patch_keys(patches_PG[closed[recent]]))
         keys_PKD = decoder.keys(patches_PG).to(states[-1].dtype)
         h_TD = decoder.states(
             states[-1],
@@ -158,6 +167,41 @@ class Decoder:
         return Kept(build_mask(document, stack.window), keep)
 
     @torch.no_grad()
+    def extend(self, state: DecodeState, rows: Tensor, ids: Tensor) -> Tensor:
+        """Read new ids.
+
+        Args:
+            state: goes on to what follows them.
+            rows: [T] the row of each new id; ids of a row stand in order, one after another.
+            ids: [T]
+
+        Returns:
+            Logits, float32 [T, V].
+        """
+        order = torch.arange(len(rows), device=rows.device)
+        is_first = torch.cat([torch.ones_like(rows[:1], dtype=torch.bool), rows[1:] != rows[:-1]])
+        turn = order - torch.where(is_first, order, 0).cummax(0).values
+        logits = self._read(state, Runs(rows, state.position[rows] + turn), ids, keep=True)
+        state.position = state.position.index_add(0, rows, torch.ones_like(rows))
+        return logits
+
+    @torch.no_grad()
+    def branch(self, state: DecodeState, rows: Sequence[int], texts: Sequence[Tensor]) -> Tensor:
+        """Read texts in one pass, each as if it alone followed what its row has read, and forget them.
+
+        Args:
+            state: stays as it is.
+            rows: the row of each text; those of a row stand together.
+            texts: ids of each, one at least.
+
+        Returns:
+            Logits of all texts' ids, one text after another, float32 [T, V].
+        """
+        stream = pack_rows([text.to(self.device) for text in texts])
+        row = torch.tensor(rows, device=self.device)[stream.document]
+        return self._read(state, Runs(row, state.position[row] + stream.position), stream.ids, keep=False)
+
+    @torch.no_grad()
     def read_byte_lm(self, state: DecodeState, rows: Tensor, ids: Tensor, position: Tensor) -> Tensor:
         """Let only the byte LM read an id of some rows, ahead of the rest; its logits, float32 [T, V].
 
@@ -166,171 +210,158 @@ class Decoder:
         """
         assert self.byte_lm is not None
         assert state.byte_lm is not None
-        newest = int(position.max())
-        state.byte_lm.make_room(newest + 1)
-        return self.byte_lm.logits(ids, position, Cached(state.byte_lm, rows, position, newest))
+        return self.byte_lm.logits(ids, position, Cached(state.byte_lm, Runs(rows, position)))
 
     @torch.no_grad()
-    def extend(self, state: DecodeState, rows: Tensor, ids: Tensor, found: Tensor | None = None) -> Tensor:
-        """Read new ids.
+    def read_local(self, state: DecodeState, rows: Tensor, ids: Tensor, position: Tensor) -> Tensor:
+        """Let only the encoder and the decoder read an id of some rows, ahead of the rest.
+
+        No patch closes: every id reads the newest one that its row has closed.
 
         Args:
-            rows: [T] the row of each new id; ids of a row stand in order, one after another.
-            ids: [T]
-            found: [T] entropies in nats, where the byte LM has read the ids already.
+            rows, ids, position: [T]; positions follow on one another from call to call.
 
         Returns:
             Logits, float32 [T, V].
         """
-        order = torch.arange(len(rows), device=rows.device)
-        is_first = torch.cat([torch.ones_like(rows[:1], dtype=torch.bool), rows[1:] != rows[:-1]])
-        turn = order - torch.where(is_first, order, 0).cummax(0).values  # which of its row's new ids it is
-        position = state.position[rows] + turn
-        newest = int(position.max())
+        runs = Runs(rows, position)
         state.history.ids[rows, position % HISTORY] = ids
-        state.position = state.position.index_add(0, rows, torch.ones_like(rows))
+        states = self._encode(state, runs, ids, keep=True)
+        return self._decode(state, runs, states[-1], torch.full_like(rows, -1), [], keep=True)
+
+    def _read(self, state: DecodeState, runs: Runs, ids: Tensor, keep: bool) -> Tensor:
+        """Logits, float32 [T, V], of new ids [T]; `keep`: whether the state takes what later ids need of them."""
+        rows, position = runs.rows, runs.position
+        newest = runs.newest(HISTORY)
+        here = (rows[newest], position[newest] % HISTORY)
         if isinstance(self.model, ByteLM):
             assert state.byte_lm is not None
-            state.byte_lm.make_room(newest + 1)
-            return self.model.logits(ids, position, Cached(state.byte_lm, rows, position, newest))
-        if found is None and self.byte_lm is not None:
-            found = entropies(self.read_byte_lm(state, rows, ids, position))
-        elif found is None:
-            found = torch.zeros(len(rows), device=rows.device)
-        begin, closes = self._decide(state, rows, position, turn, ids, found)
+            logits = self.model.logits(ids, position, Cached(state.byte_lm, runs, keep))
+            if keep:
+                state.history.ids[here] = ids[newest]
+            return logits
+        assert self.patching is not None
+        assert state.patches is not None
+        found = torch.zeros(len(rows), device=rows.device)
+        if self.byte_lm is not None:
+            assert state.byte_lm is not None
+            found = entropies(self.byte_lm.logits(ids, position, Cached(state.byte_lm, runs, keep)))
+        decided = boundaries(self.patching, state, runs, ids, found)
+        states = self._encode(state, runs, ids, keep)
+        bytes_ = self._byte_keys(states)
+        closing = decided.closes.nonzero()[:, 0]
+        patches, keys = Runs(rows[closing], decided.num_patches[closing] - 1), []
+        if len(closing):
+            patches_PKD = self._patch_states(state, runs, decided, closing, states[0], bytes_)
+            look = Cached(state.patches, patches, keep)
+            keys = self._patch_keys(self.model.global_transformer(patches_PKD, patches.position, look))
+        logits = self._decode(state, runs, states[-1], decided.new_patch(runs), keys, keep)
+        if keep:
+            state.history.ids[here], state.history.entropies[here] = ids[newest], found[newest]
+            decided.keep(state, runs, newest)
+            self._keep_bytes(state, runs, states[0], bytes_, int((position - decided.begin).max()) + 1)
+            self._keep_patch_keys(state, patches, keys)
+        return logits
 
-        encoder, decoder = self.model.encoder, self.model.decoder
+    def _encode(self, state: DecodeState, runs: Runs, ids: Tensor, keep: bool) -> list[Tensor]:
+        """The encoder's states of new ids, as `LocalEncoder.byte_states` gives them."""
+        assert isinstance(self.model, BLTModel)
         assert state.encoder is not None
+        place = torch.arange(len(ids), device=ids.device)[:, None]
+        back = torch.arange(self.tail - 1, -1, -1, device=ids.device)
+        remembered = state.history.ids[runs.rows[:, None], (runs.position[:, None] - back) % HISTORY]
+        tail = torch.where(back <= runs.turn[:, None], ids[(place - back).clamp(min=0)], remembered)
+        embedded = self.model.encoder.embed_last(tail, runs.position)
+        return self.model.encoder.byte_states(embedded, runs.position, Cached(state.encoder, runs, keep))
+
+    def _patch_states(
+        self, state: DecodeState, runs: Runs, decided: Boundaries, closing: Tensor, h_TD: Tensor, bytes_: list[Keys]
+    ) -> Tensor:
+        """The K states, [P, K, D], of the patches that the new ids `closing` [P] close.
+
+        Args:
+            h_TD, bytes_: of the new ids; those of earlier ids in these patches are remembered.
+        """
+        assert isinstance(self.model, BLTModel)
+        assert state.open_bytes is not None
+        kept, encoder = state.open_bytes, self.model.encoder
+        begin, first = decided.begin[closing], (runs.position - runs.turn)[closing]
+        offset = torch.arange(max(int((first - begin).max()), 0), device=begin.device)
+        patch_before, inner = (offset < (first - begin)[:, None]).nonzero(as_tuple=True)
+        before = (runs.rows[closing][patch_before], (begin[patch_before] + inner) % kept.size)
+        patch = decided.closes.cumsum(0) - decided.closes.long()
+        last = closing[patch.clamp(max=len(closing) - 1)]  # the next id that closes a patch, if it is in the same run
+        new = ((patch < len(closing)) & (runs.begin == runs.begin[last])).nonzero()[:, 0]
+
+        patch = torch.cat([patch_before, patch[new]])
+        order = patch.argsort(stable=True)  # a patch's bytes side by side
+        own = runs_of(patch[order], len(closing))
+        patches_PKD = encoder.queries(pool_patches(torch.cat([kept.h[before], h_TD[new]])[order], own))
+        for layer, (cross, (k, v)) in enumerate(zip(encoder.cross_attention, bytes_, strict=True)):
+            assert isinstance(cross, GatherBytes)
+            k, v = torch.cat([kept.k[layer][before], k[new]])[order], torch.cat([kept.v[layer][before], v[new]])[order]
+            patches_PKD = cross.add(patches_PKD, attend_to_own_bytes(cross.queries(patches_PKD), k, v, own))
+        return patches_PKD
+
+    def _decode(
+        self, state: DecodeState, runs: Runs, h_TD: Tensor, read: Tensor, keys: list[Keys], keep: bool
+    ) -> Tensor:
+        """Logits, float32 [T, V], from the encoder's states of new ids.
+
+        Args:
+            read: [T] which of the new patches each id reads; -1: the newest that its row had closed before.
+            keys: of the new patches, if there are any.
+        """
+        assert isinstance(self.model, BLTModel)
         assert state.decoder is not None
         assert state.patch_keys is not None
-        state.encoder.make_room(newest + 1)
-        state.decoder.make_room(newest + 1)
-        back = torch.arange(1 - self.tail, 1, device=rows.device)
-        tail = state.history.ids[rows[:, None], (position[:, None] + back) % HISTORY]
-        embedded = encoder.embed_last(tail, position)
-        states = encoder.byte_states(embedded, position, Cached(state.encoder, rows, position, newest))
-        self._keep_bytes(state, states, rows, position, int((position - begin).max()) + 1)
-        closing = closes.nonzero()[:, 0]
-        if len(closing):
-            self._close(state, rows[closing], begin[closing], position[closing])
-        read = state.history.num_patches[rows, position % HISTORY] - 1
-        kept = state.patch_keys
-        k_YTKHE, v_YTKHE = (part[:, rows, read % SLACK] for part in (kept.k, kept.v))
-        own = runs_of(torch.where(read >= 0, order, -1), len(rows))
+        kept, decoder = state.patch_keys, self.model.decoder
+        num_patches = state.last(state.history.num_patches, runs.row, state.position[runs.row])
+        before = (runs.row, (num_patches - 1) % SLACK)
+        closed_before = torch.where(num_patches > 0, torch.arange(len(runs.row), device=read.device), -1)[runs.line]
+        num_keys = len(runs.row) + (len(keys[0][0]) if keys else 0)
+        reads = runs_of(torch.where(read >= 0, read + len(runs.row), closed_before), num_keys)
 
         def read_patches(layer: int, h_TD: Tensor) -> Tensor:
             cross = decoder.cross_attention[layer]
             assert isinstance(cross, ReadPatches)
-            return cross.read(h_TD, k_YTKHE[layer], v_YTKHE[layer], own)
+            k, v = kept.k[layer][before], kept.v[layer][before]
+            if keys:
+                k, v = torch.cat([k, keys[layer][0]]), torch.cat([v, keys[layer][1]])
+            return cross.read(h_TD, k, v, reads)
 
-        look = Cached(state.decoder, rows, position, newest)
-        return decoder.logits(decoder.states(states[-1], position, look, read_patches))
+        look = Cached(state.decoder, runs, keep)
+        return decoder.logits(decoder.states(h_TD, runs.position, look, read_patches))
 
-    def _decide(
-        self, state: DecodeState, rows: Tensor, position: Tensor, turn: Tensor, ids: Tensor, found: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """For each entry the start of the patch that it is in, and whether it closes that patch."""
-        assert self.patching is not None
-        history = state.history
-        begin, closes = torch.empty_like(position), torch.empty_like(position, dtype=torch.bool)
-        history.entropies[rows, position % HISTORY] = found
-        for number in range(int(turn.max()) + 1):  # each needs what was decided before it
-            now = (turn == number).nonzero()[:, 0]
-            row, at = rows[now], position[now]
-            before = PatchState(
-                position=at,
-                previous_id=state.last(history.ids, row, at),
-                previous_entropy=state.last(history.entropies, row, at),
-                since_start=state.last(history.since_start, row, at),
-                tails=[state.tails[r][a] for r, a in zip(*_lists(row, at), strict=True)] if state.tails else [],
-            )
-            after, starts = step(before, ids[now], found[now], self.patching)
-            if state.tails:
-                for r, a, tail in zip(*_lists(row, at), after.tails, strict=True):
-                    state.tails[r][a + 1 :] = [tail]
-            begin[now], closes[now] = state.last(history.patch_start, row, at), starts
-            history.since_start[row, at % HISTORY] = after.since_start
-            history.patch_start[row, at % HISTORY] = torch.where(starts, at + 1, begin[now])
-            history.num_patches[row, at % HISTORY] = state.last(history.num_patches, row, at) + starts
-        return begin, closes
-
-    def _close(self, state: DecodeState, rows: Tensor, begin: Tensor, end: Tensor) -> None:
-        """Run the global transformer for the patches [P] of `rows` that hold the positions `begin` to `end`."""
+    def _byte_keys(self, states: list[Tensor]) -> list[Keys]:
+        """What each cross-attention of the encoder sees of bytes, from their states."""
         assert isinstance(self.model, BLTModel)
-        assert state.open_bytes is not None
-        assert state.patches is not None
-        kept, encoder = state.open_bytes, self.model.encoder
-        size = end - begin + 1
-        offset = torch.arange(int(size.max()), device=rows.device)
-        patch, inner = (offset < size[:, None]).nonzero(as_tuple=True)
-        row, slot = rows[patch], (begin[patch] + inner) % kept.size
-        h_TD = kept.h[row, slot]
-        runs = runs_of(patch, len(rows))
-        patches_PKD = encoder.queries(pool_patches(h_TD, runs))
-        for layer, cross in enumerate(encoder.cross_attention):
-            assert isinstance(cross, GatherBytes)
-            k, v = kept.k[layer][row, slot], kept.v[layer][row, slot]
-            patches_PKD = cross.add(patches_PKD, attend_to_own_bytes(cross.queries(patches_PKD), k, v, runs))
-        number = state.history.num_patches[rows, end % HISTORY] - 1
-        newest = int(number.max())
-        state.patches.make_room(newest + 1)
-        look = Cached(state.patches, rows, number, newest)
-        self._keep_patch_keys(state, self.model.global_transformer(patches_PKD, number, look), rows, number)
+        layers = cast(list[GatherBytes], self.model.encoder.cross_attention)
+        return [cross.keys_values(h_TD) for cross, h_TD in zip(layers, states, strict=True)]
 
-    def _keep_bytes(
-        self, state: DecodeState, states: list[Tensor], rows: Tensor, position: Tensor, longest: int
-    ) -> None:
-        """Keep the encoder's states of bytes [T]; `longest` bytes are in the longest open patch."""
+    def _patch_keys(self, patches_PG: Tensor) -> list[Keys]:
+        """What each cross-attention of the decoder sees of patches."""
         assert isinstance(self.model, BLTModel)
+        keys_PKD = self.model.decoder.keys(patches_PG)
+        layers = cast(list[ReadPatches], self.model.decoder.cross_attention)
+        return [cross.keys_values(keys_PKD) for cross in layers]
+
+    def _keep_bytes(self, state: DecodeState, runs: Runs, h_TD: Tensor, bytes_: list[Keys], longest: int) -> None:
+        """Keep the encoder's states of bytes [T]; `longest` bytes are in the longest patch."""
         assert state.open_bytes is not None
-        state.open_bytes.make_room(longest + SLACK, state.position)
         kept = state.open_bytes
-        here = (rows, position % kept.size)
-        kept.h[here] = states[0].to(kept.h.dtype)
-        for layer, (cross, h_TD) in enumerate(zip(self.model.encoder.cross_attention, states, strict=True)):
-            assert isinstance(cross, GatherBytes)
-            k, v = cross.keys_values(h_TD)
-            kept.k[layer][here], kept.v[layer][here] = k.to(kept.k.dtype), v.to(kept.v.dtype)
+        kept.make_room(longest + SLACK, state.position)
+        newest = runs.newest(kept.size)
+        here = (runs.rows[newest], runs.position[newest] % kept.size)
+        kept.h[here] = h_TD[newest].to(kept.h.dtype)
+        for layer, (k, v) in enumerate(bytes_):
+            kept.k[layer][here], kept.v[layer][here] = k[newest].to(kept.k.dtype), v[newest].to(kept.v.dtype)
 
-    def _remember_patches(
-        self, state: DecodeState, batch: PatchedStream, found: Tensor | None, starts: Tensor, newest: Tensor
-    ) -> None:
-        """Fill the history of the places `newest` of a stream."""
-        assert self.patching is not None
-        position, index = batch.position, torch.arange(len(starts), device=starts.device)
-        without_limit = self.patching.model_copy(update={"max_patch_length": None})
-        natural = next_starts(batch.ids, found, position, without_limit)
-        values = {
-            "since_start": torch.where(natural, 0, index + 1 - _begin(natural, position)),
-            "patch_start": torch.where(starts, position + 1, position[_begin(starts, position)]),
-            "num_patches": batch.patch_position[batch.patch] + starts,
-        }
-        here = (batch.document[newest], position[newest] % HISTORY)
-        for name, value in values.items():
-            getattr(state.history, name)[here] = value[newest]
-        if self.patching.mode == "bpe":
-            state.tails = [[Tail()] for _ in state.position]
-            for row, tails in enumerate(state.tails):  # padding is in no row
-                for i in batch.ids[batch.document == row].tolist():
-                    tails.append(tails[-1].read(i, str(self.patching.tokenizer)))
-
-    def _keep_patch_keys(self, state: DecodeState, patches_PG: Tensor, rows: Tensor, number: Tensor) -> None:
-        assert isinstance(self.model, BLTModel)
+    def _keep_patch_keys(self, state: DecodeState, patches: Runs, keys: list[Keys]) -> None:
+        """Keep what the decoder sees of new patches; their positions are their numbers."""
         assert state.patch_keys is not None
-        kept, decoder = state.patch_keys, self.model.decoder
-        keys_PKD = decoder.keys(patches_PG).to(kept.k.dtype)
-        for layer, cross in enumerate(decoder.cross_attention):
-            assert isinstance(cross, ReadPatches)
-            k, v = cross.keys_values(keys_PKD)
-            kept.k[layer][rows, number % SLACK], kept.v[layer][rows, number % SLACK] = k, v
-
-
-def _begin(starts: Tensor, position: Tensor) -> Tensor:
-    """For each place of a stream the place where its patch begins, where `starts` says it of the id after each."""
-    follows = torch.cat([torch.zeros_like(starts[:1]), starts[:-1]])
-    index = torch.arange(len(starts), device=starts.device)
-    return torch.where((position == 0) | follows, index, 0).cummax(0).values
-
-
-def _lists(*values: Tensor) -> list[list[int]]:
-    return [value.tolist() for value in values]
+        kept = state.patch_keys
+        for layer, (k, v) in enumerate(keys):
+            newest = patches.newest(SLACK)
+            here = (patches.rows[newest], patches.position[newest] % SLACK)
+            kept.k[layer][here], kept.v[layer][here] = k[newest].to(kept.k.dtype), v[newest].to(kept.v.dtype)

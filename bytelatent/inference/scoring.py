@@ -1,14 +1,25 @@
-"""How likely texts are after a prompt."""
+"""How likely texts are after prompts.
 
-from collections.abc import Sequence
+A prompt is read once. The texts that may follow it lie end to end in one stream and are read in one pass: each byte
+sees what is remembered of the prompt and its own text's earlier bytes, and so does each patch.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from bytelatent.inference.decode import Decoder
-from bytelatent.inference.state import SLACK, DecodeState
+from bytelatent.inference.state import DecodeState
 
-ROWS = 16  # continuations read at once
+# Shapes: T ids, V vocabulary
+
+PASS_IDS = 1024  # ids of texts read at once, where each prompt counts as many as the one with most
+PROMPTS = 16  # prompts remembered at once
+PROMPT_IDS = 16_384  # ids of prompts read at once, unless a single one is longer
+
+Pair = tuple[Tensor, Tensor]  # ids of a prompt and of what may follow it
+Place = tuple[int, int]  # a row of the state, and the number of the pair that goes on from there
 
 
 def log_probabilities(decoder: Decoder, prompt: Tensor, continuations: Sequence[Tensor]) -> list[float]:
@@ -18,30 +29,78 @@ def log_probabilities(decoder: Decoder, prompt: Tensor, continuations: Sequence[
         prompt: [N] ids, BOS first.
         continuations: ids of each; an empty one has log-probability 0.
     """
-    state, logits = decoder.prefill([prompt])
-    scores = [0.0] * len(continuations)
-    for begin in range(0, len(continuations), ROWS):
-        group = continuations[begin : begin + ROWS]
-        rows = decoder.empty(len(group))
-        for row in range(len(group)):
-            rows.put(row, state, 0)
-        for row, score in enumerate(_of_group(decoder, rows, logits[-1], group)):
-            scores[begin + row] = score
+    return log_probabilities_of_pairs(decoder, [(prompt, ids) for ids in continuations])
+
+
+def log_probabilities_of_pairs(decoder: Decoder, pairs: Sequence[Pair]) -> list[float]:
+    """The same of many prompts, each with a continuation of its own; equal prompts are read once, wherever they stand.
+
+    Memory does not grow with the number of pairs; a continuation of more than PASS_IDS ids is read piece by piece.
+    """
+    followers: dict[tuple[int, ...], list[int]] = {}
+    for number, (prompt, _) in enumerate(pairs):
+        followers.setdefault(tuple(prompt.tolist()), []).append(number)
+    scores = [0.0] * len(pairs)
+    for prompts in _prompts(sorted(followers, key=len)):
+        state, logits = decoder.prefill([torch.tensor(prompt) for prompt in prompts], last_only=True)
+        places = [(row, number) for row, prompt in enumerate(prompts) for number in followers[prompt]]
+        texts = {number: pairs[number][1].to(decoder.device) for _, number in places}
+        first = logits.double().log_softmax(-1)
+        for row, number in places:
+            scores[number] = float(first[row, texts[number][:1]].sum())  # of an empty text, 0
+        for group in _passes([(row, number) for row, number in places if len(texts[number]) > 1], texts):
+            for (_, number), score in zip(group, _after_first(decoder, state, group, texts), strict=True):
+                scores[number] += score
     return scores
 
 
-def _of_group(decoder: Decoder, state: DecodeState, logits: Tensor, group: Sequence[Tensor]) -> list[float]:
-    """A few ids of every row at a time, each predicted by the logits before it."""
-    before = [logits for _ in group]
-    scores = [0.0] * len(group)
-    for at in range(0, max((len(ids) for ids in group), default=0), SLACK):
-        parts = [ids[at : at + SLACK].to(decoder.device) for ids in group]
-        sizes = [len(part) for part in parts]
-        rows = torch.repeat_interleave(torch.arange(len(group)), torch.tensor(sizes)).to(decoder.device)
-        found = decoder.extend(state, rows, torch.cat(parts)).split(sizes)
-        for row, (part, after) in enumerate(zip(parts, found, strict=True)):
-            if len(part):
-                predicting = torch.cat([before[row][None], after[:-1]]).double().log_softmax(-1)
-                scores[row] += float(predicting.gather(1, part[:, None]).sum())
-                before[row] = after[-1]
-    return scores
+def _prompts(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Prompts in groups that are read and remembered together."""
+    group: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        if group and (len(group) == PROMPTS or sum(map(len, group)) + len(prompt) > PROMPT_IDS):
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group
+
+
+def _passes(places: list[Place], texts: dict[int, Tensor]) -> Iterator[list[Place]]:
+    """Texts in groups that are read together; one that is too long for that is alone."""
+    group: list[Place] = []
+    of_row: dict[int, int] = {}  # ids to read
+    for row, number in places:
+        size = of_row.get(row, 0) + len(texts[number]) - 1
+        if group and max(size, *of_row.values()) * len({*of_row, row}) > PASS_IDS:
+            yield group
+            group, of_row, size = [], {}, len(texts[number]) - 1
+        group.append((row, number))
+        of_row[row] = size
+    if group:
+        yield group
+
+
+def _after_first(decoder: Decoder, state: DecodeState, group: list[Place], texts: dict[int, Tensor]) -> list[float]:
+    """log P of all ids of each text but its first, which their prompt alone decides about."""
+    read = [texts[number][:-1] for _, number in group]
+    if len(read) == 1 and len(read[0]) > PASS_IDS:
+        return [_of_long(decoder, state, group[0][0], texts[group[0][1]])]
+    logits = decoder.branch(state, [row for row, _ in group], read)
+    found = _of(logits, torch.cat([texts[number][1:] for _, number in group]))
+    return [float(part.sum()) for part in found.split([len(ids) for ids in read])]
+
+
+def _of_long(decoder: Decoder, state: DecodeState, row: int, text: Tensor) -> float:
+    """The same of one text, piece by piece, in a row of its own."""
+    own = decoder.empty(1)
+    own.put(0, state, row)
+    score = 0.0
+    for read, expected in zip(text[:-1].split(PASS_IDS), text[1:].split(PASS_IDS), strict=True):
+        score += float(_of(decoder.extend(own, torch.zeros_like(read), read), expected).sum())
+    return score
+
+
+def _of(logits_TV: Tensor, ids: Tensor) -> Tensor:
+    """The log-probability of each id, float64 [T]."""
+    return logits_TV.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]

@@ -1,0 +1,148 @@
+"""Scores in one pass against the whole forward pass of prompt and continuation together."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bytelatent.inference import Decoder, scoring
+from bytelatent.inference.fast import FastDecoder
+from bytelatent.inference.scoring import Pair, _passes, log_probabilities, log_probabilities_of_pairs
+from bytelatent.patching import PatchSettings
+from bytelatent.vocab import encode
+from tests.inference.test_decode import RULES, assert_close, full_logits
+from tests.inference.test_engine import decoders
+from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
+
+BOS = torch.tensor([1])
+
+
+def slow_scores(decoder: Decoder, pairs: Sequence[Pair]) -> list[float]:
+    """Of each pair alone, by the models' own forward passes."""
+    scores = []
+    for prompt, text in pairs:
+        [logits] = full_logits(decoder, [torch.cat([prompt, text])])
+        predicting = logits[len(prompt) - 1 : len(prompt) + len(text) - 1].double().log_softmax(-1)
+        scores.append(float(predicting.gather(1, text[:, None]).sum()))
+    return scores
+
+
+def check(decoder: Decoder, pairs: list[Pair]) -> None:
+    found, expected = log_probabilities_of_pairs(decoder, pairs), slow_scores(decoder, pairs)
+    assert found == pytest.approx(expected, abs=1e-4, rel=0)
+
+
+def drawn_pairs(data: st.DataObject, seed: int) -> list[Pair]:
+    """A few prompts, one of them BOS alone perhaps, each with several continuations, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for size in data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=3)):
+        prompt = torch.cat([BOS, random_ids(generator, size)])
+        sizes = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=4))
+        pairs += [(prompt, random_ids(generator, length)) for length in sizes]
+    return data.draw(st.permutations(pairs))
+
+
+@pytest.fixture
+def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups end after a few ids, and some continuations are too long for one."""
+    monkeypatch.setattr(scoring, "PASS_IDS", 20)
+    monkeypatch.setattr(scoring, "PROMPT_IDS", 40)
+
+
+@given(settings=blt_settings(), byte_lm=byte_lm_settings(), rule=RULES, seed=st.integers(0, 1000), data=st.data())
+def test_scores_are_those_of_the_full_forward(
+    settings: Any, byte_lm: Any, rule: PatchSettings, seed: int, data: st.DataObject
+) -> None:
+    check(Decoder(make(settings, seed), rule, make(byte_lm, seed)), drawn_pairs(data, seed))
+
+
+@pytest.mark.usefixtures("small_passes")
+@settings(max_examples=15)
+@given(settings=blt_settings(), byte_lm=byte_lm_settings(), rule=RULES, seed=st.integers(0, 1000), data=st.data())
+def test_in_groups(settings: Any, byte_lm: Any, rule: PatchSettings, seed: int, data: st.DataObject) -> None:
+    check(Decoder(make(settings, seed), rule, make(byte_lm, seed)), drawn_pairs(data, seed))
+
+
+@settings(max_examples=15)
+@given(byte_lm=byte_lm_settings(), seed=st.integers(0, 1000), data=st.data())
+def test_scores_of_a_byte_lm(byte_lm: Any, seed: int, data: st.DataObject) -> None:
+    check(Decoder(make(byte_lm, seed), None, None), drawn_pairs(data, seed))
+
+
+@pytest.mark.parametrize("name", list(decoders()))
+def test_after_prompts_read_the_way_a_gpu_does(name: str) -> None:
+    plain, generator = decoders()[name], torch.Generator().manual_seed(1)
+    decoder = FastDecoder(plain.model, plain.patching, plain.byte_lm)
+    prompts = [torch.cat([BOS, random_ids(generator, size)]) for size in (0, 17, 40)]
+    check(decoder, [(prompt, random_ids(generator, size)) for prompt in prompts for size in (1, 9, 0, 25)])
+
+
+def test_tokens_that_go_on_from_the_prompt(tmp_path: Path) -> None:
+    """The rule `bpe` decides by what a tokenizer makes of the bytes before, those of the prompt included."""
+    tokenizers = pytest.importorskip("tokenizers")
+    prose = "the theory of the other theme, and then the weather there " * 4
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([prose], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rule = PatchSettings(mode="bpe", tokenizer=str(tmp_path / "tokenizer.json"), max_patch_length=6)
+    ids = torch.from_numpy(encode(prose, eos=False))
+    check(
+        Decoder(tiny_blt(window=6), rule, None),
+        [(ids[:cut], ids[cut : cut + size]) for cut in (1, 4, 11, 90) for size in (3, 30)],
+    )
+
+
+def test_one_pass_whatever_their_number() -> None:
+    """All continuations of a prompt cost each part of the model one call, and the prompt one more."""
+    model, byte_lm = tiny_blt(window=6), tiny_byte_lm(window=6)
+    calls: Counter[str] = Counter()
+    parts = {"byte LM": byte_lm.stack, "global": model.global_transformer, "decoder": model.decoder.stack.blocks[0]}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.cat([BOS, random_ids(generator, 30)])
+    texts = [random_ids(generator, size) for size in range(2, 30)]
+    log_probabilities(Decoder(model, PatchSettings(threshold=5.12), byte_lm), prompt, texts)
+    assert calls == dict.fromkeys(parts, 2)
+
+
+def test_continuations_leave_no_trace() -> None:
+    decoder = decoders()["split"]
+    generator = torch.Generator().manual_seed(0)
+    prompt, after = torch.cat([BOS, random_ids(generator, 30)]), random_ids(generator, 20)
+    state, _ = decoder.prefill([prompt])
+    decoder.branch(state, [0, 0], [random_ids(generator, 25), random_ids(generator, 3)])
+    [expected] = full_logits(decoder, [torch.cat([prompt, after])])
+    assert_close(decoder.extend(state, torch.zeros(20, dtype=torch.long), after), expected[len(prompt) :])
+
+
+@given(sizes=st.lists(st.tuples(st.integers(0, 3), st.integers(2, 900)), max_size=30))
+def test_passes_are_bounded(sizes: list[tuple[int, int]]) -> None:
+    """Every text is in one, and no pass is larger when laid out in rows, but for one text alone."""
+    sizes = sorted(sizes, key=lambda one: one[0])
+    texts = {number: torch.zeros(size * 2) for number, (_, size) in enumerate(sizes)}
+    places = [(row, number) for number, (row, _) in enumerate(sizes)]
+    passes = list(_passes(places, texts))
+    assert [place for group in passes for place in group] == places
+    for group in passes:
+        read: Counter[int] = Counter()
+        for row, number in group:
+            read[row] += len(texts[number]) - 1
+        assert len(group) == 1 or len(read) * max(read.values()) <= scoring.PASS_IDS
+
+
+def test_no_pairs_and_no_ids() -> None:
+    decoder = decoders()["entropy"]
+    empty: Tensor = torch.zeros(0, dtype=torch.long)
+    assert log_probabilities(decoder, BOS, []) == []
+    assert log_probabilities(decoder, BOS, [empty, empty]) == [0.0, 0.0]
