@@ -66,11 +66,15 @@ def slowly_rounded(model: Any, weights: str) -> Any:
 def test_these_matrices_are_rounded_so(name: str, weights: Weights) -> None:
     model = decoders()[name].model
     before = deepcopy(model.state_dict())
-    found, expected = rounded(model, weights).state_dict(), slowly_rounded(model, weights).state_dict()
+    copied = rounded(model, weights)
+    found, expected = copied.state_dict(), slowly_rounded(model, weights).state_dict()
     assert found.keys() == expected.keys()
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=0, msg=key)
     assert any(not torch.equal(value, before[key]) for key, value in found.items())
+    alone = [key for key in found if any(part in key for part in LEFT_ALONE)]
+    assert all(copied.get_parameter(key) is model.get_parameter(key) for key in alone), "there is another copy of it"
+    assert alone
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), "the model itself was changed"
 
