@@ -32,7 +32,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
   echo "PYTHON: '$python' is not Python 3.11 or newer; name one: PYTHON=python3.12 bash setup/create_env.sh" >&2
   exit 2
 fi
-if [ -e "$env" ] && [ ! -e "$env/pyvenv.cfg" ] && [ ! -e "$env/.unfinished" ]; then
+if [ ! -e "$env/pyvenv.cfg" ] && [ ! -e "$env/.unfinished" ] && [ -n "$(ls -A "$env" 2>/dev/null)" ]; then
   echo "create_env.sh: '$env' is something else than an environment; name another folder" >&2
   exit 2
 fi
