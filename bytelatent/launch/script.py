@@ -21,23 +21,29 @@ export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}
 export PYTHONSAFEPATH=1 # so that the code is the one named above, and not what stands in this folder
 {environment}
 logs=$DUMP_DIR/logs/$SLURM_JOB_ID
+
+say() {{ echo "$(date +%FT%T) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $*"; }}
+
+# SLURM tells this shell that the time is nearly over; the script saves and stops. Told again and again, as it may just
+# be beginning; each process hears it once.
+warn() {{
+  if [[ ! $step ]]; then return; fi
+  say "told to save and to stop"
+  while kill -USR1 "$step"; do sleep 5; done &>/dev/null &
+}}
+step= signalled= cancelled=
+trap 'signalled=yes; warn' USR1 USR2
+trap 'signalled=yes; cancelled=yes' TERM # scancel tells the processes by itself
+
+say "begins (restarts: ${{SLURM_RESTART_COUNT:-0}})"
 mkdir -p "$logs" || exit
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
-
-say() {{ echo "$(date +%FT%T) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $*"; }}
-
-say "begins (restarts: ${{SLURM_RESTART_COUNT:-0}})"
 {srun} \\
   {command} &
 step=$!
-cancelled=
-
-# SLURM tells this shell that the time is nearly over; the script saves and stops.
-trap 'signalled=yes; say "told to save and to stop"; kill -USR1 "$step"' USR1 USR2
-# scancel tells the processes by itself.
-trap 'signalled=yes; cancelled=yes' TERM
+if [[ $signalled ]]; then warn; fi # it came before there was anyone to tell
 
 while signalled=; do # a signal ends `wait` early
   wait "$step"
@@ -45,7 +51,7 @@ while signalled=; do # a signal ends `wait` early
   [[ $signalled ]] || break
 done
 
-say "ended with $code"
+say "ended with $code; what each process said: $logs"
 {ending}
 exit "$code"
 """

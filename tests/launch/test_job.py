@@ -87,6 +87,16 @@ def test_a_warning_before_the_script_has_begun(cluster: Cluster, stand_in: Calla
     assert cluster.asked[-1] == "scontrol requeue 7"
 
 
+def test_a_warning_before_anything_has_begun(cluster: Cluster, stand_in: Callable[[str], None]) -> None:
+    cluster.install("scontrol", 'echo "scontrol $*" >>{log}; if [[ $1 == show ]]; then sleep 0.3; echo here; fi\n')
+    job, _ = start(cluster, "wait", "requeue=true")
+    wait_for(lambda: "scontrol show hostnames here" in cluster.asked, job)
+    job.send_signal(signal.SIGUSR1)
+    job.communicate(timeout=60)
+    assert job.returncode in (128 + signal.SIGUSR1, STOPPED)
+    assert cluster.asked[-1] == "scontrol requeue 7"
+
+
 def test_a_script_that_begins_anew_is_not_requeued(cluster: Cluster, stand_in: Callable[[str], None]) -> None:
     job, log = start(cluster, "wait")
     begun(job, log)
