@@ -37,6 +37,8 @@ def main():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: signals.append(number))
     print("VERSION", sys.argv[1:], os.environ["RANK"], os.environ["WORLD_SIZE"], bytelatent.__file__, flush=True)
+    while config["end"] == "never":
+        time.sleep(0.01)
     if config["end"] != "wait":
         sys.exit(config["end"])
     while not signals:

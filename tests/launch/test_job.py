@@ -97,12 +97,15 @@ def test_a_warning_before_anything_has_begun(cluster: Cluster, stand_in: Callabl
     assert cluster.asked[-1] == "scontrol requeue 7"
 
 
-def test_a_script_that_begins_anew_is_not_requeued(cluster: Cluster, stand_in: Callable[[str], None]) -> None:
-    job, log = start(cluster, "wait")
+def test_a_script_that_answers_no_signals_is_stopped_and_not_requeued(
+    cluster: Cluster, stand_in: Callable[[str], None]
+) -> None:
+    job, log = start(cluster, "never")
     begun(job, log)
     job.send_signal(signal.SIGUSR1)
     job.communicate(timeout=60)
     assert job.returncode == STOPPED
+    assert log.read_text().splitlines()[-1] == "stopped"
     assert not any("requeue" in line for line in cluster.asked)
 
 

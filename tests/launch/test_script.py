@@ -21,11 +21,29 @@ def script_of(dump_dir: str = "/runs/mine", here: str = "/here", code: str = "/c
 
 
 def directives(script: str) -> dict[str, str]:
-    """Read as shell words, whose double quotes and backslashes are sbatch's."""
-    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
-    words = [shlex.split(line) for line in lines]
+    lines = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    words = [as_sbatch_reads(line) for line in lines]
     assert all(len(line) == 1 for line in words)
-    return {name: value for [word] in words for name, _, value in [word.partition("=")]}
+    return {name: value for [word] in words for name, _, value in [word.removeprefix("--").partition("=")]}
+
+
+def as_sbatch_reads(line: str) -> list[str]:
+    """The words of a line: quotes join, a backslash keeps the next character wherever it stands, # ends."""
+    words, quote, characters = [""], "", iter(line)
+    for character in characters:
+        if character == "\\":
+            words[-1] += next(characters)
+        elif character == quote:
+            quote = ""
+        elif quote or character not in "\"'# ":
+            words[-1] += character
+        elif character == "#":
+            break
+        elif character == " ":
+            words.append("")
+        else:
+            quote = character
+    return words
 
 
 def test_what_sbatch_is_asked_for() -> None:

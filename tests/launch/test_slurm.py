@@ -20,7 +20,13 @@ def why_not() -> str | None:
 
 
 WHY_NOT = why_not()
+NAME = 'it\'s \\a "1" #$HOME'
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
+
+
+def queued(job: str, column: str) -> str:
+    command = ["squeue", "-h", "-j", job, "-o", column]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip("\n")
 
 
 def state(job: str) -> dict[str, str]:
@@ -39,12 +45,11 @@ def wait_for(happened: Callable[[], object], log: Path, seconds: float = 90) -> 
 def test_warned_it_saves_and_waits_to_go_on(tmp_path: Path, stand_in: Callable[[str], None], launcher: str) -> None:
     folder = tmp_path / 'it\'s "1" $HOME'
     asked = ["script=stand_in", f"dump_dir={folder}", f"launcher={launcher}", "requeue=true", "ngpu=0", "ncpu=1"]
-    line = launched(*asked, "time=5", "--", "end=wait")
-    job = line.split()[1]
+    job = launched(*asked, "time=5", f"name={NAME}", "--", "end=wait").split()[1]
     log, own = folder / "logs" / f"{job}.out", folder / "logs" / job / "0.out"
     try:
         wait_for(lambda: own.exists() and "\n" in own.read_text(), log)
-        assert state(job)["JobName"] == folder.name.split()[0]
+        assert queued(job, "%j") == NAME
         subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
         wait_for(lambda: state(job)["JobState"] == "PENDING", log)
         assert state(job)["Restarts"] == "1"
