@@ -107,6 +107,49 @@ def train(
 
 
 @app.command()
+def launch(
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value of the script, over its config.")] = None,
+    script: Annotated[str, typer.Option(help="The module to run; it takes config=PATH.")] = "bytelatent.train",
+    config: Annotated[str | None, typer.Option(help="The script's own settings.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the job; the last part of --dump-dir if left out.")] = None,
+    dump_dir: Annotated[
+        str | None, typer.Option(help="The job's folder; left out: `run` of the config, else runs/NAME.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="How many.")] = 1,
+    ngpu: Annotated[
+        int | None, typer.Option(help="GPUs of each node, a process each; 0: the CPU. All of them if left out.")
+    ] = None,
+    ncpu: Annotated[int | None, typer.Option(help="Cores of each process; an even share if left out.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of each node: 64G; 0 is all of it.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit: minutes, 12:00:00, 2-00:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Of the cluster; `sinfo` lists them.")] = None,
+    account: Annotated[str | None, typer.Option(help="Who pays.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Features that the nodes must have.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes to keep away from.")] = None,
+    launcher: Annotated[str, typer.Option(help="torchrun (one a node, by srun), srun (every process).")] = "torchrun",
+    grace: Annotated[int, typer.Option(help="Seconds before the limit at which it is told to save and stop.")] = 120,
+    requeue: Annotated[
+        bool | None, typer.Option(help="Start it again where it was told to stop; left out: training only.")
+    ] = None,
+    copy_code: Annotated[bool, typer.Option(help="Run a copy of the code as it is now.")] = True,
+    override: Annotated[bool, typer.Option("--override", help="Write over an earlier launch without a run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write everything and submit nothing.")] = False,
+) -> None:
+    """Hand a script to a SLURM cluster: code, settings and batch script in one folder, and the folder to sbatch.
+
+    Example:  `blt launch --config apps/bytelatent/configs/blt_1b.yaml --nodes 2 --partition gpu steps=50000`
+
+    Start it again:  `sbatch runs/byte_lm/submit.slurm`
+    """
+    given = dict(locals())
+    from bytelatent.stool import launch_script
+
+    of_script = given.pop("settings") or []
+    print(launch_script(given, of_script))
+
+
+@app.command()
 def calibrate(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs; stored entropies are used as they are.")],
     patch_bytes: Annotated[float, typer.Option(help="Mean bytes a patch should hold.")] = 4.5,

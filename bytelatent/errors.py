@@ -5,6 +5,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+# The exit code of work that stopped because it was asked to: it is not done, and the same command goes on with it.
+# Batch scripts of a cluster put a job that ends so back into the queue.
+STOPPED = 130
+
 
 class UserError(ValueError):
     """Bad input: a path, a key, a file. The message is one line naming the thing, the value and the way out.
@@ -28,7 +32,7 @@ class Interrupted(Exception):
 
 
 def guarded(call: Callable[[], Any]) -> None:
-    """Run a command: bad input ends it with one clear line and exit code 2, a wish to stop with 130."""
+    """Run a command: bad input ends it with one clear line and exit code 2, a wish to stop with `STOPPED`."""
     try:
         call()
     except UserError as error:
@@ -36,4 +40,4 @@ def guarded(call: Callable[[], Any]) -> None:
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(STOPPED)

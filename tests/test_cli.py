@@ -21,7 +21,7 @@ from bytelatent.training import train
 from bytelatent.vocab import to_bytes
 from tests.training.tiny_runs import blt_run, byte_lm_run, settings, write_text
 
-VERBS = ["demo", "prepare", "entropies", "train", "calibrate", "eval", "generate", "patch", "convert", "info"]
+VERBS = ["demo", "prepare", "entropies", "train", "launch", "calibrate", "eval", "generate", "patch", "convert", "info"]
 NO_UTF8 = b"caf\xc3\xa9 \xff\xfe \x1b[31m and\nmore"
 BLT_COMMAND = [sys.executable, "-m", "bytelatent.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
@@ -179,6 +179,8 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["train"], "name a configuration or settings: blt train config="),
         (["train", "config=absent.yaml"], "'absent.yaml' does not exist"),
         (["train", "steps=3", "stepz=4"], "stepz: unknown key; did you mean 'steps'?"),
+        (["launch", "--nodes", "2"], "name a script and its settings"),
+        (["launch", "--config", "absent.yaml"], "'absent.yaml' does not exist"),
         (["demo", "--text", "absent", "--out", "absent/demo"], "'absent' does not exist"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),

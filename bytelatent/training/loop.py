@@ -34,7 +34,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
 
     Raises:
         UserError: the settings, the data or a checkpoint will not do, or the loss is not finite.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint is written.
+        Interrupted: Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2; a checkpoint is written.
     """
     console = console or Console()
     device = choose_device(settings.device)
@@ -186,7 +186,7 @@ def _validate(
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop after the step; a second one stops at once."""
+    """Turn the first Ctrl-C, SIGTERM or SIGUSR into a wish to stop after the step; a second one stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -197,7 +197,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.set()
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # a cluster sends the last two before it takes a job's nodes
+    previous = {number: signal.signal(number, ask) for number in signal.Signals if number.name in names}
     try:
         yield asked.is_set
     finally:

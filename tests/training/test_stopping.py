@@ -48,13 +48,13 @@ def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number:
     assert what_is_torn(run / "checkpoints" / checkpoints(run)[0]) is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     tmp_path: Path, text: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(settings(byte_lm_run(tmp_path / "whole", text)))
     run, surprise, calls = tmp_path / "run", loop.surprise, []
-    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    handlers = [signal.getsignal(name) for name in signal.Signals]
 
     def signalled(*arguments: Any) -> Any:
         calls.append(1)
@@ -66,7 +66,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     with pytest.raises(Interrupted, match="after step 7; the same command goes on"):
         train(settings(byte_lm_run(run, text)))
     assert checkpoints(run) == ["step-00000005", "step-00000007"]
-    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
+    assert [signal.getsignal(name) for name in signal.Signals] == handlers
     train(settings(byte_lm_run(run, text)))
     assert_equal_runs(run, whole)
 

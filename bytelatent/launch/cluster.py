@@ -1,0 +1,71 @@
+"""What SLURM's own commands say about the cluster."""
+
+import re
+import shutil
+import subprocess
+from typing import NamedTuple
+
+from bytelatent.errors import UserError, nearest
+
+
+class Node(NamedTuple):
+    """What a node of a partition has."""
+
+    num_gpus: int
+    num_cores: int
+
+
+def node_of(partition: str | None) -> Node | None:
+    """The node with the most GPUs of a partition, or of the default one; None where there is no SLURM to ask.
+
+    Raises:
+        UserError: the cluster has no such partition.
+    """
+    rows = _sinfo("%P|%c|%G")
+    if not rows:
+        return None
+    nodes: dict[str, list[Node]] = {}
+    default = None
+    for name, cores, resources in (row.split("|", 2) for row in rows):
+        if name.endswith("*"):
+            default = name = name.removesuffix("*")
+        gpus = re.findall(r"\bgpu:(?:[^:,()]+:)?([0-9]+)", resources)
+        nodes.setdefault(name, []).append(Node(sum(map(int, gpus)), int(cores.removesuffix("+"))))
+    wanted = partition or default
+    if partition is not None and not set(partition.split(",")) <= nodes.keys():
+        wrong = next(name for name in partition.split(",") if name not in nodes)
+        known = ", ".join(sorted(nodes))
+        raise UserError(
+            f"partition: the cluster has no '{wrong}'{nearest(wrong, list(nodes))}; its partitions: {known}"
+        )
+    found = [node for name in (wanted or "").split(",") for node in nodes.get(name, [])]
+    return min(found, key=lambda node: (-node.num_gpus, node.num_cores), default=None)
+
+
+def submit(script: str) -> str:
+    """Hand a batch script to SLURM.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        UserError: SLURM does not take it.
+    """
+    ended = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        said = ended.stderr.strip() or f"sbatch ended with {ended.returncode}"
+        raise UserError(f"SLURM did not take the job: {said}; mend the key and add override=true")
+    return ended.stdout.strip().partition(";")[0]  # ID or ID;CLUSTER
+
+
+def is_here() -> bool:
+    """Whether jobs can be handed over from this machine."""
+    return shutil.which("sbatch") is not None
+
+
+def _sinfo(columns: str) -> list[str]:
+    try:
+        ended = subprocess.run(["sinfo", "-h", "-o", columns], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return ended.stdout.splitlines() if ended.returncode == 0 else []

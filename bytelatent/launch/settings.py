@@ -1,0 +1,115 @@
+"""What a job of a cluster is asked for."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from bytelatent.config import Settings
+
+
+class LaunchSettings(Settings):
+    """A job.
+
+    Attributes:
+        script: the module to run; it takes config=PATH.
+        config: the script's own settings.
+        name: of the job; the last part of `dump_dir` if left out.
+        dump_dir: the folder of everything that belongs to the job.
+        nodes: how many.
+        ngpu: GPUs of each node, a process each; 0 is one process a node on its CPU. As many as a node of the partition
+            has if left out.
+        ncpu: cores of each process. A node's cores, shared evenly among its GPUs, if left out.
+        mem: memory of each node, as SLURM writes it: 64G; 0 is all of it.
+        time: the limit, as SLURM writes it: minutes, 12:00:00, 2-00:00:00.
+        partition, account, qos, constraint, exclude: as SLURM's options of these names.
+        launcher: `torchrun`: srun starts one torchrun a node; `srun`: it starts every process itself.
+        grace: seconds before the limit at which the script is told to save and to stop.
+        requeue: start it again where it was told to stop; for scripts that go on where they stopped if left out.
+        copy_code: run a copy of the code as it is now.
+        override: write over what an earlier launch left in `dump_dir`.
+        dry_run: write everything and submit nothing.
+    """
+
+    script: str = "bytelatent.train"
+    config: str | None = None
+    name: str | None = Field(default=None, min_length=1)
+    dump_dir: str | None = Field(default=None, min_length=1)
+    nodes: int = Field(default=1, ge=1)
+    ngpu: int | None = Field(default=None, ge=0)
+    ncpu: int | None = Field(default=None, ge=1)
+    mem: str | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    launcher: Literal["torchrun", "srun"] = "torchrun"
+    grace: int = Field(default=120, ge=1)
+    requeue: bool | None = None
+    copy_code: bool = True
+    override: bool = False
+    dry_run: bool = False
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError(f"{value!r} holds a line break or another character that no script can hold")
+        return value
+
+    @field_validator("script")
+    @classmethod
+    def _module(cls, script: str) -> str:
+        if not all(part.isidentifier() for part in script.split(".")):
+            raise ValueError(f"'{script}' is no module; write it as in script=bytelatent.train")
+        return script
+
+    @field_validator("mem")
+    @classmethod
+    def _memory(cls, mem: str | None) -> str | None:
+        if mem is not None and not re.fullmatch(r"\d+[KMGTkmgt]?B?", mem):
+            raise ValueError(f"'{mem}' is no memory; write 64G, or 0 for all of a node")
+        return mem
+
+    @field_validator("time")
+    @classmethod
+    def _limit(cls, time: str | None) -> str | None:
+        if time is not None:
+            seconds_of(time)
+        return time
+
+    @field_validator("dump_dir")
+    @classmethod
+    def _path(cls, dump_dir: str | None) -> str | None:
+        # In the names of logs '%' and '\' mean something to SLURM, and ':' parts the folders of PYTHONPATH.
+        if dump_dir is not None and (wrong := next((c for c in "%\\:" if c in dump_dir), None)):
+            raise ValueError(f"'{dump_dir}' holds '{wrong}', which a job cannot have in its folder's name")
+        return dump_dir
+
+    @property
+    def processes(self) -> int:
+        """Processes of a node."""
+        return self.ngpu or 1
+
+
+def seconds_of(time: str) -> int:
+    """A time limit in seconds.
+
+    Args:
+        time: in one of SLURM's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+
+    Raises:
+        ValueError: it is in none of them, or no time at all.
+    """
+    if not re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", time):
+        raise ValueError(f"'{time}' is no time limit; write minutes, 12:00:00 or 2-00:00:00")
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    # After days hours come first; without them a lone number is minutes, and two are minutes and seconds.
+    first = 3600 if dash or len(parts) == 3 else 60
+    seconds = 86400 * int(days or 0) + sum(part * first // 60**place for place, part in enumerate(parts))
+    if seconds == 0:
+        raise ValueError(f"'{time}' is no time at all; leave it out for the partition's own limit")
+    return seconds

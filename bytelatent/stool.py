@@ -1,0 +1,96 @@
+"""Hand a script to a SLURM cluster: code, settings and batch script go into one folder, and the folder to sbatch.
+
+python -m bytelatent.stool script=bytelatent.train config=CONFIG.yaml nodes=2 partition=PARTITION
+python -m bytelatent.stool script=bytelatent.train config=CONFIG.yaml dump_dir=runs/mine ngpu=8 time=24:00:00 \\
+    -- steps=20000 optimizer.lr=1e-3        # after --: settings of the script itself
+python -m bytelatent.stool script=bytelatent.train config=CONFIG.yaml dry_run=true    # write it and submit nothing
+sbatch DUMP_DIR/submit.slurm                # start it again: training goes on from its last checkpoint
+
+Keys: {keys}
+What each means: docs/clusters.md, and `blt launch --help`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from bytelatent.config import load_yaml, merge
+from bytelatent.errors import UserError, guarded
+from bytelatent.launch import LaunchSettings, launch
+
+USAGE = "name a script and its settings: python -m bytelatent.stool script=bytelatent.train config=PATH nodes=1"
+TRAIN = "bytelatent.train"
+
+
+def main(arguments: list[str]) -> str:
+    """Launch what `key=value` says, and after `--` the script's own.
+
+    Raises:
+        UserError: a key, a value, a path or the cluster will not do.
+    """
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    own, of_script = arguments[:cut], arguments[cut + 1 :]
+    if not own:
+        raise UserError(USAGE)
+    if {"-h", "--help"} & set(own):
+        return (__doc__ or "").strip().format(keys=", ".join(LaunchSettings.model_fields))
+    return launch_script(_values(own), of_script)
+
+
+def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
+    """Launch a script.
+
+    Args:
+        values: of `LaunchSettings`.
+        of_script: settings of the script, laid over those of `config`.
+
+    Returns:
+        One line about the job.
+
+    Raises:
+        UserError: a key, a value, a path or the cluster will not do.
+    """
+    settings = LaunchSettings.parse(values)
+    config = merge(load_yaml(settings.config) if settings.config is not None else {}, of_script)
+    if not config:
+        raise UserError(USAGE)
+    training = settings.script == TRAIN
+    dump_dir = settings.dump_dir or (training and config.get("run")) or f"runs/{_name(settings)}"
+    requeue = settings.requeue if settings.requeue is not None else training
+    settings = LaunchSettings.parse(
+        {**settings.plain(), "dump_dir": str(Path(dump_dir).absolute()), "requeue": requeue}
+    )
+    if training:
+        if values.get("dump_dir") and any(argument.startswith("run=") for argument in of_script):
+            raise UserError("run: dump_dir is the run's folder; leave one of them out")
+        config["run"] = settings.dump_dir
+        _check_training(config, settings.config)
+    return launch(settings, config)
+
+
+def _values(arguments: list[str]) -> dict[str, str]:
+    """Keys and values as text: read as YAML, 12:00:00 would be a number."""
+    values = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not key or not equals:
+            raise UserError(f"'{argument}' is not a setting; write key=value, as in nodes=2")
+        if "." in key:
+            raise UserError(f"{key}: settings of the script stand after --, as in: ... nodes=1 -- {argument}")
+        values[key] = value
+    return {key: value for key, value in values.items() if value not in ("", "null")}
+
+
+def _name(settings: LaunchSettings) -> str:
+    return settings.name or Path(settings.config or settings.script.replace(".", "_")).stem
+
+
+def _check_training(config: dict[str, Any], where: str | None) -> None:
+    """Complain here and now, and not once the job has waited for its nodes."""
+    from bytelatent.training import TrainSettings
+
+    TrainSettings.parse(config, where or "")
+
+
+if __name__ == "__main__":
+    guarded(lambda: print(main(sys.argv[1:])))

@@ -1,0 +1,169 @@
+"""A job's folder: what is written, what is submitted, what is refused."""
+
+import io
+import os
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from bytelatent.cli import app
+from bytelatent.errors import UserError
+from bytelatent.launch.code import package_of
+from tests.launch.conftest import Cluster, launched
+from tests.training.tiny_runs import byte_lm_run
+
+NAME = 'it\'s "1" $HOME'
+
+
+def configured(path: Path, **values: Any) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return configured(tmp_path / "given.yaml", **{**byte_lm_run(Path("runs/of config"), Path("text.jsonl")), "seed": 3})
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_published_command(cluster: Cluster, here: Path, config: Path) -> None:
+    line = launched("script=bytelatent.train", f"config={config}", "nodes=1", "partition=gpu")
+    dump_dir = here / "runs" / "of config"
+    assert line == f"job 7 submitted; tail -F '{dump_dir}/logs/7/0.out'; cancel: scancel 7"
+    assert cluster.asked == [f"sbatch --parsable {dump_dir}/submit.slurm"]
+    assert sorted(os.listdir(dump_dir)) == ["code", "config.yaml", "launch.yaml", "logs", "submit.slurm"]
+    settings = yaml.safe_load((dump_dir / "config.yaml").read_text())
+    assert settings == {**yaml.safe_load(config.read_text()), "run": str(dump_dir)}
+    asked = yaml.safe_load((dump_dir / "launch.yaml").read_text())
+    assert (asked["ngpu"], asked["ncpu"], asked["name"], asked["requeue"]) == (8, 8, "of config", True)
+    assert asked["dump_dir"] == str(dump_dir)
+
+
+def test_settings_of_the_script_stand_after_two_dashes(cluster: Cluster, here: Path, config: Path) -> None:
+    launched(f"config={config}", f"dump_dir={NAME}", "ngpu=0", "--", "steps=9", "data.context=32", "optimizer.lr=1e-3")
+    settings = yaml.safe_load((here / NAME / "config.yaml").read_text())
+    assert (settings["steps"], settings["data"]["context"], settings["optimizer"]["lr"]) == (9, 32, 1e-3)
+    assert settings["seed"] == 3
+    assert settings["run"] == str(here / NAME)
+
+
+def test_the_verb_writes_the_same(cluster: Cluster, here: Path, config: Path) -> None:
+    arguments = ["--config", str(config), "--dump-dir", "by_a", "--ngpu", "2", "--time", "12:00:00", "--no-copy-code"]
+    result = CliRunner().invoke(app, ["launch", *arguments, "steps=9"], catch_exceptions=False)
+    assert result.stdout.startswith("job 7 submitted; ")
+    launched(f"config={config}", "dump_dir=by_b", "ngpu=2", "time=12:00:00", "copy_code=false", "--", "steps=9")
+    for name in ("launch.yaml", "config.yaml", "submit.slurm"):
+        assert (here / "by_a" / name).read_text().replace("by_a", "by_b") == (here / "by_b" / name).read_text()
+    assert not (here / "by_a" / "code").exists()
+
+
+def test_a_dry_run_writes_everything_and_submits_nothing(cluster: Cluster, here: Path, config: Path) -> None:
+    launched(f"config={config}", "dump_dir=real")
+    (cluster.place / "sbatch").unlink()
+    (cluster.place / "sinfo").unlink()
+    before = cluster.asked
+    assert launched(f"config={config}", "dump_dir=a b", "dry_run=true") == f"sbatch '{here}/a b/submit.slurm'"
+    assert cluster.asked == before
+    assert sorted(os.listdir(here / "a b")) == sorted(os.listdir(here / "real"))
+    assert "#SBATCH --gres=gpu:8\n" in (here / "a b" / "submit.slurm").read_text()
+
+
+def test_the_code_is_a_copy(cluster: Cluster, here: Path, config: Path) -> None:
+    launched(f"config={config}", "dump_dir=mine")
+    package = package_of("bytelatent")
+    copied = {str(file.relative_to(here / "mine" / "code")) for file in (here / "mine" / "code").rglob("*.*")}
+    assert copied - {"complete.json"} == {
+        str(file.relative_to(package.parent)) for file in package.rglob("*.*") if "__pycache__" not in file.parts
+    }
+    copy = here / "mine" / "code" / "bytelatent" / "errors.py"
+    assert copy.read_bytes() == (package / "errors.py").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a script and its settings: python -m bytelatent.stool"),
+        (["nodes=1"], "name a script and its settings"),
+        (["config=absent.yaml"], "'absent.yaml' does not exist"),
+        (["config={config}", "nodez=2"], "nodez: unknown key; did you mean 'nodes'?"),
+        (["config={config}", "steps"], "'steps' is not a setting; write key=value"),
+        (["config={config}", "optimizer.lr=1"], "optimizer.lr: settings of the script stand after --"),
+        (["config={config}", "--", "optimizer.lrr=1"], "optimizer.lrr: unknown key; did you mean 'lr'?"),
+        (["config={config}", "--", "steps=none"], "steps: "),
+        (["config={config}", "dump_dir=a", "--", "run=b"], "run: dump_dir is the run's folder"),
+        (["config={config}", "script=bytelatent.trian"], "no module 'bytelatent.trian'; did you mean 'train'?"),
+        (["config={config}", "script=absent"], "script: there is no module 'absent' here"),
+        (["config={config}", "partition=gpus"], "partition: the cluster has no 'gpus'; did you mean 'gpu'?"),
+        (["config={config}", "dump_dir={config}"], "is a file; name a folder"),
+    ],
+)
+def test_what_will_not_do_is_one_line_and_leaves_nothing(
+    cluster: Cluster, here: Path, config: Path, arguments: list[str], message: str
+) -> None:
+    before = sorted(os.listdir(here))
+    with pytest.raises(UserError) as caught:
+        launched(*(argument.format(config=config) for argument in arguments))
+    assert message in str(caught.value)
+    assert sorted(os.listdir(here)) == before
+    assert cluster.asked == []
+
+
+def test_no_slurm_is_one_line(here: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(here))
+    with pytest.raises(UserError, match=r"there is no 'sbatch' here; .*dry_run=true"):
+        launched(f"config={config}")
+    assert os.listdir(here) == ["given.yaml"]
+
+
+def test_slurm_refuses(cluster: Cluster, here: Path, config: Path) -> None:
+    cluster.install("sbatch", "echo 'sbatch: error: Invalid qos specification' >&2; exit 1\n")
+    with pytest.raises(UserError, match=r"SLURM did not take the job: .*Invalid qos.*; mend the key and add override"):
+        launched(f"config={config}", "dump_dir=mine", "qos=high")
+    cluster.install("sbatch", "echo '8;other'\n")
+    assert launched(f"config={config}", "dump_dir=mine", "override=true").startswith("job 8 submitted; ")
+    assert "qos" not in (here / "mine" / "submit.slurm").read_text()
+
+
+def test_a_folder_that_is_taken(cluster: Cluster, here: Path, config: Path) -> None:
+    (here / "mine").mkdir()
+    launched(f"config={config}", "dump_dir=mine")  # an empty folder is free
+    (here / "mine" / "notes").write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty; sbatch .*mine/submit.slurm goes on with it; .*override=true"):
+        launched(f"config={config}", "dump_dir=mine", "nodes=2")
+    launched(f"config={config}", "dump_dir=mine", "nodes=2", "override=true")
+    assert "--nodes=2" in (here / "mine" / "submit.slurm").read_text()
+    assert (here / "mine" / "notes").read_text() == "mine"
+    (here / "mine" / "metrics.jsonl").write_text("{}\n")
+    before = (here / "mine" / "submit.slurm").read_text()
+    with pytest.raises(UserError, match=r"mine' holds a run; sbatch .* goes on with it; or name another dump_dir"):
+        launched(f"config={config}", "dump_dir=mine", "nodes=3", "override=true")
+    assert (here / "mine" / "submit.slurm").read_text() == before
+
+
+def test_other_scripts(cluster: Cluster, stand_in: Callable[[str], None], here: Path) -> None:
+    launched("script=stand_in", "partition=cpu", "--", "end=0", "run=elsewhere")
+    folder = here / "runs" / "stand_in"
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"end": 0, "run": "elsewhere"}
+    assert (folder / "code" / "stand_in.py").read_text() == (here / "stand_in.py").read_text()
+    assert (folder / "code" / "bytelatent" / "errors.py").is_file()
+    assert "#SBATCH --no-requeue" in (folder / "submit.slurm").read_text()
+
+
+def test_help_shows_examples_and_every_key() -> None:
+    out = io.StringIO()
+    with redirect_stdout(out):
+        print(launched("--help"))
+    shown = out.getvalue()
+    assert "python -m bytelatent.stool script=bytelatent.train config=" in shown
+    assert "sbatch DUMP_DIR/submit.slurm" in shown
+    assert "nodes, ngpu, ncpu, mem, time, partition" in shown
