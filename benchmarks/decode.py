@@ -424,7 +424,7 @@ def main() -> None:
         if "first" in given.what:
             first(decoder)
         if "batch" in given.what:
-            for every, places in ((1, 16), (1, 24), (1, 32), (2, 32)):
+            for every, places in ((1, 24), (2, 32)):
                 generate(decoder, 64, given.new, every, places)
         if "prefill" in given.what:
             prefill(decoder)

@@ -98,6 +98,7 @@ def train(name: str, sizes: list[int], rate: float, rows: bool = True, profiled:
     build_optimizer(model, OptimizerSettings(hash_gradients="rows" if rows else "dense"))
     compile_regions(model)
     for size in sizes:
+        torch._dynamo.reset()  # so that each size is compiled for itself
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         work = forward_backward(model, *random_batch(size))
@@ -156,6 +157,7 @@ def step(sizes: list[int], rate: float) -> None:
         optimizer = build_optimizer(model, OptimizerSettings(hash_gradients=gradients))
         compile_regions(model)
         for size in sizes:
+            torch._dynamo.reset()
             work = forward_backward(model, *random_batch(size))
 
             def whole(work: Callable[[], None] = work, model: Any = model, optimizer: Any = optimizer) -> None:
