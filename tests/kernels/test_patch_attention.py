@@ -156,13 +156,13 @@ LONG = {"sizes": [11, 2], "share": 0.03}  # a patch of several blocks
 BYTES = {"sizes": [3], "share": 1.0}  # patches of one byte
 
 
-def test_kernels_of_pooling() -> None:
+def test_kernels_of_pooling_and_all_as_operators() -> None:
     check([
         ("pool", {"stream": STREAM, "dim": 40}),
         ("pool", {"stream": LONG, "dim": 300}),
         ("pool", {"stream": STREAM, "dim": 24, "levels": 3}),
         ("pool", {"stream": LONG, "dim": 8, "levels": 5, "dtype": "bfloat16"}),
-        ("not_a_number", {}),
+        ("operators", {}),
     ])  # fmt: skip
 
 
@@ -176,6 +176,7 @@ def test_kernels_of_attention() -> None:
             (LONG, 1, 5, 24, {"scale": 100.0, "block": 2}),
             (LONG, 3, 3, 128, {}),
             (BYTES, 2, 20, 16, {"block": 1}),
+            (BYTES, 1, 5, 16, {"scale": 1000.0}),
             (BYTES, 8, 3, 64, {"block": 2}),
             (LONG, 2, 2, 32, {"dtype": "bfloat16"}),
         ]
@@ -194,5 +195,33 @@ def test_kernels_of_attention() -> None:
     check(cases)
 
 
-def test_kernels_as_operators() -> None:
-    check([("operators", {})])
+NUMBERS = {
+    "K": 2, "H": 16, "HEADS": 4, "E": 64, "PADDED_E": 64, "D": 1024, "COLUMNS": 256, "BLOCK": 4, "STAGES": 1,
+}  # fmt: skip
+KINDS = {"begin_ptr": "*i32", "read_ptr": "*i64", "exact_ptr": "*fp32", "weight_ptr": "*fp32", "size": "i32"}
+
+
+@pytest.mark.parametrize(
+    "name", ["pool", "pool_backward", "own_bytes", "own_bytes_backward", "read_patch", "read_patch_backward"]
+)
+def test_kernels_compile(name: str) -> None:
+    """For a GPU, which takes none; and what the threads of a program share they pass on without shared memory."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bytelatent.kernels import patch_attention_triton
+
+    kernel = getattr(patch_attention_triton, f"{name}_kernel")
+    names = kernel.arg_names
+    kinds = {n: "fp32" if n == "scale" else "*bf16" for n in names} | KINDS | dict.fromkeys(NUMBERS, "constexpr")
+    source = ASTSource(
+        kernel,
+        {n: kinds[n] for n in names},
+        {(names.index(n),): value for n, value in NUMBERS.items() if n in names},
+        {(at,): [["tt.divisibility", 16]] for at, n in enumerate(names) if n.endswith("_ptr")},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    assert compiled.metadata.shared == 0
+    if name == "pool":  # not a number is the highest of all, which the interpreter finds in any case
+        assert "max.NaN.f32" in compiled.asm["ptx"]
