@@ -15,7 +15,7 @@ quantized  what the rounding costs: bits per byte of --text under a trained --mo
 first    seconds from a prompt to the first byte
 cpu      the demo's BLT on the CPU, against the whole forward pass for every byte
 leaks    sequences join, leave and are cancelled for --minutes; memory every twelfth of it
-speculation  drafts of a trained --model, on this machine's CPU
+speculation  drafts of a trained --model, on this machine's CPU, and what they would save where weights are read
 prefill  64 x 8,192 bytes, against the card's matrix rate
 peer     transformers' generate
 profile  where a step's time goes
@@ -41,6 +41,7 @@ from bytelatent.patching import PatchSettings
 
 PATCH_BYTES = 4.5
 DRAW = Sampling(temperature=1.0)
+READ_GB = {"byte LM": 0.20, "local": 0.31, "global": 2.57}  # weights of the released 1B shape and its byte LM, bfloat16
 
 
 def random_model(settings: Any, dtype: torch.dtype, seed: int = 0) -> Any:
@@ -265,40 +266,57 @@ def leaks(minutes: float) -> None:
 
 
 def speculation(model: str) -> None:
-    """How many of a trained model's drafted bytes are kept, and what that makes of plain PyTorch's speed."""
+    """What a trained model keeps of its drafts, what that makes of plain PyTorch's speed, and what it would make of the
+    released 1B shape's if all its time were that of reading weights."""
+    from collections import Counter
+
     from bytelatent.inference import prompt_ids
+    from bytelatent.inference.drafters import ByteLMDrafter, LocalDrafter
     from bytelatent.inference.speculation import SpeculativeRows
     from bytelatent.interop import load
 
     found = load(model)
     decoder = Decoder(found.model, found.config.patching, found.byte_lm)
+    blt, byte_lm = decoder.model, decoder.byte_lm
+    assert isinstance(blt, BLTModel)
+    assert byte_lm is not None
+    passes: Counter[str] = Counter()
+    parts: dict[str, Any] = {
+        "byte LM": byte_lm.stack,
+        "local": blt.decoder.stack.blocks[0],
+        "global": blt.global_transformer,
+    }
+    for part, module in parts.items():
+        module.register_forward_hook(lambda *_, part=part: passes.update([part]))
     prompts = {
         "prose": "The history of the language begins with a small group of people who ",
         "code": "def read(self, path):\n    with open(path) as file:\n        for line in file:\n            ",
         "another script": "\u0418\u0441\u0442\u043e\u0440\u0438\u044f \u044f\u0437\u044b\u043a\u0430 ",
     }
+    print(f"gigabytes a pass at the reading limit: {READ_GB}; {torch.get_num_threads()} threads")
+    print("text, temperature, drafter, drafts of | kept | bytes a round | of plain's speed here | at the reading limit")
     for name, prompt in prompts.items():
         for temperature in (0.0, 0.8):
-            sampling = Sampling(temperature=temperature)
-            plain = None
-            for longest in (0, 2, 4, 8):
-                rows = SpeculativeRows(decoder, 1, longest) if longest else None
+            plain = limit = None
+            for drafter, longest in [(None, 0)] + [(d, n) for d in (ByteLMDrafter, LocalDrafter) for n in (2, 4, 8)]:
+                rows = SpeculativeRows(decoder, 1, drafter(decoder), longest) if drafter is not None else None
                 engine = Engine(decoder, rows, 1) if rows is not None else Engine.plain(decoder, 1)
-                asked = engine.submit(prompt_ids(prompt), sampling, 300)
+                asked = engine.submit(prompt_ids(prompt), Sampling(temperature=temperature), 300)
                 engine.advance()
-                began, before = time.perf_counter(), len(asked[0].ids)
-                steps = 0
+                began, before, rounds = time.perf_counter(), len(asked[0].ids), 0
+                passes.clear()
                 while asked[0].ended is None:
                     engine.advance()
-                    steps += 1
-                rate = (len(asked[0].ids) - before) / (time.perf_counter() - began)
-                plain = plain or rate
-                kept = f", {rows.accepted / rows.drafted:.0%} of drafted bytes kept" if rows is not None else ""
-                print(
-                    f"{name}, temperature {temperature}, drafts of {longest}: {rate:,.0f} bytes/s, {rate / plain:.2f} "
-                    f"of plain, {(len(asked[0].ids) - before) / max(steps, 1):.2f} bytes a step{kept}",
-                    flush=True,
-                )
+                    rounds += 1
+                new = len(asked[0].ids) - before
+                rate = new / (time.perf_counter() - began)
+                read = sum(READ_GB[part] * count for part, count in passes.items()) / new
+                plain, limit = plain or rate, limit or read
+                where = f"{name}, {temperature}, {drafter.__name__ if drafter else 'plain'}, {longest}"
+                kept = f"{rows.accepted / max(rows.drafted, 1):.0%}" if rows is not None else "-"
+                limits = f"{limit / read:.2f} ({read:.2f} GB, {passes['global'] / new:.2f} global passes a byte)"
+                here = f"{rate / plain:.2f} ({rate:,.0f} bytes/s)"
+                print(f"{where} | {kept} | {new / max(rounds, 1):.2f} | {here} | {limits}", flush=True)
 
 
 def quantized(model: str, text: str) -> None:
