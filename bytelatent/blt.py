@@ -4,6 +4,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -53,6 +54,7 @@ class BLT:
         self.patching: PatchSettings = config.patching
         self.context = config.context
         self.source = source
+        self._kept_engine: tuple[Any, Engine] | None = None
 
     @classmethod
     def from_pretrained(
@@ -154,23 +156,30 @@ class BLT:
         if samples is not None and samples < 1:
             raise UserError(f"samples: {samples} is none; at least 1")
         prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
-        engine = self.engine(max(min(len(prompts) * (samples or 1), MAX_ROWS), 1))
-        asked = [engine.submit(prompt_ids(text), rule, max_new_bytes, samples or 1) for text in prompts]
-        engine.run()
+        with self._lent_engine(max(min(len(prompts) * (samples or 1), MAX_ROWS), 1)) as engine:
+            asked = [engine.submit(prompt_ids(text), rule, max_new_bytes, samples or 1) for text in prompts]
+            engine.run()
         texts = [[continuation.text for continuation in of_prompt] for of_prompt in asked]
         found: list[Any] = texts if samples is not None else [only for [only] in texts]
         return found[0] if isinstance(prompt, str | bytes) else found
 
     def stream(self, prompt: str | bytes, max_new_bytes: int = 200, **sampling: Any) -> Iterator[str]:
         """Continue a text, piece by piece as it comes, in whole characters; the arguments are those of `generate`."""
-        engine = self.engine(1)
-        [asked] = engine.submit(prompt_ids(prompt), Sampling.parse(sampling, where="stream"), max_new_bytes)
+        rule = Sampling.parse(sampling, where="stream")
+        if max_new_bytes < 1:
+            raise UserError(f"max_new_bytes: {max_new_bytes} is none; at least 1")
+        self._byte_lm()
 
         def pieces() -> Iterator[str]:  # a function of its own, so that wrong settings are told at once
-            while asked.ended is None:
-                engine.advance()
-                if new := asked.new_text():
-                    yield new
+            with self._lent_engine(1) as engine:
+                [asked] = engine.submit(prompt_ids(prompt), rule, max_new_bytes)
+                try:
+                    while asked.ended is None:
+                        engine.advance()
+                        if new := asked.new_text():
+                            yield new
+                finally:  # nobody may want the rest
+                    engine.cancel(asked)
 
         return pieces()
 
@@ -247,6 +256,20 @@ class BLT:
                 f"save_pretrained: no format holds weights rounded to {self.weights}; load with weights=full"
             )
         write_model(StoredModel.of(self.model, self.config, self.byte_lm), Path(folder), format, licence)
+
+    @contextmanager
+    def _lent_engine(self, num_rows: int) -> Iterator[Engine]:
+        """The engine of the last call, if it will do: on a GPU its step need not be captured anew.
+
+        One caller has it at a time; others, in other threads, have one of their own.
+        """
+        weights = [*self.model.parameters(), *(self.byte_lm.parameters() if self.byte_lm is not None else [])]
+        key = (num_rows, self.patching, [(weight.data_ptr(), weight._version) for weight in weights])
+        kept, self._kept_engine = self._kept_engine, None
+        engine = kept[1] if kept is not None and kept[0] == key else self.engine(num_rows)
+        yield engine
+        if engine.is_idle:
+            self._kept_engine = (key, engine)
 
     def _byte_lm(self) -> ByteLM | None:
         if self.patching.needs_entropies and self.byte_lm is None:

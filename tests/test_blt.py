@@ -293,3 +293,25 @@ def test_stream_and_score(blt: BLT) -> None:
     ):
         with pytest.raises(UserError, match=message):
             wrong()
+
+
+def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
+    settings: dict = {"max_new_bytes": 12, "seed": 4}
+    before = blt.generate("The", **settings)
+    assert blt._kept_engine is not None
+    kept = blt._kept_engine[1]
+    assert blt.generate("The", **settings) == before
+    assert blt._kept_engine is not None
+    assert blt._kept_engine[1] is kept
+    head = blt.model.decoder.output.weight
+    with torch.no_grad():
+        head.neg_()
+    try:
+        after = blt.generate("The", **settings)
+        assert after == "".join(BLT(blt.model, blt.config, blt.byte_lm).stream("The", **settings)) != before
+    finally:
+        with torch.no_grad():
+            head.neg_()
+    for _ in zip(blt.stream("The", max_new_bytes=50), range(2), strict=False):  # nobody wants the rest
+        pass
+    assert blt.generate("The", **settings) == before

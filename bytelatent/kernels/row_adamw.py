@@ -84,6 +84,7 @@ def fast_row_update(
     given = {"weight": weight_RD, "mean": mean_RD, "square": square_RD, "rows": rows_U, "gradients": grads_UD}
     for name, tensor in given.items():
         assert tensor.is_contiguous(), f"{name}: not contiguous"
+        assert tensor.dtype in (torch.float32, torch.int64), f"{name}: {tensor.dtype}; the kernel computes in float32"
     assert grads_UD.shape == (rows_U.shape[0], dim), f"gradients: {tuple(grads_UD.shape)}"
     if grads_UD.numel() == 0:
         return
