@@ -1,8 +1,7 @@
 """How fast is generation? Against the card's limits, and against transformers.
 
     python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [--new 512]
-    python benchmarks/decode.py [one8] [cpu] [leaks --minutes 60] [speculation --model runs/demo]
-    python benchmarks/decode.py quantized --model runs/demo --text FILE
+    python benchmarks/decode.py [one8] [cpu] [leaks --minutes 60]
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
 so that what the model writes has patches of 4.5 bytes; prompts of 512 random bytes, new bytes drawn at temperature 1.
@@ -11,11 +10,9 @@ The floor counts the bytes of weights and caches that must be read, at the speed
 check    float32 on the device: the replayed step's bytes and log-probabilities against plain PyTorch's
 one      one sequence;  batch: 64;  8b: one, of the 8B shape
 one8     one sequence with weights rounded to int8, to fp8, and as they are
-quantized  what the rounding costs: bits per byte of --text under a trained --model
 first    seconds from a prompt to the first byte
 cpu      the demo's BLT on the CPU, against the whole forward pass for every byte
 leaks    sequences join, leave and are cancelled for --minutes; memory every twelfth of it
-speculation  drafts of a trained --model, on this machine's CPU, and what they would save where weights are read
 prefill  64 x 8,192 bytes, against the card's matrix rate
 peer     transformers' generate
 profile  where a step's time goes
@@ -24,7 +21,6 @@ profile  where a step's time goes
 import argparse
 import time
 from itertools import chain
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -41,7 +37,6 @@ from bytelatent.patching import PatchSettings
 
 PATCH_BYTES = 4.5
 DRAW = Sampling(temperature=1.0)
-READ_GB = {"byte LM": 0.20, "local": 0.31, "global": 2.57}  # weights of the released 1B shape and its byte LM, bfloat16
 
 
 def random_model(settings: Any, dtype: torch.dtype, seed: int = 0) -> Any:
@@ -265,70 +260,6 @@ def leaks(minutes: float) -> None:
             )
 
 
-def speculation(model: str) -> None:
-    """What a trained model keeps of its drafts, what that makes of plain PyTorch's speed, and what it would make of the
-    released 1B shape's if all its time were that of reading weights."""
-    from collections import Counter
-
-    from bytelatent.inference import prompt_ids
-    from bytelatent.inference.drafters import ByteLMDrafter, LocalDrafter
-    from bytelatent.inference.speculation import SpeculativeRows
-    from bytelatent.interop import load
-
-    found = load(model)
-    decoder = Decoder(found.model, found.config.patching, found.byte_lm)
-    blt, byte_lm = decoder.model, decoder.byte_lm
-    assert isinstance(blt, BLTModel)
-    assert byte_lm is not None
-    passes: Counter[str] = Counter()
-    parts: dict[str, Any] = {
-        "byte LM": byte_lm.stack,
-        "local": blt.decoder.stack.blocks[0],
-        "global": blt.global_transformer,
-    }
-    for part, module in parts.items():
-        module.register_forward_hook(lambda *_, part=part: passes.update([part]))
-    prompts = {
-        "prose": "The history of the language begins with a small group of people who ",
-        "code": "def read(self, path):\n    with open(path) as file:\n        for line in file:\n            ",
-        "another script": "\u0418\u0441\u0442\u043e\u0440\u0438\u044f \u044f\u0437\u044b\u043a\u0430 ",
-    }
-    print(f"gigabytes a pass at the reading limit: {READ_GB}; {torch.get_num_threads()} threads")
-    print("text, temperature, drafter, drafts of | kept | bytes a round | of plain's speed here | at the reading limit")
-    for name, prompt in prompts.items():
-        for temperature in (0.0, 0.8):
-            plain = limit = None
-            for drafter, longest in [(None, 0)] + [(d, n) for d in (ByteLMDrafter, LocalDrafter) for n in (2, 4, 8)]:
-                rows = SpeculativeRows(decoder, 1, drafter(decoder), longest) if drafter is not None else None
-                engine = Engine(decoder, rows, 1) if rows is not None else Engine.plain(decoder, 1)
-                asked = engine.submit(prompt_ids(prompt), Sampling(temperature=temperature), 300)
-                engine.advance()
-                began, before, rounds = time.perf_counter(), len(asked[0].ids), 0
-                passes.clear()
-                while asked[0].ended is None:
-                    engine.advance()
-                    rounds += 1
-                new = len(asked[0].ids) - before
-                rate = new / (time.perf_counter() - began)
-                read = sum(READ_GB[part] * count for part, count in passes.items()) / new
-                plain, limit = plain or rate, limit or read
-                where = f"{name}, {temperature}, {drafter.__name__ if drafter else 'plain'}, {longest}"
-                kept = f"{rows.accepted / max(rows.drafted, 1):.0%}" if rows is not None else "-"
-                limits = f"{limit / read:.2f} ({read:.2f} GB, {passes['global'] / new:.2f} global passes a byte)"
-                here = f"{rate / plain:.2f} ({rate:,.0f} bytes/s)"
-                print(f"{where} | {kept} | {new / max(rounds, 1):.2f} | {here} | {limits}", flush=True)
-
-
-def quantized(model: str, text: str) -> None:
-    """Bits per byte of a text, by the matrices as they are and by rounded ones."""
-    from bytelatent import BLT
-
-    data = Path(text).read_bytes()
-    for weights in get_args(Weights):
-        found = BLT.from_pretrained(model, weights=weights).bits_per_byte(data)
-        print(f"{weights}: {found:.4f} bits per byte of {len(data):,} bytes", flush=True)
-
-
 def first(decoder: Decoder) -> None:
     sizes, prompts = FastStack.SIZES, random_prompts(1, 500)
     captured = [decoder.prefill(prompts, last_only=True)[1] for _ in "ab"]
@@ -412,18 +343,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["check", "peer", "one", "first", "prefill", "batch", "8b"])
     parser.add_argument("--new", type=int, default=512)
-    parser.add_argument("--model", default="runs/demo", help="of speculation and quantized")
-    parser.add_argument("--text", help="of quantized")
     parser.add_argument("--minutes", type=float, default=60.0, help="of leaks")
     given = parser.parse_args()
     if "cpu" in given.what:
         cpu()
-        return
-    if "speculation" in given.what:
-        speculation(given.model)
-        return
-    if "quantized" in given.what:
-        quantized(given.model, given.text or parser.error("quantized: name a --text"))
         return
     if "leaks" in given.what:
         leaks(given.minutes)
