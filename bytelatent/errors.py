@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # stopped in good order: the same command goes on. What launches jobs starts them again on it
+
 
 class UserError(ValueError):
     """Bad input: a path, a key, a file. The message is one line naming the thing, the value and the way out.
@@ -33,7 +36,7 @@ def guarded(call: Callable[[], Any]) -> None:
         call()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)

@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from bytelatent.data import Batch, DataSettings, Loader, Patcher, batches_once, surprise
-from bytelatent.device import autocast, choose_device, choose_dtype
+from bytelatent.device import autocast, choose_dtype
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
-from bytelatent.model import build, compile_regions
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.text import find_files
 from bytelatent.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from bytelatent.training.gradients import clip_gradients
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.parallel import Plan, build_spread, draw_weights, make_plan
+from bytelatent.training.ranks import open_ranks
 from bytelatent.training.run import Run, open_run
 from bytelatent.training.settings import TrainSettings
 
@@ -37,27 +38,28 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is written.
     """
     console = console or Console()
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    _must_hold_text(settings.data)
-    with only_writer(settings.run):
-        return _train(open_run(settings, device, dtype, console), device, dtype, console)
+    with open_ranks(settings.device, None) as (ranks, device):
+        dtype = choose_dtype(settings.dtype, device)
+        plan = make_plan(settings.parallel, settings.model, ranks, device)
+        _must_hold_text(settings.data)
+        with only_writer(settings.run):
+            return _train(open_run(settings, device, dtype, console), plan, device, dtype, console)
 
 
-def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console) -> Path:
+def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, console: Console) -> Path:
     settings = run.settings
     torch.manual_seed(settings.seed)
-    model = build(settings.model).to(device)
+    compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
+    model = build_spread(settings.model, plan, device, dtype, compiled)
+    draw_weights(model, settings.model, plan)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    loader = Loader(settings.data, settings.seed, run.patcher, say=say)
+    loader = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say)
     state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
     for line in load_checkpoint(run.folder, state):
         say(line)
-    if device.type == "cuda" if settings.compile == "auto" else settings.compile:
-        compile_regions(model)
 
     def loss(batch: Batch) -> torch.Tensor:
         with autocast(device, dtype):
@@ -70,7 +72,7 @@ def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console)
     ):
         first, before, logged = state.step + 1, state.seconds, (state.bytes_seen, state.seconds)
         while (done := _done(state, settings)) < 1:
-            row = _step(state, settings, loss, device)
+            row = _step(state, settings, loss, device, plan)
             if state.step == first:  # it compiles and warms up: its time says nothing about the next steps'
                 state.seconds = before
                 logged = (state.bytes_seen, state.seconds)
@@ -89,21 +91,28 @@ def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console)
 
 
 def _step(
-    state: TrainState, settings: TrainSettings, loss: Callable[[Batch], torch.Tensor], device: torch.device
+    state: TrainState,
+    settings: TrainSettings,
+    loss: Callable[[Batch], torch.Tensor],
+    device: torch.device,
+    plan: Plan,
 ) -> dict[str, Any]:
-    """One optimizer step over `accumulation` batches; its metrics."""
+    """One optimizer step over `accumulation` batches of each rank; its metrics, over all of them."""
     began = time.perf_counter()
     rate = learning_rate(state.step, _after_warmup(state, settings), settings.optimizer)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     batches = [next(state.loader) for _ in range(settings.optimizer.accumulation)]
-    num_targets = sum(batch.num_targets for batch in batches)
-    nats = 0.0
-    for batch in batches:
+    num_targets, num_bytes, num_patches = (int(number) for number in plan.sum(_counts(batches)))
+    parts = []
+    for number, batch in enumerate(batches, start=1):
+        plan.more_to_come(state.model, number < len(batches))
         part = loss(batch.to(device))
-        (part / num_targets).backward()
-        nats += float(part.detach())
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), settings.optimizer.clip)
+        # Gradients are averaged over ranks, and should be those of the mean over the targets of all of them.
+        (part / (num_targets / plan.data_world)).backward()
+        parts.append(part.detach())
+    nats = plan.sum([sum(float(part) for part in parts)])[0]
+    norm = clip_gradients(state.model.parameters(), settings.optimizer.clip)
     if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(nats))):
         raise UserError(
             f"the loss is not finite at step {state.step + 1} (loss {nats / num_targets:g}, gradient norm {norm:g}); "
@@ -112,8 +121,6 @@ def _step(
         )
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    num_bytes = sum(batch.num_bytes for batch in batches)
-    num_patches = sum(batch.num_patches for batch in batches)
     state.step += 1
     state.bytes_seen += num_bytes
     state.seconds += time.perf_counter() - began
@@ -125,6 +132,11 @@ def _step(
         "gradient_norm": float(norm),
         "mean_patch_bytes": num_bytes / num_patches if num_patches else None,
     }
+
+
+def _counts(batches: list[Batch]) -> list[int]:
+    """Targets, bytes and patches of some batches."""
+    return [sum(counts) for counts in zip(*((b.num_targets, b.num_bytes, b.num_patches) for b in batches), strict=True)]
 
 
 def _title(settings: TrainSettings) -> str:

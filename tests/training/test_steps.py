@@ -18,6 +18,7 @@ from bytelatent.patching import Calibration
 from bytelatent.training import loop, read_metrics, train
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.parallel import Plan
 from bytelatent.training.settings import OptimizerSettings
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, checkpoints, losses, settings, write_text
 
@@ -60,7 +61,7 @@ def one_step(batches: list[Batch], model: nn.Module, **optimizer: Any) -> tuple[
     rule = settings(values)
     adam = build_optimizer(model, rule.optimizer)
     state = TrainState(model, adam, iter(batches))  # type: ignore[arg-type]
-    row = loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu"))
+    row = loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu"), Plan())
     return row, [adam.state[parameter]["exp_avg"] / (1 - 0.5) for parameter in model.parameters()]
 
 
