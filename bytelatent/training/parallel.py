@@ -65,6 +65,12 @@ class Plan:
 
             keep_own_part(target, value)
 
+    def whole(self, value: Tensor) -> Tensor | None:
+        """All of a tensor of which each rank holds a part, on the first rank's CPU; all of them ask together."""
+        full: Any = value.detach()
+        full = full if self.mesh is None else full.full_tensor()
+        return full.cpu() if self.ranks.is_first else None
+
     def more_to_come(self, model: nn.Module, more: bool) -> None:
         """Say before a backward pass whether another of the same step follows: replicas then need not speak yet."""
         if self.mesh is not None:

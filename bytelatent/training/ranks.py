@@ -73,9 +73,11 @@ class Ranks:
         dist.broadcast_object_list(answer, src=0, group=self.group, device=torch.device("cpu"))
         if answer[1] is None:
             return answer[0]
-        if self.is_first:
-            raise UserError(answer[1])
-        raise SystemExit(EXIT_BAD_INPUT)
+        raise self.told(UserError(answer[1]))
+
+    def told(self, error: UserError) -> BaseException:
+        """An error that all ranks meet, to be raised: the first one says it, the others end without a word."""
+        return error if self.is_first else SystemExit(EXIT_BAD_INPUT)
 
     def another_group(self) -> "Ranks":
         """The same ranks with messages of their own, for another thread."""

@@ -40,8 +40,20 @@ class ValidationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
+    """When to save, and what to keep.
+
+    Attributes:
+        every: steps from one checkpoint to the next.
+        keep: so many of the newest stay,
+        keep_every: and those after a multiple of so many steps.
+        asynchronous: training goes on while a copy of its state is written; `auto` where there is a GPU, or several
+            processes.
+    """
+
     every: int = Field(default=1000, ge=1)
     keep: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)
+    asynchronous: bool | Literal["auto"] = "auto"
 
 
 class ParallelSettings(Settings):
@@ -69,6 +81,21 @@ class ParallelSettings(Settings):
         return self
 
 
+class FaultSettings(Settings):
+    """What happens when something goes wrong.
+
+    Attributes:
+        on_nan: where the loss or the gradient is not finite: `stop`; `skip` leaves the update out; `rollback` goes on
+            from the last checkpoint with the text that comes next.
+        spike: a loss so many times the median of the last steps' is treated likewise; None: never.
+        watchdog_minutes: after so long without a step every thread's stack is printed and the process ends.
+    """
+
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    spike: float | None = Field(default=None, gt=1)
+    watchdog_minutes: float | None = Field(default=30.0, gt=0)
+
+
 class TrainSettings(Settings):
     """A training run.
 
@@ -83,6 +110,7 @@ class TrainSettings(Settings):
             copy, so that the model can be used on other text.
         dtype: `auto` is bfloat16 where the device computes in it, else float32. Weights stay float32.
         compile: `auto` compiles on CUDA.
+        determinism: only operations that give the same bits each time; slower on a GPU.
     """
 
     run: str = "runs/train"
@@ -98,10 +126,12 @@ class TrainSettings(Settings):
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     parallel: ParallelSettings = ParallelSettings()
+    faults: FaultSettings = FaultSettings()
     log_every: int = Field(default=10, ge=1)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    determinism: bool = False
 
     @field_validator("model", mode="before")
     @classmethod
