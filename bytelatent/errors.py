@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+BAD_INPUT = 2
 # The exit code of work that stopped because it was asked to: it is not done, and the same command goes on with it.
 # Batch scripts of a cluster put a job that ends so back into the queue.
 STOPPED = 130
@@ -37,7 +38,7 @@ def guarded(call: Callable[[], Any]) -> None:
         call()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         sys.exit(STOPPED)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,11 @@ from bytelatent.errors import UserError
 
 MANIFEST = "complete.json"
 SCANT_BYTES = 2**16  # less free space than this is a full disk
+Digest = list[int | str]  # size and SHA-256 of a file
+
+
+class DiskFull(UserError):
+    """There is no room for what was to be written."""
 
 
 @contextmanager
@@ -26,7 +31,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield aside
         os.replace(aside, path)
     except Exception as error:
-        _explain(path, error)
+        explain(path, error)
         raise
     finally:
         with suppress(OSError):
@@ -34,10 +39,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def whole_folder(path: str | Path, known: dict[str, Digest] | None = None) -> Iterator[Path]:
     """A temporary folder to fill; it becomes `path`, with a manifest of its files, when the block ends.
 
     What stood at `path` before is replaced only then.
+
+    Args:
+        known: digests of files that need not be read again for the manifest, filled before the block ends.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -47,7 +55,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        (aside / MANIFEST).write_text(json.dumps({"files": _digests(aside)}, indent=1))
+        (aside / MANIFEST).write_text(json.dumps({"files": digests(aside, known)}, indent=1))
         if path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, old)
@@ -60,7 +68,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         else:
             os.replace(aside, path)
     except Exception as error:
-        _explain(path, error)
+        explain(path, error)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -105,20 +113,21 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def what_is_torn(folder: Path, ending: str = "") -> str | None:
+def what_is_torn(folder: Path, ending: str = "", part: int = 0, parts: int = 1) -> str | None:
     """Why a folder written by `whole_folder` is not whole any more; None if it is.
 
     Args:
         ending: only files whose names end so are looked at.
+        part, parts: only this part of the files, of so many, is looked at.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, digest in files.items():
+        for name, digest in list(files.items())[part::parts]:
             if not name.endswith(ending):
                 continue
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if _digest(folder / name) != digest:
+            if digest_of(folder / name) != digest:
                 return f"{name} is not as it was written"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -129,31 +138,37 @@ def what_is_torn(folder: Path, ending: str = "") -> str | None:
     return None
 
 
-def newest_whole(parent: Path) -> tuple[Path | None, list[str]]:
-    """The last folder by name below `parent` that is whole, and one line about each later one that is not."""
+def newest_whole(parent: Path, torn_by: Callable[[Path], str | None] = what_is_torn) -> tuple[Path | None, list[str]]:
+    """The last folder by name below `parent` that is whole, and one line about each later one that is not.
+
+    Args:
+        torn_by: says why a folder is not whole, or None.
+    """
     passed_over = []
     folders = sorted(place for place in parent.glob("*") if place.is_dir() and not place.name.startswith("."))
     for folder in reversed(folders):
-        torn = what_is_torn(folder)
+        torn = torn_by(folder)
         if torn is None:
             return folder, passed_over
         passed_over.append(f"'{folder}' is torn ({torn}); passed over")
     return None, passed_over
 
 
-def _digests(folder: Path) -> dict[str, list[int | str]]:
-    return {str(f.relative_to(folder)): _digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+def digests(folder: Path, known: dict[str, Digest] | None = None) -> dict[str, Digest]:
+    """Size and SHA-256 of each file below a folder, but for those that are known already."""
+    names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {name: (known or {}).get(name) or digest_of(folder / name) for name in names}
 
 
-def _digest(file: Path) -> list[int | str]:
+def digest_of(file: Path) -> Digest:
     with file.open("rb") as data:
         return [file.stat().st_size, hashlib.file_digest(data, "sha256").hexdigest()]
 
 
-def _explain(path: Path, error: Exception) -> None:
+def explain(path: Path, error: Exception) -> None:
     """Raise a UserError in place of `error`, met while `path` was written, where the disk is the reason."""
     if _disk_is_full(path, error):
-        raise UserError(
+        raise DiskFull(
             f"the disk is full: '{path}' was not written, what was there before is whole; make room"
         ) from None
     if isinstance(error, OSError):

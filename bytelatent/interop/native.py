@@ -48,10 +48,15 @@ def open_run(folder: Path, weights: bool = True) -> StoredModel:
     if checkpoint is None:
         detail = f": {'; '.join(passed_over)}" if passed_over else ""
         raise UserError(f"'{folder}' is a run without a whole checkpoint yet{detail}; train it further: blt train")
+    if not is_native(checkpoint):
+        raise UserError(
+            f"'{checkpoint}' holds the model only in the parts of several processes; write it whole: "
+            f"blt export {folder} --out FOLDER"
+        )
     found = open_native(checkpoint, weights)
     return replace(
         found,
-        config=found.config.model_copy(update={"origin": _origin_of_run(folder, checkpoint)}),
+        config=found.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)}),
         byte_lm=_byte_lm_in(folder, weights) or found.byte_lm,
         format="checkpoint of a run",
         warnings=passed_over,
@@ -85,7 +90,7 @@ def _same_names(settings: ModelSettings) -> dict[str, list[str]]:
     return {name: [name] for name in shapes(settings)}
 
 
-def _origin_of_run(folder: Path, checkpoint: Path) -> Origin:
+def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
     """What a run's settings and metrics say of the text it was trained on; as much as can be read."""
     data = load_yaml(folder / "settings.yaml").get("data")
     data = data if isinstance(data, dict) else {}

@@ -1,24 +1,40 @@
 """Checkpoints: all that the next step depends on.
 
-A checkpoint is a folder: the model in our format (so that it can be used at once), `optimizer.pt`, and `progress.pt`
-with the loader's position, the random state and the counts. It appears whole or not at all.
+A checkpoint is a folder that appears whole or not at all, written by all ranks together. It holds:
+
+| file                           | holds                                                                        |
+| ------------------------------ | ---------------------------------------------------------------------------- |
+| `state/`                       | weights and the optimizer's state, in the parts that the ranks hold          |
+| `ranks/00000.pt` ...           | of each rank with batches of its own: the loader's position, random state    |
+| `progress.pt`                  | counts                                                                       |
+| `config.json`, `*.safetensors` | the model in our format: always of one process, of several at the run's end  |
 """
 
 import shutil
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bytelatent.data import Loader
+from bytelatent.data import Batch, Loader
 from bytelatent.errors import UserError
-from bytelatent.files import newest_whole, whole_folder
-from bytelatent.interop import Config, save
-from bytelatent.interop.tensors import read_weights
+from bytelatent.files import Digest, DiskFull, digest_of, explain, newest_whole, what_is_torn, whole_folder
+from bytelatent.interop import Config, StoredModel
+from bytelatent.interop.native import write_native
+from bytelatent.interop.tensors import StoredTensor
 from bytelatent.training.optimizer import Optimizers
+from bytelatent.training.parallel import Plan
+from bytelatent.training.settings import CheckpointSettings
+
+PAUSES = (15, 60, 240)  # seconds after which a save is tried again where the disk is full
+LINGER = 60  # seconds that a run which failed gives the save under way
 
 
 @dataclass
@@ -31,55 +47,258 @@ class TrainState:
     step: int = 0  # steps done
     bytes_seen: int = 0  # bytes of text predicted
     seconds: float = 0.0  # spent in steps
+    recent: list[float] = field(default_factory=list)  # losses of the last steps, nats a target
+    patches_seen: int = 0  # this and the next: since the process started
+    waited: float = 0.0  # seconds of this rank's steps in which it waited for data
+    skipped: int = 0  # updates left out in a row
+    peeked: list[Batch] = field(default_factory=list)  # read already, and to come next
 
 
-def save_checkpoint(run: Path, state: TrainState, config: Config, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`."""
-    folder = run / "checkpoints" / f"step-{state.step:08d}"
-    progress = {
-        "step": state.step,
-        "bytes_seen": state.bytes_seen,
-        "seconds": state.seconds,
-        "loader": _as_tensors(state.loader.state_dict()),
-        "torch_random": torch.get_rng_state(),
-    }
-    with whole_folder(folder) as aside:
-        save(aside, state.model, config)
-        torch.save(state.optimizer.state_dict(), aside / "optimizer.pt")
-        torch.save(progress, aside / "progress.pt")
-    # Later ones are torn: this step could not have been done again otherwise. They must not push out whole ones.
-    for old in sorted(place for place in folder.parent.glob("step-*") if place <= folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    for unfinished in folder.parent.glob(".step-*"):  # left by a process that was killed
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+@dataclass
+class Content:
+    """What a checkpoint is to hold, of this rank."""
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    progress: dict[str, Any]
+    own: dict[str, Any] | None  # None: another rank of the tensor group writes the same
+    model: dict[str, Tensor] | None  # whole, on the first rank, where it is wanted in our format
 
 
-def load_checkpoint(run: Path, state: TrainState) -> list[str]:
-    """Bring `state` to the newest whole checkpoint of a run, if it has one.
+class Checkpoints:
+    """The checkpoints of a run. All ranks call the methods, in the same order.
 
-    Returns:
-        One line about each later checkpoint that is torn.
+    Args:
+        asynchronous: write in a thread, from a copy.
+        say: is told what people should know.
     """
-    folder, passed_over = newest_whole(run / "checkpoints")
-    if folder is None:
-        if passed_over:
-            raise UserError(f"no checkpoint of '{run}' is whole: {'; '.join(passed_over)}; remove them to start anew")
-        return passed_over
-    try:
-        optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        settings: CheckpointSettings,
+        plan: Plan,
+        asynchronous: bool,
+        say: Callable[[str], None],
+    ):
+        self.parent = run / "checkpoints"
+        self.config, self.settings, self.plan, self.say = config, settings, plan, say
+        self.asynchronous = asynchronous
+        self.ranks = plan.ranks.another_group()
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._writer is not None and (kind is None or issubclass(kind, Exception)):
+            self._writer.join(LINGER)
+
+    def save(self, state: TrainState, over: bool = False, needed: bool = False) -> None:
+        """Save, in the background if so set; a full disk is waited for, and then done without.
+
+        Args:
+            over: this is the last one, which also holds the model in our format.
+            needed: return only when it is written, and raise an error where it cannot be.
+        """
+        self.wait()
+        content = self._content(state, over)
+        if self.asynchronous:
+            self._writer = threading.Thread(target=self._write_aside, args=(content, needed), daemon=True)
+            self._writer.start()
+            if needed:
+                self.wait()
+        else:
+            self._write(content, needed)
+
+    def check(self) -> None:
+        """Raise the error that the writer met, if it did."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Wait for the save under way, and raise the error that it met."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self.check()
+
+    def load(self, state: TrainState, position: bool = True) -> bool:
+        """Bring `state` to the newest whole checkpoint; False if there is none.
+
+        Args:
+            position: of the loader, too; otherwise the text that was read since is passed over.
+        """
+        self.wait()
+        folder, passed_over = newest_whole(self.parent, self._torn)
+        if folder is None:
+            if passed_over:
+                raise self.ranks.told(
+                    UserError(
+                        f"no checkpoint of '{self.parent.parent}' is whole: {'; '.join(passed_over)}; "
+                        "remove them to start anew"
+                    )
+                )
+            return False
+        for line in passed_over:
+            self.say(line)
+        try:
+            self._load(folder, state, position)
+        except (RuntimeError, KeyError, ValueError, OSError) as error:
+            if isinstance(error, UserError):
+                raise self.ranks.told(error) from None
+            text = " ".join(str(error).split())
+            raise self.ranks.told(UserError(f"'{folder}' is no checkpoint of this run: {text}")) from None
+        return True
+
+    def _torn(self, folder: Path) -> str | None:
+        """As `what_is_torn`; each rank looks at some of the files."""
+        found = self.plan.ranks.gather(what_is_torn(folder, "", self.plan.ranks.rank, self.plan.ranks.world))
+        return next((torn for torn in found if torn is not None), None)
+
+    def _load(self, folder: Path, state: TrainState, position: bool) -> None:
+        from bytelatent.training.stored_state import read_tensors  # it takes seconds to import
+
+        read_tensors(folder / "state", state.model, state.optimizer, self.plan.ranks)
         progress = torch.load(folder / "progress.pt", weights_only=True)
-        state.model.load_state_dict({name: tensor.load() for name, tensor in read_weights(folder).items()})
-        state.optimizer.load_state_dict(optimizer)
-        state.loader.load_state_dict(_as_arrays(progress["loader"]))
-        torch.set_rng_state(progress["torch_random"])
-        state.step, state.bytes_seen = progress["step"], progress["bytes_seen"]
-        state.seconds = progress["seconds"]
-    except (RuntimeError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"'{folder}' is no checkpoint of this run: {' '.join(str(error).split())}") from None
-    return passed_over
+        if position:
+            files = sorted((folder / "ranks").iterdir())
+            if len(files) == self.plan.data_world:
+                own = torch.load(files[self.plan.data_rank], weights_only=True)
+                state.loader.load_state_dict(_as_arrays(own["loader"]))
+                torch.set_rng_state(own["torch_random"])
+            else:
+                all_ranks = [torch.load(file, weights_only=True) for file in files]
+                self.say(state.loader.deal([_as_arrays(own["loader"]) for own in all_ranks]))
+            state.bytes_seen, state.seconds = progress["bytes_seen"], progress["seconds"]
+        state.step, state.recent = progress["step"], progress["recent"]
+
+    def _content(self, state: TrainState, over: bool) -> Content:
+        from bytelatent.training.stored_state import tensors_of  # it takes seconds to import
+
+        self.plan.let_go(state.model)
+        tensors = tensors_of(state.model, state.optimizer)
+        if self.asynchronous:
+            tensors = {name: value.to("cpu", copy=True) for name, value in tensors.items()}
+        progress = {
+            "step": state.step,
+            "bytes_seen": state.bytes_seen,
+            "seconds": state.seconds,
+            "recent": list(state.recent),
+        }
+        own = {"loader": _as_tensors(state.loader.state_dict()), "torch_random": torch.get_rng_state()}
+        model = None
+        if self.ranks.world == 1:
+            model = {name: tensors[f"model.{name}"] for name, _ in state.model.named_parameters()}
+        elif over:
+            whole = ((name, self.plan.whole(part)) for name, part in state.model.named_parameters())
+            model = {name: value for name, value in whole if value is not None}
+        reads = self.plan.ranks.rank % self.plan.settings.tensor == 0
+        return Content(
+            self.parent / f"step-{state.step:08d}",
+            tensors,
+            progress,
+            own if reads else None,
+            model or None,
+        )
+
+    def _write_aside(self, content: Content, needed: bool) -> None:
+        try:
+            self._write(content, needed)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, content: Content, needed: bool) -> None:
+        for pause in (*PAUSES, None):
+            try:
+                self._write_once(content)
+                return
+            except DiskFull as error:
+                if pause is None and needed:
+                    raise self.ranks.told(error) from None
+                what_next = "training goes on without it" if pause is None else f"the next try is in {pause} s"
+                self.say(f"{error} ({what_next})")
+                time.sleep(pause or 0)
+            except UserError as error:
+                raise self.ranks.told(error) from None
+
+    def _write_once(self, content: Content) -> None:
+        error = None
+        try:
+            self._write_together(content)
+        except Exception as met:
+            error = met
+        # The others go on only when the folder stands where it belongs.
+        self._agreed(content.folder, error, None)
+        if self.ranks.is_first:
+            self._remove_old(content.folder)
+
+    def _write_together(self, content: Content) -> None:
+        known: dict[str, Digest] = {}
+        with ExitStack() as stack:
+            aside, error = None, None
+            try:
+                if self.ranks.is_first:
+                    aside = stack.enter_context(whole_folder(content.folder, known))
+                    (aside / "ranks").mkdir()
+            except Exception as met:
+                error = met
+            aside = self._agreed(content.folder, error, aside)[0]
+            error, own = None, {}
+            try:
+                own = self._write_own(aside, content)
+            except Exception as met:
+                error = met
+            for some in self._agreed(content.folder, error, own):
+                known.update(some)
+
+    def _write_own(self, aside: Path, content: Content) -> dict[str, Digest]:
+        """Write this rank's files; their digests."""
+        from bytelatent.training.stored_state import write_tensors
+
+        write_tensors(aside / "state", content.tensors, self.config, self.ranks)
+        if content.own is not None:
+            torch.save(content.own, aside / "ranks" / f"{self.plan.data_rank:05d}.pt")
+        if self.ranks.is_first:
+            torch.save(content.progress, aside / "progress.pt")
+        if content.model is not None:
+            tensors = {name: StoredTensor.of(value) for name, value in content.model.items()}
+            write_native(aside, StoredModel(self.config, tensors, None, "in memory", "memory"))
+        if self.ranks.world == 1:
+            return {}
+        mine = (aside / "state").glob(f"__{self.ranks.rank}_*")
+        return {f"state/{file.name}": digest_of(file) for file in mine}
+
+    def _agreed(self, folder: Path, error: Exception | None, value: Any) -> list[Any]:
+        """What each rank gives, or on all of them the error that one met."""
+        if error is not None and self.ranks.world > 1:
+            try:
+                explain(folder, error)
+            except UserError as explained:
+                error = explained
+        met = None if error is None else (isinstance(error, DiskFull), f"{type(error).__name__}: {error}")
+        answers = self.ranks.gather((met, value))
+        if error is not None:
+            raise error
+        for rank, (met, _) in enumerate(answers):
+            if met is not None:
+                is_full, text = met
+                text = text.partition(": ")[2] if is_full else f"'{folder}' was not written by rank {rank}: {text}"
+                raise DiskFull(text) if is_full else UserError(text)
+        return [value for _, value in answers]
+
+    def _remove_old(self, newest: Path) -> None:
+        """Keep only the checkpoints that are to stay."""
+        keep_every = self.settings.keep_every
+        # Later ones are torn: this step could not have been done again otherwise. They must not push out whole ones.
+        for old in sorted(place for place in self.parent.glob("step-*") if place <= newest)[: -self.settings.keep]:
+            if keep_every is None or int(old.name.removeprefix("step-")) % keep_every:
+                shutil.rmtree(old, ignore_errors=True)
+        for unfinished in self.parent.glob(".step-*"):  # left by a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _as_tensors(value: Any) -> Any:

@@ -1,33 +1,48 @@
-"""The training loop: the same for the byte LM and for BLT."""
+"""The training loop: the same for the byte LM and for BLT, for one process and for many."""
 
-import signal
-import threading
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from bytelatent.data import Batch, DataSettings, Loader, Patcher, batches_once, surprise
-from bytelatent.device import autocast, choose_device, choose_dtype
+from bytelatent.data import Batch, Loader, surprise
+from bytelatent.device import autocast, choose_dtype
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
-from bytelatent.model import build, compile_regions
 from bytelatent.model.loss import bits_per_byte
-from bytelatent.text import find_files
-from bytelatent.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from bytelatent.training.checkpoint import Checkpoints, TrainState
 from bytelatent.training.clipping import clip
+from bytelatent.training.faults import (
+    RolledBack,
+    Watchdog,
+    act_on,
+    deterministic,
+    memory_named,
+    stop_signals,
+    trouble_with,
+    who_failed,
+)
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.parallel import Plan, build_spread, draw_weights, make_plan
+from bytelatent.training.ranks import Ranks, open_ranks
 from bytelatent.training.run import Run, open_run
 from bytelatent.training.settings import TrainSettings
+from bytelatent.training.speed import Totals, peak_flops, speed
+from bytelatent.training.validation import must_hold_text, validate
+
+MOST_ROLLBACKS = 3  # to the same checkpoint
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> Path:
     """Train a model, or go on training it where the run's newest checkpoint stands.
+
+    Under torchrun each process calls this, and they train one model together.
 
     Returns:
         The run's folder.
@@ -37,94 +52,173 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         Interrupted: Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2; a checkpoint is written.
     """
     console = console or Console()
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    _must_hold_text(settings.data)
-    with only_writer(settings.run):
-        return _train(open_run(settings, device, dtype, console), device, dtype, console)
+    with (
+        open_ranks(settings.device, settings.faults.watchdog_minutes) as (ranks, device),
+        deterministic(settings.determinism),
+    ):
+        dtype = choose_dtype(settings.dtype, device)
+        plan = make_plan(settings.parallel, settings.model, ranks, device)
+        with ExitStack() as held:
+
+            def hold() -> None:
+                held.enter_context(only_writer(settings.run))
+                must_hold_text(settings.data)
+
+            ranks.first(hold)
+            run = open_run(settings, ranks, device, dtype, console)
+            return _train(run, plan, device, dtype, console if ranks.is_first else Console(quiet=True))
 
 
-def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console) -> Path:
-    settings = run.settings
+def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, console: Console) -> Path:
+    settings, ranks = run.settings, plan.ranks
     torch.manual_seed(settings.seed)
-    model = build(settings.model).to(device)
+    compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
+    model = build_spread(settings.model, plan, device, dtype, compiled)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    loader = Loader(settings.data, settings.seed, run.patcher, say=say)
-    state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
-    for line in load_checkpoint(run.folder, state):
-        say(line)
-    if device.type == "cuda" if settings.compile == "auto" else settings.compile:
-        compile_regions(model)
+    def say_of_text(line: str) -> None:  # damaged rows are met by one rank alone
+        say(line) if ranks.is_first else print(f"{ranks.name}: {line}", flush=True)
+
+    loader = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text)
+    state = TrainState(model, build_optimizer(model, settings.optimizer, ranks.world), loader)
+    in_background = settings.checkpoint.asynchronous
+    if in_background == "auto":
+        in_background = device.type == "cuda" or ranks.world > 1
 
     def loss(batch: Batch) -> torch.Tensor:
         with autocast(device, dtype):
             return surprise(model, batch)
 
     with (
+        who_failed(ranks, lambda: state.step),
         loader,
-        _stop_signals() as stopped,
-        Metrics(run.folder / "metrics.jsonl", state.step, _title(settings), console) as metrics,
+        Checkpoints(run.folder, run.config, settings.checkpoint, plan, in_background, say) as checkpoints,
+        stop_signals(ranks) as stopped,
+        Watchdog(settings.faults.watchdog_minutes, ranks) as watchdog,
     ):
-        first, before, logged = state.step + 1, state.seconds, (state.bytes_seen, state.seconds)
-        while (done := _done(state, settings)) < 1:
-            row = _step(state, settings, loss, device)
-            if state.step == first:  # it compiles and warms up: its time says nothing about the next steps'
-                state.seconds = before
-                logged = (state.bytes_seen, state.seconds)
+        if not checkpoints.load(state):
+            draw_weights(model, settings.model, plan)
+        peak, rollbacks = peak_flops(device, dtype), 0
+        path, title = run.folder / "metrics.jsonl", _title(settings)
+        with Metrics(path, state.step, title, console) if ranks.is_first else nullcontext() as metrics:
+            first, logged = state.step + 1, Totals.of(state)
             done = _done(state, settings)
-            if state.step % settings.log_every == 0 or done >= 1:
-                row["bytes_per_second"] = _rate(logged, (state.bytes_seen, state.seconds))
-                logged = (state.bytes_seen, state.seconds)
-                metrics.write(row, done)
-            if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
-                metrics.write(_validate(state, settings, run.patcher, loss, device), done)
-            if state.step % settings.checkpoint.every == 0 or done >= 1 or stopped():
-                save_checkpoint(run.folder, state, run.config, settings.checkpoint.keep)
-            if stopped() and done < 1:
-                raise Interrupted(f"after step {state.step}; the same command goes on from there")
+            if done < 1:
+                with memory_named(settings, ranks):
+                    _try_out(state, loss, device)
+            while done < 1:
+                watchdog.progress(f"step {state.step + 1}")
+                before = state.seconds
+                try:
+                    with memory_named(settings, ranks):
+                        row = _step(state, settings, loss, device, plan)
+                except RolledBack as back:
+                    rollbacks += 1
+                    _go_back(state, checkpoints, str(back), rollbacks, ranks)
+                    say(f"{back}: back to step {state.step}, on with the text that comes next")
+                    if metrics is not None:
+                        metrics.forget(state.step)
+                    logged = Totals.of(state)
+                    continue
+                if "skipped" in row:
+                    say(f"{row['skipped']}: its update is left out")
+                if state.step == first:  # it compiles and warms up: its time says nothing about the next steps'
+                    state.seconds, state.waited, state.patches_seen = before, 0.0, 0
+                    logged = Totals.of(state)
+                # What all ranks should decide alike: the clock of the first one counts, and a signal to any.
+                stop, state.seconds = ranks.sum([stopped(), state.seconds * ranks.is_first])
+                done = _done(state, settings)
+                if state.step % settings.log_every == 0 or done >= 1:
+                    row |= speed(logged, Totals.of(state), settings, peak, ranks)
+                    logged = Totals.of(state)
+                    if metrics is not None:
+                        metrics.write(row, done)
+                if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
+                    watchdog.progress(f"validation after step {state.step}")
+                    row = validate(state, settings, run.patcher, loss, device, plan)
+                    if metrics is not None:
+                        metrics.write(row, done)
+                checkpoints.check()
+                if state.step % settings.checkpoint.every == 0 or done >= 1 or stop:
+                    watchdog.progress(f"a checkpoint after step {state.step}")
+                    checkpoints.save(state, over=done >= 1, needed=done >= 1 or bool(stop))
+                    rollbacks = 0
+                if stop and done < 1:
+                    raise Interrupted(f"after step {state.step}; the same command goes on from there")
     return run.folder
 
 
+def _try_out(state: TrainState, loss: Callable[[Batch], torch.Tensor], device: torch.device) -> None:
+    """Compute a gradient and drop it: what does not compile or fit into memory shows before anything is changed."""
+    state.peeked.append(next(state.loader))
+    loss(state.peeked[0].to(device)).backward()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def _go_back(state: TrainState, checkpoints: Checkpoints, why: str, times: int, ranks: Ranks) -> None:
+    """Bring weights and the optimizer back to the last checkpoint; the text read since is passed over."""
+    state.optimizer.zero_grad(set_to_none=True)
+    if times > MOST_ROLLBACKS:
+        raise ranks.told(
+            UserError(f"{why}, after {MOST_ROLLBACKS} rollbacks to one checkpoint; take a lower optimizer.lr")
+        )
+    if not checkpoints.load(state, position=False):
+        raise ranks.told(UserError(f"{why}, and there is no checkpoint yet to roll back to; take a lower optimizer.lr"))
+
+
 def _step(
-    state: TrainState, settings: TrainSettings, loss: Callable[[Batch], torch.Tensor], device: torch.device
+    state: TrainState,
+    settings: TrainSettings,
+    loss: Callable[[Batch], torch.Tensor],
+    device: torch.device,
+    plan: Plan,
 ) -> dict[str, Any]:
-    """One optimizer step over `accumulation` batches; its metrics."""
+    """One optimizer step over `accumulation` batches of each rank; its metrics, over all of them."""
     began = time.perf_counter()
     rate = learning_rate(state.step, _after_warmup(state, settings), settings.optimizer)
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
-    batches = [next(state.loader) for _ in range(settings.optimizer.accumulation)]
-    num_targets = sum(batch.num_targets for batch in batches)
-    nats = 0.0
-    for batch in batches:
+    batches = [_next(state) for _ in range(settings.optimizer.accumulation)]
+    state.waited += time.perf_counter() - began
+    num_targets, num_bytes, num_patches = (int(number) for number in plan.sum(_counts(batches)))
+    parts = []
+    for number, batch in enumerate(batches, start=1):
+        plan.more_to_come(state.model, number < len(batches))
         part = loss(batch.to(device))
-        (part / num_targets).backward()
-        nats += float(part.detach())
+        # Gradients are averaged over ranks, and should be those of the mean over the targets of all of them.
+        (part / (num_targets / plan.data_world)).backward()
+        parts.append(part.detach())
+    nats = plan.sum([sum(float(part) for part in parts)])[0]
     norm = clip(state.model.parameters(), settings.optimizer.clip)
-    if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(nats))):
-        raise UserError(
-            f"the loss is not finite at step {state.step + 1} (loss {nats / num_targets:g}, gradient norm {norm:g}); "
-            f"earlier checkpoints are whole: take a lower optimizer.lr (now {settings.optimizer.lr:g}) or "
-            "optimizer.clip, or dtype=float32, and another run=FOLDER"
-        )
-    state.optimizer.step()
+    mean = nats / num_targets
+    trouble = trouble_with(state.step + 1, mean, float(norm), state.recent, settings.faults.spike)
+    if act_on(trouble, mean, state, settings, plan.ranks):
+        state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    num_bytes = sum(batch.num_bytes for batch in batches)
-    num_patches = sum(batch.num_patches for batch in batches)
     state.step += 1
     state.bytes_seen += num_bytes
+    state.patches_seen += num_patches
     state.seconds += time.perf_counter() - began
-    return {
+    row = {
         "step": state.step,
         "bytes_seen": state.bytes_seen,
-        "bits_per_byte": bits_per_byte(nats, num_bytes),
+        "bits_per_byte": bits_per_byte(nats, num_bytes) if math.isfinite(nats) else None,
         "lr": rate,
-        "gradient_norm": float(norm),
+        "gradient_norm": float(norm) if torch.isfinite(norm) else None,
         "mean_patch_bytes": num_bytes / num_patches if num_patches else None,
     }
+    return row if trouble is None else {**row, "skipped": trouble}
+
+
+def _next(state: TrainState) -> Batch:
+    return state.peeked.pop() if state.peeked else next(state.loader)
+
+
+def _counts(batches: list[Batch]) -> list[int]:
+    """Targets, bytes and patches of some batches."""
+    return [sum(counts) for counts in zip(*((b.num_targets, b.num_bytes, b.num_patches) for b in batches), strict=True)]
 
 
 def _title(settings: TrainSettings) -> str:
@@ -139,68 +233,9 @@ def _done(state: TrainState, settings: TrainSettings) -> float:
     return state.step / settings.steps
 
 
-def _rate(then: tuple[int, float], now: tuple[int, float]) -> int | None:
-    """Bytes a second between two (bytes, seconds); None where no time has passed."""
-    return round((now[0] - then[0]) / (now[1] - then[1])) if now[1] > then[1] else None
-
-
 def _after_warmup(state: TrainState, settings: TrainSettings) -> float:
     """How much of the cosine is over as a step begins: in steps from 0, the first after warm-up, to 1, the last."""
     if settings.steps is None:
         return _done(state, settings)
     warmup = settings.optimizer.warmup_steps
     return max(state.step - warmup, 0) / max(settings.steps - 1 - warmup, 1)
-
-
-def _must_hold_text(data: DataSettings) -> None:
-    """Complain about sources before the first step, not at the first validation."""
-    for source in [*data.train, *data.valid]:
-        find_files(source.path)
-    if data.valid and next(batches_once(data.valid, data.context, data.batch_bytes), None) is None:
-        raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
-
-
-def _validate(
-    state: TrainState,
-    settings: TrainSettings,
-    patcher: Patcher | None,
-    loss: Callable[[Batch], torch.Tensor],
-    device: torch.device,
-) -> dict[str, Any]:
-    """Bits per byte on the validation text."""
-    data = settings.data
-    nats, num_bytes = 0.0, 0
-    state.model.eval()
-    with torch.no_grad():
-        for batch in batches_once(data.valid, data.context, data.batch_bytes, patcher, settings.validation.max_bytes):
-            nats += float(loss(batch.to(device)))
-            num_bytes += batch.num_bytes
-    state.model.train()
-    return {
-        "step": state.step,
-        "bytes_seen": state.bytes_seen,
-        "validation_bits_per_byte": bits_per_byte(nats, num_bytes),
-        "validation_bytes": num_bytes,
-    }
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C, SIGTERM or SIGUSR into a wish to stop after the step; a second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # a cluster sends the last two before it takes a job's nodes
-    previous = {number: signal.signal(number, ask) for number in signal.Signals if number.name in names}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -23,10 +23,8 @@ class Metrics:
     """
 
     def __init__(self, path: Path, after_step: int, title: str, console: Console):
-        kept = [row for row in read_json_lines(path) if row["step"] <= after_step]
-        with whole_file(path) as aside:
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self.forget(after_step)
         self._console = console
         self._last_line = -1e9
         self._progress = Progress(
@@ -48,6 +46,13 @@ class Metrics:
         self._progress.stop()
         with suppress(OSError):  # a row that could not be written is tried once more here; `write` has said so
             self._file.close()
+
+    def forget(self, after_step: int) -> None:
+        """Drop the rows after a step, and go on from there."""
+        kept = [row for row in read_json_lines(self._path) if row["step"] <= after_step]
+        with whole_file(self._path) as aside:
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any], done: float) -> None:
         """Append a row; it is on disk when this returns. `done` is how much of the run is over, 0 to 1."""

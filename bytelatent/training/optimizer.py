@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bytelatent.errors import UserError
 from bytelatent.model import CrossAttention
 from bytelatent.model.block import Block
 from bytelatent.training.row_adamw import SparseRowsAdamW
@@ -43,13 +44,27 @@ class Optimizers:
             optimizer.load_state_dict(state[name])
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer | Optimizers:
+def each(optimizer: torch.optim.Optimizer | Optimizers) -> list[torch.optim.Optimizer]:
+    """The optimizers that it is made of."""
+    return list(optimizer.optimizers.values()) if isinstance(optimizer, Optimizers) else [optimizer]
+
+
+def build_optimizer(
+    model: nn.Module, settings: OptimizerSettings, world: int = 1
+) -> torch.optim.Optimizer | Optimizers:
     """The optimizer of all weights; only matrices decay, norms and embeddings do not.
 
     With `hash_gradients: rows` the model's hash tables are told to give such gradients.
 
     Each group of weights has its `lr_scale`, which the schedule multiplies its rate with.
+
+    Raises:
+        UserError: several processes, `world`, cannot train so.
     """
+    if world > 1 and settings.hash_gradients == "rows":
+        raise UserError("optimizer.hash_gradients: rows is for one process; with several, take dense")
+    if world > 1 and settings.name == "muon":
+        raise UserError("optimizer.name: muon is for one process; with several, take adamw")
     tables = {part.weight: part for part in model.modules() if isinstance(part, nn.EmbeddingBag)}
     for part in tables.values():
         part.sparse = settings.hash_gradients == "rows"

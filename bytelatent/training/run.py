@@ -12,13 +12,18 @@ from bytelatent.data import Patcher
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file, whole_folder
 from bytelatent.interop import Config, fingerprint, load_byte_lm, save
+from bytelatent.interop.native import BYTE_LM
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration
 from bytelatent.training.patches import calibrate_on, write_calibration
+from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
 
 # What may differ when a run goes on: nothing that changes the steps already done.
-MAY_CHANGE = {"steps", "minutes", "validation", "checkpoint", "log_every", "device", "compile", "byte_lm"}
+MAY_CHANGE = {
+    *("steps", "minutes", "validation", "checkpoint", "parallel", "faults"),
+    *("log_every", "device", "compile", "determinism", "byte_lm"),
+}
 DATA_MAY_CHANGE = {"workers", "max_damaged"}
 
 
@@ -30,12 +35,23 @@ class Run:
     patcher: Patcher | None
 
 
-def open_run(settings: TrainSettings, device: torch.device, dtype: torch.dtype, console: Console) -> Run:
-    """Make a run's folder, or find it as an earlier start left it.
+def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype: torch.dtype, console: Console) -> Run:
+    """Make a run's folder, or find it as an earlier start left it; the first rank does so for all.
 
     Raises:
         UserError: the folder is another run's.
     """
+    settings, config = ranks.first(lambda: _prepare(settings, console))
+    patcher = None
+    if settings.patching is not None:
+        byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.byte_lm is not None else None
+        mark = fingerprint(byte_lm) if byte_lm is not None else None
+        patcher = Patcher(settings.patching, byte_lm.to(device) if byte_lm is not None else None, dtype, mark)
+    return Run(Path(settings.run), settings, config, patcher)
+
+
+def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, Config]:
+    """Settings with the threshold that calibration chose, and what the model is; written to the run's folder."""
     folder = Path(settings.run)
     earlier = _earlier(folder)
     calibration = _read_calibration(folder)
@@ -63,18 +79,14 @@ def open_run(settings: TrainSettings, device: torch.device, dtype: torch.dtype, 
     config = Config(
         model=settings.model, context=settings.data.context, patching=settings.patching, calibration=calibration
     )
-    patcher = None
-    if settings.patching is not None:
-        mark = fingerprint(byte_lm) if byte_lm is not None else None
-        patcher = Patcher(settings.patching, byte_lm.to(device) if byte_lm is not None else None, dtype, mark)
-    return Run(folder, settings, config, patcher)
+    return settings, config
 
 
 def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | None) -> ByteLM | None:
     """The frozen byte LM: the run's own copy, made as the run begins."""
     if settings.byte_lm is None:
         return None
-    copy = folder / "byte_lm"
+    copy = folder / BYTE_LM
     if earlier is not None and copy.is_dir():
         return load_byte_lm(copy)
     byte_lm = load_byte_lm(settings.byte_lm)

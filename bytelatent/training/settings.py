@@ -62,8 +62,60 @@ class ValidationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
+    """When to save, and what to keep.
+
+    Attributes:
+        every: steps from one checkpoint to the next.
+        keep: so many of the newest stay,
+        keep_every: and those after a multiple of so many steps.
+        asynchronous: training goes on while a copy of its state is written; `auto` where there is a GPU, or several
+            processes.
+    """
+
     every: int = Field(default=1000, ge=1)
     keep: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)
+    asynchronous: bool | Literal["auto"] = "auto"
+
+
+class ParallelSettings(Settings):
+    """How several processes share the work; with one process only `activation_checkpointing` says something.
+
+    Attributes:
+        data: `shard` divides weights and the optimizer's state among the processes and gathers them block by block;
+            `replicate` holds them whole in each; `hybrid` has `replicas` that are divided within themselves.
+        tensor: processes that divide each matrix of the global transformer.
+        activation_checkpointing: in the backward pass, compute blocks again (`full`), or all of them but matrix
+            products and attention (`selective`), instead of keeping their inner results.
+        reduce_dtype: of gradients as they are summed.
+    """
+
+    data: Literal["replicate", "shard", "hybrid"] = "shard"
+    replicas: int | None = Field(default=None, ge=1)
+    tensor: int = Field(default=1, ge=1)
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _replicas(self) -> Self:
+        if (self.data == "hybrid") != (self.replicas is not None):
+            raise ValueError("data=hybrid and replicas go together, as in parallel.data=hybrid parallel.replicas=2")
+        return self
+
+
+class FaultSettings(Settings):
+    """What happens when something goes wrong.
+
+    Attributes:
+        on_nan: where the loss or the gradient is not finite: `stop`; `skip` leaves the update out; `rollback` goes on
+            from the last checkpoint with the text that comes next.
+        spike: a loss so many times the median of the last steps' is treated likewise; None: never.
+        watchdog_minutes: after so long without a step every thread's stack is printed and the process ends.
+    """
+
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    spike: float | None = Field(default=None, gt=1)
+    watchdog_minutes: float | None = Field(default=30.0, gt=0)
 
 
 class TrainSettings(Settings):
@@ -80,6 +132,7 @@ class TrainSettings(Settings):
             copy, so that the model can be used on other text.
         dtype: `auto` is bfloat16 where the device computes in it, else float32. Weights stay float32.
         compile: `auto` compiles on CUDA.
+        determinism: only operations that give the same bits each time; slower on a GPU.
     """
 
     run: str = "runs/train"
@@ -94,10 +147,13 @@ class TrainSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    faults: FaultSettings = FaultSettings()
     log_every: int = Field(default=10, ge=1)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    determinism: bool = False
 
     @field_validator("model", mode="before")
     @classmethod

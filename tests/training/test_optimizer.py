@@ -19,6 +19,7 @@ from bytelatent.training import loop, read_metrics, train
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.clipping import clip
 from bytelatent.training.optimizer import Optimizers, build_optimizer
+from bytelatent.training.parallel import Plan
 from bytelatent.training.row_adamw import SparseRowsAdamW
 from bytelatent.training.settings import OptimizerSettings, TrainSettings
 from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits
@@ -181,7 +182,9 @@ def space_run(text: Path, **optimizer: Any) -> TrainSettings:
 
 def steps_of(rule: TrainSettings, batches: list[Batch], model: nn.Module, steps: int) -> list[dict[str, Any]]:
     state = TrainState(model, build_optimizer(model, rule.optimizer), iter(batches))  # type: ignore[arg-type]
-    return [loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu")) for _ in range(steps)]
+    return [
+        loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu"), Plan()) for _ in range(steps)
+    ]
 
 
 @pytest.mark.parametrize("clipped", [1e9, 1e-2])
@@ -208,7 +211,7 @@ def test_the_schedule_is_scaled(text: Path) -> None:
     rule = space_run(text, lr_scale={"decoder": 0.25}, hash_gradients="rows", name="muon", warmup_steps=2)
     model = build(rule.model)
     state = TrainState(model, build_optimizer(model, rule.optimizer), Loader(rule.data, 0, Patcher(rule.patching)))
-    row = loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu"))
+    row = loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu"), Plan())
     assert row["lr"] == pytest.approx(5e-3)
     for name, (_, group) in groups_by_name(model, state.optimizer).items():
         assert group["lr"] == pytest.approx(5e-3 * (0.25 if name.startswith("decoder.") else 1.0))
@@ -230,7 +233,7 @@ def test_a_row_that_is_not_seen_again_stays(text: Path) -> None:
     kept = []
     for _ in batches:
         kept.append(table.detach().clone())
-        loop._step(state, rows, lambda batch: surprise(model, batch), torch.device("cpu"))
+        loop._step(state, rows, lambda batch: surprise(model, batch), torch.device("cpu"), Plan())
     only_first = seen[0] & ~seen[1]
     assert only_first.any()
     assert torch.equal(table[only_first], kept[1][only_first])
@@ -245,3 +248,10 @@ def test_muon_learns(tmp_path: Path, text: Path, model: str) -> None:
         more["optimizer"]["hash_gradients"] = "rows"
     rows = read_metrics(train(settings(byte_lm_run(tmp_path / "run", text, 40, **more))) / "metrics.jsonl")
     assert sum(row["bits_per_byte"] for row in rows[-5:]) / 5 < 0.9 * unigram_bits(text)
+
+
+@pytest.mark.parametrize("more", [{"hash_gradients": "rows"}, {"name": "muon"}])
+def test_what_one_process_can_do_alone(text: Path, more: dict[str, Any]) -> None:
+    rule = space_run(text, **more)
+    with pytest.raises(UserError, match="one process"):
+        build_optimizer(build(rule.model), rule.optimizer, world=2)

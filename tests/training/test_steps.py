@@ -17,6 +17,7 @@ from bytelatent.patching import Calibration
 from bytelatent.training import loop, read_metrics, train
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.parallel import Plan
 from bytelatent.training.settings import OptimizerSettings
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, checkpoints, losses, settings, unigram_bits, write_text
 
@@ -59,7 +60,7 @@ def one_step(batches: list[Batch], model: nn.Module, **optimizer: Any) -> tuple[
     rule = settings(values)
     adam = build_optimizer(model, rule.optimizer)
     state = TrainState(model, adam, iter(batches))  # type: ignore[arg-type]
-    row = loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu"))
+    row = loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu"), Plan())
     return row, [adam.state[parameter]["exp_avg"] / (1 - 0.5) for parameter in model.parameters()]
 
 
@@ -99,6 +100,9 @@ def test_gradients_are_averaged_over_all_targets_and_clipped(text: Path) -> None
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, wanted / 3, rtol=1e-3, atol=1e-7)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+SPEEDS = {"bytes_per_second", "patches_per_second", "model_flops_utilisation", "data_wait", "peak_memory_gib"}
 
 
 @pytest.mark.parametrize("kind", ["byte LM", "BLT"])
@@ -175,8 +179,7 @@ def test_metrics_have_their_keys_and_add_up(tmp_path: Path, text: Path, byte_lm:
     assert [row["step"] for row in trained] == [3, 6, 9, 11]
     assert [row["step"] for row in validated] == [4, 8, 11]
     assert all(
-        row.keys()
-        == {"step", "bytes_seen", "bits_per_byte", "lr", "gradient_norm", "mean_patch_bytes", "bytes_per_second"}
+        row.keys() == {"step", "bytes_seen", "bits_per_byte", "lr", "gradient_norm", "mean_patch_bytes", *SPEEDS}
         for row in trained
     )
     assert all(

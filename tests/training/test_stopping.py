@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import newest_whole, what_is_torn
 from bytelatent.interop import load
 from bytelatent.training import checkpoint, loop, metrics, read_metrics, train
+from bytelatent.training.checkpoint import Checkpoints
 from tests.training.tiny_runs import (
     assert_equal_runs,
     byte_lm_run,
@@ -58,7 +61,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 
     def signalled(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 7:
+        if len(calls) == 8:  # the first is a trial
             os.kill(os.getpid(), number)
         return surprise(*arguments)
 
@@ -76,12 +79,13 @@ def truncate(folder: Path) -> None:
 
 
 def remove_optimizer(folder: Path) -> None:
-    (folder / "optimizer.pt").unlink()
+    (folder / "state" / "__0_0.distcp").unlink()
 
 
 def keep_only_the_model(folder: Path) -> None:
-    for name in ("complete.json", "optimizer.pt", "progress.pt"):
+    for name in ("complete.json", "progress.pt"):
         (folder / name).unlink()
+    shutil.rmtree(folder / "state")
 
 
 def damage_manifest(folder: Path) -> None:
@@ -98,7 +102,7 @@ def flip_a_bit(folder: Path) -> None:
     ("tear", "why"),
     [
         (truncate, "model.safetensors is not as it was written"),
-        (remove_optimizer, "optimizer.pt is missing"),
+        (remove_optimizer, "state/__0_0.distcp is missing"),
         (keep_only_the_model, "complete.json is missing"),
         (damage_manifest, "complete.json is damaged"),
         (flip_a_bit, "progress.pt is not as it was written"),
@@ -170,7 +174,7 @@ def test_the_checkpoint_before_a_loss_that_is_not_finite_is_whole(
 
     def broken(model: Any, batch: Any) -> torch.Tensor:
         calls.append(1)
-        return surprise(model, batch) * (float("nan") if len(calls) == 8 else 1.0)
+        return surprise(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
 
     monkeypatch.setattr(loop, "surprise", broken)
     run = tmp_path / "run"
@@ -184,25 +188,57 @@ def test_the_checkpoint_before_a_loss_that_is_not_finite_is_whole(
     assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
 
 
-@pytest.mark.parametrize(("module", "good_calls"), [(checkpoint, 1), (torch, 2)], ids=["model", "optimizer"])
-def test_a_full_disk_leaves_the_checkpoint_before(
-    tmp_path: Path, text: Path, module: Any, good_calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, save, calls = tmp_path / "run", module.save, []
+FILLED = {"model": (checkpoint, "write_native"), "state": (FileSystemWriter, "write_data"), "rest": (torch, "save")}
 
-    def full(*arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) > good_calls:
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: int) -> None:
+    """Let so many checkpoints be written, and then so many attempts fail."""
+    monkeypatch.setattr(checkpoint, "PAUSES", (0, 0))
+    owner, name = FILLED[place]
+    write, attempts = getattr(owner, name), []
+    begin = Checkpoints._write_once
+
+    def begun(self: Checkpoints, content: Any) -> None:
+        attempts.append(1)
+        begin(self, content)
+
+    def full(*arguments: Any, **more: Any) -> Any:
+        if good < len(attempts) <= good + bad:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(*arguments)
+        return write(*arguments, **more)
 
-    monkeypatch.setattr(module, "save", full)
-    with pytest.raises(UserError, match=r"the disk is full: '.*step-00000010' was not written"):
+    monkeypatch.setattr(Checkpoints, "_write_once", begun)
+    monkeypatch.setattr(owner, name, full)
+
+
+@pytest.mark.parametrize("place", FILLED)
+def test_a_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, text: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    fill_the_disk(monkeypatch, place, good=1, bad=99)
+    with pytest.raises(UserError, match=r"the disk is full: '.*step-00000012' was not written"):
         train(settings(byte_lm_run(run, text)))
     assert os.listdir(run / "checkpoints") == ["step-00000005"]
     assert what_is_torn(run / "checkpoints" / "step-00000005") is None
+    said = [line for line in capsys.readouterr().out.splitlines() if "step-00000010' was not written" in line]
+    assert [line.rpartition("make room ")[2] for line in said] == [
+        "(the next try is in 0 s)",
+        "(the next try is in 0 s)",
+        "(training goes on without it)",
+    ]
     monkeypatch.undo()
     train(settings(byte_lm_run(run, text)))
+    assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
+    tmp_path: Path, text: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_the_disk(monkeypatch, "state", good=0, bad=2)
+    run = train(settings(byte_lm_run(tmp_path / "run", text, checkpoint={"every": 5, "asynchronous": asynchronous})))
+    assert checkpoints(run) == ["step-00000010", "step-00000012"]
     assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
 
 

@@ -1,0 +1,178 @@
+"""What goes wrong in a long run: signals, hangs, losses that are not finite or leap, too little memory, a lost rank."""
+
+import faulthandler
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Self
+
+import torch
+
+from bytelatent.errors import Interrupted, UserError
+from bytelatent.training.checkpoint import TrainState
+from bytelatent.training.ranks import Ranks
+from bytelatent.training.settings import TrainSettings
+
+RECENT = 100  # steps whose median loss a spike is measured against
+ENOUGH = 10  # of them, from which on it is
+MOST_SKIPPED = 10  # updates in a row
+EXIT_HUNG = 1
+ONE_PRESS = 2.0  # seconds in which a second signal is the same one: torchrun passes on what the terminal sent already
+
+
+class RolledBack(Exception):
+    """A step is not to be taken; the run goes back to its last checkpoint. The message says why."""
+
+
+def trouble_with(step: int, loss: float, norm: float, recent: list[float], spike: float | None) -> str | None:
+    """Why an update should not be made; None if it should.
+
+    Args:
+        step: its number.
+        loss: nats a target, over all ranks.
+        norm: of the gradient.
+        recent: losses of earlier steps.
+        spike: as in the settings.
+    """
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return f"the loss is not finite at step {step} (loss {loss:g}, gradient norm {norm:g})"
+    if spike is not None and len(recent) >= ENOUGH and loss > spike * (median := statistics.median(recent)):
+        return f"the loss leaps at step {step} (loss {loss:g}, median {median:g}, faults.spike {spike:g})"
+    return None
+
+
+def act_on(trouble: str | None, loss: float, state: TrainState, settings: TrainSettings, ranks: Ranks) -> bool:
+    """Whether to make the update.
+
+    Raises:
+        UserError: the run is to stop.
+        RolledBack: it is to go back.
+    """
+    if trouble is None:
+        state.recent = [*state.recent[1 - RECENT :], loss]
+        state.skipped = 0
+        return True
+    how = settings.faults.on_nan
+    state.skipped += 1
+    if how == "rollback":
+        raise RolledBack(trouble)
+    if how == "skip" and state.skipped <= MOST_SKIPPED:
+        return False
+    times = f", {state.skipped} times in a row" if how == "skip" else ""
+    raise ranks.told(
+        UserError(
+            f"{trouble}{times}; earlier checkpoints are whole: take a lower optimizer.lr "
+            f"(now {settings.optimizer.lr:g}) or optimizer.clip, or dtype=float32, and another run=FOLDER; "
+            "or say faults.on_nan=skip"
+        )
+    )
+
+
+@contextmanager
+def stop_signals(ranks: Ranks) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 into a wish to stop after the step; a second stops at once."""
+    asked: list[float] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: bool(asked)
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        if asked and (ranks.world == 1 or time.monotonic() - asked[0] > ONE_PRESS):
+            raise KeyboardInterrupt
+        asked.append(time.monotonic())
+
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # Windows has but the first two
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    previous = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Watchdog:
+    """Ends the process, with every thread's stack, when it has not been told of progress for so many minutes."""
+
+    def __init__(self, minutes: float | None, ranks: Ranks):
+        self.seconds = None if minutes is None else 60 * minutes
+        self.ranks = ranks
+        self._seen, self._doing = time.monotonic(), "starting"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def progress(self, doing: str) -> None:
+        """Something was done; `doing` comes next."""
+        self._seen, self._doing = time.monotonic(), doing
+
+    def _watch(self) -> None:
+        while self.seconds is not None and not self._over.wait(min(self.seconds / 10, 5.0)):
+            idle = time.monotonic() - self._seen
+            if idle > self.seconds:
+                line = f"{self.ranks.name} hangs: {idle / 60:.3g} minutes of {self._doing} (faults.watchdog_minutes)"
+                print(f"{line}; the stack of every thread:", file=sys.stderr, flush=True)
+                with suppress(OSError, ValueError):  # a standard error that is no file
+                    faulthandler.dump_traceback(all_threads=True)
+                os._exit(EXIT_HUNG)
+
+
+@contextmanager
+def who_failed(ranks: Ranks, step: Callable[[], int]) -> Iterator[None]:
+    """Name the rank, its host and the step in front of the traceback of an error that nobody foresaw."""
+    try:
+        yield
+    except (UserError, Interrupted, RolledBack):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        line = f"{ranks.name} failed after step {step()}: {type(error).__name__}: {text}"
+        print(line, file=sys.stderr, flush=True)
+        raise
+
+
+@contextmanager
+def memory_named(settings: TrainSettings, ranks: Ranks) -> Iterator[None]:
+    """Too little memory is an error that names the settings to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, torch.OutOfMemoryError) and not any(
+            sign in text for sign in ("can't allocate memory", "out of memory")
+        ):
+            raise
+        raise UserError(
+            f"out of memory on {ranks.name}: lower data.batch_bytes (now {settings.data.batch_bytes}; with "
+            f"optimizer.accumulation, now {settings.optimizer.accumulation}, as many bytes are a step) or "
+            f"data.batch_patches (now {settings.data.batch_patches}), or set parallel.activation_checkpointing (now "
+            f"{settings.parallel.activation_checkpointing}) to selective or full; {text[:200]}"
+        ) from None
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Only operations that give the same bits each time; an operation that cannot is an error."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

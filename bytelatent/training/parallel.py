@@ -1,0 +1,176 @@
+"""One plan for any number of ranks: who computes what, and where each weight lies. The model files know nothing of it.
+
+Ranks form a block of replicas x shards x tensor. Those of one tensor group read the same batch and divide the matrices
+of the global transformer; all others read batches of their own. Weights and the optimizer's state are divided among
+`shards` ranks (and the local models', which are the same in a tensor group, among its ranks, too) and gathered block
+by block as they are needed; replicas each hold all of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from bytelatent.errors import UserError
+from bytelatent.model import Block, BLTModel, BLTSettings, CrossAttention, ModelSettings, build
+from bytelatent.model.block import init_weights
+from bytelatent.training.ranks import Ranks
+from bytelatent.training.settings import ParallelSettings
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# What selective checkpointing keeps: results of matrix products and of attention. The rest is cheap to compute again.
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where this rank stands. The default one is that of a single process."""
+
+    settings: ParallelSettings = field(default_factory=ParallelSettings)
+    ranks: Ranks = field(default_factory=Ranks)
+    mesh: "DeviceMesh | None" = None  # replicate x shard x tensor
+    local_mesh: "DeviceMesh | None" = None  # of the local models: replicate x shard
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the batches of a step this rank reads."""
+        return self.ranks.rank // self.settings.tensor
+
+    @property
+    def data_world(self) -> int:
+        return self.ranks.world // self.settings.tensor
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over batches: those of one tensor group, who read the same one, count once."""
+        return [value / self.settings.tensor for value in self.ranks.sum(values)]
+
+    def keep_own_part(self, target: Tensor, value: Tensor) -> None:
+        """Copy a whole tensor into one of which this rank holds a part."""
+        if self.mesh is None:
+            target.copy_(value)
+        else:
+            from bytelatent.training.sharding import keep_own_part
+
+            keep_own_part(target, value)
+
+    def whole(self, value: Tensor) -> Tensor | None:
+        """All of a tensor of which each rank holds a part, on the first rank's CPU; all of them ask together."""
+        full: Any = value.detach()
+        full = full if self.mesh is None else full.full_tensor()
+        return full.cpu() if self.ranks.is_first else None
+
+    def more_to_come(self, model: nn.Module, more: bool) -> None:
+        """Say before a backward pass whether another of the same step follows: replicas then need not speak yet."""
+        if self.mesh is not None:
+            model.set_requires_all_reduce(not more)  # pyright: ignore[reportCallIssue]
+
+    def let_go(self, model: nn.Module) -> None:
+        """After forward passes without a backward one: weights that were gathered for them are dropped."""
+        if self.mesh is not None:
+            model.reshard()  # pyright: ignore[reportCallIssue]
+
+
+def make_plan(settings: ParallelSettings, model: ModelSettings, ranks: Ranks, device: torch.device) -> Plan:
+    """Divide the ranks.
+
+    Raises:
+        UserError: they or the model cannot be divided so.
+    """
+    tensor, world = settings.tensor, ranks.world
+    if tensor > 1:
+        _must_divide(model, tensor)
+    if world % tensor:
+        raise UserError(f"parallel.tensor: {world} processes are no multiple of {tensor}; start another number of them")
+    if world == 1:
+        return Plan(settings, ranks)
+    data = world // tensor
+    replicas = {"replicate": data, "shard": 1, "hybrid": settings.replicas or 1}[settings.data]
+    if data % replicas:
+        raise UserError(
+            f"parallel.replicas: {data} processes{' beside those of parallel.tensor' if tensor > 1 else ''} are no "
+            f"multiple of {replicas}; start another number of them"
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+
+    names = ("replicate", "shard", "tensor")
+    mesh = init_device_mesh(device.type, (replicas, data // replicas, tensor), mesh_dim_names=names)
+    local = (world, 1) if settings.data == "replicate" else (replicas, world // replicas)
+    local_mesh = init_device_mesh(device.type, local, mesh_dim_names=names[:2]) if tensor > 1 else mesh[names[:2]]
+    return Plan(settings, ranks, mesh, local_mesh)
+
+
+def build_spread(
+    model: ModelSettings, plan: Plan, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> nn.Module:
+    """The model as the plan spreads it, without values in its weights: see `draw_weights`."""
+    with torch.device("meta"):
+        spread = build(model)
+    regions = [part for part in spread.modules() if isinstance(part, Block | CrossAttention)]
+    middle = set(spread.global_transformer.modules()) if isinstance(spread, BLTModel) else set()
+    if plan.mesh is not None:
+        from bytelatent.training import sharding
+
+        for part in regions:
+            if part in middle and plan.settings.tensor > 1:
+                assert isinstance(part, Block)
+                sharding.divide(part, plan.mesh["tensor"])
+    for part in regions:
+        if plan.settings.activation_checkpointing != "none":
+            part.forward = _recomputed(part.forward, plan.settings.activation_checkpointing)
+        if compiled:  # block by block: alike blocks share one graph, and masks are built outside of it
+            part.forward = torch.compile(part.forward)
+    if plan.mesh is not None and plan.local_mesh is not None:
+        reduce_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[plan.settings.reduce_dtype]
+        for part in regions:  # under autocast, products would cast the weights anyway: they are sent in that precision
+            mesh = plan.mesh["replicate", "shard"] if part in middle else plan.local_mesh
+            sharding.shard(part, mesh, dtype, reduce_dtype)
+        sharding.shard(spread, plan.local_mesh, None, reduce_dtype)
+    return spread.to_empty(device=device)
+
+
+@torch.no_grad()
+def draw_weights(spread: nn.Module, model: ModelSettings, plan: Plan) -> None:
+    """Draw the initial weights one after the other, as a single process does; each rank keeps its own part of each."""
+    with torch.device("meta"):
+        pattern = build(model)
+    targets = dict(spread.named_parameters())
+    for prefix, part in pattern.named_modules():
+        own = [name for name, _ in part.named_parameters(recurse=False)]
+        if own:
+            part.to_empty(device="cpu", recurse=False)
+            init_weights(part)
+            for name in own:
+                plan.keep_own_part(targets[f"{prefix}.{name}"], part.get_parameter(name))
+            part.to_empty(device="meta", recurse=False)
+
+
+def _must_divide(model: ModelSettings, tensor: int) -> None:
+    if not isinstance(model, BLTSettings):
+        raise UserError("parallel.tensor divides the global transformer, and a byte LM has none; leave it out")
+    middle = model.global_transformer
+    sizes = {"num_heads": middle.num_heads, "num_kv_heads": middle.kv_heads, "feed-forward width": middle.hidden_dim}
+    for name, size in sizes.items():
+        if size % tensor:
+            raise UserError(
+                f"parallel.tensor: the global transformer's {name} {size} is no multiple of {tensor}; take a divisor"
+            )
+
+
+def _recomputed(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
+    """A forward pass whose inner results are computed again in the backward pass: `selective` or `full`."""
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in the models is drawn
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+    return partial(checkpoint, forward, **options)

@@ -1,0 +1,128 @@
+"""The processes of a job, and what they tell one another beside gradients.
+
+A process that was started alone is all there is. torchrun starts several and says in the environment which each is.
+"""
+
+import os
+import pickle
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from bytelatent.device import choose_device
+from bytelatent.errors import BAD_INPUT, UserError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the job. Its methods are called by all of them, in the same order."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # among those of the same host
+    group: Any = None  # whose messages these are; None: the default one
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """For lines that people read."""
+        return f"rank {self.rank} on {socket.gethostname()}"
+
+    def gather(self, value: Value) -> list[Value]:
+        """What each rank gives, in their order."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, self.group)
+        return values
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks, the same bits on each."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def first(self, call: Callable[[], Value]) -> Value:
+        """What `call` gives on the first rank, on all of them; the others wait for it.
+
+        Raises:
+            UserError: `call` did, on the first rank. The others end without a word.
+        """
+        if self.world == 1:
+            return call()
+        answer: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                answer[0] = call()
+                pickle.dumps(answer[0])
+            except UserError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, src=0, group=self.group, device=torch.device("cpu"))
+        if answer[1] is None:
+            return answer[0]
+        raise self.told(UserError(answer[1]))
+
+    def told(self, error: UserError) -> BaseException:
+        """An error that all ranks meet, to be raised: the first one says it, the others end without a word."""
+        return error if self.is_first else SystemExit(BAD_INPUT)
+
+    def another_group(self) -> "Ranks":
+        """The same ranks with messages of their own, for another thread."""
+        return (
+            self if self.world == 1 else Ranks(self.rank, self.world, self.local_rank, dist.new_group(backend="gloo"))
+        )
+
+
+@contextmanager
+def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the other processes of the job, where there are any.
+
+    Args:
+        device: as in the settings.
+        minutes: after so long without an answer the others are taken for dead; None for a day.
+
+    Returns:
+        The ranks, and this one's device.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Ranks(), choose_device(device)
+        return
+    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
+    own = _own_device(device, ranks)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
+        rank=ranks.rank,
+        world_size=world,
+        timeout=timedelta(minutes=minutes or 24 * 60),
+    )
+    try:
+        with torch.cuda.device(own) if own.type == "cuda" else nullcontext():
+            yield ranks, own
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_device(device: str, ranks: Ranks) -> torch.device:
+    if ":" in device:
+        raise UserError(f"device: '{device}' is one, and {ranks.world} processes take one each; use device=cuda")
+    own = choose_device(device)
+    return choose_device(f"cuda:{ranks.local_rank}") if own.type == "cuda" else own

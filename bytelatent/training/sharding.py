@@ -1,0 +1,55 @@
+"""Weights spread over ranks: tensor parallelism for the global transformer, FSDP for all.
+
+Only jobs of several processes import this file: what it imports takes seconds.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
+
+from bytelatent.model import Block
+
+
+def divide(block: Block, mesh: DeviceMesh) -> None:
+    """Divide the heads and the feed-forward width of a block among the ranks of a tensor group."""
+    same = Replicate()
+    parallelize_module(
+        block,
+        mesh,
+        {
+            "attention": PrepareModuleInput(input_layouts=(same, None, None), desired_input_layouts=(same, None, None)),
+            "attention.query": ColwiseParallel(),
+            "attention.key": ColwiseParallel(),
+            "attention.value": ColwiseParallel(),
+            "attention.output": RowwiseParallel(),
+            "feed_forward": PrepareModuleInput(input_layouts=(same,), desired_input_layouts=(same,)),
+            "feed_forward.gate": ColwiseParallel(),
+            "feed_forward.up": ColwiseParallel(),
+            "feed_forward.down": RowwiseParallel(),
+        },
+    )
+
+
+def shard(part: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None, reduce_dtype: torch.dtype) -> None:
+    """Gather a part's weights as it runs and sum its gradients over the mesh, replicate x shard.
+
+    Args:
+        dtype: in which the weights are sent; None: as they are.
+    """
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
+    # One replica is no replication: such a mesh has one dimension.
+    fully_shard(part, mesh=mesh if mesh.size(0) > 1 else mesh["shard"], mp_policy=policy)
+
+
+@torch.no_grad()
+def keep_own_part(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be spread over ranks, without a message."""
+    if isinstance(target, DTensor):
+        shape, begin = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        value = value[tuple(slice(first, first + size) for first, size in zip(begin, shape, strict=True))]
+        target = target.to_local()
+    target.copy_(value)

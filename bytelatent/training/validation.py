@@ -1,0 +1,60 @@
+"""Bits per byte on text that is not trained on."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bytelatent.data import Batch, DataSettings, Patcher, batches_once
+from bytelatent.errors import UserError
+from bytelatent.model.loss import bits_per_byte
+from bytelatent.text import find_files
+from bytelatent.training.checkpoint import TrainState
+from bytelatent.training.parallel import Plan
+from bytelatent.training.settings import TrainSettings
+
+
+def must_hold_text(data: DataSettings) -> None:
+    """Complain about sources before the first step, not at the first validation."""
+    for source in [*data.train, *data.valid]:
+        find_files(source.path)
+    if data.valid and next(batches_once(data.valid, data.context, data.batch_bytes), None) is None:
+        raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
+
+
+def validate(
+    state: TrainState,
+    settings: TrainSettings,
+    patcher: Patcher | None,
+    loss: Callable[[Batch], torch.Tensor],
+    device: torch.device,
+    plan: Plan,
+) -> dict[str, Any]:
+    """Bits per byte on the validation text, whose batches the ranks share out."""
+    data = settings.data
+    nats, num_bytes = 0.0, 0
+    batches = batches_once(data.valid, data.context, data.batch_bytes, patcher, settings.validation.max_bytes)
+    state.model.eval()
+    with torch.no_grad():
+        for some in _in_groups(batches, plan.data_world):
+            # All ranks compute as often, as they need one another's weights; one without a batch does so in vain.
+            own = some[plan.data_rank] if plan.data_rank < len(some) else None
+            found = float(loss((own or some[0]).to(device)))
+            if own is not None:
+                nats += found
+                num_bytes += own.num_bytes
+    state.model.train()
+    plan.let_go(state.model)
+    nats, num_bytes = plan.sum([nats, num_bytes])
+    return {
+        "step": state.step,
+        "bytes_seen": state.bytes_seen,
+        "validation_bits_per_byte": bits_per_byte(nats, int(num_bytes)),
+        "validation_bytes": int(num_bytes),
+    }
+
+
+def _in_groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    while some := list(itertools.islice(batches, size)):
+        yield some

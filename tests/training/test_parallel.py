@@ -1,0 +1,171 @@
+"""However a step's batches and the model are divided among ranks, the step is the same."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bytelatent.errors import UserError
+from bytelatent.training.parallel import make_plan
+from bytelatent.training.ranks import Ranks
+from tests.training.crew import Crew
+from tests.training.plans import Taken, take_steps
+from tests.training.tiny_runs import BLT, byte_lm_run, settings
+
+MODEL = {**BLT, "global_transformer": {**BLT["global_transformer"], "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}}
+PLANS = {
+    "shard": (2, {"data": "shard"}),
+    "replicate": (2, {"data": "replicate"}),
+    "tensor": (2, {"tensor": 2}),
+    "shard x tensor": (4, {"data": "shard", "tensor": 2}),
+    "replicate x tensor": (4, {"data": "replicate", "tensor": 2}),
+    "hybrid": (4, {"data": "hybrid", "replicas": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Crew]:
+    crew = Crew(4)
+    yield crew
+    crew.close()
+
+
+def values(text: Path, **more: Any) -> dict[str, Any]:
+    optimizer = {"lr": 3e-3, "warmup_steps": 0, "clip": 1e9}
+    own = {"model": MODEL, "patching": {"mode": "space"}, "optimizer": optimizer}
+    return byte_lm_run(Path("x"), text, **{**own, **more})
+
+
+@pytest.fixture(scope="module")
+def taken(crew: Crew, text: Path) -> dict[str, list[Taken]]:
+    """What each plan gives, rank by rank."""
+    found = {}
+    for names in (["shard", "replicate"], ["tensor"], ["shard x tensor"], ["replicate x tensor"], ["hybrid"]):
+        jobs = [(PLANS[name][0], take_steps, values(text, parallel=PLANS[name][1])) for name in names]
+        found |= dict(zip(names, crew.run(*jobs), strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(text: Path) -> Taken:
+    return take_steps(values(text))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_step_is_the_same_on_any_number_of_ranks(taken: dict[str, list[Taken]], alone: Taken, plan: str) -> None:
+    for rank in taken[plan]:
+        assert rank.initial.keys() == alone.initial.keys()
+        for name, weight in alone.initial.items():
+            assert torch.equal(rank.initial[name], weight), name
+        for name, expected in alone.gradients.items():
+            torch.testing.assert_close(
+                rank.gradients[name], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()), msg=name
+            )
+        for row, expected in zip(rank.rows, alone.rows, strict=True):
+            for key in ("step", "bytes_seen", "mean_patch_bytes", "lr"):
+                assert row[key] == expected[key]
+            assert row["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=2e-6)
+            assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=2e-5)
+    first, *others = taken[plan]
+    for rank in others:  # bit for bit among themselves
+        assert [row["bits_per_byte"] for row in rank.rows] == [row["bits_per_byte"] for row in first.rows]
+        assert all(torch.equal(rank.weights[name], weight) for name, weight in first.weights.items())
+
+
+def test_weights_lie_where_the_plan_says(taken: dict[str, list[Taken]], alone: Taken) -> None:
+    whole = {name: weight.shape for name, weight in alone.weights.items()}
+    up, norm, table = (
+        "global_transformer.stack.blocks.0.feed_forward.up.weight",
+        "global_transformer.stack.blocks.0.attention_norm.weight",
+        "encoder.embedding.weight",
+    )
+    parts = {  # a matrix of the global transformer, a norm of its, a weight of the local models: in how many parts
+        "shard": (2, 2, 2),
+        "replicate": (1, 1, 1),
+        "tensor": (2, 1, 2),
+        "shard x tensor": (4, 2, 4),
+        "replicate x tensor": (2, 1, 1),
+        "hybrid": (2, 2, 2),
+    }
+    for plan, expected in parts.items():
+        for rank in taken[plan]:
+            assert rank.held == rank.gathered
+            for name, count in zip((up, norm, table), expected, strict=True):
+                assert torch.Size(rank.held[name]).numel() == whole[name].numel() // count, (plan, name)
+
+
+def test_clipping_knows_the_norm_over_all_ranks(crew: Crew, text: Path) -> None:
+    optimizer = {"lr": 3e-3, "warmup_steps": 0, "clip": 1e-2}
+    more = {"optimizer": optimizer, "parallel": PLANS["shard x tensor"][1]}
+    [[rank, *_]] = crew.run((4, take_steps, values(text, **more), 1))
+    for gradient, expected in zip(
+        rank.gradients.values(), take_steps(values(text, optimizer=optimizer), 1).gradients.values(), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert sum(float(g.square().sum()) for g in rank.gradients.values()) == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_bfloat16_is_that_of_one_process(crew: Crew, text: Path) -> None:
+    jobs = [(2, take_steps, values(text, dtype="bfloat16", parallel={"data": data})) for data in ("shard", "replicate")]
+    alone = take_steps(values(text, dtype="bfloat16"))
+    exact = take_steps(values(text))
+    for job in crew.run(*jobs):
+        for row, expected, other in zip(job[0].rows, alone.rows, exact.rows, strict=True):
+            assert row["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=2e-4)
+            assert row["bits_per_byte"] != other["bits_per_byte"]
+
+
+class Counts(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_activations_computed_again_change_nothing(text: Path, alone: Taken) -> None:
+    counts = {}
+    for how in ("none", "selective", "full"):
+        with Counts() as counted:
+            taken = take_steps(values(text, parallel={"activation_checkpointing": how}), 1)
+        counts[how] = counted.of
+        assert taken.rows == alone.rows[:1]
+        assert all(torch.equal(taken.gradients[name], gradient) for name, gradient in alone.gradients.items())
+    none, selective, full = counts["none"], counts["selective"], counts["full"]
+    assert selective["mm"] == none["mm"] < full["mm"]
+    assert none["silu"] < selective["silu"] == full["silu"]
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert 0 < none[attention] == selective[attention] < full[attention]
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "model", "line"),
+    [
+        (3, {"tensor": 2}, BLT, "parallel.tensor: 3 processes are no multiple of 2"),
+        (4, {"tensor": 4}, BLT, "the global transformer's num_heads 2 is no multiple of 4"),
+        (4, {"tensor": 4}, MODEL, "the global transformer's num_kv_heads 2 is no multiple of 4"),
+        (2, {"tensor": 2}, byte_lm_run(Path("x"), Path("x"))["model"], "a byte LM has none"),
+        (6, {"data": "hybrid", "replicas": 4}, BLT, "parallel.replicas: 6 processes are no multiple of 4"),
+    ],
+)
+def test_ranks_that_cannot_be_divided_are_one_line(
+    world: int, parallel: dict[str, Any], model: dict[str, Any], line: str
+) -> None:
+    patching = {"mode": "space"} if model.get("kind") == "blt" else None
+    rule = settings(byte_lm_run(Path("x"), Path("x"), model=model, patching=patching, parallel=parallel))
+    with pytest.raises(UserError, match=line):
+        make_plan(rule.parallel, rule.model, Ranks(0, world), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("parallel", [{"data": "hybrid"}, {"replicas": 2}])
+def test_replicas_belong_to_hybrid(parallel: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="parallel: data=hybrid and replicas go together"):
+        settings(byte_lm_run(Path("x"), Path("x"), parallel=parallel))
