@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bytelatent.data import Batch, Loader, Patcher, surprise
+from bytelatent.errors import UserError
 from bytelatent.model import build
 from bytelatent.training import loop, read_metrics, train
 from bytelatent.training.checkpoint import TrainState
