@@ -1,7 +1,6 @@
 """However a step's batches and the model are divided among ranks, the step is the same."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,8 @@ from bytelatent.errors import UserError
 from bytelatent.training.parallel import make_plan
 from bytelatent.training.ranks import Ranks
 from tests.training.crew import Crew
-from tests.training.plans import Taken, take_steps
+from tests.training.plans import MODEL, PLANS, Taken, take_steps, values
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
-
-MODEL = {**BLT, "global_transformer": {**BLT["global_transformer"], "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}}
-PLANS = {
-    "shard": (2, {"data": "shard"}),
-    "replicate": (2, {"data": "replicate"}),
-    "tensor": (2, {"tensor": 2}),
-    "shard x tensor": (4, {"data": "shard", "tensor": 2}),
-    "replicate x tensor": (4, {"data": "replicate", "tensor": 2}),
-    "hybrid": (4, {"data": "hybrid", "replicas": 2}),
-}
-
-
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    crew = Crew(4)
-    yield crew
-    crew.close()
-
-
-def values(text: Path, **more: Any) -> dict[str, Any]:
-    optimizer = {"lr": 3e-3, "warmup_steps": 0, "clip": 1e9}
-    own = {"model": MODEL, "patching": {"mode": "space"}, "optimizer": optimizer}
-    return byte_lm_run(Path("x"), text, **{**own, **more})
 
 
 @pytest.fixture(scope="module")
