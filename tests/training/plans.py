@@ -25,11 +25,11 @@ from tests.training.tiny_runs import BLT, byte_lm_run, settings
 MODEL = {**BLT, "global_transformer": {**BLT["global_transformer"], "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}}
 PLANS = {
     "shard": (2, {"data": "shard"}),
-    "replicate": (2, {"data": "replicate"}),
+    "replicate": (2, {"data": "replicate", "tables": "gather"}),
     "tensor": (2, {"tensor": 2}),
     "shard x tensor": (4, {"data": "shard", "tensor": 2}),
     "replicate x tensor": (4, {"data": "replicate", "tensor": 2}),
-    "hybrid": (4, {"data": "hybrid", "replicas": 2}),
+    "hybrid": (4, {"data": "hybrid", "replicas": 2, "tables": "gather"}),
 }
 BATCHES = 4  # in a step, over all ranks
 

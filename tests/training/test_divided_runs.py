@@ -8,14 +8,16 @@ import torch
 from safetensors.torch import load_file
 
 from bytelatent.blt import BLT
+from bytelatent.data import Patcher, batches_once, surprise
 from bytelatent.errors import UserError
 from bytelatent.export import export
 from bytelatent.files import what_is_torn
 from bytelatent.interop import load
+from bytelatent.model.loss import bits_per_byte
 from bytelatent.training import read_metrics
 from tests.training.crew import Crew
 from tests.training.plans import PLANS, Taken, take_steps, train_as, values
-from tests.training.tiny_runs import assert_equal_runs, checkpoints, losses
+from tests.training.tiny_runs import assert_equal_runs, checkpoints, losses, settings
 
 GOING_ON = (["shard", "replicate"], ["shard x tensor"], ["hybrid"])
 
@@ -71,6 +73,13 @@ def test_a_run_of_two_processes(crew: Crew, tmp_path: Path, text: Path) -> None:
     assert [row["step"] for row in rows if "validation_bits_per_byte" in row] == [4, 8, 12]
     assert all(row["validation_bytes"] == 700 for row in rows if "validation_bits_per_byte" in row)
     assert sum("bits_per_byte" in row for row in rows) == 12  # one process writes them
+    found, data = load(whole), settings(values(text, whole, **valid)).data
+    assert found.config.patching is not None
+    nats = sum(
+        float(surprise(found.model, batch).detach())
+        for batch in batches_once(data.valid, data.context, data.batch_bytes, Patcher(found.config.patching), 700)
+    )
+    assert rows[-1]["validation_bits_per_byte"] == pytest.approx(bits_per_byte(nats, 700), rel=1e-5)
     assert BLT.from_pretrained(whole).bits_per_byte("the cat sat on a mat") > 0
     assert what_is_torn(whole / "checkpoints" / "step-00000012") is None
     names = {file.name for file in (whole / "checkpoints" / "step-00000012" / "ranks").iterdir()}
