@@ -334,6 +334,21 @@ def convert(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="The folder of a run.")],
+    out: Annotated[str, typer.Option(help="The folder it writes.")],
+    step: Annotated[int | None, typer.Option(help="Steps done; the last whole checkpoint if left out.")] = None,
+) -> None:
+    """Write the model of a run's checkpoint, also of one that several processes wrote in parts.
+
+    Example:  `blt export runs/mine --step 5000 --out mine-5000`
+    """
+    from bytelatent.export import export as run_export
+
+    print(run_export(run, step, out, Console(stderr=True)))
+
+
+@app.command()
 def info(
     model: Annotated[
         str, typer.Argument(help="A preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.")

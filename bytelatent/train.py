@@ -1,7 +1,10 @@
-"""`python -m bytelatent.train config=PATH key=value`: train a byte LM or a BLT."""
+"""`python -m bytelatent.train config=PATH key=value`: train a byte LM or a BLT, under torchrun with many processes."""
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,5 +19,14 @@ def main(arguments: list[str], console: Console | None = None) -> Path:
     return train(from_command_line(TrainSettings, arguments, USAGE), console)
 
 
+def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torchrun, where it started this process, repeat an error in its last words."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return call
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(call)
+
+
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    guarded(lambda: _recorded(main)(sys.argv[1:]))

@@ -237,6 +237,8 @@ class Checkpoints:
             self._remove_old(content.folder)
 
     def _write_together(self, content: Content) -> None:
+        from bytelatent.training import stored_state  # it takes seconds to import
+
         known: dict[str, Digest] = {}
         with ExitStack() as stack:
             aside, error = None, None
@@ -244,6 +246,7 @@ class Checkpoints:
                 if self.ranks.is_first:
                     aside = stack.enter_context(whole_folder(content.folder, known))
                     (aside / "ranks").mkdir()
+                    stored_state.begin_folder(aside / "state", self.config)
             except Exception as met:
                 error = met
             aside = self._agreed(content.folder, error, aside)[0]
@@ -259,7 +262,7 @@ class Checkpoints:
         """Write this rank's files; their digests."""
         from bytelatent.training.stored_state import write_tensors
 
-        write_tensors(aside / "state", content.tensors, self.config, self.ranks)
+        write_tensors(aside / "state", content.tensors, self.ranks)
         if content.own is not None:
             torch.save(content.own, aside / "ranks" / f"{self.plan.data_rank:05d}.pt")
         if self.ranks.is_first:

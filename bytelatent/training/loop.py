@@ -92,11 +92,11 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
             return surprise(model, batch)
 
     with (
-        who_failed(ranks, lambda: state.step),
         loader,
         Checkpoints(run.folder, run.config, settings.checkpoint, plan, in_background, say) as checkpoints,
         stop_signals(ranks) as stopped,
         Watchdog(settings.faults.watchdog_minutes, ranks) as watchdog,
+        who_failed(ranks, lambda: state.step),  # the first to hear of it: torchrun soon ends those that are left
     ):
         if not checkpoints.load(state):
             draw_weights(model, settings.model, plan)

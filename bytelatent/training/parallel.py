@@ -119,9 +119,16 @@ def build_spread(
         spread = build(model)
     regions = [part for part in spread.modules() if isinstance(part, Block | CrossAttention)]
     middle = set(spread.global_transformer.modules()) if isinstance(spread, BLTModel) else set()
+    divided: list[Any] = []
     if plan.mesh is not None:
         from bytelatent.training import sharding
+        from bytelatent.training.tables import divide_rows
 
+        tables = [part for part in spread.modules() if isinstance(part, nn.EmbeddingBag)]
+        if plan.settings.tables == "rows":
+            for part in tables:
+                divide_rows(part, plan.mesh.device_type, plan.ranks.world)
+            divided = [part.weight for part in tables]
         for part in regions:
             if part in middle and plan.settings.tensor > 1:
                 assert isinstance(part, Block)
@@ -136,7 +143,7 @@ def build_spread(
         for part in regions:  # under autocast, products would cast the weights anyway: they are sent in that precision
             mesh = plan.mesh["replicate", "shard"] if part in middle else plan.local_mesh
             sharding.shard(part, mesh, dtype, reduce_dtype)
-        sharding.shard(spread, plan.local_mesh, None, reduce_dtype)
+        sharding.shard(spread, plan.local_mesh, None, reduce_dtype, apart=divided)
     return spread.to_empty(device=device)
 
 

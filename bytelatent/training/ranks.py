@@ -7,7 +7,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from bytelatent.device import choose_device
-from bytelatent.errors import BAD_INPUT, UserError
+from bytelatent.errors import BAD_INPUT, Interrupted, UserError
 
 Value = TypeVar("Value")
 
@@ -114,11 +114,16 @@ def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torc
         world_size=world,
         timeout=timedelta(minutes=minutes or 24 * 60),
     )
+    farewell = True
     try:
-        with torch.cuda.device(own) if own.type == "cuda" else nullcontext():
-            yield ranks, own
+        yield ranks, own
+    except Exception as error:
+        # A rank that met a bug goes at once: another may wait for it in the middle of something, and so would it.
+        farewell = isinstance(error, UserError | Interrupted)
+        raise
     finally:
-        dist.destroy_process_group()
+        if farewell:
+            dist.destroy_process_group()
 
 
 def _own_device(device: str, ranks: Ranks) -> torch.device:

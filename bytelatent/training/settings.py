@@ -87,13 +87,16 @@ class ParallelSettings(Settings):
         tensor: processes that divide each matrix of the global transformer.
         activation_checkpointing: in the backward pass, compute blocks again (`full`), or all of them but matrix
             products and attention (`selective`), instead of keeping their inner results.
-        reduce_dtype: of gradients as they are summed.
+        tables: `rows` divides the hash tables by rows that are looked up where they lie; `gather` treats them as the
+            other weights.
+        reduce_dtype: of gradients as they are summed; those of `rows` are in float32.
     """
 
     data: Literal["replicate", "shard", "hybrid"] = "shard"
     replicas: int | None = Field(default=None, ge=1)
     tensor: int = Field(default=1, ge=1)
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    tables: Literal["rows", "gather"] = "rows"
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")

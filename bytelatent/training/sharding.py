@@ -3,7 +3,11 @@
 Only jobs of several processes import this file: what it imports takes seconds.
 """
 
+from collections.abc import Collection
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -34,15 +38,26 @@ def divide(block: Block, mesh: DeviceMesh) -> None:
     )
 
 
-def shard(part: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None, reduce_dtype: torch.dtype) -> None:
-    """Gather a part's weights as it runs and sum its gradients over the mesh, replicate x shard.
+def shard(
+    part: nn.Module,
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype,
+    apart: Collection[nn.Parameter] = (),
+) -> None:
+    """Gather a part's weights as it runs and average its gradients over the mesh, replicate x shard.
 
     Args:
         dtype: in which the weights are sent; None: as they are.
+        apart: weights that are left as they are.
     """
+    for norm in part.modules():
+        if isinstance(norm, nn.RMSNorm) and dtype is not None and dtype != norm.weight.dtype:
+            norm.forward = partial(_with_weight_in_float32, norm)
     policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
     # One replica is no replication: such a mesh has one dimension.
-    fully_shard(part, mesh=mesh if mesh.size(0) > 1 else mesh["shard"], mp_policy=policy)
+    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+    fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=set(apart))
 
 
 @torch.no_grad()
@@ -53,3 +68,8 @@ def keep_own_part(target: Tensor, value: Tensor) -> None:
         value = value[tuple(slice(first, first + size) for first, size in zip(begin, shape, strict=True))]
         target = target.to_local()
     target.copy_(value)
+
+
+def _with_weight_in_float32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """Autocast leaves norms in float32, and a fused one takes states and weight of one precision."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)

@@ -40,11 +40,14 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) 
     return found
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor], config: Config, ranks: Ranks) -> None:
-    """Write this rank's parts into `folder`; all ranks do so at the same time."""
-    if ranks.is_first:
-        folder.mkdir()
-        (folder / CONFIG).write_text(json.dumps(config.plain(), indent=1), encoding="utf-8")
+def begin_folder(folder: Path, config: Config) -> None:
+    """Make the folder for the tensors of a model; one rank does so, before all of them write."""
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps(config.plain(), indent=1), encoding="utf-8")
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Write this rank's parts; all ranks do so at the same time, and an error of one is met by all."""
     with _plainly():
         writer = FileSystemWriter(folder)
         save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.world == 1)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bytelatent.training import train
+from tests.training.crew import Crew
 from tests.training.tiny_runs import byte_lm_run, settings, write_text
 
 
@@ -15,6 +16,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def crew() -> Iterator[Crew]:
+    """Four processes, for jobs of so many ranks at the most."""
+    crew = Crew(4)
+    yield crew
+    crew.close()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ class Crew:
 
     def __init__(self, size: int):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.training.crew", "bytelatent.training.sharding"])
+        own = [f"bytelatent.training.{name}" for name in ("sharding", "stored_state")]
+        context.set_forkserver_preload(["tests.training.plans", *own])
         self.pipes: list[Connection] = []
         self.processes = []
         for _ in range(size):

@@ -1,21 +1,44 @@
 """What each rank does in tests of several: a few steps, on batches that are the same for any number of ranks."""
 
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from itertools import islice
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from rich.console import Console
 
 from bytelatent.data import Batch, Loader, Patcher, surprise
 from bytelatent.device import autocast
-from bytelatent.training import loop
-from bytelatent.training.checkpoint import TrainState
-from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.parallel import build_spread, draw_weights, make_plan
+from bytelatent.errors import UserError
+from bytelatent.interop import Config
+from bytelatent.training import TrainSettings, loop, train
+from bytelatent.training.checkpoint import Checkpoints, TrainState
+from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.parallel import Plan, build_spread, draw_weights, make_plan
 from bytelatent.training.ranks import open_ranks
-from tests.training.tiny_runs import settings
+from bytelatent.training.settings import OptimizerSettings
+from tests.training.tiny_runs import BLT, byte_lm_run, settings
 
+MODEL = {**BLT, "global_transformer": {**BLT["global_transformer"], "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}}
+PLANS = {
+    "shard": (2, {"data": "shard"}),
+    "replicate": (2, {"data": "replicate", "tables": "gather"}),
+    "tensor": (2, {"tensor": 2}),
+    "shard x tensor": (4, {"data": "shard", "tensor": 2}),
+    "replicate x tensor": (4, {"data": "replicate", "tensor": 2}),
+    "hybrid": (4, {"data": "hybrid", "replicas": 2, "tables": "gather"}),
+}
 BATCHES = 4  # in a step, over all ranks
+
+
+def values(text: Path, run: Path | str = "x", **more: Any) -> dict[str, Any]:
+    """A BLT's run that the plans divide."""
+    optimizer = {"lr": 3e-3, "warmup_steps": 0, "clip": 1e9}
+    own = {"model": MODEL, "patching": {"mode": "space"}, "optimizer": optimizer}
+    return byte_lm_run(Path(run), text, **{**own, **more})
 
 
 @dataclass
@@ -30,8 +53,41 @@ class Taken:
     gathered: dict[str, tuple[int, ...]]  # after a validation
 
 
-def take_steps(values: dict[str, Any], steps: int = 3) -> Taken:
-    """Train as the settings say, with `BATCHES` batches a step divided among the ranks."""
+class Batches:
+    """In place of a loader: batches that are counted."""
+
+    def __init__(self, rule: TrainSettings, patcher: Patcher | None, plan: Plan):
+        self.share = BATCHES // plan.data_world
+        self.batches = Loader(rule.data, 0, patcher)
+        self.plan, self.taken = plan, 0
+
+    def __next__(self) -> Batch:
+        while True:
+            batch, number = next(self.batches), self.taken
+            self.taken += 1
+            if number // self.share % self.plan.data_world == self.plan.data_rank:
+                return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def deal(self, states: list[dict[str, Any]]) -> str:
+        return ""
+
+    def pass_over(self, steps: int) -> None:
+        for _ in range(BATCHES * steps):
+            next(self.batches)
+
+
+def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) -> Taken:
+    """Train as the settings say, with `BATCHES` batches a step divided among the ranks.
+
+    Args:
+        run: go on from its checkpoint, where it has one, and leave one at the end.
+    """
     rule = settings(values)
     with open_ranks("cpu", 1) as (ranks, device):
         plan = make_plan(rule.parallel, rule.model, ranks, device)
@@ -41,20 +97,24 @@ def take_steps(values: dict[str, Any], steps: int = 3) -> Taken:
         draw_weights(model, rule.model, plan)
         initial = whole(model)
         patcher = Patcher(rule.patching) if rule.patching is not None else None
-        share = BATCHES // plan.data_world
-        optimizer = {**rule.optimizer.plain(), "accumulation": share}
+        optimizer = {**rule.optimizer.plain(), "accumulation": BATCHES // plan.data_world}
         rule = rule.model_copy(update={"optimizer": type(rule.optimizer).parse(optimizer)})
-        batches = islice(Loader(rule.data, 0, patcher), BATCHES * steps)
-        own = (batch for number, batch in enumerate(batches) if number // share % plan.data_world == plan.data_rank)
+        batches = Batches(rule, patcher, plan)
         adam = build_optimizer(model, rule.optimizer)
-        state = TrainState(model, adam, own)  # type: ignore[arg-type]
+        state = TrainState(model, adam, batches)  # type: ignore[arg-type]
+        checkpoints = None
+        if run is not None:
+            config = Config(model=rule.model, context=rule.data.context, patching=rule.patching)
+            checkpoints = Checkpoints(run, config, rule.checkpoint, plan, ranks.world > 1, lambda line: None)
+            if checkpoints.load(state):
+                batches.pass_over(state.step)
 
         def loss(batch: Batch) -> torch.Tensor:
             with autocast(device, dtype):
                 return surprise(model, batch)
 
         rows, gradients = [], {}
-        for _ in range(steps):
+        while state.step < steps:
             rows.append(loop._step(state, rule, loss, device, plan))
             if not gradients:
                 scale = 1 / (1 - rule.optimizer.beta1)
@@ -66,7 +126,39 @@ def take_steps(values: dict[str, Any], steps: int = 3) -> Taken:
             loss(valid)
         plan.let_go(model)
         gathered = {name: tuple(_own(value).shape) for name, value in model.named_parameters()}
+        if checkpoints is not None:
+            checkpoints.save(state, over=ranks.world == 4, needed=True)
         return Taken(rows, gradients, whole(model), initial, held, gathered)
+
+
+def train_as(
+    values: dict[str, Any], cut_off_after: int | None = None, fails: tuple[int, int] | None = None
+) -> list[str]:
+    """Train as the command does; what was printed.
+
+    Args:
+        cut_off_after: end after so many steps without a word.
+        fails: a rank, and the step before which it meets an error.
+    """
+    with StringIO() as out, redirect_stdout(out), redirect_stderr(out), pytest.MonkeyPatch.context() as patch:
+
+        def rate(step: int, progress: float, optimizer: OptimizerSettings) -> float:
+            if step == cut_off_after:
+                raise CutOffError
+            return learning_rate(step, progress, optimizer)
+
+        patch.setattr(loop, "learning_rate", rate)
+        try:
+            train(settings(values), Console(file=out, width=500))
+        except UserError as error:
+            out.write(f"error: {error}\n")
+        except (CutOffError, SystemExit):
+            pass
+        return out.getvalue().splitlines()
+
+
+class CutOffError(SystemExit):
+    """Stands for the end of the process."""
 
 
 def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,58 @@
+"""The model of any checkpoint, also of one that several processes wrote in parts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bytelatent.errors import UserError
+from bytelatent.files import newest_whole, what_is_torn
+from bytelatent.interop import check_target, open_pretrained, write_model
+from bytelatent.interop.native import BYTE_LM, is_run, open_native, origin_of_run
+from bytelatent.training.stored_state import open_stored
+
+
+def export(run: str, step: int | None, out: str, console: Console | None = None) -> Path:
+    """Write a checkpoint's model in our format, in the memory of its largest tensor, and read it again.
+
+    Args:
+        step: the steps that were done; None for the last checkpoint that is whole.
+        out: the folder to write.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is torn.
+    """
+    folder, target = Path(run), check_target(Path(out), "native")
+    checkpoint, lines = _checkpoint(folder, step)
+    stored = open_stored(checkpoint / "state")
+    byte_lm = open_native(folder / BYTE_LM) if (folder / BYTE_LM).is_dir() else None
+    config = stored.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)})
+    stored = replace(stored, config=config, byte_lm=byte_lm)
+    if console is not None:
+        for line in (*lines, stored.in_a_line()):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    write_model(stored, target, "native")
+    again = open_pretrained(target)
+    for name, tensor in stored.tensors.items():
+        if not torch.equal(again.tensors[name].load(), tensor.load()):
+            raise UserError(f"'{target}': {name} is not as '{checkpoint}' has it; is the disk in order? Write it again")
+    return target
+
+
+def _checkpoint(run: Path, step: int | None) -> tuple[Path, list[str]]:
+    """A run's checkpoint, and a line about each later one that is torn."""
+    if not is_run(run):
+        raise UserError(f"'{run}' is no run; name the folder of one, as in blt export runs/mine --out FOLDER")
+    if step is None:
+        found, passed_over = newest_whole(run / "checkpoints")
+        if found is None:
+            raise UserError(f"'{run}' has no whole checkpoint yet; train it further: blt train")
+        return found, passed_over
+    found = run / "checkpoints" / f"step-{step:08d}"
+    if not found.is_dir():
+        known = sorted(int(place.name.removeprefix("step-")) for place in found.parent.glob("step-*"))
+        raise UserError(f"'{run}' has no checkpoint after step {step}; it has {', '.join(map(str, known)) or 'none'}")
+    if (torn := what_is_torn(found)) is not None:
+        raise UserError(f"'{found}' is torn ({torn}); name another step, or leave it out for the last whole one")
+    return found, []

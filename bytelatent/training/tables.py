@@ -1,0 +1,71 @@
+"""Hash tables divided by rows: each rank holds some, and answers for them to all.
+
+Gathered like the other weights, the tables of the 1B model would be 12 GB sent to each rank and a gradient of 12 GB
+back, in every step, of which a batch touches a few rows. Here row numbers and sums travel instead: a rank sums the rows
+that it holds for the ids of all ranks, and the sums are added up where the ids are.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+# Shapes: W ranks, T ids a rank, S rows an id, R rows held here, D width
+
+
+def divide_rows(tables: nn.EmbeddingBag, device: str, world: int) -> None:
+    """Leave each of all ranks its rows, and look them up together."""
+    mesh = init_device_mesh(device, (world,), mesh_dim_names=("rows",))
+    weight = distribute_tensor(tables.weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+    tables.weight = nn.Parameter(weight)
+    _, (begin, _) = compute_local_shape_and_global_offset(weight.shape, mesh, [Shard(0)])
+    tables.forward = partial(_look_up, tables, mesh.get_group(), begin)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _look_up(tables: nn.EmbeddingBag, group: Any, begin: int, rows_TS: Tensor) -> Tensor:
+    """The sum of each id's rows, [T, D]. All ranks call it, in training with as many ids each."""
+    weight: Any = tables.weight
+    num_ids = rows_TS.shape[0]
+    if not torch.is_grad_enabled():  # batches of validation are of any size
+        most = torch.tensor(num_ids, device=rows_TS.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        rows_TS = F.pad(rows_TS, (0, 0, 0, int(most) - num_ids), value=-1)
+    return _LookUp.apply(weight.to_local(), rows_TS, begin, group)[:num_ids]
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_RD: Tensor, rows_TS: Tensor, begin: int, group: Any) -> Tensor:
+        rows_WTS = _gathered(rows_TS, group) - begin
+        is_own = (rows_WTS >= 0) & (rows_WTS < weight_RD.shape[0])
+        ctx.save_for_backward(rows_WTS, is_own)
+        ctx.shape, ctx.group = weight_RD.shape, group
+        out_TD = weight_RD.new_empty(len(rows_TS), weight_RD.shape[1])
+        if len(weight_RD):
+            rows_WTS = torch.where(is_own, rows_WTS, 0)
+            sums_WTD = F.embedding_bag(rows_WTS, weight_RD, mode="sum", per_sample_weights=is_own.to(weight_RD.dtype))
+        else:
+            sums_WTD = weight_RD.new_zeros(len(rows_WTS), weight_RD.shape[1])
+        dist.reduce_scatter_tensor(out_TD, sums_WTD, group=group)
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        rows_WTS, is_own = ctx.saved_tensors
+        grad_WTD = _gathered(gradients[0].contiguous(), ctx.group)
+        id_of, column = is_own.nonzero(as_tuple=True)
+        grad_RD = grad_WTD.new_zeros(ctx.shape).index_add(0, rows_WTS[id_of, column], grad_WTD[id_of])
+        return grad_RD / dist.get_world_size(ctx.group), None, None, None  # the mean over ranks, as of other weights
+
+
+def _gathered(part: Tensor, group: Any) -> Tensor:
+    """The parts of all ranks, one after the other along the first dimension."""
+    out = part.new_empty(dist.get_world_size(group) * len(part), *part.shape[1:])
+    dist.all_gather_into_tensor(out, part.contiguous(), group=group)
+    return out

@@ -1,0 +1,302 @@
+"""What a run does when something goes wrong, setting by setting."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bytelatent.errors import EXIT_INTERRUPTED, Interrupted, UserError
+from bytelatent.files import what_is_torn
+from bytelatent.training import faults, loop, read_metrics, train
+from bytelatent.training.checkpoint import Checkpoints
+from bytelatent.training.faults import trouble_with
+from tests.training.tiny_runs import (
+    assert_equal_runs,
+    byte_lm_run,
+    checkpoints,
+    command,
+    finished,
+    losses,
+    settings,
+    weights,
+)
+
+
+def scaled(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> list[int]:
+    """Multiply the losses of some forward passes, counted from 0 for the trial before the first step."""
+    surprise, calls = loop.surprise, []
+
+    def other(model: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        return surprise(model, batch) * factors.get(len(calls) - 1, 1.0)
+
+    monkeypatch.setattr(loop, "surprise", other)
+    return calls
+
+
+def test_a_step_without_its_update(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaled(monkeypatch, {6: float("nan")})
+    kept: list[list[torch.Tensor]] = []
+    step = loop._step
+
+    def watched(state: Any, *more: Any) -> Any:
+        row = step(state, *more)
+        kept.append([parameter.detach().clone() for parameter in state.model.parameters()])
+        return row
+
+    monkeypatch.setattr(loop, "_step", watched)
+    run = train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "skip"})))
+    moved = [any(not torch.equal(*pair) for pair in zip(*two, strict=True)) for two in pairwise(kept)]
+    assert [number + 2 for number, changed in enumerate(moved) if not changed] == [6]
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows if "skipped" in row] == [6]
+    assert rows[5]["bits_per_byte"] is None
+    line = "the loss is not finite at step 6 (loss nan, gradient norm nan): its update is left out"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_updates_are_not_left_out_for_ever(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "MOST_SKIPPED", 3)
+    scaled(monkeypatch, dict.fromkeys([2, *range(4, 99)], float("inf")))
+    with pytest.raises(UserError, match=r"not finite at step 7 \(.*\), 4 times in a row; .*optimizer.lr \(now 0.003\)"):
+        train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "skip"})))
+
+
+def test_back_to_the_last_checkpoint_with_other_text(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As though the text of the steps that are taken back had not been there."""
+    plain = train(settings(byte_lm_run(tmp_path / "plain", text, steps=12)))
+    calls = scaled(monkeypatch, {8: float("nan")})
+    run = train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "rollback"})))
+    assert len(calls) == 1 + 8 + 7
+    said = capsys.readouterr().out
+    assert "the loss is not finite at step 8 (" in said
+    assert "back to step 5, on with the text that comes next" in said
+    assert [row[0] for row in losses(run)] == list(range(1, 13))
+    assert losses(run)[:5] == losses(plain)[:5]
+    assert not {row[2] for row in losses(run)[5:]} & {row[2] for row in losses(plain)}
+    monkeypatch.undo()
+    # Another way to the same: steps 1 to 5, and on from there with a loader that has read three steps more.
+    next_batch, passed = loop._next, []
+
+    def passing(state: Any) -> Any:
+        if state.step == 5 and not passed:
+            passed.extend([next_batch(state) for _ in range(3)])
+        return next_batch(state)
+
+    monkeypatch.setattr(loop, "_next", passing)
+    other = train(settings(byte_lm_run(tmp_path / "other", text)))
+    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(run).items())
+
+
+def test_nothing_to_go_back_to(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled(monkeypatch, {3: float("nan")})
+    with pytest.raises(UserError, match=r"not finite at step 3 .* there is no checkpoint yet to roll back to"):
+        train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "rollback"})))
+
+
+def test_the_way_back_ends(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled(monkeypatch, dict.fromkeys(range(7, 99), float("nan")))
+    with pytest.raises(UserError, match=r"not finite at step 6 .* after 3 rollbacks to one checkpoint"):
+        train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "rollback"})))
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "recent", "spike", "found"),
+    [
+        (9.0, 1.0, [1.0] * 10, None, False),
+        (3.1, 1.0, [1.0] * 10, 3.0, True),
+        (2.9, 1.0, [1.0] * 10, 3.0, False),
+        (3.1, 1.0, [1.0] * 9, 3.0, False),  # too few to know
+        (3.1, 1.0, [0.1] * 5 + [2.0] * 6, 3.0, False),
+        (3.1, 1.0, [0.1] * 6 + [2.0] * 5, 3.0, True),
+        (float("inf"), 1.0, [], None, True),
+        (1.0, float("nan"), [], None, True),
+    ],
+)
+def test_what_is_trouble(loss: float, norm: float, recent: list[float], spike: float | None, found: bool) -> None:
+    assert (trouble_with(7, loss, norm, recent, spike) is not None) == found
+
+
+def test_a_leap_of_the_loss_is_known_after_a_restart(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = byte_lm_run(tmp_path / "run", text, steps=14, faults={"spike": 3.0}, checkpoint={"every": 6})
+    scaled(monkeypatch, {14: float("nan")})
+    with pytest.raises(UserError, match="not finite at step 14"):
+        train(settings(values))
+    monkeypatch.undo()
+    scaled(monkeypatch, {1: 10.0})  # the first step after the restart, too early without what was before
+    with pytest.raises(UserError, match=r"the loss leaps at step 13 \(loss .*, median .*, faults.spike 3\)"):
+        train(settings(values))
+    monkeypatch.undo()
+    run = train(settings(values))
+    assert len(losses(run)) == 14
+
+
+HANGS = """
+import sys, threading, time
+from bytelatent import train
+from bytelatent.training import loop
+
+inner, calls = loop.surprise, []
+def the_function_that_hangs(model, batch):
+    calls.append(1)
+    if len(calls) == 5:
+        time.sleep(100)
+    return inner(model, batch)
+loop.surprise = the_function_that_hangs
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_hang_ends_with_every_threads_stack(tmp_path: Path, text: Path) -> None:
+    values = byte_lm_run(tmp_path / "run", text, faults={"watchdog_minutes": 0.03})
+    began = time.monotonic()
+    ended = finished([sys.executable, "-c", HANGS, *command(values)[3:]])
+    assert ended.returncode == faults.EXIT_HUNG
+    assert time.monotonic() - began < 60
+    assert "hangs: 0.03" in ended.stderr
+    assert " minutes of step 4 (faults.watchdog_minutes); the stack of every thread:" in ended.stderr
+    assert "in the_function_that_hangs" in ended.stderr
+    assert ended.stderr.count("(most recent call first)") >= 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_other_signals_stop_a_run_too(
+    tmp_path: Path, text: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, before, calls = loop.surprise, signal.getsignal(number), []
+
+    def signalled(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+        return inner(*arguments)
+
+    monkeypatch.setattr(loop, "surprise", signalled)
+    with pytest.raises(Interrupted, match="after step 3; the same command goes on"):
+        train(settings(byte_lm_run(tmp_path / "run", text)))
+    assert checkpoints(tmp_path / "run") == ["step-00000003"]
+    assert signal.getsignal(number) == before
+
+
+def test_the_code_that_launchers_rely_on() -> None:
+    assert EXIT_INTERRUPTED == 130
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["cuda", "cpu"],
+)
+@pytest.mark.parametrize("at", [1, 4])
+def test_too_little_memory_names_what_to_lower(
+    tmp_path: Path, text: Path, error: RuntimeError, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, calls = loop.surprise, []
+
+    def large(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            raise error
+        return inner(*arguments)
+
+    monkeypatch.setattr(loop, "surprise", large)
+    with pytest.raises(UserError, match=r"out of memory .* data.batch_bytes \(now 256; .*activation_checkpointing"):
+        train(settings(byte_lm_run(tmp_path / "run", text)))
+
+
+def test_an_error_in_the_background_is_told_at_the_next_step(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Checkpoints, content: Any) -> None:
+        raise UserError("no permission")
+
+    monkeypatch.setattr(Checkpoints, "_write_once", fails)
+    step = loop._step
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_step", slow)
+    values = byte_lm_run(tmp_path / "run", text, steps=99, checkpoint={"every": 5, "asynchronous": True})
+    with pytest.raises(UserError, match="no permission"):
+        train(settings(values))
+    assert losses(tmp_path / "run")[-1][0] == 6
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is written is the state as it was, and not as it became meanwhile."""
+    whole = train(settings(byte_lm_run(tmp_path / "whole", text, checkpoint={"every": 5, "keep": 9})))
+    write, steps = Checkpoints._write_once, []
+
+    def slow(self: Checkpoints, content: Any) -> None:
+        before = len(losses(tmp_path / "run"))
+        if before == 5:
+            until = time.monotonic() + 30
+            while len(losses(tmp_path / "run")) < 9 and time.monotonic() < until:
+                time.sleep(0.01)
+        steps.append((before, len(losses(tmp_path / "run"))))
+        write(self, content)
+
+    monkeypatch.setattr(Checkpoints, "_write_once", slow)
+    run = train(settings(byte_lm_run(tmp_path / "run", text, checkpoint={"every": 5, "keep": 9, "asynchronous": True})))
+    assert steps[0][0] == 5
+    assert steps[0][1] >= 9
+    assert_equal_runs(run, whole)
+    for name in checkpoints(whole):
+        one, other = (where / "checkpoints" / name / "state" / "__0_0.distcp" for where in (run, whole))
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        ({"keep": 1, "keep_every": 4}, [4, 8, 10]),
+        ({"keep": 2, "keep_every": 6}, [6, 8, 10]),
+        ({"keep": 2}, [8, 10]),
+    ],
+)
+def test_every_so_many_steps_a_checkpoint_stays(
+    tmp_path: Path, text: Path, keep: dict[str, int], left: list[int]
+) -> None:
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=10, checkpoint={"every": 2, **keep})))
+    assert checkpoints(run) == [f"step-{step:08d}" for step in left]
+    assert all(what_is_torn(run / "checkpoints" / name) is None for name in checkpoints(run))
+
+
+def test_determinism(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs are the same bits; an operation that cannot promise it is an error, which ends with the run."""
+    one, other = (train(settings(byte_lm_run(tmp_path / name, text, determinism=True))) for name in ("one", "other"))
+    assert_equal_runs(one, other)
+    assert not torch.are_deterministic_algorithms_enabled()
+    inner: Callable[..., torch.Tensor] = loop.surprise
+
+    def careless(model: Any, batch: Any) -> torch.Tensor:
+        return (
+            inner(model, batch) + 0 * torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False).sum()
+        )
+
+    monkeypatch.setattr(loop, "surprise", careless)
+    with pytest.raises(RuntimeError, match="deterministic"):
+        train(settings(byte_lm_run(tmp_path / "careless", text, determinism=True)))
+    assert not torch.are_deterministic_algorithms_enabled()
+    train(settings(byte_lm_run(tmp_path / "free", text)))

@@ -1,0 +1,70 @@
+"""What torchrun sees: processes that are stopped, and processes that die."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bytelatent.files import what_is_torn
+from bytelatent.training import read_metrics
+from tests.training.plans import values
+from tests.training.tiny_runs import checkpoints, environment
+
+# Trains as `python -m bytelatent.train` does; one rank meets its end before step 4.
+DIES = """
+import os, signal, sys
+from bytelatent import train
+from bytelatent.training import loop
+
+inner = loop.learning_rate
+def rate(step, *more):
+    if os.environ["RANK"] == "1" and step == 3:
+        if sys.argv[1] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ZeroDivisionError("a bug")
+    return inner(step, *more)
+loop.learning_rate = rate
+train.main(sys.argv[2:])
+"""
+
+
+def torchrun(*arguments: str, **settings: Any) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    return subprocess.Popen([*launcher, *arguments, *given], env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def test_a_signal_to_the_launcher_ends_the_run_in_good_order(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    process = torchrun("-m", "bytelatent.train", **values(text, run, steps=5000, checkpoint={"every": 100_000}))
+    until = time.monotonic() + 90
+    while len(read_metrics(run / "metrics.jsonl")) < 3 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=90)
+    assert "stopped: after step" in errors
+    [folder] = checkpoints(run)
+    assert what_is_torn(run / "checkpoints" / folder) is None
+    assert f"stopped: after step {int(folder.removeprefix('step-'))}; the same command goes on from there" in errors
+
+
+@pytest.mark.parametrize("how", ["kill", "raise"])
+def test_a_rank_that_dies_ends_the_job(tmp_path: Path, text: Path, how: str) -> None:
+    (tmp_path / "dies.py").write_text(DIES)
+    run = tmp_path / "run"
+    process = torchrun(str(tmp_path / "dies.py"), how, **values(text, run, steps=10**6, checkpoint={"every": 2}))
+    _, errors = process.communicate(timeout=90)  # most of it is the imports
+    assert process.returncode != 0
+    lines = [line for line in errors.splitlines() if line.startswith("rank ") and " failed after step 3: " in line]
+    if how == "raise":
+        assert any(line.startswith("rank 1 on ") and line.endswith("ZeroDivisionError: a bug") for line in lines)
+    else:
+        assert any(line.startswith("rank 0 on ") for line in lines)
+        assert "(local_rank: 1)" in errors
+        assert "Signal 9" in errors
+    assert checkpoints(run) == ["step-00000002"]
