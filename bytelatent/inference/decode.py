@@ -1,7 +1,7 @@
-"""Reading with a memory: whole prompts in one packed pass, then new ids, a few for each row at a time.
+"""Reading with a memory: whole prompts in one packed pass, then new ids, any number for each row at a time.
 
-`Decoder.prefill` and `Decoder.extend` give the logits of the full forward pass at every position; the second costs what
-the new ids cost. The global transformer runs for those of them that close a patch.
+`Decoder.prefill`, `Decoder.extend` and `Decoder.branch` give the logits of the full forward pass at every position; the
+last two cost what the new ids cost. The global transformer runs for those of them that close a patch.
 """
 
 from collections.abc import Callable, Sequence

@@ -3,8 +3,7 @@
 The byte LM knows when it is unsure: its drafts end with the first byte of a new patch. The local models, which read
 bytes anyway, go on past the border of a patch with what the newest closed one told them.
 
-Source: Kallini et al. 2026 (Fast Byte Latent Transformer) for drafts by the local models; those by the byte LM are
-this project's.
+Source: arXiv 2605.08044 for drafts by the local models; those by the byte LM are this project's.
 """
 
 from typing import Protocol

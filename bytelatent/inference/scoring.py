@@ -48,7 +48,8 @@ def log_probabilities_of_pairs(decoder: Decoder, pairs: Sequence[Pair]) -> list[
         first = logits.double().log_softmax(-1)
         for row, number in places:
             scores[number] = float(first[row, texts[number][:1]].sum())  # of an empty text, 0
-        for group in _passes([(row, number) for row, number in places if len(texts[number]) > 1], texts):
+        longer = [(row, number) for row, number in places if len(texts[number]) > 1]
+        for group in _passes(longer, texts, _opened(state)):
             for (_, number), score in zip(group, _after_first(decoder, state, group, texts), strict=True):
                 scores[number] += score
     return scores
@@ -66,17 +67,25 @@ def _prompts(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         yield group
 
 
-def _passes(places: list[Place], texts: dict[int, Tensor]) -> Iterator[list[Place]]:
+def _opened(state: DecodeState) -> list[int]:
+    """How many bytes each row's open patch holds: every text's first patch gathers them anew."""
+    rows = torch.arange(len(state.position), device=state.position.device)
+    begin = state.last(state.history.patch_start, rows, state.position)
+    return (state.position - begin).tolist() if state.open_bytes is not None else [0] * len(rows)
+
+
+def _passes(places: list[Place], texts: dict[int, Tensor], opened: list[int]) -> Iterator[list[Place]]:
     """Texts in groups that are read together; one that is too long for that is alone."""
     group: list[Place] = []
-    of_row: dict[int, int] = {}  # ids to read
+    of_row: dict[int, int] = {}  # ids to read or to gather
     for row, number in places:
-        size = of_row.get(row, 0) + len(texts[number]) - 1
-        if group and max(size, *of_row.values()) * len({*of_row, row}) > PASS_IDS:
+        size = len(texts[number]) - 1 + opened[row]
+        with_others = of_row.get(row, 0) + size
+        if group and max(with_others, *of_row.values()) * len({*of_row, row}) > PASS_IDS:
             yield group
-            group, of_row, size = [], {}, len(texts[number]) - 1
+            group, of_row, with_others = [], {}, size
         group.append((row, number))
-        of_row[row] = size
+        of_row[row] = with_others
     if group:
         yield group
 

@@ -52,12 +52,13 @@ class NgramHashEmbedding(nn.Module):
             ids: [T] int64.
             history: [T] how many ids before each one count; what lies before them counts as zero.
         """
-        return self._sums(ids[None], history, new=ids.shape[0])
+        return self.sums(ids[None], history, new=ids.shape[0])
 
     def of_last(self, tail_TN: Tensor, position: Tensor) -> Tensor:
         """The sum for the last of N ids in a row, [T, D], `position` [T] ids after its document's start."""
-        return self._sums(tail_TN, position, new=1)
+        return self.sums(tail_TN, position, new=1)
 
-    def _sums(self, tail_BL: Tensor, history: Tensor, new: int) -> Tensor:
+    def sums(self, tail_BL: Tensor, history: Tensor, new: int) -> Tensor:
+        """[T, D] for the last `new` ids of each row of ids, T in all; `history` [T] as above."""
         weight = self.tables.weight
         return ngram_sums(tail_BL, history, self.powers(weight.device), weight, new=new, sparse=self.tables.sparse)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from bytelatent.errors import UserError
 from bytelatent.model import Block, BLTModel, BLTSettings, CrossAttention, ModelSettings, build
 from bytelatent.model.block import init_weights
+from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import ParallelSettings
 
@@ -124,11 +125,11 @@ def build_spread(
         from bytelatent.training import sharding
         from bytelatent.training.tables import divide_rows
 
-        tables = [part for part in spread.modules() if isinstance(part, nn.EmbeddingBag)]
+        embeddings = [part for part in spread.modules() if isinstance(part, NgramHashEmbedding)]
         if plan.settings.tables == "rows":
-            for part in tables:
+            for part in embeddings:
                 divide_rows(part, plan.mesh.device_type, plan.ranks.world)
-            divided = [part.weight for part in tables]
+            divided = [part.tables.weight for part in embeddings]
         for part in regions:
             if part in middle and plan.settings.tensor > 1:
                 assert isinstance(part, Block)

@@ -16,21 +16,25 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from bytelatent.kernels.hash_embed import hash_rows
+from bytelatent.model.ngram_hash import NgramHashEmbedding
+
 # Shapes: W ranks, T ids a rank, S rows an id, R rows held here, D width
 
 
-def divide_rows(tables: nn.EmbeddingBag, device: str, world: int) -> None:
+def divide_rows(embedding: NgramHashEmbedding, device: str, world: int) -> None:
     """Leave each of all ranks its rows, and look them up together."""
     mesh = init_device_mesh(device, (world,), mesh_dim_names=("rows",))
-    weight = distribute_tensor(tables.weight.detach(), mesh, [Shard(0)], src_data_rank=None)
-    tables.weight = nn.Parameter(weight)
+    weight = distribute_tensor(embedding.tables.weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+    embedding.tables.weight = nn.Parameter(weight)
     _, (begin, _) = compute_local_shape_and_global_offset(weight.shape, mesh, [Shard(0)])
-    tables.forward = partial(_look_up, tables, mesh.get_group(), begin)  # pyright: ignore[reportAttributeAccessIssue]
+    embedding.sums = partial(_sums, embedding, mesh.get_group(), begin)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _look_up(tables: nn.EmbeddingBag, group: Any, begin: int, rows_TS: Tensor) -> Tensor:
-    """The sum of each id's rows, [T, D]. All ranks call it, in training with as many ids each."""
-    weight: Any = tables.weight
+def _sums(embedding: NgramHashEmbedding, group: Any, begin: int, tail_BL: Tensor, history: Tensor, new: int) -> Tensor:
+    """What the embedding computes with all rows, [T, D]. All ranks call it, in training with as many ids each."""
+    weight: Any = embedding.tables.weight
+    rows_TS = hash_rows(tail_BL, history, embedding.powers(tail_BL.device), embedding.settings.vocab_size, new)
     num_ids = rows_TS.shape[0]
     if not torch.is_grad_enabled():  # batches of validation are of any size
         most = torch.tensor(num_ids, device=rows_TS.device)

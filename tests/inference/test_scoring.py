@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bytelatent.inference import Decoder, scoring
 from bytelatent.inference.fast import FastDecoder
-from bytelatent.inference.scoring import Pair, _passes, log_probabilities, log_probabilities_of_pairs
+from bytelatent.inference.scoring import Pair, Place, _passes, log_probabilities, log_probabilities_of_pairs
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import encode
 from tests.inference.test_decode import RULES, assert_close, full_logits
@@ -128,17 +129,22 @@ def test_continuations_leave_no_trace() -> None:
 
 @given(sizes=st.lists(st.tuples(st.integers(0, 3), st.integers(2, 900)), max_size=30))
 def test_passes_are_bounded(sizes: list[tuple[int, int]]) -> None:
-    """Every text is in one, and no pass is larger when laid out in rows, but for one text alone."""
+    """Every text is in one; none is larger when laid out in rows, but for one text alone, or could take the next."""
     sizes = sorted(sizes, key=lambda one: one[0])
     texts = {number: torch.zeros(size * 2) for number, (_, size) in enumerate(sizes)}
     places = [(row, number) for number, (row, _) in enumerate(sizes)]
-    passes = list(_passes(places, texts))
+    opened = [0, 5, 300, 2000]
+    passes = list(_passes(places, texts, opened))
     assert [place for group in passes for place in group] == places
-    for group in passes:
+
+    def size(group: list[Place]) -> int:
         read: Counter[int] = Counter()
         for row, number in group:
-            read[row] += len(texts[number]) - 1
-        assert len(group) == 1 or len(read) * max(read.values()) <= scoring.PASS_IDS
+            read[row] += len(texts[number]) - 1 + opened[row]
+        return len(read) * max(read.values())
+
+    assert all(len(group) == 1 or size(group) <= scoring.PASS_IDS for group in passes)
+    assert all(size([*one, other[0]]) > scoring.PASS_IDS for one, other in pairwise(passes))
 
 
 def test_no_pairs_and_no_ids() -> None:

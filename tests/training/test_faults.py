@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bytelatent.errors import EXIT_INTERRUPTED, Interrupted, UserError
+from bytelatent.errors import STOPPED, Interrupted, UserError
 from bytelatent.files import what_is_torn
 from bytelatent.training import faults, loop, read_metrics, train
 from bytelatent.training.checkpoint import Checkpoints
@@ -193,7 +193,7 @@ def test_other_signals_stop_a_run_too(
 
 
 def test_the_code_that_launchers_rely_on() -> None:
-    assert EXIT_INTERRUPTED == 130
+    assert STOPPED == 130
 
 
 @pytest.mark.parametrize(

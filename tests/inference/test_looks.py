@@ -1,0 +1,37 @@
+"""Runs of new positions, against counting them one by one."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bytelatent.inference.looks import Runs
+
+# of each row: its number, what it has read, and the sizes of its runs
+ROWS = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(0, 20), st.lists(st.integers(1, 6), min_size=1, max_size=3)),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda row: row[0],
+)
+
+
+@given(rows=ROWS, count=st.integers(1, 20))
+def test_runs(rows: list[tuple[int, int, list[int]]], count: int) -> None:
+    entries = [(row, read, run, turn) for row, read, sizes in rows for run, n in enumerate(sizes) for turn in range(n)]
+    row_of = torch.tensor([row for row, *_ in entries])
+    runs = Runs(row_of, torch.tensor([read + turn for _, read, _, turn in entries]))
+    assert runs.turn.tolist() == [turn for *_, turn in entries]
+    assert runs.row.tolist() == [row for row, _, _ in rows]
+    assert runs.num_read.tolist() == [read for _, read, _ in rows]
+    places = torch.arange(len(entries))
+    laid_out = runs.laid_out(places, fill=-1)
+    assert laid_out.shape == (len(rows), max(sum(sizes) for *_, sizes in rows))
+    assert torch.equal(runs.in_order(laid_out), places)
+    for line, (row, _, _) in enumerate(rows):
+        of_row = (row_of == row).nonzero()[:, 0].tolist()
+        assert laid_out[line].tolist() == of_row + [-1] * (laid_out.shape[1] - len(of_row))
+        assert [i for i in places[runs.newest(count)].tolist() if i in of_row] == of_row[-count:]
+        for i, query in enumerate(of_row):
+            for j, key in enumerate(of_row):
+                same_run = entries[query][:3] == entries[key][:3]
+                assert bool(runs.seen[line, i, j]) == (same_run and j <= i)
