@@ -20,6 +20,7 @@ from bytelatent.model.loss import bits_per_byte
 from bytelatent.text import find_files
 from bytelatent.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bytelatent.training.clipping import clip
+from bytelatent.training.float8 import check_float8, to_float8
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.run import Run, open_run
@@ -39,6 +40,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     console = console or Console()
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
+    check_float8(settings.float8, device, dtype)
     _must_hold_text(settings.data)
     with only_writer(settings.run):
         return _train(open_run(settings, device, dtype, console), device, dtype, console)
@@ -48,6 +50,7 @@ def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console)
     settings = run.settings
     torch.manual_seed(settings.seed)
     model = build(settings.model).to(device)
+    to_float8(model, settings.float8)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
