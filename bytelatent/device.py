@@ -79,10 +79,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
-def peak_memory() -> int:
+def peak_memory(device: torch.device | None = None) -> int:
     """The most bytes that this process held at a time: on its GPU where it computes there, else in all."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated(device):
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows

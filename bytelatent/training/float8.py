@@ -47,7 +47,10 @@ def to_float8(model: nn.Module, float8: Float8 | None) -> None:
     """
     if float8 is None:
         return
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+        Float8LinearConfig,
+        convert_to_float8_training,
+    )
 
     assert isinstance(model, BLTModel)
     # A batch may have any number of patches; products over them (the gradients of weights) are padded.
