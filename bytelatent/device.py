@@ -1,8 +1,35 @@
 """Where to compute, and how precisely."""
 
+import re
+import sys
+
 import torch
 
 from bytelatent.errors import UserError
+
+# Dense products a second in bfloat16, as the makers state them, by what a device's name holds; the first that fits.
+PEAKS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -40,3 +67,25 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype`; weights, norms and sums stay in float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that the maker states for dense products; None where that is not known."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    if re.search(r"\b(MIG|Laptop)\b", name):  # a part of the device, or a slower one
+        return None
+    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """The most bytes that this process held at a time: on its GPU where it computes there, else in all."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated(device):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

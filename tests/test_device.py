@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bytelatent.device import autocast, choose_device, choose_dtype
+from bytelatent.device import autocast, choose_device, choose_dtype, peak_flops, peak_memory
 from bytelatent.errors import UserError
 
 CPU = torch.device("cpu")
@@ -58,3 +58,35 @@ def test_autocast_is_for_matrix_products(dtype: torch.dtype) -> None:
     with autocast(CPU, dtype):
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
     assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks_by_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert peak_flops(torch.device("cuda"), torch.float32) is None
+    assert peak_flops(CPU, torch.bfloat16) is None
+
+
+def test_peak_memory_holds_what_was_taken() -> None:
+    held = torch.ones(2**25)  # 128 MiB
+    assert peak_memory() > held.nbytes

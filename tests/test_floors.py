@@ -15,7 +15,20 @@ FLOORS = [
     ["inference", "data", "prepare", "interop", "report"],
     ["training", "evaluation", "serving"],
     ["blt"],
-    ["demo", "train", "stool", "calibrate", "convert", "entropies", "eval", "export", "generate", "info", "patch"],
+    [
+        "bench",
+        "demo",
+        "train",
+        "stool",
+        "calibrate",
+        "convert",
+        "entropies",
+        "eval",
+        "export",
+        "generate",
+        "info",
+        "patch",
+    ],
     ["cli"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

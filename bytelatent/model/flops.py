@@ -1,7 +1,8 @@
 """What a model costs: parameters, and floating-point operations per byte, part by part.
 
 Counted on the meta device from the real modules: a matrix costs two operations a weight each time it is used. Uses are
-per byte or per patch; attention adds 4 * width * (keys seen). Hash tables are looked up: memory, no operations.
+per byte or per patch; attention adds 4 * width * (keys seen). Hash tables are looked up: memory, no operations. Norms,
+rotations, activations and softmax are not counted: they cost time by what they read and write.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ class PartCost:
 
     name: str
     num_parameters: int
-    flops_per_byte: float  # of a forward pass; training costs three times as much
+    flops_per_byte: float  # of a forward pass; see `training_flops`
+    of_attention: float = 0.0  # how many of these are between queries, keys and values that the mask lets meet
 
 
 def costs(settings: ModelSettings, patch_bytes: float = 4.5, context: int = 8192) -> list[PartCost]:
@@ -38,43 +40,61 @@ def costs(settings: ModelSettings, patch_bytes: float = 4.5, context: int = 8192
         return _blt(BLTModel(settings), settings, patch_bytes, context)
 
 
+def flops_per_byte(settings: ModelSettings, patch_bytes: float = 4.5, context: int = 8192) -> float:
+    """Operations of a forward pass, all parts together; the arguments are those of `costs`."""
+    return sum(part.flops_per_byte for part in costs(settings, patch_bytes, context))
+
+
+def training_flops(settings: ModelSettings, patch_bytes: float = 4.5, context: int = 8192) -> float:
+    """Operations a byte in training: the backward pass has two products for each one of the forward pass.
+
+    What a device may do beyond them (activation checkpointing computes almost all of the forward pass a second time;
+    attention kernels compute weights again; the optimizer) is no use to the model, and utilisation does not count it.
+    """
+    return 3 * flops_per_byte(settings, patch_bytes, context)
+
+
 def _byte_lm(model: ByteLM, context: int) -> list[PartCost]:
     return [
         PartCost("embedding", _parameters(model.embedding), 0.0),
-        PartCost("blocks", _parameters(model.stack), _stack(model.stack, context)),
+        _stack("blocks", model.stack, context),
         PartCost("output", _parameters(model.norm, model.output), _matrices(model.output)),
     ]
 
 
 def _blt(model: BLTModel, settings: BLTSettings, patch_bytes: float, context: int) -> list[PartCost]:
-    per_byte, per_patch, k = 1.0, 1.0 / patch_bytes, settings.cross_attention.k
+    per_patch, k = 1.0 / patch_bytes, settings.cross_attention.k
     encoder, middle, decoder = model.encoder, model.global_transformer, model.decoder
-    encoder_cross = _matrices(encoder.pooled_to_queries) * per_patch
+    # Each byte meets k queries of its patch, and k keys of the patch it reads.
+    gather, read = (4 * k * settings.encoder.dim * len(part.cross_attention) for part in (encoder, decoder))
+    encoder_cross = _matrices(encoder.pooled_to_queries) * per_patch + gather
     for cross in encoder.cross_attention:
         assert isinstance(cross, CrossAttention)
         encoder_cross += _matrices(cross.query, cross.output) * k * per_patch + _matrices(cross.key, cross.value)
-        encoder_cross += 4 * settings.encoder.dim * k * per_byte
-    decoder_cross = _matrices(decoder.patch_to_keys) * per_patch
+    decoder_cross = _matrices(decoder.patch_to_keys) * per_patch + read
     for cross in decoder.cross_attention:
         assert isinstance(cross, CrossAttention)
         decoder_cross += _matrices(cross.query, cross.output) + _matrices(cross.key, cross.value) * k * per_patch
-        decoder_cross += 4 * settings.decoder.dim * k * per_byte
-    middle_flops = (_matrices(middle.projection) + _stack(middle.stack, context / patch_bytes)) * per_patch
+    stack = _stack("global transformer", middle.stack, context / patch_bytes)
     parts = [
         PartCost("byte embedding", _parameters(encoder.embedding), 0.0),
-        PartCost("local encoder", _parameters(encoder.stack), _stack(encoder.stack, context)),
+        _stack("local encoder", encoder.stack, context),
         PartCost(
             "encoder cross-attention",
             _parameters(encoder.cross_attention, encoder.pooled_to_queries),
             encoder_cross,
+            gather,
         ),
-        PartCost("global transformer", _parameters(middle), middle_flops),
         PartCost(
-            "decoder cross-attention",
-            _parameters(decoder.cross_attention, decoder.patch_to_keys),
-            decoder_cross,
+            stack.name,
+            _parameters(middle),
+            (_matrices(middle.projection) + stack.flops_per_byte) * per_patch,
+            stack.of_attention * per_patch,
         ),
-        PartCost("local decoder", _parameters(decoder.stack), _stack(decoder.stack, context)),
+        PartCost(
+            "decoder cross-attention", _parameters(decoder.cross_attention, decoder.patch_to_keys), decoder_cross, read
+        ),
+        _stack("local decoder", decoder.stack, context),
         PartCost("output", _parameters(decoder.norm, decoder.output), _matrices(decoder.output)),
     ]
     if encoder.ngram_hash is not None:
@@ -82,9 +102,10 @@ def _blt(model: BLTModel, settings: BLTSettings, patch_bytes: float, context: in
     return parts
 
 
-def _stack(stack: Stack, context: float) -> float:
-    """Forward operations for one position of a stack."""
-    return _matrices(stack) + stack.settings.num_layers * 4 * stack.settings.dim * keys_seen(stack.settings, context)
+def _stack(name: str, stack: Stack, context: float) -> PartCost:
+    """A stack's cost, for one of its positions."""
+    attention = stack.settings.num_layers * 4 * stack.settings.dim * keys_seen(stack.settings, context)
+    return PartCost(name, _parameters(stack), _matrices(stack) + attention, attention)
 
 
 def keys_seen(settings: StackSettings, context: float) -> float:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from bytelatent.data import Batch, Loader, surprise
-from bytelatent.device import autocast, choose_dtype
+from bytelatent.device import autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.model.loss import bits_per_byte
@@ -27,13 +27,14 @@ from bytelatent.training.faults import (
     trouble_with,
     who_failed,
 )
+from bytelatent.training.float8 import check_float8
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.parallel import Plan, build_spread, draw_weights, make_plan
 from bytelatent.training.ranks import Ranks, open_ranks
 from bytelatent.training.run import Run, open_run
 from bytelatent.training.settings import TrainSettings
-from bytelatent.training.speed import Totals, peak_flops, speed
+from bytelatent.training.speed import Totals, speed
 from bytelatent.training.validation import must_hold_text, validate
 
 MOST_ROLLBACKS = 3  # to the same checkpoint
@@ -57,6 +58,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         deterministic(settings.determinism),
     ):
         dtype = choose_dtype(settings.dtype, device)
+        check_float8(settings.float8, device, dtype)
         plan = make_plan(settings.parallel, settings.model, ranks, device)
         with ExitStack() as held:
 
@@ -73,7 +75,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
     settings, ranks = run.settings, plan.ranks
     torch.manual_seed(settings.seed)
     compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
-    model = build_spread(settings.model, plan, device, dtype, compiled)
+    model = build_spread(settings.model, plan, device, dtype, compiled, settings.float8)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

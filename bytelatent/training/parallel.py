@@ -6,33 +6,24 @@ of the global transformer; all others read batches of their own. Weights and the
 by block as they are needed; replicas each hold all of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bytelatent.errors import UserError
 from bytelatent.model import Block, BLTModel, BLTSettings, CrossAttention, ModelSettings, build
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
+from bytelatent.training.float8 import to_float8
 from bytelatent.training.ranks import Ranks
-from bytelatent.training.settings import ParallelSettings
+from bytelatent.training.recompute import recomputed
+from bytelatent.training.settings import Float8, ParallelSettings
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-# What selective checkpointing keeps: results of matrix products and of attention. The rest is cheap to compute again.
-KEPT = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
 
 
 @dataclass(frozen=True)
@@ -113,11 +104,17 @@ def make_plan(settings: ParallelSettings, model: ModelSettings, ranks: Ranks, de
 
 
 def build_spread(
-    model: ModelSettings, plan: Plan, device: torch.device, dtype: torch.dtype, compiled: bool
+    model: ModelSettings,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
+    float8: Float8 | None = None,
 ) -> nn.Module:
     """The model as the plan spreads it, without values in its weights: see `draw_weights`."""
     with torch.device("meta"):
         spread = build(model)
+    to_float8(spread, float8)
     regions = [part for part in spread.modules() if isinstance(part, Block | CrossAttention)]
     middle = set(spread.global_transformer.modules()) if isinstance(spread, BLTModel) else set()
     divided: list[Any] = []
@@ -135,8 +132,7 @@ def build_spread(
                 assert isinstance(part, Block)
                 sharding.divide(part, plan.mesh["tensor"])
     for part in regions:
-        if plan.settings.activation_checkpointing != "none":
-            part.forward = _recomputed(part.forward, plan.settings.activation_checkpointing)
+        part.forward = recomputed(part.forward, plan.settings.activation_checkpointing)
         if compiled:  # block by block: alike blocks share one graph, and masks are built outside of it
             part.forward = torch.compile(part.forward)
     if plan.mesh is not None and plan.local_mesh is not None:
@@ -174,11 +170,3 @@ def _must_divide(model: ModelSettings, tensor: int) -> None:
             raise UserError(
                 f"parallel.tensor: the global transformer's {name} {size} is no multiple of {tensor}; take a divisor"
             )
-
-
-def _recomputed(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
-    """A forward pass whose inner results are computed again in the backward pass: `selective` or `full`."""
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in the models is drawn
-    if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
-    return partial(checkpoint, forward, **options)

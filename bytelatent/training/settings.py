@@ -10,6 +10,8 @@ from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
 from bytelatent.patching import PatchSettings
 
+Float8 = Literal["rowwise"]
+
 
 class LearningRateScale(Settings):
     """What the learning rate of each part of the model is multiplied with.
@@ -136,6 +138,7 @@ class TrainSettings(Settings):
         dtype: `auto` is bfloat16 where the device computes in it, else float32. Weights stay float32.
         compile: `auto` compiles on CUDA.
         determinism: only operations that give the same bits each time; slower on a GPU.
+        float8: `rowwise` multiplies the matrices of the global transformer in 8-bit floats, with a scale a row.
     """
 
     run: str = "runs/train"
@@ -157,6 +160,7 @@ class TrainSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     determinism: bool = False
+    float8: Float8 | None = None
 
     @field_validator("model", mode="before")
     @classmethod
@@ -196,6 +200,8 @@ class TrainSettings(Settings):
         """What is said of a part of the model that it has not would be passed over."""
         scales = self.optimizer.lr_scale
         if isinstance(self.model, ByteLMSettings):
+            if self.float8 is not None:
+                raise ValueError("float8 is for the global transformer, and a byte LM has none; leave it out")
             for name in ("hash_tables", "encoder", "global_transformer", "decoder"):
                 if getattr(scales, name) != 1:
                     raise ValueError(f"optimizer.lr_scale.{name} belongs to a BLT; this model is a byte LM")

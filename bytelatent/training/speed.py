@@ -1,32 +1,12 @@
 """How fast a run is, and how much of the device that uses."""
 
-import sys
 from typing import Any, NamedTuple
 
-import torch
-
+from bytelatent.device import peak_memory
 from bytelatent.model.flops import costs
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
-
-# Dense bfloat16 products a second, as the makers state them, by what the device's name holds; the first that fits.
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
 
 
 class Totals(NamedTuple):
@@ -40,14 +20,6 @@ class Totals(NamedTuple):
     @classmethod
     def of(cls, state: TrainState) -> "Totals":
         return cls(state.bytes_seen, state.patches_seen, state.seconds, state.waited)
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Products and sums a second that a device can do at most; None where that is not known."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def speed(then: Totals, now: Totals, settings: TrainSettings, peak: float | None, ranks: Ranks) -> dict[str, Any]:
@@ -75,15 +47,3 @@ def speed(then: Totals, now: Totals, settings: TrainSettings, peak: float | None
             flops = 3 * sum(part.flops_per_byte for part in parts) * num_bytes / seconds
             found["model_flops_utilisation"] = round(flops / (peak * ranks.world), 4)
     return found
-
-
-def peak_memory() -> int:
-    """The most bytes that this process held at a time: on its GPU where it computes there, else in all."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

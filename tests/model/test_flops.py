@@ -1,27 +1,41 @@
-"""Costs against torch's own counter and the real models."""
+"""Costs against torch's own counter on the meta device, loops over pairs, and the real models."""
+
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bytelatent.model import add_patches, build
-from bytelatent.model.flops import costs, keys_seen
-from bytelatent.model.settings import BLTSettings, ByteLMSettings, CrossAttentionSettings, StackSettings
+from bytelatent.model import add_patches, build, flops, preset
+from bytelatent.model.flops import PartCost, costs, flops_per_byte, keys_seen, training_flops
+from bytelatent.model.settings import ByteLMSettings, CrossAttentionSettings, ModelSettings, StackSettings
 from tests.model.tiny import stream_of, tiny_blt_settings
 
+# Shapes: T ids in the stream, H heads, J key/value heads, E head size
 
-def counted_matrices(settings: BLTSettings | ByteLMSettings, size: int, patch_bytes: int, monkeypatch) -> int:
-    """Operations that torch counts in one forward pass. Attention in blocks is cut out: torch counts masked keys, too.
 
-    Cross-attention multiplies and adds elementwise, which torch does not count at all.
-    """
-    monkeypatch.setattr("bytelatent.model.block.attend", lambda q, k, v, mask: q)
+def counted(settings: ModelSettings, size: int, patch_bytes: int) -> tuple[int, int]:
+    """Operations that torch counts in a forward pass over one document, and in its backward pass."""
     starts = torch.tensor([(i + 1) % patch_bytes == 0 for i in range(size)])
-    stream = add_patches(stream_of([torch.arange(size)]), starts)
+    stream = add_patches(stream_of([torch.arange(size) % 256]), starts)
     assert stream.num_patches * patch_bytes == size
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        build(settings)(stream)
-    return counter.get_total_flops()
+    with torch.device("meta"):
+        model = build(settings)
+        for part in model.modules():
+            if isinstance(part, nn.EmbeddingBag):  # the gradient's shape depends on the text; there are no products
+                part.requires_grad_(False)
+    with FlopCounterMode(display=False) as forward:
+        loss = F.cross_entropy(model(stream.to("meta")), torch.zeros(size, dtype=torch.long, device="meta"))
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def sums_in_place_of_attention(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Any) -> Tensor:
+    """No products; keys and values get gradients as from attention."""
+    return q_THE + (k_TJE + v_TJE).repeat_interleave(q_THE.shape[1] // k_TJE.shape[1], dim=1)
 
 
 def looped_attention(settings: StackSettings, size: int) -> int:
@@ -30,29 +44,85 @@ def looped_attention(settings: StackSettings, size: int) -> int:
     return 4 * settings.dim * pairs * settings.num_layers
 
 
+def of_attention(parts: list[PartCost], cross: bool = True) -> float:
+    return sum(part.of_attention for part in parts if cross or not part.name.endswith("cross-attention"))
+
+
+def shallow(name: str, **cross: Any) -> ModelSettings:
+    """A preset in its own widths with few layers."""
+    settings = preset(name)
+    if isinstance(settings, ByteLMSettings):
+        return settings.model_copy(update={"num_layers": 2})
+    depths = {"encoder": 2, "global_transformer": 3, "decoder": 2}
+    update: dict[str, Any] = {
+        part: getattr(settings, part).model_copy(update={"num_layers": depth}) for part, depth in depths.items()
+    }
+    return settings.model_copy(update=update | {"cross_attention": settings.cross_attention.model_copy(update=cross)})
+
+
+GROUPED = ByteLMSettings(dim=64, num_layers=2, num_heads=4, num_kv_heads=2)
+SHAPES = {
+    "entropy": (shallow("entropy"), 2048, 4),
+    "grouped heads, no window": (GROUPED, 512, 4),
+    "demo-blt": (preset("demo-blt"), 1024, 4),
+    "blt-1b": (shallow("blt-1b"), 2048, 4),
+    "blt-1b, all layers": (shallow("blt-1b", all_layers_encoder=True), 2048, 8),
+    "blt-1b, one decoder layer, k 3": (shallow("blt-1b", all_layers_decoder=False, k=3), 1024, 4),
+    "blt-8b": (shallow("blt-8b"), 2048, 8),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matrices_in_training(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but attention, exactly: torch would count masked pairs, too, and cross-attention's sums not at all."""
+    settings, size, patch_bytes = SHAPES[shape]
+    monkeypatch.setattr("bytelatent.model.block.attend", sums_in_place_of_attention)
+    forward, backward = counted(settings, size, patch_bytes)
+    attention = of_attention(costs(settings, patch_bytes, size))
+    assert flops_per_byte(settings, patch_bytes, size) - attention == pytest.approx(forward / size, rel=1e-12)
+    assert training_flops(settings, patch_bytes, size) - 3 * attention == pytest.approx(
+        (forward + backward) / size, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_training_with_attention_as_it_is_multiplied(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every pair that is multiplied on a CPU, seen or masked: all of them, or two blocks of a window."""
+    settings, size, patch_bytes = SHAPES[shape]
+    forward, backward = counted(settings, size, patch_bytes)
+
+    def multiplied(stack: StackSettings, context: float) -> float:
+        return context if stack.window is None or context <= 2 * stack.window else 2 * stack.window
+
+    monkeypatch.setattr(flops, "keys_seen", multiplied)
+    parts = costs(settings, patch_bytes, size)
+    uncounted = of_attention(parts) - of_attention(parts, cross=False)  # cross-attention's, not in matrix products
+    assert flops_per_byte(settings, patch_bytes, size) - uncounted == pytest.approx(forward / size, rel=0.01)
+    assert training_flops(settings, patch_bytes, size) - 3 * uncounted == pytest.approx(
+        (forward + backward) / size, rel=0.01
+    )
+
+
 @pytest.mark.parametrize("window", [None, 5, 24, 50])
 @pytest.mark.parametrize("all_layers", [True, False])
-def test_blt(window: int | None, all_layers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_a_blt(window: int | None, all_layers: bool) -> None:
     size, patch_bytes, k = 24, 4, 3
     cross = CrossAttentionSettings(k=k, num_heads=4, all_layers_encoder=all_layers, all_layers_decoder=all_layers)
     settings = tiny_blt_settings(window=window, cross_attention=cross)
-    matrices = counted_matrices(settings, size, patch_bytes, monkeypatch)
     attention = looped_attention(settings.encoder, size) + looped_attention(settings.decoder, size)
     attention += looped_attention(settings.global_transformer, size // patch_bytes)
     # Each byte is scored and gathered by its patch's k queries, and reads k keys, 4 * dim each.
     num_cross = 2 + 2 if all_layers else 1 + 1
     attention += num_cross * size * k * 4 * settings.encoder.dim
     parts = costs(settings, patch_bytes=patch_bytes, context=size)
-    assert sum(part.flops_per_byte for part in parts) * size == pytest.approx(matrices + attention, rel=1e-12)
+    assert of_attention(parts) * size == pytest.approx(attention, rel=1e-12)
+    assert all(part.of_attention <= part.flops_per_byte for part in parts)
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_byte_lm(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_a_byte_lm(window: int | None) -> None:
     settings = ByteLMSettings(dim=16, num_layers=3, num_heads=4, num_kv_heads=2, window=window)
-    matrices = counted_matrices(settings, 24, 4, monkeypatch)
-    parts = costs(settings, context=24)
-    total = sum(part.flops_per_byte for part in parts) * 24
-    assert total == pytest.approx(matrices + looped_attention(settings, 24), rel=1e-12)
+    assert of_attention(costs(settings, context=24)) * 24 == pytest.approx(looped_attention(settings, 24), rel=1e-12)
 
 
 @pytest.mark.parametrize("hashed", [True, False])

@@ -1,0 +1,68 @@
+"""Where the time of a computation goes: its kernels, and what kind each is of."""
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bytelatent.training.measure import wait_for
+
+# A kind by what the name of a kernel (on a CPU: of an operation) holds; the first that fits. Plain patch attention on a
+# CPU is made of many operations, of which only those that no other part uses are told apart. A dense gradient of hash
+# tables is filled with zeros first.
+KINDS = {
+    "patch attention": r"own_bytes|read_patch|pool_kernel|pool_backward|index_select|index_add|scatter_(reduce|add)",
+    "optimizer and clipping": r"row_adamw|Adam|adamw|Optimizer|multi_tensor|_foreach|LpNorm|vector_norm"
+    r"|aten::(index|_index_put_impl_)$",
+    "hash tables": r"hash_embed|row_sums|ngram_sums|embedding_bag|EmbeddingBag|index_copy|[Ss]ort|unique|FillFunctor"
+    r"|aten::fill_|aten::zero_",
+    "attention": r"flash|fmha|flex_attention|triton_tem|scaled_dot_product|aten::(bmm|baddbmm|_softmax|_safe_softmax)",
+    "products": r"gemm|nvjet|cutlass|cublas|xmma|splitK|scaled_mm|aten::(mm|addmm|linear|matmul)$|mkldnn_linear",
+    "norms and pointwise": r"triton_(poi|red|per)|elementwise|[Rr]educe|[Nn]orm|[Ss]oft[Mm]ax|softmax|Memcpy|CatArray"
+    r"|aten::(mul|add|sub|div|neg|exp|silu|silu_backward|sigmoid|where|copy|cat|stack|clone|sum|mean|rsqrt|pow|cos|sin"
+    r"|square|maximum|masked_fill|nll_loss_forward|nll_loss_backward)_?$",
+}
+REST = "rest"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a device, or on a CPU one operation without those inside it."""
+
+    name: str
+    seconds: float  # a call of the work
+    count: float
+
+    @property
+    def kind(self) -> str:
+        return next((kind for kind, pattern in KINDS.items() if re.search(pattern, self.name)), REST)
+
+
+def kernels_of(work: Callable[[], Any], device: torch.device, times: int = 2) -> list[Kernel]:
+    """The kernels of some work, the longest first; none where torch has no profiler for the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = {"cuda": ProfilerActivity.CUDA, "cpu": ProfilerActivity.CPU}
+    if device.type not in activities:
+        return []
+    with profile(activities=[activities[device.type]]) as seen:
+        for _ in range(times):
+            work()
+        wait_for(device)
+    spent = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = [Kernel(row.key, getattr(row, spent) / 1e6 / times, row.count / times) for row in seen.key_averages()]
+    return sorted((row for row in rows if row.seconds > 0), key=lambda row: -row.seconds)
+
+
+def by_kind(kernels: list[Kernel], absent: Collection[str] = ()) -> dict[str, float]:
+    """Seconds of each kind, in the order of `KINDS`, and of the rest.
+
+    Args:
+        absent: kinds that the model has no part for; what looks like them is of the rest.
+    """
+    seconds = {kind: 0.0 for kind in (*KINDS, REST) if kind not in absent}
+    for kernel in kernels:
+        seconds[REST if kernel.kind in absent else kernel.kind] += kernel.seconds
+    return seconds

@@ -1,0 +1,52 @@
+"""Activation checkpointing changes what is kept, not what comes out."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from bytelatent.model import CrossAttention, add_patches
+from bytelatent.model.block import Block
+from bytelatent.training.recompute import Checkpointing, recomputed
+from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt
+
+
+def step(how: Checkpointing) -> tuple[dict[str, torch.Tensor], int, int]:
+    """Gradients; numbers kept for the backward pass; operations, of matrix products and attention, in both."""
+    generator = torch.Generator().manual_seed(0)
+    ids = random_ids(generator, 96)
+    batch = add_patches(stream_of([ids]), random_starts(generator, 96))
+    model: Any = tiny_blt()
+    for part in model.modules():
+        if isinstance(part, Block | CrossAttention):
+            part.forward = recomputed(part.forward, how)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            loss = F.cross_entropy(model(batch), ids)
+        held = sum(value.untyped_storage().nbytes() for value in kept.values())
+        kept.clear()
+        loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return gradients, held, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_the_same_gradients_from_less(how: Checkpointing) -> None:
+    before, kept_before, flops_before = step("none")
+    after, kept, flops = step(how)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    if how == "full":
+        assert kept < kept_before / 2
+        # Most of a forward pass, a third of all, comes again; not a block's last product, which nothing needs.
+        assert flops_before * 1.15 < flops < flops_before * 4 / 3
+    else:
+        assert flops_before <= flops < flops_before * 1.1  # attention with a mask is made of batched products here
