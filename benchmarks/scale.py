@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from bytelatent.model import BLTSettings, ModelSettings
-from bytelatent.model.flops import costs
+from bytelatent.model.flops import costs, flops_per_byte
 from bytelatent.model.presets import preset
 
 PATCH_BYTES, DOCUMENT = 4.5, 8192
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=146_000, help="bytes a second of the 1B shape on one card")
     parser.add_argument("--bytes", type=int, default=65_536, help="a GPU and step")
     given = parser.parse_args()
-    flops = {name: sum(part.flops_per_byte for part in costs(preset(name), PATCH_BYTES, DOCUMENT)) for name in NAMES}
+    flops = {name: flops_per_byte(preset(name), PATCH_BYTES, DOCUMENT) for name in NAMES}
     print("shape, GPUs | bytes/s a GPU | of one GPU's | step | computing | gathering | reducing | tables | exposed, ms")
     for name in NAMES:
         seconds_a_byte = flops[name] / flops["blt-1b"] / given.rate

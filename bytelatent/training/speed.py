@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from bytelatent.device import peak_memory
-from bytelatent.model.flops import costs
+from bytelatent.model.flops import training_flops
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
@@ -43,7 +43,7 @@ def speed(then: Totals, now: Totals, settings: TrainSettings, peak: float | None
         found["patches_per_second"] = round(num_patches / seconds) if num_patches else None
         found["data_wait"] = round(min(waited / seconds, 1.0), 4)
         if peak is not None:
-            parts = costs(settings.model, num_bytes / (num_patches or num_bytes), settings.data.context)
-            flops = 3 * sum(part.flops_per_byte for part in parts) * num_bytes / seconds
+            patch_bytes = num_bytes / (num_patches or num_bytes)
+            flops = training_flops(settings.model, patch_bytes, settings.data.context) * num_bytes / seconds
             found["model_flops_utilisation"] = round(flops / (peak * ranks.world), 4)
     return found
