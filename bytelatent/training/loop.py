@@ -22,8 +22,11 @@ from bytelatent.training.checkpoint import TrainState, load_checkpoint, save_che
 from bytelatent.training.clipping import clip
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.profiling import Profiler
 from bytelatent.training.run import Run, open_run
 from bytelatent.training.settings import TrainSettings
+from bytelatent.training.statistics import Statistics
+from bytelatent.training.trackers import must_be_installed, open_trackers
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> Path:
@@ -39,6 +42,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     console = console or Console()
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
+    must_be_installed(settings.track)
     _must_hold_text(settings.data)
     with only_writer(settings.run):
         return _train(open_run(settings, device, dtype, console), device, dtype, console)
@@ -63,14 +67,18 @@ def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console)
         with autocast(device, dtype):
             return surprise(model, batch)
 
+    statistics = Statistics(model, settings.statistics_every, loss)
+    trackers = open_trackers(settings, run.folder, say)
     with (
         loader,
         _stop_signals() as stopped,
-        Metrics(run.folder / "metrics.jsonl", state.step, _title(settings), console) as metrics,
+        Metrics(trackers, state.step, _title(settings), console) as metrics,
+        Profiler(run.folder, settings.profile, device, say) as profiler,
     ):
         first, before, logged = state.step + 1, state.seconds, (state.bytes_seen, state.seconds)
         while (done := _done(state, settings)) < 1:
-            row = _step(state, settings, loss, device)
+            profiler.before(state.step + 1)
+            row = _step(state, settings, loss, device, statistics)
             if state.step == first:  # it compiles and warms up: its time says nothing about the next steps'
                 state.seconds = before
                 logged = (state.bytes_seen, state.seconds)
@@ -79,6 +87,8 @@ def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console)
                 row["bytes_per_second"] = _rate(logged, (state.bytes_seen, state.seconds))
                 logged = (state.bytes_seen, state.seconds)
                 metrics.write(row, done)
+            if (seen := statistics.take(state.step, state.bytes_seen)) is not None:
+                metrics.write(seen, done)
             if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
                 metrics.write(_validate(state, settings, run.patcher, loss, device), done)
             if state.step % settings.checkpoint.every == 0 or done >= 1 or stopped():
@@ -89,7 +99,11 @@ def _train(run: Run, device: torch.device, dtype: torch.dtype, console: Console)
 
 
 def _step(
-    state: TrainState, settings: TrainSettings, loss: Callable[[Batch], torch.Tensor], device: torch.device
+    state: TrainState,
+    settings: TrainSettings,
+    loss: Callable[[Batch], torch.Tensor],
+    device: torch.device,
+    statistics: Statistics,
 ) -> dict[str, Any]:
     """One optimizer step over `accumulation` batches; its metrics."""
     began = time.perf_counter()
@@ -110,7 +124,8 @@ def _step(
             f"earlier checkpoints are whole: take a lower optimizer.lr (now {settings.optimizer.lr:g}) or "
             "optimizer.clip, or dtype=float32, and another run=FOLDER"
         )
-    state.optimizer.step()
+    with statistics.around_update(state.step + 1, batches[0]):
+        state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     num_bytes = sum(batch.num_bytes for batch in batches)
     num_patches = sum(batch.num_patches for batch in batches)

@@ -17,7 +17,7 @@ from rich.console import Console
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import newest_whole, what_is_torn
 from bytelatent.interop import load
-from bytelatent.training import checkpoint, loop, metrics, read_metrics, train
+from bytelatent.training import checkpoint, loop, metrics, read_metrics, trackers, train
 from tests.training.tiny_runs import (
     assert_equal_runs,
     byte_lm_run,
@@ -208,17 +208,16 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
 def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
     class Full:
-        name = "metrics.jsonl"
-
         def write(self, _: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         close = flush = lambda self: self.write("")
 
-    written = metrics.Metrics(tmp_path / "metrics.jsonl", 0, "byte LM", Console(quiet=True))
-    written._file.close()
-    written._file = Full()  # type: ignore[assignment]
-    with pytest.raises(UserError, match=r"'metrics.jsonl' cannot be written: No space left"), written:
+    lines = trackers.JsonLines(tmp_path / "metrics.jsonl")
+    written = metrics.Metrics([lines], 0, "byte LM", Console(quiet=True))
+    lines.close()
+    lines._file = Full()
+    with pytest.raises(UserError, match=r"metrics.jsonl' cannot be written: No space left"), written:
         written.write({"step": 1}, 0.5)
 
 
