@@ -21,7 +21,8 @@ from bytelatent.training import train
 from bytelatent.vocab import to_bytes
 from tests.training.tiny_runs import blt_run, byte_lm_run, settings, write_text
 
-VERBS = ["demo", "prepare", "entropies", "train", "launch", "calibrate", "eval", "generate", "patch", "convert", "info"]
+VERBS = ["demo", "prepare", "entropies", "train", "runs", "launch", "calibrate", "eval", "generate", "patch", "convert"]
+VERBS += ["info"]
 NO_UTF8 = b"caf\xc3\xa9 \xff\xfe \x1b[31m and\nmore"
 BLT_COMMAND = [sys.executable, "-m", "bytelatent.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}

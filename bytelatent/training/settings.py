@@ -123,7 +123,7 @@ class TrainSettings(Settings):
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log_every: int = Field(default=10, ge=1)
-    track: list[Literal["tensorboard", "wandb"]] = []
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
     wandb: WandbSettings = WandbSettings()
     profile: ProfileSettings = ProfileSettings()
     statistics_every: int | None = Field(default=None, ge=1)

@@ -108,11 +108,10 @@ def layers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def head(stream: Stream, size: int) -> Stream:
     """The first ids of a stream, and the patches that they are in."""
-    patches = int(stream.patch[size - 1]) + 1 if isinstance(stream, PatchedStream) else 0
-    values = {
-        f.name: getattr(stream, f.name)[: patches if f.name.startswith("patch_") else size] for f in fields(stream)
-    }
-    return replace(stream, **values)
+    ends = {"patch_document": 0, "patch_position": 0}
+    if isinstance(stream, PatchedStream):
+        ends = dict.fromkeys(ends, int(stream.patch[size - 1]) + 1)
+    return replace(stream, **{f.name: getattr(stream, f.name)[: ends.get(f.name, size)] for f in fields(stream)})
 
 
 def attention_entropy(q_THE: Tensor, k_TJE: Tensor, allowed_TT: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import json
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,7 +148,7 @@ class WeightsAndBiases:
             self._run = None
 
 
-def must_be_installed(track: list[str]) -> None:
+def must_be_installed(track: Sequence[str]) -> None:
     """Complain about libraries that are not there before anything else is done."""
     for name in track:
         spec = find_spec(name)
