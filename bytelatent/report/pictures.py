@@ -1,7 +1,7 @@
 """Figures as files of their own."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
@@ -33,6 +33,6 @@ def write_picture(figure: "Figure", path: Path) -> None:
     import matplotlib
 
     kind = format_of(path)
-    undated = {} if kind == "png" else {"metadata": {"Date" if kind == "svg" else "CreationDate": None}}
+    undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     with matplotlib.rc_context({"svg.hashsalt": "bytelatent"}), whole_file(path) as aside:
-        figure.savefig(aside, format=kind, dpi=160, **undated)
+        figure.savefig(aside, format=kind, dpi=160, metadata=undated)

@@ -74,9 +74,15 @@ class Comparison:
 
     def show(self, console: Console) -> None:
         console.print(self._results())
-        if differing := self.differing():
+        # Shapes of a part that a model of another kind has not say nothing beside those of one that has it.
+        told = {
+            key: values
+            for key, values in self.differing().items()
+            if not key.startswith("model.") or all(key in run.settings for run in self.runs)
+        }
+        if told:
             table = Table("setting", *(run.summary.name for run in self.runs), title="settings that differ")
-            for key, values in differing.items():
+            for key, values in told.items():
                 table.add_row(key, *map(_short, values))
             console.print(table)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Protocol
 
 from bytelatent.config import flat
@@ -98,7 +98,7 @@ class WeightsAndBiases:
     def go_on_after(self, step: int) -> None:
         if self._run is not None:  # rows that come again are the same points of its curves
             return
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         given = {
             "project": self._settings.wandb.project,
@@ -133,11 +133,17 @@ class WeightsAndBiases:
     def close(self) -> None:
         if (run := self._run) is None:
             return
-        # In a thread, since it tries for long where the network is gone.
-        ending = Thread(target=self._unless_it_fails, args=[run.finish], daemon=True)
+        finished = Event()
+
+        def finish() -> None:
+            with suppress(Exception):
+                run.finish()
+                finished.set()
+
+        ending = Thread(target=finish, daemon=True)  # it tries for long where the network is gone
         ending.start()
         ending.join(FINISH_SECONDS)
-        if ending.is_alive():
+        if not finished.is_set():
             self._say(f"Weights & Biases has not taken all rows; later: wandb sync {run.settings.sync_dir}")
 
     def _unless_it_fails(self, call: Callable[[], Any]) -> None:

@@ -34,6 +34,7 @@ ROWS = [
     {"step": 2, "bytes_seen": 2000, "kind": "statistics", "gradient_norms": {"a": 1.0}},
     row(4, 3.0, 1000, mean_patch_bytes=8.0),
     held_out(4, 2.5),
+    held_out(5, 2.6),  # between two rows of training
     row(6, 2.0, 1000, mean_patch_bytes=4.0),
     held_out(6, 2.75),
 ]
@@ -99,6 +100,9 @@ def test_models_of_two_kinds(tmp_path: Path) -> None:
     differing = compare_runs(runs).differing()
     assert differing["model.kind"] == ["blt", "byte_lm"]
     assert differing["model.encoder.dim"] == [16, None]
+    assert "model.kind" in shown(runs)
+    assert "model.encoder.dim" not in shown(runs)
+    assert "patching" in shown(runs)
 
 
 @pytest.mark.parametrize("torn", ['{"step": 7, "bits_', '{"step": 7}\xff\n', "17\n", "\x00\x00\x00\n", "[1]\n"])
@@ -162,7 +166,7 @@ def test_the_figure(tmp_path: Path, against: str, ending: str) -> None:
     assert scale is not None
     training, validation = _curves(runs[0], against)
     assert training[0] == [scale * x for x in curve_points(ROWS, "bits_per_byte")[0]]
-    assert validation == ([scale * x for x in (2000, 4000, 6000)], [3.5, 2.5, 2.75])
+    assert validation == ([scale * x for x in (2000, 4000, 5000, 6000)], [3.5, 2.5, 2.6, 2.75])
 
 
 def test_figures_of_nothing_are_refused(tmp_path: Path) -> None:

@@ -106,9 +106,11 @@ def looked_at(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("values", [BYTE_LM, BLT], ids=["byte LM", "BLT"])
-def test_activations_and_attention_of_every_block(values: dict[str, Any]) -> None:
+@pytest.mark.parametrize("ids", [(20, 40), (50, 64)])
+def test_activations_and_attention_of_every_block(values: dict[str, Any], ids: tuple[int, int]) -> None:
     """With queries and keys of zeros attention is even, so that its entropy is that of the number of keys seen."""
-    model, batch = model_of(values), batch_of(2, 20, values is BLT, padded=9)  # 40 ids: less than two windows of 32
+    num_ids, size = ids  # two windows are 64
+    model, batch = model_of(values), batch_of(2, num_ids, values is BLT, padded=9)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("attention.query.weight"):
@@ -119,17 +121,17 @@ def test_activations_and_attention_of_every_block(values: dict[str, Any]) -> Non
             part.register_forward_hook(lambda _, __, out, name=name: outputs.update({name.replace("stack.", ""): out}))
     row = looked_at(model, batch)
     with torch.no_grad():
-        model(head(batch.stream, 40))
+        model(head(batch.stream, size))
     blocks = {name for name in outputs if "cross" not in name}
     assert row["attention_entropies"].keys() == blocks
     assert row["activation_rms"].keys() == outputs.keys()
     for name, out in outputs.items():
         assert row["activation_rms"][name] == pytest.approx(out.double().square().mean().sqrt().item(), rel=1e-5)
-    even = sum(math.log(n) for n in range(1, 21)) / 20
+    even = sum(math.log(min(int(p) + 1, 32)) for p in batch.stream.position[:size]) / size
     for name in blocks - {"global_transformer.blocks.0"}:
         assert row["attention_entropies"][name] == pytest.approx(even, rel=1e-5)
     if values is BLT:
-        positions = head(batch.stream, 40).patch_position  # pyright: ignore[reportAttributeAccessIssue]
+        positions = head(batch.stream, size).patch_position  # pyright: ignore[reportAttributeAccessIssue]
         even = sum(math.log(int(p) + 1) for p in positions) / len(positions)
         assert row["attention_entropies"]["global_transformer.blocks.0"] == pytest.approx(even, rel=1e-5)
 
@@ -137,11 +139,22 @@ def test_activations_and_attention_of_every_block(values: dict[str, Any]) -> Non
 def test_blocks_that_are_compiled_are_seen_too() -> None:
     model, batch = model_of(BLT), batch_of(2, 20, patched=True)
     expected = looked_at(model, batch)
+    compiled: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        compiled.append(1)
+        return graph.forward
+
     model = model_of(BLT)
     for part in model.modules():
         if isinstance(part, Block | CrossAttention):
-            part.compile(backend="eager")
+            part.compile(backend=count)
+    surprise(model, batch).backward()
+    model.zero_grad()
+    num_compiled = len(compiled)
+    assert num_compiled > 0
     assert looked_at(model, batch) == expected
+    assert len(compiled) == num_compiled
 
 
 def test_every_weight_is_in_one_layer() -> None:

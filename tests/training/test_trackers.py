@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import threading
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -207,18 +208,24 @@ def test_wandb_without_a_network_stops_nothing(
     assert sum(len(each.rows) for each in wandb.runs) == rows
 
 
+@pytest.mark.parametrize("raises", [False, True])
 def test_wandb_that_does_not_end_is_left(
-    tmp_path: Path, text: Path, wandb: Wandb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    text: Path,
+    wandb: Wandb,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raises: bool,
 ) -> None:
-    import threading
-
     let_go = threading.Event()
 
     class Endless(WandbRun):
         def finish(self) -> None:
+            if raises:
+                raise ConnectionError
             let_go.wait(30)
 
-    monkeypatch.setattr(trackers_module, "FINISH_SECONDS", 0.05)
+    monkeypatch.setattr(trackers_module, "FINISH_SECONDS", 10 if raises else 0.05)
     wandb.begin = [Endless()]
     train(settings(byte_lm_run(tmp_path / "run", text, steps=2, track=["wandb"])))
     let_go.set()
