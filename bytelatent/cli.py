@@ -109,6 +109,30 @@ def train(
 
 
 @app.command()
+def runs(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold them.")],
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw bits per byte, training and held out: a .png, .svg or .pdf.")
+    ] = None,
+    against: Annotated[str, typer.Option(help="What the figure draws them against: bytes, flops.")] = "bytes",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare training runs, finished or not: bits per byte, speed, time, and the settings that differ.
+
+    Example:  `blt runs runs/demo runs/mine --figure curves.svg`
+    """
+    from bytelatent.report import compare_runs, write_runs_figure
+
+    comparison = compare_runs(folders)
+    if figure is not None:
+        write_runs_figure(figure, comparison.runs, against)
+    if as_json:
+        print(json.dumps(comparison.plain()))
+    else:
+        comparison.show(Console())
+
+
+@app.command()
 def launch(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value of the script, over its config.")] = None,
     script: Annotated[str, typer.Option(help="The module to run; it takes config=PATH.")] = "bytelatent.train",

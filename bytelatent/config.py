@@ -72,6 +72,17 @@ def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         raise UserError(f"{' '.join(overrides)}: {error}") from None
 
 
+def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:
+    """Nested values by their whole keys: `{"a": {"b": 1}}` is `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= {f"{name}{between}{key}": inner for key, inner in flat(value, between).items()}
+        else:
+            found[name] = value
+    return found
+
+
 Given = TypeVar("Given", bound=Settings)
 
 

@@ -26,6 +26,7 @@ VERBS = [
     "prepare",
     "entropies",
     "train",
+    "runs",
     "launch",
     "calibrate",
     "eval",

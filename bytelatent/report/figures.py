@@ -67,7 +67,7 @@ def loss_curves(
 def _draw_curves(axes: "Axes", drawn: dict, references: Mapping[str, float], values: list[float]) -> None:
     for index, (training, validation) in enumerate(drawn.values()):
         colour = SERIES[index % NUM_SERIES_COLOURS]
-        axes.plot(*_averaged(*training), color=colour, linewidth=1.4, zorder=3)
+        axes.plot(*averaged(*training), color=colour, linewidth=1.4, zorder=3)
         marks = {"marker": "o", "markersize": 5, "markeredgecolor": PAPER, "markeredgewidth": 0.8}
         axes.plot(*validation, color=colour, linewidth=0.8, linestyle=(0, (2, 2)), zorder=4, **marks)
     for name, value in references.items():
@@ -76,7 +76,7 @@ def _draw_curves(axes: "Axes", drawn: dict, references: Mapping[str, float], val
     lowest, highest = min([*values, *references.values()]), max([*values, *references.values()])
     axes.set_yscale("log")
     axes.set_ylim(lowest / 1.08, highest * 1.08)
-    axes.set_yticks(_ticks(lowest, highest), minor=False)
+    axes.set_yticks(ticks(lowest, highest), minor=False)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_locator(_null_locator())
     axes.xaxis.set_major_formatter(lambda value, _: amount_of_bytes(value) if value else "0")
@@ -112,7 +112,7 @@ def _draw_histogram(axes: "Axes", lengths: Sequence[int]) -> None:
     axes.set_ylabel("share of patches")
 
 
-def _averaged(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
+def averaged(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
     """At most `MOST_POINTS` points, each the mean of its neighbours."""
     group = -(-len(xs) // MOST_POINTS)
     if group <= 1:
@@ -121,7 +121,7 @@ def _averaged(xs: list[float], ys: list[float]) -> tuple[list[float], list[float
     return [fmean(xs[i : i + group]) for i in starts], [fmean(ys[i : i + group]) for i in starts]
 
 
-def _ticks(lowest: float, highest: float) -> list[float]:
+def ticks(lowest: float, highest: float) -> list[float]:
     """Round numbers between the two, few enough to read on a logarithmic axis."""
     round_numbers = [digit * 10**power for power in range(-3, 4) for digit in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
     inside = [tick for tick in round_numbers if lowest / 1.08 <= tick <= highest * 1.08]

@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bytelatent.errors import UserError
-from bytelatent.files import whole_file
-
-FORMATS = ("png", "svg", "pdf")
+from bytelatent.report.pictures import format_of, write_picture
 
 
 def write_threshold_figure(
@@ -23,9 +20,7 @@ def write_threshold_figure(
     Raises:
         UserError: the ending is none that we draw, or the file cannot be written.
     """
-    kind = path.suffix.removeprefix(".")
-    if kind not in FORMATS:
-        raise UserError(f"figure: '{path}' should end in one of {', '.join('.' + name for name in FORMATS)}")
+    format_of(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -49,5 +44,4 @@ def write_threshold_figure(
     axes.set_yticks([], minor=True)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    with whole_file(path) as aside:
-        figure.savefig(aside, format=kind, dpi=160)
+    write_picture(figure, path)

@@ -31,10 +31,13 @@ from bytelatent.training.float8 import check_float8
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.parallel import Plan, build_spread, draw_weights, make_plan
+from bytelatent.training.profiling import Profiler
 from bytelatent.training.ranks import Ranks, open_ranks
 from bytelatent.training.run import Run, open_run
 from bytelatent.training.settings import TrainSettings
 from bytelatent.training.speed import Totals, speed
+from bytelatent.training.statistics import Statistics
+from bytelatent.training.trackers import must_be_installed, open_trackers
 from bytelatent.training.validation import must_hold_text, validate
 
 MOST_ROLLBACKS = 3  # to the same checkpoint
@@ -59,6 +62,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     ):
         dtype = choose_dtype(settings.dtype, device)
         check_float8(settings.float8, device, dtype)
+        must_be_installed(settings.track)
         plan = make_plan(settings.parallel, settings.model, ranks, device)
         with ExitStack() as held:
 
@@ -93,6 +97,8 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
         with autocast(device, dtype):
             return surprise(model, batch)
 
+    statistics = Statistics(model, settings.statistics_every, loss)
+    trackers = open_trackers(settings, run.folder, say) if ranks.is_first else []
     with (
         loader,
         Checkpoints(run.folder, run.config, settings.checkpoint, plan, in_background, say) as checkpoints,
@@ -103,8 +109,10 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
         if not checkpoints.load(state):
             draw_weights(model, settings.model, plan)
         peak, rollbacks = peak_flops(device, dtype), 0
-        path, title = run.folder / "metrics.jsonl", _title(settings)
-        with Metrics(path, state.step, title, console) if ranks.is_first else nullcontext() as metrics:
+        with (
+            Metrics(trackers, state.step, _title(settings), console) as metrics,
+            Profiler(run.folder, settings.profile, device, say) if ranks.is_first else nullcontext() as profiler,
+        ):
             first, logged = state.step + 1, Totals.of(state)
             done = _done(state, settings)
             if done < 1:
@@ -113,15 +121,16 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
             while done < 1:
                 watchdog.progress(f"step {state.step + 1}")
                 before = state.seconds
+                if profiler is not None:
+                    profiler.before(state.step + 1)
                 try:
                     with memory_named(settings, ranks):
-                        row = _step(state, settings, loss, device, plan)
+                        row = _step(state, settings, loss, device, plan, statistics)
                 except RolledBack as back:
                     rollbacks += 1
                     _go_back(state, checkpoints, str(back), rollbacks, ranks)
                     say(f"{back}: back to step {state.step}, on with the text that comes next")
-                    if metrics is not None:
-                        metrics.forget(state.step)
+                    metrics.forget(state.step)
                     logged = Totals.of(state)
                     continue
                 if "skipped" in row:
@@ -135,13 +144,13 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                 if state.step % settings.log_every == 0 or done >= 1:
                     row |= speed(logged, Totals.of(state), settings, peak, ranks)
                     logged = Totals.of(state)
-                    if metrics is not None:
-                        metrics.write(row, done)
+                    metrics.write(row, done)
+                if (seen := statistics.take(state.step, state.bytes_seen)) is not None:
+                    metrics.write(seen, done)
                 if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
                     watchdog.progress(f"validation after step {state.step}")
                     row = validate(state, settings, run.patcher, loss, device, plan)
-                    if metrics is not None:
-                        metrics.write(row, done)
+                    metrics.write(row, done)
                 checkpoints.check()
                 if state.step % settings.checkpoint.every == 0 or done >= 1 or stop:
                     watchdog.progress(f"a checkpoint after step {state.step}")
@@ -176,6 +185,7 @@ def _step(
     loss: Callable[[Batch], torch.Tensor],
     device: torch.device,
     plan: Plan,
+    statistics: Statistics | None = None,
 ) -> dict[str, Any]:
     """One optimizer step over `accumulation` batches of each rank; its metrics, over all of them."""
     began = time.perf_counter()
@@ -197,7 +207,8 @@ def _step(
     mean = nats / num_targets
     trouble = trouble_with(state.step + 1, mean, float(norm), state.recent, settings.faults.spike)
     if act_on(trouble, mean, state, settings, plan.ranks):
-        state.optimizer.step()
+        with statistics.around_update(state.step + 1, batches[0]) if statistics is not None else nullcontext():
+            state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.bytes_seen += num_bytes

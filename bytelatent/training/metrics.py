@@ -1,29 +1,26 @@
-"""Metrics: a line of JSON each, and a live line on the terminal."""
+"""Metrics: rows for the trackers, and a live line on the terminal."""
 
-import json
 import time
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bytelatent.errors import UserError
-from bytelatent.files import read_json_lines, whole_file
+from bytelatent.training.trackers import Tracker
 
 
 class Metrics:
-    """Appends rows to `metrics.jsonl` and shows them.
+    """Hands rows to trackers and shows them.
 
     Args:
-        path: the file.
+        trackers: in order.
         after_step: rows after this step, which a resumed run will write again, are dropped.
         title: in front of the progress bar.
     """
 
-    def __init__(self, path: Path, after_step: int, title: str, console: Console):
-        self._path = path
+    def __init__(self, trackers: Sequence[Tracker], after_step: int, title: str, console: Console):
+        self._trackers = trackers
         self.forget(after_step)
         self._console = console
         self._last_line = -1e9
@@ -44,23 +41,20 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        with suppress(OSError):  # a row that could not be written is tried once more here; `write` has said so
-            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def forget(self, after_step: int) -> None:
         """Drop the rows after a step, and go on from there."""
-        kept = [row for row in read_json_lines(self._path) if row["step"] <= after_step]
-        with whole_file(self._path) as aside:
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
+        for tracker in self._trackers:
+            tracker.go_on_after(after_step)
 
     def write(self, row: dict[str, Any], done: float) -> None:
-        """Append a row; it is on disk when this returns. `done` is how much of the run is over, 0 to 1."""
-        try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"'{self._file.name}' cannot be written: {error.strerror or error}") from None
+        """Write a row; it is on disk when this returns. `done` is how much of the run is over, 0 to 1."""
+        for tracker in self._trackers:
+            tracker.write(row)
+        if row.get("kind") == "statistics":
+            return
         status = "  ".join(text for _, text in _shown(row))
         self._progress.update(self._task, completed=done, status=status)
         if not self._console.is_terminal and (

@@ -1,5 +1,6 @@
 """The folder of a run: its settings, its byte LM, and what the next start finds there."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bytelatent.training.settings import TrainSettings
 MAY_CHANGE = {
     *("steps", "minutes", "validation", "checkpoint", "parallel", "faults"),
     *("log_every", "device", "compile", "determinism", "byte_lm"),
+    *("track", "wandb", "profile", "statistics_every"),
 }
 DATA_MAY_CHANGE = {"workers", "max_damaged"}
 
@@ -56,7 +58,8 @@ def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, 
     earlier = _earlier(folder)
     calibration = _read_calibration(folder)
     if earlier is not None:
-        _same(settings, earlier, folder)
+        for line in _changes(settings, earlier, folder):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     byte_lm = _byte_lm(folder, settings, earlier)
     if settings.calibration is not None and settings.patching is not None:
         if earlier is None or calibration is None:
@@ -103,30 +106,37 @@ def _earlier(folder: Path) -> TrainSettings | None:
     return TrainSettings.parse(load_yaml(path), where=str(path))
 
 
-def _same(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> None:
+def _changes(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> list[str]:
+    """One line about each setting that differs from those the run had before.
+
+    Raises:
+        UserError: one of them may not.
+    """
     now, then = settings.plain(), earlier.plain()
-    for values in (now, then):
-        for name in DATA_MAY_CHANGE:
-            values["data"].pop(name)
     if settings.calibration is not None:  # the threshold is calibration's to say
         for values in (now, then):
             (values.get("patching") or {}).pop("threshold", None)
-    for name in sorted(now.keys() | then.keys()):
-        if name not in MAY_CHANGE | {"run"} and now.get(name) != then.get(name):
-            key, before, after = _difference(name, then.get(name), now.get(name))
+    lines = []
+    for key, before, after in _differences(then, now):
+        room, _, name = key.partition(".")
+        if room not in MAY_CHANGE | {"run"} and not (room == "data" and name in DATA_MAY_CHANGE):
             raise UserError(
                 f"'{folder}' was begun with other settings ({key}: {before}, now {after}); "
                 "use them again, or another run=FOLDER"
             )
+        if room != "run":
+            lines.append(f"goes on with {key}: {after}, before {before}")
+    return lines
 
 
-def _difference(key: str, then: Any, now: Any) -> tuple[str, Any, Any]:
-    """The innermost key whose values differ, and both values."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for name in sorted(then.keys() | now.keys()):
-            if then.get(name) != now.get(name):
-                return _difference(f"{key}.{name}", then.get(name), now.get(name))
-    return key, then, now
+def _differences(then: dict[str, Any], now: dict[str, Any], within: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The innermost keys whose values differ, and both values."""
+    for name in sorted(then.keys() | now.keys()):
+        before, after = then.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{within}{name}.")
+        elif before != after:
+            yield f"{within}{name}", before, after
 
 
 def _read_calibration(folder: Path) -> Calibration | None:

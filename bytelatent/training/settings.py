@@ -58,6 +58,32 @@ class CalibrationSettings(Settings):
     text_bytes: int = Field(default=1_000_000, ge=1)
 
 
+class WandbSettings(Settings):
+    """Where Weights & Biases puts a run.
+
+    Attributes:
+        name: the run folder's if left out.
+        mode: `offline` keeps everything below the run's folder, for `wandb sync`.
+    """
+
+    project: str = "bytelatent"
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class ProfileSettings(Settings):
+    """A trace of some steps, taken at a step or when the file `profile` appears in the run's folder.
+
+    Attributes:
+        from_step: the first step traced; None: only when asked by the file.
+        memory: allocations, too, and on CUDA a snapshot of the memory.
+    """
+
+    from_step: int | None = Field(default=None, ge=1)
+    steps: int = Field(default=3, ge=1)
+    memory: bool = False
+
+
 class ValidationSettings(Settings):
     every: int = Field(default=1000, ge=1)
     max_bytes: int | None = Field(default=1_000_000, ge=1)
@@ -135,6 +161,8 @@ class TrainSettings(Settings):
         patching: the rule (BLT only). With `calibration` its threshold may be left out.
         byte_lm: where the frozen byte LM is: it gives the entropies that are not stored with the text. The run keeps a
             copy, so that the model can be used on other text.
+        track: where metrics go beside `metrics.jsonl`.
+        statistics_every: steps from one row of statistics, layer by layer, to the next; None: never.
         dtype: `auto` is bfloat16 where the device computes in it, else float32. Weights stay float32.
         compile: `auto` compiles on CUDA.
         determinism: only operations that give the same bits each time; slower on a GPU.
@@ -156,11 +184,20 @@ class TrainSettings(Settings):
     parallel: ParallelSettings = ParallelSettings()
     faults: FaultSettings = FaultSettings()
     log_every: int = Field(default=10, ge=1)
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    wandb: WandbSettings = WandbSettings()
+    profile: ProfileSettings = ProfileSettings()
+    statistics_every: int | None = Field(default=None, ge=1)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     determinism: bool = False
     float8: Float8 | None = None
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("model", mode="before")
     @classmethod

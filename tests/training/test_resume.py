@@ -164,6 +164,20 @@ def test_steps_may_be_raised(tmp_path: Path, text: Path) -> None:
     assert [step for step, *_ in losses(run)] == list(range(1, 12))
 
 
+def test_other_settings_are_said_in_a_line_each(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))
+    assert "goes on with" not in capsys.readouterr().out
+    more = {"checkpoint": {"every": 9}, "data": {"max_damaged": 3}, "validation": {"max_bytes": None}}
+    train(settings(byte_lm_run(run, text, steps=7, **more)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("goes on with")]
+    assert lines == [
+        "goes on with checkpoint.every: 9, before 5",
+        "goes on with data.max_damaged: 3, before 100",
+        "goes on with steps: 7, before 6",
+        "goes on with validation.max_bytes: None, before 1000000",
+    ]
+
+
 def test_a_run_that_is_over_stays_as_it_is(tmp_path: Path, text: Path) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))
     metrics = (run / "metrics.jsonl").read_bytes()

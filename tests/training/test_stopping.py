@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import newest_whole, what_is_torn
 from bytelatent.interop import load
-from bytelatent.training import checkpoint, loop, metrics, read_metrics, train
+from bytelatent.training import checkpoint, loop, metrics, read_metrics, trackers, train
 from bytelatent.training.checkpoint import Checkpoints
 from tests.training.tiny_runs import (
     assert_equal_runs,
@@ -244,17 +244,16 @@ def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
 
 def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
     class Full:
-        name = "metrics.jsonl"
-
         def write(self, _: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         close = flush = lambda self: self.write("")
 
-    written = metrics.Metrics(tmp_path / "metrics.jsonl", 0, "byte LM", Console(quiet=True))
-    written._file.close()
-    written._file = Full()  # type: ignore[assignment]
-    with pytest.raises(UserError, match=r"'metrics.jsonl' cannot be written: No space left"), written:
+    lines = trackers.JsonLines(tmp_path / "metrics.jsonl")
+    written = metrics.Metrics([lines], 0, "byte LM", Console(quiet=True))
+    lines.close()
+    lines._file = Full()
+    with pytest.raises(UserError, match=r"metrics.jsonl' cannot be written: No space left"), written:
         written.write({"step": 1}, 0.5)
 
 

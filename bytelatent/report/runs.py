@@ -1,0 +1,256 @@
+"""Training runs side by side: what each has come to, and in which settings they differ."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bytelatent.config import flat, load_yaml
+from bytelatent.errors import UserError
+from bytelatent.model import BLTSettings, ByteLMSettings
+from bytelatent.model.flops import costs
+from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, number
+from bytelatent.report.characters import finite
+
+FILES = {"metrics.jsonl", "settings.yaml"}  # a folder with either is a run
+UNSEARCHED = {"checkpoints", "profiles", "tensorboard", "wandb", "code"}
+LONGEST = 40  # characters of a setting in a table
+BITS = "bits_per_byte"
+VALIDATION = "validation_bits_per_byte"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run has come to; None: its files do not say.
+
+    Attributes:
+        seconds: in steps, as far as rows say how fast they were.
+        bytes_per_second, mean_patch_bytes: the medians of all rows.
+        training_flops_per_byte: three forward passes, at this mean patch.
+    """
+
+    name: str
+    folder: str
+    kind: str | None
+    num_parameters: int | None
+    training_flops_per_byte: float | None
+    steps: int | None
+    all_steps: int | None
+    num_bytes: int | None
+    training_bits_per_byte: float | None
+    best_validation_bits_per_byte: float | None
+    best_validation_step: int | None
+    last_validation_bits_per_byte: float | None
+    bytes_per_second: float | None
+    mean_patch_bytes: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    summary: RunSummary
+    rows: list[dict[str, Any]]
+    settings: dict[str, Any]  # by their whole keys
+
+
+@dataclass(frozen=True)
+class Comparison:
+    runs: list[ComparedRun]
+
+    def differing(self) -> dict[str, list[Any]]:
+        """The settings that are not the same in all runs, each with every run's value; None where it is not set."""
+        keys = sorted({key for run in self.runs for key in run.settings} - {"run"})
+        found = {key: [run.settings.get(key) for run in self.runs] for key in keys}
+        return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+
+    def plain(self) -> dict[str, Any]:
+        return {"runs": [asdict(run.summary) for run in self.runs], "differing_settings": self.differing()}
+
+    def show(self, console: Console) -> None:
+        console.print(self._results())
+        # Shapes of a part that a model of another kind has not say nothing beside those of one that has it.
+        told = {
+            key: values
+            for key, values in self.differing().items()
+            if not key.startswith("model.") or all(key in run.settings for run in self.runs)
+        }
+        if told:
+            table = Table("setting", *(run.summary.name for run in self.runs), title="settings that differ")
+            for key, values in told.items():
+                table.add_row(key, *map(_short, values))
+            console.print(table)
+
+    def _results(self) -> Table:
+        table = Table("run", "model")
+        for column in ("steps", "read", "best held out", "last", "training", "bytes/s", "patch", "time"):
+            table.add_column(column, justify="right")
+        for run in self.runs:
+            it = run.summary
+            best = number(it.best_validation_bits_per_byte, 3)
+            if it.best_validation_step is not None:
+                best += f" (step {it.best_validation_step:,})"
+            table.add_row(
+                it.name,
+                UNKNOWN if it.kind is None else f"{it.kind}, {_millions(it.num_parameters)}",
+                _steps(it),
+                amount_of_bytes(it.num_bytes),
+                best,
+                number(it.last_validation_bits_per_byte, 3),
+                number(it.training_bits_per_byte, 3),
+                UNKNOWN if it.bytes_per_second is None else f"{it.bytes_per_second:,.0f}",
+                number(it.mean_patch_bytes),
+                duration(it.seconds),
+            )
+        table.caption = "bits per byte of held-out and training text; bytes a patch; time in steps"
+        return table
+
+
+def compare_runs(places: Sequence[Path]) -> Comparison:
+    """Read runs: the folders themselves, and those below them.
+
+    Raises:
+        UserError: a folder does not exist, or holds no runs.
+    """
+    named: dict[Path, str] = {}
+    for place in places:
+        if not place.is_dir():
+            raise UserError(f"runs: '{place}' does not exist; name the folders of runs, or one that holds them")
+        found = find_runs(place)
+        if not found:
+            raise UserError(f"runs: '{place}' holds no runs: no {' or '.join(sorted(FILES))} in it or below it")
+        above = place.resolve().parent if place in found else place.resolve()
+        for folder in found:
+            named.setdefault(folder.resolve(), str(folder.resolve().relative_to(above)))
+    names = list(named.values())
+    return Comparison([_read(folder, str(folder) if names.count(name) > 1 else name) for folder, name in named.items()])
+
+
+def find_runs(place: Path) -> list[Path]:
+    """The folders of runs at a place and below it, sorted."""
+    found = []
+    for folder, inner, files in os.walk(place):
+        inner[:] = [name for name in inner if name not in UNSEARCHED and not name.startswith(".")]
+        if FILES & set(files):
+            found.append(Path(folder))
+    return sorted(found)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics, if there are any; what a crash or a copy has torn is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def summarise(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> RunSummary:
+    """What a run's rows and settings (nested) say about it."""
+    training = [(row, value) for row in rows if (value := finite(row.get(BITS))) is not None]
+    validation = [(row, value) for row in rows if (value := finite(row.get(VALIDATION))) is not None]
+    best, best_value = min(validation, key=lambda pair: pair[1], default=({}, None))
+    patch_bytes = _median(rows, "mean_patch_bytes")
+    num_parameters, flops = _costs(settings, patch_bytes)
+    return RunSummary(
+        name=name,
+        folder=str(folder),
+        kind={"byte_lm": "byte LM", "blt": "BLT"}.get(_inner(settings, "model", "kind")),
+        num_parameters=num_parameters,
+        training_flops_per_byte=flops,
+        steps=_whole(_most(rows, "step")),
+        all_steps=_whole(finite(settings.get("steps"))),
+        num_bytes=_whole(_most(rows, "bytes_seen")),
+        training_bits_per_byte=training[-1][1] if training else None,
+        best_validation_bits_per_byte=best_value,
+        best_validation_step=_whole(finite(best.get("step"))),
+        last_validation_bits_per_byte=validation[-1][1] if validation else None,
+        bytes_per_second=_median(rows, "bytes_per_second"),
+        mean_patch_bytes=patch_bytes,
+        seconds=_seconds(rows),
+    )
+
+
+def _read(folder: Path, name: str) -> ComparedRun:
+    try:
+        settings = load_yaml(folder / "settings.yaml")
+    except UserError:  # there are none yet, or they are damaged
+        settings = {}
+    rows = read_rows(folder / "metrics.jsonl")
+    return ComparedRun(summarise(name, folder, rows, settings), rows, flat(settings))
+
+
+def _costs(settings: Mapping[str, Any], patch_bytes: float | None) -> tuple[int | None, float | None]:
+    """Parameters, and operations of training per byte."""
+    kind, context = _inner(settings, "model", "kind"), finite(_inner(settings, "data", "context"))
+    known = {"byte_lm": ByteLMSettings, "blt": BLTSettings}.get(kind)
+    if known is None or context is None:
+        return None, None
+    try:
+        model = known.parse(settings["model"])
+    except UserError:  # of another version
+        return None, None
+    parts = costs(model, patch_bytes or 1.0, int(context))
+    flops = 3 * sum(part.flops_per_byte for part in parts)
+    return sum(part.num_parameters for part in parts), None if kind == "blt" and patch_bytes is None else flops
+
+
+def _seconds(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Time in steps, from how many bytes each row is after the one before, and how fast they were."""
+    seconds, before = 0.0, 0.0
+    for row in rows:
+        rate, seen = finite(row.get("bytes_per_second")), finite(row.get("bytes_seen"))
+        if BITS not in row or seen is None:
+            continue
+        if rate:
+            seconds += max(seen - before, 0.0) / rate
+        before = seen
+    return seconds or None
+
+
+def _inner(settings: Mapping[str, Any], room: str, name: str) -> Any:
+    values = settings.get(room)
+    return values.get(name) if isinstance(values, dict) else None
+
+
+def _values(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    return [value for row in rows if (value := finite(row.get(key))) is not None]
+
+
+def _most(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    return max(_values(rows, key), default=None)
+
+
+def _median(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    values = _values(rows, key)
+    return median(values) if values else None
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _steps(run: RunSummary) -> str:
+    if run.steps is None:
+        return UNKNOWN
+    return f"{run.steps:,}" + (f" of {run.all_steps:,}" if run.all_steps and run.steps < run.all_steps else "")
+
+
+def _millions(num_parameters: int | None) -> str:
+    return UNKNOWN if num_parameters is None else f"{num_parameters / 1e6:,.1f} M"
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return UNKNOWN
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -1,0 +1,202 @@
+"""Where the rows of a run's metrics go: a file of lines always, TensorBoard and Weights & Biases where asked."""
+
+import json
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Protocol
+
+from bytelatent.config import flat
+from bytelatent.errors import UserError
+from bytelatent.files import read_json_lines, whole_file
+from bytelatent.training.settings import TrainSettings
+
+CONNECT_SECONDS = 30  # for Weights & Biases to answer as a run begins
+FINISH_SECONDS = 60  # and to take the last rows as it ends
+
+
+class Tracker(Protocol):
+    def go_on_after(self, step: int) -> None:
+        """Get ready for the rows after a step, some of which may have been written before; also as a run begins."""
+        ...
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Take a row; it has its `step`, other numbers, perhaps nested."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """A row a line, on disk when `write` returns."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: Any = None
+
+    def go_on_after(self, step: int) -> None:
+        self.close()
+        kept = [row for row in read_json_lines(self._path) if row["step"] <= step]
+        with whole_file(self._path) as aside:
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"'{self._path}' cannot be written: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # a row that could not be written is tried once more here; `write` has said so
+                self._file.close()
+
+
+class TensorBoard:
+    """Event files in one folder for all starts of a run; what is written again takes the place of what was there."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._writer: Any = None
+
+    def go_on_after(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.close()
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        try:
+            for name, value in numbers(row).items():
+                self._writer.add_scalar(name, value, row["step"])
+            self._writer.flush()
+        except OSError as error:
+            raise UserError(f"'{self._folder}' cannot be written: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases that goes on where ours does. When it fails, that is said, and training goes on.
+
+    `wandb.id` in the run's folder says which of its runs this is; `wandb/` holds the library's own files.
+    """
+
+    def __init__(self, settings: TrainSettings, folder: Path, say: Callable[[str], None]):
+        self._settings, self._folder, self._say = settings, folder, say
+        self._run: Any = None
+
+    def go_on_after(self, step: int) -> None:
+        if self._run is not None:  # rows that come again are the same points of its curves
+            return
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        given = {
+            "project": self._settings.wandb.project,
+            "name": self._settings.wandb.name or self._folder.resolve().name,
+            "id": _run_id(self._folder / "wandb.id", goes_on=step > 0),
+            "resume": "allow",
+            "dir": str(self._folder),
+            "config": self._settings.plain(),
+            "settings": wandb.Settings(console="off", silent=True, init_timeout=CONNECT_SECONDS),
+        }
+        try:
+            begun = wandb.init(mode=self._settings.wandb.mode, **given)
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise UserError(f"wandb: {error} Or set wandb.mode=offline, or leave wandb out of track") from None
+        except Exception as error:  # of the network, in many kinds
+            self._say(f"Weights & Biases cannot be reached ({_in_a_line(error)}); it is used offline")
+            self._unless_it_fails(lambda: self._begin(wandb.init(mode="offline", **given)))
+        else:
+            self._unless_it_fails(lambda: self._begin(begun))
+
+    def _begin(self, run: Any) -> None:
+        self._run = run
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        if run.url:
+            self._say(f"Weights & Biases: {run.url}")
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._unless_it_fails(lambda: self._run.log({"step": row["step"], **numbers(row)}))
+
+    def close(self) -> None:
+        if (run := self._run) is None:
+            return
+        finished = Event()
+
+        def finish() -> None:
+            with suppress(Exception):
+                run.finish()
+                finished.set()
+
+        ending = Thread(target=finish, daemon=True)  # it tries for long where the network is gone
+        ending.start()
+        ending.join(FINISH_SECONDS)
+        if not finished.is_set():
+            self._say(f"Weights & Biases has not taken all rows; later: wandb sync {run.settings.sync_dir}")
+
+    def _unless_it_fails(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._say(f"Weights & Biases failed ({_in_a_line(error)}); training goes on without it")
+            self._run = None
+
+
+def must_be_installed(track: Sequence[str]) -> None:
+    """Complain about libraries that are not there before anything else is done."""
+    for name in track:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # a folder 'wandb', such as the library leaves, is no library
+            raise UserError(
+                f"track: {name} is not installed; pip install 'bytelatent[track]', or leave it out of track"
+            )
+
+
+def open_trackers(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> list[Tracker]:
+    """All trackers of a run, the file first.
+
+    Args:
+        folder: the run's.
+        say: shows a line to the user.
+    """
+    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl")]
+    if "tensorboard" in settings.track:
+        trackers.append(TensorBoard(folder / "tensorboard"))
+    if "wandb" in settings.track:
+        trackers.append(WeightsAndBiases(settings, folder, say))
+    return trackers
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers of a row but for its step, nested ones as `outer/inner`."""
+    return {
+        name: value
+        for name, value in flat(row, between="/").items()
+        if isinstance(value, int | float) and math.isfinite(value) and name != "step"
+    }
+
+
+def _run_id(path: Path, goes_on: bool) -> str:
+    """The id that a run has at Weights & Biases; a new one where nothing goes on."""
+    if goes_on and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    name = secrets.token_hex(4)
+    with whole_file(path) as aside:
+        aside.write_text(name + "\n", encoding="utf-8")
+    return name
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
