@@ -19,6 +19,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from bytelatent.kernels.hash_embed import hash_rows
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 
+# Their names from torch 2.13 on, and before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # Shapes: W ranks, T ids a rank, S rows an id, R rows held here, D width
 
 
@@ -56,7 +60,7 @@ class _LookUp(torch.autograd.Function):
             sums_WTD = F.embedding_bag(rows_WTS, weight_RD, mode="sum", per_sample_weights=is_own.to(weight_RD.dtype))
         else:
             sums_WTD = weight_RD.new_zeros(len(rows_WTS), weight_RD.shape[1])
-        dist.reduce_scatter_tensor(out_TD, sums_WTD, group=group)
+        reduce_scatter(out_TD, sums_WTD, group=group)
         return out_TD
 
     @staticmethod
@@ -71,5 +75,5 @@ class _LookUp(torch.autograd.Function):
 def _gathered(part: Tensor, group: Any) -> Tensor:
     """The parts of all ranks, one after the other along the first dimension."""
     out = part.new_empty(dist.get_world_size(group) * len(part), *part.shape[1:])
-    dist.all_gather_into_tensor(out, part.contiguous(), group=group)
+    all_gather(out, part.contiguous(), group=group)
     return out

@@ -1,5 +1,7 @@
 """What each rank does in tests of several: a few steps, on batches that are the same for any number of ranks."""
 
+import os
+import signal
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from bytelatent.data import Batch, Loader, Patcher, surprise
 from bytelatent.device import autocast
-from bytelatent.errors import UserError
+from bytelatent.errors import Interrupted, UserError
 from bytelatent.interop import Config
 from bytelatent.training import TrainSettings, loop, train
 from bytelatent.training.checkpoint import Checkpoints, TrainState
@@ -132,26 +134,28 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
 
 
 def train_as(
-    values: dict[str, Any], cut_off_after: int | None = None, fails: tuple[int, int] | None = None
+    values: dict[str, Any], cut_off_after: int | None = None, signalled: tuple[int, int] | None = None
 ) -> list[str]:
     """Train as the command does; what was printed.
 
     Args:
         cut_off_after: end after so many steps without a word.
-        fails: a rank, and the step before which it meets an error.
+        signalled: a rank that is sent SIGTERM, and after how many steps.
     """
     with StringIO() as out, redirect_stdout(out), redirect_stderr(out), pytest.MonkeyPatch.context() as patch:
 
         def rate(step: int, progress: float, optimizer: OptimizerSettings) -> float:
             if step == cut_off_after:
                 raise CutOffError
+            if (int(os.environ.get("RANK", "0")), step) == signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
             return learning_rate(step, progress, optimizer)
 
         patch.setattr(loop, "learning_rate", rate)
         try:
             train(settings(values), Console(file=out, width=500))
-        except UserError as error:
-            out.write(f"error: {error}\n")
+        except (UserError, Interrupted) as error:
+            out.write(f"{type(error).__name__}: {error}\n")
         except (CutOffError, SystemExit):
             pass
         return out.getvalue().splitlines()

@@ -126,6 +126,14 @@ def test_export(crew: Crew, tmp_path: Path, text: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all(crew: Crew, tmp_path: Path, text: Path, rank: int) -> None:
+    run = tmp_path / "run"
+    [job] = crew.run((2, train_as, values(text, run), None, (rank, 6)))
+    assert [said[-1] for said in job] == ["Interrupted: after step 7; the same command goes on from there"] * 2
+    assert checkpoints(run) == ["step-00000005", "step-00000007"]
+
+
 def test_bad_input_is_said_once(crew: Crew, tmp_path: Path, text: Path) -> None:
     [[first, second]] = crew.run((2, train_as, values(text, tmp_path / "run", data={"train": "absent.jsonl"})))
     assert len(first) == 1
