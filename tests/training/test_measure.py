@@ -80,7 +80,7 @@ def test_seconds_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 3 + 7
 
 
-# As profilers name them: on an H100 with torch 2.11, and on a CPU.
+# Names of the kinds that libraries, compilers and our kernels give on CUDA, and of operations on a CPU.
 NAMED = {
     "patch attention": ["own_bytes_backward_kernel", "read_patch_kernel", "pool_kernel", "aten::scatter_reduce"],
     "hash tables": ["hash_embed_kernel", "row_sums_kernel", "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<"],
