@@ -87,9 +87,8 @@ def profile(work: Callable[[], None]) -> None:
     total = sum(kernel.seconds for kernel in kernels)
     print(f"kernels: {total * 1e3:.1f} ms a step")
     for kernel in kernels[:26]:
-        print(
-            f"{kernel.seconds / total:6.1%} {kernel.seconds * 1e3:8.2f} ms {kernel.count:5.0f} x  {kernel.name[:100]}"
-        )
+        took = f"{kernel.seconds / total:6.1%} {kernel.seconds * 1e3:8.2f} ms {kernel.count:5.0f} x"
+        print(f"{took}  {kernel.name[:100]}  ({kernel.kind})")
 
 
 def entropy(rate: float) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, field_validator
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -116,9 +117,9 @@ class Report:
         return asdict(self)
 
     def show(self, console: Console) -> None:
-        stated = f"; the maker states {self.stated_peak / 1e12:,.0f}" if self.stated_peak else ""
+        stated = f"; the maker states {self.stated_peak / 1e12:,.0f} (peak)" if self.stated_peak else ""
         _say(console, self.title)
-        _say(console, f"measured: products {self.matrix_flops / 1e12:,.3g} TFLOP/s{stated}")
+        _say(console, f"measured: products {self.matrix_flops / 1e12:,.3g} TFLOP/s (rate){stated}")
         _say(console, f"measured: copies {self.copied_bytes / 1e9:,.3g} GB/s, read and written")
         for kind in dict.fromkeys(row.hash_gradients for row in self.rows):
             hashed = f", {kind} hash gradients" if kind else ""
@@ -272,25 +273,27 @@ def _title(name: str, plan: Plan) -> str:
 
 
 def _speeds(title: str, rows: list[Row]) -> Table:
-    table = Table("bytes", "work", title=title)
-    for name in ("ms", "bytes/s", "patches/s", "of measured", "of stated", "GiB"):
-        table.add_column(name, justify="right")
+    columns: dict[str, Callable[[Row], str]] = {
+        "bytes": lambda row: f"{row.num_bytes:,}",
+        "work": lambda row: row.work,
+        "ms": lambda row: f"{row.seconds * 1e3:,.1f}",
+        "bytes/s": lambda row: f"{row.bytes_per_second:,.0f}",
+        "patches/s": lambda row: f"{row.patches_per_second:,.0f}" if row.patches_per_second else "",
+        "of rate": lambda row: f"{row.of_measured_rate:.1%}",
+        "of peak": lambda row: f"{row.of_stated_peak:.1%}" if row.of_stated_peak is not None else "",
+        "GiB": lambda row: f"{row.peak_memory / 2**30:.3g}",
+    }
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = {name: cell for name, cell in columns.items() if any(cell(row) for row in rows)}
+    for name in shown:
+        table.add_column(name, justify="left" if name == "work" else "right")
     for row in rows:
-        table.add_row(
-            f"{row.num_bytes:,}",
-            row.work,
-            f"{row.seconds * 1e3:,.1f}",
-            f"{row.bytes_per_second:,.0f}",
-            f"{row.patches_per_second:,.0f}" if row.patches_per_second else "-",
-            f"{row.of_measured_rate:.1%}",
-            f"{row.of_stated_peak:.1%}" if row.of_stated_peak is not None else "-",
-            f"{row.peak_memory / 2**30:.2f}",
-        )
+        table.add_row(*(cell(row) for cell in shown.values()))
     return table
 
 
 def _times(title: str, split: Split) -> Table:
-    table = Table("kernels", title=title)
+    table = Table("kernels", title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("ms", "share", "ms at the measured rates"):
         table.add_column(name, justify="right")
     for share in split.shares:

@@ -1,20 +1,23 @@
 """`blt bench train`, as a person meets it."""
 
+import io
 import json
 import sys
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from bytelatent import bench
 from bytelatent.bench import BYTES_A_WEIGHT
 from bytelatent.cli import app, main
-from bytelatent.model import preset
+from bytelatent.model import PRESETS, preset
 from bytelatent.model.flops import costs, training_flops
 from bytelatent.training import measure
 from bytelatent.training.measure import random_batch
+from tests.model.tiny import tiny_blt_settings
 
 
 @pytest.fixture(autouse=True)
@@ -71,15 +74,24 @@ def test_the_table_of_a_byte_lm() -> None:
     result = CliRunner(env={"COLUMNS": "80"}).invoke(app, arguments, catch_exceptions=False)
     assert "demo-byte-lm on cpu (threads: " in result.stdout
     assert "activation checkpointing full" in result.stdout
-    assert "products 0.05 TFLOP/s" in result.stdout
+    assert "products 0.05 TFLOP/s (rate)" in result.stdout
     assert "copies 8 GB/s" in result.stdout
     for word in ("gradients", "step", "where a step of 100 bytes goes", "attention", "norms and pointwise"):
         assert word in result.stdout
-    assert len([line for line in result.stdout.splitlines() if line.startswith("│ 200 ")]) == 2
+    assert len([line for line in result.stdout.splitlines() if line.split()[:1] == ["200"]]) == 2
     assert max(map(len, result.stdout.splitlines()[3:])) <= 80
-    for absent in ("hash", "patch attention"):  # a byte LM has none
+    for absent in ("hash", "patch", "peak"):  # a byte LM has none
         assert absent not in result.stdout
     assert "measuring: gradients of 200 bytes" in result.stderr
+
+
+def test_the_widest_table_fits_a_terminal() -> None:
+    row = bench.Row("rows", 1_048_576, "gradients", 12.3456, 1_234_567, 274_348, 1.111, 1.111, 140 * 2**30)
+    output = io.StringIO()
+    Console(file=output, width=80).print(bench._speeds("", [row]))
+    shown = output.getvalue()
+    for word in ("1,048,576", "gradients", "12,345.6", "1,234,567", "274,348", "111.1%", "140", "patches/s"):
+        assert word in shown
 
 
 def test_a_size_that_memory_does_not_hold_leaves_the_others() -> None:
@@ -100,7 +112,8 @@ def test_an_optimizer_that_memory_does_not_hold_leaves_the_other(monkeypatch: py
         return inner(model, settings)
 
     monkeypatch.setattr(measure, "build_optimizer", build_optimizer)
-    found = measured("demo-blt", "--bytes", "200", "--device", "cpu", "--dtype", "float32")
+    monkeypatch.setitem(PRESETS, "tiny", tiny_blt_settings())
+    found = measured("tiny", "--bytes", "200", "--device", "cpu", "--dtype", "float32")
     assert {row["hash_gradients"] for row in found["rows"]} == {"rows"}
     assert found["too_large"] == [
         "weights, gradients and the optimizer's state, dense hash gradients: not enough memory; take a smaller preset"
