@@ -157,7 +157,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                     checkpoints.save(state, over=done >= 1, needed=done >= 1 or bool(stop))
                     rollbacks = 0
                 if stop and done < 1:
-                    raise Interrupted(f"after step {state.step}; the same command goes on from there")
+                    raise ranks.told(Interrupted(f"after step {state.step}; the same command goes on from there"))
     return run.folder
 
 

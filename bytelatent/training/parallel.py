@@ -70,8 +70,9 @@ class Plan:
 
     def let_go(self, model: nn.Module) -> None:
         """After forward passes without a backward one: weights that were gathered for them are dropped."""
-        if self.mesh is not None:
-            model.reshard()  # pyright: ignore[reportCallIssue]
+        for part in model.modules() if self.mesh is not None else ():
+            if hasattr(part, "reshard"):
+                part.reshard()  # pyright: ignore[reportCallIssue]
 
 
 def make_plan(settings: ParallelSettings, model: ModelSettings, ranks: Ranks, device: torch.device) -> Plan:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from bytelatent.device import choose_device
-from bytelatent.errors import BAD_INPUT, Interrupted, UserError
+from bytelatent.errors import BAD_INPUT, STOPPED, Interrupted, UserError
 
 Value = TypeVar("Value")
 
@@ -75,9 +75,11 @@ class Ranks:
             return answer[0]
         raise self.told(UserError(answer[1]))
 
-    def told(self, error: UserError) -> BaseException:
-        """An error that all ranks meet, to be raised: the first one says it, the others end without a word."""
-        return error if self.is_first else SystemExit(BAD_INPUT)
+    def told(self, error: UserError | Interrupted) -> BaseException:
+        """What all ranks meet, to be raised: the first one says it, the others end without a word."""
+        if self.is_first:
+            return error
+        return SystemExit(BAD_INPUT if isinstance(error, UserError) else STOPPED)
 
     def another_group(self) -> "Ranks":
         """The same ranks with messages of their own, for another thread."""
@@ -92,7 +94,8 @@ def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torc
 
     Args:
         device: as in the settings.
-        minutes: after so long without an answer the others are taken for dead; None for a day.
+        minutes: of the watchdog, which should be the first to speak: after twice as long without an answer the
+            others are taken for dead. None for a day.
 
     Returns:
         The ranks, and this one's device.
@@ -112,7 +115,7 @@ def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torc
         "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
         rank=ranks.rank,
         world_size=world,
-        timeout=timedelta(minutes=minutes or 24 * 60),
+        timeout=timedelta(minutes=2 * minutes if minutes else 24 * 60),
     )
     farewell = True
     try:

@@ -56,8 +56,15 @@ def shard(
             norm.forward = partial(_with_weight_in_float32, norm)
     policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
     # One replica is no replication: such a mesh has one dimension.
+    is_whole = mesh.size(1) == 1  # then nothing is gained by letting go of the weights between forward and backward
     mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
-    fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=set(apart))
+    fully_shard(
+        part,
+        mesh=mesh,
+        reshard_after_forward=False if is_whole else None,
+        mp_policy=policy,
+        ignored_params=set(apart),
+    )
 
 
 @torch.no_grad()

@@ -156,8 +156,10 @@ def train_as(
             train(settings(values), Console(file=out, width=500))
         except (UserError, Interrupted) as error:
             out.write(f"{type(error).__name__}: {error}\n")
-        except (CutOffError, SystemExit):
+        except CutOffError:
             pass
+        except SystemExit as ended:
+            out.write(f"exit code {ended.code}\n")
         return out.getvalue().splitlines()
 
 

@@ -57,7 +57,8 @@ def test_a_signal_to_the_launcher_ends_the_run_in_good_order(tmp_path: Path, tex
 def test_a_rank_that_dies_ends_the_job(tmp_path: Path, text: Path, how: str) -> None:
     (tmp_path / "dies.py").write_text(DIES)
     run = tmp_path / "run"
-    process = torchrun(str(tmp_path / "dies.py"), how, **values(text, run, steps=10**6, checkpoint={"every": 2}))
+    checkpoint = {"every": 2, "asynchronous": False}
+    process = torchrun(str(tmp_path / "dies.py"), how, **values(text, run, steps=10**6, checkpoint=checkpoint))
     _, errors = process.communicate(timeout=90)  # most of it is the imports
     assert process.returncode != 0
     lines = [line for line in errors.splitlines() if line.startswith("rank ") and " failed after step 3: " in line]
