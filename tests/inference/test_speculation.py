@@ -247,6 +247,35 @@ def test_sampled_bytes_have_the_distribution_of_plain_decoding(name: str, sampli
         assert chi_square < len(likely) + 5 * (2 * len(likely)) ** 0.5
 
 
+class Same:
+    """Expects the same after every id."""
+
+    def __init__(self, logits_V: Tensor):
+        self.logits_V = logits_V
+
+    def read(self, state: DecodeState, rows: Tensor, ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        return self.logits_V.expand(len(rows), -1), torch.ones_like(rows, dtype=torch.bool)
+
+
+def test_drawing_and_verifying_are_unrelated() -> None:
+    """The model finds four ids as likely; a drafter that does not changes nothing about any of three places."""
+    decoder = decoders()["static"]
+    model: Any = decoder.model
+    with torch.no_grad():
+        model.decoder.output.weight.zero_()
+    four = [EOS, 4, 5, 6]  # of equals the lowest are kept
+    logits = torch.full((VOCAB_SIZE,), -torch.inf)
+    logits[four] = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    engine = Engine(decoder, SpeculativeRows(decoder, 500, Same(logits), 3), 500)
+    asked = engine.submit(prompt_ids("x"), Sampling(temperature=1.0, top_k=4), 4, samples=1500)
+    engine.run()
+    for place in range(1, 4):
+        seen = Counter(one.ids[place] for one in asked if len(one.ids) > place)
+        count = sum(seen.values())
+        assert set(seen) == set(four)
+        assert all(abs(number - count / 4) < 4 * (count * 3 / 16) ** 0.5 for number in seen.values()), seen
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_verified_byte_has_the_models_distribution(exists: bool) -> None:
     """Kept or drawn anew, of many seeds: p, whatever it was drafted from; and p where nothing was drafted."""
