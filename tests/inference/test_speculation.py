@@ -17,7 +17,8 @@ from bytelatent.inference.engine import Drawn
 from bytelatent.inference.sampling import SamplingRows, random_numbers
 from bytelatent.inference.speculation import DRAFTS, LONGEST, Drafted, SpeculativeRows, drawn_from, verified
 from bytelatent.inference.state import DecodeState
-from bytelatent.patching import PatchSettings
+from bytelatent.model import pack_rows
+from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.vocab import EOS, VOCAB_SIZE
 from tests.inference.test_decode import RULES, assert_close, full_logits
 from tests.inference.test_engine import PROMPTS, decoders, generated, wide_blt
@@ -111,6 +112,19 @@ def test_local_drafts_read_the_newest_closed_patch() -> None:
     fresh, _ = decoder.prefill([prompt])
     drafter.read(fresh, torch.tensor([0]), torch.tensor([99]), torch.tensor([at]))
     assert_close(decoder.extend(fresh, torch.zeros(9, dtype=torch.long), after), expected[at:])
+
+
+def test_drafts_of_the_byte_lm_end_where_a_patch_begins() -> None:
+    decoder, ids = decoders()["entropy"], prompt_ids("some text to be read")
+    assert decoder.byte_lm is not None
+    assert decoder.patching is not None
+    stream = pack_rows([ids])
+    starts = next_starts(ids, decoder.byte_lm.entropies(stream), stream.position, decoder.patching)
+    state, _ = decoder.prefill([ids[:2]])
+    drafter, row = ByteLMDrafter(decoder), torch.tensor([0])
+    goes_on = [drafter.read(state, row, ids[at][None], torch.tensor([at]))[1] for at in range(2, len(ids))]
+    assert torch.equal(torch.cat(goes_on), ~starts[2:])
+    assert 0 < starts[2:].sum() < len(ids) - 2
 
 
 @pytest.mark.parametrize("name", ["byte LM, sure", "local"])
@@ -231,6 +245,35 @@ def test_sampled_bytes_have_the_distribution_of_plain_decoding(name: str, sampli
             assert abs(a - b) < 5 * (a + b) ** 0.5, pair
         chi_square = sum((plain[p] - drafted[p]) ** 2 / (plain[p] + drafted[p]) for p in likely)
         assert chi_square < len(likely) + 5 * (2 * len(likely)) ** 0.5
+
+
+class Same:
+    """Expects the same after every id."""
+
+    def __init__(self, logits_V: Tensor):
+        self.logits_V = logits_V
+
+    def read(self, state: DecodeState, rows: Tensor, ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        return self.logits_V.expand(len(rows), -1), torch.ones_like(rows, dtype=torch.bool)
+
+
+def test_drawing_and_verifying_are_unrelated() -> None:
+    """The model finds four ids as likely; a drafter that does not changes nothing about any of three places."""
+    decoder = decoders()["static"]
+    model: Any = decoder.model
+    with torch.no_grad():
+        model.decoder.output.weight.zero_()
+    four = [EOS, 4, 5, 6]  # of equals the lowest are kept
+    logits = torch.full((VOCAB_SIZE,), -torch.inf)
+    logits[four] = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    engine = Engine(decoder, SpeculativeRows(decoder, 500, Same(logits), 3), 500)
+    asked = engine.submit(prompt_ids("x"), Sampling(temperature=1.0, top_k=4), 4, samples=1500)
+    engine.run()
+    for place in range(1, 4):
+        seen = Counter(one.ids[place] for one in asked if len(one.ids) > place)
+        count = sum(seen.values())
+        assert set(seen) == set(four)
+        assert all(abs(number - count / 4) < 4 * (count * 3 / 16) ** 0.5 for number in seen.values()), seen
 
 
 @pytest.mark.parametrize("exists", [True, False])
