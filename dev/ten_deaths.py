@@ -64,19 +64,19 @@ class Job:
         text = metrics.read_text() if metrics.is_file() else ""
         return text[: text.rfind("\n") + 1].splitlines()
 
-    def ranks(self) -> dict[int, int]:
-        """The process of each rank."""
+    def processes(self) -> dict[str, int]:
+        """The process of each rank, under its number, and that of torchrun."""
         found = {}
         for place in Path("/proc").glob("[0-9]*"):
             try:
-                words = (place / "cmdline").read_bytes().decode().split("\0")
+                words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 environment = (place / "environ").read_bytes().decode(errors="replace").split("\0")
             except OSError:
                 continue
-            if f"config={self.folder / 'config.yaml'}" in words and "bytelatent.launch.torchrun" not in words:
-                rank = next((word for word in environment if word.startswith("RANK=")), None)
-                if rank is not None:
-                    found[int(rank.removeprefix("RANK="))] = int(place.name)
+            if f"config={self.folder / 'config.yaml'}" not in words or words[0].endswith("srun"):
+                continue
+            own = [word.removeprefix("RANK=") for word in environment if word.startswith("RANK=")]
+            found["torchrun" if "bytelatent.launch.torchrun" in words else own[0] if own else ""] = int(place.name)
         return found
 
     def wait_for(self, happened: Callable[[], object], what: str, pause: float = 0.02) -> None:
@@ -89,7 +89,9 @@ class Job:
     def wait_for_end(self) -> str:
         """Wait until nothing of the job runs; the state that SLURM left it in."""
         self.wait_for(
-            lambda: self.state() not in ("RUNNING", "COMPLETING", "CONFIGURING") and not self.ranks(), "its end", 0.5
+            lambda: self.state() not in ("RUNNING", "COMPLETING", "CONFIGURING") and not self.processes(),
+            "its end",
+            0.5,
         )
         return self.state()
 
@@ -102,9 +104,14 @@ class Job:
 
 
 def rank_killed(job: Job, draw: random.Random) -> str:
-    rank = draw.randrange(2)
-    os.kill(job.ranks()[rank], signal.SIGKILL)
+    rank = draw.choice("01")
+    os.kill(job.processes()[rank], signal.SIGKILL)
     return f"rank {rank}"
+
+
+def launcher_killed(job: Job, draw: random.Random) -> str:
+    os.kill(job.processes()["torchrun"], signal.SIGKILL)
+    return ""
 
 
 def cancelled(job: Job, draw: random.Random) -> str:
@@ -118,8 +125,8 @@ def warned(job: Job, draw: random.Random) -> str:
 
 
 def killed_while_saving(job: Job, draw: random.Random) -> str:
-    rank = draw.randrange(2)
-    process = job.ranks()[rank]
+    rank = draw.choice("01")
+    process = job.processes()[rank]
     job.wait_for(lambda: unfinished(job), "a checkpoint being written", 0.0005)
     os.kill(process, signal.SIGKILL)
     return f"rank {rank}"
@@ -128,9 +135,9 @@ def killed_while_saving(job: Job, draw: random.Random) -> str:
 def checkpoint_cut(job: Job, draw: random.Random) -> str:
     """Killed, and the newest checkpoint turns out to have lost the half of its largest file."""
     job.wait_for(lambda: len(whole(job)) > 1, "a second checkpoint")
-    for process in job.ranks().values():
+    for process in job.processes().values():
         os.kill(process, signal.SIGKILL)
-    job.wait_for(lambda: not job.ranks(), "its processes' end")
+    job.wait_for(lambda: not job.processes(), "its processes' end")
     newest = whole(job)[-1]
     largest = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
@@ -138,8 +145,8 @@ def checkpoint_cut(job: Job, draw: random.Random) -> str:
 
 
 def stopped_in_validation(job: Job, draw: random.Random) -> str:
-    rank = draw.randrange(2)
-    process = job.ranks()[rank]
+    rank = draw.choice("01")
+    process = job.processes()[rank]
 
     def validates() -> bool:
         row = json.loads(job.lines()[-1])
@@ -153,6 +160,7 @@ def stopped_in_validation(job: Job, draw: random.Random) -> str:
 KINDS: list[tuple[str, Callable[[Job, random.Random], str]]] = [
     ("SIGKILL to one rank", rank_killed),
     ("scancel", cancelled),
+    ("SIGKILL to torchrun", launcher_killed),
     ("SIGUSR1 to the job", warned),
     ("SIGKILL while saving", killed_while_saving),
     ("SIGKILL to all, newest checkpoint cut", checkpoint_cut),
@@ -198,7 +206,7 @@ def die(job: Job, times: int, draw: random.Random) -> list[Death]:
         job.wait_for(partial(has_come_to, moment, job, before), f"step {moment}")
         death = Death(kind)
         if deaths:
-            deaths[-1].resumed = common_step(before, job.lines())
+            deaths[-1].resumed = step_begun_from(job)
         death.notes = strike(job, draw)
         death.step = last_step(job)
         after = job.wait_for_end()
@@ -212,7 +220,7 @@ def die(job: Job, times: int, draw: random.Random) -> list[Death]:
     job.wait_for(lambda: ended(job), f"step {STEPS}", 0.5)
     job.wait_for_end()
     if deaths:
-        deaths[-1].resumed = common_step(before, job.lines())
+        deaths[-1].resumed = step_begun_from(job)
     for death in deaths:
         if death.resumed != death.saved:
             death.notes += f", went on from {death.resumed} and not from {death.saved}?"
@@ -246,14 +254,11 @@ def last_step(job: Job) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def common_step(before: list[str], now: list[str]) -> int:
-    """The last step whose row outlived a restart: rows done again hold other speeds."""
-    step = 0
-    for one, other in zip(before, now, strict=False):
-        if one != other:
-            break
-        step = json.loads(one)["step"]
-    return step
+def step_begun_from(job: Job) -> int:
+    """The step after which the process that wrote last went on: its first row has no speed."""
+    rows = [json.loads(line) for line in job.lines()]
+    first = next(row for row in reversed(rows) if "bits_per_byte" in row and row["bytes_per_second"] is None)
+    return first["step"] - 1
 
 
 def whole(job: Job) -> list[Path]:
