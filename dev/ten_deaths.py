@@ -25,7 +25,15 @@ from bytelatent.files import newest_whole
 
 STEPS, SAVE_EVERY, VALIDATE_EVERY = 110, 3, 8
 PATIENCE = 240  # seconds for whatever is waited for
-COMPARED = ("step", "bytes_seen", "bits_per_byte", "validation_bits_per_byte", "gradient_norm", "lr")
+COMPARED = (
+    "step",
+    "bytes_seen",
+    "bits_per_byte",
+    "validation_bits_per_byte",
+    "gradient_norm",
+    "lr",
+    "mean_patch_bytes",
+)
 STACK = {"dim": 32, "num_layers": 1, "num_heads": 2, "multiple_of": 16}
 
 
