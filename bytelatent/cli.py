@@ -145,6 +145,7 @@ def launch(
     ngpu: Annotated[
         int | None, typer.Option(help="GPUs of each node, a process each; 0: the CPU. All of them if left out.")
     ] = None,
+    nproc: Annotated[int, typer.Option(help="Processes of each node on its CPU; only with --ngpu 0.")] = 1,
     ncpu: Annotated[int | None, typer.Option(help="Cores of each process; an even share if left out.")] = None,
     mem: Annotated[str | None, typer.Option(help="Memory of each node: 64G; 0 is all of it.")] = None,
     time: Annotated[str | None, typer.Option(help="Limit: minutes, 12:00:00, 2-00:00:00.")] = None,

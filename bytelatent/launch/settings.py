@@ -1,9 +1,9 @@
 """What a job of a cluster is asked for."""
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bytelatent.config import Settings
 
@@ -17,8 +17,8 @@ class LaunchSettings(Settings):
         name: of the job; the last part of `dump_dir` if left out.
         dump_dir: the folder of everything that belongs to the job.
         nodes: how many.
-        ngpu: GPUs of each node, a process each; 0 is one process a node on its CPU. As many as a node of the partition
-            has if left out.
+        ngpu: GPUs of each node, a process each; 0 is for CPUs. As many as a node of the partition has if left out.
+        nproc: processes of each node on its CPU; only with ngpu=0.
         ncpu: cores of each process. A node's cores, shared evenly among its GPUs, if left out.
         mem: memory of each node, as SLURM writes it: 64G; 0 is all of it.
         time: the limit, as SLURM writes it: minutes, 12:00:00, 2-00:00:00.
@@ -37,6 +37,7 @@ class LaunchSettings(Settings):
     dump_dir: str | None = Field(default=None, min_length=1)
     nodes: int = Field(default=1, ge=1)
     ngpu: int | None = Field(default=None, ge=0)
+    nproc: int = Field(default=1, ge=1)
     ncpu: int | None = Field(default=None, ge=1)
     mem: str | None = None
     time: str | None = None
@@ -88,10 +89,16 @@ class LaunchSettings(Settings):
             raise ValueError(f"'{dump_dir}' holds '{wrong}', which a job cannot have in its folder's name")
         return dump_dir
 
+    @model_validator(mode="after")
+    def _processes(self) -> Self:
+        if self.nproc > 1 and self.ngpu != 0:
+            raise ValueError(f"nproc={self.nproc} is for CPUs; add ngpu=0, or leave it out: each GPU has a process")
+        return self
+
     @property
     def processes(self) -> int:
         """Processes of a node."""
-        return self.ngpu or 1
+        return self.ngpu or self.nproc
 
 
 def seconds_of(time: str) -> int:

@@ -67,7 +67,7 @@ def _filled_in(settings: LaunchSettings) -> LaunchSettings:
     if ngpu is None:
         ngpu = node.num_gpus if node is not None else GPUS
     if ncpu is None and node is not None:
-        ncpu = max(node.num_cores // max(node.num_gpus if ngpu else 1, 1), 1)
+        ncpu = max(node.num_cores // ((ngpu and node.num_gpus) or settings.nproc), 1)
     name = settings.name or Path(settings.dump_dir or "").name
     return settings.model_copy(update={"ngpu": ngpu, "ncpu": ncpu, "name": name})
 

@@ -4,6 +4,7 @@ It takes its place among the processes from whichever started it, writes to $DUM
 cluster's warning into Ctrl-C, and is then the script.
 """
 
+import ctypes
 import os
 import runpy
 import signal
@@ -11,6 +12,8 @@ import sys
 import threading
 
 from bytelatent.errors import guarded
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 # What torch.distributed reads, and where srun says the same.
 PLACES = {
@@ -24,6 +27,7 @@ WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 def main(arguments: list[str]) -> None:
     _stop_when_warned()
+    _stop_when_left_alone()
     for name, of_slurm in PLACES.items():
         if name not in os.environ:
             os.environ[name] = os.environ[of_slurm]
@@ -53,6 +57,15 @@ def _stop_when_warned() -> None:
         signal.pthread_kill(main_thread, signal.SIGINT)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _stop_when_left_alone() -> None:
+    """Have Linux send SIGTERM when whatever started this process is killed.
+
+    Not every cluster finds the processes that a killed torchrun leaves behind, and they would train on without a job.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

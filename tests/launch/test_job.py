@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,25 @@ def test_a_signal_to_all_of_a_torchrun_reaches_its_processes_once(tmp_path: Path
     _, errors = job.communicate(timeout=60)
     assert job.returncode == STOPPED, errors
     assert [log.read_text().splitlines()[-1] for log in logs] == [SAVED, SAVED]
+
+
+def test_no_process_outlives_its_torchrun(tmp_path: Path) -> None:
+    job = run_torchrun(tmp_path, "wait", processes=2)
+    logs = [tmp_path / "logs" / "7" / f"{rank}.out" for rank in (0, 1)]
+    for log in logs:
+        begun(job, log)
+    _, *ranks = processes_below(job.pid)
+    job.kill()
+    job.communicate(timeout=60)
+    try:
+        until = time.monotonic() + 10
+        while [log.read_text().splitlines()[-1] for log in logs] != [SAVED, SAVED]:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
 
 
 def processes_below(parent: int) -> list[int]:

@@ -74,6 +74,9 @@ def test_what_sbatch_is_asked_for() -> None:
     assert not {"mem", "time", "partition", "account", "qos", "constraint"} & asked.keys()
     asked = directives(script_of(ngpu=0, ncpu=None))
     assert not {"gres", "cpus-per-task"} & asked.keys()
+    asked = directives(script_of(ngpu=0, nproc=4, ncpu=2))
+    assert (asked["ntasks-per-node"], asked["cpus-per-task"]) == ("1", "8")
+    assert "gres" not in asked
 
 
 def test_a_short_job_is_told_to_stop_half_way() -> None:
@@ -91,6 +94,8 @@ def test_one_torchrun_a_node() -> None:
     alone = script_of(nodes=4, launcher="srun")
     assert "srun --nodes=4 --ntasks-per-node=8 --cpus-per-task=12 " in alone
     assert "torchrun" not in alone
+    assert "bytelatent.launch.torchrun --nproc-per-node=4 --standalone " in script_of(ngpu=0, nproc=4)
+    assert "srun --nodes=1 --ntasks-per-node=4 " in script_of(ngpu=0, nproc=4, launcher="srun")
 
 
 def test_only_what_goes_on_is_requeued() -> None:

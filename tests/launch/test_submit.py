@@ -49,6 +49,12 @@ def test_the_published_command(cluster: Cluster, here: Path, config: Path) -> No
     assert asked["dump_dir"] == str(dump_dir)
 
 
+def test_processes_on_the_cpu_share_a_nodes_cores(cluster: Cluster, here: Path, config: Path) -> None:
+    for nproc, ncpu in ((1, 64), (4, 16), (100, 1)):
+        launched(f"config={config}", f"dump_dir={nproc}", "ngpu=0", f"nproc={nproc}")
+        assert yaml.safe_load((here / str(nproc) / "launch.yaml").read_text())["ncpu"] == ncpu
+
+
 def test_settings_of_the_script_stand_after_two_dashes(cluster: Cluster, here: Path, config: Path) -> None:
     launched(f"config={config}", f"dump_dir={NAME}", "ngpu=0", "--", "steps=9", "data.context=32", "optimizer.lr=1e-3")
     settings = yaml.safe_load((here / NAME / "config.yaml").read_text())
@@ -166,4 +172,4 @@ def test_help_shows_examples_and_every_key() -> None:
     shown = out.getvalue()
     assert "python -m bytelatent.stool script=bytelatent.train config=" in shown
     assert "sbatch DUMP_DIR/submit.slurm" in shown
-    assert "nodes, ngpu, ncpu, mem, time, partition" in shown
+    assert "nodes, ngpu, nproc, ncpu, mem, time, partition" in shown

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 
+from bytelatent.device import peak_memory
 from bytelatent.model.flops import costs
 from bytelatent.training.ranks import Ranks
-from bytelatent.training.speed import Totals, peak_flops, peak_memory, speed
+from bytelatent.training.speed import Totals, speed
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
 
 
@@ -30,25 +30,3 @@ def test_rates_between_two_moments() -> None:
     unknown = speed(then, now, rule, None, Ranks())
     assert unknown["model_flops_utilisation"] is None
     assert unknown["bytes_per_second"] == 2000
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A10G", 70e12),
-        ("NVIDIA A10", 125e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L4", 121e12),
-        ("Tesla T4", None),
-    ],
-)
-def test_what_a_device_can_do(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
-    assert peak_flops(torch.device("cuda"), torch.float32) is None
-    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
