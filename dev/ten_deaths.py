@@ -4,8 +4,8 @@ python dev/ten_deaths.py --out /tmp/deaths --seed 0
 
 A small BLT is trained by a SLURM job of two processes, undisturbed. A second job with the same settings is ended again
 and again at random moments, in the ways that clusters have, and submitted again. The program prints each death and
-compares the runs: the metrics of every step and the final weights, bit for bit. Exit code 1: something differs, or a
-death went otherwise than it should.
+compares the runs: the metrics of every step, the final weights and the optimizer's state, bit for bit. Exit code 1:
+something differs, or a death went otherwise than it should.
 """
 
 import argparse
@@ -20,6 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from bytelatent.files import newest_whole
 
@@ -201,7 +204,9 @@ def main() -> None:
         print(line)
     if wrong:
         sys.exit(1)
-    print(f"{len(deaths)} deaths; metrics of {STEPS} steps and final weights are the same, bit for bit")
+    print(
+        f"{len(deaths)} deaths; metrics of {STEPS} steps, final weights and optimizer state are the same, bit for bit"
+    )
 
 
 def die(job: Job, times: int, draw: random.Random) -> list[Death]:
@@ -285,12 +290,24 @@ def differences(one: Job, other: Job) -> list[str]:
         found.append(f"{len(rows)} rows undisturbed, {len(others)} after deaths")
     if not rows or rows[-1]["step"] != STEPS:
         found.append(f"the undisturbed run did not come to step {STEPS}")
-    files = [job.checkpoints / f"step-{STEPS:08d}" / "model.safetensors" for job in (one, other)]
-    if not all(file.is_file() for file in files):
-        found.append("there are no final weights")
-    elif files[0].read_bytes() != files[1].read_bytes():
+    folders = [job.checkpoints / f"step-{STEPS:08d}" for job in (one, other)]
+    if not all(folder.is_dir() for folder in folders):
+        return [*found, "a run has no last checkpoint"]
+    weights, others = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    if weights != others:
         found.append("the final weights differ")
+    state, others = (stored_state(folder) for folder in folders)
+    if state.keys() != others.keys():
+        found.append("the final states hold different tensors")
+    found += [f"{name} differs" for name in state.keys() & others.keys() if not torch.equal(state[name], others[name])]
     return found
+
+
+def stored_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights and the optimizer's state, put together from what the ranks wrote."""
+    whole = checkpoint.parent / "state.pt"
+    dcp_to_torch_save(checkpoint / "state", whole)
+    return torch.load(whole, weights_only=True)
 
 
 def compared(line: str) -> dict[str, float]:

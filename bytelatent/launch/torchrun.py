@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> None:
     try:
         run(parse_args([*own, *arguments]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # A process that torchrun ended, because another one had, may have met its error earlier: it is not the reason.
+        others = {rank: failure for rank, failure in error.failures.items() if failure.exitcode != -signal.SIGTERM}
+        rank, failure = min((others or error.failures).items(), key=lambda item: item[1].timestamp)
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         print(f"rank {rank} was the first to end, with {code}", file=sys.stderr)
         sys.exit(code)

@@ -4,7 +4,6 @@ It takes its place among the processes from whichever started it, writes to $DUM
 cluster's warning into Ctrl-C, and is then the script.
 """
 
-import ctypes
 import os
 import runpy
 import signal
@@ -12,8 +11,6 @@ import sys
 import threading
 
 from bytelatent.errors import guarded
-
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 # What torch.distributed reads, and where srun says the same.
 PLACES = {
@@ -27,7 +24,6 @@ WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 def main(arguments: list[str]) -> None:
     _stop_when_warned()
-    _stop_when_left_alone()
     for name, of_slurm in PLACES.items():
         if name not in os.environ:
             os.environ[name] = os.environ[of_slurm]
@@ -44,28 +40,24 @@ def main(arguments: list[str]) -> None:
 def _stop_when_warned() -> None:
     """Have one warning come to the script as Ctrl-C, and none to the processes that it starts.
 
+    That torchrun is killed is a warning, too: not every cluster finds the processes that it leaves behind, and they
+    would train on without a job.
+
     SLURM sends a signal to every process of a job, and one that knows nothing of it would die: those that read ahead or
     compile. They inherit that it is blocked.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background processes ignore it
+    parent = os.getppid()
     main_thread = threading.main_thread().ident
     assert main_thread is not None
 
     def wait() -> None:
-        signal.sigwait(WARNINGS)
+        while signal.sigtimedwait(WARNINGS, 1.0) is None and os.getppid() == parent:
+            pass
         signal.pthread_kill(main_thread, signal.SIGINT)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _stop_when_left_alone() -> None:
-    """Have Linux send SIGTERM when whatever started this process is killed.
-
-    Not every cluster finds the processes that a killed torchrun leaves behind, and they would train on without a job.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -157,8 +157,8 @@ def test_training_is_warned_requeued_and_goes_on(
     assert checkpoints(run)[-1] == f"step-{step + 3:08d}"
 
 
-def run_torchrun(folder: Path, end: object, processes: int) -> "subprocess.Popen[str]":
-    (folder / "stand_in.py").write_text(STAND_IN)
+def run_torchrun(folder: Path, end: object, processes: int, script: str = STAND_IN) -> "subprocess.Popen[str]":
+    (folder / "stand_in.py").write_text(script)
     (folder / "config.yaml").write_text(yaml.safe_dump({"end": end}))
     (folder / "logs" / "7").mkdir(parents=True)
     root = str(Path(__file__).parents[2])
@@ -175,6 +175,28 @@ def test_torchrun_ends_with_the_code_of_its_processes(tmp_path: Path) -> None:
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 3, errors
     assert "rank 0 was the first to end, with 3" in errors
+
+
+# Rank 1 meets an error a little earlier, and is ended by torchrun as rank 0 has ended.
+ENDED_BY_TORCHRUN = """
+import json, os, sys, time
+mark = os.environ["DUMP_DIR"] + "/mark"
+if os.environ["RANK"] == "1":
+    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+        json.dump({"message": {"message": "", "extraInfo": {"timestamp": "1"}}}, file)
+    open(mark, "w").close()
+    time.sleep(100)
+while not os.path.exists(mark):
+    time.sleep(0.01)
+sys.exit(130)
+"""
+
+
+def test_what_torchrun_ended_itself_is_not_the_reason(tmp_path: Path) -> None:
+    job = run_torchrun(tmp_path, None, processes=2, script=ENDED_BY_TORCHRUN)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == STOPPED, errors
+    assert "rank 0 was the first to end, with 130" in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
