@@ -16,6 +16,7 @@ from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
+from bytelatent.inference.engine import check_max_new_bytes
 from bytelatent.inference.fast import engine_for
 from bytelatent.inference.rounded import Weights, check_weights, rounded
 from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
@@ -166,8 +167,7 @@ class BLT:
     def stream(self, prompt: str | bytes, max_new_bytes: int = 200, **sampling: Any) -> Iterator[str]:
         """Continue a text, piece by piece as it comes, in whole characters; the arguments are those of `generate`."""
         rule = Sampling.parse(sampling, where="stream")
-        if max_new_bytes < 1:
-            raise UserError(f"max_new_bytes: {max_new_bytes} is none; at least 1")
+        check_max_new_bytes(max_new_bytes)
         self._byte_lm()
 
         def pieces() -> Iterator[str]:  # a function of its own, so that wrong settings are told at once

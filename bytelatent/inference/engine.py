@@ -154,6 +154,12 @@ class Rows:
         return known
 
 
+def check_max_new_bytes(max_new_bytes: int) -> None:
+    """Raises UserError where no byte is asked for."""
+    if max_new_bytes < 1:
+        raise UserError(f"max_new_bytes: {max_new_bytes} is none; at least 1")
+
+
 class Engine:
     """Sequences in rows.
 
@@ -190,8 +196,7 @@ class Engine:
         """
         if len(prompt) == 0:
             raise UserError("prompt: it holds no ids; a document begins with BOS")
-        if max_new_bytes < 1:
-            raise UserError(f"max_new_bytes: {max_new_bytes} is none; at least 1")
+        check_max_new_bytes(max_new_bytes)
         stops = [to_bytes(stop) for stop in sampling.stop]
         asked = [
             Continuation(

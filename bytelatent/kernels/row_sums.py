@@ -6,8 +6,8 @@ same order: no atomics, and the same sums from the same batch.
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.library import custom_op, get_ctx
 
 # Shapes: T states, N rows that each is the sum of, M = T*N lookups, U rows seen, D width
 
@@ -21,7 +21,7 @@ def plain_row_sums(rows_TN: Tensor, grads_TD: Tensor) -> tuple[Tensor, Tensor]:
     return rows_U, sums_UD
 
 
-@torch.library.custom_op("bytelatent::row_sums", mutates_args=())
+@custom_op("bytelatent::row_sums", mutates_args=())
 def row_sums(rows_TN: Tensor, grads_TD: Tensor) -> tuple[Tensor, Tensor]:
     """For each row seen the sum of the gradients of the states that it is part of.
 
@@ -39,7 +39,7 @@ def row_sums(rows_TN: Tensor, grads_TD: Tensor) -> tuple[Tensor, Tensor]:
 
 @row_sums.register_fake
 def _(rows_TN: Tensor, grads_TD: Tensor) -> tuple[Tensor, Tensor]:
-    seen = torch.library.get_ctx().new_dynamic_size()
+    seen = get_ctx().new_dynamic_size()
     return rows_TN.new_empty(seen), grads_TD.new_empty(seen, grads_TD.shape[1])
 
 

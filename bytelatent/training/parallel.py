@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bytelatent.errors import UserError
-from bytelatent.model import Block, BLTModel, BLTSettings, CrossAttention, ModelSettings, build
+from bytelatent.model import Block, BLTModel, BLTSettings, CrossAttention, ModelSettings, build, compile_regions
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.float8 import to_float8
@@ -134,8 +134,8 @@ def build_spread(
                 sharding.divide(part, plan.mesh["tensor"])
     for part in regions:
         part.forward = recomputed(part.forward, plan.settings.activation_checkpointing)
-        if compiled:  # block by block: alike blocks share one graph, and masks are built outside of it
-            part.forward = torch.compile(part.forward)
+    if compiled:
+        compile_regions(spread)
     if plan.mesh is not None and plan.local_mesh is not None:
         reduce_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[plan.settings.reduce_dtype]
         for part in regions:  # under autocast, products would cast the weights anyway: they are sent in that precision

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 
 from bytelatent.kernels.hash_embed import hash_rows, ngram_powers
 from bytelatent.kernels.row_adamw import row_adamw
@@ -106,8 +107,8 @@ def test_the_operators_are_what_they_say() -> None:
     model, ids, history = embedding_and_stream(20, torch.float32)
     for sparse in (False, True):
         arguments = (ids[None], history, model.powers(ids.device), model.tables.weight, 20, sparse)
-        torch.library.opcheck(torch.ops.bytelatent.ngram_sums.default, arguments)
-    torch.library.opcheck(torch.ops.bytelatent.row_sums.default, (torch.randint(0, 9, (7, 2)), torch.randn(7, 3)))
+        opcheck(torch.ops.bytelatent.ngram_sums.default, arguments)
+    opcheck(torch.ops.bytelatent.row_sums.default, (torch.randint(0, 9, (7, 2)), torch.randn(7, 3)))
 
 
 def test_states_stay_in_float32_under_autocast() -> None:
