@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bytelatent.model import CrossAttention, add_patches
+from bytelatent.model import CrossAttention, add_patches, compile_regions
 from bytelatent.model.block import Block
 from bytelatent.training.recompute import Checkpointing, recomputed
-from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt
+from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt, tiny_byte_lm
 
 
 def step(how: Checkpointing) -> tuple[dict[str, torch.Tensor], int, int]:
@@ -50,3 +50,15 @@ def test_the_same_gradients_from_less(how: Checkpointing) -> None:
         assert flops_before * 1.15 < flops < flops_before * 4 / 3
     else:
         assert flops_before <= flops < flops_before * 1.1  # attention with a mask is made of batched products here
+
+
+def test_what_is_compiled_is_the_forward_that_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_byte_lm(0)
+    ran: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda forward: lambda *given: ran.append(forward) or forward(*given))
+    wrapped = [recomputed(block.forward, "full") for block in model.stack.blocks]
+    for block, forward in zip(model.stack.blocks, wrapped, strict=True):
+        block.forward = forward
+    compile_regions(model)
+    model(stream_of([torch.tensor([1, 5, 6])]))
+    assert ran == wrapped
