@@ -5,7 +5,8 @@
 Random weights, documents of 8,192 random bytes, random patches of 4.5 bytes; compiled block by block as the trainer
 compiles them. Operations: `bytelatent.model.flops`, three times those of a forward pass.
 
-1b       the released shape, weights in bfloat16, as published peers are timed;  8b: the paper's largest
+1b       the released shape, weights in bfloat16, as published peers are timed, kernel by kernel and as a CUDA graph;
+         8b: the paper's largest
 float8   1b with the global transformer's products in 8-bit floats, a scale for each row (torchao)
 entropy  the published entropy model, weights in bfloat16: a training step, and forward
 step     1b as it is trained: float32 weights, products in bfloat16, clipping, optimizer; hash tables by dense gradients
@@ -31,9 +32,9 @@ from bytelatent.training.float8 import to_float8
 from bytelatent.training.measure import (
     DOCUMENT,
     PATCH_BYTES,
+    ForwardBackward,
     Plan,
     Trainee,
-    forward_backward,
     matrix_rate,
     random_batch,
     seconds_of,
@@ -66,17 +67,27 @@ def tell(name: str, settings: ModelSettings, size: int, seconds: float, rate: fl
     )
 
 
-def train(name: str, sizes: list[int], rate: float, float8: Float8 | None = None, profiled: bool = False) -> None:
+def train(
+    name: str,
+    sizes: list[int],
+    rate: float,
+    float8: Float8 | None = None,
+    profiled: bool = False,
+    captured: bool = False,
+) -> None:
     settings = preset(name)
     model = random_model(settings)
     to_float8(model, float8)
     build_optimizer(model, OptimizerSettings(hash_gradients="rows"))
     compile_regions(model)
+    forward_backward = ForwardBackward(model, CUDA, FLOAT32, captured)  # no autocast
+    name = f"{name}, {'a CUDA graph' if captured else 'kernel by kernel'}"
     for size in sizes:
-        torch._dynamo.reset()  # so that each size is compiled for itself
+        forward_backward.forget_shapes()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        work = partial(forward_backward, model, *random_batch(size, CUDA), dtype=FLOAT32)  # no autocast
+        work = partial(forward_backward, *random_batch(size, CUDA))
         work()
         torch.cuda.synchronize()
         print(f"{name}: first step {time.perf_counter() - began:.0f} s")
@@ -100,12 +111,12 @@ def entropy(rate: float) -> None:
     assert isinstance(settings, ByteLMSettings)
     model = random_model(settings)
     compile_regions(model)
-    size = 65_536
+    size, forward_backward = 65_536, ForwardBackward(model, CUDA, FLOAT32)
     stream, targets = random_batch(size, CUDA, patched=False)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
-        forward_backward(model, stream, targets, FLOAT32)
+        forward_backward(stream, targets)
         clip(list(model.parameters()), 1.0)
         optimizer.step()
 
@@ -127,7 +138,7 @@ def step(sizes: list[int], rate: float) -> None:
         try:
             trainee = Trainee(Plan(settings, CUDA, BF16, compiled=True, optimizer=optimizer))
             for size in sizes:
-                torch._dynamo.reset()
+                trainee.forget_shapes()
                 batch = random_batch(size, CUDA)
                 for name, work in (("gradients", trainee.forward_backward), ("step", trainee.step)):
                     torch.cuda.reset_peak_memory_stats()
@@ -168,7 +179,10 @@ def main() -> None:
     rate = matrix_rate(CUDA, BF16)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrices {rate / 1e12:.0f} TFLOP/s", flush=True)
     if "1b" in given.what or "profile" in given.what:
-        train("blt-1b", given.bytes, rate, profiled="profile" in given.what)
+        for captured in (False, True):
+            gc.collect()
+            torch.cuda.empty_cache()
+            train("blt-1b", given.bytes, rate, profiled="profile" in given.what, captured=captured)
     for name, work in {
         "float8": lambda: train("blt-1b", given.bytes, rate, "rowwise"),
         "step": lambda: step(given.bytes, rate),
