@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.fast import FastRows, supports
+from bytelatent.inference.fast import FastRows, engine_for, supports
 from bytelatent.inference.fast.drafted import LONGEST
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
@@ -71,8 +71,9 @@ FAST: dict[str, dict[str, int]] = {
     "fast, few": {"places": 2},
     "drafted": {"ahead": 5},
     "drafted, far": {"ahead": LONGEST},
+    "drafted, few": {"ahead": 6, "places": 2},
 }
-DRAFTED = ["drafted", "drafted, far"]
+DRAFTED = ["drafted", "drafted, far", "drafted, few"]
 KINDS = ["plain", *FAST]
 
 
@@ -222,6 +223,35 @@ def test_it_ends_at_the_end_of_the_text() -> None:
     for kind in KINDS:
         [found] = generated(engine_of(decoder, kind, 1), ["abc"], 50)
         assert (found.ended, found.data, found.ids) == ("end of text", b"", [EOS])
+
+
+def test_drafts_save_steps() -> None:
+    """A model that no patch tells anything drafts what it then draws."""
+    decoder = decoders()["entropy"]
+    model: Any = decoder.model
+    for cross in model.decoder.cross_attention:
+        cross.output.weight.data.zero_()
+    rows = FastRows(decoder, 1, ahead=8)
+    engine = Engine(decoder, rows, 1)
+    [asked] = engine.submit(prompt_ids("The"), Sampling(temperature=1.0), 64)
+    steps = 0
+    while asked.ended is None:
+        engine.advance()
+        steps += 1
+    assert len(asked.ids) == 64
+    assert steps == 8
+
+
+def test_who_cannot_draft() -> None:
+    named = decoders()
+    lm, blt = named["byte LM"], named["entropy"]
+    with pytest.raises(UserError, match="ahead: a byte LM has no part that drafts"):
+        engine_for(lm.model, None, None, 1, ahead=4)
+    with pytest.raises(UserError, match="ahead: the rule bpe is not drafted for"):
+        engine_for(blt.model, PatchSettings(mode="bpe", tokenizer="x.json"), None, 1, ahead=4)
+    for wrong in (0, LONGEST + 1):
+        with pytest.raises(UserError, match=f"ahead: {wrong} bytes a step; take 1 to {LONGEST}"):
+            engine_for(blt.model, blt.patching, blt.byte_lm, 1, ahead=wrong)
 
 
 def test_what_will_not_do() -> None:

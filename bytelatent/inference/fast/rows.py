@@ -26,8 +26,8 @@ class FastRows:
         every: the global transformer runs in one step of so many; rows whose patch is closed wait for it. With many
             rows some close a patch in each step, and its matrices would be read each time.
         places: rows that it runs for at most; all of them if left out.
-        ahead: bytes of each row that a step comes on by at most, all but one of them drafted; see `DraftedStep`. It has
-            no `every` and `places`.
+        ahead: bytes of each row that a step comes on by at most, all but one of them drafted; see `DraftedStep`. Then
+            `places` are patches of one row, and the global transformer runs in every step.
     """
 
     def __init__(self, decoder: Decoder, num_rows: int, every: int = 1, places: int | None = None, ahead: int = 1):
@@ -38,7 +38,7 @@ class FastRows:
         self._in_row: list[Continuation | None] = [None] * num_rows
         self._ahead = ahead
         if ahead > 1:
-            self._step = DraftedStep(decoder, num_rows, ahead)
+            self._step = DraftedStep(decoder, num_rows, ahead, places)
         else:
             self._step = FastStep(decoder, num_rows, places or num_rows, can_wait=every > 1)
         self._graphs: dict[bool, Any] = {}
