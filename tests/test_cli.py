@@ -325,7 +325,8 @@ def test_generate(which: str, request: pytest.FixtureRequest) -> None:
     assert greedy[0] == greedy[1]
     told = [blt("generate", "The", "-m", folder, "-n", 40, "--weights", kind) for kind in ("full", "full", "fp8")]
     assert told[0] == told[1] != told[2]
-    assert blt("generate", "The", "-m", folder, "-n", 40, "--ahead", 6) == told[0]
+    if which == "model":
+        assert blt("generate", "The", "-m", folder, "-n", 40, "--ahead", 6) == told[0]
 
 
 @pytest.mark.parametrize(
