@@ -1,6 +1,7 @@
 """How fast is training? Against the card's matrix rate, and against transformers.
 
-    python benchmarks/train.py [1b] [float8] [8b] [entropy] [step] [peer] [profile] [--bytes 16384 65536]
+    python benchmarks/train.py [1b] [float8] [8b] [entropy] [step] [patching] [peer] [profile]
+        [--bytes 16384 65536]
 
 Random weights, documents of 8,192 random bytes, random patches of 4.5 bytes; compiled block by block as the trainer
 compiles them. Operations: `bytelatent.model.flops`, three times those of a forward pass.
@@ -9,8 +10,10 @@ compiles them. Operations: `bytelatent.model.flops`, three times those of a forw
          8b: the paper's largest
 float8   1b with the global transformer's products in 8-bit floats, a scale for each row (torchao)
 entropy  the published entropy model, weights in bfloat16: a training step, and forward
-step     1b as it is trained: float32 weights, products in bfloat16, clipping, optimizer; hash tables by dense gradients
-         and by rows. (`blt bench train blt-1b` says the same, with more about where the time goes.)
+step     1b as it is trained: float32 weights, products in bfloat16, clipping, optimizer, hash tables by rows; from
+         65,536 bytes on with the blocks computed again in the backward pass, since 80 GB hold no more. (`blt bench
+         train` measures other settings, and says where the time goes.)
+patching what a batch costs more where the published entropy model finds its patches, beside stored ones
 peer     transformers' model of the released shape
 profile  the kernels of `1b`
 """
@@ -24,9 +27,12 @@ from typing import Any
 
 import torch
 
-from bytelatent.model import ByteLMSettings, ModelSettings, build, compile_regions
+from bytelatent.data import Patcher, cut
+from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings, build, compile_regions
 from bytelatent.model.flops import training_flops
 from bytelatent.model.presets import preset
+from bytelatent.patching import PatchSettings
+from bytelatent.text import Document
 from bytelatent.training.clipping import clip
 from bytelatent.training.float8 import to_float8
 from bytelatent.training.measure import (
@@ -40,6 +46,7 @@ from bytelatent.training.measure import (
     seconds_of,
 )
 from bytelatent.training.optimizer import build_optimizer
+from bytelatent.training.recompute import Checkpointing
 from bytelatent.training.settings import Float8, OptimizerSettings
 from bytelatent.training.time_spent import kernels_of
 
@@ -131,22 +138,42 @@ def entropy(rate: float) -> None:
 
 def step(sizes: list[int], rate: float) -> None:
     settings = preset("blt-1b")
-    for gradients in ("rows", "dense"):
+    for size in sizes:
         gc.collect()
         torch.cuda.empty_cache()
-        optimizer = OptimizerSettings(hash_gradients=gradients)
-        try:
-            trainee = Trainee(Plan(settings, CUDA, BF16, compiled=True, optimizer=optimizer))
-            for size in sizes:
-                trainee.forget_shapes()
-                batch = random_batch(size, CUDA)
-                for name, work in (("gradients", trainee.forward_backward), ("step", trainee.step)):
-                    torch.cuda.reset_peak_memory_stats()
-                    seconds = seconds_of(partial(work, *batch), CUDA)
-                    tell(f"blt-1b as trained, hash gradients {gradients}, {name}", settings, size, seconds, rate)
-        except torch.OutOfMemoryError as error:
-            print(f"blt-1b, hash gradients {gradients}: {str(error).splitlines()[0][:150]}", flush=True)
+        checkpointing: Checkpointing = "none" if size < 65_536 else "full"
+        plan = Plan(
+            settings,
+            CUDA,
+            BF16,
+            compiled=True,
+            optimizer=OptimizerSettings(hash_gradients="rows"),
+            checkpointing=checkpointing,
+        )
         trainee = None
+        try:
+            trainee = Trainee(plan)
+            batch = random_batch(size, CUDA)
+            for name, work in (("gradients", trainee.forward_backward), ("step", trainee.step)):
+                torch.cuda.reset_peak_memory_stats()
+                seconds = seconds_of(partial(work, *batch), CUDA)
+                tell(f"blt-1b as trained, checkpointing {checkpointing}, {name}", settings, size, seconds, rate)
+        except torch.OutOfMemoryError as error:
+            print(f"blt-1b, {size:,} bytes: {str(error).splitlines()[0][:150]}", flush=True)
+        del trainee
+
+
+def patching() -> None:
+    size = 65_536
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        byte_lm = build(preset("entropy"))
+    assert isinstance(byte_lm, ByteLM)
+    patcher = Patcher(PatchSettings(threshold=5.0), byte_lm, BF16)
+    text = torch.randint(0, 256, [size // DOCUMENT, DOCUMENT - 2], dtype=torch.uint8)
+    pieces = [piece for row in text for piece in cut(Document(bytes(row.tolist())), DOCUMENT)]
+    seconds = seconds_of(lambda: patcher(pieces), CUDA)
+    print(f"patching by the entropy model, {size:,} bytes: {seconds * 1e3:.1f} ms a batch", flush=True)
 
 
 def peer(rate: float) -> None:
@@ -173,7 +200,7 @@ def peer(rate: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["1b", "float8", "step", "entropy", "8b", "peer"])
+    parser.add_argument("what", nargs="*", default=["1b", "float8", "step", "entropy", "patching", "8b", "peer"])
     parser.add_argument("--bytes", type=int, nargs="+", default=[16_384, 65_536])
     given = parser.parse_args()
     rate = matrix_rate(CUDA, BF16)
@@ -187,6 +214,7 @@ def main() -> None:
         "float8": lambda: train("blt-1b", given.bytes, rate, "rowwise"),
         "step": lambda: step(given.bytes, rate),
         "entropy": lambda: entropy(rate),
+        "patching": patching,
         "8b": lambda: train("blt-8b", [16_384], rate),
         "peer": lambda: peer(rate),
     }.items():
