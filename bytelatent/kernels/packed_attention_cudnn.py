@@ -60,8 +60,11 @@ def make(device: torch.device, size: int, entries: int, heads: Heads, window: in
         RuntimeError: there is none for this device or these shapes.
     """
     shape = _shape(device, size, entries, heads, window)
-    _forward(shape)
-    _backward(shape)
+    try:
+        _forward(shape)
+        _backward(shape)
+    except cudnn.cudnnGraphNotSupportedError as error:
+        raise RuntimeError(str(error)) from error
 
 
 def attention(
