@@ -1,10 +1,11 @@
 """How fast is training? Against the card's matrix rate, and against transformers.
 
     python benchmarks/train.py [1b] [float8] [8b] [entropy] [step] [patching] [peer] [profile]
-        [--bytes 16384 65536]
+        [--bytes 16384 65536] [--flex]
 
 Random weights, documents of 8,192 random bytes, random patches of 4.5 bytes; compiled block by block as the trainer
-compiles them. Operations: `bytelatent.model.flops`, three times those of a forward pass.
+compiles them. Operations: `bytelatent.model.flops`, three times those of a forward pass. With --flex attention is
+FlexAttention's also where cuDNN would be taken.
 
 1b       the released shape, weights in bfloat16, as published peers are timed, kernel by kernel and as a CUDA graph;
          8b: the paper's largest
@@ -22,13 +23,15 @@ import argparse
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bytelatent.data import Patcher, cut
-from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings, build, compile_regions
+from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings, Stream, build, compile_regions
 from bytelatent.model.flops import training_flops
 from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
@@ -51,6 +54,11 @@ from bytelatent.training.settings import Float8, OptimizerSettings
 from bytelatent.training.time_spent import kernels_of
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
+
+
+def batch_of(size: int, patched: bool = True, flex: bool = False) -> tuple[Stream, Tensor]:
+    stream, targets = random_batch(size, CUDA, patched)
+    return replace(stream, num_documents=None) if flex else stream, targets
 
 
 def random_model(settings: ModelSettings) -> Any:
@@ -81,6 +89,7 @@ def train(
     float8: Float8 | None = None,
     profiled: bool = False,
     captured: bool = False,
+    flex: bool = False,
 ) -> None:
     settings = preset(name)
     model = random_model(settings)
@@ -88,13 +97,13 @@ def train(
     build_optimizer(model, OptimizerSettings(hash_gradients="rows"))
     compile_regions(model)
     forward_backward = ForwardBackward(model, CUDA, FLOAT32, captured)  # no autocast
-    name = f"{name}, {'a CUDA graph' if captured else 'kernel by kernel'}"
+    name = f"{name}{', FlexAttention' if flex else ''}, {'a CUDA graph' if captured else 'kernel by kernel'}"
     for size in sizes:
         forward_backward.forget_shapes()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        work = partial(forward_backward, *random_batch(size, CUDA))
+        work = partial(forward_backward, *batch_of(size, flex=flex))
         work()
         torch.cuda.synchronize()
         print(f"{name}: first step {time.perf_counter() - began:.0f} s")
@@ -113,13 +122,13 @@ def profile(work: Callable[[], None]) -> None:
         print(f"{took}  {kernel.name[:100]}  ({kernel.kind})")
 
 
-def entropy(rate: float) -> None:
+def entropy(rate: float, flex: bool) -> None:
     settings = preset("entropy")
     assert isinstance(settings, ByteLMSettings)
     model = random_model(settings)
     compile_regions(model)
     size, forward_backward = 65_536, ForwardBackward(model, CUDA, FLOAT32)
-    stream, targets = random_batch(size, CUDA, patched=False)
+    stream, targets = batch_of(size, patched=False, flex=flex)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
@@ -136,7 +145,7 @@ def entropy(rate: float) -> None:
     tell("entropy model, forward", settings, size, seconds_of(forward, CUDA), rate, passes=1)
 
 
-def step(sizes: list[int], rate: float) -> None:
+def step(sizes: list[int], rate: float, flex: bool) -> None:
     settings = preset("blt-1b")
     for size in sizes:
         gc.collect()
@@ -153,7 +162,7 @@ def step(sizes: list[int], rate: float) -> None:
         trainee = None
         try:
             trainee = Trainee(plan)
-            batch = random_batch(size, CUDA)
+            batch = batch_of(size, flex=flex)
             for name, work in (("gradients", trainee.forward_backward), ("step", trainee.step)):
                 torch.cuda.reset_peak_memory_stats()
                 seconds = seconds_of(partial(work, *batch), CUDA)
@@ -202,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["1b", "float8", "step", "entropy", "patching", "8b", "peer"])
     parser.add_argument("--bytes", type=int, nargs="+", default=[16_384, 65_536])
+    parser.add_argument("--flex", action="store_true")
     given = parser.parse_args()
     rate = matrix_rate(CUDA, BF16)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrices {rate / 1e12:.0f} TFLOP/s", flush=True)
@@ -209,13 +219,13 @@ def main() -> None:
         for captured in (False, True):
             gc.collect()
             torch.cuda.empty_cache()
-            train("blt-1b", given.bytes, rate, profiled="profile" in given.what, captured=captured)
+            train("blt-1b", given.bytes, rate, profiled="profile" in given.what, captured=captured, flex=given.flex)
     for name, work in {
-        "float8": lambda: train("blt-1b", given.bytes, rate, "rowwise"),
-        "step": lambda: step(given.bytes, rate),
-        "entropy": lambda: entropy(rate),
+        "float8": lambda: train("blt-1b", given.bytes, rate, "rowwise", flex=given.flex),
+        "step": lambda: step(given.bytes, rate, given.flex),
+        "entropy": lambda: entropy(rate, given.flex),
         "patching": patching,
-        "8b": lambda: train("blt-8b", [16_384], rate),
+        "8b": lambda: train("blt-8b", [16_384], rate, flex=given.flex),
         "peer": lambda: peer(rate),
     }.items():
         if name in given.what:

@@ -7,7 +7,7 @@ before the host has started the next; a graph is started at once.
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
+from bytelatent.kernels.packed_attention import entries_for
 
 WARM_UPS = 2  # passes before capture: the first compiles, the second adds to gradients where that is wanted
 
@@ -38,7 +39,8 @@ class CapturedGradients:
 
     What a graph reads and writes lies where it lay as it was captured. So batches are copied to one place, weights must
     be changed in place, and the gradients have one place, too, which they keep from step to step: a replay overwrites
-    it, or with `adds` adds to it, by whether the weights' `grad` are None. So clear them by `zero_grad`, to None.
+    it, or with `adds` adds to it, by whether the weights' `grad` are None. So clear them by `zero_grad`, to None. A
+    batch of more documents than attention was captured for is captured anew: for as many as the next power of two.
 
     Args:
         parameters: all that get gradients.
@@ -69,6 +71,8 @@ class CapturedGradients:
             self._capture(batch)
         else:
             self._put(batch)
+            if not _holds(self._batch.stream.num_documents, batch.stream.num_documents):
+                self._capture_anew(batch)
         adds = any(parameter.grad is not None for parameter in self._parameters)
         assert adds in self._graphs, "there are gradients already, and no graph was captured that adds to them"
         if adds:
@@ -103,6 +107,16 @@ class CapturedGradients:
     def _clear(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _capture_anew(self, batch: Batch) -> None:
+        """Gradients that are there move to where they are then."""
+        earlier = {parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None}
+        self._clear()
+        self._graphs, self._gradients = {}, []  # before there are others: there may be no room for both
+        self._capture(batch)
+        for parameter, gradient in self._gradients:
+            if parameter in earlier:
+                parameter.grad = gradient.copy_(earlier[parameter])
 
     def _capture(self, batch: Batch) -> None:
         """Make the graphs; no gradients are left."""
@@ -159,13 +173,21 @@ def check_cuda_graph(wanted: bool, device: torch.device, world: int = 1) -> None
 
 
 def _copied(batch: Batch, device: torch.device) -> Batch:
+    """Said to have as many documents as attention has entries for then."""
+    number = batch.stream.num_documents
+    bound = None if number is None else entries_for(number) - 1
     copies = {name: value.to(device, copy=True) for name, value in _tensors(batch).items()}
     targets = copies.pop("targets")
-    return replace(batch, stream=replace(batch.stream, **copies), targets=targets)
+    return replace(batch, stream=replace(batch.stream, **copies, num_documents=bound), targets=targets)
+
+
+def _holds(bound: int | None, number: int | None) -> bool:
+    """Whether what was captured for at most so many documents is right for these; None: for any, or not known."""
+    return bound is None or (number is not None and number <= bound)
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
-    return {**{f.name: getattr(batch.stream, f.name) for f in fields(batch.stream)}, "targets": batch.targets}
+    return {**batch.stream.tensors, "targets": batch.targets}
 
 
 def _misfit(one: Batch, other: Batch) -> str | None:

@@ -18,7 +18,8 @@ KINDS = {
     r"|aten::(index|_index_put_impl_)$",
     "hash tables": r"hash_embed|row_sums|ngram_sums|embedding_bag|EmbeddingBag|index_copy|[Ss]ort|unique|FillFunctor"
     r"|aten::fill_|aten::zero_",
-    "attention": r"flash|fmha|flex_attention|triton_tem|scaled_dot_product|aten::(bmm|baddbmm|_softmax|_safe_softmax)",
+    "attention": r"flash|fmha|cudnn|flex_attention|triton_tem|scaled_dot_product"
+    r"|aten::(bmm|baddbmm|_softmax|_safe_softmax)",
     "products": r"gemm|nvjet|cutlass|cublas|xmma|splitK|scaled_mm|aten::(mm|addmm|linear|matmul)$|mkldnn_linear",
     "norms and pointwise": r"triton_(poi|red|per)|elementwise|[Rr]educe|[Nn]orm|[Ss]oft[Mm]ax|softmax|Memcpy|CatArray"
     r"|aten::(mul|add|sub|div|neg|exp|silu|silu_backward|sigmoid|where|copy|cat|stack|clone|sum|mean|rsqrt|pow|cos|sin"
