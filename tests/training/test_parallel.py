@@ -93,7 +93,8 @@ def test_bfloat16_is_that_of_one_process(crew: Crew, text: Path) -> None:
     exact = take_steps(values(text))
     for job in crew.run(*jobs):
         for row, expected, other in zip(job[0].rows, alone.rows, exact.rows, strict=True):
-            assert row["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=2e-4)
+            # Norms' weights are sent in bfloat16, too, where one process has them in float32.
+            assert row["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=5e-4)
             assert row["bits_per_byte"] != other["bits_per_byte"]
 
 
