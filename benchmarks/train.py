@@ -1,11 +1,13 @@
 """How fast is training? Against the card's matrix rate, and against transformers.
 
-    python benchmarks/train.py [1b] [8b] [entropy] [step] [peer] [profile] [--bytes 16384 65536]
+    python benchmarks/train.py [1b] [float8] [8b] [entropy] [step] [peer] [profile] [--bytes 16384 65536]
 
 Random weights, documents of 8,192 random bytes, random patches of 4.5 bytes; compiled block by block as the trainer
 compiles them. Operations: `bytelatent.model.flops`, three times those of a forward pass.
 
-1b       the released shape, weights in bfloat16, as published peers are timed;  8b: the paper's largest
+1b       the released shape, weights in bfloat16, as published peers are timed, kernel by kernel and as a CUDA graph;
+         8b: the paper's largest
+float8   1b with the global transformer's products in 8-bit floats, a scale for each row (torchao)
 entropy  the published entropy model, weights in bfloat16: a training step, and forward
 step     1b as it is trained: float32 weights, products in bfloat16, clipping, optimizer; hash tables by dense gradients
          and by rows. (`blt bench train blt-1b` says the same, with more about where the time goes.)
@@ -26,18 +28,19 @@ from bytelatent.model import ByteLMSettings, ModelSettings, build, compile_regio
 from bytelatent.model.flops import training_flops
 from bytelatent.model.presets import preset
 from bytelatent.training.clipping import clip
+from bytelatent.training.float8 import to_float8
 from bytelatent.training.measure import (
     DOCUMENT,
     PATCH_BYTES,
+    ForwardBackward,
     Plan,
     Trainee,
-    forward_backward,
     matrix_rate,
     random_batch,
     seconds_of,
 )
 from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.settings import OptimizerSettings
+from bytelatent.training.settings import Float8, OptimizerSettings
 from bytelatent.training.time_spent import kernels_of
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
@@ -64,20 +67,32 @@ def tell(name: str, settings: ModelSettings, size: int, seconds: float, rate: fl
     )
 
 
-def train(name: str, sizes: list[int], rate: float, rows: bool = True, profiled: bool = False) -> None:
+def train(
+    name: str,
+    sizes: list[int],
+    rate: float,
+    float8: Float8 | None = None,
+    profiled: bool = False,
+    captured: bool = False,
+) -> None:
     settings = preset(name)
     model = random_model(settings)
-    build_optimizer(model, OptimizerSettings(hash_gradients="rows" if rows else "dense"))
+    to_float8(model, float8)
+    build_optimizer(model, OptimizerSettings(hash_gradients="rows"))
     compile_regions(model)
+    forward_backward = ForwardBackward(model, CUDA, FLOAT32, captured)  # no autocast
+    name = f"{name}, {'a CUDA graph' if captured else 'kernel by kernel'}"
     for size in sizes:
-        torch._dynamo.reset()  # so that each size is compiled for itself
+        forward_backward.forget_shapes()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        work = partial(forward_backward, model, *random_batch(size, CUDA), dtype=FLOAT32)  # no autocast
+        work = partial(forward_backward, *random_batch(size, CUDA))
         work()
         torch.cuda.synchronize()
         print(f"{name}: first step {time.perf_counter() - began:.0f} s")
-        tell(f"{name}, hash gradients {'by rows' if rows else 'dense'}", settings, size, seconds_of(work, CUDA), rate)
+        what = f"{name}, hash gradients by rows" + (f", float8 {float8}" if float8 else "")
+        tell(what, settings, size, seconds_of(work, CUDA), rate)
         if profiled:
             profile(work)
 
@@ -96,12 +111,12 @@ def entropy(rate: float) -> None:
     assert isinstance(settings, ByteLMSettings)
     model = random_model(settings)
     compile_regions(model)
-    size = 65_536
+    size, forward_backward = 65_536, ForwardBackward(model, CUDA, FLOAT32)
     stream, targets = random_batch(size, CUDA, patched=False)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
-        forward_backward(model, stream, targets, FLOAT32)
+        forward_backward(stream, targets)
         clip(list(model.parameters()), 1.0)
         optimizer.step()
 
@@ -123,7 +138,7 @@ def step(sizes: list[int], rate: float) -> None:
         try:
             trainee = Trainee(Plan(settings, CUDA, BF16, compiled=True, optimizer=optimizer))
             for size in sizes:
-                torch._dynamo.reset()
+                trainee.forget_shapes()
                 batch = random_batch(size, CUDA)
                 for name, work in (("gradients", trainee.forward_backward), ("step", trainee.step)):
                     torch.cuda.reset_peak_memory_stats()
@@ -158,14 +173,18 @@ def peer(rate: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["1b", "step", "entropy", "8b", "peer"])
+    parser.add_argument("what", nargs="*", default=["1b", "float8", "step", "entropy", "8b", "peer"])
     parser.add_argument("--bytes", type=int, nargs="+", default=[16_384, 65_536])
     given = parser.parse_args()
     rate = matrix_rate(CUDA, BF16)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrices {rate / 1e12:.0f} TFLOP/s", flush=True)
     if "1b" in given.what or "profile" in given.what:
-        train("blt-1b", given.bytes, rate, profiled="profile" in given.what)
+        for captured in (False, True):
+            gc.collect()
+            torch.cuda.empty_cache()
+            train("blt-1b", given.bytes, rate, profiled="profile" in given.what, captured=captured)
     for name, work in {
+        "float8": lambda: train("blt-1b", given.bytes, rate, "rowwise"),
         "step": lambda: step(given.bytes, rate),
         "entropy": lambda: entropy(rate),
         "8b": lambda: train("blt-8b", [16_384], rate),

@@ -409,6 +409,9 @@ def bench_train(
         bool, typer.Option("--float8", help="The global transformer's products in 8-bit floats.")
     ] = False,
     checkpointing: Annotated[str, typer.Option(help="Of activations: none, selective, full.")] = "none",
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Forward and backward pass captured once and replayed.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     as_json: JsonOption = False,
@@ -421,7 +424,7 @@ def bench_train(
     from bytelatent.bench import bench_train as run
 
     given = {"model": model, "bytes": num_bytes, "float8": "rowwise" if float8 else None}
-    given |= {"checkpointing": checkpointing, "device": device, "dtype": dtype}
+    given |= {"checkpointing": checkpointing, "cuda_graph": cuda_graph, "device": device, "dtype": dtype}
     report = run(BenchTrainSettings.parse(given), Console(stderr=True))
     if as_json:
         print(json.dumps(report.plain()))

@@ -23,7 +23,7 @@ from bytelatent.training.settings import TrainSettings
 # What may differ when a run goes on: nothing that changes the steps already done.
 MAY_CHANGE = {
     *("steps", "minutes", "validation", "checkpoint", "parallel", "faults"),
-    *("log_every", "device", "compile", "determinism", "byte_lm"),
+    *("log_every", "device", "compile", "cuda_graph", "determinism", "byte_lm"),
     *("track", "wandb", "profile", "statistics_every"),
 }
 DATA_MAY_CHANGE = {"workers", "max_damaged"}

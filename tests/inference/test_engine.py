@@ -11,6 +11,7 @@ from torch import Tensor
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.fast import FastRows, supports
+from bytelatent.inference.fast.drafted import LONGEST
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
@@ -54,15 +55,25 @@ NAMES = list(decoders())
 
 
 def engine_of(decoder: Decoder, kind: str, num_rows: int) -> Engine:
-    """Plain rows; the fast ones as they run on a GPU; the same where the global transformer runs seldom, for few."""
+    """Plain rows; the fast ones as they run on a GPU; the same where the global transformer runs seldom, for few; and
+    where several bytes are drafted and verified at once."""
     if kind == "plain":
         return Engine.plain(decoder, num_rows)
     assert supports(decoder.model, decoder.byte_lm)
-    every, places = {"fast": (1, None), "fast, seldom": (3, 1), "fast, few": (1, 2)}[kind]
-    return Engine(decoder, FastRows(decoder, num_rows, every, places), num_rows)
+    if kind in DRAFTED and isinstance(decoder.model, ByteLM):
+        pytest.skip("a byte LM has no part that drafts")
+    return Engine(decoder, FastRows(decoder, num_rows, **FAST[kind]), num_rows)
 
 
-KINDS = ["plain", "fast", "fast, seldom", "fast, few"]
+FAST: dict[str, dict[str, int]] = {
+    "fast": {},
+    "fast, seldom": {"every": 3, "places": 1},
+    "fast, few": {"places": 2},
+    "drafted": {"ahead": 5},
+    "drafted, far": {"ahead": LONGEST},
+}
+DRAFTED = ["drafted", "drafted, far"]
+KINDS = ["plain", *FAST]
 
 
 def slow_greedy(decoder: Decoder, prompt: str, count: int) -> list[int]:
@@ -133,7 +144,7 @@ def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("size", [200, 300])
-@pytest.mark.parametrize("kind", ["plain", "fast"])
+@pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
 def test_long_texts_and_patches(kind: str, size: int) -> None:
     """Beyond the first size of every table, on the way or with the prompt."""
     rule = PatchSettings(mode="static", patch_size=300)
@@ -166,7 +177,7 @@ def test_samples_share_a_prompt() -> None:
     assert len({tuple(continuation.ids) for continuation in asked}) == 3
 
 
-@pytest.mark.parametrize("kind", ["plain", "fast"])
+@pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
 def test_stop_texts(kind: str) -> None:
     """Matched on bytes, shown neither in the end nor on the way."""
     decoder = decoders()["entropy"]
@@ -185,7 +196,7 @@ def test_stop_texts(kind: str) -> None:
     assert bytes(i - 4 for i in found.ids) == whole.data[: at + 3]
 
 
-@pytest.mark.parametrize("kind", ["plain", "fast"])
+@pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
 def test_valid_utf8(kind: str) -> None:
     decoder = decoders()["entropy"]
     engine = engine_of(decoder, kind, 2)

@@ -17,10 +17,15 @@ from bytelatent.patching import PatchSettings, PatchState, step
 from bytelatent.vocab import EOS
 
 
-def plain_draw(logits_BV: Tensor, rows: SamplingRows, position: Tensor, flags: Flags) -> None:
+def plain_draw(
+    logits_BV: Tensor, rows: SamplingRows, position: Tensor, flags: Flags, expected: Tensor | None = None
+) -> None:
     """What `draw` does."""
     draws = flags.is_active & ~flags.is_waiting
     ids, log_probability = rows.draw(logits_BV)
+    if expected is not None:
+        flags.is_waiting.logical_or_(draws & (ids != expected))
+        draws &= ids == expected
     rows.read(ids, draws)
     flags.drawn.copy_(torch.where(draws, ids, -1))
     flags.log_probability.copy_(log_probability)
@@ -45,7 +50,7 @@ def plain_choose(state: Any, flags: Flags, closes: bool) -> None:
     flags.closing.copy_(closing)
     flags.number.copy_(torch.where(closing >= 0, state.num_patches[closing.clamp(min=0)], 0))
     flags.run.fill_(bool((closing >= 0).any()))
-    flags.closing_count.copy_(state.open_count)
+    flags.closing_count.copy_(torch.where(closing >= 0, state.open_count[closing.clamp(min=0)], 0))
     state.open_count.mul_(~served)
     state.num_patches.add_(served)
     goes_on = (flags.reads & ~wants) | served
@@ -89,9 +94,17 @@ def attend(
     heads: int,
     window: int | None,
     row_B: Tensor,
+    new: int = 1,
     run: Tensor | None = None,
 ) -> Tensor:
-    """What `plain_decode_attention` computes for one new position of each sequence, all sequences at once."""
+    """What `plain_decode_attention` computes, all sequences at once, one new position after another."""
+    if new > 1:
+        each = qkv.view(-1, new, qkv.shape[1])
+        same: Any = {"heads": heads, "window": window, "row_B": row_B, "run": run}
+        found = [
+            attend(each[:, at], cache_k_CRJE, cache_v_CRJE, position_B + at, rotary_PA2, **same) for at in range(new)
+        ]
+        return torch.stack(found, dim=1).flatten(0, 1)
     _, slots, kv_heads, head_dim = cache_k_CRJE.shape
     if run is not None and not bool(run):
         return qkv.new_zeros(len(qkv), heads * head_dim)

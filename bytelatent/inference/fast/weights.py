@@ -42,7 +42,7 @@ class StackWeights:
     settings: StackSettings
     blocks: list[BlockWeights]
     rotary: Tensor  # [positions, E/2, 2]
-    launch: dict[str, Any] = field(default_factory=dict)  # how the attention kernel is launched; see `prepare`
+    _launches: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stack: Any) -> "StackWeights":
@@ -51,14 +51,20 @@ class StackWeights:
         made.make_room(BLOCK)
         return made
 
-    def prepare(self, num_rows: int) -> None:
-        """What the attention kernel needs on CUDA for so many rows, made once: a graph knows it by its address."""
-        if self.rotary.device.type == "cuda":
+    def launch(self, sequences: int, new: int) -> dict[str, Any]:
+        """How the attention kernel is launched for so many sequences with `new` positions each.
+
+        Each is made once and kept, since a CUDA graph knows it by its address.
+        """
+        if self.rotary.device.type != "cuda":
+            return {}
+        if (sequences, new) not in self._launches:
             settings = self.settings
             heads, reach = settings.num_heads, settings.window or BLOCK
-            launch = launch_for_attention(num_rows, 1, heads, settings.kv_heads, reach)
-            scratch = split_scratch(num_rows, heads, settings.head_dim, launch.splits, self.rotary.device)
-            self.launch = {"launch": launch, "scratch": scratch}
+            launch = launch_for_attention(sequences, new, heads, settings.kv_heads, reach)
+            scratch = split_scratch(sequences * new, heads, settings.head_dim, launch.splits, self.rotary.device)
+            self._launches[sequences, new] = {"launch": launch, "scratch": scratch}
+        return self._launches[sequences, new]
 
     def make_room(self, positions: int) -> None:
         """Rotary angles of so many positions."""
