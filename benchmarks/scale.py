@@ -5,7 +5,8 @@
     python benchmarks/scale.py correct [--gpus N] [--text TEXT.jsonl] [--out FOLDER]
 
 predict  the formulas of docs/scaling.md. `--rate` is what one card does of the 1B shape alone, forward and backward, in
-         bytes a second (`python benchmarks/train.py 1b`); the 8B shape is taken to reach the same share of the matrix rate.
+         bytes a second (`python benchmarks/train.py 1b`); the 8B shape is taken to reach the same share of the matrix
+         rate.
 measure  the trainer's steps on random text, so many bytes a GPU; each configuration is a model, a plan (alone, shard,
          hybrid, replicate, tensor) and how it is trained (dense: hash tables like other weights; float8; selective or
          full: what is computed again). `--save FOLDER`: then it is saved in the background while steps go on.
@@ -131,9 +132,7 @@ def main() -> None:
     else:
         from scale_correct import correct
 
-        guarded(
-            lambda: correct(given.gpus, given.plans, given.text, given.out, given.steps, given.minutes, given.tiny)
-        )
+        guarded(lambda: correct(given.gpus, given.plans, given.text, given.out, given.steps, given.minutes, given.tiny))
 
 
 NAMES = ("blt-1b", "blt-8b")

@@ -15,106 +15,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from scale_plans import Configuration
+from torch.cuda.nccl import version as nccl_version
 
 from bytelatent.data import Batch, surprise
 from bytelatent.device import autocast, choose_dtype, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.interop import Config
-from bytelatent.model import BLTSettings, preset
 from bytelatent.model.flops import training_flops
-from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.training import TrainSettings, loop
 from bytelatent.training.checkpoint import Checkpoints, TrainState
 from bytelatent.training.float8 import check_float8
+from bytelatent.training.gradients import Gradients
 from bytelatent.training.measure import DOCUMENT, num_patches, random_batch, wait_for
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.parallel import Plan, build_spread, make_plan
 from bytelatent.training.ranks import Ranks, open_ranks
 from bytelatent.training.time_spent import Communication, communication_of
 
-PLANS = ("alone", "shard", "hybrid", "replicate", "tensor")
-OTHERS = ("rows", "dense", "float8", "selective", "full")
 STEPS_A_CHECKPOINT = 1000  # the trainer's default
 PATIENCE = timedelta(minutes=2)  # a rank that does not answer for so long hangs in a collective that another one left
-TINY_STACK = StackSettings(dim=32, num_layers=1, num_heads=2, window=64, multiple_of=16)
-TINY = BLTSettings(
-    encoder=TINY_STACK,
-    global_transformer=StackSettings(dim=64, num_layers=2, num_heads=4, multiple_of=16),
-    decoder=TINY_STACK,
-    cross_attention=CrossAttentionSettings(k=2, num_heads=2),
-    ngram_hash=NgramHashSettings(sizes=(3, 4), vocab_size=1009),
-)
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """What is trained, and how the ranks share it.
-
-    Attributes:
-        plan: `alone` is without FSDP, for one rank; any other one of one rank is FSDP on it.
-        tables: `rows` are the hash tables divided by rows, or, alone, their gradients by rows.
-    """
-
-    name: str
-    model: BLTSettings
-    plan: str
-    tables: str
-    float8: bool
-    checkpointing: str
-
-    @classmethod
-    def parse(cls, text: str, hash_rows: int | None = None) -> "Configuration":
-        """From MODEL:WORD+WORD..., a plan among the words.
-
-        Args:
-            hash_rows: of each hash table, in place of the preset's.
-
-        Raises:
-            UserError: there is no such model or word.
-        """
-        name, _, rest = text.partition(":")
-        words = rest.split("+")
-        plans = [word for word in words if word in PLANS]
-        if len(plans) != 1 or any(word not in PLANS + OTHERS for word in words):
-            raise UserError(f"'{text}': write MODEL:PLAN+..., PLAN of {', '.join(PLANS)} and ... of {', '.join(OTHERS)}")
-        model = TINY if name == "tiny" else preset(name)
-        if not isinstance(model, BLTSettings) or model.ngram_hash is None:
-            raise UserError(f"'{text}': '{name}' is no BLT with hash tables")
-        if hash_rows is not None:
-            hashed = model.ngram_hash.model_copy(update={"vocab_size": hash_rows})
-            model = model.model_copy(update={"ngram_hash": hashed})
-        tables = "dense" if "dense" in words or (plans == ["alone"] and "rows" not in words) else "rows"
-        how = next((word for word in words if word in ("selective", "full")), "none")
-        return cls(name, model, plans[0], tables, "float8" in words, how)
-
-    def settings(self, size: int) -> TrainSettings:
-        """Those of a run, `size` bytes a rank and step."""
-        hashed = "rows" if (self.plan, self.tables) == ("alone", "rows") else "dense"
-        kind = {"alone": "shard", "tensor": "shard"}.get(self.plan, self.plan)
-        tensor = 2 if self.plan == "tensor" else 1
-        parallel = {
-            "data": kind,
-            "replicas": 2 if kind == "hybrid" else None,
-            "tensor": tensor,
-            "tables": "rows" if self.tables == "rows" else "gather",
-            "activation_checkpointing": self.checkpointing,
-        }
-        return TrainSettings.parse(
-            {
-                "steps": 10**6,
-                "model": self.model.plain(),
-                "patching": {"mode": "space"},
-                "data": {"train": "random", "batch_bytes": size * tensor, "context": DOCUMENT},
-                "optimizer": {"hash_gradients": hashed},
-                "parallel": parallel,
-                "float8": "rowwise" if self.float8 else None,
-            }
-        )
-
-    @property
-    def words(self) -> str:
-        words = {"alone": "no FSDP", "shard": "FSDP", "tensor": "FSDP, tensor 2"}.get(self.plan, self.plan)
-        return words if self.checkpointing == "none" else f"{words}, recomputing {self.checkpointing}"
 
 
 class Same:
@@ -158,10 +78,10 @@ class Training:
             with autocast(device, dtype):
                 return surprise(model, batch)
 
-        self.loss = loss
+        self.gradients = Gradients(loss, device)
 
     def step(self) -> None:
-        loop._step(self.state, self.settings, self.loss, self.device, self.plan)
+        loop._step(self.state, self.settings, self.gradients, self.plan)
 
     def seconds(self, steps: int) -> float:
         """Of one step, the mean of so many."""
@@ -236,7 +156,7 @@ class Row:
             of.name,
             of.words,
             f"{of.tables}, {of.model.ngram_hash.vocab_size:,} a table",
-            "float8" if of.float8 else str(self.dtype).removeprefix("torch."),
+            of.products(self.dtype),
             f"{self.size:,}",
             f"{self.seconds * 1e3:.1f}",
             f"{self.size / self.seconds:,.0f}",
@@ -342,7 +262,7 @@ def measure(
     with joined(device_name) as (ranks, aside, device):
         configurations = [Configuration.parse(text, hash_rows) for text in texts]
         dtype = choose_dtype("bfloat16" if device.type == "cuda" else "float32", device)
-        compiled = device.type == "cuda" if compiled is None else compiled
+        compile_blocks = device.type == "cuda" if compiled is None else compiled
 
         def say(line: str) -> None:
             if ranks.is_first:
@@ -353,7 +273,7 @@ def measure(
         say(f"\n{Row.HEAD}\n{rule_below(Row.HEAD)}")
 
         def work(configuration: Configuration, size: int) -> None:
-            training = Training(configuration, size, ranks, device, dtype, compiled)
+            training = Training(configuration, size, ranks, device, dtype, compile_blocks)
             row = measured(training, configuration, steps, ranks, dtype)
             say(row.line())
             if folder is not None and (ranks.world > 1 or configuration.plan == "alone"):
@@ -365,8 +285,8 @@ def measure(
                 torch._dynamo.reset()
                 failed = attempt(lambda c=configuration, s=size: work(c, s), aside, device)
                 if failed is not None:
-                    tables = f"{configuration.tables} tables"
-                    say(f"| {ranks.world} | {configuration.name} | {configuration.words}, {tables}, {size:,} | {failed} |")
+                    what = f"{configuration.words}, {configuration.products(dtype)} | {configuration.tables} | {size:,}"
+                    say(f"| {ranks.world} | {configuration.name} | {what} | {failed} |")
         if saves:
             say("\n".join(["", SAVE_HEAD, rule_below(SAVE_HEAD), *saves]))
 
@@ -379,12 +299,11 @@ def joined(device_name: str) -> Any:
             torch.cuda.set_per_process_memory_fraction(0.95, device)
         if ranks.world == 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
             aside = ranks
         else:
-            aside = Ranks(
-                ranks.rank, ranks.world, ranks.local_rank, dist.new_group(backend="gloo", timeout=PATIENCE)
-            )
+            aside = Ranks(ranks.rank, ranks.world, ranks.local_rank, dist.new_group(backend="gloo", timeout=PATIENCE))
         try:
             yield ranks, aside, device
         finally:
@@ -419,7 +338,7 @@ def attempt(work: Callable[[], None], ranks: Ranks, device: torch.device) -> str
 def about(device: torch.device, ranks: Ranks) -> str:
     words = [f"torch {torch.__version__}", f"ranks: {ranks.world}"]
     if device.type == "cuda":
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        nccl = ".".join(map(str, nccl_version()))
         multicast = os.environ.get("NCCL_NVLS_ENABLE", "not set")
         words = [torch.cuda.get_device_name(device), *words, f"NCCL {nccl} (NCCL_NVLS_ENABLE {multicast})"]
     return "; ".join(words)

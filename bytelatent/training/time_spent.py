@@ -91,7 +91,7 @@ Interval = tuple[float, float]
 
 
 def communication(events: Iterable[dict[str, Any]]) -> Communication:
-    """What the events of a trace in Chrome's format say, whose times are in microseconds; those of a CPU are left out."""
+    """What the events of a trace in Chrome's format say of its GPU; their times are in microseconds."""
     collectives: list[Interval] = []
     others: list[Interval] = []
     for event in events:
