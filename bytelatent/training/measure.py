@@ -119,9 +119,9 @@ class ForwardBackward:
             return surprise(self._model, batch)
 
 
-def random_batch(size: int, device: torch.device, patched: bool = True) -> tuple[Stream, Tensor]:
+def random_batch(size: int, device: torch.device, patched: bool = True, seed: int = 0) -> tuple[Stream, Tensor]:
     """A stream of `size` ids, and their targets."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, 260, [size], generator=generator)
     stream = pack_rows(list(ids.split(DOCUMENT)))
     targets = torch.randint(4, 260, [size], generator=generator)
