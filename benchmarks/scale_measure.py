@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -178,10 +178,14 @@ def measured(training: Training, configuration: Configuration, steps: int, ranks
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = max(ranks.gather(training.seconds(steps)))
-    spent = communication_of(training.step, device)
-    if spent is not None:
-        every = ranks.sum([spent.span, spent.total, spent.exposed, spent.idle])
-        spent = Communication(*(value / ranks.world for value in every))
+    try:
+        spent = communication_of(training.step, device)
+    except (RuntimeError, ValueError) as error:  # the clock's answer stands without it
+        print(f"{ranks.name}: no trace: {error}", file=sys.stderr, flush=True)
+        spent = None
+    every = [astuple(found) for found in ranks.gather(spent) if found is not None]
+    if every:
+        spent = Communication(*(sum(values) / len(every) for values in zip(*every, strict=True)))
     peak, batch = peak_flops(device, dtype), training.settings.data.batch_bytes
     flops = training_flops(configuration.model, batch / training.num_patches, min(batch, DOCUMENT))
     return Row(
@@ -279,7 +283,6 @@ def measure(
                 saves.extend(saved(training, name, row.seconds, folder, say))
 
         for configuration in configurations:
-            torch._dynamo.reset()
             failed = attempt(lambda c=configuration: work(c), aside, device)
             if failed is not None:
                 what = f"{configuration.words}, {configuration.products(dtype)} | {configuration.tables}"
@@ -321,6 +324,7 @@ def attempt(work: Callable[[], None], ranks: Ranks, device: torch.device) -> str
         failed = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if not memory and not isinstance(error, UserError):
             traceback.print_exc()
+    torch._dynamo.reset()  # the next one is compiled for itself
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
