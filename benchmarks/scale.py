@@ -1,7 +1,7 @@
 """How training scales over GPUs: computed, measured, and whether many GPUs train as one does.
 
     python benchmarks/scale.py predict [--rate 146000] [--bytes 65536]
-    [torchrun --nproc-per-node N] python benchmarks/scale.py measure [MODEL:WORD+WORD...] [--bytes 65536 16384]
+    torchrun --nproc-per-node N benchmarks/scale.py measure [MODEL[/ROWS]:WORD+WORD[@BYTES]...] [--bytes 65536 16384]
     python benchmarks/scale.py correct [--gpus N] [--text TEXT.jsonl] [--out FOLDER]
 
 predict  the formulas of docs/scaling.md. `--rate` is what one card does of the 1B shape alone, forward and backward, in
@@ -9,7 +9,8 @@ predict  the formulas of docs/scaling.md. `--rate` is what one card does of the 
          rate.
 measure  the trainer's steps on random text, so many bytes a GPU; each configuration is a model, a plan (alone, shard,
          hybrid, replicate, tensor) and how it is trained (dense: hash tables like other weights; float8; selective or
-         full: what is computed again). `--save FOLDER`: then it is saved in the background while steps go on.
+         full: what is computed again), with other rows of each hash table or bytes a GPU where it says so:
+         blt-1b/100003:shard+selective@32768. `--save FOLDER`: then it is saved in the background while steps go on.
 correct  runs of the trainer: many GPUs against one, a second time, from another number, after a rank was killed.
 
 All of them run on a CPU with `--tiny`.
@@ -105,7 +106,6 @@ def main() -> None:
     given.add_argument("configurations", nargs="*", help=f"default: {' '.join(MANY)}; of one GPU {' '.join(ONE)}")
     given.add_argument("--bytes", type=int, nargs="+", default=None, help="a GPU and step; 65,536")
     given.add_argument("--steps", type=int, default=5, help="that the clock sees")
-    given.add_argument("--hash-rows", type=int, help="of each hash table, in place of the shape's own")
     given.add_argument("--save", type=Path, metavar="FOLDER", help="save there, too; what was saved is removed")
     given.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     given.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
@@ -116,6 +116,7 @@ def main() -> None:
     given.add_argument("--out", type=Path, default=Path("runs/scale"), help="for the runs; must not exist")
     given.add_argument("--steps", type=int, default=100)
     given.add_argument("--minutes", type=float, default=10.0, help="after which a run is given up")
+    given.add_argument("--determinism", action=argparse.BooleanOptionalAction, default=True, help="of all runs")
     given.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
     given = parser.parse_args()
     if given.what == "predict":
@@ -126,13 +127,14 @@ def main() -> None:
         texts = given.configurations or (ONE if os.environ.get("WORLD_SIZE", "1") == "1" else MANY)
         device = "cuda"
         if given.tiny:
-            device, texts = "cpu", [f"tiny:{text.partition(':')[2]}" for text in texts]
+            device, texts = "cpu", [f"tiny:{text.partition('@')[0].partition(':')[2]}" for text in texts]
         sizes = given.bytes or [512 if given.tiny else 65_536]
-        guarded(lambda: measure(texts, sizes, given.steps, device, given.compile, given.hash_rows, given.save))
+        guarded(lambda: measure(texts, sizes, given.steps, device, given.compile, given.save))
     else:
         from scale_correct import correct
 
-        guarded(lambda: correct(given.gpus, given.plans, given.text, given.out, given.steps, given.minutes, given.tiny))
+        how = (given.steps, given.minutes, given.tiny, given.determinism)
+        guarded(lambda: correct(given.gpus, given.plans, given.text, given.out, *how))
 
 
 NAMES = ("blt-1b", "blt-8b")

@@ -154,7 +154,14 @@ class Jobs:
 
 
 def correct(
-    gpus: int | None, plans: Sequence[str], text: Path | None, out: Path, steps: int, minutes: float, tiny: bool
+    gpus: int | None,
+    plans: Sequence[str],
+    text: Path | None,
+    out: Path,
+    steps: int,
+    minutes: float,
+    tiny: bool,
+    determinism: bool,
 ) -> None:
     """Run and compare; exit code 1 where something is not as it should be."""
     cards = [] if tiny else cards_here()
@@ -166,7 +173,7 @@ def correct(
     out.mkdir(parents=True)
     stored = store(text, out / "text.parquet", steps, tiny)
     half = steps // 2
-    jobs = Jobs(out, run_settings(stored, steps, tiny), cards)
+    jobs = Jobs(out, {**run_settings(stored, steps, tiny), "determinism": determinism}, cards)
     until = time.monotonic() + 60 * minutes
 
     # One card has room for several of these runs, and they are compared, not timed.
@@ -230,7 +237,7 @@ def differ(what: str, job: Job, other: Job) -> float | None:
 
 
 def repeated(killed: Job, first: Job, world: int) -> bool:
-    """Print whether a run whose rank was killed is the other one bit for bit: both are deterministic."""
+    """Print whether a run whose rank was killed is the other one bit for bit, as it is where both are deterministic."""
     log = killed.log.read_text(errors="replace")
     if killed.failed or first.failed:
         say("a rank killed: no run to compare")
@@ -276,7 +283,6 @@ def run_settings(text: Path, steps: int, tiny: bool) -> dict[str, Any]:
         "checkpoint": {"every": steps // 4, "keep": 4},
         "faults.watchdog_minutes": 4,
         "log_every": 1,
-        "determinism": True,
         "device": "cpu" if tiny else "cuda",
         "dtype": "bfloat16",
     }

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,13 @@ class Training:
     def __init__(
         self,
         configuration: Configuration,
-        size: int,
         ranks: Ranks,
         device: torch.device,
         dtype: torch.dtype,
         compiled: bool,
     ):
-        self.settings = settings = configuration.settings(size)
-        self.device, self.size = device, size
+        self.settings = settings = configuration.settings
+        self.device = device
         check_float8(settings.float8, device, dtype)
         self.plan = plan_of(configuration.plan, settings, ranks, device)
         model = build_spread(settings.model, self.plan, device, dtype, compiled, settings.float8)
@@ -133,7 +132,6 @@ class Row:
     gpus: int
     configuration: Configuration
     dtype: torch.dtype
-    size: int
     seconds: float
     utilisation: float | None
     memory: int
@@ -157,9 +155,9 @@ class Row:
             of.words,
             f"{of.tables}, {of.model.ngram_hash.vocab_size:,} a table",
             of.products(self.dtype),
-            f"{self.size:,}",
+            f"{of.size:,}",
             f"{self.seconds * 1e3:.1f}",
-            f"{self.size / self.seconds:,.0f}",
+            f"{of.size / self.seconds:,.0f}",
             "-" if self.utilisation is None else f"{self.utilisation:.1%}",
             f"{self.memory / 2**30:.1f}",
             *shares,
@@ -180,19 +178,22 @@ def measured(training: Training, configuration: Configuration, steps: int, ranks
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = max(ranks.gather(training.seconds(steps)))
-    spent = communication_of(training.step, device)
-    if spent is not None:
-        every = ranks.sum([spent.span, spent.total, spent.exposed, spent.idle])
-        spent = Communication(*(value / ranks.world for value in every))
+    try:
+        spent = communication_of(training.step, device)
+    except (RuntimeError, ValueError) as error:  # the clock's answer stands without it
+        print(f"{ranks.name}: no trace: {error}", file=sys.stderr, flush=True)
+        spent = None
+    every = [astuple(found) for found in ranks.gather(spent) if found is not None]
+    if every:
+        spent = Communication(*(sum(values) / len(every) for values in zip(*every, strict=True)))
     peak, batch = peak_flops(device, dtype), training.settings.data.batch_bytes
     flops = training_flops(configuration.model, batch / training.num_patches, min(batch, DOCUMENT))
     return Row(
         ranks.world,
         configuration,
         dtype,
-        training.size,
         seconds,
-        None if peak is None else flops * training.size / seconds / peak,
+        None if peak is None else flops * configuration.size / seconds / peak,
         max(ranks.gather(peak_memory(device if device.type == "cuda" else None))),
         spent,
         first,
@@ -255,12 +256,13 @@ def measure(
     steps: int,
     device_name: str,
     compiled: bool | None,
-    hash_rows: int | None,
     folder: Path | None,
 ) -> None:
     """Print a table, a line as soon as it is measured."""
     with joined(device_name) as (ranks, aside, device):
-        configurations = [Configuration.parse(text, hash_rows) for text in texts]
+        configurations = [
+            Configuration.parse(text, size) for text in texts for size in (sizes if "@" not in text else sizes[:1])
+        ]
         dtype = choose_dtype("bfloat16" if device.type == "cuda" else "float32", device)
         compile_blocks = device.type == "cuda" if compiled is None else compiled
 
@@ -272,8 +274,8 @@ def measure(
         say(about(device, ranks))
         say(f"\n{Row.HEAD}\n{rule_below(Row.HEAD)}")
 
-        def work(configuration: Configuration, size: int) -> None:
-            training = Training(configuration, size, ranks, device, dtype, compile_blocks)
+        def work(configuration: Configuration) -> None:
+            training = Training(configuration, ranks, device, dtype, compile_blocks)
             row = measured(training, configuration, steps, ranks, dtype)
             say(row.line())
             if folder is not None and (ranks.world > 1 or configuration.plan == "alone"):
@@ -281,12 +283,10 @@ def measure(
                 saves.extend(saved(training, name, row.seconds, folder, say))
 
         for configuration in configurations:
-            for size in sizes:
-                torch._dynamo.reset()
-                failed = attempt(lambda c=configuration, s=size: work(c, s), aside, device)
-                if failed is not None:
-                    what = f"{configuration.words}, {configuration.products(dtype)} | {configuration.tables} | {size:,}"
-                    say(f"| {ranks.world} | {configuration.name} | {what} | {failed} |")
+            failed = attempt(lambda c=configuration: work(c), aside, device)
+            if failed is not None:
+                what = f"{configuration.words}, {configuration.products(dtype)} | {configuration.tables}"
+                say(f"| {ranks.world} | {configuration.name} | {what} | {configuration.size:,} | {failed} |")
         if saves:
             say("\n".join(["", SAVE_HEAD, rule_below(SAVE_HEAD), *saves]))
 
@@ -296,7 +296,7 @@ def joined(device_name: str) -> Any:
     """The ranks, the same with little patience, and the device; a rank alone has a process group, too, for FSDP."""
     with open_ranks(device_name, 5) as (ranks, device):
         if device.type == "cuda":  # the same on all ranks, so that they run out of memory together
-            torch.cuda.set_per_process_memory_fraction(0.95, device)
+            torch.cuda.set_per_process_memory_fraction(0.95)
         if ranks.world == 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -324,6 +324,7 @@ def attempt(work: Callable[[], None], ranks: Ranks, device: torch.device) -> str
         failed = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if not memory and not isinstance(error, UserError):
             traceback.print_exc()
+    torch._dynamo.reset()  # the next one is compiled for itself
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -46,36 +46,44 @@ class Configuration:
     tables: str
     float8: bool
     checkpointing: str
+    size: int  # bytes a rank and step
 
     @classmethod
-    def parse(cls, text: str, hash_rows: int | None = None) -> "Configuration":
-        """From MODEL:WORD+WORD..., a plan among the words.
+    def parse(cls, text: str, size: int) -> "Configuration":
+        """From MODEL[/ROWS]:WORD+WORD...[@BYTES].
+
+        ROWS are of each hash table, BYTES of a rank and step; one of the words is a plan.
 
         Args:
-            hash_rows: of each hash table, in place of the preset's.
+            size: BYTES, where the text has none.
 
         Raises:
             UserError: there is no such model or word.
         """
-        name, _, rest = text.partition(":")
+        what, _, own_size = text.partition("@")
+        shape, _, rest = what.partition(":")
+        name, _, rows = shape.partition("/")
         words = rest.split("+")
         plans = [word for word in words if word in PLANS]
-        if len(plans) != 1 or any(word not in PLANS + OTHERS for word in words):
+        numbers = all(part == "" or part.isdecimal() for part in (own_size, rows))
+        if len(plans) != 1 or not numbers or any(word not in PLANS + OTHERS for word in words):
             raise UserError(
-                f"'{text}': write MODEL:PLAN+..., PLAN of {', '.join(PLANS)} and ... of {', '.join(OTHERS)}"
+                f"'{text}': write MODEL[/ROWS]:PLAN+WORD...[@BYTES], PLAN of {', '.join(PLANS)}, "
+                f"WORD of {', '.join(OTHERS)}"
             )
         model = TINY if name == "tiny" else preset(name)
         if not isinstance(model, BLTSettings) or model.ngram_hash is None:
             raise UserError(f"'{text}': '{name}' is no BLT with hash tables")
-        if hash_rows is not None:
-            hashed = model.ngram_hash.model_copy(update={"vocab_size": hash_rows})
+        if rows:
+            hashed = model.ngram_hash.model_copy(update={"vocab_size": int(rows)})
             model = model.model_copy(update={"ngram_hash": hashed})
         tables = "dense" if "dense" in words or (plans == ["alone"] and "rows" not in words) else "rows"
         how = next((word for word in words if word in ("selective", "full")), "none")
-        return cls(name, model, plans[0], tables, "float8" in words, how)
+        return cls(name, model, plans[0], tables, "float8" in words, how, int(own_size or size))
 
-    def settings(self, size: int) -> TrainSettings:
-        """Those of a run, `size` bytes a rank and step."""
+    @property
+    def settings(self) -> TrainSettings:
+        """Those of a run."""
         hashed = "rows" if (self.plan, self.tables) == ("alone", "rows") else "dense"
         kind = {"alone": "shard", "tensor": "shard"}.get(self.plan, self.plan)
         tensor = 2 if self.plan == "tensor" else 1
@@ -91,7 +99,7 @@ class Configuration:
                 "steps": 10**6,
                 "model": self.model.plain(),
                 "patching": {"mode": "space"},
-                "data": {"train": "random", "batch_bytes": size * tensor, "context": DOCUMENT},
+                "data": {"train": "random", "batch_bytes": self.size * tensor, "context": DOCUMENT},
                 "optimizer": {"hash_gradients": hashed},
                 "parallel": parallel,
                 "float8": "rowwise" if self.float8 else None,

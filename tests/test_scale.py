@@ -20,14 +20,14 @@ def cells(line: str) -> list[str]:
 
 
 def test_a_configuration_and_its_line() -> None:
-    found = Configuration.parse("tiny:tensor+dense+float8+full", hash_rows=500)
+    found = Configuration.parse("tiny/500:tensor+dense+float8+full@1000", size=8)
     assert found.model.ngram_hash is not None
-    settings = found.settings(1000)
+    settings = found.settings
     assert (settings.parallel.data, settings.parallel.tensor, settings.parallel.tables) == ("shard", 2, "gather")
     assert settings.parallel.activation_checkpointing == "full"
     assert (settings.float8, settings.data.batch_bytes) == ("rowwise", 2000)  # of two ranks
     spent = Communication(span=2.0, total=0.5, exposed=0.1, idle=0.2)
-    line = Row(4, found, torch.bfloat16, 1000, 0.5, 0.25, 3 << 29, spent, 9.4).line()
+    line = Row(4, found, torch.bfloat16, 0.5, 0.25, 3 << 29, spent, 9.4).line()
     row = dict(zip(cells(Row.HEAD), cells(line), strict=True))
     assert row == {
         "GPUs": "4",
@@ -46,19 +46,21 @@ def test_a_configuration_and_its_line() -> None:
         "first step, s": "9",
     }
     assert len(cells(rule_below(Row.HEAD))) == len(row)
-    assert Configuration.parse("tiny:alone+rows").settings(8).optimizer.hash_gradients == "rows"
-    assert Configuration.parse("tiny:shard").settings(8).optimizer.hash_gradients == "dense"
+    assert Configuration.parse("tiny:alone+rows", 8).settings.optimizer.hash_gradients == "rows"
+    assert Configuration.parse("tiny:shard", 8).settings.optimizer.hash_gradients == "dense"
 
 
-@pytest.mark.parametrize("text", ["tiny", "tiny:rows", "tiny:shard+tensor", "tiny:shard+what", "entropy:shard"])
+@pytest.mark.parametrize(
+    "text", ["tiny", "tiny:rows", "tiny:shard+tensor", "tiny:shard+what", "entropy:shard", "tiny:shard@x"]
+)
 def test_what_is_no_configuration(text: str) -> None:
     with pytest.raises(UserError, match=text.replace("+", r"\+")):
-        Configuration.parse(text)
+        Configuration.parse(text, 8)
 
 
 def test_a_table_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = ["tiny:alone", "tiny:shard", "tiny:hybrid"]
-    measure(texts, [300], 1, "cpu", compiled=False, hash_rows=None, folder=tmp_path / "saves")
+    measure(texts, [300], 1, "cpu", compiled=False, folder=tmp_path / "saves")
     lines = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     plans = [line[2] for line in lines]
     assert plans[:4] == ["plan", "---", "no FSDP", "FSDP"]

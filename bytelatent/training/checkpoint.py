@@ -88,7 +88,8 @@ class Checkpoints:
         self.ranks = plan.ranks.another_group()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._copies: dict[str, Tensor] = {}  # on the CPU, what the writer reads; kept for the next save
+        self._copies: dict[str, Tensor] = {}  # what the writer reads
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def __enter__(self) -> Self:
         return self
@@ -211,21 +212,20 @@ class Checkpoints:
             model or None,
         )
 
+    @torch.no_grad()
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU.
-
-        From a GPU they go into pinned memory, which takes them many times as fast as other memory does. To get such
-        memory is slow, so it is kept from one save to the next.
-        """
+        """Copies on the CPU. To get pinned memory is slow, so it is kept from one save to the next."""
         for name, value in tensors.items():
             if name not in self._copies:
-                self._copies[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            self._copies[name].copy_(value, non_blocking=True)
-        if any(value.is_cuda for value in tensors.values()):
-            torch.cuda.current_stream().synchronize()
+                self._copies[name] = _place_for(value)
+            _own_part(self._copies[name]).copy_(_own_part(value), non_blocking=True)
+        if self._device is not None:
+            torch.cuda.synchronize(self._device)
         return dict(self._copies)
 
     def _write_aside(self, content: Content, needed: bool) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # a thread begins on the first one
         try:
             self._write(content, needed)
         except BaseException as error:
@@ -322,6 +322,23 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         for unfinished in self.parent.glob(".step-*"):  # left by a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _own_part(value: Any) -> Tensor:
+    """What this rank holds of a tensor."""
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def _place_for(value: Tensor) -> Tensor:
+    """An empty tensor on the CPU, spread as `value` is; pinned for one on a GPU: it is many times as fast to fill."""
+    place: Any = torch.empty_like(value, device="cpu")
+    if not value.is_cuda:
+        return place
+    pinned = torch.empty_like(_own_part(place), pin_memory=True)
+    if not hasattr(place, "to_local"):
+        return pinned
+    place._local_tensor = pinned  # made from parts, it would be moved to the device of its mesh
+    return place
 
 
 def _as_tensors(value: Any) -> Any:
