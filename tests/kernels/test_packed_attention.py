@@ -136,9 +136,9 @@ def test_what_the_graphs_say(dtype: torch.dtype, kv_heads: int, window: int | No
         assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 1e-2
     assert graphs._forward.cache_info().misses == 1
     for size in (31, 2048):  # a graph is for about as many positions
-        graphs.make(q.device, size, 64, Heads(dtype, 4, kv_heads, 16), window)
+        graphs.make(q.device, size, 64, window, dtype, 4, kv_heads, 16)
     assert graphs._forward.cache_info().misses == 1
-    graphs.make(q.device, 2049, 64, Heads(dtype, 4, kv_heads, 16), window)
+    graphs.make(q.device, 2049, 64, window, dtype, 4, kv_heads, 16)
     assert graphs._forward.cache_info().misses == graphs._backward.cache_info().misses == 2
     with pytest.raises(AssertionError, match="in bfloat16 and float16, not in"):
         graphs.attention(q.float(), k.float(), v.float(), begin, length, window)
@@ -150,7 +150,7 @@ def test_a_graph_that_there_is_not(graphs: Any, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(cudnn_stand_in.Graph, "check_support", none)
     with pytest.raises(RuntimeError, match="no engine"):
-        graphs.make(torch.device("cpu"), 10, 64, heads(), None)
+        graphs.make(torch.device("cpu"), 10, 64, None, *heads())
 
 
 # Who is asked
@@ -178,7 +178,7 @@ def heads(dtype: torch.dtype = BF16, head_dim: int = 64) -> Heads:
 def test_what_cudnn_takes(hopper: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         assert takes(CUDA, 16384, 60, heads(), 512)
-    assert hopper == [(CUDA, 16384, 64, heads(), 512)]
+    assert hopper == [(CUDA, 16384, 64, 512, *heads())]
     assert takes(CUDA, 16384, 255, heads(torch.float16, 128), None)
     assert not takes(CUDA, 16384, 256, heads(), None)  # 512 entries: less than 64 positions each
     assert takes(CUDA, 2048, 63, heads(), None)
