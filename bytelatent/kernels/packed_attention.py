@@ -5,9 +5,8 @@ The stream is given as a batch of a fixed number of entries, one a document; tho
 """
 
 import warnings
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ VERSION = 91002  # of cuDNN, 9.10.2: the first that masks packed documents so
 GREATEST_HEAD, HEAD_MULTIPLE = 128, 16  # head sizes with which cuDNN's memory grows with T, and not with B times T
 
 
-@dataclass(frozen=True)
-class Heads:
+class Heads(NamedTuple):
     """What attention is computed of."""
 
     dtype: torch.dtype  # of queries, keys and values
@@ -206,7 +204,7 @@ def _made(device: torch.device, size: int, entries: int, heads: Heads, window: i
     from bytelatent.kernels import packed_attention_cudnn
 
     try:
-        packed_attention_cudnn.make(device, size, entries, heads, window)
+        packed_attention_cudnn.make(device, size, entries, window, *heads)
     except RuntimeError as error:
         name = torch.cuda.get_device_name(device)
         warnings.warn(f"cuDNN does not compute attention on {name}, FlexAttention does: {error}", stacklevel=2)

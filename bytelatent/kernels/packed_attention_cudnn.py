@@ -12,11 +12,10 @@ import cudnn  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor
 
-from bytelatent.kernels.packed_attention import HALVES, Heads
-
 # Shapes: T positions in the stream, B entries, H heads, J key/value heads, E head size
 
 ROUNDED = 2048  # a graph's positions are a multiple of this
+KINDS = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,16 @@ class Shape:
     device: torch.device
     size: int  # S, no document is longer; nor are all of them together
     entries: int
-    heads: Heads
     window: int | None
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
 
     @property
     def multiples(self) -> tuple[int, int, int]:
         """Numbers a position: of queries, of keys, and of logarithms."""
-        heads = self.heads
-        return heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim, heads.num_heads
+        return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_heads
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,16 @@ class Graph:
             self.graph.execute({number: given[name] for name, number in self.numbers.items()}, workspace, handle=handle)
 
 
-def make(device: torch.device, size: int, entries: int, heads: Heads, window: int | None) -> None:
+def make(device: torch.device, size: int, entries: int, window: int | None, *heads: Any) -> None:
     """Make the graphs, which takes a second for the first ones.
+
+    Args:
+        heads: dtype, H, J and E.
 
     Raises:
         RuntimeError: there is none for this device or these shapes.
     """
-    shape = _shape(device, size, entries, heads, window)
+    shape = _shape(device, size, entries, window, *heads)
     try:
         _forward(shape)
         _backward(shape)
@@ -96,14 +100,14 @@ def attention_backward(
 
 
 def _shape_of(q_THE: Tensor, k_TJE: Tensor, length: Tensor, window: int | None) -> Shape:
-    assert q_THE.dtype in HALVES, f"cuDNN computes attention in bfloat16 and float16, not in {q_THE.dtype}"
+    assert q_THE.dtype in KINDS, f"cuDNN computes attention in bfloat16 and float16, not in {q_THE.dtype}"
     size, num_heads, head_dim = q_THE.shape
-    return _shape(q_THE.device, size, length.shape[0], Heads(q_THE.dtype, num_heads, k_TJE.shape[1], head_dim), window)
+    return _shape(q_THE.device, size, length.shape[0], window, q_THE.dtype, num_heads, k_TJE.shape[1], head_dim)
 
 
-def _shape(device: torch.device, size: int, entries: int, heads: Heads, window: int | None) -> Shape:
+def _shape(device: torch.device, size: int, entries: int, window: int | None, *heads: Any) -> Shape:
     size = -(-size // ROUNDED) * ROUNDED
-    return Shape(device, size, entries, heads, window if window is not None and window < size else None)
+    return Shape(device, size, entries, window if window is not None and window < size else None, *heads)
 
 
 @cache
@@ -152,11 +156,10 @@ class _Making:
 
     def __init__(self, shape: Shape):
         self.shape = shape
-        kinds, heads = cudnn.data_type, shape.heads
-        kind = {torch.bfloat16: kinds.BFLOAT16, torch.float16: kinds.HALF}[heads.dtype]
-        self.queries_laid = _Laid(kind, heads.num_heads, heads.head_dim)
-        self.keys_laid = _Laid(kind, heads.num_kv_heads, heads.head_dim)
-        self.logsums_laid = _Laid(kinds.FLOAT, heads.num_heads, 1)
+        kind, kinds = KINDS[shape.dtype], cudnn.data_type
+        self.queries_laid = _Laid(kind, shape.num_heads, shape.head_dim)
+        self.keys_laid = _Laid(kind, shape.num_kv_heads, shape.head_dim)
+        self.logsums_laid = _Laid(kinds.FLOAT, shape.num_heads, 1)
         self.graph = cudnn.pygraph(
             io_data_type=kind,
             intermediate_data_type=kinds.FLOAT,
@@ -168,7 +171,7 @@ class _Making:
             self._column(_first(multiple), shape.entries + 1, kinds.INT64)
         length = self._column("length", shape.entries, kinds.INT32)
         self.mask: dict[str, Any] = {
-            "attn_scale": heads.head_dim**-0.5,
+            "attn_scale": shape.head_dim**-0.5,
             "use_padding_mask": True,  # entries have lengths
             "seq_len_q": length,
             "seq_len_kv": length,

@@ -52,6 +52,9 @@ def test_every_id_is_predicted_exactly_once(
         predicted += batch.targets[real].tolist()
         assert (batch.targets[~real] == -100).all()
         assert batch.num_bytes == sum(target >= 4 for target in batch.targets.tolist())
+        assert stream.num_documents == len(taken)
+        for row in [stream.document, *([stream.patch_document] if isinstance(stream, PatchedStream) else [])]:
+            assert int((row.diff() != 0).sum()) == len(taken) - int(row[-1] >= 0)  # runs, the padding's too
         # Documents do not mix: another document means another number, and positions begin anew with each number.
         own, numbers, position = owner[done : done + count], stream.document.tolist(), stream.position.tolist()
         assert count == len(own)

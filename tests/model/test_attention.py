@@ -1,12 +1,17 @@
 """Masks: what each position sees, and what it does not."""
 
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytelatent.model.attention import BandedMask, DenseMask, attend, build_mask
+from bytelatent.model import block, compile_regions
+from bytelatent.model.attention import BandedMask, DenseMask, attend, build_mask, packed_mask
 from tests.model.slow import attention
 from tests.model.tiny import patched_stream_of as patched
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt, tiny_byte_lm
@@ -115,6 +120,32 @@ def test_packed_documents_as_each_alone(
             for row, ids, next_starts in zip(rows, documents, starts, strict=False):
                 torch.testing.assert_close(row, model(patched([ids], [next_starts])), atol=2e-5, rtol=1e-5)
             torch.testing.assert_close(rows[0], rows[len(documents) - 1], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_with_packed_masks(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits and gradients, padding's too, in one mask for bytes and one for patches."""
+    random = torch.Generator().manual_seed(3)
+    sizes = [1, 30, 7, 1, 44]
+    documents, starts = [random_ids(random, n) for n in sizes], [random_starts(random, n) for n in sizes]
+    stream = replace(patched(documents, starts, padding=9, more_slots=4), num_documents=len(sizes))
+    model: Any = tiny_blt(window=WINDOW)
+    found = []
+    for packs in (False, True):
+        if packs:
+            monkeypatch.setattr(
+                block, "build_mask", lambda document, window, heads, n: packed_mask(document, window, n)
+            )
+        if packs and compiled:
+            monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+            compile_regions(model)
+        model.zero_grad()
+        logits = model(stream)
+        logits.square().sum().backward()
+        found.append((logits, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-4)
+    for name, gradient in found[0][1].items():
+        assert float((found[1][1][name] - gradient).norm() / gradient.norm()) < 1e-4, name
 
 
 @settings(max_examples=40, deadline=None)

@@ -46,3 +46,15 @@ def test_pack_rows() -> None:
     assert stream.document.tolist() == [0, 0, 0, 1, 2, 2]
     assert stream.position.tolist() == [0, 1, 2, 0, 0, 1]
     assert len(pack_rows([]).ids) == 0
+    assert stream.num_documents == 3
+
+
+def test_the_number_of_documents_goes_along() -> None:
+    stream = pack_rows([torch.arange(4), torch.arange(2)])
+    patched = add_patches(stream, torch.ones(6, dtype=torch.bool), 9)
+    assert patched.to("meta").num_documents == 2
+    assert patched.to("meta").patch_document.device.type == "meta"
+    assert set(patched.tensors) == {
+        *("ids", "document", "position", "patch", "read", "patch_document", "patch_position", "history")
+    }
+    assert stream_of([torch.arange(3)]).num_documents is None

@@ -133,6 +133,13 @@ def test_the_mask_of_flex_attention_is_built_without_questions(window: int | Non
     assert mask.block_mask.kv_num_blocks.shape == (1, 1, 8)
 
 
+def test_nor_is_the_mask_of_packed_attention() -> None:
+    document = torch.zeros(1000, dtype=torch.long, device=META)
+    with unasked():
+        mask = attention.packed_mask(document, 300, 100)
+    assert (mask.begin.shape, mask.length.shape) == ((129,), (128,))
+
+
 def test_questions_are_noticed() -> None:
     x = torch.zeros(3, device=META)
     for question in (Tensor.nonzero, lambda x: x[x > 0], Tensor.unique, Tensor.item, lambda x: x.cpu(), bool):
@@ -220,6 +227,34 @@ def test_replayed_gradients_are_those_of_the_passes(
     for batch, (ids, targets) in zip(batches, copies, strict=True):
         assert torch.equal(batch.stream.ids, ids)
         assert torch.equal(batch.targets, targets)
+
+
+@pytest.mark.parametrize("several", [1, 3])
+def test_more_documents_are_captured_anew(several: int, stood_in: list[Replayed]) -> None:
+    """Not each time that there are some more; and what was added up so far is kept."""
+    torch.manual_seed(0)
+    model = build(BYTE_LM)
+    plain = Gradients(lambda batch: surprise(model, batch), CPU)
+    captured = CapturedGradients(model.parameters(), plain.loss, CPU, adds=several > 1)
+    numbers: list[int | None] = [3, 63, 64, 100, 1, 127, 128, None, 5]
+    graphs = [1, 1, 2, 2, 2, 2, 3, 4, 4]  # as many captures; where nothing is known, for any number
+    batches = [
+        replace(batch, stream=replace(batch.stream, num_documents=number))
+        for batch, number in zip(batches_of(BYTE_LM, len(numbers)), numbers, strict=True)
+    ]
+    made = []
+    for first in range(0, len(batches), several):
+        found = []
+        for gradients in (plain, captured):
+            model.zero_grad()
+            for batch in batches[first:][:several]:
+                gradients(batch, 7.0)
+                made += [len(stood_in)] * (gradients is captured)
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert all(torch.equal(*both) for both in zip(*found, strict=True))
+        assert len(found[1]) == len(list(model.parameters()))
+    assert made == [number * min(several, 2) for number in graphs]
+    assert batches[0].stream.num_documents == 3
 
 
 @pytest.mark.usefixtures("stood_in")

@@ -94,6 +94,8 @@ NAMED = {
     ],
     "attention": [
         "triton_tem_fused_flex_attention_0",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1_kernel0_0",
+        "void cudnn::fusion::compute_dot_do_o<__nv_bfloat16, 128, 64>",
         "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::bfloat16_t>>",
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from bytelatent.kernels import packed_attention
 from bytelatent.model import CrossAttention, add_patches, compile_regions
+from bytelatent.model.attention import packed_mask
 from bytelatent.model.block import Block
 from bytelatent.training.recompute import Checkpointing, recomputed
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt, tiny_byte_lm
@@ -50,6 +52,17 @@ def test_the_same_gradients_from_less(how: Checkpointing) -> None:
         assert flops_before * 1.15 < flops < flops_before * 4 / 3
     else:
         assert flops_before <= flops < flops_before * 1.1  # attention with a mask is made of batched products here
+
+
+@pytest.mark.parametrize(("how", "times"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_packed_attention_is_kept(how: Checkpointing, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_byte_lm(num_layers=3)
+    for block in model.stack.blocks:
+        block.forward = recomputed(block.forward, how)
+    plain, seen = packed_attention.plain_attention, []
+    monkeypatch.setattr(packed_attention, "plain_attention", lambda *given: seen.append(1) or plain(*given))
+    model.logits(torch.arange(9), torch.arange(9), packed_mask(torch.zeros(9), None, 1)).sum().backward()
+    assert len(seen) == 3 * times
 
 
 def test_what_is_compiled_is_the_forward_that_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
