@@ -1,7 +1,7 @@
 """How fast is generation? Against the card's limits, and against transformers.
 
     python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [--new 512]
-    python benchmarks/decode.py [one8] [cpu] [leaks --minutes 60]
+    python benchmarks/decode.py [drafted] [one8] [cpu] [leaks --minutes 60]
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
 so that what the model writes has patches of 4.5 bytes; prompts of 512 random bytes, new bytes drawn at temperature 1.
@@ -9,6 +9,8 @@ The floor counts the bytes of weights and caches that must be read, at the speed
 
 check    float32 on the device: the replayed step's bytes and log-probabilities against plain PyTorch's
 one      one sequence;  batch: 64;  8b: one, of the 8B shape
+drafted  one sequence and 64 with drafts of several lengths. Random weights say nothing about how many drafted bytes are
+         right: `decode_trained.py drafted` does
 one8     one sequence with weights rounded to int8, to fp8, and as they are
 first    seconds from a prompt to the first byte
 cpu      the demo's BLT on the CPU, against the whole forward pass for every byte
@@ -125,9 +127,9 @@ def floor(decoder: Decoder, rows: int, every: int, position: int) -> float:
     return (by_byte + by_patch) / copy_rate()
 
 
-def generate(decoder: Decoder, count: int, new: int, every: int = 1, places: int | None = None) -> None:
+def generate(decoder: Decoder, count: int, new: int, every: int = 1, places: int | None = None, ahead: int = 1) -> None:
     """Warm up, then time `count` sequences of `new` bytes from the first drawn byte on."""
-    rows = FastRows(decoder, count, every, places)
+    rows = FastRows(decoder, count, every, places, ahead)
     engine = Engine(decoder, rows, count)
     began = time.perf_counter()
     for prompt in random_prompts(count, 16, seed=3):
@@ -138,7 +140,7 @@ def generate(decoder: Decoder, count: int, new: int, every: int = 1, places: int
     engine.advance()
     torch.cuda.synchronize()
     state = rows._step.state
-    position, num_patches = state.position.sum(), state.num_patches.sum()
+    position, num_patches, turn = state.position.sum(), state.num_patches.sum(), rows._turn
     began = time.perf_counter()
     before = sum(len(one.ids) for one in asked)
     engine.run()
@@ -151,7 +153,8 @@ def generate(decoder: Decoder, count: int, new: int, every: int = 1, places: int
     print(
         f"{count} sequences, global transformer every {every} for {places or count}: {rate:,.0f} bytes/s, "
         f"{rate / limit:.0%} of the floor's {limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms a byte of each, "
-        f"{patch:.2f} bytes a patch, warm-up {warm:.1f} s",
+        f"{patch:.2f} bytes a patch, warm-up {warm:.1f} s"
+        + (f", {ahead} bytes ahead: {took / (rows._turn - turn) * 1e3:.3f} ms a step" if ahead > 1 else ""),
         flush=True,
     )
 
@@ -170,10 +173,19 @@ def check() -> None:
         model = rounded(plain.model, weights)
         there = Decoder(model, plain.patching, plain.byte_lm)
         fast = FastDecoder(model, plain.patching, plain.byte_lm)
-        for rows, every, places in ((4, 1, None), (4, 2, 2), (20, 1, None)):
-            prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * (rows // 4)
+        for rows, every, places, ahead in (
+            (4, 1, None, 1),
+            (4, 2, 2, 1),
+            (20, 1, None, 1),
+            (1, 1, None, 6),
+            (4, 1, None, 9),
+        ):
+            if ahead > 1 and name == "byte LM":
+                continue
+            prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * max(rows // 4, 1)
             expected = generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
-            found = generated(Engine(fast, FastRows(fast, rows, every, places), rows), prompts[:rows], 60, sampling)
+            engine = Engine(fast, FastRows(fast, rows, every, places, ahead), rows)
+            found = generated(engine, prompts[:rows], 60, sampling)
             same, far = 0, 0.0
             for one, other in zip(found, expected, strict=True):
                 same += one.ids == other.ids
@@ -183,7 +195,7 @@ def check() -> None:
                         break
                     far = max(far, abs(p - q))
             print(
-                f"check {name}, {weights} weights, {rows} rows, every {every}: {same} of {rows} equal, "
+                f"check {name}, {weights} weights, {rows} rows, every {every}, {ahead} ahead: {same} of {rows} equal, "
                 f"log-probabilities {far:.1e}"
             )
 
@@ -358,7 +370,7 @@ def main() -> None:
     if "peer" in given.what:
         peer()
         torch.cuda.empty_cache()
-    if {"one", "batch", "first", "prefill", "profile"} & set(given.what):
+    if {"one", "batch", "first", "prefill", "profile", "drafted"} & set(given.what):
         print(f"copy {copy_rate() / 1e12:.2f} TB/s, matrices {matrix_rate() / 1e12:.0f} TFLOP/s")
         decoder = decoder_of("blt-1b")
         if "one" in given.what:
@@ -368,6 +380,9 @@ def main() -> None:
         if "batch" in given.what:
             for every, places in ((1, 24), (2, 32)):
                 generate(decoder, 64, given.new, every, places)
+        if "drafted" in given.what:
+            for count, ahead in ((1, 1), (1, 4), (1, 8), (1, 12), (1, 16), (64, 8)):
+                generate(decoder, count, given.new, ahead=ahead)
         if "prefill" in given.what:
             prefill(decoder)
         if "profile" in given.what:

@@ -1,9 +1,12 @@
-"""What drafts and rounded weights do to a trained model's generation, on this machine's CPU.
+"""What drafts and rounded weights do to a trained model's generation.
 
+    python benchmarks/decode_trained.py drafted --model runs/blt_100m
     python benchmarks/decode_trained.py speculation --model runs/demo
     python benchmarks/decode_trained.py rounding --model runs/demo --text FILE
 
-speculation  how many drafted bytes are kept, and what they save: here, and where the time is that of reading weights
+drafted      the captured step with drafts of several lengths (`ahead`): bytes a step and bytes/s; on CUDA in bfloat16
+speculation  how many drafted bytes are kept, and what they save: on this machine's CPU, and where the time is that of
+             reading weights
 rounding     bits per byte of a text by the matrices as they are, and rounded to int8 and fp8
 """
 
@@ -18,12 +21,57 @@ import torch
 from bytelatent import BLT
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.drafters import ByteLMDrafter, LocalDrafter
+from bytelatent.inference.fast import engine_for
 from bytelatent.inference.rounded import Weights
 from bytelatent.inference.speculation import SpeculativeRows
 from bytelatent.interop import load
+from bytelatent.kernels import decode_step
 from bytelatent.model import BLTModel
 
 READ_GB = {"byte LM": 0.20, "local": 0.31, "global": 2.57}  # weights of the released 1B shape and its byte LM, bfloat16
+
+
+PROMPTS = {
+    "prose": "The history of the language begins with a small group of people who ",
+    "code": "def read(self, path):\n    with open(path) as file:\n        for line in file:\n            ",
+    "another script": "\u0418\u0441\u0442\u043e\u0440\u0438\u044f \u044f\u0437\u044b\u043a\u0430 ",
+}
+
+
+def drafted(model: str, new: int = 1024) -> None:
+    """What a trained model keeps of what its local models draft in the captured step, and what that saves."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = load(model)
+    blt, byte_lm = found.model.to(device), found.byte_lm
+    assert byte_lm is not None
+    if device.type == "cuda":
+        blt, byte_lm = blt.bfloat16(), byte_lm.to(device).bfloat16()
+    decode_step.EOS = -1  # no text ends on a GPU, so that all are as long
+    plain_rate: dict[tuple[str, float], float] = {}
+    print("text, temperature, ahead | bytes a step | drafted bytes kept | ms a step | bytes/s | times plain")
+    for ahead in (1, 4, 8, 12, 16):
+        engine = engine_for(blt, found.config.patching, byte_lm, 1, ahead=ahead)
+        engine.submit(prompt_ids("warm"), Sampling(), 64)
+        engine.run()
+        for name, prompt in PROMPTS.items():
+            for temperature in (0.0, 0.8):
+                [asked] = engine.submit(prompt_ids(prompt), Sampling(temperature=temperature), new)
+                engine.advance()
+                began, steps = time.perf_counter(), 0
+                before = len(asked.ids)
+                while asked.ended is None:
+                    engine.advance()
+                    steps += 1
+                steps -= len(engine.rows._on_the_way)  # type: ignore[attr-defined]
+                seconds, drawn = time.perf_counter() - began, len(asked.ids) - before
+                rate = drawn / seconds
+                plain = plain_rate.setdefault((name, temperature), rate)
+                kept = f"{(drawn / steps - 1) / (ahead - 1):.0%}" if ahead > 1 else "-"
+                print(
+                    f"{name}, {temperature}, {ahead} | {drawn / steps:.2f} | {kept} | {seconds / steps * 1e3:.3f} | "
+                    f"{rate:,.0f} | {rate / plain:.2f}",
+                    flush=True,
+                )
 
 
 def speculation(model: str) -> None:
@@ -42,14 +90,9 @@ def speculation(model: str) -> None:
     }
     for part, module in parts.items():
         module.register_forward_hook(lambda *_, part=part: passes.update([part]))
-    prompts = {
-        "prose": "The history of the language begins with a small group of people who ",
-        "code": "def read(self, path):\n    with open(path) as file:\n        for line in file:\n            ",
-        "another script": "\u0418\u0441\u0442\u043e\u0440\u0438\u044f \u044f\u0437\u044b\u043a\u0430 ",
-    }
     print(f"gigabytes a pass at the reading limit: {READ_GB}; {torch.get_num_threads()} threads")
     print("text, temperature, drafter, drafts of | kept | bytes a round | of plain's speed here | at the reading limit")
-    for name, prompt in prompts.items():
+    for name, prompt in PROMPTS.items():
         for temperature in (0.0, 0.8):
             plain = limit = None
             for drafter, longest in [(None, 0)] + [(d, n) for d in (ByteLMDrafter, LocalDrafter) for n in (2, 4, 8)]:
@@ -83,11 +126,13 @@ def rounding(model: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speculation", "rounding"])
+    parser.add_argument("what", choices=["drafted", "speculation", "rounding"])
     parser.add_argument("--model", default="runs/demo")
     parser.add_argument("--text", help="of rounding")
     given = parser.parse_args()
-    if given.what == "speculation":
+    if given.what == "drafted":
+        drafted(given.model)
+    elif given.what == "speculation":
         speculation(given.model)
     else:
         rounding(given.model, given.text or parser.error("rounding: name a --text"))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bytelatent.kernels.row_sums import coalesced
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
 from bytelatent.training.clipping import clip
@@ -117,7 +118,7 @@ def time_step(ids: Tensor, rows: int, sparse: bool, text: str) -> None:
     }
     taken = time_parts(parts)
     model(ids, history).backward(grads)
-    seen = f"{gradient_of(model)._nnz():,} rows seen, " if sparse else ""
+    seen = f"{coalesced(gradient_of(model))._nnz():,} rows seen, " if sparse else ""
     each = ", ".join(f"{name} {milliseconds:.2f}" for name, milliseconds in taken.items())
     print(
         f"{len(ids):,} bytes of {text}, {'rows' if sparse else 'dense'}: {sum(taken.values()):.2f} ms ({each}), "

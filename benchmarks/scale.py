@@ -1,15 +1,27 @@
-"""How training scales over GPUs: computed from one card's measured speed and the speeds of links.
+"""How training scales over GPUs: computed, measured, and whether many GPUs train as one does.
 
     python benchmarks/scale.py predict [--rate 146000] [--bytes 65536]
+    [torchrun --nproc-per-node N] python benchmarks/scale.py measure [MODEL:WORD+WORD...] [--bytes 65536 16384]
+    python benchmarks/scale.py correct [--gpus N] [--text TEXT.jsonl] [--out FOLDER]
 
-The formulas stand in docs/scaling.md. `--rate` is what one card does of the 1B shape alone, forward and backward, in
-bytes a second (`python benchmarks/train.py 1b`); the 8B shape is taken to reach the same share of the matrix rate.
+predict  the formulas of docs/scaling.md. `--rate` is what one card does of the 1B shape alone, forward and backward, in
+         bytes a second (`python benchmarks/train.py 1b`); the 8B shape is taken to reach the same share of the matrix
+         rate.
+measure  the trainer's steps on random text, so many bytes a GPU; each configuration is a model, a plan (alone, shard,
+         hybrid, replicate, tensor) and how it is trained (dense: hash tables like other weights; float8; selective or
+         full: what is computed again). `--save FOLDER`: then it is saved in the background while steps go on.
+correct  runs of the trainer: many GPUs against one, a second time, from another number, after a rank was killed.
+
+All of them run on a CPU with `--tiny`.
 """
 
 import argparse
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
+from bytelatent.errors import guarded
 from bytelatent.model import BLTSettings, ModelSettings
 from bytelatent.model.flops import costs, flops_per_byte
 from bytelatent.model.presets import preset
@@ -68,27 +80,67 @@ def predict(settings: ModelSettings, gpus: int, size: int, seconds_a_byte: float
     return Prediction(compute, gather, reduce, tables, (gather + reduce - hidden) + slower + ends + tables)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["predict"])
-    parser.add_argument("--rate", type=float, default=146_000, help="bytes a second of the 1B shape on one card")
-    parser.add_argument("--bytes", type=int, default=65_536, help="a GPU and step")
-    given = parser.parse_args()
+def print_predictions(rate: float, size: int) -> None:
     flops = {name: flops_per_byte(preset(name), PATCH_BYTES, DOCUMENT) for name in NAMES}
     print("shape, GPUs | bytes/s a GPU | of one GPU's | step | computing | gathering | reducing | tables | exposed, ms")
     for name in NAMES:
-        seconds_a_byte = flops[name] / flops["blt-1b"] / given.rate
+        seconds_a_byte = flops[name] / flops["blt-1b"] / rate
         for gpus in (1, 8, 64, 512):
-            one = predict(preset(name), gpus, given.bytes, seconds_a_byte, Links())
+            one = predict(preset(name), gpus, size, seconds_a_byte, Links())
             times = (one.step, one.compute, one.gather, one.reduce, one.tables, one.exposed)
-            rate = given.bytes / one.step
+            speed = size / one.step
             print(
-                f"{name}, {gpus} | {rate:,.0f} | {rate * seconds_a_byte:.1%} | "
+                f"{name}, {gpus} | {speed:,.0f} | {speed * seconds_a_byte:.1%} | "
                 + " | ".join(f"{seconds * 1e3:.1f}" for seconds in times)
             )
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest="what", required=True)
+    given = what.add_parser("predict")
+    given.add_argument("--rate", type=float, default=146_000, help="bytes a second of the 1B shape on one card")
+    given.add_argument("--bytes", type=int, default=65_536, help="a GPU and step")
+    given = what.add_parser("measure")
+    given.add_argument("configurations", nargs="*", help=f"default: {' '.join(MANY)}; of one GPU {' '.join(ONE)}")
+    given.add_argument("--bytes", type=int, nargs="+", default=None, help="a GPU and step; 65,536")
+    given.add_argument("--steps", type=int, default=5, help="that the clock sees")
+    given.add_argument("--hash-rows", type=int, help="of each hash table, in place of the shape's own")
+    given.add_argument("--save", type=Path, metavar="FOLDER", help="save there, too; what was saved is removed")
+    given.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
+    given.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
+    given = what.add_parser("correct")
+    given.add_argument("--gpus", type=int, help="default: all; with --tiny 2")
+    given.add_argument("--plans", nargs="+", default=["shard"], choices=["shard", "replicate", "tensor"])
+    given.add_argument("--text", type=Path, help="JSONL; else random words")
+    given.add_argument("--out", type=Path, default=Path("runs/scale"), help="for the runs; must not exist")
+    given.add_argument("--steps", type=int, default=100)
+    given.add_argument("--minutes", type=float, default=10.0, help="after which a run is given up")
+    given.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
+    given = parser.parse_args()
+    if given.what == "predict":
+        print_predictions(given.rate, given.bytes)
+    elif given.what == "measure":
+        from scale_measure import measure
+
+        texts = given.configurations or (ONE if os.environ.get("WORLD_SIZE", "1") == "1" else MANY)
+        device = "cuda"
+        if given.tiny:
+            device, texts = "cpu", [f"tiny:{text.partition(':')[2]}" for text in texts]
+        sizes = given.bytes or [512 if given.tiny else 65_536]
+        guarded(lambda: measure(texts, sizes, given.steps, device, given.compile, given.hash_rows, given.save))
+    else:
+        from scale_correct import correct
+
+        guarded(lambda: correct(given.gpus, given.plans, given.text, given.out, given.steps, given.minutes, given.tiny))
+
+
 NAMES = ("blt-1b", "blt-8b")
+ONE = ["blt-1b:alone", "blt-1b:shard+dense", "blt-1b:shard"]
+MANY = [
+    *("blt-1b:shard", "blt-1b:hybrid", "blt-1b:replicate", "blt-1b:tensor", "blt-1b:shard+dense"),
+    *("blt-1b:shard+float8", "blt-8b:shard+full", "blt-8b:shard+full+float8"),
+]
 
 if __name__ == "__main__":
     main()

@@ -1,14 +1,20 @@
 """How fast is training? Against the card's matrix rate, and against transformers.
 
-    python benchmarks/train.py [1b] [8b] [entropy] [step] [peer] [profile] [--bytes 16384 65536]
+    python benchmarks/train.py [1b] [float8] [8b] [entropy] [step] [patching] [peer] [profile]
+        [--bytes 16384 65536] [--flex]
 
 Random weights, documents of 8,192 random bytes, random patches of 4.5 bytes; compiled block by block as the trainer
-compiles them. Operations: `bytelatent.model.flops`, three times those of a forward pass.
+compiles them. Operations: `bytelatent.model.flops`, three times those of a forward pass. With --flex attention is
+FlexAttention's also where cuDNN would be taken.
 
-1b       the released shape, weights in bfloat16, as published peers are timed;  8b: the paper's largest
+1b       the released shape, weights in bfloat16, as published peers are timed, kernel by kernel and as a CUDA graph;
+         8b: the paper's largest
+float8   1b with the global transformer's products in 8-bit floats, a scale for each row (torchao)
 entropy  the published entropy model, weights in bfloat16: a training step, and forward
-step     1b as it is trained: float32 weights, products in bfloat16, clipping, optimizer; hash tables by dense gradients
-         and by rows. (`blt bench train blt-1b` says the same, with more about where the time goes.)
+step     1b as it is trained: float32 weights, products in bfloat16, clipping, optimizer, hash tables by rows; from
+         65,536 bytes on with the blocks computed again in the backward pass, since 80 GB hold no more. (`blt bench
+         train` measures other settings, and says where the time goes.)
+patching what a batch costs more where the published entropy model finds its patches, beside stored ones
 peer     transformers' model of the released shape
 profile  the kernels of `1b`
 """
@@ -17,30 +23,42 @@ import argparse
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bytelatent.model import ByteLMSettings, ModelSettings, build, compile_regions
+from bytelatent.data import Patcher, cut
+from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings, Stream, build, compile_regions
 from bytelatent.model.flops import training_flops
 from bytelatent.model.presets import preset
+from bytelatent.patching import PatchSettings
+from bytelatent.text import Document
 from bytelatent.training.clipping import clip
+from bytelatent.training.float8 import to_float8
 from bytelatent.training.measure import (
     DOCUMENT,
     PATCH_BYTES,
+    ForwardBackward,
     Plan,
     Trainee,
-    forward_backward,
     matrix_rate,
     random_batch,
     seconds_of,
 )
 from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.settings import OptimizerSettings
+from bytelatent.training.recompute import Checkpointing
+from bytelatent.training.settings import Float8, OptimizerSettings
 from bytelatent.training.time_spent import kernels_of
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
+
+
+def batch_of(size: int, patched: bool = True, flex: bool = False) -> tuple[Stream, Tensor]:
+    stream, targets = random_batch(size, CUDA, patched)
+    return replace(stream, num_documents=None) if flex else stream, targets
 
 
 def random_model(settings: ModelSettings) -> Any:
@@ -64,20 +82,33 @@ def tell(name: str, settings: ModelSettings, size: int, seconds: float, rate: fl
     )
 
 
-def train(name: str, sizes: list[int], rate: float, rows: bool = True, profiled: bool = False) -> None:
+def train(
+    name: str,
+    sizes: list[int],
+    rate: float,
+    float8: Float8 | None = None,
+    profiled: bool = False,
+    captured: bool = False,
+    flex: bool = False,
+) -> None:
     settings = preset(name)
     model = random_model(settings)
-    build_optimizer(model, OptimizerSettings(hash_gradients="rows" if rows else "dense"))
+    to_float8(model, float8)
+    build_optimizer(model, OptimizerSettings(hash_gradients="rows"))
     compile_regions(model)
+    forward_backward = ForwardBackward(model, CUDA, FLOAT32, captured)  # no autocast
+    name = f"{name}{', FlexAttention' if flex else ''}, {'a CUDA graph' if captured else 'kernel by kernel'}"
     for size in sizes:
-        torch._dynamo.reset()  # so that each size is compiled for itself
+        forward_backward.forget_shapes()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        work = partial(forward_backward, model, *random_batch(size, CUDA), dtype=FLOAT32)  # no autocast
+        work = partial(forward_backward, *batch_of(size, flex=flex))
         work()
         torch.cuda.synchronize()
         print(f"{name}: first step {time.perf_counter() - began:.0f} s")
-        tell(f"{name}, hash gradients {'by rows' if rows else 'dense'}", settings, size, seconds_of(work, CUDA), rate)
+        what = f"{name}, hash gradients by rows" + (f", float8 {float8}" if float8 else "")
+        tell(what, settings, size, seconds_of(work, CUDA), rate)
         if profiled:
             profile(work)
 
@@ -91,17 +122,17 @@ def profile(work: Callable[[], None]) -> None:
         print(f"{took}  {kernel.name[:100]}  ({kernel.kind})")
 
 
-def entropy(rate: float) -> None:
+def entropy(rate: float, flex: bool) -> None:
     settings = preset("entropy")
     assert isinstance(settings, ByteLMSettings)
     model = random_model(settings)
     compile_regions(model)
-    size = 65_536
-    stream, targets = random_batch(size, CUDA, patched=False)
+    size, forward_backward = 65_536, ForwardBackward(model, CUDA, FLOAT32)
+    stream, targets = batch_of(size, patched=False, flex=flex)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
-        forward_backward(model, stream, targets, FLOAT32)
+        forward_backward(stream, targets)
         clip(list(model.parameters()), 1.0)
         optimizer.step()
 
@@ -114,24 +145,44 @@ def entropy(rate: float) -> None:
     tell("entropy model, forward", settings, size, seconds_of(forward, CUDA), rate, passes=1)
 
 
-def step(sizes: list[int], rate: float) -> None:
+def step(sizes: list[int], rate: float, flex: bool) -> None:
     settings = preset("blt-1b")
-    for gradients in ("rows", "dense"):
+    for size in sizes:
         gc.collect()
         torch.cuda.empty_cache()
-        optimizer = OptimizerSettings(hash_gradients=gradients)
-        try:
-            trainee = Trainee(Plan(settings, CUDA, BF16, compiled=True, optimizer=optimizer))
-            for size in sizes:
-                torch._dynamo.reset()
-                batch = random_batch(size, CUDA)
-                for name, work in (("gradients", trainee.forward_backward), ("step", trainee.step)):
-                    torch.cuda.reset_peak_memory_stats()
-                    seconds = seconds_of(partial(work, *batch), CUDA)
-                    tell(f"blt-1b as trained, hash gradients {gradients}, {name}", settings, size, seconds, rate)
-        except torch.OutOfMemoryError as error:
-            print(f"blt-1b, hash gradients {gradients}: {str(error).splitlines()[0][:150]}", flush=True)
+        checkpointing: Checkpointing = "none" if size < 65_536 else "full"
+        plan = Plan(
+            settings,
+            CUDA,
+            BF16,
+            compiled=True,
+            optimizer=OptimizerSettings(hash_gradients="rows"),
+            checkpointing=checkpointing,
+        )
         trainee = None
+        try:
+            trainee = Trainee(plan)
+            batch = batch_of(size, flex=flex)
+            for name, work in (("gradients", trainee.forward_backward), ("step", trainee.step)):
+                torch.cuda.reset_peak_memory_stats()
+                seconds = seconds_of(partial(work, *batch), CUDA)
+                tell(f"blt-1b as trained, checkpointing {checkpointing}, {name}", settings, size, seconds, rate)
+        except torch.OutOfMemoryError as error:
+            print(f"blt-1b, {size:,} bytes: {str(error).splitlines()[0][:150]}", flush=True)
+        del trainee
+
+
+def patching() -> None:
+    size = 65_536
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        byte_lm = build(preset("entropy"))
+    assert isinstance(byte_lm, ByteLM)
+    patcher = Patcher(PatchSettings(threshold=5.0), byte_lm, BF16)
+    text = torch.randint(0, 256, [size // DOCUMENT, DOCUMENT - 2], dtype=torch.uint8)
+    pieces = [piece for row in text for piece in cut(Document(bytes(row.tolist())), DOCUMENT)]
+    seconds = seconds_of(lambda: patcher(pieces), CUDA)
+    print(f"patching by the entropy model, {size:,} bytes: {seconds * 1e3:.1f} ms a batch", flush=True)
 
 
 def peer(rate: float) -> None:
@@ -158,17 +209,23 @@ def peer(rate: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["1b", "step", "entropy", "8b", "peer"])
+    parser.add_argument("what", nargs="*", default=["1b", "float8", "step", "entropy", "patching", "8b", "peer"])
     parser.add_argument("--bytes", type=int, nargs="+", default=[16_384, 65_536])
+    parser.add_argument("--flex", action="store_true")
     given = parser.parse_args()
     rate = matrix_rate(CUDA, BF16)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrices {rate / 1e12:.0f} TFLOP/s", flush=True)
     if "1b" in given.what or "profile" in given.what:
-        train("blt-1b", given.bytes, rate, profiled="profile" in given.what)
+        for captured in (False, True):
+            gc.collect()
+            torch.cuda.empty_cache()
+            train("blt-1b", given.bytes, rate, profiled="profile" in given.what, captured=captured, flex=given.flex)
     for name, work in {
-        "step": lambda: step(given.bytes, rate),
-        "entropy": lambda: entropy(rate),
-        "8b": lambda: train("blt-8b", [16_384], rate),
+        "float8": lambda: train("blt-1b", given.bytes, rate, "rowwise", flex=given.flex),
+        "step": lambda: step(given.bytes, rate, given.flex),
+        "entropy": lambda: entropy(rate, given.flex),
+        "patching": patching,
+        "8b": lambda: train("blt-8b", [16_384], rate, flex=given.flex),
         "peer": lambda: peer(rate),
     }.items():
         if name in given.what:

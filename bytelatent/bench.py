@@ -18,6 +18,7 @@ from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ModelSettings, preset
 from bytelatent.model.flops import costs, training_flops
 from bytelatent.training.float8 import check_float8
+from bytelatent.training.gradients import check_cuda_graph
 from bytelatent.training.measure import (
     DOCUMENT,
     PATCH_BYTES,
@@ -47,11 +48,12 @@ class BenchTrainSettings(Settings):
     Attributes:
         model: a preset's name.
         bytes: of a batch, one or several sizes; None: two that suit the device.
-        float8, device, dtype: as in training.
+        cuda_graph, float8, device, dtype: as in training.
     """
 
     model: str
     bytes: list[Annotated[int, Field(ge=1)]] | None = None
+    cuda_graph: bool = False
     float8: Float8 | None = None
     checkpointing: Checkpointing = "none"
     device: str = "auto"
@@ -145,6 +147,7 @@ def bench_train(settings: BenchTrainSettings, console: Console) -> Report:
     if settings.float8 is not None and not isinstance(model, BLTSettings):
         raise UserError(f"float8 is for the global transformer, and '{settings.model}' has none; leave it out")
     check_float8(settings.float8, device, dtype)
+    check_cuda_graph(settings.cuda_graph, device)
     plan = Plan(
         model,
         device,
@@ -152,6 +155,7 @@ def bench_train(settings: BenchTrainSettings, console: Console) -> Report:
         compiled=device.type == "cuda",
         float8=settings.float8,
         checkpointing=settings.checkpointing,
+        captured=settings.cuda_graph,
     )
     title, peak = _title(settings.model, plan), peak_flops(device, dtype)
     report = Report(title, matrix_rate(device, dtype), copy_rate(device), peak, [], [], [])
@@ -190,7 +194,7 @@ def _row(trainee: Trainee, kind: str | None, size: int, work: str, report: Repor
     plan = trainee.plan
     stream, targets = random_batch(size, plan.device, isinstance(plan.model, BLTSettings))
     if plan.compiled:
-        torch._dynamo.reset()  # so that each size is compiled for itself
+        trainee.forget_shapes()
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
     call = partial(trainee.step if work == "step" else trainee.forward_backward, stream, targets)
@@ -264,6 +268,7 @@ def _title(name: str, plan: Plan) -> str:
         f"torch {torch.__version__}",
         f"products in {str(plan.dtype).removeprefix('torch.')}, weights in float32",
         *(["compiled block by block"] if plan.compiled else []),
+        *(["forward and backward pass a CUDA graph"] if plan.captured else []),
         *([f"float8 {plan.float8}"] if plan.float8 else []),
         *([f"activation checkpointing {plan.checkpointing}"] if plan.checkpointing != "none" else []),
         f"documents of {DOCUMENT:,} random bytes"

@@ -17,7 +17,7 @@ from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
 from bytelatent.inference.engine import check_max_new_bytes
-from bytelatent.inference.fast import engine_for
+from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights, rounded
 from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
@@ -42,14 +42,22 @@ class BLT:
         byte_lm: gives the entropies; None where the rule needs none.
         context: ids the model saw at once in training; longer texts are read in pieces.
         weights: `full`, or what the network's large matrices are rounded to.
+        ahead: bytes of a text that a step of generation comes on by at most.
     """
 
     def __init__(
-        self, model: BLTModel, config: Config, byte_lm: ByteLM | None, source: str = "", weights: Weights = "full"
+        self,
+        model: BLTModel,
+        config: Config,
+        byte_lm: ByteLM | None,
+        source: str = "",
+        weights: Weights = "full",
+        ahead: int = 1,
     ):
         assert config.patching is not None
         self.model = rounded(model, weights).eval()
         self.weights = weights
+        self.ahead = ahead
         self.byte_lm = byte_lm.eval() if byte_lm is not None else None
         self.config = config
         self.patching: PatchSettings = config.patching
@@ -68,6 +76,7 @@ class BLT:
         token: str | None = None,
         local_files_only: bool = False,
         weights: Weights = "full",
+        ahead: int = 1,
     ) -> "BLT":
         """Load a model, and say in one line what was found (through the logger `bytelatent`).
 
@@ -82,6 +91,8 @@ class BLT:
             local_files_only: take what was downloaded earlier, and do not ask the hub.
             weights: `int8` or `fp8` rounds the large matrices to a byte a number once they are read, for all that is
                 done with the model; on a GPU they take less memory then, and less time to generate with.
+            ahead: generate up to so many bytes of each text a step: the local models draft all but the first, the whole
+                model verifies them, and the text is the same; 1 drafts none.
 
         Raises:
             UserError: there is no BLT at `source`, it is not whole, or it computes something that is not known here;
@@ -91,6 +102,7 @@ class BLT:
             raise UserError(f"dtype: '{dtype}' is none; use float32, bfloat16 or auto")
         place = choose_device(device)
         check_weights(weights, place)
+        check_ahead(ahead)
         found = open_pretrained(source, entropy, revision, token, local_files_only)
         if not isinstance(found.config.model, BLTSettings):
             raise UserError(f"model: '{source}' holds a byte LM, which has no patches; name a BLT")
@@ -100,7 +112,7 @@ class BLT:
         loaded = found.load(place, {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}[dtype])
         assert isinstance(loaded.model, BLTModel)
         lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-        return cls(loaded.model, loaded.config, lm, loaded.source, weights)
+        return cls(loaded.model, loaded.config, lm, loaded.source, weights, ahead)
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +128,7 @@ class BLT:
         Args:
             num_rows: sequences on their way at once; others wait.
         """
-        return engine_for(self.model, self.patching, self._byte_lm(), num_rows)
+        return engine_for(self.model, self.patching, self._byte_lm(), num_rows, ahead=self.ahead)
 
     @overload
     def generate(self, prompt: str | bytes, max_new_bytes: int = ..., samples: None = ..., **sampling: Any) -> str: ...
@@ -264,7 +276,7 @@ class BLT:
         One caller has it at a time; others, in other threads, have one of their own.
         """
         weights = [*self.model.parameters(), *(self.byte_lm.parameters() if self.byte_lm is not None else [])]
-        key = (num_rows, self.patching, [(weight.data_ptr(), weight._version) for weight in weights])
+        key = (num_rows, self.ahead, self.patching, [(weight.data_ptr(), weight._version) for weight in weights])
         kept, self._kept_engine = self._kept_engine, None
         engine = kept[1] if kept is not None and kept[0] == key else self.engine(num_rows)
         yield engine

@@ -287,6 +287,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: as the weights are stored.")] = "auto",
     weights: Annotated[str, typer.Option(help="int8, fp8: large matrices rounded, faster on a GPU; full.")] = "full",
+    ahead: Annotated[int, typer.Option(help="Bytes a step, all but one drafted; the same text. 1 drafts none.")] = 1,
 ) -> None:
     """Continue a text, or the rows of a file many at once.
 
@@ -409,6 +410,9 @@ def bench_train(
         bool, typer.Option("--float8", help="The global transformer's products in 8-bit floats.")
     ] = False,
     checkpointing: Annotated[str, typer.Option(help="Of activations: none, selective, full.")] = "none",
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Forward and backward pass captured once and replayed.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     as_json: JsonOption = False,
@@ -421,7 +425,7 @@ def bench_train(
     from bytelatent.bench import bench_train as run
 
     given = {"model": model, "bytes": num_bytes, "float8": "rowwise" if float8 else None}
-    given |= {"checkpointing": checkpointing, "device": device, "dtype": dtype}
+    given |= {"checkpointing": checkpointing, "cuda_graph": cuda_graph, "device": device, "dtype": dtype}
     report = run(BenchTrainSettings.parse(given), Console(stderr=True))
     if as_json:
         print(json.dumps(report.plain()))

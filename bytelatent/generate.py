@@ -23,7 +23,7 @@ from bytelatent.device import choose_device
 from bytelatent.errors import Interrupted, UserError, guarded
 from bytelatent.files import whole_file
 from bytelatent.inference import Continuation, Engine, Sampling, prompt_ids
-from bytelatent.inference.fast import engine_for
+from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
 from bytelatent.interop import open_pretrained
 from bytelatent.vocab import to_bytes
@@ -45,6 +45,7 @@ class GenerateSettings(Settings):
         rows: sequences on their way at once.
         log_probabilities: tell those of each byte in the rows that come out.
         weights: `int8` or `fp8` rounds the model's large matrices to a byte a number.
+        ahead: bytes of a sequence a step at most; the local models draft all but the first. The bytes are the same.
     """
 
     model: str = "runs/demo"
@@ -61,6 +62,7 @@ class GenerateSettings(Settings):
     device: str = "auto"
     dtype: str = "auto"
     weights: Weights = "full"
+    ahead: int = 1
 
 
 def generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
@@ -116,6 +118,7 @@ def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
         raise UserError(f"dtype: '{settings.dtype}' is none; use auto, float32 or bfloat16")
     place = choose_device(settings.device)
     check_weights(settings.weights, place)
+    check_ahead(settings.ahead)
     found = open_pretrained(settings.model, settings.entropy)
     patching = found.config.patching
     if patching is not None and patching.needs_entropies and found.byte_lm is None:
@@ -123,7 +126,7 @@ def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
     loaded = found.load(place, None if settings.dtype == "auto" else getattr(torch, settings.dtype))
     # In float32, however it is stored: the same patches as those of `BLT`.
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-    return engine_for(loaded.model, patching, byte_lm, num_rows, settings.weights)
+    return engine_for(loaded.model, patching, byte_lm, num_rows, settings.weights, settings.ahead)
 
 
 def _prompt(settings: GenerateSettings) -> bytes:

@@ -212,6 +212,16 @@ def test_precision_of_the_weights(blt: BLT, tmp_path: Path) -> None:
         BLT.from_pretrained(tmp_path / "a", dtype="float16")
 
 
+def test_drafts_change_nothing_that_is_written(blt: BLT, tmp_path: Path) -> None:
+    blt.save_pretrained(tmp_path / "a")
+    ours = BLT.from_pretrained(tmp_path / "a", device="cpu", ahead=7)
+    texts = ["The", "", "a longer one"]
+    assert ours.generate(texts, max_new_bytes=30) == blt.generate(texts, max_new_bytes=30)
+    assert "".join(ours.stream("The", max_new_bytes=30)) == blt.generate("The", max_new_bytes=30)
+    ours.ahead = 1
+    assert ours.generate("The", max_new_bytes=30) == blt.generate("The", max_new_bytes=30)
+
+
 def test_rounded_weights(blt: BLT, tmp_path: Path) -> None:
     """One model for all that is done with it; its patches are those of the weights as they are."""
     blt.save_pretrained(tmp_path / "a")

@@ -168,6 +168,7 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["generate", "x", "-m", "absent"], "'absent' is no folder"),
         (["generate", "x", "-m", "{model}", "--top-p", "0"], "top_p"),
         (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is none"),
+        (["generate", "x", "-m", "absent", "--ahead", "99"], "ahead: 99 bytes a step; take 1 to 16"),
         (["generate", "x", "-m", "absent", "--weights", "int4"], "weights: Input should be 'full', 'int8' or 'fp8'"),
         (["generate", "x", "-m", "{model}", "--out", "out.jsonl"], "out: it goes with jsonl"),
         (["generate", "x", "-m", "{model}", "--log-probabilities"], "log_probabilities: it goes with jsonl"),
@@ -324,6 +325,8 @@ def test_generate(which: str, request: pytest.FixtureRequest) -> None:
     assert greedy[0] == greedy[1]
     told = [blt("generate", "The", "-m", folder, "-n", 40, "--weights", kind) for kind in ("full", "full", "fp8")]
     assert told[0] == told[1] != told[2]
+    if which == "model":
+        assert blt("generate", "The", "-m", folder, "-n", 40, "--ahead", 6) == told[0]
 
 
 @pytest.mark.parametrize(

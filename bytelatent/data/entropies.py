@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Literal, Self
@@ -387,7 +387,7 @@ def _remove_leftovers(out: Path, shards: Sequence[Shard]) -> None:
 
 
 def _pinned(stream: Stream) -> Stream:
-    return replace(stream, **{field.name: getattr(stream, field.name).pin_memory() for field in fields(stream)})
+    return replace(stream, **{name: tensor.pin_memory() for name, tensor in stream.tensors.items()})
 
 
 def _to_pinned(values: Tensor) -> Tensor:

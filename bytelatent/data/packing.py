@@ -87,6 +87,7 @@ def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None)
             ids=_pad(stream.ids, padding, torch.zeros(padding)),
             document=_pad(stream.document, padding, torch.full([padding], -1)),
             position=_pad(stream.position, padding, torch.arange(padding)),
+            num_documents=stream.num_documents,
         )
         targets = _pad(targets, padding, torch.full([padding], IGNORED))
     num_patches = 0

@@ -102,8 +102,9 @@ def plain_gather_bytes(
     q_CKHE: Tensor,
     k_BLJE: Tensor,
     v_BLJE: Tensor,
-    count_B: Tensor,
+    count_C: Tensor,
     *,
+    begin_C: Tensor | None = None,
     row_C: Tensor | None = None,
     out: Tensor | None = None,
     run: Tensor | None = None,
@@ -117,8 +118,8 @@ def plain_gather_bytes(
         row = c if row_C is None else int(row_C[c])
         if row < 0:
             continue
-        count = int(count_B[row])
-        k, v = (part[row, :count].float().repeat_interleave(group, dim=1) for part in (k_BLJE, v_BLJE))
+        begin, count = 0 if begin_C is None else int(begin_C[c]), int(count_C[c])
+        k, v = (part[row, begin : begin + count].float().repeat_interleave(group, dim=1) for part in (k_BLJE, v_BLJE))
         weight = (torch.einsum("khe,lhe->khl", q_KHE.float(), k) * q_KHE.shape[-1] ** -0.5).softmax(-1)
         out[c] = torch.einsum("khl,lhe->khe", weight, v)
     return out
@@ -128,8 +129,9 @@ def gather_bytes(
     q_CKHE: Tensor,
     k_BLJE: Tensor,
     v_BLJE: Tensor,
-    count_B: Tensor,
+    count_C: Tensor,
     *,
+    begin_C: Tensor | None = None,
     row_C: Tensor | None = None,
     out: Tensor | None = None,
     run: Tensor | None = None,
@@ -139,7 +141,8 @@ def gather_bytes(
     Args:
         q_CKHE: queries, contiguous.
         k_BLJE, v_BLJE: keys and values of the bytes of each row's patch, contiguous; see `keep_byte`.
-        count_B: how many bytes each row's patch has, int32 or int64, L at most; zeros come of none.
+        count_C: how many bytes each patch has, int32 or int64, L at most; zeros come of none.
+        begin_C: where in its row each patch begins; None: with the first byte.
         row_C: the row of each patch, where negative nothing is written; None: row c for patch c.
         out: where the result goes; a new tensor of the queries' dtype.
         run: one number on the device; where it is 0 nothing is written.
@@ -157,7 +160,8 @@ def gather_bytes(
         q_CKHE,
         k_BLJE,
         v_BLJE,
-        count_B,
+        count_C,
+        begin_C,
         row_C,
         out,
         run,

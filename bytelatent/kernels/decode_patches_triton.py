@@ -39,7 +39,7 @@ def read_patch_kernel(
 
 @triton.jit
 def gather_bytes_kernel(
-    q_ptr, k_ptr, v_ptr, count_ptr, row_ptr, out_ptr, run_ptr, scale, L: tl.constexpr, K: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, count_ptr, begin_ptr, row_ptr, out_ptr, run_ptr, scale, L: tl.constexpr, K: tl.constexpr,
     H: tl.constexpr, J: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     patch, query, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -51,7 +51,10 @@ def gather_bytes_kernel(
         row = tl.load(row_ptr + patch).to(tl.int32)
         if row < 0:
             return
-    count = tl.load(count_ptr + row).to(tl.int32)
+    count = tl.load(count_ptr + patch).to(tl.int32)
+    begin = 0
+    if begin_ptr is not None:
+        begin = tl.load(begin_ptr + patch).to(tl.int32)
     e = tl.arange(0, E)
     at_q = ((patch * K + query) * H + head).to(tl.int64) * E + e
     q = tl.load(q_ptr + at_q).to(tl.float32)
@@ -62,7 +65,7 @@ def gather_bytes_kernel(
     for first in tl.range(0, count, BLOCK):
         byte = first + tl.arange(0, BLOCK)
         seen = byte < count
-        place = start + byte[:, None] * (J * E) + e[None, :]
+        place = start + (begin + byte)[:, None] * (J * E) + e[None, :]
         k = tl.load(k_ptr + place, mask=seen[:, None], other=0.0).to(tl.float32)
         v = tl.load(v_ptr + place, mask=seen[:, None], other=0.0).to(tl.float32)
         highest, total, acc = seen_by_lanes(q, k, v, seen, scale, highest, total, acc)

@@ -35,7 +35,7 @@ class Flags:
     wants: Tensor  # [B] bool, whether a closed patch is there
     closing: Tensor  # [C] rows for which the global transformer runs, -1: none
     number: Tensor  # [C] the number of the patch that each of them closes
-    closing_count: Tensor  # [B] bytes in the patch that closes
+    closing_count: Tensor  # [C] bytes in that patch
     run: Tensor  # [1] whether there is any of them
     goes_on: Tensor  # [B] the row itself, -1 where no logits come of this step
     reads_patch: Tensor  # [B] bool, whether a patch is closed yet
@@ -45,7 +45,7 @@ class Flags:
         def zeros(size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        sizes = {"closing": places, "number": places, "run": 1}
+        sizes = {"closing": places, "number": places, "closing_count": places, "run": 1}
         dtypes = dict.fromkeys(("is_active", "is_waiting", "reads", "wants", "reads_patch"), torch.bool)
         dtypes |= {"log_probability": torch.float32, "run": torch.int32}
         names = [field.name for field in fields(cls)]
@@ -80,7 +80,7 @@ class Rule:
         )
 
 
-def draw(logits_BV: Tensor, rows: Any, position: Tensor, flags: Flags) -> None:
+def draw(logits_BV: Tensor, rows: Any, position: Tensor, flags: Flags, expected: Tensor | None = None) -> None:
     """Draw an id in each active row that does not wait, and note it.
 
     Equals `SamplingRows.draw` and `read`; a row ends with EOS, or once as many ids were drawn as were asked for.
@@ -91,6 +91,7 @@ def draw(logits_BV: Tensor, rows: Any, position: Tensor, flags: Flags) -> None:
         position: [B] ids read.
         flags: `is_active`, `is_waiting` are read; `is_active`, `drawn`, `log_probability`, `ids`, `reads`, `row` and
             `at` are written.
+        expected: [B] the only ids that are drawn: a row that would draw another one draws none, and waits.
     """
     from bytelatent.kernels import decode_step_triton
 
@@ -100,7 +101,7 @@ def draw(logits_BV: Tensor, rows: Any, position: Tensor, flags: Flags) -> None:
         logits_BV,
         *(rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.repetition_penalty, rows.seed, rows.drawn),
         *(rows.seen, rows.valid_utf8, rows.utf8, rows.remaining, rows.utf8_after, rows.needed, rows.needed_after),
-        *(position, flags.is_active, flags.is_waiting),
+        *(position, expected, flags.is_active, flags.is_waiting),
         *(flags.drawn, flags.log_probability, flags.ids, flags.reads, flags.row, flags.at),
         V=logits_BV.shape[1],
         PADDED=_power_of_two(logits_BV.shape[1]),

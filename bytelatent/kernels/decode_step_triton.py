@@ -44,9 +44,9 @@ def candidates(
 @triton.jit
 def draw_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, seed_ptr, count_ptr, seen_ptr, valid_ptr,
-    utf8_ptr, remaining_ptr, utf8_after_ptr, needed_ptr, needed_after_ptr, position_ptr, active_ptr, waiting_ptr,
-    drawn_ptr, log_probability_ptr, ids_ptr, reads_ptr, row_ptr, at_ptr, V: tl.constexpr, PADDED: tl.constexpr,
-    EOS: tl.constexpr, OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
+    utf8_ptr, remaining_ptr, utf8_after_ptr, needed_ptr, needed_after_ptr, position_ptr, expected_ptr, active_ptr,
+    waiting_ptr, drawn_ptr, log_probability_ptr, ids_ptr, reads_ptr, row_ptr, at_ptr, V: tl.constexpr,
+    PADDED: tl.constexpr, EOS: tl.constexpr, OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     v = tl.arange(0, PADDED)
@@ -100,6 +100,10 @@ def draw_kernel(
     log_probability = tl.sum(tl.where(v == drawn, plain, 0.0), 0) - normaliser
 
     tl.debug_barrier()  # what follows writes what was read above
+    if expected_ptr is not None:
+        agrees = drawn == tl.load(expected_ptr + b)
+        tl.store(waiting_ptr + b, 1, mask=draws & (agrees == 0))
+        draws = draws & agrees
     left = remaining - 1
     ends = draws & ((drawn == EOS) | (left <= 0))
     reads = draws & (drawn != EOS) & (left > 0)
@@ -201,7 +205,7 @@ def choose_kernel(
     tl.store(closing_ptr + c, closing.to(tl.int64), mask=c < C)
     tl.store(number_ptr + c, tl.sum(tl.where(here, num_patches[:, None], 0), 0), mask=c < C)
     tl.store(run_ptr, tl.max(served.to(tl.int32), 0))
-    tl.store(closing_count_ptr + b, open_count, mask=inside)
+    tl.store(closing_count_ptr + c, tl.sum(tl.where(here, open_count[:, None], 0), 0), mask=c < C)
     tl.store(open_ptr + b, tl.where(served, 0, open_count), mask=inside)
     num_patches += served.to(tl.int64)
     tl.store(patches_ptr + b, num_patches, mask=inside)

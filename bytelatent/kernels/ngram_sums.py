@@ -1,7 +1,7 @@
 """The n-gram embeddings of a whole stream for training: `hash_embed`, with gradients.
 
 The gradient of tables that hold billions of numbers, of which a batch looks up a few thousand rows, need not be dense:
-it may be a sparse tensor of the rows seen, as that of torch's own embeddings.
+it may be a sparse tensor of the rows looked up, as that of torch's own embeddings.
 """
 
 from typing import Any
@@ -14,7 +14,8 @@ from torch.library import custom_op
 from bytelatent.kernels.hash_embed import hash_embed, hash_rows
 from bytelatent.kernels.row_sums import row_sums
 
-# Shapes: B sequences, S new ids each, L ids of a tail, T = B*S, N tables, V rows a table, W longest n-gram, D width
+# Shapes: B sequences, S new ids each, L ids of a tail, T = B*S, N tables, V rows a table, W longest n-gram, D width;
+# M = T*N lookups
 
 
 def ngram_sums(
@@ -23,7 +24,8 @@ def ngram_sums(
     """The sum of the embeddings of the n-grams that end at each new id, [T, D], of the tables' dtype.
 
     Args:
-        sparse: the gradient of the tables is a sparse tensor of the rows seen, each one once, sorted.
+        sparse: the gradient of the tables is a sparse tensor with an entry for each lookup, not coalesced: how many
+            rows there are would have to be asked of the device.
 
     The other arguments: see `hash_embed`.
     """
@@ -58,11 +60,12 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _gradient(ctx: Any, grads_TD: Tensor, _: None) -> tuple[None, None, None, Tensor, None, None]:
-    rows_U, sums_UD = row_sums(*ctx.saved_tensors, grads_TD)
+    (rows_TN,) = ctx.saved_tensors
     if ctx.sparse:
-        gradient = torch.sparse_coo_tensor(rows_U[None], sums_UD, ctx.shape, check_invariants=False, is_coalesced=True)
+        entries_MD = grads_TD.repeat_interleave(rows_TN.shape[1], dim=0)
+        gradient = torch.sparse_coo_tensor(rows_TN.flatten()[None], entries_MD, ctx.shape, check_invariants=False)
     else:
-        gradient = sums_UD.new_zeros(ctx.shape).index_copy_(0, rows_U, sums_UD)
+        gradient = row_sums(rows_TN, grads_TD, ctx.shape[0])
     return None, None, None, gradient, None, None
 
 

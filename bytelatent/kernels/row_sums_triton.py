@@ -8,16 +8,18 @@ MANY: tl.constexpr = tl.constexpr(16)  # and what is over of those that have
 
 
 @triton.jit
-def row_sums_kernel(order_ptr, end_ptr, grads_ptr, out_ptr, N, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One program adds the gradients of one row's lookups; each lookup's number is state * N + table."""
-    u = tl.program_id(0)
+def row_sums_kernel(rows_ptr, order_ptr, end_ptr, grads_ptr, out_ptr, N, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The program of a row's first lookup adds the gradients of all; each lookup's number is state * N + table."""
+    begin = tl.program_id(0)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    begin = tl.load(end_ptr + u - 1, mask=u > 0, other=0)
-    end = tl.load(end_ptr + u)
+    row = tl.load(rows_ptr + begin)
+    if tl.load(rows_ptr + begin - 1, mask=begin > 0, other=-1) == row:
+        return
+    end = tl.load(end_ptr + begin)
     x = add_lookups(begin, end, order_ptr, grads_ptr, d, N, D, FEW)
     for first in range(begin + FEW, end, MANY):
         x += add_lookups(first, end, order_ptr, grads_ptr, d, N, D, MANY)
-    tl.store(out_ptr + u.to(tl.int64) * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
+    tl.store(out_ptr + row * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit

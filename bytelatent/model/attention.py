@@ -1,7 +1,8 @@
 """Causal attention inside documents, with or without a window: the same mask on every backend.
 
 Without a GPU the mask is explicit: dense, or for windows a band of blocks, so that memory is O(T * window). On CUDA it
-is a FlexAttention block mask, but for short streams. Either is built once a batch and shared by the layers.
+is where documents begin, for cuDNN, or a FlexAttention block mask; but for short streams. Any is built once a batch and
+shared by the layers.
 """
 
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bytelatent.kernels import packed_attention
+from bytelatent.kernels.packed_attention import Heads
 from bytelatent.kernels.window_attention import angles, turn
 
 # Shapes: T positions in the stream, H heads, J key/value heads, E head size, W window, N blocks of W positions
 
-FLEX_FROM = 2048  # positions from which FlexAttention pays on CUDA; shorter streams take an explicit mask there, too
+FLEX_FROM = 2048  # positions from which the two others pay on CUDA; shorter streams take an explicit mask there, too
 FLEX_BLOCK = 128  # positions that FlexAttention decides about at once
 
 
@@ -37,6 +40,13 @@ class FlexMask:
     attention: Any  # compiled FlexAttention; the eager one would build the whole T x T matrix
 
 
+@dataclass(frozen=True)
+class PackedMask:
+    begin: Tensor  # [B+1] where each document, and padding, begins
+    length: Tensor  # [B] int32
+    window: int | None
+
+
 class Look(Protocol):
     """Another way to look at positions than a mask: into a cache. Each layer calls it once, in their order."""
 
@@ -45,18 +55,26 @@ class Look(Protocol):
         ...
 
 
-Mask = DenseMask | BandedMask | FlexMask | Look
+Mask = DenseMask | BandedMask | FlexMask | PackedMask | Look
 
 
-def build_mask(document: Tensor, window: int | None) -> Mask:
+def build_mask(
+    document: Tensor, window: int | None, heads: Heads | None = None, num_documents: int | None = None
+) -> Mask:
     """The mask of a packed stream: a position sees itself and what came before it in its document.
 
     Args:
         document: [T] the document of each position; padding has one of its own (-1).
         window: positions seen, itself included; None for all.
+        heads: what attends; None: not known.
+        num_documents: at most so many, beside padding; None: not known. The host cannot see it without waiting.
     """
     size = document.shape[0]
     if document.device.type == "cuda" and size >= FLEX_FROM:
+        if heads is None or num_documents is None:
+            return _flex_mask(document, window)
+        if packed_attention.takes(document.device, size, num_documents, heads, window):
+            return packed_mask(document, window, num_documents)
         return _flex_mask(document, window)
     index = torch.arange(size, device=document.device)
     if window is None or size <= 2 * window or document.device.type == "cuda":
@@ -71,6 +89,8 @@ def build_mask(document: Tensor, window: int | None) -> Mask:
 def attend(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Mask) -> Tensor:
     """Softmax attention under the mask, [T, H, E]. Groups of H/J query heads share a key and value head."""
     grouped = q_THE.shape[1] != k_TJE.shape[1]
+    if isinstance(mask, PackedMask):
+        return packed_attention.packed_attention(q_THE, k_TJE, v_TJE, mask.begin, mask.length, mask.window)
     if isinstance(mask, FlexMask):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
         return mask.attention(q, k, v, block_mask=mask.block_mask, enable_gqa=grouped)[0].transpose(0, 1)
@@ -108,6 +128,14 @@ def _with_previous(blocks: Tensor, fill: int = 0) -> Tensor:
     """[N, W, ...] -> [N, 2W, ...]: each block after the one before it."""
     before = torch.cat([torch.full_like(blocks[:1], fill), blocks[:-1]])
     return torch.cat([before, blocks], dim=1)
+
+
+def packed_mask(document: Tensor, window: int | None, num_documents: int) -> PackedMask:
+    """The mask for `packed_attention`, for at most so many documents and padding at the end."""
+    begin, length = packed_attention.entries_of(document, packed_attention.entries_for(num_documents))
+    for tensor in (begin, length):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # another number of entries is no other program
+    return PackedMask(begin, length, window)
 
 
 def _flex_mask(document: Tensor, window: int | None) -> FlexMask:

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bytelatent.model.attention import Mask, attend, rotary, rotate
+from bytelatent.kernels.packed_attention import Heads
+from bytelatent.model.attention import Mask, attend, build_mask, rotary, rotate
 from bytelatent.model.settings import StackSettings
 
 # Shapes: T positions in the stream, D width, H heads, J key/value heads, E head size, F feed-forward width
@@ -62,6 +63,14 @@ class Stack(nn.Module):
 
     def rotary(self, position: Tensor) -> Tensor:
         return rotary(position, self.settings.head_dim, self.settings.rope_theta)
+
+    def mask(self, document: Tensor, num_documents: int | None) -> Mask:
+        """What the positions of a packed stream see; see `build_mask`."""
+        settings, on = self.settings, document.device.type
+        mixed = torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on)
+        dtype = torch.get_autocast_dtype(on) if mixed else next(self.blocks.parameters()).dtype
+        heads = Heads(dtype, settings.num_heads, settings.kv_heads, settings.head_dim)
+        return build_mask(document, settings.window, heads, num_documents)
 
     def forward(self, x_TD: Tensor, position: Tensor, mask: Mask) -> Tensor:
         rotary_TE2 = self.rotary(position)

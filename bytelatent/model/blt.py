@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from bytelatent.kernels.patch_attention import pool_patches, runs_of
-from bytelatent.model.attention import Mask, build_mask
+from bytelatent.model.attention import Mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.model.patch_attention import GatherBytes, ReadPatches
@@ -74,7 +74,7 @@ class LocalEncoder(nn.Module):
 
     def forward(self, batch: PatchedStream) -> tuple[Tensor, Tensor]:
         """Byte states [T, D] and patch states [P, K, D]."""
-        mask = build_mask(batch.document, self.settings.encoder.window)
+        mask = self.stack.mask(batch.document, batch.num_documents)
         states = self.byte_states(self.embed(batch), batch.position, mask)
         return states[-1], self.patch_states(states, batch)
 
@@ -119,7 +119,7 @@ class LocalDecoder(nn.Module):
         """Logits, float32 [T, V]."""
         keys_PKD = self.keys(patches_PG).to(h_TD.dtype)
         read = runs_of(batch.read, batch.num_patches)
-        mask = build_mask(batch.document, self.settings.decoder.window)
+        mask = self.stack.mask(batch.document, batch.num_documents)
         h_TD = self.states(h_TD, batch.position, mask, lambda layer, h: self.cross_attention[layer](h, keys_PKD, read))
         return self.logits(h_TD)
 
@@ -155,6 +155,6 @@ class BLTModel(nn.Module):
     def forward(self, batch: PatchedStream) -> Tensor:
         """Logits of the id that follows each id, float32 [T, V]."""
         h_TD, patches_PKD = self.encoder(batch)
-        mask = build_mask(batch.patch_document, window=None)
+        mask = self.global_transformer.stack.mask(batch.patch_document, batch.num_documents)
         patches_PG = self.global_transformer(patches_PKD, batch.patch_position, mask)
         return self.decoder(h_TD, patches_PG, batch)

@@ -6,7 +6,7 @@ Source: Pagnoni et al. 2024, section 2.3.
 import torch
 from torch import Tensor, nn
 
-from bytelatent.model.attention import Mask, build_mask
+from bytelatent.model.attention import Mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.settings import ByteLMSettings
 from bytelatent.model.stream import Stream
@@ -27,7 +27,7 @@ class ByteLM(nn.Module):
 
     def forward(self, stream: Stream) -> Tensor:
         """Logits of the id that follows each id, float32 [T, V]."""
-        return self.logits(stream.ids, stream.position, build_mask(stream.document, self.settings.window))
+        return self.logits(stream.ids, stream.position, self.stack.mask(stream.document, stream.num_documents))
 
     def logits(self, ids: Tensor, position: Tensor, mask: Mask) -> Tensor:
         """Logits, float32 [T, V], of ids [T] at these positions that see what the mask lets them see."""

@@ -30,7 +30,7 @@ PRIMES = (
 class NgramHashEmbedding(nn.Module):
     """The sum of a byte's n-gram embeddings, one table a function and size, all in one tensor, function-major.
 
-    `tables.sparse` says whether the tables' gradient is a sparse tensor of the rows seen.
+    `tables.sparse` says whether the tables' gradient is a sparse tensor of the rows looked up.
     """
 
     def __init__(self, settings: NgramHashSettings, dim: int):

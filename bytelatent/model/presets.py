@@ -36,6 +36,9 @@ PRESETS: dict[str, ModelSettings] = {
         cross_attention=CrossAttentionSettings(k=2, num_heads=4),
         ngram_hash=NgramHashSettings(vocab_size=8_191),
     ),
+    # Ten minutes on one GPU.
+    "byte-lm-10m": ByteLMSettings(dim=384, num_layers=6, num_heads=6, window=512),
+    "blt-100m": _blt((512, 8), (1, 12, 5), (768, 12), k=2, hash_vocab=20_011),
     # The entropy model of the paper and the releases: 14 x 768, window 512.
     "entropy": ByteLMSettings(dim=768, num_layers=14, num_heads=12, window=512, rope_theta=10_000.0),
     # The sizes of Pagnoni et al. 2024. Cross-attention has as many heads as the local models, so that they divide it.

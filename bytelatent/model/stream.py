@@ -4,7 +4,7 @@ A batch is T ids and P patch slots, both of any size; where shapes must not chan
 document -1 and the patches likewise. Positions restart in each document, and nothing crosses from one to another.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
@@ -20,10 +20,16 @@ class Stream:
     ids: Tensor  # [T] int64
     document: Tensor  # [T] int64, -1: padding
     position: Tensor  # [T] int64, 0 at each document's start
+    num_documents: int | None = field(default=None, kw_only=True)  # at most so many, and padding at the end; None: any
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What of it lies on a device, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        values = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        return replace(self, **values)
+        return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ def pack_rows(rows: list[Tensor]) -> Stream:
     ids = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
     document = torch.repeat_interleave(torch.arange(len(rows)), sizes)
     position = torch.cat([torch.arange(len(row)) for row in rows]) if rows else document
-    return Stream(ids, document.to(ids.device), position.to(ids.device))
+    return Stream(ids, document.to(ids.device), position.to(ids.device), num_documents=len(rows))
 
 
 def add_patches(
@@ -79,4 +85,5 @@ def add_patches(
         patch_document=patch_document.scatter(0, patch, stream.document),
         patch_position=patch_position.scatter(0, patch, patch - first_of_document),
         history=torch.arange(len(patch), device=patch.device) if history is None else history,
+        num_documents=stream.num_documents,
     )

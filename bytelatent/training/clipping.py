@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bytelatent.kernels.row_sums import coalesced
+
 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -26,7 +28,7 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         if hasattr(grad, "placements"):  # a DTensor; their module takes seconds to import
             alike.setdefault((grad.device_mesh, grad.placements), []).append(grad.to_local())
         elif grad.is_sparse:
-            parameter.grad = grad = grad.coalesce()
+            parameter.grad = grad = coalesced(grad)
             alike.setdefault(None, []).append(grad.values())
         else:
             alike.setdefault(None, []).append(grad)

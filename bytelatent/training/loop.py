@@ -28,6 +28,7 @@ from bytelatent.training.faults import (
     who_failed,
 )
 from bytelatent.training.float8 import check_float8
+from bytelatent.training.gradients import CapturedGradients, Gradients, check_cuda_graph
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.parallel import Plan, build_spread, draw_weights, make_plan
@@ -62,6 +63,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     ):
         dtype = choose_dtype(settings.dtype, device)
         check_float8(settings.float8, device, dtype)
+        check_cuda_graph(settings.cuda_graph, device, ranks.world)
         must_be_installed(settings.track)
         plan = make_plan(settings.parallel, settings.model, ranks, device)
         with ExitStack() as held:
@@ -97,6 +99,10 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
         with autocast(device, dtype):
             return surprise(model, batch)
 
+    gradients: Callable[[Batch, float], torch.Tensor] = Gradients(loss, device)
+    if settings.cuda_graph:
+        adds = settings.optimizer.accumulation > 1
+        gradients = CapturedGradients(model.parameters(), loss, device, adds)
     statistics = Statistics(model, settings.statistics_every, loss)
     trackers = open_trackers(settings, run.folder, say) if ranks.is_first else []
     with (
@@ -117,7 +123,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
             done = _done(state, settings)
             if done < 1:
                 with memory_named(settings, ranks):
-                    _try_out(state, loss, device)
+                    _try_out(state, gradients)
             while done < 1:
                 watchdog.progress(f"step {state.step + 1}")
                 before = state.seconds
@@ -125,7 +131,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                     profiler.before(state.step + 1)
                 try:
                     with memory_named(settings, ranks):
-                        row = _step(state, settings, loss, device, plan, statistics)
+                        row = _step(state, settings, gradients, plan, statistics)
                 except RolledBack as back:
                     rollbacks += 1
                     _go_back(state, checkpoints, str(back), rollbacks, ranks)
@@ -161,10 +167,10 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
     return run.folder
 
 
-def _try_out(state: TrainState, loss: Callable[[Batch], torch.Tensor], device: torch.device) -> None:
+def _try_out(state: TrainState, gradients: Callable[[Batch, float], torch.Tensor]) -> None:
     """Compute a gradient and drop it: what does not compile or fit into memory shows before anything is changed."""
     state.peeked.append(next(state.loader))
-    loss(state.peeked[0].to(device)).backward()
+    gradients(state.peeked[0], 1.0)
     state.optimizer.zero_grad(set_to_none=True)
 
 
@@ -182,8 +188,7 @@ def _go_back(state: TrainState, checkpoints: Checkpoints, why: str, times: int, 
 def _step(
     state: TrainState,
     settings: TrainSettings,
-    loss: Callable[[Batch], torch.Tensor],
-    device: torch.device,
+    gradients: Callable[[Batch, float], torch.Tensor],
     plan: Plan,
     statistics: Statistics | None = None,
 ) -> dict[str, Any]:
@@ -198,10 +203,8 @@ def _step(
     parts = []
     for number, batch in enumerate(batches, start=1):
         plan.more_to_come(state.model, number < len(batches))
-        part = loss(batch.to(device))
         # Gradients are averaged over ranks, and should be those of the mean over the targets of all of them.
-        (part / (num_targets / plan.data_world)).backward()
-        parts.append(part.detach())
+        parts.append(gradients(batch, num_targets / plan.data_world))
     nats = plan.sum([sum(float(part) for part in parts)])[0]
     norm = clip(state.model.parameters(), settings.optimizer.clip)
     mean = nats / num_targets

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bytelatent.data import Batch, surprise
 from bytelatent.device import autocast
 from bytelatent.model import (
     BLTSettings,
@@ -23,10 +24,10 @@ from bytelatent.model import (
     pack_rows,
 )
 from bytelatent.model.block import Block
-from bytelatent.model.loss import sum_of_nats
 from bytelatent.model.patch_attention import CrossAttention
 from bytelatent.training.clipping import clip
 from bytelatent.training.float8 import to_float8
+from bytelatent.training.gradients import CapturedGradients, Gradients
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.recompute import Checkpointing, recomputed
 from bytelatent.training.settings import Float8, OptimizerSettings
@@ -46,6 +47,7 @@ class Plan:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     float8: Float8 | None = None
     checkpointing: Checkpointing = "none"
+    captured: bool = False  # forward and backward pass are a CUDA graph
 
 
 class Trainee:
@@ -58,15 +60,21 @@ class Trainee:
             self.model = build(plan.model)
         to_float8(self.model, plan.float8)
         self.optimizer = build_optimizer(self.model, plan.optimizer)
+        self._work = ForwardBackward(self.model, plan.device, plan.dtype)
         self.step(*random_batch(256, plan.device, isinstance(plan.model, BLTSettings)))
         for part in self.model.modules():
             if isinstance(part, Block | CrossAttention):
                 part.forward = recomputed(part.forward, plan.checkpointing)
         if plan.compiled:
             compile_regions(self.model)
+        self._work = ForwardBackward(self.model, plan.device, plan.dtype, plan.captured)
 
     def forward_backward(self, stream: Stream, targets: Tensor) -> None:
-        forward_backward(self.model, stream, targets, self.plan.dtype)
+        self._work(stream, targets)
+
+    def forget_shapes(self) -> None:
+        """Compile, and capture, anew: each size for itself."""
+        self._work.forget_shapes()
 
     def step(self, stream: Stream, targets: Tensor) -> None:
         """A whole step, as the training loop takes it."""
@@ -75,17 +83,45 @@ class Trainee:
         self.optimizer.step()
 
 
-def forward_backward(model: nn.Module, stream: Stream, targets: Tensor, dtype: torch.dtype) -> None:
-    """Gradients of the mean loss, in place of earlier ones; products in `dtype`, or float32 for the weights' own."""
-    model.zero_grad(set_to_none=True)
-    with autocast(targets.device, dtype):
-        loss = sum_of_nats(model(stream), targets) / len(targets)
-    loss.backward()
+class ForwardBackward:
+    """Computes gradients of the mean loss, in place of earlier ones.
+
+    Args:
+        dtype: of products; float32 for the weights' own.
+        captured: as a CUDA graph, captured by the first call of each shape.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, captured: bool = False):
+        self._model, self._device, self._dtype, self._captured = model, device, dtype, captured
+        self._gradients: Gradients | CapturedGradients | None = None
+
+    def __call__(self, stream: Stream, targets: Tensor) -> None:
+        self._model.zero_grad(set_to_none=True)
+        batch = Batch(stream, targets, len(targets), len(targets), num_patches=0)
+        if isinstance(self._gradients, CapturedGradients) and not self._gradients.fits(batch):
+            self._gradients = None  # before the next one is made: there may be no room for both
+        if self._gradients is None:
+            self._gradients = (
+                CapturedGradients(self._model.parameters(), self._loss, self._device)
+                if self._captured
+                else Gradients(self._loss, self._device)
+            )
+        self._gradients(batch, len(targets))
+
+    def forget_shapes(self) -> None:
+        """Compile, and capture, anew: each size for itself."""
+        self._model.zero_grad(set_to_none=True)
+        self._gradients = None
+        torch._dynamo.reset()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with autocast(self._device, self._dtype):
+            return surprise(self._model, batch)
 
 
-def random_batch(size: int, device: torch.device, patched: bool = True) -> tuple[Stream, Tensor]:
+def random_batch(size: int, device: torch.device, patched: bool = True, seed: int = 0) -> tuple[Stream, Tensor]:
     """A stream of `size` ids, and their targets."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, 260, [size], generator=generator)
     stream = pack_rows(list(ids.split(DOCUMENT)))
     targets = torch.randint(4, 260, [size], generator=generator)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from bytelatent.device import choose_device
 from bytelatent.errors import BAD_INPUT, STOPPED, Interrupted, UserError
@@ -111,11 +112,13 @@ def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torc
     own = _own_device(device, ranks)
     if own.type == "cuda":
         torch.cuda.set_device(own)
+    patience = timedelta(minutes=2 * minutes if minutes else 24 * 60)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
+        store=_own_store(patience),
         rank=ranks.rank,
         world_size=world,
-        timeout=timedelta(minutes=2 * minutes if minutes else 24 * 60),
+        timeout=patience,
     )
     farewell = True
     try:
@@ -127,6 +130,19 @@ def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torc
     finally:
         if farewell:
             dist.destroy_process_group()
+
+
+def _own_store(patience: timedelta) -> Any:
+    """Where the ranks find one another.
+
+    torchrun's is the same after a restart, and holds the addresses of those that were ended then. So each start of a
+    job on one host has its own keys. (On several hosts torchrun does not count starts alike everywhere.)
+    """
+    store, _, _ = next(rendezvous("env://", timeout=patience))
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    return dist.PrefixStore(start, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _own_device(device: str, ranks: Ranks) -> torch.device:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import bytelatent.kernels.packed_attention  # noqa: F401 it makes the operator
+
 Checkpointing = Literal["none", "selective", "full"]
 
 # What selective checkpointing keeps: results of matrix products and of attention. The rest is cheap to compute again.
@@ -16,6 +18,7 @@ KEPT = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.bytelatent.packed_attention.default,
 ]
 
 

@@ -4,6 +4,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from bytelatent.kernels.row_adamw import row_adamw
+from bytelatent.kernels.row_sums import coalesced
 
 # Shapes: R rows of a table, U rows seen, D width
 
@@ -43,7 +44,7 @@ class SparseRowsAdamW(torch.optim.Optimizer):
                     state["seen"] = table_RD.new_zeros(table_RD.shape[0])
                     state["exp_avg"] = torch.zeros_like(table_RD)
                     state["exp_avg_sq"] = torch.zeros_like(table_RD)
-                gradient = table_RD.grad.coalesce()
+                gradient = coalesced(table_RD.grad)
                 rows_U = gradient.indices()[0]
                 count_U = state["seen"][rows_U] + 1
                 state["seen"][rows_U] = count_U

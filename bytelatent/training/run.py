@@ -23,10 +23,11 @@ from bytelatent.training.settings import TrainSettings
 # What may differ when a run goes on: nothing that changes the steps already done.
 MAY_CHANGE = {
     *("steps", "minutes", "validation", "checkpoint", "parallel", "faults"),
-    *("log_every", "device", "compile", "determinism", "byte_lm"),
+    *("log_every", "device", "compile", "cuda_graph", "determinism", "byte_lm"),
     *("track", "wandb", "profile", "statistics_every"),
 }
 DATA_MAY_CHANGE = {"workers", "max_damaged"}
+OPTIMIZER_MAY_CHANGE = {"accumulation"}  # with the number of processes, so that a step stays as large
 
 
 @dataclass
@@ -119,7 +120,8 @@ def _changes(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> l
     lines = []
     for key, before, after in _differences(then, now):
         room, _, name = key.partition(".")
-        if room not in MAY_CHANGE | {"run"} and not (room == "data" and name in DATA_MAY_CHANGE):
+        inner = {"data": DATA_MAY_CHANGE, "optimizer": OPTIMIZER_MAY_CHANGE}.get(room, set())
+        if room not in MAY_CHANGE | {"run"} and name not in inner:
             raise UserError(
                 f"'{folder}' was begun with other settings ({key}: {before}, now {after}); "
                 "use them again, or another run=FOLDER"

@@ -165,6 +165,8 @@ class TrainSettings(Settings):
         statistics_every: steps from one row of statistics, layer by layer, to the next; None: never.
         dtype: `auto` is bfloat16 where the device computes in it, else float32. Weights stay float32.
         compile: `auto` compiles on CUDA.
+        cuda_graph: forward and backward pass are captured once and replayed, so that the host does not hold up the
+            device; one process on CUDA, and batches of one shape.
         determinism: only operations that give the same bits each time; slower on a GPU.
         float8: `rowwise` multiplies the matrices of the global transformer in 8-bit floats, with a scale a row.
     """
@@ -191,6 +193,7 @@ class TrainSettings(Settings):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    cuda_graph: bool = False
     determinism: bool = False
     float8: Float8 | None = None
 
@@ -247,6 +250,18 @@ class TrainSettings(Settings):
                 raise ValueError("optimizer.lr_scale.hash_tables: this model has no hash tables; leave it out")
             if self.optimizer.hash_gradients == "rows":
                 raise ValueError("optimizer.hash_gradients: this model has no hash tables; leave 'rows' out")
+        return self
+
+    @model_validator(mode="after")
+    def _captured(self) -> Self:
+        if self.cuda_graph and not isinstance(self.model, ByteLMSettings):
+            if self.data.batch_patches is None:
+                raise ValueError("cuda_graph: batches must have one shape; set data.batch_patches")
+            if self.optimizer.hash_gradients == "rows" and self.optimizer.accumulation > 1:
+                raise ValueError(
+                    "cuda_graph: gradients by rows are not added up in a graph; take optimizer.accumulation=1, or "
+                    "optimizer.hash_gradients=dense"
+                )
         return self
 
     @model_validator(mode="after")

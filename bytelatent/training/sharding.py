@@ -4,7 +4,6 @@ Only jobs of several processes import this file: what it imports takes seconds.
 """
 
 from collections.abc import Collection
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +52,7 @@ def shard(
     """
     for norm in part.modules():
         if isinstance(norm, nn.RMSNorm) and dtype is not None and dtype != norm.weight.dtype:
-            norm.forward = partial(_with_weight_in_float32, norm)
+            norm.__class__ = _NormInFloat32  # not another `forward`: compiled blocks would differ by it
     policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
     # One replica is no replication: such a mesh has one dimension.
     is_whole = mesh.size(1) == 1  # then nothing is gained by letting go of the weights between forward and backward
@@ -77,6 +76,8 @@ def keep_own_part(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def _with_weight_in_float32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+class _NormInFloat32(nn.RMSNorm):
     """Autocast leaves norms in float32, and a fused one takes states and weight of one precision."""
-    return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.float(), self.eps)

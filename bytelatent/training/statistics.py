@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,7 +111,7 @@ def head(stream: Stream, size: int) -> Stream:
     ends = {"patch_document": 0, "patch_position": 0}
     if isinstance(stream, PatchedStream):
         ends = dict.fromkeys(ends, int(stream.patch[size - 1]) + 1)
-    return replace(stream, **{f.name: getattr(stream, f.name)[: ends.get(f.name, size)] for f in fields(stream)})
+    return replace(stream, **{name: tensor[: ends.get(name, size)] for name, tensor in stream.tensors.items()})
 
 
 def attention_entropy(q_THE: Tensor, k_TJE: Tensor, allowed_TT: Tensor) -> Tensor:

@@ -67,9 +67,11 @@ class _LookUp(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         rows_WTS, is_own = ctx.saved_tensors
         grad_WTD = _gathered(gradients[0].contiguous(), ctx.group)
+        grad_WTD /= dist.get_world_size(ctx.group)  # the mean over ranks, as of other weights
         id_of, column = is_own.nonzero(as_tuple=True)
-        grad_RD = grad_WTD.new_zeros(ctx.shape).index_add(0, rows_WTS[id_of, column], grad_WTD[id_of])
-        return grad_RD / dist.get_world_size(ctx.group), None, None, None  # the mean over ranks, as of other weights
+        # Added in place: the gradient is as large as the rows held here, and there is no room for it twice.
+        grad_RD = grad_WTD.new_zeros(ctx.shape).index_add_(0, rows_WTS[id_of, column], grad_WTD[id_of])
+        return grad_RD, None, None, None
 
 
 def _gathered(part: Tensor, group: Any) -> Tensor:

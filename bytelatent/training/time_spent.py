@@ -1,8 +1,11 @@
-"""Where the time of a computation goes: its kernels, and what kind each is of."""
+"""Where the time of a computation goes: its kernels, what kind each is of, and what ranks say to one another."""
 
+import json
 import re
-from collections.abc import Callable, Collection
+import tempfile
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,8 @@ KINDS = {
     r"|aten::(index|_index_put_impl_)$",
     "hash tables": r"hash_embed|row_sums|ngram_sums|embedding_bag|EmbeddingBag|index_copy|[Ss]ort|unique|FillFunctor"
     r"|aten::fill_|aten::zero_",
-    "attention": r"flash|fmha|flex_attention|triton_tem|scaled_dot_product|aten::(bmm|baddbmm|_softmax|_safe_softmax)",
+    "attention": r"flash|fmha|cudnn|flex_attention|triton_tem|scaled_dot_product"
+    r"|aten::(bmm|baddbmm|_softmax|_safe_softmax)",
     "products": r"gemm|nvjet|cutlass|cublas|xmma|splitK|scaled_mm|aten::(mm|addmm|linear|matmul)$|mkldnn_linear",
     "norms and pointwise": r"triton_(poi|red|per)|elementwise|[Rr]educe|[Nn]orm|[Ss]oft[Mm]ax|softmax|Memcpy|CatArray"
     r"|aten::(mul|add|sub|div|neg|exp|silu|silu_backward|sigmoid|where|copy|cat|stack|clone|sum|mean|rsqrt|pow|cos|sin"
@@ -66,3 +70,63 @@ def by_kind(kernels: list[Kernel], absent: Collection[str] = ()) -> dict[str, fl
     for kernel in kernels:
         seconds[REST if kernel.kind in absent else kernel.kind] += kernel.seconds
     return seconds
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Seconds of a GPU between the start of its first kernel and the end of its last one.
+
+    Attributes:
+        total: in which a collective of NCCL ran, also one that waited for other ranks.
+        exposed: those of them in which nothing else ran.
+        idle: in which nothing ran at all.
+    """
+
+    span: float
+    total: float
+    exposed: float
+    idle: float
+
+
+Interval = tuple[float, float]
+
+
+def communication(events: Iterable[dict[str, Any]]) -> Communication:
+    """What the events of a trace in Chrome's format say of its GPU; their times are in microseconds."""
+    collectives: list[Interval] = []
+    others: list[Interval] = []
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            of = collectives if event["name"].startswith("nccl") else others
+            of.append((float(event["ts"]), float(event["ts"]) + float(event["dur"])))
+    if not collectives and not others:
+        return Communication(0.0, 0.0, 0.0, 0.0)
+    begin, end = min(first for first, _ in collectives + others), max(last for _, last in collectives + others)
+    total, busy = covered(collectives), covered(collectives + others)
+    span, exposed = end - begin, busy - covered(others)
+    return Communication(span / 1e6, total / 1e6, exposed / 1e6, (span - busy) / 1e6)
+
+
+def covered(intervals: Iterable[Interval]) -> float:
+    """How long at least one of the intervals lasts."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(end - max(begin, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+def communication_of(work: Callable[[], Any], device: torch.device, times: int = 2) -> Communication | None:
+    """The same of some work, done so many times; None but on CUDA."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(times):
+            work()
+        wait_for(device)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(trace))
+        return communication(json.loads(trace.read_text())["traceEvents"])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.fast import FastRows, supports
+from bytelatent.inference.fast import FastRows, engine_for, supports
+from bytelatent.inference.fast.drafted import LONGEST
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
@@ -54,15 +55,26 @@ NAMES = list(decoders())
 
 
 def engine_of(decoder: Decoder, kind: str, num_rows: int) -> Engine:
-    """Plain rows; the fast ones as they run on a GPU; the same where the global transformer runs seldom, for few."""
+    """Plain rows; the fast ones as they run on a GPU; the same where the global transformer runs seldom, for few; and
+    where several bytes are drafted and verified at once."""
     if kind == "plain":
         return Engine.plain(decoder, num_rows)
     assert supports(decoder.model, decoder.byte_lm)
-    every, places = {"fast": (1, None), "fast, seldom": (3, 1), "fast, few": (1, 2)}[kind]
-    return Engine(decoder, FastRows(decoder, num_rows, every, places), num_rows)
+    if kind in DRAFTED and isinstance(decoder.model, ByteLM):
+        pytest.skip("a byte LM has no part that drafts")
+    return Engine(decoder, FastRows(decoder, num_rows, **FAST[kind]), num_rows)
 
 
-KINDS = ["plain", "fast", "fast, seldom", "fast, few"]
+FAST: dict[str, dict[str, int]] = {
+    "fast": {},
+    "fast, seldom": {"every": 3, "places": 1},
+    "fast, few": {"places": 2},
+    "drafted": {"ahead": 5},
+    "drafted, far": {"ahead": LONGEST},
+    "drafted, few": {"ahead": 6, "places": 2},
+}
+DRAFTED = ["drafted", "drafted, far", "drafted, few"]
+KINDS = ["plain", *FAST]
 
 
 def slow_greedy(decoder: Decoder, prompt: str, count: int) -> list[int]:
@@ -133,7 +145,7 @@ def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("size", [200, 300])
-@pytest.mark.parametrize("kind", ["plain", "fast"])
+@pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
 def test_long_texts_and_patches(kind: str, size: int) -> None:
     """Beyond the first size of every table, on the way or with the prompt."""
     rule = PatchSettings(mode="static", patch_size=300)
@@ -166,7 +178,7 @@ def test_samples_share_a_prompt() -> None:
     assert len({tuple(continuation.ids) for continuation in asked}) == 3
 
 
-@pytest.mark.parametrize("kind", ["plain", "fast"])
+@pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
 def test_stop_texts(kind: str) -> None:
     """Matched on bytes, shown neither in the end nor on the way."""
     decoder = decoders()["entropy"]
@@ -185,7 +197,7 @@ def test_stop_texts(kind: str) -> None:
     assert bytes(i - 4 for i in found.ids) == whole.data[: at + 3]
 
 
-@pytest.mark.parametrize("kind", ["plain", "fast"])
+@pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
 def test_valid_utf8(kind: str) -> None:
     decoder = decoders()["entropy"]
     engine = engine_of(decoder, kind, 2)
@@ -211,6 +223,35 @@ def test_it_ends_at_the_end_of_the_text() -> None:
     for kind in KINDS:
         [found] = generated(engine_of(decoder, kind, 1), ["abc"], 50)
         assert (found.ended, found.data, found.ids) == ("end of text", b"", [EOS])
+
+
+def test_drafts_save_steps() -> None:
+    """A model that no patch tells anything drafts what it then draws."""
+    decoder = decoders()["entropy"]
+    model: Any = decoder.model
+    for cross in model.decoder.cross_attention:
+        cross.output.weight.data.zero_()
+    rows = FastRows(decoder, 1, ahead=8)
+    engine = Engine(decoder, rows, 1)
+    [asked] = engine.submit(prompt_ids("The"), Sampling(temperature=1.0), 64)
+    steps = 0
+    while asked.ended is None:
+        engine.advance()
+        steps += 1
+    assert len(asked.ids) == 64
+    assert steps == 8
+
+
+def test_who_cannot_draft() -> None:
+    named = decoders()
+    lm, blt = named["byte LM"], named["entropy"]
+    with pytest.raises(UserError, match="ahead: a byte LM has no part that drafts"):
+        engine_for(lm.model, None, None, 1, ahead=4)
+    with pytest.raises(UserError, match="ahead: the rule bpe is not drafted for"):
+        engine_for(blt.model, PatchSettings(mode="bpe", tokenizer="x.json"), None, 1, ahead=4)
+    for wrong in (0, LONGEST + 1):
+        with pytest.raises(UserError, match=f"ahead: {wrong} bytes a step; take 1 to {LONGEST}"):
+            engine_for(blt.model, blt.patching, blt.byte_lm, 1, ahead=wrong)
 
 
 def test_what_will_not_do() -> None:

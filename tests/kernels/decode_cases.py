@@ -173,7 +173,14 @@ def reading(
 
 
 def gathering(
-    counts: list[int], most: int, queries: int, heads: int, kv_heads: int, rows: list[int], dtype: str = "float32"
+    counts: list[int],
+    most: int,
+    queries: int,
+    heads: int,
+    kv_heads: int,
+    rows: list[int],
+    dtype: str = "float32",
+    shifted: bool = False,
 ) -> Errors:
     """Bytes are kept one by one, then gathered."""
     kind, size, dim = getattr(torch, dtype), len(counts), 40
@@ -187,11 +194,15 @@ def gathering(
         plain_keep_byte(kv, *kept[1], at, h_BD=h, pooled_BD=pooled[1])
         keep_byte(kv + 1, *kept[0], at, h_BD=h + 1, pooled_BD=pooled[0], run=torch.zeros(1, dtype=torch.int32))
     out = torch.full((3, *q.shape), torch.nan, dtype=kind)
-    shared: dict = {"count_B": torch.tensor(counts), "row_C": torch.tensor(rows, dtype=torch.int32)}
+    begins = [counts[row] // 3 if shifted and row % 2 else 0 for row in rows]
+    left = torch.tensor([max(counts[row], 0) - begin for row, begin in zip(rows, begins, strict=True)])
+    shared: dict = {"count_C": left, "row_C": torch.tensor(rows, dtype=torch.int32)}
+    if shifted:
+        shared["begin_C"] = torch.tensor(begins)
     gather_bytes(q, *kept[0], **shared, out=out[0])
     plain_gather_bytes(q, *kept[1], **shared, out=out[1])
     for c, row in enumerate(rows):
-        if row >= 0 and counts[row] == 0:
+        if row >= 0 and left[c] == 0:
             out[1, c] = 0  # the softmax over nothing
     gather_bytes(q, *kept[0], **shared, out=out[2], run=torch.zeros(1, dtype=torch.int32))
     assert bool(out[2].isnan().all()), "a kernel that should not run wrote something"
@@ -249,11 +260,16 @@ def deciding(
     for number in range(3):
         logits, lm_logits = 3 * torch.randn(rows, 260), 2 * torch.randn(rows, 260)
         lm = lm_logits if patching.needs_entropies else None
-        draw(logits, ours[0], ours[1].position, ours[2])
+        expected = None
+        if number == 1:  # some rows would draw another id than the one that is expected
+            drawn = ours[0].draw(logits)[0]
+            expected = torch.where(torch.rand(rows) < 0.5, drawn, drawn + 1)
+        draw(logits, ours[0], ours[1].position, ours[2], expected)
         decide(lm, patching, ours[1], ours[2])
         choose(ours[1], ours[2], closes)
         with torch.device("cpu"):  # the only one that the plain forms are for
-            plain.plain_draw(logits.cpu(), theirs[0], theirs[1].position, theirs[2])
+            expected = None if expected is None else expected.cpu()
+            plain.plain_draw(logits.cpu(), theirs[0], theirs[1].position, theirs[2], expected)
             plain.plain_decide(None if lm is None else lm.cpu(), patching, theirs[1], theirs[2])
             plain.plain_choose(theirs[1], theirs[2], closes)
         for one, other in zip(ours, theirs, strict=True):

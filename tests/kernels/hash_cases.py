@@ -41,10 +41,9 @@ def sums(T: int, N: int, rows: int, dim: int) -> Errors:
     """Against a product with a matrix of ones. Some rows are seen by all states, most by few."""
     lookups = (rows * torch.rand(T, N) ** 4).long()
     grads = torch.randn(T, dim)
-    seen, found = fast_row_sums(lookups, grads)
+    found = fast_row_sums(lookups, grads, rows)
     counts = F.one_hot(lookups, rows).sum(1).double()
-    expected = (counts.T @ grads.double())[counts.sum(0) > 0]
-    return {"rows": difference(seen, counts.sum(0).nonzero()[:, 0]), "error": difference(found, expected)}
+    return {"rows": float(found[counts.sum(0) == 0].any()), "error": difference(found, counts.T @ grads.double())}
 
 
 def update(rows: int, seen: int, dim: int, weight_decay: float = 0.0) -> Errors:

@@ -125,6 +125,8 @@ def test_attention_between_bytes_and_patches() -> None:
             {"counts": [3, 1, 20], "most": 20, "queries": 2, "heads": 2, "kv_heads": 2, "rows": [2, 0, 1]},
             {"counts": [5, 0, 17], "most": 32, "queries": 3, "heads": 4, "kv_heads": 2, "rows": [1, -1, 2, 0]},
             {"counts": [7, 2], "most": 9, "queries": 1, "heads": 2, "kv_heads": 1, "rows": [1], "dtype": "bfloat16"},
+            {"counts": [7, 2, 9, 25], "most": 25, "queries": 2, "heads": 2, "kv_heads": 2, "rows": [3, 1, 3, 0, 2]}
+            | {"shifted": True},
         ],
     )
 

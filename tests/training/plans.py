@@ -18,6 +18,7 @@ from bytelatent.errors import Interrupted, UserError
 from bytelatent.interop import Config
 from bytelatent.training import TrainSettings, loop, train
 from bytelatent.training.checkpoint import Checkpoints, TrainState
+from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.parallel import Plan, build_spread, draw_weights, make_plan
 from bytelatent.training.ranks import open_ranks
@@ -117,7 +118,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
 
         rows, gradients = [], {}
         while state.step < steps:
-            rows.append(loop._step(state, rule, loss, device, plan))
+            rows.append(loop._step(state, rule, Gradients(loss, device), plan))
             if not gradients:
                 scale = 1 / (1 - rule.optimizer.beta1)
                 named = list(model.named_parameters())

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bytelatent.data import Loader, Patcher, surprise
+from bytelatent.device import autocast
 from bytelatent.errors import UserError
-from bytelatent.training.parallel import make_plan
-from bytelatent.training.ranks import Ranks
+from bytelatent.training.parallel import build_spread, draw_weights, make_plan
+from bytelatent.training.ranks import Ranks, open_ranks
 from tests.training.crew import Crew
 from tests.training.plans import MODEL, PLANS, Taken, take_steps, values
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
@@ -93,8 +95,36 @@ def test_bfloat16_is_that_of_one_process(crew: Crew, text: Path) -> None:
     exact = take_steps(values(text))
     for job in crew.run(*jobs):
         for row, expected, other in zip(job[0].rows, alone.rows, exact.rows, strict=True):
-            assert row["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=2e-4)
+            # Norms' weights are sent in bfloat16, too, where one process has them in float32.
+            assert row["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=5e-4)
             assert row["bits_per_byte"] != other["bits_per_byte"]
+
+
+def num_graphs(values: dict[str, Any], layers: int) -> int:
+    """How many graphs one of two ranks compiles for a global transformer of so many layers."""
+    values["model"]["global_transformer"]["num_layers"] = layers
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    rule, compiled = settings(values), torch.compile
+    torch._dynamo.reset()
+    with open_ranks("cpu", 1) as (ranks, device), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda call: compiled(call, backend=backend))
+        plan = make_plan(rule.parallel, rule.model, ranks, device)
+        model = build_spread(rule.model, plan, device, torch.bfloat16, compiled=True)
+        draw_weights(model, rule.model, plan)
+        with autocast(device, torch.bfloat16):
+            surprise(model, next(Loader(rule.data, 0, Patcher(settings(values).patching)))).backward()
+    return len(graphs)
+
+
+@pytest.mark.parametrize("plan", ["shard", "tensor"])
+def test_alike_blocks_share_a_graph(crew: Crew, text: Path, plan: str) -> None:
+    few, many = (crew.run((2, num_graphs, values(text, parallel=PLANS[plan][1]), layers))[0][0] for layers in (2, 4))
+    assert few == many > 2
 
 
 class Counts(TorchDispatchMode):

@@ -16,10 +16,13 @@ from bytelatent.model import build
 from bytelatent.patching import Calibration
 from bytelatent.training import loop, read_metrics, train
 from bytelatent.training.checkpoint import TrainState
+from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.parallel import Plan
 from bytelatent.training.settings import OptimizerSettings
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, checkpoints, losses, settings, unigram_bits, write_text
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1, 4])
@@ -60,7 +63,7 @@ def one_step(batches: list[Batch], model: nn.Module, **optimizer: Any) -> tuple[
     rule = settings(values)
     adam = build_optimizer(model, rule.optimizer)
     state = TrainState(model, adam, iter(batches))  # type: ignore[arg-type]
-    row = loop._step(state, rule, lambda batch: surprise(model, batch), torch.device("cpu"), Plan())
+    row = loop._step(state, rule, Gradients(lambda batch: surprise(model, batch), CPU), Plan())
     return row, [adam.state[parameter]["exp_avg"] / (1 - 0.5) for parameter in model.parameters()]
 
 

@@ -13,7 +13,7 @@ import pytest
 from bytelatent.files import what_is_torn
 from bytelatent.training import read_metrics
 from tests.training.plans import values
-from tests.training.tiny_runs import checkpoints, environment
+from tests.training.tiny_runs import assert_equal_runs, checkpoints, environment
 
 # Trains as `python -m bytelatent.train` does; one rank meets its end before step 4.
 DIES = """
@@ -23,8 +23,10 @@ from bytelatent.training import loop
 
 inner = loop.learning_rate
 def rate(step, *more):
-    if os.environ["RANK"] == "1" and step == 3:
-        if sys.argv[1] == "kill":
+    if os.environ["RANK"] == "1" and step == 3 and sys.argv[1] != "kill never":
+        if sys.argv[1] == "kill once" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+            return inner(step, *more)
+        if sys.argv[1].startswith("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         raise ZeroDivisionError("a bug")
     return inner(step, *more)
@@ -69,3 +71,16 @@ def test_a_rank_that_dies_ends_the_job(tmp_path: Path, text: Path, how: str) -> 
         assert "(local_rank: 1)" in errors
         assert "Signal 9" in errors
     assert checkpoints(run) == ["step-00000002"]
+
+
+def test_torchrun_begins_again_after_a_death(tmp_path: Path, text: Path) -> None:
+    """Bit for bit as the run that nothing happened to."""
+    (tmp_path / "dies.py").write_text(DIES)
+    for run in ("whole", "killed"):
+        given = values(text, tmp_path / run, steps=5, checkpoint={"every": 2, "asynchronous": False})
+        how = "kill once" if run == "killed" else "kill never"
+        process = torchrun("--max-restarts", "1", str(tmp_path / "dies.py"), how, **given)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert ("exitcode: -9" in errors) == (run == "killed")
+    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")

@@ -1,11 +1,14 @@
 """Decoding at the speed of the card: one byte of every row a step, in fixed shapes, without a word from the host.
 
 `weights` packs a model's matrices as the kernels read them, `prefill` reads prompts with them, `step` is the step,
-`rows` captures it in a CUDA graph and replays it, reading what was drawn in the background.
+`drafted` one of several bytes, `rows` captures either in a CUDA graph and replays it, reading what was drawn in the
+background.
 """
 
+from bytelatent.errors import UserError
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.engine import Engine
+from bytelatent.inference.fast.drafted import LONGEST
 from bytelatent.inference.fast.prefill import FastDecoder
 from bytelatent.inference.fast.rows import FastRows
 from bytelatent.inference.fast.weights import supports
@@ -20,22 +23,44 @@ def engine_for(
     byte_lm: ByteLM | None,
     num_rows: int,
     weights: Weights = "full",
+    ahead: int = 1,
 ) -> Engine:
     """The fastest engine that can decode this model where it is.
 
     Args:
         weights: round the model's large matrices to `int8` or `fp8` first, see `rounded`; the byte LM stays as it is.
+        ahead: bytes of a sequence that a step comes on by at most: its local models draft all but the first, the whole
+            model verifies them, and the bytes are the same; 1 drafts none.
+
+    Raises:
+        UserError: this model cannot draft, or not so far.
     """
+    check_ahead(ahead)
+    if ahead > 1 and (isinstance(model, ByteLM) or patching is None or patching.mode == "bpe"):
+        what = "a byte LM has no part that drafts" if isinstance(model, ByteLM) else "the rule bpe is not drafted for"
+        raise UserError(f"ahead: {what}; leave it out")
     model = rounded(model, weights)
     if patching is not None and patching.mode == "bpe":  # decided by a tokenizer, on the host
         return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
     if next(model.parameters()).device.type != "cuda":
         decoder = Decoder(model, patching, byte_lm)
-        return Engine(decoder, FastRows(decoder, num_rows), num_rows)
+        return Engine(decoder, FastRows(decoder, num_rows, ahead=ahead), num_rows)
     if not supports(model, byte_lm):
+        if ahead > 1:
+            raise UserError("ahead: the kernels that draft take heads of 16, 32, 64 ... numbers; leave it out")
         return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
     decoder = FastDecoder(model, patching, byte_lm)
-    return Engine(decoder, FastRows(decoder, num_rows), num_rows)
+    return Engine(decoder, FastRows(decoder, num_rows, ahead=ahead), num_rows)
 
 
-__all__ = ["FastDecoder", "FastRows", "engine_for", "supports"]
+def check_ahead(ahead: int) -> None:
+    """Complain about more bytes a step than there can be.
+
+    Raises:
+        UserError
+    """
+    if not 1 <= ahead <= LONGEST:
+        raise UserError(f"ahead: {ahead} bytes a step; take 1 to {LONGEST}")
+
+
+__all__ = ["FastDecoder", "FastRows", "check_ahead", "engine_for", "supports"]

@@ -36,19 +36,25 @@ class Arrays:
         return _array(getattr(self._tensors, name))
 
 
-@lru_cache(maxsize=128)  # as long as the operations that it saves
+@lru_cache(maxsize=1024)  # a view takes as long as the operation that it saves
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def plain_draw(logits_BV: Tensor, rows: SamplingRows, position: Tensor, flags: Flags) -> None:
+def plain_draw(
+    logits_BV: Tensor, rows: SamplingRows, position: Tensor, flags: Flags, expected: Tensor | None = None
+) -> None:
     """What `draw` does."""
     arrays, at = Arrays(flags), position.numpy()
-    is_active = arrays.is_active
-    draws = is_active & ~arrays.is_waiting
+    is_active, is_waiting = arrays.is_active, arrays.is_waiting
+    draws = is_active & ~is_waiting
     drawn, log_probability = rows.draw(logits_BV)
-    rows.read(drawn, torch.from_numpy(draws))
     ids = drawn.numpy()
+    if expected is not None:
+        agrees = ids == expected.numpy()
+        is_waiting |= draws & ~agrees
+        draws &= agrees
+    rows.read(drawn, torch.from_numpy(draws))
     ends = draws & ((ids == EOS) | (rows.remaining.numpy() <= 0))
     reads = draws & ~ends
     is_active &= ~ends
@@ -67,7 +73,7 @@ def plain_choose(state: Any, flags: Flags, closes: bool) -> None:
     num_patches, open_count = counts.num_patches, counts.open_count
     arrays.closing[:] = -1
     arrays.number[:] = 0
-    arrays.closing_count[:] = open_count
+    arrays.closing_count[:] = 0
     served = np.zeros_like(wants)
     if closes and wants.any():
         urgency = wants.astype(int) + (wants & is_waiting)
@@ -75,6 +81,7 @@ def plain_choose(state: Any, flags: Flags, closes: bool) -> None:
         order = order[wants[order]]
         arrays.closing[: len(order)] = order
         arrays.number[: len(order)] = num_patches[order]
+        arrays.closing_count[: len(order)] = open_count[order]
         served[order] = True
         open_count[order] = 0
         num_patches[order] += 1
@@ -134,9 +141,17 @@ def attend(
     heads: int,
     window: int | None,
     row_B: Tensor,
+    new: int = 1,
     run: Tensor | None = None,
 ) -> Tensor:
-    """What `plain_decode_attention` computes for one new position of each sequence, all sequences at once."""
+    """What `plain_decode_attention` computes, all sequences at once, one new position after another."""
+    if new > 1:
+        each = qkv.view(-1, new, qkv.shape[1])
+        same: Any = {"heads": heads, "window": window, "row_B": row_B, "run": run}
+        found = [
+            attend(each[:, at], cache_k_CRJE, cache_v_CRJE, position_B + at, rotary_PA2, **same) for at in range(new)
+        ]
+        return torch.stack(found, dim=1).flatten(0, 1)
     _, slots, kv_heads, head_dim = cache_k_CRJE.shape
     if run is not None and not bool(run):
         return qkv.new_zeros(len(qkv), heads * head_dim)
@@ -230,17 +245,24 @@ def read_patch(
 
 
 def gather_bytes(
-    q_CKHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, count_B: Tensor, *, row_C: Tensor, run: Tensor | None = None
+    q_CKHE: Tensor,
+    k_BLHE: Tensor,
+    v_BLHE: Tensor,
+    count_C: Tensor,
+    *,
+    begin_C: Tensor | None = None,
+    row_C: Tensor,
+    run: Tensor | None = None,
 ) -> Tensor:
     """What `plain_gather_bytes` computes, with as many heads of keys as of queries."""
     out = torch.zeros_like(q_CKHE)
     if run is not None and not bool(run):
         return out
-    for place, row in enumerate(row_C.tolist()):
+    begins = [0] * len(out) if begin_C is None else begin_C.tolist()
+    for place, (row, begin, count) in enumerate(zip(row_C.tolist(), begins, count_C.tolist(), strict=True)):
         if row >= 0:
-            count = int(count_B[row])
-            found = _read(q_CKHE[place].transpose(0, 1), k_BLHE[row, :count], v_BLHE[row, :count])
-            out[place] = found.transpose(0, 1)
+            k_RHE, v_RHE = (part[row, begin : begin + count] for part in (k_BLHE, v_BLHE))
+            out[place] = _read(q_CKHE[place].transpose(0, 1), k_RHE, v_RHE).transpose(0, 1)
     return out
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.engine import Continuation, Drawn
+from bytelatent.inference.fast.drafted import DraftedStep
 from bytelatent.inference.fast.step import FastStep, Room
 from bytelatent.inference.state import BLOCK, DecodeState
 from bytelatent.kernels.overlap import overlapped
@@ -25,21 +26,30 @@ class FastRows:
         every: the global transformer runs in one step of so many; rows whose patch is closed wait for it. With many
             rows some close a patch in each step, and its matrices would be read each time.
         places: rows that it runs for at most; all of them if left out.
+        ahead: bytes of each row that a step comes on by at most, all but one of them drafted; see `DraftedStep`. Then
+            `places` are patches of one row, and the global transformer runs in every step.
     """
 
-    def __init__(self, decoder: Decoder, num_rows: int, every: int = 1, places: int | None = None):
+    def __init__(self, decoder: Decoder, num_rows: int, every: int = 1, places: int | None = None, ahead: int = 1):
         self.decoder = decoder
         self.every = every
         self._room = Room()
         self._most = np.zeros((num_rows, 3), dtype=np.int64)  # what each row has at most of what Room counts
         self._in_row: list[Continuation | None] = [None] * num_rows
-        self._step = FastStep(decoder, num_rows, places or num_rows, can_wait=every > 1)
+        self._ahead = ahead
+        if ahead > 1:
+            self._step = DraftedStep(decoder, num_rows, ahead, places)
+        else:
+            self._step = FastStep(decoder, num_rows, places or num_rows, can_wait=every > 1)
         self._graphs: dict[bool, Any] = {}
         self._turn = 0
         self._pinned: list[tuple[Tensor, Tensor]] = []
         if decoder.device.type == "cuda":
             self._pinned = [
-                (torch.empty(num_rows, dtype=torch.long, pin_memory=True), torch.empty(num_rows, pin_memory=True))
+                (
+                    torch.empty(ahead, num_rows, dtype=torch.long, pin_memory=True),
+                    torch.empty(ahead, num_rows, pin_memory=True),
+                )
                 for _ in range(AHEAD + 1)
             ]
         self._on_the_way: deque[tuple[list[Continuation | None], Tensor, Tensor, Any]] = deque()
@@ -49,7 +59,7 @@ class FastRows:
         position = int(state.position[source])
         num_patches, open_bytes = self._patches_of(state, source)
         soon = min(which.max_new_bytes, BLOCK)  # so that tables need not grow, and graphs be made anew, at once
-        self._make_room(np.array([position + soon, num_patches + soon, open_bytes + 1]))
+        self._make_room(np.array([position + soon, num_patches + soon, open_bytes + 1]) + self._ahead)
         self._most[row] = position, num_patches, open_bytes
         step = self._step
         step.state.put(row, state, source)
@@ -65,7 +75,7 @@ class FastRows:
         self._step.flags.is_waiting[row] = False
 
     def advance(self) -> None:
-        self._most += 1
+        self._most += self._ahead
         self._make_room()
         closes = self._turn % self.every == self.every - 1
         self._turn += 1
@@ -87,11 +97,12 @@ class FastRows:
         """Let what was drawn be copied to the host, in the background."""
         step, in_row = self._step, list(self._in_row)
         if self.decoder.device.type != "cuda":
-            self._on_the_way.append((in_row, step.flags.drawn.clone(), step.flags.log_probability.clone(), None))
+            drawn, log_probability = step.outcome()
+            self._on_the_way.append((in_row, drawn.clone(), log_probability.clone(), None))
             return
         ids, log_probabilities = self._pinned[self._turn % len(self._pinned)]
-        ids.copy_(step.flags.drawn, non_blocking=True)
-        log_probabilities.copy_(step.flags.log_probability, non_blocking=True)
+        for pinned, found in zip((ids, log_probabilities), step.outcome(), strict=True):
+            pinned.copy_(found, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._on_the_way.append((in_row, ids, log_probabilities, event))
@@ -104,9 +115,10 @@ class FastRows:
                 return False
             event.synchronize()
         self._on_the_way.popleft()
-        for which, drawn, log_probability in zip(in_row, ids.tolist(), log_probabilities.tolist(), strict=True):
-            if which is not None and drawn >= 0:
-                self._known.append(Drawn(which, drawn, log_probability))
+        for row in zip(ids.tolist(), log_probabilities.tolist(), strict=True):
+            for which, drawn, log_probability in zip(in_row, *row, strict=True):
+                if which is not None and drawn >= 0:
+                    self._known.append(Drawn(which, drawn, log_probability))
         return True
 
     def _replay(self, closes: bool) -> None:
@@ -152,7 +164,7 @@ class FastRows:
         state = self._step.state
         true = torch.stack([state.position, state.num_patches, state.open_count], dim=1).cpu().numpy()
         occupied = np.array([which is not None for which in self._in_row])[:, None]
-        self._most = np.where(occupied, true + 1, 0)
+        self._most = np.where(occupied, true + self._ahead, 0)
 
     def _patches_of(self, state: DecodeState, source: int) -> tuple[int, int]:
         if not isinstance(self.decoder.model, BLTModel):

@@ -216,8 +216,6 @@ class FastStep:
         if self.blt is not None and self.blt.settings.ngram_hash is not None:
             ngrams = self.blt.settings.ngram_hash
             self.powers = hash_embed.ngram_powers(PRIMES[: ngrams.num_functions], ngrams.sizes, decoder.device)
-        for stack in self._stacks():
-            stack.prepare(len(self.flags.closing) if self.blt is not None and stack is self.blt.middle else num_rows)
 
     def make_room(self, room: Room) -> None:
         """Larger tables; the rows go on as they are. No row may come to as much as there is room for."""
@@ -238,29 +236,48 @@ class FastStep:
         """
         state, flags, kernels = self.state, self.flags, self.kernels
         kernels.draw(self.logits_BV, self.sampling, state.position, flags)
-        lm_logits = None
-        if self.byte_lm is not None:
-            assert state.byte_lm is not None
-            x_BD = F.embedding(flags.ids, self.byte_lm.embedding)
-            x_BD = self._stack(self.byte_lm.stack, x_BD, state.byte_lm, flags.at, flags.row)
-            out = self.logits_BV if self.blt is None else torch.empty_like(self.logits_BV)
-            lm_logits = kernels.linear(x_BD, self.byte_lm.output, eps=self._eps(self.byte_lm.stack), out=out)
-            if self.blt is None:
-                state.position.add_(flags.reads)
-                return
+        lm_logits = self._read_byte_lm(flags.ids, flags.at, flags.row)
+        if self.blt is None:
+            self.logits_BV.copy_(lm_logits)
+            state.position.add_(flags.reads)
+            return
         kernels.decide(lm_logits, self.decoder.patching, state, flags)
-        encoded_BD = self._encode()
+        encoded_BD = self._encode(state, flags)
+        if self.can_wait:
+            assert state.encoded is not None
+            torch.where(flags.reads[:, None], encoded_BD, state.encoded, out=state.encoded)
+            encoded_BD = state.encoded.clone()
         kernels.choose(state, flags, closes)
         if closes and (flags.run.is_cuda or bool(flags.run)):  # a CPU may as well look
             self._close()
-        self._decode(encoded_BD)
+        assert state.patch_k is not None
+        assert state.patch_v is not None
+        patch = state.patch_k, state.patch_v
+        self._decode(encoded_BD, flags.at, flags.goes_on, patch, flags.goes_on, flags.reads_patch, self.logits_BV)
 
-    def _encode(self) -> Tensor:
-        """The encoder's states of the newest bytes, [B, D]."""
-        state, flags, kernels, weights = self.state, self.flags, self.kernels, self.blt
+    def _read_byte_lm(self, ids_M: Tensor, position: Tensor, row: Tensor, new: int = 1) -> Any:
+        """The byte LM's logits [M, V] of what follows `new` ids of each row; None where nothing asks it."""
+        if self.byte_lm is None:
+            return None
+        assert self.state.byte_lm is not None
+        x_MD = F.embedding(ids_M, self.byte_lm.embedding)
+        x_MD = self._stack(self.byte_lm.stack, x_MD, self.state.byte_lm, position, row, new=new)
+        out = self.logits_BV.new_empty(len(ids_M), VOCAB_SIZE)
+        return self.kernels.linear(x_MD, self.byte_lm.output, eps=self._eps(self.byte_lm.stack), out=out)
+
+    def outcome(self) -> tuple[Tensor, Tensor]:
+        """What the step drew: ids [S, B], -1 for none, of S bytes one after another, and their log-probabilities."""
+        return self.flags.drawn[None], self.flags.log_probability[None]
+
+    def _encode(self, state: FastState, flags: decode_step.Flags, kept: list[Tensor] | None = None) -> Tensor:
+        """The encoder's states of the newest bytes, [B, D]; the bytes are put into the open patches.
+
+        Args:
+            kept: is given what the open patches took: the state, [B, D], then each cross-attention's keys and values.
+        """
+        kernels, weights = self.kernels, self.blt
         assert weights is not None
         assert state.encoder is not None
-        assert state.encoded is not None
         assert state.open_k is not None
         assert state.open_v is not None
         model: Any = self.decoder.model
@@ -278,63 +295,91 @@ class FastStep:
                 kv = kv.unflatten(1, (-1, state.open_k.shape[-1]))
                 pooled = {"h_BD": x_BD, "pooled_BD": state.open_max} if place == 0 else {}
                 kernels.keep_byte(kv, state.open_k[place], state.open_v[place], flags.count, **pooled)
-        if not self.can_wait:
-            return x_BD
-        torch.where(flags.reads[:, None], x_BD, state.encoded, out=state.encoded)
-        return state.encoded.clone()
+                if kept is not None:
+                    kept += [x_BD.clone(), kv] if place == 0 else [kv]
+        return x_BD
 
     def _close(self) -> None:
         """Run the global transformer for the patches that are chosen."""
-        state, flags, kernels, weights = self.state, self.flags, self.kernels, self.blt
+        state, flags = self.state, self.flags
+        assert state.open_max is not None
+        assert state.patch_k is not None
+        assert state.patch_v is not None
+        row = flags.closing
+        pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[row.clamp(min=0)]
+        bytes_of = {"count_C": flags.closing_count, "row_C": row}
+        kv = self._patches(pooled_CD, bytes_of, flags.number, row, flags.run)
+        self.kernels.keep_patch(kv, state.patch_k, state.patch_v, row)
+
+    def _patches(
+        self,
+        pooled_CD: Tensor,
+        bytes_of: dict[str, Tensor],
+        number: Tensor,
+        row: Tensor,
+        run: Tensor,
+        new: int = 1,
+    ) -> Tensor:
+        """What the decoder's cross-attentions read of closed patches, [C*K, Y*2*H*E].
+
+        Args:
+            pooled_CD: the highest of the encoder's states over each patch's bytes.
+            bytes_of: which bytes each patch has, as `gather_bytes` takes it.
+            number, row: of the first of `new` patches that follow one another in a row; see `decode_attention`.
+        """
+        state, kernels, weights = self.state, self.kernels, self.blt
         assert weights is not None
         assert state.patches is not None
         assert state.open_k is not None
         assert state.open_v is not None
-        assert state.open_max is not None
-        assert state.patch_k is not None
-        assert state.patch_v is not None
-        row, run = flags.closing, flags.run
         dim, k = weights.encoder.settings.dim, weights.settings.cross_attention.k
         heads, size = state.open_k.shape[-2:]
-        pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[row.clamp(min=0)]
         q_QD = kernels.linear(pooled_CD, weights.pooled_to_queries, run=run).view(-1, dim)  # Q = C*K
         for layer, cross in enumerate(weights.encoder_cross):
             q = kernels.linear(q_QD, cross.query, eps=self._eps(weights.encoder), run=run)
             found = kernels.gather_bytes(
-                q.view(-1, k, heads, size),
-                state.open_k[layer],
-                state.open_v[layer],
-                flags.closing_count,
-                row_C=row,
-                run=run,
+                q.view(-1, k, heads, size), state.open_k[layer], state.open_v[layer], **bytes_of, run=run
             )
             given: dict[str, Any] = {"residual_MN": q_QD, "residual_scale": 2.0, "out": q_QD}
             q_QD = kernels.linear(found.view(-1, dim), cross.output, **given, run=run)
         x_CG = q_QD.view(-1, k * dim)
         if weights.projection is not None:
             x_CG = kernels.linear(x_CG, weights.projection, run=run)
-        x_CG = self._stack(weights.middle, x_CG, state.patches, flags.number, row, run)
+        x_CG = self._stack(weights.middle, x_CG, state.patches, number, row, run, new)
         keys = kernels.linear(x_CG, weights.patch_to_keys, run=run).view(-1, dim)
-        kv = kernels.linear(keys, weights.patch_key_values, eps=self._eps(weights.decoder), run=run)
-        kernels.keep_patch(kv, state.patch_k, state.patch_v, row)
+        return kernels.linear(keys, weights.patch_key_values, eps=self._eps(weights.decoder), run=run)
 
-    def _decode(self, x_BD: Tensor) -> None:
-        """The logits of what comes next in the rows that go on."""
-        state, flags, kernels, weights = self.state, self.flags, self.kernels, self.blt
+    def _decode(
+        self,
+        x_MD: Tensor,
+        position: Tensor,
+        row: Tensor,
+        patch: tuple[Tensor, Tensor],
+        patch_row: Tensor,
+        reads_patch: Tensor,
+        out: Tensor,
+        new: int = 1,
+    ) -> None:
+        """The logits of what comes after bytes, into `out` [M, V].
+
+        Args:
+            x_MD: the encoder's states of `new` bytes of each row, one after another.
+            position, row: of the first of them; see `decode_attention`.
+            patch: keys and values of patches, [Y, rows, K, H, E].
+            patch_row, reads_patch: [M] which of them each byte reads, and whether it reads one yet.
+        """
+        state, kernels, weights = self.state, self.kernels, self.blt
         assert weights is not None
         assert state.decoder is not None
-        assert state.patch_k is not None
-        assert state.patch_v is not None
-        heads, size = state.patch_k.shape[-2:]
+        heads, size = patch[0].shape[-2:]
         for layer, block in enumerate(weights.decoder.blocks):
             if layer < len(weights.decoder_cross):
                 cross = weights.decoder_cross[layer]
-                q = kernels.linear(x_BD, cross.query, eps=self._eps(weights.decoder)).view(-1, heads, size)
-                keys = state.patch_k[layer], state.patch_v[layer]
-                found = kernels.read_patch(q, *keys, flags.reads_patch, row_B=flags.goes_on)
-                x_BD = kernels.linear(found.flatten(1), cross.output, residual_MN=x_BD, residual_scale=2.0, out=x_BD)
-            x_BD = self._block(weights.decoder, block, x_BD, state.decoder, layer, flags.at, flags.goes_on)
-        kernels.linear(x_BD, weights.output, eps=self._eps(weights.decoder), out=self.logits_BV)
+                q = kernels.linear(x_MD, cross.query, eps=self._eps(weights.decoder)).view(-1, heads, size)
+                found = kernels.read_patch(q, patch[0][layer], patch[1][layer], reads_patch, row_B=patch_row)
+                x_MD = kernels.linear(found.flatten(1), cross.output, residual_MN=x_MD, residual_scale=2.0, out=x_MD)
+            x_MD = self._block(weights.decoder, block, x_MD, state.decoder, layer, position, row, new=new)
+        kernels.linear(x_MD, weights.output, eps=self._eps(weights.decoder), out=out)
 
     def _stack(
         self,
@@ -344,9 +389,10 @@ class FastStep:
         position: Tensor,
         row: Tensor,
         run: Tensor | None = None,
+        new: int = 1,
     ) -> Tensor:
         for layer, block in enumerate(stack.blocks):
-            x_MD = self._block(stack, block, x_MD, cache, layer, position, row, run)
+            x_MD = self._block(stack, block, x_MD, cache, layer, position, row, run, new)
         return x_MD
 
     def _block(
@@ -359,6 +405,7 @@ class FastStep:
         position: Tensor,
         row: Tensor,
         run: Tensor | None = None,
+        new: int = 1,
     ) -> Tensor:
         settings, kernels, eps = stack.settings, self.kernels, self._eps(stack)
         qkv = kernels.linear(x_MD, weights.qkv, eps=eps, run=run)
@@ -369,9 +416,10 @@ class FastStep:
             stack.rotary,
             heads=settings.num_heads,
             window=cache.window,
+            new=new,
             row_B=row,
             run=run,
-            **stack.launch,
+            **stack.launch(len(position), new),
         )
         x_MD = kernels.linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=run)
         hidden = kernels.gated(x_MD, weights.gate_up, eps=eps, run=run)

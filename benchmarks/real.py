@@ -1,0 +1,98 @@
+"""Does a model that is trained at the speed of the card learn what the plain model learns? On real text.
+
+    python benchmarks/real.py --text text [--steps 300] [--seeds 0 1 2] [--model blt-100m] [--bytes 16384]
+
+Trains the same few steps from the same seeds twice: with kernels, compiled blocks, block masks and a CUDA graph, and
+without any of them: operation by operation, patches by gathers and scatters, explicit masks, dense gradients. Patches
+begin at spaces, so that no byte LM takes part. `text` is a folder with train.jsonl and valid.jsonl. Prints bits per
+byte on the validation text, for each seed, and what lies between seeds and between the ways.
+
+The ten-minute run itself: `apps/bytelatent/configs/blt_100m.yaml`.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from bytelatent.kernels import patch_attention
+from bytelatent.kernels.hash_embed import hash_rows
+from bytelatent.model import attention, ngram_hash
+from bytelatent.train import main as train
+
+
+def by_plain_operations() -> None:
+    """From now on nothing is computed by a kernel of this project, nor by FlexAttention."""
+
+    def sums(tail: Tensor, history: Tensor, powers: Tensor, tables: Tensor, *, new: int, sparse: bool) -> Tensor:
+        return F.embedding_bag(hash_rows(tail, history, powers, len(tables) // len(powers), new), tables, mode="sum")
+
+    patch_attention._takes_kernels = lambda _: False
+    ngram_hash.ngram_sums = sums  # type: ignore[assignment]
+    attention.FLEX_FROM = 2**62
+
+
+def trained(given: Any, seed: int, plain: bool) -> tuple[list[float], float, float]:
+    """Bits per byte of the training batches, of the validation text at the end, and seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        settings = {
+            "run": f"{folder}/run",
+            "model": given.model,
+            "seed": seed,
+            "steps": given.steps,
+            "patching.mode": "space",
+            "data.train": f"{given.text}/train.jsonl",
+            "data.valid": f"{given.text}/valid.jsonl",
+            "data.context": 2048,
+            "data.batch_bytes": given.bytes,
+            "data.batch_patches": int(given.bytes / 3),
+            "optimizer.lr": 1e-3,
+            "optimizer.warmup_steps": 50,
+            "validation.every": given.steps,
+            "validation.max_bytes": 500_000,
+            "checkpoint.every": given.steps,
+            "compile": not plain and torch.cuda.is_available(),
+            "cuda_graph": not plain and torch.cuda.is_available(),
+        }
+        run = train([f"{key}={json.dumps(value)}" for key, value in settings.items()], Console(quiet=True))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        curve = [line["bits_per_byte"] for line in lines if "bits_per_byte" in line]
+        [valid] = [line["validation_bits_per_byte"] for line in lines if "validation_bits_per_byte" in line][-1:]
+        return curve, valid, time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--model", default="blt-100m")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--bytes", type=int, default=16_384)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given = parser.parse_args()
+    valid: dict[str, list[float]] = {"fast": [], "plain": []}
+    for way in valid:
+        if way == "plain":
+            by_plain_operations()
+        for seed in given.seeds:
+            torch._dynamo.reset()
+            curve, found, seconds = trained(given, seed, way == "plain")
+            valid[way].append(found)
+            print(f"{way}, seed {seed}: {found:.4f} valid, last batches {curve[-1]:.4f}, {seconds:.0f} s", flush=True)
+    for way, found in valid.items():
+        spread = statistics.stdev(found) if len(found) > 1 else 0.0
+        print(f"{way}: mean {statistics.mean(found):.4f}, standard deviation of the seeds {spread:.4f}")
+    apart = [fast - plain for fast, plain in zip(*valid.values(), strict=True)]
+    print(f"fast - plain, seed by seed: {', '.join(f'{a:+.4f}' for a in apart)}; mean {statistics.mean(apart):+.4f}")
+
+
+if __name__ == "__main__":
+    main()

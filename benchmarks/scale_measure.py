@@ -1,0 +1,344 @@
+"""What `scale.py measure` does: steps of the trainer on random text, one line of a table for each configuration."""
+
+import gc
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from scale_plans import Configuration
+from torch.cuda.nccl import version as nccl_version
+
+from bytelatent.data import Batch, surprise
+from bytelatent.device import autocast, choose_dtype, peak_flops, peak_memory
+from bytelatent.errors import UserError
+from bytelatent.interop import Config
+from bytelatent.model.flops import training_flops
+from bytelatent.training import TrainSettings, loop
+from bytelatent.training.checkpoint import Checkpoints, TrainState
+from bytelatent.training.float8 import check_float8
+from bytelatent.training.gradients import Gradients
+from bytelatent.training.measure import DOCUMENT, num_patches, random_batch, wait_for
+from bytelatent.training.optimizer import build_optimizer
+from bytelatent.training.parallel import Plan, build_spread, make_plan
+from bytelatent.training.ranks import Ranks, open_ranks
+from bytelatent.training.time_spent import Communication, communication_of
+
+STEPS_A_CHECKPOINT = 1000  # the trainer's default
+PATIENCE = timedelta(minutes=2)  # a rank that does not answer for so long hangs in a collective that another one left
+
+
+class Same:
+    """In place of a loader: always the same batch."""
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class Training:
+    """A model in training as the trainer trains it, with random weights."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        size: int,
+        ranks: Ranks,
+        device: torch.device,
+        dtype: torch.dtype,
+        compiled: bool,
+    ):
+        self.settings = settings = configuration.settings(size)
+        self.device, self.size = device, size
+        check_float8(settings.float8, device, dtype)
+        self.plan = plan_of(configuration.plan, settings, ranks, device)
+        model = build_spread(settings.model, self.plan, device, dtype, compiled, settings.float8)
+        fill(model)
+        stream, targets = random_batch(settings.data.batch_bytes, device, seed=self.plan.data_rank)
+        self.num_patches = num_patches(stream) or 1
+        batch = Batch(stream, targets, len(targets), len(targets), self.num_patches)
+        optimizer = build_optimizer(model, settings.optimizer, ranks.world)
+        self.state = TrainState(model, optimizer, Same(batch))  # pyright: ignore[reportArgumentType]
+
+        def loss(batch: Batch) -> torch.Tensor:
+            with autocast(device, dtype):
+                return surprise(model, batch)
+
+        self.gradients = Gradients(loss, device)
+
+    def step(self) -> None:
+        loop._step(self.state, self.settings, self.gradients, self.plan)
+
+    def seconds(self, steps: int) -> float:
+        """Of one step, the mean of so many."""
+        wait_for(self.device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        wait_for(self.device)
+        return (time.perf_counter() - began) / steps
+
+
+def plan_of(name: str, settings: TrainSettings, ranks: Ranks, device: torch.device) -> Plan:
+    """The trainer's plan; for one rank that is not `alone`, one of a mesh of this rank.
+
+    Raises:
+        UserError: the ranks cannot be divided so.
+    """
+    if name == "alone" and ranks.world > 1:
+        raise UserError(f"alone is for one process; there are {ranks.world}")
+    if name == "hybrid" and ranks.world < 4:
+        raise UserError(f"hybrid is for four processes and more; there are {ranks.world}")
+    if name == "alone" or ranks.world > 1 or settings.parallel.tensor > 1:
+        return make_plan(settings.parallel, settings.model, ranks, device)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device.type, (1, 1, 1), mesh_dim_names=("replicate", "shard", "tensor"))
+    return Plan(settings.parallel, ranks, mesh, mesh["replicate", "shard"])
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module) -> None:
+    """Draw weights where they lie: for a clock they need not be those of one process."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        own: Any = parameter
+        own = own.to_local() if hasattr(own, "to_local") else own
+        own.fill_(1.0) if own.dim() == 1 else own.normal_(std=parameter.shape[-1] ** -0.5)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        utilisation: model FLOPs of a step against the bfloat16 peak that the maker states; None: not known.
+        first: seconds of the first step, which compiles.
+    """
+
+    gpus: int
+    configuration: Configuration
+    dtype: torch.dtype
+    size: int
+    seconds: float
+    utilisation: float | None
+    memory: int
+    communication: Communication | None
+    first: float
+
+    HEAD = (
+        "| GPUs | model | plan | hash tables | products | bytes a GPU | ms a step | bytes/s a GPU | of the peak | GiB "
+        "| communicating | of it exposed | nothing runs | first step, s |"
+    )
+
+    def line(self) -> str:
+        of, spent = self.configuration, self.communication
+        shares = ["-"] * 3
+        if spent is not None and spent.span > 0:
+            shares = [f"{seconds / spent.span:.1%}" for seconds in (spent.total, spent.exposed, spent.idle)]
+        assert of.model.ngram_hash is not None
+        cells = [
+            str(self.gpus),
+            of.name,
+            of.words,
+            f"{of.tables}, {of.model.ngram_hash.vocab_size:,} a table",
+            of.products(self.dtype),
+            f"{self.size:,}",
+            f"{self.seconds * 1e3:.1f}",
+            f"{self.size / self.seconds:,.0f}",
+            "-" if self.utilisation is None else f"{self.utilisation:.1%}",
+            f"{self.memory / 2**30:.1f}",
+            *shares,
+            f"{self.first:.0f}",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+def rule_below(head: str) -> str:
+    """The second line of a table."""
+    return "| " + " | ".join("---" for _ in head.strip("| ").split(" | ")) + " |"
+
+
+def measured(training: Training, configuration: Configuration, steps: int, ranks: Ranks, dtype: torch.dtype) -> Row:
+    device = training.device
+    first = training.seconds(1)
+    training.seconds(1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = max(ranks.gather(training.seconds(steps)))
+    spent = communication_of(training.step, device)
+    if spent is not None:
+        every = ranks.sum([spent.span, spent.total, spent.exposed, spent.idle])
+        spent = Communication(*(value / ranks.world for value in every))
+    peak, batch = peak_flops(device, dtype), training.settings.data.batch_bytes
+    flops = training_flops(configuration.model, batch / training.num_patches, min(batch, DOCUMENT))
+    return Row(
+        ranks.world,
+        configuration,
+        dtype,
+        training.size,
+        seconds,
+        None if peak is None else flops * training.size / seconds / peak,
+        max(ranks.gather(peak_memory(device if device.type == "cuda" else None))),
+        spent,
+        first,
+    )
+
+
+SAVE_HEAD = (
+    "| save | the loop waits, ms | GB | complete after, s | ms a step before | while writing "
+    f"| waited of {STEPS_A_CHECKPOINT:,} steps | and slowed down |"
+)
+
+
+def saved(
+    training: Training, name: str, seconds: float, folder: Path, say: Callable[[str], None], times: int = 2
+) -> list[str]:
+    """Save in the background while steps go on; a line of a table for each time.
+
+    Args:
+        seconds: of a step without a save.
+    """
+    settings, ranks, lines = training.settings, training.plan.ranks, []
+    config = Config(model=settings.model, context=settings.data.context, patching=settings.patching)
+    with Checkpoints(folder, config, settings.checkpoint, training.plan, True, say) as checkpoints:
+        for number in range(1, times + 1):
+            wait_for(training.device)
+            began = time.perf_counter()
+            checkpoints.save(training.state)
+            waited = max(ranks.gather(time.perf_counter() - began))
+            steps, stepped = 0, time.perf_counter()
+            while sum(ranks.gather(checkpoints.is_writing)):
+                training.step()
+                steps += 1
+            wait_for(training.device)
+            during = (time.perf_counter() - stepped) / max(steps, 1)
+            complete = time.perf_counter() - began
+            checkpoints.wait()
+            num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            ranks.gather(None)  # all have looked before it goes
+            if ranks.is_first:
+                shutil.rmtree(folder)
+            of = STEPS_A_CHECKPOINT * seconds
+            slowed = max(during - seconds, 0.0) * steps
+            cells = [
+                f"{name}, {number}",
+                f"{waited * 1e3:,.0f}",
+                f"{num_bytes / 1e9:.3g}",
+                f"{complete:.1f}",
+                f"{seconds * 1e3:.1f}",
+                f"{during * 1e3:.1f} ({steps} steps)",
+                f"{waited / of:.2%}",
+                f"{(waited + slowed) / of:.2%}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def measure(
+    texts: Sequence[str],
+    sizes: Sequence[int],
+    steps: int,
+    device_name: str,
+    compiled: bool | None,
+    hash_rows: int | None,
+    folder: Path | None,
+) -> None:
+    """Print a table, a line as soon as it is measured."""
+    with joined(device_name) as (ranks, aside, device):
+        configurations = [Configuration.parse(text, hash_rows) for text in texts]
+        dtype = choose_dtype("bfloat16" if device.type == "cuda" else "float32", device)
+        compile_blocks = device.type == "cuda" if compiled is None else compiled
+
+        def say(line: str) -> None:
+            if ranks.is_first:
+                print(line, flush=True)
+
+        saves: list[str] = []
+        say(about(device, ranks))
+        say(f"\n{Row.HEAD}\n{rule_below(Row.HEAD)}")
+
+        def work(configuration: Configuration, size: int) -> None:
+            training = Training(configuration, size, ranks, device, dtype, compile_blocks)
+            row = measured(training, configuration, steps, ranks, dtype)
+            say(row.line())
+            if folder is not None and (ranks.world > 1 or configuration.plan == "alone"):
+                name = f"{configuration.name}, {configuration.words}"
+                saves.extend(saved(training, name, row.seconds, folder, say))
+
+        for configuration in configurations:
+            for size in sizes:
+                torch._dynamo.reset()
+                failed = attempt(lambda c=configuration, s=size: work(c, s), aside, device)
+                if failed is not None:
+                    what = f"{configuration.words}, {configuration.products(dtype)} | {configuration.tables} | {size:,}"
+                    say(f"| {ranks.world} | {configuration.name} | {what} | {failed} |")
+        if saves:
+            say("\n".join(["", SAVE_HEAD, rule_below(SAVE_HEAD), *saves]))
+
+
+@contextmanager
+def joined(device_name: str) -> Any:
+    """The ranks, the same with little patience, and the device; a rank alone has a process group, too, for FSDP."""
+    with open_ranks(device_name, 5) as (ranks, device):
+        if device.type == "cuda":  # the same on all ranks, so that they run out of memory together
+            torch.cuda.set_per_process_memory_fraction(0.95, device)
+        if ranks.world == 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+            aside = ranks
+        else:
+            aside = Ranks(ranks.rank, ranks.world, ranks.local_rank, dist.new_group(backend="gloo", timeout=PATIENCE))
+        try:
+            yield ranks, aside, device
+        finally:
+            if ranks.world == 1:
+                dist.destroy_process_group()
+
+
+def attempt(work: Callable[[], None], ranks: Ranks, device: torch.device) -> str | None:
+    """Why some work could not be done, where any rank met an error; None if it was done.
+
+    A rank that met one alone leaves others in a collective for ever: then this process ends, and torchrun ends the job.
+    """
+    failed = None
+    try:
+        work()
+    except Exception as error:
+        memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error)
+        failed = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if not memory and not isinstance(error, UserError):
+            traceback.print_exc()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        answers = ranks.gather(failed)
+    except RuntimeError as error:
+        print(f"{ranks.name}: {failed or 'done'}; the others do not answer ({error})", file=sys.stderr, flush=True)
+        os._exit(1)
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def about(device: torch.device, ranks: Ranks) -> str:
+    words = [f"torch {torch.__version__}", f"ranks: {ranks.world}"]
+    if device.type == "cuda":
+        nccl = ".".join(map(str, nccl_version()))
+        multicast = os.environ.get("NCCL_NVLS_ENABLE", "not set")
+        words = [torch.cuda.get_device_name(device), *words, f"NCCL {nccl} (NCCL_NVLS_ENABLE {multicast})"]
+    return "; ".join(words)

@@ -1,0 +1,108 @@
+"""The shapes that `scale.py` trains beside the presets, and how ranks share one: a configuration."""
+
+from dataclasses import dataclass
+
+import torch
+
+from bytelatent.errors import UserError
+from bytelatent.model import BLTSettings, preset
+from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
+from bytelatent.training import TrainSettings
+from bytelatent.training.measure import DOCUMENT
+
+PLANS = ("alone", "shard", "hybrid", "replicate", "tensor")
+OTHERS = ("rows", "dense", "float8", "selective", "full")
+TINY_STACK = StackSettings(dim=32, num_layers=1, num_heads=2, window=64, multiple_of=16)
+TINY = BLTSettings(
+    encoder=TINY_STACK,
+    global_transformer=StackSettings(dim=64, num_layers=2, num_heads=4, multiple_of=16),
+    decoder=TINY_STACK,
+    cross_attention=CrossAttentionSettings(k=2, num_heads=2),
+    ngram_hash=NgramHashSettings(sizes=[3, 4], vocab_size=1009),
+)
+# About 100 million parameters.
+MIDDLE_STACK = StackSettings(dim=512, num_layers=1, num_heads=8, window=512)
+MIDDLE = BLTSettings(
+    encoder=MIDDLE_STACK,
+    global_transformer=StackSettings(dim=768, num_layers=8, num_heads=12),
+    decoder=MIDDLE_STACK.model_copy(update={"num_layers": 4}),
+    cross_attention=CrossAttentionSettings(k=2, num_heads=8),
+    ngram_hash=NgramHashSettings(vocab_size=8191),
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is trained, and how the ranks share it.
+
+    Attributes:
+        plan: `alone` is without FSDP, for one rank; any other one of one rank is FSDP on it.
+        tables: `rows` are the hash tables divided by rows, or, alone, their gradients by rows.
+    """
+
+    name: str
+    model: BLTSettings
+    plan: str
+    tables: str
+    float8: bool
+    checkpointing: str
+
+    @classmethod
+    def parse(cls, text: str, hash_rows: int | None = None) -> "Configuration":
+        """From MODEL:WORD+WORD..., a plan among the words.
+
+        Args:
+            hash_rows: of each hash table, in place of the preset's.
+
+        Raises:
+            UserError: there is no such model or word.
+        """
+        name, _, rest = text.partition(":")
+        words = rest.split("+")
+        plans = [word for word in words if word in PLANS]
+        if len(plans) != 1 or any(word not in PLANS + OTHERS for word in words):
+            raise UserError(
+                f"'{text}': write MODEL:PLAN+..., PLAN of {', '.join(PLANS)} and ... of {', '.join(OTHERS)}"
+            )
+        model = TINY if name == "tiny" else preset(name)
+        if not isinstance(model, BLTSettings) or model.ngram_hash is None:
+            raise UserError(f"'{text}': '{name}' is no BLT with hash tables")
+        if hash_rows is not None:
+            hashed = model.ngram_hash.model_copy(update={"vocab_size": hash_rows})
+            model = model.model_copy(update={"ngram_hash": hashed})
+        tables = "dense" if "dense" in words or (plans == ["alone"] and "rows" not in words) else "rows"
+        how = next((word for word in words if word in ("selective", "full")), "none")
+        return cls(name, model, plans[0], tables, "float8" in words, how)
+
+    def settings(self, size: int) -> TrainSettings:
+        """Those of a run, `size` bytes a rank and step."""
+        hashed = "rows" if (self.plan, self.tables) == ("alone", "rows") else "dense"
+        kind = {"alone": "shard", "tensor": "shard"}.get(self.plan, self.plan)
+        tensor = 2 if self.plan == "tensor" else 1
+        parallel = {
+            "data": kind,
+            "replicas": 2 if kind == "hybrid" else None,
+            "tensor": tensor,
+            "tables": "rows" if self.tables == "rows" else "gather",
+            "activation_checkpointing": self.checkpointing,
+        }
+        return TrainSettings.parse(
+            {
+                "steps": 10**6,
+                "model": self.model.plain(),
+                "patching": {"mode": "space"},
+                "data": {"train": "random", "batch_bytes": size * tensor, "context": DOCUMENT},
+                "optimizer": {"hash_gradients": hashed},
+                "parallel": parallel,
+                "float8": "rowwise" if self.float8 else None,
+            }
+        )
+
+    @property
+    def words(self) -> str:
+        words = {"alone": "no FSDP", "shard": "FSDP", "tensor": "FSDP, tensor 2"}.get(self.plan, self.plan)
+        return words if self.checkpointing == "none" else f"{words}, recomputing {self.checkpointing}"
+
+    def products(self, dtype: torch.dtype) -> str:
+        """In which precision."""
+        return "float8" if self.float8 else str(dtype).removeprefix("torch.")

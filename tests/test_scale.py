@@ -1,0 +1,72 @@
+"""The benchmark of many GPUs, at a size for a test."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bytelatent.errors import UserError
+from bytelatent.model.flops import costs
+from bytelatent.training.time_spent import Communication
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from scale_measure import SAVE_HEAD, Row, measure, rule_below
+from scale_plans import TINY, Configuration
+
+
+def cells(line: str) -> list[str]:
+    return line.strip("| ").split(" | ")
+
+
+def test_a_configuration_and_its_line() -> None:
+    found = Configuration.parse("tiny:tensor+dense+float8+full", hash_rows=500)
+    assert found.model.ngram_hash is not None
+    settings = found.settings(1000)
+    assert (settings.parallel.data, settings.parallel.tensor, settings.parallel.tables) == ("shard", 2, "gather")
+    assert settings.parallel.activation_checkpointing == "full"
+    assert (settings.float8, settings.data.batch_bytes) == ("rowwise", 2000)  # of two ranks
+    spent = Communication(span=2.0, total=0.5, exposed=0.1, idle=0.2)
+    line = Row(4, found, torch.bfloat16, 1000, 0.5, 0.25, 3 << 29, spent, 9.4).line()
+    row = dict(zip(cells(Row.HEAD), cells(line), strict=True))
+    assert row == {
+        "GPUs": "4",
+        "model": "tiny",
+        "plan": "FSDP, tensor 2, recomputing full",
+        "hash tables": "dense, 500 a table",
+        "products": "float8",
+        "bytes a GPU": "1,000",
+        "ms a step": "500.0",
+        "bytes/s a GPU": "2,000",
+        "of the peak": "25.0%",
+        "GiB": "1.5",
+        "communicating": "25.0%",
+        "of it exposed": "5.0%",
+        "nothing runs": "10.0%",
+        "first step, s": "9",
+    }
+    assert len(cells(rule_below(Row.HEAD))) == len(row)
+    assert Configuration.parse("tiny:alone+rows").settings(8).optimizer.hash_gradients == "rows"
+    assert Configuration.parse("tiny:shard").settings(8).optimizer.hash_gradients == "dense"
+
+
+@pytest.mark.parametrize("text", ["tiny", "tiny:rows", "tiny:shard+tensor", "tiny:shard+what", "entropy:shard"])
+def test_what_is_no_configuration(text: str) -> None:
+    with pytest.raises(UserError, match=text.replace("+", r"\+")):
+        Configuration.parse(text)
+
+
+def test_a_table_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["tiny:alone", "tiny:shard", "tiny:hybrid"]
+    measure(texts, [300], 1, "cpu", compiled=False, hash_rows=None, folder=tmp_path / "saves")
+    lines = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    plans = [line[2] for line in lines]
+    assert plans[:4] == ["plan", "---", "no FSDP", "FSDP"]
+    assert lines[4][-1] == "UserError: hybrid is for four processes and more; there are 1"
+    assert lines[5] == cells(SAVE_HEAD)
+    num_weights = sum(part.num_parameters for part in costs(TINY))
+    for line in lines[7:]:
+        # Each with two moments, and the model once more in our format; the rest says what lies where.
+        assert 1.0 < float(line[2]) * 1e9 / (4 * 4 * num_weights) < 1.2
+    assert len(lines) == 9
+    assert not (tmp_path / "saves").exists()
