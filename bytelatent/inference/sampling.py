@@ -82,9 +82,10 @@ class SamplingRows:
     valid_utf8: Tensor  # [B] bool
     utf8: Tensor  # [B] int64, state of the automaton after what was read
     remaining: Tensor  # [B] int64, ids that may still be drawn
-    utf8_after: Tensor  # [S, V] int64, the state after an id; the same for all rows, as are the next two
+    utf8_after: Tensor  # [S, V] int64, the state after an id; the same for all rows, as are the next three
     needed: Tensor  # [S] int64, bytes that a character in this state still needs
     needed_after: Tensor  # [S, V] int64, bytes that its character still needs after an id; NEVER: it may not be drawn
+    is_special: Tensor  # [V] bool, ids that are never drawn: neither bytes nor EOS
 
     @classmethod
     def empty(cls, num_rows: int, device: torch.device | str) -> "SamplingRows":
@@ -99,6 +100,8 @@ class SamplingRows:
         needed_after[:, OFFSET:] = NEEDED[TRANSITIONS]
         needed_after[needed_after > NEEDED[:-1].max()] = NEVER
         needed_after[0, EOS] = 0
+        every_V = torch.arange(VOCAB_SIZE)
+        is_special = (every_V < OFFSET) & (every_V != EOS)
         return cls(
             temperature=full(0, torch.float32),
             top_k=full(VOCAB_SIZE, torch.int64),
@@ -114,6 +117,7 @@ class SamplingRows:
             utf8_after=utf8_after.to(device),
             needed=NEEDED.to(device),
             needed_after=needed_after.to(device),
+            is_special=is_special.to(device),
         )
 
     def put(self, row: int, sampling: Sampling, prompt_ids: Tensor, max_new_bytes: int) -> None:
@@ -174,14 +178,15 @@ class SamplingRows:
         self.drawn += active_B
         self.remaining -= active_B.long()
 
-    def allowed(self) -> Tensor:
-        """What may be drawn, bool [B, V]: bytes and EOS, and where asked for only what can still become valid UTF-8."""
-        every_V = torch.arange(VOCAB_SIZE, device=self.utf8.device)
+    def ruled_out(self) -> Tensor:
+        """What may not be drawn, bool [B or 1, V]: special ids but EOS, and where asked for what would not be UTF-8."""
+        if not _asked(self.valid_utf8, False):
+            return self.is_special[None]
         needed_B = self.needed[self.utf8]
         # A prompt may end within a character for which there is no room. It goes on nevertheless, as far as it can.
         room_B = torch.maximum(self.remaining, needed_B.clamp(min=1))
-        becomes_valid_BV = self.needed_after[self.utf8] < room_B[:, None]
-        return torch.where(self.valid_utf8[:, None], becomes_valid_BV, (every_V >= OFFSET) | (every_V == EOS))
+        no_longer_valid_BV = self.needed_after[self.utf8] >= room_B[:, None]
+        return torch.where(self.valid_utf8[:, None], no_longer_valid_BV, self.is_special)
 
     def weights(self, logits_BV: Tensor) -> Tensor:
         """What ids are drawn in proportion to: integers, int64 [B, V]; 0 where one may not be drawn.
@@ -190,26 +195,40 @@ class SamplingRows:
         """
         wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64  # MPS has no float64
         logits = logits_BV.to(wide)
-        penalty_B1 = self.repetition_penalty[:, None].to(wide)
-        penalised = torch.where(logits > 0, logits / penalty_B1, logits * penalty_B1)
-        logits = torch.where(self.seen, penalised, logits).nan_to_num(nan=-FAR).clamp(-FAR, FAR)
-        logits = logits.masked_fill(~self.allowed(), -torch.inf)
+        if _asked(self.repetition_penalty, 1):
+            penalty_B1 = self.repetition_penalty[:, None].to(wide)
+            penalised = torch.where(logits > 0, logits / penalty_B1, logits * penalty_B1)
+            logits = torch.where(self.seen, penalised, logits)
+        logits = logits.nan_to_num(nan=-FAR).clamp_(-FAR, FAR).masked_fill_(self.ruled_out(), -torch.inf)
 
-        # From the likeliest to the least likely; stable, so that among equals the lowest id comes first.
-        ordered_BV, id_BV = logits.sort(dim=-1, descending=True, stable=True)
-        rank_V = torch.arange(VOCAB_SIZE, device=logits.device)
         takes_likeliest_B = self.temperature == 0
-        temperature_B = self.temperature.masked_fill(takes_likeliest_B, 1).to(wide)
-        relative_BV = ((ordered_BV - ordered_BV[:, :1]) / temperature_B[:, None]).exp()  # the likeliest's is 1
-        weight_BV = (relative_BV * (1 << WEIGHT_BITS)).round().long()
+        temperature_B1 = self.temperature.masked_fill(takes_likeliest_B, 1)[:, None]
+        relative_BV = (logits - logits.amax(-1, keepdim=True)).div_(temperature_B1).exp_()  # the likeliest's is 1
+        weight_BV = (relative_BV * (1 << WEIGHT_BITS)).round_().long()
+        if _asked(self.top_k, VOCAB_SIZE) or _asked(self.top_p, 1) or _asked(takes_likeliest_B, False):
+            weight_BV = self._of_likeliest(logits, weight_BV)
+        if _asked(self.min_p, 0):
+            weight_BV.masked_fill_(relative_BV < self.min_p[:, None].to(wide), 0)
+        return weight_BV
 
-        top_k_B = self.top_k.masked_fill(takes_likeliest_B, 1)
-        weight_BV = weight_BV.masked_fill(rank_V >= top_k_B[:, None], 0)
-        upto_BV = weight_BV.cumsum(dim=-1)
-        share_B1 = self.top_p[:, None].to(wide) * upto_BV[:, -1:].to(wide)
-        is_kept_BV = ((upto_BV - weight_BV).to(wide) < share_B1) & (relative_BV >= self.min_p[:, None].to(wide))
-        weight_BV = weight_BV.masked_fill(~is_kept_BV & (rank_V > 0), 0)
-        return torch.zeros_like(weight_BV).scatter(1, id_BV, weight_BV)
+    def _of_likeliest(self, logits_BV: Tensor, weight_BV: Tensor) -> Tensor:
+        """The weights of those that `temperature` 0, `top_k` and `top_p` leave, int64 [B, V]."""
+        # From the likeliest to the least likely; stable, so that among equals the lowest id comes first.
+        id_BV = logits_BV.argsort(dim=-1, descending=True, stable=True)
+        rank_V = torch.arange(VOCAB_SIZE, device=logits_BV.device)
+        top_k_B = self.top_k.masked_fill(self.temperature == 0, 1)
+        ordered_BV = weight_BV.gather(1, id_BV).masked_fill_(rank_V >= top_k_B[:, None], 0)
+        upto_BV = ordered_BV.cumsum(dim=-1)
+        share_B1 = self.top_p[:, None].to(logits_BV.dtype) * upto_BV[:, -1:].to(logits_BV.dtype)
+        is_kept_BV = ((upto_BV - ordered_BV).to(logits_BV.dtype) < share_B1) | (rank_V == 0)
+        return torch.zeros_like(weight_BV).scatter_(1, id_BV, ordered_BV.masked_fill_(~is_kept_BV, 0))
+
+
+def _asked(setting_B: Tensor, none: float) -> bool:
+    """Whether some row may ask for more than `none`. A CPU looks, to leave out what is not asked for; no other device
+    is waited for.
+    """
+    return setting_B.device.type != "cpu" or any(value != none for value in setting_B.tolist())
 
 
 def random_numbers(seed: Tensor, number: Tensor) -> Tensor:
@@ -223,17 +242,23 @@ def random_numbers(seed: Tensor, number: Tensor) -> Tensor:
 
     Source: Steele, Lea and Flood 2014, SplitMix64; the seed is mixed first, so that neighbouring ones are unrelated.
     """
+    if seed.device.type == "cpu":  # NumPy's operations on a few numbers cost a third of PyTorch's
+        return torch.from_numpy(_number(seed.numpy(), number.numpy()))
+    return _number(seed, number)
+
+
+def _number(seed: Any, number: Any) -> Any:
     return _shifted(_mixed(_mixed(seed) + (number + 1) * _as_int64(0x9E3779B97F4A7C15)), 64 - RANDOM_BITS)
 
 
-def _mixed(x: Tensor) -> Tensor:
+def _mixed(x: Any) -> Any:
     """Every bit of the result depends on every bit of `x`, one to one. int64, whose products wrap around."""
     x = (x ^ _shifted(x, 30)) * _as_int64(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _as_int64(0x94D049BB133111EB)
     return x ^ _shifted(x, 31)
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
+def _shifted(x: Any, bits: int) -> Any:
     """To the right, as if `x` had no sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 

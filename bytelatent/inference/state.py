@@ -38,6 +38,9 @@ class KeyValues:
     v: Tensor  # [L, B, R, J, E]
     window: int | None  # positions seen, the own one included; None: all, and R grows
 
+    def __post_init__(self) -> None:
+        self.layers = list(zip(self.k.unbind(), self.v.unbind(), strict=True))  # the same by layer
+
     @classmethod
     def empty(cls, stack: StackSettings, num_rows: int, like: Tensor) -> "KeyValues":
         size = BLOCK if stack.window is None else stack.window + SLACK
@@ -53,6 +56,7 @@ class KeyValues:
         if self.window is None and positions > self.size:
             more = -(-positions // BLOCK) * BLOCK - self.size
             self.k, self.v = _longer(self.k, more), _longer(self.v, more)
+            self.__post_init__()
 
 
 @dataclass

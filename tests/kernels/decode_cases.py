@@ -8,7 +8,6 @@ gives the largest differences of each case, as JSON; all of them are 0 or roundi
 import json
 import os
 import sys
-from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -230,6 +229,11 @@ def embedding(
     return {"error": difference(out[0], out[1])}
 
 
+def on_cpu(tensors: Any) -> Any:
+    """A copy of a dataclass of tensors."""
+    return type(tensors)(**{name: part.clone().cpu() for name, part in vars(tensors).items()})
+
+
 def deciding(
     rows: int, places: int, rule: dict[str, Any], closes: bool = True, sampling: list[dict[str, Any]] | None = None
 ) -> Errors:
@@ -251,7 +255,7 @@ def deciding(
     flags = Flags.empty(rows, places, DEVICE)
     flags.is_active.copy_(torch.rand(rows) < 0.8)
     flags.is_waiting.copy_(flags.is_active & (torch.rand(rows) < 0.3))
-    ours, theirs = (drawing, state, flags), deepcopy((drawing, state, flags))
+    ours, theirs = (drawing, state, flags), tuple(map(on_cpu, (drawing, state, flags)))
     errors: Errors = {}
     for number in range(3):
         logits, lm_logits = 3 * torch.randn(rows, 260), 2 * torch.randn(rows, 260)
@@ -263,12 +267,14 @@ def deciding(
         draw(logits, ours[0], ours[1].position, ours[2], expected)
         decide(lm, patching, ours[1], ours[2])
         choose(ours[1], ours[2], closes)
-        plain.plain_draw(logits, theirs[0], theirs[1].position, theirs[2], expected)
-        plain.plain_decide(lm, patching, theirs[1], theirs[2])
-        plain.plain_choose(theirs[1], theirs[2], closes)
+        with torch.device("cpu"):  # the only one that the plain forms are for
+            expected = None if expected is None else expected.cpu()
+            plain.plain_draw(logits.cpu(), theirs[0], theirs[1].position, theirs[2], expected)
+            plain.plain_decide(None if lm is None else lm.cpu(), patching, theirs[1], theirs[2])
+            plain.plain_choose(theirs[1], theirs[2], closes)
         for one, other in zip(ours, theirs, strict=True):
             for name, found in vars(one).items():
-                errors[f"{name} {number}"] = difference(found, vars(other)[name])
+                errors[f"{name} {number}"] = difference(found.cpu(), vars(other)[name])
     return errors
 
 

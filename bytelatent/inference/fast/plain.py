@@ -1,10 +1,14 @@
 """A step in plain PyTorch: its decisions, which `bytelatent.kernels.decode_step` must equal, and what a CPU does faster
 than the forms beside the other kernels, which are written to be read.
+
+With a few rows each operation costs a CPU more than what it computes. So there are few of them, and the decisions,
+which are a few numbers a row, are NumPy's, over the same memory: its operations cost a third of PyTorch's.
 """
 
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,47 +20,76 @@ from bytelatent.model import entropies
 from bytelatent.patching import PatchSettings, PatchState, step
 from bytelatent.vocab import EOS
 
+# Shapes: B rows, C places, V vocabulary, M rows of a product, K its width or keys a patch, N its results or tables,
+# R slots of a ring, H query heads, J key/value heads, G queries that share one, E head size, A angles, W longest n-gram
+
+NOTHING = torch.zeros(1, device="cpu")  # is added to the scores of positions that are all seen
+
+
+class Arrays:
+    """The tensors of a dataclass as arrays over the same memory, to read and to write."""
+
+    def __init__(self, tensors: Any):
+        self._tensors = tensors
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        return _array(getattr(self._tensors, name))
+
+
+@lru_cache(maxsize=1024)  # a view takes as long as the operation that it saves
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.numpy()
+
 
 def plain_draw(
     logits_BV: Tensor, rows: SamplingRows, position: Tensor, flags: Flags, expected: Tensor | None = None
 ) -> None:
     """What `draw` does."""
-    draws = flags.is_active & ~flags.is_waiting
-    ids, log_probability = rows.draw(logits_BV)
+    arrays, at = Arrays(flags), position.numpy()
+    is_active, is_waiting = arrays.is_active, arrays.is_waiting
+    draws = is_active & ~is_waiting
+    drawn, log_probability = rows.draw(logits_BV)
+    ids = drawn.numpy()
     if expected is not None:
-        flags.is_waiting.logical_or_(draws & (ids != expected))
-        draws &= ids == expected
-    rows.read(ids, draws)
-    flags.drawn.copy_(torch.where(draws, ids, -1))
-    flags.log_probability.copy_(log_probability)
-    ends = draws & ((ids == EOS) | (rows.remaining <= 0))
-    flags.is_active.logical_and_(~ends)
-    flags.ids.copy_(ids)
-    flags.reads.copy_(draws & ~ends)
-    index = torch.arange(len(ids), device=ids.device)
-    flags.row.copy_(torch.where(flags.reads, index, -1))
-    flags.at.copy_(torch.where(flags.reads, position, position - 1).clamp(min=0))
+        agrees = ids == expected.numpy()
+        is_waiting |= draws & ~agrees
+        draws &= agrees
+    rows.read(drawn, torch.from_numpy(draws))
+    ends = draws & ((ids == EOS) | (rows.remaining.numpy() <= 0))
+    reads = draws & ~ends
+    is_active &= ~ends
+    arrays.drawn[:] = np.where(draws, ids, -1)
+    arrays.log_probability[:] = log_probability.numpy()
+    arrays.ids[:] = ids
+    arrays.reads[:] = reads
+    arrays.row[:] = np.where(reads, np.arange(len(ids)), -1)
+    arrays.at[:] = np.maximum(at - ~reads, 0)
 
 
 def plain_choose(state: Any, flags: Flags, closes: bool) -> None:
     """What `choose` does."""
-    wants, places = flags.wants, len(flags.closing)
-    index = torch.arange(len(wants), device=wants.device)
-    urgency = wants.int() + (wants & flags.is_waiting).int()
-    order = torch.argsort(urgency, descending=True, stable=True)[:places]
-    closing = torch.where(wants[order], order, -1) if closes else torch.full_like(order, -1)
-    served = torch.zeros(len(wants) + 1, dtype=torch.bool, device=wants.device)
-    served = served.index_fill(0, torch.where(closing >= 0, closing, len(wants)), True)[:-1]
-    flags.closing.copy_(closing)
-    flags.number.copy_(torch.where(closing >= 0, state.num_patches[closing.clamp(min=0)], 0))
-    flags.run.fill_(bool((closing >= 0).any()))
-    flags.closing_count.copy_(torch.where(closing >= 0, state.open_count[closing.clamp(min=0)], 0))
-    state.open_count.mul_(~served)
-    state.num_patches.add_(served)
-    goes_on = (flags.reads & ~wants) | served
-    flags.goes_on.copy_(torch.where(goes_on, index, -1))
-    flags.is_waiting.copy_(wants & ~goes_on)
-    flags.reads_patch.copy_(state.num_patches > 0)
+    arrays, counts = Arrays(flags), Arrays(state)
+    wants, reads, is_waiting = arrays.wants, arrays.reads, arrays.is_waiting
+    num_patches, open_count = counts.num_patches, counts.open_count
+    arrays.closing[:] = -1
+    arrays.number[:] = 0
+    arrays.closing_count[:] = 0
+    served = np.zeros_like(wants)
+    if closes and wants.any():
+        urgency = wants.astype(int) + (wants & is_waiting)
+        order = np.argsort(-urgency, kind="stable")[: len(flags.closing)]
+        order = order[wants[order]]
+        arrays.closing[: len(order)] = order
+        arrays.number[: len(order)] = num_patches[order]
+        arrays.closing_count[: len(order)] = open_count[order]
+        served[order] = True
+        open_count[order] = 0
+        num_patches[order] += 1
+    arrays.run[:] = served.any()
+    goes_on = (reads & ~wants) | served
+    arrays.goes_on[:] = np.where(goes_on, np.arange(len(wants)), -1)
+    is_waiting[:] = wants & ~goes_on
+    arrays.reads_patch[:] = num_patches > 0
 
 
 def plain_keep_patch(kv: Tensor, patch_k: Tensor, patch_v: Tensor, closing: Tensor) -> None:
@@ -71,17 +104,31 @@ def plain_keep_patch(kv: Tensor, patch_k: Tensor, patch_v: Tensor, closing: Tens
 
 def plain_decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: Any, flags: Flags) -> None:
     """What `decide` does."""
-    ids, reads = flags.ids, flags.reads
     found = None if lm_logits_BV is None else entropies(lm_logits_BV)
     before = PatchState(state.position, state.tail[:, -1], state.previous_entropy, state.since_start)
-    after, starts = step(before, ids, found, patching)
-    state.tail.copy_(torch.where(reads[:, None], torch.cat([state.tail[:, 1:], ids[:, None]], dim=1), state.tail))
-    state.previous_entropy.copy_(torch.where(reads, after.previous_entropy, state.previous_entropy))
-    state.since_start.copy_(torch.where(reads, after.since_start, state.since_start))
-    state.position.add_(reads)
-    flags.count.copy_(torch.where(reads, state.open_count, -1))
-    state.open_count.add_(reads)
-    flags.wants.copy_((starts & reads) | flags.is_waiting)
+    after, starts = step(before, flags.ids, found, patching)
+    arrays, counts = Arrays(flags), Arrays(state)
+    reads, tail, open_count = arrays.reads, counts.tail, counts.open_count
+    tail[reads] = np.concatenate([tail[:, 1:], arrays.ids[:, None]], axis=1)[reads]
+    for name in ("position", "previous_entropy", "since_start"):
+        np.copyto(getattr(counts, name), getattr(after, name).numpy(), where=reads)
+    arrays.count[:] = np.where(reads, open_count, -1)
+    open_count += reads
+    arrays.wants[:] = (starts.numpy() & reads) | arrays.is_waiting
+
+
+def hash_embed(
+    tail_BL: Tensor, history_B: Tensor, powers_NW: Tensor, tables_NVD: Tensor, embedding_D: Tensor
+) -> Tensor:
+    """What `plain_hash_embed` computes for one new byte of each sequence."""
+    num_tables, widest = powers_NW.shape
+    newest_BW = tail_BL.numpy()[:, ::-1][:, :widest]
+    back = np.arange(newest_BW.shape[1])
+    counted_BW = np.where(back <= history_B.numpy()[:, None], newest_BW, 0)
+    size = len(tables_NVD) // num_tables
+    rows_BN = counted_BW @ powers_NW.numpy().T[: len(back)] % size + np.arange(num_tables) * size  # int64 wraps
+    x_BD = F.embedding(torch.from_numpy(rows_BN), tables_NVD).float().sum(1)
+    return x_BD.add_(F.embedding(tail_BL[:, -1], embedding_D)).to(embedding_D.dtype)
 
 
 def attend(
@@ -109,9 +156,9 @@ def attend(
     if run is not None and not bool(run):
         return qkv.new_zeros(len(qkv), heads * head_dim)
     if len(row_B) == 1:
-        return _attend_one(qkv[0], cache_k_CRJE, cache_v_CRJE, int(position_B), rotary_PA2, heads, window, int(row_B))
+        return _attend_one(qkv, cache_k_CRJE, cache_v_CRJE, int(position_B), rotary_PA2, heads, window, int(row_B))
     q_k, v_BJE = qkv.unflatten(-1, (-1, head_dim)).split([heads + kv_heads, kv_heads], dim=1)
-    q_BHE, k_BJE = _turned(q_k, rotary_PA2[position_B][:, None]).split([heads, kv_heads], dim=1)
+    q_BHE, k_BJE = _turned(q_k, _rotations(rotary_PA2)[position_B][:, None]).split([heads, kv_heads], dim=1)
     row, slot = row_B.clamp(min=0), position_B % slots
     if bool((row_B < 0).any()):  # sequences that are passed over write nothing
         here = (row_B >= 0).nonzero()[:, 0]
@@ -143,39 +190,80 @@ def _attend_one(
     _, slots, kv_heads, head_dim = cache_k_CRJE.shape
     if row < 0:
         return qkv.new_zeros(1, heads * head_dim)
-    q_k, v_JE = qkv.view(-1, head_dim).split([heads + kv_heads, kv_heads])
-    q_HE, k_JE = _turned(q_k, rotary_PA2[position]).split([heads, kv_heads])
+    qkv = qkv.view(-1, head_dim)
+    turned = _turned(qkv[: heads + kv_heads], _rotations(rotary_PA2)[position])
+    k_RJE, v_RJE = cache_k_CRJE[row], cache_v_CRJE[row]
     slot, size = position % slots, min(position + 1, slots)
-    cache_k_CRJE[row, slot], cache_v_CRJE[row, slot] = k_JE, v_JE
-    k_JRE, v_JRE = cache_k_CRJE[row, :size].transpose(0, 1), cache_v_CRJE[row, :size].transpose(0, 1)
-    mask = None if window is None or size <= window else _seen(position, slots, window)
-    found = F.scaled_dot_product_attention(
-        q_HE[None, :, None], k_JRE[None], v_JRE[None], attn_mask=mask, enable_gqa=heads != kv_heads
-    )
-    return found.view(1, -1)
+    k_RJE[slot], v_RJE[slot] = turned[heads:], qkv[heads + kv_heads :]
+    if size < slots:
+        k_RJE, v_RJE = k_RJE[:size], v_RJE[:size]
+    newest = slots - 1 - slot
+    hidden = NOTHING if window is None or size <= window else _hidden(slots, window)[newest : newest + size]
+    return _read(turned[:heads].view(kv_heads, -1, head_dim), k_RJE, v_RJE, hidden).view(1, -1)
+
+
+def _read(q_JGE: Tensor, k_RJE: Tensor, v_RJE: Tensor, hidden_R: Tensor = NOTHING) -> Tensor:
+    """Attention of G queries of each of J heads, [J, G, E]; `hidden_R` is added to the scores."""
+    scale, dtype = q_JGE.shape[-1] ** -0.5, q_JGE.dtype
+    scores_JGR = torch.baddbmm(hidden_R, q_JGE.float(), k_RJE.float().permute(1, 2, 0), alpha=scale)
+    return torch.bmm(scores_JGR.softmax(-1), v_RJE.float().transpose(0, 1)).to(dtype)
 
 
 @lru_cache(maxsize=16)
-def _seen(position: int, slots: int, window: int) -> Tensor:
-    """Which slots of a ring a position sees, bool [1, 1, 1, R]; the same for all layers of a stack."""
-    held = position - (position - torch.arange(min(position + 1, slots))) % slots
-    return ((held >= 0) & (held > position - window)).view(1, 1, 1, -1)
+def _hidden(slots: int, window: int) -> Tensor:
+    """What the position at the last slot of a ring adds to the scores of the slots, float32 [2R-1]: -inf beyond the
+    window. The position at slot s adds what begins R-1-s further on.
+    """
+    back = (slots - 1 - torch.arange(2 * slots - 1, device="cpu")) % slots
+    return torch.where(back < window, 0.0, -torch.inf)
 
 
 def _turned(x: Tensor, rotary: Tensor) -> Tensor:
     """Pairs (2i, 2i+1) rotated: as complex numbers multiplied by cosine and sine."""
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(rotary)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    return (x.float().view(torch.complex64) * rotary).view(torch.float32).to(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def _rotations(rotary_PA2: Tensor) -> Tensor:
+    """Cosines and sines as complex numbers, [P, A]."""
+    return torch.view_as_complex(rotary_PA2)
 
 
 def read_patch(
     q_THE: Tensor, k_BKHE: Tensor, v_BKHE: Tensor, reads_T: Tensor, *, row_B: Tensor, run: Tensor | None = None
 ) -> Tensor:
     """What `plain_read_patch` computes for one byte of each sequence, with as many heads of keys as of queries."""
+    if len(row_B) == 1:
+        row = int(row_B)
+        if row < 0 or not bool(reads_T):
+            return torch.zeros_like(q_THE)
+        return _read(q_THE.transpose(0, 1), k_BKHE[row], v_BKHE[row]).transpose(0, 1)
     row = row_B.clamp(min=0)
-    k, v = (k_BKHE, v_BKHE) if len(row) == len(k_BKHE) == 1 else (k_BKHE[row], v_BKHE[row])
+    k, v = k_BKHE[row], v_BKHE[row]
     weight = ((q_THE[:, None] * k).sum(-1, keepdim=True) * q_THE.shape[-1] ** -0.5).softmax(1)
     return (weight * v).sum(1) * reads_T[:, None, None]
+
+
+def gather_bytes(
+    q_CKHE: Tensor,
+    k_BLHE: Tensor,
+    v_BLHE: Tensor,
+    count_C: Tensor,
+    *,
+    begin_C: Tensor | None = None,
+    row_C: Tensor,
+    run: Tensor | None = None,
+) -> Tensor:
+    """What `plain_gather_bytes` computes, with as many heads of keys as of queries."""
+    out = torch.zeros_like(q_CKHE)
+    if run is not None and not bool(run):
+        return out
+    begins = [0] * len(out) if begin_C is None else begin_C.tolist()
+    for place, (row, begin, count) in enumerate(zip(row_C.tolist(), begins, count_C.tolist(), strict=True)):
+        if row >= 0:
+            k_RHE, v_RHE = (part[row, begin : begin + count] for part in (k_BLHE, v_BLHE))
+            out[place] = _read(q_CKHE[place].transpose(0, 1), k_RHE, v_RHE).transpose(0, 1)
+    return out
 
 
 def linear(
@@ -195,8 +283,10 @@ def linear(
     x_MK = x_MK if eps is None else _normed(x_MK, eps)
     if residual_MN is None:
         y_MN = F.linear(x_MK, weight_NK)
+    elif out is residual_MN:
+        return residual_MN.addmm_(x_MK, weight_NK.t(), beta=residual_scale)
     else:
-        y_MN = torch.addmm(residual_MN, x_MK, weight_NK.T, beta=residual_scale)
+        y_MN = torch.addmm(residual_MN, x_MK, weight_NK.t(), beta=residual_scale)
     return y_MN if out is None else out.copy_(y_MN)
 
 
@@ -204,14 +294,13 @@ def gated(x_MK: Tensor, gate_up_2NK: Matrix, *, eps: float | None = None, run: T
     """What `plain_skinny_gated` computes, in the weights' precision."""
     if run is not None and not bool(run):
         return x_MK.new_zeros(len(x_MK), gate_up_2NK.shape[0] // 2)
-    gate_up_2NK = dense(gate_up_2NK, x_MK.dtype)
-    x_MK = x_MK if eps is None else _normed(x_MK, eps)
-    return F.silu(F.linear(x_MK, gate_up_2NK[0::2])).mul_(F.linear(x_MK, gate_up_2NK[1::2]))
+    y_M2N = F.linear(x_MK if eps is None else _normed(x_MK, eps), dense(gate_up_2NK, x_MK.dtype))
+    return F.silu(y_M2N[:, 0::2]).mul_(y_M2N[:, 1::2])
 
 
 def _normed(x_MK: Tensor, eps: float) -> Tensor:
     """RMSNorm without weights."""
     if len(x_MK) > 1:
         return F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
-    row = x_MK[0].float()
-    return x_MK * (float(row @ row) / len(row) + eps) ** -0.5  # a few microseconds less than the operation
+    norm = torch.linalg.vector_norm(x_MK, dtype=torch.float32).item()
+    return x_MK * (norm * norm / x_MK.shape[1] + eps) ** -0.5  # a few microseconds less than the operation

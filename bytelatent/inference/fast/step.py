@@ -73,9 +73,9 @@ class Kernels:
             plain.gated,
             plain.attend,
             plain.read_patch,
-            decode_patches.plain_gather_bytes,
+            plain.gather_bytes,
             decode_patches.plain_keep_byte,
-            hash_embed.plain_hash_embed,
+            plain.hash_embed,
             plain.plain_draw,
             plain.plain_decide,
             plain.plain_choose,
@@ -411,8 +411,7 @@ class FastStep:
         qkv = kernels.linear(x_MD, weights.qkv, eps=eps, run=run)
         found = kernels.attend(
             qkv,
-            cache.k[layer],
-            cache.v[layer],
+            *cache.layers[layer],
             position,
             stack.rotary,
             heads=settings.num_heads,
