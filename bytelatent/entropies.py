@@ -119,7 +119,7 @@ def fast_entropies(byte_lm: ByteLM, device: torch.device, settings: EntropySetti
     precise_enough = choose_dtype(settings.dtype, device) == torch.bfloat16
     if device.type != "cuda" or not precise_enough:
         return None
-    return FastEntropies(byte_lm) if FastEntropies.supports(byte_lm.settings, settings.batch_bytes) else None
+    return FastEntropies(byte_lm) if FastEntropies.supports(byte_lm.settings) else None
 
 
 class Bar:

@@ -1,5 +1,6 @@
 """Text into batches: documents, pieces, packing, the loader."""
 
+from bytelatent.data.ahead import ReadAhead
 from bytelatent.data.loader import Loader, batches_once
 from bytelatent.data.packing import Batch, pack, surprise, take
 from bytelatent.data.patcher import Patcher, patch_in_groups, patches_of
@@ -13,6 +14,7 @@ __all__ = [
     "Loader",
     "Patcher",
     "Piece",
+    "ReadAhead",
     "SourceSettings",
     "StoredCheck",
     "batches_once",

@@ -1,6 +1,6 @@
 """Pieces cut into patches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,7 @@ class Patcher:
         byte_lm: gives the entropies, frozen; None where the rule needs none or they are stored with the text.
         dtype: precision the byte LM runs in.
         fingerprint: the byte LM's, which stored entropies must bear; None to take those of any byte LM.
+        entropies_of: computes the byte LM's entropies of a stream in its place.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class Patcher:
         byte_lm: ByteLM | None = None,
         dtype: torch.dtype = torch.float32,
         fingerprint: str | None = None,
+        entropies_of: Callable[[Stream], torch.Tensor] | None = None,
     ):
         self.settings = settings
         self.byte_lm = byte_lm
         self.dtype = dtype
         self.fingerprint = fingerprint
+        self.entropies_of = entropies_of
         self.device = next(byte_lm.parameters()).device if byte_lm is not None else torch.device("cpu")
 
     def __call__(self, pieces: Sequence[Piece]) -> list[Piece]:
@@ -83,6 +86,8 @@ class Patcher:
     def _entropies(self, stream: Stream) -> torch.Tensor:
         if self.byte_lm is None:
             raise UserError("data: patching by entropy needs a byte LM or entropies stored beside every text")
+        if self.entropies_of is not None:
+            return self.entropies_of(stream)
         with autocast(self.device, self.dtype):
             return self.byte_lm.entropies(stream)
 

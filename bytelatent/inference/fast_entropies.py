@@ -1,6 +1,6 @@
 """The byte LM's entropies as fast as a GPU gives them: joined products, in-place sums and kernels, no gradients.
 
-The model is `ByteLM`; this is another order of the same arithmetic, for streams of one size.
+The model is `ByteLM`; this is another order of the same arithmetic.
 """
 
 from typing import Any
@@ -47,31 +47,34 @@ class FastEntropies:
         ]
 
     @staticmethod
-    def supports(settings: ByteLMSettings, size: int) -> bool:
-        """Whether the kernels can do a byte LM of this shape on streams of `size` ids."""
+    def supports(settings: ByteLMSettings) -> bool:
+        """Whether the kernels can do a byte LM of this shape."""
         return (
             settings.kv_heads == settings.num_heads
             and settings.head_dim in (16, 32, 64, 128)
             and settings.dim % INNER == 0
             and 2 * settings.hidden_dim % COLUMNS == 0
-            and size % ROWS == 0
         )
 
     @torch.no_grad()
     def __call__(self, stream: Stream) -> Tensor:
-        """Uncertainty about the id that follows each id, in nats, float32 [T]. See `supports` for T."""
+        """Uncertainty about the id that follows each id, in nats, float32 [T]."""
         settings = self.settings
         eps, dim = settings.norm_eps, settings.dim
-        low = first_seen(stream.position, settings.window)
-        cos, sin = angles(stream.position, settings.head_dim, settings.rope_theta)
-        x_TD = F.embedding(stream.ids, self.embedding)
+        size = len(stream.ids)
+        padding = torch.arange(-size % ROWS, device=stream.ids.device)  # kernels take rows so many at a time
+        ids, position = torch.cat([stream.ids, padding * 0]), torch.cat([stream.position, padding])
+        low = first_seen(position, settings.window)
+        cos, sin = angles(position, settings.head_dim, settings.rope_theta)
+        x_TD = F.embedding(ids, self.embedding)
         for layer in self.layers:
             qkv = F.linear(F.rms_norm(x_TD, (dim,), layer["attention_norm"], eps), layer["qkv"])
             q, k, v = qkv.unflatten(-1, (3, settings.num_heads, settings.head_dim)).unbind(1)
             x_TD.addmm_(window_attention(q, k, v, low, cos, sin).flatten(1), layer["output"].T)
             x_TD.addmm_(gated_product(x_TD, fast_row_scale(x_TD, eps), layer["gate_up"]), layer["down"].T)
         parts = x_TD.split(SLICE)  # float32 logits of all ids at once would take more than the model
-        return torch.cat([entropies(F.linear(F.rms_norm(x, (dim,), self.norm, eps), self.output)) for x in parts])
+        found = [entropies(F.linear(F.rms_norm(x, (dim,), self.norm, eps), self.output)) for x in parts]
+        return torch.cat(found)[:size]
 
 
 def _projections(attention: Any) -> tuple[torch.nn.Linear, ...]:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bytelatent.data import Batch, Loader
+from bytelatent.data import Batch, Loader, ReadAhead
 from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, newest_whole, what_is_torn, whole_folder
 from bytelatent.interop import Config, StoredModel
@@ -43,7 +43,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | Optimizers
-    loader: Loader
+    loader: Loader | ReadAhead
     step: int = 0  # steps done
     bytes_seen: int = 0  # bytes of text predicted
     seconds: float = 0.0  # spent in steps

@@ -148,7 +148,8 @@ def capturing(device: torch.device) -> Iterator[Callable[[Callable[[], Tensor]],
     def captured(work: Callable[[], Tensor]) -> tuple[Any, Tensor]:
         nonlocal pool
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):  # also gives free memory back: graphs have their own
+        # Other threads may go on with work of their own. This also gives free memory back: graphs have their own.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             result = work()
         pool = graph.pool()
         return graph, result

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bytelatent.data import Batch, Loader, surprise
+from bytelatent.data import Batch, Loader, ReadAhead, surprise
 from bytelatent.device import autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
@@ -89,7 +89,8 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
     def say_of_text(line: str) -> None:  # damaged rows are met by one rank alone
         say(line) if ranks.is_first else print(f"{ranks.name}: {line}", flush=True)
 
-    loader = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text)
+    batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text)
+    loader = ReadAhead(batches, device) if reads_ahead(device) else batches
     state = TrainState(model, build_optimizer(model, settings.optimizer, ranks.world), loader)
     in_background = settings.checkpoint.asynchronous
     if in_background == "auto":
@@ -165,6 +166,11 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                 if stop and done < 1:
                     raise ranks.told(Interrupted(f"after step {state.step}; the same command goes on from there"))
     return run.folder
+
+
+def reads_ahead(device: torch.device) -> bool:
+    """Whether batches are made while others are trained on: on a CPU both would want the same cores."""
+    return device.type == "cuda"
 
 
 def _try_out(state: TrainState, gradients: Callable[[Batch, float], torch.Tensor]) -> None:

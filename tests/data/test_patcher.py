@@ -8,9 +8,10 @@ import torch
 
 from bytelatent.data import Patcher, Piece, cut, patch_in_groups, patches_of
 from bytelatent.errors import UserError
-from bytelatent.model import pack_rows
+from bytelatent.model import Stream, pack_rows
 from bytelatent.patching import PatchSettings, patch_lengths
 from bytelatent.text import Document, read_documents
+from bytelatent.vocab import OFFSET
 from tests.model.tiny import tiny_byte_lm
 from tests.text.text_files import write_stored
 
@@ -60,6 +61,14 @@ def test_stored_entropies_give_the_same_patches(patcher: Patcher, tmp_path: Path
 def test_entropies_are_asked_for(patcher: Patcher) -> None:
     with pytest.raises(UserError, match="needs a byte LM or entropies stored beside every text"):
         Patcher(patcher.settings)(pieces_of(TEXTS))
+
+
+def test_entropies_may_be_computed_in_another_way(patcher: Patcher) -> None:
+    def high(stream: Stream) -> torch.Tensor:
+        return torch.where(stream.ids == OFFSET + ord("t"), 6.0, 0.0)
+
+    for piece in Patcher(patcher.settings, patcher.byte_lm, entropies_of=high)(pieces_of(TEXTS)):
+        assert (piece.next_starts[1:] == (piece.ids[1:-1] == OFFSET + ord("t"))).all()
 
 
 @pytest.mark.parametrize("context", [5, 1000])

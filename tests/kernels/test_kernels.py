@@ -72,8 +72,7 @@ def test_plain_gated_product_is_norm_and_swiglu() -> None:
 
 def test_what_is_supported() -> None:
     shape = {"dim": 128, "num_layers": 1, "num_heads": 2, "multiple_of": 128}
-    assert FastEntropies.supports(ByteLMSettings.parse(shape), 1280)
-    assert not FastEntropies.supports(ByteLMSettings.parse(shape), 1281)
-    assert not FastEntropies.supports(ByteLMSettings.parse(shape | {"num_kv_heads": 1}), 1280)
-    assert not FastEntropies.supports(ByteLMSettings.parse(shape | {"dim": 96}), 1280)
+    assert FastEntropies.supports(ByteLMSettings.parse(shape))
+    assert not FastEntropies.supports(ByteLMSettings.parse(shape | {"num_kv_heads": 1}))
+    assert not FastEntropies.supports(ByteLMSettings.parse(shape | {"dim": 96}))
     assert isinstance(ByteLM(ByteLMSettings.parse(shape)), ByteLM)

@@ -1,0 +1,73 @@
+"""The next batch is made while the last one is trained on."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
+
+import torch
+
+from bytelatent.data.loader import Loader
+from bytelatent.data.packing import Batch
+
+
+class ReadAhead:
+    """A loader's batches, one ahead, made by a thread: the same batches, and the same positions after each.
+
+    Args:
+        loader: nobody else may use it.
+        device: a GPU on which patches are found; that has a stream of its own there, beside the training's.
+    """
+
+    def __init__(self, loader: Loader, device: torch.device):
+        self.loader = loader
+        self._thread = ThreadPoolExecutor(1, "next batch")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # the weights of what finds patches are there
+        self._made: Future[tuple[Batch, dict[str, Any]]] | None = None
+        self._position: dict[str, Any] | None = None  # after the batch that was given out last
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._made is None:
+            self._made = self._thread.submit(self._make)
+        made, self._made = self._made, None
+        batch, self._position = made.result()
+        self._made = self._thread.submit(self._make)
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the thread finish its batch, and end the reading processes."""
+        self._thread.shutdown(cancel_futures=True)
+        self.loader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batch that was given out last."""
+        return self.loader.state_dict() if self._position is None else self._position
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._forget()
+        self.loader.load_state_dict(state)
+
+    def deal(self, states: list[dict[str, Any]]) -> str:
+        self._forget()
+        return self.loader.deal(states)
+
+    def _make(self) -> tuple[Batch, dict[str, Any]]:
+        if self._stream is None:
+            return next(self.loader), self.loader.state_dict()
+        with torch.cuda.stream(self._stream):  # its device, too: each thread has one of its own
+            return next(self.loader), self.loader.state_dict()
+
+    def _forget(self) -> None:
+        """Drop the batch that was made ahead; the loader is told where to stand next."""
+        if self._made is not None:
+            self._made.exception()  # wait for it; what went wrong with it does not matter
+        self._made = self._position = None
