@@ -1,8 +1,8 @@
 """A step in plain PyTorch: its decisions, which `bytelatent.kernels.decode_step` must equal, and what a CPU does faster
 than the forms beside the other kernels, which are written to be read.
 
-With a few rows each operation costs a CPU more than what it computes. So there are few of them, and the decisions,
-which are a few numbers a row, are NumPy's, over the same memory: its operations cost a third of PyTorch's.
+With a few rows each operation costs a CPU more than what it computes. So there are few of them, and but for products
+with the model's matrices those on a few numbers are NumPy's, over the same memory: they cost a third of PyTorch's.
 """
 
 from functools import lru_cache
@@ -22,8 +22,6 @@ from bytelatent.vocab import EOS
 
 # Shapes: B rows, C places, V vocabulary, M rows of a product, K its width or keys a patch, N its results or tables,
 # R slots of a ring, H query heads, J key/value heads, G queries that share one, E head size, A angles, W longest n-gram
-
-NOTHING = torch.zeros(1, device="cpu")  # is added to the scores of positions that are all seen
 
 
 class Arrays:
@@ -109,7 +107,7 @@ def plain_decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: An
     after, starts = step(before, flags.ids, found, patching)
     arrays, counts = Arrays(flags), Arrays(state)
     reads, tail, open_count = arrays.reads, counts.tail, counts.open_count
-    tail[reads] = np.concatenate([tail[:, 1:], arrays.ids[:, None]], axis=1)[reads]
+    np.copyto(tail, np.concatenate([tail[:, 1:], arrays.ids[:, None]], axis=1), where=reads[:, None])
     for name in ("position", "previous_entropy", "since_start"):
         np.copyto(getattr(counts, name), getattr(after, name).numpy(), where=reads)
     arrays.count[:] = np.where(reads, open_count, -1)
@@ -155,10 +153,10 @@ def attend(
     _, slots, kv_heads, head_dim = cache_k_CRJE.shape
     if run is not None and not bool(run):
         return qkv.new_zeros(len(qkv), heads * head_dim)
-    if len(row_B) == 1:
+    if len(row_B) == 1 and _is_float32(qkv, cache_k_CRJE):
         return _attend_one(qkv, cache_k_CRJE, cache_v_CRJE, int(position_B), rotary_PA2, heads, window, int(row_B))
     q_k, v_BJE = qkv.unflatten(-1, (-1, head_dim)).split([heads + kv_heads, kv_heads], dim=1)
-    q_BHE, k_BJE = _turned(q_k, _rotations(rotary_PA2)[position_B][:, None]).split([heads, kv_heads], dim=1)
+    q_BHE, k_BJE = _turned(q_k, rotary_PA2[position_B][:, None]).split([heads, kv_heads], dim=1)
     row, slot = row_B.clamp(min=0), position_B % slots
     if bool((row_B < 0).any()):  # sequences that are passed over write nothing
         here = (row_B >= 0).nonzero()[:, 0]
@@ -190,54 +188,52 @@ def _attend_one(
     _, slots, kv_heads, head_dim = cache_k_CRJE.shape
     if row < 0:
         return qkv.new_zeros(1, heads * head_dim)
-    qkv = qkv.view(-1, head_dim)
-    turned = _turned(qkv[: heads + kv_heads], _rotations(rotary_PA2)[position])
-    k_RJE, v_RJE = cache_k_CRJE[row], cache_v_CRJE[row]
+    new = qkv.numpy().reshape(-1, head_dim)
+    rotation_A = rotary_PA2.numpy()[position].view(np.complex64)[:, 0]
+    turned = (new[: heads + kv_heads].view(np.complex64) * rotation_A).view(np.float32)
+    k_RJE, v_RJE = cache_k_CRJE.numpy()[row], cache_v_CRJE.numpy()[row]
     slot, size = position % slots, min(position + 1, slots)
-    k_RJE[slot], v_RJE[slot] = turned[heads:], qkv[heads + kv_heads :]
-    if size < slots:
-        k_RJE, v_RJE = k_RJE[:size], v_RJE[:size]
-    newest = slots - 1 - slot
-    hidden = NOTHING if window is None or size <= window else _hidden(slots, window)[newest : newest + size]
-    return _read(turned[:heads].view(kv_heads, -1, head_dim), k_RJE, v_RJE, hidden).view(1, -1)
+    k_RJE[slot], v_RJE[slot] = turned[heads:], new[heads + kv_heads :]
+    first = slots - 1 - slot
+    hidden = None if window is None or size <= window else _hidden(slots, window)[first : first + size]
+    found = _read(turned[:heads].reshape(kv_heads, -1, head_dim), k_RJE[:size], v_RJE[:size], hidden)
+    return torch.from_numpy(found.reshape(1, -1))
 
 
-def _read(q_JGE: Tensor, k_RJE: Tensor, v_RJE: Tensor, hidden_R: Tensor = NOTHING) -> Tensor:
+def _read(q_JGE: np.ndarray, k_RJE: np.ndarray, v_RJE: np.ndarray, hidden_R: np.ndarray | None = None) -> np.ndarray:
     """Attention of G queries of each of J heads, [J, G, E]; `hidden_R` is added to the scores."""
-    scale, dtype = q_JGE.shape[-1] ** -0.5, q_JGE.dtype
-    scores_JGR = torch.baddbmm(hidden_R, q_JGE.float(), k_RJE.float().permute(1, 2, 0), alpha=scale)
-    return torch.bmm(scores_JGR.softmax(-1), v_RJE.float().transpose(0, 1)).to(dtype)
+    scores_JGR = (q_JGE * q_JGE.shape[-1] ** -0.5) @ k_RJE.transpose(1, 2, 0)
+    if hidden_R is not None:
+        scores_JGR += hidden_R
+    weight_JGR = torch.from_numpy(scores_JGR).softmax(-1).numpy()
+    return weight_JGR @ v_RJE.transpose(1, 0, 2)
 
 
 @lru_cache(maxsize=16)
-def _hidden(slots: int, window: int) -> Tensor:
+def _hidden(slots: int, window: int) -> np.ndarray:
     """What the position at the last slot of a ring adds to the scores of the slots, float32 [2R-1]: -inf beyond the
     window. The position at slot s adds what begins R-1-s further on.
     """
-    back = (slots - 1 - torch.arange(2 * slots - 1, device="cpu")) % slots
-    return torch.where(back < window, 0.0, -torch.inf)
+    back = (slots - 1 - np.arange(2 * slots - 1)) % slots
+    return np.where(back < window, 0, -np.inf).astype(np.float32)
 
 
 def _turned(x: Tensor, rotary: Tensor) -> Tensor:
     """Pairs (2i, 2i+1) rotated: as complex numbers multiplied by cosine and sine."""
-    return (x.float().view(torch.complex64) * rotary).view(torch.float32).to(x.dtype)
-
-
-@lru_cache(maxsize=16)
-def _rotations(rotary_PA2: Tensor) -> Tensor:
-    """Cosines and sines as complex numbers, [P, A]."""
-    return torch.view_as_complex(rotary_PA2)
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(rotary)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def read_patch(
     q_THE: Tensor, k_BKHE: Tensor, v_BKHE: Tensor, reads_T: Tensor, *, row_B: Tensor, run: Tensor | None = None
 ) -> Tensor:
     """What `plain_read_patch` computes for one byte of each sequence, with as many heads of keys as of queries."""
-    if len(row_B) == 1:
+    if len(row_B) == 1 and _is_float32(q_THE, k_BKHE):
         row = int(row_B)
         if row < 0 or not bool(reads_T):
             return torch.zeros_like(q_THE)
-        return _read(q_THE.transpose(0, 1), k_BKHE[row], v_BKHE[row]).transpose(0, 1)
+        found_H1E = _read(q_THE.numpy().transpose(1, 0, 2), k_BKHE.numpy()[row], v_BKHE.numpy()[row])
+        return torch.from_numpy(found_H1E.transpose(1, 0, 2))
     row = row_B.clamp(min=0)
     k, v = k_BKHE[row], v_BKHE[row]
     weight = ((q_THE[:, None] * k).sum(-1, keepdim=True) * q_THE.shape[-1] ** -0.5).softmax(1)
@@ -260,9 +256,10 @@ def gather_bytes(
         return out
     begins = [0] * len(out) if begin_C is None else begin_C.tolist()
     for place, (row, begin, count) in enumerate(zip(row_C.tolist(), begins, count_C.tolist(), strict=True)):
-        if row >= 0:
-            k_RHE, v_RHE = (part[row, begin : begin + count] for part in (k_BLHE, v_BLHE))
-            out[place] = _read(q_CKHE[place].transpose(0, 1), k_RHE, v_RHE).transpose(0, 1)
+        if row >= 0 and count > 0:
+            k_RHE, v_RHE = (part[row, begin : begin + count].float().numpy() for part in (k_BLHE, v_BLHE))
+            found_HKE = _read(q_CKHE[place].float().numpy().transpose(1, 0, 2), k_RHE, v_RHE)
+            out[place] = torch.from_numpy(found_HKE.transpose(1, 0, 2))
     return out
 
 
@@ -300,7 +297,12 @@ def gated(x_MK: Tensor, gate_up_2NK: Matrix, *, eps: float | None = None, run: T
 
 def _normed(x_MK: Tensor, eps: float) -> Tensor:
     """RMSNorm without weights."""
-    if len(x_MK) > 1:
+    if len(x_MK) > 1 or not _is_float32(x_MK):
         return F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
-    norm = torch.linalg.vector_norm(x_MK, dtype=torch.float32).item()
-    return x_MK * (norm * norm / x_MK.shape[1] + eps) ** -0.5  # a few microseconds less than the operation
+    row = x_MK.numpy()
+    return torch.from_numpy(row * (np.vdot(row, row) / row.size + eps) ** -0.5)
+
+
+def _is_float32(*tensors: Tensor) -> bool:
+    """What NumPy knows as well."""
+    return all(tensor.dtype == torch.float32 for tensor in tensors)
