@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.data import Patcher, cut
+from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings, Stream, build, compile_regions
 from bytelatent.model.flops import training_flops
 from bytelatent.model.presets import preset
@@ -178,7 +179,7 @@ def patching() -> None:
     with torch.device("cuda"):
         byte_lm = build(preset("entropy"))
     assert isinstance(byte_lm, ByteLM)
-    patcher = Patcher(PatchSettings(threshold=5.0), byte_lm, BF16)
+    patcher = Patcher(PatchSettings(threshold=5.0), byte_lm, BF16, entropies_of=FastEntropies(byte_lm))
     text = torch.randint(0, 256, [size // DOCUMENT, DOCUMENT - 2], dtype=torch.uint8)
     pieces = [piece for row in text for piece in cut(Document(bytes(row.tolist())), DOCUMENT)]
     seconds = seconds_of(lambda: patcher(pieces), CUDA)

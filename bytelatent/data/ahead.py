@@ -12,6 +12,8 @@ from bytelatent.data.packing import Batch
 class ReadAhead:
     """A loader's batches, one ahead, made by a thread: the same batches, and the same positions after each.
 
+    Until it is closed torch computes with one thread on the CPU.
+
     Args:
         loader: nobody else may use it.
         device: a GPU on which patches are found; that has a stream of its own there, beside the training's.
@@ -20,6 +22,9 @@ class ReadAhead:
     def __init__(self, loader: Loader, device: torch.device):
         self.loader = loader
         self._thread = ThreadPoolExecutor(1, "next batch")
+        # Operations on batches are small: threads, as many as there are cores, would only wait for one another.
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # the weights of what finds patches are there
@@ -46,6 +51,7 @@ class ReadAhead:
     def close(self) -> None:
         """Let the thread finish its batch, and end the reading processes."""
         self._thread.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
         self.loader.close()
 
     def state_dict(self) -> dict[str, Any]:

@@ -35,8 +35,10 @@ def alike(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_same_batches_and_positions(sources: list[SourceSettings], workers: int) -> None:
+    threads = torch.get_num_threads()
     plain, ahead = loaders(sources, workers)
     with plain, ahead:
+        assert ahead._thread.submit(torch.get_num_threads).result() == 1
         assert alike(plain.state_dict(), ahead.state_dict())
         for _ in range(20):
             assert same(next(plain), next(ahead))
@@ -50,6 +52,7 @@ def test_the_same_batches_and_positions(sources: list[SourceSettings], workers: 
         assert ahead.deal([middle])
         assert plain.deal([middle])
         assert all(same(next(ahead), next(plain)) for _ in range(5))
+    assert torch.get_num_threads() == threads
 
 
 def test_what_goes_wrong_comes_with_its_batch(tmp_path: Path) -> None:
