@@ -3,6 +3,8 @@
 Settings are pydantic models; a key nobody knows is an error that names the nearest known one.
 """
 
+import json
+import re
 import types
 from pathlib import Path
 from typing import Any, Self, TypeVar, Union, get_args, get_origin
@@ -60,16 +62,26 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`values` with `key.inner=value` overrides laid over them; values are read as YAML (`1e-4`, `true`, `[1, 2]`)."""
+    """`values` with `key.inner=value` overrides laid over them; values are read as YAML (`1e-4`, `true`, `[1, 2]`).
+
+    A mapping is written with braces. A text with a colon, such as a prompt that is code, is a text.
+    """
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not key or not equals:
             raise UserError(f"'{override}' is not a setting; write key=value, as in optimizer.lr=4e-4")
     try:
-        return _resolved(OmegaConf.merge(values, OmegaConf.from_dotlist(overrides)), " ".join(overrides))
+        laid_over = OmegaConf.from_dotlist([_with_text_quoted(override) for override in overrides])
+        return _resolved(OmegaConf.merge(values, laid_over), " ".join(overrides))
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError) as error:
         # Beside its own errors OmegaConf raises plain ones, as for a key into a list; lists are replaced whole.
         raise UserError(f"{' '.join(overrides)}: {error}") from None
+
+
+def _with_text_quoted(override: str) -> str:
+    key, _, text = override.partition("=")
+    is_text = re.search(r":(\s|$)", text) and text.isprintable() and text.strip()[:1] not in {*"{[\"'"}
+    return f"{key}={json.dumps(text)}" if is_text else override
 
 
 def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:

@@ -142,6 +142,8 @@ def test_a_file_is_read_as_plain_values(tmp_path: Path) -> None:
         ("some text", "some text"),
         ("'7'", "7"),
         ("s3://a/b?c=d", "s3://a/b?c=d"),
+        ("def read(self, path):", "def read(self, path):"),
+        ('note: "x" = 1, \u00e9', 'note: "x" = 1, \u00e9'),
     ],
 )
 def test_an_override_is_read_as_yaml(text: str, value: object) -> None:
