@@ -1,8 +1,8 @@
 """Decoding at the speed of the card: one byte of every row a step, in fixed shapes, without a word from the host.
 
-`weights` packs a model's matrices as the kernels read them, `prefill` reads prompts with them, `step` is the step,
-`drafted` one of several bytes, `rows` captures either in a CUDA graph and replays it, reading what was drawn in the
-background.
+`weights` packs a model's matrices as the kernels read them, `prefill` reads prompts with them, `state` is what rows
+remember, `step` is the step, `drafted` one of several bytes, `rows` captures either in a CUDA graph and replays it,
+reading what was drawn in the background.
 """
 
 from bytelatent.errors import UserError

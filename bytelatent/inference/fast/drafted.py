@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from bytelatent.inference.decode import Decoder
-from bytelatent.inference.fast.step import FastState, FastStep, Room
+from bytelatent.inference.fast.state import FastState, Room
+from bytelatent.inference.fast.step import FastStep
 from bytelatent.inference.state import SLACK
 from bytelatent.kernels.decode_step import Flags
 from bytelatent.patching import PatchSettings

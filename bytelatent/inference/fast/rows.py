@@ -11,7 +11,8 @@ from torch import Tensor
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.engine import Continuation, Drawn
 from bytelatent.inference.fast.drafted import DraftedStep
-from bytelatent.inference.fast.step import FastStep, Room
+from bytelatent.inference.fast.state import Room
+from bytelatent.inference.fast.step import FastStep
 from bytelatent.inference.state import BLOCK, DecodeState
 from bytelatent.kernels.overlap import overlapped
 from bytelatent.model import BLTModel
