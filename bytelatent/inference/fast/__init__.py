@@ -36,21 +36,30 @@ def engine_for(
         UserError: this model cannot draft, or not so far.
     """
     check_ahead(ahead)
-    if ahead > 1 and (isinstance(model, ByteLM) or patching is None or patching.mode == "bpe"):
-        what = "a byte LM has no part that drafts" if isinstance(model, ByteLM) else "the rule bpe is not drafted for"
-        raise UserError(f"ahead: {what}; leave it out")
     model = rounded(model, weights)
-    if patching is not None and patching.mode == "bpe":  # decided by a tokenizer, on the host
+    device = next(model.parameters()).device.type
+    if ahead > 1 and (why := _drafts_nothing(model, patching, byte_lm, device)):
+        raise UserError(f"ahead: {why}; leave it out")
+    decides_on_host = patching is not None and patching.mode == "bpe"  # a tokenizer does
+    if decides_on_host or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
         return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
-    if next(model.parameters()).device.type != "cuda":
-        decoder = Decoder(model, patching, byte_lm)
-        return Engine(decoder, FastRows(decoder, num_rows, ahead=ahead), num_rows)
-    if not supports(model, byte_lm):
-        if ahead > 1:
-            raise UserError("ahead: the kernels that draft take heads of 16, 32, 64 ... numbers; leave it out")
-        return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
-    decoder = FastDecoder(model, patching, byte_lm)
+    decoder = (Decoder if device == "cpu" else FastDecoder)(model, patching, byte_lm)
     return Engine(decoder, FastRows(decoder, num_rows, ahead=ahead), num_rows)
+
+
+def _drafts_nothing(
+    model: BLTModel | ByteLM, patching: PatchSettings | None, byte_lm: ByteLM | None, device: str
+) -> str | None:
+    """Why a model cannot draft; None if it can."""
+    if isinstance(model, ByteLM) or patching is None:
+        return "a byte LM has no part that drafts"
+    if patching.mode == "bpe":
+        return "the rule bpe is not drafted for"
+    if device not in ("cpu", "cuda"):
+        return f"nothing is drafted on {device}"
+    if device == "cuda" and not supports(model, byte_lm):
+        return "the kernels that draft take heads of 16, 32, 64 ... numbers"
+    return None
 
 
 def check_ahead(ahead: int) -> None:
