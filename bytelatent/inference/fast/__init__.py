@@ -36,10 +36,10 @@ def engine_for(
         UserError: this model cannot draft, or not so far.
     """
     check_ahead(ahead)
-    model = rounded(model, weights)
     device = next(model.parameters()).device.type
     if ahead > 1 and (why := _drafts_nothing(model, patching, byte_lm, device)):
         raise UserError(f"ahead: {why}; leave it out")
+    model = rounded(model, weights)
     decides_on_host = patching is not None and patching.mode == "bpe"  # a tokenizer does
     if decides_on_host or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
         return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
