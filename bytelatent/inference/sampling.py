@@ -7,6 +7,7 @@ same in any batch: what is summed along a row is summed in integers, in which no
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field, field_serializer, field_validator
 from torch import Tensor
@@ -20,6 +21,8 @@ from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 RANDOM_BITS = 24  # of a draw
 WEIGHT_BITS = 30  # of the likeliest id's weight; V of them times a random number stay below 2^63
 NEVER = 1 << 30  # bytes needed after an id that may not be drawn
+FEW = 16  # rows
+COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
 FAR = 1e30  # stands for infinite logits, which have no differences
 
 
@@ -72,7 +75,7 @@ class SamplingRows:
     """How each of B rows draws, and what that depends on."""
 
     temperature: Tensor  # [B] float32; 0 takes the likeliest id
-    top_k: Tensor  # [B] int64; V: any
+    top_k: Tensor  # [B] int64; V: any; 1 at temperature 0
     top_p: Tensor  # [B] float32; 1: any
     min_p: Tensor  # [B] float32; 0: any
     repetition_penalty: Tensor  # [B] float32; 1: none
@@ -104,7 +107,7 @@ class SamplingRows:
         is_special = (every_V < OFFSET) & (every_V != EOS)
         return cls(
             temperature=full(0, torch.float32),
-            top_k=full(VOCAB_SIZE, torch.int64),
+            top_k=full(1, torch.int64),
             top_p=full(1, torch.float32),
             min_p=full(0, torch.float32),
             repetition_penalty=full(1, torch.float32),
@@ -129,7 +132,8 @@ class SamplingRows:
         """
         smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
         self.temperature[row] = min(sampling.temperature, largest)
-        self.top_k[row] = VOCAB_SIZE if sampling.top_k is None else min(sampling.top_k, VOCAB_SIZE)
+        takes_likeliest = sampling.temperature <= COLDEST / 2  # float32 rounds it to 0
+        self.top_k[row] = 1 if takes_likeliest else min(sampling.top_k or VOCAB_SIZE, VOCAB_SIZE)
         self.top_p[row] = 1 if sampling.top_p is None else sampling.top_p
         self.min_p[row] = 0 if sampling.min_p is None else sampling.min_p
         # Neither a penalty of 0 nor an infinite one: float32 may round to them what is not.
@@ -172,11 +176,24 @@ class SamplingRows:
             ids_B: int64.
             active_B: bool; other rows stay as they are.
         """
+        if ids_B.device.type == "cpu":
+            self._read_arrays(ids_B.numpy(), active_B.numpy())
+            return
         every_V = torch.arange(VOCAB_SIZE, device=ids_B.device)
         self.seen |= (every_V == ids_B[:, None]) & (every_V >= OFFSET) & active_B[:, None]
         self.utf8.copy_(torch.where(active_B, self.utf8_after[self.utf8, ids_B], self.utf8))
         self.drawn += active_B
         self.remaining -= active_B.long()
+
+    def _read_arrays(self, ids_B: np.ndarray, active_B: np.ndarray) -> None:
+        """The same on a CPU, in NumPy, whose operations on a few numbers cost a third."""
+        rows = (active_B & (ids_B >= OFFSET)).nonzero()[0]
+        self.seen.numpy()[rows, ids_B[rows]] = True
+        utf8_B = self.utf8.numpy()
+        np.copyto(utf8_B, self.utf8_after.numpy()[utf8_B, ids_B], where=active_B)
+        drawn_B, remaining_B = self.drawn.numpy(), self.remaining.numpy()
+        drawn_B += active_B
+        remaining_B -= active_B
 
     def ruled_out(self) -> Tensor:
         """What may not be drawn, bool [B or 1, V]: special ids but EOS, and where asked for what would not be UTF-8."""
@@ -201,23 +218,21 @@ class SamplingRows:
             logits = torch.where(self.seen, penalised, logits)
         logits = logits.nan_to_num(nan=-FAR).clamp_(-FAR, FAR).masked_fill_(self.ruled_out(), -torch.inf)
 
-        takes_likeliest_B = self.temperature == 0
-        temperature_B1 = self.temperature.masked_fill(takes_likeliest_B, 1)[:, None]
+        temperature_B1 = self.temperature[:, None].clamp(min=COLDEST)
         relative_BV = (logits - logits.amax(-1, keepdim=True)).div_(temperature_B1).exp_()  # the likeliest's is 1
         weight_BV = (relative_BV * (1 << WEIGHT_BITS)).round_().long()
-        if _asked(self.top_k, VOCAB_SIZE) or _asked(self.top_p, 1) or _asked(takes_likeliest_B, False):
+        if _asked(self.top_k, VOCAB_SIZE) or _asked(self.top_p, 1):
             weight_BV = self._of_likeliest(logits, weight_BV)
         if _asked(self.min_p, 0):
             weight_BV.masked_fill_(relative_BV < self.min_p[:, None].to(wide), 0)
         return weight_BV
 
     def _of_likeliest(self, logits_BV: Tensor, weight_BV: Tensor) -> Tensor:
-        """The weights of those that `temperature` 0, `top_k` and `top_p` leave, int64 [B, V]."""
+        """The weights of those that `top_k` and `top_p` leave, int64 [B, V]."""
         # From the likeliest to the least likely; stable, so that among equals the lowest id comes first.
         id_BV = logits_BV.argsort(dim=-1, descending=True, stable=True)
         rank_V = torch.arange(VOCAB_SIZE, device=logits_BV.device)
-        top_k_B = self.top_k.masked_fill(self.temperature == 0, 1)
-        ordered_BV = weight_BV.gather(1, id_BV).masked_fill_(rank_V >= top_k_B[:, None], 0)
+        ordered_BV = weight_BV.gather(1, id_BV).masked_fill_(rank_V >= self.top_k[:, None], 0)
         upto_BV = ordered_BV.cumsum(dim=-1)
         share_B1 = self.top_p[:, None].to(logits_BV.dtype) * upto_BV[:, -1:].to(logits_BV.dtype)
         is_kept_BV = ((upto_BV - ordered_BV).to(logits_BV.dtype) < share_B1) | (rank_V == 0)
@@ -242,12 +257,13 @@ def random_numbers(seed: Tensor, number: Tensor) -> Tensor:
 
     Source: Steele, Lea and Flood 2014, SplitMix64; the seed is mixed first, so that neighbouring ones are unrelated.
     """
-    if seed.device.type == "cpu":  # NumPy's operations on a few numbers cost a third of PyTorch's
-        return torch.from_numpy(_number(seed.numpy(), number.numpy()))
+    if seed.device.type == "cpu" and seed.dim() == 1 and len(seed) <= FEW:  # a tensor's operations cost more
+        return torch.tensor([_number(*pair) for pair in zip(seed.tolist(), number.tolist(), strict=True)])
     return _number(seed, number)
 
 
 def _number(seed: Any, number: Any) -> Any:
+    """Of tensors, or of Python's integers, of which only the lowest 64 bits count, however long they grow."""
     return _shifted(_mixed(_mixed(seed) + (number + 1) * _as_int64(0x9E3779B97F4A7C15)), 64 - RANDOM_BITS)
 
 

@@ -285,6 +285,7 @@ def test_a_verified_byte_has_the_models_distribution(exists: bool) -> None:
     count = 4000
     rows = SamplingRows.empty(count, "cpu")
     rows.temperature.fill_(1.0)
+    rows.top_k.fill_(VOCAB_SIZE)
     rows.seed.copy_(torch.arange(count))
     rows.remaining.fill_(9)
     weights = rows.weights(q.expand(count, -1))

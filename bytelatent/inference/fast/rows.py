@@ -1,7 +1,6 @@
 """Rows whose step is replayed from a CUDA graph, ahead of what the host has read of it."""
 
 from collections import deque
-from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -149,7 +148,7 @@ class FastRows:
 
     def _make_room(self, wanted: np.ndarray | int = 0) -> None:
         """See that no row outgrows its tables. The host counts the most it could be, so before they grow it looks."""
-        room = np.array(astuple(self._room))
+        room = np.array([*vars(self._room).values()])
         if (np.maximum(self._most.max(0), wanted) < room).all():
             return
         self._look()
