@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from bytelatent.kernels.hash_embed import hash_embed, hash_rows
 from bytelatent.kernels.row_sums import row_sums
@@ -32,7 +31,7 @@ def ngram_sums(
     return _ngram_sums(tail_BL, history_T, powers_NW, tables_NVD, new, sparse)[0]
 
 
-@custom_op("bytelatent::ngram_sums", mutates_args=())
+@library.custom_op("bytelatent::ngram_sums", mutates_args=())
 def _ngram_sums(
     tail_BL: Tensor, history_T: Tensor, powers_NW: Tensor, tables_NVD: Tensor, new: int, sparse: bool
 ) -> tuple[Tensor, Tensor]:

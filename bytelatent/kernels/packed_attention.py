@@ -9,8 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 # Shapes: T positions in the stream, B entries, H heads, J key/value heads, E head size
 
@@ -92,7 +91,7 @@ def packed_attention(
     return attention(q_THE, k_TJE, v_TJE, begin, length, window)[0]
 
 
-@custom_op("bytelatent::packed_attention", mutates_args=())
+@library.custom_op("bytelatent::packed_attention", mutates_args=())
 def attention(
     q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, begin: Tensor, length: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +104,7 @@ def attention(
     return packed_attention_cudnn.attention(q, k, v, begin, length, window)
 
 
-@custom_op("bytelatent::packed_attention_backward", mutates_args=())
+@library.custom_op("bytelatent::packed_attention_backward", mutates_args=())
 def attention_backward(
     d_out: Tensor,
     q_THE: Tensor,

@@ -6,8 +6,7 @@ They take tensors of any strides and give contiguous ones, of the inputs' dtypes
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 # Shapes: T bytes in the batch, P patches, K queries or keys a patch, D local width, H heads, E head size
 
@@ -17,21 +16,21 @@ POOL_BLOCK = 8
 STAGES = 1  # blocks on their way while one is worked on; 1: none
 
 
-@custom_op("bytelatent::pool", mutates_args=())
+@library.custom_op("bytelatent::pool", mutates_args=())
 def pool(h_TD: Tensor, begin: Tensor) -> Tensor:
     out_PD = h_TD.new_empty(begin.shape[0] - 1, h_TD.shape[1])
     _launch_pool("pool_kernel", h_TD.contiguous(), begin, out_PD)
     return out_PD
 
 
-@custom_op("bytelatent::pool_backward", mutates_args=())
+@library.custom_op("bytelatent::pool_backward", mutates_args=())
 def pool_backward(d_out_PD: Tensor, h_TD: Tensor, begin: Tensor, out_PD: Tensor) -> Tensor:
     d_h_TD = h_TD.new_empty(h_TD.shape)
     _launch_pool("pool_backward_kernel", h_TD.contiguous(), begin, out_PD, d_out_PD.contiguous(), d_h_TD)
     return d_h_TD
 
 
-@custom_op("bytelatent::own_bytes", mutates_args=())
+@library.custom_op("bytelatent::own_bytes", mutates_args=())
 def own_bytes(q_PKHE: Tensor, k_THE: Tensor, v_THE: Tensor, begin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Also gives, for the gradients, the result in float32, as a rounded one would give even a patch of one byte some,
     and the logarithms, to base 2, of the sums of the weights, [P, K, H]."""
@@ -41,7 +40,7 @@ def own_bytes(q_PKHE: Tensor, k_THE: Tensor, v_THE: Tensor, begin: Tensor) -> tu
     return found
 
 
-@custom_op("bytelatent::own_bytes_backward", mutates_args=())
+@library.custom_op("bytelatent::own_bytes_backward", mutates_args=())
 def own_bytes_backward(
     d_out_PKHE: Tensor, q_PKHE: Tensor, k_THE: Tensor, v_THE: Tensor, begin: Tensor, exact: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +51,7 @@ def own_bytes_backward(
     return gradients
 
 
-@custom_op("bytelatent::read_patch", mutates_args=())
+@library.custom_op("bytelatent::read_patch", mutates_args=())
 def read_patch(q_THE: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read_T: Tensor, begin: Tensor) -> Tensor:
     """`begin` is for the gradients."""
     out_THE = q_THE.new_empty(q_THE.shape)
@@ -62,7 +61,7 @@ def read_patch(q_THE: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read_T: Tensor, be
     return out_THE
 
 
-@custom_op("bytelatent::read_patch_backward", mutates_args=())
+@library.custom_op("bytelatent::read_patch_backward", mutates_args=())
 def read_patch_backward(
     d_out_THE: Tensor, q_THE: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read_T: Tensor, begin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

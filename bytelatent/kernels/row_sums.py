@@ -8,8 +8,7 @@ size depends on how many rows there are and the host is not asked.
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 # Shapes: T states, N rows that each is the sum of, M = T*N lookups, R rows of the table, U rows seen, D width
 
@@ -22,7 +21,7 @@ def plain_row_sums(rows_TN: Tensor, grads_TD: Tensor, num_rows: int) -> Tensor:
     return sums_RD
 
 
-@custom_op("bytelatent::row_sums", mutates_args=())
+@library.custom_op("bytelatent::row_sums", mutates_args=())
 def row_sums(rows_TN: Tensor, grads_TD: Tensor, num_rows: int) -> Tensor:
     """For each row the sum of the gradients of the states that it is part of; zero for a row that is part of none.
 

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 from bytelatent.kernels import patch_attention as plain
 from bytelatent.kernels import patch_attention_ops as ops
@@ -121,9 +120,9 @@ def operators() -> Errors:
     """What torch asks of an operator: schema, gradients, shapes without values, compiled graphs."""
     own, read = own_and_read([9, 5], 0.4)
     q, patches = torch.randn(14, 2, 16, requires_grad=True), torch.randn(own.num_patches, 2, 2, 16, requires_grad=True)
-    opcheck(ops.pool, (q.flatten(1), own.begin))
-    opcheck(ops.own_bytes, (patches, q, q.flip(0), own.begin))
-    opcheck(ops.read_patch, (q, patches, patches.flip(0), read.patch_T, read.begin))
+    library.opcheck(ops.pool, (q.flatten(1), own.begin))
+    library.opcheck(ops.own_bytes, (patches, q, q.flip(0), own.begin))
+    library.opcheck(ops.read_patch, (q, patches, patches.flip(0), read.patch_T, read.begin))
     return {}
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 from bytelatent.kernels.hash_embed import hash_rows, ngram_powers
 from bytelatent.kernels.row_adamw import row_adamw
@@ -111,8 +110,8 @@ def test_the_operators_are_what_they_say() -> None:
     model, ids, history = embedding_and_stream(20, torch.float32)
     for sparse in (False, True):
         arguments = (ids[None], history, model.powers(ids.device), model.tables.weight, 20, sparse)
-        opcheck(torch.ops.bytelatent.ngram_sums.default, arguments)
-    opcheck(torch.ops.bytelatent.row_sums.default, (torch.randint(0, 9, (7, 2)), torch.randn(7, 3), 9))
+        library.opcheck(torch.ops.bytelatent.ngram_sums.default, arguments)
+    library.opcheck(torch.ops.bytelatent.row_sums.default, (torch.randint(0, 9, (7, 2)), torch.randn(7, 3), 9))
 
 
 def test_states_stay_in_float32_under_autocast() -> None:

@@ -13,8 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 from bytelatent import kernels
 from bytelatent.kernels import packed_attention as module
@@ -74,7 +73,7 @@ def test_it_equals_a_dense_mask(kv_heads: int, window: int | None, padding: int)
 def test_it_is_a_well_made_operator(dtype: torch.dtype) -> None:
     begin, length = entries_of(documents(SIZES, 2), 64)
     q, k, v = torch.randn(3, 2, 26, 16, dtype=dtype).transpose(1, 2)  # not contiguous
-    opcheck(module.attention, (*(x.detach().requires_grad_() for x in (q, k, v)), begin, length, 5))
+    library.opcheck(module.attention, (*(x.detach().requires_grad_() for x in (q, k, v)), begin, length, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
