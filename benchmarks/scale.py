@@ -107,6 +107,7 @@ def main() -> None:
     given.add_argument("--bytes", type=int, nargs="+", default=None, help="a GPU and step; 65,536")
     given.add_argument("--steps", type=int, default=5, help="that the clock sees")
     given.add_argument("--save", type=Path, metavar="FOLDER", help="save there, too; what was saved is removed")
+    given.add_argument("--profile", action="store_true", help="print the kernels of a step, too")
     given.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     given.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
     given = what.add_parser("correct")
@@ -129,7 +130,7 @@ def main() -> None:
         if given.tiny:
             device, texts = "cpu", [f"tiny:{text.partition('@')[0].partition(':')[2]}" for text in texts]
         sizes = given.bytes or [512 if given.tiny else 65_536]
-        guarded(lambda: measure(texts, sizes, given.steps, device, given.compile, given.save))
+        guarded(lambda: measure(texts, sizes, given.steps, device, given.compile, given.save, given.profile))
     else:
         from scale_correct import correct
 

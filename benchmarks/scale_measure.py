@@ -31,7 +31,7 @@ from bytelatent.training.measure import DOCUMENT, num_patches, random_batch, wai
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.parallel import Plan, build_spread, make_plan
 from bytelatent.training.ranks import Ranks, open_ranks
-from bytelatent.training.time_spent import Communication, communication_of
+from bytelatent.training.time_spent import PROFILED, Communication, communication_of, print_kernels
 
 STEPS_A_CHECKPOINT = 1000  # the trainer's default
 PATIENCE = timedelta(minutes=2)  # a rank that does not answer for so long hangs in a collective that another one left
@@ -257,6 +257,7 @@ def measure(
     device_name: str,
     compiled: bool | None,
     folder: Path | None,
+    profiled: bool = False,
 ) -> None:
     """Print a table, a line as soon as it is measured."""
     with joined(device_name) as (ranks, aside, device):
@@ -278,6 +279,11 @@ def measure(
             training = Training(configuration, ranks, device, dtype, compile_blocks)
             row = measured(training, configuration, steps, ranks, dtype)
             say(row.line())
+            if profiled and ranks.is_first:
+                print_kernels(training.step, device)
+            elif profiled:
+                for _ in range(PROFILED):
+                    training.step()
             if folder is not None and (ranks.world > 1 or configuration.plan == "alone"):
                 name = f"{configuration.name}, {configuration.words}"
                 saves.extend(saved(training, name, row.seconds, folder, say))

@@ -1,7 +1,7 @@
 """How fast is training? Against the card's matrix rate, and against transformers.
 
-    python benchmarks/train.py [1b] [float8] [8b] [entropy] [step] [patching] [peer] [profile]
-        [--bytes 16384 65536] [--flex]
+    python benchmarks/train.py [1b] [float8] [8b] [entropy] [step] [patching] [peer]
+        [--bytes 16384 65536] [--flex] [--profile]
 
 Random weights, documents of 8,192 random bytes, random patches of 4.5 bytes; compiled block by block as the trainer
 compiles them. Operations: `bytelatent.model.flops`, three times those of a forward pass. With --flex attention is
@@ -16,13 +16,13 @@ step     1b as it is trained: float32 weights, products in bfloat16, clipping, o
          train` measures other settings, and says where the time goes.)
 patching what a batch costs more where the published entropy model finds its patches, beside stored ones
 peer     transformers' model of the released shape
-profile  the kernels of `1b`
+
+With --profile the longest kernels, and the time of each kind, are printed too.
 """
 
 import argparse
 import gc
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,7 +52,7 @@ from bytelatent.training.measure import (
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.recompute import Checkpointing
 from bytelatent.training.settings import Float8, OptimizerSettings
-from bytelatent.training.time_spent import kernels_of
+from bytelatent.training.time_spent import print_kernels
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
 
@@ -111,19 +111,10 @@ def train(
         what = f"{name}, hash gradients by rows" + (f", float8 {float8}" if float8 else "")
         tell(what, settings, size, seconds_of(work, CUDA), rate)
         if profiled:
-            profile(work)
+            print_kernels(work, CUDA)
 
 
-def profile(work: Callable[[], None]) -> None:
-    kernels = kernels_of(work, CUDA)
-    total = sum(kernel.seconds for kernel in kernels)
-    print(f"kernels: {total * 1e3:.1f} ms a step")
-    for kernel in kernels[:26]:
-        took = f"{kernel.seconds / total:6.1%} {kernel.seconds * 1e3:8.2f} ms {kernel.count:5.0f} x"
-        print(f"{took}  {kernel.name[:100]}  ({kernel.kind})")
-
-
-def entropy(rate: float, flex: bool) -> None:
+def entropy(rate: float, flex: bool, profiled: bool) -> None:
     settings = preset("entropy")
     assert isinstance(settings, ByteLMSettings)
     model = random_model(settings)
@@ -138,15 +129,19 @@ def entropy(rate: float, flex: bool) -> None:
         optimizer.step()
 
     tell("entropy model, a training step", settings, size, seconds_of(step, CUDA), rate)
+    if profiled:
+        print_kernels(step, CUDA)
 
     @torch.no_grad()
     def forward() -> None:
         model(stream)
 
     tell("entropy model, forward", settings, size, seconds_of(forward, CUDA), rate, passes=1)
+    if profiled:
+        print_kernels(forward, CUDA)
 
 
-def step(sizes: list[int], rate: float, flex: bool) -> None:
+def step(sizes: list[int], rate: float, flex: bool, profiled: bool) -> None:
     settings = preset("blt-1b")
     for size in sizes:
         gc.collect()
@@ -168,6 +163,8 @@ def step(sizes: list[int], rate: float, flex: bool) -> None:
                 torch.cuda.reset_peak_memory_stats()
                 seconds = seconds_of(partial(work, *batch), CUDA)
                 tell(f"blt-1b as trained, checkpointing {checkpointing}, {name}", settings, size, seconds, rate)
+                if profiled:
+                    print_kernels(partial(work, *batch), CUDA)
         except torch.OutOfMemoryError as error:
             print(f"blt-1b, {size:,} bytes: {str(error).splitlines()[0][:150]}", flush=True)
         del trainee
@@ -213,18 +210,19 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["1b", "float8", "step", "entropy", "patching", "8b", "peer"])
     parser.add_argument("--bytes", type=int, nargs="+", default=[16_384, 65_536])
     parser.add_argument("--flex", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     rate = matrix_rate(CUDA, BF16)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrices {rate / 1e12:.0f} TFLOP/s", flush=True)
-    if "1b" in given.what or "profile" in given.what:
+    if "1b" in given.what:
         for captured in (False, True):
             gc.collect()
             torch.cuda.empty_cache()
-            train("blt-1b", given.bytes, rate, profiled="profile" in given.what, captured=captured, flex=given.flex)
+            train("blt-1b", given.bytes, rate, profiled=given.profile, captured=captured, flex=given.flex)
     for name, work in {
-        "float8": lambda: train("blt-1b", given.bytes, rate, "rowwise", flex=given.flex),
-        "step": lambda: step(given.bytes, rate, given.flex),
-        "entropy": lambda: entropy(rate, given.flex),
+        "float8": lambda: train("blt-1b", given.bytes, rate, "rowwise", given.profile, flex=given.flex),
+        "step": lambda: step(given.bytes, rate, given.flex, given.profile),
+        "entropy": lambda: entropy(rate, given.flex, given.profile),
         "patching": patching,
         "8b": lambda: train("blt-8b", [16_384], rate, flex=given.flex),
         "peer": lambda: peer(rate),

@@ -127,8 +127,8 @@ def random_batch(size: int, device: torch.device, patched: bool = True, seed: in
     targets = torch.randint(4, 260, [size], generator=generator)
     if patched:
         starts = torch.rand(size, generator=generator) < 1 / PATCH_BYTES
-        needed = max(add_patches(stream, starts).num_patches, int(size / PATCH_BYTES * 1.03))
-        stream = add_patches(stream, starts, -(-needed // SLOTS) * SLOTS, history=stream.position)
+        slots = -(-add_patches(stream, starts).num_patches // SLOTS) * SLOTS
+        stream = add_patches(stream, starts, slots, history=stream.position)
     return stream.to(device), targets.to(device)
 
 

@@ -29,6 +29,7 @@ KINDS = {
     r"|square|maximum|masked_fill|nll_loss_forward|nll_loss_backward)_?$",
 }
 REST = "rest"
+PROFILED = 2  # calls of the work, for its mean
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Kernel:
         return next((kind for kind, pattern in KINDS.items() if re.search(pattern, self.name)), REST)
 
 
-def kernels_of(work: Callable[[], Any], device: torch.device, times: int = 2) -> list[Kernel]:
+def kernels_of(work: Callable[[], Any], device: torch.device, times: int = PROFILED) -> list[Kernel]:
     """The kernels of some work, the longest first; none where torch has no profiler for the device."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -70,6 +71,17 @@ def by_kind(kernels: list[Kernel], absent: Collection[str] = ()) -> dict[str, fl
     for kernel in kernels:
         seconds[REST if kernel.kind in absent else kernel.kind] += kernel.seconds
     return seconds
+
+
+def print_kernels(work: Callable[[], Any], device: torch.device, longest: int = 24) -> None:
+    """The time of each kind, then the longest kernels."""
+    kernels = kernels_of(work, device)
+    total = sum(kernel.seconds for kernel in kernels)
+    kinds = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in by_kind(kernels).items() if seconds > 0)
+    print(f"kernels: {total * 1e3:.1f} ms: {kinds}")
+    for kernel in kernels[:longest]:
+        took = f"{kernel.seconds / total:6.1%} {kernel.seconds * 1e3:8.2f} ms {kernel.count:5.0f} x"
+        print(f"{took}  {kernel.name[:100]}  ({kernel.kind})", flush=True)
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,7 @@ def covered(intervals: Iterable[Interval]) -> float:
     return total
 
 
-def communication_of(work: Callable[[], Any], device: torch.device, times: int = 2) -> Communication | None:
+def communication_of(work: Callable[[], Any], device: torch.device, times: int = PROFILED) -> Communication | None:
     """The same of some work, done so many times; None but on CUDA."""
     from torch.profiler import ProfilerActivity, profile
 
