@@ -1,6 +1,6 @@
 """The decisions of a decoding step, for all rows: what is drawn, whether a patch closes, which rows go on.
 
-They are little arithmetic in many small operations, each of which would be a kernel of its own. Here they are three.
+They are little arithmetic in many small operations, each of which would be a kernel of its own. Here they are four.
 The plain forms are in `bytelatent.inference.fast.plain`: they are made of sampling and rules, which stand above.
 """
 
@@ -112,16 +112,37 @@ def draw(logits_BV: Tensor, rows: Any, position: Tensor, flags: Flags, expected:
     )
 
 
+def append(state: Any, flags: Flags) -> None:
+    """Put the ids that are read to those that were, and into the open patches.
+
+    Args:
+        state: `FastState`: `position`, `tail` and `open_count` are written.
+        flags: `reads` and `ids` are read; `count` and `reads_patch` are written.
+    """
+    from bytelatent.kernels import decode_step_triton
+
+    kernels: Any = decode_step_triton
+    kernels.append_kernel[(len(flags.ids),)](
+        *(state.position, state.tail, state.open_count, state.num_patches),
+        *(flags.reads, flags.ids, flags.count, flags.reads_patch),
+        W=state.tail.shape[1],
+        PADDED_W=_power_of_two(state.tail.shape[1]),
+        num_warps=1,
+        **launch_options(),
+    )
+
+
 def decide(lm_logits_BV: Tensor | None, patching: Any, state: Any, flags: Flags) -> None:
-    """Read the ids: whether the ones to come start a patch.
+    """Whether what comes after the ids that were read starts a patch. They are appended before.
 
     Equals `bytelatent.patching.step`.
 
     Args:
         lm_logits_BV: the byte LM's, float32, where the rule asks it.
         patching: `PatchSettings`, but not `bpe`.
-        state: `FastState`: `position`, `tail`, `previous_entropy`, `since_start`, `open_count`, all written.
-        flags: `reads`, `ids`, `is_waiting` are read; `count` and `wants` are written.
+        state: `FastState`: `position` and `tail` (two ids and more) are read, `previous_entropy` and `since_start`
+            written.
+        flags: `reads`, `ids`, `is_waiting` are read; `wants` is written.
     """
     from bytelatent.kernels import decode_step_triton
 
@@ -129,8 +150,8 @@ def decide(lm_logits_BV: Tensor | None, patching: Any, state: Any, flags: Flags)
     rule = Rule.of(patching)
     kernels.decide_kernel[(len(flags.ids),)](
         lm_logits_BV,
-        *(state.position, state.tail, state.previous_entropy, state.since_start, state.open_count),
-        *(flags.reads, flags.ids, flags.is_waiting, flags.count, flags.wants),
+        *(state.position, state.tail, state.previous_entropy, state.since_start),
+        *(flags.reads, flags.ids, flags.is_waiting, flags.wants),
         *(rule.threshold, rule.threshold_add),
         MODE=MODES.index(rule.mode),
         PATCH_SIZE=rule.patch_size,
@@ -138,7 +159,6 @@ def decide(lm_logits_BV: Tensor | None, patching: Any, state: Any, flags: Flags)
         V=1 if lm_logits_BV is None else lm_logits_BV.shape[1],
         PADDED=1 if lm_logits_BV is None else _power_of_two(lm_logits_BV.shape[1]),
         W=state.tail.shape[1],
-        PADDED_W=_power_of_two(state.tail.shape[1]),
         OFFSET=OFFSET,
         num_warps=2,
         **launch_options(),

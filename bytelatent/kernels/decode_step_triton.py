@@ -129,17 +129,36 @@ def is_space_like(ids, OFFSET: tl.constexpr):
 
 
 @triton.jit
+def append_kernel(
+    position_ptr, tail_ptr, open_ptr, patches_ptr, reads_ptr, ids_ptr, count_ptr, reads_patch_ptr, W: tl.constexpr,
+    PADDED_W: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    w = tl.arange(0, PADDED_W)
+    wait_for_earlier(OVERLAP)
+    reads = tl.load(reads_ptr + b) != 0
+    ids, position, open_count = tl.load(ids_ptr + b), tl.load(position_ptr + b), tl.load(open_ptr + b)
+    num_patches = tl.load(patches_ptr + b)
+    shifted_tail = tl.load(tail_ptr + b * W + w + 1, mask=w < W - 1, other=0)
+    tl.debug_barrier()  # what follows writes what was read above
+    tl.store(tail_ptr + b * W + w, tl.where(w == W - 1, ids, shifted_tail), mask=(w < W) & reads)
+    tl.store(position_ptr + b, position + 1, mask=reads)
+    tl.store(count_ptr + b, tl.where(reads, open_count, -1))
+    tl.store(open_ptr + b, open_count + 1, mask=reads)
+    tl.store(reads_patch_ptr + b, num_patches > 0)
+
+
+@triton.jit
 def decide_kernel(
-    logits_ptr, position_ptr, tail_ptr, entropy_ptr, since_ptr, open_ptr, reads_ptr, ids_ptr, waiting_ptr, count_ptr,
-    wants_ptr, threshold, threshold_add, MODE: tl.constexpr, PATCH_SIZE: tl.constexpr, MOST: tl.constexpr,
-    V: tl.constexpr, PADDED: tl.constexpr, W: tl.constexpr, PADDED_W: tl.constexpr, OFFSET: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    logits_ptr, position_ptr, tail_ptr, entropy_ptr, since_ptr, reads_ptr, ids_ptr, waiting_ptr, wants_ptr, threshold,
+    threshold_add, MODE: tl.constexpr, PATCH_SIZE: tl.constexpr, MOST: tl.constexpr, V: tl.constexpr,
+    PADDED: tl.constexpr, W: tl.constexpr, OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     wait_for_earlier(OVERLAP)
     reads = tl.load(reads_ptr + b) != 0
-    ids, position = tl.load(ids_ptr + b), tl.load(position_ptr + b)
-    before, previous = tl.load(tail_ptr + b * W + W - 1), tl.load(entropy_ptr + b)
+    ids, position = tl.load(ids_ptr + b), tl.load(position_ptr + b) - 1
+    previous = tl.load(entropy_ptr + b)
     entropy = previous
     if MODE < 3:
         v = tl.arange(0, PADDED)
@@ -156,7 +175,7 @@ def decide_kernel(
     elif MODE == 2:
         natural = (position <= 1) | ((entropy > threshold) & (rise > threshold_add) & (position != 2))
     elif MODE == 3:
-        continues = (position > 0) & is_space_like(before, OFFSET)
+        continues = (position > 0) & is_space_like(tl.load(tail_ptr + b * W + W - 2), OFFSET)
         natural = (ids < OFFSET) | (is_space_like(ids, OFFSET) & (continues == 0))
     elif MODE == 4:
         natural = (position + 1) % PATCH_SIZE == 0
@@ -166,16 +185,9 @@ def decide_kernel(
     starts = natural
     if MOST > 0:
         starts = natural | (since % MOST == 0)
-    open_count = tl.load(open_ptr + b)
-    w = tl.arange(0, PADDED_W)
-    shifted_tail = tl.load(tail_ptr + b * W + w + 1, mask=w < W - 1, other=0)
     tl.debug_barrier()  # what follows writes what was read above
-    tl.store(tail_ptr + b * W + w, tl.where(w == W - 1, ids, shifted_tail), mask=(w < W) & reads)
     tl.store(entropy_ptr + b, entropy, mask=reads)
     tl.store(since_ptr + b, tl.where(natural, 0, since), mask=reads)
-    tl.store(position_ptr + b, position + 1, mask=reads)
-    tl.store(count_ptr + b, tl.where(reads, open_count, -1))
-    tl.store(open_ptr + b, open_count + 1, mask=reads)
     tl.store(wants_ptr + b, (starts & reads) | (tl.load(waiting_ptr + b) != 0))
 
 

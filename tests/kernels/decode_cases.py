@@ -31,7 +31,7 @@ from bytelatent.kernels.decode_patches import (
     plain_read_patch,
     read_patch,
 )
-from bytelatent.kernels.decode_step import Flags, choose, decide, draw, keep_patch
+from bytelatent.kernels.decode_step import Flags, append, choose, decide, draw, keep_patch
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
 from bytelatent.kernels.quantized import QuantizedMatrix, Rounding
 from bytelatent.kernels.skinny_linear import (
@@ -237,7 +237,7 @@ def on_cpu(tensors: Any) -> Any:
 def deciding(
     rows: int, places: int, rule: dict[str, Any], closes: bool = True, sampling: list[dict[str, Any]] | None = None
 ) -> Errors:
-    """Draw, decide, choose, one after another, with the rows' states as they come."""
+    """Draw, append, decide, choose, one after another, with the rows' states as they come."""
     patching = PatchSettings(**rule)
     samplings = [Sampling(**values) for values in sampling or [{}]]
     drawing = SamplingRows.empty(rows, DEVICE)
@@ -265,11 +265,13 @@ def deciding(
             drawn = ours[0].draw(logits)[0]
             expected = torch.where(torch.rand(rows) < 0.5, drawn, drawn + 1)
         draw(logits, ours[0], ours[1].position, ours[2], expected)
+        append(ours[1], ours[2])
         decide(lm, patching, ours[1], ours[2])
         choose(ours[1], ours[2], closes)
         with torch.device("cpu"):  # the only one that the plain forms are for
             expected = None if expected is None else expected.cpu()
             plain.plain_draw(logits.cpu(), theirs[0], theirs[1].position, theirs[2], expected)
+            plain.plain_append(theirs[1], theirs[2])
             plain.plain_decide(None if lm is None else lm.cpu(), patching, theirs[1], theirs[2])
             plain.plain_choose(theirs[1], theirs[2], closes)
         for one, other in zip(ours, theirs, strict=True):

@@ -23,15 +23,19 @@ from bytelatent.inference.fast.state import FastState, Room
 from bytelatent.inference.fast.step import FastStep
 from bytelatent.inference.state import SLACK
 from bytelatent.kernels.decode_step import Flags
-from bytelatent.patching import PatchSettings
 from bytelatent.vocab import VOCAB_SIZE
 
 # Shapes: B rows, S bytes a step, N patches of a row that may close in a step, D local width, V vocabulary
 
 LONGEST = SLACK  # bytes a step: as many can be taken back
-SCALARS = ("position", "tail", "previous_entropy", "since_start", "open_count")  # of FastState, what `decide` writes
+SCALARS = (
+    "position",
+    "tail",
+    "previous_entropy",
+    "since_start",
+    "open_count",
+)  # of FastState, what `append` and `decide` write
 DRAWING = ("drawn", "seen", "utf8", "remaining")  # of SamplingRows, what drawing writes
-EACH_BYTE = PatchSettings(mode="byte")  # a rule that asks nothing: to read an id before it is known what it closes
 
 
 @dataclass
@@ -110,23 +114,24 @@ class DraftedStep(FastStep):
         for name in DRAWING:
             getattr(self.sampling_ahead, name).copy_(getattr(self.sampling, name))
         self.draft[1].is_active.copy_(self.flags.reads)
-        reads_patch, patch = state.num_patches > 0, (state.patch_k, state.patch_v)
+        patch = state.patch_k, state.patch_v
         encoded, kept = [], []
         for number, flags in enumerate(self.draft):
             if number > 0:
                 kernels.draw(self.draft_logits_BV, self.sampling_ahead, ahead.position, flags)
-            kernels.decide(None, EACH_BYTE, ahead, flags)
+            kernels.append(ahead, flags)
             kept.append([])
             encoded.append(self._encode(ahead, flags, kept[-1]))
             if number < self.size - 1:
                 x_BD = encoded[-1].clone()
-                self._decode(x_BD, flags.at, flags.row, patch, flags.row, reads_patch, self.draft_logits_BV)
+                self._decode(x_BD, flags.at, flags.row, patch, flags.row, flags.reads_patch, self.draft_logits_BV)
         return encoded, kept
 
     def _lay_out(self, lm_logits_SBV: Any, reads_SB: Tensor) -> _Patches:
         """Decide where patches close if the draft is right."""
         self._go_back()
         for flags, lm_logits_BV in zip(self.draft, lm_logits_SBV, strict=True):
+            self.kernels.append(self.ahead, flags)
             self.kernels.decide(lm_logits_BV, self.decoder.patching, self.ahead, flags)
         closes_SB = torch.stack([flags.wants for flags in self.draft]) & reads_SB
         upto_SB, most = closes_SB.cumsum(0), self.most
@@ -200,6 +205,7 @@ class DraftedStep(FastStep):
         assert state.patch_v is not None
         position, num_patches = state.position.clone(), state.num_patches.clone()
         for flags, lm_logits_BV, (h_BD, *kvs) in zip(self.right, lm_logits_SBV, kept, strict=True):
+            kernels.append(state, flags)
             kernels.decide(lm_logits_BV, self.decoder.patching, state, flags)
             for layer, kv in enumerate(kvs):
                 pooled = {"h_BD": h_BD, "pooled_BD": state.open_max} if layer == 0 else {}

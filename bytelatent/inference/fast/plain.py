@@ -100,19 +100,26 @@ def plain_keep_patch(kv: Tensor, patch_k: Tensor, patch_v: Tensor, closing: Tens
             patch_v[:, row] = kv_CKY2HE[place, :, :, 1].transpose(0, 1)
 
 
-def plain_decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: Any, flags: Flags) -> None:
-    """What `decide` does."""
-    found = None if lm_logits_BV is None else entropies(lm_logits_BV)
-    before = PatchState(state.position, state.tail[:, -1], state.previous_entropy, state.since_start)
-    after, starts = step(before, flags.ids, found, patching)
+def plain_append(state: Any, flags: Flags) -> None:
+    """What `append` does."""
     arrays, counts = Arrays(flags), Arrays(state)
     reads, tail, open_count = arrays.reads, counts.tail, counts.open_count
     np.copyto(tail, np.concatenate([tail[:, 1:], arrays.ids[:, None]], axis=1), where=reads[:, None])
-    for name in ("position", "previous_entropy", "since_start"):
-        np.copyto(getattr(counts, name), getattr(after, name).numpy(), where=reads)
+    counts.position[:] += reads
     arrays.count[:] = np.where(reads, open_count, -1)
     open_count += reads
-    arrays.wants[:] = (starts.numpy() & reads) | arrays.is_waiting
+    arrays.reads_patch[:] = counts.num_patches > 0
+
+
+def plain_decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: Any, flags: Flags) -> None:
+    """What `decide` does."""
+    found = None if lm_logits_BV is None else entropies(lm_logits_BV)
+    before = PatchState(state.position - 1, state.tail[:, -2], state.previous_entropy, state.since_start)
+    after, starts = step(before, flags.ids, found, patching)
+    arrays, counts = Arrays(flags), Arrays(state)
+    for name in ("previous_entropy", "since_start"):
+        np.copyto(getattr(counts, name), getattr(after, name).numpy(), where=arrays.reads)
+    arrays.wants[:] = (starts.numpy() & arrays.reads) | arrays.is_waiting
 
 
 def hash_embed(

@@ -10,6 +10,7 @@ from torch import Tensor
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.engine import Continuation, Drawn
 from bytelatent.inference.fast.drafted import DraftedStep
+from bytelatent.inference.fast.graph import Graph
 from bytelatent.inference.fast.state import Room
 from bytelatent.inference.fast.step import FastStep
 from bytelatent.inference.state import BLOCK, DecodeState
@@ -41,7 +42,7 @@ class FastRows:
             self._step = DraftedStep(decoder, num_rows, ahead, places)
         else:
             self._step = FastStep(decoder, num_rows, places or num_rows, can_wait=every > 1)
-        self._graphs: dict[bool, Any] = {}
+        self._graphs: dict[bool, Graph] = {}
         self._turn = 0
         self._pinned: list[tuple[Tensor, Tensor]] = []
         if decoder.device.type == "cuda":
@@ -126,7 +127,7 @@ class FastRows:
             self._graphs[closes] = self._captured(closes)
         self._graphs[closes].replay()
 
-    def _captured(self, closes: bool) -> Any:
+    def _captured(self, closes: bool) -> Graph:
         """The step as a graph. Kernels are compiled by a run before, in which every row rests."""
         step = self._step
         kept = step.flags.is_active.clone(), step.flags.is_waiting.clone(), step.logits_BV.clone()
@@ -134,12 +135,10 @@ class FastRows:
         step.flags.is_waiting.zero_()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream), overlapped():
             step(closes)
             stream.synchronize()
-            with torch.cuda.graph(graph, stream=stream):
-                step(closes)
+        graph = Graph(lambda: step(closes), stream)
         torch.cuda.current_stream().wait_stream(stream)
         step.flags.is_active.copy_(kept[0])
         step.flags.is_waiting.copy_(kept[1])

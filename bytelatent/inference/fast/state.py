@@ -59,7 +59,7 @@ class FastState:
             patch_k, patch_v = (like.patch_keys.k.new_zeros(layers, num_rows, keys, heads, size) for _ in "kv")
         return cls(
             zeros.clone(),
-            zeros[:, None].repeat(1, decoder.tail),
+            zeros[:, None].repeat(1, max(decoder.tail, 2)),  # `decide` asks for two
             zeros.float(),
             zeros.clone(),
             like.byte_lm,

@@ -1,0 +1,150 @@
+"""A step as a CUDA graph, with parts that run beside one another and parts that run only where the device says so.
+
+Elsewhere than on CUDA the same words do one thing after another.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bytelatent.kernels.overlap import overlapped
+
+_capturing: "Graph | None" = None
+
+
+class Graph:
+    """Some work, captured: to run it again is one launch. It must have run before, so that its kernels are compiled."""
+
+    def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream):
+        global _capturing
+        self._graph = torch.cuda.CUDAGraph()
+        self._pools: list[Any] = []  # of the parts that do not always run; tensors lie there as long as the graph does
+        _capturing = self
+        try:
+            with overlapped(), torch.cuda.graph(self._graph, stream=stream):
+                work()
+        finally:
+            _capturing = None
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def add_where(self, run: Tensor, work: Callable[[], None]) -> None:
+        """Capture `work` as a part that runs only where `run` is not 0."""
+        from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
+
+        stream, inner = torch.cuda.current_stream(), torch.cuda.Stream()
+        graph = _done(runtime.cudaStreamGetCaptureInfo(stream.cuda_stream))[2]
+        handle = _done(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
+        _set_condition(handle, run, stream)
+        before = _done(runtime.cudaStreamGetCaptureInfo(stream.cuda_stream))[3]
+        node = runtime.cudaGraphNodeParams()
+        node.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
+        node.conditional.handle = handle
+        node.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeIf
+        node.conditional.size = 1
+        added = _done(runtime.cudaGraphAddNode(graph, before, None, len(before), node))
+        replaces = runtime.cudaStreamUpdateCaptureDependenciesFlags.cudaStreamSetCaptureDependencies
+        _done(runtime.cudaStreamUpdateCaptureDependencies(stream.cuda_stream, [added], None, 1, replaces))
+        body, mode = node.conditional.phGraph_out[0], runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+        # The graph's own pool is for streams that are captured with it. This one is captured for itself.
+        self._pools.append(torch.cuda.MemPool())
+        with torch.cuda.stream(inner), torch.cuda.use_mem_pool(self._pools[-1]):
+            _done(runtime.cudaStreamBeginCaptureToGraph(inner.cuda_stream, body, None, None, 0, mode))
+            try:
+                work()
+            finally:
+                _done(runtime.cudaStreamEndCapture(inner.cuda_stream))
+
+
+def where(run: Tensor, work: Callable[[], None]) -> None:
+    """Do `work` where `run`, one number on the device, is not 0.
+
+    On CUDA it is known on the device alone. There, captured in a graph, the work is a part that the device leaves out;
+    not captured, or without the package `cuda-bindings`, it is always done, and must be such that no harm comes of it.
+    """
+    if not run.is_cuda:
+        if bool(run):
+            work()
+    elif _capturing is not None and _has_conditions():
+        _capturing.add_where(run, work)
+    else:
+        if _has_conditions():
+            _set_condition_kernel(run.device)  # while it is captured nothing can be loaded
+        work()
+
+
+class Side:
+    """A second stream. What is started there runs beside what comes after, until they are joined."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+SET_CONDITION = r"""
+typedef __device_builtin__ unsigned long long cudaGraphConditionalHandle;
+extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(cudaGraphConditionalHandle, unsigned int);
+extern "C" __global__ void set_condition(cudaGraphConditionalHandle handle, const int* run) {
+    cudaGraphSetConditional(handle, *run != 0);
+}
+"""
+
+
+def _set_condition(handle: Any, run: Tensor, stream: torch.cuda.Stream) -> None:
+    """Launch the kernel that tells a graph whether `run`, int32, is 0: only the device may do so."""
+    from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+
+    assert run.dtype == torch.int32, f"{run.dtype}"
+    arguments = (int(handle), run.data_ptr()), (ctypes.c_ulonglong, ctypes.c_void_p)
+    _done(
+        driver.cuLaunchKernel(_set_condition_kernel(run.device), 1, 1, 1, 1, 1, 1, 0, stream.cuda_stream, arguments, 0)
+    )
+
+
+@cache
+def _set_condition_kernel(device: torch.device) -> Any:
+    from cuda.bindings import driver, nvrtc  # pyright: ignore[reportMissingImports]
+
+    major, minor = torch.cuda.get_device_capability(device)
+    program = _done(nvrtc.nvrtcCreateProgram(SET_CONDITION.encode(), b"set_condition.cu", 0, [], []))
+    options = [f"--gpu-architecture=compute_{major}{minor}".encode()]
+    _done(nvrtc.nvrtcCompileProgram(program, len(options), options))
+    ptx = b" " * _done(nvrtc.nvrtcGetPTXSize(program))
+    _done(nvrtc.nvrtcGetPTX(program, ptx))
+    return _done(driver.cuModuleGetFunction(_done(driver.cuModuleLoadData(ptx)), b"set_condition"))
+
+
+@cache
+def _has_conditions() -> bool:
+    """Whether the package is there that adds such parts; PyTorch for CUDA brings it."""
+    try:
+        from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    return hasattr(runtime, "cudaGraphConditionalHandleCreate")
+
+
+def _done(answer: tuple[Any, ...]) -> Any:
+    """What a CUDA call gives beside its error code."""
+    error, *found = answer
+    if int(error) != 0:
+        raise RuntimeError(f"CUDA graph: {error!r}")
+    return found[0] if len(found) == 1 else tuple(found)
