@@ -37,7 +37,7 @@ class Flags:
     number: Tensor  # [C] the number of the patch that each of them closes
     closing_count: Tensor  # [C] bytes in that patch
     run: Tensor  # [1] whether there is any of them
-    goes_on: Tensor  # [B] the row itself, -1 where no logits come of this step
+    goes_on: Tensor  # [B] the row itself, -1 where no logits are to come any more in this step
     reads_patch: Tensor  # [B] bool, whether a patch is closed yet
 
     @classmethod
@@ -165,14 +165,15 @@ def decide(lm_logits_BV: Tensor | None, patching: Any, state: Any, flags: Flags)
     )
 
 
-def choose(state: Any, flags: Flags, closes: bool) -> None:
+def choose(state: Any, flags: Flags, quorum: float, decoded: bool) -> None:
     """Give the rows that want the global transformer the places there are, those that have waited first.
 
     Args:
         state: `FastState`: `num_patches` and `open_count` are written.
         flags: `wants`, `is_waiting`, `reads` are read; `closing`, `number`, `closing_count`, `run`, `goes_on`,
             `reads_patch` and `is_waiting` are written.
-        closes: whether there are any places in this step.
+        quorum: the share of the rows that read or wait that must want it; of fewer all wait on.
+        decoded: whether the rows that want nothing have their logits already.
     """
     from bytelatent.kernels import decode_step_triton
 
@@ -181,11 +182,12 @@ def choose(state: Any, flags: Flags, closes: bool) -> None:
     kernels.choose_kernel[(1,)](
         *(state.num_patches, state.open_count, flags.wants, flags.is_waiting, flags.reads),
         *(flags.closing, flags.number, flags.closing_count, flags.run, flags.goes_on, flags.reads_patch),
+        quorum,
         B=rows,
         PADDED_B=_power_of_two(rows),
         C=places,
         PADDED_C=_power_of_two(places),
-        CLOSES=closes,
+        DECODED=decoded,
         num_warps=1 if rows == 1 else 4,
         **launch_options(),
     )

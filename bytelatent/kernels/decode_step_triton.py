@@ -194,8 +194,8 @@ def decide_kernel(
 @triton.jit
 def choose_kernel(
     patches_ptr, open_ptr, wants_ptr, waiting_ptr, reads_ptr, closing_ptr, number_ptr, closing_count_ptr, run_ptr,
-    goes_on_ptr, reads_patch_ptr, B: tl.constexpr, PADDED_B: tl.constexpr, C: tl.constexpr, PADDED_C: tl.constexpr,
-    CLOSES: tl.constexpr, OVERLAP: tl.constexpr,
+    goes_on_ptr, reads_patch_ptr, quorum, B: tl.constexpr, PADDED_B: tl.constexpr, C: tl.constexpr,
+    PADDED_C: tl.constexpr, DECODED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     b, c = tl.arange(0, PADDED_B), tl.arange(0, PADDED_C)
     wait_for_earlier(OVERLAP)
@@ -208,10 +208,8 @@ def choose_kernel(
     # The place of each: after all that are more urgent, and those as urgent before it. One number says both.
     order = tl.where(wants, tl.where(waiting, 0, PADDED_B) + b, 2 * PADDED_B + b)
     place = tl.sum((tl.trans(order[:, None]) < order[:, None]).to(tl.int32), 1)
-    if CLOSES:
-        served = wants & (place < C)
-    else:
-        served = wants & (place < 0)
+    enough = tl.sum(wants.to(tl.int32), 0) >= quorum * tl.sum((wants | reads).to(tl.int32), 0)
+    served = wants & (place < C) & enough
     here = served[:, None] & (place[:, None] == c[None, :])
     closing = tl.sum(tl.where(here, b[:, None] + 1, 0), 0) - 1
     tl.store(closing_ptr + c, closing.to(tl.int64), mask=c < C)
@@ -222,7 +220,8 @@ def choose_kernel(
     num_patches += served.to(tl.int64)
     tl.store(patches_ptr + b, num_patches, mask=inside)
     goes_on = (reads & (wants == 0)) | served
-    tl.store(goes_on_ptr + b, tl.where(goes_on, b, -1).to(tl.int64), mask=inside)
+    decodes = served if DECODED else goes_on
+    tl.store(goes_on_ptr + b, tl.where(decodes, b, -1).to(tl.int64), mask=inside)
     tl.debug_barrier()
     tl.store(waiting_ptr + b, wants & (goes_on == 0), mask=inside)
     tl.store(reads_patch_ptr + b, num_patches > 0, mask=inside)

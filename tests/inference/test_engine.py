@@ -55,24 +55,29 @@ NAMES = list(decoders())
 
 
 def engine_of(decoder: Decoder, kind: str, num_rows: int) -> Engine:
-    """Plain rows; the fast ones as they run on a GPU; the same where the global transformer runs seldom, for few; and
-    where several bytes are drafted and verified at once."""
+    """Plain rows; the fast ones as they run on a CPU; the same where the global transformer runs seldom, for few; as on
+    a GPU, where the decoder does not wait for the byte LM; and where several bytes are drafted and verified at once."""
     if kind == "plain":
         return Engine.plain(decoder, num_rows)
     assert supports(decoder.model, decoder.byte_lm)
     if kind in DRAFTED and isinstance(decoder.model, ByteLM):
         pytest.skip("a byte LM has no part that drafts")
-    return Engine(decoder, FastRows(decoder, num_rows, **FAST[kind]), num_rows)
+    rows = FastRows(decoder, num_rows, **FAST[kind])
+    rows._step.assumes_open |= kind in ASSUMING
+    return Engine(decoder, rows, num_rows)
 
 
-FAST: dict[str, dict[str, int]] = {
+FAST: dict[str, dict[str, Any]] = {
     "fast": {},
-    "fast, seldom": {"every": 3, "places": 1},
+    "fast, seldom": {"quorum": 0.7, "places": 1},
     "fast, few": {"places": 2},
+    "assuming": {},
+    "assuming, seldom": {"quorum": 0.6},
     "drafted": {"ahead": 5},
     "drafted, far": {"ahead": LONGEST},
     "drafted, few": {"ahead": 6, "places": 2},
 }
+ASSUMING = ["assuming", "assuming, seldom"]
 DRAFTED = ["drafted", "drafted, far", "drafted, few"]
 KINDS = ["plain", *FAST]
 

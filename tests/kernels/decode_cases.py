@@ -235,7 +235,12 @@ def on_cpu(tensors: Any) -> Any:
 
 
 def deciding(
-    rows: int, places: int, rule: dict[str, Any], closes: bool = True, sampling: list[dict[str, Any]] | None = None
+    rows: int,
+    places: int,
+    rule: dict[str, Any],
+    quorum: float = 0.0,
+    decoded: bool = False,
+    sampling: list[dict[str, Any]] | None = None,
 ) -> Errors:
     """Draw, append, decide, choose, one after another, with the rows' states as they come."""
     patching = PatchSettings(**rule)
@@ -267,13 +272,13 @@ def deciding(
         draw(logits, ours[0], ours[1].position, ours[2], expected)
         append(ours[1], ours[2])
         decide(lm, patching, ours[1], ours[2])
-        choose(ours[1], ours[2], closes)
+        choose(ours[1], ours[2], quorum, decoded)
         with torch.device("cpu"):  # the only one that the plain forms are for
             expected = None if expected is None else expected.cpu()
             plain.plain_draw(logits.cpu(), theirs[0], theirs[1].position, theirs[2], expected)
             plain.plain_append(theirs[1], theirs[2])
             plain.plain_decide(None if lm is None else lm.cpu(), patching, theirs[1], theirs[2])
-            plain.plain_choose(theirs[1], theirs[2], closes)
+            plain.plain_choose(theirs[1], theirs[2], quorum, decoded)
         for one, other in zip(ours, theirs, strict=True):
             for name, found in vars(one).items():
                 errors[f"{name} {number}"] = difference(found.cpu(), vars(other)[name])

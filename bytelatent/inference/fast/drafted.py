@@ -87,7 +87,7 @@ class DraftedStep(FastStep):
         )
 
     @torch.no_grad()
-    def __call__(self, closes: bool = True) -> None:
+    def __call__(self) -> None:
         """One step; rows do not wait."""
         state, kernels = self.state, self.kernels
         kernels.draw(self.logits_BV, self.sampling, state.position, self.flags)
@@ -210,7 +210,7 @@ class DraftedStep(FastStep):
             for layer, kv in enumerate(kvs):
                 pooled = {"h_BD": h_BD, "pooled_BD": state.open_max} if layer == 0 else {}
                 kernels.keep_byte(kv, state.open_k[layer], state.open_v[layer], flags.count, **pooled)
-            kernels.choose(state, flags, True)
+            kernels.choose(state, flags, 0.0, decoded=False)
         row_B = torch.arange(len(position), device=position.device)
         newest = state.num_patches - num_patches
         for of_row, table in ((state.patch_k, self.patch_k), (state.patch_v, self.patch_v)):

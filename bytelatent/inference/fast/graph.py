@@ -71,10 +71,10 @@ def where(run: Tensor, work: Callable[[], None]) -> None:
     if not run.is_cuda:
         if bool(run):
             work()
-    elif _capturing is not None and _has_conditions():
+    elif _capturing is not None and has_conditions():
         _capturing.add_where(run, work)
     else:
-        if _has_conditions():
+        if has_conditions():
             _set_condition_kernel(run.device)  # while it is captured nothing can be loaded
         work()
 
@@ -133,7 +133,7 @@ def _set_condition_kernel(device: torch.device) -> Any:
 
 
 @cache
-def _has_conditions() -> bool:
+def has_conditions() -> bool:
     """Whether the package is there that adds such parts; PyTorch for CUDA brings it."""
     try:
         from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]

@@ -64,7 +64,7 @@ def plain_draw(
     arrays.at[:] = np.maximum(at - ~reads, 0)
 
 
-def plain_choose(state: Any, flags: Flags, closes: bool) -> None:
+def plain_choose(state: Any, flags: Flags, quorum: float, decoded: bool) -> None:
     """What `choose` does."""
     arrays, counts = Arrays(flags), Arrays(state)
     wants, reads, is_waiting = arrays.wants, arrays.reads, arrays.is_waiting
@@ -73,7 +73,7 @@ def plain_choose(state: Any, flags: Flags, closes: bool) -> None:
     arrays.number[:] = 0
     arrays.closing_count[:] = 0
     served = np.zeros_like(wants)
-    if closes and wants.any():
+    if wants.any() and wants.sum() >= quorum * (wants | reads).sum():
         urgency = wants.astype(int) + (wants & is_waiting)
         order = np.argsort(-urgency, kind="stable")[: len(flags.closing)]
         order = order[wants[order]]
@@ -85,7 +85,7 @@ def plain_choose(state: Any, flags: Flags, closes: bool) -> None:
         num_patches[order] += 1
     arrays.run[:] = served.any()
     goes_on = (reads & ~wants) | served
-    arrays.goes_on[:] = np.where(goes_on, np.arange(len(wants)), -1)
+    arrays.goes_on[:] = np.where(served if decoded else goes_on, np.arange(len(wants)), -1)
     is_waiting[:] = wants & ~goes_on
     arrays.reads_patch[:] = num_patches > 0
 

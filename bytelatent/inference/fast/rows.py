@@ -24,16 +24,15 @@ class FastRows:
     """Rows in fixed shapes: on CUDA captured in a graph and replayed, elsewhere run as they are.
 
     Args:
-        every: the global transformer runs in one step of so many; rows whose patch is closed wait for it. With many
-            rows some close a patch in each step, and its matrices would be read each time.
+        quorum: the share of rows at work that must have closed a patch before the global transformer runs for them; see
+            `FastStep`.
         places: rows that it runs for at most; all of them if left out.
         ahead: bytes of each row that a step comes on by at most, all but one of them drafted; see `DraftedStep`. Then
             `places` are patches of one row, and the global transformer runs in every step.
     """
 
-    def __init__(self, decoder: Decoder, num_rows: int, every: int = 1, places: int | None = None, ahead: int = 1):
+    def __init__(self, decoder: Decoder, num_rows: int, quorum: float = 0.0, places: int | None = None, ahead: int = 1):
         self.decoder = decoder
-        self.every = every
         self._room = Room()
         self._most = np.zeros((num_rows, 3), dtype=np.int64)  # what each row has at most of what Room counts
         self._in_row: list[Continuation | None] = [None] * num_rows
@@ -41,8 +40,8 @@ class FastRows:
         if ahead > 1:
             self._step = DraftedStep(decoder, num_rows, ahead, places)
         else:
-            self._step = FastStep(decoder, num_rows, places or num_rows, can_wait=every > 1)
-        self._graphs: dict[bool, Graph] = {}
+            self._step = FastStep(decoder, num_rows, places or num_rows, quorum)
+        self._graph: Graph | None = None
         self._turn = 0
         self._pinned: list[tuple[Tensor, Tensor]] = []
         if decoder.device.type == "cuda":
@@ -78,12 +77,12 @@ class FastRows:
     def advance(self) -> None:
         self._most += self._ahead
         self._make_room()
-        closes = self._turn % self.every == self.every - 1
         self._turn += 1
-        if self.decoder.device.type == "cuda":
-            self._replay(closes)
+        if self.decoder.device.type != "cuda":
+            self._step()
         else:
-            self._step(closes)
+            self._graph = self._graph or self._captured()
+            self._graph.replay()
         self._read_back()
         while len(self._on_the_way) >= AHEAD:
             self._take(wait=True)
@@ -122,12 +121,7 @@ class FastRows:
                     self._known.append(Drawn(which, drawn, log_probability))
         return True
 
-    def _replay(self, closes: bool) -> None:
-        if closes not in self._graphs:
-            self._graphs[closes] = self._captured(closes)
-        self._graphs[closes].replay()
-
-    def _captured(self, closes: bool) -> Graph:
+    def _captured(self) -> Graph:
         """The step as a graph. Kernels are compiled by a run before, in which every row rests."""
         step = self._step
         kept = step.flags.is_active.clone(), step.flags.is_waiting.clone(), step.logits_BV.clone()
@@ -136,9 +130,9 @@ class FastRows:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), overlapped():
-            step(closes)
+            step()
             stream.synchronize()
-        graph = Graph(lambda: step(closes), stream)
+        graph = Graph(step, stream)
         torch.cuda.current_stream().wait_stream(stream)
         step.flags.is_active.copy_(kept[0])
         step.flags.is_waiting.copy_(kept[1])
@@ -156,7 +150,7 @@ class FastRows:
             return
         self._room = Room(*(int(size) for size in np.where(most < room, room, -(-2 * most // BLOCK) * BLOCK)))
         self._step.make_room(self._room)
-        self._graphs = {}  # they know the tables by their addresses
+        self._graph = None  # it knows the tables by their addresses
 
     def _look(self) -> None:
         """Replace the host's counts by the true ones."""

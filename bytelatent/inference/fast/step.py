@@ -1,8 +1,12 @@
 """One byte of every row: drawn, read, and the next one's logits. Shapes are fixed and nothing asks the host.
 
 A row is at rest (no sequence), reads (draws a byte and reads it), or waits: its patch is closed, but the global
-transformer has not run for it yet. A step runs it for at most `places` of the rows that want it, or for none, so rows
-may wait a step or two; they are what they are without the waiting.
+transformer has not run for it yet. With many rows some close a patch in each step, and its matrices would be read each
+time; so it runs once a quorum of rows wants it, and rows may wait a step or two. They are what they are without the
+waiting.
+
+The decoder need not wait for the byte LM. On a GPU it reads a byte beside it, as if the patch stayed open, which most
+times it does; where it closed, the decoder reads the byte once more, with the new patch.
 """
 
 from dataclasses import dataclass
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.fast import plain
-from bytelatent.inference.fast.graph import Side, where
+from bytelatent.inference.fast.graph import Side, has_conditions, where
 from bytelatent.inference.fast.prefill import FastDecoder
 from bytelatent.inference.fast.state import FastState, Room
 from bytelatent.inference.fast.weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
@@ -28,8 +32,6 @@ from bytelatent.vocab import VOCAB_SIZE
 
 # Shapes: B rows, C places for rows that close a patch, D local width, G global width, L bytes an open patch may have,
 # X and Y encoder's and decoder's cross-attentions, K keys a patch, H heads, E head size, V vocabulary
-
-FEW = 4  # rows of which in many steps none closes a patch
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,15 @@ class FastStep:
 
     Args:
         places: rows for which a step runs the global transformer at most.
-        can_wait: whether there are steps that run it for none.
-
-    The decoder need not wait for the byte LM. With few rows it reads a byte beside it as if the patch stayed open, which
-    it does four times in five, and once more where it closed: with the same numbers in its caches but for what is new.
+        quorum: the share of rows at work that must want it before it runs.
     """
 
-    def __init__(self, decoder: Decoder, num_rows: int, places: int, can_wait: bool = False):
+    def __init__(self, decoder: Decoder, num_rows: int, places: int, quorum: float = 0.0):
         self.decoder = decoder
         self.kernels = Kernels.of(decoder.device)
-        self.can_wait = can_wait or places < num_rows
-        self.assumes_open = decoder.device.type == "cuda" and num_rows <= FEW
+        self.quorum = quorum
+        self.can_wait = quorum > 0 or places < num_rows
+        self.assumes_open = decoder.device.type == "cuda" and has_conditions()
         self.side = Side(decoder.device)
         self.state = FastState.empty(decoder, num_rows)
         self.sampling = SamplingRows.empty(num_rows, decoder.device)
@@ -126,12 +126,8 @@ class FastStep:
         return stacks if self.blt is None else [*stacks, self.blt.encoder, self.blt.middle, self.blt.decoder]
 
     @torch.no_grad()
-    def __call__(self, closes: bool = True) -> None:
-        """One step.
-
-        Args:
-            closes: whether the global transformer may run in it.
-        """
+    def __call__(self) -> None:
+        """One step."""
         state, flags, kernels = self.state, self.flags, self.kernels
         kernels.draw(self.logits_BV, self.sampling, state.position, flags)
         kernels.append(state, flags)
@@ -145,16 +141,15 @@ class FastStep:
             assert state.encoded is not None
             torch.where(flags.reads[:, None], encoded_BD, state.encoded, out=state.encoded)
             encoded_BD = state.encoded
-        assumes_open = self.assumes_open or not closes
-        if assumes_open:
+        if self.assumes_open:
             self._decode_newest(encoded_BD, flags.row)
         self.side.join()
         with overlapped(False):  # it comes after two kernels
             kernels.decide(lm_logits, self.decoder.patching, state, flags)
-        kernels.choose(state, flags, closes)
-        if closes and assumes_open:
+        kernels.choose(state, flags, self.quorum, self.assumes_open)
+        if self.assumes_open:
             where(flags.run, lambda: self._close(encoded_BD))
-        elif closes:
+        else:
             self._close(encoded_BD)
 
     def _read_byte_lm(self, ids_M: Tensor, position: Tensor, row: Tensor, new: int = 1) -> Any:
@@ -202,7 +197,7 @@ class FastStep:
         return x_BD
 
     def _close(self, encoded_BD: Tensor) -> None:
-        """Run the global transformer for the patches that are chosen; the logits of what comes after all bytes."""
+        """Run the global transformer for the patches that are chosen; the logits that are still to come."""
         state, flags = self.state, self.flags
         assert state.open_max is not None
         assert state.patch_k is not None
@@ -211,7 +206,7 @@ class FastStep:
         if flags.run.is_cuda or bool(flags.run):  # a CPU may as well look
             pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[row.clamp(min=0)]
             bytes_of = {"count_C": flags.closing_count, "row_C": row}
-            kv = self._patches(pooled_CD, bytes_of, flags.number, row, flags.run)
+            kv = self._patches(pooled_CD, bytes_of, flags.number, row, None if self.assumes_open else flags.run)
             self.kernels.keep_patch(kv, state.patch_k, state.patch_v, row)
         self._decode_newest(encoded_BD, flags.goes_on)
 
@@ -229,7 +224,7 @@ class FastStep:
         bytes_of: dict[str, Tensor],
         number: Tensor,
         row: Tensor,
-        run: Tensor,
+        run: Tensor | None,
         new: int = 1,
     ) -> Tensor:
         """What the decoder's cross-attentions read of closed patches, [C*K, Y*2*H*E].
