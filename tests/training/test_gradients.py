@@ -173,6 +173,7 @@ class Replayed:
         self.result.copy_(self.work())
         for parameter, place in zip(self.parameters, self.places, strict=True):
             place.copy_(parameter.grad)
+            parameter.grad = place if self.adds else None  # a graph knows no parameters
 
 
 def values_of(gradient: Tensor) -> Tensor:
