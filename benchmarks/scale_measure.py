@@ -206,18 +206,18 @@ SAVE_HEAD = (
 )
 
 
-def saved(
-    training: Training, name: str, seconds: float, folder: Path, say: Callable[[str], None], times: int = 2
-) -> list[str]:
-    """Save in the background while steps go on; a line of a table for each time.
+def saved(training: Training, name: str, seconds: float, folder: Path, say: Callable[[str], None]) -> None:
+    """Save in the background while steps go on; a line of a table for each time, told as soon as it is known.
+
+    Twice: the first save also gets the pinned memory for its copies, which later ones find there.
 
     Args:
         seconds: of a step without a save.
     """
-    settings, ranks, lines = training.settings, training.plan.ranks, []
+    settings, ranks = training.settings, training.plan.ranks
     config = Config(model=settings.model, context=settings.data.context, patching=settings.patching)
     with Checkpoints(folder, config, settings.checkpoint, training.plan, True, say) as checkpoints:
-        for number in range(1, times + 1):
+        for number in (1, 2):
             wait_for(training.device)
             began = time.perf_counter()
             checkpoints.save(training.state)
@@ -246,8 +246,7 @@ def saved(
                 f"{waited / of:.2%}",
                 f"{(waited + slowed) / of:.2%}",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            say(f"| {' | '.join(cells)} |")
 
 
 def measure(
@@ -259,7 +258,7 @@ def measure(
     folder: Path | None,
     profiled: bool = False,
 ) -> None:
-    """Print a table, a line as soon as it is measured."""
+    """Print a table, a line as soon as it is measured; then that of saves, which take longest, likewise."""
     with joined(device_name) as (ranks, aside, device):
         configurations = [
             Configuration.parse(text, size) for text in texts for size in (sizes if "@" not in text else sizes[:1])
@@ -271,12 +270,11 @@ def measure(
             if ranks.is_first:
                 print(line, flush=True)
 
-        saves: list[str] = []
-        say(about(device, ranks))
-        say(f"\n{Row.HEAD}\n{rule_below(Row.HEAD)}")
+        def build(configuration: Configuration) -> Training:
+            return Training(configuration, ranks, device, dtype, compile_blocks)
 
         def work(configuration: Configuration) -> None:
-            training = Training(configuration, ranks, device, dtype, compile_blocks)
+            training = build(configuration)
             row = measured(training, configuration, steps, ranks, dtype)
             say(row.line())
             if profiled and ranks.is_first:
@@ -284,17 +282,36 @@ def measure(
             elif profiled:
                 for _ in range(PROFILED):
                     training.step()
-            if folder is not None and (ranks.world > 1 or configuration.plan == "alone"):
-                name = f"{configuration.name}, {configuration.words}"
-                saves.extend(saved(training, name, row.seconds, folder, say))
+            rows.append(row)
 
+        def save(row: Row, folder: Path) -> None:
+            training = build(row.configuration)
+            training.seconds(2)  # it compiles anew
+            saved(training, name_of(row.configuration), row.seconds, folder, say)
+
+        rows: list[Row] = []
+        to_save: list[Row] = []
+        say(about(device, ranks))
+        say(f"\n{Row.HEAD}\n{rule_below(Row.HEAD)}")
         for configuration in configurations:
             failed = attempt(lambda c=configuration: work(c), aside, device)
             if failed is not None:
                 what = f"{configuration.words}, {configuration.products(dtype)} | {configuration.tables}"
                 say(f"| {ranks.world} | {configuration.name} | {what} | {configuration.size:,} | {failed} |")
-        if saves:
-            say("\n".join(["", SAVE_HEAD, rule_below(SAVE_HEAD), *saves]))
+            elif ranks.world > 1 or configuration.plan == "alone":
+                to_save.append(rows[-1])
+        if folder is None or not to_save:
+            return
+        say(f"\n{SAVE_HEAD}\n{rule_below(SAVE_HEAD)}")
+        for row in to_save:
+            failed = attempt(lambda row=row: save(row, folder), aside, device)
+            if failed is not None:
+                say(f"| {name_of(row.configuration)} | {failed} |")
+
+
+def name_of(configuration: Configuration) -> str:
+    """In the table of saves."""
+    return f"{configuration.name}, {configuration.words}, {configuration.size:,} bytes"
 
 
 @contextmanager

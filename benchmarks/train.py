@@ -12,9 +12,11 @@ FlexAttention's also where cuDNN would be taken.
 float8   1b with the global transformer's products in 8-bit floats, a scale for each row (torchao)
 entropy  the published entropy model, weights in bfloat16: a training step, and forward
 step     1b as it is trained: float32 weights, products in bfloat16, clipping, optimizer, hash tables by rows; from
-         65,536 bytes on with the blocks computed again in the backward pass, since 80 GB hold no more. (`blt bench
-         train` measures other settings, and says where the time goes.)
-patching what a batch costs more where the published entropy model finds its patches, beside stored ones
+         65,536 bytes on with the blocks computed again in the backward pass, since 80 GB hold no more; below that
+         forward and backward pass as a CUDA graph, too. (`blt bench train` measures other settings, and says where the
+         time goes.)
+patching what `1b` with 65,536 bytes takes longer where the published entropy model finds the patches of each batch:
+         before it is trained on, and as the trainer does, while the last one is
 peer     transformers' model of the released shape
 
 With --profile the longest kernels, and the time of each kind, are printed too.
@@ -30,9 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.data import Patcher, cut
+from bytelatent.data import Batch, Patcher, Piece, ReadAhead, cut, pack, stream_of
 from bytelatent.inference import FastEntropies
-from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings, Stream, build, compile_regions
+from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings, PatchedStream, Stream, build, compile_regions
 from bytelatent.model.flops import training_flops
 from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
@@ -42,6 +44,7 @@ from bytelatent.training.float8 import to_float8
 from bytelatent.training.measure import (
     DOCUMENT,
     PATCH_BYTES,
+    SLOTS,
     ForwardBackward,
     Plan,
     Trainee,
@@ -50,11 +53,11 @@ from bytelatent.training.measure import (
     seconds_of,
 )
 from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.recompute import Checkpointing
 from bytelatent.training.settings import Float8, OptimizerSettings
 from bytelatent.training.time_spent import print_kernels
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
+RECOMPUTED = 65_536  # bytes from which `step` computes blocks again
 
 
 def batch_of(size: int, patched: bool = True, flex: bool = False) -> tuple[Stream, Tensor]:
@@ -66,7 +69,7 @@ def random_model(settings: ModelSettings) -> Any:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with CUDA:
             return build(settings)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -81,6 +84,20 @@ def tell(name: str, settings: ModelSettings, size: int, seconds: float, rate: fl
         f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
         flush=True,
     )
+
+
+def leave_nothing() -> None:
+    """Give back the memory of what was measured before: models are held by cycles, and by what was compiled."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def tell_of_memory(name: str, error: RuntimeError) -> None:
+    """While the error is handled, so that all is there that was there as it was met."""
+    held, reserved = torch.cuda.memory_allocated() / 2**30, torch.cuda.memory_reserved() / 2**30
+    line = str(error).splitlines()[0][:150]
+    print(f"{name}: {line} ({held:.1f} GiB allocated, {reserved:.1f} reserved)", flush=True)
 
 
 def train(
@@ -142,45 +159,84 @@ def entropy(rate: float, flex: bool, profiled: bool) -> None:
 
 
 def step(sizes: list[int], rate: float, flex: bool, profiled: bool) -> None:
-    settings = preset("blt-1b")
-    for size in sizes:
-        gc.collect()
-        torch.cuda.empty_cache()
-        checkpointing: Checkpointing = "none" if size < 65_536 else "full"
-        plan = Plan(
-            settings,
-            CUDA,
-            BF16,
-            compiled=True,
-            optimizer=OptimizerSettings(hash_gradients="rows"),
-            checkpointing=checkpointing,
-        )
-        trainee = None
-        try:
-            trainee = Trainee(plan)
-            batch = batch_of(size, flex=flex)
-            for name, work in (("gradients", trainee.forward_backward), ("step", trainee.step)):
-                torch.cuda.reset_peak_memory_stats()
-                seconds = seconds_of(partial(work, *batch), CUDA)
-                tell(f"blt-1b as trained, checkpointing {checkpointing}, {name}", settings, size, seconds, rate)
-                if profiled:
-                    print_kernels(partial(work, *batch), CUDA)
-        except torch.OutOfMemoryError as error:
-            print(f"blt-1b, {size:,} bytes: {str(error).splitlines()[0][:150]}", flush=True)
-        del trainee
+    smaller = [size for size in sizes if size < RECOMPUTED]
+    for captured, those in ((False, sizes), (True, smaller)):
+        for size in those:
+            leave_nothing()
+            print(f"blt-1b, {size:,} bytes: {torch.cuda.memory_allocated() / 2**30:.1f} GiB before", flush=True)
+            try:
+                step_of(size, rate, flex, profiled, captured)
+            except RuntimeError as error:  # too little memory, or what a capture makes of that
+                tell_of_memory(f"blt-1b, {size:,} bytes", error)
 
 
-def patching() -> None:
-    size = 65_536
+def step_of(size: int, rate: float, flex: bool, profiled: bool, captured: bool) -> None:
+    """A function of its own, so that nothing of one size is there with the next."""
+    settings, checkpointing = preset("blt-1b"), "none" if size < RECOMPUTED else "full"
+    optimizer = OptimizerSettings(hash_gradients="rows")
+    plan = Plan(settings, CUDA, BF16, True, optimizer, checkpointing=checkpointing, captured=captured)
+    trainee = Trainee(plan)
+    batch = batch_of(size, flex=flex)
+    way = f"checkpointing {checkpointing}, {'a CUDA graph' if captured else 'kernel by kernel'}"
+    torch.cuda.reset_peak_memory_stats()  # once: a graph's memory is counted as it is captured
+    for name, work in (("gradients", trainee.forward_backward), ("step", trainee.step)):
+        seconds = seconds_of(partial(work, *batch), CUDA)
+        tell(f"blt-1b as trained, {way}, {name}", settings, size, seconds, rate)
+        if profiled:
+            print_kernels(partial(work, *batch), CUDA)
+
+
+class OneText:
+    """In place of a loader: always the same text, its patches found anew for each batch."""
+
+    def __init__(self, patcher: Patcher, pieces: list[Piece], slots: int | None = None):
+        self.patcher, self.pieces, self.slots = patcher, pieces, slots
+
+    def __next__(self) -> Batch:
+        return pack(self.patcher(self.pieces), slots=self.slots)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def patching(size: int = 65_536) -> None:
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with CUDA:
         byte_lm = build(preset("entropy"))
     assert isinstance(byte_lm, ByteLM)
-    patcher = Patcher(PatchSettings(threshold=5.0), byte_lm, BF16, entropies_of=FastEntropies(byte_lm))
+    entropies_of = FastEntropies(byte_lm)
     text = torch.randint(0, 256, [size // DOCUMENT, DOCUMENT - 2], dtype=torch.uint8)
     pieces = [piece for row in text for piece in cut(Document(bytes(row.tolist())), DOCUMENT)]
-    seconds = seconds_of(lambda: patcher(pieces), CUDA)
-    print(f"patching by the entropy model, {size:,} bytes: {seconds * 1e3:.1f} ms a batch", flush=True)
+    threshold = float(entropies_of(stream_of(pieces, CUDA)).quantile(1 - 1 / PATCH_BYTES))
+    patcher = Patcher(PatchSettings(threshold=threshold), byte_lm, BF16, entropies_of=entropies_of)
+    found = seconds_of(lambda: patcher(pieces), CUDA)
+    stored = next(OneText(patcher, pieces))
+    assert isinstance(stored.stream, PatchedStream)
+    slots = (stored.stream.num_patches // SLOTS + 2) * SLOTS  # some more: rounding may find another patch
+    loader = OneText(patcher, pieces, slots)
+    stored = next(loader)
+    print(f"patching, {size:,} bytes: {found * 1e3:.1f} ms a batch alone; {stored.num_patches:,} patches", flush=True)
+
+    model = random_model(preset("blt-1b"))
+    build_optimizer(model, OptimizerSettings(hash_gradients="rows"))
+    compile_regions(model)
+    forward_backward = ForwardBackward(model, CUDA, FLOAT32)  # no autocast
+
+    def train_on(batch: Batch) -> None:
+        forward_backward(batch.stream, batch.targets)
+
+    before = seconds_of(lambda: train_on(stored), CUDA)
+    in_turn = seconds_of(lambda: train_on(next(loader)), CUDA)
+    with ReadAhead(loader, CUDA) as batches:  # pyright: ignore[reportArgumentType]
+        ahead = seconds_of(lambda: train_on(next(batches)), CUDA)
+    print(
+        f"blt-1b, hash gradients by rows, {size:,} bytes: {before * 1e3:.1f} ms with patches that are known", flush=True
+    )
+    for name, seconds in (("before each batch", in_turn), ("while the last batch is trained on", ahead)):
+        print(f"  patches found {name}: {seconds * 1e3:.1f} ms, {seconds / before - 1:+.1%}", flush=True)
+    print(f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
 
 
 def peer(rate: float) -> None:
@@ -216,8 +272,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrices {rate / 1e12:.0f} TFLOP/s", flush=True)
     if "1b" in given.what:
         for captured in (False, True):
-            gc.collect()
-            torch.cuda.empty_cache()
+            leave_nothing()
             train("blt-1b", given.bytes, rate, profiled=given.profile, captured=captured, flex=given.flex)
     for name, work in {
         "float8": lambda: train("blt-1b", given.bytes, rate, "rowwise", given.profile, flex=given.flex),
@@ -228,12 +283,11 @@ def main() -> None:
         "peer": lambda: peer(rate),
     }.items():
         if name in given.what:
-            gc.collect()
-            torch.cuda.empty_cache()
+            leave_nothing()
             try:
                 work()
             except torch.OutOfMemoryError as error:
-                print(f"{name}: {str(error).splitlines()[0][:150]}", flush=True)
+                tell_of_memory(name, error)
 
 
 if __name__ == "__main__":
