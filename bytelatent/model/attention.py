@@ -112,6 +112,17 @@ def rotary(position: Tensor, head_dim: int, theta: float) -> Tensor:
     return torch.stack(angles(position, head_dim, theta), dim=-1)
 
 
+def head_dim_of(rotary_TE2: Tensor) -> int:
+    """E, a constant where blocks are compiled; under FSDP a module's own number is none.
+
+    A second stack's blocks, of another head size, would be compiled for any, and rotate several times slower.
+    """
+    if torch.compiler.is_compiling():
+        torch._dynamo.mark_static(rotary_TE2, 1)
+        torch._dynamo.mark_static(rotary_TE2, 2)
+    return 2 * rotary_TE2.shape[1]
+
+
 def rotate(x_THE: Tensor, rotary_TE2: Tensor) -> Tensor:
     """Rotate each pair (2i, 2i+1) of every head by its position's angle."""
     return turn(x_THE, rotary_TE2[..., 0], rotary_TE2[..., 1])

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bytelatent.kernels.packed_attention import Heads
-from bytelatent.model.attention import Mask, attend, build_mask, rotary, rotate
+from bytelatent.model.attention import Mask, attend, build_mask, head_dim_of, rotary, rotate
 from bytelatent.model.settings import StackSettings
 
 # Shapes: T positions in the stream, D width, H heads, J key/value heads, E head size, F feed-forward width
@@ -15,16 +15,16 @@ class Attention(nn.Module):
     def __init__(self, settings: StackSettings):
         super().__init__()
         kv_dim = settings.kv_heads * settings.head_dim
-        self.head_dim = settings.head_dim
         self.query = nn.Linear(settings.dim, settings.dim, bias=False)
         self.key = nn.Linear(settings.dim, kv_dim, bias=False)
         self.value = nn.Linear(settings.dim, kv_dim, bias=False)
         self.output = nn.Linear(settings.dim, settings.dim, bias=False)
 
     def forward(self, x_TD: Tensor, rotary_TE2: Tensor, mask: Mask) -> Tensor:
-        q_THE = self.query(x_TD).unflatten(-1, (-1, self.head_dim))
-        k_TJE = self.key(x_TD).unflatten(-1, (-1, self.head_dim))
-        v_TJE = self.value(x_TD).unflatten(-1, (-1, self.head_dim))
+        head_dim = head_dim_of(rotary_TE2)
+        q_THE = self.query(x_TD).unflatten(-1, (-1, head_dim))
+        k_TJE = self.key(x_TD).unflatten(-1, (-1, head_dim))
+        v_TJE = self.value(x_TD).unflatten(-1, (-1, head_dim))
         out_THE = attend(rotate(q_THE, rotary_TE2), rotate(k_TJE, rotary_TE2), v_TJE, mask)
         return self.output(out_THE.flatten(-2))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bytelatent.data import Batch
 from bytelatent.model import Block, CrossAttention, PatchedStream, Stream
-from bytelatent.model.attention import DenseMask, rotate
+from bytelatent.model.attention import DenseMask, head_dim_of, rotate
 from bytelatent.model.block import Attention, Stack
 
 # Shapes: T positions in the stream, D width, H heads, J key/value heads, E head size
@@ -134,9 +134,8 @@ def _note_entropy(name: str, noted: dict[str, float]) -> Callable[..., None]:
         assert isinstance(part, Attention)
         x_TD, rotary_TE2, mask = given
         assert isinstance(mask, DenseMask)
-        q_THE, k_TJE = (
-            rotate(matrix(x_TD).unflatten(-1, (-1, part.head_dim)), rotary_TE2) for matrix in (part.query, part.key)
-        )
+        heads = (-1, head_dim_of(rotary_TE2))
+        q_THE, k_TJE = (rotate(matrix(x_TD).unflatten(-1, heads), rotary_TE2) for matrix in (part.query, part.key))
         noted[name] = float(attention_entropy(q_THE, k_TJE, mask.allowed_TT).mean())
 
     return note

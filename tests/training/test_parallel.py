@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bytelatent.data import Loader, Patcher, surprise
 from bytelatent.device import autocast
 from bytelatent.errors import UserError
+from bytelatent.model import block
+from bytelatent.model.attention import packed_mask
 from bytelatent.training.parallel import build_spread, draw_weights, make_plan
 from bytelatent.training.ranks import Ranks, open_ranks
 from tests.training.crew import Crew
@@ -100,31 +102,37 @@ def test_bfloat16_is_that_of_one_process(crew: Crew, text: Path) -> None:
             assert row["bits_per_byte"] != other["bits_per_byte"]
 
 
-def num_graphs(values: dict[str, Any], layers: int) -> int:
-    """How many graphs one of two ranks compiles for a global transformer of so many layers."""
-    values["model"]["global_transformer"]["num_layers"] = layers
-    graphs: list[Any] = []
+def head_dims_of_graphs(values: dict[str, Any], layers: int) -> list[str | None]:
+    """Of each graph that one of two ranks compiles for a global transformer of so many layers; None: it has none."""
+    values["model"]["global_transformer"] |= {"num_layers": layers, "num_heads": 2}
+    found: list[str | None] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
+        given = {node.name: node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"}
+        turns = [value for name, value in given.items() if "rotary" in name]
+        found.append(str(turns[0].shape[1] * 2) if turns else None)
         return graph
 
     rule, compiled = settings(values), torch.compile
     torch._dynamo.reset()
     with open_ranks("cpu", 1) as (ranks, device), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda call: compiled(call, backend=backend))
+        patch.setattr(block, "build_mask", lambda document, window, _, n: packed_mask(document, window, n))  # CUDA's
         plan = make_plan(rule.parallel, rule.model, ranks, device)
         model = build_spread(rule.model, plan, device, torch.bfloat16, compiled=True)
         draw_weights(model, rule.model, plan)
         with autocast(device, torch.bfloat16):
             surprise(model, next(Loader(rule.data, 0, Patcher(settings(values).patching)))).backward()
-    return len(graphs)
+    return found
 
 
 @pytest.mark.parametrize("plan", ["shard", "tensor"])
 def test_alike_blocks_share_a_graph(crew: Crew, text: Path, plan: str) -> None:
-    few, many = (crew.run((2, num_graphs, values(text, parallel=PLANS[plan][1]), layers))[0][0] for layers in (2, 4))
-    assert few == many > 2
+    given = values(text, parallel=PLANS[plan][1])
+    few, many = (crew.run((2, head_dims_of_graphs, given, layers))[0][0] for layers in (2, 4))
+    assert few == many
+    assert len(few) > 2
+    assert set(few) == {None, "8", "16"}  # numbers, not symbols of any size
 
 
 class Counts(TorchDispatchMode):
