@@ -28,7 +28,7 @@ from typing import Any, get_args
 import torch
 
 from bytelatent.inference import Decoder, Engine, Sampling
-from bytelatent.inference.fast import FastDecoder, FastRows, engine_for
+from bytelatent.inference.fast import QUORUM, FastDecoder, FastRows, engine_for
 from bytelatent.inference.fast.prefill import FastStack
 from bytelatent.inference.rounded import Weights, rounded
 from bytelatent.kernels import decode_step
@@ -103,9 +103,9 @@ def seconds_of(work: Any, times: int) -> float:
     return (time.perf_counter() - began) / times
 
 
-def floor(decoder: Decoder, rows: int, every: int, position: int) -> float:
-    """Seconds that reading what a step must read takes: weights once, caches of all rows, and 1/4.5 of the global
-    transformer's for one row, or all of them in one step of `every`."""
+def floor(decoder: Decoder, rows: int, quorum: float, position: int) -> float:
+    """Seconds that reading what a step must read takes: weights once, caches of all rows, and those of the global
+    transformer as often as it runs: once a patch for one row, at most once for `quorum` of many rows' patches."""
     model, byte_lm = decoder.model, decoder.byte_lm
     assert isinstance(model, BLTModel)
     assert byte_lm is not None
@@ -122,14 +122,17 @@ def floor(decoder: Decoder, rows: int, every: int, position: int) -> float:
     seen = min(position, 512)
     by_byte = weights(byte_lm, model.decoder) + weights(model.encoder) - weights(model.encoder.ngram_hash)
     by_byte += rows * (cache(inner, seen) + cache(settings.encoder, seen) + cache(settings.decoder, seen))
-    by_patch = weights(model.global_transformer) / (PATCH_BYTES if rows == 1 else every)
+    times = min(1.0, rows / PATCH_BYTES / max(quorum * rows, 1))  # that it runs in a step
+    by_patch = weights(model.global_transformer) * times
     by_patch += rows / PATCH_BYTES * cache(settings.global_transformer, int(position / PATCH_BYTES))
     return (by_byte + by_patch) / copy_rate()
 
 
-def generate(decoder: Decoder, count: int, new: int, every: int = 1, places: int | None = None, ahead: int = 1) -> None:
+def generate(
+    decoder: Decoder, count: int, new: int, quorum: float = 0.0, places: int | None = None, ahead: int = 1
+) -> None:
     """Warm up, then time `count` sequences of `new` bytes from the first drawn byte on."""
-    rows = FastRows(decoder, count, every, places, ahead)
+    rows = FastRows(decoder, count, quorum, places, ahead)
     engine = Engine(decoder, rows, count)
     began = time.perf_counter()
     for prompt in random_prompts(count, 16, seed=3):
@@ -148,13 +151,13 @@ def generate(decoder: Decoder, count: int, new: int, every: int = 1, places: int
     took = time.perf_counter() - began
     drawn = sum(len(one.ids) for one in asked) - before
     patch = float((state.position.sum() - position) / (state.num_patches.sum() - num_patches))
-    limit = count / floor(decoder, count, every, 512 + new // 2)
+    limit = count / floor(decoder, count, quorum, 512 + new // 2)
     rate = drawn / took
     print(
-        f"{count} sequences, global transformer every {every} for {places or count}: {rate:,.0f} bytes/s, "
+        f"{count} sequences, quorum {quorum:.2f}, {places or count} places: {rate:,.0f} bytes/s, "
         f"{rate / limit:.0%} of the floor's {limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms a byte of each, "
         f"{patch:.2f} bytes a patch, warm-up {warm:.1f} s"
-        + (f", {ahead} bytes ahead: {took / (rows._turn - turn) * 1e3:.3f} ms a step" if ahead > 1 else ""),
+        f", {took / (rows._turn - turn) * 1e3:.3f} ms a step" + (f" of up to {ahead} bytes" if ahead > 1 else ""),
         flush=True,
     )
 
@@ -173,18 +176,19 @@ def check() -> None:
         model = rounded(plain.model, weights)
         there = Decoder(model, plain.patching, plain.byte_lm)
         fast = FastDecoder(model, plain.patching, plain.byte_lm)
-        for rows, every, places, ahead in (
-            (4, 1, None, 1),
-            (4, 2, 2, 1),
-            (20, 1, None, 1),
-            (1, 1, None, 6),
-            (4, 1, None, 9),
+        for rows, quorum, places, ahead in (
+            (1, 0.0, None, 1),
+            (4, 0.0, None, 1),
+            (4, 0.5, 2, 1),
+            (20, 0.3, None, 1),
+            (1, 0.0, None, 6),
+            (4, 0.0, None, 9),
         ):
             if ahead > 1 and name == "byte LM":
                 continue
             prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * max(rows // 4, 1)
             expected = generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
-            engine = Engine(fast, FastRows(fast, rows, every, places, ahead), rows)
+            engine = Engine(fast, FastRows(fast, rows, quorum, places, ahead), rows)
             found = generated(engine, prompts[:rows], 60, sampling)
             same, far = 0, 0.0
             for one, other in zip(found, expected, strict=True):
@@ -195,8 +199,8 @@ def check() -> None:
                         break
                     far = max(far, abs(p - q))
             print(
-                f"check {name}, {weights} weights, {rows} rows, every {every}, {ahead} ahead: {same} of {rows} equal, "
-                f"log-probabilities {far:.1e}"
+                f"check {name}, {weights} weights, {rows} rows, quorum {quorum}, {ahead} ahead: {same} of {rows} "
+                f"equal, log-probabilities {far:.1e}"
             )
 
 
@@ -337,8 +341,8 @@ def peer() -> None:
     print(f"transformers' generate: {64 / (time.perf_counter() - began):.1f} bytes/s", flush=True)
 
 
-def profile(decoder: Decoder, count: int, every: int = 1) -> None:
-    rows = FastRows(decoder, count, every)
+def profile(decoder: Decoder, count: int, quorum: float = 0.0) -> None:
+    rows = FastRows(decoder, count, quorum)
     engine = Engine(decoder, rows, count)
     for prompt in random_prompts(count, 512):
         engine.submit(prompt, DRAW, 400)
@@ -378,8 +382,8 @@ def main() -> None:
         if "first" in given.what:
             first(decoder)
         if "batch" in given.what:
-            for every, places in ((1, 24), (2, 32)):
-                generate(decoder, 64, given.new, every, places)
+            for quorum, places in ((0.0, 24), (QUORUM, None), (0.5, None)):
+                generate(decoder, 64, given.new, quorum, places)
         if "drafted" in given.what:
             for count, ahead in ((1, 1), (1, 4), (1, 8), (1, 12), (1, 16), (64, 8)):
                 generate(decoder, count, given.new, ahead=ahead)
@@ -387,7 +391,7 @@ def main() -> None:
             prefill(decoder)
         if "profile" in given.what:
             profile(decoder, 1)
-            profile(decoder, 64)
+            profile(decoder, 64, QUORUM)
         del decoder
         torch.cuda.empty_cache()
     if "one8" in given.what:

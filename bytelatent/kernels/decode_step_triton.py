@@ -208,8 +208,8 @@ def choose_kernel(
     # The place of each: after all that are more urgent, and those as urgent before it. One number says both.
     order = tl.where(wants, tl.where(waiting, 0, PADDED_B) + b, 2 * PADDED_B + b)
     place = tl.sum((tl.trans(order[:, None]) < order[:, None]).to(tl.int32), 1)
-    enough = tl.sum(wants.to(tl.int32), 0) >= quorum * tl.sum((wants | reads).to(tl.int32), 0)
-    served = wants & (place < C) & enough
+    lacking = quorum * tl.sum((wants | reads).to(tl.float32), 0) - tl.sum(wants.to(tl.float32), 0)
+    served = wants & (place < tl.where(lacking <= 0, C, 0))
     here = served[:, None] & (place[:, None] == c[None, :])
     closing = tl.sum(tl.where(here, b[:, None] + 1, 0), 0) - 1
     tl.store(closing_ptr + c, closing.to(tl.int64), mask=c < C)

@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-from bytelatent.kernels.overlap_triton import wait_for_earlier
+from bytelatent.kernels.overlap_triton import fetch, wait_for_earlier
+
+FETCHED = tl.constexpr(512)  # numbers of each row that are fetched while the kernel before runs
 
 
 @triton.jit
@@ -92,14 +94,12 @@ def vector_kernel(
 
 @triton.jit
 def matrix_kernel(
-    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, residual_ptr, out_ptr, run_ptr, residual_scale, x_row, residual_row,
-    out_row, sums_ptr, arrived_ptr, M, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, x_squares_ptr, residual_ptr, out_ptr, squares_ptr, run_ptr, eps,
+    residual_scale, x_row, residual_row, out_row, sums_ptr, arrived_ptr, M, N: tl.constexpr, K: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    SQUARED: tl.constexpr, PADDED_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Loads feed one `tl.dot` and nothing else: else Triton 3.6 refills a buffer that a product still reads."""
-    wait_for_earlier(OVERLAP)
-    if run_ptr is not None and tl.load(run_ptr) == 0:
-        return
     MATRICES: tl.constexpr = 2 if GATED else 1
     ROWS: tl.constexpr = MATRICES * BLOCK_N  # of the matrix; gates and what they gate in turn
     # Programs that share rows of the matrix follow each other.
@@ -108,11 +108,18 @@ def matrix_kernel(
     k = tl.arange(0, BLOCK_K)
     # What lies past the end repeats the last row or column: no mask, and what it is is not stored.
     row = tl.minimum(row, MATRICES * N - 1)
+    PART: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    begin = tl.program_id(2) * PART
+    if OVERLAP and run_ptr is None:  # the first weights need not wait, but should not be read in vain
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        early = tl.minimum(begin + tl.arange(0, FETCHED // LINE) * LINE, K - 1)
+        fetch(weight_ptr + row[:, None] * K + early[None, :])
+    wait_for_earlier(OVERLAP)
+    if run_ptr is not None and tl.load(run_ptr) == 0:
+        return
     weight = weight_ptr + row[:, None] * K + k[None, :]
     x_at = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * x_row + k[:, None]
     acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
-    PART: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
-    begin = tl.program_id(2) * PART
     for at in tl.range(begin, tl.minimum(begin + PART, K), BLOCK_K):
         if K % BLOCK_K == 0:
             x = tl.load(x_at + at)
@@ -139,6 +146,11 @@ def matrix_kernel(
         acc *= tl.load(scale_ptr + row)[:, None]
     if x_scale_ptr is not None:
         acc *= tl.load(x_scale_ptr + tl.minimum(m, M - 1))[None, :]
+    if x_squares_ptr is not None:
+        block = tl.arange(0, PADDED_K)
+        at = x_squares_ptr + block[:, None] * M + tl.minimum(m, M - 1)[None, :]
+        found = tl.load(at, mask=(block * SQUARED < K)[:, None], other=0.0)
+        acc *= tl.rsqrt(tl.sum(found, 0) / K + eps)[None, :]
     y = acc
     if GATED:
         y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N, 2, BLOCK_M]), (0, 2, 1)))
@@ -149,7 +161,11 @@ def matrix_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + wide * residual_row + n[:, None], mask=stored, other=0.0)
         y += residual_scale * residual.to(tl.float32)
-    tl.store(out_ptr + wide * out_row + n[:, None], y.to(out_ptr.dtype.element_ty), mask=stored)
+    y = y.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + wide * out_row + n[:, None], y, mask=stored)
+    if squares_ptr is not None:
+        as_stored = tl.where(stored, y.to(tl.float32), 0.0)
+        tl.store(squares_ptr + tl.program_id(1) * M + m, tl.sum(as_stored * as_stored, 0), mask=m < M)
 
 
 @triton.jit

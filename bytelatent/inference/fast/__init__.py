@@ -16,6 +16,8 @@ from bytelatent.inference.rounded import Weights, rounded
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.patching import PatchSettings
 
+QUORUM = 1 / 3  # of rows whose patches the global transformer waits for on a GPU; one of up to three rows is enough
+
 
 def engine_for(
     model: BLTModel | ByteLM,
@@ -44,7 +46,7 @@ def engine_for(
     if decides_on_host or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
         return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
     decoder = (Decoder if device == "cpu" else FastDecoder)(model, patching, byte_lm)
-    return Engine(decoder, FastRows(decoder, num_rows, ahead=ahead), num_rows)
+    return Engine(decoder, FastRows(decoder, num_rows, 0.0 if device == "cpu" else QUORUM, ahead=ahead), num_rows)
 
 
 def _drafts_nothing(
@@ -72,4 +74,4 @@ def check_ahead(ahead: int) -> None:
         raise UserError(f"ahead: {ahead} bytes a step; take 1 to {LONGEST}")
 
 
-__all__ = ["FastDecoder", "FastRows", "check_ahead", "engine_for", "supports"]
+__all__ = ["QUORUM", "FastDecoder", "FastRows", "check_ahead", "engine_for", "supports"]
