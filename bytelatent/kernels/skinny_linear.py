@@ -30,7 +30,6 @@ FLOAT32_LIBRARY_FROM = 16  # the same for float32, which tensor cores would roun
 # The same of a quantized matrix. Written out for the library, nine bytes of it come and go for each one that the kernel
 # reads, which it does once for every 32 rows. (Counted, not measured.)
 QUANTIZED_LIBRARY_FROM = 128
-SQUARED = 64  # columns of a result whose squares are summed together
 PROGRAMS = 132  # that run at once on the GPU that the launches are chosen for
 
 
@@ -123,8 +122,6 @@ def skinny_linear(
     out: Tensor | None = None,
     run: Tensor | None = None,
     launch: SkinnyLaunch | None = None,
-    x_squares: Tensor | None = None,
-    squares: Tensor | None = None,
 ) -> Tensor:
     """x Weight^T, of the normed x if `eps` is given, plus a residual, [M, N].
 
@@ -139,12 +136,9 @@ def skinny_linear(
         out: where the result goes, of any dtype; may be the residual. A new tensor of the residual's dtype, else x's.
         run: one number on the device; where it is 0 nothing is written, or, with many rows, anything may be.
         launch: see `launch_for`.
-        x_squares: what `squares` became when x was computed; else a kernel before this one sums them for the norm.
-        squares: where the sums of the result's squares go, by blocks of its columns; see `squares_for`.
     """
     dtype = x_MK.dtype if residual_MN is None else residual_MN.dtype
-    summed = x_squares, squares
-    return _launched(x_MK, weight_NK, False, eps, residual_MN, residual_scale, dtype, out, run, launch, summed)
+    return _launched(x_MK, weight_NK, False, eps, residual_MN, residual_scale, dtype, out, run, launch)
 
 
 def skinny_gated(
@@ -155,7 +149,6 @@ def skinny_gated(
     out: Tensor | None = None,
     run: Tensor | None = None,
     launch: SkinnyLaunch | None = None,
-    x_squares: Tensor | None = None,
 ) -> Tensor:
     """silu(x Gate^T) * (x Up^T), of the normed x if `eps` is given, [M, N].
 
@@ -164,18 +157,7 @@ def skinny_gated(
 
     The others are those of `skinny_linear`.
     """
-    return _launched(x_MK, gate_up_2NK, True, eps, None, 1.0, x_MK.dtype, out, run, launch, (x_squares, None))
-
-
-def squares_for(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Room for the sums of squares of a result, float32 [blocks of columns, rows]; None where nobody would want them.
-
-    One row's are summed by who needs them, and a library's products do not sum them.
-    """
-    most = LIBRARY_FROM if dtype.itemsize < 4 else FLOAT32_LIBRARY_FROM
-    if device.type != "cuda" or not 1 < rows <= most:
-        return None
-    return torch.zeros(-(-columns // SQUARED), rows, device=device)
+    return _launched(x_MK, gate_up_2NK, True, eps, None, 1.0, x_MK.dtype, out, run, launch)
 
 
 def _launched(
@@ -189,7 +171,6 @@ def _launched(
     out: Tensor | None,
     run: Tensor | None,
     launch: SkinnyLaunch | None,
-    summed: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     from bytelatent.kernels import skinny_linear_triton
 
@@ -208,14 +189,12 @@ def _launched(
     most = LIBRARY_FROM if weight.element_size() < 4 else FLOAT32_LIBRARY_FROM
     most = most if scale is None else QUANTIZED_LIBRARY_FROM
     if len(x) > most and launch is None and x.is_cuda:
-        assert summed == (None, None), "the library sums no squares"
         return _by_library(x, dense(matrix, x.dtype), gated, eps, residual, residual_scale, dtype, out)
     launch = launch or launch_for(M, N, K, gated, weight.element_size())
     x_row, residual_row, out_row = (0 if tensor is None else tensor.stride(0) for tensor in (x, residual, out))
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch_options()}
     shape = {"N": N, "K": K, "GATED": gated, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
     if launch.block_m == 1:
-        assert summed[1] is None, "squares of one row"
         kernels.vector_kernel[-(-N // launch.block_n), M](
             *(x, weight, scale, residual, out, run, eps or 0.0, residual_scale, x_row, residual_row, out_row),
             **shape,
@@ -230,18 +209,11 @@ def _launched(
         assert math.prod(grid) <= PROGRAMS, f"{math.prod(grid)} programs share widths; at most {PROGRAMS}"
         assert launch.block_m * launch.block_n * (1 + gated) <= 64 * 64, f"blocks of shared widths: {launch}"
         sums, arrived = _scratch(x.device, torch.cuda.current_stream().cuda_stream if x.is_cuda else 0)
-    x_squares, squares = summed if eps is not None else (None, summed[1])
-    if squares is not None:
-        assert launch.block_n == min(_power_of_two(N), SQUARED), f"{launch.block_n} columns a block"
-        assert squares.shape == (grid[1], M), f"squares: {tuple(squares.shape)}, not {(grid[1], M)}"
-    assert x_squares is None or x_squares.shape == (-(-K // SQUARED), M), "of another x"
-    x_scale = None if eps is None or x_squares is not None else fast_row_scale(x, eps, run)
+    x_scale = None if eps is None else fast_row_scale(x, eps, run)
     kernels.matrix_kernel[grid](
-        *(x, weight, scale, x_scale, x_squares, residual, out, squares, run, eps or 0.0, residual_scale),
-        *(x_row, residual_row, out_row, sums, arrived, M),
+        *(x, weight, scale, x_scale, residual, out, run, residual_scale, x_row, residual_row, out_row),
+        *(sums, arrived, M),
         **shape,
-        SQUARED=SQUARED,
-        PADDED_K=_power_of_two(-(-K // SQUARED)),
         BLOCK_M=launch.block_m,
         SPLITS=launch.splits,
         **options,

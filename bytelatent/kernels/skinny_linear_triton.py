@@ -94,10 +94,9 @@ def vector_kernel(
 
 @triton.jit
 def matrix_kernel(
-    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, x_squares_ptr, residual_ptr, out_ptr, squares_ptr, run_ptr, eps,
-    residual_scale, x_row, residual_row, out_row, sums_ptr, arrived_ptr, M, N: tl.constexpr, K: tl.constexpr,
-    GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-    SQUARED: tl.constexpr, PADDED_K: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, residual_ptr, out_ptr, run_ptr, residual_scale, x_row, residual_row,
+    out_row, sums_ptr, arrived_ptr, M, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Loads feed one `tl.dot` and nothing else: else Triton 3.6 refills a buffer that a product still reads."""
     MATRICES: tl.constexpr = 2 if GATED else 1
@@ -146,11 +145,6 @@ def matrix_kernel(
         acc *= tl.load(scale_ptr + row)[:, None]
     if x_scale_ptr is not None:
         acc *= tl.load(x_scale_ptr + tl.minimum(m, M - 1))[None, :]
-    if x_squares_ptr is not None:
-        block = tl.arange(0, PADDED_K)
-        at = x_squares_ptr + block[:, None] * M + tl.minimum(m, M - 1)[None, :]
-        found = tl.load(at, mask=(block * SQUARED < K)[:, None], other=0.0)
-        acc *= tl.rsqrt(tl.sum(found, 0) / K + eps)[None, :]
     y = acc
     if GATED:
         y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N, 2, BLOCK_M]), (0, 2, 1)))
@@ -161,11 +155,7 @@ def matrix_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + wide * residual_row + n[:, None], mask=stored, other=0.0)
         y += residual_scale * residual.to(tl.float32)
-    y = y.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + wide * out_row + n[:, None], y, mask=stored)
-    if squares_ptr is not None:
-        as_stored = tl.where(stored, y.to(tl.float32), 0.0)
-        tl.store(squares_ptr + tl.program_id(1) * M + m, tl.sum(as_stored * as_stored, 0), mask=m < M)
+    tl.store(out_ptr + wide * out_row + n[:, None], y.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from bytelatent.inference.sampling import Sampling, SamplingRows
 from bytelatent.kernels.decode_attention import plain_decode_attention, rotary_table
 from bytelatent.kernels.decode_patches import plain_gather_bytes, plain_read_patch
 from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
+from bytelatent.kernels.skinny_linear import plain_skinny_gated, plain_skinny_linear
 from bytelatent.model.ngram_hash import PRIMES
 from bytelatent.vocab import VOCAB_SIZE
 
@@ -47,6 +48,25 @@ def test_reading_and_gathering(rows: list[int]) -> None:
     q, (k, v) = torch.randn(len(rows), 2, 4, 8), torch.randn(2, 4, 9, 4, 8)
     bytes_of = {"count_C": row + 1, "begin_C": row * 2, "row_C": row}
     torch.testing.assert_close(plain.gather_bytes(q, k, v, **bytes_of), plain_gather_bytes(q, k, v, **bytes_of))
+
+
+@pytest.mark.parametrize("small", [0, 1 << 18])
+@pytest.mark.parametrize("eps", [None, 1e-2])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products(rows: int, eps: float | None, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By NumPy and by PyTorch; gates so large that their exponentials overflow."""
+    monkeypatch.setattr(plain, "SMALL", small)
+    torch.manual_seed(0)
+    close = {"rtol": 1e-4, "atol": 1e-2}  # of products of hundreds, gated ones of thousands
+    x, weight, residual = torch.randn(rows, 32), torch.randn(48, 32) * 20, torch.randn(rows, 48)
+    for given in ({}, {"residual_MN": residual}, {"residual_MN": residual, "residual_scale": 2.0}):
+        expected = plain_skinny_linear(x, weight, eps=eps, **given)
+        torch.testing.assert_close(plain.linear(x, weight, eps=eps, **given), expected, **close)
+        out = residual.clone()
+        given = {**given, "residual_MN": out} if given else {}
+        assert plain.linear(x, weight, eps=eps, **given, out=out) is out
+        torch.testing.assert_close(out, expected, **close)
+    torch.testing.assert_close(plain.gated(x, weight, eps=eps), plain_skinny_gated(x, weight, eps=eps), **close)
 
 
 @pytest.mark.parametrize("longest", [4, 7])

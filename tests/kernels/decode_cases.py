@@ -35,7 +35,6 @@ from bytelatent.kernels.decode_step import Flags, append, choose, decide, draw, 
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
 from bytelatent.kernels.quantized import QuantizedMatrix, Rounding
 from bytelatent.kernels.skinny_linear import (
-    SQUARED,
     SkinnyLaunch,
     gate,
     plain_gate,
@@ -97,22 +96,6 @@ def skinny(
         "error": difference(found, expected),
         "alike": difference(alike, alike[:1].expand_as(alike)) + difference(alike[0], found[0]),
         "run": difference(out[0].to(found.dtype), alike),
-    }
-
-
-def squaring(M: int, N: int, K: int, dtype: str = "float32", launch: list[int] | None = None) -> Errors:
-    """A product that leaves the squares of its results, and two that norm them by these."""
-    kind, eps = getattr(torch, dtype), 1e-5
-    weights = [(torch.randn(size) / size[1] ** 0.5).to(kind) for size in ((N, K), (K, N), (2 * K, N))]
-    x, squares = torch.randn(M, K).to(kind), torch.full((-(-N // SQUARED), M), torch.nan)
-    cut = {"launch": SkinnyLaunch(*launch) if launch else None}
-    found = skinny_linear(x, weights[0], residual_MN=torch.randn(M, N).to(kind), squares=squares, **cut)
-    linear = skinny_linear(found, weights[1], eps=eps, x_squares=squares)
-    gated = skinny_gated(found, weights[2], eps=eps, x_squares=squares)
-    return {
-        "squares": difference(squares.sum(0) / N, found.float().square().mean(1)),
-        "linear": difference(linear, plain_skinny_linear(found, weights[1], eps=eps)),
-        "gated": difference(gated, plain_skinny_gated(found, weights[2], eps=eps)),
     }
 
 
@@ -318,7 +301,6 @@ def gating(rows: int, columns: int) -> Errors:
 
 CASES = {
     "skinny": skinny,
-    "squaring": squaring,
     "attention": attention,
     "reading": reading,
     "gathering": gathering,

@@ -68,12 +68,6 @@ def test_skinny_products() -> None:
             {"M": 3, "N": 32, "K": 96, "dtype": "float16", "residual": "bfloat16"},
             {"M": 3, "N": 32, "K": 96, "dtype": "float16", "gated": True},
         ],
-        squaring=[
-            {"M": 3, "N": 24, "K": 40},
-            {"M": 17, "N": 200, "K": 72},
-            {"M": 5, "N": 130, "K": 100, "launch": [16, 64, 32, 4, 2, 2]},
-            {"M": 4, "N": 96, "K": 64, "dtype": "float16"},
-        ],
     )
 
 

@@ -1,8 +1,9 @@
 """A step in plain PyTorch: its decisions, which `bytelatent.kernels.decode_step` must equal, and what a CPU does faster
 than the forms beside the other kernels, which are written to be read.
 
-With a few rows each operation costs a CPU more than what it computes. So there are few of them, and but for products
-with the model's matrices those on a few numbers are NumPy's, over the same memory: they cost a third of PyTorch's.
+With a few rows each operation costs a CPU more than what it computes. So there are few of them, and those on a few
+numbers are NumPy's, over the same memory: they cost a third of PyTorch's. PyTorch also shares the smallest softmax and
+product of several rows among its threads; with another program on the machine each wait for them can take milliseconds.
 """
 
 from functools import lru_cache
@@ -19,6 +20,8 @@ from bytelatent.kernels.quantized import Matrix, dense
 from bytelatent.model import entropies
 from bytelatent.patching import PatchSettings, PatchState, step
 from bytelatent.vocab import EOS
+
+SMALL = 1 << 18  # multiplications of a product, for which OpenBLAS, NumPy's on most machines, uses one thread
 
 # Shapes: B rows, C places, V vocabulary, M rows of a product, K its width or keys a patch, N its results or tables,
 # R slots of a ring, H query heads, J key/value heads, G queries that share one, E head size, A angles, W longest n-gram
@@ -212,7 +215,9 @@ def _read(q_JGE: np.ndarray, k_RJE: np.ndarray, v_RJE: np.ndarray, hidden_R: np.
     scores_JGR = (q_JGE * q_JGE.shape[-1] ** -0.5) @ k_RJE.transpose(1, 2, 0)
     if hidden_R is not None:
         scores_JGR += hidden_R
-    weight_JGR = torch.from_numpy(scores_JGR).softmax(-1).numpy()
+    scores_JGR -= scores_JGR.max(-1, keepdims=True)
+    weight_JGR = np.exp(scores_JGR, out=scores_JGR)
+    weight_JGR /= weight_JGR.sum(-1, keepdims=True)
     return weight_JGR @ v_RJE.transpose(1, 0, 2)
 
 
@@ -283,8 +288,17 @@ def linear(
     """What `plain_skinny_linear` computes, in the weights' precision."""
     if run is not None and not bool(run):
         return x_MK.new_zeros(len(x_MK), weight_NK.shape[0])
+    if _is_small(x_MK, weight_NK):
+        y = _product(x_MK, weight_NK, eps)
+        if residual_MN is not None:
+            residual = residual_MN.numpy()
+            y += residual if residual_scale == 1 else residual * residual_scale
+        if out is None:
+            return torch.from_numpy(y)
+        out.numpy()[:] = y
+        return out
     weight_NK = dense(weight_NK, x_MK.dtype)
-    x_MK = x_MK if eps is None else _normed(x_MK, eps)
+    x_MK = x_MK if eps is None else F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
     if residual_MN is None:
         y_MN = F.linear(x_MK, weight_NK)
     elif out is residual_MN:
@@ -298,16 +312,35 @@ def gated(x_MK: Tensor, gate_up_2NK: Matrix, *, eps: float | None = None, run: T
     """What `plain_skinny_gated` computes, in the weights' precision."""
     if run is not None and not bool(run):
         return x_MK.new_zeros(len(x_MK), gate_up_2NK.shape[0] // 2)
-    y_M2N = F.linear(x_MK if eps is None else _normed(x_MK, eps), dense(gate_up_2NK, x_MK.dtype))
+    if _is_small(x_MK, gate_up_2NK):
+        y_M2N = _product(x_MK, gate_up_2NK, eps)
+        gate_MN = y_M2N[:, 0::2]
+        y_MN = np.exp(np.minimum(-gate_MN, 88))  # beyond, float32 overflows
+        y_MN += 1
+        np.divide(gate_MN, y_MN, out=y_MN)
+        y_MN *= y_M2N[:, 1::2]
+        return torch.from_numpy(y_MN)
+    x_MK = x_MK if eps is None else F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
+    y_M2N = F.linear(x_MK, dense(gate_up_2NK, x_MK.dtype))
     return F.silu(y_M2N[:, 0::2]).mul_(y_M2N[:, 1::2])
 
 
-def _normed(x_MK: Tensor, eps: float) -> Tensor:
+def _is_small(x_MK: Tensor, weight_NK: Matrix) -> bool:
+    """Whether NumPy computes a product: a small one takes it half as long, and it waits for no thread."""
+    return isinstance(weight_NK, Tensor) and x_MK.shape[0] * weight_NK.numel() <= SMALL and _is_float32(x_MK, weight_NK)
+
+
+def _product(x_MK: Tensor, weight_NK: Any, eps: float | None) -> np.ndarray:
+    """What `linear` computes of a small product, [M, N]."""
+    x = x_MK.numpy()
+    return (x if eps is None else _normed(x, eps)) @ weight_NK.numpy().T
+
+
+def _normed(x_MK: np.ndarray, eps: float) -> np.ndarray:
     """RMSNorm without weights."""
-    if len(x_MK) > 1 or not _is_float32(x_MK):
-        return F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
-    row = x_MK.numpy()
-    return torch.from_numpy(row * (np.vdot(row, row) / row.size + eps) ** -0.5)
+    if len(x_MK) == 1:
+        return x_MK * (np.vdot(x_MK, x_MK) / x_MK.size + eps) ** -0.5
+    return x_MK * (np.square(x_MK).mean(1, keepdims=True) + eps) ** -0.5
 
 
 def _is_float32(*tensors: Tensor) -> bool:

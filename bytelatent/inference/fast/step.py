@@ -160,7 +160,7 @@ class FastStep:
         x_MD = F.embedding(ids_M, self.byte_lm.embedding)
         x_MD = self._stack(self.byte_lm.stack, x_MD, self.state.byte_lm, position, row, new=new)
         out = self.logits_BV.new_empty(len(ids_M), VOCAB_SIZE)
-        return self.kernels.linear(x_MD, self.byte_lm.output, **self._norm(self.byte_lm.stack, x_MD), out=out)
+        return self.kernels.linear(x_MD, self.byte_lm.output, eps=self._eps(self.byte_lm.stack), out=out)
 
     def outcome(self) -> tuple[Tensor, Tensor]:
         """What the step drew: ids [S, B], -1 for none, of S bytes one after another, and their log-probabilities."""
@@ -185,11 +185,10 @@ class FastStep:
             x_BD = kernels.hash_embed(state.tail, flags.at, self.powers, tables, model.encoder.embedding.weight)
         first = len(weights.encoder.blocks) - len(weights.encoder_cross)
         for layer, block in enumerate(weights.encoder.blocks):
-            norm = self._norm(weights.encoder, x_BD, is_first=layer == 0)
-            x_BD = self._block(weights.encoder, block, x_BD, norm, state.encoder, layer, flags.at, flags.row)
+            x_BD = self._block(weights.encoder, block, x_BD, state.encoder, layer, flags.at, flags.row)
             if layer >= first:
-                place, norm = layer - first, self._norm(weights.encoder, x_BD)
-                kv = kernels.linear(x_BD, weights.encoder_cross[place].key_value, **norm)
+                place = layer - first
+                kv = kernels.linear(x_BD, weights.encoder_cross[place].key_value, eps=self._eps(weights.encoder))
                 kv = kv.unflatten(1, (-1, state.open_k.shape[-1]))
                 pooled = {"h_BD": x_BD, "pooled_BD": state.open_max} if place == 0 else {}
                 kernels.keep_byte(kv, state.open_k[place], state.open_v[place], flags.count, **pooled)
@@ -286,16 +285,13 @@ class FastStep:
         assert state.decoder is not None
         heads, size = patch[0].shape[-2:]
         for layer, block in enumerate(weights.decoder.blocks):
-            norm = self._norm(weights.decoder, x_MD, is_first=layer == 0)
             if layer < len(weights.decoder_cross):
                 cross = weights.decoder_cross[layer]
-                q = kernels.linear(x_MD, cross.query, **norm).view(-1, heads, size)
+                q = kernels.linear(x_MD, cross.query, eps=self._eps(weights.decoder)).view(-1, heads, size)
                 found = kernels.read_patch(q, patch[0][layer], patch[1][layer], reads_patch, row_B=patch_row)
-                added = self._added(weights.decoder, x_MD)
-                x_MD = kernels.linear(found.flatten(1), cross.output, residual_scale=2.0, **added)
-                norm = self._norm(weights.decoder, x_MD)
-            x_MD = self._block(weights.decoder, block, x_MD, norm, state.decoder, layer, position, row, new=new)
-        kernels.linear(x_MD, weights.output, **self._norm(weights.decoder, x_MD), out=out)
+                x_MD = kernels.linear(found.flatten(1), cross.output, residual_MN=x_MD, residual_scale=2.0, out=x_MD)
+            x_MD = self._block(weights.decoder, block, x_MD, state.decoder, layer, position, row, new=new)
+        kernels.linear(x_MD, weights.output, eps=self._eps(weights.decoder), out=out)
 
     def _stack(
         self,
@@ -308,8 +304,7 @@ class FastStep:
         new: int = 1,
     ) -> Tensor:
         for layer, block in enumerate(stack.blocks):
-            norm = self._norm(stack, x_MD, is_first=layer == 0)
-            x_MD = self._block(stack, block, x_MD, norm, cache, layer, position, row, run, new)
+            x_MD = self._block(stack, block, x_MD, cache, layer, position, row, run, new)
         return x_MD
 
     def _block(
@@ -317,7 +312,6 @@ class FastStep:
         stack: StackWeights,
         weights: BlockWeights,
         x_MD: Tensor,
-        norm: dict[str, Any],
         cache: KeyValues,
         layer: int,
         position: Tensor,
@@ -325,8 +319,8 @@ class FastStep:
         run: Tensor | None = None,
         new: int = 1,
     ) -> Tensor:
-        settings, kernels = stack.settings, self.kernels
-        qkv = kernels.linear(x_MD, weights.qkv, **norm, run=run)
+        settings, kernels, eps = stack.settings, self.kernels, self._eps(stack)
+        qkv = kernels.linear(x_MD, weights.qkv, eps=eps, run=run)
         found = kernels.attend(
             qkv,
             *cache.layers[layer],
@@ -339,20 +333,9 @@ class FastStep:
             run=run,
             **stack.launch(len(position), new),
         )
-        added = self._added(stack, x_MD)
-        x_MD = kernels.linear(found, weights.output, **added, run=run)
-        hidden = kernels.gated(x_MD, weights.gate_up, **self._norm(stack, x_MD), run=run)
-        return kernels.linear(hidden, weights.down, **added, run=run)
-
-    def _norm(self, stack: StackWeights, x_MD: Tensor, is_first: bool = False) -> dict[str, Any]:
-        """How a product norms the states: by their squares, if a block of the stack computed them, so not its first."""
-        squares = None if is_first else stack.squares(x_MD)
-        return {"eps": self._eps(stack)} | ({} if squares is None else {"x_squares": squares})
-
-    def _added(self, stack: StackWeights, x_MD: Tensor) -> dict[str, Any]:
-        """How a product is added to the states, and their squares left for the next norm."""
-        squares = stack.squares(x_MD)
-        return {"residual_MN": x_MD, "out": x_MD} | ({} if squares is None else {"squares": squares})
+        x_MD = kernels.linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=run)
+        hidden = kernels.gated(x_MD, weights.gate_up, eps=eps, run=run)
+        return kernels.linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=run)
 
     def _eps(self, stack: StackWeights) -> float:
         return stack.settings.norm_eps

@@ -11,7 +11,7 @@ from bytelatent.inference.state import BLOCK
 from bytelatent.kernels.decode_attention import launch_for_attention, rotary_table, split_scratch
 from bytelatent.kernels.gated_product import interleaved
 from bytelatent.kernels.quantized import Matrix, by_rows
-from bytelatent.kernels.skinny_linear import fold_norm, squares_for
+from bytelatent.kernels.skinny_linear import fold_norm
 from bytelatent.model import BLTModel, BLTSettings, ByteLM
 from bytelatent.model.settings import StackSettings
 
@@ -47,7 +47,6 @@ class StackWeights:
     blocks: list[BlockWeights]
     rotary: Tensor  # [positions, E/2, 2]
     _launches: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
-    _squares: dict[int, Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stack: Any) -> "StackWeights":
@@ -70,12 +69,6 @@ class StackWeights:
             scratch = split_scratch(sequences * new, heads, settings.head_dim, launch.splits, self.rotary.device)
             self._launches[sequences, new] = {"launch": launch, "scratch": scratch}
         return self._launches[sequences, new]
-
-    def squares(self, x_MD: Tensor) -> Tensor | None:
-        """Where these states' squares are left by who computes them for the norm that comes next; see `squares_for`."""
-        if len(x_MD) not in self._squares:
-            self._squares[len(x_MD)] = squares_for(len(x_MD), x_MD.shape[1], x_MD.dtype, x_MD.device)
-        return self._squares[len(x_MD)]
 
     def make_room(self, positions: int) -> None:
         """Rotary angles of so many positions."""
