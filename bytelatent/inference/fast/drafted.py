@@ -28,13 +28,8 @@ from bytelatent.vocab import VOCAB_SIZE
 # Shapes: B rows, S bytes a step, N patches of a row that may close in a step, D local width, V vocabulary
 
 LONGEST = SLACK  # bytes a step: as many can be taken back
-SCALARS = (
-    "position",
-    "tail",
-    "previous_entropy",
-    "since_start",
-    "open_count",
-)  # of FastState, what `append` and `decide` write
+# What `append` and `decide` write of FastState
+SCALARS = ("position", "tail", "previous_entropy", "since_start", "open_count")
 DRAWING = ("drawn", "seen", "utf8", "remaining")  # of SamplingRows, what drawing writes
 
 

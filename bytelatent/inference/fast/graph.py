@@ -134,12 +134,15 @@ def _set_condition_kernel(device: torch.device) -> Any:
 
 @cache
 def has_conditions() -> bool:
-    """Whether the package is there that adds such parts; PyTorch for CUDA brings it."""
+    """Whether graphs may have such parts: with CUDA 13, of which PyTorch brings the package that adds them.
+
+    Drivers of CUDA 12 need not know them, and its package is called otherwise.
+    """
     try:
-        from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
+        from cuda import bindings  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
-    return hasattr(runtime, "cudaGraphConditionalHandleCreate")
+    return min(int(version.split(".")[0]) for version in (bindings.__version__, torch.version.cuda or "0")) >= 13
 
 
 def _done(answer: tuple[Any, ...]) -> Any:
