@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from bytelatent.config import merge
-from bytelatent.data.entropies import EntropiesOf, EntropySettings, Summary, store_entropies
+from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.inference import FastEntropies
@@ -98,7 +98,7 @@ def entropies_beside(
                 settings,
                 part.rank,
                 part.world,
-                entropies_of=fast_entropies(byte_lm, place, settings),
+                entropies_of=FastEntropies.where_possible(byte_lm, place, choose_dtype(settings.dtype, place)),
                 say=lambda line: console.print(name + line, highlight=False, soft_wrap=True),
                 on_start=bar.start,
                 on_progress=bar.advance,
@@ -112,14 +112,6 @@ def batch_bytes_for(byte_lm: ByteLM, device: torch.device) -> int:
     if device.type == "cuda":
         return BATCH_BYTES
     return BATCH_BYTES_WITHOUT_WINDOW if byte_lm.settings.window is None else BATCH_BYTES_ELSEWHERE
-
-
-def fast_entropies(byte_lm: ByteLM, device: torch.device, settings: EntropySettings) -> EntropiesOf | None:
-    """The byte LM's forward pass by kernels; None where they cannot do it, or not precisely enough."""
-    precise_enough = choose_dtype(settings.dtype, device) == torch.bfloat16
-    if device.type != "cuda" or not precise_enough:
-        return None
-    return FastEntropies(byte_lm) if FastEntropies.supports(byte_lm.settings) else None
 
 
 class Bar:

@@ -46,6 +46,13 @@ class FastEntropies:
             for block in blocks
         ]
 
+    @classmethod
+    def where_possible(cls, byte_lm: ByteLM | None, device: torch.device, dtype: torch.dtype) -> "FastEntropies | None":
+        """Of a byte LM on this device; None where the kernels cannot compute it, or not as precisely as is asked."""
+        if byte_lm is None or device.type != "cuda" or dtype != torch.bfloat16:
+            return None
+        return cls(byte_lm) if cls.supports(byte_lm.settings) else None
+
     @staticmethod
     def supports(settings: ByteLMSettings) -> bool:
         """Whether the kernels can do a byte LM of this shape."""

@@ -12,6 +12,7 @@ from bytelatent.data.settings import SourceSettings
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
+from bytelatent.inference import FastEntropies
 from bytelatent.interop import fingerprint
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
@@ -86,7 +87,9 @@ def sample_entropies(
     """
     place = choose_device(device)
     mark = fingerprint(byte_lm) if byte_lm is not None else None
-    patcher = Patcher(rule, byte_lm.to(place) if byte_lm is not None else None, choose_dtype(dtype, place), mark)
+    precision = choose_dtype(dtype, place)
+    byte_lm = byte_lm.to(place) if byte_lm is not None else None
+    patcher = Patcher(rule, byte_lm, precision, mark, FastEntropies.where_possible(byte_lm, place, precision))
     stored: list[Stored] = []
     check = StoredCheck(patcher)
 

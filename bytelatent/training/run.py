@@ -51,15 +51,8 @@ def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype:
         byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.byte_lm is not None else None
         mark = fingerprint(byte_lm) if byte_lm is not None else None
         byte_lm = byte_lm.to(device) if byte_lm is not None else None
-        patcher = Patcher(settings.patching, byte_lm, dtype, mark, _fast_entropies(byte_lm, device, dtype))
+        patcher = Patcher(settings.patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
     return Run(Path(settings.run), settings, config, patcher)
-
-
-def _fast_entropies(byte_lm: ByteLM | None, device: torch.device, dtype: torch.dtype) -> FastEntropies | None:
-    """The byte LM's forward pass by kernels; None where they cannot do it."""
-    if byte_lm is None or device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    return FastEntropies(byte_lm) if FastEntropies.supports(byte_lm.settings) else None
 
 
 def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, Config]:
