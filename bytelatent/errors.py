@@ -1,7 +1,9 @@
 """Errors that are the user's to mend, and how a command ends on them."""
 
 import difflib
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -40,5 +42,7 @@ def guarded(call: Callable[[], Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second press would only be a traceback on the way out
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         sys.exit(STOPPED)

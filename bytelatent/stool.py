@@ -64,7 +64,7 @@ def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
         if values.get("dump_dir") and any(argument.startswith("run=") for argument in of_script):
             raise UserError("run: dump_dir is the run's folder; leave one of them out")
         config["run"] = settings.dump_dir
-        _check_training(config, settings.config)
+        _check_training(config, settings)
     return launch(settings, config)
 
 
@@ -85,11 +85,17 @@ def _name(settings: LaunchSettings) -> str:
     return settings.name or Path(settings.config or settings.script.replace(".", "_")).stem
 
 
-def _check_training(config: dict[str, Any], where: str | None) -> None:
-    """Complain here and now, and not once the job has waited for its nodes."""
-    from bytelatent.training import TrainSettings
+def _check_training(config: dict[str, Any], settings: LaunchSettings) -> None:
+    """Complain here and now, and not once the job has waited for its nodes.
 
-    TrainSettings.parse(config, where or "")
+    Text is looked for as well, unless nothing is submitted: the job runs in this folder, and sees the same files.
+    """
+    from bytelatent.training import TrainSettings
+    from bytelatent.training.validation import must_be_there
+
+    data = TrainSettings.parse(config, settings.config or "").data
+    if not settings.dry_run:
+        must_be_there(data, f" (the job looks for it from '{Path.cwd()}')", remote=False)
 
 
 if __name__ == "__main__":

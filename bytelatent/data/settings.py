@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from bytelatent.config import Settings
 
@@ -25,7 +25,7 @@ class DataSettings(Settings):
     """The text of a training run.
 
     Attributes:
-        train, valid: sources; a path alone will do.
+        train, valid: sources; a path alone will do. No text is held out where `valid` is null or empty.
         context: ids that a document's pieces hold at most.
         batch_bytes: ids in a batch.
         batch_patches: patch slots in a batch, so that shapes never change; None for as many as there are.
@@ -45,6 +45,10 @@ class DataSettings(Settings):
 
     @field_validator("train", "valid", mode="before")
     @classmethod
-    def _paths(cls, value: Any) -> Any:
-        values = [value] if isinstance(value, str | dict) else value
+    def _paths(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.field_name == "train":
+            raise ValueError("there is no text to train on; name it, as in data.train='text/*.jsonl'")
+        values = [value] if isinstance(value, str | dict) else value or []
+        if not isinstance(values, list | tuple):
+            return values
         return [{"path": item} if isinstance(item, str) else item for item in values]

@@ -71,6 +71,7 @@ class Checkpoints:
     Args:
         asynchronous: write in a thread, from a copy.
         say: is told what people should know.
+        stopped: whether the run is to stop, as `StopSignals` says it: then a full disk is not waited for.
     """
 
     def __init__(
@@ -81,10 +82,11 @@ class Checkpoints:
         plan: Plan,
         asynchronous: bool,
         say: Callable[[str], None],
+        stopped: Callable[[], bool] = lambda: False,
     ):
         self.parent = run / "checkpoints"
         self.config, self.settings, self.plan, self.say = config, settings, plan, say
-        self.asynchronous = asynchronous
+        self.asynchronous, self.stopped = asynchronous, stopped
         self.ranks = plan.ranks.another_group()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -237,13 +239,27 @@ class Checkpoints:
                 self._write_once(content)
                 return
             except DiskFull as error:
-                if pause is None and needed:
+                if pause is not None and not self._is_to_stop():
+                    self.say(f"{error} (the next try is in {pause} s)")
+                    if self._paused(pause):
+                        continue
+                if needed:
                     raise self.ranks.told(error) from None
-                what_next = "training goes on without it" if pause is None else f"the next try is in {pause} s"
-                self.say(f"{error} ({what_next})")
-                time.sleep(pause or 0)
+                self.say(f"{error} (training goes on without it)")
+                return
             except UserError as error:
                 raise self.ranks.told(error) from None
+
+    def _paused(self, seconds: int) -> bool:
+        """Wait; False where a wish to stop cut it short. Each second all ranks ask one another."""
+        for _ in range(seconds):
+            if self._is_to_stop():
+                return False
+            time.sleep(1)
+        return True
+
+    def _is_to_stop(self) -> bool:
+        return any(self.ranks.gather(self.stopped()))
 
     def _write_once(self, content: Content) -> None:
         error = None
@@ -290,6 +306,7 @@ class Checkpoints:
         if content.model is not None:
             tensors = {name: StoredTensor.of(value) for name, value in content.model.items()}
             write_native(aside, StoredModel(self.config, tensors, None, "in memory", "memory"))
+        self.stopped()  # an order to quit that torch.save has swallowed is met here, before the folder counts as whole
         if self.ranks.world == 1:
             return {}
         mine = (aside / "state").glob(f"__{self.ranks.rank}_*")

@@ -1,9 +1,8 @@
-"""What goes wrong in a long run: signals, hangs, losses that are not finite or leap, too little memory, a lost rank."""
+"""What goes wrong in a long run: hangs, losses that are not finite or leap, too little memory, a lost rank."""
 
 import faulthandler
 import math
 import os
-import signal
 import statistics
 import sys
 import threading
@@ -18,12 +17,12 @@ from bytelatent.errors import Interrupted, UserError
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
+from bytelatent.training.stopping import StopSignals
 
 RECENT = 100  # steps whose median loss a spike is measured against
 ENOUGH = 10  # of them, from which on it is
 MOST_SKIPPED = 10  # updates in a row
 EXIT_HUNG = 1
-ONE_PRESS = 2.0  # seconds in which a second signal is the same one: torchrun passes on what the terminal sent already
 
 
 class RolledBack(Exception):
@@ -74,29 +73,6 @@ def act_on(trouble: str | None, loss: float, state: TrainState, settings: TrainS
     )
 
 
-@contextmanager
-def stop_signals(ranks: Ranks) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 into a wish to stop after the step; a second stops at once."""
-    asked: list[float] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: bool(asked)
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        if asked and (ranks.world == 1 or time.monotonic() - asked[0] > ONE_PRESS):
-            raise KeyboardInterrupt
-        asked.append(time.monotonic())
-
-    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # Windows has but the first two
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    previous = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 class Watchdog:
     """Ends the process, with every thread's stack, when it has not been told of progress for so many minutes."""
 
@@ -131,13 +107,15 @@ class Watchdog:
 
 
 @contextmanager
-def who_failed(ranks: Ranks, step: Callable[[], int]) -> Iterator[None]:
+def who_failed(ranks: Ranks, step: Callable[[], int], stopped: StopSignals) -> Iterator[None]:
     """Name the rank, its host and the step in front of the traceback of an error that nobody foresaw."""
     try:
         yield
     except (UserError, Interrupted, RolledBack):
         raise
     except Exception as error:
+        if stopped.quits:
+            raise
         text = " ".join(str(error).split())
         line = f"{ranks.name} failed after step {step()}: {type(error).__name__}: {text}"
         print(line, file=sys.stderr, flush=True)

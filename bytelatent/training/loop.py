@@ -23,7 +23,6 @@ from bytelatent.training.faults import (
     act_on,
     deterministic,
     memory_named,
-    stop_signals,
     trouble_with,
     who_failed,
 )
@@ -38,6 +37,7 @@ from bytelatent.training.run import Run, open_run
 from bytelatent.training.settings import TrainSettings
 from bytelatent.training.speed import Totals, speed
 from bytelatent.training.statistics import Statistics
+from bytelatent.training.stopping import StopSignals
 from bytelatent.training.trackers import must_be_installed, open_trackers
 from bytelatent.training.validation import must_hold_text, validate
 
@@ -55,6 +55,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     Raises:
         UserError: the settings, the data or a checkpoint will not do, or the loss is not finite.
         Interrupted: Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2; a checkpoint is written.
+        KeyboardInterrupt: a second of these; nothing is written.
     """
     console = console or Console()
     with (
@@ -107,11 +108,13 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
     statistics = Statistics(model, settings.statistics_every, loss)
     trackers = open_trackers(settings, run.folder, say) if ranks.is_first else []
     with (
+        StopSignals(ranks) as stopped,
         loader,
-        Checkpoints(run.folder, run.config, settings.checkpoint, plan, in_background, say) as checkpoints,
-        stop_signals(ranks) as stopped,
+        Checkpoints(run.folder, run.config, settings.checkpoint, plan, in_background, say, stopped) as checkpoints,
         Watchdog(settings.faults.watchdog_minutes, ranks) as watchdog,
-        who_failed(ranks, lambda: state.step),  # the first to hear of it: torchrun soon ends those that are left
+        who_failed(
+            ranks, lambda: state.step, stopped
+        ),  # the first to hear of it: torchrun soon ends those that are left
     ):
         if not checkpoints.load(state):
             draw_weights(model, settings.model, plan)

@@ -76,7 +76,7 @@ class Ranks:
             return answer[0]
         raise self.told(UserError(answer[1]))
 
-    def told(self, error: UserError | Interrupted) -> BaseException:
+    def told(self, error: UserError | Interrupted | KeyboardInterrupt) -> BaseException:
         """What all ranks meet, to be raised: the first one says it, the others end without a word."""
         if self.is_first:
             return error

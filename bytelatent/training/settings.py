@@ -172,7 +172,7 @@ class TrainSettings(Settings):
     """
 
     run: str = "runs/train"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     steps: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
     model: ModelSettings

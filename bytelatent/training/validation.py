@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +11,38 @@ from bytelatent.data import Batch, DataSettings, Patcher, batches_once
 from bytelatent.errors import UserError
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.text import find_files
+from bytelatent.text.places import is_remote
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.parallel import Plan
 from bytelatent.training.settings import TrainSettings
 
 
+def must_be_there(data: DataSettings, whence: str = "", remote: bool = True) -> None:
+    """Complain about sources that hold no files.
+
+    Args:
+        whence: is said of relative paths: where they are looked for.
+        remote: also those on other machines.
+
+    Raises:
+        UserError: it names the setting.
+    """
+    for key, sources in (("train", data.train), ("valid", data.valid)):
+        for source in sources:
+            if is_remote(source.path) and not remote:
+                continue
+            try:
+                find_files(source.path)
+            except UserError as error:
+                what = str(error).removeprefix("data: ")
+                way_out = "; or train without held-out text: data.valid=null" if key == "valid" else ""
+                where = "" if Path(source.path).expanduser().is_absolute() else whence
+                raise UserError(f"data.{key}: {what}{way_out}{where}") from None
+
+
 def must_hold_text(data: DataSettings) -> None:
     """Complain about sources before the first step, not at the first validation."""
-    for source in [*data.train, *data.valid]:
-        find_files(source.path)
+    must_be_there(data)
     if data.valid and next(batches_once(data.valid, data.context, data.batch_bytes), None) is None:
         raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
 

@@ -33,6 +33,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").touch()
     return tmp_path
 
 
@@ -47,6 +48,22 @@ def test_the_published_command(cluster: Cluster, here: Path, config: Path) -> No
     asked = yaml.safe_load((dump_dir / "launch.yaml").read_text())
     assert (asked["ngpu"], asked["ncpu"], asked["name"], asked["requeue"]) == (8, 8, "of config", True)
     assert asked["dump_dir"] == str(dump_dir)
+
+
+def test_text_that_is_not_there(cluster: Cluster, here: Path, config: Path) -> None:
+    """Found before anything is written or submitted; the job runs in the folder that it is launched from."""
+    (here / "text.jsonl").unlink()
+    with pytest.raises(UserError) as caught:
+        launched(f"config={config}", "nodes=1")
+    assert str(caught.value).startswith("data.train: 'text.jsonl' does not exist; ")
+    assert str(caught.value).endswith(f" (the job looks for it from '{here}')")
+    with pytest.raises(UserError, match=r"^data.train: '/absent/text' does not exist; [^(]*$"):
+        launched(f"config={config}", "nodes=1", "--", "data.train=/absent/text")
+    assert cluster.asked == []
+    assert not (here / "runs").exists()
+    launched(f"config={config}", "nodes=1", "--", "data.train=s3://bucket/text")  # for the job to find
+    assert len(cluster.asked) == 1
+    launched(f"config={config}", "dump_dir=other", "dry_run=true")
 
 
 def test_processes_on_the_cpu_share_a_nodes_cores(cluster: Cluster, here: Path, config: Path) -> None:
@@ -128,7 +145,7 @@ def test_no_slurm_is_one_line(here: Path, config: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(here))
     with pytest.raises(UserError, match=r"there is no 'sbatch' here; .*dry_run=true"):
         launched(f"config={config}")
-    assert os.listdir(here) == ["given.yaml"]
+    assert sorted(os.listdir(here)) == ["given.yaml", "text.jsonl"]
 
 
 def test_slurm_refuses(cluster: Cluster, here: Path, config: Path) -> None:

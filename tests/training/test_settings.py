@@ -56,6 +56,9 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ([*WITHOUT_TABLES, "optimizer.lr_scale.hash_tables=2"], "optimizer.lr_scale.hash_tables: this model has no"),
         (["config=absent.yaml"], "config: 'absent.yaml' does not exist"),
         ([], "name a configuration or settings"),
+        ([*ENOUGH, "seed=-1"], "seed: Input should be greater than or equal to 0, not -1"),
+        ([*ENOUGH, "data.train=null"], "data.train: there is no text to train on; name it, as in data.train='text/"),
+        ([*ENOUGH, "data.train=3"], "data.train: Input should be a valid list, not 3"),
         ([*ENOUGH, "steps"], "'steps' is not a setting"),
     ],
 )
@@ -139,3 +142,19 @@ def test_what_is_written_reads_back(tmp_path: Path, text: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text(read.to_yaml())
     assert from_command_line(TrainSettings, [f"config={path}"], USAGE) == read
+
+
+def test_held_out_text_can_be_unset() -> None:
+    given = [*ENOUGH, "data.valid=held-out.jsonl"]
+    assert from_command_line(TrainSettings, given, USAGE).data.valid
+    assert from_command_line(TrainSettings, [*given, "data.valid=null"], USAGE).data.valid == []
+
+
+def test_held_out_text_that_is_not_there_may_be_left_out(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.jsonl", seed=0)
+    with pytest.raises(UserError, match=r"^data.valid: 'nowhere' does not exist; .*; or train .*: data.valid=null$"):
+        train(settings(byte_lm_run(tmp_path / "run", text, data={"valid": "nowhere"})))
+    with pytest.raises(
+        UserError, match=r"^data.train: 'nowhere' does not exist; give a file, a folder or a pattern[^;]*$"
+    ):
+        train(settings(byte_lm_run(tmp_path / "run", Path("nowhere"))))

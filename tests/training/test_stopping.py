@@ -1,14 +1,17 @@
 """Ctrl-C and SIGTERM, a loss that is not finite, a full disk, torn checkpoints."""
 
 import errno
+import io
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +22,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import newest_whole, what_is_torn
 from bytelatent.interop import load
-from bytelatent.training import checkpoint, loop, metrics, read_metrics, trackers, train
+from bytelatent.training import checkpoint, loop, metrics, read_metrics, stopping, trackers, train
 from bytelatent.training.checkpoint import Checkpoints
+from bytelatent.training.stopping import STOPPING
 from tests.training.tiny_runs import (
     assert_equal_runs,
     byte_lm_run,
@@ -46,7 +50,7 @@ def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     step = losses(run)[-1][0]
-    assert errors == f"stopped: after step {step}; the same command goes on from there\n"
+    assert errors == f"{STOPPING}\nstopped: after step {step}; the same command goes on from there\n"
     assert checkpoints(run) == [f"step-{step:08d}"]
     assert what_is_torn(run / "checkpoints" / checkpoints(run)[0]) is None
 
@@ -72,6 +76,94 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     assert [signal.getsignal(name) for name in signal.Signals] == handlers
     train(settings(byte_lm_run(run, text)))
     assert_equal_runs(run, whole)
+
+
+def in_step_eight(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Do something while the loss of step 8 is computed; the first call is a trial."""
+    surprise, calls = loop.surprise, []
+
+    def acting(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 9:
+            act()
+        return surprise(*arguments)
+
+    monkeypatch.setattr(loop, "surprise", acting)
+
+
+def press(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
+    """Ctrl-C at each of these seconds."""
+    for now in seconds:
+        monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda now=now: now))
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_double_press_is_one(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_step_eight(monkeypatch, lambda: press(monkeypatch, 0.0, 0.3, 1.9))
+    with pytest.raises(Interrupted, match="after step 8; the same command goes on"):
+        train(settings(byte_lm_run(tmp_path / "run", text)))
+    assert checkpoints(tmp_path / "run") == ["step-00000005", "step-00000008"]
+    assert capfd.readouterr().err == f"{STOPPING}\n"
+
+
+def test_a_second_press_quits(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_step_eight(monkeypatch, lambda: press(monkeypatch, 0.0, 2.1))
+    with pytest.raises(KeyboardInterrupt, match="without saving; the same command goes on from the last checkpoint"):
+        train(settings(byte_lm_run(tmp_path / "run", text)))
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000005"]
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_second_press_inside_torch_save_leaves_no_torn_checkpoint(
+    tmp_path: Path, text: Path, swallowed: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch's writer makes an error of its own of one that is raised where it calls Python, or passes over it."""
+
+    class Pressed(io.BytesIO):
+        def write(self, data: Any) -> int:
+            press(monkeypatch, 2.1)
+            return super().write(data)
+
+    def saved(value: Any, place: Any, **_: Any) -> None:
+        with pytest.raises(RuntimeError) as caught:
+            inner(value, Pressed())
+        if not swallowed:
+            raise caught.value
+        Path(place).write_bytes(b"half")
+
+    def act() -> None:
+        press(monkeypatch, 0.0)
+        monkeypatch.setattr(torch, "save", saved)
+
+    inner = torch.save
+    in_step_eight(monkeypatch, act)
+    with pytest.raises(KeyboardInterrupt, match="without saving"):
+        train(settings(byte_lm_run(tmp_path / "run", text)))
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000005"]
+    assert capfd.readouterr().err == f"{STOPPING}\n"
+
+
+QUITS = """
+import signal, sys
+from bytelatent import train
+from bytelatent.errors import guarded
+from bytelatent.training import loop, stopping
+
+stopping.ONE_PRESS = 0.0
+def surprise(*arguments):
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+loop.surprise = surprise
+guarded(lambda: train.main(sys.argv[1:]))
+"""
+
+
+def test_quitting_is_one_line(tmp_path: Path, text: Path) -> None:
+    ended = finished([sys.executable, "-c", QUITS, *command(byte_lm_run(tmp_path / "run", text))[3:]])
+    assert ended.returncode == 130
+    assert ended.stderr.splitlines() == [STOPPING, f"stopped: {stopping.NOT_SAVED}"]
 
 
 def truncate(folder: Path) -> None:
@@ -240,6 +332,24 @@ def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
     run = train(settings(byte_lm_run(tmp_path / "run", text, checkpoint={"every": 5, "asynchronous": asynchronous})))
     assert checkpoints(run) == ["step-00000010", "step-00000012"]
     assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
+
+
+def test_a_signal_ends_the_wait_for_room(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only one that comes: without it each pause is waited for, second by second."""
+    fill_the_disk(monkeypatch, "state", good=2, bad=99)
+    monkeypatch.setattr(checkpoint, "PAUSES", (3, 60))
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert len(slept) < 9
+        if len(slept) == 5:
+            press(monkeypatch, 0.0)
+
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=sleep))
+    with pytest.raises(UserError, match=r"the disk is full: '.*step-00000012' was not written"):
+        train(settings(byte_lm_run(tmp_path / "run", text)))
+    assert slept == [1] * 5
 
 
 def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
