@@ -9,6 +9,8 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from bytelatent.config import flat, load_yaml
@@ -21,6 +23,8 @@ from bytelatent.report.characters import finite
 FILES = {"metrics.jsonl", "settings.yaml"}  # a folder with either is a run
 UNSEARCHED = {"checkpoints", "profiles", "tensorboard", "wandb", "code"}
 LONGEST = 40  # characters of a setting in a table
+UNLIMITED = 10_000  # columns
+RESULTS_CAPTION = "bits per byte of held-out and training text; bytes a patch; time in steps"
 BITS = "bits_per_byte"
 VALIDATION = "validation_bits_per_byte"
 
@@ -73,7 +77,8 @@ class Comparison:
         return {"runs": [asdict(run.summary) for run in self.runs], "differing_settings": self.differing()}
 
     def show(self, console: Console) -> None:
-        console.print(self._results())
+        """Tables, or where these are too wide for the terminal lists, so that no name is cut."""
+        _print(console, self._results(), RESULTS_CAPTION)
         # Shapes of a part that a model of another kind has not say nothing beside those of one that has it.
         told = {
             key: values
@@ -81,34 +86,54 @@ class Comparison:
             if not key.startswith("model.") or all(key in run.settings for run in self.runs)
         }
         if told:
-            table = Table("setting", *(run.summary.name for run in self.runs), title="settings that differ")
-            for key, values in told.items():
-                table.add_row(key, *map(_short, values))
-            console.print(table)
+            names = [run.summary.name for run in self.runs]
+            rows = [["setting", *names], *([key, *map(_short, values)] for key, values in told.items())]
+            _print(console, rows, title="settings that differ")
 
-    def _results(self) -> Table:
-        table = Table("run", "model")
-        for column in ("steps", "read", "best held out", "last", "training", "bytes/s", "patch", "time"):
-            table.add_column(column, justify="right")
+    def _results(self) -> list[list[str]]:
+        rows = [["run", "model", "steps", "read", "best held out", "last", "training", "bytes/s", "patch", "time"]]
         for run in self.runs:
             it = run.summary
             best = number(it.best_validation_bits_per_byte, 3)
             if it.best_validation_step is not None:
                 best += f" (step {it.best_validation_step:,})"
-            table.add_row(
-                it.name,
-                UNKNOWN if it.kind is None else f"{it.kind}, {_millions(it.num_parameters)}",
-                _steps(it),
-                amount_of_bytes(it.num_bytes),
-                best,
-                number(it.last_validation_bits_per_byte, 3),
-                number(it.training_bits_per_byte, 3),
-                UNKNOWN if it.bytes_per_second is None else f"{it.bytes_per_second:,.0f}",
-                number(it.mean_patch_bytes),
-                duration(it.seconds),
+            rows.append(
+                [
+                    it.name,
+                    UNKNOWN if it.kind is None else f"{it.kind}, {_millions(it.num_parameters)}",
+                    _steps(it),
+                    amount_of_bytes(it.num_bytes),
+                    best,
+                    number(it.last_validation_bits_per_byte, 3),
+                    number(it.training_bits_per_byte, 3),
+                    UNKNOWN if it.bytes_per_second is None else f"{it.bytes_per_second:,.0f}",
+                    number(it.mean_patch_bytes),
+                    duration(it.seconds),
+                ]
             )
-        table.caption = "bits per byte of held-out and training text; bytes a patch; time in steps"
-        return table
+        return rows
+
+
+def _print(console: Console, rows: list[list[str]], caption: str | None = None, title: str | None = None) -> None:
+    """Rows, the first one the header, as a table; a list of each row's cells where that is wider than the terminal."""
+    header, *others = [[escape(cell) for cell in row] for row in rows]
+    table = Table(title=title, caption=caption)
+    for place, name in enumerate(header):
+        table.add_column(name, justify="right" if caption and place > 1 else "left")  # of results, the numbers
+    for row in others:
+        table.add_row(*row)
+    if Measurement.get(console, console.options.update(max_width=UNLIMITED), table).maximum <= console.width:
+        console.print(table)
+        return
+    if title:
+        console.print(f"\n{title}", highlight=False)
+    for row in others:
+        console.print(f"[bold]{row[0]}[/]", highlight=False, soft_wrap=True)
+        width = max(len(name) for name in header[1:])
+        for name, cell in zip(header[1:], row[1:], strict=True):
+            console.print(f"  {name:<{width}}  {cell}", highlight=False, soft_wrap=True)
+    if caption:
+        console.print(caption, highlight=False, soft_wrap=True)
 
 
 def compare_runs(places: Sequence[Path]) -> Comparison:

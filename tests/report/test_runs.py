@@ -58,6 +58,19 @@ def shown(places: list[Path], width: int = 200) -> str:
     return out.getvalue()
 
 
+def test_no_name_is_cut_on_a_narrow_terminal(tmp_path: Path) -> None:
+    names = ["my_byte_lm_with_a_long_name", "my_byte_lm_[b]_with_another_name"]
+    for place, name in enumerate(names):
+        write_run(tmp_path / name, ROWS, {"checkpoint": {"every": 100 + place}})
+    table, narrow = shown([tmp_path], 200), shown([tmp_path], 80)
+    assert "│" in table
+    assert "…" not in narrow
+    assert "best held out  2.500 (step 4)" in narrow
+    assert all(f"\n{name}\n" in f"\n{narrow}" for name in [*names, "checkpoint.every"])
+    assert [line.split()[-1] for line in narrow.splitlines()[-2:]] == ["101", "100"]  # by name
+    assert all(word in narrow for line in table.splitlines() for word in line.replace("│", " ").split() if "_" in word)
+
+
 def test_what_a_run_has_come_to(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", ROWS, BLT_VALUES)
     summary = compare_runs([run]).runs[0].summary
