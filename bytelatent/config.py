@@ -49,6 +49,8 @@ class Settings(BaseModel):
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as nested plain values."""
+    if not str(path):
+        raise UserError("config: no file is named; as in config=apps/bytelatent/configs/byte_lm.yaml")
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config: '{path}' does not exist; the presets are in apps/bytelatent/configs/")
@@ -106,7 +108,12 @@ def from_command_line(model: type[Given], arguments: list[str], usage: str) -> G
 
     Raises:
         UserError: there are none, or a key or value will not do.
+        SystemExit: `--help` or `-h` was asked for; it is printed.
     """
+    if {"-h", "--help"} & set(arguments):
+        print(f"{usage}\nsettings: {', '.join(model.model_fields)}; those of a group as group.key=value")
+        print("later ones win over earlier ones and over the file config=PATH; what each means: docs/reference.md")
+        raise SystemExit(0)
     if not arguments:
         raise UserError(usage)
     config = [argument.removeprefix("config=") for argument in arguments if argument.startswith("config=")]
@@ -134,6 +141,8 @@ def _one_line(model: type[BaseModel], error: ValidationError, where: str) -> str
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
+        if location[-1] in known:  # of another of the kinds that may stand here
+            return f"{prefix}{key}: does not go together with the other keys here{more}"
         hint = nearest(location[-1], known) or f"; known here: {', '.join(known)}"
         return f"{prefix}{key}: unknown key{hint}{more}"
     message = first["msg"].removeprefix("Value error, ")

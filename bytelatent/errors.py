@@ -24,10 +24,10 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the known name closest to `name`, else the empty string."""
+def nearest(name: str, known: list[str], within: str = "") -> str:
+    """`; did you mean 'x'?` for the known name closest to `name`, with `within` in front; else the empty string."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    return f"; did you mean '{within}{match[0]}'?" if match else ""
 
 
 class Interrupted(Exception):

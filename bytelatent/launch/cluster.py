@@ -1,6 +1,7 @@
 """What SLURM's own commands say about the cluster."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from typing import NamedTuple
@@ -54,6 +55,10 @@ def submit(script: str) -> str:
     ended = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         said = ended.stderr.strip() or f"sbatch ended with {ended.returncode}"
+        if re.search("contact slurm controller|connect|communication|timed out", said, re.IGNORECASE):
+            raise UserError(
+                f"SLURM cannot be reached: {said}; once it can, {shlex.join(['sbatch', script])} submits this"
+            )
         raise UserError(f"SLURM did not take the job: {said}; mend the key and add override=true")
     return ended.stdout.strip().partition(";")[0]  # ID or ID;CLUSTER
 

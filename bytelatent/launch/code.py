@@ -23,7 +23,9 @@ def package_of(script: str) -> Path:
     place = package.joinpath(*inner)
     if inner and not place.with_suffix(".py").is_file() and not (place / "__main__.py").is_file():
         known = [file.stem for file in place.parent.glob("*.py") if not file.stem.startswith("_")]
-        raise UserError(f"script: there is no module '{script}'{nearest(inner[-1], known)}")
+        raise UserError(
+            f"script: there is no module '{script}'{nearest(inner[-1], known, script.removesuffix(inner[-1]))}"
+        )
     return package
 
 

@@ -212,7 +212,8 @@ class TrainSettings(Settings):
             except UserError as error:  # the key is put in front again
                 raise ValueError(str(error).removeprefix("model: ")) from None
         if isinstance(value, dict):
-            is_byte_lm = value.get("kind") == "byte_lm" or ("kind" not in value and "encoder" not in value)
+            of_blt = BLTSettings.model_fields.keys() - ByteLMSettings.model_fields.keys()
+            is_byte_lm = value.get("kind") == "byte_lm" or ("kind" not in value and not of_blt & value.keys())
             return (ByteLMSettings if is_byte_lm else BLTSettings).model_validate(value)
         return value
 

@@ -124,7 +124,10 @@ def test_the_code_is_a_copy(cluster: Cluster, here: Path, config: Path) -> None:
         (["config={config}", "--", "optimizer.lrr=1"], "optimizer.lrr: unknown key; did you mean 'lr'?"),
         (["config={config}", "--", "steps=none"], "steps: "),
         (["config={config}", "dump_dir=a", "--", "run=b"], "run: dump_dir is the run's folder"),
-        (["config={config}", "script=bytelatent.trian"], "no module 'bytelatent.trian'; did you mean 'train'?"),
+        (
+            ["config={config}", "script=bytelatent.trian"],
+            "no module 'bytelatent.trian'; did you mean 'bytelatent.train'?",
+        ),
         (["config={config}", "script=absent"], "script: there is no module 'absent' here"),
         (["config={config}", "partition=gpus"], "partition: the cluster has no 'gpus'; did you mean 'gpu'?"),
         (["config={config}", "dump_dir={config}"], "is a file; name a folder"),
@@ -155,6 +158,16 @@ def test_slurm_refuses(cluster: Cluster, here: Path, config: Path) -> None:
     cluster.install("sbatch", "echo '8;other'\n")
     assert launched(f"config={config}", "dump_dir=mine", "override=true").startswith("job 8 submitted; ")
     assert "qos" not in (here / "mine" / "submit.slurm").read_text()
+
+
+def test_a_controller_that_does_not_answer_is_no_wrong_key(cluster: Cluster, here: Path, config: Path) -> None:
+    said = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    cluster.install("sbatch", f"echo '{said}' >&2; exit 1\n")
+    with pytest.raises(
+        UserError, match=r"SLURM cannot be reached: .*; once it can, sbatch .*/submit.slurm.* submits"
+    ) as it:
+        launched(f"config={config}")
+    assert "override" not in str(it.value)
 
 
 def test_a_folder_that_is_taken(cluster: Cluster, here: Path, config: Path) -> None:

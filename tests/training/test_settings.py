@@ -56,6 +56,12 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ([*WITHOUT_TABLES, "optimizer.lr_scale.hash_tables=2"], "optimizer.lr_scale.hash_tables: this model has no"),
         (["config=absent.yaml"], "config: 'absent.yaml' does not exist"),
         ([], "name a configuration or settings"),
+        ([*ENOUGH_BLT, "model.global_transformer.width=7"], "model.global_transformer.width: unknown key; "),
+        (
+            [*ENOUGH, "model.kind=byte_lm", "model.encoder=1"],
+            "model.encoder: does not go together with the other keys here",
+        ),
+        (["config="], "config: no file is named; as in config=apps/"),
         ([*ENOUGH, "seed=-1"], "seed: Input should be greater than or equal to 0, not -1"),
         ([*ENOUGH, "data.train=null"], "data.train: there is no text to train on; name it, as in data.train='text/"),
         ([*ENOUGH, "data.train=3"], "data.train: Input should be a valid list, not 3"),
@@ -158,3 +164,13 @@ def test_held_out_text_that_is_not_there_may_be_left_out(tmp_path: Path) -> None
         UserError, match=r"^data.train: 'nowhere' does not exist; give a file, a folder or a pattern[^;]*$"
     ):
         train(settings(byte_lm_run(tmp_path / "run", Path("nowhere"))))
+
+
+@pytest.mark.parametrize("ask", [["--help"], ["-h"], [*ENOUGH, "--help"]])
+def test_help(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        from_command_line(TrainSettings, ask, USAGE)
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith(USAGE)
+    assert "optimizer" in told
