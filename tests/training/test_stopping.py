@@ -126,7 +126,10 @@ def test_a_second_press_inside_torch_save_leaves_no_torn_checkpoint(
             press(monkeypatch, 2.1)
             return super().write(data)
 
-    def saved(value: Any, place: Any, **_: Any) -> None:
+    def saved(value: Any, place: Any, **more: Any) -> None:
+        if swallowed and not isinstance(place, Path):  # the streams of state/
+            inner(value, place, **more)
+            return
         with pytest.raises(RuntimeError) as caught:
             inner(value, Pressed())
         if not swallowed:
