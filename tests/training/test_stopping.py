@@ -123,27 +123,35 @@ def test_a_second_press_inside_torch_save_leaves_no_torn_checkpoint(
 
     class Pressed(io.BytesIO):
         def write(self, data: Any) -> int:
-            press(monkeypatch, 2.1)
+            if not pressed:
+                pressed.append(True)
+                press(monkeypatch, 2.1)
             return super().write(data)
 
     def saved(value: Any, place: Any, **more: Any) -> None:
         if swallowed and not isinstance(place, Path):  # the streams of state/
             inner(value, place, **more)
             return
-        with pytest.raises(RuntimeError) as caught:
+        if pressed:
+            inner(value, place, **more)
+            return
+        try:
             inner(value, Pressed())
-        if not swallowed:
-            raise caught.value
-        Path(place).write_bytes(b"half")
+        except BaseException as error:
+            met.append(type(error))
+            if not swallowed:
+                raise
+            place.write_bytes(b"half")
 
     def act() -> None:
         press(monkeypatch, 0.0)
         monkeypatch.setattr(torch, "save", saved)
 
-    inner = torch.save
+    inner, pressed, met = torch.save, [], []
     in_step_eight(monkeypatch, act)
     with pytest.raises(KeyboardInterrupt, match="without saving"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
+    assert met in ([RuntimeError], [KeyboardInterrupt])  # which of them, is torch's to say
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000005"]
     assert capfd.readouterr().err == f"{STOPPING}\n"
 
