@@ -105,7 +105,7 @@ def test_only_what_goes_on_is_requeued() -> None:
 
 @given(name=NAMES, dump_dir=NAMES, here=NAMES, code=NAMES, account=NAMES)
 def test_any_name_is_read_as_it_was_given(name: str, dump_dir: str, here: str, code: str, account: str) -> None:
-    dump_dir, here, code = (f"/{path.replace('/', '-')}" for path in (dump_dir, here, code))
+    dump_dir, here, code = (f"/in {path.replace('/', '-')}" for path in (dump_dir, here, code))  # no path is "/."
     script = script_of(dump_dir, here, code, name=name, account=account)
     asked = directives(script)
     assert asked["job-name"] == name
