@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 from bytelatent.errors import UserError
 
@@ -81,11 +81,6 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     Raises:
         UserError: another process writes there.
     """
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        yield
-        return
     path = Path(folder) / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,13 +88,79 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"'{folder}' cannot be written: {error.strerror or error}") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"'{folder}' is being written by another process; wait for it, or use run=FOLDER") from None
-        except OSError:
-            pass  # a file system without locks
+        if not _locked(lock):
+            raise UserError(f"'{folder}' is being written by another process; wait for it, or use run=FOLDER")
         yield
+
+
+def _locked(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed; False where another process has locked it."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def part_of(path: Path) -> Path:
+    """Where the lines of a file stand that `growing_file` has not finished."""
+    return path.with_name(f"{path.name}.part")
+
+
+@contextmanager
+def growing_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to append lines to, `path.part`; it becomes `path` when the block ends without an error.
+
+    However the block ends else, whole lines stay there, and the next block goes on after them; without any the file
+    goes. Nothing is held back from the disk, so that a killed process loses no line.
+
+    Raises:
+        UserError: it cannot be written, or another process writes it.
+    """
+    part = part_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = part.open("ab", buffering=0)
+    except OSError as error:
+        raise UserError(f"'{part}' cannot be written: {error.strerror or error}") from None
+    try:
+        with file:
+            if not _locked(file):
+                raise UserError(f"'{part}' is being written by another process; wait for it, or name another file")
+            try:
+                _leave_whole_lines(part)
+                yield file
+            except BaseException:
+                _leave_whole_lines(part)
+                if part.stat().st_size == 0:
+                    part.unlink()
+                raise
+        os.replace(part, path)
+    except OSError as error:
+        explain(path, error)
+        raise
+
+
+def _leave_whole_lines(path: Path) -> None:
+    """Cut off a last line that has no end."""
+    size = whole = path.stat().st_size
+    with path.open("r+b") as file:
+        while whole > 0:
+            begin = max(whole - 2**16, 0)
+            file.seek(begin)
+            end = file.read(whole - begin).rfind(b"\n")
+            if end >= 0:
+                whole = begin + end + 1
+                break
+            whole = begin
+        if whole < size:
+            file.truncate(whole)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

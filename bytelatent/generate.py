@@ -4,8 +4,9 @@ python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.
 """
 
 import json
-import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,10 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bytelatent.config import Settings, from_command_line
+from bytelatent.config import Settings, flat, from_command_line
 from bytelatent.device import choose_device
 from bytelatent.errors import Interrupted, UserError, guarded
-from bytelatent.files import whole_file
+from bytelatent.files import growing_file, part_of, whole_file
 from bytelatent.inference import Continuation, Engine, Sampling, prompt_ids
 from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
@@ -29,6 +30,8 @@ from bytelatent.interop import open_pretrained
 from bytelatent.vocab import to_bytes
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
+FREE = {"jsonl", "out", "rows", "ahead", "device"}  # settings that may differ when a file is gone on with
+TOLD = {"text", "ended", "log_probabilities", "samples"}  # keys of what comes out
 
 
 class GenerateSettings(Settings):
@@ -40,7 +43,8 @@ class GenerateSettings(Settings):
         prompt: the text to continue; `file`: a file that holds it.
         jsonl: a file of rows with `prompt` (and, if they like, `max_new_bytes` and settings of the sampling); `-` is
             standard input. They are continued many at once.
-        out: the file that rows go to, in the order of `jsonl`; standard output if left out.
+        out: the file that rows go to, in the order of `jsonl`; standard output if left out. Until the last one is done
+            they are in `OUT.part`, after whose rows the same settings go on.
         samples: continuations of each prompt.
         rows: sequences on their way at once.
         log_probabilities: tell those of each byte in the rows that come out.
@@ -70,7 +74,25 @@ def generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> Non
 
     Raises:
         UserError: the model or the prompts are not there, or a row will not do.
+        Interrupted: Ctrl-C or SIGTERM; rows that are done are kept.
     """
+    with _sigterm_as_ctrl_c():
+        _generate(settings, out, console)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
     given = [name for name in ("prompt", "file", "jsonl") if getattr(settings, name) is not None]
     if len(given) > 1:
         raise UserError(f"generate: {' and '.join(given)} are given; give one of them")
@@ -85,32 +107,73 @@ def generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> Non
     if settings.out is not None and settings.out.is_dir():
         raise UserError(f"out: '{settings.out}' is a folder; name a file")
     rows = list(_rows(settings))
-    engine = _engine(settings, settings.rows)
     if settings.out is None:
-        _continue_rows(engine, rows, settings, out, console)
+        _continue_rows(rows, settings, out, console)
         return
-    with _opened(settings.out) as file:
-        _continue_rows(engine, rows, settings, file, console)
+    with _opened(settings.out, rows, settings) as (file, num_done):
+        if num_done:
+            _say(console, f"{num_done:,} of {len(rows):,} rows are in '{part_of(settings.out)}'; going on")
+        _continue_rows(rows[num_done:], settings, file, console)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears whole; a device or a pipe, which must not be replaced, is written as it comes.
+def _opened(path: Path, rows: list["Row"], settings: GenerateSettings) -> Iterator[tuple[BinaryIO, int]]:
+    """A file that appears whole, and how many rows an earlier call has left for it.
 
-    What there is when Ctrl-C ends it is kept beside.
+    A device or a pipe, which must not be replaced, is written as it comes. However it ends else, rows that are done are
+    kept in `path.part`, and the settings they were made with beside it.
     """
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
-            yield file
+            yield file, 0
         return
-    with whole_file(path) as aside, aside.open("wb") as file:
-        try:
-            yield file
-        except KeyboardInterrupt:
-            file.flush()
-            kept = path.with_name(f"{path.name}.part")
-            shutil.copyfile(aside, kept)
-            raise Interrupted(f"'{path}' was not written; the rows so far are in '{kept}'") from None
+    part, made_with = part_of(path), path.with_name(f"{path.name}.part.settings")
+    try:
+        with growing_file(path) as file:
+            num_done = _num_done(part, made_with, rows, settings)
+            try:
+                yield file, num_done
+            except (KeyboardInterrupt, UserError) as error:
+                with part.open("rb") as lines:
+                    some = any(line.endswith(b"\n") for line in lines)
+                kept = f"the rows so far are in '{part}', and the same command goes on" if some else "no row was done"
+                if isinstance(error, UserError):
+                    raise UserError(f"{error}; {kept}" if some else str(error)) from None
+                raise Interrupted(f"'{path}' was not written; {kept}") from None
+    finally:
+        if not part.exists():
+            made_with.unlink(missing_ok=True)
+
+
+def _num_done(part: Path, made_with: Path, rows: list["Row"], settings: GenerateSettings) -> int:
+    """How many of the rows stand in `part`: the first ones, since they are written in their order.
+
+    Raises:
+        UserError: what stands there does not belong to these rows or settings.
+    """
+    now = {key: value for key, value in flat(settings.plain()).items() if key not in FREE}
+    if part.stat().st_size == 0:
+        with whole_file(made_with) as aside:
+            aside.write_text(json.dumps(now))
+        return 0
+    anew = "to begin anew, move it away"
+    try:
+        before = json.loads(made_with.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"out: '{part}' stands in the way, and '{made_with}' does not say what it is; {anew}") from None
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise UserError(f"out: '{part}' was begun with {key}={before.get(key)}, not {value}; {anew}")
+    number = 0
+    with part.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number > len(rows) or _without_told(json.loads(line)) != _without_told(rows[number - 1].given):
+                raise UserError(f"out: line {number} of '{part}' belongs to another row of '{settings.jsonl}'; {anew}")
+    return number
+
+
+def _without_told(row: dict[str, Any]) -> bytes:
+    return _line({key: value for key, value in row.items() if key not in TOLD})
 
 
 def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
@@ -210,10 +273,11 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
         yield Row(row, sampling, count)
 
 
-def _continue_rows(
-    engine: Engine, rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console
-) -> None:
+def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
     """Write each row with its continuation as soon as it and all before it are done."""
+    if not rows:
+        return
+    engine = _engine(settings, settings.rows)
     asked = [
         engine.submit(prompt_ids(row.given["prompt"]), row.sampling, row.max_new_bytes, settings.samples)
         for row in rows
@@ -228,9 +292,13 @@ def _continue_rows(
                 progress.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
                 continue
             line = {**rows[written].given, **_told(asked[written], settings)}
-            _write(out, json.dumps(line, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
+            _write(out, _line(line))
             written += 1
             progress.advance(task)
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
 
 
 def _told(continuations: list[Continuation], settings: GenerateSettings) -> dict[str, Any]:
@@ -243,9 +311,15 @@ def _told(continuations: list[Continuation], settings: GenerateSettings) -> dict
     return told[0] if settings.samples == 1 else {"samples": told}
 
 
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _write(out: BinaryIO, data: bytes) -> None:
     try:
-        out.write(data)
+        rest = memoryview(data)
+        while rest:  # a disk that fills up takes a part first
+            rest = rest[out.write(rest) :]
         out.flush()
     except BrokenPipeError:
         raise  # nobody reads any more, which is no error

@@ -1,0 +1,141 @@
+"""Many prompts from a file, by the command that a person starts and stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bytelatent.files import growing_file, part_of
+from tests.training.tiny_runs import byte_lm_run, settings, write_text
+
+GENERATE = [sys.executable, "-m", "bytelatent.cli", "generate"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from bytelatent.training import train
+
+    folder = tmp_path_factory.mktemp("byte_lm")
+    return train(settings(byte_lm_run(folder / "run", write_text(folder / "text.jsonl", seed=0), steps=2)))
+
+
+def write_rows(path: Path, number: int, num_bytes: int) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"row {row}", "n": row}) + "\n" for row in range(number)))
+    path.with_suffix(".length").write_text(str(num_bytes))
+    return path
+
+
+def command(rows: Path, model: Path, out: Path, *more: object) -> list[str]:
+    length = rows.with_suffix(".length").read_text()
+    given = ("--jsonl", rows, "-m", model, "--rows", 2, "-n", length, "--out", out, *more)
+    return [*GENERATE, *map(str, given)]
+
+
+def ended(*given: str, **options: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(given, env=ENVIRONMENT, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_command_keeps_its_rows_and_goes_on(how: signal.Signals, model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 60, 60)
+    out, part = tmp_path / "out" / "answers.jsonl", tmp_path / "out" / "answers.jsonl.part"
+    process = subprocess.Popen(command(rows, model, out), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (part.exists() and b"\n" in part.read_bytes()):
+        time.sleep(0.01)
+    process.send_signal(how)
+    told = process.communicate(timeout=60)[1]
+    if how != signal.SIGKILL:
+        assert process.returncode == 130
+        assert told == (
+            f"stopped: '{out}' was not written; the rows so far are in '{part}', and the same command goes on\n"
+        )
+    assert names(out.parent) == {part.name, f"{part.name}.settings"}
+    before = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    assert 0 < len(before) < 60
+    with part.open("ab") as file:
+        file.write(b'{"prompt": "row 2", "te')  # torn
+    again = ended(*command(rows, model, out))
+    assert again.returncode == 0, again.stderr
+    assert again.stderr == f"{len(before)} of 60 rows are in '{part}'; going on\n"
+    assert names(out.parent) == {out.name}
+    assert out.read_bytes().startswith(b"".join(before))
+    whole = tmp_path / "whole.jsonl"
+    assert ended(*command(rows, model, whole)).returncode == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert [json.loads(line)["n"] for line in out.read_bytes().splitlines()] == [*range(60)]
+
+
+def test_a_full_disk_keeps_the_rows_so_far(model: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    rows = write_rows(tmp_path / "rows.jsonl", 20, 10)
+    out = tmp_path / "out.jsonl"
+    full = ended(*command(rows, model, out), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)))
+    assert full.returncode == 2
+    [line] = full.stderr.splitlines()
+    assert line == (
+        "error: the output cannot be written: File too large; "
+        f"the rows so far are in '{out}.part', and the same command goes on"
+    )
+    kept = part_of(out).read_bytes()
+    assert kept.endswith(b"\n")
+    assert 0 < len(kept) <= 600
+    assert not out.exists()
+    assert ended(*command(rows, model, out)).returncode == 0
+    assert len(out.read_bytes().splitlines()) == 20
+    assert not part_of(out).exists()
+
+
+def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", 3, 4), tmp_path / "out.jsonl"
+    part = part_of(out)
+    part.write_text('{"prompt": "mine"}\n')
+    assert "stands in the way" in ended(*command(rows, model, out)).stderr
+    assert part.read_text() == '{"prompt": "mine"}\n'
+    part.unlink()
+    assert ended(*command(rows, model, out)).returncode == 0
+    first = out.read_bytes().splitlines(keepends=True)[0]
+
+    from bytelatent.generate import GenerateSettings, _opened, _rows
+
+    asked = GenerateSettings(model=str(model), jsonl=str(rows), out=out, max_new_bytes=4, rows=2)
+
+    def fail() -> None:
+        with _opened(out, list(_rows(asked)), asked) as (file, num_done):
+            assert num_done == 0
+            file.write(first)
+            raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        fail()
+    assert part.read_bytes() == first
+    told = ended(*command(rows, model, out, "--temperature", 0.5)).stderr
+    assert "was begun with sampling.temperature=0.8, not 0.5" in " ".join(told.split())
+    rows.write_text(rows.read_text().replace("row 0", "row zero"))
+    assert "line 1 of" in ended(*command(rows, model, out)).stderr
+    assert part.read_bytes() == first
+
+
+def test_a_growing_file_has_one_writer_and_is_gone_without_a_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with growing_file(out) as file, pytest.raises(ValueError, match="another process"), growing_file(out):
+        file.write(b"never")
+
+    def fail() -> None:
+        with growing_file(tmp_path / "other") as file:
+            file.write(b"torn" * 50_000)
+            raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        fail()
+    assert names(tmp_path) == {"out"}
