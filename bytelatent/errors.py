@@ -22,9 +22,9 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str], cutoff: float = 0.5) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, else the empty string."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
