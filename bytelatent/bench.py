@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bytelatent.config import Settings
-from bytelatent.device import choose_device, choose_dtype, peak_flops, peak_memory
+from bytelatent.device import choose_device, choose_dtype, free_memory, is_out_of_memory, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ModelSettings, preset
 from bytelatent.model.flops import costs, training_flops
@@ -38,6 +38,7 @@ SIZES = {"cuda": [16_384, 65_536], "mps": [4096, 16_384], "cpu": [2048, 8192]}
 # What an optimizer step moves for a weight in float32: AdamW reads it, its gradient and two moments and writes three
 # of them; clipping reads the gradient for its norm, then reads and writes it.
 BYTES_A_WEIGHT = 7 * 4 + 3 * 4
+KEPT_A_WEIGHT = 2 * 4  # a weight and its gradient
 
 Found = TypeVar("Found")
 
@@ -148,6 +149,7 @@ def bench_train(settings: BenchTrainSettings, console: Console) -> Report:
         raise UserError(f"float8 is for the global transformer, and '{settings.model}' has none; leave it out")
     check_float8(settings.float8, device, dtype)
     check_cuda_graph(settings.cuda_graph, device)
+    _check_memory(settings.model, model, device)
     plan = Plan(
         model,
         device,
@@ -163,6 +165,25 @@ def bench_train(settings: BenchTrainSettings, console: Console) -> Report:
         of_kind = replace(plan, optimizer=OptimizerSettings(hash_gradients=kind or "dense"))
         _measure(of_kind, kind, settings.bytes or SIZES[device.type], report, console)
     return report
+
+
+def _check_memory(name: str, model: ModelSettings, device: torch.device) -> None:
+    """A machine that gives out more memory than it has kills the process, so it is not asked.
+
+    Raises:
+        UserError: weights and gradients alone do not fit into what is free.
+    """
+    if device.type != "cpu" or (free := free_memory()) is None:
+        return
+    parts = costs(model)
+    # With `rows` the hash tables' gradients are small.
+    sparse = sum(part.num_parameters for part in parts if part.name == "n-gram hash tables")
+    needed = KEPT_A_WEIGHT * sum(part.num_parameters for part in parts) - KEPT_A_WEIGHT // 2 * sparse
+    if needed > free:
+        raise UserError(
+            f"model: weights and gradients of '{name}' take {needed / 1e9:,.1f} GB (float32), and {free / 1e9:,.1f} GB "
+            "of memory are free; take a smaller preset"
+        )
 
 
 def _measure(plan: Plan, kind: str | None, sizes: list[int], report: Report, console: Console) -> None:
@@ -242,10 +263,8 @@ def _where_it_fits(plan: Plan, work: Callable[[], Found]) -> Found | None:
     """What the work gives; None where memory does not hold it, and then what it held is free again."""
     try:
         return work()
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:
-        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
     gc.collect()
     if plan.device.type == "cuda":

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -126,7 +126,10 @@ class BLT:
         """Continuous batching: sequences that join and leave while others go on.
 
         Args:
-            num_rows: sequences on their way at once; others wait.
+            num_rows: sequences on their way at once, 1 or more; others wait.
+
+        Raises:
+            UserError: there are no rows.
         """
         return engine_for(self.model, self.patching, self._byte_lm(), num_rows, ahead=self.ahead)
 
@@ -163,14 +166,15 @@ class BLT:
             What comes after each prompt. Bytes that are no UTF-8 show as U+FFFD.
 
         Raises:
-            UserError: a setting of the sampling will not do.
+            UserError: a setting of the sampling will not do, or a prompt is neither str nor bytes.
         """
         rule = Sampling.parse(sampling, where="generate")
         if samples is not None and samples < 1:
             raise UserError(f"samples: {samples} is none; at least 1")
-        prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
+        texts_given = prompt if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes) else [prompt]
+        prompts = [prompt_ids(text) for text in texts_given]
         with self._lent_engine(max(min(len(prompts) * (samples or 1), MAX_ROWS), 1)) as engine:
-            asked = [engine.submit(prompt_ids(text), rule, max_new_bytes, samples or 1) for text in prompts]
+            asked = [engine.submit(ids, rule, max_new_bytes, samples or 1) for ids in prompts]
             engine.run()
         texts = [[continuation.text for continuation in of_prompt] for of_prompt in asked]
         found: list[Any] = texts if samples is not None else [only for [only] in texts]
@@ -180,11 +184,12 @@ class BLT:
         """Continue a text, piece by piece as it comes, in whole characters; the arguments are those of `generate`."""
         rule = Sampling.parse(sampling, where="stream")
         check_max_new_bytes(max_new_bytes)
+        ids = prompt_ids(prompt)
         self._byte_lm()
 
         def pieces() -> Iterator[str]:  # a function of its own, so that wrong settings are told at once
             with self._lent_engine(1) as engine:
-                [asked] = engine.submit(prompt_ids(prompt), rule, max_new_bytes)
+                [asked] = engine.submit(ids, rule, max_new_bytes)
                 try:
                     while asked.ended is None:
                         engine.advance()
@@ -197,7 +202,7 @@ class BLT:
 
     def score(self, prompt: str | bytes, continuations: Sequence[str | bytes]) -> list[float]:
         """log P(continuation | prompt) of each, in nats; the prompt is read once for all."""
-        if isinstance(continuations, str | bytes):
+        if isinstance(continuations, str | bytes) or not isinstance(continuations, Iterable):
             raise UserError("score takes a list of continuations; write [text] for one")
         decoder = Decoder(self.model, self.patching, self._byte_lm())
         texts = [torch.from_numpy(encode(text, bos=False, eos=False)) for text in continuations]
@@ -221,19 +226,21 @@ class BLT:
         return evaluate(self.model, map(pack, batches)).bits_per_byte
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, patch_lengths: Tensor | None = None) -> Tensor:
+    def logits(self, ids: str | bytes | Tensor, patch_lengths: Tensor | None = None) -> Tensor:
         """The model's logits, for checks and research.
 
         Args:
-            ids: [B, N], each row a document from its start, padded at its end with -1.
+            ids: a text, read after BOS; or [B, N], each row a document from its start, padded at its end with -1.
             patch_lengths: [B, P] zero-padded, a row summing to its ids or to one more; None to apply the rule.
 
         Returns:
             float32 [B, N, V]; zero where there is padding.
 
         Raises:
-            UserError: shapes or sums do not fit.
+            UserError: shapes or sums do not fit, or it is neither text nor ids.
         """
+        if not isinstance(ids, Tensor):
+            ids = prompt_ids(ids)[None]
         if ids.dim() != 2 or (patch_lengths is not None and len(patch_lengths) != len(ids)):
             raise UserError(f"logits takes ids [B, N] and patch_lengths [B, P], not {list(ids.shape)}")
         ids = ids.to(self.device)

@@ -2,11 +2,14 @@
 
 import re
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from bytelatent.errors import UserError
 
+CGROUP = Path("/sys/fs/cgroup")  # of Linux
 # Dense products a second in bfloat16, as the makers state them, by what a device's name holds; the first that fits.
 PEAKS = {
     "GB200": 2500e12,
@@ -77,6 +80,28 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if re.search(r"\b(MIG|Laptop)\b", name):  # a part of the device, or a slower one
         return None
     return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a GPU or of the machine, was not enough."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("allocate memory", "out of memory", "not enough memory")
+    )
+
+
+def free_memory() -> int | None:
+    """Bytes of this machine's memory that can be had at most, by its control group too; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # what a group uses is partly cache, and can be had
+        with suppress(OSError, ValueError):  # no such group, or "max"
+            free = min(free, int((CGROUP / limit).read_text()))
+    return free
 
 
 def peak_memory(device: torch.device | None = None) -> int:

@@ -24,9 +24,9 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-def nearest(name: str, known: list[str], within: str = "") -> str:
+def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, with `within` in front; else the empty string."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean '{within}{match[0]}'?" if match else ""
 
 

@@ -20,17 +20,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bytelatent.config import Settings, flat, from_command_line
-from bytelatent.device import choose_device
-from bytelatent.errors import Interrupted, UserError, guarded
+from bytelatent.device import choose_device, is_out_of_memory
+from bytelatent.errors import Interrupted, UserError, guarded, nearest
 from bytelatent.files import growing_file, part_of, whole_file
 from bytelatent.inference import Continuation, Engine, Sampling, prompt_ids
 from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
 from bytelatent.interop import open_pretrained
+from bytelatent.text.places import open_decompressed, readable
 from bytelatent.vocab import to_bytes
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
 FREE = {"jsonl", "out", "rows", "ahead", "device"}  # settings that may differ when a file is gone on with
+OF_A_ROW = {"prompt", "max_new_bytes", *Sampling.model_fields}
 TOLD = {"text", "ended", "log_probabilities", "samples"}  # keys of what comes out
 
 
@@ -41,8 +43,8 @@ class GenerateSettings(Settings):
         model: a run, a folder with a model, or OWNER/NAME on the hub.
         entropy: its byte LM, if it stands neither inside nor beside it.
         prompt: the text to continue; `file`: a file that holds it.
-        jsonl: a file of rows with `prompt` (and, if they like, `max_new_bytes` and settings of the sampling); `-` is
-            standard input. They are continued many at once.
+        jsonl: a file of rows with `prompt` (and, if they like, `max_new_bytes` and settings of the sampling), plain,
+            .gz or .zst; `-` is standard input. They are continued many at once.
         out: the file that rows go to, in the order of `jsonl`; standard output if left out. Until the last one is done
             they are in `OUT.part`, after whose rows the same settings go on.
         samples: continuations of each prompt.
@@ -101,12 +103,13 @@ def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> No
             if getattr(settings, name):
                 raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
         prompt = _prompt(settings)
-        engine = _engine(settings, settings.samples)
-        _show(engine, prompt, settings, out, console)
+        with _memory_named("samples", settings.samples):
+            _show(_engine(settings, settings.samples), prompt, settings, out, console)
         return
     if settings.out is not None and settings.out.is_dir():
         raise UserError(f"out: '{settings.out}' is a folder; name a file")
     rows = list(_rows(settings))
+    _tell_of_keys(rows, settings, console)
     if settings.out is None:
         _continue_rows(rows, settings, out, console)
         return
@@ -249,10 +252,11 @@ def _rows(settings: GenerateSettings) -> Iterator[Row]:
         yield from _parsed(sys.stdin.buffer, "standard input", settings)
         return
     try:
-        with Path(settings.jsonl).open("rb") as file:
-            yield from _parsed(file, settings.jsonl, settings)
+        file = open_decompressed(settings.jsonl)
     except OSError as error:
         raise UserError(f"jsonl: '{settings.jsonl}' cannot be read: {error.strerror or error}") from None
+    with readable(settings.jsonl), file:
+        yield from _parsed(file, settings.jsonl, settings)
 
 
 def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator[Row]:
@@ -265,6 +269,9 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
             raise UserError(f"{name}: line {number} is no JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f'{name}: line {number} has no text under "prompt"; write {{"prompt": "..."}}')
+        for key in row.keys() - OF_A_ROW:
+            if (meant := key.lower().replace("-", "_")) in OF_A_ROW:
+                raise UserError(f"{name}: line {number}: '{key}' is no setting; write '{meant}'")
         own = {key: row[key] for key in Sampling.model_fields if key in row}
         sampling = Sampling.parse({**settings.sampling.model_dump(), **own}, where=f"{name}: line {number}")
         count = row.get("max_new_bytes", settings.max_new_bytes)
@@ -273,11 +280,41 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
         yield Row(row, sampling, count)
 
 
+def _tell_of_keys(rows: list[Row], settings: GenerateSettings, console: Console) -> None:
+    """Say once which keys of the rows look like a setting and are none, and which are written over."""
+    written = TOLD - {"samples"} if settings.samples == 1 else {"samples"}
+    if not settings.log_probabilities:
+        written -= {"log_probabilities"}
+    for key in sorted({key for row in rows for key in row.given} - OF_A_ROW):
+        if key in written:
+            _say(console, f"'{settings.jsonl}' has '{key}' of its own, which the rows that come out do not keep")
+        elif hint := nearest(key, sorted(OF_A_ROW), cutoff=0.85):
+            _say(console, f"'{settings.jsonl}' has '{key}', which is no setting and passes through{hint}")
+
+
 def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
     """Write each row with its continuation as soon as it and all before it are done."""
     if not rows:
         return
-    engine = _engine(settings, settings.rows)
+    num_rows = min(settings.rows, len(rows) * settings.samples)
+    with _memory_named("rows", num_rows):
+        _continue_with(_engine(settings, num_rows), rows, settings, out, console)
+
+
+@contextmanager
+def _memory_named(name: str, number: int) -> Iterator[None]:
+    """Too little memory is an error that names the setting to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{name}: memory does not hold {number:,} sequences at once; lower --{name}") from None
+
+
+def _continue_with(
+    engine: Engine, rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console
+) -> None:
     asked = [
         engine.submit(prompt_ids(row.given["prompt"]), row.sampling, row.max_new_bytes, settings.samples)
         for row in rows

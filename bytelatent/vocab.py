@@ -6,6 +6,8 @@ assumes UTF-8.
 
 import numpy as np
 
+from bytelatent.errors import UserError
+
 BOE, BOS, EOS, BPE_DELIMITER = 0, 1, 2, 3
 OFFSET = 4
 VOCAB_SIZE = OFFSET + 256
@@ -13,9 +15,15 @@ PADDING = -1  # fills ragged rows of ids; never embedded
 
 
 def to_bytes(text: str | bytes) -> bytes:
-    """UTF-8; bytes as they are. Surrogates that stand for undecodable bytes become those bytes again, others pass."""
+    """UTF-8; bytes as they are. Surrogates that stand for undecodable bytes become those bytes again, others pass.
+
+    Raises:
+        UserError: it is neither str nor bytes.
+    """
     if isinstance(text, bytes):
         return text
+    if not isinstance(text, str):
+        raise UserError(f"a text is str or bytes, not {type(text).__name__}: {str(text)[:60]}")
     try:
         return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:

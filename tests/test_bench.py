@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bytelatent import bench
+from bytelatent import bench, device
 from bytelatent.bench import BYTES_A_WEIGHT
 from bytelatent.cli import app, main
 from bytelatent.model import PRESETS, preset
@@ -160,3 +161,32 @@ def test_help() -> None:
         shown = CliRunner().invoke(app, arguments).stdout
         assert all(word in shown for word in words)
     assert "bench" in CliRunner().invoke(app, ["--help"]).stdout
+
+
+def test_a_model_that_the_machine_cannot_hold_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "free_memory", lambda: 23 * 10**9)
+    monkeypatch.setattr(bench, "Trainee", None)  # nothing is built
+    monkeypatch.setattr(sys, "argv", ["blt", "bench", "train", "blt-8b", "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    parts = {part.name: part.num_parameters for part in costs(preset("blt-8b"))}
+    needed = 8 * sum(parts.values()) - 4 * parts["n-gram hash tables"]
+    assert line == (
+        f"error: model: weights and gradients of 'blt-8b' take {needed / 1e9:,.1f} GB (float32), and 23.0 GB of memory "
+        "are free; take a smaller preset"
+    )
+
+
+def test_free_memory_is_within_the_limit_of_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    whole = device.free_memory()
+    if whole is None:
+        pytest.skip("this system does not say")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (device.free_memory() or 0) > 1_000_000
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert device.free_memory() == 1000

@@ -1,6 +1,7 @@
 """The public face."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from bytelatent import BLT
 from bytelatent.errors import UserError
+from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.rounded import rounded
 from bytelatent.interop import Config
 from bytelatent.model import BLTModel
@@ -325,3 +327,35 @@ def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
     for _ in zip(blt.stream("The", max_new_bytes=50), range(2), strict=False):  # nobody wants the rest
         pass
     assert blt.generate("The", **settings) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda blt: blt.engine(num_rows=0), "num_rows: 0 will not do"),
+        (lambda blt: blt.engine(num_rows="4"), "num_rows: '4' will not do"),
+        (lambda blt: Engine.plain(Decoder(blt.model, blt.patching, blt.byte_lm), -1), "num_rows: -1 will not do"),
+        (lambda blt: blt.engine(1).submit(["Once"], Sampling(), 3), "a text is str or bytes, not list"),
+        (lambda blt: blt.engine(1).submit(torch.ones(1, 3), Sampling(), 3), "prompt: ids .* of one text"),
+        (lambda blt: blt.stream(["a", "b"]), "a text is str or bytes, not list"),
+        (lambda blt: blt.score("a", [5]), "a text is str or bytes, not int: 5"),
+        (lambda blt: blt.score("a", 5), "score takes a list of continuations"),
+        (lambda blt: blt.generate(5), "a text is str or bytes, not int: 5"),
+        (lambda blt: blt.generate(["a", None]), "a text is str or bytes, not NoneType"),
+        (lambda blt: blt.logits([1, 5, 6]), "a text is str or bytes, not list"),
+        (lambda blt: blt.patch(5), "a text is str or bytes, not int"),
+    ],
+)
+def test_what_is_no_text_or_number_is_told_at_the_call(call: Callable[[BLT], object], message: str, blt: BLT) -> None:
+    with pytest.raises(UserError, match=message):
+        call(blt)
+
+
+def test_text_where_ids_are_taken_too(blt: BLT) -> None:
+    ids = prompt_ids("Once")
+    assert torch.equal(blt.logits("Once"), blt.logits(ids[None]))
+    assert torch.equal(blt.logits(b"Once"), blt.logits(ids[None]))
+    engine = blt.engine(num_rows=3)
+    asked = [engine.submit(prompt, Sampling(), 8)[0] for prompt in ("Once", b"Once", ids)]
+    engine.run()
+    assert asked[0].ids == asked[1].ids == asked[2].ids

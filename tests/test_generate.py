@@ -1,5 +1,7 @@
 """Many prompts from a file, by the command that a person starts and stops."""
 
+import gzip
+import io
 import json
 import os
 import signal
@@ -9,7 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
+from bytelatent import generate
+from bytelatent.errors import UserError
 from bytelatent.files import growing_file, part_of
 from tests.training.tiny_runs import byte_lm_run, settings, write_text
 
@@ -139,3 +145,63 @@ def test_a_growing_file_has_one_writer_and_is_gone_without_a_line(tmp_path: Path
     with pytest.raises(RuntimeError, match="a fault"):
         fail()
     assert names(tmp_path) == {"out"}
+
+
+def test_no_more_rows_are_made_than_there_are_sequences(model: Path, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", 2, 3), tmp_path / "out.jsonl"
+    done = ended(*command(rows, model, out, "--rows", 10**9))
+    assert done.returncode == 0, done.stderr
+    assert len(out.read_bytes().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[enforce fail] can't allocate memory"), torch.OutOfMemoryError("CUDA")]
+)
+def test_too_little_memory_names_the_rows(
+    error: Exception, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine_for(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(generate, "engine_for", engine_for)
+    rows = write_rows(tmp_path / "rows.jsonl", 5, 3)
+    with pytest.raises(UserError, match=r"^rows: memory does not hold 4 sequences at once; lower --rows$"):
+        run(model=str(model), jsonl=str(rows), rows=4)
+
+
+def run(**given: object) -> tuple[list[dict[str, object]], str]:
+    """The rows that come out, and what is said."""
+    out, said = io.BytesIO(), io.StringIO()
+    generate.generate(generate.GenerateSettings.parse(given), out, Console(file=said))
+    return [json.loads(line) for line in out.getvalue().splitlines()], said.getvalue()
+
+
+def test_keys_that_are_mistakes_are_told(model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    for wrong, right in (("Temperature", "temperature"), ("max-new-bytes", "max_new_bytes"), ("PROMPT", "prompt")):
+        rows.write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "b", wrong: 0}))
+        with pytest.raises(UserError, match=f"line 2: '{wrong}' is no setting; write '{right}'"):
+            run(model="absent", jsonl=str(rows))
+    rows.write_text(
+        '{"prompt": "a", "temprature": 0, "text": "mine", "title": 1, "ended": 2, "log_probabilities": 3}\n'
+    )
+    [row], said = run(model=str(model), jsonl=str(rows), max_new_bytes=2)
+    assert said.splitlines() == [
+        f"'{rows}' has 'ended' of its own, which the rows that come out do not keep",
+        f"'{rows}' has 'temprature', which is no setting and passes through; did you mean 'temperature'?",
+        f"'{rows}' has 'text' of its own, which the rows that come out do not keep",
+    ]
+    assert (row["temprature"], row["title"], row["log_probabilities"]) == (0, 1, 3)
+    assert run(model=str(model), jsonl=str(rows), max_new_bytes=2, samples=2)[0][0]["text"] == "mine"
+
+
+def test_compressed_rows(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 3, 2)
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(rows.read_bytes()))
+    assert run(model=str(model), jsonl=str(packed), max_new_bytes=2) == run(
+        model=str(model), jsonl=str(rows), max_new_bytes=2
+    )
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is not a whole gzip file"):
+        run(model="absent", jsonl=str(packed))

@@ -18,7 +18,7 @@ from bytelatent.inference.sampling import Sampling, SamplingRows
 from bytelatent.inference.state import DecodeState
 from bytelatent.inference.stopping import StopWatch
 from bytelatent.inference.utf8 import CharacterStream
-from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, to_bytes
+from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
 # Shapes: B rows, V vocabulary
 
@@ -154,6 +154,17 @@ class Rows:
         return known
 
 
+def prompt_ids(text: str | bytes) -> Tensor:
+    """BOS and the bytes of a prompt, [N]."""
+    return torch.from_numpy(encode(text, eos=False))
+
+
+def check_num_rows(num_rows: int) -> None:
+    """Raises UserError where no sequence could ever be on its way."""
+    if not isinstance(num_rows, int) or num_rows < 1:
+        raise UserError(f"num_rows: {num_rows!r} will not do; a number from 1 on")
+
+
 def check_max_new_bytes(max_new_bytes: int) -> None:
     """Raises UserError where no byte is asked for."""
     if max_new_bytes < 1:
@@ -170,6 +181,7 @@ class Engine:
     """
 
     def __init__(self, decoder: Decoder, rows: RowsOnDevice, num_rows: int):
+        check_num_rows(num_rows)
         self.decoder = decoder
         self.rows = rows
         self._in_row: list[Continuation | None] = [None] * num_rows
@@ -178,22 +190,29 @@ class Engine:
     @classmethod
     def plain(cls, decoder: Decoder, num_rows: int) -> "Engine":
         """One in plain PyTorch."""
+        check_num_rows(num_rows)
         return cls(decoder, Rows(decoder, num_rows), num_rows)
 
     @property
     def is_idle(self) -> bool:
         return not self._waiting and not any(self._in_row)
 
-    def submit(self, prompt: Tensor, sampling: Sampling, max_new_bytes: int, samples: int = 1) -> list[Continuation]:
+    def submit(
+        self, prompt: str | bytes | Tensor, sampling: Sampling, max_new_bytes: int, samples: int = 1
+    ) -> list[Continuation]:
         """Ask for continuations of a prompt; several share the reading of it, with seeds that follow one another.
 
         Args:
-            prompt: [N] ids, BOS first.
+            prompt: a text, or [N] ids, BOS first.
             max_new_bytes: where each ends, unless the model ends the text before.
 
         Raises:
-            UserError: the prompt is empty, or no byte is asked for.
+            UserError: the prompt is neither text nor ids, or holds none; or no byte is asked for.
         """
+        if not isinstance(prompt, Tensor):
+            prompt = prompt_ids(prompt)
+        if prompt.dim() != 1:
+            raise UserError(f"prompt: ids [N] of one text, not {list(prompt.shape)}")
         if len(prompt) == 0:
             raise UserError("prompt: it holds no ids; a document begins with BOS")
         check_max_new_bytes(max_new_bytes)

@@ -7,7 +7,7 @@ reading what was drawn in the background.
 
 from bytelatent.errors import UserError
 from bytelatent.inference.decode import Decoder
-from bytelatent.inference.engine import Engine
+from bytelatent.inference.engine import Engine, check_num_rows
 from bytelatent.inference.fast.drafted import LONGEST
 from bytelatent.inference.fast.prefill import FastDecoder
 from bytelatent.inference.fast.rows import FastRows
@@ -35,8 +35,9 @@ def engine_for(
             model verifies them, and the bytes are the same; 1 drafts none.
 
     Raises:
-        UserError: this model cannot draft, or not so far.
+        UserError: this model cannot draft, or not so far; or there are no rows.
     """
+    check_num_rows(num_rows)
     check_ahead(ahead)
     device = next(model.parameters()).device.type
     if ahead > 1 and (why := _drafts_nothing(model, patching, byte_lm, device)):
