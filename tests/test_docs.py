@@ -1,0 +1,51 @@
+"""The snippets of the pages that describe generation, run as they stand."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bytelatent import BLT
+from bytelatent.cli import app
+from bytelatent.config import load_yaml
+from bytelatent.generate import GenerateSettings, main
+from tests.model.tiny import tiny_blt
+from tests.test_blt import wrap
+
+PAGE = (Path(__file__).parents[1] / "docs" / "generation.md").read_text(encoding="utf-8")
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the page names: a model, prompts, a prompt, settings."""
+    wrap(tiny_blt(window=6)).save_pretrained(tmp_path / "runs" / "demo")
+    (tmp_path / "prompt.txt").write_text("A prompt")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "title": 1}\n')
+    (tmp_path / "generate.yaml").write_text(snippets("yaml")[0])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python(here: Path) -> None:
+    names: dict[str, object] = {}
+    for snippet in snippets("python"):  # one after another, as they are read
+        exec(compile(snippet, "docs/generation.md", "exec"), names)
+    assert isinstance(names["model"], BLT)
+
+
+def test_commands(here: Path) -> None:
+    assert GenerateSettings.parse(load_yaml("generate.yaml")).sampling.temperature == 0.7
+    commands = [line for snippet in snippets("bash") for line in snippet.splitlines() if line.startswith("blt ")]
+    assert len(commands) == 4
+    for command in commands:
+        arguments = shlex.split(command.replace("$'\\n\\n'", "'\n\n'"), comments=True)[1:]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    main(["config=generate.yaml", "sampling.top_p=0.9"])
+    assert (here / "answers.jsonl").read_text().count("\n") == 1
