@@ -88,24 +88,29 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"'{folder}' cannot be written: {error.strerror or error}") from None
     with lock:
-        if not _locked(lock):
-            raise UserError(f"'{folder}' is being written by another process; wait for it, or use run=FOLDER")
+        try:
+            _lock(lock)
+        except BlockingIOError:
+            raise UserError(f"'{folder}' is being written by another process; wait for it, or use run=FOLDER") from None
         yield
 
 
-def _locked(file: IO[Any]) -> bool:
-    """Lock an open file until it is closed; False where another process has locked it."""
+def _lock(file: IO[Any]) -> None:
+    """Lock an open file until it is closed.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
-        return True
+        return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        raise
     except OSError:
         pass  # a file system without locks
-    return True
 
 
 def part_of(path: Path) -> Path:
@@ -131,8 +136,12 @@ def growing_file(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"'{part}' cannot be written: {error.strerror or error}") from None
     try:
         with file:
-            if not _locked(file):
-                raise UserError(f"'{part}' is being written by another process; wait for it, or name another file")
+            try:
+                _lock(file)
+            except BlockingIOError:
+                raise UserError(
+                    f"'{part}' is being written by another process; wait for it, or name another file"
+                ) from None
             try:
                 _leave_whole_lines(part)
                 yield file

@@ -224,7 +224,7 @@ def test_stopped_in_the_middle(sent: signal.Signals, code: int, server: HubServe
         "from bytelatent.prepare.download import fetch;"
         "guarded(lambda: fetch(sys.argv[1], Path(sys.argv[2]), Console()))"
     )
-    environment = os.environ | server.environment | {"HF_HOME": str(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    environment = os.environ | server.environment | {"HF_HOME": str(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
     command = [sys.executable, "-c", program, SOURCE, str(folder)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         part = part_of(folder / "big.jsonl")
