@@ -112,9 +112,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
         loader,
         Checkpoints(run.folder, run.config, settings.checkpoint, plan, in_background, say, stopped) as checkpoints,
         Watchdog(settings.faults.watchdog_minutes, ranks) as watchdog,
-        who_failed(
-            ranks, lambda: state.step, stopped
-        ),  # the first to hear of it: torchrun soon ends those that are left
+        who_failed(ranks, lambda: state.step, stopped),  # at once: torchrun soon ends the ranks that are left
     ):
         if not checkpoints.load(state):
             draw_weights(model, settings.model, plan)
