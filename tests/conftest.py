@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ settings.load_profile("bytelatent")
 # A shell's background job is started with SIGINT ignored, and hands that on to the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def heard_again() -> Iterator[None]:
+    """A command that was stopped no longer hears SIGINT, nor would the programs that later tests start."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
