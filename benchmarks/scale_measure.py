@@ -206,10 +206,21 @@ SAVE_HEAD = (
 )
 
 
+def steps_while(going_on: Callable[[], bool], training: Training, ranks: Ranks) -> tuple[int, float]:
+    """Steps while something goes on beside them on any rank: how many, and their seconds."""
+    steps, began = 0, time.perf_counter()
+    while sum(ranks.gather(going_on())):
+        training.step()
+        steps += 1
+    wait_for(training.device)
+    return steps, time.perf_counter() - began
+
+
 def saved(training: Training, name: str, seconds: float, folder: Path, say: Callable[[str], None]) -> None:
     """Save in the background while steps go on; a line of a table for each time, told as soon as it is known.
 
-    Twice: the first save also gets the pinned memory for its copies, which later ones find there.
+    Twice: the first save's writer meets memory and files for the first time. Before it, as in a run, the memory for its
+    copies is got beside some steps.
 
     Args:
         seconds: of a step without a save.
@@ -217,17 +228,17 @@ def saved(training: Training, name: str, seconds: float, folder: Path, say: Call
     settings, ranks = training.settings, training.plan.ranks
     config = Config(model=settings.model, context=settings.data.context, patching=settings.patching)
     with Checkpoints(folder, config, settings.checkpoint, training.plan, True, say) as checkpoints:
+        checkpoints.prepare(training.state)
+        steps, took = steps_while(lambda: not checkpoints.are_prepared, training, ranks)
+        line = f"\n{name}: {steps} steps beside which the memory for copies was got: {took:.1f} s in place of "
+        line += f"{steps * seconds:.1f} s"
         for number in (1, 2):
             wait_for(training.device)
             began = time.perf_counter()
             checkpoints.save(training.state)
             waited = max(ranks.gather(time.perf_counter() - began))
-            steps, stepped = 0, time.perf_counter()
-            while sum(ranks.gather(checkpoints.is_writing)):
-                training.step()
-                steps += 1
-            wait_for(training.device)
-            during = (time.perf_counter() - stepped) / max(steps, 1)
+            steps, took = steps_while(lambda: checkpoints.is_writing, training, ranks)
+            during = took / max(steps, 1)
             complete = time.perf_counter() - began
             checkpoints.wait()
             num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -247,6 +258,7 @@ def saved(training: Training, name: str, seconds: float, folder: Path, say: Call
                 f"{(waited + slowed) / of:.2%}",
             ]
             say(f"| {' | '.join(cells)} |")
+        say(line)
 
 
 def measure(

@@ -29,6 +29,7 @@ from bytelatent.files import Digest, DiskFull, digest_of, explain, newest_whole,
 from bytelatent.interop import Config, StoredModel
 from bytelatent.interop.native import write_native
 from bytelatent.interop.tensors import StoredTensor
+from bytelatent.training.copies import Copies
 from bytelatent.training.optimizer import Optimizers
 from bytelatent.training.parallel import Plan
 from bytelatent.training.settings import CheckpointSettings
@@ -90,7 +91,7 @@ class Checkpoints:
         self.ranks = plan.ranks.another_group()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._copies: dict[str, Tensor] = {}  # what the writer reads
+        self._copies = Copies()  # what the writer reads
         self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def __enter__(self) -> Self:
@@ -99,6 +100,18 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._writer is not None and (kind is None or issubclass(kind, Exception)):
             self._writer.join(LINGER)
+        self._copies.close()
+
+    def prepare(self, state: TrainState) -> None:
+        """Get ready in the background, as soon as a step has been made; a save that comes before waits for it."""
+        from bytelatent.training.stored_state import tensors_of  # it takes seconds to import
+
+        if self.asynchronous:
+            self._copies.prepare(tensors_of(state.model, state.optimizer))
+
+    @property
+    def are_prepared(self) -> bool:
+        return self._copies.are_prepared
 
     def save(self, state: TrainState, over: bool = False, needed: bool = False) -> None:
         """Save, in the background if so set; a full disk is waited for, and then done without.
@@ -191,7 +204,7 @@ class Checkpoints:
         self.plan.let_go(state.model)
         tensors = tensors_of(state.model, state.optimizer)
         if self.asynchronous:
-            tensors = self._copied(tensors)
+            tensors = self._copies.take(tensors)
         progress = {
             "step": state.step,
             "bytes_seen": state.bytes_seen,
@@ -213,17 +226,6 @@ class Checkpoints:
             own if reads else None,
             model or None,
         )
-
-    @torch.no_grad()
-    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU. To get pinned memory is slow, so it is kept from one save to the next."""
-        for name, value in tensors.items():
-            if name not in self._copies:
-                self._copies[name] = _place_for(value)
-            _own_part(self._copies[name]).copy_(_own_part(value), non_blocking=True)
-        if self._device is not None:
-            torch.cuda.synchronize(self._device)
-        return dict(self._copies)
 
     def _write_aside(self, content: Content, needed: bool) -> None:
         if self._device is not None:
@@ -339,23 +341,6 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         for unfinished in self.parent.glob(".step-*"):  # left by a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _own_part(value: Any) -> Tensor:
-    """What this rank holds of a tensor."""
-    return value.to_local() if hasattr(value, "to_local") else value
-
-
-def _place_for(value: Tensor) -> Tensor:
-    """An empty tensor on the CPU, spread as `value` is; pinned for one on a GPU: it is many times as fast to fill."""
-    place: Any = torch.empty_like(value, device="cpu")
-    if not value.is_cuda:
-        return place
-    pinned = torch.empty_like(_own_part(place), pin_memory=True)
-    if not hasattr(place, "to_local"):
-        return pinned
-    place._local_tensor = pinned  # made from parts, it would be moved to the device of its mesh
-    return place
 
 
 def _as_tensors(value: Any) -> Any:

@@ -146,6 +146,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                 if state.step == first:  # it compiles and warms up: its time says nothing about the next steps'
                     state.seconds, state.waited, state.patches_seen = before, 0.0, 0
                     logged = Totals.of(state)
+                    checkpoints.prepare(state)
                 # What all ranks should decide alike: the clock of the first one counts, and a signal to any.
                 stop, state.seconds = ranks.sum([stopped(), state.seconds * ranks.is_first])
                 done = _done(state, settings)
