@@ -1,10 +1,11 @@
 """What drafts and rounded weights do to a trained model's generation.
 
-    python benchmarks/decode_trained.py drafted --model runs/blt_100m
+    python benchmarks/decode_trained.py drafted --model runs/blt_100m [--rows 64]
     python benchmarks/decode_trained.py speculation --model runs/demo
     python benchmarks/decode_trained.py rounding --model runs/demo --text FILE
 
-drafted      the captured step with drafts of several lengths (`ahead`): bytes a step and bytes/s; on CUDA in bfloat16
+drafted      the captured step with drafts of several lengths (`ahead`): bytes a step and bytes/s; on CUDA in bfloat16.
+             Of several sequences the slowest counts, so fewer bytes seem to be kept
 speculation  how many drafted bytes are kept, and what they save: on this machine's CPU, and where the time is that of
              reading weights
 rounding     bits per byte of a text by the matrices as they are, and rounded to int8 and fp8
@@ -38,7 +39,7 @@ PROMPTS = {
 }
 
 
-def drafted(model: str, new: int = 1024) -> None:
+def drafted(model: str, num_rows: int, new: int = 1024) -> None:
     """What a trained model keeps of what its local models draft in the captured step, and what that saves."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = load(model)
@@ -48,27 +49,30 @@ def drafted(model: str, new: int = 1024) -> None:
         blt, byte_lm = blt.bfloat16(), byte_lm.to(device).bfloat16()
     decode_step.EOS = -1  # no text ends on a GPU, so that all are as long
     plain_rate: dict[tuple[str, float], float] = {}
-    print("text, temperature, ahead | bytes a step | drafted bytes kept | ms a step | bytes/s | times plain")
+    print(f"{num_rows} sequences at once, bytes of each")
+    print("text, temperature, ahead | bytes a step | drafted bytes kept | ms a step | bytes/s of all | times plain")
     for ahead in (1, 4, 8, 12, 16):
-        engine = engine_for(blt, found.config.patching, byte_lm, 1, ahead=ahead)
-        engine.submit(prompt_ids("warm"), Sampling(), 64)
+        engine = engine_for(blt, found.config.patching, byte_lm, num_rows, ahead=ahead)
+        for seed in range(num_rows):
+            engine.submit(prompt_ids("warm"), Sampling(seed=seed), 64)
         engine.run()
         for name, prompt in PROMPTS.items():
             for temperature in (0.0, 0.8):
-                [asked] = engine.submit(prompt_ids(prompt), Sampling(temperature=temperature), new)
+                draws = [Sampling(temperature=temperature, seed=seed) for seed in range(num_rows)]
+                asked = [one for draw in draws for one in engine.submit(prompt_ids(prompt), draw, new)]
                 engine.advance()
                 began, steps = time.perf_counter(), 0
-                before = len(asked.ids)
-                while asked.ended is None:
+                before = sum(len(one.ids) for one in asked)
+                while any(one.ended is None for one in asked):
                     engine.advance()
                     steps += 1
                 steps -= len(engine.rows._on_the_way)  # type: ignore[attr-defined]
-                seconds, drawn = time.perf_counter() - began, len(asked.ids) - before
-                rate = drawn / seconds
+                seconds, drawn = time.perf_counter() - began, sum(len(one.ids) for one in asked) - before
+                rate, each = drawn / seconds, drawn / steps / num_rows
                 plain = plain_rate.setdefault((name, temperature), rate)
-                kept = f"{(drawn / steps - 1) / (ahead - 1):.0%}" if ahead > 1 else "-"
+                kept = f"{(each - 1) / (ahead - 1):.0%}" if ahead > 1 else "-"
                 print(
-                    f"{name}, {temperature}, {ahead} | {drawn / steps:.2f} | {kept} | {seconds / steps * 1e3:.3f} | "
+                    f"{name}, {temperature}, {ahead} | {each:.2f} | {kept} | {seconds / steps * 1e3:.3f} | "
                     f"{rate:,.0f} | {rate / plain:.2f}",
                     flush=True,
                 )
@@ -128,10 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["drafted", "speculation", "rounding"])
     parser.add_argument("--model", default="runs/demo")
+    parser.add_argument("--rows", type=int, default=1, help="sequences at once; of drafted")
     parser.add_argument("--text", help="of rounding")
     given = parser.parse_args()
     if given.what == "drafted":
-        drafted(given.model)
+        drafted(given.model, given.rows)
     elif given.what == "speculation":
         speculation(given.model)
     else:
