@@ -51,6 +51,9 @@ class Dealt:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.inner.close()
 
     def __next__(self) -> Batch:

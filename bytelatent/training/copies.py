@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE = 2**28  # bytes pinned at once, which other work on the GPU may have to wait for
-ALIGNED = 64
-
 
 class Copies:
     """Memory for copies, kept from one save to the next.
@@ -22,14 +19,15 @@ class Copies:
     def __init__(self) -> None:
         self._places: dict[str, Tensor] = {}
         self._pinning: threading.Thread | None = None
-        self._pinned: list[int] = []  # where pieces begin
+        self._pinned: list[int] = []  # where they begin
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
         """Begin to get memory for copies of such tensors."""
         self.close()
-        self._places, pages = places_for(tensors)
-        if any(value.is_cuda for value in tensors.values()):
-            self._pinning = threading.Thread(target=self._pin, args=(pages,), daemon=True)
+        self._places = places_for(tensors)
+        of_gpu = [own_part(self._places[name]) for name, value in tensors.items() if value.is_cuda]
+        if of_gpu:
+            self._pinning = threading.Thread(target=self._pin, args=(of_gpu,), daemon=True)
             self._pinning.start()
 
     @property
@@ -67,18 +65,18 @@ class Copies:
             self._pinning.join()
             self._pinning = None
 
-    def _pin(self, pages: mmap.mmap) -> None:
-        """Where this is refused, copying is slower."""
-        whole = torch.frombuffer(pages, dtype=torch.uint8)
-        for piece in whole.split(PIECE):
-            piece.zero_()  # by several threads; pinning would get the pages by one
-            if int(_cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0)) == 0:
-                self._pinned.append(piece.data_ptr())
+    def _pin(self, places: list[Tensor]) -> None:
+        """One after the other; a copy must not lie in memory that was pinned at two times. Where it is refused, copying
+        is slower."""
+        for place in places:
+            place.zero_()  # by several threads; pinning would get the pages by one
+            if place.nbytes and int(_cudart().cudaHostRegister(place.data_ptr(), place.nbytes, 0)) == 0:
+                self._pinned.append(place.data_ptr())
 
 
-def places_for(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], mmap.mmap]:
-    """Empty tensors on the CPU, spread as the given ones are, and the memory that they lie in one after another."""
-    sizes = [-(-own_part(value).nbytes // ALIGNED) * ALIGNED for value in tensors.values()]
+def places_for(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Empty tensors on the CPU, spread as the given ones are, each on pages of its own."""
+    sizes = [-(-own_part(value).nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for value in tensors.values()]
     pages = mmap.mmap(-1, max(sum(sizes), 1))
     with suppress(AttributeError, OSError):  # not every system has large pages, which are got faster
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -89,7 +87,7 @@ def places_for(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], mmap.mmap
             place = torch.frombuffer(pages, dtype=part.dtype, count=part.numel(), offset=begin)
         places[name] = spread_like(value, place.to(part.dtype).view(part.shape))
         begin += size
-    return places, pages
+    return places
 
 
 def own_part(value: Any) -> Tensor:

@@ -14,8 +14,19 @@ from torch import nn
 from bytelatent.errors import UserError
 from bytelatent.model import CrossAttention
 from bytelatent.model.block import Block
+from bytelatent.training.copies import own_part
 from bytelatent.training.row_adamw import SparseRowsAdamW
 from bytelatent.training.settings import LearningRateScale, OptimizerSettings
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, on what this rank holds of each weight: by way of DTensor the host takes longer than the GPU."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        is_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(own_part, tensors)
+        return is_complex
 
 
 class Optimizers:
@@ -98,7 +109,7 @@ def _optimizer(
     if kind == "muon":  # its steps are scaled to the size of AdamW's, so that both share a learning rate
         return torch.optim.Muon(given, adjust_lr_fn="match_rms_adamw")
     betas = (settings.beta1, settings.beta2)
-    return SparseRowsAdamW(given, betas=betas) if kind == "rows" else torch.optim.AdamW(given, betas=betas, fused=True)
+    return SparseRowsAdamW(given, betas=betas) if kind == "rows" else AdamW(given, betas=betas, fused=True)
 
 
 def _scale(name: str, scales: LearningRateScale) -> float:

@@ -1,7 +1,7 @@
 """Copies for a save in the background: the same numbers, in memory of their own, that is kept."""
 
 import io
-from itertools import pairwise
+import mmap
 from typing import Any
 
 import pytest
@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bytelatent.training import copies
 from bytelatent.training.copies import Copies, places_for
 from bytelatent.training.ranks import open_ranks
 from tests.training.crew import Crew
@@ -69,7 +68,7 @@ def test_a_strided_tensor_is_copied_whole() -> None:
 
 
 class Cudart:
-    """What stands for CUDA's runtime: it refuses the second piece."""
+    """What stands for CUDA's runtime: it refuses the second place."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
@@ -84,20 +83,17 @@ class Cudart:
         return 0
 
 
-def test_all_memory_is_pinned_in_pieces_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_copy_is_pinned_for_itself_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     cudart = Cudart()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(copies, "PIECE", 2**14)
-    places, pages = places_for({"a": torch.zeros(5000), "b": torch.zeros(7000)})
+    tensors = {"a": torch.zeros(5000), "b": torch.zeros(()), "none": torch.zeros(0), "c": torch.zeros(1025).bfloat16()}
+    places = places_for(tensors)
     mine = Copies()
-    mine._pin(pages)
-    begin, end = cudart.asked[0][0], sum(cudart.asked[-1])
-    assert begin == places["a"].data_ptr()
-    assert end >= places["b"].data_ptr() + places["b"].nbytes
-    assert all(sum(one) == other[0] for one, other in pairwise(cudart.asked))
-    assert begin % 4096 == 0
+    mine._pin(list(places.values()))
+    assert cudart.asked == [(places[name].data_ptr(), tensors[name].nbytes) for name in "abc"]
+    assert all(begin % mmap.PAGESIZE == 0 for begin, _ in cudart.asked), "two may share a page, which is pinned once"
     mine.close()
-    assert cudart.let_go == [at for number, (at, _) in enumerate(cudart.asked) if number != 1]
+    assert cudart.let_go == [places[name].data_ptr() for name in "ac"]
 
 
 def parts_of(_: Any) -> tuple[list[float], list[int], bool]:
