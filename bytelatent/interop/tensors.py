@@ -240,7 +240,7 @@ def write_weights(
         place_of |= dict.fromkeys(names, file)
     total = sum(tensor.num_bytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place_of.items()))}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> None:
@@ -286,6 +286,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"'{path}' holds no JSON object; it should be a mapping of keys to values")
     return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def _is_file_name(name: Any) -> bool:
