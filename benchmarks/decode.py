@@ -58,12 +58,12 @@ def random_prompts(count: int, size: int, seed: int = 0) -> list[torch.Tensor]:
     return [torch.cat([bos, torch.randint(4, 260, [size], generator=generator)]) for _ in range(count)]
 
 
-def decoder_of(name: str, dtype: torch.dtype = torch.bfloat16, weights: Weights = "full") -> Decoder:
+def decoder_of(name: str, weights: Weights = "full") -> Decoder:
     """A random model, and a threshold that gives patches of 4.5 bytes on what it writes."""
-    byte_lm = random_model(preset("entropy"), dtype, seed=1)
+    byte_lm = random_model(preset("entropy"), torch.bfloat16, seed=1)
     byte_lm.output.weight.data.mul_(4)  # else its entropies are so alike that rounding decides about patches
     decode_step.EOS = -1  # no text ends, so that all are as long
-    model = rounded(random_model(preset(name), dtype), weights)
+    model = rounded(random_model(preset(name), torch.bfloat16), weights)
     decoder = FastDecoder(model, PatchSettings(threshold=5.0), byte_lm)
     for _ in range(2):  # what it writes depends a little on the patches
         decoder.patching = PatchSettings(threshold=threshold_on_own_text(decoder, byte_lm))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from bytelatent.data import Batch, surprise
-from bytelatent.device import autocast
 from bytelatent.errors import UserError
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.model.loss import bits_per_byte
@@ -25,7 +24,6 @@ class Evaluation:
 def evaluate(
     model: BLTModel | ByteLM,
     batches: Iterable[Batch],
-    dtype: torch.dtype = torch.float32,
     on_batch: Callable[[int], None] = lambda num_bytes: None,
 ) -> Evaluation:
     """Bits per byte of the batches' text; the end of each document is paid for by its bytes.
@@ -36,8 +34,7 @@ def evaluate(
     device = next(model.parameters()).device
     nats, num_bytes, num_patches, began = 0.0, 0, 0, time.perf_counter()
     for batch in batches:
-        with autocast(device, dtype):
-            nats += float(surprise(model, batch.to(device)))
+        nats += float(surprise(model, batch.to(device)))
         num_bytes, num_patches = num_bytes + batch.num_bytes, num_patches + batch.num_patches
         on_batch(batch.num_bytes)
     if num_bytes == 0:

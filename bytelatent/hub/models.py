@@ -83,9 +83,7 @@ def model_folder(
     return cache.snapshot(commit)
 
 
-def model_exists(
-    name: str, token: str | None = None, local_files_only: bool = False, console: Console | None = None
-) -> bool:
+def model_exists(name: str, token: str | None = None, local_files_only: bool = False) -> bool:
     """Whether the hub has a model and shows it to this user; if the hub is not asked or silent, whether the cache has.
 
     Raises:
@@ -96,7 +94,7 @@ def model_exists(
     if local_files_only or is_offline():
         return cached is not None
     try:
-        return _once_if_cached(_repository(name, token, console or Console(stderr=True)), cached).exists()
+        return _once_if_cached(_repository(name, token, Console(stderr=True)), cached).exists()
     except Unreachable:
         if cached is None:
             raise

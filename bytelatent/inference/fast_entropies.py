@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.kernels.gated_product import COLUMNS, INNER, ROWS, fast_row_scale, gated_product, interleaved
-from bytelatent.kernels.window_attention import angles, first_seen, window_attention
+from bytelatent.kernels.gated_product import ROWS, can_gate, fast_row_scale, gated_product, interleaved
+from bytelatent.kernels.window_attention import angles, can_attend, first_seen, window_attention
 from bytelatent.model import ByteLM, ByteLMSettings, Stream, entropies
 
 # Shapes: T ids in the stream, D width, H heads, E head size
@@ -56,12 +56,8 @@ class FastEntropies:
     @staticmethod
     def supports(settings: ByteLMSettings) -> bool:
         """Whether the kernels can do a byte LM of this shape."""
-        return (
-            settings.kv_heads == settings.num_heads
-            and settings.head_dim in (16, 32, 64, 128)
-            and settings.dim % INNER == 0
-            and 2 * settings.hidden_dim % COLUMNS == 0
-        )
+        heads = (settings.num_heads, settings.kv_heads, settings.head_dim)
+        return can_attend(*heads) and can_gate(2 * settings.hidden_dim, settings.dim)
 
     @torch.no_grad()
     def __call__(self, stream: Stream) -> Tensor:

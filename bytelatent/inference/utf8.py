@@ -54,12 +54,13 @@ NEEDED = torch.tensor([len(rest) for rest in _STATES] + [4])  # [S] bytes needed
 RESUMED = _resumed(TRANSITIONS, ERROR)  # [S, 256] the same, but bytes that cannot stand there are passed over, int64
 
 
-def state_after(data: bytes, state: int = 0) -> int:
+def state_after(data: bytes) -> int:
     """The automaton's state once `data` has been read; never ERROR.
 
     A byte that cannot stand where it does is passed over, along with the character it broke off; it may begin the next.
     So the state is that of the longest end of the data that can still become a character.
     """
+    state = 0
     for byte in data[-3:]:  # no character needs more once three of its bytes are there
         state = int(RESUMED[state, byte])
     return state

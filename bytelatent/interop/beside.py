@@ -5,13 +5,12 @@ with, its calibration, where it comes from. The other format's own files stay th
 what stands beside them is left out.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from bytelatent.errors import UserError
 from bytelatent.interop.stored import Config
-from bytelatent.interop.tensors import read_json
+from bytelatent.interop.tensors import read_json, write_json
 from bytelatent.model import ModelSettings
 from bytelatent.patching import PatchSettings
 
@@ -21,7 +20,7 @@ FILE = "bytelatent.json"
 
 
 def remember(folder: Path, config: Config, name: str = FILE) -> None:
-    (folder / name).write_text(json.dumps(config.plain(), indent=1), encoding="utf-8")
+    write_json(folder / name, config.plain())
 
 
 def recall(

@@ -4,7 +4,6 @@ The hub's: `config.json` (`args`), `model.safetensors`, `train_args.json`. The o
 the training), `consolidated.pth`. The entropy model is a folder of its own, in either format.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,15 @@ from bytelatent.errors import UserError
 from bytelatent.interop.beside import recall, remember
 from bytelatent.interop.meta_args import args_of, is_byte_lm, patcher_args_of, refuse_what_is_not_known, settings_of
 from bytelatent.interop.stored import Config, StoredModel, shapes, under_our_names, under_their_names
-from bytelatent.interop.tensors import StoredTensor, read_json, read_pickle, read_weights, shown, write_weights
+from bytelatent.interop.tensors import (
+    StoredTensor,
+    read_json,
+    read_pickle,
+    read_weights,
+    shown,
+    write_json,
+    write_weights,
+)
 from bytelatent.model import BLTSettings, ModelSettings
 
 BYTE_LM = "blt-entropy"  # where we write it; Meta's own repository is called so
@@ -102,10 +109,10 @@ def write_meta(folder: Path, stored: StoredModel, advance: Callable[[int], None]
     """
     config = stored.config
     args, patcher = args_of(config), patcher_args_of(config)
-    _write_json(folder / "config.json", {"args": args})
+    write_json(folder / "config.json", {"args": args})
     if patcher is not None:
         data = {"patcher_args": patcher, "tokenizer_args": {"name": "blt"}}
-        _write_json(folder / "train_args.json", {"model": args, "data": data})
+        write_json(folder / "train_args.json", {"model": args, "data": data})
     remember(folder, config)
     # Published code reads one file; it knows nothing of shards.
     tensors = under_their_names(stored.tensors, published_names(config.model))
@@ -169,7 +176,3 @@ def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
     if (folder / "consolidated.safetensors").is_file():
         return read_weights(folder, stem="consolidated")
     return read_pickle(folder / "consolidated.pth")
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1), encoding="utf-8")

@@ -3,7 +3,6 @@
 A run is a folder with `settings.yaml` and `checkpoints/`; each checkpoint is in this format, too.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from bytelatent.config import load_yaml
 from bytelatent.errors import UserError
 from bytelatent.files import newest_whole, read_json_lines
 from bytelatent.interop.stored import FORMAT, Config, Origin, StoredModel, shapes, under_our_names
-from bytelatent.interop.tensors import read_json, read_weights, write_weights
+from bytelatent.interop.tensors import read_json, read_weights, write_json, write_weights
 from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings
 
 BYTE_LM = "byte_lm"
@@ -65,7 +64,7 @@ def open_run(folder: Path, weights: bool = True) -> StoredModel:
 
 def write_native(folder: Path, stored: StoredModel, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
     """Write a model into an existing folder."""
-    (folder / "config.json").write_text(json.dumps(stored.config.plain(), indent=1), encoding="utf-8")
+    write_json(folder / "config.json", stored.config.plain())
     write_weights(folder, stored.tensors, advance=advance)
     if stored.byte_lm is not None:
         (folder / BYTE_LM).mkdir()

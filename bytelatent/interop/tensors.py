@@ -222,7 +222,6 @@ def write_weights(
     tensors: Mapping[str, StoredTensor],
     shard_bytes: int | None = SHARD_BYTES,
     advance: Callable[[int], None] = lambda num_bytes: None,
-    stem: str = "model",
 ) -> None:
     """Write `model.safetensors`, or shards and their index where there is more than `shard_bytes` (None: never).
 
@@ -231,16 +230,16 @@ def write_weights(
     """
     shards = _shards(tensors, shard_bytes)
     if len(shards) == 1:
-        write_safetensors(folder / f"{stem}.safetensors", tensors, advance)
+        write_safetensors(folder / "model.safetensors", tensors, advance)
         return
     place_of = {}
     for number, names in enumerate(shards, start=1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / file, {name: tensors[name] for name in names}, advance)
         place_of |= dict.fromkeys(names, file)
     total = sum(tensor.num_bytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place_of.items()))}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> None:
@@ -286,6 +285,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"'{path}' holds no JSON object; it should be a mapping of keys to values")
     return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def _is_file_name(name: Any) -> bool:

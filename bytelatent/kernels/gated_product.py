@@ -41,6 +41,11 @@ def fast_row_scale(x_TD: Tensor, eps: float, run: Tensor | None = None) -> Tenso
     return scale_T
 
 
+def can_gate(width: int, dim: int) -> bool:
+    """Whether `gated_product` can do a matrix [width, dim]; the states' rows are multiples of `ROWS` besides."""
+    return width % COLUMNS == 0 and dim % INNER == 0
+
+
 def plain_gated_product(x_TD: Tensor, scale_T: Tensor, gate_up_2FD: Tensor) -> Tensor:
     """What `gated_product` computes, in float32."""
     product = (x_TD.float() @ gate_up_2FD.float().T) * scale_T[:, None]
@@ -53,7 +58,7 @@ def gated_product(x_TD: Tensor, scale_T: Tensor, gate_up_2FD: Tensor) -> Tensor:
     Args:
         x_TD: states.
         scale_T: s, a number for each row.
-        gate_up_2FD: see `interleaved`; F is a multiple of 128, D of 64.
+        gate_up_2FD: see `interleaved` and `can_gate`.
     """
     from bytelatent.kernels.gated_product_triton import gated_product_kernel
 
@@ -62,8 +67,7 @@ def gated_product(x_TD: Tensor, scale_T: Tensor, gate_up_2FD: Tensor) -> Tensor:
     assert x_TD.is_contiguous(), "the states are not contiguous"
     assert gate_up_2FD.is_contiguous(), "the matrix is not contiguous"
     assert size % ROWS == 0, f"{size} rows are no multiple of {ROWS}"
-    assert width % COLUMNS == 0, f"{width} columns are no multiple of {COLUMNS}"
-    assert dim % INNER == 0, f"a width of {dim} is no multiple of {INNER}"
+    assert can_gate(width, dim), f"a matrix of {width} x {dim} is no multiple of {COLUMNS} x {INNER}"
     out = torch.empty(size, width // 2, dtype=x_TD.dtype, device=x_TD.device)
     grid = (size // ROWS * (width // COLUMNS),)
     kernel: Any = gated_product_kernel

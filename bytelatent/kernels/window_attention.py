@@ -43,6 +43,11 @@ def turn(x_THE: Tensor, cos_TA: Tensor, sin_TA: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_THE.dtype)
 
 
+def can_attend(num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
+    """Whether `window_attention` can do such heads."""
+    return num_kv_heads == num_heads and head_dim in (16, 32, 64, 128)
+
+
 def plain_window_attention(
     q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, low_T: Tensor, cos_TA: Tensor, sin_TA: Tensor
 ) -> Tensor:

@@ -69,10 +69,10 @@ def short_name(source: str) -> str:
     Raises:
         UserError: `source` is no data set of the hub.
     """
-    return source if source in DATASETS else _request(source, None).repository.split("/")[1]
+    return source if source in DATASETS else _request(source).repository.split("/")[1]
 
 
-def fetch(source: str, folder: Path, console: Console, token: str | None = None, revision: str | None = None) -> Path:
+def fetch(source: str, folder: Path, console: Console, token: str | None = None) -> Path:
     """Download a data set of the hub into `folder`, and return it.
 
     All files are of one commit: what the revision stood for at the first call. A call that was stopped, also by a kill,
@@ -81,16 +81,16 @@ def fetch(source: str, folder: Path, console: Console, token: str | None = None,
     be the listed one.
 
     Args:
-        source: a name of `DATASETS`, or hf://datasets/OWNER/NAME[@REVISION][/PATTERN].
+        source: a name of `DATASETS`, or hf://datasets/OWNER/NAME[@REVISION][/PATTERN]; a revision is a branch, a tag
+            or a commit.
         token: the key of a user, for data sets that need access; HF_TOKEN if left out.
-        revision: a branch, a tag or a commit, in place of one in `source`.
 
     Raises:
         UserError: there is no such data set, revision or file; it needs access; the hub does not answer; the folder
             holds something else, cannot be written or has no room.
         Interrupted: by Ctrl-C.
     """
-    request = _request(source, revision)
+    request = _request(source)
     folder = Path(folder)
     finished = _read(folder / DONE, request)
     if finished and not missing_files(finished.files, folder):
@@ -109,10 +109,9 @@ def fetch(source: str, folder: Path, console: Console, token: str | None = None,
     return folder
 
 
-def _request(source: str, revision: str | None) -> Request:
+def _request(source: str) -> Request:
     if source in DATASETS:
-        name, pattern = DATASETS[source]
-        return Request(name, pattern, revision or MAIN)
+        return Request(*DATASETS[source])
     if not source.startswith(_SCHEME):
         raise UserError(
             f"'{source}' is no data set; known are {', '.join(DATASETS)} and hf://datasets/OWNER/NAME"
@@ -121,10 +120,7 @@ def _request(source: str, revision: str | None) -> Request:
     parts = _ADDRESS.fullmatch(source)
     if not parts or _NO_DATASETS.match(source):
         raise UserError(f"'{source}' is no data set; write hf://datasets/OWNER/NAME[@REVISION][/PATTERN]")
-    named = unquote(parts["revision"] or "")
-    if named and revision and named != revision:
-        raise UserError(f"'{source}' names the revision '{named}', and '{revision}' is asked for, too; give one")
-    return Request(parts["name"], (parts["pattern"] or "").strip("/"), named or revision or MAIN)
+    return Request(parts["name"], (parts["pattern"] or "").strip("/"), unquote(parts["revision"] or MAIN))
 
 
 def _look_up(repository: Repository, request: Request) -> Record:

@@ -29,10 +29,6 @@ class Plan:
     memory: float
     format: int = FORMAT
 
-    @property
-    def input_bytes(self) -> int:
-        return sum(file.size for file in self.files)
-
 
 class Work:
     """The files below DIR/.prepare."""

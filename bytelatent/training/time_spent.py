@@ -128,14 +128,14 @@ def covered(intervals: Iterable[Interval]) -> float:
     return total
 
 
-def communication_of(work: Callable[[], Any], device: torch.device, times: int = PROFILED) -> Communication | None:
-    """The same of some work, done so many times; None but on CUDA."""
+def communication_of(work: Callable[[], Any], device: torch.device) -> Communication | None:
+    """The same of some work, done `PROFILED` times; None but on CUDA."""
     from torch.profiler import ProfilerActivity, profile
 
     if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(times):
+        for _ in range(PROFILED):
             work()
         wait_for(device)
     with tempfile.TemporaryDirectory() as folder:

@@ -101,12 +101,6 @@ def test_state_after_is_that_of_what_has_begun(data: bytes) -> None:
 
 
 @MANY
-@given(TEXTS, TEXTS)
-def test_states_go_on(first: bytes, second: bytes) -> None:
-    assert state_after(second, state_after(first)) == state_after(first + second)
-
-
-@MANY
 @example("\ufffd".encode(), [])
 @given(TEXTS, st.lists(st.integers(0, 40), max_size=6))
 def test_characters_are_complete_and_come_at_once(data: bytes, cuts: list[int]) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from bytelatent import BLT
 from bytelatent.errors import UserError
 from bytelatent.interop import Config, load, open_pretrained
-from bytelatent.interop.hugging_face import settings_of
+from bytelatent.interop.hugging_face_config import settings_of
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings
@@ -336,7 +336,7 @@ def test_older_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["", "patcher_config", "encoder_config", "decoder_config", "global_config"])
 def test_defaults_are_those_of_transformers(part: str) -> None:
-    from bytelatent.interop.hugging_face import DEFAULTS
+    from bytelatent.interop.hugging_face_config import DEFAULTS
 
     values = BltConfig().to_dict()
     for key, value in DEFAULTS[part].items():

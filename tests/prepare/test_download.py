@@ -123,7 +123,6 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
         assert not is_hub(source)
     assert "did you mean 'fineweb_edu'?" in error_of("fineweb-edu", tmp_path)
     assert "write hf://datasets/OWNER/NAME" in error_of("hf://datasets/alone", tmp_path)
-    assert "give one" in error_of("hf://someone/texts@v1", tmp_path, revision="v2")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -208,7 +207,6 @@ def test_a_revision(server: HubServer, tmp_path: Path) -> None:
     server.add(NAME, write(tmp_path / "old", {"old.txt": b"old"}), branch="v1")
     old = server.repositories["dataset", NAME].branches["v1"]
     assert get(f"{SOURCE}@v1", tmp_path / "a") == {"old.txt": b"old"}
-    assert get(SOURCE, tmp_path / "b", revision="v1") == {"old.txt": b"old"}
     assert get(f"{SOURCE}@{old}/old.txt", tmp_path / "c") == {"old.txt": b"old"}
     message = error_of(f"{SOURCE}@v2", tmp_path / "d")
     assert "has no revision 'v2'; it has main, v1" in message

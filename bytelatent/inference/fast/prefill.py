@@ -13,11 +13,18 @@ from bytelatent.inference.decode import Decoder
 from bytelatent.inference.fast.weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
 from bytelatent.inference.looks import Keep
 from bytelatent.kernels.decode_patches import plain_read_patch, read_patch
-from bytelatent.kernels.gated_product import COLUMNS, INNER, ROWS, fast_row_scale, gated_product
+from bytelatent.kernels.gated_product import ROWS, can_gate, fast_row_scale, gated_product
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
 from bytelatent.kernels.quantized import dense
 from bytelatent.kernels.skinny_linear import gate, plain_gate
-from bytelatent.kernels.window_attention import angles, first_seen, plain_window_attention, turn, window_attention
+from bytelatent.kernels.window_attention import (
+    angles,
+    can_attend,
+    first_seen,
+    plain_window_attention,
+    turn,
+    window_attention,
+)
 from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches
 from bytelatent.model.attention import Look
 from bytelatent.model.ngram_hash import PRIMES
@@ -68,8 +75,8 @@ class FastBlock(nn.Module):
 
     def _hidden(self, x_TD: Tensor) -> Tensor:
         gate_up, eps = dense(self.weights.gate_up, x_TD.dtype), self.settings.norm_eps
-        fits = x_TD.shape[0] % ROWS == 0 and gate_up.shape[0] % COLUMNS == 0 and gate_up.shape[1] % INNER == 0
-        if x_TD.is_cuda and fits and x_TD.shape[0] >= 16 * ROWS:
+        size = x_TD.shape[0]
+        if x_TD.is_cuda and size >= 16 * ROWS and size % ROWS == 0 and can_gate(*gate_up.shape):
             return gated_product(x_TD, fast_row_scale(x_TD, eps), gate_up)
         both = F.linear(F.rms_norm(x_TD, (self.settings.dim,), None, eps), gate_up)
         return gate(both) if x_TD.is_cuda else plain_gate(both)
@@ -218,4 +225,4 @@ class FastDecoder(Decoder):
 
 def _can_run(settings: StackSettings, some: Tensor) -> bool:
     exact = some.dtype != torch.float32 or not some.is_cuda  # on the card the kernels would round float32 products
-    return exact and settings.kv_heads == settings.num_heads and settings.head_dim in (16, 32, 64, 128)
+    return exact and can_attend(settings.num_heads, settings.kv_heads, settings.head_dim)

@@ -1,0 +1,67 @@
+"""The verbs about a model's weights and shape."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bytelatent.cli.options import EntropyOption, JsonOption, RevisionOption
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A run, a folder in any known format, or OWNER/NAME on the hub.")],
+    target: Annotated[str, typer.Argument(help="The folder it writes.")],
+    to: Annotated[str, typer.Option(help="native, hf (transformers), meta (Meta's hub format).")] = "native",
+    entropy: EntropyOption = None,
+    revision: RevisionOption = None,
+    licence: Annotated[
+        str | None, typer.Option(help="To state on the model's card; left out: the one it came with.")
+    ] = None,
+) -> None:
+    """Write a model in another format; any size passes through in little memory.
+
+    Example:  `blt convert runs/demo demo-hf --to hf --licence apache-2.0`
+
+    Released weights:  `blt convert facebook/blt-1b blt-1b-hf --to hf`
+    """
+    from bytelatent.convert import convert_model
+
+    print(convert_model(source, target, to, entropy, revision, licence, Console(stderr=True)))
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="The folder of a run.")],
+    out: Annotated[str, typer.Option(help="The folder it writes.")],
+    step: Annotated[int | None, typer.Option(help="Steps done; the last whole checkpoint if left out.")] = None,
+) -> None:
+    """Write the model of a run's checkpoint, also of one that several processes wrote in parts.
+
+    Example:  `blt export runs/mine --step 5000 --out mine-5000`
+    """
+    from bytelatent.export import export as run_export
+
+    print(run_export(run, step, out, Console(stderr=True)))
+
+
+def info(
+    model: Annotated[
+        str, typer.Argument(help="A preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.")
+    ] = "",
+    patch_bytes: Annotated[float, typer.Option(min=1, help="Mean bytes a patch.")] = 4.5,
+    context: Annotated[int, typer.Option(min=1, help="Bytes of a document seen at once.")] = 8192,
+    entropy: EntropyOption = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a model's shape, parameters and FLOPs per byte, part by part; weights are not read.
+
+    Example:  `blt info blt-1b --patch-bytes 6`
+    """
+    from bytelatent.info import describe
+
+    description = describe(model, patch_bytes, context, entropy, revision)
+    if as_json:
+        print(json.dumps(description.plain()))
+    else:
+        description.show(Console())
