@@ -189,11 +189,15 @@ def batches_once(
     batch_bytes: int,
     patcher: Patcher | None = None,
     max_bytes: int | None = None,
+    slots: int | None = None,
+    padded: bool = False,
 ) -> Iterator[Batch]:
-    """The sources' documents once, in order, unpadded: for validation.
+    """The sources' documents once, in order: for validation.
 
     Args:
         max_bytes: stop after about as much text.
+        slots: patches a batch, as `batch_patches` of training; None for no limit.
+        padded: the last batch, and with `slots` each one's patches, are filled up, so that all are of one shape.
     """
     documents = _documents_once(sources, patcher)
     ready: deque[Piece] = deque()
@@ -213,8 +217,8 @@ def batches_once(
         ready.extend(patcher(pieces) if patcher else pieces)
         return bool(ready)
 
-    while pieces := take(ready, batch_bytes, None, more):
-        yield pack(pieces)
+    while pieces := take(ready, batch_bytes, slots, more):
+        yield pack(pieces, batch_bytes, slots) if padded else pack(pieces)
 
 
 def _documents_once(sources: list[SourceSettings], patcher: Patcher | None) -> Iterator[Document]:

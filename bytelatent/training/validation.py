@@ -58,7 +58,8 @@ def validate(
     """Bits per byte on the validation text, whose batches the ranks share out."""
     data = settings.data
     nats, num_bytes = 0.0, 0
-    batches = batches_once(data.valid, data.context, data.batch_bytes, patcher, settings.validation.max_bytes)
+    limits = settings.validation.max_bytes, data.batch_patches
+    batches = batches_once(data.valid, data.context, data.batch_bytes, patcher, *limits, padded=True)
     state.model.eval()
     with torch.no_grad():
         for some in _in_groups(batches, plan.data_world):

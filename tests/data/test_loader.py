@@ -11,6 +11,7 @@ from bytelatent.data import Batch, DataSettings, Loader, Patcher, SourceSettings
 from bytelatent.data.reading import Reading, Readings
 from bytelatent.data.source import SourceReader
 from bytelatent.errors import UserError
+from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
 from bytelatent.training.checkpoint import _as_arrays, _as_tensors
 from bytelatent.vocab import decode
@@ -166,6 +167,19 @@ def test_validation_reads_every_document_once(sources: list[SourceSettings], con
     assert [Path(source.path).name for source in sources] == list(order)
     assert predicted == [i for d in documents for i in [*(b + 4 for b in d), 2]]
     assert sum(batch.num_bytes for batch in batches) == sum(map(len, documents))
+
+
+def test_validation_in_one_shape(sources: list[SourceSettings]) -> None:
+    patcher, slots = Patcher(PatchSettings(mode="space")), 9
+    once = list(batches_once(sources, 16, 20, patcher))
+    padded = list(batches_once(sources, 16, 20, patcher, slots=slots, padded=True))
+    assert len({len(batch.targets) for batch in once}) > 1
+    assert {(len(batch.targets), batch.stream.num_patches) for batch in padded} == {(20, slots)}  # type: ignore
+    predicted, expected = (
+        [t for batch in some for t in batch.targets.tolist() if t != IGNORED] for some in (padded, once)
+    )
+    assert predicted == expected
+    assert sum(batch.num_targets for batch in padded) == len(expected)
 
 
 @pytest.mark.parametrize("max_bytes", [1, 30, 31, 1000])
