@@ -31,14 +31,15 @@ def rate(step, *more):
         raise ZeroDivisionError("a bug")
     return inner(step, *more)
 loop.learning_rate = rate
-train.main(sys.argv[2:])
+train.command(sys.argv[2:])
 """
 
 
-def torchrun(*arguments: str, **settings: Any) -> subprocess.Popen[str]:
+def torchrun(*arguments: str, output: int | None = None, **settings: Any) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    return subprocess.Popen([*launcher, *arguments, *given], env=environment(), stderr=subprocess.PIPE, text=True)
+    command, pipe = [*launcher, *arguments, *given], subprocess.PIPE
+    return subprocess.Popen(command, env=environment(), stdout=output, stderr=pipe, text=True)
 
 
 def test_a_signal_to_the_launcher_ends_the_run_in_good_order(tmp_path: Path, text: Path) -> None:
@@ -80,8 +81,9 @@ def test_torchrun_begins_again_after_a_death(tmp_path: Path, text: Path) -> None
     for run in ("whole", "killed"):
         given = values(text, tmp_path / run, steps=5, checkpoint={"every": 2, "asynchronous": False})
         how = "kill once" if run == "killed" else "kill never"
-        process = torchrun("--max-restarts", "1", str(tmp_path / "dies.py"), how, **given)
-        _, errors = process.communicate(timeout=120)
+        process = torchrun("--max-restarts", "1", str(tmp_path / "dies.py"), how, output=subprocess.PIPE, **given)
+        said, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+        assert said.splitlines().count(str(tmp_path / run)) == 1  # the first rank, as it is done
         assert ("exitcode: -9" in errors) == (run == "killed")
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
