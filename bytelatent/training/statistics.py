@@ -90,8 +90,9 @@ class Statistics:
         finally:
             for hook in hooks:
                 hook.remove()
-            if hasattr(self._model, "reshard"):  # FSDP keeps what it gathered for a backward pass
-                self._model.reshard()  # pyright: ignore[reportCallIssue]
+            for part in self._model.modules():
+                if hasattr(part, "reshard"):  # FSDP keeps what it gathered for a backward pass
+                    part.reshard()  # pyright: ignore[reportCallIssue]
         return {"activation_rms": activations, "attention_entropies": entropies}
 
 
