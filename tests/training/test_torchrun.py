@@ -1,6 +1,7 @@
 """What torchrun sees: processes that are stopped, and processes that die."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -87,3 +88,12 @@ def test_torchrun_begins_again_after_a_death(tmp_path: Path, text: Path) -> None
         assert said.splitlines().count(str(tmp_path / run)) == 1  # the first rank, as it is done
         assert ("exitcode: -9" in errors) == (run == "killed")
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_tensor_parallelism_warns_of_nothing(tmp_path: Path, text: Path) -> None:
+    """Not when weights that two dimensions of the ranks divide are put together, nor at norms of these."""
+    given = values(text, tmp_path / "run", steps=2, statistics_every=2, parallel={"tensor": 2})
+    process = torchrun("-m", "bytelatent.train", **given)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    assert [line for line in errors.splitlines() if re.match(r"\[rank\d\]", line) or "Warning" in line] == []
