@@ -163,7 +163,8 @@ def generate(
         f"{count} sequences, quorum {quorum:.2f}, {places or count} places: {rate:,.0f} bytes/s, "
         f"{rate / limit:.0%} of the floor's {limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms a byte of each, "
         f"{patch:.2f} bytes a patch, warm-up {warm:.1f} s"
-        f", {took / (rows._turn - turn) * 1e3:.3f} ms a step" + (f" of up to {max(ahead, beside)} bytes" if ahead > 1 or beside else ""),
+        f", {took / (rows._turn - turn) * 1e3:.3f} ms a step"
+        + (f" of up to {max(ahead, beside)} bytes" if ahead > 1 or beside else ""),
         flush=True,
     )
 

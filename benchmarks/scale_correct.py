@@ -41,8 +41,8 @@ COMPARED = ("step", "bits_per_byte", "gradient_norm")
 class Dealt:
     """In place of the trainer's loader: each step's batches come from one rank's, and are dealt to all."""
 
-    def __init__(self, data: Any, seed: int, patcher: Any, rank: int, world: int, say: Any):
-        self.inner = Loader(data, seed, patcher, 0, 1, say)
+    def __init__(self, data: Any, seed: int, patcher: Any, rank: int, world: int, *of_damage: Any):
+        self.inner = Loader(data, seed, patcher, 0, 1, *of_damage)
         self.rank, self.world = rank, world
         self.own: list[Batch] = []
         self.backwards = os.environ.get("SCALE_ORDER") == "backwards"

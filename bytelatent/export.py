@@ -14,16 +14,18 @@ from bytelatent.training.stored_state import open_stored
 
 
 def export(run: str, step: int | None, out: str, console: Console | None = None) -> Path:
-    """Write a checkpoint's model in our format, in the memory of its largest tensor, and read it again.
+    """Write a checkpoint's model in our format, in the memory of its largest tensor, and read it before it appears.
 
     Args:
         step: the steps that were done; None for the last checkpoint that is whole.
-        out: the folder to write.
+        out: the folder to write, which is not there yet or is empty.
 
     Raises:
-        UserError: there is no such checkpoint, or it is torn.
+        UserError: there is no such checkpoint, or it is torn; or the folder holds something.
     """
     folder, target = Path(run), check_target(Path(out), "native")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"'{target}' holds a model already; name another folder, or move it away")
     checkpoint, lines = _checkpoint(folder, step)
     stored = open_stored(checkpoint / "state")
     byte_lm = open_native(folder / BYTE_LM) if (folder / BYTE_LM).is_dir() else None
@@ -32,11 +34,14 @@ def export(run: str, step: int | None, out: str, console: Console | None = None)
     if console is not None:
         for line in (*lines, stored.in_a_line()):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-    write_model(stored, target, "native")
-    again = open_pretrained(target)
-    for name, tensor in stored.tensors.items():
-        if not torch.equal(again.tensors[name].load(), tensor.load()):
-            raise UserError(f"'{target}': {name} is not as '{checkpoint}' has it; is the disk in order? Write it again")
+
+    def compare(aside: Path) -> None:
+        again = open_pretrained(aside)
+        for name, tensor in stored.tensors.items():
+            if not torch.equal(again.tensors[name].load(), tensor.load()):
+                raise UserError(f"'{target}': {name} is not as '{checkpoint}' has it; is the disk in order? Try again")
+
+    write_model(stored, target, "native", check=compare)
     return target
 
 

@@ -129,19 +129,8 @@ def growing_file(path: Path) -> Iterator[BinaryIO]:
         UserError: it cannot be written, or another process writes it.
     """
     part = part_of(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = part.open("ab", buffering=0)
-    except OSError as error:
-        raise UserError(f"'{part}' cannot be written: {error.strerror or error}") from None
-    try:
-        with file:
-            try:
-                _lock(file)
-            except BlockingIOError:
-                raise UserError(
-                    f"'{part}' is being written by another process; wait for it, or name another file"
-                ) from None
+    with _opened_alone(part) as file:
+        try:
             try:
                 _leave_whole_lines(part)
                 yield file
@@ -150,10 +139,33 @@ def growing_file(path: Path) -> Iterator[BinaryIO]:
                 if part.stat().st_size == 0:
                     part.unlink()
                 raise
-        os.replace(part, path)
-    except OSError as error:
-        explain(path, error)
-        raise
+            if os.name == "nt":  # an open file is not renamed there
+                file.close()
+            os.replace(part, path)  # before it is let go, or another process would write on in what is done
+        except OSError as error:
+            explain(path, error)
+            raise
+
+
+def _opened_alone(part: Path) -> BinaryIO:
+    """A file to append to, locked until it is closed."""
+    while True:
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            file = part.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"'{part}' cannot be written: {error.strerror or error}") from None
+        try:
+            _lock(file)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"'{part}' is being written by another process; wait for it, or name another file"
+            ) from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                return file
+        file.close()  # it was another process's, which ended and took it away before it was locked here
 
 
 def _leave_whole_lines(path: Path) -> None:

@@ -23,12 +23,11 @@ from bytelatent.config import Settings, flat, from_command_line
 from bytelatent.device import choose_device, is_out_of_memory
 from bytelatent.errors import Interrupted, UserError, guarded, nearest
 from bytelatent.files import growing_file, part_of, whole_file
-from bytelatent.inference import Continuation, Engine, Sampling, prompt_ids
+from bytelatent.inference import Continuation, Engine, Sampling, prompt_bytes, prompt_ids
 from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
 from bytelatent.interop import open_pretrained
 from bytelatent.text.places import open_decompressed, readable
-from bytelatent.vocab import to_bytes
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
 FREE = {"jsonl", "out", "rows", "ahead", "device"}  # settings that may differ when a file is gone on with
@@ -197,7 +196,7 @@ def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
 
 def _prompt(settings: GenerateSettings) -> bytes:
     if settings.prompt is not None:
-        return to_bytes(settings.prompt)
+        return prompt_bytes(settings.prompt)
     if settings.file is not None:
         try:
             return settings.file.read_bytes()
@@ -269,6 +268,10 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
             raise UserError(f"{name}: line {number} is no JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f'{name}: line {number} has no text under "prompt"; write {{"prompt": "..."}}')
+        try:
+            prompt_bytes(row["prompt"])
+        except UserError as error:
+            raise UserError(f"{name}: line {number}: {error}") from None
         for key in row.keys() - OF_A_ROW:
             if (meant := key.lower().replace("-", "_")) in OF_A_ROW:
                 raise UserError(f"{name}: line {number}: '{key}' is no setting; write '{meant}'")
@@ -335,7 +338,10 @@ def _continue_with(
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # of surrogates, which JSON holds only in its own spelling
+        return json.dumps(row).encode() + b"\n"
 
 
 def _told(continuations: list[Continuation], settings: GenerateSettings) -> dict[str, Any]:

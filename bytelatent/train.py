@@ -19,6 +19,13 @@ def main(arguments: list[str], console: Console | None = None) -> Path:
     return train(from_command_line(TrainSettings, arguments, USAGE), console)
 
 
+def command(arguments: list[str]) -> None:
+    """Train; the first of the processes says at the end where the run lies."""
+    run = main(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        print(run)
+
+
 def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:
     """Let torchrun, where it started this process, repeat an error in its last words."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
@@ -29,4 +36,4 @@ def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    guarded(lambda: _recorded(main)(sys.argv[1:]))
+    guarded(lambda: _recorded(command)(sys.argv[1:]))

@@ -15,11 +15,13 @@ from bytelatent.inference.rounded import rounded
 from bytelatent.interop import Config
 from bytelatent.model import BLTModel
 from bytelatent.patching import PatchSettings
+from bytelatent.vocab import BOS, OFFSET
 from tests.model import slow
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
 CONTEXT = 24
 THRESHOLD = 5.12
+HALF = r"prompt: '\\ud800'"
 TEXTS = [
     "x",
     "a short text",
@@ -344,11 +346,23 @@ def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
         (lambda blt: blt.generate(["a", None]), "a text is str or bytes, not NoneType"),
         (lambda blt: blt.logits([1, 5, 6]), "a text is str or bytes, not list"),
         (lambda blt: blt.patch(5), "a text is str or bytes, not int"),
+        (lambda blt: blt.generate("a\ud800"), rf"^{HALF} at character 2 is half of a surrogate pair; .* give bytes$"),
+        (lambda blt: blt.generate(["a", "\ud800\udc00"]), f"{HALF} at character 1"),
+        (lambda blt: blt.stream("\udcff\ud800"), f"{HALF} at character 2"),
+        (lambda blt: blt.score("\ud800", ["a"]), HALF),
+        (lambda blt: blt.engine(1).submit("\ud800", Sampling(), 3), HALF),
     ],
 )
 def test_what_is_no_text_or_number_is_told_at_the_call(call: Callable[[BLT], object], message: str, blt: BLT) -> None:
     with pytest.raises(UserError, match=message):
         call(blt)
+
+
+def test_bytes_that_are_no_text_are_a_prompt(blt: BLT) -> None:
+    half = "\ud800".encode("utf-8", "surrogatepass")
+    assert torch.equal(prompt_ids(half), torch.tensor([BOS, *(OFFSET + byte for byte in half)]))
+    assert torch.equal(prompt_ids(half.decode("utf-8", "surrogateescape")), prompt_ids(half))
+    assert blt.generate(half, max_new_bytes=3) == "".join(blt.stream(half, max_new_bytes=3))
 
 
 def test_text_where_ids_are_taken_too(blt: BLT) -> None:

@@ -3,12 +3,23 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bytelatent import files
 from bytelatent.errors import UserError
-from bytelatent.files import MANIFEST, newest_whole, only_writer, what_is_torn, whole_file, whole_folder
+from bytelatent.files import (
+    MANIFEST,
+    growing_file,
+    newest_whole,
+    only_writer,
+    part_of,
+    what_is_torn,
+    whole_file,
+    whole_folder,
+)
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -189,3 +200,40 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
             pass
     with only_writer(tmp_path / "run"):
         pass
+
+
+def test_a_growing_file_is_one_writers_until_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, replace, refusals = tmp_path / "out", os.replace, []
+
+    def meanwhile(part: Path, path: Path) -> None:
+        with pytest.raises(UserError, match="is being written by another process") as refused, growing_file(out):
+            pass
+        refusals.append(refused)
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    with growing_file(out) as file:
+        file.write(b"one\n")
+    assert len(refusals) == 1
+    assert everything(tmp_path) == {"out": b"one\n"}
+
+
+@pytest.mark.parametrize("take_away", [lambda part: os.replace(part, part.with_name("out")), os.unlink])
+def test_a_growing_file_that_another_writer_took_away_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, take_away: Callable[[Path], None]
+) -> None:
+    """Between opening and locking it."""
+    out, lock, calls = tmp_path / "out", files._lock, []
+    part_of(out).write_bytes(b"theirs\n")
+
+    def late(file: object) -> None:
+        if not calls:
+            take_away(part_of(out))
+        calls.append(file)
+        lock(file)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(files, "_lock", late)
+    with growing_file(out) as file:
+        file.write(b"ours\n")
+    assert len(calls) == 2
+    assert everything(tmp_path) == {"out": b"ours\n"}

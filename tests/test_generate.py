@@ -205,3 +205,21 @@ def test_compressed_rows(model: Path, tmp_path: Path) -> None:
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(UserError, match="is not a whole gzip file"):
         run(model="absent", jsonl=str(packed))
+
+
+def test_half_of_a_character_is_no_prompt(model: Path, tmp_path: Path) -> None:
+    half = r"prompt: '\\ud83d' at character 2 is half of a surrogate pair; write the whole character, or give bytes$"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n{"prompt": "b\\ud83d"}\n')
+    with pytest.raises(UserError, match=f"^{rows}: line 2: {half}"):
+        run(model="absent", jsonl=str(rows))
+    with pytest.raises(UserError, match=f"^{half}"):
+        run(model="absent", prompt="b\ud83d")
+
+
+def test_surrogates_beside_a_prompt_come_out_as_they_went_in(model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    given = {"prompt": "\udcffä😀", "title": "\ud83d"}  # the first stands for a byte that is no UTF-8
+    rows.write_text(json.dumps(given))
+    [row] = run(model=str(model), jsonl=str(rows), max_new_bytes=2)[0]
+    assert row.items() > given.items()

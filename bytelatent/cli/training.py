@@ -47,9 +47,9 @@ def train(
 
     Example:  `blt train config=apps/bytelatent/configs/byte_lm.yaml run=runs/mine data.train=text/*.jsonl steps=2000`
     """
-    from bytelatent.train import main
+    from bytelatent.train import command
 
-    print(main(settings or []))
+    command(settings or [])
 
 
 def runs(

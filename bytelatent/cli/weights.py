@@ -32,7 +32,7 @@ def convert(
 
 def export(
     run: Annotated[str, typer.Argument(help="The folder of a run.")],
-    out: Annotated[str, typer.Option(help="The folder it writes.")],
+    out: Annotated[str, typer.Option(help="The folder it writes, new or empty.")],
     step: Annotated[int | None, typer.Option(help="Steps done; the last whole checkpoint if left out.")] = None,
 ) -> None:
     """Write the model of a run's checkpoint, also of one that several processes wrote in parts.

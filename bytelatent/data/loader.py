@@ -31,7 +31,8 @@ class Loader:
         seed: of every choice.
         patcher: None for batches without patches.
         rank, world: this rank, of so many; no document is read by two in the same epoch.
-        say: is told of damaged rows and files.
+        say: is told of damaged rows and files, of each once.
+        told: those that were said before.
     """
 
     def __init__(
@@ -42,15 +43,16 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         say: Callable[[str], None] = lambda line: None,
+        told: set[str] | None = None,
     ):
         self.settings, self.seed, self.patcher = settings, seed, patcher
         self.rank, self.world = rank, world
         self.readings = Readings(
             [Reading(source.text_key, settings.context, patcher) for source in settings.train], settings.workers
         )
-        check = StoredCheck(patcher)
+        check, told = StoredCheck(patcher), set() if told is None else told
         self.sources = [
-            SourceReader(source, number, self.readings, seed, rank, world, settings.max_damaged, check, say)
+            SourceReader(source, number, self.readings, seed, rank, world, settings.max_damaged, check, say, told)
             for number, source in enumerate(settings.train)
         ]
         weights = np.array([source.weight for source in settings.train])

@@ -49,7 +49,7 @@ class SourceReader:
         seed: of the order of the files.
         rank, world: this rank, of so many.
         check: complains about what is stored with the text.
-        say: is told of damaged rows and files.
+        say: is told of damaged rows and files, but for those in `told`, to which they are added.
     """
 
     def __init__(
@@ -63,11 +63,12 @@ class SourceReader:
         max_damaged: int = 0,
         check: Callable[[Stored, str], None] = lambda stored, file: None,
         say: Callable[[str], None] = lambda line: None,
+        told: set[str] | None = None,
     ):
         self.settings, self.number, self.readings = settings, number, readings
         self.seed, self.rank, self.world = seed, rank, world
         self.check = check
-        self._limit = DamageLimit(max_damaged, "data.max_damaged", say, f" of '{settings.path}'")
+        self._limit = DamageLimit(max_damaged, "data.max_damaged", say, f" of '{settings.path}'", told)
         self.files = find_files(settings.path)
         self._order = -1, np.arange(0)  # an epoch, and the numbers of the files in its order
         self._num_blocks_of: dict[str, int] = {}

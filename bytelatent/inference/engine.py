@@ -155,8 +155,30 @@ class Rows:
 
 
 def prompt_ids(text: str | bytes) -> Tensor:
-    """BOS and the bytes of a prompt, [N]."""
-    return torch.from_numpy(encode(text, eos=False))
+    """BOS and the bytes of a prompt, [N].
+
+    Raises:
+        UserError: as `prompt_bytes`.
+    """
+    return torch.from_numpy(encode(prompt_bytes(text), eos=False))
+
+
+def prompt_bytes(text: str | bytes) -> bytes:
+    """The bytes of a prompt, those included for which the system's own surrogates stand in a str.
+
+    Raises:
+        UserError: it is neither str nor bytes, or holds half of a surrogate pair: no character, and nothing that
+            training text holds.
+    """
+    if isinstance(text, str):
+        try:
+            text.encode("utf-8", errors="surrogateescape")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"prompt: {text[error.start]!a} at character {error.start + 1} is half of a surrogate pair; "
+                "write the whole character, or give bytes"
+            ) from None
+    return to_bytes(text)
 
 
 def check_num_rows(num_rows: int) -> None:

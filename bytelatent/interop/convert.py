@@ -50,6 +50,7 @@ def write_model(
     format: str,
     licence: str | None = None,
     advance: Advance = lambda num_bytes: None,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a model and its card into a folder, which appears whole or not at all.
 
@@ -57,6 +58,7 @@ def write_model(
         format: `native`; `hf` for transformers; `meta` for Meta's hub format.
         licence: to state on the card; None: the one that the model came with.
         advance: told how many more bytes of weights are written.
+        check: looks at all that was written before it appears; what it raises keeps it from that.
 
     Raises:
         UserError: the format has no room for one of the model's settings, or the folder holds something else than a
@@ -76,6 +78,7 @@ def write_model(
             copy_legal_files(stored.folder, aside)
         loading = [line.replace("FOLDER", repr(folder.name)) for line in chosen.loading]
         write_card(aside, folder.name, stored, chosen.loads_with, loading)
+        check(aside)
 
 
 def convert(

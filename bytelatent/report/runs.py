@@ -78,7 +78,7 @@ class Comparison:
 
     def show(self, console: Console) -> None:
         """Tables, or where these are too wide for the terminal lists, so that no name is cut."""
-        _print(console, self._results(), RESULTS_CAPTION)
+        _print(console, self._results(), caption=RESULTS_CAPTION, num_texts=2)
         # Shapes of a part that a model of another kind has not say nothing beside those of one that has it.
         told = {
             key: values
@@ -114,12 +114,22 @@ class Comparison:
         return rows
 
 
-def _print(console: Console, rows: list[list[str]], caption: str | None = None, title: str | None = None) -> None:
-    """Rows, the first one the header, as a table; a list of each row's cells where that is wider than the terminal."""
+def _print(
+    console: Console,
+    rows: list[list[str]],
+    title: str | None = None,
+    caption: str | None = None,
+    num_texts: int | None = None,
+) -> None:
+    """Rows, the first one the header, as a table; a list of each row's cells where that is wider than the terminal.
+
+    Args:
+        num_texts: columns of text, to the left of those of numbers, which end at the right; None: all are text.
+    """
     header, *others = [[escape(cell) for cell in row] for row in rows]
     table = Table(title=title, caption=caption)
     for place, name in enumerate(header):
-        table.add_column(name, justify="right" if caption and place > 1 else "left")  # of results, the numbers
+        table.add_column(name, justify="left" if num_texts is None or place < num_texts else "right")
     for row in others:
         table.add_row(*row)
     if Measurement.get(console, console.options.update(max_width=UNLIMITED), table).maximum <= console.width:

@@ -12,12 +12,22 @@ class DamageLimit:
     Args:
         limit: one more is an error; 0 makes each an error.
         name: of the setting that holds the limit, for the error.
-        say: is told of each that is passed over.
+        say: is told of each that is passed over, once.
         of: what they are counted of, for the error; nothing, or ` of '...'`.
+        told: those that were said before, which are only counted: a text is read in calibration and in every epoch.
+            What is said is added.
     """
 
-    def __init__(self, limit: int, name: str, say: Callable[[str], None] = lambda line: None, of: str = ""):
+    def __init__(
+        self,
+        limit: int,
+        name: str,
+        say: Callable[[str], None] = lambda line: None,
+        of: str = "",
+        told: set[str] | None = None,
+    ):
         self.limit, self.name, self.say, self.of = limit, name, say, of
+        self.told = set() if told is None else told
         self.count = 0
 
     def __call__(self, error: Damaged | str) -> None:
@@ -31,4 +41,6 @@ class DamageLimit:
         if self.count > self.limit:
             before = f"{self.limit} damaged rows or files{self.of} were passed over already ({self.name})"
             raise UserError(f"{line}; {before}" if self.limit else line)
-        self.say(f"{line}; passed over ({self.count} of at most {self.limit})")
+        if line not in self.told:
+            self.told.add(line)
+            self.say(f"{line}; passed over ({self.count} of at most {self.limit})")

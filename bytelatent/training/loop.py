@@ -90,7 +90,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
     def say_of_text(line: str) -> None:  # damaged rows are met by one rank alone
         say(line) if ranks.is_first else print(f"{ranks.name}: {line}", flush=True)
 
-    batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text)
+    batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text, run.told)
     loader = ReadAhead(batches, device) if reads_ahead(device) else batches
     state = TrainState(model, build_optimizer(model, settings.optimizer, ranks.world), loader)
     in_background = settings.checkpoint.asynchronous

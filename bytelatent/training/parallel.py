@@ -60,7 +60,10 @@ class Plan:
     def whole(self, value: Tensor) -> Tensor | None:
         """All of a tensor of which each rank holds a part, on the first rank's CPU; all of them ask together."""
         full: Any = value.detach()
-        full = full if self.mesh is None else full.full_tensor()
+        if self.mesh is not None:
+            from bytelatent.training import sharding
+
+            full = sharding.whole(full)
         return full.cpu() if self.ranks.is_first else None
 
     def more_to_come(self, model: nn.Module, more: bool) -> None:

@@ -30,6 +30,7 @@ def calibrate_on(
     device: str = "auto",
     dtype: str = "auto",
     say: Callable[[str], None] = lambda line: None,
+    told: set[str] | None = None,
 ) -> Calibration:
     """The threshold for a mean patch size on a sample of the training text, checked on the validation text.
 
@@ -40,8 +41,9 @@ def calibrate_on(
         rule: the entropy rule; its threshold does not matter.
         text_bytes: how much text to measure on.
         say: is told of damaged rows and files, of which `data.max_damaged` are passed over.
+        told: what was said is added.
     """
-    damaged = DamageLimit(data.max_damaged, "data.max_damaged", say)
+    damaged = DamageLimit(data.max_damaged, "data.max_damaged", say, told=told)
     sample = sample_entropies(byte_lm, data.train, data.context, rule, text_bytes, device, dtype, damaged)
     found = calibrate(sample.ids, sample.entropies, sample.position, wanted_patch_bytes, rule)
     held_out = None

@@ -37,6 +37,7 @@ class Run:
     settings: TrainSettings  # with the threshold that calibration chose
     config: Config
     patcher: Patcher | None
+    told: set[str]  # of damaged rows and files: what calibration said of them
 
 
 def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype: torch.dtype, console: Console) -> Run:
@@ -45,18 +46,22 @@ def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype:
     Raises:
         UserError: the folder is another run's.
     """
-    settings, config = ranks.first(lambda: _prepare(settings, console))
+    settings, config, told = ranks.first(lambda: _prepare(settings, console))
     patcher = None
     if settings.patching is not None:
         byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.byte_lm is not None else None
         mark = fingerprint(byte_lm) if byte_lm is not None else None
         byte_lm = byte_lm.to(device) if byte_lm is not None else None
         patcher = Patcher(settings.patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
-    return Run(Path(settings.run), settings, config, patcher)
+    return Run(Path(settings.run), settings, config, patcher, told)
 
 
-def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, Config]:
-    """Settings with the threshold that calibration chose, and what the model is; written to the run's folder."""
+def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, Config, set[str]]:
+    """Settings with the threshold that calibration chose, and what the model is; written to the run's folder.
+
+    The set is what calibration said of damage.
+    """
+    told: set[str] = set()
     folder = Path(settings.run)
     earlier = _earlier(folder)
     calibration = _read_calibration(folder)
@@ -76,6 +81,7 @@ def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, 
                 settings.device,
                 settings.dtype,
                 lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+                told,
             )
             write_calibration(folder, calibration)
         patching = settings.patching.model_copy(update={"threshold": calibration.threshold})
@@ -85,7 +91,7 @@ def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, 
     config = Config(
         model=settings.model, context=settings.data.context, patching=settings.patching, calibration=calibration
     )
-    return settings, config
+    return settings, config, told
 
 
 def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | None) -> ByteLM | None:

@@ -76,6 +76,20 @@ def keep_own_part(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
+def whole(value: DTensor) -> Tensor:
+    """All of a tensor that is spread over ranks, on each of them; all of its mesh ask together.
+
+    It is put together along one dimension of the mesh after the other, FSDP's before those of tensor parallelism, which
+    divided it first. `full_tensor` does the same with a warning where two of them divide one dimension of the tensor.
+    """
+    placements = list(value.placements)
+    for dim, placement in enumerate(value.placements):
+        if not placement.is_replicate():
+            placements[dim] = Replicate()
+            value = value.redistribute(placements=placements)
+    return value.to_local()
+
+
 class _NormInFloat32(nn.RMSNorm):
     """Autocast leaves norms in float32, and a fused one takes states and weight of one precision."""
 

@@ -90,8 +90,9 @@ class Statistics:
         finally:
             for hook in hooks:
                 hook.remove()
-            if hasattr(self._model, "reshard"):  # FSDP keeps what it gathered for a backward pass
-                self._model.reshard()  # pyright: ignore[reportCallIssue]
+            for part in self._model.modules():
+                if hasattr(part, "reshard"):  # FSDP keeps what it gathered for a backward pass
+                    part.reshard()  # pyright: ignore[reportCallIssue]
         return {"activation_rms": activations, "attention_entropies": entropies}
 
 
@@ -147,8 +148,12 @@ def _norm(tensors: list[Tensor | None]) -> float:
     for tensor in tensors:
         if tensor is not None:
             values: Any = tensor.coalesce().values() if tensor.is_sparse else tensor
-            norm = torch.linalg.vector_norm(values, dtype=torch.float32)
-            total += float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) ** 2
+            norm: Any = torch.linalg.vector_norm(values, dtype=torch.float32)
+            if hasattr(norm, "placements"):  # a DTensor; their module takes seconds to import
+                from bytelatent.training import sharding
+
+                norm = sharding.whole(norm)
+            total += float(norm) ** 2
     return total**0.5
 
 

@@ -13,7 +13,7 @@ from bytelatent.errors import UserError
 from bytelatent.model.flops import costs
 from bytelatent.report import compare_runs, write_runs_figure
 from bytelatent.report.figures import curve_points
-from bytelatent.report.runs import find_runs, read_rows
+from bytelatent.report.runs import _print, find_runs, read_rows
 from bytelatent.report.runs_figure import _curves
 from bytelatent.training import train
 from tests.training.tiny_runs import BLT, BYTE_LM, byte_lm_run, settings, write_text
@@ -69,6 +69,18 @@ def test_no_name_is_cut_on_a_narrow_terminal(tmp_path: Path) -> None:
     assert all(f"\n{name}\n" in f"\n{narrow}" for name in [*names, "checkpoint.every"])
     assert [line.split()[-1] for line in narrow.splitlines()[-2:]] == ["101", "100"]  # by name
     assert all(word in narrow for line in table.splitlines() for word in line.replace("│", " ").split() if "_" in word)
+
+
+@pytest.mark.parametrize("caption", [None, "a line below"])
+def test_numbers_end_at_the_right_and_text_begins_at_the_left(caption: str | None) -> None:
+    for num_texts, ends in ((1, "   7"), (None, "7   ")):
+        out = io.StringIO()
+        table = [["name", "number"], ["ab", "7"], ["abcdef", "123456"]]
+        _print(Console(file=out, width=80), table, caption=caption, num_texts=num_texts)
+        [line] = [line for line in out.getvalue().splitlines() if " ab " in line]
+        text, number = line.strip("│").split("│")
+        assert text.startswith(" ab   ")
+        assert ends in number
 
 
 def test_what_a_run_has_come_to(tmp_path: Path) -> None:

@@ -126,6 +126,35 @@ def test_export(crew: Crew, tmp_path: Path, text: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_export_writes_over_nothing(byte_lm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    export(str(byte_lm), 10, str(out))  # nothing is lost of an empty folder
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert "model.safetensors" in before
+    with pytest.raises(UserError, match=rf"^'{out}' holds a model already; name another folder, or move it away$"):
+        export(str(byte_lm), None, str(out))
+    with pytest.raises(UserError, match=rf"^'{byte_lm}' holds something else than a saved model; name another folder"):
+        export(str(byte_lm), None, str(byte_lm))
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_export_that_reads_otherwise_does_not_appear(
+    byte_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    equal, calls = torch.equal, []
+
+    def unlike_at_last(*pair: torch.Tensor) -> bool:
+        calls.append(pair)
+        return equal(*pair) and len(calls) < 3
+
+    monkeypatch.setattr(torch, "equal", unlike_at_last)
+    with pytest.raises(UserError, match=r"'.*/out': \S+ is not as '.*step-00000012' has it; is the disk in order\?"):
+        export(str(byte_lm), None, str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_process_stops_all(crew: Crew, tmp_path: Path, text: Path, rank: int) -> None:
     run = tmp_path / "run"

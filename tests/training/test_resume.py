@@ -94,6 +94,7 @@ def test_a_blt_that_is_killed_goes_on_bit_for_bit(tmp_path: Path, text: Path, by
     again = finished(command(values(killed)))
     assert again.returncode == 0, again.stderr
     assert "calibrating" not in again.stdout
+    assert again.stdout.splitlines()[-1] == str(killed)
     assert_equal_runs(killed, whole)
 
 

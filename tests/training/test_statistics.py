@@ -17,6 +17,8 @@ from bytelatent.data.pieces import Piece
 from bytelatent.model import Block, BLTSettings, ByteLMSettings, CrossAttention, build
 from bytelatent.training import read_metrics, train
 from bytelatent.training.statistics import Statistics, attention_entropy, head, layers
+from tests.training.crew import Crew
+from tests.training.plans import PLANS, train_as, values
 from tests.training.tiny_runs import BLT, BYTE_LM, assert_equal_runs, blt_run, byte_lm_run, settings, weights
 
 OF_LAYERS = ("weight_norms", "gradient_norms", "update_norms")
@@ -70,6 +72,20 @@ def test_norms_are_those_of_the_weights(tmp_path: Path, text: Path) -> None:
     step = next(r for r in read_metrics(run / "metrics.jsonl") if r["step"] == 4 and "gradient_norm" in r)
     clipped = min(step["gradient_norm"], 1.0)
     assert math.hypot(*row["gradient_norms"].values()) == pytest.approx(clipped, rel=1e-4)
+
+
+def test_divided_runs_have_the_same_statistics(crew: Crew, tmp_path: Path, text: Path) -> None:
+    """Of the same batches, whether each rank holds all weights or gathers them."""
+    runs = {name: tmp_path / name for name in ("shard", "replicate")}
+    for name, run in runs.items():
+        crew.run((2, train_as, values(text, run, steps=4, statistics_every=2, parallel=PLANS[name][1])))
+    found = [
+        [row for row in read_metrics(run / "metrics.jsonl") if row.get("kind") == "statistics"] for run in runs.values()
+    ]
+    assert [row["step"] for row in found[0]] == [row["step"] for row in found[1]] == [2, 4]
+    for shard, replicate in zip(*found, strict=True):
+        for key in (*OF_LAYERS, "activation_rms", "attention_entropies"):
+            assert shard[key] == pytest.approx(replicate[key], rel=1e-4)
 
 
 @pytest.mark.parametrize("values", [BYTE_LM, BLT], ids=["byte LM", "BLT"])

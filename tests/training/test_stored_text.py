@@ -12,6 +12,8 @@ from bytelatent.blt import BLT
 from bytelatent.errors import UserError
 from bytelatent.text import read_documents
 from bytelatent.training import read_metrics, train
+from tests.training.crew import Crew
+from tests.training.plans import train_as
 from tests.training.tiny_runs import blt_run, byte_lm_run, environment, losses, settings, write_text
 
 
@@ -81,12 +83,20 @@ def test_calibration_passes_over_damage_as_training_does(work: Path, tmp_path: P
     values = blt_run(tmp_path / "run", tmp_path / "torn", work / "byte_lm", steps=60)
     train(settings(values), Console(file=told, width=1000))
     lines = [line for line in told.getvalue().splitlines() if "b.parquet' is not a whole Parquet file" in line]
-    assert len(lines) >= 2  # in calibration, and in each epoch
-    assert all("passed over (1 of at most 100)" in line for line in lines)
+    assert len(lines) == 1  # in calibration, and in no epoch again
+    assert "passed over (1 of at most 100)" in lines[0]
     values["run"] = str(tmp_path / "strict")
     values["data"]["max_damaged"] = 0
     with pytest.raises(UserError, match="is not a whole Parquet file"):
         train(settings(values))
+
+
+def test_no_rank_repeats_what_calibration_said(work: Path, tmp_path: Path, crew: Crew) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_bytes((work / "text.jsonl").read_bytes() + b"{torn\n")
+    values = blt_run(tmp_path / "run", text, work / "byte_lm", steps=30, parallel={"data": "replicate"})
+    [said] = crew.run((2, train_as, values))
+    assert [sum("line 61 is not JSON" in line for line in lines) for lines in said] == [1, 0]
 
 
 def test_reading_processes_may_change_between_starts(work: Path, tmp_path: Path) -> None:

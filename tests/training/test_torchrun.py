@@ -1,6 +1,7 @@
 """What torchrun sees: processes that are stopped, and processes that die."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -31,14 +32,15 @@ def rate(step, *more):
         raise ZeroDivisionError("a bug")
     return inner(step, *more)
 loop.learning_rate = rate
-train.main(sys.argv[2:])
+train.command(sys.argv[2:])
 """
 
 
-def torchrun(*arguments: str, **settings: Any) -> subprocess.Popen[str]:
+def torchrun(*arguments: str, output: int | None = None, **settings: Any) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    return subprocess.Popen([*launcher, *arguments, *given], env=environment(), stderr=subprocess.PIPE, text=True)
+    command, pipe = [*launcher, *arguments, *given], subprocess.PIPE
+    return subprocess.Popen(command, env=environment(), stdout=output, stderr=pipe, text=True)
 
 
 def test_a_signal_to_the_launcher_ends_the_run_in_good_order(tmp_path: Path, text: Path) -> None:
@@ -80,8 +82,18 @@ def test_torchrun_begins_again_after_a_death(tmp_path: Path, text: Path) -> None
     for run in ("whole", "killed"):
         given = values(text, tmp_path / run, steps=5, checkpoint={"every": 2, "asynchronous": False})
         how = "kill once" if run == "killed" else "kill never"
-        process = torchrun("--max-restarts", "1", str(tmp_path / "dies.py"), how, **given)
-        _, errors = process.communicate(timeout=120)
+        process = torchrun("--max-restarts", "1", str(tmp_path / "dies.py"), how, output=subprocess.PIPE, **given)
+        said, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+        assert said.splitlines().count(str(tmp_path / run)) == 1  # the first rank, as it is done
         assert ("exitcode: -9" in errors) == (run == "killed")
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_tensor_parallelism_warns_of_nothing(tmp_path: Path, text: Path) -> None:
+    """Not when weights that two dimensions of the ranks divide are put together, nor at norms of these."""
+    given = values(text, tmp_path / "run", steps=2, statistics_every=2, parallel={"tensor": 2})
+    process = torchrun("-m", "bytelatent.train", **given)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    assert [line for line in errors.splitlines() if re.match(r"\[rank\d\]", line) or "Warning" in line] == []
