@@ -208,8 +208,8 @@ def check() -> None:
                         break
                     far = max(far, abs(p - q))
             print(
-                f"check {name}, {weights} weights, {rows} rows, quorum {quorum}, {ahead} ahead, {beside} beside: {same} of {rows} "
-                f"equal, log-probabilities {far:.1e}"
+                f"check {name}, {weights} weights, {rows} rows, quorum {quorum}, {ahead} ahead, {beside} beside: "
+                f"{same} of {rows} equal, log-probabilities {far:.1e}"
             )
 
 
