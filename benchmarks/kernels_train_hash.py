@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.kernels.row_sums import coalesced
+from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
 from bytelatent.training.clipping import clip
@@ -51,6 +52,7 @@ def check() -> None:
     for sparse in (False, True):
         torch.manual_seed(0)
         exact = NgramHashEmbedding(NgramHashSettings(vocab_size=5003), DIM).double()
+        init_weights(exact)
         model = NgramHashEmbedding(exact.settings, DIM).cuda()
         model.load_state_dict(exact.state_dict())
         exact.tables.sparse = model.tables.sparse = sparse

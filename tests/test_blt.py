@@ -1,6 +1,8 @@
 """The public face."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +61,16 @@ def slow_starts(blt: BLT, ids: list[int]) -> list[bool]:
     entropies = slow_entropies(blt, ids)
     assert np.abs(entropies - THRESHOLD).min() > 1e-5  # rounding decides nothing here
     return [at == 0 or entropy > THRESHOLD for at, entropy in enumerate(entropies)]
+
+
+def test_generating_on_a_cpu_imports_no_compiler(tmp_path: Path) -> None:
+    """It takes seconds to import, and `blt generate` would wait for it."""
+    wrap(tiny_blt()).save_pretrained(tmp_path / "model")
+    code = (
+        "import sys; from bytelatent import BLT; model = BLT.from_pretrained(sys.argv[1]); "
+        "model.generate('hello', max_new_bytes=3); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")]).returncode == 0
 
 
 @pytest.mark.parametrize("text", TEXTS)

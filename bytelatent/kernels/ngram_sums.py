@@ -28,7 +28,16 @@ def ngram_sums(
 
     The other arguments: see `hash_embed`.
     """
+    if not tail_BL.is_cuda and not torch.is_grad_enabled():  # an operator's first call imports for seconds
+        return _plain_sums(tail_BL, history_T, powers_NW, tables_NVD, new)[0]
     return _ngram_sums(tail_BL, history_T, powers_NW, tables_NVD, new, sparse)[0]
+
+
+def _plain_sums(
+    tail_BL: Tensor, history_T: Tensor, powers_NW: Tensor, tables_NVD: Tensor, new: int
+) -> tuple[Tensor, Tensor]:
+    rows_TN = hash_rows(tail_BL, history_T, powers_NW, tables_NVD.shape[0] // powers_NW.shape[0], new)
+    return F.embedding_bag(rows_TN, tables_NVD, mode="sum"), rows_TN
 
 
 @library.custom_op("bytelatent::ngram_sums", mutates_args=())
@@ -37,8 +46,7 @@ def _ngram_sums(
 ) -> tuple[Tensor, Tensor]:
     """The sums, and the rows that were looked up, [T, N]."""
     if not tail_BL.is_cuda:
-        rows_TN = hash_rows(tail_BL, history_T, powers_NW, tables_NVD.shape[0] // powers_NW.shape[0], new)
-        return F.embedding_bag(rows_TN, tables_NVD, mode="sum"), rows_TN
+        return _plain_sums(tail_BL, history_T, powers_NW, tables_NVD, new)
     rows_TN = torch.empty(history_T.shape[0], powers_NW.shape[0], dtype=torch.int64, device=tail_BL.device)
     tail_BL, history_T = tail_BL.contiguous(), history_T.contiguous()
     return hash_embed(tail_BL, history_T, powers_NW, tables_NVD, None, new=new, rows=rows_TN), rows_TN

@@ -7,6 +7,7 @@ Source: Pagnoni et al. 2024, figure 2 and section 3.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from bytelatent.kernels.patch_attention import pool_patches, runs_of
@@ -28,7 +29,7 @@ class LocalEncoder(nn.Module):
         super().__init__()
         encoder, cross = settings.encoder, settings.cross_attention
         self.settings = settings
-        self.embedding = nn.Embedding(VOCAB_SIZE, encoder.dim)
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(VOCAB_SIZE, encoder.dim), freeze=False)
         self.ngram_hash = NgramHashEmbedding(settings.ngram_hash, encoder.dim) if settings.ngram_hash else None
         self.stack = Stack(encoder)
         self.pooled_to_queries = nn.Linear(encoder.dim, cross.k * encoder.dim, bias=False)

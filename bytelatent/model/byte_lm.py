@@ -19,7 +19,8 @@ class ByteLM(nn.Module):
     def __init__(self, settings: ByteLMSettings):
         super().__init__()
         self.settings = settings
-        self.embedding = nn.Embedding(VOCAB_SIZE, settings.dim)
+        # Without values: `init_weights` draws them.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(VOCAB_SIZE, settings.dim), freeze=False)
         self.stack = Stack(settings)
         self.norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
         self.output = nn.Linear(settings.dim, VOCAB_SIZE, bias=False)

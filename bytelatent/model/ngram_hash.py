@@ -30,13 +30,16 @@ PRIMES = (
 class NgramHashEmbedding(nn.Module):
     """The sum of a byte's n-gram embeddings, one table a function and size, all in one tensor, function-major.
 
+    The tables are without values until `init_weights` draws them.
+
     `tables.sparse` says whether the tables' gradient is a sparse tensor of the rows looked up.
     """
 
     def __init__(self, settings: NgramHashSettings, dim: int):
         super().__init__()
         self.settings = settings
-        self.tables = nn.EmbeddingBag(settings.num_tables * settings.vocab_size, dim, mode="sum")
+        weight = torch.empty(settings.num_tables * settings.vocab_size, dim)
+        self.tables = nn.EmbeddingBag.from_pretrained(weight, freeze=False, mode="sum")
         self._powers: Tensor | None = None
 
     def powers(self, device: torch.device) -> Tensor:

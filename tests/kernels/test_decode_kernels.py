@@ -23,6 +23,7 @@ from bytelatent.kernels.skinny_linear import (
     plain_skinny_linear,
 )
 from bytelatent.model.attention import attend, build_mask, rotary, rotate
+from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
 
@@ -205,6 +206,7 @@ def test_plain_hash_embeddings_are_the_models() -> None:
     torch.manual_seed(0)
     shape = NgramHashSettings(sizes=[3, 5, 8], num_functions=2, vocab_size=997)
     model, own = NgramHashEmbedding(shape, 12), torch.randn(260, 12)
+    init_weights(model)
     ids, history = torch.randint(0, 260, (30,)), torch.arange(30) % 17
     expected = own[ids] + model(ids, history)
     tail = F.pad(ids, (7, 0))[None]

@@ -14,6 +14,7 @@ from torch import Tensor, library
 from bytelatent.kernels.hash_embed import hash_rows, ngram_powers
 from bytelatent.kernels.row_adamw import row_adamw
 from bytelatent.kernels.row_sums import coalesced, plain_row_sums, row_sums
+from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
 
@@ -56,6 +57,7 @@ def test_kernels() -> None:
 def embedding_and_stream(size: int, dtype: torch.dtype = torch.float64) -> tuple[NgramHashEmbedding, Tensor, Tensor]:
     torch.manual_seed(size)
     model = NgramHashEmbedding(NgramHashSettings(sizes=[2, 3, 5], num_functions=2, vocab_size=29), 12).to(dtype)
+    init_weights(model)
     return model, torch.randint(0, 9, (size,)), torch.randint(0, 7, (size,))
 
 
