@@ -21,6 +21,9 @@ BOTH: tuple[Weights, ...] = ("int8", "fp8")
 # Sign, four bits of exponent, three more; the very last one would be NaN.
 STEPS = [(bits % 8) * 2.0**-9 if bits < 8 else (1 + bits % 8 / 8) * 2.0 ** (bits // 8 - 7) for bits in range(127)]
 FP8 = torch.tensor([-step for step in STEPS] + STEPS, dtype=torch.float64)
+ODD = (
+    torch.arange(127, dtype=torch.float64).repeat(2) % 2
+)  # of two that are as near, the one with an even last bit counts
 LEFT_ALONE = ("embedding", "tables", "decoder.output")
 NORMS = {
     "attention.query": "attention_norm",
@@ -41,7 +44,8 @@ def norm_before(name: str) -> str | None:
 
 
 def slowly_rounded(model: Any, weights: str) -> Any:
-    """The same numbers by another way: in float64, fp8 by a search among all there are."""
+    """The same numbers by another way: fp8 by a search among all there are. Only what is to be rounded is computed in
+    float32 here, too: some of thousands of numbers lie too near the middle for it not to matter."""
     slow = deepcopy(model)
     tensors = slow.state_dict()
     folded = set()
@@ -49,13 +53,16 @@ def slowly_rounded(model: Any, weights: str) -> Any:
         name = key.removesuffix(".weight")
         if weight.dim() < 2 or name == "output" or any(part in name for part in LEFT_ALONE):
             continue
-        matrix = weight.double()
+        matrix = weight
         if norm := norm_before(name):
-            matrix = matrix * tensors[norm].double()
+            matrix = matrix * tensors[norm]
             folded.add(norm)
         scale = matrix.abs().amax(1, keepdim=True) / (127 if weights == "int8" else 448)
-        unit = matrix / scale
-        near = unit.round() if weights == "int8" else FP8[(unit[..., None] - FP8).abs().argmin(-1)]
+        unit = (matrix / scale).double()
+        far = (
+            unit[..., None] - FP8
+        ).abs() + 1e-9 * ODD * FP8.abs()  # float32's quotients are 1e-7 from a middle or on it
+        near = unit.round() if weights == "int8" else FP8[far.argmin(-1)]
         tensors[key] = (near * scale).float()
     slow.load_state_dict(tensors | {norm: torch.ones_like(tensors[norm]) for norm in folded})
     return slow
