@@ -8,10 +8,10 @@ overlapped launches. Rows that wait are passed over, and their caches are not co
 """
 
 import argparse
-import time
 from itertools import product
 
 import torch
+from decode import copy_rate, seconds_of
 
 from bytelatent.kernels.decode_attention import (
     AttentionLaunch,
@@ -29,26 +29,6 @@ SHAPES = {
     "global transformer": (16, 128, 12, 512, None, 240),
 }
 LAUNCHES = [AttentionLaunch(block, 1, *how) for block, how in product((32, 64, 128), ((4, 2), (4, 3), (2, 2)))]
-
-
-def seconds(graph: torch.cuda.CUDAGraph, times: int = 10) -> float:
-    """Of one replay."""
-    graph.replay()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(times):
-        graph.replay()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / times
-
-
-def copy_rate() -> float:
-    """Bytes a second, read and written."""
-    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in "st")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        target.copy_(source)
-    return 2 * source.nbytes / seconds(graph)
 
 
 def measure(name: str, rows: int, waiting: int, rate: float) -> None:
@@ -73,7 +53,7 @@ def measure(name: str, rows: int, waiting: int, rate: float) -> None:
         with overlapped(), torch.cuda.graph(graph):
             for layer in range(layers):
                 decode_attention(qkv, k[layer], v[layer], position_B, turns, launch=launch, **given)
-        took = seconds(graph) / layers
+        took = seconds_of(graph.replay, 10) / layers
         print(f"  {took * 1e6:6.1f} us, {num_bytes / took / rate:4.0%} of the copy's speed: {launch}", flush=True)
 
 

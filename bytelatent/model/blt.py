@@ -29,6 +29,7 @@ class LocalEncoder(nn.Module):
         super().__init__()
         encoder, cross = settings.encoder, settings.cross_attention
         self.settings = settings
+        # Without values: `init_weights` draws them.
         self.embedding = nn.Embedding.from_pretrained(torch.empty(VOCAB_SIZE, encoder.dim), freeze=False)
         self.ngram_hash = NgramHashEmbedding(settings.ngram_hash, encoder.dim) if settings.ngram_hash else None
         self.stack = Stack(encoder)

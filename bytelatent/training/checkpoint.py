@@ -31,7 +31,7 @@ from bytelatent.interop.native import write_native
 from bytelatent.interop.tensors import StoredTensor
 from bytelatent.training.copies import Copies
 from bytelatent.training.optimizer import Optimizers
-from bytelatent.training.parallel import Plan
+from bytelatent.training.parallel import Plan, let_go
 from bytelatent.training.settings import CheckpointSettings
 
 PAUSES = (15, 60, 240)  # seconds after which a save is tried again where the disk is full
@@ -201,7 +201,7 @@ class Checkpoints:
     def _content(self, state: TrainState, over: bool) -> Content:
         from bytelatent.training.stored_state import tensors_of  # it takes seconds to import
 
-        self.plan.let_go(state.model)
+        let_go(state.model)
         tensors = tensors_of(state.model, state.optimizer)
         if self.asynchronous:
             tensors = self._copies.take(tensors)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bytelatent.training.parallel import own_part
+
 
 class Copies:
     """Memory for copies, kept from one save to the next.
@@ -25,9 +27,10 @@ class Copies:
         """Begin to get memory for copies of such tensors."""
         self.close()
         self._places = places_for(tensors)
-        of_gpu = [own_part(self._places[name]) for name, value in tensors.items() if value.is_cuda]
+        of_gpu = [name for name, value in tensors.items() if value.is_cuda]
         if of_gpu:
-            self._pinning = threading.Thread(target=self._pin, args=(of_gpu,), daemon=True)
+            given = [own_part(self._places[name]) for name in of_gpu], tensors[of_gpu[0]].device.index
+            self._pinning = threading.Thread(target=self._pin, args=given, daemon=True)
             self._pinning.start()
 
     @property
@@ -65,13 +68,14 @@ class Copies:
             self._pinning.join()
             self._pinning = None
 
-    def _pin(self, places: list[Tensor]) -> None:
+    def _pin(self, places: list[Tensor], gpu: int) -> None:
         """One after the other; a copy must not lie in memory that was pinned at two times. Where it is refused, copying
         is slower."""
         for place in places:
             place.zero_()  # by several threads; pinning would get the pages by one
-            if place.nbytes and int(_cudart().cudaHostRegister(place.data_ptr(), place.nbytes, 0)) == 0:
-                self._pinned.append(place.data_ptr())
+            with torch.cuda.device(gpu):  # a thread begins on the first GPU, where this would take memory
+                if place.nbytes and int(_cudart().cudaHostRegister(place.data_ptr(), place.nbytes, 0)) == 0:
+                    self._pinned.append(place.data_ptr())
 
 
 def places_for(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,11 +92,6 @@ def places_for(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         places[name] = spread_like(value, place.to(part.dtype).view(part.shape))
         begin += size
     return places
-
-
-def own_part(value: Any) -> Tensor:
-    """What this rank holds of a tensor."""
-    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def spread_like(value: Tensor, part: Tensor) -> Tensor:

@@ -71,11 +71,17 @@ class Plan:
         if self.mesh is not None:
             model.set_requires_all_reduce(not more)  # pyright: ignore[reportCallIssue]
 
-    def let_go(self, model: nn.Module) -> None:
-        """After forward passes without a backward one: weights that were gathered for them are dropped."""
-        for part in model.modules() if self.mesh is not None else ():
-            if hasattr(part, "reshard"):
-                part.reshard()  # pyright: ignore[reportCallIssue]
+
+def own_part(value: Any) -> Tensor:
+    """What this rank holds of a tensor."""
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def let_go(model: nn.Module) -> None:
+    """After forward passes without a backward one: weights that FSDP gathered for them are dropped."""
+    for part in model.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()  # pyright: ignore[reportCallIssue]
 
 
 def make_plan(settings: ParallelSettings, model: ModelSettings, ranks: Ranks, device: torch.device) -> Plan:

@@ -13,6 +13,7 @@ from bytelatent.data import Batch
 from bytelatent.model import Block, CrossAttention, PatchedStream, Stream
 from bytelatent.model.attention import DenseMask, head_dim_of, rotate
 from bytelatent.model.block import Attention, Stack
+from bytelatent.training.parallel import let_go
 
 # Shapes: T positions in the stream, D width, H heads, J key/value heads, E head size
 
@@ -90,9 +91,7 @@ class Statistics:
         finally:
             for hook in hooks:
                 hook.remove()
-            for part in self._model.modules():
-                if hasattr(part, "reshard"):  # FSDP keeps what it gathered for a backward pass
-                    part.reshard()  # pyright: ignore[reportCallIssue]
+            let_go(self._model)
         return {"activation_rms": activations, "attention_entropies": entropies}
 
 

@@ -13,7 +13,7 @@ from bytelatent.model.loss import bits_per_byte
 from bytelatent.text import find_files
 from bytelatent.text.places import is_remote
 from bytelatent.training.checkpoint import TrainState
-from bytelatent.training.parallel import Plan
+from bytelatent.training.parallel import Plan, let_go
 from bytelatent.training.settings import TrainSettings
 
 
@@ -70,7 +70,7 @@ def validate(
                 nats += found
                 num_bytes += own.num_bytes
     state.model.train()
-    plan.let_go(state.model)
+    let_go(state.model)
     nats, num_bytes = plan.sum([nats, num_bytes])
     return {
         "step": state.step,

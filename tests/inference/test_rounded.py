@@ -21,9 +21,7 @@ BOTH: tuple[Weights, ...] = ("int8", "fp8")
 # Sign, four bits of exponent, three more; the very last one would be NaN.
 STEPS = [(bits % 8) * 2.0**-9 if bits < 8 else (1 + bits % 8 / 8) * 2.0 ** (bits // 8 - 7) for bits in range(127)]
 FP8 = torch.tensor([-step for step in STEPS] + STEPS, dtype=torch.float64)
-ODD = (
-    torch.arange(127, dtype=torch.float64).repeat(2) % 2
-)  # of two that are as near, the one with an even last bit counts
+ODD = torch.arange(127, dtype=torch.float64).repeat(2) % 2  # of two as near, the one with an even last bit counts
 LEFT_ALONE = ("embedding", "tables", "decoder.output")
 NORMS = {
     "attention.query": "attention_norm",
@@ -59,9 +57,8 @@ def slowly_rounded(model: Any, weights: str) -> Any:
             folded.add(norm)
         scale = matrix.abs().amax(1, keepdim=True) / (127 if weights == "int8" else 448)
         unit = (matrix / scale).double()
-        far = (
-            unit[..., None] - FP8
-        ).abs() + 1e-9 * ODD * FP8.abs()  # float32's quotients are 1e-7 from a middle or on it
+        # A quotient in float32 is on a middle, or 1e-7 from it.
+        far = (unit[..., None] - FP8).abs() + 1e-9 * ODD * FP8.abs()
         near = unit.round() if weights == "int8" else FP8[far.argmin(-1)]
         tensors[key] = (near * scale).float()
     slow.load_state_dict(tensors | {norm: torch.ones_like(tensors[norm]) for norm in folded})

@@ -20,7 +20,7 @@ from bytelatent.training import TrainSettings, loop, train
 from bytelatent.training.checkpoint import Checkpoints, TrainState
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
-from bytelatent.training.parallel import Plan, build_spread, draw_weights, make_plan
+from bytelatent.training.parallel import Plan, build_spread, draw_weights, let_go, make_plan
 from bytelatent.training.ranks import open_ranks
 from bytelatent.training.settings import OptimizerSettings
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
@@ -127,7 +127,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         valid = next(Loader(rule.data, 1, patcher))
         with torch.no_grad():
             loss(valid)
-        plan.let_go(model)
+        let_go(model)
         gathered = {name: tuple(_own(value).shape) for name, value in model.named_parameters()}
         if checkpoints is not None:
             checkpoints.save(state, over=ranks.world == 4, needed=True)

@@ -89,7 +89,7 @@ def test_each_copy_is_pinned_for_itself_and_let_go(monkeypatch: pytest.MonkeyPat
     tensors = {"a": torch.zeros(5000), "b": torch.zeros(()), "none": torch.zeros(0), "c": torch.zeros(1025).bfloat16()}
     places = places_for(tensors)
     mine = Copies()
-    mine._pin(list(places.values()))
+    mine._pin(list(places.values()), -1)
     assert cudart.asked == [(places[name].data_ptr(), tensors[name].nbytes) for name in "abc"]
     assert all(begin % mmap.PAGESIZE == 0 for begin, _ in cudart.asked), "two may share a page, which is pinned once"
     mine.close()

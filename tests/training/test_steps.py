@@ -12,10 +12,11 @@ from torch import nn
 
 from bytelatent.data import Batch, Loader, surprise
 from bytelatent.interop import fingerprint, load, load_byte_lm
-from bytelatent.model import build
+from bytelatent.model import PatchedStream, build
 from bytelatent.patching import Calibration
 from bytelatent.training import loop, read_metrics, train
 from bytelatent.training.checkpoint import TrainState
+from bytelatent.training.copies import Copies
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.parallel import Plan
@@ -159,6 +160,37 @@ def test_a_run_by_the_clock_ends(tmp_path: Path, text: Path) -> None:
     longest = rows[0]["bytes_seen"] / min(row["bytes_per_second"] for row in rows[1:])
     assert state["seconds"] - 0.18 <= longest * 1.1  # no step begins after the end
     assert rows[-1]["lr"] < 0.5 * max(row["lr"] for row in rows)
+
+
+def test_validation_and_training_have_one_shape(
+    tmp_path: Path, text: Path, byte_lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one would be compiled for itself."""
+    seen: list[tuple[bool, tuple[int, int]]] = []
+
+    def noted(model: Any, batch: Batch) -> torch.Tensor:
+        assert isinstance(batch.stream, PatchedStream)
+        seen.append((model.training, (len(batch.targets), batch.stream.num_patches)))
+        return surprise(model, batch)
+
+    monkeypatch.setattr(loop, "surprise", noted)
+    values = blt_run(tmp_path / "run", text, byte_lm, steps=2)
+    values["data"] |= {"valid": str(text), "batch_patches": values["data"]["batch_bytes"]}
+    train(settings({**values, "validation": {"every": 1, "max_bytes": 1000}}))
+    assert {is_training for is_training, _ in seen} == {True, False}
+    assert len({shape for _, shape in seen}) == 1
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_memory_for_copies_is_got_once_after_the_first_step(
+    tmp_path: Path, text: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for name in ("prepare", "take"):
+        call = getattr(Copies, name)
+        monkeypatch.setattr(Copies, name, lambda *given, name=name, call=call: (done.append(name), call(*given))[1])
+    train(settings(byte_lm_run(tmp_path / "run", text, 6, checkpoint={"every": 2, "asynchronous": asynchronous})))
+    assert done == (["prepare", "take", "take", "take"] if asynchronous else [])
 
 
 def test_metrics_have_their_keys_and_add_up(tmp_path: Path, text: Path, byte_lm: Path) -> None:

@@ -31,7 +31,7 @@ class FastRows:
         ahead: bytes of each row that a step comes on by at most, all but one of them drafted; see `DraftedStep`. Then
             `places` are patches of one row, and the global transformer runs in every step.
         beside: bytes of each row that a step comes on by while the global transformer runs for other rows, see
-            `BesideStep`; 0: it runs between bytes.
+            `BesideStep`; then `quorum` does not count. 0: it runs between bytes.
     """
 
     def __init__(
