@@ -143,9 +143,12 @@ def test_weights_are_the_probabilities(each: list[tuple[Tensor, Sampling, bytes,
             allowed = slow_allowed(begun if state_after(prompt) else b"", max_new_bytes)
         expected = slow_probabilities(logits.tolist(), sampling, prompt, allowed)
         shares = found.double() / found.sum()
+        assert found.max() == 1 << 30
         assert set(found.nonzero()[:, 0].tolist()) <= set(expected)
         slow = torch.tensor([expected.get(i, 0.0) for i in range(VOCAB_SIZE)], dtype=torch.float64)
-        torch.testing.assert_close(shares, slow, rtol=0, atol=1e-8)
+        # Every weight of n is rounded by r <= 1/2, and so their sum s by n r: w / s moves by r / s and by share n r / s.
+        rounding = 0.5 * (1 + len(expected) * slow) / found.sum()
+        assert ((shares - slow).abs() <= rounding + 1e-11).all()  # 1e-11: of float64, where the temperature is 1e-3
 
 
 @given(st.lists(st.tuples(some_logits(), SAMPLINGS, PROMPTS), min_size=2, max_size=6), st.randoms())
