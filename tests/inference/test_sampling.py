@@ -146,7 +146,7 @@ def test_weights_are_the_probabilities(each: list[tuple[Tensor, Sampling, bytes,
         assert found.max() == 1 << 30
         assert set(found.nonzero()[:, 0].tolist()) <= set(expected)
         slow = torch.tensor([expected.get(i, 0.0) for i in range(VOCAB_SIZE)], dtype=torch.float64)
-        # Every weight of n is rounded by r <= 1/2, and so their sum s by n r: w / s moves by r / s and by share n r / s.
+        # Every weight of n is rounded by r <= 1/2, and so their sum s by nr: w / s moves by r / s and by nr / s of it.
         rounding = 0.5 * (1 + len(expected) * slow) / found.sum()
         assert ((shares - slow).abs() <= rounding + 1e-11).all()  # 1e-11: of float64, where the temperature is 1e-3
 
