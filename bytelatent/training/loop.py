@@ -126,6 +126,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
             if done < 1:
                 with memory_named(settings, ranks):
                     _try_out(state, gradients)
+            since = time.perf_counter()
             while done < 1:
                 watchdog.progress(f"step {state.step + 1}")
                 before = state.seconds
@@ -139,8 +140,11 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                     _go_back(state, checkpoints, str(back), rollbacks, ranks)
                     say(f"{back}: back to step {state.step}, on with the text that comes next")
                     metrics.forget(state.step)
-                    logged = Totals.of(state)
+                    logged, since = Totals.of(state), time.perf_counter()
                     continue
+                # From step to step: what the device still computes of one is paid for in the next.
+                now = time.perf_counter()
+                state.seconds, since = state.seconds + now - since, now
                 if "skipped" in row:
                     say(f"{row['skipped']}: its update is left out")
                 if state.step == first:  # it compiles and warms up: its time says nothing about the next steps'
@@ -160,11 +164,12 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                     watchdog.progress(f"validation after step {state.step}")
                     row = validate(state, settings, run.patcher, loss, device, plan)
                     metrics.write(row, done)
+                    since = time.perf_counter()
                 checkpoints.check()
                 if state.step % settings.checkpoint.every == 0 or done >= 1 or stop:
                     watchdog.progress(f"a checkpoint after step {state.step}")
                     checkpoints.save(state, over=done >= 1, needed=done >= 1 or bool(stop))
-                    rollbacks = 0
+                    rollbacks, since = 0, time.perf_counter()
                 if stop and done < 1:
                     raise ranks.told(Interrupted(f"after step {state.step}; the same command goes on from there"))
     return run.folder
@@ -213,10 +218,11 @@ def _step(
         plan.more_to_come(state.model, number < len(batches))
         # Gradients are averaged over ranks, and should be those of the mean over the targets of all of them.
         parts.append(gradients(batch, num_targets / plan.data_world))
-    nats = plan.sum([sum(float(part) for part in parts)])[0]
-    norm = clip(state.model.parameters(), settings.optimizer.clip)
+    clipped = clip(state.model.parameters(), settings.optimizer.clip)
+    # The only wait for the device, after which the optimizer runs while the next step is prepared.
+    nats, norm = plan.sum([sum(float(part) for part in parts)])[0], float(clipped)
     mean = nats / num_targets
-    trouble = trouble_with(state.step + 1, mean, float(norm), state.recent, settings.faults.spike)
+    trouble = trouble_with(state.step + 1, mean, norm, state.recent, settings.faults.spike)
     if act_on(trouble, mean, state, settings, plan.ranks):
         with statistics.around_update(state.step + 1, batches[0]) if statistics is not None else nullcontext():
             state.optimizer.step()
@@ -224,13 +230,12 @@ def _step(
     state.step += 1
     state.bytes_seen += num_bytes
     state.patches_seen += num_patches
-    state.seconds += time.perf_counter() - began
     row = {
         "step": state.step,
         "bytes_seen": state.bytes_seen,
         "bits_per_byte": bits_per_byte(nats, num_bytes) if math.isfinite(nats) else None,
         "lr": rate,
-        "gradient_norm": float(norm) if torch.isfinite(norm) else None,
+        "gradient_norm": norm if math.isfinite(norm) else None,
         "mean_patch_bytes": num_bytes / num_patches if num_patches else None,
     }
     return row if trouble is None else {**row, "skipped": trouble}

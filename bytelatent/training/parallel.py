@@ -2,8 +2,8 @@
 
 Ranks form a block of replicas x shards x tensor. Those of one tensor group read the same batch and divide the matrices
 of the global transformer; all others read batches of their own. Weights and the optimizer's state are divided among
-`shards` ranks (and the local models', which are the same in a tensor group, among its ranks, too) and gathered block
-by block as they are needed; replicas each hold all of it.
+`shards` ranks (and the local models', which are the same in a tensor group, among its ranks, too) and gathered some
+blocks at a time as they are needed; replicas each hold all of it.
 """
 
 from collections.abc import Sequence
@@ -147,10 +147,11 @@ def build_spread(
         compile_regions(spread)
     if plan.mesh is not None and plan.local_mesh is not None:
         reduce_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[plan.settings.reduce_dtype]
-        for part in regions:  # under autocast, products would cast the weights anyway: they are sent in that precision
-            mesh = plan.mesh["replicate", "shard"] if part in middle else plan.local_mesh
-            sharding.shard(part, mesh, dtype, reduce_dtype)
-        sharding.shard(spread, plan.local_mesh, None, reduce_dtype, apart=divided)
+        for parts in sharding.gathered_together(spread):
+            mesh = plan.mesh["replicate", "shard"] if parts[0] in middle else plan.local_mesh
+            # Under autocast, products would cast the weights anyway: they are sent in that precision.
+            sharding.shard(parts, mesh, dtype, reduce_dtype)
+        sharding.shard([spread], plan.local_mesh, None, reduce_dtype, apart=divided)
     return spread.to_empty(device=device)
 
 

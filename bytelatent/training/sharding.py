@@ -3,7 +3,8 @@
 Only jobs of several processes import this file: what it imports takes seconds.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
-from bytelatent.model import Block
+from bytelatent.model import Block, CrossAttention
+
+AT_ONCE = 2**28  # weights: half a gigabyte in bfloat16, of which two are gathered at a time
 
 
 def divide(block: Block, mesh: DeviceMesh) -> None:
@@ -37,20 +40,45 @@ def divide(block: Block, mesh: DeviceMesh) -> None:
     )
 
 
+def gathered_together(model: nn.Module) -> list[list[Block | CrossAttention]]:
+    """Blocks and cross-attentions in the order in which they compute, in groups whose weights are gathered at once.
+
+    Each gathering and reducing takes the host time that small layers do not give it, so a group has as many neighbours
+    of one stack as have `AT_ONCE` weights, or one.
+    """
+    parts = [
+        (name.split(".")[0], int(name.rsplit(".", 1)[1]), part)
+        for name, part in model.named_modules()
+        if isinstance(part, Block | CrossAttention)
+    ]
+    groups: list[list[Block | CrossAttention]] = []
+    for _, stack in groupby(sorted(parts, key=lambda part: part[:2]), key=lambda part: part[0]):
+        room = 0
+        for _, _, part in stack:
+            size = sum(weight.numel() for weight in part.parameters())
+            if size > room:
+                groups.append([])
+                room = AT_ONCE
+            groups[-1].append(part)
+            room -= size
+    return groups
+
+
 def shard(
-    part: nn.Module,
+    parts: Sequence[nn.Module],
     mesh: DeviceMesh,
     dtype: torch.dtype | None,
     reduce_dtype: torch.dtype,
     apart: Collection[nn.Parameter] = (),
 ) -> None:
-    """Gather a part's weights as it runs and average its gradients over the mesh, replicate x shard.
+    """Gather weights as their parts run and average gradients over the mesh, replicate x shard.
 
     Args:
+        parts: whose weights are gathered together.
         dtype: in which the weights are sent; None: as they are.
         apart: weights that are left as they are.
     """
-    for norm in part.modules():
+    for norm in (module for part in parts for module in part.modules()):
         if isinstance(norm, nn.RMSNorm) and dtype is not None and dtype != norm.weight.dtype:
             norm.__class__ = _NormInFloat32  # not another `forward`: compiled blocks would differ by it
     policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
@@ -58,7 +86,7 @@ def shard(
     is_whole = mesh.size(1) == 1  # then nothing is gained by letting go of the weights between forward and backward
     mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
     fully_shard(
-        part,
+        list(parts),
         mesh=mesh,
         reshard_after_forward=False if is_whole else None,
         mp_policy=policy,

@@ -16,7 +16,7 @@ from bytelatent.data import Batch, Loader, Patcher, surprise
 from bytelatent.device import autocast
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.interop import Config
-from bytelatent.training import TrainSettings, loop, train
+from bytelatent.training import TrainSettings, loop, sharding, train
 from bytelatent.training.checkpoint import Checkpoints, TrainState
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
@@ -35,6 +35,7 @@ PLANS = {
     "hybrid": (4, {"data": "hybrid", "replicas": 2, "tables": "gather"}),
 }
 BATCHES = 4  # in a step, over all ranks
+AT_ONCE = 13_000  # weights that are gathered together: a local model's, or one block of the global transformer
 
 
 def values(text: Path, run: Path | str = "x", **more: Any) -> dict[str, Any]:
@@ -96,7 +97,9 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         plan = make_plan(rule.parallel, rule.model, ranks, device)
         torch.manual_seed(0)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[rule.dtype]
-        model = build_spread(rule.model, plan, device, dtype, compiled=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharding, "AT_ONCE", AT_ONCE)
+            model = build_spread(rule.model, plan, device, dtype, compiled=False)
         draw_weights(model, rule.model, plan)
         initial = whole(model)
         patcher = Patcher(rule.patching) if rule.patching is not None else None

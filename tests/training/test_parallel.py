@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bytelatent.data import Loader, Patcher, surprise
 from bytelatent.device import autocast
 from bytelatent.errors import UserError
-from bytelatent.model import block
+from bytelatent.model import block, build
 from bytelatent.model.attention import packed_mask
+from bytelatent.training import sharding
 from bytelatent.training.parallel import build_spread, draw_weights, make_plan
 from bytelatent.training.ranks import Ranks, open_ranks
 from tests.training.crew import Crew
@@ -54,6 +55,27 @@ def test_a_step_is_the_same_on_any_number_of_ranks(taken: dict[str, list[Taken]]
     for rank in others:  # bit for bit among themselves
         assert [row["bits_per_byte"] for row in rank.rows] == [row["bits_per_byte"] for row in first.rows]
         assert all(torch.equal(rank.weights[name], weight) for name, weight in first.weights.items())
+
+
+def test_neighbours_of_a_stack_are_gathered_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {**BLT, "decoder": {**BLT["decoder"], "num_layers": 2}}
+    layers["global_transformer"] = {**BLT["global_transformer"], "num_layers": 5}
+    with torch.device("meta"):
+        model = build(settings(values(Path("x"), model=layers)).model)
+    name_of = {part: name.replace("stack.blocks", "block") for name, part in model.named_modules()}
+
+    def groups(at_once: int) -> list[list[str]]:
+        monkeypatch.setattr(sharding, "AT_ONCE", at_once)
+        return [[name_of[part] for part in parts] for parts in sharding.gathered_together(model)]
+
+    block = sum(weight.numel() for weight in model.global_transformer.stack.blocks[0].parameters())
+    decoder = [f"decoder.{part}.{layer}" for layer in (0, 1) for part in ("cross_attention", "block")]
+    encoder = ["encoder.block.0", "encoder.cross_attention.0"]
+    middle = [f"global_transformer.block.{layer}" for layer in range(5)]
+    assert groups(2 * block) == [decoder, encoder, middle[:2], middle[2:4], middle[4:]]
+    assert groups(2 * block - 1)[2:] == [[name] for name in middle]
+    assert groups(2**28) == [decoder, encoder, middle]
+    assert groups(1) == [[name] for name in (*decoder, *encoder, *middle)]  # larger than all: each for itself
 
 
 def test_weights_lie_where_the_plan_says(taken: dict[str, list[Taken]], alone: Taken) -> None:
