@@ -129,16 +129,10 @@ def floor(decoder: Decoder, rows: int, quorum: float, position: int) -> float:
 
 
 def generate(
-    decoder: Decoder,
-    count: int,
-    new: int,
-    quorum: float = 0.0,
-    places: int | None = None,
-    ahead: int = 1,
-    beside: int = 0,
+    decoder: Decoder, count: int, new: int, quorum: float = 0.0, places: int | None = None, ahead: int = 1
 ) -> None:
     """Warm up, then time `count` sequences of `new` bytes from the first drawn byte on."""
-    rows = FastRows(decoder, count, quorum, places, ahead, beside)
+    rows = FastRows(decoder, count, quorum, places, ahead)
     engine = Engine(decoder, rows, count)
     began = time.perf_counter()
     for prompt in random_prompts(count, 16, seed=3):
@@ -157,14 +151,13 @@ def generate(
     took = time.perf_counter() - began
     drawn = sum(len(one.ids) for one in asked) - before
     patch = float((state.position.sum() - position) / (state.num_patches.sum() - num_patches))
-    limit = count / floor(decoder, count, beside / PATCH_BYTES if beside else quorum, 512 + new // 2)
+    limit = count / floor(decoder, count, quorum, 512 + new // 2)
     rate = drawn / took
     print(
         f"{count} sequences, quorum {quorum:.2f}, {places or count} places: {rate:,.0f} bytes/s, "
         f"{rate / limit:.0%} of the floor's {limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms a byte of each, "
         f"{patch:.2f} bytes a patch, warm-up {warm:.1f} s"
-        f", {took / (rows._turn - turn) * 1e3:.3f} ms a step"
-        + (f" of up to {max(ahead, beside)} bytes" if ahead > 1 or beside else ""),
+        f", {took / (rows._turn - turn) * 1e3:.3f} ms a step" + (f" of up to {ahead} bytes" if ahead > 1 else ""),
         flush=True,
     )
 
@@ -183,21 +176,19 @@ def check() -> None:
         model = rounded(plain.model, weights)
         there = Decoder(model, plain.patching, plain.byte_lm)
         fast = FastDecoder(model, plain.patching, plain.byte_lm)
-        for rows, quorum, places, ahead, beside in (
-            (1, 0.0, None, 1, 0),
-            (4, 0.0, None, 1, 0),
-            (4, 0.5, 2, 1, 0),
-            (20, 0.3, None, 1, 0),
-            (20, 0.0, None, 1, 2),
-            (4, 0.0, 2, 1, 3),
-            (1, 0.0, None, 6, 0),
-            (4, 0.0, None, 9, 0),
+        for rows, quorum, places, ahead in (
+            (1, 0.0, None, 1),
+            (4, 0.0, None, 1),
+            (4, 0.5, 2, 1),
+            (20, 0.3, None, 1),
+            (1, 0.0, None, 6),
+            (4, 0.0, None, 9),
         ):
-            if (ahead > 1 or beside) and name == "byte LM":
+            if ahead > 1 and name == "byte LM":
                 continue
             prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * max(rows // 4, 1)
             expected = generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
-            engine = Engine(fast, FastRows(fast, rows, quorum, places, ahead, beside), rows)
+            engine = Engine(fast, FastRows(fast, rows, quorum, places, ahead), rows)
             found = generated(engine, prompts[:rows], 60, sampling)
             same, far = 0, 0.0
             for one, other in zip(found, expected, strict=True):
@@ -208,8 +199,8 @@ def check() -> None:
                         break
                     far = max(far, abs(p - q))
             print(
-                f"check {name}, {weights} weights, {rows} rows, quorum {quorum}, {ahead} ahead, {beside} beside: "
-                f"{same} of {rows} equal, log-probabilities {far:.1e}"
+                f"check {name}, {weights} weights, {rows} rows, quorum {quorum}, {ahead} ahead: {same} of {rows} "
+                f"equal, log-probabilities {far:.1e}"
             )
 
 
@@ -350,8 +341,8 @@ def peer() -> None:
     print(f"transformers' generate: {64 / (time.perf_counter() - began):.1f} bytes/s", flush=True)
 
 
-def profile(decoder: Decoder, count: int, quorum: float = 0.0, beside: int = 0) -> None:
-    rows = FastRows(decoder, count, quorum, beside=beside)
+def profile(decoder: Decoder, count: int, quorum: float = 0.0) -> None:
+    rows = FastRows(decoder, count, quorum)
     engine = Engine(decoder, rows, count)
     for prompt in random_prompts(count, 512):
         engine.submit(prompt, DRAW, 400)
@@ -393,8 +384,6 @@ def main() -> None:
         if "batch" in given.what:
             for quorum, places in ((0.0, 24), (QUORUM, None), (0.5, None)):
                 generate(decoder, 64, given.new, quorum, places)
-            for beside, places in ((1, None), (2, None), (2, 32), (3, None)):
-                generate(decoder, 64, given.new, places=places, beside=beside)
         if "drafted" in given.what:
             for count, ahead in ((1, 1), (1, 4), (1, 8), (1, 12), (1, 16), (64, 8)):
                 generate(decoder, count, given.new, ahead=ahead)
@@ -403,7 +392,6 @@ def main() -> None:
         if "profile" in given.what:
             profile(decoder, 1)
             profile(decoder, 64, QUORUM)
-            profile(decoder, 64, beside=2)
         del decoder
         torch.cuda.empty_cache()
     if "one8" in given.what:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.engine import Continuation, Drawn
-from bytelatent.inference.fast.beside import BesideStep
 from bytelatent.inference.fast.drafted import DraftedStep
 from bytelatent.inference.fast.graph import Graph
 from bytelatent.inference.fast.state import Room
@@ -30,27 +29,15 @@ class FastRows:
         places: rows that it runs for at most; all of them if left out.
         ahead: bytes of each row that a step comes on by at most, all but one of them drafted; see `DraftedStep`. Then
             `places` are patches of one row, and the global transformer runs in every step.
-        beside: bytes of each row that a step comes on by while the global transformer runs for other rows, see
-            `BesideStep`; then `quorum` does not count. 0: it runs between bytes.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        num_rows: int,
-        quorum: float = 0.0,
-        places: int | None = None,
-        ahead: int = 1,
-        beside: int = 0,
-    ):
+    def __init__(self, decoder: Decoder, num_rows: int, quorum: float = 0.0, places: int | None = None, ahead: int = 1):
         self.decoder = decoder
         self._room = Room()
         self._most = np.zeros((num_rows, 3), dtype=np.int64)  # what each row has at most of what Room counts
         self._in_row: list[Continuation | None] = [None] * num_rows
-        self._ahead = ahead = max(ahead, beside)
-        if beside > 0:
-            self._step = BesideStep(decoder, num_rows, beside, places)
-        elif ahead > 1:
+        self._ahead = ahead
+        if ahead > 1:
             self._step = DraftedStep(decoder, num_rows, ahead, places)
         else:
             self._step = FastStep(decoder, num_rows, places or num_rows, quorum)
@@ -78,14 +65,14 @@ class FastRows:
         step.state.put(row, state, source)
         step.sampling.put(row, which.sampling, which.prompt, which.max_new_bytes)
         step.logits_BV[row] = logits
-        step.rest(row)
-        step.flags.is_active[row] = True
+        step.flags.is_active[row], step.flags.is_waiting[row] = True, False
         self._in_row[row] = which
 
     def release(self, row: int) -> None:
         self._in_row[row] = None
         self._most[row] = 0
-        self._step.rest(row)
+        self._step.flags.is_active[row] = False
+        self._step.flags.is_waiting[row] = False
 
     def advance(self) -> None:
         self._most += self._ahead
@@ -136,14 +123,20 @@ class FastRows:
 
     def _captured(self) -> Graph:
         """The step as a graph. Kernels are compiled by a run before, in which every row rests."""
-        step, stream = self._step, torch.cuda.Stream()
-        with step.resting():
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream), overlapped():
-                step()
-                stream.synchronize()
-            graph = Graph(step, stream)
-            torch.cuda.current_stream().wait_stream(stream)
+        step = self._step
+        kept = step.flags.is_active.clone(), step.flags.is_waiting.clone(), step.logits_BV.clone()
+        step.flags.is_active.zero_()
+        step.flags.is_waiting.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), overlapped():
+            step()
+            stream.synchronize()
+        graph = Graph(step, stream)
+        torch.cuda.current_stream().wait_stream(stream)
+        step.flags.is_active.copy_(kept[0])
+        step.flags.is_waiting.copy_(kept[1])
+        step.logits_BV.copy_(kept[2])
         return graph
 
     def _make_room(self, wanted: np.ndarray | int = 0) -> None:

@@ -9,8 +9,6 @@ The decoder need not wait for the byte LM. On a GPU it reads a byte beside it, a
 times it does; where it closed, the decoder reads the byte once more, with the new patch.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +142,7 @@ class FastStep:
             torch.where(flags.reads[:, None], encoded_BD, state.encoded, out=state.encoded)
             encoded_BD = state.encoded
         if self.assumes_open:
-            self._decode_newest(encoded_BD, flags, flags.row)
+            self._decode_newest(encoded_BD, flags.row)
         self.side.join()
         with overlapped(False):  # it comes after two kernels
             kernels.decide(lm_logits, self.decoder.patching, state, flags)
@@ -163,24 +161,6 @@ class FastStep:
         x_MD = self._stack(self.byte_lm.stack, x_MD, self.state.byte_lm, position, row, new=new)
         out = self.logits_BV.new_empty(len(ids_M), VOCAB_SIZE)
         return self.kernels.linear(x_MD, self.byte_lm.output, eps=self._eps(self.byte_lm.stack), out=out)
-
-    def rest(self, row: int) -> None:
-        """Let go of what a row was at."""
-        self.flags.is_active[row] = self.flags.is_waiting[row] = False
-
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Run, inside, without a change to any row: kernels are compiled so."""
-        kept = [(tensor, tensor.clone()) for tensor in self._at_work()]
-        for row in range(len(self.logits_BV)):
-            self.rest(row)
-        yield
-        for tensor, value in kept:
-            tensor.copy_(value)
-
-    def _at_work(self) -> list[Tensor]:
-        """What says which rows are at work, and at what."""
-        return [self.flags.is_active, self.flags.is_waiting, self.logits_BV]
 
     def outcome(self) -> tuple[Tensor, Tensor]:
         """What the step drew: ids [S, B], -1 for none, of S bytes one after another, and their log-probabilities."""
@@ -216,35 +196,28 @@ class FastStep:
                     kept += [x_BD.clone(), kv] if place == 0 else [kv]
         return x_BD
 
-    def _run_global(self, run: Tensor | None) -> None:
-        """Run the global transformer for the patches that are chosen; their rows read them from then on.
-
-        Args:
-            run: see `decode_attention`.
-        """
-        state, flags, row = self.state, self.flags, self.flags.closing
+    def _close(self, encoded_BD: Tensor) -> None:
+        """Run the global transformer for the patches that are chosen; the logits that are still to come."""
+        state, flags = self.state, self.flags
         assert state.open_max is not None
         assert state.patch_k is not None
         assert state.patch_v is not None
+        row = flags.closing
         if flags.run.is_cuda or bool(flags.run):  # a CPU may as well look
             pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[row.clamp(min=0)]
-            kv = self._patches(pooled_CD, {"count_C": flags.closing_count, "row_C": row}, flags.number, row, run)
+            bytes_of = {"count_C": flags.closing_count, "row_C": row}
+            kv = self._patches(pooled_CD, bytes_of, flags.number, row, None if self.assumes_open else flags.run)
             self.kernels.keep_patch(kv, state.patch_k, state.patch_v, row)
-
-    def _close(self, encoded_BD: Tensor) -> None:
-        """Run the global transformer for the patches that are chosen; the logits that are still to come."""
-        flags = self.flags
-        self._run_global(None if self.assumes_open else flags.run)
         if self.assumes_open and len(encoded_BD) > 1:  # others have theirs
             before_BV = self.logits_BV.clone()
-            self._decode_newest(encoded_BD, flags, flags.goes_on)
+            self._decode_newest(encoded_BD, flags.goes_on)
             torch.where(flags.goes_on[:, None] >= 0, self.logits_BV, before_BV, out=self.logits_BV)
         else:
-            self._decode_newest(encoded_BD, flags, flags.goes_on)
+            self._decode_newest(encoded_BD, flags.goes_on)
 
-    def _decode_newest(self, encoded_BD: Tensor, flags: decode_step.Flags, row: Tensor) -> None:
+    def _decode_newest(self, encoded_BD: Tensor, row: Tensor) -> None:
         """The logits of what comes after the newest byte of rows, [B], which read their newest closed patch."""
-        state = self.state
+        state, flags = self.state, self.flags
         assert state.patch_k is not None
         assert state.patch_v is not None
         patch, x_BD = (state.patch_k, state.patch_v), encoded_BD.clone()  # which becomes what the decoder makes of it
