@@ -1,6 +1,6 @@
 """How training scales over GPUs: computed, measured, and whether many GPUs train as one does.
 
-    python benchmarks/scale.py predict [--rate 146000] [--bytes 65536]
+    python benchmarks/scale.py predict [--rate 171440] [--bytes 65536]
     torchrun --nproc-per-node N benchmarks/scale.py measure [MODEL[/ROWS]:WORD+WORD[@BYTES]...] [--bytes 65536 16384]
     python benchmarks/scale.py correct [--gpus N] [--text TEXT.jsonl] [--out FOLDER]
 
@@ -23,10 +23,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bytelatent.errors import guarded
-from bytelatent.model import BLTSettings, ModelSettings
+from bytelatent.model import BLTSettings, ModelSettings, build
 from bytelatent.model.flops import costs, flops_per_byte
 from bytelatent.model.presets import preset
+from bytelatent.training.sharding import gathered_together
 
 PATCH_BYTES, DOCUMENT = 4.5, 8192
 
@@ -66,19 +69,23 @@ def predict(settings: ModelSettings, gpus: int, size: int, seconds_a_byte: float
     assert settings.ngram_hash is not None
     parts = costs(settings, PATCH_BYTES, DOCUMENT)
     weights = sum(part.num_parameters for part in parts if part.name != "n-gram hash tables")
-    layers = settings.encoder.num_layers + settings.global_transformer.num_layers + settings.decoder.num_layers
+    with torch.device("meta"):
+        groups = gathered_together(build(settings))
+    first = sum(weight.numel() for part in groups[0] for weight in part.parameters())
     rows = settings.ngram_hash.num_tables * settings.encoder.dim  # numbers of the tables that a byte looks up
     compute = size * seconds_a_byte
     if gpus == 1:
         return Prediction(compute, 0.0, 0.0, 0.0, 0.0)
     speed, share = links.of(gpus), (gpus - 1) / gpus
-    latency = links.seconds_a_call * math.log2(gpus) * layers
+    call = links.seconds_a_call * math.log2(gpus)
+    latency = call * len(groups)
     gather = 2 * (2 * weights * share / speed + latency)
     reduce = 4 * weights * share / speed + latency
     tables = 2 * 2 * size * rows * share / speed  # there and back, bfloat16, by all-to-all
     hidden = min(gather + reduce, compute)
     slower = links.taken * hidden
-    ends = (gather + reduce) / layers  # the first gather and the last reduction have nothing to hide behind
+    # The encoder's first gathering and its reduction, the last one, have nothing to hide behind.
+    ends = (2 + 4) * first * share / speed + 2 * call
     return Prediction(compute, gather, reduce, tables, (gather + reduce - hidden) + slower + ends + tables)
 
 
@@ -101,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     given = what.add_parser("predict")
-    given.add_argument("--rate", type=float, default=146_000, help="bytes a second of the 1B shape on one card")
+    given.add_argument("--rate", type=float, default=171_440, help="bytes a second of the 1B shape on one card")
     given.add_argument("--bytes", type=int, default=65_536, help="a GPU and step")
     given = what.add_parser("measure")
     given.add_argument("configurations", nargs="*", help=f"default: {' '.join(MANY)}; of one GPU {' '.join(ONE)}")

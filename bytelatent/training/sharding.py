@@ -52,9 +52,9 @@ def gathered_together(model: nn.Module) -> list[list[Block | CrossAttention]]:
         if isinstance(part, Block | CrossAttention)
     ]
     groups: list[list[Block | CrossAttention]] = []
-    for _, stack in groupby(sorted(parts, key=lambda part: part[:2]), key=lambda part: part[0]):
+    for _, stack in groupby(parts, key=lambda part: part[0]):
         room = 0
-        for _, _, part in stack:
+        for _, _, part in sorted(stack, key=lambda part: part[1]):
             size = sum(weight.numel() for weight in part.parameters())
             if size > room:
                 groups.append([])

@@ -72,10 +72,10 @@ def test_neighbours_of_a_stack_are_gathered_together(monkeypatch: pytest.MonkeyP
     decoder = [f"decoder.{part}.{layer}" for layer in (0, 1) for part in ("cross_attention", "block")]
     encoder = ["encoder.block.0", "encoder.cross_attention.0"]
     middle = [f"global_transformer.block.{layer}" for layer in range(5)]
-    assert groups(2 * block) == [decoder, encoder, middle[:2], middle[2:4], middle[4:]]
-    assert groups(2 * block - 1)[2:] == [[name] for name in middle]
-    assert groups(2**28) == [decoder, encoder, middle]
-    assert groups(1) == [[name] for name in (*decoder, *encoder, *middle)]  # larger than all: each for itself
+    assert groups(2 * block) == [encoder, middle[:2], middle[2:4], middle[4:], decoder]
+    assert groups(2 * block - 1)[1:-1] == [[name] for name in middle]
+    assert groups(2**28) == [encoder, middle, decoder]
+    assert groups(1) == [[name] for name in (*encoder, *middle, *decoder)]  # larger than all: each for itself
 
 
 def test_weights_lie_where_the_plan_says(taken: dict[str, list[Taken]], alone: Taken) -> None:
