@@ -162,6 +162,7 @@ def bench_train(settings: BenchTrainSettings, console: Console) -> Report:
     title, peak = _title(settings.model, plan), peak_flops(device, dtype)
     report = Report(title, matrix_rate(device, dtype), copy_rate(device), peak, [], [], [])
     for kind in ("dense", "rows") if _has_tables(model) else (None,):
+        _let_go(plan)
         of_kind = replace(plan, optimizer=OptimizerSettings(hash_gradients=kind or "dense"))
         _measure(of_kind, kind, settings.bytes or SIZES[device.type], report, console)
     return report
@@ -266,10 +267,17 @@ def _where_it_fits(plan: Plan, work: Callable[[], Found]) -> Found | None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+    _let_go(plan)
+    return None
+
+
+def _let_go(plan: Plan) -> None:
+    """Free what was measured before: models are held by cycles, and by what was compiled."""
+    if plan.compiled:
+        torch._dynamo.reset()
     gc.collect()
     if plan.device.type == "cuda":
         torch.cuda.empty_cache()
-    return None
 
 
 def _has_tables(settings: ModelSettings) -> bool:

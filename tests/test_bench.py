@@ -1,8 +1,10 @@
 """`blt bench train`, as a person meets it."""
 
+import gc
 import io
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,34 @@ def test_a_demo_on_a_cpu() -> None:
         assert all(share["seconds"] > 0 for share in shares.values()), shares
         assert shares["optimizer and clipping"]["needed"] == pytest.approx(moved * BYTES_A_WEIGHT / 8e9)
         assert shares["rest"]["share"] < 0.3
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_one_model_is_gone_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+    """Two of them would not fit where one does."""
+    monkeypatch.setattr(bench, "preset", lambda _: tiny_blt_settings())
+    seen: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[int] = []
+
+    class Noted(measure.Trainee):
+        def __init__(self, plan: measure.Plan):
+            alive.append(sum(model() is not None for model in seen))
+            super().__init__(plan)
+            self.itself = self  # as what is compiled holds it
+            seen.append(weakref.ref(self.model))
+
+        def forward_backward(self, *given: Any) -> None:
+            if not fits and len(seen) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().forward_backward(*given)
+
+    monkeypatch.setattr(bench, "Trainee", Noted)
+    gc.disable()
+    try:
+        measured("tiny", "--bytes", "64", "--device", "cpu", "--dtype", "float32")
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
 
 
 def test_the_table_of_a_byte_lm() -> None:
