@@ -1,7 +1,7 @@
 """How fast is training? Against the card's matrix rate, and against transformers.
 
-    python benchmarks/train.py [1b] [float8] [8b] [entropy] [step] [patching] [peer]
-        [--bytes 16384 65536] [--flex] [--profile]
+    python benchmarks/train.py [1b] [float8] [8b] [entropy] [step] [patching] [memory] [peer]
+        [--bytes 16384 65536] [--shapes blt-1b blt-8b] [--flex] [--profile]
 
 Random weights, documents of 8,192 random bytes, random patches of 4.5 bytes; compiled block by block as the trainer
 compiles them. Operations: `bytelatent.model.flops`, three times those of a forward pass. With --flex attention is
@@ -17,6 +17,8 @@ step     1b as it is trained: float32 weights, products in bfloat16, clipping, o
          time goes.)
 patching what `1b` with 65,536 bytes takes longer where the published entropy model finds the patches of each batch:
          before it is trained on, and as the trainer does, while the last one is
+memory   speed and memory of some shapes with nothing, all but products and attention (selective), or all (full)
+         computed again in the backward pass; weights in bfloat16
 peer     transformers' model of the released shape
 
 With --profile the longest kernels, and the time of each kind, are printed too.
@@ -27,7 +29,8 @@ import gc
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -53,6 +56,7 @@ from bytelatent.training.measure import (
     seconds_of,
 )
 from bytelatent.training.optimizer import build_optimizer
+from bytelatent.training.recompute import Checkpointing, recompute_regions
 from bytelatent.training.settings import Float8, OptimizerSettings
 from bytelatent.training.time_spent import print_kernels
 
@@ -108,14 +112,17 @@ def train(
     profiled: bool = False,
     captured: bool = False,
     flex: bool = False,
+    checkpointing: Checkpointing = "none",
 ) -> None:
     settings = preset(name)
     model = random_model(settings)
     to_float8(model, float8)
     build_optimizer(model, OptimizerSettings(hash_gradients="rows"))
+    recompute_regions(model, checkpointing)
     compile_regions(model)
     forward_backward = ForwardBackward(model, CUDA, FLOAT32, captured)  # no autocast
     name = f"{name}{', FlexAttention' if flex else ''}, {'a CUDA graph' if captured else 'kernel by kernel'}"
+    name += f", checkpointing {checkpointing}" if checkpointing != "none" else ""
     for size in sizes:
         forward_backward.forget_shapes()
         torch.cuda.empty_cache()
@@ -129,6 +136,15 @@ def train(
         tell(what, settings, size, seconds_of(work, CUDA), rate)
         if profiled:
             print_kernels(work, CUDA)
+
+
+def memory(shapes: list[str], sizes: list[int], rate: float, flex: bool) -> None:
+    for name, size, checkpointing in product(shapes, sizes, get_args(Checkpointing)):
+        leave_nothing()
+        try:
+            train(name, [size], rate, flex=flex, checkpointing=checkpointing)
+        except torch.OutOfMemoryError as error:
+            tell_of_memory(f"{name}, {size:,} bytes, checkpointing {checkpointing}", error)
 
 
 def entropy(rate: float, flex: bool, profiled: bool) -> None:
@@ -265,6 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["1b", "float8", "step", "entropy", "patching", "8b", "peer"])
     parser.add_argument("--bytes", type=int, nargs="+", default=[16_384, 65_536])
+    parser.add_argument("--shapes", nargs="+", default=["blt-400m", "blt-1b", "blt-8b"], help="of memory")
     parser.add_argument("--flex", action="store_true")
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
@@ -279,6 +296,7 @@ def main() -> None:
         "step": lambda: step(given.bytes, rate, given.flex, given.profile),
         "entropy": lambda: entropy(rate, given.flex, given.profile),
         "patching": patching,
+        "memory": lambda: memory(given.shapes, given.bytes, rate, given.flex),
         "8b": lambda: train("blt-8b", [16_384], rate, flex=given.flex),
         "peer": lambda: peer(rate),
     }.items():

@@ -3,7 +3,8 @@
 python dev/ten_deaths.py --out /tmp/deaths --seed 0
 
 A small BLT is trained by a SLURM job of two processes, undisturbed. A second job with the same settings is ended again
-and again at random moments, in the ways that clusters have, and submitted again. The program prints each death and
+and again at random moments, in the ways that clusters have, and submitted again, or waits in the queue, where it puts
+itself after a warning, until SLURM begins it again (minutes). The program prints each death and
 compares the runs: the metrics of every step, the final weights and the optimizer's state, bit for bit. Exit code 1:
 something differs, or a death went otherwise than it should.
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from bytelatent.files import newest_whole
 
 STEPS, SAVE_EVERY, VALIDATE_EVERY = 110, 3, 8
-PATIENCE = 240  # seconds for whatever is waited for
+PATIENCE = 400  # seconds for whatever is waited for
 COMPARED = (
     "step",
     "bytes_seen",
@@ -56,6 +58,7 @@ class Job:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.id = ""
+        self.ends = 0  # of jobs with this number
 
     def launch(self, config: Path) -> None:
         asked = [f"config={config}", f"dump_dir={self.folder}", "nodes=1", "ngpu=0", "nproc=2", "ncpu=1", "time=60"]
@@ -63,7 +66,7 @@ class Job:
         self.id = said.split()[1]
 
     def launch_again(self) -> None:
-        self.id = output("sbatch", "--parsable", str(self.folder / "submit.slurm")).strip()
+        self.id, self.ends = output("sbatch", "--parsable", str(self.folder / "submit.slurm")).strip(), 0
 
     def state(self) -> str:
         """PENDING, RUNNING, ...; empty once SLURM has forgotten it."""
@@ -143,6 +146,27 @@ def killed_while_saving(job: Job, draw: random.Random) -> str:
     return f"rank {rank}"
 
 
+def cut_while_saving(job: Job, draw: random.Random) -> str:
+    """Half of the largest file of a checkpoint that is being written is lost, and its writers with it."""
+    processes, cut = job.processes(), ""
+
+    def cuts() -> str:
+        nonlocal cut
+        files = [file for folder in unfinished(job) for file in folder.rglob("*") if file.is_file()]
+        with suppress(OSError, ValueError):  # it may be whole by now, and have another name
+            largest = max(files, key=lambda file: file.stat().st_size)
+            if size := largest.stat().st_size:
+                os.truncate(largest, size // 2)
+                cut = f"{largest.name} of {size} bytes"
+        return cut
+
+    job.wait_for(cuts, "a file being written", 0.0005)
+    for process in processes.values():
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    return cut
+
+
 def checkpoint_cut(job: Job, draw: random.Random) -> str:
     """Killed, and the newest checkpoint turns out to have lost the half of its largest file."""
     job.wait_for(lambda: len(whole(job)) > 1, "a second checkpoint")
@@ -176,6 +200,7 @@ KINDS: list[tuple[str, Callable[[Job, random.Random], str]]] = [
     ("SIGKILL while saving", killed_while_saving),
     ("SIGKILL to all, newest checkpoint cut", checkpoint_cut),
     ("SIGTERM in validation", stopped_in_validation),
+    ("SIGKILL to all while saving, a file cut", cut_while_saving),
 ]
 
 
@@ -229,7 +254,10 @@ def die(job: Job, times: int, draw: random.Random) -> list[Death]:
         death.saved = int(newest.name.removeprefix("step-")) if newest is not None else 0
         deaths.append(death)
         say(f"job {job.id}: {kind}, step {death.step}, checkpoint {death.saved}, {death.notes}")
-        job.launch_again()
+        if after == "PENDING":
+            job.ends = ends_of(job)
+        else:
+            job.launch_again()
     job.wait_for(lambda: ended(job), f"step {STEPS}", 0.5)
     job.wait_for_end()
     if deaths:
@@ -241,19 +269,20 @@ def die(job: Job, times: int, draw: random.Random) -> list[Death]:
 
 
 def after_death(job: Job, state: str, kind: str) -> str:
-    """What became of the job; a requeued one is taken out of the queue, where SLURM would let it wait for minutes."""
+    """What became of the job."""
     requeued = state == "PENDING"
-    if requeued:
-        output("scancel", job.id)
-        job.wait_for(lambda: job.state() != "PENDING", "its leaving the queue", 0.2)
-    code = job.log().rpartition("ended with ")[2].partition(";")[0] if "ended with" in job.log() else "none"
+    code = job.log().rpartition("ended with ")[2].partition(";")[0] if ended(job) else "none"
     left = f", {len(unfinished(job))} unfinished folder left" if unfinished(job) else ""
     should = kind in ("SIGUSR1 to the job", "SIGTERM in validation")
     return f" code {code}{', requeued' if requeued else ''}{left}{'' if requeued == should else ', requeued?'}"
 
 
 def ended(job: Job) -> bool:
-    return "ended with" in job.log()
+    return ends_of(job) > job.ends
+
+
+def ends_of(job: Job) -> int:
+    return job.log().count("ended with")
 
 
 def has_come_to(step: int, job: Job, before: list[str]) -> bool:

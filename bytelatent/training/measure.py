@@ -23,13 +23,11 @@ from bytelatent.model import (
     compile_regions,
     pack_rows,
 )
-from bytelatent.model.block import Block
-from bytelatent.model.patch_attention import CrossAttention
 from bytelatent.training.clipping import clip
 from bytelatent.training.float8 import to_float8
 from bytelatent.training.gradients import CapturedGradients, Gradients
 from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.recompute import Checkpointing, recomputed
+from bytelatent.training.recompute import Checkpointing, recompute_regions
 from bytelatent.training.settings import Float8, OptimizerSettings
 
 DOCUMENT, PATCH_BYTES = 8192, 4.5
@@ -62,9 +60,7 @@ class Trainee:
         self.optimizer = build_optimizer(self.model, plan.optimizer)
         self._work = ForwardBackward(self.model, plan.device, plan.dtype)
         self.step(*random_batch(256, plan.device, isinstance(plan.model, BLTSettings)))
-        for part in self.model.modules():
-            if isinstance(part, Block | CrossAttention):
-                part.forward = recomputed(part.forward, plan.checkpointing)
+        recompute_regions(self.model, plan.checkpointing)
         if plan.compiled:
             compile_regions(self.model)
         self._work = ForwardBackward(self.model, plan.device, plan.dtype, plan.captured)

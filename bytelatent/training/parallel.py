@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bytelatent.errors import UserError
-from bytelatent.model import Block, BLTModel, BLTSettings, CrossAttention, ModelSettings, build, compile_regions
+from bytelatent.model import BLTModel, BLTSettings, ModelSettings, build, compile_regions
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.float8 import to_float8
 from bytelatent.training.ranks import Ranks
-from bytelatent.training.recompute import recomputed
+from bytelatent.training.recompute import recompute_regions
 from bytelatent.training.settings import Float8, ParallelSettings
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ def build_spread(
     with torch.device("meta"):
         spread = build(model)
     to_float8(spread, float8)
-    regions = [part for part in spread.modules() if isinstance(part, Block | CrossAttention)]
-    middle = set(spread.global_transformer.modules()) if isinstance(spread, BLTModel) else set()
+    middle: list[Any] = list(spread.global_transformer.stack.blocks) if isinstance(spread, BLTModel) else []
     divided: list[Any] = []
     if plan.mesh is not None:
         from bytelatent.training import sharding
@@ -137,12 +136,9 @@ def build_spread(
             for part in embeddings:
                 divide_rows(part, plan.mesh.device_type, plan.ranks.world)
             divided = [part.tables.weight for part in embeddings]
-        for part in regions:
-            if part in middle and plan.settings.tensor > 1:
-                assert isinstance(part, Block)
-                sharding.divide(part, plan.mesh["tensor"])
-    for part in regions:
-        part.forward = recomputed(part.forward, plan.settings.activation_checkpointing)
+        for block in middle if plan.settings.tensor > 1 else ():
+            sharding.divide(block, plan.mesh["tensor"])
+    recompute_regions(spread, plan.settings.activation_checkpointing)
     if compiled:
         compile_regions(spread)
     if plan.mesh is not None and plan.local_mesh is not None:

@@ -5,9 +5,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import bytelatent.kernels.packed_attention  # noqa: F401 it makes the operator
+from bytelatent.model import Block, CrossAttention
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -20,6 +22,13 @@ KEPT = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.bytelatent.packed_attention.default,
 ]
+
+
+def recompute_regions(model: nn.Module, how: Checkpointing) -> None:
+    """Let blocks and cross-attentions keep less; to be called before they are compiled."""
+    for part in model.modules():
+        if isinstance(part, Block | CrossAttention):
+            part.forward = recomputed(part.forward, how)
 
 
 def recomputed(forward: Callable[..., Any], how: Checkpointing) -> Callable[..., Any]:

@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves
 from bytelatent.data import Batch, surprise
 from bytelatent.errors import UserError
 from bytelatent.kernels import patch_attention
-from bytelatent.model import Block, CrossAttention, attention, build
+from bytelatent.model import attention, build
 from bytelatent.model.settings import BLTSettings, ByteLMSettings
 from bytelatent.training import gradients as module
 from bytelatent.training import train
 from bytelatent.training.gradients import CapturedGradients, Gradients, check_cuda_graph
 from bytelatent.training.measure import ForwardBackward, Plan, Trainee, random_batch
-from bytelatent.training.recompute import Checkpointing, recomputed
+from bytelatent.training.recompute import Checkpointing, recompute_regions
 from bytelatent.training.settings import OptimizerSettings
 from tests.model.tiny import tiny_blt_settings
 from tests.training.tiny_runs import BLT, assert_equal_runs, byte_lm_run, settings
@@ -62,9 +62,8 @@ def unasked() -> Iterator[None]:
 
 def prepared(rule: BLTSettings | ByteLMSettings, how: Checkpointing = "none", sparse: bool = False) -> Any:
     model: Any = build(rule)
+    recompute_regions(model, how)
     for part in model.modules():
-        if isinstance(part, Block | CrossAttention):
-            part.forward = recomputed(part.forward, how)
         if isinstance(part, nn.EmbeddingBag):
             part.sparse = sparse
     return model

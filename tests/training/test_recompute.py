@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bytelatent.kernels import packed_attention
-from bytelatent.model import CrossAttention, add_patches, compile_regions
+from bytelatent.model import add_patches, compile_regions
 from bytelatent.model.attention import packed_mask
-from bytelatent.model.block import Block
-from bytelatent.training.recompute import Checkpointing, recomputed
+from bytelatent.training.recompute import Checkpointing, recompute_regions, recomputed
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt, tiny_byte_lm
 
 
@@ -21,9 +20,7 @@ def step(how: Checkpointing) -> tuple[dict[str, torch.Tensor], int, int]:
     ids = random_ids(generator, 96)
     batch = add_patches(stream_of([ids]), random_starts(generator, 96))
     model: Any = tiny_blt()
-    for part in model.modules():
-        if isinstance(part, Block | CrossAttention):
-            part.forward = recomputed(part.forward, how)
+    recompute_regions(model, how)
     kept: dict[int, torch.Tensor] = {}
 
     def keep(value: torch.Tensor) -> torch.Tensor:
