@@ -147,12 +147,12 @@ def killed_while_saving(job: Job, draw: random.Random) -> str:
 
 
 def cut_while_saving(job: Job, draw: random.Random) -> str:
-    """Half of the largest file of a checkpoint that is being written is lost, and its writers with it."""
+    """Half of the weights and moments that a rank is writing are lost, and its writers with it."""
     processes, cut = job.processes(), ""
 
     def cuts() -> str:
         nonlocal cut
-        files = [file for folder in unfinished(job) for file in folder.rglob("*") if file.is_file()]
+        files = [file for folder in unfinished(job) for file in folder.rglob("*.distcp")]
         with suppress(OSError, ValueError):  # it may be whole by now, and have another name
             largest = max(files, key=lambda file: file.stat().st_size)
             if size := largest.stat().st_size:
