@@ -147,6 +147,8 @@ def _one_line(model: type[BaseModel], error: ValidationError, where: str) -> str
         return f"{prefix}{key}: unknown key{hint}{more}"
     message = first["msg"].removeprefix("Value error, ")
     shown = "" if first["type"] in {"missing", "value_error"} else f", not {_short(repr(first['input']))}"
+    if first["type"] in {"string_type", "path_type"} and isinstance(first["input"], int | float | None):
+        shown += """; in double quotes it is a text (in a shell '"..."')"""
     return f"{prefix}{key + ': ' if key else ''}{message}{shown}{more}"
 
 

@@ -23,9 +23,10 @@ from bytelatent.config import Settings, flat, from_command_line
 from bytelatent.device import choose_device, is_out_of_memory
 from bytelatent.errors import Interrupted, UserError, guarded, nearest
 from bytelatent.files import growing_file, part_of, whole_file
-from bytelatent.inference import Continuation, Engine, Sampling, prompt_bytes, prompt_ids
+from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
 from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
+from bytelatent.inference.sampling import MAX_NEW_BYTES
 from bytelatent.interop import open_pretrained
 from bytelatent.text.places import open_decompressed, readable
 
@@ -44,8 +45,8 @@ class GenerateSettings(Settings):
         prompt: the text to continue; `file`: a file that holds it.
         jsonl: a file of rows with `prompt` (and, if they like, `max_new_bytes` and settings of the sampling), plain,
             .gz or .zst; `-` is standard input. They are continued many at once.
-        out: the file that rows go to, in the order of `jsonl`; standard output if left out. Until the last one is done
-            they are in `OUT.part`, after whose rows the same settings go on.
+        out: the file that rows go to, in the order of `jsonl`; standard output if left out. It may not hold anything
+            yet. Until the last row is done they are in `OUT.part`, after whose rows the same settings go on.
         samples: continuations of each prompt.
         rows: sequences on their way at once.
         log_probabilities: tell those of each byte in the rows that come out.
@@ -59,8 +60,8 @@ class GenerateSettings(Settings):
     file: Path | None = None
     jsonl: str | None = None
     out: Path | None = None
-    max_new_bytes: int = Field(default=200, ge=1)
-    samples: int = Field(default=1, ge=1)
+    max_new_bytes: int = Field(default=200, ge=1, le=MAX_NEW_BYTES)
+    samples: int = Field(default=1, ge=1, le=10**9)
     rows: int = Field(default=16, ge=1)
     sampling: Sampling = Sampling()
     log_probabilities: bool = False
@@ -74,7 +75,7 @@ def generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> Non
     """Continue a prompt, shown with what is added to it byte by byte, or the prompts of a file, row by row.
 
     Raises:
-        UserError: the model or the prompts are not there, or a row will not do.
+        UserError: the model or the prompts are not there, a row will not do, or `out` holds something.
         Interrupted: Ctrl-C or SIGTERM; rows that are done are kept.
     """
     with _sigterm_as_ctrl_c():
@@ -105,8 +106,8 @@ def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> No
         with _memory_named("samples", settings.samples):
             _show(_engine(settings, settings.samples), prompt, settings, out, console)
         return
-    if settings.out is not None and settings.out.is_dir():
-        raise UserError(f"out: '{settings.out}' is a folder; name a file")
+    if settings.out is not None:
+        _check_free(settings.out)
     rows = list(_rows(settings))
     _tell_of_keys(rows, settings, console)
     if settings.out is None:
@@ -118,6 +119,20 @@ def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> No
         _continue_rows(rows[num_done:], settings, file, console)
 
 
+def _check_free(path: Path) -> None:
+    """Refuse to write rows over what stands at `path` or beside it, where they would wait to be done."""
+    try:
+        if path.is_dir():
+            raise UserError(f"out: '{path}' is a folder; name a file")
+        part, made_with = part_of(path), path.with_name(f"{path.name}.part.settings")
+        if path.is_file() and path.stat().st_size:
+            raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
+        if not made_with.exists() and part.exists() and part.stat().st_size:
+            raise UserError(f"out: '{part}' stands in the way, and no '{made_with}' says what it is; move it away")
+    except OSError as error:
+        raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
+
+
 @contextmanager
 def _opened(path: Path, rows: list["Row"], settings: GenerateSettings) -> Iterator[tuple[BinaryIO, int]]:
     """A file that appears whole, and how many rows an earlier call has left for it.
@@ -126,7 +141,11 @@ def _opened(path: Path, rows: list["Row"], settings: GenerateSettings) -> Iterat
     kept in `path.part`, and the settings they were made with beside it.
     """
     if path.exists() and not path.is_file():
-        with path.open("wb") as file:
+        try:
+            file = path.open("wb", buffering=0)  # with a buffer, closing it would write again what could not be written
+        except OSError as error:
+            raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
+        with file:
             yield file, 0
         return
     part, made_with = part_of(path), path.with_name(f"{path.name}.part.settings")
@@ -135,6 +154,7 @@ def _opened(path: Path, rows: list["Row"], settings: GenerateSettings) -> Iterat
             num_done = _num_done(part, made_with, rows, settings)
             try:
                 yield file, num_done
+                _check_free(path)  # what came there meanwhile stays, too
             except (KeyboardInterrupt, UserError) as error:
                 with part.open("rb") as lines:
                     some = any(line.endswith(b"\n") for line in lines)
@@ -143,8 +163,8 @@ def _opened(path: Path, rows: list["Row"], settings: GenerateSettings) -> Iterat
                     raise UserError(f"{error}; {kept}" if some else str(error)) from None
                 raise Interrupted(f"'{path}' was not written; {kept}") from None
     finally:
-        if not part.exists():
-            made_with.unlink(missing_ok=True)
+        if made_with.exists() and not part.exists():
+            made_with.unlink()
 
 
 def _num_done(part: Path, made_with: Path, rows: list["Row"], settings: GenerateSettings) -> int:
@@ -264,12 +284,14 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter of brackets, some thousand deep
             raise UserError(f"{name}: line {number} is no JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f'{name}: line {number} has no text under "prompt"; write {{"prompt": "..."}}')
+        count = row.get("max_new_bytes", settings.max_new_bytes)
         try:
             prompt_bytes(row["prompt"])
+            check_max_new_bytes(count)
         except UserError as error:
             raise UserError(f"{name}: line {number}: {error}") from None
         for key in row.keys() - OF_A_ROW:
@@ -277,9 +299,6 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
                 raise UserError(f"{name}: line {number}: '{key}' is no setting; write '{meant}'")
         own = {key: row[key] for key in Sampling.model_fields if key in row}
         sampling = Sampling.parse({**settings.sampling.model_dump(), **own}, where=f"{name}: line {number}")
-        count = row.get("max_new_bytes", settings.max_new_bytes)
-        if type(count) is not int or count < 1:
-            raise UserError(f"{name}: line {number}: max_new_bytes is {count!r}; write a number from 1 on")
         yield Row(row, sampling, count)
 
 

@@ -351,6 +351,8 @@ def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
         (lambda blt: Engine.plain(Decoder(blt.model, blt.patching, blt.byte_lm), -1), "num_rows: -1 will not do"),
         (lambda blt: blt.engine(1).submit(["Once"], Sampling(), 3), "a text is str or bytes, not list"),
         (lambda blt: blt.engine(1).submit(torch.ones(1, 3), Sampling(), 3), "prompt: ids .* of one text"),
+        (lambda blt: blt.generate("x", max_new_bytes=2**64), "max_new_bytes: 18446744073709551616 will not do"),
+        (lambda blt: blt.stream("x", max_new_bytes="5"), "max_new_bytes: '5' will not do"),
         (lambda blt: blt.stream(["a", "b"]), "a text is str or bytes, not list"),
         (lambda blt: blt.score("a", [5]), "a text is str or bytes, not int: 5"),
         (lambda blt: blt.score("a", 5), "score takes a list of continuations"),

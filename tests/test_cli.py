@@ -170,6 +170,8 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is none"),
         (["generate", "x", "-m", "absent", "--ahead", "99"], "ahead: 99 bytes a step; take 1 to 16"),
         (["generate", "x", "-m", "absent", "--weights", "int4"], "weights: Input should be 'full', 'int8' or 'fp8'"),
+        (["generate", "x", "-m", "absent", "-n", str(10**20)], f"or equal to 1000000000, not {10**20}"),
+        (["generate", "x", "-m", "absent", "--samples", str(10**20)], f"or equal to 1000000000, not {10**20}"),
         (["generate", "x", "-m", "{model}", "--out", "out.jsonl"], "out: it goes with jsonl"),
         (["generate", "x", "-m", "{model}", "--log-probabilities"], "log_probabilities: it goes with jsonl"),
         (["generate", "--jsonl", "{text}", "-m", "absent", "--out", "."], "out: '.' is a folder; name a file"),
@@ -333,7 +335,9 @@ def test_generate(which: str, request: pytest.FixtureRequest) -> None:
     ("row", "message"),
     [
         ({"prompt": "x", "temperature": -1}, "temperature: "),
-        ({"prompt": "x", "max_new_bytes": True}, "max_new_bytes is True"),
+        ({"prompt": "x", "max_new_bytes": True}, "max_new_bytes: True will not do; a number from 1 to 1,000,000,000"),
+        ({"prompt": "x", "max_new_bytes": 2.5}, "max_new_bytes: 2.5 will not do"),
+        ({"prompt": "x", "max_new_bytes": 10**9 + 1}, "max_new_bytes: 1000000001 will not do"),
     ],
 )
 def test_a_row_that_will_not_do_is_told_by_its_line_before_a_model_is_read(

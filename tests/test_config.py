@@ -25,6 +25,7 @@ class Source(Settings):
 class Run(Settings):
     steps: int = Field(default=10, ge=1)
     note: str = ""
+    place: Path | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     optimizer: Optimizer = Optimizer()
     second: Optimizer | None = None
@@ -81,6 +82,10 @@ def test_an_unknown_key_near_none_lists_the_known_ones_of_its_group() -> None:
         ({"sources": [{"weight": 1}]}, ["sources.0.name: ", "required"]),
         ({"steps": "two\nlines"}, ["steps: ", r"'two\nlines'"]),
         ({"a\nkey of two lines": 1}, ["unknown key"]),
+        ({"note": 123}, ["note: ", """, not 123; in double quotes it is a text (in a shell '"..."')"""]),
+        ({"note": True}, ["not True; in double quotes"]),
+        ({"note": None}, ["not None; in double quotes"]),
+        ({"place": 5}, ["not 5; in double quotes"]),
         ({"steps": "x", "note": 3}, ["steps: ", "(and 1 more)"]),
     ],
 )
@@ -89,6 +94,12 @@ def test_a_wrong_value_names_the_key_and_the_value(values: dict[str, object], pa
     assert message.startswith("run.yaml: ")
     for part in parts:
         assert part in message
+
+
+def test_only_what_quotes_would_mend_is_told_to_be_quoted() -> None:
+    assert Run.parse(merge({}, ['note="123"'])).note == "123"  # as the shell hands it on
+    assert "quotes" not in one_line(lambda: Run.parse({"note": [1]}))
+    assert "quotes" not in one_line(lambda: Run.parse({"steps": "many"}))
 
 
 def test_settings_do_not_change() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -111,6 +112,7 @@ def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_pa
     part.unlink()
     assert ended(*command(rows, model, out)).returncode == 0
     first = out.read_bytes().splitlines(keepends=True)[0]
+    out.unlink()
 
     from bytelatent.generate import GenerateSettings, _opened, _rows
 
@@ -223,3 +225,74 @@ def test_surrogates_beside_a_prompt_come_out_as_they_went_in(model: Path, tmp_pa
     rows.write_text(json.dumps(given))
     [row] = run(model=str(model), jsonl=str(rows), max_new_bytes=2)[0]
     assert row.items() > given.items()
+
+
+def test_what_holds_something_is_not_replaced(model: Path, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", 3, 2), tmp_path / "out.jsonl"
+    given = {"model": "absent", "jsonl": str(rows), "max_new_bytes": 2}
+    before = rows.read_bytes()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(rows)
+    for same in (rows, link):
+        refused = rf"^out: '{same}' holds something already; name another file, or move it away$"
+        with pytest.raises(UserError, match=refused):
+            run(**given, out=same)
+    assert rows.read_bytes() == before
+    out.touch()  # as mktemp leaves it
+    run(**given | {"model": str(model)}, out=out)
+    done = out.read_bytes()
+    assert len(done.splitlines()) == 3
+    with pytest.raises(UserError, match="holds something already"):
+        run(**given, out=out)
+    assert out.read_bytes() == done
+    assert not part_of(out).exists()
+
+
+def test_prompts_that_stand_where_rows_would_wait_are_left_whole(tmp_path: Path) -> None:
+    rows = tmp_path / "out.part"
+    rows.write_text('{"prompt": "a"}\n{"prompt": "b"}')  # the last line without its end
+    with pytest.raises(UserError, match=r"^out: '.*out.part' stands in the way, and no '.*out.part.settings' says"):
+        run(model="absent", jsonl=str(rows), out=tmp_path / "out")
+    assert rows.read_text() == '{"prompt": "a"}\n{"prompt": "b"}'
+    assert names(tmp_path) == {"out.part"}
+
+
+def test_what_came_meanwhile_stays(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", 3, 2), tmp_path / "out.jsonl"
+    given = {"model": str(model), "jsonl": str(rows), "max_new_bytes": 2, "out": out}
+    write = generate._write
+
+    def another_writes(file: BinaryIO, data: bytes) -> None:
+        write(file, data)
+        out.write_text("another's")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "_write", another_writes)
+        with pytest.raises(UserError, match=r"holds something already; .* and the same command goes on$"):
+            run(**given)
+    assert out.read_text() == "another's"
+    out.unlink()
+    assert run(**given)[1].startswith("3 of 3 rows are in")
+    assert len(out.read_bytes().splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl/out", "a" * 250])
+def test_a_name_that_cannot_be_written_is_told(name: str, model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 1, 2)
+    with pytest.raises(UserError, match=rf"'.*{name}.*' cannot be written: "):
+        run(model=str(model), jsonl=str(rows), max_new_bytes=2, out=tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device is of Linux")
+def test_a_full_device_is_told_in_one_line(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 2, 5)
+    full = ended(*command(rows, model, Path("/dev/full")))
+    assert full.returncode == 2
+    assert full.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+def test_a_row_of_too_many_brackets_is_no_json(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n' + "[" * 200_000 + "\n")
+    with pytest.raises(UserError, match=rf"^{rows}: line 2 is no JSON \("):
+        run(model="absent", jsonl=str(rows))

@@ -43,7 +43,9 @@ def generate(
     jsonl: Annotated[
         str | None, typer.Option(help='Rows of {"prompt": ...} to continue many at once; - is standard input.')
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where rows of --jsonl go; standard output if left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new file for the rows of --jsonl; standard output if left out.")
+    ] = None,
     max_new_bytes: Annotated[int, typer.Option("--max-new-bytes", "-n", min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,

@@ -7,6 +7,7 @@ turns ids into bytes, stops and ends.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.decode import Decoder
-from bytelatent.inference.sampling import Sampling, SamplingRows
+from bytelatent.inference.sampling import MAX_NEW_BYTES, Sampling, SamplingRows
 from bytelatent.inference.state import DecodeState
 from bytelatent.inference.stopping import StopWatch
 from bytelatent.inference.utf8 import CharacterStream
@@ -188,9 +189,10 @@ def check_num_rows(num_rows: int) -> None:
 
 
 def check_max_new_bytes(max_new_bytes: int) -> None:
-    """Raises UserError where no byte is asked for."""
-    if max_new_bytes < 1:
-        raise UserError(f"max_new_bytes: {max_new_bytes} is none; at least 1")
+    """Raises UserError where it is no number, or no byte is asked for, or more than `MAX_NEW_BYTES`."""
+    is_number = isinstance(max_new_bytes, Integral) and not isinstance(max_new_bytes, bool)  # NumPy's, too
+    if not is_number or not 1 <= max_new_bytes <= MAX_NEW_BYTES:
+        raise UserError(f"max_new_bytes: {max_new_bytes!r} will not do; a number from 1 to {MAX_NEW_BYTES:,}")
 
 
 class Engine:
@@ -226,10 +228,10 @@ class Engine:
 
         Args:
             prompt: a text, or [N] ids, BOS first.
-            max_new_bytes: where each ends, unless the model ends the text before.
+            max_new_bytes: where each ends, unless the model ends the text before; at most `MAX_NEW_BYTES`.
 
         Raises:
-            UserError: the prompt is neither text nor ids, or holds none; or no byte is asked for.
+            UserError: the prompt is neither text nor ids, or holds none; or `max_new_bytes` will not do.
         """
         if not isinstance(prompt, Tensor):
             prompt = prompt_ids(prompt)

@@ -20,7 +20,8 @@ from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 
 RANDOM_BITS = 24  # of a draw
 WEIGHT_BITS = 30  # of the likeliest id's weight; V of them times a random number stay below 2^63
-NEVER = 1 << 30  # bytes needed after an id that may not be drawn
+MAX_NEW_BYTES = 10**9  # of a row
+NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a row can have
 FEW = 16  # rows
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
 FAR = 1e30  # stands for infinite logits, which have no differences
@@ -128,7 +129,8 @@ class SamplingRows:
 
         Args:
             prompt_ids: [N] on any device.
-            max_new_bytes: ids that will be drawn at most; with `valid_utf8` no character begins that would need more.
+            max_new_bytes: ids that will be drawn at most, `MAX_NEW_BYTES` or fewer; with `valid_utf8` no character
+                begins that would need more.
         """
         smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
         self.temperature[row] = min(sampling.temperature, largest)

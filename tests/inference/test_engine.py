@@ -12,6 +12,7 @@ from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.fast import FastRows, engine_for, supports
 from bytelatent.inference.fast.drafted import LONGEST
+from bytelatent.inference.sampling import MAX_NEW_BYTES
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
@@ -261,8 +262,9 @@ def test_who_cannot_draft() -> None:
 
 def test_what_will_not_do() -> None:
     engine = Engine.plain(decoders()["entropy"], 1)
-    with pytest.raises(UserError, match="max_new_bytes: 0 is none"):
-        engine.submit(prompt_ids("x"), GREEDY, 0)
+    for wrong in (0, MAX_NEW_BYTES + 1, 2**64, True, 2.5, "5"):
+        with pytest.raises(UserError, match=f"max_new_bytes: {wrong!r} will not do; a number from 1 to 1,000,000,000$"):
+            engine.submit(prompt_ids("x"), GREEDY, wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="it holds no ids"):
         engine.submit(torch.zeros(0, dtype=torch.long), GREEDY, 1)
     assert engine.is_idle

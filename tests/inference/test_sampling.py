@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import sampling as module
-from bytelatent.inference.sampling import Sampling, SamplingRows, random_numbers
+from bytelatent.inference.sampling import MAX_NEW_BYTES, Sampling, SamplingRows, random_numbers
 from bytelatent.inference.utf8 import NEEDED, TRANSITIONS, state_after
 from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
@@ -502,6 +502,11 @@ def test_something_is_always_allowed_and_every_character_can_be_finished() -> No
             if remaining >= max(NEEDED[state], 1):
                 after = [0 if i == EOS else int(TRANSITIONS[state, i - OFFSET]) for i in allowed]
                 assert all(NEEDED[s] < remaining for s in after)
+
+
+def test_a_row_of_any_length_rules_out_what_is_no_utf8() -> None:
+    allowed = ~one_row(Sampling(valid_utf8=True), b"\xc3", max_new_bytes=MAX_NEW_BYTES).ruled_out()[0]
+    assert (allowed.nonzero()[:, 0] - OFFSET).tolist() == [*range(0x80, 0xC0)]
 
 
 def test_valid_utf8_comes_out() -> None:
