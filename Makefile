@@ -34,5 +34,6 @@ clean:  ## remove .venv, build output and caches (not runs/)
 	@if [ -e .venv/.unfinished ]; then rm -rf .venv; fi
 	@mkdir -p .venv && touch .venv/.unfinished && rm -f $@
 	$(PYTHON) -m venv .venv
+	@echo 'installing torch and the rest into .venv: some minutes, with no word from pip'
 	.venv/bin/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch .venv/.unfinished && mv .venv/.unfinished $@

@@ -64,7 +64,15 @@ class BenchTrainSettings(Settings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         """Several sizes with commas."""
-        return value.split(",") if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        try:
+            sizes = [int(size) for size in value.split(",")]
+        except ValueError:
+            sizes = [0]
+        if min(sizes) < 1:
+            raise ValueError(f"'{value}' is no size of a batch; write a number, or several with commas: 16384,65536")
+        return sizes
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ def entropies_beside(
                 on_progress=bar.advance,
             )
         except KeyboardInterrupt:
+            if not any(Path(out).expanduser().rglob("*.parquet")):
+                raise Interrupted(f"no file of '{out}' is finished yet; the same command begins anew") from None
             raise Interrupted(f"finished files stand in '{out}'; the same command goes on from there") from None
 
 

@@ -76,7 +76,10 @@ def describe(
         settings, patching, source = found.config.model, found.config.patching, found.in_a_line()
         byte_lm = found.byte_lm.config.model if found.byte_lm is not None else None
     else:
-        settings, patching, source, byte_lm = preset(model), None, model, None
+        try:
+            settings, patching, source, byte_lm = preset(model), None, model, None
+        except UserError as error:
+            raise UserError(f"{error}; or name a run, a folder with a model, or OWNER/NAME on the hub") from None
     parts = costs(settings, patch_bytes, context)
     if byte_lm is not None:
         inner = costs(byte_lm, patch_bytes, context)

@@ -64,4 +64,6 @@ class Rules:
         try:
             return self.model.patching
         except UserError as error:
-            raise UserError(f"{error} -- or take a rule that needs no model: --rule space") from None
+            raise UserError(
+                f"{error} -- or take rules that need no model: --rule space, --compare space,static:4"
+            ) from None

@@ -11,6 +11,7 @@ What each means: docs/clusters.md, and `blt launch --help`.
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bytelatent.launch import LaunchSettings, launch
 
 USAGE = "name a script and its settings: python -m bytelatent.stool script=bytelatent.train config=PATH nodes=1"
 TRAIN = "bytelatent.train"
+SETTINGS = {TRAIN: "TrainSettings", "bytelatent.generate": "GenerateSettings"}  # what the package's own scripts read
 
 
 def main(arguments: list[str]) -> str:
@@ -64,7 +66,8 @@ def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
         if values.get("dump_dir") and any(argument.startswith("run=") for argument in of_script):
             raise UserError("run: dump_dir is the run's folder; leave one of them out")
         config["run"] = settings.dump_dir
-        _check_training(config, settings)
+    if settings.script in SETTINGS:
+        _check(config, settings)
     return launch(settings, config)
 
 
@@ -85,17 +88,18 @@ def _name(settings: LaunchSettings) -> str:
     return settings.name or Path(settings.config or settings.script.replace(".", "_")).stem
 
 
-def _check_training(config: dict[str, Any], settings: LaunchSettings) -> None:
+def _check(config: dict[str, Any], settings: LaunchSettings) -> None:
     """Complain here and now, and not once the job has waited for its nodes.
 
-    Text is looked for as well, unless nothing is submitted: the job runs in this folder, and sees the same files.
+    Text of a training is looked for as well, unless nothing is submitted: the job runs in this folder, and sees the
+    same files.
     """
-    from bytelatent.training import TrainSettings
-    from bytelatent.training.validation import must_be_there
+    of_script = getattr(import_module(settings.script), SETTINGS[settings.script])
+    found = of_script.parse(config, settings.config or "")
+    if settings.script == TRAIN and not settings.dry_run:
+        from bytelatent.training.validation import must_be_there
 
-    data = TrainSettings.parse(config, settings.config or "").data
-    if not settings.dry_run:
-        must_be_there(data, f" (the job looks for it from '{Path.cwd()}')", remote=False)
+        must_be_there(found.data, f" (the job looks for it from '{Path.cwd()}')", remote=False)
 
 
 if __name__ == "__main__":

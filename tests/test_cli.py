@@ -164,7 +164,8 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["patch", "x", "--rule", "entropy:high"], "no rule 'entropy:high'"),
         (["patch", "x", "--rule", "bpe:absent.json"], "absent.json"),
         (["patch", "x", "-m", "absent"], "'absent' is no folder; name a run"),
-        (["patch", "x", "-m", "absent"], "take a rule that needs no model: --rule space"),
+        (["patch", "x", "-m", "absent"], "take rules that need no model: --rule space, --compare space,static:4"),
+        (["patch", "x", "-m", "absent", "--compare", "entropy,space"], "need no model: --rule space, --compare space"),
         (["generate", "x", "-m", "absent"], "'absent' is no folder"),
         (["generate", "x", "-m", "{model}", "--top-p", "0"], "top_p"),
         (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is none"),
@@ -183,7 +184,8 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["calibrate", "{text}"], "needs a byte LM or entropies stored beside every text"),
         (["calibrate", "{text}", "-m", "{byte_lm}", "--patch-bytes", "3", "--figure", "a.gif"], "end in one of .png"),
         (["info", "blt-1bb"], "did you mean 'blt-1b'?"),
-        (["info", "nonsense"], "no preset 'nonsense'"),
+        (["info", "nonsense"], "no preset 'nonsense'. Presets: demo-byte-lm, "),
+        (["info", "nonsense"], "blt-8b; or name a run, a folder with a model, or OWNER/NAME on the hub"),
         (["info"], "name a run, a folder, a repository or a preset; presets: "),
         (["info", "{model}", "--entropy", "absent"], "'absent' is no folder"),
         (["info", "{byte_lm}", "--entropy", "{byte_lm}"], "is a byte LM itself and asks no other"),
@@ -216,6 +218,21 @@ def test_what_will_not_do_is_one_line_and_code_2(
     filled = [argument.format(text=text, byte_lm=byte_lm, model=model) for argument in arguments]
     assert message in refused(monkeypatch, capsys, *filled)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_byte_lm_that_is_not_there_is_told_by_its_key(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = blt_run(tmp_path / "run", text, Path("absent"))
+    arguments = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    told = refused(monkeypatch, capsys, "train", *arguments)
+    assert told.startswith("error: byte_lm: 'absent' is no folder; name a run")
+
+
+def test_help_of_training_names_the_page_of_settings() -> None:
+    shown = " ".join(blt("train", "--help").decode().split())
+    assert "docs/reference.md" in shown
+    assert shown.count("blt train config=") == 2
 
 
 def test_info_of_a_preset_is_what_its_modules_hold() -> None:

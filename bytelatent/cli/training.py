@@ -46,6 +46,10 @@ def train(
     """Train a byte LM or a BLT; the same command goes on with a run that was stopped.
 
     Example:  `blt train config=apps/bytelatent/configs/byte_lm.yaml run=runs/mine data.train=text/*.jsonl steps=2000`
+
+    A BLT:  `blt train config=apps/bytelatent/configs/blt_1b.yaml byte_lm=runs/mine data.train=text/*.jsonl`
+
+    All settings, what they mean and their defaults: docs/reference.md.
     """
     from bytelatent.train import command
 

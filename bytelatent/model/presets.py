@@ -54,5 +54,5 @@ def preset(name: str) -> ModelSettings:
     """The settings called `name`."""
     if name not in PRESETS:
         known = list(PRESETS)
-        raise UserError(f"model: no preset '{name}'{nearest(name, known)} Presets: {', '.join(known)}")
+        raise UserError(f"model: no preset '{name}'{nearest(name, known) or '.'} Presets: {', '.join(known)}")
     return PRESETS[name]

@@ -170,7 +170,7 @@ def check_cuda_graph(wanted: bool, device: torch.device, world: int = 1) -> None
     """
     if wanted and (device.type != "cuda" or world > 1):
         here = f"{world} processes" if world > 1 else f"device {device.type}"
-        raise UserError(f"cuda_graph: it is for one process on CUDA, not for {here}; leave it out: cuda_graph=false")
+        raise UserError(f"cuda_graph: it is for one process on CUDA, not for {here}; do without it")
 
 
 def _copied(batch: Batch, device: torch.device) -> Batch:

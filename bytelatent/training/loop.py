@@ -116,13 +116,17 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
     ):
         if not checkpoints.load(state):
             draw_weights(model, settings.model, plan)
+        done = _done(state, settings)
+        if done < 1:
+            run.begin(ranks, say)
+        else:
+            say(_over(state, settings))
         peak, rollbacks = peak_flops(device, dtype), 0
         with (
             Metrics(trackers, state.step, _title(settings), console) as metrics,
             Profiler(run.folder, settings.profile, device, say) if ranks.is_first else nullcontext() as profiler,
         ):
             first, logged = state.step + 1, Totals.of(state)
-            done = _done(state, settings)
             if done < 1:
                 with memory_named(settings, ranks):
                     _try_out(state, gradients)
@@ -260,6 +264,15 @@ def _done(state: TrainState, settings: TrainSettings) -> float:
         return state.seconds / (60 * settings.minutes)
     assert settings.steps is not None
     return state.step / settings.steps
+
+
+def _over(state: TrainState, settings: TrainSettings) -> str:
+    """A line about a run that was over before this start."""
+    if settings.minutes is not None:
+        return f"nothing is left to do: the run's {settings.minutes:g} minutes are over; more minutes go on with it"
+    if state.step == settings.steps:
+        return f"nothing is left to do: all {state.step} steps are done; more steps go on with the run"
+    return f"nothing is left to do: {state.step} steps are done, and steps={settings.steps} asks for fewer"
 
 
 def _after_warmup(state: TrainState, settings: TrainSettings) -> float:

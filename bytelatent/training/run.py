@@ -1,6 +1,6 @@
 """The folder of a run: its settings, its byte LM, and what the next start finds there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,18 @@ class Run:
     config: Config
     patcher: Patcher | None
     told: set[str]  # of damaged rows and files: what calibration said of them
+    changes: list[str]  # a line about each setting that differs from those the run had before
+
+    def begin(self, ranks: Ranks, say: Callable[[str], None]) -> None:
+        """Say what differs and write the settings, once the checkpoint is read that they go on from."""
+        for line in self.changes:
+            say(line)
+
+        def write() -> None:
+            with whole_file(self.folder / "settings.yaml") as aside:
+                aside.write_text(self.settings.to_yaml(), encoding="utf-8")
+
+        ranks.first(write)
 
 
 def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype: torch.dtype, console: Console) -> Run:
@@ -46,28 +58,25 @@ def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype:
     Raises:
         UserError: the folder is another run's.
     """
-    settings, config, told = ranks.first(lambda: _prepare(settings, console))
+    settings, config, told, changes = ranks.first(lambda: _prepare(settings, console))
     patcher = None
     if settings.patching is not None:
         byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.byte_lm is not None else None
         mark = fingerprint(byte_lm) if byte_lm is not None else None
         byte_lm = byte_lm.to(device) if byte_lm is not None else None
         patcher = Patcher(settings.patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
-    return Run(Path(settings.run), settings, config, patcher, told)
+    return Run(Path(settings.run), settings, config, patcher, told, changes)
 
 
-def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, Config, set[str]]:
-    """Settings with the threshold that calibration chose, and what the model is; written to the run's folder.
-
-    The set is what calibration said of damage.
+def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, Config, set[str], list[str]]:
+    """Settings with the threshold that calibration chose, what the model is, what calibration said of damage, and a
+    line about each setting that differs from before.
     """
     told: set[str] = set()
     folder = Path(settings.run)
     earlier = _earlier(folder)
     calibration = _read_calibration(folder)
-    if earlier is not None:
-        for line in _changes(settings, earlier, folder):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    changes = _changes(settings, earlier, folder) if earlier is not None else []
     byte_lm = _byte_lm(folder, settings, earlier)
     if settings.calibration is not None and settings.patching is not None:
         if earlier is None or calibration is None:
@@ -86,12 +95,10 @@ def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, 
             write_calibration(folder, calibration)
         patching = settings.patching.model_copy(update={"threshold": calibration.threshold})
         settings = settings.model_copy(update={"patching": patching})
-    with whole_file(folder / "settings.yaml") as aside:
-        aside.write_text(settings.to_yaml(), encoding="utf-8")
     config = Config(
         model=settings.model, context=settings.data.context, patching=settings.patching, calibration=calibration
     )
-    return settings, config, told
+    return settings, config, told, changes
 
 
 def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | None) -> ByteLM | None:
@@ -101,7 +108,10 @@ def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | Non
     copy = folder / BYTE_LM
     if earlier is not None and copy.is_dir():
         return load_byte_lm(copy)
-    byte_lm = load_byte_lm(settings.byte_lm)
+    try:
+        byte_lm = load_byte_lm(settings.byte_lm)
+    except UserError as error:  # it names the key of a command that uses a model
+        raise UserError(f"byte_lm: {str(error).removeprefix('model: ').removeprefix('entropy: ')}") from None
     with whole_folder(copy) as aside:
         save(aside, byte_lm, Config(model=byte_lm.settings, context=settings.data.context))
     return byte_lm

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bytelatent.config import Settings
 from bytelatent.data import DataSettings
@@ -217,6 +217,14 @@ class TrainSettings(Settings):
             return (ByteLMSettings if is_byte_lm else BLTSettings).model_validate(value)
         return value
 
+    @field_validator("patching", "calibration", "byte_lm", mode="before")
+    @classmethod
+    def _of_a_blt(cls, value: Any, info: ValidationInfo) -> Any:
+        """Before anything is asked of a rule that may not be there."""
+        if value is not None and isinstance(info.data.get("model"), ByteLMSettings):
+            raise ValueError("this model is a byte LM and has no patches; leave patching, calibration and byte_lm out")
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _threshold_to_come(cls, values: Any) -> Any:
@@ -268,11 +276,9 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _patches(self) -> Self:
         if isinstance(self.model, ByteLMSettings):
-            for name in ("patching", "calibration", "byte_lm"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} belongs to a BLT; this model is a byte LM and has no patches")
-        elif self.patching is None:
+            return self
+        if self.patching is None:
             raise ValueError("patching: a BLT needs a rule; for example patching.mode=space")
-        elif self.calibration is not None and not self.patching.needs_entropies:
+        if self.calibration is not None and not self.patching.needs_entropies:
             raise ValueError(f"calibration chooses a threshold; patching.mode '{self.patching.mode}' has none")
         return self

@@ -88,7 +88,7 @@ def open_stored(folder: Path) -> StoredModel:
         for name, about in _shapes(folder).items()
         if name.startswith("model.")
     }
-    return StoredModel(config, tensors, None, "checkpoint of several processes", str(folder))
+    return StoredModel(config, tensors, None, "checkpoint of a run", str(folder))
 
 
 @dataclass(frozen=True)

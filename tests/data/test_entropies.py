@@ -559,18 +559,20 @@ def test_the_command(tmp_path: Path, text: Path, model: Path, byte_lm: ByteLM) -
 def test_ctrl_c_says_how_to_go_on(
     tmp_path: Path, text: Path, model: Path, threads_end: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-
     def stopped(byte_lm: ByteLM, stream: Stream) -> Tensor:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return torch.ones(stream.ids.shape)
+        raise KeyboardInterrupt
 
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(ByteLM, "entropies", stopped)
+        with pytest.raises(Interrupted, match=r"no file of '.*out' is finished yet; the same command begins anew"):
+            command(text, model, str(out))
+    assert bytes_below(out) == {}
+    command(text, model, str(out), rank=0, world=5)
     monkeypatch.setattr(ByteLM, "entropies", stopped)
-    with pytest.raises(Interrupted, match="the same command goes on from there"):
-        command(text, model, str(tmp_path / "out"))
-    assert set(bytes_below(tmp_path / "out")) < {f"{number}.parquet" for number in range(5)}
+    with pytest.raises(Interrupted, match=r"finished files stand in '.*out'; the same command goes on from there"):
+        command(text, model, str(out))
+    assert len(bytes_below(out)) == 1
 
 
 def test_rules_of_the_command(tmp_path: Path, text: Path, model: Path) -> None:

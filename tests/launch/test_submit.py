@@ -123,6 +123,8 @@ def test_the_code_is_a_copy(cluster: Cluster, here: Path, config: Path) -> None:
         (["config={config}", "optimizer.lr=1"], "optimizer.lr: settings of the script stand after --"),
         (["config={config}", "--", "optimizer.lrr=1"], "optimizer.lrr: unknown key; did you mean 'lr'?"),
         (["config={config}", "--", "steps=none"], "steps: "),
+        (["script=bytelatent.generate", "--", "promt=x"], "promt: unknown key; did you mean 'prompt'?"),
+        (["script=bytelatent.generate", "--", "sampling.top_p=2"], "sampling.top_p: "),
         (["config={config}", "dump_dir=a", "--", "run=b"], "run: dump_dir is the run's folder"),
         (
             ["config={config}", "script=bytelatent.trian"],
@@ -184,6 +186,13 @@ def test_a_folder_that_is_taken(cluster: Cluster, here: Path, config: Path) -> N
     with pytest.raises(UserError, match=r"mine' holds a run; sbatch .* goes on with it; or name another dump_dir"):
         launched(f"config={config}", "dump_dir=mine", "nodes=3", "override=true")
     assert (here / "mine" / "submit.slurm").read_text() == before
+
+
+def test_generation_is_launched(cluster: Cluster, here: Path) -> None:
+    launched("script=bytelatent.generate", "--", "prompt=x", "sampling.top_p=0.9")
+    folder = here / "runs" / "bytelatent_generate"
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"prompt": "x", "sampling": {"top_p": 0.9}}
+    assert "#SBATCH --no-requeue" in (folder / "submit.slurm").read_text()
 
 
 def test_other_scripts(cluster: Cluster, stand_in: Callable[[str], None], here: Path) -> None:

@@ -315,7 +315,7 @@ def more_of(values: dict[str, Any]) -> dict[str, Any]:
 def test_where_there_is_no_graph(device: torch.device, world: int, line: str) -> None:
     check_cuda_graph(False, device, world)
     check_cuda_graph(True, CUDA)
-    with pytest.raises(UserError, match=f"cuda_graph: .*one process on CUDA, not for {line}; leave it out"):
+    with pytest.raises(UserError, match=f"cuda_graph: .*one process on CUDA, not for {line}; do without it$"):
         check_cuda_graph(True, device, world)
 
 

@@ -1,5 +1,6 @@
 """A run that was cut off goes on as if nothing had happened, bit for bit."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from bytelatent.errors import UserError
 from bytelatent.training import loop, read_metrics, train
 from bytelatent.training.optimizer import learning_rate
+from bytelatent.training.run import DATA_MAY_CHANGE, MAY_CHANGE, OPTIMIZER_MAY_CHANGE
 from bytelatent.training.settings import OptimizerSettings
 from tests.training.tiny_runs import (
     assert_equal_runs,
@@ -171,6 +173,7 @@ def test_other_settings_are_said_in_a_line_each(tmp_path: Path, text: Path, caps
     more = {"checkpoint": {"every": 9}, "data": {"max_damaged": 3}, "validation": {"max_bytes": None}}
     more["optimizer"] = {"lr": 3e-3, "warmup_steps": 3, "accumulation": 2}
     train(settings(byte_lm_run(run, text, steps=7, **more)))
+    assert "\nsteps: 7\n" in (run / "settings.yaml").read_text()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("goes on with")]
     assert lines == [
         "goes on with checkpoint.every: 9, before 5",
@@ -181,11 +184,51 @@ def test_other_settings_are_said_in_a_line_each(tmp_path: Path, text: Path, caps
     ]
 
 
-def test_a_run_that_is_over_stays_as_it_is(tmp_path: Path, text: Path) -> None:
+def test_the_reference_lists_what_may_differ() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference.md").read_text(encoding="utf-8")
+    listed = page.partition("A run that goes on may have other ")[2].partition(", and says")[0]
+    assert set(re.findall(r"`([^`]+)`", listed)) == {
+        *MAY_CHANGE,
+        *(f"data.{name}" for name in DATA_MAY_CHANGE),
+        *(f"optimizer.{name}" for name in OPTIMIZER_MAY_CHANGE),
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ({"steps": 6}, "nothing is left to do: all 6 steps are done; more steps go on with the run"),
+        ({"steps": 4}, "nothing is left to do: 6 steps are done, and steps=4 asks for fewer"),
+        (
+            {"steps": None, "minutes": 1e-9},
+            "nothing is left to do: the run's 1e-09 minutes are over; more minutes go on with it",
+        ),
+    ],
+)
+def test_a_run_that_is_over_says_so_and_stays_as_it_is(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], more: dict[str, Any], line: str
+) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))
-    metrics = (run / "metrics.jsonl").read_bytes()
-    train(settings(byte_lm_run(run, text, steps=6)))
-    assert (run / "metrics.jsonl").read_bytes() == metrics
+    before = [(run / name).read_bytes() for name in ("metrics.jsonl", "settings.yaml")]
+    assert "nothing is left" not in capsys.readouterr().out
+    train(settings(byte_lm_run(run, text, **more)))
+    assert capsys.readouterr().out == f"{line}\n"
+    assert [(run / name).read_bytes() for name in ("metrics.jsonl", "settings.yaml")] == before
+    assert checkpoints(run)[-1] == "step-00000006"
+
+
+def test_settings_count_once_a_checkpoint_was_read(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))
+    before = (run / "settings.yaml").read_text()
+    for place in (run / "checkpoints").iterdir():
+        (place / "progress.pt").write_bytes(b"")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole"):
+        train(settings(byte_lm_run(run, text, steps=7)))
+    assert "goes on with" not in capsys.readouterr().out
+    assert (run / "settings.yaml").read_text() == before
 
 
 def test_another_seed_is_another_run(tmp_path: Path, text: Path) -> None:
