@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -143,13 +144,17 @@ def train_as(
     """Train as the command does; what was printed.
 
     Args:
-        cut_off_after: end after so many steps without a word.
+        cut_off_after: end after so many steps, and the first checkpoint, without a word.
         signalled: a rank that is sent SIGTERM, and after how many steps.
     """
     with StringIO() as out, redirect_stdout(out), redirect_stderr(out), pytest.MonkeyPatch.context() as patch:
 
         def rate(step: int, progress: float, optimizer: OptimizerSettings) -> float:
             if step == cut_off_after:
+                for _ in range(600):  # a save in the background may still be under way
+                    if any((Path(values["run"]) / "checkpoints").glob("step-*")):
+                        break
+                    time.sleep(0.1)
                 raise CutOffError
             if (int(os.environ.get("RANK", "0")), step) == signalled:
                 os.kill(os.getpid(), signal.SIGTERM)
