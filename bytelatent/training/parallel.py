@@ -68,7 +68,7 @@ class Plan:
 
     def more_to_come(self, model: nn.Module, more: bool) -> None:
         """Say before a backward pass whether another of the same step follows: replicas then need not speak yet."""
-        if self.mesh is not None:
+        if self.local_mesh is not None and self.local_mesh.size(0) > 1:  # it looks at every module
             model.set_requires_all_reduce(not more)  # pyright: ignore[reportCallIssue]
 
 
