@@ -22,12 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bytelatent.config import Settings, flat, from_command_line
 from bytelatent.device import choose_device, is_out_of_memory
 from bytelatent.errors import Interrupted, UserError, guarded, nearest
-from bytelatent.files import growing_file, part_of, whole_file
+from bytelatent.files import part_of
 from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
 from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
 from bytelatent.inference.sampling import MAX_NEW_BYTES
 from bytelatent.interop import open_pretrained
+from bytelatent.rows_out import line_of, must_be_free, rows_at
 from bytelatent.text.places import open_decompressed, readable
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
@@ -107,95 +108,21 @@ def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> No
             _show(_engine(settings, settings.samples), prompt, settings, out, console)
         return
     if settings.out is not None:
-        _check_free(settings.out)
+        must_be_free(settings.out)
     rows = list(_rows(settings))
     _tell_of_keys(rows, settings, console)
     if settings.out is None:
         _continue_rows(rows, settings, out, console)
         return
-    with _opened(settings.out, rows, settings) as (file, num_done):
+    with rows_at(settings.out, [row.given for row in rows], _made_with(settings), TOLD) as (file, num_done):
         if num_done:
             _say(console, f"{num_done:,} of {len(rows):,} rows are in '{part_of(settings.out)}'; going on")
         _continue_rows(rows[num_done:], settings, file, console)
 
 
-def _check_free(path: Path) -> None:
-    """Refuse to write rows over what stands at `path` or beside it, where they would wait to be done."""
-    try:
-        if path.is_dir():
-            raise UserError(f"out: '{path}' is a folder; name a file")
-        part, made_with = part_of(path), path.with_name(f"{path.name}.part.settings")
-        if path.is_file() and path.stat().st_size:
-            raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
-        if not made_with.exists() and part.exists() and part.stat().st_size:
-            raise UserError(f"out: '{part}' stands in the way, and no '{made_with}' says what it is; move it away")
-    except OSError as error:
-        raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
-
-
-@contextmanager
-def _opened(path: Path, rows: list["Row"], settings: GenerateSettings) -> Iterator[tuple[BinaryIO, int]]:
-    """A file that appears whole, and how many rows an earlier call has left for it.
-
-    A device or a pipe, which must not be replaced, is written as it comes. However it ends else, rows that are done are
-    kept in `path.part`, and the settings they were made with beside it.
-    """
-    if path.exists() and not path.is_file():
-        try:
-            file = path.open("wb", buffering=0)  # with a buffer, closing it would write again what could not be written
-        except OSError as error:
-            raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
-        with file:
-            yield file, 0
-        return
-    part, made_with = part_of(path), path.with_name(f"{path.name}.part.settings")
-    try:
-        with growing_file(path) as file:
-            num_done = _num_done(part, made_with, rows, settings)
-            try:
-                yield file, num_done
-                _check_free(path)  # what came there meanwhile stays, too
-            except (KeyboardInterrupt, UserError) as error:
-                with part.open("rb") as lines:
-                    some = any(line.endswith(b"\n") for line in lines)
-                kept = f"the rows so far are in '{part}', and the same command goes on" if some else "no row was done"
-                if isinstance(error, UserError):
-                    raise UserError(f"{error}; {kept}" if some else str(error)) from None
-                raise Interrupted(f"'{path}' was not written; {kept}") from None
-    finally:
-        if made_with.exists() and not part.exists():
-            made_with.unlink()
-
-
-def _num_done(part: Path, made_with: Path, rows: list["Row"], settings: GenerateSettings) -> int:
-    """How many of the rows stand in `part`: the first ones, since they are written in their order.
-
-    Raises:
-        UserError: what stands there does not belong to these rows or settings.
-    """
-    now = {key: value for key, value in flat(settings.plain()).items() if key not in FREE}
-    if part.stat().st_size == 0:
-        with whole_file(made_with) as aside:
-            aside.write_text(json.dumps(now))
-        return 0
-    anew = "to begin anew, move it away"
-    try:
-        before = json.loads(made_with.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"out: '{part}' stands in the way, and '{made_with}' does not say what it is; {anew}") from None
-    for key, value in now.items():
-        if before.get(key) != value:
-            raise UserError(f"out: '{part}' was begun with {key}={before.get(key)}, not {value}; {anew}")
-    number = 0
-    with part.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number > len(rows) or _without_told(json.loads(line)) != _without_told(rows[number - 1].given):
-                raise UserError(f"out: line {number} of '{part}' belongs to another row of '{settings.jsonl}'; {anew}")
-    return number
-
-
-def _without_told(row: dict[str, Any]) -> bytes:
-    return _line({key: value for key, value in row.items() if key not in TOLD})
+def _made_with(settings: GenerateSettings) -> dict[str, Any]:
+    """Settings that a file of rows is begun and gone on with."""
+    return {key: value for key, value in flat(settings.plain()).items() if key not in FREE}
 
 
 def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
@@ -351,16 +278,9 @@ def _continue_with(
                 progress.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
                 continue
             line = {**rows[written].given, **_told(asked[written], settings)}
-            _write(out, _line(line))
+            _write(out, line_of(line))
             written += 1
             progress.advance(task)
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # of surrogates, which JSON holds only in its own spelling
-        return json.dumps(row).encode() + b"\n"
 
 
 def _told(continuations: list[Continuation], settings: GenerateSettings) -> dict[str, Any]:

@@ -114,12 +114,13 @@ def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_pa
     first = out.read_bytes().splitlines(keepends=True)[0]
     out.unlink()
 
-    from bytelatent.generate import GenerateSettings, _opened, _rows
+    from bytelatent.generate import TOLD, GenerateSettings, _made_with, _rows
+    from bytelatent.rows_out import rows_at
 
     asked = GenerateSettings(model=str(model), jsonl=str(rows), out=out, max_new_bytes=4, rows=2)
 
     def fail() -> None:
-        with _opened(out, list(_rows(asked)), asked) as (file, num_done):
+        with rows_at(out, [row.given for row in _rows(asked)], _made_with(asked), TOLD) as (file, num_done):
             assert num_done == 0
             file.write(first)
             raise RuntimeError("a fault")
@@ -127,6 +128,9 @@ def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_pa
     with pytest.raises(RuntimeError, match="a fault"):
         fail()
     assert part.read_bytes() == first
+    part.write_bytes(b"{no row}\n")
+    assert "line 1 of" in ended(*command(rows, model, out)).stderr
+    part.write_bytes(first)
     told = ended(*command(rows, model, out, "--temperature", 0.5)).stderr
     assert "was begun with sampling.temperature=0.8, not 0.5" in " ".join(told.split())
     rows.write_text(rows.read_text().replace("row 0", "row zero"))
