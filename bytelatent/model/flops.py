@@ -6,6 +6,7 @@ rotations, activations and softmax are not counted: they cost time by what they 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from bytelatent.model.block import Stack
 from bytelatent.model.blt import BLTModel
 from bytelatent.model.byte_lm import ByteLM
 from bytelatent.model.patch_attention import CrossAttention
-from bytelatent.model.settings import BLTSettings, ByteLMSettings, ModelSettings, StackSettings
+from bytelatent.model.settings import ByteLMSettings, ModelSettings, StackSettings
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ def costs(settings: ModelSettings, patch_bytes: float = 4.5, context: int = 8192
         patch_bytes: mean bytes a patch.
         context: bytes of a document seen at once, over which attention is averaged.
     """
-    with torch.device("meta"):
-        if isinstance(settings, ByteLMSettings):
-            return _byte_lm(ByteLM(settings), context)
-        return _blt(BLTModel(settings), settings, patch_bytes, context)
+    model = _without_values(type(settings), settings.model_dump_json())
+    if isinstance(model, ByteLM):
+        return _byte_lm(model, context)
+    return _blt(model, patch_bytes, context)
 
 
 def flops_per_byte(settings: ModelSettings, patch_bytes: float = 4.5, context: int = 8192) -> float:
@@ -54,6 +55,14 @@ def training_flops(settings: ModelSettings, patch_bytes: float = 4.5, context: i
     return 3 * flops_per_byte(settings, patch_bytes, context)
 
 
+@lru_cache(maxsize=8)  # a run asks again and again, with other patches
+def _without_values(kind: type[ModelSettings], settings: str) -> ByteLM | BLTModel:
+    """A model on the meta device, by its settings as JSON, since lists in them have no hash."""
+    parsed = kind.model_validate_json(settings)
+    with torch.device("meta"):
+        return ByteLM(parsed) if isinstance(parsed, ByteLMSettings) else BLTModel(parsed)
+
+
 def _byte_lm(model: ByteLM, context: int) -> list[PartCost]:
     return [
         PartCost("embedding", _parameters(model.embedding), 0.0),
@@ -62,7 +71,8 @@ def _byte_lm(model: ByteLM, context: int) -> list[PartCost]:
     ]
 
 
-def _blt(model: BLTModel, settings: BLTSettings, patch_bytes: float, context: int) -> list[PartCost]:
+def _blt(model: BLTModel, patch_bytes: float, context: int) -> list[PartCost]:
+    settings = model.settings
     per_patch, k = 1.0 / patch_bytes, settings.cross_attention.k
     encoder, middle, decoder = model.encoder, model.global_transformer, model.decoder
     # Each byte meets k queries of its patch, and k keys of the patch it reads.
