@@ -28,8 +28,8 @@ from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
 from bytelatent.inference.sampling import MAX_NEW_BYTES
 from bytelatent.interop import open_pretrained
-from bytelatent.rows_out import line_of, must_be_free, rows_at
 from bytelatent.text.places import open_decompressed, readable
+from bytelatent.text.rows_out import line_of, must_be_free, rows_at
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
 FREE = {"jsonl", "out", "rows", "ahead", "device"}  # settings that may differ when a file is gone on with
