@@ -23,22 +23,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from same_bits import differences, metrics
 
 from bytelatent.files import newest_whole
 
 STEPS, SAVE_EVERY, VALIDATE_EVERY = 110, 3, 8
 PATIENCE = 400  # seconds for whatever is waited for
-COMPARED = (
-    "step",
-    "bytes_seen",
-    "bits_per_byte",
-    "validation_bits_per_byte",
-    "gradient_norm",
-    "lr",
-    "mean_patch_bytes",
-)
 STACK = {"dim": 32, "num_layers": 1, "num_heads": 2, "multiple_of": 16}
 
 
@@ -223,7 +213,9 @@ def main() -> None:
     job.launch(config)
     deaths = die(job, arguments.deaths, random.Random(arguments.seed))
     print(table(deaths))
-    wrong = differences(undisturbed, job)
+    wrong = differences(undisturbed.folder, job.folder)
+    if metrics(undisturbed.folder)[-1]["step"] != STEPS:
+        wrong.append(f"the undisturbed run did not come to step {STEPS}")
     wrong += [f"death {number}: {death.notes}" for number, death in enumerate(deaths, 1) if "?" in death.notes]
     for line in wrong:
         print(line)
@@ -309,40 +301,6 @@ def whole(job: Job) -> list[Path]:
 
 def unfinished(job: Job) -> list[Path]:
     return list(job.checkpoints.glob(".step-*"))
-
-
-def differences(one: Job, other: Job) -> list[str]:
-    """A line for each way in which the runs differ."""
-    rows, others = ([compared(line) for line in job.lines()] for job in (one, other))
-    found = [f"{a} is undisturbed, {b} after deaths" for a, b in zip(rows, others, strict=False) if a != b]
-    if len(rows) != len(others):
-        found.append(f"{len(rows)} rows undisturbed, {len(others)} after deaths")
-    if not rows or rows[-1]["step"] != STEPS:
-        found.append(f"the undisturbed run did not come to step {STEPS}")
-    folders = [job.checkpoints / f"step-{STEPS:08d}" for job in (one, other)]
-    if not all(folder.is_dir() for folder in folders):
-        return [*found, "a run has no last checkpoint"]
-    weights, others = ((folder / "model.safetensors").read_bytes() for folder in folders)
-    if weights != others:
-        found.append("the final weights differ")
-    state, others = (stored_state(folder) for folder in folders)
-    if state.keys() != others.keys():
-        found.append("the final states hold different tensors")
-    found += [f"{name} differs" for name in state.keys() & others.keys() if not torch.equal(state[name], others[name])]
-    return found
-
-
-def stored_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights and the optimizer's state, put together from what the ranks wrote."""
-    whole = checkpoint.parent / "state.pt"
-    dcp_to_torch_save(checkpoint / "state", whole)
-    return torch.load(whole, weights_only=True)
-
-
-def compared(line: str) -> dict[str, float]:
-    """What does not depend on the clock; JSON holds each float to its last bit."""
-    row = json.loads(line)
-    return {key: row[key] for key in COMPARED if key in row}
 
 
 def table(deaths: list[Death]) -> str:
