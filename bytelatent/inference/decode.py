@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.boundaries import Boundaries, boundaries
-from bytelatent.inference.looks import Cached, Keep, Kept, Runs
+from bytelatent.inference.looks import Cached, Keep, KeepPatchKeys, Kept, Runs
 from bytelatent.inference.state import HISTORY, SLACK, DecodeState, KeyValues
 from bytelatent.kernels.patch_attention import attend_to_own_bytes, pool_patches, runs_of
 from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches, entropies, pack_rows
@@ -135,14 +135,14 @@ class Decoder:
         self._keep_bytes(state, runs, opened[0], self._byte_keys(opened), most)
         owner, number = batch.patch_document[closed], batch.patch_position[closed]
         recent = (number >= num_patches[owner] - SLACK).nonzero()[:, 0]
-        patches = Runs(owner[recent], number[recent])
-        self._keep_patch_keys(state, patches, self._patch_keys(patches_PG[closed[recent]]))
+        assert state.patch_keys is not None
+        keep_keys = KeepPatchKeys(state.patch_keys, owner[recent], number[recent], closed[recent])
         keys_PKD = decoder.keys(patches_PG).to(states[-1].dtype)
         h_TD = decoder.states(
             states[-1],
             position,
             kept(state.decoder, shapes.decoder),
-            self._read_patches(decoder, keys_PKD, batch.read),
+            self._read_patches(decoder, keys_PKD, batch.read, keep_keys),
         )
         return state, decoder.logits(h_TD[last] if last_only else h_TD[rows >= 0])
 
@@ -157,10 +157,19 @@ class Decoder:
         assert isinstance(self.model, BLTModel)
         return self.model.encoder.embed(batch)
 
-    def _read_patches(self, decoder: Any, keys_PKD: Tensor, read: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def _read_patches(
+        self, decoder: Any, keys_PKD: Tensor, read: Tensor, keep: KeepPatchKeys
+    ) -> Callable[[int, Tensor], Tensor]:
         """The decoder's cross-attentions, by their number."""
         runs = runs_of(read, len(keys_PKD))
-        return lambda layer, h_TD: decoder.cross_attention[layer](h_TD, keys_PKD, runs)
+
+        def read_patches(layer: int, h_TD: Tensor) -> Tensor:
+            cross = decoder.cross_attention[layer]
+            k_PKHE, v_PKHE = cross.keys_values(keys_PKD)
+            keep(layer, k_PKHE, v_PKHE)
+            return cross.read(h_TD, k_PKHE, v_PKHE, runs)
+
+        return read_patches
 
     def _look(self, stack: StackSettings, document: Tensor, position: Tensor, keep: Keep) -> Look:
         """How a stack's layers see the positions of a whole stream, and what they keep of it."""
@@ -260,7 +269,11 @@ class Decoder:
             state.history.ids[here], state.history.entropies[here] = ids[newest], found[newest]
             decided.keep(state, runs, newest)
             self._keep_bytes(state, runs, states[0], bytes_, int((position - decided.begin).max()) + 1)
-            self._keep_patch_keys(state, patches, keys)
+            newest = patches.newest(SLACK)
+            assert state.patch_keys is not None
+            keep_keys = KeepPatchKeys(state.patch_keys, patches.rows[newest], patches.position[newest], newest)
+            for layer, (k_PKHE, v_PKHE) in enumerate(keys):
+                keep_keys(layer, k_PKHE, v_PKHE)
         return logits
 
     def _encode(self, state: DecodeState, runs: Runs, ids: Tensor, keep: bool) -> list[Tensor]:
@@ -355,13 +368,4 @@ class Decoder:
         here = (runs.rows[newest], runs.position[newest] % kept.size)
         kept.h[here] = h_TD[newest].to(kept.h.dtype)
         for layer, (k, v) in enumerate(bytes_):
-            kept.k[layer][here], kept.v[layer][here] = k[newest].to(kept.k.dtype), v[newest].to(kept.v.dtype)
-
-    def _keep_patch_keys(self, state: DecodeState, patches: Runs, keys: list[Keys]) -> None:
-        """Keep what the decoder sees of new patches; their positions are their numbers."""
-        assert state.patch_keys is not None
-        kept = state.patch_keys
-        for layer, (k, v) in enumerate(keys):
-            newest = patches.newest(SLACK)
-            here = (patches.rows[newest], patches.position[newest] % SLACK)
             kept.k[layer][here], kept.v[layer][here] = k[newest].to(kept.k.dtype), v[newest].to(kept.v.dtype)

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.inference.state import KeyValues
+from bytelatent.inference.state import SLACK, KeyValues, PatchKeys
 from bytelatent.model.attention import Mask, attend
 
 # Shapes: T entries (a row and a position each), B rows that they are of, Q of them in the row that has most, H heads,
-# J key/value heads, E head size, R slots of a cache, S of them that may be seen, K = S + Q
+# J key/value heads, E head size, R slots of a cache, S of them that may be seen, K = S + Q (of patches: keys of each),
+# P patches
 
 
 class Runs:
@@ -183,6 +184,28 @@ class Keep:
             k_BRJE[row, slots] = k_TJE[places]
             v_BRJE[row, slots] = v_TJE[places]
         self.layer += 1
+
+    def layers(self, k_LTJE: Tensor, v_LTJE: Tensor) -> None:
+        """Those of all L layers at once."""
+        for row, places, slots in self.runs:
+            self.cache.k[:, row, slots] = k_LTJE[:, places]
+            self.cache.v[:, row, slots] = v_LTJE[:, places]
+
+
+class KeepPatchKeys:
+    """What the decoder's cross-attentions see of patches, kept for the newest ones of each row, layer by layer.
+
+    Args:
+        row, number: [N] of the patches that are kept, at most SLACK of a row.
+        place: [N] which of all patches they are.
+    """
+
+    def __init__(self, kept: PatchKeys, row: Tensor, number: Tensor, place: Tensor | slice):
+        self.kept, self.slot, self.place = kept, (row, number % SLACK), place
+
+    def __call__(self, layer: int, k_PKHE: Tensor, v_PKHE: Tensor) -> None:
+        for kept, new in ((self.kept.k[layer], k_PKHE), (self.kept.v[layer], v_PKHE)):
+            kept[self.slot] = new[self.place].to(kept.dtype)
 
 
 @dataclass

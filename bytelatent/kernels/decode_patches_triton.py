@@ -39,7 +39,7 @@ def read_patch_kernel(
 
 @triton.jit
 def gather_bytes_kernel(
-    q_ptr, k_ptr, v_ptr, count_ptr, begin_ptr, row_ptr, out_ptr, run_ptr, scale, L: tl.constexpr, K: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, count_ptr, begin_ptr, row_ptr, out_ptr, run_ptr, scale, L, K: tl.constexpr,
     H: tl.constexpr, J: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     patch, query, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -76,7 +76,7 @@ def gather_bytes_kernel(
 
 @triton.jit
 def keep_byte_kernel(
-    kv_ptr, k_ptr, v_ptr, count_ptr, h_ptr, pooled_ptr, run_ptr, L: tl.constexpr, WIDTH: tl.constexpr,
+    kv_ptr, k_ptr, v_ptr, count_ptr, h_ptr, pooled_ptr, run_ptr, L, WIDTH: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)

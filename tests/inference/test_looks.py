@@ -1,10 +1,11 @@
-"""Runs of new positions, against counting them one by one."""
+"""Runs of new positions, against counting them one by one; what a cache keeps of a stream, position by position."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelatent.inference.looks import Runs
+from bytelatent.inference.looks import Keep, Runs
+from bytelatent.inference.state import KeyValues
 
 # of each row: its number, what it has read, and the sizes of its runs
 ROWS = st.lists(
@@ -35,3 +36,26 @@ def test_runs(rows: list[tuple[int, int, list[int]]], count: int) -> None:
             for j, key in enumerate(of_row):
                 same_run = entries[query][:3] == entries[key][:3]
                 assert bool(runs.seen[line, i, j]) == (same_run and j <= i)
+
+
+@given(sizes=st.lists(st.integers(1, 25), min_size=1, max_size=4), num_slots=st.integers(1, 12), together=st.booleans())
+def test_a_cache_keeps_the_newest_keys_and_values_of_each_row(sizes: list[int], num_slots: int, together: bool) -> None:
+    shape = (2, len(sizes), num_slots, 3, 4)
+    cache = KeyValues(torch.zeros(shape), torch.zeros(shape), num_slots)
+    k_LTJE, v_LTJE = torch.randn(2, 2, sum(sizes) + 5, 3, 4)  # the last five fill up
+    begins = [sum(sizes[:row]) for row in range(len(sizes))]
+    count = [min(size, num_slots) for size in sizes]
+    first = [size - kept for size, kept in zip(sizes, count, strict=True)]
+    keep = Keep(cache, [begin + at for begin, at in zip(begins, first, strict=True)], first, count)
+    if together:
+        keep.layers(k_LTJE, v_LTJE)
+    else:
+        for k_TJE, v_TJE in zip(k_LTJE, v_LTJE, strict=True):
+            keep(k_TJE, v_TJE)
+    k_LBRJE, v_LBRJE = torch.zeros(2, *shape)
+    for row, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
+        for position in range(size):  # later ones take the place of earlier ones
+            k_LBRJE[:, row, position % num_slots] = k_LTJE[:, begin + position]
+            v_LBRJE[:, row, position % num_slots] = v_LTJE[:, begin + position]
+    assert torch.equal(cache.k, k_LBRJE)
+    assert torch.equal(cache.v, v_LBRJE)

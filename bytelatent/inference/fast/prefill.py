@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.fast.weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
-from bytelatent.inference.looks import Keep
+from bytelatent.inference.looks import Keep, KeepPatchKeys
 from bytelatent.kernels.decode_patches import plain_read_patch, read_patch
 from bytelatent.kernels.gated_product import ROWS, can_gate, fast_row_scale, gated_product
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
@@ -32,7 +32,8 @@ from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import OFFSET
 
-# Shapes: T positions, D width, H heads, E head size, A = E/2 angles
+# Shapes: T positions, P patches, K keys a patch, L layers, D width, H heads, J key/value heads, E head size, A = E/2
+# angles
 
 
 @dataclass
@@ -89,7 +90,8 @@ class _Captured:
     graph: Any
     x_TD: Tensor
     look: RunLook
-    kept: list[tuple[Tensor, Tensor]]  # each layer's rotated keys and values, [T, H, E]
+    k_LTJE: Tensor  # each layer's rotated keys
+    v_LTJE: Tensor
     out_TD: Tensor
 
 
@@ -121,8 +123,8 @@ class FastStack(nn.Module):
         captured.x_TD[here] = x_TD
         captured.look.low[here], captured.look.cos[here], captured.look.sin[here] = look.low, look.cos, look.sin
         captured.graph.replay()
-        for k_THE, v_THE in captured.kept:
-            look.keep(k_THE[here], v_THE[here])
+        assert isinstance(look.keep, Keep)
+        look.keep.layers(captured.k_LTJE, captured.v_LTJE)
         return captured.out_TD[here].clone()
 
     def _read(self, x_TD: Tensor, look: RunLook) -> Tensor:
@@ -146,8 +148,9 @@ class FastStack(nn.Module):
             kept.clear()
             with torch.cuda.graph(graph, stream=stream):
                 out_TD = self._read(x_TD, look)
+                k_LTJE, v_LTJE = (torch.stack(layers) for layers in zip(*kept, strict=True))
         torch.cuda.current_stream().wait_stream(stream)
-        return _Captured(graph, x_TD, look, kept, out_TD)
+        return _Captured(graph, x_TD, look, k_LTJE, v_LTJE, out_TD)
 
 
 class FastDecoder(Decoder):
@@ -205,14 +208,29 @@ class FastDecoder(Decoder):
         embed = hash_embed if batch.ids.is_cuda else plain_hash_embed
         return embed(tail, batch.position, powers, encoder.ngram_hash.tables.weight, encoder.embedding.weight)
 
-    def _read_patches(self, decoder: Any, keys_PKD: Tensor, read: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def _read_patches(
+        self, decoder: Any, keys_PKD: Tensor, read: Tensor, keep: KeepPatchKeys
+    ) -> Callable[[int, Tensor], Tensor]:
+        assert self.blt_weights is not None
+        weights, stack = self.blt_weights.decoder_cross, self.blt_weights.settings.decoder
+        heads = (self.blt_weights.settings.cross_attention.num_heads, -1)
         look = read_patch if keys_PKD.is_cuda else plain_read_patch
         row, reads = read.clamp(min=0), read >= 0
 
+        def normed(x: Tensor) -> Tensor:
+            """Without a norm's weights, in which alone those of the layers differ: they are in the matrices."""
+            return F.rms_norm(x, (stack.dim,), None, stack.norm_eps)
+
+        normed_PKD = normed(keys_PKD)
+
         def read_patches(layer: int, h_TD: Tensor) -> Tensor:
-            cross = decoder.cross_attention[layer]
-            k_PKHE, v_PKHE = (part.contiguous() for part in cross.keys_values(keys_PKD))
-            return cross.add(h_TD, look(cross.queries(h_TD).contiguous(), k_PKHE, v_PKHE, reads, row_B=row))
+            cross, dtype = weights[layer], h_TD.dtype
+            matrices = dense(cross.key_value, dtype).chunk(2)
+            k_PKHE, v_PKHE = (F.linear(normed_PKD, matrix).unflatten(-1, heads) for matrix in matrices)
+            keep(layer, k_PKHE, v_PKHE)
+            q_THE = F.linear(normed(h_TD), dense(cross.query, dtype)).unflatten(-1, heads)
+            found = look(q_THE, k_PKHE, v_PKHE, reads, row_B=row).flatten(1)
+            return torch.addmm(h_TD, found, dense(cross.output, dtype).T, beta=2)
 
         return read_patches
 
