@@ -1,11 +1,16 @@
-"""Does a model that is trained at the speed of the card learn what the plain model learns? On real text.
+"""Does a model that is trained otherwise learn what it should? On real text.
 
-    python benchmarks/real.py --text text [--steps 300] [--seeds 0 1 2] [--model blt-100m] [--bytes 16384]
+    python benchmarks/real.py --text text [fast plain] [--steps 300] [--seeds 0 1 2] [--model blt-100m] [--bytes 16384]
+    python benchmarks/real.py --text text fast rows float8 --steps 1000 --seeds 0 1
 
-Trains the same few steps from the same seeds twice: with kernels, compiled blocks, block masks and a CUDA graph, and
-without any of them: operation by operation, patches by gathers and scatters, explicit masks, dense gradients. Patches
-begin at spaces, so that no byte LM takes part. `text` is a folder with train.jsonl and valid.jsonl. Prints bits per
-byte on the validation text, for each seed, and what lies between seeds and between the ways.
+Trains the same few steps from the same seeds in some ways. Patches begin at spaces, so that no byte LM takes part.
+`text` is a folder with train.jsonl and valid.jsonl. Prints bits per byte on the validation text, for each seed, and what
+lies between seeds and between each way and the first one.
+
+fast     with kernels, compiled blocks, block masks and a CUDA graph; dense gradients of the hash tables
+rows     the same, gradients and steps of only those rows of the hash tables that a step looks up
+float8   the same as fast, the global transformer's products in 8-bit floats
+plain    without any of it: operation by operation, patches by gathers and scatters, explicit masks, dense gradients
 
 The ten-minute run itself: `apps/bytelatent/configs/blt_100m.yaml`.
 """
@@ -28,6 +33,13 @@ from bytelatent.kernels.hash_embed import hash_rows
 from bytelatent.model import attention, ngram_hash
 from bytelatent.train import main as train
 
+WAYS = {  # and what of their settings differs; plain is the last, for there is no way back from it
+    "fast": {},
+    "rows": {"optimizer.hash_gradients": "rows"},
+    "float8": {"float8": "rowwise"},
+    "plain": {},
+}
+
 
 def by_plain_operations() -> None:
     """From now on nothing is computed by a kernel of this project, nor by FlexAttention."""
@@ -40,8 +52,9 @@ def by_plain_operations() -> None:
     attention.FLEX_FROM = 2**62
 
 
-def trained(given: Any, seed: int, plain: bool) -> tuple[list[float], float, float]:
+def trained(given: Any, seed: int, way: str) -> tuple[list[float], float, float]:
     """Bits per byte of the training batches, of the validation text at the end, and seconds."""
+    fast = way != "plain" and torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         settings = {
@@ -60,8 +73,9 @@ def trained(given: Any, seed: int, plain: bool) -> tuple[list[float], float, flo
             "validation.every": given.steps,
             "validation.max_bytes": 500_000,
             "checkpoint.every": given.steps,
-            "compile": not plain and torch.cuda.is_available(),
-            "cuda_graph": not plain and torch.cuda.is_available(),
+            "compile": fast,
+            "cuda_graph": fast,
+            **WAYS[way],
         }
         run = train([f"{key}={json.dumps(value)}" for key, value in settings.items()], Console(quiet=True))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -72,26 +86,32 @@ def trained(given: Any, seed: int, plain: bool) -> tuple[list[float], float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ways", nargs="*", default=["fast", "plain"], help=f"of {', '.join(WAYS)}")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--model", default="blt-100m")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--bytes", type=int, default=16_384)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
-    valid: dict[str, list[float]] = {"fast": [], "plain": []}
-    for way in valid:
+    if wrong := [way for way in given.ways if way not in WAYS]:
+        parser.error(f"there is no {wrong[0]}; take some of {', '.join(WAYS)}")
+    valid: dict[str, list[float]] = {way: [] for way in given.ways}
+    for way in sorted(valid, key=list(WAYS).index):
         if way == "plain":
             by_plain_operations()
         for seed in given.seeds:
             torch._dynamo.reset()
-            curve, found, seconds = trained(given, seed, way == "plain")
+            curve, found, seconds = trained(given, seed, way)
             valid[way].append(found)
             print(f"{way}, seed {seed}: {found:.4f} valid, last batches {curve[-1]:.4f}, {seconds:.0f} s", flush=True)
     for way, found in valid.items():
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
         print(f"{way}: mean {statistics.mean(found):.4f}, standard deviation of the seeds {spread:.4f}")
-    apart = [fast - plain for fast, plain in zip(*valid.values(), strict=True)]
-    print(f"fast - plain, seed by seed: {', '.join(f'{a:+.4f}' for a in apart)}; mean {statistics.mean(apart):+.4f}")
+    first, *others = valid
+    for way in others:
+        apart = [one - other for one, other in zip(valid[way], valid[first], strict=True)]
+        each = ", ".join(f"{a:+.4f}" for a in apart)
+        print(f"{way} - {first}, seed by seed: {each}; mean {statistics.mean(apart):+.4f}")
 
 
 if __name__ == "__main__":
