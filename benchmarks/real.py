@@ -4,8 +4,8 @@
     python benchmarks/real.py --text text fast rows float8 --steps 1000 --seeds 0 1
 
 Trains the same few steps from the same seeds in some ways. Patches begin at spaces, so that no byte LM takes part.
-`text` is a folder with train.jsonl and valid.jsonl. Prints bits per byte on the validation text, for each seed, and what
-lies between seeds and between each way and the first one.
+`text` is a folder with train.jsonl and valid.jsonl. Prints bits per byte on the validation text, for each seed, and
+what lies between seeds and between each way and the first one.
 
 fast     with kernels, compiled blocks, block masks and a CUDA graph; dense gradients of the hash tables
 rows     the same, gradients and steps of only those rows of the hash tables that a step looks up

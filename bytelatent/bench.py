@@ -70,7 +70,7 @@ class BenchTrainSettings(Settings):
             sizes = [int(size) for size in value.split(",")]
         except ValueError:
             sizes = [0]
-        if min(sizes) < 1:
+        if not 1 <= min(sizes) <= max(sizes) <= 10**16:  # more, and numbers overflow before memory is asked for
             raise ValueError(f"'{value}' is no size of a batch; write a number, or several with commas: 16384,65536")
         return sizes
 

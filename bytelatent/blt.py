@@ -169,8 +169,8 @@ class BLT:
             UserError: a setting of the sampling will not do, or a prompt is neither str nor bytes.
         """
         rule = Sampling.parse(sampling, where="generate")
-        if samples is not None and samples < 1:
-            raise UserError(f"samples: {samples} is none; at least 1")
+        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+            raise UserError(f"samples: {samples!r} will not do; a number from 1 on")
         texts_given = prompt if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes) else [prompt]
         prompts = [prompt_ids(text) for text in texts_given]
         with self._lent_engine(max(min(len(prompts) * (samples or 1), MAX_ROWS), 1)) as engine:
@@ -243,6 +243,10 @@ class BLT:
             ids = prompt_ids(ids)[None]
         if ids.dim() != 2 or (patch_lengths is not None and len(patch_lengths) != len(ids)):
             raise UserError(f"logits takes ids [B, N] and patch_lengths [B, P], not {list(ids.shape)}")
+        if ids.is_floating_point() or bool(((ids != PADDING) & ((ids < 0) | (ids >= VOCAB_SIZE))).any()):
+            raise UserError(f"logits: ids are whole numbers from 0 to {VOCAB_SIZE - 1}, and {PADDING} for padding")
+        if bool((ids[:, :-1].eq(PADDING) & ids[:, 1:].ne(PADDING)).any()):
+            raise UserError(f"logits: padding ({PADDING}) stands at the end of a row, not before its ids")
         ids = ids.to(self.device)
         rows = [row[row != PADDING] for row in ids]
         stream = pack_rows(rows).to(self.device)

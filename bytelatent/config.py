@@ -66,7 +66,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """`values` with `key.inner=value` overrides laid over them; values are read as YAML (`1e-4`, `true`, `[1, 2]`).
 
-    A mapping is written with braces. A text with a colon, such as a prompt that is code, is a text.
+    A mapping is written with braces. A text with a colon, such as one that stops a generation, is a text.
     """
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -100,11 +100,12 @@ def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:
 Given = TypeVar("Given", bound=Settings)
 
 
-def from_command_line(model: type[Given], arguments: list[str], usage: str) -> Given:
+def from_command_line(model: type[Given], arguments: list[str], usage: str, text: str | None = None) -> Given:
     """Settings from `config=PATH` and `key=value`, later ones winning.
 
     Args:
         usage: what to do where there are no arguments.
+        text: the key whose value is taken as it stands, not read as YAML.
 
     Raises:
         UserError: there are none, or a key or value will not do.
@@ -112,15 +113,18 @@ def from_command_line(model: type[Given], arguments: list[str], usage: str) -> G
     """
     if {"-h", "--help"} & set(arguments):
         print(f"{usage}\nsettings: {', '.join(model.model_fields)}; those of a group as group.key=value")
-        print("later ones win over earlier ones and over the file config=PATH; what each means: docs/reference.md")
+        print("later ones win over earlier ones and over the file config=PATH; what each means: docs/")
         raise SystemExit(0)
     if not arguments:
         raise UserError(usage)
     config = [argument.removeprefix("config=") for argument in arguments if argument.startswith("config=")]
-    overrides = [argument for argument in arguments if not argument.startswith("config=")]
-    values = load_yaml(config[-1]) if config else {}
-    where = config[-1] if config and not overrides else ""  # a wrong key may as well stand on the command line
-    return model.parse(merge(values, overrides), where)
+    rest = [argument for argument in arguments if not argument.startswith("config=")]
+    texts = [argument for argument in rest if text and argument.startswith(f"{text}=")]
+    values = merge(load_yaml(config[-1]) if config else {}, [argument for argument in rest if argument not in texts])
+    if texts:
+        values[str(text)] = texts[-1].partition("=")[2]
+    where = config[-1] if config and not rest else ""  # a wrong key may as well stand on the command line
+    return model.parse(values, where)
 
 
 def _resolved(config: Any, where: str) -> dict[str, Any]:

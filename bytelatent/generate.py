@@ -237,7 +237,9 @@ def _tell_of_keys(rows: list[Row], settings: GenerateSettings, console: Console)
     for key in sorted({key for row in rows for key in row.given} - OF_A_ROW):
         if key in written:
             _say(console, f"'{settings.jsonl}' has '{key}' of its own, which the rows that come out do not keep")
-        elif hint := nearest(key, sorted(OF_A_ROW), cutoff=0.85):
+        elif key in GenerateSettings.model_fields:
+            _say(console, f"'{settings.jsonl}' has '{key}', which is no setting of a row and passes through")
+        elif hint := nearest(key, sorted(OF_A_ROW), cutoff=0.75):  # also other programs' max_new_tokens
             _say(console, f"'{settings.jsonl}' has '{key}', which is no setting and passes through{hint}")
 
 
@@ -258,6 +260,8 @@ def _memory_named(name: str, number: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if number == 1:
+            raise UserError("prompt: memory does not hold it beside the model; give a shorter one") from None
         raise UserError(f"{name}: memory does not hold {number:,} sequences at once; lower --{name}") from None
 
 
@@ -311,7 +315,7 @@ def _write(out: BinaryIO, data: bytes) -> None:
 
 def main(arguments: list[str]) -> None:
     """`config=FILE key=value ...`"""
-    settings = from_command_line(GenerateSettings, arguments, USAGE)
+    settings = from_command_line(GenerateSettings, arguments, USAGE, text="prompt")
     generate(settings, sys.stdout.buffer, Console(stderr=True))
 
 

@@ -166,6 +166,7 @@ def test_another_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) 
         (["demo-bl"], "model: no preset 'demo-bl'; did you mean 'demo-blt'?"),
         (["zzz"], "model: no preset 'zzz'. Presets: demo-byte-lm, "),
         (["demo-blt", "--bytes", "0"], "bytes: '0' is no size of a batch; write a number, or several with commas"),
+        (["demo-byte-lm", "--bytes", "9" * 20], "9' is no size of a batch"),
         (["demo-blt", "--bytes", "100,x"], "bytes: '100,x' is no size of a batch"),
         (["demo-blt", "--bytes", ""], "bytes: '' is no size of a batch"),
         (["demo-blt", "--device", "cpu", "--cuda-graph"], "not for device cpu; do without it\n"),

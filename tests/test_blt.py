@@ -160,6 +160,10 @@ def test_a_last_patch_that_goes_on(blt: BLT) -> None:
         (torch.tensor([[1, 70]]), torch.tensor([[1]]), "patch_lengths sum to 1; a row of 2 ids needs 2 or 3"),
         (torch.tensor([[1, 70]]), torch.tensor([[1, 3]]), "patch_lengths sum to 4"),
         (torch.tensor([[1, 70]]), torch.tensor([[3, -1]]), "patch_lengths sum to 2"),
+        (torch.tensor([[1, 260]]), None, r"^logits: ids are whole numbers from 0 to 259, and -1 for padding$"),
+        (torch.tensor([[1, -2]]), None, "logits: ids are whole numbers"),
+        (torch.tensor([[1.0, 2.0]]), None, "logits: ids are whole numbers"),
+        (torch.tensor([[1, -1, 5]]), None, "logits: padding .-1. stands at the end of a row"),
     ],
 )
 def test_logits_that_do_not_fit(blt: BLT, ids: torch.Tensor, lengths: torch.Tensor | None, message: str) -> None:
@@ -313,7 +317,7 @@ def test_stream_and_score(blt: BLT) -> None:
         "The", max_new_bytes=30, temperature=0
     )
     for wrong, message in (
-        (lambda: blt.generate("x", samples=0), "samples: 0 is none"),
+        (lambda: blt.generate("x", samples=0), "samples: 0 will not do"),
         (lambda: blt.score("x", "os"), "takes a list of continuations"),
         (lambda: blt.stream("x", temprature=1), "temprature: unknown key; did you mean 'temperature'"),
     ):
@@ -353,6 +357,11 @@ def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
         (lambda blt: blt.engine(1).submit(torch.ones(1, 3), Sampling(), 3), "prompt: ids .* of one text"),
         (lambda blt: blt.generate("x", max_new_bytes=2**64), "max_new_bytes: 18446744073709551616 will not do"),
         (lambda blt: blt.stream("x", max_new_bytes="5"), "max_new_bytes: '5' will not do"),
+        (lambda blt: blt.generate("x", samples=1.5), "^samples: 1.5 will not do; a number from 1 on$"),
+        (lambda blt: blt.generate("x", samples="2"), "samples: '2' will not do"),
+        (lambda blt: blt.generate("x", samples=True), "samples: True will not do"),
+        (lambda blt: blt.generate("x", stop="\ud800"), "stop: .* holds half of a surrogate pair"),
+        (lambda blt: BLT.from_pretrained("absent", ahead="8"), "ahead: '8' bytes a step; take 1 to 16"),  # type: ignore
         (lambda blt: blt.stream(["a", "b"]), "a text is str or bytes, not list"),
         (lambda blt: blt.score("a", [5]), "a text is str or bytes, not int: 5"),
         (lambda blt: blt.score("a", 5), "score takes a list of continuations"),

@@ -173,6 +173,18 @@ def test_too_little_memory_names_the_rows(
     rows = write_rows(tmp_path / "rows.jsonl", 5, 3)
     with pytest.raises(UserError, match=r"^rows: memory does not hold 4 sequences at once; lower --rows$"):
         run(model=str(model), jsonl=str(rows), rows=4)
+    with pytest.raises(UserError, match=r"^prompt: memory does not hold it beside the model; give a shorter one$"):
+        run(model=str(model), prompt="a" * 100)
+
+
+@pytest.mark.parametrize("prompt", ["# no comment", "a # b", "a\nb: c", "  b ", "", "{", "@x", "[1, 2", "a${b}", "1e3"])
+def test_a_prompt_of_the_command_line_is_taken_as_it_stands(
+    prompt: str, model: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    generate.main([f"model={model}", "max_new_bytes=1", f"prompt={prompt}"])
+    shown = capfdbinary.readouterr().out
+    assert shown.startswith(prompt.encode())
+    assert len(shown) <= len(prompt) + 4  # a byte, as a character, and the line's end
 
 
 def run(**given: object) -> tuple[list[dict[str, object]], str]:
@@ -189,11 +201,15 @@ def test_keys_that_are_mistakes_are_told(model: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"line 2: '{wrong}' is no setting; write '{right}'"):
             run(model="absent", jsonl=str(rows))
     rows.write_text(
-        '{"prompt": "a", "temprature": 0, "text": "mine", "title": 1, "ended": 2, "log_probabilities": 3}\n'
+        '{"prompt": "a", "temprature": 0, "text": "mine", "title": 1, "ended": 2, "log_probabilities": 3, '
+        '"max_new_tokens": 5, "rows": 6}\n'
     )
     [row], said = run(model=str(model), jsonl=str(rows), max_new_bytes=2)
     assert said.splitlines() == [
         f"'{rows}' has 'ended' of its own, which the rows that come out do not keep",
+        f"'{rows}' has 'log_probabilities', which is no setting of a row and passes through",
+        f"'{rows}' has 'max_new_tokens', which is no setting and passes through; did you mean 'max_new_bytes'?",
+        f"'{rows}' has 'rows', which is no setting of a row and passes through",
         f"'{rows}' has 'temprature', which is no setting and passes through; did you mean 'temperature'?",
         f"'{rows}' has 'text' of its own, which the rows that come out do not keep",
     ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.boundaries import Boundaries, boundaries
-from bytelatent.inference.looks import Cached, Keep, KeepPatchKeys, Kept, Runs
+from bytelatent.inference.looks import Cached, EachAlone, Keep, KeepPatchKeys, Kept, Runs
 from bytelatent.inference.state import HISTORY, SLACK, DecodeState, KeyValues
 from bytelatent.kernels.patch_attention import attend_to_own_bytes, pool_patches, runs_of
 from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches, entropies, pack_rows
@@ -173,6 +173,8 @@ class Decoder:
 
     def _look(self, stack: StackSettings, document: Tensor, position: Tensor, keep: Keep) -> Look:
         """How a stack's layers see the positions of a whole stream, and what they keep of it."""
+        if stack.window is None and document.device.type != "cuda":  # where there is no kernel that leaves pairs out
+            return Kept(EachAlone.of(document), keep)
         return Kept(build_mask(document, stack.window), keep)
 
     @torch.no_grad()

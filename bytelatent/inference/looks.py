@@ -209,6 +209,30 @@ class KeepPatchKeys:
 
 
 @dataclass
+class EachAlone:
+    """The documents of a stream one after another, without a window or a mask: each costs what it costs alone.
+
+    Attributes:
+        sizes: positions of each document, in order.
+    """
+
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, document: Tensor) -> "EachAlone":
+        """Of a stream's [T] documents."""
+        return cls(document.unique_consecutive(return_counts=True)[1].tolist())
+
+    def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
+        grouped, found = q_THE.shape[1] != k_TJE.shape[1], []
+        for parts in zip(*(x.split(self.sizes) for x in (q_THE, k_TJE, v_TJE)), strict=True):
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            found.append(out[0].transpose(0, 1))
+        return torch.cat(found)
+
+
+@dataclass
 class Kept:
     """Whole rows at once under a mask, the keys and values of some positions kept."""
 

@@ -64,6 +64,11 @@ class Sampling(Settings):
     def _not_empty(cls, stop: list[str | bytes]) -> list[str | bytes]:
         if not all(stop):
             raise ValueError("an empty text would end every row before it begins; leave it out")
+        for text in stop:
+            try:
+                _ = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+            except UnicodeEncodeError:
+                raise ValueError(f"{text!a} holds half of a surrogate pair, which no text does") from None
         return stop
 
     @field_serializer("stop", when_used="json")

@@ -251,6 +251,8 @@ class TrainSettings(Settings):
         if isinstance(self.model, ByteLMSettings):
             if self.float8 is not None:
                 raise ValueError("float8 is for the global transformer, and a byte LM has none; leave it out")
+            if self.data.batch_patches is not None:
+                raise ValueError("data.batch_patches is for a BLT, and a byte LM has no patches; leave it out")
             for name in ("hash_tables", "encoder", "global_transformer", "decoder"):
                 if getattr(scales, name) != 1:
                     raise ValueError(f"optimizer.lr_scale.{name} belongs to a BLT; this model is a byte LM")

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelatent.inference.looks import Keep, Runs
+from bytelatent.inference.looks import EachAlone, Keep, Runs
 from bytelatent.inference.state import KeyValues
+from bytelatent.model.attention import attend, build_mask
 
 # of each row: its number, what it has read, and the sizes of its runs
 ROWS = st.lists(
@@ -59,3 +60,13 @@ def test_a_cache_keeps_the_newest_keys_and_values_of_each_row(sizes: list[int], 
             v_LBRJE[:, row, position % num_slots] = v_LTJE[:, begin + position]
     assert torch.equal(cache.k, k_LBRJE)
     assert torch.equal(cache.v, v_LBRJE)
+
+
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=5), kv_heads=st.sampled_from([1, 2, 4]))
+def test_documents_alone_are_documents_under_the_mask(sizes: list[int], kv_heads: int) -> None:
+    document = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    document[document == len(sizes) - 1] = -1  # padding
+    q_THE = torch.randn(len(document), 4, 8)
+    k_TJE, v_TJE = torch.randn(2, len(document), kv_heads, 8)
+    found = EachAlone.of(document).attend(q_THE, k_TJE, v_TJE)
+    torch.testing.assert_close(found, attend(q_THE, k_TJE, v_TJE, build_mask(document, None)), rtol=1e-5, atol=1e-5)

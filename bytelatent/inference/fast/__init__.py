@@ -71,8 +71,8 @@ def check_ahead(ahead: int) -> None:
     Raises:
         UserError
     """
-    if not 1 <= ahead <= LONGEST:
-        raise UserError(f"ahead: {ahead} bytes a step; take 1 to {LONGEST}")
+    if not isinstance(ahead, int) or not 1 <= ahead <= LONGEST:
+        raise UserError(f"ahead: {ahead!r} bytes a step; take 1 to {LONGEST}")
 
 
 __all__ = ["QUORUM", "FastDecoder", "FastRows", "check_ahead", "engine_for", "supports"]
