@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.files import newest_whole, what_is_torn
+from bytelatent.files import what_is_torn
 from bytelatent.interop import load
-from bytelatent.training import checkpoint, loop, metrics, read_metrics, stopping, trackers, train
+from bytelatent.run_folder import newest_whole
+from bytelatent.training import checkpoint, loop, read_metrics, stopping, trackers, train
 from bytelatent.training.checkpoint import Checkpoints
 from bytelatent.training.stopping import STOPPING
 from tests.training.tiny_runs import (
@@ -363,19 +363,84 @@ def test_a_signal_ends_the_wait_for_room(tmp_path: Path, text: Path, monkeypatch
     assert slept == [1] * 5
 
 
-def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
-    class Full:
-        def write(self, _: str) -> None:
+def fill_the_disk_for_metrics(monkeypatch: pytest.MonkeyPatch, full: range) -> None:
+    """Let rows be written to their half only, from some steps to others."""
+    write = trackers.JsonLines.write
+
+    class Scarce(io.FileIO):
+        def write(self, data: Any) -> int:
+            if step[0] not in full:
+                return super().write(data)
+            super().write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        close = flush = lambda self: self.write("")
+    def written(self: trackers.JsonLines, row: dict[str, Any]) -> None:
+        step[0] = row["step"]
+        if not isinstance(self._file, Scarce):
+            self._file = Scarce(self._path, "ab")
+        write(self, row)
 
-    lines = trackers.JsonLines(tmp_path / "metrics.jsonl")
-    written = metrics.Metrics([lines], 0, "byte LM", Console(quiet=True))
+    step = [0]
+    monkeypatch.setattr(trackers.JsonLines, "write", written)
+
+
+def test_rows_wait_for_room(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_the_disk_for_metrics(monkeypatch, range(3, 8))
+    run = train(settings(byte_lm_run(tmp_path / "run", text)))
+    told = [line for line in capsys.readouterr().out.splitlines() if "metrics.jsonl" in line]
+    assert told == [
+        f"'{run / 'metrics.jsonl'}' cannot be written: No space left on device; its rows wait in memory, "
+        "and training goes on"
+    ]
+    monkeypatch.undo()
+    assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
+
+
+def test_rows_that_wait_go_back_with_the_run(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of steps 4 and 5 stay, those of 6 and 7 are taken back with their steps."""
+    surprise, calls = loop.surprise, []
+
+    def broken(model: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        return surprise(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
+
+    monkeypatch.setattr(loop, "surprise", broken)
+    fill_the_disk_for_metrics(monkeypatch, range(4, 8))
+    run = train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "rollback"})))
+    assert [step for step, *_ in losses(run)] == list(range(1, 13))
+
+
+def test_rows_that_found_no_room_are_said_at_the_end(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_the_disk_for_metrics(monkeypatch, range(9, 99))
+    run = train(settings(byte_lm_run(tmp_path / "run", text)))
+    assert checkpoints(run)[-1] == "step-00000012"
+    line = "cannot be written: No space left on device; its rows from step 9 to step 12 are lost"
+    assert capsys.readouterr().out.splitlines()[-1] == f"'{run / 'metrics.jsonl'}' {line}"
+    assert [step for step, *_ in losses(run)] == list(range(1, 9))
+    assert (run / "metrics.jsonl").read_bytes().endswith(b"}\n")  # nothing of a row that found no room
+
+
+def test_the_system_has_room_for_half_a_row(tmp_path: Path) -> None:
+    """A real write that is cut short, and then fails."""
+    said: list[str] = []
+    lines = trackers.JsonLines(tmp_path / "metrics.jsonl", said.append)
+    lines.go_on_after(0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
+    try:
+        for step in range(1, 7):
+            lines.write({"step": step})
+        assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    lines.write({"step": 7})
     lines.close()
-    lines._file = Full()
-    with pytest.raises(UserError, match=r"metrics.jsonl' cannot be written: No space left"), written:
-        written.write({"step": 1}, 0.5)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": step} for step in range(1, 8)]
+    assert len(said) == 1
 
 
 def test_the_system_refuses_large_files(tmp_path: Path) -> None:

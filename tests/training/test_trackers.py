@@ -77,7 +77,7 @@ def test_numbers_of_a_row() -> None:
 
 
 def test_lines_after_the_step_are_dropped(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines = JsonLines(tmp_path / "metrics.jsonl", print)
     lines.go_on_after(0)
     for step in range(1, 6):
         lines.write({"step": step, "x": 0})
@@ -122,7 +122,7 @@ def test_tensorboard_shows_a_run_that_was_cut_off_once(
 
 def test_tensorboard_goes_back(tmp_path: Path) -> None:
     needs_tensorboard()
-    board = TensorBoard(tmp_path)
+    board = TensorBoard(tmp_path, print)
     for after, value in ((0, 1.0), (2, 5.0)):
         board.go_on_after(after)
         for step in range(after + 1, 5):
