@@ -1,6 +1,8 @@
 """Metrics in TensorBoard, read by its own reader, and in Weights & Biases: the library, or one that notes calls."""
 
+import errno
 import importlib.util
+import os
 import sys
 import threading
 import types
@@ -129,6 +131,22 @@ def test_tensorboard_goes_back(tmp_path: Path) -> None:
             board.write({"step": step, "x": value})
     board.close()
     assert scalars(tmp_path, "x") == [(1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0)]
+
+
+def test_tensorboard_without_room_stops_nothing(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(self: SummaryWriter) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SummaryWriter, "flush", full)
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=4, track=["tensorboard"])))
+    assert len(read_metrics(run / "metrics.jsonl")) == 4
+    line = f"'{run / 'tensorboard'}' cannot be written: No space left on device; training goes on without it"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
