@@ -25,8 +25,8 @@ from scale_plans import MIDDLE, TINY
 from bytelatent import train
 from bytelatent.data import Batch, Loader
 from bytelatent.errors import UserError, guarded
-from bytelatent.files import read_json_lines
 from bytelatent.patching import PatchSettings
+from bytelatent.run_folder import read_metrics
 from bytelatent.text import find_files, read_documents
 from bytelatent.text.stored import Stored, StoredWriter
 from bytelatent.training import loop
@@ -107,7 +107,7 @@ class Job:
 
     def rows(self) -> list[dict[str, Any]]:
         """What each step gave that does not depend on the clock."""
-        rows = read_json_lines(self.run / "metrics.jsonl")
+        rows = read_metrics(self.run / "metrics.jsonl")
         return [{key: row[key] for key in COMPARED} for row in rows if "bits_per_byte" in row]
 
     def wait(self, until: float) -> None:

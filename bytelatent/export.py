@@ -7,9 +7,10 @@ import torch
 from rich.console import Console
 
 from bytelatent.errors import UserError
-from bytelatent.files import newest_whole, what_is_torn
+from bytelatent.files import what_is_torn
 from bytelatent.interop import check_target, open_pretrained, write_model
 from bytelatent.interop.native import BYTE_LM, is_run, open_native, origin_of_run
+from bytelatent.run_folder import checkpoints_in, newest_whole, none_whole
 from bytelatent.training.stored_state import open_stored
 
 
@@ -52,11 +53,10 @@ def _checkpoint(run: Path, step: int | None) -> tuple[Path, list[str]]:
     if step is None:
         found, passed_over = newest_whole(run / "checkpoints")
         if found is None:
-            raise UserError(f"'{run}' has no whole checkpoint yet; train it further: blt train")
+            raise none_whole(run, passed_over)
         return found, passed_over
-    found = run / "checkpoints" / f"step-{step:08d}"
-    if not found.is_dir():
-        known = sorted(int(place.name.removeprefix("step-")) for place in found.parent.glob("step-*"))
+    known = checkpoints_in(run / "checkpoints")
+    if (found := known.get(step)) is None:
         raise UserError(f"'{run}' has no checkpoint after step {step}; it has {', '.join(map(str, known)) or 'none'}")
     if (torn := what_is_torn(found)) is not None:
         raise UserError(f"'{found}' is torn ({torn}); name another step, or leave it out for the last whole one")

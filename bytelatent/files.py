@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -184,17 +184,6 @@ def _leave_whole_lines(path: Path) -> None:
             file.truncate(whole)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that is appended to, if it exists; a last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def what_is_torn(folder: Path, ending: str = "", part: int = 0, parts: int = 1) -> str | None:
     """Why a folder written by `whole_folder` is not whole any more; None if it is.
 
@@ -203,8 +192,7 @@ def what_is_torn(folder: Path, ending: str = "", part: int = 0, parts: int = 1) 
         part, parts: only this part of the files, of so many, is looked at.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, digest in list(files.items())[part::parts]:
+        for name, digest in list(manifest_of(folder).items())[part::parts]:
             if not name.endswith(ending):
                 continue
             if not (folder / name).is_file():
@@ -220,20 +208,9 @@ def what_is_torn(folder: Path, ending: str = "", part: int = 0, parts: int = 1) 
     return None
 
 
-def newest_whole(parent: Path, torn_by: Callable[[Path], str | None] = what_is_torn) -> tuple[Path | None, list[str]]:
-    """The last folder by name below `parent` that is whole, and one line about each later one that is not.
-
-    Args:
-        torn_by: says why a folder is not whole, or None.
-    """
-    passed_over = []
-    folders = sorted(place for place in parent.glob("*") if place.is_dir() and not place.name.startswith("."))
-    for folder in reversed(folders):
-        torn = torn_by(folder)
-        if torn is None:
-            return folder, passed_over
-        passed_over.append(f"'{folder}' is torn ({torn}); passed over")
-    return None, passed_over
+def manifest_of(folder: Path) -> dict[str, Digest]:
+    """The files that `whole_folder` wrote, and what they were; others may have come to stand beside them."""
+    return json.loads((folder / MANIFEST).read_text())["files"]
 
 
 def digests(folder: Path, known: dict[str, Digest] | None = None) -> dict[str, Digest]:
@@ -259,7 +236,7 @@ def explain(path: Path, error: Exception) -> None:
 
 def _disk_is_full(path: Path, error: Exception) -> bool:
     if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, UserError):
         return False
     # safetensors and torch.save hide the system's error in one of their own, torch without its name. What they wrote

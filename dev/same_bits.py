@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from bytelatent.files import newest_whole
+from bytelatent.run_folder import newest_whole
 
 COMPARED = (
     "step",

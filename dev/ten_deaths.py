@@ -25,7 +25,7 @@ from pathlib import Path
 
 from same_bits import differences, metrics
 
-from bytelatent.files import newest_whole
+from bytelatent.run_folder import newest_whole
 
 STEPS, SAVE_EVERY, VALIDATE_EVERY = 110, 3, 8
 PATIENCE = 400  # seconds for whatever is waited for

@@ -1,7 +1,6 @@
 """Files and folders that appear whole or not at all."""
 
 import errno
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from bytelatent.errors import UserError
 from bytelatent.files import (
     MANIFEST,
     growing_file,
-    newest_whole,
     only_writer,
     part_of,
     what_is_torn,
@@ -81,11 +79,12 @@ def test_an_error_inside_leaves_all_as_it_was(error: BaseException, exists: bool
 # A system's error comes as it is out of Python, and dressed up out of safetensors; torch.save does not name it at all.
 FULL = [
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
     RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
 ]
 
 
-@pytest.mark.parametrize("error", FULL, ids=["OSError", "RuntimeError"])
+@pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "RuntimeError"])
 @pytest.mark.parametrize("write", [whole_file, whole_folder])
 def test_full_disk(write, error: Exception, tmp_path: Path) -> None:
     place = tmp_path / "a"
@@ -171,25 +170,6 @@ def test_what_is_torn(change, told: str | None, tmp_path: Path) -> None:
     assert what_is_torn(place) is None
     change(place)
     assert what_is_torn(place) == told
-
-
-def test_newest_whole_passes_over_torn_ones(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path / "nowhere") == (None, [])
-    folders = [write_folder(tmp_path / f"step-{i}", name=str(i)) for i in range(4)]
-    (tmp_path / ".step-9.1.part").mkdir()  # what a killed process leaves
-    (tmp_path / "step-8").write_text("a file")
-    assert newest_whole(tmp_path) == (folders[3], [])
-    (folders[3] / "name").unlink()
-    (folders[2] / MANIFEST).unlink()
-    found, told = newest_whole(tmp_path)
-    assert found == folders[1]
-    assert told == [
-        f"'{folders[3]}' is torn (name is missing); passed over",
-        f"'{folders[2]}' is torn ({MANIFEST} is missing); passed over",
-    ]
-    for folder in folders:
-        (folder / MANIFEST).write_text(json.dumps({"files": {"nothing": [0, ""]}}))
-    assert newest_whole(tmp_path)[0] is None
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
     ["errors"],  # the ground: everyone's, and it imports nothing of ours
     ["vocab", "config", "files", "device", "kernels"],
-    ["hub"],
+    ["hub", "run_folder"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "interop", "report"],
     ["training", "evaluation", "serving"],

@@ -12,10 +12,10 @@ from torch import nn
 
 from bytelatent.config import load_yaml
 from bytelatent.errors import UserError
-from bytelatent.files import newest_whole, read_json_lines
 from bytelatent.interop.stored import FORMAT, Config, Origin, StoredModel, shapes, under_our_names
 from bytelatent.interop.tensors import read_json, read_weights, write_json, write_weights
 from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings
+from bytelatent.run_folder import newest_whole, none_whole, read_metrics
 
 BYTE_LM = "byte_lm"
 
@@ -45,8 +45,7 @@ def open_run(folder: Path, weights: bool = True) -> StoredModel:
     """The model of a run, from its newest whole checkpoint."""
     checkpoint, passed_over = newest_whole(folder / "checkpoints")
     if checkpoint is None:
-        detail = f": {'; '.join(passed_over)}" if passed_over else ""
-        raise UserError(f"'{folder}' is a run without a whole checkpoint yet{detail}; train it further: blt train")
+        raise none_whole(folder, passed_over)
     if not is_native(checkpoint):
         raise UserError(
             f"'{checkpoint}' holds the model only in the parts of several processes; write it whole: "
@@ -91,11 +90,11 @@ def _same_names(settings: ModelSettings) -> dict[str, list[str]]:
 
 def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
     """What a run's settings and metrics say of the text it was trained on; as much as can be read."""
-    data = load_yaml(folder / "settings.yaml").get("data")
-    data = data if isinstance(data, dict) else {}
     try:
+        data = load_yaml(folder / "settings.yaml").get("data")
+        data = data if isinstance(data, dict) else {}
         step = int(checkpoint.name.rpartition("-")[2])
-        rows = [row for row in read_json_lines(folder / "metrics.jsonl") if row["step"] <= step]
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= step]
         measured = next((row for row in reversed(rows) if "validation_bits_per_byte" in row), {})
         return Origin(
             training_text=_paths(data.get("train")),
@@ -103,7 +102,7 @@ def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
             validation_text=_paths(data.get("valid")),
             bits_per_byte=measured.get("validation_bits_per_byte"),
         )
-    except (KeyError, TypeError, AttributeError, ValueError):  # of somebody else; the model does not need them
+    except (KeyError, TypeError, AttributeError, ValueError):  # damaged, or of somebody else; the model needs none
         return Origin()
 
 

@@ -19,6 +19,7 @@ from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.model.flops import costs
 from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, number
 from bytelatent.report.characters import finite
+from bytelatent.run_folder import read_metrics
 
 FILES = {"metrics.jsonl", "settings.yaml"}  # a folder with either is a run
 UNSEARCHED = {"checkpoints", "profiles", "tensorboard", "wandb", "code"}
@@ -176,19 +177,6 @@ def find_runs(place: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, if there are any; what a crash or a copy has torn is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
 def summarise(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> RunSummary:
     """What a run's rows and settings (nested) say about it."""
     training = [(row, value) for row in rows if (value := finite(row.get(BITS))) is not None]
@@ -220,7 +208,7 @@ def _read(folder: Path, name: str) -> ComparedRun:
         settings = load_yaml(folder / "settings.yaml")
     except UserError:  # there are none yet, or they are damaged
         settings = {}
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_metrics(folder / "metrics.jsonl")
     return ComparedRun(summarise(name, folder, rows, settings), rows, flat(settings))
 
 

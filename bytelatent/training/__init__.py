@@ -1,6 +1,6 @@
 """Training: settings, optimizer, checkpoints, metrics, the loop."""
 
-from bytelatent.files import read_json_lines as read_metrics
+from bytelatent.run_folder import read_metrics
 from bytelatent.training.loop import train
 from bytelatent.training.patches import calibrate_on, sample_entropies
 from bytelatent.training.settings import TrainSettings

@@ -10,6 +10,7 @@ A checkpoint is a folder that appears whole or not at all, written by all ranks 
 | `config.json`, `*.safetensors` | the model in our format: always of one process, of several at the run's end  |
 """
 
+import os
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import numpy as np
@@ -25,10 +27,11 @@ from torch import Tensor, nn
 
 from bytelatent.data import Batch, Loader, ReadAhead
 from bytelatent.errors import UserError
-from bytelatent.files import Digest, DiskFull, digest_of, explain, newest_whole, what_is_torn, whole_folder
+from bytelatent.files import Digest, DiskFull, digest_of, explain, manifest_of, what_is_torn, whole_folder
 from bytelatent.interop import Config, StoredModel
 from bytelatent.interop.native import write_native
 from bytelatent.interop.tensors import StoredTensor
+from bytelatent.run_folder import checkpoint_name, checkpoints_in, newest_whole, none_whole
 from bytelatent.training.copies import Copies
 from bytelatent.training.optimizer import Optimizers
 from bytelatent.training.parallel import Plan, let_go
@@ -64,6 +67,19 @@ class Content:
     progress: dict[str, Any]
     own: dict[str, Any] | None  # None: another rank of the tensor group writes the same
     model: dict[str, Tensor] | None  # whole, on the first rank, where it is wanted in our format
+
+
+def must_take_checkpoints(run: Path) -> None:
+    """Complain where a run's folder has a place for checkpoints that takes none, before there is work to lose."""
+    parent = run / "checkpoints"
+    try:
+        if os.path.lexists(parent):
+            TemporaryDirectory(prefix=".", dir=parent).cleanup()
+    except OSError as error:
+        raise UserError(
+            f"'{os.path.realpath(parent)}' cannot take checkpoints: {error.strerror or error}; make it a folder that "
+            f"can be written to, or remove '{parent}', or use another run=FOLDER"
+        ) from None
 
 
 class Checkpoints:
@@ -158,12 +174,7 @@ class Checkpoints:
         folder, passed_over = newest_whole(self.parent, self._torn)
         if folder is None:
             if passed_over:
-                raise self.ranks.told(
-                    UserError(
-                        f"no checkpoint of '{self.parent.parent}' is whole: {'; '.join(passed_over)}; "
-                        "remove them to start anew"
-                    )
-                )
+                raise self.ranks.told(none_whole(self.parent.parent, passed_over))
             return False
         for line in passed_over:
             self.say(line)
@@ -187,7 +198,8 @@ class Checkpoints:
         read_tensors(folder / "state", state.model, state.optimizer, self.plan.ranks)
         progress = torch.load(folder / "progress.pt", weights_only=True)
         if position:
-            files = sorted((folder / "ranks").iterdir())
+            places = [folder / name for name in manifest_of(folder)]
+            files = sorted(place for place in places if place.parent.name == "ranks")
             if len(files) == self.plan.data_world:
                 own = torch.load(files[self.plan.data_rank], weights_only=True)
                 state.loader.load_state_dict(_as_arrays(own["loader"]))
@@ -220,7 +232,7 @@ class Checkpoints:
             model = {name: value for name, value in whole if value is not None}
         reads = self.plan.ranks.rank % self.plan.settings.tensor == 0
         return Content(
-            self.parent / f"step-{state.step:08d}",
+            self.parent / checkpoint_name(state.step),
             tensors,
             progress,
             own if reads else None,
@@ -272,7 +284,7 @@ class Checkpoints:
         # The others go on only when the folder stands where it belongs.
         self._agreed(content.folder, error, None)
         if self.ranks.is_first:
-            self._remove_old(content.folder)
+            self._remove_old(content.progress["step"])
 
     def _write_together(self, content: Content) -> None:
         from bytelatent.training import stored_state  # it takes seconds to import
@@ -332,15 +344,17 @@ class Checkpoints:
                 raise DiskFull(text) if is_full else UserError(text)
         return [value for _, value in answers]
 
-    def _remove_old(self, newest: Path) -> None:
-        """Keep only the checkpoints that are to stay."""
-        keep_every = self.settings.keep_every
+    def _remove_old(self, newest: int) -> None:
+        """Keep only the checkpoints that are to stay, of those up to the step `newest`."""
+        keep, keep_every = self.settings.keep, self.settings.keep_every
         # Later ones are torn: this step could not have been done again otherwise. They must not push out whole ones.
-        for old in sorted(place for place in self.parent.glob("step-*") if place <= newest)[: -self.settings.keep]:
-            if keep_every is None or int(old.name.removeprefix("step-")) % keep_every:
+        done = [(step, folder) for step, folder in checkpoints_in(self.parent).items() if step <= newest]
+        for step, old in done[:-keep]:
+            if keep_every is None or step % keep_every:
                 shutil.rmtree(old, ignore_errors=True)
-        for unfinished in self.parent.glob(".step-*"):  # left by a process that was killed
-            shutil.rmtree(unfinished, ignore_errors=True)
+        for ending in ("part", "old"):  # left by a process that was killed
+            for unfinished in self.parent.glob(f".step-*.[0-9]*.{ending}"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _as_tensors(value: Any) -> Any:

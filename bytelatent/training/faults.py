@@ -63,12 +63,11 @@ def act_on(trouble: str | None, loss: float, state: TrainState, settings: TrainS
         raise RolledBack(trouble)
     if how == "skip" and state.skipped <= MOST_SKIPPED:
         return False
-    times = f", {state.skipped} times in a row" if how == "skip" else ""
+    times, other = (f", {state.skipped} times in a row", "") if how == "skip" else ("", "; or say faults.on_nan=skip")
     raise ranks.told(
         UserError(
-            f"{trouble}{times}; earlier checkpoints are whole: take a lower optimizer.lr "
-            f"(now {settings.optimizer.lr:g}) or optimizer.clip, or dtype=float32, and another run=FOLDER; "
-            "or say faults.on_nan=skip"
+            f"{trouble}{times}; no checkpoint holds it: take a lower optimizer.lr "
+            f"(now {settings.optimizer.lr:g}) or optimizer.clip, or dtype=float32, and another run=FOLDER{other}"
         )
     )
 

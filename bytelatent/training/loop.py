@@ -15,7 +15,7 @@ from bytelatent.device import autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.model.loss import bits_per_byte
-from bytelatent.training.checkpoint import Checkpoints, TrainState
+from bytelatent.training.checkpoint import Checkpoints, TrainState, must_take_checkpoints
 from bytelatent.training.clipping import clip
 from bytelatent.training.faults import (
     RolledBack,
@@ -72,6 +72,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
             def hold() -> None:
                 held.enter_context(only_writer(settings.run))
                 must_hold_text(settings.data)
+                must_take_checkpoints(Path(settings.run))
 
             ranks.first(hold)
             run = open_run(settings, ranks, device, dtype, console)

@@ -50,7 +50,7 @@ class Metrics:
             tracker.go_on_after(after_step)
 
     def write(self, row: dict[str, Any], done: float) -> None:
-        """Write a row; it is on disk when this returns. `done` is how much of the run is over, 0 to 1."""
+        """Write a row; it is on disk when this returns, if it can be. `done` is how much of the run is over, 0 to 1."""
         for tracker in self._trackers:
             tracker.write(row)
         if row.get("kind") == "statistics":

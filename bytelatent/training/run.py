@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 
 from bytelatent.config import load_yaml
@@ -17,6 +18,7 @@ from bytelatent.interop import Config, fingerprint, load_byte_lm, save
 from bytelatent.interop.native import BYTE_LM
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration
+from bytelatent.run_folder import checkpoints_in
 from bytelatent.training.patches import calibrate_on, write_calibration
 from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
@@ -75,11 +77,11 @@ def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, 
     told: set[str] = set()
     folder = Path(settings.run)
     earlier = _earlier(folder)
-    calibration = _read_calibration(folder)
+    calibration = _read_calibration(folder) if earlier is not None else None
     changes = _changes(settings, earlier, folder) if earlier is not None else []
     byte_lm = _byte_lm(folder, settings, earlier)
     if settings.calibration is not None and settings.patching is not None:
-        if earlier is None or calibration is None:
+        if calibration is None:
             console.print(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes", highlight=False)
             calibration = calibrate_on(
                 byte_lm,
@@ -120,9 +122,15 @@ def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | Non
 def _earlier(folder: Path) -> TrainSettings | None:
     """The settings of a run that has come to its first checkpoint; before it, there is nothing that they bind."""
     path = folder / "settings.yaml"
-    if not path.is_file() or not any((folder / "checkpoints").glob("step-*")):
+    if not path.is_file() or not checkpoints_in(folder / "checkpoints"):
         return None
-    return TrainSettings.parse(load_yaml(path), where=str(path))
+    try:
+        return TrainSettings.parse(load_yaml(path), where=str(path))
+    except UserError as error:
+        raise UserError(
+            f"{error}; these are the settings that the run had: put the file back, or remove it and give the same ones "
+            "again, or use another run=FOLDER"
+        ) from None
 
 
 def _changes(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> list[str]:
@@ -161,4 +169,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any], within: str = "") ->
 
 def _read_calibration(folder: Path) -> Calibration | None:
     path = folder / "calibration.json"
-    return Calibration.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return Calibration.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except ValidationError:
+        raise UserError(f"'{path}' is damaged; remove it, and the same command calibrates again") from None

@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 import secrets
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
@@ -12,7 +13,8 @@ from typing import Any, Protocol
 
 from bytelatent.config import flat
 from bytelatent.errors import UserError
-from bytelatent.files import read_json_lines, whole_file
+from bytelatent.files import explain, whole_file
+from bytelatent.run_folder import row_in
 from bytelatent.training.settings import TrainSettings
 
 CONNECT_SECONDS = 30  # for Weights & Biases to answer as a run begins
@@ -32,57 +34,118 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """A row a line, on disk when `write` returns."""
+    """A row a line, on disk when `write` returns. Where it cannot be, as on a full disk, rows wait until they can.
 
-    def __init__(self, path: Path):
-        self._path = path
+    Lines that hold no row, being damaged or somebody else's, go to `path.damaged` as the run goes on.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        self._path, self._say = path, say
+        self._waiting: list[dict[str, Any]] = []
         self._file: Any = None
 
     def go_on_after(self, step: int) -> None:
-        self.close()
-        kept = [row for row in read_json_lines(self._path) if row["step"] <= step]
-        with whole_file(self._path) as aside:
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
+        self._waiting = [row for row in self._waiting if row["step"] <= step]
+        try:
+            written = self._path.read_bytes() if self._path.exists() else b""
+            kept = self._sorted_out(written.splitlines(keepends=True), step)
+            if self._file is not None:
+                self._file.close()
+            if not written.startswith(kept):
+                with whole_file(self._path) as aside:
+                    aside.write_bytes(kept)
+            self._file = self._path.open("ab", buffering=0)
+            self._file.truncate(len(kept))  # which a full disk allows, so that a run can go back there
+        except OSError as error:
+            explain(self._path, error)
+
+    def _sorted_out(self, lines: list[bytes], step: int) -> bytes:
+        """The lines that stay: rows up to a step. Those that hold none are set aside, but for one that a crash cut."""
+        rows = [row_in(line) for line in lines]
+        strange = [n for n, row in enumerate(rows) if row is None and lines[n].endswith(b"\n") and lines[n].strip()]
+        if strange:
+            aside = self._path.with_name(f"{self._path.name}.damaged")
+            with aside.open("ab") as file:
+                file.writelines(lines[n] for n in strange)
+            numbers = ", ".join(str(n + 1) for n in strange)
+            self._say(f"'{self._path}': no row of metrics is in line {numbers}; moved to '{aside}'")
+        kept = (line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step)
+        return b"".join(line.rstrip() + b"\n" for line in kept)
 
     def write(self, row: dict[str, Any]) -> None:
+        is_news = not self._waiting
+        self._waiting.append(row)
         try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._write_waiting()
         except OSError as error:
-            raise UserError(f"'{self._path}' cannot be written: {error.strerror or error}") from None
+            if is_news:
+                self._say(f"{self._cannot(error)}; its rows wait in memory, and training goes on")
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            line = (json.dumps(self._waiting[0]) + "\n").encode()
+            whole = os.fstat(self._file.fileno()).st_size
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(whole)
+                raise
+            del self._waiting[0]
 
     def close(self) -> None:
-        if self._file is not None:
-            with suppress(OSError):  # a row that could not be written is tried once more here; `write` has said so
-                self._file.close()
+        if self._file is None:
+            return
+        try:
+            self._write_waiting()
+            self._file.close()
+        except OSError as error:
+            if self._waiting:
+                first, last = self._waiting[0]["step"], self._waiting[-1]["step"]
+                self._say(f"{self._cannot(error)}; its rows from step {first} to step {last} are lost")
+
+    def _cannot(self, error: OSError) -> str:
+        return f"'{self._path}' cannot be written: {error.strerror or error}"
 
 
 class TensorBoard:
-    """Event files in one folder for all starts of a run; what is written again takes the place of what was there."""
+    """Event files in one folder for all starts of a run; what is written again takes the place of what was there.
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    When they cannot be written, that is said, and training goes on.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]):
+        self._folder, self._say = folder, say
         self._writer: Any = None
 
     def go_on_after(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.close()
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        with self._or_without_it():
+            self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        try:
+        if self._writer is None:
+            return
+        with self._or_without_it():
             for name, value in numbers(row).items():
                 self._writer.add_scalar(name, value, row["step"])
             self._writer.flush()
-        except OSError as error:
-            raise UserError(f"'{self._folder}' cannot be written: {error.strerror or error}") from None
 
     def close(self) -> None:
-        if self._writer is not None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
             with suppress(OSError):
-                self._writer.close()
+                writer.close()
+
+    @contextmanager
+    def _or_without_it(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._say(f"'{self._folder}' cannot be written: {error.strerror or error}; training goes on without it")
+            self.close()  # half an event may stand in the file, and none would be read after it
 
 
 class WeightsAndBiases:
@@ -171,9 +234,9 @@ def open_trackers(settings: TrainSettings, folder: Path, say: Callable[[str], No
         folder: the run's.
         say: shows a line to the user.
     """
-    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl")]
+    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", say)]
     if "tensorboard" in settings.track:
-        trackers.append(TensorBoard(folder / "tensorboard"))
+        trackers.append(TensorBoard(folder / "tensorboard", say))
     if "wandb" in settings.track:
         trackers.append(WeightsAndBiases(settings, folder, say))
     return trackers

@@ -13,9 +13,9 @@ from bytelatent.errors import UserError
 from bytelatent.model.flops import costs
 from bytelatent.report import compare_runs, write_runs_figure
 from bytelatent.report.figures import curve_points
-from bytelatent.report.runs import _print, find_runs, read_rows
+from bytelatent.report.runs import _print, find_runs
 from bytelatent.report.runs_figure import _curves
-from bytelatent.training import train
+from bytelatent.training import read_metrics, train
 from tests.training.tiny_runs import BLT, BYTE_LM, byte_lm_run, settings, write_text
 
 
@@ -134,7 +134,7 @@ def test_models_of_two_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("values", [BLT_VALUES, None])
 def test_torn_files(tmp_path: Path, torn: str, values: dict[str, Any] | None) -> None:
     run = write_run(tmp_path / "a", [*ROWS, row(7, float("nan"), None)], values, torn)
-    assert read_rows(run / "metrics.jsonl")[: len(ROWS)] == ROWS
+    assert read_metrics(run / "metrics.jsonl")[: len(ROWS)] == ROWS
     summary = compare_runs([run]).runs[0].summary
     assert (summary.num_bytes, summary.training_bits_per_byte) == (7000, 2.0)
     assert (summary.kind is None) == (values is None)
@@ -211,7 +211,7 @@ def test_a_real_run(tmp_path: Path) -> None:
     more = {"data": {"valid": str(text)}, "validation": {"every": 2}, "statistics_every": 2}
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=4, **more)))
     summary = compare_runs([run]).runs[0].summary
-    rows = read_rows(run / "metrics.jsonl")
+    rows = read_metrics(run / "metrics.jsonl")
     assert summary.steps == summary.all_steps == 4
     assert summary.last_validation_bits_per_byte == rows[-1]["validation_bits_per_byte"]
     assert summary.seconds is not None

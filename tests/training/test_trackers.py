@@ -1,6 +1,8 @@
 """Metrics in TensorBoard, read by its own reader, and in Weights & Biases: the library, or one that notes calls."""
 
+import errno
 import importlib.util
+import os
 import sys
 import threading
 import types
@@ -77,7 +79,7 @@ def test_numbers_of_a_row() -> None:
 
 
 def test_lines_after_the_step_are_dropped(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines = JsonLines(tmp_path / "metrics.jsonl", print)
     lines.go_on_after(0)
     for step in range(1, 6):
         lines.write({"step": step, "x": 0})
@@ -122,13 +124,29 @@ def test_tensorboard_shows_a_run_that_was_cut_off_once(
 
 def test_tensorboard_goes_back(tmp_path: Path) -> None:
     needs_tensorboard()
-    board = TensorBoard(tmp_path)
+    board = TensorBoard(tmp_path, print)
     for after, value in ((0, 1.0), (2, 5.0)):
         board.go_on_after(after)
         for step in range(after + 1, 5):
             board.write({"step": step, "x": value})
     board.close()
     assert scalars(tmp_path, "x") == [(1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0)]
+
+
+def test_tensorboard_without_room_stops_nothing(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(self: SummaryWriter) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SummaryWriter, "flush", full)
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=4, track=["tensorboard"])))
+    assert len(read_metrics(run / "metrics.jsonl")) == 4
+    line = f"'{run / 'tensorboard'}' cannot be written: No space left on device; training goes on without it"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
