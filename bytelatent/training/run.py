@@ -147,7 +147,8 @@ def _changes(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> l
     for key, before, after in _differences(then, now):
         room, _, name = key.partition(".")
         inner = {"data": DATA_MAY_CHANGE, "optimizer": OPTIMIZER_MAY_CHANGE}.get(room, set())
-        if room not in MAY_CHANGE | {"run"} and name not in inner:
+        is_other_rule = key == "byte_lm" and None in (before, after)  # not another place of the same byte LM
+        if is_other_rule or (room not in MAY_CHANGE | {"run"} and name not in inner):
             raise UserError(
                 f"'{folder}' was begun with other settings ({key}: {before}, now {after}); "
                 "use them again, or another run=FOLDER"

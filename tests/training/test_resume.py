@@ -167,6 +167,14 @@ def test_steps_may_be_raised(tmp_path: Path, text: Path) -> None:
     assert [step for step, *_ in losses(run)] == list(range(1, 12))
 
 
+def test_a_run_keeps_its_byte_lm(tmp_path: Path, text: Path, byte_lm: Path) -> None:
+    run = train(settings(blt_run(tmp_path / "run", text, byte_lm, steps=2)))
+    before = (run / "settings.yaml").read_text()
+    with pytest.raises(UserError, match=rf"was begun with other settings \(byte_lm: {byte_lm}, now None\)"):
+        train(settings({**blt_run(run, text, byte_lm, steps=3), "byte_lm": None}))
+    assert (run / "settings.yaml").read_text() == before
+
+
 def test_other_settings_are_said_in_a_line_each(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))
     assert "goes on with" not in capsys.readouterr().out
