@@ -28,7 +28,7 @@ from bytelatent.training.checkpoint import Checkpoints, TrainState
 from bytelatent.training.float8 import check_float8
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.measure import DOCUMENT, num_patches, random_batch, wait_for
-from bytelatent.training.optimizer import build_optimizer
+from bytelatent.training.optimizer import build_optimizer, check_optimizer
 from bytelatent.training.parallel import Plan, build_spread, make_plan
 from bytelatent.training.ranks import Ranks, open_ranks
 from bytelatent.training.time_spent import PROFILED, Communication, communication_of, print_kernels
@@ -64,13 +64,14 @@ class Training:
         self.settings = settings = configuration.settings
         self.device = device
         check_float8(settings.float8, device, dtype)
+        check_optimizer(settings.optimizer, ranks.world)
         self.plan = plan_of(configuration.plan, settings, ranks, device)
         model = build_spread(settings.model, self.plan, device, dtype, compiled, settings.float8)
         fill(model)
         stream, targets = random_batch(settings.data.batch_bytes, device, seed=self.plan.data_rank)
         self.num_patches = num_patches(stream) or 1
         batch = Batch(stream, targets, len(targets), len(targets), self.num_patches)
-        optimizer = build_optimizer(model, settings.optimizer, ranks.world)
+        optimizer = build_optimizer(model, settings.optimizer)
         self.state = TrainState(model, optimizer, Same(batch))  # pyright: ignore[reportArgumentType]
 
         def loss(batch: Batch) -> torch.Tensor:
