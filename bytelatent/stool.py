@@ -21,7 +21,10 @@ from bytelatent.launch import LaunchSettings, filled_in, launch
 
 USAGE = "name a script and its settings: python -m bytelatent.stool script=bytelatent.train config=PATH nodes=1"
 TRAIN = "bytelatent.train"
-SETTINGS = {TRAIN: "TrainSettings", "bytelatent.generate": "GenerateSettings"}  # what the package's own scripts read
+SETTINGS = {  # what the package's own scripts read
+    TRAIN: ("bytelatent.training", "TrainSettings"),
+    "bytelatent.generate": ("bytelatent.generate", "GenerateSettings"),
+}
 
 
 def main(arguments: list[str]) -> str:
@@ -90,8 +93,8 @@ def _name(settings: LaunchSettings) -> str:
 
 def _check(config: dict[str, Any], settings: LaunchSettings) -> None:
     """Complain here and now, and not once the job has waited for its nodes."""
-    of_script = getattr(import_module(settings.script), SETTINGS[settings.script])
-    found = of_script.parse(config, settings.config or "")
+    module, name = SETTINGS[settings.script]
+    found = getattr(import_module(module), name).parse(config, settings.config or "")
     if settings.script == TRAIN:
         _check_training(found, settings)
 

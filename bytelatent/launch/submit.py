@@ -102,7 +102,10 @@ def _as_it_was_on_failure(dump_dir: Path) -> Iterator[None]:
 
 
 def _remove(place: Path) -> None:
-    shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    if place.is_dir():
+        shutil.rmtree(place)
+    elif place.exists():
+        place.unlink()
 
 
 def filled_in(settings: LaunchSettings) -> LaunchSettings:
