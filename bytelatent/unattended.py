@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from bytelatent.errors import STOPPED
+from bytelatent.errors import STOPPED, Interrupted
 
 ONE_PRESS = 2.0  # seconds in which a second signal is the same one: a double press, or one that torchrun passes on
 NOT_SAVED = "without saving; the same command goes on from the last checkpoint, if there is one"
@@ -28,13 +28,9 @@ def stop_signals() -> list[int]:
     return list(numbers.values())
 
 
-class Stopped(KeyboardInterrupt):
-    """Of this very type CPython would end by SIGINT, whatever became of it, once it has passed through C code."""
-
-
 @contextmanager
 def unattended(imports: Callable[[], Any]) -> Iterator[None]:
-    """Each signal that asks to stop ends the block as Ctrl-C does; and what nobody can read any more is dropped.
+    """Each signal that asks to stop ends the block; and what nobody can read any more is dropped.
 
     Of several processes the first one says that it stopped.
 
@@ -42,7 +38,7 @@ def unattended(imports: Callable[[], Any]) -> Iterator[None]:
         imports: called before the block. A signal ends the process then: an error would be passed over here and there.
 
     Raises:
-        Stopped, SystemExit: there was a signal.
+        Interrupted, SystemExit: there was a signal.
     """
     _drop_what_nobody_reads()
     is_first = os.environ.get("RANK", "0") == "0"
@@ -58,7 +54,7 @@ def unattended(imports: Callable[[], Any]) -> Iterator[None]:
         nonlocal asked
         before, asked = asked, time.monotonic()
         if before is None or asked - before > ONE_PRESS:
-            raise Stopped(NOT_SAVED) if is_first else SystemExit(STOPPED)
+            raise Interrupted(NOT_SAVED) if is_first else SystemExit(STOPPED)
 
     if threading.current_thread() is not threading.main_thread():
         imports()
@@ -79,7 +75,7 @@ def unattended(imports: Callable[[], Any]) -> Iterator[None]:
 class _Dropping(io.FileIO):
     def write(self, data: Any, /) -> int:
         try:
-            return super().write(data) or 0
+            return super().write(data)
         except OSError:  # a pipe that was closed, a terminal that is gone, a full disk
             return len(data)
 

@@ -125,17 +125,19 @@ def test_without_its_torchrun_it_saves_and_stops(tmp_path: Path, text: Path, mon
 EARLY = """
 import signal, sys
 from bytelatent import train
-from bytelatent.errors import guarded
+from bytelatent.cli import main
 
+number = getattr(signal, sys.argv[2])
 def asked(*_):
     for _ in range(2):
-        signal.raise_signal(getattr(signal, sys.argv[2]))
+        signal.raise_signal(number)
 if sys.argv[1] == "imports":
     train.import_module = asked
 else:
     from bytelatent.training import run
     run.calibrate_on = asked
-guarded(lambda: train.command(sys.argv[3:]))
+sys.argv[1:] = ["train", *sys.argv[3:]]
+main()
 """
 
 
