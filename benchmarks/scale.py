@@ -14,7 +14,7 @@ measure  the trainer's steps on random text, so many bytes a GPU; each configura
          background while steps go on; of one process only what is `alone`.
 correct  runs of the trainer: many GPUs against one, a second time, from another number, after a rank was killed.
 
-All of them run on a CPU with `--tiny`.
+`measure` and `correct` run on a CPU with `--tiny`; `predict` only computes, on any machine.
 """
 
 import argparse

@@ -28,7 +28,7 @@ from bytelatent.training.checkpoint import Checkpoints, TrainState
 from bytelatent.training.float8 import check_float8
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.measure import DOCUMENT, num_patches, random_batch, wait_for
-from bytelatent.training.optimizer import build_optimizer
+from bytelatent.training.optimizer import build_optimizer, check_optimizer
 from bytelatent.training.parallel import Plan, build_spread, make_plan
 from bytelatent.training.ranks import Ranks, open_ranks
 from bytelatent.training.time_spent import PROFILED, Communication, communication_of, print_kernels
@@ -64,13 +64,14 @@ class Training:
         self.settings = settings = configuration.settings
         self.device = device
         check_float8(settings.float8, device, dtype)
+        check_optimizer(settings.optimizer, ranks.world)
         self.plan = plan_of(configuration.plan, settings, ranks, device)
         model = build_spread(settings.model, self.plan, device, dtype, compiled, settings.float8)
         fill(model)
         stream, targets = random_batch(settings.data.batch_bytes, device, seed=self.plan.data_rank)
         self.num_patches = num_patches(stream) or 1
         batch = Batch(stream, targets, len(targets), len(targets), self.num_patches)
-        optimizer = build_optimizer(model, settings.optimizer, ranks.world)
+        optimizer = build_optimizer(model, settings.optimizer)
         self.state = TrainState(model, optimizer, Same(batch))  # pyright: ignore[reportArgumentType]
 
         def loss(batch: Batch) -> torch.Tensor:
@@ -148,14 +149,8 @@ class Row:
         shares = ["-"] * 3
         if spent is not None and spent.span > 0:
             shares = [f"{seconds / spent.span:.1%}" for seconds in (spent.total, spent.exposed, spent.idle)]
-        assert of.model.ngram_hash is not None
         cells = [
-            str(self.gpus),
-            of.name,
-            of.words,
-            f"{of.tables}, {of.model.ngram_hash.vocab_size:,} a table",
-            of.products(self.dtype),
-            f"{of.size:,}",
+            *first_cells(self.gpus, of, self.dtype),
             f"{self.seconds * 1e3:.1f}",
             f"{of.size / self.seconds:,.0f}",
             "-" if self.utilisation is None else f"{self.utilisation:.1%}",
@@ -164,6 +159,19 @@ class Row:
             f"{self.first:.0f}",
         ]
         return f"| {' | '.join(cells)} |"
+
+
+def first_cells(gpus: int, of: Configuration, dtype: torch.dtype) -> list[str]:
+    """What a row of `Row.HEAD` says of a configuration before anything is measured."""
+    assert of.model.ngram_hash is not None
+    tables = f"{of.tables}, {of.model.ngram_hash.vocab_size:,} a table"
+    return [str(gpus), of.name, of.words, tables, of.products(dtype), f"{of.size:,}"]
+
+
+def failed_row(head: str, cells: list[str]) -> str:
+    """A row that ends in an error: nothing is in the cells after it."""
+    width = len(head.strip("| ").split(" | "))
+    return f"| {' | '.join([*cells, *['-'] * (width - len(cells))])} |"
 
 
 def rule_below(head: str) -> str:
@@ -308,8 +316,7 @@ def measure(
         for configuration in configurations:
             failed = attempt(lambda c=configuration: work(c), aside, device)
             if failed is not None:
-                what = f"{configuration.words}, {configuration.products(dtype)} | {configuration.tables}"
-                say(f"| {ranks.world} | {configuration.name} | {what} | {configuration.size:,} | {failed} |")
+                say(failed_row(Row.HEAD, [*first_cells(ranks.world, configuration, dtype), failed]))
             elif ranks.world > 1 or configuration.plan == "alone":
                 to_save.append(rows[-1])
         if folder is None or not to_save:
@@ -318,7 +325,7 @@ def measure(
         for row in to_save:
             failed = attempt(lambda row=row: save(row, folder), aside, device)
             if failed is not None:
-                say(f"| {name_of(row.configuration)} | {failed} |")
+                say(failed_row(SAVE_HEAD, [name_of(row.configuration), failed]))
 
 
 def name_of(configuration: Configuration) -> str:

@@ -230,17 +230,19 @@ def explain(path: Path, error: Exception) -> None:
         raise DiskFull(
             f"the disk is full: '{path}' was not written, what was there before is whole; make room"
         ) from None
+    if isinstance(error, shutil.Error):  # of copytree: a list of (from, to, why), one for each file
+        raise UserError(f"'{path}' cannot be written: {error.args[0][0][2]}") from None
     if isinstance(error, OSError):
         raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from None
 
 
 def _disk_is_full(path: Path, error: Exception) -> bool:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, shutil.Error):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, UserError):
         return False
-    # safetensors and torch.save hide the system's error in one of their own, torch without its name. What they wrote
-    # still stands aside here, so a disk that was too small for it has nothing left.
+    # safetensors, torch.save and copytree hide the system's error in one of their own, torch without its name. What
+    # they wrote still stands aside here, so a disk that was too small for it has nothing left.
     with suppress(OSError):
         return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(path.parent).free < SCANT_BYTES
     return False

@@ -17,11 +17,14 @@ from typing import Any
 
 from bytelatent.config import load_yaml, merge
 from bytelatent.errors import UserError, guarded
-from bytelatent.launch import LaunchSettings, launch
+from bytelatent.launch import LaunchSettings, filled_in, launch
 
 USAGE = "name a script and its settings: python -m bytelatent.stool script=bytelatent.train config=PATH nodes=1"
 TRAIN = "bytelatent.train"
-SETTINGS = {TRAIN: "TrainSettings", "bytelatent.generate": "GenerateSettings"}  # what the package's own scripts read
+SETTINGS = {  # what the package's own scripts read
+    TRAIN: ("bytelatent.training", "TrainSettings"),
+    "bytelatent.generate": ("bytelatent.generate", "GenerateSettings"),
+}
 
 
 def main(arguments: list[str]) -> str:
@@ -59,8 +62,8 @@ def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
     training = settings.script == TRAIN
     dump_dir = settings.dump_dir or (training and config.get("run")) or f"runs/{_name(settings)}"
     requeue = settings.requeue if settings.requeue is not None else training
-    settings = LaunchSettings.parse(
-        {**settings.plain(), "dump_dir": str(Path(dump_dir).absolute()), "requeue": requeue}
+    settings = filled_in(
+        LaunchSettings.parse({**settings.plain(), "dump_dir": str(Path(dump_dir).absolute()), "requeue": requeue})
     )
     if training:
         if values.get("dump_dir") and any(argument.startswith("run=") for argument in of_script):
@@ -89,17 +92,34 @@ def _name(settings: LaunchSettings) -> str:
 
 
 def _check(config: dict[str, Any], settings: LaunchSettings) -> None:
-    """Complain here and now, and not once the job has waited for its nodes.
+    """Complain here and now, and not once the job has waited for its nodes."""
+    module, name = SETTINGS[settings.script]
+    found = getattr(import_module(module), name).parse(config, settings.config or "")
+    if settings.script == TRAIN:
+        _check_training(found, settings)
 
-    Text of a training is looked for as well, unless nothing is submitted: the job runs in this folder, and sees the
-    same files.
+
+def _check_training(training: Any, settings: LaunchSettings) -> None:
+    """What so many processes cannot do; and what is not there, unless nothing is submitted: the job runs in this
+    folder, and sees the same files.
     """
-    of_script = getattr(import_module(settings.script), SETTINGS[settings.script])
-    found = of_script.parse(config, settings.config or "")
-    if settings.script == TRAIN and not settings.dry_run:
-        from bytelatent.training.validation import must_be_there
+    import torch
 
-        must_be_there(found.data, f" (the job looks for it from '{Path.cwd()}')", remote=False)
+    from bytelatent.training.gradients import check_cuda_graph
+    from bytelatent.training.optimizer import check_optimizer
+    from bytelatent.training.parallel import check_division
+    from bytelatent.training.patches import must_have_byte_lm
+    from bytelatent.training.validation import must_be_there
+
+    world = settings.nodes * settings.processes
+    check_division(training.parallel, training.model, world)
+    check_optimizer(training.optimizer, world)
+    check_cuda_graph(training.cuda_graph, torch.device("cuda" if settings.ngpu else "cpu"), world)
+    if not settings.dry_run:
+        whence = f" (the job looks for it from '{Path.cwd()}')"
+        must_be_there(training.data, whence, remote=False)
+        if training.byte_lm is not None:
+            must_have_byte_lm(training.byte_lm, whence)
 
 
 if __name__ == "__main__":

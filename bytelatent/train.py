@@ -3,27 +3,35 @@
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from bytelatent.config import from_command_line
 from bytelatent.errors import guarded
-from bytelatent.training import TrainSettings, train
+from bytelatent.unattended import unattended
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USAGE = "name a configuration or settings: blt train config=apps/bytelatent/configs/byte_lm.yaml run=runs/mine"
 
 
-def main(arguments: list[str], console: Console | None = None) -> Path:
-    return train(from_command_line(TrainSettings, arguments, USAGE), console)
+def main(arguments: list[str], console: "Console | None" = None) -> Path:
+    from bytelatent.config import from_command_line
+    from bytelatent.training import TrainSettings, train
+    from bytelatent.training.ranks import said_once
+
+    with said_once():
+        settings = from_command_line(TrainSettings, arguments, USAGE)
+    return train(settings, console)
 
 
 def command(arguments: list[str]) -> None:
     """Train; the first of the processes says at the end where the run lies."""
-    run = main(arguments)
-    if os.environ.get("RANK", "0") == "0":
-        print(run)
+    with unattended(lambda: import_module("bytelatent.training")):  # which takes seconds
+        run = _recorded(main)(arguments)
+        if os.environ.get("RANK", "0") == "0":
+            print(run)
 
 
 def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,4 +44,4 @@ def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    guarded(lambda: _recorded(command)(sys.argv[1:]))
+    guarded(lambda: command(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,10 +82,11 @@ FULL = [
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
     RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    shutil.Error([(f"from/{n}", f"to/{n}", f"[Errno 28] No space left on device: 'from/{n}'") for n in range(999)]),
 ]
 
 
-@pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "RuntimeError"])
+@pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "RuntimeError", "shutil.Error"])
 @pytest.mark.parametrize("write", [whole_file, whole_folder])
 def test_full_disk(write, error: Exception, tmp_path: Path) -> None:
     place = tmp_path / "a"
@@ -94,6 +96,16 @@ def test_full_disk(write, error: Exception, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"the disk is full: '{place}' was not written"):
         write_half(write, place, error)
     assert everything(tmp_path) == before
+
+
+def test_a_tree_that_cannot_be_copied_is_a_short_line(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    for name in range(999):
+        (tmp_path / "tree" / str(name)).symlink_to("nowhere")
+    no_such_file = pytest.raises(UserError, match=r"a' cannot be written: .*No such file or directory")
+    with no_such_file as caught, whole_folder(tmp_path / "a") as aside:
+        shutil.copytree(tmp_path / "tree", aside / "tree")
+    assert len(str(caught.value)) < 500
 
 
 def test_full_disk_that_the_error_does_not_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

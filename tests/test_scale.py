@@ -64,7 +64,8 @@ def test_a_table_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[st
     lines = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     plans = [line[2] for line in lines]
     assert plans[:4] == ["plan", "---", "no FSDP", "FSDP"]
-    assert lines[4][-1] == "UserError: hybrid is for four processes and more; there are 1"
+    assert [len(line) for line in lines[:5]] == [len(cells(Row.HEAD))] * 5
+    assert lines[4][6:] == ["UserError: hybrid is for four processes and more; there are 1", *["-"] * 7]
     assert lines[5] == cells(SAVE_HEAD)
     num_weights = sum(part.num_parameters for part in costs(TINY))
     for line in lines[7:]:

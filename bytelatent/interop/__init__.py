@@ -2,7 +2,7 @@
 
 from bytelatent.interop.convert import FORMATS, check_target, convert, num_bytes, write_model
 from bytelatent.interop.native import save
-from bytelatent.interop.pretrained import load, load_byte_lm, load_byte_lm_and_context, open_pretrained
+from bytelatent.interop.pretrained import find_byte_lm, load, load_byte_lm, load_byte_lm_and_context, open_pretrained
 from bytelatent.interop.stored import Config, Origin, Pretrained, StoredModel, fingerprint
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "StoredModel",
     "check_target",
     "convert",
+    "find_byte_lm",
     "fingerprint",
     "load",
     "load_byte_lm",

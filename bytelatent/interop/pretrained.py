@@ -90,12 +90,21 @@ def load_byte_lm_and_context(source: str | Path) -> tuple[ByteLM, int]:
     Raises:
         UserError: there is none.
     """
-    found = open_pretrained(source)
-    if not isinstance(found.config.model, ByteLMSettings):
-        context = found.config.context
-        found = _inner_byte_lm(found, source)
-        return _byte_lm(found), context
-    return _byte_lm(found), found.config.context
+    found, context = find_byte_lm(source)
+    model = found.load().model
+    assert isinstance(model, ByteLM)
+    return model, context
+
+
+def find_byte_lm(source: str | Path, weights: bool = True) -> tuple[StoredModel, int]:
+    """A byte LM, or that of a BLT, whose weights are not read yet, and how many ids it is to see at once.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = open_pretrained(source, weights=weights)
+    is_byte_lm = isinstance(found.config.model, ByteLMSettings)
+    return found if is_byte_lm else _inner_byte_lm(found, source), found.config.context
 
 
 def _is_on_hub(source: str) -> bool:
@@ -114,12 +123,6 @@ def _folder(source: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"model: '{source}' cannot be read: {error.strerror or error}") from None
     return place
-
-
-def _byte_lm(found: StoredModel) -> ByteLM:
-    model = found.load().model
-    assert isinstance(model, ByteLM)
-    return model
 
 
 def _open(folder: Path, weights: bool) -> StoredModel:

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 from bytelatent.errors import UserError, nearest
@@ -16,13 +17,17 @@ class Node(NamedTuple):
     num_cores: int
 
 
+class Unreachable(UserError):
+    """SLURM does not answer; what was handed to it may have arrived all the same."""
+
+
 def node_of(partition: str | None) -> Node | None:
     """The node with the most GPUs of a partition, or of the default one; None where there is no SLURM to ask.
 
     Raises:
         UserError: the cluster has no such partition.
     """
-    rows = _sinfo("%P|%c|%G")
+    rows = _asked("sinfo", "%P|%c|%G")
     if not rows:
         return None
     nodes: dict[str, list[Node]] = {}
@@ -50,17 +55,34 @@ def submit(script: str) -> str:
         The job's id.
 
     Raises:
-        UserError: SLURM does not take it.
+        Unreachable: SLURM does not answer.
+        UserError: it does not take the job.
     """
     ended = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         said = ended.stderr.strip() or f"sbatch ended with {ended.returncode}"
         if re.search("contact slurm controller|connect|communication|timed out", said, re.IGNORECASE):
-            raise UserError(
+            raise Unreachable(
                 f"SLURM cannot be reached: {said}; once it can, {shlex.join(['sbatch', script])} submits this"
             )
-        raise UserError(f"SLURM did not take the job: {said}; mend the key and add override=true")
+        raise UserError(f"SLURM did not take the job: {said}; mend the key and launch it again")
     return ended.stdout.strip().partition(";")[0]  # ID or ID;CLUSTER
+
+
+def job_of(script: Path) -> str | None:
+    """The id of a job that waits or runs and was submitted with this batch script; None if there is none.
+
+    Raises:
+        Unreachable: SLURM does not say.
+    """
+    rows = _asked("squeue", "%i|%o")
+    if rows is None:
+        raise Unreachable("squeue does not answer")
+    for row in rows:
+        job, _, command = row.partition("|")
+        if command.endswith(f"/{script.name}") and Path(command).resolve() == script.resolve():
+            return job
+    return None
 
 
 def is_here() -> bool:
@@ -68,9 +90,10 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def _sinfo(columns: str) -> list[str]:
+def _asked(command: str, columns: str) -> list[str] | None:
+    """The rows that a command of SLURM's shows; None where there is no answer."""
     try:
-        ended = subprocess.run(["sinfo", "-h", "-o", columns], capture_output=True, text=True, timeout=60, check=False)
+        ended = subprocess.run([command, "-h", "-o", columns], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    return ended.stdout.splitlines() if ended.returncode == 0 else []
+        return None
+    return ended.stdout.splitlines() if ended.returncode == 0 else None

@@ -29,8 +29,8 @@ from bytelatent.training.faults import (
 from bytelatent.training.float8 import check_float8
 from bytelatent.training.gradients import CapturedGradients, Gradients, check_cuda_graph
 from bytelatent.training.metrics import Metrics
-from bytelatent.training.optimizer import build_optimizer, learning_rate
-from bytelatent.training.parallel import Plan, build_spread, draw_weights, make_plan
+from bytelatent.training.optimizer import build_optimizer, check_optimizer, learning_rate
+from bytelatent.training.parallel import Plan, build_spread, check_division, draw_weights, make_plan
 from bytelatent.training.profiling import Profiler
 from bytelatent.training.ranks import Ranks, open_ranks
 from bytelatent.training.run import Run, open_run
@@ -54,7 +54,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
 
     Raises:
         UserError: the settings, the data or a checkpoint will not do, or the loss is not finite.
-        Interrupted: Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2; a checkpoint is written.
+        Interrupted: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; a checkpoint is written.
         KeyboardInterrupt: a second of these; nothing is written.
     """
     console = console or Console()
@@ -63,9 +63,15 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         deterministic(settings.determinism),
     ):
         dtype = choose_dtype(settings.dtype, device)
-        check_float8(settings.float8, device, dtype)
-        check_cuda_graph(settings.cuda_graph, device, ranks.world)
-        must_be_installed(settings.track)
+
+        def check() -> None:
+            check_float8(settings.float8, device, dtype)
+            check_cuda_graph(settings.cuda_graph, device, ranks.world)
+            check_division(settings.parallel, settings.model, ranks.world)
+            check_optimizer(settings.optimizer, ranks.world)
+            must_be_installed(settings.track)
+
+        ranks.all(check)
         plan = make_plan(settings.parallel, settings.model, ranks, device)
         with ExitStack() as held:
 
@@ -93,7 +99,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
 
     batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text, run.told)
     loader = ReadAhead(batches, device) if reads_ahead(device) else batches
-    state = TrainState(model, build_optimizer(model, settings.optimizer, ranks.world), loader)
+    state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
     in_background = settings.checkpoint.asynchronous
     if in_background == "auto":
         in_background = device.type == "cuda" or ranks.world > 1

@@ -60,22 +60,26 @@ def each(optimizer: torch.optim.Optimizer | Optimizers) -> list[torch.optim.Opti
     return list(optimizer.optimizers.values()) if isinstance(optimizer, Optimizers) else [optimizer]
 
 
-def build_optimizer(
-    model: nn.Module, settings: OptimizerSettings, world: int = 1
-) -> torch.optim.Optimizer | Optimizers:
-    """The optimizer of all weights; only matrices decay, norms and embeddings do not.
-
-    With `hash_gradients: rows` the model's hash tables are told to give such gradients.
-
-    Each group of weights has its `lr_scale`, which the schedule multiplies its rate with.
+def check_optimizer(settings: OptimizerSettings, world: int) -> None:
+    """Complain early about what is for one process.
 
     Raises:
         UserError: several processes, `world`, cannot train so.
     """
     if world > 1 and settings.hash_gradients == "rows":
-        raise UserError("optimizer.hash_gradients: rows is for one process; with several, take dense")
+        raise UserError(f"optimizer.hash_gradients: rows is for one process, not for {world}; take dense")
     if world > 1 and settings.name == "muon":
-        raise UserError("optimizer.name: muon is for one process; with several, take adamw")
+        raise UserError(f"optimizer.name: muon is for one process, not for {world}; take adamw")
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer | Optimizers:
+    """The optimizer of all weights; only matrices decay, norms and embeddings do not.
+
+    With `hash_gradients: rows` the model's hash tables are told to give such gradients.
+
+    Each group of weights has its `lr_scale`, which the schedule multiplies its rate with. Several processes have to
+    be ones that `check_optimizer` lets pass.
+    """
     tables = {part.weight: part for part in model.modules() if isinstance(part, nn.EmbeddingBag)}
     for part in tables.values():
         part.sparse = settings.hash_gradients == "rows"

@@ -84,6 +84,25 @@ def let_go(model: nn.Module) -> None:
             part.reshard()  # pyright: ignore[reportCallIssue]
 
 
+def check_division(settings: ParallelSettings, model: ModelSettings, world: int) -> None:
+    """Complain early about what so many processes cannot divide among them.
+
+    Raises:
+        UserError: they or the model cannot be divided so.
+    """
+    tensor = settings.tensor
+    if tensor > 1:
+        _must_divide(model, tensor)
+    if world % tensor:
+        raise UserError(f"parallel.tensor: {world} processes are no multiple of {tensor}; start another number of them")
+    data = world // tensor
+    if world > 1 and settings.data == "hybrid" and data % (settings.replicas or 1):
+        raise UserError(
+            f"parallel.replicas: {data} processes{' beside those of parallel.tensor' if tensor > 1 else ''} are no "
+            f"multiple of {settings.replicas}; start another number of them"
+        )
+
+
 def make_plan(settings: ParallelSettings, model: ModelSettings, ranks: Ranks, device: torch.device) -> Plan:
     """Divide the ranks.
 
@@ -91,19 +110,11 @@ def make_plan(settings: ParallelSettings, model: ModelSettings, ranks: Ranks, de
         UserError: they or the model cannot be divided so.
     """
     tensor, world = settings.tensor, ranks.world
-    if tensor > 1:
-        _must_divide(model, tensor)
-    if world % tensor:
-        raise UserError(f"parallel.tensor: {world} processes are no multiple of {tensor}; start another number of them")
+    check_division(settings, model, world)
     if world == 1:
         return Plan(settings, ranks)
     data = world // tensor
     replicas = {"replicate": data, "shard": 1, "hybrid": settings.replicas or 1}[settings.data]
-    if data % replicas:
-        raise UserError(
-            f"parallel.replicas: {data} processes{' beside those of parallel.tensor' if tensor > 1 else ''} are no "
-            f"multiple of {replicas}; start another number of them"
-        )
     from torch.distributed.device_mesh import init_device_mesh
 
     names = ("replicate", "shard", "tensor")

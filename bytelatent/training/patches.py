@@ -12,13 +12,33 @@ from bytelatent.data.settings import SourceSettings
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
+from bytelatent.hub import Unreachable
 from bytelatent.inference import FastEntropies
-from bytelatent.interop import fingerprint
+from bytelatent.interop import find_byte_lm, fingerprint
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
 from bytelatent.text import DamageLimit, Stored, find_files, read_documents
 
 SPREAD = 8  # text that is read for a sample, as a multiple of the sample
+
+
+def must_have_byte_lm(source: str, whence: str = "") -> None:
+    """Complain where there is no byte LM, before there is work for it; one on a hub that does not answer may be there.
+
+    Args:
+        whence: is said of relative paths: where they are looked for.
+
+    Raises:
+        UserError: it names the setting.
+    """
+    try:
+        find_byte_lm(source, weights=False)
+    except Unreachable:
+        pass
+    except UserError as error:  # it names the key of a command that uses a model
+        what = str(error).removeprefix("model: ").removeprefix("entropy: ")
+        where = "" if Path(source).expanduser().is_absolute() else whence
+        raise UserError(f"byte_lm: {what}{where}") from None
 
 
 def calibrate_on(

@@ -6,6 +6,7 @@ A process that was started alone is all there is. torchrun starts several and sa
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from bytelatent.device import choose_device
 from bytelatent.errors import BAD_INPUT, STOPPED, Interrupted, UserError
 
 Value = TypeVar("Value")
+TO_SPEAK = 5.0  # seconds in which the first process of a host says why it ends
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,21 @@ class Ranks:
             return answer[0]
         raise self.told(UserError(answer[1]))
 
+    def all(self, call: Callable[[], None]) -> None:
+        """Call it on every rank.
+
+        Raises:
+            UserError: `call` did, on some of them. The first of these says so, the others end without a word.
+        """
+        error = None
+        try:
+            call()
+        except UserError as met:
+            error = met
+        has_met = self.gather(error is not None)
+        if any(has_met):
+            raise error if error is not None and has_met.index(True) == self.rank else SystemExit(BAD_INPUT)
+
     def told(self, error: UserError | Interrupted | KeyboardInterrupt) -> BaseException:
         """What all ranks meet, to be raised: the first one says it, the others end without a word."""
         if self.is_first:
@@ -87,6 +104,21 @@ class Ranks:
         return (
             self if self.world == 1 else Ranks(self.rank, self.world, self.local_rank, dist.new_group(backend="gloo"))
         )
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """For what all processes of a host complain of alike before they can speak to one another: the first one does.
+
+    The others wait: torchrun ends all processes once one has ended, which should not be before it was said.
+    """
+    try:
+        yield
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(TO_SPEAK)
+        raise SystemExit(BAD_INPUT) from None
 
 
 @contextmanager
@@ -146,7 +178,8 @@ def _own_store(patience: timedelta) -> Any:
 
 
 def _own_device(device: str, ranks: Ranks) -> torch.device:
-    if ":" in device:
-        raise UserError(f"device: '{device}' is one, and {ranks.world} processes take one each; use device=cuda")
-    own = choose_device(device)
+    with said_once():
+        if ":" in device:
+            raise UserError(f"device: '{device}' is one, and {ranks.world} processes take one each; use device=cuda")
+        own = choose_device(device)
     return choose_device(f"cuda:{ranks.local_rank}") if own.type == "cuda" else own

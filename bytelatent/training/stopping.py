@@ -8,17 +8,18 @@ from contextlib import suppress
 from typing import Self
 
 from bytelatent.training.ranks import Ranks
+from bytelatent.unattended import NOT_SAVED, ONE_PRESS, stop_signals
 
-ONE_PRESS = 2.0  # seconds in which a second signal is the same one: a double press, or one that torchrun passes on
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # Windows has but the first two
+PARENT = os.getppid()
 STOPPING = "stopping after this step; press again to quit without saving"
-NOT_SAVED = "without saving; the same command goes on from the last checkpoint, if there is one"
 
 
 class StopSignals:
-    """Turns the first Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 into a wish to stop after the step; a second quits at once.
+    """Turns the first Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 into a wish to stop after the step; a second quits at
+    once.
 
-    Called, it says whether there is such a wish. In another thread than the main one it hears nothing.
+    Called, it says whether there is such a wish; that torchrun was killed is one, too. In another thread than the main
+    one it hears no signals.
 
     Raises:
         KeyboardInterrupt: at the second signal, where the run stands; and from the block, whatever became of it there.
@@ -32,8 +33,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-            self._previous = {number: signal.signal(number, self._hear) for number in numbers}
+            self._previous = {number: signal.signal(number, self._hear) for number in stop_signals()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -45,7 +45,7 @@ class StopSignals:
     def __call__(self) -> bool:
         if self.quits:  # something between has caught the order, and may have left a file half written
             raise KeyboardInterrupt(NOT_SAVED)
-        return self._asked is not None
+        return self._asked is not None or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT)
 
     def _hear(self, _number: int, _frame: object) -> None:
         now = time.monotonic()

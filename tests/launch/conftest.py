@@ -15,6 +15,7 @@ from bytelatent import stool
 COMMANDS = {
     "sbatch": 'echo "sbatch $*" >>{log}; echo 7\n',
     "sinfo": "printf 'gpu*|64|gpu:h100:8(S:0-1)\\ngpu*|96+|gpu:a100:4,shard:2\\ncpu|2|(null)\\n'\n",
+    "squeue": "true\n",
     "scontrol": '[[ $1 == show ]] && echo 127.0.0.1 || echo "scontrol $*" >>{log}\n',
     # It becomes the one process that it starts, which so gets the signals that are forwarded.
     "srun": 'echo "srun $*" >>{log}; while [[ $1 == --* ]]; do shift; done; exec "$@"\n',

@@ -1,7 +1,10 @@
 """A job's folder: what is written, what is submitted, what is refused."""
 
+import errno
 import io
 import os
+import shlex
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,9 +16,11 @@ from typer.testing import CliRunner
 
 from bytelatent.cli import app
 from bytelatent.errors import UserError
+from bytelatent.interop import Config, save
 from bytelatent.launch.code import package_of
+from bytelatent.model import build
 from tests.launch.conftest import Cluster, launched
-from tests.training.tiny_runs import byte_lm_run
+from tests.training.tiny_runs import blt_run, byte_lm_run, settings
 
 NAME = 'it\'s "1" $HOME'
 
@@ -64,6 +69,47 @@ def test_text_that_is_not_there(cluster: Cluster, here: Path, config: Path) -> N
     launched(f"config={config}", "nodes=1", "--", "data.train=s3://bucket/text")  # for the job to find
     assert len(cluster.asked) == 1
     launched(f"config={config}", "dump_dir=other", "dry_run=true")
+
+
+def test_a_byte_lm_that_is_not_there(cluster: Cluster, here: Path) -> None:
+    values = blt_run(Path("runs/blt"), Path("text.jsonl"), Path("/absent/lm"))
+    config = configured(here / "given.yaml", **values)
+    with pytest.raises(
+        UserError, match=r"^byte_lm: '/absent/lm' is no folder; [^(]*\(blt demo makes runs/demo\)[^(]*$"
+    ):
+        launched(f"config={config}")
+    with pytest.raises(
+        UserError, match=rf"^byte_lm: 'runs/lm' is no folder; .* \(the job looks for it from '{here}'\)$"
+    ):
+        launched(f"config={config}", "--", "byte_lm=runs/lm")
+    assert cluster.asked == []
+    assert not (here / "runs").exists()
+    launched(f"config={config}", "dry_run=true")
+    model = build(settings(values).model)
+    (here / "lm").mkdir()
+    save(here / "lm", model, Config(model=settings(values).model, context=64))
+    with pytest.raises(UserError, match=r"^byte_lm: 'lm' holds a BLT without a byte LM; "):
+        launched(f"config={config}", "dump_dir=other", "--", "byte_lm=lm")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "arguments", "message"),
+    [
+        (2, ["parallel.tensor=2"], "parallel.tensor divides the global transformer, and a byte LM has none"),
+        (3, ["parallel.data=hybrid", "parallel.replicas=7"], "parallel.replicas: 24 processes are no multiple of 7"),
+        (2, ["optimizer.name=muon"], "optimizer.name: muon is for one process, not for 16"),
+        (1, ["cuda_graph=true"], "cuda_graph: it is for one process on CUDA, not for 8 processes"),
+    ],
+)
+def test_what_so_many_processes_cannot_do(
+    cluster: Cluster, here: Path, config: Path, nodes: int, arguments: list[str], message: str
+) -> None:
+    """The number follows from the nodes, and here from the GPUs that SLURM says they have."""
+    for more in ([], ["dry_run=true"]):
+        with pytest.raises(UserError, match=message):
+            launched(f"config={config}", "partition=gpu", f"nodes={nodes}", *more, "--", *arguments)
+    assert cluster.asked == []
+    assert not (here / "runs").exists()
 
 
 def test_processes_on_the_cpu_share_a_nodes_cores(cluster: Cluster, here: Path, config: Path) -> None:
@@ -155,11 +201,89 @@ def test_no_slurm_is_one_line(here: Path, config: Path, monkeypatch: pytest.Monk
 
 def test_slurm_refuses(cluster: Cluster, here: Path, config: Path) -> None:
     cluster.install("sbatch", "echo 'sbatch: error: Invalid qos specification' >&2; exit 1\n")
-    with pytest.raises(UserError, match=r"SLURM did not take the job: .*Invalid qos.*; mend the key and add override"):
+    with pytest.raises(
+        UserError, match=r"SLURM did not take the job: .*Invalid qos.*; mend the key and launch it again"
+    ):
         launched(f"config={config}", "dump_dir=mine", "qos=high")
+    assert not (here / "mine").exists()
     cluster.install("sbatch", "echo '8;other'\n")
-    assert launched(f"config={config}", "dump_dir=mine", "override=true").startswith("job 8 submitted; ")
+    assert launched(f"config={config}", "dump_dir=mine").startswith("job 8 submitted; ")
     assert "qos" not in (here / "mine" / "submit.slurm").read_text()
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(place.relative_to(folder)): place.read_bytes() if place.is_file() else None for place in folder.rglob("*")
+    }
+
+
+REFUSES = "echo 'sbatch: error: Invalid qos specification' >&2; exit 1\n"
+
+
+@pytest.mark.parametrize("copied", ["copy_code=true", "copy_code=false"])
+def test_what_slurm_refuses_leaves_an_earlier_launch_as_it_was(
+    cluster: Cluster, here: Path, config: Path, copied: str
+) -> None:
+    launched(f"config={config}", "dump_dir=mine", copied, "--", "seed=5")
+    (here / "mine" / "notes").write_text("mine")
+    before = everything(here / "mine")
+    cluster.install("sbatch", REFUSES)
+    with pytest.raises(UserError, match="SLURM did not take the job"):
+        launched(f"config={config}", "dump_dir=mine", "override=true", "qos=high", "--", "seed=6")
+    assert everything(here / "mine") == before
+    cluster.install("sbatch", "echo 8\n")
+    launched(f"config={config}", "dump_dir=mine", "override=true", "--", "seed=6")
+    assert yaml.safe_load((here / "mine" / "config.yaml").read_text())["seed"] == 6
+    assert sorted(os.listdir(here / "mine")) == ["code", "config.yaml", "launch.yaml", "logs", "notes", "submit.slurm"]
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_full_disk_is_one_line_and_leaves_the_folder_as_it_was(
+    cluster: Cluster, here: Path, config: Path, earlier: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if earlier:
+        launched(f"config={config}", "dump_dir=mine")
+    before = everything(here)
+
+    def full(source: str, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(UserError, match=r"^the disk is full: '.*mine/code' was not written, .{,60}$"):
+            launched(f"config={config}", "dump_dir=mine", "override=true")
+    assert everything(here) == before
+    launched(f"config={config}", "dump_dir=mine", f"override={str(earlier).lower()}")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(cluster: Cluster, here: Path, config: Path) -> None:
+    (here / "file").touch()
+    with pytest.raises(UserError, match="file/mine' cannot be written: Not a directory"):
+        launched(f"config={config}", "dump_dir=file/mine")
+
+
+def test_what_a_job_in_the_queue_will_run_is_not_written_over(cluster: Cluster, here: Path, config: Path) -> None:
+    launched(f"config={config}", "dump_dir=a b")
+    before = everything(here / "a b")
+    (here / "link").symlink_to(here / "a b")
+    # Jobs: another one's, none with a script, and one that was submitted by another name of the folder.
+    rows = [f"6|{here}/other/submit.slurm", "5|(null)", f"17_2|{here}/link/submit.slurm"]
+    cluster.install("squeue", f"""[[ $* == "-h -o %i|%o" ]] && printf '%s\\n' {shlex.join(rows)}\n""")
+    for more in ([], ["dry_run=true"]):
+        with pytest.raises(UserError, match=r"job 17_2 of '.*a b' waits or runs; cancel it \(scancel 17_2\), or name"):
+            launched(f"config={config}", "dump_dir=a b", "override=true", *more, "--", "seed=6")
+    assert everything(here / "a b") == before
+    (here / "link").unlink()
+    launched(f"config={config}", "dump_dir=a b", "override=true")  # its name leads elsewhere now
+
+
+def test_where_slurm_does_not_say_whether_a_job_waits(cluster: Cluster, here: Path, config: Path) -> None:
+    launched(f"config={config}", "dump_dir=mine")
+    before = everything(here / "mine")
+    cluster.install("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n")
+    with pytest.raises(UserError, match=r"a job of '.*mine' may still wait, and squeue does not answer; name another"):
+        launched(f"config={config}", "dump_dir=mine", "override=true")
+    assert everything(here / "mine") == before
 
 
 def test_a_controller_that_does_not_answer_is_no_wrong_key(cluster: Cluster, here: Path, config: Path) -> None:

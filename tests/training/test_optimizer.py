@@ -20,7 +20,7 @@ from bytelatent.training import loop, read_metrics, train
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.clipping import clip
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import Optimizers, build_optimizer
+from bytelatent.training.optimizer import Optimizers, build_optimizer, check_optimizer
 from bytelatent.training.parallel import Plan
 from bytelatent.training.row_adamw import SparseRowsAdamW
 from bytelatent.training.settings import OptimizerSettings, TrainSettings
@@ -254,5 +254,6 @@ def test_muon_learns(tmp_path: Path, text: Path, model: str) -> None:
 @pytest.mark.parametrize("more", [{"hash_gradients": "rows"}, {"name": "muon"}])
 def test_what_one_process_can_do_alone(text: Path, more: dict[str, Any]) -> None:
     rule = space_run(text, **more)
-    with pytest.raises(UserError, match="one process"):
-        build_optimizer(build(rule.model), rule.optimizer, world=2)
+    check_optimizer(rule.optimizer, world=1)
+    with pytest.raises(UserError, match=f"^optimizer.{next(iter(more))}: .* is for one process, not for 2; take "):
+        check_optimizer(rule.optimizer, world=2)

@@ -1,5 +1,6 @@
 """However a step's batches and the model are divided among ranks, the step is the same."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from bytelatent.device import autocast
 from bytelatent.errors import UserError
 from bytelatent.model import block, build
 from bytelatent.model.attention import packed_mask
+from bytelatent.train import main as train
 from bytelatent.training import sharding
 from bytelatent.training.parallel import build_spread, draw_weights, make_plan
 from bytelatent.training.ranks import Ranks, open_ranks
 from tests.training.crew import Crew
 from tests.training.plans import MODEL, PLANS, Taken, take_steps, values
-from tests.training.tiny_runs import BLT, byte_lm_run, settings
+from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, settings
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +203,61 @@ def test_ranks_that_cannot_be_divided_are_one_line(
     rule = settings(byte_lm_run(Path("x"), Path("x"), model=model, patching=patching, parallel=parallel))
     with pytest.raises(UserError, match=line):
         make_plan(rule.parallel, rule.model, Ranks(0, world), torch.device("cpu"))
+
+
+def complained(who: set[int]) -> str:
+    """How one of some ranks ends when some of them complain of something."""
+
+    def check() -> None:
+        if ranks.rank in who:
+            raise UserError(f"rank {ranks.rank} will not do")
+
+    with open_ranks("cpu", 1) as (ranks, _):
+        try:
+            ranks.all(check)
+        except (UserError, SystemExit) as error:
+            return str(error)
+    return "goes on"
+
+
+def test_of_the_ranks_that_complain_one_is_heard(crew: Crew) -> None:
+    jobs = crew.run((3, complained, {0, 1, 2}))
+    jobs += crew.run((3, complained, {1, 2}))
+    jobs += crew.run((3, complained, set()))
+    assert jobs == [["rank 0 will not do", "2", "2"], ["2", "rank 1 will not do", "2"], ["goes on"] * 3]
+
+
+def trained(values: dict[str, Any]) -> str:
+    """How a rank ends, if the others need not wait for the first one to speak."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bytelatent.training.ranks.TO_SPEAK", 0.0)
+        try:
+            train([f"{key}={json.dumps(value)}" for key, value in values.items()])
+        except (UserError, SystemExit) as error:
+            return str(error)
+    return "done"
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ({"optimizer": {"lrr": 1}}, "optimizer.lrr: unknown key; did you mean 'lr'?"),
+        ({"device": "cpu:0"}, "device: 'cpu:0' is one, and 2 processes take one each; use device=cuda"),
+        ({"optimizer": {"name": "muon"}}, "optimizer.name: muon is for one process, not for 2; take adamw"),
+        (
+            {"parallel": {"data": "hybrid", "replicas": 3}},
+            "parallel.replicas: 2 processes are no multiple of 3; start ",
+        ),
+    ],
+)
+def test_what_all_ranks_complain_of_is_said_once(
+    crew: Crew, text: Path, tmp_path: Path, more: dict[str, Any], line: str
+) -> None:
+    """And before anything is written: a byte LM, a threshold."""
+    [[first, other]] = crew.run((2, trained, blt_run(tmp_path / "run", text, Path("nowhere"), **more)))
+    assert first.startswith(line)
+    assert other == "2"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("parallel", [{"data": "hybrid"}, {"replicas": 2}])

@@ -23,6 +23,7 @@ from bytelatent.training import loop, read_metrics, stopping, train
 from bytelatent.training.stopping import STOPPING
 from tests.training.tiny_runs import (
     assert_equal_runs,
+    blt_run,
     byte_lm_run,
     checkpoints,
     command,
@@ -50,7 +51,7 @@ def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number:
     assert what_is_torn(run / "checkpoints" / checkpoints(run)[0]) is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     tmp_path: Path, text: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,110 @@ def press(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
     for now in seconds:
         monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda now=now: now))
         signal.raise_signal(signal.SIGINT)
+
+
+def test_under_nohup_it_goes_on(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        in_step_eight(monkeypatch, lambda: signal.raise_signal(signal.SIGHUP))
+        train(settings(byte_lm_run(tmp_path / "run", text)))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert losses(tmp_path / "run")[-1][0] == 12
+
+
+def test_without_its_torchrun_it_saves_and_stops(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that nobody launched so may lose its parent: a shell in which it was left running."""
+    in_step_eight(monkeypatch, lambda: monkeypatch.setattr(os, "getppid", lambda: 1))
+    train(settings(byte_lm_run(tmp_path / "alone", text)))
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    in_step_eight(monkeypatch, lambda: monkeypatch.setattr(os, "getppid", lambda: 1))
+    with pytest.raises(Interrupted, match="after step 8; the same command goes on"):
+        train(settings(byte_lm_run(tmp_path / "run", text)))
+    assert checkpoints(tmp_path / "run") == ["step-00000005", "step-00000008"]
+
+
+# Signals while modules are imported and while the threshold is looked for: twice, as torchrun passes them on.
+EARLY = """
+import signal, sys
+from bytelatent import train
+from bytelatent.cli import main
+
+number = getattr(signal, sys.argv[2])
+def asked(*_):
+    for _ in range(2):
+        signal.raise_signal(number)
+if sys.argv[1] == "imports":
+    train.import_module = asked
+else:
+    from bytelatent.training import run
+    run.calibrate_on = asked
+sys.argv[1:] = ["train", *sys.argv[3:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        ("imports", signal.SIGINT),
+        ("imports", signal.SIGTERM),
+        ("imports", signal.SIGHUP),
+        ("imports", signal.SIGUSR1),
+        ("calibration", signal.SIGTERM),
+    ],
+)
+def test_a_signal_before_the_first_step(
+    tmp_path: Path, text: Path, byte_lm: Path, when: str, number: signal.Signals
+) -> None:
+    values = blt_run(tmp_path / "run", text, byte_lm)
+    ended = finished([sys.executable, "-c", EARLY, when, number.name, *command(values)[3:]])
+    assert ended.returncode == 130
+    assert ended.stderr == f"stopped: {stopping.NOT_SAVED}\n"
+    if when == "calibration":
+        assert sorted(os.listdir(tmp_path / "run")) == [".lock", "byte_lm"]
+
+
+def test_nothing_is_imported_before_signals_are_heard() -> None:
+    ended = finished(
+        [sys.executable, "-c", "import bytelatent.train, sys; print({'torch', 'rich'} & sys.modules.keys())"]
+    )
+    assert (ended.stdout, ended.stderr) == ("set()\n", "")
+
+
+# With an argument a signal comes in step 8.
+SIGNALLED = """
+import signal, sys
+from bytelatent import train
+from bytelatent.errors import guarded
+from bytelatent.training import loop
+
+inner = loop.learning_rate
+def rate(step, *more):
+    if step == 7 and sys.argv[1]:
+        signal.raise_signal(signal.SIGHUP)
+    return inner(step, *more)
+loop.learning_rate = rate
+guarded(lambda: train.command(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("signalled", ["", "yes"])
+def test_output_that_nobody_reads_any_more_stops_nothing(tmp_path: Path, text: Path, signalled: str) -> None:
+    """As when a terminal is gone, of whose end SIGHUP tells, or after `| head -1`."""
+    run = tmp_path / "run"
+    ours, theirs = os.pipe()
+    os.close(ours)
+    validation = {"every": 2, "max_bytes": 100}  # of which it says something each time
+    values = byte_lm_run(run, text, data={"valid": str(text)}, validation=validation)
+    arguments = [sys.executable, "-c", SIGNALLED, signalled, *command(values)[3:]]
+    ended = subprocess.run(arguments, env=environment(), stdout=theirs, stderr=theirs, timeout=60)
+    os.close(theirs)
+    last = 8 if signalled else 12
+    assert ended.returncode == (130 if signalled else 0)
+    assert losses(run)[-1][0] == last
+    assert checkpoints(run)[-1] == f"step-{last:08d}"
 
 
 def test_a_double_press_is_one(
