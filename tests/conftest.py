@@ -11,8 +11,8 @@ from hypothesis import settings
 settings.register_profile("bytelatent", deadline=None, max_examples=30)
 settings.load_profile("bytelatent")
 
-# A shell's background job is started with SIGINT ignored, what nohup starts with SIGHUP, and either hands that on to the
-# programs that tests stop.
+# A shell's background job is started with SIGINT ignored, what nohup starts with SIGHUP, and either hands that on to
+# the programs that tests stop.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
