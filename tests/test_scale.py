@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from bytelatent.errors import UserError
+from bytelatent.model import build
 from bytelatent.model.flops import costs
+from bytelatent.training.sharding import gathered_together
 from bytelatent.training.time_spent import Communication
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from scale import Links, predict
 from scale_measure import SAVE_HEAD, Row, measure, rule_below
 from scale_plans import TINY, Configuration
 
@@ -73,3 +76,21 @@ def test_a_table_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert 1.0 < float(line[2]) * 1e9 / (4 * 4 * num_weights) < 1.2
     assert len(lines) == 9
     assert not (tmp_path / "saves").exists()
+
+
+@pytest.mark.parametrize(("gpus", "speed"), [(8, 100e9), (64, 50e9)])
+def test_a_prediction_adds_up_what_is_sent(gpus: int, speed: float) -> None:
+    """Against the formulas of docs/scaling.md, written down again: 30 us a call and doubling of GPUs."""
+    links = Links(in_host=100e9, between_hosts=50e9)
+    alone, found = (predict(TINY, number, 1000, 2e-6, links) for number in (1, gpus))
+    assert (alone.step, alone.exposed) == (pytest.approx(2e-3), 0)
+    parts = costs(TINY, 4.5, 8192)
+    tables = sum(part.num_parameters for part in parts if part.name == "n-gram hash tables")
+    weights, share = sum(part.num_parameters for part in parts) - tables, (gpus - 1) / gpus
+    calls = 30e-6 * (3 if gpus == 8 else 6) * len(gathered_together(build(TINY)))
+    assert found.compute == alone.compute
+    assert found.gather == pytest.approx(2 * (2 * weights * share / speed + calls))
+    assert found.reduce == pytest.approx(4 * weights * share / speed + calls)
+    assert found.tables == pytest.approx(1000 * 2 * 32 * 2 * 2 * share / speed)  # two tables of width 32, both ways
+    assert found.exposed > found.tables
+    assert found.step == pytest.approx(found.compute + found.exposed)

@@ -125,7 +125,8 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
             draw_weights(model, settings.model, plan)
         done = _done(state, settings)
         if done < 1:
-            run.begin(ranks, say)
+            for line in run.changes:
+                say(line)
         else:
             say(_over(state, settings))
         peak, rollbacks = peak_flops(device, dtype), 0
@@ -137,6 +138,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
             if done < 1:
                 with memory_named(settings, ranks):
                     _try_out(state, gradients)
+                run.write_settings(ranks)
             since = time.perf_counter()
             while done < 1:
                 watchdog.progress(f"step {state.step + 1}")

@@ -1,6 +1,6 @@
 """The folder of a run: its settings, its byte LM, and what the next start finds there."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,8 @@ class Run:
     told: set[str]  # of damaged rows and files: what calibration said of them
     changes: list[str]  # a line about each setting that differs from those the run had before
 
-    def begin(self, ranks: Ranks, say: Callable[[str], None]) -> None:
-        """Say what differs and write the settings, once the checkpoint is read that they go on from."""
-        for line in self.changes:
-            say(line)
+    def write_settings(self, ranks: Ranks) -> None:
+        """Those that the run now has: once the checkpoint that they go on from is read, and a gradient was tried."""
 
         def write() -> None:
             with whole_file(self.folder / "settings.yaml") as aside:

@@ -167,6 +167,24 @@ def test_steps_may_be_raised(tmp_path: Path, text: Path) -> None:
     assert [step for step, *_ in losses(run)] == list(range(1, 12))
 
 
+def test_settings_that_cannot_be_tried_out_are_not_written(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(settings(byte_lm_run(tmp_path / "run", text, steps=2)))
+    before = (run / "settings.yaml").read_text()
+
+    def too_large(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_try_out", too_large)
+        with pytest.raises(UserError, match=r"lower data\.batch_bytes"):
+            train(settings(byte_lm_run(run, text, steps=3)))
+    assert (run / "settings.yaml").read_text() == before
+    train(settings(byte_lm_run(run, text, steps=3)))
+    assert "\nsteps: 3\n" in (run / "settings.yaml").read_text()
+
+
 def test_a_run_keeps_its_byte_lm(tmp_path: Path, text: Path, byte_lm: Path) -> None:
     run = train(settings(blt_run(tmp_path / "run", text, byte_lm, steps=2)))
     before = (run / "settings.yaml").read_text()
