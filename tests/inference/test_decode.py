@@ -9,10 +9,12 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bytelatent.inference import decode
 from bytelatent.inference.decode import Decoder
 from bytelatent.inference.fast import FastDecoder
 from bytelatent.inference.state import SLACK
-from bytelatent.model import ByteLM, add_patches, pack_rows
+from bytelatent.model import ByteLM, add_patches, attention, pack_rows
+from bytelatent.model.attention import Mask
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings, next_starts
 from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
@@ -105,6 +107,20 @@ def test_the_way_a_gpu_reads_prompts(rule: PatchSettings, seed: int, data: st.Da
     check(decoder, [30, 1, 140], seed, data)
     lm = FastDecoder(tiny_byte_lm(seed, dim=32, window=6), None, None)
     check(lm, [30, 1, 140], seed, data)
+
+
+def test_prompts_on_a_cpu_have_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several together cost what they cost one by one."""
+    windows: list[int | None] = []
+
+    def build_mask(document: Tensor, window: int | None) -> Mask:
+        windows.append(window)
+        return attention.build_mask(document, window)
+
+    monkeypatch.setattr(decode, "build_mask", build_mask)
+    decoder = Decoder(tiny_blt(window=6), PatchSettings(threshold=5.12), tiny_byte_lm(window=6))
+    decoder.prefill([random_ids(torch.Generator(), size) for size in (30, 1, 50)])
+    assert windows == [6, 6, 6]  # byte LM, encoder and decoder, but not the global transformer
 
 
 def test_wrong_drafts_leave_no_trace() -> None:
