@@ -1,6 +1,7 @@
 """Before a BLT trains: its byte LM, and the threshold for the wanted patch size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,14 +32,18 @@ def must_have_byte_lm(source: str, whence: str = "") -> None:
     Raises:
         UserError: it names the setting.
     """
-    try:
+    with byte_lm_named("" if Path(source).expanduser().is_absolute() else whence), suppress(Unreachable):
         find_byte_lm(source, weights=False)
-    except Unreachable:
-        pass
-    except UserError as error:  # it names the key of a command that uses a model
+
+
+@contextmanager
+def byte_lm_named(whence: str = "") -> Iterator[None]:
+    """An error in finding a byte LM names the setting of a training, not the key of a command that uses a model."""
+    try:
+        yield
+    except UserError as error:
         what = str(error).removeprefix("model: ").removeprefix("entropy: ")
-        where = "" if Path(source).expanduser().is_absolute() else whence
-        raise UserError(f"byte_lm: {what}{where}") from None
+        raise UserError(f"byte_lm: {what}{whence}") from None
 
 
 def calibrate_on(

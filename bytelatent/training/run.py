@@ -19,7 +19,7 @@ from bytelatent.interop.native import BYTE_LM
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration
 from bytelatent.run_folder import checkpoints_in
-from bytelatent.training.patches import calibrate_on, write_calibration
+from bytelatent.training.patches import byte_lm_named, calibrate_on, write_calibration
 from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
 
@@ -108,10 +108,8 @@ def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | Non
     copy = folder / BYTE_LM
     if earlier is not None and copy.is_dir():
         return load_byte_lm(copy)
-    try:
+    with byte_lm_named():
         byte_lm = load_byte_lm(settings.byte_lm)
-    except UserError as error:  # it names the key of a command that uses a model
-        raise UserError(f"byte_lm: {str(error).removeprefix('model: ').removeprefix('entropy: ')}") from None
     with whole_folder(copy) as aside:
         save(aside, byte_lm, Config(model=byte_lm.settings, context=settings.data.context))
     return byte_lm
