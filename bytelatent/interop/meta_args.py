@@ -149,6 +149,11 @@ def refuse_what_is_not_known(args: dict[str, Any], folder: Path) -> list[str]:
                 )
     known = SAME_IN_BOTH.keys() | BLT_ONLY.keys() | READ | OF_NO_MATTER
     unknown = [key for key, value in args.items() if key not in known and value not in (None, False)]
+    if rotary := [key for key in unknown if "rope" in key]:
+        raise UserError(
+            f"'{folder}': {shown(rotary[0])} is {shown(repr(args[rotary[0]]))}; only the plain rotary embedding is "
+            "known here, and the model would compute something else"
+        )
     return [
         f"'{folder}': nobody here knows what {shown(f'{key}={args[key]!r}')} does; it is left out" for key in unknown
     ]

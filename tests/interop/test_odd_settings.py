@@ -105,7 +105,7 @@ def models() -> Iterator[Path]:
             "hf",
             "encoder_config.rope_parameters",
             "x",
-            r"encoder_config: rope_parameters is 'x'; it should be a mapping",
+            r"encoder_config.rope_parameters is 'x'; it should be a mapping",
         ),
         ("hf", "global_config.num_hidden_layers", 10**9, "say 1,000,000,000 layers; more than 10,000 cannot be right"),
         ("hf", "encoder_hash_byte_group_vocab", 10**18, "the settings say sizes that no model has"),
