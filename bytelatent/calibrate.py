@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from bytelatent.data import DataSettings
+from bytelatent.device import choose_device
 from bytelatent.interop import load_byte_lm
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.report import write_threshold_figure
@@ -30,11 +31,12 @@ def calibrate_text(
     Raises:
         UserError: neither are there stored entropies nor a byte LM, or the size is out of reach.
     """
+    place = choose_device(device)  # before anything is read
     data = DataSettings.parse({"train": text})
     rule = PatchSettings(mode="entropy", threshold=0.0)
     byte_lm = load_byte_lm(model) if model is not None else None
     damaged = DamageLimit(data.max_damaged, "rows and files in all", lambda line: print(line, file=sys.stderr))
-    sample = sample_entropies(byte_lm, data.train, data.context, rule, max_bytes, device, damaged=damaged)
+    sample = sample_entropies(byte_lm, data.train, data.context, rule, max_bytes, place, damaged=damaged)
     found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
     if figure is not None:
         thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, rule)

@@ -1,5 +1,6 @@
 """Bits per byte of any model on text."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -23,14 +24,14 @@ def evaluate_model(
     Raises:
         UserError: the model or the text is not there.
     """
-    found = load(model, entropy)
     place = choose_device(device)
+    found = load(model, entropy, device=place)
     patcher = None
     if found.config.patching is not None:
         if found.config.patching.needs_entropies and found.byte_lm is None:
             raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --entropy")
         # In float32, however it is stored: the same patches as those of `BLT`.
-        patcher = Patcher(found.config.patching, found.byte_lm.to(place, torch.float32) if found.byte_lm else None)
+        patcher = Patcher(found.config.patching, found.byte_lm.to(torch.float32) if found.byte_lm else None)
     sources = DataSettings.parse({"train": text}).train
     for source in sources:
         find_files(source.path)  # complain before the bar appears
@@ -39,5 +40,7 @@ def evaluate_model(
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=max_bytes)
-        result = evaluate(found.model.to(place), batches, on_batch=lambda n: progress.advance(task, n))
+        result = evaluate(found.model, batches, on_batch=lambda n: progress.advance(task, n))
+    if not math.isfinite(result.bits_per_byte):
+        raise UserError(f"eval: '{model}' gives {result.bits_per_byte} bits per byte; its weights are damaged")
     return {"model": found.source, **asdict(result)}

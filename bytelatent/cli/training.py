@@ -1,6 +1,5 @@
 """The verbs that train, and look at runs."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bytelatent.cli.options import DEFAULT_MODEL, JsonOption
+from bytelatent.cli.output import print_json
 
 
 def demo(
@@ -74,7 +74,7 @@ def runs(
     if figure is not None:
         write_runs_figure(figure, comparison.runs, against)
     if as_json:
-        print(json.dumps(comparison.plain()))
+        print_json(comparison.plain())
     else:
         comparison.show(Console())
 

@@ -1,6 +1,5 @@
 """The verbs that use a model on text."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ import typer
 from rich.console import Console
 
 from bytelatent.cli.options import DEFAULT_MODEL, DeviceOption, EntropyOption, JsonOption, ModelOption
+from bytelatent.cli.output import print_json
 from bytelatent.errors import UserError
 
 
@@ -28,7 +28,7 @@ def evaluate(
 
     result = evaluate_model(model, text, entropy, max_bytes, device, Console(stderr=True))
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
         return
     patches = "" if result["mean_patch_bytes"] is None else f"  {result['mean_patch_bytes']:.2f} bytes a patch"
     print(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
@@ -107,7 +107,7 @@ def patch(
     rules = Rules(model)
     patched = {name: rules.patches(name, data) for name in names}
     if as_json:
-        print(json.dumps({name: [vars(patch) for patch in patches] for name, patches in patched.items()}))
+        print_json({name: [vars(patch) for patch in patches] for name, patches in patched.items()})
     elif html is not None:
         write_patches_page(html, patched, "Patches", rules.thresholds)
         print(html)

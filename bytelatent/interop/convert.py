@@ -35,6 +35,7 @@ FORMATS = {
             "",
             "model = BltForCausalLM.from_pretrained(FOLDER)",
             "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+            "# Batch texts of one length only: transformers reads padding as text. Version 4 has no attention windows.",
             "",
             "# or, many times faster:",
             *OURS,

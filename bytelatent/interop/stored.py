@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.interop.tensors import StoredTensor, few, shown
+from bytelatent.interop.tensors import StoredTensor, check_finite, few, shown
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build
 from bytelatent.patching import Calibration, PatchSettings
 
@@ -88,8 +88,11 @@ class StoredModel:
         Args:
             dtype: precision of its weights; None: as they are stored, or the widest of several, which could not be
                 computed with. The byte LM stays as it is stored.
+
+        Raises:
+            UserError: some of its weights are NaN or infinite.
         """
-        model = _filled(self.config.model, self.tensors, device, dtype)
+        model = _filled(self.config.model, self.tensors, device, dtype, self.source)
         byte_lm = self.byte_lm.load(device).model if self.byte_lm is not None else None
         assert byte_lm is None or isinstance(byte_lm, ByteLM)
         return Pretrained(model, self.config, byte_lm, f"{self.source} ({self.format})", self.warnings)
@@ -210,15 +213,21 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _filled(
-    settings: ModelSettings, tensors: Mapping[str, StoredTensor], device: torch.device | str, dtype: torch.dtype | None
+    settings: ModelSettings,
+    tensors: Mapping[str, StoredTensor],
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    where: str,
 ) -> Any:
     model = _empty(settings)
     dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
 
-    def ready(tensor: StoredTensor) -> Tensor:
-        return tensor.load().to(device, dtype)
+    def ready(name: str, tensor: StoredTensor) -> Tensor:
+        values = tensor.load().to(device, dtype)
+        check_finite(name, values, f"'{where}'")  # in this precision: another may have room for less
+        return values
 
-    model.load_state_dict({name: ready(tensor) for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict({name: ready(name, tensor) for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 
 
