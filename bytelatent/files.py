@@ -210,7 +210,7 @@ def what_is_torn(folder: Path, ending: str = "", part: int = 0, parts: int = 1) 
 
 def manifest_of(folder: Path) -> dict[str, Digest]:
     """The files that `whole_folder` wrote, and what they were; others may have come to stand beside them."""
-    return json.loads((folder / MANIFEST).read_text())["files"]
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8-sig"))["files"]
 
 
 def digests(folder: Path, known: dict[str, Digest] | None = None) -> dict[str, Digest]:

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import Field, ValidationInfo, field_validator
 
 from bytelatent.config import Settings
+from bytelatent.model.settings import LONGEST_CONTEXT
 
 
 class SourceSettings(Settings):
@@ -36,7 +37,7 @@ class DataSettings(Settings):
 
     train: list[SourceSettings] = Field(min_length=1)
     valid: list[SourceSettings] = Field(default=[])
-    context: int = Field(default=8192, ge=2)
+    context: int = Field(default=8192, ge=2, le=LONGEST_CONTEXT)
     batch_bytes: int = Field(default=16_384, ge=2)
     batch_patches: int | None = Field(default=None, ge=2)
     shuffle_buffer: int = Field(default=256, ge=1)

@@ -7,7 +7,7 @@ from bytelatent.errors import UserError
 from bytelatent.interop.stored import Config
 from bytelatent.interop.tensors import shown
 from bytelatent.model import BLTSettings, ByteLMSettings
-from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
+from bytelatent.model.settings import LONGEST_CONTEXT, CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import BOE, BOS, EOS, VOCAB_SIZE
 
@@ -131,7 +131,18 @@ def byte_lm_of(values: Mapping[str, Any], where: str) -> Config | None:
     patcher = _part(values, "patcher_config", where)
     _refuse(where, "patcher_config.vocab_size", patcher.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
     stack = _stack(patcher, patcher["sliding_window"], where, "patcher_config", DEFAULT_PATCHER_THETA)
-    return Config(model=ByteLMSettings(**stack.model_dump()), context=patcher["max_position_embeddings"])
+    return Config(model=ByteLMSettings(**stack.model_dump()), context=context_of(patcher, where, "patcher_config."))
+
+
+def context_of(values: Mapping[str, Any], where: str, prefix: str = "") -> int:
+    """The ids that a part saw at once in training."""
+    found = values["max_position_embeddings"]
+    if type(found) is not int or not 1 <= found <= LONGEST_CONTEXT:
+        raise UserError(
+            f"{where}: {prefix}max_position_embeddings is {shown(repr(found))}; it should be a number from 1 to "
+            f"{LONGEST_CONTEXT:,}"
+        )
+    return found
 
 
 def _stack(
@@ -141,16 +152,17 @@ def _stack(
     head_dim = part["hidden_size"] // part["num_attention_heads"]
     _refuse(where, f"{name}.head_dim", part.get("head_dim") or head_dim, [head_dim])
     hidden = part["intermediate_size"] or 8 * part["hidden_size"] // 3
-    return StackSettings(
-        dim=part["hidden_size"],
-        num_layers=part["num_hidden_layers"],
-        num_heads=part["num_attention_heads"],
-        num_kv_heads=part.get("num_key_value_heads"),
-        window=window,
-        rope_theta=_rope_theta(part, where, f"{name}.", default_theta),
-        norm_eps=part.get("rms_norm_eps", 1e-5),
+    values = {
+        "dim": part["hidden_size"],
+        "num_layers": part["num_hidden_layers"],
+        "num_heads": part["num_attention_heads"],
+        "num_kv_heads": part.get("num_key_value_heads"),
+        "window": window,
+        "rope_theta": _rope_theta(part, where, f"{name}.", default_theta),
+        "norm_eps": part.get("rms_norm_eps", 1e-5),
         **_width(part["hidden_size"], hidden),
-    )
+    }
+    return StackSettings.parse(values, f"{where}: {name}")
 
 
 def _rope_theta(part: Mapping[str, Any], where: str, prefix: str, default: float) -> float:
