@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bytelatent.errors import UserError
+from bytelatent.files import own_file
 from bytelatent.text.blocks import JSONL, PARQUET
 from bytelatent.text.places import find_files, is_remote, readable, size_of
 
@@ -72,7 +73,7 @@ def hold(out: Path, shards: Sequence[Shard]) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("wb")
+        lock = open(out / LOCK, "ab", opener=own_file)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"entropies: '{out}' cannot be written: {error.strerror or error}") from None
     with lock:

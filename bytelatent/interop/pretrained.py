@@ -11,7 +11,7 @@ from bytelatent.errors import UserError
 from bytelatent.files import MANIFEST, what_is_torn
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
 from bytelatent.interop import hugging_face, meta, native
-from bytelatent.interop.card import stated_licence
+from bytelatent.interop.card import LEGAL_FILES, leads_out, stated_licence
 from bytelatent.interop.stored import Pretrained, StoredModel
 from bytelatent.interop.tensors import shown
 from bytelatent.model import ByteLM, ByteLMSettings
@@ -162,7 +162,9 @@ def _open(folder: Path, weights: bool) -> StoredModel:
         raise UserError(f"'{folder}': its settings are not consistent: {key}{message}{value}; fetch it again") from None
     if weights and (folder / MANIFEST).is_file() and (torn := what_is_torn(folder, ending=".safetensors")):
         raise UserError(f"'{folder}' is not as it was written: {torn}; fetch or write it again")
-    found = replace(found, folder=folder)
+    links = [file for pattern in LEGAL_FILES for file in sorted(folder.glob(pattern)) if leads_out(file)]
+    lines = [f"'{shown(str(file))}' is a link to somewhere else; it is passed over" for file in links]
+    found = replace(found, folder=folder, warnings=[*found.warnings, *lines])
     if found.config.origin.licence is None:
         origin = found.config.origin.model_copy(update={"licence": stated_licence(folder)})
         found = replace(found, config=found.config.model_copy(update={"origin": origin}))
