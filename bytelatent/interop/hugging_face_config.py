@@ -72,7 +72,7 @@ def settings_of(values: Mapping[str, Any], where: str) -> tuple[BLTSettings, Pat
     top = {**DEFAULTS[""], **values}
     encoder, middle, decoder = (_part(values, f"{part}_config", where) for part in ("encoder", "global", "decoder"))
     k, window = top["cross_attn_k"], top["local_attention_window_len"]
-    _rope_theta(values, where, "", DEFAULT_THETA)  # nothing reads it, but a type that is stated there is meant
+    _plain_rope(values, where, "")  # transformers reads those of the parts, but a type that is stated here is meant
     _refuse(where, "tie_word_embeddings", top["tie_word_embeddings"], [False])
     for part, inner in (("", top), ("encoder_config.", encoder), ("decoder_config.", decoder)):
         _refuse(where, f"{part}vocab_size", inner.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
@@ -174,17 +174,9 @@ def _rope_theta(part: Mapping[str, Any], where: str, prefix: str, default: float
     Raises:
         UserError: another type than the default, or settings that mean different models in the two versions.
     """
-    parameters = _group(part, "rope_parameters", where, prefix)
-    scaling = _group(part, "rope_scaling", where, prefix)
-    for key, rope in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        _refuse(where, f"{prefix}{key}.rope_type", rope.get("rope_type", rope.get("type", "default")), ["default"])
-        _refuse(where, f"{prefix}{key}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0, None])
-        if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
-            raise UserError(f"{where}: {prefix}{key}.{shown(nested[0])}: settings by kind of layer are not known here")
-    _refuse(where, f"{prefix}partial_rotary_factor", part.get("partial_rotary_factor", 1.0), [1.0, None])
     alone = part.get("rope_theta", default)
     found = {f"{prefix}rope_theta": alone} if "rope_theta" in part else {}
-    for key, rope in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+    for key, rope in _plain_rope(part, where, prefix).items():
         if rope:
             found[f"{prefix}{key}"] = rope.get("rope_theta", alone)
     first = next(iter(found.values()), default)
@@ -192,9 +184,21 @@ def _rope_theta(part: Mapping[str, Any], where: str, prefix: str, default: float
         said = ", ".join(f"{key} says {shown(repr(theta))}" for key, theta in found.items())
         raise UserError(
             f"{where}: the rotary theta is not clear: {said}; which one counts depends on the version of "
-            "transformers, so leave only one of them"
+            "transformers, so let them agree"
         )
     return first
+
+
+def _plain_rope(part: Mapping[str, Any], where: str, prefix: str) -> dict[str, dict[str, Any]]:
+    """What a part says of its rotary embedding under either name, which must be the plain one."""
+    found = {key: _group(part, key, where, prefix) for key in ("rope_scaling", "rope_parameters")}
+    for key, rope in found.items():
+        _refuse(where, f"{prefix}{key}.rope_type", rope.get("rope_type", rope.get("type", "default")), ["default"])
+        _refuse(where, f"{prefix}{key}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0, None])
+        if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+            raise UserError(f"{where}: {prefix}{key}.{shown(nested[0])}: settings by kind of layer are not known here")
+    _refuse(where, f"{prefix}partial_rotary_factor", part.get("partial_rotary_factor", 1.0), [1.0, None])
+    return found
 
 
 def _width(dim: int, hidden: int) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: 
         for name in order:
             for chunk in tensors[name].chunks():
                 check_finite(name, torch.from_numpy(chunk).view(tensors[name].dtype))
-                file.write(chunk)
+                file.write(chunk.data)
                 advance(len(chunk))
 
 
@@ -334,7 +334,7 @@ def _read(extent: Extent) -> Iterator[np.ndarray]:
             file.seek(extent.begin)
             for begin in range(0, extent.size, CHUNK_BYTES):
                 chunk = np.empty(min(extent.size - begin, CHUNK_BYTES), dtype=np.uint8)
-                if file.readinto(chunk) < len(chunk):
+                if file.readinto(chunk.data) < len(chunk):
                     raise UserError(f"'{extent.path}' became shorter while it was read; fetch or write it again")
                 yield chunk
     except OSError as error:

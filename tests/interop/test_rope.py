@@ -76,6 +76,9 @@ def test_read_as_transformers_reads_it(part: str, values: dict[str, Any], tmp_pa
 def test_refused_by_name(part: str, values: dict[str, Any], key: str, tmp_path: Path) -> None:
     write_theirs(tmp_path)
     set_rope(tmp_path, part, **values)
+    if not part and "says" in key:  # transformers reads no theta at the top
+        assert load(tmp_path).byte_lm is not None
+        return
     with pytest.raises(UserError, match=(f"{part}_config." if part else "") + key) as caught:
         load(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
