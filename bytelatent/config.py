@@ -3,8 +3,10 @@
 Settings are pydantic models; a key nobody knows is an error that names the nearest known one.
 """
 
+import functools
 import json
 import re
+import sys
 import types
 from pathlib import Path
 from typing import Any, Self, TypeVar, Union, get_args, get_origin
@@ -95,6 +97,29 @@ def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def renamed(values: Any, names: dict[str, str], within: str = "") -> Any:
+    """Plain values with the old names of settings replaced by the new ones, and a line about each on standard error.
+
+    Args:
+        within: comes before the names in the line.
+    """
+    if not isinstance(values, dict):
+        return values
+    values = dict(values)
+    for old, new in names.items():
+        if old in values:
+            say_renamed(within + old, within + new)
+            values.setdefault(new, values.pop(old))
+            values.pop(old, None)
+    return values
+
+
+@functools.cache
+def say_renamed(old: str, new: str) -> None:
+    """Say once that a setting or an option has another name now."""
+    print(f"{old} is now {new}; the old name still works", file=sys.stderr)
 
 
 Given = TypeVar("Given", bound=Settings)

@@ -20,8 +20,15 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # A value that a user gave, or the message of a library, may hold line breaks.
-        super().__init__(" ".join(message.split()))
+        # A value that a user gave, or the message of a library, may hold line breaks and what no terminal can show.
+        super().__init__(printable(" ".join(message.split())))
+
+
+def printable(text: str) -> str:
+    """The text with lone surrogates and control characters as backslash escapes, so that printing it cannot fail."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char.isspace() else ascii(char)[1:-1] for char in text)
 
 
 def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) -> str:

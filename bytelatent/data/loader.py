@@ -16,7 +16,7 @@ from bytelatent.data.settings import DataSettings, SourceSettings
 from bytelatent.data.source import SourceReader
 from bytelatent.data.stored import StoredCheck
 from bytelatent.errors import UserError
-from bytelatent.text import Document, find_files, read_documents
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Document, find_files, read_documents
 
 
 class Loader:
@@ -48,11 +48,12 @@ class Loader:
         self.settings, self.seed, self.patcher = settings, seed, patcher
         self.rank, self.world = rank, world
         self.readings = Readings(
-            [Reading(source.text_key, settings.context, patcher) for source in settings.train], settings.workers
+            [Reading(s.text_key, settings.context, patcher, settings.max_row_bytes) for s in settings.train],
+            settings.workers,
         )
         check, told = StoredCheck(patcher), set() if told is None else told
         self.sources = [
-            SourceReader(source, number, self.readings, seed, rank, world, settings.max_damaged, check, say, told)
+            SourceReader(source, number, self.readings, seed, rank, world, settings.max_bad_rows, check, say, told)
             for number, source in enumerate(settings.train)
         ]
         weights = np.array([source.weight for source in settings.train])
@@ -193,6 +194,8 @@ def batches_once(
     max_bytes: int | None = None,
     slots: int | None = None,
     padded: bool = False,
+    bad: DamageLimit | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Iterator[Batch]:
     """The sources' documents once, in order: for validation.
 
@@ -200,8 +203,10 @@ def batches_once(
         max_bytes: stop after about as much text.
         slots: patches a batch, as `batch_patches` of training; None for no limit.
         padded: the last batch, and with `slots` each one's patches, are filled up, so that all are of one shape.
+        bad: receives bad rows and files; None to raise the first.
+        max_row_bytes: a longer row is a bad one.
     """
-    documents = _documents_once(sources, patcher)
+    documents = _documents_once(sources, patcher, bad, max_row_bytes)
     ready: deque[Piece] = deque()
     num_bytes = 0
 
@@ -223,12 +228,15 @@ def batches_once(
         yield pack(pieces, batch_bytes, slots) if padded else pack(pieces)
 
 
-def _documents_once(sources: list[SourceSettings], patcher: Patcher | None) -> Iterator[Document]:
+def _documents_once(
+    sources: list[SourceSettings], patcher: Patcher | None, bad: DamageLimit | None, max_row_bytes: int
+) -> Iterator[Document]:
     check = StoredCheck(patcher)
+    stored = check.patcher is not None
     for source in sources:
         for file in find_files(source.path):
-            for _, document in read_documents(file, source.text_key, check):
-                yield document if check.patcher is not None else Document(document.text, document.id)
+            for _, document in read_documents(file, source.text_key, check, bad, stored, max_row_bytes):
+                yield document
 
 
 def _first(document: Document, num_bytes: int) -> Document:

@@ -49,7 +49,8 @@ class SourceReader:
         seed: of the order of the files.
         rank, world: this rank, of so many.
         check: complains about what is stored with the text.
-        say: is told of damaged rows and files, but for those in `told`, to which they are added.
+        max_bad_rows: bad rows and files that are passed over in an epoch.
+        say: is told of bad rows and files, but for those in `told`, to which they are added.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class SourceReader:
         seed: int,
         rank: int = 0,
         world: int = 1,
-        max_damaged: int = 0,
+        max_bad_rows: int = 0,
         check: Callable[[Stored, str], None] = lambda stored, file: None,
         say: Callable[[str], None] = lambda line: None,
         told: set[str] | None = None,
@@ -68,8 +69,8 @@ class SourceReader:
         self.settings, self.number, self.readings = settings, number, readings
         self.seed, self.rank, self.world = seed, rank, world
         self.check = check
-        self._limit = DamageLimit(max_damaged, "data.max_damaged", say, f" of '{settings.path}'", told)
-        self.files = find_files(settings.path)
+        self._limit = DamageLimit(max_bad_rows, "data.max_bad_rows", say, f" of '{settings.path}'", told)
+        self.files = find_files(settings.path, self._limit.note)
         self._order = -1, np.arange(0)  # an epoch, and the numbers of the files in its order
         self._num_blocks_of: dict[str, int] = {}
         self.place = Place(0, 0, 0)  # this rank's block that is being read, or the first to be

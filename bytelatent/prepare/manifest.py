@@ -10,6 +10,7 @@ from bytelatent.errors import UserError
 from bytelatent.prepare.disk import write_text, writing
 from bytelatent.prepare.gather import range_parts
 from bytelatent.prepare.work import FORMAT, Work
+from bytelatent.text import MAX_ROW_BYTES
 
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 22
@@ -52,6 +53,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         known, manifest = False, {}
     if not known:
         raise UserError(f"--out: '{folder / MANIFEST}' is damaged or of another program; give another folder")
+    request = manifest["request"]
+    if "max_corrupt" in request:  # as of earlier versions
+        request["max_bad_rows"] = request.pop("max_corrupt")
+    request.setdefault("max_row_bytes", MAX_ROW_BYTES)
+    manifest.setdefault("unread", {})
     return manifest
 
 
@@ -106,6 +112,7 @@ def _manifest(work: Work, cut: dict[str, Any], parts: list[list[Any]]) -> dict[s
         "bytes": cut["bytes"],
         "duplicates": cut["documents_read"] - cut["documents"],
         "corrupt": {"rows": len(cut["corrupt"]), "places": cut["corrupt"]},
+        "unread": cut["unread"],
         "outputs": [
             {
                 "name": output["name"],

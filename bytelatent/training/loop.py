@@ -175,7 +175,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                     metrics.write(seen, done)
                 if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
                     watchdog.progress(f"validation after step {state.step}")
-                    row = validate(state, settings, run.patcher, loss, device, plan)
+                    row = validate(state, settings, run.patcher, loss, device, plan, say, run.told)
                     metrics.write(row, done)
                     since = time.perf_counter()
                 checkpoints.check()

@@ -18,7 +18,7 @@ from bytelatent.inference import FastEntropies
 from bytelatent.interop import find_byte_lm, fingerprint
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
-from bytelatent.text import DamageLimit, Stored, find_files, read_documents
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Stored, find_files, read_documents
 
 SPREAD = 8  # text that is read for a sample, as a multiple of the sample
 
@@ -65,16 +65,17 @@ def calibrate_on(
         wanted_patch_bytes: mean bytes a patch.
         rule: the entropy rule; its threshold does not matter.
         text_bytes: how much text to measure on.
-        say: is told of damaged rows and files, of which `data.max_damaged` are passed over.
+        say: receives a line about each bad row and file, of which `data.max_bad_rows` are passed over.
         told: what was said is added.
     """
-    damaged = DamageLimit(data.max_damaged, "data.max_damaged", say, told=told)
-    sample = sample_entropies(byte_lm, data.train, data.context, rule, text_bytes, device, dtype, damaged)
+    damaged = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
+    sample = sample_entropies(byte_lm, data.train, data.context, rule, text_bytes, device, dtype, damaged, data.max_row_bytes)
     found = calibrate(sample.ids, sample.entropies, sample.position, wanted_patch_bytes, rule)
     held_out = None
     if data.valid:
         chosen = rule.model_copy(update={"threshold": found.threshold})
-        valid = sample_entropies(byte_lm, data.valid, data.context, rule, text_bytes, device, dtype)
+        damaged = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
+        valid = sample_entropies(byte_lm, data.valid, data.context, rule, text_bytes, device, dtype, damaged, data.max_row_bytes)
         held_out = mean_patch_bytes(valid.ids, valid.entropies, valid.position, chosen)
     return found.model_copy(
         update={
@@ -106,6 +107,7 @@ def sample_entropies(
     device: str = "auto",
     dtype: str = "auto",
     damaged: DamageLimit | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Sample:
     """Entropies of about `text_bytes` of text: those stored with it, else the byte LM's.
 
@@ -125,7 +127,7 @@ def sample_entropies(
             check(found, file)
             stored.append(found)
 
-    pieces = patch_in_groups(patcher, sample_pieces(sources, text_bytes, context, seen, damaged))
+    pieces = patch_in_groups(patcher, sample_pieces(sources, text_bytes, context, seen, damaged, max_row_bytes))
     stream = stream_of(pieces)
     entropies = torch.from_numpy(np.concatenate([p.entropies for p in pieces if p.entropies is not None]))
     if byte_lm is not None:
@@ -142,6 +144,7 @@ def sample_pieces(
     context: int,
     check: Callable[[Stored, str], None] = lambda stored, file: None,
     damaged: DamageLimit | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> list[Piece]:
     """About `text_bytes` of text from all over the sources, by weight: the same pieces each time."""
     random = np.random.default_rng(0)
@@ -151,7 +154,7 @@ def sample_pieces(
         wanted = text_bytes * source.weight / total
         read, pieces = 0, []
         for file in random.permutation(find_files(source.path)):
-            for _, document in read_documents(str(file), source.text_key, check, damaged):
+            for _, document in read_documents(str(file), source.text_key, check, damaged, max_row_bytes=max_row_bytes):
                 pieces.extend(cut(replace(document, starts=None), context))
                 read += len(document.text)
                 if read >= SPREAD * wanted:

@@ -29,7 +29,7 @@ MAY_CHANGE = {
     *("log_every", "device", "compile", "cuda_graph", "determinism", "byte_lm"),
     *("track", "wandb", "profile", "statistics_every"),
 }
-DATA_MAY_CHANGE = {"workers", "max_damaged"}
+DATA_MAY_CHANGE = {"workers", "max_bad_rows"}
 OPTIMIZER_MAY_CHANGE = {"accumulation"}  # with the number of processes, so that a step stays as large
 
 

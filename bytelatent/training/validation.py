@@ -10,7 +10,7 @@ import torch
 from bytelatent.data import Batch, DataSettings, Patcher, batches_once
 from bytelatent.errors import UserError
 from bytelatent.model.loss import bits_per_byte
-from bytelatent.text import find_files
+from bytelatent.text import DamageLimit, find_files
 from bytelatent.text.places import is_remote
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.parallel import Plan, let_go
@@ -43,7 +43,9 @@ def must_be_there(data: DataSettings, whence: str = "", remote: bool = True) -> 
 def must_hold_text(data: DataSettings) -> None:
     """Complain about sources before the first step, not at the first validation."""
     must_be_there(data)
-    if data.valid and next(batches_once(data.valid, data.context, data.batch_bytes), None) is None:
+    bad = DamageLimit(data.max_bad_rows, "data.max_bad_rows")
+    batches = batches_once(data.valid, data.context, data.batch_bytes, bad=bad, max_row_bytes=data.max_row_bytes)
+    if data.valid and next(batches, None) is None:
         raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
 
 
@@ -54,12 +56,20 @@ def validate(
     loss: Callable[[Batch], torch.Tensor],
     device: torch.device,
     plan: Plan,
+    say: Callable[[str], None] = lambda line: None,
+    told: set[str] | None = None,
 ) -> dict[str, Any]:
-    """Bits per byte on the validation text, whose batches the ranks share out."""
+    """Bits per byte on the validation text, whose batches the ranks share out.
+
+    Args:
+        say: receives a line about each bad row, but for those in `told`, to which they are added.
+    """
     data = settings.data
     nats, num_bytes = 0.0, 0
     limits = settings.validation.max_bytes, data.batch_patches
-    batches = batches_once(data.valid, data.context, data.batch_bytes, patcher, *limits, padded=True)
+    bad = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
+    rows = {"bad": bad, "max_row_bytes": data.max_row_bytes}
+    batches = batches_once(data.valid, data.context, data.batch_bytes, patcher, *limits, padded=True, **rows)
     state.model.eval()
     with torch.no_grad():
         for some in _in_groups(batches, plan.data_world):

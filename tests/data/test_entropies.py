@@ -370,7 +370,7 @@ def test_an_error_of_the_reader_ends_the_job(tmp_path: Path, byte_lm: ByteLM, th
     (tmp_path / "a.jsonl").write_text(good * 40)
     (tmp_path / "b.jsonl").write_text(good * 20 + "{broken\n" + good)
     with pytest.raises(UserError, match=r"b\.jsonl' line 21 is not JSON"):
-        store(byte_lm, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "out", quick(max_damaged=0))
+        store(byte_lm, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "out", quick(max_bad_rows=0))
     assert "b.parquet" not in bytes_below(tmp_path / "out")
 
 
@@ -378,7 +378,7 @@ def test_rows_without_text_are_named_and_left_out(tmp_path: Path, byte_lm: ByteL
     rows = ['{"text": "one"}', '{"id": 1}', '{"text": "two"}', "{broken", '{"text": null}', '{"text": "three"}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     said: list[str] = []
-    settings = quick(max_damaged=3)
+    settings = quick(max_bad_rows=3)
     store_entropies(byte_lm, "me", [str(tmp_path / "a.jsonl")], tmp_path / "out", settings, say=said.append)
     assert [(d.id, d.text) for d in documents_in(tmp_path / "out" / "a.parquet")] == [
         ("a/0", b"one"),
@@ -388,7 +388,7 @@ def test_rows_without_text_are_named_and_left_out(tmp_path: Path, byte_lm: ByteL
     assert [f"passed over ({n} of at most 3)" in line for n, line in enumerate(said, 1)] == [True] * 3
     assert ["line 2 " in said[0], "line 4 " in said[1], "line 5 " in said[2]] == [True] * 3
     with pytest.raises(UserError, match=r"2 damaged rows or files were passed over already \(--max-damaged\)"):
-        store(byte_lm, [tmp_path / "a.jsonl"], tmp_path / "strict", quick(max_damaged=2))
+        store(byte_lm, [tmp_path / "a.jsonl"], tmp_path / "strict", quick(max_bad_rows=2))
 
 
 def test_a_source_that_changed_but_for_its_size(tmp_path: Path, byte_lm: ByteLM) -> None:
@@ -540,7 +540,7 @@ def model(tmp_path: Path, byte_lm: ByteLM) -> Path:
 
 def command(text: Path, model: Path, out: str, **more: Any) -> Summary:
     values: dict[str, Any] = {"starts": None, "rule": None, "context": 64, "batch_bytes": None, "text_key": "text"}
-    values |= {"max_damaged": 100}
+    values |= {"max_bad_rows": 100}
     values |= {"device": "cpu", "dtype": "float32", "rank": None, "world": None, "console": Console(quiet=True)}
     return entry.entropies_beside([str(text)], str(model), out, **values | more)
 

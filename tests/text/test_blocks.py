@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
-from bytelatent.text import Damaged, blocks, open_blocks, read_documents
+from bytelatent.text import Damaged, blocks, open_blocks, parquet, read_documents
 from tests.text.text_files import KINDS, write
 
 LONG = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -19,7 +19,7 @@ LONG = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(parquet, "BLOCK_ROWS", 3)
 
 
 def in_blocks(file: Path, order: list[int] | None = None) -> list[list[tuple[int, bytes]]]:
