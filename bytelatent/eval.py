@@ -7,21 +7,38 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from bytelatent.data import DataSettings, Patcher, batches_once
+from bytelatent.data import Patcher, SourceSettings, batches_once
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.interop import load
-from bytelatent.text import find_files
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit, find_files
+from bytelatent.text.damage import MAX_BAD_ROWS
 
 
 def evaluate_model(
-    model: str, text: list[str], entropy: str | None, max_bytes: int | None, device: str, console: Console
+    model: str,
+    text: list[str],
+    entropy: str | None,
+    max_bytes: int | None,
+    device: str,
+    console: Console,
+    text_key: str = "text",
+    max_bad_rows: int = MAX_BAD_ROWS,
+    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> dict[str, Any]:
     """Evaluate a BLT or a byte LM.
 
+    Args:
+        text_key: the key or column that holds the text.
+        max_bad_rows: bad rows and files that are passed over; one more is an error.
+        max_row_bytes: a longer row is a bad one.
+
+    Returns:
+        The result, with the number of `bad_rows` and the files that are `unread`, of which nothing could be read.
+
     Raises:
-        UserError: the model or the text is not there.
+        UserError: the model or the text is not there, or there are too many bad rows.
     """
     found = load(model, entropy)
     place = choose_device(device)
@@ -31,13 +48,19 @@ def evaluate_model(
             raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --entropy")
         # In float32, however it is stored: the same patches as those of `BLT`.
         patcher = Patcher(found.config.patching, found.byte_lm.to(place, torch.float32) if found.byte_lm else None)
-    sources = DataSettings.parse({"train": text}).train
+    sources = [SourceSettings(path=path, text_key=text_key) for path in text]
+    bad = DamageLimit(max_bad_rows, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     for source in sources:
-        find_files(source.path)  # complain before the bar appears
+        find_files(source.path, bad.note)  # complain before the bar appears
     context = found.config.context
-    batches = batches_once(sources, context, max(context, 4096), patcher, max_bytes)
+    size = max(context, 4096)
+    batches = batches_once(sources, context, size, patcher, max_bytes, bad=bad, max_row_bytes=max_row_bytes)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=max_bytes)
-        result = evaluate(found.model.to(place), batches, on_batch=lambda n: progress.advance(task, n))
-    return {"model": found.source, **asdict(result)}
+        try:
+            result = evaluate(found.model.to(place), batches, on_batch=lambda n: progress.advance(task, n))
+        except UserError:
+            bad.must_have_read()  # names a file, where the other says that there was no text
+            raise
+    return {"model": found.source, **asdict(result), "bad_rows": bad.count, "unread": bad.unread}

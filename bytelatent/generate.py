@@ -28,7 +28,9 @@ from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
 from bytelatent.inference.sampling import MAX_NEW_BYTES
 from bytelatent.interop import open_pretrained
-from bytelatent.text.places import open_decompressed, readable
+from bytelatent.text.documents import json_value
+from bytelatent.text.kinds import TextReader, must_be_read
+from bytelatent.text.places import readable
 from bytelatent.text.rows_out import line_of, must_be_free, rows_at
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
@@ -197,12 +199,15 @@ def _rows(settings: GenerateSettings) -> Iterator[Row]:
     if settings.jsonl == "-":
         yield from _parsed(sys.stdin.buffer, "standard input", settings)
         return
-    try:
-        file = open_decompressed(settings.jsonl)
-    except OSError as error:
-        raise UserError(f"jsonl: '{settings.jsonl}' cannot be read: {error.strerror or error}") from None
-    with readable(settings.jsonl), file:
-        yield from _parsed(file, settings.jsonl, settings)
+    name = settings.jsonl
+    found = must_be_read(name)
+    if found.kind in ("parquet", "json"):
+        raise UserError(f"jsonl: '{name}' is no JSONL; write each prompt as an object on a line of its own")
+    with readable(name), TextReader(name, found.compression) as file:
+        file.skip_byte_order_mark()
+        yield from _parsed(file, name, settings)
+        if file.damage is not None:
+            raise UserError(f"jsonl: '{name}' {file.damage}")
 
 
 def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator[Row]:
@@ -210,8 +215,8 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # the latter of brackets, some thousand deep
+            row = json_value(line)
+        except ValueError as error:
             raise UserError(f"{name}: line {number} is no JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f'{name}: line {number} has no text under "prompt"; write {{"prompt": "..."}}')

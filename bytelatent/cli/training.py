@@ -8,13 +8,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bytelatent.cli.options import DEFAULT_MODEL, JsonOption
+from bytelatent.cli.options import (
+    DEFAULT_MODEL,
+    MAX_BAD_ROWS,
+    MAX_ROW_BYTES,
+    JsonOption,
+    MaxBadRowsOption,
+    MaxRowBytesOption,
+    TextKeyOption,
+)
 
 
 def demo(
     minutes: Annotated[float, typer.Option(min=0.1, help="About how long it may take.")] = 3.5,
     out: Annotated[Path, typer.Option(help="The folder it writes.")] = Path(DEFAULT_MODEL),
     text: Annotated[str | None, typer.Option(help="Your own text: a file or a folder.")] = None,
+    text_key: TextKeyOption = "text",
+    max_bad_rows: MaxBadRowsOption = MAX_BAD_ROWS,
+    max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the text.")] = 0,
 ) -> None:
     """Train a byte LM and a BLT on this machine, measure them, and write a page to look at.
@@ -24,7 +35,7 @@ def demo(
     from bytelatent.demo import run_demo
 
     console = Console()
-    summary = run_demo(minutes, out, text, seed, console)
+    summary = run_demo(minutes, out, text, seed, console, text_key, max_bad_rows, max_row_bytes)
     bits = summary["bits_per_byte"]
     table = Table("", "bits per byte", title="held-out text")
     for name in ("blt", "byte_lm", "xz"):

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bytelatent.cli.options import DEFAULT_MODEL, DeviceOption, EntropyOption, JsonOption, ModelOption
+from bytelatent.cli.options import (
+    DEFAULT_MODEL,
+    MAX_BAD_ROWS,
+    MAX_ROW_BYTES,
+    DeviceOption,
+    EntropyOption,
+    JsonOption,
+    MaxBadRowsOption,
+    MaxRowBytesOption,
+    ModelOption,
+    TextKeyOption,
+)
 from bytelatent.errors import UserError
 
 
@@ -17,6 +28,9 @@ def evaluate(
     model: ModelOption = DEFAULT_MODEL,
     entropy: EntropyOption = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
+    text_key: TextKeyOption = "text",
+    max_bad_rows: MaxBadRowsOption = MAX_BAD_ROWS,
+    max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -25,13 +39,16 @@ def evaluate(
     Example:  `blt eval held-out/*.jsonl --model runs/demo`
     """
     from bytelatent.eval import evaluate_model
+    from bytelatent.text.damage import must_have_read
 
-    result = evaluate_model(model, text, entropy, max_bytes, device, Console(stderr=True))
+    how = text_key, max_bad_rows, max_row_bytes
+    result = evaluate_model(model, text, entropy, max_bytes, device, Console(stderr=True), *how)
     if as_json:
         print(json.dumps(result))
-        return
-    patches = "" if result["mean_patch_bytes"] is None else f"  {result['mean_patch_bytes']:.2f} bytes a patch"
-    print(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
+    else:
+        patches = "" if result["mean_patch_bytes"] is None else f"  {result['mean_patch_bytes']:.2f} bytes a patch"
+        print(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
+    must_have_read(result["unread"])
 
 
 def generate(

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Literal, Self
@@ -85,7 +85,6 @@ class Summary:
     num_ids: int = 0  # that were read: bytes and one BOS a document
     sum_of_entropies: float = 0.0  # nats
     seconds: float = 0.0
-    unread: dict[str, str] = field(default_factory=dict)  # files of which nothing could be read, and why
 
     @property
     def mean_entropy(self) -> float | None:
@@ -155,7 +154,7 @@ def store_entropies(
         job = Job(todo, out, made_by, settings, device, summary, damaged, on_progress)
         job.run(entropies_of or _forward(byte_lm, device, dtype), static_shapes)
     summary.seconds = time.monotonic() - begin
-    summary.unread = damaged.unread
+    damaged.must_have_read()
     return summary
 
 

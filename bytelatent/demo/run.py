@@ -17,7 +17,8 @@ from bytelatent.evaluation import evaluate
 from bytelatent.files import whole_file
 from bytelatent.patching import Patch, PatchSettings
 from bytelatent.report import Report, write_report
-from bytelatent.text import read_documents
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit, read_documents
+from bytelatent.text.damage import MAX_BAD_ROWS
 from bytelatent.training import TrainSettings, read_metrics, train
 from bytelatent.training.settings import (
     CalibrationSettings,
@@ -36,13 +37,25 @@ PROMPTS = ("def read(self, ", "The history of ", "import ")
 SAMPLE_BYTES = 200
 
 
-def run_demo(minutes: float, folder: Path, own_text: str | None, seed: int, console: Console) -> dict[str, Any]:
+def run_demo(
+    minutes: float,
+    folder: Path,
+    own_text: str | None,
+    seed: int,
+    console: Console,
+    text_key: str = "text",
+    max_bad_rows: int = MAX_BAD_ROWS,
+    max_row_bytes: int = MAX_ROW_BYTES,
+) -> dict[str, Any]:
     """Train a byte LM and a BLT, measure, generate, report.
 
     Args:
         minutes: about how long it may take on this machine.
         folder: what an earlier demo left there is replaced.
         own_text: a file or folder; None for Python's standard library.
+        text_key: the key or column that holds the text.
+        max_bad_rows: bad rows and files of it that are passed over; one more is an error.
+        max_row_bytes: a longer row is a bad one.
 
     Returns:
         What `summary.json` holds.
@@ -52,7 +65,8 @@ def run_demo(minutes: float, folder: Path, own_text: str | None, seed: int, cons
     """
     began = time.perf_counter()
     _must_be_a_demo(folder)
-    text = collect(own_text, folder / "text")  # complains before anything is removed
+    bad = DamageLimit(max_bad_rows, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    text = collect(own_text, folder / "text", text_key, bad, max_row_bytes)  # complains before anything is removed
     _clear(folder)
     _say(console, "text", f"{text.what}: {text.train_bytes:,} bytes to learn from, {text.valid_bytes:,} held out")
     held_out = _read(text.valid)[:VALID_BYTES]

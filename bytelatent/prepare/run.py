@@ -17,8 +17,7 @@ from bytelatent.prepare.inputs import InputFile, check_first_row, resolve, tasks
 from bytelatent.prepare.manifest import MANIFEST, read_manifest
 from bytelatent.prepare.settings import PrepareSettings, differences
 from bytelatent.prepare.work import FOLDER, Plan, Work
-from bytelatent.text import DamageLimit
-from bytelatent.text.damage import short
+from bytelatent.text.damage import must_have_read, short
 
 SHOWN_PLACES = 3  # of bad rows; the manifest has all
 
@@ -45,7 +44,7 @@ def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
         _check_same(out, manifest, settings, console)
         shutil.rmtree(out / FOLDER, ignore_errors=True)
         _say(console, f"'{out}' is ready: {_summary(manifest)}")
-        _must_have_read(manifest)
+        must_have_read(manifest["unread"])
         return out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: '{out}' is a file; give a folder")
@@ -74,22 +73,12 @@ def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
     if len(places) > SHOWN_PLACES:
         _say(console, f"left out: {len(places) - SHOWN_PLACES:,} more, which '{out / MANIFEST}' names")
     _say(console, f"'{out}': {_summary(manifest)}")
-    _must_have_read(manifest)
+    must_have_read(manifest["unread"])
     return out
 
 
 def _say(console: Console, line: str) -> None:
     console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
-
-
-def _must_have_read(manifest: dict[str, Any]) -> None:
-    """
-    Raises:
-        UserError: there are files of which nothing could be read.
-    """
-    limit = DamageLimit(0)
-    limit.unread = manifest["unread"]
-    limit.must_have_read()
 
 
 def _plan(settings: PrepareSettings, request: dict[str, Any], work: Work, console: Console) -> None:

@@ -161,7 +161,7 @@ class Decompressed(io.RawIOBase):
         return bool(more)
 
     def _what_is_lost(self, error: Exception) -> str:
-        done = f"after {self._given + len(self._output):,} decompressed bytes"
+        done = f"is not whole: after {self._given + len(self._output):,} decompressed bytes"
         reason = " ".join(str(error).split()) or type(error).__name__
         if self._member is None:
             return f"{done} its last {len(self._input) + self._size - self._read:,} bytes are not read: {reason}"

@@ -66,10 +66,18 @@ class DamageLimit:
         Raises:
             UserError: there are some.
         """
-        if self.unread:
-            file, why = next(iter(self.unread.items()))
-            more = f" (and {len(self.unread) - 1:,} more files)" if len(self.unread) > 1 else ""
-            raise UserError(f"data: nothing of '{file}' could be read{more}: {why.removeprefix('data: ')}")
+        must_have_read(self.unread)
+
+
+def must_have_read(unread: dict[str, str]) -> None:
+    """
+    Raises:
+        UserError: there are files of which nothing could be read.
+    """
+    if unread:
+        file, why = next(iter(unread.items()))
+        more = f" (and {len(unread) - 1:,} more files)" if len(unread) > 1 else ""
+        raise UserError(f"data: nothing of '{file}' could be read{more}: {why.removeprefix('data: ')}")
 
 
 def short(line: str, end: str = "") -> str:

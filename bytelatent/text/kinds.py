@@ -127,7 +127,7 @@ class _ArrowZstd(io.RawIOBase):
             found = b"" if self.damage else self._inner.read(min(len(buffer), HEAD_BYTES))
         except Exception as error:
             self.damage = (
-                f"after {self._given:,} decompressed bytes the rest cannot be read: {' '.join(str(error).split())}; "
+                f"is not whole: after {self._given:,} decompressed bytes the rest cannot be read: {' '.join(str(error).split())}; "
                 "if its window is a long one: pip install backports.zstd"
             )
             found = b""

@@ -153,7 +153,7 @@ def sample_pieces(
     for source in sources:
         wanted = text_bytes * source.weight / total
         read, pieces = 0, []
-        for file in random.permutation(find_files(source.path)):
+        for file in random.permutation(_files(source, damaged)):
             for _, document in read_documents(str(file), source.text_key, check, damaged, max_row_bytes=max_row_bytes):
                 pieces.extend(cut(replace(document, starts=None), context))
                 read += len(document.text)
@@ -167,6 +167,10 @@ def sample_pieces(
     if not sample:
         raise UserError("data: there is no text to calibrate on: every document is empty")
     return sample
+
+
+def _files(source: SourceSettings, damaged: DamageLimit | None) -> list[str]:
+    return find_files(source.path) if damaged is None else find_files(source.path, damaged.note)
 
 
 def write_calibration(run: Path, calibration: Calibration) -> None:

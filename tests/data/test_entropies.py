@@ -387,7 +387,7 @@ def test_rows_without_text_are_named_and_left_out(tmp_path: Path, byte_lm: ByteL
     ]
     assert [f"passed over ({n} of at most 3)" in line for n, line in enumerate(said, 1)] == [True] * 3
     assert ["line 2 " in said[0], "line 4 " in said[1], "line 5 " in said[2]] == [True] * 3
-    with pytest.raises(UserError, match=r"2 damaged rows or files were passed over already \(--max-damaged\)"):
+    with pytest.raises(UserError, match=r"2 bad rows or files were passed over already \(--max-bad-rows\)"):
         store(byte_lm, [tmp_path / "a.jsonl"], tmp_path / "strict", quick(max_bad_rows=2))
 
 
@@ -479,7 +479,14 @@ def test_a_shard_is_written_by_one_process(tmp_path: Path) -> None:
         (None, None, {}, Part(0, 1)),
         (2, 4, {"RANK": "1", "WORLD_SIZE": "8"}, Part(2, 4)),
         (None, None, {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "SLURM_NTASKS": "2"}, Part(9, 16, 1)),
-        (None, None, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, Part(3, 4, 1)),
+        (
+            None,
+            None,
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"},
+            Part(3, 4, 1),
+        ),
+        (None, None, {"SLURM_NTASKS": "4"}, Part(0, 1)),  # salloc's shell
+        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, Part(0, 1)),  # a batch script
         (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Part(0, 1)),
         (
             None,
@@ -493,6 +500,7 @@ def test_a_shard_is_written_by_one_process(tmp_path: Path) -> None:
             {
                 "SLURM_ARRAY_TASK_ID": "1",
                 "SLURM_ARRAY_TASK_COUNT": "2",
+                "SLURM_STEP_ID": "1",
                 "SLURM_PROCID": "2",
                 "SLURM_NTASKS": "4",
             },
@@ -540,7 +548,7 @@ def model(tmp_path: Path, byte_lm: ByteLM) -> Path:
 
 def command(text: Path, model: Path, out: str, **more: Any) -> Summary:
     values: dict[str, Any] = {"starts": None, "rule": None, "context": 64, "batch_bytes": None, "text_key": "text"}
-    values |= {"max_bad_rows": 100}
+    values |= {"max_bad_rows": 100, "max_row_bytes": 1 << 20}
     values |= {"device": "cpu", "dtype": "float32", "rank": None, "world": None, "console": Console(quiet=True)}
     return entry.entropies_beside([str(text)], str(model), out, **values | more)
 

@@ -264,7 +264,7 @@ def test_damaged_rows_and_files_are_passed_over_up_to_a_limit(tmp_path: Path) ->
     for limit in range(4):
         with pytest.raises(UserError, match=r"is not JSON|is not a whole Parquet") as error:
             drawn(Loader(data.model_copy(update={"max_bad_rows": limit}), 0), 60)
-        assert (f"; {limit} damaged rows or files of" in str(error.value)) == (limit > 0)
+        assert (f"; {limit} bad rows or files of" in str(error.value)) == (limit > 0)
 
 
 def test_the_count_of_damaged_rows_goes_on(tmp_path: Path) -> None:

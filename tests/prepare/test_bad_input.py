@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ def test_corrupt_lines_are_left_out_and_named(tmp_path: Path, many_parts: None) 
     assert sorted(lines(out)) == sorted(good)
     found = manifest(out)["corrupt"]
     assert found["rows"] == 4
-    assert f"'{tmp_path / 'a.jsonl'}' at byte {len(b''.join(good[:300]))}" in found["places"]
+    place = f"'{tmp_path / 'a.jsonl'}' at byte {len(b''.join(good[:300]))}"
+    assert f"{place} is not a JSON object" in found["places"]
     with pytest.raises(UserError, match="more than 3 rows are bad"):
         made(tmp_path / "2", tmp_path / "a.jsonl", max_bad_rows=3)
 
@@ -45,7 +47,7 @@ def test_rows_without_text_are_corrupt_where_they_are_parsed(tmp_path: Path) -> 
     out = made_here(tmp_path / "out", tmp_path / "a.jsonl", tmp_path / "b.parquet", dedup=True)
     assert sorted(texts(out)) == [b"a", b"b", b"c"]
     assert manifest(out)["corrupt"]["rows"] == 4
-    with pytest.raises(UserError, match="has no column 'body'; it has text, n"):
+    with pytest.raises(UserError, match="has no column 'body'; its columns: text, n"):
         made(tmp_path / "2", tmp_path / "b.parquet", text_key="body")
 
 
@@ -60,7 +62,7 @@ def test_a_torn_file_is_one_corrupt_row_and_what_was_before_stays(tmp_path: Path
     out = made_here(tmp_path / "out", tmp_path / "in")
     found = sorted(set(texts(out)) - {b"whole"})
     assert manifest(out)["corrupt"]["rows"] == 1
-    assert "torn or damaged" in manifest(out)["corrupt"]["places"][0]
+    assert re.search("is not (a )?whole", manifest(out)["corrupt"]["places"][0])
     assert found == sorted(some[: len(found)])
     if kind == "jsonl.gz":
         assert len(found) > 100
