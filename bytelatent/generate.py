@@ -19,7 +19,8 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bytelatent.config import Settings, flat, from_command_line
+from bytelatent.command_line import from_command_line
+from bytelatent.config import Settings, flat
 from bytelatent.device import choose_device, is_out_of_memory
 from bytelatent.errors import Interrupted, UserError, guarded, nearest
 from bytelatent.files import part_of
@@ -315,7 +316,7 @@ def _write(out: BinaryIO, data: bytes) -> None:
 
 def main(arguments: list[str]) -> None:
     """`config=FILE key=value ...`"""
-    settings = from_command_line(GenerateSettings, arguments, USAGE, text="prompt")
+    settings = from_command_line(GenerateSettings, arguments, USAGE, literal="prompt")
     generate(settings, sys.stdout.buffer, Console(stderr=True))
 
 
