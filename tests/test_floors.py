@@ -9,8 +9,8 @@ PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
     ["errors"],  # the ground: everyone's, and it imports nothing of ours
-    ["vocab", "config", "files", "device", "unattended", "kernels"],
-    ["hub", "run_folder"],
+    ["vocab", "config", "configs", "files", "device", "unattended", "interrupt", "kernels"],
+    ["hub", "run_folder", "command_line"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "interop", "report"],
     ["training", "evaluation", "serving"],
@@ -30,6 +30,7 @@ FLOORS = [
         "patch",
     ],
     ["cli"],
+    ["__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -57,9 +57,9 @@ def train(
 
     A BLT:  `blt train config=blt_1b byte_lm=runs/mine data.train=text/*.jsonl model.encoder.window=256`
 
-    A try of a minute, on text that every machine has:  `blt train config=debug`
+    A try of a minute, on text that every machine has:  `config=debug`
 
-    Settings: `blt train config=debug --print-config` lists them all; docs/reference.md says what each means.
+    Settings: `--print-config` lists them all with their values and sources; docs/reference.md says what each means.
     """
     from bytelatent.train import command
 

@@ -47,7 +47,7 @@ class OptimizerSettings(Settings):
     warmup_steps: int = Field(default=2000, ge=0)
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
-    accumulation: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=1, ge=1, le=10**6)
     hash_gradients: Literal["dense", "rows"] = "dense"
 
 
@@ -146,7 +146,7 @@ class FaultSettings(Settings):
 
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     spike: float | None = Field(default=None, gt=1)
-    watchdog_minutes: float | None = Field(default=30.0, gt=0)
+    watchdog_minutes: float | None = Field(default=30.0, gt=0, le=10**6)
 
 
 class TrainSettings(Settings):
