@@ -3,12 +3,12 @@
 from bytelatent import interrupt
 
 
-def main() -> None:
-    """Run `blt` with the process's arguments."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run `blt`, with the process's own arguments if none are given, and end the process."""
     interrupt.listen()
     from bytelatent.cli import main as run
 
-    run()
+    run(arguments)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,11 @@
 python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.temperature=0.7
 """
 
+from bytelatent import interrupt
+
+if __name__ == "__main__":  # before what takes seconds to import
+    interrupt.listen()
+
 import json
 import signal
 import sys
@@ -321,4 +326,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.begin()
     guarded(lambda: main(sys.argv[1:]))

@@ -10,6 +10,11 @@ Keys: {keys}
 What each means: docs/clusters.md, and `blt launch --help`.
 """
 
+from bytelatent import interrupt
+
+if __name__ == "__main__":  # before what takes seconds to import
+    interrupt.listen()
+
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -129,4 +134,5 @@ def _check_training(training: Any, settings: LaunchSettings) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.begin()
     guarded(lambda: print(main(sys.argv[1:])))

@@ -80,4 +80,4 @@ def options(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command `blt`, with the process's own arguments if none are given."""
-    guarded(lambda: app(arguments))
+    guarded(lambda: app(arguments, prog_name="blt"))
