@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from bytelatent.config import merge
+from bytelatent.command_line import Given
 from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
@@ -201,4 +201,6 @@ def _rule(starts: float | None, rule: str | None) -> PatchSettings | None:
         return PatchSettings.parse({"mode": "entropy", "threshold": starts}, "--starts")
     if rule is None:
         return None
-    return PatchSettings.parse(merge({}, [part.strip() for part in rule.split(",")]), "--rule")
+    given = Given(PatchSettings)
+    given.lay_over([part.strip() for part in rule.split(",")])
+    return PatchSettings.parse(given.values, "--rule")

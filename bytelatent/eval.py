@@ -1,4 +1,11 @@
-"""Bits per byte of any model on text."""
+"""Bits per byte of any model on text: `blt eval`, also as `python -m bytelatent.eval`."""
+
+import sys
+
+if __name__ == "__main__":  # before what takes seconds to import, so that Ctrl-C is heard
+    from bytelatent.__main__ import main
+
+    main(["eval", *sys.argv[1:]])
 
 from dataclasses import asdict
 from typing import Any

@@ -3,6 +3,11 @@
 python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.temperature=0.7
 """
 
+from bytelatent import interrupt
+
+if __name__ == "__main__":  # before what takes seconds to import
+    interrupt.listen()
+
 import json
 import signal
 import sys
@@ -19,7 +24,8 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bytelatent.config import Settings, flat, from_command_line
+from bytelatent.command_line import from_command_line
+from bytelatent.config import Settings, flat
 from bytelatent.device import choose_device, is_out_of_memory
 from bytelatent.errors import Interrupted, UserError, guarded, nearest
 from bytelatent.files import part_of
@@ -320,9 +326,10 @@ def _write(out: BinaryIO, data: bytes) -> None:
 
 def main(arguments: list[str]) -> None:
     """`config=FILE key=value ...`"""
-    settings = from_command_line(GenerateSettings, arguments, USAGE, text="prompt")
+    settings = from_command_line(GenerateSettings, arguments, USAGE, literal="prompt")
     generate(settings, sys.stdout.buffer, Console(stderr=True))
 
 
 if __name__ == "__main__":
+    interrupt.begin()
     guarded(lambda: main(sys.argv[1:]))

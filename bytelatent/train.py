@@ -13,11 +13,11 @@ from bytelatent.unattended import unattended
 if TYPE_CHECKING:
     from rich.console import Console
 
-USAGE = "name a configuration or settings: blt train config=apps/bytelatent/configs/byte_lm.yaml run=runs/mine"
+USAGE = "name a configuration or settings: blt train config=byte_lm run=runs/mine data.train=text/*.jsonl"
 
 
 def main(arguments: list[str], console: "Console | None" = None) -> Path:
-    from bytelatent.config import from_command_line
+    from bytelatent.command_line import from_command_line
     from bytelatent.training import TrainSettings, train
     from bytelatent.training.ranks import said_once
 

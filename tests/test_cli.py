@@ -26,6 +26,7 @@ VERBS = [
     "prepare",
     "entropies",
     "train",
+    "configs",
     "runs",
     "launch",
     "calibrate",

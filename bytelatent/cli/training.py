@@ -17,6 +17,9 @@ from bytelatent.cli.options import (
     MaxRowBytesOption,
     TextKeyOption,
 )
+from bytelatent.configs import config_files, describe_config, find_config
+
+PRINT_CONFIG = "--print-config"  # as in bytelatent.command_line, whose imports take their time
 
 
 def demo(
@@ -52,19 +55,42 @@ def demo(
 
 
 def train(
-    settings: Annotated[list[str] | None, typer.Argument(help="config=PATH and any number of key=value.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="config=FILE, or config=NAME of `blt configs`, and key=value.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option(PRINT_CONFIG, help="Show all settings, each with its value and source; train nothing.")
+    ] = False,
 ) -> None:
     """Train a byte LM or a BLT; the same command goes on with a run that was stopped.
 
-    Example:  `blt train config=apps/bytelatent/configs/byte_lm.yaml run=runs/mine data.train=text/*.jsonl steps=2000`
+    Example:  `blt train config=byte_lm run=runs/mine data.train=text/*.jsonl steps=2000`
 
-    A BLT:  `blt train config=apps/bytelatent/configs/blt_1b.yaml byte_lm=runs/mine data.train=text/*.jsonl`
+    A BLT:  `blt train config=blt_1b byte_lm=runs/mine data.train=text/*.jsonl model.encoder.window=256`
 
-    All settings, what they mean and their defaults: docs/reference.md.
+    A try of a minute, on text that every machine has:  `config=debug`
+
+    Settings: `--print-config` lists them all with their values and sources; docs/reference.md says what each means.
     """
     from bytelatent.train import command
 
-    command(settings or [])
+    command([*(settings or []), *([PRINT_CONFIG] if print_config else [])])
+
+
+def configs(
+    name: Annotated[str | None, typer.Argument(help="Print this one, to save it and change it.")] = None,
+) -> None:
+    """List the configurations that the package brings, or print one; `blt train config=NAME` finds them anywhere.
+
+    Example:  `blt configs debug > mine.yaml`
+    """
+    if name is not None:
+        print(find_config(name).read_text(encoding="utf-8"), end="")
+        return
+    files = config_files()
+    width = max(map(len, files))
+    for known, path in files.items():
+        print(f"{known:<{width}}  {describe_config(path)}")
 
 
 def runs(
@@ -122,7 +148,7 @@ def launch(
 ) -> None:
     """Hand a script to a SLURM cluster: code, settings and batch script in one folder, and the folder to sbatch.
 
-    Example:  `blt launch --config apps/bytelatent/configs/blt_1b.yaml --nodes 2 --partition gpu steps=50000`
+    Example:  `blt launch --config blt_1b --nodes 2 --partition gpu steps=50000`
 
     Start it again:  `sbatch runs/byte_lm/submit.slurm`
     """

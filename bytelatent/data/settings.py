@@ -8,6 +8,8 @@ from bytelatent.config import Settings, renamed
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.damage import MAX_BAD_ROWS
 
+MOST = 2**31  # ids of a batch: kernels count them so
+
 
 class SourceSettings(Settings):
     """Files that belong together.
@@ -39,11 +41,11 @@ class DataSettings(Settings):
 
     train: list[SourceSettings] = Field(min_length=1)
     valid: list[SourceSettings] = Field(default=[])
-    context: int = Field(default=8192, ge=2)
-    batch_bytes: int = Field(default=16_384, ge=2)
-    batch_patches: int | None = Field(default=None, ge=2)
-    shuffle_buffer: int = Field(default=256, ge=1)
-    workers: int = Field(default=0, ge=0)
+    context: int = Field(default=8192, ge=2, le=MOST)
+    batch_bytes: int = Field(default=16_384, ge=2, le=MOST)
+    batch_patches: int | None = Field(default=None, ge=2, le=MOST)
+    shuffle_buffer: int = Field(default=256, ge=1, le=MOST)
+    workers: int = Field(default=0, ge=0, le=1024)
     max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
     max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1)
 

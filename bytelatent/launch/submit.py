@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from bytelatent.config import to_yaml
 from bytelatent.errors import UserError
 from bytelatent.files import explain, whole_file
 from bytelatent.launch import cluster
@@ -63,7 +62,7 @@ def _write_folder(dump_dir: Path, settings: LaunchSettings, config: dict[str, An
         code = dump_dir / "code"
         copy_code(settings.script, code)
     _write(dump_dir / "launch.yaml", settings.to_yaml())
-    _write(dump_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    _write(dump_dir / "config.yaml", to_yaml(config))
     argument = f"config={dump_dir / 'config.yaml'}"
     # The batch script comes last: where it stands, the folder is complete.
     _write(dump_dir / SUBMIT, batch_script(settings, dump_dir, Path.cwd(), sys.executable, code, argument))

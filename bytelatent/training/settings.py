@@ -1,10 +1,10 @@
 """The settings of a training run."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from bytelatent.config import Settings
+from bytelatent.config import Settings, laid_over
 from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
@@ -47,7 +47,7 @@ class OptimizerSettings(Settings):
     warmup_steps: int = Field(default=2000, ge=0)
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
-    accumulation: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=1, ge=1, le=10**6)
     hash_gradients: Literal["dense", "rows"] = "dense"
 
 
@@ -146,7 +146,7 @@ class FaultSettings(Settings):
 
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     spike: float | None = Field(default=None, gt=1)
-    watchdog_minutes: float | None = Field(default=30.0, gt=0)
+    watchdog_minutes: float | None = Field(default=30.0, gt=0, le=10**6)
 
 
 class TrainSettings(Settings):
@@ -157,7 +157,7 @@ class TrainSettings(Settings):
         steps: optimizer steps, or else
         minutes: time spent in steps (but for the first after each start, which compiles and warms up). The learning
             rate follows the clock, so such a run is not repeatable.
-        model: a preset's name or the shapes themselves.
+        model: a preset's name, the shapes themselves, or a mapping of `preset` and the shapes that differ from it.
         patching: the rule (BLT only). With `calibration` its threshold may be left out.
         byte_lm: where the frozen byte LM is: it gives the entropies that are not stored with the text. The run keeps a
             copy, so that the model can be used on other text.
@@ -170,6 +170,9 @@ class TrainSettings(Settings):
         determinism: only operations that give the same bits each time; slower on a GPU.
         float8: `rowwise` multiplies the matrices of the global transformer in 8-bit floats, with a scale a row.
     """
+
+    presets: ClassVar[tuple[str, ...]] = ("model",)
+    alternatives: ClassVar[tuple[str, ...]] = ("steps", "minutes")
 
     run: str = "runs/train"
     seed: int = Field(default=0, ge=0)
@@ -205,17 +208,26 @@ class TrainSettings(Settings):
     @field_validator("model", mode="before")
     @classmethod
     def _preset(cls, value: Any) -> Any:
-        """A preset by its name; otherwise `kind` says which model the shapes are of, so that errors name its keys."""
-        if isinstance(value, str):
+        """A preset by its name, with the shapes given beside it laid over its own. `kind` says which model the shapes
+        are of, so that errors name its keys.
+        """
+        name = value.get("preset") if isinstance(value, dict) else value
+        if isinstance(name, str):
             try:
-                return preset(value)
+                shapes = preset(name)
             except UserError as error:  # the key is put in front again
                 raise ValueError(str(error).removeprefix("model: ")) from None
+            if not isinstance(value, dict):
+                return shapes
+            value = laid_over(shapes.plain(), {key: inner for key, inner in value.items() if key != "preset"})
         if isinstance(value, dict):
             of_blt = BLTSettings.model_fields.keys() - ByteLMSettings.model_fields.keys()
             is_byte_lm = value.get("kind") == "byte_lm" or ("kind" not in value and not of_blt & value.keys())
             return (ByteLMSettings if is_byte_lm else BLTSettings).model_validate(value)
         return value
+
+    def source_of_default(self, key: str) -> str:
+        return "calibration" if key == "patching.threshold" and self.calibration is not None else "default"
 
     @field_validator("patching", "calibration", "byte_lm", mode="before")
     @classmethod
