@@ -9,7 +9,7 @@ PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
     ["errors"],  # the ground: everyone's, and it imports nothing of ours
-    ["vocab", "config", "files", "device", "unattended", "kernels"],
+    ["vocab", "config", "files", "device", "progress", "threads", "unattended", "kernels"],
     ["hub", "run_folder"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "interop", "report"],

@@ -187,7 +187,7 @@ def test_a_demo_that_is_stopped_says_that_it_begins_anew(
         return surprise(*arguments)
 
     monkeypatch.setitem(demo_run.train.__globals__, "surprise", stopped)
-    with pytest.raises(Interrupted, match="begins it anew"):
+    with pytest.raises(Interrupted, match="begins again"):
         run_demo(1.0, tmp_path / "demo", str(own_text), 0, QUIET)
 
 
