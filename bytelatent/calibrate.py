@@ -3,9 +3,12 @@
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from bytelatent.data import DataSettings
 from bytelatent.interop import load_byte_lm
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
+from bytelatent.progress import Progress
 from bytelatent.report import write_threshold_figure
 from bytelatent.text import DamageLimit
 from bytelatent.training import sample_entropies
@@ -18,6 +21,7 @@ def calibrate_text(
     max_bytes: int = 1_000_000,
     figure: Path | None = None,
     device: str = "auto",
+    console: Console | None = None,
 ) -> Calibration:
     """Choose the threshold for a mean patch of `patch_bytes` bytes.
 
@@ -26,6 +30,7 @@ def calibrate_text(
         model: the byte LM that gives entropies where none are stored.
         max_bytes: text to measure on.
         figure: a picture to write: mean patch size against threshold.
+        console: shows how far it is.
 
     Raises:
         UserError: neither are there stored entropies nor a byte LM, or the size is out of reach.
@@ -34,7 +39,10 @@ def calibrate_text(
     rule = PatchSettings(mode="entropy", threshold=0.0)
     byte_lm = load_byte_lm(model) if model is not None else None
     damaged = DamageLimit(data.max_damaged, "rows and files in all", lambda line: print(line, file=sys.stderr))
-    sample = sample_entropies(byte_lm, data.train, data.context, rule, max_bytes, device, damaged=damaged)
+    with Progress("calibrating", max_bytes, console) as progress:
+        sample = sample_entropies(
+            byte_lm, data.train, data.context, rule, max_bytes, device, damaged=damaged, progress=progress
+        )
     found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
     if figure is not None:
         thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, rule)

@@ -23,11 +23,12 @@ class Progress:
 
     Args:
         what: the work, in a word or two.
-        total: amount of work in `unit`, as far as it is known; None if it is not.
+        total: amount of work in `unit`; None if it is not known.
         console: where to show it; None shows nothing.
         limit: seconds after which the work ends, whatever is left of it; None never ends it.
         unit: of the amounts.
         bar: False shows lines in a terminal too, because another bar is on it.
+        about: the total is an estimate.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class Progress:
         limit: float | None = None,
         unit: str = "bytes",
         bar: bool = True,
+        about: bool = False,
     ):
         self.what, self.total, self.limit, self.unit = what, total, limit, unit
+        self._of = "of about" if about else "of"
         self.done = 0
         self.is_cut = False  # the limit ended the work
         self._console = console or Console(quiet=True)
@@ -97,7 +100,7 @@ class Progress:
     def _amount(self) -> str:
         if self.total is None or self.done > self.total:
             return f"{self.done:,} {self.unit}"
-        return f"{self.done:,} of {self.total:,} {self.unit}"
+        return f"{self.done:,} {self._of} {self.total:,} {self.unit}"
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -58,7 +58,8 @@ def calibrate(
     """
     from bytelatent.calibrate import calibrate_text
 
-    print(calibrate_text(text, patch_bytes, model, max_bytes, figure, device).model_dump_json(indent=1))
+    found = calibrate_text(text, patch_bytes, model, max_bytes, figure, device, Console(stderr=True))
+    print(found.model_dump_json(indent=1))
 
 
 def entropies(

@@ -68,7 +68,9 @@ class Measured:
         return [patch for patch in self.patches if patch.end <= SHOWN_BYTES]
 
 
-def measure(model: BLT, train: Path, valid: Path, max_bytes: int, seed: int, clock: Clock, console: Console) -> Measured:
+def measure(
+    model: BLT, train: Path, valid: Path, max_bytes: int, seed: int, clock: Clock, console: Console
+) -> Measured:
     """Measure a BLT, its byte LM and xz on the same bytes.
 
     Args:

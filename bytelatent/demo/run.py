@@ -29,6 +29,7 @@ BYTE_LM_SHARE, BLT_SHARE = 0.25, 0.55  # of the minutes, for the steps of traini
 MEASURING_SHARE = 0.15  # kept for what comes after training
 BESIDE_STEPS = 1.1  # calibration and validation, which the minutes of a training do not count; mostly less
 VALID_BYTES = 200_000  # of held-out text that bits per byte are measured on
+CURVE_BYTES = 50_000  # of it that training ends with, for a point beside its curve
 
 
 def run_demo(minutes: float, folder: Path, own_text: str | None, seed: int, console: Console) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _settings(model: str, run: Path, text: DemoText, seed: int, **more: Any) -> 
                 batch_bytes=BATCH_BYTES,
             ),
             "optimizer": OptimizerSettings(lr=4e-3, warmup_steps=40, weight_decay=0.05),
-            "validation": ValidationSettings(every=10_000, max_bytes=VALID_BYTES),
+            "validation": ValidationSettings(every=10_000, max_bytes=CURVE_BYTES),
             "checkpoint": CheckpointSettings(every=10_000, keep=1),
             "log_every": 1,
             "compile": False,  # compiling takes longer than it saves in a few minutes

@@ -87,20 +87,15 @@ def write_summary(
 
 def _undertrained(bits: dict[str, float], steps: dict[str, int]) -> str | None:
     """A line about models that were trained too little to say anything; None if both were trained enough."""
-    names = {key: name for name, key in MODELS.items()}
-    reasons = [
-        f"the {names[key]} did {done} training steps, fewer than {LEAST_STEPS}"
-        for key, done in steps.items()
-        if done < LEAST_STEPS
+    few = [
+        f"the {name} takes {bits[key]:.2f} bits per byte after {steps[key]:,} training steps"
+        for name, key in MODELS.items()
+        if steps[key] < LEAST_STEPS or not bits[key] <= MOST_BITS
     ]
-    reasons += [
-        f"the {names[key]} takes {bits[key]:.2f} bits per byte, more than {MOST_BITS}"
-        for key in names
-        if not bits[key] <= MOST_BITS
-    ]
-    if not reasons:
+    if not few:
         return None
-    return f"{'; '.join(reasons)}. Train longer (--minutes), or when the machine has less to do."
+    enough = f"below {MOST_BITS} bits after {LEAST_STEPS} steps or more"
+    return f"{' and '.join(few)} ({enough} is a start); train longer (--minutes), or while the machine has less to do"
 
 
 def about(minutes: float, folder: Path, own_text: str | None, seed: int, device: torch.device) -> dict[str, Any]:
@@ -137,8 +132,8 @@ def closing_lines(folder: Path, own_text: str | None) -> list[tuple[str, str]]:
     text = f" --text {shlex.quote(own_text)}" if own_text else ""
     blt = _this_command()
     return [
-        ("look at", str(folder / "report.html")),
-        ("numbers", str(folder / "summary.json")),
+        ("look at", shlex.quote(str(folder / "report.html"))),
+        ("numbers", shlex.quote(str(folder / "summary.json"))),
         ("next", f"{blt} generate 'def read(self' -m {out}"),
         ("", f"{blt} patch 'any text' -m {out} --entropies"),
         ("", f"{blt} demo --minutes 20 --out {out}{text}"),
@@ -148,7 +143,7 @@ def closing_lines(folder: Path, own_text: str | None) -> list[tuple[str, str]]:
 def _this_command() -> str:
     """`blt` as it has to be typed here: by its path where the shell does not find it, or finds another one."""
     called = Path(sys.argv[0])
-    if called.name == "__main__.py":
+    if called.name == "__main__.py" and called.parent.name in ("bytelatent", "cli"):  # python -m
         return f"{shlex.quote(sys.executable)} -m bytelatent.cli"
     found = shutil.which("blt")
     if called.name != "blt" or (found is not None and called.exists() and Path(found).samefile(called)):

@@ -23,7 +23,7 @@ from bytelatent.progress import Progress
 from bytelatent.text import DamageLimit, Stored, find_files, read_documents
 
 SPREAD = 8  # text that is read for a sample, as a multiple of the sample
-SAMPLE_GROUP = 8192  # ids that the byte LM reads at once: few, so that a slow machine can stop in time
+SAMPLE_GROUP = 4096  # ids that the byte LM reads at once: few, so that a slow machine can stop in time
 
 
 def must_have_byte_lm(source: str, whence: str = "") -> None:
