@@ -85,11 +85,12 @@ class Progress:
             self._bars.update(self._bars.task_ids[0], completed=self._share(), status=status)
         elif time.monotonic() - self._shown >= EVERY:
             self._shown = time.monotonic()
-            self._print(f"{self.what}  {self._share():4.0%}  {status}")
+            share = f"  {self._share():4.0%}" if self._share() > 0 else ""
+            self._print(f"{self.what}{share}  {status}")
 
     def _share(self) -> float:
-        """How much is over of the work or of its time, whichever is more, from 0 to 1."""
-        of_work = self.done / self.total if self.total else 0.0
+        """How much is over of the work or of its time, whichever is more, from 0 to 1; 0 where that is not known."""
+        of_work = self.done / self.total if self.total and self.done <= self.total else 0.0
         of_time = (time.monotonic() - self._began) / self.limit if self.limit else 0.0
         return min(max(of_work, of_time), 1.0)
 

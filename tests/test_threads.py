@@ -68,9 +68,13 @@ def test_torch_has_its_threads_back(torch_threads: list[int]) -> None:
 
 
 def test_an_error_gives_them_back_too(torch_threads: list[int]) -> None:
-    with pytest.raises(KeyboardInterrupt), Threads.of(CPU):
-        assert torch_threads == [1]
-        raise KeyboardInterrupt
+    def stopped() -> None:
+        with Threads.of(CPU):
+            assert torch_threads == [1]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert torch_threads == [8]
 
 

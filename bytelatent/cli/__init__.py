@@ -42,9 +42,9 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """The command `blt`."""
-    # Threads that wait for one another do so on their cores, by GNU's OpenMP for some milliseconds. Where other programs
-    # want the cores, a training step takes eight times as long then; alone, it is as fast either way (dev/LOG.md).
-    # Read as torch is imported, by the verbs.
+    # Threads of GNU's OpenMP that wait for one another keep their cores for milliseconds. Where other programs want the
+    # cores, a training step takes several times as long then; alone, it is as fast either way (dev/LOG.md). It is read
+    # as torch is imported, by the verbs.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     guarded(app)

@@ -40,8 +40,8 @@ class Report:
     Attributes:
         title: of the page.
         summary: `bits_per_byte` (a number for each of `blt`, `byte_lm`, `xz`, ...), `undertrained` (a sentence),
-            `mean_patch_bytes`, `seconds`, `training_seconds`, `sample`; `parameters`, `steps` and `bytes_read` (a number
-            for each of `blt`, `byte_lm`); anything else is listed as it is.
+            `mean_patch_bytes`, `seconds`, `training_seconds`, `sample`; `parameters`, `steps` and `bytes_read` (a
+            number for each of `blt`, `byte_lm`); anything else is listed as it is.
         curves: name of a model to the rows of its metrics. Training rows have `bytes_seen` and `bits_per_byte`,
             validation rows `bytes_seen` and `validation_bits_per_byte`.
         texts: name of a held-out text to its patches.
