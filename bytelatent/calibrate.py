@@ -3,9 +3,12 @@
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from bytelatent.data import DataSettings
 from bytelatent.interop import load_byte_lm
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
+from bytelatent.progress import Progress
 from bytelatent.report import write_threshold_figure
 from bytelatent.text import MAX_ROW_BYTES, DamageLimit
 from bytelatent.text.damage import MAX_BAD_ROWS
@@ -22,6 +25,7 @@ def calibrate_text(
     text_key: str = "text",
     max_bad_rows: int = MAX_BAD_ROWS,
     max_row_bytes: int = MAX_ROW_BYTES,
+    console: Console | None = None,
 ) -> Calibration:
     """Choose the threshold for a mean patch of `patch_bytes` bytes.
 
@@ -33,6 +37,7 @@ def calibrate_text(
         text_key: the key or column that holds the text.
         max_bad_rows: bad rows and files that are passed over; one more is an error.
         max_row_bytes: a longer row is a bad one.
+        console: shows how far it is.
 
     Raises:
         UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or nothing of a file could be
@@ -43,9 +48,18 @@ def calibrate_text(
     rule = PatchSettings(mode="entropy", threshold=0.0)
     byte_lm = load_byte_lm(model) if model is not None else None
     bad = DamageLimit(data.max_bad_rows, say=lambda line: print(line, file=sys.stderr))
-    sample = sample_entropies(
-        byte_lm, data.train, data.context, rule, max_bytes, device, damaged=bad, max_row_bytes=data.max_row_bytes
-    )
+    with Progress("calibrating", max_bytes, console) as progress:
+        sample = sample_entropies(
+            byte_lm,
+            data.train,
+            data.context,
+            rule,
+            max_bytes,
+            device,
+            damaged=bad,
+            max_row_bytes=data.max_row_bytes,
+            progress=progress,
+        )
     bad.must_have_read()
     found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
     if figure is not None:

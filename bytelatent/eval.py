@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from bytelatent.data import Patcher, SourceSettings, batches_once
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.interop import load
+from bytelatent.progress import Progress
 from bytelatent.text import MAX_ROW_BYTES, DamageLimit, find_files
 from bytelatent.text.damage import MAX_BAD_ROWS
+from bytelatent.text.kinds import FileKind, kind_of
+from bytelatent.text.places import size_of
 
 
 def evaluate_model(
@@ -57,17 +59,30 @@ def evaluate_model(
         patcher = Patcher(found.config.patching, found.byte_lm.to(place, torch.float32) if found.byte_lm else None)
     sources = [SourceSettings(path=path, text_key=text_key) for path in text]
     bad = DamageLimit(max_bad_rows, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
-    for source in sources:
-        find_files(source.path, bad.note)  # complain before the bar appears
+    files = [file for source in sources for file in find_files(source.path, bad.note)]
     context = found.config.context
     size = max(context, 4096)
     batches = batches_once(sources, context, size, patcher, max_bytes, bad=bad, max_row_bytes=max_row_bytes)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=max_bytes)
+    with Progress("measuring", _about_bytes(files, max_bytes), console, about=True) as progress:
         try:
-            result = evaluate(found.model.to(place), batches, on_batch=lambda n: progress.advance(task, n))
+            result = evaluate(found.model.to(place), batches, on_batch=progress.advance)
         except UserError:
             bad.must_have_read()  # names a file, where the other says that there was no text
             raise
     return {"model": found.source, **asdict(result), "bad_rows": bad.count, "unread": bad.unread}
+
+
+def _about_bytes(files: list[str], max_bytes: int | None) -> int | None:
+    """About how much text there is to read, for the time left; None where the files do not say.
+
+    Text is taken to be as large as the files that hold it, and compressed to a third.
+    """
+    try:
+        size = sum(size_of(file) * (3 if _is_compressed(kind_of(file)) else 1) for file in files)
+    except (OSError, UserError):
+        return max_bytes
+    return size if max_bytes is None else min(size, max_bytes)
+
+
+def _is_compressed(kind: FileKind) -> bool:
+    return kind.compression is not None or kind.kind == "parquet"

@@ -8,7 +8,6 @@ from bytelatent import interrupt
 if __name__ == "__main__":  # before what takes seconds to import
     interrupt.listen()
 
-import json
 import signal
 import sys
 import threading

@@ -9,7 +9,7 @@ PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
     ["errors"],  # the ground: everyone's, and it imports nothing of ours
-    ["vocab", "config", "configs", "files", "device", "unattended", "interrupt", "kernels"],
+    ["vocab", "config", "configs", "files", "device", "progress", "threads", "unattended", "interrupt", "kernels"],
     ["hub", "run_folder", "command_line"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "interop", "report"],

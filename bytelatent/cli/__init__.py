@@ -4,6 +4,7 @@ The verbs stand by their subject: `text` makes text ready, `training` trains, `u
 and describes them, `bench` measures the machine. Here they become one command.
 """
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
@@ -80,4 +81,9 @@ def options(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command `blt`, with the process's own arguments if none are given."""
+    # Threads of GNU's OpenMP that wait for one another keep their cores for milliseconds. Where other programs want the
+    # cores, a training step takes several times as long then; alone, it is as fast either way (dev/LOG.md). It is read
+    # as torch is imported, by the verbs.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     guarded(lambda: app(arguments, prog_name="blt"))

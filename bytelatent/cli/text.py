@@ -75,7 +75,8 @@ def calibrate(
     from bytelatent.calibrate import calibrate_text
 
     how = text_key, max_bad_rows, max_row_bytes
-    print(calibrate_text(text, patch_bytes, model, max_bytes, figure, device, *how).model_dump_json(indent=1))
+    found = calibrate_text(text, patch_bytes, model, max_bytes, figure, device, *how, Console(stderr=True))
+    print(found.model_dump_json(indent=1))
 
 
 def entropies(

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bytelatent.cli.options import (
     DEFAULT_MODEL,
@@ -37,21 +36,7 @@ def demo(
     """
     from bytelatent.demo import run_demo
 
-    console = Console()
-    summary = run_demo(minutes, out, text, seed, console, text_key, max_bad_rows, max_row_bytes)
-    bits = summary["bits_per_byte"]
-    table = Table("", "bits per byte", title="held-out text")
-    for name in ("blt", "byte_lm", "xz"):
-        table.add_row(name, f"{bits[name]:.3f}")
-    console.print(table)
-    for label, line in (
-        ("look at", out / "report.html"),
-        ("numbers", out / "summary.json"),
-        ("next", f"blt generate 'def read(self' -m {out}"),
-        ("", f"blt patch 'any text' -m {out} --entropies"),
-        ("", "blt demo --minutes 20"),
-    ):
-        console.print(f"[bold]{label:<8}[/] {line}", highlight=False, soft_wrap=True)
+    run_demo(minutes, out, text, seed, Console(), text_key, max_bad_rows, max_row_bytes)
 
 
 def train(

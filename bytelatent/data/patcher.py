@@ -1,6 +1,6 @@
 """Pieces cut into patches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -94,14 +94,21 @@ class Patcher:
 
 def patch_in_groups(patcher: Patcher, pieces: Sequence[Piece]) -> list[Piece]:
     """Patch any number of pieces, a group at a time, so that the byte LM's memory is bounded."""
-    patched: list[Piece] = []
+    return [piece for group in groups_of(pieces, GROUP) for piece in patcher(group)]
+
+
+def groups_of(pieces: Sequence[Piece], num_ids: int) -> Iterator[list[Piece]]:
+    """The pieces in order, in groups that hold `num_ids` ids or a little more; the last one may be smaller."""
     group: list[Piece] = []
+    size = 0
     for piece in pieces:
         group.append(piece)
-        if sum(map(len, group)) >= GROUP:
-            patched.extend(patcher(group))
-            group = []
-    return patched + patcher(group)
+        size += len(piece)
+        if size >= num_ids:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def patches_of(text: bytes, patcher: Patcher, context: int) -> list[Patch]:

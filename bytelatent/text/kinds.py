@@ -200,4 +200,3 @@ def must_be_read(file: str) -> FileKind:
             "JSONL, JSON, Parquet and text in UTF-8 or any encoding without zero bytes"
         )
     return found
-

@@ -15,6 +15,7 @@ from bytelatent.device import autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.model.loss import bits_per_byte
+from bytelatent.threads import Threads
 from bytelatent.training.checkpoint import Checkpoints, TrainState, must_take_checkpoints
 from bytelatent.training.clipping import clip
 from bytelatent.training.faults import (
@@ -42,6 +43,7 @@ from bytelatent.training.trackers import must_be_installed, open_trackers
 from bytelatent.training.validation import must_hold_text, validate
 
 MOST_ROLLBACKS = 3  # to the same checkpoint
+VALIDATION_SHARE = 0.1  # of the minutes: the most that validation may take beside them, half of it in the last one
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> Path:
@@ -119,6 +121,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
         loader,
         Checkpoints(run.folder, run.config, settings.checkpoint, plan, in_background, say, stopped) as checkpoints,
         Watchdog(settings.faults.watchdog_minutes, ranks) as watchdog,
+        Threads.of(device, settings.minutes is not None and ranks.world == 1) as threads,
         who_failed(ranks, lambda: state.step, stopped),  # at once: torchrun soon ends the ranks that are left
     ):
         if not checkpoints.load(state):
@@ -129,7 +132,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                 say(line)
         else:
             say(_over(state, settings))
-        peak, rollbacks = peak_flops(device, dtype), 0
+        peak, rollbacks, validated = peak_flops(device, dtype), 0, 0.0
         with (
             Metrics(trackers, state.step, _title(settings), console) as metrics,
             Profiler(run.folder, settings.profile, device, say) if ranks.is_first else nullcontext() as profiler,
@@ -157,27 +160,32 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                     continue
                 # From step to step: what the device still computes of one is paid for in the next.
                 now = time.perf_counter()
-                state.seconds, since = state.seconds + now - since, now
+                took, since = now - since, now
+                state.seconds += took
                 if "skipped" in row:
                     say(f"{row['skipped']}: its update is left out")
                 if state.step == first:  # it compiles and warms up: its time says nothing about the next steps'
                     state.seconds, state.waited, state.patches_seen = before, 0.0, 0
                     logged = Totals.of(state)
                     checkpoints.prepare(state)
+                else:
+                    threads.took(took)
                 # What all ranks should decide alike: the clock of the first one counts, and a signal to any.
                 stop, state.seconds = ranks.sum([stopped(), state.seconds * ranks.is_first])
                 done = _done(state, settings)
                 if state.step % settings.log_every == 0 or done >= 1:
-                    row |= speed(logged, Totals.of(state), settings, peak, ranks)
+                    row |= speed(logged, Totals.of(state), settings, peak, ranks) | {"threads": threads.count}
                     logged = Totals.of(state)
                     metrics.write(row, done)
                 if (seen := statistics.take(state.step, state.bytes_seen)) is not None:
                     metrics.write(seen, done)
                 if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
                     watchdog.progress(f"validation after step {state.step}")
-                    row = validate(state, settings, run.patcher, loss, device, plan, say, run.told)
+                    began, limit = time.perf_counter(), _validation_limit(state, settings, validated, done)
+                    row = validate(state, settings, run.patcher, loss, device, plan, limit, console, say, run.told)
                     metrics.write(row, done)
                     since = time.perf_counter()
+                    validated += since - began
                 checkpoints.check()
                 if state.step % settings.checkpoint.every == 0 or done >= 1 or stop:
                     watchdog.progress(f"a checkpoint after step {state.step}")
@@ -273,6 +281,13 @@ def _done(state: TrainState, settings: TrainSettings) -> float:
         return state.seconds / (60 * settings.minutes)
     assert settings.steps is not None
     return state.step / settings.steps
+
+
+def _validation_limit(state: TrainState, settings: TrainSettings, validated: float, done: float) -> float | None:
+    """Seconds that the next validation may take under `minutes`; earlier ones took `validated`."""
+    if settings.minutes is None:
+        return None
+    return (VALIDATION_SHARE if done >= 1 else VALIDATION_SHARE / 2) * state.seconds - validated
 
 
 def _over(state: TrainState, settings: TrainSettings) -> str:

@@ -32,6 +32,8 @@ MAY_CHANGE = {
 DATA_MAY_CHANGE = {"workers", "max_bad_rows"}
 OPTIMIZER_MAY_CHANGE = {"accumulation"}  # with the number of processes, so that a step stays as large
 
+CALIBRATION_SHARE = 0.1  # of the minutes: the most that calibration may take beside them
+
 
 @dataclass
 class Run:
@@ -91,6 +93,8 @@ def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, 
                 settings.dtype,
                 lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
                 told,
+                None if settings.minutes is None else CALIBRATION_SHARE / 2 * 60 * settings.minutes,
+                console,
             )
             write_calibration(folder, calibration)
         patching = settings.patching.model_copy(update={"threshold": calibration.threshold})
