@@ -4,11 +4,11 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-transformers4 lint clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
-		|| sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+		|| sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST)
 	@echo "  ARGS='...' is passed on (demo, test, lint); PYTHON=python3.12 chooses the interpreter of a new .venv"
 
 demo: .venv/.installed  ## train a small model on this machine and write a report
@@ -18,12 +18,22 @@ demo: .venv/.installed  ## train a small model on this machine and write a repor
 test: .venv/.installed  ## run the tests, ARGS="tests/patching -x" for some of them
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
+test-transformers4: .venv/.installed .venv/transformers4/.installed  ## the same logits in transformers 4.57 (kept apart, 140 MB)
+	@TRANSFORMERS4=$(CURDIR)/.venv/transformers4 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) \
+		tests/interop/test_transformers4.py
+
 lint: .venv/.installed  ## ruff and basedpyright, ARGS=--fix to mend what can be
 	@bash dev/lint.sh $(ARGS)
 
 clean:  ## remove .venv, build output and caches (not runs/)
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
+
+# Only what transformers 4 needs in other versions than the environment has; torch and the rest it takes from there.
+.venv/transformers4/.installed: dev/transformers4.txt .venv/.installed
+	@rm -rf .venv/transformers4
+	.venv/bin/python -m pip install --quiet --no-deps --target .venv/transformers4 -r dev/transformers4.txt
+	@touch $@
 
 # `.unfinished` becomes the stamp only at the very end: a .venv whose making was interrupted is made anew, while one
 # that somebody made by hand is only brought up to date.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.data import Patcher, cut, pack, patch_in_groups, patches_of, take
-from bytelatent.device import choose_device
+from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
@@ -70,8 +70,8 @@ class BLT:
         cls,
         source: str | Path,
         entropy: str | Path | None = None,
-        device: str = "auto",
-        dtype: str = "float32",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "float32",
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
@@ -84,8 +84,9 @@ class BLT:
             source: a run of ours; a folder in our format, in one of Meta's, or in that of transformers; or OWNER/NAME,
                 a repository of the Hugging Face hub that holds one of these.
             entropy: where the byte LM (entropy model) is, if it stands neither inside `source` nor beside it.
-            dtype: precision of the weights, `float32`, `bfloat16`, or `auto` as they are stored. The byte LM keeps
-                float32, for exact patches.
+            device: where the model computes: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`; torch's own are taken, too.
+            dtype: precision of the weights, `float32`, `bfloat16`, or `auto` as they are stored; torch's own are taken,
+                too. The byte LM keeps float32, for exact patches.
             revision: a branch, a tag or a commit of the repository.
             token: the key of a user of the hub; HF_TOKEN, or the key of `hf auth login`, if left out.
             local_files_only: take what was downloaded earlier, and do not ask the hub.
@@ -98,9 +99,7 @@ class BLT:
             UserError: there is no BLT at `source`, it is not whole, or it computes something that is not known here;
                 or its weights cannot be rounded so.
         """
-        if dtype not in ("float32", "bfloat16", "auto"):
-            raise UserError(f"dtype: '{dtype}' is none; use float32, bfloat16 or auto")
-        place = choose_device(device)
+        precision, place = precision_of_weights(dtype), choose_device(device)
         check_weights(weights, place)
         check_ahead(ahead)
         found = open_pretrained(source, entropy, revision, token, local_files_only)
@@ -109,7 +108,7 @@ class BLT:
         if found.config.patching is None:
             raise UserError(f"model: '{source}' names no patching rule; its config.json should have one")
         _tell(found.in_a_line(), *found.warnings)
-        loaded = found.load(place, {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}[dtype])
+        loaded = found.load(place, precision)
         assert isinstance(loaded.model, BLTModel)
         lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
         return cls(loaded.model, loaded.config, lm, loaded.source, weights, ahead)

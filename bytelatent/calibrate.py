@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bytelatent.data import DataSettings
+from bytelatent.device import choose_device
 from bytelatent.interop import load_byte_lm
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.progress import Progress
@@ -43,6 +44,7 @@ def calibrate_text(
         UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or nothing of a file could be
             read.
     """
+    place = choose_device(device)  # before anything is read
     sources = [{"path": path, "text_key": text_key} for path in text]
     data = DataSettings.parse({"train": sources, "max_bad_rows": max_bad_rows, "max_row_bytes": max_row_bytes})
     rule = PatchSettings(mode="entropy", threshold=0.0)
@@ -55,7 +57,7 @@ def calibrate_text(
             data.context,
             rule,
             max_bytes,
-            device,
+            place,
             damaged=bad,
             max_row_bytes=data.max_row_bytes,
             progress=progress,

@@ -9,6 +9,7 @@ import torch
 
 from bytelatent.errors import UserError
 
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}  # precisions that models are loaded in
 CGROUP = Path("/sys/fs/cgroup")  # of Linux
 # Dense products a second in bfloat16, as the makers state them, by what a device's name holds; the first that fits.
 PEAKS = {
@@ -35,25 +36,61 @@ PEAKS = {
 }
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """`auto`: CUDA, else MPS, else the CPU."""
-    if name == "auto":
+def choose_device(device: str | int | torch.device = "auto") -> torch.device:
+    """The device to compute on.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, as a name or as torch's own; `auto` takes CUDA, else MPS, else the CPU.
+
+    Raises:
+        UserError: there is no such device, or this machine, its driver or this build of torch cannot use it.
+    """
+    if isinstance(device, str) and device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device: '{name}' is none; use auto, cpu, cuda, cuda:1 or mps")
-    if (device.type == "cuda" and not torch.cuda.is_available()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise UserError(f"device: this machine (or this build of torch) has no {device.type}; use device=auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: '{name}' is not there; this machine has {torch.cuda.device_count()} of cuda")
-    return device
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda", "mps") or isinstance(device, bool):
+        raise UserError(f"device: '{device}' is not known; use auto, cpu, cuda, cuda:1 or mps")
+    if (why := _why_not(chosen)) is not None:
+        raise UserError(f"device: '{device}' cannot be used: {why}; device=auto takes what there is")
+    return chosen
+
+
+def _why_not(device: torch.device) -> str | None:
+    """Why this process cannot compute on a device, and what to do; None if it can."""
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        return "this machine, or this build of torch, has no mps"
+    if device.type != "cuda":
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built for the CPU only; install a build for CUDA"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU; install its driver, or a newer one"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"this machine has {torch.cuda.device_count()} of cuda, counted from 0"
+    return None
+
+
+def precision_of_weights(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The precision to load weights in.
+
+    Args:
+        dtype: `float32` or `bfloat16`, as a name or as torch's own; `auto` for that of the file.
+
+    Returns:
+        None for that of the file.
+
+    Raises:
+        UserError: it is another.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in WEIGHTS:
+        raise UserError(f"dtype: '{dtype}' is not known; use float32, bfloat16 or auto")
+    return WEIGHTS[name]
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

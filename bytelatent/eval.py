@@ -7,6 +7,7 @@ if __name__ == "__main__":  # before what takes seconds to import, so that Ctrl-
 
     main(["eval", *sys.argv[1:]])
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -49,14 +50,14 @@ def evaluate_model(
     Raises:
         UserError: the model or the text is not there, or there are too many bad rows.
     """
-    found = load(model, entropy)
     place = choose_device(device)
+    found = load(model, entropy, device=place)
     patcher = None
     if found.config.patching is not None:
         if found.config.patching.needs_entropies and found.byte_lm is None:
             raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --entropy")
         # In float32, however it is stored: the same patches as those of `BLT`.
-        patcher = Patcher(found.config.patching, found.byte_lm.to(place, torch.float32) if found.byte_lm else None)
+        patcher = Patcher(found.config.patching, found.byte_lm.to(torch.float32) if found.byte_lm else None)
     sources = [SourceSettings(path=path, text_key=text_key) for path in text]
     bad = DamageLimit(max_bad_rows, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     files = [file for source in sources for file in find_files(source.path, bad.note)]
@@ -65,10 +66,12 @@ def evaluate_model(
     batches = batches_once(sources, context, size, patcher, max_bytes, bad=bad, max_row_bytes=max_row_bytes)
     with Progress("measuring", _about_bytes(files, max_bytes), console, about=True) as progress:
         try:
-            result = evaluate(found.model.to(place), batches, on_batch=progress.advance)
+            result = evaluate(found.model, batches, on_batch=progress.advance)
         except UserError:
             bad.must_have_read()  # names a file, where the other says that there was no text
             raise
+    if not math.isfinite(result.bits_per_byte):
+        raise UserError(f"eval: '{model}' gives {result.bits_per_byte} bits per byte; its weights are damaged")
     return {"model": found.source, **asdict(result), "bad_rows": bad.count, "unread": bad.unread}
 
 

@@ -21,6 +21,22 @@ class DiskFull(UserError):
     """There is no room for what was to be written."""
 
 
+def own_file(path: str | Path, flags: int) -> int:
+    """Open a file for writing whose name anybody can know beforehand: a link that was put there is not followed.
+
+    An `opener` of the built-in `open`; `flags` are those of `os.open`.
+
+    Raises:
+        UserError: it is a link.
+    """
+    try:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError:
+        if os.path.islink(path):
+            raise UserError(f"'{path}' is a link, and would be written through; remove it") from None
+        raise
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes `path` when the block ends without an error."""
@@ -28,6 +44,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)  # a link there would be written through
         yield aside
         os.replace(aside, path)
     except Exception as error:
@@ -64,7 +81,7 @@ def whole_folder(path: str | Path, known: dict[str, Digest] | None = None) -> It
             except BaseException:
                 os.replace(old, path)
                 raise
-            shutil.rmtree(old, ignore_errors=True)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(aside, path)
     except Exception as error:
@@ -84,7 +101,7 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     path = Path(folder) / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
+        lock = open(path, "a", opener=own_file)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"'{folder}' cannot be written: {error.strerror or error}") from None
     with lock:
@@ -152,7 +169,7 @@ def _opened_alone(part: Path) -> BinaryIO:
     while True:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
-            file = part.open("ab", buffering=0)
+            file = open(part, "ab", buffering=0, opener=own_file)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"'{part}' cannot be written: {error.strerror or error}") from None
         try:
@@ -163,7 +180,7 @@ def _opened_alone(part: Path) -> BinaryIO:
                 f"'{part}' is being written by another process; wait for it, or name another file"
             ) from None
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+            if os.path.samestat(os.fstat(file.fileno()), part.lstat()):
                 return file
         file.close()  # it was another process's, which ended and took it away before it was locked here
 
@@ -210,7 +227,7 @@ def what_is_torn(folder: Path, ending: str = "", part: int = 0, parts: int = 1) 
 
 def manifest_of(folder: Path) -> dict[str, Digest]:
     """The files that `whole_folder` wrote, and what they were; others may have come to stand beside them."""
-    return json.loads((folder / MANIFEST).read_text())["files"]
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8-sig"))["files"]
 
 
 def digests(folder: Path, known: dict[str, Digest] | None = None) -> dict[str, Digest]:

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bytelatent.command_line import from_command_line
 from bytelatent.config import Settings, flat
-from bytelatent.device import choose_device, is_out_of_memory
+from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, guarded, nearest
 from bytelatent.files import part_of
 from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
@@ -133,16 +133,14 @@ def _made_with(settings: GenerateSettings) -> dict[str, Any]:
 
 
 def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
-    if settings.dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"dtype: '{settings.dtype}' is none; use auto, float32 or bfloat16")
-    place = choose_device(settings.device)
+    precision, place = precision_of_weights(settings.dtype), choose_device(settings.device)
     check_weights(settings.weights, place)
     check_ahead(settings.ahead)
     found = open_pretrained(settings.model, settings.entropy)
     patching = found.config.patching
     if patching is not None and patching.needs_entropies and found.byte_lm is None:
         raise UserError(f"generate: the patches of '{settings.model}' need a byte LM; name it: --entropy FOLDER")
-    loaded = found.load(place, None if settings.dtype == "auto" else getattr(torch, settings.dtype))
+    loaded = found.load(place, precision)
     # In float32, however it is stored: the same patches as those of `BLT`.
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
     return engine_for(loaded.model, patching, byte_lm, num_rows, settings.weights, settings.ahead)

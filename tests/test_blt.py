@@ -228,7 +228,7 @@ def test_precision_of_the_weights(blt: BLT, tmp_path: Path) -> None:
     assert logits.dtype == torch.float32
     assert not logits.equal(blt.logits(ids))
     torch.testing.assert_close(logits, blt.logits(ids), atol=0.2, rtol=0.1)
-    with pytest.raises(UserError, match="dtype: 'float16' is none"):
+    with pytest.raises(UserError, match="dtype: 'float16' is not known"):
         BLT.from_pretrained(tmp_path / "a", dtype="float16")
 
 

@@ -169,7 +169,7 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["patch", "x", "-m", "absent", "--compare", "entropy,space"], "need no model: --rule space, --compare space"),
         (["generate", "x", "-m", "absent"], "'absent' is no folder"),
         (["generate", "x", "-m", "{model}", "--top-p", "0"], "top_p"),
-        (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is none"),
+        (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is not known"),
         (["generate", "x", "-m", "absent", "--ahead", "99"], "ahead: 99 bytes a step; take 1 to 16"),
         (["generate", "x", "-m", "absent", "--weights", "int4"], "weights: Input should be 'full', 'int8' or 'fp8'"),
         (["generate", "x", "-m", "absent", "-n", str(10**20)], f"or equal to 1000000000, not {10**20}"),

@@ -1,7 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
 
-from bytelatent.device import autocast, choose_device, choose_dtype, peak_flops, peak_memory
+from bytelatent.device import autocast, choose_device, choose_dtype, peak_flops, peak_memory, precision_of_weights
 from bytelatent.errors import UserError
 
 CPU = torch.device("cpu")
@@ -17,27 +19,73 @@ def test_auto_takes_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device().type == "cpu"
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cpu:x", "meta", "xla", "cuda:-1", "two\nlines"])
-def test_a_device_that_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["gpu", "", "cpu:x", "meta", "xla", "cuda:-1", "two\nlines", None, True, 1.5, torch.device("meta")]
+)
+def test_a_device_that_is_not_known(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match="is none; use auto, cpu, cuda"):
+    with pytest.raises(UserError, match="is not known; use auto, cpu, cuda") as caught:
         choose_device(name)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
-def test_a_device_that_this_machine_lacks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_own_devices() -> None:
+    assert choose_device(torch.device("cpu")) == choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", torch.device("cuda"), torch.device("cuda", 1)])
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [
+        (None, "cannot be used: torch .* is built for the CPU only; install a build for CUDA; device=auto takes"),
+        ("12.8", "cannot be used: torch .* finds no GPU; install its driver, or a newer one; device=auto takes"),
+    ],
+)
+def test_a_driver_that_is_missing(
+    name: str | torch.device, version: str | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match=f"has no {name.split(':')[0]}; use device=auto"):
+    with pytest.raises(UserError, match=why):
         choose_device(name)
+
+
+def test_a_machine_without_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="'mps' cannot be used: this machine, or this build of torch, has no mps"):
+        choose_device("mps")
 
 
 def test_a_second_device_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert choose_device("cuda:0") == torch.device("cuda", 0)
-    with pytest.raises(UserError, match="'cuda:1' is not there"):
+    assert choose_device("cuda:0") == choose_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    with pytest.raises(UserError, match="'cuda:1' cannot be used: this machine has 1 of cuda"):
         choose_device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("torch.bfloat16", torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        ("auto", None),
+    ],
+)
+def test_precisions_by_name_and_as_torchs_own(dtype: str | torch.dtype, precision: torch.dtype | None) -> None:
+    assert precision_of_weights(dtype) == precision
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, torch.int8, "", None, 16, [], "two\nlines"])
+def test_precisions_that_are_not_known(dtype: Any) -> None:
+    with pytest.raises(UserError, match=r"dtype: .* is not known; use float32, bfloat16 or auto") as caught:
+        precision_of_weights(dtype)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("computes", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

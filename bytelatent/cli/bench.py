@@ -1,12 +1,12 @@
 """The verbs that measure this machine."""
 
-import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from bytelatent.cli.options import DeviceOption, JsonOption
+from bytelatent.cli.output import print_json
 
 app = typer.Typer(help="Measure this machine.\n\nExample:  `blt bench train demo-blt`", no_args_is_help=True)
 
@@ -39,6 +39,6 @@ def bench_train(
     given |= {"checkpointing": checkpointing, "cuda_graph": cuda_graph, "device": device, "dtype": dtype}
     report = run(BenchTrainSettings.parse(given), Console(stderr=True))
     if as_json:
-        print(json.dumps(report.plain()))
+        print_json(report.plain())
     else:
         report.show(Console())

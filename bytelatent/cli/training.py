@@ -1,6 +1,5 @@
 """The verbs that train, and look at runs."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from bytelatent.cli.options import (
     MaxRowBytesOption,
     TextKeyOption,
 )
+from bytelatent.cli.output import print_json
 from bytelatent.configs import config_files, describe_config, find_config
 
 PRINT_CONFIG = "--print-config"  # as in bytelatent.command_line, whose imports take their time
@@ -96,7 +96,7 @@ def runs(
     if figure is not None:
         write_runs_figure(figure, comparison.runs, against)
     if as_json:
-        print(json.dumps(comparison.plain()))
+        print_json(comparison.plain())
     else:
         comparison.show(Console())
 

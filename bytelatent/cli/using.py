@@ -1,6 +1,5 @@
 """The verbs that use a model on text."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,7 @@ from bytelatent.cli.options import (
     ModelOption,
     TextKeyOption,
 )
+from bytelatent.cli.output import print_json
 from bytelatent.errors import UserError
 
 
@@ -44,7 +44,7 @@ def evaluate(
     how = text_key, max_bad_rows, max_row_bytes
     result = evaluate_model(model, text, entropy, max_bytes, device, Console(stderr=True), *how)
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
     else:
         patches = "" if result["mean_patch_bytes"] is None else f"  {result['mean_patch_bytes']:.2f} bytes a patch"
         print(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
@@ -124,7 +124,7 @@ def patch(
     rules = Rules(model)
     patched = {name: rules.patches(name, data) for name in names}
     if as_json:
-        print(json.dumps({name: [vars(patch) for patch in patches] for name, patches in patched.items()}))
+        print_json({name: [vars(patch) for patch in patches] for name, patches in patched.items()})
     elif html is not None:
         write_patches_page(html, patched, "Patches", rules.thresholds)
         print(html)

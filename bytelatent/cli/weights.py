@@ -1,12 +1,12 @@
 """The verbs about a model's weights and shape."""
 
-import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from bytelatent.cli.options import EntropyOption, JsonOption, RevisionOption
+from bytelatent.cli.output import print_json
 
 
 def convert(
@@ -62,6 +62,6 @@ def info(
 
     description = describe(model, patch_bytes, context, entropy, revision)
     if as_json:
-        print(json.dumps(description.plain()))
+        print_json(description.plain())
     else:
         description.show(Console())

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bytelatent.config import Settings, renamed
+from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.damage import MAX_BAD_ROWS
 
@@ -41,7 +42,7 @@ class DataSettings(Settings):
 
     train: list[SourceSettings] = Field(min_length=1)
     valid: list[SourceSettings] = Field(default=[])
-    context: int = Field(default=8192, ge=2, le=MOST)
+    context: int = Field(default=8192, ge=2, le=LONGEST_CONTEXT)
     batch_bytes: int = Field(default=16_384, ge=2, le=MOST)
     batch_patches: int | None = Field(default=None, ge=2, le=MOST)
     shuffle_buffer: int = Field(default=256, ge=1, le=MOST)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bytelatent.errors import UserError
+from bytelatent.files import own_file
 from bytelatent.text import find_files
 from bytelatent.text.kinds import without_ending
 from bytelatent.text.places import is_remote, readable, size_of
@@ -74,7 +75,7 @@ def hold(out: Path, shards: Sequence[Shard]) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("wb")
+        lock = open(out / LOCK, "ab", opener=own_file)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"entropies: '{out}' cannot be written: {error.strerror or error}") from None
     with lock:

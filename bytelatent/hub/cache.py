@@ -152,7 +152,7 @@ def write_record(folder: Path, listed: list[HubFile]) -> None:
 def read_record(folder: Path) -> list[HubFile] | None:
     """The files that `write_record` kept; None if there is no record that can be read."""
     try:
-        return [HubFile(**file) for file in json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]]
+        return [HubFile(**file) for file in json.loads((folder / RECORD).read_text(encoding="utf-8-sig"))["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -170,7 +170,7 @@ def _has_weights(folder: Path) -> bool:
     found = [path for path in folder.rglob("*") if path.name.endswith((SAFE_WEIGHTS, PICKLED_WEIGHTS))]
     wanted = {place for path in found for place in _shards(path)}
     for index in folder.rglob(f"*{INDEX}"):
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()
         wanted.update(index.parent / name for name in names)
     return bool(found) and all(place.is_file() for place in wanted)  # a link may lead nowhere
 

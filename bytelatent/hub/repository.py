@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.files import own_file
 
 ATTEMPTS = 5
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 16.0  # seconds
@@ -147,7 +148,7 @@ class Repository:
         part = part_of(target)
         with self._in_one_line(), _on_disk(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            part.touch()
+            open(part, "ab", opener=own_file).close()
             advance(part.stat().st_size)
             if part.stat().st_size > file.size:
                 _begin_anew(part, advance)
@@ -179,7 +180,7 @@ class Repository:
                 )
             if have and response.status_code != 206:  # a server without ranges
                 _begin_anew(part, advance)
-            with part.open("ab") as out:
+            with open(part, "ab", opener=own_file) as out:
                 for chunk in response.iter_bytes():
                     if self.stop.is_set():
                         raise Interrupted

@@ -1,5 +1,6 @@
 """The model card: `README.md` with what the hub reads at its head."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,26 +32,40 @@ def stated_licence(folder: Path) -> str | None:
         return shown(stated.strip())
     if isinstance(stated, list) and stated and all(isinstance(name, str) for name in stated):
         return shown(", ".join(stated))
-    named = [file.name for pattern in LEGAL_FILES[:2] for file in sorted(folder.glob(pattern))]
+    named = [file.name for pattern in LEGAL_FILES[:2] for file in legal_files(folder, pattern)]
     return f"see {named[0]}" if named else None
 
 
 def _head_of_card(card: Path) -> dict[str, Any]:
     """What a card says at its head; nothing if it is damaged, for a card is no part of the model."""
     try:
-        text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+        text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() and not leads_out(card) else ""
         head = yaml.safe_load(text[3:].split("\n---", 1)[0]) if text.startswith("---") else None
     except (yaml.YAMLError, ValueError, RecursionError, OSError):  # ValueError: dates such as 2024-99-99
         return {}
     return head if isinstance(head, dict) else {}
 
 
+def legal_files(folder: Path, *patterns: str) -> list[Path]:
+    """The licences, notices and policies of a model, or those that patterns name."""
+    found = (file for pattern in patterns or LEGAL_FILES for file in sorted(folder.glob(pattern)))
+    return [file for file in found if file.is_file() and not leads_out(file)]
+
+
+def leads_out(file: Path) -> bool:
+    """Whether a file of a model is a link to somewhere else, which may be anything that its reader has access to.
+
+    A snapshot of the hub's cache holds links, too, to files of the same repository, in `blobs/`.
+    """
+    place, folder = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
+    blobs = folder.parent.parent / "blobs"
+    return not (place.is_relative_to(folder) or (folder.parent.name == "snapshots" and place.is_relative_to(blobs)))
+
+
 def copy_legal_files(source: Path, target: Path) -> None:
     """What must go with the weights wherever they go."""
-    for pattern in LEGAL_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    for file in legal_files(source):
+        shutil.copyfile(file, target / file.name)
 
 
 def write_card(folder: Path, title: str, stored: StoredModel, loads_with: str, loading: Sequence[str]) -> None:

@@ -35,6 +35,7 @@ FORMATS = {
             "",
             "model = BltForCausalLM.from_pretrained(FOLDER)",
             "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+            "# Batch texts of one length only: transformers reads padding as text. Version 4 has no attention windows.",
             "",
             "# or, many times faster:",
             *OURS,
@@ -125,8 +126,8 @@ def check_target(folder: Path, format: str, licence: str | None = None) -> Path:
     Raises:
         UserError: there is no such format, or the folder holds something else than a saved model.
     """
-    if format not in FORMATS:
-        raise UserError(f"format: '{format}' is none of {', '.join(FORMATS)}{nearest(format, list(FORMATS))}")
+    if not isinstance(format, str) or format not in FORMATS:
+        raise UserError(f"format: '{format}' is none of {', '.join(FORMATS)}{nearest(str(format), list(FORMATS))}")
     if licence is not None and not licence.strip():
         raise UserError("licence: it is empty; name one, such as apache-2.0, or leave it out")
     try:

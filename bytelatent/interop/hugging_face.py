@@ -11,7 +11,15 @@ from pathlib import Path
 
 from bytelatent.errors import UserError
 from bytelatent.interop.beside import Expressed, recall, remember
-from bytelatent.interop.hugging_face_config import byte_lm_of, config_of, patcher_config_of, settings_of, special_ids
+from bytelatent.interop.hugging_face_config import (
+    DEFAULTS,
+    byte_lm_of,
+    config_of,
+    context_of,
+    patcher_config_of,
+    settings_of,
+    special_ids,
+)
 from bytelatent.interop.stored import Config, StoredModel, shapes, under_our_names, under_their_names
 from bytelatent.interop.tensors import StoredTensor, read_json, read_weights, write_json, write_weights
 from bytelatent.interop.tokenizer import write_tokenizer
@@ -76,7 +84,7 @@ def open_hugging_face(folder: Path, weights: bool = True) -> StoredModel:
     values = read_json(folder / "config.json")
     where = str(folder / "config.json")
     model, patching = settings_of(values, where)
-    config = Config(model=model, context=values.get("max_position_embeddings", 4096), patching=patching)
+    config = Config(model=model, context=context_of({**DEFAULTS[""], **values}, where), patching=patching)
     config = recall(folder, config, lambda earlier: (*settings_of(config_of(earlier, True), where), earlier.context))
     inner = byte_lm_of(values, where)
     if inner is not None:
@@ -145,14 +153,13 @@ def _read_tensors(
     found = read_weights(folder)
     if NO_TABLES in found and found[NO_TABLES].shape[:1] == (0,):
         found.pop(NO_TABLES)
-    names = published_names(model) | (published_names(byte_lm) if byte_lm is not None else {})
     if byte_lm is None:
-        return under_our_names(found, model, names, str(folder)), {}
+        return under_our_names(found, model, published_names, str(folder)), {}
     patcher = {name: tensor for name, tensor in found.items() if name.startswith(PATCHER)}
     others = {name: tensor for name, tensor in found.items() if name not in patcher}
     return (
-        under_our_names(others, model, published_names(model), str(folder)),
-        under_our_names(patcher, byte_lm, published_names(byte_lm), str(folder)),
+        under_our_names(others, model, published_names, str(folder)),
+        under_our_names(patcher, byte_lm, published_names, str(folder)),
     )
 
 

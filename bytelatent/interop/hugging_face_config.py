@@ -7,7 +7,7 @@ from bytelatent.errors import UserError
 from bytelatent.interop.stored import Config
 from bytelatent.interop.tensors import shown
 from bytelatent.model import BLTSettings, ByteLMSettings
-from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
+from bytelatent.model.settings import LONGEST_CONTEXT, CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import BOE, BOS, EOS, VOCAB_SIZE
 
@@ -72,6 +72,7 @@ def settings_of(values: Mapping[str, Any], where: str) -> tuple[BLTSettings, Pat
     top = {**DEFAULTS[""], **values}
     encoder, middle, decoder = (_part(values, f"{part}_config", where) for part in ("encoder", "global", "decoder"))
     k, window = top["cross_attn_k"], top["local_attention_window_len"]
+    _rope_theta(values, where, "", DEFAULT_THETA)  # nothing reads it, but a type that is stated there is meant
     _refuse(where, "tie_word_embeddings", top["tie_word_embeddings"], [False])
     for part, inner in (("", top), ("encoder_config.", encoder), ("decoder_config.", decoder)):
         _refuse(where, f"{part}vocab_size", inner.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
@@ -130,7 +131,18 @@ def byte_lm_of(values: Mapping[str, Any], where: str) -> Config | None:
     patcher = _part(values, "patcher_config", where)
     _refuse(where, "patcher_config.vocab_size", patcher.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
     stack = _stack(patcher, patcher["sliding_window"], where, "patcher_config", DEFAULT_PATCHER_THETA)
-    return Config(model=ByteLMSettings(**stack.model_dump()), context=patcher["max_position_embeddings"])
+    return Config(model=ByteLMSettings(**stack.model_dump()), context=context_of(patcher, where, "patcher_config."))
+
+
+def context_of(values: Mapping[str, Any], where: str, prefix: str = "") -> int:
+    """The ids that a part saw at once in training."""
+    found = values["max_position_embeddings"]
+    if type(found) is not int or not 1 <= found <= LONGEST_CONTEXT:
+        raise UserError(
+            f"{where}: {prefix}max_position_embeddings is {shown(repr(found))}; it should be a number from 1 to "
+            f"{LONGEST_CONTEXT:,}"
+        )
+    return found
 
 
 def _stack(
@@ -139,20 +151,50 @@ def _stack(
     _refuse(where, f"{name}.hidden_act", part.get("hidden_act", "silu"), ["silu"])
     head_dim = part["hidden_size"] // part["num_attention_heads"]
     _refuse(where, f"{name}.head_dim", part.get("head_dim") or head_dim, [head_dim])
-    rope = _group(part, "rope_parameters", f"{where}: {name}") or _group(part, "rope_scaling", f"{where}: {name}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    _refuse(where, f"{name}.rope_parameters.rope_type", kind, ["default"])
     hidden = part["intermediate_size"] or 8 * part["hidden_size"] // 3
-    return StackSettings(
-        dim=part["hidden_size"],
-        num_layers=part["num_hidden_layers"],
-        num_heads=part["num_attention_heads"],
-        num_kv_heads=part.get("num_key_value_heads"),
-        window=window,
-        rope_theta=rope.get("rope_theta", part.get("rope_theta", default_theta)),
-        norm_eps=part.get("rms_norm_eps", 1e-5),
+    values = {
+        "dim": part["hidden_size"],
+        "num_layers": part["num_hidden_layers"],
+        "num_heads": part["num_attention_heads"],
+        "num_kv_heads": part.get("num_key_value_heads"),
+        "window": window,
+        "rope_theta": _rope_theta(part, where, f"{name}.", default_theta),
+        "norm_eps": part.get("rms_norm_eps", 1e-5),
         **_width(part["hidden_size"], hidden),
-    )
+    }
+    return StackSettings.parse(values, f"{where}: {name}")
+
+
+def _rope_theta(part: Mapping[str, Any], where: str, prefix: str, default: float) -> float:
+    """The theta of a part's rotary embedding.
+
+    transformers 5 reads `rope_scaling`, else `rope_parameters`, and `rope_theta` only where these name no theta.
+    transformers 4 reads `rope_theta` and the type in `rope_scaling`.
+
+    Raises:
+        UserError: another type than the default, or settings that mean different models in the two versions.
+    """
+    parameters = _group(part, "rope_parameters", where, prefix)
+    scaling = _group(part, "rope_scaling", where, prefix)
+    for key, rope in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        _refuse(where, f"{prefix}{key}.rope_type", rope.get("rope_type", rope.get("type", "default")), ["default"])
+        _refuse(where, f"{prefix}{key}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0, None])
+        if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+            raise UserError(f"{where}: {prefix}{key}.{shown(nested[0])}: settings by kind of layer are not known here")
+    _refuse(where, f"{prefix}partial_rotary_factor", part.get("partial_rotary_factor", 1.0), [1.0, None])
+    alone = part.get("rope_theta", default)
+    found = {f"{prefix}rope_theta": alone} if "rope_theta" in part else {}
+    for key, rope in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if rope:
+            found[f"{prefix}{key}"] = rope.get("rope_theta", alone)
+    first = next(iter(found.values()), default)
+    if any(theta != first for theta in found.values()):
+        said = ", ".join(f"{key} says {shown(repr(theta))}" for key, theta in found.items())
+        raise UserError(
+            f"{where}: the rotary theta is not clear: {said}; which one counts depends on the version of "
+            "transformers, so leave only one of them"
+        )
+    return first
 
 
 def _width(dim: int, hidden: int) -> dict[str, Any]:
@@ -166,7 +208,7 @@ def _width(dim: int, hidden: int) -> dict[str, Any]:
 
 def _part(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     """One part's values, those that are computed with checked."""
-    part = {**DEFAULTS[name], **_group(values, name, where)}
+    part = {**DEFAULTS[name], **_group(values, name, where, "")}
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         value = part[key]
         if not (type(value) is int and value > 0) and not (value is None and key == "intermediate_size"):
@@ -174,11 +216,11 @@ def _part(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     return part
 
 
-def _group(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+def _group(values: Mapping[str, Any], key: str, where: str, prefix: str) -> dict[str, Any]:
     """The keys and values under a key, none where it is absent."""
     found = values.get(key)
     if found is not None and not isinstance(found, dict):
-        raise UserError(f"{where}: {key} is {shown(repr(found))}; it should be a mapping of keys to values")
+        raise UserError(f"{where}: {prefix}{key} is {shown(repr(found))}; it should be a mapping of keys to values")
     return found or {}
 
 
@@ -274,7 +316,8 @@ def _stack_config(stack: StackSettings, context: int, kind: str) -> dict[str, An
         "dropout": 0.0,
         "rms_norm_eps": stack.norm_eps,
         "max_position_embeddings": context,
-        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},
+        "rope_theta": stack.rope_theta,  # where transformers 4 looks for it
+        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},  # and where transformers 5 does
     }
 
 

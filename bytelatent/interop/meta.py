@@ -93,7 +93,7 @@ def open_meta(folder: Path, weights: bool = True) -> StoredModel:
     )
     tensors: Mapping[str, StoredTensor] = {}
     if weights:
-        tensors = under_our_names(_read_tensors(folder), config.model, published_names(config.model), str(folder))
+        tensors = under_our_names(_read_tensors(folder), config.model, published_names, str(folder))
     byte_lm = None
     if not is_byte_lm(args):
         inner = next((folder / name for name in BYTE_LM_FOLDERS if is_meta(folder / name)), None)

@@ -149,45 +149,45 @@ def refuse_what_is_not_known(args: dict[str, Any], folder: Path) -> list[str]:
                 )
     known = SAME_IN_BOTH.keys() | BLT_ONLY.keys() | READ | OF_NO_MATTER
     unknown = [key for key, value in args.items() if key not in known and value not in (None, False)]
+    if rotary := [key for key in unknown if "rope" in key]:
+        raise UserError(
+            f"'{folder}': {shown(rotary[0])} is {shown(repr(args[rotary[0]]))}; only the plain rotary embedding is "
+            "known here, and the model would compute something else"
+        )
     return [
         f"'{folder}': nobody here knows what {shown(f'{key}={args[key]!r}')} does; it is left out" for key in unknown
     ]
 
 
-def _byte_lm_settings(args: dict[str, Any]) -> ByteLMSettings:
-    return ByteLMSettings(
-        dim=args["dim"],
-        num_layers=args["n_layers"],
-        num_heads=args["n_heads"],
-        num_kv_heads=args.get("n_kv_heads"),
-        window=args.get("sliding_window"),
+def _byte_lm_settings(args: dict[str, Any], where: str) -> ByteLMSettings:
+    values = {
+        "dim": args["dim"],
+        "num_layers": args["n_layers"],
+        "num_heads": args["n_heads"],
+        "num_kv_heads": args.get("n_kv_heads"),
+        "window": args.get("sliding_window"),
         **_shared(args),
-    )
+    }
+    return ByteLMSettings.parse(values, where)
 
 
-def _blt_settings(args: dict[str, Any]) -> BLTSettings:
-    shared = _shared(args)
+def _blt_settings(args: dict[str, Any], where: str) -> BLTSettings:
+    def stack(part: str, **others: Any) -> StackSettings:
+        values = {
+            "dim": args[f"dim_{part}"],
+            "num_layers": args[f"n_layers_{part}"],
+            "num_heads": args[f"n_heads_{part}"],
+            **_shared(args),
+            **others,
+        }
+        return StackSettings.parse(values, f"{where}: {part}")
 
-    def local(part: str) -> StackSettings:
-        return StackSettings(
-            dim=args[f"dim_{part}"],
-            num_layers=args[f"n_layers_{part}"],
-            num_heads=args[f"n_heads_{part}"],
-            window=args["local_attention_window_len"],
-            **shared,
-        )
-
+    window = args["local_attention_window_len"]
     sizes = args["encoder_hash_byte_group_size"]
     return BLTSettings(
-        encoder=local("local_encoder"),
-        global_transformer=StackSettings(
-            dim=args["dim_global"],
-            num_layers=args["n_layers_global"],
-            num_heads=args["n_heads_global"],
-            num_kv_heads=args.get("n_kv_heads_global"),
-            **shared,
-        ),
-        decoder=local("local_decoder"),
+        encoder=stack("local_encoder", window=window),
+        global_transformer=stack("global", num_kv_heads=args.get("n_kv_heads_global")),
+        decoder=stack("local_decoder", window=window),
         cross_attention=CrossAttentionSettings(
             k=args["cross_attn_k"],
             num_heads=args["cross_attn_nheads"],
@@ -233,8 +233,8 @@ def settings_of(
 ) -> tuple[ModelSettings, PatchSettings | None]:
     """The shapes, and for a BLT the rule that it was trained with."""
     if is_byte_lm(args):
-        return _byte_lm_settings(args), None
-    return _blt_settings(args), _patching(args, patcher or {}, where)
+        return _byte_lm_settings(args, where), None
+    return _blt_settings(args, where), _patching(args, patcher or {}, where)
 
 
 def args_of(config: Config) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def open_native(folder: Path, weights: bool = True) -> StoredModel:
     config = Config.parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
     tensors = {}
     if weights:
-        tensors = under_our_names(read_weights(folder), config.model, _same_names(config.model), str(folder))
+        tensors = under_our_names(read_weights(folder), config.model, _same_names, str(folder))
     return StoredModel(config, tensors, _byte_lm_in(folder, weights), FORMAT, str(folder))
 
 

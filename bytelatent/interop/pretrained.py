@@ -3,13 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
+from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError
 from bytelatent.files import MANIFEST, what_is_torn
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
 from bytelatent.interop import hugging_face, meta, native
-from bytelatent.interop.card import stated_licence
+from bytelatent.interop.card import LEGAL_FILES, leads_out, stated_licence
 from bytelatent.interop.stored import Pretrained, StoredModel
 from bytelatent.interop.tensors import shown
 from bytelatent.model import ByteLM, ByteLMSettings
@@ -70,28 +72,40 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
 ) -> Pretrained:
-    """Read a model; the arguments are those of `open_pretrained`.
+    """Read a model; the other arguments are those of `open_pretrained`.
+
+    Args:
+        device: where its weights are to be: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`, or torch's own.
+        dtype: their precision, `float32`, `bfloat16`, torch's own, or `auto` as they are stored; the byte LM of a BLT
+            stays as it is stored.
 
     Raises:
-        UserError: there is no model, it is not whole, or it computes something that is not known here.
+        UserError: there is no model, it is not whole, or it computes something that is not known here; or the device
+            or the precision is not there.
     """
-    return open_pretrained(source, entropy, revision, token, local_files_only).load()
+    place, precision = choose_device(device), precision_of_weights(dtype)
+    return open_pretrained(source, entropy, revision, token, local_files_only).load(place, precision)
 
 
-def load_byte_lm(source: str | Path) -> ByteLM:
-    """A byte LM, or the byte LM of a BLT."""
-    return load_byte_lm_and_context(source)[0]
+def load_byte_lm(source: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> ByteLM:
+    """A byte LM, or the byte LM of a BLT; `device` and `dtype` are those of `load`."""
+    return load_byte_lm_and_context(source, device, dtype)[0]
 
 
-def load_byte_lm_and_context(source: str | Path) -> tuple[ByteLM, int]:
-    """A byte LM, or that of a BLT, and how many ids it is to see at once.
+def load_byte_lm_and_context(
+    source: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
+) -> tuple[ByteLM, int]:
+    """A byte LM, or that of a BLT, and how many ids it is to see at once; `device` and `dtype` are those of `load`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the device or the precision is not there.
     """
+    place, precision = choose_device(device), precision_of_weights(dtype)
     found, context = find_byte_lm(source)
-    model = found.load().model
+    model = found.load(place, precision).model
     assert isinstance(model, ByteLM)
     return model, context
 
@@ -148,7 +162,9 @@ def _open(folder: Path, weights: bool) -> StoredModel:
         raise UserError(f"'{folder}': its settings are not consistent: {key}{message}{value}; fetch it again") from None
     if weights and (folder / MANIFEST).is_file() and (torn := what_is_torn(folder, ending=".safetensors")):
         raise UserError(f"'{folder}' is not as it was written: {torn}; fetch or write it again")
-    found = replace(found, folder=folder)
+    links = [file for pattern in LEGAL_FILES for file in sorted(folder.glob(pattern)) if leads_out(file)]
+    lines = [f"'{shown(str(file))}' is a link to somewhere else; it is passed over" for file in links]
+    found = replace(found, folder=folder, warnings=[*found.warnings, *lines])
     if found.config.origin.licence is None:
         origin = found.config.origin.model_copy(update={"licence": stated_licence(folder)})
         found = replace(found, config=found.config.model_copy(update={"origin": origin}))

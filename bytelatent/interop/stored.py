@@ -1,11 +1,11 @@
 """A model as it lies somewhere: what it is, and where its tensors are, under our names."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.interop.tensors import StoredTensor, few, shown
+from bytelatent.interop.tensors import StoredTensor, check_finite, few, shown
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build
+from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.patching import Calibration, PatchSettings
 
 FORMAT = "bytelatent"
-MOST_LAYERS = 10_000  # a file that says more is not a model's, and building them all would take hours
 
 
 class Origin(Settings):
@@ -46,10 +46,20 @@ class Config(Settings):
     format: str = FORMAT
     version: Literal[1] = 1
     model: ByteLMSettings | BLTSettings
-    context: int  # ids that the model saw at once in training
+    context: int = Field(ge=1, le=LONGEST_CONTEXT)  # ids that the model saw at once in training
     patching: PatchSettings | None = None
     calibration: Calibration | None = None
     origin: Origin = Origin()
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str = "") -> Self:
+        """As `Settings.parse`; a wrong key of the model is named as one of its own kind."""
+        model = values.get("model")
+        if isinstance(model, dict):
+            is_blt = model.get("kind") == "blt" or (model.get("kind") != "byte_lm" and "encoder" in model)
+            kind = BLTSettings if is_blt else ByteLMSettings
+            values = {**values, "model": kind.parse(model, f"{where}: model" if where else "model")}
+        return super().parse(values, where)
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,11 @@ class StoredModel:
         Args:
             dtype: precision of its weights; None: as they are stored, or the widest of several, which could not be
                 computed with. The byte LM stays as it is stored.
+
+        Raises:
+            UserError: some of its weights are NaN or infinite.
         """
-        model = _filled(self.config.model, self.tensors, device, dtype)
+        model = _filled(self.config.model, self.tensors, device, dtype, self.source)
         byte_lm = self.byte_lm.load(device).model if self.byte_lm is not None else None
         assert byte_lm is None or isinstance(byte_lm, ByteLM)
         return Pretrained(model, self.config, byte_lm, f"{self.source} ({self.format})", self.warnings)
@@ -133,11 +146,6 @@ def shapes(settings: ModelSettings) -> dict[str, torch.Size]:
 
 def _empty(settings: ModelSettings) -> nn.Module:
     """A model without memory for its weights."""
-    is_blt = isinstance(settings, BLTSettings)
-    stacks = (settings.encoder, settings.global_transformer, settings.decoder) if is_blt else (settings,)
-    num_layers = max(stack.num_layers for stack in stacks)
-    if num_layers > MOST_LAYERS:
-        raise UserError(f"the settings say {num_layers:,} layers; more than {MOST_LAYERS:,} cannot be right")
     try:
         with torch.device("meta"):
             return build(settings)
@@ -150,18 +158,30 @@ def num_parameters(settings: ModelSettings) -> int:
 
 
 def under_our_names(
-    tensors: Mapping[str, StoredTensor], settings: ModelSettings, names: Mapping[str, Sequence[str]], where: str
+    tensors: Mapping[str, StoredTensor],
+    settings: ModelSettings,
+    names_of: Callable[[ModelSettings], Mapping[str, Sequence[str]]],
+    where: str,
 ) -> dict[str, StoredTensor]:
     """The tensors of another format under our names, checked.
 
     Args:
         tensors: by the other format's names.
-        names: for each of our names those of the tensors that it is made of, in order.
+        names_of: gives for each of our names those of the tensors that it is made of, in order.
         where: the folder, named in the error.
 
     Raises:
         UserError: it lists the tensors that are missing, unknown or of another shape.
     """
+    is_blt = isinstance(settings, BLTSettings)
+    stacks = (settings.encoder, settings.global_transformer, settings.decoder) if is_blt else (settings,)
+    num_layers = sum(stack.num_layers for stack in stacks)
+    if num_layers > len(tensors):  # before a model of so many is made, if only to list what is missing
+        raise UserError(
+            f"'{where}': the settings say {num_layers:,} layers, but its weights are {len(tensors):,} tensors; "
+            "fetch or write it again"
+        )
+    names = names_of(settings)
     wanted = [name for parts in names.values() for name in parts]
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     known = set(wanted)
@@ -210,15 +230,21 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _filled(
-    settings: ModelSettings, tensors: Mapping[str, StoredTensor], device: torch.device | str, dtype: torch.dtype | None
+    settings: ModelSettings,
+    tensors: Mapping[str, StoredTensor],
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    where: str,
 ) -> Any:
     model = _empty(settings)
     dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
 
-    def ready(tensor: StoredTensor) -> Tensor:
-        return tensor.load().to(device, dtype)
+    def ready(name: str, tensor: StoredTensor) -> Tensor:
+        values = tensor.load().to(device, dtype)
+        check_finite(name, values, f"'{where}'")  # in this precision: another may have room for less
+        return values
 
-    model.load_state_dict({name: ready(tensor) for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict({name: ready(name, tensor) for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 
 

@@ -95,8 +95,8 @@ class StoredTensor:
                     yield piece[first // row : last // row]
             at += size
 
-    def chunks(self) -> Iterator[Any]:
-        """Its bytes in order, a bounded number at a time, as buffers."""
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Its bytes in order, whole numbers of them and a bounded number at a time."""
         for piece in self.pieces:
             if isinstance(piece, Extent):
                 yield from _read(piece)
@@ -111,7 +111,7 @@ class StoredTensor:
         buffer = out.reshape(-1).view(torch.uint8).numpy()
         at = 0
         for chunk in self.chunks():
-            buffer[at : at + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
+            buffer[at : at + len(chunk)] = chunk
             at += len(chunk)
         return out
 
@@ -264,8 +264,27 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: 
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in order:
             for chunk in tensors[name].chunks():
+                check_finite(name, torch.from_numpy(chunk).view(tensors[name].dtype))
                 file.write(chunk)
                 advance(len(chunk))
+
+
+def check_finite(name: str, values: Tensor, where: str = "weights") -> None:
+    """Refuse weights that a model cannot compute with; it takes one pass over them, without memory of its own.
+
+    Args:
+        where: what holds them, named in the error.
+
+    Raises:
+        UserError: some are NaN or infinite.
+    """
+    if values.numel() == 0 or not values.is_floating_point():
+        return
+    if not all(math.isfinite(extreme) for extreme in torch.stack(values.aminmax()).tolist()):
+        raise UserError(
+            f"{where}: {shown(name)} holds NaN or infinite values, and so would all that is computed with it; take an "
+            "earlier checkpoint, or fetch or write the weights again"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -275,7 +294,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is missing, or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is not part of the text
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist; the folder is not complete, fetch or write it again") from None
     except (ValueError, RecursionError) as error:  # bad UTF-8, numbers without end, lists within lists
@@ -309,22 +328,20 @@ def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int | None) -> lis
     return shards
 
 
-def _read(extent: Extent) -> Iterator[bytes]:
+def _read(extent: Extent) -> Iterator[np.ndarray]:
     try:
-        with extent.path.open("rb", buffering=0) as file:
+        with extent.path.open("rb") as file:
             file.seek(extent.begin)
-            left = extent.size
-            while left:
-                chunk = file.read(min(left, CHUNK_BYTES))
-                if not chunk:
+            for begin in range(0, extent.size, CHUNK_BYTES):
+                chunk = np.empty(min(extent.size - begin, CHUNK_BYTES), dtype=np.uint8)
+                if file.readinto(chunk) < len(chunk):
                     raise UserError(f"'{extent.path}' became shorter while it was read; fetch or write it again")
-                left -= len(chunk)
                 yield chunk
     except OSError as error:
         raise UserError(f"'{extent.path}' cannot be read: {error.strerror or error}") from None
 
 
-def _bytes_of(tensor: Tensor) -> Iterator[Any]:
+def _bytes_of(tensor: Tensor) -> Iterator[np.ndarray]:
     flat = tensor.reshape(-1)
     step = max(CHUNK_BYTES // tensor.element_size(), 1)
     for begin in range(0, len(flat), step):

@@ -10,13 +10,16 @@ SPECIAL_TOKENS = {"<boe>": BOE, "<s>": BOS, "</s>": EOS, "<bpe_delimiter>": BPE_
 
 
 def write_tokenizer(folder: Path, context: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`: a text becomes BOS and its bytes."""
+    """Write `tokenizer.json` and `tokenizer_config.json`: a text becomes BOS and its bytes.
+
+    It has no padding token, so that it refuses to pad. `BltForCausalLM` pads with nothing that its patcher and global
+    transformer leave out: padding before a text would be read as a part of it, without a word.
+    """
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
         "bos_token": "<s>",
         "eos_token": "</s>",
-        "pad_token": "<boe>",
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # a text that says <s> means these three bytes

@@ -11,6 +11,7 @@ import sys
 import threading
 
 from bytelatent.errors import guarded
+from bytelatent.files import own_file
 
 # What torch.distributed reads, and where srun says the same.
 PLACES = {
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
             os.environ[name] = os.environ[of_slurm]
     # Appended to: a job that was requeued keeps its id.
     log = os.path.join(os.environ["DUMP_DIR"], "logs", os.environ["SLURM_JOB_ID"], f"{os.environ['RANK']}.out")
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    file = own_file(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)

@@ -117,7 +117,7 @@ def _load(path: str) -> Any:
     if not Path(path).is_file():
         raise UserError(f"patching.tokenizer: '{path}' does not exist; it should be a Hugging Face tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8-sig"))
     except Exception as error:  # the Rust library raises plain Exception
         raise UserError(f"patching.tokenizer: '{path}' is no tokenizer.json: {error}") from None
     # A file may carry the limits of the model it was made for; a cut window would hide its newest token.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bytelatent.files import own_file
 from bytelatent.prepare.disk import Buffer, read_at, scratch, write_past_cache, write_text, writing
 from bytelatent.prepare.index import Index, Range
 from bytelatent.prepare.runs import INDEX_BYTES, SLICE_BYTES, gathered
@@ -179,7 +180,7 @@ class StreamWriter:
             os.close(self._file)
         self._output, self._file = output, -1
         if output >= 0:
-            self._file = os.open(self.folder / self.outputs[output]["name"], os.O_WRONLY)
+            self._file = own_file(self.folder / self.outputs[output]["name"], os.O_WRONLY)
 
     def __enter__(self) -> "StreamWriter":
         return self

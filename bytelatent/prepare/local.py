@@ -18,6 +18,7 @@ from typing import Any
 from datatrove.executor.local import LocalPipelineExecutor
 
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.files import own_file
 
 KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 ANSWER_SECONDS = 0.2
@@ -151,7 +152,7 @@ def _die_with(parent: int) -> None:
 
 def _write_to(log: Path) -> None:
     """Keep this process, with all libraries in it, from writing to the terminal."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    file = own_file(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)

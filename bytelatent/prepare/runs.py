@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from bytelatent.errors import UserError
+from bytelatent.files import own_file
 from bytelatent.prepare.disk import scratch, write_all, write_at, write_text
 from bytelatent.prepare.order import bin_edges, sorted_order
 
@@ -69,7 +70,7 @@ class RunWriter:
         self.files, self.bits, self.run_bytes = files, bits, run_bytes
         kinds = ["data", "lengths", "table", "high"] + (["low"] if with_low else [])
         files.path("marker").unlink(missing_ok=True)
-        self._open = {kind: os.open(files.path(kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666) for kind in kinds}
+        self._open = {kind: own_file(files.path(kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for kind in kinds}
         self._buffer = scratch(run_bytes)
         self._documents = self._bytes = self._runs = self._written = 0
         self._clear()

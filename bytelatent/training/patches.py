@@ -135,7 +135,7 @@ def sample_entropies(
     context: int,
     rule: PatchSettings,
     text_bytes: int,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str = "auto",
     damaged: DamageLimit | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,

@@ -171,6 +171,6 @@ def _differences(then: dict[str, Any], now: dict[str, Any], within: str = "") ->
 def _read_calibration(folder: Path) -> Calibration | None:
     path = folder / "calibration.json"
     try:
-        return Calibration.model_validate_json(path.read_bytes()) if path.is_file() else None
-    except ValidationError:
+        return Calibration.model_validate_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
+    except (ValidationError, UnicodeDecodeError):
         raise UserError(f"'{path}' is damaged; remove it, and the same command calibrates again") from None

@@ -82,7 +82,7 @@ def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 def open_stored(folder: Path) -> StoredModel:
     """The model in `folder`, found and not read yet; one process is enough."""
-    config = Config.parse(json.loads((folder / CONFIG).read_text(encoding="utf-8")), where=str(folder / CONFIG))
+    config = Config.parse(json.loads((folder / CONFIG).read_text(encoding="utf-8-sig")), where=str(folder / CONFIG))
     tensors = {
         name.removeprefix("model."): DividedTensor(about.properties.dtype, tuple(about.size), (), folder, name)
         for name, about in _shapes(folder).items()

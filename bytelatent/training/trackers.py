@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from bytelatent.config import flat
 from bytelatent.errors import UserError
-from bytelatent.files import explain, whole_file
+from bytelatent.files import explain, own_file, whole_file
 from bytelatent.run_folder import row_in
 from bytelatent.training.settings import TrainSettings
 
@@ -54,7 +54,7 @@ class JsonLines:
             if not written.startswith(kept):
                 with whole_file(self._path) as aside:
                     aside.write_bytes(kept)
-            self._file = self._path.open("ab", buffering=0)
+            self._file = open(self._path, "ab", buffering=0, opener=own_file)  # noqa: SIM115
             self._file.truncate(len(kept))  # which a full disk allows, so that a run can go back there
         except OSError as error:
             explain(self._path, error)
@@ -65,7 +65,7 @@ class JsonLines:
         strange = [n for n, row in enumerate(rows) if row is None and lines[n].endswith(b"\n") and lines[n].strip()]
         if strange:
             aside = self._path.with_name(f"{self._path.name}.damaged")
-            with aside.open("ab") as file:
+            with open(aside, "ab", opener=own_file) as file:
                 file.writelines(lines[n] for n in strange)
             numbers = ", ".join(str(n + 1) for n in strange)
             self._say(f"'{self._path}': no row of metrics is in line {numbers}; moved to '{aside}'")

@@ -10,7 +10,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from bytelatent.errors import UserError
-from bytelatent.hub import is_repository_name, model_exists, transfer
+from bytelatent.files import own_file
+from bytelatent.hub import is_repository_name, model_exists, repository, transfer
 from bytelatent.hub.repository import part_of
 from tests.hub.model_folders import (
     BIG,
@@ -109,11 +110,24 @@ def test_no_room(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_fills_up(server: HubServer, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = part_of(place(tmp_path) / "snapshots" / head(server) / "model.safetensors")
     part.parent.mkdir(parents=True)
-    part.symlink_to("/dev/full")
+    part.touch()
+    monkeypatch.setattr(
+        repository, "own_file", lambda path, flags: own_file("/dev/full" if str(path) == str(part) else path, flags)
+    )
     assert "the disk is full" in error_of()
+
+
+def test_a_part_that_is_a_link(server: HubServer, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    part = part_of(place(tmp_path) / "snapshots" / head(server) / "model.safetensors")
+    part.parent.mkdir(parents=True)
+    part.symlink_to(victim)
+    assert f"'{part}' is a link, and would be written through; remove it" in error_of()
+    assert victim.read_text() == "mine"
 
 
 def test_a_cache_that_cannot_be_written(server: HubServer, tmp_path: Path) -> None:

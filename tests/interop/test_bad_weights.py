@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bytelatent import BLT
 from bytelatent.errors import UserError
-from bytelatent.interop import FORMATS, open_pretrained
+from bytelatent.interop import FORMATS, Config, convert, load_byte_lm, open_pretrained, save
 from bytelatent.interop.tensors import read_pickle, read_weights
 from tests.interop.published import write_published
 from tests.interop.test_hub_models import Marker
@@ -79,7 +79,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bool": (cast(torch.bool, "norm"), "norm.weight is torch.bool, no floating point"),
     "float8": (cast(torch.float8_e4m3fn, "norm"), "norm.weight is stored as F8_E4M3; known are F64, F32"),
     "complex": (cast(torch.complex64, "norm"), "norm.weight is stored as C64; known are"),
-    "nothing": (lambda f: save_file({}, f), r"missing .*; missing .*; and \d+ more"),
+    "nothing": (lambda f: save_file({}, f), r"the settings say \d layers, but its weights are 0 tensors"),
+    "half of them": (
+        lambda f: save_file(dict(sorted(load_file(f).items())[::2]), f),
+        r"missing .*; missing .*; and \d+ more",
+    ),
     "others": (lambda f: save_file({f"x{i}": torch.zeros(1) for i in range(900)}, f), r"missing .*and \d+ more"),
     "names": (
         lambda f: save_file({**load_file(f), "\x1b[2J\n" + "x" * 9000: torch.zeros(1)}, f),
@@ -145,6 +149,54 @@ def test_an_index_and_its_files(tmp_path: Path) -> None:
     refused(lambda: read_weights(tmp_path), "00002-of-00002.safetensors' holds tensors that .* places elsewhere: a;")
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     refused(lambda: read_weights(tmp_path), "model-00002-of-00002.safetensors' does not exist")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_that_are_not_finite(
+    precision: torch.dtype, place: int, value: float, blt: BLT, tmp_path: Path
+) -> None:
+    """In any format: refused where they are loaded, and where they are written again."""
+    target = tmp_path / "converted"
+    for format in FORMATS:
+        folder = tmp_path / format
+        blt.save_pretrained(folder, format=format)
+        tensors = {name: tensor.to(precision) for name, tensor in load_file(folder / WEIGHTS).items()}
+        name = next(
+            name for name in tensors if ("decoder" in name and "down" in name) or ("decoder" in name and "w2" in name)
+        )
+        tensors[name].view(-1)[place] = value
+        save_file(tensors, folder / WEIGHTS)
+        (folder / "complete.json").unlink()
+        message = r"decoder\S*weight holds NaN or infinite values"
+        line = refused(lambda folder=folder: BLT.from_pretrained(folder, device="cpu", dtype="auto"), message)
+        assert str(folder) in line
+        refused(lambda folder=folder: convert(open_pretrained(folder), target, "native"), message)
+        assert not target.exists()
+
+
+def test_a_byte_lm_that_is_not_finite(blt: BLT, tmp_path: Path) -> None:
+    assert blt.byte_lm is not None
+    save(tmp_path, blt.byte_lm, Config(model=blt.byte_lm.settings, context=64))
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["output.weight"][3, 3] = torch.nan
+    save_file(tensors, tmp_path / WEIGHTS)
+    refused(lambda: load_byte_lm(tmp_path), r"output.weight holds NaN or infinite values")
+    save_file(
+        {name: tensor.double() * 1e39 for name, tensor in tensors.items() if name != "output.weight"}
+        | {"output.weight": torch.zeros(260, 16).double()},
+        tmp_path / WEIGHTS,
+    )
+    assert load_byte_lm(tmp_path).output.weight.dtype == torch.float64
+    refused(lambda: load_byte_lm(tmp_path, dtype="float32"), "holds NaN or infinite values")
+
+
+def test_a_model_in_memory_that_is_not_finite(blt: BLT, tmp_path: Path) -> None:
+    with torch.no_grad():
+        blt.model.decoder.norm.weight[2] = torch.inf
+    refused(lambda: blt.save_pretrained(tmp_path / "a"), "weights: decoder.norm.weight holds NaN or infinite values")
+    assert list(tmp_path.iterdir()) == []
 
 
 class Runs:

@@ -56,6 +56,7 @@ def test_a_changed_shape_is_believed(key: str, folder: Path, blt: BLT) -> None:
         if folder.name == "meta":
             values["args"][key] = 0.5
         elif key == "rope_theta":
+            values["encoder_config"]["rope_theta"] = 0.5
             values["encoder_config"]["rope_parameters"]["rope_theta"] = 0.5
         else:
             values["encoder_config"]["rms_norm_eps"] = 0.5

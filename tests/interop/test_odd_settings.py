@@ -15,9 +15,10 @@ from rich.console import Console
 from bytelatent import BLT
 from bytelatent.errors import UserError
 from bytelatent.info import describe
-from bytelatent.interop import Config, open_pretrained
+from bytelatent.interop import Config, open_pretrained, stored
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings
+from tests.interop.published import write_published
 from tests.interop.test_beside import edit
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
@@ -67,8 +68,9 @@ def test_any_value_anywhere(format: str, data: st.DataObject, models: Path) -> N
         found = open_pretrained(models / format)
         assert found.in_a_line().isprintable()
         describe(str(models / format), patch_bytes=4.5, context=100).show(Console(quiet=True))
-        if format != "native" or "context" not in place:
-            BLT.from_pretrained(models / format, device="cpu").logits(torch.tensor([[1, 70, 80, 90]]))
+        blt = BLT.from_pretrained(models / format, device="cpu")
+        blt.logits(torch.tensor([[1, 70, 80, 90]]))
+        blt.bits_per_byte("abc")
     except UserError as error:
         line = str(error)
     finally:
@@ -105,18 +107,49 @@ def models() -> Iterator[Path]:
             "hf",
             "encoder_config.rope_parameters",
             "x",
-            r"encoder_config: rope_parameters is 'x'; it should be a mapping",
+            r"encoder_config.rope_parameters is 'x'; it should be a mapping",
         ),
-        ("hf", "global_config.num_hidden_layers", 10**9, "say 1,000,000,000 layers; more than 10,000 cannot be right"),
-        ("hf", "encoder_hash_byte_group_vocab", 10**18, "the settings say sizes that no model has"),
+        (
+            "hf",
+            "global_config.num_hidden_layers",
+            10**9,
+            "config.json: global_config: num_layers: Input should be less than or equal to 1000, not 1000000000",
+        ),
+        ("hf", "encoder_hash_byte_group_vocab", 10**18, "vocab_size: Input should be less than or equal to 2147483648"),
+        (
+            "hf",
+            "max_position_embeddings",
+            0,
+            "max_position_embeddings is 0; it should be a number from 1 to 16,7",
+        ),
+        ("hf", "patcher_config.max_position_embeddings", 10**9, "patcher_config.max_position_embeddings is 1000000000"),
         ("meta", "args", [], r"args is \[\]; it should be a mapping of keys to values"),
-        ("meta", "args.n_layers_global", 10**9, "1,000,000,000 layers; more than 10,000"),
+        ("meta", "args.n_layers_global", 10**9, "global: num_layers: Input should be less than or equal to 1000"),
+        ("meta", "args.n_heads_local_decoder", 5, "local_decoder: dim 16 must be num_heads 5 times an even head size"),
         ("meta", "args.rope_theta", float("inf"), "rope_theta: Input should be a finite number, not inf"),
         ("meta", "args.dim_global", "x", "dim: Input should be a valid integer, .*, not 'x'"),
         ("meta", "args.encoder_hash_byte_group_size", [3, 10**12], "n-gram sizes must be from 1 to 1024"),
         ("hf", "max_patch_length", 10**30, "max_patch_length: Input should be less than or equal to 2147483648"),
         ("native", "version", 2, "config.json: version: Input should be 1, not 2"),
-        ("native", "model.encoder.num_layers", 10**9, "1,000,000,000 layers"),
+        (
+            "native",
+            "model.encoder.num_layers",
+            9_999,
+            "json: model: encoder.num_layers: .* less than or equal to",
+        ),
+        (
+            "native",
+            "model.encoder.dim",
+            10**9,
+            "json: model: encoder.dim: Input should be less than",
+        ),
+        ("native", "model.global_transformer.num_heads", 5, "model: global_transformer: dim 24 must be num_heads 5"),
+        ("native", "model.global_transformer.num_layers", "x", "model: global_transformer.num_layers: .*, not 'x'"),
+        ("native", "model.global_transformer.layers", 3, "model: global_transformer.layers: unknown key"),
+        ("native", "model.kind", "byte", "model: kind: Input should be 'blt', not 'byte'"),
+        ("native", "context", 0, "config.json: context: Input should be greater than or equal to 1, not 0"),
+        ("native", "context", -1, "config.json: context: Input should be greater than or equal to 1, not -1"),
+        ("native", "context", 10**9, "config.json: context: Input should be less than or equal to 16777216"),
     ],
 )
 def test_named(format: str, key: str, value: Any, message: str, blt: BLT, tmp_path: Path) -> None:
@@ -172,3 +205,36 @@ def test_paths_with_brackets_are_no_markup(blt: BLT, tmp_path: Path) -> None:
 
 def test_bounds_leave_room_for_every_model() -> None:
     assert StackSettings(dim=8, num_layers=1, num_heads=1, window=2**31).window == 2**31
+
+
+def test_more_layers_than_the_file_has_tensors(blt: BLT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before a model of so many layers is made, if only to list what is missing."""
+    folders = {format: tmp_path / format for format in ALL}
+    keys = {"native": ("model", "encoder", "num_layers"), "hf": ("encoder_config", "num_hidden_layers")}
+    keys |= {"meta": ("args", "n_layers_local_encoder")}
+    for format, folder in folders.items():
+        blt.save_pretrained(folder, format=format)
+    monkeypatch.setattr(stored, "build", lambda settings: pytest.fail("a model is made"))
+    for format, folder in folders.items():
+        file = folder / "config.json"
+        file.write_text(json.dumps(changed(json.loads(file.read_text()), keys[format], 999)))
+        with pytest.raises(UserError, match=r"the settings say 1,00\d layers, but its weights are \d+ tensors"):
+            open_pretrained(folder)
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_a_byte_order_mark_is_not_text(format: str, blt: BLT, tmp_path: Path) -> None:
+    blt.save_pretrained(tmp_path / "a", format=format)
+    before = open_pretrained(tmp_path / "a").config
+    marked = [*tmp_path.rglob("*.json"), *tmp_path.rglob("*.md")]
+    for file in marked:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(marked) > 3
+    assert open_pretrained(tmp_path / "a").config == before
+    assert BLT.from_pretrained(tmp_path / "a", device="cpu").byte_lm is not None
+
+
+def test_a_byte_order_mark_in_the_older_format(goldens: Path, tmp_path: Path) -> None:
+    folder = write_published(goldens / "blt_k2", tmp_path / "a", "older")
+    (folder / "params.json").write_bytes(b"\xef\xbb\xbf" + (folder / "params.json").read_bytes())
+    assert open_pretrained(folder).tensors

@@ -25,8 +25,8 @@ def test_letters_are_those_of_byte_level_vocabularies() -> None:
 
 def test_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(tokenizer) == 260
-    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    assert special == (0, 1, 2)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.convert_tokens_to_ids("<boe>") == 0
     assert tokenizer.model_max_length == 123
 
 

@@ -322,10 +322,11 @@ def test_no_room(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_fills_up(server: HubServer, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = part_of(tmp_path / "out" / "big.jsonl")
     part.parent.mkdir()
-    part.symlink_to("/dev/full")
+    part.touch()
+    monkeypatch.setattr(repository, "own_file", lambda path, flags: os.open("/dev/full", os.O_WRONLY))
     assert "the disk is full" in error_of(f"{SOURCE}/big.jsonl", tmp_path / "out")
 
 
