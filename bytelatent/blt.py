@@ -16,7 +16,7 @@ from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
-from bytelatent.inference.engine import check_max_new_bytes
+from bytelatent.inference.engine import check_max_new_bytes, check_samples
 from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights, rounded
 from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
@@ -28,6 +28,7 @@ from bytelatent.vocab import PADDING, VOCAB_SIZE, encode, to_bytes
 # Shapes: B rows, N ids in a row, P patches, V vocabulary
 
 MAX_ROWS = 64  # sequences that `generate` continues at once; more of them wait
+MAX_CONTINUATIONS = 1_000_000  # of all prompts of a call that asks for samples
 
 
 class BLT:
@@ -169,10 +170,14 @@ class BLT:
             UserError: a setting of the sampling will not do, or a prompt is neither str nor bytes.
         """
         rule = Sampling.parse(sampling, where="generate")
-        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
-            raise UserError(f"samples: {samples!r} will not do; a number from 1 on")
+        if samples is not None:
+            check_samples(samples)
         texts_given = prompt if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes) else [prompt]
         prompts = [prompt_ids(text) for text in texts_given]
+        if samples is not None and samples * len(prompts) > MAX_CONTINUATIONS:
+            raise UserError(
+                f"samples: {samples:,} of each of {len(prompts):,} prompts; a call gives {MAX_CONTINUATIONS:,} texts at most"
+            )
         with self._lent_engine(max(min(len(prompts) * (samples or 1), MAX_ROWS), 1)) as engine:
             asked = [engine.submit(ids, rule, max_new_bytes, samples or 1) for ids in prompts]
             engine.run()

@@ -46,19 +46,19 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(help="A new file for the rows of --jsonl; standard output if left out.")
     ] = None,
-    max_new_bytes: Annotated[int, typer.Option("--max-new-bytes", "-n", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
-    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="A share of the likeliest's probability.")] = None,
+    max_new_bytes: Annotated[int, typer.Option("--max-new-bytes", "-n")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option(help="A share of the likeliest's probability.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, bytes that occurred are less likely.")] = 1.0,
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends it; may be given again. In bash a line break is $'\\n'.")
     ] = None,
     valid_utf8: Annotated[bool, typer.Option("--valid-utf8", help="Only bytes that make valid UTF-8.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
-    rows: Annotated[int, typer.Option(min=1, help="Sequences on their way at once, of --jsonl.")] = 16,
+    samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
+    rows: Annotated[int, typer.Option(help="Sequences on their way at once, of --jsonl.")] = 16,
     log_probabilities: Annotated[
         bool, typer.Option("--log-probabilities", help="Tell each byte's in the rows of --jsonl.")
     ] = False,
