@@ -27,6 +27,7 @@ from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
 from bytelatent.interop.claims import Measured, true_of
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
+from bytelatent.terminal import say
 from bytelatent.text import Document
 from bytelatent.vocab import PADDING, VOCAB_SIZE, encode, to_bytes
 
@@ -67,12 +68,12 @@ class BLT:
     ):
         self._weights: Weights = weights
         self._model = rounded(model, weights).eval()
-        self.config = config
         self.byte_lm = byte_lm
+        self._config = config
+        self._measured = Measured.of(self.model, config, self.byte_lm)
         self.ahead = ahead
         self.source = source
         self._kept_engine: tuple[Any, Engine] | None = None
-        self._measured = Measured.of(self.model, config, self.byte_lm)
 
     @classmethod
     def from_pretrained(
@@ -142,7 +143,10 @@ class BLT:
             raise UserError("config: it names no patching rule, which a BLT needs; set config.patching")
         if config.model != self.model.settings:
             raise UserError("config: its `model` says other shapes than the model has; change the model with it")
+        is_told = (config.origin, config.calibration) != (self._config.origin, self._config.calibration)
         self._config = config
+        if is_told:  # of the model as it is now
+            self._measured = Measured.of(self.model, config, self.byte_lm)
 
     @property
     def model(self) -> BLTModel:
@@ -249,7 +253,8 @@ class BLT:
         prompts = [prompt_ids(text) for text in texts_given]
         if samples is not None and samples * len(prompts) > MAX_CONTINUATIONS:
             raise UserError(
-                f"samples: {samples:,} of each of {len(prompts):,} prompts; a call gives {MAX_CONTINUATIONS:,} texts at most"
+                f"samples: {samples:,} of each of {len(prompts):,} prompts; "
+                f"a call gives {MAX_CONTINUATIONS:,} texts at most"
             )
         with self._lent_engine(max(min(len(prompts) * (samples or 1), MAX_ROWS), 1)) as engine:
             asked = [engine.submit(ids, rule, max_new_bytes, samples or 1) for ids in prompts]
@@ -441,4 +446,4 @@ def _tell(*lines: str) -> None:
         if log.hasHandlers():
             log.info(line)
         elif log.level <= logging.INFO:
-            print(line, file=sys.stderr)
+            say(line, sys.stderr)

@@ -7,6 +7,7 @@ from bytelatent.data import DataSettings
 from bytelatent.interop import load_byte_lm
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.report import write_threshold_figure
+from bytelatent.terminal import say
 from bytelatent.text import DamageLimit
 from bytelatent.training import sample_entropies
 
@@ -33,7 +34,7 @@ def calibrate_text(
     data = DataSettings.parse({"train": text})
     rule = PatchSettings(mode="entropy", threshold=0.0)
     byte_lm = load_byte_lm(model) if model is not None else None
-    damaged = DamageLimit(data.max_damaged, "rows and files in all", lambda line: print(line, file=sys.stderr))
+    damaged = DamageLimit(data.max_damaged, "rows and files in all", lambda line: say(line, sys.stderr))
     sample = sample_entropies(byte_lm, data.train, data.context, rule, max_bytes, device, damaged=damaged)
     found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
     if figure is not None:

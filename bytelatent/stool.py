@@ -18,6 +18,7 @@ from typing import Any
 from bytelatent.config import load_yaml, merge
 from bytelatent.errors import UserError, guarded
 from bytelatent.launch import LaunchSettings, filled_in, launch
+from bytelatent.terminal import say
 
 USAGE = "name a script and its settings: python -m bytelatent.stool script=bytelatent.train config=PATH nodes=1"
 TRAIN = "bytelatent.train"
@@ -123,4 +124,4 @@ def _check_training(training: Any, settings: LaunchSettings) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: print(main(sys.argv[1:])))
+    guarded(lambda: say(main(sys.argv[1:])))

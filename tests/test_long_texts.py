@@ -146,7 +146,7 @@ def test_a_text_of_every_length_has_one_rule() -> None:
     for size in (0, 1, CONTEXT - 2, CONTEXT - 1, 2 * CONTEXT):
         whole, pieces = blt.patch(TEXT[:size]), blt.patch(TEXT[:size], context=CONTEXT)
         assert (whole == pieces) == (size < CONTEXT)  # BOS is read, too
-        assert blt.patch(TEXT)[: max(len(whole) - 1, 0)] == whole[:-1]
+        assert borders(blt.patch(TEXT))[: len(whole)] == borders(whole)
 
 
 def test_pieces_of_rows_with_padding_and_given_patches() -> None:
@@ -165,11 +165,8 @@ def test_pieces_of_rows_with_padding_and_given_patches() -> None:
 @pytest.mark.parametrize("context", [0, -1, 2.5, "9", True, 2**40])
 def test_a_context_that_is_none(context: Any) -> None:
     blt = wrap(RULES["static"], window=None)
-    message = f"^context: {context!r} will not do; ids read at once, 1 to 2,147,483,648$"
     for call in (blt.patch, blt.bits_per_byte, lambda text, context: blt.logits(text, context=context)):
-        with pytest.raises(
-            UserError, match=f"^context: {context!r} will not do; ids read at once, 1 to 2,147,483,648$"
-        ):
+        with pytest.raises(UserError, match=f"^context: {context!r} will not do; ids read at once, 1 to "):
             call(TEXT, context=context)
 
 

@@ -4,10 +4,14 @@ The verbs stand by their subject: `text` makes text ready, `training` trains, `u
 and describes them, `bench` measures the machine. Here they become one command.
 """
 
+import sys
+
 import typer
+import typer.rich_utils
 
 from bytelatent.cli import bench, text, training, using, weights
 from bytelatent.errors import guarded
+from bytelatent.terminal import Console, safe
 
 VERBS = {  # as the help lists them
     "demo": training.demo,
@@ -40,4 +44,6 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """The command `blt`."""
+    if any(argument != safe(argument) for argument in sys.argv):  # typer shows one that it cannot take
+        typer.rich_utils.Console = Console
     guarded(app)

@@ -4,9 +4,9 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bytelatent.cli.options import DeviceOption, JsonOption
+from bytelatent.terminal import Console
 
 app = typer.Typer(help="Measure this machine.\n\nExample:  `blt bench train demo-blt`", no_args_is_help=True)
 

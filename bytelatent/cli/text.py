@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bytelatent.cli.options import DEFAULT_MODEL, DeviceOption, ModelOption
+from bytelatent.terminal import Console, say
 
 
 def prepare(
@@ -58,7 +58,7 @@ def calibrate(
     """
     from bytelatent.calibrate import calibrate_text
 
-    print(calibrate_text(text, patch_bytes, model, max_bytes, figure, device).model_dump_json(indent=1))
+    say(calibrate_text(text, patch_bytes, model, max_bytes, figure, device).model_dump_json(indent=1))
 
 
 def entropies(
@@ -94,4 +94,4 @@ def entropies(
     summary = entropies_beside(
         text, model, out, starts, rule, context, batch_bytes, text_key, max_damaged, device, dtype, rank, world, console
     )
-    print(line_about(summary, out))
+    say(line_about(summary, out))

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from bytelatent.cli.options import DEFAULT_MODEL, JsonOption
+from bytelatent.terminal import Console, say
 
 
 def demo(
@@ -74,7 +74,7 @@ def runs(
     if figure is not None:
         write_runs_figure(figure, comparison.runs, against)
     if as_json:
-        print(json.dumps(comparison.plain()))
+        say(json.dumps(comparison.plain()))
     else:
         comparison.show(Console())
 
@@ -119,4 +119,4 @@ def launch(
     from bytelatent.stool import launch_script
 
     of_script = given.pop("settings") or []
-    print(launch_script(given, of_script))
+    say(launch_script(given, of_script))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bytelatent.cli.options import DEFAULT_MODEL, DeviceOption, EntropyOption, JsonOption, ModelOption
 from bytelatent.errors import UserError
+from bytelatent.terminal import Console, say
 
 
 def evaluate(
@@ -28,7 +28,7 @@ def evaluate(
 
     result = evaluate_model(model, text, entropy, max_bytes, device, Console(stderr=True))
     if as_json:
-        print(json.dumps(result))
+        say(json.dumps(result))
         return
     patches = "" if result["mean_patch_bytes"] is None else f"  {result['mean_patch_bytes']:.2f} bytes a patch"
     print(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
@@ -107,10 +107,10 @@ def patch(
     rules = Rules(model)
     patched = {name: rules.patches(name, data) for name in names}
     if as_json:
-        print(json.dumps({name: [vars(patch) for patch in patches] for name, patches in patched.items()}))
+        say(json.dumps({name: [vars(patch) for patch in patches] for name, patches in patched.items()}))
     elif html is not None:
         write_patches_page(html, patched, "Patches", rules.thresholds)
-        print(html)
+        say(str(html))
     else:
         console = Console()
         for name, patches in patched.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.decode import Decoder
-from bytelatent.inference.sampling import MAX_NEW_BYTES, MOST_ROWS, MAX_SAMPLES, Sampling, SamplingRows
+from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS, Sampling, SamplingRows
 from bytelatent.inference.state import DecodeState
 from bytelatent.inference.stopping import StopWatch
 from bytelatent.inference.utf8 import CharacterStream, whole_characters
@@ -71,7 +71,7 @@ class Continuation:
         return new
 
     def _shown(self, data: bytes) -> bytes:
-        """What is given out of these bytes: with `valid_utf8` no part of a character, also of one that the prompt begins."""
+        """What of these bytes is given out: with `valid_utf8` no part of a character, nor of the prompt's last one."""
         if not self.sampling.valid_utf8:
             return data
         before = decode(self.prompt[-3:].numpy(force=True))  # no character needs more bytes to be finished

@@ -45,8 +45,8 @@ class Sampling(Settings):
         seed: each row draws random numbers of its own from it, so that its bytes do not depend on its neighbours; of at
             most 64 bits, with or without a sign.
         stop: texts that end a row; they may begin and end within a patch.
-        valid_utf8: only bytes that can still become valid UTF-8, and no end within a character. Where a stop text begins
-            within one, the row ends before that character.
+        valid_utf8: only bytes that can still become valid UTF-8, and no end within a character; where a stop text
+            begins within one, the text ends before it.
     """
 
     temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False)

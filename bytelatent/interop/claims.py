@@ -1,4 +1,4 @@
-"""What a model's configuration says of its weights and patches, and whether that is still true when they are written."""
+"""What a configuration says of its model's weights and patches, and whether that is true when they are written."""
 
 import hashlib
 from dataclasses import dataclass

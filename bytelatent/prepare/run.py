@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from bytelatent.errors import UserError
 from bytelatent.files import only_writer
 from bytelatent.prepare.budget import Budget, share_out
@@ -17,6 +15,7 @@ from bytelatent.prepare.inputs import InputFile, check_first_row, resolve, tasks
 from bytelatent.prepare.manifest import read_manifest
 from bytelatent.prepare.settings import PrepareSettings, differences
 from bytelatent.prepare.work import FOLDER, Plan, Work
+from bytelatent.terminal import Console
 
 
 def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
