@@ -88,24 +88,29 @@ def patch(
     text: Annotated[str | None, typer.Argument(help="The text; standard input if left out.")] = None,
     model: ModelOption = DEFAULT_MODEL,
     rule: Annotated[
-        str | None, typer.Option(help="The model's if left out, or e.g. space, static:4, bpe:FILE.")
+        str | None, typer.Option(help="The model's if left out, or e.g. entropy:1.3, space, static:4, bpe:FILE.")
     ] = None,
     compare: Annotated[str | None, typer.Option(help="Several rules: entropy,space,static:4")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Read it in pieces of so many bytes, as training and eval do; whole if left out.")
+    ] = None,
     entropies: Annotated[bool, typer.Option("--entropies", "-e", help="Show each byte's entropy.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page instead.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show where patches begin in a text.
+    """Show where patches begin in a text, by a BLT, a byte LM, or a rule that needs neither.
 
     Example:  `blt patch "Daenerys Targaryen is in Game of Thrones" --compare entropy,space,static:4`
     """
-    from bytelatent.patch import Rules
+    from bytelatent.patch import OWN, Rules
     from bytelatent.report import patched_text, write_patches_page
 
     data = _standard_input() if text is None else text
-    names = [name.strip() for name in (compare or rule or "entropy").split(",")]
-    rules = Rules(model)
-    patched = {name: rules.patches(name, data) for name in names}
+    names = [name.strip() for name in (compare or rule or OWN).split(",")]
+    rules = Rules(model, context)
+    patched = rules.patched(names, data)
+    for note in rules.notes:
+        say(note, sys.stderr)
     if as_json:
         say(json.dumps({name: [vars(patch) for patch in patches] for name, patches in patched.items()}))
     elif html is not None:

@@ -80,7 +80,7 @@ class StoredModel:
         inner = None
         if byte_lm is not None:
             inner = StoredModel.of(byte_lm, Config(model=byte_lm.settings, context=config.context))
-        return cls(config, tensors, inner, "in memory", "memory")
+        return cls(config, tensors, inner, "in memory", "model in memory")
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Pretrained":
         """Read the model.
