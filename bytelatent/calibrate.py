@@ -3,14 +3,13 @@
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from bytelatent.data import DataSettings
 from bytelatent.device import choose_device
 from bytelatent.interop import load_byte_lm
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.progress import Progress
 from bytelatent.report import write_threshold_figure
+from bytelatent.terminal import Console, say
 from bytelatent.text import MAX_ROW_BYTES, DamageLimit
 from bytelatent.text.damage import MAX_BAD_ROWS
 from bytelatent.training import sample_entropies
@@ -49,7 +48,7 @@ def calibrate_text(
     data = DataSettings.parse({"train": sources, "max_bad_rows": max_bad_rows, "max_row_bytes": max_row_bytes})
     rule = PatchSettings(mode="entropy", threshold=0.0)
     byte_lm = load_byte_lm(model) if model is not None else None
-    bad = DamageLimit(data.max_bad_rows, say=lambda line: print(line, file=sys.stderr))
+    bad = DamageLimit(data.max_bad_rows, say=lambda line: say(line, sys.stderr))
     with Progress("calibrating", max_bytes, console) as progress:
         sample = sample_entropies(
             byte_lm,

@@ -20,7 +20,6 @@ from typing import IO, Any, BinaryIO
 
 import torch
 from pydantic import Field
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bytelatent.command_line import from_command_line
@@ -31,8 +30,9 @@ from bytelatent.files import part_of
 from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
 from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
-from bytelatent.inference.sampling import MAX_NEW_BYTES
+from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS
 from bytelatent.interop import open_pretrained
+from bytelatent.terminal import Console, safe
 from bytelatent.text.documents import json_value
 from bytelatent.text.kinds import TextReader, must_be_read
 from bytelatent.text.places import readable
@@ -41,6 +41,7 @@ from bytelatent.text.rows_out import line_of, must_be_free, rows_at
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
 FREE = {"jsonl", "out", "rows", "ahead", "device"}  # settings that may differ when a file is gone on with
 OF_A_ROW = {"prompt", "max_new_bytes", *Sampling.model_fields}
+SAMPLES_AT_ONCE = 64  # of one prompt
 TOLD = {"text", "ended", "log_probabilities", "samples"}  # keys of what comes out
 
 
@@ -69,7 +70,7 @@ class GenerateSettings(Settings):
     jsonl: str | None = None
     out: Path | None = None
     max_new_bytes: int = Field(default=200, ge=1, le=MAX_NEW_BYTES)
-    samples: int = Field(default=1, ge=1, le=10**9)
+    samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     rows: int = Field(default=16, ge=1)
     sampling: Sampling = Sampling()
     log_probabilities: bool = False
@@ -111,8 +112,9 @@ def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> No
             if getattr(settings, name):
                 raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
         prompt = _prompt(settings)
-        with _memory_named("samples", settings.samples):
-            _show(_engine(settings, settings.samples), prompt, settings, out, console)
+        num_rows = min(settings.samples, SAMPLES_AT_ONCE)
+        with _memory_named("samples", num_rows):
+            _show(_engine(settings, num_rows), prompt, settings, out, console)
         return
     if settings.out is not None:
         must_be_free(settings.out)
@@ -255,9 +257,9 @@ def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO, c
     """Write each row with its continuation as soon as it and all before it are done."""
     if not rows:
         return
-    num_rows = min(settings.rows, len(rows) * settings.samples)
+    num_rows = min(settings.rows, len(rows) * settings.samples, MOST_ROWS)
     with _memory_named("rows", num_rows):
-        _continue_with(_engine(settings, num_rows), rows, settings, out, console)
+        _continue_with(_engine(settings, num_rows), num_rows, rows, settings, out, console)
 
 
 @contextmanager
@@ -274,22 +276,24 @@ def _memory_named(name: str, number: int) -> Iterator[None]:
 
 
 def _continue_with(
-    engine: Engine, rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console
+    engine: Engine, num_rows: int, rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console
 ) -> None:
-    asked = [
-        engine.submit(prompt_ids(row.given["prompt"]), row.sampling, row.max_new_bytes, settings.samples)
-        for row in rows
-    ]
+    asked: list[list[Continuation]] = []
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     began, written, num_bytes = time.perf_counter(), 0, 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(rows), rate="")
         while written < len(rows):
+            while len(asked) < len(rows) and engine.num_waiting < num_rows:  # all of them could be more than fit
+                row = rows[len(asked)]
+                prompt = prompt_ids(row.given["prompt"])
+                asked.append(engine.submit(prompt, row.sampling, row.max_new_bytes, settings.samples))
             if not all(continuation.ended for continuation in asked[written]):
                 num_bytes += len(engine.advance())
                 progress.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
                 continue
             line = {**rows[written].given, **_told(asked[written], settings)}
+            asked[written] = []
             _write(out, line_of(line))
             written += 1
             progress.advance(task)
@@ -310,6 +314,9 @@ def _say(console: Console, line: str) -> None:
 
 
 def _write(out: BinaryIO, data: bytes) -> None:
+    """Write bytes as they are; to a terminal, where they would be obeyed, as text that can only be read."""
+    if out.isatty():
+        data = safe(data.decode("utf-8", "replace")).encode()
     try:
         rest = memoryview(data)
         while rest:  # a disk that fills up takes a part first

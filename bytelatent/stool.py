@@ -24,6 +24,7 @@ from bytelatent.command_line import Given
 from bytelatent.config import Settings
 from bytelatent.errors import UserError, guarded
 from bytelatent.launch import LaunchSettings, filled_in, launch
+from bytelatent.terminal import say
 
 USAGE = "name a script and its settings: python -m bytelatent.stool script=bytelatent.train config=PATH nodes=1"
 TRAIN = "bytelatent.train"
@@ -135,4 +136,4 @@ def _check_training(training: Any, settings: LaunchSettings) -> None:
 
 if __name__ == "__main__":
     interrupt.begin()
-    guarded(lambda: print(main(sys.argv[1:])))
+    guarded(lambda: say(main(sys.argv[1:])))

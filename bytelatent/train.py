@@ -11,7 +11,7 @@ from bytelatent.errors import guarded
 from bytelatent.unattended import unattended
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from bytelatent.terminal import Console, say
 
 USAGE = "name a configuration or settings: blt train config=byte_lm run=runs/mine data.train=text/*.jsonl"
 
@@ -31,7 +31,7 @@ def command(arguments: list[str]) -> None:
     with unattended(lambda: import_module("bytelatent.training")):  # which takes seconds
         run = _recorded(main)(arguments)
         if os.environ.get("RANK", "0") == "0":
-            print(run)
+            say(str(run))
 
 
 def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:

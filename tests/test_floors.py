@@ -8,7 +8,8 @@ import bytelatent
 PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
-    ["errors"],  # the ground: everyone's, and it imports nothing of ours
+    ["terminal"],  # the ground: everyone's, and it imports nothing of ours
+    ["errors"],
     ["vocab", "config", "configs", "files", "device", "progress", "threads", "unattended", "interrupt", "kernels"],
     ["hub", "run_folder", "command_line"],
     ["model", "patching", "text", "launch"],

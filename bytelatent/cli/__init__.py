@@ -5,15 +5,18 @@ and describes them, `bench` measures the machine. Here they become one command.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
+import typer.rich_utils
 
 from bytelatent import __version__, interrupt
 from bytelatent.cli import bench, text, training, using, weights
 from bytelatent.errors import Interrupted, guarded
+from bytelatent.terminal import Console, safe
 
 VERBS = {  # as the help lists them
     "demo": training.demo,
@@ -86,4 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     # as torch is imported, by the verbs.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if any(
+        argument != safe(argument) for argument in (sys.argv if arguments is None else arguments)
+    ):  # typer shows one that it cannot take
+        typer.rich_utils.Console = Console
     guarded(lambda: app(arguments, prog_name="blt"))

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bytelatent.cli.options import (
     DEFAULT_MODEL,
@@ -17,6 +16,7 @@ from bytelatent.cli.options import (
     TextKeyOption,
     bad_rows,
 )
+from bytelatent.terminal import Console, say
 
 
 def prepare(
@@ -76,7 +76,7 @@ def calibrate(
 
     how = text_key, max_bad_rows, max_row_bytes
     found = calibrate_text(text, patch_bytes, model, max_bytes, figure, device, *how, Console(stderr=True))
-    print(found.model_dump_json(indent=1))
+    say(found.model_dump_json(indent=1))
 
 
 def entropies(
@@ -114,4 +114,4 @@ def entropies(
     limits = bad_rows(max_bad_rows, max_damaged, "--max-damaged"), max_row_bytes
     batches = context, batch_bytes, text_key, *limits
     summary = entropies_beside(text, model, out, starts, rule, *batches, device, dtype, rank, world, console)
-    print(line_about(summary, out))
+    say(line_about(summary, out))

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bytelatent.cli.options import (
     DEFAULT_MODEL,
@@ -17,6 +16,7 @@ from bytelatent.cli.options import (
 )
 from bytelatent.cli.output import print_json
 from bytelatent.configs import config_files, describe_config, find_config
+from bytelatent.terminal import Console, say
 
 PRINT_CONFIG = "--print-config"  # as in bytelatent.command_line, whose imports take their time
 
@@ -141,4 +141,4 @@ def launch(
     from bytelatent.stool import launch_script
 
     of_script = given.pop("settings") or []
-    print(launch_script(given, of_script))
+    say(launch_script(given, of_script))

@@ -69,7 +69,7 @@ class Loader:
     def __next__(self) -> Batch:
         settings = self.settings
         pieces = take(self.ready, settings.batch_bytes, settings.batch_patches, self._prepare)
-        return pack(pieces, settings.batch_bytes, settings.batch_patches)
+        return pack(pieces, settings.batch_bytes, settings.batch_patches, as_one_row=True)
 
     def __enter__(self) -> Self:
         return self

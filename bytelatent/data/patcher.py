@@ -111,12 +111,17 @@ def groups_of(pieces: Sequence[Piece], num_ids: int) -> Iterator[list[Piece]]:
         yield group
 
 
-def patches_of(text: bytes, patcher: Patcher, context: int) -> list[Patch]:
-    """The patches of a text, for people to look at. BOS, which stands alone before the text, is left out."""
+def patches_of(text: bytes, patcher: Patcher, context: int | None = None) -> list[Patch]:
+    """The patches of a text, for people to look at. BOS, which stands alone before the text, is left out.
+
+    Args:
+        context: ids read at once, without those before them; None: all.
+    """
     if not text:
         return []
-    pieces = patch_in_groups(patcher, list(cut(Document(text), context)))
+    pieces = patch_in_groups(patcher, list(cut(Document(text), context or len(text) + 1)))
     starts = np.concatenate([piece.next_starts for piece in pieces if piece.next_starts is not None])
+    starts[np.cumsum([len(piece) for piece in pieces]) - 1] = True  # whatever was expected, a piece begins with a patch
     begins = [0, *(int(at) for at in np.flatnonzero(starts[1 : len(text)]) + 1)]
     entropies = [e for piece in pieces if piece.entropies is not None for e in piece.entropies.tolist()]
     return [

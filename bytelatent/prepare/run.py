@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from bytelatent.errors import UserError, printable
+from bytelatent.errors import UserError
 from bytelatent.files import only_writer
 from bytelatent.prepare.budget import Budget, share_out
 from bytelatent.prepare.disk import writing
@@ -17,6 +15,7 @@ from bytelatent.prepare.inputs import InputFile, check_first_row, resolve, tasks
 from bytelatent.prepare.manifest import MANIFEST, read_manifest
 from bytelatent.prepare.settings import PrepareSettings, differences
 from bytelatent.prepare.work import FOLDER, Plan, Work
+from bytelatent.terminal import Console, safe
 from bytelatent.text.damage import must_have_read, short
 
 SHOWN_PLACES = 3  # of bad rows; the manifest has all
@@ -78,7 +77,7 @@ def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
+    console.print(safe(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def _plan(settings: PrepareSettings, request: dict[str, Any], work: Work, console: Console) -> None:

@@ -83,7 +83,7 @@ def must_have_read(unread: dict[str, str]) -> None:
 def short(line: str, end: str = "") -> str:
     """A line and its end in at most `MAX_LINE` characters: a long file name loses its beginning, then the line its end.
 
-    Both may hold anything; `UserError` has made it printable.
+    Both may hold anything; `UserError` has made it safe to print.
     """
     if len(line) + len(end) > MAX_LINE:
         line = re.sub(r"'([^']{40,})'", lambda found: f"'...{found[1][-37:]}'", line, count=1)

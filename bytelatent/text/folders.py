@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bytelatent.errors import UserError, printable
+from bytelatent.errors import UserError
+from bytelatent.terminal import safe
 from bytelatent.text.kinds import kind_of, must_be_read, rows_by_name
 from bytelatent.text.places import Damaged, file_system, is_remote, readable
 
@@ -56,7 +57,7 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
         try:
             about = os.stat(place)
             if (about.st_dev, about.st_ino) in seen:
-                say(printable(f"data: '{_end_of(place)}' is a link to a folder that is read already; not followed"))
+                say(safe(f"data: '{_end_of(place)}' is a link to a folder that is read already; not followed"))
                 continue
             seen.add((about.st_dev, about.st_ino))
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
@@ -68,7 +69,7 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
                 else:
                     (links if entry.is_symlink() else folders).append(inside)
         except OSError as error:
-            say(printable(f"data: the folder '{_end_of(place)}' is passed over: {error.strerror or error}"))
+            say(safe(f"data: the folder '{_end_of(place)}' is passed over: {error.strerror or error}"))
     return [str(file) for file in sorted(found)]
 
 
@@ -106,7 +107,7 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
         line = f"{len(others):,} of {len(files):,} files of '{_end_of(source)}' are not text and are passed over"
         if not text:
             raise UserError(f"data: {line}: '{first}' is {what}")
-        say(printable(f"data: {line}: {counted}{', ...' if len(more) > 3 else ''}"))
+        say(safe(f"data: {line}: {counted}{', ...' if len(more) > 3 else ''}"))
     return text
 
 

@@ -14,6 +14,7 @@ from typing import Self
 import torch
 
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.terminal import say
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
@@ -117,7 +118,7 @@ def who_failed(ranks: Ranks, step: Callable[[], int], stopped: StopSignals) -> I
             raise
         text = " ".join(str(error).split())
         line = f"{ranks.name} failed after step {step()}: {type(error).__name__}: {text}"
-        print(line, file=sys.stderr, flush=True)
+        say(line, sys.stderr)
         raise
 
 

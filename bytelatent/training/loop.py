@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bytelatent.data import Batch, Loader, ReadAhead, surprise
 from bytelatent.device import autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.model.loss import bits_per_byte
+from bytelatent.terminal import Console, safe
 from bytelatent.threads import Threads
 from bytelatent.training.checkpoint import Checkpoints, TrainState, must_take_checkpoints
 from bytelatent.training.clipping import clip
@@ -97,7 +97,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def say_of_text(line: str) -> None:  # damaged rows are met by one rank alone
-        say(line) if ranks.is_first else print(f"{ranks.name}: {line}", flush=True)
+        say(line) if ranks.is_first else print(safe(f"{ranks.name}: {line}"), flush=True)
 
     batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text, run.told)
     loader = ReadAhead(batches, device) if reads_ahead(device) else batches
