@@ -35,6 +35,7 @@ from bytelatent.run_folder import checkpoint_name, checkpoints_in, newest_whole,
 from bytelatent.training.copies import Copies
 from bytelatent.training.optimizer import Optimizers
 from bytelatent.training.parallel import Plan, let_go
+from bytelatent.training.schedule import Schedule
 from bytelatent.training.settings import CheckpointSettings
 
 PAUSES = (15, 60, 240)  # seconds after which a save is tried again where the disk is full
@@ -52,6 +53,7 @@ class TrainState:
     bytes_seen: int = 0  # bytes of text predicted
     seconds: float = 0.0  # spent in steps
     recent: list[float] = field(default_factory=list)  # losses of the last steps, nats a target
+    schedule: Schedule = field(default_factory=Schedule)
     patches_seen: int = 0  # this and the next: since the process started
     waited: float = 0.0  # seconds of this rank's steps in which it waited for data
     skipped: int = 0  # updates left out in a row
@@ -209,6 +211,12 @@ class Checkpoints:
                 self.say(state.loader.deal([_as_arrays(own["loader"]) for own in all_ranks]))
             state.bytes_seen, state.seconds = progress["bytes_seen"], progress["seconds"]
         state.step, state.recent = progress["step"], progress["recent"]
+        if "schedule" not in progress:
+            raise UserError(
+                f"'{folder}' was written by an earlier version, which stored nothing of the learning rate's schedule; "
+                "go on with that version, or use another run=FOLDER"
+            )
+        state.schedule.load_state_dict(progress["schedule"])
 
     def _content(self, state: TrainState, over: bool) -> Content:
         from bytelatent.training.stored_state import tensors_of  # it takes seconds to import
@@ -222,6 +230,7 @@ class Checkpoints:
             "bytes_seen": state.bytes_seen,
             "seconds": state.seconds,
             "recent": list(state.recent),
+            "schedule": state.schedule.state_dict(),
         }
         own = {"loader": _as_tensors(state.loader.state_dict()), "torch_random": torch.get_rng_state()}
         model = None

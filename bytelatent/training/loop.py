@@ -127,6 +127,8 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
         if done < 1:
             for line in run.changes:
                 say(line)
+            if state.schedule.decayed > 1 - 1e-9:
+                say("the learning rate was at its minimum at the end of the run so far, and stays there")
         else:
             say(_over(state, settings))
         peak, rollbacks = peak_flops(device, dtype), 0
@@ -166,6 +168,8 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                     checkpoints.prepare(state)
                 # What all ranks should decide alike: the clock of the first one counts, and a signal to any.
                 stop, state.seconds = ranks.sum([stopped(), state.seconds * ranks.is_first])
+                if state.seconds > before:
+                    state.schedule.end_step(state.seconds - before)
                 done = _done(state, settings)
                 if state.step % settings.log_every == 0 or done >= 1:
                     row |= speed(logged, Totals.of(state), settings, peak, ranks)
@@ -185,6 +189,8 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                     rollbacks, since = 0, time.perf_counter()
                 if stop and done < 1:
                     raise ranks.told(Interrupted(f"after step {state.step}; the same command goes on from there"))
+                if done >= 1 and state.step <= settings.optimizer.warmup_steps:
+                    say(_ended_in_warmup(state, settings))
     return run.folder
 
 
@@ -220,7 +226,8 @@ def _step(
 ) -> dict[str, Any]:
     """One optimizer step over `accumulation` batches of each rank; its metrics, over all of them."""
     began = time.perf_counter()
-    rate = learning_rate(state.step, _after_warmup(state, settings), settings.optimizer)
+    decayed = state.schedule.begin_step(state.step, state.seconds, settings)
+    rate = learning_rate(state.step, decayed, settings.optimizer)
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     batches = [_next(state) for _ in range(settings.optimizer.accumulation)]
@@ -284,9 +291,9 @@ def _over(state: TrainState, settings: TrainSettings) -> str:
     return f"nothing is left to do: {state.step} steps are done, and steps={settings.steps} asks for fewer"
 
 
-def _after_warmup(state: TrainState, settings: TrainSettings) -> float:
-    """How much of the cosine is over as a step begins: in steps from 0, the first after warm-up, to 1, the last."""
-    if settings.steps is None:
-        return _done(state, settings)
-    warmup = settings.optimizer.warmup_steps
-    return max(state.step - warmup, 0) / max(settings.steps - 1 - warmup, 1)
+def _ended_in_warmup(state: TrainState, settings: TrainSettings) -> str:
+    """A line about a run whose learning rate has not come to its peak."""
+    return (
+        f"the run ended in warm-up, after {state.step} of optimizer.warmup_steps={settings.optimizer.warmup_steps} steps: "
+        "the learning rate never fell; train longer, or with a shorter warm-up"
+    )

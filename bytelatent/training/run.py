@@ -30,7 +30,10 @@ MAY_CHANGE = {
     *("track", "wandb", "profile", "statistics_every"),
 }
 DATA_MAY_CHANGE = {"workers", "max_damaged"}
-OPTIMIZER_MAY_CHANGE = {"accumulation"}  # with the number of processes, so that a step stays as large
+OPTIMIZER_MAY_CHANGE = {
+    "accumulation",  # with the number of processes, so that a step stays as large
+    *("schedule", "decay_share", "decay_steps", "decay_minutes"),  # the rate goes on from where it is
+}
 
 
 @dataclass
