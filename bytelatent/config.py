@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError, nearest
 
 
@@ -42,9 +43,13 @@ class Settings(BaseModel):
         """The settings as plain nested values, as they would stand in a YAML file."""
         return self.model_dump(mode="json")
 
+    def shown(self) -> dict[str, Any]:
+        """As `plain`, with credentials masked: for all that is written or shown."""
+        return masked(self.plain())
+
     def to_yaml(self) -> str:
         # OmegaConf's writer, since its reader takes more for a number than YAML does: it quotes the string '1e5'.
-        return OmegaConf.to_yaml(OmegaConf.create(self.plain()))
+        return OmegaConf.to_yaml(OmegaConf.create(self.shown()))
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from bytelatent.credentials import masked
+
 BAD_INPUT = 2
 # The exit code of work that stopped because it was asked to: it is not done, and the same command goes on with it.
 # Batch scripts of a cluster put a job that ends so back into the queue.
@@ -20,8 +22,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # A value that a user gave, or the message of a library, may hold line breaks.
-        super().__init__(" ".join(message.split()))
+        # A value that a user gave, or the message of a library, may hold line breaks, and addresses with credentials.
+        super().__init__(masked(" ".join(message.split())))
 
 
 def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) -> str:

@@ -8,7 +8,8 @@ import bytelatent
 PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
-    ["errors"],  # the ground: everyone's, and it imports nothing of ours
+    ["credentials"],  # the ground: everyone's, and it imports nothing of ours
+    ["errors"],
     ["vocab", "config", "files", "device", "unattended", "kernels"],
     ["hub", "run_folder"],
     ["model", "patching", "text", "launch"],

@@ -110,6 +110,11 @@ class Loader:
             "ready": [_piece_state(piece) for piece in self.ready],
         }
 
+    def has_files_of(self, state: dict[str, Any]) -> bool:
+        """Whether a state is of the files that are there now; if not, `deal` goes on with these."""
+        pairs = zip(self.sources, state["sources"], strict=False)
+        return all(source.has_files_of(source_state) for source, source_state in pairs)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where this rank stood.
 
@@ -149,12 +154,15 @@ class Loader:
             raise UserError(f"data: there should be the positions of {states[0]['world']} ranks, not {len(states)}")
         for state in states:
             self._check(state)
+        changed = [source.settings.path for source in self.sources if self._has_changed(source, states)]
         num_left = sum(self._deal_source(number, states) for number in range(len(self.sources)))
         pieces = [Piece(**piece) for state in states for piece in [*state["ready"], *state["buffer"]]]
         self.buffer = pieces[self.rank :: self.world]
         self.ready = deque()
         self.deals = max(state["deals"] for state in states) + 1
         self.random = self._new_random()
+        if changed:
+            return f"data: the files of {', '.join(map(repr, changed))} are others: a new epoch of them begins"
         return (
             f"data: the position of {len(states)} ranks is dealt to {self.world}: {len(pieces)} pieces that wait and "
             f"{num_left} blocks half read; no document is lost or repeated, their order is another"
@@ -162,6 +170,11 @@ class Loader:
 
     def _deal_source(self, number: int, states: list[dict[str, Any]]) -> int:
         source = self.sources[number]
+        if self.settings.allow_changed and self._has_changed(source, states):
+            epoch = 1 + max(state["sources"][number]["place"][0] for state in states)
+            begin = {"files": source.files, "place": [epoch, 0, 0], "item": 0, "left": [], "damaged": [epoch, 0]}
+            source.load_state_dict(begin)
+            return 0
         before = []
         for state in states:
             reader = SourceReader(source.settings, number, self.readings, self.seed, state["rank"], state["world"])
@@ -179,6 +192,9 @@ class Loader:
             }
         )
         return len(left)
+
+    def _has_changed(self, source: SourceReader, states: list[dict[str, Any]]) -> bool:
+        return not all(source.has_files_of(state["sources"][source.number]) for state in states)
 
     def _check(self, state: dict[str, Any]) -> None:
         if len(state["sources"]) != len(self.sources):

@@ -32,6 +32,7 @@ class DataSettings(Settings):
         shuffle_buffer: pieces among which the next one is drawn.
         workers: processes that read ahead; 0 reads in the training process. The batches are the same.
         max_damaged: rows or files that a source may hold and training passes over; one more is an error.
+        allow_changed: a run goes on though its text is another than at its last start.
     """
 
     train: list[SourceSettings] = Field(min_length=1)
@@ -42,6 +43,7 @@ class DataSettings(Settings):
     shuffle_buffer: int = Field(default=256, ge=1)
     workers: int = Field(default=0, ge=0)
     max_damaged: int = Field(default=100, ge=0)
+    allow_changed: bool = False
 
     @field_validator("train", "valid", mode="before")
     @classmethod

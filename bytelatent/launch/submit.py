@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from bytelatent.credentials import moved_to_environment
 from bytelatent.errors import UserError
 from bytelatent.files import explain, whole_file
 from bytelatent.launch import cluster
@@ -48,12 +49,15 @@ def launch(settings: LaunchSettings, config: dict[str, Any]) -> str:
     _must_be_free(dump_dir, settings.override)
     submit = dump_dir / SUBMIT
     with _as_it_was_on_failure(dump_dir):
+        config, secret = moved_to_environment(config)
         _write_folder(dump_dir, settings, config)
+        needed = f"needs the addresses with credentials in its environment: {', '.join(secret)}"
         if settings.dry_run:
-            return shlex.join(["sbatch", str(submit)])
-        job = cluster.submit(str(submit))
+            return shlex.join(["sbatch", str(submit)]) + (f"  # {needed}" if secret else "")
+        job = cluster.submit(str(submit), secret)
     log = shlex.quote(str(dump_dir / "logs" / job / "0.out"))
-    return f"job {job} submitted; tail -F {log}; cancel: scancel {job}"
+    again = f"; submitting it again {needed}" if secret else ""
+    return f"job {job} submitted; tail -F {log}; cancel: scancel {job}{again}"
 
 
 def _write_folder(dump_dir: Path, settings: LaunchSettings, config: dict[str, Any]) -> None:

@@ -155,11 +155,14 @@ def _like_a_data_set(source: str) -> str:
 def _input_file(path: str, source: str) -> InputFile:
     if is_remote(path):
         with readable(path):
-            return InputFile(
-                path, path.removeprefix(source).lstrip("/") or path.rsplit("/", 1)[-1], size_of(path), None
-            )
+            return InputFile(path, path.removeprefix(source).lstrip("/") or _last_part(path), size_of(path), None)
     with readable(path):
         found = os.stat(path)
     place = Path(source).expanduser()
     inside = os.path.relpath(path, place) if place.is_dir() else os.path.basename(path)
     return InputFile(os.path.abspath(path), inside, found.st_size, found.st_mtime_ns)
+
+
+def _last_part(address: str) -> str:
+    """The name of a remote file: what follows it in its address may be a signature."""
+    return address.partition("?")[0].rsplit("/", 1)[-1]

@@ -202,8 +202,9 @@ class Checkpoints:
         if position:
             places = [folder / name for name in manifest_of(folder)]
             files = sorted(place for place in places if place.parent.name == "ranks")
-            if len(files) == self.plan.data_world:
-                own = torch.load(files[self.plan.data_rank], weights_only=True)
+            as_many = len(files) == self.plan.data_world
+            own = torch.load(files[self.plan.data_rank], weights_only=True) if as_many else None
+            if own is not None and state.loader.has_files_of(own["loader"]):
                 state.loader.load_state_dict(_as_arrays(own["loader"]))
                 torch.set_rng_state(own["torch_random"])
             else:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bytelatent.data import Batch, Loader, ReadAhead, surprise
+from bytelatent.credentials import masked
+from bytelatent.data import Batch, DataSettings, Loader, ReadAhead, surprise
 from bytelatent.device import autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
@@ -23,6 +24,7 @@ from bytelatent.training.faults import (
     act_on,
     deterministic,
     memory_named,
+    must_be_finite,
     trouble_with,
     who_failed,
 )
@@ -92,10 +94,10 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
     model = build_spread(settings.model, plan, device, dtype, compiled, settings.float8)
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(masked(line), highlight=False, markup=False, soft_wrap=True)
 
     def say_of_text(line: str) -> None:  # damaged rows are met by one rank alone
-        say(line) if ranks.is_first else print(f"{ranks.name}: {line}", flush=True)
+        say(line) if ranks.is_first else print(masked(f"{ranks.name}: {line}"), flush=True)
 
     batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text, run.told)
     loader = ReadAhead(batches, device) if reads_ahead(device) else batches
@@ -123,6 +125,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
     ):
         if not checkpoints.load(state):
             draw_weights(model, settings.model, plan)
+        must_be_finite(state, settings, ranks)
         done = _done(state, settings)
         if done < 1:
             for line in run.changes:
@@ -140,6 +143,8 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
             if done < 1:
                 with memory_named(settings, ranks):
                     _try_out(state, gradients)
+                for line in _about_batches(settings.data, state.peeked[0]):
+                    say(line)
                 run.write_settings(ranks)
             since = time.perf_counter()
             while done < 1:
@@ -204,6 +209,23 @@ def _try_out(state: TrainState, gradients: Callable[[Batch, float], torch.Tensor
     state.peeked.append(next(state.loader))
     gradients(state.peeked[0], 1.0)
     state.optimizer.zero_grad(set_to_none=True)
+
+
+def _about_batches(data: DataSettings, first: Batch) -> list[str]:
+    """A line about each setting that makes batches others than the next one says."""
+    lines = []
+    if data.batch_bytes < data.context:
+        lines.append(
+            f"data.batch_bytes={data.batch_bytes} is less than data.context={data.context}: no piece of a document is "
+            f"longer than {data.batch_bytes} ids"
+        )
+    if data.batch_patches is not None and 2 * first.num_targets < data.batch_bytes:
+        fills = data.batch_patches * data.batch_bytes // first.num_targets
+        lines.append(
+            f"data.batch_patches={data.batch_patches} is full before data.batch_bytes={data.batch_bytes} is: the first "
+            f"batch holds {first.num_targets} ids; about data.batch_patches={fills} fills it"
+        )
+    return lines
 
 
 def _go_back(state: TrainState, checkpoints: Checkpoints, why: str, times: int, ranks: Ranks) -> None:
@@ -294,6 +316,6 @@ def _over(state: TrainState, settings: TrainSettings) -> str:
 def _ended_in_warmup(state: TrainState, settings: TrainSettings) -> str:
     """A line about a run whose learning rate has not come to its peak."""
     return (
-        f"the run ended in warm-up, after {state.step} of optimizer.warmup_steps={settings.optimizer.warmup_steps} steps: "
-        "the learning rate never fell; train longer, or with a shorter warm-up"
+        f"the run ended in warm-up, after {state.step} steps of optimizer.warmup_steps="
+        f"{settings.optimizer.warmup_steps}: the learning rate never fell; train longer, or with a shorter warm-up"
     )

@@ -1,4 +1,4 @@
-"""The learning rate under a clock that the tests set: it starts at its peak, falls without leaps, ends at its minimum."""
+"""The learning rate under a clock that the tests set: from its peak, without leaps, to its minimum."""
 
 import itertools
 import math
