@@ -58,9 +58,6 @@ class ReadAhead:
         """The position after the batch that was given out last."""
         return self.loader.state_dict() if self._position is None else self._position
 
-    def has_files_of(self, state: dict[str, Any]) -> bool:
-        return self.loader.has_files_of(state)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._forget()
         self.loader.load_state_dict(state)

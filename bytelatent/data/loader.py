@@ -110,16 +110,12 @@ class Loader:
             "ready": [_piece_state(piece) for piece in self.ready],
         }
 
-    def has_files_of(self, state: dict[str, Any]) -> bool:
-        """Whether a state is of the files that are there now; if not, `deal` goes on with these."""
-        pairs = zip(self.sources, state["sources"], strict=False)
-        return all(source.has_files_of(source_state) for source, source_state in pairs)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where this rank stood.
 
         Raises:
-            UserError: the files, the sources or the number of ranks are not those of the state; see `deal`.
+            OtherFiles: the files are not those of the state; see `deal`.
+            UserError: the sources or the number of ranks are not.
         """
         self._check(state)
         if (state["rank"], state["world"]) != (self.rank, self.world):
@@ -138,7 +134,8 @@ class Loader:
     def deal(self, states: list[dict[str, Any]]) -> str:
         """Go on where another number of ranks stood: each document that none has given out is dealt to one rank.
 
-        All ranks pass the same states. Only the order of the documents is another than it would have been.
+        All ranks pass the same states. Only the order of the documents is another than it would have been. With
+        `allow_changed` a source whose files are others begins a new epoch.
 
         Args:
             states: of all ranks, as `state_dict` gave them.
@@ -147,7 +144,8 @@ class Loader:
             One line about what was dealt.
 
         Raises:
-            UserError: the files or the sources are not those of the states, or states are missing.
+            OtherFiles: the files are not those of the states, and may not be others.
+            UserError: the sources are not, or states are missing.
         """
         states = sorted(states, key=lambda state: state["rank"])
         if [state["rank"] for state in states] != list(range(states[0]["world"])):

@@ -37,6 +37,10 @@ class Damage(NamedTuple):
     count: int
 
 
+class OtherFiles(UserError):
+    """A position is of other files than those that are there now."""
+
+
 class SourceReader:
     """The documents of one source that are one rank's.
 
@@ -103,8 +107,13 @@ class SourceReader:
         return masked(state["files"]) == masked(self.files)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a reader stood.
+
+        Raises:
+            OtherFiles: it read other files.
+        """
         if not self.has_files_of(state):
-            raise UserError(
+            raise OtherFiles(
                 f"data: the files of '{self.settings.path}' are not those of the checkpoint; put them back as they "
                 "were, or go on with those that are there: data.allow_changed=true"
             )

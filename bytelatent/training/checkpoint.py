@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bytelatent.data import Batch, Loader, ReadAhead
+from bytelatent.data.source import OtherFiles
 from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, manifest_of, what_is_torn, whole_folder
 from bytelatent.interop import Config, StoredModel
@@ -202,14 +203,7 @@ class Checkpoints:
         if position:
             places = [folder / name for name in manifest_of(folder)]
             files = sorted(place for place in places if place.parent.name == "ranks")
-            as_many = len(files) == self.plan.data_world
-            own = torch.load(files[self.plan.data_rank], weights_only=True) if as_many else None
-            if own is not None and state.loader.has_files_of(own["loader"]):
-                state.loader.load_state_dict(_as_arrays(own["loader"]))
-                torch.set_rng_state(own["torch_random"])
-            else:
-                all_ranks = [torch.load(file, weights_only=True) for file in files]
-                self.say(state.loader.deal([_as_arrays(own["loader"]) for own in all_ranks]))
+            self._load_position(files, state)
             state.bytes_seen, state.seconds = progress["bytes_seen"], progress["seconds"]
         state.step, state.recent = progress["step"], progress["recent"]
         if "schedule" not in progress:
@@ -218,6 +212,17 @@ class Checkpoints:
                 "go on with that version, or use another run=FOLDER"
             )
         state.schedule.load_state_dict(progress["schedule"])
+
+    def _load_position(self, files: list[Path], state: TrainState) -> None:
+        """Go on in the text where each rank stood; dealt out where there are other ranks, or other files of text."""
+        if len(files) == self.plan.data_world:
+            own = torch.load(files[self.plan.data_rank], weights_only=True)
+            with suppress(OtherFiles):
+                state.loader.load_state_dict(_as_arrays(own["loader"]))
+                torch.set_rng_state(own["torch_random"])
+                return
+        all_ranks = [torch.load(file, weights_only=True) for file in files]
+        self.say(state.loader.deal([_as_arrays(own["loader"]) for own in all_ranks]))
 
     def _content(self, state: TrainState, over: bool) -> Content:
         from bytelatent.training.stored_state import tensors_of  # it takes seconds to import

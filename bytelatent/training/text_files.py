@@ -97,7 +97,7 @@ def check_listing(run: Path, files: list[TextFile], allow_changed: bool) -> list
     if unsure:
         lines.append(f"data: same size, beginning and end, and so taken for the same text: {_some(unsure)}")
     if changed:
-        line = f"data: text has changed since the last start of '{run}': {_some(changed)}"
+        line = f"data: the text of '{run}' has changed; these files are not those of the checkpoint: {_some(changed)}"
         if not allow_changed:
             raise UserError(
                 f"{line}; put it back as it was, or go on with what is there now: data.allow_changed=true, or use "
