@@ -8,7 +8,7 @@ import functools
 import re
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError, nearest
 
 LARGEST = 2**63 - 1  # more, and a number overflows where torch takes it
@@ -72,8 +73,12 @@ class Settings(BaseModel):
         """The settings as plain nested values, as they would stand in a YAML file."""
         return self.model_dump(mode="json")
 
+    def shown(self) -> dict[str, Any]:
+        """As `plain`, with credentials masked: for all that is written or shown."""
+        return masked(self.plain())
+
     def to_yaml(self) -> str:
-        return to_yaml(self.plain())
+        return to_yaml(self.shown())
 
     def source_of_default(self, key: str) -> str:
         """Where the value of a whole key comes from that nobody gave."""
@@ -94,18 +99,24 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return _resolved(config, str(path))
 
 
-def to_yaml(values: dict[str, Any]) -> str:
-    """Nested plain values as YAML that `load_yaml` reads back as they are."""
+def to_yaml(values: dict[str, Any], references: Collection[str] = ()) -> str:
+    """Nested plain values as YAML that `load_yaml` reads back as they are.
+
+    Args:
+        references: texts such as `${oc.env:NAME}` that are resolved when they are read.
+    """
     # OmegaConf's writer, since its reader takes more for a number than YAML does: it quotes the string '1e5'.
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(values)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(values, references)))
 
 
-def _escaped(value: Any) -> Any:
-    """Texts whose `${` is no interpolation when they are read."""
+def _escaped(value: Any, references: Collection[str]) -> Any:
+    """Texts whose `${` is no interpolation when they are read, but for the references."""
     if isinstance(value, dict):
-        return {key: _escaped(inner) for key, inner in value.items()}
+        return {key: _escaped(inner, references) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_escaped(inner) for inner in value]
+        return [_escaped(inner, references) for inner in value]
+    if value in references:
+        return value
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 

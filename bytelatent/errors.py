@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from bytelatent.credentials import masked
 from bytelatent.terminal import safe, say
 
 BAD_INPUT = 2
@@ -22,8 +23,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # A value that a user gave, or the message of a library, may hold line breaks, or steer a terminal.
-        super().__init__(safe(" ".join(message.split())))
+        # A value that a user gave, or the message of a library, may hold line breaks, credentials, or steer a terminal.
+        super().__init__(safe(masked(" ".join(message.split()))))
 
 
 def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) -> str:

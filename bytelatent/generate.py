@@ -131,7 +131,7 @@ def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> No
 
 def _made_with(settings: GenerateSettings) -> dict[str, Any]:
     """Settings that a file of rows is begun and gone on with."""
-    return {key: value for key, value in flat(settings.plain()).items() if key not in FREE}
+    return {key: value for key, value in flat(settings.shown()).items() if key not in FREE}
 
 
 def _engine(settings: GenerateSettings, num_rows: int) -> Engine:

@@ -8,7 +8,7 @@ import bytelatent
 PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
-    ["terminal"],  # the ground: everyone's, and it imports nothing of ours
+    ["credentials", "terminal"],  # the ground: everyone's, and they import nothing of ours
     ["errors"],
     ["vocab", "config", "configs", "files", "device", "progress", "threads", "unattended", "interrupt", "kernels"],
     ["hub", "run_folder", "command_line"],

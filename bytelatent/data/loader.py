@@ -115,7 +115,8 @@ class Loader:
         """Go on where this rank stood.
 
         Raises:
-            UserError: the files, the sources or the number of ranks are not those of the state; see `deal`.
+            OtherFiles: the files are not those of the state; see `deal`.
+            UserError: the sources or the number of ranks are not.
         """
         self._check(state)
         if (state["rank"], state["world"]) != (self.rank, self.world):
@@ -134,7 +135,8 @@ class Loader:
     def deal(self, states: list[dict[str, Any]]) -> str:
         """Go on where another number of ranks stood: each document that none has given out is dealt to one rank.
 
-        All ranks pass the same states. Only the order of the documents is another than it would have been.
+        All ranks pass the same states. Only the order of the documents is another than it would have been. With
+        `allow_changed` a source whose files are others begins a new epoch.
 
         Args:
             states: of all ranks, as `state_dict` gave them.
@@ -143,19 +145,23 @@ class Loader:
             One line about what was dealt.
 
         Raises:
-            UserError: the files or the sources are not those of the states, or states are missing.
+            OtherFiles: the files are not those of the states, and may not be others.
+            UserError: the sources are not, or states are missing.
         """
         states = sorted(states, key=lambda state: state["rank"])
         if [state["rank"] for state in states] != list(range(states[0]["world"])):
             raise UserError(f"data: there should be the positions of {states[0]['world']} ranks, not {len(states)}")
         for state in states:
             self._check(state)
+        changed = [source.settings.path for source in self.sources if self._has_changed(source, states)]
         num_left = sum(self._deal_source(number, states) for number in range(len(self.sources)))
         pieces = [Piece(**piece) for state in states for piece in [*state["ready"], *state["buffer"]]]
         self.buffer = pieces[self.rank :: self.world]
         self.ready = deque()
         self.deals = max(state["deals"] for state in states) + 1
         self.random = self._new_random()
+        if changed:
+            return f"data: the files of {', '.join(map(repr, changed))} are others: a new epoch of them begins"
         return (
             f"data: the position of {len(states)} ranks is dealt to {self.world}: {len(pieces)} pieces that wait and "
             f"{num_left} blocks half read; no document is lost or repeated, their order is another"
@@ -163,6 +169,11 @@ class Loader:
 
     def _deal_source(self, number: int, states: list[dict[str, Any]]) -> int:
         source = self.sources[number]
+        if self.settings.allow_changed and self._has_changed(source, states):
+            epoch = 1 + max(state["sources"][number]["place"][0] for state in states)
+            begin = {"files": source.files, "place": [epoch, 0, 0], "item": 0, "left": [], "damaged": [epoch, 0]}
+            source.load_state_dict(begin)
+            return 0
         before = []
         for state in states:
             reader = SourceReader(source.settings, number, self.readings, self.seed, state["rank"], state["world"])
@@ -180,6 +191,9 @@ class Loader:
             }
         )
         return len(left)
+
+    def _has_changed(self, source: SourceReader, states: list[dict[str, Any]]) -> bool:
+        return not all(source.has_files_of(state["sources"][source.number]) for state in states)
 
     def _check(self, state: dict[str, Any]) -> None:
         if len(state["sources"]) != len(self.sources):

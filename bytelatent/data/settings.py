@@ -38,6 +38,7 @@ class DataSettings(Settings):
         workers: processes that read ahead; 0 reads in the training process. The batches are the same.
         max_bad_rows: bad rows and files of a source that are passed over in an epoch; one more is an error.
         max_row_bytes: a longer row is a bad one.
+        allow_changed: a run goes on though its text is another than at its last start.
     """
 
     train: list[SourceSettings] = Field(min_length=1)
@@ -49,6 +50,7 @@ class DataSettings(Settings):
     workers: int = Field(default=0, ge=0, le=1024)
     max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
     max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1)
+    allow_changed: bool = False
 
     @model_validator(mode="before")
     @classmethod

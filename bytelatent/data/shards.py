@@ -111,7 +111,7 @@ def _name(file: str, source: str) -> str:
     folder = Path(source).expanduser()
     if is_remote(source):
         above = source.rstrip("/") + "/"
-        name = file.removeprefix(above) if file.startswith(above) else file.rsplit("/", 1)[-1]
+        name = file.removeprefix(above) if file.startswith(above) else file.partition("?")[0].rsplit("/", 1)[-1]
     elif folder.is_dir():
         name = Path(file).relative_to(folder).as_posix()
     else:

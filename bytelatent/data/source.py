@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from bytelatent.credentials import masked
 from bytelatent.data.pieces import Piece
 from bytelatent.data.reading import CutBlock, Readings, Request
 from bytelatent.data.settings import SourceSettings
@@ -34,6 +35,10 @@ class Damage(NamedTuple):
 
     epoch: int
     count: int
+
+
+class OtherFiles(UserError):
+    """A position is of other files than those that are there now."""
 
 
 class SourceReader:
@@ -91,18 +96,27 @@ class SourceReader:
         if left:
             left[0][-1] = self.item
         return {
-            "files": self.files,
+            "files": masked(self.files),
             "place": list(self.place),
             "item": 0 if left else self.item,
             "left": left,
             "damaged": list(self.damaged),
         }
 
+    def has_files_of(self, state: dict[str, Any]) -> bool:
+        """Whether a state is of the files that are there now."""
+        return masked(state["files"]) == masked(self.files)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["files"] != self.files:
-            raise UserError(
-                f"data: the files of '{self.settings.path}' are not those of the checkpoint; "
-                "put them back as they were, or start another run"
+        """Go on where a reader stood.
+
+        Raises:
+            OtherFiles: it read other files.
+        """
+        if not self.has_files_of(state):
+            raise OtherFiles(
+                f"data: the files of '{self.settings.path}' are not those of the checkpoint; put them back as they "
+                "were, or go on with those that are there: data.allow_changed=true"
             )
         self.place = Place(*state["place"])
         self.left = [Left(Place(*place), item) for *place, item in state["left"]]

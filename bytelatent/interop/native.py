@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from bytelatent.config import load_yaml
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.interop.stored import FORMAT, Config, Origin, StoredModel, own_names, under_our_names
 from bytelatent.interop.tensors import read_json, read_weights, write_json, write_weights
@@ -63,7 +64,7 @@ def open_run(folder: Path, weights: bool = True) -> StoredModel:
 
 def write_native(folder: Path, stored: StoredModel, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
     """Write a model into an existing folder."""
-    write_json(folder / "config.json", stored.config.plain())
+    write_json(folder / "config.json", stored.config.shown())
     write_weights(folder, stored.tensors, advance=advance)
     if stored.byte_lm is not None:
         (folder / BYTE_LM).mkdir()
@@ -104,4 +105,4 @@ def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
 
 def _paths(sources: Any) -> list[str]:
     listed = sources if isinstance(sources, list) else [sources] if sources else []
-    return [str(source["path"] if isinstance(source, dict) else source) for source in listed]
+    return [masked(str(source["path"] if isinstance(source, dict) else source)) for source in listed]

@@ -160,7 +160,7 @@ def _input_file(path: str, source: str) -> InputFile:
         found = FileKind("text")
     kind = "packed" if found.kind == "lines" and found.compression else str(found.kind)
     if is_remote(path):
-        inside = path.removeprefix(source).lstrip("/") or path.rsplit("/", 1)[-1]
+        inside = path.removeprefix(source).lstrip("/") or _last_part(path)
         with readable(path):
             return InputFile(path, inside, size_of(path), None, kind, found.compression)
     with readable(path):
@@ -168,3 +168,8 @@ def _input_file(path: str, source: str) -> InputFile:
     place = Path(source).expanduser()
     inside = os.path.relpath(path, place) if place.is_dir() else os.path.basename(path)
     return InputFile(os.path.abspath(path), inside, about.st_size, about.st_mtime_ns, kind, found.compression)
+
+
+def _last_part(address: str) -> str:
+    """The name of a remote file: what follows it in its address may be a signature."""
+    return address.partition("?")[0].rsplit("/", 1)[-1]

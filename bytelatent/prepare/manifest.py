@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.prepare.disk import write_text, writing
 from bytelatent.prepare.gather import range_parts
@@ -35,7 +36,7 @@ def finish(work: Work) -> None:
             assert sum(size for size, _ in its_parts) == output["end"] - output["begin"]
             if (work.aside / output["name"]).exists():
                 os.replace(work.aside / output["name"], work.out / output["name"])
-        write_text(work.out / MANIFEST, json.dumps(_manifest(work, cut, parts), indent=1))
+        write_text(work.out / MANIFEST, json.dumps(masked(_manifest(work, cut, parts)), indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

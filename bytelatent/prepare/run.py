@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.files import only_writer
 from bytelatent.prepare.budget import Budget, share_out
@@ -127,14 +128,14 @@ def _check_same(out: Path, manifest: dict[str, Any], settings: PrepareSettings, 
     Raises:
         UserError: the folder was made from something else.
     """
-    if differing := differences(manifest["request"], settings.request()):
+    if differing := differences(masked(manifest["request"]), settings.request()):
         raise UserError(f"--out: '{out}' was prepared otherwise: {differing}; give another folder")
     try:
         files = resolve(settings.source, out, console, download=False)
     except UserError:
         return  # the input is gone; what was made from it is here
-    then = {(file["file"], file["bytes"], file["changed"]) for file in manifest["inputs"]}
-    new = next((file.path for file in files if (file.path, file.size, file.changed) not in then), None)
+    then = {(masked(file["file"]), file["bytes"], file["changed"]) for file in manifest["inputs"]}
+    new = next((file.path for file in files if (masked(file.path), file.size, file.changed) not in then), None)
     if new is not None:
         raise UserError(f"--out: '{out}' was prepared before '{new}' was added or changed; give another folder")
 

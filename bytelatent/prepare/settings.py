@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from bytelatent.config import Settings, renamed
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.prepare.inputs import is_data_set
 from bytelatent.text import MAX_ROW_BYTES
@@ -53,13 +54,13 @@ class PrepareSettings(Settings):
             from bytelatent.prepare.download import short_name
 
             return short_name(self.source[0])
-        last = self.source[0].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+        last = self.source[0].partition("?")[0].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
         return "".join(c for c in last if c.isalnum() or c in "-_") or "text"
 
     def request(self) -> dict[str, Any]:
         """What the output depends on. Memory, workers and executor are no part of it: they change no byte."""
         keep = {"source", "chunks", "seed", "validation", "dedup", "text_key", "max_bad_rows", "max_row_bytes"}
-        return {"name": self.stem, **self.model_dump(mode="json", include=keep)}
+        return masked({"name": self.stem, **self.model_dump(mode="json", include=keep)})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from bytelatent.credentials import masked
 from bytelatent.data import DataSettings, Patcher, Piece, StoredCheck, cut, groups_of, stream_of
 from bytelatent.data.settings import SourceSettings
 from bytelatent.device import choose_device, choose_dtype
@@ -112,7 +113,7 @@ def calibrate_on(
         update={
             "held_out_mean_patch_bytes": held_out,
             "window": sample.window,
-            "data": ", ".join(source.path for source in data.train),
+            "data": ", ".join(masked(source.path) for source in data.train),
             "byte_lm": sample.byte_lm,
         }
     )

@@ -28,12 +28,16 @@ class LearningRateScale(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW or Muon, with linear warm-up and a cosine to `final_lr_ratio` of the peak.
+    """AdamW or Muon, with linear warm-up and a decay to `final_lr_ratio` of the peak.
 
     Defaults: Pagnoni et al. 2024, section 4.8.
 
     Attributes:
         name: `muon` trains the matrices of the blocks by Muon, and the rest by AdamW.
+        schedule: `cosine` decays from the end of warm-up to the end of the run; `wsd` (warmup-stable-decay) keeps the
+            peak until the decay begins, and decays linearly.
+        decay_share: with `wsd`, the share of the run, at its end, that decays;
+        decay_steps, decay_minutes: its length instead, in the unit of the run's own.
         hash_gradients: with `rows` the hash tables' gradients hold only the rows that a step sees, and AdamW touches
             only these; see `SparseRowsAdamW` for what differs.
     """
@@ -44,11 +48,22 @@ class OptimizerSettings(Settings):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
+    schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(default=2000, ge=0)
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    decay_steps: int | None = Field(default=None, ge=1)
+    decay_minutes: float | None = Field(default=None, gt=0)
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
     accumulation: int = Field(default=1, ge=1, le=10**6)
     hash_gradients: Literal["dense", "rows"] = "dense"
+
+    @model_validator(mode="after")
+    def _of_wsd(self) -> Self:
+        for name in ("decay_share", "decay_steps", "decay_minutes"):
+            if self.schedule != "wsd" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for schedule=wsd; {self.schedule} decays from the end of warm-up on")
+        return self
 
 
 class CalibrationSettings(Settings):
@@ -254,6 +269,16 @@ class TrainSettings(Settings):
             raise ValueError("set steps or minutes: how long to train")
         if self.steps is not None and self.minutes is not None:
             raise ValueError("steps and minutes are both set; set the one that should not count to null: minutes=null")
+        return self
+
+    @model_validator(mode="after")
+    def _decay_by_its_end(self) -> Self:
+        for unit, other in (("steps", "minutes"), ("minutes", "steps")):
+            if getattr(self.optimizer, f"decay_{unit}") is not None and getattr(self, unit) is None:
+                raise ValueError(
+                    f"optimizer.decay_{unit} goes with {unit}, and this run ends by {other}; set "
+                    f"optimizer.decay_{other} or optimizer.decay_share"
+                )
         return self
 
     @model_validator(mode="after")
