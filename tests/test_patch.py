@@ -101,9 +101,7 @@ def test_a_model_without_a_byte_lm(tmp_path: Path) -> None:
     model = tiny_blt()
     config = Config(model=model.settings, context=40, patching=PatchSettings(mode="space"))
     BLT(model, config, None).save_pretrained(tmp_path / "m")
-    with pytest.raises(
-        UserError, match="has no byte LM, which finds patches by entropy; name one: --model"
-    ):
+    with pytest.raises(UserError, match="has no byte LM, which finds patches by entropy; name one: --model"):
         Rules(str(tmp_path / "m")).patched(["entropy:1.3"], TEXT)
 
 

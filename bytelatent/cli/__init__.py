@@ -45,5 +45,5 @@ app.add_typer(bench.app, name="bench")
 def main() -> None:
     """The command `blt`."""
     if any(argument != safe(argument) for argument in sys.argv):  # typer shows one that it cannot take
-        typer.rich_utils.Console = Console
+        typer.rich_utils.Console = Console  # pyright: ignore[reportPrivateImportUsage]
     guarded(app)

@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from bytelatent import terminal
 from bytelatent.errors import UserError
 from bytelatent.files import only_writer
 from bytelatent.prepare.budget import Budget, share_out
@@ -15,7 +18,6 @@ from bytelatent.prepare.inputs import InputFile, check_first_row, resolve, tasks
 from bytelatent.prepare.manifest import read_manifest
 from bytelatent.prepare.settings import PrepareSettings, differences
 from bytelatent.prepare.work import FOLDER, Plan, Work
-from bytelatent.terminal import Console
 
 
 def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
@@ -32,7 +34,7 @@ def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
         UserError: bad input, or a disk or memory that is too small.
         Interrupted: Ctrl-C.
     """
-    console = console or Console(quiet=True)
+    console = console or terminal.Console(quiet=True)
     out = settings.out.expanduser()
     request = settings.request()
     if (manifest := read_manifest(out)) is not None:
