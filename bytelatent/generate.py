@@ -20,8 +20,10 @@ from typing import IO, Any, BinaryIO
 
 import torch
 from pydantic import Field
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bytelatent import terminal
 from bytelatent.command_line import from_command_line
 from bytelatent.config import Settings, flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
@@ -32,7 +34,6 @@ from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
 from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS
 from bytelatent.interop import open_pretrained
-from bytelatent.terminal import Console, safe
 from bytelatent.text.documents import json_value
 from bytelatent.text.kinds import TextReader, must_be_read
 from bytelatent.text.places import readable
@@ -316,7 +317,7 @@ def _say(console: Console, line: str) -> None:
 def _write(out: BinaryIO, data: bytes) -> None:
     """Write bytes as they are; to a terminal, where they would be obeyed, as text that can only be read."""
     if out.isatty():
-        data = safe(data.decode("utf-8", "replace")).encode()
+        data = terminal.safe(data.decode("utf-8", "replace")).encode()
     try:
         rest = memoryview(data)
         while rest:  # a disk that fills up takes a part first
@@ -331,7 +332,7 @@ def _write(out: BinaryIO, data: bytes) -> None:
 def main(arguments: list[str]) -> None:
     """`config=FILE key=value ...`"""
     settings = from_command_line(GenerateSettings, arguments, USAGE, literal="prompt")
-    generate(settings, sys.stdout.buffer, Console(stderr=True))
+    generate(settings, sys.stdout.buffer, terminal.Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def safe(text: str) -> str:
 
 def say(line: str, file: IO[str] | None = None) -> None:
     """Print a line, to standard output unless another file is given: safely to a terminal, elsewhere as it is."""
-    file = sys.stdout if file is None else file
-    print(safe(line) if file.isatty() else line, file=file, flush=True)
+    place = file or sys.stdout
+    print(safe(line) if place.isatty() else line, file=place, flush=True)
 
 
 class Console(rich.console.Console):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytelatent.errors import guarded
+from bytelatent.terminal import say
 from bytelatent.unattended import unattended
 
 if TYPE_CHECKING:
-    from bytelatent.terminal import Console, say
+    from rich.console import Console
 
 USAGE = "name a configuration or settings: blt train config=byte_lm run=runs/mine data.train=text/*.jsonl"
 

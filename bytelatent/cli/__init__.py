@@ -89,8 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     # as torch is imported, by the verbs.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if any(
-        argument != safe(argument) for argument in (sys.argv if arguments is None else arguments)
-    ):  # typer shows one that it cannot take
-        typer.rich_utils.Console = Console
+    given = sys.argv if arguments is None else arguments
+    if any(argument != safe(argument) for argument in given):  # typer shows one that it cannot take
+        typer.rich_utils.Console = Console  # pyright: ignore[reportPrivateImportUsage]
     guarded(lambda: app(arguments, prog_name="blt"))

@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from bytelatent import terminal
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.files import only_writer
@@ -16,7 +19,6 @@ from bytelatent.prepare.inputs import InputFile, check_first_row, resolve, tasks
 from bytelatent.prepare.manifest import MANIFEST, read_manifest
 from bytelatent.prepare.settings import PrepareSettings, differences
 from bytelatent.prepare.work import FOLDER, Plan, Work
-from bytelatent.terminal import Console, safe
 from bytelatent.text.damage import must_have_read, short
 
 SHOWN_PLACES = 3  # of bad rows; the manifest has all
@@ -37,7 +39,7 @@ def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
             be read.
         Interrupted: Ctrl-C.
     """
-    console = console or Console(quiet=True)
+    console = console or terminal.Console(quiet=True)
     out = settings.out.expanduser()
     request = settings.request()
     if (manifest := read_manifest(out)) is not None:
@@ -78,7 +80,7 @@ def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(safe(line), soft_wrap=True, highlight=False, markup=False)
+    console.print(terminal.safe(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def _plan(settings: PrepareSettings, request: dict[str, Any], work: Work, console: Console) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from bytelatent import terminal
 from bytelatent.credentials import masked
 from bytelatent.data import Batch, DataSettings, Loader, ReadAhead, surprise
 from bytelatent.device import autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.model.loss import bits_per_byte
-from bytelatent.terminal import Console, safe
 from bytelatent.threads import Threads
 from bytelatent.training.checkpoint import Checkpoints, TrainState, must_take_checkpoints
 from bytelatent.training.clipping import clip
@@ -61,7 +62,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         Interrupted: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; a checkpoint is written.
         KeyboardInterrupt: a second of these; nothing is written.
     """
-    console = console or Console()
+    console = console or terminal.Console()
     with (
         open_ranks(settings.device, settings.faults.watchdog_minutes) as (ranks, device),
         deterministic(settings.determinism),
@@ -86,7 +87,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
 
             ranks.first(hold)
             run = open_run(settings, ranks, device, dtype, console)
-            return _train(run, plan, device, dtype, console if ranks.is_first else Console(quiet=True))
+            return _train(run, plan, device, dtype, console if ranks.is_first else terminal.Console(quiet=True))
 
 
 def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, console: Console) -> Path:
@@ -99,7 +100,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
         console.print(masked(line), highlight=False, markup=False, soft_wrap=True)
 
     def say_of_text(line: str) -> None:  # damaged rows are met by one rank alone
-        say(line) if ranks.is_first else print(safe(masked(f"{ranks.name}: {line}")), flush=True)
+        say(line) if ranks.is_first else print(terminal.safe(masked(f"{ranks.name}: {line}")), flush=True)
 
     batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text, run.told)
     loader = ReadAhead(batches, device) if reads_ahead(device) else batches

@@ -439,7 +439,7 @@ def test_seed() -> None:
     logits = torch.zeros(VOCAB_SIZE)
     assert draws(logits, Sampling(seed=1), 20) == draws(logits, Sampling(seed=1), 20)
     assert draws(logits, Sampling(seed=1), 20) != draws(logits, Sampling(seed=2), 20)
-    assert draws(logits, Sampling(seed=-(1 << 64) + 1), 20) == draws(logits, Sampling(seed=1), 20)
+    assert draws(logits, Sampling(seed=(1 << 64) - 1), 20) == draws(logits, Sampling(seed=-1), 20)
 
 
 def test_put_and_read() -> None:
