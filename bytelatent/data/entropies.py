@@ -30,6 +30,7 @@ from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Document, read_documents
 from bytelatent.text.damage import MAX_BAD_ROWS
+from bytelatent.text.documents import name_of
 from bytelatent.text.places import is_remote
 from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, read_stored
 
@@ -325,7 +326,7 @@ def loads_of(
                 pieces, ended, num_ids = [], [], 0
             pieces.append(piece)
             num_ids += len(piece)
-        ended.append((document.id if document.id is not None else f"{shard.name}/{row}", document.text))
+        ended.append((document.id if document.id is not None else name_of(f"{shard.name}/{row}"), document.text))
     if pieces:
         yield Load(pack(pieces, size).stream, num_ids, ended, position)
 

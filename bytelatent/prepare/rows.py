@@ -283,13 +283,16 @@ class RowReader:
 
 
 def plain_values(column: Any) -> list[Any]:
-    """A column as Python values; as strings where Python has no such values, else as nothing."""
+    """A column as Python values; as strings or numbers where Python has no such values, else as nothing."""
     import pyarrow as pa
 
     def as_bytes() -> list[Any]:  # strings may be no UTF-8
         return bytes_of(column) if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) else []
 
-    for convert in (column.to_pylist, as_bytes, lambda: column.cast(pa.string()).to_pylist()):
+    def as_type(kind: Any) -> list[Any]:
+        return column.cast(kind).to_pylist()
+
+    for convert in (column.to_pylist, as_bytes, lambda: as_type(pa.string()), lambda: as_type(pa.int64())):
         try:
             if len(values := convert()) == len(column):
                 return values
