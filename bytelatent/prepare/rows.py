@@ -16,7 +16,7 @@ from bytelatent.prepare.order import TextKeys
 from bytelatent.prepare.runs import Rows
 from bytelatent.text.documents import Rows as HowToRead
 from bytelatent.text.documents import bytes_of, from_json, from_value, too_long
-from bytelatent.text.kinds import TextReader
+from bytelatent.text.kinds import TextReader, must_be_read
 from bytelatent.text.lines import json_values
 from bytelatent.text.parquet import ParquetTable
 from bytelatent.text.places import Damaged, readable
@@ -95,11 +95,13 @@ class RowReader:
         Raises:
             UserError: the memory is too small, or there are too many bad rows.
         """
-        readers = {"packed": self._packed, "json": self._json, "parquet": self._parquet, "text": self._text}
+        readers = {"packed": self._packed, "json": self._json, "parquet": self._parquet, "text": self._text, "none": self._text}
         for self._number in unit.files:
             file = self.files[self._number]
             try:
                 with readable(file.path):
+                    if file.kind == "none":
+                        must_be_read(file.path)
                     if unit.kind == "lines":
                         found = self._lines(file, unit.begin, unit.end)
                     else:
