@@ -35,8 +35,8 @@ def calibrate_text(
         max_row_bytes: a longer row is a bad one.
 
     Raises:
-        UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or nothing of a file could be
-            read.
+        UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or nothing of a file
+            could be read.
     """
     sources = [{"path": path, "text_key": text_key} for path in text]
     data = DataSettings.parse({"train": sources, "max_bad_rows": max_bad_rows, "max_row_bytes": max_row_bytes})

@@ -3,7 +3,6 @@
 python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.temperature=0.7
 """
 
-import json
 import signal
 import sys
 import threading

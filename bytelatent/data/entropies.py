@@ -125,8 +125,8 @@ def store_entropies(
             It is called from another thread.
 
     Raises:
-        UserError: there are too many bad rows, `out` cannot be written or holds files that were made otherwise, or the byte
-            LM's entropies are not finite.
+        UserError: there are too many bad rows, `out` cannot be written or holds files that were made otherwise, the
+            byte LM's entropies are not finite, or, once all else is done, nothing of a file could be read.
     """
     begin = time.monotonic()
     if is_remote(str(out)):

@@ -81,9 +81,7 @@ def cut(work: Work) -> None:
     documents, sizes = index.totals()
     read, read_bytes = int(documents.sum()), int(sizes.sum())
     if read == 0:
-        raise UserError(
-            f"{_names(plan.request['source'])}: no documents" + (f"; bad: {corrupt[0]}" if corrupt else "")
-        )
+        raise UserError(f"{_names(plan.request['source'])}: no documents" + (f"; bad: {corrupt[0]}" if corrupt else ""))
     kept, kept_bytes = documents, sizes
     if index.dedup:
         kept, kept_bytes = index.kept(documents, max(plan.range_bytes // (2 * INDEX_BYTES), 1))

@@ -95,7 +95,13 @@ class RowReader:
         Raises:
             UserError: the memory is too small, or there are too many bad rows.
         """
-        readers = {"packed": self._packed, "json": self._json, "parquet": self._parquet, "text": self._text, "none": self._text}
+        readers = {
+            "packed": self._packed,
+            "json": self._json,
+            "parquet": self._parquet,
+            "text": self._text,
+            "none": self._text,
+        }
         for self._number in unit.files:
             file = self.files[self._number]
             try:

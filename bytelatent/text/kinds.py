@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bytelatent.text.compressed import Decompressed, compression_of, zstd_module
-from bytelatent.text.places import BUFFER_BYTES, Damaged, import_pyarrow, is_remote, open_file, open_raw, readable, size_of
+from bytelatent.text.places import (
+    BUFFER_BYTES,
+    Damaged,
+    import_pyarrow,
+    is_remote,
+    open_file,
+    open_raw,
+    readable,
+    size_of,
+)
 
 Kind = Literal["lines", "json", "parquet", "text"]
 
@@ -129,7 +138,7 @@ class _ArrowZstd(io.RawIOBase):
             found = b"" if self.damage else self._inner.read(min(len(buffer), HEAD_BYTES))
         except Exception as error:
             self.damage = (
-                f"is not whole: after {self._given:,} decompressed bytes the rest cannot be read: {' '.join(str(error).split())}; "
+                f"is not whole: after {self._given:,} decompressed bytes the rest cannot be read: {error}; "
                 "if its window is a long one: pip install backports.zstd"
             )
             found = b""
@@ -173,7 +182,7 @@ def _kind_by_content(name: str, head: bytes) -> tuple[Kind | None, str]:
 
 
 def _is_binary(head: bytes) -> bool:
-    """Zero bytes, or more than one in fifty of the control characters that no text has, in any encoding but UTF-16."""
+    """Zero bytes, or more than one in fifty of the control characters that no text has, whatever its encoding."""
     return b"\0" in head or 50 * (len(head) - len(head.translate(None, CONTROLS))) > len(head)
 
 
@@ -203,4 +212,3 @@ def must_be_read(file: str) -> FileKind:
             "JSONL, JSON, Parquet and text in UTF-8 or any encoding without zero bytes"
         )
     return found
-

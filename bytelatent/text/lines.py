@@ -48,7 +48,9 @@ def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
             try:
                 value, end = parse(text, at)
             except RecursionError:
-                raise Damaged(f"data: {where} is not JSON (it is nested too deeply); it and the rest are not read") from None
+                raise Damaged(
+                    f"data: {where} is not JSON (it is nested too deeply); it and the rest are not read"
+                ) from None
             except ValueError as error:
                 if ended:
                     reason = getattr(error, "msg", error)

@@ -145,7 +145,9 @@ def _check_text(schema: Any, file: str, text_key: str) -> None:
             f"data: '{file}' has no column '{text_key}'; its columns: {some(schema.names)}; name the text's: --text-key"
         )
     if number > 1:
-        raise Damaged(f"data: '{file}' has {number} columns '{text_key}', and which is the text is not clear; rename one")
+        raise Damaged(
+            f"data: '{file}' has {number} columns '{text_key}', and which is the text is not clear; rename one"
+        )
     kind = schema.field(text_key).type
     kind = kind.storage_type if isinstance(kind, BaseExtensionType) else kind
     kind = kind.value_type if types.is_dictionary(kind) else kind

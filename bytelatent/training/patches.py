@@ -69,13 +69,17 @@ def calibrate_on(
         told: what was said is added.
     """
     damaged = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
-    sample = sample_entropies(byte_lm, data.train, data.context, rule, text_bytes, device, dtype, damaged, data.max_row_bytes)
+    sample = sample_entropies(
+        byte_lm, data.train, data.context, rule, text_bytes, device, dtype, damaged, data.max_row_bytes
+    )
     found = calibrate(sample.ids, sample.entropies, sample.position, wanted_patch_bytes, rule)
     held_out = None
     if data.valid:
         chosen = rule.model_copy(update={"threshold": found.threshold})
         damaged = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
-        valid = sample_entropies(byte_lm, data.valid, data.context, rule, text_bytes, device, dtype, damaged, data.max_row_bytes)
+        valid = sample_entropies(
+            byte_lm, data.valid, data.context, rule, text_bytes, device, dtype, damaged, data.max_row_bytes
+        )
         held_out = mean_patch_bytes(valid.ids, valid.entropies, valid.position, chosen)
     return found.model_copy(
         update={

@@ -51,7 +51,10 @@ def test_whole_files(how: str) -> None:
 def test_something_else_behind(how: str) -> None:
     text, damage = read(PACK[how](LINES) + b"garbage")
     assert text == LINES
-    assert damage == f"is not whole: after {len(LINES):,} decompressed bytes its last 7 bytes are not read: they are no {how}"
+    assert (
+        damage
+        == f"is not whole: after {len(LINES):,} decompressed bytes its last 7 bytes are not read: they are no {how}"
+    )
 
 
 @pytest.mark.parametrize("how", PACK)
