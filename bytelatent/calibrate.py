@@ -3,13 +3,15 @@
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from bytelatent.data import DataSettings
 from bytelatent.device import choose_device
 from bytelatent.interop import load_byte_lm
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.progress import Progress
 from bytelatent.report import write_threshold_figure
-from bytelatent.terminal import Console, say
+from bytelatent.terminal import say
 from bytelatent.text import MAX_ROW_BYTES, DamageLimit
 from bytelatent.text.damage import MAX_BAD_ROWS
 from bytelatent.training import sample_entropies
@@ -40,8 +42,8 @@ def calibrate_text(
         console: shows how far it is.
 
     Raises:
-        UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or nothing of a file could be
-            read.
+        UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or nothing of a file
+            could be read.
     """
     place = choose_device(device)  # before anything is read
     sources = [{"path": path, "text_key": text_key} for path in text]

@@ -30,6 +30,7 @@ from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Document, read_documents
 from bytelatent.text.damage import MAX_BAD_ROWS
+from bytelatent.text.documents import name_of
 from bytelatent.text.places import is_remote
 from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, read_stored
 
@@ -124,8 +125,8 @@ def store_entropies(
             It is called from another thread.
 
     Raises:
-        UserError: there are too many bad rows, `out` cannot be written or holds files that were made otherwise, or the byte
-            LM's entropies are not finite.
+        UserError: there are too many bad rows, `out` cannot be written or holds files that were made otherwise, the
+            byte LM's entropies are not finite, or, once all else is done, nothing of a file could be read.
     """
     begin = time.monotonic()
     if is_remote(str(out)):
@@ -325,7 +326,7 @@ def loads_of(
                 pieces, ended, num_ids = [], [], 0
             pieces.append(piece)
             num_ids += len(piece)
-        ended.append((document.id if document.id is not None else f"{shard.name}/{row}", document.text))
+        ended.append((document.id if document.id is not None else name_of(f"{shard.name}/{row}"), document.text))
     if pieces:
         yield Load(pack(pieces, size).stream, num_ids, ended, position)
 

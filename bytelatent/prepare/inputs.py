@@ -32,7 +32,7 @@ class InputFile:
     size: int
     changed: int | None  # nanoseconds; None where the place does not say
 
-    kind: str = "text"  # `lines` (JSONL that can be divided), `packed` (compressed JSONL), `json`, `parquet` or `text`
+    kind: str = "text"  # `lines` (JSONL that can be divided), `packed` (compressed), `json`, `parquet`, `text`, `none`
     compression: str | None = None
 
     @property
@@ -157,8 +157,8 @@ def _input_file(path: str, source: str) -> InputFile:
     try:
         found = kind_of(path)
     except Damaged:  # what reads it will say so
-        found = FileKind("text")
-    kind = "packed" if found.kind == "lines" and found.compression else str(found.kind)
+        found = FileKind(None)
+    kind = "packed" if found.kind == "lines" and found.compression else found.kind or "none"
     if is_remote(path):
         inside = path.removeprefix(source).lstrip("/") or _last_part(path)
         with readable(path):

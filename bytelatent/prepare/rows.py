@@ -16,7 +16,7 @@ from bytelatent.prepare.order import TextKeys
 from bytelatent.prepare.runs import Rows
 from bytelatent.text.documents import Rows as HowToRead
 from bytelatent.text.documents import bytes_of, from_json, from_value, too_long
-from bytelatent.text.kinds import TextReader
+from bytelatent.text.kinds import TextReader, must_be_read
 from bytelatent.text.lines import json_values
 from bytelatent.text.parquet import ParquetTable
 from bytelatent.text.places import Damaged, readable
@@ -95,11 +95,19 @@ class RowReader:
         Raises:
             UserError: the memory is too small, or there are too many bad rows.
         """
-        readers = {"packed": self._packed, "json": self._json, "parquet": self._parquet, "text": self._text}
+        readers = {
+            "packed": self._packed,
+            "json": self._json,
+            "parquet": self._parquet,
+            "text": self._text,
+            "none": self._text,
+        }
         for self._number in unit.files:
             file = self.files[self._number]
             try:
                 with readable(file.path):
+                    if file.kind == "none":
+                        must_be_read(file.path)
                     if unit.kind == "lines":
                         found = self._lines(file, unit.begin, unit.end)
                     else:
@@ -283,13 +291,16 @@ class RowReader:
 
 
 def plain_values(column: Any) -> list[Any]:
-    """A column as Python values; as strings where Python has no such values, else as nothing."""
+    """A column as Python values; as strings or numbers where Python has no such values, else as nothing."""
     import pyarrow as pa
 
     def as_bytes() -> list[Any]:  # strings may be no UTF-8
         return bytes_of(column) if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) else []
 
-    for convert in (column.to_pylist, as_bytes, lambda: column.cast(pa.string()).to_pylist()):
+    def as_type(kind: Any) -> list[Any]:
+        return column.cast(kind).to_pylist()
+
+    for convert in (column.to_pylist, as_bytes, lambda: as_type(pa.string()), lambda: as_type(pa.int64())):
         try:
             if len(values := convert()) == len(column):
                 return values

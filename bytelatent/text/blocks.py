@@ -47,8 +47,7 @@ def open_blocks(
         max_row_bytes: a longer row is a bad one.
 
     Raises:
-        Damaged: the file cannot be opened.
-        UserError: it is not read as text.
+        Damaged: the file cannot be opened, or is not read as text.
     """
     how = Rows(text_key, stored, max_row_bytes)
     found = must_be_read(file)

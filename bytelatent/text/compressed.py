@@ -129,9 +129,8 @@ class Decompressed(io.RawIOBase):
         """
         max_length = min(max_length, OUTPUT_BYTES)
         while True:
-            if self._member is None or self._member.eof:
-                if not self._begin_member():
-                    return b""
+            if (self._member is None or self._member.eof) and not self._begin_member():
+                return b""
             assert self._member is not None
             if self._member.needs_input and not self._input and not self._fill():
                 raise EOFError("it is cut short")

@@ -90,18 +90,22 @@ def from_json(line: bytes, how: Rows, where: str) -> Document:
 
 
 def from_value(value: Any, how: Rows, where: str) -> Document:
-    """The document of a JSON object.
+    """The document of a JSON object, or of what `lines.json_values` gives in place of one.
 
     Raises:
         Damaged: as `from_json`.
     """
+    if isinstance(value, Damaged):
+        raise value
     if not isinstance(value, dict):
         raise Damaged(f"data: {where} is not a JSON object with the key '{how.text_key}'")
     text = value.get(how.text_key)
     if not isinstance(text, str):
         raise Damaged(f"data: {where} has no text under '{how.text_key}'; its keys: {some(value)}")
     entropies = _floats(value.get("entropies"), where) if how.stored else None
-    return _checked(to_bytes(text), _name(value.get("id")), entropies, None, where)
+    name = value.get("id")
+    name = None if name is None or isinstance(name, list | dict) else name_of(name)
+    return _checked(to_bytes(text), name, entropies, None, where)
 
 
 def from_table(table: Any, how: Rows, wheres: list[str]) -> Iterator[Document | Damaged]:
@@ -185,9 +189,8 @@ def _unpacked(bits: bytes, text: bytes, where: str) -> np.ndarray:
         raise Damaged(f"data: {where} has {error}; {ONE_EACH}") from None
 
 
-def _name(value: Any) -> str | None:
-    if value is None or isinstance(value, list | dict):
-        return None
+def name_of(value: Any) -> str:
+    """A value as the name of a document, in valid UTF-8."""
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
@@ -202,7 +205,8 @@ def _names(column: Any) -> list[str | None]:
             found = column.cast(pa.string()).to_pylist()
         except Exception:
             return [None] * len(column)
-    return [_name(name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name) for name in found]
+    names = [name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name for name in found]
+    return [None if name is None else name_of(name) for name in names]
 
 
 def _lists(column: Any) -> list[np.ndarray | None]:

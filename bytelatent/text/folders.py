@@ -10,6 +10,7 @@ from typing import Any
 
 from bytelatent.errors import UserError
 from bytelatent.terminal import safe
+from bytelatent.text.damage import short
 from bytelatent.text.kinds import kind_of, must_be_read, rows_by_name
 from bytelatent.text.places import Damaged, file_system, is_remote, readable
 
@@ -57,7 +58,7 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
         try:
             about = os.stat(place)
             if (about.st_dev, about.st_ino) in seen:
-                say(safe(f"data: '{_end_of(place)}' is a link to a folder that is read already; not followed"))
+                say(short(safe(f"data: '{place}' is a link to a folder that is read already; not followed")))
                 continue
             seen.add((about.st_dev, about.st_ino))
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
@@ -69,7 +70,7 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
                 else:
                     (links if entry.is_symlink() else folders).append(inside)
         except OSError as error:
-            say(safe(f"data: the folder '{_end_of(place)}' is passed over: {error.strerror or error}"))
+            say(short(safe(f"data: the folder '{place}' is passed over: {error.strerror or error}")))
     return [str(file) for file in sorted(found)]
 
 
@@ -103,11 +104,11 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
     if others:
         first, what = next(iter(others.items()))
         more = Counter(others.values()).most_common()
-        counted = ", ".join(f"{count:,} x {what.partition(';')[0]}" for what, count in more[:3])
-        line = f"{len(others):,} of {len(files):,} files of '{_end_of(source)}' are not text and are passed over"
+        counted = ", ".join(f"{count:,} x {what.partition(' (')[0]}" for what, count in more[:3])
+        line = f"{len(others):,} of {len(files):,} files of '{source}' are not text and are passed over"
         if not text:
             raise UserError(f"data: {line}: '{first}' is {what}")
-        say(safe(f"data: {line}: {counted}{', ...' if len(more) > 3 else ''}"))
+        say(short(safe(f"data: {line}: {counted}{', ...' if len(more) > 3 else ''}")))
     return text
 
 
@@ -116,10 +117,6 @@ def _is_rows(file: str) -> bool:
     if rows_by_name(file) not in ("lines", "parquet"):
         return False
     return is_remote(file) or os.path.isfile(file)
-
-
-def _end_of(path: str | Path, length: int = 60) -> str:
-    return str(path) if len(str(path)) <= length else f"...{str(path)[-length:]}"
 
 
 def _find_remote(path: str, say: Callable[[str], None]) -> list[str]:

@@ -13,14 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bytelatent.errors import UserError
 from bytelatent.text.compressed import Decompressed, compression_of, zstd_module
-from bytelatent.text.places import BUFFER_BYTES, import_pyarrow, is_remote, open_file, open_raw, readable, size_of
+from bytelatent.text.places import (
+    BUFFER_BYTES,
+    Damaged,
+    import_pyarrow,
+    is_remote,
+    open_file,
+    open_raw,
+    readable,
+    size_of,
+)
 
 Kind = Literal["lines", "json", "parquet", "text"]
 
-ROWS = re.compile(r"\.(?:(?P<lines>jsonl|ndjson)|(?P<json>json)|(?P<parquet>parquet))(?:\.(?:gz|zst|xz|bz2))?", re.I)
-TABLE = re.compile(r".*\.(csv|tsv)(\.(gz|zst|xz|bz2))?", re.I)
+COMPRESSED = r"(?:\.(?:gz|zst|xz|bz2))?"
+ROWS = re.compile(
+    rf"\.(?:(?P<lines>jsonl|ndjson){COMPRESSED}|(?P<json>json){COMPRESSED}|(?P<parquet>parquet))$", re.IGNORECASE
+)
+TABLE = re.compile(rf"\.(?:csv|tsv){COMPRESSED}$", re.IGNORECASE)
 HEAD_BYTES = 1 << 16
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -76,7 +87,7 @@ NO_FILE = FileKind(None, why_not="a pipe or a device, which may never end")
 def rows_by_name(name: str) -> str | None:
     """`lines`, `json` or `parquet` where the ending says so."""
     found = ROWS.search(name)
-    return found.lastgroup if found and found.end() == len(name) and found.start() else None
+    return found.lastgroup if found and found.start() else None
 
 
 def without_ending(name: str) -> str:
@@ -127,7 +138,7 @@ class _ArrowZstd(io.RawIOBase):
             found = b"" if self.damage else self._inner.read(min(len(buffer), HEAD_BYTES))
         except Exception as error:
             self.damage = (
-                f"is not whole: after {self._given:,} decompressed bytes the rest cannot be read: {' '.join(str(error).split())}; "
+                f"is not whole: after {self._given:,} decompressed bytes the rest cannot be read: {error}; "
                 "if its window is a long one: pip install backports.zstd"
             )
             found = b""
@@ -146,7 +157,7 @@ def _kind_of(file: str, size: int, changed: int | None) -> FileKind:
             head = text.read(HEAD_BYTES)
     kind, why_not = _kind_by_content(Path(file).name, head)
     if kind == "parquet" and compression is not None:
-        kind, why_not = None, f"Parquet inside {compression}; decompress it first"
+        kind, why_not = None, f"Parquet inside {compression} (decompress it)"
     return FileKind(kind, compression, why_not)
 
 
@@ -154,7 +165,7 @@ def _kind_by_content(name: str, head: bytes) -> tuple[Kind | None, str]:
     if head.startswith(PARQUET_MAGIC) or rows_by_name(name) == "parquet":
         return "parquet", ""
     if head.startswith(UTF16_MARKS) and b"\0" in head:
-        return None, "UTF-16 text; write it as UTF-8"
+        return None, "UTF-16 text (write it as UTF-8)"
     if what := next((what for magic, what in BINARY.items() if head.startswith(magic)), None):
         return None, what
     if name == MANIFEST[0] and all(key in head for key in MANIFEST[1]):
@@ -165,13 +176,13 @@ def _kind_by_content(name: str, head: bytes) -> tuple[Kind | None, str]:
         return None, "binary data"
     if rows_by_name(name) == "json":
         return _kind_of_json(head.removeprefix(BYTE_ORDER_MARK)), ""
-    if TABLE.fullmatch(name):
-        return None, "a table of comma- or tab-separated values; write it as JSONL or Parquet"
+    if TABLE.search(name):
+        return None, "a CSV or TSV table (write it as JSONL or Parquet)"
     return "text", ""
 
 
 def _is_binary(head: bytes) -> bool:
-    """Zero bytes, or more than one in fifty of the control characters that no text has, in any encoding but UTF-16."""
+    """Zero bytes, or more than one in fifty of the control characters that no text has, whatever its encoding."""
     return b"\0" in head or 50 * (len(head) - len(head.translate(None, CONTROLS))) > len(head)
 
 
@@ -188,14 +199,15 @@ def _kind_of_json(head: bytes) -> Kind:
 
 
 def must_be_read(file: str) -> FileKind:
-    """As `kind_of`, of a file that was asked for by its name.
+    """As `kind_of`, of a file that is to be read.
 
     Raises:
-        UserError: it is not read; what it is is named.
+        Damaged: it cannot be opened, or it is not read as text; what it is is named.
+        UserError: a package for it is not installed.
     """
     found = kind_of(file)
     if found.kind is None:
-        raise UserError(
+        raise Damaged(
             f"data: '{file}' is {found.why_not}, which is not read as text; what is read: "
             "JSONL, JSON, Parquet and text in UTF-8 or any encoding without zero bytes"
         )

@@ -29,10 +29,10 @@ def next_line(stream: io.BufferedReader, max_bytes: int) -> tuple[bytes | None, 
 
 def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
     """The values of a JSON file that is not JSONL, and about how many bytes each takes: the elements of an array, or
-    one object, or several after each other.
+    one object, or several after each other; an error in place of one that is too long.
 
     Raises:
-        Damaged: from here on it is not JSON, or a value is too long.
+        Damaged: from here on it is not JSON, or a value is so long that its end was not found.
     """
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     parse = json.JSONDecoder().raw_decode
@@ -57,9 +57,7 @@ def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
                     raise Damaged(f"data: {where} is not JSON ({reason}); it and the rest are not read") from None
                 end = len(text)
             if end < len(text) or ended:
-                if end - at > how.max_row_bytes:
-                    raise too_long(where, how)
-                yield value, end - at
+                yield (value if end - at <= how.max_row_bytes else too_long(where, how)), end - at
                 at, row = end, row + 1
                 continue
             if len(text) - at > how.max_row_bytes:

@@ -207,6 +207,8 @@ def sample_pieces(
         sizes = np.cumsum([len(piece) for piece in pieces])
         sample.extend(pieces[: int(np.searchsorted(sizes, wanted)) + 1])
     if not sample:
+        if damaged is not None:
+            damaged.must_have_read()
         raise UserError("data: there is no text to calibrate on: every document is empty")
     random.shuffle(sample)  # so that any part of it is of all sources
     return sample
