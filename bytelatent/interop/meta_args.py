@@ -10,6 +10,7 @@ from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
 
+MODES = ("entropy", "space", "static", "byte")  # of the published code; its other ones cut at tokens
 # What must be so, since the mathematics here knows nothing else; also what is written. A missing key is taken to be so.
 SAME_IN_BOTH: dict[str, list[Any]] = {
     "head_dim": [None],
@@ -333,9 +334,12 @@ def patcher_args_of(config: Config) -> dict[str, Any] | None:
     patching = config.patching
     if patching is None:
         return None
-    if patching.mode == "bpe":
-        raise UserError("meta: the rule 'bpe' of this project is not the published one, and the format has no other")
-    return {
+    if patching.mode not in MODES:
+        raise UserError(
+            f"meta: the published code has no patching mode '{patching.mode}' as this project computes it, only "
+            f"{', '.join(MODES)}; keep the model in our format"
+        )
+    values = {
         "patching_mode": patching.mode,
         "threshold": patching.threshold,
         "threshold_add": patching.threshold_add,
@@ -343,3 +347,4 @@ def patcher_args_of(config: Config) -> dict[str, Any] | None:
         "max_patch_length": patching.max_patch_length,
         "patch_size": float(patching.patch_size or 4.5),
     }
+    return {key: value for key, value in values.items() if value is not None}

@@ -30,12 +30,17 @@ def main(arguments: list[str]) -> None:
             os.environ[name] = os.environ[of_slurm]
     # Appended to: a job that was requeued keeps its id.
     log = os.path.join(os.environ["DUMP_DIR"], "logs", os.environ["SLURM_JOB_ID"], f"{os.environ['RANK']}.out")
+    guarded(lambda: _write_to(log))
+    script, *sys.argv[1:] = arguments
+    guarded(lambda: runpy.run_module(script, run_name="__main__", alter_sys=True))
+
+
+def _write_to(log: str) -> None:
+    """Send what this process and those it starts print into a file."""
     file = own_file(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)
-    script, *sys.argv[1:] = arguments
-    guarded(lambda: runpy.run_module(script, run_name="__main__", alter_sys=True))
 
 
 def _stop_when_warned() -> None:

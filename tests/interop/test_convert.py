@@ -202,7 +202,10 @@ REFUSED = {
     ("space", "hf"): "knows only the plain entropy rule and 'byte', not 'space'",
     ("static", "hf"): "not 'static, 3 ids each'",
     ("bpe", "hf"): "not 'bpe, x.json'",
-    ("bpe", "meta"): "meta: the rule 'bpe' of this project is not the published one",
+    (
+        "bpe",
+        "meta",
+    ): "meta: the published code has no patching mode 'bpe' as this project computes it, only entropy, space",
     ("entropy", "hf"): "hf: the rule 'entropy' needs the byte LM in the same folder; name it: --entropy FOLDER",
 }
 

@@ -10,6 +10,7 @@ import torch
 from bytelatent import BLT
 from bytelatent.errors import UserError
 from bytelatent.interop import load, load_byte_lm, load_byte_lm_and_context
+from bytelatent.patching import PatchSettings
 
 LOADERS: dict[str, Callable[..., Any]] = {
     "BLT.from_pretrained": BLT.from_pretrained,
@@ -63,3 +64,25 @@ def test_others_are_refused_before_anything_is_read(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         LOADERS[name](tmp_path / "nowhere", **how)
+
+
+@pytest.mark.parametrize("format", ["HF", "gguf", "", None, ["hf"], 7])
+def test_a_format_that_is_not_known(format: Any, blt: BLT, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"format: .* is none of native, hf, meta") as caught:
+        blt.save_pretrained(tmp_path / "a", format=format)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patching": PatchSettings(mode="space")}, "hf: transformers knows only the plain entropy rule and 'byte'"),
+        ({"byte_lm": None}, "hf: the rule 'entropy' needs the byte LM in the same folder"),
+    ],
+)
+def test_a_model_that_cannot_be_exported(change: dict[str, Any], message: str, blt: BLT, tmp_path: Path) -> None:
+    config = blt.config.model_copy(update={key: value for key, value in change.items() if key == "patching"})
+    with pytest.raises(UserError, match=message):
+        BLT(blt.model, config, change.get("byte_lm", blt.byte_lm)).save_pretrained(tmp_path / "a", format="hf")
+    assert list(tmp_path.iterdir()) == []
