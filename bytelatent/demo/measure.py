@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Console
@@ -83,14 +84,14 @@ def measure(
     """
     assert model.byte_lm is not None
     with Threads.of(model.device) as threads:
-        with Progress("measuring the BLT", max_bytes, console, 0.4 * clock.left) as progress:
+        with Progress("measuring the BLT", max_bytes, console, 0.5 * clock.left) as progress:
             blt = _evaluate(model.model, valid, model.context, model.patcher, max_bytes, progress, threads)
         with Progress("measuring the byte LM", blt.num_bytes, console, 0.4 * clock.left) as progress:
             byte_lm = _evaluate(model.byte_lm, valid, model.context, None, blt.num_bytes, progress)
         with Progress("finding patches", blt.num_bytes, console, 0.4 * clock.left) as progress:
             patches = _patches(model, valid, blt.num_bytes, progress)
         with Progress("writing", len(PROMPTS) * SAMPLE_BYTES, console, 0.5 * clock.left) as progress:
-            samples = [(prompt, _continued(model, prompt, seed, progress)) for prompt in PROMPTS]
+            samples = _continued(model, seed, progress)
     packed, held_out = text_of(train), text_of(valid)[: blt.num_bytes]
     with Progress("xz", len(packed), console, clock.left) as progress:
         xz, how = xz_bits_per_byte(packed, held_out, progress)
@@ -140,9 +141,12 @@ def _patches(model: BLT, text: Path, max_bytes: int, progress: Progress) -> list
     return found
 
 
-def _continued(model: BLT, prompt: str, seed: int, progress: Progress) -> str:
-    written = ""
-    for piece in progress.within(model.stream(prompt, SAMPLE_BYTES, temperature=0.7, seed=seed)):
-        written += piece
-        progress.advance(len(piece.encode()))
-    return written
+def _continued(model: BLT, seed: int, progress: Progress) -> list[tuple[str, str]]:
+    """The prompts and what comes after them, written in turn, so that each has its share of the time."""
+    written = dict.fromkeys(PROMPTS, "")
+    streams = [model.stream(prompt, SAMPLE_BYTES, temperature=0.7, seed=seed) for prompt in PROMPTS]
+    for pieces in progress.within(zip_longest(*streams, fillvalue="")):
+        for prompt, piece in zip(PROMPTS, pieces, strict=True):
+            written[prompt] += piece
+            progress.advance(len(piece.encode()))
+    return list(written.items())

@@ -28,10 +28,11 @@ from bytelatent.training.settings import (
 PATCH_BYTES = 4.5
 CONTEXT = 1024
 BYTE_LM_SHARE, BLT_SHARE = 0.25, 0.55  # of the minutes, for the steps of training at most
-MEASURING_SHARE = 0.15  # kept for what comes after training
+MEASURING_SHARE = 0.18  # kept for what comes after training
 BESIDE_STEPS = 1.1  # calibration and validation, which the minutes of a training do not count; mostly less
 VALID_BYTES = 200_000  # of held-out text that bits per byte are measured on
-CURVE_BYTES = 50_000  # of it that training ends with, for a point beside its curve
+CALIBRATION_BYTES = 100_000  # of training text, and of held-out text, for the threshold
+CURVE_BYTES = 50_000  # of held-out text that training ends with, for a point beside its curve
 
 
 def run_demo(
@@ -92,7 +93,7 @@ def _run(
         seed,
         minutes=of_steps,
         patching=PatchSettings(mode="entropy", threshold=0.0),
-        calibration=CalibrationSettings(patch_bytes=PATCH_BYTES, text_bytes=VALID_BYTES),
+        calibration=CalibrationSettings(patch_bytes=PATCH_BYTES, text_bytes=CALIBRATION_BYTES),
         byte_lm=str(folder / "byte_lm_training"),
     )
     train(settings, console)

@@ -75,11 +75,7 @@ def write_summary(
         patch_lengths=[patch.end - patch.start for patch in measured.patches],
         threshold=threshold,
         samples=measured.samples,
-        notes=[
-            f"Bits per byte are measured on {measured.num_bytes:,} bytes of held-out text.",
-            f"xz: {measured.xz}.",
-            mean,
-        ],
+        notes=[f"Bits per byte are measured on {measured.num_bytes:,} bytes of held-out text.", mean],
     )
     write_report(folder / "report.html", report)
     return summary

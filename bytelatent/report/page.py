@@ -31,6 +31,11 @@ COLUMNS = {  # of the table of models: a key of the summary, which holds a numbe
     "steps": ("training steps", lambda value: f"{value:,.0f}"),
     "bytes_read": ("text read", amount_of_bytes),
 }
+LABELS = {  # of what else a summary holds, with the unit
+    "threshold": ("entropy threshold", " nats"),
+    "train_bytes": ("text to learn from", " bytes"),
+    "valid_bytes": ("held-out text", " bytes, as far as it was measured on"),
+}
 
 
 @dataclass
@@ -228,7 +233,8 @@ def _flat(facts: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:
             text = f"{value:,}"
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-        lines.append((f"{above}{key}".replace("_", " "), text))
+        label, unit = LABELS.get(f"{above}{key}", (f"{above}{key}".replace("_", " "), ""))
+        lines.append((label, text + unit))
     return lines
 
 

@@ -170,8 +170,10 @@ class TrainSettings(Settings):
     Attributes:
         run: the folder it writes.
         steps: optimizer steps, or else
-        minutes: time spent in steps (but for the first after each start, which compiles and warms up). The learning
-            rate follows the clock, so such a run is not repeatable.
+        minutes: time spent in steps (but for the first after each start, which compiles and warms up). Beside it
+            calibration takes at most a tenth as long, and so does validation; what does not fit is left out, with a
+            line. The learning rate follows the clock, and on a CPU the number of threads is the one that is fastest
+            (unless OMP_NUM_THREADS is set), so such a run is not repeatable.
         model: a preset's name, the shapes themselves, or a mapping of `preset` and the shapes that differ from it.
         patching: the rule (BLT only). With `calibration` its threshold may be left out.
         byte_lm: where the frozen byte LM is: it gives the entropies that are not stored with the text. The run keeps a
