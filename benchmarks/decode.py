@@ -222,7 +222,7 @@ def cpu() -> None:
         stream = pack_rows([row])
         starts = next_starts(stream.ids, byte_lm.entropies(stream), stream.position, rule)
         with torch.no_grad():
-            model(add_patches(stream, starts, history=stream.position))
+            model(add_patches(stream, starts))
 
     times: dict[str, list[float]] = {"whole forward pass": [], "with a memory": []}
     engine = Engine(decoder, FastRows(decoder, 1), 1)

@@ -1,15 +1,16 @@
 """Byte-level language models with dynamic patches: the Byte Latent Transformer (Pagnoni et al. 2024)."""
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as typing's, which takes longer to import than all else here
+if TYPE_CHECKING:
+    from typing import Any
+
+    from bytelatent.blt import BLT
 
 __version__ = "0.1.0"
 __all__ = ["BLT", "__version__"]
 
-if TYPE_CHECKING:
-    from bytelatent.blt import BLT
 
-
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """`from bytelatent import BLT` imports torch; `import bytelatent` alone stays light."""
     if name == "BLT":
         from bytelatent.blt import BLT

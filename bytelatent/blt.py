@@ -1,10 +1,13 @@
 """The public face: a BLT with all it needs to be used."""
 
 import logging
+import reprlib
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,18 +19,23 @@ from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
-from bytelatent.inference.engine import check_max_new_bytes
+from bytelatent.inference.engine import check_max_new_bytes, check_samples
 from bytelatent.inference.fast import check_ahead, engine_for
+from bytelatent.inference.long_text import entropies_of
 from bytelatent.inference.rounded import Weights, check_weights, rounded
 from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
+from bytelatent.interop.claims import Measured, true_of
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
+from bytelatent.terminal import say
 from bytelatent.text import Document
 from bytelatent.vocab import PADDING, VOCAB_SIZE, encode, to_bytes
 
 # Shapes: B rows, N ids in a row, P patches, V vocabulary
 
 MAX_ROWS = 64  # sequences that `generate` continues at once; more of them wait
+LONGEST_CONTEXT = 2**31
+MAX_CONTINUATIONS = 1_000_000  # of all prompts of a call that asks for samples
 
 
 class BLT:
@@ -36,11 +44,15 @@ class BLT:
         model = BLT.from_pretrained("runs/demo")
         model.generate("The history of", max_new_bytes=200)
 
+    All but `weights` and `device` may be set; what is set is used by every method, and saved.
+
     Attributes:
+        config: all of `config.json`; `patching` and `context` are two of its values.
         model: the network.
         patching: the rule.
         byte_lm: gives the entropies; None where the rule needs none.
-        context: ids the model saw at once in training; longer texts are read in pieces.
+        context: ids the model saw at once in training. A text is used whole, whatever its length; `bits_per_byte` reads
+            a longer one in pieces of so many ids, as training does.
         weights: `full`, or what the network's large matrices are rounded to.
         ahead: bytes of a text that a step of generation comes on by at most.
     """
@@ -54,14 +66,12 @@ class BLT:
         weights: Weights = "full",
         ahead: int = 1,
     ):
-        assert config.patching is not None
-        self.model = rounded(model, weights).eval()
-        self.weights = weights
+        self._weights: Weights = weights
+        self._model = rounded(model, weights).eval()
+        self.byte_lm = byte_lm
+        self._config = config
+        self._measured = Measured.of(self.model, config, self.byte_lm)
         self.ahead = ahead
-        self.byte_lm = byte_lm.eval() if byte_lm is not None else None
-        self.config = config
-        self.patching: PatchSettings = config.patching
-        self.context = config.context
         self.source = source
         self._kept_engine: tuple[Any, Engine] | None = None
 
@@ -118,8 +128,76 @@ class BLT:
         return next(self.model.parameters()).device
 
     @property
+    def weights(self) -> Weights:
+        return self._weights
+
+    @property
+    def config(self) -> Config:
+        return self._config
+
+    @config.setter
+    def config(self, config: Config) -> None:
+        _must_be(Config, "config", config)
+        if config.patching is None:
+            raise UserError("config: it names no patching rule, which a BLT needs; set config.patching")
+        if config.model != self.model.settings:
+            raise UserError("config: its `model` says other shapes than the model has; change the model with it")
+        is_told = (config.origin, config.calibration) != (self._config.origin, self._config.calibration)
+        self._config = config
+        if is_told:  # of the model as it is now
+            self._measured = Measured.of(self.model, config, self.byte_lm)
+
+    @property
+    def model(self) -> BLTModel:
+        return self._model
+
+    @model.setter
+    def model(self, model: BLTModel) -> None:
+        _must_be(BLTModel, "model", model)
+        self._model = model.eval()
+        self._config = self._config.model_copy(update={"model": model.settings})
+
+    @property
+    def byte_lm(self) -> ByteLM | None:
+        return self._own_byte_lm
+
+    @byte_lm.setter
+    def byte_lm(self, byte_lm: ByteLM | None) -> None:
+        if byte_lm is not None:
+            _must_be(ByteLM, "byte_lm", byte_lm)
+        self._own_byte_lm = byte_lm.eval() if byte_lm is not None else None
+
+    @property
+    def patching(self) -> PatchSettings:
+        assert self._config.patching is not None
+        return self._config.patching
+
+    @patching.setter
+    def patching(self, rule: PatchSettings) -> None:
+        _must_be(PatchSettings, "patching", rule)
+        self._config = self._config.model_copy(update={"patching": rule})
+
+    @property
+    def context(self) -> int:
+        return self._config.context
+
+    @context.setter
+    def context(self, context: int) -> None:
+        self._config = self._config.model_copy(update={"context": _checked_context(context)})
+
+    @property
+    def ahead(self) -> int:
+        return self._ahead
+
+    @ahead.setter
+    def ahead(self, ahead: int) -> None:
+        check_ahead(ahead)
+        self._ahead = ahead
+
+    @property
     def patcher(self) -> Patcher:
-        return Patcher(self.patching, self._byte_lm())
+        byte_lm = self._byte_lm()
+        return Patcher(self.patching, byte_lm, entropies_of=partial(entropies_of, byte_lm) if byte_lm else None)
 
     def engine(self, num_rows: int = 16) -> Engine:
         """Continuous batching: sequences that join and leave while others go on.
@@ -168,10 +246,15 @@ class BLT:
             UserError: a setting of the sampling will not do, or a prompt is neither str nor bytes.
         """
         rule = Sampling.parse(sampling, where="generate")
-        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
-            raise UserError(f"samples: {samples!r} will not do; a number from 1 on")
+        if samples is not None:
+            check_samples(samples)
         texts_given = prompt if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes) else [prompt]
         prompts = [prompt_ids(text) for text in texts_given]
+        if samples is not None and samples * len(prompts) > MAX_CONTINUATIONS:
+            raise UserError(
+                f"samples: {samples:,} of each of {len(prompts):,} prompts; "
+                f"a call gives {MAX_CONTINUATIONS:,} texts at most"
+            )
         with self._lent_engine(max(min(len(prompts) * (samples or 1), MAX_ROWS), 1)) as engine:
             asked = [engine.submit(ids, rule, max_new_bytes, samples or 1) for ids in prompts]
             engine.run()
@@ -207,12 +290,21 @@ class BLT:
         texts = [torch.from_numpy(encode(text, bos=False, eos=False)) for text in continuations]
         return log_probabilities(decoder, prompt_ids(prompt), texts)
 
-    def patch(self, text: str | bytes) -> list[Patch]:
-        """The patches of a text."""
-        return patches_of(to_bytes(text), self.patcher, self.context)
+    def patch(self, text: str | bytes, context: int | None = None) -> list[Patch]:
+        """The patches of a text, as `logits`, `generate` and `score` use them.
 
-    def bits_per_byte(self, text: str | bytes) -> float:
+        Args:
+            context: read it in pieces of at most so many ids, each without what precedes it, as training and
+                `bits_per_byte` do; None: whole.
+        """
+        context = None if context is None else _checked_context(context)
+        return patches_of(to_bytes(text), self.patcher, context)
+
+    def bits_per_byte(self, text: str | bytes, context: int | None = None) -> float:
         """How many bits a byte of this text costs the model, the document's end included.
+
+        Args:
+            context: as of `patch`; None: the model's `context`, which makes it what training and `blt eval` measure.
 
         Raises:
             UserError: the text is empty.
@@ -220,17 +312,21 @@ class BLT:
         data = to_bytes(text)
         if not data:
             raise UserError("bits_per_byte: the text is empty")
-        ready = deque(patch_in_groups(self.patcher, list(cut(Document(data), self.context))))
-        batches = iter(lambda: take(ready, self.context, None, lambda: False), [])
+        context = self.context if context is None else _checked_context(context)
+        ready = deque(patch_in_groups(self.patcher, list(cut(Document(data), context))))
+        batches = iter(lambda: take(ready, context, None, lambda: False), [])
         return evaluate(self.model, map(pack, batches)).bits_per_byte
 
     @torch.no_grad()
-    def logits(self, ids: str | bytes | Tensor, patch_lengths: Tensor | None = None) -> Tensor:
+    def logits(
+        self, ids: str | bytes | Tensor, patch_lengths: Tensor | None = None, context: int | None = None
+    ) -> Tensor:
         """The model's logits, for checks and research.
 
         Args:
             ids: a text, read after BOS; or [B, N], each row a document from its start, padded at its end with -1.
             patch_lengths: [B, P] zero-padded, a row summing to its ids or to one more; None to apply the rule.
+            context: as of `patch`.
 
         Returns:
             float32 [B, N, V]; zero where there is padding.
@@ -240,25 +336,32 @@ class BLT:
         """
         if not isinstance(ids, Tensor):
             ids = prompt_ids(ids)[None]
-        if ids.dim() != 2 or (patch_lengths is not None and len(patch_lengths) != len(ids)):
+        if ids.dim() != 2 or (patch_lengths is not None and patch_lengths.shape[:-1] != ids.shape[:1]):
             raise UserError(f"logits takes ids [B, N] and patch_lengths [B, P], not {list(ids.shape)}")
-        if ids.is_floating_point() or bool(((ids != PADDING) & ((ids < 0) | (ids >= VOCAB_SIZE))).any()):
+        if not _are_whole(ids) or bool(((ids != PADDING) & ((ids < 0) | (ids >= VOCAB_SIZE))).any()):
             raise UserError(f"logits: ids are whole numbers from 0 to {VOCAB_SIZE - 1}, and {PADDING} for padding")
         if bool((ids[:, :-1].eq(PADDING) & ids[:, 1:].ne(PADDING)).any()):
             raise UserError(f"logits: padding ({PADDING}) stands at the end of a row, not before its ids")
-        ids = ids.to(self.device)
+        ids = ids.to(self.device, torch.long)
+        out = torch.zeros(*ids.shape, VOCAB_SIZE, device=self.device)
         rows = [row[row != PADDING] for row in ids]
-        stream = pack_rows(rows).to(self.device)
+        pieces = rows
+        if context is not None:
+            pieces = [piece for row in rows for piece in row.split(_checked_context(context))]
+        stream = pack_rows(pieces).to(self.device)
+        if len(stream.ids) == 0:
+            return out
         if patch_lengths is None:
             entropies = None
             if self.patching.needs_entropies and (byte_lm := self._byte_lm()) is not None:
-                entropies = byte_lm.entropies(stream)
+                entropies = entropies_of(byte_lm, stream)
             starts = next_starts(stream.ids, entropies, stream.position, self.patching)
         else:
+            if not _are_whole(patch_lengths):
+                raise UserError(f"logits: patch_lengths are whole numbers, not {patch_lengths.dtype}")
             pairs = zip(rows, patch_lengths.to(self.device), strict=True)
             starts = torch.cat([_starts_of(lengths, len(row)) for row, lengths in pairs])
-        out = torch.zeros(*ids.shape, VOCAB_SIZE, device=self.device)
-        out[ids != PADDING] = self.model(add_patches(stream, starts, history=stream.position))
+        out[ids != PADDING] = self.model(add_patches(stream, starts))
         return out
 
     def save_pretrained(self, folder: str | Path, format: str = "native", licence: str | None = None) -> None:
@@ -269,15 +372,21 @@ class BLT:
                 format, with the byte LM in `blt-entropy/`.
             licence: to state on the card; None: the one that the model came with.
 
+        What is known of training and measuring is written only of weights and patches that it is known of: after a
+        training step the card says no bits per byte any more.
+
         Raises:
             UserError: the folder holds something else than a saved model, or the format has no room for one of the
-                model's settings; or its weights are rounded.
+                model's settings; its weights are rounded; or they are not those of its settings, such as adapters. The
+                folder stays as it was.
         """
         if self.weights != "full":
             raise UserError(
                 f"save_pretrained: no format holds weights rounded to {self.weights}; load with weights=full"
             )
-        write_model(StoredModel.of(self.model, self.config, self.byte_lm), Path(folder), format, licence)
+        now = Measured.of(self.model, self.config, self.byte_lm)
+        config = true_of(self.config, self._measured, now)
+        write_model(StoredModel.of(self.model, config, self.byte_lm), Path(folder), format, licence)
 
     @contextmanager
     def _lent_engine(self, num_rows: int) -> Iterator[Engine]:
@@ -297,6 +406,23 @@ class BLT:
         if self.patching.needs_entropies and self.byte_lm is None:
             raise UserError("this model's patches need its byte LM; name it: BLT.from_pretrained(..., entropy=FOLDER)")
         return self.byte_lm
+
+
+def _must_be(kind: type, name: str, value: object) -> None:
+    if not isinstance(value, kind):
+        raise UserError(f"{name}: it takes a {kind.__name__}, not {type(value).__name__}: {reprlib.repr(value)}")
+
+
+def _checked_context(context: Any) -> int:
+    is_number = isinstance(context, Integral) and not isinstance(context, bool)
+    if not is_number or not 1 <= int(context) <= LONGEST_CONTEXT:
+        raise UserError(f"context: {reprlib.repr(context)} will not do; ids read at once, 1 to {LONGEST_CONTEXT:,}")
+    return int(context)
+
+
+def _are_whole(values: Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
 
 
 def _starts_of(lengths: Tensor, num_ids: int) -> Tensor:
@@ -319,4 +445,4 @@ def _tell(*lines: str) -> None:
         if log.hasHandlers():
             log.info(line)
         elif log.level <= logging.INFO:
-            print(line, file=sys.stderr)
+            say(line, sys.stderr)

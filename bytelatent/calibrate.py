@@ -3,12 +3,17 @@
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from bytelatent.data import DataSettings
 from bytelatent.device import choose_device
 from bytelatent.interop import load_byte_lm
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
+from bytelatent.progress import Progress
 from bytelatent.report import write_threshold_figure
-from bytelatent.text import DamageLimit
+from bytelatent.terminal import say
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit
+from bytelatent.text.damage import MAX_BAD_ROWS
 from bytelatent.training import sample_entropies
 
 
@@ -19,6 +24,10 @@ def calibrate_text(
     max_bytes: int = 1_000_000,
     figure: Path | None = None,
     device: str = "auto",
+    text_key: str = "text",
+    max_bad_rows: int = MAX_BAD_ROWS,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    console: Console | None = None,
 ) -> Calibration:
     """Choose the threshold for a mean patch of `patch_bytes` bytes.
 
@@ -27,16 +36,34 @@ def calibrate_text(
         model: the byte LM that gives entropies where none are stored.
         max_bytes: text to measure on.
         figure: a picture to write: mean patch size against threshold.
+        text_key: the key or column that holds the text.
+        max_bad_rows: bad rows and files that are passed over; one more is an error.
+        max_row_bytes: a longer row is a bad one.
+        console: shows how far it is.
 
     Raises:
-        UserError: neither are there stored entropies nor a byte LM, or the size is out of reach.
+        UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or nothing of a file
+            could be read.
     """
     place = choose_device(device)  # before anything is read
-    data = DataSettings.parse({"train": text})
+    sources = [{"path": path, "text_key": text_key} for path in text]
+    data = DataSettings.parse({"train": sources, "max_bad_rows": max_bad_rows, "max_row_bytes": max_row_bytes})
     rule = PatchSettings(mode="entropy", threshold=0.0)
     byte_lm = load_byte_lm(model) if model is not None else None
-    damaged = DamageLimit(data.max_damaged, "rows and files in all", lambda line: print(line, file=sys.stderr))
-    sample = sample_entropies(byte_lm, data.train, data.context, rule, max_bytes, place, damaged=damaged)
+    bad = DamageLimit(data.max_bad_rows, say=lambda line: say(line, sys.stderr))
+    with Progress("calibrating", max_bytes, console) as progress:
+        sample = sample_entropies(
+            byte_lm,
+            data.train,
+            data.context,
+            rule,
+            max_bytes,
+            place,
+            damaged=bad,
+            max_row_bytes=data.max_row_bytes,
+            progress=progress,
+        )
+    bad.must_have_read()
     found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
     if figure is not None:
         thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, rule)

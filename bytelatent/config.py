@@ -1,26 +1,52 @@
-"""YAML and `key=value` into strict settings.
+"""Strict settings, and YAML files that hold them.
 
-Settings are pydantic models; a key nobody knows is an error that names the nearest known one.
+Settings are pydantic models; a key nobody knows is an error that names the nearest known one. `command_line.py` reads
+`key=value`.
 """
 
-import json
+import functools
 import re
-import types
+import sys
+import sysconfig
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Self, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Self, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError, nearest
+
+LARGEST = 2**63 - 1  # more, and a number overflows where torch takes it
+
+# For YAML files: `path: ${stdlib:}/json` is text that every machine has.
+_register = (
+    getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
+)  # which OmegaConf < 2.4 has
+_register("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
 
 
 class Settings(BaseModel):
-    """A group of settings: unknown keys are errors, values do not change after they are read."""
+    """A group of settings: unknown keys are errors, numbers are finite, values do not change after they are read.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    Attributes:
+        presets: fields that may be the name of a preset; with other keys beside it, the name's key is `preset`.
+        alternatives: fields of which one may be set. One on the command line unsets the others of a file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    presets: ClassVar[tuple[str, ...]] = ()
+    alternatives: ClassVar[tuple[str, ...]] = ()
+
+    @field_validator("*")
+    @classmethod
+    def _not_too_large(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"Input should be at most {LARGEST}, not {short(str(value), 40)}")
+        return value
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "") -> Self:
@@ -33,27 +59,37 @@ class Settings(BaseModel):
         Raises:
             UserError: one line for the first wrong key, with the nearest known key.
         """
+        return cls.parse_from(values, lambda _: where)
+
+    @classmethod
+    def parse_from(cls, values: dict[str, Any], whence: Callable[[str], str]) -> Self:
+        """The same where values came from several places; `whence` names the file of a key, if it is of one."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(_one_line(cls, error, where)) from None
+            raise UserError(_one_line(cls, error, whence)) from None
 
     def plain(self) -> dict[str, Any]:
         """The settings as plain nested values, as they would stand in a YAML file."""
         return self.model_dump(mode="json")
 
+    def shown(self) -> dict[str, Any]:
+        """As `plain`, with credentials masked: for all that is written or shown."""
+        return masked(self.plain())
+
     def to_yaml(self) -> str:
-        # OmegaConf's writer, since its reader takes more for a number than YAML does: it quotes the string '1e5'.
-        return OmegaConf.to_yaml(OmegaConf.create(self.plain()))
+        return to_yaml(self.shown())
+
+    def source_of_default(self, key: str) -> str:
+        """Where the value of a whole key comes from that nobody gave."""
+        return "default"
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as nested plain values."""
-    if not str(path):
-        raise UserError("config: no file is named; as in config=apps/bytelatent/configs/byte_lm.yaml")
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"config: '{path}' does not exist; the presets are in apps/bytelatent/configs/")
+        raise UserError(f"config: '{path}' does not exist; name a YAML file")
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
@@ -63,27 +99,25 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return _resolved(config, str(path))
 
 
-def merge(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`values` with `key.inner=value` overrides laid over them; values are read as YAML (`1e-4`, `true`, `[1, 2]`).
+def to_yaml(values: dict[str, Any], references: Collection[str] = ()) -> str:
+    """Nested plain values as YAML that `load_yaml` reads back as they are.
 
-    A mapping is written with braces. A text with a colon, such as one that stops a generation, is a text.
+    Args:
+        references: texts such as `${oc.env:NAME}` that are resolved when they are read.
     """
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not key or not equals:
-            raise UserError(f"'{override}' is not a setting; write key=value, as in optimizer.lr=4e-4")
-    try:
-        laid_over = OmegaConf.from_dotlist([_with_text_quoted(override) for override in overrides])
-        return _resolved(OmegaConf.merge(values, laid_over), " ".join(overrides))
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError) as error:
-        # Beside its own errors OmegaConf raises plain ones, as for a key into a list; lists are replaced whole.
-        raise UserError(f"{' '.join(overrides)}: {error}") from None
+    # OmegaConf's writer, since its reader takes more for a number than YAML does: it quotes the string '1e5'.
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(values, references)))
 
 
-def _with_text_quoted(override: str) -> str:
-    key, _, text = override.partition("=")
-    is_text = re.search(r":(\s|$)", text) and text.isprintable() and text.strip()[:1] not in {*"{[\"'"}
-    return f"{key}={json.dumps(text)}" if is_text else override
+def _escaped(value: Any, references: Collection[str]) -> Any:
+    """Texts whose `${` is no interpolation when they are read, but for the references."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner, references) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(inner, references) for inner in value]
+    if value in references:
+        return value
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:
@@ -97,34 +131,36 @@ def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:
     return found
 
 
-Given = TypeVar("Given", bound=Settings)
-
-
-def from_command_line(model: type[Given], arguments: list[str], usage: str, text: str | None = None) -> Given:
-    """Settings from `config=PATH` and `key=value`, later ones winning.
+def renamed(values: Any, names: dict[str, str], within: str = "") -> Any:
+    """Plain values with the old names of settings replaced by the new ones, and a line about each on standard error.
 
     Args:
-        usage: what to do where there are no arguments.
-        text: the key whose value is taken as it stands, not read as YAML.
-
-    Raises:
-        UserError: there are none, or a key or value will not do.
-        SystemExit: `--help` or `-h` was asked for; it is printed.
+        within: comes before the names in the line.
     """
-    if {"-h", "--help"} & set(arguments):
-        print(f"{usage}\nsettings: {', '.join(model.model_fields)}; those of a group as group.key=value")
-        print("later ones win over earlier ones and over the file config=PATH; what each means: docs/")
-        raise SystemExit(0)
-    if not arguments:
-        raise UserError(usage)
-    config = [argument.removeprefix("config=") for argument in arguments if argument.startswith("config=")]
-    rest = [argument for argument in arguments if not argument.startswith("config=")]
-    texts = [argument for argument in rest if text and argument.startswith(f"{text}=")]
-    values = merge(load_yaml(config[-1]) if config else {}, [argument for argument in rest if argument not in texts])
-    if texts:
-        values[str(text)] = texts[-1].partition("=")[2]
-    where = config[-1] if config and not rest else ""  # a wrong key may as well stand on the command line
-    return model.parse(values, where)
+    if not isinstance(values, dict):
+        return values
+    values = dict(values)
+    for old, new in names.items():
+        if old in values:
+            say_renamed(within + old, within + new)
+            values.setdefault(new, values.pop(old))
+            values.pop(old, None)
+    return values
+
+
+@functools.cache
+def say_renamed(old: str, new: str) -> None:
+    """Say once that a setting or an option has another name now."""
+    print(f"{old} is now {new}; the old name still works", file=sys.stderr)
+
+
+def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested values with others over them, key by key; `null` over a group leaves it out."""
+    laid = dict(values)
+    for key, value in above.items():
+        below = laid.get(key)
+        laid[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return laid
 
 
 def _resolved(config: Any, where: str) -> dict[str, Any]:
@@ -136,44 +172,60 @@ def _resolved(config: Any, where: str) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _one_line(model: type[BaseModel], error: ValidationError, where: str) -> str:
+def _one_line(model: type[BaseModel], error: ValidationError, whence: Callable[[str], str]) -> str:
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])  # a wrong key explains the rest
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
+    where = whence(key)
     prefix = f"{where}: " if where else ""
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _fields_at(model, location[:-1])
-        if location[-1] in known:  # of another of the kinds that may stand here
-            return f"{prefix}{key}: does not go together with the other keys here{more}"
-        hint = nearest(location[-1], known) or f"; known here: {', '.join(known)}"
-        return f"{prefix}{key}: unknown key{hint}{more}"
+        return f"{prefix}{key}: {_about_unknown(_models_at(model, location[:-1]), location)}{more}"
     message = first["msg"].removeprefix("Value error, ")
-    shown = "" if first["type"] in {"missing", "value_error"} else f", not {_short(repr(first['input']))}"
+    shown = "" if first["type"] in {"missing", "value_error"} else f", not {short(repr(first['input']))}"
     if first["type"] in {"string_type", "path_type"} and isinstance(first["input"], int | float | None):
-        shown += """; in double quotes it is a text (in a shell '"..."')"""
+        shown += "; in double quotes it is a text"
     return f"{prefix}{key + ': ' if key else ''}{message}{shown}{more}"
 
 
-def _short(text: str, longest: int = 200) -> str:
+def _about_unknown(models: list[type[BaseModel]], location: list[str]) -> str:
+    """What is said of a key that settings found at its place do not know, and of the one that may be meant."""
+    *group, name = location
+    known = sorted({field for inner in models for field in inner.model_fields})
+    deeper = [".".join([*group, *path]) for path in _inside(models, name)]
+    meant = "; did you mean " + " or ".join(f"'{key}'" for key in deeper) + "?" if deeper else ""
+    if name in known:  # of another of the kinds that may stand here
+        return f"does not go together with the other keys here{meant}"
+    return f"unknown key{nearest(name, known) or meant or '; known here: ' + ', '.join(known)}"
+
+
+def _inside(models: list[type[BaseModel]], name: str) -> list[tuple[str, str]]:
+    """The groups of these settings that have a field of this name, and the name."""
+    fields = {field: info.annotation for model in models for field, info in model.model_fields.items()}
+    return [
+        (field, name) for field, kind in fields.items() if any(name in inner.model_fields for inner in models_in(kind))
+    ]
+
+
+def short(text: str, longest: int = 200) -> str:
+    """The beginning of a text, for a message."""
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    """The known keys of the settings found by walking `location` down from `model`."""
+def _models_at(model: type[BaseModel], location: list[str]) -> list[type[BaseModel]]:
+    """The settings found by walking `location` down from `model`."""
     models = [model]
     for name in location:
         inner = [
-            m for known in models if name in known.model_fields for m in _models_in(known.model_fields[name].annotation)
+            m for known in models if name in known.model_fields for m in models_in(known.model_fields[name].annotation)
         ]
         models = inner or models  # list indices and union tags are no fields
-    return sorted({name for known in models for name in known.model_fields})
+    return models
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings that a field's type names, at any depth."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, list, dict, tuple) or get_args(annotation):
-        return [model for inner in get_args(annotation) for model in _models_in(inner)]
-    return []
+    return [model for inner in get_args(annotation) for model in models_in(inner)]

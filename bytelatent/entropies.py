@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from bytelatent.config import merge
+from bytelatent.command_line import Given
 from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
@@ -43,7 +43,8 @@ def entropies_beside(
     context: int | None,
     batch_bytes: int | None,
     text_key: str,
-    max_damaged: int,
+    max_bad_rows: int,
+    max_row_bytes: int,
     device: str,
     dtype: str,
     rank: int | None,
@@ -74,7 +75,8 @@ def entropies_beside(
         "context": context,
         "batch_bytes": batch_bytes,
         "text_key": text_key,
-        "max_damaged": max_damaged,
+        "max_bad_rows": max_bad_rows,
+        "max_row_bytes": max_row_bytes,
         "dtype": dtype,
         "rule": _rule(starts, rule),
     }
@@ -100,7 +102,7 @@ def entropies_beside(
                 part.rank,
                 part.world,
                 entropies_of=FastEntropies.where_possible(byte_lm, place, choose_dtype(settings.dtype, place)),
-                say=lambda line: console.print(name + line, highlight=False, soft_wrap=True),
+                say=lambda line: console.print(name + line, highlight=False, markup=False, soft_wrap=True),
                 on_start=bar.start,
                 on_progress=bar.advance,
             )
@@ -151,9 +153,10 @@ def line_about(summary: Summary, out: str) -> str:
 
 
 def part_of(rank: int | None, world: int | None, environment: Mapping[str, str]) -> Part:
-    """The part that is this process's: as told, else as torchrun or SLURM say, else all.
+    """The part that is this process's: as given, else as torchrun or SLURM say, else all.
 
-    The tasks of a SLURM job divide the files, and so do the jobs of an array.
+    The tasks of a job step (`srun`) divide the files, and so do the jobs of an array. Outside a job step, as in a batch
+    script, one process runs, however many tasks the job may have.
 
     Raises:
         UserError: only one of rank and world is given, or they do not go together.
@@ -173,8 +176,9 @@ def part_of(rank: int | None, world: int | None, environment: Mapping[str, str])
     elif "RANK" in environment and "WORLD_SIZE" in environment:
         part = Part(number("RANK", 0), number("WORLD_SIZE", 1), local_rank)
     else:
-        tasks, jobs = number("SLURM_NTASKS", 1), number("SLURM_ARRAY_TASK_COUNT", 1)
-        task = number("SLURM_PROCID", 0) if tasks > 1 else 0
+        is_step = environment.get("SLURM_STEP_ID") and environment.get("SLURM_PROCID")
+        tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1)) if is_step else 1
+        task, jobs = number("SLURM_PROCID", 0) if is_step else 0, number("SLURM_ARRAY_TASK_COUNT", 1)
         first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
         job = (number("SLURM_ARRAY_TASK_ID", first) - first) // step if jobs > 1 else 0
         part = Part(job * tasks + task, jobs * tasks, local_rank)
@@ -197,4 +201,6 @@ def _rule(starts: float | None, rule: str | None) -> PatchSettings | None:
         return PatchSettings.parse({"mode": "entropy", "threshold": starts}, "--starts")
     if rule is None:
         return None
-    return PatchSettings.parse(merge({}, [part.strip() for part in rule.split(",")]), "--rule")
+    given = Given(PatchSettings)
+    given.lay_over([part.strip() for part in rule.split(",")])
+    return PatchSettings.parse(given.values, "--rule")

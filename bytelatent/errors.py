@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from bytelatent.credentials import masked
+from bytelatent.terminal import safe, say
+
 BAD_INPUT = 2
 # The exit code of work that stopped because it was asked to: it is not done, and the same command goes on with it.
 # Batch scripts of a cluster put a job that ends so back into the queue.
@@ -20,8 +23,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # A value that a user gave, or the message of a library, may hold line breaks.
-        super().__init__(" ".join(message.split()))
+        # A value that a user gave, or the message of a library, may hold line breaks, credentials, or steer a terminal.
+        super().__init__(safe(masked(" ".join(message.split()))))
 
 
 def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) -> str:
@@ -39,10 +42,10 @@ def guarded(call: Callable[[], Any]) -> None:
     try:
         call()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second press would only be a traceback on the way out
-        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+        say(f"stopped: {stop}" if str(stop) else "stopped", sys.stderr)
         sys.exit(STOPPED)

@@ -3,7 +3,11 @@
 python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.temperature=0.7
 """
 
-import json
+from bytelatent import interrupt
+
+if __name__ == "__main__":  # before what takes seconds to import
+    interrupt.listen()
+
 import signal
 import sys
 import threading
@@ -19,21 +23,26 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bytelatent.config import Settings, flat, from_command_line
+from bytelatent import terminal
+from bytelatent.command_line import from_command_line
+from bytelatent.config import Settings, flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, guarded, nearest
 from bytelatent.files import part_of
 from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
 from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.rounded import Weights, check_weights
-from bytelatent.inference.sampling import MAX_NEW_BYTES
+from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS
 from bytelatent.interop import open_pretrained
-from bytelatent.text.places import open_decompressed, readable
+from bytelatent.text.documents import json_value
+from bytelatent.text.kinds import TextReader, must_be_read
+from bytelatent.text.places import readable
 from bytelatent.text.rows_out import line_of, must_be_free, rows_at
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
 FREE = {"jsonl", "out", "rows", "ahead", "device"}  # settings that may differ when a file is gone on with
 OF_A_ROW = {"prompt", "max_new_bytes", *Sampling.model_fields}
+SAMPLES_AT_ONCE = 64  # of one prompt
 TOLD = {"text", "ended", "log_probabilities", "samples"}  # keys of what comes out
 
 
@@ -62,7 +71,7 @@ class GenerateSettings(Settings):
     jsonl: str | None = None
     out: Path | None = None
     max_new_bytes: int = Field(default=200, ge=1, le=MAX_NEW_BYTES)
-    samples: int = Field(default=1, ge=1, le=10**9)
+    samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     rows: int = Field(default=16, ge=1)
     sampling: Sampling = Sampling()
     log_probabilities: bool = False
@@ -104,8 +113,9 @@ def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> No
             if getattr(settings, name):
                 raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
         prompt = _prompt(settings)
-        with _memory_named("samples", settings.samples):
-            _show(_engine(settings, settings.samples), prompt, settings, out, console)
+        num_rows = min(settings.samples, SAMPLES_AT_ONCE)
+        with _memory_named("samples", num_rows):
+            _show(_engine(settings, num_rows), prompt, settings, out, console)
         return
     if settings.out is not None:
         must_be_free(settings.out)
@@ -122,7 +132,7 @@ def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> No
 
 def _made_with(settings: GenerateSettings) -> dict[str, Any]:
     """Settings that a file of rows is begun and gone on with."""
-    return {key: value for key, value in flat(settings.plain()).items() if key not in FREE}
+    return {key: value for key, value in flat(settings.shown()).items() if key not in FREE}
 
 
 def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
@@ -195,12 +205,15 @@ def _rows(settings: GenerateSettings) -> Iterator[Row]:
     if settings.jsonl == "-":
         yield from _parsed(sys.stdin.buffer, "standard input", settings)
         return
-    try:
-        file = open_decompressed(settings.jsonl)
-    except OSError as error:
-        raise UserError(f"jsonl: '{settings.jsonl}' cannot be read: {error.strerror or error}") from None
-    with readable(settings.jsonl), file:
-        yield from _parsed(file, settings.jsonl, settings)
+    name = settings.jsonl
+    found = must_be_read(name)
+    if found.kind in ("parquet", "json"):
+        raise UserError(f"jsonl: '{name}' is no JSONL; write each prompt as an object on a line of its own")
+    with readable(name), TextReader(name, found.compression) as file:
+        file.skip_byte_order_mark()
+        yield from _parsed(file, name, settings)
+        if file.damage is not None:
+            raise UserError(f"jsonl: '{name}' {file.damage}")
 
 
 def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator[Row]:
@@ -208,8 +221,8 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # the latter of brackets, some thousand deep
+            row = json_value(line)
+        except ValueError as error:
             raise UserError(f"{name}: line {number} is no JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f'{name}: line {number} has no text under "prompt"; write {{"prompt": "..."}}')
@@ -245,9 +258,9 @@ def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO, c
     """Write each row with its continuation as soon as it and all before it are done."""
     if not rows:
         return
-    num_rows = min(settings.rows, len(rows) * settings.samples)
+    num_rows = min(settings.rows, len(rows) * settings.samples, MOST_ROWS)
     with _memory_named("rows", num_rows):
-        _continue_with(_engine(settings, num_rows), rows, settings, out, console)
+        _continue_with(_engine(settings, num_rows), num_rows, rows, settings, out, console)
 
 
 @contextmanager
@@ -264,22 +277,24 @@ def _memory_named(name: str, number: int) -> Iterator[None]:
 
 
 def _continue_with(
-    engine: Engine, rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console
+    engine: Engine, num_rows: int, rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console
 ) -> None:
-    asked = [
-        engine.submit(prompt_ids(row.given["prompt"]), row.sampling, row.max_new_bytes, settings.samples)
-        for row in rows
-    ]
+    asked: list[list[Continuation]] = []
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     began, written, num_bytes = time.perf_counter(), 0, 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(rows), rate="")
         while written < len(rows):
+            while len(asked) < len(rows) and engine.num_waiting < num_rows:  # all of them could be more than fit
+                row = rows[len(asked)]
+                prompt = prompt_ids(row.given["prompt"])
+                asked.append(engine.submit(prompt, row.sampling, row.max_new_bytes, settings.samples))
             if not all(continuation.ended for continuation in asked[written]):
                 num_bytes += len(engine.advance())
                 progress.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
                 continue
             line = {**rows[written].given, **_told(asked[written], settings)}
+            asked[written] = []
             _write(out, line_of(line))
             written += 1
             progress.advance(task)
@@ -300,6 +315,9 @@ def _say(console: Console, line: str) -> None:
 
 
 def _write(out: BinaryIO, data: bytes) -> None:
+    """Write bytes as they are; to a terminal, where they would be obeyed, as text that can only be read."""
+    if out.isatty():
+        data = terminal.safe(data.decode("utf-8", "replace")).encode()
     try:
         rest = memoryview(data)
         while rest:  # a disk that fills up takes a part first
@@ -313,9 +331,10 @@ def _write(out: BinaryIO, data: bytes) -> None:
 
 def main(arguments: list[str]) -> None:
     """`config=FILE key=value ...`"""
-    settings = from_command_line(GenerateSettings, arguments, USAGE, text="prompt")
-    generate(settings, sys.stdout.buffer, Console(stderr=True))
+    settings = from_command_line(GenerateSettings, arguments, USAGE, literal="prompt")
+    generate(settings, sys.stdout.buffer, terminal.Console(stderr=True))
 
 
 if __name__ == "__main__":
+    interrupt.begin()
     guarded(lambda: main(sys.argv[1:]))

@@ -10,14 +10,21 @@ Keys: {keys}
 What each means: docs/clusters.md, and `blt launch --help`.
 """
 
+from bytelatent import interrupt
+
+if __name__ == "__main__":  # before what takes seconds to import
+    interrupt.listen()
+
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bytelatent.config import load_yaml, merge
+from bytelatent.command_line import Given
+from bytelatent.config import Settings
 from bytelatent.errors import UserError, guarded
 from bytelatent.launch import LaunchSettings, filled_in, launch
+from bytelatent.terminal import say
 
 USAGE = "name a script and its settings: python -m bytelatent.stool script=bytelatent.train config=PATH nodes=1"
 TRAIN = "bytelatent.train"
@@ -56,7 +63,11 @@ def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
         UserError: a key, a value, a path or the cluster will not do.
     """
     settings = LaunchSettings.parse(values)
-    config = merge(load_yaml(settings.config) if settings.config is not None else {}, of_script)
+    given = Given(_settings_of(settings.script) or Settings)
+    if settings.config is not None:
+        given.read_file(settings.config)
+    given.lay_over(of_script)
+    config = given.values
     if not config:
         raise UserError(USAGE)
     training = settings.script == TRAIN
@@ -69,9 +80,18 @@ def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
         if values.get("dump_dir") and any(argument.startswith("run=") for argument in of_script):
             raise UserError("run: dump_dir is the run's folder; leave one of them out")
         config["run"] = settings.dump_dir
-    if settings.script in SETTINGS:
-        _check(config, settings)
+    if settings.script in SETTINGS:  # here and now, and not once the job has waited for its nodes
+        checked = given.settings()
+        if training:
+            _check_training(checked, settings)
     return launch(settings, config)
+
+
+def _settings_of(script: str) -> type[Settings] | None:
+    if script not in SETTINGS:
+        return None
+    module, name = SETTINGS[script]
+    return getattr(import_module(module), name)
 
 
 def _values(arguments: list[str]) -> dict[str, str]:
@@ -89,14 +109,6 @@ def _values(arguments: list[str]) -> dict[str, str]:
 
 def _name(settings: LaunchSettings) -> str:
     return settings.name or Path(settings.config or settings.script.replace(".", "_")).stem
-
-
-def _check(config: dict[str, Any], settings: LaunchSettings) -> None:
-    """Complain here and now, and not once the job has waited for its nodes."""
-    module, name = SETTINGS[settings.script]
-    found = getattr(import_module(module), name).parse(config, settings.config or "")
-    if settings.script == TRAIN:
-        _check_training(found, settings)
 
 
 def _check_training(training: Any, settings: LaunchSettings) -> None:
@@ -123,4 +135,5 @@ def _check_training(training: Any, settings: LaunchSettings) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: print(main(sys.argv[1:])))
+    interrupt.begin()
+    guarded(lambda: say(main(sys.argv[1:])))

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytelatent.errors import guarded
+from bytelatent.terminal import say
 from bytelatent.unattended import unattended
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-USAGE = "name a configuration or settings: blt train config=apps/bytelatent/configs/byte_lm.yaml run=runs/mine"
+USAGE = "name a configuration or settings: blt train config=byte_lm run=runs/mine data.train=text/*.jsonl"
 
 
 def main(arguments: list[str], console: "Console | None" = None) -> Path:
-    from bytelatent.config import from_command_line
+    from bytelatent.command_line import from_command_line
     from bytelatent.training import TrainSettings, train
     from bytelatent.training.ranks import said_once
 
@@ -31,7 +32,7 @@ def command(arguments: list[str]) -> None:
     with unattended(lambda: import_module("bytelatent.training")):  # which takes seconds
         run = _recorded(main)(arguments)
         if os.environ.get("RANK", "0") == "0":
-            print(run)
+            say(str(run))
 
 
 def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:

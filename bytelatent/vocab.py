@@ -4,6 +4,9 @@ Byte `b` is id `b + 4`. A document is BOS, its bytes, EOS. Any byte string is a 
 assumes UTF-8.
 """
 
+import itertools
+import re
+
 import numpy as np
 
 from bytelatent.errors import UserError
@@ -12,10 +15,14 @@ BOE, BOS, EOS, BPE_DELIMITER = 0, 1, 2, 3
 OFFSET = 4
 VOCAB_SIZE = OFFSET + 256
 PADDING = -1  # fills ragged rows of ids; never embedded
+OTHER_SURROGATES = re.compile("([\ud800-\udc7f\udd00-\udfff]+)")  # those that stand for no byte
 
 
 def to_bytes(text: str | bytes) -> bytes:
-    """UTF-8; bytes as they are. Surrogates that stand for undecodable bytes become those bytes again, others pass.
+    """UTF-8; bytes as they are.
+
+    A surrogate that stands for a byte that is no UTF-8 (U+DC80 to U+DCFF) becomes that byte again. Any other surrogate
+    is encoded as if it were a character.
 
     Raises:
         UserError: it is neither str nor bytes.
@@ -27,7 +34,9 @@ def to_bytes(text: str | bytes) -> bytes:
     try:
         return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:
-        return text.encode("utf-8", errors="surrogatepass")
+        parts = OTHER_SURROGATES.split(text)  # every second part is of these
+        errors = itertools.cycle(("surrogateescape", "surrogatepass"))
+        return b"".join(part.encode("utf-8", errors=how) for part, how in zip(parts, errors, strict=False))
 
 
 def encode(text: str | bytes, bos: bool = True, eos: bool = True) -> np.ndarray:

@@ -1,11 +1,29 @@
 """Shared by all tests."""
 
+import atexit
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# What a user's shell, a job of a cluster or an earlier program left in the environment says nothing here: before
+# anything is imported that reads it.
+OF_OTHERS = ("SLURM_", "SBATCH_", "HF_", "HUGGING", "WANDB_", "TORCHELASTIC_", "GROUP_", "ROLE_", "MASTER_", "LOCAL_")
+NAMES_OF_OTHERS = {
+    *("RANK", "WORLD_SIZE", "DUMP_DIR", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE"),
+    *("TTY_COMPATIBLE", "TTY_INTERACTIVE", "TRITON_INTERPRET"),
+}
+for name in list(os.environ):
+    if name in NAMES_OF_OTHERS or name.startswith(OF_OTHERS):
+        del os.environ[name]
+# Keys and downloads of the user, too, are none of the tests'.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bytelatent-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 # No deadline: how long an example takes says more about the machine's other work than about the code.
 settings.register_profile("bytelatent", deadline=None, max_examples=30)
@@ -25,6 +43,20 @@ def heard_again() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures of many tests do not run in the clone, whose `runs/` is the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def in_its_own_folder(elsewhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path in a test is below its own folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -84,10 +84,15 @@ def test_patches_cover_the_text_once(blt: BLT, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_bytes_entropy_is_that_of_the_position_before(blt: BLT, text: str) -> None:
-    expected = np.concatenate([slow_entropies(blt, ids[:-1]) for ids in parts(text)])[: len(text.encode())]
-    starts = [start for ids in parts(text) for start in slow_starts(blt, ids[:-1])][: len(text.encode())]
-    patches = blt.patch(text)
+@pytest.mark.parametrize("context", [None, CONTEXT])
+def test_a_bytes_entropy_is_that_of_the_position_before(blt: BLT, context: int | None, text: str) -> None:
+    pieces = [prompt_ids(text).tolist()] if context is None else [ids[:-1] for ids in parts(text)]
+    size = len(text.encode())
+    expected = np.concatenate([slow_entropies(blt, ids) for ids in pieces])[:size]
+    starts = [start for ids in pieces for start in [*slow_starts(blt, ids)[:-1], True]][
+        :size
+    ]  # a piece begins with one
+    patches = blt.patch(text, context)
     found = [entropy for patch in patches for entropy in patch.entropies or ()]
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert [patch.start for patch in patches] == [0, *(at for at, start in enumerate(starts) if start and at > 0)]
@@ -357,7 +362,25 @@ def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
         (lambda blt: blt.engine(1).submit(torch.ones(1, 3), Sampling(), 3), "prompt: ids .* of one text"),
         (lambda blt: blt.generate("x", max_new_bytes=2**64), "max_new_bytes: 18446744073709551616 will not do"),
         (lambda blt: blt.stream("x", max_new_bytes="5"), "max_new_bytes: '5' will not do"),
-        (lambda blt: blt.generate("x", samples=1.5), "^samples: 1.5 will not do; a number from 1 on$"),
+        (lambda blt: blt.generate("x", samples=1.5), "^samples: 1.5 will not do; a number from 1 to 100,000$"),
+        (lambda blt: blt.generate("x", samples=10**12), "^samples: 1000000000000 will not do"),
+        (lambda blt: blt.generate("x", samples=10**5000), "^samples: a number of 16,610 bits will not do"),
+        (
+            lambda blt: blt.generate(["x"] * 11, samples=100_000),
+            "^samples: 100,000 of each of 11 prompts; .* 1,000,000",
+        ),
+        (lambda blt: blt.generate("x", samples=-3), "samples: -3 will not do"),
+        (lambda blt: blt.generate("x", seed=2**64), "seed: Input should be less than 18446744073709551616"),
+        (lambda blt: blt.generate("x", seed=-(2**63) - 1), "seed: Input should be greater than"),
+        (lambda blt: blt.generate("x", temperature=math.nan), "temperature: Input should be"),
+        (lambda blt: blt.stream("x", top_p=1.5), "top_p: Input should be less than"),
+        (lambda blt: blt.engine(num_rows=10**12), "num_rows: 1000000000000 will not do; a number from 1 to 65,536"),
+        (lambda blt: blt.engine(num_rows=True), "num_rows: True will not do"),
+        (lambda blt: blt.engine(1).submit("x", Sampling(), 3, samples=10**12), "samples: 1000000000000 will not do"),
+        (lambda blt: blt.engine(1).submit("x", Sampling(), 3, samples=0), "samples: 0 will not do"),
+        (lambda blt: blt.engine(1).submit("x", {"seed": 1}, 3), "sampling: dict is no Sampling"),  # type: ignore
+        (lambda blt: blt.engine(1).submit(torch.tensor([1, 260]), Sampling(), 3), "prompt: ids are whole numbers"),
+        (lambda blt: blt.engine(1).submit(torch.tensor([1.0]), Sampling(), 3), "prompt: ids are whole numbers"),
         (lambda blt: blt.generate("x", samples="2"), "samples: '2' will not do"),
         (lambda blt: blt.generate("x", samples=True), "samples: True will not do"),
         (lambda blt: blt.generate("x", stop="\ud800"), "stop: .* holds half of a surrogate pair"),

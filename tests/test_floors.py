@@ -8,9 +8,10 @@ import bytelatent
 PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
-    ["errors"],  # the ground: everyone's, and it imports nothing of ours
-    ["vocab", "config", "files", "device", "unattended", "kernels"],
-    ["hub", "run_folder"],
+    ["credentials", "terminal"],  # the ground: everyone's, and they import nothing of ours
+    ["errors"],
+    ["vocab", "config", "configs", "files", "device", "progress", "threads", "unattended", "interrupt", "kernels"],
+    ["hub", "run_folder", "command_line"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "interop", "report"],
     ["training", "evaluation", "serving"],
@@ -30,6 +31,7 @@ FLOORS = [
         "patch",
     ],
     ["cli"],
+    ["__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -38,7 +40,10 @@ def imports(path: Path, root: Path = ROOT) -> set[str]:
     """The modules of the package that a file imports, at its head or inside a function, as dotted names."""
     package = [PACKAGE, *path.relative_to(root).parts[:-1]]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    # What a file does as a command is nothing that others import.
+    tree.body = [node for node in tree.body if not is_for_the_command(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,6 +53,10 @@ def imports(path: Path, root: Path = ROOT) -> set[str]:
                 inner = f"{origin}.{alias.name}"
                 found.add(inner if is_module(inner, root) else origin)
     return {module for module in found if module.split(".")[0] == PACKAGE}
+
+
+def is_for_the_command(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
 
 
 def is_module(dotted: str, root: Path) -> bool:

@@ -3,10 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bytelatent.cli.options import DeviceOption, JsonOption
 from bytelatent.cli.output import print_json
+from bytelatent.terminal import Console
 
 app = typer.Typer(help="Measure this machine.\n\nExample:  `blt bench train demo-blt`", no_args_is_help=True)
 

@@ -4,10 +4,12 @@ import json
 import math
 from typing import Any
 
+from bytelatent.terminal import say
+
 
 def print_json(values: Any) -> None:
     """Print values as JSON; a number that JSON cannot hold (NaN, infinity) is printed as null."""
-    print(json.dumps(_without_nan(values), allow_nan=False))
+    say(json.dumps(_without_nan(values), allow_nan=False))
 
 
 def _without_nan(value: Any) -> Any:

@@ -4,9 +4,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from bytelatent.cli.options import DEFAULT_MODEL, DeviceOption, ModelOption
+from bytelatent.cli.options import (
+    DEFAULT_MODEL,
+    MAX_BAD_ROWS,
+    MAX_ROW_BYTES,
+    DeviceOption,
+    MaxBadRowsOption,
+    MaxRowBytesOption,
+    ModelOption,
+    TextKeyOption,
+    bad_rows,
+)
+from bytelatent.terminal import Console, say
 
 
 def prepare(
@@ -24,8 +34,10 @@ def prepare(
     seed: Annotated[int, typer.Option(help="Of the order.")] = 42,
     validation: Annotated[int | None, typer.Option(help="Documents held out; 1 %, 10000 at most.")] = None,
     dedup: Annotated[bool, typer.Option("--dedup", help="Leave out documents whose text stood before.")] = False,
-    text_key: Annotated[str, typer.Option(help="The key or column of the text.")] = "text",
-    max_corrupt: Annotated[int, typer.Option(help="Rows to leave out before giving up.")] = 1000,
+    text_key: TextKeyOption = "text",
+    max_bad_rows: MaxBadRowsOption = 1000,
+    max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
+    max_corrupt: Annotated[int | None, typer.Option(hidden=True)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one for each core if left out.")] = None,
     executor: Annotated[str, typer.Option(help="local, slurm, ray.")] = "local",
     partition: Annotated[str | None, typer.Option(help="Of the SLURM cluster.")] = None,
@@ -36,6 +48,7 @@ def prepare(
     Example:  `blt prepare text/*.jsonl more.parquet --out data --memory 8 --chunks 32`
     """
     given = dict(locals())
+    given["max_bad_rows"] = bad_rows(max_bad_rows, given.pop("max_corrupt"), "--max-corrupt")
     from bytelatent.prepare import PrepareSettings
     from bytelatent.prepare import prepare as run
 
@@ -50,6 +63,9 @@ def calibrate(
     figure: Annotated[
         Path | None, typer.Option(help="Draw patch size against threshold: a .png, .svg or .pdf.")
     ] = None,
+    text_key: TextKeyOption = "text",
+    max_bad_rows: MaxBadRowsOption = MAX_BAD_ROWS,
+    max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
     device: DeviceOption = "auto",
 ) -> None:
     """Find the threshold that gives a wanted patch size, with a byte LM or on stored entropies.
@@ -58,7 +74,9 @@ def calibrate(
     """
     from bytelatent.calibrate import calibrate_text
 
-    print(calibrate_text(text, patch_bytes, model, max_bytes, figure, device).model_dump_json(indent=1))
+    how = text_key, max_bad_rows, max_row_bytes
+    found = calibrate_text(text, patch_bytes, model, max_bytes, figure, device, *how, Console(stderr=True))
+    say(found.model_dump_json(indent=1))
 
 
 def entropies(
@@ -75,8 +93,10 @@ def entropies(
         int | None, typer.Option(help="Ids of a document read at once; left out: as in the byte LM's training.")
     ] = None,
     batch_bytes: Annotated[int | None, typer.Option(help="Bytes read at once; left out: as suits the device.")] = None,
-    text_key: Annotated[str, typer.Option(help="The key or column that holds the text.")] = "text",
-    max_damaged: Annotated[int, typer.Option(min=0, help="Rows without text to leave out before giving up.")] = 100,
+    text_key: TextKeyOption = "text",
+    max_bad_rows: MaxBadRowsOption = MAX_BAD_ROWS,
+    max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
+    max_damaged: Annotated[int | None, typer.Option(hidden=True)] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     rank: Annotated[int | None, typer.Option(help="Which part, from 0; else torchrun and SLURM say.")] = None,
@@ -91,7 +111,7 @@ def entropies(
     from bytelatent.entropies import entropies_beside, line_about
 
     console = Console(stderr=True)
-    summary = entropies_beside(
-        text, model, out, starts, rule, context, batch_bytes, text_key, max_damaged, device, dtype, rank, world, console
-    )
-    print(line_about(summary, out))
+    limits = bad_rows(max_bad_rows, max_damaged, "--max-damaged"), max_row_bytes
+    batches = context, batch_bytes, text_key, *limits
+    summary = entropies_beside(text, model, out, starts, rule, *batches, device, dtype, rank, world, console)
+    say(line_about(summary, out))

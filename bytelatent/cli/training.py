@@ -4,17 +4,30 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from bytelatent.cli.options import DEFAULT_MODEL, JsonOption
+from bytelatent.cli.options import (
+    DEFAULT_MODEL,
+    MAX_BAD_ROWS,
+    MAX_ROW_BYTES,
+    JsonOption,
+    MaxBadRowsOption,
+    MaxRowBytesOption,
+    TextKeyOption,
+)
 from bytelatent.cli.output import print_json
+from bytelatent.configs import config_files, describe_config, find_config
+from bytelatent.terminal import Console, say
+
+PRINT_CONFIG = "--print-config"  # as in bytelatent.command_line, whose imports take their time
 
 
 def demo(
     minutes: Annotated[float, typer.Option(min=0.1, help="About how long it may take.")] = 3.5,
     out: Annotated[Path, typer.Option(help="The folder it writes.")] = Path(DEFAULT_MODEL),
     text: Annotated[str | None, typer.Option(help="Your own text: a file or a folder.")] = None,
+    text_key: TextKeyOption = "text",
+    max_bad_rows: MaxBadRowsOption = MAX_BAD_ROWS,
+    max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the text.")] = 0,
 ) -> None:
     """Train a byte LM and a BLT on this machine, measure them, and write a page to look at.
@@ -23,37 +36,46 @@ def demo(
     """
     from bytelatent.demo import run_demo
 
-    console = Console()
-    summary = run_demo(minutes, out, text, seed, console)
-    bits = summary["bits_per_byte"]
-    table = Table("", "bits per byte", title="held-out text")
-    for name in ("blt", "byte_lm", "xz"):
-        table.add_row(name, f"{bits[name]:.3f}")
-    console.print(table)
-    for label, line in (
-        ("look at", out / "report.html"),
-        ("numbers", out / "summary.json"),
-        ("next", f"blt generate 'def read(self' -m {out}"),
-        ("", f"blt patch 'any text' -m {out} --entropies"),
-        ("", "blt demo --minutes 20"),
-    ):
-        console.print(f"[bold]{label:<8}[/] {line}", highlight=False, soft_wrap=True)
+    run_demo(minutes, out, text, seed, Console(), text_key, max_bad_rows, max_row_bytes)
 
 
 def train(
-    settings: Annotated[list[str] | None, typer.Argument(help="config=PATH and any number of key=value.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="config=FILE, or config=NAME of `blt configs`, and key=value.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option(PRINT_CONFIG, help="Show all settings, each with its value and source; train nothing.")
+    ] = False,
 ) -> None:
     """Train a byte LM or a BLT; the same command goes on with a run that was stopped.
 
-    Example:  `blt train config=apps/bytelatent/configs/byte_lm.yaml run=runs/mine data.train=text/*.jsonl steps=2000`
+    Example:  `blt train config=byte_lm run=runs/mine data.train=text/*.jsonl steps=2000`
 
-    A BLT:  `blt train config=apps/bytelatent/configs/blt_1b.yaml byte_lm=runs/mine data.train=text/*.jsonl`
+    A BLT:  `blt train config=blt_1b byte_lm=runs/mine data.train=text/*.jsonl model.encoder.window=256`
 
-    All settings, what they mean and their defaults: docs/reference.md.
+    A try of a minute, on text that every machine has:  `config=debug`
+
+    Settings: `--print-config` lists them all with their values and sources; docs/reference.md says what each means.
     """
     from bytelatent.train import command
 
-    command(settings or [])
+    command([*(settings or []), *([PRINT_CONFIG] if print_config else [])])
+
+
+def configs(
+    name: Annotated[str | None, typer.Argument(help="Print this one, to save it and change it.")] = None,
+) -> None:
+    """List the configurations that the package brings, or print one; `blt train config=NAME` finds them anywhere.
+
+    Example:  `blt configs debug > mine.yaml`
+    """
+    if name is not None:
+        print(find_config(name).read_text(encoding="utf-8"), end="")
+        return
+    files = config_files()
+    width = max(map(len, files))
+    for known, path in files.items():
+        print(f"{known:<{width}}  {describe_config(path)}")
 
 
 def runs(
@@ -111,7 +133,7 @@ def launch(
 ) -> None:
     """Hand a script to a SLURM cluster: code, settings and batch script in one folder, and the folder to sbatch.
 
-    Example:  `blt launch --config apps/bytelatent/configs/blt_1b.yaml --nodes 2 --partition gpu steps=50000`
+    Example:  `blt launch --config blt_1b --nodes 2 --partition gpu steps=50000`
 
     Start it again:  `sbatch runs/byte_lm/submit.slurm`
     """
@@ -119,4 +141,4 @@ def launch(
     from bytelatent.stool import launch_script
 
     of_script = given.pop("settings") or []
-    print(launch_script(given, of_script))
+    say(launch_script(given, of_script))

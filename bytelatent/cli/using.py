@@ -5,11 +5,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from bytelatent.cli.options import DEFAULT_MODEL, DeviceOption, EntropyOption, JsonOption, ModelOption
+from bytelatent.cli.options import (
+    DEFAULT_MODEL,
+    MAX_BAD_ROWS,
+    MAX_ROW_BYTES,
+    DeviceOption,
+    EntropyOption,
+    JsonOption,
+    MaxBadRowsOption,
+    MaxRowBytesOption,
+    ModelOption,
+    TextKeyOption,
+)
 from bytelatent.cli.output import print_json
 from bytelatent.errors import UserError
+from bytelatent.terminal import Console, say
 
 
 def evaluate(
@@ -17,6 +28,9 @@ def evaluate(
     model: ModelOption = DEFAULT_MODEL,
     entropy: EntropyOption = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
+    text_key: TextKeyOption = "text",
+    max_bad_rows: MaxBadRowsOption = MAX_BAD_ROWS,
+    max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -25,13 +39,16 @@ def evaluate(
     Example:  `blt eval held-out/*.jsonl --model runs/demo`
     """
     from bytelatent.eval import evaluate_model
+    from bytelatent.text.damage import must_have_read
 
-    result = evaluate_model(model, text, entropy, max_bytes, device, Console(stderr=True))
+    how = text_key, max_bad_rows, max_row_bytes
+    result = evaluate_model(model, text, entropy, max_bytes, device, Console(stderr=True), *how)
     if as_json:
         print_json(result)
-        return
-    patches = "" if result["mean_patch_bytes"] is None else f"  {result['mean_patch_bytes']:.2f} bytes a patch"
-    print(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
+    else:
+        patches = "" if result["mean_patch_bytes"] is None else f"  {result['mean_patch_bytes']:.2f} bytes a patch"
+        say(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
+    must_have_read(result["unread"])
 
 
 def generate(
@@ -46,19 +63,19 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(help="A new file for the rows of --jsonl; standard output if left out.")
     ] = None,
-    max_new_bytes: Annotated[int, typer.Option("--max-new-bytes", "-n", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
-    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="A share of the likeliest's probability.")] = None,
+    max_new_bytes: Annotated[int, typer.Option("--max-new-bytes", "-n")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option(help="A share of the likeliest's probability.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, bytes that occurred are less likely.")] = 1.0,
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends it; may be given again. In bash a line break is $'\\n'.")
     ] = None,
     valid_utf8: Annotated[bool, typer.Option("--valid-utf8", help="Only bytes that make valid UTF-8.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
-    rows: Annotated[int, typer.Option(min=1, help="Sequences on their way at once, of --jsonl.")] = 16,
+    samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
+    rows: Annotated[int, typer.Option(help="Sequences on their way at once, of --jsonl.")] = 16,
     log_probabilities: Annotated[
         bool, typer.Option("--log-probabilities", help="Tell each byte's in the rows of --jsonl.")
     ] = False,
@@ -88,29 +105,34 @@ def patch(
     text: Annotated[str | None, typer.Argument(help="The text; standard input if left out.")] = None,
     model: ModelOption = DEFAULT_MODEL,
     rule: Annotated[
-        str | None, typer.Option(help="The model's if left out, or e.g. space, static:4, bpe:FILE.")
+        str | None, typer.Option(help="The model's if left out, or e.g. entropy:1.3, space, static:4, bpe:FILE.")
     ] = None,
     compare: Annotated[str | None, typer.Option(help="Several rules: entropy,space,static:4")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Read it in pieces of so many bytes, as training and eval do; whole if left out.")
+    ] = None,
     entropies: Annotated[bool, typer.Option("--entropies", "-e", help="Show each byte's entropy.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page instead.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show where patches begin in a text.
+    """Show where patches begin in a text, by a BLT, a byte LM, or a rule that needs neither.
 
     Example:  `blt patch "Daenerys Targaryen is in Game of Thrones" --compare entropy,space,static:4`
     """
-    from bytelatent.patch import Rules
+    from bytelatent.patch import OWN, Rules
     from bytelatent.report import patched_text, write_patches_page
 
     data = _standard_input() if text is None else text
-    names = [name.strip() for name in (compare or rule or "entropy").split(",")]
-    rules = Rules(model)
-    patched = {name: rules.patches(name, data) for name in names}
+    names = [name.strip() for name in (compare or rule or OWN).split(",")]
+    rules = Rules(model, context)
+    patched = rules.patched(names, data)
+    for note in rules.notes:
+        say(note, sys.stderr)
     if as_json:
         print_json({name: [vars(patch) for patch in patches] for name, patches in patched.items()})
     elif html is not None:
         write_patches_page(html, patched, "Patches", rules.thresholds)
-        print(html)
+        say(str(html))
     else:
         console = Console()
         for name, patches in patched.items():

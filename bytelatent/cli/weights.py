@@ -3,10 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bytelatent.cli.options import EntropyOption, JsonOption, RevisionOption
 from bytelatent.cli.output import print_json
+from bytelatent.terminal import Console, say
 
 
 def convert(
@@ -27,7 +27,7 @@ def convert(
     """
     from bytelatent.convert import convert_model
 
-    print(convert_model(source, target, to, entropy, revision, licence, Console(stderr=True)))
+    say(str(convert_model(source, target, to, entropy, revision, licence, Console(stderr=True))))
 
 
 def export(
@@ -41,7 +41,7 @@ def export(
     """
     from bytelatent.export import export as run_export
 
-    print(run_export(run, step, out, Console(stderr=True)))
+    say(str(run_export(run, step, out, Console(stderr=True))))
 
 
 def info(

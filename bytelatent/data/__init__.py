@@ -3,7 +3,7 @@
 from bytelatent.data.ahead import ReadAhead
 from bytelatent.data.loader import Loader, batches_once
 from bytelatent.data.packing import Batch, pack, surprise, take
-from bytelatent.data.patcher import Patcher, patch_in_groups, patches_of
+from bytelatent.data.patcher import Patcher, groups_of, patch_in_groups, patches_of
 from bytelatent.data.pieces import Piece, cut, stream_of
 from bytelatent.data.settings import DataSettings, SourceSettings
 from bytelatent.data.stored import StoredCheck
@@ -19,6 +19,7 @@ __all__ = [
     "StoredCheck",
     "batches_once",
     "cut",
+    "groups_of",
     "pack",
     "patch_in_groups",
     "patches_of",

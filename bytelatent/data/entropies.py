@@ -4,11 +4,11 @@ A thread reads and packs, the device computes, and a thread writes; a few batche
 not depend on their timing, nor on how the files are divided among processes: a batch holds text of one file only.
 """
 
-import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -28,8 +28,10 @@ from bytelatent.device import autocast, choose_dtype
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import PatchSettings, next_starts
-from bytelatent.text import Damaged, DamageLimit, Document, open_blocks
-from bytelatent.text.places import GZIP, ZSTD, is_remote
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Document, read_documents
+from bytelatent.text.damage import MAX_BAD_ROWS
+from bytelatent.text.documents import name_of
+from bytelatent.text.places import is_remote
 from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, read_stored
 
 # Shapes: T ids in a batch
@@ -49,7 +51,8 @@ class EntropySettings(Settings):
         text_key: the key or column that holds the text.
         dtype: precision of the byte LM's matrix products; `auto` is bfloat16 where the device computes in it.
         rule: the patching rule whose starts are stored instead of entropies.
-        max_damaged: rows without text that are left out; one more is an error, and so is a torn file.
+        max_bad_rows: bad rows and files that are left out; one more is an error.
+        max_row_bytes: a longer row is a bad one.
     """
 
     context: int = Field(default=8192, ge=2)
@@ -57,7 +60,8 @@ class EntropySettings(Settings):
     text_key: str = "text"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     rule: PatchSettings | None = None
-    max_damaged: int = Field(default=100, ge=0)
+    max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
+    max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1)
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -121,8 +125,8 @@ def store_entropies(
             It is called from another thread.
 
     Raises:
-        UserError: the text cannot be read, `out` cannot be written or holds files that were made otherwise, or the byte
-            LM's entropies are not finite.
+        UserError: there are too many bad rows, `out` cannot be written or holds files that were made otherwise, the
+            byte LM's entropies are not finite, or, once all else is done, nothing of a file could be read.
     """
     begin = time.monotonic()
     if is_remote(str(out)):
@@ -130,7 +134,7 @@ def store_entropies(
     out = Path(out).expanduser()
     device = next(byte_lm.parameters()).device
     dtype = choose_dtype(settings.dtype, device)
-    shards = divide(shards_of(sources, out), world)[rank]
+    shards = divide(shards_of(sources, out, say), world)[rank]
     made_by = Stored(
         byte_lm=fingerprint,
         window=byte_lm.settings.window,
@@ -147,11 +151,16 @@ def store_entropies(
         if summary.num_skipped:
             say(f"{summary.num_skipped} of {len(shards)} files are done already")
         on_start(sum(shard.size for shard in todo))
-        damaged = DamageLimit(settings.max_damaged, "--max-damaged", say)
+        damaged = DamageLimit(settings.max_bad_rows, say=say)
         job = Job(todo, out, made_by, settings, device, summary, damaged, on_progress)
         job.run(entropies_of or _forward(byte_lm, device, dtype), static_shapes)
     summary.seconds = time.monotonic() - begin
+    damaged.must_have_read()
     return summary
+
+
+class _NothingRead(Exception):
+    """Nothing of a file could be read."""
 
 
 @dataclass(frozen=True)
@@ -253,8 +262,11 @@ class Job:
 
     def _write(self) -> None:
         for shard in self.shards:
-            with StoredWriter(self.out / shard.output, _of(shard, self.made_by)) as file:
+            position = 0
+            with suppress(_NothingRead), StoredWriter(self.out / shard.output, _of(shard, self.made_by)) as file:
                 position = self._write_rows(file)
+                if shard.source in self.damaged.unread:
+                    raise _NothingRead  # and so no file appears
             self.on_progress(shard.size - position, 0)
 
     def _write_rows(self, file: StoredWriter) -> int:
@@ -302,7 +314,7 @@ def loads_of(
     pieces: list[Piece] = []
     ended: list[tuple[str, bytes]] = []
     num_ids = position = 0
-    for row, document, position in _documents(shard, settings.text_key, damaged or DamageLimit(0, "--max-damaged")):
+    for row, document, position in _documents(shard, settings, damaged or DamageLimit(0)):
         if len(document.text) > MAX_TEXT_BYTES:
             raise UserError(
                 f"entropies: '{shard.source}' row {row} is a document of {len(document.text)} bytes; "
@@ -314,31 +326,25 @@ def loads_of(
                 pieces, ended, num_ids = [], [], 0
             pieces.append(piece)
             num_ids += len(piece)
-        ended.append((document.id if document.id is not None else f"{shard.name}/{row}", document.text))
+        ended.append((document.id if document.id is not None else name_of(f"{shard.name}/{row}"), document.text))
     if pieces:
         yield Load(pack(pieces, size).stream, num_ids, ended, position)
 
 
-def _documents(shard: Shard, text_key: str, damaged: DamageLimit) -> Iterator[tuple[int, Document, int]]:
+def _documents(shard: Shard, settings: EntropySettings, damaged: DamageLimit) -> Iterator[tuple[int, Document, int]]:
     """Row, document, and about how many bytes of the file are read with it."""
-    reader = open_blocks(shard.source, text_key)
-    num_blocks = reader.count()
-    compressed = shard.source.endswith((GZIP, ZSTD))
+    share: float | None = None
+
+    def on_block(of_file: float | None) -> None:
+        nonlocal share
+        share = of_file
+
+    how = {"damaged": damaged, "stored": False, "max_row_bytes": settings.max_row_bytes, "on_block": on_block}
     text_bytes = 0
-    for index in itertools.count():
-        block = reader.read(index)
-        if block is None:
-            return
-        for row, document in block.rows():
-            if isinstance(document, Damaged):
-                damaged(document)
-                continue
-            text_bytes += len(document.text)
-            if num_blocks is not None and not compressed:
-                position = shard.size * (index + 1) // num_blocks
-            else:
-                position = int(text_bytes / TEXT_PER_COMPRESSED_BYTE)
-            yield row, document, min(shard.size, position)
+    for row, document in read_documents(shard.source, settings.text_key, **how):
+        text_bytes += len(document.text)
+        position = text_bytes / TEXT_PER_COMPRESSED_BYTE if share is None else shard.size * share
+        yield row, document, min(shard.size, int(position))
 
 
 def _forward(byte_lm: ByteLM, device: torch.device, dtype: torch.dtype) -> EntropiesOf:

@@ -16,7 +16,7 @@ from bytelatent.data.settings import DataSettings, SourceSettings
 from bytelatent.data.source import SourceReader
 from bytelatent.data.stored import StoredCheck
 from bytelatent.errors import UserError
-from bytelatent.text import Document, find_files, read_documents
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Document, find_files, read_documents
 
 
 class Loader:
@@ -48,11 +48,12 @@ class Loader:
         self.settings, self.seed, self.patcher = settings, seed, patcher
         self.rank, self.world = rank, world
         self.readings = Readings(
-            [Reading(source.text_key, settings.context, patcher) for source in settings.train], settings.workers
+            [Reading(s.text_key, settings.context, patcher, settings.max_row_bytes) for s in settings.train],
+            settings.workers,
         )
         check, told = StoredCheck(patcher), set() if told is None else told
         self.sources = [
-            SourceReader(source, number, self.readings, seed, rank, world, settings.max_damaged, check, say, told)
+            SourceReader(source, number, self.readings, seed, rank, world, settings.max_bad_rows, check, say, told)
             for number, source in enumerate(settings.train)
         ]
         weights = np.array([source.weight for source in settings.train])
@@ -68,7 +69,7 @@ class Loader:
     def __next__(self) -> Batch:
         settings = self.settings
         pieces = take(self.ready, settings.batch_bytes, settings.batch_patches, self._prepare)
-        return pack(pieces, settings.batch_bytes, settings.batch_patches)
+        return pack(pieces, settings.batch_bytes, settings.batch_patches, as_one_row=True)
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +115,8 @@ class Loader:
         """Go on where this rank stood.
 
         Raises:
-            UserError: the files, the sources or the number of ranks are not those of the state; see `deal`.
+            OtherFiles: the files are not those of the state; see `deal`.
+            UserError: the sources or the number of ranks are not.
         """
         self._check(state)
         if (state["rank"], state["world"]) != (self.rank, self.world):
@@ -133,7 +135,8 @@ class Loader:
     def deal(self, states: list[dict[str, Any]]) -> str:
         """Go on where another number of ranks stood: each document that none has given out is dealt to one rank.
 
-        All ranks pass the same states. Only the order of the documents is another than it would have been.
+        All ranks pass the same states. Only the order of the documents is another than it would have been. With
+        `allow_changed` a source whose files are others begins a new epoch.
 
         Args:
             states: of all ranks, as `state_dict` gave them.
@@ -142,19 +145,23 @@ class Loader:
             One line about what was dealt.
 
         Raises:
-            UserError: the files or the sources are not those of the states, or states are missing.
+            OtherFiles: the files are not those of the states, and may not be others.
+            UserError: the sources are not, or states are missing.
         """
         states = sorted(states, key=lambda state: state["rank"])
         if [state["rank"] for state in states] != list(range(states[0]["world"])):
             raise UserError(f"data: there should be the positions of {states[0]['world']} ranks, not {len(states)}")
         for state in states:
             self._check(state)
+        changed = [source.settings.path for source in self.sources if self._has_changed(source, states)]
         num_left = sum(self._deal_source(number, states) for number in range(len(self.sources)))
         pieces = [Piece(**piece) for state in states for piece in [*state["ready"], *state["buffer"]]]
         self.buffer = pieces[self.rank :: self.world]
         self.ready = deque()
         self.deals = max(state["deals"] for state in states) + 1
         self.random = self._new_random()
+        if changed:
+            return f"data: the files of {', '.join(map(repr, changed))} are others: a new epoch of them begins"
         return (
             f"data: the position of {len(states)} ranks is dealt to {self.world}: {len(pieces)} pieces that wait and "
             f"{num_left} blocks half read; no document is lost or repeated, their order is another"
@@ -162,6 +169,11 @@ class Loader:
 
     def _deal_source(self, number: int, states: list[dict[str, Any]]) -> int:
         source = self.sources[number]
+        if self.settings.allow_changed and self._has_changed(source, states):
+            epoch = 1 + max(state["sources"][number]["place"][0] for state in states)
+            begin = {"files": source.files, "place": [epoch, 0, 0], "item": 0, "left": [], "damaged": [epoch, 0]}
+            source.load_state_dict(begin)
+            return 0
         before = []
         for state in states:
             reader = SourceReader(source.settings, number, self.readings, self.seed, state["rank"], state["world"])
@@ -180,6 +192,9 @@ class Loader:
         )
         return len(left)
 
+    def _has_changed(self, source: SourceReader, states: list[dict[str, Any]]) -> bool:
+        return not all(source.has_files_of(state["sources"][source.number]) for state in states)
+
     def _check(self, state: dict[str, Any]) -> None:
         if len(state["sources"]) != len(self.sources):
             raise UserError("data: the number of sources is not that of the checkpoint; start another run")
@@ -193,6 +208,8 @@ def batches_once(
     max_bytes: int | None = None,
     slots: int | None = None,
     padded: bool = False,
+    bad: DamageLimit | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Iterator[Batch]:
     """The sources' documents once, in order: for validation.
 
@@ -200,8 +217,10 @@ def batches_once(
         max_bytes: stop after about as much text.
         slots: patches a batch, as `batch_patches` of training; None for no limit.
         padded: the last batch, and with `slots` each one's patches, are filled up, so that all are of one shape.
+        bad: receives bad rows and files; None to raise the first.
+        max_row_bytes: a longer row is a bad one.
     """
-    documents = _documents_once(sources, patcher)
+    documents = _documents_once(sources, patcher, bad, max_row_bytes)
     ready: deque[Piece] = deque()
     num_bytes = 0
 
@@ -223,12 +242,15 @@ def batches_once(
         yield pack(pieces, batch_bytes, slots) if padded else pack(pieces)
 
 
-def _documents_once(sources: list[SourceSettings], patcher: Patcher | None) -> Iterator[Document]:
+def _documents_once(
+    sources: list[SourceSettings], patcher: Patcher | None, bad: DamageLimit | None, max_row_bytes: int
+) -> Iterator[Document]:
     check = StoredCheck(patcher)
+    stored = check.patcher is not None
     for source in sources:
         for file in find_files(source.path):
-            for _, document in read_documents(file, source.text_key, check):
-                yield document if check.patcher is not None else Document(document.text, document.id)
+            for _, document in read_documents(file, source.text_key, check, bad, stored, max_row_bytes):
+                yield document
 
 
 def _first(document: Document, num_bytes: int) -> Document:

@@ -65,13 +65,15 @@ def take(ready: deque[Piece], size: int, slots: int | None, more: Callable[[], b
     return taken
 
 
-def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None) -> Batch:
+def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None, as_one_row: bool = False) -> Batch:
     """A batch of pieces.
 
     Args:
         pieces: what is read; patched or not, all alike.
         size: T, filled up with padding; None for as many ids as there are.
         slots: P likewise.
+        as_one_row: let n-grams that do not stop at documents reach from a piece into the one before, as in the training
+            of the published models; else each is read as if it were alone.
 
     Raises:
         UserError: there are no pieces.
@@ -95,7 +97,7 @@ def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None)
         starts = torch.from_numpy(np.concatenate([p.next_starts for p in pieces if p.next_starts is not None]))
         if padding:
             starts = torch.cat([starts, torch.zeros(padding, dtype=torch.bool)])
-        stream = add_patches(stream, starts, slots)
+        stream = add_patches(stream, starts, slots, torch.arange(len(starts)) if as_one_row else None)
         with_bytes = stream.patch[stream.ids >= OFFSET]  # in rising order
         num_patches = int((with_bytes[1:] != with_bytes[:-1]).sum()) + (len(with_bytes) > 0)
     return Batch(stream, targets, num_targets, num_bytes, num_patches)

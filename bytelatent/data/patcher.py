@@ -1,6 +1,6 @@
 """Pieces cut into patches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -94,22 +94,34 @@ class Patcher:
 
 def patch_in_groups(patcher: Patcher, pieces: Sequence[Piece]) -> list[Piece]:
     """Patch any number of pieces, a group at a time, so that the byte LM's memory is bounded."""
-    patched: list[Piece] = []
+    return [piece for group in groups_of(pieces, GROUP) for piece in patcher(group)]
+
+
+def groups_of(pieces: Sequence[Piece], num_ids: int) -> Iterator[list[Piece]]:
+    """The pieces in order, in groups that hold `num_ids` ids or a little more; the last one may be smaller."""
     group: list[Piece] = []
+    size = 0
     for piece in pieces:
         group.append(piece)
-        if sum(map(len, group)) >= GROUP:
-            patched.extend(patcher(group))
-            group = []
-    return patched + patcher(group)
+        size += len(piece)
+        if size >= num_ids:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
-def patches_of(text: bytes, patcher: Patcher, context: int) -> list[Patch]:
-    """The patches of a text, for people to look at. BOS, which stands alone before the text, is left out."""
+def patches_of(text: bytes, patcher: Patcher, context: int | None = None) -> list[Patch]:
+    """The patches of a text, for people to look at. BOS, which stands alone before the text, is left out.
+
+    Args:
+        context: ids read at once, without those before them; None: all.
+    """
     if not text:
         return []
-    pieces = patch_in_groups(patcher, list(cut(Document(text), context)))
+    pieces = patch_in_groups(patcher, list(cut(Document(text), context or len(text) + 1)))
     starts = np.concatenate([piece.next_starts for piece in pieces if piece.next_starts is not None])
+    starts[np.cumsum([len(piece) for piece in pieces]) - 1] = True  # whatever was expected, a piece begins with a patch
     begins = [0, *(int(at) for at in np.flatnonzero(starts[1 : len(text)]) + 1)]
     entropies = [e for piece in pieces if piece.entropies is not None for e in piece.entropies.tolist()]
     return [

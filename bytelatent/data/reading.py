@@ -4,7 +4,7 @@ import os
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from bytelatent.data.patcher import Patcher
 from bytelatent.data.pieces import Piece, cut
 from bytelatent.errors import UserError
-from bytelatent.text import BlockReader, Damaged, Stored, open_blocks
+from bytelatent.text import MAX_ROW_BYTES, BlockReader, Damaged, Stored, open_blocks
 
 RESTARTS = 3  # of the processes, for one block
 
@@ -32,14 +32,17 @@ class Reading:
 
     Args:
         text_key: the key or column that holds the text.
+        max_row_bytes: a longer row is a bad one.
         context: ids that a piece holds at most.
         patcher: cuts into patches what needs no byte LM; None where there are no patches.
     """
 
-    def __init__(self, text_key: str, context: int, patcher: Patcher | None):
-        self.text_key = text_key
+    def __init__(self, text_key: str, context: int, patcher: Patcher | None, max_row_bytes: int = MAX_ROW_BYTES):
+        self.text_key, self.max_row_bytes = text_key, max_row_bytes
         self.context = context
         self.patcher = patcher.without_byte_lm() if patcher is not None else None
+        # Otherwise what is stored belongs to another rule, or to no model that reads bytes alone.
+        self.stored = patcher is not None and patcher.settings.needs_entropies
         self._file = ""
         self._blocks: BlockReader | None = None
 
@@ -69,13 +72,11 @@ class Reading:
 
     def _open(self, file: str) -> BlockReader:
         if self._blocks is None or self._file != file:
-            self._file, self._blocks = file, open_blocks(file, self.text_key)
+            self._blocks = open_blocks(file, self.text_key, self.stored, self.max_row_bytes)
+            self._file = file
         return self._blocks
 
     def _patched(self, documents: list[list[Piece]]) -> list[list[Piece]]:
-        if self.patcher is None or not self.patcher.settings.needs_entropies:
-            # What is stored belongs to another rule, or to no model that reads bytes alone.
-            documents = [[replace(piece, entropies=None, next_starts=None) for piece in pieces] for pieces in documents]
         if self.patcher is None:
             return documents
         pieces = iter(self.patcher.early([piece for document in documents for piece in document]))

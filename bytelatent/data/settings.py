@@ -2,10 +2,14 @@
 
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from bytelatent.config import Settings
+from bytelatent.config import Settings, renamed
 from bytelatent.model.settings import LONGEST_CONTEXT
+from bytelatent.text import MAX_ROW_BYTES
+from bytelatent.text.damage import MAX_BAD_ROWS
+
+MOST = 2**31  # ids of a batch: kernels count them so
 
 
 class SourceSettings(Settings):
@@ -32,17 +36,26 @@ class DataSettings(Settings):
         batch_patches: patch slots in a batch, so that shapes never change; None for as many as there are.
         shuffle_buffer: pieces among which the next one is drawn.
         workers: processes that read ahead; 0 reads in the training process. The batches are the same.
-        max_damaged: rows or files that a source may hold and training passes over; one more is an error.
+        max_bad_rows: bad rows and files of a source that are passed over in an epoch; one more is an error.
+        max_row_bytes: a longer row is a bad one.
+        allow_changed: a run goes on though its text is another than at its last start.
     """
 
     train: list[SourceSettings] = Field(min_length=1)
     valid: list[SourceSettings] = Field(default=[])
     context: int = Field(default=8192, ge=2, le=LONGEST_CONTEXT)
-    batch_bytes: int = Field(default=16_384, ge=2)
-    batch_patches: int | None = Field(default=None, ge=2)
-    shuffle_buffer: int = Field(default=256, ge=1)
-    workers: int = Field(default=0, ge=0)
-    max_damaged: int = Field(default=100, ge=0)
+    batch_bytes: int = Field(default=16_384, ge=2, le=MOST)
+    batch_patches: int | None = Field(default=None, ge=2, le=MOST)
+    shuffle_buffer: int = Field(default=256, ge=1, le=MOST)
+    workers: int = Field(default=0, ge=0, le=1024)
+    max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
+    max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1)
+    allow_changed: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, values: Any) -> Any:
+        return renamed(values, {"max_damaged": "max_bad_rows"}, "data.")
 
     @field_validator("train", "valid", mode="before")
     @classmethod

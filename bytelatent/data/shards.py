@@ -1,15 +1,17 @@
 """Files of text that each become one file, divided among processes."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from bytelatent.errors import UserError
 from bytelatent.files import own_file
-from bytelatent.text.blocks import JSONL, PARQUET
-from bytelatent.text.places import find_files, is_remote, readable, size_of
+from bytelatent.text import find_files
+from bytelatent.text.kinds import without_ending
+from bytelatent.text.places import is_remote, readable, size_of
 
 LOCK = ".lock"
 
@@ -27,10 +29,10 @@ class Shard:
         return f"{self.name}.parquet"
 
 
-def shards_of(sources: Sequence[str], out: Path) -> list[Shard]:
+def shards_of(sources: Sequence[str], out: Path, say: Callable[[str], None] = lambda line: None) -> list[Shard]:
     """The files of the sources, sorted by name.
 
-    A file of a folder keeps its path below it, any other its name alone. JSONL and Parquet change their ending; other
+    A file of a folder keeps its path below it, any other its name alone. Files of rows change their ending; other
     files, which are one text each, keep theirs, so that `a.py` and `a.md` do not meet.
 
     Raises:
@@ -40,7 +42,7 @@ def shards_of(sources: Sequence[str], out: Path) -> list[Shard]:
     for source in sources:
         if not is_remote(source) and out.resolve().is_relative_to(Path(source).expanduser().resolve()):
             raise UserError(f"entropies: --out '{out}' is inside the source '{source}'; choose a folder outside of it")
-        for file in find_files(source):
+        for file in find_files(source, say):
             name = _name(file, source)
             other = found.get(name)
             if other is not None and other.source != file:
@@ -88,7 +90,7 @@ def hold(out: Path, shards: Sequence[Shard]) -> Iterator[None]:
 
 def place_in_lock(shard: Shard) -> int:
     """The byte of the lock file that stands for a shard."""
-    return int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:6], "big")
+    return int.from_bytes(hashlib.sha256(os.fsencode(shard.name)).digest()[:6], "big")
 
 
 def _locked(lock: int, place: int) -> bool:
@@ -109,12 +111,9 @@ def _name(file: str, source: str) -> str:
     folder = Path(source).expanduser()
     if is_remote(source):
         above = source.rstrip("/") + "/"
-        name = file.removeprefix(above) if file.startswith(above) else file.rsplit("/", 1)[-1]
+        name = file.removeprefix(above) if file.startswith(above) else file.partition("?")[0].rsplit("/", 1)[-1]
     elif folder.is_dir():
         name = Path(file).relative_to(folder).as_posix()
     else:
         name = Path(file).name
-    for ending in (*JSONL, *PARQUET):
-        if name.endswith(ending) and name != ending:
-            return name.removesuffix(ending)
-    return name
+    return without_ending(name)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from bytelatent.credentials import masked
 from bytelatent.data.pieces import Piece
 from bytelatent.data.reading import CutBlock, Readings, Request
 from bytelatent.data.settings import SourceSettings
@@ -36,6 +37,10 @@ class Damage(NamedTuple):
     count: int
 
 
+class OtherFiles(UserError):
+    """A position is of other files than those that are there now."""
+
+
 class SourceReader:
     """The documents of one source that are one rank's.
 
@@ -49,7 +54,8 @@ class SourceReader:
         seed: of the order of the files.
         rank, world: this rank, of so many.
         check: complains about what is stored with the text.
-        say: is told of damaged rows and files, but for those in `told`, to which they are added.
+        max_bad_rows: bad rows and files that are passed over in an epoch.
+        say: is told of bad rows and files, but for those in `told`, to which they are added.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class SourceReader:
         seed: int,
         rank: int = 0,
         world: int = 1,
-        max_damaged: int = 0,
+        max_bad_rows: int = 0,
         check: Callable[[Stored, str], None] = lambda stored, file: None,
         say: Callable[[str], None] = lambda line: None,
         told: set[str] | None = None,
@@ -68,8 +74,8 @@ class SourceReader:
         self.settings, self.number, self.readings = settings, number, readings
         self.seed, self.rank, self.world = seed, rank, world
         self.check = check
-        self._limit = DamageLimit(max_damaged, "data.max_damaged", say, f" of '{settings.path}'", told)
-        self.files = find_files(settings.path)
+        self._limit = DamageLimit(max_bad_rows, "data.max_bad_rows", say, f" of '{settings.path}'", told)
+        self.files = find_files(settings.path, self._limit.note)
         self._order = -1, np.arange(0)  # an epoch, and the numbers of the files in its order
         self._num_blocks_of: dict[str, int] = {}
         self.place = Place(0, 0, 0)  # this rank's block that is being read, or the first to be
@@ -90,18 +96,27 @@ class SourceReader:
         if left:
             left[0][-1] = self.item
         return {
-            "files": self.files,
+            "files": masked(self.files),
             "place": list(self.place),
             "item": 0 if left else self.item,
             "left": left,
             "damaged": list(self.damaged),
         }
 
+    def has_files_of(self, state: dict[str, Any]) -> bool:
+        """Whether a state is of the files that are there now."""
+        return masked(state["files"]) == masked(self.files)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["files"] != self.files:
-            raise UserError(
-                f"data: the files of '{self.settings.path}' are not those of the checkpoint; "
-                "put them back as they were, or start another run"
+        """Go on where a reader stood.
+
+        Raises:
+            OtherFiles: it read other files.
+        """
+        if not self.has_files_of(state):
+            raise OtherFiles(
+                f"data: the files of '{self.settings.path}' are not those of the checkpoint; put them back as they "
+                "were, or go on with those that are there: data.allow_changed=true"
             )
         self.place = Place(*state["place"])
         self.left = [Left(Place(*place), item) for *place, item in state["left"]]

@@ -1,24 +1,23 @@
-"""The demo's steps, one after another."""
+"""The demo's steps, one after another, each within its share of the minutes."""
 
-import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from bytelatent.blt import BLT
-from bytelatent.data import DataSettings, SourceSettings, batches_once
+from bytelatent.data import DataSettings, SourceSettings
+from bytelatent.demo.measure import BATCH_BYTES, Clock, measure
+from bytelatent.demo.summary import about, closing_lines, write_summary
 from bytelatent.demo.text import DemoText, collect
-from bytelatent.demo.xz import xz_bits_per_byte
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.evaluation import evaluate
-from bytelatent.files import whole_file
-from bytelatent.patching import Patch, PatchSettings
-from bytelatent.report import Report, write_report
-from bytelatent.text import read_documents
-from bytelatent.training import TrainSettings, read_metrics, train
+from bytelatent.patching import PatchSettings
+from bytelatent.run_folder import newest_whole
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit
+from bytelatent.text.damage import MAX_BAD_ROWS
+from bytelatent.training import TrainSettings, train
 from bytelatent.training.settings import (
     CalibrationSettings,
     CheckpointSettings,
@@ -28,97 +27,96 @@ from bytelatent.training.settings import (
 
 PATCH_BYTES = 4.5
 CONTEXT = 1024
-BATCH_BYTES = 2048
-BYTE_LM_SHARE, BLT_SHARE = 0.25, 0.55  # of the minutes; the rest measures, generates and reports
+BYTE_LM_SHARE, BLT_SHARE = 0.25, 0.55  # of the minutes, for the steps of training at most
+MEASURING_SHARE = 0.18  # kept for what comes after training
+BESIDE_STEPS = 1.1  # calibration and validation, which the minutes of a training do not count; mostly less
 VALID_BYTES = 200_000  # of held-out text that bits per byte are measured on
-SHOWN_BYTES = 2_000  # of held-out text in the report
-PROMPTS = ("def read(self, ", "The history of ", "import ")
-SAMPLE_BYTES = 200
+CALIBRATION_BYTES = 100_000  # of training text, and of held-out text, for the threshold
+CURVE_BYTES = 50_000  # of held-out text that training ends with, for a point beside its curve
 
 
-def run_demo(minutes: float, folder: Path, own_text: str | None, seed: int, console: Console) -> dict[str, Any]:
+def run_demo(
+    minutes: float,
+    folder: Path,
+    own_text: str | None,
+    seed: int,
+    console: Console,
+    text_key: str = "text",
+    max_bad_rows: int = MAX_BAD_ROWS,
+    max_row_bytes: int = MAX_ROW_BYTES,
+) -> dict[str, Any]:
     """Train a byte LM and a BLT, measure, generate, report.
 
     Args:
-        minutes: about how long it may take on this machine.
+        minutes: about how long it may take, however fast this machine is.
         folder: what an earlier demo left there is replaced.
         own_text: a file or folder; None for Python's standard library.
+        text_key: the key or column that holds the text.
+        max_bad_rows: bad rows and files of it that are passed over; one more is an error.
+        max_row_bytes: a longer row is a bad one.
 
     Returns:
         What `summary.json` holds.
 
     Raises:
         UserError: too little text, or a folder that is no demo's.
+        Interrupted: it was asked to stop; the message says what can be used.
     """
-    began = time.perf_counter()
     _must_be_a_demo(folder)
-    text = collect(own_text, folder / "text")  # complains before anything is removed
+    bad = DamageLimit(max_bad_rows, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    try:
+        clock = Clock(minutes)
+        text = collect(own_text, folder / "text", text_key, bad, max_row_bytes)  # complains before anything is removed
+        return _run(clock, text, folder, own_text, seed, console)
+    except (Interrupted, KeyboardInterrupt):
+        raise Interrupted(_what_is_left(folder)) from None
+
+
+def _run(
+    clock: Clock, text: DemoText, folder: Path, own_text: str | None, seed: int, console: Console
+) -> dict[str, Any]:
+    minutes = clock.minutes
     _clear(folder)
     _say(console, "text", f"{text.what}: {text.train_bytes:,} bytes to learn from, {text.valid_bytes:,} held out")
-    held_out = _read(text.valid)[:VALID_BYTES]
-    xz, how = xz_bits_per_byte(_read(text.train), held_out)
-    _say(console, "xz", f"{xz:.3f} bits per byte ({how})")
 
-    _say(console, "byte LM", f"{minutes * BYTE_LM_SHARE:.1f} minutes of training")
-    settings = _settings("demo-byte-lm", folder / "byte_lm_training", text, seed, minutes=minutes * BYTE_LM_SHARE)
-    _train(settings, console)
+    of_steps = minutes * BYTE_LM_SHARE
+    _say(console, "byte LM", f"{of_steps:.1f} minutes of training")
+    train(_settings("demo-byte-lm", folder / "byte_lm_training", text, seed, minutes=of_steps), console)
 
-    _say(console, "BLT", f"{minutes * BLT_SHARE:.1f} minutes of training, patches of about {PATCH_BYTES} bytes")
+    left = clock.left / 60 - MEASURING_SHARE * minutes
+    of_steps = max(min(minutes * BLT_SHARE, left / BESIDE_STEPS), minutes * 0.05)
+    _say(console, "BLT", f"{of_steps:.1f} minutes of training, patches of about {PATCH_BYTES} bytes")
     settings = _settings(
         "demo-blt",
         folder,
         text,
         seed,
-        minutes=minutes * BLT_SHARE,
+        minutes=of_steps,
         patching=PatchSettings(mode="entropy", threshold=0.0),
-        calibration=CalibrationSettings(patch_bytes=PATCH_BYTES, text_bytes=VALID_BYTES),
+        calibration=CalibrationSettings(patch_bytes=PATCH_BYTES, text_bytes=CALIBRATION_BYTES),
         byte_lm=str(folder / "byte_lm_training"),
     )
-    _train(settings, console)
+    train(settings, console)
 
     model = BLT.from_pretrained(folder)
-    bits = {"blt": _held_out_bits(model, text), "byte_lm": _held_out_bits(model.byte_lm, text), "xz": xz}
-    _say(console, "measured", ", ".join(f"{name} {value:.3f}" for name, value in bits.items()) + " bits per byte")
-    patches = model.patch(held_out[:VALID_BYTES])
-    samples = [(prompt, model.generate(prompt, SAMPLE_BYTES, temperature=0.7, seed=seed)) for prompt in PROMPTS]
-    mean = (
-        f"The threshold was chosen for patches of {PATCH_BYTES} bytes on training text; "
-        f"files never seen are less predictable, and patches there hold {len(held_out) / len(patches):.2f}."
-    )
-    summary = {
-        "bits_per_byte": bits,
-        "xz": how,
-        "mean_patch_bytes": len(held_out) / len(patches),
-        "threshold": model.patching.threshold,
-        "seconds": round(time.perf_counter() - began, 1),
-        "train_bytes": text.train_bytes,
-        "valid_bytes": len(held_out),
-        "text": text.what,
-        "sample": "".join(samples[0]),
-    }
-    _write_json(folder / "summary.json", summary)
-    report = Report(
-        title=f"A byte LM and a BLT, trained on {text.what} in {summary['seconds'] / 60:.1f} minutes",
-        summary=summary,
-        curves={
-            "byte LM": read_metrics(folder / "byte_lm_training" / "metrics.jsonl"),
-            "BLT": read_metrics(folder / "metrics.jsonl"),
-        },
-        texts={"held-out text": _shown(patches)},
-        patch_lengths=[patch.end - patch.start for patch in patches],
-        threshold=model.patching.threshold,
-        samples=samples,
-        notes=[f"xz: {how}.", f"Bits per byte are measured on {len(held_out):,} bytes of held-out text.", mean],
-    )
-    write_report(folder / "report.html", report)
+    max_bytes = min(text.valid_bytes, VALID_BYTES)
+    measured = measure(model, text.train, text.valid, max_bytes, seed, clock, console)
+    facts = about(minutes, folder, own_text, seed, model.device)
+    summary = write_summary(folder, text, measured, model.patching.threshold, PATCH_BYTES, clock.passed, facts)
+    _show(summary, folder, own_text, console)
     return summary
 
 
-def _train(settings: TrainSettings, console: Console) -> None:
-    try:
-        train(settings, console)
-    except Interrupted:
-        raise Interrupted("the demo is not done; the same command begins it anew") from None
+def _show(summary: dict[str, Any], folder: Path, own_text: str | None, console: Console) -> None:
+    table = Table("", "bits per byte", title="held-out text")
+    for key, name in {"blt": "BLT", "byte_lm": "byte LM", "xz": "xz"}.items():
+        table.add_row(name, f"{summary['bits_per_byte'][key]:.3f}")
+    console.print(table)
+    if summary["undertrained"]:
+        console.print("[bold yellow]undertrained[/]: ", end="")
+        console.print(summary["undertrained"], highlight=False, markup=False, soft_wrap=True)
+    for label, line in closing_lines(folder, own_text):
+        _say(console, label, line)
 
 
 def _settings(model: str, run: Path, text: DemoText, seed: int, **more: Any) -> TrainSettings:
@@ -134,7 +132,7 @@ def _settings(model: str, run: Path, text: DemoText, seed: int, **more: Any) -> 
                 batch_bytes=BATCH_BYTES,
             ),
             "optimizer": OptimizerSettings(lr=4e-3, warmup_steps=40, weight_decay=0.05),
-            "validation": ValidationSettings(every=10_000, max_bytes=VALID_BYTES),
+            "validation": ValidationSettings(every=10_000, max_bytes=CURVE_BYTES),
             "checkpoint": CheckpointSettings(every=10_000, keep=1),
             "log_every": 1,
             "compile": False,  # compiling takes longer than it saves in a few minutes
@@ -143,24 +141,19 @@ def _settings(model: str, run: Path, text: DemoText, seed: int, **more: Any) -> 
     )
 
 
-def _held_out_bits(model: BLT | Any, text: DemoText) -> float:
-    """Bits per byte of a BLT or a byte LM on the held-out bytes that xz packed."""
-    network, patcher = (model.model, model.patcher) if isinstance(model, BLT) else (model, None)
-    sources = [SourceSettings(path=str(text.valid))]
-    return evaluate(network, batches_once(sources, CONTEXT, BATCH_BYTES, patcher, VALID_BYTES)).bits_per_byte
-
-
-def _shown(patches: list[Patch]) -> list[Patch]:
-    """The patches of the first bytes, as many as a page should show."""
-    return [patch for patch in patches if patch.end <= SHOWN_BYTES]
-
-
 def _must_be_a_demo(folder: Path) -> None:
-    """A folder that is there holds an earlier demo, or nothing."""
-    if folder.exists() and (
-        not folder.is_dir() or (any(folder.iterdir()) and not (folder / "text" / "train.jsonl").is_file())
-    ):
+    """A folder that is there holds an earlier demo, finished or stopped as early as can be, or nothing."""
+    if not folder.exists():
+        return
+    text = folder / "text"
+    names = {place.name for place in folder.iterdir()} if folder.is_dir() else {""}
+    if names and not (text / "train.jsonl").is_file() and not (names == {"text"} and _is_only_begun(text)):
         raise UserError(f"demo: '{folder}' holds something else than an earlier demo; name another folder with --out")
+
+
+def _is_only_begun(text: Path) -> bool:
+    """Whether a demo was stopped, perhaps killed, while it wrote its first file."""
+    return text.is_dir() and all(place.name.startswith(".train.jsonl.") for place in text.iterdir())
 
 
 def _clear(folder: Path) -> None:
@@ -172,15 +165,14 @@ def _clear(folder: Path) -> None:
             place.unlink()
 
 
-def _read(jsonl: Path) -> bytes:
-    return b"".join(document.text for _, document in read_documents(str(jsonl)))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+def _what_is_left(folder: Path) -> str:
+    """What a demo that was stopped has come to."""
+    if newest_whole(folder / "checkpoints")[0] is None:
+        return "the demo is not done; the same command begins again"
+    use = dict(closing_lines(folder, None))["next"]
+    return f"the demo is not done; the BLT as far as it is trained can be used: {use}; the same command begins again"
 
 
 def _say(console: Console, what: str, line: str) -> None:
     console.print(f"[bold]{what:<9}[/]", end="")
-    console.print(line, highlight=False, markup=False)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
-from bytelatent.text import find_files, read_documents
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit, find_files, read_documents
 
 HELD_OUT_ONE_IN = 16  # documents, chosen by a hash of their names
 CHUNK = 8192  # bytes; longer documents are cut, so that no few of them make up the held-out text
@@ -27,16 +27,27 @@ class DemoText:
     what: str  # in a few words
 
 
-def collect(own: str | None, folder: Path) -> DemoText:
+def collect(
+    own: str | None,
+    folder: Path,
+    text_key: str = "text",
+    bad: DamageLimit | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
+) -> DemoText:
     """Write `train.jsonl` and `valid.jsonl` into `folder`.
 
     Args:
         own: a file or folder of the user's; None for the standard library.
+        text_key: the key or column that holds the user's text.
+        bad: receives bad rows and files; None to raise the first.
+        max_row_bytes: a longer row is a bad one.
 
     Raises:
-        UserError: there is too little text.
+        UserError: there is too little text, or nothing of a file could be read.
     """
-    documents = list(_own(own) if own else _standard_library())
+    bad = DamageLimit(0) if bad is None else bad
+    documents = list(_own(own, text_key, bad, max_row_bytes) if own else _standard_library())
+    bad.must_have_read()
     what = f"'{own}'" if own else "Python's standard library"
     parts: dict[str, list[tuple[str, bytes]]] = {"train": [], "valid": []}
     held_out = _held_out([name for name, _ in documents])
@@ -70,9 +81,12 @@ def _standard_library() -> Iterator[tuple[str, bytes]]:
         yield f"pydoc_data/{name}", text.encode("utf-8")
 
 
-def _own(path: str) -> Iterator[tuple[str, bytes]]:
+def _own(path: str, text_key: str, bad: DamageLimit, max_row_bytes: int) -> Iterator[tuple[str, bytes]]:
     """The user's documents. Few are held out by their chunks, many as they are."""
-    found = [(f"{file}:{row}", document.text) for file in find_files(path) for row, document in read_documents(file)]
+    found = []
+    for file in find_files(path, bad.note):
+        documents = read_documents(file, text_key, damaged=bad, stored=False, max_row_bytes=max_row_bytes)
+        found += [(f"{file}:{row}", document.text) for row, document in documents]
     for name, text in found:
         yield from _chunks(name, text) if len(found) < HELD_OUT_ONE_IN else [(name, text)]
 

@@ -1,7 +1,14 @@
 """Decoding: state and caches, sampling, continuous batching; the byte LM's entropies at a GPU's speed."""
 
 from bytelatent.inference.decode import Decoder
-from bytelatent.inference.engine import Continuation, Engine, check_max_new_bytes, prompt_bytes, prompt_ids
+from bytelatent.inference.engine import (
+    Continuation,
+    Engine,
+    check_max_new_bytes,
+    check_samples,
+    prompt_bytes,
+    prompt_ids,
+)
 from bytelatent.inference.fast_entropies import FastEntropies
 from bytelatent.inference.sampling import Sampling
 from bytelatent.inference.scoring import log_probabilities, log_probabilities_of_pairs
@@ -13,6 +20,7 @@ __all__ = [
     "FastEntropies",
     "Sampling",
     "check_max_new_bytes",
+    "check_samples",
     "log_probabilities",
     "log_probabilities_of_pairs",
     "prompt_bytes",

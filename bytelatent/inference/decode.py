@@ -151,7 +151,7 @@ class Decoder:
         return stream
 
     def _with_patches(self, stream: Stream, starts: Tensor) -> PatchedStream:
-        return add_patches(stream, starts, history=stream.position)
+        return add_patches(stream, starts)
 
     def _embed(self, batch: PatchedStream) -> Tensor:
         assert isinstance(self.model, BLTModel)

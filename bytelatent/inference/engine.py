@@ -4,21 +4,22 @@
 turns ids into bytes, stops and ends.
 """
 
+import reprlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.decode import Decoder
-from bytelatent.inference.sampling import MAX_NEW_BYTES, Sampling, SamplingRows
+from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS, Sampling, SamplingRows
 from bytelatent.inference.state import DecodeState
 from bytelatent.inference.stopping import StopWatch
-from bytelatent.inference.utf8 import CharacterStream
+from bytelatent.inference.utf8 import CharacterStream, whole_characters
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
 # Shapes: B rows, V vocabulary
@@ -50,8 +51,8 @@ class Continuation:
 
     @property
     def data(self) -> bytes:
-        """The bytes so far, without a stop text."""
-        return decode(self.ids)[: self._stop_begins]
+        """The bytes so far, without a stop text; with `valid_utf8` whole characters, also where a stop text is none."""
+        return self._shown(decode(self.ids)[: self._stop_begins])
 
     @property
     def text(self) -> str:
@@ -59,12 +60,22 @@ class Continuation:
         return self.data.decode("utf-8", errors="replace")
 
     def new_bytes(self) -> bytes:
-        """What came since the last call, but for bytes that may turn out to begin a stop text."""
-        data = self.data
-        held_back = self._watch.held_back() if self._watch is not None and self.ended is None else 0
-        until = max(len(data) - held_back, self._told)
-        new, self._told = data[self._told : until], until
+        """What came since the last call, but for bytes that may turn out to begin a stop text or to be no whole
+        character.
+        """
+        data = decode(self.ids)[: self._stop_begins]
+        if self._watch is not None and self.ended is None:
+            data = data[: len(data) - self._watch.held_back()]
+        data = self._shown(data)
+        new, self._told = data[self._told :], max(len(data), self._told)
         return new
+
+    def _shown(self, data: bytes) -> bytes:
+        """What of these bytes is given out: with `valid_utf8` no part of a character, nor of the prompt's last one."""
+        if not self.sampling.valid_utf8:
+            return data
+        before = decode(self.prompt[-3:].numpy(force=True))  # no character needs more bytes to be finished
+        return whole_characters(before + data)[len(before) :]
 
     def new_text(self) -> str:
         """The same in whole characters."""
@@ -182,17 +193,43 @@ def prompt_bytes(text: str | bytes) -> bytes:
     return to_bytes(text)
 
 
-def check_num_rows(num_rows: int) -> None:
-    """Raises UserError where no sequence could ever be on its way."""
-    if not isinstance(num_rows, int) or num_rows < 1:
-        raise UserError(f"num_rows: {num_rows!r} will not do; a number from 1 on")
+def _checked_ids(prompt: Tensor) -> Tensor:
+    """The ids [N] of a prompt, int64; raises UserError where they are none."""
+    if prompt.dim() != 1:
+        raise UserError(f"prompt: ids [N] of one text, not {list(prompt.shape)}")
+    if len(prompt) == 0:
+        raise UserError("prompt: it holds no ids; a document begins with BOS")
+    if prompt.is_floating_point() or bool(((prompt < 0) | (prompt >= VOCAB_SIZE)).any()):
+        raise UserError(f"prompt: ids are whole numbers from 0 to {VOCAB_SIZE - 1}")
+    return prompt.long()
 
 
-def check_max_new_bytes(max_new_bytes: int) -> None:
-    """Raises UserError where it is no number, or no byte is asked for, or more than `MAX_NEW_BYTES`."""
-    is_number = isinstance(max_new_bytes, Integral) and not isinstance(max_new_bytes, bool)  # NumPy's, too
-    if not is_number or not 1 <= max_new_bytes <= MAX_NEW_BYTES:
-        raise UserError(f"max_new_bytes: {max_new_bytes!r} will not do; a number from 1 to {MAX_NEW_BYTES:,}")
+def check_num_rows(num_rows: Any) -> None:
+    """Raises UserError where it is no number from 1 to `MOST_ROWS`."""
+    _check_number("num_rows", num_rows, MOST_ROWS)
+
+
+def check_max_new_bytes(max_new_bytes: Any) -> None:
+    """Raises UserError where it is no number from 1 to `MAX_NEW_BYTES`."""
+    _check_number("max_new_bytes", max_new_bytes, MAX_NEW_BYTES)
+
+
+def check_samples(samples: Any) -> None:
+    """Raises UserError where it is no number from 1 to `MAX_SAMPLES`."""
+    _check_number("samples", samples, MAX_SAMPLES)
+
+
+def _check_number(name: str, value: Any, largest: int) -> None:
+    is_number = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's, too
+    if not is_number or not 1 <= int(value) <= largest:
+        raise UserError(f"{name}: {_short(value)} will not do; a number from 1 to {largest:,}")
+
+
+def _short(value: Any) -> str:
+    """A value in an error; Python refuses to write numbers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 300:
+        return f"a number of {value.bit_length():,} bits"
+    return reprlib.repr(value)
 
 
 class Engine:
@@ -218,6 +255,11 @@ class Engine:
         return cls(decoder, Rows(decoder, num_rows), num_rows)
 
     @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a row."""
+        return sum(map(len, self._waiting))
+
+    @property
     def is_idle(self) -> bool:
         return not self._waiting and not any(self._in_row)
 
@@ -229,17 +271,16 @@ class Engine:
         Args:
             prompt: a text, or [N] ids, BOS first.
             max_new_bytes: where each ends, unless the model ends the text before; at most `MAX_NEW_BYTES`.
+            samples: 1 to `MAX_SAMPLES`.
 
         Raises:
-            UserError: the prompt is neither text nor ids, or holds none; or `max_new_bytes` will not do.
+            UserError: the prompt is neither text nor ids, or holds none; or a number will not do. Nothing is queued.
         """
-        if not isinstance(prompt, Tensor):
-            prompt = prompt_ids(prompt)
-        if prompt.dim() != 1:
-            raise UserError(f"prompt: ids [N] of one text, not {list(prompt.shape)}")
-        if len(prompt) == 0:
-            raise UserError("prompt: it holds no ids; a document begins with BOS")
+        prompt = _checked_ids(prompt) if isinstance(prompt, Tensor) else prompt_ids(prompt)
+        if not isinstance(sampling, Sampling):
+            raise UserError(f"sampling: {type(sampling).__name__} is no Sampling; write Sampling(temperature=0.8)")
         check_max_new_bytes(max_new_bytes)
+        check_samples(samples)
         stops = [to_bytes(stop) for stop in sampling.stop]
         asked = [
             Continuation(

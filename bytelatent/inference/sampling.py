@@ -21,6 +21,8 @@ from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 RANDOM_BITS = 24  # of a draw
 WEIGHT_BITS = 30  # of the likeliest id's weight; V of them times a random number stay below 2^63
 MAX_NEW_BYTES = 10**9  # of a row
+MAX_SAMPLES = 100_000  # of a prompt; each takes memory from when it is asked for
+MOST_ROWS = 65_536  # sequences at once
 NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a row can have
 FEW = 16  # rows
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
@@ -40,9 +42,11 @@ class Sampling(Settings):
         min_p: only those at least this share as likely as the likeliest.
         repetition_penalty: logits of bytes that have occurred in the row, its prompt included, are divided by it where
             positive, else multiplied; 1 changes nothing. The end of the text is never penalised.
-        seed: each row draws random numbers of its own from it, so that its bytes do not depend on its neighbours.
+        seed: each row draws random numbers of its own from it, so that its bytes do not depend on its neighbours; of at
+            most 64 bits, with or without a sign.
         stop: texts that end a row; they may begin and end within a patch.
-        valid_utf8: only bytes that can still become valid UTF-8, and no end within a character.
+        valid_utf8: only bytes that can still become valid UTF-8, and no end within a character; where a stop text
+            begins within one, the text ends before it.
     """
 
     temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False)
@@ -50,7 +54,7 @@ class Sampling(Settings):
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**64)
     stop: list[str | bytes] = Field(default=[])
     valid_utf8: bool = False
 

@@ -66,6 +66,14 @@ def state_after(data: bytes) -> int:
     return state
 
 
+def whole_characters(data: bytes) -> bytes:
+    """`data` without a last character that has begun and may still become valid."""
+    if state_after(data) == 0:
+        return data
+    first = max(place for place in range(max(len(data) - 3, 0), len(data)) if data[place] >= 0xC0)
+    return data[:first]
+
+
 class CharacterStream:
     """Whole characters out of bytes that come a few at a time.
 
@@ -79,11 +87,9 @@ class CharacterStream:
     def feed(self, data: bytes) -> str:
         """The characters that have become known with these bytes."""
         data = self._begun + data
-        until = len(data)
-        if state_after(data) != 0:
-            until = max(place for place in range(max(until - 3, 0), until) if data[place] >= 0xC0)  # its first byte
-        self._begun = data[until:]
-        return data[:until].decode("utf-8", errors="replace")
+        whole = whole_characters(data)
+        self._begun = data[len(whole) :]
+        return whole.decode("utf-8", errors="replace")
 
     def finish(self) -> str:
         """Nothing more will come: what is left of a broken character is U+FFFD."""

@@ -20,7 +20,7 @@ FILE = "bytelatent.json"
 
 
 def remember(folder: Path, config: Config, name: str = FILE) -> None:
-    write_json(folder / name, config.plain())
+    write_json(folder / name, config.shown())
 
 
 def recall(

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from bytelatent.credentials import masked
 from bytelatent.interop.stored import Origin, StoredModel, num_parameters
 from bytelatent.interop.tensors import shown
 from bytelatent.model import BLTSettings
@@ -82,7 +83,7 @@ def write_card(folder: Path, title: str, stored: StoredModel, loads_with: str, l
     lines += [*_what_it_is(stored), ""]
     lines += ["```python", *loading, "```", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in _facts(stored)]
-    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(masked("\n".join(lines)) + "\n", encoding="utf-8")
 
 
 def _licence(origin: Origin) -> dict[str, str]:

@@ -11,7 +11,7 @@ from bytelatent.interop.card import CARD, copy_legal_files, write_card
 from bytelatent.interop.hugging_face import write_hugging_face
 from bytelatent.interop.meta import write_meta
 from bytelatent.interop.native import write_native
-from bytelatent.interop.stored import StoredModel
+from bytelatent.interop.stored import StoredModel, check_tensors
 from bytelatent.model import BLTSettings
 
 Advance = Callable[[int], None]
@@ -62,8 +62,8 @@ def write_model(
         check: looks at all that was written before it appears; what it raises keeps it from that.
 
     Raises:
-        UserError: the format has no room for one of the model's settings, or the folder holds something else than a
-            saved model.
+        UserError: the format has no room for one of the model's settings, its tensors are not those of its settings, or
+            the folder holds something else than a saved model. The folder stays as it was.
     """
     folder = check_target(folder, format, licence)
     chosen = FORMATS[format]
@@ -73,6 +73,7 @@ def write_model(
         licence = " ".join(licence.split())
         origin = stored.config.origin.model_copy(update={"licence": licence})
         stored = replace(stored, config=stored.config.model_copy(update={"origin": origin}))
+    check_tensors(stored)
     with whole_folder(folder) as aside:
         chosen.write(aside, stored, advance)
         if stored.folder is not None:

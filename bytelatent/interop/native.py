@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from bytelatent.config import load_yaml
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
-from bytelatent.interop.stored import FORMAT, Config, Origin, StoredModel, shapes, under_our_names
+from bytelatent.interop.stored import FORMAT, Config, Origin, StoredModel, own_names, under_our_names
 from bytelatent.interop.tensors import read_json, read_weights, write_json, write_weights
-from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings
+from bytelatent.model import ByteLM, ByteLMSettings
 from bytelatent.run_folder import newest_whole, none_whole, read_metrics
 
 BYTE_LM = "byte_lm"
@@ -37,7 +38,7 @@ def open_native(folder: Path, weights: bool = True) -> StoredModel:
     config = Config.parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
     tensors = {}
     if weights:
-        tensors = under_our_names(read_weights(folder), config.model, _same_names, str(folder))
+        tensors = under_our_names(read_weights(folder), config.model, own_names, str(folder))
     return StoredModel(config, tensors, _byte_lm_in(folder, weights), FORMAT, str(folder))
 
 
@@ -63,7 +64,7 @@ def open_run(folder: Path, weights: bool = True) -> StoredModel:
 
 def write_native(folder: Path, stored: StoredModel, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
     """Write a model into an existing folder."""
-    write_json(folder / "config.json", stored.config.plain())
+    write_json(folder / "config.json", stored.config.shown())
     write_weights(folder, stored.tensors, advance=advance)
     if stored.byte_lm is not None:
         (folder / BYTE_LM).mkdir()
@@ -82,10 +83,6 @@ def _byte_lm_in(folder: Path, weights: bool) -> StoredModel | None:
     if not isinstance(found.config.model, ByteLMSettings):
         raise UserError(f"'{folder / BYTE_LM}' should hold a byte LM and holds a BLT; put the byte LM there")
     return found
-
-
-def _same_names(settings: ModelSettings) -> dict[str, list[str]]:
-    return {name: [name] for name in shapes(settings)}
 
 
 def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
@@ -108,4 +105,4 @@ def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
 
 def _paths(sources: Any) -> list[str]:
     listed = sources if isinstance(sources, list) else [sources] if sources else []
-    return [str(source["path"] if isinstance(source, dict) else source) for source in listed]
+    return [masked(str(source["path"] if isinstance(source, dict) else source)) for source in listed]

@@ -90,7 +90,7 @@ class StoredModel:
         inner = None
         if byte_lm is not None:
             inner = StoredModel.of(byte_lm, Config(model=byte_lm.settings, context=config.context))
-        return cls(config, tensors, inner, "in memory", "memory")
+        return cls(config, tensors, inner, "in memory", "model in memory")
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Pretrained":
         """Read the model.
@@ -206,6 +206,28 @@ def under_our_names(
     if problems:
         raise UserError(f"'{where}': the tensors do not fit the settings: {few(problems, '; ')}")
     return found
+
+
+def own_names(settings: ModelSettings) -> dict[str, list[str]]:
+    """The names of our format, which are those of the model itself."""
+    return {name: [name] for name in shapes(settings)}
+
+
+def check_tensors(stored: StoredModel) -> None:
+    """See that a model has the tensors that its settings say, and its byte LM, too.
+
+    Raises:
+        UserError: it lists those that are missing, unknown or of another shape.
+    """
+    settings = stored.config.model
+    try:
+        under_our_names(stored.tensors, settings, own_names, stored.source)
+    except UserError as error:
+        has_adapters = any("lora_" in name or ".base_layer." in name for name in stored.tensors)
+        hint = "; merge the adapters into the model first, as merge_and_unload of PEFT does" if has_adapters else ""
+        raise UserError(f"{error}{hint}") from None
+    if stored.byte_lm is not None:
+        check_tensors(stored.byte_lm)
 
 
 def under_their_names(

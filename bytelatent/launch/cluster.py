@@ -1,9 +1,11 @@
 """What SLURM's own commands say about the cluster."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +50,11 @@ def node_of(partition: str | None) -> Node | None:
     return min(found, key=lambda node: (-node.num_gpus, node.num_cores), default=None)
 
 
-def submit(script: str) -> str:
+def submit(script: str, environment: Mapping[str, str] | None = None) -> str:
     """Hand a batch script to SLURM.
+
+    Args:
+        environment: what the job finds there beside this process's own; SLURM keeps it for a job that is requeued.
 
     Returns:
         The job's id.
@@ -58,7 +63,8 @@ def submit(script: str) -> str:
         Unreachable: SLURM does not answer.
         UserError: it does not take the job.
     """
-    ended = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True, check=False)
+    variables = {**os.environ, **(environment or {})}
+    ended = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True, check=False, env=variables)
     if ended.returncode != 0:
         said = ended.stderr.strip() or f"sbatch ended with {ended.returncode}"
         if re.search("contact slurm controller|connect|communication|timed out", said, re.IGNORECASE):

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from bytelatent.config import to_yaml
+from bytelatent.credentials import moved_to_environment
 from bytelatent.errors import UserError
 from bytelatent.files import explain, whole_file
 from bytelatent.launch import cluster
@@ -48,22 +48,25 @@ def launch(settings: LaunchSettings, config: dict[str, Any]) -> str:
     _must_be_free(dump_dir, settings.override)
     submit = dump_dir / SUBMIT
     with _as_it_was_on_failure(dump_dir):
-        _write_folder(dump_dir, settings, config)
+        config, secret = moved_to_environment(config)
+        _write_folder(dump_dir, settings, to_yaml(config, {f"${{oc.env:{name}}}" for name in secret}))
+        needed = f"needs the addresses with credentials in its environment: {', '.join(secret)}"
         if settings.dry_run:
-            return shlex.join(["sbatch", str(submit)])
-        job = cluster.submit(str(submit))
+            return shlex.join(["sbatch", str(submit)]) + (f"  # {needed}" if secret else "")
+        job = cluster.submit(str(submit), secret)
     log = shlex.quote(str(dump_dir / "logs" / job / "0.out"))
-    return f"job {job} submitted; tail -F {log}; cancel: scancel {job}"
+    again = f"; submitting it again {needed}" if secret else ""
+    return f"job {job} submitted; tail -F {log}; cancel: scancel {job}{again}"
 
 
-def _write_folder(dump_dir: Path, settings: LaunchSettings, config: dict[str, Any]) -> None:
+def _write_folder(dump_dir: Path, settings: LaunchSettings, config: str) -> None:
     (dump_dir / "logs").mkdir(exist_ok=True)
     code = package_of("bytelatent").parent
     if settings.copy_code:
         code = dump_dir / "code"
         copy_code(settings.script, code)
     _write(dump_dir / "launch.yaml", settings.to_yaml())
-    _write(dump_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    _write(dump_dir / "config.yaml", config)
     argument = f"config={dump_dir / 'config.yaml'}"
     # The batch script comes last: where it stands, the folder is complete.
     _write(dump_dir / SUBMIT, batch_script(settings, dump_dir, Path.cwd(), sys.executable, code, argument))

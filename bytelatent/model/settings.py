@@ -91,7 +91,8 @@ class NgramHashSettings(Settings):
     """Byte n-gram hash embeddings.
 
     Attributes:
-        stop_at_document: n-grams do not reach over a document's start. The published models reach over it.
+        stop_at_document: n-grams do not reach over a document's start. In the training of the published models they
+            reach over it where a row of a batch holds several documents; alone, a document has nothing before it.
     """
 
     sizes: list[int] = Field(default=[3, 4, 5, 6, 7, 8], min_length=1, max_length=64)

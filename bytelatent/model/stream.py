@@ -40,7 +40,7 @@ class PatchedStream(Stream):
     read: Tensor  # [T] int64, the patch an id reads: the newest one closed once it is read; -1: none yet
     patch_document: Tensor  # [P] int64, -1: an unused slot
     patch_position: Tensor  # [P] int64, 0 at each document's first patch
-    history: Tensor  # [T] int64, ids before this one that published n-gram hashes reach, over document starts too
+    history: Tensor  # [T] int64, ids before this one that n-gram hashes reach where they do not stop at documents
 
     @property
     def num_patches(self) -> int:
@@ -64,7 +64,9 @@ def add_patches(
     Args:
         next_starts: bool [T], whether the id after each id starts a patch; a document's first id always does.
         num_patches: patch slots, at least as many as there are patches; None for exactly as many.
-        history: [T] ids before each one in the text it came from; None where the whole stream is one text.
+        history: [T] ids before each one in the row it came from, which n-grams reach unless they stop at documents.
+            None: each document is a row of its own. A row of several documents end to end, as the published training
+            reads them, is `torch.arange(T)`.
     """
     is_first = stream.position == 0
     follows = torch.cat([torch.zeros_like(next_starts[:1]), next_starts[:-1]])
@@ -84,6 +86,6 @@ def add_patches(
         read=read,
         patch_document=patch_document.scatter(0, patch, stream.document),
         patch_position=patch_position.scatter(0, patch, patch - first_of_document),
-        history=torch.arange(len(patch), device=patch.device) if history is None else history,
+        history=stream.position if history is None else history,
         num_documents=stream.num_documents,
     )

@@ -10,6 +10,8 @@ Source: Pagnoni et al. 2024, section 2.4 (BPE is not an incremental patching sch
 """
 
 import codecs
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,11 +78,29 @@ def _newest_tokens(windows: list[bytes], tokenizer: str) -> list[int | None]:
         texts.append(text)
         offsets.append(begins if complete else None)
     newest: list[int | None] = []
-    for encoding, begins in zip(_load(tokenizer).encode_batch(texts, add_special_tokens=False), offsets, strict=True):
+    for encoding, begins in zip(_encoded(texts, tokenizer), offsets, strict=True):
         # A byte-level tokenizer may cut inside a character, and its normalizer may drop one: offsets are characters.
         known = [start for start, end in encoding.offsets if end > start]
         newest.append(begins[known[-1]] if begins and known else None)
     return newest
+
+
+def _encoded(texts: list[str], path: str) -> list[Any]:
+    """What the tokenizer makes of each text."""
+    tokenizer = _load(path)
+    with _one_line_of(f"patching.tokenizer: '{path}' cannot split this text; take the file of a byte-level BPE"):
+        return tokenizer.encode_batch(texts, add_special_tokens=False)
+
+
+@contextmanager
+def _one_line_of(what: str) -> Iterator[None]:
+    """What the Rust library raises is a UserError: plain Exception, or where it panics something beside it."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {error}") from None
 
 
 def _characters(data: bytes) -> tuple[str, list[int], bool]:
@@ -116,10 +136,8 @@ def _load(path: str) -> Any:
         raise UserError("patching rule 'bpe' needs the package tokenizers; run: pip install 'bytelatent[hf]'") from None
     if not Path(path).is_file():
         raise UserError(f"patching.tokenizer: '{path}' does not exist; it should be a Hugging Face tokenizer.json")
-    try:
+    with _one_line_of(f"patching.tokenizer: '{path}' is no tokenizer.json"):
         tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8-sig"))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise UserError(f"patching.tokenizer: '{path}' is no tokenizer.json: {error}") from None
     # A file may carry the limits of the model it was made for; a cut window would hide its newest token.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -14,6 +14,7 @@ import numpy as np
 from bytelatent.errors import UserError
 from bytelatent.prepare.disk import write_text, writing
 from bytelatent.prepare.index import Index, grouped
+from bytelatent.prepare.inputs import InputFile
 from bytelatent.prepare.rows import too_many
 from bytelatent.prepare.runs import INDEX_BYTES
 from bytelatent.prepare.settings import MAX_CHUNKS
@@ -69,20 +70,18 @@ def cut(work: Work) -> None:
     """Decide which document goes where, and save it, unless that is done.
 
     Raises:
-        UserError: there are no documents, fewer than chunks, or too many corrupt rows.
+        UserError: there are no documents, fewer than chunks, or too many bad rows.
     """
     if work.cut_file.exists():
         return
     plan, index = work.plan, Index(work)
     corrupt = [place for marker in index.markers for place in marker["corrupt"]]
-    if len(corrupt) > plan.request["max_corrupt"]:
-        raise too_many(corrupt, plan.request["max_corrupt"])
+    if len(corrupt) > plan.request["max_bad_rows"]:
+        raise too_many(corrupt, plan.request["max_bad_rows"])
     documents, sizes = index.totals()
     read, read_bytes = int(documents.sum()), int(sizes.sum())
     if read == 0:
-        raise UserError(
-            f"{_names(plan.request['source'])}: no documents" + (f"; corrupt: {corrupt[0]}" if corrupt else "")
-        )
+        raise UserError(f"{_names(plan.request['source'])}: no documents" + (f"; bad: {corrupt[0]}" if corrupt else ""))
     kept, kept_bytes = documents, sizes
     if index.dedup:
         kept, kept_bytes = index.kept(documents, max(plan.range_bytes // (2 * INDEX_BYTES), 1))
@@ -98,11 +97,19 @@ def cut(work: Work) -> None:
         "documents": int(kept.sum()),
         "bytes": int(kept_bytes.sum()),
         "corrupt": corrupt,
+        "unread": _unread(index.markers, plan.files),
         "outputs": outputs(stream, plan.request),
         "ranges": ranges,
     }
     with writing(work.out):
         write_text(work.cut_file, json.dumps(saved))
+
+
+def _unread(markers: list[dict[str, Any]], files: list[InputFile]) -> dict[str, str]:
+    """The files of which nothing could be read, each with the reason."""
+    good = {number for marker in markers for number in marker["good_files"]}
+    bad = {number: why for marker in reversed(markers) for number, why in marker["bad_files"]}
+    return {files[number].path: why for number, why in sorted(bad.items()) if number not in good}
 
 
 def outputs(stream: Stream, request: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The input cut into units and tasks, from the files alone: the same on every machine, whatever does the work."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from bytelatent.errors import UserError
-from bytelatent.text.blocks import JSONL, PARQUET
-from bytelatent.text.places import GZIP, ZSTD, find_files, is_remote, open_decompressed, readable, size_of
+from bytelatent.text import Damaged, find_files
+from bytelatent.text.documents import json_value, some
+from bytelatent.text.kinds import FileKind, TextReader, kind_of
+from bytelatent.text.places import is_remote, readable, size_of
 
 UNIT_BYTES = 1 << 26  # of a plain JSONL file; of small text files together
 UNIT_FILES = 4096  # small text files together
@@ -18,7 +19,8 @@ TASK_BYTES = 1 << 28
 MAX_TASKS = 4096  # beyond, tasks are larger
 FIRST_ROW_BYTES = 1 << 22
 DOWNLOADS = ".download"  # below the folder that is prepared; it stays there
-EXPANSION = {GZIP: 5, ZSTD: 6, ".parquet": 4}  # a guess at how much larger the text is; only the memory depends on it
+EXPANSION = {"gzip": 5, "zstd": 6, "xz": 7, "bzip2": 6}  # a guess at how much larger the text is, as is the next one;
+PARQUET_EXPANSION = 4  # only the memory depends on them
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,12 @@ class InputFile:
     size: int
     changed: int | None  # nanoseconds; None where the place does not say
 
-    @property
-    def kind(self) -> str:
-        """`lines` (JSONL that can be divided), `packed` (compressed JSONL), `parquet` or `text`."""
-        if self.path.endswith(PARQUET):
-            return "parquet"
-        if not self.path.endswith(JSONL):
-            return "text"
-        return "packed" if self.path.endswith((GZIP, ZSTD)) else "lines"
+    kind: str = "text"  # `lines` (JSONL that can be divided), `packed` (compressed), `json`, `parquet`, `text`, `none`
+    compression: str | None = None
 
     @property
     def likely_bytes(self) -> int:
-        return self.size * next((more for end, more in EXPANSION.items() if self.path.endswith(end)), 1)
+        return self.size * (PARQUET_EXPANSION if self.kind == "parquet" else EXPANSION.get(str(self.compression), 1))
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,10 @@ def resolve(sources: list[str], out: Path, console: Console, download: bool = Tr
     Raises:
         UserError: a source does not exist or cannot be reached.
     """
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
     found = []
     for number, source in enumerate(sources):
         place = source
@@ -71,7 +71,7 @@ def resolve(sources: list[str], out: Path, console: Console, download: bool = Tr
 
             place = str(fetch(source, out / DOWNLOADS / f"{number:02d}-{short_name(source)}", console))
         try:
-            found += [_input_file(path, place) for path in find_files(place)]
+            found += [_input_file(path, place) for path in find_files(place, say)]
         except UserError as error:
             raise UserError(f"{error}{_like_a_data_set(source)}") from None
     inside = out.resolve()
@@ -130,12 +130,13 @@ def check_first_row(files: list[InputFile], text_key: str) -> None:
     if file is None:
         return
     try:
-        with open_decompressed(file.path) as stream:
-            row: Any = json.loads(stream.readline(FIRST_ROW_BYTES).decode("utf-8", errors="surrogateescape"))
-    except Exception:  # corrupt, torn or too long: what reads all of the file says what is wrong
+        with TextReader(file.path, file.compression) as stream:
+            stream.skip_byte_order_mark()
+            row: Any = json_value(stream.readline(FIRST_ROW_BYTES))
+    except Exception:  # bad, damaged or too long: what reads all of the file says what is wrong
         return
     if isinstance(row, dict) and text_key not in row:
-        raise UserError(f"--text-key: '{file.path}' has no '{text_key}'; its keys: {', '.join(map(str, row))}")
+        raise UserError(f"--text-key: '{file.path}' has no '{text_key}'; its keys: {some(row)}")
 
 
 def is_data_set(source: str) -> bool:
@@ -153,13 +154,22 @@ def _like_a_data_set(source: str) -> str:
 
 
 def _input_file(path: str, source: str) -> InputFile:
+    try:
+        found = kind_of(path)
+    except Damaged:  # what reads it will say so
+        found = FileKind(None)
+    kind = "packed" if found.kind == "lines" and found.compression else found.kind or "none"
     if is_remote(path):
+        inside = path.removeprefix(source).lstrip("/") or _last_part(path)
         with readable(path):
-            return InputFile(
-                path, path.removeprefix(source).lstrip("/") or path.rsplit("/", 1)[-1], size_of(path), None
-            )
+            return InputFile(path, inside, size_of(path), None, kind, found.compression)
     with readable(path):
-        found = os.stat(path)
+        about = os.stat(path)
     place = Path(source).expanduser()
     inside = os.path.relpath(path, place) if place.is_dir() else os.path.basename(path)
-    return InputFile(os.path.abspath(path), inside, found.st_size, found.st_mtime_ns)
+    return InputFile(os.path.abspath(path), inside, about.st_size, about.st_mtime_ns, kind, found.compression)
+
+
+def _last_part(address: str) -> str:
+    """The name of a remote file: what follows it in its address may be a signature."""
+    return address.partition("?")[0].rsplit("/", 1)[-1]

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.prepare.disk import write_text, writing
 from bytelatent.prepare.gather import range_parts
 from bytelatent.prepare.work import FORMAT, Work
+from bytelatent.text import MAX_ROW_BYTES
 
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 22
@@ -34,7 +36,7 @@ def finish(work: Work) -> None:
             assert sum(size for size, _ in its_parts) == output["end"] - output["begin"]
             if (work.aside / output["name"]).exists():
                 os.replace(work.aside / output["name"], work.out / output["name"])
-        write_text(work.out / MANIFEST, json.dumps(_manifest(work, cut, parts), indent=1))
+        write_text(work.out / MANIFEST, json.dumps(masked(_manifest(work, cut, parts)), indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -52,6 +54,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         known, manifest = False, {}
     if not known:
         raise UserError(f"--out: '{folder / MANIFEST}' is damaged or of another program; give another folder")
+    request = manifest["request"]
+    if "max_corrupt" in request:  # as of earlier versions
+        request["max_bad_rows"] = request.pop("max_corrupt")
+    request.setdefault("max_row_bytes", MAX_ROW_BYTES)
+    manifest.setdefault("unread", {})
     return manifest
 
 
@@ -106,6 +113,7 @@ def _manifest(work: Work, cut: dict[str, Any], parts: list[list[Any]]) -> dict[s
         "bytes": cut["bytes"],
         "duplicates": cut["documents_read"] - cut["documents"],
         "corrupt": {"rows": len(cut["corrupt"]), "places": cut["corrupt"]},
+        "unread": cut["unread"],
         "outputs": [
             {
                 "name": output["name"],

@@ -9,14 +9,19 @@ from typing import Any
 
 from rich.console import Console
 
+from bytelatent import terminal
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.files import only_writer
 from bytelatent.prepare.budget import Budget, share_out
 from bytelatent.prepare.disk import writing
 from bytelatent.prepare.inputs import InputFile, check_first_row, resolve, tasks_of, units_of
-from bytelatent.prepare.manifest import read_manifest
+from bytelatent.prepare.manifest import MANIFEST, read_manifest
 from bytelatent.prepare.settings import PrepareSettings, differences
 from bytelatent.prepare.work import FOLDER, Plan, Work
+from bytelatent.text.damage import must_have_read, short
+
+SHOWN_PLACES = 3  # of bad rows; the manifest has all
 
 
 def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
@@ -30,16 +35,18 @@ def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
         The folder. With the executor `slurm` it is filled later.
 
     Raises:
-        UserError: bad input, or a disk or memory that is too small.
+        UserError: bad input, or a disk or memory that is too small; or, once all else is done, nothing of a file could
+            be read.
         Interrupted: Ctrl-C.
     """
-    console = console or Console(quiet=True)
+    console = console or terminal.Console(quiet=True)
     out = settings.out.expanduser()
     request = settings.request()
     if (manifest := read_manifest(out)) is not None:
         _check_same(out, manifest, settings, console)
         shutil.rmtree(out / FOLDER, ignore_errors=True)
-        console.print(f"'{out}' is ready: {_summary(manifest)}", soft_wrap=True, highlight=False)
+        _say(console, f"'{out}' is ready: {_summary(manifest)}")
+        must_have_read(manifest["unread"])
         return out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: '{out}' is a file; give a folder")
@@ -62,10 +69,18 @@ def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
         manifest = read_manifest(out)
         assert manifest is not None
         shutil.rmtree(work.folder, ignore_errors=True)
-    for place in manifest["corrupt"]["places"][:3]:
-        console.print(f"left out: {place}", soft_wrap=True, highlight=False)
-    console.print(f"'{out}': {_summary(manifest)}", soft_wrap=True, highlight=False)
+    places = manifest["corrupt"]["places"]
+    for place in places[:SHOWN_PLACES]:
+        _say(console, short(f"left out: {place}"))
+    if len(places) > SHOWN_PLACES:
+        _say(console, f"left out: {len(places) - SHOWN_PLACES:,} more, which '{out / MANIFEST}' names")
+    _say(console, f"'{out}': {_summary(manifest)}")
+    must_have_read(manifest["unread"])
     return out
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(terminal.safe(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def _plan(settings: PrepareSettings, request: dict[str, Any], work: Work, console: Console) -> None:
@@ -79,10 +94,10 @@ def _plan(settings: PrepareSettings, request: dict[str, Any], work: Work, consol
     new = _new_plan(settings, request, files, budget)
     if old is not None and (why := _why_not(old, new)) is None:
         if any(work.folder.glob("scatter/*.marker")):
-            console.print(f"going on with the work in '{work.folder}'", soft_wrap=True, highlight=False)
+            _say(console, f"going on with the work in '{work.folder}'")
         return
     if old is not None:
-        console.print(f"starting over: {why}", soft_wrap=True, highlight=False)
+        _say(console, f"starting over: {why}")
     check_first_row(files, settings.text_key)
     with writing(work.out):
         work.clear()
@@ -115,14 +130,14 @@ def _check_same(out: Path, manifest: dict[str, Any], settings: PrepareSettings, 
     Raises:
         UserError: the folder was made from something else.
     """
-    if differing := differences(manifest["request"], settings.request()):
+    if differing := differences(masked(manifest["request"]), settings.request()):
         raise UserError(f"--out: '{out}' was prepared otherwise: {differing}; give another folder")
     try:
         files = resolve(settings.source, out, console, download=False)
     except UserError:
         return  # the input is gone; what was made from it is here
-    then = {(file["file"], file["bytes"], file["changed"]) for file in manifest["inputs"]}
-    new = next((file.path for file in files if (file.path, file.size, file.changed) not in then), None)
+    then = {(masked(file["file"]), file["bytes"], file["changed"]) for file in manifest["inputs"]}
+    new = next((file.path for file in files if (masked(file.path), file.size, file.changed) not in then), None)
     if new is not None:
         raise UserError(f"--out: '{out}' was prepared before '{new}' was added or changed; give another folder")
 
@@ -192,5 +207,5 @@ def _summary(manifest: dict[str, Any]) -> str:
     if manifest["duplicates"]:
         parts.append(f"{manifest['duplicates']:,} duplicates left out")
     if manifest["corrupt"]["rows"]:
-        parts.append(f"{manifest['corrupt']['rows']:,} corrupt rows left out")
+        parts.append(f"{manifest['corrupt']['rows']:,} bad rows left out")
     return ", ".join(parts)

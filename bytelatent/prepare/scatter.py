@@ -9,6 +9,7 @@ from bytelatent.prepare.order import PlaceKeys, TextKeys, split_keys
 from bytelatent.prepare.rows import Corrupt, RowReader, Rows
 from bytelatent.prepare.runs import MAX_LINE_BYTES, RunWriter
 from bytelatent.prepare.work import Work
+from bytelatent.text.documents import Rows as HowToRead
 
 
 def scatter(work: Work, task: int, report: Callable[[int], None]) -> None:
@@ -18,16 +19,17 @@ def scatter(work: Work, task: int, report: Callable[[int], None]) -> None:
         report: told the bytes read.
 
     Raises:
-        UserError: the input cannot be read, too much of it is corrupt, or the disk is full.
+        UserError: the input cannot be read, there are too many bad rows, or the disk is full.
     """
     plan = work.plan
     files = work.task_files(task)
     if files.marker() is not None:
         return
     text_keys = TextKeys(plan.request["seed"]) if plan.request["dedup"] else None
-    corrupt = Corrupt(plan.request["max_corrupt"])
+    corrupt = Corrupt(plan.request["max_bad_rows"])
     max_line = min(plan.run_bytes // 2, MAX_LINE_BYTES)
-    reader = RowReader(plan.files, plan.request["text_key"], text_keys, corrupt, max_line, report)
+    how = HowToRead(plan.request["text_key"], stored=False, max_row_bytes=plan.request["max_row_bytes"])
+    reader = RowReader(plan.files, how, text_keys, corrupt, max_line, report)
     with writing(work.out):
         runs = RunWriter(files, plan.bits, plan.run_bytes, with_low=text_keys is not None)
         try:
@@ -35,7 +37,7 @@ def scatter(work: Work, task: int, report: Callable[[int], None]) -> None:
                 place_keys = PlaceKeys(plan.request["seed"], number)
                 for rows in reader.read(plan.units[number]):
                     runs.add(rows, *_keys(rows, place_keys))
-            runs.finish({"corrupt": corrupt.places})
+            runs.finish(corrupt.plain())
         finally:
             runs.close()
 

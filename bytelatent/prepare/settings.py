@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from bytelatent.config import Settings
+from bytelatent.config import Settings, renamed
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.prepare.inputs import is_data_set
+from bytelatent.text import MAX_ROW_BYTES
 
 GB = 1_000_000_000
 MAX_CHUNKS = 32  # of these, or one for each document, where nobody says how many
@@ -25,11 +27,17 @@ class PrepareSettings(Settings):
     validation: Annotated[int, Field(ge=0)] | None = None  # documents held out; 1 %, 10000 at most
     dedup: bool = False  # leave out documents whose text stood before
     text_key: str = "text"
-    max_corrupt: Annotated[int, Field(ge=0)] = 1000  # rows to leave out before giving up
+    max_bad_rows: Annotated[int, Field(ge=0)] = 1000  # one more is an error
+    max_row_bytes: Annotated[int, Field(ge=1)] = MAX_ROW_BYTES  # a longer row is a bad one
     workers: Annotated[int, Field(ge=1)] | None = None  # the number of cores
     executor: Literal["local", "slurm", "ray"] = "local"
     partition: str | None = None  # of the SLURM cluster
     time: str = "24:00:00"  # limit of each job on the cluster
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, values: Any) -> Any:
+        return renamed(values, {"max_corrupt": "max_bad_rows"})
 
     @property
     def stem(self) -> str:
@@ -46,13 +54,13 @@ class PrepareSettings(Settings):
             from bytelatent.prepare.download import short_name
 
             return short_name(self.source[0])
-        last = self.source[0].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+        last = self.source[0].partition("?")[0].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
         return "".join(c for c in last if c.isalnum() or c in "-_") or "text"
 
     def request(self) -> dict[str, Any]:
         """What the output depends on. Memory, workers and executor are no part of it: they change no byte."""
-        keep = {"source", "chunks", "seed", "validation", "dedup", "text_key", "max_corrupt"}
-        return {"name": self.stem, **self.model_dump(mode="json", include=keep)}
+        keep = {"source", "chunks", "seed", "validation", "dedup", "text_key", "max_bad_rows", "max_row_bytes"}
+        return masked({"name": self.stem, **self.model_dump(mode="json", include=keep)})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bytelatent.prepare.disk import write_text
+from bytelatent.files import whole_file
 from bytelatent.prepare.inputs import InputFile, Unit
 from bytelatent.prepare.runs import TaskFiles
 
@@ -57,7 +57,9 @@ class Work:
         self.clear()
         for folder in ("scatter", "gather", "out", "logs"):
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "plan.json", json.dumps(asdict(plan)))
+        with whole_file(self.folder / "plan.json") as aside:
+            aside.touch(mode=0o600)  # its addresses may hold credentials, which the steps need
+            aside.write_text(json.dumps(asdict(plan)), encoding="utf-8")
 
     def clear(self) -> None:
         """Throw away all that is unfinished, and what of it has its final name already."""

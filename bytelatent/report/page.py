@@ -19,11 +19,22 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 MODEL_NAMES = {"blt": "BLT", "byte_lm": "byte LM"}
+SERIES_OF = {"byte_lm": 1, "blt": 2}  # colours of the curves; others are grey
 TILES = {
-    "mean_patch_bytes": ("bytes a patch, on average", number),
-    "threshold": ("entropy threshold, in nats", number),
-    "train_bytes": ("of text trained on", amount_of_bytes),
+    "mean_patch_bytes": ("per patch, on average", lambda value: f"{number(value)} bytes"),
+    "bytes_read.blt": ("of text read by the BLT in training", amount_of_bytes),
+    "training_seconds": ("of training, both models", duration),
     "seconds": ("from start to finish", duration),
+}
+COLUMNS = {  # of the table of models: a key of the summary, which holds a number for each
+    "parameters": ("parameters", lambda value: f"{value / 1e6:,.1f} M"),
+    "steps": ("training steps", lambda value: f"{value:,.0f}"),
+    "bytes_read": ("text read", amount_of_bytes),
+}
+LABELS = {  # of what else a summary holds, with the unit
+    "threshold": ("entropy threshold", " nats"),
+    "train_bytes": ("text to learn from", " bytes"),
+    "valid_bytes": ("held-out text", " bytes, as far as it was measured on"),
 }
 
 
@@ -33,8 +44,9 @@ class Report:
 
     Attributes:
         title: of the page.
-        summary: `bits_per_byte` (a number for each of `blt`, `byte_lm`, `xz`, ...), `mean_patch_bytes`, `threshold`
-            (nats), `seconds`, `train_bytes`, `sample`; anything else is listed as it is.
+        summary: `bits_per_byte` (a number for each of `blt`, `byte_lm`, `xz`, ...), `undertrained` (a sentence),
+            `mean_patch_bytes`, `seconds`, `training_seconds`, `sample`; `parameters`, `steps` and `bytes_read` (a
+            number for each of `blt`, `byte_lm`); anything else is listed as it is.
         curves: name of a model to the rows of its metrics. Training rows have `bytes_seen` and `bits_per_byte`,
             validation rows `bytes_seen` and `validation_bits_per_byte`.
         texts: name of a held-out text to its patches.
@@ -86,12 +98,15 @@ def write_report(path: str | Path, report: Report) -> None:
     bits = bits if isinstance(bits, Mapping) else {}
     sample = report.summary.get("sample")
     samples = report.samples or ([("", sample)] if isinstance(sample, str) else [])
-    shown = {"bits_per_byte", "sample", *TILES}
-    facts = {"threshold": report.threshold} | report.summary
+    shown = {"bits_per_byte", "undertrained", "sample", *TILES, *COLUMNS}
+    facts = report.summary | {f"bytes_read.{name}": value for name, value in _numbers(report.summary, "bytes_read")}
     page = _environment().get_template("report.html").render(
         title=report.title,
         tiles=[(show(facts[key]), label) for key, (label, show) in TILES.items() if finite(facts.get(key)) is not None],
+        undertrained=report.summary.get("undertrained"),
         bars=_bars(bits),
+        axis=_axis(bits),
+        models=_models(report.summary),
         curves=_drawings(lambda size: loss_curves(report.curves, _references(bits), size)),
         curve_names=list(report.curves),
         has_reference=bool(_references(bits)),
@@ -146,19 +161,51 @@ def _facts(character: Character, patch_index: int, patch: Patch) -> str:
     return "\n".join(lines)
 
 
-def _bars(bits: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """Name, number and length in percent of the longest, the best first, those without a number last."""
+@dataclass(frozen=True)
+class _Bar:
+    name: str
+    value: str
+    percent: float  # of the axis
+    series: int | None  # colour; None is grey
+
+
+def _bars(bits: Mapping[str, Any]) -> list[_Bar]:
+    """The best first, those without a number last."""
     known = {name: finite(value) for name, value in bits.items()}
-    longest = max((value for value in known.values() if value is not None), default=0.0)
     ordered = sorted(known.items(), key=lambda item: math.inf if item[1] is None else item[1])
     return [
-        (
+        _Bar(
             MODEL_NAMES.get(name, name),
             UNKNOWN if value is None else f"{value:.3f}",
-            round(100 * max(0.0, value or 0.0) / longest, 1) if longest > 0 else 0.0,
+            round(100 * max(0.0, value or 0.0) / _axis(bits), 1),
+            SERIES_OF.get(name),
         )
         for name, value in ordered
     ]
+
+
+def _axis(bits: Mapping[str, Any]) -> int:
+    """Where the axis of the bars ends, in whole bits."""
+    return max([1, *(math.ceil(value) for it in bits.values() if (value := finite(it)) is not None)])
+
+
+def _numbers(summary: Mapping[str, Any], key: str) -> list[tuple[str, float]]:
+    """The numbers that an entry of the summary holds, by their names."""
+    values = summary.get(key)
+    found = {name: finite(value) for name, value in values.items()} if isinstance(values, Mapping) else {}
+    return [(name, value) for name, value in found.items() if value is not None]
+
+
+def _models(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """Header and rows of the table of models; None where nothing is known of any."""
+    numbers = {key: dict(_numbers(summary, key)) for key in COLUMNS}
+    names = list(dict.fromkeys(name for values in numbers.values() for name in values))
+    rows = [
+        [MODEL_NAMES.get(name, name)]
+        + [show(numbers[key][name]) if name in numbers[key] else UNKNOWN for key, (_, show) in COLUMNS.items()]
+        for name in names
+    ]
+    return (["", *(label for label, _ in COLUMNS.values())], rows) if rows else None
 
 
 def _references(bits: Mapping[str, Any]) -> dict[str, float]:
@@ -174,20 +221,20 @@ def _drawings(draw: Any) -> dict[str, str]:
 
 
 def _flat(facts: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:
-    """Dotted names and values as text, of what may be nested."""
+    """Names and values as text, of what may be nested."""
     lines: list[tuple[str, str]] = []
     for key, value in facts.items():
         if isinstance(value, Mapping):
-            lines.extend(_flat(value, f"{above}{key}."))
-        elif isinstance(value, float):
-            lines.append((f"{above}{key}", f"{value:.6g}"))
+            lines.extend(_flat(value, f"{above}{key}: "))
+            continue
+        if isinstance(value, float):
+            text = UNKNOWN if finite(value) is None else f"{value:.6g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            text = f"{value:,}"
         else:
-            lines.append(
-                (
-                    f"{above}{key}",
-                    value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False),
-                )
-            )
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+        label, unit = LABELS.get(f"{above}{key}", (f"{above}{key}".replace("_", " "), ""))
+        lines.append((label, text + unit))
     return lines
 
 

@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from bytelatent.config import flat, load_yaml
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.model.flops import costs
@@ -205,7 +206,7 @@ def summarise(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], settin
 
 def _read(folder: Path, name: str) -> ComparedRun:
     try:
-        settings = load_yaml(folder / "settings.yaml")
+        settings = masked(load_yaml(folder / "settings.yaml"))
     except UserError:  # there are none yet, or they are damaged
         settings = {}
     rows = read_metrics(folder / "metrics.jsonl")

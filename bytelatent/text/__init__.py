@@ -1,12 +1,18 @@
-"""Text out of files: where they are, and the documents in them."""
+"""Text out of files: where they are, what they are, and the documents in them.
 
-from bytelatent.text.blocks import Block, BlockReader, open_blocks, read_documents
+`folders` finds the files, `kinds` decides what each is and opens it, `compressed` decompresses, `documents` makes
+documents of rows, and `blocks` and `parquet` read them in parts. Every command reads text through these.
+"""
+
+from bytelatent.text.blocks import BlockReader, open_blocks, read_documents
 from bytelatent.text.damage import DamageLimit
-from bytelatent.text.documents import Document
-from bytelatent.text.places import Damaged, find_files
+from bytelatent.text.documents import MAX_ROW_BYTES, Block, Document
+from bytelatent.text.folders import find_files
+from bytelatent.text.places import Damaged
 from bytelatent.text.stored import Stored
 
 __all__ = [
+    "MAX_ROW_BYTES",
     "Block",
     "BlockReader",
     "DamageLimit",

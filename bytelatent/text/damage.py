@@ -1,27 +1,35 @@
-"""How much damage is passed over."""
+"""How many bad rows and files are passed over."""
 
+import re
 from collections.abc import Callable
 
 from bytelatent.errors import UserError
 from bytelatent.text.places import Damaged
 
+MAX_BAD_ROWS = 100  # unless a setting says otherwise
+MAX_LINE = 200  # characters of a line about a bad row
+
 
 class DamageLimit:
-    """Counts and names damaged rows and files.
+    """Counts and names bad rows and files.
 
     Args:
         limit: one more is an error; 0 makes each an error.
-        name: of the setting that holds the limit, for the error.
-        say: is told of each that is passed over, once.
+        name: the setting that holds the limit, for the error.
+        say: receives a line about each that is passed over, once.
         of: what they are counted of, for the error; nothing, or ` of '...'`.
         told: those that were said before, which are only counted: a text is read in calibration and in every epoch.
             What is said is added.
+
+    Attributes:
+        count: bad rows and files so far.
+        unread: files of which nothing could be read, each with the reason.
     """
 
     def __init__(
         self,
         limit: int,
-        name: str,
+        name: str = "--max-bad-rows",
         say: Callable[[str], None] = lambda line: None,
         of: str = "",
         told: set[str] | None = None,
@@ -29,6 +37,7 @@ class DamageLimit:
         self.limit, self.name, self.say, self.of = limit, name, say, of
         self.told = set() if told is None else told
         self.count = 0
+        self.unread: dict[str, str] = {}
 
     def __call__(self, error: Damaged | str) -> None:
         """Pass over one.
@@ -39,8 +48,45 @@ class DamageLimit:
         self.count += 1
         line = str(error).rstrip(".")
         if self.count > self.limit:
-            before = f"{self.limit} damaged rows or files{self.of} were passed over already ({self.name})"
+            before = f"{self.limit} bad rows or files{self.of} were passed over already ({self.name})"
             raise UserError(f"{line}; {before}" if self.limit else line)
         if line not in self.told:
             self.told.add(line)
-            self.say(f"{line}; passed over ({self.count} of at most {self.limit})")
+            self.say(short(line, f"; passed over ({self.count} of at most {self.limit})"))
+
+    def note(self, line: str) -> None:
+        """Say a line that counts as no bad row, once."""
+        if line not in self.told:
+            self.told.add(line)
+            self.say(short(line))
+
+    def must_have_read(self) -> None:
+        """Complain, once all else is done, about files of which nothing could be read.
+
+        Raises:
+            UserError: there are some.
+        """
+        must_have_read(self.unread)
+
+
+def must_have_read(unread: dict[str, str]) -> None:
+    """
+    Raises:
+        UserError: there are files of which nothing could be read.
+    """
+    if unread:
+        file, why = next(iter(unread.items()))
+        more = f" (and {len(unread) - 1:,} more files)" if len(unread) > 1 else ""
+        raise UserError(f"data: nothing of '{file}' could be read{more}: {why.removeprefix('data: ')}")
+
+
+def short(line: str, end: str = "") -> str:
+    """A line and its end in at most `MAX_LINE` characters: a long file name loses its beginning, then the line its end.
+
+    Both may hold anything; `UserError` has made it safe to print.
+    """
+    if len(line) + len(end) > MAX_LINE:
+        line = re.sub(r"'([^']{40,})'", lambda found: f"'...{found[1][-37:]}'", line, count=1)
+    if len(line) + len(end) > MAX_LINE:
+        line = f"{line[: MAX_LINE - len(end) - 3]}..."
+    return line + end

@@ -1,18 +1,13 @@
 """Files wherever they are: on this machine, or where fsspec reaches (s3://, gs://, hf://, http://, memory://)."""
 
-import glob
-import gzip
 import io
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from bytelatent.errors import UserError
+from bytelatent.errors import Interrupted, UserError
 
-GZIP, ZSTD = ".gz", ".zst"
 BUFFER_BYTES = 1 << 20
 
 
@@ -26,54 +21,21 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def find_files(path: str) -> list[str]:
-    """The files of a source, sorted: a file, a folder (all files below it, hidden ones not), or a glob.
-
-    Raises:
-        UserError: there are none.
-    """
-    if is_remote(path):
-        return _find_remote(path)
-    place = Path(path).expanduser()
-    if place.is_file():
-        return [str(place)]
-    if place.is_dir():
-        found = [str(file) for file in sorted(place.rglob("*")) if file.is_file() and _visible(file.relative_to(place))]
-        if not found:
-            raise UserError(f"data: the folder '{path}' holds no files")
-        return found
-    found = sorted(name for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
-    if not found:
-        raise UserError(f"data: '{path}' does not exist; give a file, a folder or a pattern such as 'text/*.jsonl'")
-    return found
-
-
 def open_file(file: str) -> io.BufferedReader:
     """The file's bytes as they are, seekable.
 
     Raises:
         OSError: it cannot be read.
     """
+    return io.BufferedReader(open_raw(file), BUFFER_BYTES)
+
+
+def open_raw(file: str) -> Any:
+    """As `open_file`, without a buffer."""
     if not is_remote(file):
-        return io.BufferedReader(io.FileIO(file), BUFFER_BYTES)
+        return io.FileIO(file)
     fs, path = file_system(file)
-    raw: Any = fs.open(path, "rb")
-    return io.BufferedReader(raw, BUFFER_BYTES)
-
-
-def open_decompressed(file: str) -> io.BufferedReader:
-    """The file's bytes, those of .gz and .zst decompressed; not seekable.
-
-    Raises:
-        OSError, EOFError, zlib.error: it cannot be read, or is not whole; see `readable`.
-    """
-    if file.endswith(GZIP):
-        return io.BufferedReader(gzip.open(open_file(file), "rb"))  # type: ignore[arg-type]
-    if file.endswith(ZSTD):
-        pyarrow = import_pyarrow(file)
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(open_file(file), "r"), "zstd")
-        return io.BufferedReader(stream)  # type: ignore[arg-type]
-    return open_file(file)
+    return fs.open(path, "rb")
 
 
 def size_of(file: str) -> int:
@@ -113,24 +75,19 @@ def readable(file: str) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, Interrupted, MemoryError):
         raise
     except FileNotFoundError:
         raise Damaged(f"data: '{file}' does not exist any more") from None
-    except (EOFError, zlib.error) as error:  # gzip's own, for a file that ends early or is damaged
-        raise Damaged(f"data: '{file}' is not a whole gzip file; fetch or write it again ({error})") from None
     except OSError as error:
         raise Damaged(f"data: '{file}' cannot be read: {error.strerror or error}") from None
-    except Exception as error:
+    except Exception as error:  # of pyarrow, fsspec and what these use: of any class
         if "range requests" in str(error):  # fsspec's ValueError, for a large file that is not read from end to end
             raise Damaged(f"data: '{file}' is on a server that sends whole files only; download it first") from None
-        if not type(error).__module__.startswith(("pyarrow", "aiohttp", "httpx", "botocore", "huggingface_hub")):
-            raise
+        reason = str(error) or type(error).__name__
         if type(error).__name__ == "ArrowInvalid":
-            raise Damaged(
-                f"data: '{file}' is not a whole {_kind(file)} file; fetch or write it again ({error})"
-            ) from None
-        raise Damaged(f"data: '{file}' cannot be read: {error}") from None
+            raise Damaged(f"data: '{file}' is not a whole Parquet file; fetch or write it again ({reason})") from None
+        raise Damaged(f"data: '{file}' cannot be read: {reason}") from None
 
 
 def import_pyarrow(file: str) -> Any:
@@ -139,38 +96,3 @@ def import_pyarrow(file: str) -> Any:
     except ImportError:
         raise UserError(f"data: '{file}' needs the package pyarrow; run: pip install 'bytelatent[data]'") from None
     return pyarrow
-
-
-def _find_remote(path: str) -> list[str]:
-    fs, inner = file_system(path)
-    if path.startswith(("http://", "https://")) and path.endswith("/"):
-        raise UserError(f"data: '{path}' is a page, not a file; name the files on it")
-    with readable(path):
-        if glob.has_magic(inner):
-            found = [name for name in fs.glob(inner) if fs.isfile(name)]
-        elif fs.isfile(inner):
-            found = [inner]
-        else:
-            found = [n for n in fs.find(inner) if _visible(Path(n.removeprefix(inner)))] if fs.exists(inner) else []
-    if not found:
-        raise UserError(f"data: there are no files at '{path}'{_why_not(fs, inner)}")
-    return sorted(fs.unstrip_protocol(name) for name in found)
-
-
-def _why_not(fs: Any, inner: str) -> str:
-    """`: REASON` where a place only looks empty because it cannot be reached; the file systems hide that."""
-    try:
-        fs.info(inner)
-    except Exception as error:
-        reason = error.__cause__ or error
-        if not isinstance(reason, FileNotFoundError):
-            return f": {reason}"
-    return ""
-
-
-def _kind(file: str) -> str:
-    return "Parquet" if file.endswith(".parquet") else "zstd"
-
-
-def _visible(inside: Path) -> bool:
-    return not any(part.startswith(".") for part in inside.parts)

@@ -9,7 +9,7 @@ import json
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -135,11 +135,12 @@ class StoredWriter:
     def __enter__(self) -> Self:
         import_pyarrow(str(self.path))
         aside = self._stack.enter_context(whole_file(self.path))
+        stream = self._stack.enter_context(aside.open("wb"))  # Arrow opens no file whose name is no UTF-8
         self._stack.push(self._close)
         with ExitStack() as undo:
             undo.push(self._stack)  # an error here goes through whole_file, which explains it
             self._schema = stored_schema(self.stored)
-            self._file = _open_parquet(aside, self._schema)
+            self._file = _open_parquet(stream, self._schema)
             undo.pop_all()
         return self
 
@@ -180,18 +181,23 @@ class StoredWriter:
         self._file.write_table(pa.Table.from_arrays(columns, schema=self._schema), row_group_size=GROUP_ROWS)
 
     def _close(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None:
-            self._write_group()
-            self._file.close()
-        elif hasattr(self, "_file"):
-            with suppress(Exception):  # a full disk takes the file's end no more than the rest
+        if not hasattr(self, "_file"):
+            return
+        try:
+            if kind is None:
+                self._write_group()
                 self._file.close()
+            else:
+                with suppress(Exception):  # a full disk takes the file's end no more than the rest
+                    self._file.close()
+        finally:
+            self._file.is_open = False  # or it would close itself once more, later, and complain
 
 
-def _open_parquet(path: Path, schema: Any) -> Any:
+def _open_parquet(stream: BinaryIO, schema: Any) -> Any:
     from pyarrow.parquet import ParquetWriter
 
     # Texts and entropies hardly repeat; and statistics would hold whole texts.
     return ParquetWriter(
-        path, schema, compression="zstd", compression_level=ZSTD_LEVEL, use_dictionary=False, write_statistics=False
+        stream, schema, compression="zstd", compression_level=ZSTD_LEVEL, use_dictionary=False, write_statistics=False
     )

@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bytelatent.data import Batch, Loader, ReadAhead
+from bytelatent.data.source import OtherFiles
 from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, manifest_of, what_is_torn, whole_folder
 from bytelatent.interop import Config, StoredModel
@@ -35,6 +36,7 @@ from bytelatent.run_folder import checkpoint_name, checkpoints_in, newest_whole,
 from bytelatent.training.copies import Copies
 from bytelatent.training.optimizer import Optimizers
 from bytelatent.training.parallel import Plan, let_go
+from bytelatent.training.schedule import Schedule
 from bytelatent.training.settings import CheckpointSettings
 
 PAUSES = (15, 60, 240)  # seconds after which a save is tried again where the disk is full
@@ -52,6 +54,7 @@ class TrainState:
     bytes_seen: int = 0  # bytes of text predicted
     seconds: float = 0.0  # spent in steps
     recent: list[float] = field(default_factory=list)  # losses of the last steps, nats a target
+    schedule: Schedule = field(default_factory=Schedule)
     patches_seen: int = 0  # this and the next: since the process started
     waited: float = 0.0  # seconds of this rank's steps in which it waited for data
     skipped: int = 0  # updates left out in a row
@@ -200,15 +203,26 @@ class Checkpoints:
         if position:
             places = [folder / name for name in manifest_of(folder)]
             files = sorted(place for place in places if place.parent.name == "ranks")
-            if len(files) == self.plan.data_world:
-                own = torch.load(files[self.plan.data_rank], weights_only=True)
-                state.loader.load_state_dict(_as_arrays(own["loader"]))
-                torch.set_rng_state(own["torch_random"])
-            else:
-                all_ranks = [torch.load(file, weights_only=True) for file in files]
-                self.say(state.loader.deal([_as_arrays(own["loader"]) for own in all_ranks]))
+            self._load_position(files, state)
             state.bytes_seen, state.seconds = progress["bytes_seen"], progress["seconds"]
         state.step, state.recent = progress["step"], progress["recent"]
+        if "schedule" not in progress:
+            raise UserError(
+                f"'{folder}' was written by an earlier version, which stored nothing of the learning rate's schedule; "
+                "go on with that version, or use another run=FOLDER"
+            )
+        state.schedule.load_state_dict(progress["schedule"])
+
+    def _load_position(self, files: list[Path], state: TrainState) -> None:
+        """Go on in the text where each rank stood; dealt out where there are other ranks, or other files of text."""
+        if len(files) == self.plan.data_world:
+            own = torch.load(files[self.plan.data_rank], weights_only=True)
+            with suppress(OtherFiles):
+                state.loader.load_state_dict(_as_arrays(own["loader"]))
+                torch.set_rng_state(own["torch_random"])
+                return
+        all_ranks = [torch.load(file, weights_only=True) for file in files]
+        self.say(state.loader.deal([_as_arrays(own["loader"]) for own in all_ranks]))
 
     def _content(self, state: TrainState, over: bool) -> Content:
         from bytelatent.training.stored_state import tensors_of  # it takes seconds to import
@@ -222,6 +236,7 @@ class Checkpoints:
             "bytes_seen": state.bytes_seen,
             "seconds": state.seconds,
             "recent": list(state.recent),
+            "schedule": state.schedule.state_dict(),
         }
         own = {"loader": _as_tensors(state.loader.state_dict()), "torch_random": torch.get_rng_state()}
         model = None

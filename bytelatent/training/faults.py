@@ -12,9 +12,15 @@ from contextlib import contextmanager, suppress
 from typing import Self
 
 import torch
+from torch import Tensor, nn
 
+from bytelatent.credentials import masked
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.run_folder import checkpoint_name
+from bytelatent.terminal import say
 from bytelatent.training.checkpoint import TrainState
+from bytelatent.training.optimizer import Optimizers, each
+from bytelatent.training.parallel import own_part
 from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
 from bytelatent.training.stopping import StopSignals
@@ -72,6 +78,46 @@ def act_on(trouble: str | None, loss: float, state: TrainState, settings: TrainS
     )
 
 
+def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers | None = None) -> str | None:
+    """The first weight of which a value is NaN or infinite, or what the optimizer knows of it; None if there is none.
+
+    Of several ranks each looks at what it holds.
+    """
+    for name, parameter in model.named_parameters():
+        if not _is_finite(own_part(parameter.detach())):
+            return name
+        for one in [] if optimizer is None else each(optimizer):
+            for key, value in one.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and not _is_finite(own_part(value)):
+                    return f"{key} of {name}"
+    return None
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Without a copy as large as the values: the largest of them is not finite if any is not."""
+    return values.numel() == 0 or bool(torch.linalg.vector_norm(values, math.inf).isfinite())
+
+
+def must_be_finite(state: TrainState, settings: TrainSettings, ranks: Ranks) -> None:
+    """Complain of weights that training would only spoil further, before the first step.
+
+    Raises:
+        UserError: a checkpoint holds such, or the weights were drawn so.
+    """
+    found = next((name for name in ranks.gather(not_finite(state.model, state.optimizer)) if name is not None), None)
+    if found is None:
+        return
+    if state.step == 0:
+        raise ranks.told(UserError(f"model: the weights are not finite before the first step ({found})"))
+    place = f"{settings.run}/checkpoints/{checkpoint_name(state.step)}"
+    raise ranks.told(
+        UserError(
+            f"'{place}' holds values that are not finite ({found}); remove it to go on from the checkpoint before it, "
+            "or use another run=FOLDER"
+        )
+    )
+
+
 class Watchdog:
     """Ends the process, with every thread's stack, when it has not been told of progress for so many minutes."""
 
@@ -117,7 +163,7 @@ def who_failed(ranks: Ranks, step: Callable[[], int], stopped: StopSignals) -> I
             raise
         text = " ".join(str(error).split())
         line = f"{ranks.name} failed after step {step()}: {type(error).__name__}: {text}"
-        print(line, file=sys.stderr, flush=True)
+        say(masked(line), sys.stderr)
         raise
 
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bytelatent.data import Batch, Loader, ReadAhead, surprise
+from bytelatent import terminal
+from bytelatent.credentials import masked
+from bytelatent.data import Batch, DataSettings, Loader, ReadAhead, surprise
 from bytelatent.device import autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.model.loss import bits_per_byte
+from bytelatent.threads import Threads
 from bytelatent.training.checkpoint import Checkpoints, TrainState, must_take_checkpoints
 from bytelatent.training.clipping import clip
 from bytelatent.training.faults import (
@@ -23,6 +26,7 @@ from bytelatent.training.faults import (
     act_on,
     deterministic,
     memory_named,
+    must_be_finite,
     trouble_with,
     who_failed,
 )
@@ -42,6 +46,7 @@ from bytelatent.training.trackers import must_be_installed, open_trackers
 from bytelatent.training.validation import must_hold_text, validate
 
 MOST_ROLLBACKS = 3  # to the same checkpoint
+VALIDATION_SHARE = 0.1  # of the minutes: the most that validation may take beside them, half of it in the last one
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> Path:
@@ -57,7 +62,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         Interrupted: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; a checkpoint is written.
         KeyboardInterrupt: a second of these; nothing is written.
     """
-    console = console or Console()
+    console = console or terminal.Console()
     with (
         open_ranks(settings.device, settings.faults.watchdog_minutes) as (ranks, device),
         deterministic(settings.determinism),
@@ -82,7 +87,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
 
             ranks.first(hold)
             run = open_run(settings, ranks, device, dtype, console)
-            return _train(run, plan, device, dtype, console if ranks.is_first else Console(quiet=True))
+            return _train(run, plan, device, dtype, console if ranks.is_first else terminal.Console(quiet=True))
 
 
 def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, console: Console) -> Path:
@@ -92,10 +97,10 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
     model = build_spread(settings.model, plan, device, dtype, compiled, settings.float8)
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(masked(line), highlight=False, markup=False, soft_wrap=True)
 
     def say_of_text(line: str) -> None:  # damaged rows are met by one rank alone
-        say(line) if ranks.is_first else print(f"{ranks.name}: {line}", flush=True)
+        say(line) if ranks.is_first else print(terminal.safe(masked(f"{ranks.name}: {line}")), flush=True)
 
     batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text, run.told)
     loader = ReadAhead(batches, device) if reads_ahead(device) else batches
@@ -119,17 +124,21 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
         loader,
         Checkpoints(run.folder, run.config, settings.checkpoint, plan, in_background, say, stopped) as checkpoints,
         Watchdog(settings.faults.watchdog_minutes, ranks) as watchdog,
+        Threads.of(device, settings.minutes is not None and ranks.world == 1) as threads,
         who_failed(ranks, lambda: state.step, stopped),  # at once: torchrun soon ends the ranks that are left
     ):
         if not checkpoints.load(state):
             draw_weights(model, settings.model, plan)
+        must_be_finite(state, settings, ranks)
         done = _done(state, settings)
         if done < 1:
             for line in run.changes:
                 say(line)
+            if state.schedule.decayed > 1 - 1e-9:
+                say("the learning rate was at its minimum at the end of the run so far, and stays there")
         else:
             say(_over(state, settings))
-        peak, rollbacks = peak_flops(device, dtype), 0
+        peak, rollbacks, validated = peak_flops(device, dtype), 0, 0.0
         with (
             Metrics(trackers, state.step, _title(settings), console) as metrics,
             Profiler(run.folder, settings.profile, device, say) if ranks.is_first else nullcontext() as profiler,
@@ -138,6 +147,8 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
             if done < 1:
                 with memory_named(settings, ranks):
                     _try_out(state, gradients)
+                for line in _about_batches(settings.data, state.peeked[0]):
+                    say(line)
                 run.write_settings(ranks)
             since = time.perf_counter()
             while done < 1:
@@ -157,27 +168,34 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                     continue
                 # From step to step: what the device still computes of one is paid for in the next.
                 now = time.perf_counter()
-                state.seconds, since = state.seconds + now - since, now
+                took, since = now - since, now
+                state.seconds += took
                 if "skipped" in row:
                     say(f"{row['skipped']}: its update is left out")
                 if state.step == first:  # it compiles and warms up: its time says nothing about the next steps'
                     state.seconds, state.waited, state.patches_seen = before, 0.0, 0
                     logged = Totals.of(state)
                     checkpoints.prepare(state)
+                else:
+                    threads.took(took)
                 # What all ranks should decide alike: the clock of the first one counts, and a signal to any.
                 stop, state.seconds = ranks.sum([stopped(), state.seconds * ranks.is_first])
+                if state.seconds > before:
+                    state.schedule.end_step(state.seconds - before)
                 done = _done(state, settings)
                 if state.step % settings.log_every == 0 or done >= 1:
-                    row |= speed(logged, Totals.of(state), settings, peak, ranks)
+                    row |= speed(logged, Totals.of(state), settings, peak, ranks) | {"threads": threads.count}
                     logged = Totals.of(state)
                     metrics.write(row, done)
                 if (seen := statistics.take(state.step, state.bytes_seen)) is not None:
                     metrics.write(seen, done)
                 if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
                     watchdog.progress(f"validation after step {state.step}")
-                    row = validate(state, settings, run.patcher, loss, device, plan)
+                    began, limit = time.perf_counter(), _validation_limit(state, settings, validated, done)
+                    row = validate(state, settings, run.patcher, loss, device, plan, limit, console, say, run.told)
                     metrics.write(row, done)
                     since = time.perf_counter()
+                    validated += since - began
                 checkpoints.check()
                 if state.step % settings.checkpoint.every == 0 or done >= 1 or stop:
                     watchdog.progress(f"a checkpoint after step {state.step}")
@@ -185,6 +203,8 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                     rollbacks, since = 0, time.perf_counter()
                 if stop and done < 1:
                     raise ranks.told(Interrupted(f"after step {state.step}; the same command goes on from there"))
+                if done >= 1 and state.step <= settings.optimizer.warmup_steps:
+                    say(_ended_in_warmup(state, settings))
     return run.folder
 
 
@@ -198,6 +218,23 @@ def _try_out(state: TrainState, gradients: Callable[[Batch, float], torch.Tensor
     state.peeked.append(next(state.loader))
     gradients(state.peeked[0], 1.0)
     state.optimizer.zero_grad(set_to_none=True)
+
+
+def _about_batches(data: DataSettings, first: Batch) -> list[str]:
+    """A line about each setting that makes batches others than the next one says."""
+    lines = []
+    if data.batch_bytes < data.context:
+        lines.append(
+            f"data.batch_bytes={data.batch_bytes} is less than data.context={data.context}: no piece of a document is "
+            f"longer than {data.batch_bytes} ids"
+        )
+    if data.batch_patches is not None and 2 * first.num_targets < data.batch_bytes:
+        fills = data.batch_patches * data.batch_bytes // first.num_targets
+        lines.append(
+            f"data.batch_patches={data.batch_patches} is full before data.batch_bytes={data.batch_bytes} is: the first "
+            f"batch holds {first.num_targets} ids; about data.batch_patches={fills} fills it"
+        )
+    return lines
 
 
 def _go_back(state: TrainState, checkpoints: Checkpoints, why: str, times: int, ranks: Ranks) -> None:
@@ -220,7 +257,8 @@ def _step(
 ) -> dict[str, Any]:
     """One optimizer step over `accumulation` batches of each rank; its metrics, over all of them."""
     began = time.perf_counter()
-    rate = learning_rate(state.step, _after_warmup(state, settings), settings.optimizer)
+    decayed = state.schedule.begin_step(state.step, state.seconds, settings)
+    rate = learning_rate(state.step, decayed, settings.optimizer)
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     batches = [_next(state) for _ in range(settings.optimizer.accumulation)]
@@ -275,6 +313,13 @@ def _done(state: TrainState, settings: TrainSettings) -> float:
     return state.step / settings.steps
 
 
+def _validation_limit(state: TrainState, settings: TrainSettings, validated: float, done: float) -> float | None:
+    """Seconds that the next validation may take under `minutes`; earlier ones took `validated`."""
+    if settings.minutes is None:
+        return None
+    return (VALIDATION_SHARE if done >= 1 else VALIDATION_SHARE / 2) * state.seconds - validated
+
+
 def _over(state: TrainState, settings: TrainSettings) -> str:
     """A line about a run that was over before this start."""
     if settings.minutes is not None:
@@ -284,9 +329,9 @@ def _over(state: TrainState, settings: TrainSettings) -> str:
     return f"nothing is left to do: {state.step} steps are done, and steps={settings.steps} asks for fewer"
 
 
-def _after_warmup(state: TrainState, settings: TrainSettings) -> float:
-    """How much of the cosine is over as a step begins: in steps from 0, the first after warm-up, to 1, the last."""
-    if settings.steps is None:
-        return _done(state, settings)
-    warmup = settings.optimizer.warmup_steps
-    return max(state.step - warmup, 0) / max(settings.steps - 1 - warmup, 1)
+def _ended_in_warmup(state: TrainState, settings: TrainSettings) -> str:
+    """A line about a run whose learning rate has not come to its peak."""
+    return (
+        f"the run ended in warm-up, after {state.step} steps of optimizer.warmup_steps="
+        f"{settings.optimizer.warmup_steps}: the learning rate never fell; train longer, or with a shorter warm-up"
+    )

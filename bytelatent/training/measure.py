@@ -124,7 +124,7 @@ def random_batch(size: int, device: torch.device, patched: bool = True, seed: in
     if patched:
         starts = torch.rand(size, generator=generator) < 1 / PATCH_BYTES
         slots = -(-add_patches(stream, starts).num_patches // SLOTS) * SLOTS
-        stream = add_patches(stream, starts, slots, history=stream.position)
+        stream = add_patches(stream, starts, slots)
     return stream.to(device), targets.to(device)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bytelatent.progress import EVERY, time_left
 from bytelatent.training.trackers import Tracker
 
 
@@ -24,6 +25,7 @@ class Metrics:
         self.forget(after_step)
         self._console = console
         self._last_line = -1e9
+        self._first: tuple[float, float] | None = None  # when the first row came, and how much was over then
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -58,11 +60,20 @@ class Metrics:
         status = "  ".join(text for _, text in _shown(row))
         self._progress.update(self._task, completed=done, status=status)
         if not self._console.is_terminal and (
-            time.monotonic() - self._last_line > 10 or "validation_bits_per_byte" in row
+            time.monotonic() - self._last_line > EVERY or "validation_bits_per_byte" in row
         ):
             self._last_line = time.monotonic()
-            line = f"{self._title}  {min(done, 1):4.0%}  step {row['step']}  {status}"
+            line = f"{self._title}  {min(done, 1):4.0%}  step {row['step']}  {status}{self._left(done)}"
             self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _left(self, done: float) -> str:
+        """The time left, as fast as it went since the first row."""
+        if self._first is None:
+            self._first = time.monotonic(), done
+        began, before = self._first
+        if not before < done < 1:
+            return ""
+        return f"  {time_left((time.monotonic() - began) * (1 - done) / (done - before))}"
 
 
 def _shown(row: dict[str, Any]) -> list[tuple[str, str]]:

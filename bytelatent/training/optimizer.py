@@ -1,4 +1,4 @@
-"""The optimizer and its schedule.
+"""The optimizer and its learning rate.
 
 AdamW trains all weights; or Muon the matrices of the blocks and AdamW the rest. Hash tables whose gradients are rows
 have an optimizer of their own, `SparseRowsAdamW`.
@@ -129,14 +129,24 @@ def _scale(name: str, scales: LearningRateScale) -> float:
     return next((scale for part, scale in of_parts.items() if name.startswith(part)), 1.0)
 
 
-def learning_rate(step: int, progress: float, settings: OptimizerSettings) -> float:
-    """Linear warm-up, then a cosine from the peak down to `final_lr_ratio` of it.
+def learning_rate(step: int, decayed: float, settings: OptimizerSettings) -> float:
+    """Linear warm-up, then from the peak down to `final_lr_ratio` of it.
 
     Args:
         step: 0, 1, ...
-        progress: how much of the time after warm-up is over, 0 to 1.
+        decayed: how much of the decay is over, 0 to 1.
     """
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
-    cosine = (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
-    return settings.lr * (settings.final_lr_ratio + (1 - settings.final_lr_ratio) * cosine)
+    above_minimum = (1 - settings.final_lr_ratio) * height(min(max(decayed, 0.0), 1.0), settings.schedule)
+    return settings.lr * (settings.final_lr_ratio + above_minimum)
+
+
+def height(decayed: float, kind: str) -> float:
+    """Where the rate is between the minimum, 0, and the peak, 1, of a schedule `kind`."""
+    return 1 - decayed if kind == "wsd" else (1 + math.cos(math.pi * decayed)) / 2
+
+
+def decayed_at(height: float, kind: str) -> float:
+    """The share of a decay that is over where `height` has come so far down."""
+    return 1 - height if kind == "wsd" else math.acos(min(max(2 * height - 1, -1.0), 1.0)) / math.pi

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 
-from bytelatent.data import DataSettings, Patcher, Piece, StoredCheck, cut, patch_in_groups, stream_of
+from bytelatent.credentials import masked
+from bytelatent.data import DataSettings, Patcher, Piece, StoredCheck, cut, groups_of, stream_of
 from bytelatent.data.settings import SourceSettings
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import UserError
@@ -18,9 +20,11 @@ from bytelatent.inference import FastEntropies
 from bytelatent.interop import find_byte_lm, fingerprint
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
-from bytelatent.text import DamageLimit, Stored, find_files, read_documents
+from bytelatent.progress import Progress
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Stored, find_files, read_documents
 
 SPREAD = 8  # text that is read for a sample, as a multiple of the sample
+SAMPLE_GROUP = 4096  # ids that the byte LM reads at once: few, so that a slow machine can stop in time
 
 
 def must_have_byte_lm(source: str, whence: str = "") -> None:
@@ -56,6 +60,8 @@ def calibrate_on(
     dtype: str = "auto",
     say: Callable[[str], None] = lambda line: None,
     told: set[str] | None = None,
+    limit: float | None = None,
+    console: Console | None = None,
 ) -> Calibration:
     """The threshold for a mean patch size on a sample of the training text, checked on the validation text.
 
@@ -65,22 +71,49 @@ def calibrate_on(
         wanted_patch_bytes: mean bytes a patch.
         rule: the entropy rule; its threshold does not matter.
         text_bytes: how much text to measure on.
-        say: is told of damaged rows and files, of which `data.max_damaged` are passed over.
+        say: receives a line about each bad row and file, of which `data.max_bad_rows` are passed over.
         told: what was said is added.
+        limit: seconds after which the rest of a sample is left out, of the training text and of the validation text.
+        console: shows how far it is.
     """
-    damaged = DamageLimit(data.max_damaged, "data.max_damaged", say, told=told)
-    sample = sample_entropies(byte_lm, data.train, data.context, rule, text_bytes, device, dtype, damaged)
+    damaged = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
+    with Progress("calibrating", text_bytes, console, limit) as progress:
+        sample = sample_entropies(
+            byte_lm,
+            data.train,
+            data.context,
+            rule,
+            text_bytes,
+            device,
+            dtype,
+            damaged,
+            data.max_row_bytes,
+            progress,
+        )
     found = calibrate(sample.ids, sample.entropies, sample.position, wanted_patch_bytes, rule)
     held_out = None
     if data.valid:
         chosen = rule.model_copy(update={"threshold": found.threshold})
-        valid = sample_entropies(byte_lm, data.valid, data.context, rule, text_bytes, device, dtype)
+        damaged = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
+        with Progress("calibrating, held-out text", text_bytes, console, limit) as progress:
+            valid = sample_entropies(
+                byte_lm,
+                data.valid,
+                data.context,
+                rule,
+                text_bytes,
+                device,
+                dtype,
+                damaged,
+                data.max_row_bytes,
+                progress,
+            )
         held_out = mean_patch_bytes(valid.ids, valid.entropies, valid.position, chosen)
     return found.model_copy(
         update={
             "held_out_mean_patch_bytes": held_out,
             "window": sample.window,
-            "data": ", ".join(source.path for source in data.train),
+            "data": ", ".join(masked(source.path) for source in data.train),
             "byte_lm": sample.byte_lm,
         }
     )
@@ -106,8 +139,13 @@ def sample_entropies(
     device: str | torch.device = "auto",
     dtype: str = "auto",
     damaged: DamageLimit | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    progress: Progress | None = None,
 ) -> Sample:
     """Entropies of about `text_bytes` of text: those stored with it, else the byte LM's.
+
+    Args:
+        progress: is shown how far it is; where its time is up, the rest of the text is left out.
 
     Raises:
         UserError: there is no text, or neither are there stored entropies nor a byte LM.
@@ -125,7 +163,13 @@ def sample_entropies(
             check(found, file)
             stored.append(found)
 
-    pieces = patch_in_groups(patcher, sample_pieces(sources, text_bytes, context, seen, damaged))
+    chosen = sample_pieces(sources, text_bytes, context, seen, damaged, max_row_bytes)
+    progress = progress or Progress("calibrating")
+    progress.total = sum(map(len, chosen))
+    pieces: list[Piece] = []
+    for group in progress.within(groups_of(chosen, SAMPLE_GROUP)):
+        pieces.extend(patcher(group))
+        progress.advance(sum(map(len, group)))
     stream = stream_of(pieces)
     entropies = torch.from_numpy(np.concatenate([p.entropies for p in pieces if p.entropies is not None]))
     if byte_lm is not None:
@@ -142,6 +186,7 @@ def sample_pieces(
     context: int,
     check: Callable[[Stored, str], None] = lambda stored, file: None,
     damaged: DamageLimit | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> list[Piece]:
     """About `text_bytes` of text from all over the sources, by weight: the same pieces each time."""
     random = np.random.default_rng(0)
@@ -150,8 +195,8 @@ def sample_pieces(
     for source in sources:
         wanted = text_bytes * source.weight / total
         read, pieces = 0, []
-        for file in random.permutation(find_files(source.path)):
-            for _, document in read_documents(str(file), source.text_key, check, damaged):
+        for file in random.permutation(_files(source, damaged)):
+            for _, document in read_documents(str(file), source.text_key, check, damaged, max_row_bytes=max_row_bytes):
                 pieces.extend(cut(replace(document, starts=None), context))
                 read += len(document.text)
                 if read >= SPREAD * wanted:
@@ -162,8 +207,15 @@ def sample_pieces(
         sizes = np.cumsum([len(piece) for piece in pieces])
         sample.extend(pieces[: int(np.searchsorted(sizes, wanted)) + 1])
     if not sample:
+        if damaged is not None:
+            damaged.must_have_read()
         raise UserError("data: there is no text to calibrate on: every document is empty")
+    random.shuffle(sample)  # so that any part of it is of all sources
     return sample
+
+
+def _files(source: SourceSettings, damaged: DamageLimit | None) -> list[str]:
+    return find_files(source.path) if damaged is None else find_files(source.path, damaged.note)
 
 
 def write_calibration(run: Path, calibration: Calibration) -> None:

@@ -19,9 +19,11 @@ from bytelatent.interop.native import BYTE_LM
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration
 from bytelatent.run_folder import checkpoints_in
+from bytelatent.training.faults import not_finite
 from bytelatent.training.patches import byte_lm_named, calibrate_on, write_calibration
 from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
+from bytelatent.training.text_files import TextFile, check_listing, list_text, write_listing
 
 # What may differ when a run goes on: nothing that changes the steps already done.
 MAY_CHANGE = {
@@ -29,8 +31,13 @@ MAY_CHANGE = {
     *("log_every", "device", "compile", "cuda_graph", "determinism", "byte_lm"),
     *("track", "wandb", "profile", "statistics_every"),
 }
-DATA_MAY_CHANGE = {"workers", "max_damaged"}
-OPTIMIZER_MAY_CHANGE = {"accumulation"}  # with the number of processes, so that a step stays as large
+DATA_MAY_CHANGE = {"workers", "max_bad_rows", "allow_changed"}
+OPTIMIZER_MAY_CHANGE = {
+    "accumulation",  # with the number of processes, so that a step stays as large
+    *("schedule", "decay_share", "decay_steps", "decay_minutes"),  # the rate goes on from where it is
+}
+
+CALIBRATION_SHARE = 0.1  # of the minutes: the most that calibration may take beside them
 
 
 @dataclass
@@ -40,14 +47,18 @@ class Run:
     config: Config
     patcher: Patcher | None
     told: set[str]  # of damaged rows and files: what calibration said of them
-    changes: list[str]  # a line about each setting that differs from those the run had before
+    changes: list[str]  # a line about each setting that differs from those the run had before, and about its text
+    text: list[TextFile]
 
     def write_settings(self, ranks: Ranks) -> None:
-        """Those that the run now has: once the checkpoint that they go on from is read, and a gradient was tried."""
+        """Those that the run now has, and what its text is: once the checkpoint that they go on from is read, and a
+        gradient was tried.
+        """
 
         def write() -> None:
             with whole_file(self.folder / "settings.yaml") as aside:
                 aside.write_text(self.settings.to_yaml(), encoding="utf-8")
+            write_listing(self.folder, self.text)
 
         ranks.first(write)
 
@@ -56,27 +67,32 @@ def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype:
     """Make a run's folder, or find it as an earlier start left it; the first rank does so for all.
 
     Raises:
-        UserError: the folder is another run's.
+        UserError: the folder is another run's, or its text has changed.
     """
-    settings, config, told, changes = ranks.first(lambda: _prepare(settings, console))
+    settings, config, told, changes, text = ranks.first(lambda: _prepare(settings, console))
     patcher = None
     if settings.patching is not None:
         byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.byte_lm is not None else None
         mark = fingerprint(byte_lm) if byte_lm is not None else None
         byte_lm = byte_lm.to(device) if byte_lm is not None else None
         patcher = Patcher(settings.patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
-    return Run(Path(settings.run), settings, config, patcher, told, changes)
+    return Run(Path(settings.run), settings, config, patcher, told, changes, text)
 
 
-def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, Config, set[str], list[str]]:
-    """Settings with the threshold that calibration chose, what the model is, what calibration said of damage, and a
-    line about each setting that differs from before.
+def _prepare(
+    settings: TrainSettings, console: Console
+) -> tuple[TrainSettings, Config, set[str], list[str], list[TextFile]]:
+    """Settings with the threshold that calibration chose, what the model is, what calibration said of damage, a line
+    about each setting that differs from before, and the files of the text.
     """
     told: set[str] = set()
     folder = Path(settings.run)
     earlier = _earlier(folder)
     calibration = _read_calibration(folder) if earlier is not None else None
     changes = _changes(settings, earlier, folder) if earlier is not None else []
+    text = list_text(settings.data)
+    if earlier is not None:
+        changes += check_listing(folder, text, settings.data.allow_changed)
     byte_lm = _byte_lm(folder, settings, earlier)
     if settings.calibration is not None and settings.patching is not None:
         if calibration is None:
@@ -91,6 +107,8 @@ def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, 
                 settings.dtype,
                 lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
                 told,
+                None if settings.minutes is None else CALIBRATION_SHARE / 2 * 60 * settings.minutes,
+                console,
             )
             write_calibration(folder, calibration)
         patching = settings.patching.model_copy(update={"threshold": calibration.threshold})
@@ -98,7 +116,7 @@ def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, 
     config = Config(
         model=settings.model, context=settings.data.context, patching=settings.patching, calibration=calibration
     )
-    return settings, config, told, changes
+    return settings, config, told, changes, text
 
 
 def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | None) -> ByteLM | None:
@@ -110,6 +128,10 @@ def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | Non
         return load_byte_lm(copy)
     with byte_lm_named():
         byte_lm = load_byte_lm(settings.byte_lm)
+    if (name := not_finite(byte_lm)) is not None:
+        raise UserError(
+            f"byte_lm: '{settings.byte_lm}' holds values that are not finite ({name}); name another byte LM"
+        )
     with whole_folder(copy) as aside:
         save(aside, byte_lm, Config(model=byte_lm.settings, context=settings.data.context))
     return byte_lm
@@ -135,7 +157,7 @@ def _changes(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> l
     Raises:
         UserError: one of them may not.
     """
-    now, then = settings.plain(), earlier.plain()
+    now, then = settings.shown(), earlier.shown()  # credentials may be new ones
     if settings.calibration is not None:  # the threshold is calibration's to say
         for values in (now, then):
             (values.get("patching") or {}).pop("threshold", None)

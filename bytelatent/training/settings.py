@@ -1,10 +1,10 @@
 """The settings of a training run."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from bytelatent.config import Settings
+from bytelatent.config import Settings, laid_over
 from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
@@ -28,12 +28,16 @@ class LearningRateScale(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW or Muon, with linear warm-up and a cosine to `final_lr_ratio` of the peak.
+    """AdamW or Muon, with linear warm-up and a decay to `final_lr_ratio` of the peak.
 
     Defaults: Pagnoni et al. 2024, section 4.8.
 
     Attributes:
         name: `muon` trains the matrices of the blocks by Muon, and the rest by AdamW.
+        schedule: `cosine` decays from the end of warm-up to the end of the run; `wsd` (warmup-stable-decay) keeps the
+            peak until the decay begins, and decays linearly.
+        decay_share: with `wsd`, the share of the run, at its end, that decays;
+        decay_steps, decay_minutes: its length instead, in the unit of the run's own.
         hash_gradients: with `rows` the hash tables' gradients hold only the rows that a step sees, and AdamW touches
             only these; see `SparseRowsAdamW` for what differs.
     """
@@ -44,11 +48,22 @@ class OptimizerSettings(Settings):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
+    schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(default=2000, ge=0)
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    decay_steps: int | None = Field(default=None, ge=1)
+    decay_minutes: float | None = Field(default=None, gt=0)
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
-    accumulation: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=1, ge=1, le=10**6)
     hash_gradients: Literal["dense", "rows"] = "dense"
+
+    @model_validator(mode="after")
+    def _of_wsd(self) -> Self:
+        for name in ("decay_share", "decay_steps", "decay_minutes"):
+            if self.schedule != "wsd" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for schedule=wsd; {self.schedule} decays from the end of warm-up on")
+        return self
 
 
 class CalibrationSettings(Settings):
@@ -146,7 +161,7 @@ class FaultSettings(Settings):
 
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     spike: float | None = Field(default=None, gt=1)
-    watchdog_minutes: float | None = Field(default=30.0, gt=0)
+    watchdog_minutes: float | None = Field(default=30.0, gt=0, le=10**6)
 
 
 class TrainSettings(Settings):
@@ -155,9 +170,11 @@ class TrainSettings(Settings):
     Attributes:
         run: the folder it writes.
         steps: optimizer steps, or else
-        minutes: time spent in steps (but for the first after each start, which compiles and warms up). The learning
-            rate follows the clock, so such a run is not repeatable.
-        model: a preset's name or the shapes themselves.
+        minutes: time spent in steps (but for the first after each start, which compiles and warms up). Beside it
+            calibration takes at most a tenth as long, and so does validation; what does not fit is left out, with a
+            line. The learning rate follows the clock, and on a CPU the number of threads is the one that is fastest
+            (unless OMP_NUM_THREADS is set), so such a run is not repeatable.
+        model: a preset's name, the shapes themselves, or a mapping of `preset` and the shapes that differ from it.
         patching: the rule (BLT only). With `calibration` its threshold may be left out.
         byte_lm: where the frozen byte LM is: it gives the entropies that are not stored with the text. The run keeps a
             copy, so that the model can be used on other text.
@@ -170,6 +187,9 @@ class TrainSettings(Settings):
         determinism: only operations that give the same bits each time; slower on a GPU.
         float8: `rowwise` multiplies the matrices of the global transformer in 8-bit floats, with a scale a row.
     """
+
+    presets: ClassVar[tuple[str, ...]] = ("model",)
+    alternatives: ClassVar[tuple[str, ...]] = ("steps", "minutes")
 
     run: str = "runs/train"
     seed: int = Field(default=0, ge=0)
@@ -205,17 +225,26 @@ class TrainSettings(Settings):
     @field_validator("model", mode="before")
     @classmethod
     def _preset(cls, value: Any) -> Any:
-        """A preset by its name; otherwise `kind` says which model the shapes are of, so that errors name its keys."""
-        if isinstance(value, str):
+        """A preset by its name, with the shapes given beside it laid over its own. `kind` says which model the shapes
+        are of, so that errors name its keys.
+        """
+        name = value.get("preset") if isinstance(value, dict) else value
+        if isinstance(name, str):
             try:
-                return preset(value)
+                shapes = preset(name)
             except UserError as error:  # the key is put in front again
                 raise ValueError(str(error).removeprefix("model: ")) from None
+            if not isinstance(value, dict):
+                return shapes
+            value = laid_over(shapes.plain(), {key: inner for key, inner in value.items() if key != "preset"})
         if isinstance(value, dict):
             of_blt = BLTSettings.model_fields.keys() - ByteLMSettings.model_fields.keys()
             is_byte_lm = value.get("kind") == "byte_lm" or ("kind" not in value and not of_blt & value.keys())
             return (ByteLMSettings if is_byte_lm else BLTSettings).model_validate(value)
         return value
+
+    def source_of_default(self, key: str) -> str:
+        return "calibration" if key == "patching.threshold" and self.calibration is not None else "default"
 
     @field_validator("patching", "calibration", "byte_lm", mode="before")
     @classmethod
@@ -242,6 +271,16 @@ class TrainSettings(Settings):
             raise ValueError("set steps or minutes: how long to train")
         if self.steps is not None and self.minutes is not None:
             raise ValueError("steps and minutes are both set; set the one that should not count to null: minutes=null")
+        return self
+
+    @model_validator(mode="after")
+    def _decay_by_its_end(self) -> Self:
+        for unit, other in (("steps", "minutes"), ("minutes", "steps")):
+            if getattr(self.optimizer, f"decay_{unit}") is not None and getattr(self, unit) is None:
+                raise ValueError(
+                    f"optimizer.decay_{unit} goes with {unit}, and this run ends by {other}; set "
+                    f"optimizer.decay_{other} or optimizer.decay_share"
+                )
         return self
 
     @model_validator(mode="after")

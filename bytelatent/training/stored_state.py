@@ -43,7 +43,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) 
 def begin_folder(folder: Path, config: Config) -> None:
     """Make the folder for the tensors of a model; one rank does so, before all of them write."""
     folder.mkdir()
-    (folder / CONFIG).write_text(json.dumps(config.plain(), indent=1), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config.shown(), indent=1), encoding="utf-8")
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:

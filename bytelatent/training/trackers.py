@@ -169,7 +169,7 @@ class WeightsAndBiases:
             "id": _run_id(self._folder / "wandb.id", goes_on=step > 0),
             "resume": "allow",
             "dir": str(self._folder),
-            "config": self._settings.plain(),
+            "config": self._settings.shown(),
             "settings": wandb.Settings(console="off", silent=True, init_timeout=CONNECT_SECONDS),
         }
         try:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from bytelatent.data import Batch, DataSettings, Patcher, batches_once
 from bytelatent.errors import UserError
 from bytelatent.model.loss import bits_per_byte
-from bytelatent.text import find_files
+from bytelatent.progress import Progress
+from bytelatent.text import DamageLimit, find_files
 from bytelatent.text.places import is_remote
 from bytelatent.training.checkpoint import TrainState
 from bytelatent.training.parallel import Plan, let_go
@@ -43,7 +45,9 @@ def must_be_there(data: DataSettings, whence: str = "", remote: bool = True) -> 
 def must_hold_text(data: DataSettings) -> None:
     """Complain about sources before the first step, not at the first validation."""
     must_be_there(data)
-    if data.valid and next(batches_once(data.valid, data.context, data.batch_bytes), None) is None:
+    bad = DamageLimit(data.max_bad_rows, "data.max_bad_rows")
+    batches = batches_once(data.valid, data.context, data.batch_bytes, bad=bad, max_row_bytes=data.max_row_bytes)
+    if data.valid and next(batches, None) is None:
         raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
 
 
@@ -54,21 +58,38 @@ def validate(
     loss: Callable[[Batch], torch.Tensor],
     device: torch.device,
     plan: Plan,
+    limit: float | None = None,
+    console: Console | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    told: set[str] | None = None,
 ) -> dict[str, Any]:
-    """Bits per byte on the validation text, whose batches the ranks share out."""
+    """Bits per byte on the validation text, whose batches the ranks share out.
+
+    Args:
+        limit: seconds after which the rest of the text is left out; None reads all of it.
+        console: shows how far it is, and whether text was left out.
+        say: receives a line about each bad row, but for those in `told`, to which they are added.
+    """
     data = settings.data
     nats, num_bytes = 0.0, 0
     limits = settings.validation.max_bytes, data.batch_patches
-    batches = batches_once(data.valid, data.context, data.batch_bytes, patcher, *limits, padded=True)
+    bad = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
+    rows = {"bad": bad, "max_row_bytes": data.max_row_bytes}
+    batches = batches_once(data.valid, data.context, data.batch_bytes, patcher, *limits, padded=True, **rows)
+
+    def agreed(over: bool) -> bool:  # the first rank's clock counts
+        return bool(plan.ranks.sum([over * plan.ranks.is_first])[0])
+
     state.model.eval()
-    with torch.no_grad():
-        for some in _in_groups(batches, plan.data_world):
+    with torch.no_grad(), Progress("validating", settings.validation.max_bytes, console, limit, bar=False) as progress:
+        for some in progress.within(_in_groups(batches, plan.data_world), agreed):
             # All ranks compute as often, as they need one another's weights; one without a batch does so in vain.
             own = some[plan.data_rank] if plan.data_rank < len(some) else None
             found = float(loss((own or some[0]).to(device)))
             if own is not None:
                 nats += found
                 num_bytes += own.num_bytes
+            progress.advance(sum(batch.num_bytes for batch in some))
     state.model.train()
     let_go(state.model)
     nats, num_bytes = plan.sum([nats, num_bytes])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bytelatent.data import Batch, DataSettings, Loader, Patcher, SourceSettings
 from bytelatent.errors import UserError
 from bytelatent.patching import PatchSettings
-from bytelatent.text import blocks
+from bytelatent.text import blocks, parquet
 from bytelatent.training.checkpoint import _as_arrays, _as_tensors
 from bytelatent.vocab import decode
 from tests.data.test_loader import same
@@ -28,7 +28,7 @@ PROPERTY = settings(
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(parquet, "BLOCK_ROWS", 3)
 
 
 def name(number: int) -> bytes:
@@ -241,7 +241,7 @@ def damaged_source(folder: Path) -> DataSettings:
     write(folder / "1.parquet", [name(40)])
     (folder / "1.parquet").write_bytes((folder / "1.parquet").read_bytes()[:-9])
     train = [SourceSettings(path=str(folder))]
-    return DataSettings(train=train, context=64, batch_bytes=64, shuffle_buffer=1, max_damaged=4)
+    return DataSettings(train=train, context=64, batch_bytes=64, shuffle_buffer=1, max_bad_rows=4)
 
 
 def test_damaged_rows_and_files_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:
@@ -263,8 +263,8 @@ def test_damaged_rows_and_files_are_passed_over_up_to_a_limit(tmp_path: Path) ->
     assert all(f"passed over ({number} of at most 4)" in line for number, line in enumerate(said, 1))
     for limit in range(4):
         with pytest.raises(UserError, match=r"is not JSON|is not a whole Parquet") as error:
-            drawn(Loader(data.model_copy(update={"max_damaged": limit}), 0), 60)
-        assert (f"; {limit} damaged rows or files of" in str(error.value)) == (limit > 0)
+            drawn(Loader(data.model_copy(update={"max_bad_rows": limit}), 0), 60)
+        assert (f"; {limit} bad rows or files of" in str(error.value)) == (limit > 0)
 
 
 def test_the_count_of_damaged_rows_goes_on(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 import json
 import lzma
+import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,14 @@ import pytest
 from rich.console import Console
 
 from bytelatent import BLT
+from bytelatent.demo import measure as demo_measure
 from bytelatent.demo import run as demo_run
 from bytelatent.demo import run_demo
+from bytelatent.demo.summary import closing_lines
 from bytelatent.demo.text import CHUNK, LEAST, collect
 from bytelatent.demo.xz import xz_bits_per_byte
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.training import loop
 
 QUIET = Console(quiet=True)
 PARTS = ("train", "valid")
@@ -43,13 +49,14 @@ def own_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory, own_text: Path) -> tuple[Path, dict[str, Any]]:
     """A demo of a second, where an earlier one stood."""
-    folder = tmp_path_factory.mktemp("demo") / "run"
+    folder = tmp_path_factory.mktemp("demo") / "my run"
     (folder / "text").mkdir(parents=True)
     (folder / "text" / "train.jsonl").write_text("")
     (folder / "checkpoints" / "step-99999999").mkdir(parents=True)
     (folder / "old.txt").write_text("of the earlier demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_run, "SAMPLE_BYTES", 20)
+        patch.setattr(demo_measure, "SAMPLE_BYTES", 20)
+        patch.setattr(demo_measure.Clock, "left", 600.0)  # what comes after training may take its time
         return folder, run_demo(0.02, folder, str(own_text), 0, QUIET)
 
 
@@ -94,9 +101,9 @@ def test_the_model_can_be_used(demo: tuple[Path, dict[str, Any]]) -> None:
     assert len(model.generate("The cat", 5)) > 0
     held_out = "".join(row["text"] for row in documents(folder / "text", "valid"))
     assert len(held_out) == summary["valid_bytes"]
-    patches = model.patch(held_out)
-    assert len(held_out) / len(patches) == pytest.approx(summary["mean_patch_bytes"], rel=1e-3)
     rows = [row["text"] for row in documents(folder / "text", "valid")]
+    num_patches = sum(len(model.patch(row)) for row in rows)
+    assert len(held_out) / num_patches == pytest.approx(summary["mean_patch_bytes"])
     bits = sum(model.bits_per_byte(row) * len(row) for row in rows) / len(held_out)
     assert bits == pytest.approx(summary["bits_per_byte"]["blt"], rel=0.01)  # batches cut some documents elsewhere
 
@@ -175,10 +182,54 @@ def test_what_is_no_demo_is_left_alone(tmp_path: Path, own_text: Path, what: str
     assert [path.name for path in tmp_path.rglob("*")] == ([mine.name] if what == "file" else ["thesis", "thesis.tex"])
 
 
-def test_a_demo_that_is_stopped_says_that_it_begins_anew(
-    tmp_path: Path, own_text: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_it_says_to_do_next_runs_as_it_is_printed(demo: tuple[Path, dict[str, Any]], number: int) -> None:
+    folder, _ = demo
+    lines = [line for label, line in closing_lines(folder, None) if line.startswith("blt")]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(lines[number], shell=True, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_next_demo_is_in_the_same_place_on_the_same_text() -> None:
+    again = closing_lines(Path("my runs/demo"), "my notes")[-1][1]
+    assert shlex.split(again) == ["blt", "demo", "--minutes", "20", "--out", "my runs/demo", "--text", "my notes"]
+
+
+def test_the_command_is_named_by_its_path_where_the_shell_does_not_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    surprise, calls = demo_run.train.__globals__["surprise"], []
+    called = tmp_path / "a venv" / "blt"
+    called.parent.mkdir()
+    called.write_text("#!/bin/sh\n")
+    called.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(called), "demo"])
+    monkeypatch.setenv("PATH", "")
+    assert shlex.split(dict(closing_lines(Path("x"), None))["next"])[0] == str(called)
+    monkeypatch.setenv("PATH", str(called.parent))
+    assert shlex.split(dict(closing_lines(Path("x"), None))["next"])[0] == "blt"
+
+
+@pytest.mark.parametrize("begun", [[], [".train.jsonl.123.part"]])
+def test_a_demo_that_was_stopped_at_once_begins_again(tmp_path: Path, begun: list[str]) -> None:
+    (tmp_path / "text").mkdir()
+    for name in begun:
+        (tmp_path / "text" / name).write_text("")
+    (tmp_path / "little").write_text(sentences(0, 50_000))
+    with pytest.raises(UserError, match="holds something else"):
+        run_demo(0.02, tmp_path, str(tmp_path / "little"), 0, QUIET)
+    (tmp_path / "little").rename(tmp_path.with_name("little"))
+    with pytest.raises(UserError, match="bytes at the least"):
+        run_demo(0.02, tmp_path, str(tmp_path.with_name("little")), 0, QUIET)
+
+
+@pytest.mark.parametrize("stage", ["training", "measuring"])
+def test_a_demo_that_is_stopped_says_that_it_begins_again_and_what_can_be_used(
+    tmp_path: Path, own_text: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    folder, calls = tmp_path / "demo", []
+    surprise = loop.surprise
 
     def stopped(*arguments: Any) -> Any:
         calls.append(1)
@@ -186,9 +237,23 @@ def test_a_demo_that_is_stopped_says_that_it_begins_anew(
             signal.raise_signal(signal.SIGINT)
         return surprise(*arguments)
 
-    monkeypatch.setitem(demo_run.train.__globals__, "surprise", stopped)
-    with pytest.raises(Interrupted, match="begins it anew"):
-        run_demo(1.0, tmp_path / "demo", str(own_text), 0, QUIET)
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if stage == "training":
+        monkeypatch.setattr(loop, "surprise", stopped)
+    else:
+        monkeypatch.setattr(demo_run, "measure", interrupted)
+    with pytest.raises(Interrupted) as caught:
+        run_demo(1.0 if stage == "training" else 0.02, folder, str(own_text), 0, QUIET)
+    assert str(caught.value).endswith("the same command begins again")
+    if stage == "training":
+        assert "generate" not in str(caught.value)
+    else:
+        assert f"the BLT as far as it is trained can be used: blt generate 'def read(self' -m {folder};" in str(
+            caught.value
+        )
+        assert len(BLT.from_pretrained(folder, device="cpu").generate("The cat", 5)) > 0
 
 
 def test_xz_packs_the_held_out_text_behind_the_training_text() -> None:

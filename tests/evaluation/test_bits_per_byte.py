@@ -26,9 +26,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(params=["byte LM", "BLT"])
+@pytest.fixture(params=["byte LM", "BLT", "BLT as published"])
 def model(request: pytest.FixtureRequest) -> ByteLM | BLTModel:
     more = {} if request.param == "byte LM" else {"model": BLT, "patching": {"mode": "space"}}
+    if request.param == "BLT as published":
+        more["model"] = BLT | {"ngram_hash": {**BLT["ngram_hash"], "stop_at_document": False}}
     torch.manual_seed(0)
     built = build(settings(byte_lm_run(Path("x"), Path("x"), **more)).model)
     assert isinstance(built, ByteLM | BLTModel)

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
+from bytelatent.inference.drafters import LocalDrafter
 from bytelatent.inference.fast import FastRows, engine_for, supports
 from bytelatent.inference.fast.drafted import LONGEST
 from bytelatent.inference.sampling import MAX_NEW_BYTES
+from bytelatent.inference.speculation import SpeculativeRows
+from bytelatent.inference.utf8 import state_after
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
-from bytelatent.vocab import EOS
+from bytelatent.vocab import EOS, decode
 from tests.inference.test_decode import full_logits
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
@@ -269,3 +272,51 @@ def test_what_will_not_do() -> None:
         engine.submit(torch.zeros(0, dtype=torch.long), GREEDY, 1)
     assert engine.is_idle
     assert isinstance(decoders()["byte LM"].model, ByteLM)
+
+
+STOPS = st.lists(
+    st.binary(min_size=1, max_size=3)
+    | st.text(min_size=1, max_size=2).map(str.encode)
+    | st.integers(0x80, 0xBF).map(lambda byte: bytes([byte])),
+    max_size=4,
+)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast", "drafted", "speculative"])
+@settings(max_examples=12)
+@given(data=st.data())
+def test_valid_utf8_is_valid_whatever_ends_it(kind: str, data: st.DataObject) -> None:
+    """Also where a stop text begins within a character, on the way, and where a sequence is cancelled."""
+    decoder = decoders(data.draw(st.integers(0, 3)))["entropy"]
+    num_rows = data.draw(st.integers(1, 3))
+    if kind == "speculative":
+        engine = Engine(decoder, SpeculativeRows(decoder, num_rows, LocalDrafter(decoder), 5), num_rows)
+    else:
+        engine = engine_of(decoder, kind, num_rows)
+    asked = [
+        engine.submit(
+            prompt_ids(prompt),
+            Sampling(temperature=4.0, seed=seed, valid_utf8=True, stop=data.draw(STOPS)),
+            data.draw(st.integers(4, 40)),
+        )[0]
+        for seed, prompt in enumerate([b"x", "é".encode(), "\u8a9e".encode()[:1], "\U0001f642".encode()[:2]])
+    ]
+    given_out, texts = [b""] * len(asked), [""] * len(asked)
+    watched = data.draw(st.sampled_from([Continuation.new_bytes, Continuation.new_text]))
+    stopped = data.draw(st.integers(1, 60))
+    for step in range(1000):
+        if engine.is_idle:
+            break
+        if step == stopped:
+            engine.cancel(asked[0])
+        engine.advance()
+        for number, one in enumerate(asked):
+            new = watched(one)
+            given_out[number] += new if isinstance(new, bytes) else b""
+            texts[number] += new if isinstance(new, str) else ""
+    for one, shown, text in zip(asked, given_out, texts, strict=True):
+        before = decode(one.prompt.numpy())
+        assert one.ended
+        if one.data or state_after(before) == 0:
+            (before + one.data).decode()  # raises where it is no UTF-8
+        assert text == one.text if watched is Continuation.new_text else shown == one.data

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from bytelatent import BLT
 from bytelatent.interop import load, load_byte_lm
 from bytelatent.kernels.hash_embed import hash_rows, ngram_powers
-from bytelatent.model import ByteLM, pack_rows
+from bytelatent.model import ByteLM, add_patches, pack_rows
 from bytelatent.model.ngram_hash import PRIMES
 
 
@@ -21,6 +21,20 @@ def test_logits(goldens: Path, name: str) -> None:
     logits = model.logits(io["tokens"].long(), io["patch_lengths"].long())
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, io["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["blt_k2", "blt_k4_proj"])
+def test_rows_of_a_stream_are_apart(goldens: Path, name: str) -> None:
+    """Published n-grams do not stop at a document's start; packed rows are rows of their own nevertheless."""
+    io = load_file(goldens / name / "io.safetensors")
+    model = BLT.from_pretrained(goldens / name, device="cpu")
+    rows, lengths = io["tokens"].long(), io["patch_lengths"].long()
+    starts = torch.stack([torch.zeros(rows.shape[1] + 1, dtype=torch.bool) for _ in rows])
+    for row, counts in zip(starts, lengths, strict=True):
+        row[counts.cumsum(0)[counts.cumsum(0) <= rows.shape[1]]] = True
+    with torch.no_grad():
+        logits = model.model(add_patches(pack_rows(list(rows)), starts[:, 1:].flatten()))
+    torch.testing.assert_close(logits.view_as(io["logits"]), io["logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["blt_k2", "blt_k4_proj"])

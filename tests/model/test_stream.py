@@ -37,7 +37,7 @@ def test_add_patches(sizes: list[int], padding: int, more_slots: int, seed: int)
     assert made.patch_document.tolist() == patch_document + [-1] * more_slots
     assert made.patch_position[: len(patch_position)].tolist() == patch_position
     assert made.num_patches == slots
-    assert made.history.tolist() == list(range(len(patch)))
+    assert made.history.tolist() == stream.position.tolist()
 
 
 def test_pack_rows() -> None:

@@ -123,7 +123,8 @@ def stream_of(documents: Sequence[Tensor], padding: int = 0) -> Stream:
 def patched_stream_of(
     documents: Sequence[Tensor], starts: Sequence[Tensor], padding: int = 0, more_slots: int = 0
 ) -> PatchedStream:
-    """The same, cut into patches, with `more_slots` unused patch slots."""
+    """The same, cut into patches, with `more_slots` unused patch slots, as one row of several documents."""
     next_starts = torch.cat([*starts, torch.zeros(padding, dtype=torch.bool)])
     stream = stream_of(documents, padding)
-    return add_patches(stream, next_starts, add_patches(stream, next_starts).num_patches + more_slots)
+    slots = add_patches(stream, next_starts).num_patches + more_slots
+    return add_patches(stream, next_starts, slots, history=torch.arange(len(next_starts)))

@@ -14,7 +14,8 @@ import pytest
 
 from bytelatent.errors import UserError
 from bytelatent.text import find_files, read_documents
-from bytelatent.text.places import open_decompressed, size_of
+from bytelatent.text.kinds import TextReader, kind_of
+from bytelatent.text.places import size_of
 from tests.hub_server import HubServer
 from tests.text.text_files import KINDS, jsonl, write
 
@@ -68,7 +69,8 @@ def test_sizes_and_bytes_in_memory(memory: str, folder: Path) -> None:
     for kind in KINDS:
         assert size_of(f"{memory}/a.{kind}") == (folder / "data" / f"a.{kind}").stat().st_size
     for kind in ("jsonl", "jsonl.gz", "jsonl.zst"):
-        with open_decompressed(f"{memory}/a.{kind}") as file:
+        name = f"{memory}/a.{kind}"
+        with TextReader(name, kind_of(name).compression) as file:
             assert file.read() == jsonl(TEXTS)
 
 
@@ -80,7 +82,7 @@ def test_a_file_by_http(kind: str, web: str, folder: Path) -> None:
 
 
 def test_a_large_file_by_http(web: str) -> None:
-    with open_decompressed(f"{web}/large.txt") as file:
+    with TextReader(f"{web}/large.txt", None) as file:
         assert file.read() == LARGE
 
 

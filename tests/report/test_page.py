@@ -23,10 +23,15 @@ def full_report() -> Report:
         title="<script>title</script>",
         summary={
             "bits_per_byte": {"xz": 2.5, "blt": 1.25, "byte_lm": float("nan")},
+            "undertrained": "the BLT did <script> 14 training steps",
             "mean_patch_bytes": 4.567,
             "threshold": 0.3,
-            "seconds": 200.4,
-            "train_bytes": 4_200_000,
+            "seconds": 260.4,
+            "training_seconds": 200.4,
+            "bytes_read": {"byte_lm": 3_300_000, "blt": 4_200_000},
+            "steps": {"byte_lm": 1611, "blt": 2051},
+            "parameters": {"byte_lm": 600_000, "blt": 4_100_000},
+            "train_bytes": 9_900_000,
             "sample": "unused",
             "sizes": {"blt": 12},
         },
@@ -124,10 +129,30 @@ def test_strip_is_as_tall_as_the_entropies() -> None:
 
 def test_summary_as_people_read_it(report_html: str) -> None:
     read = Page(report_html).all_text
-    for text in ("4.57", "4.2 MB", "3 min 20 s", "0.30", "1.250", "2.500", "sizes.blt", "12"):
+    for text in ("4.57 bytes", "4.2 MB", "3 min 20 s", "4 min 20 s", "0.3", "1.250", "2.500", "sizes: blt", "12"):
         assert text in read
     rows = re.findall(r'<th scope="row">(.*?)</th>.*?width: ([\d.]+)%.*?<td>(.*?)</td></tr>', report_html)
-    assert rows == [("BLT", "50.0", "1.250"), ("xz", "100.0", "2.500"), ("byte LM", "0.0", "–")]
+    assert rows == [("BLT", "41.7", "1.250"), ("xz", "83.3", "2.500"), ("byte LM", "0.0", "–")]  # of 3 bits
+
+
+def test_bars_have_an_axis_in_whole_bits(report_html: str) -> None:
+    ticks = re.findall(r'<span style="left: ([\d.]+)%">(\d+)</span>', report_html)
+    assert [(float(left), int(bits)) for left, bits in ticks] == [(0, 0), (33.33, 1), (66.67, 2), (100, 3)]
+
+
+def test_each_model_has_what_it_was_trained_on(report_html: str) -> None:
+    [table] = re.findall(r'<table class="models">(.*?)</table>', report_html, flags=re.DOTALL)
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+    assert rows == [
+        ["", "parameters", "training steps", "text read"],
+        ["byte LM", "0.6 M", "1,611", "3.3 MB"],
+        ["BLT", "4.1 M", "2,051", "4.2 MB"],
+    ]
+
+
+def test_an_undertrained_model_is_named_before_its_numbers(report_html: str) -> None:
+    read = Page(report_html).all_text
+    assert read.index("the BLT did <script> 14 training steps") < read.index("4.57 bytes")
 
 
 def test_figures_take_their_colours_from_the_page_and_share_no_ids(report_html: str) -> None:

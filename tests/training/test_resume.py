@@ -196,14 +196,14 @@ def test_a_run_keeps_its_byte_lm(tmp_path: Path, text: Path, byte_lm: Path) -> N
 def test_other_settings_are_said_in_a_line_each(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))
     assert "goes on with" not in capsys.readouterr().out
-    more = {"checkpoint": {"every": 9}, "data": {"max_damaged": 3}, "validation": {"max_bytes": None}}
+    more = {"checkpoint": {"every": 9}, "data": {"max_bad_rows": 3}, "validation": {"max_bytes": None}}
     more["optimizer"] = {"lr": 3e-3, "warmup_steps": 3, "accumulation": 2}
     train(settings(byte_lm_run(run, text, steps=7, **more)))
     assert "\nsteps: 7\n" in (run / "settings.yaml").read_text()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("goes on with")]
     assert lines == [
         "goes on with checkpoint.every: 9, before 5",
-        "goes on with data.max_damaged: 3, before 100",
+        "goes on with data.max_bad_rows: 3, before 100",
         "goes on with optimizer.accumulation: 2, before 1",
         "goes on with steps: 7, before 6",
         "goes on with validation.max_bytes: None, before 1000000",

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from bytelatent.config import from_command_line
+from bytelatent.command_line import from_command_line
 from bytelatent.errors import UserError
+from bytelatent.model import BLTSettings, preset
 from bytelatent.train import USAGE
 from bytelatent.training import TrainSettings, train
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, command, finished, settings, write_text
@@ -70,7 +71,21 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         (["config="], "config: no file is named; as in config=apps/"),
         ([*ENOUGH, "seed=-1"], "seed: Input should be greater than or equal to 0, not -1"),
         ([*ENOUGH, "data.train=null"], "data.train: there is no text to train on; name it, as in data.train='text/"),
-        ([*ENOUGH, "data.train=3"], "data.train: Input should be a valid list, not 3"),
+        ([*ENOUGH, "data.train=[*.jsonl]"], "data.train: '[*.jsonl]' is no list or mapping ("),
+        ([*ENOUGH_BLT, "model.dim=2"], "model.dim: does not go together with the other keys here; did you mean '"),
+        ([*ENOUGH_BLT, "model.dim=2"], "'model.encoder.dim' or 'model.global_transformer.dim' or 'model.decoder.dim'"),
+        (["model.dim=256", *ENOUGH], "'model=demo-byte-lm' comes after model.dim=... and would drop it; write it"),
+        ([*ENOUGH, "data.train.weight=2"], "data.train.weight: data.train is 'x', which has no keys; set it whole: "),
+        ([*ENOUGH, "optimizer.lr=nan"], "optimizer.lr: Input should be a finite number, not 'nan'"),
+        ([*ENOUGH, "optimizer.lr=1e999"], "optimizer.lr: Input should be a finite number, not inf"),
+        ([*ENOUGH[:2], "minutes=inf"], "minutes: Input should be a finite number, not 'inf'"),
+        ([*ENOUGH, "steps=-1"], "steps: Input should be greater than or equal to 1, not -1"),
+        ([*ENOUGH, f"steps={10**30}"], f"steps: Input should be at most {2**63 - 1}, not {10**30}"),
+        ([*ENOUGH, f"data.batch_bytes={10**12}"], f"data.batch_bytes: Input should be less than or equal to {2**31}"),
+        ([*ENOUGH, f"data.context={10**12}"], f"data.context: Input should be less than or equal to {2**31}"),
+        ([*ENOUGH, f"data.workers={10**6}"], "data.workers: Input should be less than or equal to 1024, not 1000000"),
+        ([*ENOUGH, f"optimizer.accumulation={10**12}"], "optimizer.accumulation: Input should be less than or equal"),
+        ([*ENOUGH, "faults.watchdog_minutes=1e300"], "faults.watchdog_minutes: Input should be less than or equal"),
         ([*ENOUGH, "steps"], "'steps' is not a setting"),
     ],
 )
@@ -85,6 +100,58 @@ def test_later_settings_win_over_the_file(tmp_path: Path) -> None:
     path.write_text("model: demo-byte-lm\nsteps: 3\ndata: {train: x}\noptimizer: {lr: 1.0, clip: 2.0}\n")
     read = from_command_line(TrainSettings, [f"config={path}", "optimizer.lr=1e-3", "steps=7"], USAGE)
     assert (read.steps, read.optimizer.lr, read.optimizer.clip) == (7, 1e-3, 2.0)
+
+
+def test_a_length_on_the_command_line_replaces_the_other_one_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: demo-byte-lm\nminutes: 3\ndata: {train: x}\n")
+    read = from_command_line(TrainSettings, [f"config={path}", "steps=7"], USAGE)
+    assert (read.steps, read.minutes) == (7, None)
+    assert from_command_line(TrainSettings, [f"config={path}", "minutes=null", "steps=7"], USAGE) == read
+    assert from_command_line(TrainSettings, [f"config={path}"], USAGE).minutes == 3
+
+
+def test_fields_of_a_preset_can_be_set(tmp_path: Path) -> None:
+    plain = from_command_line(TrainSettings, [*ENOUGH_BLT, "patching.mode=space"], USAGE).model
+    changes = ["model.encoder.window=9", "model.ngram_hash.vocab_size=77"]
+    read = from_command_line(TrainSettings, [*ENOUGH_BLT, "patching.mode=space", *changes], USAGE).model
+    assert isinstance(read, BLTSettings)
+    assert isinstance(plain, BLTSettings)
+    assert plain.ngram_hash is not None
+    assert read == plain.model_copy(
+        update={
+            "encoder": plain.encoder.model_copy(update={"window": 9}),
+            "ngram_hash": plain.ngram_hash.model_copy(update={"vocab_size": 77}),
+        }
+    )
+    path = tmp_path / "run.yaml"
+    shapes = "{preset: demo-blt, encoder: {window: 9}}"
+    path.write_text(f"model: {shapes}\npatching: {{mode: space}}\nsteps: 3\ndata: {{train: x}}\n")
+    assert from_command_line(TrainSettings, [f"config={path}", changes[1]], USAGE).model == read
+    without = from_command_line(TrainSettings, [f"config={path}", "model.ngram_hash=null"], USAGE).model
+    assert isinstance(without, BLTSettings)
+    assert without.ngram_hash is None
+    dim = from_command_line(TrainSettings, [*ENOUGH, "model.dim=64"], USAGE).model
+    assert dim == preset("demo-byte-lm").model_copy(update={"dim": 64})
+
+
+def test_resolved_settings_name_their_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: demo-blt\nrun: a\nsteps: 3\ndata: {train: x}\ncalibration: {patch_bytes: 4}\n")
+    given = [f"config={path}", "model.decoder.window=9", "run=b #1"]
+    with pytest.raises(SystemExit) as ended:
+        from_command_line(TrainSettings, [*given, "--print-config"], USAGE)
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    sources = {line.split()[0]: line.rpartition("  # ")[2] for line in shown.splitlines() if "  # " in line}
+    assert (sources["run:"], sources["patch_bytes:"], sources["seed:"]) == ("command line", str(path), "default")
+    assert sources["num_layers:"] == "preset demo-blt"
+    assert sources["threshold:"] == "calibration"
+    assert "    window: 9 " in shown
+    again = tmp_path / "again.yaml"
+    again.write_text(shown)
+    expected = from_command_line(TrainSettings, given, USAGE)
+    assert from_command_line(TrainSettings, [f"config={again}"], USAGE) == expected
 
 
 def test_the_shipped_configurations_are_read() -> None:

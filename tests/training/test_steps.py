@@ -107,7 +107,10 @@ def test_gradients_are_averaged_over_all_targets_and_clipped(text: Path) -> None
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-SPEEDS = {"bytes_per_second", "patches_per_second", "model_flops_utilisation", "data_wait", "peak_memory_gib"}
+SPEEDS = {
+    *("bytes_per_second", "patches_per_second", "model_flops_utilisation", "data_wait", "peak_memory_gib"),
+    "threads",
+}
 
 
 @pytest.mark.parametrize("kind", ["byte LM", "BLT"])

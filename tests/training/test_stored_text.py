@@ -86,7 +86,7 @@ def test_calibration_passes_over_damage_as_training_does(work: Path, tmp_path: P
     assert len(lines) == 1  # in calibration, and in no epoch again
     assert "passed over (1 of at most 100)" in lines[0]
     values["run"] = str(tmp_path / "strict")
-    values["data"]["max_damaged"] = 0
+    values["data"]["max_bad_rows"] = 0
     with pytest.raises(UserError, match="is not a whole Parquet file"):
         train(settings(values))
 
@@ -100,7 +100,7 @@ def test_no_rank_repeats_what_calibration_said(work: Path, tmp_path: Path, crew:
 
 
 def test_reading_processes_may_change_between_starts(work: Path, tmp_path: Path) -> None:
-    for name, changes in (("same", {}), ("other", {"workers": 1, "max_damaged": 3})):
+    for name, changes in (("same", {}), ("other", {"workers": 1, "max_bad_rows": 3})):
         train(settings(of_starts(work, tmp_path / name, steps=5)))
         more = of_starts(work, tmp_path / name, steps=10)
         more["data"] |= changes
@@ -121,4 +121,4 @@ def test_damaged_rows_are_told(work: Path, tmp_path: Path) -> None:
     assert f"data: '{text}' line 61 is not JSON" in told.getvalue()
     assert "passed over (1 of at most 100)" in told.getvalue()
     with pytest.raises(UserError, match="line 61 is not JSON"):
-        train(settings(byte_lm_run(tmp_path / "strict", text, data={"max_damaged": 0})))
+        train(settings(byte_lm_run(tmp_path / "strict", text, data={"max_bad_rows": 0})))

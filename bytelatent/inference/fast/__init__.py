@@ -44,7 +44,8 @@ def engine_for(
         raise UserError(f"ahead: {why}; leave it out")
     model = rounded(model, weights)
     decides_on_host = patching is not None and patching.mode == "bpe"  # a tokenizer does
-    if decides_on_host or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
+    takes_modules = _is_changed(model) or (byte_lm is not None and _is_changed(byte_lm))
+    if decides_on_host or takes_modules or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
         return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
     decoder = (Decoder if device == "cpu" else FastDecoder)(model, patching, byte_lm)
     return Engine(decoder, FastRows(decoder, num_rows, 0.0 if device == "cpu" else QUORUM, ahead=ahead), num_rows)
@@ -56,6 +57,8 @@ def _drafts_nothing(
     """Why a model cannot draft; None if it can."""
     if isinstance(model, ByteLM) or patching is None:
         return "a byte LM has no part that drafts"
+    if _is_changed(model):
+        return "modules of this model were replaced, as adapters do"
     if patching.mode == "bpe":
         return "the rule bpe is not drafted for"
     if device not in ("cpu", "cuda"):
@@ -63,6 +66,11 @@ def _drafts_nothing(
     if device == "cuda" and not supports(model, byte_lm):
         return "the kernels that draft take heads of 16, 32, 64 ... numbers"
     return None
+
+
+def _is_changed(model: BLTModel | ByteLM) -> bool:
+    """Whether some module is of another package, as adapters are: the fast step reads matrices and would pass it by."""
+    return any(type(part).__module__.partition(".")[0] not in ("torch", "bytelatent") for part in model.modules())
 
 
 def check_ahead(ahead: int) -> None:

@@ -191,9 +191,9 @@ class FastDecoder(Decoder):
         return Stream(ids, document, F.pad(stream.position, (0, more)))
 
     def _with_patches(self, stream: Stream, starts: Tensor) -> PatchedStream:
-        exact = add_patches(stream, starts, history=stream.position)
+        exact = add_patches(stream, starts)
         slots = -(-exact.num_patches // ROWS) * ROWS
-        return add_patches(stream, starts, num_patches=slots, history=stream.position)
+        return add_patches(stream, starts, num_patches=slots)
 
     def _embed(self, batch: PatchedStream) -> Tensor:
         assert isinstance(self.model, BLTModel)

@@ -1,0 +1,273 @@
+"""Settings from `config=FILE` and `key=value`, each with the place that it comes from.
+
+A value is read by the type that its field declares. A text, a path or a choice stays what was typed, so that
+`run=0123`, `'run=a #3'` and `data.train=*.jsonl` mean what they say; a whole value in quotes is the text within. Lists
+and mappings are written as in YAML, in brackets and braces. All else is a number, `true`, `false` or `null`.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from bytelatent.config import Settings, flat, load_yaml, short, to_yaml
+from bytelatent.configs import find_config
+from bytelatent.errors import UserError
+
+COMMAND_LINE = "command line"
+PRINT_CONFIG = "--print-config"
+NULL = {"null", "~", ""}
+WHOLE = r"[+-]?(?:0|[1-9][0-9_]{0,999})"  # Python reads no longer ones
+INTEGER = re.compile(WHOLE)
+FLOAT = re.compile(rf"(?:{WHOLE}\.[0-9]*|[+-]?\.[0-9]+|{WHOLE}(?=[eE]))(?:[eE][+-]?[0-9]+)?")
+SINGLE_QUOTED = re.compile(r"'((?:[^']|'')*)'", re.DOTALL)
+SOURCE_COLUMN = 60  # comments begin here at the latest
+
+Read = TypeVar("Read", bound=Settings)
+
+
+@dataclass
+class Given(Generic[Read]):
+    """What was given of some settings.
+
+    Attributes:
+        model: the settings; bare `Settings` where nobody declares them.
+        values: nested plain values.
+        sources: for each whole key the file it stands in, or `COMMAND_LINE`.
+        literal: a key whose value is a text whatever it looks like.
+    """
+
+    model: type[Read]
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    literal: str | None = None
+
+    def read_file(self, config: str) -> None:
+        """Begin with a YAML file: its path, or the name of a configuration of the package."""
+        path = find_config(config)
+        self.values = load_yaml(path)
+        self.sources = dict.fromkeys(flat(self.values), str(path))
+
+    def lay_over(self, overrides: list[str]) -> None:
+        """Lay `key.inner=value` over what is there; later ones win.
+
+        Raises:
+            UserError: one is no setting, cannot be read, or would drop an earlier one.
+        """
+        before: list[str] = []
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not all(key.split(".")) or not equals:
+                raise UserError(f"'{override}' is not a setting; write key=value, as in optimizer.lr=4e-4")
+            inner = next((other for other in before if other.startswith(f"{key}.")), None)
+            if inner is not None:
+                raise UserError(f"'{short(override)}' comes after {inner}=... and would drop it; write it first")
+            self._set(key, text)
+            before.append(key)
+        chosen = {name for name in before if name in self.model.alternatives and self.values[name] is not None}
+        for name in self.model.alternatives if chosen else ():
+            if name not in before and name in self.values:
+                self.values[name], self.sources[name] = None, COMMAND_LINE
+
+    def _set(self, key: str, text: str) -> None:
+        *groups, name = key.split(".")
+        value = text if key == self.literal else _read(text, _declared(self.model, key), key)
+        group = self.values
+        for depth, part in enumerate(groups, 1):
+            whole, inner = ".".join(groups[:depth]), group.get(part)
+            if isinstance(inner, str) and whole in self.model.presets:
+                inner = {"preset": inner}
+            elif inner is not None and not isinstance(inner, dict):
+                raise UserError(f"{key}: {whole} is {short(repr(inner))}, which has no keys; set it whole: {whole}=...")
+            group[part] = dict(inner or {})
+            group = group[part]
+        group[name] = value
+        for replaced in [known for known in self.sources if f"{known}.".startswith(f"{key}.")]:
+            del self.sources[replaced]
+        self.sources |= dict.fromkeys(flat({key: value}), COMMAND_LINE)
+
+    def settings(self) -> Read:
+        """The settings.
+
+        Raises:
+            UserError: a key or a value will not do. The file's name stands in front where it is the file's.
+        """
+        return self.model.parse_from(self.values, self._file_of)
+
+    def _file_of(self, key: str) -> str:
+        related = {
+            source
+            for known, source in self.sources.items()
+            if f"{known}.".startswith(f"{key}.") or f"{key}.".startswith(f"{known}.")
+        }
+        sources = related or set(self.sources.values())
+        return "" if len(sources) != 1 or COMMAND_LINE in sources else sources.pop()
+
+    def in_words(self, settings: Read) -> str:
+        """The resolved settings as YAML, a comment behind each that says where it comes from."""
+        lines = list(_lines(settings.plain()))
+        width = min(max(len(line) for line, _ in lines), SOURCE_COLUMN)
+        return "\n".join(
+            line if key is None else f"{line:<{width}}  # {self._source_of(key, settings)}" for line, key in lines
+        )
+
+    def _source_of(self, key: str, settings: Read) -> str:
+        parts = key.split(".")
+        for length in range(len(parts), 0, -1):
+            known = ".".join(parts[:length])
+            if known in self.sources and (known == key or known not in self.model.presets):
+                return self.sources[known]
+            if known in self.model.presets and (name := _preset_in(self.values, known)) is not None:
+                return f"preset {name}"
+        return settings.source_of_default(key)
+
+
+def from_command_line(model: type[Read], arguments: list[str], usage: str, literal: str | None = None) -> Read:
+    """Settings from `config=FILE` and `key=value`, later ones winning.
+
+    Args:
+        usage: what to do where there are no arguments.
+        literal: the key whose value is a text whatever it looks like.
+
+    Raises:
+        UserError: there are none, or a key or value will not do.
+        SystemExit: `--help`, `-h` or `--print-config` was asked for; it is printed.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(f"{usage}\nsettings: {', '.join(model.model_fields)}; those of a group as group.key=value")
+        print("later ones win over earlier ones and over config=FILE; `blt configs` lists the package's own files")
+        print(f"{PRINT_CONFIG} shows all settings as they are now and where each comes from; their meaning: docs/")
+        raise SystemExit(0)
+    rest = [argument for argument in arguments if argument != PRINT_CONFIG]
+    if not rest:
+        raise UserError(usage)
+    given = Given(model, literal=literal)
+    if configs := [argument.removeprefix("config=") for argument in rest if argument.startswith("config=")]:
+        given.read_file(configs[-1])
+    given.lay_over([argument for argument in rest if not argument.startswith("config=")])
+    settings = given.settings()
+    if PRINT_CONFIG in arguments:
+        print(given.in_words(settings))
+        raise SystemExit(0)
+    return settings
+
+
+def _preset_in(values: dict[str, Any], name: str) -> str | None:
+    value = values.get(name)
+    if isinstance(value, dict):
+        value = value.get("preset")
+    return value if isinstance(value, str) else None
+
+
+def _lines(values: dict[str, Any], within: tuple[str, ...] = ()) -> Iterator[tuple[str, str | None]]:
+    """Lines of YAML, each with the whole key of its value; None where it begins a group."""
+    for name, value in values.items():
+        begin = f"{'  ' * len(within)}{name}:"
+        if isinstance(value, dict) and value:
+            yield begin, None
+            yield from _lines(value, (*within, name))
+        else:
+            yield f"{begin} {_one_line(value)}", ".".join([*within, name])
+
+
+def _one_line(value: Any) -> str:
+    written = to_yaml({"a": value}).removeprefix("a: ").removesuffix("\n")
+    is_plain = written == value or not isinstance(value, str | list | dict)
+    return written if is_plain else json.dumps(value, ensure_ascii=False)
+
+
+def _declared(model: type[Settings], key: str) -> list[Any]:
+    """The types that the value of a whole key may have; none where nobody declares it."""
+    types: list[Any] = [model]
+    for name in key.split("."):
+        types = [kind for outer in types for kind in _within(outer, name)]
+    return types
+
+
+def _within(kind: Any, name: str) -> list[Any]:
+    """The types of the values called `name` in a value of this type."""
+    found = []
+    for member in _members(kind):
+        origin = get_origin(member)
+        if isinstance(member, type) and issubclass(member, Settings):
+            found += [member.model_fields[name].annotation] if name in member.model_fields else []
+        elif origin is dict:
+            found.append(get_args(member)[1])
+        elif origin in (list, tuple):  # a single one may stand for a list of one
+            found += [inner for item in get_args(member) for inner in _within(item, name)]
+    return found
+
+
+def _members(kind: Any) -> list[Any]:
+    """What a union is made of."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [member for inner in get_args(kind) for member in _members(inner)]
+    return [kind]
+
+
+def _is_text(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return all(isinstance(choice, str) for choice in get_args(kind))
+    return isinstance(kind, type) and issubclass(kind, str | Path)
+
+
+def _is_number(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, bool | int | float)
+
+
+def _read(text: str, types: list[Any], key: str) -> Any:
+    """A value as it was typed."""
+    members = [member for kind in types for member in _members(kind)]
+    texts = [_is_text(member) for member in members if member is not NoneType]
+    if not (texts and all(texts)) and text[:1] + text[-1:] in ("[]", "{}"):
+        try:
+            return _of_node(yaml.compose(text, yaml.SafeLoader), types, key)
+        except (yaml.YAMLError, RecursionError) as error:
+            problem = getattr(error, "problem", None) or error
+            raise UserError(f"{key}: '{short(text)}' is no list or mapping ({problem}); quote its texts") from None
+    if text[:1] == text[-1:] == '"':
+        with suppress(ValueError):
+            return json.loads(text, strict=False)
+    if quoted := SINGLE_QUOTED.fullmatch(text):
+        return quoted[1].replace("''", "'")
+    return _scalar(text, members)
+
+
+def _of_node(node: yaml.Node, types: list[Any], key: str) -> Any:
+    members = [member for kind in types for member in _members(kind)]
+    if isinstance(node, yaml.ScalarNode):
+        return node.value if node.style else _scalar(node.value, members)
+    if isinstance(node, yaml.SequenceNode):
+        items = [item for member in members if get_origin(member) in (list, tuple) for item in get_args(member)]
+        return [_of_node(item, items, key) for item in node.value]
+    values: dict[str, Any] = {}
+    for name, value in node.value:
+        if str(name.value) in values:
+            raise UserError(f"{key}.{name.value}: it is given twice")
+        inner = [kind for outer in types for kind in _within(outer, str(name.value))]
+        values[str(name.value)] = _of_node(value, inner, f"{key}.{name.value}")
+    return values
+
+
+def _scalar(text: str, members: list[Any]) -> Any:
+    """A text that stands alone, by the types that it may have."""
+    kinds = [member for member in members if member is not NoneType]
+    if kinds and all(_is_text(kind) for kind in kinds):
+        return None if text == "null" and NoneType in members else text
+    if kinds and not any(_is_number(kind) or kind is Any for kind in kinds):  # a list, a group: a text may stand for it
+        return None if text == "null" else text
+    if text.lower() in NULL and (kinds or text):
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if FLOAT.fullmatch(text) else text

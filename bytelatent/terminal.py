@@ -1,0 +1,44 @@
+"""What a terminal is sent: text of models, files and their names shows there, and steers nothing.
+
+An escape sequence clears the screen, renames the window or answers on standard input; a backspace or a right-to-left
+override shows another text than there is. `rich` takes out five control characters, and leaves ESC.
+"""
+
+import sys
+import unicodedata
+from collections.abc import Iterable
+from typing import IO
+
+import rich.console
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+KEPT = "\n\t\u200c\u200d"  # and the two joiners, which letters and emoji need
+STEERS = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi and other formats, halves of characters, line separators
+
+
+def safe(text: str) -> str:
+    """The text with all that would steer a terminal as escapes: `\\x1b`, `\\u202e`."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in STEERS and c not in KEPT else c for c in text)
+
+
+def say(line: str, file: IO[str] | None = None) -> None:
+    """Print a line, to standard output unless another file is given: safely to a terminal, elsewhere as it is."""
+    place = file or sys.stdout
+    print(safe(line) if place.isatty() else line, file=place, flush=True)
+
+
+class Console(rich.console.Console):
+    """One of `rich` that sends a terminal nothing raw of what it shows: only its own colours and movements."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else safe(segment.text)
+            yield segment if text is segment.text else Segment(text, segment.style)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -1,0 +1,151 @@
+"""The files of a source: those that are text, and a line about those that are not."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bytelatent.errors import UserError
+from bytelatent.terminal import safe
+from bytelatent.text.damage import short
+from bytelatent.text.kinds import kind_of, must_be_read, rows_by_name
+from bytelatent.text.places import Damaged, file_system, is_remote, readable
+
+
+def find_files(path: str, say: Callable[[str], None] = lambda line: None) -> list[str]:
+    """The files of a source, sorted: a file, a folder (all text below it, hidden files not), or a glob.
+
+    Links to folders are followed, to each folder once.
+
+    Args:
+        say: receives a line about files of a folder or a glob that are passed over, and about links.
+
+    Raises:
+        UserError: there are none, or the file is not text; see `kinds`.
+    """
+    if is_remote(path):
+        return _find_remote(path, say)
+    place = Path(path).expanduser()
+    try:
+        if place.is_dir():
+            found = _below(place, say)
+            if not found:
+                raise UserError(f"data: the folder '{path}' holds no files")
+            return _text_among(found, path, say)
+        if place.exists():
+            must_be_read(str(place))
+            return [str(place)]
+        found = _once([name for name in glob.glob(str(place), recursive=True) if not Path(name).is_dir()])
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"data: '{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not found:
+        raise UserError(f"data: '{path}' does not exist; give a file, a folder or a pattern such as 'text/*.jsonl'")
+    return _text_among(found, path, say)
+
+
+def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
+    """All but hidden files below a folder; links to folders come last, so that a folder keeps its own name."""
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    folders, links = [folder], list[Path]()
+    while folders or links:
+        place = folders.pop() if folders else links.pop(0)
+        try:
+            about = os.stat(place)
+            if (about.st_dev, about.st_ino) in seen:
+                say(short(safe(f"data: '{place}' is a link to a folder that is read already; not followed")))
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+                if entry.name.startswith("."):
+                    continue
+                inside = place / entry.name
+                if not os.path.isdir(inside):
+                    found.append(inside)
+                else:
+                    (links if entry.is_symlink() else folders).append(inside)
+        except OSError as error:
+            say(short(safe(f"data: the folder '{place}' is passed over: {error.strerror or error}")))
+    return [str(file) for file in sorted(found)]
+
+
+def _once(files: list[str]) -> list[str]:
+    """Files that a glob found, those below a folder not again below a link to it."""
+    by_place: dict[tuple[str, str], str] = {}
+    for file in sorted(files, key=lambda file: (len(Path(file).parts), file)):
+        folder, name = os.path.split(file)
+        by_place.setdefault((os.path.realpath(folder), name), file)
+    return sorted(by_place.values())
+
+
+def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> list[str]:
+    """The files that are text, with a line about the others.
+
+    Raises:
+        UserError: there is none.
+    """
+    text, others = [], {}
+    for file in files:
+        why_not = None
+        if not is_remote(file) and not os.path.exists(file):
+            why_not = "a broken link"
+        elif not _is_rows(file):
+            with suppress(Damaged):  # whatever reads it will say so
+                why_not = kind_of(file).why_not
+        if why_not:
+            others[file] = why_not
+        else:
+            text.append(file)
+    if others:
+        first, what = next(iter(others.items()))
+        more = Counter(others.values()).most_common()
+        counted = ", ".join(f"{count:,} x {what.partition(' (')[0]}" for what, count in more[:3])
+        line = f"{len(others):,} of {len(files):,} files of '{source}' are not text and are passed over"
+        if not text:
+            raise UserError(f"data: {line}: '{first}' is {what}")
+        say(short(safe(f"data: {line}: {counted}{', ...' if len(more) > 3 else ''}")))
+    return text
+
+
+def _is_rows(file: str) -> bool:
+    """Whether its name says so; then what it holds is looked at when it is read."""
+    if rows_by_name(file) not in ("lines", "parquet"):
+        return False
+    return is_remote(file) or os.path.isfile(file)
+
+
+def _find_remote(path: str, say: Callable[[str], None]) -> list[str]:
+    fs, inner = file_system(path)
+    if path.startswith(("http://", "https://")) and path.endswith("/"):
+        raise UserError(f"data: '{path}' is a page, not a file; name the files on it")
+    with readable(path):
+        if glob.has_magic(inner):
+            found = [name for name in fs.glob(inner) if fs.isfile(name)]
+        elif fs.isfile(inner):
+            must_be_read(path)
+            return [fs.unstrip_protocol(inner)]
+        else:
+            found = [n for n in fs.find(inner) if _visible(Path(n.removeprefix(inner)))] if fs.exists(inner) else []
+    if not found:
+        raise UserError(f"data: there are no files at '{path}'{_why_not(fs, inner)}")
+    return _text_among(sorted(fs.unstrip_protocol(name) for name in found), path, say)
+
+
+def _why_not(fs: Any, inner: str) -> str:
+    """`: REASON` where a place only looks empty because it cannot be reached; the file systems hide that."""
+    try:
+        fs.info(inner)
+    except Exception as error:
+        reason = error.__cause__ or error
+        if not isinstance(reason, FileNotFoundError):
+            return f": {reason}"
+    return ""
+
+
+def _visible(inside: Path) -> bool:
+    return not any(part.startswith(".") for part in inside.parts)

@@ -1,0 +1,69 @@
+"""Lines of a file and values of JSON, of bounded length: one that is longer is left out without being held."""
+
+import codecs
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from bytelatent.text.documents import Rows, too_long
+from bytelatent.text.kinds import TextReader
+from bytelatent.text.places import Damaged
+
+SKIP_BYTES = 1 << 20
+
+
+def next_line(stream: io.BufferedReader, max_bytes: int) -> tuple[bytes | None, int]:
+    """The next line, None in place of one of more than `max_bytes` before its end, and the bytes it takes in the file.
+
+    At the end of the file the line is empty.
+    """
+    line = stream.readline(max_bytes + 2)
+    size = len(line)
+    if size <= max_bytes or (line.endswith(b"\n") and len(line.rstrip(b"\r\n")) <= max_bytes):
+        return line, size
+    while not line.endswith(b"\n") and (line := stream.readline(SKIP_BYTES)):
+        size += len(line)
+    return None, size
+
+
+def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
+    """The values of a JSON file that is not JSONL, and about how many bytes each takes: the elements of an array, or
+    one object, or several after each other; an error in place of one that is too long.
+
+    Raises:
+        Damaged: from here on it is not JSON, or a value is so long that its end was not found.
+    """
+    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+    parse = json.JSONDecoder().raw_decode
+    text, at, ended, in_array, row = "", 0, False, False, 0
+    while True:
+        while at < len(text) and (text[at].isspace() or (in_array and text[at] == ",")):
+            at += 1
+        if at < len(text) and text[at] == ("]" if in_array else "["):
+            at, in_array = at + 1, not in_array
+            continue
+        if at < len(text):
+            where = f"'{stream.file}' value {row + 1}"
+            try:
+                value, end = parse(text, at)
+            except RecursionError:
+                raise Damaged(
+                    f"data: {where} is not JSON (it is nested too deeply); it and the rest are not read"
+                ) from None
+            except ValueError as error:
+                if ended:
+                    reason = getattr(error, "msg", error)
+                    raise Damaged(f"data: {where} is not JSON ({reason}); it and the rest are not read") from None
+                end = len(text)
+            if end < len(text) or ended:
+                yield (value if end - at <= how.max_row_bytes else too_long(where, how)), end - at
+                at, row = end, row + 1
+                continue
+            if len(text) - at > how.max_row_bytes:
+                raise too_long(where, how)
+        elif ended:
+            return
+        more = stream.read(max(SKIP_BYTES, len(text) - at))
+        ended = not more
+        text, at = text[at:] + decode(more, ended), 0
