@@ -35,7 +35,7 @@ from bytelatent.inference.rounded import Weights, check_weights
 from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS
 from bytelatent.interop import open_pretrained
 from bytelatent.text.documents import json_value
-from bytelatent.text.kinds import TextReader, must_be_read
+from bytelatent.text.kinds import BYTE_ORDER_MARK, TextReader, must_be_read
 from bytelatent.text.places import readable
 from bytelatent.text.rows_out import line_of, must_be_free, rows_at
 
@@ -210,7 +210,6 @@ def _rows(settings: GenerateSettings) -> Iterator[Row]:
     if found.kind in ("parquet", "json"):
         raise UserError(f"jsonl: '{name}' is no JSONL; write each prompt as an object on a line of its own")
     with readable(name), TextReader(name, found.compression) as file:
-        file.skip_byte_order_mark()
         yield from _parsed(file, name, settings)
         if file.damage is not None:
             raise UserError(f"jsonl: '{name}' {file.damage}")
@@ -221,7 +220,7 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
         if not line.strip():
             continue
         try:
-            row = json_value(line)
+            row = json_value(line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line)
         except ValueError as error:
             raise UserError(f"{name}: line {number} is no JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):

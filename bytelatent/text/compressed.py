@@ -22,6 +22,7 @@ MAGICS = {
 BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")  # the first one's, or the end's: texts may begin with BZh1, too
 INPUT_BYTES, OUTPUT_BYTES = 1 << 16, 1 << 16  # of one call
 INPUT_BYTES_ELSE = 1 << 10  # bz2, lzma and zstd give nothing out of a call in which they find damage
+AT_ONCE = 16  # bytes that come together, so that a byte order mark does
 LONGEST_ZSTD_WINDOW = 31  # as a power of two: all that `zstd --long=31` writes
 
 
@@ -106,11 +107,15 @@ class Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if not self._output and self.damage is None:
+        ended = False
+        while len(self._output) < AT_ONCE and not ended and self.damage is None:
             try:
-                self._output = self._decompress(len(buffer))
+                more = self._decompress(len(buffer))
             except Exception as error:  # of four libraries, of the disk or the network
                 self.damage = self._what_is_lost(error)
+            else:
+                self._output += more
+                ended = not more
         count = min(len(buffer), len(self._output))
         buffer[:count] = self._output[:count]
         self._output = self._output[count:]
@@ -143,9 +148,11 @@ class Decompressed(io.RawIOBase):
         is_first = self._member is None
         if self._member is not None:
             self._input, self._member = self._member.unused_data + self._input, None
-        while len(self._input) < self._input_bytes and self._fill():
+        while True:
             if not is_first:
                 self._input = self._input.lstrip(b"\0")
+            if len(self._input) >= self._input_bytes or not self._fill():
+                break
         if not self._input:
             return False
         if compression_of(self._input) != self._compression:
