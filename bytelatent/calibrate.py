@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from bytelatent.data import DataSettings
-from bytelatent.interop import load_byte_lm
+from bytelatent.interop import load_byte_lm_and_context
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.report import write_threshold_figure
 from bytelatent.terminal import say
@@ -33,9 +33,10 @@ def calibrate_text(
     """
     data = DataSettings.parse({"train": text})
     rule = PatchSettings(mode="entropy", threshold=0.0)
-    byte_lm = load_byte_lm(model) if model is not None else None
+    # In pieces as in its training, and as `blt entropies` reads it; entropies that are stored were computed so.
+    byte_lm, context = (None, data.context) if model is None else load_byte_lm_and_context(model)
     damaged = DamageLimit(data.max_damaged, "rows and files in all", lambda line: say(line, sys.stderr))
-    sample = sample_entropies(byte_lm, data.train, data.context, rule, max_bytes, device, damaged=damaged)
+    sample = sample_entropies(byte_lm, data.train, context, rule, max_bytes, device, damaged=damaged)
     found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
     if figure is not None:
         thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, rule)
