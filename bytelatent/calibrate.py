@@ -7,7 +7,7 @@ from rich.console import Console
 
 from bytelatent.data import DataSettings
 from bytelatent.device import choose_device
-from bytelatent.interop import load_byte_lm
+from bytelatent.interop import load_byte_lm_and_context
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.progress import Progress
 from bytelatent.report import write_threshold_figure
@@ -49,13 +49,14 @@ def calibrate_text(
     sources = [{"path": path, "text_key": text_key} for path in text]
     data = DataSettings.parse({"train": sources, "max_bad_rows": max_bad_rows, "max_row_bytes": max_row_bytes})
     rule = PatchSettings(mode="entropy", threshold=0.0)
-    byte_lm = load_byte_lm(model) if model is not None else None
+    # In pieces as in its training, and as `blt entropies` reads it; entropies that are stored were computed so.
+    byte_lm, context = (None, data.context) if model is None else load_byte_lm_and_context(model)
     bad = DamageLimit(data.max_bad_rows, say=lambda line: say(line, sys.stderr))
     with Progress("calibrating", max_bytes, console) as progress:
         sample = sample_entropies(
             byte_lm,
             data.train,
-            data.context,
+            context,
             rule,
             max_bytes,
             place,

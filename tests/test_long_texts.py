@@ -14,6 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from bytelatent import BLT
+from bytelatent.calibrate import calibrate_text
 from bytelatent.cli import app
 from bytelatent.data import patches_of
 from bytelatent.errors import UserError
@@ -176,3 +177,13 @@ def test_nothing_to_read() -> None:
     assert blt.logits(torch.full((2, 3), -1)).eq(0).all()
     assert blt.patch("") == patches_of(b"", blt.patcher) == []
     assert EOS == 2
+
+
+def test_calibrate_reads_pieces_of_the_byte_lms_context(tmp_path: Path) -> None:
+    blt = wrap(RULES["entropy"], window=None)
+    blt.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}))
+    found = calibrate_text([str(tmp_path / "text.jsonl")], 4.5, str(tmp_path / "model"), device="cpu")
+    blt.patching = PatchSettings(threshold=found.threshold)
+    assert found.mean_patch_bytes == pytest.approx(len(TEXT) / len(blt.patch(TEXT, context=CONTEXT)), rel=0.02)
+    assert found.mean_patch_bytes != pytest.approx(len(TEXT) / len(blt.patch(TEXT)), rel=0.02)
