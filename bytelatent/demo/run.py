@@ -10,7 +10,7 @@ from rich.table import Table
 from bytelatent.blt import BLT
 from bytelatent.data import DataSettings, SourceSettings
 from bytelatent.demo.measure import BATCH_BYTES, Clock, measure
-from bytelatent.demo.summary import about, closing_lines, write_summary
+from bytelatent.demo.summary import about, closing_lines, text_options, write_summary
 from bytelatent.demo.text import DemoText, collect
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.patching import PatchSettings
@@ -67,14 +67,13 @@ def run_demo(
     try:
         clock = Clock(minutes)
         text = collect(own_text, folder / "text", text_key, bad, max_row_bytes)  # complains before anything is removed
-        return _run(clock, text, folder, own_text, seed, console)
+        options = text_options(own_text, text_key, max_bad_rows, max_row_bytes)
+        return _run(clock, text, folder, options, seed, console)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(_what_is_left(folder)) from None
 
 
-def _run(
-    clock: Clock, text: DemoText, folder: Path, own_text: str | None, seed: int, console: Console
-) -> dict[str, Any]:
+def _run(clock: Clock, text: DemoText, folder: Path, options: list[str], seed: int, console: Console) -> dict[str, Any]:
     minutes = clock.minutes
     _clear(folder)
     _say(console, "text", f"{text.what}: {text.train_bytes:,} bytes to learn from, {text.valid_bytes:,} held out")
@@ -101,13 +100,13 @@ def _run(
     model = BLT.from_pretrained(folder)
     max_bytes = min(text.valid_bytes, VALID_BYTES)
     measured = measure(model, text.train, text.valid, max_bytes, seed, clock, console)
-    facts = about(minutes, folder, own_text, seed, model.device)
+    facts = about(minutes, folder, options, seed, model.device)
     summary = write_summary(folder, text, measured, model.patching.threshold, PATCH_BYTES, clock.passed, facts)
-    _show(summary, folder, own_text, console)
+    _show(summary, folder, options, console)
     return summary
 
 
-def _show(summary: dict[str, Any], folder: Path, own_text: str | None, console: Console) -> None:
+def _show(summary: dict[str, Any], folder: Path, options: list[str], console: Console) -> None:
     table = Table("", "bits per byte", title="held-out text")
     for key, name in {"blt": "BLT", "byte_lm": "byte LM", "xz": "xz"}.items():
         table.add_row(name, f"{summary['bits_per_byte'][key]:.3f}")
@@ -115,7 +114,7 @@ def _show(summary: dict[str, Any], folder: Path, own_text: str | None, console: 
     if summary["undertrained"]:
         console.print("[bold yellow]undertrained[/]: ", end="")
         console.print(summary["undertrained"], highlight=False, markup=False, soft_wrap=True)
-    for label, line in closing_lines(folder, own_text):
+    for label, line in closing_lines(folder, options):
         _say(console, label, line)
 
 
@@ -169,7 +168,7 @@ def _what_is_left(folder: Path) -> str:
     """What a demo that was stopped has come to."""
     if newest_whole(folder / "checkpoints")[0] is None:
         return "the demo is not done; the same command begins again"
-    use = dict(closing_lines(folder, None))["next"]
+    use = dict(closing_lines(folder, []))["next"]
     return f"the demo is not done; the BLT as far as it is trained can be used: {use}; the same command begins again"
 
 

@@ -16,6 +16,8 @@ from bytelatent.demo.text import DemoText
 from bytelatent.files import whole_file
 from bytelatent.report import Report, compare_runs, write_report
 from bytelatent.run_folder import read_metrics
+from bytelatent.text import MAX_ROW_BYTES
+from bytelatent.text.damage import MAX_BAD_ROWS
 
 LEAST_STEPS = 100  # of training; a model that did fewer has hardly begun
 MOST_BITS = 3.5  # per byte; about what counting pairs of letters comes to
@@ -94,10 +96,21 @@ def _undertrained(bits: dict[str, float], steps: dict[str, int]) -> str | None:
     return f"{' and '.join(few)} ({enough} is a start); train longer (--minutes), or while the machine has less to do"
 
 
-def about(minutes: float, folder: Path, own_text: str | None, seed: int, device: torch.device) -> dict[str, Any]:
-    """How the demo was run, and on what."""
-    command = ["blt", "demo", "--minutes", f"{minutes:g}", "--out", str(folder), "--seed", str(seed)]
-    command += ["--text", own_text] if own_text else []
+def text_options(own_text: str | None, text_key: str, max_bad_rows: int, max_row_bytes: int) -> list[str]:
+    """The options of the command line that name a user's own text, as far as they are not the defaults."""
+    given = {
+        "--text": own_text,
+        "--text-key": text_key,
+        "--max-bad-rows": max_bad_rows,
+        "--max-row-bytes": max_row_bytes,
+    }
+    usual = {"--text": None, "--text-key": "text", "--max-bad-rows": MAX_BAD_ROWS, "--max-row-bytes": MAX_ROW_BYTES}
+    return [part for name, value in given.items() if value != usual[name] for part in (name, str(value))]
+
+
+def about(minutes: float, folder: Path, options: list[str], seed: int, device: torch.device) -> dict[str, Any]:
+    """How the demo was run, and on what; `options` are those of its text."""
+    command = ["blt", "demo", "--minutes", f"{minutes:g}", "--out", str(folder), "--seed", str(seed), *options]
     rows = read_metrics(folder / "metrics.jsonl")
     return {
         "command": shlex.join(command),
@@ -122,17 +135,20 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type}, {machine}"
 
 
-def closing_lines(folder: Path, own_text: str | None) -> list[tuple[str, str]]:
-    """Where the results are and what to do next, as commands that run when they are pasted."""
+def closing_lines(folder: Path, options: list[str]) -> list[tuple[str, str]]:
+    """Where the results are and what to do next, as commands that run when they are pasted.
+
+    Args:
+        options: of the demo's text.
+    """
     out = shlex.quote(str(folder))
-    text = f" --text {shlex.quote(own_text)}" if own_text else ""
     blt = _this_command()
     return [
         ("look at", shlex.quote(str(folder / "report.html"))),
         ("numbers", shlex.quote(str(folder / "summary.json"))),
         ("next", f"{blt} generate 'def read(self' -m {out}"),
         ("", f"{blt} patch 'any text' -m {out} --entropies"),
-        ("", f"{blt} demo --minutes 20 --out {out}{text}"),
+        ("", f"{blt} {shlex.join(['demo', '--minutes', '20', '--out', str(folder), *options])}"),
     ]
 
 

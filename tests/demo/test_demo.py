@@ -17,10 +17,12 @@ from bytelatent import BLT
 from bytelatent.demo import measure as demo_measure
 from bytelatent.demo import run as demo_run
 from bytelatent.demo import run_demo
-from bytelatent.demo.summary import closing_lines
+from bytelatent.demo.summary import closing_lines, text_options
 from bytelatent.demo.text import CHUNK, LEAST, collect
 from bytelatent.demo.xz import xz_bits_per_byte
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.text import MAX_ROW_BYTES
+from bytelatent.text.damage import MAX_BAD_ROWS
 from bytelatent.training import loop
 
 QUIET = Console(quiet=True)
@@ -185,7 +187,7 @@ def test_what_is_no_demo_is_left_alone(tmp_path: Path, own_text: Path, what: str
 @pytest.mark.parametrize("number", [0, 1])
 def test_what_it_says_to_do_next_runs_as_it_is_printed(demo: tuple[Path, dict[str, Any]], number: int) -> None:
     folder, _ = demo
-    lines = [line for label, line in closing_lines(folder, None) if line.startswith("blt")]
+    lines = [line for label, line in closing_lines(folder, []) if line.startswith("blt")]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(lines[number], shell=True, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -193,8 +195,10 @@ def test_what_it_says_to_do_next_runs_as_it_is_printed(demo: tuple[Path, dict[st
 
 
 def test_the_next_demo_is_in_the_same_place_on_the_same_text() -> None:
-    again = closing_lines(Path("my runs/demo"), "my notes")[-1][1]
-    assert shlex.split(again) == ["blt", "demo", "--minutes", "20", "--out", "my runs/demo", "--text", "my notes"]
+    options = text_options("my notes", "content", MAX_BAD_ROWS, MAX_ROW_BYTES)
+    again = closing_lines(Path("my runs/demo"), options)[-1][1]
+    of_text = ["--text", "my notes", "--text-key", "content"]
+    assert shlex.split(again) == ["blt", "demo", "--minutes", "20", "--out", "my runs/demo", *of_text]
 
 
 def test_the_command_is_named_by_its_path_where_the_shell_does_not_find_it(
@@ -206,9 +210,9 @@ def test_the_command_is_named_by_its_path_where_the_shell_does_not_find_it(
     called.chmod(0o755)
     monkeypatch.setattr(sys, "argv", [str(called), "demo"])
     monkeypatch.setenv("PATH", "")
-    assert shlex.split(dict(closing_lines(Path("x"), None))["next"])[0] == str(called)
+    assert shlex.split(dict(closing_lines(Path("x"), []))["next"])[0] == str(called)
     monkeypatch.setenv("PATH", str(called.parent))
-    assert shlex.split(dict(closing_lines(Path("x"), None))["next"])[0] == "blt"
+    assert shlex.split(dict(closing_lines(Path("x"), []))["next"])[0] == "blt"
 
 
 @pytest.mark.parametrize("begun", [[], [".train.jsonl.123.part"]])
