@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bytelatent.cli.options import DEFAULT_MODEL, DeviceOption, ModelOption
+from bytelatent.cli.options import DEFAULT_MODEL, DeviceOption, ModelOption, bounded
 
 
 def prepare(
@@ -44,9 +44,9 @@ def prepare(
 
 def calibrate(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs; stored entropies are used as they are.")],
-    patch_bytes: Annotated[float, typer.Option(help="Mean bytes a patch should hold.")] = 4.5,
+    patch_bytes: Annotated[float, typer.Option(callback=bounded(1, 1e6), help="Mean bytes a patch should hold.")] = 4.5,
     model: Annotated[str | None, typer.Option("--model", "-m", help="The byte LM, for text without entropies.")] = None,
-    max_bytes: Annotated[int, typer.Option(min=1, help="Text to measure on.")] = 1_000_000,
+    max_bytes: Annotated[int, typer.Option(callback=bounded(1), help="Text to measure on.")] = 1_000_000,
     figure: Annotated[
         Path | None, typer.Option(help="Draw patch size against threshold: a .png, .svg or .pdf.")
     ] = None,
@@ -76,7 +76,9 @@ def entropies(
     ] = None,
     batch_bytes: Annotated[int | None, typer.Option(help="Bytes read at once; left out: as suits the device.")] = None,
     text_key: Annotated[str, typer.Option(help="The key or column that holds the text.")] = "text",
-    max_damaged: Annotated[int, typer.Option(min=0, help="Rows without text to leave out before giving up.")] = 100,
+    max_damaged: Annotated[
+        int, typer.Option(callback=bounded(0), help="Rows without text to leave out before giving up.")
+    ] = 100,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     rank: Annotated[int | None, typer.Option(help="Which part, from 0; else torchrun and SLURM say.")] = None,

@@ -8,17 +8,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bytelatent.cli.options import DEFAULT_MODEL, JsonOption
+from bytelatent.cli.options import DEFAULT_MODEL, JsonOption, bounded
 from bytelatent.configs import config_files, describe_config, find_config
 
 PRINT_CONFIG = "--print-config"  # as in bytelatent.command_line, whose imports take their time
 
 
 def demo(
-    minutes: Annotated[float, typer.Option(min=0.1, help="About how long it may take.")] = 3.5,
+    minutes: Annotated[float, typer.Option(callback=bounded(0.1, 1e6), help="About how long it may take.")] = 3.5,
     out: Annotated[Path, typer.Option(help="The folder it writes.")] = Path(DEFAULT_MODEL),
     text: Annotated[str | None, typer.Option(help="Your own text: a file or a folder.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the weights and the order of the text.")] = 0,
+    seed: Annotated[int, typer.Option(callback=bounded(0), help="Of the weights and the order of the text.")] = 0,
 ) -> None:
     """Train a byte LM and a BLT on this machine, measure them, and write a page to look at.
 

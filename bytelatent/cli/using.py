@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bytelatent.cli.options import DEFAULT_MODEL, DeviceOption, EntropyOption, JsonOption, ModelOption
+from bytelatent.cli.options import DEFAULT_MODEL, DeviceOption, EntropyOption, JsonOption, ModelOption, bounded
 from bytelatent.errors import UserError
 
 
@@ -16,7 +16,7 @@ def evaluate(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
     model: ModelOption = DEFAULT_MODEL,
     entropy: EntropyOption = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(callback=bounded(1), help="Stop after so much text.")] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -57,8 +57,8 @@ def generate(
     ] = None,
     valid_utf8: Annotated[bool, typer.Option("--valid-utf8", help="Only bytes that make valid UTF-8.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
-    rows: Annotated[int, typer.Option(min=1, help="Sequences on their way at once, of --jsonl.")] = 16,
+    samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
+    rows: Annotated[int, typer.Option(help="Sequences on their way at once, of --jsonl.")] = 16,
     log_probabilities: Annotated[
         bool, typer.Option("--log-probabilities", help="Tell each byte's in the rows of --jsonl.")
     ] = False,

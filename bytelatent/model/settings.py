@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from bytelatent.config import Settings
 
+WIDEST = 2**17  # ten times the widest model there is
 LONGEST_NGRAM = 1024  # ids; one is hashed in as many steps
 
 
@@ -18,13 +19,13 @@ class StackSettings(Settings):
         ffn_dim_multiplier, multiple_of: the feed-forward width is 2/3 * 4 * dim * ffn_dim_multiplier, rounded up.
     """
 
-    dim: int = Field(ge=2)
-    num_layers: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
+    dim: int = Field(ge=2, le=WIDEST)
+    num_layers: int = Field(ge=1, le=1000)
+    num_heads: int = Field(ge=1, le=WIDEST)
     num_kv_heads: int | None = Field(default=None, ge=1)
     window: int | None = Field(default=None, ge=1, le=2**31)
-    ffn_dim_multiplier: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    multiple_of: int = Field(default=256, ge=1)
+    ffn_dim_multiplier: float = Field(default=1.0, gt=0, le=1000)
+    multiple_of: int = Field(default=256, ge=1, le=WIDEST)
     rope_theta: float = Field(default=500_000.0, gt=0, allow_inf_nan=False)
     norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
 
@@ -66,7 +67,7 @@ class CrossAttentionSettings(Settings):
         all_layers_encoder, all_layers_decoder: after (before) every layer, or only the last (first).
     """
 
-    k: int = Field(default=2, ge=1)
+    k: int = Field(default=2, ge=1, le=WIDEST)
     num_heads: int = Field(ge=1)
     num_kv_heads: int | None = Field(default=None, ge=1)
     all_layers_encoder: bool = False
@@ -92,7 +93,7 @@ class NgramHashSettings(Settings):
 
     sizes: list[int] = Field(default=[3, 4, 5, 6, 7, 8], min_length=1)
     num_functions: int = Field(default=1, ge=1, le=11)
-    vocab_size: int = Field(default=500_002, ge=1)
+    vocab_size: int = Field(default=500_002, ge=1, le=2**31)
     stop_at_document: bool = True
 
     @model_validator(mode="after")
