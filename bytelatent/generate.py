@@ -72,7 +72,7 @@ class GenerateSettings(Settings):
     out: Path | None = None
     max_new_bytes: int = Field(default=200, ge=1, le=MAX_NEW_BYTES)
     samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
-    rows: int = Field(default=16, ge=1)
+    rows: int = Field(default=16, ge=1, le=10**6)
     sampling: Sampling = Sampling()
     log_probabilities: bool = False
     device: str = "auto"

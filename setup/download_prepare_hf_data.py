@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bytelatent.errors import UserError, guarded
+from bytelatent.hub.key import ASK, key_of
 from bytelatent.prepare import PrepareSettings, prepare
 from bytelatent.prepare.download import fetch, is_hub, short_name
 
@@ -49,7 +50,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--validation", metavar="N", type=int, help="documents held out; 1 %%, 10000 at most")
     parser.add_argument("--dedup", action="store_true", help="leave out documents whose text stood before")
     parser.add_argument("--executor", default="local", help="local, slurm, ray")
-    parser.add_argument("--api_key", metavar="KEY", help="your key of the hub; HF_TOKEN if left out")
+    parser.add_argument(
+        "--api_key", metavar="KEY", nargs="?", const=ASK, help="your key; alone: asks for it; left out: HF_TOKEN"
+    )
     return parser.parse_args()
 
 
@@ -66,7 +69,7 @@ def found(arguments: argparse.Namespace, console: Console) -> tuple[str, Path]:
     if not is_hub(wanted) and "/" in wanted:
         raise UserError(f"'{wanted}' is no folder; give one, a known name or hf://datasets/OWNER/NAME")
     name = short_name(wanted)  # complains about an unknown name
-    return name, fetch(wanted, arguments.data_dir / name, console, arguments.api_key)
+    return name, fetch(wanted, arguments.data_dir / name, console, key_of(arguments.api_key))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Download the tokenizer of a published model, to compare its tokens with patches.
 
-    download_tokenizer.py NAME PATH [--api_key KEY]
+    download_tokenizer.py NAME PATH [--api_key [KEY]]
 
 NAME is llama2, llama3, gemma or tiktoken (cl100k_base). The first three need access: open their page on the hub, accept
-the terms, and pass a key made at https://huggingface.co/settings/tokens. PATH/tokenizer.json, where there is one, is
-what the rule bpe:PATH/tokenizer.json reads.
+the terms, and make a key at https://huggingface.co/settings/tokens. Hand it over in the environment (HF_TOKEN), or give
+--api_key alone and type it unseen; a key after --api_key is seen by everyone who lists this machine's processes.
+PATH/tokenizer.json, where there is one, is what the rule bpe:PATH/tokenizer.json reads.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bytelatent.errors import guarded
+from bytelatent.hub.key import ASK, key_of
 from bytelatent.prepare.tokenizers import NAMES, TIKTOKEN_SHA256, TIKTOKEN_URL, fetch_tokenizer
 
 
@@ -21,13 +23,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("path", metavar="PATH", type=Path, help="the folder it writes")
-    parser.add_argument("--api_key", metavar="KEY", help="your key of the hub; HF_TOKEN if left out")
+    parser.add_argument(
+        "--api_key", metavar="KEY", nargs="?", const=ASK, help="your key; alone: asks for it; left out: HF_TOKEN"
+    )
     parser.add_argument("--tiktoken_url", metavar="URL", default=TIKTOKEN_URL, help="another place for tiktoken's file")
     arguments = parser.parse_args()
     # Whoever names another place takes what lies there.
     sha256 = TIKTOKEN_SHA256 if arguments.tiktoken_url == TIKTOKEN_URL else None
     files = fetch_tokenizer(
-        arguments.name, arguments.path, Console(), arguments.api_key, arguments.tiktoken_url, sha256
+        arguments.name, arguments.path, Console(), key_of(arguments.api_key), arguments.tiktoken_url, sha256
     )
     for file in files:
         print(file)

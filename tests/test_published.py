@@ -38,12 +38,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clone = tmp_path_factory.mktemp("clone")
     shutil.copytree(ROOT / "apps", clone / "apps")
     (clone / "held_out.txt").write_text(HELD_OUT)
-    assert printed("bytelatent.train", DEBUG, *SMALL, cwd=clone).endswith("\nruns/debug\n")
+    assert printed("bytelatent.train", DEBUG, *SMALL, cwd=clone).endswith("\nruns/train\n")
     return clone
 
 
 def test_train_wrote_a_run(clone: Path) -> None:
-    rows = [json.loads(line) for line in (clone / "runs" / "debug" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (clone / "runs" / "train" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 2
     assert 0 < rows[-1]["validation_bits_per_byte"] < 10
 
@@ -59,8 +59,8 @@ def test_torchrun(clone: Path) -> None:
 
 def test_stool(clone: Path) -> None:
     command = ("bytelatent.stool", "script=bytelatent.train", DEBUG, "nodes=1", "partition=gpu", "dry_run=true")
-    folder = clone / "runs" / "job"
-    assert printed(*command, f"dump_dir={folder}", cwd=clone) == f"sbatch {folder}/submit.slurm\n"
+    folder = clone / "runs" / "debug"  # beside the run that is there already
+    assert printed(*command, cwd=clone) == f"sbatch {folder}/submit.slurm\n"
     assert f"config={folder}/config.yaml" in (folder / "submit.slurm").read_text()
     shown = printed("bytelatent.train", f"config={folder}/config.yaml", "--print-config", cwd=folder)
     assert f"run: {folder} " in shown
@@ -68,7 +68,7 @@ def test_stool(clone: Path) -> None:
 
 
 def test_eval_is_blt_eval(clone: Path) -> None:
-    given = ("held_out.txt", "--model", "runs/debug", "--max-bytes", 300, "--json")
+    given = ("held_out.txt", "--model", "runs/train", "--max-bytes", 300, "--json")
     measured = [
         json.loads(printed(*module, *given, cwd=clone)) for module in (["bytelatent.eval"], ["bytelatent", "eval"])
     ]
@@ -78,11 +78,11 @@ def test_eval_is_blt_eval(clone: Path) -> None:
 
 
 def test_generate_is_blt_generate(clone: Path) -> None:
-    given = ("model=runs/debug", "prompt=def ", "max_new_bytes=4", "sampling.temperature=0")
+    given = ("model=runs/train", "prompt=def ", "max_new_bytes=4", "sampling.temperature=0")
     text = printed("bytelatent.generate", *given, cwd=clone)
     assert text.startswith("def ")
     assert text == printed(
-        *("bytelatent", "generate", "def ", "-m", "runs/debug", "-n", 4, "--temperature", 0), cwd=clone
+        *("bytelatent", "generate", "def ", "-m", "runs/train", "-n", 4, "--temperature", 0), cwd=clone
     )
 
 

@@ -1,12 +1,28 @@
 """The options that several verbs share."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+
+from bytelatent.errors import UserError
 
 DEFAULT_MODEL = "runs/demo"
 MAX_BAD_ROWS = 100  # as bytelatent.text has it, which would take its time to import
 MAX_ROW_BYTES = 64 << 20
+LARGEST = 2**63 - 1
+
+
+def bounded(least: float, most: float = LARGEST) -> Callable[..., Any]:
+    """A callback that takes numbers from `least` to `most`; typer's own bounds let through what is no number."""
+
+    def check(option: typer.CallbackParam, value: Any) -> Any:
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{option.opts[0]}: {value} will not do; it takes {least:g} to {most:,.0f}")
+        return value
+
+    return check
+
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A run, or a folder with a model.")]
 EntropyOption = Annotated[

@@ -15,6 +15,7 @@ from bytelatent.cli.options import (
     ModelOption,
     TextKeyOption,
     bad_rows,
+    bounded,
 )
 from bytelatent.terminal import Console, say
 
@@ -57,9 +58,9 @@ def prepare(
 
 def calibrate(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs; stored entropies are used as they are.")],
-    patch_bytes: Annotated[float, typer.Option(help="Mean bytes a patch should hold.")] = 4.5,
+    patch_bytes: Annotated[float, typer.Option(callback=bounded(1, 1e6), help="Mean bytes a patch should hold.")] = 4.5,
     model: Annotated[str | None, typer.Option("--model", "-m", help="The byte LM, for text without entropies.")] = None,
-    max_bytes: Annotated[int, typer.Option(min=1, help="Text to measure on.")] = 1_000_000,
+    max_bytes: Annotated[int, typer.Option(callback=bounded(1), help="Text to measure on.")] = 1_000_000,
     figure: Annotated[
         Path | None, typer.Option(help="Draw patch size against threshold: a .png, .svg or .pdf.")
     ] = None,

@@ -13,6 +13,7 @@ from bytelatent.cli.options import (
     MaxBadRowsOption,
     MaxRowBytesOption,
     TextKeyOption,
+    bounded,
 )
 from bytelatent.cli.output import print_json
 from bytelatent.configs import config_files, describe_config, find_config
@@ -22,13 +23,13 @@ PRINT_CONFIG = "--print-config"  # as in bytelatent.command_line, whose imports 
 
 
 def demo(
-    minutes: Annotated[float, typer.Option(min=0.1, help="About how long it may take.")] = 3.5,
+    minutes: Annotated[float, typer.Option(callback=bounded(0.1, 1e6), help="About how long it may take.")] = 3.5,
     out: Annotated[Path, typer.Option(help="The folder it writes.")] = Path(DEFAULT_MODEL),
     text: Annotated[str | None, typer.Option(help="Your own text: a file or a folder.")] = None,
     text_key: TextKeyOption = "text",
     max_bad_rows: MaxBadRowsOption = MAX_BAD_ROWS,
     max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
-    seed: Annotated[int, typer.Option(help="Of the weights and the order of the text.")] = 0,
+    seed: Annotated[int, typer.Option(callback=bounded(0), help="Of the weights and the order of the text.")] = 0,
 ) -> None:
     """Train a byte LM and a BLT on this machine, measure them, and write a page to look at.
 

@@ -17,6 +17,7 @@ from bytelatent.cli.options import (
     MaxRowBytesOption,
     ModelOption,
     TextKeyOption,
+    bounded,
 )
 from bytelatent.cli.output import print_json
 from bytelatent.errors import UserError
@@ -27,7 +28,7 @@ def evaluate(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
     model: ModelOption = DEFAULT_MODEL,
     entropy: EntropyOption = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(callback=bounded(1), help="Stop after so much text.")] = None,
     text_key: TextKeyOption = "text",
     max_bad_rows: MaxBadRowsOption = MAX_BAD_ROWS,
     max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,

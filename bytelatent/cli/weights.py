@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from bytelatent.cli.options import EntropyOption, JsonOption, RevisionOption
+from bytelatent.cli.options import EntropyOption, JsonOption, RevisionOption, bounded
 from bytelatent.cli.output import print_json
 from bytelatent.terminal import Console, say
 
@@ -33,7 +33,9 @@ def convert(
 def export(
     run: Annotated[str, typer.Argument(help="The folder of a run.")],
     out: Annotated[str, typer.Option(help="The folder it writes, new or empty.")],
-    step: Annotated[int | None, typer.Option(help="Steps done; the last whole checkpoint if left out.")] = None,
+    step: Annotated[
+        int | None, typer.Option(callback=bounded(1), help="Steps done; the last whole checkpoint if left out.")
+    ] = None,
 ) -> None:
     """Write the model of a run's checkpoint, also of one that several processes wrote in parts.
 
@@ -48,8 +50,8 @@ def info(
     model: Annotated[
         str, typer.Argument(help="A preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.")
     ] = "",
-    patch_bytes: Annotated[float, typer.Option(min=1, help="Mean bytes a patch.")] = 4.5,
-    context: Annotated[int, typer.Option(min=1, help="Bytes of a document seen at once.")] = 8192,
+    patch_bytes: Annotated[float, typer.Option(callback=bounded(1, 1e6), help="Mean bytes a patch.")] = 4.5,
+    context: Annotated[int, typer.Option(callback=bounded(1), help="Bytes of a document seen at once.")] = 8192,
     entropy: EntropyOption = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,

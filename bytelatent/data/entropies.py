@@ -23,6 +23,7 @@ from bytelatent.config import Settings
 from bytelatent.data.channel import Channel
 from bytelatent.data.packing import pack
 from bytelatent.data.pieces import Piece, cut
+from bytelatent.data.settings import MOST
 from bytelatent.data.shards import Shard, divide, hold, shards_of
 from bytelatent.device import autocast, choose_dtype
 from bytelatent.errors import UserError
@@ -55,8 +56,8 @@ class EntropySettings(Settings):
         max_row_bytes: a longer row is a bad one.
     """
 
-    context: int = Field(default=8192, ge=2)
-    batch_bytes: int = Field(default=131_072, ge=2)
+    context: int = Field(default=8192, ge=2, le=MOST)
+    batch_bytes: int = Field(default=131_072, ge=2, le=MOST)
     text_key: str = "text"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     rule: PatchSettings | None = None

@@ -35,10 +35,10 @@ class LaunchSettings(Settings):
     config: str | None = None
     name: str | None = Field(default=None, min_length=1)
     dump_dir: str | None = Field(default=None, min_length=1)
-    nodes: int = Field(default=1, ge=1)
-    ngpu: int | None = Field(default=None, ge=0)
-    nproc: int = Field(default=1, ge=1)
-    ncpu: int | None = Field(default=None, ge=1)
+    nodes: int = Field(default=1, ge=1, le=10**5)
+    ngpu: int | None = Field(default=None, ge=0, le=1024)
+    nproc: int = Field(default=1, ge=1, le=1024)
+    ncpu: int | None = Field(default=None, ge=1, le=10**5)
     mem: str | None = None
     time: str | None = None
     partition: str | None = None
@@ -47,7 +47,7 @@ class LaunchSettings(Settings):
     constraint: str | None = None
     exclude: str | None = None
     launcher: Literal["torchrun", "srun"] = "torchrun"
-    grace: int = Field(default=120, ge=1)
+    grace: int = Field(default=120, ge=1, le=10**6)
     requeue: bool | None = None
     copy_code: bool = True
     override: bool = False

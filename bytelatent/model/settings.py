@@ -24,10 +24,10 @@ class StackSettings(Settings):
 
     dim: int = Field(ge=2, le=WIDEST)
     num_layers: int = Field(ge=1, le=MOST_LAYERS)
-    num_heads: int = Field(ge=1)
+    num_heads: int = Field(ge=1, le=WIDEST)
     num_kv_heads: int | None = Field(default=None, ge=1)
     window: int | None = Field(default=None, ge=1, le=2**31)
-    ffn_dim_multiplier: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False)
+    ffn_dim_multiplier: float = Field(default=1.0, gt=0, le=1000)
     multiple_of: int = Field(default=256, ge=1, le=WIDEST)
     rope_theta: float = Field(default=500_000.0, gt=0, allow_inf_nan=False)
     norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)

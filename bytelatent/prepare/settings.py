@@ -21,15 +21,17 @@ class PrepareSettings(Settings):
     source: Annotated[list[str], Field(min_length=1)]  # files, folders, globs, URLs, or data sets of the hub
     out: Path
     name: str | None = None  # the files are NAME.chunk.00.jsonl, ...; the first source's name if left out
-    memory: Annotated[float, Field(gt=0)] = 4.0  # GB (10^9 bytes) of all processes together; on a cluster, of each task
-    chunks: Annotated[int, Field(ge=1)] | None = None  # 32, or fewer where there are fewer documents
+    memory: Annotated[float, Field(gt=0, le=10**6)] = (
+        4.0  # GB (10^9 bytes) of all processes together; on a cluster, of each task
+    )
+    chunks: Annotated[int, Field(ge=1, le=10**5)] | None = None  # 32, or fewer where there are fewer documents
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     validation: Annotated[int, Field(ge=0)] | None = None  # documents held out; 1 %, 10000 at most
     dedup: bool = False  # leave out documents whose text stood before
     text_key: str = "text"
     max_bad_rows: Annotated[int, Field(ge=0)] = 1000  # one more is an error
     max_row_bytes: Annotated[int, Field(ge=1)] = MAX_ROW_BYTES  # a longer row is a bad one
-    workers: Annotated[int, Field(ge=1)] | None = None  # the number of cores
+    workers: Annotated[int, Field(ge=1, le=10**4)] | None = None  # the number of cores
     executor: Literal["local", "slurm", "ray"] = "local"
     partition: str | None = None  # of the SLURM cluster
     time: str = "24:00:00"  # limit of each job on the cluster

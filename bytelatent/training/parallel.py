@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bytelatent.device import free_memory, is_out_of_memory
 from bytelatent.errors import UserError
 from bytelatent.model import BLTModel, BLTSettings, ModelSettings, build, compile_regions
 from bytelatent.model.block import init_weights
@@ -159,7 +160,26 @@ def build_spread(
             # Under autocast, products would cast the weights anyway: they are sent in that precision.
             sharding.shard(parts, mesh, dtype, reduce_dtype)
         sharding.shard([spread], plan.local_mesh, None, reduce_dtype, apart=divided)
-    return spread.to_empty(device=device)
+    return _with_memory(spread, device, plan)
+
+
+def _with_memory(spread: nn.Module, device: torch.device, plan: Plan) -> nn.Module:
+    """The module with memory for its weights.
+
+    Raises:
+        UserError: there is not enough.
+    """
+    need = sum(weight.numel() * weight.element_size() for weight in spread.parameters())
+    told = f"model: its weights alone take {need / 1e9:,.1f} GB"
+    free = free_memory() if device.type == "cpu" and plan.mesh is None else None
+    if free is not None and need > free:  # the system would hand it out, and end the process once it is written to
+        raise UserError(f"{told}, and {free / 1e9:,.1f} GB are free; take a smaller one")
+    try:
+        return spread.to_empty(device=device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{told}, more than this device has left; take a smaller one, or more processes") from None
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ class OptimizerSettings(Settings):
 class CalibrationSettings(Settings):
     """Choose the threshold before training, for a mean patch of so many bytes, on so much of the training text."""
 
-    patch_bytes: float = Field(gt=1)
+    patch_bytes: float = Field(gt=1, le=10**6)
     text_bytes: int = Field(default=1_000_000, ge=1)
 
 
@@ -193,8 +193,8 @@ class TrainSettings(Settings):
 
     run: str = "runs/train"
     seed: int = Field(default=0, ge=0)
-    steps: int | None = Field(default=None, ge=1)
-    minutes: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1, le=10**12)
+    minutes: float | None = Field(default=None, gt=0, le=10**8)
     model: ModelSettings
     data: DataSettings
     patching: PatchSettings | None = None

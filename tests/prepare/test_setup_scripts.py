@@ -5,10 +5,12 @@ import hashlib
 import io
 import json
 import os
+import pty
 import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def run(
     command = [sys.executable, str(SETUP / script), *arguments]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = clean | {"HF_HOME": str(cwd / "hub")} | (environment or {})
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> str:
@@ -108,6 +110,53 @@ def test_llama3_with_a_key(server: HubServer, tmp_path: Path) -> None:
         f"error: {LLAMA3} needs access: open https://huggingface.co/{LLAMA3}, accept the terms, "
         "then pass --api_key or set HF_TOKEN"
     )
+
+
+@pytest.fixture
+def gated(server: HubServer, tmp_path: Path) -> HubServer:
+    """The hub with a tokenizer that `hf_mine` alone may read."""
+    place = tmp_path / "repository" / "original"
+    place.mkdir(parents=True)
+    (place / "tokenizer.model").write_bytes(b"the model")
+    server.add(LLAMA3, tmp_path / "repository", kind="model").readers = {"hf_mine"}
+    return server
+
+
+def test_a_key_from_the_environment(gated: HubServer, tmp_path: Path) -> None:
+    environment = {**gated.environment, "HF_TOKEN": "hf_mine"}
+    done = run("download_tokenizer.py", "llama3", "out", cwd=tmp_path, environment=environment)
+    assert done.stdout.splitlines() == ["out/original/tokenizer.model"]
+
+
+def test_a_key_that_is_typed_is_not_shown(gated: HubServer, tmp_path: Path) -> None:
+    main, terminal = pty.openpty()
+    command = [sys.executable, str(SETUP / "download_tokenizer.py"), "llama3", "out", "--api_key"]
+    environment = {**os.environ, **gated.environment, "HF_HOME": str(tmp_path / "hub")}
+    asked = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+    )
+    shown = b""
+    while b"not shown" not in shown:
+        shown += os.read(main, 1000)
+    os.write(main, b"hf_mine\n")
+    os.close(terminal)
+    with suppress(OSError):  # the end, as Linux says it
+        while more := os.read(main, 1000):
+            shown += more
+    os.close(main)
+    assert asked.wait(timeout=60) == 0, shown
+    assert b"hf_mine" not in shown
+    assert (tmp_path / "out" / "original" / "tokenizer.model").read_bytes() == b"the model"
+
+
+@pytest.mark.parametrize("script", ["download_tokenizer.py", "download_prepare_hf_data.py"])
+def test_a_key_that_cannot_be_one_is_not_repeated(script: str, tmp_path: Path) -> None:
+    given = {"download_tokenizer.py": ["llama3", "out"], "download_prepare_hf_data.py": ["fineweb_edu", "1"]}[script]
+    for key in ("hf_se cret", "hf_se\ncret", "hf_s\u00e9cret"):
+        error = error_of(run(script, *given, "--api_key", key, cwd=tmp_path))
+        assert error.startswith("error: --api_key: it is empty, or holds a character that no key has")
+        assert "cret" not in error
+    assert "no terminal to ask" in error_of(run(script, *given, "--api_key", cwd=tmp_path))
 
 
 def test_tokenizers(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
