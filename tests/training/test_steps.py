@@ -278,3 +278,21 @@ def test_calibration_is_written_and_done_once(
     values = blt_run(run, text, tmp_path / "gone", steps=12, data={"valid": str(valid)})  # its own copy is enough
     train(settings(values))
     assert json.loads((run / "calibration.json").read_text())["threshold"] == found.threshold
+
+
+def test_batches_that_are_smaller_than_other_settings_say_are_named(
+    tmp_path: Path, text: Path, byte_lm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(name: str, **data: int) -> list[str]:
+        train(settings(blt_run(tmp_path / name, text, byte_lm, steps=3, data=data)))
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("data.")]
+
+    assert said("full", context=64, batch_bytes=256, batch_patches=100) == []
+    assert said("short", context=64, batch_bytes=48) == [
+        "data.batch_bytes=48 is less than data.context=64: no piece of a document is longer than 48 ids"
+    ]
+    [line] = said("few", context=64, batch_bytes=256, batch_patches=2)
+    assert line.startswith("data.batch_patches=2 is full before data.batch_bytes=256 is: the first batch holds ")
+    [line] = said("half", context=64, batch_bytes=256, batch_patches=20)
+    wanted = int(line.rpartition("data.batch_patches=")[2].split()[0])
+    assert said("as said", context=64, batch_bytes=256, batch_patches=2 * wanted) == []
