@@ -18,6 +18,7 @@ from rich.console import Console
 from bytelatent import generate
 from bytelatent.errors import UserError
 from bytelatent.files import growing_file, part_of
+from tests import processes
 from tests.training.tiny_runs import byte_lm_run, settings, write_text
 
 GENERATE = [sys.executable, "-m", "bytelatent.cli", "generate"]
@@ -45,6 +46,8 @@ def command(rows: Path, model: Path, out: Path, *more: object) -> list[str]:
 
 
 def ended(*given: str, **options: object) -> "subprocess.CompletedProcess[str]":
+    if not options:
+        return processes.ended(list(given), ENVIRONMENT)
     return subprocess.run(given, env=ENVIRONMENT, capture_output=True, text=True, **options)  # type: ignore[call-overload]
 
 
@@ -54,9 +57,9 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_command_keeps_its_rows_and_goes_on(how: signal.Signals, model: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", 60, 60)
+    rows = write_rows(tmp_path / "rows.jsonl", 24, 60)
     out, part = tmp_path / "out" / "answers.jsonl", tmp_path / "out" / "answers.jsonl.part"
-    process = subprocess.Popen(command(rows, model, out), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = processes.Command(command(rows, model, out), ENVIRONMENT)
     until = time.monotonic() + 60
     while time.monotonic() < until and not (part.exists() and b"\n" in part.read_bytes()):
         time.sleep(0.01)
@@ -69,18 +72,18 @@ def test_a_stopped_command_keeps_its_rows_and_goes_on(how: signal.Signals, model
         )
     assert names(out.parent) == {part.name, f"{part.name}.settings"}
     before = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    assert 0 < len(before) < 60
+    assert 0 < len(before) < 24
     with part.open("ab") as file:
         file.write(b'{"prompt": "row 2", "te')  # torn
     again = ended(*command(rows, model, out))
     assert again.returncode == 0, again.stderr
-    assert again.stderr == f"{len(before)} of 60 rows are in '{part}'; going on\n"
+    assert again.stderr == f"{len(before)} of 24 rows are in '{part}'; going on\n"
     assert names(out.parent) == {out.name}
     assert out.read_bytes().startswith(b"".join(before))
     whole = tmp_path / "whole.jsonl"
     assert ended(*command(rows, model, whole)).returncode == 0
     assert out.read_bytes() == whole.read_bytes()
-    assert [json.loads(line)["n"] for line in out.read_bytes().splitlines()] == [*range(60)]
+    assert [json.loads(line)["n"] for line in out.read_bytes().splitlines()] == [*range(24)]
 
 
 def test_a_full_disk_keeps_the_rows_so_far(model: Path, tmp_path: Path) -> None:

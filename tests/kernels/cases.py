@@ -49,7 +49,13 @@ def byte_lm(sizes: list[int], padding: int) -> dict[str, float]:
     return {"error": float((found - expected)[real].abs().max()), "spread": float(expected[real].std())}
 
 
-if __name__ == "__main__":
+CASES = {"attention": attention, "gated_product": product, "byte_lm": byte_lm}
+
+
+def run(cases: list[tuple[str, dict]]) -> list[dict]:
     torch.manual_seed(0)
-    case = {"attention": attention, "gated_product": product, "byte_lm": byte_lm}[sys.argv[1]]
-    print(json.dumps(case(**json.loads(sys.argv[2]))))
+    return [CASES[name](**arguments) for name, arguments in cases]
+
+
+if __name__ == "__main__":
+    print(json.dumps(run([(sys.argv[1], json.loads(sys.argv[2]))])[0]))

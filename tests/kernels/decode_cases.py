@@ -310,11 +310,16 @@ CASES = {
     "gating": gating,
 }
 
+
+def run(cases: list[tuple[str, dict]]) -> list[Errors]:
+    results = []
+    for number, (name, arguments) in enumerate(cases):
+        torch.manual_seed(number)
+        results.append(CASES[name](**arguments))
+    return results
+
+
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET") != "1":
         torch.set_default_device("cuda")
-    results = []
-    for number, (name, arguments) in enumerate(json.loads(sys.argv[1])):
-        torch.manual_seed(number)
-        results.append(CASES[name](**arguments))
-    print(json.dumps(results))
+    print(json.dumps(run(json.loads(sys.argv[1]))))

@@ -60,7 +60,12 @@ def update(rows: int, seen: int, dim: int, weight_decay: float = 0.0) -> Errors:
 
 CASES = {"stream": stream, "sums": sums, "update": update}
 
+
+def run(cases: list[tuple[str, dict]]) -> list[dict]:
+    torch.manual_seed(0)
+    return [CASES[name](**arguments) for name, arguments in cases]
+
+
 if __name__ == "__main__":
     torch.set_default_device(DEVICE)
-    torch.manual_seed(0)
-    print(json.dumps([CASES[name](**arguments) for name, arguments in json.loads(sys.argv[1])]))
+    print(json.dumps(run(json.loads(sys.argv[1]))))

@@ -128,10 +128,18 @@ def operators() -> Errors:
 
 CASES = {f.__name__: f for f in (pool, own_bytes, read_patch, operators)}
 
-if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is not written with NaN
+
+def run(cases: list[tuple[str, dict]]) -> list[Errors]:
     results = []
-    for number, (name, arguments) in enumerate(json.loads(sys.argv[1])):
-        torch.manual_seed(number)
-        results.append(CASES[name](**arguments))
-    print(json.dumps(results))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is not written with NaN
+    try:
+        for number, (name, arguments) in enumerate(cases):
+            torch.manual_seed(number)
+            results.append(CASES[name](**arguments))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(json.loads(sys.argv[1]))))

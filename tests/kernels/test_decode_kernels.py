@@ -1,10 +1,5 @@
 """The kernels of a decoding step in Triton's interpreter beside their plain twins, and the twins beside the model."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,21 +21,18 @@ from bytelatent.model.attention import attend, build_mask, rotary, rotate
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
+from tests.kernels.interpreter import interpreted
 
 pytest.importorskip("triton")
 
 
 def check(**cases_of: list[dict]) -> None:
-    """Run cases of `decode_cases.py` in one process, as the interpreter is chosen before Triton is imported.
+    """Run cases of `decode_cases.py`.
 
     Where there are tensor cores float16 stands for bfloat16, which the interpreter cannot multiply.
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     named = [(name, case) for name, cases in cases_of.items() for case in cases]
-    command = [sys.executable, "-m", "tests.kernels.decode_cases", json.dumps(named)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for (_, case), errors in zip(named, json.loads(done.stdout), strict=True):
+    for (_, case), errors in zip(named, interpreted("tests.kernels.decode_cases", named), strict=True):
         bound = 0.07 if "bfloat16" in case.values() else 0.01 if "float16" in case.values() else 3e-5
         assert max(errors.values()) < bound, (case, errors)
         assert errors.get("alike", 0) == 0, (case, errors)

@@ -1,10 +1,5 @@
 """Hash tables in training: the kernels in Triton's interpreter, their plain twins, and the operator around them."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,16 +12,13 @@ from bytelatent.kernels.row_sums import coalesced, plain_row_sums, row_sums
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
+from tests.kernels.interpreter import interpreted
 
 
 def check(**cases_of: list[dict]) -> None:
-    """Run cases of `hash_cases.py` in one process, as the interpreter is chosen before Triton is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    """Run cases of `hash_cases.py`."""
     named = [(name, case) for name, cases in cases_of.items() for case in cases]
-    command = [sys.executable, "-m", "tests.kernels.hash_cases", json.dumps(named)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for (_, case), errors in zip(named, json.loads(done.stdout), strict=True):
+    for (_, case), errors in zip(named, interpreted("tests.kernels.hash_cases", named), strict=True):
         assert errors.get("rows", 0) == 0, (case, errors)
         assert max(errors.values()) < 3e-5, (case, errors)
 

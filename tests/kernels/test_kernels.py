@@ -1,9 +1,4 @@
-"""The kernels in Triton's interpreter, against what they must equal. It is chosen before Triton is imported."""
-
-import json
-import os
-import subprocess
-import sys
+"""The kernels in Triton's interpreter, against what they must equal."""
 
 import pytest
 import torch
@@ -16,16 +11,15 @@ from bytelatent.kernels.gated_product import interleaved, plain_gated_product, r
 from bytelatent.kernels.window_attention import angles, first_seen, plain_window_attention, turn
 from bytelatent.model import ByteLM, ByteLMSettings
 from bytelatent.model.attention import attend, build_mask, rotary, rotate
+from tests.kernels.interpreter import interpreted
 from tests.kernels.streams import stream_of_sizes
 
 pytest.importorskip("triton")
 
 
 def in_the_interpreter(case: str, **arguments: object) -> dict:
-    """Run a case of `cases.py` in a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.cases", case, json.dumps(arguments)]
-    return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    """Run a case of `cases.py`."""
+    return interpreted("tests.kernels.cases", [(case, arguments)])[0]
 
 
 @pytest.mark.parametrize("window", [None, 1, 64, 100, 130])

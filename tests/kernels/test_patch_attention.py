@@ -1,14 +1,10 @@
 """Attention between bytes and patches against loops over bytes, patches and heads; its kernels against that.
 
-The kernels run in Triton's interpreter, which is chosen before Triton is imported: in a process of their own.
+The kernels run in Triton's interpreter, which is chosen before Triton is imported: in a process of its own.
 """
 
 import itertools
-import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from bytelatent.kernels.patch_attention import attend_to_own_bytes, attend_to_read_patch, pool_patches, runs_of
+from tests.kernels.interpreter import interpreted
 from tests.model.tiny import patched_stream_of, random_ids, random_starts
 
 
@@ -143,11 +140,8 @@ def test_runs(sizes: list[int], padding: int, more_slots: int, seed: int) -> Non
 def check(cases: list[tuple[str, dict]]) -> None:
     """Run cases of `patch_attention_cases.py` in Triton's interpreter."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.patch_attention_cases", json.dumps(cases)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for case, errors in zip(cases, json.loads(done.stdout), strict=True):
+    found = interpreted("tests.kernels.patch_attention_cases", cases)
+    for case, errors in zip(cases, found, strict=True):
         assert all(error < 1 for error in errors.values()), (case, errors)
 
 

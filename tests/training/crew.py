@@ -1,6 +1,5 @@
 """Processes that wait for jobs of several ranks, so that torch is imported once for many tests."""
 
-import multiprocessing
 import os
 import socket
 import traceback
@@ -9,14 +8,14 @@ from typing import Any
 
 import torch
 
+from tests.processes import forkserver
+
 
 class Crew:
     """So many processes. Each job takes as many of them as it has ranks; they talk through gloo."""
 
     def __init__(self, size: int):
-        context = multiprocessing.get_context("forkserver")
-        own = [f"bytelatent.training.{name}" for name in ("sharding", "stored_state")]
-        context.set_forkserver_preload(["tests.training.plans", *own])
+        context = forkserver()
         self.pipes: list[Connection] = []
         self.processes = []
         for _ in range(size):

@@ -1,6 +1,7 @@
 """What a run does when something goes wrong, setting by setting."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -14,11 +15,13 @@ import torch
 
 from bytelatent.errors import STOPPED, Interrupted, UserError
 from bytelatent.files import what_is_torn
+from bytelatent.interop import load, load_byte_lm, save
 from bytelatent.training import faults, loop, read_metrics, train
-from bytelatent.training.checkpoint import Checkpoints
+from bytelatent.training.checkpoint import Checkpoints, TrainState
 from bytelatent.training.faults import trouble_with
 from tests.training.tiny_runs import (
     assert_equal_runs,
+    blt_run,
     byte_lm_run,
     checkpoints,
     command,
@@ -302,3 +305,38 @@ def test_determinism(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
         train(settings(byte_lm_run(tmp_path / "careless", text, determinism=True)))
     assert not torch.are_deterministic_algorithms_enabled()
     train(settings(byte_lm_run(tmp_path / "free", text)))
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = Checkpoints.save
+
+    def spoilt(self: Checkpoints, state: TrainState, **how: bool) -> None:
+        if state.step == 10:
+            state.model.get_parameter("stack.blocks.0.feed_forward.down.weight").data[0, 0] = torch.nan
+        inner(self, state, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", spoilt)
+        run = train(settings(byte_lm_run(tmp_path / "run", text, steps=10)))
+    before = losses(run)
+    with pytest.raises(UserError) as caught:
+        train(settings(byte_lm_run(run, text, steps=12)))
+    assert str(caught.value).startswith(f"'{run}/checkpoints/step-00000010' holds values that are not finite (")
+    assert "stack.blocks.0.feed_forward.down.weight" in str(caught.value)
+    assert losses(run) == before
+    shutil.rmtree(run / "checkpoints" / "step-00000010")  # the way out that the line names
+    train(settings(byte_lm_run(run, text, steps=12)))
+    assert [row[0] for row in losses(run)] == list(range(1, 13))
+
+
+def test_a_byte_lm_with_weights_that_are_not_finite_is_refused(tmp_path: Path, text: Path, byte_lm: Path) -> None:
+    spoilt = load_byte_lm(byte_lm)
+    with torch.no_grad():
+        spoilt.output.weight[3, 3] = torch.inf
+    (tmp_path / "spoilt").mkdir()
+    save(tmp_path / "spoilt", spoilt, load(byte_lm).config)
+    with pytest.raises(UserError, match="not finite"):
+        train(settings(blt_run(tmp_path / "run", text, tmp_path / "spoilt")))
+    assert not (tmp_path / "run" / "byte_lm").exists()

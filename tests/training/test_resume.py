@@ -2,7 +2,6 @@
 
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from bytelatent.training import loop, read_metrics, train
 from bytelatent.training.optimizer import learning_rate
 from bytelatent.training.run import DATA_MAY_CHANGE, MAY_CHANGE, OPTIMIZER_MAY_CHANGE
 from bytelatent.training.settings import OptimizerSettings
+from tests.processes import Command
 from tests.training.tiny_runs import (
     assert_equal_runs,
     blt_run,
@@ -85,7 +85,7 @@ def test_a_blt_that_is_killed_goes_on_bit_for_bit(tmp_path: Path, text: Path, by
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(settings(values(whole)))
-    process = subprocess.Popen(command(values(killed)), env=environment(), stdout=subprocess.DEVNULL)
+    process = Command(command(values(killed)), environment())
     until = time.monotonic() + 60
     while len(read_metrics(killed / "metrics.jsonl")) < 20 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.002)

@@ -13,7 +13,8 @@ import pytest
 
 from bytelatent.files import what_is_torn
 from bytelatent.training import read_metrics
-from tests.training.plans import values
+from tests.training.crew import Crew
+from tests.training.plans import train_as, values
 from tests.training.tiny_runs import assert_equal_runs, checkpoints, environment
 
 # Trains as `python -m bytelatent.train` does; one rank meets its end before step 4.
@@ -24,7 +25,7 @@ from bytelatent.training import loop
 
 inner = loop.learning_rate
 def rate(step, *more):
-    if os.environ["RANK"] == "1" and step == 3 and sys.argv[1] != "kill never":
+    if os.environ["RANK"] == "1" and step == 3:
         if sys.argv[1] == "kill once" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
             return inner(step, *more)
         if sys.argv[1].startswith("kill"):
@@ -76,17 +77,20 @@ def test_a_rank_that_dies_ends_the_job(tmp_path: Path, text: Path, how: str) -> 
     assert checkpoints(run) == ["step-00000002"]
 
 
-def test_torchrun_begins_again_after_a_death(tmp_path: Path, text: Path) -> None:
+def test_torchrun_begins_again_after_a_death(crew: Crew, tmp_path: Path, text: Path) -> None:
     """Bit for bit as the run that nothing happened to."""
     (tmp_path / "dies.py").write_text(DIES)
-    for run in ("whole", "killed"):
-        given = values(text, tmp_path / run, steps=5, checkpoint={"every": 2, "asynchronous": False})
-        how = "kill once" if run == "killed" else "kill never"
-        process = torchrun("--max-restarts", "1", str(tmp_path / "dies.py"), how, output=subprocess.PIPE, **given)
-        said, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert said.splitlines().count(str(tmp_path / run)) == 1  # the first rank, as it is done
-        assert ("exitcode: -9" in errors) == (run == "killed")
+
+    def given(run: str) -> dict[str, Any]:
+        return values(text, tmp_path / run, steps=5, checkpoint={"every": 2, "asynchronous": False})
+
+    crew.run((2, train_as, given("whole")))
+    program = ("--max-restarts", "1", str(tmp_path / "dies.py"), "kill once")
+    process = torchrun(*program, output=subprocess.PIPE, **given("killed"))
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert said.splitlines().count(str(tmp_path / "killed")) == 1  # the first rank, as it is done
+    assert "exitcode: -9" in errors
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
 
 

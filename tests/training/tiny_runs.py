@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from bytelatent.training import TrainSettings, read_metrics
+from tests import processes
 
 WORDS = [
     "the",
@@ -104,6 +105,9 @@ def environment() -> dict[str, str]:
 
 
 def finished(arguments: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+    """A command run to its end; with options of `subprocess.run`, or a program of its own, by a new interpreter."""
+    if arguments[1] == "-m" and not more:
+        return processes.ended(arguments, environment())
     return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=120, **more)
 
 
