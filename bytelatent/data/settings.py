@@ -9,7 +9,7 @@ from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.damage import MAX_BAD_ROWS
 
-MOST = 2**31  # ids of a batch: kernels count them so
+MOST = 2**26  # ids of a batch, or pieces of text in memory: no machine has room for more
 
 
 class SourceSettings(Settings):

@@ -10,7 +10,7 @@ from rich.console import Console
 from bytelatent.errors import UserError
 from bytelatent.text import Damaged, find_files
 from bytelatent.text.documents import json_value, some
-from bytelatent.text.kinds import FileKind, TextReader, kind_of
+from bytelatent.text.kinds import FileKind, TextReader, kind_of, name_of
 from bytelatent.text.places import is_remote, readable, size_of
 
 UNIT_BYTES = 1 << 26  # of a plain JSONL file; of small text files together
@@ -160,7 +160,7 @@ def _input_file(path: str, source: str) -> InputFile:
         found = FileKind(None)
     kind = "packed" if found.kind == "lines" and found.compression else found.kind or "none"
     if is_remote(path):
-        inside = path.removeprefix(source).lstrip("/") or _last_part(path)
+        inside = path.removeprefix(source).lstrip("/") or name_of(path)
         with readable(path):
             return InputFile(path, inside, size_of(path), None, kind, found.compression)
     with readable(path):
@@ -169,7 +169,3 @@ def _input_file(path: str, source: str) -> InputFile:
     inside = os.path.relpath(path, place) if place.is_dir() else os.path.basename(path)
     return InputFile(os.path.abspath(path), inside, about.st_size, about.st_mtime_ns, kind, found.compression)
 
-
-def _last_part(address: str) -> str:
-    """The name of a remote file: what follows it in its address may be a signature."""
-    return address.partition("?")[0].rsplit("/", 1)[-1]

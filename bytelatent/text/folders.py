@@ -11,7 +11,7 @@ from typing import Any
 from bytelatent.errors import UserError
 from bytelatent.terminal import safe
 from bytelatent.text.damage import short
-from bytelatent.text.kinds import kind_of, must_be_read, rows_by_name
+from bytelatent.text.kinds import kind_of, must_be_read, name_of, rows_by_name
 from bytelatent.text.places import Damaged, file_system, is_remote, readable
 
 
@@ -114,7 +114,7 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
 
 def _is_rows(file: str) -> bool:
     """Whether its name says so; then what it holds is looked at when it is read."""
-    if rows_by_name(file) not in ("lines", "parquet"):
+    if rows_by_name(name_of(file)) not in ("lines", "parquet"):
         return False
     return is_remote(file) or os.path.isfile(file)
 
@@ -124,7 +124,7 @@ def _find_remote(path: str, say: Callable[[str], None]) -> list[str]:
     if path.startswith(("http://", "https://")) and path.endswith("/"):
         raise UserError(f"data: '{path}' is a page, not a file; name the files on it")
     with readable(path):
-        if glob.has_magic(inner):
+        if glob.has_magic(inner.partition("?")[0] if path.startswith("http") else inner):
             found = [name for name in fs.glob(inner) if fs.isfile(name)]
         elif fs.isfile(inner):
             must_be_read(path)

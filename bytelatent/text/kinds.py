@@ -84,6 +84,11 @@ def kind_of(file: str) -> FileKind:
 NO_FILE = FileKind(None, why_not="a pipe or a device, which may never end")
 
 
+def name_of(file: str) -> str:
+    """A file's name without its folders; what follows it in an address (`?sig=...`) is no part of it."""
+    return Path(file.partition("?")[0] if is_remote(file) else file).name
+
+
 def rows_by_name(name: str) -> str | None:
     """`lines`, `json` or `parquet` where the ending says so."""
     found = ROWS.search(name)
@@ -155,7 +160,7 @@ def _kind_of(file: str, size: int, changed: int | None) -> FileKind:
     if compression is not None:
         with TextReader(file, compression) as text:
             head = text.read(HEAD_BYTES)
-    kind, why_not = _kind_by_content(Path(file).name, head)
+    kind, why_not = _kind_by_content(name_of(file), head)
     if kind == "parquet" and compression is not None:
         kind, why_not = None, f"Parquet inside {compression} (decompress it)"
     return FileKind(kind, compression, why_not)

@@ -75,6 +75,13 @@ def test_sizes_and_bytes_in_memory(memory: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_signature_in_the_address_is_no_part_of_the_name(kind: str, web: str) -> None:
+    (file,) = find_files(f"{web}/data/a.{kind}?sig=abc")
+    assert file == f"{web}/data/a.{kind}?sig=abc"
+    assert texts(file) == TEXTS
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_by_http(kind: str, web: str, folder: Path) -> None:
     (file,) = find_files(f"{web}/data/a.{kind}")
     assert size_of(file) == (folder / "data" / f"a.{kind}").stat().st_size
