@@ -168,4 +168,3 @@ def _input_file(path: str, source: str) -> InputFile:
     place = Path(source).expanduser()
     inside = os.path.relpath(path, place) if place.is_dir() else os.path.basename(path)
     return InputFile(os.path.abspath(path), inside, about.st_size, about.st_mtime_ns, kind, found.compression)
-
