@@ -25,10 +25,10 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """The text with lone surrogates and control characters as backslash escapes, so that printing it cannot fail."""
+    """The text with lone surrogates, control characters and line breaks as backslash escapes: printing it cannot fail."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() or char.isspace() else ascii(char)[1:-1] for char in text)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bytelatent.errors import UserError
+from bytelatent.errors import UserError, printable
 from bytelatent.prepare.inputs import InputFile, Unit
 from bytelatent.prepare.order import TextKeys
 from bytelatent.prepare.runs import Rows
@@ -45,7 +45,7 @@ class Corrupt:
         self.good_files: set[int] = set()
 
     def add(self, number: int, place: str) -> None:
-        place = place.removeprefix("data: ")
+        place = printable(" ".join(place.split())).removeprefix("data: ")
         self.places.append(place)
         self.bad_files.setdefault(number, place)
         if len(self.places) > self.limit:
