@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """The text with lone surrogates, control characters and line breaks as backslash escapes: printing it cannot fail."""
+    """The text with what no terminal shows, lone surrogates and line breaks too, as backslash escapes."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
