@@ -51,13 +51,13 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
     """All but hidden files below a folder; links to folders come last, so that a folder keeps its own name."""
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    folders, links = [folder], list[Path]()
+    folders, links, again = [folder], list[Path](), list[Path]()
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
         try:
             about = os.stat(place)
             if (about.st_dev, about.st_ino) in seen:
-                say(short(printable(f"data: '{place}' is a link to a folder that is read already; not followed")))
+                again.append(place)
                 continue
             seen.add((about.st_dev, about.st_ino))
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
@@ -70,6 +70,9 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
                     (links if entry.is_symlink() else folders).append(inside)
         except OSError as error:
             say(short(printable(f"data: the folder '{place}' is passed over: {error.strerror or error}")))
+    if again:
+        line = f"data: {len(again):,} links to folders that are read already are not followed, such as '{again[0]}'"
+        say(short(printable(line)))
     return [str(file) for file in sorted(found)]
 
 
