@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bytelatent.credentials import masked
-from bytelatent.terminal import safe, say
+from bytelatent.terminal import one_line, say
 
 BAD_INPUT = 2
 # The exit code of work that stopped because it was asked to: it is not done, and the same command goes on with it.
@@ -24,7 +24,7 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A value that a user gave, or the message of a library, may hold line breaks, credentials, or steer a terminal.
-        super().__init__(safe(masked(" ".join(message.split()))))
+        super().__init__(one_line(masked(" ".join(message.split()))))
 
 
 def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) -> str:

@@ -24,6 +24,13 @@ def safe(text: str) -> str:
     return "".join(_escaped(c) if unicodedata.category(c) in STEERS and c not in KEPT else c for c in text)
 
 
+def one_line(text: str) -> str:
+    """The text with all that is no printable character as escapes, line breaks too: for messages that are one line."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def say(line: str, file: IO[str] | None = None) -> None:
     """Print a line, to standard output unless another file is given: safely to a terminal, elsewhere as it is."""
     place = file or sys.stdout

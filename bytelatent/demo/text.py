@@ -43,11 +43,12 @@ def collect(
         max_row_bytes: a longer row is a bad one.
 
     Raises:
-        UserError: there is too little text, or nothing of a file could be read.
+        UserError: there is too little text, or nothing of the file could be read.
     """
     bad = DamageLimit(0) if bad is None else bad
     documents = list(_own(own, text_key, bad, max_row_bytes) if own else _standard_library())
-    bad.must_have_read()
+    if own and Path(own).is_file():  # in a folder, the lines about bad rows are enough
+        bad.must_have_read()
     what = f"'{own}'" if own else "Python's standard library"
     parts: dict[str, list[tuple[str, bytes]]] = {"train": [], "valid": []}
     held_out = _held_out([name for name, _ in documents])

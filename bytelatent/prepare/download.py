@@ -24,9 +24,8 @@ DATASETS = {  # name: repository and pattern of its files
     "dclm_baseline_1.0_10prct": ("mlfoundations/dclm-baseline-1.0", "global-shard_01_of_10/**/*.jsonl.zst"),
 }
 DONE, UNFINISHED = ".source.json", ".source.unfinished.json"
-TEXT_FILES = re.compile(
-    r".*\.(parquet|(jsonl|ndjson|txt)(\.(gz|zst|xz|bz2))?)", re.IGNORECASE
-)  # where no pattern chooses: no cards, no pictures
+# Where no pattern chooses: no cards, no pictures.
+TEXT_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson|txt)(\.(gz|zst|xz|bz2))?)", re.IGNORECASE)
 
 _SCHEME = "hf://"
 _ADDRESS = re.compile(

@@ -14,6 +14,7 @@ from bytelatent.errors import UserError
 from bytelatent.prepare.inputs import InputFile, Unit
 from bytelatent.prepare.order import TextKeys
 from bytelatent.prepare.runs import Rows
+from bytelatent.terminal import one_line
 from bytelatent.text.documents import Rows as HowToRead
 from bytelatent.text.documents import bytes_of, from_json, from_value, too_long
 from bytelatent.text.kinds import TextReader, must_be_read
@@ -45,7 +46,7 @@ class Corrupt:
         self.good_files: set[int] = set()
 
     def add(self, number: int, place: str) -> None:
-        place = place.removeprefix("data: ")
+        place = one_line(" ".join(place.split())).removeprefix("data: ")
         self.places.append(place)
         self.bad_files.setdefault(number, place)
         if len(self.places) > self.limit:

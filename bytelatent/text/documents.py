@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bytelatent.terminal import safe
+from bytelatent.terminal import one_line
 from bytelatent.text.places import Damaged
 from bytelatent.text.stored import Stored, unpack_starts
 from bytelatent.vocab import to_bytes
@@ -141,7 +141,7 @@ def too_long(where: str, how: Rows) -> Damaged:
 
 def some(names: Iterable[Any]) -> str:
     """The first few of some keys or columns, each in a few characters."""
-    found = [safe(str(name)) for name in names]
+    found = [one_line(str(name)) for name in names]
     return ", ".join(name if len(name) <= 20 else f"{name[:17]}..." for name in found[:6]) + (
         ", ..." if len(found) > 6 else ""
     )

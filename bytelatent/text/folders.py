@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bytelatent.errors import UserError
-from bytelatent.terminal import safe
+from bytelatent.terminal import one_line
 from bytelatent.text.damage import short
 from bytelatent.text.kinds import kind_of, must_be_read, name_of, rows_by_name
 from bytelatent.text.places import Damaged, file_system, is_remote, readable
@@ -52,13 +52,13 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
     """All but hidden files below a folder; links to folders come last, so that a folder keeps its own name."""
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    folders, links = [folder], list[Path]()
+    folders, links, again = [folder], list[Path](), list[Path]()
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
         try:
             about = os.stat(place)
             if (about.st_dev, about.st_ino) in seen:
-                say(short(safe(f"data: '{place}' is a link to a folder that is read already; not followed")))
+                again.append(place)
                 continue
             seen.add((about.st_dev, about.st_ino))
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
@@ -70,16 +70,20 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
                 else:
                     (links if entry.is_symlink() else folders).append(inside)
         except OSError as error:
-            say(short(safe(f"data: the folder '{place}' is passed over: {error.strerror or error}")))
+            say(short(one_line(f"data: the folder '{place}' is passed over: {error.strerror or error}")))
+    if again:
+        line = f"data: {len(again):,} links to folders that are read already are not followed, such as '{again[0]}'"
+        say(short(one_line(line)))
     return [str(file) for file in sorted(found)]
 
 
 def _once(files: list[str]) -> list[str]:
     """Files that a glob found, those below a folder not again below a link to it."""
     by_place: dict[tuple[str, str], str] = {}
-    for file in sorted(files, key=lambda file: (len(Path(file).parts), file)):
-        folder, name = os.path.split(file)
-        by_place.setdefault((os.path.realpath(folder), name), file)
+    found = [(*os.path.split(file), file) for file in sorted(files)]
+    places = [(os.path.realpath(folder), os.path.abspath(folder), name, file) for folder, name, file in found]
+    for real, place, name, file in sorted(places, key=lambda found: found[0] != found[1]):  # links last
+        by_place.setdefault((real, name), file)
     return sorted(by_place.values())
 
 
@@ -108,7 +112,7 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
         line = f"{len(others):,} of {len(files):,} files of '{source}' are not text and are passed over"
         if not text:
             raise UserError(f"data: {line}: '{first}' is {what}")
-        say(short(safe(f"data: {line}: {counted}{', ...' if len(more) > 3 else ''}")))
+        say(short(one_line(f"data: {line}: {counted}{', ...' if len(more) > 3 else ''}")))
     return text
 
 

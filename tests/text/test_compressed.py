@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bytelatent.prepare.inputs import InputFile, Unit
 from bytelatent.prepare.rows import Corrupt, RowReader
-from bytelatent.text import DamageLimit, read_documents
+from bytelatent.text import DamageLimit, kinds, read_documents
 from bytelatent.text.compressed import Decompressed, compression_of, zstd_module
 from bytelatent.text.documents import Rows
 from tests.text.test_every_reader import CASES, zstd
@@ -95,6 +95,20 @@ def test_a_long_window() -> None:
     found = [document.text for _, document in read_documents(str(CASES / "long31.jsonl.zst"))]
     assert len(found) == 200_000
     assert found[:2] == [b"row 1", b"row 2"] or found[:2] == [b"row 0", b"row 1"]
+
+
+def test_zstd_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pyarrow, which reads no long windows; the message says what to install."""
+    monkeypatch.setattr(kinds, "zstd_module", lambda: None)
+    packed = zstd(LINES)
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
+    assert len(list(read_documents(str(tmp_path / "a.jsonl.zst")))) == 20_000
+    bad = DamageLimit(10)
+    for file in (tmp_path / "cut.jsonl.zst", CASES / "long31.jsonl.zst"):
+        list(read_documents(str(file), damaged=bad))
+    assert bad.count == 2
+    assert all("pip install backports.zstd" in line for line in bad.told)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.xz", "a.json.gz", "zeros.jsonl.gz", "a.jsonl"])
