@@ -80,11 +80,15 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
 def _once(files: list[str]) -> list[str]:
     """Files that a glob found, those below a folder not again below a link to it."""
     by_place: dict[tuple[str, str], str] = {}
-    found = [(*os.path.split(file), file) for file in sorted(files)]
-    places = [(os.path.realpath(folder), os.path.abspath(folder), name, file) for folder, name, file in found]
-    for real, place, name, file in sorted(places, key=lambda found: found[0] != found[1]):  # links last
-        by_place.setdefault((real, name), file)
+    for file in sorted(files, key=lambda file: (_is_linked(file), file)):
+        folder, name = os.path.split(file)
+        by_place.setdefault((os.path.realpath(folder), name), file)
     return sorted(by_place.values())
+
+
+def _is_linked(file: str) -> bool:
+    folder = os.path.dirname(file)
+    return os.path.realpath(folder) != os.path.abspath(folder)
 
 
 def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> list[str]:
