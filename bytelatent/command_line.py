@@ -18,7 +18,9 @@ import yaml
 
 from bytelatent.config import Settings, flat, load_yaml, short, to_yaml
 from bytelatent.configs import find_config
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
+from bytelatent.terminal import say
 
 COMMAND_LINE = "command line"
 PRINT_CONFIG = "--print-config"
@@ -140,9 +142,9 @@ def from_command_line(model: type[Read], arguments: list[str], usage: str, liter
         SystemExit: `--help`, `-h` or `--print-config` was asked for; it is printed.
     """
     if {"-h", "--help"} & set(arguments):
-        print(f"{usage}\nsettings: {', '.join(model.model_fields)}; those of a group as group.key=value")
-        print("later ones win over earlier ones and over config=FILE; `blt configs` lists the package's own files")
-        print(f"{PRINT_CONFIG} shows all settings as they are now and where each comes from; their meaning: docs/")
+        say(f"{usage}\nsettings: {', '.join(model.model_fields)}; those of a group as group.key=value")
+        say("later ones win over earlier ones and over config=FILE; `blt configs` lists the package's own files")
+        say(f"{PRINT_CONFIG} shows all settings as they are now and where each comes from; their meaning: docs/")
         raise SystemExit(0)
     rest = [argument for argument in arguments if argument != PRINT_CONFIG]
     if not rest:
@@ -153,7 +155,7 @@ def from_command_line(model: type[Read], arguments: list[str], usage: str, liter
     given.lay_over([argument for argument in rest if not argument.startswith("config=")])
     settings = given.settings()
     if PRINT_CONFIG in arguments:
-        print(given.in_words(settings))
+        say(masked(given.in_words(settings)))
         raise SystemExit(0)
     return settings
 

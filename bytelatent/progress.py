@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
+from bytelatent import terminal
+
 EVERY = 10.0  # seconds between lines where there is no bar
 
 Item = TypeVar("Item")
@@ -45,7 +47,7 @@ class Progress:
         self._of = "of about" if about else "of"
         self.done = 0
         self.is_cut = False  # the limit ended the work
-        self._console = console or Console(quiet=True)
+        self._console = console or terminal.Console(quiet=True)
         self._began = self._shown = time.monotonic()
         self._bars: Bars | None = None
         if bar and self._console.is_terminal:

@@ -16,7 +16,7 @@ import typer.rich_utils
 from bytelatent import __version__, interrupt
 from bytelatent.cli import bench, text, training, using, weights
 from bytelatent.errors import Interrupted, guarded
-from bytelatent.terminal import Console, safe
+from bytelatent.terminal import Console, safe, say
 
 VERBS = {  # as the help lists them
     "demo": training.demo,
@@ -69,7 +69,7 @@ for command in [*app.registered_commands, *bench.app.registered_commands]:
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"bytelatent {__version__}")
+        say(f"bytelatent {__version__}")
         raise typer.Exit
 
 

@@ -71,12 +71,12 @@ def configs(
     Example:  `blt configs debug > mine.yaml`
     """
     if name is not None:
-        print(find_config(name).read_text(encoding="utf-8"), end="")
+        say(find_config(name).read_text(encoding="utf-8").rstrip("\n"))
         return
     files = config_files()
     width = max(map(len, files))
     for known, path in files.items():
-        print(f"{known:<{width}}  {describe_config(path)}")
+        say(f"{known:<{width}}  {describe_config(path)}")
 
 
 def runs(
