@@ -5,12 +5,12 @@ import platform
 import shlex
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import bytelatent
 from bytelatent.demo.measure import Measured
 from bytelatent.demo.text import DemoText
 from bytelatent.files import whole_file
@@ -118,7 +118,7 @@ def about(minutes: float, folder: Path, options: list[str], seed: int, device: t
         "device": _device_name(device),
         "threads": next((row["threads"] for row in reversed(rows) if "threads" in row), None),
         "versions": {
-            "bytelatent": version("bytelatent"),
+            "bytelatent": bytelatent.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
