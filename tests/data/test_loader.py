@@ -2,12 +2,13 @@
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from bytelatent.data import Batch, DataSettings, Loader, Patcher, SourceSettings, batches_once
+from bytelatent.data import Batch, DataSettings, Loader, Patcher, Piece, SourceSettings, batches_once
 from bytelatent.data.reading import Reading, Readings
 from bytelatent.data.source import SourceReader
 from bytelatent.errors import UserError
@@ -180,6 +181,24 @@ def test_validation_in_one_shape(sources: list[SourceSettings]) -> None:
     )
     assert predicted == expected
     assert sum(batch.num_targets for batch in padded) == len(expected)
+
+
+@pytest.mark.parametrize("max_bytes", [None, 7_000])
+def test_a_long_document_is_patched_a_batch_at_a_time(tmp_path: Path, max_bytes: int | None) -> None:
+    """Memory is that of a batch, whatever the length of a document."""
+    sizes: list[int] = []
+
+    class Watched(Patcher):
+        def __call__(self, pieces: Sequence[Piece]) -> list[Piece]:
+            sizes.append(sum(map(len, pieces)))
+            return super().__call__(pieces)
+
+    (tmp_path / "long.txt").write_bytes(b"word " * 2_000)
+    batches = list(
+        batches_once([SourceSettings(path=str(tmp_path))], 64, 256, Watched(PatchSettings(mode="space")), max_bytes)
+    )
+    assert sum(batch.num_bytes for batch in batches) == (max_bytes or 10_000)
+    assert max(sizes) < 256 + 64
 
 
 @pytest.mark.parametrize("max_bytes", [1, 30, 31, 1000])
