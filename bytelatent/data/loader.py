@@ -238,7 +238,7 @@ def _documents_once(
     check = StoredCheck(patcher)
     stored = check.patcher is not None
     for source in sources:
-        for file in find_files(source.path):
+        for file in find_files(source.path) if bad is None else find_files(source.path, bad.note):
             for _, document in read_documents(file, source.text_key, check, bad, stored, max_row_bytes):
                 yield document
 
