@@ -28,7 +28,7 @@ def calibrate_text(
     max_bad_rows: int = MAX_BAD_ROWS,
     max_row_bytes: int = MAX_ROW_BYTES,
     console: Console | None = None,
-) -> Calibration:
+) -> tuple[Calibration, dict[str, str]]:
     """Choose the threshold for a mean patch of `patch_bytes` bytes.
 
     Args:
@@ -41,9 +41,11 @@ def calibrate_text(
         max_row_bytes: a longer row is a bad one.
         console: shows how far it is.
 
+    Returns:
+        The threshold, and the files of which nothing could be read, each with the reason.
+
     Raises:
-        UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or nothing of a file
-            could be read.
+        UserError: neither are there stored entropies nor a byte LM, or the size is out of reach.
     """
     place = choose_device(device)  # before anything is read
     sources = [{"path": path, "text_key": text_key} for path in text]
@@ -64,10 +66,9 @@ def calibrate_text(
             max_row_bytes=data.max_row_bytes,
             progress=progress,
         )
-    bad.must_have_read()
     found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
     if figure is not None:
         thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, rule)
         write_threshold_figure(figure, thresholds, sizes, (found.threshold, found.mean_patch_bytes))
     origin = {"window": sample.window, "byte_lm": sample.byte_lm, "data": ", ".join(text)}
-    return found.model_copy(update=origin)
+    return found.model_copy(update=origin), bad.unread

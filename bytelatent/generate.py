@@ -153,13 +153,26 @@ def _prompt(settings: GenerateSettings) -> bytes:
     if settings.prompt is not None:
         return prompt_bytes(settings.prompt)
     if settings.file is not None:
-        try:
-            return settings.file.read_bytes()
-        except OSError as error:
-            raise UserError(f"file: '{settings.file}' cannot be read: {error.strerror or error}") from None
+        return _prompt_in(str(settings.file))
     if sys.stdin.isatty():
         raise UserError("no prompt: give it as an argument, with --file or --jsonl, or pipe it in")
     return sys.stdin.buffer.read()
+
+
+def _prompt_in(name: str) -> bytes:
+    """The text of a file, decompressed; standard input takes any bytes as they are."""
+    if Path(name).is_fifo():  # as `<(command)` of a shell
+        with readable(name):
+            return Path(name).read_bytes()
+    found = must_be_read(name)
+    if found.kind == "parquet":
+        raise UserError(f"file: '{name}' is a Parquet file; a prompt is text")
+    with readable(name), TextReader(name, found.compression) as text:
+        text.skip_byte_order_mark()
+        prompt = text.read()
+        if text.damage is not None:
+            raise UserError(f"file: '{name}' {text.damage}")
+    return prompt
 
 
 def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: BinaryIO, console: Console) -> None:

@@ -77,7 +77,7 @@ def test_eval_knows_no_time_left_where_a_compressed_file_holds_more_than_was_gue
 def test_calibrate_says_how_far_it_is(tmp_path: Path, byte_lm: Path) -> None:
     text = write_text(tmp_path / "text.jsonl", seed=1, num_documents=300)
     console = Console(file=io.StringIO(), width=200)
-    found = calibrate_text([str(text)], 2.0, str(byte_lm), 20_000, device="cpu", console=console)
+    found, _ = calibrate_text([str(text)], 2.0, str(byte_lm), 20_000, device="cpu", console=console)
     lines = shown(console)
     assert len(lines) >= 4
     assert {(what, of) for what, _, _, of, _ in lines} == {("calibrating", "of")}

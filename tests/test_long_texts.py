@@ -183,7 +183,7 @@ def test_calibrate_reads_pieces_of_the_byte_lms_context(tmp_path: Path) -> None:
     blt = wrap(RULES["entropy"], window=None)
     blt.save_pretrained(tmp_path / "model")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}))
-    found = calibrate_text([str(tmp_path / "text.jsonl")], 4.5, str(tmp_path / "model"), device="cpu")
+    found, _ = calibrate_text([str(tmp_path / "text.jsonl")], 4.5, str(tmp_path / "model"), device="cpu")
     blt.patching = PatchSettings(threshold=found.threshold)
     assert found.mean_patch_bytes == pytest.approx(len(TEXT) / len(blt.patch(TEXT, context=CONTEXT)), rel=0.02)
     assert found.mean_patch_bytes != pytest.approx(len(TEXT) / len(blt.patch(TEXT)), rel=0.02)

@@ -66,6 +66,8 @@ NO_TEXT = {
     "no_zeros.txt": (bytes(range(1, 256)), "binary data"),
     "a.pdf": (b"%PDF-1.4 a b c", "a PDF file"),
     "utf16.txt": ("a note".encode("utf-16"), "UTF-16 text"),
+    "notes.txt.gz.gz": (gzip.compress(gzip.compress(b"a note")), "gzip inside gzip"),
+    "notes.tar.gz": (gzip.compress(b"note".ljust(257, b"\0") + b"ustar\x0000"), "a tar archive"),
     "a.parquet.gz": (gzip.compress(b"PAR1"), "Parquet inside gzip"),
     "manifest.json": (b'{"format": 1, "request": {}}', "the manifest of a prepared folder"),
 }
@@ -91,14 +93,17 @@ def test_what_is_no_text_is_passed_over_in_a_folder(verb: str, tmp_path: Path, m
     (tmp_path / "in" / "good.jsonl").write_bytes(GOOD)
     code, _, err = blt(*reading(tmp_path / "in", model, tmp_path)[verb])
     assert code == 0, err
-    (line,) = [line for line in err.splitlines() if "passed over" in line]
-    assert "10 of 11 files" in line
-    assert "2 x binary data" in line
-    assert len(line) <= MAX_LINE
+    lines = [line for line in err.splitlines() if "passed over" in line]
+    assert len(lines) == len({what for _, what in NO_TEXT.values()})
+    for name, (_, what) in NO_TEXT.items():
+        (line,) = [line for line in lines if f"passed over, {what}" in line]
+        assert f"'{name}'" in line
+        assert len(line) <= MAX_LINE
+    assert any("2 of 13 files passed over, binary data: 'a', 'no_zeros.txt'" in line for line in lines)
     (tmp_path / "in" / "good.jsonl").unlink()
     code, _, err = blt(*reading(tmp_path / "in", model, tmp_path / "again")[verb])
     assert code == 2
-    assert "10 of 10 files" in err
+    assert "none of the 12 files" in err
 
 
 @pytest.mark.parametrize("verb", ["prepare", "eval", "entropies", "calibrate"])
@@ -115,6 +120,8 @@ def test_a_file_of_which_nothing_is_read_ends_in_2(verb: str, tmp_path: Path, mo
         assert len(b"".join(file.read_bytes() for file in (tmp_path / "prepared").glob("*.jsonl"))) == len(GOOD)
     if verb == "eval":
         assert out.endswith(f"on {sum(len(json.loads(line)['text']) for line in GOOD.splitlines())} bytes\n")
+    if verb == "calibrate":
+        assert json.loads(out)["data_bytes"] == sum(len(json.loads(line)["text"]) for line in GOOD.splitlines())
     if verb == "entropies":
         assert [file.name for file in (tmp_path / "entropies").glob("*.parquet")] == ["good.parquet"]
 
@@ -196,6 +203,58 @@ def test_the_prompts_of_generate(tmp_path: Path, model: Path, blt: Command) -> N
     assert (code, "is no JSONL" in err) == (2, True)
 
 
+def test_the_prompt_in_a_file(tmp_path: Path, model: Path, blt: Command) -> None:
+    prompt = tmp_path / "prompt"
+    for data in (b"a note", gzip.compress(b"a note"), b"\xef\xbb\xbfa note"):
+        prompt.write_bytes(data)
+        code, out, err = blt("generate", "--file", prompt, "-m", model, "-n", 1, "--temperature", 0)
+        assert code == 0, err
+        assert out.startswith("a note")
+    for data, what in [*NO_TEXT.values(), (b"PAR1", "a Parquet file")]:
+        if what not in ("a CSV or TSV table", "the manifest of a prepared folder"):  # their names say so
+            prompt.write_bytes(data)
+            code, out, err = blt("generate", "--file", prompt, "-m", model)
+            assert (code, out) == (2, "")
+            assert f"'{prompt}' is {what}" in err
+    assert "is a folder" in blt("generate", "--file", tmp_path, "-m", model)[2]
+
+
+def test_a_broken_link_is_named(tmp_path: Path, model: Path, blt: Command) -> None:
+    (tmp_path / "a.txt").symlink_to("nowhere")
+    assert f"'{tmp_path / 'a.txt'}' is a broken link" in blt("eval", tmp_path / "a.txt", "-m", model)[2]
+
+
+def test_a_row_with_something_else_where_text_should_be(tmp_path: Path, model: Path, blt: Command) -> None:
+    text = tmp_path / "a.jsonl"
+    found = {b"3": "a number", b"null": "null", b"[1]": "a list", b"{}": "an object", b"true": "true or false"}
+    text.write_bytes(GOOD + b"\n".join(b'{"text": %s}' % value for value in found))
+    code, _, err = blt("eval", text, "-m", model)
+    assert code == 0
+    for line, what in zip(err.splitlines(), found.values(), strict=False):
+        assert f"has no text under 'text' but {what}" in line
+
+
+def test_a_number_of_many_digits_costs_no_row(tmp_path: Path, model: Path, blt: Command) -> None:
+    text = tmp_path / "a.jsonl"
+    text.write_bytes(b'{"text": "abc", "n": %s}\n' % (b"9" * 10_000))
+    code, out, err = blt("eval", text, "-m", model)
+    assert (code, err) == (0, "")
+    assert "on 3 bytes" in out
+
+
+def test_rows_without_the_key_beside_other_text(tmp_path: Path, blt: Command) -> None:
+    """One file of another kind of rows does not stop the preparation of a folder."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.json").write_bytes(b'{"title": "x"}')
+    command = ["prepare", tmp_path / "in", "--workers", 1, "--out"]
+    code, _, err = blt(*command, tmp_path / "alone")
+    assert (code, "--text-key" in err) == (2, True)
+    (tmp_path / "in" / "b.md").write_bytes(b"a note")
+    code, _, err = blt(*command, tmp_path / "beside")
+    assert code == 0, err
+    assert "2 documents" in err
+
+
 def test_entropies_are_checked_where_they_are_read(tmp_path: Path, model: Path, blt: Command) -> None:
     wrong = [b"[1, NaN, 2]", b"3.2", b"[1, -1, 2]", b"[1, 1e999, 2]", b"[1, 2]", b'"x"', b"[1, null, 2]"]
     lines = [b'{"text": "ab", "entropies": %s}' % values for values in wrong]
@@ -235,5 +294,5 @@ def test_a_prepared_folder_is_prepared_again(tmp_path: Path, blt: Command) -> No
     assert blt("prepare", tmp_path / "lines.json", "--out", tmp_path / "out", "--workers", 1, "--chunks", 2)[0] == 0
     code, _, err = blt("prepare", tmp_path / "out", "--out", tmp_path / "again", "--workers", 1)
     assert code == 0
-    assert "1 x the manifest of a prepared folder" in err
+    assert "passed over, the manifest of a prepared folder: 'manifest.json'" in err
     assert "50 documents" in err

@@ -74,10 +74,12 @@ def calibrate(
     Example:  `blt calibrate data/entropies/*.chunk.*.parquet --patch-bytes 6 --figure sizes.png`
     """
     from bytelatent.calibrate import calibrate_text
+    from bytelatent.text.damage import must_have_read
 
     how = text_key, max_bad_rows, max_row_bytes
-    found = calibrate_text(text, patch_bytes, model, max_bytes, figure, device, *how, Console(stderr=True))
+    found, unread = calibrate_text(text, patch_bytes, model, max_bytes, figure, device, *how, Console(stderr=True))
     say(found.model_dump_json(indent=1))
+    must_have_read(unread)
 
 
 def entropies(

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from bytelatent.data.packing import Batch, pack, take
-from bytelatent.data.patcher import Patcher
+from bytelatent.data.patcher import Patcher, groups_of
 from bytelatent.data.pieces import Piece, cut
 from bytelatent.data.reading import Reading, Readings
 from bytelatent.data.settings import DataSettings, SourceSettings
@@ -220,26 +220,16 @@ def batches_once(
         bad: receives bad rows and files; None to raise the first.
         max_row_bytes: a longer row is a bad one.
     """
-    documents = _documents_once(sources, patcher, bad, max_row_bytes)
+    pieces = _pieces_once(_documents_once(sources, patcher, bad, max_row_bytes), context, max_bytes)
     ready: deque[Piece] = deque()
-    num_bytes = 0
 
     def more() -> bool:
-        nonlocal num_bytes
-        pieces, size = [], 0
-        while size < batch_bytes and (max_bytes is None or num_bytes < max_bytes):
-            document = next(documents, None)
-            if document is None:
-                break
-            text = document.text if max_bytes is None else document.text[: max_bytes - num_bytes]
-            pieces.extend(cut(_first(document, len(text)), context))
-            num_bytes += len(text)
-            size += len(text)
-        ready.extend(patcher(pieces) if patcher else pieces)
+        group = next(groups_of(pieces, batch_bytes), [])  # not a whole document, which may be as long as memory
+        ready.extend(patcher(group) if patcher else group)
         return bool(ready)
 
-    while pieces := take(ready, batch_bytes, slots, more):
-        yield pack(pieces, batch_bytes, slots) if padded else pack(pieces)
+    while taken := take(ready, batch_bytes, slots, more):
+        yield pack(taken, batch_bytes, slots) if padded else pack(taken)
 
 
 def _documents_once(
@@ -248,9 +238,20 @@ def _documents_once(
     check = StoredCheck(patcher)
     stored = check.patcher is not None
     for source in sources:
-        for file in find_files(source.path):
+        for file in find_files(source.path) if bad is None else find_files(source.path, bad.note):
             for _, document in read_documents(file, source.text_key, check, bad, stored, max_row_bytes):
                 yield document
+
+
+def _pieces_once(documents: Iterator[Document], context: int, max_bytes: int | None) -> Iterator[Piece]:
+    num_bytes = 0
+    while max_bytes is None or num_bytes < max_bytes:
+        document = next(documents, None)
+        if document is None:
+            return
+        text = document.text if max_bytes is None else document.text[: max_bytes - num_bytes]
+        num_bytes += len(text)
+        yield from cut(_first(document, len(text)), context)
 
 
 def _first(document: Document, num_bytes: int) -> Document:

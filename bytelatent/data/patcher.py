@@ -1,6 +1,6 @@
 """Pieces cut into patches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -97,7 +97,7 @@ def patch_in_groups(patcher: Patcher, pieces: Sequence[Piece]) -> list[Piece]:
     return [piece for group in groups_of(pieces, GROUP) for piece in patcher(group)]
 
 
-def groups_of(pieces: Sequence[Piece], num_ids: int) -> Iterator[list[Piece]]:
+def groups_of(pieces: Iterable[Piece], num_ids: int) -> Iterator[list[Piece]]:
     """The pieces in order, in groups that hold `num_ids` ids or a little more; the last one may be smaller."""
     group: list[Piece] = []
     size = 0

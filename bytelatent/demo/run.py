@@ -59,7 +59,7 @@ def run_demo(
         What `summary.json` holds.
 
     Raises:
-        UserError: too little text, or a folder that is no demo's.
+        UserError: too little text, or a folder that is no demo's; at the end, where nothing of a file could be read.
         Interrupted: it was asked to stop; the message says what can be used.
     """
     _must_be_a_demo(folder)
@@ -68,9 +68,11 @@ def run_demo(
         clock = Clock(minutes)
         text = collect(own_text, folder / "text", text_key, bad, max_row_bytes)  # complains before anything is removed
         options = text_options(own_text, text_key, max_bad_rows, max_row_bytes)
-        return _run(clock, text, folder, options, seed, console)
+        summary = _run(clock, text, folder, options, seed, console)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(_what_is_left(folder)) from None
+    bad.must_have_read()
+    return summary
 
 
 def _run(clock: Clock, text: DemoText, folder: Path, options: list[str], seed: int, console: Console) -> dict[str, Any]:

@@ -43,12 +43,10 @@ def collect(
         max_row_bytes: a longer row is a bad one.
 
     Raises:
-        UserError: there is too little text, or nothing of the file could be read.
+        UserError: there is too little text.
     """
     bad = DamageLimit(0) if bad is None else bad
     documents = list(_own(own, text_key, bad, max_row_bytes) if own else _standard_library())
-    if own and Path(own).is_file():  # in a folder, the lines about bad rows are enough
-        bad.must_have_read()
     what = f"'{own}'" if own else "Python's standard library"
     parts: dict[str, list[tuple[str, bytes]]] = {"train": [], "valid": []}
     held_out = _held_out([name for name, _ in documents])
@@ -58,6 +56,7 @@ def collect(
         rows.sort(key=lambda row: _hash(row[0]))  # any prefix is a fair sample
     sizes = {part: sum(len(text) for _, text in rows) for part, rows in parts.items()}
     if sizes["train"] < LEAST or not sizes["valid"]:
+        bad.must_have_read()  # names a file, where the other says that there is too little
         raise UserError(
             f"demo: {what} holds {sum(sizes.values()):,} bytes, {sizes['valid']:,} of them held out; "
             f"it takes {LEAST:,} bytes at the least, in one file or in many"

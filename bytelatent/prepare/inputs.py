@@ -18,6 +18,7 @@ UNIT_FILES = 4096  # small text files together
 TASK_BYTES = 1 << 28
 MAX_TASKS = 4096  # beyond, tasks are larger
 FIRST_ROW_BYTES = 1 << 22
+FIRST_ROWS = 8  # files whose first row is looked at
 DOWNLOADS = ".download"  # below the folder that is prepared; it stays there
 EXPANSION = {"gzip": 5, "zstd": 6, "xz": 7, "bzip2": 6}  # a guess at how much larger the text is, as is the next one;
 PARQUET_EXPANSION = 4  # only the memory depends on them
@@ -121,22 +122,24 @@ def tasks_of(units: list[Unit], likely_bytes: list[int]) -> list[tuple[int, int]
 
 
 def check_first_row(files: list[InputFile], text_key: str) -> None:
-    """Find out at once that the key of the text is another one: look at one row of JSONL.
+    """Find out at once that the key of the text is another one: look at a row of some files, if all are JSONL.
 
     Raises:
-        UserError: it is an object without that key.
+        UserError: each is an object without that key.
     """
-    file = next((file for file in files if file.kind in ("lines", "packed") and file.size), None)
-    if file is None:
-        return
+    found = [file for file in files if file.size][:FIRST_ROWS]
+    rows = [_first_row(file) if file.kind in ("lines", "packed") else None for file in found]
+    if rows and all(isinstance(row, dict) and text_key not in row for row in rows):
+        raise UserError(f"--text-key: '{found[0].path}' has no '{text_key}'; its keys: {some(rows[0])}")
+
+
+def _first_row(file: InputFile) -> Any:
     try:
         with TextReader(file.path, file.compression) as stream:
             stream.skip_byte_order_mark()
-            row: Any = json_value(stream.readline(FIRST_ROW_BYTES))
+            return json_value(stream.readline(FIRST_ROW_BYTES))
     except Exception:  # bad, damaged or too long: what reads all of the file says what is wrong
-        return
-    if isinstance(row, dict) and text_key not in row:
-        raise UserError(f"--text-key: '{file.path}' has no '{text_key}'; its keys: {some(row)}")
+        return None
 
 
 def is_data_set(source: str) -> bool:

@@ -76,7 +76,8 @@ def must_have_read(unread: dict[str, str]) -> None:
     """
     if unread:
         file, why = next(iter(unread.items()))
-        more = f" (and {len(unread) - 1:,} more files)" if len(unread) > 1 else ""
+        num_others = len(unread) - 1
+        more = f" (and {num_others:,} more file{'s' if num_others > 1 else ''})" if num_others else ""
         raise UserError(f"data: nothing of '{file}' could be read{more}: {why.removeprefix('data: ')}")
 
 

@@ -13,6 +13,7 @@ from bytelatent.text.stored import Stored, unpack_starts
 from bytelatent.vocab import to_bytes
 
 MAX_ROW_BYTES = 64 << 20
+JSON_NAMES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 ONE_EACH = "there should be one for BOS and one for each byte"
 
 
@@ -68,10 +69,14 @@ def json_value(line: bytes) -> Any:
     Raises:
         ValueError: it is not JSON; the message says why.
     """
+    text = line.decode("utf-8", errors="surrogateescape")
     try:
-        return json.loads(line.decode("utf-8", errors="surrogateescape"))
-    except json.JSONDecodeError as error:
-        raise ValueError(error.msg) from None
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(error.msg) from None
+        except ValueError:  # a number of more digits than Python turns into an integer
+            return json.loads(text, parse_int=float)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -100,6 +105,9 @@ def from_value(value: Any, how: Rows, where: str) -> Document:
     if not isinstance(value, dict):
         raise Damaged(f"data: {where} is not a JSON object with the key '{how.text_key}'")
     text = value.get(how.text_key)
+    if how.text_key in value and not isinstance(text, str):
+        instead = JSON_NAMES.get(type(text), "an object")
+        raise Damaged(f"data: {where} has no text under '{how.text_key}' but {instead}")
     if not isinstance(text, str):
         raise Damaged(f"data: {where} has no text under '{how.text_key}'; its keys: {some(value)}")
     entropies = _floats(value.get("entropies"), where) if how.stored else None

@@ -14,6 +14,8 @@ from bytelatent.text.damage import short
 from bytelatent.text.kinds import kind_of, must_be_read, name_of, rows_by_name
 from bytelatent.text.places import Damaged, file_system, is_remote, readable
 
+NAMED = 5  # files of a kind that is passed over
+
 
 def find_files(path: str, say: Callable[[str], None] = lambda line: None) -> list[str]:
     """The files of a source, sorted: a file, a folder (all text below it, hidden files not), or a glob.
@@ -35,6 +37,8 @@ def find_files(path: str, say: Callable[[str], None] = lambda line: None) -> lis
             if not found:
                 raise UserError(f"data: the folder '{path}' holds no files")
             return _text_among(found, path, say)
+        if place.is_symlink() and not place.exists():
+            raise UserError(f"data: '{path}' is a broken link")
         if place.exists():
             must_be_read(str(place))
             return [str(place)]
@@ -92,7 +96,7 @@ def _is_linked(file: str) -> bool:
 
 
 def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> list[str]:
-    """The files that are text, with a line about the others.
+    """The files that are text, with a line about the others of each kind.
 
     Raises:
         UserError: there is none.
@@ -109,15 +113,23 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
             others[file] = why_not
         else:
             text.append(file)
-    if others:
+    if not text:
         first, what = next(iter(others.items()))
-        more = Counter(others.values()).most_common()
-        counted = ", ".join(f"{count:,} x {what.partition(' (')[0]}" for what, count in more[:3])
-        line = f"{len(others):,} of {len(files):,} files of '{source}' are not text and are passed over"
-        if not text:
-            raise UserError(f"data: {line}: '{first}' is {what}")
-        say(short(one_line(f"data: {line}: {counted}{', ...' if len(more) > 3 else ''}")))
+        raise UserError(f"data: none of the {len(files):,} files of '{source}' is text: '{first}' is {what}")
+    for what, count in Counter(others.values()).most_common():
+        names = [_inside(file, source) for file, why_not in others.items() if why_not == what]
+        first = ", ".join(f"'{name}'" for name in names[:NAMED])
+        more = ", ..." if count > NAMED else ""
+        say(short(one_line(f"data: '{source}': {count:,} of {len(files):,} files passed over, {what}: {first}{more}")))
     return text
+
+
+def _inside(file: str, source: str) -> str:
+    """The name of a file in a folder that is a source; of a pattern, the file itself."""
+    if is_remote(source):
+        return file.removeprefix(source).lstrip("/")
+    folder = Path(source).expanduser()
+    return os.path.relpath(file, folder) if folder.is_dir() else file
 
 
 def _is_rows(file: str) -> bool:

@@ -36,6 +36,7 @@ HEAD_BYTES = 1 << 16
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 PARQUET_MAGIC = b"PAR1"
+TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
 MANIFEST = ("manifest.json", (b'"format"', b'"request"'))  # of `blt prepare`: its name, and what it begins with
 CONTROLS = bytes(sorted(set(range(32)) - set(b"\t\n\v\f\r\b\x1b")))  # those that no text has
 BINARY = {  # how files begin that could pass for text, or whose name helps
@@ -49,6 +50,9 @@ BINARY = {  # how files begin that could pass for text, or whose name helps
     b"ORC": "an ORC file",
     b"Obj\x01": "an Avro file",
     b"\x7fELF": "a program",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive (unpack it)",
+    b"Rar!\x1a\x07": "a RAR archive (unpack it)",
+    b"SQLite format 3\0": "an SQLite database",
 }
 
 
@@ -78,10 +82,11 @@ def kind_of(file: str) -> FileKind:
         if is_remote(file):
             return _kind_of(file, size_of(file), None)
         found = os.stat(file)
-        return _kind_of(file, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else NO_FILE
-
-
-NO_FILE = FileKind(None, why_not="a pipe or a device, which may never end")
+        if stat.S_ISDIR(found.st_mode):
+            return FileKind(None, why_not="a folder")
+        if not stat.S_ISREG(found.st_mode):  # it may never end
+            return FileKind(None, why_not="a pipe or a device")
+        return _kind_of(file, found.st_size, found.st_mtime_ns)
 
 
 def name_of(file: str) -> str:
@@ -161,8 +166,9 @@ def _kind_of(file: str, size: int, changed: int | None) -> FileKind:
         with TextReader(file, compression) as text:
             head = text.read(HEAD_BYTES)
     kind, why_not = _kind_by_content(name_of(file), head)
-    if kind == "parquet" and compression is not None:
-        kind, why_not = None, f"Parquet inside {compression} (decompress it)"
+    within = "Parquet" if kind == "parquet" else compression_of(head)
+    if compression is not None and within is not None:
+        kind, why_not = None, f"{within} inside {compression} (decompress it)"
     return FileKind(kind, compression, why_not)
 
 
@@ -171,6 +177,8 @@ def _kind_by_content(name: str, head: bytes) -> tuple[Kind | None, str]:
         return "parquet", ""
     if head.startswith(UTF16_MARKS) and b"\0" in head:
         return None, "UTF-16 text (write it as UTF-8)"
+    if head[TAR_MAGIC_AT:].startswith(TAR_MAGIC):
+        return None, "a tar archive (unpack it)"
     if what := next((what for magic, what in BINARY.items() if head.startswith(magic)), None):
         return None, what
     if name == MANIFEST[0] and all(key in head for key in MANIFEST[1]):

@@ -2,17 +2,19 @@
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from bytelatent.data import Batch, DataSettings, Loader, Patcher, SourceSettings, batches_once
+from bytelatent.data import Batch, DataSettings, Loader, Patcher, Piece, SourceSettings, batches_once
 from bytelatent.data.reading import Reading, Readings
 from bytelatent.data.source import SourceReader
 from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
+from bytelatent.text import DamageLimit
 from bytelatent.training.checkpoint import _as_arrays, _as_tensors
 from bytelatent.vocab import decode
 from tests.model.tiny import tiny_byte_lm
@@ -180,6 +182,32 @@ def test_validation_in_one_shape(sources: list[SourceSettings]) -> None:
     )
     assert predicted == expected
     assert sum(batch.num_targets for batch in padded) == len(expected)
+
+
+@pytest.mark.parametrize("max_bytes", [None, 7_000])
+def test_a_long_document_is_patched_a_batch_at_a_time(tmp_path: Path, max_bytes: int | None) -> None:
+    """Memory is that of a batch, whatever the length of a document."""
+    sizes: list[int] = []
+
+    class Watched(Patcher):
+        def __call__(self, pieces: Sequence[Piece]) -> list[Piece]:
+            sizes.append(sum(map(len, pieces)))
+            return super().__call__(pieces)
+
+    (tmp_path / "long.txt").write_bytes(b"word " * 2_000)
+    batches = list(
+        batches_once([SourceSettings(path=str(tmp_path))], 64, 256, Watched(PatchSettings(mode="space")), max_bytes)
+    )
+    assert sum(batch.num_bytes for batch in batches) == (max_bytes or 10_000)
+    assert max(sizes) < 256 + 64
+
+
+def test_validation_names_what_it_passes_over(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_bytes(b"a note")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    said: list[str] = []
+    list(batches_once([SourceSettings(path=str(tmp_path))], 16, 16, bad=DamageLimit(0, say=said.append)))
+    assert [line.partition("passed over, ")[2] for line in said] == ["a PNG image: 'picture.png'"]
 
 
 @pytest.mark.parametrize("max_bytes", [1, 30, 31, 1000])

@@ -18,7 +18,7 @@ from bytelatent.demo import measure as demo_measure
 from bytelatent.demo import run as demo_run
 from bytelatent.demo import run_demo
 from bytelatent.demo.summary import closing_lines, text_options
-from bytelatent.demo.text import CHUNK, LEAST, collect
+from bytelatent.demo.text import CHUNK, LEAST, DemoText, collect
 from bytelatent.demo.xz import xz_bits_per_byte
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.text import MAX_ROW_BYTES
@@ -280,3 +280,18 @@ def test_xz_alone_where_the_training_text_is_longer_than_its_window(monkeypatch:
     bits, how = xz_bits_per_byte(train, valid)
     assert bits == 8 * len(lzma.compress(valid, preset=9 | lzma.PRESET_EXTREME)) / len(valid)
     assert "alone" in how
+
+
+def test_a_file_of_which_nothing_is_read_does_not_stop_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named, and once the demo is done the exit code says so."""
+    own = tmp_path / "notes"
+    own.mkdir()
+    (own / "note.txt").write_bytes(b"a line of a note\n" * 10_000)
+    (own / "torn.parquet").write_bytes(b"PAR1 torn")
+    ran: list[DemoText] = []
+    monkeypatch.setattr(demo_run, "_run", lambda clock, text, *rest: ran.append(text))
+    with pytest.raises(UserError, match=r"nothing of '.*torn.parquet' could be read"):
+        run_demo(1.0, tmp_path / "demo", str(own), 0, QUIET)
+    assert [text.train_bytes + text.valid_bytes for text in ran] == [170_000]

@@ -123,7 +123,7 @@ def test_nothing_found(tmp_path: Path) -> None:
     [
         (b'{"text": "two"', r"line 2 is not JSON \(Expecting"),
         (b"[" * 100_000, "line 2 is not JSON"),
-        (b'{"text": ' + b"1" * 5000 + b"}", "line 2 is not JSON"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "line 2 has no text"),
         (b'["text"]', "line 2 is not a JSON object with the key 'text'"),
         (b'{"body": "x", "id": 3}', "line 2 has no text under 'text'; its keys: body, id"),
         (b'{"text": 3}', "line 2 has no text"),
