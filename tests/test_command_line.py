@@ -190,7 +190,7 @@ def test_a_setting_is_a_key_and_a_value(override: str) -> None:
         ("first={path: a, path: b}", "first.path: it is given twice"),
         ("sources.0.path=b", "sources.0.path: sources is [{'path': 'a'}], which has no keys; set it whole: sources="),
         ("names=[&a [*a]]", "names: '[&a [*a]]' is no list or mapping ("),
-        ("sizes=[\0]", "sizes: '[\0]' is no list or mapping ("),
+        ("sizes=[\0]", "sizes: '[\\x00]' is no list or mapping ("),
     ],
 )
 def test_what_cannot_be_read_is_named(override: str, message: str) -> None:
@@ -201,6 +201,24 @@ def test_nothing_given_is_dropped_silently() -> None:
     message = one_line(lambda: values("first.weight=2", "first={path: a}"))
     assert message == "'first={path: a}' comes after first.weight=... and would drop it; write it first"
     assert values("first={path: a}", "first.weight=2") == {"first": {"path": "a", "weight": 2}}
+
+
+def test_two_files_are_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file in files:
+        file.write_text("steps: 1\n")
+    message = one_line(lambda: from_command_line(Run, [f"config={file}" for file in files], ""))
+    assert message.startswith("config: it is given 2 times")
+
+
+def test_the_resolved_settings_show_no_credentials(capsys: pytest.CaptureFixture[str]) -> None:
+    address = "https://user:hunter2@host/a?sig=s3cr3t"
+    with pytest.raises(SystemExit):
+        from_command_line(Run, [f"note={address}", f"names=['{address}']", "--print-config"], "")
+    shown = capsys.readouterr().out
+    assert "https://***@host/a?sig=***" in shown
+    assert "hunter2" not in shown
+    assert "s3cr3t" not in shown
 
 
 def test_a_wrong_key_of_a_file_names_the_file(tmp_path: Path) -> None:
