@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bytelatent.credentials import masked
 from bytelatent.data import DataSettings
 from bytelatent.device import choose_device
 from bytelatent.interop import load_byte_lm_and_context
@@ -70,5 +71,5 @@ def calibrate_text(
     if figure is not None:
         thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, rule)
         write_threshold_figure(figure, thresholds, sizes, (found.threshold, found.mean_patch_bytes))
-    origin = {"window": sample.window, "byte_lm": sample.byte_lm, "data": ", ".join(text)}
+    origin = {"window": sample.window, "byte_lm": sample.byte_lm, "data": ", ".join(masked(text))}
     return found.model_copy(update=origin), bad.unread

@@ -113,7 +113,7 @@ class Given(Generic[Read]):
 
     def in_words(self, settings: Read) -> str:
         """The resolved settings as YAML, a comment behind each that says where it comes from."""
-        lines = list(_lines(settings.plain()))
+        lines = list(_lines(settings.shown()))
         width = min(max(len(line) for line, _ in lines), SOURCE_COLUMN)
         return "\n".join(
             line if key is None else f"{line:<{width}}  # {self._source_of(key, settings)}" for line, key in lines
@@ -151,7 +151,9 @@ def from_command_line(model: type[Read], arguments: list[str], usage: str, liter
         raise UserError(usage)
     given = Given(model, literal=literal)
     if configs := [argument.removeprefix("config=") for argument in rest if argument.startswith("config=")]:
-        given.read_file(configs[-1])
+        if len(configs) > 1:
+            raise UserError(f"config: it is given {len(configs)} times; name one file, and lay key=value over it")
+        given.read_file(configs[0])
     given.lay_over([argument for argument in rest if not argument.startswith("config=")])
     settings = given.settings()
     if PRINT_CONFIG in arguments:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError, nearest
 
+KIND_OF_VALUE = re.compile(r"bool|int|float|str|literal\[.*\]|function-\w+\[.*\]")
 LARGEST = 2**63 - 1  # more, and a number overflows where torch takes it
 
 # For YAML files: `path: ${stdlib:}/json` is text that every machine has.
@@ -175,18 +176,25 @@ def _resolved(config: Any, where: str) -> dict[str, Any]:
 def _one_line(model: type[BaseModel], error: ValidationError, whence: Callable[[str], str]) -> str:
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])  # a wrong key explains the rest
-    location = [str(part) for part in first["loc"]]
+    location = _location(first)
+    same = [problem for problem in problems if _location(problem) == location]  # of each kind that may stand there
     key = ".".join(location)
     where = whence(key)
     prefix = f"{where}: " if where else ""
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(problems) - len(same)} more)" if len(problems) > len(same) else ""
     if first["type"] == "extra_forbidden":
         return f"{prefix}{key}: {_about_unknown(_models_at(model, location[:-1]), location)}{more}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = ", or ".join(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in same))
     shown = "" if first["type"] in {"missing", "value_error"} else f", not {short(repr(first['input']))}"
     if first["type"] in {"string_type", "path_type"} and isinstance(first["input"], int | float | None):
         shown += "; in double quotes it is a text"
     return f"{prefix}{key + ': ' if key else ''}{message}{shown}{more}"
+
+
+def _location(problem: Any) -> list[str]:
+    """The key of a problem, without what pydantic adds where a value may be of several kinds."""
+    first, *rest = (str(part) for part in problem["loc"] or ("",))
+    return [name for name in (first, *(part for part in rest if not KIND_OF_VALUE.fullmatch(part))) if name]
 
 
 def _about_unknown(models: list[type[BaseModel]], location: list[str]) -> str:

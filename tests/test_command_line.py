@@ -203,6 +203,24 @@ def test_nothing_given_is_dropped_silently() -> None:
     assert values("first={path: a}", "first.weight=2") == {"first": {"path": "a", "weight": 2}}
 
 
+def test_two_files_are_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file in files:
+        file.write_text("steps: 1\n")
+    message = one_line(lambda: from_command_line(Run, [f"config={file}" for file in files], ""))
+    assert message.startswith("config: it is given 2 times")
+
+
+def test_the_resolved_settings_show_no_credentials(capsys: pytest.CaptureFixture[str]) -> None:
+    address = "https://user:hunter2@host/a?sig=s3cr3t"
+    with pytest.raises(SystemExit):
+        from_command_line(Run, [f"note={address}", f"names=['{address}']", "--print-config"], "")
+    shown = capsys.readouterr().out
+    assert "https://***@host/a?sig=***" in shown
+    assert "hunter2" not in shown
+    assert "s3cr3t" not in shown
+
+
 def test_a_wrong_key_of_a_file_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("stepz: 3\nrate: 2\n")

@@ -32,6 +32,7 @@ class Run(Settings):
     sources: list[Source] = Field(default=[])
     named: dict[str, Source] = Field(default={})
     counts: dict[str, int] = Field(default={})
+    compile: bool | Literal["auto"] = "auto"
 
 
 def one_line(action: Callable[[], object]) -> str:
@@ -91,6 +92,7 @@ def test_an_unknown_key_near_none_lists_the_known_ones_of_its_group() -> None:
         ({"steps": 10**30}, ["steps: ", f"at most {2**63 - 1}", str(10**30)]),
         ({"clip": 1}, ["clip: unknown key", "did you mean 'optimizer.clip' or 'second.clip'?"]),
         ({"steps": "x", "note": 3}, ["steps: ", "(and 1 more)"]),
+        ({"compile": "maybe"}, ["compile: Input", "boolean", "or Input should be 'auto', not 'maybe'"]),
     ],
 )
 def test_a_wrong_value_names_the_key_and_the_value(values: dict[str, object], parts: list[str]) -> None:

@@ -12,6 +12,8 @@ from bytelatent.vocab import encode
 
 # Shapes: N ids a piece reads
 
+ID_BYTES = 2  # of `Piece.ids`
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -21,7 +21,7 @@ class SourceSettings(Settings):
         text_key: the key or column that holds the text.
     """
 
-    path: str
+    path: str = Field(min_length=1)
     weight: float = Field(default=1.0, gt=0)
     text_key: str = "text"
 

@@ -87,7 +87,7 @@ def short(line: str, end: str = "") -> str:
     Both may hold anything; `UserError` has made it safe to print.
     """
     if len(line) + len(end) > MAX_LINE:
-        line = re.sub(r"'([^']{40,})'", lambda found: f"'...{found[1][-37:]}'", line, count=1)
+        line = re.sub(r"^([^']*)'([^']{40,})'", lambda found: f"{found[1]}'...{found[2][-37:]}'", line)
     if len(line) + len(end) > MAX_LINE:
         line = f"{line[: MAX_LINE - len(end) - 3]}..."
     return line + end

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,17 @@ class Block:
         return sorted(rows, key=lambda found: found[0]) if self.damaged else rows
 
 
+def _whole_number(digits: str) -> int | Decimal:
+    """A whole number, also of more digits than Python reads as one: a row is rarely read for it."""
+    try:
+        return int(digits)
+    except ValueError:
+        return Decimal(digits)
+
+
+JSON = json.JSONDecoder(parse_int=_whole_number)
+
+
 def json_value(line: bytes) -> Any:
     """What a line of JSON holds. Bytes that are no UTF-8 become surrogates, which `vocab.to_bytes` turns back.
 
@@ -71,12 +83,9 @@ def json_value(line: bytes) -> Any:
     """
     text = line.decode("utf-8", errors="surrogateescape")
     try:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(error.msg) from None
-        except ValueError:  # a number of more digits than Python turns into an integer
-            return json.loads(text, parse_int=float)
+        return JSON.decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -182,8 +191,9 @@ def _floats(stored: Any, where: str) -> np.ndarray | None:
         return None
     try:
         with np.errstate(over="ignore"):
-            found = np.asarray(stored, dtype=np.float32)
-    except (ValueError, TypeError, OverflowError):
+            given = np.asarray(stored)
+            found = given.astype(np.float32) if given.dtype.kind in "iuf" else None  # no texts, no truths, no nulls
+    except ValueError:  # lists of several lengths
         found = None
     if found is None or found.ndim == 0:
         raise Damaged(f"data: {where} has entropies that are not a list of numbers")

@@ -5,7 +5,6 @@ The content decides. The ending counts where the content leaves it open: JSON li
 
 import functools
 import io
-import json
 import os
 import re
 import stat
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bytelatent.text.compressed import Decompressed, compression_of, zstd_module
+from bytelatent.text.documents import json_value
 from bytelatent.text.places import (
     BUFFER_BYTES,
     Damaged,
@@ -39,11 +39,12 @@ PARQUET_MAGIC = b"PAR1"
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
 MANIFEST = ("manifest.json", (b'"format"', b'"request"'))  # of `blt prepare`: its name, and what it begins with
 CONTROLS = bytes(sorted(set(range(32)) - set(b"\t\n\v\f\r\b\x1b")))  # those that no text has
-BINARY = {  # how files begin that could pass for text, or whose name helps
+PDF_MAGIC = b"%PDF-"  # such a file may hold nothing but characters of text
+BINARY = {  # how binary files begin whose name helps
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
     b"GIF8": "a GIF image",
-    b"%PDF-": "a PDF file",
+    PDF_MAGIC: "a PDF file",
     b"PK\x03\x04": "a zip file",
     b"ARROW1": "an Arrow file",
     b"FEA1": "a Feather file",
@@ -177,15 +178,17 @@ def _kind_by_content(name: str, head: bytes) -> tuple[Kind | None, str]:
         return "parquet", ""
     if head.startswith(UTF16_MARKS) and b"\0" in head:
         return None, "UTF-16 text (write it as UTF-8)"
+    is_binary = _is_binary(head)
     if head[TAR_MAGIC_AT:].startswith(TAR_MAGIC):
         return None, "a tar archive (unpack it)"
-    if what := next((what for magic, what in BINARY.items() if head.startswith(magic)), None):
+    what = next((what for magic, what in BINARY.items() if head.startswith(magic)), None)
+    if what and (is_binary or head.startswith(PDF_MAGIC)):  # a text may begin with `ORC`, too
         return None, what
     if name == MANIFEST[0] and all(key in head for key in MANIFEST[1]):
         return None, "the manifest of a prepared folder"
     if rows_by_name(name) == "lines":
         return "lines", ""
-    if _is_binary(head):
+    if is_binary:
         return None, "binary data"
     if rows_by_name(name) == "json":
         return _kind_of_json(head.removeprefix(BYTE_ORDER_MARK)), ""
@@ -205,8 +208,8 @@ def _kind_of_json(head: bytes) -> Kind:
     if not first.startswith(b"{"):
         return "json" if first else "lines"
     try:
-        json.loads(first.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError):
+        json_value(first)
+    except ValueError:
         return "json" if end or len(head) < HEAD_BYTES else "lines"
     return "lines"
 

@@ -2,15 +2,16 @@
 
 import codecs
 import io
-import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from bytelatent.text.documents import Rows, too_long
+from bytelatent.text.documents import JSON, Rows, too_long
 from bytelatent.text.kinds import TextReader
 from bytelatent.text.places import Damaged
 
 SKIP_BYTES = 1 << 20
+BRACKETS = re.compile(r'[{}\[\]]|"(?:[^"\\]|\\.)*+(?:"|\Z)', re.DOTALL)  # and the texts that may hold some
 
 
 def next_line(stream: io.BufferedReader, max_bytes: int) -> tuple[bytes | None, int]:
@@ -29,13 +30,12 @@ def next_line(stream: io.BufferedReader, max_bytes: int) -> tuple[bytes | None, 
 
 def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
     """The values of a JSON file that is not JSONL, and about how many bytes each takes: the elements of an array, or
-    one object, or several after each other; an error in place of one that is too long.
+    one object, or several after each other; an error in place of one that is too long or no JSON.
 
     Raises:
         Damaged: from here on it is not JSON, or a value is so long that its end was not found.
     """
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-    parse = json.JSONDecoder().raw_decode
     text, at, ended, in_array, row = "", 0, False, False, 0
     while True:
         while at < len(text) and (text[at].isspace() or (in_array and text[at] == ",")):
@@ -46,16 +46,13 @@ def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
         if at < len(text):
             where = f"'{stream.file}' value {row + 1}"
             try:
-                value, end = parse(text, at)
-            except RecursionError:
-                raise Damaged(
-                    f"data: {where} is not JSON (it is nested too deeply); it and the rest are not read"
-                ) from None
-            except ValueError as error:
-                if ended:
-                    reason = getattr(error, "msg", error)
+                value, end = JSON.raw_decode(text, at)
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", "it is nested too deeply")
+                value, end = Damaged(f"data: {where} is not JSON ({reason}); mend or remove it"), _end_of(text, at)
+                if end is None and ended:
                     raise Damaged(f"data: {where} is not JSON ({reason}); it and the rest are not read") from None
-                end = len(text)
+                end = len(text) if end is None else end
             if end < len(text) or ended:
                 yield (value if end - at <= how.max_row_bytes else too_long(where, how)), end - at
                 at, row = end, row + 1
@@ -67,3 +64,13 @@ def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
         more = stream.read(max(SKIP_BYTES, len(text) - at))
         ended = not more
         text, at = text[at:] + decode(more, ended), 0
+
+
+def _end_of(text: str, at: int) -> int | None:
+    """Where the object or array that begins at `at` ends, by its brackets alone; None where that is not in the text."""
+    depth = 0
+    for found in BRACKETS.finditer(text, at) if text[at] in "{[" else ():
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
+        if depth == 0:
+            return found.end()
+    return None

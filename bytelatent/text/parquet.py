@@ -161,7 +161,7 @@ def _stored_columns(schema: Any, stored: Stored | None, file: str) -> list[str]:
     """What is stored beside the text: entropies of anyone's making, starts only of ours.
 
     Raises:
-        Damaged: a column of entropies holds something else.
+        Damaged: a column of entropies holds something else, or there are two.
     """
     from pyarrow.types import is_floating, is_large_list, is_list
 
@@ -169,6 +169,8 @@ def _stored_columns(schema: Any, stored: Stored | None, file: str) -> list[str]:
         return ["starts"]
     if "entropies" not in schema.names:
         return []
+    if (number := schema.names.count("entropies")) > 1:
+        raise Damaged(f"data: '{file}' has {number} columns 'entropies', and which counts is not clear; rename one")
     kind = schema.field("entropies").type
     if not (is_list(kind) or is_large_list(kind)) or not is_floating(kind.value_type):
         raise Damaged(f"data: '{file}' holds in column 'entropies' no lists of floats but {kind}")

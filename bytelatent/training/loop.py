@@ -13,7 +13,8 @@ from rich.console import Console
 from bytelatent import terminal
 from bytelatent.credentials import masked
 from bytelatent.data import Batch, DataSettings, Loader, ReadAhead, surprise
-from bytelatent.device import autocast, choose_dtype, peak_flops
+from bytelatent.data.pieces import ID_BYTES
+from bytelatent.device import autocast, choose_dtype, free_memory, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.model.loss import bits_per_byte
@@ -75,6 +76,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
             check_division(settings.parallel, settings.model, ranks.world)
             check_optimizer(settings.optimizer, ranks.world)
             must_be_installed(settings.track)
+            check_shuffle_buffer(settings.data)
 
         ranks.all(check)
         plan = make_plan(settings.parallel, settings.model, ranks, device)
@@ -88,6 +90,20 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
             ranks.first(hold)
             run = open_run(settings, ranks, device, dtype, console)
             return _train(run, plan, device, dtype, console if ranks.is_first else terminal.Console(quiet=True))
+
+
+def check_shuffle_buffer(data: DataSettings) -> None:
+    """Refuse a buffer that this machine's memory does not hold once it is full.
+
+    Raises:
+        UserError: it takes more than is free.
+    """
+    most, free = data.shuffle_buffer * data.context * ID_BYTES, free_memory()
+    if free is not None and most > free:
+        raise UserError(
+            f"data.shuffle_buffer: {data.shuffle_buffer:,} pieces of up to data.context={data.context:,} bytes take up "
+            f"to {most / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; take fewer"
+        )
 
 
 def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, console: Console) -> Path:

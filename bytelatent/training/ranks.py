@@ -7,7 +7,7 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ from bytelatent.errors import BAD_INPUT, STOPPED, Interrupted, UserError
 
 Value = TypeVar("Value")
 TO_SPEAK = 5.0  # seconds in which the first process of a host says why it ends
+START_ALONE = "start it by torchrun, or for one process: env -u WORLD_SIZE COMMAND"
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,13 @@ def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torc
         The ranks, and this one's device.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not there, or the environment says only in part where this process belongs.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield Ranks(), choose_device(device)
+    with said_once():
+        ranks = _own_place(os.environ)
+    if ranks.world == 1:
+        yield ranks, choose_device(device)
         return
-    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
     own = _own_device(device, ranks)
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -149,7 +150,7 @@ def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torc
         "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
         store=_own_store(patience),
         rank=ranks.rank,
-        world_size=world,
+        world_size=ranks.world,
         timeout=patience,
     )
     farewell = True
@@ -162,6 +163,33 @@ def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torc
     finally:
         if farewell:
             dist.destroy_process_group()
+
+
+def _own_place(environment: Mapping[str, str]) -> Ranks:
+    """This process among those of the job, as torchrun's variables say.
+
+    Raises:
+        UserError: one is missing or will not do.
+    """
+
+    def number(name: str, otherwise: str) -> int:
+        text = environment.get(name) or otherwise
+        if not text.isdecimal():
+            raise UserError(f"{name}: '{text}' is no number; {START_ALONE}")
+        return int(text)
+
+    world = number("WORLD_SIZE", "1")
+    if world == 1:
+        return Ranks()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise UserError(
+                f"WORLD_SIZE={world} says that there are several processes, and {name} is not set; {START_ALONE}"
+            )
+    ranks = Ranks(number("RANK", ""), world, number("LOCAL_RANK", "0"))
+    if ranks.rank >= world:
+        raise UserError(f"RANK={ranks.rank}: ranks of WORLD_SIZE={world} are numbered from 0; {START_ALONE}")
+    return ranks
 
 
 def _own_store(patience: timedelta) -> Any:

@@ -1,10 +1,11 @@
 """The settings of a training run."""
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from bytelatent.config import Settings, laid_over
+from bytelatent.config import Settings, laid_over, short
 from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
@@ -191,7 +192,7 @@ class TrainSettings(Settings):
     presets: ClassVar[tuple[str, ...]] = ("model",)
     alternatives: ClassVar[tuple[str, ...]] = ("steps", "minutes")
 
-    run: str = "runs/train"
+    run: str = Field(default="runs/train", min_length=1)
     seed: int = Field(default=0, ge=0)
     steps: int | None = Field(default=None, ge=1, le=10**12)
     minutes: float | None = Field(default=None, gt=0, le=10**8)
@@ -217,6 +218,11 @@ class TrainSettings(Settings):
     determinism: bool = False
     float8: Float8 | None = None
 
+    @field_validator("run")
+    @classmethod
+    def _in_the_home_folder(cls, value: str) -> str:
+        return str(Path(value).expanduser())
+
     @field_validator("track", mode="before")
     @classmethod
     def _one_tracker(cls, value: Any) -> Any:
@@ -241,6 +247,8 @@ class TrainSettings(Settings):
             of_blt = BLTSettings.model_fields.keys() - ByteLMSettings.model_fields.keys()
             is_byte_lm = value.get("kind") == "byte_lm" or ("kind" not in value and not of_blt & value.keys())
             return (ByteLMSettings if is_byte_lm else BLTSettings).model_validate(value)
+        if not isinstance(value, ByteLMSettings | BLTSettings):
+            raise ValueError(f"no model but {short(repr(value))}; name a preset or give its shapes")
         return value
 
     def source_of_default(self, key: str) -> str:

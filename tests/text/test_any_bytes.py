@@ -17,6 +17,7 @@ from rich.console import Console
 from bytelatent.errors import UserError
 from bytelatent.prepare.inputs import resolve, units_of
 from bytelatent.prepare.rows import Corrupt, RowReader
+from bytelatent.terminal import safe
 from bytelatent.text import DamageLimit, read_documents
 from bytelatent.text.damage import MAX_LINE
 from bytelatent.text.documents import Rows
@@ -111,7 +112,7 @@ def check(name: str, content: bytes, max_row_bytes: int, same: bool = True) -> N
             document.text
             for _, document in read_documents(str(file), damaged=bad, stored=False, max_row_bytes=max_row_bytes)
         ]
-        assert all(len(line) <= MAX_LINE and line.isprintable() for line in said)
+        assert all(len(line) <= MAX_LINE and line == safe(line) and "\n" not in line for line in said)
         list(read_documents(str(file), damaged=DamageLimit(10_000)))  # what is stored is looked at, too
         found = [
             prepared(file, Path(folder), max_row_bytes),
@@ -132,7 +133,7 @@ def prepared(file: Path, folder: Path, max_row_bytes: int) -> list[bytes]:
         for rows in reader.read(unit):
             ends = [0, *rows.ends.tolist()]
             lines += [bytes(rows.data[ends[line] : ends[line + 1]]) for line in rows.kept]
-    assert all(place.isprintable() for place in corrupt.places)
+    assert all(place == safe(place) and "\n" not in place for place in corrupt.places)
     made = folder / "made.jsonl"
     made.write_bytes(b"".join(lines))
     documents = read_documents(str(made), damaged=DamageLimit(10_000), stored=False)

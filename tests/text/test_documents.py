@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
-from bytelatent.text import find_files, read_documents
+from bytelatent.text import DamageLimit, find_files, read_documents
 from tests.text.text_files import KINDS, jsonl, write, write_stored
 
 TEXTS = [b"one", "zwei \u00e9 \U0001f600 \u2028 \x85".encode(), b'a\nb\r\n\x00\\"c', b"\xff\xfe raw \x80\xc3", b"x"]
@@ -132,6 +132,10 @@ def test_nothing_found(tmp_path: Path) -> None:
         (b'{"text": "abc", "entropies": [[1, 2, 3, 4]]}', "line 2 has 4 entropies for 3 bytes"),
         (b'{"text": "abc", "entropies": "high"}', "line 2 has entropies that are not a list of numbers"),
         (b'{"text": "abc", "entropies": [[1], [1, 2]]}', "line 2 has entropies that are not a list of numbers"),
+        (b'{"text": "abc", "entropies": ["1", "1", "1", "1"]}', "line 2 has entropies that are not a list of numbers"),
+        (b'{"text": "abc", "entropies": [1, true, 1, null]}', "line 2 has entropies that are not a list of numbers"),
+        (b'{"text": "abc", "entropies": [true, true, true, true]}', "line 2 has entropies that are not a list of num"),
+        (b'{"text": "abc", "entropies": [1e39, 1, 1, 1]}', "line 2 has an entropy that is negative or not finite"),
     ],
 )
 def test_broken_line(line: bytes, message: str, tmp_path: Path) -> None:
@@ -185,3 +189,62 @@ def test_damaged_gzip(tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(UserError, match="is not whole: after 0 decompressed bytes"):
         texts(file)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_numbers_of_more_digits_than_python_reads(name: str, tmp_path: Path) -> None:
+    rows = [b'{"number": ' + b"9" * 10_000 + b', "text": "first"}', b'{"text": "second"}']
+    (tmp_path / name).write_bytes(b"\n".join(rows) if name == "a.jsonl" else b"[" + b",\n".join(rows) + b"]")
+    assert texts(tmp_path / name) == [b"first", b"second"]
+
+
+@pytest.mark.parametrize("length", [1, 3 << 20])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b'{"text": oops}', "Expecting value"),
+        (b'{"text": "a ] } \\" b", "x": }', "Expecting value"),
+        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b', "text": "b"}', "nested too deeply"),
+    ],
+)
+def test_a_bad_value_costs_itself_alone(value: bytes, reason: str, length: int, tmp_path: Path) -> None:
+    """In an array, also where it is longer than what is read at once."""
+    long = value.replace(b'{"', b'{"y": "' + b"}" * length + b'", "', 1)
+    (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, ' + long + b',\n{"text": "c"}]')
+    damaged = DamageLimit(1)
+    found = list(read_documents(str(tmp_path / "a.json"), damaged=damaged))
+    assert [(row, document.text) for row, document in found] == [(0, b"a"), (2, b"c")]
+    (line,) = damaged.told
+    assert "value 2 is not JSON" in line
+    assert reason in line
+
+
+def test_a_value_without_an_end(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, {"text": "b, "x": 1},\n{"text": "c"}]')
+    damaged = DamageLimit(1)
+    found = list(read_documents(str(tmp_path / "a.json"), damaged=damaged))
+    assert [document.text for _, document in found][:1] == [b"a"]
+    assert damaged.count == 1
+
+
+def test_two_columns_of_entropies(tmp_path: Path) -> None:
+    columns = [pa.array(["ab"]), pa.array([[1.0] * 3]), pa.array([[1.0] * 3])]
+    pq.write_table(pa.table(columns, names=["text", "entropies", "entropies"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has 2 columns 'entropies'"):
+        texts(tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet", stored=False) == [b"ab"]
+
+
+@pytest.mark.parametrize("begin", [b"ORCHIDS", b"FEA1 of 3", b"GIF89 was", b"Obj\x01", b"ARROW1"])
+def test_texts_that_begin_as_binary_files_do(begin: bytes, tmp_path: Path) -> None:
+    text = begin + b" grow on trees." * 9
+    (tmp_path / "a.txt").write_bytes(text)
+    assert texts(tmp_path / "a.txt") == [text]
+
+
+def test_a_reason_with_an_apostrophe_is_not_shortened_before_what_was_lost() -> None:
+    said: list[str] = []
+    lost = "is not whole: after 524,288 decompressed bytes the rest of 303,455 bytes cannot be read"
+    DamageLimit(1, say=said.append)(f"data: 'a.jsonl.zst' {lost}: the data doesn't match; {'more ' * 30}")
+    DamageLimit(1, say=said.append)(f"data: '{'long/' * 40}a.jsonl.zst' {lost}: the data doesn't match")
+    assert all(lost in line and "a.jsonl.zst'" in line and len(line) <= 200 for line in said)

@@ -158,7 +158,7 @@ def test_the_same_documents(kind: str, tmp_path: Path, byte_lm: ByteLM) -> None:
     source = make(tmp_path / "in")
     for number, (name, reader) in enumerate({**READERS, "entropies": with_entropies(byte_lm)}.items()):
         if name == "calibrate" and kind in READ_BY_CALIBRATION:
-            with pytest.raises(UserError, match=r"nothing of .* could be read"):
+            with pytest.raises(UserError, match="could be read"):
                 reader(str(source), tmp_path / f"out{number}", "text", MAX_ROW_BYTES)
             continue
         found = reader(str(source), tmp_path / f"out{number}", "text", MAX_ROW_BYTES)

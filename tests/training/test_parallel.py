@@ -17,7 +17,7 @@ from bytelatent.model.attention import packed_mask
 from bytelatent.train import main as train
 from bytelatent.training import sharding
 from bytelatent.training.parallel import build_spread, draw_weights, make_plan
-from bytelatent.training.ranks import Ranks, open_ranks
+from bytelatent.training.ranks import Ranks, _own_place, open_ranks
 from tests.training.crew import Crew
 from tests.training.plans import MODEL, PLANS, Taken, take_steps, values
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, settings
@@ -264,3 +264,37 @@ def test_what_all_ranks_complain_of_is_said_once(
 def test_replicas_belong_to_hybrid(parallel: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="parallel: data=hybrid and replicas go together"):
         settings(byte_lm_run(Path("x"), Path("x"), parallel=parallel))
+
+
+PLACE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"RANK": None},
+            "WORLD_SIZE=2 says that there are several processes, and RANK is not set; start it by torchrun",
+        ),
+        ({"MASTER_ADDR": None}, "and MASTER_ADDR is not set"),
+        ({"MASTER_PORT": ""}, "and MASTER_PORT is not set"),
+        ({"RANK": "a"}, "RANK: 'a' is no number"),
+        ({"RANK": "-1"}, "RANK: '-1' is no number"),
+        ({"RANK": "2"}, "RANK=2: ranks of WORLD_SIZE=2 are numbered from 0"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK: 'x' is no number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no number"),
+        ({"WORLD_SIZE": "0"}, "RANK=1: ranks of WORLD_SIZE=0 are numbered from 0"),
+    ],
+)
+def test_half_an_environment(changed: dict[str, str | None], message: str) -> None:
+    """As a shell may have left it: one line before anything is waited for."""
+    environment = {name: text for name, text in {**PLACE, **changed}.items() if text is not None}
+    with pytest.raises(UserError) as caught:
+        _own_place(environment)
+    assert message in str(caught.value)
+
+
+def test_a_place_among_processes() -> None:
+    assert _own_place(PLACE) == Ranks(1, 2, 0)
+    for alone in ({}, {"RANK": "3"}, {"LOCAL_RANK": "1"}, {**PLACE, "WORLD_SIZE": "1"}):
+        assert _own_place(alone) == Ranks()

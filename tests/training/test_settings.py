@@ -51,6 +51,10 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ([*ENOUGH_BLT, "patching.mode=space", "calibration.patch_bytes=4"], "patching.mode 'space' has none"),
         (["model=demo-bl", *ENOUGH[1:]], "model: no preset 'demo-bl'; did you mean 'demo-blt'?"),
         (["model=zzz", *ENOUGH[1:]], "model: no preset 'zzz'"),
+        (["model=null", *ENOUGH[1:]], "model: no model but None; name a preset or give its shapes"),
+        ([*ENOUGH, "run="], "run: String should have at least 1 character"),
+        ([*ENOUGH, "data.train="], "data.train.0.path: String should have at least 1 character"),
+        ([*ENOUGH, "compile=maybe"], "compile: Input should be a valid boolean"),
         ([*ENOUGH, "dtype=float16"], "dtype: Input should be 'auto', 'float32' or 'bfloat16', not 'float16'"),
         ([*ENOUGH, "optimizer.lr=-1"], "optimizer.lr: "),
         ([*ENOUGH, "optimizer.name=adam"], "optimizer.name: Input should be 'adamw' or 'muon', not 'adam'"),
@@ -81,8 +85,8 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ([*ENOUGH[:2], "minutes=inf"], "minutes: Input should be a finite number, not 'inf'"),
         ([*ENOUGH, "steps=-1"], "steps: Input should be greater than or equal to 1, not -1"),
         ([*ENOUGH, f"steps={10**30}"], f"steps: Input should be less than or equal to {10**12}, not {10**30}"),
-        ([*ENOUGH, f"data.batch_bytes={10**12}"], f"data.batch_bytes: Input should be less than or equal to {2**31}"),
-        ([*ENOUGH, f"data.context={10**12}"], f"data.context: Input should be less than or equal to {2**31}"),
+        ([*ENOUGH, f"data.batch_bytes={10**12}"], f"data.batch_bytes: Input should be less than or equal to {2**26}"),
+        ([*ENOUGH, f"data.context={10**12}"], f"data.context: Input should be less than or equal to {2**24}"),
         ([*ENOUGH, f"data.workers={10**6}"], "data.workers: Input should be less than or equal to 1024, not 1000000"),
         ([*ENOUGH, f"optimizer.accumulation={10**12}"], "optimizer.accumulation: Input should be less than or equal"),
         ([*ENOUGH, "faults.watchdog_minutes=1e300"], "faults.watchdog_minutes: Input should be less than or equal"),
@@ -247,3 +251,17 @@ def test_help(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert told.startswith(USAGE)
     assert "optimizer" in told
+
+
+def test_a_run_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert from_command_line(TrainSettings, [*ENOUGH, "run=~/a run"], USAGE).run == str(tmp_path / "a run")
+    assert from_command_line(TrainSettings, [*ENOUGH, "run=a/~"], USAGE).run == "a/~"
+
+
+def test_a_buffer_that_memory_does_not_hold(tmp_path: Path) -> None:
+    write_text(tmp_path / "text.jsonl", 0)
+    given = byte_lm_run(tmp_path / "run", tmp_path / "text.jsonl")
+    given["data"] |= {"shuffle_buffer": 2**26, "context": 2**24, "batch_bytes": 2**24}
+    with pytest.raises(UserError, match=r"^data\.shuffle_buffer: 67,108,864 pieces .* GB are free; take fewer$"):
+        train(settings(given))
