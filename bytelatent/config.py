@@ -21,7 +21,7 @@ from bytelatent.credentials import masked
 from bytelatent.errors import UserError, nearest
 
 KIND_OF_VALUE = re.compile(r"bool|int|float|str|literal\[.*\]|function-\w+\[.*\]")
-LARGEST = 2**63 - 1  # more, and a number overflows where torch takes it
+LARGEST = 2**64 - 1  # more, and a number overflows where torch takes it; a seed may have 64 bits
 
 # For YAML files: `path: ${stdlib:}/json` is text that every machine has.
 _register = (

@@ -128,10 +128,6 @@ def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | Non
         return load_byte_lm(copy)
     with byte_lm_named():
         byte_lm = load_byte_lm(settings.byte_lm)
-    if (name := not_finite(byte_lm)) is not None:
-        raise UserError(
-            f"byte_lm: '{settings.byte_lm}' holds values that are not finite ({name}); name another byte LM"
-        )
     with whole_folder(copy) as aside:
         save(aside, byte_lm, Config(model=byte_lm.settings, context=settings.data.context))
     return byte_lm
