@@ -95,5 +95,7 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, outputs
         os.dup2(file, number)
         os.close(file)
     sys.argv = arguments
-    sys.modules.pop(arguments[0], None)  # else runpy warns that it is imported already, which it is not in a new process
+    sys.modules.pop(
+        arguments[0], None
+    )  # else runpy warns that it is imported already, which it is not in a new process
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)

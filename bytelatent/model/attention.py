@@ -5,6 +5,7 @@ is where documents begin, for cuDNN, or a FlexAttention block mask; but for shor
 shared by the layers.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bytelatent.kernels import packed_attention
 from bytelatent.kernels.packed_attention import Heads
@@ -21,6 +23,7 @@ from bytelatent.kernels.window_attention import angles, turn
 
 FLEX_FROM = 2048  # positions from which the two others pay on CUDA; shorter streams take an explicit mask there, too
 FLEX_BLOCK = 128  # positions that FlexAttention decides about at once
+WITHOUT_CUDNN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,10 @@ def attend(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Mask) -> Tensor:
         return mask.attention(q, k, v, block_mask=mask.block_mask, enable_gqa=grouped)[0].transpose(0, 1)
     if isinstance(mask, DenseMask):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed_TT, enable_gqa=grouped)
+        # With masks cuDNN's backward pass gives NaN where size % 128 is 64 and all scores of a row are far below zero
+        # (torch 2.11 and later, Hopper: pytorch/pytorch issue 196678). On a CPU the first of these would be refused.
+        with sdpa_kernel(WITHOUT_CUDNN) if q.is_cuda else nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed_TT, enable_gqa=grouped)
         return out[0].transpose(0, 1)
     if not isinstance(mask, BandedMask):
         return mask.attend(q_THE, k_TJE, v_TJE)

@@ -19,7 +19,6 @@ from bytelatent.interop.native import BYTE_LM
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration
 from bytelatent.run_folder import checkpoints_in
-from bytelatent.training.faults import not_finite
 from bytelatent.training.patches import byte_lm_named, calibrate_on, write_calibration
 from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
