@@ -219,6 +219,24 @@ def test_the_prompt_in_a_file(tmp_path: Path, model: Path, blt: Command) -> None
     assert "is a folder" in blt("generate", "--file", tmp_path, "-m", model)[2]
 
 
+def test_names_of_files_that_are_passed_over_fill_one_line(tmp_path: Path, model: Path, blt: Command) -> None:
+    folder = tmp_path / "it's"
+    folder.mkdir()
+    (folder / "good.jsonl").write_bytes(GOOD)
+    for number in range(30):
+        (folder / f"it's picture {number:02d} {'x' * (number // 29 * 200)}\x1b.png").write_bytes(PNG)
+        (folder / f"link {number:02d}").symlink_to(folder)
+    code, _, err = blt("eval", folder, "-m", model)
+    assert code == 0
+    links, pictures = err.splitlines()
+    assert "30 passed over, a link to a folder that is read already: 'link 00', 'link 01'" in links
+    assert "30 of 31 files passed over, a PNG image: 'it's picture 00" in pictures
+    for line in (links, pictures):
+        assert len(line) <= MAX_LINE
+        assert line.endswith("', ...")
+        assert line.isprintable()
+
+
 def test_a_broken_link_is_named(tmp_path: Path, model: Path, blt: Command) -> None:
     (tmp_path / "a.txt").symlink_to("nowhere")
     assert f"'{tmp_path / 'a.txt'}' is a broken link" in blt("eval", tmp_path / "a.txt", "-m", model)[2]

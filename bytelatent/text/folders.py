@@ -10,11 +10,11 @@ from typing import Any
 
 from bytelatent.errors import UserError
 from bytelatent.terminal import safe
-from bytelatent.text.damage import short
+from bytelatent.text.damage import MAX_LINE, short
 from bytelatent.text.kinds import kind_of, must_be_read, name_of, rows_by_name
 from bytelatent.text.places import Damaged, file_system, is_remote, readable
 
-NAMED = 5  # files of a kind that is passed over
+ROOM = 60  # characters of a line for the names of files
 
 
 def find_files(path: str, say: Callable[[str], None] = lambda line: None) -> list[str]:
@@ -55,6 +55,7 @@ def find_files(path: str, say: Callable[[str], None] = lambda line: None) -> lis
 def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
     """All but hidden files below a folder; links to folders come last, so that a folder keeps its own name."""
     found: list[Path] = []
+    known: list[str] = []
     seen: set[tuple[int, int]] = set()
     folders, links = [folder], list[Path]()
     while folders or links:
@@ -62,7 +63,7 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
         try:
             about = os.stat(place)
             if (about.st_dev, about.st_ino) in seen:
-                say(short(safe(f"data: '{place}' is a link to a folder that is read already; not followed")))
+                known.append(os.path.relpath(place, folder))
                 continue
             seen.add((about.st_dev, about.st_ino))
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
@@ -75,6 +76,8 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
                     (links if entry.is_symlink() else folders).append(inside)
         except OSError as error:
             say(short(safe(f"data: the folder '{place}' is passed over: {error.strerror or error}")))
+    if known:
+        say(_naming(f"data: '{folder}': {len(known):,} passed over, a link to a folder that is read already", known))
     return [str(file) for file in sorted(found)]
 
 
@@ -110,10 +113,21 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
         raise UserError(f"data: none of the {len(files):,} files of '{source}' is text: '{first}' is {what}")
     for what, count in Counter(others.values()).most_common():
         names = [_inside(file, source) for file, why_not in others.items() if why_not == what]
-        first = ", ".join(f"'{name}'" for name in names[:NAMED])
-        more = ", ..." if count > NAMED else ""
-        say(short(safe(f"data: '{source}': {count:,} of {len(files):,} files passed over, {what}: {first}{more}")))
+        say(_naming(f"data: '{source}': {count:,} of {len(files):,} files passed over, {what}", names))
     return text
+
+
+def _naming(line: str, names: list[str]) -> str:
+    """A line that ends with the first of some names, as many as it has room for."""
+    found = short(safe(line), " " * ROOM)[:-ROOM]
+    for number, name in enumerate(map(safe, names)):
+        if len(name) > ROOM - 10:
+            name = f"...{name[-(ROOM - 13) :]}"
+        longer = f"{found}{', ' if number else ': '}'{name}'"
+        if number and len(longer) + len(", ...") > MAX_LINE:
+            return f"{found}, ..."
+        found = longer
+    return found
 
 
 def _inside(file: str, source: str) -> str:
