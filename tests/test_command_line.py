@@ -190,7 +190,7 @@ def test_a_setting_is_a_key_and_a_value(override: str) -> None:
         ("first={path: a, path: b}", "first.path: it is given twice"),
         ("sources.0.path=b", "sources.0.path: sources is [{'path': 'a'}], which has no keys; set it whole: sources="),
         ("names=[&a [*a]]", "names: '[&a [*a]]' is no list or mapping ("),
-        ("sizes=[\0]", "sizes: '[\0]' is no list or mapping ("),
+        ("sizes=[\0]", "sizes: '[\\x00]' is no list or mapping ("),
     ],
 )
 def test_what_cannot_be_read_is_named(override: str, message: str) -> None:

@@ -28,6 +28,8 @@ def find_files(path: str, say: Callable[[str], None] = lambda line: None) -> lis
     Raises:
         UserError: there are none, or the file is not text; see `kinds`.
     """
+    if not path.strip():  # as of a variable that is not set; it would be the folder that one is in
+        raise UserError("data: the path of the text is empty; name a file, a folder (. for this one) or a pattern")
     if is_remote(path):
         return _find_remote(path, say)
     place = Path(path).expanduser()

@@ -191,7 +191,7 @@ class TrainSettings(Settings):
     presets: ClassVar[tuple[str, ...]] = ("model",)
     alternatives: ClassVar[tuple[str, ...]] = ("steps", "minutes")
 
-    run: str = "runs/train"
+    run: str = Field(default="runs/train", min_length=1)
     seed: int = Field(default=0, ge=0)
     steps: int | None = Field(default=None, ge=1, le=10**12)
     minutes: float | None = Field(default=None, gt=0, le=10**8)
