@@ -252,6 +252,10 @@ def test_an_empty_path_is_not_the_folder_that_one_is_in(tmp_path: Path, model: P
         assert (code, "the path is empty" in err) == (2, True)
 
 
+def test_the_bounds_of_a_number_are_exact(blt: Command) -> None:
+    assert f"--seed: -1 will not do; it takes 0 to {2**63 - 1:,}" in blt("demo", "--seed", -1)[2]
+
+
 def test_a_broken_link_is_named(tmp_path: Path, model: Path, blt: Command) -> None:
     (tmp_path / "a.txt").symlink_to("nowhere")
     assert f"'{tmp_path / 'a.txt'}' is a broken link" in blt("eval", tmp_path / "a.txt", "-m", model)[2]

@@ -18,14 +18,14 @@ def bounded(least: float, most: float = LARGEST) -> Callable[..., Any]:
 
     def check(option: typer.CallbackParam, value: Any) -> Any:
         if value is not None and not least <= value <= most:
-            raise UserError(f"{option.opts[0]}: {value} will not do; it takes {least:g} to {most:,.0f}")
+            raise UserError(f"{option.opts[0]}: {value} will not do; it takes {least:g} to {int(most):,}")
         return value
 
     return check
 
 
 def named(option: typer.CallbackParam, value: str) -> str:
-    """A callback that refuses an empty path, as of a variable that is not set: it would be the folder that one is in."""
+    """A callback that refuses an empty path, as of an unset variable: it would be the folder that one is in."""
     if not value.strip():
         raise UserError(f"{option.opts[0]}: the path is empty; name a folder")
     return value
