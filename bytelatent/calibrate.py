@@ -12,6 +12,7 @@ from bytelatent.interop import load_byte_lm_and_context
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.progress import Progress
 from bytelatent.report import write_threshold_figure
+from bytelatent.report.pictures import format_of
 from bytelatent.terminal import say
 from bytelatent.text import MAX_ROW_BYTES, DamageLimit
 from bytelatent.text.damage import MAX_BAD_ROWS
@@ -46,9 +47,12 @@ def calibrate_text(
         The threshold, and the files of which nothing could be read, each with the reason.
 
     Raises:
-        UserError: neither are there stored entropies nor a byte LM, or the size is out of reach.
+        UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or the figure's ending is
+            not known.
     """
     place = choose_device(device)  # before anything is read
+    if figure is not None:
+        format_of(figure)
     sources = [{"path": path, "text_key": text_key} for path in text]
     data = DataSettings.parse({"train": sources, "max_bad_rows": max_bad_rows, "max_row_bytes": max_row_bytes})
     rule = PatchSettings(mode="entropy", threshold=0.0)

@@ -34,5 +34,5 @@ def convert_model(
         try:
             convert(found, Path(target), format, licence, lambda written: progress.advance(task, written))
         except KeyboardInterrupt:
-            raise Interrupted(f"'{target}' was not written; the same command begins anew") from None
+            raise Interrupted(f"'{target}' was not written; the same command begins again") from None
     return Path(target)

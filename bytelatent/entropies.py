@@ -108,7 +108,7 @@ def entropies_beside(
             )
         except KeyboardInterrupt:
             if not any(Path(out).expanduser().rglob("*.parquet")):
-                raise Interrupted(f"no file of '{out}' is finished yet; the same command begins anew") from None
+                raise Interrupted(f"no file of '{out}' is finished yet; the same command begins again") from None
             raise Interrupted(f"finished files stand in '{out}'; the same command goes on from there") from None
 
 

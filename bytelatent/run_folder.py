@@ -41,7 +41,7 @@ def none_whole(run: Path, passed_over: list[str]) -> UserError:
     """What is wrong with a run in which `newest_whole` found nothing, and passed over these."""
     if not passed_over:
         return UserError(f"'{run}' has no checkpoint yet; train it further: blt train")
-    return UserError(f"no checkpoint of '{run}' is whole: {'; '.join(passed_over)}; remove them to start anew")
+    return UserError(f"no checkpoint of '{run}' is whole: {'; '.join(passed_over)}; remove them to start again")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

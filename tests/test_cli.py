@@ -212,7 +212,8 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["train", "config=debug", f"model.global_transformer.dim={10**12}"], "model.global_transformer.dim: Input sh"),
         (["calibrate", "absent.txt", "-m", "{byte_lm}"], "'absent.txt' does not exist"),
         (["calibrate", "{text}", "-m", "{byte_lm}", "--patch-bytes", "9999"], "out of reach"),
-        (["calibrate", "{text}"], "needs a byte LM or entropies stored beside every text"),
+        (["calibrate", "{text}"], "needs a byte LM or entropies stored beside every text; name the byte LM: --model"),
+        (["calibrate", "nowhere", "--figure", "a.gif"], "end in one of .png"),  # before anything is read
         (["calibrate", "{text}", "-m", "{byte_lm}", "--patch-bytes", "3", "--figure", "a.gif"], "end in one of .png"),
         (["info", "blt-1bb"], "did you mean 'blt-1b'?"),
         (["info", "nonsense"], "no preset 'nonsense'. Presets: demo-byte-lm, "),

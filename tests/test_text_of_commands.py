@@ -117,6 +117,7 @@ def test_a_file_of_which_nothing_is_read_ends_in_2(verb: str, tmp_path: Path, mo
     assert "nothing of" in err.splitlines()[-1]
     assert "bad.jsonl.zst" in err.splitlines()[-1]
     if verb == "prepare":
+        assert f"9 documents, {len(GOOD)} bytes," in err
         assert len(b"".join(file.read_bytes() for file in (tmp_path / "prepared").glob("*.jsonl"))) == len(GOOD)
     if verb == "eval":
         assert out.endswith(f"on {sum(len(json.loads(line)['text']) for line in GOOD.splitlines())} bytes\n")
@@ -217,6 +218,42 @@ def test_the_prompt_in_a_file(tmp_path: Path, model: Path, blt: Command) -> None
             assert (code, out) == (2, "")
             assert f"'{prompt}' is {what}" in err
     assert "is a folder" in blt("generate", "--file", tmp_path, "-m", model)[2]
+
+
+def test_names_of_files_that_are_passed_over_fill_one_line(tmp_path: Path, model: Path, blt: Command) -> None:
+    folder = tmp_path / "it's"
+    folder.mkdir()
+    (folder / "good.jsonl").write_bytes(GOOD)
+    for number in range(30):
+        (folder / f"it's picture {number:02d} {'x' * (number // 29 * 200)}\x1b.png").write_bytes(PNG)
+        (folder / f"link {number:02d}").symlink_to(folder)
+    code, _, err = blt("eval", folder, "-m", model)
+    assert code == 0
+    links, pictures = err.splitlines()
+    assert "30 passed over, a link to a folder that is read already: 'link 00', 'link 01'" in links
+    assert "30 of 31 files passed over, a PNG image: 'it's picture 00" in pictures
+    for line in (links, pictures):
+        assert len(line) <= MAX_LINE
+        assert line.endswith("', ...")
+        assert line.isprintable()
+
+
+def test_an_empty_path_is_not_the_folder_that_one_is_in(tmp_path: Path, model: Path, blt: Command) -> None:
+    for verb, command in reading(tmp_path, model, tmp_path).items():
+        given = [
+            "data.train=" if word == f"data.train={tmp_path}" else "" if word == tmp_path else word for word in command
+        ]
+        code, _, err = blt(*given)
+        assert (code, "path" in err and "empty" in err) == (2, True), (verb, err)
+    code, _, err = blt("train", "run=", "model=demo-byte-lm", f"data.train={tmp_path}", "steps=1")
+    assert (code, err.startswith("error: run: ")) == (2, True)
+    for command in (["entropies", CASES / "bom.jsonl", "-m", model, "--out", ""], ["convert", model, ""]):
+        code, _, err = blt(*command)
+        assert (code, "the path is empty" in err) == (2, True)
+
+
+def test_the_bounds_of_a_number_are_exact(blt: Command) -> None:
+    assert f"--seed: -1 will not do; it takes 0 to {2**63 - 1:,}" in blt("demo", "--seed", -1)[2]
 
 
 def test_a_broken_link_is_named(tmp_path: Path, model: Path, blt: Command) -> None:

@@ -15,17 +15,18 @@ app = typer.Typer(help="Measure this machine.\n\nExample:  `blt bench train demo
 def bench_train(
     model: Annotated[str, typer.Argument(help="A preset; `blt info` lists them.")],
     num_bytes: Annotated[
-        str | None, typer.Option("--bytes", help="Of a batch; several with commas. Left out: as suits the device.")
+        str | None,
+        typer.Option("--bytes", help="Bytes of a batch; several with commas. Default: chosen for the device."),
     ] = None,
     float8: Annotated[
-        bool, typer.Option("--float8", help="The global transformer's products in 8-bit floats.")
+        bool, typer.Option("--float8", help="Use 8-bit floats for the matrix products of the global transformer.")
     ] = False,
-    checkpointing: Annotated[str, typer.Option(help="Of activations: none, selective, full.")] = "none",
+    checkpointing: Annotated[str, typer.Option(help="Activation checkpointing: none, selective or full.")] = "none",
     cuda_graph: Annotated[
-        bool, typer.Option("--cuda-graph", help="Forward and backward pass captured once and replayed.")
+        bool, typer.Option("--cuda-graph", help="Capture forward and backward pass as a CUDA graph and replay it.")
     ] = False,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Precision: auto, float32 or bfloat16.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure how fast this machine trains a preset on random bytes, and where the time goes.

@@ -18,21 +18,28 @@ def bounded(least: float, most: float = LARGEST) -> Callable[..., Any]:
 
     def check(option: typer.CallbackParam, value: Any) -> Any:
         if value is not None and not least <= value <= most:
-            raise UserError(f"{option.opts[0]}: {value} will not do; it takes {least:g} to {most:,.0f}")
+            raise UserError(f"{option.opts[0]}: {value} will not do; it takes {least:g} to {int(most):,}")
         return value
 
     return check
 
 
+def named(option: typer.CallbackParam, value: str) -> str:
+    """A callback that refuses an empty path, as of an unset variable: it would be the folder that one is in."""
+    if not value.strip():
+        raise UserError(f"{option.opts[0]}: the path is empty; name a folder")
+    return value
+
+
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A run, or a folder with a model.")]
 EntropyOption = Annotated[
-    str | None, typer.Option(help="The byte LM (entropy model), if it stands neither inside the model nor beside it.")
+    str | None, typer.Option(help="The byte LM (entropy model), if the model's folder does not hold it.")
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="Of a repository: a branch, a tag or a commit.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
+DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
 TextKeyOption = Annotated[str, typer.Option(help="The key or column that holds the text.")]
-MaxBadRowsOption = Annotated[int, typer.Option(min=0, help="Bad rows and files to pass over; one more is an error.")]
-MaxRowBytesOption = Annotated[int, typer.Option(min=1, help="A longer row, in bytes, is a bad one.")]
+MaxBadRowsOption = Annotated[int, typer.Option(min=0, help="Largest number of bad rows and files to pass over.")]
+MaxRowBytesOption = Annotated[int, typer.Option(min=1, help="Longest row, in bytes. A longer row is a bad row.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -16,6 +16,7 @@ from bytelatent.cli.options import (
     TextKeyOption,
     bad_rows,
     bounded,
+    named,
 )
 from bytelatent.terminal import Console, say
 
@@ -28,23 +29,31 @@ def prepare(
             "dclm_baseline_1.0, dclm_baseline_1.0_10prct."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder it fills.")],
-    name: Annotated[str | None, typer.Option(help="NAME.chunk.00.jsonl, ...; the source's if left out.")] = None,
-    memory: Annotated[float, typer.Option(help="GB for all processes, 0.25 at least; on a cluster each.")] = 4.0,
-    chunks: Annotated[int | None, typer.Option(help="Files to cut it into; 32 where there are so many rows.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the order.")] = 42,
-    validation: Annotated[int | None, typer.Option(help="Documents held out; 1 %, 10000 at most.")] = None,
-    dedup: Annotated[bool, typer.Option("--dedup", help="Leave out documents whose text stood before.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    name: Annotated[
+        str | None, typer.Option(help="Prefix of the files: NAME.chunk.00.jsonl. Default: the source's name.")
+    ] = None,
+    memory: Annotated[
+        float, typer.Option(help="Memory in GB of all processes together, at least 0.25. On a cluster, of each task.")
+    ] = 4.0,
+    chunks: Annotated[
+        int | None, typer.Option(help="Number of files to write. Default: 32, or fewer for few rows.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Shuffle seed.")] = 42,
+    validation: Annotated[
+        int | None, typer.Option(help="Number of documents to hold out. Default: 1 %, at most 10000.")
+    ] = None,
+    dedup: Annotated[bool, typer.Option("--dedup", help="Leave out documents whose text occurred before.")] = False,
     text_key: TextKeyOption = "text",
     max_bad_rows: MaxBadRowsOption = 1000,
     max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
     max_corrupt: Annotated[int | None, typer.Option(hidden=True)] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; one for each core if left out.")] = None,
-    executor: Annotated[str, typer.Option(help="local, slurm, ray.")] = "local",
-    partition: Annotated[str | None, typer.Option(help="Of the SLURM cluster.")] = None,
-    time: Annotated[str, typer.Option(help="Limit of each SLURM job.")] = "24:00:00",
+    workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
+    executor: Annotated[str, typer.Option(help="Where to run: local, slurm or ray.")] = "local",
+    partition: Annotated[str | None, typer.Option(help="SLURM partition.")] = None,
+    time: Annotated[str, typer.Option(help="Time limit of each SLURM job.")] = "24:00:00",
 ) -> None:
-    """Shuffle text of any size as a whole and cut it into files for training; the same command goes on after a stop.
+    """Shuffle text of any size as a whole and cut it into files for training; the same command resumes.
 
     Example:  `blt prepare text/*.jsonl more.parquet --out data --memory 8 --chunks 32`
     """
@@ -58,9 +67,11 @@ def prepare(
 
 def calibrate(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs; stored entropies are used as they are.")],
-    patch_bytes: Annotated[float, typer.Option(callback=bounded(1, 1e6), help="Mean bytes a patch should hold.")] = 4.5,
+    patch_bytes: Annotated[
+        float, typer.Option(callback=bounded(1, 1e6), help="Mean patch size to reach, in bytes.")
+    ] = 4.5,
     model: Annotated[str | None, typer.Option("--model", "-m", help="The byte LM, for text without entropies.")] = None,
-    max_bytes: Annotated[int, typer.Option(callback=bounded(1), help="Text to measure on.")] = 1_000_000,
+    max_bytes: Annotated[int, typer.Option(callback=bounded(1), help="Bytes of text to measure on.")] = 1_000_000,
     figure: Annotated[
         Path | None, typer.Option(help="Draw patch size against threshold: a .png, .svg or .pdf.")
     ] = None,
@@ -83,29 +94,34 @@ def calibrate(
 
 
 def entropies(
-    text: Annotated[list[str], typer.Argument(help="Files, folders or globs; each file becomes one below --out.")],
-    out: Annotated[str, typer.Option(help="The folder it writes.")],
+    text: Annotated[list[str], typer.Argument(help="Files, folders or globs; each file becomes one file below --out.")],
+    out: Annotated[str, typer.Option(callback=named, help="Folder to write.")],
     model: ModelOption = DEFAULT_MODEL,
     starts: Annotated[
-        float | None, typer.Option(help="Store the patch starts of this threshold (nats) instead: a bit each.")
+        float | None,
+        typer.Option(help="Store patch starts at this threshold (nats) instead of entropies: one bit per byte."),
     ] = None,
     rule: Annotated[
-        str | None, typer.Option(help="The starts of any entropy rule: threshold=0.3,monotonicity=true")
+        str | None, typer.Option(help="Store patch starts of these patching settings: threshold=0.3,monotonicity=true")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Ids of a document read at once; left out: as in the byte LM's training.")
+        int | None, typer.Option(help="Ids of a document to read at once. Default: as in the byte LM's training.")
     ] = None,
-    batch_bytes: Annotated[int | None, typer.Option(help="Bytes read at once; left out: as suits the device.")] = None,
+    batch_bytes: Annotated[int | None, typer.Option(help="Bytes of a batch. Default: chosen for the device.")] = None,
     text_key: TextKeyOption = "text",
     max_bad_rows: MaxBadRowsOption = MAX_BAD_ROWS,
     max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
     max_damaged: Annotated[int | None, typer.Option(hidden=True)] = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
-    rank: Annotated[int | None, typer.Option(help="Which part, from 0; else torchrun and SLURM say.")] = None,
-    world: Annotated[int | None, typer.Option(help="Into how many parts they are divided.")] = None,
+    dtype: Annotated[str, typer.Option(help="Precision: auto, float32 or bfloat16.")] = "auto",
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of this process, from 0. Default: as torchrun or SLURM set it.")
+    ] = None,
+    world: Annotated[
+        int | None, typer.Option(help="World size: the number of processes that divide the files.")
+    ] = None,
 ) -> None:
-    """Store a byte LM's entropies beside text; the same command goes on where it was stopped.
+    """Store a byte LM's entropies beside text; the same command resumes.
 
     Example:  `blt entropies text/*.jsonl --model runs/byte_lm --out text-with-entropies`
 

@@ -28,14 +28,16 @@ def evaluate(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
     model: ModelOption = DEFAULT_MODEL,
     entropy: EntropyOption = None,
-    max_bytes: Annotated[int | None, typer.Option(callback=bounded(1), help="Stop after so much text.")] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(callback=bounded(1), help="Bytes of text to measure. Default: all.")
+    ] = None,
     text_key: TextKeyOption = "text",
     max_bad_rows: MaxBadRowsOption = MAX_BAD_ROWS,
     max_row_bytes: MaxRowBytesOption = MAX_ROW_BYTES,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Bits per byte of a model on text.
+    """Measure the bits per byte of a model on text.
 
     Example:  `blt eval held-out/*.jsonl --model runs/demo`
     """
@@ -54,39 +56,57 @@ def evaluate(
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to continue; standard input if neither this nor a file is given.")
+        str | None, typer.Argument(help="Text to continue. Default: standard input, without --file and --jsonl.")
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
-    file: Annotated[Path | None, typer.Option(help="A file that holds the prompt.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File that holds the prompt.")] = None,
     jsonl: Annotated[
-        str | None, typer.Option(help='Rows of {"prompt": ...} to continue many at once; - is standard input.')
+        str | None,
+        typer.Option(help='File of rows {"prompt": ...}, which are continued in batches. - is standard input.'),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A new file for the rows of --jsonl; standard output if left out.")
+        Path | None, typer.Option(help="New file for the rows of --jsonl. Default: standard output.")
     ] = None,
-    max_new_bytes: Annotated[int, typer.Option("--max-new-bytes", "-n")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option()] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    min_p: Annotated[float | None, typer.Option(help="A share of the likeliest's probability.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, bytes that occurred are less likely.")] = 1.0,
+    max_new_bytes: Annotated[
+        int, typer.Option("--max-new-bytes", "-n", help="Largest number of bytes to generate.")
+    ] = 200,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature. 0 takes the most likely byte.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely bytes.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the most likely bytes that reach this probability.")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(help="Smallest probability, as a share of the largest.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Values above 1 make bytes that occurred less likely.")
+    ] = 1.0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends it; may be given again. In bash a line break is $'\\n'.")
+        list[str] | None,
+        typer.Option(help="Text at which generation stops; may be repeated. In bash a line break is $'\\n'."),
     ] = None,
-    valid_utf8: Annotated[bool, typer.Option("--valid-utf8", help="Only bytes that make valid UTF-8.")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
-    samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
-    rows: Annotated[int, typer.Option(help="Sequences on their way at once, of --jsonl.")] = 16,
+    valid_utf8: Annotated[bool, typer.Option("--valid-utf8", help="Generate valid UTF-8 only.")] = False,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
+    samples: Annotated[int, typer.Option(help="Number of continuations of each prompt.")] = 1,
+    rows: Annotated[int, typer.Option(help="Batch size of --jsonl.")] = 16,
     log_probabilities: Annotated[
-        bool, typer.Option("--log-probabilities", help="Tell each byte's in the rows of --jsonl.")
+        bool,
+        typer.Option("--log-probabilities", help="Write the log-probability of each byte into the rows of --jsonl."),
     ] = False,
     entropy: EntropyOption = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16; auto: as the weights are stored.")] = "auto",
-    weights: Annotated[str, typer.Option(help="int8, fp8: large matrices rounded, faster on a GPU; full.")] = "full",
-    ahead: Annotated[int, typer.Option(help="Bytes a step, all but one drafted; the same text. 1 drafts none.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="Precision: float32, bfloat16 or auto (as the weights are stored).")
+    ] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="Quantization of large matrices, faster on a GPU: int8, fp8 or full (none).")
+    ] = "full",
+    ahead: Annotated[
+        int,
+        typer.Option(
+            help="Speculative decoding: bytes per step, of which all but one are drafts. The text stays the same."
+        ),
+    ] = 1,
 ) -> None:
-    """Continue a text, or the rows of a file many at once.
+    """Continue a text, or the rows of a file in batches.
 
     Example:  `blt generate "The history of" --max-new-bytes 300 --temperature 0.7`
 
@@ -103,20 +123,22 @@ def generate(
 
 
 def patch(
-    text: Annotated[str | None, typer.Argument(help="The text; standard input if left out.")] = None,
+    text: Annotated[str | None, typer.Argument(help="Text to patch. Default: standard input.")] = None,
     model: ModelOption = DEFAULT_MODEL,
     rule: Annotated[
-        str | None, typer.Option(help="The model's if left out, or e.g. entropy:1.3, space, static:4, bpe:FILE.")
+        str | None,
+        typer.Option(help="Patching mode, such as entropy:1.3, space, static:4 or bpe:FILE. Default: the model's."),
     ] = None,
-    compare: Annotated[str | None, typer.Option(help="Several rules: entropy,space,static:4")] = None,
+    compare: Annotated[str | None, typer.Option(help="Several patching modes: entropy,space,static:4")] = None,
     context: Annotated[
-        int | None, typer.Option(help="Read it in pieces of so many bytes, as training and eval do; whole if left out.")
+        int | None,
+        typer.Option(help="Read the text in pieces of this many bytes, as training and eval do. Default: as a whole."),
     ] = None,
     entropies: Annotated[bool, typer.Option("--entropies", "-e", help="Show each byte's entropy.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page instead.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page instead.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show where patches begin in a text, by a BLT, a byte LM, or a rule that needs neither.
+    """Show where patches begin in a text, by a BLT, a byte LM, or a patching mode that needs neither.
 
     Example:  `blt patch "Daenerys Targaryen is in Game of Thrones" --compare entropy,space,static:4`
     """

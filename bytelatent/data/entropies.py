@@ -380,7 +380,7 @@ def _is_done(shard: Shard, output: Path, wanted: Stored) -> bool:
         raise UserError(f"entropies: '{output}' was not written by blt entropies; choose another --out")
     differences = "; ".join(found.differences(wanted))
     raise UserError(
-        f"entropies: '{output}' was made otherwise: {differences}; remove it to make it anew, or choose another --out"
+        f"entropies: '{output}' was made otherwise: {differences}; remove it to make it again, or choose another --out"
     )
 
 

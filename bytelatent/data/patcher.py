@@ -85,7 +85,10 @@ class Patcher:
 
     def _entropies(self, stream: Stream) -> torch.Tensor:
         if self.byte_lm is None:
-            raise UserError("data: patching by entropy needs a byte LM or entropies stored beside every text")
+            raise UserError(
+                "data: patching by entropy needs a byte LM or entropies stored beside every text; "
+                "name the byte LM: --model of blt calibrate, or byte_lm= in training"
+            )
         if self.entropies_of is not None:
             return self.entropies_of(stream)
         with autocast(self.device, self.dtype):

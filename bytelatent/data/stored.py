@@ -34,14 +34,14 @@ class StoredCheck:
             if here != there:
                 raise UserError(
                     f"data: '{file}' and '{first_file}' were not made alike ({name}: {here} and {there}); "
-                    "make them anew with one byte LM: blt entropies"
+                    "make them again with one byte LM: blt entropies"
                 )
 
     def _compare(self, stored: Stored, file: str, patcher: Patcher) -> None:
         if patcher.fingerprint is not None and stored.byte_lm != patcher.fingerprint:
             raise UserError(
                 f"data: '{file}' holds the entropies of another byte LM ({stored.byte_lm}; byte_lm is "
-                f"{patcher.fingerprint}); name that one, or make them anew: blt entropies"
+                f"{patcher.fingerprint}); name that one, or make them again: blt entropies"
             )
         if patcher.byte_lm is not None and stored.window != patcher.byte_lm.settings.window:
             window = patcher.byte_lm.settings.window

@@ -46,8 +46,8 @@ def collect(
         UserError: there is too little text.
     """
     bad = DamageLimit(0) if bad is None else bad
-    documents = list(_own(own, text_key, bad, max_row_bytes) if own else _standard_library())
-    what = f"'{own}'" if own else "Python's standard library"
+    documents = list(_own(own, text_key, bad, max_row_bytes) if own is not None else _standard_library())
+    what = f"'{own}'" if own is not None else "Python's standard library"
     parts: dict[str, list[tuple[str, bytes]]] = {"train": [], "valid": []}
     held_out = _held_out([name for name, _ in documents])
     for name, text in documents:

@@ -238,7 +238,7 @@ class Repository:
             ) from None
         except (errors.EntryNotFoundError, errors.RevisionNotFoundError):
             # What a data set's folder holds is of one commit for good; a model's is looked up at each call.
-            way_out = "begin anew in another folder" if self.kind == "dataset" else "run the same again"
+            way_out = "begin again in another folder" if self.kind == "dataset" else "run the same again"
             raise UserError(f"{self.name} does not hold a file any more that was listed before; {way_out}") from None
         except errors.HFValidationError as error:
             raise UserError(f"'{self.name}' is no name of a repository: {error}") from None

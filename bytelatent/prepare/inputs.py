@@ -128,7 +128,7 @@ def check_first_row(files: list[InputFile], text_key: str) -> None:
         UserError: each is an object without that key.
     """
     found = [file for file in files if file.size][:FIRST_ROWS]
-    rows = [_first_row(file) if file.kind in ("lines", "packed") else None for file in found]
+    rows: list[Any] = [_first_row(file) if file.kind in ("lines", "packed") else None for file in found]
     if rows and all(isinstance(row, dict) and text_key not in row for row in rows):
         raise UserError(f"--text-key: '{found[0].path}' has no '{text_key}'; its keys: {some(rows[0])}")
 

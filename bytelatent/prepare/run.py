@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 
 from bytelatent import terminal
 from bytelatent.credentials import masked
@@ -201,7 +202,7 @@ def _remove_if_empty(work: Work) -> None:
 def _summary(manifest: dict[str, Any]) -> str:
     parts = [
         f"{manifest['documents']:,} documents",
-        f"{manifest['bytes'] / 1e9:,.3f} GB",
+        decimal(manifest["bytes"]),
         f"{len(manifest['outputs'])} files",
     ]
     if manifest["duplicates"]:

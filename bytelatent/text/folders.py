@@ -10,11 +10,11 @@ from typing import Any
 
 from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
-from bytelatent.text.damage import short
+from bytelatent.text.damage import MAX_LINE, short
 from bytelatent.text.kinds import kind_of, must_be_read, name_of, rows_by_name
 from bytelatent.text.places import Damaged, file_system, is_remote, readable
 
-NAMED = 5  # files of a kind that is passed over
+ROOM = 60  # characters of a line for the names of files
 
 
 def find_files(path: str, say: Callable[[str], None] = lambda line: None) -> list[str]:
@@ -28,6 +28,8 @@ def find_files(path: str, say: Callable[[str], None] = lambda line: None) -> lis
     Raises:
         UserError: there are none, or the file is not text; see `kinds`.
     """
+    if not path.strip():  # as of a variable that is not set; it would be the folder that one is in
+        raise UserError("data: the path of the text is empty; name a file, a folder (. for this one) or a pattern")
     if is_remote(path):
         return _find_remote(path, say)
     place = Path(path).expanduser()
@@ -55,14 +57,15 @@ def find_files(path: str, say: Callable[[str], None] = lambda line: None) -> lis
 def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
     """All but hidden files below a folder; links to folders come last, so that a folder keeps its own name."""
     found: list[Path] = []
+    known: list[str] = []
     seen: set[tuple[int, int]] = set()
-    folders, links, again = [folder], list[Path](), list[Path]()
+    folders, links = [folder], list[Path]()
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
         try:
             about = os.stat(place)
             if (about.st_dev, about.st_ino) in seen:
-                again.append(place)
+                known.append(os.path.relpath(place, folder))
                 continue
             seen.add((about.st_dev, about.st_ino))
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
@@ -75,9 +78,8 @@ def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
                     (links if entry.is_symlink() else folders).append(inside)
         except OSError as error:
             say(short(one_line(f"data: the folder '{place}' is passed over: {error.strerror or error}")))
-    if again:
-        line = f"data: {len(again):,} links to folders that are read already are not followed, such as '{again[0]}'"
-        say(short(one_line(line)))
+    if known:
+        say(_naming(f"data: '{folder}': {len(known):,} passed over, a link to a folder that is read already", known))
     return [str(file) for file in sorted(found)]
 
 
@@ -118,10 +120,21 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
         raise UserError(f"data: none of the {len(files):,} files of '{source}' is text: '{first}' is {what}")
     for what, count in Counter(others.values()).most_common():
         names = [_inside(file, source) for file, why_not in others.items() if why_not == what]
-        first = ", ".join(f"'{name}'" for name in names[:NAMED])
-        more = ", ..." if count > NAMED else ""
-        say(short(one_line(f"data: '{source}': {count:,} of {len(files):,} files passed over, {what}: {first}{more}")))
+        say(_naming(f"data: '{source}': {count:,} of {len(files):,} files passed over, {what}", names))
     return text
+
+
+def _naming(line: str, names: list[str]) -> str:
+    """A line that ends with the first of some names, as many as it has room for."""
+    found = short(one_line(line), " " * ROOM)[:-ROOM]
+    for number, name in enumerate(map(safe, names)):
+        if len(name) > ROOM - 10:
+            name = f"...{name[-(ROOM - 13) :]}"
+        longer = f"{found}{', ' if number else ': '}'{name}'"
+        if number and len(longer) + len(", ...") > MAX_LINE:
+            return f"{found}, ..."
+        found = longer
+    return found
 
 
 def _inside(file: str, source: str) -> str:

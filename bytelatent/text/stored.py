@@ -65,7 +65,7 @@ def stored_in(metadata: dict[bytes, bytes] | None, file: str) -> Stored | None:
         values = json.loads(metadata[METADATA_KEY])
         version = values["version"]
     except (ValueError, KeyError, TypeError):
-        raise Damaged(f"data: '{file}' has metadata that cannot be read; make it anew: blt entropies") from None
+        raise Damaged(f"data: '{file}' has metadata that cannot be read; make it again: blt entropies") from None
     if version != VERSION:
         raise UserError(f"data: '{file}' is of version {version} of this format; upgrade bytelatent to read it")
     try:

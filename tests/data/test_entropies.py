@@ -304,7 +304,7 @@ def test_other_files_are_not_overwritten(tmp_path: Path, text: Path, byte_lm: By
     ]
     for model, asked, difference in ways:
         message = (
-            rf"out/\d.*parquet' was made otherwise: {difference}; remove it to make it anew, or choose another --out"
+            rf"out/\d.*parquet' was made otherwise: {difference}; remove it to make it again, or choose another --out"
         )
         with pytest.raises(UserError, match=message):
             store(model, [text], out, asked)
@@ -574,7 +574,7 @@ def test_ctrl_c_says_how_to_go_on(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(ByteLM, "entropies", stopped)
-        with pytest.raises(Interrupted, match=r"no file of '.*out' is finished yet; the same command begins anew"):
+        with pytest.raises(Interrupted, match=r"no file of '.*out' is finished yet; the same command begins again"):
             command(text, model, str(out))
     assert bytes_below(out) == {}
     command(text, model, str(out), rank=0, world=5)

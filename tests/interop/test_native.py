@@ -91,7 +91,7 @@ def test_a_run_is_its_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert_same(found.byte_lm, byte_lm)
     for step in range(2):
         (run / "checkpoints" / f"step-{step:08d}" / "config.json").unlink()
-    with pytest.raises(UserError, match=r"is whole: .*config.json is missing.*; remove them to start anew"):
+    with pytest.raises(UserError, match=r"is whole: .*config.json is missing.*; remove them to start again"):
         load(run)
 
 

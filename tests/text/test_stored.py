@@ -142,7 +142,7 @@ def test_other_parquet_files_say_nothing(tmp_path: Path) -> None:
     ("metadata", "message"),
     [
         ('{"version": 2}', "is of version 2 of this format; upgrade bytelatent"),
-        ("{", "has metadata that cannot be read; make it anew: blt entropies"),
+        ("{", "has metadata that cannot be read; make it again: blt entropies"),
         ("[1]", "has metadata that cannot be read"),
         ('{"version": 1, "window": "wide"}', "has metadata that cannot be read: .*byte_lm"),
     ],

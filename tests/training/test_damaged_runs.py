@@ -137,7 +137,7 @@ def test_all_torn_is_told_alike(tmp_path: Path, text: Path, begun: Path) -> None
         lambda: load(begun),
     ):
         with pytest.raises(
-            UserError, match=r"no checkpoint of .*progress.pt is missing.*remove them to start anew"
+            UserError, match=r"no checkpoint of .*progress.pt is missing.*remove them to start again"
         ) as no:
             call()
         told.add(str(no.value))
