@@ -10,6 +10,7 @@ from bytelatent.errors import UserError
 DEFAULT_MODEL = "runs/demo"
 MAX_BAD_ROWS = 100  # as bytelatent.text has it, which would take its time to import
 MAX_ROW_BYTES = 64 << 20
+LONGEST_ROW = 2**31 - 2
 LARGEST = 2**63 - 1
 
 
@@ -32,7 +33,9 @@ RevisionOption = Annotated[str | None, typer.Option(help="Of a repository: a bra
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 TextKeyOption = Annotated[str, typer.Option(help="The key or column that holds the text.")]
 MaxBadRowsOption = Annotated[int, typer.Option(min=0, help="Bad rows and files to pass over; one more is an error.")]
-MaxRowBytesOption = Annotated[int, typer.Option(min=1, help="A longer row, in bytes, is a bad one.")]
+MaxRowBytesOption = Annotated[
+    int, typer.Option(callback=bounded(1, LONGEST_ROW), help="A longer row, in bytes, is a bad one.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
