@@ -61,6 +61,8 @@ def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
             if len(text) - at > how.max_row_bytes:
                 raise too_long(where, how)
         elif ended:
+            if in_array and stream.damage is None:
+                raise Damaged(f"data: '{stream.file}' is not whole: its array has no end after {row:,} values")
             return
         more = stream.read(max(SKIP_BYTES, len(text) - at))
         ended = not more
