@@ -177,7 +177,7 @@ def part_of(rank: int | None, world: int | None, environment: Mapping[str, str])
         part = Part(number("RANK", 0), number("WORLD_SIZE", 1), local_rank)
     else:
         is_step = environment.get("SLURM_STEP_ID") and environment.get("SLURM_PROCID")
-        tasks = number("SLURM_STEP_NUM_TASKS", 1) if is_step else 1  # which srun sets; SLURM_NTASKS is the job's
+        tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1)) if is_step else 1
         task, jobs = number("SLURM_PROCID", 0) if is_step else 0, number("SLURM_ARRAY_TASK_COUNT", 1)
         first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
         job = (number("SLURM_ARRAY_TASK_ID", first) - first) // step if jobs > 1 else 0

@@ -319,3 +319,15 @@ def test_config_json_is_what_is_used(tmp_path: Path) -> None:
     model.patching = PatchSettings(threshold=1.0)
     model.save_pretrained(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["patching"]["threshold"] == 1.0
+
+
+def test_weights_without_values_leave_the_folder_as_it_was(tmp_path: Path) -> None:
+    """As libraries leave them that put layers off to a disk."""
+    model = blt()
+    model.save_pretrained(tmp_path / "model")
+    before = contents(tmp_path / "model")
+    layer = next(layer for layer in model.model.modules() if isinstance(layer, nn.Linear))
+    layer.weight = nn.Parameter(layer.weight.to("meta"))
+    with pytest.raises(UserError, match=r"weights: .*\.weight has no values yet"):
+        model.save_pretrained(tmp_path / "model")
+    assert contents(tmp_path / "model") == before

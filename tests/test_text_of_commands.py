@@ -144,6 +144,17 @@ def test_the_key_of_the_text(verb: str, tmp_path: Path, model: Path, blt: Comman
     assert blt(*command, "--text-key", "content")[0] == 0
 
 
+@pytest.mark.parametrize("verb", ["prepare", "eval", "entropies", "calibrate"])
+def test_a_length_beyond_any_row(verb: str, tmp_path: Path, model: Path, blt: Command) -> None:
+    command = reading(CASES / "content.jsonl", model, tmp_path)[verb]
+    for length in (0, 2**31 - 1, 2**63 - 1, 10**30):
+        code, _, err = blt(*command, "--max-row-bytes", length)
+        assert code == 2
+        assert err.splitlines()[-1].startswith("error: ")
+        assert "row" in err.splitlines()[-1]
+        assert "cannot be read" not in err
+
+
 def test_lines_about_bad_rows_are_short_and_can_be_printed(tmp_path: Path, model: Path, blt: Command) -> None:
     folder = tmp_path / "x[" / "red]"
     folder.mkdir(parents=True)

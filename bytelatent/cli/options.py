@@ -10,6 +10,7 @@ from bytelatent.errors import UserError
 DEFAULT_MODEL = "runs/demo"
 MAX_BAD_ROWS = 100  # as bytelatent.text has it, which would take its time to import
 MAX_ROW_BYTES = 64 << 20
+LONGEST_ROW = 2**31 - 2
 LARGEST = 2**63 - 1
 
 
@@ -39,7 +40,10 @@ RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit 
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
 TextKeyOption = Annotated[str, typer.Option(help="The key or column that holds the text.")]
 MaxBadRowsOption = Annotated[int, typer.Option(min=0, help="Largest number of bad rows and files to pass over.")]
-MaxRowBytesOption = Annotated[int, typer.Option(min=1, help="Longest row, in bytes. A longer row is a bad row.")]
+MaxRowBytesOption = Annotated[
+    int,
+    typer.Option(callback=bounded(1, LONGEST_ROW), help="Longest row, in bytes. A longer row is a bad row."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -62,7 +62,7 @@ class EntropySettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     rule: PatchSettings | None = None
     max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
-    max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1)
+    max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1, le=MAX_TEXT_BYTES)
 
     @model_validator(mode="after")
     def _fit(self) -> Self:

@@ -8,6 +8,7 @@ from bytelatent.config import Settings, renamed
 from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.damage import MAX_BAD_ROWS
+from bytelatent.text.stored import MAX_TEXT_BYTES
 
 MOST = 2**26  # ids of a batch, or pieces of text in memory: no machine has room for more
 
@@ -49,7 +50,7 @@ class DataSettings(Settings):
     shuffle_buffer: int = Field(default=256, ge=1, le=MOST)
     workers: int = Field(default=0, ge=0, le=1024)
     max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
-    max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1)
+    max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1, le=MAX_TEXT_BYTES)
     allow_changed: bool = False
 
     @model_validator(mode="before")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bytelatent.errors import UserError
 from bytelatent.interop.stored import Config, Origin
 from bytelatent.patching import PatchSettings
 
@@ -52,9 +53,14 @@ def checksum(model: nn.Module) -> str:
     """A digest of a model's weights, at the speed of the memory they are in: of the sums of rows and columns of bits.
 
     In contrast to `fingerprint`, it is none of the values: another precision of the same weights has another.
+
+    Raises:
+        UserError: some have no values.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise UserError(f"weights: {name} has no values yet, only a shape (torch's device 'meta'); load them first")
         bits = tensor.detach().contiguous().view(BITS[tensor.element_size()])
         table = bits.reshape(len(bits), -1) if bits.dim() > 1 else bits.reshape(-1, 1)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -10,6 +10,7 @@ from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.prepare.inputs import is_data_set
 from bytelatent.text import MAX_ROW_BYTES
+from bytelatent.text.stored import MAX_TEXT_BYTES
 
 GB = 1_000_000_000
 MAX_CHUNKS = 32  # of these, or one for each document, where nobody says how many
@@ -30,7 +31,7 @@ class PrepareSettings(Settings):
     dedup: bool = False  # leave out documents whose text stood before
     text_key: str = "text"
     max_bad_rows: Annotated[int, Field(ge=0)] = 1000  # one more is an error
-    max_row_bytes: Annotated[int, Field(ge=1)] = MAX_ROW_BYTES  # a longer row is a bad one
+    max_row_bytes: Annotated[int, Field(ge=1, le=MAX_TEXT_BYTES)] = MAX_ROW_BYTES  # a longer row is a bad one
     workers: Annotated[int, Field(ge=1, le=10**4)] | None = None  # the number of cores
     executor: Literal["local", "slurm", "ray"] = "local"
     partition: str | None = None  # of the SLURM cluster

@@ -127,7 +127,7 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
 def _naming(line: str, names: list[str]) -> str:
     """A line that ends with the first of some names, as many as it has room for."""
     found = short(one_line(line), " " * ROOM)[:-ROOM]
-    for number, name in enumerate(map(safe, names)):
+    for number, name in enumerate(map(one_line, names)):
         if len(name) > ROOM - 10:
             name = f"...{name[-(ROOM - 13) :]}"
         longer = f"{found}{', ' if number else ': '}'{name}'"

@@ -11,6 +11,7 @@ from bytelatent.text.kinds import TextReader
 from bytelatent.text.places import Damaged
 
 SKIP_BYTES = 1 << 20
+DEEPEST = 1 << 18  # brackets in one another; more would only take their time
 BRACKETS = re.compile(r'[{}\[\]]|"(?:[^"\\]|\\.)*+(?:"|\Z)', re.DOTALL)  # and the texts that may hold some
 
 
@@ -60,6 +61,8 @@ def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
             if len(text) - at > how.max_row_bytes:
                 raise too_long(where, how)
         elif ended:
+            if in_array and stream.damage is None:
+                raise Damaged(f"data: '{stream.file}' is not whole: its array has no end after {row:,} values")
             return
         more = stream.read(max(SKIP_BYTES, len(text) - at))
         ended = not more
@@ -67,10 +70,14 @@ def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
 
 
 def _end_of(text: str, at: int) -> int | None:
-    """Where the object or array that begins at `at` ends, by its brackets alone; None where that is not in the text."""
+    """Where the object or array that begins at `at` ends, by its brackets alone; None where that is not in the text, or
+    it is nested deeper than any data.
+    """
     depth = 0
     for found in BRACKETS.finditer(text, at) if text[at] in "{[" else ():
         depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
         if depth == 0:
             return found.end()
+        if depth > DEEPEST:
+            return None
     return None

@@ -502,11 +502,10 @@ def test_a_shard_is_written_by_one_process(tmp_path: Path) -> None:
                 "SLURM_ARRAY_TASK_COUNT": "2",
                 "SLURM_STEP_ID": "1",
                 "SLURM_PROCID": "2",
-                "SLURM_STEP_NUM_TASKS": "4",
+                "SLURM_NTASKS": "4",
             },
             Part(6, 8),
         ),
-        (None, None, {"SLURM_STEP_ID": "4294967291", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Part(0, 1)),
     ],
 )
 def test_parts(rank: int | None, world: int | None, environment: dict[str, str], part: Part) -> None:

@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import random
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,20 @@ def test_memory_stays_flat(name: str, tmp_path: Path) -> None:
     assert made == len(found)
     assert bad.count == len(corrupt.places) == 1
     assert "max_row_bytes (1,048,576)" in corrupt.places[0]
+
+
+@pytest.mark.parametrize("bracket", [b"[", b'{"a":'])
+def test_brackets_without_an_end(bracket: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "a.json.gz"
+    with gzip.open(file, "wb", compresslevel=1) as out:
+        out.write(b'[{"text": "b"},\n')
+        for _ in range(24):
+            out.write(bracket * (1 << 20))
+    bad = DamageLimit(1)
+    begin = time.process_time()
+    assert [d.text for _, d in read_documents(str(file), damaged=bad)] == [b"b"]
+    assert bad.count == 1
+    assert time.process_time() - begin < 5
 
 
 def test_random_bytes_are_never_a_traceback(tmp_path: Path) -> None:

@@ -248,3 +248,12 @@ def test_a_reason_with_an_apostrophe_is_not_shortened_before_what_was_lost() -> 
     DamageLimit(1, say=said.append)(f"data: 'a.jsonl.zst' {lost}: the data doesn't match; {'more ' * 30}")
     DamageLimit(1, say=said.append)(f"data: '{'long/' * 40}a.jsonl.zst' {lost}: the data doesn't match")
     assert all(lost in line and "a.jsonl.zst'" in line and len(line) <= 200 for line in said)
+
+
+@pytest.mark.parametrize("end", ["", ",", ",\n "])
+def test_an_array_cut_short_between_its_values(end: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(f'[{{"text": "a"}}, {{"text": "b"}}{end}')
+    damaged = DamageLimit(1)
+    found = [document.text for _, document in read_documents(str(tmp_path / "a.json"), damaged=damaged)]
+    assert found == [b"a", b"b"]
+    assert "is not whole: its array has no end after 2 values" in damaged.told.pop()

@@ -87,6 +87,10 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ([*ENOUGH, f"steps={10**30}"], f"steps: Input should be less than or equal to {10**12}, not {10**30}"),
         ([*ENOUGH, f"data.batch_bytes={10**12}"], f"data.batch_bytes: Input should be less than or equal to {2**26}"),
         ([*ENOUGH, f"data.context={10**12}"], f"data.context: Input should be less than or equal to {2**24}"),
+        (
+            [*ENOUGH, "data.max_row_bytes=2147483647"],
+            "data.max_row_bytes: Input should be less than or equal to 2147483646",
+        ),
         ([*ENOUGH, f"data.workers={10**6}"], "data.workers: Input should be less than or equal to 1024, not 1000000"),
         ([*ENOUGH, f"optimizer.accumulation={10**12}"], "optimizer.accumulation: Input should be less than or equal"),
         ([*ENOUGH, "faults.watchdog_minutes=1e300"], "faults.watchdog_minutes: Input should be less than or equal"),
