@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from bytelatent.console import Console
 from bytelatent.interop import Config, StoredModel, num_bytes
 from bytelatent.interop.native import write_native
 from bytelatent.interop.stored import shapes

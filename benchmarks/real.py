@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
+from bytelatent.console import Console
 from bytelatent.kernels import patch_attention
 from bytelatent.kernels.hash_embed import hash_rows
 from bytelatent.model import attention, ngram_hash

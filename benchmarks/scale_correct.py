@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from scale_plans import MIDDLE, TINY
 
 from bytelatent import train
+from bytelatent.console import Console
 from bytelatent.data import Batch, Loader
 from bytelatent.errors import UserError, guarded
 from bytelatent.patching import PatchSettings

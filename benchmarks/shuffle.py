@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from bytelatent.console import Console
 
 BLOCK = 1 << 22
 SHORT_TEXT = 60  # characters: a line of about 100 bytes

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import Field, field_validator
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from bytelatent.config import Settings
+from bytelatent.console import Console
 from bytelatent.device import choose_device, choose_dtype, free_memory, is_out_of_memory, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ModelSettings, preset

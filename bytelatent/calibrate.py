@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from bytelatent.console import Console
 from bytelatent.credentials import masked
 from bytelatent.data import DataSettings
 from bytelatent.device import choose_device

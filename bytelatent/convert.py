@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from bytelatent.console import Console
 from bytelatent.errors import Interrupted
 from bytelatent.interop import check_target, convert, num_bytes, open_pretrained
 

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from bytelatent.console import Console
 from bytelatent.data import Patcher, SourceSettings, batches_once
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
+from bytelatent.console import Console
 from bytelatent.errors import UserError
 from bytelatent.files import what_is_torn
 from bytelatent.interop import check_target, open_pretrained, write_model

@@ -20,12 +20,12 @@ from typing import IO, Any, BinaryIO
 
 import torch
 from pydantic import Field
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bytelatent import terminal
 from bytelatent.command_line import from_command_line
 from bytelatent.config import Settings, flat
+from bytelatent.console import Console
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, guarded, nearest
 from bytelatent.files import part_of
@@ -344,7 +344,7 @@ def _write(out: BinaryIO, data: bytes) -> None:
 def main(arguments: list[str]) -> None:
     """`config=FILE key=value ...`"""
     settings = from_command_line(GenerateSettings, arguments, USAGE, literal="prompt")
-    generate(settings, sys.stdout.buffer, terminal.Console(stderr=True))
+    generate(settings, sys.stdout.buffer, Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from bytelatent.console import Console
 from bytelatent.errors import UserError
 from bytelatent.interop import open_pretrained
 from bytelatent.model import PRESETS, BLTSettings, ByteLMSettings, ModelSettings

@@ -4,11 +4,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Self, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from bytelatent import terminal
+from bytelatent.console import Console
 
 EVERY = 10.0  # seconds between lines where there is no bar
 
@@ -47,7 +46,7 @@ class Progress:
         self._of = "of about" if about else "of"
         self.done = 0
         self.is_cut = False  # the limit ended the work
-        self._console = console or terminal.Console(quiet=True)
+        self._console = console or Console(quiet=True)
         self._began = self._shown = time.monotonic()
         self._bars: Bars | None = None
         if bar and self._console.is_terminal:

@@ -1,17 +1,12 @@
 """What a terminal is sent: text of models, files and their names shows there, and steers nothing.
 
 An escape sequence clears the screen, renames the window or answers on standard input; a backspace or a right-to-left
-override shows another text than there is. `rich` takes out five control characters, and leaves ESC.
+override shows another text than there is.
 """
 
 import sys
 import unicodedata
-from collections.abc import Iterable
 from typing import IO
-
-import rich.console
-from rich.console import ConsoleOptions, RenderableType
-from rich.segment import Segment
 
 KEPT = "\n\t\u200c\u200d"  # and the two joiners, which letters and emoji need
 STEERS = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi and other formats, halves of characters, line separators
@@ -35,15 +30,6 @@ def say(line: str, file: IO[str] | None = None) -> None:
     """Print a line, to standard output unless another file is given: safely to a terminal, elsewhere as it is."""
     place = file or sys.stdout
     print(safe(line) if place.isatty() else line, file=place, flush=True)
-
-
-class Console(rich.console.Console):
-    """One of `rich` that sends a terminal nothing raw of what it shows: only its own colours and movements."""
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            text = segment.text if segment.control else safe(segment.text)
-            yield segment if text is segment.text else Segment(text, segment.style)
 
 
 def _escaped(character: str) -> str:

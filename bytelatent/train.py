@@ -12,7 +12,7 @@ from bytelatent.terminal import say
 from bytelatent.unattended import unattended
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from bytelatent.console import Console
 
 USAGE = "name a configuration or settings: blt train config=byte_lm run=runs/mine data.train=text/*.jsonl"
 

@@ -171,7 +171,7 @@ def test_another_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) 
         (["demo-blt", "--bytes", ""], "bytes: '' is no size of a batch"),
         (["demo-blt", "--device", "cpu", "--cuda-graph"], "not for device cpu; do without it\n"),
         (["demo-blt", "--checkpointing", "half"], "checkpointing: Input should be 'none', 'selective' or 'full'"),
-        (["demo-blt", "--device", "gpu"], "device: 'gpu' is none"),
+        (["demo-blt", "--device", "gpu"], "device: 'gpu' is not known"),
         (["demo-blt", "--device", "cpu", "--float8"], "float8: cpu does not multiply 8-bit floats"),
         (["demo-byte-lm", "--float8"], "float8 is for the global transformer, and 'demo-byte-lm' has none"),
     ],

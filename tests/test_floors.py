@@ -9,8 +9,20 @@ PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 FLOORS = [
     ["credentials", "terminal"],  # the ground: everyone's, and they import nothing of ours
-    ["errors"],
-    ["vocab", "config", "configs", "files", "device", "progress", "threads", "unattended", "interrupt", "kernels"],
+    ["errors", "console"],
+    [
+        "console",
+        "vocab",
+        "config",
+        "configs",
+        "files",
+        "device",
+        "progress",
+        "threads",
+        "unattended",
+        "interrupt",
+        "kernels",
+    ],
     ["hub", "run_folder", "command_line"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "interop", "report"],

@@ -15,8 +15,9 @@ import typer.rich_utils
 
 from bytelatent import __version__, interrupt
 from bytelatent.cli import bench, text, training, using, weights
+from bytelatent.console import Console
 from bytelatent.errors import Interrupted, guarded
-from bytelatent.terminal import Console, safe, say
+from bytelatent.terminal import safe, say
 
 VERBS = {  # as the help lists them
     "demo": training.demo,

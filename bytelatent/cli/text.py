@@ -18,7 +18,8 @@ from bytelatent.cli.options import (
     bounded,
     named,
 )
-from bytelatent.terminal import Console, say
+from bytelatent.console import Console
+from bytelatent.terminal import say
 
 
 def prepare(

@@ -20,8 +20,9 @@ from bytelatent.cli.options import (
     bounded,
 )
 from bytelatent.cli.output import print_json
+from bytelatent.console import Console
 from bytelatent.errors import UserError
-from bytelatent.terminal import Console, say
+from bytelatent.terminal import say
 
 
 def evaluate(

@@ -6,7 +6,8 @@ import typer
 
 from bytelatent.cli.options import EntropyOption, JsonOption, RevisionOption, bounded, named
 from bytelatent.cli.output import print_json
-from bytelatent.terminal import Console, say
+from bytelatent.console import Console
+from bytelatent.terminal import say
 
 
 def convert(

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from rich.console import Console
-
 from bytelatent.blt import BLT
+from bytelatent.console import Console
 from bytelatent.data import Patcher, SourceSettings, batches_once
 from bytelatent.demo.xz import xz_bits_per_byte
 from bytelatent.evaluation import Evaluation, evaluate

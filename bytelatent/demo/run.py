@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from bytelatent.blt import BLT
+from bytelatent.console import Console
 from bytelatent.data import DataSettings, SourceSettings
 from bytelatent.demo.measure import BATCH_BYTES, Clock, measure
 from bytelatent.demo.summary import about, closing_lines, text_options, write_summary

@@ -156,7 +156,7 @@ def _this_command() -> str:
     """`blt` as it has to be typed here: by its path where the shell does not find it, or finds another one."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py" and called.parent.name in ("bytelatent", "cli"):  # python -m
-        return f"{shlex.quote(sys.executable)} -m bytelatent.cli"
+        return f"{shlex.quote(sys.executable)} -m bytelatent"
     found = shutil.which("blt")
     if called.name != "blt" or (found is not None and called.exists() and Path(found).samefile(called)):
         return "blt"

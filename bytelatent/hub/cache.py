@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from rich.console import Console
-
+from bytelatent.console import Console
 from bytelatent.errors import UserError
 from bytelatent.files import only_writer, whole_file
 from bytelatent.hub.repository import HubFile

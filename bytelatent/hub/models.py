@@ -6,9 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
-from bytelatent import terminal
+from bytelatent.console import Console
 from bytelatent.errors import UserError
 from bytelatent.hub.cache import ANOTHER_CACHE, ModelCache, Unwritable, chosen, is_offline, read_record, write_record
 from bytelatent.hub.repository import MAIN, HubFile, Repository, Unreachable
@@ -56,7 +54,7 @@ def model_folder(
     cache = _cache_of(name)
     revision = revision or MAIN
     _check_revision(revision, name)
-    console = console or terminal.Console(stderr=True)
+    console = console or Console(stderr=True)
     cached = cache.find(revision, weights)
     if local_files_only or is_offline():
         if cached is None:
@@ -95,7 +93,7 @@ def model_exists(name: str, token: str | None = None, local_files_only: bool = F
     if local_files_only or is_offline():
         return cached is not None
     try:
-        return _once_if_cached(_repository(name, token, terminal.Console(stderr=True)), cached).exists()
+        return _once_if_cached(_repository(name, token, Console(stderr=True)), cached).exists()
     except Unreachable:
         if cached is None:
             raise

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from bytelatent.console import Console
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.hub.repository import HubFile, Repository, part_of
 

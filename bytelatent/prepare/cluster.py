@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from bytelatent.console import Console
 from bytelatent.errors import UserError
 from bytelatent.prepare.disk import write_text
 from bytelatent.prepare.settings import PrepareSettings

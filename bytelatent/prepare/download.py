@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from fsspec.utils import glob_translate
-from rich.console import Console
 
+from bytelatent.console import Console
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import only_writer, whole_file
 from bytelatent.hub.repository import MAIN, HubFile, Repository

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from bytelatent.console import Console
 from bytelatent.prepare.gather import range_parts
 from bytelatent.prepare.local import WatchedExecutor
 from bytelatent.prepare.steps import Cut, Finish, Gather, Scatter, silent

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from bytelatent.console import Console
 from bytelatent.errors import UserError
 from bytelatent.text import Damaged, find_files
 from bytelatent.text.documents import json_value, some

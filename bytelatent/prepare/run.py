@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 
 from bytelatent import terminal
+from bytelatent.console import Console
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.files import only_writer
@@ -40,7 +40,7 @@ def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
             be read.
         Interrupted: Ctrl-C.
     """
-    console = console or terminal.Console(quiet=True)
+    console = console or Console(quiet=True)
     out = settings.out.expanduser()
     request = settings.request()
     if (manifest := read_manifest(out)) is not None:

@@ -7,8 +7,7 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
-from rich.console import Console
-
+from bytelatent.console import Console
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import whole_file
 from bytelatent.hub.repository import MAIN, Repository

@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
 from bytelatent.config import flat, load_yaml
+from bytelatent.console import Console
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings

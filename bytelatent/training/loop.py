@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bytelatent import terminal
+from bytelatent.console import Console
 from bytelatent.credentials import masked
 from bytelatent.data import Batch, DataSettings, Loader, ReadAhead, surprise
 from bytelatent.data.pieces import ID_BYTES
@@ -63,7 +63,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         Interrupted: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; a checkpoint is written.
         KeyboardInterrupt: a second of these; nothing is written.
     """
-    console = console or terminal.Console()
+    console = console or Console()
     with (
         open_ranks(settings.device, settings.faults.watchdog_minutes) as (ranks, device),
         deterministic(settings.determinism),
@@ -89,7 +89,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
 
             ranks.first(hold)
             run = open_run(settings, ranks, device, dtype, console)
-            return _train(run, plan, device, dtype, console if ranks.is_first else terminal.Console(quiet=True))
+            return _train(run, plan, device, dtype, console if ranks.is_first else Console(quiet=True))
 
 
 def check_shuffle_buffer(data: DataSettings) -> None:

@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bytelatent.console import Console
 from bytelatent.progress import EVERY, time_left
 from bytelatent.training.trackers import Tracker
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
+from bytelatent.console import Console
 from bytelatent.credentials import masked
 from bytelatent.data import DataSettings, Patcher, Piece, StoredCheck, cut, groups_of, stream_of
 from bytelatent.data.settings import SourceSettings

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from rich.console import Console
 
 from bytelatent.config import load_yaml
+from bytelatent.console import Console
 from bytelatent.data import Patcher
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file, whole_folder

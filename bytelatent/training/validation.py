@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from bytelatent.console import Console
 from bytelatent.data import Batch, DataSettings, Patcher, batches_once
 from bytelatent.errors import UserError
 from bytelatent.model.loss import bits_per_byte

@@ -1,6 +1,7 @@
 """Folders with what real ones hold: what is said of it."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from bytelatent.text.damage import MAX_LINE
 from tests.text.test_every_reader import folder_of_everything
 
 
-def test_what_is_passed_over_is_said_in_two_lines(tmp_path: Path) -> None:
+def test_what_is_passed_over_is_said_in_a_line_of_each_kind(tmp_path: Path) -> None:
     place = folder_of_everything(tmp_path)
     said: list[str] = []
     found = find_files(str(place), said.append)
@@ -21,9 +22,9 @@ def test_what_is_passed_over_is_said_in_two_lines(tmp_path: Path) -> None:
         "inner/b.jsonl",
         "link/c.txt",
     ]
-    links, others = said
-    assert links.startswith("data: 2 links to folders that are read already are not followed, such as '")
-    assert "7 of 11 files" in others
+    links, *others = said
+    assert "2 passed over, a link to a folder that is read already: '" in links
+    assert sum(int(re.search(r": (\d+) of 11 files passed over, ", line)[1]) for line in others) == 7  # type: ignore[index]
     assert all(len(line) <= MAX_LINE and line.isprintable() for line in said)
 
 

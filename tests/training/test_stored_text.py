@@ -118,7 +118,7 @@ def test_damaged_rows_are_told(work: Path, tmp_path: Path) -> None:
     text.write_bytes((work / "text.jsonl").read_bytes() + b"{torn\n")
     told = StringIO()
     train(settings(byte_lm_run(tmp_path / "run", text)), Console(file=told))
-    assert f"data: '{text}' line 61 is not JSON" in told.getvalue()
+    assert f"{text.name}' line 61 is not JSON" in told.getvalue()
     assert "passed over (1 of at most 100)" in told.getvalue()
     with pytest.raises(UserError, match="line 61 is not JSON"):
         train(settings(byte_lm_run(tmp_path / "strict", text, data={"max_bad_rows": 0})))
