@@ -155,6 +155,13 @@ def say_renamed(old: str, new: str) -> None:
     print(f"{old} is now {new}; the old name still works", file=sys.stderr)
 
 
+def must_be_named(path: str, what: str) -> str:
+    """For validators: an empty path, as of a variable that is not set, would mean the folder that one is in."""
+    if not path.strip():
+        raise ValueError(f"the path is empty; name {what}")
+    return path
+
+
 def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Nested values with others over them, key by key; `null` over a group leaves it out."""
     laid = dict(values)

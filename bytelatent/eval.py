@@ -58,7 +58,7 @@ def evaluate_model(
             raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --entropy")
         # In float32, however it is stored: the same patches as those of `BLT`.
         patcher = Patcher(found.config.patching, found.byte_lm.to(torch.float32) if found.byte_lm else None)
-    sources = [SourceSettings(path=path, text_key=text_key) for path in text]
+    sources = [SourceSettings.parse({"path": path, "text_key": text_key}) for path in text]
     bad = DamageLimit(max_bad_rows, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     files = [file for source in sources for file in find_files(source.path, bad.note)]
     context = found.config.context

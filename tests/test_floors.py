@@ -11,7 +11,6 @@ FLOORS = [
     ["credentials", "terminal"],  # the ground: everyone's, and they import nothing of ours
     ["errors", "console"],
     [
-        "console",
         "vocab",
         "config",
         "configs",

@@ -177,7 +177,7 @@ def raw(sent: bytes) -> bool:
 def test_generate_sends_a_terminal_nothing_raw_and_a_pipe_all(model: Path) -> None:
     arguments = ["generate", "-m", str(model), "-n", "40", "--temperature", "3", "--file"]
     prompt = model.parent / "prompt.txt"
-    prompt.write_bytes(RAW)
+    prompt.write_bytes(RAW + b" and plain text" * 10)  # with so few control characters it is no binary file
     code, sent = on_a_terminal(*arguments, str(prompt))
     assert code == 0
     assert not raw(sent)

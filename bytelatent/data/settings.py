@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from bytelatent.config import Settings, renamed
+from bytelatent.config import Settings, must_be_named, renamed
 from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.damage import MAX_BAD_ROWS
@@ -22,9 +22,14 @@ class SourceSettings(Settings):
         text_key: the key or column that holds the text.
     """
 
-    path: str = Field(min_length=1)
+    path: str
     weight: float = Field(default=1.0, gt=0)
     text_key: str = "text"
+
+    @field_validator("path")
+    @classmethod
+    def _is_named(cls, value: str) -> str:
+        return must_be_named(value, "a file, a folder (. for this one) or a pattern")
 
 
 class DataSettings(Settings):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from bytelatent.config import Settings, laid_over, short
+from bytelatent.config import Settings, laid_over, must_be_named, short
 from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
@@ -192,7 +192,7 @@ class TrainSettings(Settings):
     presets: ClassVar[tuple[str, ...]] = ("model",)
     alternatives: ClassVar[tuple[str, ...]] = ("steps", "minutes")
 
-    run: str = Field(default="runs/train", min_length=1)
+    run: str = "runs/train"
     seed: int = Field(default=0, ge=0)
     steps: int | None = Field(default=None, ge=1, le=10**12)
     minutes: float | None = Field(default=None, gt=0, le=10**8)
@@ -221,7 +221,7 @@ class TrainSettings(Settings):
     @field_validator("run")
     @classmethod
     def _in_the_home_folder(cls, value: str) -> str:
-        return str(Path(value).expanduser())
+        return str(Path(must_be_named(value, "a folder")).expanduser())
 
     @field_validator("track", mode="before")
     @classmethod
