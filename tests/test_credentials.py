@@ -99,7 +99,8 @@ def test_a_run_writes_and_says_none(tmp_path: Path, address: str, capfd: pytest.
     for kind in ("native", "hf"):
         convert(open_pretrained(str(run)), tmp_path / kind, kind)
     comparison = compare_runs([byte_lm, run])
-    assert calibrate_text([address], 4.0, str(byte_lm), device="cpu").data == masked(address)
+    found, _ = calibrate_text([address], 4.0, str(byte_lm), device="cpu")
+    assert found.data == masked(address)
     again = address.replace("s3cr3t", "n3wer")  # signatures run out
     train(settings(blt_run(run, Path("x"), byte_lm, steps=8, **data(again))))
     assert len(losses(run)) > 8
