@@ -89,7 +89,7 @@ def test_an_unknown_key_near_none_lists_the_known_ones_of_its_group() -> None:
         ({"place": 5}, ["not 5; in double quotes"]),
         ({"optimizer": {"lr": float("nan")}}, ["optimizer.lr: ", "finite number", "nan"]),
         ({"optimizer": {"clip": float("inf")}}, ["optimizer.clip: ", "finite number", "inf"]),
-        ({"steps": 10**30}, ["steps: ", f"at most {2**63 - 1}", str(10**30)]),
+        ({"steps": 10**30}, ["steps: ", f"at most {2**64 - 1}", str(10**30)]),
         ({"clip": 1}, ["clip: unknown key", "did you mean 'optimizer.clip' or 'second.clip'?"]),
         ({"steps": "x", "note": 3}, ["steps: ", "(and 1 more)"]),
         ({"compile": "maybe"}, ["compile: Input", "boolean", "or Input should be 'auto', not 'maybe'"]),
