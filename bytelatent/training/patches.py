@@ -76,38 +76,19 @@ def calibrate_on(
         limit: seconds after which the rest of a sample is left out, of the training text and of the validation text.
         console: shows how far it is.
     """
-    damaged = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
-    with Progress("calibrating", text_bytes, console, limit) as progress:
-        sample = sample_entropies(
-            byte_lm,
-            data.train,
-            data.context,
-            rule,
-            text_bytes,
-            device,
-            dtype,
-            damaged,
-            data.max_row_bytes,
-            progress,
-        )
+
+    def sampled(sources: list[SourceSettings], what: str) -> Sample:
+        bad = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
+        rows = bad, data.max_row_bytes
+        with Progress(what, text_bytes, console, limit) as progress:
+            return sample_entropies(byte_lm, sources, data.context, rule, text_bytes, device, dtype, *rows, progress)
+
+    sample = sampled(data.train, "calibrating")
     found = calibrate(sample.ids, sample.entropies, sample.position, wanted_patch_bytes, rule)
     held_out = None
     if data.valid:
         chosen = rule.model_copy(update={"threshold": found.threshold})
-        damaged = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
-        with Progress("calibrating, held-out text", text_bytes, console, limit) as progress:
-            valid = sample_entropies(
-                byte_lm,
-                data.valid,
-                data.context,
-                rule,
-                text_bytes,
-                device,
-                dtype,
-                damaged,
-                data.max_row_bytes,
-                progress,
-            )
+        valid = sampled(data.valid, "calibrating, held-out text")
         held_out = mean_patch_bytes(valid.ids, valid.entropies, valid.position, chosen)
     return found.model_copy(
         update={
