@@ -52,7 +52,7 @@ class BLT:
         patching: the rule.
         byte_lm: gives the entropies; None where the rule needs none.
         context: ids the model saw at once in training. A text is used whole, whatever its length; `bits_per_byte` reads
-            a longer one in pieces of so many ids, as training does.
+            a longer one in pieces of this many ids, as training does.
         weights: `full`, or what the network's large matrices are rounded to.
         ahead: bytes of a text that a step of generation comes on by at most.
     """
@@ -294,7 +294,7 @@ class BLT:
         """The patches of a text, as `logits`, `generate` and `score` use them.
 
         Args:
-            context: read it in pieces of at most so many ids, each without what precedes it, as training and
+            context: read it in pieces of at most this many ids, each without what precedes it, as training and
                 `bits_per_byte` do; None: whole.
         """
         context = None if context is None else _checked_context(context)

@@ -98,7 +98,7 @@ class Given(Generic[Read]):
         """The settings.
 
         Raises:
-            UserError: a key or a value will not do. The file's name stands in front where it is the file's.
+            UserError: a key or a value is wrong. The message begins with the name of the file that it is in.
         """
         return self.model.parse_from(self.values, self._file_of)
 
@@ -138,7 +138,7 @@ def from_command_line(model: type[Read], arguments: list[str], usage: str, liter
         literal: the key whose value is a text whatever it looks like.
 
     Raises:
-        UserError: there are none, or a key or value will not do.
+        UserError: there are none, or a key or value is wrong.
         SystemExit: `--help`, `-h` or `--print-config` was asked for; it is printed.
     """
     if {"-h", "--help"} & set(arguments):
@@ -262,7 +262,7 @@ def _of_node(node: yaml.Node, types: list[Any], key: str) -> Any:
 
 
 def _scalar(text: str, members: list[Any]) -> Any:
-    """A text that stands alone, by the types that it may have."""
+    """A text that is a whole value, read by the types that the field may have."""
     kinds = [member for member in members if member is not NoneType]
     if kinds and all(_is_text(kind) for kind in kinds):
         return None if text == "null" and NoneType in members else text

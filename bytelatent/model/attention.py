@@ -100,7 +100,7 @@ def attend(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Mask) -> Tensor:
     if isinstance(mask, DenseMask):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
         # With masks cuDNN's backward pass gives NaN where size % 128 is 64 and all scores of a row are far below zero
-        # (torch 2.11 and later, Hopper: pytorch/pytorch issue 196678). On a CPU the first of these would be refused.
+        # (torch 2.11 and later, Hopper: pytorch/pytorch issue 196678). On a CPU this list would rule out its fast form.
         with sdpa_kernel(WITHOUT_CUDNN) if q.is_cuda else nullcontext():
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed_TT, enable_gqa=grouped)
         return out[0].transpose(0, 1)
