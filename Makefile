@@ -20,7 +20,7 @@ test: .venv/.installed  ## run the tests, ARGS="tests/patching -x" for some of t
 
 test-transformers4: .venv/.installed .venv/transformers4/.installed  ## the same logits in transformers 4.57 (kept apart, 140 MB)
 	@TRANSFORMERS4=$(CURDIR)/.venv/transformers4 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) \
-		tests/interop/test_transformers4.py
+		tests/weights/test_transformers4.py
 
 lint: .venv/.installed  ## ruff and basedpyright, ARGS=--fix to mend what can be
 	@bash dev/lint.sh $(ARGS)

@@ -21,13 +21,13 @@ import torch
 from rich.table import Table
 
 from bytelatent.console import Console
-from bytelatent.interop import Config, StoredModel, num_bytes
-from bytelatent.interop.native import write_native
-from bytelatent.interop.stored import shapes
-from bytelatent.interop.tensors import CHUNK_BYTES, StoredTensor
 from bytelatent.model import ModelSettings
 from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
+from bytelatent.weights import Config, StoredModel, num_bytes
+from bytelatent.weights.native import write_native
+from bytelatent.weights.safetensors_io import CHUNK_BYTES, StoredTensor
+from bytelatent.weights.stored_model import shapes
 
 
 class RandomTensor(StoredTensor):

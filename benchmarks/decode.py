@@ -28,9 +28,9 @@ from typing import Any, get_args
 import torch
 
 from bytelatent.inference import Decoder, Engine, Sampling
-from bytelatent.inference.fast import QUORUM, FastDecoder, FastRows, engine_for
-from bytelatent.inference.fast.prefill import FastStack
-from bytelatent.inference.rounded import Weights, rounded
+from bytelatent.inference.quantize import Weights, rounded
+from bytelatent.inference.step import QUORUM, FastDecoder, FastRows, engine_for
+from bytelatent.inference.step.prefill import FastStack
 from bytelatent.kernels import decode_step
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build, pack_rows
 from bytelatent.model.flops import costs

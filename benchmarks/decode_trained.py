@@ -22,12 +22,12 @@ import torch
 from bytelatent import BLT
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.drafters import ByteLMDrafter, LocalDrafter
-from bytelatent.inference.fast import engine_for
-from bytelatent.inference.rounded import Weights
+from bytelatent.inference.quantize import Weights
 from bytelatent.inference.speculation import SpeculativeRows
-from bytelatent.interop import load
+from bytelatent.inference.step import engine_for
 from bytelatent.kernels import decode_step
 from bytelatent.model import BLTModel
+from bytelatent.weights import load
 
 READ_GB = {"byte LM": 0.20, "local": 0.31, "global": 2.57}  # weights of the released 1B shape and its byte LM, bfloat16
 

@@ -29,7 +29,7 @@ from bytelatent.errors import guarded
 from bytelatent.model import BLTSettings, ModelSettings, build
 from bytelatent.model.flops import costs, flops_per_byte
 from bytelatent.model.presets import preset
-from bytelatent.training.sharding import gathered_together
+from bytelatent.training.distributed.fsdp import gathered_together
 
 PATCH_BYTES, DOCUMENT = 4.5, 8192
 

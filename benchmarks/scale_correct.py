@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scale_plans import MIDDLE, TINY
 
-from bytelatent import train
+from bytelatent.commands import train
 from bytelatent.console import Console
 from bytelatent.data import Batch, Loader
 from bytelatent.errors import UserError, guarded
@@ -29,7 +29,7 @@ from bytelatent.patching import PatchSettings
 from bytelatent.run_folder import read_metrics
 from bytelatent.text import find_files, read_documents
 from bytelatent.text.stored import Stored, StoredWriter
-from bytelatent.training import loop
+from bytelatent.training import trainer as loop
 
 BATCHES = 8  # in a step, over all ranks
 NEAR = 4  # times what bfloat16 changes of one GPU's loss is as near as many GPUs should come to it

@@ -21,17 +21,18 @@ from torch.cuda.nccl import version as nccl_version
 from bytelatent.data import Batch, surprise
 from bytelatent.device import autocast, choose_dtype, peak_flops, peak_memory
 from bytelatent.errors import UserError
-from bytelatent.interop import Config
 from bytelatent.model.flops import training_flops
-from bytelatent.training import TrainSettings, loop
-from bytelatent.training.checkpoint import Checkpoints, TrainState
+from bytelatent.training import TrainSettings
+from bytelatent.training import trainer as loop
+from bytelatent.training.checkpoint.checkpoints import Checkpoints, TrainState
+from bytelatent.training.distributed.plan import Plan, build_spread, make_plan
+from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.float8 import check_float8
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.measure import DOCUMENT, num_patches, random_batch, wait_for
 from bytelatent.training.optimizer import build_optimizer, check_optimizer
-from bytelatent.training.parallel import Plan, build_spread, make_plan
-from bytelatent.training.ranks import Ranks, open_ranks
-from bytelatent.training.time_spent import PROFILED, Communication, communication_of, print_kernels
+from bytelatent.training.profiling.kernel_times import PROFILED, Communication, communication_of, print_kernels
+from bytelatent.training.profiling.measure import DOCUMENT, num_patches, random_batch, wait_for
+from bytelatent.weights import Config
 
 STEPS_A_CHECKPOINT = 1000  # the trainer's default
 PATIENCE = timedelta(minutes=2)  # a rank that does not answer for so long hangs in a collective that another one left

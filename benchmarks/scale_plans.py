@@ -8,7 +8,7 @@ from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, preset
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.training import TrainSettings
-from bytelatent.training.measure import DOCUMENT
+from bytelatent.training.profiling.measure import DOCUMENT
 
 PLANS = ("alone", "shard", "hybrid", "replicate", "tensor")
 OTHERS = ("rows", "dense", "float8", "selective", "full")

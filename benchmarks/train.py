@@ -43,8 +43,11 @@ from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
 from bytelatent.text import Document
 from bytelatent.training.clipping import clip
+from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
 from bytelatent.training.float8 import to_float8
-from bytelatent.training.measure import (
+from bytelatent.training.optimizer import build_optimizer
+from bytelatent.training.profiling.kernel_times import print_kernels
+from bytelatent.training.profiling.measure import (
     DOCUMENT,
     PATCH_BYTES,
     SLOTS,
@@ -55,10 +58,7 @@ from bytelatent.training.measure import (
     random_batch,
     seconds_of,
 )
-from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.recompute import Checkpointing, recompute_regions
 from bytelatent.training.settings import Float8, OptimizerSettings
-from bytelatent.training.time_spent import print_kernels
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
 RECOMPUTED = 65_536  # bytes from which `step` computes blocks again

@@ -20,16 +20,16 @@ from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
 from bytelatent.inference.engine import check_max_new_bytes, check_samples
-from bytelatent.inference.fast import check_ahead, engine_for
 from bytelatent.inference.long_text import entropies_of
-from bytelatent.inference.rounded import Weights, check_weights, rounded
-from bytelatent.interop import Config, StoredModel, open_pretrained, write_model
-from bytelatent.interop.claims import Measured, true_of
+from bytelatent.inference.quantize import Weights, check_weights, rounded
+from bytelatent.inference.step import check_ahead, engine_for
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
 from bytelatent.terminal import say
 from bytelatent.text import Document
 from bytelatent.vocab import PADDING, VOCAB_SIZE, encode, to_bytes
+from bytelatent.weights import Config, StoredModel, open_pretrained, write_model
+from bytelatent.weights.claims import Measured, true_of
 
 # Shapes: B rows, N ids in a row, P patches, V vocabulary
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 # What several tests' commands need; a forkserver is one for all of them.
-PRELOADED = ["tests.training.plans", "bytelatent.generate", "bytelatent.train", "bytelatent.cli"]
+PRELOADED = ["tests.training.plans", "bytelatent.commands.generate", "bytelatent.commands.train", "bytelatent.cli"]
 PRELOADED += [f"bytelatent.training.{name}" for name in ("sharding", "stored_state")]
 
 

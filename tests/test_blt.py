@@ -13,11 +13,11 @@ import torch
 from bytelatent import BLT
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.rounded import rounded
-from bytelatent.interop import Config
+from bytelatent.inference.quantize import rounded
 from bytelatent.model import BLTModel
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import BOS, OFFSET
+from bytelatent.weights import Config
 from tests.model import slow
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 

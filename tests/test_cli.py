@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from bytelatent import BLT
 from bytelatent.cli import app, main
-from bytelatent.interop import load
 from bytelatent.model import PRESETS, build
 from bytelatent.training import train
 from bytelatent.vocab import to_bytes
+from bytelatent.weights import load
 from tests.training.tiny_runs import blt_run, byte_lm_run, settings, write_text
 
 VERBS = [
@@ -347,7 +347,7 @@ def test_calibrate_draws(byte_lm: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_rows_that_are_done_survive_ctrl_c(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bytelatent import generate as module
+    from bytelatent.commands import generate as module
     from bytelatent.errors import Interrupted
 
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from bytelatent import stool
-from bytelatent.calibrate import calibrate_text
+from bytelatent.commands import launch as stool
+from bytelatent.commands.calibrate import calibrate_text
 from bytelatent.config import load_yaml
 from bytelatent.credentials import masked, moved_to_environment
 from bytelatent.errors import UserError
-from bytelatent.interop import convert, open_pretrained
 from bytelatent.prepare import PrepareSettings, prepare
 from bytelatent.report import compare_runs
 from bytelatent.training import train
+from bytelatent.weights import convert, open_pretrained
 from tests.hub_server import HubServer
 from tests.launch.conftest import Cluster, cluster
 from tests.training.test_trackers import Wandb, wandb

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from bytelatent import BLT
 from bytelatent.cli import main
 from bytelatent.cli.output import print_json
-from bytelatent.eval import evaluate_model
-from bytelatent.interop import Config
+from bytelatent.commands.evaluate import evaluate_model
 from bytelatent.patching import PatchSettings
+from bytelatent.weights import Config
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
 
@@ -94,7 +94,7 @@ def test_an_evaluation_that_is_not_finite(
 def test_a_device_is_chosen_before_anything_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from bytelatent.calibrate import calibrate_text
+    from bytelatent.commands.calibrate import calibrate_text
     from bytelatent.errors import UserError
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

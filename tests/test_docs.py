@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from bytelatent import BLT
 from bytelatent.cli import app
+from bytelatent.commands.generate import GenerateSettings, main
 from bytelatent.config import load_yaml
-from bytelatent.generate import GenerateSettings, main
 from tests.model.tiny import tiny_blt
 from tests.test_blt import wrap
 

@@ -14,11 +14,11 @@ from bytelatent import BLT
 from bytelatent.data.shards import Shard, hold
 from bytelatent.errors import UserError
 from bytelatent.files import growing_file, only_writer, part_of, whole_file, whole_folder
-from bytelatent.interop import Config, convert, open_pretrained, save
 from bytelatent.patching import PatchSettings
 from bytelatent.prepare.local import _write_to
 from bytelatent.prepare.runs import RunWriter, TaskFiles
 from bytelatent.training.trackers import JsonLines
+from bytelatent.weights import Config, convert, open_pretrained, save
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
 TEXT = '{"step": 1}\nnot mine\nhalf a line'

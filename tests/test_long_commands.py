@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bytelatent.calibrate import calibrate_text
-from bytelatent.eval import evaluate_model
+from bytelatent.commands.calibrate import calibrate_text
+from bytelatent.commands.evaluate import evaluate_model
 from bytelatent.model import ByteLM
 from bytelatent.training import train
 from tests.training.tiny_runs import byte_lm_run, settings, write_text

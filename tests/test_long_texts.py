@@ -14,16 +14,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from bytelatent import BLT
-from bytelatent.calibrate import calibrate_text
 from bytelatent.cli import app
+from bytelatent.commands.calibrate import calibrate_text
+from bytelatent.commands.evaluate import evaluate_model
 from bytelatent.data import patches_of
 from bytelatent.errors import UserError
-from bytelatent.eval import evaluate_model
 from bytelatent.inference import Sampling, long_text, prompt_ids
-from bytelatent.interop import Config
 from bytelatent.model import pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
 from bytelatent.vocab import EOS, encode
+from bytelatent.weights import Config
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
 CONTEXT = 50

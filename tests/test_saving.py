@@ -12,11 +12,11 @@ from torch import nn
 
 from bytelatent import BLT
 from bytelatent.errors import UserError
-from bytelatent.interop import Config, Origin
-from bytelatent.interop.claims import checksum
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.model.settings import CrossAttentionSettings
 from bytelatent.patching import Calibration, PatchSettings
+from bytelatent.weights import Config, Origin
+from bytelatent.weights.claims import checksum
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
 TEXT = "a text longer than what the model sees at once"
@@ -113,7 +113,7 @@ def test_what_fails_while_it_is_written_leaves_the_folder(tmp_path: Path, monkey
         raise RuntimeError("a fault")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["bytelatent.interop.convert"], "write_card", fail)
+        patched.setattr(sys.modules["bytelatent.weights.convert"], "write_card", fail)
         with pytest.raises(RuntimeError, match="a fault"):
             model.save_pretrained(tmp_path / "a")
     assert contents(tmp_path / "a") == before

@@ -9,8 +9,8 @@ import torch
 from bytelatent.errors import UserError
 from bytelatent.model import build
 from bytelatent.model.flops import costs
-from bytelatent.training.sharding import gathered_together
-from bytelatent.training.time_spent import Communication
+from bytelatent.training.distributed.fsdp import gathered_together
+from bytelatent.training.profiling.kernel_times import Communication
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from scale import Links, predict

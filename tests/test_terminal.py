@@ -18,10 +18,10 @@ import bytelatent
 from bytelatent import BLT
 from bytelatent.console import Console
 from bytelatent.errors import UserError
-from bytelatent.interop import Config
 from bytelatent.patching import Patch, PatchSettings
 from bytelatent.report import patched_text
 from bytelatent.terminal import safe, say
+from bytelatent.weights import Config
 from tests.model.tiny import tiny_blt
 
 ROOT = Path(bytelatent.__file__).parent

@@ -33,8 +33,8 @@ def bench_train(
 
     Example:  `blt bench train blt-1b --bytes 16384,65536`
     """
-    from bytelatent.bench import BenchTrainSettings
-    from bytelatent.bench import bench_train as run
+    from bytelatent.commands.bench import BenchTrainSettings
+    from bytelatent.commands.bench import bench_train as run
 
     given = {"model": model, "bytes": num_bytes, "float8": "rowwise" if float8 else None}
     given |= {"checkpointing": checkpointing, "cuda_graph": cuda_graph, "device": device, "dtype": dtype}

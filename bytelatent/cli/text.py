@@ -85,8 +85,8 @@ def calibrate(
 
     Example:  `blt calibrate data/entropies/*.chunk.*.parquet --patch-bytes 6 --figure sizes.png`
     """
-    from bytelatent.calibrate import calibrate_text
-    from bytelatent.text.damage import must_have_read
+    from bytelatent.commands.calibrate import calibrate_text
+    from bytelatent.text.bad_rows import must_have_read
 
     how = text_key, max_bad_rows, max_row_bytes
     found, unread = calibrate_text(text, patch_bytes, model, max_bytes, figure, device, *how, Console(stderr=True))
@@ -128,7 +128,7 @@ def entropies(
 
     On 8 GPUs:  `torchrun --nproc-per-node 8 --no-python blt entropies text/*.jsonl --model runs/byte_lm --out DIR`
     """
-    from bytelatent.entropies import entropies_beside, line_about
+    from bytelatent.commands.entropies import entropies_beside, line_about
 
     console = Console(stderr=True)
     limits = bad_rows(max_bad_rows, max_damaged, "--max-damaged"), max_row_bytes

@@ -38,7 +38,7 @@ def demo(
 
     Example:  `blt demo --minutes 20 --text ~/notes`
     """
-    from bytelatent.demo import run_demo
+    from bytelatent.commands.demo import run_demo
 
     run_demo(minutes, out, text, seed, Console(), text_key, max_bad_rows, max_row_bytes)
 
@@ -61,7 +61,7 @@ def train(
 
     Settings: `--print-config` lists them all with their values and sources; docs/reference.md says what each means.
     """
-    from bytelatent.train import command
+    from bytelatent.commands.train import command
 
     command([*(settings or []), *([PRINT_CONFIG] if print_config else [])])
 
@@ -152,7 +152,7 @@ def launch(
     To submit it again:  `sbatch runs/blt_1b/submit.slurm`
     """
     given = dict(locals())
-    from bytelatent.stool import launch_script
+    from bytelatent.commands.launch import launch_script
 
     of_script = given.pop("settings") or []
     say(launch_script(given, of_script))

@@ -42,8 +42,8 @@ def evaluate(
 
     Example:  `blt eval held-out/*.jsonl --model runs/demo`
     """
-    from bytelatent.eval import evaluate_model
-    from bytelatent.text.damage import must_have_read
+    from bytelatent.commands.evaluate import evaluate_model
+    from bytelatent.text.bad_rows import must_have_read
 
     how = text_key, max_bad_rows, max_row_bytes
     result = evaluate_model(model, text, entropy, max_bytes, device, Console(stderr=True), *how)
@@ -114,8 +114,8 @@ def generate(
     Rows:  `blt generate --jsonl prompts.jsonl --out answers.jsonl --rows 64`
     """
     given = dict(locals())
-    from bytelatent.generate import GenerateSettings
-    from bytelatent.generate import generate as run
+    from bytelatent.commands.generate import GenerateSettings
+    from bytelatent.commands.generate import generate as run
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "valid_utf8", "seed")
     given["sampling"] = {name: given.pop(name) for name in names}
@@ -143,7 +143,7 @@ def patch(
 
     Example:  `blt patch "Daenerys Targaryen is in Game of Thrones" --compare entropy,space,static:4`
     """
-    from bytelatent.patch import OWN, Rules
+    from bytelatent.commands.patch import OWN, Rules
     from bytelatent.report import patched_text, write_patches_page
 
     data = _standard_input() if text is None else text

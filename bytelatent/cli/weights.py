@@ -26,7 +26,7 @@ def convert(
 
     Released weights:  `blt convert facebook/blt-1b blt-1b-hf --to hf`
     """
-    from bytelatent.convert import convert_model
+    from bytelatent.commands.convert import convert_model
 
     say(str(convert_model(source, target, to, entropy, revision, licence, Console(stderr=True))))
 
@@ -43,7 +43,7 @@ def export(
 
     Example:  `blt export runs/mine --step 5000 --out mine-5000`
     """
-    from bytelatent.export import export as run_export
+    from bytelatent.commands.export import export as run_export
 
     say(str(run_export(run, step, out, Console(stderr=True))))
 
@@ -62,7 +62,7 @@ def info(
 
     Example:  `blt info blt-1b --patch-bytes 6`
     """
-    from bytelatent.info import describe
+    from bytelatent.commands.info import describe
 
     description = describe(model, patch_bytes, context, entropy, revision)
     if as_json:

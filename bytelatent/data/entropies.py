@@ -30,7 +30,7 @@ from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Document, read_documents
-from bytelatent.text.damage import MAX_BAD_ROWS
+from bytelatent.text.bad_rows import MAX_BAD_ROWS
 from bytelatent.text.documents import name_of
 from bytelatent.text.places import is_remote
 from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, read_stored

@@ -1,6 +1,6 @@
 """Decoding: state and caches, sampling, continuous batching; the byte LM's entropies at a GPU's speed."""
 
-from bytelatent.inference.decode import Decoder
+from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.engine import (
     Continuation,
     Engine,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bytelatent.inference.looks import Runs
+from bytelatent.inference.kv_cache import Runs
 from bytelatent.inference.state import HISTORY, DecodeState
 from bytelatent.patching import PatchSettings, PatchState, Tail, step
 

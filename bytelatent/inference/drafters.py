@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.decode import Decoder
+from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.state import DecodeState
 from bytelatent.model import ByteLM, entropies
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.decode import Decoder
+from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS, Sampling, SamplingRows
 from bytelatent.inference.state import DecodeState
 from bytelatent.inference.stopping import StopWatch

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bytelatent.inference.decode import Decoder
+from bytelatent.inference.decoder import Decoder
 from bytelatent.model import ByteLM, Stream, entropies
 
 AT_ONCE = 8192  # ids of a document that are read in one pass

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bytelatent.inference.decode import Decoder
+from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.state import DecodeState
 
 # Shapes: T ids, V vocabulary

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bytelatent.inference.decode import Decoder
+from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.drafters import Drafter
 from bytelatent.inference.engine import Continuation, Drawn
 from bytelatent.inference.sampling import RANDOM_BITS, SamplingRows, random_numbers

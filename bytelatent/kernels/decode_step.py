@@ -1,7 +1,7 @@
 """The decisions of a decoding step, for all rows: what is drawn, whether a patch closes, which rows go on.
 
 They are little arithmetic in many small operations, each of which would be a kernel of its own. Here they are four.
-The plain forms are in `bytelatent.inference.fast.plain`: they are made of sampling and rules, which stand above.
+The plain forms are in `bytelatent.inference.step.plain`: they are made of sampling and rules, which stand above.
 """
 
 from dataclasses import dataclass, fields

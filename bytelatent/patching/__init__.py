@@ -7,8 +7,8 @@ only ids 0..i, so a prefix is patched the same with or without what follows.
 
 from bytelatent.patching.bpe import Tail
 from bytelatent.patching.calibration import Calibration, calibrate, mean_patch_bytes, patch_bytes_by_threshold
+from bytelatent.patching.modes import PatchState, next_starts, patch_lengths, step
 from bytelatent.patching.patch import Patch
-from bytelatent.patching.rules import PatchState, next_starts, patch_lengths, step
 from bytelatent.patching.settings import PatchSettings
 
 __all__ = [

@@ -46,7 +46,7 @@ class Tail:
 
 
 def next_starts(ids: Tensor, position: Tensor, tokenizer: str) -> Tensor:
-    """For each id whether the next one starts a patch; see `bytelatent.patching.rules.next_starts`."""
+    """For each id whether the next one starts a patch; see `bytelatent.patching.modes.next_starts`."""
     starts = torch.zeros(ids.numel(), dtype=torch.bool)
     windows: list[bytes] = []
     where: list[tuple[int, int, bool]] = []  # index in the stream, byte at which the window begins, first of a run

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.patching.rules import next_starts
+from bytelatent.patching.modes import next_starts
 from bytelatent.patching.settings import PatchSettings
 from bytelatent.vocab import OFFSET
 

@@ -20,7 +20,7 @@ from bytelatent.prepare.inputs import InputFile, check_first_row, resolve, tasks
 from bytelatent.prepare.manifest import MANIFEST, read_manifest
 from bytelatent.prepare.settings import PrepareSettings, differences
 from bytelatent.prepare.work import FOLDER, Plan, Work
-from bytelatent.text.damage import must_have_read, short
+from bytelatent.text.bad_rows import must_have_read, short
 
 SHOWN_PLACES = 3  # of bad rows; the manifest has all
 

@@ -4,8 +4,8 @@
 documents of rows, and `blocks` and `parquet` read them in parts. Every command reads text through these.
 """
 
+from bytelatent.text.bad_rows import DamageLimit
 from bytelatent.text.blocks import BlockReader, open_blocks, read_documents
-from bytelatent.text.damage import DamageLimit
 from bytelatent.text.documents import MAX_ROW_BYTES, Block, Document
 from bytelatent.text.folders import find_files
 from bytelatent.text.places import Damaged

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from bytelatent.text.damage import DamageLimit
+from bytelatent.text.bad_rows import DamageLimit
 from bytelatent.text.documents import MAX_ROW_BYTES, Block, Document, Rows, from_json, from_value, too_long
 from bytelatent.text.kinds import FileKind, TextReader, must_be_read
 from bytelatent.text.lines import json_values, next_line

@@ -10,7 +10,7 @@ from typing import Any
 
 from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
-from bytelatent.text.damage import MAX_LINE, short
+from bytelatent.text.bad_rows import MAX_LINE, short
 from bytelatent.text.kinds import kind_of, must_be_read, name_of, rows_by_name
 from bytelatent.text.places import Damaged, file_system, is_remote, readable
 

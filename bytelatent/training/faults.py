@@ -18,10 +18,10 @@ from bytelatent.credentials import masked
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.run_folder import checkpoint_name
 from bytelatent.terminal import say
-from bytelatent.training.checkpoint import TrainState
+from bytelatent.training.checkpoint.checkpoints import TrainState
+from bytelatent.training.distributed.plan import own_part
+from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.optimizer import Optimizers, each
-from bytelatent.training.parallel import own_part
-from bytelatent.training.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
 from bytelatent.training.stopping import StopSignals
 

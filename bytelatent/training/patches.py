@@ -17,11 +17,11 @@ from bytelatent.errors import UserError
 from bytelatent.files import whole_file
 from bytelatent.hub import Unreachable
 from bytelatent.inference import FastEntropies
-from bytelatent.interop import find_byte_lm, fingerprint
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
 from bytelatent.progress import Progress
 from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Stored, find_files, read_documents
+from bytelatent.weights import find_byte_lm, fingerprint
 
 SPREAD = 8  # text that is read for a sample, as a multiple of the sample
 SAMPLE_GROUP = 4096  # ids that the byte LM reads at once: few, so that a slow machine can stop in time

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 from bytelatent.device import peak_memory
 from bytelatent.model.flops import training_flops
-from bytelatent.training.checkpoint import TrainState
-from bytelatent.training.ranks import Ranks
+from bytelatent.training.checkpoint.checkpoints import TrainState
+from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
 
 

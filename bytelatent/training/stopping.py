@@ -7,8 +7,8 @@ import time
 from contextlib import suppress
 from typing import Self
 
-from bytelatent.training.ranks import Ranks
-from bytelatent.unattended import NOT_SAVED, ONE_PRESS, stop_signals
+from bytelatent.signals import NOT_SAVED, ONE_PRESS, stop_signals
+from bytelatent.training.distributed.ranks import Ranks
 
 PARENT = os.getppid()
 STOPPING = "stopping after this step; press again to quit without saving"

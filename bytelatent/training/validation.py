@@ -14,8 +14,8 @@ from bytelatent.model.loss import bits_per_byte
 from bytelatent.progress import Progress
 from bytelatent.text import DamageLimit, find_files
 from bytelatent.text.places import is_remote
-from bytelatent.training.checkpoint import TrainState
-from bytelatent.training.parallel import Plan, let_go
+from bytelatent.training.checkpoint.checkpoints import TrainState
+from bytelatent.training.distributed.plan import Plan, let_go
 from bytelatent.training.settings import TrainSettings
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bytelatent.data.entropies import EntropySettings, store_entropies
-from bytelatent.interop import fingerprint
 from bytelatent.model import Stream
+from bytelatent.weights import fingerprint
 from tests.model.tiny import tiny_byte_lm
 
 SETTINGS = EntropySettings(context=16, batch_bytes=64, dtype="float32")

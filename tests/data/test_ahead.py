@@ -9,7 +9,7 @@ import torch
 from bytelatent.data import DataSettings, Loader, Patcher, ReadAhead, SourceSettings
 from bytelatent.errors import UserError
 from bytelatent.patching import PatchSettings
-from bytelatent.training import loop
+from bytelatent.training import trainer as loop
 from tests.data.test_loader import same, sources, text
 from tests.model.tiny import tiny_byte_lm
 
@@ -72,7 +72,7 @@ def test_what_goes_wrong_comes_with_its_batch(tmp_path: Path) -> None:
 def test_a_run_that_reads_ahead_ends_as_one_that_does_not(
     tmp_path: Path, sources: list[SourceSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bytelatent.train import main
+    from bytelatent.commands.train import main
 
     weights = []
     for name, ahead in (("plain", False), ("ahead", True)):

@@ -17,18 +17,18 @@ from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor
 
-from bytelatent import entropies as entry
+from bytelatent.commands import entropies as entry
+from bytelatent.commands.entropies import Part, line_about, part_of
 from bytelatent.data import Patcher, cut, pack
 from bytelatent.data.entropies import EntropySettings, Summary, loads_of, store_entropies
 from bytelatent.data.shards import LOCK, Shard, divide, hold, place_in_lock, shards_of
-from bytelatent.entropies import Part, line_about, part_of
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.interop import Config, fingerprint, save
 from bytelatent.model import ByteLM, Stream, pack_rows
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.text import Document, read_documents
 from bytelatent.text.stored import StoredWriter, read_stored
 from bytelatent.vocab import encode
+from bytelatent.weights import Config, fingerprint, save
 from tests.data import killed_runs
 from tests.model.tiny import tiny_byte_lm
 from tests.text.text_files import write

@@ -9,10 +9,10 @@ import pytest
 from bytelatent.data import DataSettings, Loader, Patcher, StoredCheck, batches_once
 from bytelatent.data.entropies import EntropySettings, store_entropies
 from bytelatent.errors import UserError
-from bytelatent.interop import fingerprint
 from bytelatent.patching import PatchSettings
 from bytelatent.text import Stored, read_documents
 from bytelatent.text.stored import read_stored
+from bytelatent.weights import fingerprint
 from tests.data.test_loader import same
 from tests.model.tiny import tiny_byte_lm
 from tests.text.text_files import write

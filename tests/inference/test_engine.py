@@ -11,16 +11,16 @@ from torch import Tensor
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.drafters import LocalDrafter
-from bytelatent.inference.fast import FastRows, engine_for, supports
-from bytelatent.inference.fast.drafted import LONGEST
 from bytelatent.inference.sampling import MAX_NEW_BYTES
 from bytelatent.inference.speculation import SpeculativeRows
+from bytelatent.inference.step import FastRows, engine_for, supports
+from bytelatent.inference.step.drafting import LONGEST
 from bytelatent.inference.utf8 import state_after
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import EOS, decode
-from tests.inference.test_decode import full_logits
+from tests.inference.test_decoder import full_logits
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
 PROMPTS = ["The", "", "a longer prompt than the others", "it", "The"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bytelatent.inference.fast import plain
 from bytelatent.inference.sampling import Sampling, SamplingRows
+from bytelatent.inference.step import plain
 from bytelatent.kernels.decode_attention import plain_decode_attention, rotary_table
 from bytelatent.kernels.decode_patches import plain_gather_bytes, plain_read_patch
 from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bytelatent.inference import Decoder, scoring
-from bytelatent.inference.fast import FastDecoder
 from bytelatent.inference.scoring import Pair, Place, _passes, log_probabilities, log_probabilities_of_pairs
+from bytelatent.inference.step import FastDecoder
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import encode
-from tests.inference.test_decode import RULES, assert_close, full_logits
+from tests.inference.test_decoder import RULES, assert_close, full_logits
 from tests.inference.test_engine import decoders
 from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
 

@@ -20,7 +20,7 @@ from bytelatent.inference.state import DecodeState
 from bytelatent.model import pack_rows
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.vocab import EOS, VOCAB_SIZE
-from tests.inference.test_decode import RULES, assert_close, full_logits
+from tests.inference.test_decoder import RULES, assert_close, full_logits
 from tests.inference.test_engine import PROMPTS, decoders, generated, wide_blt
 from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids
 

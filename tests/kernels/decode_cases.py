@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.inference.fast import plain
 from bytelatent.inference.sampling import Sampling, SamplingRows
+from bytelatent.inference.step import plain
 from bytelatent.kernels.decode_attention import (
     AttentionLaunch,
     decode_attention,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.fast import plain
+from bytelatent.inference.step import plain
 from bytelatent.kernels.quantized import QuantizedMatrix, Rounding, by_rows, dense
 from bytelatent.kernels.skinny_linear import plain_skinny_gated, plain_skinny_linear
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bytelatent import stool
+from bytelatent.commands import launch as stool
 
 COMMANDS = {
     "sbatch": 'echo "sbatch $*" >>{log}; echo 7\n',

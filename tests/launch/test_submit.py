@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from bytelatent.cli import app
 from bytelatent.errors import UserError
-from bytelatent.interop import Config, save
 from bytelatent.launch.code import package_of
 from bytelatent.model import build
+from bytelatent.weights import Config, save
 from tests.launch.conftest import Cluster, launched
 from tests.training.tiny_runs import blt_run, byte_lm_run, settings
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from bytelatent import BLT
-from bytelatent.interop import load, load_byte_lm
 from bytelatent.kernels.hash_embed import hash_rows, ngram_powers
 from bytelatent.model import ByteLM, add_patches, pack_rows
 from bytelatent.model.ngram_hash import PRIMES
+from bytelatent.weights import load, load_byte_lm
 
 
 @pytest.mark.parametrize("name", ["blt_k2", "blt_k4_proj"])

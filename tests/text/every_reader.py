@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from bytelatent.commands.demo.text import _own
 from bytelatent.data import DataSettings, Loader, Piece, batches_once
 from bytelatent.data.entropies import EntropySettings, store_entropies
-from bytelatent.demo.text import _own
 from bytelatent.errors import UserError
-from bytelatent.interop import fingerprint
 from bytelatent.model import ByteLM
 from bytelatent.text import DamageLimit, find_files, read_documents
 from bytelatent.training.patches import sample_pieces
 from bytelatent.vocab import BOS, decode
+from bytelatent.weights import fingerprint
 from tests.prepare.folders import made_here, outputs
 
 LIMIT = 10_000

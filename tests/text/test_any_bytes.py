@@ -19,7 +19,7 @@ from bytelatent.prepare.inputs import resolve, units_of
 from bytelatent.prepare.rows import Corrupt, RowReader
 from bytelatent.terminal import safe
 from bytelatent.text import DamageLimit, read_documents
-from bytelatent.text.damage import MAX_LINE
+from bytelatent.text.bad_rows import MAX_LINE
 from bytelatent.text.documents import Rows
 from bytelatent.text.kinds import kind_of
 from tests.text.every_reader import evaluated, trained_on

@@ -16,14 +16,16 @@ from rich.console import Console
 from bytelatent.data import Batch, Loader, Patcher, surprise
 from bytelatent.device import autocast
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.interop import Config
-from bytelatent.training import TrainSettings, loop, sharding, train
-from bytelatent.training.checkpoint import Checkpoints, TrainState
+from bytelatent.training import TrainSettings, train
+from bytelatent.training import trainer as loop
+from bytelatent.training.checkpoint.checkpoints import Checkpoints, TrainState
+from bytelatent.training.distributed import fsdp as sharding
+from bytelatent.training.distributed.plan import Plan, build_spread, draw_weights, let_go, make_plan
+from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
-from bytelatent.training.parallel import Plan, build_spread, draw_weights, let_go, make_plan
-from bytelatent.training.ranks import open_ranks
 from bytelatent.training.settings import OptimizerSettings
+from bytelatent.weights import Config
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
 
 MODEL = {**BLT, "global_transformer": {**BLT["global_transformer"], "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}}

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bytelatent.training.copies import Copies, places_for
-from bytelatent.training.ranks import open_ranks
+from bytelatent.training.checkpoint.staging import Copies, places_for
+from bytelatent.training.distributed.ranks import open_ranks
 from tests.training.crew import Crew
 
 SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=3), max_size=6)

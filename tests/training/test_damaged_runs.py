@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from bytelatent.commands.export import export
 from bytelatent.errors import UserError
-from bytelatent.export import export
-from bytelatent.interop import load
 from bytelatent.training import train
+from bytelatent.weights import load
 from tests.training.test_faults import scaled
 from tests.training.test_resume import cut_off
 from tests.training.tiny_runs import (

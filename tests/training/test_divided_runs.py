@@ -10,13 +10,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from bytelatent.blt import BLT
+from bytelatent.commands.export import export
 from bytelatent.data import Patcher, batches_once, surprise
 from bytelatent.errors import UserError
-from bytelatent.export import export
 from bytelatent.files import what_is_torn
-from bytelatent.interop import load
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.training import read_metrics
+from bytelatent.weights import load
 from tests.training.crew import Crew
 from tests.training.plans import PLANS, Taken, take_steps, train_as, values
 from tests.training.tiny_runs import assert_equal_runs, checkpoints, losses, settings

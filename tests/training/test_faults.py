@@ -15,10 +15,12 @@ import torch
 
 from bytelatent.errors import STOPPED, Interrupted, UserError
 from bytelatent.files import what_is_torn
-from bytelatent.interop import load, load_byte_lm, save, tensors
-from bytelatent.training import faults, loop, read_metrics, train
-from bytelatent.training.checkpoint import Checkpoints, TrainState
+from bytelatent.training import faults, read_metrics, train
+from bytelatent.training import trainer as loop
+from bytelatent.training.checkpoint.checkpoints import Checkpoints, TrainState
 from bytelatent.training.faults import trouble_with
+from bytelatent.weights import load, load_byte_lm, save
+from bytelatent.weights import safetensors_io as tensors
 from tests.training.tiny_runs import (
     assert_equal_runs,
     blt_run,

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from bytelatent.errors import UserError
-from bytelatent.interop import load
 from bytelatent.model import add_patches
 from bytelatent.model.settings import StackSettings
-from bytelatent.training import loop, train
+from bytelatent.training import train
+from bytelatent.training import trainer as loop
 from bytelatent.training.float8 import check_float8, to_float8
+from bytelatent.weights import load
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt
 from tests.training.tiny_runs import assert_equal_runs, blt_run, settings, weights
 

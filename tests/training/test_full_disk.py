@@ -14,8 +14,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from bytelatent.errors import UserError
 from bytelatent.files import what_is_torn
-from bytelatent.training import checkpoint, loop, read_metrics, trackers, train
-from bytelatent.training.checkpoint import Checkpoints
+from bytelatent.training import read_metrics, trackers, train
+from bytelatent.training import trainer as loop
+from bytelatent.training.checkpoint import checkpoints as checkpoint
+from bytelatent.training.checkpoint.checkpoints import Checkpoints
 from tests.training.test_stopping import press
 from tests.training.tiny_runs import (
     assert_equal_runs,

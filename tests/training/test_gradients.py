@@ -25,9 +25,9 @@ from bytelatent.model import attention, build
 from bytelatent.model.settings import BLTSettings, ByteLMSettings
 from bytelatent.training import gradients as module
 from bytelatent.training import train
+from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
 from bytelatent.training.gradients import CapturedGradients, Gradients, check_cuda_graph
-from bytelatent.training.measure import ForwardBackward, Plan, Trainee, random_batch
-from bytelatent.training.recompute import Checkpointing, recompute_regions
+from bytelatent.training.profiling.measure import ForwardBackward, Plan, Trainee, random_batch
 from bytelatent.training.settings import OptimizerSettings
 from tests.model.tiny import tiny_blt_settings
 from tests.training.tiny_runs import BLT, assert_equal_runs, byte_lm_run, settings
@@ -292,7 +292,7 @@ def test_gradients_that_are_there_are_not_lost() -> None:
 def test_a_run_is_the_same(
     tmp_path: Path, text: Path, stood_in: list[Replayed], monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
-    monkeypatch.setattr("bytelatent.training.loop.check_cuda_graph", lambda *_: None)
+    monkeypatch.setattr("bytelatent.training.trainer.check_cuda_graph", lambda *_: None)
     more: dict[str, Any] = {
         "model": BLT,
         "patching": {"mode": "space"},

@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from bytelatent.model import PatchedStream, build
-from bytelatent.training.measure import DOCUMENT, SLOTS, Plan, Trainee, num_patches, random_batch, seconds_of
+from bytelatent.training.profiling.kernel_times import (
+    KINDS,
+    REST,
+    Communication,
+    Kernel,
+    by_kind,
+    communication,
+    kernels_of,
+)
+from bytelatent.training.profiling.measure import DOCUMENT, SLOTS, Plan, Trainee, num_patches, random_batch, seconds_of
 from bytelatent.training.settings import OptimizerSettings
-from bytelatent.training.time_spent import KINDS, REST, Communication, Kernel, by_kind, communication, kernels_of
 from tests.model.tiny import tiny_blt_settings
 
 CPU = torch.device("cpu")

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from bytelatent.data import Batch, Loader, Patcher, surprise
 from bytelatent.errors import UserError
 from bytelatent.model import build
-from bytelatent.training import loop, read_metrics, train
-from bytelatent.training.checkpoint import TrainState
+from bytelatent.training import read_metrics, train
+from bytelatent.training import trainer as loop
+from bytelatent.training.checkpoint.checkpoints import TrainState
 from bytelatent.training.clipping import clip
+from bytelatent.training.distributed.plan import Plan
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import Optimizers, build_optimizer, check_optimizer
-from bytelatent.training.parallel import Plan
 from bytelatent.training.row_adamw import SparseRowsAdamW
 from bytelatent.training.settings import OptimizerSettings, TrainSettings
 from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bytelatent.commands.train import main as train
 from bytelatent.data import Loader, Patcher, surprise
 from bytelatent.device import autocast
 from bytelatent.errors import UserError
 from bytelatent.model import block, build
 from bytelatent.model.attention import packed_mask
-from bytelatent.train import main as train
-from bytelatent.training import sharding
-from bytelatent.training.parallel import build_spread, draw_weights, make_plan
-from bytelatent.training.ranks import Ranks, _own_place, open_ranks
+from bytelatent.training.distributed import fsdp as sharding
+from bytelatent.training.distributed.plan import build_spread, draw_weights, make_plan
+from bytelatent.training.distributed.ranks import Ranks, _own_place, open_ranks
 from tests.training.crew import Crew
 from tests.training.plans import MODEL, PLANS, Taken, take_steps, values
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, settings
@@ -230,7 +230,7 @@ def test_of_the_ranks_that_complain_one_is_heard(crew: Crew) -> None:
 def trained(values: dict[str, Any]) -> str:
     """How a rank ends, if the others need not wait for the first one to speak."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bytelatent.training.ranks.TO_SPEAK", 0.0)
+        patch.setattr("bytelatent.training.distributed.ranks.TO_SPEAK", 0.0)
         try:
             train([f"{key}={json.dumps(value)}" for key, value in values.items()])
         except (UserError, SystemExit) as error:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bytelatent.kernels import packed_attention
 from bytelatent.model import add_patches, compile_regions
 from bytelatent.model.attention import packed_mask
-from bytelatent.training.recompute import Checkpointing, recompute_regions, recomputed
+from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions, recomputed
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt, tiny_byte_lm
 
 

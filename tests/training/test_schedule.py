@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.training import loop, read_metrics, train
+from bytelatent.training import read_metrics, train
+from bytelatent.training import trainer as loop
 from bytelatent.training.optimizer import learning_rate
 from bytelatent.training.schedule import Schedule
 from bytelatent.training.settings import TrainSettings

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from bytelatent.command_line import from_command_line
+from bytelatent.commands.train import USAGE
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, preset
-from bytelatent.train import USAGE
 from bytelatent.training import TrainSettings, train
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, command, finished, settings, write_text
 

@@ -6,7 +6,7 @@ import pytest
 
 from bytelatent.device import peak_memory
 from bytelatent.model.flops import costs
-from bytelatent.training.ranks import Ranks
+from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.speed import Totals, speed
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
 

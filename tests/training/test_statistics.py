@@ -16,7 +16,7 @@ from bytelatent.data.packing import pack
 from bytelatent.data.pieces import Piece
 from bytelatent.model import Block, BLTSettings, ByteLMSettings, CrossAttention, build
 from bytelatent.training import read_metrics, train
-from bytelatent.training.statistics import Statistics, attention_entropy, head, layers
+from bytelatent.training.profiling.layer_statistics import Statistics, attention_entropy, head, layers
 from tests.training.crew import Crew
 from tests.training.plans import PLANS, train_as, values
 from tests.training.tiny_runs import BLT, BYTE_LM, assert_equal_runs, blt_run, byte_lm_run, settings, weights

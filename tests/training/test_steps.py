@@ -12,16 +12,17 @@ import torch
 from torch import nn
 
 from bytelatent.data import Batch, Loader, surprise
-from bytelatent.interop import fingerprint, load, load_byte_lm
 from bytelatent.model import PatchedStream, build
 from bytelatent.patching import Calibration
-from bytelatent.training import loop, read_metrics, train
-from bytelatent.training.checkpoint import TrainState
-from bytelatent.training.copies import Copies
+from bytelatent.training import read_metrics, train
+from bytelatent.training import trainer as loop
+from bytelatent.training.checkpoint.checkpoints import TrainState
+from bytelatent.training.checkpoint.staging import Copies
+from bytelatent.training.distributed.plan import Plan
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
-from bytelatent.training.parallel import Plan
 from bytelatent.training.settings import OptimizerSettings
+from bytelatent.weights import fingerprint, load, load_byte_lm
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, checkpoints, losses, settings, unigram_bits, write_text
 
 CPU = torch.device("cpu")
@@ -277,7 +278,7 @@ def test_calibration_is_written_and_done_once(
     def again(*_: Any) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("bytelatent.training.run.calibrate_on", again)
+    monkeypatch.setattr("bytelatent.training.run_setup.calibrate_on", again)
     values = blt_run(run, text, tmp_path / "gone", steps=12, data={"valid": str(valid)})  # its own copy is enough
     train(settings(values))
     assert json.loads((run / "calibration.json").read_text())["threshold"] == found.threshold

@@ -17,10 +17,11 @@ import torch
 
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import what_is_torn
-from bytelatent.interop import load
 from bytelatent.run_folder import newest_whole
-from bytelatent.training import loop, read_metrics, stopping, train
+from bytelatent.training import read_metrics, stopping, train
+from bytelatent.training import trainer as loop
 from bytelatent.training.stopping import STOPPING
+from bytelatent.weights import load
 from tests.training.tiny_runs import (
     assert_equal_runs,
     blt_run,
@@ -159,7 +160,7 @@ def test_a_signal_before_the_first_step(
 
 def test_nothing_is_imported_before_signals_are_heard() -> None:
     ended = finished(
-        [sys.executable, "-c", "import bytelatent.train, sys; print({'torch', 'rich'} & sys.modules.keys())"]
+        [sys.executable, "-c", "import bytelatent.commands.train, sys; print({'torch', 'rich'} & sys.modules.keys())"]
     )
     assert (ended.stdout, ended.stderr) == ("set()\n", "")
 

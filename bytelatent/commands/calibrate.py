@@ -1,0 +1,78 @@
+"""The threshold for a patch size, and the picture of how one follows from the other: `blt calibrate`."""
+
+import sys
+from pathlib import Path
+
+from bytelatent.console import Console
+from bytelatent.credentials import masked
+from bytelatent.data import DataSettings
+from bytelatent.device import choose_device
+from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
+from bytelatent.progress import Progress
+from bytelatent.report import write_threshold_figure
+from bytelatent.report.pictures import format_of
+from bytelatent.terminal import say
+from bytelatent.text import MAX_ROW_BYTES, DamageLimit
+from bytelatent.text.bad_rows import MAX_BAD_ROWS
+from bytelatent.training import sample_entropies
+from bytelatent.weights import load_byte_lm_and_context
+
+
+def calibrate_text(
+    text: list[str],
+    patch_bytes: float,
+    model: str | None = None,
+    max_bytes: int = 1_000_000,
+    figure: Path | None = None,
+    device: str = "auto",
+    text_key: str = "text",
+    max_bad_rows: int = MAX_BAD_ROWS,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    console: Console | None = None,
+) -> tuple[Calibration, dict[str, str]]:
+    """Choose the threshold for a mean patch of `patch_bytes` bytes.
+
+    Args:
+        text: files, folders or globs, with entropies stored or not.
+        model: the byte LM that gives entropies where none are stored.
+        max_bytes: text to measure on.
+        figure: a picture to write: mean patch size against threshold.
+        text_key: the key or column that holds the text.
+        max_bad_rows: bad rows and files that are passed over; one more is an error.
+        max_row_bytes: a longer row is a bad one.
+        console: shows how far it is.
+
+    Returns:
+        The threshold, and the files of which nothing could be read, each with the reason.
+
+    Raises:
+        UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or the figure's ending is
+            not known.
+    """
+    place = choose_device(device)  # before anything is read
+    if figure is not None:
+        format_of(figure)
+    sources = [{"path": path, "text_key": text_key} for path in text]
+    data = DataSettings.parse({"train": sources, "max_bad_rows": max_bad_rows, "max_row_bytes": max_row_bytes})
+    rule = PatchSettings(mode="entropy", threshold=0.0)
+    # In pieces as in its training, and as `blt entropies` reads it; entropies that are stored were computed so.
+    byte_lm, context = (None, data.context) if model is None else load_byte_lm_and_context(model)
+    bad = DamageLimit(data.max_bad_rows, say=lambda line: say(line, sys.stderr))
+    with Progress("calibrating", max_bytes, console) as progress:
+        sample = sample_entropies(
+            byte_lm,
+            data.train,
+            context,
+            rule,
+            max_bytes,
+            place,
+            damaged=bad,
+            max_row_bytes=data.max_row_bytes,
+            progress=progress,
+        )
+    found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
+    if figure is not None:
+        thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, rule)
+        write_threshold_figure(figure, thresholds, sizes, (found.threshold, found.mean_patch_bytes))
+    origin = {"window": sample.window, "byte_lm": sample.byte_lm, "data": ", ".join(masked(text))}
+    return found.model_copy(update=origin), bad.unread

@@ -1,0 +1,206 @@
+"""The byte LM's entropies stored beside text, by one process or by many."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from bytelatent.command_line import Given
+from bytelatent.console import Console
+from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
+from bytelatent.device import choose_device, choose_dtype
+from bytelatent.errors import Interrupted, UserError
+from bytelatent.inference import FastEntropies
+from bytelatent.model import ByteLM
+from bytelatent.patching import PatchSettings
+from bytelatent.report.amounts import amount_of_bytes
+from bytelatent.weights import fingerprint, load_byte_lm_and_context
+
+BATCH_BYTES = 131_072  # fills a data-centre GPU
+BATCH_BYTES_ELSEWHERE = 16_384
+BATCH_BYTES_WITHOUT_WINDOW = 2048  # there the mask takes time by the square of it
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of the processes that share the files this one is."""
+
+    rank: int
+    world: int
+    local_rank: int = 0  # among those of this machine
+
+
+def entropies_beside(
+    sources: Sequence[str],
+    model: str,
+    out: str,
+    starts: float | None,
+    rule: str | None,
+    context: int | None,
+    batch_bytes: int | None,
+    text_key: str,
+    max_bad_rows: int,
+    max_row_bytes: int,
+    device: str,
+    dtype: str,
+    rank: int | None,
+    world: int | None,
+    console: Console,
+) -> Summary:
+    """Store the entropies of a byte LM, or the patch starts of a rule, beside the text of the sources.
+
+    Args:
+        starts: the threshold of the plain entropy rule, whose starts are stored.
+        rule: any entropy rule, as key=value,key=value.
+        context: ids that the byte LM reads at once; None for as many as in its training.
+        batch_bytes: ids in a batch; None for as many as suit the device.
+        rank, world: the part that is this process's; None to ask torchrun and SLURM.
+
+    Raises:
+        UserError: the model, the text, the folder or a value will not do.
+        Interrupted: Ctrl-C.
+    """
+    part = part_of(rank, world, os.environ)
+    place = choose_device(_own_device(device, part))
+    byte_lm, trained_context = load_byte_lm_and_context(model)
+    byte_lm = byte_lm.to(place).eval()
+    context = trained_context if context is None else context
+    if batch_bytes is None:
+        batch_bytes = max(context, batch_bytes_for(byte_lm, place))
+    values: dict[str, Any] = {
+        "context": context,
+        "batch_bytes": batch_bytes,
+        "text_key": text_key,
+        "max_bad_rows": max_bad_rows,
+        "max_row_bytes": max_row_bytes,
+        "dtype": dtype,
+        "rule": _rule(starts, rule),
+    }
+    settings = EntropySettings.parse(values, "entropies")
+    name = f"rank {part.rank} of {part.world}: " if part.world > 1 else ""
+    # Bars of several processes would write over each other.
+    hidden = part.rank != 0 or not console.is_terminal
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[done]} of text, {task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        bar = Bar(progress)
+        try:
+            return store_entropies(
+                byte_lm,
+                fingerprint(byte_lm),
+                sources,
+                out,
+                settings,
+                part.rank,
+                part.world,
+                entropies_of=FastEntropies.where_possible(byte_lm, place, choose_dtype(settings.dtype, place)),
+                say=lambda line: console.print(name + line, highlight=False, markup=False, soft_wrap=True),
+                on_start=bar.start,
+                on_progress=bar.advance,
+            )
+        except KeyboardInterrupt:
+            if not any(Path(out).expanduser().rglob("*.parquet")):
+                raise Interrupted(f"no file of '{out}' is finished yet; the same command begins again") from None
+            raise Interrupted(f"finished files stand in '{out}'; the same command goes on from there") from None
+
+
+def batch_bytes_for(byte_lm: ByteLM, device: torch.device) -> int:
+    """As many ids as keep the device busy."""
+    if device.type == "cuda":
+        return BATCH_BYTES
+    return BATCH_BYTES_WITHOUT_WINDOW if byte_lm.settings.window is None else BATCH_BYTES_ELSEWHERE
+
+
+class Bar:
+    """Progress in bytes of the files, and the speed in bytes of text."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.task = progress.add_task("", total=None, done="0 bytes", speed="")
+        self.text_bytes = 0
+
+    def start(self, input_bytes: int) -> None:
+        self.progress.reset(self.task, total=input_bytes)
+
+    def advance(self, input_bytes: int, text_bytes: int) -> None:
+        self.text_bytes += text_bytes
+        elapsed = self.progress.tasks[0].elapsed or 0.0
+        self.progress.update(
+            self.task,
+            advance=input_bytes,
+            done=amount_of_bytes(self.text_bytes),
+            speed=f"{amount_of_bytes(self.text_bytes / elapsed)}/s" if elapsed else "",
+        )
+
+
+def line_about(summary: Summary, out: str) -> str:
+    """The last line of the command."""
+    if summary.num_shards == 0:
+        return "nothing to do: there are more processes than files"
+    if summary.num_skipped == summary.num_shards:
+        return f"nothing left to do: {summary.num_shards} files stand in {out}"
+    mean = "no text" if summary.mean_entropy is None else f"mean entropy {summary.mean_entropy:.4f} nats"
+    speed = amount_of_bytes(summary.num_bytes / max(summary.seconds, 1e-9))
+    return f"{summary.num_bytes:,} bytes in {summary.seconds:.1f} s ({speed}/s), {mean} -> {out}"
+
+
+def part_of(rank: int | None, world: int | None, environment: Mapping[str, str]) -> Part:
+    """The part that is this process's: as given, else as torchrun or SLURM say, else all.
+
+    The tasks of a job step (`srun`) divide the files, and so do the jobs of an array. Outside a job step, as in a batch
+    script, one process runs, however many tasks the job may have.
+
+    Raises:
+        UserError: only one of rank and world is given, or they do not go together.
+    """
+
+    def number(name: str, otherwise: int) -> int:
+        try:
+            return int(environment.get(name) or otherwise)
+        except ValueError:
+            raise UserError(f"{name}: '{environment[name]}' is no number; give --rank and --world") from None
+
+    local_rank = number("LOCAL_RANK", number("SLURM_LOCALID", 0))
+    if rank is not None or world is not None:
+        if rank is None or world is None:
+            raise UserError("--rank and --world belong together: --rank 0 --world 4 is the first of four parts")
+        part = Part(rank, world, local_rank)
+    elif "RANK" in environment and "WORLD_SIZE" in environment:
+        part = Part(number("RANK", 0), number("WORLD_SIZE", 1), local_rank)
+    else:
+        is_step = environment.get("SLURM_STEP_ID") and environment.get("SLURM_PROCID")
+        tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1)) if is_step else 1
+        task, jobs = number("SLURM_PROCID", 0) if is_step else 0, number("SLURM_ARRAY_TASK_COUNT", 1)
+        first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
+        job = (number("SLURM_ARRAY_TASK_ID", first) - first) // step if jobs > 1 else 0
+        part = Part(job * tasks + task, jobs * tasks, local_rank)
+    if not 0 <= part.rank < part.world:
+        raise UserError(f"rank {part.rank} of {part.world}: ranks are numbered from 0; give --rank and --world")
+    return part
+
+
+def _own_device(name: str, part: Part) -> str:
+    """Each process of a machine takes a GPU of its own."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{part.local_rank % torch.cuda.device_count()}"
+    return name
+
+
+def _rule(starts: float | None, rule: str | None) -> PatchSettings | None:
+    if starts is not None and rule is not None:
+        raise UserError("--starts and --rule are two ways to name a rule; give one of them")
+    if starts is not None:
+        return PatchSettings.parse({"mode": "entropy", "threshold": starts}, "--starts")
+    if rule is None:
+        return None
+    given = Given(PatchSettings)
+    given.lay_over([part.strip() for part in rule.split(",")])
+    return PatchSettings.parse(given.values, "--rule")

@@ -1,0 +1,63 @@
+"""The model of any checkpoint, also of one that several processes wrote in parts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bytelatent.console import Console
+from bytelatent.errors import UserError
+from bytelatent.files import what_is_torn
+from bytelatent.run_folder import checkpoints_in, newest_whole, none_whole
+from bytelatent.training.checkpoint.state import open_stored
+from bytelatent.weights import check_target, open_pretrained, write_model
+from bytelatent.weights.native import BYTE_LM, is_run, open_native, origin_of_run
+
+
+def export(run: str, step: int | None, out: str, console: Console | None = None) -> Path:
+    """Write a checkpoint's model in our format, in the memory of its largest tensor, and read it before it appears.
+
+    Args:
+        step: the steps that were done; None for the last checkpoint that is whole.
+        out: the folder to write, which is not there yet or is empty.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is torn; or the folder holds something.
+    """
+    folder, target = Path(run), check_target(Path(out), "native")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"'{target}' holds a model already; name another folder, or move it away")
+    checkpoint, lines = _checkpoint(folder, step)
+    stored = open_stored(checkpoint / "state")
+    byte_lm = open_native(folder / BYTE_LM) if (folder / BYTE_LM).is_dir() else None
+    config = stored.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)})
+    stored = replace(stored, config=config, byte_lm=byte_lm)
+    if console is not None:
+        for line in (*lines, stored.in_a_line()):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def compare(aside: Path) -> None:
+        again = open_pretrained(aside)
+        for name, tensor in stored.tensors.items():
+            if not torch.equal(again.tensors[name].load(), tensor.load()):
+                raise UserError(f"'{target}': {name} is not as '{checkpoint}' has it; is the disk in order? Try again")
+
+    write_model(stored, target, "native", check=compare)
+    return target
+
+
+def _checkpoint(run: Path, step: int | None) -> tuple[Path, list[str]]:
+    """A run's checkpoint, and a line about each later one that is torn."""
+    if not is_run(run):
+        raise UserError(f"'{run}' is no run; name the folder of one, as in blt export runs/mine --out FOLDER")
+    if step is None:
+        found, passed_over = newest_whole(run / "checkpoints")
+        if found is None:
+            raise none_whole(run, passed_over)
+        return found, passed_over
+    known = checkpoints_in(run / "checkpoints")
+    if (found := known.get(step)) is None:
+        raise UserError(f"'{run}' has no checkpoint after step {step}; it has {', '.join(map(str, known)) or 'none'}")
+    if (torn := what_is_torn(found)) is not None:
+        raise UserError(f"'{found}' is torn ({torn}); name another step, or leave it out for the last whole one")
+    return found, []

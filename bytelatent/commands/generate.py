@@ -1,0 +1,342 @@
+"""Text from any model: one prompt as it comes, or many from a file.
+
+python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.temperature=0.7
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import torch
+from pydantic import Field
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bytelatent import terminal
+from bytelatent.command_line import from_command_line
+from bytelatent.config import Settings, flat
+from bytelatent.console import Console
+from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
+from bytelatent.errors import Interrupted, UserError, nearest
+from bytelatent.files import part_of
+from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
+from bytelatent.inference.quantize import Weights, check_weights
+from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS
+from bytelatent.inference.step import check_ahead, engine_for
+from bytelatent.text.documents import json_value
+from bytelatent.text.kinds import BYTE_ORDER_MARK, TextReader, must_be_read
+from bytelatent.text.places import readable
+from bytelatent.text.rows_out import line_of, must_be_free, rows_at
+from bytelatent.weights import open_pretrained
+
+USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
+FREE = {"jsonl", "out", "rows", "ahead", "device"}  # settings that may differ when a file is gone on with
+OF_A_ROW = {"prompt", "max_new_bytes", *Sampling.model_fields}
+SAMPLES_AT_ONCE = 64  # of one prompt
+TOLD = {"text", "ended", "log_probabilities", "samples"}  # keys of what comes out
+
+
+class GenerateSettings(Settings):
+    """What to continue, with which model, and how.
+
+    Attributes:
+        model: a run, a folder with a model, or OWNER/NAME on the hub.
+        entropy: its byte LM, if it stands neither inside nor beside it.
+        prompt: the text to continue; `file`: a file that holds it.
+        jsonl: a file of rows with `prompt` (and, if they like, `max_new_bytes` and settings of the sampling), plain,
+            .gz or .zst; `-` is standard input. They are continued many at once.
+        out: the file that rows go to, in the order of `jsonl`; standard output if left out. It may not hold anything
+            yet. Until the last row is done they are in `OUT.part`, after whose rows the same settings go on.
+        samples: continuations of each prompt.
+        rows: sequences on their way at once.
+        log_probabilities: tell those of each byte in the rows that come out.
+        weights: `int8` or `fp8` rounds the model's large matrices to a byte a number.
+        ahead: bytes of a sequence a step at most; the local models draft all but the first. The bytes are the same.
+    """
+
+    model: str = "runs/demo"
+    entropy: str | None = None
+    prompt: str | None = None
+    file: Path | None = None
+    jsonl: str | None = None
+    out: Path | None = None
+    max_new_bytes: int = Field(default=200, ge=1, le=MAX_NEW_BYTES)
+    samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
+    rows: int = Field(default=16, ge=1, le=10**6)
+    sampling: Sampling = Sampling()
+    log_probabilities: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    weights: Weights = "full"
+    ahead: int = 1
+
+
+def generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
+    """Continue a prompt, shown with what is added to it byte by byte, or the prompts of a file, row by row.
+
+    Raises:
+        UserError: the model or the prompts are not there, a row will not do, or `out` holds something.
+        Interrupted: Ctrl-C or SIGTERM; rows that are done are kept.
+    """
+    with _sigterm_as_ctrl_c():
+        _generate(settings, out, console)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
+    given = [name for name in ("prompt", "file", "jsonl") if getattr(settings, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"generate: {' and '.join(given)} are given; give one of them")
+    if settings.jsonl is None:
+        for name in ("out", "log_probabilities"):
+            if getattr(settings, name):
+                raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
+        prompt = _prompt(settings)
+        num_rows = min(settings.samples, SAMPLES_AT_ONCE)
+        with _memory_named("samples", num_rows):
+            _show(_engine(settings, num_rows), prompt, settings, out, console)
+        return
+    if settings.out is not None:
+        must_be_free(settings.out)
+    rows = list(_rows(settings))
+    _tell_of_keys(rows, settings, console)
+    if settings.out is None:
+        _continue_rows(rows, settings, out, console)
+        return
+    with rows_at(settings.out, [row.given for row in rows], _made_with(settings), TOLD) as (file, num_done):
+        if num_done:
+            _say(console, f"{num_done:,} of {len(rows):,} rows are in '{part_of(settings.out)}'; going on")
+        _continue_rows(rows[num_done:], settings, file, console)
+
+
+def _made_with(settings: GenerateSettings) -> dict[str, Any]:
+    """Settings that a file of rows is begun and gone on with."""
+    return {key: value for key, value in flat(settings.shown()).items() if key not in FREE}
+
+
+def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
+    precision, place = precision_of_weights(settings.dtype), choose_device(settings.device)
+    check_weights(settings.weights, place)
+    check_ahead(settings.ahead)
+    found = open_pretrained(settings.model, settings.entropy)
+    patching = found.config.patching
+    if patching is not None and patching.needs_entropies and found.byte_lm is None:
+        raise UserError(f"generate: the patches of '{settings.model}' need a byte LM; name it: --entropy FOLDER")
+    loaded = found.load(place, precision)
+    # In float32, however it is stored: the same patches as those of `BLT`.
+    byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
+    return engine_for(loaded.model, patching, byte_lm, num_rows, settings.weights, settings.ahead)
+
+
+def _prompt(settings: GenerateSettings) -> bytes:
+    if settings.prompt is not None:
+        return prompt_bytes(settings.prompt)
+    if settings.file is not None:
+        return _prompt_in(str(settings.file))
+    if sys.stdin.isatty():
+        raise UserError("no prompt: give it as an argument, with --file or --jsonl, or pipe it in")
+    return sys.stdin.buffer.read()
+
+
+def _prompt_in(name: str) -> bytes:
+    """The text of a file, decompressed; standard input takes any bytes as they are."""
+    if Path(name).is_fifo():  # as `<(command)` of a shell
+        with readable(name):
+            return Path(name).read_bytes()
+    found = must_be_read(name)
+    if found.kind == "parquet":
+        raise UserError(f"file: '{name}' is a Parquet file; a prompt is text")
+    with readable(name), TextReader(name, found.compression) as text:
+        text.skip_byte_order_mark()
+        prompt = text.read()
+        if text.damage is not None:
+            raise UserError(f"file: '{name}' {text.damage}")
+    return prompt
+
+
+def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
+    """The prompt and what comes after it, as it comes; several samples one after another, each once it is whole."""
+    asked = engine.submit(prompt_ids(prompt), settings.sampling, settings.max_new_bytes, settings.samples)
+    began, num_bytes = time.perf_counter(), 0
+    if len(asked) == 1:
+        _write(out, prompt)
+        try:
+            while asked[0].ended is None:
+                engine.advance()
+                _write(out, asked[0].new_text().encode())
+        except KeyboardInterrupt:
+            _write(out, b"\n")
+            raise Interrupted from None
+        _write(out, b"\n")
+    else:
+        engine.run()
+        for number, continuation in enumerate(asked):
+            _write(out, f"--- {number + 1} ---\n".encode() + prompt + continuation.text.encode() + b"\n")
+    num_bytes = sum(len(continuation.ids) for continuation in asked)
+    if console.is_terminal:
+        rate = num_bytes / (time.perf_counter() - began)
+        console.print(f"{num_bytes:,} bytes, {rate:,.0f} bytes/s", style="dim", highlight=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt of a file, and how it is continued.
+
+    Attributes:
+        given: all that its line holds.
+    """
+
+    given: dict[str, Any]
+    sampling: Sampling
+    max_new_bytes: int
+
+
+def _rows(settings: GenerateSettings) -> Iterator[Row]:
+    """The rows, all of them checked before a model is read."""
+    assert settings.jsonl is not None
+    if settings.jsonl == "-":
+        yield from _parsed(sys.stdin.buffer, "standard input", settings)
+        return
+    name = settings.jsonl
+    found = must_be_read(name)
+    if found.kind in ("parquet", "json"):
+        raise UserError(f"jsonl: '{name}' is no JSONL; write each prompt as an object on a line of its own")
+    with readable(name), TextReader(name, found.compression) as file:
+        yield from _parsed(file, name, settings)
+        if file.damage is not None:
+            raise UserError(f"jsonl: '{name}' {file.damage}")
+
+
+def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json_value(line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line)
+        except ValueError as error:
+            raise UserError(f"{name}: line {number} is no JSON ({error})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise UserError(f'{name}: line {number} has no text under "prompt"; write {{"prompt": "..."}}')
+        count = row.get("max_new_bytes", settings.max_new_bytes)
+        try:
+            prompt_bytes(row["prompt"])
+            check_max_new_bytes(count)
+        except UserError as error:
+            raise UserError(f"{name}: line {number}: {error}") from None
+        for key in row.keys() - OF_A_ROW:
+            if (meant := key.lower().replace("-", "_")) in OF_A_ROW:
+                raise UserError(f"{name}: line {number}: '{key}' is no setting; write '{meant}'")
+        own = {key: row[key] for key in Sampling.model_fields if key in row}
+        sampling = Sampling.parse({**settings.sampling.model_dump(), **own}, where=f"{name}: line {number}")
+        yield Row(row, sampling, count)
+
+
+def _tell_of_keys(rows: list[Row], settings: GenerateSettings, console: Console) -> None:
+    """Say once which keys of the rows look like a setting and are none, and which are written over."""
+    written = TOLD - {"samples"} if settings.samples == 1 else {"samples"}
+    if not settings.log_probabilities:
+        written -= {"log_probabilities"}
+    for key in sorted({key for row in rows for key in row.given} - OF_A_ROW):
+        if key in written:
+            _say(console, f"'{settings.jsonl}' has '{key}' of its own, which the rows that come out do not keep")
+        elif key in GenerateSettings.model_fields:
+            _say(console, f"'{settings.jsonl}' has '{key}', which is no setting of a row and passes through")
+        elif hint := nearest(key, sorted(OF_A_ROW), cutoff=0.75):  # also other programs' max_new_tokens
+            _say(console, f"'{settings.jsonl}' has '{key}', which is no setting and passes through{hint}")
+
+
+def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
+    """Write each row with its continuation as soon as it and all before it are done."""
+    if not rows:
+        return
+    num_rows = min(settings.rows, len(rows) * settings.samples, MOST_ROWS)
+    with _memory_named("rows", num_rows):
+        _continue_with(_engine(settings, num_rows), num_rows, rows, settings, out, console)
+
+
+@contextmanager
+def _memory_named(name: str, number: int) -> Iterator[None]:
+    """Too little memory is an error that names the setting to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if number == 1:
+            raise UserError("prompt: memory does not hold it beside the model; give a shorter one") from None
+        raise UserError(f"{name}: memory does not hold {number:,} sequences at once; lower --{name}") from None
+
+
+def _continue_with(
+    engine: Engine, num_rows: int, rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console
+) -> None:
+    asked: list[list[Continuation]] = []
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    began, written, num_bytes = time.perf_counter(), 0, 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(rows), rate="")
+        while written < len(rows):
+            while len(asked) < len(rows) and engine.num_waiting < num_rows:  # all of them could be more than fit
+                row = rows[len(asked)]
+                prompt = prompt_ids(row.given["prompt"])
+                asked.append(engine.submit(prompt, row.sampling, row.max_new_bytes, settings.samples))
+            if not all(continuation.ended for continuation in asked[written]):
+                num_bytes += len(engine.advance())
+                progress.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
+                continue
+            line = {**rows[written].given, **_told(asked[written], settings)}
+            asked[written] = []
+            _write(out, line_of(line))
+            written += 1
+            progress.advance(task)
+
+
+def _told(continuations: list[Continuation], settings: GenerateSettings) -> dict[str, Any]:
+    told = []
+    for continuation in continuations:
+        about: dict[str, Any] = {"text": continuation.text, "ended": continuation.ended}
+        if settings.log_probabilities:
+            about["log_probabilities"] = [round(value, 5) for value in continuation.log_probabilities]
+        told.append(about)
+    return told[0] if settings.samples == 1 else {"samples": told}
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _write(out: BinaryIO, data: bytes) -> None:
+    """Write bytes as they are; to a terminal, where they would be obeyed, as text that can only be read."""
+    if out.isatty():
+        data = terminal.safe(data.decode("utf-8", "replace")).encode()
+    try:
+        rest = memoryview(data)
+        while rest:  # a disk that fills up takes a part first
+            rest = rest[out.write(rest) :]
+        out.flush()
+    except BrokenPipeError:
+        raise  # nobody reads any more, which is no error
+    except OSError as error:
+        raise UserError(f"the output cannot be written: {error.strerror or error}") from None
+
+
+def main(arguments: list[str]) -> None:
+    """`config=FILE key=value ...`"""
+    settings = from_command_line(GenerateSettings, arguments, USAGE, literal="prompt")
+    generate(settings, sys.stdout.buffer, Console(stderr=True))

@@ -1,0 +1,123 @@
+"""What a model is and costs."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bytelatent.console import Console
+from bytelatent.errors import UserError
+from bytelatent.model import PRESETS, BLTSettings, ByteLMSettings, ModelSettings
+from bytelatent.model.flops import PartCost, costs
+from bytelatent.model.presets import preset
+from bytelatent.model.settings import StackSettings
+from bytelatent.patching import PatchSettings
+from bytelatent.weights import open_pretrained
+
+
+@dataclass(frozen=True)
+class Description:
+    source: str
+    settings: ModelSettings
+    patching: PatchSettings | None
+    parts: list[PartCost]
+    patch_bytes: float
+    context: int
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "model": self.settings.plain(),
+            "patching": self.patching.plain() if self.patching else None,
+            "parts": [asdict(part) for part in self.parts],
+            "num_parameters": sum(part.num_parameters for part in self.parts),
+            "flops_per_byte": sum(part.flops_per_byte for part in self.parts),
+            "patch_bytes": self.patch_bytes,
+            "context": self.context,
+        }
+
+    def show(self, console: Console) -> None:
+        """Print the architecture, and below it parameters and FLOPs, part by part."""
+        lines = [self.source, *architecture(self.settings)]
+        if self.patching is not None:
+            lines.append(f"patches: {self.patching.in_words()}")
+        is_blt = self.settings.kind == "blt"
+        where = f"{self.context:,} bytes of context" + (f", {self.patch_bytes:g}-byte patches" if is_blt else "")
+        below = f"a forward pass, {where}; training costs three times it"
+        for line in (*lines, self._table(), below):  # a path with brackets is no markup
+            console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
+
+    def _table(self) -> Table:
+        table = Table()
+        table.add_column("part")
+        table.add_column("parameters", justify="right")
+        table.add_column("MFLOPs per byte", justify="right")
+        for part in self.parts:
+            table.add_row(part.name, f"{part.num_parameters:,}", f"{part.flops_per_byte / 1e6:,.2f}")
+        table.add_section()
+        total = self.plain()
+        table.add_row("all", f"{total['num_parameters']:,}", f"{total['flops_per_byte'] / 1e6:,.2f}")
+        return table
+
+
+def describe(
+    model: str, patch_bytes: float, context: int, entropy: str | None = None, revision: str | None = None
+) -> Description:
+    """A preset, or the model found at a path or on the hub; its weights are not read.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if not model:
+        raise UserError(f"info: name a run, a folder, a repository or a preset; presets: {', '.join(PRESETS)}")
+    if Path(model).exists() or "/" in model:
+        found = open_pretrained(model, entropy, revision, weights=False)
+        settings, patching, source = found.config.model, found.config.patching, found.in_a_line()
+        byte_lm = found.byte_lm.config.model if found.byte_lm is not None else None
+    else:
+        try:
+            settings, patching, source, byte_lm = preset(model), None, model, None
+        except UserError as error:
+            raise UserError(f"{error}; or name a run, a folder with a model, or OWNER/NAME on the hub") from None
+    parts = costs(settings, patch_bytes, context)
+    if byte_lm is not None:
+        inner = costs(byte_lm, patch_bytes, context)
+        flops = sum(part.flops_per_byte for part in inner) if patching is None or patching.needs_entropies else 0.0
+        parts.append(PartCost("byte LM (patches)", sum(part.num_parameters for part in inner), flops))
+    return Description(source, settings, patching, parts, patch_bytes, context)
+
+
+def architecture(settings: ModelSettings) -> list[str]:
+    """The shape of each part, a line each."""
+    if isinstance(settings, ByteLMSettings):
+        return [f"byte LM: {_in_words(settings)}"]
+    cross = settings.cross_attention
+    lines = [
+        f"local encoder: {_in_words(settings.encoder)}",
+        f"global transformer: {_in_words(settings.global_transformer)}",
+        f"local decoder: {_in_words(settings.decoder)}",
+        f"cross-attention: k {cross.k}, {_heads(cross.num_heads, cross.kv_heads)}, after "
+        f"{'each encoder layer' if cross.all_layers_encoder else 'the last encoder layer'}, before "
+        f"{'each decoder layer' if cross.all_layers_decoder else 'the first decoder layer'}",
+    ]
+    return [*lines, _ngrams(settings)]
+
+
+def _in_words(stack: StackSettings) -> str:
+    seen = f"window {stack.window}" if stack.window else "whole document"
+    shape = f"{stack.num_layers} x {stack.dim}, {_heads(stack.num_heads, stack.kv_heads)}"
+    return f"{shape}, feed-forward {stack.hidden_dim}, {seen}, theta {stack.rope_theta:g}"
+
+
+def _heads(num_heads: int, kv_heads: int) -> str:
+    return f"{num_heads} heads" + (f" ({kv_heads} of keys and values)" if kv_heads != num_heads else "")
+
+
+def _ngrams(settings: BLTSettings) -> str:
+    ngrams = settings.ngram_hash
+    if ngrams is None:
+        return "n-gram hashes: none"
+    sizes = ", ".join(map(str, ngrams.sizes))
+    functions = f", {ngrams.num_functions} functions" if ngrams.num_functions > 1 else ""
+    return f"n-gram hashes: sizes {sizes}{functions}, {ngrams.vocab_size:,} rows each"

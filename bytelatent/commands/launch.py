@@ -1,0 +1,132 @@
+"""Hand a script to a SLURM cluster: code, settings and batch script go into one folder, and the folder to sbatch.
+
+python -m bytelatent.stool script=bytelatent.train config=CONFIG.yaml nodes=2 partition=PARTITION
+python -m bytelatent.stool script=bytelatent.train config=CONFIG.yaml dump_dir=runs/mine ngpu=8 time=24:00:00 \\
+    -- steps=20000 optimizer.lr=1e-3        # after --: settings of the script itself
+python -m bytelatent.stool script=bytelatent.train config=CONFIG.yaml dry_run=true    # write it and submit nothing
+sbatch DUMP_DIR/submit.slurm                # start it again: training goes on from its last checkpoint
+
+Keys: {keys}
+What each means: docs/clusters.md, and `blt launch --help`.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from bytelatent.command_line import Given
+from bytelatent.config import Settings
+from bytelatent.errors import UserError
+from bytelatent.launch import LaunchSettings, filled_in, launch
+from bytelatent.terminal import say
+
+USAGE = "name a script and its settings: python -m bytelatent.stool script=bytelatent.train config=PATH nodes=1"
+TRAIN = "bytelatent.train"
+SETTINGS = {  # what the package's own scripts read
+    TRAIN: ("bytelatent.training", "TrainSettings"),
+    "bytelatent.generate": ("bytelatent.commands.generate", "GenerateSettings"),
+}
+
+
+def main(arguments: list[str]) -> str:
+    """Launch what `key=value` says, and after `--` the script's own.
+
+    Raises:
+        UserError: a key, a value, a path or the cluster will not do.
+    """
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    own, of_script = arguments[:cut], arguments[cut + 1 :]
+    if not own:
+        raise UserError(USAGE)
+    if {"-h", "--help"} & set(own):
+        return (__doc__ or "").strip().format(keys=", ".join(LaunchSettings.model_fields))
+    return launch_script(_values(own), of_script)
+
+
+def command(arguments: list[str]) -> None:
+    say(main(arguments))
+
+
+def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
+    """Launch a script.
+
+    Args:
+        values: of `LaunchSettings`.
+        of_script: settings of the script, laid over those of `config`.
+
+    Returns:
+        One line about the job.
+
+    Raises:
+        UserError: a key, a value, a path or the cluster will not do.
+    """
+    settings = LaunchSettings.parse(values)
+    given = Given(_settings_of(settings.script) or Settings)
+    if settings.config is not None:
+        given.read_file(settings.config)
+    given.lay_over(of_script)
+    config = given.values
+    if not config:
+        raise UserError(USAGE)
+    training = settings.script == TRAIN
+    dump_dir = settings.dump_dir or (training and config.get("run")) or f"runs/{_name(settings)}"
+    requeue = settings.requeue if settings.requeue is not None else training
+    settings = filled_in(
+        LaunchSettings.parse({**settings.plain(), "dump_dir": str(Path(dump_dir).absolute()), "requeue": requeue})
+    )
+    if training:
+        if values.get("dump_dir") and any(argument.startswith("run=") for argument in of_script):
+            raise UserError("run: dump_dir is the run's folder; leave one of them out")
+        config["run"] = settings.dump_dir
+    if settings.script in SETTINGS:  # here and now, and not once the job has waited for its nodes
+        checked = given.settings()
+        if training:
+            _check_training(checked, settings)
+    return launch(settings, config)
+
+
+def _settings_of(script: str) -> type[Settings] | None:
+    if script not in SETTINGS:
+        return None
+    module, name = SETTINGS[script]
+    return getattr(import_module(module), name)
+
+
+def _values(arguments: list[str]) -> dict[str, str]:
+    """Keys and values as text: read as YAML, 12:00:00 would be a number."""
+    values = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not key or not equals:
+            raise UserError(f"'{argument}' is not a setting; write key=value, as in nodes=2")
+        if "." in key:
+            raise UserError(f"{key}: settings of the script stand after --, as in: ... nodes=1 -- {argument}")
+        values[key] = value
+    return {key: value for key, value in values.items() if value not in ("", "null")}
+
+
+def _name(settings: LaunchSettings) -> str:
+    return settings.name or Path(settings.config or settings.script.replace(".", "_")).stem
+
+
+def _check_training(training: Any, settings: LaunchSettings) -> None:
+    """What so many processes cannot do; and what is not there, unless nothing is submitted: the job runs in this
+    folder, and sees the same files.
+    """
+    import torch
+
+    from bytelatent.training.distributed.plan import check_division
+    from bytelatent.training.gradients import check_cuda_graph
+    from bytelatent.training.optimizer import check_optimizer
+    from bytelatent.training.patches import must_have_byte_lm
+    from bytelatent.training.validation import must_be_there
+
+    world = settings.nodes * settings.processes
+    check_division(training.parallel, training.model, world)
+    check_optimizer(training.optimizer, world)
+    check_cuda_graph(training.cuda_graph, torch.device("cuda" if settings.ngpu else "cpu"), world)
+    if not settings.dry_run:
+        whence = f" (the job looks for it from '{Path.cwd()}')"
+        must_be_there(training.data, whence, remote=False)
+        if training.byte_lm is not None:
+            must_have_byte_lm(training.byte_lm, whence)

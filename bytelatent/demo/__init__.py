@@ -1,5 +1,0 @@
-"""The demo: from text to bits per byte in minutes, without a download or a GPU."""
-
-from bytelatent.demo.run import run_demo
-
-__all__ = ["run_demo"]

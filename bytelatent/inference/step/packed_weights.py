@@ -1,0 +1,179 @@
+"""A model's matrices as the kernels of a decoding step read them: joined, and with the norms before them folded in."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bytelatent.inference.quantize import QuantizedLinear
+from bytelatent.inference.state import BLOCK
+from bytelatent.kernels.decode_attention import launch_for_attention, rotary_table, split_scratch
+from bytelatent.kernels.gated_product import interleaved
+from bytelatent.kernels.quantized import Matrix, by_rows
+from bytelatent.kernels.skinny_linear import fold_norm
+from bytelatent.model import BLTModel, BLTSettings, ByteLM
+from bytelatent.model.settings import StackSettings
+
+# Shapes: D width, H heads, J key/value heads, E head size, F feed-forward width, K keys a patch
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    qkv: Matrix  # [(H+2J)*E, D] with the norm
+    output: Matrix  # [D, H*E]
+    gate_up: Matrix  # [2F, D] row by row in turn, with the norm
+    down: Matrix  # [D, F]
+
+    @classmethod
+    def of(cls, block: Any) -> "BlockWeights":
+        attention, feed_forward = block.attention, block.feed_forward
+        norm, second_norm = block.attention_norm, block.feed_forward_norm
+        return cls(
+            _laid_out(
+                by_rows(_joined, *(_matrix(part, norm) for part in (attention.query, attention.key, attention.value)))
+            ),
+            _matrix(attention.output),
+            _laid_out(
+                by_rows(interleaved, _matrix(feed_forward.gate, second_norm), _matrix(feed_forward.up, second_norm))
+            ),
+            _matrix(feed_forward.down),
+        )
+
+
+@dataclass
+class StackWeights:
+    settings: StackSettings
+    blocks: list[BlockWeights]
+    rotary: Tensor  # [positions, E/2, 2]
+    _launches: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, stack: Any) -> "StackWeights":
+        blocks = [BlockWeights.of(block) for block in stack.blocks]
+        made = cls(stack.settings, blocks, torch.zeros(0, device=blocks[0].output.device))
+        made.make_room(BLOCK)
+        return made
+
+    def launch(self, sequences: int, new: int) -> dict[str, Any]:
+        """How the attention kernel is launched for so many sequences with `new` positions each.
+
+        Each is made once and kept, since a CUDA graph knows it by its address.
+        """
+        if self.rotary.device.type != "cuda":
+            return {}
+        if (sequences, new) not in self._launches:
+            settings = self.settings
+            heads, reach = settings.num_heads, settings.window or BLOCK
+            launch = launch_for_attention(sequences, new, heads, settings.kv_heads, reach)
+            scratch = split_scratch(sequences * new, heads, settings.head_dim, launch.splits, self.rotary.device)
+            self._launches[sequences, new] = {"launch": launch, "scratch": scratch}
+        return self._launches[sequences, new]
+
+    def make_room(self, positions: int) -> None:
+        """Rotary angles of so many positions."""
+        if positions > len(self.rotary):
+            settings = self.settings
+            self.rotary = rotary_table(positions, settings.head_dim, settings.rope_theta, self.rotary.device)
+
+
+@dataclass(frozen=True)
+class CrossWeights:
+    query: Matrix  # [H*E, D] with the norm
+    key_value: Matrix  # [2*H*E, D] with the norm; grouped heads are repeated
+    output: Matrix  # [D, H*E]
+
+    @classmethod
+    def of(cls, cross: Any) -> "CrossWeights":
+        def repeated(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (-1, cross.head_dim)).repeat_interleave(cross.group, dim=0).flatten(0, 1)
+
+        def both(key: Tensor, value: Tensor) -> Tensor:
+            return torch.cat([repeated(key), repeated(value)])
+
+        return cls(
+            _matrix(cross.query, cross.query_norm),
+            _laid_out(by_rows(both, *(_matrix(part, cross.key_value_norm) for part in (cross.key, cross.value)))),
+            _matrix(cross.output),
+        )
+
+
+@dataclass(frozen=True)
+class ByteLMWeights:
+    embedding: Tensor  # [V, D]
+    stack: StackWeights
+    output: Tensor  # [V, D] with the norm
+
+    @classmethod
+    def of(cls, model: ByteLM) -> "ByteLMWeights":
+        return cls(model.embedding.weight.detach(), StackWeights.of(model.stack), _head(model))
+
+
+@dataclass(frozen=True)
+class BLTWeights:
+    settings: BLTSettings
+    encoder: StackWeights
+    encoder_cross: list[CrossWeights]
+    pooled_to_queries: Matrix  # [K*D, D]
+    projection: Matrix | None  # [G, K*D]
+    middle: StackWeights
+    patch_to_keys: Matrix  # [K*D, G]
+    patch_key_values: Matrix  # [Y*2*H*E, D] of all the decoder's cross-attentions, each with its norm
+    decoder: StackWeights
+    decoder_cross: list[CrossWeights]
+    output: Tensor  # [V, D] with the norm
+
+    @classmethod
+    def of(cls, model: BLTModel) -> "BLTWeights":
+        encoder, middle, decoder = model.encoder, model.global_transformer, model.decoder
+        decoder_cross = [CrossWeights.of(cross) for cross in decoder.cross_attention]
+        projection: Any = middle.projection
+        return cls(
+            settings=model.settings,
+            encoder=StackWeights.of(encoder.stack),
+            encoder_cross=[CrossWeights.of(cross) for cross in encoder.cross_attention],
+            pooled_to_queries=_matrix(encoder.pooled_to_queries),
+            projection=None if isinstance(projection, torch.nn.Identity) else _matrix(projection),
+            middle=StackWeights.of(middle.stack),
+            patch_to_keys=_matrix(decoder.patch_to_keys),
+            patch_key_values=_laid_out(by_rows(_joined, *(cross.key_value for cross in decoder_cross))),
+            decoder=StackWeights.of(decoder.stack),
+            decoder_cross=decoder_cross,
+            output=_head(decoder),
+        )
+
+
+def supports(model: BLTModel | ByteLM, byte_lm: ByteLM | None) -> bool:
+    """Whether the kernels can decode this model: heads of a power of two, from 16 on."""
+    stacks: list[StackSettings] = [byte_lm.settings] if byte_lm is not None else []
+    sizes = []
+    if isinstance(model, BLTModel):
+        settings = model.settings
+        stacks += [settings.encoder, settings.global_transformer, settings.decoder]
+        sizes.append(settings.encoder.dim // settings.cross_attention.num_heads)
+    else:
+        stacks.append(model.settings)
+    sizes += [stack.head_dim for stack in stacks]
+    return all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+
+
+def _matrix(linear: Any, norm: Any = None) -> Matrix:
+    """A layer's matrix, with the norm before it."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.matrix  # the norm is in it
+    weight = linear.weight.detach()
+    return weight if norm is None else fold_norm(weight, norm.weight.detach())
+
+
+def _head(module: Any) -> Tensor:
+    return _laid_out(fold_norm(module.output.weight.detach(), module.norm.weight.detach()))
+
+
+def _laid_out(matrix: Any) -> Any:
+    """The same numbers; columns lie together where a CPU reads a tall matrix, in two thirds of the time for one row."""
+    is_tall = isinstance(matrix, Tensor) and matrix.shape[0] > matrix.shape[1]
+    return matrix.t().contiguous().t() if is_tall and matrix.device.type == "cpu" else matrix
+
+
+def _joined(*rows: Tensor) -> Tensor:
+    return torch.cat(rows)

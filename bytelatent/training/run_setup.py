@@ -1,0 +1,189 @@
+"""The folder of a run: its settings, its byte LM, and what the next start finds there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from bytelatent.config import load_yaml
+from bytelatent.console import Console
+from bytelatent.data import Patcher
+from bytelatent.errors import UserError
+from bytelatent.files import whole_file, whole_folder
+from bytelatent.inference import FastEntropies
+from bytelatent.model import ByteLM
+from bytelatent.patching import Calibration
+from bytelatent.run_folder import checkpoints_in
+from bytelatent.training.distributed.ranks import Ranks
+from bytelatent.training.patches import byte_lm_named, calibrate_on, write_calibration
+from bytelatent.training.settings import TrainSettings
+from bytelatent.training.text_files import TextFile, check_listing, list_text, write_listing
+from bytelatent.weights import Config, fingerprint, load_byte_lm, save
+from bytelatent.weights.native import BYTE_LM
+
+# What may differ when a run goes on: nothing that changes the steps already done.
+MAY_CHANGE = {
+    *("steps", "minutes", "validation", "checkpoint", "parallel", "faults"),
+    *("log_every", "device", "compile", "cuda_graph", "determinism", "byte_lm"),
+    *("track", "wandb", "profile", "statistics_every"),
+}
+DATA_MAY_CHANGE = {"workers", "max_bad_rows", "allow_changed"}
+OPTIMIZER_MAY_CHANGE = {
+    "accumulation",  # with the number of processes, so that a step stays as large
+    *("schedule", "decay_share", "decay_steps", "decay_minutes"),  # the rate goes on from where it is
+}
+
+CALIBRATION_SHARE = 0.1  # of the minutes: the most that calibration may take beside them
+
+
+@dataclass
+class Run:
+    folder: Path
+    settings: TrainSettings  # with the threshold that calibration chose
+    config: Config
+    patcher: Patcher | None
+    told: set[str]  # of damaged rows and files: what calibration said of them
+    changes: list[str]  # a line about each setting that differs from those the run had before, and about its text
+    text: list[TextFile]
+
+    def write_settings(self, ranks: Ranks) -> None:
+        """Those that the run now has, and what its text is: once the checkpoint that they go on from is read, and a
+        gradient was tried.
+        """
+
+        def write() -> None:
+            with whole_file(self.folder / "settings.yaml") as aside:
+                aside.write_text(self.settings.to_yaml(), encoding="utf-8")
+            write_listing(self.folder, self.text)
+
+        ranks.first(write)
+
+
+def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype: torch.dtype, console: Console) -> Run:
+    """Make a run's folder, or find it as an earlier start left it; the first rank does so for all.
+
+    Raises:
+        UserError: the folder is another run's, or its text has changed.
+    """
+    settings, config, told, changes, text = ranks.first(lambda: _prepare(settings, console))
+    patcher = None
+    if settings.patching is not None:
+        byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.byte_lm is not None else None
+        mark = fingerprint(byte_lm) if byte_lm is not None else None
+        byte_lm = byte_lm.to(device) if byte_lm is not None else None
+        patcher = Patcher(settings.patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
+    return Run(Path(settings.run), settings, config, patcher, told, changes, text)
+
+
+def _prepare(
+    settings: TrainSettings, console: Console
+) -> tuple[TrainSettings, Config, set[str], list[str], list[TextFile]]:
+    """Settings with the threshold that calibration chose, what the model is, what calibration said of damage, a line
+    about each setting that differs from before, and the files of the text.
+    """
+    told: set[str] = set()
+    folder = Path(settings.run)
+    earlier = _earlier(folder)
+    calibration = _read_calibration(folder) if earlier is not None else None
+    changes = _changes(settings, earlier, folder) if earlier is not None else []
+    text = list_text(settings.data)
+    if earlier is not None:
+        changes += check_listing(folder, text, settings.data.allow_changed)
+    byte_lm = _byte_lm(folder, settings, earlier)
+    if settings.calibration is not None and settings.patching is not None:
+        if calibration is None:
+            console.print(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes", highlight=False)
+            calibration = calibrate_on(
+                byte_lm,
+                settings.data,
+                settings.calibration.patch_bytes,
+                settings.patching,
+                settings.calibration.text_bytes,
+                settings.device,
+                settings.dtype,
+                lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+                told,
+                None if settings.minutes is None else CALIBRATION_SHARE / 2 * 60 * settings.minutes,
+                console,
+            )
+            write_calibration(folder, calibration)
+        patching = settings.patching.model_copy(update={"threshold": calibration.threshold})
+        settings = settings.model_copy(update={"patching": patching})
+    config = Config(
+        model=settings.model, context=settings.data.context, patching=settings.patching, calibration=calibration
+    )
+    return settings, config, told, changes, text
+
+
+def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | None) -> ByteLM | None:
+    """The frozen byte LM: the run's own copy, made as the run begins."""
+    if settings.byte_lm is None:
+        return None
+    copy = folder / BYTE_LM
+    if earlier is not None and copy.is_dir():
+        return load_byte_lm(copy)
+    with byte_lm_named():
+        byte_lm = load_byte_lm(settings.byte_lm)
+    with whole_folder(copy) as aside:
+        save(aside, byte_lm, Config(model=byte_lm.settings, context=settings.data.context))
+    return byte_lm
+
+
+def _earlier(folder: Path) -> TrainSettings | None:
+    """The settings of a run that has come to its first checkpoint; before it, there is nothing that they bind."""
+    path = folder / "settings.yaml"
+    if not path.is_file() or not checkpoints_in(folder / "checkpoints"):
+        return None
+    try:
+        return TrainSettings.parse(load_yaml(path), where=str(path))
+    except UserError as error:
+        raise UserError(
+            f"{error}; these are the settings that the run had: put the file back, or remove it and give the same ones "
+            "again, or use another run=FOLDER"
+        ) from None
+
+
+def _changes(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> list[str]:
+    """One line about each setting that differs from those the run had before.
+
+    Raises:
+        UserError: one of them may not.
+    """
+    now, then = settings.shown(), earlier.shown()  # credentials may be new ones
+    if settings.calibration is not None:  # the threshold is calibration's to say
+        for values in (now, then):
+            (values.get("patching") or {}).pop("threshold", None)
+    lines = []
+    for key, before, after in _differences(then, now):
+        room, _, name = key.partition(".")
+        inner = {"data": DATA_MAY_CHANGE, "optimizer": OPTIMIZER_MAY_CHANGE}.get(room, set())
+        is_other_rule = key == "byte_lm" and None in (before, after)  # not another place of the same byte LM
+        if is_other_rule or (room not in MAY_CHANGE | {"run"} and name not in inner):
+            raise UserError(
+                f"'{folder}' was begun with other settings ({key}: {before}, now {after}); "
+                "use them again, or another run=FOLDER"
+            )
+        if room != "run":
+            lines.append(f"goes on with {key}: {after}, before {before}")
+    return lines
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], within: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The innermost keys whose values differ, and both values."""
+    for name in sorted(then.keys() | now.keys()):
+        before, after = then.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{within}{name}.")
+        elif before != after:
+            yield f"{within}{name}", before, after
+
+
+def _read_calibration(folder: Path) -> Calibration | None:
+    path = folder / "calibration.json"
+    try:
+        return Calibration.model_validate_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
+    except (ValidationError, UnicodeDecodeError):
+        raise UserError(f"'{path}' is damaged; remove it, and the same command calibrates again") from None

@@ -1,0 +1,108 @@
+"""Our own format: `config.json`, `model.safetensors` (or shards and their index), and the byte LM in `byte_lm/`.
+
+A run is a folder with `settings.yaml` and `checkpoints/`; each checkpoint is in this format, too.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bytelatent.config import load_yaml
+from bytelatent.credentials import masked
+from bytelatent.errors import UserError
+from bytelatent.model import ByteLM, ByteLMSettings
+from bytelatent.run_folder import newest_whole, none_whole, read_metrics
+from bytelatent.weights.safetensors_io import read_json, read_weights, write_json, write_weights
+from bytelatent.weights.stored_model import FORMAT, Config, Origin, StoredModel, own_names, under_our_names
+
+BYTE_LM = "byte_lm"
+
+
+def is_native(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("format") == FORMAT
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "settings.yaml").is_file()
+
+
+def open_native(folder: Path, weights: bool = True) -> StoredModel:
+    """A model in our format.
+
+    Args:
+        weights: whether its tensors are wanted, too.
+    """
+    config = Config.parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    tensors = {}
+    if weights:
+        tensors = under_our_names(read_weights(folder), config.model, own_names, str(folder))
+    return StoredModel(config, tensors, _byte_lm_in(folder, weights), FORMAT, str(folder))
+
+
+def open_run(folder: Path, weights: bool = True) -> StoredModel:
+    """The model of a run, from its newest whole checkpoint."""
+    checkpoint, passed_over = newest_whole(folder / "checkpoints")
+    if checkpoint is None:
+        raise none_whole(folder, passed_over)
+    if not is_native(checkpoint):
+        raise UserError(
+            f"'{checkpoint}' holds the model only in the parts of several processes; write it whole: "
+            f"blt export {folder} --out FOLDER"
+        )
+    found = open_native(checkpoint, weights)
+    return replace(
+        found,
+        config=found.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)}),
+        byte_lm=_byte_lm_in(folder, weights) or found.byte_lm,
+        format="checkpoint of a run",
+        warnings=passed_over,
+    )
+
+
+def write_native(folder: Path, stored: StoredModel, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
+    """Write a model into an existing folder."""
+    write_json(folder / "config.json", stored.config.shown())
+    write_weights(folder, stored.tensors, advance=advance)
+    if stored.byte_lm is not None:
+        (folder / BYTE_LM).mkdir()
+        write_native(folder / BYTE_LM, stored.byte_lm, advance)
+
+
+def save(folder: Path, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> None:
+    """Write a model that is in memory into an existing folder."""
+    write_native(folder, StoredModel.of(model, config, byte_lm))
+
+
+def _byte_lm_in(folder: Path, weights: bool) -> StoredModel | None:
+    if not (folder / BYTE_LM).is_dir():
+        return None
+    found = open_native(folder / BYTE_LM, weights)
+    if not isinstance(found.config.model, ByteLMSettings):
+        raise UserError(f"'{folder / BYTE_LM}' should hold a byte LM and holds a BLT; put the byte LM there")
+    return found
+
+
+def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
+    """What a run's settings and metrics say of the text it was trained on; as much as can be read."""
+    try:
+        data = load_yaml(folder / "settings.yaml").get("data")
+        data = data if isinstance(data, dict) else {}
+        step = int(checkpoint.name.rpartition("-")[2])
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= step]
+        measured = next((row for row in reversed(rows) if "validation_bits_per_byte" in row), {})
+        return Origin(
+            training_text=_paths(data.get("train")),
+            training_bytes=rows[-1].get("bytes_seen") if rows else None,
+            validation_text=_paths(data.get("valid")),
+            bits_per_byte=measured.get("validation_bits_per_byte"),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):  # damaged, or of somebody else; the model needs none
+        return Origin()
+
+
+def _paths(sources: Any) -> list[str]:
+    listed = sources if isinstance(sources, list) else [sources] if sources else []
+    return [masked(str(source["path"] if isinstance(source, dict) else source)) for source in listed]

@@ -1,0 +1,169 @@
+"""Reading with a memory against the plain forward pass."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bytelatent.inference import decoder as decode
+from bytelatent.inference.decoder import Decoder
+from bytelatent.inference.state import SLACK
+from bytelatent.inference.step import FastDecoder
+from bytelatent.model import ByteLM, add_patches, attention, pack_rows
+from bytelatent.model.attention import Mask
+from bytelatent.model.settings import CrossAttentionSettings, StackSettings
+from bytelatent.patching import PatchSettings, next_starts
+from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
+
+RULES = st.sampled_from(
+    [
+        PatchSettings(threshold=5.12),
+        PatchSettings(threshold=5.3, max_patch_length=3),
+        PatchSettings(threshold=0.01, monotonicity=True),
+        PatchSettings(threshold=5.1, threshold_add=0.0, max_patch_length=7),
+        PatchSettings(mode="space"),
+        PatchSettings(mode="space", max_patch_length=2),
+        PatchSettings(mode="static", patch_size=3),
+        PatchSettings(mode="byte"),
+    ]
+)
+
+
+def full_logits(decoder: Decoder, rows: list[Tensor]) -> list[Tensor]:
+    """Of whole rows, by the models' own forward passes."""
+    stream = pack_rows(rows)
+    with torch.no_grad():
+        if isinstance(decoder.model, ByteLM):
+            logits = decoder.model(stream)
+        else:
+            assert decoder.patching is not None
+            found = decoder.byte_lm.entropies(stream) if decoder.byte_lm is not None else None
+            starts = next_starts(stream.ids, found, stream.position, decoder.patching)
+            logits = decoder.model(add_patches(stream, starts, history=stream.position))
+    return list(logits.split([len(row) for row in rows]))
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@given(
+    settings=blt_settings(),
+    byte_lm=byte_lm_settings(),
+    rule=RULES,
+    seed=st.integers(0, 1000),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_logits_equal_the_full_forward(
+    settings: Any, byte_lm: Any, rule: PatchSettings, seed: int, sizes: list[int], data: st.DataObject
+) -> None:
+    """In float64: some of these models, a few numbers wide, are so steep that float32 would round by more than 1e-4."""
+    decoder = Decoder(make(settings, seed).double(), rule, make(byte_lm, seed).double())
+    check(decoder, sizes, seed, data)
+
+
+@given(settings=byte_lm_settings(), seed=st.integers(0, 1000), data=st.data())
+def test_logits_of_a_byte_lm(settings: Any, seed: int, data: st.DataObject) -> None:
+    check(Decoder(make(settings, seed), None, None), [30, 3], seed, data)
+
+
+def check(decoder: Decoder, sizes: list[int], seed: int, data: st.DataObject) -> None:
+    """Prefill, then steps of a few ids for some of the rows, sometimes taken back."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.cat([torch.tensor([1]), random_ids(generator, size + 30)]) for size in sizes]
+    expected = full_logits(decoder, rows)
+    state, logits = decoder.prefill([row[:size] for row, size in zip(rows, sizes, strict=True)])
+    for found, wanted, size in zip(logits.split(sizes), expected, sizes, strict=True):
+        assert_close(found, wanted[:size])
+    read = list(sizes)
+    for _ in range(6):
+        counts = [data.draw(st.integers(0, 4)) for _ in rows]
+        if not any(counts):
+            continue
+        which = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)])
+        ids = torch.cat([rows[row][read[row] : read[row] + count] for row, count in enumerate(counts)])
+        found = decoder.extend(state, which, ids).split(counts)
+        for row, count in enumerate(counts):
+            assert_close(found[row], expected[row][read[row] : read[row] + count])
+            read[row] += count - data.draw(st.integers(0, min(2, count)))
+            state.rewind(row, read[row])
+
+
+@pytest.mark.parametrize("rule", [PatchSettings(threshold=5.12), PatchSettings(mode="space", max_patch_length=5)])
+@settings_of_hypothesis(max_examples=5)
+@given(seed=st.integers(0, 1000), data=st.data())
+def test_the_way_a_gpu_reads_prompts(rule: PatchSettings, seed: int, data: st.DataObject) -> None:
+    """With joined products, padding, and the kernels' plain forms."""
+    shape = StackSettings(dim=32, num_layers=2, num_heads=2, multiple_of=8, window=7)
+    middle = StackSettings(dim=48, num_layers=2, num_heads=3, multiple_of=8)
+    every = CrossAttentionSettings(k=2, num_heads=2, all_layers_encoder=True)
+    model = tiny_blt(seed, encoder=shape, decoder=shape, global_transformer=middle, cross_attention=every)
+    decoder = FastDecoder(model, rule, tiny_byte_lm(seed, dim=32, window=6))
+    check(decoder, [30, 1, 140], seed, data)
+    lm = FastDecoder(tiny_byte_lm(seed, dim=32, window=6), None, None)
+    check(lm, [30, 1, 140], seed, data)
+
+
+def test_prompts_on_a_cpu_have_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several together cost what they cost one by one."""
+    windows: list[int | None] = []
+
+    def build_mask(document: Tensor, window: int | None) -> Mask:
+        windows.append(window)
+        return attention.build_mask(document, window)
+
+    monkeypatch.setattr(decode, "build_mask", build_mask)
+    decoder = Decoder(tiny_blt(window=6), PatchSettings(threshold=5.12), tiny_byte_lm(window=6))
+    decoder.prefill([random_ids(torch.Generator(), size) for size in (30, 1, 50)])
+    assert windows == [6, 6, 6]  # byte LM, encoder and decoder, but not the global transformer
+
+
+def test_wrong_drafts_leave_no_trace() -> None:
+    """As many as may be taken back, with patches that close among them, at many places."""
+    decoder = Decoder(tiny_blt(window=6), PatchSettings(threshold=5.12), tiny_byte_lm(window=6))
+    generator = torch.Generator().manual_seed(0)
+    row = torch.cat([torch.tensor([1]), random_ids(generator, 60)])
+    [expected] = full_logits(decoder, [row])
+    state, _ = decoder.prefill([row[:5]])
+    for at in range(5, 60):
+        wrong = random_ids(generator, SLACK)
+        decoder.extend(state, torch.zeros(SLACK, dtype=torch.long), wrong)
+        state.rewind(0, at)
+        found = decoder.extend(state, torch.zeros(1, dtype=torch.long), row[at : at + 1])
+        assert_close(found[0], expected[at])
+
+
+@pytest.mark.parametrize("prompt", [3, 700])
+def test_long_patches_and_long_texts(prompt: int) -> None:
+    """Beyond every table's first size: one patch of all bytes, then many patches."""
+    row = torch.cat([torch.tensor([1]), random_ids(torch.Generator().manual_seed(1), 1000)])
+    for rule in (PatchSettings(mode="static", patch_size=800), PatchSettings(mode="byte")):
+        decoder = Decoder(tiny_blt(), rule, None)
+        [expected] = full_logits(decoder, [row])
+        state, _ = decoder.prefill([row[:prompt]])
+        found = [
+            decoder.extend(state, torch.zeros(8, dtype=torch.long), row[at : at + 8]) for at in range(prompt, 990, 8)
+        ]
+        assert_close(torch.cat(found), expected[prompt : prompt + 8 * len(found)])
+
+
+def test_rows_move_between_states() -> None:
+    decoder = Decoder(tiny_blt(window=6), PatchSettings(threshold=5.12), tiny_byte_lm(window=6))
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.cat([torch.tensor([1]), random_ids(generator, 400)]) for _ in range(3)]
+    expected = full_logits(decoder, rows)
+    slots = decoder.empty(4)
+    for row, (slot, size) in enumerate([(2, 5), (0, 300), (3, 40)]):
+        state, _ = decoder.prefill([rows[row][:size]])
+        slots.put(slot, state, 0)
+        rows[row] = rows[row][size:]
+        expected[row] = expected[row][size:]
+    where = torch.tensor([2, 0, 3])
+    for at in range(20):
+        found = decoder.extend(slots, where, torch.stack([row[at] for row in rows]))
+        assert_close(found, torch.stack([logits[at] for logits in expected]))
