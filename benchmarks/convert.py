@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from bytelatent.console import Console
+from bytelatent.log import Console
 from bytelatent.model import ModelSettings
 from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.commands.train import main as train
-from bytelatent.console import Console
 from bytelatent.kernels import patch_attention
 from bytelatent.kernels.hash_embed import hash_rows
+from bytelatent.log import Console
 from bytelatent.model import attention, ngram_hash
 
 WAYS = {  # and what of their settings differs; plain is the last, for there is no way back from it

@@ -22,9 +22,9 @@ import torch
 from scale_plans import MIDDLE, TINY
 
 from bytelatent.commands import train
-from bytelatent.console import Console
 from bytelatent.data import Batch, Loader
 from bytelatent.errors import UserError, guarded
+from bytelatent.log import Console
 from bytelatent.patching import PatchSettings
 from bytelatent.run_folder import read_metrics
 from bytelatent.text import find_files, read_documents

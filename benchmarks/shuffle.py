@@ -26,7 +26,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bytelatent.console import Console
+from bytelatent.log import Console
 
 BLOCK = 1 << 22
 SHORT_TEXT = 60  # characters: a line of about 100 bytes

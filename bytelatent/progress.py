@@ -1,5 +1,6 @@
 """Progress of long work, with the time left: a bar in a terminal, elsewhere a line now and then."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Self, TypeVar
@@ -7,7 +8,9 @@ from typing import Self, TypeVar
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from bytelatent.console import Console
+from bytelatent import log
+
+LOGGER = logging.getLogger(__name__)
 
 EVERY = 10.0  # seconds between lines where there is no bar
 
@@ -17,7 +20,7 @@ Item = TypeVar("Item")
 class Progress:
     """Shows how much of some work is done, and ends it when its time is up.
 
-        with Progress("measuring", num_bytes, console, limit=30) as progress:
+        with Progress("measuring", num_bytes, limit=30) as progress:
             for batch in progress.within(batches):
                 ...
                 progress.advance(batch.num_bytes)
@@ -25,7 +28,6 @@ class Progress:
     Args:
         what: the work, in a word or two.
         total: amount of work in `unit`; None if it is not known.
-        console: where to show it; None shows nothing.
         limit: seconds after which the work ends, whatever is left of it; None never ends it.
         unit: of the amounts.
         bar: False shows lines in a terminal too, because another bar is on it.
@@ -36,7 +38,6 @@ class Progress:
         self,
         what: str,
         total: int | None = None,
-        console: Console | None = None,
         limit: float | None = None,
         unit: str = "bytes",
         bar: bool = True,
@@ -46,12 +47,11 @@ class Progress:
         self._of = "of about" if about else "of"
         self.done = 0
         self.is_cut = False  # the limit ended the work
-        self._console = console or Console(quiet=True)
         self._began = self._shown = time.monotonic()
         self._bars: Bars | None = None
-        if bar and self._console.is_terminal:
+        if bar and log.console.is_terminal and LOGGER.isEnabledFor(logging.INFO):
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"))
-            self._bars = Bars(*columns, console=self._console, transient=True)
+            self._bars = Bars(*columns, console=log.console, transient=True)
             self._bars.add_task(what, total=1.0, status="")
 
     def __enter__(self) -> Self:
@@ -64,7 +64,7 @@ class Progress:
         if self._bars is not None:
             self._bars.stop()
         if self.is_cut and kind is None:
-            self._print(f"{self.what}: time is up after {self._amount()}; the rest is left out")
+            LOGGER.info(f"{self.what}: time is up after {self._amount()}; the rest is left out")
 
     def within(self, items: Iterable[Item], agreed: Callable[[bool], bool] = bool) -> Iterator[Item]:
         """The items one after another, at least one, until the time is up.
@@ -87,7 +87,7 @@ class Progress:
         elif time.monotonic() - self._shown >= EVERY:
             self._shown = time.monotonic()
             share = f"  {self._share():4.0%}" if self._share() > 0 else ""
-            self._print(f"{self.what}{share}  {status}")
+            LOGGER.info(f"{self.what}{share}  {status}")
 
     def _share(self) -> float:
         """How much is over of the work or of its time, whichever is more, from 0 to 1; 0 where that is not known."""
@@ -103,9 +103,6 @@ class Progress:
         if self.total is None or self.done > self.total:
             return f"{self.done:,} {self.unit}"
         return f"{self.done:,} {self._of} {self.total:,} {self.unit}"
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def time_left(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import atexit
+import logging
 import os
 import shutil
 import signal
@@ -35,6 +36,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def _log_level(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Tests see messages of INFO and above in `caplog`; what a test's command configured ends with the test."""
+    logger = logging.getLogger("bytelatent")
+    logger.setLevel(logging.INFO)
+    yield
+    logger.handlers.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -92,14 +92,13 @@ def test_an_evaluation_that_is_not_finite(
 
 
 def test_a_device_is_chosen_before_anything_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
 
     from bytelatent.commands.calibrate import calibrate_text
     from bytelatent.errors import UserError
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for call in (
-        lambda: evaluate_model("nowhere", ["nowhere"], None, None, "cuda", Console(quiet=True)),
+        lambda: evaluate_model("nowhere", ["nowhere"], None, None, "cuda"),
         lambda: calibrate_text(["nowhere"], 4.0, "nowhere", device="cuda"),
     ):
         with pytest.raises(UserError, match="device: 'cuda' cannot be used"):

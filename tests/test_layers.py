@@ -9,7 +9,7 @@ PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 LAYERS = [  # the lowest first
     ["credentials", "terminal"],
-    ["errors", "console"],
+    ["errors", "log"],
     ["vocab", "config", "configs", "files", "device", "progress", "threads", "signals", "interrupt", "kernels"],
     ["hub", "run_folder", "command_line"],
     ["model", "patching", "text", "launch"],

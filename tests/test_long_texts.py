@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -105,7 +104,7 @@ def test_a_text_is_measured_in_pieces(blt: BLT, monkeypatch: pytest.MonkeyPatch,
     assert blt.bits_per_byte(TEXT) == pytest.approx(expected, rel=1e-5)
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}))
     blt.save_pretrained(tmp_path / "model")
-    found = evaluate_model(str(tmp_path / "model"), [str(tmp_path / "text.jsonl")], None, None, "cpu", Console())
+    found = evaluate_model(str(tmp_path / "model"), [str(tmp_path / "text.jsonl")], None, None, "cpu")
     assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     assert found["mean_patch_bytes"] == pytest.approx(len(TEXT) / len(patches))
 

@@ -16,8 +16,8 @@ from rich.table import Table
 
 import bytelatent
 from bytelatent import BLT
-from bytelatent.console import Console
 from bytelatent.errors import UserError
+from bytelatent.log import Console
 from bytelatent.patching import Patch, PatchSettings
 from bytelatent.report import patched_text
 from bytelatent.terminal import safe, say

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import typer
 import typer.rich_utils
 
-from bytelatent import __version__, interrupt
+from bytelatent import __version__, interrupt, log
 from bytelatent.cli import bench, text, training, using, weights
-from bytelatent.console import Console
 from bytelatent.errors import Interrupted, guarded
+from bytelatent.log import Console
 from bytelatent.terminal import safe, say
 
 VERBS = {  # as the help lists them
@@ -90,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     # as torch is imported, by the verbs.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    log.configure()
     given = sys.argv if arguments is None else arguments
     if any(argument != safe(argument) for argument in given):  # typer shows one that it cannot take
         typer.rich_utils.Console = Console  # pyright: ignore[reportPrivateImportUsage]

@@ -6,7 +6,7 @@ import typer
 
 from bytelatent.cli.options import DeviceOption, JsonOption
 from bytelatent.cli.output import print_json
-from bytelatent.console import Console
+from bytelatent.log import Console
 
 app = typer.Typer(help="Measure this machine.\n\nExample:  `blt bench train demo-blt`", no_args_is_help=True)
 

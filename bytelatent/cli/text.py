@@ -18,7 +18,7 @@ from bytelatent.cli.options import (
     bounded,
     named,
 )
-from bytelatent.console import Console
+from bytelatent.log import Console
 from bytelatent.terminal import say
 
 
@@ -89,7 +89,7 @@ def calibrate(
     from bytelatent.text.bad_rows import must_have_read
 
     how = text_key, max_bad_rows, max_row_bytes
-    found, unread = calibrate_text(text, patch_bytes, model, max_bytes, figure, device, *how, Console(stderr=True))
+    found, unread = calibrate_text(text, patch_bytes, model, max_bytes, figure, device, *how)
     say(found.model_dump_json(indent=1))
     must_have_read(unread)
 

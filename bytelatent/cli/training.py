@@ -17,7 +17,7 @@ from bytelatent.cli.options import (
 )
 from bytelatent.cli.output import print_json
 from bytelatent.configs import config_files, describe_config, find_config
-from bytelatent.console import Console
+from bytelatent.log import Console
 from bytelatent.terminal import say
 
 PRINT_CONFIG = "--print-config"  # as in bytelatent.command_line, whose imports take their time

@@ -20,8 +20,8 @@ from bytelatent.cli.options import (
     bounded,
 )
 from bytelatent.cli.output import print_json
-from bytelatent.console import Console
 from bytelatent.errors import UserError
+from bytelatent.log import Console
 from bytelatent.terminal import say
 
 
@@ -46,7 +46,7 @@ def evaluate(
     from bytelatent.text.bad_rows import must_have_read
 
     how = text_key, max_bad_rows, max_row_bytes
-    result = evaluate_model(model, text, entropy, max_bytes, device, Console(stderr=True), *how)
+    result = evaluate_model(model, text, entropy, max_bytes, device, *how)
     if as_json:
         print_json(result)
     else:

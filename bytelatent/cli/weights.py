@@ -6,7 +6,7 @@ import typer
 
 from bytelatent.cli.options import EntropyOption, JsonOption, RevisionOption, bounded, named
 from bytelatent.cli.output import print_json
-from bytelatent.console import Console
+from bytelatent.log import Console
 from bytelatent.terminal import say
 
 

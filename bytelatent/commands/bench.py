@@ -12,9 +12,9 @@ from rich import box
 from rich.table import Table
 
 from bytelatent.config import Settings
-from bytelatent.console import Console
 from bytelatent.device import choose_device, choose_dtype, free_memory, is_out_of_memory, peak_flops, peak_memory
 from bytelatent.errors import UserError
+from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ModelSettings, preset
 from bytelatent.model.flops import costs, training_flops
 from bytelatent.training.distributed.activation_checkpointing import Checkpointing

@@ -1,9 +1,7 @@
 """The threshold for a patch size, and the picture of how one follows from the other: `blt calibrate`."""
 
-import sys
 from pathlib import Path
 
-from bytelatent.console import Console
 from bytelatent.credentials import masked
 from bytelatent.data import DataSettings
 from bytelatent.device import choose_device
@@ -11,8 +9,7 @@ from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_byt
 from bytelatent.progress import Progress
 from bytelatent.report import write_threshold_figure
 from bytelatent.report.pictures import format_of
-from bytelatent.terminal import say
-from bytelatent.text import MAX_ROW_BYTES, DamageLimit
+from bytelatent.text import MAX_ROW_BYTES, BadRows
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
 from bytelatent.training import sample_entropies
 from bytelatent.weights import load_byte_lm_and_context
@@ -28,7 +25,6 @@ def calibrate_text(
     text_key: str = "text",
     max_bad_rows: int = MAX_BAD_ROWS,
     max_row_bytes: int = MAX_ROW_BYTES,
-    console: Console | None = None,
 ) -> tuple[Calibration, dict[str, str]]:
     """Choose the threshold for a mean patch of `patch_bytes` bytes.
 
@@ -40,7 +36,6 @@ def calibrate_text(
         text_key: the key or column that holds the text.
         max_bad_rows: bad rows and files that are passed over; one more is an error.
         max_row_bytes: a longer row is a bad one.
-        console: shows how far it is.
 
     Returns:
         The threshold, and the files of which nothing could be read, each with the reason.
@@ -57,8 +52,8 @@ def calibrate_text(
     rule = PatchSettings(mode="entropy", threshold=0.0)
     # In pieces as in its training, and as `blt entropies` reads it; entropies that are stored were computed so.
     byte_lm, context = (None, data.context) if model is None else load_byte_lm_and_context(model)
-    bad = DamageLimit(data.max_bad_rows, say=lambda line: say(line, sys.stderr))
-    with Progress("calibrating", max_bytes, console) as progress:
+    bad = BadRows(data.max_bad_rows)
+    with Progress("calibrating", max_bytes) as progress:
         sample = sample_entropies(
             byte_lm,
             data.train,

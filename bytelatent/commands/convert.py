@@ -4,8 +4,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from bytelatent.console import Console
 from bytelatent.errors import Interrupted
+from bytelatent.log import Console
 from bytelatent.weights import check_target, convert, num_bytes, open_pretrained
 
 

@@ -10,11 +10,11 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from bytelatent.command_line import Given
-from bytelatent.console import Console
 from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.inference import FastEntropies
+from bytelatent.log import Console
 from bytelatent.model import ByteLM
 from bytelatent.patching import PatchSettings
 from bytelatent.report.amounts import amount_of_bytes
@@ -81,7 +81,6 @@ def entropies_beside(
         "rule": _rule(starts, rule),
     }
     settings = EntropySettings.parse(values, "entropies")
-    name = f"rank {part.rank} of {part.world}: " if part.world > 1 else ""
     # Bars of several processes would write over each other.
     hidden = part.rank != 0 or not console.is_terminal
     columns = (
@@ -102,7 +101,6 @@ def entropies_beside(
                 part.rank,
                 part.world,
                 entropies_of=FastEntropies.where_possible(byte_lm, place, choose_dtype(settings.dtype, place)),
-                say=lambda line: console.print(name + line, highlight=False, markup=False, soft_wrap=True),
                 on_start=bar.start,
                 on_progress=bar.advance,
             )

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from bytelatent.console import Console
 from bytelatent.data import Patcher, SourceSettings, batches_once
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.progress import Progress
-from bytelatent.text import MAX_ROW_BYTES, DamageLimit, find_files
+from bytelatent.text import MAX_ROW_BYTES, BadRows, find_files
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
 from bytelatent.text.kinds import FileKind, kind_of
 from bytelatent.text.places import size_of
@@ -25,7 +24,6 @@ def evaluate_model(
     entropy: str | None,
     max_bytes: int | None,
     device: str,
-    console: Console,
     text_key: str = "text",
     max_bad_rows: int = MAX_BAD_ROWS,
     max_row_bytes: int = MAX_ROW_BYTES,
@@ -52,12 +50,12 @@ def evaluate_model(
         # In float32, however it is stored: the same patches as those of `BLT`.
         patcher = Patcher(found.config.patching, found.byte_lm.to(torch.float32) if found.byte_lm else None)
     sources = [SourceSettings.parse({"path": path, "text_key": text_key}) for path in text]
-    bad = DamageLimit(max_bad_rows, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    bad = BadRows(max_bad_rows)
     files = [file for source in sources for file in find_files(source.path, bad.note)]
     context = found.config.context
     size = max(context, 4096)
     batches = batches_once(sources, context, size, patcher, max_bytes, bad=bad, max_row_bytes=max_row_bytes)
-    with Progress("measuring", _about_bytes(files, max_bytes), console, about=True) as progress:
+    with Progress("measuring", _about_bytes(files, max_bytes), about=True) as progress:
         try:
             result = evaluate(found.model, batches, on_batch=progress.advance)
         except UserError:

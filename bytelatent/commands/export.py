@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from bytelatent.console import Console
 from bytelatent.errors import UserError
 from bytelatent.files import what_is_torn
+from bytelatent.log import Console
 from bytelatent.run_folder import checkpoints_in, newest_whole, none_whole
 from bytelatent.training.checkpoint.state import open_stored
 from bytelatent.weights import check_target, open_pretrained, write_model

@@ -17,10 +17,9 @@ import torch
 from pydantic import Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bytelatent import terminal
+from bytelatent import log, terminal
 from bytelatent.command_line import from_command_line
 from bytelatent.config import Settings, flat
-from bytelatent.console import Console
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest
 from bytelatent.files import part_of
@@ -28,6 +27,7 @@ from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_b
 from bytelatent.inference.quantize import Weights, check_weights
 from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS
 from bytelatent.inference.step import check_ahead, engine_for
+from bytelatent.log import Console
 from bytelatent.text.documents import json_value
 from bytelatent.text.kinds import BYTE_ORDER_MARK, TextReader, must_be_read
 from bytelatent.text.places import readable
@@ -338,5 +338,6 @@ def _write(out: BinaryIO, data: bytes) -> None:
 
 def main(arguments: list[str]) -> None:
     """`config=FILE key=value ...`"""
+    log.configure()
     settings = from_command_line(GenerateSettings, arguments, USAGE, literal="prompt")
     generate(settings, sys.stdout.buffer, Console(stderr=True))

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from bytelatent.console import Console
 from bytelatent.errors import UserError
+from bytelatent.log import Console
 from bytelatent.model import PRESETS, BLTSettings, ByteLMSettings, ModelSettings
 from bytelatent.model.flops import PartCost, costs
 from bytelatent.model.presets import preset

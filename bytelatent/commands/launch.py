@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bytelatent import log
 from bytelatent.command_line import Given
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> str:
 
 
 def command(arguments: list[str]) -> None:
+    log.configure()
     say(main(arguments))
 
 

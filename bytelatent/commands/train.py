@@ -10,7 +10,7 @@ from bytelatent.signals import unattended
 from bytelatent.terminal import say
 
 if TYPE_CHECKING:
-    from bytelatent.console import Console
+    from bytelatent.log import Console
 
 USAGE = "name a configuration or settings: blt train config=byte_lm run=runs/mine data.train=text/*.jsonl"
 
@@ -26,6 +26,9 @@ def main(arguments: list[str], console: "Console | None" = None) -> Path:
 
 
 def command(arguments: list[str]) -> None:
+    from bytelatent import log
+
+    log.configure()
     """Train; the first of the processes says at the end where the run lies."""
     with unattended(lambda: import_module("bytelatent.training")):  # which takes seconds
         run = _recorded(main)(arguments)

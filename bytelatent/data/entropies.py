@@ -4,6 +4,7 @@ A thread reads and packs, the device computes, and a thread writes; a few batche
 not depend on their timing, nor on how the files are divided among processes: a batch holds text of one file only.
 """
 
+import logging
 import math
 import os
 import time
@@ -29,13 +30,15 @@ from bytelatent.device import autocast, choose_dtype
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import PatchSettings, next_starts
-from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Document, read_documents
+from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, read_documents
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
 from bytelatent.text.documents import name_of
 from bytelatent.text.places import is_remote
 from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, read_stored
 
 # Shapes: T ids in a batch
+
+LOGGER = logging.getLogger(__name__)
 
 ON_THE_WAY = 2  # batches between the reader and the device, and between the device and the writer
 TEXT_PER_COMPRESSED_BYTE = 3.0  # a guess, for the progress bar alone
@@ -104,7 +107,6 @@ def store_entropies(
     world: int = 1,
     entropies_of: EntropiesOf | None = None,
     static_shapes: bool | None = None,
-    say: Callable[[str], None] = lambda line: None,
     on_start: Callable[[int], None] = lambda input_bytes: None,
     on_progress: Callable[[int, int], None] = lambda input_bytes, text_bytes: None,
 ) -> Summary:
@@ -120,7 +122,6 @@ def store_entropies(
         rank, world: the part of the files that is this process's.
         entropies_of: the entropies of a stream, nats, float32 [T]; None for the byte LM's own forward pass.
         static_shapes: pad every stream to `batch_bytes`; None: on a GPU, or where `entropies_of` is given.
-        say: told what is skipped.
         on_start: told how many bytes the files have that are to be read.
         on_progress: told how many bytes of the files, and of the text in them, are done since the last time.
             It is called from another thread.
@@ -135,7 +136,7 @@ def store_entropies(
     out = Path(out).expanduser()
     device = next(byte_lm.parameters()).device
     dtype = choose_dtype(settings.dtype, device)
-    shards = divide(shards_of(sources, out, say), world)[rank]
+    shards = divide(shards_of(sources, out), world)[rank]
     made_by = Stored(
         byte_lm=fingerprint,
         window=byte_lm.settings.window,
@@ -150,9 +151,9 @@ def store_entropies(
         todo = [shard for shard in shards if not _is_done(shard, out / shard.output, _of(shard, made_by))]
         summary = Summary(num_shards=len(shards), num_skipped=len(shards) - len(todo))
         if summary.num_skipped:
-            say(f"{summary.num_skipped} of {len(shards)} files are done already")
+            LOGGER.info(f"{summary.num_skipped} of {len(shards)} files are done already")
         on_start(sum(shard.size for shard in todo))
-        damaged = DamageLimit(settings.max_bad_rows, say=say)
+        damaged = BadRows(settings.max_bad_rows)
         job = Job(todo, out, made_by, settings, device, summary, damaged, on_progress)
         job.run(entropies_of or _forward(byte_lm, device, dtype), static_shapes)
     summary.seconds = time.monotonic() - begin
@@ -195,7 +196,7 @@ class Job:
         settings: EntropySettings,
         device: torch.device,
         summary: Summary,
-        damaged: DamageLimit,
+        damaged: BadRows,
         on_progress: Callable[[int, int], None],
     ):
         self.shards, self.out, self.made_by, self.settings = shards, out, made_by, settings
@@ -301,7 +302,7 @@ class Job:
 
 
 def loads_of(
-    shard: Shard, settings: EntropySettings, size: int | None = None, damaged: DamageLimit | None = None
+    shard: Shard, settings: EntropySettings, size: int | None = None, damaged: BadRows | None = None
 ) -> Iterator[Load]:
     """The batches of a shard, in order; a piece is never split over two.
 
@@ -315,7 +316,7 @@ def loads_of(
     pieces: list[Piece] = []
     ended: list[tuple[str, bytes]] = []
     num_ids = position = 0
-    for row, document, position in _documents(shard, settings, damaged or DamageLimit(0)):
+    for row, document, position in _documents(shard, settings, damaged or BadRows(0)):
         if len(document.text) > MAX_TEXT_BYTES:
             raise UserError(
                 f"entropies: '{shard.source}' row {row} is a document of {len(document.text)} bytes; "
@@ -332,7 +333,7 @@ def loads_of(
         yield Load(pack(pieces, size).stream, num_ids, ended, position)
 
 
-def _documents(shard: Shard, settings: EntropySettings, damaged: DamageLimit) -> Iterator[tuple[int, Document, int]]:
+def _documents(shard: Shard, settings: EntropySettings, damaged: BadRows) -> Iterator[tuple[int, Document, int]]:
     """Row, document, and about how many bytes of the file are read with it."""
     share: float | None = None
 

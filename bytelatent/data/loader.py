@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from bytelatent.data.settings import DataSettings, SourceSettings
 from bytelatent.data.source import SourceReader
 from bytelatent.data.stored import StoredCheck
 from bytelatent.errors import UserError
-from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Document, find_files, read_documents
+from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, find_files, read_documents
 
 
 class Loader:
@@ -31,7 +31,6 @@ class Loader:
         seed: of every choice.
         patcher: None for batches without patches.
         rank, world: this rank, of so many; no document is read by two in the same epoch.
-        say: is told of damaged rows and files, of each once.
         told: those that were said before.
     """
 
@@ -42,7 +41,6 @@ class Loader:
         patcher: Patcher | None = None,
         rank: int = 0,
         world: int = 1,
-        say: Callable[[str], None] = lambda line: None,
         told: set[str] | None = None,
     ):
         self.settings, self.seed, self.patcher = settings, seed, patcher
@@ -53,7 +51,7 @@ class Loader:
         )
         check, told = StoredCheck(patcher), set() if told is None else told
         self.sources = [
-            SourceReader(source, number, self.readings, seed, rank, world, settings.max_bad_rows, check, say, told)
+            SourceReader(source, number, self.readings, seed, rank, world, settings.max_bad_rows, check, told)
             for number, source in enumerate(settings.train)
         ]
         weights = np.array([source.weight for source in settings.train])
@@ -208,7 +206,7 @@ def batches_once(
     max_bytes: int | None = None,
     slots: int | None = None,
     padded: bool = False,
-    bad: DamageLimit | None = None,
+    bad: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Iterator[Batch]:
     """The sources' documents once, in order: for validation.
@@ -233,7 +231,7 @@ def batches_once(
 
 
 def _documents_once(
-    sources: list[SourceSettings], patcher: Patcher | None, bad: DamageLimit | None, max_row_bytes: int
+    sources: list[SourceSettings], patcher: Patcher | None, bad: BadRows | None, max_row_bytes: int
 ) -> Iterator[Document]:
     check = StoredCheck(patcher)
     stored = check.patcher is not None

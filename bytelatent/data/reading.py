@@ -13,7 +13,7 @@ import torch
 from bytelatent.data.patcher import Patcher
 from bytelatent.data.pieces import Piece, cut
 from bytelatent.errors import UserError
-from bytelatent.text import MAX_ROW_BYTES, BlockReader, Damaged, Stored, open_blocks
+from bytelatent.text import MAX_ROW_BYTES, BadRow, BlockReader, Stored, open_blocks
 
 RESTARTS = 3  # of the processes, for one block
 
@@ -57,12 +57,12 @@ class Reading:
         """A block; None past the last one.
 
         Raises:
-            Damaged: the file cannot be read.
+            BadRow: the file cannot be read.
             UserError: it is not of the kind that the settings say.
         """
         try:
             block = self._open(file).read(index)
-        except Damaged:
+        except BadRow:
             self._blocks = None
             raise
         if block is None:
@@ -121,7 +121,7 @@ class Readings:
         """The block, as `Reading` gives it.
 
         Raises:
-            Damaged, UserError: as `Reading`; or processes were killed again and again.
+            BadRow, UserError: as `Reading`; or processes were killed again and again.
         """
         source, file, index, future = request
         if future is None:

@@ -1,8 +1,9 @@
 """Files of text that each become one file, divided among processes."""
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from bytelatent.files import own_file
 from bytelatent.text import find_files
 from bytelatent.text.kinds import without_ending
 from bytelatent.text.places import is_remote, readable, size_of
+
+LOGGER = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
@@ -29,7 +32,7 @@ class Shard:
         return f"{self.name}.parquet"
 
 
-def shards_of(sources: Sequence[str], out: Path, say: Callable[[str], None] = lambda line: None) -> list[Shard]:
+def shards_of(sources: Sequence[str], out: Path) -> list[Shard]:
     """The files of the sources, sorted by name.
 
     A file of a folder keeps its path below it, any other its name alone. Files of rows change their ending; other
@@ -42,7 +45,7 @@ def shards_of(sources: Sequence[str], out: Path, say: Callable[[str], None] = la
     for source in sources:
         if not is_remote(source) and out.resolve().is_relative_to(Path(source).expanduser().resolve()):
             raise UserError(f"entropies: --out '{out}' is inside the source '{source}'; choose a folder outside of it")
-        for file in find_files(source, say):
+        for file in find_files(source, LOGGER.warning):
             name = _name(file, source)
             other = found.get(name)
             if other is not None and other.source != file:

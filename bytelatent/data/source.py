@@ -12,7 +12,7 @@ from bytelatent.data.pieces import Piece
 from bytelatent.data.reading import CutBlock, Readings, Request
 from bytelatent.data.settings import SourceSettings
 from bytelatent.errors import UserError
-from bytelatent.text import Damaged, DamageLimit, Stored, find_files
+from bytelatent.text import BadRow, BadRows, Stored, find_files
 
 
 class Place(NamedTuple):
@@ -55,7 +55,7 @@ class SourceReader:
         rank, world: this rank, of so many.
         check: complains about what is stored with the text.
         max_bad_rows: bad rows and files that are passed over in an epoch.
-        say: is told of bad rows and files, but for those in `told`, to which they are added.
+        told: bad rows and files that were logged before; what is logged is added.
     """
 
     def __init__(
@@ -68,13 +68,12 @@ class SourceReader:
         world: int = 1,
         max_bad_rows: int = 0,
         check: Callable[[Stored, str], None] = lambda stored, file: None,
-        say: Callable[[str], None] = lambda line: None,
         told: set[str] | None = None,
     ):
         self.settings, self.number, self.readings = settings, number, readings
         self.seed, self.rank, self.world = seed, rank, world
         self.check = check
-        self._limit = DamageLimit(max_bad_rows, "data.max_bad_rows", say, f" of '{settings.path}'", told)
+        self._limit = BadRows(max_bad_rows, "data.max_bad_rows", f" of '{settings.path}'", told)
         self.files = find_files(settings.path, self._limit.note)
         self._order = -1, np.arange(0)  # an epoch, and the numbers of the files in its order
         self._num_blocks_of: dict[str, int] = {}
@@ -205,7 +204,7 @@ class SourceReader:
         """The block; None where the file ends before it, or cannot be read from there on."""
         try:
             block = self.readings.answer(request)
-        except Damaged as error:
+        except BadRow as error:
             self._pass_over(str(error), place.epoch)
             return None
         if block is not None and block.stored is not None:
@@ -246,7 +245,7 @@ class SourceReader:
     def _count(self, place: Place) -> int | None:
         try:
             return self.readings.readings[self.number].count(self._file(place))
-        except Damaged:  # reading it will say so, too
+        except BadRow:  # reading it will say so, too
             return None
 
     def _num_blocks(self, place: Place) -> int:
@@ -257,7 +256,7 @@ class SourceReader:
             try:
                 blocks = itertools.count() if count is None else ()
                 count = count or next((index for index in blocks if reading(file, index) is None), 0)
-            except Damaged:
+            except BadRow:
                 count = 0
             self._num_blocks_of[file] = count
         return self._num_blocks_of[file]

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from bytelatent.console import Console
 from bytelatent.errors import UserError
 from bytelatent.files import only_writer, whole_file
 from bytelatent.hub.repository import HubFile
 from bytelatent.hub.transfer import missing_files, tell
+from bytelatent.log import Console
 
 RECORD = ".bytelatent.json"
 SETTINGS = ("config.json", "params.json")  # a model of any format has one of these

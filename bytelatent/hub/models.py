@@ -6,11 +6,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bytelatent.console import Console
 from bytelatent.errors import UserError
 from bytelatent.hub.cache import ANOTHER_CACHE, ModelCache, Unwritable, chosen, is_offline, read_record, write_record
 from bytelatent.hub.repository import MAIN, HubFile, Repository, Unreachable
 from bytelatent.hub.transfer import check_space, missing_files, require_client, tell, transfer
+from bytelatent.log import Console
 
 EXTRA = "hf"
 PASS_KEY = "pass token=..., set HF_TOKEN, or run: hf auth login"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from bytelatent.console import Console
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.hub.repository import HubFile, Repository, part_of
+from bytelatent.log import Console
 
 WORKERS = 8  # files at once
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bytelatent.console import Console
 from bytelatent.errors import UserError
+from bytelatent.log import Console
 from bytelatent.prepare.disk import write_text
 from bytelatent.prepare.settings import PrepareSettings
 from bytelatent.prepare.work import Plan, Work

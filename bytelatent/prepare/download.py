@@ -11,11 +11,11 @@ from urllib.parse import unquote
 
 from fsspec.utils import glob_translate
 
-from bytelatent.console import Console
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import only_writer, whole_file
 from bytelatent.hub.repository import MAIN, HubFile, Repository
 from bytelatent.hub.transfer import check_space, missing_files, require_client, tell, transfer
+from bytelatent.log import Console
 
 DATASETS = {  # name: repository and pattern of its files
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "data/**/*.parquet"),

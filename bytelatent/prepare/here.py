@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from bytelatent.console import Console
+from bytelatent.log import Console
 from bytelatent.prepare.gather import range_parts
 from bytelatent.prepare.local import WatchedExecutor
 from bytelatent.prepare.steps import Cut, Finish, Gather, Scatter, silent

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bytelatent.console import Console
 from bytelatent.errors import UserError
-from bytelatent.text import Damaged, find_files
+from bytelatent.log import Console
+from bytelatent.text import BadRow, find_files
 from bytelatent.text.documents import json_value, some
 from bytelatent.text.kinds import FileKind, TextReader, kind_of, name_of
 from bytelatent.text.places import is_remote, readable, size_of
@@ -158,7 +158,7 @@ def _like_a_data_set(source: str) -> str:
 def _input_file(path: str, source: str) -> InputFile:
     try:
         found = kind_of(path)
-    except Damaged:  # what reads it will say so
+    except BadRow:  # what reads it will say so
         found = FileKind(None)
     kind = "packed" if found.kind == "lines" and found.compression else found.kind or "none"
     if is_remote(path):

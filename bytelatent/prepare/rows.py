@@ -20,7 +20,7 @@ from bytelatent.text.documents import bytes_of, from_json, from_value, too_long
 from bytelatent.text.kinds import TextReader, must_be_read
 from bytelatent.text.lines import json_values
 from bytelatent.text.parquet import ParquetTable
-from bytelatent.text.places import Damaged, readable
+from bytelatent.text.places import BadRow, readable
 from bytelatent.vocab import to_bytes
 
 READ_BYTES = 1 << 19  # at once
@@ -117,7 +117,7 @@ class RowReader:
                         if len(rows.kept):
                             self.corrupt.good_files.add(self._number)
                         yield rows
-            except Damaged as error:
+            except BadRow as error:
                 self._bad(str(error))
             if unit.kind != "lines":
                 self.report(file.size)
@@ -209,7 +209,7 @@ class RowReader:
         """The text of a line; None, and a bad row more where its place is given, if it has none."""
         try:
             return from_json(line, self.how, where or "").text
-        except Damaged as error:
+        except BadRow as error:
             if where is not None:
                 self._bad(str(error))
             return None
@@ -228,7 +228,7 @@ class RowReader:
                     size += more
                 except StopIteration:
                     ended = True
-                except Damaged as error:
+                except BadRow as error:
                     self._bad(str(error))
                 if size > READ_BYTES or ended:
                     yield self._made(made)
@@ -243,9 +243,9 @@ class RowReader:
             try:
                 try:
                     rows = table.rows(index)
-                except Damaged:  # of a column that nobody needs, perhaps
+                except BadRow:  # of a column that nobody needs, perhaps
                     rows = text_alone.rows(index)
-            except Damaged as error:
+            except BadRow as error:
                 self._bad(str(error))
                 continue
             step = max(1, min(len(rows), READ_BYTES * len(rows) // max(rows.nbytes, 1)))

@@ -10,10 +10,10 @@ from typing import Any
 from rich.filesize import decimal
 
 from bytelatent import terminal
-from bytelatent.console import Console
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.files import only_writer
+from bytelatent.log import Console
 from bytelatent.prepare.budget import Budget, share_out
 from bytelatent.prepare.disk import writing
 from bytelatent.prepare.inputs import InputFile, check_first_row, resolve, tasks_of, units_of

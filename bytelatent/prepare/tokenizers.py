@@ -7,11 +7,11 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
-from bytelatent.console import Console
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import whole_file
 from bytelatent.hub.repository import MAIN, Repository
 from bytelatent.hub.transfer import require_client, tell
+from bytelatent.log import Console
 
 OF_THE_RULE_BPE = "tokenizer.json"
 TIKTOKEN_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"

@@ -13,9 +13,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from bytelatent.config import flat, load_yaml
-from bytelatent.console import Console
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
+from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.model.flops import costs
 from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, number

@@ -4,19 +4,19 @@
 documents of rows, and `blocks` and `parquet` read them in parts. Every command reads text through these.
 """
 
-from bytelatent.text.bad_rows import DamageLimit
+from bytelatent.text.bad_rows import BadRows
 from bytelatent.text.blocks import BlockReader, open_blocks, read_documents
 from bytelatent.text.documents import MAX_ROW_BYTES, Block, Document
 from bytelatent.text.folders import find_files
-from bytelatent.text.places import Damaged
+from bytelatent.text.places import BadRow
 from bytelatent.text.stored import Stored
 
 __all__ = [
     "MAX_ROW_BYTES",
+    "BadRow",
+    "BadRows",
     "Block",
     "BlockReader",
-    "DamageLimit",
-    "Damaged",
     "Document",
     "Stored",
     "find_files",

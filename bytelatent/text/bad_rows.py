@@ -1,25 +1,26 @@
 """How many bad rows and files are passed over."""
 
+import logging
 import re
-from collections.abc import Callable
 
 from bytelatent.errors import UserError
-from bytelatent.text.places import Damaged
+from bytelatent.text.places import BadRow
+
+LOGGER = logging.getLogger(__name__)
 
 MAX_BAD_ROWS = 100  # unless a setting says otherwise
 MAX_LINE = 200  # characters of a line about a bad row
 
 
-class DamageLimit:
+class BadRows:
     """Counts and names bad rows and files.
 
     Args:
         limit: one more is an error; 0 makes each an error.
         name: the setting that holds the limit, for the error.
-        say: receives a line about each that is passed over, once.
         of: what they are counted of, for the error; nothing, or ` of '...'`.
-        told: those that were said before, which are only counted: a text is read in calibration and in every epoch.
-            What is said is added.
+        logged: those that were logged before, which are only counted: a text is read in calibration and in every
+            epoch. What is logged is added.
 
     Attributes:
         count: bad rows and files so far.
@@ -30,16 +31,15 @@ class DamageLimit:
         self,
         limit: int,
         name: str = "--max-bad-rows",
-        say: Callable[[str], None] = lambda line: None,
         of: str = "",
-        told: set[str] | None = None,
+        logged: set[str] | None = None,
     ):
-        self.limit, self.name, self.say, self.of = limit, name, say, of
-        self.told = set() if told is None else told
+        self.limit, self.name, self.of = limit, name, of
+        self.logged = set() if logged is None else logged
         self.count = 0
         self.unread: dict[str, str] = {}
 
-    def __call__(self, error: Damaged | str) -> None:
+    def __call__(self, error: BadRow | str) -> None:
         """Pass over one.
 
         Raises:
@@ -50,15 +50,15 @@ class DamageLimit:
         if self.count > self.limit:
             before = f"{self.limit} bad rows or files{self.of} were passed over already ({self.name})"
             raise UserError(f"{line}; {before}" if self.limit else line)
-        if line not in self.told:
-            self.told.add(line)
-            self.say(short(line, f"; passed over ({self.count} of at most {self.limit})"))
+        if line not in self.logged:
+            self.logged.add(line)
+            LOGGER.warning("%s", short(line, f"; passed over ({self.count} of at most {self.limit})"))
 
     def note(self, line: str) -> None:
-        """Say a line that counts as no bad row, once."""
-        if line not in self.told:
-            self.told.add(line)
-            self.say(short(line))
+        """Log a line that counts as no bad row, once."""
+        if line not in self.logged:
+            self.logged.add(line)
+            LOGGER.warning("%s", short(line))
 
     def must_have_read(self) -> None:
         """Complain, once all else is done, about files of which nothing could be read.

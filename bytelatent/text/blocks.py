@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from bytelatent.text.bad_rows import DamageLimit
+from bytelatent.text.bad_rows import BadRows
 from bytelatent.text.documents import MAX_ROW_BYTES, Block, Document, Rows, from_json, from_value, too_long
 from bytelatent.text.kinds import FileKind, TextReader, must_be_read
 from bytelatent.text.lines import json_values, next_line
 from bytelatent.text.parquet import ParquetBlocks
-from bytelatent.text.places import Damaged, is_remote, open_file, readable, size_of
+from bytelatent.text.places import BadRow, is_remote, open_file, readable, size_of
 from bytelatent.text.stored import Stored
 
 BLOCK_BYTES = 1 << 20
@@ -31,7 +31,7 @@ class BlockReader(Protocol):
         """A block; None past the last one. What cannot be read of it is among its damaged rows.
 
         Raises:
-            Damaged: the file cannot be read at all.
+            BadRow: the file cannot be read at all.
         """
         ...
 
@@ -47,7 +47,7 @@ def open_blocks(
         max_row_bytes: a longer row is a bad one.
 
     Raises:
-        Damaged: the file cannot be opened, or is not read as text.
+        BadRow: the file cannot be opened, or is not read as text.
     """
     how = Rows(text_key, stored, max_row_bytes)
     found = must_be_read(file)
@@ -60,7 +60,7 @@ def read_documents(
     file: str,
     text_key: str = "text",
     check: Callable[[Stored, str], None] = lambda stored, file: None,
-    damaged: DamageLimit | None = None,
+    damaged: BadRows | None = None,
     stored: bool = True,
     max_row_bytes: int = MAX_ROW_BYTES,
     on_block: Callable[[float | None], None] = lambda share: None,
@@ -78,7 +78,7 @@ def read_documents(
     """
     is_read, first = False, None
     for row, found in _rows_of(file, Rows(text_key, stored, max_row_bytes), check, on_block):
-        if not isinstance(found, Damaged):
+        if not isinstance(found, BadRow):
             is_read = True
             yield row, found
         elif damaged is None:
@@ -92,7 +92,7 @@ def read_documents(
 
 def _rows_of(
     file: str, how: Rows, check: Callable[[Stored, str], None], on_block: Callable[[float | None], None]
-) -> Iterator[tuple[int, Document | Damaged]]:
+) -> Iterator[tuple[int, Document | BadRow]]:
     try:
         reader = open_blocks(file, how.text_key, how.stored, how.max_row_bytes)
         count = reader.count()
@@ -104,7 +104,7 @@ def _rows_of(
                 check(block.stored, file)
             on_block((index + 1) / count if count else None)
             yield from block.rows()
-    except Damaged as error:
+    except BadRow as error:
         yield error.row, error
 
 
@@ -160,10 +160,10 @@ class JsonBlocks:
             while True:
                 try:
                     value, more = next(values)
-                    document: Document | Damaged = from_value(value, self.how, f"'{self.file}' value {row + 1}")
+                    document: Document | BadRow = from_value(value, self.how, f"'{self.file}' value {row + 1}")
                 except StopIteration:
                     break
-                except Damaged as error:
+                except BadRow as error:
                     document, more = error, 0
                 block.add(row, document)
                 size, row = size + more, row + 1
@@ -241,13 +241,13 @@ class LineBlocks:
                 if line is None:
                     raise too_long(where, self.how)
                 block.add(row, from_json(line, self.how, where))
-            except Damaged as error:
+            except BadRow as error:
                 if damage is not None and line is not None and not line.endswith(b"\n"):
                     continue  # it is a part of what was lost
                 if first is None:  # only now is it worth counting
                     before = self._lines_before(at)
                     where = f"line {before + row + 1}" if before is not None else f"{row} lines after byte {at}"
-                    error = Damaged(str(error).replace(f"line {row + 1}", where, 1))
+                    error = BadRow(str(error).replace(f"line {row + 1}", where, 1))
                 block.add(row, error)
         if damage is not None and (lines or at == 0):
             _add_damage(block, stream, (first or 0) + len(lines))
@@ -264,4 +264,4 @@ class LineBlocks:
 def _add_damage(block: Block, stream: Any, row: int) -> None:
     """Add what of a file was not read, after the rows that were."""
     if stream.damage is not None:
-        block.add(row, Damaged(f"data: '{stream.file}' {stream.damage}"))
+        block.add(row, BadRow(f"data: '{stream.file}' {stream.damage}"))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bytelatent.terminal import one_line
-from bytelatent.text.places import Damaged
+from bytelatent.text.places import BadRow
 from bytelatent.text.stored import Stored, unpack_starts
 from bytelatent.vocab import to_bytes
 
@@ -48,19 +48,19 @@ class Block:
     """Documents with their rows in the file, empty ones left out, and one error for each row that holds none."""
 
     documents: list[tuple[int, Document]] = field(default_factory=list)
-    damaged: list[Damaged] = field(default_factory=list)
+    damaged: list[BadRow] = field(default_factory=list)
     stored: Stored | None = None  # what the file says of the entropies or starts in it
 
-    def add(self, row: int, found: Document | Damaged) -> None:
-        if isinstance(found, Damaged):
+    def add(self, row: int, found: Document | BadRow) -> None:
+        if isinstance(found, BadRow):
             found.row = row
             self.damaged.append(found)
         elif found.text:
             self.documents.append((row, found))
 
-    def rows(self) -> list[tuple[int, Document | Damaged]]:
+    def rows(self) -> list[tuple[int, Document | BadRow]]:
         """Documents and damaged rows in the file's order."""
-        rows: list[tuple[int, Document | Damaged]] = [*self.documents, *((error.row, error) for error in self.damaged)]
+        rows: list[tuple[int, Document | BadRow]] = [*self.documents, *((error.row, error) for error in self.damaged)]
         return sorted(rows, key=lambda found: found[0]) if self.damaged else rows
 
 
@@ -94,12 +94,12 @@ def from_json(line: bytes, how: Rows, where: str) -> Document:
     """The document of a JSON line.
 
     Raises:
-        Damaged: it holds none; `where` names the row.
+        BadRow: it holds none; `where` names the row.
     """
     try:
         value = json_value(line)
     except ValueError as error:
-        raise Damaged(f"data: {where} is not JSON ({error}); mend or remove it") from None
+        raise BadRow(f"data: {where} is not JSON ({error}); mend or remove it") from None
     return from_value(value, how, where)
 
 
@@ -107,25 +107,25 @@ def from_value(value: Any, how: Rows, where: str) -> Document:
     """The document of a JSON object, or of what `lines.json_values` gives in place of one.
 
     Raises:
-        Damaged: as `from_json`.
+        BadRow: as `from_json`.
     """
-    if isinstance(value, Damaged):
+    if isinstance(value, BadRow):
         raise value
     if not isinstance(value, dict):
-        raise Damaged(f"data: {where} is not a JSON object with the key '{how.text_key}'")
+        raise BadRow(f"data: {where} is not a JSON object with the key '{how.text_key}'")
     text = value.get(how.text_key)
     if how.text_key in value and not isinstance(text, str):
         instead = JSON_NAMES.get(type(text), "an object")
-        raise Damaged(f"data: {where} has no text under '{how.text_key}' but {instead}")
+        raise BadRow(f"data: {where} has no text under '{how.text_key}' but {instead}")
     if not isinstance(text, str):
-        raise Damaged(f"data: {where} has no text under '{how.text_key}'; its keys: {some(value)}")
+        raise BadRow(f"data: {where} has no text under '{how.text_key}'; its keys: {some(value)}")
     entropies = _floats(value.get("entropies"), where) if how.stored else None
     name = value.get("id")
     name = None if name is None or isinstance(name, list | dict) else name_of(name)
     return _checked(to_bytes(text), name, entropies, None, where)
 
 
-def from_table(table: Any, how: Rows, wheres: list[str]) -> Iterator[Document | Damaged]:
+def from_table(table: Any, how: Rows, wheres: list[str]) -> Iterator[Document | BadRow]:
     """The documents of an Arrow table's rows, in order.
 
     Args:
@@ -140,18 +140,18 @@ def from_table(table: Any, how: Rows, wheres: list[str]) -> Iterator[Document | 
     starts = bytes_of(table.column("starts")) if "starts" in names else none
     for text, name, floats, bits, where in zip(texts, ids, entropies, starts, wheres, strict=True):
         if text is None:
-            yield Damaged(f"data: {where} has no text under '{how.text_key}'; its columns: {some(names)}")
+            yield BadRow(f"data: {where} has no text under '{how.text_key}'; its columns: {some(names)}")
         elif len(text) > how.max_row_bytes:
             yield too_long(where, how)
         else:
             try:
                 yield _checked(text, name, floats, None if bits is None else _unpacked(bits, text, where), where)
-            except Damaged as error:
+            except BadRow as error:
                 yield error
 
 
-def too_long(where: str, how: Rows) -> Damaged:
-    return Damaged(
+def too_long(where: str, how: Rows) -> BadRow:
+    return BadRow(
         f"data: {where} is longer than max_row_bytes ({how.max_row_bytes:,}); cut it into documents, or allow more"
     )
 
@@ -180,9 +180,9 @@ def _checked(
 ) -> Document:
     if entropies is not None:
         if entropies.shape != (len(text) + 1,):
-            raise Damaged(f"data: {where} has {entropies.size} entropies for {len(text)} bytes; {ONE_EACH}")
+            raise BadRow(f"data: {where} has {entropies.size} entropies for {len(text)} bytes; {ONE_EACH}")
         if not np.isfinite(entropies).all() or (entropies < 0).any():
-            raise Damaged(f"data: {where} has an entropy that is negative or not finite")
+            raise BadRow(f"data: {where} has an entropy that is negative or not finite")
     return Document(text, name, entropies, starts)
 
 
@@ -196,7 +196,7 @@ def _floats(stored: Any, where: str) -> np.ndarray | None:
     except ValueError:  # lists of several lengths
         found = None
     if found is None or found.ndim == 0:
-        raise Damaged(f"data: {where} has entropies that are not a list of numbers")
+        raise BadRow(f"data: {where} has entropies that are not a list of numbers")
     return found
 
 
@@ -204,7 +204,7 @@ def _unpacked(bits: bytes, text: bytes, where: str) -> np.ndarray:
     try:
         return unpack_starts(bits, len(text))
     except ValueError as error:
-        raise Damaged(f"data: {where} has {error}; {ONE_EACH}") from None
+        raise BadRow(f"data: {where} has {error}; {ONE_EACH}") from None
 
 
 def name_of(value: Any) -> str:

@@ -12,7 +12,7 @@ from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
 from bytelatent.text.bad_rows import MAX_LINE, short
 from bytelatent.text.kinds import kind_of, must_be_read, name_of, rows_by_name
-from bytelatent.text.places import Damaged, file_system, is_remote, readable
+from bytelatent.text.places import BadRow, file_system, is_remote, readable
 
 ROOM = 60  # characters of a line for the names of files
 
@@ -109,7 +109,7 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
         if not is_remote(file) and not os.path.exists(file):
             why_not = "a broken link"
         elif not _is_rows(file):
-            with suppress(Damaged):  # whatever reads it will say so
+            with suppress(BadRow):  # whatever reads it will say so
                 why_not = kind_of(file).why_not
         if why_not:
             others[file] = why_not

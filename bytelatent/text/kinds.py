@@ -16,7 +16,7 @@ from bytelatent.text.compressed import Decompressed, compression_of, zstd_module
 from bytelatent.text.documents import json_value
 from bytelatent.text.places import (
     BUFFER_BYTES,
-    Damaged,
+    BadRow,
     import_pyarrow,
     is_remote,
     open_file,
@@ -76,7 +76,7 @@ def kind_of(file: str) -> FileKind:
     """Look into a file.
 
     Raises:
-        Damaged: it cannot be opened.
+        BadRow: it cannot be opened.
         UserError: a package for it is not installed.
     """
     with readable(file):
@@ -218,12 +218,12 @@ def must_be_read(file: str) -> FileKind:
     """As `kind_of`, of a file that is to be read.
 
     Raises:
-        Damaged: it cannot be opened, or it is not read as text; what it is is named.
+        BadRow: it cannot be opened, or it is not read as text; what it is is named.
         UserError: a package for it is not installed.
     """
     found = kind_of(file)
     if found.kind is None:
-        raise Damaged(
+        raise BadRow(
             f"data: '{file}' is {found.why_not}, which is not read as text; what is read: "
             "JSONL, JSON, Parquet and text in UTF-8 or any encoding without zero bytes"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from bytelatent.text.documents import JSON, Rows, too_long
 from bytelatent.text.kinds import TextReader
-from bytelatent.text.places import Damaged
+from bytelatent.text.places import BadRow
 
 SKIP_BYTES = 1 << 20
 DEEPEST = 1 << 18  # brackets in one another; more would only take their time
@@ -34,7 +34,7 @@ def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
     one object, or several after each other; an error in place of one that is too long or no JSON.
 
     Raises:
-        Damaged: from here on it is not JSON, or a value is so long that its end was not found.
+        BadRow: from here on it is not JSON, or a value is so long that its end was not found.
     """
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     text, at, ended, in_array, row = "", 0, False, False, 0
@@ -50,9 +50,9 @@ def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
                 value, end = JSON.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", "it is nested too deeply")
-                value, end = Damaged(f"data: {where} is not JSON ({reason}); mend or remove it"), _end_of(text, at)
+                value, end = BadRow(f"data: {where} is not JSON ({reason}); mend or remove it"), _end_of(text, at)
                 if end is None and ended:
-                    raise Damaged(f"data: {where} is not JSON ({reason}); it and the rest are not read") from None
+                    raise BadRow(f"data: {where} is not JSON ({reason}); it and the rest are not read") from None
                 end = len(text) if end is None else end
             if end < len(text) or ended:
                 yield (value if end - at <= how.max_row_bytes else too_long(where, how)), end - at
@@ -62,7 +62,7 @@ def json_values(stream: TextReader, how: Rows) -> Iterator[tuple[Any, int]]:
                 raise too_long(where, how)
         elif ended:
             if in_array and stream.damage is None:
-                raise Damaged(f"data: '{stream.file}' is not whole: its array has no end after {row:,} values")
+                raise BadRow(f"data: '{stream.file}' is not whole: its array has no end after {row:,} values")
             return
         more = stream.read(max(SKIP_BYTES, len(text) - at))
         ended = not more

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bytelatent.text.documents import Block, Rows, from_table, some
-from bytelatent.text.places import Damaged, import_pyarrow, is_remote, open_file, readable
+from bytelatent.text.places import BadRow, import_pyarrow, is_remote, open_file, readable
 from bytelatent.text.stored import Stored, stored_in
 
 BLOCK_ROWS = 1024
@@ -21,7 +21,7 @@ class ParquetTable:
     def __init__(self, file: str, text_key: str, block_rows: int):
         """
         Raises:
-            Damaged: it is no whole Parquet file, or has no such column, or two, or one that holds no text.
+            BadRow: it is no whole Parquet file, or has no such column, or two, or one that holds no text.
         """
         import_pyarrow(file)
         self.file = file
@@ -53,15 +53,15 @@ class ParquetTable:
         """A block as an Arrow table.
 
         Raises:
-            Damaged: the block cannot be read; others may be.
+            BadRow: the block cannot be read; others may be.
         """
         try:
             with readable(self.file):
                 return self._rows(index)
-        except Damaged as error:
+        except BadRow as error:
             self._group = -1
             first, end = self.first_rows[index] + 1, self.first_rows[index + 1]
-            raise Damaged(f"{error}: rows {first:,} to {end:,} of {self.first_rows[-1]:,} are not read") from None
+            raise BadRow(f"{error}: rows {first:,} to {end:,} of {self.first_rows[-1]:,} are not read") from None
 
     def _rows(self, index: int) -> Any:
         import pyarrow
@@ -109,7 +109,7 @@ class ParquetBlocks:
         try:
             with readable(self.file):
                 found = list(from_table(table.rows(index), self.how, wheres))
-        except Damaged as error:
+        except BadRow as error:
             found = [error]
         for row, document in enumerate(found, start=first):
             block.add(row, document)
@@ -141,11 +141,11 @@ def _check_text(schema: Any, file: str, text_key: str) -> None:
 
     number = schema.names.count(text_key)
     if number == 0:
-        raise Damaged(
+        raise BadRow(
             f"data: '{file}' has no column '{text_key}'; its columns: {some(schema.names)}; name the text's: --text-key"
         )
     if number > 1:
-        raise Damaged(
+        raise BadRow(
             f"data: '{file}' has {number} columns '{text_key}', and which is the text is not clear; rename one"
         )
     kind = schema.field(text_key).type
@@ -154,14 +154,14 @@ def _check_text(schema: Any, file: str, text_key: str) -> None:
     if str(kind).removeprefix("large_").partition("[")[0] not in (
         *("string", "binary", "string_view", "binary_view", "fixed_size_binary", "null"),
     ):
-        raise Damaged(f"data: '{file}' holds no text in column '{text_key}' but {kind}; name the text's: --text-key")
+        raise BadRow(f"data: '{file}' holds no text in column '{text_key}' but {kind}; name the text's: --text-key")
 
 
 def _stored_columns(schema: Any, stored: Stored | None, file: str) -> list[str]:
     """What is stored beside the text: entropies of anyone's making, starts only of ours.
 
     Raises:
-        Damaged: a column of entropies holds something else, or there are two.
+        BadRow: a column of entropies holds something else, or there are two.
     """
     from pyarrow.types import is_floating, is_large_list, is_list
 
@@ -170,8 +170,8 @@ def _stored_columns(schema: Any, stored: Stored | None, file: str) -> list[str]:
     if "entropies" not in schema.names:
         return []
     if (number := schema.names.count("entropies")) > 1:
-        raise Damaged(f"data: '{file}' has {number} columns 'entropies', and which counts is not clear; rename one")
+        raise BadRow(f"data: '{file}' has {number} columns 'entropies', and which counts is not clear; rename one")
     kind = schema.field("entropies").type
     if not (is_list(kind) or is_large_list(kind)) or not is_floating(kind.value_type):
-        raise Damaged(f"data: '{file}' holds in column 'entropies' no lists of floats but {kind}")
+        raise BadRow(f"data: '{file}' holds in column 'entropies' no lists of floats but {kind}")
     return ["entropies"]

@@ -11,7 +11,7 @@ from bytelatent.errors import Interrupted, UserError
 BUFFER_BYTES = 1 << 20
 
 
-class Damaged(UserError):
+class BadRow(UserError):
     """A file or a row that cannot be read, though others may be: training passes over some of these."""
 
     row = 0  # in the file, where it is one row
@@ -71,23 +71,23 @@ def readable(file: str) -> Iterator[None]:
     """Say in one line why `file` could not be read.
 
     Raises:
-        Damaged: in place of the errors of the system, the network and the formats.
+        BadRow: in place of the errors of the system, the network and the formats.
     """
     try:
         yield
     except (UserError, Interrupted, MemoryError):
         raise
     except FileNotFoundError:
-        raise Damaged(f"data: '{file}' does not exist any more") from None
+        raise BadRow(f"data: '{file}' does not exist any more") from None
     except OSError as error:
-        raise Damaged(f"data: '{file}' cannot be read: {error.strerror or error}") from None
+        raise BadRow(f"data: '{file}' cannot be read: {error.strerror or error}") from None
     except Exception as error:  # of pyarrow, fsspec and what these use: of any class
         if "range requests" in str(error):  # fsspec's ValueError, for a large file that is not read from end to end
-            raise Damaged(f"data: '{file}' is on a server that sends whole files only; download it first") from None
+            raise BadRow(f"data: '{file}' is on a server that sends whole files only; download it first") from None
         reason = str(error) or type(error).__name__
         if type(error).__name__ == "ArrowInvalid":
-            raise Damaged(f"data: '{file}' is not a whole Parquet file; fetch or write it again ({reason})") from None
-        raise Damaged(f"data: '{file}' cannot be read: {reason}") from None
+            raise BadRow(f"data: '{file}' is not a whole Parquet file; fetch or write it again ({reason})") from None
+        raise BadRow(f"data: '{file}' cannot be read: {reason}") from None
 
 
 def import_pyarrow(file: str) -> Any:

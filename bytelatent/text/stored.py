@@ -16,7 +16,7 @@ import numpy as np
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
-from bytelatent.text.places import Damaged, import_pyarrow, open_file, readable
+from bytelatent.text.places import BadRow, import_pyarrow, open_file, readable
 
 METADATA_KEY = b"bytelatent"
 VERSION = 1
@@ -56,7 +56,7 @@ def stored_in(metadata: dict[bytes, bytes] | None, file: str) -> Stored | None:
     """What the metadata of a Parquet file say; None where it is none of ours.
 
     Raises:
-        Damaged: they are not what we write.
+        BadRow: they are not what we write.
         UserError: a newer version of this package wrote them.
     """
     if metadata is None or METADATA_KEY not in metadata:
@@ -65,20 +65,20 @@ def stored_in(metadata: dict[bytes, bytes] | None, file: str) -> Stored | None:
         values = json.loads(metadata[METADATA_KEY])
         version = values["version"]
     except (ValueError, KeyError, TypeError):
-        raise Damaged(f"data: '{file}' has metadata that cannot be read; make it again: blt entropies") from None
+        raise BadRow(f"data: '{file}' has metadata that cannot be read; make it again: blt entropies") from None
     if version != VERSION:
         raise UserError(f"data: '{file}' is of version {version} of this format; upgrade bytelatent to read it")
     try:
         return Stored.parse(values, where=file)
     except UserError as error:
-        raise Damaged(f"data: '{file}' has metadata that cannot be read: {error}") from None
+        raise BadRow(f"data: '{file}' has metadata that cannot be read: {error}") from None
 
 
 def read_stored(file: str | Path) -> Stored | None:
     """What a file's entropies or starts come from; None for a Parquet file of another kind.
 
     Raises:
-        Damaged: it cannot be read, or is not Parquet.
+        BadRow: it cannot be read, or is not Parquet.
         UserError: see `stored_in`.
     """
     file = str(file)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bytelatent.console import Console
+from bytelatent.log import Console
 from bytelatent.progress import EVERY, time_left
 from bytelatent.training.trackers import Tracker
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bytelatent.console import Console
 from bytelatent.credentials import masked
 from bytelatent.data import DataSettings, Patcher, Piece, StoredCheck, cut, groups_of, stream_of
 from bytelatent.data.settings import SourceSettings
@@ -20,7 +19,7 @@ from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
 from bytelatent.progress import Progress
-from bytelatent.text import MAX_ROW_BYTES, DamageLimit, Stored, find_files, read_documents
+from bytelatent.text import MAX_ROW_BYTES, BadRows, Stored, find_files, read_documents
 from bytelatent.weights import find_byte_lm, fingerprint
 
 SPREAD = 8  # text that is read for a sample, as a multiple of the sample
@@ -58,10 +57,8 @@ def calibrate_on(
     text_bytes: int,
     device: str = "auto",
     dtype: str = "auto",
-    say: Callable[[str], None] = lambda line: None,
     told: set[str] | None = None,
     limit: float | None = None,
-    console: Console | None = None,
 ) -> Calibration:
     """The threshold for a mean patch size on a sample of the training text, checked on the validation text.
 
@@ -71,16 +68,14 @@ def calibrate_on(
         wanted_patch_bytes: mean bytes a patch.
         rule: the entropy rule; its threshold does not matter.
         text_bytes: how much text to measure on.
-        say: receives a line about each bad row and file, of which `data.max_bad_rows` are passed over.
         told: what was said is added.
         limit: seconds after which the rest of a sample is left out, of the training text and of the validation text.
-        console: shows how far it is.
     """
 
     def sampled(sources: list[SourceSettings], what: str) -> Sample:
-        bad = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
+        bad = BadRows(data.max_bad_rows, "data.max_bad_rows", logged=told)
         rows = bad, data.max_row_bytes
-        with Progress(what, text_bytes, console, limit) as progress:
+        with Progress(what, text_bytes, limit) as progress:
             return sample_entropies(byte_lm, sources, data.context, rule, text_bytes, device, dtype, *rows, progress)
 
     sample = sampled(data.train, "calibrating")
@@ -119,7 +114,7 @@ def sample_entropies(
     text_bytes: int,
     device: str | torch.device = "auto",
     dtype: str = "auto",
-    damaged: DamageLimit | None = None,
+    damaged: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
     progress: Progress | None = None,
 ) -> Sample:
@@ -166,7 +161,7 @@ def sample_pieces(
     text_bytes: int,
     context: int,
     check: Callable[[Stored, str], None] = lambda stored, file: None,
-    damaged: DamageLimit | None = None,
+    damaged: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> list[Piece]:
     """About `text_bytes` of text from all over the sources, by weight: the same pieces each time."""
@@ -195,7 +190,7 @@ def sample_pieces(
     return sample
 
 
-def _files(source: SourceSettings, damaged: DamageLimit | None) -> list[str]:
+def _files(source: SourceSettings, damaged: BadRows | None) -> list[str]:
     return find_files(source.path) if damaged is None else find_files(source.path, damaged.note)
 
 

@@ -9,11 +9,11 @@ import torch
 from pydantic import ValidationError
 
 from bytelatent.config import load_yaml
-from bytelatent.console import Console
 from bytelatent.data import Patcher
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file, whole_folder
 from bytelatent.inference import FastEntropies
+from bytelatent.log import Console
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration
 from bytelatent.run_folder import checkpoints_in
@@ -104,10 +104,8 @@ def _prepare(
                 settings.calibration.text_bytes,
                 settings.device,
                 settings.dtype,
-                lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
                 told,
                 None if settings.minutes is None else CALIBRATION_SHARE / 2 * 60 * settings.minutes,
-                console,
             )
             write_calibration(folder, calibration)
         patching = settings.patching.model_copy(update={"threshold": calibration.threshold})

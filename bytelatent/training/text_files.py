@@ -16,7 +16,7 @@ from bytelatent.credentials import masked
 from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
-from bytelatent.text import Damaged, find_files
+from bytelatent.text import BadRow, find_files
 from bytelatent.text.places import file_system, is_remote, readable
 
 LISTING = "text.json"
@@ -137,7 +137,7 @@ def _here(key: str, file: str, edge: int | None) -> TextFile:
         with readable(file):
             stat = os.stat(file)
             digest = _digest(file, stat.st_size, edge)
-    except Damaged as error:  # training passes over some such files
+    except BadRow as error:  # training passes over some such files
         return TextFile(key, file, None, str(error))
     return TextFile(key, file, stat.st_size, _time(stat.st_mtime), edge, digest)
 
@@ -147,7 +147,7 @@ def _remote(key: str, file: str) -> TextFile:
         with readable(file):
             fs, path = file_system(file)
             about: dict[str, Any] = fs.info(path)
-    except Damaged as error:
+    except BadRow as error:
         return TextFile(key, masked(file), None, str(error))
     mark = next((about[name] for name in (*CONTENT, *CHANGE) if about.get(name) is not None), "")
     return TextFile(key, masked(file), about.get("size"), str(mark))

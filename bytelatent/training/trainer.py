@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from bytelatent import terminal
-from bytelatent.console import Console
 from bytelatent.credentials import masked
 from bytelatent.data import Batch, DataSettings, Loader, ReadAhead, surprise
 from bytelatent.data.pieces import ID_BYTES
 from bytelatent.device import autocast, choose_dtype, free_memory, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
+from bytelatent.log import Console
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.threads import Threads
 from bytelatent.training.checkpoint.checkpoints import Checkpoints, TrainState, must_take_checkpoints
@@ -115,10 +114,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
     def say(line: str) -> None:
         console.print(masked(line), highlight=False, markup=False, soft_wrap=True)
 
-    def say_of_text(line: str) -> None:  # damaged rows are met by one rank alone
-        say(line) if ranks.is_first else print(terminal.safe(masked(f"{ranks.name}: {line}")), flush=True)
-
-    batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, say_of_text, run.told)
+    batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, run.told)
     loader = ReadAhead(batches, device) if reads_ahead(device) else batches
     state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
     in_background = settings.checkpoint.asynchronous
@@ -208,7 +204,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                 if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
                     watchdog.progress(f"validation after step {state.step}")
                     began, limit = time.perf_counter(), _validation_limit(state, settings, validated, done)
-                    row = validate(state, settings, run.patcher, loss, device, plan, limit, console, say, run.told)
+                    row = validate(state, settings, run.patcher, loss, device, plan, limit, run.told)
                     metrics.write(row, done)
                     since = time.perf_counter()
                     validated += since - began

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from bytelatent.console import Console
 from bytelatent.data import Batch, DataSettings, Patcher, batches_once
 from bytelatent.errors import UserError
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.progress import Progress
-from bytelatent.text import DamageLimit, find_files
+from bytelatent.text import BadRows, find_files
 from bytelatent.text.places import is_remote
 from bytelatent.training.checkpoint.checkpoints import TrainState
 from bytelatent.training.distributed.plan import Plan, let_go
@@ -45,7 +44,7 @@ def must_be_there(data: DataSettings, whence: str = "", remote: bool = True) -> 
 def must_hold_text(data: DataSettings) -> None:
     """Complain about sources before the first step, not at the first validation."""
     must_be_there(data)
-    bad = DamageLimit(data.max_bad_rows, "data.max_bad_rows")
+    bad = BadRows(data.max_bad_rows, "data.max_bad_rows")
     batches = batches_once(data.valid, data.context, data.batch_bytes, bad=bad, max_row_bytes=data.max_row_bytes)
     if data.valid and next(batches, None) is None:
         raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
@@ -59,21 +58,17 @@ def validate(
     device: torch.device,
     plan: Plan,
     limit: float | None = None,
-    console: Console | None = None,
-    say: Callable[[str], None] = lambda line: None,
     told: set[str] | None = None,
 ) -> dict[str, Any]:
     """Bits per byte on the validation text, whose batches the ranks share out.
 
     Args:
         limit: seconds after which the rest of the text is left out; None reads all of it.
-        console: shows how far it is, and whether text was left out.
-        say: receives a line about each bad row, but for those in `told`, to which they are added.
     """
     data = settings.data
     nats, num_bytes = 0.0, 0
     limits = settings.validation.max_bytes, data.batch_patches
-    bad = DamageLimit(data.max_bad_rows, "data.max_bad_rows", say, told=told)
+    bad = BadRows(data.max_bad_rows, "data.max_bad_rows", logged=told)
     rows = {"bad": bad, "max_row_bytes": data.max_row_bytes}
     batches = batches_once(data.valid, data.context, data.batch_bytes, patcher, *limits, padded=True, **rows)
 
@@ -81,7 +76,7 @@ def validate(
         return bool(plan.ranks.sum([over * plan.ranks.is_first])[0])
 
     state.model.eval()
-    with torch.no_grad(), Progress("validating", settings.validation.max_bytes, console, limit, bar=False) as progress:
+    with torch.no_grad(), Progress("validating", settings.validation.max_bytes, limit, bar=False) as progress:
         for some in progress.within(_in_groups(batches, plan.data_world), agreed):
             # All ranks compute as often, as they need one another's weights; one without a batch does so in vain.
             own = some[plan.data_rank] if plan.data_rank < len(some) else None

@@ -14,7 +14,7 @@ from bytelatent.data.source import SourceReader
 from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
-from bytelatent.text import DamageLimit
+from bytelatent.text import BadRows
 from bytelatent.training.checkpoint.checkpoints import _as_arrays, _as_tensors
 from bytelatent.vocab import decode
 from tests.model.tiny import tiny_byte_lm
@@ -206,7 +206,7 @@ def test_validation_names_what_it_passes_over(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_bytes(b"a note")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     said: list[str] = []
-    list(batches_once([SourceSettings(path=str(tmp_path))], 16, 16, bad=DamageLimit(0, say=said.append)))
+    list(batches_once([SourceSettings(path=str(tmp_path))], 16, 16, bad=BadRows(0, say=said.append)))
     assert [line.partition("passed over, ")[2] for line in said] == ["a PNG image: 'picture.png'"]
 
 

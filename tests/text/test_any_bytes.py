@@ -18,7 +18,7 @@ from bytelatent.errors import UserError
 from bytelatent.prepare.inputs import resolve, units_of
 from bytelatent.prepare.rows import Corrupt, RowReader
 from bytelatent.terminal import safe
-from bytelatent.text import DamageLimit, read_documents
+from bytelatent.text import BadRows, read_documents
 from bytelatent.text.bad_rows import MAX_LINE
 from bytelatent.text.documents import Rows
 from bytelatent.text.kinds import kind_of
@@ -107,13 +107,13 @@ def check(name: str, content: bytes, max_row_bytes: int, same: bool = True) -> N
         if kind_of(str(file)).kind is None:  # nobody reads it
             return
         said: list[str] = []
-        bad = DamageLimit(10_000, say=said.append)
+        bad = BadRows(10_000, say=said.append)
         read = [
             document.text
             for _, document in read_documents(str(file), damaged=bad, stored=False, max_row_bytes=max_row_bytes)
         ]
         assert all(len(line) <= MAX_LINE and line == safe(line) and "\n" not in line for line in said)
-        list(read_documents(str(file), damaged=DamageLimit(10_000)))  # what is stored is looked at, too
+        list(read_documents(str(file), damaged=BadRows(10_000)))  # what is stored is looked at, too
         found = [
             prepared(file, Path(folder), max_row_bytes),
             or_nothing(trained_on, file, max_row_bytes),
@@ -136,7 +136,7 @@ def prepared(file: Path, folder: Path, max_row_bytes: int) -> list[bytes]:
     assert all(place == safe(place) and "\n" not in place for place in corrupt.places)
     made = folder / "made.jsonl"
     made.write_bytes(b"".join(lines))
-    documents = read_documents(str(made), damaged=DamageLimit(10_000), stored=False)
+    documents = read_documents(str(made), damaged=BadRows(10_000), stored=False)
     return [document.text for _, document in documents]
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
-from bytelatent.text import Damaged, DamageLimit
+from bytelatent.text import BadRow, BadRows
 from bytelatent.text.bad_rows import MAX_LINE, short
 
 
@@ -19,9 +19,9 @@ def test_any_text_can_be_printed(text: str) -> None:
 @given(st.text(max_size=400), st.text(max_size=400), st.integers(1, 10**9))
 def test_a_line_is_short_and_keeps_its_end(file: str, reason: str, count: int) -> None:
     said: list[str] = []
-    bad = DamageLimit(count + 1, say=said.append)
+    bad = BadRows(count + 1, say=said.append)
     bad.count = count
-    bad(Damaged(f"data: '{file}' line 3 {reason}"))
+    bad(BadRow(f"data: '{file}' line 3 {reason}"))
     (line,) = said
     assert len(line) <= MAX_LINE
     assert line.isprintable()

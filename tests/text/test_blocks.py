@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
-from bytelatent.text import Damaged, blocks, open_blocks, parquet, read_documents
+from bytelatent.text import BadRow, blocks, open_blocks, parquet, read_documents
 from tests.text.text_files import KINDS, write
 
 LONG = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -98,7 +98,7 @@ def test_damaged_lines_are_named_and_the_others_read(kind: str, forward: bool, t
     assert sum(len(block.documents) for block in found if block) == 10
     lines_named = sorted(str(error) for block in found if block for error in block.damaged)
     assert ["line 10 has no text" in lines_named[0], "line 2 is not JSON" in lines_named[1]] == [True, True]
-    with pytest.raises(Damaged, match="line 2 is not JSON"):
+    with pytest.raises(BadRow, match="line 2 is not JSON"):
         list(read_documents(str(file)))
 
 
@@ -114,7 +114,7 @@ def test_a_null_among_texts(tmp_path: Path) -> None:
 
 def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(Damaged, match="holds no text in column 'text' but int64"):
+    with pytest.raises(BadRow, match="holds no text in column 'text' but int64"):
         open_blocks(str(tmp_path / "a.parquet")).read(0)
 
 
@@ -134,7 +134,7 @@ def test_columns_of_other_meaning(tmp_path: Path) -> None:
 def test_a_cut_parquet_file_is_damaged(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", [f"text {i} {i * 7919}".encode() for i in range(400)])
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(Damaged, match="is not a whole"):
+    with pytest.raises(BadRow, match="is not a whole"):
         in_blocks(file)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from bytelatent.prepare.inputs import InputFile, Unit
 from bytelatent.prepare.rows import Corrupt, RowReader
-from bytelatent.text import DamageLimit, kinds, read_documents
+from bytelatent.text import BadRows, kinds, read_documents
 from bytelatent.text.compressed import Decompressed, compression_of, zstd_module
 from bytelatent.text.documents import Rows
 from tests.text.test_every_reader import CASES, zstd
@@ -105,7 +105,7 @@ def test_zstd_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "a.jsonl.zst").write_bytes(packed)
     (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
     assert len(list(read_documents(str(tmp_path / "a.jsonl.zst")))) == 20_000
-    bad = DamageLimit(10)
+    bad = BadRows(10)
     for file in (tmp_path / "cut.jsonl.zst", CASES / "long31.jsonl.zst"):
         list(read_documents(str(file), damaged=bad))
     assert bad.count == 2
@@ -134,7 +134,7 @@ def test_memory_stays_flat(name: str, tmp_path: Path) -> None:
         1 << 30,
         lambda count: None,
     )
-    bad = DamageLimit(10)
+    bad = BadRows(10)
     tracemalloc.start()
     try:
         found = [d.text for _, d in read_documents(str(file), damaged=bad, max_row_bytes=1 << 20)]
@@ -157,7 +157,7 @@ def test_brackets_without_an_end(bracket: bytes, tmp_path: Path) -> None:
         out.write(b'[{"text": "b"},\n')
         for _ in range(24):
             out.write(bracket * (1 << 20))
-    bad = DamageLimit(1)
+    bad = BadRows(1)
     begin = time.process_time()
     assert [d.text for _, d in read_documents(str(file), damaged=bad)] == [b"b"]
     assert bad.count == 1
@@ -173,6 +173,6 @@ def test_random_bytes_are_never_a_traceback(tmp_path: Path) -> None:
             data = gzip.compress(data)[: chance.randrange(1, 200)]
         name = chance.choice(["a.jsonl", "a.json", "a.parquet", "a.txt", "a.jsonl.gz", "a"])
         (tmp_path / name).write_bytes(data)
-        bad = DamageLimit(1000)
+        bad = BadRows(1000)
         list(read_documents(str(tmp_path / name), damaged=bad))
         assert all(line.isprintable() for line in bad.told)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
-from bytelatent.text import DamageLimit, find_files, read_documents
+from bytelatent.text import BadRows, find_files, read_documents
 from tests.text.text_files import KINDS, jsonl, write, write_stored
 
 TEXTS = [b"one", "zwei \u00e9 \U0001f600 \u2028 \x85".encode(), b'a\nb\r\n\x00\\"c', b"\xff\xfe raw \x80\xc3", b"x"]
@@ -211,7 +211,7 @@ def test_a_bad_value_costs_itself_alone(value: bytes, reason: str, length: int, 
     """In an array, also where it is longer than what is read at once."""
     long = value.replace(b'{"', b'{"y": "' + b"}" * length + b'", "', 1)
     (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, ' + long + b',\n{"text": "c"}]')
-    damaged = DamageLimit(1)
+    damaged = BadRows(1)
     found = list(read_documents(str(tmp_path / "a.json"), damaged=damaged))
     assert [(row, document.text) for row, document in found] == [(0, b"a"), (2, b"c")]
     (line,) = damaged.told
@@ -221,7 +221,7 @@ def test_a_bad_value_costs_itself_alone(value: bytes, reason: str, length: int, 
 
 def test_a_value_without_an_end(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, {"text": "b, "x": 1},\n{"text": "c"}]')
-    damaged = DamageLimit(1)
+    damaged = BadRows(1)
     found = list(read_documents(str(tmp_path / "a.json"), damaged=damaged))
     assert [document.text for _, document in found][:1] == [b"a"]
     assert damaged.count == 1
@@ -245,15 +245,15 @@ def test_texts_that_begin_as_binary_files_do(begin: bytes, tmp_path: Path) -> No
 def test_a_reason_with_an_apostrophe_is_not_shortened_before_what_was_lost() -> None:
     said: list[str] = []
     lost = "is not whole: after 524,288 decompressed bytes the rest of 303,455 bytes cannot be read"
-    DamageLimit(1, say=said.append)(f"data: 'a.jsonl.zst' {lost}: the data doesn't match; {'more ' * 30}")
-    DamageLimit(1, say=said.append)(f"data: '{'long/' * 40}a.jsonl.zst' {lost}: the data doesn't match")
+    BadRows(1, say=said.append)(f"data: 'a.jsonl.zst' {lost}: the data doesn't match; {'more ' * 30}")
+    BadRows(1, say=said.append)(f"data: '{'long/' * 40}a.jsonl.zst' {lost}: the data doesn't match")
     assert all(lost in line and "a.jsonl.zst'" in line and len(line) <= 200 for line in said)
 
 
 @pytest.mark.parametrize("end", ["", ",", ",\n "])
 def test_an_array_cut_short_between_its_values(end: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(f'[{{"text": "a"}}, {{"text": "b"}}{end}')
-    damaged = DamageLimit(1)
+    damaged = BadRows(1)
     found = [document.text for _, document in read_documents(str(tmp_path / "a.json"), damaged=damaged)]
     assert found == [b"a", b"b"]
     assert "is not whole: its array has no end after 2 values" in damaged.told.pop()

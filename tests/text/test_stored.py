@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
-from bytelatent.text import Damaged, read_documents, stored
+from bytelatent.text import BadRow, read_documents, stored
 from bytelatent.text.stored import Stored, StoredWriter, pack_starts, read_stored, unpack_starts
 
 RULE = {"mode": "entropy", "threshold": 1.5}
@@ -156,7 +156,7 @@ def test_metadata_that_are_not_ours(tmp_path: Path, metadata: str, message: str)
 
 def test_no_parquet_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"something else")
-    with pytest.raises(Damaged, match="is not a whole Parquet file"):
+    with pytest.raises(BadRow, match="is not a whole Parquet file"):
         read_stored(tmp_path / "a.parquet")
 
 

@@ -10,12 +10,12 @@ from bytelatent.blt import BLT
 from bytelatent.commands.demo.measure import BATCH_BYTES, Clock, measure
 from bytelatent.commands.demo.summary import about, closing_lines, text_options, write_summary
 from bytelatent.commands.demo.text import DemoText, collect
-from bytelatent.console import Console
 from bytelatent.data import DataSettings, SourceSettings
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.log import Console
 from bytelatent.patching import PatchSettings
 from bytelatent.run_folder import newest_whole
-from bytelatent.text import MAX_ROW_BYTES, DamageLimit
+from bytelatent.text import MAX_ROW_BYTES, BadRows
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
 from bytelatent.training import TrainSettings, train
 from bytelatent.training.settings import (
@@ -63,7 +63,7 @@ def run_demo(
         Interrupted: it was asked to stop; the message says what can be used.
     """
     _must_be_a_demo(folder)
-    bad = DamageLimit(max_bad_rows, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    bad = BadRows(max_bad_rows)
     try:
         clock = Clock(minutes)
         text = collect(own_text, folder / "text", text_key, bad, max_row_bytes)  # complains before anything is removed

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from bytelatent.blt import BLT
 from bytelatent.commands.demo.xz import xz_bits_per_byte
-from bytelatent.console import Console
 from bytelatent.data import Patcher, SourceSettings, batches_once
 from bytelatent.evaluation import Evaluation, evaluate
+from bytelatent.log import Console
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.patching import Patch
 from bytelatent.progress import Progress
@@ -83,16 +83,16 @@ def measure(
     """
     assert model.byte_lm is not None
     with Threads.of(model.device) as threads:
-        with Progress("measuring the BLT", max_bytes, console, 0.5 * clock.left) as progress:
+        with Progress("measuring the BLT", max_bytes, 0.5 * clock.left) as progress:
             blt = _evaluate(model.model, valid, model.context, model.patcher, max_bytes, progress, threads)
-        with Progress("measuring the byte LM", blt.num_bytes, console, 0.4 * clock.left) as progress:
+        with Progress("measuring the byte LM", blt.num_bytes, 0.4 * clock.left) as progress:
             byte_lm = _evaluate(model.byte_lm, valid, model.context, None, blt.num_bytes, progress)
-        with Progress("finding patches", blt.num_bytes, console, 0.4 * clock.left) as progress:
+        with Progress("finding patches", blt.num_bytes, 0.4 * clock.left) as progress:
             patches = _patches(model, valid, blt.num_bytes, progress)
-        with Progress("writing", len(PROMPTS) * SAMPLE_BYTES, console, 0.5 * clock.left) as progress:
+        with Progress("writing", len(PROMPTS) * SAMPLE_BYTES, 0.5 * clock.left) as progress:
             samples = _continued(model, seed, progress)
     packed, held_out = text_of(train), text_of(valid)[: blt.num_bytes]
-    with Progress("xz", len(packed), console, clock.left) as progress:
+    with Progress("xz", len(packed), clock.left) as progress:
         xz, how = xz_bits_per_byte(packed, held_out, progress)
     bits = {"blt": blt.bits_per_byte, "byte_lm": byte_lm.bits_per_byte, "xz": xz}
     return Measured(bits, blt.num_bytes, how, patches, samples)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
-from bytelatent.text import MAX_ROW_BYTES, DamageLimit, find_files, read_documents
+from bytelatent.text import MAX_ROW_BYTES, BadRows, find_files, read_documents
 
 HELD_OUT_ONE_IN = 16  # documents, chosen by a hash of their names
 CHUNK = 8192  # bytes; longer documents are cut, so that no few of them make up the held-out text
@@ -31,7 +31,7 @@ def collect(
     own: str | None,
     folder: Path,
     text_key: str = "text",
-    bad: DamageLimit | None = None,
+    bad: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> DemoText:
     """Write `train.jsonl` and `valid.jsonl` into `folder`.
@@ -45,7 +45,7 @@ def collect(
     Raises:
         UserError: there is too little text.
     """
-    bad = DamageLimit(0) if bad is None else bad
+    bad = BadRows(0) if bad is None else bad
     documents = list(_own(own, text_key, bad, max_row_bytes) if own is not None else _standard_library())
     what = f"'{own}'" if own is not None else "Python's standard library"
     parts: dict[str, list[tuple[str, bytes]]] = {"train": [], "valid": []}
@@ -81,7 +81,7 @@ def _standard_library() -> Iterator[tuple[str, bytes]]:
         yield f"pydoc_data/{name}", text.encode("utf-8")
 
 
-def _own(path: str, text_key: str, bad: DamageLimit, max_row_bytes: int) -> Iterator[tuple[str, bytes]]:
+def _own(path: str, text_key: str, bad: BadRows, max_row_bytes: int) -> Iterator[tuple[str, bytes]]:
     """The user's documents. Few are held out by their chunks, many as they are."""
     found = []
     for file in find_files(path, bad.note):
