@@ -268,7 +268,7 @@ def test_a_byte_lm_that_is_not_there_is_told_by_its_key(
 
 def test_help_of_training_names_the_page_of_settings() -> None:
     shown = " ".join(blt("train", "--help").decode().split())
-    assert "docs/reference.md" in shown
+    assert "docs/settings.md" in shown
     assert shown.count("blt train config=") == 2
 
 

@@ -1,4 +1,4 @@
-"""The snippets of the pages that describe generation, run as they stand."""
+"""Links of the docs lead somewhere, and the snippets of the page about generation run."""
 
 import re
 import shlex
@@ -14,7 +14,28 @@ from bytelatent.config import load_yaml
 from tests.model.tiny import tiny_blt
 from tests.test_blt import wrap
 
-PAGE = (Path(__file__).parents[1] / "docs" / "generation.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "dev").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+PAGE = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
+
+
+def anchor(heading: str) -> str:
+    """As GitHub makes one of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        path, _, wanted = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if wanted:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert wanted in map(anchor, headings), link
 
 
 def snippets(language: str) -> list[str]:
@@ -35,7 +56,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_python(here: Path) -> None:
     names: dict[str, object] = {}
     for snippet in snippets("python"):  # one after another, as they are read
-        exec(compile(snippet, "docs/generation.md", "exec"), names)
+        exec(compile(snippet, "docs/generate.md", "exec"), names)
     assert isinstance(names["model"], BLT)
 
 

@@ -80,7 +80,7 @@ def test_a_table_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(("gpus", "speed"), [(8, 100e9), (64, 50e9)])
 def test_a_prediction_adds_up_what_is_sent(gpus: int, speed: float) -> None:
-    """Against the formulas of docs/scaling.md, written down again: 30 us a call and doubling of GPUs."""
+    """Against the formulas of docs/internals/scaling.md, written down again: 30 us a call and doubling of GPUs."""
     links = Links(in_host=100e9, between_hosts=50e9)
     alone, found = (predict(TINY, number, 1000, 2e-6, links) for number in (1, gpus))
     assert (alone.step, alone.exposed) == (pytest.approx(2e-3), 0)

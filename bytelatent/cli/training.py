@@ -59,7 +59,7 @@ def train(
 
     A run of a minute, on text that Python brings:  `config=debug`
 
-    Settings: `--print-config` lists them all with their values and sources; docs/reference.md says what each means.
+    Settings: `--print-config` lists them all with their values and sources; docs/settings.md says what each means.
     """
     from bytelatent.commands.train import command
 

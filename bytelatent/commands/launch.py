@@ -7,7 +7,7 @@ python -m bytelatent.stool script=bytelatent.train config=CONFIG.yaml dry_run=tr
 sbatch DUMP_DIR/submit.slurm                # start it again: training goes on from its last checkpoint
 
 Keys: {keys}
-What each means: docs/clusters.md, and `blt launch --help`.
+What each means: docs/cluster.md, and `blt launch --help`.
 """
 
 from importlib import import_module

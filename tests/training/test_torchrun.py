@@ -53,7 +53,7 @@ def test_a_signal_to_the_launcher_ends_the_run_in_good_order(tmp_path: Path, tex
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=90)
     assert "stopped: after step" in errors
-    assert process.returncode == 1  # of torchrun, which says nothing of its processes (docs/training.md)
+    assert process.returncode == 1  # of torchrun, which says nothing of its processes (docs/train.md)
     [folder] = checkpoints(run)
     assert what_is_torn(run / "checkpoints" / folder) is None
     assert f"stopped: after step {int(folder.removeprefix('step-'))}; the same command goes on from there" in errors
