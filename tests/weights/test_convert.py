@@ -38,9 +38,9 @@ def run(blt: BLT, tmp_path: Path) -> Path:
     with whole_folder(folder / "checkpoints" / "step-00000007") as aside:
         save(aside, blt.model, blt.config)
         (aside / "optimizer.pt").write_bytes(b"state")
-    assert blt.byte_lm is not None
+    assert blt.entropy_model is not None
     with whole_folder(folder / "byte_lm") as aside:
-        save(aside, blt.byte_lm, Config(model=blt.byte_lm.settings, context=64))
+        save(aside, blt.entropy_model, Config(model=blt.entropy_model.settings, context=64))
     (folder / "settings.yaml").write_text("data:\n  train: [{path: a.jsonl}, b.jsonl]\n  valid: held-out\n")
     rows = [{"step": 5, "bytes_seen": 50, "validation_bits_per_byte": 2.5}, {"step": 9, "bytes_seen": 90}]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -112,7 +112,7 @@ def test_the_source_is_not_replaced(source: Path, blt: BLT, monkeypatch: pytest.
     refused(lambda: convert(open_pretrained(source / "byte_lm"), source, "meta"), "would replace .*byte_lm'")
     refused(lambda: convert(open_pretrained(source), source / "byte_lm", "hf"), "holds something else")
     blt.save_pretrained(source.parent / "other")
-    borrowing = open_pretrained(source.parent / "other", entropy=source)
+    borrowing = open_pretrained(source.parent / "other", entropy_model=source)
     refused(lambda: convert(borrowing, source, "hf"), "would replace '.*source'")
     assert everything(source) == before
     convert(open_pretrained(source), source / "hf", "hf")  # inside is a place as any other
