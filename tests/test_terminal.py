@@ -124,7 +124,7 @@ NOTHING_FROM_OUTSIDE = {  # numbers, and names that are ours
     "cli/using.py",
     "launch/torchrun.py",
     "training/faults.py",
-    "training/time_spent.py",
+    "training/profiling/kernel_times.py",
 }
 
 

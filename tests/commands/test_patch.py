@@ -17,7 +17,7 @@ from bytelatent.weights import Config, save
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
 TEXT = "Daenerys Targaryen is in Game of Thrones, an epic. " * 3
-CASE = Path(__file__).parent / "patching" / "tok_wordpiece.json"
+CASE = Path(__file__).parents[1] / "patching" / "tok_wordpiece.json"
 
 
 def blt_of(folder: Path, rule: PatchSettings, context: int = 40) -> Path:

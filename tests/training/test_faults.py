@@ -154,8 +154,8 @@ def test_a_leap_of_the_loss_is_known_after_a_restart(
 
 HANGS = """
 import sys, threading, time
-from bytelatent import train
-from bytelatent.training import loop
+from bytelatent.commands import train
+from bytelatent.training import trainer as loop
 
 inner, calls = loop.surprise, []
 def the_function_that_hangs(model, batch):

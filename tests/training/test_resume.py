@@ -32,7 +32,7 @@ from tests.training.tiny_runs import (
 # Trains as `python -m bytelatent.train` does, and kills itself in the middle of a step or of a checkpoint.
 KILLS_ITSELF = """
 import os, signal, sys
-from bytelatent import train
+from bytelatent.commands import train
 from bytelatent.training import checkpoint, loop
 
 place, at = sys.argv[1], int(sys.argv[2])

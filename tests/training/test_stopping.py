@@ -120,7 +120,7 @@ def test_without_its_torchrun_it_saves_and_stops(tmp_path: Path, text: Path, mon
 # Signals while modules are imported and while the threshold is looked for: twice, as torchrun passes them on.
 EARLY = """
 import signal, sys
-from bytelatent import train
+from bytelatent.commands import train
 from bytelatent.cli import main
 
 number = getattr(signal, sys.argv[2])
@@ -168,9 +168,9 @@ def test_nothing_is_imported_before_signals_are_heard() -> None:
 # With an argument a signal comes in step 8.
 SIGNALLED = """
 import signal, sys
-from bytelatent import train
+from bytelatent.commands import train
 from bytelatent.errors import guarded
-from bytelatent.training import loop
+from bytelatent.training import trainer as loop
 
 inner = loop.learning_rate
 def rate(step, *more):
@@ -259,9 +259,10 @@ def test_a_second_press_inside_torch_save_leaves_no_torn_checkpoint(
 
 QUITS = """
 import signal, sys
-from bytelatent import train
+from bytelatent.commands import train
 from bytelatent.errors import guarded
-from bytelatent.training import loop, stopping
+from bytelatent.training import stopping
+from bytelatent.training import trainer as loop
 
 stopping.ONE_PRESS = 0.0
 def surprise(*arguments):

@@ -20,8 +20,8 @@ from tests.training.tiny_runs import assert_equal_runs, checkpoints, environment
 # Trains as `python -m bytelatent.train` does; one rank meets its end before step 4.
 DIES = """
 import os, signal, sys
-from bytelatent import train
-from bytelatent.training import loop
+from bytelatent.commands import train
+from bytelatent.training import trainer as loop
 
 inner = loop.learning_rate
 def rate(step, *more):
