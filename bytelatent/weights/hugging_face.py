@@ -85,7 +85,7 @@ def is_hugging_face(folder: Path) -> bool:
     return config.is_file() and read_json(config).get("model_type") == "blt"
 
 
-def read_config(folder: Path) -> StoredModel:
+def _read_config(folder: Path) -> StoredModel:
     """A BLT, with its patcher as the byte LM.
 
     Raises:
@@ -112,7 +112,7 @@ def read_config(folder: Path) -> StoredModel:
     return StoredModel(config, {}, StoredModel(inner, {}, None, words, str(folder)), words, str(folder))
 
 
-def read_tensors(found: StoredModel) -> StoredModel:
+def _read_tensors(found: StoredModel) -> StoredModel:
     tensors = read_weights(Path(found.source))
     if NO_TABLES in tensors and tensors[NO_TABLES].shape[:1] == (0,):
         tensors.pop(NO_TABLES)
@@ -161,8 +161,8 @@ def write_hugging_face(folder: Path, stored: StoredModel, advance: Advance = lam
 HUGGING_FACE = Format(
     title="for transformers",
     recognizes=is_hugging_face,
-    read_config=read_config,
-    read_tensors=read_tensors,
+    read_config=_read_config,
+    read_tensors=_read_tensors,
     write=write_hugging_face,
     modes=MODES,
     library="transformers",

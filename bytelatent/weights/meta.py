@@ -176,7 +176,7 @@ def is_meta(folder: Path) -> bool:
     return (config.is_file() and "args" in read_json(config)) or (folder / "params.json").is_file()
 
 
-def read_config(folder: Path) -> StoredModel:
+def _read_config(folder: Path) -> StoredModel:
     """A released BLT with the patching it was trained with, or a released entropy model.
 
     Raises:
@@ -195,13 +195,13 @@ def read_config(folder: Path) -> StoredModel:
     byte_lm = None
     if patching is not None:
         inner = next((folder / name for name in BYTE_LM_FOLDERS if is_meta(folder / name)), None)
-        byte_lm = read_config(inner) if inner is not None else None
+        byte_lm = _read_config(inner) if inner is not None else None
     return StoredModel(config, {}, byte_lm, words, str(folder), warnings)
 
 
-def read_tensors(found: StoredModel) -> StoredModel:
+def _read_tensors(found: StoredModel) -> StoredModel:
     tensors = to_our_names(_read_weights(Path(found.source)), found.config.model, NAMES.of, found.source)
-    byte_lm = read_tensors(found.byte_lm) if found.byte_lm is not None else None
+    byte_lm = _read_tensors(found.byte_lm) if found.byte_lm is not None else None
     return replace(found, tensors=tensors, byte_lm=byte_lm)
 
 
@@ -228,8 +228,8 @@ def write_meta(folder: Path, stored: StoredModel, advance: Advance = lambda num_
 META = Format(
     title="Meta's hub format",
     recognizes=is_meta,
-    read_config=read_config,
-    read_tensors=read_tensors,
+    read_config=_read_config,
+    read_tensors=_read_tensors,
     write=write_meta,
     modes=MODES,
     library="bytelatent",

@@ -30,7 +30,7 @@ def is_run(folder: Path) -> bool:
     return (folder / "settings.yaml").is_file()
 
 
-def read_config(folder: Path) -> StoredModel:
+def _read_config(folder: Path) -> StoredModel:
     """A model in our format, or of a run: from its newest complete checkpoint."""
     if is_run(folder):
         return _read_run(folder)
@@ -38,9 +38,9 @@ def read_config(folder: Path) -> StoredModel:
     return StoredModel(config, {}, _byte_lm_in(folder), FORMAT, str(folder))
 
 
-def read_tensors(found: StoredModel) -> StoredModel:
+def _read_tensors(found: StoredModel) -> StoredModel:
     tensors = to_our_names(read_weights(Path(found.source)), found.config.model, own_names, found.source)
-    byte_lm = read_tensors(found.byte_lm) if found.byte_lm is not None else None
+    byte_lm = _read_tensors(found.byte_lm) if found.byte_lm is not None else None
     return replace(found, tensors=tensors, byte_lm=byte_lm)
 
 
@@ -55,8 +55,8 @@ def write_native(folder: Path, stored: StoredModel, advance: Advance = lambda nu
 NATIVE = Format(
     title="the format of this package",
     recognizes=lambda folder: is_run(folder) or is_native(folder),
-    read_config=read_config,
-    read_tensors=read_tensors,
+    read_config=_read_config,
+    read_tensors=_read_tensors,
     write=write_native,
     modes=None,
     library="bytelatent",
@@ -72,7 +72,7 @@ def save(folder: Path, model: nn.Module, config: Config, byte_lm: ByteLM | None 
 def _byte_lm_in(folder: Path) -> StoredModel | None:
     if not (folder / BYTE_LM).is_dir():
         return None
-    found = read_config(folder / BYTE_LM)
+    found = _read_config(folder / BYTE_LM)
     if not isinstance(found.config.model, ByteLMSettings):
         raise UserError(f"'{folder / BYTE_LM}' should hold a byte LM and holds a BLT; put the byte LM there")
     return found
@@ -87,7 +87,7 @@ def _read_run(folder: Path) -> StoredModel:
             f"'{checkpoint}' holds the model only in the parts of several processes; write it whole: "
             f"blt export {folder} --out FOLDER"
         )
-    found = read_config(checkpoint)
+    found = _read_config(checkpoint)
     return replace(
         found,
         config=found.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)}),

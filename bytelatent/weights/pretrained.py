@@ -46,7 +46,7 @@ def open_pretrained(
         if isinstance(found.config.model, ByteLMSettings):
             raise UserError(f"entropy_model: '{source}' is a byte LM itself and needs no other; leave it out")
         return replace(found, byte_lm=access.byte_lm(entropy_model))
-    return access.with_byte_lm(found, source, place)
+    return access.with_byte_lm(found, place, source)
 
 
 @renamed_arguments(entropy="entropy_model")
@@ -73,34 +73,48 @@ def load(
     return open_pretrained(source, entropy_model, revision, token, local_files_only).load(place, precision)
 
 
-def load_byte_lm(source: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> ByteLM:
-    """A byte LM, or the byte LM of a BLT; `device` and `dtype` are those of `load`."""
-    return load_byte_lm_and_context(source, device, dtype)[0]
+def load_byte_lm(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    setting: str = "model",
+) -> ByteLM:
+    """A byte LM, or the byte LM of a BLT; the arguments are those of `load` and `find_byte_lm`."""
+    return load_byte_lm_and_context(source, device, dtype, setting)[0]
 
 
 def load_byte_lm_and_context(
-    source: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    setting: str = "model",
 ) -> tuple[ByteLM, int]:
-    """A byte LM, or the byte LM of a BLT, and its context in ids; `device` and `dtype` are those of `load`.
+    """A byte LM, or the byte LM of a BLT, and its context in ids; the arguments are those of `load` and `find_byte_lm`.
 
     Raises:
         UserError: there is no byte LM, or the device or precision is not available.
     """
     place, precision = choose_device(device), precision_of_weights(dtype)
-    found, context = find_byte_lm(source)
+    found, context = find_byte_lm(source, setting=setting)
     model = found.load(place, precision).model
     assert isinstance(model, ByteLM)
     return model, context
 
 
-def find_byte_lm(source: str | Path, weights: bool = True) -> tuple[StoredModel, int]:
+def find_byte_lm(source: str | Path, weights: bool = True, setting: str = "model") -> tuple[StoredModel, int]:
     """A byte LM, or the byte LM of a BLT, without loading its weights, and its context in ids.
+
+    Args:
+        source: as in `open_pretrained`.
+        weights: False reads only the configuration.
+        setting: the setting or argument that named `source`, for errors.
 
     Raises:
         UserError: there is no byte LM.
     """
-    found = open_pretrained(source, weights=weights)
-    return _byte_lm_of(found, source), found.config.context
+    access = _Access(None, False, weights)
+    found = access.with_byte_lm(*access.open(setting, source), source)
+    return _byte_lm_of(setting, found, source), found.config.context
 
 
 @dataclass(frozen=True)
@@ -139,10 +153,10 @@ class _Access:
 
     def byte_lm(self, source: str | Path) -> StoredModel:
         """The byte LM at `source`, or that of the BLT there."""
-        found, place = self.open("entropy_model", source)
-        return _byte_lm_of(self.with_byte_lm(found, source, place), source)
+        found = self.with_byte_lm(*self.open("entropy_model", source), source)
+        return _byte_lm_of("entropy_model", found, source)
 
-    def with_byte_lm(self, found: StoredModel, source: str | Path, place: Path) -> StoredModel:
+    def with_byte_lm(self, found: StoredModel, place: Path, source: str | Path) -> StoredModel:
         """The model, with its byte LM from Meta's separate folder or repository if it needs that."""
         patching = found.config.patching
         if found.byte_lm is not None or patching is None or not patching.needs_entropies or not meta.is_meta(place):
@@ -178,13 +192,11 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     return found
 
 
-def _byte_lm_of(found: StoredModel, source: str | Path) -> StoredModel:
+def _byte_lm_of(setting: str, found: StoredModel, source: str | Path) -> StoredModel:
     if isinstance(found.config.model, ByteLMSettings):
         return found
     if found.byte_lm is None:
-        raise UserError(
-            f"entropy_model: '{source}' holds a BLT without a byte LM; name the byte LM's own run or folder"
-        )
+        raise UserError(f"{setting}: '{source}' holds a BLT without a byte LM; name the byte LM's own run or folder")
     return replace(found.byte_lm, folder=found.folder)
 
 

@@ -207,7 +207,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
         except pickle.UnpicklingError:
             raise UserError(
-                f"'{path}' is refused: it is corrupt, or holds Python objects besides tensors, which could run any "
+                f"'{path}' is refused: it is corrupt, or besides tensors it holds Python objects, which could run any "
                 "code when read; fetch it again, or get the weights as safetensors"
             ) from None
     tensors = values.get("model", values) if isinstance(values, dict) else None

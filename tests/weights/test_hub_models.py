@@ -204,11 +204,11 @@ class Marker:
     ("name", "message"),
     [
         ("nobody/nothing", "there is no model 'nobody/nothing' on the hub"),
-        ("runs/demo", "'runs/demo' is no folder"),
-        ("a/b/c", "'a/b/c' is no folder"),
-        ("../up", "'../up' is no folder"),
+        ("runs/demo", "'runs/demo' is not a folder"),
+        ("a/b/c", "'a/b/c' is not a folder"),
+        ("../up", "'../up' is not a folder"),
         ("~nobody-here/blt", "there is no such user"),
-        ("x" * 5000, "cannot be read|is no folder"),
+        ("x" * 5000, "cannot be read|is not a folder"),
     ],
 )
 def test_names(name: str, message: str, hub: HubServer) -> None:
