@@ -9,7 +9,7 @@ from bytelatent.errors import UserError
 from bytelatent.files import what_is_torn
 from bytelatent.log import Console
 from bytelatent.run_folder import checkpoints_in, newest_whole, none_whole
-from bytelatent.training.checkpoint.state import open_stored
+from bytelatent.training.checkpoint.storage import open_stored
 from bytelatent.weights import check_target, open_pretrained, write_model
 from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run
 

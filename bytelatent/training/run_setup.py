@@ -59,7 +59,7 @@ class Run:
                 aside.write_text(self.settings.to_yaml(), encoding="utf-8")
             write_listing(self.folder, self.text)
 
-        ranks.first(write)
+        ranks.on_first(write)
 
 
 def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype: torch.dtype, console: Console) -> Run:
@@ -68,7 +68,7 @@ def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype:
     Raises:
         UserError: the folder is another run's, or its text has changed.
     """
-    settings, config, told, changes, text = ranks.first(lambda: _prepare(settings, console))
+    settings, config, told, changes, text = ranks.on_first(lambda: _prepare(settings, console))
     patcher = None
     if settings.patching is not None:
         byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.byte_lm is not None else None
