@@ -52,8 +52,8 @@ from bytelatent.training.profiling.measure import (
     PATCH_BYTES,
     SLOTS,
     ForwardBackward,
-    Plan,
-    Trainee,
+    SyntheticTraining,
+    TrainingSetup,
     matrix_rate,
     random_batch,
     seconds_of,
@@ -190,8 +190,8 @@ def step_of(size: int, rate: float, flex: bool, profiled: bool, captured: bool) 
     """A function of its own, so that nothing of one size is there with the next."""
     settings, checkpointing = preset("blt-1b"), "none" if size < RECOMPUTED else "full"
     optimizer = OptimizerSettings(hash_gradients="rows")
-    plan = Plan(settings, CUDA, BF16, True, optimizer, checkpointing=checkpointing, captured=captured)
-    trainee = Trainee(plan)
+    plan = TrainingSetup(settings, CUDA, BF16, True, optimizer, checkpointing=checkpointing, captured=captured)
+    trainee = SyntheticTraining(plan)
     batch = batch_of(size, flex=flex)
     way = f"checkpointing {checkpointing}, {'a CUDA graph' if captured else 'kernel by kernel'}"
     torch.cuda.reset_peak_memory_stats()  # once: a graph's memory is counted as it is captured

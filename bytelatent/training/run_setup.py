@@ -18,7 +18,7 @@ from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration
 from bytelatent.run_folder import checkpoints_in
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.patches import byte_lm_named, calibrate_on, write_calibration
+from bytelatent.training.patches import calibrate_on, write_calibration
 from bytelatent.training.settings import TrainSettings
 from bytelatent.training.text_files import TextFile, check_listing, list_text, write_listing
 from bytelatent.weights import Config, fingerprint, load_byte_lm, save
@@ -59,7 +59,7 @@ class Run:
                 aside.write_text(self.settings.to_yaml(), encoding="utf-8")
             write_listing(self.folder, self.text)
 
-        ranks.first(write)
+        ranks.on_first(write)
 
 
 def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype: torch.dtype, console: Console) -> Run:
@@ -68,7 +68,7 @@ def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype:
     Raises:
         UserError: the folder is another run's, or its text has changed.
     """
-    settings, config, told, changes, text = ranks.first(lambda: _prepare(settings, console))
+    settings, config, told, changes, text = ranks.on_first(lambda: _prepare(settings, console))
     patcher = None
     if settings.patching is not None:
         byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.byte_lm is not None else None
@@ -123,8 +123,7 @@ def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | Non
     copy = folder / BYTE_LM
     if earlier is not None and copy.is_dir():
         return load_byte_lm(copy)
-    with byte_lm_named():
-        byte_lm = load_byte_lm(settings.byte_lm)
+    byte_lm = load_byte_lm(settings.byte_lm, setting="byte_lm")
     with whole_folder(copy) as aside:
         save(aside, byte_lm, Config(model=byte_lm.settings, context=settings.data.context))
     return byte_lm

@@ -13,8 +13,8 @@ from bytelatent.model.loss import bits_per_byte
 from bytelatent.progress import Progress
 from bytelatent.text import BadRows, find_files
 from bytelatent.text.places import is_remote
-from bytelatent.training.checkpoint.checkpoints import TrainState
-from bytelatent.training.distributed.plan import Plan, let_go
+from bytelatent.training.checkpoint.manager import TrainState
+from bytelatent.training.distributed.plan import ParallelPlan, free_gathered_weights
 from bytelatent.training.settings import TrainSettings
 
 
@@ -56,7 +56,7 @@ def validate(
     patcher: Patcher | None,
     loss: Callable[[Batch], torch.Tensor],
     device: torch.device,
-    plan: Plan,
+    plan: ParallelPlan,
     limit: float | None = None,
     told: set[str] | None = None,
 ) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def validate(
 
     state.model.eval()
     with torch.no_grad(), Progress("validating", settings.validation.max_bytes, limit, bar=False) as progress:
-        for some in progress.within(_in_groups(batches, plan.data_world), agreed):
+        for some in progress.within(_in_groups(batches, plan.data_world_size), agreed):
             # All ranks compute as often, as they need one another's weights; one without a batch does so in vain.
             own = some[plan.data_rank] if plan.data_rank < len(some) else None
             found = float(loss((own or some[0]).to(device)))
@@ -86,7 +86,7 @@ def validate(
                 num_bytes += own.num_bytes
             progress.advance(sum(batch.num_bytes for batch in some))
     state.model.train()
-    let_go(state.model)
+    free_gathered_weights(state.model)
     nats, num_bytes = plan.sum([nats, num_bytes])
     return {
         "step": state.step,

@@ -15,7 +15,7 @@ from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
 from bytelatent.text import BadRows
-from bytelatent.training.checkpoint.checkpoints import _as_arrays, _as_tensors
+from bytelatent.training.checkpoint.manager import _as_arrays, _as_tensors
 from bytelatent.vocab import decode
 from tests.model.tiny import tiny_byte_lm
 from tests.text.text_files import KINDS, write

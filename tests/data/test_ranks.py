@@ -15,7 +15,7 @@ from bytelatent.data import Batch, DataSettings, Loader, Patcher, SourceSettings
 from bytelatent.errors import UserError
 from bytelatent.patching import PatchSettings
 from bytelatent.text import blocks, parquet
-from bytelatent.training.checkpoint.checkpoints import _as_arrays, _as_tensors
+from bytelatent.training.checkpoint.manager import _as_arrays, _as_tensors
 from bytelatent.vocab import decode
 from tests.data.test_loader import same
 from tests.text.text_files import KINDS, write

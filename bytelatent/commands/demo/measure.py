@@ -81,12 +81,12 @@ def measure(
         seed: of the continuations.
         clock: each part takes at most a share of what is left on it.
     """
-    assert model.byte_lm is not None
+    assert model.entropy_model is not None
     with Threads.of(model.device) as threads:
         with Progress("measuring the BLT", max_bytes, 0.5 * clock.left) as progress:
             blt = _evaluate(model.model, valid, model.context, model.patcher, max_bytes, progress, threads)
         with Progress("measuring the byte LM", blt.num_bytes, 0.4 * clock.left) as progress:
-            byte_lm = _evaluate(model.byte_lm, valid, model.context, None, blt.num_bytes, progress)
+            byte_lm = _evaluate(model.entropy_model, valid, model.context, None, blt.num_bytes, progress)
         with Progress("finding patches", blt.num_bytes, 0.4 * clock.left) as progress:
             patches = _patches(model, valid, blt.num_bytes, progress)
         with Progress("writing", len(PROMPTS) * SAMPLE_BYTES, 0.5 * clock.left) as progress:

@@ -14,7 +14,7 @@ import bytelatent
 from bytelatent.commands.demo.measure import Measured
 from bytelatent.commands.demo.text import DemoText
 from bytelatent.files import whole_file
-from bytelatent.report import Report, compare_runs, write_report
+from bytelatent.report import RunReport, compare_runs, write_report
 from bytelatent.run_folder import read_metrics
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
@@ -69,7 +69,7 @@ def write_summary(
         f"The threshold was chosen for patches of {wanted_patch_bytes} bytes on training text; "
         f"files never seen are less predictable, and patches there hold {mean_patch_bytes:.2f}."
     )
-    report = Report(
+    report = RunReport(
         title=f"A byte LM and a BLT, trained on {text.what} in {seconds / 60:.1f} minutes",
         summary=summary,
         curves={name: read_metrics(Path(runs[name].summary.folder) / "metrics.jsonl") for name in MODELS},

@@ -35,7 +35,7 @@ SLOTS = 128  # patch slots come in multiples of so many
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSetup:
     """How a model is trained."""
 
     model: ModelSettings
@@ -48,10 +48,10 @@ class Plan:
     captured: bool = False  # forward and backward pass are a CUDA graph
 
 
-class Trainee:
+class SyntheticTraining:
     """A model in training, with random weights; the optimizer's state is in memory, as after a first step."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: TrainingSetup):
         self.plan = plan
         torch.manual_seed(0)
         with plan.device:
