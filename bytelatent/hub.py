@@ -41,6 +41,7 @@ def require_client(what: str, extra: str) -> None:
         UserError: huggingface_hub is not installed, which `what` needs and `extra` of this package brings.
     """
     try:
+        import huggingface_hub  # noqa: F401
         from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise UserError(f"'{what}' needs the package huggingface_hub; run: pip install 'bytelatent[{extra}]'") from None

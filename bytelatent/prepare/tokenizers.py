@@ -71,7 +71,9 @@ def _fetch_from_hub(tokenizer: HubTokenizer, folder: Path, token: str | None) ->
         if tokenizer.file not in listed:
             raise UserError(f"{name} has no file '{tokenizer.file}'; it has {few(listed)}")
         wanted = [file for file in (tokenizer.file, TOKENIZER_JSON) if file in listed]
-        return [Path(hf_hub_download(name, file, local_dir=folder, token=token)) for file in wanted]
+        for file in wanted:
+            hf_hub_download(name, file, local_dir=folder, token=token)
+    return [folder / file for file in wanted]
 
 
 def _fetch_plain(url: str, target: Path, sha256: str | None) -> Path:
