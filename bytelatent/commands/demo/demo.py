@@ -26,12 +26,8 @@ from bytelatent.run_folder import newest_whole, read_metrics
 from bytelatent.text import MAX_ROW_BYTES, BadRows
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
 from bytelatent.training import TrainSettings, train
-from bytelatent.training.settings import (
-    CalibrationSettings,
-    CheckpointSettings,
-    OptimizerSettings,
-    ValidationSettings,
-)
+from bytelatent.training.checkpoint.settings import CheckpointSettings
+from bytelatent.training.settings import CalibrationSettings, OptimizerSettings, ValidationSettings
 
 LOGGER = logging.getLogger(__name__)
 
