@@ -16,6 +16,7 @@ from bytelatent.files import only_writer, whole_file
 from bytelatent.hub.repository import MAIN, HubFile, Repository
 from bytelatent.hub.transfer import check_space, missing_files, require_client, tell, transfer
 from bytelatent.log import Console
+from bytelatent.text.formats import is_named_as_text
 
 DATASETS = {  # name: repository and pattern of its files
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "data/**/*.parquet"),
@@ -24,8 +25,6 @@ DATASETS = {  # name: repository and pattern of its files
     "dclm_baseline_1.0_10prct": ("mlfoundations/dclm-baseline-1.0", "global-shard_01_of_10/**/*.jsonl.zst"),
 }
 DONE, UNFINISHED = ".source.json", ".source.unfinished.json"
-# Where no pattern chooses: no cards, no pictures.
-TEXT_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson|txt)(\.(gz|zst|xz|bz2))?)", re.IGNORECASE)
 
 _SCHEME = "hf://"
 _ADDRESS = re.compile(
@@ -145,7 +144,7 @@ def _chosen(repository: Repository, commit: str, pattern: str) -> list[HubFile]:
         return []
     if isinstance(found, HubFile):
         return [found]
-    return [file for file in repository.files(commit, found) if TEXT_FILES.fullmatch(file.path)]
+    return [file for file in repository.files(commit, found) if is_named_as_text(file.path)]
 
 
 def _fixed_folder(pattern: str) -> str:
