@@ -44,7 +44,7 @@ from bytelatent.patching import PatchSettings
 from bytelatent.text import Document
 from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
-from bytelatent.training.float8 import to_float8
+from bytelatent.training.float8 import Float8, to_float8
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.kernel_times import print_kernels
 from bytelatent.training.profiling.measure import (
@@ -52,13 +52,13 @@ from bytelatent.training.profiling.measure import (
     PATCH_BYTES,
     SLOTS,
     ForwardBackward,
-    Plan,
-    Trainee,
+    SyntheticTraining,
+    TrainingSetup,
     matrix_rate,
     random_batch,
     seconds_of,
 )
-from bytelatent.training.settings import Float8, OptimizerSettings
+from bytelatent.training.settings import OptimizerSettings
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
 RECOMPUTED = 65_536  # bytes from which `step` computes blocks again
@@ -190,8 +190,8 @@ def step_of(size: int, rate: float, flex: bool, profiled: bool, captured: bool) 
     """A function of its own, so that nothing of one size is there with the next."""
     settings, checkpointing = preset("blt-1b"), "none" if size < RECOMPUTED else "full"
     optimizer = OptimizerSettings(hash_gradients="rows")
-    plan = Plan(settings, CUDA, BF16, True, optimizer, checkpointing=checkpointing, captured=captured)
-    trainee = Trainee(plan)
+    plan = TrainingSetup(settings, CUDA, BF16, True, optimizer, checkpointing=checkpointing, captured=captured)
+    trainee = SyntheticTraining(plan)
     batch = batch_of(size, flex=flex)
     way = f"checkpointing {checkpointing}, {'a CUDA graph' if captured else 'kernel by kernel'}"
     torch.cuda.reset_peak_memory_stats()  # once: a graph's memory is counted as it is captured

@@ -54,7 +54,7 @@ def evaluate_model(
     files = [file for source in sources for file in find_files(source.path)]
     context = found.config.context
     size = max(context, 4096)
-    batches = batches_once(sources, context, size, patcher, max_bytes, bad=bad, max_row_bytes=max_row_bytes)
+    batches = batches_once(sources, context, size, patcher, max_bytes, bad_rows=bad, max_row_bytes=max_row_bytes)
     with Progress("measuring", _about_bytes(files, max_bytes), about=True) as progress:
         try:
             result = evaluate(found.model, batches, on_batch=progress.advance)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bytelatent import log, terminal
 from bytelatent.command_line import from_command_line
+from bytelatent.commands.rows_out import line_of, must_be_free, rows_at
 from bytelatent.config import Settings, flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest
@@ -31,7 +32,6 @@ from bytelatent.log import Console
 from bytelatent.text.documents import json_value
 from bytelatent.text.formats import JSONL, TEXT, readable_kind
 from bytelatent.text.streams import BYTE_ORDER_MARK, TextReader, readable
-from bytelatent.commands.rows_out import line_of, must_be_free, rows_at
 from bytelatent.weights import open_pretrained
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'

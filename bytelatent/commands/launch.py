@@ -117,14 +117,14 @@ def _check_training(training: Any, settings: LaunchSettings) -> None:
     """
     import torch
 
-    from bytelatent.training.distributed.plan import check_division
+    from bytelatent.training.distributed.plan import check_parallel
     from bytelatent.training.gradients import check_cuda_graph
     from bytelatent.training.optimizer import check_optimizer
     from bytelatent.training.patches import must_have_byte_lm
     from bytelatent.training.validation import must_be_there
 
     world = settings.nodes * settings.processes
-    check_division(training.parallel, training.model, world)
+    check_parallel(training.parallel, training.model, world)
     check_optimizer(training.optimizer, world)
     check_cuda_graph(training.cuda_graph, torch.device("cuda" if settings.ngpu else "cpu"), world)
     if not settings.dry_run:

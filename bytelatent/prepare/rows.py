@@ -208,7 +208,7 @@ class RowReader:
         options, is_text = self.options, file.kind == TEXT.name
         if is_text:  # all of it is one line
             options = replace(options, max_row_bytes=min(options.max_row_bytes, self.max_line))
-        made = LinesOfRows()
+        made = LinesOfRows(self.text_keys is not None)
         for row in open_rows(file.path, options):
             if isinstance(row, RowTooLong) and options != self.options:
                 raise UserError(f"--memory: too little for '{file.path}'; give more than {8 * file.size / 1e9:.2g} GB")
@@ -219,27 +219,27 @@ class RowReader:
             made.add(as_line({"id": file.id, **row} if is_text else row), key)
             if made.size > READ_BYTES:
                 yield made.rows()
-                made = LinesOfRows()
+                made = LinesOfRows(self.text_keys is not None)
         yield made.rows()
 
 
 class LinesOfRows:
     """Lines of JSON with their keys, collected."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_keys: bool) -> None:
         self.lines: list[bytes] = []
-        self.keys: list[bytes] = []
+        self.keys: list[bytes] | None = [] if has_keys else None
         self.size = 0  # bytes
 
     def add(self, line: bytes, key: bytes | None) -> None:
         self.lines.append(line)
         self.size += len(line)
-        if key is not None:
+        if key is not None and self.keys is not None:
             self.keys.append(key)
 
     def rows(self) -> Rows:
         ends = np.cumsum([len(line) for line in self.lines], dtype=np.int64)
-        return Rows(b"".join(self.lines), ends, np.arange(len(self.lines)), self.keys or None)
+        return Rows(b"".join(self.lines), ends, np.arange(len(self.lines)), self.keys)
 
 
 def as_line(row: dict[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 
 from bytelatent.text.bad_rows import BadRow, BadRows
 from bytelatent.text.documents import MAX_ROW_BYTES, Document, ReadOptions, json_value
-from bytelatent.text.readers import BlockReader, JsonlReader, JsonReader, PlainTextReader, FullRowReader
+from bytelatent.text.readers import BlockReader, FullRowReader, JsonlReader, JsonReader, PlainTextReader
 from bytelatent.text.stored import Stored
 from bytelatent.text.streams import (
     BYTE_ORDER_MARK,

@@ -15,10 +15,10 @@ from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
 from bytelatent.text import BadRows
-from bytelatent.training.checkpoint.checkpoints import _as_arrays, _as_tensors
+from bytelatent.training.checkpoint.manager import _as_arrays, _as_tensors
 from bytelatent.vocab import decode
 from tests.model.tiny import tiny_byte_lm
-from tests.text.text_files import KINDS, write
+from tests.text.text_files import KINDS, logged, write
 
 
 def text(number: int, size: int = 12) -> bytes:
@@ -72,7 +72,7 @@ def test_goes_on_bit_for_bit(sources: list[SourceSettings], rule: str, done: int
 
 
 def reader_of(path: Path, seed: int) -> SourceReader:
-    return SourceReader(SourceSettings(path=str(path)), 0, Readings([Reading("text", 1000, None)], 0), seed)
+    return SourceReader(SourceSettings(path=str(path)), 0, Readings([Reading("text", 1000, None, 1 << 20)], 0), seed)
 
 
 def read(reader: SourceReader) -> bytes:
@@ -205,8 +205,8 @@ def test_a_long_document_is_patched_a_batch_at_a_time(tmp_path: Path, max_bytes:
 def test_validation_names_what_it_passes_over(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_bytes(b"a note")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
-    said: list[str] = []
-    list(batches_once([SourceSettings(path=str(tmp_path))], 16, 16, bad=BadRows(0, say=said.append)))
+    with logged() as said:
+        list(batches_once([SourceSettings(path=str(tmp_path))], 16, 16, bad_rows=BadRows(0)))
     assert [line.partition("passed over, ")[2] for line in said] == ["a PNG image: 'picture.png'"]
 
 

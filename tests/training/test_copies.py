@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bytelatent.training.checkpoint.staging import Copies, places_for
+from bytelatent.training.checkpoint.staging import Copies, empty_copies
 from bytelatent.training.distributed.ranks import open_ranks
 from tests.training.crew import Crew
 
@@ -87,7 +87,7 @@ def test_each_copy_is_pinned_for_itself_and_let_go(monkeypatch: pytest.MonkeyPat
     cudart = Cudart()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     tensors = {"a": torch.zeros(5000), "b": torch.zeros(()), "none": torch.zeros(0), "c": torch.zeros(1025).bfloat16()}
-    places = places_for(tensors)
+    places = empty_copies(tensors)
     mine = Copies()
     mine._pin(list(places.values()), -1)
     assert cudart.asked == [(places[name].data_ptr(), tensors[name].nbytes) for name in "abc"]

@@ -17,7 +17,7 @@ from bytelatent.errors import STOPPED, Interrupted, UserError
 from bytelatent.files import what_is_torn
 from bytelatent.training import faults, read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.checkpoint.checkpoints import Checkpoints, TrainState
+from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
 from bytelatent.training.faults import trouble_with
 from bytelatent.weights import load, load_byte_lm, save
 from bytelatent.weights import safetensors_io as tensors
@@ -231,10 +231,10 @@ def test_too_little_memory_names_what_to_lower(
 def test_an_error_in_the_background_is_told_at_the_next_step(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(self: Checkpoints, content: Any) -> None:
+    def fails(self: CheckpointManager, content: Any) -> None:
         raise UserError("no permission")
 
-    monkeypatch.setattr(Checkpoints, "_write_once", fails)
+    monkeypatch.setattr(CheckpointManager, "_write_once", fails)
     step = loop._step
 
     def slow(*arguments: Any) -> Any:
@@ -253,9 +253,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 ) -> None:
     """And what is written is the state as it was, and not as it became meanwhile."""
     whole = train(settings(byte_lm_run(tmp_path / "whole", text, checkpoint={"every": 5, "keep": 9})))
-    write, steps = Checkpoints._write_once, []
+    write, steps = CheckpointManager._write_once, []
 
-    def slow(self: Checkpoints, content: Any) -> None:
+    def slow(self: CheckpointManager, content: Any) -> None:
         before = len(losses(tmp_path / "run"))
         if before == 5:
             until = time.monotonic() + 30
@@ -264,7 +264,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         steps.append((before, len(losses(tmp_path / "run"))))
         write(self, content)
 
-    monkeypatch.setattr(Checkpoints, "_write_once", slow)
+    monkeypatch.setattr(CheckpointManager, "_write_once", slow)
     run = train(settings(byte_lm_run(tmp_path / "run", text, checkpoint={"every": 5, "keep": 9, "asynchronous": True})))
     assert steps[0][0] == 5
     assert steps[0][1] >= 9
@@ -312,15 +312,15 @@ def test_determinism(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = Checkpoints.save
+    inner = CheckpointManager.save
 
-    def spoilt(self: Checkpoints, state: TrainState, **how: bool) -> None:
+    def spoilt(self: CheckpointManager, state: TrainState, **how: bool) -> None:
         if state.step == 10:
             state.model.get_parameter("stack.blocks.0.feed_forward.down.weight").data[0, 0] = torch.nan
         inner(self, state, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", spoilt)
+        patch.setattr(CheckpointManager, "save", spoilt)
         patch.setattr(tensors, "check_finite", lambda name, tensor: None)  # else such weights are not written
         run = train(settings(byte_lm_run(tmp_path / "run", text, steps=10)))
     before = losses(run)

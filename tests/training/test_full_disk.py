@@ -16,8 +16,8 @@ from bytelatent.errors import UserError
 from bytelatent.files import what_is_torn
 from bytelatent.training import read_metrics, trackers, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.checkpoint import checkpoints as checkpoint
-from bytelatent.training.checkpoint.checkpoints import Checkpoints
+from bytelatent.training.checkpoint import manager
+from bytelatent.training.checkpoint.manager import CheckpointManager
 from tests.training.test_stopping import press
 from tests.training.tiny_runs import (
     assert_equal_runs,
@@ -30,17 +30,17 @@ from tests.training.tiny_runs import (
     write_text,
 )
 
-FILLED = {"model": (checkpoint, "write_native"), "state": (FileSystemWriter, "write_data"), "rest": (torch, "save")}
+FILLED = {"model": (manager, "write_native"), "state": (FileSystemWriter, "write_data"), "rest": (torch, "save")}
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: int) -> None:
     """Let so many checkpoints be written, and then so many attempts fail."""
-    monkeypatch.setattr(checkpoint, "PAUSES", (0, 0))
+    monkeypatch.setattr(manager, "PAUSES", (0, 0))
     owner, name = FILLED[place]
     write, attempts = getattr(owner, name), []
-    begin = Checkpoints._write_once
+    begin = CheckpointManager._write_once
 
-    def begun(self: Checkpoints, content: Any) -> None:
+    def begun(self: CheckpointManager, content: Any) -> None:
         attempts.append(1)
         begin(self, content)
 
@@ -49,7 +49,7 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: i
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(*arguments, **more)
 
-    monkeypatch.setattr(Checkpoints, "_write_once", begun)
+    monkeypatch.setattr(CheckpointManager, "_write_once", begun)
     monkeypatch.setattr(owner, name, full)
 
 
@@ -87,7 +87,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
 def test_a_signal_ends_the_wait_for_room(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only one that comes: without it each pause is waited for, second by second."""
     fill_the_disk(monkeypatch, "state", good=2, bad=99)
-    monkeypatch.setattr(checkpoint, "PAUSES", (3, 60))
+    monkeypatch.setattr(manager, "PAUSES", (3, 60))
     slept = []
 
     def sleep(seconds: float) -> None:
@@ -96,7 +96,7 @@ def test_a_signal_ends_the_wait_for_room(tmp_path: Path, text: Path, monkeypatch
         if len(slept) == 5:
             press(monkeypatch, 0.0)
 
-    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(manager, "time", SimpleNamespace(sleep=sleep))
     with pytest.raises(UserError, match=r"the disk is full: '.*step-00000012' was not written"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
     assert slept == [1] * 5

@@ -27,7 +27,7 @@ from bytelatent.training import gradients as module
 from bytelatent.training import train
 from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
 from bytelatent.training.gradients import CapturedGradients, Gradients, check_cuda_graph
-from bytelatent.training.profiling.measure import ForwardBackward, Plan, Trainee, random_batch
+from bytelatent.training.profiling.measure import ForwardBackward, SyntheticTraining, TrainingSetup, random_batch
 from bytelatent.training.settings import OptimizerSettings
 from tests.model.tiny import tiny_blt_settings
 from tests.training.tiny_runs import BLT, assert_equal_runs, byte_lm_run, settings
@@ -355,8 +355,8 @@ def test_what_is_timed_is_captured_for_each_size(stood_in: list[Replayed]) -> No
 def test_whole_steps_are_the_same(hash_gradients: Any, stood_in: list[Replayed]) -> None:
     """Clipping adds up the rows of a table that come several times, and the graph still finds its own gradient."""
     optimizer = OptimizerSettings(hash_gradients=hash_gradients, lr=1e-2, clip=0.05)
-    plan = Plan(tiny_blt_settings(), CPU, torch.float32, optimizer=optimizer)
-    plain, captured = Trainee(plan), Trainee(replace(plan, captured=True))
+    plan = TrainingSetup(tiny_blt_settings(), CPU, torch.float32, optimizer=optimizer)
+    plain, captured = SyntheticTraining(plan), SyntheticTraining(replace(plan, captured=True))
     before = {name: weight.clone() for name, weight in plain.model.named_parameters()}
     for seed in range(3):
         for trainee in (plain, captured):

@@ -17,7 +17,15 @@ from bytelatent.training.profiling.kernel_times import (
     communication,
     kernels_of,
 )
-from bytelatent.training.profiling.measure import DOCUMENT, SLOTS, Plan, Trainee, num_patches, random_batch, seconds_of
+from bytelatent.training.profiling.measure import (
+    DOCUMENT,
+    SLOTS,
+    SyntheticTraining,
+    TrainingSetup,
+    num_patches,
+    random_batch,
+    seconds_of,
+)
 from bytelatent.training.settings import OptimizerSettings
 from tests.model.tiny import tiny_blt_settings
 
@@ -44,7 +52,7 @@ def test_random_batches(size: int) -> None:
 def test_a_step_is_a_step_of_training(dtype: torch.dtype) -> None:
     """Against torch's own clipping and AdamW, and autocast spelled out."""
     optimizer = OptimizerSettings(clip=0.05, lr=1e-2)
-    trainee = Trainee(Plan(tiny_blt_settings(), CPU, dtype, optimizer=optimizer))
+    trainee = SyntheticTraining(TrainingSetup(tiny_blt_settings(), CPU, dtype, optimizer=optimizer))
     torch.manual_seed(0)
     model = build(tiny_blt_settings())
     plain = torch.optim.AdamW(

@@ -16,7 +16,7 @@ from bytelatent.errors import UserError
 from bytelatent.model import block, build
 from bytelatent.model.attention import packed_mask
 from bytelatent.training.distributed import fsdp as sharding
-from bytelatent.training.distributed.plan import build_spread, draw_weights, make_plan
+from bytelatent.training.distributed.plan import build_parallel_model, initialize_weights, make_plan
 from bytelatent.training.distributed.ranks import Ranks, _own_place, open_ranks
 from tests.training.crew import Crew
 from tests.training.plans import MODEL, PLANS, Taken, take_steps, values
@@ -143,8 +143,8 @@ def head_dims_of_graphs(values: dict[str, Any], layers: int) -> list[str | None]
         patch.setattr(torch, "compile", lambda call: compiled(call, backend=backend))
         patch.setattr(block, "build_mask", lambda document, window, _, n: packed_mask(document, window, n))  # CUDA's
         plan = make_plan(rule.parallel, rule.model, ranks, device)
-        model = build_spread(rule.model, plan, device, torch.bfloat16, compiled=True)
-        draw_weights(model, rule.model, plan)
+        model = build_parallel_model(rule.model, plan, device, torch.bfloat16, compiled=True)
+        initialize_weights(model, rule.model, plan)
         with autocast(device, torch.bfloat16):
             surprise(model, next(Loader(rule.data, 0, Patcher(settings(values).patching)))).backward()
     return found
@@ -214,7 +214,7 @@ def complained(who: set[int]) -> str:
 
     with open_ranks("cpu", 1) as (ranks, _):
         try:
-            ranks.all(check)
+            ranks.on_all(check)
         except (UserError, SystemExit) as error:
             return str(error)
     return "goes on"

@@ -16,7 +16,7 @@ from bytelatent.data.packing import pack
 from bytelatent.data.pieces import Piece
 from bytelatent.model import Block, BLTSettings, ByteLMSettings, CrossAttention, build
 from bytelatent.training import read_metrics, train
-from bytelatent.training.profiling.layer_statistics import Statistics, attention_entropy, head, layers
+from bytelatent.training.profiling.layer_statistics import LayerStatistics, attention_entropy, head, layers
 from tests.training.crew import Crew
 from tests.training.plans import PLANS, train_as, values
 from tests.training.tiny_runs import BLT, BYTE_LM, assert_equal_runs, blt_run, byte_lm_run, settings, weights
@@ -111,7 +111,7 @@ def test_attention_entropy_is_that_of_the_softmax() -> None:
 
 
 def looked_at(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    statistics = Statistics(model, 1, lambda batch: surprise(model, batch))
+    statistics = LayerStatistics(model, 1, lambda batch: surprise(model, batch))
     surprise(model, batch).backward()
     with statistics.around_update(1, batch):
         pass
@@ -182,7 +182,7 @@ def test_every_weight_is_in_one_layer() -> None:
 def test_other_steps_are_passed_over() -> None:
     model = model_of(BYTE_LM)
     for every, step in ((None, 4), (3, 4)):
-        statistics = Statistics(model, every, lambda _: pytest.fail("computed"))
+        statistics = LayerStatistics(model, every, lambda _: pytest.fail("computed"))
         with statistics.around_update(step, batch_of(1, 5, patched=False)):
             pass
         assert statistics.take(step, 1) is None

@@ -16,9 +16,9 @@ from bytelatent.model import PatchedStream, build
 from bytelatent.patching import Calibration
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.checkpoint.checkpoints import TrainState
+from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.checkpoint.staging import Copies
-from bytelatent.training.distributed.plan import Plan
+from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.settings import OptimizerSettings
@@ -66,7 +66,7 @@ def one_step(batches: list[Batch], model: nn.Module, **optimizer: Any) -> tuple[
     rule = settings(values)
     adam = build_optimizer(model, rule.optimizer)
     state = TrainState(model, adam, iter(batches))  # type: ignore[arg-type]
-    row = loop._step(state, rule, Gradients(lambda batch: surprise(model, batch), CPU), Plan())
+    row = loop._step(state, rule, Gradients(lambda batch: surprise(model, batch), CPU), ParallelPlan())
     return row, [adam.state[parameter]["exp_avg"] / (1 - 0.5) for parameter in model.parameters()]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.training.distributed.plan import own_part
+from bytelatent.training.distributed.plan import local_part
 
 
 class Copies:
@@ -26,10 +26,10 @@ class Copies:
     def prepare(self, tensors: dict[str, Tensor]) -> None:
         """Begin to get memory for copies of such tensors."""
         self.close()
-        self._places = places_for(tensors)
+        self._places = empty_copies(tensors)
         of_gpu = [name for name, value in tensors.items() if value.is_cuda]
         if of_gpu:
-            given = [own_part(self._places[name]) for name in of_gpu], tensors[of_gpu[0]].device.index
+            given = [local_part(self._places[name]) for name in of_gpu], tensors[of_gpu[0]].device.index
             self._pinning = threading.Thread(target=self._pin, args=given, daemon=True)
             self._pinning.start()
 
@@ -45,7 +45,7 @@ class Copies:
         self._wait()
         devices = {value.device for value in tensors.values() if value.is_cuda}
         for name, value in tensors.items():
-            own_part(self._places[name]).copy_(own_part(value), non_blocking=True)
+            local_part(self._places[name]).copy_(local_part(value), non_blocking=True)
         for device in devices:
             torch.cuda.synchronize(device)
         return dict(self._places)
@@ -59,7 +59,7 @@ class Copies:
 
     def _fit(self, tensors: dict[str, Tensor]) -> bool:
         return self._places.keys() == tensors.keys() and all(
-            (own_part(place).shape, place.dtype) == (own_part(value).shape, value.dtype)
+            (local_part(place).shape, place.dtype) == (local_part(value).shape, value.dtype)
             for place, value in zip(self._places.values(), (tensors[name] for name in self._places), strict=True)
         )
 
@@ -78,15 +78,15 @@ class Copies:
                     self._pinned.append(place.data_ptr())
 
 
-def places_for(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def empty_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Empty tensors on the CPU, spread as the given ones are, each on pages of its own."""
-    sizes = [-(-own_part(value).nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for value in tensors.values()]
+    sizes = [-(-local_part(value).nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for value in tensors.values()]
     pages = mmap.mmap(-1, max(sum(sizes), 1))
     with suppress(AttributeError, OSError):  # not every system has large pages, which are got faster
         pages.madvise(mmap.MADV_HUGEPAGE)
     places, begin = {}, 0
     for (name, value), size in zip(tensors.items(), sizes, strict=True):
-        part, place = own_part(value), torch.empty(0)
+        part, place = local_part(value), torch.empty(0)
         if part.numel():  # each with a storage of its own: of a view, all that lies beside it would be stored, too
             place = torch.frombuffer(pages, dtype=part.dtype, count=part.numel(), offset=begin)
         places[name] = spread_like(value, place.to(part.dtype).view(part.shape))

@@ -95,7 +95,7 @@ def shard(
 
 
 @torch.no_grad()
-def keep_own_part(target: Tensor, value: Tensor) -> None:
+def copy_local_part(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be spread over ranks, without a message."""
     if isinstance(target, DTensor):
         shape, begin = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)

@@ -20,15 +20,15 @@ from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.distributed.activation_checkpointing import recompute_regions
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.float8 import to_float8
-from bytelatent.training.settings import Float8, ParallelSettings
+from bytelatent.training.distributed.settings import ParallelSettings
+from bytelatent.training.float8 import Float8, to_float8
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
-class Plan:
+class ParallelPlan:
     """Where this rank stands. The default one is that of a single process."""
 
     settings: ParallelSettings = field(default_factory=ParallelSettings)
@@ -42,21 +42,21 @@ class Plan:
         return self.ranks.rank // self.settings.tensor
 
     @property
-    def data_world(self) -> int:
-        return self.ranks.world // self.settings.tensor
+    def data_world_size(self) -> int:
+        return self.ranks.world_size // self.settings.tensor
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over batches: those of one tensor group, who read the same one, count once."""
         return [value / self.settings.tensor for value in self.ranks.sum(values)]
 
-    def keep_own_part(self, target: Tensor, value: Tensor) -> None:
+    def copy_local_part(self, target: Tensor, value: Tensor) -> None:
         """Copy a whole tensor into one of which this rank holds a part."""
         if self.mesh is None:
             target.copy_(value)
         else:
-            from bytelatent.training.distributed.fsdp import keep_own_part
+            from bytelatent.training.distributed.fsdp import copy_local_part
 
-            keep_own_part(target, value)
+            copy_local_part(target, value)
 
     def whole(self, value: Tensor) -> Tensor | None:
         """All of a tensor of which each rank holds a part, on the first rank's CPU; all of them ask together."""
@@ -73,19 +73,19 @@ class Plan:
             model.set_requires_all_reduce(not more)  # pyright: ignore[reportCallIssue]
 
 
-def own_part(value: Any) -> Tensor:
+def local_part(value: Any) -> Tensor:
     """What this rank holds of a tensor."""
     return value.to_local() if hasattr(value, "to_local") else value
 
 
-def let_go(model: nn.Module) -> None:
+def free_gathered_weights(model: nn.Module) -> None:
     """After forward passes without a backward one: weights that FSDP gathered for them are dropped."""
     for part in model.modules():
         if hasattr(part, "reshard"):
             part.reshard()  # pyright: ignore[reportCallIssue]
 
 
-def check_division(settings: ParallelSettings, model: ModelSettings, world: int) -> None:
+def check_parallel(settings: ParallelSettings, model: ModelSettings, world: int) -> None:
     """Complain early about what so many processes cannot divide among them.
 
     Raises:
@@ -104,16 +104,16 @@ def check_division(settings: ParallelSettings, model: ModelSettings, world: int)
         )
 
 
-def make_plan(settings: ParallelSettings, model: ModelSettings, ranks: Ranks, device: torch.device) -> Plan:
+def make_plan(settings: ParallelSettings, model: ModelSettings, ranks: Ranks, device: torch.device) -> ParallelPlan:
     """Divide the ranks.
 
     Raises:
         UserError: they or the model cannot be divided so.
     """
-    tensor, world = settings.tensor, ranks.world
-    check_division(settings, model, world)
+    tensor, world = settings.tensor, ranks.world_size
+    check_parallel(settings, model, world)
     if world == 1:
-        return Plan(settings, ranks)
+        return ParallelPlan(settings, ranks)
     data = world // tensor
     replicas = {"replicate": data, "shard": 1, "hybrid": settings.replicas or 1}[settings.data]
     from torch.distributed.device_mesh import init_device_mesh
@@ -122,18 +122,18 @@ def make_plan(settings: ParallelSettings, model: ModelSettings, ranks: Ranks, de
     mesh = init_device_mesh(device.type, (replicas, data // replicas, tensor), mesh_dim_names=names)
     local = (world, 1) if settings.data == "replicate" else (replicas, world // replicas)
     local_mesh = init_device_mesh(device.type, local, mesh_dim_names=names[:2]) if tensor > 1 else mesh[names[:2]]
-    return Plan(settings, ranks, mesh, local_mesh)
+    return ParallelPlan(settings, ranks, mesh, local_mesh)
 
 
-def build_spread(
+def build_parallel_model(
     model: ModelSettings,
-    plan: Plan,
+    plan: ParallelPlan,
     device: torch.device,
     dtype: torch.dtype,
     compiled: bool,
     float8: Float8 | None = None,
 ) -> nn.Module:
-    """The model as the plan spreads it, without values in its weights: see `draw_weights`."""
+    """The model as the plan spreads it, without values in its weights: see `initialize_weights`."""
     with torch.device("meta"):
         spread = build(model)
     to_float8(spread, float8)
@@ -146,7 +146,7 @@ def build_spread(
         embeddings = [part for part in spread.modules() if isinstance(part, NgramHashEmbedding)]
         if plan.settings.tables == "rows":
             for part in embeddings:
-                divide_rows(part, plan.mesh.device_type, plan.ranks.world)
+                divide_rows(part, plan.mesh.device_type, plan.ranks.world_size)
             divided = [part.tables.weight for part in embeddings]
         for block in middle if plan.settings.tensor > 1 else ():
             sharding.divide(block, plan.mesh["tensor"])
@@ -163,7 +163,7 @@ def build_spread(
     return _with_memory(spread, device, plan)
 
 
-def _with_memory(spread: nn.Module, device: torch.device, plan: Plan) -> nn.Module:
+def _with_memory(spread: nn.Module, device: torch.device, plan: ParallelPlan) -> nn.Module:
     """The module with memory for its weights.
 
     Raises:
@@ -183,7 +183,7 @@ def _with_memory(spread: nn.Module, device: torch.device, plan: Plan) -> nn.Modu
 
 
 @torch.no_grad()
-def draw_weights(spread: nn.Module, model: ModelSettings, plan: Plan) -> None:
+def initialize_weights(spread: nn.Module, model: ModelSettings, plan: ParallelPlan) -> None:
     """Draw the initial weights one after the other, as a single process does; each rank keeps its own part of each."""
     with torch.device("meta"):
         pattern = build(model)
@@ -194,7 +194,7 @@ def draw_weights(spread: nn.Module, model: ModelSettings, plan: Plan) -> None:
             part.to_empty(device="cpu", recurse=False)
             init_weights(part)
             for name in own:
-                plan.keep_own_part(targets[f"{prefix}.{name}"], part.get_parameter(name))
+                plan.copy_local_part(targets[f"{prefix}.{name}"], part.get_parameter(name))
             part.to_empty(device="meta", recurse=False)
 
 

@@ -30,7 +30,7 @@ class Ranks:
     """This process among those of the job. Its methods are called by all of them, in the same order."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0  # among those of the same host
     group: Any = None  # whose messages these are; None: the default one
 
@@ -45,27 +45,27 @@ class Ranks:
 
     def gather(self, value: Value) -> list[Value]:
         """What each rank gives, in their order."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, self.group)
         return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over the ranks, the same bits on each."""
-        if self.world == 1:
+        if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
 
-    def first(self, call: Callable[[], Value]) -> Value:
+    def on_first(self, call: Callable[[], Value]) -> Value:
         """What `call` gives on the first rank, on all of them; the others wait for it.
 
         Raises:
             UserError: `call` did, on the first rank. The others end without a word.
         """
-        if self.world == 1:
+        if self.world_size == 1:
             return call()
         answer: list[Any] = [None, None]
         if self.is_first:
@@ -77,9 +77,9 @@ class Ranks:
         dist.broadcast_object_list(answer, src=0, group=self.group, device=torch.device("cpu"))
         if answer[1] is None:
             return answer[0]
-        raise self.told(UserError(answer[1]))
+        raise self.common_error(UserError(answer[1]))
 
-    def all(self, call: Callable[[], None]) -> None:
+    def on_all(self, call: Callable[[], None]) -> None:
         """Call it on every rank.
 
         Raises:
@@ -94,21 +94,23 @@ class Ranks:
         if any(has_met):
             raise error if error is not None and has_met.index(True) == self.rank else SystemExit(BAD_INPUT)
 
-    def told(self, error: UserError | Interrupted | KeyboardInterrupt) -> BaseException:
+    def common_error(self, error: UserError | Interrupted | KeyboardInterrupt) -> BaseException:
         """What all ranks meet, to be raised: the first one says it, the others end without a word."""
         if self.is_first:
             return error
         return SystemExit(BAD_INPUT if isinstance(error, UserError) else STOPPED)
 
-    def another_group(self) -> "Ranks":
+    def with_own_group(self) -> "Ranks":
         """The same ranks with messages of their own, for another thread."""
         return (
-            self if self.world == 1 else Ranks(self.rank, self.world, self.local_rank, dist.new_group(backend="gloo"))
+            self
+            if self.world_size == 1
+            else Ranks(self.rank, self.world_size, self.local_rank, dist.new_group(backend="gloo"))
         )
 
 
 @contextmanager
-def said_once() -> Iterator[None]:
+def reported_once() -> Iterator[None]:
     """For what all processes of a host complain of alike before they can speak to one another: the first one does.
 
     The others wait: torchrun ends all processes once one has ended, which should not be before it was said.
@@ -137,9 +139,9 @@ def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torc
     Raises:
         UserError: the device is not there, or the environment says only in part where this process belongs.
     """
-    with said_once():
+    with reported_once():
         ranks = _own_place(os.environ)
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         yield ranks, choose_device(device)
         return
     own = _own_device(device, ranks)
@@ -150,7 +152,7 @@ def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torc
         "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
         store=_own_store(patience),
         rank=ranks.rank,
-        world_size=ranks.world,
+        world_size=ranks.world_size,
         timeout=patience,
     )
     farewell = True
@@ -206,8 +208,10 @@ def _own_store(patience: timedelta) -> Any:
 
 
 def _own_device(device: str, ranks: Ranks) -> torch.device:
-    with said_once():
+    with reported_once():
         if ":" in device:
-            raise UserError(f"device: '{device}' is one, and {ranks.world} processes take one each; use device=cuda")
+            raise UserError(
+                f"device: '{device}' is one, and {ranks.world_size} processes take one each; use device=cuda"
+            )
         own = choose_device(device)
     return choose_device(f"cuda:{ranks.local_rank}") if own.type == "cuda" else own

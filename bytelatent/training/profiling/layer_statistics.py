@@ -13,14 +13,14 @@ from bytelatent.data import Batch
 from bytelatent.model import Block, CrossAttention, PatchedStream, Stream
 from bytelatent.model.attention import DenseMask, head_dim_of, rotate
 from bytelatent.model.block import Attention, Stack
-from bytelatent.training.distributed.plan import let_go
+from bytelatent.training.distributed.plan import free_gathered_weights
 
 # Shapes: T positions in the stream, D width, H heads, J key/value heads, E head size
 
 SAMPLE = 1024  # ids, at most, on which activations and attention are looked at
 
 
-class Statistics:
+class LayerStatistics:
     """Looks at every so many steps; the training's own results stay the same bit for bit.
 
     A layer is a block, a cross-attention, or what holds weights outside of these. Of each layer:
@@ -91,7 +91,7 @@ class Statistics:
         finally:
             for hook in hooks:
                 hook.remove()
-            let_go(self._model)
+            free_gathered_weights(self._model)
         return {"activation_rms": activations, "attention_entropies": entropies}
 
 

@@ -25,17 +25,17 @@ from bytelatent.model import (
 )
 from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
-from bytelatent.training.float8 import to_float8
+from bytelatent.training.float8 import Float8, to_float8
 from bytelatent.training.gradients import CapturedGradients, Gradients
 from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.settings import Float8, OptimizerSettings
+from bytelatent.training.settings import OptimizerSettings
 
 DOCUMENT, PATCH_BYTES = 8192, 4.5
 SLOTS = 128  # patch slots come in multiples of so many
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSetup:
     """How a model is trained."""
 
     model: ModelSettings
@@ -48,10 +48,10 @@ class Plan:
     captured: bool = False  # forward and backward pass are a CUDA graph
 
 
-class Trainee:
+class SyntheticTraining:
     """A model in training, with random weights; the optimizer's state is in memory, as after a first step."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: TrainingSetup):
         self.plan = plan
         torch.manual_seed(0)
         with plan.device:

@@ -50,7 +50,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> Non
     """Write this rank's parts; all ranks do so at the same time, and an error of one is met by all."""
     with _plainly():
         writer = FileSystemWriter(folder)
-        save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.world == 1)
+        save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.world_size == 1)
 
 
 def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers, ranks: Ranks) -> None:
@@ -69,7 +69,7 @@ def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
             states.setdefault(of, {})[key] = tensors[name] = _place_for(shape, parameters[of])
     with _plainly():
         reader = FileSystemReader(folder)
-        load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.world == 1)
+        load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.world_size == 1)
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     for one in each(optimizer):
         numbered = one.state_dict()

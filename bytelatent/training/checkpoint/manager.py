@@ -1,4 +1,4 @@
-"""Checkpoints: all that the next step depends on.
+"""CheckpointManager: all that the next step depends on.
 
 A checkpoint is a folder that appears whole or not at all, written by all ranks together. It holds:
 
@@ -30,11 +30,11 @@ from bytelatent.data.source import OtherFiles
 from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, manifest_of, what_is_torn, whole_folder
 from bytelatent.run_folder import checkpoint_name, checkpoints_in, newest_whole, none_whole
+from bytelatent.training.checkpoint.settings import CheckpointSettings
 from bytelatent.training.checkpoint.staging import Copies
-from bytelatent.training.distributed.plan import Plan, let_go
+from bytelatent.training.distributed.plan import ParallelPlan, free_gathered_weights
 from bytelatent.training.optimizer import Optimizers
 from bytelatent.training.schedule import Schedule
-from bytelatent.training.settings import CheckpointSettings
 from bytelatent.weights import Config, StoredModel
 from bytelatent.weights.native import write_native
 from bytelatent.weights.safetensors_io import StoredTensor
@@ -85,7 +85,7 @@ def must_take_checkpoints(run: Path) -> None:
         ) from None
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of a run. All ranks call the methods, in the same order.
 
     Args:
@@ -99,7 +99,7 @@ class Checkpoints:
         run: Path,
         config: Config,
         settings: CheckpointSettings,
-        plan: Plan,
+        plan: ParallelPlan,
         asynchronous: bool,
         say: Callable[[str], None],
         stopped: Callable[[], bool] = lambda: False,
@@ -107,7 +107,7 @@ class Checkpoints:
         self.parent = run / "checkpoints"
         self.config, self.settings, self.plan, self.say = config, settings, plan, say
         self.asynchronous, self.stopped = asynchronous, stopped
-        self.ranks = plan.ranks.another_group()
+        self.ranks = plan.ranks.with_own_group()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._copies = Copies()  # what the writer reads
@@ -123,7 +123,7 @@ class Checkpoints:
 
     def prepare(self, state: TrainState) -> None:
         """Get ready in the background, as soon as a step has been made; a save that comes before waits for it."""
-        from bytelatent.training.checkpoint.state import tensors_of  # it takes seconds to import
+        from bytelatent.training.checkpoint.storage import tensors_of  # it takes seconds to import
 
         if self.asynchronous:
             self._copies.prepare(tensors_of(state.model, state.optimizer))
@@ -177,7 +177,7 @@ class Checkpoints:
         folder, passed_over = newest_whole(self.parent, self._torn)
         if folder is None:
             if passed_over:
-                raise self.ranks.told(none_whole(self.parent.parent, passed_over))
+                raise self.ranks.common_error(none_whole(self.parent.parent, passed_over))
             return False
         for line in passed_over:
             self.say(line)
@@ -185,18 +185,18 @@ class Checkpoints:
             self._load(folder, state, position)
         except (RuntimeError, KeyError, ValueError, OSError) as error:
             if isinstance(error, UserError):
-                raise self.ranks.told(error) from None
+                raise self.ranks.common_error(error) from None
             text = " ".join(str(error).split())
-            raise self.ranks.told(UserError(f"'{folder}' is no checkpoint of this run: {text}")) from None
+            raise self.ranks.common_error(UserError(f"'{folder}' is no checkpoint of this run: {text}")) from None
         return True
 
     def _torn(self, folder: Path) -> str | None:
         """As `what_is_torn`; each rank looks at some of the files."""
-        found = self.plan.ranks.gather(what_is_torn(folder, "", self.plan.ranks.rank, self.plan.ranks.world))
+        found = self.plan.ranks.gather(what_is_torn(folder, "", self.plan.ranks.rank, self.plan.ranks.world_size))
         return next((torn for torn in found if torn is not None), None)
 
     def _load(self, folder: Path, state: TrainState, position: bool) -> None:
-        from bytelatent.training.checkpoint.state import read_tensors  # it takes seconds to import
+        from bytelatent.training.checkpoint.storage import read_tensors  # it takes seconds to import
 
         read_tensors(folder / "state", state.model, state.optimizer, self.plan.ranks)
         progress = torch.load(folder / "progress.pt", weights_only=True)
@@ -215,7 +215,7 @@ class Checkpoints:
 
     def _load_position(self, files: list[Path], state: TrainState) -> None:
         """Go on in the text where each rank stood; dealt out where there are other ranks, or other files of text."""
-        if len(files) == self.plan.data_world:
+        if len(files) == self.plan.data_world_size:
             own = torch.load(files[self.plan.data_rank], weights_only=True)
             with suppress(OtherFiles):
                 state.loader.load_state_dict(_as_arrays(own["loader"]))
@@ -225,9 +225,9 @@ class Checkpoints:
         self.say(state.loader.deal([_as_arrays(own["loader"]) for own in all_ranks]))
 
     def _content(self, state: TrainState, over: bool) -> Content:
-        from bytelatent.training.checkpoint.state import tensors_of  # it takes seconds to import
+        from bytelatent.training.checkpoint.storage import tensors_of  # it takes seconds to import
 
-        let_go(state.model)
+        free_gathered_weights(state.model)
         tensors = tensors_of(state.model, state.optimizer)
         if self.asynchronous:
             tensors = self._copies.take(tensors)
@@ -240,7 +240,7 @@ class Checkpoints:
         }
         own = {"loader": _as_tensors(state.loader.state_dict()), "torch_random": torch.get_rng_state()}
         model = None
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             model = {name: tensors[f"model.{name}"] for name, _ in state.model.named_parameters()}
         elif over:
             whole = ((name, self.plan.whole(part)) for name, part in state.model.named_parameters())
@@ -273,11 +273,11 @@ class Checkpoints:
                     if self._paused(pause):
                         continue
                 if needed:
-                    raise self.ranks.told(error) from None
+                    raise self.ranks.common_error(error) from None
                 self.say(f"{error} (training goes on without it)")
                 return
             except UserError as error:
-                raise self.ranks.told(error) from None
+                raise self.ranks.common_error(error) from None
 
     def _paused(self, seconds: int) -> bool:
         """Wait; False where a wish to stop cut it short. Each second all ranks ask one another."""
@@ -302,7 +302,7 @@ class Checkpoints:
             self._remove_old(content.progress["step"])
 
     def _write_together(self, content: Content) -> None:
-        from bytelatent.training.checkpoint import state as stored_state
+        from bytelatent.training.checkpoint import storage
 
         known: dict[str, Digest] = {}
         with ExitStack() as stack:
@@ -311,7 +311,7 @@ class Checkpoints:
                 if self.ranks.is_first:
                     aside = stack.enter_context(whole_folder(content.folder, known))
                     (aside / "ranks").mkdir()
-                    stored_state.begin_folder(aside / "state", self.config)
+                    storage.begin_folder(aside / "state", self.config)
             except Exception as met:
                 error = met
             aside = self._agreed(content.folder, error, aside)[0]
@@ -325,7 +325,7 @@ class Checkpoints:
 
     def _write_own(self, aside: Path, content: Content) -> dict[str, Digest]:
         """Write this rank's files; their digests."""
-        from bytelatent.training.checkpoint.state import write_tensors
+        from bytelatent.training.checkpoint.storage import write_tensors
 
         write_tensors(aside / "state", content.tensors, self.ranks)
         if content.own is not None:
@@ -336,14 +336,14 @@ class Checkpoints:
             tensors = {name: StoredTensor.of(value) for name, value in content.model.items()}
             write_native(aside, StoredModel(self.config, tensors, None, "in memory", "memory"))
         self.stopped()  # an order to quit that torch.save has swallowed is met here, before the folder counts as whole
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return {}
         mine = (aside / "state").glob(f"__{self.ranks.rank}_*")
         return {f"state/{file.name}": digest_of(file) for file in mine}
 
     def _agreed(self, folder: Path, error: Exception | None, value: Any) -> list[Any]:
         """What each rank gives, or on all of them the error that one met."""
-        if error is not None and self.ranks.world > 1:
+        if error is not None and self.ranks.world_size > 1:
             try:
                 explain(folder, error)
             except UserError as explained:
