@@ -148,7 +148,7 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
         who_failed(ranks, lambda: state.step, stopped),  # at once: torchrun soon ends the ranks that are left
     ):
         if not checkpoints.load(state):
-            initialize_weights(model, settings.model, plan)
+            initialize_weights(model, settings.model)
         must_be_finite(state, settings, ranks)
         done = _done(state, settings)
         if done < 1:
@@ -290,7 +290,7 @@ def _step(
     num_targets, num_bytes, num_patches = (int(number) for number in plan.sum(_counts(batches)))
     parts = []
     for number, batch in enumerate(batches, start=1):
-        plan.more_to_come(state.model, number < len(batches))
+        plan.set_last_backward(state.model, number == len(batches))
         # Gradients are averaged over ranks, and should be those of the mean over the targets of all of them.
         parts.append(gradients(batch, num_targets / plan.data_world_size))
     clipped = clip(state.model.parameters(), settings.optimizer.clip)

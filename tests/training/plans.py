@@ -107,9 +107,9 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         torch.manual_seed(0)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[rule.dtype]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sharding, "AT_ONCE", AT_ONCE)
+            patch.setattr(sharding, "GROUP_WEIGHTS", AT_ONCE)
             model = build_parallel_model(rule.model, plan, device, dtype, compiled=False)
-        initialize_weights(model, rule.model, plan)
+        initialize_weights(model, rule.model)
         initial = whole(model)
         patcher = Patcher(rule.patching) if rule.patching is not None else None
         optimizer = {**rule.optimizer.plain(), "accumulation": BATCHES // plan.data_world_size}

@@ -24,7 +24,7 @@ from bytelatent.model import (
     pack_rows,
 )
 from bytelatent.training.clipping import clip
-from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
+from bytelatent.training.distributed.plan import ActivationCheckpointing, apply_activation_checkpointing
 from bytelatent.training.float8 import to_float8
 from bytelatent.training.gradients import CapturedGradients, Gradients
 from bytelatent.training.optimizer import build_optimizer
@@ -44,7 +44,7 @@ class TrainingSetup:
     compiled: bool = False
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     float8: Float8 | None = None
-    checkpointing: Checkpointing = "none"
+    checkpointing: ActivationCheckpointing = "none"
     captured: bool = False  # forward and backward pass are a CUDA graph
 
 
@@ -60,7 +60,7 @@ class SyntheticTraining:
         self.optimizer = build_optimizer(self.model, plan.optimizer)
         self._work = ForwardBackward(self.model, plan.device, plan.dtype)
         self.step(*random_batch(256, plan.device, isinstance(plan.model, BLTSettings)))
-        recompute_regions(self.model, plan.checkpointing)
+        apply_activation_checkpointing(self.model, plan.checkpointing)
         if plan.compiled:
             compile_regions(self.model)
         self._work = ForwardBackward(self.model, plan.device, plan.dtype, plan.captured)
