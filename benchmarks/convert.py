@@ -24,7 +24,7 @@ from bytelatent.log import Console
 from bytelatent.model import ModelSettings
 from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
-from bytelatent.weights import Config, StoredModel, num_bytes
+from bytelatent.weights import Config, StoredModel
 from bytelatent.weights.native import write_native
 from bytelatent.weights.safetensors_io import CHUNK_BYTES, StoredTensor
 from bytelatent.weights.stored_model import shapes
@@ -68,7 +68,7 @@ def main() -> None:
     console, dtype = Console(), getattr(torch, given.dtype)
     model = random_model(preset(given.preset), dtype, random_model(preset("entropy"), torch.float32))
     largest = max(tensor.num_bytes for tensor in model.tensors.values())
-    table = Table(title=f"{given.preset} in {given.dtype} with its byte LM: {num_bytes(model) / 1e9:.2f} GB, "
+    table = Table(title=f"{given.preset} in {given.dtype} with its byte LM: {model.num_bytes / 1e9:.2f} GB, "
                   f"largest tensor {largest / 2**30:.2f} GiB")  # fmt: skip
     for heading in ("", "seconds", "peak GiB"):
         table.add_column(heading, justify="right" if heading else "left")

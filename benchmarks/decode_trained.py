@@ -124,7 +124,7 @@ def rounding(model: str, text: str) -> None:
     """Bits per byte of a text, by the matrices as they are and by rounded ones."""
     data = Path(text).read_bytes()
     for weights in get_args(Weights):
-        found = BLT.from_pretrained(model, weights=weights).bits_per_byte(data)
+        found = BLT.from_pretrained(model, quantize=weights).bits_per_byte(data)
         print(f"{weights}: {found:.4f} bits per byte of {len(data):,} bytes", flush=True)
 
 

@@ -236,7 +236,7 @@ def saved(training: Training, name: str, seconds: float, folder: Path, say: Call
     """
     settings, ranks = training.settings, training.plan.ranks
     config = Config(model=settings.model, context=settings.data.context, patching=settings.patching)
-    with CheckpointManager(folder, config, settings.checkpoint, training.plan, True, say) as checkpoints:
+    with CheckpointManager(folder, config, settings.checkpoint, training.plan, True) as checkpoints:
         checkpoints.prepare(training.state)
         steps, took = steps_while(lambda: not checkpoints.are_prepared, training, ranks)
         line = f"\n{name}: {steps} steps beside which the memory for copies was got: {took:.1f} s in place of "

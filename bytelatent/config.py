@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -153,6 +153,41 @@ def renamed(values: Any, names: dict[str, str], within: str = "") -> Any:
 def say_renamed(old: str, new: str) -> None:
     """Say once that a setting or an option has another name now."""
     print(f"{old} is now {new}; the old name still works", file=sys.stderr)
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Decorate a function that still takes some arguments by their old names: `@renamed_arguments(old="new")`."""
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            for old, new in names.items():
+                if old in kwargs:
+                    say_renamed(f"{old}=", f"{new}=")
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def renamed_attribute(old: str, new: str) -> Any:
+    """A property that still gives an attribute its old name."""
+
+    def read(self: object) -> Any:
+        say_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
+        return getattr(self, new)
+
+    def write(self: object, value: Any) -> None:
+        say_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
+        setattr(self, new, value)
+
+    return property(read, write)
 
 
 def must_be_named(path: str, what: str) -> str:

@@ -11,7 +11,7 @@ from bytelatent.log import Console
 from bytelatent.run_folder import checkpoints_of, newest_checkpoint
 from bytelatent.training.checkpoint.storage import open_stored
 from bytelatent.weights import check_target, open_pretrained, write_model
-from bytelatent.weights.native import BYTE_LM, is_run, open_native, origin_of_run
+from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run
 
 
 def export(run: str, step: int | None, out: str, console: Console | None = None) -> Path:
@@ -29,7 +29,7 @@ def export(run: str, step: int | None, out: str, console: Console | None = None)
         raise UserError(f"'{target}' holds a model already; name another folder, or move it away")
     checkpoint, lines = _checkpoint(folder, step)
     stored = open_stored(checkpoint / "state")
-    byte_lm = open_native(folder / BYTE_LM) if (folder / BYTE_LM).is_dir() else None
+    byte_lm = NATIVE.open(folder / BYTE_LM) if (folder / BYTE_LM).is_dir() else None
     config = stored.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)})
     stored = replace(stored, config=config, byte_lm=byte_lm)
     if console is not None:

@@ -1,21 +1,24 @@
 """Data sets downloaded from the hub: one commit of each, whole, and at once where an earlier call has done it."""
 
 import json
+import logging
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from glob import has_magic
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from fsspec.utils import glob_translate
 
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import only_writer, whole_file
-from bytelatent.hub.repository import MAIN, HubFile, Repository
-from bytelatent.hub.transfer import check_space, missing_files, require_client, tell, transfer
-from bytelatent.log import Console
+from bytelatent.hub import MAIN, few, hub_errors, require_client
+
+LOGGER = logging.getLogger(__name__)
 
 DATASETS = {  # name: repository and pattern of its files
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "data/**/*.parquet"),
@@ -23,6 +26,7 @@ DATASETS = {  # name: repository and pattern of its files
     "dclm_baseline_1.0": ("mlfoundations/dclm-baseline-1.0", "**/*.jsonl.zst"),
     "dclm_baseline_1.0_10prct": ("mlfoundations/dclm-baseline-1.0", "global-shard_01_of_10/**/*.jsonl.zst"),
 }
+WORKERS = 8  # files at once
 DONE, UNFINISHED = ".source.json", ".source.unfinished.json"
 # Where no pattern chooses: no cards, no pictures.
 TEXT_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson|txt)(\.(gz|zst|xz|bz2))?)", re.IGNORECASE)
@@ -48,12 +52,24 @@ class Request:
 
 
 @dataclass(frozen=True)
+class DatasetFile:
+    """A file as the hub lists it; `size` in bytes."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Record:
     """What a folder holds, or is to hold: kept in it, so that no later call asks the hub again."""
 
     request: Request
     commit: str
-    files: tuple[HubFile, ...]
+    files: tuple[DatasetFile, ...]
+
+    def missing(self, folder: Path) -> list[DatasetFile]:
+        """The files that are not in `folder` with their listed size."""
+        return [file for file in self.files if not _is_whole(folder / file.path, file.size)]
 
 
 def is_hub(source: str) -> bool:
@@ -73,38 +89,45 @@ def short_name(source: str) -> str:
     return source if source in DATASETS else _request(source).repository.split("/")[1]
 
 
-def fetch(source: str, folder: Path, console: Console, token: str | None = None) -> Path:
+def fetch(source: str, folder: Path, token: str | None = None) -> Path:
     """Download a data set of the hub into `folder`, and return it.
 
-    All files are of one commit: what the revision stood for at the first call. A call that was stopped, also by a kill,
-    is gone on with by the next one: finished files stay, broken ones are transferred from where they broke. Once all
-    files are there, a call returns at once, without the network. A file that is there with the listed size is taken to
-    be the listed one.
+    All files are of one commit: that of the revision at the first call. A repeated call downloads what is missing; once
+    all files are there with their listed size, it returns at once, without the network.
 
     Args:
         source: a name of `DATASETS`, or hf://datasets/OWNER/NAME[@REVISION][/PATTERN]; a revision is a branch, a tag
             or a commit.
-        token: the key of a user, for data sets that need access; HF_TOKEN if left out.
+        token: of a user, for data sets that need access; HF_TOKEN if left out.
 
     Raises:
         UserError: there is no such data set, revision or file; it needs access; the hub does not answer; the folder
-            holds something else, cannot be written or has no room.
-        Interrupted: by Ctrl-C.
+            holds something else or cannot be written.
     """
     request = _request(source)
     folder = Path(folder)
     finished = _read(folder / DONE, request)
-    if finished and not missing_files(finished.files, folder):
+    if finished and not finished.missing(folder):
         return folder
     require_client(source, "data")
-    repository = Repository(request.repository, token=token, notice=partial(tell, console))
-    with only_writer(folder):
+    from huggingface_hub import hf_hub_download
+
+    name = request.repository
+    with only_writer(folder), hub_errors(name, "dataset", request.revision, token):
         record = finished or _read(folder / UNFINISHED, request)
         if record is None:
-            record = _look_up(repository, request)
+            record = _look_up(request, token)
             _write(folder / UNFINISHED, record)
-        check_space(record.files, folder, str(request), "make room or choose another folder")
-        transfer(repository, record.commit, record.files, folder, console, str(request))
+        missing = record.missing(folder)
+        size = sum(file.size for file in missing) / 1e9
+        LOGGER.info("%s at %s: %d files to download, %.2f GB", request, record.commit[:8], len(missing), size)
+        get = partial(hf_hub_download, name, repo_type="dataset", revision=record.commit, local_dir=folder, token=token)
+        for file in missing:  # a file of another size would be taken for a finished one
+            (folder / file.path).unlink(missing_ok=True)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(get, [file.path for file in missing]))
+        if still := record.missing(folder):
+            raise UserError(f"{name}: '{still[0].path}' has another size than the hub lists; run the same again")
         if finished is None:
             os.replace(folder / UNFINISHED, folder / DONE)
     return folder
@@ -124,32 +147,49 @@ def _request(source: str) -> Request:
     return Request(parts["name"], (parts["pattern"] or "").strip("/"), unquote(parts["revision"] or MAIN))
 
 
-def _look_up(repository: Repository, request: Request) -> Record:
-    commit = repository.commit_of(request.revision)
-    files = _chosen(repository, commit, request.pattern)
-    if not files:
-        folder = _fixed_folder(request.pattern)
+def _look_up(request: Request, token: str | None) -> Record:
+    from huggingface_hub import HfApi
+
+    api, name, pattern = HfApi(token=token), request.repository, request.pattern
+    info = api.repo_info(name, repo_type="dataset", revision=request.revision)
+    where = {"repo_type": "dataset", "revision": info.sha}
+    at_path = api.get_paths_info(name, [pattern], **where) if pattern and not has_magic(pattern) else []
+    if at_path and hasattr(at_path[0], "size"):  # a file
+        found = at_path
+    elif has_magic(pattern):
+        matches = re.compile(glob_translate(pattern)).fullmatch
+        found = [file for file in _listed(api, name, _fixed_folder(pattern), where) if matches(file.path)]
+    else:
+        listed = _listed(api, name, pattern, where) if at_path or not pattern else []
+        found = [file for file in listed if TEXT_FILES.fullmatch(file.path)]
+    if not found:
+        there = few([file.rfilename for file in info.siblings or []])
         raise UserError(
-            f"{request.repository} has no file '{request.pattern or '*.parquet, *.jsonl, *.txt'}' at "
-            f"'{request.revision}'; it has {repository.examples(commit, folder)}"
+            f"{name} has no file '{pattern or '*.parquet, *.jsonl, *.txt'}' at '{request.revision}'; it has {there}"
         )
-    return Record(request, commit, tuple(files))
+    return Record(request, str(info.sha), tuple(DatasetFile(file.path, file.size) for file in found))
 
 
-def _chosen(repository: Repository, commit: str, pattern: str) -> list[HubFile]:
-    if has_magic(pattern):
-        wanted = re.compile(glob_translate(pattern))
-        return [file for file in repository.files(commit, _fixed_folder(pattern)) if wanted.fullmatch(file.path)]
-    found = repository.at(commit, pattern) if pattern else ""
-    if found is None:
+def _listed(api: Any, name: str, folder: str, where: dict[str, Any]) -> list[Any]:
+    """The files below a folder; only this is listed, for repositories can be huge."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        entries = list(api.list_repo_tree(name, folder or None, recursive=True, **where))
+    except EntryNotFoundError:
         return []
-    if isinstance(found, HubFile):
-        return [found]
-    return [file for file in repository.files(commit, found) if TEXT_FILES.fullmatch(file.path)]
+    return [entry for entry in entries if hasattr(entry, "size")]
+
+
+def _is_whole(place: Path, size: int) -> bool:
+    try:
+        return place.is_file() and place.stat().st_size == size
+    except OSError:  # a folder that this user may not enter; writing there will say so
+        return False
 
 
 def _fixed_folder(pattern: str) -> str:
-    """The deepest folder that all files of a pattern are in; only this is listed, for repositories can be huge."""
+    """The deepest folder that all files of a pattern are in."""
     fixed = []
     for part in pattern.split("/")[:-1]:
         if has_magic(part):
@@ -171,7 +211,7 @@ def _read(path: Path, request: Request) -> Record | None:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        files = tuple(HubFile(**file) for file in values["files"])
+        files = tuple(DatasetFile(file["path"], file["size"]) for file in values["files"])
         record = Record(Request(**values["request"]), values["commit"], files)
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -69,7 +69,7 @@ def resolve(sources: list[str], out: Path, console: Console, download: bool = Tr
                 continue
             from bytelatent.prepare.download import fetch, short_name
 
-            place = str(fetch(source, out / DOWNLOADS / f"{number:02d}-{short_name(source)}", console))
+            place = str(fetch(source, out / DOWNLOADS / f"{number:02d}-{short_name(source)}"))
         try:
             found += [_input_file(path, place) for path in find_files(place, say)]
         except UserError as error:

@@ -1,19 +1,16 @@
-"""Tokenizers of published models, to compare patches with and for the rule `bpe`."""
+"""Tokenizers of published models, to compare patches with and for patching mode `bpe`."""
 
 import hashlib
 import urllib.request
 from dataclasses import dataclass
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import whole_file
-from bytelatent.hub.repository import MAIN, Repository
-from bytelatent.hub.transfer import require_client, tell
-from bytelatent.log import Console
+from bytelatent.hub import few, hub_errors, require_client
 
-OF_THE_RULE_BPE = "tokenizer.json"
+TOKENIZER_JSON = "tokenizer.json"
 TIKTOKEN_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
 TIKTOKEN_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 TIMEOUT = 30  # seconds without a byte
@@ -39,18 +36,17 @@ NAMES = (*TOKENIZERS, TIKTOKEN)
 def fetch_tokenizer(
     name: str,
     folder: Path,
-    console: Console,
     token: str | None = None,
     url: str = TIKTOKEN_URL,
     sha256: str | None = TIKTOKEN_SHA256,
 ) -> list[Path]:
     """Download a tokenizer into `folder`, under the names its repository gives the files; return them.
 
-    With a hub tokenizer comes tokenizer.json, which the rule `bpe` reads, where the repository holds it.
+    With a hub tokenizer comes tokenizer.json, which patching mode `bpe` reads, if the repository holds it.
 
     Args:
         name: one of `NAMES`.
-        token: the key of a user who has access; HF_TOKEN if left out.
+        token: of a user who has access; HF_TOKEN if left out.
         url: where cl100k_base is, for the name `tiktoken`.
         sha256: what its bytes must come to; None takes any.
 
@@ -63,19 +59,21 @@ def fetch_tokenizer(
     if name not in TOKENIZERS:
         raise UserError(f"'{name}' is no known tokenizer; known are {', '.join(NAMES)}{nearest(name, list(NAMES))}")
     require_client(name, "data")
-    return _fetch_from_hub(TOKENIZERS[name], folder, console, token)
+    return _fetch_from_hub(TOKENIZERS[name], folder, token)
 
 
-def _fetch_from_hub(tokenizer: HubTokenizer, folder: Path, console: Console, token: str | None) -> list[Path]:
-    repository = Repository(tokenizer.repository, kind="model", token=token, notice=partial(tell, console))
-    commit = repository.commit_of(MAIN)
-    wanted = {tokenizer.file, OF_THE_RULE_BPE}
-    files = [file for file in repository.files(commit) if file.path in wanted]
-    if tokenizer.file not in [file.path for file in files]:
-        raise UserError(f"{tokenizer.repository} has no file '{tokenizer.file}'; it has {repository.examples(commit)}")
-    for file in files:
-        repository.download(file, commit, folder / file.path, lambda _: None)
-    return [folder / file.path for file in files]
+def _fetch_from_hub(tokenizer: HubTokenizer, folder: Path, token: str | None) -> list[Path]:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    name = tokenizer.repository
+    with hub_errors(name, token=token):
+        listed = [file.rfilename for file in HfApi(token=token).repo_info(name).siblings or []]
+        if tokenizer.file not in listed:
+            raise UserError(f"{name} has no file '{tokenizer.file}'; it has {few(listed)}")
+        wanted = [file for file in (tokenizer.file, TOKENIZER_JSON) if file in listed]
+        for file in wanted:
+            hf_hub_download(name, file, local_dir=folder, token=token)
+    return [folder / file for file in wanted]
 
 
 def _fetch_plain(url: str, target: Path, sha256: str | None) -> Path:

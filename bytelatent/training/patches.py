@@ -1,7 +1,6 @@
 """Before a BLT trains: its byte LM, and the threshold for the wanted patch size."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,18 +34,12 @@ def must_have_byte_lm(source: str, whence: str = "") -> None:
     Raises:
         UserError: it names the setting.
     """
-    with byte_lm_named("" if Path(source).expanduser().is_absolute() else whence), suppress(Unreachable):
-        find_byte_lm(source, weights=False)
-
-
-@contextmanager
-def byte_lm_named(whence: str = "") -> Iterator[None]:
-    """An error in finding a byte LM names the setting of a training, not the key of a command that uses a model."""
     try:
-        yield
+        find_byte_lm(source, weights=False, setting="byte_lm")
+    except Unreachable:
+        pass
     except UserError as error:
-        what = str(error).removeprefix("model: ").removeprefix("entropy: ")
-        raise UserError(f"byte_lm: {what}{whence}") from None
+        raise UserError(f"{error}{'' if Path(source).expanduser().is_absolute() else whence}") from None
 
 
 def calibrate_on(

@@ -16,9 +16,9 @@ from bytelatent.inference import FastEntropies
 from bytelatent.log import Console
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration
-from bytelatent.run_folder import checkpoints_in
+from bytelatent.run_folder import checkpoints_of
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.patches import byte_lm_named, calibrate_on, write_calibration
+from bytelatent.training.patches import calibrate_on, write_calibration
 from bytelatent.training.settings import TrainSettings
 from bytelatent.training.text_files import TextFile, check_listing, list_text, write_listing
 from bytelatent.weights import Config, fingerprint, load_byte_lm, save
@@ -123,8 +123,7 @@ def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | Non
     copy = folder / BYTE_LM
     if earlier is not None and copy.is_dir():
         return load_byte_lm(copy)
-    with byte_lm_named():
-        byte_lm = load_byte_lm(settings.byte_lm)
+    byte_lm = load_byte_lm(settings.byte_lm, setting="byte_lm")
     with whole_folder(copy) as aside:
         save(aside, byte_lm, Config(model=byte_lm.settings, context=settings.data.context))
     return byte_lm
@@ -133,7 +132,7 @@ def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | Non
 def _earlier(folder: Path) -> TrainSettings | None:
     """The settings of a run that has come to its first checkpoint; before it, there is nothing that they bind."""
     path = folder / "settings.yaml"
-    if not path.is_file() or not checkpoints_in(folder / "checkpoints"):
+    if not path.is_file() or not checkpoints_of(folder):
         return None
     try:
         return TrainSettings.parse(load_yaml(path), where=str(path))

@@ -18,7 +18,7 @@ from bytelatent.files import only_writer
 from bytelatent.log import Console
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.threads import Threads
-from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, must_take_checkpoints
+from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, check_takes_checkpoints
 from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.plan import (
     ParallelPlan,
@@ -90,7 +90,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
             def hold() -> None:
                 held.enter_context(only_writer(settings.run))
                 must_hold_text(settings.data)
-                must_take_checkpoints(Path(settings.run))
+                check_takes_checkpoints(Path(settings.run))
 
             ranks.on_first(hold)
             run = open_run(settings, ranks, device, dtype, console)
@@ -140,9 +140,7 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
     with (
         StopSignals(ranks) as stopped,
         loader,
-        CheckpointManager(
-            run.folder, run.config, settings.checkpoint, plan, in_background, say, stopped
-        ) as checkpoints,
+        CheckpointManager(run.folder, run.config, settings.checkpoint, plan, in_background, stopped) as checkpoints,
         Watchdog(settings.faults.watchdog_minutes, ranks) as watchdog,
         Threads.of(device, settings.minutes is not None and ranks.world_size == 1) as threads,
         who_failed(ranks, lambda: state.step, stopped),  # at once: torchrun soon ends the ranks that are left
@@ -161,7 +159,7 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
         peak, rollbacks, validated = peak_flops(device, dtype), 0, 0.0
         with (
             Metrics(trackers, state.step, _title(settings), console) as metrics,
-            Profiler(run.folder, settings.profile, device, say) if ranks.is_first else nullcontext() as profiler,
+            Profiler(run.folder, settings.profile, device) if ranks.is_first else nullcontext() as profiler,
         ):
             first, logged = state.step + 1, Totals.of(state)
             if done < 1:
@@ -219,7 +217,7 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
                 checkpoints.check()
                 if state.step % settings.checkpoint.every == 0 or done >= 1 or stop:
                     watchdog.progress(f"a checkpoint after step {state.step}")
-                    checkpoints.save(state, over=done >= 1, needed=done >= 1 or bool(stop))
+                    checkpoints.save(state, is_last=done >= 1, is_needed=done >= 1 or bool(stop))
                     rollbacks, since = 0, time.perf_counter()
                 if stop and done < 1:
                     raise ranks.common_error(

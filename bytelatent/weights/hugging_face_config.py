@@ -1,18 +1,19 @@
-"""`config.json` of `BltForCausalLM` and our settings: what is read, what must be so, what is written."""
+"""Between the `config.json` of `BltForCausalLM` and our settings: how it is read, checked and written."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings
-from bytelatent.model.settings import LONGEST_CONTEXT, CrossAttentionSettings, NgramHashSettings, StackSettings
+from bytelatent.model.settings import LONGEST_CONTEXT, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import BOE, BOS, EOS, VOCAB_SIZE
 from bytelatent.weights.safetensors_io import shown
 from bytelatent.weights.stored_model import Config
 
 DEFAULT_THETA, DEFAULT_PATCHER_THETA = 500_000.0, 10_000.0
-# What transformers takes where its file says nothing.
+MODES = ("entropy", "byte")
+# Defaults of transformers for missing values.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "": {
         "vocab_size": VOCAB_SIZE,
@@ -63,79 +64,82 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings_of(values: Mapping[str, Any], where: str) -> tuple[BLTSettings, PatchSettings]:
-    """The shapes and the rule that a `config.json` describes.
+def read_model(values: Mapping[str, Any], where: str) -> Config:
+    """The configuration of the BLT that a `config.json` describes.
 
     Raises:
-        UserError: transformers computes something here that is not known.
+        UserError: a value asks for other mathematics than is implemented here.
     """
     top = {**DEFAULTS[""], **values}
     encoder, middle, decoder = (_part(values, f"{part}_config", where) for part in ("encoder", "global", "decoder"))
     k, window = top["cross_attn_k"], top["local_attention_window_len"]
-    _plain_rope(values, where, "")  # transformers reads those of the parts, but a type that is stated here is meant
+    _plain_rope(values, where, "")  # transformers ignores it here, but its author meant it
     _refuse(where, "tie_word_embeddings", top["tie_word_embeddings"], [False])
     for part, inner in (("", top), ("encoder_config.", encoder), ("decoder_config.", decoder)):
         _refuse(where, f"{part}vocab_size", inner.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
         _refuse(where, f"{part}cross_attn_k", inner["cross_attn_k"], [k])
     _refuse(where, "decoder_config.hidden_size_global", decoder["hidden_size_global"], [middle["hidden_size"]])
     for key in ("num_attention_heads", "num_key_value_heads"):
-        # Its cross-attentions take the heads of the part they stand in; here they are alike.
+        # In transformers, a cross-attention has as many heads as its part; here both cross-attentions have the same.
         _refuse(where, f"decoder_config.{key}", _heads(decoder)[key], [_heads(encoder)[key]])
     if encoder["cross_attn_all_layers"] and encoder["num_hidden_layers"] > 1:
         raise UserError(
             f"{where}: encoder_config.cross_attn_all_layers is true with {encoder['num_hidden_layers']} layers; "
-            "transformers then pools anew after each layer and the published model does not, so it is not clear what "
-            "these weights mean. If they were converted from published ones, convert those"
+            "transformers then pools again after each layer and the published model does not, so it is not clear what "
+            "these weights mean. If they were converted from published weights, convert those instead"
         )
     functions = top["encoder_hash_byte_group_nb_functions"]
-    sizes = values.get("encoder_hash_byte_group_size") or [3, 4, 5, 6, 7, 8]
-    model = BLTSettings(
-        encoder=_stack(encoder, window, where, "encoder_config"),
-        global_transformer=_stack(middle, None, where, "global_config"),
-        decoder=_stack(decoder, window, where, "decoder_config"),
-        cross_attention=CrossAttentionSettings(
-            k=k,
-            num_heads=encoder["num_attention_heads"],
-            num_kv_heads=encoder.get("num_key_value_heads"),
-            all_layers_encoder=encoder["cross_attn_all_layers"],
-            all_layers_decoder=decoder["cross_attn_all_layers"],
-        ),
-        ngram_hash=NgramHashSettings(
-            sizes=sizes,
-            num_functions=functions,
-            vocab_size=top["encoder_hash_byte_group_vocab"],
-            stop_at_document=False,
-        )
-        if functions
-        else None,
+    ngrams = {
+        "sizes": values.get("encoder_hash_byte_group_size") or [3, 4, 5, 6, 7, 8],
+        "num_functions": functions,
+        "vocab_size": top["encoder_hash_byte_group_vocab"],
+        "stop_at_document": False,
+    }
+    model = {
+        "encoder": _stack(encoder, window, where, "encoder_config"),
+        "global_transformer": _stack(middle, None, where, "global_config"),
+        "decoder": _stack(decoder, window, where, "decoder_config"),
+        "cross_attention": {
+            "k": k,
+            "num_heads": encoder["num_attention_heads"],
+            "num_kv_heads": encoder.get("num_key_value_heads"),
+            "all_layers_encoder": encoder["cross_attn_all_layers"],
+            "all_layers_decoder": decoder["cross_attn_all_layers"],
+        },
+        "ngram_hash": ngrams if functions else None,
+    }
+    patching = {"mode": top["patching_mode"], "max_patch_length": top["max_patch_length"]}
+    if patching["mode"] == "entropy":
+        patching["threshold"] = top["patching_threshold"]
+        if top["patch_size"] is None:
+            raise UserError(
+                f"{where}: patch_size is None; transformers then makes each byte a patch: say patching_mode 'byte'"
+            )
+    else:  # transformers makes each byte a patch in all other modes
+        patching["mode"] = "byte"
+    return Config(
+        model=BLTSettings.parse(model, where),
+        context=_context(top, where),
+        patching=PatchSettings.parse(patching, where=where),
     )
-    mode = top["patching_mode"]
-    if mode != "entropy":  # whatever else it says, transformers then makes each byte a patch
-        return model, PatchSettings(mode="byte", max_patch_length=top["max_patch_length"])
-    if top["patch_size"] is None:
-        raise UserError(
-            f"{where}: patch_size is None; transformers then makes each byte a patch: say patching_mode 'byte'"
-        )
-    rule = {"mode": mode, "threshold": top["patching_threshold"], "max_patch_length": top["max_patch_length"]}
-    return model, PatchSettings.parse(rule, where=where)
 
 
-def byte_lm_of(values: Mapping[str, Any], where: str) -> Config | None:
-    """The byte LM that a `config.json` describes as the patcher; None where it says that there is none.
+def read_byte_lm(values: Mapping[str, Any], where: str) -> Config | None:
+    """The configuration of the patcher, which is a byte LM; None if the model has no patcher.
 
     Raises:
-        UserError: transformers computes something here that is not known.
+        UserError: a value asks for other mathematics than is implemented here.
     """
     if not {**DEFAULTS[""], **values}["patch_in_forward"]:
         return None
     patcher = _part(values, "patcher_config", where)
     _refuse(where, "patcher_config.vocab_size", patcher.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
     stack = _stack(patcher, patcher["sliding_window"], where, "patcher_config", DEFAULT_PATCHER_THETA)
-    return Config(model=ByteLMSettings(**stack.model_dump()), context=context_of(patcher, where, "patcher_config."))
+    return Config(model=ByteLMSettings(**stack.model_dump()), context=_context(patcher, where, "patcher_config."))
 
 
-def context_of(values: Mapping[str, Any], where: str, prefix: str = "") -> int:
-    """The ids that a part saw at once in training."""
+def _context(values: Mapping[str, Any], where: str, prefix: str = "") -> int:
+    """The context in training, in ids."""
     found = values["max_position_embeddings"]
     if type(found) is not int or not 1 <= found <= LONGEST_CONTEXT:
         raise UserError(
@@ -172,7 +176,7 @@ def _rope_theta(part: Mapping[str, Any], where: str, prefix: str, default: float
     transformers 4 reads `rope_theta` and the type in `rope_scaling`.
 
     Raises:
-        UserError: another type than the default, or settings that mean different models in the two versions.
+        UserError: it is not the default type, or the two versions of transformers would read another theta.
     """
     alone = part.get("rope_theta", default)
     found = {f"{prefix}rope_theta": alone} if "rope_theta" in part else {}
@@ -190,7 +194,7 @@ def _rope_theta(part: Mapping[str, Any], where: str, prefix: str, default: float
 
 
 def _plain_rope(part: Mapping[str, Any], where: str, prefix: str) -> dict[str, dict[str, Any]]:
-    """What a part says of its rotary embedding under either name, which must be the plain one."""
+    """A part's settings of the rotary embedding by either name; they must describe the plain one."""
     found = {key: _group(part, key, where, prefix) for key in ("rope_scaling", "rope_parameters")}
     for key, rope in found.items():
         _refuse(where, f"{prefix}{key}.rope_type", rope.get("rope_type", rope.get("type", "default")), ["default"])
@@ -211,7 +215,7 @@ def _width(dim: int, hidden: int) -> dict[str, Any]:
 
 
 def _part(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """One part's values, those that are computed with checked."""
+    """The values of one part, with the sizes checked."""
     part = {**DEFAULTS[name], **_group(values, name, where, "")}
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         value = part[key]
@@ -221,7 +225,7 @@ def _part(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def _group(values: Mapping[str, Any], key: str, where: str, prefix: str) -> dict[str, Any]:
-    """The keys and values under a key, none where it is absent."""
+    """The keys and values under a key; none if it is absent."""
     found = values.get(key)
     if found is not None and not isinstance(found, dict):
         raise UserError(f"{where}: {prefix}{key} is {shown(repr(found))}; it should be a mapping of keys to values")
@@ -239,23 +243,22 @@ def _refuse(where: str, key: str, value: Any, allowed: list[Any]) -> None:
 
 
 def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
-    """What `config.json` says of a BLT, but for its patcher.
+    """`config.json` for a BLT, without its patcher.
 
     Raises:
         UserError: transformers would compute something else.
     """
-    model, rule = config.model, config.patching
+    model, patching = config.model, config.patching
     assert isinstance(model, BLTSettings)
-    assert rule is not None
+    assert patching is not None
     encoder, middle, decoder, cross = model.encoder, model.global_transformer, model.decoder, model.cross_attention
-    if rule.mode not in ("entropy", "byte") or rule.monotonicity or rule.threshold_add is not None:
+    if patching.monotonicity or patching.threshold_add is not None:
         raise UserError(
-            f"hf: transformers knows only the plain entropy rule and 'byte', not '{rule.in_words()}'; "
-            "keep the model in our format or convert it to meta"
+            f"hf: transformers has only the plain entropy mode, not '{patching.in_words()}'; use native or meta"
         )
     if cross.all_layers_encoder and encoder.num_layers > 1:
         raise UserError(
-            "hf: cross_attention.all_layers_encoder with several encoder layers: transformers pools anew after each "
+            "hf: cross_attention.all_layers_encoder with several encoder layers: transformers pools again after each "
             "layer and would compute something else; keep the model in our format or convert it to meta"
         )
     if encoder.window != decoder.window:
@@ -274,18 +277,18 @@ def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
         "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": config.context,
         "patch_in_forward": has_byte_lm,
-        "patch_size": 4,  # transformers only asks whether there is one
-        "patching_mode": rule.mode,
-        "patching_threshold": rule.threshold,
+        "patch_size": 4,  # transformers only checks whether it is set
+        "patching_mode": patching.mode,
+        "patching_threshold": patching.threshold,
         "patching_batch_size": 1,
-        "max_patch_length": rule.max_patch_length,
+        "max_patch_length": patching.max_patch_length,
         "local_attention_window_len": encoder.window,
         "cross_attn_k": cross.k,
         "encoder_hash_byte_group_size": ngrams.sizes if ngrams else [3],
         "encoder_hash_byte_group_vocab": ngrams.vocab_size if ngrams else 1,
         "encoder_hash_byte_group_nb_functions": ngrams.num_functions if ngrams else 0,
         "tie_word_embeddings": False,
-        "use_cache": False,  # its cache fails
+        "use_cache": False,  # the cache of transformers fails for this model
         **special_ids(),
         "encoder_config": {
             **_stack_config(encoder, config.context, "blt_local_encoder"),
@@ -302,7 +305,7 @@ def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
 
 
 def patcher_config_of(config: Config) -> dict[str, Any]:
-    """What `config.json` says of a byte LM as the patcher."""
+    """The `patcher_config` of `config.json` for a byte LM."""
     assert isinstance(config.model, ByteLMSettings)
     inner = _stack_config(config.model, config.context, "blt_patcher")
     return {**inner, "vocab_size": VOCAB_SIZE, "sliding_window": config.model.window}
@@ -320,8 +323,8 @@ def _stack_config(stack: StackSettings, context: int, kind: str) -> dict[str, An
         "dropout": 0.0,
         "rms_norm_eps": stack.norm_eps,
         "max_position_embeddings": context,
-        "rope_theta": stack.rope_theta,  # where transformers 4 looks for it
-        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},  # and where transformers 5 does
+        "rope_theta": stack.rope_theta,  # for transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},  # for transformers 5
     }
 
 

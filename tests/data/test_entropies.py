@@ -603,7 +603,7 @@ def test_rules_of_the_command(tmp_path: Path, text: Path, model: Path) -> None:
         ({"text_key": "body"}, "body"),
         ({"out": "s3://bucket/out"}, "must be a folder on this machine"),
         ({"text": Path("no/such/text")}, "'no/such/text' does not exist"),
-        ({"model": Path("no/such/model")}, "'no/such/model' is no folder"),
+        ({"model": Path("no/such/model")}, "'no/such/model' is not a folder"),
         ({"out": "/proc/no/such"}, "cannot be written"),
     ],
 )

@@ -75,11 +75,11 @@ def test_a_byte_lm_that_is_not_there(cluster: Cluster, here: Path) -> None:
     values = blt_run(Path("runs/blt"), Path("text.jsonl"), Path("/absent/lm"))
     config = configured(here / "given.yaml", **values)
     with pytest.raises(
-        UserError, match=r"^byte_lm: '/absent/lm' is no folder; [^(]*\(blt demo makes runs/demo\)[^(]*$"
+        UserError, match=r"^byte_lm: '/absent/lm' is not a folder; [^(]*\(blt demo makes runs/demo\)[^(]*$"
     ):
         launched(f"config={config}")
     with pytest.raises(
-        UserError, match=rf"^byte_lm: 'runs/lm' is no folder; .* \(the job looks for it from '{here}'\)$"
+        UserError, match=rf"^byte_lm: 'runs/lm' is not a folder; .* \(the job looks for it from '{here}'\)$"
     ):
         launched(f"config={config}", "--", "byte_lm=runs/lm")
     assert cluster.asked == []

@@ -25,7 +25,8 @@ from bytelatent.model import attention, build
 from bytelatent.model.settings import BLTSettings, ByteLMSettings
 from bytelatent.training import gradients as module
 from bytelatent.training import train
-from bytelatent.training.distributed.plan import ActivationCheckpointing, apply_activation_checkpointing
+from bytelatent.training.distributed.plan import apply_activation_checkpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.gradients import CapturedGradients, Gradients, check_cuda_graph
 from bytelatent.training.profiling.measure import ForwardBackward, SyntheticTraining, TrainingSetup, random_batch
 from bytelatent.training.settings import OptimizerSettings

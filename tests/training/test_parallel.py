@@ -15,9 +15,9 @@ from bytelatent.device import autocast
 from bytelatent.errors import UserError
 from bytelatent.model import block, build
 from bytelatent.model.attention import packed_mask
-from bytelatent.training.distributed import fsdp as sharding
+from bytelatent.training.distributed import fsdp
 from bytelatent.training.distributed.plan import build_parallel_model, initialize_weights, make_plan
-from bytelatent.training.distributed.ranks import Ranks, ranks_from, open_ranks
+from bytelatent.training.distributed.ranks import Ranks, open_ranks, ranks_from
 from tests.training.crew import Crew
 from tests.training.plans import MODEL, PLANS, Taken, take_steps, values
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, settings
@@ -67,8 +67,8 @@ def test_neighbours_of_a_stack_are_gathered_together(monkeypatch: pytest.MonkeyP
     name_of = {part: name.replace("stack.blocks", "block") for name, part in model.named_modules()}
 
     def groups(at_once: int) -> list[list[str]]:
-        monkeypatch.setattr(sharding, "GROUP_WEIGHTS", at_once)
-        return [[name_of[part] for part in parts] for parts in sharding.fsdp_groups(model)]
+        monkeypatch.setattr(fsdp, "GROUP_WEIGHTS", at_once)
+        return [[name_of[part] for part in parts] for parts in fsdp.fsdp_groups(model)]
 
     block = sum(weight.numel() for weight in model.global_transformer.stack.blocks[0].parameters())
     decoder = [f"decoder.{part}.{layer}" for layer in (0, 1) for part in ("cross_attention", "block")]

@@ -206,7 +206,7 @@ def test_the_command_ends_with_one_line_and_code_2(tmp_path: Path, text: Path, m
 
 
 def test_a_byte_lm_that_is_not_there_is_named(tmp_path: Path, text: Path) -> None:
-    with pytest.raises(UserError, match="'nowhere' is no folder"):
+    with pytest.raises(UserError, match="'nowhere' is not a folder"):
         train(settings(blt_run(tmp_path / "run", text, Path("nowhere"))))
 
 

@@ -186,9 +186,9 @@ def test_the_other_format_alone_says_all_that_is_computed(format: str, sample: S
         assert theirs.logits(IDS, lengths).equal(ours.logits(IDS, lengths))
         if not sample.rule.needs_entropies or sample.byte_lm is not None:
             assert theirs.logits(IDS).equal(ours.logits(IDS))
-        assert (theirs.byte_lm is None) == (ours.byte_lm is None)
-        if ours.byte_lm is not None and theirs.byte_lm is not None:
-            assert theirs.byte_lm.settings.window == ours.byte_lm.settings.window
+        assert (theirs.entropy_model is None) == (ours.entropy_model is None)
+        if ours.entropy_model is not None and theirs.entropy_model is not None:
+            assert theirs.entropy_model.settings.window == ours.entropy_model.settings.window
 
 
 @EXAMPLES

@@ -31,13 +31,13 @@ from bytelatent.data.source import OtherFiles
 from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, manifest_of, what_is_torn, whole_folder
 from bytelatent.run_folder import NoCheckpoint, checkpoint_name, checkpoints_of, newest_checkpoint
+from bytelatent.training.checkpoint.settings import CheckpointSettings
 from bytelatent.training.checkpoint.staging import CpuCopies
 from bytelatent.training.checkpoint.storage import begin_folder, read_tensors, tensors_of, write_tensors
 from bytelatent.training.distributed.fsdp import free_gathered_weights, full_tensor
 from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.optimizer import Optimizers
 from bytelatent.training.schedule import Schedule
-from bytelatent.training.settings import CheckpointSettings
 from bytelatent.weights import Config, StoredModel
 from bytelatent.weights.native import write_native
 from bytelatent.weights.safetensors_io import StoredTensor

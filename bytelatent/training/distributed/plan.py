@@ -10,7 +10,7 @@ models are the same in a tensor group, so FSDP divides them among its ranks, too
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,16 +20,14 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import bytelatent.kernels.packed_attention  # noqa: F401 it defines the operator
 from bytelatent.device import free_memory, is_out_of_memory
 from bytelatent.errors import UserError
-from bytelatent.model import BLTModel, BLTSettings, Block, CrossAttention, ModelSettings, build, compile_regions
+from bytelatent.model import Block, BLTModel, BLTSettings, CrossAttention, ModelSettings, build, compile_regions
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.distributed import fsdp
 from bytelatent.training.distributed.ranks import Ranks
+from bytelatent.training.distributed.settings import ActivationCheckpointing, ParallelSettings
 from bytelatent.training.distributed.sharded_tables import shard_tables
-from bytelatent.training.float8 import to_float8
-from bytelatent.training.settings import Float8, ParallelSettings
-
-ActivationCheckpointing = Literal["none", "selective", "full"]
+from bytelatent.training.float8 import Float8, to_float8
 
 # Results that selective checkpointing saves: of matrix products and attention. The rest is cheap to recompute.
 SAVED = [

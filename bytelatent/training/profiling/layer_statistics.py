@@ -63,7 +63,7 @@ class LayerStatistics:
             **self._look(batch),
         }
         # On the CPU, as there may be no room for a second model on the device.
-        before = {parameter: local_part(parameter.detach()).to("cpu", copy=True) for parameter in self._model.parameters()}
+        before = {p: local_part(p.detach()).to("cpu", copy=True) for p in self._model.parameters()}
         yield
         row["update_norms"] = self._norms(lambda parameter: _change(parameter, before[parameter]))
         self._row = row

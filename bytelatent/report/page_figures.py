@@ -1,35 +1,41 @@
-"""Curves and histograms as SVG to be put into a page, in colours the page decides."""
+"""Figures of a page as SVG, in the page's colours: loss curves, a histogram of patch lengths, entropies over bytes."""
 
 import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from bytelatent.report.amounts import amount_of_bytes
-from bytelatent.report.characters import finite
+from bytelatent.patching import Patch
+from bytelatent.report.amounts import amount_of_bytes, finite
+from bytelatent.report.characters import Character, characters, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Matplotlib knows no CSS, so it draws with these stand-ins and the page's variables take their place: one drawing
-# serves light and dark.
+# Matplotlib knows no CSS. It draws with these colours, which are then replaced by the page's variables, so that one
+# drawing serves light and dark pages.
 STAND_INS = {"#0a0b01": "var(--ink)", "#0a0b02": "var(--muted)", "#0a0b03": "var(--line)", "#0a0b04": "var(--paper)"}
 INK, MUTED, LINE, PAPER = STAND_INS
 NUM_SERIES_COLOURS = 6
 SERIES = [f"#0a0c0{i + 1}" for i in range(NUM_SERIES_COLOURS)]
 STAND_INS |= {colour: f"var(--series-{i + 1})" for i, colour in enumerate(SERIES)}
 
-SIZES = {"wide": (7.2, 3.5), "narrow": (3.7, 3.1)}  # inches, for a desk and for a phone
-MOST_POINTS = 400  # of a curve; more are averaged
+SIZES = {"wide": (7.2, 3.5), "narrow": (3.7, 3.1)}  # inches, for large screens and for phones
+MOST_POINTS = 400  # of a curve; if there are more, neighbours are averaged
 LONGEST_BAR = 32  # bytes; the last bar of the histogram holds this length and all longer ones
+
+STRIP_COLUMN = 12  # units of the drawing that a byte is wide
+STRIP_HEIGHT = 84  # units above the base line
+MOST_STRIP_BYTES = 1000  # drawn of a longer text
 
 
 def curve_points(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Bytes seen and the values of `key`, of those rows that have both; the last one where a resumed run repeats."""
+    """Bytes seen and the values of `key`, from the rows with both; a resumed run overwrites its earlier rows."""
     points: dict[float, float] = {}
     for row in rows:
         bytes_seen, value = finite(row.get("bytes_seen")), finite(row.get(key))
@@ -46,11 +52,11 @@ def loss_curves(
 
     Args:
         curves: name of a model to the rows of its metrics.
-        references: names and bits per byte of what does not learn, as level lines.
+        references: names and bits per byte of fixed references, drawn as level lines.
         size: a key of `SIZES`.
 
     Returns:
-        The SVG element, or None when no row has a number to show.
+        The SVG element, or None if there are no values.
     """
     drawn = {
         name: (curve_points(rows, "bits_per_byte"), curve_points(rows, "validation_bits_per_byte"))
@@ -85,7 +91,7 @@ def _draw_curves(axes: "Axes", drawn: dict, references: Mapping[str, float], val
 
 
 def patch_length_histogram(lengths: Sequence[int], size: str) -> str | None:
-    """Share of patches of each length in bytes, with their mean; None when there are none."""
+    """Share of patches of each length in bytes, with their mean; None without patches."""
     if not lengths:
         return None
     with _figure(size) as (figure, axes):
@@ -136,7 +142,7 @@ def _null_locator() -> Any:
 
 @contextmanager
 def _figure(size: str) -> Iterator[tuple["Figure", "Axes"]]:
-    """An empty figure of its own, away from pyplot's global state; draw and save it in here."""
+    """An empty figure outside of pyplot's global state; draw and save it inside the block."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -144,11 +150,11 @@ def _figure(size: str) -> Iterator[tuple["Figure", "Axes"]]:
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=SIZES[size], layout="constrained")
         axes = figure.add_subplot()
-        _plain_look(axes)
+        _style(axes)
         yield figure, axes
 
 
-def _plain_look(axes: "Axes") -> None:
+def _style(axes: "Axes") -> None:
     axes.grid(axis="y", color=LINE, linewidth=0.8, zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
@@ -159,7 +165,7 @@ def _plain_look(axes: "Axes") -> None:
 
 
 def _svg(figure: "Figure", name: str) -> str:
-    """The figure as an SVG element for a page: text as text, nothing outside it named, ids that are its own."""
+    """The figure as a self-contained SVG element with text as text and unique ids."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
@@ -173,3 +179,86 @@ def _svg(figure: "Figure", name: str) -> str:
     for stand_in, variable in STAND_INS.items():
         svg = svg.replace(stand_in, variable)
     return svg.strip()
+
+
+@dataclass(frozen=True)
+class StripLabel:
+    """A character under its bars."""
+
+    x: float
+    text: str
+
+
+@dataclass(frozen=True)
+class EntropyStrip:
+    """Bars over bytes: x to the right, y down from the top.
+
+    Attributes:
+        width: of the whole drawing.
+        bars: one SVG path for the bars of the first, third, ... patch and one for those between.
+        labels: the characters under the bars.
+        ticks: nats and their y.
+        threshold: y of the threshold; None without one.
+        num_bytes: number of bytes drawn.
+    """
+
+    width: int
+    bars: tuple[str, str]
+    labels: list[StripLabel]
+    ticks: list[tuple[float, float]]
+    threshold: float | None
+    num_bytes: int
+
+
+def entropy_strip(patches: Sequence[Patch], threshold: float | None) -> EntropyStrip | None:
+    """Entropies over the bytes of a text, as the geometry of a drawing that the template turns into SVG.
+
+    Args:
+        patches: of one text, in order.
+        threshold: of the entropy mode, nats; None if there is no single level to draw.
+
+    Returns:
+        The drawing; None if the patches have no entropies.
+    """
+    entropies = [value for patch in patches for value in map(finite, patch.entropies or ()) if value is not None]
+    if not entropies:
+        return None
+    threshold = finite(threshold)
+    top = max(*entropies, 1.15 * (threshold or 0.0), 0.5)
+    paths: tuple[list[str], list[str]] = ([], [])
+    labels: list[StripLabel] = []
+    num_bytes = 0
+    for index, patch in enumerate(patches):
+        for character in characters(patch):
+            if num_bytes >= MOST_STRIP_BYTES:
+                break
+            labels.append(_strip_label(character, num_bytes))
+            for offset, entropy in enumerate(character.entropies or ()):
+                paths[index % 2].append(_strip_bar(num_bytes + offset, finite(entropy) or 0.0, top))
+            num_bytes += character.num_bytes
+    step = next(step for step in (0.5, 1, 2, 5, 10, 100, float("inf")) if top / step <= 4)
+    ticks = [(tick * step, _y(tick * step, top)) for tick in range(5) if tick * step <= top]
+    return EntropyStrip(
+        width=num_bytes * STRIP_COLUMN,
+        bars=("".join(paths[0]), "".join(paths[1])),
+        labels=labels,
+        ticks=ticks,
+        threshold=None if threshold is None else _y(threshold, top),
+        num_bytes=num_bytes,
+    )
+
+
+def _strip_label(character: Character, position: int) -> StripLabel:
+    shown = visible(character.text)
+    shown = "␣" if shown == " " else shown
+    x = STRIP_COLUMN * (position + character.num_bytes / 2)
+    return StripLabel(x, shown if len(shown) <= 2 else "∙")
+
+
+def _strip_bar(position: int, entropy: float, top: float) -> str:
+    y = _y(max(entropy, 0.0), top)
+    return f"M{STRIP_COLUMN * position + 1} {STRIP_HEIGHT}V{y:g}h{STRIP_COLUMN - 2}V{STRIP_HEIGHT}z"
+
+
+def _y(entropy: float, top: float) -> float:
+    return round(STRIP_HEIGHT * (1 - entropy / top), 1)

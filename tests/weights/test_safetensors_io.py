@@ -135,7 +135,7 @@ def test_shards(limit: int | None, num_files: int, tmp_path: Path) -> None:
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     tensor = torch.zeros(2, dtype=torch.complex64)
-    with pytest.raises(UserError, match=r"a is torch.complex64, which is not written"):
+    with pytest.raises(UserError, match=r"a is torch.complex64, which is not supported"):
         write_safetensors(tmp_path / "a.safetensors", {"a": StoredTensor.of(tensor)}, lambda n: None)
 
 
