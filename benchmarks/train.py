@@ -44,7 +44,7 @@ from bytelatent.patching import PatchSettings
 from bytelatent.text import Document
 from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
-from bytelatent.training.float8 import to_float8
+from bytelatent.training.float8 import Float8, to_float8
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.kernel_times import print_kernels
 from bytelatent.training.profiling.measure import (
@@ -58,7 +58,7 @@ from bytelatent.training.profiling.measure import (
     random_batch,
     seconds_of,
 )
-from bytelatent.training.settings import Float8, OptimizerSettings
+from bytelatent.training.settings import OptimizerSettings
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
 RECOMPUTED = 65_536  # bytes from which `step` computes blocks again

@@ -10,8 +10,10 @@ from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
 from bytelatent.patching import PatchSettings
-
-Float8 = Literal["rowwise"]
+from bytelatent.training.checkpoint.settings import CheckpointSettings
+from bytelatent.training.distributed.settings import ParallelSettings
+from bytelatent.training.float8 import Float8
+from bytelatent.training.profiling.profiler import ProfileSettings
 
 
 class LearningRateScale(Settings):
@@ -87,67 +89,9 @@ class WandbSettings(Settings):
     mode: Literal["online", "offline"] = "online"
 
 
-class ProfileSettings(Settings):
-    """A trace of some steps, taken at a step or when the file `profile` appears in the run's folder.
-
-    Attributes:
-        from_step: the first step traced; None: only when asked by the file.
-        memory: allocations, too, and on CUDA a snapshot of the memory.
-    """
-
-    from_step: int | None = Field(default=None, ge=1)
-    steps: int = Field(default=3, ge=1)
-    memory: bool = False
-
-
 class ValidationSettings(Settings):
     every: int = Field(default=1000, ge=1)
     max_bytes: int | None = Field(default=1_000_000, ge=1)
-
-
-class CheckpointSettings(Settings):
-    """When to save, and what to keep.
-
-    Attributes:
-        every: steps from one checkpoint to the next.
-        keep: so many of the newest stay,
-        keep_every: and those after a multiple of so many steps.
-        asynchronous: training goes on while a copy of its state is written; `auto` where there is a GPU, or several
-            processes.
-    """
-
-    every: int = Field(default=1000, ge=1)
-    keep: int = Field(default=2, ge=1)
-    keep_every: int | None = Field(default=None, ge=1)
-    asynchronous: bool | Literal["auto"] = "auto"
-
-
-class ParallelSettings(Settings):
-    """How several processes share the work; with one process only `activation_checkpointing` says something.
-
-    Attributes:
-        data: `shard` divides weights and the optimizer's state among the processes and gathers them block by block;
-            `replicate` holds them whole in each; `hybrid` has `replicas` that are divided within themselves.
-        tensor: processes that divide each matrix of the global transformer.
-        activation_checkpointing: in the backward pass, compute blocks again (`full`), or all of them but matrix
-            products and attention (`selective`), instead of keeping their inner results.
-        tables: `rows` divides the hash tables by rows that are looked up where they lie; `gather` treats them as the
-            other weights.
-        reduce_dtype: of gradients as they are summed; those of `rows` are in float32.
-    """
-
-    data: Literal["replicate", "shard", "hybrid"] = "shard"
-    replicas: int | None = Field(default=None, ge=1)
-    tensor: int = Field(default=1, ge=1)
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    tables: Literal["rows", "gather"] = "rows"
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @model_validator(mode="after")
-    def _replicas(self) -> Self:
-        if (self.data == "hybrid") != (self.replicas is not None):
-            raise ValueError("data=hybrid and replicas go together, as in parallel.data=hybrid parallel.replicas=2")
-        return self
 
 
 class FaultSettings(Settings):

@@ -104,7 +104,7 @@ def test_llama3_with_a_key(server: HubServer, tmp_path: Path) -> None:
     }
     assert written == {path: data for path, data in files.items() if path != "weights.bin"}
 
-    done = run("download_tokenizer.py", *arguments[:2], cwd=tmp_path, environment=server.environment)
+    done = run("download_tokenizer.py", "llama3", "elsewhere", cwd=tmp_path, environment=server.environment)
     assert error_of(done) == (
         f"error: {LLAMA3} needs access: open https://huggingface.co/{LLAMA3}, accept the terms, "
         "then pass token=..., set HF_TOKEN, or run: hf auth login"

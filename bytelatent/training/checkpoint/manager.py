@@ -30,11 +30,11 @@ from bytelatent.data.source import OtherFiles
 from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, manifest_of, what_is_torn, whole_folder
 from bytelatent.run_folder import checkpoint_name, checkpoints_in, newest_whole, none_whole
+from bytelatent.training.checkpoint.settings import CheckpointSettings
 from bytelatent.training.checkpoint.staging import Copies
 from bytelatent.training.distributed.plan import ParallelPlan, free_gathered_weights
 from bytelatent.training.optimizer import Optimizers
 from bytelatent.training.schedule import Schedule
-from bytelatent.training.settings import CheckpointSettings
 from bytelatent.weights import Config, StoredModel
 from bytelatent.weights.native import write_native
 from bytelatent.weights.safetensors_io import StoredTensor

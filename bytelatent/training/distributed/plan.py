@@ -20,8 +20,8 @@ from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.distributed.activation_checkpointing import recompute_regions
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.float8 import to_float8
-from bytelatent.training.settings import Float8, ParallelSettings
+from bytelatent.training.distributed.settings import ParallelSettings
+from bytelatent.training.float8 import Float8, to_float8
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

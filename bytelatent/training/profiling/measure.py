@@ -26,10 +26,10 @@ from bytelatent.model import (
 from bytelatent.model.loss import cross_entropy
 from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
-from bytelatent.training.float8 import to_float8
+from bytelatent.training.float8 import Float8, to_float8
 from bytelatent.training.gradients import CapturedGradients, Gradients
 from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.settings import Float8, OptimizerSettings
+from bytelatent.training.settings import OptimizerSettings
 
 DOCUMENT, PATCH_BYTES = 8192, 4.5
 SLOTS = 128  # patch slots come in multiples of so many

@@ -6,13 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
+from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.files import whole_folder
-from bytelatent.training.settings import ProfileSettings
 
 MOST_EVENTS = 200_000  # allocations and frees that a snapshot goes back
 ROWS = 60  # of the table of operations
+
+
+class ProfileSettings(Settings):
+    """A trace of some steps, taken at a step or when the file `profile` appears in the run's folder.
+
+    Attributes:
+        from_step: the first step traced; None: only when asked by the file.
+        memory: allocations, too, and on CUDA a snapshot of the memory.
+    """
+
+    from_step: int | None = Field(default=None, ge=1)
+    steps: int = Field(default=3, ge=1)
+    memory: bool = False
 
 
 class Profiler:
