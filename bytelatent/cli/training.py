@@ -40,7 +40,7 @@ def demo(
     """
     from bytelatent.commands.demo import run_demo
 
-    run_demo(minutes, out, text, seed, Console(), text_key, max_bad_rows, max_row_bytes)
+    run_demo(minutes, out, text, seed, text_key, max_bad_rows, max_row_bytes)
 
 
 def train(

@@ -139,13 +139,13 @@ def test_rows_wait_for_room(
 
 def test_rows_that_wait_go_back_with_the_run(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of steps 4 and 5 stay, those of 6 and 7 are taken back with their steps."""
-    surprise, calls = loop.surprise, []
+    cross_entropy, calls = loop.cross_entropy, []
 
     def broken(model: Any, batch: Any) -> torch.Tensor:
         calls.append(1)
-        return surprise(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
+        return cross_entropy(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
 
-    monkeypatch.setattr(loop, "surprise", broken)
+    monkeypatch.setattr(loop, "cross_entropy", broken)
     fill_the_disk_for_metrics(monkeypatch, range(4, 8))
     run = train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "rollback"})))
     assert [step for step, *_ in losses(run)] == list(range(1, 13))

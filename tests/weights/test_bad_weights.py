@@ -16,7 +16,7 @@ from bytelatent.errors import UserError
 from bytelatent.weights import FORMATS, Config, convert, load_byte_lm, open_pretrained, save
 from bytelatent.weights.safetensors_io import read_pickle, read_weights
 from tests.weights.published import write_published
-from tests.weights.test_hub_models import Marker
+from tests.weights.test_hub import Marker
 
 WEIGHTS = "model.safetensors"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -274,3 +275,11 @@ def test_empty_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("empty", "."):
         refused(lambda name=name: open_pretrained(tmp_path / name), "holds no model: neither settings.yaml")
+
+
+def test_the_help_and_the_docs_name_every_format() -> None:
+    shown = CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "200"}).output
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    for name in FORMATS:
+        assert re.search(rf"\b{name}\b", shown), name
+        assert f"`{name}`" in page or f"--to {name}" in page, name
