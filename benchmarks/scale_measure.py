@@ -18,10 +18,11 @@ import torch.distributed as dist
 from scale_plans import Configuration
 from torch.cuda.nccl import version as nccl_version
 
-from bytelatent.data import Batch, surprise
+from bytelatent.data import Batch
 from bytelatent.device import autocast, choose_dtype, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.model.flops import training_flops
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
@@ -77,7 +78,7 @@ class Training:
 
         def loss(batch: Batch) -> torch.Tensor:
             with autocast(device, dtype):
-                return surprise(model, batch)
+                return cross_entropy(model, batch)
 
         self.gradients = Gradients(loss, device)
 

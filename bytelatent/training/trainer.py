@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from bytelatent.credentials import masked
-from bytelatent.data import Batch, DataSettings, Loader, ReadAhead, surprise
+from bytelatent.data import Batch, DataSettings, Loader, ReadAhead
 from bytelatent.data.pieces import ID_BYTES
 from bytelatent.device import autocast, choose_dtype, free_memory, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.log import Console
-from bytelatent.model.loss import bits_per_byte
+from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.threads import Threads
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, check_takes_checkpoints
 from bytelatent.training.clipping import clip
@@ -129,7 +129,7 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
 
     def loss(batch: Batch) -> torch.Tensor:
         with autocast(device, dtype):
-            return surprise(model, batch)
+            return cross_entropy(model, batch)
 
     gradients: Callable[[Batch, float], torch.Tensor] = Gradients(loss, device)
     if settings.cuda_graph:

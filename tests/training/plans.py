@@ -13,9 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from bytelatent.data import Batch, Loader, Patcher, surprise
+from bytelatent.data import Batch, Loader, Patcher
 from bytelatent.device import autocast
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
@@ -121,7 +122,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
 
         def loss(batch: Batch) -> torch.Tensor:
             with autocast(device, dtype):
-                return surprise(model, batch)
+                return cross_entropy(model, batch)
 
         rows, gradients = [], {}
         while state.step < steps:

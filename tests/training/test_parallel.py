@@ -10,11 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bytelatent.commands.train import main as train
-from bytelatent.data import Loader, Patcher, surprise
+from bytelatent.data import Loader, Patcher
 from bytelatent.device import autocast
 from bytelatent.errors import UserError
 from bytelatent.model import block, build
 from bytelatent.model.attention import packed_mask
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training.distributed import fsdp
 from bytelatent.training.distributed.plan import build_parallel_model, initialize_weights, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks, ranks_from
@@ -146,7 +147,7 @@ def head_dims_of_graphs(values: dict[str, Any], layers: int) -> list[str | None]
         model = build_parallel_model(rule.model, plan, device, torch.bfloat16, compiled=True)
         initialize_weights(model, rule.model)
         with autocast(device, torch.bfloat16):
-            surprise(model, next(Loader(rule.data, 0, Patcher(settings(values).patching)))).backward()
+            cross_entropy(model, next(Loader(rule.data, 0, Patcher(settings(values).patching)))).backward()
     return found
 
 

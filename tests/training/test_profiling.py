@@ -36,15 +36,15 @@ def test_a_trace_by_setting(tmp_path: Path, text: Path, caplog: pytest.LogCaptur
 
 
 def test_a_trace_by_a_file(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, surprise, calls = tmp_path / "run", loop.surprise, []
+    run, cross_entropy, calls = tmp_path / "run", loop.cross_entropy, []
 
     def asking(*arguments: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 5:  # in the fourth step: the first call is a trial
             (run / "profile").touch()
-        return surprise(*arguments)
+        return cross_entropy(*arguments)
 
-    monkeypatch.setattr(loop, "surprise", asking)
+    monkeypatch.setattr(loop, "cross_entropy", asking)
     train(settings(byte_lm_run(run, text)))
     assert [place.name for place in (run / "profiles").iterdir()] == ["step-00000005"]
     assert steps_in(run / "profiles" / "step-00000005") == 3

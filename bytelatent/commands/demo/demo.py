@@ -102,7 +102,7 @@ def _run(clock: Clock, text: DemoText, folder: Path, options: list[str], seed: i
         minutes=minutes,
         patching=PatchSettings(mode="entropy", threshold=0.0),
         calibration=CalibrationSettings(patch_bytes=PATCH_BYTES, text_bytes=CALIBRATION_BYTES),
-        byte_lm=str(folder / "byte_lm_training"),
+        entropy_model=str(folder / "byte_lm_training"),
     )
     train(settings)
 

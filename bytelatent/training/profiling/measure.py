@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bytelatent.data import Batch, surprise
+from bytelatent.data import Batch
 from bytelatent.device import autocast
 from bytelatent.model import (
     BLTSettings,
@@ -23,6 +23,7 @@ from bytelatent.model import (
     compile_regions,
     pack_rows,
 )
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.plan import apply_activation_checkpointing
 from bytelatent.training.distributed.settings import ActivationCheckpointing
@@ -113,7 +114,7 @@ class ForwardBackward:
 
     def _loss(self, batch: Batch) -> Tensor:
         with autocast(self._device, self._dtype):
-            return surprise(self._model, batch)
+            return cross_entropy(self._model, batch)
 
 
 def random_batch(size: int, device: torch.device, patched: bool = True, seed: int = 0) -> tuple[Stream, Tensor]:
