@@ -35,7 +35,7 @@ def must_have_byte_lm(source: str, whence: str = "") -> None:
         UserError: it names the setting.
     """
     try:
-        find_byte_lm(source, weights=False, setting="byte_lm")
+        find_byte_lm(source, weights=False, setting="entropy_model")
     except Unreachable:
         pass
     except UserError as error:

@@ -15,7 +15,8 @@ from bytelatent.text import BadRows, find_files
 from bytelatent.text.bad_rows import TextError
 from bytelatent.text.streams import is_remote
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.distributed.plan import ParallelPlan, free_gathered_weights
+from bytelatent.training.distributed.fsdp import free_gathered_weights
+from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.settings import TrainSettings
 
 

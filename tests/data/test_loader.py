@@ -15,7 +15,7 @@ from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
 from bytelatent.text import BadRows
-from bytelatent.training.checkpoint.manager import _as_arrays, _as_tensors
+from bytelatent.training.checkpoint.manager import arrays_to_tensors, tensors_to_arrays
 from bytelatent.vocab import decode
 from tests.model.tiny import tiny_byte_lm
 from tests.text.text_files import KINDS, logged, write
@@ -61,11 +61,11 @@ def test_goes_on_bit_for_bit(sources: list[SourceSettings], rule: str, done: int
     for _ in range(done):
         next(loader)
     stored = io.BytesIO()
-    torch.save(_as_tensors(loader.state_dict()), stored)
+    torch.save(arrays_to_tensors(loader.state_dict()), stored)
     following = [next(loader) for _ in range(12)]
     stored.seek(0)
     resumed = Loader(settings, seed=3, patcher=patcher)
-    resumed.load_state_dict(_as_arrays(torch.load(stored, weights_only=True)))
+    resumed.load_state_dict(tensors_to_arrays(torch.load(stored, weights_only=True)))
     assert all(same(next(resumed), batch) for batch in following)
     fresh = Loader(settings, seed=3, patcher=patcher)
     assert all(same(next(fresh), batch) for batch in following) == (done == 0)

@@ -107,7 +107,7 @@ def test_zstd_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
     assert len(list(read_documents(str(tmp_path / "a.jsonl.zst")))) == 20_000
     for file in (tmp_path / "cut.jsonl.zst", CASES / "long31.jsonl.zst"):
-        with pytest.raises(UserError, match="pip install backports.zstd"):
+        with pytest.raises(UserError, match=r"pip install backports\.zstd"):
             list(read_documents(str(file)))
 
 
