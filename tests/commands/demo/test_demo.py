@@ -231,19 +231,19 @@ def test_a_demo_that_is_stopped_says_that_it_begins_again_and_what_can_be_used(
     tmp_path: Path, own_text: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     folder, calls = tmp_path / "demo", []
-    surprise = loop.surprise
+    cross_entropy = loop.cross_entropy
 
     def stopped(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             signal.raise_signal(signal.SIGINT)
-        return surprise(*arguments)
+        return cross_entropy(*arguments)
 
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
     if stage == "training":
-        monkeypatch.setattr(loop, "surprise", stopped)
+        monkeypatch.setattr(loop, "cross_entropy", stopped)
     else:
         monkeypatch.setattr(demo_run, "measure", interrupted)
     with pytest.raises(Interrupted) as caught:
