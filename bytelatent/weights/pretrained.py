@@ -185,7 +185,7 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     if weights and (folder / MANIFEST).is_file() and (torn := what_is_torn(folder, ending=".safetensors")):
         raise UserError(f"'{folder}' is not as it was written: {torn}; fetch or write it again")
     links = [file for pattern in LEGAL_FILES for file in sorted(folder.glob(pattern)) if leads_out(file)]
-    lines = [f"'{shown(str(file))}' is a link to another path and is skipped" for file in links]
+    lines = [f"'{shown(str(file))}' is a link out of its folder and is skipped" for file in links]
     found = replace(found, folder=folder, warnings=[*found.warnings, *lines])
     if found.config.origin.licence is None:
         found = replace(found, config=found.config.with_origin(licence=stated_licence(folder)))
