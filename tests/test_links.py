@@ -13,7 +13,7 @@ import torch
 from bytelatent import BLT
 from bytelatent.data.shards import Shard, hold
 from bytelatent.errors import UserError
-from bytelatent.files import growing_file, only_writer, part_of, whole_file, whole_folder
+from bytelatent.files import growing_file, only_writer, partial_path, whole_file, whole_folder
 from bytelatent.patching import PatchSettings
 from bytelatent.prepare.local import _write_to
 from bytelatent.prepare.runs import RunWriter, TaskFiles
@@ -90,7 +90,7 @@ def test_what_a_lock_holds_stays(tmp_path: Path) -> None:
 
 def test_files_that_are_being_written(victim: Path, tmp_path: Path) -> None:
     """Their names can be known beforehand, too."""
-    for place in (part_of(tmp_path / "a"), tmp_path / "a"):
+    for place in (partial_path(tmp_path / "a"), tmp_path / "a"):
         (tmp_path / f".{place.name}.{os.getpid()}.part").symlink_to(victim)
         with whole_file(place) as aside:
             aside.write_text("new")

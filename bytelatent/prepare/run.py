@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from bytelatent import terminal
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
-from bytelatent.files import only_writer
+from bytelatent.files import Locked, only_writer
 from bytelatent.log import Console
 from bytelatent.prepare.budget import Budget, share_out
 from bytelatent.prepare.disk import writing
@@ -178,12 +178,12 @@ def _alone(work: Work) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(only_writer(work.folder))
-        except UserError as error:
-            if "another process" not in str(error):
-                raise UserError(f"--out: {error}; give a folder you may write to") from None
+        except Locked:
             raise UserError(
                 f"--out: another process prepares '{work.out}'; wait for it, or give another folder"
             ) from None
+        except UserError as error:
+            raise UserError(f"--out: {error}; give a folder you may write to") from None
         try:
             yield
         except UserError:

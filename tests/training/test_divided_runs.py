@@ -13,7 +13,7 @@ from bytelatent.blt import BLT
 from bytelatent.commands.export import export
 from bytelatent.data import Patcher, batches_once
 from bytelatent.errors import UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.training import read_metrics
 from bytelatent.weights import load
@@ -83,7 +83,7 @@ def test_a_run_of_two_processes(crew: Crew, tmp_path: Path, text: Path) -> None:
     )
     assert rows[-1]["validation_bits_per_byte"] == pytest.approx(bits_per_byte(nats, 450), rel=1e-5)
     assert BLT.from_pretrained(whole).bits_per_byte("the cat sat on a mat") > 0
-    assert what_is_torn(whole / "checkpoints" / "step-00000012") is None
+    assert find_corruption(whole / "checkpoints" / "step-00000012") is None
     names = {file.name for file in (whole / "checkpoints" / "step-00000012" / "ranks").iterdir()}
     assert names == {"00000.pt", "00001.pt"}
     assert not (whole / "checkpoints" / "step-00000010" / "model.safetensors").exists()
