@@ -15,23 +15,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpu_trace import Communication, communication_of, print_kernels
 from scale_plans import Configuration
 from torch.cuda.nccl import version as nccl_version
 
-from bytelatent.data import Batch, surprise
+from bytelatent.data import Batch
 from bytelatent.device import autocast, choose_dtype, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.model.flops import training_flops
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
-from bytelatent.training.checkpoint.checkpoints import Checkpoints, TrainState
-from bytelatent.training.distributed.plan import Plan, build_spread, make_plan
+from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
+from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.float8 import check_float8
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, check_optimizer
-from bytelatent.training.profiling.kernel_times import PROFILED, Communication, communication_of, print_kernels
-from bytelatent.training.profiling.measure import DOCUMENT, num_patches, random_batch, wait_for
+from bytelatent.training.profiling.measure import DOCUMENT, PROFILED_CALLS, num_patches, random_batch, wait_for
 from bytelatent.weights import Config
 
 STEPS_A_CHECKPOINT = 1000  # the trainer's default
@@ -65,9 +66,9 @@ class Training:
         self.settings = settings = configuration.settings
         self.device = device
         check_float8(settings.float8, device, dtype)
-        check_optimizer(settings.optimizer, ranks.world)
+        check_optimizer(settings.optimizer, ranks.world_size)
         self.plan = plan_of(configuration.plan, settings, ranks, device)
-        model = build_spread(settings.model, self.plan, device, dtype, compiled, settings.float8)
+        model = build_parallel_model(settings.model, self.plan, device, dtype, compiled, settings.float8)
         fill(model)
         stream, targets = random_batch(settings.data.batch_bytes, device, seed=self.plan.data_rank)
         self.num_patches = num_patches(stream) or 1
@@ -77,7 +78,7 @@ class Training:
 
         def loss(batch: Batch) -> torch.Tensor:
             with autocast(device, dtype):
-                return surprise(model, batch)
+                return cross_entropy(model, batch)
 
         self.gradients = Gradients(loss, device)
 
@@ -94,22 +95,22 @@ class Training:
         return (time.perf_counter() - began) / steps
 
 
-def plan_of(name: str, settings: TrainSettings, ranks: Ranks, device: torch.device) -> Plan:
+def plan_of(name: str, settings: TrainSettings, ranks: Ranks, device: torch.device) -> ParallelPlan:
     """The trainer's plan; for one rank that is not `alone`, one of a mesh of this rank.
 
     Raises:
         UserError: the ranks cannot be divided so.
     """
-    if name == "alone" and ranks.world > 1:
-        raise UserError(f"alone is for one process; there are {ranks.world}")
-    if name == "hybrid" and ranks.world < 4:
-        raise UserError(f"hybrid is for four processes and more; there are {ranks.world}")
-    if name == "alone" or ranks.world > 1 or settings.parallel.tensor > 1:
+    if name == "alone" and ranks.world_size > 1:
+        raise UserError(f"alone is for one process; there are {ranks.world_size}")
+    if name == "hybrid" and ranks.world_size < 4:
+        raise UserError(f"hybrid is for four processes and more; there are {ranks.world_size}")
+    if name == "alone" or ranks.world_size > 1 or settings.parallel.tensor > 1:
         return make_plan(settings.parallel, settings.model, ranks, device)
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(device.type, (1, 1, 1), mesh_dim_names=("replicate", "shard", "tensor"))
-    return Plan(settings.parallel, ranks, mesh, mesh["replicate", "shard"])
+    return ParallelPlan(settings.parallel, ranks, mesh, mesh["replicate", "shard"])
 
 
 @torch.no_grad()
@@ -198,7 +199,7 @@ def measured(training: Training, configuration: Configuration, steps: int, ranks
     peak, batch = peak_flops(device, dtype), training.settings.data.batch_bytes
     flops = training_flops(configuration.model, batch / training.num_patches, min(batch, DOCUMENT))
     return Row(
-        ranks.world,
+        ranks.world_size,
         configuration,
         dtype,
         seconds,
@@ -236,7 +237,7 @@ def saved(training: Training, name: str, seconds: float, folder: Path, say: Call
     """
     settings, ranks = training.settings, training.plan.ranks
     config = Config(model=settings.model, context=settings.data.context, patching=settings.patching)
-    with Checkpoints(folder, config, settings.checkpoint, training.plan, True, say) as checkpoints:
+    with CheckpointManager(folder, config, settings.checkpoint, training.plan, True) as checkpoints:
         checkpoints.prepare(training.state)
         steps, took = steps_while(lambda: not checkpoints.are_prepared, training, ranks)
         line = f"\n{name}: {steps} steps beside which the memory for copies was got: {took:.1f} s in place of "
@@ -301,7 +302,7 @@ def measure(
             if profiled and ranks.is_first:
                 print_kernels(training.step, device)
             elif profiled:
-                for _ in range(PROFILED):
+                for _ in range(PROFILED_CALLS):
                     training.step()
             rows.append(row)
 
@@ -317,8 +318,8 @@ def measure(
         for configuration in configurations:
             failed = attempt(lambda c=configuration: work(c), aside, device)
             if failed is not None:
-                say(failed_row(Row.HEAD, [*first_cells(ranks.world, configuration, dtype), failed]))
-            elif ranks.world > 1 or configuration.plan == "alone":
+                say(failed_row(Row.HEAD, [*first_cells(ranks.world_size, configuration, dtype), failed]))
+            elif ranks.world_size > 1 or configuration.plan == "alone":
                 to_save.append(rows[-1])
         if folder is None or not to_save:
             return
@@ -340,17 +341,19 @@ def joined(device_name: str) -> Any:
     with open_ranks(device_name, 5) as (ranks, device):
         if device.type == "cuda":  # the same on all ranks, so that they run out of memory together
             torch.cuda.set_per_process_memory_fraction(0.95)
-        if ranks.world == 1:
+        if ranks.world_size == 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
             aside = ranks
         else:
-            aside = Ranks(ranks.rank, ranks.world, ranks.local_rank, dist.new_group(backend="gloo", timeout=PATIENCE))
+            aside = Ranks(
+                ranks.rank, ranks.world_size, ranks.local_rank, dist.new_group(backend="gloo", timeout=PATIENCE)
+            )
         try:
             yield ranks, aside, device
         finally:
-            if ranks.world == 1:
+            if ranks.world_size == 1:
                 dist.destroy_process_group()
 
 
@@ -380,7 +383,7 @@ def attempt(work: Callable[[], None], ranks: Ranks, device: torch.device) -> str
 
 
 def about(device: torch.device, ranks: Ranks) -> str:
-    words = [f"torch {torch.__version__}", f"ranks: {ranks.world}"]
+    words = [f"torch {torch.__version__}", f"ranks: {ranks.world_size}"]
     if device.type == "cuda":
         nccl = ".".join(map(str, nccl_version()))
         multicast = os.environ.get("NCCL_NVLS_ENABLE", "not set")

@@ -10,12 +10,12 @@ import sys
 import sysconfig
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError, nearest
@@ -36,11 +36,18 @@ class Settings(BaseModel):
     Attributes:
         presets: fields that may be the name of a preset; with other keys beside it, the name's key is `preset`.
         alternatives: fields of which one may be set. One on the command line unsets the others of a file.
+        old_names: earlier names of fields, which still work.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
     presets: ClassVar[tuple[str, ...]] = ()
     alternatives: ClassVar[tuple[str, ...]] = ()
+    old_names: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_their_names(cls, values: Any) -> Any:
+        return renamed(values, cls.old_names)
 
     @field_validator("*")
     @classmethod
@@ -153,6 +160,41 @@ def renamed(values: Any, names: dict[str, str], within: str = "") -> Any:
 def say_renamed(old: str, new: str) -> None:
     """Say once that a setting or an option has another name now."""
     print(f"{old} is now {new}; the old name still works", file=sys.stderr)
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Decorate a function that still takes some arguments by their old names: `@renamed_arguments(old="new")`."""
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            for old, new in names.items():
+                if old in kwargs:
+                    say_renamed(f"{old}=", f"{new}=")
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def renamed_attribute(old: str, new: str) -> Any:
+    """A property that still gives an attribute its old name."""
+
+    def read(self: object) -> Any:
+        say_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
+        return getattr(self, new)
+
+    def write(self: object, value: Any) -> None:
+        say_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
+        setattr(self, new, value)
+
+    return property(read, write)
 
 
 def must_be_named(path: str, what: str) -> str:

@@ -12,18 +12,17 @@ It downloads to DATA_DIR/NAME and writes DATA_DIR/NAME_shuffled. Stopped and run
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
+from bytelatent import log
 from bytelatent.errors import UserError, guarded
-from bytelatent.hub.key import ASK, key_of
+from bytelatent.hub import ASK, token_of
 from bytelatent.prepare import PrepareSettings, prepare
-from bytelatent.prepare.download import fetch, is_hub, short_name
+from bytelatent.prepare.download import dataset_name, download_dataset, is_hub
 
 
 def main() -> None:
     arguments = parse()
-    console = Console(stderr=True)
-    name, source = found(arguments, console)
+    log.configure()
+    name, source = found(arguments)
     settings = PrepareSettings.parse(
         {
             "source": [str(source)],
@@ -37,7 +36,7 @@ def main() -> None:
             "executor": arguments.executor,
         }
     )
-    print(prepare(settings, console))
+    print(prepare(settings))
 
 
 def parse() -> argparse.Namespace:
@@ -45,10 +44,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("memory", metavar="MEMORY", type=float, help="gigabytes (10^9 bytes)")
     parser.add_argument("--data_dir", metavar="DIR", type=Path, default=Path("data"))
-    parser.add_argument("--seed", type=int, default=42, help="of the order")
+    parser.add_argument("--seed", type=int, default=42, help="shuffle seed")
     parser.add_argument("--nchunks", metavar="N", type=int, default=32, help="files to write")
     parser.add_argument("--validation", metavar="N", type=int, help="documents held out; 1 %%, 10000 at most")
-    parser.add_argument("--dedup", action="store_true", help="leave out documents whose text stood before")
+    parser.add_argument("--dedup", action="store_true", help="leave out documents whose text occurred before")
     parser.add_argument("--executor", default="local", help="local, slurm, ray")
     parser.add_argument(
         "--api_key", metavar="KEY", nargs="?", const=ASK, help="your key; alone: asks for it; left out: HF_TOKEN"
@@ -56,7 +55,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def found(arguments: argparse.Namespace, console: Console) -> tuple[str, Path]:
+def found(arguments: argparse.Namespace) -> tuple[str, Path]:
     """What to call the text, and the folder that holds it, downloaded if it is the hub's.
 
     Raises:
@@ -68,8 +67,8 @@ def found(arguments: argparse.Namespace, console: Console) -> tuple[str, Path]:
         return folder.resolve().name, folder
     if not is_hub(wanted) and "/" in wanted:
         raise UserError(f"'{wanted}' is no folder; give one, a known name or hf://datasets/OWNER/NAME")
-    name = short_name(wanted)  # complains about an unknown name
-    return name, fetch(wanted, arguments.data_dir / name, console, key_of(arguments.api_key))
+    name = dataset_name(wanted)  # complains about an unknown name
+    return name, download_dataset(wanted, arguments.data_dir / name, token_of(arguments.api_key))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@
 NAME is llama2, llama3, gemma or tiktoken (cl100k_base). The first three need access: open their page on the hub, accept
 the terms, and make a key at https://huggingface.co/settings/tokens. Hand it over in the environment (HF_TOKEN), or give
 --api_key alone and type it unseen; a key after --api_key is seen by everyone who lists this machine's processes.
-PATH/tokenizer.json, where there is one, is what the rule bpe:PATH/tokenizer.json reads.
+PATH/tokenizer.json, where there is one, is what the patching mode bpe:PATH/tokenizer.json reads.
 """
 
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
+from bytelatent import log
 from bytelatent.errors import guarded
-from bytelatent.hub.key import ASK, key_of
-from bytelatent.prepare.tokenizers import NAMES, TIKTOKEN_SHA256, TIKTOKEN_URL, fetch_tokenizer
+from bytelatent.hub import ASK, token_of
+from bytelatent.prepare.download import NAMES, TIKTOKEN_SHA256, TIKTOKEN_URL, fetch_tokenizer
 
 
 def main() -> None:
@@ -28,11 +27,10 @@ def main() -> None:
     )
     parser.add_argument("--tiktoken_url", metavar="URL", default=TIKTOKEN_URL, help="another place for tiktoken's file")
     arguments = parser.parse_args()
+    log.configure()
     # Whoever names another place takes what lies there.
     sha256 = TIKTOKEN_SHA256 if arguments.tiktoken_url == TIKTOKEN_URL else None
-    files = fetch_tokenizer(
-        arguments.name, arguments.path, Console(), key_of(arguments.api_key), arguments.tiktoken_url, sha256
-    )
+    files = fetch_tokenizer(arguments.name, arguments.path, token_of(arguments.api_key), arguments.tiktoken_url, sha256)
     for file in files:
         print(file)
 

@@ -7,8 +7,8 @@
 
 What the real hub does and this one, too: a commit's files never change and stay when a branch moves on; large files are
 redirected to another origin (`redirects`), which must not see the user's key; a gated repository can be listed by all
-and read by few; listings come in pages. What can go wrong is ordered beforehand: `break_after`, `hold_after`, `fail`,
-`listed_sizes`, `listed_digests`, `has_ranges`. What was asked is counted: `requests`, `bytes_sent`.
+and read by few; listings come in pages. What can go wrong is ordered beforehand: `fail`, `listed_sizes`. `requests`
+counts what was asked.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +28,6 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import pytest
 
 Kind = Literal["dataset", "model"]
-CHUNK_BYTES = 1 << 16
 ROUTE = re.compile(
     r"/api/(?P<kind>dataset|model)s/(?P<name>[^/]+/[^/]+)"
     r"(?:/(?P<verb>revision|tree|paths-info|refs)(?:/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?)?"
@@ -56,7 +54,6 @@ class HubRepository:
         readers: the keys that may read the files of a gated repository; None if everybody may.
         private: whether it does not exist for everybody else.
         listed_sizes: sizes that listings tell in place of the true ones, by path.
-        listed_digests: sha256 that listings tell in place of the true ones, by path.
         redirects: whether files are served by another origin.
     """
 
@@ -66,7 +63,6 @@ class HubRepository:
     private: bool = False
     redirects: bool = False
     listed_sizes: dict[str, int] = field(default_factory=dict)
-    listed_digests: dict[str, str] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
 
@@ -80,13 +76,8 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[tuple[Kind, str], HubRepository] = {}
         self.requests: Counter[str] = Counter()  # "GET data/a.parquet", or "GET /api/..." for what is no file
-        self.bytes_sent: Counter[str] = Counter()  # by path of the file
-        self.has_ranges = True
         self.page_size = 1000
-        self._breaks: dict[str, list[int]] = {}
-        self._holds: dict[str, int] = {}
         self._failures: list[tuple[re.Pattern[str], int]] = []
-        self._released = threading.Event()
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = _Server(("127.0.0.1", 0), handler)
@@ -115,7 +106,6 @@ class HubServer:
 
     def close(self) -> None:
         """From now on the port refuses connections; those that a client kept open end, too."""
-        self._released.set()
         self._server.shutdown()
         self._server.server_close()
         self._server.end_connections()
@@ -151,14 +141,6 @@ class HubServer:
         repository.branches[branch] = commit
         return repository
 
-    def break_after(self, path: str, num_bytes: int, times: int = 1) -> None:
-        """Close the connection of the next answers with a file after so many bytes of each."""
-        self._breaks.setdefault(path, []).extend([num_bytes] * times)
-
-    def hold_after(self, path: str, num_bytes: int) -> None:
-        """Send no more than so many bytes of a file's first answer, but leave the connection open."""
-        self._holds[path] = num_bytes
-
     def fail(self, status: int, times: int = 1, url: str = "") -> None:
         """Answer the next requests whose address holds `url`, a regular expression, with an error."""
         self._failures.extend([(re.compile(url), status)] * times)
@@ -168,10 +150,6 @@ class HubServer:
             if what != "GET /api/agent-harnesses":  # once a day the client asks for this, whatever it is to do
                 self.requests[what] += 1
 
-    def count_bytes(self, path: str, num_bytes: int) -> None:
-        with self._lock:
-            self.bytes_sent[path] += num_bytes
-
     def next_failure(self, url: str) -> int | None:
         with self._lock:
             for index, (pattern, status) in enumerate(self._failures):
@@ -179,18 +157,6 @@ class HubServer:
                     del self._failures[index]
                     return status
         return None
-
-    def bytes_before_break(self, path: str) -> int | None:
-        with self._lock:
-            left = self._breaks.get(path)
-            return left.pop(0) if left else None
-
-    def bytes_before_hold(self, path: str) -> int | None:
-        with self._lock:
-            return self._holds.pop(path, None)
-
-    def hold(self) -> None:
-        self._released.wait(30)
 
     def stored(self, sha256: str) -> tuple[str, StoredFile] | None:
         """A file and its path by its digest, as the storage finds it."""
@@ -363,28 +329,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._count(path)
         data = file.data
         status, start, end = 200, 0, len(data)
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked and self.hub.has_ranges:
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
             if start >= len(data):
                 raise _Refused(416, "")
             status = 206
             headers = {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
-        if self.hub.has_ranges:
-            headers = {**headers, "Accept-Ranges": "bytes"}
-        self._send_head(status, end - start, {"ETag": f'"{file.sha256}"', **headers})
-        if self.command == "HEAD":
-            return
-        breaks, holds = self.hub.bytes_before_break(path), self.hub.bytes_before_hold(path)
-        limit = min(n for n in (breaks, holds, end - start) if n is not None)
-        for chunk in _chunks(data[start : start + limit]):
-            self.wfile.write(chunk)
-            self.hub.count_bytes(path, len(chunk))
-        if limit < end - start:
-            self.wfile.flush()
-            if breaks is None:
-                self.hub.hold()
-            self.close_connection = True
+        self._send_head(status, end - start, {"ETag": f'"{file.sha256}"', "Accept-Ranges": "bytes", **headers})
+        if self.command != "HEAD":
+            self.wfile.write(data[start:end])
 
     def _send_json(self, value: Any, headers: dict[str, str] | None = None) -> None:
         self._send(json.dumps(value).encode(), headers={"Content-Type": "application/json", **(headers or {})})
@@ -411,8 +364,7 @@ def _entries(files: dict[str, StoredFile], repository: HubRepository) -> dict[st
             oid = hashlib.sha1(str(folder).encode()).hexdigest()
             entries[str(folder)] = {"type": "directory", "path": str(folder), "oid": oid, "size": 0}
         size = repository.listed_sizes.get(path, len(file.data))
-        digest = repository.listed_digests.get(path, file.sha256)
-        large = {"oid": digest, "size": size, "pointerSize": 134}
+        large = {"oid": file.sha256, "size": size, "pointerSize": 134}
         entries[path] = {
             "type": "file",
             "path": path,
@@ -421,8 +373,3 @@ def _entries(files: dict[str, StoredFile], repository: HubRepository) -> dict[st
             "lfs": large,
         }
     return entries
-
-
-def _chunks(data: bytes) -> Iterator[bytes]:
-    for start in range(0, len(data), CHUNK_BYTES):
-        yield data[start : start + CHUNK_BYTES]

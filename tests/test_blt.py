@@ -5,12 +5,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from bytelatent import BLT
+from bytelatent.config import say_renamed
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.quantize import rounded
@@ -32,9 +34,9 @@ TEXTS = [
 ]
 
 
-def wrap(model: BLTModel, rule: PatchSettings | None = None, with_byte_lm: bool = True) -> BLT:
-    rule = rule or PatchSettings(mode="entropy", threshold=THRESHOLD)
-    config = Config(model=model.settings, context=CONTEXT, patching=rule)
+def wrap(model: BLTModel, patching: PatchSettings | None = None, with_byte_lm: bool = True) -> BLT:
+    patching = patching or PatchSettings(mode="entropy", threshold=THRESHOLD)
+    config = Config(model=model.settings, context=CONTEXT, patching=patching)
     return BLT(model, config, tiny_byte_lm(window=6) if with_byte_lm else None)
 
 
@@ -50,8 +52,8 @@ def parts(text: str) -> list[list[int]]:
 
 
 def slow_entropies(blt: BLT, ids: list[int]) -> np.ndarray:
-    assert blt.byte_lm is not None
-    logits = slow.byte_lm(blt.byte_lm.settings, blt.byte_lm.state_dict(), ids)
+    assert blt.entropy_model is not None
+    logits = slow.byte_lm(blt.entropy_model.settings, blt.entropy_model.state_dict(), ids)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     return -(p * np.log(p)).sum(-1)
@@ -141,7 +143,7 @@ def test_rows_of_logits_are_independent(stop_at_document: bool) -> None:
 
 @pytest.mark.parametrize("last", [0, 1])
 def test_logits_of_given_patches(blt: BLT, last: int) -> None:
-    """Lengths may or may not say whether the id to come starts a patch."""
+    """Lengths may or may not include whether the next id starts a patch."""
     ids, lengths = torch.tensor([[1, 70, 80, 90, 75]]), torch.tensor([[1, 3, 0, 1, last, 0]])
     found = blt.logits(ids, lengths)[0].numpy()
     expected = slow.blt(
@@ -151,7 +153,7 @@ def test_logits_of_given_patches(blt: BLT, last: int) -> None:
 
 
 def test_a_last_patch_that_goes_on(blt: BLT) -> None:
-    """[1, 3, 2] says that the id to come belongs to the last patch, as [1, 3, 1] leaves it."""
+    """In [1, 3, 2], the next id belongs to the last patch, like in [1, 3, 1]."""
     ids = torch.tensor([[1, 70, 80, 90, 75]])
     assert blt.logits(ids, torch.tensor([[1, 3, 2]])).equal(blt.logits(ids, torch.tensor([[1, 3, 1]])))
     assert not blt.logits(ids, torch.tensor([[1, 3, 2]])).equal(blt.logits(ids, torch.tensor([[1, 3, 1, 1]])))
@@ -168,7 +170,7 @@ def test_a_last_patch_that_goes_on(blt: BLT) -> None:
         (torch.tensor([[1, 260]]), None, r"^logits: ids are whole numbers from 0 to 259, and -1 for padding$"),
         (torch.tensor([[1, -2]]), None, "logits: ids are whole numbers"),
         (torch.tensor([[1.0, 2.0]]), None, "logits: ids are whole numbers"),
-        (torch.tensor([[1, -1, 5]]), None, "logits: padding .-1. stands at the end of a row"),
+        (torch.tensor([[1, -1, 5]]), None, "logits: padding .-1. belongs at the end of a row"),
     ],
 )
 def test_logits_that_do_not_fit(blt: BLT, ids: torch.Tensor, lengths: torch.Tensor | None, message: str) -> None:
@@ -200,7 +202,7 @@ def test_round_trip(blt: BLT, tmp_path: Path) -> None:
     again = BLT.from_pretrained(tmp_path / "new" / "a", device="cpu")
     assert again.config == blt.config
     assert again.context == CONTEXT
-    for ours, theirs in ((blt.model, again.model), (blt.byte_lm, again.byte_lm)):
+    for ours, theirs in ((blt.model, again.model), (blt.entropy_model, again.entropy_model)):
         assert ours is not None
         assert theirs is not None
         state = theirs.state_dict()
@@ -213,7 +215,7 @@ def test_round_trip(blt: BLT, tmp_path: Path) -> None:
 
 
 def test_published_weights_round_trip(goldens: Path, tmp_path: Path) -> None:
-    published = BLT.from_pretrained(goldens / "blt_k2", entropy=goldens / "entropy", device="cpu")
+    published = BLT.from_pretrained(goldens / "blt_k2", entropy_model=goldens / "entropy", device="cpu")
     published.save_pretrained(tmp_path / "a")
     again = BLT.from_pretrained(tmp_path / "a", device="cpu")
     ids = torch.tensor([[1, *(b + 4 for b in b"the same bits"), 2]])
@@ -221,12 +223,31 @@ def test_published_weights_round_trip(goldens: Path, tmp_path: Path) -> None:
     assert again.patch("the same bits") == published.patch("the same bits")
 
 
+def test_old_names_still_work(blt: BLT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say_renamed.cache_clear()
+    blt.save_pretrained(tmp_path / "a")
+    old: Any = {"entropy": tmp_path / "a" / "byte_lm", "weights": "int8", "ahead": 3}
+    model = BLT.from_pretrained(tmp_path / "a", device="cpu", **old)
+    assert (model.quantize, model.draft_length) == ("int8", 3) == (model.weights, model.ahead)
+    model.byte_lm = tiny_byte_lm(seed=5)
+    assert model.entropy_model is model.byte_lm
+    old = {"num_rows": 2}
+    assert model.engine(**old).is_idle
+    lines = capsys.readouterr().err.splitlines()
+    for names in (
+        "entropy= is now entropy_model=",
+        "weights= is now quantize=",
+        "BLT.byte_lm is now BLT.entropy_model",
+    ):
+        assert sum(line.startswith(names) for line in lines) == 1
+
+
 def test_precision_of_the_weights(blt: BLT, tmp_path: Path) -> None:
     blt.save_pretrained(tmp_path / "a")
     half = BLT.from_pretrained(tmp_path / "a", device="cpu", dtype="bfloat16")
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
-    assert half.byte_lm is not None
-    assert {p.dtype for p in half.byte_lm.parameters()} == {torch.float32}
+    assert half.entropy_model is not None
+    assert {p.dtype for p in half.entropy_model.parameters()} == {torch.float32}
     assert half.patch(TEXTS[3]) == blt.patch(TEXTS[3])
     ids = torch.tensor([[1, 70, 80, 90, 75]])
     logits = half.logits(ids)
@@ -239,31 +260,31 @@ def test_precision_of_the_weights(blt: BLT, tmp_path: Path) -> None:
 
 def test_drafts_change_nothing_that_is_written(blt: BLT, tmp_path: Path) -> None:
     blt.save_pretrained(tmp_path / "a")
-    ours = BLT.from_pretrained(tmp_path / "a", device="cpu", ahead=7)
+    ours = BLT.from_pretrained(tmp_path / "a", device="cpu", draft_length=7)
     texts = ["The", "", "a longer one"]
     assert ours.generate(texts, max_new_bytes=30) == blt.generate(texts, max_new_bytes=30)
     assert "".join(ours.stream("The", max_new_bytes=30)) == blt.generate("The", max_new_bytes=30)
-    ours.ahead = 1
+    ours.draft_length = 1
     assert ours.generate("The", max_new_bytes=30) == blt.generate("The", max_new_bytes=30)
 
 
-def test_rounded_weights(blt: BLT, tmp_path: Path) -> None:
+def test_quantized_weights(blt: BLT, tmp_path: Path) -> None:
     """One model for all that is done with it; its patches are those of the weights as they are."""
     blt.save_pretrained(tmp_path / "a")
     with pytest.raises(UserError, match="weights: 'int4' is none; use full, int8, fp8"):
-        BLT.from_pretrained(tmp_path / "absent", weights="int4")  # type: ignore[arg-type]
+        BLT.from_pretrained(tmp_path / "absent", quantize="int4")  # type: ignore[arg-type]
     ids = torch.tensor([[1, 70, 80, 90, 75]])
-    for weights in ("int8", "fp8"):
-        ours = BLT.from_pretrained(tmp_path / "a", device="cpu", weights=weights)
-        assert ours.weights == weights
+    for quantize in ("int8", "fp8"):
+        ours = BLT.from_pretrained(tmp_path / "a", device="cpu", quantize=quantize)
+        assert ours.quantize == quantize
         assert ours.patch(TEXTS[3]) == blt.patch(TEXTS[3])
-        assert ours.logits(ids).equal(wrap(rounded(blt.model, weights)).logits(ids))
+        assert ours.logits(ids).equal(wrap(rounded(blt.model, quantize)).logits(ids))
         assert not ours.logits(ids).equal(blt.logits(ids))
         expected = float(ours.logits(torch.tensor([[1, 70, 80]]))[0, -2].log_softmax(-1)[80])
         assert ours.score(b"\x42", [b"\x4c"]) == [pytest.approx(expected, abs=1e-4)]
         assert ours.bits_per_byte(TEXTS[1]) == pytest.approx(blt.bits_per_byte(TEXTS[1]), rel=0.02)
         assert ours.generate("x", max_new_bytes=5) == "".join(ours.stream("x", max_new_bytes=5))
-        with pytest.raises(UserError, match=f"no format holds weights rounded to {weights}; load with weights=full"):
+        with pytest.raises(UserError, match=f"no format holds weights quantized to {quantize}; load without"):
             ours.save_pretrained(tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -278,17 +299,17 @@ def test_models_that_are_no_blt_or_lack_something(goldens: Path, tmp_path: Path)
         lambda: lonely.generate("x"),
         lambda: lonely.logits(torch.tensor([[1, 5]])),
     ):
-        with pytest.raises(UserError, match="need its byte LM; name it"):
+        with pytest.raises(UserError, match="need its entropy model; name it"):
             use()
     model = tiny_blt()
     wrap(model, PatchSettings(mode="byte"), with_byte_lm=False).save_pretrained(tmp_path / "a")
     config = Config(model=model.settings, context=9)
     (tmp_path / "a" / "config.json").write_text(config.model_dump_json())
-    with pytest.raises(UserError, match="names no patching rule"):
+    with pytest.raises(UserError, match="has no patching settings"):
         BLT.from_pretrained(tmp_path / "a")
 
 
-def test_torn_folder(blt: BLT, tmp_path: Path) -> None:
+def test_corrupt_folder(blt: BLT, tmp_path: Path) -> None:
     blt.save_pretrained(tmp_path / "a")
     weights = tmp_path / "a" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -330,20 +351,20 @@ def test_stream_and_score(blt: BLT) -> None:
             wrong()
 
 
-def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
+def test_a_reused_engine_has_the_new_weights(blt: BLT) -> None:
     settings: dict = {"max_new_bytes": 12, "seed": 4}
     before = blt.generate("The", **settings)
-    assert blt._kept_engine is not None
-    kept = blt._kept_engine[1]
+    assert blt._idle_engine is not None
+    kept = blt._idle_engine[1]
     assert blt.generate("The", **settings) == before
-    assert blt._kept_engine is not None
-    assert blt._kept_engine[1] is kept
+    assert blt._idle_engine is not None
+    assert blt._idle_engine[1] is kept
     head = blt.model.decoder.output.weight
     with torch.no_grad():
         head.neg_()
     try:
         after = blt.generate("The", **settings)
-        assert after == "".join(BLT(blt.model, blt.config, blt.byte_lm).stream("The", **settings)) != before
+        assert after == "".join(BLT(blt.model, blt.config, blt.entropy_model).stream("The", **settings)) != before
     finally:
         with torch.no_grad():
             head.neg_()
@@ -355,9 +376,9 @@ def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda blt: blt.engine(num_rows=0), "num_rows: 0 will not do"),
-        (lambda blt: blt.engine(num_rows="4"), "num_rows: '4' will not do"),
-        (lambda blt: Engine.plain(Decoder(blt.model, blt.patching, blt.byte_lm), -1), "num_rows: -1 will not do"),
+        (lambda blt: blt.engine(batch_size=0), "num_rows: 0 will not do"),
+        (lambda blt: blt.engine(batch_size="4"), "num_rows: '4' will not do"),
+        (lambda blt: Engine.plain(Decoder(blt.model, blt.patching, blt.entropy_model), -1), "num_rows: -1 will not do"),
         (lambda blt: blt.engine(1).submit(["Once"], Sampling(), 3), "a text is str or bytes, not list"),
         (lambda blt: blt.engine(1).submit(torch.ones(1, 3), Sampling(), 3), "prompt: ids .* of one text"),
         (lambda blt: blt.generate("x", max_new_bytes=2**64), "max_new_bytes: 18446744073709551616 will not do"),
@@ -374,8 +395,8 @@ def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
         (lambda blt: blt.generate("x", seed=-(2**63) - 1), "seed: Input should be greater than"),
         (lambda blt: blt.generate("x", temperature=math.nan), "temperature: Input should be"),
         (lambda blt: blt.stream("x", top_p=1.5), "top_p: Input should be less than"),
-        (lambda blt: blt.engine(num_rows=10**12), "num_rows: 1000000000000 will not do; a number from 1 to 65,536"),
-        (lambda blt: blt.engine(num_rows=True), "num_rows: True will not do"),
+        (lambda blt: blt.engine(batch_size=10**12), "num_rows: 1000000000000 will not do; a number from 1 to 65,536"),
+        (lambda blt: blt.engine(batch_size=True), "num_rows: True will not do"),
         (lambda blt: blt.engine(1).submit("x", Sampling(), 3, samples=10**12), "samples: 1000000000000 will not do"),
         (lambda blt: blt.engine(1).submit("x", Sampling(), 3, samples=0), "samples: 0 will not do"),
         (lambda blt: blt.engine(1).submit("x", {"seed": 1}, 3), "sampling: dict is no Sampling"),  # type: ignore
@@ -384,7 +405,7 @@ def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
         (lambda blt: blt.generate("x", samples="2"), "samples: '2' will not do"),
         (lambda blt: blt.generate("x", samples=True), "samples: True will not do"),
         (lambda blt: blt.generate("x", stop="\ud800"), "stop: .* holds half of a surrogate pair"),
-        (lambda blt: BLT.from_pretrained("absent", ahead="8"), "ahead: '8' bytes a step; take 1 to 16"),  # type: ignore
+        (lambda blt: BLT.from_pretrained("absent", draft_length="8"), "ahead: '8' bytes a step; take 1 to 16"),  # type: ignore
         (lambda blt: blt.stream(["a", "b"]), "a text is str or bytes, not list"),
         (lambda blt: blt.score("a", [5]), "a text is str or bytes, not int: 5"),
         (lambda blt: blt.score("a", 5), "score takes a list of continuations"),
@@ -399,7 +420,7 @@ def test_a_kept_engine_knows_new_weights(blt: BLT) -> None:
         (lambda blt: blt.engine(1).submit("\ud800", Sampling(), 3), HALF),
     ],
 )
-def test_what_is_no_text_or_number_is_told_at_the_call(call: Callable[[BLT], object], message: str, blt: BLT) -> None:
+def test_wrong_arguments_are_refused_at_the_call(call: Callable[[BLT], object], message: str, blt: BLT) -> None:
     with pytest.raises(UserError, match=message):
         call(blt)
 
@@ -415,7 +436,7 @@ def test_text_where_ids_are_taken_too(blt: BLT) -> None:
     ids = prompt_ids("Once")
     assert torch.equal(blt.logits("Once"), blt.logits(ids[None]))
     assert torch.equal(blt.logits(b"Once"), blt.logits(ids[None]))
-    engine = blt.engine(num_rows=3)
+    engine = blt.engine(batch_size=3)
     asked = [engine.submit(prompt, Sampling(), 8)[0] for prompt in ("Once", b"Once", ids)]
     engine.run()
     assert asked[0].ids == asked[1].ids == asked[2].ids

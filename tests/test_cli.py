@@ -103,7 +103,7 @@ def test_the_real_command_patches_standard_input() -> None:
     ended = subprocess.run(command, input=NO_UTF8, env=ENVIRONMENT, capture_output=True)
     assert ended.returncode == 0, ended.stderr
     shown = ended.stdout.decode()
-    assert f"byte: {len(NO_UTF8)} patches over {len(NO_UTF8)} bytes, 1.00 bytes a patch" in shown
+    assert f"byte: {len(NO_UTF8)} patches over {len(NO_UTF8)} bytes, 1.00 bytes per patch" in shown
     assert "static:4: " in shown
     assert "space: " in shown
     assert "\x1b" not in shown
@@ -164,10 +164,10 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["patch", "x", "--rule", "static:0"], "static:0: patch_size"),
         (["patch", "x", "--rule", "entropy:high"], "no rule 'entropy:high'"),
         (["patch", "x", "--rule", "bpe:absent.json"], "absent.json"),
-        (["patch", "x", "-m", "absent"], "'absent' is no folder; name a run"),
+        (["patch", "x", "-m", "absent"], "'absent' is not a folder; name a run"),
         (["patch", "x", "-m", "absent"], "take rules that need no model: --rule space, --compare space,static:4"),
         (["patch", "x", "-m", "absent", "--compare", "entropy,space"], "need no model: --rule space, --compare space"),
-        (["generate", "x", "-m", "absent"], "'absent' is no folder"),
+        (["generate", "x", "-m", "absent"], "'absent' is not a folder"),
         (["generate", "x", "-m", "{model}", "--top-p", "0"], "top_p"),
         (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is not known"),
         (["generate", "x", "-m", "absent", "--ahead", "99"], "ahead: 99 bytes a step; take 1 to 16"),
@@ -186,7 +186,7 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["generate", "x", "-m", "{model}", "--out", "out.jsonl"], "out: it goes with jsonl"),
         (["generate", "x", "-m", "{model}", "--log-probabilities"], "log_probabilities: it goes with jsonl"),
         (["generate", "--jsonl", "{text}", "-m", "absent", "--out", "."], "out: '.' is a folder; name a file"),
-        (["eval", "{text}", "-m", "absent"], "'absent' is no folder"),
+        (["eval", "{text}", "-m", "absent"], "'absent' is not a folder"),
         (["eval", "absent.txt", "-m", "{model}"], "'absent.txt' does not exist"),
         (["eval", "{text}", "-m", "{model}", "--max-bytes", "0"], "--max-bytes: 0 will not do; it takes 1 to 9,223,"),
         (["eval", "{text}", "-m", "absent", "--max-bytes", "-5"], "--max-bytes: -5 will not do"),
@@ -219,14 +219,14 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["info", "nonsense"], "no preset 'nonsense'. Presets: demo-byte-lm, "),
         (["info", "nonsense"], "blt-8b; or name a run, a folder with a model, or OWNER/NAME on the hub"),
         (["info"], "name a run, a folder, a repository or a preset; presets: "),
-        (["info", "{model}", "--entropy", "absent"], "'absent' is no folder"),
-        (["info", "{byte_lm}", "--entropy", "{byte_lm}"], "is a byte LM itself and asks no other"),
-        (["info", "{model}", "--revision", "main"], "is a folder, which has none; leave it out"),
-        (["convert", "absent", "out"], "'absent' is no folder; name a run"),
-        (["convert", "{model}", "out", "--to", "gguf"], "format: 'gguf' is none of native, hf, meta"),
+        (["info", "{model}", "--entropy", "absent"], "'absent' is not a folder"),
+        (["info", "{byte_lm}", "--entropy", "{byte_lm}"], "is a byte LM itself and needs no other"),
+        (["info", "{model}", "--revision", "main"], "is a folder, which has no revisions; leave it out"),
+        (["convert", "absent", "out"], "'absent' is not a folder; name a run"),
+        (["convert", "{model}", "out", "--to", "gguf"], "format: 'gguf' is unknown; use native, hf, meta"),
         (["convert", "{model}", "out", "--licence", ""], "licence: it is empty"),
         (["convert", "absent", "{text}"], "text.jsonl' is a file; name a folder"),
-        (["convert", "{model}", "out", "--entropy", "absent"], "error: entropy: 'absent' is no folder"),
+        (["convert", "{model}", "out", "--entropy", "absent"], "error: entropy_model: 'absent' is not a folder"),
         (["train"], "name a configuration or settings: blt train config="),
         (
             ["train", "config=absent.yaml"],
@@ -263,7 +263,7 @@ def test_a_byte_lm_that_is_not_there_is_told_by_its_key(
     values = blt_run(tmp_path / "run", text, Path("absent"))
     arguments = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     told = refused(monkeypatch, capsys, "train", *arguments)
-    assert told.startswith("error: byte_lm: 'absent' is no folder; name a run")
+    assert told.startswith("error: entropy_model: 'absent' is not a folder; name a run")
 
 
 def test_help_of_training_names_the_page_of_settings() -> None:

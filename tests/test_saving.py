@@ -16,7 +16,7 @@ from bytelatent.model import BLTModel, ByteLM
 from bytelatent.model.settings import CrossAttentionSettings
 from bytelatent.patching import Calibration, PatchSettings
 from bytelatent.weights import Config, Origin
-from bytelatent.weights.claims import checksum
+from bytelatent.weights.stored_model import checksum
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
 TEXT = "a text longer than what the model sees at once"
@@ -113,7 +113,7 @@ def test_what_fails_while_it_is_written_leaves_the_folder(tmp_path: Path, monkey
         raise RuntimeError("a fault")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["bytelatent.weights.convert"], "write_card", fail)
+        patched.setattr(sys.modules["bytelatent.weights.formats"], "write_card", fail)
         with pytest.raises(RuntimeError, match="a fault"):
             model.save_pretrained(tmp_path / "a")
     assert contents(tmp_path / "a") == before
@@ -135,12 +135,12 @@ def test_adapters_take_part_in_generation() -> None:
             break
     expected = bytes(i - 4 for i in ids[4:] if i > 3).decode(errors="replace")
     assert model.generate("The", **settings) == expected != plain
-    model.ahead = 4
+    model.draft_length = 4
     with pytest.raises(UserError, match="ahead: modules of this model were replaced"):
         model.generate("The", **settings)
 
 
-def changed_rule(model: BLT) -> None:
+def changed_threshold(model: BLT) -> None:
     model.patching = PatchSettings(threshold=5.3)
 
 
@@ -153,7 +153,7 @@ def changed_context(model: BLT) -> None:
 
 
 def changed_byte_lm(model: BLT) -> None:
-    model.byte_lm = tiny_byte_lm(seed=3, window=5)
+    model.entropy_model = tiny_byte_lm(seed=3, window=5)
 
 
 def changed_model(model: BLT) -> None:
@@ -164,7 +164,7 @@ def changed_config(model: BLT) -> None:
     model.config = model.config.model_copy(update={"context": 11, "patching": PatchSettings(mode="space")})
 
 
-CHANGES = [changed_rule, changed_mode, changed_context, changed_byte_lm, changed_model, changed_config]
+CHANGES = [changed_threshold, changed_mode, changed_context, changed_byte_lm, changed_model, changed_config]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -187,12 +187,12 @@ def test_what_is_used_is_what_is_saved(change: Callable[[BLT], None], tmp_path: 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_patches_are_those_of_the_rule_everywhere(change: Callable[[BLT], None]) -> None:
+def test_patches_are_the_same_everywhere(change: Callable[[BLT], None]) -> None:
     """`patch`, `logits`, `score` and `generate` after a change are those of a model that is made so."""
     model = blt()
-    model.generate("The", 3)  # an engine is kept
+    model.generate("The", 3)  # its engine may be reused
     change(model)
-    made = BLT(model.model, model.config, model.byte_lm)
+    made = BLT(model.model, model.config, model.entropy_model)
     assert model.patch(TEXT) == made.patch(TEXT)
     assert model.logits(TEXT).equal(made.logits(TEXT))
     assert model.score("The", [TEXT]) == made.score("The", [TEXT])
@@ -206,19 +206,19 @@ def test_patches_are_those_of_the_rule_everywhere(change: Callable[[BLT], None])
         ("patching", "space", "patching: it takes a PatchSettings, not str: 'space'"),
         ("patching", None, "patching: it takes a PatchSettings, not NoneType"),
         ("patching", {"mode": "space"}, "patching: it takes a PatchSettings, not dict"),
-        ("context", 0, "context: 0 will not do; ids read at once, 1 to"),
-        ("context", -1, "context: -1 will not do"),
-        ("context", 24.0, "context: 24.0 will not do"),
-        ("context", "24", "context: '24' will not do"),
-        ("context", True, "context: True will not do"),
-        ("byte_lm", "runs/byte_lm", "byte_lm: it takes a ByteLM, not str: 'runs/byte_lm'"),
+        ("context", 0, "context: 0 is not a number of ids from 1 to"),
+        ("context", -1, "context: -1 is not"),
+        ("context", 24.0, "context: 24.0 is not"),
+        ("context", "24", "context: '24' is not"),
+        ("context", True, "context: True is not"),
+        ("entropy_model", "runs/byte_lm", "entropy_model: it takes a ByteLM, not str: 'runs/byte_lm'"),
         ("model", nn.Linear(2, 2), "model: it takes a BLTModel, not Linear"),
         ("config", {}, "config: it takes a Config, not dict"),
-        ("ahead", 99, "ahead: 99 bytes a step; take 1 to 16"),
-        ("ahead", "2", "ahead: '2' bytes a step"),
+        ("draft_length", 99, "ahead: 99 bytes a step; take 1 to 16"),
+        ("draft_length", "2", "ahead: '2' bytes a step"),
     ],
 )
-def test_what_cannot_be_set_is_told_in_one_line(name: str, value: object, message: str) -> None:
+def test_wrong_values_are_refused_in_one_line(name: str, value: object, message: str) -> None:
     model = blt()
     before = getattr(model, name)
     with pytest.raises(UserError, match=f"^{message}") as error:
@@ -230,13 +230,13 @@ def test_what_cannot_be_set_is_told_in_one_line(name: str, value: object, messag
 def test_a_config_that_does_not_fit_the_model_is_refused() -> None:
     model = blt()
     other = tiny_blt(window=9).settings
-    with pytest.raises(UserError, match="config: its `model` says other shapes than the model has"):
+    with pytest.raises(UserError, match="config: its `model` has other shapes than the model"):
         model.config = model.config.model_copy(update={"model": other})
-    with pytest.raises(UserError, match="config: it names no patching rule"):
+    with pytest.raises(UserError, match="config: it has no patching settings"):
         model.config = model.config.model_copy(update={"patching": None})
 
 
-def test_claims_stay_with_the_weights_that_they_are_about(tmp_path: Path) -> None:
+def test_measurements_stay_with_their_weights(tmp_path: Path) -> None:
     model = again(again(blt(), tmp_path / "a"), tmp_path / "b")
     assert model.config.origin == ORIGIN
     assert model.config.calibration == CALIBRATION
@@ -263,7 +263,7 @@ def load(model: BLT) -> None:
 
 @pytest.mark.parametrize("change", [train, merge, load, changed_model])
 @pytest.mark.parametrize("format", ["native", "hf"])
-def test_claims_go_when_weights_change(change: Callable[[BLT], None], format: str, tmp_path: Path) -> None:
+def test_measurements_go_when_weights_change(change: Callable[[BLT], None], format: str, tmp_path: Path) -> None:
     model = again(blt(), tmp_path / "a")
     change(model)
     model.save_pretrained(tmp_path / "b", format=format)
@@ -277,7 +277,7 @@ def test_claims_go_when_weights_change(change: Callable[[BLT], None], format: st
     assert "12,345" not in shown
 
 
-def test_claims_that_are_set_are_of_the_model_as_it_is(tmp_path: Path) -> None:
+def test_measurements_that_are_set_belong_to_the_model_as_it_is(tmp_path: Path) -> None:
     model = again(blt(), tmp_path / "a")
     train(model)
     origin = Origin(training_text=["more.jsonl"], bits_per_byte=1.1)
@@ -287,7 +287,7 @@ def test_claims_that_are_set_are_of_the_model_as_it_is(tmp_path: Path) -> None:
     assert again(model, tmp_path / "c").config.origin == Origin()
 
 
-@pytest.mark.parametrize("change", [changed_rule, changed_byte_lm, changed_context, changed_config])
+@pytest.mark.parametrize("change", [changed_threshold, changed_byte_lm, changed_context, changed_config])
 def test_bits_per_byte_are_those_of_the_patches(change: Callable[[BLT], None], tmp_path: Path) -> None:
     model = again(blt(), tmp_path / "a")
     change(model)

@@ -40,7 +40,7 @@ def demo(
     """
     from bytelatent.commands.demo import run_demo
 
-    run_demo(minutes, out, text, seed, Console(), text_key, max_bad_rows, max_row_bytes)
+    run_demo(minutes, out, text, seed, text_key, max_bad_rows, max_row_bytes)
 
 
 def train(
@@ -55,7 +55,7 @@ def train(
 
     Example:  `blt train config=byte_lm run=runs/mine data.train=text/*.jsonl steps=2000`
 
-    A BLT:  `blt train config=blt_1b byte_lm=runs/mine data.train=text/*.jsonl model.encoder.window=256`
+    A BLT:  `blt train config=blt_1b entropy_model=runs/mine data.train=text/*.jsonl model.encoder.window=256`
 
     A run of a minute, on text that Python brings:  `config=debug`
 

@@ -17,22 +17,23 @@ from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ModelSettings, preset
 from bytelatent.model.flops import costs, training_flops
-from bytelatent.training.distributed.activation_checkpointing import Checkpointing
-from bytelatent.training.float8 import check_float8
+from bytelatent.training.distributed.settings import ActivationCheckpointing
+from bytelatent.training.float8 import Float8, check_float8
 from bytelatent.training.gradients import check_cuda_graph
-from bytelatent.training.profiling.kernel_times import by_kind, kernels_of
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
     PATCH_BYTES,
-    Plan,
-    Trainee,
+    SyntheticTraining,
+    TrainingSetup,
+    by_kind,
     copy_rate,
+    kernels_of,
     matrix_rate,
     num_patches,
     random_batch,
     seconds_of,
 )
-from bytelatent.training.settings import Float8, OptimizerSettings
+from bytelatent.training.settings import OptimizerSettings
 
 SIZES = {"cuda": [16_384, 65_536], "mps": [4096, 16_384], "cpu": [2048, 8192]}
 # What an optimizer step moves for a weight in float32: AdamW reads it, its gradient and two moments and writes three
@@ -56,7 +57,7 @@ class BenchTrainSettings(Settings):
     bytes: list[Annotated[int, Field(ge=1)]] | None = None
     cuda_graph: bool = False
     float8: Float8 | None = None
-    checkpointing: Checkpointing = "none"
+    checkpointing: ActivationCheckpointing = "none"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -158,7 +159,7 @@ def bench_train(settings: BenchTrainSettings, console: Console) -> Report:
     check_float8(settings.float8, device, dtype)
     check_cuda_graph(settings.cuda_graph, device)
     _check_memory(settings.model, model, device)
-    plan = Plan(
+    plan = TrainingSetup(
         model,
         device,
         dtype,
@@ -195,10 +196,10 @@ def _check_memory(name: str, model: ModelSettings, device: torch.device) -> None
         )
 
 
-def _measure(plan: Plan, kind: str | None, sizes: list[int], report: Report, console: Console) -> None:
+def _measure(plan: TrainingSetup, kind: str | None, sizes: list[int], report: Report, console: Console) -> None:
     """Add to the report what one kind of hash gradients takes."""
     hashed = f", {kind} hash gradients" if kind else ""
-    trainee = _where_it_fits(plan, partial(Trainee, plan))
+    trainee = _where_it_fits(plan, partial(SyntheticTraining, plan))
     if trainee is None:
         report.too_large.append(
             f"weights, gradients and the optimizer's state{hashed}: not enough memory; take a smaller preset"
@@ -220,8 +221,8 @@ def _measure(plan: Plan, kind: str | None, sizes: list[int], report: Report, con
         report.splits.extend(_where_it_fits(plan, partial(_split, trainee, kind, largest, report)) or [])
 
 
-def _row(trainee: Trainee, kind: str | None, size: int, work: str, report: Report) -> Row:
-    plan = trainee.plan
+def _row(trainee: SyntheticTraining, kind: str | None, size: int, work: str, report: Report) -> Row:
+    plan = trainee.setup
     stream, targets = random_batch(size, plan.device, isinstance(plan.model, BLTSettings))
     if plan.compiled:
         trainee.forget_shapes()
@@ -245,9 +246,9 @@ def _row(trainee: Trainee, kind: str | None, size: int, work: str, report: Repor
     )
 
 
-def _split(trainee: Trainee, kind: str | None, size: int, report: Report) -> list[Split]:
+def _split(trainee: SyntheticTraining, kind: str | None, size: int, report: Report) -> list[Split]:
     """Where the time of a step goes; nothing where torch cannot say."""
-    plan = trainee.plan
+    plan = trainee.setup
     stream, targets = random_batch(size, plan.device, isinstance(plan.model, BLTSettings))
     absent = {"hash tables"} if not _has_tables(plan.model) else set()
     absent |= {"patch attention"} if not isinstance(plan.model, BLTSettings) else set()
@@ -268,7 +269,7 @@ def _split(trainee: Trainee, kind: str | None, size: int, report: Report) -> lis
     return [Split(kind, size, sorted(shares, key=lambda share: -share.seconds))]
 
 
-def _where_it_fits(plan: Plan, work: Callable[[], Found]) -> Found | None:
+def _where_it_fits(plan: TrainingSetup, work: Callable[[], Found]) -> Found | None:
     """What the work gives; None where memory does not hold it, and then what it held is free again."""
     try:
         return work()
@@ -279,7 +280,7 @@ def _where_it_fits(plan: Plan, work: Callable[[], Found]) -> Found | None:
     return None
 
 
-def _let_go(plan: Plan) -> None:
+def _let_go(plan: TrainingSetup) -> None:
     """Free what was measured before: models are held by cycles, and by what was compiled."""
     if plan.compiled:
         torch._dynamo.reset()
@@ -292,7 +293,7 @@ def _has_tables(settings: ModelSettings) -> bool:
     return isinstance(settings, BLTSettings) and settings.ngram_hash is not None
 
 
-def _title(name: str, plan: Plan) -> str:
+def _title(name: str, plan: TrainingSetup) -> str:
     where = plan.device.type
     if where == "cuda":
         where = torch.cuda.get_device_name(plan.device)

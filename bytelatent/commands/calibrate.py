@@ -7,8 +7,7 @@ from bytelatent.data import DataSettings
 from bytelatent.device import choose_device
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.progress import Progress
-from bytelatent.report import write_threshold_figure
-from bytelatent.report.pictures import format_of
+from bytelatent.report import figure_format, write_threshold_figure
 from bytelatent.text import MAX_ROW_BYTES, BadRows
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
 from bytelatent.training import sample_entropies
@@ -46,7 +45,7 @@ def calibrate_text(
     """
     place = choose_device(device)  # before anything is read
     if figure is not None:
-        format_of(figure)
+        figure_format(figure)
     sources = [{"path": path, "text_key": text_key} for path in text]
     data = DataSettings.parse({"train": sources, "max_bad_rows": max_bad_rows, "max_row_bytes": max_row_bytes})
     rule = PatchSettings(mode="entropy", threshold=0.0)
@@ -61,7 +60,7 @@ def calibrate_text(
             rule,
             max_bytes,
             place,
-            damaged=bad,
+            bad_rows=bad,
             max_row_bytes=data.max_row_bytes,
             progress=progress,
         )

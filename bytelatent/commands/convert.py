@@ -6,7 +6,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from bytelatent.errors import Interrupted
 from bytelatent.log import Console
-from bytelatent.weights import check_target, convert, num_bytes, open_pretrained
+from bytelatent.weights import check_target, convert, open_pretrained
 
 
 def convert_model(
@@ -30,7 +30,7 @@ def convert_model(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=num_bytes(found))
+        task = progress.add_task("", total=found.num_bytes)
         try:
             convert(found, Path(target), format, licence, lambda written: progress.advance(task, written))
         except KeyboardInterrupt:

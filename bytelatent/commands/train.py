@@ -18,9 +18,9 @@ USAGE = "name a configuration or settings: blt train config=byte_lm run=runs/min
 def main(arguments: list[str], console: "Console | None" = None) -> Path:
     from bytelatent.command_line import from_command_line
     from bytelatent.training import TrainSettings, train
-    from bytelatent.training.distributed.ranks import said_once
+    from bytelatent.training.distributed.ranks import reported_once
 
-    with said_once():
+    with reported_once():
         settings = from_command_line(TrainSettings, arguments, USAGE)
     return train(settings, console)
 

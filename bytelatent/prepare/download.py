@@ -1,21 +1,28 @@
-"""Data sets downloaded from the hub: one commit of each, whole, and at once where an earlier call has done it."""
+"""Data sets and tokenizers downloaded from the hub: of a data set one commit, whole, and only what is missing."""
 
+import hashlib
 import json
+import logging
 import os
 import re
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from glob import has_magic
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from fsspec.utils import glob_translate
 
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import only_writer, whole_file
-from bytelatent.hub.repository import MAIN, HubFile, Repository
-from bytelatent.hub.transfer import check_space, missing_files, require_client, tell, transfer
-from bytelatent.log import Console
+from bytelatent.hub import MAIN, few, hub_errors, require_client
+from bytelatent.text.formats import is_named_as_text
+
+LOGGER = logging.getLogger(__name__)
 
 DATASETS = {  # name: repository and pattern of its files
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "data/**/*.parquet"),
@@ -23,9 +30,8 @@ DATASETS = {  # name: repository and pattern of its files
     "dclm_baseline_1.0": ("mlfoundations/dclm-baseline-1.0", "**/*.jsonl.zst"),
     "dclm_baseline_1.0_10prct": ("mlfoundations/dclm-baseline-1.0", "global-shard_01_of_10/**/*.jsonl.zst"),
 }
+WORKERS = 8  # files at once
 DONE, UNFINISHED = ".source.json", ".source.unfinished.json"
-# Where no pattern chooses: no cards, no pictures.
-TEXT_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson|txt)(\.(gz|zst|xz|bz2))?)", re.IGNORECASE)
 
 _SCHEME = "hf://"
 _ADDRESS = re.compile(
@@ -33,10 +39,14 @@ _ADDRESS = re.compile(
     r"(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<pattern>.*))?"
 )
 _NO_DATASETS = re.compile(r"hf://(models|spaces|kernels|buckets)/")
+TOKENIZER_JSON = "tokenizer.json"
+TIKTOKEN_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
+TIKTOKEN_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+TIMEOUT = 30  # seconds without a byte
 
 
 @dataclass(frozen=True)
-class Request:
+class DatasetRequest:
     """What is wanted: the files of a data set that a pattern chooses (its text files if empty), at a revision."""
 
     repository: str
@@ -48,12 +58,24 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Record:
+class DatasetFile:
+    """A file as the hub lists it; `size` in bytes."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class DownloadRecord:
     """What a folder holds, or is to hold: kept in it, so that no later call asks the hub again."""
 
-    request: Request
+    request: DatasetRequest
     commit: str
-    files: tuple[HubFile, ...]
+    files: tuple[DatasetFile, ...]
+
+    def missing(self, folder: Path) -> list[DatasetFile]:
+        """The files that are not in `folder` with their listed size."""
+        return [file for file in self.files if not _is_whole(folder / file.path, file.size)]
 
 
 def is_hub(source: str) -> bool:
@@ -64,7 +86,7 @@ def is_hub(source: str) -> bool:
     return source in DATASETS or (source.startswith(_SCHEME) and not _NO_DATASETS.match(source))
 
 
-def short_name(source: str) -> str:
+def dataset_name(source: str) -> str:
     """What to call the folder of a data set: the known name, or the NAME of its address.
 
     Raises:
@@ -73,46 +95,53 @@ def short_name(source: str) -> str:
     return source if source in DATASETS else _request(source).repository.split("/")[1]
 
 
-def fetch(source: str, folder: Path, console: Console, token: str | None = None) -> Path:
+def download_dataset(source: str, folder: Path, token: str | None = None) -> Path:
     """Download a data set of the hub into `folder`, and return it.
 
-    All files are of one commit: what the revision stood for at the first call. A call that was stopped, also by a kill,
-    is gone on with by the next one: finished files stay, broken ones are transferred from where they broke. Once all
-    files are there, a call returns at once, without the network. A file that is there with the listed size is taken to
-    be the listed one.
+    All files are of one commit: that of the revision at the first call. A repeated call downloads what is missing; once
+    all files are there with their listed size, it returns at once, without the network.
 
     Args:
         source: a name of `DATASETS`, or hf://datasets/OWNER/NAME[@REVISION][/PATTERN]; a revision is a branch, a tag
             or a commit.
-        token: the key of a user, for data sets that need access; HF_TOKEN if left out.
+        token: of a user, for data sets that need access; HF_TOKEN if left out.
 
     Raises:
         UserError: there is no such data set, revision or file; it needs access; the hub does not answer; the folder
-            holds something else, cannot be written or has no room.
-        Interrupted: by Ctrl-C.
+            holds something else or cannot be written.
     """
     request = _request(source)
     folder = Path(folder)
     finished = _read(folder / DONE, request)
-    if finished and not missing_files(finished.files, folder):
+    if finished and not finished.missing(folder):
         return folder
     require_client(source, "data")
-    repository = Repository(request.repository, token=token, notice=partial(tell, console))
-    with only_writer(folder):
+    from huggingface_hub import hf_hub_download
+
+    name = request.repository
+    with only_writer(folder), hub_errors(name, "dataset", request.revision, token):
         record = finished or _read(folder / UNFINISHED, request)
         if record is None:
-            record = _look_up(repository, request)
+            record = _look_up(request, token)
             _write(folder / UNFINISHED, record)
-        check_space(record.files, folder, str(request), "make room or choose another folder")
-        transfer(repository, record.commit, record.files, folder, console, str(request))
+        missing = record.missing(folder)
+        size = sum(file.size for file in missing) / 1e9
+        LOGGER.info("%s at %s: %d files to download, %.2f GB", request, record.commit[:8], len(missing), size)
+        get = partial(hf_hub_download, name, repo_type="dataset", revision=record.commit, local_dir=folder, token=token)
+        for file in missing:  # a file of another size would be taken for a finished one
+            (folder / file.path).unlink(missing_ok=True)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(get, [file.path for file in missing]))
+        if still := record.missing(folder):
+            raise UserError(f"{name}: '{still[0].path}' has another size than the hub lists; run the same again")
         if finished is None:
             os.replace(folder / UNFINISHED, folder / DONE)
     return folder
 
 
-def _request(source: str) -> Request:
+def _request(source: str) -> DatasetRequest:
     if source in DATASETS:
-        return Request(*DATASETS[source])
+        return DatasetRequest(*DATASETS[source])
     if not source.startswith(_SCHEME):
         raise UserError(
             f"'{source}' is no data set; known are {', '.join(DATASETS)} and hf://datasets/OWNER/NAME"
@@ -121,35 +150,52 @@ def _request(source: str) -> Request:
     parts = _ADDRESS.fullmatch(source)
     if not parts or _NO_DATASETS.match(source):
         raise UserError(f"'{source}' is no data set; write hf://datasets/OWNER/NAME[@REVISION][/PATTERN]")
-    return Request(parts["name"], (parts["pattern"] or "").strip("/"), unquote(parts["revision"] or MAIN))
+    return DatasetRequest(parts["name"], (parts["pattern"] or "").strip("/"), unquote(parts["revision"] or MAIN))
 
 
-def _look_up(repository: Repository, request: Request) -> Record:
-    commit = repository.commit_of(request.revision)
-    files = _chosen(repository, commit, request.pattern)
-    if not files:
-        folder = _fixed_folder(request.pattern)
+def _look_up(request: DatasetRequest, token: str | None) -> DownloadRecord:
+    from huggingface_hub import HfApi
+
+    api, name, pattern = HfApi(token=token), request.repository, request.pattern
+    info = api.repo_info(name, repo_type="dataset", revision=request.revision)
+    where = {"repo_type": "dataset", "revision": info.sha}
+    at_path = api.get_paths_info(name, [pattern], **where) if pattern and not has_magic(pattern) else []
+    if at_path and hasattr(at_path[0], "size"):  # a file
+        found = at_path
+    elif has_magic(pattern):
+        matches = re.compile(glob_translate(pattern)).fullmatch
+        found = [file for file in _listed(api, name, _fixed_folder(pattern), where) if matches(file.path)]
+    else:
+        listed = _listed(api, name, pattern, where) if at_path or not pattern else []
+        found = [file for file in listed if is_named_as_text(file.path)]
+    if not found:
+        there = few([file.rfilename for file in info.siblings or []])
         raise UserError(
-            f"{request.repository} has no file '{request.pattern or '*.parquet, *.jsonl, *.txt'}' at "
-            f"'{request.revision}'; it has {repository.examples(commit, folder)}"
+            f"{name} has no file '{pattern or '*.parquet, *.jsonl, *.txt'}' at '{request.revision}'; it has {there}"
         )
-    return Record(request, commit, tuple(files))
+    return DownloadRecord(request, str(info.sha), tuple(DatasetFile(file.path, file.size) for file in found))
 
 
-def _chosen(repository: Repository, commit: str, pattern: str) -> list[HubFile]:
-    if has_magic(pattern):
-        wanted = re.compile(glob_translate(pattern))
-        return [file for file in repository.files(commit, _fixed_folder(pattern)) if wanted.fullmatch(file.path)]
-    found = repository.at(commit, pattern) if pattern else ""
-    if found is None:
+def _listed(api: Any, name: str, folder: str, where: dict[str, Any]) -> list[Any]:
+    """The files below a folder; only this is listed, for repositories can be huge."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        entries = list(api.list_repo_tree(name, folder or None, recursive=True, **where))
+    except EntryNotFoundError:
         return []
-    if isinstance(found, HubFile):
-        return [found]
-    return [file for file in repository.files(commit, found) if TEXT_FILES.fullmatch(file.path)]
+    return [entry for entry in entries if hasattr(entry, "size")]
+
+
+def _is_whole(place: Path, size: int) -> bool:
+    try:
+        return place.is_file() and place.stat().st_size == size
+    except OSError:  # a folder that this user may not enter; writing there will say so
+        return False
 
 
 def _fixed_folder(pattern: str) -> str:
-    """The deepest folder that all files of a pattern are in; only this is listed, for repositories can be huge."""
+    """The deepest folder that all files of a pattern are in."""
     fixed = []
     for part in pattern.split("/")[:-1]:
         if has_magic(part):
@@ -158,12 +204,12 @@ def _fixed_folder(pattern: str) -> str:
     return "/".join(fixed)
 
 
-def _write(path: Path, record: Record) -> None:
+def _write(path: Path, record: DownloadRecord) -> None:
     with whole_file(path) as aside:
         aside.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
 
 
-def _read(path: Path, request: Request) -> Record | None:
+def _read(path: Path, request: DatasetRequest) -> DownloadRecord | None:
     """The record in a file, if there is one.
 
     Raises:
@@ -171,8 +217,8 @@ def _read(path: Path, request: Request) -> Record | None:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        files = tuple(HubFile(**file) for file in values["files"])
-        record = Record(Request(**values["request"]), values["commit"], files)
+        files = tuple(DatasetFile(file["path"], file["size"]) for file in values["files"])
+        record = DownloadRecord(DatasetRequest(**values["request"]), values["commit"], files)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
@@ -182,3 +228,87 @@ def _read(path: Path, request: Request) -> Record | None:
     if record.request != request:
         raise UserError(f"'{path.parent}' holds {record.request}, not {request}; remove it or choose another folder")
     return record
+
+
+def is_data_set(source: str) -> bool:
+    """Whether a source is one of the hub's data sets; a file or folder of that name goes first."""
+    return is_hub(source) and not Path(source).exists()
+
+
+@dataclass(frozen=True)
+class HubTokenizer:
+    """Where a tokenizer is on the hub."""
+
+    repository: str
+    file: str = "tokenizer.model"
+
+
+TOKENIZERS = {
+    "llama2": HubTokenizer("meta-llama/Llama-2-7b"),
+    "llama3": HubTokenizer("meta-llama/Meta-Llama-3-8B", "original/tokenizer.model"),
+    "gemma": HubTokenizer("google/gemma-2-2b"),
+}
+TIKTOKEN = "tiktoken"
+NAMES = (*TOKENIZERS, TIKTOKEN)
+
+
+def fetch_tokenizer(
+    name: str,
+    folder: Path,
+    token: str | None = None,
+    url: str = TIKTOKEN_URL,
+    sha256: str | None = TIKTOKEN_SHA256,
+) -> list[Path]:
+    """Download a tokenizer into `folder`, under the names its repository gives the files; return them.
+
+    With a hub tokenizer comes tokenizer.json, which patching mode `bpe` reads, if the repository holds it.
+
+    Args:
+        name: one of `NAMES`.
+        token: of a user who has access; HF_TOKEN if left out.
+        url: where cl100k_base is, for the name `tiktoken`.
+        sha256: what its bytes must come to; None takes any.
+
+    Raises:
+        UserError: the name is unknown, access is missing, the server does not answer, the folder cannot be written.
+    """
+    folder = Path(folder)
+    if name == TIKTOKEN:
+        return [_fetch_plain(url, folder / url.rsplit("/", 1)[1], sha256)]
+    if name not in TOKENIZERS:
+        raise UserError(f"'{name}' is no known tokenizer; known are {', '.join(NAMES)}{nearest(name, list(NAMES))}")
+    require_client(name, "data")
+    return _fetch_from_hub(TOKENIZERS[name], folder, token)
+
+
+def _fetch_from_hub(tokenizer: HubTokenizer, folder: Path, token: str | None) -> list[Path]:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    name = tokenizer.repository
+    with hub_errors(name, token=token):
+        listed = [file.rfilename for file in HfApi(token=token).repo_info(name).siblings or []]
+        if tokenizer.file not in listed:
+            raise UserError(f"{name} has no file '{tokenizer.file}'; it has {few(listed)}")
+        wanted = [file for file in (tokenizer.file, TOKENIZER_JSON) if file in listed]
+        for file in wanted:
+            hf_hub_download(name, file, local_dir=folder, token=token)
+    return [folder / file for file in wanted]
+
+
+def _fetch_plain(url: str, target: Path, sha256: str | None) -> Path:
+    data = _bytes_at(url)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"'{url}' gave other bytes than were published; run the same again, or check the network")
+    with whole_file(target) as aside:
+        aside.write_bytes(data)
+    return target
+
+
+def _bytes_at(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            return answer.read()
+    except (OSError, HTTPException) as error:  # URLError and HTTPError are OSErrors
+        raise UserError(f"'{url}' cannot be downloaded: {error}; check the network and run the same again") from None
+    except ValueError:
+        raise UserError(f"'{url}' is no address; write http:// or https://") from None

@@ -1,14 +1,14 @@
-"""Patches, curves and runs for people to look at: in the terminal, as figures, and as one self-contained HTML file."""
+"""Patches, curves and runs for people: in the terminal, as figures, and as self-contained HTML pages."""
 
-from bytelatent.report.page import Report, write_patches_page, write_report
+from bytelatent.report.figure_files import figure_format, write_runs_figure, write_threshold_figure
+from bytelatent.report.page import RunReport, write_patches_page, write_report
 from bytelatent.report.runs import compare_runs
-from bytelatent.report.runs_figure import write_runs_figure
 from bytelatent.report.terminal import patched_text
-from bytelatent.report.threshold import write_threshold_figure
 
 __all__ = [
-    "Report",
+    "RunReport",
     "compare_runs",
+    "figure_format",
     "patched_text",
     "write_patches_page",
     "write_report",

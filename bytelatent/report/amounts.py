@@ -1,18 +1,27 @@
-"""Numbers as people read them."""
+"""Numbers in the form in which people read them."""
 
-from bytelatent.report.characters import finite
+import math
 
 UNKNOWN = "–"
 
 
+def finite(value: object) -> float | None:
+    """The value as a finite number; None if it is missing, text, infinite or NaN."""
+    try:
+        number = float(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def number(value: object, digits: int = 2) -> str:
-    """`1.33`, or a dash for what is no number."""
+    """`1.33`, or a dash if it is not a finite number."""
     known = finite(value)
     return UNKNOWN if known is None else f"{known:.{digits}f}"
 
 
 def amount_of_bytes(value: object) -> str:
-    """`4.2 MB`, in powers of a thousand."""
+    """`4.2 MB`, in powers of 1000."""
     known = finite(value)
     if known is None:
         return UNKNOWN

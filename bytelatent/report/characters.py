@@ -1,11 +1,10 @@
-"""The characters of a patch, each with the bytes and entropies it stands for.
+"""The characters of a patch, each with its bytes and their entropies.
 
-A patch may begin or end inside a character. `Patch.text` shows such bytes as U+FFFD, one for each byte of a
-character's end and one for all bytes of a character's beginning, so their values are gone but their number is not.
-In text that is no UTF-8 to begin with, how the lost bytes share the marks of a patch is a guess; their number is not.
+A patch may begin or end inside a character. `Patch.text` shows such bytes as U+FFFD: one for each byte of a
+character's end and one for all bytes of a character's beginning, so their values are lost but their number is known.
+In text that is not valid UTF-8, the distribution of the lost bytes over the U+FFFD of a patch is a guess.
 """
 
-import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ class Character:
         start: byte offset in the text.
         text: the character; U+FFFD for a byte that is no character by itself.
         values: its bytes; None where only their number (one) is known.
-        entropies: nats, one a byte, None where the rule needs none.
+        entropies: nats, one per byte; None if the patching mode needs none.
     """
 
     start: int
@@ -37,7 +36,7 @@ class Character:
 
 
 def characters(patch: Patch) -> list[Character]:
-    """The characters of a patch; together they hold each of its bytes exactly once, in order."""
+    """The characters of a patch, in order; each byte of the patch belongs to exactly one."""
     pieces: list[tuple[str, bytes | None]] = []
     encoded = [None if c == LOST else c.encode("utf-8", "surrogateescape") for c in patch.text]
     num_lost = patch.end - patch.start - sum(len(values) for values in encoded if values is not None)
@@ -58,7 +57,7 @@ def characters(patch: Patch) -> list[Character]:
 
 
 def _share_lost_bytes(num_bytes: int, num_marks: int) -> list[int]:
-    """How many bytes each U+FFFD of a patch stands for: one, except at the end, where up to three share one."""
+    """The number of bytes of each U+FFFD of a patch: one, except at the end, where up to three share one."""
     shares = [1] * num_marks
     excess = num_bytes - num_marks
     for mark in reversed(range(num_marks)):
@@ -69,9 +68,9 @@ def _share_lost_bytes(num_bytes: int, num_marks: int) -> list[int]:
 
 
 def visible(character: str) -> str:
-    """The character as it can be shown anywhere: what is invisible, or would steer a terminal, gets a visible name.
+    """The character in visible form: characters that are invisible or control a terminal are shown by a name.
 
-    A plain space stays a space, and a line feed becomes an arrow without a line break: both are the caller's to place.
+    A space stays a space, and a line feed becomes an arrow without a line break; the caller handles both.
     """
     code = ord(character)
     if character == "\n":
@@ -90,12 +89,3 @@ def visible(character: str) -> str:
     if category[0] in "CZ" or category in ("Mn", "Me"):
         return f"<U+{code:04X}>"
     return character
-
-
-def finite(value: object) -> float | None:
-    """The value as a number, or None for what is none: missing, text, infinite, not a number."""
-    try:
-        number = float(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None

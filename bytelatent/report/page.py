@@ -1,4 +1,4 @@
-"""Patches and a run's report as one HTML file that needs nothing beside it."""
+"""Patches and the report of a demo as self-contained HTML pages."""
 
 import json
 import math
@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from bytelatent.files import whole_file
 from bytelatent.patching import Patch
-from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, number
-from bytelatent.report.characters import LOST, Character, characters, finite, visible
-from bytelatent.report.figures import SIZES, loss_curves, patch_length_histogram
-from bytelatent.report.strip import HEIGHT, Strip, entropy_strip
+from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, finite, number
+from bytelatent.report.characters import LOST, Character, characters, visible
+from bytelatent.report.page_figures import (
+    SIZES,
+    STRIP_HEIGHT,
+    EntropyStrip,
+    entropy_strip,
+    loss_curves,
+    patch_length_histogram,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,12 +32,12 @@ TILES = {
     "training_seconds": ("of training, both models", duration),
     "seconds": ("from start to finish", duration),
 }
-COLUMNS = {  # of the table of models: a key of the summary, which holds a number for each
+COLUMNS = {  # of the table of models: keys of the summary, each with a number per model
     "parameters": ("parameters", lambda value: f"{value / 1e6:,.1f} M"),
     "steps": ("training steps", lambda value: f"{value:,.0f}"),
     "bytes_read": ("text read", amount_of_bytes),
 }
-LABELS = {  # of what else a summary holds, with the unit
+LABELS = {  # of other keys of the summary, with units
     "threshold": ("entropy threshold", " nats"),
     "train_bytes": ("text to learn from", " bytes"),
     "valid_bytes": ("held-out text", " bytes, as far as it was measured on"),
@@ -39,20 +45,20 @@ LABELS = {  # of what else a summary holds, with the unit
 
 
 @dataclass
-class Report:
-    """What a run has to show.
+class RunReport:
+    """The contents of a report.
 
     Attributes:
         title: of the page.
         summary: `bits_per_byte` (a number for each of `blt`, `byte_lm`, `xz`, ...), `undertrained` (a sentence),
             `mean_patch_bytes`, `seconds`, `training_seconds`, `sample`; `parameters`, `steps` and `bytes_read` (a
-            number for each of `blt`, `byte_lm`); anything else is listed as it is.
+            number for each of `blt`, `byte_lm`); other keys are listed as they are.
         curves: name of a model to the rows of its metrics. Training rows have `bytes_seen` and `bits_per_byte`,
             validation rows `bytes_seen` and `validation_bits_per_byte`.
         texts: name of a held-out text to its patches.
         patch_lengths: in bytes.
-        threshold: of the entropy rule, nats.
-        samples: pairs of a prompt and what the model wrote after it.
+        threshold: of the entropy mode, nats.
+        samples: pairs of a prompt and its continuation.
         notes: sentences for the end of the page.
     """
 
@@ -72,24 +78,24 @@ def write_patches_page(
     title: str,
     thresholds: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a page with patched texts, the entropies of each byte shown where one points.
+    """Write a page with patched texts; pointing at a byte shows its entropy.
 
     Args:
         path: of the HTML file.
-        texts: name of a rule (or a text) to the patches.
+        texts: name of a patching mode (or a text) to the patches.
         title: of the page.
-        thresholds: for names of `texts`, the level in nats to draw over the entropies.
+        thresholds: for names of `texts`, the threshold in nats to draw over the entropies.
 
     Raises:
         UserError: the file cannot be written.
     """
     thresholds = thresholds or {}
-    shown = [_patched(name, patches, thresholds.get(name)) for name, patches in texts.items()]
+    shown = [_page_text(name, patches, thresholds.get(name)) for name, patches in texts.items()]
     _write(path, _environment().get_template("patches.html").render(title=title, texts=shown))
 
 
-def write_report(path: str | Path, report: Report) -> None:
-    """Write a run's report: how well it compresses, how it learned, its patches and what it writes.
+def write_report(path: str | Path, report: RunReport) -> None:
+    """Write a report: bits per byte, training curves, patches and samples.
 
     Raises:
         UserError: the file cannot be written.
@@ -110,7 +116,7 @@ def write_report(path: str | Path, report: Report) -> None:
         curves=_drawings(lambda size: loss_curves(report.curves, _references(bits), size)),
         curve_names=list(report.curves),
         has_reference=bool(_references(bits)),
-        texts=[_patched(name, patches, report.threshold) for name, patches in report.texts.items()],
+        texts=[_page_text(name, patches, report.threshold) for name, patches in report.texts.items()],
         lengths=_drawings(lambda size: patch_length_histogram(report.patch_lengths, size)),
         samples=samples,
         notes=report.notes,
@@ -120,24 +126,24 @@ def write_report(path: str | Path, report: Report) -> None:
 
 
 @dataclass(frozen=True)
-class _PatchedText:
-    """A text as the template needs it: for each patch its characters, each with what to say when one points at it."""
+class _PageText:
+    """A text for the template: for each patch its characters with their tooltips."""
 
     name: str
     num_patches: int
     num_bytes: int
     patches: list[list[tuple[Character, str]]]
-    strip: Strip | None
+    strip: EntropyStrip | None
     threshold: float | None
 
 
-def _patched(name: str, patches: Sequence[Patch], threshold: float | None) -> _PatchedText:
-    return _PatchedText(
+def _page_text(name: str, patches: Sequence[Patch], threshold: float | None) -> _PageText:
+    return _PageText(
         name=name,
         num_patches=len(patches),
         num_bytes=sum(patch.end - patch.start for patch in patches),
         patches=[
-            [(character, _facts(character, index, patch)) for character in characters(patch)]
+            [(character, _tooltip(character, index, patch)) for character in characters(patch)]
             for index, patch in enumerate(patches)
         ],
         strip=entropy_strip(patches, threshold),
@@ -145,8 +151,8 @@ def _patched(name: str, patches: Sequence[Patch], threshold: float | None) -> _P
     )
 
 
-def _facts(character: Character, patch_index: int, patch: Patch) -> str:
-    """A line for each byte of the character: where it is, its value, its entropy."""
+def _tooltip(character: Character, patch_index: int, patch: Patch) -> str:
+    """A line for each byte of the character: its position, value and entropy."""
     num_bytes = patch.end - patch.start
     name = "cut" if character.text == LOST else visible(character.text).replace(" ", "space")
     lines = [f"{name} · patch {patch_index + 1} ({num_bytes} {'byte' if num_bytes == 1 else 'bytes'})"]
@@ -170,7 +176,7 @@ class _Bar:
 
 
 def _bars(bits: Mapping[str, Any]) -> list[_Bar]:
-    """The best first, those without a number last."""
+    """The lowest first, those without a number last."""
     known = {name: finite(value) for name, value in bits.items()}
     ordered = sorted(known.items(), key=lambda item: math.inf if item[1] is None else item[1])
     return [
@@ -185,19 +191,19 @@ def _bars(bits: Mapping[str, Any]) -> list[_Bar]:
 
 
 def _axis(bits: Mapping[str, Any]) -> int:
-    """Where the axis of the bars ends, in whole bits."""
+    """The end of the axis of the bars, in whole bits."""
     return max([1, *(math.ceil(value) for it in bits.values() if (value := finite(it)) is not None)])
 
 
 def _numbers(summary: Mapping[str, Any], key: str) -> list[tuple[str, float]]:
-    """The numbers that an entry of the summary holds, by their names."""
+    """The numbers under a key of the summary, by name."""
     values = summary.get(key)
     found = {name: finite(value) for name, value in values.items()} if isinstance(values, Mapping) else {}
     return [(name, value) for name, value in found.items() if value is not None]
 
 
 def _models(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
-    """Header and rows of the table of models; None where nothing is known of any."""
+    """Header and rows of the table of models; None if it would be empty."""
     numbers = {key: dict(_numbers(summary, key)) for key in COLUMNS}
     names = list(dict.fromkeys(name for values in numbers.values() for name in values))
     rows = [
@@ -209,19 +215,19 @@ def _models(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | N
 
 
 def _references(bits: Mapping[str, Any]) -> dict[str, float]:
-    """What does not learn, to be drawn as a level line."""
+    """The level lines of the loss curves."""
     value = finite(bits.get("xz"))
     return {} if value is None or value <= 0 else {"xz": value}
 
 
 def _drawings(draw: Any) -> dict[str, str]:
-    """The same figure in each size, or nothing when there is nothing to draw."""
+    """A figure in each size; empty if there is nothing to draw."""
     drawn = {size: draw(size) for size in SIZES}
     return {size: svg for size, svg in drawn.items() if svg is not None}
 
 
 def _flat(facts: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:
-    """Names and values as text, of what may be nested."""
+    """Names and values of nested facts as text."""
     lines: list[tuple[str, str]] = []
     for key, value in facts.items():
         if isinstance(value, Mapping):
@@ -250,7 +256,7 @@ def _environment() -> "Environment":
         undefined=StrictUndefined,
     )
     environment.filters["visible"] = visible
-    environment.globals["STRIP_HEIGHT"] = HEIGHT
+    environment.globals["STRIP_HEIGHT"] = STRIP_HEIGHT
     return environment
 
 

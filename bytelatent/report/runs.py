@@ -1,4 +1,4 @@
-"""Training runs side by side: what each has come to, and in which settings they differ."""
+"""Comparison of training runs: their results, and the settings in which they differ."""
 
 import json
 import os
@@ -18,27 +18,26 @@ from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.model.flops import costs
-from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, number
-from bytelatent.report.characters import finite
+from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, finite, number
 from bytelatent.run_folder import read_metrics
 
 FILES = {"metrics.jsonl", "settings.yaml"}  # a folder with either is a run
-UNSEARCHED = {"checkpoints", "profiles", "tensorboard", "wandb", "code"}
+NOT_SEARCHED = {"checkpoints", "profiles", "tensorboard", "wandb", "code"}
 LONGEST = 40  # characters of a setting in a table
 UNLIMITED = 10_000  # columns
-RESULTS_CAPTION = "bits per byte of held-out and training text; bytes a patch; time in steps"
+RESULTS_CAPTION = "bits per byte of held-out and training text; bytes per patch; time spent in steps"
 BITS = "bits_per_byte"
 VALIDATION = "validation_bits_per_byte"
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run has come to; None: its files do not say.
+    """The results of a run; None for what its files do not state.
 
     Attributes:
-        seconds: in steps, as far as rows say how fast they were.
-        bytes_per_second, mean_patch_bytes: the medians of all rows.
-        training_flops_per_byte: three forward passes, at this mean patch.
+        seconds: spent in steps, from the rows with a speed.
+        bytes_per_second, mean_patch_bytes: medians over all rows.
+        training_flops_per_byte: three forward passes, at the mean patch size.
     """
 
     name: str
@@ -70,7 +69,7 @@ class Comparison:
     runs: list[ComparedRun]
 
     def differing(self) -> dict[str, list[Any]]:
-        """The settings that are not the same in all runs, each with every run's value; None where it is not set."""
+        """The settings in which the runs differ, with the value of each run; None if it is not set."""
         keys = sorted({key for run in self.runs for key in run.settings} - {"run"})
         found = {key: [run.settings.get(key) for run in self.runs] for key in keys}
         return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
@@ -79,17 +78,17 @@ class Comparison:
         return {"runs": [asdict(run.summary) for run in self.runs], "differing_settings": self.differing()}
 
     def show(self, console: Console) -> None:
-        """Tables, or where these are too wide for the terminal lists, so that no name is cut."""
+        """Print tables, or lists if the tables are too wide for the terminal, so that no name is cut."""
         _print(console, self._results(), caption=RESULTS_CAPTION, num_texts=2)
-        # Shapes of a part that a model of another kind has not say nothing beside those of one that has it.
-        told = {
+        # Sizes of parts are comparable only if all models have these parts.
+        differing = {
             key: values
             for key, values in self.differing().items()
             if not key.startswith("model.") or all(key in run.settings for run in self.runs)
         }
-        if told:
+        if differing:
             names = [run.summary.name for run in self.runs]
-            rows = [["setting", *names], *([key, *map(_short, values)] for key, values in told.items())]
+            rows = [["setting", *names], *([key, *map(_short, values)] for key, values in differing.items())]
             _print(console, rows, title="settings that differ")
 
     def _results(self) -> list[list[str]]:
@@ -123,10 +122,10 @@ def _print(
     caption: str | None = None,
     num_texts: int | None = None,
 ) -> None:
-    """Rows, the first one the header, as a table; a list of each row's cells where that is wider than the terminal.
+    """Print rows, the first being the header, as a table, or as lists if the table is wider than the terminal.
 
     Args:
-        num_texts: columns of text, to the left of those of numbers, which end at the right; None: all are text.
+        num_texts: number of left-aligned columns at the left; the others are right-aligned. None: all are text.
     """
     header, *others = [[escape(cell) for cell in row] for row in rows]
     table = Table(title=title, caption=caption)
@@ -148,14 +147,14 @@ def _print(
         console.print(caption, highlight=False, soft_wrap=True)
 
 
-def compare_runs(places: Sequence[Path]) -> Comparison:
-    """Read runs: the folders themselves, and those below them.
+def compare_runs(folders: Sequence[Path]) -> Comparison:
+    """Read the runs in some folders and below them.
 
     Raises:
         UserError: a folder does not exist, or holds no runs.
     """
     named: dict[Path, str] = {}
-    for place in places:
+    for place in folders:
         if not place.is_dir():
             raise UserError(f"runs: '{place}' does not exist; name the folders of runs, or one that holds them")
         found = find_runs(place)
@@ -169,17 +168,17 @@ def compare_runs(places: Sequence[Path]) -> Comparison:
 
 
 def find_runs(place: Path) -> list[Path]:
-    """The folders of runs at a place and below it, sorted."""
+    """The folders of runs in a folder and below it, sorted."""
     found = []
     for folder, inner, files in os.walk(place):
-        inner[:] = [name for name in inner if name not in UNSEARCHED and not name.startswith(".")]
+        inner[:] = [name for name in inner if name not in NOT_SEARCHED and not name.startswith(".")]
         if FILES & set(files):
             found.append(Path(folder))
     return sorted(found)
 
 
 def summarise(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> RunSummary:
-    """What a run's rows and settings (nested) say about it."""
+    """The results of a run from its metrics and (nested) settings."""
     training = [(row, value) for row in rows if (value := finite(row.get(BITS))) is not None]
     validation = [(row, value) for row in rows if (value := finite(row.get(VALIDATION))) is not None]
     best, best_value = min(validation, key=lambda pair: pair[1], default=({}, None))
@@ -207,21 +206,21 @@ def summarise(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], settin
 def _read(folder: Path, name: str) -> ComparedRun:
     try:
         settings = masked(load_yaml(folder / "settings.yaml"))
-    except UserError:  # there are none yet, or they are damaged
+    except UserError:  # missing or corrupt
         settings = {}
     rows = read_metrics(folder / "metrics.jsonl")
     return ComparedRun(summarise(name, folder, rows, settings), rows, flat(settings))
 
 
 def _costs(settings: Mapping[str, Any], patch_bytes: float | None) -> tuple[int | None, float | None]:
-    """Parameters, and operations of training per byte."""
+    """Number of parameters, and FLOPs of training per byte."""
     kind, context = _inner(settings, "model", "kind"), finite(_inner(settings, "data", "context"))
     known = {"byte_lm": ByteLMSettings, "blt": BLTSettings}.get(kind)
     if known is None or context is None:
         return None, None
     try:
         model = known.parse(settings["model"])
-    except UserError:  # of another version
+    except UserError:  # settings of another version
         return None, None
     parts = costs(model, patch_bytes or 1.0, int(context))
     flops = 3 * sum(part.flops_per_byte for part in parts)
@@ -229,7 +228,7 @@ def _costs(settings: Mapping[str, Any], patch_bytes: float | None) -> tuple[int 
 
 
 def _seconds(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Time in steps, from how many bytes each row is after the one before, and how fast they were."""
+    """Time spent in steps, from the bytes and the speed of each row."""
     seconds, before = 0.0, 0.0
     for row in rows:
         rate, seen = finite(row.get("bytes_per_second")), finite(row.get("bytes_seen"))
@@ -241,8 +240,8 @@ def _seconds(rows: Iterable[Mapping[str, Any]]) -> float | None:
     return seconds or None
 
 
-def _inner(settings: Mapping[str, Any], room: str, name: str) -> Any:
-    values = settings.get(room)
+def _inner(settings: Mapping[str, Any], group: str, name: str) -> Any:
+    values = settings.get(group)
     return values.get(name) if isinstance(values, dict) else None
 
 

@@ -9,31 +9,32 @@ from rich.segment import Segment
 from rich.style import Style
 
 from bytelatent.patching import Patch
-from bytelatent.report.characters import characters, finite, visible
+from bytelatent.report.amounts import finite
+from bytelatent.report.characters import characters, visible
 
-# Both colours of a pair are given, so that a patch reads the same on a dark and on a light terminal.
+# Foreground and background are both set, so that patches look the same on dark and light terminals.
 PATCH_STYLES = (Style.parse("color(16) on color(117)"), Style.parse("color(16) on color(222)"))
 BLOCKS, DIGITS = "▁▂▃▄▅▆▇█", "01234567"
 
 
 def patched_text(name: str, patches: Sequence[Patch], show_entropies: bool = False) -> RenderableType:
-    """The text with its patches in alternating colours, or separated by a mark where there is no colour.
+    """The text with its patches in alternating colours, or separated by a mark without colours.
 
     Args:
-        name: of the rule (or the text), for the line above it.
+        name: of the patching mode (or the text), for the line above it.
         patches: of one text, in order.
-        show_entropies: put under each line the entropy of each byte as a bar; a character of several bytes then takes
-            as many columns.
+        show_entropies: show the entropy of each byte as a bar below it; a character of several bytes then has as many
+            columns.
 
     Returns:
-        Something `rich.console.Console.print` takes. Nothing in the text is taken for markup or control codes.
+        A renderable for `rich.console.Console.print`. Markup and control codes in the text have no effect.
     """
     return _PatchedText(name, patches, show_entropies)
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """What is never split between two lines: a character, or the mark between two patches."""
+    """A part of a line that is never split: a character, or the mark between two patches."""
 
     text: str
     bars: str
@@ -61,7 +62,7 @@ class _PatchedText:
                 yield Segment.line()
 
     def _highest_entropy(self) -> float | None:
-        """The top of the scale in nats; None where no entropies are to be shown."""
+        """The top of the scale in nats; None if no entropies are shown."""
         if not self.show_entropies:
             return None
         known = [finite(entropy) for patch in self.patches for entropy in patch.entropies or ()]
@@ -72,7 +73,7 @@ class _PatchedText:
         num_bytes = sum(patch.end - patch.start for patch in self.patches)
         counts = f"{num_patches} {'patch' if num_patches == 1 else 'patches'}"
         if num_patches:
-            counts += f" over {num_bytes} bytes, {num_bytes / num_patches:.2f} bytes a patch on average"
+            counts += f" over {num_bytes} bytes, {num_bytes / num_patches:.2f} bytes per patch on average"
         name = "".join(visible(character) for character in self.name)
         yield Segment(_encodable(name, encoding), Style(bold=True))
         yield Segment(f": {counts}\n")
@@ -100,7 +101,7 @@ class _PatchedText:
 
 
 def _bar(entropy: float, highest: float, levels: str) -> str:
-    """One block, the taller the higher the entropy (nats); a blank where it is not a number."""
+    """A block of a height for the entropy in nats; a blank if it is not a number."""
     known = finite(entropy)
     if known is None:
         return " "
@@ -109,7 +110,7 @@ def _bar(entropy: float, highest: float, levels: str) -> str:
 
 
 def _lines(cells: Iterator[_Cell], width: int) -> Iterator[list[_Cell]]:
-    """Fill lines of at most `width` columns, and break after each line feed of the text."""
+    """Break into lines of at most `width` columns, and after each line feed of the text."""
     line: list[_Cell] = []
     used = 0
     for cell in cells:
@@ -127,7 +128,7 @@ def _lines(cells: Iterator[_Cell], width: int) -> Iterator[list[_Cell]]:
 
 
 def _merged(pieces: Iterator[tuple[str, Style | None]]) -> Iterator[Segment]:
-    """Neighbours of one style as one segment: fewer colour codes."""
+    """Merge neighbours of the same style into one segment."""
     text, style = "", None
     for piece, piece_style in pieces:
         if text and piece_style is not style:
@@ -139,5 +140,5 @@ def _merged(pieces: Iterator[tuple[str, Style | None]]) -> Iterator[Segment]:
 
 
 def _encodable(text: str, encoding: str) -> str:
-    """The text with what the terminal's encoding cannot say written as an escape."""
+    """The text with escapes for characters that the terminal's encoding lacks."""
     return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -18,8 +18,8 @@ from bytelatent.credentials import masked
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.run_folder import checkpoint_name
 from bytelatent.terminal import say
-from bytelatent.training.checkpoint.checkpoints import TrainState
-from bytelatent.training.distributed.plan import own_part
+from bytelatent.training.checkpoint.manager import TrainState
+from bytelatent.training.distributed.fsdp import local_part
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.optimizer import Optimizers, each
 from bytelatent.training.settings import TrainSettings
@@ -70,7 +70,7 @@ def act_on(trouble: str | None, loss: float, state: TrainState, settings: TrainS
     if how == "skip" and state.skipped <= MOST_SKIPPED:
         return False
     times, other = (f", {state.skipped} times in a row", "") if how == "skip" else ("", "; or say faults.on_nan=skip")
-    raise ranks.told(
+    raise ranks.common_error(
         UserError(
             f"{trouble}{times}; no checkpoint holds it: take a lower optimizer.lr "
             f"(now {settings.optimizer.lr:g}) or optimizer.clip, or dtype=float32, and another run=FOLDER{other}"
@@ -84,11 +84,11 @@ def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers |
     Of several ranks each looks at what it holds.
     """
     for name, parameter in model.named_parameters():
-        if not _is_finite(own_part(parameter.detach())):
+        if not _is_finite(local_part(parameter.detach())):
             return name
         for one in [] if optimizer is None else each(optimizer):
             for key, value in one.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and not _is_finite(own_part(value)):
+                if isinstance(value, Tensor) and not _is_finite(local_part(value)):
                     return f"{key} of {name}"
     return None
 
@@ -108,9 +108,9 @@ def must_be_finite(state: TrainState, settings: TrainSettings, ranks: Ranks) -> 
     if found is None:
         return
     if state.step == 0:
-        raise ranks.told(UserError(f"model: the weights are not finite before the first step ({found})"))
+        raise ranks.common_error(UserError(f"model: the weights are not finite before the first step ({found})"))
     place = f"{settings.run}/checkpoints/{checkpoint_name(state.step)}"
-    raise ranks.told(
+    raise ranks.common_error(
         UserError(
             f"'{place}' holds values that are not finite ({found}); remove it to go on from the checkpoint before it, "
             "or use another run=FOLDER"

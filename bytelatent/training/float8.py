@@ -6,14 +6,15 @@ of the results. Norms, attention, the local models and the hash tables are compu
 
 import importlib.util
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from bytelatent.errors import UserError
 from bytelatent.model import BLTModel
-from bytelatent.training.settings import Float8
+
+Float8 = Literal["rowwise"]
 
 MULTIPLE = 16  # what both sizes of a matrix must be multiples of
 CAPABILITY = (8, 9)  # the first CUDA devices that multiply 8-bit floats

@@ -14,7 +14,7 @@ from torch import nn
 from bytelatent.errors import UserError
 from bytelatent.model import CrossAttention
 from bytelatent.model.block import Block
-from bytelatent.training.distributed.plan import own_part
+from bytelatent.training.distributed.fsdp import local_part
 from bytelatent.training.row_adamw import SparseRowsAdamW
 from bytelatent.training.settings import LearningRateScale, OptimizerSettings
 
@@ -25,7 +25,7 @@ class AdamW(torch.optim.AdamW):
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         is_complex = super()._init_group(group, *lists)
         for tensors in lists:
-            tensors[:] = map(own_part, tensors)
+            tensors[:] = map(local_part, tensors)
         return is_complex
 
 

@@ -1,7 +1,6 @@
 """Before a BLT trains: its byte LM, and the threshold for the wanted patch size."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,18 +34,12 @@ def must_have_byte_lm(source: str, whence: str = "") -> None:
     Raises:
         UserError: it names the setting.
     """
-    with byte_lm_named("" if Path(source).expanduser().is_absolute() else whence), suppress(Unreachable):
-        find_byte_lm(source, weights=False)
-
-
-@contextmanager
-def byte_lm_named(whence: str = "") -> Iterator[None]:
-    """An error in finding a byte LM names the setting of a training, not the key of a command that uses a model."""
     try:
-        yield
+        find_byte_lm(source, weights=False, setting="entropy_model")
+    except Unreachable:
+        pass
     except UserError as error:
-        what = str(error).removeprefix("model: ").removeprefix("entropy: ")
-        raise UserError(f"byte_lm: {what}{whence}") from None
+        raise UserError(f"{error}{'' if Path(source).expanduser().is_absolute() else whence}") from None
 
 
 def calibrate_on(
@@ -57,7 +50,6 @@ def calibrate_on(
     text_bytes: int,
     device: str = "auto",
     dtype: str = "auto",
-    told: set[str] | None = None,
     limit: float | None = None,
 ) -> Calibration:
     """The threshold for a mean patch size on a sample of the training text, checked on the validation text.
@@ -68,12 +60,11 @@ def calibrate_on(
         wanted_patch_bytes: mean bytes a patch.
         rule: the entropy rule; its threshold does not matter.
         text_bytes: how much text to measure on.
-        told: what was said is added.
         limit: seconds after which the rest of a sample is left out, of the training text and of the validation text.
     """
 
     def sampled(sources: list[SourceSettings], what: str) -> Sample:
-        bad = BadRows(data.max_bad_rows, "data.max_bad_rows", logged=told)
+        bad = BadRows(data.max_bad_rows, "data.max_bad_rows")
         rows = bad, data.max_row_bytes
         with Progress(what, text_bytes, limit) as progress:
             return sample_entropies(byte_lm, sources, data.context, rule, text_bytes, device, dtype, *rows, progress)
@@ -114,7 +105,7 @@ def sample_entropies(
     text_bytes: int,
     device: str | torch.device = "auto",
     dtype: str = "auto",
-    damaged: BadRows | None = None,
+    bad_rows: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
     progress: Progress | None = None,
 ) -> Sample:
@@ -139,7 +130,7 @@ def sample_entropies(
             check(found, file)
             stored.append(found)
 
-    chosen = sample_pieces(sources, text_bytes, context, seen, damaged, max_row_bytes)
+    chosen = sample_pieces(sources, text_bytes, context, seen, bad_rows, max_row_bytes)
     progress = progress or Progress("calibrating")
     progress.total = sum(map(len, chosen))
     pieces: list[Piece] = []
@@ -161,7 +152,7 @@ def sample_pieces(
     text_bytes: int,
     context: int,
     check: Callable[[Stored, str], None] = lambda stored, file: None,
-    damaged: BadRows | None = None,
+    bad_rows: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> list[Piece]:
     """About `text_bytes` of text from all over the sources, by weight: the same pieces each time."""
@@ -171,8 +162,8 @@ def sample_pieces(
     for source in sources:
         wanted = text_bytes * source.weight / total
         read, pieces = 0, []
-        for file in random.permutation(_files(source, damaged)):
-            for _, document in read_documents(str(file), source.text_key, check, damaged, max_row_bytes=max_row_bytes):
+        for file in random.permutation(find_files(source.path)):
+            for _, document in read_documents(str(file), source.text_key, check, bad_rows, max_row_bytes=max_row_bytes):
                 pieces.extend(cut(replace(document, starts=None), context))
                 read += len(document.text)
                 if read >= SPREAD * wanted:
@@ -183,15 +174,11 @@ def sample_pieces(
         sizes = np.cumsum([len(piece) for piece in pieces])
         sample.extend(pieces[: int(np.searchsorted(sizes, wanted)) + 1])
     if not sample:
-        if damaged is not None:
-            damaged.must_have_read()
+        if bad_rows is not None:
+            bad_rows.must_have_read()
         raise UserError("data: there is no text to calibrate on: every document is empty")
     random.shuffle(sample)  # so that any part of it is of all sources
     return sample
-
-
-def _files(source: SourceSettings, damaged: BadRows | None) -> list[str]:
-    return find_files(source.path) if damaged is None else find_files(source.path, damaged.note)
 
 
 def write_calibration(run: Path, calibration: Calibration) -> None:

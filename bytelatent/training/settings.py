@@ -10,8 +10,10 @@ from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
 from bytelatent.patching import PatchSettings
-
-Float8 = Literal["rowwise"]
+from bytelatent.training.checkpoint.settings import CheckpointSettings
+from bytelatent.training.distributed.settings import ParallelSettings
+from bytelatent.training.float8 import Float8
+from bytelatent.training.profiling.profiler import ProfileSettings
 
 
 class LearningRateScale(Settings):
@@ -87,67 +89,9 @@ class WandbSettings(Settings):
     mode: Literal["online", "offline"] = "online"
 
 
-class ProfileSettings(Settings):
-    """A trace of some steps, taken at a step or when the file `profile` appears in the run's folder.
-
-    Attributes:
-        from_step: the first step traced; None: only when asked by the file.
-        memory: allocations, too, and on CUDA a snapshot of the memory.
-    """
-
-    from_step: int | None = Field(default=None, ge=1)
-    steps: int = Field(default=3, ge=1)
-    memory: bool = False
-
-
 class ValidationSettings(Settings):
     every: int = Field(default=1000, ge=1)
     max_bytes: int | None = Field(default=1_000_000, ge=1)
-
-
-class CheckpointSettings(Settings):
-    """When to save, and what to keep.
-
-    Attributes:
-        every: steps from one checkpoint to the next.
-        keep: so many of the newest stay,
-        keep_every: and those after a multiple of so many steps.
-        asynchronous: training goes on while a copy of its state is written; `auto` where there is a GPU, or several
-            processes.
-    """
-
-    every: int = Field(default=1000, ge=1)
-    keep: int = Field(default=2, ge=1)
-    keep_every: int | None = Field(default=None, ge=1)
-    asynchronous: bool | Literal["auto"] = "auto"
-
-
-class ParallelSettings(Settings):
-    """How several processes share the work; with one process only `activation_checkpointing` says something.
-
-    Attributes:
-        data: `shard` divides weights and the optimizer's state among the processes and gathers them block by block;
-            `replicate` holds them whole in each; `hybrid` has `replicas` that are divided within themselves.
-        tensor: processes that divide each matrix of the global transformer.
-        activation_checkpointing: in the backward pass, compute blocks again (`full`), or all of them but matrix
-            products and attention (`selective`), instead of keeping their inner results.
-        tables: `rows` divides the hash tables by rows that are looked up where they lie; `gather` treats them as the
-            other weights.
-        reduce_dtype: of gradients as they are summed; those of `rows` are in float32.
-    """
-
-    data: Literal["replicate", "shard", "hybrid"] = "shard"
-    replicas: int | None = Field(default=None, ge=1)
-    tensor: int = Field(default=1, ge=1)
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    tables: Literal["rows", "gather"] = "rows"
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @model_validator(mode="after")
-    def _replicas(self) -> Self:
-        if (self.data == "hybrid") != (self.replicas is not None):
-            raise ValueError("data=hybrid and replicas go together, as in parallel.data=hybrid parallel.replicas=2")
-        return self
 
 
 class FaultSettings(Settings):
@@ -177,8 +121,8 @@ class TrainSettings(Settings):
             (unless OMP_NUM_THREADS is set), so such a run is not repeatable.
         model: a preset's name, the shapes themselves, or a mapping of `preset` and the shapes that differ from it.
         patching: the rule (BLT only). With `calibration` its threshold may be left out.
-        byte_lm: where the frozen byte LM is: it gives the entropies that are not stored with the text. The run keeps a
-            copy, so that the model can be used on other text.
+        entropy_model: a run or folder with the frozen byte LM that gives entropies which are not stored with the text.
+            The run keeps a copy in `byte_lm/`, so that the model can be used on other text.
         track: where metrics go beside `metrics.jsonl`.
         statistics_every: steps from one row of statistics, layer by layer, to the next; None: never.
         dtype: `auto` is bfloat16 where the device computes in it, else float32. Weights stay float32.
@@ -191,6 +135,7 @@ class TrainSettings(Settings):
 
     presets: ClassVar[tuple[str, ...]] = ("model",)
     alternatives: ClassVar[tuple[str, ...]] = ("steps", "minutes")
+    old_names: ClassVar[dict[str, str]] = {"byte_lm": "entropy_model"}
 
     run: str = "runs/train"
     seed: int = Field(default=0, ge=0)
@@ -200,7 +145,7 @@ class TrainSettings(Settings):
     data: DataSettings
     patching: PatchSettings | None = None
     calibration: CalibrationSettings | None = None
-    byte_lm: str | None = None
+    entropy_model: str | None = None
     optimizer: OptimizerSettings = OptimizerSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -254,12 +199,14 @@ class TrainSettings(Settings):
     def source_of_default(self, key: str) -> str:
         return "calibration" if key == "patching.threshold" and self.calibration is not None else "default"
 
-    @field_validator("patching", "calibration", "byte_lm", mode="before")
+    @field_validator("patching", "calibration", "entropy_model", mode="before")
     @classmethod
     def _of_a_blt(cls, value: Any, info: ValidationInfo) -> Any:
         """Before anything is asked of a rule that may not be there."""
         if value is not None and isinstance(info.data.get("model"), ByteLMSettings):
-            raise ValueError("this model is a byte LM and has no patches; leave patching, calibration and byte_lm out")
+            raise ValueError(
+                "this model is a byte LM and has no patches; leave patching, calibration and entropy_model out"
+            )
         return value
 
     @model_validator(mode="before")

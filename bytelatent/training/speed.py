@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from bytelatent.device import peak_memory
 from bytelatent.model.flops import training_flops
-from bytelatent.training.checkpoint.checkpoints import TrainState
+from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
 
@@ -45,5 +45,5 @@ def speed(then: Totals, now: Totals, settings: TrainSettings, peak: float | None
         if peak is not None:
             patch_bytes = num_bytes / (num_patches or num_bytes)
             flops = training_flops(settings.model, patch_bytes, settings.data.context) * num_bytes / seconds
-            found["model_flops_utilisation"] = round(flops / (peak * ranks.world), 4)
+            found["model_flops_utilisation"] = round(flops / (peak * ranks.world_size), 4)
     return found

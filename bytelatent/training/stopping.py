@@ -40,7 +40,7 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         if self.quits and kind is not None:  # torch.save makes an error of its own of the order to quit
-            raise self.ranks.told(KeyboardInterrupt(NOT_SAVED)) from None
+            raise self.ranks.common_error(KeyboardInterrupt(NOT_SAVED)) from None
 
     def __call__(self) -> bool:
         if self.quits:  # something between has caught the order, and may have left a file half written

@@ -10,17 +10,22 @@ from typing import Any
 import torch
 
 from bytelatent.credentials import masked
-from bytelatent.data import Batch, DataSettings, Loader, ReadAhead, surprise
+from bytelatent.data import Batch, DataSettings, Loader, ReadAhead
 from bytelatent.data.pieces import ID_BYTES
-from bytelatent.device import autocast, choose_dtype, free_memory, peak_flops
+from bytelatent.device import Threads, autocast, choose_dtype, free_memory, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.log import Console
-from bytelatent.model.loss import bits_per_byte
-from bytelatent.threads import Threads
-from bytelatent.training.checkpoint.checkpoints import Checkpoints, TrainState, must_take_checkpoints
+from bytelatent.model.loss import bits_per_byte, cross_entropy
+from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, check_takes_checkpoints
 from bytelatent.training.clipping import clip
-from bytelatent.training.distributed.plan import Plan, build_spread, check_division, draw_weights, make_plan
+from bytelatent.training.distributed.plan import (
+    ParallelPlan,
+    build_parallel_model,
+    check_parallel,
+    initialize_weights,
+    make_plan,
+)
 from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.faults import (
     RolledBack,
@@ -36,8 +41,8 @@ from bytelatent.training.float8 import check_float8
 from bytelatent.training.gradients import CapturedGradients, Gradients, check_cuda_graph
 from bytelatent.training.metrics import Metrics
 from bytelatent.training.optimizer import build_optimizer, check_optimizer, learning_rate
-from bytelatent.training.profiling.layer_statistics import Statistics
-from bytelatent.training.profiling.trace import Profiler
+from bytelatent.training.profiling.layer_statistics import LayerStatistics
+from bytelatent.training.profiling.profiler import Profiler
 from bytelatent.training.run_setup import Run, open_run
 from bytelatent.training.settings import TrainSettings
 from bytelatent.training.speed import Totals, speed
@@ -71,22 +76,22 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
 
         def check() -> None:
             check_float8(settings.float8, device, dtype)
-            check_cuda_graph(settings.cuda_graph, device, ranks.world)
-            check_division(settings.parallel, settings.model, ranks.world)
-            check_optimizer(settings.optimizer, ranks.world)
+            check_cuda_graph(settings.cuda_graph, device, ranks.world_size)
+            check_parallel(settings.parallel, settings.model, ranks.world_size)
+            check_optimizer(settings.optimizer, ranks.world_size)
             must_be_installed(settings.track)
             check_shuffle_buffer(settings.data)
 
-        ranks.all(check)
+        ranks.on_all(check)
         plan = make_plan(settings.parallel, settings.model, ranks, device)
         with ExitStack() as held:
 
             def hold() -> None:
                 held.enter_context(only_writer(settings.run))
                 must_hold_text(settings.data)
-                must_take_checkpoints(Path(settings.run))
+                check_takes_checkpoints(Path(settings.run))
 
-            ranks.first(hold)
+            ranks.on_first(hold)
             run = open_run(settings, ranks, device, dtype, console)
             return _train(run, plan, device, dtype, console if ranks.is_first else Console(quiet=True))
 
@@ -105,42 +110,42 @@ def check_shuffle_buffer(data: DataSettings) -> None:
         )
 
 
-def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, console: Console) -> Path:
+def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtype, console: Console) -> Path:
     settings, ranks = run.settings, plan.ranks
     torch.manual_seed(settings.seed)
     compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
-    model = build_spread(settings.model, plan, device, dtype, compiled, settings.float8)
+    model = build_parallel_model(settings.model, plan, device, dtype, compiled, settings.float8)
 
     def say(line: str) -> None:
         console.print(masked(line), highlight=False, markup=False, soft_wrap=True)
 
-    batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world, run.told)
+    batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world_size)
     loader = ReadAhead(batches, device) if reads_ahead(device) else batches
     state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
     in_background = settings.checkpoint.asynchronous
     if in_background == "auto":
-        in_background = device.type == "cuda" or ranks.world > 1
+        in_background = device.type == "cuda" or ranks.world_size > 1
 
     def loss(batch: Batch) -> torch.Tensor:
         with autocast(device, dtype):
-            return surprise(model, batch)
+            return cross_entropy(model, batch)
 
     gradients: Callable[[Batch, float], torch.Tensor] = Gradients(loss, device)
     if settings.cuda_graph:
         adds = settings.optimizer.accumulation > 1
         gradients = CapturedGradients(model.parameters(), loss, device, adds)
-    statistics = Statistics(model, settings.statistics_every, loss)
+    statistics = LayerStatistics(model, settings.statistics_every, loss)
     trackers = open_trackers(settings, run.folder, say) if ranks.is_first else []
     with (
         StopSignals(ranks) as stopped,
         loader,
-        Checkpoints(run.folder, run.config, settings.checkpoint, plan, in_background, say, stopped) as checkpoints,
+        CheckpointManager(run.folder, run.config, settings.checkpoint, plan, in_background, stopped) as checkpoints,
         Watchdog(settings.faults.watchdog_minutes, ranks) as watchdog,
-        Threads.of(device, settings.minutes is not None and ranks.world == 1) as threads,
+        Threads.of(device, settings.minutes is not None and ranks.world_size == 1) as threads,
         who_failed(ranks, lambda: state.step, stopped),  # at once: torchrun soon ends the ranks that are left
     ):
         if not checkpoints.load(state):
-            draw_weights(model, settings.model, plan)
+            initialize_weights(model, settings.model)
         must_be_finite(state, settings, ranks)
         done = _done(state, settings)
         if done < 1:
@@ -153,7 +158,7 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
         peak, rollbacks, validated = peak_flops(device, dtype), 0, 0.0
         with (
             Metrics(trackers, state.step, _title(settings), console) as metrics,
-            Profiler(run.folder, settings.profile, device, say) if ranks.is_first else nullcontext() as profiler,
+            Profiler(run.folder, settings.profile, device) if ranks.is_first else nullcontext() as profiler,
         ):
             first, logged = state.step + 1, Totals.of(state)
             if done < 1:
@@ -204,17 +209,19 @@ def _train(run: Run, plan: Plan, device: torch.device, dtype: torch.dtype, conso
                 if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
                     watchdog.progress(f"validation after step {state.step}")
                     began, limit = time.perf_counter(), _validation_limit(state, settings, validated, done)
-                    row = validate(state, settings, run.patcher, loss, device, plan, limit, run.told)
+                    row = validate(state, settings, run.patcher, loss, device, plan, limit)
                     metrics.write(row, done)
                     since = time.perf_counter()
                     validated += since - began
                 checkpoints.check()
                 if state.step % settings.checkpoint.every == 0 or done >= 1 or stop:
                     watchdog.progress(f"a checkpoint after step {state.step}")
-                    checkpoints.save(state, over=done >= 1, needed=done >= 1 or bool(stop))
+                    checkpoints.save(state, is_last=done >= 1, is_needed=done >= 1 or bool(stop))
                     rollbacks, since = 0, time.perf_counter()
                 if stop and done < 1:
-                    raise ranks.told(Interrupted(f"after step {state.step}; the same command goes on from there"))
+                    raise ranks.common_error(
+                        Interrupted(f"after step {state.step}; the same command goes on from there")
+                    )
                 if done >= 1 and state.step <= settings.optimizer.warmup_steps:
                     say(_ended_in_warmup(state, settings))
     return run.folder
@@ -249,23 +256,25 @@ def _about_batches(data: DataSettings, first: Batch) -> list[str]:
     return lines
 
 
-def _go_back(state: TrainState, checkpoints: Checkpoints, why: str, times: int, ranks: Ranks) -> None:
+def _go_back(state: TrainState, checkpoints: CheckpointManager, why: str, times: int, ranks: Ranks) -> None:
     """Bring weights and the optimizer back to the last checkpoint; the text read since is passed over."""
     state.optimizer.zero_grad(set_to_none=True)
     if times > MOST_ROLLBACKS:
-        raise ranks.told(
+        raise ranks.common_error(
             UserError(f"{why}, after {MOST_ROLLBACKS} rollbacks to one checkpoint; take a lower optimizer.lr")
         )
     if not checkpoints.load(state, position=False):
-        raise ranks.told(UserError(f"{why}, and there is no checkpoint yet to roll back to; take a lower optimizer.lr"))
+        raise ranks.common_error(
+            UserError(f"{why}, and there is no checkpoint yet to roll back to; take a lower optimizer.lr")
+        )
 
 
 def _step(
     state: TrainState,
     settings: TrainSettings,
     gradients: Callable[[Batch, float], torch.Tensor],
-    plan: Plan,
-    statistics: Statistics | None = None,
+    plan: ParallelPlan,
+    statistics: LayerStatistics | None = None,
 ) -> dict[str, Any]:
     """One optimizer step over `accumulation` batches of each rank; its metrics, over all of them."""
     began = time.perf_counter()
@@ -278,9 +287,9 @@ def _step(
     num_targets, num_bytes, num_patches = (int(number) for number in plan.sum(_counts(batches)))
     parts = []
     for number, batch in enumerate(batches, start=1):
-        plan.more_to_come(state.model, number < len(batches))
+        plan.set_last_backward(state.model, number == len(batches))
         # Gradients are averaged over ranks, and should be those of the mean over the targets of all of them.
-        parts.append(gradients(batch, num_targets / plan.data_world))
+        parts.append(gradients(batch, num_targets / plan.data_world_size))
     clipped = clip(state.model.parameters(), settings.optimizer.clip)
     # The only wait for the device, after which the optimizer runs while the next step is prepared.
     nats, norm = plan.sum([sum(float(part) for part in parts)])[0], float(clipped)

@@ -1,18 +1,20 @@
-"""`config.json` of `BltForCausalLM` and our settings: what is read, what must be so, what is written."""
+"""Between the `config.json` of `BltForCausalLM` and our settings: how it is read, checked and written."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings
-from bytelatent.model.settings import LONGEST_CONTEXT, CrossAttentionSettings, NgramHashSettings, StackSettings
+from bytelatent.model.settings import LONGEST_CONTEXT, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import BOE, BOS, EOS, VOCAB_SIZE
 from bytelatent.weights.safetensors_io import shown
 from bytelatent.weights.stored_model import Config
 
 DEFAULT_THETA, DEFAULT_PATCHER_THETA = 500_000.0, 10_000.0
-# What transformers takes where its file says nothing.
+MODES = ("entropy", "byte")
+# Defaults of transformers for missing values.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "": {
         "vocab_size": VOCAB_SIZE,
@@ -63,142 +65,180 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings_of(values: Mapping[str, Any], where: str) -> tuple[BLTSettings, PatchSettings]:
-    """The shapes and the rule that a `config.json` describes.
+@dataclass(frozen=True)
+class _Part:
+    """A part of a `config.json`, with the defaults of transformers.
 
-    Raises:
-        UserError: transformers computes something here that is not known.
+    Attributes:
+        name: the key of the part; empty for the top level.
+        where: the file, for errors.
     """
-    top = {**DEFAULTS[""], **values}
-    encoder, middle, decoder = (_part(values, f"{part}_config", where) for part in ("encoder", "global", "decoder"))
-    k, window = top["cross_attn_k"], top["local_attention_window_len"]
-    _plain_rope(values, where, "")  # transformers reads those of the parts, but a type that is stated here is meant
-    _refuse(where, "tie_word_embeddings", top["tie_word_embeddings"], [False])
-    for part, inner in (("", top), ("encoder_config.", encoder), ("decoder_config.", decoder)):
-        _refuse(where, f"{part}vocab_size", inner.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
-        _refuse(where, f"{part}cross_attn_k", inner["cross_attn_k"], [k])
-    _refuse(where, "decoder_config.hidden_size_global", decoder["hidden_size_global"], [middle["hidden_size"]])
-    for key in ("num_attention_heads", "num_key_value_heads"):
-        # Its cross-attentions take the heads of the part they stand in; here they are alike.
-        _refuse(where, f"decoder_config.{key}", _heads(decoder)[key], [_heads(encoder)[key]])
-    if encoder["cross_attn_all_layers"] and encoder["num_hidden_layers"] > 1:
-        raise UserError(
-            f"{where}: encoder_config.cross_attn_all_layers is true with {encoder['num_hidden_layers']} layers; "
-            "transformers then pools anew after each layer and the published model does not, so it is not clear what "
-            "these weights mean. If they were converted from published ones, convert those"
-        )
-    functions = top["encoder_hash_byte_group_nb_functions"]
-    sizes = values.get("encoder_hash_byte_group_size") or [3, 4, 5, 6, 7, 8]
-    model = BLTSettings(
-        encoder=_stack(encoder, window, where, "encoder_config"),
-        global_transformer=_stack(middle, None, where, "global_config"),
-        decoder=_stack(decoder, window, where, "decoder_config"),
-        cross_attention=CrossAttentionSettings(
-            k=k,
-            num_heads=encoder["num_attention_heads"],
-            num_kv_heads=encoder.get("num_key_value_heads"),
-            all_layers_encoder=encoder["cross_attn_all_layers"],
-            all_layers_decoder=decoder["cross_attn_all_layers"],
-        ),
-        ngram_hash=NgramHashSettings(
-            sizes=sizes,
-            num_functions=functions,
-            vocab_size=top["encoder_hash_byte_group_vocab"],
-            stop_at_document=False,
-        )
-        if functions
-        else None,
-    )
-    mode = top["patching_mode"]
-    if mode != "entropy":  # whatever else it says, transformers then makes each byte a patch
-        return model, PatchSettings(mode="byte", max_patch_length=top["max_patch_length"])
-    if top["patch_size"] is None:
-        raise UserError(
-            f"{where}: patch_size is None; transformers then makes each byte a patch: say patching_mode 'byte'"
-        )
-    rule = {"mode": mode, "threshold": top["patching_threshold"], "max_patch_length": top["max_patch_length"]}
-    return model, PatchSettings.parse(rule, where=where)
+
+    name: str
+    values: Mapping[str, Any]
+    where: str
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], name: str, where: str) -> "_Part":
+        """A part below the top level, with its sizes checked."""
+        part = cls(name, {**DEFAULTS[name], **cls("", values, where).group(name)}, where)
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            value = part.values[key]
+            if not (type(value) is int and value > 0) and not (value is None and key == "intermediate_size"):
+                raise UserError(f"{part.path(key)} is {shown(repr(value))}; it should be a number above 0")
+        return part
+
+    def path(self, key: str) -> str:
+        return f"{self.where}: {self.name}.{key}" if self.name else f"{self.where}: {key}"
+
+    def check(self, key: str, value: Any, *allowed: Any) -> None:
+        """Refuse a value that asks for other mathematics."""
+        if value not in allowed:
+            raise UserError(f"{self.path(key)} is {shown(repr(value))}; only {shown(repr(allowed[0]))} is known here")
+
+    def group(self, key: str) -> dict[str, Any]:
+        """The keys and values under a key; none if it is absent."""
+        found = self.values.get(key)
+        if found is not None and not isinstance(found, dict):
+            raise UserError(f"{self.path(key)} is {shown(repr(found))}; it should be a mapping of keys to values")
+        return found or {}
+
+    @property
+    def heads(self) -> dict[str, int]:
+        heads = self.values["num_attention_heads"]
+        return {"num_attention_heads": heads, "num_key_value_heads": self.values.get("num_key_value_heads") or heads}
+
+    @property
+    def context(self) -> int:
+        """The context in training, in ids."""
+        key = "max_position_embeddings"
+        found = self.values[key]
+        if type(found) is not int or not 1 <= found <= LONGEST_CONTEXT:
+            raise UserError(
+                f"{self.path(key)} is {shown(repr(found))}; it should be a number from 1 to {LONGEST_CONTEXT:,}"
+            )
+        return found
+
+    def stack(self, window: int | None, default_theta: float = DEFAULT_THETA) -> StackSettings:
+        self.check("hidden_act", self.values.get("hidden_act", "silu"), "silu")
+        dim = self.values["hidden_size"]
+        head_dim = dim // self.values["num_attention_heads"]
+        self.check("head_dim", self.values.get("head_dim") or head_dim, head_dim)
+        values = {
+            "dim": dim,
+            "num_layers": self.values["num_hidden_layers"],
+            "num_heads": self.values["num_attention_heads"],
+            "num_kv_heads": self.values.get("num_key_value_heads"),
+            "window": window,
+            "rope_theta": self.rope_theta(default_theta),
+            "norm_eps": self.values.get("rms_norm_eps", 1e-5),
+            **_width(dim, self.values["intermediate_size"] or 8 * dim // 3),
+        }
+        return StackSettings.parse(values, f"{self.where}: {self.name}")
+
+    def rope_theta(self, default: float) -> float:
+        """The theta of the rotary embedding.
+
+        transformers 5 reads `rope_scaling`, else `rope_parameters`, and `rope_theta` only if these name no theta.
+        transformers 4 reads `rope_theta` and the type in `rope_scaling`.
+
+        Raises:
+            UserError: it is not the default type, or the two versions of transformers would read another theta.
+        """
+        alone = self.values.get("rope_theta", default)
+        found = {"rope_theta": alone} if "rope_theta" in self.values else {}
+        found |= {key: rope.get("rope_theta", alone) for key, rope in self.plain_rope().items() if rope}
+        first = next(iter(found.values()), default)
+        if any(theta != first for theta in found.values()):
+            thetas = ", ".join(f"{self.name}.{key} says {shown(repr(theta))}" for key, theta in found.items())
+            raise UserError(
+                f"{self.where}: the rotary theta is not clear: {thetas}; which one counts depends on the version of "
+                "transformers, so let them agree"
+            )
+        return first
+
+    def plain_rope(self) -> dict[str, dict[str, Any]]:
+        """The settings of the rotary embedding by either name; they must describe the plain one."""
+        found = {key: self.group(key) for key in ("rope_scaling", "rope_parameters")}
+        for key, rope in found.items():
+            self.check(f"{key}.rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
+            self.check(f"{key}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0, None)
+            if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+                raise UserError(f"{self.path(key)}.{shown(nested[0])}: settings by kind of layer are not known here")
+        self.check("partial_rotary_factor", self.values.get("partial_rotary_factor", 1.0), 1.0, None)
+        return found
 
 
-def byte_lm_of(values: Mapping[str, Any], where: str) -> Config | None:
-    """The byte LM that a `config.json` describes as the patcher; None where it says that there is none.
+def read_model(values: Mapping[str, Any], where: str) -> Config:
+    """The configuration of the BLT that a `config.json` describes.
 
     Raises:
-        UserError: transformers computes something here that is not known.
+        UserError: a value asks for other mathematics than is implemented here.
+    """
+    top = _Part("", {**DEFAULTS[""], **values}, where)
+    encoder, middle, decoder = (_Part.of(values, f"{part}_config", where) for part in ("encoder", "global", "decoder"))
+    k, window = top.values["cross_attn_k"], top.values["local_attention_window_len"]
+    _Part("", values, where).plain_rope()  # transformers ignores it at the top level, but its author meant it
+    top.check("tie_word_embeddings", top.values["tie_word_embeddings"], False)
+    for part in (top, encoder, decoder):
+        part.check("vocab_size", part.values.get("vocab_size", VOCAB_SIZE), VOCAB_SIZE)
+        part.check("cross_attn_k", part.values["cross_attn_k"], k)
+    decoder.check("hidden_size_global", decoder.values["hidden_size_global"], middle.values["hidden_size"])
+    for key, heads in decoder.heads.items():
+        # In transformers, a cross-attention has as many heads as its part; here both cross-attentions have the same.
+        decoder.check(key, heads, encoder.heads[key])
+    if encoder.values["cross_attn_all_layers"] and encoder.values["num_hidden_layers"] > 1:
+        raise UserError(
+            f"{where}: encoder_config.cross_attn_all_layers is true with {encoder.values['num_hidden_layers']} layers; "
+            "transformers then pools again after each layer and the published model does not, so it is not clear what "
+            "these weights mean. If they were converted from published weights, convert those instead"
+        )
+    functions = top.values["encoder_hash_byte_group_nb_functions"]
+    ngrams = {
+        "sizes": values.get("encoder_hash_byte_group_size") or [3, 4, 5, 6, 7, 8],
+        "num_functions": functions,
+        "vocab_size": top.values["encoder_hash_byte_group_vocab"],
+        "stop_at_document": False,
+    }
+    model = {
+        "encoder": encoder.stack(window),
+        "global_transformer": middle.stack(None),
+        "decoder": decoder.stack(window),
+        "cross_attention": {
+            "k": k,
+            "num_heads": encoder.values["num_attention_heads"],
+            "num_kv_heads": encoder.values.get("num_key_value_heads"),
+            "all_layers_encoder": encoder.values["cross_attn_all_layers"],
+            "all_layers_decoder": decoder.values["cross_attn_all_layers"],
+        },
+        "ngram_hash": ngrams if functions else None,
+    }
+    patching = {"mode": "byte", "max_patch_length": top.values["max_patch_length"]}
+    if top.values["patching_mode"] == "entropy":  # in all other modes, transformers makes each byte a patch
+        patching |= {"mode": "entropy", "threshold": top.values["patching_threshold"]}
+        if top.values["patch_size"] is None:
+            raise UserError(
+                f"{where}: patch_size is None; transformers then makes each byte a patch: say patching_mode 'byte'"
+            )
+    return Config(
+        model=BLTSettings.parse(model, where),
+        context=top.context,
+        patching=PatchSettings.parse(patching, where=where),
+    )
+
+
+def read_byte_lm(values: Mapping[str, Any], where: str) -> Config | None:
+    """The configuration of the patcher, which is a byte LM; None if the model has no patcher.
+
+    Raises:
+        UserError: a value asks for other mathematics than is implemented here.
     """
     if not {**DEFAULTS[""], **values}["patch_in_forward"]:
         return None
-    patcher = _part(values, "patcher_config", where)
-    _refuse(where, "patcher_config.vocab_size", patcher.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
-    stack = _stack(patcher, patcher["sliding_window"], where, "patcher_config", DEFAULT_PATCHER_THETA)
-    return Config(model=ByteLMSettings(**stack.model_dump()), context=context_of(patcher, where, "patcher_config."))
-
-
-def context_of(values: Mapping[str, Any], where: str, prefix: str = "") -> int:
-    """The ids that a part saw at once in training."""
-    found = values["max_position_embeddings"]
-    if type(found) is not int or not 1 <= found <= LONGEST_CONTEXT:
-        raise UserError(
-            f"{where}: {prefix}max_position_embeddings is {shown(repr(found))}; it should be a number from 1 to "
-            f"{LONGEST_CONTEXT:,}"
-        )
-    return found
-
-
-def _stack(
-    part: Mapping[str, Any], window: int | None, where: str, name: str, default_theta: float = DEFAULT_THETA
-) -> StackSettings:
-    _refuse(where, f"{name}.hidden_act", part.get("hidden_act", "silu"), ["silu"])
-    head_dim = part["hidden_size"] // part["num_attention_heads"]
-    _refuse(where, f"{name}.head_dim", part.get("head_dim") or head_dim, [head_dim])
-    hidden = part["intermediate_size"] or 8 * part["hidden_size"] // 3
-    values = {
-        "dim": part["hidden_size"],
-        "num_layers": part["num_hidden_layers"],
-        "num_heads": part["num_attention_heads"],
-        "num_kv_heads": part.get("num_key_value_heads"),
-        "window": window,
-        "rope_theta": _rope_theta(part, where, f"{name}.", default_theta),
-        "norm_eps": part.get("rms_norm_eps", 1e-5),
-        **_width(part["hidden_size"], hidden),
-    }
-    return StackSettings.parse(values, f"{where}: {name}")
-
-
-def _rope_theta(part: Mapping[str, Any], where: str, prefix: str, default: float) -> float:
-    """The theta of a part's rotary embedding.
-
-    transformers 5 reads `rope_scaling`, else `rope_parameters`, and `rope_theta` only where these name no theta.
-    transformers 4 reads `rope_theta` and the type in `rope_scaling`.
-
-    Raises:
-        UserError: another type than the default, or settings that mean different models in the two versions.
-    """
-    alone = part.get("rope_theta", default)
-    found = {f"{prefix}rope_theta": alone} if "rope_theta" in part else {}
-    for key, rope in _plain_rope(part, where, prefix).items():
-        if rope:
-            found[f"{prefix}{key}"] = rope.get("rope_theta", alone)
-    first = next(iter(found.values()), default)
-    if any(theta != first for theta in found.values()):
-        said = ", ".join(f"{key} says {shown(repr(theta))}" for key, theta in found.items())
-        raise UserError(
-            f"{where}: the rotary theta is not clear: {said}; which one counts depends on the version of "
-            "transformers, so let them agree"
-        )
-    return first
-
-
-def _plain_rope(part: Mapping[str, Any], where: str, prefix: str) -> dict[str, dict[str, Any]]:
-    """What a part says of its rotary embedding under either name, which must be the plain one."""
-    found = {key: _group(part, key, where, prefix) for key in ("rope_scaling", "rope_parameters")}
-    for key, rope in found.items():
-        _refuse(where, f"{prefix}{key}.rope_type", rope.get("rope_type", rope.get("type", "default")), ["default"])
-        _refuse(where, f"{prefix}{key}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0, None])
-        if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
-            raise UserError(f"{where}: {prefix}{key}.{shown(nested[0])}: settings by kind of layer are not known here")
-    _refuse(where, f"{prefix}partial_rotary_factor", part.get("partial_rotary_factor", 1.0), [1.0, None])
-    return found
+    patcher = _Part.of(values, "patcher_config", where)
+    patcher.check("vocab_size", patcher.values.get("vocab_size", VOCAB_SIZE), VOCAB_SIZE)
+    stack = patcher.stack(patcher.values["sliding_window"], DEFAULT_PATCHER_THETA)
+    return Config(model=ByteLMSettings(**stack.model_dump()), context=patcher.context)
 
 
 def _width(dim: int, hidden: int) -> dict[str, Any]:
@@ -210,52 +250,23 @@ def _width(dim: int, hidden: int) -> dict[str, Any]:
     return {"multiple_of": 1, "ffn_dim_multiplier": (hidden + 0.5) / base}
 
 
-def _part(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """One part's values, those that are computed with checked."""
-    part = {**DEFAULTS[name], **_group(values, name, where, "")}
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        value = part[key]
-        if not (type(value) is int and value > 0) and not (value is None and key == "intermediate_size"):
-            raise UserError(f"{where}: {name}.{key} is {shown(repr(value))}; it should be a number above 0")
-    return part
-
-
-def _group(values: Mapping[str, Any], key: str, where: str, prefix: str) -> dict[str, Any]:
-    """The keys and values under a key, none where it is absent."""
-    found = values.get(key)
-    if found is not None and not isinstance(found, dict):
-        raise UserError(f"{where}: {prefix}{key} is {shown(repr(found))}; it should be a mapping of keys to values")
-    return found or {}
-
-
-def _heads(part: Mapping[str, Any]) -> dict[str, int]:
-    heads = part["num_attention_heads"]
-    return {"num_attention_heads": heads, "num_key_value_heads": part.get("num_key_value_heads") or heads}
-
-
-def _refuse(where: str, key: str, value: Any, allowed: list[Any]) -> None:
-    if value not in allowed:
-        raise UserError(f"{where}: {key} is {shown(repr(value))}; only {shown(repr(allowed[0]))} is known here")
-
-
 def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
-    """What `config.json` says of a BLT, but for its patcher.
+    """`config.json` for a BLT, without its patcher.
 
     Raises:
         UserError: transformers would compute something else.
     """
-    model, rule = config.model, config.patching
+    model, patching = config.model, config.patching
     assert isinstance(model, BLTSettings)
-    assert rule is not None
+    assert patching is not None
     encoder, middle, decoder, cross = model.encoder, model.global_transformer, model.decoder, model.cross_attention
-    if rule.mode not in ("entropy", "byte") or rule.monotonicity or rule.threshold_add is not None:
+    if patching.monotonicity or patching.threshold_add is not None:
         raise UserError(
-            f"hf: transformers knows only the plain entropy rule and 'byte', not '{rule.in_words()}'; "
-            "keep the model in our format or convert it to meta"
+            f"hf: transformers has only the plain entropy mode, not '{patching.in_words()}'; use native or meta"
         )
     if cross.all_layers_encoder and encoder.num_layers > 1:
         raise UserError(
-            "hf: cross_attention.all_layers_encoder with several encoder layers: transformers pools anew after each "
+            "hf: cross_attention.all_layers_encoder with several encoder layers: transformers pools again after each "
             "layer and would compute something else; keep the model in our format or convert it to meta"
         )
     if encoder.window != decoder.window:
@@ -274,18 +285,18 @@ def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
         "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": config.context,
         "patch_in_forward": has_byte_lm,
-        "patch_size": 4,  # transformers only asks whether there is one
-        "patching_mode": rule.mode,
-        "patching_threshold": rule.threshold,
+        "patch_size": 4,  # transformers only checks whether it is set
+        "patching_mode": patching.mode,
+        "patching_threshold": patching.threshold,
         "patching_batch_size": 1,
-        "max_patch_length": rule.max_patch_length,
+        "max_patch_length": patching.max_patch_length,
         "local_attention_window_len": encoder.window,
         "cross_attn_k": cross.k,
         "encoder_hash_byte_group_size": ngrams.sizes if ngrams else [3],
         "encoder_hash_byte_group_vocab": ngrams.vocab_size if ngrams else 1,
         "encoder_hash_byte_group_nb_functions": ngrams.num_functions if ngrams else 0,
         "tie_word_embeddings": False,
-        "use_cache": False,  # its cache fails
+        "use_cache": False,  # the cache of transformers fails for this model
         **special_ids(),
         "encoder_config": {
             **_stack_config(encoder, config.context, "blt_local_encoder"),
@@ -302,7 +313,7 @@ def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
 
 
 def patcher_config_of(config: Config) -> dict[str, Any]:
-    """What `config.json` says of a byte LM as the patcher."""
+    """The `patcher_config` of `config.json` for a byte LM."""
     assert isinstance(config.model, ByteLMSettings)
     inner = _stack_config(config.model, config.context, "blt_patcher")
     return {**inner, "vocab_size": VOCAB_SIZE, "sliding_window": config.model.window}
@@ -320,8 +331,8 @@ def _stack_config(stack: StackSettings, context: int, kind: str) -> dict[str, An
         "dropout": 0.0,
         "rms_norm_eps": stack.norm_eps,
         "max_position_embeddings": context,
-        "rope_theta": stack.rope_theta,  # where transformers 4 looks for it
-        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},  # and where transformers 5 does
+        "rope_theta": stack.rope_theta,  # for transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},  # for transformers 5
     }
 
 

@@ -1,17 +1,19 @@
 """Meta's formats.
 
-The hub's: `config.json` (`args`), `model.safetensors`, `train_args.json`. The older one: `params.json` (all settings of
-the training), `consolidated.pth`. The entropy model is a folder of its own, in either format.
+The format on the hub: `config.json` (`args`), `model.safetensors`, `train_args.json`. The older one: `params.json` (all
+settings of the training), `consolidated.pth`. The entropy model is in a folder of its own, in either format.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bytelatent.config import flat
 from bytelatent.errors import UserError
-from bytelatent.model import BLTSettings, ModelSettings
-from bytelatent.weights.beside import recall, remember
-from bytelatent.weights.meta_args import args_of, is_byte_lm, patcher_args_of, refuse_what_is_not_known, settings_of
+from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings
+from bytelatent.patching import PatchSettings
+from bytelatent.weights.native import LOADING
 from bytelatent.weights.safetensors_io import (
     StoredTensor,
     read_json,
@@ -21,52 +23,151 @@ from bytelatent.weights.safetensors_io import (
     write_json,
     write_weights,
 )
-from bytelatent.weights.stored_model import Config, StoredModel, shapes, under_our_names, under_their_names
+from bytelatent.weights.stored_model import Advance, Config, StoredModel, WeightsFormat
+from bytelatent.weights.translation import TensorNames, read_sidecar, to_our_names, to_their_names, write_sidecar
 
-BYTE_LM = "blt-entropy"  # where we write it; Meta's own repository is called so
+BYTE_LM = "blt-entropy"  # where we write it, and the name of Meta's own repository
 BYTE_LM_FOLDERS = (BYTE_LM, "entropy_model", "blt_entropy")
 PUBLISHED_CONTEXT = 8192
-PUBLISHED_WINDOW = 512  # of the entropy model, where an older file does not say it
+PUBLISHED_WINDOW = 512  # of the entropy model; older files do not state it
+MODES = ("entropy", "space", "static", "byte")  # other modes of the published code cut at tokens
 
-BLOCK = {
-    "attention_norm": "attention_norm",
-    "attention.query": "attention.wq",
-    "attention.key": "attention.wk",
-    "attention.value": "attention.wv",
-    "attention.output": "attention.wo",
-    "feed_forward_norm": "ffn_norm",
-    "feed_forward.gate": "feed_forward.w1",
-    "feed_forward.down": "feed_forward.w2",
-    "feed_forward.up": "feed_forward.w3",
+NAMES = TensorNames(
+    layers={
+        "encoder.stack.blocks": "local_encoder.layers",
+        "encoder.cross_attention": "local_encoder.cross_attn_layers",
+        "global_transformer.stack.blocks": "global_transformer.layers",
+        "decoder.stack.blocks": "local_decoder.layers",
+        "decoder.cross_attention": "local_decoder.cross_attn_layers",
+        "stack.blocks": "layers",
+    },
+    in_layer={
+        "attention_norm": "attention_norm",
+        "attention.query": "attention.wq",
+        "attention.key": "attention.wk",
+        "attention.value": "attention.wv",
+        "attention.output": "attention.wo",
+        "feed_forward_norm": "ffn_norm",
+        "feed_forward.gate": "feed_forward.w1",
+        "feed_forward.down": "feed_forward.w2",
+        "feed_forward.up": "feed_forward.w3",
+        # of a cross-attention
+        "query_norm": "cross_attn_norm_q",
+        "key_value_norm": "cross_attn_norm_kv",
+        "query": "wq",
+        "key": "wk",
+        "value": "wv",
+        "output": "wo",
+    },
+    others={
+        "embedding": "tok_embeddings",
+        "norm": "norm",
+        "output": "output",
+        "encoder.embedding": "local_encoder.tok_embeddings",
+        "encoder.ngram_hash.tables": "encoder_hash_tok_embedding.{table}",
+        "encoder.pooled_to_queries": "local_encoder.patch_embedding_projection",
+        "global_transformer.projection": "global_transformer.token_embedding_projection",
+        "decoder.patch_to_keys": "local_decoder.patch_embedding_projection",
+        "decoder.norm": "local_decoder.norm",
+        "decoder.output": "local_decoder.output",
+    },
+)
+
+# Meta's arguments and our settings. An argument of several settings needs the same value in all of them.
+PARTS = {"local_encoder": "encoder", "global": "global_transformer", "local_decoder": "decoder"}
+SIZES = {"dim": "dim", "n_layers": "num_layers", "n_heads": "num_heads"}
+SHARED = ("ffn_dim_multiplier", "multiple_of", "rope_theta", "norm_eps")
+BYTE_LM_ARGS: dict[str, tuple[str, ...]] = {
+    **{key: (ours,) for key, ours in SIZES.items()},
+    "n_kv_heads": ("num_kv_heads",),
+    "sliding_window": ("window",),
+    **{key: (key,) for key in SHARED},
 }
-CROSS_ATTENTION = {
-    "query_norm": "cross_attn_norm_q",
-    "key_value_norm": "cross_attn_norm_kv",
-    "query": "wq",
-    "key": "wk",
-    "value": "wv",
-    "output": "wo",
+BLT_ARGS: dict[str, tuple[str, ...]] = {
+    **{f"{key}_{part}": (f"{stack}.{ours}",) for part, stack in PARTS.items() for key, ours in SIZES.items()},
+    "n_kv_heads_global": ("global_transformer.num_kv_heads",),
+    "local_attention_window_len": ("encoder.window", "decoder.window"),
+    "cross_attn_k": ("cross_attention.k",),
+    "cross_attn_nheads": ("cross_attention.num_heads",),
+    "cross_attn_all_layers_encoder": ("cross_attention.all_layers_encoder",),
+    "cross_attn_all_layers_decoder": ("cross_attention.all_layers_decoder",),
+    **{key: tuple(f"{stack}.{key}" for stack in PARTS.values()) for key in SHARED},
 }
-PLACES = [  # ours, theirs, what stands there by number
-    ("encoder.stack.blocks.", "local_encoder.layers.", BLOCK),
-    ("encoder.cross_attention.", "local_encoder.cross_attn_layers.", CROSS_ATTENTION),
-    ("global_transformer.stack.blocks.", "global_transformer.layers.", BLOCK),
-    ("decoder.stack.blocks.", "local_decoder.layers.", BLOCK),
-    ("decoder.cross_attention.", "local_decoder.cross_attn_layers.", CROSS_ATTENTION),
-    ("stack.blocks.", "layers.", BLOCK),
-]
-ALONE = {
-    "embedding": "tok_embeddings",
-    "norm": "norm",
-    "output": "output",
-    "encoder.embedding": "local_encoder.tok_embeddings",
-    "encoder.pooled_to_queries": "local_encoder.patch_embedding_projection",
-    "global_transformer.projection": "global_transformer.token_embedding_projection",
-    "decoder.patch_to_keys": "local_decoder.patch_embedding_projection",
-    "decoder.norm": "local_decoder.norm",
-    "decoder.output": "local_decoder.output",
+HASH_ARGS: dict[str, tuple[str, ...]] = {
+    "encoder_hash_byte_group_size": ("ngram_hash.sizes",),
+    "encoder_hash_byte_group_nb_functions": ("ngram_hash.num_functions",),
+    "encoder_hash_byte_group_vocab": ("ngram_hash.vocab_size",),
 }
-HASH_TABLES = "encoder.ngram_hash.tables"
+NO_HASHES = {
+    "encoder_hash_byte_group_size": None,
+    "encoder_hash_byte_group_nb_functions": 1,
+    "encoder_hash_byte_group_vocab": 500_002,
+}
+PATCHING_ARGS = {  # the model's argument, the patcher's, our setting
+    "patching_mode": ("patching_mode", "mode"),
+    "patching_threshold": ("threshold", "threshold"),
+    "patching_threshold_add": ("threshold_add", "threshold_add"),
+    "monotonicity": ("monotonicity", "monotonicity"),
+    "max_patch_length": ("max_patch_length", "max_patch_length"),
+    "patch_size": ("patch_size", "patch_size"),
+}
+DEFAULTS = {  # of arguments that may be missing
+    "n_kv_heads": None,
+    "n_kv_heads_global": None,
+    "sliding_window": None,
+    "multiple_of": 256,
+    "rope_theta": 10_000.0,
+    "norm_eps": 1e-5,
+}
+# Arguments for which only these values mean the mathematics implemented here; the first one is written.
+FIXED: dict[str, list[Any]] = {
+    "head_dim": [None],
+    "tie_local_encoder_decoder": [False, None],
+    "tie_local_encoder_decoder_logits": [False, None],
+    "weight_tying": [False, None],
+    "vocab_size": [260],
+}
+NEVER_SET = (
+    "conv_kernel_size", "cross_attn_window_decoder", "cross_attn_window_encoder", "dim_patch_emb",
+    "encoder_ngram_table_dir", "encoder_ngram_to_size_str", "encoder_preds_low_entropy_toks",
+    "encoder_preds_random_toks", "global_local_decoder_residual_layer", "n_kv_heads", "ngram_vocab_sizes",
+    "patching_thresholds_str",
+)  # fmt: skip
+ALWAYS = (
+    "cross_attn_decoder", "cross_attn_encoder", "cross_attn_init_by_pooling", "use_local_encoder_transformer",
+    "use_rope",
+)  # fmt: skip
+NEVER = (
+    "encoder_enable_byte_ngrams", "encoder_lm_loss", "entropy_model_is_ngram_model", "tokenize_with_bpe_delimiter",
+)  # fmt: skip
+BLT_FIXED: dict[str, list[Any]] = {
+    **FIXED,
+    **{key: [None] for key in NEVER_SET},
+    **{key: [True] for key in ALWAYS},
+    **{key: [False, None] for key in NEVER},
+    "alpha_depth": ["disabled", None],
+    "architecture": ["vanilla", None],
+    "attn_to_keep": ["all", None],
+    "downsampling_by_pooling": ["max"],
+    "non_linearity": ["swiglu", None],
+    "norm_affine": [True, None],
+    "norm_type": ["rmsnorm", None],
+    "output_size": [-1, 260, None],
+    "pm_size": [0, None],
+    "pre_norm": [True, None],
+}
+EMBEDDING_WIDTHS = ("dim_token", "dim_token_emb")
+# Arguments that change no logits: of initialization, training, sharding, logging, speed.
+IGNORED = {
+    "attn_bias_type", "attn_impl", "cross_attn_use_flex_attention", "custom_bwd", "dropout",
+    "encoder_enable_byte_group_hash", "eos_id", "entropy_model_checkpoint_dir", "full_logging_n_layers",
+    "fuse_sequence_parallel", "init_base_std", "init_std_factor", "init_use_depth", "init_use_gaussian", "layer_ckpt",
+    "log_patch_lengths", "loss_parallel", "max_encoder_seq_length", "max_length", "max_seqlen", "pad_to_max_length",
+    "patch_in_forward", "patching_batch_size", "patching_device", "recompute_attn", "recompute_fc1_out",
+    "recompute_fc3_out", "rope_use_fp32_in_outer_product", "seed", "sequence_parallel", "share_encoder_decoder_emb",
+    "use_fsdp",
+}  # fmt: skip
+KNOWN = {*BYTE_LM_ARGS, *BLT_ARGS, *HASH_ARGS, *PATCHING_ARGS, *BLT_FIXED, *EMBEDDING_WIDTHS, *IGNORED}
 
 
 def is_meta(folder: Path) -> bool:
@@ -75,78 +176,202 @@ def is_meta(folder: Path) -> bool:
     return (config.is_file() and "args" in read_json(config)) or (folder / "params.json").is_file()
 
 
-def open_meta(folder: Path, weights: bool = True) -> StoredModel:
-    """A released BLT with the patching rule it was trained with, or a released entropy model.
+def _read_config(folder: Path) -> StoredModel:
+    """A released BLT with the patching it was trained with, or a released entropy model.
 
     Raises:
-        UserError: something is missing, or changes the mathematics to what is not known here.
+        UserError: a file or key is missing, or an argument asks for other mathematics than is implemented here.
     """
-    args, patcher, words = _read_settings(folder)
+    args, patcher, words = _read_args(folder)
     try:
-        model, patching = settings_of(args, patcher, str(folder))
+        model, patching = _settings_of(args, patcher, str(folder))
     except KeyError as error:
         raise UserError(f"'{folder}': its JSON files lack the key {error}; fetch them again") from None
-    warnings = refuse_what_is_not_known(args, folder)
+    warnings = _check_args(args, folder)
     config = Config(model=model, context=PUBLISHED_CONTEXT, patching=patching)
-    config = recall(
-        folder, config, lambda earlier: (*settings_of(args_of(earlier), patcher_args_of(earlier)), PUBLISHED_CONTEXT)
+    config = read_sidecar(
+        folder, config, lambda own: (*_settings_of(args_of(own), patcher_args_of(own), ""), PUBLISHED_CONTEXT)
     )
-    tensors: Mapping[str, StoredTensor] = {}
-    if weights:
-        tensors = under_our_names(_read_tensors(folder), config.model, published_names, str(folder))
     byte_lm = None
-    if not is_byte_lm(args):
+    if patching is not None:
         inner = next((folder / name for name in BYTE_LM_FOLDERS if is_meta(folder / name)), None)
-        byte_lm = open_meta(inner, weights) if inner is not None else None
-    return StoredModel(config, tensors, byte_lm, words, str(folder), warnings)
+        byte_lm = _read_config(inner) if inner is not None else None
+    return StoredModel(config, {}, byte_lm, words, str(folder), warnings)
 
 
-def write_meta(folder: Path, stored: StoredModel, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
-    """Write a model in the hub's format into an existing folder; its byte LM goes into `blt-entropy/`.
+def _read_tensors(found: StoredModel) -> StoredModel:
+    tensors = to_our_names(_read_weights(Path(found.source)), found.config.model, NAMES.of, found.source)
+    byte_lm = _read_tensors(found.byte_lm) if found.byte_lm is not None else None
+    return replace(found, tensors=tensors, byte_lm=byte_lm)
+
+
+def write_meta(folder: Path, stored: StoredModel, advance: Advance = lambda num_bytes: None) -> None:
+    """Write a model in the hub's format, and its byte LM into `blt-entropy/`.
 
     Raises:
-        UserError: the format has no room for one of its settings.
+        UserError: the format cannot express one of its settings.
     """
     config = stored.config
     args, patcher = args_of(config), patcher_args_of(config)
     write_json(folder / "config.json", {"args": args})
-    if patcher is not None:
+    if config.patching is not None:
         data = {"patcher_args": patcher, "tokenizer_args": {"name": "blt"}}
         write_json(folder / "train_args.json", {"model": args, "data": data})
-    remember(folder, config)
-    # Published code reads one file; it knows nothing of shards.
-    tensors = under_their_names(stored.tensors, published_names(config.model))
-    write_weights(folder, tensors, shard_bytes=None, advance=advance)
+    write_sidecar(folder, config)
+    tensors = to_their_names(stored.tensors, NAMES.of(config.model))
+    write_weights(folder, tensors, shard_bytes=None, advance=advance)  # the published code reads no shards
     if stored.byte_lm is not None:
         (folder / BYTE_LM).mkdir()
         write_meta(folder / BYTE_LM, stored.byte_lm, advance)
 
 
-def published_names(settings: ModelSettings) -> dict[str, list[str]]:
-    """For each of our tensors the published ones it is made of."""
-    return {name: _published(name, settings) for name in shapes(settings)}
+META = WeightsFormat(
+    title="Meta's hub format",
+    recognizes=is_meta,
+    read_config=_read_config,
+    read_tensors=_read_tensors,
+    write=write_meta,
+    modes=MODES,
+    library="bytelatent",
+    loading=LOADING,
+)
 
 
-def _published(name: str, settings: ModelSettings) -> list[str]:
-    path, _, kind = name.rpartition(".")
-    if path == HASH_TABLES:
-        assert isinstance(settings, BLTSettings)
-        assert settings.ngram_hash is not None
-        return [f"encoder_hash_tok_embedding.{i}.{kind}" for i in range(settings.ngram_hash.num_tables)]
-    for ours, theirs, inside in PLACES:
-        if path.startswith(ours):
-            number, _, rest = path.removeprefix(ours).partition(".")
-            return [f"{theirs}{number}.{inside[rest]}.{kind}"]
-    return [f"{ALONE[path]}.{kind}"]
+def args_of(config: Config) -> dict[str, Any]:
+    """The `args` in `config.json` for a model.
+
+    Raises:
+        UserError: the format cannot express one of its settings.
+    """
+    model, context = config.model, config.context
+    if isinstance(model, ByteLMSettings):
+        attention = {"attn_bias_type": "local_block_causal" if model.window else "causal", "attn_impl": "sdpa"}
+        return {**_first(FIXED), **_args(model, BYTE_LM_ARGS), **attention, "max_seqlen": context}
+    for name in ("encoder", "decoder", "cross_attention"):
+        part = getattr(model, name)
+        if part.kv_heads != part.num_heads:
+            raise UserError(f"meta: the format has no key for {name}.num_kv_heads ({part.num_kv_heads})")
+    middle = model.global_transformer
+    return {
+        **_first(BLT_FIXED),
+        "dim": middle.dim,
+        "n_layers": middle.num_layers,
+        "n_heads": middle.num_heads,
+        "dim_token": model.encoder.dim,
+        "dim_token_emb": None,
+        **_args(model, BLT_ARGS),
+        **(_args(model, HASH_ARGS) if model.ngram_hash is not None else NO_HASHES),
+        "cross_attn_use_flex_attention": False,
+        "max_seqlen": context,
+        "max_encoder_seq_length": context,
+        "max_length": context,
+        "attn_impl": "sdpa",
+        "attn_bias_type": "causal",
+        **_patching_args(config.patching),
+    }
 
 
-def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+def patcher_args_of(config: Config) -> dict[str, Any]:
+    """The `patcher_args` in `train_args.json` for a model."""
+    values = _patching_args(config.patching)
+    return {PATCHING_ARGS[key][0]: value for key, value in values.items() if value is not None}
+
+
+def _first(fixed: Mapping[str, list[Any]]) -> dict[str, Any]:
+    return {key: allowed[0] for key, allowed in fixed.items()}
+
+
+def _args(model: ModelSettings, table: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    ours = flat(model.plain())
+    values = {key: [ours[setting] for setting in settings] for key, settings in table.items()}
+    for key, found in values.items():
+        if any(value != found[0] for value in found):
+            settings = ", ".join(table[key])
+            raise UserError(f"meta: the format has one {key} for {settings}, and here they differ ({found})")
+    return {key: found[0] for key, found in values.items()}
+
+
+def _patching_args(patching: PatchSettings | None) -> dict[str, Any]:
+    if patching is None:
+        return {}
+    values = {key: getattr(patching, setting) for key, (_, setting) in PATCHING_ARGS.items()}
+    # Outside of mode 'static', the published code only notes the size that was aimed at.
+    return {**values, "patch_size": float(patching.patch_size or 4.5)}
+
+
+def _settings_of(
+    args: Mapping[str, Any], patcher: Mapping[str, Any], where: str
+) -> tuple[ModelSettings, PatchSettings | None]:
+    """The model's settings, and for a BLT the patching that it was trained with."""
+    given = {**DEFAULTS, **args, "ffn_dim_multiplier": args.get("ffn_dim_multiplier") or 1.0}
+    if _is_byte_lm(args):
+        return ByteLMSettings.parse(_nested(given, BYTE_LM_ARGS), where), None
+    values = _nested(given, BLT_ARGS)
+    values["ngram_hash"] = None
+    if given["encoder_hash_byte_group_size"]:
+        values |= _nested(given, HASH_ARGS)
+        values["ngram_hash"]["stop_at_document"] = False
+    return BLTSettings.parse(values, where), _patching(args, patcher, where)
+
+
+def _nested(given: Mapping[str, Any], table: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, settings in table.items():
+        for setting in settings:
+            *parts, name = setting.split(".")
+            inner = values
+            for part in parts:
+                inner = inner.setdefault(part, {})
+            inner[name] = given[key]
+    return values
+
+
+def _patching(args: Mapping[str, Any], patcher: Mapping[str, Any], where: str) -> PatchSettings:
+    """The settings of the patcher in training, which state the threshold; the model's arguments often do not."""
+    values = {ours: patcher.get(inner, args.get(key)) for key, (inner, ours) in PATCHING_ARGS.items()}
+    mode = values["mode"]
+    if mode not in MODES:
+        raise UserError(f"'{where}': patching_mode is {shown(repr(mode))}; known are {', '.join(MODES)}")
+    if mode != "entropy":
+        values |= {"threshold": None, "threshold_add": None, "monotonicity": False}
+    values["monotonicity"] = values["monotonicity"] or False
+    values["patch_size"] = (patcher.get("patch_size") or args["patch_size"]) if mode == "static" else None
+    return PatchSettings.parse(values, where=where)  # takes a patch_size of 4.0 and refuses 4.5
+
+
+def _is_byte_lm(args: Mapping[str, Any]) -> bool:
+    return "n_layers_local_encoder" not in args
+
+
+def _check_args(args: Mapping[str, Any], folder: Path) -> list[str]:
+    """Refuse arguments that ask for other mathematics; warn about unknown ones."""
+    for key, allowed in (FIXED if _is_byte_lm(args) else BLT_FIXED).items():
+        if key in args and args[key] not in allowed:
+            raise UserError(
+                f"'{folder}': {key} is {shown(repr(args[key]))}; only {allowed[0]!r} is known here, "
+                "and the model would compute something else"
+            )
+    for key in () if _is_byte_lm(args) else EMBEDDING_WIDTHS:
+        if args.get(key) not in (None, args["dim_local_encoder"]):
+            raise UserError(
+                f"'{folder}': {key} is {shown(repr(args[key]))}; only embeddings as wide as the local encoder "
+                f"(dim_local_encoder {args['dim_local_encoder']}) are known here"
+            )
+    unknown = [key for key, value in args.items() if key not in KNOWN and value not in (None, False)]
+    if rotary := [key for key in unknown if "rope" in key]:
+        raise UserError(
+            f"'{folder}': {shown(rotary[0])} is {shown(repr(args[rotary[0]]))}; only the plain rotary embedding is "
+            "known here, and the model would compute something else"
+        )
+    return [f"'{folder}': the argument {shown(f'{key}={args[key]!r}')} is unknown and ignored" for key in unknown]
+
+
+def _read_args(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     """The model's arguments, the patcher's, and the format in words."""
-    config, params = folder / "config.json", folder / "params.json"
+    config, params, train_args = folder / "config.json", folder / "params.json", folder / "train_args.json"
     if config.is_file() and "args" in read_json(config):
-        train_args = folder / "train_args.json"
         args, patcher = _group(config, read_json(config), "args"), {}
-        if train_args.is_file() and not is_byte_lm(args):
+        if train_args.is_file() and not _is_byte_lm(args):
             patcher = _group(train_args, _group(train_args, read_json(train_args), "data"), "patcher_args")
         return args, patcher, "Meta's hub format"
     values = read_json(params)
@@ -155,13 +380,13 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     )
     data = _group(params, values, "data") if values.get("data") is not None else {}
     patcher = _group(params, data, "patcher_args") if data.get("patcher_args") is not None else {}
-    if is_byte_lm(args):
+    if _is_byte_lm(args):
         args = {"sliding_window": PUBLISHED_WINDOW, **args}
     return args, patcher, "Meta's older format"
 
 
 def _group(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The keys and values that a JSON file holds under a key."""
+    """The keys and values under a key of a JSON file."""
     if key not in values:
         raise UserError(f"'{file}' lacks the key '{key}'; fetch it again")
     if not isinstance(values[key], dict):
@@ -169,7 +394,7 @@ def _group(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return values[key]
 
 
-def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
+def _read_weights(folder: Path) -> dict[str, StoredTensor]:
     hub = ("model.safetensors", "model.safetensors.index.json")
     if any((folder / name).is_file() for name in hub) or not (folder / "params.json").is_file():
         return read_weights(folder)

@@ -1,4 +1,4 @@
-"""The model card: `README.md` with what the hub reads at its head."""
+"""The model card: `README.md` with metadata for the hub at its head."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from bytelatent.weights.safetensors_io import shown
 from bytelatent.weights.stored_model import Origin, StoredModel, num_parameters
 
 CARD = "README.md"
-# Licences that the hub knows by these names; any other is told as `other` with its name.
+# Licences that the hub knows by these names; any other is given as `other` with its name.
 KNOWN_LICENCES = {
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "unlicense"),
     *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "odc-by"),
@@ -24,7 +24,7 @@ PAPER = "https://arxiv.org/abs/2412.09871"
 
 
 def stated_licence(folder: Path) -> str | None:
-    """The licence that a repository's card states at its head, or its file with a licence; None if there is neither."""
+    """The licence on a model's card, or else its licence file; None if there is neither."""
     head = _head_of_card(folder / CARD)
     stated = head.get("license")
     if stated == "other":
@@ -38,7 +38,7 @@ def stated_licence(folder: Path) -> str | None:
 
 
 def _head_of_card(card: Path) -> dict[str, Any]:
-    """What a card says at its head; nothing if it is damaged, for a card is no part of the model."""
+    """The metadata of a card; none if it is corrupt, because a card is not a part of the model."""
     try:
         text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() and not leads_out(card) else ""
         head = yaml.safe_load(text[3:].split("\n---", 1)[0]) if text.startswith("---") else None
@@ -48,15 +48,15 @@ def _head_of_card(card: Path) -> dict[str, Any]:
 
 
 def legal_files(folder: Path, *patterns: str) -> list[Path]:
-    """The licences, notices and policies of a model, or those that patterns name."""
+    """The licences, notices and policies of a model, or those that match `patterns`."""
     found = (file for pattern in patterns or LEGAL_FILES for file in sorted(folder.glob(pattern)))
     return [file for file in found if file.is_file() and not leads_out(file)]
 
 
 def leads_out(file: Path) -> bool:
-    """Whether a file of a model is a link to somewhere else, which may be anything that its reader has access to.
+    """Whether a file of a model is a link out of its folder, perhaps to a private file of the user.
 
-    A snapshot of the hub's cache holds links, too, to files of the same repository, in `blobs/`.
+    A snapshot of the hub's cache also holds links, to files of the same repository in `blobs/`.
     """
     place, folder = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
     blobs = folder.parent.parent / "blobs"
@@ -64,23 +64,22 @@ def leads_out(file: Path) -> bool:
 
 
 def copy_legal_files(source: Path, target: Path) -> None:
-    """What must go with the weights wherever they go."""
+    """Copy the licences, notices and policies, which must accompany the weights."""
     for file in legal_files(source):
         shutil.copyfile(file, target / file.name)
 
 
-def write_card(folder: Path, title: str, stored: StoredModel, loads_with: str, loading: Sequence[str]) -> None:
+def write_card(folder: Path, title: str, stored: StoredModel, library: str, loading: Sequence[str]) -> None:
     """Write the card of a model into an existing folder.
 
     Args:
-        loads_with: the package that the hub should show it for.
+        library: the Python package that loads it, for the hub.
         loading: lines of Python that load it.
     """
-    origin = stored.config.origin
-    head = {**_licence(origin), "library_name": loads_with, "pipeline_tag": "text-generation"}
+    head = {**_licence(stored.config.origin), "library_name": library, "pipeline_tag": "text-generation"}
     head |= {"tags": ["byte-level", "tokenizer-free", "blt"]}
     lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", f"# {title}", ""]
-    lines += [*_what_it_is(stored), ""]
+    lines += [*_description(stored), ""]
     lines += ["```python", *loading, "```", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in _facts(stored)]
     (folder / CARD).write_text(masked("\n".join(lines)) + "\n", encoding="utf-8")
@@ -94,11 +93,11 @@ def _licence(origin: Origin) -> dict[str, str]:
     return {"license": "other", "license_name": origin.licence}
 
 
-def _what_it_is(stored: StoredModel) -> list[str]:
+def _description(stored: StoredModel) -> list[str]:
     if isinstance(stored.config.model, BLTSettings):
         return [
             f"A Byte Latent Transformer ([Pagnoni et al. 2024]({PAPER})): a language model over bytes, without a",
-            "tokenizer, whose large transformer runs once a patch.",
+            "tokenizer, whose large transformer runs once per patch.",
         ]
     return [
         f"A byte LM: the entropy model of a Byte Latent Transformer ([Pagnoni et al. 2024]({PAPER})), which says where",

@@ -1,7 +1,7 @@
-"""Tensors where they lie: described at once, read only when they are wanted, written without holding more than a piece.
+"""Lazy tensors in files: only headers are read at first, and values are read and written one chunk at a time.
 
-A conversion renames tensors, joins them and cuts them along their first dimension. None of this needs their values, so
-a `StoredTensor` only says where its bytes are, and a model of any size is converted in the memory of one chunk.
+A conversion renames, joins and splits tensors along their first dimension. None of this needs their values, so a
+`StoredTensor` only says where its bytes are, and converting a model of any size takes the memory of one chunk.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,7 +23,7 @@ from bytelatent.errors import UserError
 
 CHUNK_BYTES = 1 << 26
 FEW = 12  # names listed in an error
-SHARD_BYTES = 5_000_000_000  # a file of weights holds no more, unless one tensor alone does
+SHARD_BYTES = 5_000_000_000  # limit of a weights file; a larger tensor has a file of its own
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,8 +40,8 @@ NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Extent:
-    """A run of bytes in a file."""
+class FileRange:
+    """Consecutive bytes of a file."""
 
     path: Path
     begin: int
@@ -49,20 +50,20 @@ class Extent:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in pieces along its first dimension, each in a file or in memory."""
+    """A tensor as pieces along its first dimension, each in a file or in memory."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: tuple[Extent | Tensor, ...]
+    pieces: tuple[FileRange | Tensor, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> "StoredTensor":
-        """One that is in memory, or mapped into it."""
+        """Of a tensor in memory, or mapped into it."""
         return cls(tensor.dtype, tuple(tensor.shape), (tensor.detach(),))
 
     @classmethod
     def join(cls, parts: Sequence["StoredTensor"]) -> "StoredTensor":
-        """Tensors one after another along the first dimension; they must fit."""
+        """Concatenate tensors along the first dimension."""
         first = parts[0]
         assert all(part.dtype == first.dtype and part.shape[1:] == first.shape[1:] for part in parts)
         shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
@@ -73,7 +74,7 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def split(self, rows: int) -> list["StoredTensor"]:
-        """Equal parts of so many rows each."""
+        """Split into parts of `rows` rows each."""
         assert self.shape[0] % rows == 0
         shape = (rows, *self.shape[1:])
         size = math.prod(shape) * self.dtype.itemsize
@@ -82,29 +83,29 @@ class StoredTensor:
             for number in range(self.shape[0] // rows)
         ]
 
-    def _pieces_between(self, begin: int, end: int) -> Iterator[Extent | Tensor]:
+    def _pieces_between(self, begin: int, end: int) -> Iterator[FileRange | Tensor]:
         at = 0
         for piece in self.pieces:
-            size = piece.size if isinstance(piece, Extent) else piece.numel() * piece.element_size()
+            size = piece.size if isinstance(piece, FileRange) else piece.numel() * piece.element_size()
             first, last = max(begin - at, 0), min(end - at, size)
             if first < last:
-                if isinstance(piece, Extent):
-                    yield Extent(piece.path, piece.begin + first, last - first)
+                if isinstance(piece, FileRange):
+                    yield FileRange(piece.path, piece.begin + first, last - first)
                 else:
                     row = size // piece.shape[0]
                     yield piece[first // row : last // row]
             at += size
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """Its bytes in order, whole numbers of them and a bounded number at a time."""
+        """Its bytes in order, at most `CHUNK_BYTES` at a time; no number is split."""
         for piece in self.pieces:
-            if isinstance(piece, Extent):
+            if isinstance(piece, FileRange):
                 yield from _read(piece)
             else:
                 yield from _bytes_of(piece)
 
     def load(self) -> Tensor:
-        """Its values, in memory of their own."""
+        """Read its values into new memory."""
         out = torch.empty(self.shape, dtype=self.dtype)
         if out.numel() == 0:
             return out
@@ -117,61 +118,71 @@ class StoredTensor:
 
 
 def read_weights(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
 
     Raises:
-        UserError: a file is missing, or not whole.
+        UserError: a file is missing or incomplete.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return read_safetensors(single)
-    place_of = read_json(index).get("weight_map")
-    if not isinstance(place_of, dict) or not all(_is_file_name(file) for file in place_of.values()):
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(_is_file_name(file) for file in file_of.values()):
         raise UserError(f"'{index}' does not say which file each tensor is in (weight_map); fetch it again")
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(place_of.values())):
+    for file in sorted(set(file_of.values())):
         found = read_safetensors(folder / file)
-        if elsewhere := [name for name in found if place_of.get(name, file) != file]:
+        if elsewhere := [name for name in found if file_of.get(name, file) != file]:
             raise UserError(
-                f"'{folder / file}' holds tensors that '{index.name}' places elsewhere: {few(elsewhere)}; "
+                f"'{folder / file}' holds tensors that '{index.name}' places elsewhere: {listed(elsewhere)}; "
                 "fetch them again"
             )
         tensors |= found
-    if missing := sorted(set(place_of) - set(tensors)):
-        raise UserError(f"'{index}' names tensors that its files do not hold: {few(missing)}; fetch them again")
+    if missing := sorted(set(file_of) - set(tensors)):
+        raise UserError(f"'{index}' names tensors that its files do not hold: {listed(missing)}; fetch them again")
     return tensors
 
 
-def few(names: Sequence[str], separator: str = ", ") -> str:
-    """The first of many names or lines, each as one that can be shown whatever is in it."""
-    listed = separator.join(shown(name) for name in names[:FEW])
-    return listed + (f"{separator}and {len(names) - FEW} more" if len(names) > FEW else "")
+def listed(names: Sequence[str], separator: str = ", ") -> str:
+    """The first of many names or lines, made printable."""
+    first = separator.join(shown(name) for name in names[:FEW])
+    return first + (f"{separator}and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 def shown(text: str, longest: int = 200) -> str:
-    """What a file says, fit for a terminal and a line: no control characters, no end of it."""
+    """Text of a file for a message: printable, on one line, not too long."""
     plain = "".join(c if c.isprintable() else " " for c in text[: longest + 1])
     return plain if len(text) <= longest else f"{plain[:longest]}..."
+
+
+@contextmanager
+def _readable(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors of reading a file into a UserError; `errors` mean that it is not `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"'{path}' does not exist; the folder is not complete, fetch or write it again") from None
+    except errors as error:
+        why = shown(str(error) or type(error).__name__)
+        raise UserError(f"'{path}' is not {what} ({why}); fetch or write it again") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file; only its header is read.
 
     Raises:
-        UserError: the file is missing, or not whole.
+        UserError: the file is missing or incomplete.
     """
-    try:
+    with _readable(path, "a whole safetensors file", SafetensorError, ValueError, RecursionError):
         with safe_open(path, framework="pt"):
-            pass  # the library checks the header against itself and against the size of the file
+            pass  # the library checks the header against itself and against the file size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist; the folder is not complete, fetch or write it again") from None
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' is not a whole safetensors file ({error}); fetch or write it again") from None
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
     header.pop("__metadata__", None)
     return {name: _described(path, 8 + length, name, entry) for name, entry in header.items()}
 
@@ -180,41 +191,33 @@ def _described(path: Path, data_begin: int, name: str, entry: dict[str, Any]) ->
     if entry["dtype"] not in DTYPES:
         raise UserError(f"'{path}': {shown(name)} is stored as {entry['dtype']}; known are {', '.join(DTYPES)}")
     begin, end = entry["data_offsets"]
-    extent = Extent(path, data_begin + begin, end - begin)
-    return StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), (extent,))
+    data = FileRange(path, data_begin + begin, end - begin)
+    return StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), (data,))
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file that `torch.save` wrote: a dictionary of them, or one below the key `model`.
+    """The tensors of a file written by `torch.save`: a dictionary of tensors, or one under the key `model`.
 
     Raises:
-        UserError: the file is missing, not whole, or asks for more than tensors.
+        UserError: the file is missing or incomplete, or holds other objects than tensors.
     """
-    try:
-        values = _unpickle(path)
-    except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist; the folder is not complete, fetch or write it again") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"'{path}' is refused: it is damaged, or beside tensors it holds Python objects, which could run any code "
-            "when read; fetch it again, or get the weights as safetensors"
-        ) from None
-    except Exception as error:  # of whatever kind torch meets in a file that is not its own
-        why = shown(str(error) or type(error).__name__)
-        raise UserError(f"'{path}' is not a whole file of weights ({why}); fetch it again") from None
+    with _readable(path, "a whole file of weights", Exception):  # torch raises many kinds of errors here
+        try:
+            is_zip = zipfile.is_zipfile(path)  # only these can be mapped into memory
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"'{path}' is refused: it is corrupt, or besides tensors it holds Python objects, which could run any "
+                "code when read; fetch it again, or get the weights as safetensors"
+            ) from None
     tensors = values.get("model", values) if isinstance(values, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"'{path}' holds no tensors by name, neither at its top nor below 'model'")
+        raise UserError(f"'{path}' holds no tensors by name, neither at the top level nor under 'model'")
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in NAMES_OF_DTYPES:
             kind = f"{tensor.dtype} on {tensor.device}, {tensor.layout}".replace("torch.", "")
             raise UserError(f"'{path}': {shown(str(name))} is {kind}; known are plain ones of {', '.join(DTYPES)}")
     return {str(name): StoredTensor.of(tensor) for name, tensor in tensors.items()}
-
-
-def _unpickle(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)  # only these can be mapped into memory
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
 
 
 def write_weights(
@@ -223,35 +226,37 @@ def write_weights(
     shard_bytes: int | None = SHARD_BYTES,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Write `model.safetensors`, or shards and their index where there is more than `shard_bytes` (None: never).
+    """Write `model.safetensors`, or shards and their index if there are more than `shard_bytes` (None: never).
 
     Args:
-        advance: told how many more bytes are written.
+        advance: called with the number of bytes after each chunk.
     """
     shards = _shards(tensors, shard_bytes)
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", tensors, advance)
         return
-    place_of = {}
+    file_of = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / file, {name: tensors[name] for name in names}, advance)
-        place_of |= dict.fromkeys(names, file)
+        file_of |= dict.fromkeys(names, file)
     total = sum(tensor.num_bytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place_of.items()))}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
     write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> None:
-    """Write one file, a chunk at a time: the library would hold all of it in memory."""
-    # Wider numbers first keeps each tensor aligned, as the library does.
+    """Write one file, a chunk at a time: the library would need all of it in memory."""
+    # Like the library, put wider numbers first, which keeps each tensor aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in order:
         tensor = tensors[name]
         if tensor.dtype not in NAMES_OF_DTYPES:
-            raise UserError(f"{name} is {tensor.dtype}, which is not written; convert it to float32 or bfloat16 first")
+            raise UserError(
+                f"{name} is {tensor.dtype}, which is not supported; convert it to float32 or bfloat16 first"
+            )
         header[name] = {
             "dtype": NAMES_OF_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -270,37 +275,28 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: 
 
 
 def check_finite(name: str, values: Tensor, where: str = "weights") -> None:
-    """Refuse weights that a model cannot compute with; it takes one pass over them, without memory of its own.
+    """Refuse weights with NaN or infinite values, in one pass and without extra memory.
 
     Args:
-        where: what holds them, named in the error.
-
-    Raises:
-        UserError: some are NaN or infinite.
+        where: the folder of the weights, for the error.
     """
     if values.numel() == 0 or not values.is_floating_point():
         return
     if not all(math.isfinite(extreme) for extreme in torch.stack(values.aminmax()).tolist()):
         raise UserError(
-            f"{where}: {shown(name)} holds NaN or infinite values, and so would all that is computed with it; take an "
-            "earlier checkpoint, or fetch or write the weights again"
+            f"{where}: {shown(name)} holds NaN or infinite values; take an earlier checkpoint, or fetch or write the "
+            "weights again"
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        UserError: it is missing, or holds something else.
+        UserError: the file is missing, or holds something else.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is not part of the text
-    except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist; the folder is not complete, fetch or write it again") from None
-    except (ValueError, RecursionError) as error:  # bad UTF-8, numbers without end, lists within lists
-        raise UserError(f"'{path}' is not valid JSON ({shown(str(error))}); fetch or write it again") from None
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
+    with _readable(path, "valid JSON", ValueError, RecursionError):
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # without the byte order mark
     if not isinstance(values, dict):
         raise UserError(f"'{path}' holds no JSON object; it should be a mapping of keys to values")
     return values
@@ -311,12 +307,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _is_file_name(name: Any) -> bool:
-    """Whether it names a file beside the one that it stands in, and nothing else."""
+    """Whether it is the plain name of a file in the same folder."""
     return isinstance(name, str) and name not in ("", "..") and "\0" not in name and PurePath(name).name == name
 
 
 def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int | None) -> list[list[str]]:
-    """Names by file, in their order, as many in each as fit."""
+    """Distribute names over files, in order."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
@@ -328,17 +324,17 @@ def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int | None) -> lis
     return shards
 
 
-def _read(extent: Extent) -> Iterator[np.ndarray]:
+def _read(data: FileRange) -> Iterator[np.ndarray]:
     try:
-        with extent.path.open("rb") as file:
-            file.seek(extent.begin)
-            for begin in range(0, extent.size, CHUNK_BYTES):
-                chunk = np.empty(min(extent.size - begin, CHUNK_BYTES), dtype=np.uint8)
+        with data.path.open("rb") as file:
+            file.seek(data.begin)
+            for begin in range(0, data.size, CHUNK_BYTES):
+                chunk = np.empty(min(data.size - begin, CHUNK_BYTES), dtype=np.uint8)
                 if file.readinto(chunk.data) < len(chunk):
-                    raise UserError(f"'{extent.path}' became shorter while it was read; fetch or write it again")
+                    raise UserError(f"'{data.path}' became shorter while it was read; fetch or write it again")
                 yield chunk
     except OSError as error:
-        raise UserError(f"'{extent.path}' cannot be read: {error.strerror or error}") from None
+        raise UserError(f"'{data.path}' cannot be read: {error.strerror or error}") from None
 
 
 def _bytes_of(tensor: Tensor) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""A model as it lies somewhere: what it is, and where its tensors are, under our names."""
+"""A model on disk: its configuration, where its tensors are, and what a format of weights consists of."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +16,19 @@ from bytelatent.errors import UserError
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build
 from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.patching import Calibration, PatchSettings
-from bytelatent.weights.safetensors_io import StoredTensor, check_finite, few, shown
+from bytelatent.weights.safetensors_io import StoredTensor, check_finite, shown
 
 FORMAT = "bytelatent"
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
 
 
 class Origin(Settings):
-    """Where a model comes from: what its card tells.
+    """Where a model comes from, for its card.
 
     Attributes:
         licence: as its repository or its owner states it.
         converted_from: the folder or repository it was converted from.
-        training_text, validation_text: as the settings of its training named them.
+        training_text, validation_text: as named in the settings of its training.
         training_bytes: bytes of text it was trained on.
         bits_per_byte: on the validation text.
     """
@@ -46,14 +47,14 @@ class Config(Settings):
     format: str = FORMAT
     version: Literal[1] = 1
     model: ByteLMSettings | BLTSettings
-    context: int = Field(ge=1, le=LONGEST_CONTEXT)  # ids that the model saw at once in training
+    context: int = Field(ge=1, le=LONGEST_CONTEXT)  # ids per sequence in training
     patching: PatchSettings | None = None
     calibration: Calibration | None = None
     origin: Origin = Origin()
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "") -> Self:
-        """As `Settings.parse`; a wrong key of the model is named as one of its own kind."""
+        """Like `Settings.parse`, but the error about a wrong key of the model fits the model's kind."""
         model = values.get("model")
         if isinstance(model, dict):
             is_blt = model.get("kind") == "blt" or (model.get("kind") != "byte_lm" and "encoder" in model)
@@ -61,18 +62,21 @@ class Config(Settings):
             values = {**values, "model": kind.parse(model, f"{where}: model" if where else "model")}
         return super().parse(values, where)
 
+    def with_origin(self, **changes: Any) -> "Config":
+        return self.model_copy(update={"origin": self.origin.model_copy(update=changes)})
+
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model that is found, checked and not read yet.
+    """A model that was found and checked, and whose weights are not loaded yet.
 
     Attributes:
-        tensors: by our names; empty where only what the model is was asked for.
-        byte_lm: the byte LM that stands with a BLT.
-        format: what it is stored as, in words.
+        tensors: by our names; empty if only the configuration was read.
+        byte_lm: the byte LM stored with a BLT.
+        format: the format in words.
         source: where it was found.
-        warnings: lines that its user should see.
-        folder: where its licence and card are; None for one in memory.
+        warnings: lines to show to the user.
+        folder: the folder of its licence and card; None for a model in memory.
     """
 
     config: Config
@@ -85,7 +89,7 @@ class StoredModel:
 
     @classmethod
     def of(cls, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> "StoredModel":
-        """One that is in memory."""
+        """Of a model in memory."""
         tensors = {name: StoredTensor.of(value) for name, value in model.state_dict().items()}
         inner = None
         if byte_lm is not None:
@@ -93,22 +97,22 @@ class StoredModel:
         return cls(config, tensors, inner, "in memory", "model in memory")
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Pretrained":
-        """Read the model.
+        """Load the weights.
 
         Args:
-            dtype: precision of its weights; None: as they are stored, or the widest of several, which could not be
-                computed with. The byte LM stays as it is stored.
+            dtype: precision of the weights; None: as stored, or the widest if they differ. The byte LM stays as
+                stored.
 
         Raises:
-            UserError: some of its weights are NaN or infinite.
+            UserError: some of the weights are NaN or infinite.
         """
-        model = _filled(self.config.model, self.tensors, device, dtype, self.source)
+        model = _with_weights(self.config.model, self.tensors, device, dtype, self.source)
         byte_lm = self.byte_lm.load(device).model if self.byte_lm is not None else None
         assert byte_lm is None or isinstance(byte_lm, ByteLM)
         return Pretrained(model, self.config, byte_lm, f"{self.source} ({self.format})", self.warnings)
 
     def in_a_line(self) -> str:
-        """What was found: format, sizes, precision, rule, licence."""
+        """Format, sizes, precision, patching and licence in one line."""
         kind = "byte LM" if isinstance(self.config.model, ByteLMSettings) else "BLT"
         parts = [f"{self.source}: {self.format}", f"{kind} of {_amount(num_parameters(self.config.model))} parameters"]
         if precisions := sorted({str(t.dtype).removeprefix("torch.") for t in self.tensors.values()}):
@@ -123,10 +127,16 @@ class StoredModel:
         parts.append(f"licence {shown(licence)}" if licence else "licence not stated")
         return ", ".join(parts)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights, with those of the byte LM."""
+        inner = self.byte_lm.num_bytes if self.byte_lm is not None else 0
+        return inner + sum(tensor.num_bytes for tensor in self.tensors.values())
+
 
 @dataclass
 class Pretrained:
-    """A model, and what it needs to be used."""
+    """A loaded model with its configuration and its byte LM."""
 
     model: BLTModel | ByteLM
     config: Config
@@ -135,115 +145,101 @@ class Pretrained:
     warnings: Sequence[str] = field(default_factory=tuple)
 
 
-def shapes(settings: ModelSettings) -> dict[str, torch.Size]:
-    """The tensors of a model of these settings and their shapes, in its own order.
+Advance = Callable[[int], None]  # is called with the number of bytes of weights after each chunk written
+
+
+@dataclass(frozen=True)
+class WeightsFormat:
+    """A format of weights: how to recognize, read and write it.
+
+    Attributes:
+        title: in a few words, for help and documentation.
+        recognizes: whether a folder holds a model in this format.
+        read_config: the model without its tensors.
+        read_tensors: a model from `read_config` with its tensors, whose values stay on the disk.
+        write: writes a model into an existing folder.
+        modes: the patching modes that the format can express; None: all.
+        library: the Python package that loads it, for the hub.
+        loading: lines of Python that load it; FOLDER stands for the folder.
+    """
+
+    title: str
+    recognizes: Callable[[Path], bool]
+    read_config: Callable[[Path], StoredModel]
+    read_tensors: Callable[[StoredModel], StoredModel]
+    write: Callable[[Path, StoredModel, Advance], None]
+    modes: tuple[str, ...] | None
+    library: str
+    loading: tuple[str, ...]
+
+    def open(self, folder: Path, weights: bool = True) -> StoredModel:
+        """A model in this format; `weights=False` reads only its configuration."""
+        found = self.read_config(folder)
+        return self.read_tensors(found) if weights else found
+
+
+@dataclass(frozen=True)
+class ModelChecksums:
+    """What the measurements in a configuration (its `origin` and `calibration`) belong to.
+
+    Attributes:
+        weights, byte_lm: checksums; None if the configuration holds no measurement, or there is no byte LM.
+    """
+
+    weights: str | None
+    byte_lm: str | None
+    patching: PatchSettings | None
+    context: int
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Config, byte_lm: nn.Module | None) -> "ModelChecksums":
+        """Of the model as it is now. The weights are read only if there is a measurement."""
+        if config.origin == _without_training(config.origin) and config.calibration is None:
+            return cls(None, None, config.patching, config.context)
+        return cls(checksum(model), checksum(byte_lm) if byte_lm is not None else None, config.patching, config.context)
+
+
+def drop_outdated(config: Config, before: ModelChecksums, now: ModelChecksums) -> Config:
+    """The configuration without the measurements that no longer belong to the model.
+
+    Changed weights were not trained as stated, and other patches, byte LM or context give other bits per byte.
+    """
+    origin = config.origin
+    if now.weights != before.weights:
+        origin = _without_training(origin)
+    if now != before:
+        origin = origin.model_copy(update={"bits_per_byte": None})
+    same_patches = (now.byte_lm, now.patching) == (before.byte_lm, before.patching)
+    calibration = config.calibration if same_patches else None
+    return config.model_copy(update={"origin": origin, "calibration": calibration})
+
+
+def _without_training(origin: Origin) -> Origin:
+    return Origin(licence=origin.licence, converted_from=origin.converted_from)
+
+
+def checksum(model: nn.Module) -> str:
+    """A digest of a model's weights at memory speed: of the sums of the rows and columns of their bits.
+
+    Unlike `fingerprint`, it changes with the precision of the weights.
 
     Raises:
-        UserError: no computer could hold it.
+        UserError: some weights have no values.
     """
-    return {name: value.shape for name, value in _empty(settings).state_dict().items()}
-
-
-def _empty(settings: ModelSettings) -> nn.Module:
-    """A model without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return build(settings)
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
-        raise UserError(f"the settings say sizes that no model has: {shown(str(error))}") from None
-
-
-def num_parameters(settings: ModelSettings) -> int:
-    return sum(shape.numel() for shape in shapes(settings).values())
-
-
-def under_our_names(
-    tensors: Mapping[str, StoredTensor],
-    settings: ModelSettings,
-    names_of: Callable[[ModelSettings], Mapping[str, Sequence[str]]],
-    where: str,
-) -> dict[str, StoredTensor]:
-    """The tensors of another format under our names, checked.
-
-    Args:
-        tensors: by the other format's names.
-        names_of: gives for each of our names those of the tensors that it is made of, in order.
-        where: the folder, named in the error.
-
-    Raises:
-        UserError: it lists the tensors that are missing, unknown or of another shape.
-    """
-    is_blt = isinstance(settings, BLTSettings)
-    stacks = (settings.encoder, settings.global_transformer, settings.decoder) if is_blt else (settings,)
-    num_layers = sum(stack.num_layers for stack in stacks)
-    if num_layers > len(tensors):  # before a model of so many is made, if only to list what is missing
-        raise UserError(
-            f"'{where}': the settings say {num_layers:,} layers, but its weights are {len(tensors):,} tensors; "
-            "fetch or write it again"
-        )
-    names = names_of(settings)
-    wanted = [name for parts in names.values() for name in parts]
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    known = set(wanted)
-    problems += [f"unknown {name}" for name in tensors if name not in known]
-    problems += [f"{n} is {t.dtype}, no floating point" for n, t in tensors.items() if not t.dtype.is_floating_point]
-    found = {}
-    for ours, shape in shapes(settings).items():
-        parts = [tensors[name] for name in names[ours] if name in tensors]
-        if len(parts) < len(names[ours]):
-            continue
-        rows = shape[0] // len(parts)
-        wrong = [
-            f"{name} is {list(part.shape)} where the settings say {[rows, *shape[1:]]}"
-            for name, part in zip(names[ours], parts, strict=True)
-            if part.shape != (rows, *shape[1:])
-        ]
-        problems += wrong
-        if not wrong and len({part.dtype for part in parts}) > 1:
-            problems.append(f"{names[ours][0]} and those beside it differ in precision")
-        elif not wrong:
-            found[ours] = parts[0] if len(parts) == 1 else StoredTensor.join(parts)
-    if problems:
-        raise UserError(f"'{where}': the tensors do not fit the settings: {few(problems, '; ')}")
-    return found
-
-
-def own_names(settings: ModelSettings) -> dict[str, list[str]]:
-    """The names of our format, which are those of the model itself."""
-    return {name: [name] for name in shapes(settings)}
-
-
-def check_tensors(stored: StoredModel) -> None:
-    """See that a model has the tensors that its settings say, and its byte LM, too.
-
-    Raises:
-        UserError: it lists those that are missing, unknown or of another shape.
-    """
-    settings = stored.config.model
-    try:
-        under_our_names(stored.tensors, settings, own_names, stored.source)
-    except UserError as error:
-        has_adapters = any("lora_" in name or ".base_layer." in name for name in stored.tensors)
-        hint = "; merge the adapters into the model first, as merge_and_unload of PEFT does" if has_adapters else ""
-        raise UserError(f"{error}{hint}") from None
-    if stored.byte_lm is not None:
-        check_tensors(stored.byte_lm)
-
-
-def under_their_names(
-    tensors: Mapping[str, StoredTensor], names: Mapping[str, Sequence[str]]
-) -> dict[str, StoredTensor]:
-    """Our tensors under another format's names, cut where one of ours is several of theirs."""
-    found = {}
-    for ours, theirs in names.items():
-        tensor = tensors[ours]
-        parts = [tensor] if len(theirs) == 1 else tensor.split(tensor.shape[0] // len(theirs))
-        found |= dict(zip(theirs, parts, strict=True))
-    return found
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise UserError(f"weights: {name} has no values yet, only a shape (torch's device 'meta'); load them first")
+        bits = tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
+        table = bits.reshape(len(bits), -1) if bits.dim() > 1 else bits.reshape(-1, 1)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        for dim in (0, 1):
+            digest.update(table.sum(dim, dtype=torch.int64).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short digest of a model's weights."""
+    """A short digest of the values of a model's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -251,27 +247,48 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _filled(
+def shapes(settings: ModelSettings) -> dict[str, torch.Size]:
+    """The tensors of a model with these settings and their shapes, in the model's order.
+
+    Raises:
+        UserError: the sizes are beyond any computer.
+    """
+    return {name: value.shape for name, value in _without_weights(settings).state_dict().items()}
+
+
+def num_parameters(settings: ModelSettings) -> int:
+    return sum(shape.numel() for shape in shapes(settings).values())
+
+
+def _without_weights(settings: ModelSettings) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build(settings)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
+        raise UserError(f"the settings say sizes that no model has: {shown(str(error))}") from None
+
+
+def _with_weights(
     settings: ModelSettings,
     tensors: Mapping[str, StoredTensor],
     device: torch.device | str,
     dtype: torch.dtype | None,
     where: str,
 ) -> Any:
-    model = _empty(settings)
+    model = _without_weights(settings)
     dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
 
-    def ready(name: str, tensor: StoredTensor) -> Tensor:
+    def loaded(name: str, tensor: StoredTensor) -> Tensor:
         values = tensor.load().to(device, dtype)
-        check_finite(name, values, f"'{where}'")  # in this precision: another may have room for less
+        check_finite(name, values, f"'{where}'")  # after the cast, which may overflow
         return values
 
-    model.load_state_dict({name: ready(name, tensor) for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict({name: loaded(name, tensor) for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 
 
 def _amount(number: int) -> str:
-    """1,234 as 1.2 thousand, and so on."""
+    """1,234 as 1.23 thousand, and so on."""
     for size, word in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
         if number >= size:
             return f"{number / size:.3g} {word}"

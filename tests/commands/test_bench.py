@@ -79,8 +79,8 @@ def test_one_model_is_gone_before_the_next_is_made(monkeypatch: pytest.MonkeyPat
     seen: list[weakref.ref[torch.nn.Module]] = []
     alive: list[int] = []
 
-    class Noted(measure.Trainee):
-        def __init__(self, plan: measure.Plan):
+    class Noted(measure.SyntheticTraining):
+        def __init__(self, plan: measure.TrainingSetup):
             alive.append(sum(model() is not None for model in seen))
             super().__init__(plan)
             self.itself = self  # as what is compiled holds it
@@ -91,7 +91,7 @@ def test_one_model_is_gone_before_the_next_is_made(monkeypatch: pytest.MonkeyPat
                 raise torch.OutOfMemoryError("CUDA out of memory")
             super().forward_backward(*given)
 
-    monkeypatch.setattr(bench, "Trainee", Noted)
+    monkeypatch.setattr(bench, "SyntheticTraining", Noted)
     gc.disable()
     try:
         measured("tiny", "--bytes", "64", "--device", "cpu", "--dtype", "float32")
@@ -201,7 +201,7 @@ def test_a_model_that_the_machine_cannot_hold_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "free_memory", lambda: 23 * 10**9)
-    monkeypatch.setattr(bench, "Trainee", None)  # nothing is built
+    monkeypatch.setattr(bench, "SyntheticTraining", None)  # nothing is built
     monkeypatch.setattr(sys, "argv", ["blt", "bench", "train", "blt-8b", "--device", "cpu"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import io
 import json
 import os
 import pty
@@ -14,11 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from bytelatent.errors import UserError
-from bytelatent.hub import repository
-from bytelatent.prepare.tokenizers import TIKTOKEN_SHA256, fetch_tokenizer
+from bytelatent.prepare.download import TIKTOKEN_SHA256, fetch_tokenizer
 from tests.hub_server import HubServer
 from tests.text.text_files import jsonl
 
@@ -102,13 +99,15 @@ def test_llama3_with_a_key(server: HubServer, tmp_path: Path) -> None:
     done = run("download_tokenizer.py", *arguments, cwd=tmp_path, environment=server.environment)
     assert done.stdout.splitlines() == ["tokenizers/original/tokenizer.model", "tokenizers/tokenizer.json"]
     folder = tmp_path / "tokenizers"
-    written = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    written = {
+        str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and ".cache" not in f.parts
+    }
     assert written == {path: data for path, data in files.items() if path != "weights.bin"}
 
-    done = run("download_tokenizer.py", *arguments[:2], cwd=tmp_path, environment=server.environment)
+    done = run("download_tokenizer.py", "llama3", "elsewhere", cwd=tmp_path, environment=server.environment)
     assert error_of(done) == (
         f"error: {LLAMA3} needs access: open https://huggingface.co/{LLAMA3}, accept the terms, "
-        "then pass --api_key or set HF_TOKEN"
+        "then pass token=..., set HF_TOKEN, or run: hf auth login"
     )
 
 
@@ -161,20 +160,18 @@ def test_a_key_that_cannot_be_one_is_not_repeated(script: str, tmp_path: Path) -
 
 def test_tokenizers(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.connect(monkeypatch, tmp_path)
-    monkeypatch.setattr(repository, "FIRST_PAUSE", 0.01)
-    console = Console(file=io.StringIO())
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "tokenizer.model").write_bytes(b"llama 2")
     server.add("meta-llama/Llama-2-7b", tmp_path / "repository", kind="model")
-    assert fetch_tokenizer("llama2", tmp_path / "out", console) == [tmp_path / "out" / "tokenizer.model"]
+    assert fetch_tokenizer("llama2", tmp_path / "out") == [tmp_path / "out" / "tokenizer.model"]
     with pytest.raises(UserError, match="there is no model 'google/gemma-2-2b'"):
-        fetch_tokenizer("gemma", tmp_path / "out", console)
+        fetch_tokenizer("gemma", tmp_path / "out")
     with pytest.raises(UserError, match=r"known are llama2, .*did you mean 'llama3'"):
-        fetch_tokenizer("llama-3", tmp_path / "out", console)
+        fetch_tokenizer("llama-3", tmp_path / "out")
     (tmp_path / "repository" / "tokenizer.model").rename(tmp_path / "repository" / "other.model")
     server.add("google/gemma-2-2b", tmp_path / "repository", kind="model")
     with pytest.raises(UserError, match=r"has no file 'tokenizer\.model'; it has other\.model"):
-        fetch_tokenizer("gemma", tmp_path / "out", console)
+        fetch_tokenizer("gemma", tmp_path / "out")
 
 
 def test_tiktoken(server: HubServer, tmp_path: Path) -> None:
@@ -183,13 +180,12 @@ def test_tiktoken(server: HubServer, tmp_path: Path) -> None:
     (tmp_path / "files" / "cl100k_base.tiktoken").write_bytes(data)
     server.add("some/files", tmp_path / "files", kind="model")
     url = f"{server.url}/some/files/resolve/main/cl100k_base.tiktoken"
-    console = Console(file=io.StringIO())
     with pytest.raises(UserError, match="gave other bytes than were published"):
-        fetch_tokenizer("tiktoken", tmp_path / "out", console, url=url)
+        fetch_tokenizer("tiktoken", tmp_path / "out", url=url)
     assert not (tmp_path / "out").exists()
     sha256 = hashlib.sha256(data).hexdigest()
     assert sha256 != TIKTOKEN_SHA256
-    (file,) = fetch_tokenizer("tiktoken", tmp_path / "out", console, url=url, sha256=sha256)
+    (file,) = fetch_tokenizer("tiktoken", tmp_path / "out", url=url, sha256=sha256)
     assert file == tmp_path / "out" / "cl100k_base.tiktoken"
     assert file.read_bytes() == data
     done = run("download_tokenizer.py", "tiktoken", "out", "--tiktoken_url", f"{url}.not", cwd=tmp_path)

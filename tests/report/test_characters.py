@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelatent.report.characters import LOST, characters, finite, visible
+from bytelatent.report.amounts import finite
+from bytelatent.report.characters import LOST, characters, visible
 from tests.report.report_texts import patched
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.report import Report, write_patches_page, write_report
-from bytelatent.report.strip import HEIGHT, entropy_strip
+from bytelatent.report import RunReport, write_patches_page, write_report
+from bytelatent.report.page_figures import STRIP_HEIGHT, curve_points, entropy_strip
 from tests.report.report_texts import Page, patched
 
 TEXT = 'Ça va? <script>alert("x")</script> & 😀\n\tété\x00'
@@ -16,10 +16,10 @@ ENTROPIES = [0.01 * i for i in range(len(DATA))]
 PATCHES = patched(DATA, [1, 5, 9, 30, 39, 41], ENTROPIES)  # 1 cuts a character, 39 the emoji
 
 
-def full_report() -> Report:
+def full_report() -> RunReport:
     training = [{"step": i, "bytes_seen": 1000 * i, "bits_per_byte": 8 - i / 200, "lr": 1.0} for i in range(1, 1001)]
     validation = [{"step": i, "bytes_seen": 1000 * i, "validation_bits_per_byte": 8 - i / 210} for i in (500, 1000)]
-    return Report(
+    return RunReport(
         title="<script>title</script>",
         summary={
             "bits_per_byte": {"xz": 2.5, "blt": 1.25, "byte_lm": float("nan")},
@@ -44,7 +44,7 @@ def full_report() -> Report:
     )
 
 
-def written(path: Path, report: Report) -> str:
+def written(path: Path, report: RunReport) -> str:
     write_report(path, report)
     return path.read_text(encoding="utf-8")
 
@@ -122,8 +122,8 @@ def test_strip_is_as_tall_as_the_entropies() -> None:
     strip = entropy_strip(patched(b"abc", [1], [2.0, 1.0, 0.0]), threshold=0.5)
     assert strip is not None
     tops = [float(y) for path in strip.bars for y in re.findall(r"V([\d.]+)h", path)]
-    assert tops == [0, HEIGHT / 2, HEIGHT]
-    assert strip.threshold == HEIGHT * 3 / 4
+    assert tops == [0, STRIP_HEIGHT / 2, STRIP_HEIGHT]
+    assert strip.threshold == STRIP_HEIGHT * 3 / 4
     assert [label.text for label in strip.labels] == ["a", "b", "c"]
 
 
@@ -179,20 +179,20 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     "report",
     [
-        Report(title="empty"),
-        Report(
+        RunReport(title="empty"),
+        RunReport(
             title="no numbers",
             summary={"bits_per_byte": {"blt": float("nan"), "xz": None}, "threshold": float("nan"), "seconds": None},
             curves={"BLT": [], "byte LM": [{"step": 1}, {"bytes_seen": 1, "bits_per_byte": float("nan")}]},
             texts={"nothing": [], "strange": patched(b"abc", [1], [float("nan"), 1.0, float("inf")])},
             threshold=float("nan"),
         ),
-        Report(title="one point", curves={"BLT": [{"bytes_seen": 0, "bits_per_byte": 8.0}]}, patch_lengths=[1]),
-        Report(title="flat", texts={"sure": patched(b"ab", [], [0.0, 0.0])}, threshold=0.0),
+        RunReport(title="one point", curves={"BLT": [{"bytes_seen": 0, "bits_per_byte": 8.0}]}, patch_lengths=[1]),
+        RunReport(title="flat", texts={"sure": patched(b"ab", [], [0.0, 0.0])}, threshold=0.0),
     ],
     ids=lambda report: report.title,
 )
-def test_little_or_nothing_to_show(tmp_path: Path, report: Report) -> None:
+def test_little_or_nothing_to_show(tmp_path: Path, report: RunReport) -> None:
     html = written(tmp_path / "r.html", report)
     assert html.rstrip().endswith("</html>")
     assert "How it learned" in html
@@ -201,20 +201,19 @@ def test_little_or_nothing_to_show(tmp_path: Path, report: Report) -> None:
 
 
 def test_sample_of_the_summary_stands_in_for_samples(tmp_path: Path) -> None:
-    report = Report(title="t", summary={"sample": "the written words"})
+    report = RunReport(title="t", summary={"sample": "the written words"})
     assert "the written words" in written(tmp_path / "r.html", report)
 
 
 def test_a_resumed_run_counts_each_moment_once() -> None:
-    from bytelatent.report.figures import curve_points
 
     rows = [{"bytes_seen": x, "bits_per_byte": y} for x, y in ((2, 7), (3, 6), (1, 8), (2, 5), (3, 4))]
     assert curve_points(rows, "bits_per_byte") == ([1, 2, 3], [8, 5, 4])
 
 
-def test_folders_are_made_and_nothing_is_left_beside(tmp_path: Path) -> None:
+def test_folders_are_made_and_no_other_file_is_left(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "r.html"
-    write_report(path, Report(title="t"))
+    write_report(path, RunReport(title="t"))
     assert os.listdir(path.parent) == ["r.html"]
 
 
@@ -229,7 +228,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(UserError, match="disk is full"):
-        write_report(path, Report(title="t"))
+        write_report(path, RunReport(title="t"))
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == ["r.html"]
 
@@ -244,7 +243,7 @@ def test_what_was_there_stays_when_the_last_step_fails(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(UserError, match="Permission denied"):
-        write_report(path, Report(title="t"))
+        write_report(path, RunReport(title="t"))
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == ["r.html"]
 

@@ -34,7 +34,7 @@ def test_no_color_keeps_the_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert body(output) == "one │two\n"
 
 
-def test_a_mark_in_the_text_is_told_from_a_boundary() -> None:
+def test_a_mark_in_the_text_differs_from_a_boundary() -> None:
     assert body(printed(patched("a│b".encode(), [1]))) == "a│<U+2502>b\n"
 
 
@@ -50,7 +50,7 @@ def test_neighbours_differ_in_colour_and_there_are_no_marks(monkeypatch: pytest.
 
 def test_header_counts() -> None:
     assert printed(patched("é two".encode(), [3])).splitlines()[0] == (
-        "entropy: 2 patches over 6 bytes, 3.00 bytes a patch on average"
+        "entropy: 2 patches over 6 bytes, 3.00 bytes per patch on average"
     )
     assert printed([]).strip() == "entropy: 0 patches"
 

@@ -13,14 +13,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from bytelatent.data import Batch, Loader, Patcher, surprise
+from bytelatent.data import Batch, Loader, Patcher
 from bytelatent.device import autocast
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.checkpoint.checkpoints import Checkpoints, TrainState
-from bytelatent.training.distributed import fsdp as sharding
-from bytelatent.training.distributed.plan import Plan, build_spread, draw_weights, let_go, make_plan
+from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
+from bytelatent.training.distributed import fsdp
+from bytelatent.training.distributed.fsdp import free_gathered_weights
+from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, initialize_weights, make_plan
 from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
@@ -63,8 +65,8 @@ class Taken:
 class Batches:
     """In place of a loader: batches that are counted."""
 
-    def __init__(self, rule: TrainSettings, patcher: Patcher | None, plan: Plan):
-        self.share = BATCHES // plan.data_world
+    def __init__(self, rule: TrainSettings, patcher: Patcher | None, plan: ParallelPlan):
+        self.share = BATCHES // plan.data_world_size
         self.batches = Loader(rule.data, 0, patcher)
         self.plan, self.taken = plan, 0
 
@@ -72,7 +74,7 @@ class Batches:
         while True:
             batch, number = next(self.batches), self.taken
             self.taken += 1
-            if number // self.share % self.plan.data_world == self.plan.data_rank:
+            if number // self.share % self.plan.data_world_size == self.plan.data_rank:
                 return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,12 +103,12 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         torch.manual_seed(0)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[rule.dtype]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sharding, "AT_ONCE", AT_ONCE)
-            model = build_spread(rule.model, plan, device, dtype, compiled=False)
-        draw_weights(model, rule.model, plan)
+            patch.setattr(fsdp, "GROUP_WEIGHTS", AT_ONCE)
+            model = build_parallel_model(rule.model, plan, device, dtype, compiled=False)
+        initialize_weights(model, rule.model)
         initial = whole(model)
         patcher = Patcher(rule.patching) if rule.patching is not None else None
-        optimizer = {**rule.optimizer.plain(), "accumulation": BATCHES // plan.data_world}
+        optimizer = {**rule.optimizer.plain(), "accumulation": BATCHES // plan.data_world_size}
         rule = rule.model_copy(update={"optimizer": type(rule.optimizer).parse(optimizer)})
         batches = Batches(rule, patcher, plan)
         adam = build_optimizer(model, rule.optimizer)
@@ -114,13 +116,13 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         checkpoints = None
         if run is not None:
             config = Config(model=rule.model, context=rule.data.context, patching=rule.patching)
-            checkpoints = Checkpoints(run, config, rule.checkpoint, plan, ranks.world > 1, lambda line: None)
+            checkpoints = CheckpointManager(run, config, rule.checkpoint, plan, ranks.world_size > 1)
             if checkpoints.load(state):
                 batches.pass_over(state.step)
 
         def loss(batch: Batch) -> torch.Tensor:
             with autocast(device, dtype):
-                return surprise(model, batch)
+                return cross_entropy(model, batch)
 
         rows, gradients = [], {}
         while state.step < steps:
@@ -133,10 +135,10 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         valid = next(Loader(rule.data, 1, patcher))
         with torch.no_grad():
             loss(valid)
-        let_go(model)
+        free_gathered_weights(model)
         gathered = {name: tuple(_own(value).shape) for name, value in model.named_parameters()}
         if checkpoints is not None:
-            checkpoints.save(state, over=ranks.world == 4, needed=True)
+            checkpoints.save(state, is_last=ranks.world_size == 4, is_needed=True)
         return Taken(rows, gradients, whole(model), initial, held, gathered)
 
 

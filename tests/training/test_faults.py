@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from bytelatent.errors import STOPPED, Interrupted, UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.training import faults, read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.checkpoint.checkpoints import Checkpoints, TrainState
+from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
 from bytelatent.training.faults import trouble_with
 from bytelatent.weights import load, load_byte_lm, save
 from bytelatent.weights import safetensors_io as tensors
@@ -36,13 +36,13 @@ from tests.training.tiny_runs import (
 
 def scaled(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> list[int]:
     """Multiply the losses of some forward passes, counted from 0 for the trial before the first step."""
-    surprise, calls = loop.surprise, []
+    cross_entropy, calls = loop.cross_entropy, []
 
     def other(model: Any, batch: Any) -> torch.Tensor:
         calls.append(1)
-        return surprise(model, batch) * factors.get(len(calls) - 1, 1.0)
+        return cross_entropy(model, batch) * factors.get(len(calls) - 1, 1.0)
 
-    monkeypatch.setattr(loop, "surprise", other)
+    monkeypatch.setattr(loop, "cross_entropy", other)
     return calls
 
 
@@ -157,13 +157,13 @@ import sys, threading, time
 from bytelatent.commands import train
 from bytelatent.training import trainer as loop
 
-inner, calls = loop.surprise, []
+inner, calls = loop.cross_entropy, []
 def the_function_that_hangs(model, batch):
     calls.append(1)
     if len(calls) == 5:
         time.sleep(100)
     return inner(model, batch)
-loop.surprise = the_function_that_hangs
+loop.cross_entropy = the_function_that_hangs
 train.main(sys.argv[1:])
 """
 
@@ -184,7 +184,7 @@ def test_a_hang_ends_with_every_threads_stack(tmp_path: Path, text: Path) -> Non
 def test_other_signals_stop_a_run_too(
     tmp_path: Path, text: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner, before, calls = loop.surprise, signal.getsignal(number), []
+    inner, before, calls = loop.cross_entropy, signal.getsignal(number), []
 
     def signalled(*arguments: Any) -> Any:
         calls.append(1)
@@ -192,7 +192,7 @@ def test_other_signals_stop_a_run_too(
             os.kill(os.getpid(), number)
         return inner(*arguments)
 
-    monkeypatch.setattr(loop, "surprise", signalled)
+    monkeypatch.setattr(loop, "cross_entropy", signalled)
     with pytest.raises(Interrupted, match="after step 3; the same command goes on"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
@@ -215,7 +215,7 @@ def test_the_code_that_launchers_rely_on() -> None:
 def test_too_little_memory_names_what_to_lower(
     tmp_path: Path, text: Path, error: RuntimeError, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner, calls = loop.surprise, []
+    inner, calls = loop.cross_entropy, []
 
     def large(*arguments: Any) -> Any:
         calls.append(1)
@@ -223,7 +223,7 @@ def test_too_little_memory_names_what_to_lower(
             raise error
         return inner(*arguments)
 
-    monkeypatch.setattr(loop, "surprise", large)
+    monkeypatch.setattr(loop, "cross_entropy", large)
     with pytest.raises(UserError, match=r"out of memory .* data.batch_bytes \(now 256; .*activation_checkpointing"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
 
@@ -231,10 +231,10 @@ def test_too_little_memory_names_what_to_lower(
 def test_an_error_in_the_background_is_told_at_the_next_step(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(self: Checkpoints, content: Any) -> None:
+    def fails(self: CheckpointManager, content: Any) -> None:
         raise UserError("no permission")
 
-    monkeypatch.setattr(Checkpoints, "_write_once", fails)
+    monkeypatch.setattr(CheckpointManager, "_write_once", fails)
     step = loop._step
 
     def slow(*arguments: Any) -> Any:
@@ -253,9 +253,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 ) -> None:
     """And what is written is the state as it was, and not as it became meanwhile."""
     whole = train(settings(byte_lm_run(tmp_path / "whole", text, checkpoint={"every": 5, "keep": 9})))
-    write, steps = Checkpoints._write_once, []
+    write, steps = CheckpointManager._write_once, []
 
-    def slow(self: Checkpoints, content: Any) -> None:
+    def slow(self: CheckpointManager, content: Any) -> None:
         before = len(losses(tmp_path / "run"))
         if before == 5:
             until = time.monotonic() + 30
@@ -264,7 +264,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         steps.append((before, len(losses(tmp_path / "run"))))
         write(self, content)
 
-    monkeypatch.setattr(Checkpoints, "_write_once", slow)
+    monkeypatch.setattr(CheckpointManager, "_write_once", slow)
     run = train(settings(byte_lm_run(tmp_path / "run", text, checkpoint={"every": 5, "keep": 9, "asynchronous": True})))
     assert steps[0][0] == 5
     assert steps[0][1] >= 9
@@ -287,7 +287,7 @@ def test_every_so_many_steps_a_checkpoint_stays(
 ) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=10, checkpoint={"every": 2, **keep})))
     assert checkpoints(run) == [f"step-{step:08d}" for step in left]
-    assert all(what_is_torn(run / "checkpoints" / name) is None for name in checkpoints(run))
+    assert all(find_corruption(run / "checkpoints" / name) is None for name in checkpoints(run))
 
 
 def test_determinism(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,14 +295,14 @@ def test_determinism(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
     one, other = (train(settings(byte_lm_run(tmp_path / name, text, determinism=True))) for name in ("one", "other"))
     assert_equal_runs(one, other)
     assert not torch.are_deterministic_algorithms_enabled()
-    inner: Callable[..., torch.Tensor] = loop.surprise
+    inner: Callable[..., torch.Tensor] = loop.cross_entropy
 
     def careless(model: Any, batch: Any) -> torch.Tensor:
         return (
             inner(model, batch) + 0 * torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False).sum()
         )
 
-    monkeypatch.setattr(loop, "surprise", careless)
+    monkeypatch.setattr(loop, "cross_entropy", careless)
     with pytest.raises(RuntimeError, match="deterministic"):
         train(settings(byte_lm_run(tmp_path / "careless", text, determinism=True)))
     assert not torch.are_deterministic_algorithms_enabled()
@@ -312,15 +312,15 @@ def test_determinism(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = Checkpoints.save
+    inner = CheckpointManager.save
 
-    def spoilt(self: Checkpoints, state: TrainState, **how: bool) -> None:
+    def spoilt(self: CheckpointManager, state: TrainState, **how: bool) -> None:
         if state.step == 10:
             state.model.get_parameter("stack.blocks.0.feed_forward.down.weight").data[0, 0] = torch.nan
         inner(self, state, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", spoilt)
+        patch.setattr(CheckpointManager, "save", spoilt)
         patch.setattr(tensors, "check_finite", lambda name, tensor: None)  # else such weights are not written
         run = train(settings(byte_lm_run(tmp_path / "run", text, steps=10)))
     before = losses(run)

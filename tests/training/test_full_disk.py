@@ -13,11 +13,11 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from bytelatent.errors import UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.training import read_metrics, trackers, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.checkpoint import checkpoints as checkpoint
-from bytelatent.training.checkpoint.checkpoints import Checkpoints
+from bytelatent.training.checkpoint import manager
+from bytelatent.training.checkpoint.manager import CheckpointManager
 from tests.training.test_stopping import press
 from tests.training.tiny_runs import (
     assert_equal_runs,
@@ -30,17 +30,17 @@ from tests.training.tiny_runs import (
     write_text,
 )
 
-FILLED = {"model": (checkpoint, "write_native"), "state": (FileSystemWriter, "write_data"), "rest": (torch, "save")}
+FILLED = {"model": (manager, "write_native"), "state": (FileSystemWriter, "write_data"), "rest": (torch, "save")}
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: int) -> None:
     """Let so many checkpoints be written, and then so many attempts fail."""
-    monkeypatch.setattr(checkpoint, "PAUSES", (0, 0))
+    monkeypatch.setattr(manager, "PAUSES", (0, 0))
     owner, name = FILLED[place]
     write, attempts = getattr(owner, name), []
-    begin = Checkpoints._write_once
+    begin = CheckpointManager._write_once
 
-    def begun(self: Checkpoints, content: Any) -> None:
+    def begun(self: CheckpointManager, content: Any) -> None:
         attempts.append(1)
         begin(self, content)
 
@@ -49,25 +49,25 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: i
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(*arguments, **more)
 
-    monkeypatch.setattr(Checkpoints, "_write_once", begun)
+    monkeypatch.setattr(CheckpointManager, "_write_once", begun)
     monkeypatch.setattr(owner, name, full)
 
 
 @pytest.mark.parametrize("place", FILLED)
 def test_a_full_disk_leaves_the_checkpoint_before(
-    tmp_path: Path, text: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
     fill_the_disk(monkeypatch, place, good=1, bad=99)
     with pytest.raises(UserError, match=r"the disk is full: '.*step-00000012' was not written"):
         train(settings(byte_lm_run(run, text)))
     assert os.listdir(run / "checkpoints") == ["step-00000005"]
-    assert what_is_torn(run / "checkpoints" / "step-00000005") is None
-    said = [line for line in capsys.readouterr().out.splitlines() if "step-00000010' was not written" in line]
+    assert find_corruption(run / "checkpoints" / "step-00000005") is None
+    said = [line for line in caplog.messages if "step-00000010' was not written" in line]
     assert [line.rpartition("make room ")[2] for line in said] == [
         "(the next try is in 0 s)",
         "(the next try is in 0 s)",
-        "(training goes on without it)",
+        "(training continues without it)",
     ]
     monkeypatch.undo()
     train(settings(byte_lm_run(run, text)))
@@ -87,7 +87,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
 def test_a_signal_ends_the_wait_for_room(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only one that comes: without it each pause is waited for, second by second."""
     fill_the_disk(monkeypatch, "state", good=2, bad=99)
-    monkeypatch.setattr(checkpoint, "PAUSES", (3, 60))
+    monkeypatch.setattr(manager, "PAUSES", (3, 60))
     slept = []
 
     def sleep(seconds: float) -> None:
@@ -96,7 +96,7 @@ def test_a_signal_ends_the_wait_for_room(tmp_path: Path, text: Path, monkeypatch
         if len(slept) == 5:
             press(monkeypatch, 0.0)
 
-    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(manager, "time", SimpleNamespace(sleep=sleep))
     with pytest.raises(UserError, match=r"the disk is full: '.*step-00000012' was not written"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
     assert slept == [1] * 5
@@ -139,13 +139,13 @@ def test_rows_wait_for_room(
 
 def test_rows_that_wait_go_back_with_the_run(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of steps 4 and 5 stay, those of 6 and 7 are taken back with their steps."""
-    surprise, calls = loop.surprise, []
+    cross_entropy, calls = loop.cross_entropy, []
 
     def broken(model: Any, batch: Any) -> torch.Tensor:
         calls.append(1)
-        return surprise(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
+        return cross_entropy(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
 
-    monkeypatch.setattr(loop, "surprise", broken)
+    monkeypatch.setattr(loop, "cross_entropy", broken)
     fill_the_disk_for_metrics(monkeypatch, range(4, 8))
     run = train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "rollback"})))
     assert [step for step, *_ in losses(run)] == list(range(1, 13))
@@ -195,4 +195,4 @@ def test_the_system_refuses_large_files(tmp_path: Path) -> None:
     ended = finished(command(byte_lm_run(run, text)), preexec_fn=limit)
     assert ended.returncode != 0
     assert os.listdir(run / "checkpoints") == ["step-00000005"]
-    assert what_is_torn(run / "checkpoints" / "step-00000005") is None
+    assert find_corruption(run / "checkpoints" / "step-00000005") is None

@@ -1,6 +1,5 @@
 """What is timed is what the trainer does, and kernels are of the kind that they look like."""
 
-from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -8,16 +7,20 @@ import torch
 import torch.nn.functional as F
 
 from bytelatent.model import PatchedStream, build
-from bytelatent.training.profiling.kernel_times import (
+from bytelatent.training.profiling.measure import (
+    DOCUMENT,
     KINDS,
     REST,
-    Communication,
+    SLOTS,
     Kernel,
+    SyntheticTraining,
+    TrainingSetup,
     by_kind,
-    communication,
     kernels_of,
+    num_patches,
+    random_batch,
+    seconds_of,
 )
-from bytelatent.training.profiling.measure import DOCUMENT, SLOTS, Plan, Trainee, num_patches, random_batch, seconds_of
 from bytelatent.training.settings import OptimizerSettings
 from tests.model.tiny import tiny_blt_settings
 
@@ -44,7 +47,7 @@ def test_random_batches(size: int) -> None:
 def test_a_step_is_a_step_of_training(dtype: torch.dtype) -> None:
     """Against torch's own clipping and AdamW, and autocast spelled out."""
     optimizer = OptimizerSettings(clip=0.05, lr=1e-2)
-    trainee = Trainee(Plan(tiny_blt_settings(), CPU, dtype, optimizer=optimizer))
+    trainee = SyntheticTraining(TrainingSetup(tiny_blt_settings(), CPU, dtype, optimizer=optimizer))
     torch.manual_seed(0)
     model = build(tiny_blt_settings())
     plain = torch.optim.AdamW(
@@ -149,23 +152,3 @@ def test_kernels_of_a_product() -> None:
     assert kernels["aten::mm"].count == 2
     assert kernels["aten::mm"].seconds == max(kernel.seconds for kernel in kernels.values())
     assert kernels_of(lambda: a @ a, torch.device("mps"), times=1) == []
-
-
-def test_communication_is_exposed_where_nothing_else_runs() -> None:
-    def event(name: str, begin: float, end: float, kind: str = "kernel") -> dict[str, Any]:
-        return {"name": name, "cat": kind, "ts": begin, "dur": end - begin}
-
-    events = [
-        event("nvjet", 1000, 3000),
-        event("ncclDevKernel_AllGather", 2000, 6000),  # half of it beside products
-        event("nvjet", 4500, 5500),
-        event("ncclDevKernel_ReduceScatter", 5000, 7000),  # two at a time count once
-        event("Memcpy HtoD", 6500, 8000, "gpu_memcpy"),
-        event("nvjet", 9000, 10_000),
-        event("aten::mm", 0, 99_000, "cpu_op"),
-        event("nccl:all_gather", 0, 99_000, "gpu_user_annotation"),
-        {"name": "process_name", "ph": "M"},
-    ]
-    expected = Communication(span=9e-3, total=5e-3, exposed=2.5e-3, idle=1e-3)
-    assert astuple(communication(reversed(events))) == pytest.approx(astuple(expected), abs=1e-12)
-    assert communication(events[-3:]) == Communication(0.0, 0.0, 0.0, 0.0)

@@ -13,14 +13,15 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bytelatent.data import Batch, Loader, Patcher, surprise
+from bytelatent.data import Batch, Loader, Patcher
 from bytelatent.errors import UserError
 from bytelatent.model import build
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.checkpoint.checkpoints import TrainState
+from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.clipping import clip
-from bytelatent.training.distributed.plan import Plan
+from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import Optimizers, build_optimizer, check_optimizer
 from bytelatent.training.row_adamw import SparseRowsAdamW
@@ -186,7 +187,10 @@ def space_run(text: Path, **optimizer: Any) -> TrainSettings:
 
 def steps_of(rule: TrainSettings, batches: list[Batch], model: nn.Module, steps: int) -> list[dict[str, Any]]:
     state = TrainState(model, build_optimizer(model, rule.optimizer), iter(batches))  # type: ignore[arg-type]
-    return [loop._step(state, rule, Gradients(lambda batch: surprise(model, batch), CPU), Plan()) for _ in range(steps)]
+    return [
+        loop._step(state, rule, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
+        for _ in range(steps)
+    ]
 
 
 @pytest.mark.parametrize("clipped", [1e9, 1e-2])
@@ -213,7 +217,7 @@ def test_the_schedule_is_scaled(text: Path) -> None:
     rule = space_run(text, lr_scale={"decoder": 0.25}, hash_gradients="rows", name="muon", warmup_steps=2)
     model = build(rule.model)
     state = TrainState(model, build_optimizer(model, rule.optimizer), Loader(rule.data, 0, Patcher(rule.patching)))
-    row = loop._step(state, rule, Gradients(lambda batch: surprise(model, batch), CPU), Plan())
+    row = loop._step(state, rule, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
     assert row["lr"] == pytest.approx(5e-3)
     for name, (_, group) in groups_by_name(model, state.optimizer).items():
         assert group["lr"] == pytest.approx(5e-3 * (0.25 if name.startswith("decoder.") else 1.0))
@@ -227,7 +231,7 @@ def test_a_row_that_is_not_seen_again_stays(text: Path) -> None:
     model = build(rows.model)
     table, seen = model.get_parameter(TABLES), []
     for batch in batches:
-        surprise(model, batch).backward()
+        cross_entropy(model, batch).backward()
         assert table.grad is not None
         seen.append((table.grad.to_dense() if table.grad.is_sparse else table.grad).abs().sum(1) > 0)
         table.grad = None
@@ -235,7 +239,7 @@ def test_a_row_that_is_not_seen_again_stays(text: Path) -> None:
     kept = []
     for _ in batches:
         kept.append(table.detach().clone())
-        loop._step(state, rows, Gradients(lambda batch: surprise(model, batch), CPU), Plan())
+        loop._step(state, rows, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
     only_first = seen[0] & ~seen[1]
     assert only_first.any()
     assert torch.equal(table[only_first], kept[1][only_first])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.training import read_metrics
 from tests.training.crew import Crew
 from tests.training.plans import train_as, values
@@ -55,7 +55,7 @@ def test_a_signal_to_the_launcher_ends_the_run_in_good_order(tmp_path: Path, tex
     assert "stopped: after step" in errors
     assert process.returncode == 1  # of torchrun, which says nothing of its processes (docs/train.md)
     [folder] = checkpoints(run)
-    assert what_is_torn(run / "checkpoints" / folder) is None
+    assert find_corruption(run / "checkpoints" / folder) is None
     assert f"stopped: after step {int(folder.removeprefix('step-'))}; the same command goes on from there" in errors
 
 

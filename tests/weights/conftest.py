@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from bytelatent import BLT
-from bytelatent.hub import cache, repository
 from bytelatent.model import BLTModel
 from bytelatent.model.settings import CrossAttentionSettings
 from bytelatent.patching import PatchSettings
@@ -19,8 +18,6 @@ from tests.model.tiny import tiny_blt, tiny_byte_lm
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer() as server:
         server.connect(monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(repository, "FIRST_PAUSE", 0.01)
-        monkeypatch.setattr(cache, "POLL", 0.02)
         yield server
 
 

@@ -1,4 +1,4 @@
-"""Weights that are torn, tampered with, of other shapes, or code: refused in one line."""
+"""Weights that are corrupt, manipulated, of other shapes, or code are refused in one line."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from bytelatent.errors import UserError
 from bytelatent.weights import FORMATS, Config, convert, load_byte_lm, open_pretrained, save
 from bytelatent.weights.safetensors_io import read_pickle, read_weights
 from tests.weights.published import write_published
-from tests.weights.test_hub_models import Marker
+from tests.weights.test_hub import Marker
 
 WEIGHTS = "model.safetensors"
 
@@ -75,8 +75,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         with_header(lambda h: first(h).update(shape=[1, *first(h)["shape"]])),
         r"is \[1, .*\] where the settings say \[",
     ),
-    "int8": (cast(torch.int8, "norm"), "norm.weight is torch.int8, no floating point"),
-    "bool": (cast(torch.bool, "norm"), "norm.weight is torch.bool, no floating point"),
+    "int8": (cast(torch.int8, "norm"), "norm.weight is torch.int8, not floating point"),
+    "bool": (cast(torch.bool, "norm"), "norm.weight is torch.bool, not floating point"),
     "float8": (cast(torch.float8_e4m3fn, "norm"), "norm.weight is stored as F8_E4M3; known are F64, F32"),
     "complex": (cast(torch.complex64, "norm"), "norm.weight is stored as C64; known are"),
     "nothing": (lambda f: save_file({}, f), r"the settings say \d layers, but its weights are 0 tensors"),
@@ -177,8 +177,8 @@ def test_weights_that_are_not_finite(
 
 
 def test_a_byte_lm_that_is_not_finite(blt: BLT, tmp_path: Path) -> None:
-    assert blt.byte_lm is not None
-    save(tmp_path, blt.byte_lm, Config(model=blt.byte_lm.settings, context=64))
+    assert blt.entropy_model is not None
+    save(tmp_path, blt.entropy_model, Config(model=blt.entropy_model.settings, context=64))
     tensors = load_file(tmp_path / WEIGHTS)
     tensors["output.weight"][3, 3] = torch.nan
     save_file(tensors, tmp_path / WEIGHTS)
@@ -243,8 +243,8 @@ PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (torch.save({"a": torch.zeros(9999)}, f, _use_new_zipfile_serialization=False), half(f)),
         "is not a whole file of weights",
     ),
-    "a page": (lambda f: f.write_bytes(b"<html>404</html>"), "is refused: it is damaged, or"),
-    "noise": (lambda f: f.write_bytes(bytes(range(256)) * 9), "is refused: it is damaged, or|is not a whole file"),
+    "a page": (lambda f: f.write_bytes(b"<html>404</html>"), "is refused: it is corrupt, or"),
+    "noise": (lambda f: f.write_bytes(bytes(range(256)) * 9), "is refused: it is corrupt, or|is not a whole file"),
     "a list": (lambda f: torch.save([torch.zeros(1)], f), "holds no tensors by name"),
     "a number": (lambda f: torch.save({"model": {"a": 1}}, f), "holds no tensors by name"),
     "one tensor": (lambda f: torch.save(torch.zeros(1), f), "holds no tensors by name"),
@@ -290,7 +290,7 @@ def test_shapes_of_the_older_format(goldens: Path, tmp_path: Path) -> None:
     name = "encoder_hash_tok_embedding.3.weight"
     for changed, message in (
         ({**tensors, name: tensors[name][:-1]}, rf"{name} is \[1008, 32\] where the settings say \[1009, 32\]"),
-        ({**tensors, name: tensors[name].to(torch.bfloat16)}, "encoder_hash_tok_embedding.0.weight and those beside"),
+        ({**tensors, name: tensors[name].to(torch.bfloat16)}, "encoder_hash_tok_embedding.0.weight and the other"),
         ({**tensors, "rope.freqs": torch.zeros(2)}, "unknown rope.freqs"),
         ({n: t for n, t in tensors.items() if n != name}, f"missing {name}"),
     ):

@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from bytelatent.cli import app, main
 from bytelatent.errors import UserError
 from bytelatent.files import whole_folder
 from bytelatent.patching import PatchSettings
+from bytelatent.patching.settings import Mode
 from bytelatent.weights import FORMATS, Config, convert, open_pretrained, save, write_model
 from bytelatent.weights import safetensors_io as tensors
 from bytelatent.weights.stored_model import StoredModel
@@ -38,9 +40,9 @@ def run(blt: BLT, tmp_path: Path) -> Path:
     with whole_folder(folder / "checkpoints" / "step-00000007") as aside:
         save(aside, blt.model, blt.config)
         (aside / "optimizer.pt").write_bytes(b"state")
-    assert blt.byte_lm is not None
+    assert blt.entropy_model is not None
     with whole_folder(folder / "byte_lm") as aside:
-        save(aside, blt.byte_lm, Config(model=blt.byte_lm.settings, context=64))
+        save(aside, blt.entropy_model, Config(model=blt.entropy_model.settings, context=64))
     (folder / "settings.yaml").write_text("data:\n  train: [{path: a.jsonl}, b.jsonl]\n  valid: held-out\n")
     rows = [{"step": 5, "bytes_seen": 50, "validation_bits_per_byte": 2.5}, {"step": 9, "bytes_seen": 90}]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -60,7 +62,7 @@ def refused(call: Callable[[], object], message: str) -> None:
 def refused_by_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> str:
-    """The last line on standard error, with code 2 or 130; the one before it says what was found."""
+    """The last line on standard error, with code 2 or 130; the line before it describes the model."""
     monkeypatch.setattr(sys, "argv", ["blt", "convert", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -97,8 +99,8 @@ def test_a_run(format: str, run: Path, blt: BLT, tmp_path: Path) -> None:
         ("metrics.jsonl", '{"step": 1, "bytes_seen": "many"}'),
     ],
 )
-def test_a_run_whose_papers_are_damaged(file: str, text: str, run: Path, blt: BLT) -> None:
-    """They say where the model comes from, and it runs without."""
+def test_a_run_with_corrupt_settings_or_metrics(file: str, text: str, run: Path, blt: BLT) -> None:
+    """They describe the model's origin; the model itself does not need them."""
     (run / file).write_text(text)
     assert BLT.from_pretrained(run, device="cpu").logits(IDS).equal(blt.logits(IDS))
 
@@ -112,7 +114,7 @@ def test_the_source_is_not_replaced(source: Path, blt: BLT, monkeypatch: pytest.
     refused(lambda: convert(open_pretrained(source / "byte_lm"), source, "meta"), "would replace .*byte_lm'")
     refused(lambda: convert(open_pretrained(source), source / "byte_lm", "hf"), "holds something else")
     blt.save_pretrained(source.parent / "other")
-    borrowing = open_pretrained(source.parent / "other", entropy=source)
+    borrowing = open_pretrained(source.parent / "other", entropy_model=source)
     refused(lambda: convert(borrowing, source, "hf"), "would replace '.*source'")
     assert everything(source) == before
     convert(open_pretrained(source), source / "hf", "hf")  # inside is a place as any other
@@ -138,7 +140,7 @@ def test_what_is_no_saved_model_is_not_replaced(run: Path, source: Path, tmp_pat
     refused(lambda: convert(open_pretrained(source), tmp_path / "file", "hf"), "file' is a file; name a folder")
     refused(lambda: convert(open_pretrained(source), tmp_path / "file" / "a", "hf"), "cannot be written: Not a dir")
     refused(lambda: convert(open_pretrained(source), Path("~nobody-here/a"), "hf"), "there is no such user")
-    refused(lambda: convert(open_pretrained(source), tmp_path / "out", "HF"), "'HF' is none of native, hf, meta")
+    refused(lambda: convert(open_pretrained(source), tmp_path / "out", "HF"), "'HF' is unknown; use native, hf, meta")
     assert everything(tmp_path) == before
 
 
@@ -175,11 +177,11 @@ def test_a_stop_leaves_what_was_there(
     before = everything(tmp_path)
     real, calls = tensors._read, []
 
-    def stopped(extent: tensors.Extent) -> Any:
-        calls.append(extent)
+    def stopped(place: tensors.FileRange) -> Any:
+        calls.append(place)
         if len(calls) == 5:
             raise stop
-        return real(extent)
+        return real(place)
 
     monkeypatch.setattr(tensors, "_read", stopped)
     for target in ("out", "new"):
@@ -192,7 +194,7 @@ def test_a_stop_leaves_what_was_there(
         assert {place.name for place in tmp_path.iterdir()} == {"source", "out"}
 
 
-RULES = {
+PATCHING = {
     "space": PatchSettings(mode="space"),
     "static": PatchSettings(mode="static", patch_size=3),
     "bpe": PatchSettings(mode="bpe", tokenizer="x.json"),
@@ -200,29 +202,34 @@ RULES = {
     "entropy": PatchSettings(threshold=5.12),
 }
 REFUSED = {
-    ("space", "hf"): "knows only the plain entropy rule and 'byte', not 'space'",
+    ("space", "hf"): "hf: the format knows the patching modes entropy, byte, not 'space'; use native or meta",
     ("static", "hf"): "not 'static, 3 ids each'",
     ("bpe", "hf"): "not 'bpe, x.json'",
-    (
-        "bpe",
-        "meta",
-    ): "meta: the published code has no patching mode 'bpe' as this project computes it, only entropy, space",
-    ("entropy", "hf"): "hf: the rule 'entropy' needs the byte LM in the same folder; name it: --entropy FOLDER",
+    ("bpe", "meta"): "meta: the format knows the patching modes entropy, space, static, byte, not 'bpe, x.json'",
+    ("entropy", "hf"): "hf: patching mode 'entropy' needs the byte LM in the same folder; name it: --entropy-model ",
 }
 
 
+def test_every_mode_is_tried_and_decided_on_by_every_format() -> None:
+    """A new patching mode needs a case here: it is refused unless a format lists it."""
+    assert {settings.mode for settings in PATCHING.values()} == set(get_args(Mode))
+    for name, format in FORMATS.items():
+        refused_modes = {mode for mode, refusing in REFUSED if refusing == name and mode != "entropy"}
+        assert format.modes is None or set(format.modes) == set(get_args(Mode)) - refused_modes
+
+
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rule", RULES)
-def test_each_rule_to_each_format(rule: str, format: str, blt: BLT, tmp_path: Path) -> None:
-    config = blt.config.model_copy(update={"patching": RULES[rule]})
+@pytest.mark.parametrize("mode", PATCHING)
+def test_each_mode_to_each_format(mode: str, format: str, blt: BLT, tmp_path: Path) -> None:
+    config = blt.config.model_copy(update={"patching": PATCHING[mode]})
     BLT(blt.model, config, None).save_pretrained(tmp_path / "a")
     stored = open_pretrained(tmp_path / "a")
-    if message := REFUSED.get((rule, format)):
+    if message := REFUSED.get((mode, format)):
         refused(lambda: convert(stored, tmp_path / "b", format), message)
         assert not (tmp_path / "b").exists()
     else:
         convert(stored, tmp_path / "b", format)
-        assert open_pretrained(tmp_path / "b").config.patching == RULES[rule]
+        assert open_pretrained(tmp_path / "b").config.patching == PATCHING[mode]
 
 
 def test_a_byte_lm_to_each_format(tmp_path: Path) -> None:
@@ -238,15 +245,15 @@ def test_a_byte_lm_to_each_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_blt_without_a_rule(format: str, blt: BLT, tmp_path: Path) -> None:
+def test_a_blt_without_patching_settings(format: str, blt: BLT, tmp_path: Path) -> None:
     """No format could be read again."""
     config = blt.config.model_copy(update={"patching": None})
     stored = StoredModel.of(blt.model, config)
-    refused(lambda: write_model(stored, tmp_path / "a", format), "names no patching rule")
+    refused(lambda: write_model(stored, tmp_path / "a", format), "has no patching settings")
 
 
 def test_the_byte_lm_is_named(blt: BLT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """By a folder of its own, or one of a BLT; what is none is told."""
+    """By its own folder, or that of a BLT; others are refused."""
     lonely = BLT(blt.model, blt.config, None)
     lonely.save_pretrained(tmp_path / "lonely")
     blt.save_pretrained(tmp_path / "whole")
@@ -257,7 +264,7 @@ def test_the_byte_lm_is_named(blt: BLT, tmp_path: Path, monkeypatch: pytest.Monk
         assert BLT.from_pretrained(target, device="cpu").logits(IDS).equal(blt.logits(IDS))
     for entropy, message in (
         (tmp_path / "lonely", "holds a BLT without a byte LM; name the byte LM's own run or folder"),
-        (tmp_path / "absent", "is no folder"),
+        (tmp_path / "absent", "is not a folder"),
         (tmp_path, "holds no model"),
     ):
         arguments = (tmp_path / "lonely", tmp_path / "b", "--to", "hf", "--entropy", entropy)
@@ -268,3 +275,11 @@ def test_empty_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("empty", "."):
         refused(lambda name=name: open_pretrained(tmp_path / name), "holds no model: neither settings.yaml")
+
+
+def test_the_help_and_the_docs_name_every_format() -> None:
+    shown = CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "200"}).output
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    for name in FORMATS:
+        assert re.search(rf"\b{name}\b", shown), name
+        assert f"`{name}`" in page or f"--to {name}" in page, name

@@ -21,8 +21,8 @@ from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.weights import Config, load, open_pretrained
-from bytelatent.weights.hugging_face_config import settings_of
-from tests.model.tiny import make, tiny_blt, tiny_byte_lm
+from bytelatent.weights.hugging_face_config import read_model
+from tests.model.tiny import make, tiny_blt, tiny_blt_settings, tiny_byte_lm
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -58,7 +58,7 @@ def configs(draw: st.DrawFn) -> BltConfig:
     heads = draw(head_counts(dim))
     encoder = draw(stack_configs(dim, heads))
     return BltConfig(
-        patching_threshold=5.0,  # chosen anew where it matters
+        patching_threshold=5.0,  # other tests choose it
         max_patch_length=None,
         local_attention_window_len=draw(st.none() | st.integers(2, 12)),
         cross_attn_k=k,
@@ -156,7 +156,7 @@ def test_theirs_here(config: BltConfig, seed: int) -> None:
 def our_settings(draw: st.DrawFn) -> tuple[BLTSettings, ByteLMSettings]:
     """Those that transformers can express, read off a configuration of its own."""
     values = draw(configs()).to_dict()
-    model, _ = settings_of(values, "")
+    model = read_model(values, "").model
     patcher = {**values, "encoder_config": values["patcher_config"]}["encoder_config"]
     byte_lm = ByteLMSettings(
         dim=patcher["hidden_size"],
@@ -239,10 +239,10 @@ def tiny_hugging_face_blt(**changes: Any) -> BLTModel:
     return tiny_blt(seed=3, window=6, cross_attention=CrossAttentionSettings(k=2, num_heads=2), **changes)
 
 
-# What transformers computes differently: each test says how, and pins both.
+# What transformers computes differently: each test describes how, and checks both.
 
 
-def test_they_pool_anew_after_each_encoder_layer(tmp_path: Path) -> None:
+def test_they_pool_again_after_each_encoder_layer(tmp_path: Path) -> None:
     """The published model pools once and refines; theirs keeps only what the last layer's pooling gives."""
     model = write_theirs(tmp_path, encoder_config__num_hidden_layers=2, encoder_config__cross_attn_all_layers=True)
     with pytest.raises(UserError, match=r"encoder_config.cross_attn_all_layers is true with 2 layers"):
@@ -252,7 +252,9 @@ def test_they_pool_anew_after_each_encoder_layer(tmp_path: Path) -> None:
     theirs = their_logits(model, rows, lengths)
     config = json.loads((tmp_path / "config.json").read_text())
     config["encoder_config"]["cross_attn_all_layers"] = False
-    settings, rule = settings_of(config, "")
+    found = read_model(config, "")
+    settings, rule = found.model, found.patching
+    assert isinstance(settings, BLTSettings)
     only_last = BLTModel(settings)
     state = {name: model.state_dict()[their_name(name)] for name in only_last.state_dict()}
     only_last.load_state_dict(state)
@@ -266,9 +268,10 @@ def test_they_pool_anew_after_each_encoder_layer(tmp_path: Path) -> None:
 
 
 def their_name(name: str) -> str:
-    from bytelatent.weights.hugging_face import _published
+    from bytelatent.weights.hugging_face import NAMES
 
-    return _published(name).replace("local_encoder.cross_attn_layers.0", "local_encoder.cross_attn_layers.1")
+    [theirs] = NAMES._theirs(name, tiny_blt_settings())
+    return theirs.replace("local_encoder.cross_attn_layers.0", "local_encoder.cross_attn_layers.1")
 
 
 def test_they_split_long_patches_without_the_id_to_come(tmp_path: Path) -> None:
@@ -296,7 +299,7 @@ def test_they_take_the_first_patch_for_bos_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["space", "static", "byte", "bpe"])
-def test_they_make_each_byte_a_patch_whatever_the_rule_is_called(mode: str, tmp_path: Path) -> None:
+def test_they_make_each_byte_a_patch_in_all_other_modes(mode: str, tmp_path: Path) -> None:
     model = write_theirs(tmp_path, patching_mode=mode)
     ours = BLT.from_pretrained(tmp_path, device="cpu")
     assert ours.patching == PatchSettings(mode="byte")
@@ -308,11 +311,11 @@ def test_a_model_without_a_patcher(tmp_path: Path) -> None:
     """It takes the patches from outside; here the byte LM can be named."""
     model = write_theirs(tmp_path / "a", patch_in_forward=False)
     ours = BLT.from_pretrained(tmp_path / "a", device="cpu")
-    assert ours.byte_lm is None
+    assert ours.entropy_model is None
     rows = random_rows(0)
     lengths = random_lengths(rows, 0)
     torch.testing.assert_close(ours.logits(rows, lengths), their_logits(model, rows, lengths), **TOLERANCE)
-    with pytest.raises(UserError, match="the rule 'entropy' needs the byte LM"):
+    with pytest.raises(UserError, match="patching mode 'entropy' needs the byte LM"):
         ours.save_pretrained(tmp_path / "b", format="hf")
 
 
@@ -389,7 +392,11 @@ def test_refused_by_name(key: str, value: Any, message: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "rule", "message"),
     [
-        ({}, PatchSettings(mode="space"), "knows only the plain entropy rule and 'byte', not 'space'"),
+        (
+            {},
+            PatchSettings(mode="space"),
+            "patching modes entropy, byte, not 'space'; use native or meta",
+        ),
         ({}, PatchSettings(mode="static", patch_size=4), "not 'static, 4 ids each'"),
         ({}, PatchSettings(threshold=0.1, monotonicity=True), "not 'rise of the entropy, threshold 0.1 nats'"),
         ({}, PatchSettings(threshold=0.1, threshold_add=0.2), "not 'entropy, threshold 0.1 nats, rise above 0.2'"),

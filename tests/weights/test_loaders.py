@@ -68,7 +68,7 @@ def test_others_are_refused_before_anything_is_read(
 
 @pytest.mark.parametrize("format", ["HF", "gguf", "", None, ["hf"], 7])
 def test_a_format_that_is_not_known(format: Any, blt: BLT, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"format: .* is none of native, hf, meta") as caught:
+    with pytest.raises(UserError, match=r"format: .* is unknown; use native, hf, meta") as caught:
         blt.save_pretrained(tmp_path / "a", format=format)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -77,12 +77,15 @@ def test_a_format_that_is_not_known(format: Any, blt: BLT, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"patching": PatchSettings(mode="space")}, "hf: transformers knows only the plain entropy rule and 'byte'"),
-        ({"byte_lm": None}, "hf: the rule 'entropy' needs the byte LM in the same folder"),
+        (
+            {"patching": PatchSettings(mode="space")},
+            "hf: the format knows the patching modes entropy, byte",
+        ),
+        ({"byte_lm": None}, "hf: patching mode 'entropy' needs the byte LM in the same folder"),
     ],
 )
 def test_a_model_that_cannot_be_exported(change: dict[str, Any], message: str, blt: BLT, tmp_path: Path) -> None:
     config = blt.config.model_copy(update={key: value for key, value in change.items() if key == "patching"})
     with pytest.raises(UserError, match=message):
-        BLT(blt.model, config, change.get("byte_lm", blt.byte_lm)).save_pretrained(tmp_path / "a", format="hf")
+        BLT(blt.model, config, change.get("byte_lm", blt.entropy_model)).save_pretrained(tmp_path / "a", format="hf")
     assert list(tmp_path.iterdir()) == []

@@ -56,7 +56,7 @@ def test_byte_lm_that_stands_elsewhere(tmp_path: Path) -> None:
     other = tiny_byte_lm(seed=3)
     (tmp_path / "b").mkdir()
     save(tmp_path / "b", other, Config(model=other.settings, context=99))
-    found = load(tmp_path / "a", entropy=tmp_path / "b").byte_lm
+    found = load(tmp_path / "a", entropy_model=tmp_path / "b").byte_lm
     assert found is not None
     assert_same(found, other)
 
@@ -143,7 +143,7 @@ def cut_short(folder: Path) -> None:
         (lambda f: (f / "byte_lm" / "model.safetensors").unlink(), "does not exist"),
     ],
 )
-def test_what_is_broken_is_told_in_one_line(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_broken_folders_are_refused_in_one_line(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     write(tmp_path / "a")
     damage(tmp_path / "a")
     with pytest.raises(UserError, match=message) as caught:
@@ -153,7 +153,7 @@ def test_what_is_broken_is_told_in_one_line(damage: Callable[[Path], None], mess
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'.*nowhere' is no folder"):
+    with pytest.raises(UserError, match=r"'.*nowhere' is not a folder"):
         load(tmp_path / "nowhere")
 
 

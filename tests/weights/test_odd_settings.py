@@ -21,7 +21,7 @@ from bytelatent.weights import Config, open_pretrained
 from bytelatent.weights import stored_model as stored
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 from tests.weights.published import write_published
-from tests.weights.test_beside import edit
+from tests.weights.test_sidecar import edit
 
 GONE = object()
 ODD: list[Any] = [
@@ -125,8 +125,13 @@ def models() -> Iterator[Path]:
         ),
         ("hf", "patcher_config.max_position_embeddings", 10**9, "patcher_config.max_position_embeddings is 1000000000"),
         ("meta", "args", [], r"args is \[\]; it should be a mapping of keys to values"),
-        ("meta", "args.n_layers_global", 10**9, "global: num_layers: Input should be less than or equal to 1000"),
-        ("meta", "args.n_heads_local_decoder", 5, "local_decoder: dim 16 must be num_heads 5 times an even head size"),
+        (
+            "meta",
+            "args.n_layers_global",
+            10**9,
+            "global_transformer.num_layers: Input should be less than",
+        ),
+        ("meta", "args.n_heads_local_decoder", 5, "decoder: dim 16 must be num_heads 5 times an even head size"),
         ("meta", "args.rope_theta", float("inf"), "rope_theta: Input should be a finite number, not inf"),
         ("meta", "args.dim_global", "x", "dim: Input should be a valid integer, .*, not 'x'"),
         ("meta", "args.encoder_hash_byte_group_size", [3, 10**12], "n-gram sizes must be from 1 to 1024"),
@@ -178,7 +183,7 @@ def test_named(format: str, key: str, value: Any, message: str, blt: BLT, tmp_pa
         (("data",), GONE, "train_args.json' lacks the key 'data'"),
     ],
 )
-def test_rules_named(place: tuple[str, ...], value: Any, message: str, blt: BLT, tmp_path: Path) -> None:
+def test_odd_patching_arguments(place: tuple[str, ...], value: Any, message: str, blt: BLT, tmp_path: Path) -> None:
     blt.save_pretrained(tmp_path / "a", format="meta")
     edit(tmp_path / "a" / "train_args.json", lambda v: v["data"]["patcher_args"].update(patching_mode="static"))
     file = tmp_path / "a" / "train_args.json"
@@ -232,7 +237,7 @@ def test_a_byte_order_mark_is_not_text(format: str, blt: BLT, tmp_path: Path) ->
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert len(marked) > 3
     assert open_pretrained(tmp_path / "a").config == before
-    assert BLT.from_pretrained(tmp_path / "a", device="cpu").byte_lm is not None
+    assert BLT.from_pretrained(tmp_path / "a", device="cpu").entropy_model is not None
 
 
 def test_a_byte_order_mark_in_the_older_format(goldens: Path, tmp_path: Path) -> None:

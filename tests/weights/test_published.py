@@ -27,7 +27,7 @@ def entropies_of(byte_lm: ByteLM | None, ids: Tensor) -> Tensor:
 
 
 def published_patches(entropies: Tensor, threshold: float) -> Tensor:
-    """Lengths by the plain rule, from entropies [N]: position i+1 starts a patch where H_i > threshold, i >= 1."""
+    """Lengths in the plain entropy mode, from [N]: position i+1 starts a patch where H_i > threshold, i >= 1."""
     starts = [0, 1, *(i + 1 for i in range(1, len(entropies)) if entropies[i] > threshold)]
     ends = [*starts[1:], len(entropies) + 1]
     return torch.tensor([[end - start for start, end in zip(starts, ends, strict=True)]])
@@ -55,13 +55,13 @@ def test_logits_entropies_and_patches(
     assert found.patching == PatchSettings(threshold=1.335442066192627)
     torch.testing.assert_close(found.logits(io["tokens"].long(), io["patch_lengths"].long()), io["logits"], **TOLERANCE)
     torch.testing.assert_close(
-        entropies_of(found.byte_lm, of_entropies["tokens"]), of_entropies["entropies"], **TOLERANCE
+        entropies_of(found.entropy_model, of_entropies["tokens"]), of_entropies["entropies"], **TOLERANCE
     )
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_patches_end_to_end(format: Format, goldens: Path, tmp_path: Path) -> None:
-    """The byte LM that was found says where patches start, at a threshold that lies between its entropies."""
+    """The byte LM that was found decides about patches, at a threshold between its entropies."""
     folder = write_published(goldens / "blt_k2", tmp_path / "blt", format)
     write_published(goldens / "entropy", tmp_path / "blt-entropy", format)
     io = load_file(goldens / "entropy" / "io.safetensors")
@@ -80,7 +80,7 @@ def test_patches_end_to_end(format: Format, goldens: Path, tmp_path: Path) -> No
         torch.testing.assert_close(found.logits(row[None]), found.logits(row[None], lengths), atol=2e-5, rtol=0)
 
 
-def test_the_line_that_tells_what_was_found(goldens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_line_about_what_was_found(goldens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_published(goldens / "blt_k2", tmp_path / "blt", "older")
     write_published(goldens / "entropy", tmp_path / "entropy_model", "older")
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: fair-research\n---\n# BLT\n")
@@ -98,7 +98,7 @@ def test_the_line_that_tells_what_was_found(goldens: Path, tmp_path: Path, caplo
         assert part in line
 
 
-def test_the_byte_lm_is_looked_for_only_where_it_is_asked(goldens: Path, tmp_path: Path) -> None:
+def test_the_byte_lm_is_searched_only_if_it_is_needed(goldens: Path, tmp_path: Path) -> None:
     folder = write_published(goldens / "blt_k2", tmp_path / "blt")
     (tmp_path / "blt-entropy").mkdir()
     (tmp_path / "blt-entropy" / "params.json").write_text("[]")  # what would be refused
@@ -113,18 +113,18 @@ def test_the_byte_lm_is_looked_for_only_where_it_is_asked(goldens: Path, tmp_pat
 def test_a_byte_lm_that_is_named(goldens: Path, tmp_path: Path) -> None:
     folder = write_published(goldens / "blt_k2", tmp_path / "blt", "older")
     entropy = write_published(goldens / "entropy", tmp_path / "somewhere" / "else", "older")
-    assert BLT.from_pretrained(folder, device="cpu").byte_lm is None
+    assert BLT.from_pretrained(folder, device="cpu").entropy_model is None
     assert "no byte LM" in open_pretrained(folder).in_a_line()
-    whole = BLT.from_pretrained(folder, entropy=entropy, device="cpu")
-    assert whole.byte_lm is not None
+    whole = BLT.from_pretrained(folder, entropy_model=entropy, device="cpu")
+    assert whole.entropy_model is not None
     whole.save_pretrained(tmp_path / "whole")
-    of_whole = open_pretrained(folder, entropy=tmp_path / "whole").byte_lm  # a BLT lends its own
+    of_whole = open_pretrained(folder, entropy_model=tmp_path / "whole").byte_lm  # a BLT lends its own
     assert of_whole is not None
-    assert of_whole.config.model == whole.byte_lm.settings
-    with pytest.raises(UserError, match=r"entropy: '.*' holds a BLT without a byte LM"):
-        open_pretrained(folder, entropy=folder)
-    with pytest.raises(UserError, match="is a byte LM itself and asks no other"):
-        open_pretrained(entropy, entropy=folder)
+    assert of_whole.config.model == whole.entropy_model.settings
+    with pytest.raises(UserError, match=r"entropy_model: '.*' holds a BLT without a byte LM"):
+        open_pretrained(folder, entropy_model=folder)
+    with pytest.raises(UserError, match="is a byte LM itself and needs no other"):
+        open_pretrained(entropy, entropy_model=folder)
 
 
 def test_older_weights_as_safetensors_or_bare(goldens: Path, tmp_path: Path) -> None:
@@ -149,8 +149,8 @@ def test_a_link_to_a_folder(goldens: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert open_pretrained(tmp_path / "link" / "blt").byte_lm is not None
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    with pytest.raises(UserError, match=r"circle' (is no folder|cannot be read)"):
+    with pytest.raises(UserError, match=r"circle' (is not a folder|cannot be read)"):
         open_pretrained(tmp_path / "circle")
     shutil.rmtree(tmp_path / "real")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         open_pretrained(tmp_path / "link")

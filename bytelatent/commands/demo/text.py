@@ -1,4 +1,4 @@
-"""Text for the demo: the standard library of the interpreter that runs it, or the user's own."""
+"""Text for the demo: Python's standard library, or the user's own."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from bytelatent.files import whole_file
 from bytelatent.text import MAX_ROW_BYTES, BadRows, find_files, read_documents
 
 HELD_OUT_ONE_IN = 16  # documents, chosen by a hash of their names
-CHUNK = 8192  # bytes; longer documents are cut, so that no few of them make up the held-out text
-LEAST = 100_000  # bytes of text below which there is nothing to learn from
-# Not installed everywhere, other people's, or (encodings) tables of characters rather than text.
+CHUNK = 8192  # bytes; longer documents are split, so that the held-out text is not from a few of them only
+LEAST = 100_000  # bytes of training text
+# Not installed everywhere, of other packages, or (encodings) tables of characters rather than text.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
 
 
@@ -38,9 +38,9 @@ def collect(
 
     Args:
         own: a file or folder of the user's; None for the standard library.
-        text_key: the key or column that holds the user's text.
-        bad: receives bad rows and files; None to raise the first.
-        max_row_bytes: a longer row is a bad one.
+        text_key: the key or column of the user's text.
+        bad: counts bad rows and files; None raises at the first.
+        max_row_bytes: longer rows are bad rows.
 
     Raises:
         UserError: there is too little text.
@@ -56,10 +56,10 @@ def collect(
         rows.sort(key=lambda row: _hash(row[0]))  # any prefix is a fair sample
     sizes = {part: sum(len(text) for _, text in rows) for part, rows in parts.items()}
     if sizes["train"] < LEAST or not sizes["valid"]:
-        bad.must_have_read()  # names a file, where the other says that there is too little
+        bad.must_have_read()  # an error that names a file comes before one about too little text
         raise UserError(
             f"demo: {what} holds {sum(sizes.values()):,} bytes, {sizes['valid']:,} of them held out; "
-            f"it takes {LEAST:,} bytes at the least, in one file or in many"
+            f"it takes {LEAST:,} bytes at the least, in one file or many"
         )
     for part, rows in parts.items():
         with whole_file(folder / f"{part}.jsonl") as aside, aside.open("w", encoding="utf-8") as lines:
@@ -82,17 +82,17 @@ def _standard_library() -> Iterator[tuple[str, bytes]]:
 
 
 def _own(path: str, text_key: str, bad: BadRows, max_row_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """The user's documents. Few are held out by their chunks, many as they are."""
+    """The user's documents; a few documents are split into chunks."""
     found = []
-    for file in find_files(path, bad.note):
-        documents = read_documents(file, text_key, damaged=bad, stored=False, max_row_bytes=max_row_bytes)
+    for file in find_files(path):
+        documents = read_documents(file, text_key, bad_rows=bad, stored=False, max_row_bytes=max_row_bytes)
         found += [(f"{file}:{row}", document.text) for row, document in documents]
     for name, text in found:
         yield from _chunks(name, text) if len(found) < HELD_OUT_ONE_IN else [(name, text)]
 
 
 def _chunks(name: str, text: bytes) -> Iterator[tuple[str, bytes]]:
-    """Parts of about `CHUNK` bytes, which end with a line where they can."""
+    """Parts of at most `CHUNK` bytes, which end with a line if possible."""
     at = 0
     while at < len(text):
         line_end = text.rfind(b"\n", at + CHUNK // 2, at + CHUNK)
@@ -102,7 +102,7 @@ def _chunks(name: str, text: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _held_out(names: list[str]) -> set[str]:
-    """The names that chance chooses; where there are so few that it chose none, those that come first by their hash."""
+    """The names chosen by their hash; if there are too few names for that, those with the smallest hash."""
     chosen = {name for name in names if _hash(name) % HELD_OUT_ONE_IN == 0}
     return chosen or set(sorted(names, key=_hash)[: max(1, len(names) // HELD_OUT_ONE_IN)])
 

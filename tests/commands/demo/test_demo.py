@@ -11,21 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from bytelatent import BLT
 from bytelatent.commands.demo import demo as demo_run
 from bytelatent.commands.demo import measure as demo_measure
 from bytelatent.commands.demo import run_demo
-from bytelatent.commands.demo.summary import closing_lines, text_options
+from bytelatent.commands.demo.demo import closing_lines, text_options
+from bytelatent.commands.demo.measure import xz_bits_per_byte
 from bytelatent.commands.demo.text import CHUNK, LEAST, DemoText, collect
-from bytelatent.commands.demo.xz import xz_bits_per_byte
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
 from bytelatent.training import trainer as loop
 
-QUIET = Console(quiet=True)
 PARTS = ("train", "valid")
 NOUNS = ["cat", "dog", "house", "garden", "river", "tree", "child", "boat"]
 VERBS = ["sees", "likes", "finds", "leaves", "paints"]
@@ -59,7 +57,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, own_text: Path) -> tuple[Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_measure, "SAMPLE_BYTES", 20)
         patch.setattr(demo_measure.Clock, "left", 600.0)  # what comes after training may take its time
-        return folder, run_demo(0.02, folder, str(own_text), 0, QUIET)
+        return folder, run_demo(0.02, folder, str(own_text), 0)
 
 
 def documents(folder: Path, part: str) -> list[dict[str, str]]:
@@ -167,7 +165,7 @@ def test_too_little_text_is_one_line_and_the_earlier_demo_stays(tmp_path: Path, 
     (folder / "report.html").write_text("of the earlier demo")
     (tmp_path / "little").write_text(sentences(0, 50_000))
     with pytest.raises(UserError, match=f"{LEAST:,} bytes at the least" if own == "little" else "does not exist"):
-        run_demo(0.02, folder, str(tmp_path / own), 0, QUIET)
+        run_demo(0.02, folder, str(tmp_path / own), 0)
     assert (folder / "report.html").read_text() == "of the earlier demo"
 
 
@@ -179,13 +177,13 @@ def test_what_is_no_demo_is_left_alone(tmp_path: Path, own_text: Path, what: str
         place.mkdir()
     mine.write_text("mine")
     with pytest.raises(UserError, match="holds something else than an earlier demo; name another folder with --out"):
-        run_demo(0.02, place, str(own_text), 0, QUIET)
+        run_demo(0.02, place, str(own_text), 0)
     assert mine.read_text() == "mine"
     assert [path.name for path in tmp_path.rglob("*")] == ([mine.name] if what == "file" else ["thesis", "thesis.tex"])
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_what_it_says_to_do_next_runs_as_it_is_printed(demo: tuple[Path, dict[str, Any]], number: int) -> None:
+def test_the_next_commands_run_as_they_are_printed(demo: tuple[Path, dict[str, Any]], number: int) -> None:
     folder, _ = demo
     lines = [line for label, line in closing_lines(folder, []) if line.startswith("blt")]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -222,34 +220,34 @@ def test_a_demo_that_was_stopped_at_once_begins_again(tmp_path: Path, begun: lis
         (tmp_path / "text" / name).write_text("")
     (tmp_path / "little").write_text(sentences(0, 50_000))
     with pytest.raises(UserError, match="holds something else"):
-        run_demo(0.02, tmp_path, str(tmp_path / "little"), 0, QUIET)
+        run_demo(0.02, tmp_path, str(tmp_path / "little"), 0)
     (tmp_path / "little").rename(tmp_path.with_name("little"))
     with pytest.raises(UserError, match="bytes at the least"):
-        run_demo(0.02, tmp_path, str(tmp_path.with_name("little")), 0, QUIET)
+        run_demo(0.02, tmp_path, str(tmp_path.with_name("little")), 0)
 
 
 @pytest.mark.parametrize("stage", ["training", "measuring"])
-def test_a_demo_that_is_stopped_says_that_it_begins_again_and_what_can_be_used(
+def test_the_message_of_a_stopped_demo(
     tmp_path: Path, own_text: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     folder, calls = tmp_path / "demo", []
-    surprise = loop.surprise
+    cross_entropy = loop.cross_entropy
 
     def stopped(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             signal.raise_signal(signal.SIGINT)
-        return surprise(*arguments)
+        return cross_entropy(*arguments)
 
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
     if stage == "training":
-        monkeypatch.setattr(loop, "surprise", stopped)
+        monkeypatch.setattr(loop, "cross_entropy", stopped)
     else:
         monkeypatch.setattr(demo_run, "measure", interrupted)
     with pytest.raises(Interrupted) as caught:
-        run_demo(1.0 if stage == "training" else 0.02, folder, str(own_text), 0, QUIET)
+        run_demo(1.0 if stage == "training" else 0.02, folder, str(own_text), 0)
     assert str(caught.value).endswith("the same command begins again")
     if stage == "training":
         assert "generate" not in str(caught.value)
@@ -275,7 +273,7 @@ def test_xz_packs_the_held_out_text_behind_the_training_text() -> None:
 
 
 def test_xz_alone_where_the_training_text_is_longer_than_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bytelatent.commands.demo.xz.DICTIONARY", 60_000)
+    monkeypatch.setattr("bytelatent.commands.demo.measure.XZ_WINDOW", 60_000)
     train, valid = sentences(0, 60_000).encode(), sentences(1, 5_000).encode()
     bits, how = xz_bits_per_byte(train, valid)
     assert bits == 8 * len(lzma.compress(valid, preset=9 | lzma.PRESET_EXTREME)) / len(valid)
@@ -285,7 +283,7 @@ def test_xz_alone_where_the_training_text_is_longer_than_its_window(monkeypatch:
 def test_a_file_of_which_nothing_is_read_does_not_stop_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is named, and once the demo is done the exit code says so."""
+    """It is named, and reported as an error once the demo is done."""
     own = tmp_path / "notes"
     own.mkdir()
     (own / "note.txt").write_bytes(b"a line of a note\n" * 10_000)
@@ -293,5 +291,5 @@ def test_a_file_of_which_nothing_is_read_does_not_stop_the_demo(
     ran: list[DemoText] = []
     monkeypatch.setattr(demo_run, "_run", lambda clock, text, *rest: ran.append(text))
     with pytest.raises(UserError, match=r"nothing of '.*torn.parquet' could be read"):
-        run_demo(1.0, tmp_path / "demo", str(own), 0, QUIET)
+        run_demo(1.0, tmp_path / "demo", str(own), 0)
     assert [text.train_bytes + text.valid_bytes for text in ran] == [170_000]

@@ -1,7 +1,6 @@
 """The demo on a machine where one of its stages is much slower than the rest, on a clock that only work moves."""
 
 import html
-import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -9,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from bytelatent import BLT
 from bytelatent.commands.demo import demo as demo_run
 from bytelatent.commands.demo import measure as demo_measure
 from bytelatent.commands.demo import run_demo
-from bytelatent.commands.demo import summary as demo_summary
-from bytelatent.commands.demo import xz as demo_xz
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.progress import Progress
 from bytelatent.training import TrainSettings
@@ -31,7 +27,7 @@ STAGES = (TRAINING, "validating", "calibrating", "measuring", "finding", "writin
 
 
 class WorkClock:
-    """Time passes by work alone, and each piece of it takes as long as the stage it belongs to says."""
+    """A clock that only work moves; a piece of work takes as long as its stage defines."""
 
     def __init__(self, **seconds: float):
         self.seconds = seconds
@@ -53,7 +49,11 @@ def own_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_slowly(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_text: Path
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    own_text: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., tuple[WorkClock, dict[str, Any], str]]:
     """A demo with tiny models; the seconds of each stage's pieces are those that the arguments name."""
 
@@ -65,9 +65,9 @@ def run_slowly(
             monkeypatch.setattr(model, "forward", charged(model.forward, clock))
         monkeypatch.setattr(Progress, "__enter__", entered(Progress.__enter__, clock))
         monkeypatch.setattr(Progress, "__exit__", left(Progress.__exit__, clock))
-        monkeypatch.setattr(demo_xz._Packed, "add", charged(demo_xz._Packed.add, clock))
-        monkeypatch.setattr(demo_xz, "PRESET", 0)
-        monkeypatch.setattr(demo_xz, "PART", 2**15)
+        monkeypatch.setattr(demo_measure._XzSize, "add", charged(demo_measure._XzSize.add, clock))
+        monkeypatch.setattr(demo_measure, "XZ_PRESET", 0)
+        monkeypatch.setattr(demo_measure, "XZ_PART", 2**15)
         monkeypatch.setattr(BLT, "stream", streamed(clock))
         settings_of = demo_run._settings
 
@@ -76,9 +76,8 @@ def run_slowly(
             return TrainSettings.parse({**values, "model": TINY_BLT if "blt" in model else TINY_BYTE_LM})
 
         monkeypatch.setattr(demo_run, "_settings", tiny)
-        lines = io.StringIO()
-        summary = run_demo(MINUTES, tmp_path / "out", str(own_text), 0, Console(file=lines, width=500))
-        return clock, summary, lines.getvalue()
+        summary = run_demo(MINUTES, tmp_path / "out", str(own_text), 0)
+        return clock, summary, "\n".join(caplog.messages) + "\n" + capsys.readouterr().out
 
     return run
 
@@ -121,7 +120,7 @@ def streamed(clock: WorkClock) -> Callable[..., Iterator[str]]:
 def test_a_stage_that_is_a_hundred_times_slower_ends_in_time(
     stage: str, run_slowly: Callable[..., tuple[WorkClock, dict[str, Any], str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_summary, "write_report", lambda path, report: None)
+    monkeypatch.setattr(demo_run, "write_report", lambda path, report: None)
     clock, summary, lines = run_slowly(**{stage: 5.0 if stage == TRAINING else 100 * QUICK})
     assert clock.now < 1.6 * 60 * MINUTES
     assert summary["seconds"] == pytest.approx(clock.now, abs=0.1)
@@ -154,7 +153,7 @@ def test_too_few_steps_are_said_everywhere_and_bytes_are_those_that_were_read(
     _, summary, lines = run_slowly()
     page = (tmp_path / "out" / "report.html").read_text()
     steps = summary["steps"]["blt"]
-    assert steps < demo_summary.LEAST_STEPS
+    assert steps < demo_run.FEWEST_STEPS
     said = f"the BLT takes {summary['bits_per_byte']['blt']:.2f} bits per byte after {steps} training steps"
     assert said in summary["undertrained"]
     assert f"undertrained: {summary['undertrained']}" in lines
@@ -180,6 +179,6 @@ def test_too_few_steps_are_said_everywhere_and_bytes_are_those_that_were_read(
 def test_a_model_is_undertrained_by_its_bits_or_by_its_steps(
     bits: dict[str, float], steps: dict[str, int], named: list[str]
 ) -> None:
-    line = demo_summary._undertrained(bits, steps)
+    line = demo_run._undertrained(bits, steps)
     assert (line is None) == (named == [])
     assert [name for name in ("byte LM", "BLT") if f"the {name} takes" in (line or "")] == named

@@ -1,0 +1,124 @@
+"""The file that generated rows go to: it appears whole, and a command that was stopped goes on with it."""
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bytelatent.errors import Interrupted, UserError
+from bytelatent.files import growing_file, partial_path, whole_file
+
+ANEW = "to begin anew, move it away"
+
+
+def must_be_free(path: Path) -> None:
+    """Refuse to write rows over what stands at `path` or beside it, where they would wait to be done.
+
+    Raises:
+        UserError: something does.
+    """
+    try:
+        if path.is_dir():
+            raise UserError(f"out: '{path}' is a folder; name a file")
+        part, settings = partial_path(path), _settings_of(path)
+        if path.is_file() and path.stat().st_size:
+            raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
+        if not settings.exists() and part.exists() and part.stat().st_size:
+            raise UserError(f"out: '{part}' stands in the way, and no '{settings}' says what it is; move it away")
+    except OSError as error:
+        raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def rows_at(
+    path: Path, rows: Sequence[dict[str, Any]], made_with: dict[str, Any], told: Collection[str]
+) -> Iterator[tuple[BinaryIO, int]]:
+    """A file that appears whole, and how many rows an earlier call has left for it.
+
+    A device or a pipe, which must not be replaced, is written as it comes. However it ends else, rows that are done are
+    kept in `path.part`, and the settings they were made with beside it.
+
+    Args:
+        rows: as they were given, in the order in which they are written.
+        made_with: settings, by their keys; rows that were made with others are no beginning.
+        told: keys that are added to a row.
+
+    Raises:
+        UserError: the file cannot be written, or what an earlier call has left is of other rows or settings.
+        Interrupted: Ctrl-C; says where the rows are.
+    """
+    if path.exists() and not path.is_file():
+        try:
+            file = path.open("wb", buffering=0)  # with a buffer, closing it would write again what could not be written
+        except OSError as error:
+            raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
+        with file:
+            yield file, 0
+        return
+    part, settings = partial_path(path), _settings_of(path)
+    try:
+        with growing_file(path) as file:
+            num_done = 0
+            if part.stat().st_size == 0:
+                with whole_file(settings) as aside:
+                    aside.write_text(json.dumps(made_with))
+            else:
+                _must_be_made_with(part, settings, made_with)
+                num_done = _num_done(part, rows, told)
+            try:
+                yield file, num_done
+                must_be_free(path)  # what came there meanwhile stays, too
+            except (KeyboardInterrupt, UserError) as error:
+                with part.open("rb") as lines:
+                    some = any(line.endswith(b"\n") for line in lines)
+                kept = f"the rows so far are in '{part}', and the same command goes on" if some else "no row was done"
+                if isinstance(error, UserError):
+                    raise UserError(f"{error}; {kept}" if some else str(error)) from None
+                raise Interrupted(f"'{path}' was not written; {kept}") from None
+    finally:
+        if settings.exists() and not part.exists():
+            settings.unlink()
+
+
+def line_of(row: dict[str, Any]) -> bytes:
+    """A row as a line of JSON."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # of surrogates, which JSON holds only in its own spelling
+        return json.dumps(row).encode() + b"\n"
+
+
+def _settings_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part.settings")
+
+
+def _must_be_made_with(part: Path, settings: Path, made_with: dict[str, Any]) -> None:
+    try:
+        before = json.loads(settings.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"out: '{part}' stands in the way, and '{settings}' does not say what it is; {ANEW}") from None
+    for key, value in made_with.items():
+        if before.get(key) != value:
+            raise UserError(f"out: '{part}' was begun with {key}={before.get(key)}, not {value}; {ANEW}")
+
+
+def _num_done(part: Path, rows: Sequence[dict[str, Any]], told: Collection[str]) -> int:
+    """How many of the rows stand in `part`: the first ones, since they are written in their order."""
+
+    def given(row: dict[str, Any]) -> bytes:
+        return line_of({key: value for key, value in row.items() if key not in told})
+
+    def belongs(line: bytes, number: int) -> bool:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return False
+        return number <= len(rows) and isinstance(row, dict) and given(row) == given(rows[number - 1])
+
+    number = 0
+    with part.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not belongs(line, number):
+                raise UserError(f"out: line {number} of '{part}' belongs to another row of the prompts; {ANEW}")
+    return number
