@@ -64,6 +64,11 @@ def configure(level: int = logging.INFO) -> None:
     LOGGER.setLevel(level if rank == "0" else max(level, logging.WARNING))
 
 
+def shows_bars() -> bool:
+    """Whether progress bars are shown: on a terminal, unless the command is quiet."""
+    return console.is_terminal and LOGGER.isEnabledFor(logging.INFO)
+
+
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Append messages to a file as well, with their times."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from bytelatent.cli.output import print_json
 from safetensors.torch import load_file, save_file
 
 from bytelatent import BLT
 from bytelatent.cli import main
-from bytelatent.cli.output import print_json
 from bytelatent.commands.evaluate import evaluate_model
 from bytelatent.patching import PatchSettings
 from bytelatent.weights import Config

@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bytelatent.command_line import PRINT_CONFIG
+from bytelatent.commands.settings import TrainArguments
 from bytelatent.signals import unattended
 from bytelatent.terminal import say
 
@@ -25,10 +27,11 @@ def main(arguments: list[str], console: "Console | None" = None) -> Path:
     return train(settings, console)
 
 
-def command(arguments: list[str]) -> None:
-    from bytelatent import log
+def run(settings: TrainArguments) -> None:
+    command([*settings.settings, *([PRINT_CONFIG] if settings.print_config else [])])
 
-    log.configure()
+
+def command(arguments: list[str]) -> None:
     """Train; the first of the processes says at the end where the run lies."""
     with unattended(lambda: import_module("bytelatent.training")):  # which takes seconds
         run = _recorded(main)(arguments)

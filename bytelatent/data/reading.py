@@ -13,6 +13,7 @@ import torch
 from bytelatent.data.patcher import Patcher
 from bytelatent.data.pieces import Piece, cut
 from bytelatent.errors import UserError
+from bytelatent.signals import ignore_interrupts
 from bytelatent.text import BadRow, BlockReader, ReadOptions, Stored, open_blocks
 
 RESTARTS = 3  # of the processes, for one block
@@ -149,9 +150,7 @@ _readings: list[Reading] = []  # in a process that reads ahead: its own copies
 
 
 def _begin(readings: list[Reading]) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
+    ignore_interrupts()  # Ctrl-C is the training process's to answer
     torch.set_num_threads(1)
     _readings[:] = readings
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS, Sampling, SamplingRows
+from bytelatent.inference.sampling import SamplingRows
+from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS, Sampling
 from bytelatent.inference.state import DecodeState
 from bytelatent.inference.stopping import StopWatch
 from bytelatent.inference.utf8 import CharacterStream, whole_characters

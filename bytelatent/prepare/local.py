@@ -7,18 +7,18 @@ every task's log to the terminal, and shows no progress. This one runs the same 
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import Any
 
 from datatrove.executor.local import LocalPipelineExecutor
 
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import own_file
+from bytelatent.signals import leave_to_parent, noting_interrupts
 
 KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 ANSWER_SECONDS = 0.2
@@ -55,7 +55,7 @@ class WatchedExecutor(LocalPipelineExecutor):
         waiting = iter(self.ranks)
         context = get_context("fork")
         workers: dict[Any, Any] = {}
-        with ctrl_c_noted() as asked:
+        with noting_interrupts() as asked:
             self._run(context, workers, waiting, asked)
         if asked:
             raise Interrupted("nothing that is done is lost; the same command goes on")
@@ -106,8 +106,7 @@ class WatchedExecutor(LocalPipelineExecutor):
     def _work(self, connection: Connection, not_mine: list[Connection], number: int, parent: int) -> None:
         """A worker: do the tasks sent, until None comes or the parent is gone."""
         _die_with(parent)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        leave_to_parent()
         for other in not_mine:
             other.close()
         _write_to(self.logs / f"worker-{number:02d}.log")
@@ -120,23 +119,6 @@ class WatchedExecutor(LocalPipelineExecutor):
                 connection.send(("user error", str(error)))
             except BaseException as error:
                 connection.send(("error", f"{type(error).__name__}: {error}"))
-
-
-@contextmanager
-def ctrl_c_noted() -> Iterator[list[int]]:
-    """A list that is not empty any more once Ctrl-C was pressed.
-
-    An exception would be lost where it comes while Python forks: those of its callbacks are only printed.
-    """
-    asked: list[int] = []
-    if current_thread() is not main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _die_with(parent: int) -> None:

@@ -1,13 +1,11 @@
 """Signals that ask a run to stop: the first is a wish, a second an order."""
 
 import os
-import signal
-import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Self
 
-from bytelatent.signals import NOT_SAVED, ONE_PRESS, stop_signals
+from bytelatent.signals import NOT_SAVED, ONE_PRESS, handling, stop_signals
 from bytelatent.training.distributed.ranks import Ranks
 
 PARENT = os.getppid()
@@ -29,16 +27,14 @@ class StopSignals:
         self.ranks = ranks
         self.quits = False
         self._asked: float | None = None
-        self._previous: dict[int, object] = {}
+        self._handlers = ExitStack()
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._hear) for number in stop_signals()}
+        self._handlers.enter_context(handling(dict.fromkeys(stop_signals(), self._hear)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        self._handlers.close()
         if self.quits and kind is not None:  # torch.save makes an error of its own of the order to quit
             raise self.ranks.common_error(KeyboardInterrupt(NOT_SAVED)) from None
 
