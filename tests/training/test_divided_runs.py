@@ -34,8 +34,7 @@ def same_losses(taken: Taken, expected: Taken) -> None:
 
 def test_a_checkpoint_goes_on_in_any_division(crew: Crew, tmp_path: Path, text: Path) -> None:
     expected = take_steps(values(text), 4)
-    [whole], _ = crew.run((2, take_steps, values(text), 4)), None
-    crew.run((2, take_steps, values(text), 2, tmp_path / "begun"))
+    whole, _ = crew.run((2, take_steps, values(text), 4), (2, take_steps, values(text), 2, tmp_path / "begun"))
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(tmp_path / "begun", tmp_path / name))
