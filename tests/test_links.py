@@ -15,8 +15,8 @@ from bytelatent.data.shards import Shard, hold
 from bytelatent.errors import UserError
 from bytelatent.files import growing_file, only_writer, partial_path, whole_file, whole_folder
 from bytelatent.patching import PatchSettings
-from bytelatent.prepare.local import _write_to
-from bytelatent.prepare.runs import RunWriter, TaskFiles
+from bytelatent.prepare.plan import TaskFiles
+from bytelatent.prepare.scatter import RunWriter
 from bytelatent.training.trackers import JsonLines
 from bytelatent.weights import Config, convert, open_pretrained, save
 from tests.model.tiny import tiny_blt, tiny_byte_lm
@@ -60,7 +60,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "metrics.jsonl": go_on,
     "rows.jsonl.damaged": set_aside,
     "00003.data": lambda folder: RunWriter(TaskFiles(folder, 3), 4, 2**16, False).close(),
-    "worker.log": lambda folder: _write_to(folder / "worker.log"),
 }
 
 
