@@ -21,7 +21,7 @@ from bytelatent.commands import entropies as entry
 from bytelatent.commands.entropies import Part, line_about, part_of
 from bytelatent.data import Patcher, cut, pack
 from bytelatent.data.entropies import EntropySettings, Summary, loads_of, store_entropies
-from bytelatent.data.shards import LOCK, Shard, divide, hold, place_in_lock, shards_of
+from bytelatent.data.shards import LOCK, Shard, divide_shards, lock_offset, lock_shards, shards_of
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.model import ByteLM, Stream, pack_rows
 from bytelatent.patching import PatchSettings, next_starts
@@ -251,7 +251,7 @@ def text(tmp_path: Path) -> Path:
 
 def test_two_ranks_write_what_one_writes(tmp_path: Path, text: Path, byte_lm: ByteLM) -> None:
     whole = store(byte_lm, [text], tmp_path / "whole", quick())
-    parts = [store(byte_lm, [text], tmp_path / "parts", quick(), rank=rank, world=2) for rank in (0, 1)]
+    parts = [store(byte_lm, [text], tmp_path / "parts", quick(), rank=rank, world_size=2) for rank in (0, 1)]
     assert len(bytes_below(tmp_path / "whole")) == 5
     assert bytes_below(tmp_path / "parts") == bytes_below(tmp_path / "whole")
     assert sum(part.num_bytes for part in parts) == whole.num_bytes
@@ -303,14 +303,12 @@ def test_other_files_are_not_overwritten(tmp_path: Path, text: Path, byte_lm: By
         (byte_lm, quick(dtype="bfloat16"), "dtype is float32 there and bfloat16 now"),
     ]
     for model, asked, difference in ways:
-        message = (
-            rf"out/\d.*parquet' was made otherwise: {difference}; remove it to make it again, or choose another --out"
-        )
+        message = rf"out/\d.*parquet' was made with other settings: {difference}; remove it to make it again, or choose another --out"
         with pytest.raises(UserError, match=message):
             store(model, [text], out, asked)
     with (text / "0.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
-    with pytest.raises(UserError, match=r"0\.parquet' was made otherwise: source_bytes is"):
+    with pytest.raises(UserError, match=r"0\.parquet' was made with other settings: source_bytes is"):
         store(byte_lm, [text], out, quick())
     assert bytes_below(out) == before
     write(out / "0.parquet", [b"a table of somebody's"])
@@ -424,12 +422,12 @@ def test_padding_does_not_count(tmp_path: Path, byte_lm: ByteLM) -> None:
 @given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 6))
 def test_shards_are_dealt_evenly(sizes: list[int], world: int) -> None:
     shards = [Shard(f"{n}.jsonl", str(n), size) for n, size in enumerate(sizes)]
-    ranks = divide(shards, world)
+    ranks = divide_shards(shards, world)
     assert sorted((s for rank in ranks for s in rank), key=lambda s: int(s.name)) == shards
     loads = [sum(shard.size for shard in rank) for rank in ranks]
     assert max(loads) - min(loads) <= max(sizes, default=0)
     assert all([s.size for s in rank] == sorted((s.size for s in rank), reverse=True) for rank in ranks)
-    assert divide(shards[::-1], world) == ranks
+    assert divide_shards(shards[::-1], world) == ranks
 
 
 def test_names_that_meet(tmp_path: Path) -> None:
@@ -459,16 +457,19 @@ sys.stdin.read()
 
 def test_a_shard_is_written_by_one_process(tmp_path: Path) -> None:
     a, b = Shard("a.jsonl", "a", 1), Shard("b.jsonl", "b", 1)
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / LOCK), str(place_in_lock(a))]
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / LOCK), str(lock_offset(a))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with hold(tmp_path, [b]):
+        with lock_shards(tmp_path, [b]):
             pass
-        with pytest.raises(UserError, match=r"a\.parquet' is being written by another process"), hold(tmp_path, [b, a]):
+        with (
+            pytest.raises(UserError, match=r"a\.parquet' is being written by another process"),
+            lock_shards(tmp_path, [b, a]),
+        ):
             pass
         other.kill()
-    with hold(tmp_path, [a, b]):
+    with lock_shards(tmp_path, [a, b]):
         pass
 
 
