@@ -144,7 +144,7 @@ def test_a_notice_that_leads_elsewhere_is_not_copied(name: str, relative: bool, 
     source = write_model(tmp_path / "model")
     (source / name).symlink_to("../victim" if relative else victim)
     found = open_pretrained(source)
-    assert found.warnings == [f"'{source / name}' is a link to another place and is skipped"]
+    assert found.warnings == [f"'{source / name}' is a link to another path and is skipped"]
     assert found.config.origin.licence is None
     convert(found, tmp_path / "converted", "native")
     assert not (tmp_path / "converted" / name).exists()

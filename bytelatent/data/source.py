@@ -76,9 +76,8 @@ class SourceReader:
         self._num_blocks_of: dict[str, int] = {}
         self.position = BlockPosition(0, 0, 0)  # this rank's block that is being read, or the first to be
         self.item = 0  # documents of the block that were read
-        self.left: list[
-            PartlyRead
-        ] = []  # blocks to read first, from before the number of ranks changed; [0] is being read
+        # Blocks to read first, from before the number of ranks changed; the first one is being read.
+        self.left: list[PartlyRead] = []
         self.bad_rows = BadRowCount(0, 0)
         self._restart()
 

@@ -121,7 +121,7 @@ def test_a_change_of_ranks_loses_and_repeats_nothing(
         loaders = world_of(data, world)
         lines = {loader.redistribute(list(reversed(states))) for loader in loaders}
         assert len(lines) == 1
-        assert f"of {len(states)} ranks is dealt to {world}" in lines.pop()
+        assert f"of {len(states)} ranks is divided among {world}" in lines.pop()
     last = max(loader.sources[0].position.epoch for loader in loaders)
     # Read on to the end of every epoch that was begun: each document came as often as there were epochs.
     total = Counter(begun)
