@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
 from bytelatent.launch import LaunchSettings
-from bytelatent.launch.cluster import Node, node_of
 from bytelatent.launch.settings import seconds_of
+from bytelatent.launch.slurm import SlurmNode, largest_node
 from tests.launch.conftest import Cluster
 
 SMALL = st.integers(0, 200)
@@ -69,13 +69,13 @@ def test_values_are_read_from_text() -> None:
 
 
 def test_the_node_of_a_partition(cluster: Cluster) -> None:
-    assert node_of("gpu") == node_of(None) == node_of("cpu,gpu") == Node(num_gpus=8, num_cores=64)
-    assert node_of("cpu") == Node(num_gpus=0, num_cores=2)
+    assert largest_node("gpu") == largest_node(None) == largest_node("cpu,gpu") == SlurmNode(num_gpus=8, num_cores=64)
+    assert largest_node("cpu") == SlurmNode(num_gpus=0, num_cores=2)
     with pytest.raises(UserError, match=r"partition: the cluster has no 'gpus'; did you mean 'gpu'.*: cpu, gpu"):
-        node_of("gpus")
+        largest_node("gpus")
 
 
 @pytest.mark.parametrize("sinfo", ["exit 1\n", "true\n"])
 def test_where_sinfo_says_nothing(cluster: Cluster, sinfo: str) -> None:
     cluster.install("sinfo", sinfo)
-    assert node_of("gpu") is None
+    assert largest_node("gpu") is None
