@@ -33,6 +33,7 @@ from itertools import product
 from typing import Any, get_args
 
 import torch
+from gpu_trace import print_kernels
 from torch import Tensor
 
 from bytelatent.data import Batch, Patcher, Piece, PrefetchLoader, cut, pack, stream_of
@@ -47,7 +48,6 @@ from bytelatent.training.distributed.plan import apply_activation_checkpointing
 from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.float8 import Float8, to_float8
 from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.profiling.kernel_times import print_kernels
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
     PATCH_BYTES,

@@ -12,12 +12,11 @@ import torch
 from bytelatent.credentials import masked
 from bytelatent.data import Batch, DataSettings, Loader, PrefetchLoader
 from bytelatent.data.packing import ID_BYTES
-from bytelatent.device import autocast, choose_dtype, free_memory, peak_flops
+from bytelatent.device import Threads, autocast, choose_dtype, free_memory, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.log import Console
 from bytelatent.model.loss import bits_per_byte, cross_entropy
-from bytelatent.threads import Threads
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, check_takes_checkpoints
 from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.plan import (

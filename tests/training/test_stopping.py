@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.run_folder import newest_checkpoint
 from bytelatent.training import read_metrics, stopping, train
 from bytelatent.training import trainer as loop
@@ -49,7 +49,7 @@ def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number:
     step = losses(run)[-1][0]
     assert errors == f"{STOPPING}\nstopped: after step {step}; the same command goes on from there\n"
     assert checkpoints(run) == [f"step-{step:08d}"]
-    assert what_is_torn(run / "checkpoints" / checkpoints(run)[0]) is None
+    assert find_corruption(run / "checkpoints" / checkpoints(run)[0]) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])

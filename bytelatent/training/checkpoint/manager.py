@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bytelatent.data import Batch, Loader, PrefetchLoader
 from bytelatent.data.source import FilesChanged
 from bytelatent.errors import UserError
-from bytelatent.files import Digest, DiskFull, digest_of, explain, manifest_of, what_is_torn, whole_folder
+from bytelatent.files import Digest, DiskFull, digest_of, explain, find_corruption, manifest_of, whole_folder
 from bytelatent.run_folder import NoCheckpoint, checkpoint_name, checkpoints_of, newest_checkpoint
 from bytelatent.training.checkpoint.settings import CheckpointSettings
 from bytelatent.training.checkpoint.staging import CpuCopies
@@ -355,8 +355,8 @@ class CheckpointManager:
         return True
 
     def _why_corrupt(self, folder: Path) -> str | None:
-        """As `what_is_torn`; each rank checks some of the files."""
-        found = self.ranks.gather(what_is_torn(folder, "", self.ranks.rank, self.ranks.world_size))
+        """As `find_corruption`; each rank checks some of the files."""
+        found = self.ranks.gather(find_corruption(folder, "", self.ranks.rank, self.ranks.world_size))
         return next((why for why in found if why is not None), None)
 
     def _load(self, folder: Path, state: TrainState, position: bool) -> None:
