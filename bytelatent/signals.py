@@ -30,6 +30,11 @@ def stop_signals() -> list[int]:
     return list(numbers.values())
 
 
+def ignore_interrupts() -> None:
+    """Leave Ctrl-C to the parent process: for worker processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
 def unattended(imports: Callable[[], Any]) -> Iterator[None]:
     """Each signal that asks to stop ends the block; and what nobody can read any more is dropped.

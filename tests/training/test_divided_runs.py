@@ -92,7 +92,7 @@ def test_another_number_of_processes_goes_on_with_the_text(crew: Crew, tmp_path:
     run = tmp_path / "run"
     crew.run((2, train_as, values(text, run), 8))
     said = train_as(values(text, run))
-    assert any("the position of 2 ranks is dealt to 1" in line for line in said)
+    assert any("the state of 2 ranks is divided among 1" in line for line in said)
     rows = losses(run)
     assert [row[0] for row in rows] == list(range(1, 13))
     assert rows[-1][1] == pytest.approx(rows[4][1] * (1 + 7 / 10), rel=0.05)  # a batch a step, and not two
