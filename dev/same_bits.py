@@ -9,7 +9,6 @@ optimizer's state, bit for bit. Prints a line for each difference; exit code 1: 
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from bytelatent.run_folder import newest_whole
+from bytelatent.run_folder import NoCheckpoint, newest_checkpoint, read_metrics
 
 COMPARED = (
     "step",
@@ -36,8 +35,11 @@ def differences(run: Path, other: Path) -> list[str]:
     found = [f"{a} is {b} in {other}" for a, b in zip(rows, others, strict=False) if a != b]
     if len(rows) != len(others) or not rows:
         found.append(f"{len(rows)} rows of metrics in {run}, {len(others)} in {other}")
-    (newest, _), (newest_other, _) = (newest_whole(folder / "checkpoints") for folder in (run, other))
-    if newest is None or newest_other is None or newest.name != newest_other.name:
+    try:
+        newest, newest_other = newest_checkpoint(run)[0], newest_checkpoint(other)[0]
+    except NoCheckpoint as error:
+        return [*found, str(error)]
+    if newest.name != newest_other.name:
         return [*found, f"the newest checkpoints are {newest} and {newest_other}"]
     if (newest / "model.safetensors").read_bytes() != (newest_other / "model.safetensors").read_bytes():
         found.append("the weights differ")
@@ -58,8 +60,7 @@ def stored_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     """What does not depend on the clock; JSON holds each float to its last bit."""
-    text = (run / "metrics.jsonl").read_text()
-    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    rows = read_metrics(run / "metrics.jsonl")
     return [{key: row[key] for key in COMPARED if key in row} for row in rows]
 
 

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from bytelatent import BLT
+from bytelatent.config import say_renamed
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.quantize import rounded
@@ -32,9 +34,9 @@ TEXTS = [
 ]
 
 
-def wrap(model: BLTModel, rule: PatchSettings | None = None, with_byte_lm: bool = True) -> BLT:
-    rule = rule or PatchSettings(mode="entropy", threshold=THRESHOLD)
-    config = Config(model=model.settings, context=CONTEXT, patching=rule)
+def wrap(model: BLTModel, patching: PatchSettings | None = None, with_byte_lm: bool = True) -> BLT:
+    patching = patching or PatchSettings(mode="entropy", threshold=THRESHOLD)
+    config = Config(model=model.settings, context=CONTEXT, patching=patching)
     return BLT(model, config, tiny_byte_lm(window=6) if with_byte_lm else None)
 
 
@@ -141,7 +143,7 @@ def test_rows_of_logits_are_independent(stop_at_document: bool) -> None:
 
 @pytest.mark.parametrize("last", [0, 1])
 def test_logits_of_given_patches(blt: BLT, last: int) -> None:
-    """Lengths may or may not say whether the id to come starts a patch."""
+    """Lengths may or may not include whether the next id starts a patch."""
     ids, lengths = torch.tensor([[1, 70, 80, 90, 75]]), torch.tensor([[1, 3, 0, 1, last, 0]])
     found = blt.logits(ids, lengths)[0].numpy()
     expected = slow.blt(
@@ -151,7 +153,7 @@ def test_logits_of_given_patches(blt: BLT, last: int) -> None:
 
 
 def test_a_last_patch_that_goes_on(blt: BLT) -> None:
-    """[1, 3, 2] says that the id to come belongs to the last patch, as [1, 3, 1] leaves it."""
+    """In [1, 3, 2], the next id belongs to the last patch, like in [1, 3, 1]."""
     ids = torch.tensor([[1, 70, 80, 90, 75]])
     assert blt.logits(ids, torch.tensor([[1, 3, 2]])).equal(blt.logits(ids, torch.tensor([[1, 3, 1]])))
     assert not blt.logits(ids, torch.tensor([[1, 3, 2]])).equal(blt.logits(ids, torch.tensor([[1, 3, 1, 1]])))
@@ -221,6 +223,25 @@ def test_published_weights_round_trip(goldens: Path, tmp_path: Path) -> None:
     assert again.patch("the same bits") == published.patch("the same bits")
 
 
+def test_old_names_still_work(blt: BLT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say_renamed.cache_clear()
+    blt.save_pretrained(tmp_path / "a")
+    old: Any = {"entropy": tmp_path / "a" / "byte_lm", "weights": "int8", "ahead": 3}
+    model = BLT.from_pretrained(tmp_path / "a", device="cpu", **old)
+    assert (model.quantize, model.draft_length) == ("int8", 3) == (model.weights, model.ahead)
+    model.byte_lm = tiny_byte_lm(seed=5)
+    assert model.entropy_model is model.byte_lm
+    old = {"num_rows": 2}
+    assert model.engine(**old).is_idle
+    lines = capsys.readouterr().err.splitlines()
+    for names in (
+        "entropy= is now entropy_model=",
+        "weights= is now quantize=",
+        "BLT.byte_lm is now BLT.entropy_model",
+    ):
+        assert sum(line.startswith(names) for line in lines) == 1
+
+
 def test_precision_of_the_weights(blt: BLT, tmp_path: Path) -> None:
     blt.save_pretrained(tmp_path / "a")
     half = BLT.from_pretrained(tmp_path / "a", device="cpu", dtype="bfloat16")
@@ -288,7 +309,7 @@ def test_models_that_are_no_blt_or_lack_something(goldens: Path, tmp_path: Path)
         BLT.from_pretrained(tmp_path / "a")
 
 
-def test_torn_folder(blt: BLT, tmp_path: Path) -> None:
+def test_corrupt_folder(blt: BLT, tmp_path: Path) -> None:
     blt.save_pretrained(tmp_path / "a")
     weights = tmp_path / "a" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -399,7 +420,7 @@ def test_a_reused_engine_has_the_new_weights(blt: BLT) -> None:
         (lambda blt: blt.engine(1).submit("\ud800", Sampling(), 3), HALF),
     ],
 )
-def test_what_is_no_text_or_number_is_told_at_the_call(call: Callable[[BLT], object], message: str, blt: BLT) -> None:
+def test_wrong_arguments_are_refused_at_the_call(call: Callable[[BLT], object], message: str, blt: BLT) -> None:
     with pytest.raises(UserError, match=message):
         call(blt)
 

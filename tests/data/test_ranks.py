@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from bytelatent.data import Batch, DataSettings, Loader, Patcher, SourceSettings
 from bytelatent.errors import UserError
 from bytelatent.patching import PatchSettings
-from bytelatent.text import blocks, parquet
-from bytelatent.training.checkpoint.manager import _as_arrays, _as_tensors
+from bytelatent.text import readers, tables
+from bytelatent.training.checkpoint.manager import arrays_to_tensors, tensors_to_arrays
 from bytelatent.vocab import decode
 from tests.data.test_loader import same
-from tests.text.text_files import KINDS, write
+from tests.text.text_files import KINDS, logged, write
 
 PROPERTY = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -27,8 +27,8 @@ PROPERTY = settings(
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(parquet, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 3)
 
 
 def name(number: int) -> bytes:
@@ -66,7 +66,7 @@ def waiting(loader: Loader) -> list[bytes]:
 
 
 def world_of(settings: DataSettings, world: int, seed: int = 0) -> list[Loader]:
-    return [Loader(settings, seed, rank=rank, world=world) for rank in range(world)]
+    return [Loader(settings, seed, rank=rank, world_size=world) for rank in range(world)]
 
 
 FILES = st.lists(st.integers(0, 14), min_size=1, max_size=5).filter(any)
@@ -91,9 +91,9 @@ def test_ranks_read_each_document_once_an_epoch(
         reader = loader.sources[0]
         while True:
             [piece] = next(reader)
-            if reader.place.epoch >= epochs:
+            if reader.position.epoch >= epochs:
                 break
-            seen[reader.place.epoch, decode(piece.ids)] += 1
+            seen[reader.position.epoch, decode(piece.ids)] += 1
     assert seen == Counter((epoch, text) for epoch in range(epochs) for text in documents)
 
 
@@ -117,12 +117,12 @@ def test_a_change_of_ranks_loses_and_repeats_nothing(
     for loader, number in zip(loaders, steps, strict=False):
         begun.update(decode_stream(drawn(loader, number)))
     for world in [after, again] if again else [after]:
-        states = [_as_arrays(_as_tensors(loader.state_dict())) for loader in loaders]
+        states = [tensors_to_arrays(arrays_to_tensors(loader.state_dict())) for loader in loaders]
         loaders = world_of(data, world)
-        lines = {loader.deal(list(reversed(states))) for loader in loaders}
+        lines = {loader.redistribute(list(reversed(states))) for loader in loaders}
         assert len(lines) == 1
-        assert f"of {len(states)} ranks is dealt to {world}" in lines.pop()
-    last = max(loader.sources[0].place.epoch for loader in loaders)
+        assert f"of {len(states)} ranks is divided among {world}" in lines.pop()
+    last = max(loader.sources[0].position.epoch for loader in loaders)
     # Read on to the end of every epoch that was begun: each document came as often as there were epochs.
     total = Counter(begun)
     for loader in loaders:
@@ -130,7 +130,7 @@ def test_a_change_of_ranks_loses_and_repeats_nothing(
         total.update(text for text in waiting(loader) if text in documents)
         while True:
             [piece] = next(reader)
-            if not reader.left and reader.place.epoch > last:
+            if not reader.left and reader.position.epoch > last:
                 break
             total[decode(piece.ids)] += 1
     # Of a document that a batch's end cut in two the rest waits, and the whole was not counted as given out.
@@ -149,10 +149,10 @@ def test_resumes_at_any_step(
 ) -> None:
     data, _ = sources(next(folders), sizes, kinds)
     rank = rank % world
-    loader = Loader(data, 5, rank=rank, world=world)
+    loader = Loader(data, 5, rank=rank, world_size=world)
     drawn(loader, done)
-    state = _as_arrays(_as_tensors(loader.state_dict()))
-    resumed = Loader(data, 5, rank=rank, world=world)
+    state = tensors_to_arrays(arrays_to_tensors(loader.state_dict()))
+    resumed = Loader(data, 5, rank=rank, world_size=world)
     resumed.load_state_dict(state)
     assert all(map(same, drawn(loader, 8), drawn(resumed, 8)))
 
@@ -188,8 +188,8 @@ def test_any_number_of_reading_processes_gives_the_same_batches(
     with Loader(with_workers(many, 2), 1, patcher) as two:
         two.load_state_dict(state)
         assert all(map(same, drawn(two, 10), expected[25:]))
-        assert two.readings._pool is not None
-        os.kill(next(iter(two.readings._pool._processes)), signal.SIGKILL)
+        assert two.pool._pool is not None
+        os.kill(next(iter(two.pool._pool._processes)), signal.SIGKILL)
         assert all(map(same, drawn(two, 25), expected[35:]))
 
 
@@ -212,7 +212,7 @@ if __name__ == "__main__":
     from bytelatent.data import DataSettings, Loader
     loader = Loader(DataSettings(train=[{{"path": {many[0].path!r}}}], batch_bytes=4000, workers=1), 0)
     next(loader)
-    print(*loader.readings._pool._processes, flush=True)
+    print(*loader.pool._pool._processes, flush=True)
     import time
     time.sleep(60)
 """
@@ -246,11 +246,11 @@ def damaged_source(folder: Path) -> DataSettings:
 
 def test_damaged_rows_and_files_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:
     data = damaged_source(tmp_path)
-    said: list[str] = []
-    loader = Loader(data, 0, say=said.append)
-    found = Counter(decode_stream(drawn(loader, 60)))
+    with logged() as said:
+        loader = Loader(data, 0)
+        found = Counter(decode_stream(drawn(loader, 60)))
     assert set(found) >= {name(i) for i in range(40)}
-    epochs = loader.sources[0].place.epoch
+    epochs = loader.sources[0].position.epoch
     assert epochs >= 2
     assert len(said) == 4  # once, and not in each epoch
     for line in (
@@ -273,8 +273,8 @@ def test_the_count_of_damaged_rows_goes_on(tmp_path: Path) -> None:
     for _ in range(40):
         next(loader)
         resumed = Loader(data, 0)
-        resumed.load_state_dict(_as_arrays(_as_tensors(loader.state_dict())))
-        assert resumed.sources[0].damaged == loader.sources[0].damaged
+        resumed.load_state_dict(tensors_to_arrays(arrays_to_tensors(loader.state_dict())))
+        assert resumed.sources[0].bad_rows == loader.sources[0].bad_rows
         expected = loader.sources[0].state_dict()
         state = resumed.sources[0].state_dict()
         assert state == expected
@@ -294,4 +294,4 @@ def test_states_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="that of rank 1 of 2, and this is rank 0 of 1"):
         Loader(data, 0).load_state_dict(two[1].state_dict())
     with pytest.raises(UserError, match="should be the positions of 2 ranks, not 1"):
-        Loader(data, 0).deal([two[0].state_dict()])
+        Loader(data, 0).redistribute([two[0].state_dict()])

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from bytelatent.errors import UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.training import read_metrics, trackers, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint import manager
@@ -55,19 +55,19 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: i
 
 @pytest.mark.parametrize("place", FILLED)
 def test_a_full_disk_leaves_the_checkpoint_before(
-    tmp_path: Path, text: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
     fill_the_disk(monkeypatch, place, good=1, bad=99)
     with pytest.raises(UserError, match=r"the disk is full: '.*step-00000012' was not written"):
         train(settings(byte_lm_run(run, text)))
     assert os.listdir(run / "checkpoints") == ["step-00000005"]
-    assert what_is_torn(run / "checkpoints" / "step-00000005") is None
-    said = [line for line in capsys.readouterr().out.splitlines() if "step-00000010' was not written" in line]
+    assert find_corruption(run / "checkpoints" / "step-00000005") is None
+    said = [line for line in caplog.messages if "step-00000010' was not written" in line]
     assert [line.rpartition("make room ")[2] for line in said] == [
         "(the next try is in 0 s)",
         "(the next try is in 0 s)",
-        "(training goes on without it)",
+        "(training continues without it)",
     ]
     monkeypatch.undo()
     train(settings(byte_lm_run(run, text)))
@@ -195,4 +195,4 @@ def test_the_system_refuses_large_files(tmp_path: Path) -> None:
     ended = finished(command(byte_lm_run(run, text)), preexec_fn=limit)
     assert ended.returncode != 0
     assert os.listdir(run / "checkpoints") == ["step-00000005"]
-    assert what_is_torn(run / "checkpoints" / "step-00000005") is None
+    assert find_corruption(run / "checkpoints" / "step-00000005") is None

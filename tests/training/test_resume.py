@@ -33,7 +33,8 @@ from tests.training.tiny_runs import (
 KILLS_ITSELF = """
 import os, signal, sys
 from bytelatent.commands import train
-from bytelatent.training import checkpoint, loop
+from bytelatent.training import trainer as loop
+from bytelatent.training.checkpoint import manager
 
 place, at = sys.argv[1], int(sys.argv[2])
 
@@ -50,14 +51,14 @@ if place == "step":
         return inner(model, batch)
     loop.cross_entropy = cross_entropy
 else:
-    inner_write = checkpoint.write_native
+    inner_write = manager.write_native
     calls = []
     def write(folder, model):
         inner_write(folder, model)
         calls.append(1)
         if len(calls) == at:
             die()
-    checkpoint.write_native = write
+    manager.write_native = write
 train.main(sys.argv[3:])
 """
 
@@ -189,8 +190,8 @@ def test_settings_that_cannot_be_tried_out_are_not_written(
 def test_a_run_keeps_its_byte_lm(tmp_path: Path, text: Path, byte_lm: Path) -> None:
     run = train(settings(blt_run(tmp_path / "run", text, byte_lm, steps=2)))
     before = (run / "settings.yaml").read_text()
-    with pytest.raises(UserError, match=rf"was begun with other settings \(byte_lm: {byte_lm}, now None\)"):
-        train(settings({**blt_run(run, text, byte_lm, steps=3), "byte_lm": None}))
+    with pytest.raises(UserError, match=rf"was begun with other settings \(entropy_model: {byte_lm}, now None\)"):
+        train(settings({**blt_run(run, text, byte_lm, steps=3), "entropy_model": None}))
     assert (run / "settings.yaml").read_text() == before
 
 
