@@ -231,7 +231,8 @@ def test_old_names_still_work(blt: BLT, tmp_path: Path, capsys: pytest.CaptureFi
     assert (model.quantize, model.draft_length) == ("int8", 3) == (model.weights, model.ahead)
     model.byte_lm = tiny_byte_lm(seed=5)
     assert model.entropy_model is model.byte_lm
-    assert model.engine(num_rows=2).is_idle
+    old = {"num_rows": 2}
+    assert model.engine(**old).is_idle
     lines = capsys.readouterr().err.splitlines()
     for names in (
         "entropy= is now entropy_model=",

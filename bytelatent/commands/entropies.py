@@ -62,7 +62,7 @@ def store_beside(given: EntropiesSettings) -> Summary:
         "max_bad_rows": given.max_bad_rows,
         "max_row_bytes": given.max_row_bytes,
         "dtype": given.dtype,
-        "rule": _patching(given.starts, given.patching),
+        "patching": _patching(given.starts, given.patching),
     }
     settings = EntropySettings.parse(values, "entropies")
     hidden = part.rank != 0 or not log.shows_bars()  # bars of several processes would write over each other

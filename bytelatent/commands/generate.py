@@ -22,7 +22,7 @@ from bytelatent.commands.settings import GenerateSettings
 from bytelatent.config import flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest
-from bytelatent.files import part_of
+from bytelatent.files import partial_path
 from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
 from bytelatent.inference.quantize import check_weights
 from bytelatent.inference.settings import MOST_ROWS
@@ -80,7 +80,7 @@ def _generate(settings: GenerateSettings, out: BinaryIO) -> None:
         return
     with rows_at(settings.out, [row.given for row in rows], _made_with(settings), GENERATED) as (file, num_done):
         if num_done:
-            LOGGER.info(f"{num_done:,} of {len(rows):,} rows are in '{part_of(settings.out)}'; going on")
+            LOGGER.info(f"{num_done:,} of {len(rows):,} rows are in '{partial_path(settings.out)}'; resuming")
         _continue_rows(rows[num_done:], settings, file)
 
 
@@ -214,7 +214,7 @@ def _log_unknown_keys(rows: list[Row], settings: GenerateSettings) -> None:
     for key in sorted({key for row in rows for key in row.given} - OF_A_ROW):
         if key in written:
             LOGGER.info(f"'{settings.jsonl}' has '{key}' of its own, which the rows that come out do not keep")
-        elif key in GenerateSettings.model_fields:
+        elif key in GenerateSettings.model_fields or key in GenerateSettings.old_names:
             LOGGER.info(f"'{settings.jsonl}' has '{key}', which is no setting of a row and passes through")
         elif hint := nearest(key, sorted(OF_A_ROW), cutoff=0.75):  # also other programs' max_new_tokens
             LOGGER.info(f"'{settings.jsonl}' has '{key}', which is no setting and passes through{hint}")

@@ -10,7 +10,7 @@ from bytelatent.commands.settings import DEFAULT_PATCH_BYTES, PatchesSettings
 from bytelatent.data import Patcher, patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference import prompt_ids
-from bytelatent.inference.long_text import entropies_of
+from bytelatent.inference.scoring import entropies_of
 from bytelatent.log import Console
 from bytelatent.model import ByteLM, ByteLMSettings, pack_rows
 from bytelatent.patching import Patch, PatchSettings, calibrate

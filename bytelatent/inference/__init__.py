@@ -16,9 +16,9 @@ if TYPE_CHECKING:
         prompt_bytes,
         prompt_ids,
     )
-    from bytelatent.inference.fast_entropies import FastEntropies
     from bytelatent.inference.scoring import log_probabilities, log_probabilities_of_pairs
     from bytelatent.inference.settings import Sampling
+    from bytelatent.inference.step.prefill import FastEntropies
 
 __all__ = [
     "Continuation",
@@ -35,7 +35,7 @@ __all__ = [
 ]
 _MODULES = {
     "Decoder": "decoder",
-    "FastEntropies": "fast_entropies",
+    "FastEntropies": "step.prefill",
     "Sampling": "settings",
     "log_probabilities": "scoring",
     "log_probabilities_of_pairs": "scoring",

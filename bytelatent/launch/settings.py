@@ -82,7 +82,7 @@ class LaunchSettings(Settings):
     @classmethod
     def _limit(cls, time: str | None) -> str | None:
         if time is not None:
-            seconds_of(time)
+            time_limit_seconds(time)
         return time
 
     @field_validator("dump_dir")
@@ -105,7 +105,7 @@ class LaunchSettings(Settings):
         return self.ngpu or self.nproc
 
 
-def seconds_of(time: str) -> int:
+def time_limit_seconds(time: str) -> int:
     """A time limit in seconds.
 
     Args:

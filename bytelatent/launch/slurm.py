@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bytelatent.errors import STOPPED, UserError, nearest
-from bytelatent.launch.settings import LaunchSettings, seconds_of
+from bytelatent.launch.settings import LaunchSettings, time_limit_seconds
 
 UNREACHABLE = re.compile("contact slurm controller|connect|communication|timed out", re.IGNORECASE)
 WARNED = 128 + 10  # exit code of a process that SIGUSR1 ended, because it did not handle the signal yet
@@ -212,7 +212,8 @@ def batch_script(settings: LaunchSettings, dump_dir: Path, here: Path, python: s
 def _directives(settings: LaunchSettings, dump_dir: Path, tasks: int) -> list[str]:
     grace = settings.grace
     if settings.time is not None:
-        grace = min(grace, seconds_of(settings.time) // 2)  # else a short job would be asked to stop as it begins
+        # Otherwise a short job would be asked to stop as it begins.
+        grace = min(grace, time_limit_seconds(settings.time) // 2)
     options: dict[str, Any] = {
         "job-name": settings.name,
         "output": dump_dir / "logs" / "%j.out",

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -13,11 +14,10 @@ from typing import BinaryIO
 
 import pytest
 import torch
-from rich.console import Console
 
 from bytelatent.commands import generate
 from bytelatent.errors import UserError
-from bytelatent.files import growing_file, part_of
+from bytelatent.files import growing_file, partial_path
 from tests import processes
 from tests.training.tiny_runs import byte_lm_run, settings, write_text
 
@@ -97,18 +97,18 @@ def test_a_full_disk_keeps_the_rows_so_far(model: Path, tmp_path: Path) -> None:
         "error: the output cannot be written: File too large; "
         f"the rows so far are in '{out}.part', and the same command goes on"
     )
-    kept = part_of(out).read_bytes()
+    kept = partial_path(out).read_bytes()
     assert kept.endswith(b"\n")
     assert 0 < len(kept) <= 600
     assert not out.exists()
     assert ended(*command(rows, model, out)).returncode == 0
     assert len(out.read_bytes().splitlines()) == 20
-    assert not part_of(out).exists()
+    assert not partial_path(out).exists()
 
 
 def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "rows.jsonl", 3, 4), tmp_path / "out.jsonl"
-    part = part_of(out)
+    part = partial_path(out)
     part.write_text('{"prompt": "mine"}\n')
     assert "stands in the way" in ended(*command(rows, model, out)).stderr
     assert part.read_text() == '{"prompt": "mine"}\n'
@@ -117,13 +117,13 @@ def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_pa
     first = out.read_bytes().splitlines(keepends=True)[0]
     out.unlink()
 
-    from bytelatent.commands.generate import TOLD, GenerateSettings, _made_with, _rows
+    from bytelatent.commands.generate import GENERATED, GenerateSettings, _made_with, _rows
     from bytelatent.commands.rows_out import rows_at
 
     asked = GenerateSettings(model=str(model), jsonl=str(rows), out=out, max_new_bytes=4, rows=2)
 
     def fail() -> None:
-        with rows_at(out, [row.given for row in _rows(asked)], _made_with(asked), TOLD) as (file, num_done):
+        with rows_at(out, [row.given for row in _rows(asked)], _made_with(asked), GENERATED) as (file, num_done):
             assert num_done == 0
             file.write(first)
             raise RuntimeError("a fault")
@@ -174,8 +174,8 @@ def test_too_little_memory_names_the_rows(
 
     monkeypatch.setattr(generate, "engine_for", engine_for)
     rows = write_rows(tmp_path / "rows.jsonl", 5, 3)
-    with pytest.raises(UserError, match=r"^rows: memory does not hold 4 sequences at once; lower --rows$"):
-        run(model=str(model), jsonl=str(rows), rows=4)
+    with pytest.raises(UserError, match=r"^batch_size: memory does not hold 4 sequences at once; lower --batch-size$"):
+        run(model=str(model), jsonl=str(rows), batch_size=4)
     with pytest.raises(UserError, match=r"^prompt: memory does not hold it beside the model; give a shorter one$"):
         run(model=str(model), prompt="a" * 100)
 
@@ -191,10 +191,15 @@ def test_a_prompt_of_the_command_line_is_taken_as_it_stands(
 
 
 def run(**given: object) -> tuple[list[dict[str, object]], str]:
-    """The rows that come out, and what is said."""
-    out, said = io.BytesIO(), io.StringIO()
-    generate.generate(generate.GenerateSettings.parse(given), out, Console(file=said))
-    return [json.loads(line) for line in out.getvalue().splitlines()], said.getvalue()
+    """The rows that come out, and what is logged."""
+    out, logged = io.BytesIO(), io.StringIO()
+    handler = logging.StreamHandler(logged)
+    generate.LOGGER.addHandler(handler)
+    try:
+        generate.generate(generate.GenerateSettings.parse(given), out)
+    finally:
+        generate.LOGGER.removeHandler(handler)
+    return [json.loads(line) for line in out.getvalue().splitlines()], logged.getvalue()
 
 
 def test_keys_that_are_mistakes_are_told(model: Path, tmp_path: Path) -> None:
@@ -268,7 +273,7 @@ def test_what_holds_something_is_not_replaced(model: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="holds something already"):
         run(**given, out=out)
     assert out.read_bytes() == done
-    assert not part_of(out).exists()
+    assert not partial_path(out).exists()
 
 
 def test_prompts_that_stand_where_rows_would_wait_are_left_whole(tmp_path: Path) -> None:

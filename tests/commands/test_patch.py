@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from bytelatent import BLT
 from bytelatent.cli import app
-from bytelatent.commands.patch import Rules
+from bytelatent.commands.patch import PatchingModes
 from bytelatent.data import Patcher, patches_of
 from bytelatent.errors import UserError
 from bytelatent.patching import PatchSettings
@@ -94,7 +94,7 @@ def test_context(tmp_path: Path) -> None:
         found, _ = run("-m", model, *arguments)
         assert begins(found["entropy"]) == [patch.start for patch in blt.patch(TEXT, context)]
     with pytest.raises(UserError, match="context: 0 will not do"):
-        Rules(str(model), 0)
+        PatchingModes(str(model), 0)
 
 
 def test_a_model_without_a_byte_lm(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_model_without_a_byte_lm(tmp_path: Path) -> None:
     config = Config(model=model.settings, context=40, patching=PatchSettings(mode="space"))
     BLT(model, config, None).save_pretrained(tmp_path / "m")
     with pytest.raises(UserError, match="has no byte LM, which finds patches by entropy; name one: --model"):
-        Rules(str(tmp_path / "m")).patched(["entropy:1.3"], TEXT)
+        PatchingModes(str(tmp_path / "m")).patched(["entropy:1.3"], TEXT)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_tokenizer_that_cannot_split_a_text_is_one_line(model: models.Model, t
     tokenizer.save(str(tmp_path / "t.json"))
     for path in (tmp_path / "t.json", CASE):
         with pytest.raises(UserError) as error:
-            Rules("absent").patched([f"bpe:{path}"], "hello")
+            PatchingModes("absent").patched([f"bpe:{path}"], "hello")
         assert str(error.value).startswith(
             f"patching.tokenizer: '{path}' cannot split this text; take the file of a byte-level BPE: "
         )

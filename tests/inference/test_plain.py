@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bytelatent.inference.sampling import Sampling, SamplingRows
+from bytelatent.inference.sampling import SamplingRows
+from bytelatent.inference.settings import Sampling
 from bytelatent.inference.step import plain
 from bytelatent.kernels.decode_attention import plain_decode_attention, rotary_table
 from bytelatent.kernels.decode_patches import plain_gather_bytes, plain_read_patch

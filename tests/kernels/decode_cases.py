@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.inference.sampling import Sampling, SamplingRows
+from bytelatent.inference.sampling import SamplingRows
+from bytelatent.inference.settings import Sampling
 from bytelatent.inference.step import plain
 from bytelatent.kernels.decode_attention import (
     AttentionLaunch,

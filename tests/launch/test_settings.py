@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
 from bytelatent.launch import LaunchSettings
-from bytelatent.launch.settings import seconds_of
+from bytelatent.launch.settings import time_limit_seconds
 from bytelatent.launch.slurm import SlurmNode, largest_node
 from tests.launch.conftest import Cluster
 
@@ -20,14 +20,14 @@ def test_a_time_limit_in_every_form_of_slurm(days: int, hours: int, minutes: int
     def total(**parts: int) -> float:
         return datetime.timedelta(**parts).total_seconds()
 
-    assert seconds_of(f"{minutes}:{seconds}") == total(minutes=minutes, seconds=seconds)
-    assert seconds_of(f"{hours}:{minutes}:{seconds}") == total(hours=hours, minutes=minutes, seconds=seconds)
-    assert seconds_of(f"{days}-{hours}:{minutes}:{seconds}") == total(
+    assert time_limit_seconds(f"{minutes}:{seconds}") == total(minutes=minutes, seconds=seconds)
+    assert time_limit_seconds(f"{hours}:{minutes}:{seconds}") == total(hours=hours, minutes=minutes, seconds=seconds)
+    assert time_limit_seconds(f"{days}-{hours}:{minutes}:{seconds}") == total(
         days=days, hours=hours, minutes=minutes, seconds=seconds
     )
-    assert seconds_of(f"{days}-{hours + 1}:{minutes}") == total(days=days, hours=hours + 1, minutes=minutes)
-    assert seconds_of(f"{days}-{hours + 1}") == total(days=days, hours=hours + 1)
-    assert seconds_of(f"{minutes + 1}") == total(minutes=minutes + 1)
+    assert time_limit_seconds(f"{days}-{hours + 1}:{minutes}") == total(days=days, hours=hours + 1, minutes=minutes)
+    assert time_limit_seconds(f"{days}-{hours + 1}") == total(days=days, hours=hours + 1)
+    assert time_limit_seconds(f"{minutes + 1}") == total(minutes=minutes + 1)
 
 
 @pytest.mark.parametrize(

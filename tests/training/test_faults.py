@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bytelatent.errors import STOPPED, Interrupted, UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.training import faults, read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
@@ -71,7 +71,7 @@ def test_a_step_without_its_update(
 
 
 def test_updates_are_not_left_out_for_ever(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(faults, "MAX_SKIPPED", 3)
     scaled(monkeypatch, dict.fromkeys([2, *range(4, 99)], float("inf")))
     with pytest.raises(
         UserError, match=r"not finite at step 7 \(.*\), 4 times in a row; .*lr \(now 0.003\).*run=FOLDER$"
@@ -145,7 +145,7 @@ def test_a_leap_of_the_loss_is_known_after_a_restart(
         train(settings(values))
     monkeypatch.undo()
     scaled(monkeypatch, {1: 10.0})  # the first step after the restart, too early without what was before
-    with pytest.raises(UserError, match=r"the loss leaps at step 13 \(loss .*, median .*, faults.spike 3\)"):
+    with pytest.raises(UserError, match=r"the loss spikes at step 13 \(loss .*, median .*, faults.spike 3\)"):
         train(settings(values))
     monkeypatch.undo()
     run = train(settings(values))
@@ -287,7 +287,7 @@ def test_every_so_many_steps_a_checkpoint_stays(
 ) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=10, checkpoint={"every": 2, **keep})))
     assert checkpoints(run) == [f"step-{step:08d}" for step in left]
-    assert all(what_is_torn(run / "checkpoints" / name) is None for name in checkpoints(run))
+    assert all(find_corruption(run / "checkpoints" / name) is None for name in checkpoints(run))
 
 
 def test_determinism(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

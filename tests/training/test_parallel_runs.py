@@ -10,10 +10,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from bytelatent.blt import BLT
-from bytelatent.commands.export import export
+from bytelatent.commands.export import export_checkpoint
 from bytelatent.data import Patcher, batches_once
 from bytelatent.errors import UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.training import read_metrics
 from bytelatent.weights import load
@@ -34,8 +34,7 @@ def same_losses(taken: Taken, expected: Taken) -> None:
 
 def test_a_checkpoint_goes_on_in_any_division(crew: Crew, tmp_path: Path, text: Path) -> None:
     expected = take_steps(values(text), 4)
-    [whole], _ = crew.run((2, take_steps, values(text), 4)), None
-    crew.run((2, take_steps, values(text), 2, tmp_path / "begun"))
+    whole, _ = crew.run((2, take_steps, values(text), 4), (2, take_steps, values(text), 2, tmp_path / "begun"))
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(tmp_path / "begun", tmp_path / name))
@@ -83,7 +82,7 @@ def test_a_run_of_two_processes(crew: Crew, tmp_path: Path, text: Path) -> None:
     )
     assert rows[-1]["validation_bits_per_byte"] == pytest.approx(bits_per_byte(nats, 450), rel=1e-5)
     assert BLT.from_pretrained(whole).bits_per_byte("the cat sat on a mat") > 0
-    assert what_is_torn(whole / "checkpoints" / "step-00000012") is None
+    assert find_corruption(whole / "checkpoints" / "step-00000012") is None
     names = {file.name for file in (whole / "checkpoints" / "step-00000012" / "ranks").iterdir()}
     assert names == {"00000.pt", "00001.pt"}
     assert not (whole / "checkpoints" / "step-00000010" / "model.safetensors").exists()
@@ -93,7 +92,7 @@ def test_another_number_of_processes_goes_on_with_the_text(crew: Crew, tmp_path:
     run = tmp_path / "run"
     crew.run((2, train_as, values(text, run), 8))
     said = train_as(values(text, run))
-    assert any("the position of 2 ranks is dealt to 1" in line for line in said)
+    assert any("the state of 2 ranks is divided among 1" in line for line in said)
     rows = losses(run)
     assert [row[0] for row in rows] == list(range(1, 13))
     assert rows[-1][1] == pytest.approx(rows[4][1] * (1 + 7 / 10), rel=0.05)  # a batch a step, and not two
@@ -104,11 +103,11 @@ def test_export(crew: Crew, tmp_path: Path, text: Path) -> None:
     run = tmp_path / "run"
     crew.run((4, train_as, values(text, run, parallel=PLANS["shard x tensor"][1])))
     last = run / "checkpoints" / "step-00000012"
-    export(str(run), None, str(tmp_path / "last"))
+    export_checkpoint(str(run), None, str(tmp_path / "last"))
     exported, expected = load_file(tmp_path / "last" / "model.safetensors"), load_file(last / "model.safetensors")
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
-    export(str(run), 10, str(tmp_path / "ten"))
+    export_checkpoint(str(run), 10, str(tmp_path / "ten"))
     ten, model = load_file(tmp_path / "ten" / "model.safetensors"), BLT.from_pretrained(tmp_path / "ten")
     assert any(not torch.equal(ten[name], tensor) for name, tensor in expected.items())
     assert model.patch("the cat sat")[0].text == "the "
@@ -120,11 +119,11 @@ def test_export(crew: Crew, tmp_path: Path, text: Path) -> None:
             stored = last / "state" / "__1_0.distcp"
             stored.write_bytes(stored.read_bytes()[:-1] + b"x")
         with pytest.raises(UserError, match=line):
-            export(str(run), step, str(tmp_path / "none"))
-    export(str(run), None, str(tmp_path / "newest"))
+            export_checkpoint(str(run), step, str(tmp_path / "none"))
+    export_checkpoint(str(run), None, str(tmp_path / "newest"))
     assert all(torch.equal(v, ten[n]) for n, v in load_file(tmp_path / "newest" / "model.safetensors").items())
     with pytest.raises(UserError, match="'nowhere' is no run"):
-        export("nowhere", None, str(tmp_path / "none"))
+        export_checkpoint("nowhere", None, str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
@@ -132,14 +131,14 @@ def test_export_writes_over_nothing(byte_lm: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     said = io.StringIO()
-    export(str(byte_lm), 10, str(out), Console(file=said))  # nothing is lost of an empty folder
+    export_checkpoint(str(byte_lm), 10, str(out), Console(file=said))  # nothing is lost of an empty folder
     assert "step-00000010/state: checkpoint of a run, byte LM of " in said.getvalue()  # of a single process
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     assert "model.safetensors" in before
     with pytest.raises(UserError, match=rf"^'{out}' holds a model already; name another folder, or move it away$"):
-        export(str(byte_lm), None, str(out))
+        export_checkpoint(str(byte_lm), None, str(out))
     with pytest.raises(UserError, match=rf"^'{byte_lm}' holds something else than a saved model; name another folder"):
-        export(str(byte_lm), None, str(byte_lm))
+        export_checkpoint(str(byte_lm), None, str(byte_lm))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert list(tmp_path.iterdir()) == [out]
 
@@ -155,7 +154,7 @@ def test_an_export_that_reads_otherwise_does_not_appear(
 
     monkeypatch.setattr(torch, "equal", unlike_at_last)
     with pytest.raises(UserError, match=r"'.*/out': \S+ is not as '.*step-00000012' has it; is the disk in order\?"):
-        export(str(byte_lm), None, str(tmp_path / "out"))
+        export_checkpoint(str(byte_lm), None, str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
