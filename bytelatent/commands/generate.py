@@ -24,9 +24,9 @@ from bytelatent.device import choose_device, is_out_of_memory, precision_of_weig
 from bytelatent.errors import Interrupted, UserError, nearest
 from bytelatent.files import partial_path
 from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
-from bytelatent.inference.quantize import check_weights
-from bytelatent.inference.settings import MOST_ROWS
-from bytelatent.inference.step import check_ahead, engine_for
+from bytelatent.inference.quantize import check_quantize
+from bytelatent.inference.settings import MAX_BATCH_SIZE
+from bytelatent.inference.step import check_draft_length, engine_for
 from bytelatent.signals import sigterm_interrupts
 from bytelatent.text.documents import json_value
 from bytelatent.text.formats import JSONL, TEXT, readable_kind
@@ -91,8 +91,8 @@ def _made_with(settings: GenerateSettings) -> dict[str, Any]:
 
 def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
     precision, place = precision_of_weights(settings.dtype), choose_device(settings.device)
-    check_weights(settings.quantize, place)
-    check_ahead(settings.draft_length)
+    check_quantize(settings.quantize, place)
+    check_draft_length(settings.draft_length)
     found = open_pretrained(settings.model, settings.entropy_model)
     patching = found.config.patching
     if patching is not None and patching.needs_entropies and found.byte_lm is None:
@@ -224,7 +224,7 @@ def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO) -
     """Write each row with its continuation as soon as it and all before it are done."""
     if not rows:
         return
-    num_rows = min(settings.batch_size, len(rows) * settings.samples, MOST_ROWS)
+    num_rows = min(settings.batch_size, len(rows) * settings.samples, MAX_BATCH_SIZE)
     with _memory_named("batch_size", num_rows):
         _continue_with(_engine(settings, num_rows), num_rows, rows, settings, out)
 

@@ -26,7 +26,7 @@ FAR = 1e30  # stands for infinite logits, which have no differences
 
 
 @dataclass
-class SamplingRows:
+class SamplingSlots:
     """How each of B rows draws, and what that depends on."""
 
     temperature: Tensor  # [B] float32; 0 takes the likeliest id
@@ -46,7 +46,7 @@ class SamplingRows:
     is_special: Tensor  # [V] bool, ids that are never drawn: neither bytes nor EOS
 
     @classmethod
-    def empty(cls, num_rows: int, device: torch.device | str) -> "SamplingRows":
+    def empty(cls, num_rows: int, device: torch.device | str) -> "SamplingSlots":
         """Rows that nothing was put into; they draw the likeliest ids."""
 
         def full(value: float, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from bytelatent.config import Settings
 
 MAX_NEW_BYTES = 10**9  # of a row
 MAX_SAMPLES = 100_000  # of a prompt; each takes memory from when it is asked for
-MOST_ROWS = 65_536  # sequences at once
+MAX_BATCH_SIZE = 65_536  # sequences at once
 
 Quantization = Literal["full", "int8", "fp8"]  # full: as the weights are
 
