@@ -7,7 +7,7 @@ from bytelatent.model.block import Block
 from bytelatent.model.blt import BLTModel
 from bytelatent.model.byte_lm import ByteLM, entropies
 from bytelatent.model.patch_attention import CrossAttention
-from bytelatent.model.presets import PRESETS, preset
+from bytelatent.model.presets import PRESETS, UnknownPreset, preset
 from bytelatent.model.settings import BLTSettings, ByteLMSettings, ModelSettings
 from bytelatent.model.stream import PatchedStream, Stream, add_patches, pack_rows
 
@@ -38,5 +38,6 @@ __all__ = [
     "compile_regions",
     "entropies",
     "pack_rows",
+    "UnknownPreset",
     "preset",
 ]
