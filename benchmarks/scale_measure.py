@@ -26,11 +26,12 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
+from bytelatent.training.checks import check_optimizer
 from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.float8 import check_float8
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import build_optimizer, check_optimizer
+from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.kernel_times import PROFILED, Communication, communication_of, print_kernels
 from bytelatent.training.profiling.measure import DOCUMENT, num_patches, random_batch, wait_for
 from bytelatent.weights import Config
@@ -237,7 +238,7 @@ def saved(training: Training, name: str, seconds: float, folder: Path, say: Call
     """
     settings, ranks = training.settings, training.plan.ranks
     config = Config(model=settings.model, context=settings.data.context, patching=settings.patching)
-    with CheckpointManager(folder, config, settings.checkpoint, training.plan, True, say) as checkpoints:
+    with CheckpointManager(folder, config, settings.checkpoint, training.plan, True) as checkpoints:
         checkpoints.prepare(training.state)
         steps, took = steps_while(lambda: not checkpoints.are_prepared, training, ranks)
         line = f"\n{name}: {steps} steps beside which the memory for copies was got: {took:.1f} s in place of "

@@ -17,9 +17,10 @@ from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ModelSettings, preset
 from bytelatent.model.flops import costs, training_flops
-from bytelatent.training.distributed.activation_checkpointing import Checkpointing
+from bytelatent.training.checks import check_cuda_graph
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.float8 import Float8, check_float8
-from bytelatent.training.gradients import check_cuda_graph
+from bytelatent.training.optimizer import OptimizerSettings
 from bytelatent.training.profiling.kernel_times import by_kind, kernels_of
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
@@ -32,7 +33,6 @@ from bytelatent.training.profiling.measure import (
     random_batch,
     seconds_of,
 )
-from bytelatent.training.settings import OptimizerSettings
 
 SIZES = {"cuda": [16_384, 65_536], "mps": [4096, 16_384], "cpu": [2048, 8192]}
 # What an optimizer step moves for a weight in float32: AdamW reads it, its gradient and two moments and writes three
@@ -56,7 +56,7 @@ class BenchTrainSettings(Settings):
     bytes: list[Annotated[int, Field(ge=1)]] | None = None
     cuda_graph: bool = False
     float8: Float8 | None = None
-    checkpointing: Checkpointing = "none"
+    checkpointing: ActivationCheckpointing = "none"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

@@ -33,11 +33,11 @@ __all__ = [
     "ModelSettings",
     "PatchedStream",
     "Stream",
+    "UnknownPreset",
     "add_patches",
     "build",
     "compile_regions",
     "entropies",
     "pack_rows",
-    "UnknownPreset",
     "preset",
 ]

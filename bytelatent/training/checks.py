@@ -129,7 +129,7 @@ def check_sources(data: DataSettings, whence: str = "", remote: bool = True) -> 
 
 
 def check_text(data: DataSettings) -> None:
-    """Check the sources, and that there is held-out text to read, before the first step and not at the first validation.
+    """Check before the first step that each source has files, and that there is held-out text to read.
 
     Raises:
         UserError: it names the setting.

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from bytelatent.credentials import masked
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.run_folder import checkpoint_name
+from bytelatent.signals import StopSignals
 from bytelatent.terminal import say
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.distributed.plan import local_part
+from bytelatent.training.distributed.fsdp import local_part
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.optimizer import Optimizers, each
 from bytelatent.training.settings import TrainSettings
-from bytelatent.training.stopping import StopSignals
 
 RECENT = 100  # steps whose median loss a spike is measured against
 ENOUGH = 10  # of them, from which on it is

@@ -17,7 +17,7 @@ from bytelatent.kernels.row_adamw import row_adamw
 from bytelatent.kernels.row_sums import coalesced
 from bytelatent.model import CrossAttention
 from bytelatent.model.block import Block
-from bytelatent.training.distributed.plan import local_part
+from bytelatent.training.distributed.fsdp import local_part
 from bytelatent.training.schedule import ScheduleSettings
 
 # Shapes: R rows of a table, U rows of it in a step's gradient, D width

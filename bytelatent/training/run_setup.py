@@ -14,7 +14,7 @@ from bytelatent.errors import UserError
 from bytelatent.files import whole_file, whole_folder
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
-from bytelatent.run_folder import checkpoints_in
+from bytelatent.run_folder import checkpoints_of
 from bytelatent.text.bad_rows import forget_logged
 from bytelatent.training.calibration import calibrate_on, read_calibration, write_calibration
 from bytelatent.training.distributed.ranks import Ranks
@@ -133,7 +133,7 @@ def _own_byte_lm(folder: Path, settings: TrainSettings, resumes: bool) -> ByteLM
 def _earlier_settings(folder: Path) -> TrainSettings | None:
     """The settings of a run that has a checkpoint; before its first, nothing binds it."""
     path = folder / "settings.yaml"
-    if not path.is_file() or not checkpoints_in(folder / "checkpoints"):
+    if not path.is_file() or not checkpoints_of(folder):
         return None
     try:
         values = load_yaml(path)

@@ -158,7 +158,9 @@ class TensorBoard:
         try:
             yield
         except OSError as error:
-            LOGGER.warning(f"'{self._folder}' cannot be written: {error.strerror or error}; training goes on without it")
+            LOGGER.warning(
+                f"'{self._folder}' cannot be written: {error.strerror or error}; training goes on without it"
+            )
             self.close()  # half an event may be in the file, and none would be read after it
 
 

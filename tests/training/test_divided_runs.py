@@ -114,7 +114,7 @@ def test_export(crew: Crew, tmp_path: Path, text: Path) -> None:
     assert model.patch("the cat sat")[0].text == "the "
     for step, line in (
         (7, "has no checkpoint after step 7; it has 10, 12"),
-        (12, "'.*step-00000012' is torn .* is not as it was written"),
+        (12, "'.*step-00000012' is corrupt .* is not as it was written"),
     ):
         if step == 12:
             stored = last / "state" / "__1_0.distcp"

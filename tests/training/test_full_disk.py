@@ -55,7 +55,7 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: i
 
 @pytest.mark.parametrize("place", FILLED)
 def test_a_full_disk_leaves_the_checkpoint_before(
-    tmp_path: Path, text: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
     fill_the_disk(monkeypatch, place, good=1, bad=99)
@@ -63,11 +63,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         train(settings(byte_lm_run(run, text)))
     assert os.listdir(run / "checkpoints") == ["step-00000005"]
     assert what_is_torn(run / "checkpoints" / "step-00000005") is None
-    said = [line for line in capsys.readouterr().out.splitlines() if "step-00000010' was not written" in line]
+    said = [line for line in caplog.messages if "step-00000010' was not written" in line]
     assert [line.rpartition("make room ")[2] for line in said] == [
         "(the next try is in 0 s)",
         "(the next try is in 0 s)",
-        "(training goes on without it)",
+        "(training continues without it)",
     ]
     monkeypatch.undo()
     train(settings(byte_lm_run(run, text)))
@@ -167,7 +167,7 @@ def test_the_system_has_room_for_half_a_row(tmp_path: Path) -> None:
     """A real write that is cut short, and then fails."""
     said: list[str] = []
     lines = trackers.JsonLines(tmp_path / "metrics.jsonl", said.append)
-    lines.go_on_after(0)
+    lines.resume_after(0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
     try:

@@ -26,10 +26,11 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.model.settings import BLTSettings, ByteLMSettings
 from bytelatent.training import gradients as module
 from bytelatent.training import train
-from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
+from bytelatent.training.distributed.plan import apply_activation_checkpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.gradients import CapturedGradients, Gradients, check_cuda_graph
+from bytelatent.training.optimizer import OptimizerSettings
 from bytelatent.training.profiling.measure import ForwardBackward, SyntheticTraining, TrainingSetup, random_batch
-from bytelatent.training.settings import OptimizerSettings
 from tests.model.tiny import tiny_blt_settings
 from tests.training.tiny_runs import BLT, assert_equal_runs, byte_lm_run, settings
 
@@ -61,9 +62,9 @@ def unasked() -> Iterator[None]:
         yield
 
 
-def prepared(rule: BLTSettings | ByteLMSettings, how: Checkpointing = "none", sparse: bool = False) -> Any:
+def prepared(rule: BLTSettings | ByteLMSettings, how: ActivationCheckpointing = "none", sparse: bool = False) -> Any:
     model: Any = build(rule)
-    recompute_regions(model, how)
+    apply_activation_checkpointing(model, how)
     for part in model.modules():
         if isinstance(part, nn.EmbeddingBag):
             part.sparse = sparse
@@ -102,7 +103,7 @@ def test_nothing_is_asked_of_the_device(
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_nor_in_mixed_precision_and_with_checkpointing(
-    how: Checkpointing, sparse: bool, monkeypatch: pytest.MonkeyPatch
+    how: ActivationCheckpointing, sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On tensors that have no values, on the CPU, as the meta device has no mixed precision."""
     monkeypatch.setattr(patch_attention, "_takes_kernels", lambda x: True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bytelatent.model import PatchedStream, build
+from bytelatent.training.optimizer import OptimizerSettings
 from bytelatent.training.profiling.kernel_times import (
     KINDS,
     REST,
@@ -26,7 +27,6 @@ from bytelatent.training.profiling.measure import (
     random_batch,
     seconds_of,
 )
-from bytelatent.training.settings import OptimizerSettings
 from tests.model.tiny import tiny_blt_settings
 
 CPU = torch.device("cpu")

@@ -20,12 +20,16 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.plan import ParallelPlan
-from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import Optimizers, build_optimizer, check_optimizer
-from bytelatent.training.row_adamw import SparseRowsAdamW
-from bytelatent.training.settings import OptimizerSettings, TrainSettings
+from bytelatent.training.gradients import Gradients, clip
+from bytelatent.training.optimizer import (
+    Optimizers,
+    OptimizerSettings,
+    SparseRowsAdamW,
+    build_optimizer,
+    check_optimizer,
+)
+from bytelatent.training.settings import TrainSettings
 from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits
 
 CPU = torch.device("cpu")

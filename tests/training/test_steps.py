@@ -18,11 +18,11 @@ from bytelatent.patching import Calibration
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.checkpoint.staging import Copies
+from bytelatent.training.checkpoint.staging import CpuCopies
 from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import build_optimizer, learning_rate
-from bytelatent.training.settings import OptimizerSettings
+from bytelatent.training.optimizer import OptimizerSettings, build_optimizer
+from bytelatent.training.schedule import learning_rate
 from bytelatent.weights import fingerprint, load, load_byte_lm
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, checkpoints, losses, settings, unigram_bits, write_text
 
@@ -212,8 +212,8 @@ def test_memory_for_copies_is_got_once_after_the_first_step(
 ) -> None:
     done: list[str] = []
     for name in ("prepare", "take"):
-        call = getattr(Copies, name)
-        monkeypatch.setattr(Copies, name, lambda *given, name=name, call=call: (done.append(name), call(*given))[1])
+        call = getattr(CpuCopies, name)
+        monkeypatch.setattr(CpuCopies, name, lambda *given, name=name, call=call: (done.append(name), call(*given))[1])
     train(settings(byte_lm_run(tmp_path / "run", text, 6, checkpoint={"every": 2, "asynchronous": asynchronous})))
     assert done == (["prepare", "take", "take", "take"] if asynchronous else [])
 

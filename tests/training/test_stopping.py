@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, a loss that is not finite, torn checkpoints."""
+"""Ctrl-C and SIGTERM, a loss that is not finite, corrupt checkpoints."""
 
 import io
 import os
@@ -17,10 +17,10 @@ import torch
 
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import what_is_torn
-from bytelatent.run_folder import newest_whole
+from bytelatent.run_folder import newest_checkpoint
+from bytelatent.signals import STOPPING
 from bytelatent.training import read_metrics, stopping, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.stopping import STOPPING
 from bytelatent.weights import load
 from tests.training.tiny_runs import (
     assert_equal_runs,
@@ -322,7 +322,7 @@ def test_a_torn_checkpoint_is_passed_over(
     assert load(run).source.startswith(str(run / "checkpoints" / "step-00000010"))
     capsys.readouterr()
     train(settings(byte_lm_run(run, text)))
-    line = f"'{run / 'checkpoints' / 'step-00000012'}' is torn ({why}); passed over"
+    line = f"'{run / 'checkpoints' / 'step-00000012'}' is corrupt ({why}); skipped"
     assert line in capsys.readouterr().out.splitlines()
     assert_equal_runs(run, whole)
 
@@ -344,7 +344,7 @@ def test_a_folder_that_was_being_written_is_no_checkpoint(tmp_path: Path, text: 
     half = run / "checkpoints" / ".step-00000006.123.part"
     half.mkdir()
     (half / "config.json").write_text("{}")
-    assert newest_whole(run / "checkpoints") == (run / "checkpoints" / "step-00000005", [])
+    assert newest_checkpoint(run) == (run / "checkpoints" / "step-00000005", [])
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -358,7 +358,7 @@ def test_a_torn_later_checkpoint_does_not_push_out_whole_ones(tmp_path: Path, te
     truncate(run / "checkpoints" / "step-00000008")
     values = byte_lm_run(run, text, steps=6, checkpoint={"every": 100, "keep": 1})
     train(settings(values))
-    found, _ = newest_whole(run / "checkpoints")
+    found, _ = newest_checkpoint(run)
     assert found == run / "checkpoints" / "step-00000006"
 
 

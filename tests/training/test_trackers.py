@@ -80,10 +80,10 @@ def test_numbers_of_a_row() -> None:
 
 def test_lines_after_the_step_are_dropped(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl", print)
-    lines.go_on_after(0)
+    lines.resume_after(0)
     for step in range(1, 6):
         lines.write({"step": step, "x": 0})
-    lines.go_on_after(3)
+    lines.resume_after(3)
     lines.write({"step": 4, "x": 1})
     lines.close()
     assert [(row["step"], row["x"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
@@ -126,7 +126,7 @@ def test_tensorboard_goes_back(tmp_path: Path) -> None:
     needs_tensorboard()
     board = TensorBoard(tmp_path, print)
     for after, value in ((0, 1.0), (2, 5.0)):
-        board.go_on_after(after)
+        board.resume_after(after)
         for step in range(after + 1, 5):
             board.write({"step": step, "x": value})
     board.close()

@@ -24,12 +24,11 @@ from bytelatent.model import (
     pack_rows,
 )
 from bytelatent.model.loss import cross_entropy
-from bytelatent.training.clipping import clip
-from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
+from bytelatent.training.distributed.plan import apply_activation_checkpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.float8 import Float8, to_float8
-from bytelatent.training.gradients import CapturedGradients, Gradients
-from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.settings import OptimizerSettings
+from bytelatent.training.gradients import CapturedGradients, Gradients, clip
+from bytelatent.training.optimizer import OptimizerSettings, build_optimizer
 
 DOCUMENT, PATCH_BYTES = 8192, 4.5
 SLOTS = 128  # patch slots come in multiples of so many
@@ -45,7 +44,7 @@ class TrainingSetup:
     compiled: bool = False
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     float8: Float8 | None = None
-    checkpointing: Checkpointing = "none"
+    checkpointing: ActivationCheckpointing = "none"
     captured: bool = False  # forward and backward pass are a CUDA graph
 
 
@@ -61,7 +60,7 @@ class SyntheticTraining:
         self.optimizer = build_optimizer(self.model, plan.optimizer)
         self._work = ForwardBackward(self.model, plan.device, plan.dtype)
         self.step(*random_batch(256, plan.device, isinstance(plan.model, BLTSettings)))
-        recompute_regions(self.model, plan.checkpointing)
+        apply_activation_checkpointing(self.model, plan.checkpointing)
         if plan.compiled:
             compile_regions(self.model)
         self._work = ForwardBackward(self.model, plan.device, plan.dtype, plan.captured)
