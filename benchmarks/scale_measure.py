@@ -84,7 +84,7 @@ class Training:
         self.gradients = Gradients(loss, device)
 
     def step(self) -> None:
-        loop._step(self.state, self.settings, self.gradients, self.plan)
+        loop.Trainer(self.settings, self.plan, self.state, self.gradients).train_step()
 
     def seconds(self, steps: int) -> float:
         """Of one step, the mean of so many."""

@@ -15,7 +15,7 @@ from bytelatent.files import whole_file, whole_folder
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.run_folder import checkpoints_of
-from bytelatent.text.bad_rows import forget_logged
+from bytelatent.text.bad_rows import forget_logged, logged_lines, mark_logged
 from bytelatent.training.calibration import calibrate_on, read_calibration, write_calibration
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
@@ -76,7 +76,8 @@ def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype:
     """
     forget_logged()
     folder = Path(settings.run)
-    settings, config, changes, text = ranks.on_first(lambda: _prepare(folder, settings))
+    (settings, config, changes, text), lines = ranks.on_first(lambda: (_prepare(folder, settings), logged_lines()))
+    mark_logged(lines)
     patcher = None
     if settings.patching is not None:
         byte_lm = load_byte_lm(folder / BYTE_LM) if settings.entropy_model is not None else None

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
+from bytelatent import log
 from bytelatent.data import Batch, Loader, Patcher
 from bytelatent.device import autocast
 from bytelatent.errors import Interrupted, UserError
@@ -126,7 +126,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
 
         rows, gradients = [], {}
         while state.step < steps:
-            rows.append(loop._step(state, rule, Gradients(loss, device), plan))
+            rows.append(loop.Trainer(rule, plan, state, Gradients(loss, device)).train_step())
             if not gradients:
                 scale = 1 / (1 - rule.optimizer.beta1)
                 named = list(model.named_parameters())
@@ -165,8 +165,9 @@ def train_as(
             return learning_rate(step, progress, optimizer)
 
         patch.setattr(loop, "learning_rate", rate)
+        log.configure()
         try:
-            train(settings(values), Console(file=out, width=500))
+            train(settings(values))
         except (UserError, Interrupted) as error:
             out.write(f"{type(error).__name__}: {error}\n")
         except CutOffError:

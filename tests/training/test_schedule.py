@@ -49,7 +49,8 @@ def rates(
         over = step >= rule.steps if rule.steps is not None else seconds >= 60 * (rule.minutes or 0)
         if over or len(found) == stop_after:
             break
-        found.append(learning_rate(step, schedule.begin_step(step, seconds, rule), rule.optimizer))
+        decayed = schedule.begin_step(step, seconds, rule.optimizer, rule.steps, rule.minutes)
+        found.append(learning_rate(step, decayed, rule.optimizer))
         if len(found) > 1:
             seconds += duration
             schedule.end_step(duration)
@@ -202,14 +203,14 @@ def test_a_decay_that_does_not_fit_the_run_is_refused(
 
 def set_clock(patch: pytest.MonkeyPatch, step_seconds: float) -> None:
     """A clock that only steps advance."""
-    clock, inner = SimpleNamespace(now=0.0), loop._step
+    clock, inner = SimpleNamespace(now=0.0), loop.Trainer.train_step
 
     def step(*arguments: Any) -> dict[str, Any]:
         row = inner(*arguments)
         clock.now += step_seconds
         return row
 
-    patch.setattr(loop, "_step", step)
+    patch.setattr(loop.Trainer, "train_step", step)
     patch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
 
@@ -240,14 +241,14 @@ def test_a_run_by_the_clock_is_cut_off_and_falls_on(
     values = {**byte_lm_run(tmp_path / "run", text), "steps": None, "minutes": 0.5}
     with monkeypatch.context() as patch:
         set_clock(patch, 1.5)
-        inner = loop._step
+        inner = loop.Trainer.train_step
 
-        def step(state: Any, *more: Any) -> dict[str, Any]:
-            if state.step == 12:
+        def step(trainer: loop.Trainer) -> dict[str, Any]:
+            if trainer.state.step == 12:
                 raise ZeroDivisionError
-            return inner(state, *more)
+            return inner(trainer)
 
-        patch.setattr(loop, "_step", step)
+        patch.setattr(loop.Trainer, "train_step", step)
         with pytest.raises(ZeroDivisionError):
             train(settings(values))
     set_clock(monkeypatch, 1.5)

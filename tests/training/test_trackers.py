@@ -17,7 +17,7 @@ from bytelatent.training import read_metrics, train
 from bytelatent.training import trackers as trackers_module
 from bytelatent.training.trackers import JsonLines, TensorBoard, numbers
 from tests.training.test_resume import cut_off
-from tests.training.tiny_runs import byte_lm_run, settings
+from tests.training.tiny_runs import byte_lm_run, log_of, settings
 
 
 class WandbRun:
@@ -79,7 +79,7 @@ def test_numbers_of_a_row() -> None:
 
 
 def test_lines_after_the_step_are_dropped(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path / "metrics.jsonl", print)
+    lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.resume_after(0)
     for step in range(1, 6):
         lines.write({"step": step, "x": 0})
@@ -124,7 +124,7 @@ def test_tensorboard_shows_a_run_that_was_cut_off_once(
 
 def test_tensorboard_goes_back(tmp_path: Path) -> None:
     needs_tensorboard()
-    board = TensorBoard(tmp_path, print)
+    board = TensorBoard(tmp_path)
     for after, value in ((0, 1.0), (2, 5.0)):
         board.resume_after(after)
         for step in range(after + 1, 5):
@@ -134,7 +134,7 @@ def test_tensorboard_goes_back(tmp_path: Path) -> None:
 
 
 def test_tensorboard_without_room_stops_nothing(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     needs_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
@@ -146,7 +146,7 @@ def test_tensorboard_without_room_stops_nothing(
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=4, track=["tensorboard"])))
     assert len(read_metrics(run / "metrics.jsonl")) == 4
     line = f"'{run / 'tensorboard'}' cannot be written: No space left on device; training goes on without it"
-    assert capsys.readouterr().out.splitlines().count(line) == 1
+    assert log_of(caplog).splitlines().count(line) == 1
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -212,7 +212,7 @@ def test_wandb_without_a_network_stops_nothing(
     tmp_path: Path,
     text: Path,
     wandb: Wandb,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     begin: list[Any],
     said: str,
     modes: int,
@@ -221,7 +221,7 @@ def test_wandb_without_a_network_stops_nothing(
     wandb.begin = begin
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=4, track=["wandb"])))
     assert len(read_metrics(run / "metrics.jsonl")) == 4
-    assert capsys.readouterr().out.count(said) == 1
+    assert log_of(caplog).count(said) == 1
     assert [given["mode"] for given in wandb.begun] == ["online", "offline"][:modes]
     assert sum(len(each.rows) for each in wandb.runs) == rows
 
@@ -232,7 +232,7 @@ def test_wandb_that_does_not_end_is_left(
     text: Path,
     wandb: Wandb,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     raises: bool,
 ) -> None:
     let_go = threading.Event()
@@ -247,7 +247,7 @@ def test_wandb_that_does_not_end_is_left(
     wandb.begin = [Endless()]
     train(settings(byte_lm_run(tmp_path / "run", text, steps=2, track=["wandb"])))
     let_go.set()
-    assert "has not taken all rows; later: wandb sync there" in capsys.readouterr().out
+    assert "has not taken all rows; later: wandb sync there" in log_of(caplog)
 
 
 def test_wandb_that_needs_a_key_is_one_line(tmp_path: Path, text: Path, wandb: Wandb) -> None:
