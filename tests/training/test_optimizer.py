@@ -274,6 +274,6 @@ def test_muon_learns(tmp_path: Path, text: Path, model: str) -> None:
 @pytest.mark.parametrize("more", [{"hash_gradients": "rows"}, {"name": "muon"}])
 def test_what_one_process_can_do_alone(text: Path, more: dict[str, Any]) -> None:
     rule = space_run(text, **more)
-    check_optimizer(rule.optimizer, world=1)
+    check_optimizer(rule.optimizer, world_size=1)
     with pytest.raises(UserError, match=f"^optimizer.{next(iter(more))}: .* is for one process, not for 2; take "):
-        check_optimizer(rule.optimizer, world=2)
+        check_optimizer(rule.optimizer, world_size=2)

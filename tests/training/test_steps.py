@@ -15,7 +15,7 @@ from bytelatent.data import Batch, Loader
 from bytelatent.model import PatchedStream, build
 from bytelatent.model.loss import cross_entropy
 from bytelatent.patching import Calibration
-from bytelatent.training import read_metrics, train
+from bytelatent.training import TrainSettings, read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.checkpoint.staging import CpuCopies
