@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bytelatent.data import Batch, DataSettings, batches_once
-from bytelatent.data.pieces import ID_BYTES
+from bytelatent.data.packing import ID_BYTES
 from bytelatent.device import free_memory
 from bytelatent.errors import UserError
 from bytelatent.hub import Unreachable

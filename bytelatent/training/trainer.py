@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from bytelatent.data import Batch, Loader, Patcher, ReadAhead, batches_once
-from bytelatent.device import autocast, choose_dtype, peak_flops
+from bytelatent.data import Batch, Loader, Patcher, PrefetchLoader, batches_once
+from bytelatent.device import Threads, autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.log import log_file
@@ -20,7 +20,6 @@ from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.progress import Progress
 from bytelatent.signals import StopSignals
 from bytelatent.text import BadRows
-from bytelatent.threads import Threads
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, check_takes_checkpoints
 from bytelatent.training.checks import check_machine, check_settings, check_text, hints_about_batches
 from bytelatent.training.distributed.fsdp import free_gathered_weights
@@ -149,7 +148,7 @@ class Trainer:
                 return cross_entropy(model, batch)
 
         loader = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world_size)
-        loader = ReadAhead(loader, device) if reads_ahead(device) else loader
+        loader = PrefetchLoader(loader, device) if reads_ahead(device) else loader
         state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
         gradients = Gradients(loss, device)
         if settings.cuda_graph:

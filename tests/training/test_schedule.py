@@ -187,7 +187,11 @@ def test_another_schedule_in_a_running_run_goes_on_from_the_rate_that_is(before:
 @pytest.mark.parametrize(
     ("optimizer", "end", "line"),
     [
-        ({"decay_steps": 5}, {"steps": 9}, "optimizer: decay_steps is for schedule=wsd, and schedule=cosine does not take"),
+        (
+            {"decay_steps": 5},
+            {"steps": 9},
+            "optimizer: decay_steps is for schedule=wsd, and schedule=cosine does not take",
+        ),
         ({"decay_share": 0.5}, {"steps": 9}, "optimizer: decay_share is for schedule=wsd"),
         ({"schedule": "wsd", "decay_steps": 5}, {"minutes": 9}, "optimizer.decay_steps goes with steps, and this run"),
         ({"schedule": "wsd", "decay_minutes": 5}, {"steps": 9}, "optimizer.decay_minutes goes with minutes, and this"),

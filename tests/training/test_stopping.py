@@ -17,7 +17,7 @@ import torch
 
 from bytelatent import signals
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.run_folder import newest_checkpoint
 from bytelatent.signals import STOPPING
 from bytelatent.training import read_metrics, train
@@ -51,7 +51,7 @@ def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number:
     step = losses(run)[-1][0]
     assert errors == f"{STOPPING}\nstopped: after step {step}; the same command goes on from there\n"
     assert checkpoints(run) == [f"step-{step:08d}"]
-    assert what_is_torn(run / "checkpoints" / checkpoints(run)[0]) is None
+    assert find_corruption(run / "checkpoints" / checkpoints(run)[0]) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.training import read_metrics, train
+from bytelatent.training import checks, read_metrics, train
 from bytelatent.training import trackers as trackers_module
 from bytelatent.training.trackers import JsonLines, TensorBoard, numbers
 from tests.training.test_resume import cut_off
@@ -154,7 +154,7 @@ def test_a_library_that_is_missing_is_one_line(
     tmp_path: Path, text: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for spec in (None, ModuleSpec(name, None)):  # not there; a folder of that name where the command is run
-        monkeypatch.setattr(trackers_module, "find_spec", lambda _, spec=spec: spec)
+        monkeypatch.setattr(checks, "find_spec", lambda _, spec=spec: spec)
         with pytest.raises(UserError) as caught:
             train(settings(byte_lm_run(tmp_path / "run", text, track=[name])))
         assert str(caught.value).startswith(f"track: {name} is not installed; pip install 'bytelatent[track]'")
