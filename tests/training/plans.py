@@ -152,6 +152,7 @@ def train_as(
         signalled: a rank that is sent SIGTERM, and after how many steps.
     """
     with StringIO() as out, redirect_stdout(out), redirect_stderr(out), pytest.MonkeyPatch.context() as patch:
+        log.configure()
 
         def rate(step: int, progress: float, optimizer: OptimizerSettings) -> float:
             if step == cut_off_after:
