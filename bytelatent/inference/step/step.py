@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bytelatent.inference.decoder import Decoder, State
 from bytelatent.inference.kv_cache import BLTState, KVCache, Room
-from bytelatent.inference.sampling import SamplingRows
+from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.inference.step import plain
 from bytelatent.inference.step.cuda_graph import Side, has_conditions, where
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
@@ -91,7 +91,7 @@ class ByteLMStep:
         self.decoder = decoder
         self.kernels = Kernels.of(decoder.device)
         self.state = decoder.empty(num_slots)
-        self.sampling = SamplingRows.empty(num_slots, decoder.device)
+        self.sampling = SamplingSlots.empty(num_slots, decoder.device)
         self.flags = decode_step.Flags.empty(num_slots, min(places, num_slots), decoder.device)
         self.logits_BV = torch.zeros(num_slots, VOCAB_SIZE, device=decoder.device)
         self.byte_lm = decoder.byte_lm_weights if isinstance(decoder, FastDecoder) else None
