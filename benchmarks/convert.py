@@ -1,10 +1,10 @@
-"""How much memory does a conversion take, and how long? On a random model of a released shape.
+"""Measure memory and time of conversions, with a random model of a released shape.
 
     python benchmarks/convert.py [--preset blt-1b] [--dtype bfloat16] [--folder DIR]
 
-The model is written in our format, then `blt convert` takes it to transformers' format, to Meta's and back, each in a
-process of its own whose highest resident memory is read from the system when it ends. The weights that come back must
-be the first ones, byte for byte. Twice the model must fit on the disk.
+The model is written in our format, then `blt convert` writes it in transformers' format, in Meta's and in ours again,
+each time in a new process whose peak resident memory is measured. The final weights must equal the first ones byte for
+byte. The disk needs room for the model twice.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from bytelatent.weights.stored_model import shapes
 
 
 class RandomTensor(StoredTensor):
-    """One that nobody holds: its values are drawn as they are written."""
+    """A tensor that is never in memory: its values are drawn while they are written."""
 
     def chunks(self) -> Iterator[bytes]:
         left = self.num_bytes
@@ -50,7 +50,7 @@ def random_model(settings: ModelSettings, dtype: torch.dtype, byte_lm: StoredMod
 
 
 def run_alone(arguments: list[str]) -> tuple[float, float]:
-    """Seconds, and the highest resident memory in GiB, of a `blt` process."""
+    """Seconds and peak resident memory in GiB of a `blt` process."""
     began = time.perf_counter()
     child = os.posix_spawn(sys.executable, [sys.executable, "-m", "bytelatent.cli", *arguments], dict(os.environ))
     _, status, usage = os.wait4(child, 0)
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="blt-1b")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--folder", type=Path, help="where the files go; a temporary folder if left out")
+    parser.add_argument("--folder", type=Path, help="where to put the files; default: the temporary folder")
     given = parser.parse_args()
     console, dtype = Console(), getattr(torch, given.dtype)
     model = random_model(preset(given.preset), dtype, random_model(preset("entropy"), torch.float32))

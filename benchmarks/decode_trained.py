@@ -1,36 +1,26 @@
 """What drafts and rounded weights do to a trained model's generation.
 
     python benchmarks/decode_trained.py drafted --model runs/blt_100m [--rows 64]
-    python benchmarks/decode_trained.py speculation --model runs/demo
     python benchmarks/decode_trained.py rounding --model runs/demo --text FILE
 
 drafted      the captured step with drafts of several lengths (`ahead`): bytes a step and bytes/s; on CUDA in bfloat16.
              Of several sequences the slowest counts, so fewer bytes seem to be kept
-speculation  how many drafted bytes are kept, and what they save: on this machine's CPU, and where the time is that of
-             reading weights
 rounding     bits per byte of a text by the matrices as they are, and rounded to int8 and fp8
 """
 
 import argparse
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
 from bytelatent import BLT
-from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.drafters import ByteLMDrafter, LocalDrafter
+from bytelatent.inference import Sampling, prompt_ids
 from bytelatent.inference.quantize import Weights
-from bytelatent.inference.speculation import SpeculativeRows
 from bytelatent.inference.step import engine_for
 from bytelatent.kernels import decode_step
-from bytelatent.model import BLTModel
 from bytelatent.weights import load
-
-READ_GB = {"byte LM": 0.20, "local": 0.31, "global": 2.57}  # weights of the released 1B shape and its byte LM, bfloat16
-
 
 PROMPTS = {
     "prose": "The history of the language begins with a small group of people who ",
@@ -78,48 +68,6 @@ def drafted(model: str, num_rows: int, new: int = 1024) -> None:
                 )
 
 
-def speculation(model: str) -> None:
-    """What a trained model keeps of its drafts, what that makes of plain PyTorch's speed, and what it would make of the
-    released 1B shape's if all its time were that of reading weights."""
-    found = load(model)
-    decoder = Decoder(found.model, found.config.patching, found.byte_lm)
-    blt, byte_lm = decoder.model, decoder.byte_lm
-    assert isinstance(blt, BLTModel)
-    assert byte_lm is not None
-    passes: Counter[str] = Counter()
-    parts: dict[str, Any] = {
-        "byte LM": byte_lm.stack,
-        "local": blt.decoder.stack.blocks[0],
-        "global": blt.global_transformer,
-    }
-    for part, module in parts.items():
-        module.register_forward_hook(lambda *_, part=part: passes.update([part]))
-    print(f"gigabytes a pass at the reading limit: {READ_GB}; {torch.get_num_threads()} threads")
-    print("text, temperature, drafter, drafts of | kept | bytes a round | of plain's speed here | at the reading limit")
-    for name, prompt in PROMPTS.items():
-        for temperature in (0.0, 0.8):
-            plain = limit = None
-            for drafter, longest in [(None, 0)] + [(d, n) for d in (ByteLMDrafter, LocalDrafter) for n in (2, 4, 8)]:
-                rows = SpeculativeRows(decoder, 1, drafter(decoder), longest) if drafter is not None else None
-                engine = Engine(decoder, rows, 1) if rows is not None else Engine.plain(decoder, 1)
-                asked = engine.submit(prompt_ids(prompt), Sampling(temperature=temperature), 300)
-                engine.advance()
-                began, before, rounds = time.perf_counter(), len(asked[0].ids), 0
-                passes.clear()
-                while asked[0].ended is None:
-                    engine.advance()
-                    rounds += 1
-                new = len(asked[0].ids) - before
-                rate = new / (time.perf_counter() - began)
-                read = sum(READ_GB[part] * count for part, count in passes.items()) / new
-                plain, limit = plain or rate, limit or read
-                where = f"{name}, {temperature}, {drafter.__name__ if drafter else 'plain'}, {longest}"
-                kept = f"{rows.accepted / max(rows.drafted, 1):.0%}" if rows is not None else "-"
-                limits = f"{limit / read:.2f} ({read:.2f} GB, {passes['global'] / new:.2f} global passes a byte)"
-                here = f"{rate / plain:.2f} ({rate:,.0f} bytes/s)"
-                print(f"{where} | {kept} | {new / max(rounds, 1):.2f} | {here} | {limits}", flush=True)
-
-
 def rounding(model: str, text: str) -> None:
     """Bits per byte of a text, by the matrices as they are and by rounded ones."""
     data = Path(text).read_bytes()
@@ -130,15 +78,13 @@ def rounding(model: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["drafted", "speculation", "rounding"])
+    parser.add_argument("what", choices=["drafted", "rounding"])
     parser.add_argument("--model", default="runs/demo")
     parser.add_argument("--rows", type=int, default=1, help="sequences at once; of drafted")
     parser.add_argument("--text", help="of rounding")
     given = parser.parse_args()
     if given.what == "drafted":
         drafted(given.model, given.rows)
-    elif given.what == "speculation":
-        speculation(given.model)
     else:
         rounding(given.model, given.text or parser.error("rounding: name a --text"))
 

@@ -11,6 +11,7 @@ import argparse
 import time
 
 import torch
+import torch.nn.functional as F
 
 from bytelatent.model import (
     BLTModel,
@@ -26,7 +27,6 @@ from bytelatent.model import (
 )
 from bytelatent.model.attention import attend, build_mask
 from bytelatent.model.flops import costs
-from bytelatent.model.loss import sum_of_nats
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 
 
@@ -117,7 +117,7 @@ def speed(name: str, num_bytes: int, sizes: list[int], compiled: bool) -> None:
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = sum_of_nats(model(batch), targets) / num_bytes
+            loss = F.cross_entropy(model(batch), targets, reduction="sum") / num_bytes
         loss.backward()
         model.zero_grad(set_to_none=True)
 

@@ -1,16 +1,16 @@
-"""Does a model that is trained otherwise learn what it should? On real text.
+"""Train the same model on real text in several variants, and compare bits per byte.
 
     python benchmarks/real.py --text text [fast plain] [--steps 300] [--seeds 0 1 2] [--model blt-100m] [--bytes 16384]
     python benchmarks/real.py --text text fast rows float8 --steps 1000 --seeds 0 1
 
-Trains the same few steps from the same seeds in some ways. Patches begin at spaces, so that no byte LM takes part.
-`text` is a folder with train.jsonl and valid.jsonl. Prints bits per byte on the validation text, for each seed, and
-what lies between seeds and between each way and the first one.
+Every variant trains the same few steps from the same seeds. Patches begin at spaces, so that no byte LM is needed.
+`text` is a folder with train.jsonl and valid.jsonl. Prints bits per byte on the validation text for each seed, the
+standard deviation over the seeds, and the differences between each variant and the first one.
 
 fast     with kernels, compiled blocks, block masks and a CUDA graph; dense gradients of the hash tables
-rows     the same, gradients and steps of only those rows of the hash tables that a step looks up
-float8   the same as fast, the global transformer's products in 8-bit floats
-plain    without any of it: operation by operation, patches by gathers and scatters, explicit masks, dense gradients
+rows     as fast, but with sparse gradients and steps: of the rows of the hash tables that a step uses
+float8   as fast, but with the global transformer's products in 8-bit floats
+plain    plain PyTorch: patches by gathers and scatters, explicit masks, dense gradients
 
 The ten-minute run itself: `apps/bytelatent/configs/blt_100m.yaml`.
 """
@@ -33,7 +33,7 @@ from bytelatent.kernels.hash_embed import hash_rows
 from bytelatent.log import Console
 from bytelatent.model import attention, ngram_hash
 
-WAYS = {  # and what of their settings differs; plain is the last, for there is no way back from it
+VARIANTS = {  # with their settings; plain comes last because it cannot be undone in a process
     "fast": {},
     "rows": {"optimizer.hash_gradients": "rows"},
     "float8": {"float8": "rowwise"},
@@ -41,8 +41,8 @@ WAYS = {  # and what of their settings differs; plain is the last, for there is 
 }
 
 
-def by_plain_operations() -> None:
-    """From now on nothing is computed by a kernel of this project, nor by FlexAttention."""
+def use_plain_operations() -> None:
+    """Replace the kernels of this project and FlexAttention for the rest of the process."""
 
     def sums(tail: Tensor, history: Tensor, powers: Tensor, tables: Tensor, *, new: int, sparse: bool) -> Tensor:
         return F.embedding_bag(hash_rows(tail, history, powers, len(tables) // len(powers), new), tables, mode="sum")
@@ -52,9 +52,9 @@ def by_plain_operations() -> None:
     attention.FLEX_FROM = 2**62
 
 
-def trained(given: Any, seed: int, way: str) -> tuple[list[float], float, float]:
+def trained(given: Any, seed: int, variant: str) -> tuple[list[float], float, float]:
     """Bits per byte of the training batches, of the validation text at the end, and seconds."""
-    fast = way != "plain" and torch.cuda.is_available()
+    fast = variant != "plain" and torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         settings = {
@@ -75,7 +75,7 @@ def trained(given: Any, seed: int, way: str) -> tuple[list[float], float, float]
             "checkpoint.every": given.steps,
             "compile": fast,
             "cuda_graph": fast,
-            **WAYS[way],
+            **VARIANTS[variant],
         }
         run = train([f"{key}={json.dumps(value)}" for key, value in settings.items()], Console(quiet=True))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -86,32 +86,34 @@ def trained(given: Any, seed: int, way: str) -> tuple[list[float], float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ways", nargs="*", default=["fast", "plain"], help=f"of {', '.join(WAYS)}")
+    parser.add_argument("variants", nargs="*", default=["fast", "plain"], help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--model", default="blt-100m")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--bytes", type=int, default=16_384)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
-    if wrong := [way for way in given.ways if way not in WAYS]:
-        parser.error(f"there is no {wrong[0]}; take some of {', '.join(WAYS)}")
-    valid: dict[str, list[float]] = {way: [] for way in given.ways}
-    for way in sorted(valid, key=list(WAYS).index):
-        if way == "plain":
-            by_plain_operations()
+    if wrong := [variant for variant in given.variants if variant not in VARIANTS]:
+        parser.error(f"unknown variant {wrong[0]}; use some of {', '.join(VARIANTS)}")
+    valid: dict[str, list[float]] = {variant: [] for variant in given.variants}
+    for variant in sorted(valid, key=list(VARIANTS).index):
+        if variant == "plain":
+            use_plain_operations()
         for seed in given.seeds:
             torch._dynamo.reset()
-            curve, found, seconds = trained(given, seed, way)
-            valid[way].append(found)
-            print(f"{way}, seed {seed}: {found:.4f} valid, last batches {curve[-1]:.4f}, {seconds:.0f} s", flush=True)
-    for way, found in valid.items():
+            curve, found, seconds = trained(given, seed, variant)
+            valid[variant].append(found)
+            print(
+                f"{variant}, seed {seed}: {found:.4f} valid, last batches {curve[-1]:.4f}, {seconds:.0f} s", flush=True
+            )
+    for variant, found in valid.items():
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        print(f"{way}: mean {statistics.mean(found):.4f}, standard deviation of the seeds {spread:.4f}")
+        print(f"{variant}: mean {statistics.mean(found):.4f}, standard deviation of the seeds {spread:.4f}")
     first, *others = valid
-    for way in others:
-        apart = [one - other for one, other in zip(valid[way], valid[first], strict=True)]
+    for variant in others:
+        apart = [one - other for one, other in zip(valid[variant], valid[first], strict=True)]
         each = ", ".join(f"{a:+.4f}" for a in apart)
-        print(f"{way} - {first}, seed by seed: {each}; mean {statistics.mean(apart):+.4f}")
+        print(f"{variant} - {first}, seed by seed: {each}; mean {statistics.mean(apart):+.4f}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from bytelatent.errors import guarded
 from bytelatent.model import BLTSettings, ModelSettings, build
 from bytelatent.model.flops import costs, flops_per_byte
 from bytelatent.model.presets import preset
-from bytelatent.training.distributed.fsdp import gathered_together
+from bytelatent.training.distributed.fsdp import fsdp_groups
 
 PATCH_BYTES, DOCUMENT = 4.5, 8192
 
@@ -70,7 +70,7 @@ def predict(settings: ModelSettings, gpus: int, size: int, seconds_a_byte: float
     parts = costs(settings, PATCH_BYTES, DOCUMENT)
     weights = sum(part.num_parameters for part in parts if part.name != "n-gram hash tables")
     with torch.device("meta"):
-        groups = gathered_together(build(settings))
+        groups = fsdp_groups(build(settings))
     first = sum(weight.numel() for part in groups[0] for weight in part.parameters())
     rows = settings.ngram_hash.num_tables * settings.encoder.dim  # numbers of the tables that a byte looks up
     compute = size * seconds_a_byte

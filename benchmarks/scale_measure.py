@@ -18,10 +18,11 @@ import torch.distributed as dist
 from scale_plans import Configuration
 from torch.cuda.nccl import version as nccl_version
 
-from bytelatent.data import Batch, surprise
+from bytelatent.data import Batch
 from bytelatent.device import autocast, choose_dtype, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.model.flops import training_flops
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
@@ -77,7 +78,7 @@ class Training:
 
         def loss(batch: Batch) -> torch.Tensor:
             with autocast(device, dtype):
-                return surprise(model, batch)
+                return cross_entropy(model, batch)
 
         self.gradients = Gradients(loss, device)
 
@@ -236,7 +237,7 @@ def saved(training: Training, name: str, seconds: float, folder: Path, say: Call
     """
     settings, ranks = training.settings, training.plan.ranks
     config = Config(model=settings.model, context=settings.data.context, patching=settings.patching)
-    with CheckpointManager(folder, config, settings.checkpoint, training.plan, True, say) as checkpoints:
+    with CheckpointManager(folder, config, settings.checkpoint, training.plan, True) as checkpoints:
         checkpoints.prepare(training.state)
         steps, took = steps_while(lambda: not checkpoints.are_prepared, training, ranks)
         line = f"\n{name}: {steps} steps beside which the memory for copies was got: {took:.1f} s in place of "

@@ -43,7 +43,8 @@ from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
 from bytelatent.text import Document
 from bytelatent.training.clipping import clip
-from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
+from bytelatent.training.distributed.plan import apply_activation_checkpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.float8 import Float8, to_float8
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.kernel_times import print_kernels
@@ -112,13 +113,13 @@ def train(
     profiled: bool = False,
     captured: bool = False,
     flex: bool = False,
-    checkpointing: Checkpointing = "none",
+    checkpointing: ActivationCheckpointing = "none",
 ) -> None:
     settings = preset(name)
     model = random_model(settings)
     to_float8(model, float8)
     build_optimizer(model, OptimizerSettings(hash_gradients="rows"))
-    recompute_regions(model, checkpointing)
+    apply_activation_checkpointing(model, checkpointing)
     compile_regions(model)
     forward_backward = ForwardBackward(model, CUDA, FLOAT32, captured)  # no autocast
     name = f"{name}{', FlexAttention' if flex else ''}, {'a CUDA graph' if captured else 'kernel by kernel'}"
@@ -139,7 +140,7 @@ def train(
 
 
 def memory(shapes: list[str], sizes: list[int], rate: float, flex: bool) -> None:
-    for name, size, checkpointing in product(shapes, sizes, get_args(Checkpointing)):
+    for name, size, checkpointing in product(shapes, sizes, get_args(ActivationCheckpointing)):
         leave_nothing()
         try:
             train(name, [size], rate, flex=flex, checkpointing=checkpointing)

@@ -33,6 +33,8 @@ LOGGER = logging.getLogger(__name__)
 
 # Shapes: B batch size, N ids in a row, P patches, V vocabulary
 
+Text = str | bytes
+
 MAX_BATCH_SIZE = 64  # sequences that `generate` decodes at once; further ones wait
 LONGEST_CONTEXT = 2**31
 MAX_CONTINUATIONS = 1_000_000  # of all prompts of a call with `samples`
@@ -111,8 +113,8 @@ class BLT:
             UserError: there is no BLT at `source`, it is not complete, or it needs mathematics that is not implemented
                 here; or its weights cannot be quantized this way.
         """
-        precision, place = precision_of_weights(dtype), choose_device(device)
-        check_weights(quantize, place)
+        precision, device = precision_of_weights(dtype), choose_device(device)
+        check_weights(quantize, device)
         check_ahead(draft_length)
         found = open_pretrained(source, entropy_model, revision, token, local_files_only)
         if not isinstance(found.config.model, BLTSettings):
@@ -122,7 +124,7 @@ class BLT:
         LOGGER.info(found.in_a_line())
         for line in found.warnings:
             LOGGER.warning(line)
-        loaded = found.load(place, precision)
+        loaded = found.load(device, precision)
         assert isinstance(loaded.model, BLTModel)
         lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
         return cls(loaded.model, loaded.config, lm, loaded.source, quantize, draft_length)
@@ -217,22 +219,20 @@ class BLT:
         return engine_for(self.model, self.patching, self._needed_entropy_model(), batch_size, ahead=self.draft_length)
 
     @overload
-    def generate(self, prompt: str | bytes, max_new_bytes: int = ..., samples: None = ..., **sampling: Any) -> str: ...
+    def generate(self, prompt: Text, max_new_bytes: int = ..., samples: None = ..., **sampling: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Text, max_new_bytes: int = ..., *, samples: int, **sampling: Any) -> list[str]: ...
     @overload
     def generate(
-        self, prompt: str | bytes, max_new_bytes: int = ..., samples: int = ..., **sampling: Any
+        self, prompt: Sequence[Text], max_new_bytes: int = ..., samples: None = ..., **sampling: Any
     ) -> list[str]: ...
     @overload
     def generate(
-        self, prompt: Sequence[str | bytes], max_new_bytes: int = ..., samples: None = ..., **sampling: Any
-    ) -> list[str]: ...
-    @overload
-    def generate(
-        self, prompt: Sequence[str | bytes], max_new_bytes: int = ..., samples: int = ..., **sampling: Any
+        self, prompt: Sequence[Text], max_new_bytes: int = ..., *, samples: int, **sampling: Any
     ) -> list[list[str]]: ...
     def generate(
         self,
-        prompt: str | bytes | Sequence[str | bytes],
+        prompt: Text | Sequence[Text],
         max_new_bytes: int = 200,
         samples: int | None = None,
         **sampling: Any,
@@ -269,7 +269,7 @@ class BLT:
         found: list[Any] = texts if samples is not None else [only for [only] in texts]
         return found[0] if isinstance(prompt, str | bytes) else found
 
-    def stream(self, prompt: str | bytes, max_new_bytes: int = 200, **sampling: Any) -> Iterator[str]:
+    def stream(self, prompt: Text, max_new_bytes: int = 200, **sampling: Any) -> Iterator[str]:
         """Continue a text piece by piece, in whole characters; the arguments are those of `generate`."""
         settings = Sampling.parse(sampling, where="stream")
         check_max_new_bytes(max_new_bytes)
@@ -289,7 +289,7 @@ class BLT:
 
         return pieces()
 
-    def score(self, prompt: str | bytes, continuations: Sequence[str | bytes]) -> list[float]:
+    def score(self, prompt: Text, continuations: Sequence[Text]) -> list[float]:
         """log P(continuation | prompt) of each continuation, in nats; the prompt is read only once."""
         if isinstance(continuations, str | bytes) or not isinstance(continuations, Iterable):
             raise UserError("score takes a list of continuations; write [text] for one")
@@ -297,7 +297,7 @@ class BLT:
         texts = [torch.from_numpy(encode(text, bos=False, eos=False)) for text in continuations]
         return log_probabilities(decoder, prompt_ids(prompt), texts)
 
-    def patch(self, text: str | bytes, context: int | None = None) -> list[Patch]:
+    def patch(self, text: Text, context: int | None = None) -> list[Patch]:
         """The patches of a text, as `logits`, `generate` and `score` use them.
 
         Args:
@@ -307,7 +307,7 @@ class BLT:
         context = None if context is None else _checked_context(context)
         return patches_of(to_bytes(text), self.patcher, context)
 
-    def bits_per_byte(self, text: str | bytes, context: int | None = None) -> float:
+    def bits_per_byte(self, text: Text, context: int | None = None) -> float:
         """Cross-entropy of the text and its end, in bits per byte.
 
         Args:
@@ -325,9 +325,7 @@ class BLT:
         return evaluate(self.model, map(pack, batches)).bits_per_byte
 
     @torch.no_grad()
-    def logits(
-        self, ids: str | bytes | Tensor, patch_lengths: Tensor | None = None, context: int | None = None
-    ) -> Tensor:
+    def logits(self, ids: Text | Tensor, patch_lengths: Tensor | None = None, context: int | None = None) -> Tensor:
         """The model's logits, for checks and research.
 
         Args:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, g
 
 import yaml
 
-from bytelatent.config import Settings, flat, load_yaml, short, to_yaml
+from bytelatent.config import Settings, flat, load_yaml, renamed, say_renamed, short, to_yaml
 from bytelatent.configs import find_config
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
@@ -53,7 +53,7 @@ class Given(Generic[Read]):
     def read_file(self, config: str) -> None:
         """Begin with a YAML file: its path, or the name of a configuration of the package."""
         path = find_config(config)
-        self.values = load_yaml(path)
+        self.values = renamed(load_yaml(path), self.model.old_names)
         self.sources = dict.fromkeys(flat(self.values), str(path))
 
     def lay_over(self, overrides: list[str]) -> None:
@@ -78,6 +78,9 @@ class Given(Generic[Read]):
                 self.values[name], self.sources[name] = None, COMMAND_LINE
 
     def _set(self, key: str, text: str) -> None:
+        if key in self.model.old_names:
+            say_renamed(key, self.model.old_names[key])
+            key = self.model.old_names[key]
         *groups, name = key.split(".")
         value = text if key == self.literal else _read(text, _declared(self.model, key), key)
         group = self.values

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, ParamSpec, Self, TypeVar, get_args
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError, nearest
@@ -36,11 +36,18 @@ class Settings(BaseModel):
     Attributes:
         presets: fields that may be the name of a preset; with other keys beside it, the name's key is `preset`.
         alternatives: fields of which one may be set. One on the command line unsets the others of a file.
+        old_names: earlier names of fields, which still work.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
     presets: ClassVar[tuple[str, ...]] = ()
     alternatives: ClassVar[tuple[str, ...]] = ()
+    old_names: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_their_names(cls, values: Any) -> Any:
+        return renamed(values, cls.old_names)
 
     @field_validator("*")
     @classmethod

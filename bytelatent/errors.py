@@ -24,7 +24,12 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A value that a user gave, or the message of a library, may hold line breaks, credentials, or steer a terminal.
-        super().__init__(one_line(masked(" ".join(message.split()))))
+        super().__init__(in_one_line(message))
+
+
+def in_one_line(message: object) -> str:
+    """A text, or the message of an error, in one printable line without credentials."""
+    return one_line(masked(" ".join(str(message).split())))
 
 
 def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) -> str:

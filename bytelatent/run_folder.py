@@ -1,4 +1,4 @@
-"""What the folder of a run holds: its checkpoints, and the rows of its metrics. Files of others there do no harm."""
+"""A run's folder: its checkpoints, and the rows of its metrics. Files of other programs in it are ignored."""
 
 import json
 import re
@@ -9,49 +9,60 @@ from typing import Any
 from bytelatent.errors import UserError
 from bytelatent.files import what_is_torn
 
-CHECKPOINT = re.compile("step-([0-9]{8,})")  # and not a user's copy, such as step-00000080.bak
+CHECKPOINT = re.compile("step-([0-9]{8,})")  # not a user's copy, such as step-00000080.bak
+
+
+class NoCheckpoint(UserError):
+    """A run has no checkpoint that can be read.
+
+    Attributes:
+        corrupt: a line about each checkpoint that it has.
+    """
+
+    def __init__(self, run: Path, corrupt: list[str]):
+        self.corrupt = corrupt
+        if corrupt:
+            super().__init__(f"no checkpoint of '{run}' is whole: {'; '.join(corrupt)}; remove them to start again")
+        else:
+            super().__init__(f"'{run}' has no checkpoint yet; train it further: blt train")
 
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def checkpoints_in(parent: Path) -> dict[int, Path]:
-    """The folders that training wrote, whole or not, by the steps that were done; in rising order."""
-    named = ((CHECKPOINT.fullmatch(place.name), place) for place in parent.glob("step-*"))
-    return dict(sorted((int(name[1]), place) for name, place in named if name is not None and place.is_dir()))
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """The folders of a run's checkpoints, whole or not, by the number of steps done, in rising order."""
+    folders = [folder for folder in (run / "checkpoints").glob("step-*") if folder.is_dir()]
+    return dict(sorted((int(name[1]), folder) for folder in folders if (name := CHECKPOINT.fullmatch(folder.name))))
 
 
-def newest_whole(parent: Path, torn_by: Callable[[Path], str | None] = what_is_torn) -> tuple[Path | None, list[str]]:
-    """The last checkpoint below `parent` that is whole, and one line about each later one that is not.
+def newest_checkpoint(run: Path, why_corrupt: Callable[[Path], str | None] = what_is_torn) -> tuple[Path, list[str]]:
+    """The last checkpoint of a run that is whole, and a line about each later one that is corrupt.
 
     Args:
-        torn_by: says why a folder is not whole, or None.
+        why_corrupt: why a folder is corrupt; None if it is whole.
+
+    Raises:
+        NoCheckpoint: there is none.
     """
-    passed_over = []
-    for folder in reversed(checkpoints_in(parent).values()):
-        torn = torn_by(folder)
-        if torn is None:
-            return folder, passed_over
-        passed_over.append(f"'{folder}' is torn ({torn}); passed over")
-    return None, passed_over
-
-
-def none_whole(run: Path, passed_over: list[str]) -> UserError:
-    """What is wrong with a run in which `newest_whole` found nothing, and passed over these."""
-    if not passed_over:
-        return UserError(f"'{run}' has no checkpoint yet; train it further: blt train")
-    return UserError(f"no checkpoint of '{run}' is whole: {'; '.join(passed_over)}; remove them to start again")
+    corrupt: list[str] = []
+    for folder in reversed(checkpoints_of(run).values()):
+        why = why_corrupt(folder)
+        if why is None:
+            return folder, corrupt
+        corrupt.append(f"'{folder}' is corrupt ({why}); skipped")
+    raise NoCheckpoint(run, corrupt)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, if there are any; what a crash or a copy has torn is left out."""
+    """The rows of a run's metrics, if there are any; lines that a crash or a copy has corrupted are skipped."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     return [row for line in lines if (row := row_in(line)) is not None]
 
 
 def row_in(line: bytes) -> dict[str, Any] | None:
-    """The row of metrics that a line holds: JSON with a number `step`; None if it holds none."""
+    """The row of metrics in a line: a JSON object with a number `step`; None if there is none."""
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError):

@@ -1,9 +1,9 @@
-"""Take the README's picture of a demo's report: docs/images/report.png.
+"""Take a screenshot of a demo's report for the README: docs/images/report.png.
 
     blt demo --out runs/demo                 # on an idle machine, with the default minutes
     python dev/report_picture.py runs/demo
 
-It takes Chromium or Chrome (Debian: `apt-get install chromium`), and DejaVu fonts for a picture like the last one.
+Needs Chromium or Chrome (Debian: `apt-get install chromium`), and the DejaVu fonts.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def take(report: Path, picture: Path) -> None:
     """Write a PNG of the head of a page."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
-        sys.exit(f"there is no browser here: one of {', '.join(BROWSERS)}")
+        sys.exit(f"no browser found; install one of {', '.join(BROWSERS)}")
     with tempfile.TemporaryDirectory() as profile:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
         size = f"--window-size={WIDTH},{HEIGHT}"

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from bytelatent.run_folder import newest_whole
+from bytelatent.run_folder import NoCheckpoint, newest_checkpoint
 
 COMPARED = (
     "step",
@@ -36,8 +36,11 @@ def differences(run: Path, other: Path) -> list[str]:
     found = [f"{a} is {b} in {other}" for a, b in zip(rows, others, strict=False) if a != b]
     if len(rows) != len(others) or not rows:
         found.append(f"{len(rows)} rows of metrics in {run}, {len(others)} in {other}")
-    (newest, _), (newest_other, _) = (newest_whole(folder / "checkpoints") for folder in (run, other))
-    if newest is None or newest_other is None or newest.name != newest_other.name:
+    try:
+        newest, newest_other = newest_checkpoint(run)[0], newest_checkpoint(other)[0]
+    except NoCheckpoint as error:
+        return [*found, str(error)]
+    if newest.name != newest_other.name:
         return [*found, f"the newest checkpoints are {newest} and {newest_other}"]
     if (newest / "model.safetensors").read_bytes() != (newest_other / "model.safetensors").read_bytes():
         found.append("the weights differ")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from same_bits import differences, metrics
 
-from bytelatent.run_folder import newest_whole
+from bytelatent.run_folder import NoCheckpoint, newest_checkpoint
 
 STEPS, SAVE_EVERY, VALIDATE_EVERY = 110, 3, 8
 PATIENCE = 400  # seconds for whatever is waited for
@@ -242,8 +242,10 @@ def die(job: Job, times: int, draw: random.Random) -> list[Death]:
         after = job.wait_for_end()
         death.notes += after_death(job, after, kind)
         before = job.lines()
-        newest, _ = newest_whole(job.checkpoints)
-        death.saved = int(newest.name.removeprefix("step-")) if newest is not None else 0
+        try:
+            death.saved = int(newest_checkpoint(job.checkpoints.parent)[0].name.removeprefix("step-"))
+        except NoCheckpoint:
+            death.saved = 0
         deaths.append(death)
         say(f"job {job.id}: {kind}, step {death.step}, checkpoint {death.saved}, {death.notes}")
         if after == "PENDING":

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ def _log_level(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Tests see messages of INFO and above in `caplog`; what a test's command configured ends with the test."""
     logger = logging.getLogger("bytelatent")
     logger.setLevel(logging.INFO)
+    if bad_rows := sys.modules.get("bytelatent.text.bad_rows"):
+        bad_rows.forget_logged()
     yield
     logger.handlers.clear()
 

@@ -32,9 +32,9 @@ TEXTS = [
 ]
 
 
-def wrap(model: BLTModel, rule: PatchSettings | None = None, with_byte_lm: bool = True) -> BLT:
-    rule = rule or PatchSettings(mode="entropy", threshold=THRESHOLD)
-    config = Config(model=model.settings, context=CONTEXT, patching=rule)
+def wrap(model: BLTModel, patching: PatchSettings | None = None, with_byte_lm: bool = True) -> BLT:
+    patching = patching or PatchSettings(mode="entropy", threshold=THRESHOLD)
+    config = Config(model=model.settings, context=CONTEXT, patching=patching)
     return BLT(model, config, tiny_byte_lm(window=6) if with_byte_lm else None)
 
 
@@ -141,7 +141,7 @@ def test_rows_of_logits_are_independent(stop_at_document: bool) -> None:
 
 @pytest.mark.parametrize("last", [0, 1])
 def test_logits_of_given_patches(blt: BLT, last: int) -> None:
-    """Lengths may or may not say whether the id to come starts a patch."""
+    """Lengths may or may not include whether the next id starts a patch."""
     ids, lengths = torch.tensor([[1, 70, 80, 90, 75]]), torch.tensor([[1, 3, 0, 1, last, 0]])
     found = blt.logits(ids, lengths)[0].numpy()
     expected = slow.blt(
@@ -151,7 +151,7 @@ def test_logits_of_given_patches(blt: BLT, last: int) -> None:
 
 
 def test_a_last_patch_that_goes_on(blt: BLT) -> None:
-    """[1, 3, 2] says that the id to come belongs to the last patch, as [1, 3, 1] leaves it."""
+    """In [1, 3, 2], the next id belongs to the last patch, like in [1, 3, 1]."""
     ids = torch.tensor([[1, 70, 80, 90, 75]])
     assert blt.logits(ids, torch.tensor([[1, 3, 2]])).equal(blt.logits(ids, torch.tensor([[1, 3, 1]])))
     assert not blt.logits(ids, torch.tensor([[1, 3, 2]])).equal(blt.logits(ids, torch.tensor([[1, 3, 1, 1]])))
@@ -288,7 +288,7 @@ def test_models_that_are_no_blt_or_lack_something(goldens: Path, tmp_path: Path)
         BLT.from_pretrained(tmp_path / "a")
 
 
-def test_torn_folder(blt: BLT, tmp_path: Path) -> None:
+def test_corrupt_folder(blt: BLT, tmp_path: Path) -> None:
     blt.save_pretrained(tmp_path / "a")
     weights = tmp_path / "a" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -399,7 +399,7 @@ def test_a_reused_engine_has_the_new_weights(blt: BLT) -> None:
         (lambda blt: blt.engine(1).submit("\ud800", Sampling(), 3), HALF),
     ],
 )
-def test_what_is_no_text_or_number_is_told_at_the_call(call: Callable[[BLT], object], message: str, blt: BLT) -> None:
+def test_wrong_arguments_are_refused_at_the_call(call: Callable[[BLT], object], message: str, blt: BLT) -> None:
     with pytest.raises(UserError, match=message):
         call(blt)
 

@@ -140,7 +140,7 @@ def test_adapters_take_part_in_generation() -> None:
         model.generate("The", **settings)
 
 
-def changed_rule(model: BLT) -> None:
+def changed_threshold(model: BLT) -> None:
     model.patching = PatchSettings(threshold=5.3)
 
 
@@ -164,7 +164,7 @@ def changed_config(model: BLT) -> None:
     model.config = model.config.model_copy(update={"context": 11, "patching": PatchSettings(mode="space")})
 
 
-CHANGES = [changed_rule, changed_mode, changed_context, changed_byte_lm, changed_model, changed_config]
+CHANGES = [changed_threshold, changed_mode, changed_context, changed_byte_lm, changed_model, changed_config]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -187,10 +187,10 @@ def test_what_is_used_is_what_is_saved(change: Callable[[BLT], None], tmp_path: 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_patches_are_those_of_the_rule_everywhere(change: Callable[[BLT], None]) -> None:
+def test_patches_are_the_same_everywhere(change: Callable[[BLT], None]) -> None:
     """`patch`, `logits`, `score` and `generate` after a change are those of a model that is made so."""
     model = blt()
-    model.generate("The", 3)  # an engine is kept
+    model.generate("The", 3)  # its engine may be reused
     change(model)
     made = BLT(model.model, model.config, model.entropy_model)
     assert model.patch(TEXT) == made.patch(TEXT)
@@ -218,7 +218,7 @@ def test_patches_are_those_of_the_rule_everywhere(change: Callable[[BLT], None])
         ("draft_length", "2", "ahead: '2' bytes a step"),
     ],
 )
-def test_what_cannot_be_set_is_told_in_one_line(name: str, value: object, message: str) -> None:
+def test_wrong_values_are_refused_in_one_line(name: str, value: object, message: str) -> None:
     model = blt()
     before = getattr(model, name)
     with pytest.raises(UserError, match=f"^{message}") as error:
@@ -287,7 +287,7 @@ def test_measurements_that_are_set_belong_to_the_model_as_it_is(tmp_path: Path) 
     assert again(model, tmp_path / "c").config.origin == Origin()
 
 
-@pytest.mark.parametrize("change", [changed_rule, changed_byte_lm, changed_context, changed_config])
+@pytest.mark.parametrize("change", [changed_threshold, changed_byte_lm, changed_context, changed_config])
 def test_bits_per_byte_are_those_of_the_patches(change: Callable[[BLT], None], tmp_path: Path) -> None:
     model = again(blt(), tmp_path / "a")
     change(model)

@@ -9,7 +9,7 @@ import torch
 from bytelatent.errors import UserError
 from bytelatent.model import build
 from bytelatent.model.flops import costs
-from bytelatent.training.distributed.fsdp import gathered_together
+from bytelatent.training.distributed.fsdp import fsdp_groups
 from bytelatent.training.profiling.kernel_times import Communication
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -87,7 +87,7 @@ def test_a_prediction_adds_up_what_is_sent(gpus: int, speed: float) -> None:
     parts = costs(TINY, 4.5, 8192)
     tables = sum(part.num_parameters for part in parts if part.name == "n-gram hash tables")
     weights, share = sum(part.num_parameters for part in parts) - tables, (gpus - 1) / gpus
-    calls = 30e-6 * (3 if gpus == 8 else 6) * len(gathered_together(build(TINY)))
+    calls = 30e-6 * (3 if gpus == 8 else 6) * len(fsdp_groups(build(TINY)))
     assert found.compute == alone.compute
     assert found.gather == pytest.approx(2 * (2 * weights * share / speed + calls))
     assert found.reduce == pytest.approx(4 * weights * share / speed + calls)

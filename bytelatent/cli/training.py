@@ -55,7 +55,7 @@ def train(
 
     Example:  `blt train config=byte_lm run=runs/mine data.train=text/*.jsonl steps=2000`
 
-    A BLT:  `blt train config=blt_1b byte_lm=runs/mine data.train=text/*.jsonl model.encoder.window=256`
+    A BLT:  `blt train config=blt_1b entropy_model=runs/mine data.train=text/*.jsonl model.encoder.window=256`
 
     A run of a minute, on text that Python brings:  `config=debug`
 

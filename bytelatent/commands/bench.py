@@ -17,7 +17,7 @@ from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ModelSettings, preset
 from bytelatent.model.flops import costs, training_flops
-from bytelatent.training.distributed.activation_checkpointing import Checkpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.float8 import Float8, check_float8
 from bytelatent.training.gradients import check_cuda_graph
 from bytelatent.training.profiling.kernel_times import by_kind, kernels_of
@@ -56,7 +56,7 @@ class BenchTrainSettings(Settings):
     bytes: list[Annotated[int, Field(ge=1)]] | None = None
     cuda_graph: bool = False
     float8: Float8 | None = None
-    checkpointing: Checkpointing = "none"
+    checkpointing: ActivationCheckpointing = "none"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

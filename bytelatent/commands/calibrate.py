@@ -60,7 +60,7 @@ def calibrate_text(
             rule,
             max_bytes,
             place,
-            damaged=bad,
+            bad_rows=bad,
             max_row_bytes=data.max_row_bytes,
             progress=progress,
         )

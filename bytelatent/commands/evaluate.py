@@ -13,8 +13,8 @@ from bytelatent.evaluation import evaluate
 from bytelatent.progress import Progress
 from bytelatent.text import MAX_ROW_BYTES, BadRows, find_files
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
-from bytelatent.text.kinds import FileKind, kind_of
-from bytelatent.text.places import size_of
+from bytelatent.text.formats import FileKind, kind_of
+from bytelatent.text.streams import size_of
 from bytelatent.weights import load
 
 
@@ -51,10 +51,10 @@ def evaluate_model(
         patcher = Patcher(found.config.patching, found.byte_lm.to(torch.float32) if found.byte_lm else None)
     sources = [SourceSettings.parse({"path": path, "text_key": text_key}) for path in text]
     bad = BadRows(max_bad_rows)
-    files = [file for source in sources for file in find_files(source.path, bad.note)]
+    files = [file for source in sources for file in find_files(source.path)]
     context = found.config.context
     size = max(context, 4096)
-    batches = batches_once(sources, context, size, patcher, max_bytes, bad=bad, max_row_bytes=max_row_bytes)
+    batches = batches_once(sources, context, size, patcher, max_bytes, bad_rows=bad, max_row_bytes=max_row_bytes)
     with Progress("measuring", _about_bytes(files, max_bytes), about=True) as progress:
         try:
             result = evaluate(found.model, batches, on_batch=progress.advance)
@@ -79,4 +79,4 @@ def _about_bytes(files: list[str], max_bytes: int | None) -> int | None:
 
 
 def _is_compressed(kind: FileKind) -> bool:
-    return kind.compression is not None or kind.kind == "parquet"
+    return kind.compression is not None or (kind.format is not None and not kind.format.compressible)

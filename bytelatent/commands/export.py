@@ -8,7 +8,7 @@ import torch
 from bytelatent.errors import UserError
 from bytelatent.files import what_is_torn
 from bytelatent.log import Console
-from bytelatent.run_folder import checkpoints_in, newest_whole, none_whole
+from bytelatent.run_folder import checkpoints_of, newest_checkpoint
 from bytelatent.training.checkpoint.storage import open_stored
 from bytelatent.weights import check_target, open_pretrained, write_model
 from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run
@@ -51,13 +51,10 @@ def _checkpoint(run: Path, step: int | None) -> tuple[Path, list[str]]:
     if not is_run(run):
         raise UserError(f"'{run}' is no run; name the folder of one, as in blt export runs/mine --out FOLDER")
     if step is None:
-        found, passed_over = newest_whole(run / "checkpoints")
-        if found is None:
-            raise none_whole(run, passed_over)
-        return found, passed_over
-    known = checkpoints_in(run / "checkpoints")
+        return newest_checkpoint(run)
+    known = checkpoints_of(run)
     if (found := known.get(step)) is None:
         raise UserError(f"'{run}' has no checkpoint after step {step}; it has {', '.join(map(str, known)) or 'none'}")
     if (torn := what_is_torn(found)) is not None:
-        raise UserError(f"'{found}' is torn ({torn}); name another step, or leave it out for the last whole one")
+        raise UserError(f"'{found}' is corrupt ({torn}); name another step, or leave it out for the last whole one")
     return found, []

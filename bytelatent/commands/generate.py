@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bytelatent import log, terminal
 from bytelatent.command_line import from_command_line
+from bytelatent.commands.rows_out import line_of, must_be_free, rows_at
 from bytelatent.config import Settings, flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest
@@ -29,9 +30,8 @@ from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS
 from bytelatent.inference.step import check_ahead, engine_for
 from bytelatent.log import Console
 from bytelatent.text.documents import json_value
-from bytelatent.text.kinds import BYTE_ORDER_MARK, TextReader, must_be_read
-from bytelatent.text.places import readable
-from bytelatent.text.rows_out import line_of, must_be_free, rows_at
+from bytelatent.text.formats import JSONL, TEXT, readable_kind
+from bytelatent.text.streams import BYTE_ORDER_MARK, TextReader, readable
 from bytelatent.weights import open_pretrained
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
@@ -159,14 +159,14 @@ def _prompt_in(name: str) -> bytes:
     if Path(name).is_fifo():  # as `<(command)` of a shell
         with readable(name):
             return Path(name).read_bytes()
-    found = must_be_read(name)
-    if found.kind == "parquet":
-        raise UserError(f"file: '{name}' is a Parquet file; a prompt is text")
-    with readable(name), TextReader(name, found.compression) as text:
+    found, compression = readable_kind(name)
+    if not found.compressible:
+        raise UserError(f"file: '{name}' is a {found.title} file; a prompt is text")
+    with readable(name), TextReader(name, compression) as text:
         text.skip_byte_order_mark()
         prompt = text.read()
-        if text.damage is not None:
-            raise UserError(f"file: '{name}' {text.damage}")
+        if text.unread is not None:
+            raise UserError(f"file: '{name}' {text.unread}")
     return prompt
 
 
@@ -214,13 +214,13 @@ def _rows(settings: GenerateSettings) -> Iterator[Row]:
         yield from _parsed(sys.stdin.buffer, "standard input", settings)
         return
     name = settings.jsonl
-    found = must_be_read(name)
-    if found.kind in ("parquet", "json"):
-        raise UserError(f"jsonl: '{name}' is no JSONL; write each prompt as an object on a line of its own")
-    with readable(name), TextReader(name, found.compression) as file:
+    found, compression = readable_kind(name)
+    if found not in (JSONL, TEXT):
+        raise UserError(f"jsonl: '{name}' is not JSONL; write each prompt as an object on a line of its own")
+    with readable(name), TextReader(name, compression) as file:
         yield from _parsed(file, name, settings)
-        if file.damage is not None:
-            raise UserError(f"jsonl: '{name}' {file.damage}")
+        if file.unread is not None:
+            raise UserError(f"jsonl: '{name}' {file.unread}")
 
 
 def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator[Row]:

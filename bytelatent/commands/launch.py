@@ -130,5 +130,5 @@ def _check_training(training: Any, settings: LaunchSettings) -> None:
     if not settings.dry_run:
         whence = f" (the job looks for it from '{Path.cwd()}')"
         must_be_there(training.data, whence, remote=False)
-        if training.byte_lm is not None:
-            must_have_byte_lm(training.byte_lm, whence)
+        if training.entropy_model is not None:
+            must_have_byte_lm(training.entropy_model, whence)

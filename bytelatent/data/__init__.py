@@ -2,7 +2,7 @@
 
 from bytelatent.data.ahead import ReadAhead
 from bytelatent.data.loader import Loader, batches_once
-from bytelatent.data.packing import Batch, pack, surprise, take
+from bytelatent.data.packing import Batch, pack, take
 from bytelatent.data.patcher import Patcher, groups_of, patch_in_groups, patches_of
 from bytelatent.data.pieces import Piece, cut, stream_of
 from bytelatent.data.settings import DataSettings, SourceSettings
@@ -24,6 +24,5 @@ __all__ = [
     "patch_in_groups",
     "patches_of",
     "stream_of",
-    "surprise",
     "take",
 ]

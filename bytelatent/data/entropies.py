@@ -32,9 +32,9 @@ from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, read_documents
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
-from bytelatent.text.documents import name_of
-from bytelatent.text.places import is_remote
+from bytelatent.text.documents import id_of
 from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, read_stored
+from bytelatent.text.streams import is_remote
 
 # Shapes: T ids in a batch
 
@@ -328,7 +328,7 @@ def loads_of(
                 pieces, ended, num_ids = [], [], 0
             pieces.append(piece)
             num_ids += len(piece)
-        ended.append((document.id if document.id is not None else name_of(f"{shard.name}/{row}"), document.text))
+        ended.append((document.id if document.id is not None else id_of(f"{shard.name}/{row}"), document.text))
     if pieces:
         yield Load(pack(pieces, size).stream, num_ids, ended, position)
 
@@ -341,7 +341,7 @@ def _documents(shard: Shard, settings: EntropySettings, damaged: BadRows) -> Ite
         nonlocal share
         share = of_file
 
-    how = {"damaged": damaged, "stored": False, "max_row_bytes": settings.max_row_bytes, "on_block": on_block}
+    how = {"bad_rows": damaged, "stored": False, "max_row_bytes": settings.max_row_bytes, "on_block": on_block}
     text_bytes = 0
     for row, document in read_documents(shard.source, settings.text_key, **how):
         text_bytes += len(document.text)

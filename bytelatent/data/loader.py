@@ -31,7 +31,6 @@ class Loader:
         seed: of every choice.
         patcher: None for batches without patches.
         rank, world: this rank, of so many; no document is read by two in the same epoch.
-        told: those that were said before.
     """
 
     def __init__(
@@ -41,7 +40,6 @@ class Loader:
         patcher: Patcher | None = None,
         rank: int = 0,
         world: int = 1,
-        told: set[str] | None = None,
     ):
         self.settings, self.seed, self.patcher = settings, seed, patcher
         self.rank, self.world = rank, world
@@ -49,9 +47,9 @@ class Loader:
             [Reading(s.text_key, settings.context, patcher, settings.max_row_bytes) for s in settings.train],
             settings.workers,
         )
-        check, told = StoredCheck(patcher), set() if told is None else told
+        check = StoredCheck(patcher)
         self.sources = [
-            SourceReader(source, number, self.readings, seed, rank, world, settings.max_bad_rows, check, told)
+            SourceReader(source, number, self.readings, seed, rank, world, settings.max_bad_rows, check)
             for number, source in enumerate(settings.train)
         ]
         weights = np.array([source.weight for source in settings.train])
@@ -185,7 +183,7 @@ class Loader:
                 "place": list(end),
                 "item": 0,
                 "left": [[*place, item] for place, item in left[self.rank :: self.world]],
-                "damaged": [end.epoch, sum(r.damaged.count for r in before if r.damaged.epoch == end.epoch)],
+                "damaged": [end.epoch, sum(r.bad_rows.count for r in before if r.bad_rows.epoch == end.epoch)],
             }
         )
         return len(left)
@@ -206,7 +204,7 @@ def batches_once(
     max_bytes: int | None = None,
     slots: int | None = None,
     padded: bool = False,
-    bad: BadRows | None = None,
+    bad_rows: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Iterator[Batch]:
     """The sources' documents once, in order: for validation.
@@ -215,10 +213,10 @@ def batches_once(
         max_bytes: stop after about as much text.
         slots: patches a batch, as `batch_patches` of training; None for no limit.
         padded: the last batch, and with `slots` each one's patches, are filled up, so that all are of one shape.
-        bad: receives bad rows and files; None to raise the first.
+        bad_rows: receives bad rows and files; None to raise the first.
         max_row_bytes: a longer row is a bad one.
     """
-    pieces = _pieces_once(_documents_once(sources, patcher, bad, max_row_bytes), context, max_bytes)
+    pieces = _pieces_once(_documents_once(sources, patcher, bad_rows, max_row_bytes), context, max_bytes)
     ready: deque[Piece] = deque()
 
     def more() -> bool:
@@ -231,13 +229,13 @@ def batches_once(
 
 
 def _documents_once(
-    sources: list[SourceSettings], patcher: Patcher | None, bad: BadRows | None, max_row_bytes: int
+    sources: list[SourceSettings], patcher: Patcher | None, bad_rows: BadRows | None, max_row_bytes: int
 ) -> Iterator[Document]:
     check = StoredCheck(patcher)
     stored = check.patcher is not None
     for source in sources:
-        for file in find_files(source.path) if bad is None else find_files(source.path, bad.note):
-            for _, document in read_documents(file, source.text_key, check, bad, stored, max_row_bytes):
+        for file in find_files(source.path):
+            for _, document in read_documents(file, source.text_key, check, bad_rows, stored, max_row_bytes):
                 yield document
 
 

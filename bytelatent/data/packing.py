@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bytelatent.data.pieces import Piece, stream_of
 from bytelatent.errors import UserError
-from bytelatent.model.loss import IGNORED, sum_of_nats
+from bytelatent.model.loss import IGNORED
 from bytelatent.model.stream import Stream, add_patches
 from bytelatent.vocab import OFFSET
 
@@ -101,11 +101,6 @@ def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None,
         with_bytes = stream.patch[stream.ids >= OFFSET]  # in rising order
         num_patches = int((with_bytes[1:] != with_bytes[:-1]).sum()) + (len(with_bytes) > 0)
     return Batch(stream, targets, num_targets, num_bytes, num_patches)
-
-
-def surprise(model: Callable[[Stream], Tensor], batch: Batch) -> Tensor:
-    """The summed surprise in nats of the batch's targets."""
-    return sum_of_nats(model(batch.stream), batch.targets)
 
 
 def _pad(values: Tensor, padding: int, filler: Tensor) -> Tensor:

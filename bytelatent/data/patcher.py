@@ -87,7 +87,7 @@ class Patcher:
         if self.byte_lm is None:
             raise UserError(
                 "data: patching by entropy needs a byte LM or entropies stored beside every text; "
-                "name the byte LM: --model of blt calibrate, or byte_lm= in training"
+                "name the byte LM: --model of blt calibrate, or entropy_model= in training"
             )
         if self.entropies_of is not None:
             return self.entropies_of(stream)

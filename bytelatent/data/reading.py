@@ -13,17 +13,17 @@ import torch
 from bytelatent.data.patcher import Patcher
 from bytelatent.data.pieces import Piece, cut
 from bytelatent.errors import UserError
-from bytelatent.text import MAX_ROW_BYTES, BadRow, BlockReader, Stored, open_blocks
+from bytelatent.text import BadRow, BlockReader, ReadOptions, Stored, open_blocks
 
 RESTARTS = 3  # of the processes, for one block
 
 
 @dataclass(frozen=True)
 class CutBlock:
-    """A block's documents, each cut into pieces, and one line for each row that holds none."""
+    """A block's documents, each cut into pieces, and an error for each row that holds none."""
 
     documents: list[list[Piece]] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)
+    bad_rows: list[BadRow] = field(default_factory=list)
     stored: Stored | None = None
 
 
@@ -37,12 +37,12 @@ class Reading:
         patcher: cuts into patches what needs no byte LM; None where there are no patches.
     """
 
-    def __init__(self, text_key: str, context: int, patcher: Patcher | None, max_row_bytes: int = MAX_ROW_BYTES):
-        self.text_key, self.max_row_bytes = text_key, max_row_bytes
+    def __init__(self, text_key: str, context: int, patcher: Patcher | None, max_row_bytes: int):
+        # Otherwise what is stored is of another patching mode, or the model reads bytes alone.
+        stored = patcher is not None and patcher.settings.needs_entropies
+        self.options = ReadOptions(text_key, stored, max_row_bytes)
         self.context = context
         self.patcher = patcher.without_byte_lm() if patcher is not None else None
-        # Otherwise what is stored belongs to another rule, or to no model that reads bytes alone.
-        self.stored = patcher is not None and patcher.settings.needs_entropies
         self._file = ""
         self._blocks: BlockReader | None = None
 
@@ -68,11 +68,11 @@ class Reading:
         if block is None:
             return None
         documents = [list(cut(document, self.context)) for _, document in block.documents]
-        return CutBlock(self._patched(documents), [str(error) for error in block.damaged], block.stored)
+        return CutBlock(self._patched(documents), block.bad_rows, block.stored)
 
     def _open(self, file: str) -> BlockReader:
         if self._blocks is None or self._file != file:
-            self._blocks = open_blocks(file, self.text_key, self.stored, self.max_row_bytes)
+            self._blocks = open_blocks(file, self.options)
             self._file = file
         return self._blocks
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from bytelatent.errors import UserError
 from bytelatent.files import own_file
 from bytelatent.text import find_files
-from bytelatent.text.kinds import without_ending
-from bytelatent.text.places import is_remote, readable, size_of
+from bytelatent.text.formats import without_suffix
+from bytelatent.text.streams import is_remote, readable, size_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def shards_of(sources: Sequence[str], out: Path) -> list[Shard]:
     for source in sources:
         if not is_remote(source) and out.resolve().is_relative_to(Path(source).expanduser().resolve()):
             raise UserError(f"entropies: --out '{out}' is inside the source '{source}'; choose a folder outside of it")
-        for file in find_files(source, LOGGER.warning):
+        for file in find_files(source):
             name = _name(file, source)
             other = found.get(name)
             if other is not None and other.source != file:
@@ -119,4 +119,4 @@ def _name(file: str, source: str) -> str:
         name = Path(file).relative_to(folder).as_posix()
     else:
         name = Path(file).name
-    return without_ending(name)
+    return without_suffix(name)

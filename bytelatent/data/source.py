@@ -30,8 +30,8 @@ class Left(NamedTuple):
     item: int
 
 
-class Damage(NamedTuple):
-    """How many damaged rows and files were passed over in an epoch. Those of one epoch are those of all."""
+class BadRowCount(NamedTuple):
+    """How many bad rows and files were passed over in an epoch. Those of one epoch are those of all."""
 
     epoch: int
     count: int
@@ -55,7 +55,6 @@ class SourceReader:
         rank, world: this rank, of so many.
         check: complains about what is stored with the text.
         max_bad_rows: bad rows and files that are passed over in an epoch.
-        told: bad rows and files that were logged before; what is logged is added.
     """
 
     def __init__(
@@ -68,19 +67,18 @@ class SourceReader:
         world: int = 1,
         max_bad_rows: int = 0,
         check: Callable[[Stored, str], None] = lambda stored, file: None,
-        told: set[str] | None = None,
     ):
         self.settings, self.number, self.readings = settings, number, readings
         self.seed, self.rank, self.world = seed, rank, world
         self.check = check
-        self._limit = BadRows(max_bad_rows, "data.max_bad_rows", f" of '{settings.path}'", told)
-        self.files = find_files(settings.path, self._limit.note)
+        self._limit = BadRows(max_bad_rows, "data.max_bad_rows", f" of '{settings.path}'")
+        self.files = find_files(settings.path)
         self._order = -1, np.arange(0)  # an epoch, and the numbers of the files in its order
         self._num_blocks_of: dict[str, int] = {}
         self.place = Place(0, 0, 0)  # this rank's block that is being read, or the first to be
         self.item = 0  # documents of the block that were read
         self.left: list[Left] = []  # blocks to read first, from before the number of ranks changed; [0] is being read
-        self.damaged = Damage(0, 0)
+        self.bad_rows = BadRowCount(0, 0)
         self._restart()
 
     def __next__(self) -> list[Piece]:
@@ -99,7 +97,7 @@ class SourceReader:
             "place": list(self.place),
             "item": 0 if left else self.item,
             "left": left,
-            "damaged": list(self.damaged),
+            "damaged": list(self.bad_rows),
         }
 
     def has_files_of(self, state: dict[str, Any]) -> bool:
@@ -120,7 +118,7 @@ class SourceReader:
         self.place = Place(*state["place"])
         self.left = [Left(Place(*place), item) for *place, item in state["left"]]
         self.item = self.left[0].item if self.left else state["item"]
-        self.damaged = Damage(*state["damaged"])
+        self.bad_rows = BadRowCount(*state["damaged"])
         self._restart()
 
     def unread(self, end: Place) -> list[Left]:
@@ -205,26 +203,26 @@ class SourceReader:
         try:
             block = self.readings.answer(request)
         except BadRow as error:
-            self._pass_over(str(error), place.epoch)
+            self._pass_over(error, place.epoch)
             return None
         if block is not None and block.stored is not None:
             self.check(block.stored, self._file(place))
         if block is not None and count:
-            for line in block.damaged:
-                self._pass_over(line, place.epoch)
+            for error in block.bad_rows:
+                self._pass_over(error, place.epoch)
         return block
 
-    def _pass_over(self, line: str, epoch: int) -> None:
-        """Count a damaged row or file.
+    def _pass_over(self, error: BadRow, epoch: int) -> None:
+        """Count a bad row or file.
 
         Raises:
             UserError: there are too many in this epoch.
         """
-        if epoch != self.damaged.epoch:
-            self.damaged = Damage(epoch, 0)
-        self._limit.count = self.damaged.count
-        self.damaged = Damage(epoch, self.damaged.count + 1)
-        self._limit(line)
+        if epoch != self.bad_rows.epoch:
+            self.bad_rows = BadRowCount(epoch, 0)
+        self._limit.count = self.bad_rows.count
+        self.bad_rows = BadRowCount(epoch, self.bad_rows.count + 1)
+        self._limit(error)
 
     def _complain_of_nothing(self) -> NoReturn:
         raise UserError(f"data: '{self.settings.path}' holds no text that can be read: every document is empty")

@@ -40,12 +40,14 @@ class StoredCheck:
     def _compare(self, stored: Stored, file: str, patcher: Patcher) -> None:
         if patcher.fingerprint is not None and stored.byte_lm != patcher.fingerprint:
             raise UserError(
-                f"data: '{file}' holds the entropies of another byte LM ({stored.byte_lm}; byte_lm is "
+                f"data: '{file}' holds the entropies of another byte LM ({stored.byte_lm}; entropy_model is "
                 f"{patcher.fingerprint}); name that one, or make them again: blt entropies"
             )
         if patcher.byte_lm is not None and stored.window != patcher.byte_lm.settings.window:
             window = patcher.byte_lm.settings.window
-            raise UserError(f"data: '{file}' holds entropies of a window of {stored.window} ids; byte_lm has {window}")
+            raise UserError(
+                f"data: '{file}' holds entropies of a window of {stored.window} ids; entropy_model has {window}"
+            )
         if stored.rule is not None and (rule := PatchSettings.parse(stored.rule, file)) != patcher.settings:
             raise UserError(
                 f"data: '{file}' holds the patch starts of another rule ({_shown(rule)}; patching is "

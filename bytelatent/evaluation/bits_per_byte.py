@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bytelatent.data import Batch, surprise
+from bytelatent.data import Batch
 from bytelatent.errors import UserError
 from bytelatent.model import BLTModel, ByteLM
-from bytelatent.model.loss import bits_per_byte
+from bytelatent.model.loss import bits_per_byte, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def evaluate(
     device = next(model.parameters()).device
     nats, num_bytes, num_patches, began = 0.0, 0, 0, time.perf_counter()
     for batch in batches:
-        nats += float(surprise(model, batch.to(device)))
+        nats += float(cross_entropy(model, batch.to(device)))
         num_bytes, num_patches = num_bytes + batch.num_bytes, num_patches + batch.num_patches
         on_batch(batch.num_bytes)
     if num_bytes == 0:

@@ -17,7 +17,7 @@ from bytelatent.inference.state import HISTORY, SLACK, DecodeState, KeyValues
 from bytelatent.kernels.patch_attention import attend_to_own_bytes, pool_patches, runs_of
 from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches, entropies, pack_rows
 from bytelatent.model.attention import Look, build_mask
-from bytelatent.model.patch_attention import GatherBytes, ReadPatches
+from bytelatent.model.patch_attention import DecoderCrossAttention, EncoderCrossAttention
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings
 
@@ -212,34 +212,6 @@ class Decoder:
         row = torch.tensor(rows, device=self.device)[stream.document]
         return self._read(state, Runs(row, state.position[row] + stream.position), stream.ids, keep=False)
 
-    @torch.no_grad()
-    def read_byte_lm(self, state: DecodeState, rows: Tensor, ids: Tensor, position: Tensor) -> Tensor:
-        """Let only the byte LM read an id of some rows, ahead of the rest; its logits, float32 [T, V].
-
-        Args:
-            rows, ids, position: [T]; positions follow on one another from call to call.
-        """
-        assert self.byte_lm is not None
-        assert state.byte_lm is not None
-        return self.byte_lm.logits(ids, position, Cached(state.byte_lm, Runs(rows, position)))
-
-    @torch.no_grad()
-    def read_local(self, state: DecodeState, rows: Tensor, ids: Tensor, position: Tensor) -> Tensor:
-        """Let only the encoder and the decoder read an id of some rows, ahead of the rest.
-
-        No patch closes: every id reads the newest one that its row has closed.
-
-        Args:
-            rows, ids, position: [T]; positions follow on one another from call to call.
-
-        Returns:
-            Logits, float32 [T, V].
-        """
-        runs = Runs(rows, position)
-        state.history.ids[rows, position % HISTORY] = ids
-        states = self._encode(state, runs, ids, keep=True)
-        return self._decode(state, runs, states[-1], torch.full_like(rows, -1), [], keep=True)
-
     def _read(self, state: DecodeState, runs: Runs, ids: Tensor, keep: bool) -> Tensor:
         """Logits, float32 [T, V], of new ids [T]; `keep`: whether the state takes what later ids need of them."""
         rows, position = runs.rows, runs.position
@@ -313,7 +285,7 @@ class Decoder:
         own = runs_of(patch[order], len(closing))
         patches_PKD = encoder.queries(pool_patches(torch.cat([kept.h[before], h_TD[new]])[order], own))
         for layer, (cross, (k, v)) in enumerate(zip(encoder.cross_attention, bytes_, strict=True)):
-            assert isinstance(cross, GatherBytes)
+            assert isinstance(cross, EncoderCrossAttention)
             k, v = torch.cat([kept.k[layer][before], k[new]])[order], torch.cat([kept.v[layer][before], v[new]])[order]
             patches_PKD = cross.add(patches_PKD, attend_to_own_bytes(cross.queries(patches_PKD), k, v, own))
         return patches_PKD
@@ -339,7 +311,7 @@ class Decoder:
 
         def read_patches(layer: int, h_TD: Tensor) -> Tensor:
             cross = decoder.cross_attention[layer]
-            assert isinstance(cross, ReadPatches)
+            assert isinstance(cross, DecoderCrossAttention)
             k, v = kept.k[layer][before], kept.v[layer][before]
             if keys:
                 k, v = torch.cat([k, keys[layer][0]]), torch.cat([v, keys[layer][1]])
@@ -351,14 +323,14 @@ class Decoder:
     def _byte_keys(self, states: list[Tensor]) -> list[Keys]:
         """What each cross-attention of the encoder sees of bytes, from their states."""
         assert isinstance(self.model, BLTModel)
-        layers = cast(list[GatherBytes], self.model.encoder.cross_attention)
+        layers = cast(list[EncoderCrossAttention], self.model.encoder.cross_attention)
         return [cross.keys_values(h_TD) for cross, h_TD in zip(layers, states, strict=True)]
 
     def _patch_keys(self, patches_PG: Tensor) -> list[Keys]:
         """What each cross-attention of the decoder sees of patches."""
         assert isinstance(self.model, BLTModel)
         keys_PKD = self.model.decoder.keys(patches_PG)
-        layers = cast(list[ReadPatches], self.model.decoder.cross_attention)
+        layers = cast(list[DecoderCrossAttention], self.model.decoder.cross_attention)
         return [cross.keys_values(keys_PKD) for cross in layers]
 
     def _keep_bytes(self, state: DecodeState, runs: Runs, h_TD: Tensor, bytes_: list[Keys], longest: int) -> None:

@@ -14,7 +14,7 @@ from bytelatent.kernels.patch_attention import pool_patches, runs_of
 from bytelatent.model.attention import Mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
-from bytelatent.model.patch_attention import GatherBytes, ReadPatches
+from bytelatent.model.patch_attention import DecoderCrossAttention, EncoderCrossAttention
 from bytelatent.model.settings import BLTSettings
 from bytelatent.model.stream import PatchedStream
 from bytelatent.vocab import VOCAB_SIZE
@@ -35,7 +35,7 @@ class LocalEncoder(nn.Module):
         self.stack = Stack(encoder)
         self.pooled_to_queries = nn.Linear(encoder.dim, cross.k * encoder.dim, bias=False)
         self.cross_attention = nn.ModuleList(
-            GatherBytes(encoder.dim, cross, encoder.norm_eps)
+            EncoderCrossAttention(encoder.dim, cross, encoder.norm_eps)
             for _ in range(encoder.num_layers if cross.all_layers_encoder else 1)
         )
 
@@ -70,8 +70,8 @@ class LocalEncoder(nn.Module):
         """The K states of each patch, [P, K, D], from its bytes'."""
         own = runs_of(batch.patch, batch.num_patches)
         patches_PKD = self.queries(pool_patches(states[0], own))
-        for gather_bytes, h_TD in zip(self.cross_attention, states, strict=True):
-            patches_PKD = gather_bytes(patches_PKD, h_TD, own)
+        for cross, h_TD in zip(self.cross_attention, states, strict=True):
+            patches_PKD = cross(patches_PKD, h_TD, own)
         return patches_PKD
 
     def forward(self, batch: PatchedStream) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ class LocalDecoder(nn.Module):
         self.settings = settings
         self.patch_to_keys = nn.Linear(settings.global_transformer.dim, cross.k * decoder.dim, bias=False)
         self.cross_attention = nn.ModuleList(
-            ReadPatches(decoder.dim, cross, decoder.norm_eps)
+            DecoderCrossAttention(decoder.dim, cross, decoder.norm_eps)
             for _ in range(decoder.num_layers if cross.all_layers_decoder else 1)
         )
         self.stack = Stack(decoder)

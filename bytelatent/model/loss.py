@@ -1,6 +1,8 @@
-"""Losses, and bits per byte."""
+"""The training loss, and bits per byte."""
 
 import math
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,11 +10,21 @@ from torch import Tensor
 IGNORED = -100  # a target that does not count: padding
 
 
-def sum_of_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed surprise in nats of `targets` [T] under `logits` [T, V]."""
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+class _Targeted(Protocol):
+    """What `bytelatent.data.Batch` has of a packed batch."""
+
+    @property
+    def stream(self) -> Any: ...
+
+    @property
+    def targets(self) -> Tensor: ...
+
+
+def cross_entropy(model: Callable[[Any], Tensor], batch: _Targeted) -> Tensor:
+    """The cross-entropy in nats of a batch's targets [T] under the model's logits, summed over the batch."""
+    return F.cross_entropy(model(batch.stream), batch.targets, ignore_index=IGNORED, reduction="sum")
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Bits a byte of text costs; the end of each document is paid for by its bytes."""
+    """Bits per byte of text; the bytes of a document pay for its end, too."""
     return nats / math.log(2) / max(num_bytes, 1)

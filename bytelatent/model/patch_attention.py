@@ -47,7 +47,7 @@ class CrossAttention(nn.Module):
         return 2 * x + self.output(found.flatten(-2))
 
 
-class GatherBytes(CrossAttention):
+class EncoderCrossAttention(CrossAttention):
     """Encoder: a patch's queries look at its bytes."""
 
     def forward(self, queries_PKD: Tensor, h_TD: Tensor, own: PatchRuns) -> Tensor:
@@ -55,7 +55,7 @@ class GatherBytes(CrossAttention):
         return self.add(queries_PKD, attend_to_own_bytes(self.queries(queries_PKD), *self.keys_values(h_TD), own))
 
 
-class ReadPatches(CrossAttention):
+class DecoderCrossAttention(CrossAttention):
     """Decoder: a byte looks at the patch it reads."""
 
     def forward(self, h_TD: Tensor, keys_PKD: Tensor, read: PatchRuns) -> Tensor:

@@ -17,6 +17,7 @@ from fsspec.utils import glob_translate
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import only_writer, whole_file
 from bytelatent.hub import MAIN, few, hub_errors, require_client
+from bytelatent.text.formats import is_named_as_text
 
 LOGGER = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ DATASETS = {  # name: repository and pattern of its files
 }
 WORKERS = 8  # files at once
 DONE, UNFINISHED = ".source.json", ".source.unfinished.json"
-# Where no pattern chooses: no cards, no pictures.
-TEXT_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson|txt)(\.(gz|zst|xz|bz2))?)", re.IGNORECASE)
 
 _SCHEME = "hf://"
 _ADDRESS = re.compile(
@@ -161,7 +160,7 @@ def _look_up(request: Request, token: str | None) -> Record:
         found = [file for file in _listed(api, name, _fixed_folder(pattern), where) if matches(file.path)]
     else:
         listed = _listed(api, name, pattern, where) if at_path or not pattern else []
-        found = [file for file in listed if TEXT_FILES.fullmatch(file.path)]
+        found = [file for file in listed if is_named_as_text(file.path)]
     if not found:
         there = few([file.rfilename for file in info.siblings or []])
         raise UserError(

@@ -9,8 +9,8 @@ from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.text import BadRow, find_files
 from bytelatent.text.documents import json_value, some
-from bytelatent.text.kinds import FileKind, TextReader, kind_of, name_of
-from bytelatent.text.places import is_remote, readable, size_of
+from bytelatent.text.formats import FORMATS, JSONL, FileKind, file_name, kind_of
+from bytelatent.text.streams import COMPRESSIONS, TextReader, is_remote, readable, size_of
 
 UNIT_BYTES = 1 << 26  # of a plain JSONL file; of small text files together
 UNIT_FILES = 4096  # small text files together
@@ -19,8 +19,6 @@ MAX_TASKS = 4096  # beyond, tasks are larger
 FIRST_ROW_BYTES = 1 << 22
 FIRST_ROWS = 8  # files whose first row is looked at
 DOWNLOADS = ".download"  # below the folder that is prepared; it stays there
-EXPANSION = {"gzip": 5, "zstd": 6, "xz": 7, "bzip2": 6}  # a guess at how much larger the text is, as is the next one;
-PARQUET_EXPANSION = 4  # only the memory depends on them
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,14 @@ class InputFile:
     size: int
     changed: int | None  # nanoseconds; None where the place does not say
 
-    kind: str = "text"  # `lines` (JSONL that can be divided), `packed` (compressed), `json`, `parquet`, `text`, `none`
+    kind: str = "text"  # `lines` (JSONL that can be divided), `packed` (compressed), `none` or a format's name
     compression: str | None = None
 
     @property
     def likely_bytes(self) -> int:
-        return self.size * (PARQUET_EXPANSION if self.kind == "parquet" else EXPANSION.get(str(self.compression), 1))
+        """About how many bytes of text it holds: a guess, on which only the memory depends."""
+        known = COMPRESSIONS.get(str(self.compression)) or FORMATS.get(self.kind, JSONL)
+        return self.size * known.expansion
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,6 @@ def resolve(sources: list[str], out: Path, console: Console, download: bool = Tr
         UserError: a source does not exist or cannot be reached.
     """
 
-    def say(line: str) -> None:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-
     found = []
     for number, source in enumerate(sources):
         place = source
@@ -71,7 +68,7 @@ def resolve(sources: list[str], out: Path, console: Console, download: bool = Tr
 
             place = str(fetch(source, out / DOWNLOADS / f"{number:02d}-{short_name(source)}"))
         try:
-            found += [_input_file(path, place) for path in find_files(place, say)]
+            found += [_input_file(path, place) for path in find_files(place)]
         except UserError as error:
             raise UserError(f"{error}{_like_a_data_set(source)}") from None
     inside = out.resolve()
@@ -137,7 +134,7 @@ def _first_row(file: InputFile) -> Any:
         with TextReader(file.path, file.compression) as stream:
             stream.skip_byte_order_mark()
             return json_value(stream.readline(FIRST_ROW_BYTES))
-    except Exception:  # bad, damaged or too long: what reads all of the file says what is wrong
+    except Exception:  # bad or too long: what reads all of the file says what is wrong
         return None
 
 
@@ -160,9 +157,10 @@ def _input_file(path: str, source: str) -> InputFile:
         found = kind_of(path)
     except BadRow:  # what reads it will say so
         found = FileKind(None)
-    kind = "packed" if found.kind == "lines" and found.compression else found.kind or "none"
+    kind = "none" if found.format is None else found.format.name
+    kind = "packed" if found.format is JSONL and found.compression else kind
     if is_remote(path):
-        inside = path.removeprefix(source).lstrip("/") or name_of(path)
+        inside = path.removeprefix(source).lstrip("/") or file_name(path)
         with readable(path):
             return InputFile(path, inside, size_of(path), None, kind, found.compression)
     with readable(path):

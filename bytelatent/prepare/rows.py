@@ -6,6 +6,7 @@ several times as fast.
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,14 @@ from bytelatent.errors import UserError
 from bytelatent.prepare.inputs import InputFile, Unit
 from bytelatent.prepare.order import TextKeys
 from bytelatent.prepare.runs import Rows
-from bytelatent.terminal import one_line
-from bytelatent.text.documents import Rows as HowToRead
-from bytelatent.text.documents import bytes_of, from_json, from_value, too_long
-from bytelatent.text.kinds import TextReader, must_be_read
-from bytelatent.text.lines import json_values
-from bytelatent.text.parquet import ParquetTable
-from bytelatent.text.places import BadRow, readable
-from bytelatent.vocab import to_bytes
+from bytelatent.text import BadRow, ReadOptions
+from bytelatent.text.bad_rows import NoDocument, RowTooLong
+from bytelatent.text.documents import from_json
+from bytelatent.text.formats import TEXT, open_rows, readable_kind
+from bytelatent.text.streams import TextReader, readable
 
 READ_BYTES = 1 << 19  # at once
 WINDOW_BYTES = 1 << 18  # newlines are looked for in what fits into a core's cache
-PARQUET_ROWS = 256
 NEWLINE, RETURN, OPEN, CLOSE = b"\n\r{}"
 
 
@@ -45,8 +42,8 @@ class Corrupt:
         self.bad_files: dict[int, str] = {}
         self.good_files: set[int] = set()
 
-    def add(self, number: int, place: str) -> None:
-        place = one_line(" ".join(place.split())).removeprefix("data: ")
+    def add(self, number: int, error: BadRow) -> None:
+        place = error.line
         self.places.append(place)
         self.bad_files.setdefault(number, place)
         if len(self.places) > self.limit:
@@ -69,7 +66,7 @@ class RowReader:
     """Reads units.
 
     Args:
-        how: where a row's text is and how long a row may be.
+        options: where a row's text is and how long a row may be.
         text_keys: makes keys from texts, which are then parsed out of the rows; None if rows need none.
         max_line: bytes of a line that the memory allows.
         report: told the bytes read.
@@ -78,52 +75,47 @@ class RowReader:
     def __init__(
         self,
         files: list[InputFile],
-        how: HowToRead,
+        options: ReadOptions,
         text_keys: TextKeys | None,
         corrupt: Corrupt,
         max_line: int,
         report: Callable[[int], None],
     ) -> None:
-        self.files, self.how, self.text_keys = files, how, text_keys
+        self.files, self.options, self.text_keys = files, options, text_keys
         self.corrupt, self.max_line, self.report = corrupt, max_line, report
         self._number = 0  # of the file that is read
 
     def read(self, unit: Unit) -> Iterator[Rows]:
         """The rows of a unit, in order.
 
-        A file that is damaged gives the rows before the damage and counts as one bad row.
+        A file that is cut short gives the rows before its end and counts as one bad row.
 
         Raises:
             UserError: the memory is too small, or there are too many bad rows.
         """
-        readers = {
-            "packed": self._packed,
-            "json": self._json,
-            "parquet": self._parquet,
-            "text": self._text,
-            "none": self._text,
-        }
         for self._number in unit.files:
             file = self.files[self._number]
             try:
                 with readable(file.path):
                     if file.kind == "none":
-                        must_be_read(file.path)
+                        readable_kind(file.path)
                     if unit.kind == "lines":
                         found = self._lines(file, unit.begin, unit.end)
+                    elif file.kind == "packed":
+                        found = self._packed(file)
                     else:
-                        found = readers[file.kind](file)
+                        found = self._other_rows(file)
                     for rows in found:
                         if len(rows.kept):
                             self.corrupt.good_files.add(self._number)
                         yield rows
             except BadRow as error:
-                self._bad(str(error))
+                self._bad(error)
             if unit.kind != "lines":
                 self.report(file.size)
 
-    def _bad(self, what: str) -> None:
-        self.corrupt.add(self._number, what)
+    def _bad(self, error: BadRow) -> None:
+        self.corrupt.add(self._number, error)
 
     def _lines(self, file: InputFile, begin: int, end: int) -> Iterator[Rows]:
         with TextReader(file.path, None) as stream:
@@ -136,11 +128,8 @@ class RowReader:
         with TextReader(file.path, file.compression) as stream:
             for offset, block in self._whole_lines(file, stream, stream.skip_byte_order_mark(), None):
                 yield self._kept(file, offset, block)
-            self._add_damage(stream)
-
-    def _add_damage(self, stream: TextReader) -> None:
-        if stream.damage is not None:
-            self._bad(f"'{stream.file}' {stream.damage}")
+            if stream.unread is not None:
+                self._bad(BadRow(file.path, stream.unread))
 
     def _whole_lines(
         self, file: InputFile, stream: TextReader, begin: int, end: int | None
@@ -168,8 +157,8 @@ class RowReader:
             if cut and past:
                 return
             pieces = ([] if cut else pieces) + ([memoryview(block)[cut:]] if cut < len(block) else [])
-            if position - start > self.how.max_row_bytes + 1:  # one may be the first half of a line's end
-                self._bad(str(too_long(f"'{file.path}' at byte {start}", self.how)))
+            if position - start > self.options.max_row_bytes + 1:  # one may be the first half of a line's end
+                self._bad(RowTooLong(file.path, self.options.too_long, f"at byte {start}"))
                 skips, pieces, start = True, [], position
             elif position - start > self.max_line:
                 raise UserError(
@@ -177,137 +166,80 @@ class RowReader:
                     f"{start}; give more, or fewer --workers"
                 )
         last = b"".join(pieces)
-        if last and (stream.damage is None or self._text_of(last) is not None):
+        if last and (stream.unread is None or self._text_of(file, last) is not None):
             yield start, last + b"\n"
 
     def _kept(self, file: InputFile, offset: int, block: bytes) -> Rows:
         """A block's lines, the blank and bad ones marked."""
         ends, lengths, good = _objects(block)
-        good &= lengths <= self.how.max_row_bytes
+        good &= lengths <= self.options.max_row_bytes
         for line in np.flatnonzero(~good):
             begin = int(ends[line - 1]) if line else 0
-            where = f"'{file.path}' at byte {offset + begin}"
-            if lengths[line] > self.how.max_row_bytes:
-                self._bad(str(too_long(where, self.how)))
+            where = f"at byte {offset + begin}"
+            if lengths[line] > self.options.max_row_bytes:
+                self._bad(RowTooLong(file.path, self.options.too_long, where))
                 continue
             stripped = block[begin : int(ends[line])].strip()
             good[line] = stripped[:1] == b"{" and stripped[-1:] == b"}"
             if stripped and not good[line]:
-                self._bad(f"{where} is not a JSON object")
+                self._bad(BadRow(file.path, "is not a JSON object", where))
         if self.text_keys is None:
             return Rows(block, ends, np.flatnonzero(good))
         keys = []
         for line in np.flatnonzero(good):
             begin = int(ends[line - 1]) if line else 0
-            text = self._text_of(block[begin : int(ends[line])], f"'{file.path}' at byte {offset + begin}")
+            text = self._text_of(file, block[begin : int(ends[line])], f"at byte {offset + begin}")
             good[line] = text is not None
             if text is not None:
                 keys.append(self.text_keys.key(text))
         return Rows(block, ends, np.flatnonzero(good), keys)
 
-    def _text_of(self, line: bytes, where: str | None = None) -> bytes | None:
+    def _text_of(self, file: InputFile, line: bytes, where: str = "") -> bytes | None:
         """The text of a line; None, and a bad row more where its place is given, if it has none."""
         try:
-            return from_json(line, self.how, where or "").text
-        except BadRow as error:
-            if where is not None:
-                self._bad(str(error))
+            return from_json(line, self.options).text
+        except NoDocument as error:
+            if where:
+                self._bad(BadRow(file.path, str(error), where))
             return None
 
-    def _json(self, file: InputFile) -> Iterator[Rows]:
-        made: list[dict[str, Any]] = []
-        with TextReader(file.path, file.compression) as stream:
-            stream.skip_byte_order_mark()
-            values, row, size, ended = json_values(stream, self.how), 0, 0, False
-            while not ended:
-                row += 1
-                try:
-                    value, more = next(values)
-                    text = from_value(value, self.how, f"'{file.path}' value {row}").text
-                    made.append({**value, self.how.text_key: text})
-                    size += more
-                except StopIteration:
-                    ended = True
-                except BadRow as error:
-                    self._bad(str(error))
-                if size > READ_BYTES or ended:
-                    yield self._made(made)
-                    made, size = [], 0
-            self._add_damage(stream)
-
-    def _parquet(self, file: InputFile) -> Iterator[Rows]:
-        table = ParquetTable(file.path, self.how.text_key, PARQUET_ROWS)
-        text_alone = ParquetTable(file.path, self.how.text_key, PARQUET_ROWS)
-        text_alone.columns = [self.how.text_key]
-        for index in range(len(table)):
-            try:
-                try:
-                    rows = table.rows(index)
-                except BadRow:  # of a column that nobody needs, perhaps
-                    rows = text_alone.rows(index)
-            except BadRow as error:
-                self._bad(str(error))
-                continue
-            step = max(1, min(len(rows), READ_BYTES * len(rows) // max(rows.nbytes, 1)))
-            for begin in range(0, len(rows), step):
-                yield self._rows_of(file, table.first_rows[index] + begin, rows.slice(begin, step))
-
-    def _rows_of(self, file: InputFile, first: int, table: Any) -> Rows:
-        columns = [
-            bytes_of(table.column(at)) if name == self.how.text_key else plain_values(table.column(at))
-            for at, name in enumerate(table.column_names)
-        ]
-        made = []
-        for row, values in enumerate(zip(*columns, strict=True), first):
-            value = dict(zip(table.column_names, values, strict=True))
-            text = value[self.how.text_key]
-            if text is None:
-                self._bad(f"'{file.path}' row {row} has no text under '{self.how.text_key}'")
-            elif len(text) > self.how.max_row_bytes:
-                self._bad(str(too_long(f"'{file.path}' row {row}", self.how)))
-            else:
-                made.append(value)
-        return self._made(made)
-
-    def _text(self, file: InputFile) -> Iterator[Rows]:
-        limit = min(self.how.max_row_bytes, self.max_line)
-        with TextReader(file.path, file.compression) as stream:
-            stream.skip_byte_order_mark()
-            text = stream.read(limit + 1)
-            if len(text) > self.how.max_row_bytes:
-                raise too_long(f"'{file.path}'", self.how)
-            if len(text) > limit:
+    def _other_rows(self, file: InputFile) -> Iterator[Rows]:
+        """The rows of a file that is not JSONL, as lines of JSON, some at a time."""
+        options, is_text = self.options, file.kind == TEXT.name
+        if is_text:  # all of it is one line
+            options = replace(options, max_row_bytes=min(options.max_row_bytes, self.max_line))
+        made = LinesOfRows(self.text_keys is not None)
+        for row in open_rows(file.path, options):
+            if isinstance(row, RowTooLong) and options != self.options:
                 raise UserError(f"--memory: too little for '{file.path}'; give more than {8 * file.size / 1e9:.2g} GB")
-            yield self._made([{"id": file.id, self.how.text_key: text}] if text or not stream.damage else [])
-            self._add_damage(stream)
-
-    def _made(self, values: list[dict[str, Any]]) -> Rows:
-        """Rows of another format as lines of JSON."""
-        lines = [as_line(value) for value in values]
-        keys = None
-        if self.text_keys is not None:
-            keys = [self.text_keys.key(to_bytes(value[self.how.text_key])) for value in values]
-        ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
-        return Rows(b"".join(lines), ends, np.arange(len(lines)), keys)
+            if isinstance(row, BadRow):
+                self._bad(row)
+                continue
+            key = None if self.text_keys is None else self.text_keys.key(row[options.text_key])
+            made.add(as_line({"id": file.id, **row} if is_text else row), key)
+            if made.size > READ_BYTES:
+                yield made.rows()
+                made = LinesOfRows(self.text_keys is not None)
+        yield made.rows()
 
 
-def plain_values(column: Any) -> list[Any]:
-    """A column as Python values; as strings or numbers where Python has no such values, else as nothing."""
-    import pyarrow as pa
+class LinesOfRows:
+    """Lines of JSON with their keys, collected."""
 
-    def as_bytes() -> list[Any]:  # strings may be no UTF-8
-        return bytes_of(column) if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) else []
+    def __init__(self, has_keys: bool) -> None:
+        self.lines: list[bytes] = []
+        self.keys: list[bytes] | None = [] if has_keys else None
+        self.size = 0  # bytes
 
-    def as_type(kind: Any) -> list[Any]:
-        return column.cast(kind).to_pylist()
+    def add(self, line: bytes, key: bytes | None) -> None:
+        self.lines.append(line)
+        self.size += len(line)
+        if key is not None and self.keys is not None:
+            self.keys.append(key)
 
-    for convert in (column.to_pylist, as_bytes, lambda: as_type(pa.string()), lambda: as_type(pa.int64())):
-        try:
-            if len(values := convert()) == len(column):
-                return values
-        except Exception:  # of any class: times of nanoseconds, time zones nobody knows, ...
-            continue
-    return [None] * len(column)
+    def rows(self) -> Rows:
+        ends = np.cumsum([len(line) for line in self.lines], dtype=np.int64)
+        return Rows(b"".join(self.lines), ends, np.arange(len(self.lines)), self.keys)
 
 
 def as_line(row: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from bytelatent.prepare.order import PlaceKeys, TextKeys, split_keys
 from bytelatent.prepare.rows import Corrupt, RowReader, Rows
 from bytelatent.prepare.runs import MAX_LINE_BYTES, RunWriter
 from bytelatent.prepare.work import Work
-from bytelatent.text.documents import Rows as HowToRead
+from bytelatent.text import ReadOptions
 
 
 def scatter(work: Work, task: int, report: Callable[[int], None]) -> None:
@@ -28,8 +28,8 @@ def scatter(work: Work, task: int, report: Callable[[int], None]) -> None:
     text_keys = TextKeys(plan.request["seed"]) if plan.request["dedup"] else None
     corrupt = Corrupt(plan.request["max_bad_rows"])
     max_line = min(plan.run_bytes // 2, MAX_LINE_BYTES)
-    how = HowToRead(plan.request["text_key"], stored=False, max_row_bytes=plan.request["max_row_bytes"])
-    reader = RowReader(plan.files, how, text_keys, corrupt, max_line, report)
+    options = ReadOptions(plan.request["text_key"], stored=False, max_row_bytes=plan.request["max_row_bytes"])
+    reader = RowReader(plan.files, options, text_keys, corrupt, max_line, report)
     with writing(work.out):
         runs = RunWriter(files, plan.bits, plan.run_bytes, with_low=text_keys is not None)
         try:

@@ -1,84 +1,126 @@
-"""How many bad rows and files are passed over."""
+"""Rows and files that cannot be read: what they are, and how many of them are passed over."""
 
 import logging
 import re
+from typing import Any
 
 from bytelatent.errors import UserError
-from bytelatent.text.places import BadRow
 
 LOGGER = logging.getLogger(__name__)
 
 MAX_BAD_ROWS = 100  # unless a setting says otherwise
-MAX_LINE = 200  # characters of a line about a bad row
+MAX_LINE = 200  # characters of a log line about a bad row
+
+
+class TextError(UserError):
+    """Text cannot be found or read.
+
+    Attributes:
+        line: the message without the prefix `data: `, in one line that any terminal can print.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.line: str = self.args[0]
+
+    def __str__(self) -> str:
+        return f"data: {self.line}"
+
+
+class BadRow(TextError):
+    """A row, or a file from some point on, that cannot be read, though others may be.
+
+    Attributes:
+        file: its name.
+        reason: what is wrong with it.
+        where: which part of the file; empty for all or the rest of it.
+        row: the number of the row from 0; 0 for a whole file.
+    """
+
+    def __init__(self, file: str, reason: str, where: str = "", row: int = 0) -> None:
+        self.file, self.reason, self.where, self.row = file, reason, where, row
+        super().__init__(f"'{file}' {where} {reason}")
+
+    def __reduce__(self) -> Any:  # processes that read ahead send them
+        return type(self), (self.file, self.reason, self.where, self.row)
+
+
+class RowTooLong(BadRow):
+    """A row of more bytes than may be read at once."""
+
+
+class NoDocument(ValueError):
+    """A row holds no document; the message is the reason of a `BadRow`."""
 
 
 class BadRows:
-    """Counts and names bad rows and files.
+    """Counts bad rows and files, and logs each of them once.
 
     Args:
         limit: one more is an error; 0 makes each an error.
         name: the setting that holds the limit, for the error.
-        of: what they are counted of, for the error; nothing, or ` of '...'`.
-        logged: those that were logged before, which are only counted: a text is read in calibration and in every
-            epoch. What is logged is added.
+        of: what they are counted of, for the error: empty, or ` of '...'`.
 
     Attributes:
         count: bad rows and files so far.
         unread: files of which nothing could be read, each with the reason.
     """
 
-    def __init__(
-        self,
-        limit: int,
-        name: str = "--max-bad-rows",
-        of: str = "",
-        logged: set[str] | None = None,
-    ):
+    def __init__(self, limit: int, name: str = "--max-bad-rows", of: str = ""):
         self.limit, self.name, self.of = limit, name, of
-        self.logged = set() if logged is None else logged
         self.count = 0
         self.unread: dict[str, str] = {}
 
-    def __call__(self, error: BadRow | str) -> None:
+    def __call__(self, error: BadRow) -> None:
         """Pass over one.
 
         Raises:
-            UserError: it is one too many.
+            UserError: there are more than the limit.
         """
         self.count += 1
         line = str(error).rstrip(".")
         if self.count > self.limit:
             before = f"{self.limit} bad rows or files{self.of} were passed over already ({self.name})"
             raise UserError(f"{line}; {before}" if self.limit else line)
-        if line not in self.logged:
-            self.logged.add(line)
-            LOGGER.warning("%s", short(line, f"; passed over ({self.count} of at most {self.limit})"))
-
-    def note(self, line: str) -> None:
-        """Log a line that counts as no bad row, once."""
-        if line not in self.logged:
-            self.logged.add(line)
-            LOGGER.warning("%s", short(line))
+        warn_once(line, f"; passed over ({self.count} of at most {self.limit})")
 
     def must_have_read(self) -> None:
-        """Complain, once all else is done, about files of which nothing could be read.
-
+        """
         Raises:
-            UserError: there are some.
+            UserError: there are files of which nothing could be read.
         """
         must_have_read(self.unread)
 
 
 def must_have_read(unread: dict[str, str]) -> None:
-    """
+    """Complain, once all else is done, about files of which nothing could be read.
+
+    Args:
+        unread: the lines of the first bad row of each.
+
     Raises:
-        UserError: there are files of which nothing could be read.
+        UserError: there are some.
     """
     if unread:
-        file, why = next(iter(unread.items()))
+        file, line = next(iter(unread.items()))
         num_others = len(unread) - 1
         more = f" (and {num_others:,} more file{'s' if num_others > 1 else ''})" if num_others else ""
-        raise UserError(f"data: nothing of '{file}' could be read{more}: {why.removeprefix('data: ')}")
+        raise UserError(f"data: nothing of '{file}' could be read{more}: {line}")
+
+
+_logged: set[str] = set()
+
+
+def warn_once(line: str, end: str = "") -> None:
+    """Log a line and its end, shortened, unless the same line was logged before: text is read in every epoch."""
+    if line not in _logged:
+        _logged.add(line)
+        LOGGER.warning("%s", short(line, end))
+
+
+def forget_logged() -> None:
+    """Let another run of this process log the same lines again."""
+    _logged.clear()
 
 
 def short(line: str, end: str = "") -> str:

@@ -3,93 +3,92 @@
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
-from bytelatent.text.bad_rows import MAX_LINE, short
-from bytelatent.text.kinds import kind_of, must_be_read, name_of, rows_by_name
-from bytelatent.text.places import BadRow, file_system, is_remote, readable
+from bytelatent.text.bad_rows import MAX_LINE, BadRow, TextError, short, warn_once
+from bytelatent.text.formats import file_name, format_of_name, kind_of, readable_kind
+from bytelatent.text.streams import file_system, is_remote, readable
 
-ROOM = 60  # characters of a line for the names of files
+NAMES_WIDTH = 60  # characters of a log line for the names of files
 
 
-def find_files(path: str, say: Callable[[str], None] = lambda line: None) -> list[str]:
-    """The files of a source, sorted: a file, a folder (all text below it, hidden files not), or a glob.
+def find_files(path: str) -> list[str]:
+    """The files of a source, sorted: a file, a folder (all text below it but hidden files), or a glob.
 
-    Links to folders are followed, to each folder once.
-
-    Args:
-        say: receives a line about files of a folder or a glob that are passed over, and about links.
+    Links to folders are followed, to each folder once. A warning names files of a folder or a glob that are passed
+    over, once.
 
     Raises:
-        UserError: there are none, or the file is not text; see `kinds`.
+        UserError: there are none, or the file is not text; see `formats`.
     """
     if not path.strip():  # as of a variable that is not set; it would be the folder that one is in
-        raise UserError("data: the path of the text is empty; name a file, a folder (. for this one) or a pattern")
+        raise TextError("the path of the text is empty; name a file, a folder (. for this one) or a pattern")
     if is_remote(path):
-        return _find_remote(path, say)
-    place = Path(path).expanduser()
+        return _find_remote(path)
+    location = Path(path).expanduser()
     try:
-        if place.is_dir():
-            found = _below(place, say)
+        if location.is_dir():
+            found = _below(location)
             if not found:
-                raise UserError(f"data: the folder '{path}' holds no files")
-            return _text_among(found, path, say)
-        if place.is_symlink() and not place.exists():
-            raise UserError(f"data: '{path}' is a broken link")
-        if place.exists():
-            must_be_read(str(place))
-            return [str(place)]
-        found = _once([name for name in glob.glob(str(place), recursive=True) if not Path(name).is_dir()])
+                raise TextError(f"the folder '{path}' holds no files")
+            return _text_among(found, path)
+        if location.is_symlink() and not location.exists():
+            raise TextError(f"'{path}' is a broken link")
+        if location.exists():
+            readable_kind(str(location))
+            return [str(location)]
+        found = _once([name for name in glob.glob(str(location), recursive=True) if not Path(name).is_dir()])
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         if isinstance(error, UserError):
             raise
-        raise UserError(f"data: '{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise TextError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not found:
-        raise UserError(f"data: '{path}' does not exist; give a file, a folder or a pattern such as 'text/*.jsonl'")
-    return _text_among(found, path, say)
+        raise TextError(f"'{path}' does not exist; give a file, a folder or a pattern such as 'text/*.jsonl'")
+    return _text_among(found, path)
 
 
-def _below(folder: Path, say: Callable[[str], None]) -> list[str]:
+def _below(folder: Path) -> list[str]:
     """All but hidden files below a folder; links to folders come last, so that a folder keeps its own name."""
     found: list[Path] = []
     known: list[str] = []
     seen: set[tuple[int, int]] = set()
     folders, links = [folder], list[Path]()
     while folders or links:
-        place = folders.pop() if folders else links.pop(0)
+        current = folders.pop() if folders else links.pop(0)
         try:
-            about = os.stat(place)
+            about = os.stat(current)
             if (about.st_dev, about.st_ino) in seen:
-                known.append(os.path.relpath(place, folder))
+                known.append(os.path.relpath(current, folder))
                 continue
             seen.add((about.st_dev, about.st_ino))
-            for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+            for entry in sorted(os.scandir(current), key=lambda entry: entry.name):
                 if entry.name.startswith("."):
                     continue
-                inside = place / entry.name
+                inside = current / entry.name
                 if not os.path.isdir(inside):
                     found.append(inside)
                 else:
                     (links if entry.is_symlink() else folders).append(inside)
         except OSError as error:
-            say(short(one_line(f"data: the folder '{place}' is passed over: {error.strerror or error}")))
+            warn_once(one_line(f"data: the folder '{current}' is passed over: {error.strerror or error}"))
     if known:
-        say(_naming(f"data: '{folder}': {len(known):,} passed over, a link to a folder that is read already", known))
+        warn_once(
+            _naming(f"data: '{folder}': {len(known):,} passed over, a link to a folder that is read already", known)
+        )
     return [str(file) for file in sorted(found)]
 
 
 def _once(files: list[str]) -> list[str]:
     """Files that a glob found, those below a folder not again below a link to it."""
-    by_place: dict[tuple[str, str], str] = {}
+    by_location: dict[tuple[str, str], str] = {}
     for file in sorted(files, key=lambda file: (_is_linked(file), file)):
         folder, name = os.path.split(file)
-        by_place.setdefault((os.path.realpath(folder), name), file)
-    return sorted(by_place.values())
+        by_location.setdefault((os.path.realpath(folder), name), file)
+    return sorted(by_location.values())
 
 
 def _is_linked(file: str) -> bool:
@@ -97,7 +96,7 @@ def _is_linked(file: str) -> bool:
     return os.path.realpath(folder) != os.path.abspath(folder)
 
 
-def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> list[str]:
+def _text_among(files: list[str], source: str) -> list[str]:
     """The files that are text, with a line about the others of each kind.
 
     Raises:
@@ -108,7 +107,7 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
         why_not = None
         if not is_remote(file) and not os.path.exists(file):
             why_not = "a broken link"
-        elif not _is_rows(file):
+        elif not _is_named_as_rows(file):
             with suppress(BadRow):  # whatever reads it will say so
                 why_not = kind_of(file).why_not
         if why_not:
@@ -117,19 +116,19 @@ def _text_among(files: list[str], source: str, say: Callable[[str], None]) -> li
             text.append(file)
     if not text:
         first, what = next(iter(others.items()))
-        raise UserError(f"data: none of the {len(files):,} files of '{source}' is text: '{first}' is {what}")
+        raise TextError(f"none of the {len(files):,} files of '{source}' is text: '{first}' is {what}")
     for what, count in Counter(others.values()).most_common():
         names = [_inside(file, source) for file, why_not in others.items() if why_not == what]
-        say(_naming(f"data: '{source}': {count:,} of {len(files):,} files passed over, {what}", names))
+        warn_once(_naming(f"data: '{source}': {count:,} of {len(files):,} files passed over, {what}", names))
     return text
 
 
 def _naming(line: str, names: list[str]) -> str:
-    """A line that ends with the first of some names, as many as it has room for."""
-    found = short(one_line(line), " " * ROOM)[:-ROOM]
+    """A line that ends with the first of some names, as many as fit."""
+    found = short(one_line(line), " " * NAMES_WIDTH)[:-NAMES_WIDTH]
     for number, name in enumerate(map(one_line, names)):
-        if len(name) > ROOM - 10:
-            name = f"...{name[-(ROOM - 13) :]}"
+        if len(name) > NAMES_WIDTH - 10:
+            name = f"...{name[-(NAMES_WIDTH - 13) :]}"
         longer = f"{found}{', ' if number else ': '}'{name}'"
         if number and len(longer) + len(", ...") > MAX_LINE:
             return f"{found}, ..."
@@ -145,32 +144,33 @@ def _inside(file: str, source: str) -> str:
     return os.path.relpath(file, folder) if folder.is_dir() else file
 
 
-def _is_rows(file: str) -> bool:
-    """Whether its name says so; then what it holds is looked at when it is read."""
-    if rows_by_name(name_of(file)) not in ("lines", "parquet"):
+def _is_named_as_rows(file: str) -> bool:
+    """Whether the suffix says what it is; then the file is looked into when it is read."""
+    found = format_of_name(file_name(file))
+    if found is None or not found.suffix_decides:
         return False
     return is_remote(file) or os.path.isfile(file)
 
 
-def _find_remote(path: str, say: Callable[[str], None]) -> list[str]:
+def _find_remote(path: str) -> list[str]:
     fs, inner = file_system(path)
     if path.startswith(("http://", "https://")) and path.endswith("/"):
-        raise UserError(f"data: '{path}' is a page, not a file; name the files on it")
+        raise TextError(f"'{path}' is a page, not a file; name the files on it")
     with readable(path):
         if glob.has_magic(inner.partition("?")[0] if path.startswith("http") else inner):
             found = [name for name in fs.glob(inner) if fs.isfile(name)]
         elif fs.isfile(inner):
-            must_be_read(path)
+            readable_kind(path)
             return [fs.unstrip_protocol(inner)]
         else:
             found = [n for n in fs.find(inner) if _visible(Path(n.removeprefix(inner)))] if fs.exists(inner) else []
     if not found:
-        raise UserError(f"data: there are no files at '{path}'{_why_not(fs, inner)}")
-    return _text_among(sorted(fs.unstrip_protocol(name) for name in found), path, say)
+        raise TextError(f"there are no files at '{path}'{_why_not(fs, inner)}")
+    return _text_among(sorted(fs.unstrip_protocol(name) for name in found), path)
 
 
 def _why_not(fs: Any, inner: str) -> str:
-    """`: REASON` where a place only looks empty because it cannot be reached; the file systems hide that."""
+    """`: REASON` where a location only looks empty because it cannot be reached; the file systems hide that."""
     try:
         fs.info(inner)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Text with the byte LM's entropies beside it, or with the patch starts of one rule, as Parquet.
+"""Text with the byte LM's entropies beside it, or with the patch starts of one patching mode, as Parquet.
 
 A row is a document: `id`, `text` (any bytes) and either `entropies`, float16 nats, or `starts`, bits. Both have a value
 for BOS and one for each byte: how hard the id that follows is to guess, or whether it starts a patch. The file's
@@ -16,7 +16,8 @@ import numpy as np
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
-from bytelatent.text.places import BadRow, import_pyarrow, open_file, readable
+from bytelatent.text.bad_rows import BadRow
+from bytelatent.text.streams import import_pyarrow, open_file, readable
 
 METADATA_KEY = b"bytelatent"
 VERSION = 1
@@ -34,8 +35,8 @@ class Stored(Settings):
         window: ids that the byte LM's attention sees; None for all.
         context: ids it read at once.
         dtype: precision of its matrix products.
-        rule: the patching rule of the starts, as plain values; None where entropies are stored.
-        source_bytes: size of the file that the text was read from, by which a change of it is noticed.
+        rule: the patching settings of the starts, as plain values; None where entropies are stored.
+        source_bytes: size of the file that the text was read from, to notice that it changed.
     """
 
     version: int = VERSION
@@ -53,7 +54,7 @@ class Stored(Settings):
 
 
 def stored_in(metadata: dict[bytes, bytes] | None, file: str) -> Stored | None:
-    """What the metadata of a Parquet file say; None where it is none of ours.
+    """What the metadata of a Parquet file say; None for another file.
 
     Raises:
         BadRow: they are not what we write.
@@ -65,13 +66,13 @@ def stored_in(metadata: dict[bytes, bytes] | None, file: str) -> Stored | None:
         values = json.loads(metadata[METADATA_KEY])
         version = values["version"]
     except (ValueError, KeyError, TypeError):
-        raise BadRow(f"data: '{file}' has metadata that cannot be read; make it again: blt entropies") from None
+        raise BadRow(file, "has metadata that cannot be read; make it again: blt entropies") from None
     if version != VERSION:
         raise UserError(f"data: '{file}' is of version {version} of this format; upgrade bytelatent to read it")
     try:
         return Stored.parse(values, where=file)
     except UserError as error:
-        raise BadRow(f"data: '{file}' has metadata that cannot be read: {error}") from None
+        raise BadRow(file, f"has metadata that cannot be read: {error}") from None
 
 
 def read_stored(file: str | Path) -> Stored | None:
@@ -85,7 +86,7 @@ def read_stored(file: str | Path) -> Stored | None:
     import_pyarrow(file)
     from pyarrow.parquet import read_schema
 
-    with readable(file), open_file(file) as stream:
+    with readable(file, "Parquet"), open_file(file) as stream:
         metadata = read_schema(stream).metadata
     return stored_in(metadata, file)
 
@@ -108,7 +109,7 @@ def pack_starts(starts: np.ndarray) -> bytes:
 
 
 def unpack_starts(bits: bytes, num_bytes: int) -> np.ndarray:
-    """The starts of a document of so many bytes, bool [bytes + 1].
+    """The starts of a document, bool [num_bytes + 1].
 
     Raises:
         ValueError: there are more or fewer.
@@ -135,7 +136,7 @@ class StoredWriter:
     def __enter__(self) -> Self:
         import_pyarrow(str(self.path))
         aside = self._stack.enter_context(whole_file(self.path))
-        stream = self._stack.enter_context(aside.open("wb"))  # Arrow opens no file whose name is no UTF-8
+        stream = self._stack.enter_context(aside.open("wb"))  # Arrow opens no file whose name is not UTF-8
         self._stack.push(self._close)
         with ExitStack() as undo:
             undo.push(self._stack)  # an error here goes through whole_file, which explains it

@@ -19,7 +19,7 @@ from bytelatent.errors import Interrupted, UserError
 from bytelatent.run_folder import checkpoint_name
 from bytelatent.terminal import say
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.distributed.plan import local_part
+from bytelatent.training.distributed.fsdp import local_part
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.optimizer import Optimizers, each
 from bytelatent.training.settings import TrainSettings

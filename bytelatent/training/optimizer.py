@@ -14,7 +14,7 @@ from torch import nn
 from bytelatent.errors import UserError
 from bytelatent.model import CrossAttention
 from bytelatent.model.block import Block
-from bytelatent.training.distributed.plan import local_part
+from bytelatent.training.distributed.fsdp import local_part
 from bytelatent.training.row_adamw import SparseRowsAdamW
 from bytelatent.training.settings import LearningRateScale, OptimizerSettings
 

@@ -35,7 +35,7 @@ def must_have_byte_lm(source: str, whence: str = "") -> None:
         UserError: it names the setting.
     """
     try:
-        find_byte_lm(source, weights=False, setting="byte_lm")
+        find_byte_lm(source, weights=False, setting="entropy_model")
     except Unreachable:
         pass
     except UserError as error:
@@ -50,7 +50,6 @@ def calibrate_on(
     text_bytes: int,
     device: str = "auto",
     dtype: str = "auto",
-    told: set[str] | None = None,
     limit: float | None = None,
 ) -> Calibration:
     """The threshold for a mean patch size on a sample of the training text, checked on the validation text.
@@ -61,12 +60,11 @@ def calibrate_on(
         wanted_patch_bytes: mean bytes a patch.
         rule: the entropy rule; its threshold does not matter.
         text_bytes: how much text to measure on.
-        told: what was said is added.
         limit: seconds after which the rest of a sample is left out, of the training text and of the validation text.
     """
 
     def sampled(sources: list[SourceSettings], what: str) -> Sample:
-        bad = BadRows(data.max_bad_rows, "data.max_bad_rows", logged=told)
+        bad = BadRows(data.max_bad_rows, "data.max_bad_rows")
         rows = bad, data.max_row_bytes
         with Progress(what, text_bytes, limit) as progress:
             return sample_entropies(byte_lm, sources, data.context, rule, text_bytes, device, dtype, *rows, progress)
@@ -107,7 +105,7 @@ def sample_entropies(
     text_bytes: int,
     device: str | torch.device = "auto",
     dtype: str = "auto",
-    damaged: BadRows | None = None,
+    bad_rows: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
     progress: Progress | None = None,
 ) -> Sample:
@@ -132,7 +130,7 @@ def sample_entropies(
             check(found, file)
             stored.append(found)
 
-    chosen = sample_pieces(sources, text_bytes, context, seen, damaged, max_row_bytes)
+    chosen = sample_pieces(sources, text_bytes, context, seen, bad_rows, max_row_bytes)
     progress = progress or Progress("calibrating")
     progress.total = sum(map(len, chosen))
     pieces: list[Piece] = []
@@ -154,7 +152,7 @@ def sample_pieces(
     text_bytes: int,
     context: int,
     check: Callable[[Stored, str], None] = lambda stored, file: None,
-    damaged: BadRows | None = None,
+    bad_rows: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> list[Piece]:
     """About `text_bytes` of text from all over the sources, by weight: the same pieces each time."""
@@ -164,8 +162,8 @@ def sample_pieces(
     for source in sources:
         wanted = text_bytes * source.weight / total
         read, pieces = 0, []
-        for file in random.permutation(_files(source, damaged)):
-            for _, document in read_documents(str(file), source.text_key, check, damaged, max_row_bytes=max_row_bytes):
+        for file in random.permutation(find_files(source.path)):
+            for _, document in read_documents(str(file), source.text_key, check, bad_rows, max_row_bytes=max_row_bytes):
                 pieces.extend(cut(replace(document, starts=None), context))
                 read += len(document.text)
                 if read >= SPREAD * wanted:
@@ -176,15 +174,11 @@ def sample_pieces(
         sizes = np.cumsum([len(piece) for piece in pieces])
         sample.extend(pieces[: int(np.searchsorted(sizes, wanted)) + 1])
     if not sample:
-        if damaged is not None:
-            damaged.must_have_read()
+        if bad_rows is not None:
+            bad_rows.must_have_read()
         raise UserError("data: there is no text to calibrate on: every document is empty")
     random.shuffle(sample)  # so that any part of it is of all sources
     return sample
-
-
-def _files(source: SourceSettings, damaged: BadRows | None) -> list[str]:
-    return find_files(source.path) if damaged is None else find_files(source.path, damaged.note)
 
 
 def write_calibration(run: Path, calibration: Calibration) -> None:

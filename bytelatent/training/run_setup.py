@@ -16,7 +16,8 @@ from bytelatent.inference import FastEntropies
 from bytelatent.log import Console
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration
-from bytelatent.run_folder import checkpoints_in
+from bytelatent.run_folder import checkpoints_of
+from bytelatent.text.bad_rows import forget_logged
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.patches import calibrate_on, write_calibration
 from bytelatent.training.settings import TrainSettings
@@ -27,7 +28,7 @@ from bytelatent.weights.native import BYTE_LM
 # What may differ when a run goes on: nothing that changes the steps already done.
 MAY_CHANGE = {
     *("steps", "minutes", "validation", "checkpoint", "parallel", "faults"),
-    *("log_every", "device", "compile", "cuda_graph", "determinism", "byte_lm"),
+    *("log_every", "device", "compile", "cuda_graph", "determinism", "entropy_model"),
     *("track", "wandb", "profile", "statistics_every"),
 }
 DATA_MAY_CHANGE = {"workers", "max_bad_rows", "allow_changed"}
@@ -45,7 +46,6 @@ class Run:
     settings: TrainSettings  # with the threshold that calibration chose
     config: Config
     patcher: Patcher | None
-    told: set[str]  # of damaged rows and files: what calibration said of them
     changes: list[str]  # a line about each setting that differs from those the run had before, and about its text
     text: list[TextFile]
 
@@ -68,23 +68,21 @@ def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype:
     Raises:
         UserError: the folder is another run's, or its text has changed.
     """
-    settings, config, told, changes, text = ranks.on_first(lambda: _prepare(settings, console))
+    forget_logged()
+    settings, config, changes, text = ranks.on_first(lambda: _prepare(settings, console))
     patcher = None
     if settings.patching is not None:
-        byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.byte_lm is not None else None
+        byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.entropy_model is not None else None
         mark = fingerprint(byte_lm) if byte_lm is not None else None
         byte_lm = byte_lm.to(device) if byte_lm is not None else None
         patcher = Patcher(settings.patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
-    return Run(Path(settings.run), settings, config, patcher, told, changes, text)
+    return Run(Path(settings.run), settings, config, patcher, changes, text)
 
 
-def _prepare(
-    settings: TrainSettings, console: Console
-) -> tuple[TrainSettings, Config, set[str], list[str], list[TextFile]]:
-    """Settings with the threshold that calibration chose, what the model is, what calibration said of damage, a line
-    about each setting that differs from before, and the files of the text.
+def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, Config, list[str], list[TextFile]]:
+    """Settings with the threshold that calibration chose, what the model is, a line about each setting that differs
+    from before, and the files of the text.
     """
-    told: set[str] = set()
     folder = Path(settings.run)
     earlier = _earlier(folder)
     calibration = _read_calibration(folder) if earlier is not None else None
@@ -104,7 +102,6 @@ def _prepare(
                 settings.calibration.text_bytes,
                 settings.device,
                 settings.dtype,
-                told,
                 None if settings.minutes is None else CALIBRATION_SHARE / 2 * 60 * settings.minutes,
             )
             write_calibration(folder, calibration)
@@ -113,17 +110,17 @@ def _prepare(
     config = Config(
         model=settings.model, context=settings.data.context, patching=settings.patching, calibration=calibration
     )
-    return settings, config, told, changes, text
+    return settings, config, changes, text
 
 
 def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | None) -> ByteLM | None:
     """The frozen byte LM: the run's own copy, made as the run begins."""
-    if settings.byte_lm is None:
+    if settings.entropy_model is None:
         return None
     copy = folder / BYTE_LM
     if earlier is not None and copy.is_dir():
         return load_byte_lm(copy)
-    byte_lm = load_byte_lm(settings.byte_lm, setting="byte_lm")
+    byte_lm = load_byte_lm(settings.entropy_model, setting="entropy_model")
     with whole_folder(copy) as aside:
         save(aside, byte_lm, Config(model=byte_lm.settings, context=settings.data.context))
     return byte_lm
@@ -132,10 +129,12 @@ def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | Non
 def _earlier(folder: Path) -> TrainSettings | None:
     """The settings of a run that has come to its first checkpoint; before it, there is nothing that they bind."""
     path = folder / "settings.yaml"
-    if not path.is_file() or not checkpoints_in(folder / "checkpoints"):
+    if not path.is_file() or not checkpoints_of(folder):
         return None
     try:
-        return TrainSettings.parse(load_yaml(path), where=str(path))
+        values = load_yaml(path)
+        values = {TrainSettings.old_names.get(name, name): value for name, value in values.items()}
+        return TrainSettings.parse(values, where=str(path))
     except UserError as error:
         raise UserError(
             f"{error}; these are the settings that the run had: put the file back, or remove it and give the same ones "
@@ -157,7 +156,7 @@ def _changes(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> l
     for key, before, after in _differences(then, now):
         room, _, name = key.partition(".")
         inner = {"data": DATA_MAY_CHANGE, "optimizer": OPTIMIZER_MAY_CHANGE}.get(room, set())
-        is_other_rule = key == "byte_lm" and None in (before, after)  # not another place of the same byte LM
+        is_other_rule = key == "entropy_model" and None in (before, after)  # not another place of the same byte LM
         if is_other_rule or (room not in MAY_CHANGE | {"run"} and name not in inner):
             raise UserError(
                 f"'{folder}' was begun with other settings ({key}: {before}, now {after}); "

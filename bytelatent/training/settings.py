@@ -121,8 +121,8 @@ class TrainSettings(Settings):
             (unless OMP_NUM_THREADS is set), so such a run is not repeatable.
         model: a preset's name, the shapes themselves, or a mapping of `preset` and the shapes that differ from it.
         patching: the rule (BLT only). With `calibration` its threshold may be left out.
-        byte_lm: where the frozen byte LM is: it gives the entropies that are not stored with the text. The run keeps a
-            copy, so that the model can be used on other text.
+        entropy_model: a run or folder with the frozen byte LM that gives entropies which are not stored with the text.
+            The run keeps a copy in `byte_lm/`, so that the model can be used on other text.
         track: where metrics go beside `metrics.jsonl`.
         statistics_every: steps from one row of statistics, layer by layer, to the next; None: never.
         dtype: `auto` is bfloat16 where the device computes in it, else float32. Weights stay float32.
@@ -135,6 +135,7 @@ class TrainSettings(Settings):
 
     presets: ClassVar[tuple[str, ...]] = ("model",)
     alternatives: ClassVar[tuple[str, ...]] = ("steps", "minutes")
+    old_names: ClassVar[dict[str, str]] = {"byte_lm": "entropy_model"}
 
     run: str = "runs/train"
     seed: int = Field(default=0, ge=0)
@@ -144,7 +145,7 @@ class TrainSettings(Settings):
     data: DataSettings
     patching: PatchSettings | None = None
     calibration: CalibrationSettings | None = None
-    byte_lm: str | None = None
+    entropy_model: str | None = None
     optimizer: OptimizerSettings = OptimizerSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -198,12 +199,14 @@ class TrainSettings(Settings):
     def source_of_default(self, key: str) -> str:
         return "calibration" if key == "patching.threshold" and self.calibration is not None else "default"
 
-    @field_validator("patching", "calibration", "byte_lm", mode="before")
+    @field_validator("patching", "calibration", "entropy_model", mode="before")
     @classmethod
     def _of_a_blt(cls, value: Any, info: ValidationInfo) -> Any:
         """Before anything is asked of a rule that may not be there."""
         if value is not None and isinstance(info.data.get("model"), ByteLMSettings):
-            raise ValueError("this model is a byte LM and has no patches; leave patching, calibration and byte_lm out")
+            raise ValueError(
+                "this model is a byte LM and has no patches; leave patching, calibration and entropy_model out"
+            )
         return value
 
     @model_validator(mode="before")

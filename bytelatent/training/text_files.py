@@ -17,7 +17,7 @@ from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
 from bytelatent.text import BadRow, find_files
-from bytelatent.text.places import file_system, is_remote, readable
+from bytelatent.text.streams import file_system, is_remote, readable
 
 LISTING = "text.json"
 READ_WHOLE = 1 << 28  # bytes of text in all, up to which every byte counts

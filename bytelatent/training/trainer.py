@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from bytelatent.credentials import masked
-from bytelatent.data import Batch, DataSettings, Loader, ReadAhead, surprise
+from bytelatent.data import Batch, DataSettings, Loader, ReadAhead
 from bytelatent.data.pieces import ID_BYTES
 from bytelatent.device import autocast, choose_dtype, free_memory, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.log import Console
-from bytelatent.model.loss import bits_per_byte
+from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.threads import Threads
-from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, must_take_checkpoints
+from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, check_takes_checkpoints
 from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.plan import (
     ParallelPlan,
@@ -90,7 +90,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
             def hold() -> None:
                 held.enter_context(only_writer(settings.run))
                 must_hold_text(settings.data)
-                must_take_checkpoints(Path(settings.run))
+                check_takes_checkpoints(Path(settings.run))
 
             ranks.on_first(hold)
             run = open_run(settings, ranks, device, dtype, console)
@@ -120,7 +120,7 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
     def say(line: str) -> None:
         console.print(masked(line), highlight=False, markup=False, soft_wrap=True)
 
-    batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world_size, run.told)
+    batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world_size)
     loader = ReadAhead(batches, device) if reads_ahead(device) else batches
     state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
     in_background = settings.checkpoint.asynchronous
@@ -129,7 +129,7 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
 
     def loss(batch: Batch) -> torch.Tensor:
         with autocast(device, dtype):
-            return surprise(model, batch)
+            return cross_entropy(model, batch)
 
     gradients: Callable[[Batch, float], torch.Tensor] = Gradients(loss, device)
     if settings.cuda_graph:
@@ -140,15 +140,13 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
     with (
         StopSignals(ranks) as stopped,
         loader,
-        CheckpointManager(
-            run.folder, run.config, settings.checkpoint, plan, in_background, say, stopped
-        ) as checkpoints,
+        CheckpointManager(run.folder, run.config, settings.checkpoint, plan, in_background, stopped) as checkpoints,
         Watchdog(settings.faults.watchdog_minutes, ranks) as watchdog,
         Threads.of(device, settings.minutes is not None and ranks.world_size == 1) as threads,
         who_failed(ranks, lambda: state.step, stopped),  # at once: torchrun soon ends the ranks that are left
     ):
         if not checkpoints.load(state):
-            initialize_weights(model, settings.model, plan)
+            initialize_weights(model, settings.model)
         must_be_finite(state, settings, ranks)
         done = _done(state, settings)
         if done < 1:
@@ -161,7 +159,7 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
         peak, rollbacks, validated = peak_flops(device, dtype), 0, 0.0
         with (
             Metrics(trackers, state.step, _title(settings), console) as metrics,
-            Profiler(run.folder, settings.profile, device, say) if ranks.is_first else nullcontext() as profiler,
+            Profiler(run.folder, settings.profile, device) if ranks.is_first else nullcontext() as profiler,
         ):
             first, logged = state.step + 1, Totals.of(state)
             if done < 1:
@@ -212,14 +210,14 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
                 if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
                     watchdog.progress(f"validation after step {state.step}")
                     began, limit = time.perf_counter(), _validation_limit(state, settings, validated, done)
-                    row = validate(state, settings, run.patcher, loss, device, plan, limit, run.told)
+                    row = validate(state, settings, run.patcher, loss, device, plan, limit)
                     metrics.write(row, done)
                     since = time.perf_counter()
                     validated += since - began
                 checkpoints.check()
                 if state.step % settings.checkpoint.every == 0 or done >= 1 or stop:
                     watchdog.progress(f"a checkpoint after step {state.step}")
-                    checkpoints.save(state, over=done >= 1, needed=done >= 1 or bool(stop))
+                    checkpoints.save(state, is_last=done >= 1, is_needed=done >= 1 or bool(stop))
                     rollbacks, since = 0, time.perf_counter()
                 if stop and done < 1:
                     raise ranks.common_error(
@@ -290,7 +288,7 @@ def _step(
     num_targets, num_bytes, num_patches = (int(number) for number in plan.sum(_counts(batches)))
     parts = []
     for number, batch in enumerate(batches, start=1):
-        plan.more_to_come(state.model, number < len(batches))
+        plan.set_last_backward(state.model, number == len(batches))
         # Gradients are averaged over ranks, and should be those of the mean over the targets of all of them.
         parts.append(gradients(batch, num_targets / plan.data_world_size))
     clipped = clip(state.model.parameters(), settings.optimizer.clip)

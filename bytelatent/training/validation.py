@@ -12,9 +12,11 @@ from bytelatent.errors import UserError
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.progress import Progress
 from bytelatent.text import BadRows, find_files
-from bytelatent.text.places import is_remote
+from bytelatent.text.bad_rows import TextError
+from bytelatent.text.streams import is_remote
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.distributed.plan import ParallelPlan, free_gathered_weights
+from bytelatent.training.distributed.fsdp import free_gathered_weights
+from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.settings import TrainSettings
 
 
@@ -34,18 +36,17 @@ def must_be_there(data: DataSettings, whence: str = "", remote: bool = True) -> 
                 continue
             try:
                 find_files(source.path)
-            except UserError as error:
-                what = str(error).removeprefix("data: ")
+            except TextError as error:
                 way_out = "; or train without held-out text: data.valid=null" if key == "valid" else ""
                 where = "" if Path(source.path).expanduser().is_absolute() else whence
-                raise UserError(f"data.{key}: {what}{way_out}{where}") from None
+                raise UserError(f"data.{key}: {error.line}{way_out}{where}") from None
 
 
 def must_hold_text(data: DataSettings) -> None:
     """Complain about sources before the first step, not at the first validation."""
     must_be_there(data)
     bad = BadRows(data.max_bad_rows, "data.max_bad_rows")
-    batches = batches_once(data.valid, data.context, data.batch_bytes, bad=bad, max_row_bytes=data.max_row_bytes)
+    batches = batches_once(data.valid, data.context, data.batch_bytes, bad_rows=bad, max_row_bytes=data.max_row_bytes)
     if data.valid and next(batches, None) is None:
         raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
 
@@ -58,7 +59,6 @@ def validate(
     device: torch.device,
     plan: ParallelPlan,
     limit: float | None = None,
-    told: set[str] | None = None,
 ) -> dict[str, Any]:
     """Bits per byte on the validation text, whose batches the ranks share out.
 
@@ -68,8 +68,8 @@ def validate(
     data = settings.data
     nats, num_bytes = 0.0, 0
     limits = settings.validation.max_bytes, data.batch_patches
-    bad = BadRows(data.max_bad_rows, "data.max_bad_rows", logged=told)
-    rows = {"bad": bad, "max_row_bytes": data.max_row_bytes}
+    bad = BadRows(data.max_bad_rows, "data.max_bad_rows")
+    rows = {"bad_rows": bad, "max_row_bytes": data.max_row_bytes}
     batches = batches_once(data.valid, data.context, data.batch_bytes, patcher, *limits, padded=True, **rows)
 
     def agreed(over: bool) -> bool:  # the first rank's clock counts

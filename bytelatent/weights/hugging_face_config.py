@@ -1,6 +1,7 @@
 """Between the `config.json` of `BltForCausalLM` and our settings: how it is read, checked and written."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bytelatent.errors import UserError
@@ -64,62 +65,164 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of a `config.json`, with the defaults of transformers.
+
+    Attributes:
+        name: the key of the part; empty for the top level.
+        where: the file, for errors.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    where: str
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], name: str, where: str) -> "_Part":
+        """A part below the top level, with its sizes checked."""
+        part = cls(name, {**DEFAULTS[name], **cls("", values, where).group(name)}, where)
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            value = part.values[key]
+            if not (type(value) is int and value > 0) and not (value is None and key == "intermediate_size"):
+                raise UserError(f"{part.path(key)} is {shown(repr(value))}; it should be a number above 0")
+        return part
+
+    def path(self, key: str) -> str:
+        return f"{self.where}: {self.name}.{key}" if self.name else f"{self.where}: {key}"
+
+    def check(self, key: str, value: Any, *allowed: Any) -> None:
+        """Refuse a value that asks for other mathematics."""
+        if value not in allowed:
+            raise UserError(f"{self.path(key)} is {shown(repr(value))}; only {shown(repr(allowed[0]))} is known here")
+
+    def group(self, key: str) -> dict[str, Any]:
+        """The keys and values under a key; none if it is absent."""
+        found = self.values.get(key)
+        if found is not None and not isinstance(found, dict):
+            raise UserError(f"{self.path(key)} is {shown(repr(found))}; it should be a mapping of keys to values")
+        return found or {}
+
+    @property
+    def heads(self) -> dict[str, int]:
+        heads = self.values["num_attention_heads"]
+        return {"num_attention_heads": heads, "num_key_value_heads": self.values.get("num_key_value_heads") or heads}
+
+    @property
+    def context(self) -> int:
+        """The context in training, in ids."""
+        key = "max_position_embeddings"
+        found = self.values[key]
+        if type(found) is not int or not 1 <= found <= LONGEST_CONTEXT:
+            raise UserError(
+                f"{self.path(key)} is {shown(repr(found))}; it should be a number from 1 to {LONGEST_CONTEXT:,}"
+            )
+        return found
+
+    def stack(self, window: int | None, default_theta: float = DEFAULT_THETA) -> StackSettings:
+        self.check("hidden_act", self.values.get("hidden_act", "silu"), "silu")
+        dim = self.values["hidden_size"]
+        head_dim = dim // self.values["num_attention_heads"]
+        self.check("head_dim", self.values.get("head_dim") or head_dim, head_dim)
+        values = {
+            "dim": dim,
+            "num_layers": self.values["num_hidden_layers"],
+            "num_heads": self.values["num_attention_heads"],
+            "num_kv_heads": self.values.get("num_key_value_heads"),
+            "window": window,
+            "rope_theta": self.rope_theta(default_theta),
+            "norm_eps": self.values.get("rms_norm_eps", 1e-5),
+            **_width(dim, self.values["intermediate_size"] or 8 * dim // 3),
+        }
+        return StackSettings.parse(values, f"{self.where}: {self.name}")
+
+    def rope_theta(self, default: float) -> float:
+        """The theta of the rotary embedding.
+
+        transformers 5 reads `rope_scaling`, else `rope_parameters`, and `rope_theta` only if these name no theta.
+        transformers 4 reads `rope_theta` and the type in `rope_scaling`.
+
+        Raises:
+            UserError: it is not the default type, or the two versions of transformers would read another theta.
+        """
+        alone = self.values.get("rope_theta", default)
+        found = {"rope_theta": alone} if "rope_theta" in self.values else {}
+        found |= {key: rope.get("rope_theta", alone) for key, rope in self.plain_rope().items() if rope}
+        first = next(iter(found.values()), default)
+        if any(theta != first for theta in found.values()):
+            thetas = ", ".join(f"{self.name}.{key} says {shown(repr(theta))}" for key, theta in found.items())
+            raise UserError(
+                f"{self.where}: the rotary theta is not clear: {thetas}; which one counts depends on the version of "
+                "transformers, so let them agree"
+            )
+        return first
+
+    def plain_rope(self) -> dict[str, dict[str, Any]]:
+        """The settings of the rotary embedding by either name; they must describe the plain one."""
+        found = {key: self.group(key) for key in ("rope_scaling", "rope_parameters")}
+        for key, rope in found.items():
+            self.check(f"{key}.rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
+            self.check(f"{key}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0, None)
+            if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+                raise UserError(f"{self.path(key)}.{shown(nested[0])}: settings by kind of layer are not known here")
+        self.check("partial_rotary_factor", self.values.get("partial_rotary_factor", 1.0), 1.0, None)
+        return found
+
+
 def read_model(values: Mapping[str, Any], where: str) -> Config:
     """The configuration of the BLT that a `config.json` describes.
 
     Raises:
         UserError: a value asks for other mathematics than is implemented here.
     """
-    top = {**DEFAULTS[""], **values}
-    encoder, middle, decoder = (_part(values, f"{part}_config", where) for part in ("encoder", "global", "decoder"))
-    k, window = top["cross_attn_k"], top["local_attention_window_len"]
-    _plain_rope(values, where, "")  # transformers ignores it here, but its author meant it
-    _refuse(where, "tie_word_embeddings", top["tie_word_embeddings"], [False])
-    for part, inner in (("", top), ("encoder_config.", encoder), ("decoder_config.", decoder)):
-        _refuse(where, f"{part}vocab_size", inner.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
-        _refuse(where, f"{part}cross_attn_k", inner["cross_attn_k"], [k])
-    _refuse(where, "decoder_config.hidden_size_global", decoder["hidden_size_global"], [middle["hidden_size"]])
-    for key in ("num_attention_heads", "num_key_value_heads"):
+    top = _Part("", {**DEFAULTS[""], **values}, where)
+    encoder, middle, decoder = (_Part.of(values, f"{part}_config", where) for part in ("encoder", "global", "decoder"))
+    k, window = top.values["cross_attn_k"], top.values["local_attention_window_len"]
+    _Part("", values, where).plain_rope()  # transformers ignores it at the top level, but its author meant it
+    top.check("tie_word_embeddings", top.values["tie_word_embeddings"], False)
+    for part in (top, encoder, decoder):
+        part.check("vocab_size", part.values.get("vocab_size", VOCAB_SIZE), VOCAB_SIZE)
+        part.check("cross_attn_k", part.values["cross_attn_k"], k)
+    decoder.check("hidden_size_global", decoder.values["hidden_size_global"], middle.values["hidden_size"])
+    for key, heads in decoder.heads.items():
         # In transformers, a cross-attention has as many heads as its part; here both cross-attentions have the same.
-        _refuse(where, f"decoder_config.{key}", _heads(decoder)[key], [_heads(encoder)[key]])
-    if encoder["cross_attn_all_layers"] and encoder["num_hidden_layers"] > 1:
+        decoder.check(key, heads, encoder.heads[key])
+    if encoder.values["cross_attn_all_layers"] and encoder.values["num_hidden_layers"] > 1:
         raise UserError(
-            f"{where}: encoder_config.cross_attn_all_layers is true with {encoder['num_hidden_layers']} layers; "
+            f"{where}: encoder_config.cross_attn_all_layers is true with {encoder.values['num_hidden_layers']} layers; "
             "transformers then pools again after each layer and the published model does not, so it is not clear what "
             "these weights mean. If they were converted from published weights, convert those instead"
         )
-    functions = top["encoder_hash_byte_group_nb_functions"]
+    functions = top.values["encoder_hash_byte_group_nb_functions"]
     ngrams = {
         "sizes": values.get("encoder_hash_byte_group_size") or [3, 4, 5, 6, 7, 8],
         "num_functions": functions,
-        "vocab_size": top["encoder_hash_byte_group_vocab"],
+        "vocab_size": top.values["encoder_hash_byte_group_vocab"],
         "stop_at_document": False,
     }
     model = {
-        "encoder": _stack(encoder, window, where, "encoder_config"),
-        "global_transformer": _stack(middle, None, where, "global_config"),
-        "decoder": _stack(decoder, window, where, "decoder_config"),
+        "encoder": encoder.stack(window),
+        "global_transformer": middle.stack(None),
+        "decoder": decoder.stack(window),
         "cross_attention": {
             "k": k,
-            "num_heads": encoder["num_attention_heads"],
-            "num_kv_heads": encoder.get("num_key_value_heads"),
-            "all_layers_encoder": encoder["cross_attn_all_layers"],
-            "all_layers_decoder": decoder["cross_attn_all_layers"],
+            "num_heads": encoder.values["num_attention_heads"],
+            "num_kv_heads": encoder.values.get("num_key_value_heads"),
+            "all_layers_encoder": encoder.values["cross_attn_all_layers"],
+            "all_layers_decoder": decoder.values["cross_attn_all_layers"],
         },
         "ngram_hash": ngrams if functions else None,
     }
-    patching = {"mode": top["patching_mode"], "max_patch_length": top["max_patch_length"]}
-    if patching["mode"] == "entropy":
-        patching["threshold"] = top["patching_threshold"]
-        if top["patch_size"] is None:
+    patching = {"mode": "byte", "max_patch_length": top.values["max_patch_length"]}
+    if top.values["patching_mode"] == "entropy":  # in all other modes, transformers makes each byte a patch
+        patching |= {"mode": "entropy", "threshold": top.values["patching_threshold"]}
+        if top.values["patch_size"] is None:
             raise UserError(
                 f"{where}: patch_size is None; transformers then makes each byte a patch: say patching_mode 'byte'"
             )
-    else:  # transformers makes each byte a patch in all other modes
-        patching["mode"] = "byte"
     return Config(
         model=BLTSettings.parse(model, where),
-        context=_context(top, where),
+        context=top.context,
         patching=PatchSettings.parse(patching, where=where),
     )
 
@@ -132,77 +235,10 @@ def read_byte_lm(values: Mapping[str, Any], where: str) -> Config | None:
     """
     if not {**DEFAULTS[""], **values}["patch_in_forward"]:
         return None
-    patcher = _part(values, "patcher_config", where)
-    _refuse(where, "patcher_config.vocab_size", patcher.get("vocab_size", VOCAB_SIZE), [VOCAB_SIZE])
-    stack = _stack(patcher, patcher["sliding_window"], where, "patcher_config", DEFAULT_PATCHER_THETA)
-    return Config(model=ByteLMSettings(**stack.model_dump()), context=_context(patcher, where, "patcher_config."))
-
-
-def _context(values: Mapping[str, Any], where: str, prefix: str = "") -> int:
-    """The context in training, in ids."""
-    found = values["max_position_embeddings"]
-    if type(found) is not int or not 1 <= found <= LONGEST_CONTEXT:
-        raise UserError(
-            f"{where}: {prefix}max_position_embeddings is {shown(repr(found))}; it should be a number from 1 to "
-            f"{LONGEST_CONTEXT:,}"
-        )
-    return found
-
-
-def _stack(
-    part: Mapping[str, Any], window: int | None, where: str, name: str, default_theta: float = DEFAULT_THETA
-) -> StackSettings:
-    _refuse(where, f"{name}.hidden_act", part.get("hidden_act", "silu"), ["silu"])
-    head_dim = part["hidden_size"] // part["num_attention_heads"]
-    _refuse(where, f"{name}.head_dim", part.get("head_dim") or head_dim, [head_dim])
-    hidden = part["intermediate_size"] or 8 * part["hidden_size"] // 3
-    values = {
-        "dim": part["hidden_size"],
-        "num_layers": part["num_hidden_layers"],
-        "num_heads": part["num_attention_heads"],
-        "num_kv_heads": part.get("num_key_value_heads"),
-        "window": window,
-        "rope_theta": _rope_theta(part, where, f"{name}.", default_theta),
-        "norm_eps": part.get("rms_norm_eps", 1e-5),
-        **_width(part["hidden_size"], hidden),
-    }
-    return StackSettings.parse(values, f"{where}: {name}")
-
-
-def _rope_theta(part: Mapping[str, Any], where: str, prefix: str, default: float) -> float:
-    """The theta of a part's rotary embedding.
-
-    transformers 5 reads `rope_scaling`, else `rope_parameters`, and `rope_theta` only where these name no theta.
-    transformers 4 reads `rope_theta` and the type in `rope_scaling`.
-
-    Raises:
-        UserError: it is not the default type, or the two versions of transformers would read another theta.
-    """
-    alone = part.get("rope_theta", default)
-    found = {f"{prefix}rope_theta": alone} if "rope_theta" in part else {}
-    for key, rope in _plain_rope(part, where, prefix).items():
-        if rope:
-            found[f"{prefix}{key}"] = rope.get("rope_theta", alone)
-    first = next(iter(found.values()), default)
-    if any(theta != first for theta in found.values()):
-        said = ", ".join(f"{key} says {shown(repr(theta))}" for key, theta in found.items())
-        raise UserError(
-            f"{where}: the rotary theta is not clear: {said}; which one counts depends on the version of "
-            "transformers, so let them agree"
-        )
-    return first
-
-
-def _plain_rope(part: Mapping[str, Any], where: str, prefix: str) -> dict[str, dict[str, Any]]:
-    """A part's settings of the rotary embedding by either name; they must describe the plain one."""
-    found = {key: _group(part, key, where, prefix) for key in ("rope_scaling", "rope_parameters")}
-    for key, rope in found.items():
-        _refuse(where, f"{prefix}{key}.rope_type", rope.get("rope_type", rope.get("type", "default")), ["default"])
-        _refuse(where, f"{prefix}{key}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), [1.0, None])
-        if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
-            raise UserError(f"{where}: {prefix}{key}.{shown(nested[0])}: settings by kind of layer are not known here")
-    _refuse(where, f"{prefix}partial_rotary_factor", part.get("partial_rotary_factor", 1.0), [1.0, None])
-    return found
+    patcher = _Part.of(values, "patcher_config", where)
+    patcher.check("vocab_size", patcher.values.get("vocab_size", VOCAB_SIZE), VOCAB_SIZE)
+    stack = patcher.stack(patcher.values["sliding_window"], DEFAULT_PATCHER_THETA)
+    return Config(model=ByteLMSettings(**stack.model_dump()), context=patcher.context)
 
 
 def _width(dim: int, hidden: int) -> dict[str, Any]:
@@ -212,34 +248,6 @@ def _width(dim: int, hidden: int) -> dict[str, Any]:
         if -(-base // multiple) * multiple == hidden:
             return {"multiple_of": multiple}
     return {"multiple_of": 1, "ffn_dim_multiplier": (hidden + 0.5) / base}
-
-
-def _part(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """The values of one part, with the sizes checked."""
-    part = {**DEFAULTS[name], **_group(values, name, where, "")}
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        value = part[key]
-        if not (type(value) is int and value > 0) and not (value is None and key == "intermediate_size"):
-            raise UserError(f"{where}: {name}.{key} is {shown(repr(value))}; it should be a number above 0")
-    return part
-
-
-def _group(values: Mapping[str, Any], key: str, where: str, prefix: str) -> dict[str, Any]:
-    """The keys and values under a key; none if it is absent."""
-    found = values.get(key)
-    if found is not None and not isinstance(found, dict):
-        raise UserError(f"{where}: {prefix}{key} is {shown(repr(found))}; it should be a mapping of keys to values")
-    return found or {}
-
-
-def _heads(part: Mapping[str, Any]) -> dict[str, int]:
-    heads = part["num_attention_heads"]
-    return {"num_attention_heads": heads, "num_key_value_heads": part.get("num_key_value_heads") or heads}
-
-
-def _refuse(where: str, key: str, value: Any, allowed: list[Any]) -> None:
-    if value not in allowed:
-        raise UserError(f"{where}: {key} is {shown(repr(value))}; only {shown(repr(allowed[0]))} is known here")
 
 
 def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from bytelatent.config import load_yaml
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, ByteLMSettings
-from bytelatent.run_folder import newest_whole, none_whole, read_metrics
+from bytelatent.run_folder import newest_checkpoint, read_metrics
 from bytelatent.weights.safetensors_io import read_json, read_weights, write_json, write_weights
 from bytelatent.weights.stored_model import FORMAT, Advance, Config, Format, Origin, StoredModel
 from bytelatent.weights.translation import own_names, to_our_names
@@ -79,9 +79,7 @@ def _byte_lm_in(folder: Path) -> StoredModel | None:
 
 
 def _read_run(folder: Path) -> StoredModel:
-    checkpoint, passed_over = newest_whole(folder / "checkpoints")
-    if checkpoint is None:
-        raise none_whole(folder, passed_over)
+    checkpoint, corrupt = newest_checkpoint(folder)
     if not is_native(checkpoint):
         raise UserError(
             f"'{checkpoint}' holds the model only in the parts of several processes; write it whole: "
@@ -93,7 +91,7 @@ def _read_run(folder: Path) -> StoredModel:
         config=found.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)}),
         byte_lm=_byte_lm_in(folder) or found.byte_lm,
         format="checkpoint of a run",
-        warnings=passed_over,
+        warnings=corrupt,
     )
 
 

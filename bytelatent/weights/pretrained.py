@@ -41,12 +41,12 @@ def open_pretrained(
         UserError: there is no model, it is not complete, or it needs mathematics that is not implemented here.
     """
     access = _Access(token, local_files_only, weights)
-    found, place = access.open("model", source, revision)
+    found, path = access.open("model", source, revision)
     if entropy_model is not None:
         if isinstance(found.config.model, ByteLMSettings):
             raise UserError(f"entropy_model: '{source}' is a byte LM itself and needs no other; leave it out")
         return replace(found, byte_lm=access.byte_lm(entropy_model))
-    return access.with_byte_lm(found, place, source)
+    return access.with_byte_lm(found, path, source)
 
 
 @renamed_arguments(entropy="entropy_model")
@@ -69,8 +69,8 @@ def load(
     Raises:
         UserError: as `open_pretrained`; or the device or precision is not available.
     """
-    place, precision = choose_device(device), precision_of_weights(dtype)
-    return open_pretrained(source, entropy_model, revision, token, local_files_only).load(place, precision)
+    device, precision = choose_device(device), precision_of_weights(dtype)
+    return open_pretrained(source, entropy_model, revision, token, local_files_only).load(device, precision)
 
 
 def load_byte_lm(
@@ -94,9 +94,9 @@ def load_byte_lm_and_context(
     Raises:
         UserError: there is no byte LM, or the device or precision is not available.
     """
-    place, precision = choose_device(device), precision_of_weights(dtype)
+    device, precision = choose_device(device), precision_of_weights(dtype)
     found, context = find_byte_lm(source, setting=setting)
-    model = found.load(place, precision).model
+    model = found.load(device, precision).model
     assert isinstance(model, ByteLM)
     return model, context
 
@@ -135,37 +135,37 @@ class _Access:
         Args:
             setting: the argument that named `source`, for errors.
         """
-        place = _folder(setting, source)
-        if not place.exists() and _is_on_hub(str(source)):
+        path = _folder(setting, source)
+        if not path.exists() and _is_on_hub(str(source)):
             try:
-                place = model_folder(str(source), revision, self.token, self.local_files_only, self.weights)
+                path = model_folder(str(source), revision, self.token, self.local_files_only, self.weights)
             except Unreachable as error:  # it may also be the mistyped name of a folder
                 raise Unreachable(f"{setting}: '{source}' is not a folder here, and on the hub {error}") from None
-            return replace(open_folder(place, self.weights, setting), source=str(source)), place
-        if not place.is_dir():
+            return replace(open_folder(path, self.weights, setting), source=str(source)), path
+        if not path.is_dir():
             raise UserError(
                 f"{setting}: '{source}' is not a folder; name a run (blt demo makes runs/demo), a folder with a "
                 "model, or OWNER/NAME on the hub"
             )
         if revision is not None:
             raise UserError(f"revision: '{source}' is a folder, which has no revisions; leave it out")
-        return open_folder(place, self.weights, setting), place
+        return open_folder(path, self.weights, setting), path
 
     def byte_lm(self, source: str | Path) -> StoredModel:
         """The byte LM at `source`, or that of the BLT there."""
         found = self.with_byte_lm(*self.open("entropy_model", source), source)
         return _byte_lm_of("entropy_model", found, source)
 
-    def with_byte_lm(self, found: StoredModel, place: Path, source: str | Path) -> StoredModel:
+    def with_byte_lm(self, found: StoredModel, path: Path, source: str | Path) -> StoredModel:
         """The model, with its byte LM from Meta's separate folder or repository if it needs that."""
         patching = found.config.patching
-        if found.byte_lm is not None or patching is None or not patching.needs_entropies or not meta.is_meta(place):
+        if found.byte_lm is not None or patching is None or not patching.needs_entropies or not meta.is_meta(path):
             return found
         if not _folder("model", source).exists():  # it is a repository; so is the byte LM, of the same owner
             name = f"{str(source).split('/')[0]}/{meta.BYTE_LM}"
             exists = model_exists(name, self.token, self.local_files_only)
             return replace(found, byte_lm=self.byte_lm(name)) if exists else found
-        folders = [place.absolute().parent / name for name in meta.BYTE_LM_FOLDERS]
+        folders = [path.absolute().parent / name for name in meta.BYTE_LM_FOLDERS]
         inner = next((folder for folder in folders if meta.is_meta(folder)), None)
         return replace(found, byte_lm=self.byte_lm(inner)) if inner is not None else found
 
@@ -185,7 +185,7 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     if weights and (folder / MANIFEST).is_file() and (torn := what_is_torn(folder, ending=".safetensors")):
         raise UserError(f"'{folder}' is not as it was written: {torn}; fetch or write it again")
     links = [file for pattern in LEGAL_FILES for file in sorted(folder.glob(pattern)) if leads_out(file)]
-    lines = [f"'{shown(str(file))}' is a link to another place and is skipped" for file in links]
+    lines = [f"'{shown(str(file))}' is a link to another path and is skipped" for file in links]
     found = replace(found, folder=folder, warnings=[*found.warnings, *lines])
     if found.config.origin.licence is None:
         found = replace(found, config=found.config.with_origin(licence=stated_licence(folder)))
@@ -209,10 +209,10 @@ def _is_on_hub(source: str) -> bool:
 def _folder(setting: str, source: str | Path) -> Path:
     """The path of a folder with this name."""
     try:
-        place = Path(source).expanduser()
-        place.is_dir()
+        path = Path(source).expanduser()
+        path.is_dir()
     except RuntimeError:
         raise UserError(f"{setting}: '{source}': there is no such user; write the path without ~") from None
     except OSError as error:
         raise UserError(f"{setting}: '{source}' cannot be read: {error.strerror or error}") from None
-    return place
+    return path

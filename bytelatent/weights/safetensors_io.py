@@ -191,8 +191,8 @@ def _described(path: Path, data_begin: int, name: str, entry: dict[str, Any]) ->
     if entry["dtype"] not in DTYPES:
         raise UserError(f"'{path}': {shown(name)} is stored as {entry['dtype']}; known are {', '.join(DTYPES)}")
     begin, end = entry["data_offsets"]
-    place = FileRange(path, data_begin + begin, end - begin)
-    return StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), (place,))
+    data = FileRange(path, data_begin + begin, end - begin)
+    return StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), (data,))
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
@@ -324,17 +324,17 @@ def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int | None) -> lis
     return shards
 
 
-def _read(place: FileRange) -> Iterator[np.ndarray]:
+def _read(data: FileRange) -> Iterator[np.ndarray]:
     try:
-        with place.path.open("rb") as file:
-            file.seek(place.begin)
-            for begin in range(0, place.size, CHUNK_BYTES):
-                chunk = np.empty(min(place.size - begin, CHUNK_BYTES), dtype=np.uint8)
+        with data.path.open("rb") as file:
+            file.seek(data.begin)
+            for begin in range(0, data.size, CHUNK_BYTES):
+                chunk = np.empty(min(data.size - begin, CHUNK_BYTES), dtype=np.uint8)
                 if file.readinto(chunk.data) < len(chunk):
-                    raise UserError(f"'{place.path}' became shorter while it was read; fetch or write it again")
+                    raise UserError(f"'{data.path}' became shorter while it was read; fetch or write it again")
                 yield chunk
     except OSError as error:
-        raise UserError(f"'{place.path}' cannot be read: {error.strerror or error}") from None
+        raise UserError(f"'{data.path}' cannot be read: {error.strerror or error}") from None
 
 
 def _bytes_of(tensor: Tensor) -> Iterator[np.ndarray]:

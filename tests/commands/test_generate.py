@@ -118,7 +118,7 @@ def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_pa
     out.unlink()
 
     from bytelatent.commands.generate import TOLD, GenerateSettings, _made_with, _rows
-    from bytelatent.text.rows_out import rows_at
+    from bytelatent.commands.rows_out import rows_at
 
     asked = GenerateSettings(model=str(model), jsonl=str(rows), out=out, max_new_bytes=4, rows=2)
 

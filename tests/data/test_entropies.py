@@ -31,7 +31,7 @@ from bytelatent.vocab import encode
 from bytelatent.weights import Config, fingerprint, save
 from tests.data import killed_runs
 from tests.model.tiny import tiny_byte_lm
-from tests.text.text_files import write
+from tests.text.text_files import logged, write
 
 RULE = PatchSettings(mode="entropy", threshold=5.12)  # nats; the tiny model's entropies lie around it
 CONTEXT, BATCH = 8, 20
@@ -259,23 +259,23 @@ def test_two_ranks_write_what_one_writes(tmp_path: Path, text: Path, byte_lm: By
 
 
 def test_it_goes_on_where_it_was(tmp_path: Path, text: Path, byte_lm: ByteLM) -> None:
-    out, lines, progress = tmp_path / "out", [], []
+    out, progress = tmp_path / "out", []
     store(byte_lm, [text], out, quick())
     before = bytes_below(out)
     (out / "2.parquet").unlink()
     (out / ".2.parquet.4711.part").write_bytes(b"left by a killed process")
     (out / ".other.parquet.4711.part").write_bytes(b"not ours")
     seen = Recorder(byte_lm)
-    summary = store(
-        byte_lm,
-        [text],
-        out,
-        quick(),
-        say=lines.append,
-        entropies_of=seen,
-        on_start=lambda size: progress.append(-size),
-        on_progress=lambda size, _: progress.append(size),
-    )
+    with logged() as lines:
+        summary = store(
+            byte_lm,
+            [text],
+            out,
+            quick(),
+            entropies_of=seen,
+            on_start=lambda size: progress.append(-size),
+            on_progress=lambda size, _: progress.append(size),
+        )
     assert lines == ["4 of 5 files are done already"]
     assert (summary.num_shards, summary.num_skipped) == (5, 4)
     assert (
@@ -377,9 +377,8 @@ def test_an_error_of_the_reader_ends_the_job(tmp_path: Path, byte_lm: ByteLM, th
 def test_rows_without_text_are_named_and_left_out(tmp_path: Path, byte_lm: ByteLM) -> None:
     rows = ['{"text": "one"}', '{"id": 1}', '{"text": "two"}', "{broken", '{"text": null}', '{"text": "three"}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    said: list[str] = []
-    settings = quick(max_bad_rows=3)
-    store_entropies(byte_lm, "me", [str(tmp_path / "a.jsonl")], tmp_path / "out", settings, say=said.append)
+    with logged() as said:
+        store(byte_lm, [tmp_path / "a.jsonl"], tmp_path / "out", quick(max_bad_rows=3))
     assert [(d.id, d.text) for d in documents_in(tmp_path / "out" / "a.parquet")] == [
         ("a/0", b"one"),
         ("a/2", b"two"),

@@ -15,10 +15,10 @@ from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
 from bytelatent.text import BadRows
-from bytelatent.training.checkpoint.manager import _as_arrays, _as_tensors
+from bytelatent.training.checkpoint.manager import arrays_to_tensors, tensors_to_arrays
 from bytelatent.vocab import decode
 from tests.model.tiny import tiny_byte_lm
-from tests.text.text_files import KINDS, write
+from tests.text.text_files import KINDS, logged, write
 
 
 def text(number: int, size: int = 12) -> bytes:
@@ -61,18 +61,18 @@ def test_goes_on_bit_for_bit(sources: list[SourceSettings], rule: str, done: int
     for _ in range(done):
         next(loader)
     stored = io.BytesIO()
-    torch.save(_as_tensors(loader.state_dict()), stored)
+    torch.save(arrays_to_tensors(loader.state_dict()), stored)
     following = [next(loader) for _ in range(12)]
     stored.seek(0)
     resumed = Loader(settings, seed=3, patcher=patcher)
-    resumed.load_state_dict(_as_arrays(torch.load(stored, weights_only=True)))
+    resumed.load_state_dict(tensors_to_arrays(torch.load(stored, weights_only=True)))
     assert all(same(next(resumed), batch) for batch in following)
     fresh = Loader(settings, seed=3, patcher=patcher)
     assert all(same(next(fresh), batch) for batch in following) == (done == 0)
 
 
 def reader_of(path: Path, seed: int) -> SourceReader:
-    return SourceReader(SourceSettings(path=str(path)), 0, Readings([Reading("text", 1000, None)], 0), seed)
+    return SourceReader(SourceSettings(path=str(path)), 0, Readings([Reading("text", 1000, None, 1 << 20)], 0), seed)
 
 
 def read(reader: SourceReader) -> bytes:
@@ -205,8 +205,8 @@ def test_a_long_document_is_patched_a_batch_at_a_time(tmp_path: Path, max_bytes:
 def test_validation_names_what_it_passes_over(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_bytes(b"a note")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
-    said: list[str] = []
-    list(batches_once([SourceSettings(path=str(tmp_path))], 16, 16, bad=BadRows(0, say=said.append)))
+    with logged() as said:
+        list(batches_once([SourceSettings(path=str(tmp_path))], 16, 16, bad_rows=BadRows(0)))
     assert [line.partition("passed over, ")[2] for line in said] == ["a PNG image: 'picture.png'"]
 
 

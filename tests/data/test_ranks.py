@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from bytelatent.data import Batch, DataSettings, Loader, Patcher, SourceSettings
 from bytelatent.errors import UserError
 from bytelatent.patching import PatchSettings
-from bytelatent.text import blocks, parquet
-from bytelatent.training.checkpoint.manager import _as_arrays, _as_tensors
+from bytelatent.text import readers, tables
+from bytelatent.training.checkpoint.manager import arrays_to_tensors, tensors_to_arrays
 from bytelatent.vocab import decode
 from tests.data.test_loader import same
-from tests.text.text_files import KINDS, write
+from tests.text.text_files import KINDS, logged, write
 
 PROPERTY = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -27,8 +27,8 @@ PROPERTY = settings(
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(parquet, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 3)
 
 
 def name(number: int) -> bytes:
@@ -117,7 +117,7 @@ def test_a_change_of_ranks_loses_and_repeats_nothing(
     for loader, number in zip(loaders, steps, strict=False):
         begun.update(decode_stream(drawn(loader, number)))
     for world in [after, again] if again else [after]:
-        states = [_as_arrays(_as_tensors(loader.state_dict())) for loader in loaders]
+        states = [tensors_to_arrays(arrays_to_tensors(loader.state_dict())) for loader in loaders]
         loaders = world_of(data, world)
         lines = {loader.deal(list(reversed(states))) for loader in loaders}
         assert len(lines) == 1
@@ -151,7 +151,7 @@ def test_resumes_at_any_step(
     rank = rank % world
     loader = Loader(data, 5, rank=rank, world=world)
     drawn(loader, done)
-    state = _as_arrays(_as_tensors(loader.state_dict()))
+    state = tensors_to_arrays(arrays_to_tensors(loader.state_dict()))
     resumed = Loader(data, 5, rank=rank, world=world)
     resumed.load_state_dict(state)
     assert all(map(same, drawn(loader, 8), drawn(resumed, 8)))
@@ -246,9 +246,9 @@ def damaged_source(folder: Path) -> DataSettings:
 
 def test_damaged_rows_and_files_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:
     data = damaged_source(tmp_path)
-    said: list[str] = []
-    loader = Loader(data, 0, say=said.append)
-    found = Counter(decode_stream(drawn(loader, 60)))
+    with logged() as said:
+        loader = Loader(data, 0)
+        found = Counter(decode_stream(drawn(loader, 60)))
     assert set(found) >= {name(i) for i in range(40)}
     epochs = loader.sources[0].place.epoch
     assert epochs >= 2
@@ -273,8 +273,8 @@ def test_the_count_of_damaged_rows_goes_on(tmp_path: Path) -> None:
     for _ in range(40):
         next(loader)
         resumed = Loader(data, 0)
-        resumed.load_state_dict(_as_arrays(_as_tensors(loader.state_dict())))
-        assert resumed.sources[0].damaged == loader.sources[0].damaged
+        resumed.load_state_dict(tensors_to_arrays(arrays_to_tensors(loader.state_dict())))
+        assert resumed.sources[0].bad_rows == loader.sources[0].bad_rows
         expected = loader.sources[0].state_dict()
         state = resumed.sources[0].state_dict()
         assert state == expected

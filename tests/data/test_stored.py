@@ -124,7 +124,7 @@ def test_what_does_not_belong_together(folder: Path) -> None:
     other = tiny_byte_lm(seed=1, window=6)
     assert "another byte LM" in complaint(folder / "entropies", Patcher(RULE, other, fingerprint=fingerprint(other)))
     wide = tiny_byte_lm(window=7)
-    assert "a window of 6 ids; byte_lm has 7" in complaint(
+    assert "a window of 6 ids; entropy_model has 7" in complaint(
         folder / "entropies", Patcher(RULE, wide, fingerprint=fingerprint(wide))
     )
     line = complaint(folder / "starts0", Patcher(RULE.model_copy(update={"threshold": 5.3})))

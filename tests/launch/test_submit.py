@@ -81,7 +81,7 @@ def test_a_byte_lm_that_is_not_there(cluster: Cluster, here: Path) -> None:
     with pytest.raises(
         UserError, match=rf"^byte_lm: 'runs/lm' is not a folder; .* \(the job looks for it from '{here}'\)$"
     ):
-        launched(f"config={config}", "--", "byte_lm=runs/lm")
+        launched(f"config={config}", "--", "entropy_model=runs/lm")
     assert cluster.asked == []
     assert not (here / "runs").exists()
     launched(f"config={config}", "dry_run=true")
@@ -89,7 +89,7 @@ def test_a_byte_lm_that_is_not_there(cluster: Cluster, here: Path) -> None:
     (here / "lm").mkdir()
     save(here / "lm", model, Config(model=settings(values).model, context=64))
     with pytest.raises(UserError, match=r"^byte_lm: 'lm' holds a BLT without a byte LM; "):
-        launched(f"config={config}", "dump_dir=other", "--", "byte_lm=lm")
+        launched(f"config={config}", "dump_dir=other", "--", "entropy_model=lm")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pytest
 
 from bytelatent.errors import UserError
 from bytelatent.text import find_files, read_documents
-from bytelatent.text.kinds import TextReader, kind_of
-from bytelatent.text.places import size_of
+from bytelatent.text.formats import kind_of
+from bytelatent.text.streams import TextReader, size_of
 from tests.hub_server import HubServer
 from tests.text.text_files import KINDS, jsonl, write
 

@@ -17,7 +17,7 @@ def patched(data: bytes, starts: Sequence[int], entropies: Sequence[float] | Non
 
 
 class Page(HTMLParser):
-    """The tags of a page, its characters with what they say when pointed at, and its patches."""
+    """The tags of a page, its characters with their tooltips, and its patches."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -211,7 +211,7 @@ def test_a_resumed_run_counts_each_moment_once() -> None:
     assert curve_points(rows, "bits_per_byte") == ([1, 2, 3], [8, 5, 4])
 
 
-def test_folders_are_made_and_nothing_is_left_beside(tmp_path: Path) -> None:
+def test_folders_are_made_and_no_other_file_is_left(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "r.html"
     write_report(path, RunReport(title="t"))
     assert os.listdir(path.parent) == ["r.html"]

@@ -1,4 +1,4 @@
-"""Runs side by side, whole and torn."""
+"""Comparison of runs, complete and corrupt."""
 
 import io
 import json
@@ -40,9 +40,11 @@ ROWS = [
 ]
 
 
-def write_run(folder: Path, rows: list[dict[str, Any]], values: dict[str, Any] | None = None, torn: str = "") -> Path:
+def write_run(
+    folder: Path, rows: list[dict[str, Any]], values: dict[str, Any] | None = None, corrupt: str = ""
+) -> Path:
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows) + torn)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows) + corrupt)
     if values is not None:
         written = settings({**byte_lm_run(folder, Path("text.jsonl"), steps=9), **values})
         (folder / "settings.yaml").write_text(written.to_yaml())
@@ -130,24 +132,24 @@ def test_models_of_two_kinds(tmp_path: Path) -> None:
     assert "patching" in shown(runs)
 
 
-@pytest.mark.parametrize("torn", ['{"step": 7, "bits_', '{"step": 7}\xff\n', "17\n", "\x00\x00\x00\n", "[1]\n"])
+@pytest.mark.parametrize("corrupt", ['{"step": 7, "bits_', '{"step": 7}\xff\n', "17\n", "\x00\x00\x00\n", "[1]\n"])
 @pytest.mark.parametrize("values", [BLT_VALUES, None])
-def test_torn_files(tmp_path: Path, torn: str, values: dict[str, Any] | None) -> None:
-    run = write_run(tmp_path / "a", [*ROWS, row(7, float("nan"), None)], values, torn)
+def test_corrupt_files(tmp_path: Path, corrupt: str, values: dict[str, Any] | None) -> None:
+    run = write_run(tmp_path / "a", [*ROWS, row(7, float("nan"), None)], values, corrupt)
     assert read_metrics(run / "metrics.jsonl")[: len(ROWS)] == ROWS
     summary = compare_runs([run]).runs[0].summary
     assert (summary.num_bytes, summary.training_bits_per_byte) == (7000, 2.0)
     assert (summary.kind is None) == (values is None)
 
 
-def test_rows_after_a_torn_line_count(tmp_path: Path) -> None:
+def test_rows_after_a_corrupt_line_count(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", [])
     (run / "metrics.jsonl").write_text('{"step": 1\n' + json.dumps(ROWS[-2]) + "\n")
     assert compare_runs([run]).runs[0].summary.training_bits_per_byte == 2.0
 
 
 @pytest.mark.parametrize("damage", ["- a\n- b\n", "{", "model: {kind: other}\ndata: 3\n", "model: {kind: blt}\n", ""])
-def test_damaged_settings_and_no_rows(tmp_path: Path, damage: str) -> None:
+def test_corrupt_settings_and_no_rows(tmp_path: Path, damage: str) -> None:
     run = tmp_path / "a"
     run.mkdir()
     (run / "settings.yaml").write_text(damage)

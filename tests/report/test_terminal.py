@@ -34,7 +34,7 @@ def test_no_color_keeps_the_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert body(output) == "one │two\n"
 
 
-def test_a_mark_in_the_text_is_told_from_a_boundary() -> None:
+def test_a_mark_in_the_text_differs_from_a_boundary() -> None:
     assert body(printed(patched("a│b".encode(), [1]))) == "a│<U+2502>b\n"
 
 

@@ -37,7 +37,7 @@ def deduplicated(source: str, out: Path, key: str, max_row_bytes: int) -> list[b
 
 
 def _read(file: str, key: str, max_row_bytes: int) -> list[tuple[int, bytes]]:
-    documents = read_documents(file, key, damaged=BadRows(LIMIT), stored=False, max_row_bytes=max_row_bytes)
+    documents = read_documents(file, key, bad_rows=BadRows(LIMIT), stored=False, max_row_bytes=max_row_bytes)
     return [(row, document.text) for row, document in documents]
 
 
@@ -56,7 +56,7 @@ def trained_on(source: str, out: Path, key: str, max_row_bytes: int) -> list[byt
 def evaluated(source: str, out: Path, key: str, max_row_bytes: int) -> list[bytes]:
     data = _settings(source, key, max_row_bytes)
     find_files(source)
-    batches = batches_once(data.train, CONTEXT, CONTEXT, bad=BadRows(LIMIT), max_row_bytes=max_row_bytes)
+    batches = batches_once(data.train, CONTEXT, CONTEXT, bad_rows=BadRows(LIMIT), max_row_bytes=max_row_bytes)
     found = []
     for batch in batches:
         ids = batch.stream.ids.numpy()
@@ -77,7 +77,7 @@ def with_entropies(byte_lm: ByteLM) -> Callable[[str, Path, str, int], list[byte
 
 def calibrated_on(source: str, out: Path, key: str, max_row_bytes: int) -> list[bytes]:
     data = _settings(source, key, max_row_bytes)
-    pieces = sample_pieces(data.train, 1 << 30, CONTEXT, damaged=BadRows(LIMIT), max_row_bytes=max_row_bytes)
+    pieces = sample_pieces(data.train, 1 << 30, CONTEXT, bad_rows=BadRows(LIMIT), max_row_bytes=max_row_bytes)
     return [decode(piece.ids) for piece in pieces]
 
 

@@ -18,11 +18,11 @@ from bytelatent.errors import UserError
 from bytelatent.prepare.inputs import resolve, units_of
 from bytelatent.prepare.rows import Corrupt, RowReader
 from bytelatent.terminal import safe
-from bytelatent.text import BadRows, read_documents
+from bytelatent.text import BadRows, ReadOptions, read_documents
 from bytelatent.text.bad_rows import MAX_LINE
-from bytelatent.text.documents import Rows
-from bytelatent.text.kinds import kind_of
+from bytelatent.text.formats import kind_of
 from tests.text.every_reader import evaluated, trained_on
+from tests.text.text_files import logged
 
 Reader = Callable[[str, Path, str, int], list[bytes]]
 SETTINGS = settings(max_examples=150, deadline=None)
@@ -104,16 +104,14 @@ def check(name: str, content: bytes, max_row_bytes: int, same: bool = True) -> N
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / name
         file.write_bytes(content)
-        if kind_of(str(file)).kind is None:  # nobody reads it
+        if kind_of(str(file)).format is None:  # nobody reads it
             return
-        said: list[str] = []
-        bad = BadRows(10_000, say=said.append)
-        read = [
-            document.text
-            for _, document in read_documents(str(file), damaged=bad, stored=False, max_row_bytes=max_row_bytes)
-        ]
+        bad = BadRows(10_000)
+        with logged() as said:
+            documents = read_documents(str(file), bad_rows=bad, stored=False, max_row_bytes=max_row_bytes)
+            read = [document.text for _, document in documents]
         assert all(len(line) <= MAX_LINE and line == safe(line) and "\n" not in line for line in said)
-        list(read_documents(str(file), damaged=BadRows(10_000)))  # what is stored is looked at, too
+        list(read_documents(str(file), bad_rows=BadRows(10_000)))  # what is stored is looked at, too
         found = [
             prepared(file, Path(folder), max_row_bytes),
             or_nothing(trained_on, file, max_row_bytes),
@@ -125,9 +123,9 @@ def check(name: str, content: bytes, max_row_bytes: int, same: bool = True) -> N
 def prepared(file: Path, folder: Path, max_row_bytes: int) -> list[bytes]:
     """What prepare's reader makes of a file, read as the others read its lines."""
     files = resolve([str(file)], folder / "out", Console(quiet=True))
-    how = Rows(stored=False, max_row_bytes=max_row_bytes)
+    options = ReadOptions(stored=False, max_row_bytes=max_row_bytes)
     corrupt = Corrupt(10_000)
-    reader = RowReader(files, how, None, corrupt, 1 << 30, lambda count: None)
+    reader = RowReader(files, options, None, corrupt, 1 << 30, lambda count: None)
     lines = []
     for unit in units_of(files):
         for rows in reader.read(unit):
@@ -136,7 +134,7 @@ def prepared(file: Path, folder: Path, max_row_bytes: int) -> list[bytes]:
     assert all(place == safe(place) and "\n" not in place for place in corrupt.places)
     made = folder / "made.jsonl"
     made.write_bytes(b"".join(lines))
-    documents = read_documents(str(made), damaged=BadRows(10_000), stored=False)
+    documents = read_documents(str(made), bad_rows=BadRows(10_000), stored=False)
     return [document.text for _, document in documents]
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
-from bytelatent.text import BadRow, blocks, open_blocks, parquet, read_documents
+from bytelatent.text import BadRow, DocumentBlock, open_blocks, read_documents, readers, tables
 from tests.text.text_files import KINDS, write
 
 LONG = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -18,8 +18,8 @@ LONG = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(parquet, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 3)
 
 
 def in_blocks(file: Path, order: list[int] | None = None) -> list[list[tuple[int, bytes]]]:
@@ -96,7 +96,7 @@ def test_damaged_lines_are_named_and_the_others_read(kind: str, forward: bool, t
     order = range(num_blocks) if forward else range(num_blocks - 1, -1, -1)
     found = [reader.read(index) for index in order]
     assert sum(len(block.documents) for block in found if block) == 10
-    lines_named = sorted(str(error) for block in found if block for error in block.damaged)
+    lines_named = sorted(str(error) for block in found if block for error in block.bad_rows)
     assert ["line 10 has no text" in lines_named[0], "line 2 is not JSON" in lines_named[1]] == [True, True]
     with pytest.raises(BadRow, match="line 2 is not JSON"):
         list(read_documents(str(file)))
@@ -107,7 +107,7 @@ def test_a_null_among_texts(tmp_path: Path) -> None:
     block = open_blocks(str(tmp_path / "a.parquet")).read(0)
     assert block is not None
     assert [row for row, _ in block.documents] == [0, 2]
-    assert [str(error) for error in block.damaged] == [
+    assert [str(error) for error in block.bad_rows] == [
         f"data: '{tmp_path}/a.parquet' row 1 has no text under 'text'; its columns: text"
     ]
 
@@ -144,13 +144,13 @@ def test_what_was_decompressed_is_read(cut: int, tmp_path: Path) -> None:
     texts = [f"text {i} {i * 7919}".encode() for i in range(400)]
     file = write(tmp_path / "a.jsonl.gz", texts)
     file.write_bytes(file.read_bytes()[:-cut])
-    reader, found = open_blocks(str(file)), list[blocks.Block]()
+    reader, found = open_blocks(str(file)), list[DocumentBlock]()
     while (block := reader.read(len(found))) is not None:
         found.append(block)
     read = [document.text for block in found for _, document in block.documents]
     assert read == texts[: len(read)]
     assert len(read) == 400 if cut < 20 else 300 < len(read) < 400
-    (error,) = [error for block in found for error in block.damaged]
+    (error,) = [error for block in found for error in block.bad_rows]
     assert "is not whole: after" in str(error)
 
 

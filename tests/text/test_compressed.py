@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bytelatent.errors import UserError
 from bytelatent.prepare.inputs import InputFile, Unit
 from bytelatent.prepare.rows import Corrupt, RowReader
-from bytelatent.text import BadRows, kinds, read_documents
-from bytelatent.text.compressed import Decompressed, compression_of, zstd_module
-from bytelatent.text.documents import Rows
+from bytelatent.text import BadRows, ReadOptions, read_documents, streams
+from bytelatent.text.streams import Decompressed, compression_of, zstd_module
 from tests.text.test_every_reader import CASES, zstd
+from tests.text.text_files import logged
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
@@ -34,7 +35,7 @@ def read(data: bytes) -> tuple[bytes, str | None]:
     """What is read of compressed bytes, and what is said to be lost."""
     stream = Decompressed(io.BufferedReader(io.BytesIO(data)), len(data), str(compression_of(data)))  # type: ignore[arg-type]
     with io.BufferedReader(stream, 1 << 20) as whole:
-        return whole.read(), stream.damage
+        return whole.read(), stream.unread
 
 
 @pytest.mark.parametrize("how", PACK)
@@ -100,16 +101,14 @@ def test_a_long_window() -> None:
 
 def test_zstd_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By pyarrow, which reads no long windows; the message says what to install."""
-    monkeypatch.setattr(kinds, "zstd_module", lambda: None)
+    monkeypatch.setattr(streams, "zstd_module", lambda: None)
     packed = zstd(LINES)
     (tmp_path / "a.jsonl.zst").write_bytes(packed)
     (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
     assert len(list(read_documents(str(tmp_path / "a.jsonl.zst")))) == 20_000
-    bad = BadRows(10)
     for file in (tmp_path / "cut.jsonl.zst", CASES / "long31.jsonl.zst"):
-        list(read_documents(str(file), damaged=bad))
-    assert bad.count == 2
-    assert all("pip install backports.zstd" in line for line in bad.told)
+        with pytest.raises(UserError, match=r"pip install backports\.zstd"):
+            list(read_documents(str(file)))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.xz", "a.json.gz", "zeros.jsonl.gz", "a.jsonl"])
@@ -128,7 +127,7 @@ def test_memory_stays_flat(name: str, tmp_path: Path) -> None:
     corrupt = Corrupt(10)
     reader = RowReader(
         [InputFile(str(file), name, file.stat().st_size, 0, kind, compression)],
-        Rows(max_row_bytes=1 << 20),
+        ReadOptions(max_row_bytes=1 << 20),
         None,
         corrupt,
         1 << 30,
@@ -137,7 +136,7 @@ def test_memory_stays_flat(name: str, tmp_path: Path) -> None:
     bad = BadRows(10)
     tracemalloc.start()
     try:
-        found = [d.text for _, d in read_documents(str(file), damaged=bad, max_row_bytes=1 << 20)]
+        found = [d.text for _, d in read_documents(str(file), bad_rows=bad, max_row_bytes=1 << 20)]
         size = file.stat().st_size
         made = sum(len(rows.kept) for rows in reader.read(Unit(kind, [0], 0, size, size)))
         peak = tracemalloc.get_traced_memory()[1]
@@ -159,7 +158,7 @@ def test_brackets_without_an_end(bracket: bytes, tmp_path: Path) -> None:
             out.write(bracket * (1 << 20))
     bad = BadRows(1)
     begin = time.process_time()
-    assert [d.text for _, d in read_documents(str(file), damaged=bad)] == [b"b"]
+    assert [d.text for _, d in read_documents(str(file), bad_rows=bad)] == [b"b"]
     assert bad.count == 1
     assert time.process_time() - begin < 5
 
@@ -173,6 +172,6 @@ def test_random_bytes_are_never_a_traceback(tmp_path: Path) -> None:
             data = gzip.compress(data)[: chance.randrange(1, 200)]
         name = chance.choice(["a.jsonl", "a.json", "a.parquet", "a.txt", "a.jsonl.gz", "a"])
         (tmp_path / name).write_bytes(data)
-        bad = BadRows(1000)
-        list(read_documents(str(tmp_path / name), damaged=bad))
-        assert all(line.isprintable() for line in bad.told)
+        with logged() as said:
+            list(read_documents(str(tmp_path / name), bad_rows=BadRows(1000)))
+        assert all(line.isprintable() for line in said)

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
-from bytelatent.text import BadRows, find_files, read_documents
-from tests.text.text_files import KINDS, jsonl, write, write_stored
+from bytelatent.text import BadRow, BadRows, find_files, read_documents
+from tests.text.text_files import KINDS, jsonl, logged, write, write_stored
 
 TEXTS = [b"one", "zwei \u00e9 \U0001f600 \u2028 \x85".encode(), b'a\nb\r\n\x00\\"c', b"\xff\xfe raw \x80\xc3", b"x"]
 
@@ -211,20 +211,20 @@ def test_a_bad_value_costs_itself_alone(value: bytes, reason: str, length: int, 
     """In an array, also where it is longer than what is read at once."""
     long = value.replace(b'{"', b'{"y": "' + b"}" * length + b'", "', 1)
     (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, ' + long + b',\n{"text": "c"}]')
-    damaged = BadRows(1)
-    found = list(read_documents(str(tmp_path / "a.json"), damaged=damaged))
+    with logged() as said:
+        found = list(read_documents(str(tmp_path / "a.json"), bad_rows=BadRows(1)))
     assert [(row, document.text) for row, document in found] == [(0, b"a"), (2, b"c")]
-    (line,) = damaged.told
+    (line,) = said
     assert "value 2 is not JSON" in line
     assert reason in line
 
 
 def test_a_value_without_an_end(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, {"text": "b, "x": 1},\n{"text": "c"}]')
-    damaged = BadRows(1)
-    found = list(read_documents(str(tmp_path / "a.json"), damaged=damaged))
+    bad = BadRows(1)
+    found = list(read_documents(str(tmp_path / "a.json"), bad_rows=bad))
     assert [document.text for _, document in found][:1] == [b"a"]
-    assert damaged.count == 1
+    assert bad.count == 1
 
 
 def test_two_columns_of_entropies(tmp_path: Path) -> None:
@@ -243,17 +243,18 @@ def test_texts_that_begin_as_binary_files_do(begin: bytes, tmp_path: Path) -> No
 
 
 def test_a_reason_with_an_apostrophe_is_not_shortened_before_what_was_lost() -> None:
-    said: list[str] = []
     lost = "is not whole: after 524,288 decompressed bytes the rest of 303,455 bytes cannot be read"
-    BadRows(1, say=said.append)(f"data: 'a.jsonl.zst' {lost}: the data doesn't match; {'more ' * 30}")
-    BadRows(1, say=said.append)(f"data: '{'long/' * 40}a.jsonl.zst' {lost}: the data doesn't match")
+    with logged() as said:
+        BadRows(1)(BadRow("a.jsonl.zst", f"{lost}: the data doesn't match; {'more ' * 30}"))
+        BadRows(1)(BadRow(f"{'long/' * 40}a.jsonl.zst", f"{lost}: the data doesn't match"))
+    assert len(said) == 2
     assert all(lost in line and "a.jsonl.zst'" in line and len(line) <= 200 for line in said)
 
 
 @pytest.mark.parametrize("end", ["", ",", ",\n "])
 def test_an_array_cut_short_between_its_values(end: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(f'[{{"text": "a"}}, {{"text": "b"}}{end}')
-    damaged = BadRows(1)
-    found = [document.text for _, document in read_documents(str(tmp_path / "a.json"), damaged=damaged)]
+    with logged() as said:
+        found = [document.text for _, document in read_documents(str(tmp_path / "a.json"), bad_rows=BadRows(1))]
     assert found == [b"a", b"b"]
-    assert "is not whole: its array has no end after 2 values" in damaged.told.pop()
+    assert "is not whole: its array has no end after 2 values" in said[0]

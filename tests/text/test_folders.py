@@ -10,12 +10,13 @@ from bytelatent.errors import UserError
 from bytelatent.text import find_files
 from bytelatent.text.bad_rows import MAX_LINE
 from tests.text.test_every_reader import folder_of_everything
+from tests.text.text_files import logged
 
 
 def test_what_is_passed_over_is_said_in_a_line_of_each_kind(tmp_path: Path) -> None:
     place = folder_of_everything(tmp_path)
-    said: list[str] = []
-    found = find_files(str(place), said.append)
+    with logged() as said:
+        found = find_files(str(place))
     assert [Path(file).relative_to(place).as_posix() for file in found] == [
         "a.txt",
         os.fsdecode(b"caf\xe9.txt"),

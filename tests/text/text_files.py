@@ -2,13 +2,32 @@
 
 import gzip
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bytelatent.text.bad_rows import forget_logged
+
 KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """The messages that are logged in the block."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("bytelatent")
+    logger.addHandler(handler)
+    forget_logged()
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
 
 
 def jsonl(documents: Sequence[bytes], key: str = "text") -> bytes:

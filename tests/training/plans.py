@@ -13,20 +13,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from bytelatent.data import Batch, Loader, Patcher, surprise
+from bytelatent.data import Batch, Loader, Patcher
 from bytelatent.device import autocast
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
-from bytelatent.training.distributed import fsdp as sharding
-from bytelatent.training.distributed.plan import (
-    ParallelPlan,
-    build_parallel_model,
-    free_gathered_weights,
-    initialize_weights,
-    make_plan,
-)
+from bytelatent.training.distributed import fsdp
+from bytelatent.training.distributed.fsdp import free_gathered_weights
+from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, initialize_weights, make_plan
 from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
@@ -107,9 +103,9 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         torch.manual_seed(0)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[rule.dtype]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sharding, "AT_ONCE", AT_ONCE)
+            patch.setattr(fsdp, "GROUP_WEIGHTS", AT_ONCE)
             model = build_parallel_model(rule.model, plan, device, dtype, compiled=False)
-        initialize_weights(model, rule.model, plan)
+        initialize_weights(model, rule.model)
         initial = whole(model)
         patcher = Patcher(rule.patching) if rule.patching is not None else None
         optimizer = {**rule.optimizer.plain(), "accumulation": BATCHES // plan.data_world_size}
@@ -120,13 +116,13 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         checkpoints = None
         if run is not None:
             config = Config(model=rule.model, context=rule.data.context, patching=rule.patching)
-            checkpoints = CheckpointManager(run, config, rule.checkpoint, plan, ranks.world_size > 1, lambda line: None)
+            checkpoints = CheckpointManager(run, config, rule.checkpoint, plan, ranks.world_size > 1)
             if checkpoints.load(state):
                 batches.pass_over(state.step)
 
         def loss(batch: Batch) -> torch.Tensor:
             with autocast(device, dtype):
-                return surprise(model, batch)
+                return cross_entropy(model, batch)
 
         rows, gradients = [], {}
         while state.step < steps:
@@ -142,7 +138,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         free_gathered_weights(model)
         gathered = {name: tuple(_own(value).shape) for name, value in model.named_parameters()}
         if checkpoints is not None:
-            checkpoints.save(state, over=ranks.world_size == 4, needed=True)
+            checkpoints.save(state, is_last=ranks.world_size == 4, is_needed=True)
         return Taken(rows, gradients, whole(model), initial, held, gathered)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bytelatent.training.checkpoint.staging import Copies, empty_copies
+from bytelatent.training.checkpoint.staging import CpuCopies, empty_copies
 from bytelatent.training.distributed.ranks import open_ranks
 from tests.training.crew import Crew
 
@@ -27,7 +27,7 @@ def some(shapes: list[list[int]], dtypes: list[torch.dtype]) -> dict[str, Tensor
 def test_copies_are_equal_and_do_not_change_with_the_tensors(
     shapes: list[list[int]], dtypes: list[torch.dtype]
 ) -> None:
-    tensors, mine = some(shapes, dtypes), Copies()
+    tensors, mine = some(shapes, dtypes), CpuCopies()
     was = {name: value.clone() for name, value in tensors.items()}
     taken = mine.take(tensors)
     for value in tensors.values():
@@ -41,14 +41,14 @@ def test_copies_are_equal_and_do_not_change_with_the_tensors(
 
 
 def test_a_stored_copy_is_as_large_as_its_tensor() -> None:
-    taken = Copies().take({"a": torch.ones(4), "b": torch.ones(10**6)})
+    taken = CpuCopies().take({"a": torch.ones(4), "b": torch.ones(10**6)})
     file = io.BytesIO()
     torch.save(taken["a"], file)
     assert len(file.getvalue()) < 10_000
 
 
 def test_memory_is_kept_as_long_as_it_fits() -> None:
-    mine, first = Copies(), {"a": torch.ones(3, 2), "b": torch.ones(())}
+    mine, first = CpuCopies(), {"a": torch.ones(3, 2), "b": torch.ones(())}
     mine.prepare(first)
     at = {name: value.data_ptr() for name, value in mine.take(first).items()}
     second = {name: value * 2 for name, value in first.items()}
@@ -64,7 +64,7 @@ def test_memory_is_kept_as_long_as_it_fits() -> None:
 
 def test_a_strided_tensor_is_copied_whole() -> None:
     value = torch.arange(12.0).view(3, 4).t()
-    assert torch.equal(Copies().take({"a": value})["a"], value)
+    assert torch.equal(CpuCopies().take({"a": value})["a"], value)
 
 
 class Cudart:
@@ -88,7 +88,7 @@ def test_each_copy_is_pinned_for_itself_and_let_go(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     tensors = {"a": torch.zeros(5000), "b": torch.zeros(()), "none": torch.zeros(0), "c": torch.zeros(1025).bfloat16()}
     places = empty_copies(tensors)
-    mine = Copies()
+    mine = CpuCopies()
     mine._pin(list(places.values()), -1)
     assert cudart.asked == [(places[name].data_ptr(), tensors[name].nbytes) for name in "abc"]
     assert all(begin % mmap.PAGESIZE == 0 for begin, _ in cudart.asked), "two may share a page, which is pinned once"
@@ -103,7 +103,7 @@ def parts_of(_: Any) -> tuple[list[float], list[int], bool]:
 
     with open_ranks("cpu", 1):
         mesh = init_device_mesh("cpu", (2,))
-        taken: Any = Copies().take({"a": distribute_tensor(torch.arange(5.0), mesh, [Shard(0)])})["a"]
+        taken: Any = CpuCopies().take({"a": distribute_tensor(torch.arange(5.0), mesh, [Shard(0)])})["a"]
         return taken.to_local().tolist(), list(taken.shape), isinstance(taken, DTensor)
 
 

@@ -124,7 +124,7 @@ def test_a_file_beside_those_of_the_ranks_is_ignored(text: Path, begun: Path, wh
 
 def test_a_damaged_file_of_a_rank_is_a_torn_checkpoint(text: Path, begun: Path) -> None:
     (begun / "checkpoints" / "step-00000005" / "ranks" / "00000.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"is torn \(ranks/00000.pt is not as it was written\)"):
+    with pytest.raises(UserError, match=r"is corrupt \(ranks/00000.pt is not as it was written\)"):
         go_on(begun, text)
 
 

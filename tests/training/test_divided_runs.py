@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from bytelatent.blt import BLT
 from bytelatent.commands.export import export
-from bytelatent.data import Patcher, batches_once, surprise
+from bytelatent.data import Patcher, batches_once
 from bytelatent.errors import UserError
 from bytelatent.files import what_is_torn
-from bytelatent.model.loss import bits_per_byte
+from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.training import read_metrics
 from bytelatent.weights import load
 from tests.training.crew import Crew
@@ -78,7 +78,7 @@ def test_a_run_of_two_processes(crew: Crew, tmp_path: Path, text: Path) -> None:
     found, data = load(whole), settings(values(text, whole, **valid)).data
     assert found.config.patching is not None
     nats = sum(
-        float(surprise(found.model, batch).detach())
+        float(cross_entropy(found.model, batch).detach())
         for batch in batches_once(data.valid, data.context, data.batch_bytes, Patcher(found.config.patching), 450)
     )
     assert rows[-1]["validation_bits_per_byte"] == pytest.approx(bits_per_byte(nats, 450), rel=1e-5)
@@ -114,7 +114,7 @@ def test_export(crew: Crew, tmp_path: Path, text: Path) -> None:
     assert model.patch("the cat sat")[0].text == "the "
     for step, line in (
         (7, "has no checkpoint after step 7; it has 10, 12"),
-        (12, "'.*step-00000012' is torn .* is not as it was written"),
+        (12, "'.*step-00000012' is corrupt .* is not as it was written"),
     ):
         if step == 12:
             stored = last / "state" / "__1_0.distcp"

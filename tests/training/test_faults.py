@@ -36,13 +36,13 @@ from tests.training.tiny_runs import (
 
 def scaled(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> list[int]:
     """Multiply the losses of some forward passes, counted from 0 for the trial before the first step."""
-    surprise, calls = loop.surprise, []
+    cross_entropy, calls = loop.cross_entropy, []
 
     def other(model: Any, batch: Any) -> torch.Tensor:
         calls.append(1)
-        return surprise(model, batch) * factors.get(len(calls) - 1, 1.0)
+        return cross_entropy(model, batch) * factors.get(len(calls) - 1, 1.0)
 
-    monkeypatch.setattr(loop, "surprise", other)
+    monkeypatch.setattr(loop, "cross_entropy", other)
     return calls
 
 
@@ -157,13 +157,13 @@ import sys, threading, time
 from bytelatent.commands import train
 from bytelatent.training import trainer as loop
 
-inner, calls = loop.surprise, []
+inner, calls = loop.cross_entropy, []
 def the_function_that_hangs(model, batch):
     calls.append(1)
     if len(calls) == 5:
         time.sleep(100)
     return inner(model, batch)
-loop.surprise = the_function_that_hangs
+loop.cross_entropy = the_function_that_hangs
 train.main(sys.argv[1:])
 """
 
@@ -184,7 +184,7 @@ def test_a_hang_ends_with_every_threads_stack(tmp_path: Path, text: Path) -> Non
 def test_other_signals_stop_a_run_too(
     tmp_path: Path, text: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner, before, calls = loop.surprise, signal.getsignal(number), []
+    inner, before, calls = loop.cross_entropy, signal.getsignal(number), []
 
     def signalled(*arguments: Any) -> Any:
         calls.append(1)
@@ -192,7 +192,7 @@ def test_other_signals_stop_a_run_too(
             os.kill(os.getpid(), number)
         return inner(*arguments)
 
-    monkeypatch.setattr(loop, "surprise", signalled)
+    monkeypatch.setattr(loop, "cross_entropy", signalled)
     with pytest.raises(Interrupted, match="after step 3; the same command goes on"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
@@ -215,7 +215,7 @@ def test_the_code_that_launchers_rely_on() -> None:
 def test_too_little_memory_names_what_to_lower(
     tmp_path: Path, text: Path, error: RuntimeError, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner, calls = loop.surprise, []
+    inner, calls = loop.cross_entropy, []
 
     def large(*arguments: Any) -> Any:
         calls.append(1)
@@ -223,7 +223,7 @@ def test_too_little_memory_names_what_to_lower(
             raise error
         return inner(*arguments)
 
-    monkeypatch.setattr(loop, "surprise", large)
+    monkeypatch.setattr(loop, "cross_entropy", large)
     with pytest.raises(UserError, match=r"out of memory .* data.batch_bytes \(now 256; .*activation_checkpointing"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
 
@@ -295,14 +295,14 @@ def test_determinism(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
     one, other = (train(settings(byte_lm_run(tmp_path / name, text, determinism=True))) for name in ("one", "other"))
     assert_equal_runs(one, other)
     assert not torch.are_deterministic_algorithms_enabled()
-    inner: Callable[..., torch.Tensor] = loop.surprise
+    inner: Callable[..., torch.Tensor] = loop.cross_entropy
 
     def careless(model: Any, batch: Any) -> torch.Tensor:
         return (
             inner(model, batch) + 0 * torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False).sum()
         )
 
-    monkeypatch.setattr(loop, "surprise", careless)
+    monkeypatch.setattr(loop, "cross_entropy", careless)
     with pytest.raises(RuntimeError, match="deterministic"):
         train(settings(byte_lm_run(tmp_path / "careless", text, determinism=True)))
     assert not torch.are_deterministic_algorithms_enabled()

@@ -55,7 +55,7 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: i
 
 @pytest.mark.parametrize("place", FILLED)
 def test_a_full_disk_leaves_the_checkpoint_before(
-    tmp_path: Path, text: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
     fill_the_disk(monkeypatch, place, good=1, bad=99)
@@ -63,11 +63,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         train(settings(byte_lm_run(run, text)))
     assert os.listdir(run / "checkpoints") == ["step-00000005"]
     assert what_is_torn(run / "checkpoints" / "step-00000005") is None
-    said = [line for line in capsys.readouterr().out.splitlines() if "step-00000010' was not written" in line]
+    said = [line for line in caplog.messages if "step-00000010' was not written" in line]
     assert [line.rpartition("make room ")[2] for line in said] == [
         "(the next try is in 0 s)",
         "(the next try is in 0 s)",
-        "(training goes on without it)",
+        "(training continues without it)",
     ]
     monkeypatch.undo()
     train(settings(byte_lm_run(run, text)))
@@ -139,13 +139,13 @@ def test_rows_wait_for_room(
 
 def test_rows_that_wait_go_back_with_the_run(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of steps 4 and 5 stay, those of 6 and 7 are taken back with their steps."""
-    surprise, calls = loop.surprise, []
+    cross_entropy, calls = loop.cross_entropy, []
 
     def broken(model: Any, batch: Any) -> torch.Tensor:
         calls.append(1)
-        return surprise(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
+        return cross_entropy(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
 
-    monkeypatch.setattr(loop, "surprise", broken)
+    monkeypatch.setattr(loop, "cross_entropy", broken)
     fill_the_disk_for_metrics(monkeypatch, range(4, 8))
     run = train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "rollback"})))
     assert [step for step, *_ in losses(run)] == list(range(1, 13))

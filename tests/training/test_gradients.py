@@ -18,14 +18,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bytelatent.data import Batch, surprise
+from bytelatent.data import Batch
 from bytelatent.errors import UserError
 from bytelatent.kernels import patch_attention
 from bytelatent.model import attention, build
+from bytelatent.model.loss import cross_entropy
 from bytelatent.model.settings import BLTSettings, ByteLMSettings
 from bytelatent.training import gradients as module
 from bytelatent.training import train
-from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
+from bytelatent.training.distributed.plan import apply_activation_checkpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.gradients import CapturedGradients, Gradients, check_cuda_graph
 from bytelatent.training.profiling.measure import ForwardBackward, SyntheticTraining, TrainingSetup, random_batch
 from bytelatent.training.settings import OptimizerSettings
@@ -60,9 +62,9 @@ def unasked() -> Iterator[None]:
         yield
 
 
-def prepared(rule: BLTSettings | ByteLMSettings, how: Checkpointing = "none", sparse: bool = False) -> Any:
+def prepared(rule: BLTSettings | ByteLMSettings, how: ActivationCheckpointing = "none", sparse: bool = False) -> Any:
     model: Any = build(rule)
-    recompute_regions(model, how)
+    apply_activation_checkpointing(model, how)
     for part in model.modules():
         if isinstance(part, nn.EmbeddingBag):
             part.sparse = sparse
@@ -92,16 +94,16 @@ def test_nothing_is_asked_of_the_device(
     with META:
         model = prepared(RULES[name], sparse=sparse)
     batch = batch_on(META, RULES[name])
-    surprise(model, batch)  # makes on the host what is made once
+    cross_entropy(model, batch)  # makes on the host what is made once
     with unasked():
-        Gradients(lambda batch: surprise(model, batch), META)(batch, 3.0)
+        Gradients(lambda batch: cross_entropy(model, batch), META)(batch, 3.0)
     assert_all_have_gradients(model, sparse)
 
 
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_nor_in_mixed_precision_and_with_checkpointing(
-    how: Checkpointing, sparse: bool, monkeypatch: pytest.MonkeyPatch
+    how: ActivationCheckpointing, sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On tensors that have no values, on the CPU, as the meta device has no mixed precision."""
     monkeypatch.setattr(patch_attention, "_takes_kernels", lambda x: True)
@@ -117,7 +119,7 @@ def test_nor_in_mixed_precision_and_with_checkpointing(
 
     def loss(batch: Batch) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return surprise(model, batch)
+            return cross_entropy(model, batch)
 
     with mode:
         nats = Gradients(loss, CPU)(batch, 3.0)
@@ -208,7 +210,7 @@ def test_replayed_gradients_are_those_of_the_passes(
 ) -> None:
     torch.manual_seed(0)
     model = build(rule)
-    plain = Gradients(lambda batch: surprise(model, batch), CPU)
+    plain = Gradients(lambda batch: cross_entropy(model, batch), CPU)
     captured = CapturedGradients(model.parameters(), plain.loss, CPU, adds=several > 1)
     batches = batches_of(rule, 3 * several)
     copies = [(batch.stream.ids.clone(), batch.targets.clone()) for batch in batches]
@@ -239,7 +241,7 @@ def test_more_documents_are_captured_anew(several: int, stood_in: list[Replayed]
     """Not each time that there are some more; and what was added up so far is kept."""
     torch.manual_seed(0)
     model = build(BYTE_LM)
-    plain = Gradients(lambda batch: surprise(model, batch), CPU)
+    plain = Gradients(lambda batch: cross_entropy(model, batch), CPU)
     captured = CapturedGradients(model.parameters(), plain.loss, CPU, adds=several > 1)
     numbers: list[int | None] = [3, 63, 64, 100, 1, 127, 128, None, 5]
     graphs = [1, 1, 2, 2, 2, 2, 3, 4, 4]  # as many captures; where nothing is known, for any number
@@ -265,7 +267,7 @@ def test_more_documents_are_captured_anew(several: int, stood_in: list[Replayed]
 @pytest.mark.usefixtures("stood_in")
 def test_another_shape_is_named() -> None:
     model = build(tiny_blt_settings())
-    captured = CapturedGradients(model.parameters(), lambda batch: surprise(model, batch), CPU)
+    captured = CapturedGradients(model.parameters(), lambda batch: cross_entropy(model, batch), CPU)
     one = Batch(*random_batch(80, CPU), 80, 80, 0)
     captured(one, 1.0)
     model.zero_grad()
@@ -281,7 +283,7 @@ def test_another_shape_is_named() -> None:
 @pytest.mark.usefixtures("stood_in")
 def test_gradients_that_are_there_are_not_lost() -> None:
     model = build(BYTE_LM)
-    captured = CapturedGradients(model.parameters(), lambda batch: surprise(model, batch), CPU)
+    captured = CapturedGradients(model.parameters(), lambda batch: cross_entropy(model, batch), CPU)
     for batch in batches_of(BYTE_LM, 1):
         captured(batch, 1.0)
         with pytest.raises(AssertionError, match="gradients already"):

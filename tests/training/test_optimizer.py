@@ -13,9 +13,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bytelatent.data import Batch, Loader, Patcher, surprise
+from bytelatent.data import Batch, Loader, Patcher
 from bytelatent.errors import UserError
 from bytelatent.model import build
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
@@ -187,7 +188,7 @@ def space_run(text: Path, **optimizer: Any) -> TrainSettings:
 def steps_of(rule: TrainSettings, batches: list[Batch], model: nn.Module, steps: int) -> list[dict[str, Any]]:
     state = TrainState(model, build_optimizer(model, rule.optimizer), iter(batches))  # type: ignore[arg-type]
     return [
-        loop._step(state, rule, Gradients(lambda batch: surprise(model, batch), CPU), ParallelPlan())
+        loop._step(state, rule, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
         for _ in range(steps)
     ]
 
@@ -216,7 +217,7 @@ def test_the_schedule_is_scaled(text: Path) -> None:
     rule = space_run(text, lr_scale={"decoder": 0.25}, hash_gradients="rows", name="muon", warmup_steps=2)
     model = build(rule.model)
     state = TrainState(model, build_optimizer(model, rule.optimizer), Loader(rule.data, 0, Patcher(rule.patching)))
-    row = loop._step(state, rule, Gradients(lambda batch: surprise(model, batch), CPU), ParallelPlan())
+    row = loop._step(state, rule, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
     assert row["lr"] == pytest.approx(5e-3)
     for name, (_, group) in groups_by_name(model, state.optimizer).items():
         assert group["lr"] == pytest.approx(5e-3 * (0.25 if name.startswith("decoder.") else 1.0))
@@ -230,7 +231,7 @@ def test_a_row_that_is_not_seen_again_stays(text: Path) -> None:
     model = build(rows.model)
     table, seen = model.get_parameter(TABLES), []
     for batch in batches:
-        surprise(model, batch).backward()
+        cross_entropy(model, batch).backward()
         assert table.grad is not None
         seen.append((table.grad.to_dense() if table.grad.is_sparse else table.grad).abs().sum(1) > 0)
         table.grad = None
@@ -238,7 +239,7 @@ def test_a_row_that_is_not_seen_again_stays(text: Path) -> None:
     kept = []
     for _ in batches:
         kept.append(table.detach().clone())
-        loop._step(state, rows, Gradients(lambda batch: surprise(model, batch), CPU), ParallelPlan())
+        loop._step(state, rows, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
     only_first = seen[0] & ~seen[1]
     assert only_first.any()
     assert torch.equal(table[only_first], kept[1][only_first])

@@ -10,14 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bytelatent.commands.train import main as train
-from bytelatent.data import Loader, Patcher, surprise
+from bytelatent.data import Loader, Patcher
 from bytelatent.device import autocast
 from bytelatent.errors import UserError
 from bytelatent.model import block, build
 from bytelatent.model.attention import packed_mask
-from bytelatent.training.distributed import fsdp as sharding
+from bytelatent.model.loss import cross_entropy
+from bytelatent.training.distributed import fsdp
 from bytelatent.training.distributed.plan import build_parallel_model, initialize_weights, make_plan
-from bytelatent.training.distributed.ranks import Ranks, _own_place, open_ranks
+from bytelatent.training.distributed.ranks import Ranks, open_ranks, ranks_from
 from tests.training.crew import Crew
 from tests.training.plans import MODEL, PLANS, Taken, take_steps, values
 from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, settings
@@ -67,8 +68,8 @@ def test_neighbours_of_a_stack_are_gathered_together(monkeypatch: pytest.MonkeyP
     name_of = {part: name.replace("stack.blocks", "block") for name, part in model.named_modules()}
 
     def groups(at_once: int) -> list[list[str]]:
-        monkeypatch.setattr(sharding, "AT_ONCE", at_once)
-        return [[name_of[part] for part in parts] for parts in sharding.gathered_together(model)]
+        monkeypatch.setattr(fsdp, "GROUP_WEIGHTS", at_once)
+        return [[name_of[part] for part in parts] for parts in fsdp.fsdp_groups(model)]
 
     block = sum(weight.numel() for weight in model.global_transformer.stack.blocks[0].parameters())
     decoder = [f"decoder.{part}.{layer}" for layer in (0, 1) for part in ("cross_attention", "block")]
@@ -144,9 +145,9 @@ def head_dims_of_graphs(values: dict[str, Any], layers: int) -> list[str | None]
         patch.setattr(block, "build_mask", lambda document, window, _, n: packed_mask(document, window, n))  # CUDA's
         plan = make_plan(rule.parallel, rule.model, ranks, device)
         model = build_parallel_model(rule.model, plan, device, torch.bfloat16, compiled=True)
-        initialize_weights(model, rule.model, plan)
+        initialize_weights(model, rule.model)
         with autocast(device, torch.bfloat16):
-            surprise(model, next(Loader(rule.data, 0, Patcher(settings(values).patching)))).backward()
+            cross_entropy(model, next(Loader(rule.data, 0, Patcher(settings(values).patching)))).backward()
     return found
 
 
@@ -230,7 +231,7 @@ def test_of_the_ranks_that_complain_one_is_heard(crew: Crew) -> None:
 def trained(values: dict[str, Any]) -> str:
     """How a rank ends, if the others need not wait for the first one to speak."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bytelatent.training.distributed.ranks.TO_SPEAK", 0.0)
+        patch.setattr("bytelatent.training.distributed.ranks.REPORT_SECONDS", 0.0)
         try:
             train([f"{key}={json.dumps(value)}" for key, value in values.items()])
         except (UserError, SystemExit) as error:
@@ -290,11 +291,11 @@ def test_half_an_environment(changed: dict[str, str | None], message: str) -> No
     """As a shell may have left it: one line before anything is waited for."""
     environment = {name: text for name, text in {**PLACE, **changed}.items() if text is not None}
     with pytest.raises(UserError) as caught:
-        _own_place(environment)
+        ranks_from(environment)
     assert message in str(caught.value)
 
 
 def test_a_place_among_processes() -> None:
-    assert _own_place(PLACE) == Ranks(1, 2, 0)
+    assert ranks_from(PLACE) == Ranks(1, 2, 0)
     for alone in ({}, {"RANK": "3"}, {"LOCAL_RANK": "1"}, {**PLACE, "WORLD_SIZE": "1"}):
-        assert _own_place(alone) == Ranks()
+        assert ranks_from(alone) == Ranks()

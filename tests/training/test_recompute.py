@@ -10,17 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from bytelatent.kernels import packed_attention
 from bytelatent.model import add_patches, compile_regions
 from bytelatent.model.attention import packed_mask
-from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions, recomputed
+from bytelatent.training.distributed.plan import apply_activation_checkpointing, checkpointed
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt, tiny_byte_lm
 
 
-def step(how: Checkpointing) -> tuple[dict[str, torch.Tensor], int, int]:
+def step(how: ActivationCheckpointing) -> tuple[dict[str, torch.Tensor], int, int]:
     """Gradients; numbers kept for the backward pass; operations, of matrix products and attention, in both."""
     generator = torch.Generator().manual_seed(0)
     ids = random_ids(generator, 96)
     batch = add_patches(stream_of([ids]), random_starts(generator, 96))
     model: Any = tiny_blt()
-    recompute_regions(model, how)
+    apply_activation_checkpointing(model, how)
     kept: dict[int, torch.Tensor] = {}
 
     def keep(value: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ def step(how: Checkpointing) -> tuple[dict[str, torch.Tensor], int, int]:
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
-def test_the_same_gradients_from_less(how: Checkpointing) -> None:
+def test_the_same_gradients_from_less(how: ActivationCheckpointing) -> None:
     before, kept_before, flops_before = step("none")
     after, kept, flops = step(how)
     assert before.keys() == after.keys()
@@ -52,10 +53,10 @@ def test_the_same_gradients_from_less(how: Checkpointing) -> None:
 
 
 @pytest.mark.parametrize(("how", "times"), [("none", 1), ("selective", 1), ("full", 2)])
-def test_packed_attention_is_kept(how: Checkpointing, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_attention_is_kept(how: ActivationCheckpointing, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_byte_lm(num_layers=3)
     for block in model.stack.blocks:
-        block.forward = recomputed(block.forward, how)
+        block.forward = checkpointed(block.forward, how)
     plain, seen = packed_attention.plain_attention, []
     monkeypatch.setattr(packed_attention, "plain_attention", lambda *given: seen.append(1) or plain(*given))
     model.logits(torch.arange(9), torch.arange(9), packed_mask(torch.zeros(9), None, 1)).sum().backward()
@@ -66,7 +67,7 @@ def test_what_is_compiled_is_the_forward_that_recomputes(monkeypatch: pytest.Mon
     model: Any = tiny_byte_lm(0)
     ran: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda forward: lambda *given: ran.append(forward) or forward(*given))
-    wrapped = [recomputed(block.forward, "full") for block in model.stack.blocks]
+    wrapped = [checkpointed(block.forward, "full") for block in model.stack.blocks]
     for block, forward in zip(model.stack.blocks, wrapped, strict=True):
         block.forward = forward
     compile_regions(model)

@@ -41,14 +41,14 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 if place == "step":
-    inner = loop.surprise
+    inner = loop.cross_entropy
     calls = []
-    def surprise(model, batch):
+    def cross_entropy(model, batch):
         calls.append(1)
         if len(calls) == at:
             die()
         return inner(model, batch)
-    loop.surprise = surprise
+    loop.cross_entropy = cross_entropy
 else:
     inner_write = checkpoint.write_native
     calls = []
@@ -189,8 +189,8 @@ def test_settings_that_cannot_be_tried_out_are_not_written(
 def test_a_run_keeps_its_byte_lm(tmp_path: Path, text: Path, byte_lm: Path) -> None:
     run = train(settings(blt_run(tmp_path / "run", text, byte_lm, steps=2)))
     before = (run / "settings.yaml").read_text()
-    with pytest.raises(UserError, match=rf"was begun with other settings \(byte_lm: {byte_lm}, now None\)"):
-        train(settings({**blt_run(run, text, byte_lm, steps=3), "byte_lm": None}))
+    with pytest.raises(UserError, match=rf"was begun with other settings \(entropy_model: {byte_lm}, now None\)"):
+        train(settings({**blt_run(run, text, byte_lm, steps=3), "entropy_model": None}))
     assert (run / "settings.yaml").read_text() == before
 
 

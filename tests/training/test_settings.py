@@ -8,6 +8,7 @@ import pytest
 
 from bytelatent.command_line import from_command_line
 from bytelatent.commands.train import USAGE
+from bytelatent.config import say_renamed
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, preset
 from bytelatent.training import TrainSettings, train
@@ -41,8 +42,8 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ([*ENOUGH, "patching.mode=entropy"], "patching: this model is a byte LM and has no patches; leave patching, "),
         ([*ENOUGH, "calibration.patch_bytes=4"], "this model is a byte LM and has no patches; leave patching, calib"),
         (
-            [*ENOUGH, "byte_lm=x"],
-            "byte_lm: this model is a byte LM and has no patches; leave patching, calibration and",
+            [*ENOUGH, "entropy_model=x"],
+            "entropy_model: this model is a byte LM and has no patches; leave patching, calibration and",
         ),
         ([*ENOUGH, "float8=rowwise"], "float8 is for the global transformer, and a byte LM has none; leave it out"),
         ([*ENOUGH_BLT, "patching.mode=space", "float8=row"], "float8: Input should be 'rowwise', not 'row'"),
@@ -255,6 +256,16 @@ def test_help(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert told.startswith(USAGE)
     assert "optimizer" in told
+
+
+def test_the_entropy_model_by_its_old_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say_renamed.cache_clear()
+    path = tmp_path / "run.yaml"
+    path.write_text("model: demo-blt\npatching: {mode: space}\nsteps: 3\ndata: {train: x}\nbyte_lm: a\n")
+    assert from_command_line(TrainSettings, [f"config={path}"], USAGE).entropy_model == "a"
+    assert from_command_line(TrainSettings, [f"config={path}", "byte_lm=b"], USAGE).entropy_model == "b"
+    assert from_command_line(TrainSettings, [f"config={path}", "entropy_model=c"], USAGE).entropy_model == "c"
+    assert capsys.readouterr().err == "byte_lm is now entropy_model; the old name still works\n"
 
 
 def test_a_run_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bytelatent.data import Batch, surprise
+from bytelatent.data import Batch
 from bytelatent.data.packing import pack
 from bytelatent.data.pieces import Piece
 from bytelatent.model import Block, BLTSettings, ByteLMSettings, CrossAttention, build
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
 from bytelatent.training.profiling.layer_statistics import LayerStatistics, attention_entropy, head, layers
 from tests.training.crew import Crew
@@ -111,8 +112,8 @@ def test_attention_entropy_is_that_of_the_softmax() -> None:
 
 
 def looked_at(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    statistics = LayerStatistics(model, 1, lambda batch: surprise(model, batch))
-    surprise(model, batch).backward()
+    statistics = LayerStatistics(model, 1, lambda batch: cross_entropy(model, batch))
+    cross_entropy(model, batch).backward()
     with statistics.around_update(1, batch):
         pass
     row = statistics.take(1, 100)
@@ -165,7 +166,7 @@ def test_blocks_that_are_compiled_are_seen_too() -> None:
     for part in model.modules():
         if isinstance(part, Block | CrossAttention):
             part.compile(backend=count)
-    surprise(model, batch).backward()
+    cross_entropy(model, batch).backward()
     model.zero_grad()
     num_compiled = len(compiled)
     assert num_compiled > 0

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from bytelatent.data import Batch, Loader, surprise
+from bytelatent.data import Batch, Loader
 from bytelatent.model import PatchedStream, build
+from bytelatent.model.loss import cross_entropy
 from bytelatent.patching import Calibration
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.checkpoint.staging import Copies
+from bytelatent.training.checkpoint.staging import CpuCopies
 from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, learning_rate
@@ -66,7 +67,7 @@ def one_step(batches: list[Batch], model: nn.Module, **optimizer: Any) -> tuple[
     rule = settings(values)
     adam = build_optimizer(model, rule.optimizer)
     state = TrainState(model, adam, iter(batches))  # type: ignore[arg-type]
-    row = loop._step(state, rule, Gradients(lambda batch: surprise(model, batch), CPU), ParallelPlan())
+    row = loop._step(state, rule, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
     return row, [adam.state[parameter]["exp_avg"] / (1 - 0.5) for parameter in model.parameters()]
 
 
@@ -98,7 +99,7 @@ def test_gradients_are_averaged_over_all_targets_and_clipped(text: Path) -> None
     batches = [next(loader), next(loader)]
     torch.manual_seed(0)
     model = build(rule.model)
-    nats = [surprise(model, batch) for batch in batches]
+    nats = [cross_entropy(model, batch) for batch in batches]
     expected = torch.autograd.grad(torch.stack(nats).sum() / 512, list(model.parameters()))
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in expected))
     row, gradients = one_step(batches, model, clip=norm / 3)
@@ -136,9 +137,9 @@ def test_a_small_text_is_learned_by_heart(
 
     def shuffled(model: Any, batch: Batch) -> torch.Tensor:
         order = torch.randperm(len(batch.targets))
-        return surprise(model, Batch(batch.stream, batch.targets[order], batch.num_targets, batch.num_bytes, 0))
+        return cross_entropy(model, Batch(batch.stream, batch.targets[order], batch.num_targets, batch.num_bytes, 0))
 
-    monkeypatch.setattr(loop, "surprise", shuffled)
+    monkeypatch.setattr(loop, "cross_entropy", shuffled)
     assert last_bits(tmp_path / "shuffled") > 2 * bound
 
 
@@ -195,9 +196,9 @@ def test_validation_and_training_have_one_shape(
     def noted(model: Any, batch: Batch) -> torch.Tensor:
         assert isinstance(batch.stream, PatchedStream)
         seen.append((model.training, (len(batch.targets), batch.stream.num_patches)))
-        return surprise(model, batch)
+        return cross_entropy(model, batch)
 
-    monkeypatch.setattr(loop, "surprise", noted)
+    monkeypatch.setattr(loop, "cross_entropy", noted)
     values = blt_run(tmp_path / "run", text, byte_lm, steps=2)
     values["data"] |= {"valid": str(text), "batch_patches": values["data"]["batch_bytes"]}
     train(settings({**values, "validation": {"every": 1, "max_bytes": 1000}}))
@@ -211,8 +212,8 @@ def test_memory_for_copies_is_got_once_after_the_first_step(
 ) -> None:
     done: list[str] = []
     for name in ("prepare", "take"):
-        call = getattr(Copies, name)
-        monkeypatch.setattr(Copies, name, lambda *given, name=name, call=call: (done.append(name), call(*given))[1])
+        call = getattr(CpuCopies, name)
+        monkeypatch.setattr(CpuCopies, name, lambda *given, name=name, call=call: (done.append(name), call(*given))[1])
     train(settings(byte_lm_run(tmp_path / "run", text, 6, checkpoint={"every": 2, "asynchronous": asynchronous})))
     assert done == (["prepare", "take", "take", "take"] if asynchronous else [])
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, a loss that is not finite, torn checkpoints."""
+"""Ctrl-C and SIGTERM, a loss that is not finite, corrupt checkpoints."""
 
 import io
 import os
@@ -17,7 +17,7 @@ import torch
 
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import what_is_torn
-from bytelatent.run_folder import newest_whole
+from bytelatent.run_folder import newest_checkpoint
 from bytelatent.training import read_metrics, stopping, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.stopping import STOPPING
@@ -57,16 +57,16 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     tmp_path: Path, text: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(settings(byte_lm_run(tmp_path / "whole", text)))
-    run, surprise, calls = tmp_path / "run", loop.surprise, []
+    run, cross_entropy, calls = tmp_path / "run", loop.cross_entropy, []
     handlers = [signal.getsignal(name) for name in signal.Signals]
 
     def signalled(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 8:  # the first is a trial
             os.kill(os.getpid(), number)
-        return surprise(*arguments)
+        return cross_entropy(*arguments)
 
-    monkeypatch.setattr(loop, "surprise", signalled)
+    monkeypatch.setattr(loop, "cross_entropy", signalled)
     with pytest.raises(Interrupted, match="after step 7; the same command goes on"):
         train(settings(byte_lm_run(run, text)))
     assert checkpoints(run) == ["step-00000005", "step-00000007"]
@@ -77,15 +77,15 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 
 def in_step_eight(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Do something while the loss of step 8 is computed; the first call is a trial."""
-    surprise, calls = loop.surprise, []
+    cross_entropy, calls = loop.cross_entropy, []
 
     def acting(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 9:
             act()
-        return surprise(*arguments)
+        return cross_entropy(*arguments)
 
-    monkeypatch.setattr(loop, "surprise", acting)
+    monkeypatch.setattr(loop, "cross_entropy", acting)
 
 
 def press(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
@@ -265,10 +265,10 @@ from bytelatent.training import stopping
 from bytelatent.training import trainer as loop
 
 stopping.ONE_PRESS = 0.0
-def surprise(*arguments):
+def cross_entropy(*arguments):
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
-loop.surprise = surprise
+loop.cross_entropy = cross_entropy
 guarded(lambda: train.main(sys.argv[1:]))
 """
 
@@ -322,7 +322,7 @@ def test_a_torn_checkpoint_is_passed_over(
     assert load(run).source.startswith(str(run / "checkpoints" / "step-00000010"))
     capsys.readouterr()
     train(settings(byte_lm_run(run, text)))
-    line = f"'{run / 'checkpoints' / 'step-00000012'}' is torn ({why}); passed over"
+    line = f"'{run / 'checkpoints' / 'step-00000012'}' is corrupt ({why}); skipped"
     assert line in capsys.readouterr().out.splitlines()
     assert_equal_runs(run, whole)
 
@@ -344,7 +344,7 @@ def test_a_folder_that_was_being_written_is_no_checkpoint(tmp_path: Path, text: 
     half = run / "checkpoints" / ".step-00000006.123.part"
     half.mkdir()
     (half / "config.json").write_text("{}")
-    assert newest_whole(run / "checkpoints") == (run / "checkpoints" / "step-00000005", [])
+    assert newest_checkpoint(run) == (run / "checkpoints" / "step-00000005", [])
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -358,7 +358,7 @@ def test_a_torn_later_checkpoint_does_not_push_out_whole_ones(tmp_path: Path, te
     truncate(run / "checkpoints" / "step-00000008")
     values = byte_lm_run(run, text, steps=6, checkpoint={"every": 100, "keep": 1})
     train(settings(values))
-    found, _ = newest_whole(run / "checkpoints")
+    found, _ = newest_checkpoint(run)
     assert found == run / "checkpoints" / "step-00000006"
 
 
@@ -375,13 +375,13 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path, text: Path) -> No
 def test_the_checkpoint_before_a_loss_that_is_not_finite_is_whole(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    surprise, calls = loop.surprise, []
+    cross_entropy, calls = loop.cross_entropy, []
 
     def broken(model: Any, batch: Any) -> torch.Tensor:
         calls.append(1)
-        return surprise(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
+        return cross_entropy(model, batch) * (float("nan") if len(calls) == 9 else 1.0)
 
-    monkeypatch.setattr(loop, "surprise", broken)
+    monkeypatch.setattr(loop, "cross_entropy", broken)
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"not finite at step 8 \(loss nan, .*; no checkpoint holds it: .*on_nan=skip$"):
         train(settings(byte_lm_run(run, text)))

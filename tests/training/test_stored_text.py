@@ -48,20 +48,20 @@ def test_the_losses_are_those_of_the_live_byte_lm(work: Path, tmp_path: Path) ->
     live["data"]["train"] = str(work / "text.jsonl")
     train(settings(live))
     train(settings(of_starts(work, tmp_path / "stored")))
-    train(settings(of_starts(work, tmp_path / "alone") | {"byte_lm": None}))
+    train(settings(of_starts(work, tmp_path / "alone") | {"entropy_model": None}))
     assert len(losses(tmp_path / "live")) >= 12
     sizes = [row["mean_patch_bytes"] for row in read_metrics(tmp_path / "live" / "metrics.jsonl")]
     assert 1.2 < sum(sizes) / len(sizes) < 20  # neither does every byte start a patch nor none
     assert losses(tmp_path / "stored") == losses(tmp_path / "live") == losses(tmp_path / "alone")
     model = BLT.from_pretrained(tmp_path / "stored")
     assert model.patch("the cat sat on a mat")  # it has its byte LM
-    with pytest.raises(UserError, match="byte LM"):
+    with pytest.raises(UserError, match="entropy model"):
         BLT.from_pretrained(tmp_path / "alone").patch("the cat sat on a mat")
 
 
 def test_the_threshold_is_chosen_on_stored_entropies(work: Path, tmp_path: Path) -> None:
     train(settings(blt_run(tmp_path / "stored", work / "entropies", work / "byte_lm")))
-    train(settings(blt_run(tmp_path / "alone", work / "entropies", work / "byte_lm") | {"byte_lm": None}))
+    train(settings(blt_run(tmp_path / "alone", work / "entropies", work / "byte_lm") | {"entropy_model": None}))
     found = [json.loads((tmp_path / name / "calibration.json").read_text()) for name in ("stored", "alone")]
     assert found[0] == found[1]
     assert found[0]["mean_patch_bytes"] == pytest.approx(4.0, rel=0.05)

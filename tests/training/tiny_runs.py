@@ -87,7 +87,7 @@ def blt_run(run: Path, text: Path, byte_lm: Path, steps: int = 12, **more: Any) 
         "model": BLT,
         "patching": {"mode": "entropy"},
         "calibration": {"patch_bytes": 4.0, "text_bytes": 2000},
-        "byte_lm": str(byte_lm),
+        "entropy_model": str(byte_lm),
     }
     return byte_lm_run(run, text, steps, **{**own, **more})
 

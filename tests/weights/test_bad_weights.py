@@ -1,4 +1,4 @@
-"""Weights that are torn, tampered with, of other shapes, or code: refused in one line."""
+"""Weights that are corrupt, manipulated, of other shapes, or code are refused in one line."""
 
 import json
 import os

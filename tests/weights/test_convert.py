@@ -62,7 +62,7 @@ def refused(call: Callable[[], object], message: str) -> None:
 def refused_by_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> str:
-    """The last line on standard error, with code 2 or 130; the one before it says what was found."""
+    """The last line on standard error, with code 2 or 130; the line before it describes the model."""
     monkeypatch.setattr(sys, "argv", ["blt", "convert", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -99,8 +99,8 @@ def test_a_run(format: str, run: Path, blt: BLT, tmp_path: Path) -> None:
         ("metrics.jsonl", '{"step": 1, "bytes_seen": "many"}'),
     ],
 )
-def test_a_run_whose_papers_are_damaged(file: str, text: str, run: Path, blt: BLT) -> None:
-    """They say where the model comes from, and it runs without."""
+def test_a_run_with_corrupt_settings_or_metrics(file: str, text: str, run: Path, blt: BLT) -> None:
+    """They describe the model's origin; the model itself does not need them."""
     (run / file).write_text(text)
     assert BLT.from_pretrained(run, device="cpu").logits(IDS).equal(blt.logits(IDS))
 
@@ -253,7 +253,7 @@ def test_a_blt_without_patching_settings(format: str, blt: BLT, tmp_path: Path) 
 
 
 def test_the_byte_lm_is_named(blt: BLT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """By a folder of its own, or one of a BLT; what is none is told."""
+    """By its own folder, or that of a BLT; others are refused."""
     lonely = BLT(blt.model, blt.config, None)
     lonely.save_pretrained(tmp_path / "lonely")
     blt.save_pretrained(tmp_path / "whole")

@@ -21,7 +21,7 @@ NAME, ENTROPY = "published/blt-1b", "published/blt-entropy"
 
 
 def publish(hub: HubServer, goldens: Path, folder: Path, format: Format = "hub") -> None:
-    """A BLT, its entropy model beside it, a card and a licence."""
+    """A BLT, a separate entropy model, a card and a licence."""
     for name, golden in ((NAME, "blt_k2"), (ENTROPY, "entropy")):
         place = write_published(goldens / golden, folder / name, format)
         (place / "README.md").write_text("---\nlicense: other\nlicense_name: fair\n---\n# Weights\n")
@@ -56,7 +56,7 @@ def test_published_weights(format: Format, hub: HubServer, goldens: Path, tmp_pa
     assert BLT.from_pretrained(NAME, device="cpu", local_files_only=True).logits(IDS).equal(found.logits(IDS))
 
 
-def test_without_the_entropy_model_beside(hub: HubServer, goldens: Path, tmp_path: Path) -> None:
+def test_without_the_separate_entropy_model(hub: HubServer, goldens: Path, tmp_path: Path) -> None:
     publish(hub, goldens, tmp_path / "repositories")
     del hub.repositories["model", ENTROPY]
     assert BLT.from_pretrained(NAME, device="cpu").entropy_model is None
@@ -66,7 +66,7 @@ def test_without_the_entropy_model_beside(hub: HubServer, goldens: Path, tmp_pat
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_we_write_can_be_put_there(format: str, blt: BLT, hub: HubServer, tmp_path: Path) -> None:
-    """Also as a branch beside another."""
+    """Also as one of several branches."""
     blt.save_pretrained(tmp_path / "a", format=format)
     hub.add("me/mine", tmp_path / "a", kind="model", branch="v1")
     blt.model.decoder.norm.weight.data += 1
@@ -111,7 +111,7 @@ def test_convert(format: str, hub: HubServer, goldens: Path, tmp_path: Path) -> 
     assert f"| converted from | {NAME} (Meta's hub format) |" in card
 
 
-def test_a_wrong_target_is_told_before_anything_is_downloaded(hub: HubServer, goldens: Path, tmp_path: Path) -> None:
+def test_a_wrong_target_is_refused_before_anything_is_downloaded(hub: HubServer, goldens: Path, tmp_path: Path) -> None:
     publish(hub, goldens, tmp_path / "repositories")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary").write_text("dear diary")
@@ -135,7 +135,7 @@ def test_gated(hub: HubServer, goldens: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=r"needs access that your token does not have: open https://huggingface.co/"):
         BLT.from_pretrained(NAME, token="hf_another")
     found = BLT.from_pretrained(NAME, token="hf_reader", device="cpu")
-    assert found.entropy_model is not None  # the key opens the one beside it, too
+    assert found.entropy_model is not None  # the key opens its repository, too
     shutil.rmtree(tmp_path / "home")
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     blt_command("convert", NAME, tmp_path / "out")

@@ -58,7 +58,7 @@ def configs(draw: st.DrawFn) -> BltConfig:
     heads = draw(head_counts(dim))
     encoder = draw(stack_configs(dim, heads))
     return BltConfig(
-        patching_threshold=5.0,  # chosen anew where it matters
+        patching_threshold=5.0,  # other tests choose it
         max_patch_length=None,
         local_attention_window_len=draw(st.none() | st.integers(2, 12)),
         cross_attn_k=k,
@@ -239,10 +239,10 @@ def tiny_hugging_face_blt(**changes: Any) -> BLTModel:
     return tiny_blt(seed=3, window=6, cross_attention=CrossAttentionSettings(k=2, num_heads=2), **changes)
 
 
-# What transformers computes differently: each test says how, and pins both.
+# What transformers computes differently: each test describes how, and checks both.
 
 
-def test_they_pool_anew_after_each_encoder_layer(tmp_path: Path) -> None:
+def test_they_pool_again_after_each_encoder_layer(tmp_path: Path) -> None:
     """The published model pools once and refines; theirs keeps only what the last layer's pooling gives."""
     model = write_theirs(tmp_path, encoder_config__num_hidden_layers=2, encoder_config__cross_attn_all_layers=True)
     with pytest.raises(UserError, match=r"encoder_config.cross_attn_all_layers is true with 2 layers"):
@@ -299,7 +299,7 @@ def test_they_take_the_first_patch_for_bos_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["space", "static", "byte", "bpe"])
-def test_they_make_each_byte_a_patch_whatever_the_rule_is_called(mode: str, tmp_path: Path) -> None:
+def test_they_make_each_byte_a_patch_in_all_other_modes(mode: str, tmp_path: Path) -> None:
     model = write_theirs(tmp_path, patching_mode=mode)
     ours = BLT.from_pretrained(tmp_path, device="cpu")
     assert ours.patching == PatchSettings(mode="byte")

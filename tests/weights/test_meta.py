@@ -1,4 +1,4 @@
-"""Meta's hub format: settings, the rule, broken folders. That the logits are right is seen in tests/model."""
+"""Meta's hub format: settings, patching, broken folders. tests/model checks the logits."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def test_hash_tables_stand_in_order(goldens: Path) -> None:
     assert all(t.equal(published[f"encoder_hash_tok_embedding.{i}.weight"]) for i, t in enumerate(tables))
 
 
-def test_rule_without_train_args(copy: Path) -> None:
+def test_patching_without_train_args(copy: Path) -> None:
     """`config.json` alone does not know the threshold here."""
     (copy / "train_args.json").unlink()
     with pytest.raises(UserError, match="needs a threshold"):
@@ -71,7 +71,7 @@ def test_rule_without_train_args(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("patcher", "rule"),
+    ("patcher", "patching"),
     [
         ({"threshold": 0.5, "monotonicity": True}, {"mode": "entropy", "threshold": 0.5, "monotonicity": True}),
         ({"threshold_add": 0.2}, {"mode": "entropy", "threshold": 1.335442066192627, "threshold_add": 0.2}),
@@ -81,9 +81,9 @@ def test_rule_without_train_args(copy: Path) -> None:
         ({"patching_mode": "byte"}, {"mode": "byte"}),
     ],
 )
-def test_rules(patcher: dict[str, object], rule: dict[str, object], copy: Path) -> None:
+def test_patching(patcher: dict[str, object], patching: dict[str, object], copy: Path) -> None:
     edit(copy / "train_args.json", "data", "patcher_args", **patcher)
-    assert load(copy).config.patching == PatchSettings(**rule)  # type: ignore[arg-type]
+    assert load(copy).config.patching == PatchSettings(**patching)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("# license: mit\n", None),
     ],
 )
-def test_what_a_card_says(card: str, licence: str | None, tmp_path: Path) -> None:
+def test_the_licence_on_a_card(card: str, licence: str | None, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(card.encode())
     assert stated_licence(tmp_path) == licence
     (tmp_path / "LICENSE.txt").write_text("the text")
@@ -114,7 +114,7 @@ def test_any_licence_can_be_stated(licence: str, blt: BLT, tmp_path: Path) -> No
         blt.save_pretrained(tmp_path / "b", licence=" \n")
 
 
-def test_a_licence_is_carried_along_and_can_be_stated_anew(blt: BLT, tmp_path: Path) -> None:
+def test_a_licence_is_kept_and_can_be_changed(blt: BLT, tmp_path: Path) -> None:
     blt.save_pretrained(tmp_path / "a")
     assert "not stated; state one before you publish the weights" in (tmp_path / "a" / "README.md").read_text()
     assert "license" not in head_of(tmp_path / "a")

@@ -143,7 +143,7 @@ def cut_short(folder: Path) -> None:
         (lambda f: (f / "byte_lm" / "model.safetensors").unlink(), "does not exist"),
     ],
 )
-def test_what_is_broken_is_told_in_one_line(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_broken_folders_are_refused_in_one_line(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     write(tmp_path / "a")
     damage(tmp_path / "a")
     with pytest.raises(UserError, match=message) as caught:

@@ -183,7 +183,7 @@ def test_named(format: str, key: str, value: Any, message: str, blt: BLT, tmp_pa
         (("data",), GONE, "train_args.json' lacks the key 'data'"),
     ],
 )
-def test_rules_named(place: tuple[str, ...], value: Any, message: str, blt: BLT, tmp_path: Path) -> None:
+def test_odd_patching_arguments(place: tuple[str, ...], value: Any, message: str, blt: BLT, tmp_path: Path) -> None:
     blt.save_pretrained(tmp_path / "a", format="meta")
     edit(tmp_path / "a" / "train_args.json", lambda v: v["data"]["patcher_args"].update(patching_mode="static"))
     file = tmp_path / "a" / "train_args.json"

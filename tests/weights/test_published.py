@@ -27,7 +27,7 @@ def entropies_of(byte_lm: ByteLM | None, ids: Tensor) -> Tensor:
 
 
 def published_patches(entropies: Tensor, threshold: float) -> Tensor:
-    """Lengths by the plain rule, from entropies [N]: position i+1 starts a patch where H_i > threshold, i >= 1."""
+    """Lengths in the plain entropy mode, from [N]: position i+1 starts a patch where H_i > threshold, i >= 1."""
     starts = [0, 1, *(i + 1 for i in range(1, len(entropies)) if entropies[i] > threshold)]
     ends = [*starts[1:], len(entropies) + 1]
     return torch.tensor([[end - start for start, end in zip(starts, ends, strict=True)]])
@@ -61,7 +61,7 @@ def test_logits_entropies_and_patches(
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_patches_end_to_end(format: Format, goldens: Path, tmp_path: Path) -> None:
-    """The byte LM that was found says where patches start, at a threshold that lies between its entropies."""
+    """The byte LM that was found decides about patches, at a threshold between its entropies."""
     folder = write_published(goldens / "blt_k2", tmp_path / "blt", format)
     write_published(goldens / "entropy", tmp_path / "blt-entropy", format)
     io = load_file(goldens / "entropy" / "io.safetensors")
@@ -80,7 +80,7 @@ def test_patches_end_to_end(format: Format, goldens: Path, tmp_path: Path) -> No
         torch.testing.assert_close(found.logits(row[None]), found.logits(row[None], lengths), atol=2e-5, rtol=0)
 
 
-def test_the_line_that_tells_what_was_found(goldens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_line_about_what_was_found(goldens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_published(goldens / "blt_k2", tmp_path / "blt", "older")
     write_published(goldens / "entropy", tmp_path / "entropy_model", "older")
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: fair-research\n---\n# BLT\n")
@@ -98,7 +98,7 @@ def test_the_line_that_tells_what_was_found(goldens: Path, tmp_path: Path, caplo
         assert part in line
 
 
-def test_the_byte_lm_is_looked_for_only_where_it_is_asked(goldens: Path, tmp_path: Path) -> None:
+def test_the_byte_lm_is_searched_only_if_it_is_needed(goldens: Path, tmp_path: Path) -> None:
     folder = write_published(goldens / "blt_k2", tmp_path / "blt")
     (tmp_path / "blt-entropy").mkdir()
     (tmp_path / "blt-entropy" / "params.json").write_text("[]")  # what would be refused

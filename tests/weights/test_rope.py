@@ -21,7 +21,7 @@ DEFAULT = {"rope_type": "default", "rope_theta": 100.0}
 
 
 def set_rope(folder: Path, part: str, **values: Any) -> None:
-    """Replace what `config.json` says of a part's rotary embedding; the top has no name."""
+    """Replace a part's settings of the rotary embedding in `config.json`; the top level has no name."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     inner = config[f"{part}_config"] if part else config

@@ -88,7 +88,7 @@ def samples(draw: st.DrawFn) -> Sample:
 
 
 def has_room(format: str, sample: Sample) -> bool:
-    """As docs/weights.md says it."""
+    """As documented in docs/weights.md."""
     model, rule, cross = sample.model, sample.rule, sample.model.cross_attention
     parts = (model.encoder, model.decoder)
     if model.encoder.window != model.decoder.window:
@@ -169,16 +169,16 @@ def test_there_and_back(format: str, sample: Sample) -> None:
 @given(sample=samples().filter(lambda s: has_room("hf", s) or has_room("meta", s)))
 @example(sample=published(precision=torch.float64))
 @example(sample=published(rule=RULES[1]))
-def test_the_other_format_alone_says_all_that_is_computed(format: str, sample: Sample) -> None:
-    """Without what we write beside it: bit for bit the same logits and patches."""
+def test_the_other_format_alone_describes_the_whole_model(format: str, sample: Sample) -> None:
+    """Without the sidecar: bit for bit the same logits and patches."""
     if not has_room(format, sample):
         return
     with folders() as (first, there, _):
         sample.write(first)
         convert(open_pretrained(first), there, format)
-        beside = list(there.rglob("bytelatent*.json"))
-        assert len(beside) == (2 if sample.byte_lm else 1)
-        for file in beside:
+        sidecars = list(there.rglob("bytelatent*.json"))
+        assert len(sidecars) == (2 if sample.byte_lm else 1)
+        for file in sidecars:
             file.unlink()
         ours, theirs = (BLT.from_pretrained(folder, device="cpu") for folder in (first, there))
         assert theirs.patching == sample.rule
@@ -212,7 +212,7 @@ def test_a_byte_lm_alone(shape: ByteLMSettings, precision: torch.dtype) -> None:
 
 
 def test_precisions_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
-    """They are kept on disk; to compute with, the widest is taken."""
+    """They are kept on disk; the model computes in the widest."""
     sample = published()
     blt = sample.write(tmp_path / "first")
     blt.model.decoder.to(torch.bfloat16)

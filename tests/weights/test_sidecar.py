@@ -1,4 +1,4 @@
-"""`bytelatent.json` beside another format: it completes what the other format says, and never overrules it."""
+"""`bytelatent.json` completes the settings in another format, and never overrides them."""
 
 import json
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def test_it_completes(folder: Path, blt: BLT) -> None:
 
 
 def test_a_changed_file_is_believed(folder: Path) -> None:
-    """And all of what stands beside it is left out, for it was measured on another model."""
+    """The whole sidecar is then ignored, because it describes another model."""
     if folder.name == "hf":
         edit(folder / "config.json", lambda v: v.update(patching_threshold=1.5))
     else:
@@ -85,12 +85,12 @@ def test_a_changed_byte_lm_is_believed(blt: BLT, tmp_path: Path) -> None:
     assert found.config.model.plain()["window"] == 3
 
 
-@pytest.mark.parametrize("which", ["a byte LM", "no rule", "bpe", "another BLT"])
+@pytest.mark.parametrize("which", ["a byte LM", "no patching", "bpe", "another BLT"])
 def test_what_was_written_for_something_else_is_left_out(which: str, folder: Path, blt: BLT) -> None:
     byte_lm = Config(model=tiny_byte_lm().settings, context=3, calibration=MEASURED)
     other = {
         "a byte LM": byte_lm,
-        "no rule": blt.config.model_copy(update={"patching": None}),
+        "no patching": blt.config.model_copy(update={"patching": None}),
         "bpe": blt.config.model_copy(
             update={"patching": type(blt.patching).parse({"mode": "bpe", "tokenizer": "x.json"})}
         ),
@@ -108,7 +108,7 @@ def test_what_was_written_for_something_else_is_left_out(which: str, folder: Pat
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"model": 1}', '{"version": 2}'])
-def test_what_is_damaged_is_named(text: str, folder: Path) -> None:
+def test_a_corrupt_sidecar_is_named(text: str, folder: Path) -> None:
     (folder / "bytelatent.json").write_text(text)
     with pytest.raises(UserError, match=r"bytelatent\.json"):
         open_pretrained(folder)

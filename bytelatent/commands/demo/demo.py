@@ -22,7 +22,7 @@ from bytelatent.files import whole_file
 from bytelatent.log import Console
 from bytelatent.patching import PatchSettings
 from bytelatent.report import RunReport, compare_runs, write_report
-from bytelatent.run_folder import newest_whole, read_metrics
+from bytelatent.run_folder import NoCheckpoint, newest_checkpoint, read_metrics
 from bytelatent.text import MAX_ROW_BYTES, BadRows
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
 from bytelatent.training import TrainSettings, train
@@ -102,7 +102,7 @@ def _run(clock: Clock, text: DemoText, folder: Path, options: list[str], seed: i
         minutes=minutes,
         patching=PatchSettings(mode="entropy", threshold=0.0),
         calibration=CalibrationSettings(patch_bytes=PATCH_BYTES, text_bytes=CALIBRATION_BYTES),
-        byte_lm=str(folder / "byte_lm_training"),
+        entropy_model=str(folder / "byte_lm_training"),
     )
     train(settings)
 
@@ -311,7 +311,9 @@ def _clear(folder: Path) -> None:
 
 
 def _advice_when_stopped(folder: Path) -> str:
-    if newest_whole(folder / "checkpoints")[0] is None:
+    try:
+        newest_checkpoint(folder)
+    except NoCheckpoint:
         return "the demo is not done; the same command begins again"
     use = dict(closing_lines(folder, []))["next"]
     return f"the demo is not done; the BLT as far as it is trained can be used: {use}; the same command begins again"

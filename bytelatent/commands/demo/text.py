@@ -84,8 +84,8 @@ def _standard_library() -> Iterator[tuple[str, bytes]]:
 def _own(path: str, text_key: str, bad: BadRows, max_row_bytes: int) -> Iterator[tuple[str, bytes]]:
     """The user's documents; a few documents are split into chunks."""
     found = []
-    for file in find_files(path, bad.note):
-        documents = read_documents(file, text_key, damaged=bad, stored=False, max_row_bytes=max_row_bytes)
+    for file in find_files(path):
+        documents = read_documents(file, text_key, bad_rows=bad, stored=False, max_row_bytes=max_row_bytes)
         found += [(f"{file}:{row}", document.text) for row, document in documents]
     for name, text in found:
         yield from _chunks(name, text) if len(found) < HELD_OUT_ONE_IN else [(name, text)]

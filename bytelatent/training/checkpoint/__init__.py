@@ -1,0 +1,1 @@
+"""Saving and resuming a run: `manager.py` decides when and what, `storage.py` reads and writes tensors."""

@@ -1,0 +1,1 @@
+"""Training on several processes: ranks, the plan that divides the work, FSDP, tensor parallelism, sharded tables."""

@@ -1,6 +1,6 @@
-"""The processes of a job, and what they tell one another beside gradients.
+"""The processes of a job, and what they exchange beside gradients.
 
-A process that was started alone is all there is. torchrun starts several and says in the environment which each is.
+A process that was started alone is rank 0 of 1. torchrun starts several and sets their ranks in the environment.
 """
 
 import os
@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,18 +21,18 @@ from bytelatent.device import choose_device
 from bytelatent.errors import BAD_INPUT, STOPPED, Interrupted, UserError
 
 Value = TypeVar("Value")
-TO_SPEAK = 5.0  # seconds in which the first process of a host says why it ends
+REPORT_SECONDS = 5.0  # in which the first process of a host reports why it ends
 START_ALONE = "start it by torchrun, or for one process: env -u WORLD_SIZE COMMAND"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the job. Its methods are called by all of them, in the same order."""
+    """This process among those of the job. All of them call its methods, in the same order."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0  # among those of the same host
-    group: Any = None  # whose messages these are; None: the default one
+    local_rank: int = 0  # among the processes of the same host
+    group: Any = None  # process group of the messages; None: the default one
 
     @property
     def is_first(self) -> bool:
@@ -40,11 +40,11 @@ class Ranks:
 
     @property
     def name(self) -> str:
-        """For lines that people read."""
+        """For log lines."""
         return f"rank {self.rank} on {socket.gethostname()}"
 
     def gather(self, value: Value) -> list[Value]:
-        """What each rank gives, in their order."""
+        """The value of every rank, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -52,7 +52,7 @@ class Ranks:
         return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over the ranks, the same bits on each."""
+        """Sums over the ranks, bit for bit the same on each."""
         if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -60,10 +60,10 @@ class Ranks:
         return total.tolist()
 
     def on_first(self, call: Callable[[], Value]) -> Value:
-        """What `call` gives on the first rank, on all of them; the others wait for it.
+        """The result of `call` on the first rank, returned on all of them; the others wait for it.
 
         Raises:
-            UserError: `call` did, on the first rank. The others end without a word.
+            UserError: `call` raised it on the first rank. The others exit silently.
         """
         if self.world_size == 1:
             return call()
@@ -83,135 +83,129 @@ class Ranks:
         """Call it on every rank.
 
         Raises:
-            UserError: `call` did, on some of them. The first of these says so, the others end without a word.
+            UserError: `call` raised it on some ranks. The first of these raises it, the others exit silently.
         """
         error = None
         try:
             call()
-        except UserError as met:
-            error = met
-        has_met = self.gather(error is not None)
-        if any(has_met):
-            raise error if error is not None and has_met.index(True) == self.rank else SystemExit(BAD_INPUT)
+        except UserError as raised:
+            error = raised
+        failed = self.gather(error is not None)
+        if any(failed):
+            raise error if error is not None and failed.index(True) == self.rank else SystemExit(BAD_INPUT)
 
     def common_error(self, error: UserError | Interrupted | KeyboardInterrupt) -> BaseException:
-        """What all ranks meet, to be raised: the first one says it, the others end without a word."""
+        """What to raise for an error that all ranks meet: the first rank reports it, the others exit silently."""
         if self.is_first:
             return error
         return SystemExit(BAD_INPUT if isinstance(error, UserError) else STOPPED)
 
     def with_own_group(self) -> "Ranks":
-        """The same ranks with messages of their own, for another thread."""
-        return (
-            self
-            if self.world_size == 1
-            else Ranks(self.rank, self.world_size, self.local_rank, dist.new_group(backend="gloo"))
-        )
+        """The same ranks with a process group of their own, for use in another thread."""
+        return self if self.world_size == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
 
 @contextmanager
 def reported_once() -> Iterator[None]:
-    """For what all processes of a host complain of alike before they can speak to one another: the first one does.
+    """For bad input that all processes of a host meet before they are connected: only the first one reports it.
 
-    The others wait: torchrun ends all processes once one has ended, which should not be before it was said.
+    The others wait, because torchrun ends all processes once one has ended.
     """
     try:
         yield
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
-        time.sleep(TO_SPEAK)
+        time.sleep(REPORT_SECONDS)
         raise SystemExit(BAD_INPUT) from None
 
 
 @contextmanager
-def open_ranks(device: str, minutes: float | None) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the other processes of the job, where there are any.
+def open_ranks(device: str, watchdog_minutes: float | None) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the other processes of the job, if there are any.
 
     Args:
         device: as in the settings.
-        minutes: of the watchdog, which should be the first to speak: after twice as long without an answer the
-            others are taken for dead. None for a day.
+        watchdog_minutes: a collective times out after twice as long, so that the watchdog reports first; None: a day.
 
     Returns:
-        The ranks, and this one's device.
+        The ranks, and the device of this one.
 
     Raises:
-        UserError: the device is not there, or the environment says only in part where this process belongs.
+        UserError: the device is missing, or the environment describes this process's rank only in part.
     """
     with reported_once():
-        ranks = _own_place(os.environ)
+        ranks = ranks_from(os.environ)
     if ranks.world_size == 1:
         yield ranks, choose_device(device)
         return
-    own = _own_device(device, ranks)
+    own = _device_of_rank(device, ranks)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    patience = timedelta(minutes=2 * minutes if minutes else 24 * 60)
+    timeout = timedelta(minutes=2 * watchdog_minutes if watchdog_minutes else 24 * 60)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
-        store=_own_store(patience),
+        store=_rendezvous_store(timeout),
         rank=ranks.rank,
         world_size=ranks.world_size,
-        timeout=patience,
+        timeout=timeout,
     )
-    farewell = True
+    all_end = True
     try:
         yield ranks, own
     except Exception as error:
-        # A rank that met a bug goes at once: another may wait for it in the middle of something, and so would it.
-        farewell = isinstance(error, UserError | Interrupted)
+        # After a bug this rank exits at once: another may be waiting inside a collective, and so would this one.
+        all_end = isinstance(error, UserError | Interrupted)
         raise
     finally:
-        if farewell:
+        if all_end:
             dist.destroy_process_group()
 
 
-def _own_place(environment: Mapping[str, str]) -> Ranks:
-    """This process among those of the job, as torchrun's variables say.
+def ranks_from(environment: Mapping[str, str]) -> Ranks:
+    """This process's rank, from torchrun's variables.
 
     Raises:
-        UserError: one is missing or will not do.
+        UserError: a variable is missing or invalid.
     """
 
-    def number(name: str, otherwise: str) -> int:
-        text = environment.get(name) or otherwise
+    def number(name: str, default: str) -> int:
+        text = environment.get(name) or default
         if not text.isdecimal():
             raise UserError(f"{name}: '{text}' is no number; {START_ALONE}")
         return int(text)
 
-    world = number("WORLD_SIZE", "1")
-    if world == 1:
+    world_size = number("WORLD_SIZE", "1")
+    if world_size == 1:
         return Ranks()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
             raise UserError(
-                f"WORLD_SIZE={world} says that there are several processes, and {name} is not set; {START_ALONE}"
+                f"WORLD_SIZE={world_size} says that there are several processes, and {name} is not set; {START_ALONE}"
             )
-    ranks = Ranks(number("RANK", ""), world, number("LOCAL_RANK", "0"))
-    if ranks.rank >= world:
-        raise UserError(f"RANK={ranks.rank}: ranks of WORLD_SIZE={world} are numbered from 0; {START_ALONE}")
+    ranks = Ranks(number("RANK", ""), world_size, number("LOCAL_RANK", "0"))
+    if ranks.rank >= world_size:
+        raise UserError(f"RANK={ranks.rank}: ranks of WORLD_SIZE={world_size} are numbered from 0; {START_ALONE}")
     return ranks
 
 
-def _own_store(patience: timedelta) -> Any:
-    """Where the ranks find one another.
+def _rendezvous_store(timeout: timedelta) -> Any:
+    """The store through which the ranks find one another.
 
-    torchrun's is the same after a restart, and holds the addresses of those that were ended then. So each start of a
-    job on one host has its own keys. (On several hosts torchrun does not count starts alike everywhere.)
+    torchrun keeps one store across restarts, with the addresses of ended processes in it. So each start of a job on
+    one host uses keys of its own. (On several hosts torchrun does not count restarts alike everywhere.)
     """
-    store, _, _ = next(rendezvous("env://", timeout=patience))
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         return store
     start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
     return dist.PrefixStore(start, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _own_device(device: str, ranks: Ranks) -> torch.device:
+def _device_of_rank(device: str, ranks: Ranks) -> torch.device:
     with reported_once():
         if ":" in device:
-            raise UserError(
-                f"device: '{device}' is one, and {ranks.world_size} processes take one each; use device=cuda"
-            )
+            world = ranks.world_size
+            raise UserError(f"device: '{device}' is one, and {world} processes take one each; use device=cuda")
         own = choose_device(device)
     return choose_device(f"cuda:{ranks.local_rank}") if own.type == "cuda" else own

@@ -6,25 +6,27 @@ from pydantic import Field, model_validator
 
 from bytelatent.config import Settings
 
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
 
 class ParallelSettings(Settings):
-    """How several processes share the work; with one process only `activation_checkpointing` says something.
+    """How several processes share the work. With one process only `activation_checkpointing` has an effect.
 
     Attributes:
-        data: `shard` divides weights and the optimizer's state among the processes and gathers them block by block;
-            `replicate` holds them whole in each; `hybrid` has `replicas` that are divided within themselves.
-        tensor: processes that divide each matrix of the global transformer.
-        activation_checkpointing: in the backward pass, compute blocks again (`full`), or all of them but matrix
-            products and attention (`selective`), instead of keeping their inner results.
-        tables: `rows` divides the hash tables by rows that are looked up where they lie; `gather` treats them as the
-            other weights.
-        reduce_dtype: of gradients as they are summed; those of `rows` are in float32.
+        data: `shard` (FSDP) divides weights and the optimizer's state among the processes and gathers them block by
+            block; `replicate` holds all of them in each process; `hybrid` has `replicas`, each of them sharded.
+        tensor: processes that divide each matrix of the global transformer (tensor parallelism).
+        activation_checkpointing: in the backward pass, recompute blocks (`full`), or all of them but matrix products
+            and attention (`selective`), instead of saving their activations.
+        tables: `rows` shards the hash tables by row, and looks rows up on the rank that holds them; `gather` treats
+            them like the other weights.
+        reduce_dtype: in which gradients are summed; those of `rows` are summed in float32.
     """
 
     data: Literal["replicate", "shard", "hybrid"] = "shard"
     replicas: int | None = Field(default=None, ge=1)
     tensor: int = Field(default=1, ge=1)
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
     tables: Literal["rows", "gather"] = "rows"
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
 

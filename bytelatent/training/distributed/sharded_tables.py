@@ -1,8 +1,8 @@
-"""Hash tables divided by rows: each rank holds some, and answers for them to all.
+"""Row-sharded hash tables: each rank holds some of the rows, and looks them up for all ranks.
 
-Gathered like the other weights, the tables of the 1B model would be 12 GB sent to each rank and a gradient of 12 GB
-back, in every step, of which a batch touches a few rows. Here row numbers and sums travel instead: a rank sums the rows
-that it holds for the ids of all ranks, and the sums are added up where the ids are.
+Gathered like the other weights, the tables of the 1B model would send 12 GB to each rank and a gradient of 12 GB back
+in every step, though a batch uses only a few rows. Here row numbers and sums are sent instead: a rank sums the rows
+that it holds for the ids of all ranks, and a reduce-scatter adds the sums up on the ranks of the ids.
 """
 
 from functools import partial
@@ -26,9 +26,9 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 # Shapes: W ranks, T ids a rank, S rows an id, R rows held here, D width
 
 
-def divide_rows(embedding: NgramHashEmbedding, device: str, world: int) -> None:
-    """Leave each of all ranks its rows, and look them up together."""
-    mesh = init_device_mesh(device, (world,), mesh_dim_names=("rows",))
+def shard_tables(embedding: NgramHashEmbedding, device: str, world_size: int) -> None:
+    """Divide the rows of an embedding's tables among all ranks."""
+    mesh = init_device_mesh(device, (world_size,), mesh_dim_names=("rows",))
     weight = distribute_tensor(embedding.tables.weight.detach(), mesh, [Shard(0)], src_data_rank=None)
     embedding.tables.weight = nn.Parameter(weight)
     _, (begin, _) = compute_local_shape_and_global_offset(weight.shape, mesh, [Shard(0)])
@@ -36,21 +36,21 @@ def divide_rows(embedding: NgramHashEmbedding, device: str, world: int) -> None:
 
 
 def _sums(embedding: NgramHashEmbedding, group: Any, begin: int, tail_BL: Tensor, history: Tensor, new: int) -> Tensor:
-    """What the embedding computes with all rows, [T, D]. All ranks call it, in training with as many ids each."""
+    """The sums of rows that the embedding adds, [T, D]. All ranks call it, in training with the same number of ids."""
     weight: Any = embedding.tables.weight
     rows_TS = hash_rows(tail_BL, history, embedding.powers(tail_BL.device), embedding.settings.vocab_size, new)
     num_ids = rows_TS.shape[0]
-    if not torch.is_grad_enabled():  # batches of validation are of any size
-        most = torch.tensor(num_ids, device=rows_TS.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-        rows_TS = F.pad(rows_TS, (0, 0, 0, int(most) - num_ids), value=-1)
+    if not torch.is_grad_enabled():  # sizes of validation batches differ
+        largest = torch.tensor(num_ids, device=rows_TS.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        rows_TS = F.pad(rows_TS, (0, 0, 0, int(largest) - num_ids), value=-1)
     return _LookUp.apply(weight.to_local(), rows_TS, begin, group)[:num_ids]
 
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_RD: Tensor, rows_TS: Tensor, begin: int, group: Any) -> Tensor:
-        rows_WTS = _gathered(rows_TS, group) - begin
+        rows_WTS = _gather(rows_TS, group) - begin
         is_own = (rows_WTS >= 0) & (rows_WTS < weight_RD.shape[0])
         ctx.save_for_backward(rows_WTS, is_own)
         ctx.shape, ctx.group = weight_RD.shape, group
@@ -66,16 +66,16 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         rows_WTS, is_own = ctx.saved_tensors
-        grad_WTD = _gathered(gradients[0].contiguous(), ctx.group)
-        grad_WTD /= dist.get_world_size(ctx.group)  # the mean over ranks, as of other weights
+        grad_WTD = _gather(gradients[0].contiguous(), ctx.group)
+        grad_WTD /= dist.get_world_size(ctx.group)  # the mean over ranks, as for other weights
         id_of, column = is_own.nonzero(as_tuple=True)
-        # Added in place: the gradient is as large as the rows held here, and there is no room for it twice.
+        # Added in place: the gradient is as large as the rows held here, and there is no memory for a second one.
         grad_RD = grad_WTD.new_zeros(ctx.shape).index_add_(0, rows_WTS[id_of, column], grad_WTD[id_of])
         return grad_RD, None, None, None
 
 
-def _gathered(part: Tensor, group: Any) -> Tensor:
-    """The parts of all ranks, one after the other along the first dimension."""
+def _gather(part: Tensor, group: Any) -> Tensor:
+    """The parts of all ranks, concatenated along the first dimension."""
     out = part.new_empty(dist.get_world_size(group) * len(part), *part.shape[1:])
     all_gather(out, part.contiguous(), group=group)
     return out

@@ -1,0 +1,1 @@
+"""Where time goes: traces of a run, statistics of its layers, and the speed of training on this machine."""

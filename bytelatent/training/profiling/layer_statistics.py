@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bytelatent.data import Batch
 from bytelatent.model import Block, CrossAttention, PatchedStream, Stream
 from bytelatent.model.attention import DenseMask, head_dim_of, rotate
 from bytelatent.model.block import Attention, Stack
-from bytelatent.training.distributed.plan import free_gathered_weights
+from bytelatent.training.distributed.fsdp import free_gathered_weights, full_tensor, local_part
 
 # Shapes: T positions in the stream, D width, H heads, J key/value heads, E head size
 
@@ -62,7 +63,7 @@ class LayerStatistics:
             **self._look(batch),
         }
         # On the CPU, as there may be no room for a second model on the device.
-        before = {parameter: _own_part(parameter).to("cpu", copy=True) for parameter in self._model.parameters()}
+        before = {p: local_part(p.detach()).to("cpu", copy=True) for p in self._model.parameters()}
         yield
         row["update_norms"] = self._norms(lambda parameter: _change(parameter, before[parameter]))
         self._row = row
@@ -147,31 +148,18 @@ def _norm(tensors: list[Tensor | None]) -> float:
     for tensor in tensors:
         if tensor is not None:
             values: Any = tensor.coalesce().values() if tensor.is_sparse else tensor
-            norm: Any = torch.linalg.vector_norm(values, dtype=torch.float32)
-            if hasattr(norm, "placements"):  # a DTensor; their module takes seconds to import
-                from bytelatent.training.distributed import fsdp as sharding
-
-                norm = sharding.whole(norm)
-            total += float(norm) ** 2
+            total += float(full_tensor(torch.linalg.vector_norm(values, dtype=torch.float32))) ** 2
     return total**0.5
 
 
-def _own_part(parameter: nn.Parameter) -> Tensor:
-    """What this process holds of a weight."""
-    value: Any = parameter.detach()
-    return value.to_local() if hasattr(value, "to_local") else value
-
-
 def _change(parameter: nn.Parameter, before: Tensor) -> Tensor:
-    """How a weight differs from what this process held of it."""
-    own = _own_part(parameter)
+    """The difference of a weight to the part of it that this rank held before."""
+    weight = parameter.detach()
+    own = local_part(weight)
     change = own - before.to(own.device)
-    if not hasattr(parameter, "device_mesh"):
+    if not isinstance(weight, DTensor):
         return change
-    from torch.distributed.tensor import DTensor
-
-    of: Any = parameter
-    return DTensor.from_local(change, of.device_mesh, of.placements, run_check=False)
+    return DTensor.from_local(change, weight.device_mesh, weight.placements, run_check=False)
 
 
 def _short(name: str) -> str:

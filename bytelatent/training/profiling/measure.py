@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bytelatent.data import Batch, surprise
+from bytelatent.data import Batch
 from bytelatent.device import autocast
 from bytelatent.model import (
     BLTSettings,
@@ -23,8 +23,10 @@ from bytelatent.model import (
     compile_regions,
     pack_rows,
 )
+from bytelatent.model.loss import cross_entropy
 from bytelatent.training.clipping import clip
-from bytelatent.training.distributed.activation_checkpointing import Checkpointing, recompute_regions
+from bytelatent.training.distributed.plan import apply_activation_checkpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.float8 import Float8, to_float8
 from bytelatent.training.gradients import CapturedGradients, Gradients
 from bytelatent.training.optimizer import build_optimizer
@@ -44,7 +46,7 @@ class TrainingSetup:
     compiled: bool = False
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     float8: Float8 | None = None
-    checkpointing: Checkpointing = "none"
+    checkpointing: ActivationCheckpointing = "none"
     captured: bool = False  # forward and backward pass are a CUDA graph
 
 
@@ -60,7 +62,7 @@ class SyntheticTraining:
         self.optimizer = build_optimizer(self.model, plan.optimizer)
         self._work = ForwardBackward(self.model, plan.device, plan.dtype)
         self.step(*random_batch(256, plan.device, isinstance(plan.model, BLTSettings)))
-        recompute_regions(self.model, plan.checkpointing)
+        apply_activation_checkpointing(self.model, plan.checkpointing)
         if plan.compiled:
             compile_regions(self.model)
         self._work = ForwardBackward(self.model, plan.device, plan.dtype, plan.captured)
@@ -112,7 +114,7 @@ class ForwardBackward:
 
     def _loss(self, batch: Batch) -> Tensor:
         with autocast(self._device, self._dtype):
-            return surprise(self._model, batch)
+            return cross_entropy(self._model, batch)
 
 
 def random_batch(size: int, device: torch.device, patched: bool = True, seed: int = 0) -> tuple[Stream, Tensor]:

@@ -183,7 +183,7 @@ def test_what_is_no_demo_is_left_alone(tmp_path: Path, own_text: Path, what: str
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_what_it_says_to_do_next_runs_as_it_is_printed(demo: tuple[Path, dict[str, Any]], number: int) -> None:
+def test_the_next_commands_run_as_they_are_printed(demo: tuple[Path, dict[str, Any]], number: int) -> None:
     folder, _ = demo
     lines = [line for label, line in closing_lines(folder, []) if line.startswith("blt")]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -227,23 +227,23 @@ def test_a_demo_that_was_stopped_at_once_begins_again(tmp_path: Path, begun: lis
 
 
 @pytest.mark.parametrize("stage", ["training", "measuring"])
-def test_a_demo_that_is_stopped_says_that_it_begins_again_and_what_can_be_used(
+def test_the_message_of_a_stopped_demo(
     tmp_path: Path, own_text: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     folder, calls = tmp_path / "demo", []
-    surprise = loop.surprise
+    cross_entropy = loop.cross_entropy
 
     def stopped(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             signal.raise_signal(signal.SIGINT)
-        return surprise(*arguments)
+        return cross_entropy(*arguments)
 
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
     if stage == "training":
-        monkeypatch.setattr(loop, "surprise", stopped)
+        monkeypatch.setattr(loop, "cross_entropy", stopped)
     else:
         monkeypatch.setattr(demo_run, "measure", interrupted)
     with pytest.raises(Interrupted) as caught:
@@ -283,7 +283,7 @@ def test_xz_alone_where_the_training_text_is_longer_than_its_window(monkeypatch:
 def test_a_file_of_which_nothing_is_read_does_not_stop_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is named, and once the demo is done the exit code says so."""
+    """It is named, and reported as an error once the demo is done."""
     own = tmp_path / "notes"
     own.mkdir()
     (own / "note.txt").write_bytes(b"a line of a note\n" * 10_000)

@@ -27,7 +27,7 @@ STAGES = (TRAINING, "validating", "calibrating", "measuring", "finding", "writin
 
 
 class WorkClock:
-    """Time passes by work alone, and each piece of it takes as long as the stage it belongs to says."""
+    """A clock that only work moves; a piece of work takes as long as its stage defines."""
 
     def __init__(self, **seconds: float):
         self.seconds = seconds

@@ -20,7 +20,7 @@ from tests.model.tiny import tiny_blt, tiny_byte_lm
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model whose byte LM, and one whose decoder, is damaged; and a text."""
+    """A model whose byte LM, and one whose decoder, is corrupt; and a text."""
     model = tiny_blt()
     config = Config(model=model.settings, context=64, patching=PatchSettings(threshold=5.0))
     for name, part in (("blt", "model.safetensors"), ("byte_lm", "byte_lm/model.safetensors")):

@@ -1,0 +1,372 @@
+"""The bytes of a file, wherever it is and however it is compressed.
+
+A file is on this machine, or where fsspec reaches (s3://, gs://, hf://, http://, memory://). Python's own file
+objects for compressed files raise where one is cut short or followed by something else, and lose what they decompressed
+just before. `Decompressed` ends there instead, as at the end of a file, and says what was not read.
+"""
+
+import bz2
+import importlib
+import io
+import lzma
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from bytelatent.errors import Interrupted, UserError
+from bytelatent.text.bad_rows import BadRow, TextError
+
+BUFFER_BYTES = 1 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")  # the first one's, or the end's: texts may begin with BZh1, too
+INPUT_BYTES, OUTPUT_BYTES = 1 << 16, 1 << 16  # of one call
+INPUT_BYTES_ELSE = 1 << 10  # bz2, lzma and zstd return nothing from a call in which they meet an error
+AT_ONCE = 16  # bytes that come together, so that a byte order mark does
+LONGEST_ZSTD_WINDOW = 31  # as a power of two: all that `zstd --long=31` writes
+
+
+@dataclass(frozen=True)
+class Compression:
+    """
+    Attributes:
+        suffix: of file names.
+        magics: how files begin.
+        expansion: a guess at how much larger the text is.
+    """
+
+    suffix: str
+    magics: tuple[bytes, ...]
+    expansion: int
+
+
+ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes([number, 0x2A, 0x4D, 0x18]) for number in range(0x50, 0x60)))
+COMPRESSIONS = {
+    "gzip": Compression(".gz", (b"\x1f\x8b\x08",), expansion=5),
+    "zstd": Compression(".zst", ZSTD_MAGICS, expansion=6),
+    "xz": Compression(".xz", (b"\xfd7zXZ\x00",), expansion=7),
+    "bzip2": Compression(".bz2", tuple(b"BZh%d" % level for level in range(1, 10)), expansion=6),
+}
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def open_file(file: str) -> io.BufferedReader:
+    """The file's bytes as they are, seekable.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return io.BufferedReader(open_raw(file), BUFFER_BYTES)
+
+
+def open_raw(file: str) -> Any:
+    """As `open_file`, without a buffer."""
+    if not is_remote(file):
+        return io.FileIO(file)
+    fs, path = file_system(file)
+    return fs.open(path, "rb")
+
+
+def size_of(file: str) -> int:
+    """The size in bytes of a file as it is stored.
+
+    Raises:
+        OSError: it is not there.
+    """
+    if not is_remote(file):
+        return os.stat(file).st_size
+    fs, path = file_system(file)
+    return int(fs.size(path) or 0)
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path with a protocol, and the path in it.
+
+    Raises:
+        UserError: the protocol is unknown, or its package is not installed.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(path)
+    except ImportError as error:
+        raise TextError(f"'{path}' needs a package that is not installed: {error}") from None
+    except ValueError as error:
+        raise TextError(f"'{path}' cannot be reached: {error}") from None
+
+
+@contextmanager
+def readable(file: str, title: str = "") -> Iterator[None]:
+    """Turn errors of the system, the network and of libraries into one line about `file`.
+
+    Args:
+        title: of a format that a library reads: an invalid file is not a whole one of this format.
+
+    Raises:
+        BadRow: in place of these errors.
+    """
+    try:
+        yield
+    except (UserError, Interrupted, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise BadRow(file, "does not exist any more") from None
+    except OSError as error:
+        raise BadRow(file, f"cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # of pyarrow, fsspec and what these use: of any class
+        reason = str(error) or type(error).__name__
+        if title and type(error).__name__ == "ArrowInvalid":
+            raise BadRow(file, f"is not a whole {title} file; fetch or write it again ({reason})") from None
+        if type(error) is ValueError and _comes_whole(file):
+            raise BadRow(file, "is on a server that sends whole files only; download it first") from None
+        raise BadRow(file, f"cannot be read: {reason}") from None
+
+
+def _comes_whole(file: str) -> bool:
+    """Whether a file is on a web server that sends no parts: fsspec then reads a large one from its start only."""
+    if not file.startswith(("http://", "https://")):
+        return False
+    fs, path = file_system(file)
+    return not fs.info(path).get("partial")
+
+
+def import_pyarrow(file: str) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise TextError(f"'{file}' needs the package pyarrow; run: pip install 'bytelatent[data]'") from None
+    return pyarrow
+
+
+class TextReader(io.BufferedReader):
+    """A file's bytes, decompressed, without a byte order mark; seekable where the file is not compressed.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, file: str, compression: str | None):
+        self.file = file
+        self._decompressed: Decompressed | _ArrowZstd | None = None
+        if compression == "zstd" and zstd_module() is None:
+            self._decompressed = _ArrowZstd(file, open_file(file))
+        elif compression is not None:
+            self._decompressed = Decompressed(open_file(file), size_of(file), compression)
+        super().__init__(self._decompressed or open_raw(file), BUFFER_BYTES)
+
+    @property
+    def unread(self) -> str | None:
+        """Once the end is reached: what of the file was not read and why."""
+        return self._decompressed.unread if self._decompressed else None
+
+    def skip_byte_order_mark(self) -> int:
+        """Go past a mark at the start; returns its bytes."""
+        return len(self.read(3)) if self.peek(3)[:3] == BYTE_ORDER_MARK else 0
+
+
+class _ArrowZstd(io.RawIOBase):
+    """zstd by pyarrow, where the module is missing: windows up to 128 MiB, and a cut file loses what was read last."""
+
+    def __init__(self, file: str, raw: io.BufferedReader):
+        pyarrow = import_pyarrow(file)
+        self.unread: str | None = None
+        self._inner = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+        self._given = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            found = b"" if self.unread else self._inner.read(min(len(buffer), OUTPUT_BYTES))
+        except Exception as error:
+            self.unread = (
+                f"is not whole: after {self._given:,} decompressed bytes the rest cannot be read: {error}; "
+                "if its window is a long one: pip install backports.zstd"
+            )
+            found = b""
+        buffer[: len(found)] = found
+        self._given += len(found)
+        return len(found)
+
+
+def compression_of(head: bytes) -> str | None:
+    """How a file that begins so is compressed; None where it is not."""
+    found = next((name for name, known in COMPRESSIONS.items() if head.startswith(known.magics)), None)
+    return None if found == "bzip2" and not head[4:].startswith(BZIP2_BLOCKS) else found
+
+
+class Decompressor(Protocol):
+    """What `bz2`, `lzma` and `zstd` have in common: decompresses one member of a file."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class Gzip:
+    """A gzip member as the other decompressors; it returns the bytes before the first wrong one."""
+
+    def __init__(self) -> None:
+        self._member = zlib.decompressobj(wbits=31)
+        self._rest = b""
+        self._may_hold_more = False
+        self._error: zlib.error | None = None
+
+    @property
+    def eof(self) -> bool:
+        return self._member.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._rest and not self._may_hold_more and self._error is None
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._member.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        if self._error is not None:
+            raise self._error
+        data = self._rest + data
+        before = self._member.copy()
+        try:
+            found = self._member.decompress(data, max_length)
+        except zlib.error as error:
+            self._error = error
+            return _until_error(before, data)
+        self._rest = self._member.unconsumed_tail
+        self._may_hold_more = len(found) == max_length
+        return found
+
+
+class Decompressed(io.RawIOBase):
+    """A file's bytes, decompressed, up to its end or the first byte that cannot be decompressed.
+
+    Args:
+        raw: the file as it is.
+        size: its bytes.
+        compression: a name among `COMPRESSIONS`.
+
+    Attributes:
+        unread: once the end is reached: what was not read and why; None where all was.
+    """
+
+    def __init__(self, raw: io.BufferedReader, size: int, compression: str):
+        self.unread: str | None = None
+        self._raw, self._size, self._compression = raw, size, compression
+        self._new = _decompressor(compression)
+        self._input_bytes = INPUT_BYTES if compression == "gzip" else INPUT_BYTES_ELSE
+        self._member: Decompressor | None = None
+        self._input = b""  # read, but not given to the decompressor yet
+        self._read = 0  # bytes of the file in all
+        self._output = b""  # decompressed, but not returned yet
+        self._given = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        ended = False
+        while len(self._output) < AT_ONCE and not ended and self.unread is None:
+            try:
+                more = self._decompress(len(buffer))
+            except Exception as error:  # of four libraries, of the disk or the network
+                self.unread = self._reason(error)
+            else:
+                self._output += more
+                ended = not more
+        count = min(len(buffer), len(self._output))
+        buffer[:count] = self._output[:count]
+        self._output = self._output[count:]
+        self._given += count
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def _decompress(self, max_length: int) -> bytes:
+        """The next bytes; none at the end.
+
+        Raises:
+            Exception: the file is cut short, corrupt, or cannot be read.
+        """
+        max_length = min(max_length, OUTPUT_BYTES)
+        while True:
+            if (self._member is None or self._member.eof) and not self._begin_member():
+                return b""
+            assert self._member is not None
+            if self._member.needs_input and not self._input and not self._fill():
+                raise EOFError("it is cut short")
+            data, self._input = self._input, b""
+            if found := self._member.decompress(data, max_length):
+                return found
+
+    def _begin_member(self) -> bool:
+        """Begin the first member, or the next one; False where there is none. Zeros between them are padding."""
+        is_first = self._member is None
+        if self._member is not None:
+            self._input, self._member = self._member.unused_data + self._input, None
+        while True:
+            if not is_first:
+                self._input = self._input.lstrip(b"\0")
+            if len(self._input) >= self._input_bytes or not self._fill():
+                break
+        if not self._input:
+            return False
+        if compression_of(self._input) != self._compression:
+            raise EOFError(f"they are no {self._compression}")
+        self._member = self._new()
+        return True
+
+    def _fill(self) -> bool:
+        more = self._raw.read(self._input_bytes)
+        self._read += len(more)
+        self._input += more
+        return bool(more)
+
+    def _reason(self, error: Exception) -> str:
+        done = f"is not whole: after {self._given + len(self._output):,} decompressed bytes"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if self._member is None:
+            return f"{done} its last {len(self._input) + self._size - self._read:,} bytes are not read: {reason}"
+        return f"{done} the rest of {self._size:,} bytes of {self._compression} cannot be read: {reason}"
+
+
+def zstd_module() -> Any:
+    """The module `compression.zstd` of Python 3.14, or its backport; None where neither is installed."""
+    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _decompressor(compression: str) -> Callable[[], Decompressor]:
+    if compression == "zstd":
+        zstd = zstd_module()
+        options = {zstd.DecompressionParameter.window_log_max: LONGEST_ZSTD_WINDOW}
+        return lambda: zstd.ZstdDecompressor(options=options)
+    return {"gzip": Gzip, "xz": lzma.LZMADecompressor, "bzip2": bz2.BZ2Decompressor}[compression]
+
+
+def _until_error(member: Any, data: bytes) -> bytes:
+    """What a zlib decompressor makes of data before the first wrong byte."""
+    found = []
+    try:
+        for at in range(len(data)):
+            found.append(member.decompress(data[at : at + 1]))
+    except zlib.error:
+        pass
+    return b"".join(found)

@@ -1,0 +1,320 @@
+"""Readers of columnar formats: rows in blocks, of the columns that are wanted and no others.
+
+A format is a `TableFile`, which opens it and reads record batches; all else is the same for each.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+
+from bytelatent.text.bad_rows import BadRow, NoDocument, RowTooLong
+from bytelatent.text.documents import ONE_EACH, Document, DocumentBlock, ReadOptions, checked, id_of, some
+from bytelatent.text.stored import Stored, stored_in, unpack_starts
+from bytelatent.text.streams import import_pyarrow, is_remote, open_file, readable
+
+BLOCK_ROWS = 1024
+WHOLE_ROWS = 256  # of a block, where all columns are read
+SLICE_BYTES = 1 << 19  # of a table that becomes Python values at once
+BYTES_TYPES = ("string", "binary", "string_view", "binary_view", "fixed_size_binary", "null")
+
+
+class TableFile:
+    """A file of record batches in groups of rows, such as Parquet's row groups. A subclass opens one.
+
+    Attributes:
+        title: the format's name, for messages.
+        schema: of all columns; `columns`: those that are read, None for all.
+        first_rows: of each block, and one past the last row; a block lies in one group.
+    """
+
+    title: ClassVar[str]
+
+    def __init__(self, file: str, text_key: str, block_rows: int):
+        """
+        Raises:
+            BadRow: the file is not whole, has no such column, or two, or one that does not hold text.
+        """
+        import_pyarrow(file)
+        self.file = file
+        self.columns: list[str] | None = None
+        with readable(file, self.title):
+            self.schema, group_rows = self.open()
+            _check_text(self.schema, file, text_key)
+            self.first_rows: list[int] = []
+            self._groups: list[int] = []  # the group of each block
+            first = 0
+            for group, rows in enumerate(group_rows):
+                begins = range(0, rows, block_rows)
+                self.first_rows += [first + begin for begin in begins]
+                self._groups += [group] * len(begins)
+                first += rows
+            self.first_rows.append(first)
+        self._block_rows = block_rows
+        self._batches: Iterator[Any] = iter(())
+        self._rest: Any = None  # rows read with a block that belong to the next ones
+        self._group = -1  # the group that `_batches` reads
+        self._next = 0  # the block that comes next in it
+
+    def open(self) -> tuple[Any, list[int]]:
+        """Open the file: its Arrow schema, and the rows of each group."""
+        raise NotImplementedError
+
+    def batches(self, group: int, block_rows: int) -> Iterator[Any]:
+        """The record batches of a group, with the columns `self.columns`, of at most about `block_rows` rows."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def rows(self, index: int) -> Any:
+        """A block as an Arrow table.
+
+        Raises:
+            BadRow: the block cannot be read; others may be.
+        """
+        try:
+            with readable(self.file, self.title):
+                return self._rows(index)
+        except BadRow as error:
+            self._group = -1
+            first, end = self.first_rows[index] + 1, self.first_rows[index + 1]
+            lost = f"rows {first:,} to {end:,} of {self.first_rows[-1]:,} are not read"
+            raise BadRow(self.file, f"{error.reason}: {lost}") from None
+
+    def _rows(self, index: int) -> Any:
+        import pyarrow
+
+        group = self._groups[index]
+        if group != self._group or index < self._next:
+            self._batches = self.batches(group, self._block_rows)
+            self._rest = None
+            self._group, self._next = group, self._groups.index(group)
+        while True:
+            size = self.first_rows[self._next + 1] - self.first_rows[self._next]
+            parts = [] if self._rest is None else [self._rest]
+            while sum(map(len, parts)) < size:
+                batch = next(self._batches, None)
+                if batch is None:
+                    raise EOFError("it has fewer rows than it says")
+                parts.append(pyarrow.Table.from_batches([batch]))
+            table = pyarrow.concat_tables(parts)
+            self._rest = table.slice(size) if len(table) > size else None
+            self._next += 1
+            if self._next > index:
+                return table.slice(0, size)
+
+
+class ParquetTable(TableFile):
+    title = "Parquet"
+
+    def open(self) -> tuple[Any, list[int]]:
+        from pyarrow.parquet import ParquetFile
+
+        # Arrow opens no file whose name is not UTF-8.
+        by_name = not is_remote(self.file) and self.file.isprintable()
+        self._parquet = ParquetFile(self.file if by_name else open_file(self.file))
+        groups = range(self._parquet.num_row_groups)
+        return self._parquet.schema_arrow, [self._parquet.metadata.row_group(group).num_rows for group in groups]
+
+    def batches(self, group: int, block_rows: int) -> Iterator[Any]:
+        return self._parquet.iter_batches(
+            batch_size=block_rows, row_groups=[group], columns=self.columns, use_threads=False
+        )
+
+
+class TableReader:
+    """Blocks of documents, and whole rows, of a columnar file; see `readers.FullRowReader`."""
+
+    table: type[TableFile]
+
+    def __init__(self, file: str, compression: str | None, options: ReadOptions):
+        self.file, self.options = file, options
+        self._table: TableFile | None = None
+        self._stored: Stored | None = None
+
+    def count(self) -> int:
+        return len(self._open())
+
+    def read(self, index: int) -> DocumentBlock | None:
+        table = self._open()
+        if index >= len(table):
+            return None
+        block = DocumentBlock(stored=self._stored)
+        first = table.first_rows[index]
+        try:
+            with readable(self.file, table.title):
+                found = list(self._documents(table.rows(index), first))
+        except BadRow as error:
+            found = [error]
+        for row, document in enumerate(found, start=first):
+            block.add(row, document)
+        return block
+
+    def rows(self) -> Iterator[dict[str, Any] | BadRow]:
+        key = self.options.text_key
+        table = self.table(self.file, key, WHOLE_ROWS)
+        text_alone = self.table(self.file, key, WHOLE_ROWS)
+        text_alone.columns = [key]
+        for index in range(len(table)):
+            try:
+                try:
+                    found = table.rows(index)
+                except BadRow:  # perhaps of a column that nobody needs
+                    found = text_alone.rows(index)
+            except BadRow as error:
+                yield error
+                continue
+            step = max(1, min(len(found), SLICE_BYTES * len(found) // max(found.nbytes, 1)))
+            for begin in range(0, len(found), step):
+                yield from self._whole_rows(found.slice(begin, step), table.first_rows[index] + begin)
+
+    def _open(self) -> TableFile:
+        if self._table is None:
+            table = self.table(self.file, self.options.text_key, BLOCK_ROWS)
+            names = table.schema.names
+            wanted = [self.options.text_key, *(["id"] if names.count("id") == 1 else [])]
+            if self.options.stored:
+                self._stored = stored_in(table.schema.metadata, self.file)
+                wanted += _stored_columns(table.schema, self._stored, self.file)
+            table.columns = list(dict.fromkeys(wanted))
+            self._table = table
+        return self._table
+
+    def _documents(self, table: Any, first: int) -> Iterator[Document | BadRow]:
+        """The documents of an Arrow table whose first row has this number."""
+        key = self.options.text_key
+        texts = bytes_of(table.column(key))
+        none, names = [None] * len(texts), table.column_names
+        ids = _ids(table.column("id")) if "id" in names and key != "id" else none
+        entropies = _lists(table.column("entropies")) if "entropies" in names else none
+        starts = bytes_of(table.column("starts")) if "starts" in names else none
+        for row, (text, id_, floats, bits) in enumerate(zip(texts, ids, entropies, starts, strict=True), start=first):
+            try:
+                text = self._checked_text(text, row, names)
+                unpacked = None if bits is None else unpack_starts(bits, len(text))
+                yield checked(Document(text, id_, floats, unpacked))
+            except BadRow as error:
+                yield error
+            except NoDocument as error:
+                yield BadRow(self.file, str(error), f"row {row}")
+            except ValueError as error:
+                yield BadRow(self.file, f"has {error}; {ONE_EACH}", f"row {row}")
+
+    def _whole_rows(self, table: Any, first: int) -> Iterator[dict[str, Any] | BadRow]:
+        key, names = self.options.text_key, table.column_names
+        columns = [bytes_of(table[at]) if name == key else plain_values(table[at]) for at, name in enumerate(names)]
+        for row, values in enumerate(zip(*columns, strict=True), start=first):
+            value = dict(zip(names, values, strict=True))
+            try:
+                self._checked_text(value[key], row, names)
+                yield value
+            except BadRow as error:
+                yield error
+
+    def _checked_text(self, text: bytes | None, row: int, names: list[str]) -> bytes:
+        if text is None:
+            reason = f"has no text under '{self.options.text_key}'; its columns: {some(names)}"
+            raise BadRow(self.file, reason, f"row {row}")
+        if len(text) > self.options.max_row_bytes:
+            raise RowTooLong(self.file, self.options.too_long, f"row {row}")
+        return text
+
+
+class ParquetReader(TableReader):
+    table = ParquetTable
+
+
+def bytes_of(column: Any) -> list[bytes | None]:
+    """A column of strings or bytes; strings are not decoded, so that bytes that are not UTF-8 survive."""
+    import pyarrow as pa
+
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.cast(column.type.storage_type)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+def plain_values(column: Any) -> list[Any]:
+    """A column as Python values; as strings or numbers where Python has no such values, else as None."""
+    import pyarrow as pa
+
+    def as_bytes() -> list[Any]:  # strings may not be UTF-8
+        return bytes_of(column) if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) else []
+
+    def as_type(kind: Any) -> list[Any]:
+        return column.cast(kind).to_pylist()
+
+    conversions: list[Callable[[], list[Any]]] = [
+        *(column.to_pylist, as_bytes, lambda: as_type(pa.string()), lambda: as_type(pa.int64()))
+    ]
+    for convert in conversions:
+        try:
+            if len(values := convert()) == len(column):
+                return values
+        except Exception:  # of any class: times of nanoseconds, time zones nobody knows, ...
+            continue
+    return [None] * len(column)
+
+
+def _ids(column: Any) -> list[str | None]:
+    """A column of ids; None where they are of a type that names nothing."""
+    import pyarrow as pa
+
+    try:
+        found = bytes_of(column if pa.types.is_dictionary(column.type) else column.cast(pa.large_binary()))
+    except Exception:
+        try:
+            found = column.cast(pa.string()).to_pylist()
+        except Exception:
+            return [None] * len(column)
+    ids = [id_.decode("utf-8", "surrogateescape") if isinstance(id_, bytes) else id_ for id_ in found]
+    return [None if id_ is None else id_of(id_) for id_ in ids]
+
+
+def _lists(column: Any) -> list[np.ndarray | None]:
+    """A column of lists of numbers, as float32 arrays."""
+    arrays: list[np.ndarray | None] = []
+    for chunk in column.chunks:
+        values = chunk.values.to_numpy(zero_copy_only=False).astype(np.float32)
+        ends = chunk.offsets.to_numpy()
+        for row, missing in enumerate(chunk.is_null().to_pylist()):
+            arrays.append(None if missing else values[ends[row] : ends[row + 1]])
+    return arrays
+
+
+def _check_text(schema: Any, file: str, text_key: str) -> None:
+    from pyarrow import BaseExtensionType, types
+
+    number = schema.names.count(text_key)
+    if number == 0:
+        columns = some(schema.names)
+        raise BadRow(file, f"has no column '{text_key}'; its columns: {columns}; name the text's: --text-key")
+    if number > 1:
+        raise BadRow(file, f"has {number} columns '{text_key}', and which is the text is not clear; rename one")
+    kind = schema.field(text_key).type
+    kind = kind.storage_type if isinstance(kind, BaseExtensionType) else kind
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if str(kind).removeprefix("large_").partition("[")[0] not in BYTES_TYPES:
+        raise BadRow(file, f"holds no text in column '{text_key}' but {kind}; name the text's: --text-key")
+
+
+def _stored_columns(schema: Any, stored: Stored | None, file: str) -> list[str]:
+    """What is stored beside the text: entropies of any origin, starts only where this package wrote them.
+
+    Raises:
+        BadRow: a column of entropies holds something else, or there are two.
+    """
+    from pyarrow.types import is_floating, is_large_list, is_list
+
+    if stored is not None and stored.rule is not None:
+        return ["starts"]
+    if "entropies" not in schema.names:
+        return []
+    if (number := schema.names.count("entropies")) > 1:
+        raise BadRow(file, f"has {number} columns 'entropies', and which counts is not clear; rename one")
+    kind = schema.field("entropies").type
+    if not (is_list(kind) or is_large_list(kind)) or not is_floating(kind.value_type):
+        raise BadRow(file, f"holds in column 'entropies' no lists of floats but {kind}")
+    return ["entropies"]
