@@ -18,9 +18,9 @@ class Boundaries:
 
     closes: Tensor  # [T] bool, the id is the last of its patch
     begin: Tensor  # [T] position where its patch begins
-    since_start: Tensor  # [T] ids since the rule itself last started a patch
+    since_start: Tensor  # [T] ids since the mode itself last started a patch
     num_patches: Tensor  # [T] closed patches
-    tails: list[Tail] = field(default_factory=list)  # of the rule `bpe`
+    tails: list[Tail] = field(default_factory=list)  # of modes that need them
 
     def new_patch(self, runs: Runs) -> Tensor:
         """[T] which of the patches that close here each id reads: the newest of its run; -1: none of them."""
@@ -42,11 +42,11 @@ class Boundaries:
                     state.tails[row][at + 1 :] = [tail]
 
 
-def boundaries(rule: PatchSettings, state: DecodeState, runs: Runs, ids: Tensor, entropies: Tensor) -> Boundaries:
+def boundaries(patching: PatchSettings, state: DecodeState, runs: Runs, ids: Tensor, entropies: Tensor) -> Boundaries:
     """Decide about new ids [T].
 
     Args:
-        entropies: [T] nats, where the rule needs them.
+        entropies: [T] nats, where the mode needs them.
     """
     history, turn = state.history, runs.turn
     order = torch.arange(len(ids), device=ids.device)
@@ -65,18 +65,18 @@ def boundaries(rule: PatchSettings, state: DecodeState, runs: Runs, ids: Tensor,
         return place, place >= runs.begin
 
     tails: list[Tail] = []
-    if rule.mode == "bpe":
-        tails = _tails(rule, state, runs, ids)
+    if patching.needs_tail:
+        tails = _tails(patching, state, runs, ids)
         natural = torch.tensor([tail.token_began for tail in tails], device=ids.device)
     else:
         ids_before, entropies_before = previous(ids, history.ids), previous(entropies, history.entropies)
         moment = PatchState(runs.position, ids_before, entropies_before, torch.zeros_like(ids))
-        natural = step(moment, ids, entropies, rule.model_copy(update={"max_patch_length": None}))[1]
+        natural = step(moment, ids, entropies, patching.model_copy(update={"max_patch_length": None}))[1]
     place, any_natural = newest(natural)
     since_start = torch.where(any_natural, order - place, before(history.since_start) + turn + 1)
     closes = natural
-    if rule.max_patch_length is not None:
-        closes = natural | ((previous(since_start, history.since_start) + 1) % rule.max_patch_length == 0)
+    if patching.max_patch_length is not None:
+        closes = natural | ((previous(since_start, history.since_start) + 1) % patching.max_patch_length == 0)
     place, any_closed = newest(closes)
     start = torch.where(any_closed, runs.position[place] + 1, before(history.patch_start))  # of the next id's patch
     closed = closes.cumsum(0)
@@ -89,10 +89,10 @@ def boundaries(rule: PatchSettings, state: DecodeState, runs: Runs, ids: Tensor,
     )
 
 
-def _tails(rule: PatchSettings, state: DecodeState, runs: Runs, ids: Tensor) -> list[Tail]:
-    """What the rule `bpe` carries, after each id."""
+def _tails(patching: PatchSettings, state: DecodeState, runs: Runs, ids: Tensor) -> list[Tail]:
+    """The last bytes of each row, after each id."""
     tails: list[Tail] = []
     for row, at, turn, i in zip(*(x.tolist() for x in (runs.rows, runs.position, runs.turn, ids)), strict=True):
         remembered = state.tails[row][at] if state.tails and row >= 0 and turn == 0 else Tail()
-        tails.append((tails[-1] if turn else remembered).read(i, str(rule.tokenizer)))
+        tails.append((tails[-1] if turn else remembered).read(i, str(patching.tokenizer)))
     return tails

@@ -14,7 +14,8 @@ from bytelatent.errors import UserError
 from bytelatent.inference.boundaries import Boundaries, boundaries
 from bytelatent.inference.kv_cache import Cached, EachAlone, Keep, KeepPatchKeys, Kept, Runs
 from bytelatent.inference.state import HISTORY, SLACK, DecodeState, KeyValues
-from bytelatent.kernels.patch_attention import attend_to_own_bytes, pool_patches, runs_of
+from bytelatent.kernels.patch_attention import ByteRanges, encoder_cross_attention
+from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches, entropies, pack_rows
 from bytelatent.model.attention import Look, build_mask
 from bytelatent.model.patch_attention import DecoderCrossAttention, EncoderCrossAttention
@@ -161,7 +162,7 @@ class Decoder:
         self, decoder: Any, keys_PKD: Tensor, read: Tensor, keep: KeepPatchKeys
     ) -> Callable[[int, Tensor], Tensor]:
         """The decoder's cross-attentions, by their number."""
-        runs = runs_of(read, len(keys_PKD))
+        runs = ByteRanges.of(read, len(keys_PKD))
 
         def read_patches(layer: int, h_TD: Tensor) -> Tensor:
             cross = decoder.cross_attention[layer]
@@ -282,12 +283,12 @@ class Decoder:
 
         patch = torch.cat([patch_before, patch[new]])
         order = patch.argsort(stable=True)  # a patch's bytes side by side
-        own = runs_of(patch[order], len(closing))
+        own = ByteRanges.of(patch[order], len(closing))
         patches_PKD = encoder.queries(pool_patches(torch.cat([kept.h[before], h_TD[new]])[order], own))
         for layer, (cross, (k, v)) in enumerate(zip(encoder.cross_attention, bytes_, strict=True)):
             assert isinstance(cross, EncoderCrossAttention)
             k, v = torch.cat([kept.k[layer][before], k[new]])[order], torch.cat([kept.v[layer][before], v[new]])[order]
-            patches_PKD = cross.add(patches_PKD, attend_to_own_bytes(cross.queries(patches_PKD), k, v, own))
+            patches_PKD = cross.add(patches_PKD, encoder_cross_attention(cross.queries(patches_PKD), k, v, own))
         return patches_PKD
 
     def _decode(
@@ -307,7 +308,7 @@ class Decoder:
         before = (runs.row, (num_patches - 1) % SLACK)
         closed_before = torch.where(num_patches > 0, torch.arange(len(runs.row), device=read.device), -1)[runs.line]
         num_keys = len(runs.row) + (len(keys[0][0]) if keys else 0)
-        reads = runs_of(torch.where(read >= 0, read + len(runs.row), closed_before), num_keys)
+        reads = ByteRanges.of(torch.where(read >= 0, read + len(runs.row), closed_before), num_keys)
 
         def read_patches(layer: int, h_TD: Tensor) -> Tensor:
             cross = decoder.cross_attention[layer]

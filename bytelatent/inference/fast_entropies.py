@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.kernels.gated_product import ROWS, can_gate, fast_row_scale, gated_product, interleaved
-from bytelatent.kernels.window_attention import angles, can_attend, first_seen, window_attention
+from bytelatent.kernels.rotary import cos_sin
+from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
 from bytelatent.model import ByteLM, ByteLMSettings, Stream, entropies
 
 # Shapes: T ids in the stream, D width, H heads, E head size
@@ -68,7 +69,7 @@ class FastEntropies:
         padding = torch.arange(-size % ROWS, device=stream.ids.device)  # kernels take rows so many at a time
         ids, position = torch.cat([stream.ids, padding * 0]), torch.cat([stream.position, padding])
         low = first_seen(position, settings.window)
-        cos, sin = angles(position, settings.head_dim, settings.rope_theta)
+        cos, sin = cos_sin(position, settings.head_dim, settings.rope_theta)
         x_TD = F.embedding(ids, self.embedding)
         for layer in self.layers:
             qkv = F.linear(F.rms_norm(x_TD, (dim,), layer["attention_norm"], eps), layer["qkv"])

@@ -48,7 +48,7 @@ def plain_decoder_cross_attention_step(
         return torch.from_numpy(attend_array(q_JGE, k_BKJE.numpy()[row], v_BKJE.numpy()[row]).reshape(q_THE.shape))
     if run is not None and not bool(run):
         return torch.zeros_like(q_THE) if out is None else out
-    row_T = torch.arange(len(k_BKJE), device=q_THE.device) if row_B is None else row_B
+    row_T = torch.arange(len(q_THE) // new, device=q_THE.device) if row_B is None else row_B
     row_T = row_T if new == 1 else row_T.repeat_interleave(new)
     row = row_T.clamp(min=0)
     k, v, q = k_BKJE[row].float(), v_BKJE[row].float(), q_THE.float()

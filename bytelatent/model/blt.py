@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bytelatent.kernels.patch_attention import pool_patches, runs_of
+from bytelatent.kernels.patch_attention import ByteRanges
+from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model.attention import Mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
@@ -68,7 +69,7 @@ class LocalEncoder(nn.Module):
 
     def patch_states(self, states: list[Tensor], batch: PatchedStream) -> Tensor:
         """The K states of each patch, [P, K, D], from its bytes'."""
-        own = runs_of(batch.patch, batch.num_patches)
+        own = ByteRanges.of(batch.patch, batch.num_patches)
         patches_PKD = self.queries(pool_patches(states[0], own))
         for cross, h_TD in zip(self.cross_attention, states, strict=True):
             patches_PKD = cross(patches_PKD, h_TD, own)
@@ -120,7 +121,7 @@ class LocalDecoder(nn.Module):
     def forward(self, h_TD: Tensor, patches_PG: Tensor, batch: PatchedStream) -> Tensor:
         """Logits, float32 [T, V]."""
         keys_PKD = self.keys(patches_PG).to(h_TD.dtype)
-        read = runs_of(batch.read, batch.num_patches)
+        read = ByteRanges.of(batch.read, batch.num_patches)
         mask = self.stack.mask(batch.document, batch.num_documents)
         h_TD = self.states(h_TD, batch.position, mask, lambda layer, h: self.cross_attention[layer](h, keys_PKD, read))
         return self.logits(h_TD)

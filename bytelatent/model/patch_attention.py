@@ -5,7 +5,7 @@ Source: Pagnoni et al. 2024, sections 3.2.2 and 3.3.1.
 
 from torch import Tensor, nn
 
-from bytelatent.kernels.patch_attention import PatchRuns, attend_to_own_bytes, attend_to_read_patch
+from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attention, encoder_cross_attention
 from bytelatent.model.settings import CrossAttentionSettings
 
 # Shapes: T bytes in the batch, P patches, K queries or keys a patch, D local width, H heads, E head size
@@ -50,18 +50,18 @@ class CrossAttention(nn.Module):
 class EncoderCrossAttention(CrossAttention):
     """Encoder: a patch's queries look at its bytes."""
 
-    def forward(self, queries_PKD: Tensor, h_TD: Tensor, own: PatchRuns) -> Tensor:
+    def forward(self, queries_PKD: Tensor, h_TD: Tensor, own: ByteRanges) -> Tensor:
         """[P, K, D] -> [P, K, D]"""
-        return self.add(queries_PKD, attend_to_own_bytes(self.queries(queries_PKD), *self.keys_values(h_TD), own))
+        return self.add(queries_PKD, encoder_cross_attention(self.queries(queries_PKD), *self.keys_values(h_TD), own))
 
 
 class DecoderCrossAttention(CrossAttention):
     """Decoder: a byte looks at the patch it reads."""
 
-    def forward(self, h_TD: Tensor, keys_PKD: Tensor, read: PatchRuns) -> Tensor:
+    def forward(self, h_TD: Tensor, keys_PKD: Tensor, read: ByteRanges) -> Tensor:
         """[T, D] -> [T, D]"""
         return self.read(h_TD, *self.keys_values(keys_PKD), read)
 
-    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: PatchRuns) -> Tensor:
+    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: ByteRanges) -> Tensor:
         """The same, with keys and values that are known already."""
-        return self.add(h_TD, attend_to_read_patch(self.queries(h_TD), k_PKHE, v_PKHE, read))
+        return self.add(h_TD, decoder_cross_attention(self.queries(h_TD), k_PKHE, v_PKHE, read))

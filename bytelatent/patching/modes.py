@@ -1,9 +1,11 @@
 """Patching modes: one table, and the settings of a mode.
 
-A mode says, for each id read, whether the next one starts a patch. Every mode but `bpe` looks only at an id, the id
-before it, their entropies and the position. So each of its decisions is written once, for one moment; a batch applies it
-to shifted tensors, a decoder to the values it carries. To add a mode: its name in `ModeName`, its entry in `MODES`, and
-its decision on the device in `bytelatent.inference.step.decisions`, or `on_host=True`.
+A mode decides, for each id read, whether the next one starts a patch. Every mode but `bpe` looks only at an id, the id
+before it, their entropies and the position. So each of its decisions is written once, for one moment; a batch applies
+it to shifted tensors, a decoder to the values it carries.
+
+To add a mode, write its name in `ModeName`, its entry in `MODES`, and its decision on the device in
+`bytelatent.inference.step.decisions`, or mark it `on_host`.
 
 Source: Pagnoni et al. 2024, section 2.
 """

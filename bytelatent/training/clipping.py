@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bytelatent.kernels.row_sums import coalesced
+from bytelatent.kernels.hash_tables import coalesced
 
 
 @torch.no_grad()

@@ -3,8 +3,7 @@
 import torch
 from torch.optim.optimizer import ParamsT
 
-from bytelatent.kernels.row_adamw import row_adamw
-from bytelatent.kernels.row_sums import coalesced
+from bytelatent.kernels.hash_tables import coalesced, row_adamw
 
 # Shapes: R rows of a table, U rows seen, D width
 

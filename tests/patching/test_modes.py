@@ -110,9 +110,9 @@ def test_no_ids_and_no_rows(rule: PatchSettings) -> None:
 def test_what_a_rule_needs_and_does_not_get_is_named() -> None:
     entropy = PatchSettings(threshold=1.0)
     ids = torch.full((2, 3), 100)
-    with pytest.raises(UserError, match="rule 'entropy' needs the byte LM's entropies"):
+    with pytest.raises(UserError, match="mode 'entropy' needs the byte LM's entropies"):
         patch_lengths(ids, None, entropy)
-    with pytest.raises(UserError, match="rule 'space' needs ids"):
+    with pytest.raises(UserError, match="mode 'space' needs ids"):
         patch_lengths(None, ids.float(), PatchSettings(mode="space"))
     with pytest.raises(UserError, match=r"ids \[2, 3\] and entropies \[2, 2\] differ"):
         patch_lengths(ids, torch.zeros(2, 2), entropy)
@@ -129,7 +129,7 @@ def test_what_a_rule_needs_and_does_not_get_is_named() -> None:
         ({"mode": "static", "patch_size": 0}, "greater than or equal to 1"),
         ({"mode": "byte", "patch_size": 2}, "patch_size belongs to mode 'static'"),
         ({"mode": "bpe"}, "needs tokenizer"),
-        ({"threshold": 1.0, "monotonicity": True, "threshold_add": 0.5}, "two different rules"),
+        ({"threshold": 1.0, "monotonicity": True, "threshold_add": 0.5}, "exclude each other"),
         ({"mode": "byte", "max_patch_length": 0}, "greater than or equal to 1"),
         ({"mode": "entropie", "threshold": 1.0}, "'entropie'"),
     ],

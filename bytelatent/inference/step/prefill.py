@@ -12,19 +12,13 @@ from torch import Tensor, nn
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import Keep, KeepPatchKeys
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
-from bytelatent.kernels.decode_patches import plain_read_patch, read_patch
+from bytelatent.kernels.decode_cross_attention import decoder_cross_attention_step
 from bytelatent.kernels.gated_product import ROWS, can_gate, fast_row_scale, gated_product
-from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
+from bytelatent.kernels.hash_embed import hash_embed, ngram_powers
 from bytelatent.kernels.quantized import dense
-from bytelatent.kernels.skinny_linear import gate, plain_gate
-from bytelatent.kernels.window_attention import (
-    angles,
-    can_attend,
-    first_seen,
-    plain_window_attention,
-    turn,
-    window_attention,
-)
+from bytelatent.kernels.rotary import cos_sin
+from bytelatent.kernels.skinny_linear import gate
+from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
 from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches
 from bytelatent.model.attention import Look
 from bytelatent.model.ngram_hash import PRIMES
@@ -47,11 +41,7 @@ class RunLook:
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         """Of queries and keys that are not rotated yet; the keys are rotated in place."""
-        if q_THE.is_cuda:
-            found = window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
-        else:
-            found = plain_window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
-            k_TJE = turn(k_TJE, self.cos, self.sin)
+        found = window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
         self.keep(k_TJE, v_TJE)
         return found
 
@@ -80,7 +70,7 @@ class FastBlock(nn.Module):
         if x_TD.is_cuda and size >= 16 * ROWS and size % ROWS == 0 and can_gate(*gate_up.shape):
             return gated_product(x_TD, fast_row_scale(x_TD, eps), gate_up)
         both = F.linear(F.rms_norm(x_TD, (self.settings.dim,), None, eps), gate_up)
-        return gate(both) if x_TD.is_cuda else plain_gate(both)
+        return gate(both)
 
 
 @dataclass
@@ -205,8 +195,7 @@ class FastDecoder(Decoder):
         back = torch.arange(1 - max(settings.sizes), 1, device=batch.ids.device)
         tail = batch.ids[(place[:, None] + back).clamp(min=0)]
         powers = ngram_powers(PRIMES[: settings.num_functions], settings.sizes, batch.ids.device)
-        embed = hash_embed if batch.ids.is_cuda else plain_hash_embed
-        return embed(tail, batch.position, powers, encoder.ngram_hash.tables.weight, encoder.embedding.weight)
+        return hash_embed(tail, batch.position, powers, encoder.ngram_hash.tables.weight, encoder.embedding.weight)
 
     def _read_patches(
         self, decoder: Any, keys_PKD: Tensor, read: Tensor, keep: KeepPatchKeys
@@ -214,7 +203,6 @@ class FastDecoder(Decoder):
         assert self.blt_weights is not None
         weights, stack = self.blt_weights.decoder_cross, self.blt_weights.settings.decoder
         heads = (self.blt_weights.settings.cross_attention.num_heads, -1)
-        look = read_patch if keys_PKD.is_cuda else plain_read_patch
         row, reads = read.clamp(min=0), read >= 0
 
         def normed(x: Tensor) -> Tensor:
@@ -229,7 +217,7 @@ class FastDecoder(Decoder):
             k_PKHE, v_PKHE = (F.linear(normed_PKD, matrix).unflatten(-1, heads) for matrix in matrices)
             keep(layer, k_PKHE, v_PKHE)
             q_THE = F.linear(normed(h_TD), dense(cross.query, dtype)).unflatten(-1, heads)
-            found = look(q_THE, k_PKHE, v_PKHE, reads, row_B=row).flatten(1)
+            found = decoder_cross_attention_step(q_THE, k_PKHE, v_PKHE, reads, row_B=row).flatten(1)
             return torch.addmm(h_TD, found, dense(cross.output, dtype).T, beta=2)
 
         return read_patches
@@ -237,7 +225,7 @@ class FastDecoder(Decoder):
     def _look(self, stack: StackSettings, document: Tensor, position: Tensor, keep: Keep) -> Look:
         if stack not in self._fast:
             return super()._look(stack, document, position, keep)
-        cos, sin = angles(position, stack.head_dim, stack.rope_theta)
+        cos, sin = cos_sin(position, stack.head_dim, stack.rope_theta)
         return RunLook(first_seen(position, stack.window), cos, sin, keep)
 
 

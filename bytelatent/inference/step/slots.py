@@ -14,7 +14,7 @@ from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.drafting import DraftedStep
 from bytelatent.inference.step.state import Room
 from bytelatent.inference.step.step import FastStep
-from bytelatent.kernels.overlap import overlapped
+from bytelatent.kernels.launch import overlapped
 from bytelatent.model import BLTModel
 
 AHEAD = 8  # steps on their way that the host has not read
