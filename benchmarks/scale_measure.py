@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpu_trace import Communication, communication_of, print_kernels
 from scale_plans import Configuration
 from torch.cuda.nccl import version as nccl_version
 
@@ -31,8 +32,7 @@ from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.float8 import check_float8
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer, check_optimizer
-from bytelatent.training.profiling.kernel_times import PROFILED, Communication, communication_of, print_kernels
-from bytelatent.training.profiling.measure import DOCUMENT, num_patches, random_batch, wait_for
+from bytelatent.training.profiling.measure import DOCUMENT, PROFILED_CALLS, num_patches, random_batch, wait_for
 from bytelatent.weights import Config
 
 STEPS_A_CHECKPOINT = 1000  # the trainer's default
@@ -302,7 +302,7 @@ def measure(
             if profiled and ranks.is_first:
                 print_kernels(training.step, device)
             elif profiled:
-                for _ in range(PROFILED):
+                for _ in range(PROFILED_CALLS):
                     training.step()
             rows.append(row)
 

@@ -221,14 +221,14 @@ class BLT:
     @overload
     def generate(self, prompt: Text, max_new_bytes: int = ..., samples: None = ..., **sampling: Any) -> str: ...
     @overload
-    def generate(self, prompt: Text, max_new_bytes: int = ..., *, samples: int, **sampling: Any) -> list[str]: ...
+    def generate(self, prompt: Text, max_new_bytes: int = ..., samples: int = ..., **sampling: Any) -> list[str]: ...
     @overload
     def generate(
         self, prompt: Sequence[Text], max_new_bytes: int = ..., samples: None = ..., **sampling: Any
     ) -> list[str]: ...
     @overload
     def generate(
-        self, prompt: Sequence[Text], max_new_bytes: int = ..., *, samples: int, **sampling: Any
+        self, prompt: Sequence[Text], max_new_bytes: int = ..., samples: int = ..., **sampling: Any
     ) -> list[list[str]]: ...
     def generate(
         self,

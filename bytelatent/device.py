@@ -1,17 +1,23 @@
-"""Where to compute, and how precisely."""
+"""Where to compute: device, precision, threads and memory."""
 
+import os
 import re
 import sys
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from bytelatent.errors import UserError
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}  # precisions that models are loaded in
+TRIAL = 3  # pieces of work that a number of threads is tried on
+TRIAL_SHARE = 0.05  # of the time, about, goes into trials
 CGROUP = Path("/sys/fs/cgroup")  # of Linux
-# Dense products a second in bfloat16, as the makers state them, by what a device's name holds; the first that fits.
+# Peak FLOP/s of dense products in bfloat16, as the makers state them, by part of the device's name; first match counts.
 PEAKS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -110,7 +116,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second that the maker states for dense products; None where that is not known."""
+    """Peak FLOP/s of dense products as the maker states it; None where that is unknown."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
@@ -129,20 +135,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> int | None:
-    """Bytes of this machine's memory that can be had at most, by its control group too; None where it does not say."""
+    """Bytes of this machine's memory that are available, within its control group; None where that is unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # what a group uses is partly cache, and can be had
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # part of what a group uses is cache
         with suppress(OSError, ValueError):  # no such group, or "max"
             free = min(free, int((CGROUP / limit).read_text()))
     return free
 
 
 def peak_memory(device: torch.device | None = None) -> int:
-    """The most bytes that this process held at a time: on its GPU where it computes there, else in all."""
+    """The most bytes that this process has held: on its GPU where it computes there, else in main memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated(device):
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -151,3 +157,80 @@ def peak_memory(device: torch.device | None = None) -> int:
         return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+class Threads:
+    """Times pieces of work on the CPU with one thread and with more, and uses the fastest number.
+
+    The threads of an operation wait for one another. Where other programs take the cores, all of them wait for the one
+    without a core, and a single thread can be faster than all. As the machine's load changes, other numbers are tried
+    again from time to time. The pieces must be of about equal size. At its end the block restores torch's number.
+
+    Args:
+        counts: numbers of threads to choose from, the first one first; a single one leaves torch as it is.
+
+    Attributes:
+        count: the number in use.
+    """
+
+    def __init__(self, counts: Sequence[int]):
+        self.counts = counts
+        self.count = counts[0]
+        self._times: deque[float] = deque(maxlen=TRIAL)  # of the last pieces with the fastest number
+        self._best = 0  # index of the fastest number in `counts`
+        self._tried: int | None = None  # index of the number on trial
+        self._trial: list[float] = []
+        self._until_trial = 0.0  # seconds of work
+        self._num_trials = 0
+
+    @classmethod
+    def of(cls, device: torch.device, may_choose: bool = True) -> Self:
+        """For work on a device: one thread, half of torch's, or all of them.
+
+        The number stays torch's own on another device than the CPU, where OMP_NUM_THREADS sets it, or where results
+        must be the same bit for bit each time (`may_choose=False`).
+        """
+        num_threads = torch.get_num_threads()
+        if not may_choose or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+            return cls([num_threads])
+        return cls(sorted({1, max(num_threads // 2, 1), num_threads}))
+
+    def __enter__(self) -> Self:
+        self._before = torch.get_num_threads()
+        self._use(self._best)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if torch.get_num_threads() != self._before:
+            torch.set_num_threads(self._before)
+
+    def took(self, seconds: float) -> None:
+        """Count a piece of work that was done with the current number of threads."""
+        if len(self.counts) == 1:
+            return
+        if self._tried is None:
+            self._times.append(seconds)
+            self._until_trial -= seconds
+            if len(self._times) == TRIAL and self._until_trial <= 0:
+                self._try_another()
+            return
+        self._trial.append(seconds)
+        usual = sum(self._times) / len(self._times)
+        if len(self._trial) == TRIAL or seconds > 2 * usual:  # one piece that takes as long says enough
+            if sum(self._trial) / len(self._trial) < usual:
+                self._best = self._tried
+                self._times = deque(self._trial, maxlen=TRIAL)
+            self._until_trial = sum(self._trial) / TRIAL_SHARE
+            self._tried, self._trial = None, []
+            self._use(self._best)
+
+    def _try_another(self) -> None:
+        others = [index for index in range(len(self.counts)) if index != self._best]
+        self._tried = others[self._num_trials % len(others)]
+        self._num_trials += 1
+        self._use(self._tried)
+
+    def _use(self, index: int) -> None:
+        self.count = self.counts[index]
+        if torch.get_num_threads() != self.count:
+            torch.set_num_threads(self.count)

@@ -10,19 +10,35 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from filelock import FileLock, Timeout, lock_descriptor
+
 from bytelatent.errors import UserError
 
 MANIFEST = "complete.json"
 SCANT_BYTES = 2**16  # less free space than this is a full disk
+IS_LINK = "'{}' is a link, and would be written through; remove it"
+WITHOUT_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of file systems that cannot lock a file
 Digest = list[int | str]  # size and SHA-256 of a file
 
 
 class DiskFull(UserError):
-    """There is no room for what was to be written."""
+    """The disk has no room for what was to be written."""
+
+
+class Locked(UserError):
+    """Another process is writing a file or a folder.
+
+    Attributes:
+        path: the file or folder.
+    """
+
+    def __init__(self, path: str | Path, way_out: str) -> None:
+        super().__init__(f"'{path}' is being written by another process; {way_out}")
+        self.path = Path(path)
 
 
 def own_file(path: str | Path, flags: int) -> int:
-    """Open a file for writing whose name anybody can know beforehand: a link that was put there is not followed.
+    """Open a file for writing whose name others can predict: a link in its place is not followed.
 
     An `opener` of the built-in `open`; `flags` are those of `os.open`.
 
@@ -33,7 +49,7 @@ def own_file(path: str | Path, flags: int) -> int:
         return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError:
         if os.path.islink(path):
-            raise UserError(f"'{path}' is a link, and would be written through; remove it") from None
+            raise UserError(IS_LINK.format(path)) from None
         raise
 
 
@@ -59,7 +75,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_folder(path: str | Path, known: dict[str, Digest] | None = None) -> Iterator[Path]:
     """A temporary folder to fill; it becomes `path`, with a manifest of its files, when the block ends.
 
-    What stood at `path` before is replaced only then.
+    Until then, what was at `path` before stays.
 
     Args:
         known: digests of files that need not be read again for the manifest, filled before the block ends.
@@ -93,45 +109,32 @@ def whole_folder(path: str | Path, known: dict[str, Digest] | None = None) -> It
 
 @contextmanager
 def only_writer(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from writing into `folder` for as long as the block lasts; a killed one lets go by itself.
+    """Keep other processes from writing into `folder` while the block runs. A killed process releases its lock.
 
     Raises:
-        UserError: another process writes there.
+        Locked: another process writes there.
+        UserError: the folder cannot be written.
     """
     path = Path(folder) / ".lock"
+    lock = FileLock(path, timeout=0, thread_local=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a", opener=own_file)  # noqa: SIM115
+        lock.acquire()
+    except Timeout:
+        raise Locked(folder, "wait for it, or use run=FOLDER") from None
     except OSError as error:
-        raise UserError(f"'{folder}' cannot be written: {error.strerror or error}") from None
-    with lock:
-        try:
-            _lock(lock)
-        except BlockingIOError:
-            raise UserError(f"'{folder}' is being written by another process; wait for it, or use run=FOLDER") from None
+        if path.is_symlink():
+            raise UserError(IS_LINK.format(path)) from None
+        if error.errno not in WITHOUT_LOCKS:
+            raise UserError(f"'{folder}' cannot be written: {error.strerror or error}") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _lock(file: IO[Any]) -> None:
-    """Lock an open file until it is closed.
-
-    Raises:
-        BlockingIOError: another process has locked it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass  # a file system without locks
-
-
-def part_of(path: Path) -> Path:
-    """Where the lines of a file stand that `growing_file` has not finished."""
+def partial_path(path: Path) -> Path:
+    """Where `growing_file` writes until the file is finished."""
     return path.with_name(f"{path.name}.part")
 
 
@@ -139,13 +142,14 @@ def part_of(path: Path) -> Path:
 def growing_file(path: Path) -> Iterator[BinaryIO]:
     """A file to append lines to, `path.part`; it becomes `path` when the block ends without an error.
 
-    However the block ends else, whole lines stay there, and the next block goes on after them; without any the file
-    goes. Nothing is held back from the disk, so that a killed process loses no line.
+    If the block ends with an error, whole lines stay there, and the next block appends to them; a file without any is
+    removed. Writes are unbuffered, so that a killed process loses no line.
 
     Raises:
-        UserError: it cannot be written, or another process writes it.
+        Locked: another process writes it.
+        UserError: it cannot be written.
     """
-    part = part_of(path)
+    part = partial_path(path)
     with _opened_alone(part) as file:
         try:
             try:
@@ -158,7 +162,7 @@ def growing_file(path: Path) -> Iterator[BinaryIO]:
                 raise
             if os.name == "nt":  # an open file is not renamed there
                 file.close()
-            os.replace(part, path)  # before it is let go, or another process would write on in what is done
+            os.replace(part, path)  # while it is locked, or another process would append to the finished file
         except OSError as error:
             explain(path, error)
             raise
@@ -172,17 +176,23 @@ def _opened_alone(part: Path) -> BinaryIO:
             file = open(part, "ab", buffering=0, opener=own_file)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"'{part}' cannot be written: {error.strerror or error}") from None
-        try:
-            _lock(file)
-        except BlockingIOError:
+        if not _lock(file):
             file.close()
-            raise UserError(
-                f"'{part}' is being written by another process; wait for it, or name another file"
-            ) from None
+            raise Locked(part, "wait for it, or name another file")
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), part.lstat()):
                 return file
-        file.close()  # it was another process's, which ended and took it away before it was locked here
+        file.close()  # before it was locked here, another process finished or removed it
+
+
+def _lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed; False if another process has locked it."""
+    if os.name == "nt":  # there a lock would keep this process from opening the file again
+        return True
+    try:
+        return lock_descriptor(file.fileno(), blocking=False)
+    except OSError:  # a file system without locks
+        return True
 
 
 def _leave_whole_lines(path: Path) -> None:
@@ -201,12 +211,12 @@ def _leave_whole_lines(path: Path) -> None:
             file.truncate(whole)
 
 
-def what_is_torn(folder: Path, ending: str = "", part: int = 0, parts: int = 1) -> str | None:
-    """Why a folder written by `whole_folder` is not whole any more; None if it is.
+def find_corruption(folder: Path, ending: str = "", part: int = 0, parts: int = 1) -> str | None:
+    """Why a folder written by `whole_folder` is corrupt; None if all its files are as they were written.
 
     Args:
-        ending: only files whose names end so are looked at.
-        part, parts: only this part of the files, of so many, is looked at.
+        ending: check only files whose names end with this.
+        part, parts: check only files number `part`, `part + parts`, ...: each rank checks some.
     """
     try:
         for name, digest in list(manifest_of(folder).items())[part::parts]:
@@ -226,7 +236,7 @@ def what_is_torn(folder: Path, ending: str = "", part: int = 0, parts: int = 1) 
 
 
 def manifest_of(folder: Path) -> dict[str, Digest]:
-    """The files that `whole_folder` wrote, and what they were; others may have come to stand beside them."""
+    """The files that `whole_folder` wrote, with their digests; the folder may hold others by now."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8-sig"))["files"]
 
 
@@ -259,7 +269,7 @@ def _disk_is_full(path: Path, error: Exception) -> bool:
     if isinstance(error, UserError):
         return False
     # safetensors, torch.save and copytree hide the system's error in one of their own, torch without its name. What
-    # they wrote still stands aside here, so a disk that was too small for it has nothing left.
+    # they wrote is still there at this point, so a disk that was too small for it has nothing left.
     with suppress(OSError):
         return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(path.parent).free < SCANT_BYTES
     return False

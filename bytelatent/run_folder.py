@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bytelatent.errors import UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 
 CHECKPOINT = re.compile("step-([0-9]{8,})")  # not a user's copy, such as step-00000080.bak
 
@@ -37,7 +37,7 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
     return dict(sorted((int(name[1]), folder) for folder in folders if (name := CHECKPOINT.fullmatch(folder.name))))
 
 
-def newest_checkpoint(run: Path, why_corrupt: Callable[[Path], str | None] = what_is_torn) -> tuple[Path, list[str]]:
+def newest_checkpoint(run: Path, why_corrupt: Callable[[Path], str | None] = find_corruption) -> tuple[Path, list[str]]:
     """The last checkpoint of a run that is whole, and a line about each later one that is corrupt.
 
     Args:

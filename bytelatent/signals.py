@@ -18,6 +18,8 @@ from bytelatent.errors import STOPPED, Interrupted
 ONE_PRESS = 2.0  # seconds in which a second signal is the same one: a double press, or one that torchrun passes on
 NOT_SAVED = "without saving; the same command goes on from the last checkpoint, if there is one"
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Windows has but the first two
+WARNINGS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]  # SLURM's, to a job
+TERMINATED = -signal.SIGTERM  # exit code that subprocesses report
 
 
 def stop_signals() -> list[int]:
@@ -26,6 +28,11 @@ def stop_signals() -> list[int]:
     if "SIGHUP" in numbers and signal.getsignal(numbers["SIGHUP"]) is signal.SIG_IGN:
         del numbers["SIGHUP"]
     return list(numbers.values())
+
+
+def ignore_interrupts() -> None:
+    """Leave Ctrl-C to the parent process: for worker processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -70,6 +77,39 @@ def unattended(imports: Callable[[], Any]) -> Iterator[None]:
         if asked is None:  # else the same press may come again on the way out
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def block_warnings() -> None:
+    """Block the signals by which SLURM warns a job, in this process and those that it starts.
+
+    SLURM sends them to every process of a job, and one that does not handle them would die: those that read ahead or
+    compile.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+
+
+def leave_to_children() -> None:
+    """Let SIGINT and SIGTERM do nothing in this process; the processes that it starts handle them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # children would inherit SIG_IGN
+
+
+def interrupt_when_warned() -> None:
+    """Turn a cluster's warning into one Ctrl-C of this process, and block it for the processes that it starts.
+
+    The end of the parent process is a warning, too: after torchrun is killed, not every cluster ends the processes that
+    it leaves behind, and they would train on without a job.
+    """
+    block_warnings()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background processes with it ignored
+    parent, main_thread = os.getppid(), threading.get_ident()
+
+    def wait() -> None:
+        while signal.sigtimedwait(WARNINGS, 1.0) is None and os.getppid() == parent:
+            pass
+        signal.pthread_kill(main_thread, signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Dropping(io.FileIO):

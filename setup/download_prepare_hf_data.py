@@ -12,19 +12,16 @@ It downloads to DATA_DIR/NAME and writes DATA_DIR/NAME_shuffled. Stopped and run
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from bytelatent import log
 from bytelatent.errors import UserError, guarded
 from bytelatent.hub import ASK, token_of
 from bytelatent.prepare import PrepareSettings, prepare
-from bytelatent.prepare.download import fetch, is_hub, short_name
+from bytelatent.prepare.download import dataset_name, download_dataset, is_hub
 
 
 def main() -> None:
     arguments = parse()
     log.configure()
-    console = Console(stderr=True)
     name, source = found(arguments)
     settings = PrepareSettings.parse(
         {
@@ -39,7 +36,7 @@ def main() -> None:
             "executor": arguments.executor,
         }
     )
-    print(prepare(settings, console))
+    print(prepare(settings))
 
 
 def parse() -> argparse.Namespace:
@@ -70,8 +67,8 @@ def found(arguments: argparse.Namespace) -> tuple[str, Path]:
         return folder.resolve().name, folder
     if not is_hub(wanted) and "/" in wanted:
         raise UserError(f"'{wanted}' is no folder; give one, a known name or hf://datasets/OWNER/NAME")
-    name = short_name(wanted)  # complains about an unknown name
-    return name, fetch(wanted, arguments.data_dir / name, token_of(arguments.api_key))
+    name = dataset_name(wanted)  # complains about an unknown name
+    return name, download_dataset(wanted, arguments.data_dir / name, token_of(arguments.api_key))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from bytelatent import log
 from bytelatent.errors import guarded
 from bytelatent.hub import ASK, token_of
-from bytelatent.prepare.tokenizers import NAMES, TIKTOKEN_SHA256, TIKTOKEN_URL, fetch_tokenizer
+from bytelatent.prepare.download import NAMES, TIKTOKEN_SHA256, TIKTOKEN_URL, fetch_tokenizer
 
 
 def main() -> None:

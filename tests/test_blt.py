@@ -5,12 +5,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from bytelatent import BLT
+from bytelatent.config import say_renamed
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.quantize import rounded
@@ -219,6 +221,25 @@ def test_published_weights_round_trip(goldens: Path, tmp_path: Path) -> None:
     ids = torch.tensor([[1, *(b + 4 for b in b"the same bits"), 2]])
     assert again.logits(ids).equal(published.logits(ids))
     assert again.patch("the same bits") == published.patch("the same bits")
+
+
+def test_old_names_still_work(blt: BLT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say_renamed.cache_clear()
+    blt.save_pretrained(tmp_path / "a")
+    old: Any = {"entropy": tmp_path / "a" / "byte_lm", "weights": "int8", "ahead": 3}
+    model = BLT.from_pretrained(tmp_path / "a", device="cpu", **old)
+    assert (model.quantize, model.draft_length) == ("int8", 3) == (model.weights, model.ahead)
+    model.byte_lm = tiny_byte_lm(seed=5)
+    assert model.entropy_model is model.byte_lm
+    old = {"num_rows": 2}
+    assert model.engine(**old).is_idle
+    lines = capsys.readouterr().err.splitlines()
+    for names in (
+        "entropy= is now entropy_model=",
+        "weights= is now quantize=",
+        "BLT.byte_lm is now BLT.entropy_model",
+    ):
+        assert sum(line.startswith(names) for line in lines) == 1
 
 
 def test_precision_of_the_weights(blt: BLT, tmp_path: Path) -> None:

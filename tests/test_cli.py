@@ -220,8 +220,8 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["info", "nonsense"], "blt-8b; or name a run, a folder with a model, or OWNER/NAME on the hub"),
         (["info"], "name a run, a folder, a repository or a preset; presets: "),
         (["info", "{model}", "--entropy", "absent"], "'absent' is not a folder"),
-        (["info", "{byte_lm}", "--entropy", "{byte_lm}"], "is a byte LM itself and asks no other"),
-        (["info", "{model}", "--revision", "main"], "is a folder, which has none; leave it out"),
+        (["info", "{byte_lm}", "--entropy", "{byte_lm}"], "is a byte LM itself and needs no other"),
+        (["info", "{model}", "--revision", "main"], "is a folder, which has no revisions; leave it out"),
         (["convert", "absent", "out"], "'absent' is not a folder; name a run"),
         (["convert", "{model}", "out", "--to", "gguf"], "format: 'gguf' is unknown; use native, hf, meta"),
         (["convert", "{model}", "out", "--licence", ""], "licence: it is empty"),
@@ -263,7 +263,7 @@ def test_a_byte_lm_that_is_not_there_is_told_by_its_key(
     values = blt_run(tmp_path / "run", text, Path("absent"))
     arguments = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     told = refused(monkeypatch, capsys, "train", *arguments)
-    assert told.startswith("error: byte_lm: 'absent' is not a folder; name a run")
+    assert told.startswith("error: entropy_model: 'absent' is not a folder; name a run")
 
 
 def test_help_of_training_names_the_page_of_settings() -> None:

@@ -12,10 +12,10 @@ from bytelatent import files
 from bytelatent.errors import UserError
 from bytelatent.files import (
     MANIFEST,
+    find_corruption,
     growing_file,
     only_writer,
-    part_of,
-    what_is_torn,
+    partial_path,
     whole_file,
     whole_folder,
 )
@@ -50,7 +50,7 @@ def test_folder(tmp_path: Path) -> None:
         write_folder(place, **{name: name})
         assert set(everything(tmp_path)) == {f"new/a/{n}" for n in (name, "inner/deep", MANIFEST)}
         assert set(os.listdir(tmp_path / "new")) == {"a"}
-        assert what_is_torn(place) is None
+        assert find_corruption(place) is None
 
 
 def write_half(write, place: Path, error: BaseException) -> None:
@@ -177,11 +177,11 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
         (lambda f: (f / "another").write_text("is no harm"), None),
     ],
 )
-def test_what_is_torn(change, told: str | None, tmp_path: Path) -> None:
+def test_find_corruption(change, told: str | None, tmp_path: Path) -> None:
     place = write_folder(tmp_path / "a", name="old")
-    assert what_is_torn(place) is None
+    assert find_corruption(place) is None
     change(place)
-    assert what_is_torn(place) == told
+    assert find_corruption(place) == told
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
@@ -216,13 +216,13 @@ def test_a_growing_file_that_another_writer_took_away_is_begun_anew(
 ) -> None:
     """Between opening and locking it."""
     out, lock, calls = tmp_path / "out", files._lock, []
-    part_of(out).write_bytes(b"theirs\n")
+    partial_path(out).write_bytes(b"theirs\n")
 
-    def late(file: object) -> None:
+    def late(file: object) -> bool:
         if not calls:
-            take_away(part_of(out))
+            take_away(partial_path(out))
         calls.append(file)
-        lock(file)  # type: ignore[arg-type]
+        return lock(file)  # type: ignore[arg-type]
 
     monkeypatch.setattr(files, "_lock", late)
     with growing_file(out) as file:

@@ -10,7 +10,7 @@ ROOT = Path(bytelatent.__file__).parent
 LAYERS = [  # the lowest first
     ["credentials", "terminal"],
     ["errors", "log"],
-    ["vocab", "config", "configs", "files", "device", "progress", "threads", "signals", "interrupt", "kernels"],
+    ["vocab", "config", "configs", "files", "device", "progress", "signals", "interrupt", "kernels"],
     ["hub", "run_folder", "command_line"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "weights"],

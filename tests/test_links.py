@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from bytelatent import BLT
-from bytelatent.data.shards import Shard, hold
+from bytelatent.data.shards import Shard, lock_shards
 from bytelatent.errors import UserError
-from bytelatent.files import growing_file, only_writer, part_of, whole_file, whole_folder
+from bytelatent.files import growing_file, only_writer, partial_path, whole_file, whole_folder
 from bytelatent.patching import PatchSettings
-from bytelatent.prepare.local import _write_to
-from bytelatent.prepare.runs import RunWriter, TaskFiles
+from bytelatent.prepare.plan import TaskFiles
+from bytelatent.prepare.scatter import RunWriter
 from bytelatent.training.trackers import JsonLines
 from bytelatent.weights import Config, convert, open_pretrained, save
 from tests.model.tiny import tiny_blt, tiny_byte_lm
@@ -55,12 +55,11 @@ def set_aside(folder: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     ".lock": into(only_writer),
-    ".lock of shards": into(lambda folder: hold(folder, [Shard("a.jsonl", "a", 1)])),
+    ".lock of shards": into(lambda folder: lock_shards(folder, [Shard("a.jsonl", "a", 1)])),
     "out.jsonl.part": into(lambda folder: growing_file(folder / "out.jsonl")),
     "metrics.jsonl": go_on,
     "rows.jsonl.damaged": set_aside,
     "00003.data": lambda folder: RunWriter(TaskFiles(folder, 3), 4, 2**16, False).close(),
-    "worker.log": lambda folder: _write_to(folder / "worker.log"),
 }
 
 
@@ -83,14 +82,14 @@ def test_no_file_is_made_through_a_link(tmp_path: Path) -> None:
 
 def test_what_a_lock_holds_stays(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("of another program")
-    with only_writer(tmp_path), hold(tmp_path, []):
+    with only_writer(tmp_path), lock_shards(tmp_path, []):
         pass
     assert (tmp_path / ".lock").read_text() == "of another program"
 
 
 def test_files_that_are_being_written(victim: Path, tmp_path: Path) -> None:
     """Their names can be known beforehand, too."""
-    for place in (part_of(tmp_path / "a"), tmp_path / "a"):
+    for place in (partial_path(tmp_path / "a"), tmp_path / "a"):
         (tmp_path / f".{place.name}.{os.getpid()}.part").symlink_to(victim)
         with whole_file(place) as aside:
             aside.write_text("new")
@@ -144,7 +143,7 @@ def test_a_notice_that_leads_elsewhere_is_not_copied(name: str, relative: bool, 
     source = write_model(tmp_path / "model")
     (source / name).symlink_to("../victim" if relative else victim)
     found = open_pretrained(source)
-    assert found.warnings == [f"'{source / name}' is a link to another place and is skipped"]
+    assert found.warnings == [f"'{source / name}' is a link out of its folder and is skipped"]
     assert found.config.origin.licence is None
     convert(found, tmp_path / "converted", "native")
     assert not (tmp_path / "converted" / name).exists()

@@ -1,7 +1,9 @@
 """The benchmark of many GPUs, at a size for a test."""
 
 import sys
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,9 @@ from bytelatent.errors import UserError
 from bytelatent.model import build
 from bytelatent.model.flops import costs
 from bytelatent.training.distributed.fsdp import fsdp_groups
-from bytelatent.training.profiling.kernel_times import Communication
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from gpu_trace import Communication, communication
 from scale import Links, predict
 from scale_measure import SAVE_HEAD, Row, measure, rule_below
 from scale_plans import TINY, Configuration
@@ -94,3 +96,23 @@ def test_a_prediction_adds_up_what_is_sent(gpus: int, speed: float) -> None:
     assert found.tables == pytest.approx(1000 * 2 * 32 * 2 * 2 * share / speed)  # two tables of width 32, both ways
     assert found.exposed > found.tables
     assert found.step == pytest.approx(found.compute + found.exposed)
+
+
+def test_communication_is_exposed_where_nothing_else_runs() -> None:
+    def event(name: str, begin: float, end: float, kind: str = "kernel") -> dict[str, Any]:
+        return {"name": name, "cat": kind, "ts": begin, "dur": end - begin}
+
+    events = [
+        event("nvjet", 1000, 3000),
+        event("ncclDevKernel_AllGather", 2000, 6000),  # half of it beside products
+        event("nvjet", 4500, 5500),
+        event("ncclDevKernel_ReduceScatter", 5000, 7000),  # two at a time count once
+        event("Memcpy HtoD", 6500, 8000, "gpu_memcpy"),
+        event("nvjet", 9000, 10_000),
+        event("aten::mm", 0, 99_000, "cpu_op"),
+        event("nccl:all_gather", 0, 99_000, "gpu_user_annotation"),
+        {"name": "process_name", "ph": "M"},
+    ]
+    expected = Communication(span=9e-3, total=5e-3, exposed=2.5e-3, idle=1e-3)
+    assert astuple(communication(reversed(events))) == pytest.approx(astuple(expected), abs=1e-12)
+    assert communication(events[-3:]) == Communication(0.0, 0.0, 0.0, 0.0)

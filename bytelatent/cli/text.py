@@ -63,7 +63,7 @@ def prepare(
     from bytelatent.prepare import PrepareSettings
     from bytelatent.prepare import prepare as run
 
-    run(PrepareSettings.parse(given), Console(stderr=True))
+    run(PrepareSettings.parse(given))
 
 
 def calibrate(

@@ -20,13 +20,14 @@ from bytelatent.model.flops import costs, training_flops
 from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.float8 import Float8, check_float8
 from bytelatent.training.gradients import check_cuda_graph
-from bytelatent.training.profiling.kernel_times import by_kind, kernels_of
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
     PATCH_BYTES,
     SyntheticTraining,
     TrainingSetup,
+    by_kind,
     copy_rate,
+    kernels_of,
     matrix_rate,
     num_patches,
     random_batch,
@@ -221,7 +222,7 @@ def _measure(plan: TrainingSetup, kind: str | None, sizes: list[int], report: Re
 
 
 def _row(trainee: SyntheticTraining, kind: str | None, size: int, work: str, report: Report) -> Row:
-    plan = trainee.plan
+    plan = trainee.setup
     stream, targets = random_batch(size, plan.device, isinstance(plan.model, BLTSettings))
     if plan.compiled:
         trainee.forget_shapes()
@@ -247,7 +248,7 @@ def _row(trainee: SyntheticTraining, kind: str | None, size: int, work: str, rep
 
 def _split(trainee: SyntheticTraining, kind: str | None, size: int, report: Report) -> list[Split]:
     """Where the time of a step goes; nothing where torch cannot say."""
-    plan = trainee.plan
+    plan = trainee.setup
     stream, targets = random_batch(size, plan.device, isinstance(plan.model, BLTSettings))
     absent = {"hash tables"} if not _has_tables(plan.model) else set()
     absent |= {"patch attention"} if not isinstance(plan.model, BLTSettings) else set()

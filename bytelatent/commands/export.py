@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from bytelatent.errors import UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.log import Console
 from bytelatent.run_folder import checkpoints_of, newest_checkpoint
 from bytelatent.training.checkpoint.storage import open_stored
@@ -55,6 +55,6 @@ def _checkpoint(run: Path, step: int | None) -> tuple[Path, list[str]]:
     known = checkpoints_of(run)
     if (found := known.get(step)) is None:
         raise UserError(f"'{run}' has no checkpoint after step {step}; it has {', '.join(map(str, known)) or 'none'}")
-    if (torn := what_is_torn(found)) is not None:
+    if (torn := find_corruption(found)) is not None:
         raise UserError(f"'{found}' is corrupt ({torn}); name another step, or leave it out for the last whole one")
     return found, []

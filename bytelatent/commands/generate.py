@@ -23,7 +23,7 @@ from bytelatent.commands.rows_out import line_of, must_be_free, rows_at
 from bytelatent.config import Settings, flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest
-from bytelatent.files import part_of
+from bytelatent.files import partial_path
 from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
 from bytelatent.inference.quantize import Weights, check_weights
 from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS
@@ -121,7 +121,7 @@ def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> No
         return
     with rows_at(settings.out, [row.given for row in rows], _made_with(settings), TOLD) as (file, num_done):
         if num_done:
-            _say(console, f"{num_done:,} of {len(rows):,} rows are in '{part_of(settings.out)}'; going on")
+            _say(console, f"{num_done:,} of {len(rows):,} rows are in '{partial_path(settings.out)}'; going on")
         _continue_rows(rows[num_done:], settings, file, console)
 
 

@@ -18,7 +18,7 @@ from bytelatent import log
 from bytelatent.command_line import Given
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.launch import LaunchSettings, filled_in, launch
+from bytelatent.launch import LaunchSettings, launch, with_defaults
 from bytelatent.terminal import say
 
 USAGE = "name a script and its settings: python -m bytelatent.stool script=bytelatent.train config=PATH nodes=1"
@@ -73,7 +73,7 @@ def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
     training = settings.script == TRAIN
     dump_dir = settings.dump_dir or (training and config.get("run")) or f"runs/{_name(settings)}"
     requeue = settings.requeue if settings.requeue is not None else training
-    settings = filled_in(
+    settings = with_defaults(
         LaunchSettings.parse({**settings.plain(), "dump_dir": str(Path(dump_dir).absolute()), "requeue": requeue})
     )
     if training:

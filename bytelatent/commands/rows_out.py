@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.files import growing_file, part_of, whole_file
+from bytelatent.files import growing_file, partial_path, whole_file
 
 ANEW = "to begin anew, move it away"
 
@@ -21,7 +21,7 @@ def must_be_free(path: Path) -> None:
     try:
         if path.is_dir():
             raise UserError(f"out: '{path}' is a folder; name a file")
-        part, settings = part_of(path), _settings_of(path)
+        part, settings = partial_path(path), _settings_of(path)
         if path.is_file() and path.stat().st_size:
             raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
         if not settings.exists() and part.exists() and part.stat().st_size:
@@ -56,7 +56,7 @@ def rows_at(
         with file:
             yield file, 0
         return
-    part, settings = part_of(path), _settings_of(path)
+    part, settings = partial_path(path), _settings_of(path)
     try:
         with growing_file(path) as file:
             num_done = 0

@@ -1,6 +1,6 @@
-"""Work handed to a SLURM cluster: settings, the batch script, and what runs inside the job."""
+"""Jobs of a SLURM cluster: settings, the batch script, and the processes inside the job."""
 
 from bytelatent.launch.settings import LaunchSettings
-from bytelatent.launch.submit import filled_in, launch
+from bytelatent.launch.submit import launch, with_defaults
 
-__all__ = ["LaunchSettings", "filled_in", "launch"]
+__all__ = ["LaunchSettings", "launch", "with_defaults"]

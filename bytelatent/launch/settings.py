@@ -1,4 +1,4 @@
-"""What a job of a cluster is asked for."""
+"""The settings of a job."""
 
 import re
 from typing import Any, Literal, Self
@@ -12,22 +12,26 @@ class LaunchSettings(Settings):
     """A job.
 
     Attributes:
-        script: the module to run; it takes config=PATH.
+        script: module to run; it takes config=PATH.
         config: the script's own settings.
-        name: of the job; the last part of `dump_dir` if left out.
-        dump_dir: the folder of everything that belongs to the job.
-        nodes: how many.
-        ngpu: GPUs of each node, a process each; 0 is for CPUs. As many as a node of the partition has if left out.
+        name: of the job; by default the last part of `dump_dir`.
+        dump_dir: folder for everything that belongs to the job.
+        nodes: number of nodes.
+        ngpu: GPUs of each node, with a process for each; 0 runs on CPUs. By default all GPUs of a node.
         nproc: processes of each node on its CPU; only with ngpu=0.
-        ncpu: cores of each process. A node's cores, shared evenly among its GPUs, if left out.
-        mem: memory of each node, as SLURM writes it: 64G; 0 is all of it.
-        time: the limit, as SLURM writes it: minutes, 12:00:00, 2-00:00:00.
-        partition, account, qos, constraint, exclude: as SLURM's options of these names.
-        launcher: `torchrun`: srun starts one torchrun a node; `srun`: it starts every process itself.
-        grace: seconds before the limit at which the script is told to save and to stop.
-        requeue: start it again where it was told to stop; for scripts that go on where they stopped if left out.
+        ncpu: cores of each process. By default a node's cores, divided evenly among its GPUs.
+        mem: memory of each node in SLURM's form: 64G; 0 is all of it.
+        time: time limit in SLURM's form: minutes, 12:00:00, 2-00:00:00.
+        partition: partition to run in.
+        account: account to charge.
+        qos: quality of service.
+        constraint: features that the nodes must have.
+        exclude: nodes not to use.
+        launcher: `torchrun`: srun starts one torchrun per node; `srun`: srun starts every process itself.
+        grace: seconds before the time limit at which the script is asked to save and to stop.
+        requeue: put the job back into the queue when it was asked to stop. By default only scripts that resume.
         copy_code: run a copy of the code as it is now.
-        override: write over what an earlier launch left in `dump_dir`.
+        override: overwrite what an earlier launch wrote into `dump_dir`.
         dry_run: write everything and submit nothing.
     """
 
@@ -57,7 +61,7 @@ class LaunchSettings(Settings):
     @classmethod
     def _printable(cls, value: Any) -> Any:
         if isinstance(value, str) and not value.isprintable():
-            raise ValueError(f"{value!r} holds a line break or another character that no script can hold")
+            raise ValueError(f"{value!r} holds a line break or another character that a script cannot hold")
         return value
 
     @field_validator("script")
@@ -78,13 +82,13 @@ class LaunchSettings(Settings):
     @classmethod
     def _limit(cls, time: str | None) -> str | None:
         if time is not None:
-            seconds_of(time)
+            time_limit_seconds(time)
         return time
 
     @field_validator("dump_dir")
     @classmethod
     def _path(cls, dump_dir: str | None) -> str | None:
-        # In the names of logs '%' and '\' mean something to SLURM, and ':' parts the folders of PYTHONPATH.
+        # In the names of logs '%' and '\' mean something to SLURM, and ':' separates the folders of PYTHONPATH.
         if dump_dir is not None and (wrong := next((c for c in "%\\:" if c in dump_dir), None)):
             raise ValueError(f"'{dump_dir}' holds '{wrong}', which a job cannot have in its folder's name")
         return dump_dir
@@ -101,20 +105,20 @@ class LaunchSettings(Settings):
         return self.ngpu or self.nproc
 
 
-def seconds_of(time: str) -> int:
+def time_limit_seconds(time: str) -> int:
     """A time limit in seconds.
 
     Args:
         time: in one of SLURM's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
 
     Raises:
-        ValueError: it is in none of them, or no time at all.
+        ValueError: it has none of these forms, or is zero.
     """
     if not re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", time):
         raise ValueError(f"'{time}' is no time limit; write minutes, 12:00:00 or 2-00:00:00")
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    # After days hours come first; without them a lone number is minutes, and two are minutes and seconds.
+    # After days come hours; without days a single number is minutes, and two are minutes and seconds.
     first = 3600 if dash or len(parts) == 3 else 60
     seconds = 86400 * int(days or 0) + sum(part * first // 60**place for place, part in enumerate(parts))
     if seconds == 0:

@@ -1,5 +1,6 @@
-"""A job's folder, written and handed to SLURM."""
+"""Write a job's folder, and submit it to SLURM."""
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -11,49 +12,47 @@ from typing import Any
 
 from bytelatent.config import to_yaml
 from bytelatent.credentials import moved_to_environment
-from bytelatent.errors import UserError
-from bytelatent.files import explain, whole_file
-from bytelatent.launch import cluster
-from bytelatent.launch.code import copy_code, package_of
-from bytelatent.launch.script import batch_script
+from bytelatent.errors import UserError, nearest
+from bytelatent.files import explain, whole_file, whole_folder
+from bytelatent.launch import slurm
 from bytelatent.launch.settings import LaunchSettings
 
-GPUS = 8  # of a node where no cluster can be asked
+DEFAULT_GPUS = 8  # of a node, if SLURM does not answer
 SUBMIT = "submit.slurm"
-WRITTEN = (SUBMIT, "config.yaml", "launch.yaml", "code")  # beside logs, which stay
+WRITTEN = (SUBMIT, "config.yaml", "launch.yaml", "code")  # beside logs, which are kept
 
 
 def launch(settings: LaunchSettings, config: dict[str, Any]) -> str:
     """Write a job's folder and submit it.
 
     Args:
-        settings: as `filled_in` gives them, with `dump_dir`, an absolute path, and `requeue`.
+        settings: as `with_defaults` returns them, with `requeue` and an absolute `dump_dir`.
         config: the resolved settings of the script.
 
     Returns:
-        One line: the job, where to look, how to cancel; after a dry run the command that submits.
+        One line: the job, its log, how to cancel it; after a dry run the command that submits it.
 
     Raises:
-        UserError: there is no SLURM, it does not take the job, or the folder is taken or cannot be written; the folder
+        UserError: SLURM is not installed or rejects the job, or the folder is in use or cannot be written. The folder
             is then as it was.
-        Unreachable: SLURM does not answer; the folder is written.
+        SlurmUnreachable: SLURM does not answer; the folder is written.
     """
     assert settings.dump_dir is not None
     dump_dir = Path(settings.dump_dir)
-    if not settings.dry_run and not cluster.is_here():
+    if not settings.dry_run and not slurm.is_installed():
         raise UserError(
             "there is no 'sbatch' here; run this where SLURM's commands are, or write the files alone with dry_run=true"
         )
     package_of(settings.script)
-    _must_be_free(dump_dir, settings.override)
-    submit = dump_dir / SUBMIT
-    with _as_it_was_on_failure(dump_dir):
+    _check_free(dump_dir, settings.override)
+    script = dump_dir / SUBMIT
+    with _restored_on_failure(dump_dir):
         config, secret = moved_to_environment(config)
         _write_folder(dump_dir, settings, to_yaml(config, {f"${{oc.env:{name}}}" for name in secret}))
         needed = f"needs the addresses with credentials in its environment: {', '.join(secret)}"
         if settings.dry_run:
-            return shlex.join(["sbatch", str(submit)]) + (f"  # {needed}" if secret else "")
-        job = cluster.submit(str(submit), secret)
+            return shlex.join(["sbatch", str(script)]) + (f"  # {needed}" if secret else "")
+        job = slurm.submit(script, secret)
     log = shlex.quote(str(dump_dir / "logs" / job / "0.out"))
     again = f"; submitting it again {needed}" if secret else ""
     return f"job {job} submitted; tail -F {log}; cancel: scancel {job}{again}"
@@ -68,13 +67,13 @@ def _write_folder(dump_dir: Path, settings: LaunchSettings, config: str) -> None
     _write(dump_dir / "launch.yaml", settings.to_yaml())
     _write(dump_dir / "config.yaml", config)
     argument = f"config={dump_dir / 'config.yaml'}"
-    # The batch script comes last: where it stands, the folder is complete.
-    _write(dump_dir / SUBMIT, batch_script(settings, dump_dir, Path.cwd(), sys.executable, code, argument))
+    # The batch script comes last: if it exists, the folder is complete.
+    _write(dump_dir / SUBMIT, slurm.batch_script(settings, dump_dir, Path.cwd(), sys.executable, code, argument))
 
 
 @contextmanager
-def _as_it_was_on_failure(dump_dir: Path) -> Iterator[None]:
-    """What an earlier launch wrote is set aside, and comes back if the block fails; what the block wrote goes then.
+def _restored_on_failure(dump_dir: Path) -> Iterator[None]:
+    """Set aside what an earlier launch wrote. If the block fails, restore it and remove what the block wrote.
 
     Not if SLURM does not answer: the job may be in its queue.
     """
@@ -87,17 +86,17 @@ def _as_it_was_on_failure(dump_dir: Path) -> Iterator[None]:
             os.replace(dump_dir / name, aside / name)
         yield
         shutil.rmtree(aside, ignore_errors=True)
-    except cluster.Unreachable:
+    except slurm.SlurmUnreachable:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     except BaseException as error:
         for name in WRITTEN:
-            if (aside / name).exists() or name not in old:  # else it is still the old one
+            if (aside / name).exists() or name not in old:  # otherwise the earlier one is still there
                 _remove(dump_dir / name)
             if (aside / name).exists():
                 os.replace(aside / name, dump_dir / name)
         for folder in new:
-            with suppress(OSError):  # it was not made, or somebody else's files are in it
+            with suppress(OSError):  # it does not exist, or holds other files
                 folder.rmdir()
         if isinstance(error, OSError):
             explain(dump_dir, error)
@@ -111,51 +110,88 @@ def _remove(place: Path) -> None:
         place.unlink()
 
 
-def filled_in(settings: LaunchSettings) -> LaunchSettings:
-    """The settings with what was left out: a name, and what a node of the partition has.
+def with_defaults(settings: LaunchSettings) -> LaunchSettings:
+    """The settings with a name, and with the GPUs and cores of a node of the partition, if they were left out.
 
     Raises:
         UserError: the cluster has no such partition.
     """
-    node = cluster.node_of(settings.partition)
+    node = slurm.largest_node(settings.partition)
     ngpu, ncpu = settings.ngpu, settings.ncpu
     if ngpu is None:
-        ngpu = node.num_gpus if node is not None else GPUS
+        ngpu = node.num_gpus if node is not None else DEFAULT_GPUS
     if ncpu is None and node is not None:
         ncpu = max(node.num_cores // ((ngpu and node.num_gpus) or settings.nproc), 1)
     name = settings.name or Path(settings.dump_dir or "").name
     return settings.model_copy(update={"ngpu": ngpu, "ncpu": ncpu, "name": name})
 
 
-def _must_be_free(dump_dir: Path, override: bool) -> None:
-    """Complain where the folder is taken: without `override` if anything is in it, with it if a run or a job is."""
+def _check_free(dump_dir: Path, override: bool) -> None:
+    """Check that the folder is free: empty, or with `override` without a run and a pending job.
+
+    Raises:
+        UserError: it is not.
+    """
     if dump_dir.is_dir() and any(dump_dir.iterdir()):
         submit = dump_dir / SUBMIT
-        goes_on = f"{shlex.join(['sbatch', str(submit)])} goes on with it; or " if submit.is_file() else ""
+        resume = f"{shlex.join(['sbatch', str(submit)])} resumes it; or " if submit.is_file() else ""
         if (dump_dir / "metrics.jsonl").is_file() or (dump_dir / "checkpoints").is_dir():
-            raise UserError(f"dump_dir: '{dump_dir}' holds a run; {goes_on}name another dump_dir")
+            raise UserError(f"dump_dir: '{dump_dir}' holds a run; {resume}name another dump_dir")
         if not override:
             raise UserError(
-                f"dump_dir: '{dump_dir}' is not empty; {goes_on}name another dump_dir, or write over it: override=true"
+                f"dump_dir: '{dump_dir}' is not empty; {resume}name another dump_dir, or write over it: override=true"
             )
         if submit.is_file():
-            _no_job_must_be_in(dump_dir)
+            _check_no_job(dump_dir)
     elif dump_dir.exists() and not dump_dir.is_dir():
         raise UserError(f"dump_dir: '{dump_dir}' is a file; name a folder")
 
 
-def _no_job_must_be_in(dump_dir: Path) -> None:
-    """A job that waits would run what is written now, and not what it was submitted with."""
+def _check_no_job(dump_dir: Path) -> None:
+    """A pending job would run what is written now, not what it was submitted with."""
     try:
-        job = cluster.job_of(dump_dir / SUBMIT)
-    except cluster.Unreachable as error:
+        job = slurm.job_of(dump_dir / SUBMIT)
+    except slurm.SlurmUnreachable as error:
         raise UserError(
-            f"dump_dir: a job of '{dump_dir}' may still wait, and {error}; name another dump_dir, or remove this one"
+            f"dump_dir: a job of '{dump_dir}' may still be pending, and {error}; name another dump_dir, or "
+            "remove this one"
         ) from None
     if job is not None:
         raise UserError(
-            f"dump_dir: job {job} of '{dump_dir}' waits or runs; cancel it (scancel {job}), or name another dump_dir"
+            f"dump_dir: job {job} of '{dump_dir}' is pending or running; cancel it (scancel {job}), or name "
+            "another dump_dir"
         )
+
+
+def package_of(script: str) -> Path:
+    """The folder (or the file) of a module's top-level package.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    top, *inner = script.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None:
+        raise UserError(f"script: there is no module '{script}' here")
+    package = Path(spec.origin)
+    package = package.parent if package.name == "__init__.py" else package
+    place = package.joinpath(*inner)
+    if inner and not place.with_suffix(".py").is_file() and not (place / "__main__.py").is_file():
+        known = [file.stem for file in place.parent.glob("*.py") if not file.stem.startswith("_")]
+        raise UserError(
+            f"script: there is no module '{script}'{nearest(inner[-1], known, script.removesuffix(inner[-1]))}"
+        )
+    return package
+
+
+def copy_code(script: str, target: Path) -> None:
+    """Copy the packages that a job runs, this one and the script's, so that later edits do not change a pending job."""
+    with whole_folder(target) as aside:
+        for package in {package_of("bytelatent"), package_of(script)}:
+            if package.is_dir():
+                shutil.copytree(package, aside / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+            else:
+                shutil.copy2(package, aside / package.name)
 
 
 def _write(path: Path, text: str) -> None:

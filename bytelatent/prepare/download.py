@@ -1,13 +1,16 @@
-"""Data sets downloaded from the hub: one commit of each, whole, and at once where an earlier call has done it."""
+"""Data sets and tokenizers downloaded from the hub: of a data set one commit, whole, and only what is missing."""
 
+import hashlib
 import json
 import logging
 import os
 import re
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from glob import has_magic
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -36,10 +39,14 @@ _ADDRESS = re.compile(
     r"(@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+))?(/(?P<pattern>.*))?"
 )
 _NO_DATASETS = re.compile(r"hf://(models|spaces|kernels|buckets)/")
+TOKENIZER_JSON = "tokenizer.json"
+TIKTOKEN_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
+TIKTOKEN_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+TIMEOUT = 30  # seconds without a byte
 
 
 @dataclass(frozen=True)
-class Request:
+class DatasetRequest:
     """What is wanted: the files of a data set that a pattern chooses (its text files if empty), at a revision."""
 
     repository: str
@@ -59,10 +66,10 @@ class DatasetFile:
 
 
 @dataclass(frozen=True)
-class Record:
+class DownloadRecord:
     """What a folder holds, or is to hold: kept in it, so that no later call asks the hub again."""
 
-    request: Request
+    request: DatasetRequest
     commit: str
     files: tuple[DatasetFile, ...]
 
@@ -79,7 +86,7 @@ def is_hub(source: str) -> bool:
     return source in DATASETS or (source.startswith(_SCHEME) and not _NO_DATASETS.match(source))
 
 
-def short_name(source: str) -> str:
+def dataset_name(source: str) -> str:
     """What to call the folder of a data set: the known name, or the NAME of its address.
 
     Raises:
@@ -88,7 +95,7 @@ def short_name(source: str) -> str:
     return source if source in DATASETS else _request(source).repository.split("/")[1]
 
 
-def fetch(source: str, folder: Path, token: str | None = None) -> Path:
+def download_dataset(source: str, folder: Path, token: str | None = None) -> Path:
     """Download a data set of the hub into `folder`, and return it.
 
     All files are of one commit: that of the revision at the first call. A repeated call downloads what is missing; once
@@ -132,9 +139,9 @@ def fetch(source: str, folder: Path, token: str | None = None) -> Path:
     return folder
 
 
-def _request(source: str) -> Request:
+def _request(source: str) -> DatasetRequest:
     if source in DATASETS:
-        return Request(*DATASETS[source])
+        return DatasetRequest(*DATASETS[source])
     if not source.startswith(_SCHEME):
         raise UserError(
             f"'{source}' is no data set; known are {', '.join(DATASETS)} and hf://datasets/OWNER/NAME"
@@ -143,10 +150,10 @@ def _request(source: str) -> Request:
     parts = _ADDRESS.fullmatch(source)
     if not parts or _NO_DATASETS.match(source):
         raise UserError(f"'{source}' is no data set; write hf://datasets/OWNER/NAME[@REVISION][/PATTERN]")
-    return Request(parts["name"], (parts["pattern"] or "").strip("/"), unquote(parts["revision"] or MAIN))
+    return DatasetRequest(parts["name"], (parts["pattern"] or "").strip("/"), unquote(parts["revision"] or MAIN))
 
 
-def _look_up(request: Request, token: str | None) -> Record:
+def _look_up(request: DatasetRequest, token: str | None) -> DownloadRecord:
     from huggingface_hub import HfApi
 
     api, name, pattern = HfApi(token=token), request.repository, request.pattern
@@ -166,7 +173,7 @@ def _look_up(request: Request, token: str | None) -> Record:
         raise UserError(
             f"{name} has no file '{pattern or '*.parquet, *.jsonl, *.txt'}' at '{request.revision}'; it has {there}"
         )
-    return Record(request, str(info.sha), tuple(DatasetFile(file.path, file.size) for file in found))
+    return DownloadRecord(request, str(info.sha), tuple(DatasetFile(file.path, file.size) for file in found))
 
 
 def _listed(api: Any, name: str, folder: str, where: dict[str, Any]) -> list[Any]:
@@ -197,12 +204,12 @@ def _fixed_folder(pattern: str) -> str:
     return "/".join(fixed)
 
 
-def _write(path: Path, record: Record) -> None:
+def _write(path: Path, record: DownloadRecord) -> None:
     with whole_file(path) as aside:
         aside.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
 
 
-def _read(path: Path, request: Request) -> Record | None:
+def _read(path: Path, request: DatasetRequest) -> DownloadRecord | None:
     """The record in a file, if there is one.
 
     Raises:
@@ -211,7 +218,7 @@ def _read(path: Path, request: Request) -> Record | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         files = tuple(DatasetFile(file["path"], file["size"]) for file in values["files"])
-        record = Record(Request(**values["request"]), values["commit"], files)
+        record = DownloadRecord(DatasetRequest(**values["request"]), values["commit"], files)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
@@ -221,3 +228,87 @@ def _read(path: Path, request: Request) -> Record | None:
     if record.request != request:
         raise UserError(f"'{path.parent}' holds {record.request}, not {request}; remove it or choose another folder")
     return record
+
+
+def is_data_set(source: str) -> bool:
+    """Whether a source is one of the hub's data sets; a file or folder of that name goes first."""
+    return is_hub(source) and not Path(source).exists()
+
+
+@dataclass(frozen=True)
+class HubTokenizer:
+    """Where a tokenizer is on the hub."""
+
+    repository: str
+    file: str = "tokenizer.model"
+
+
+TOKENIZERS = {
+    "llama2": HubTokenizer("meta-llama/Llama-2-7b"),
+    "llama3": HubTokenizer("meta-llama/Meta-Llama-3-8B", "original/tokenizer.model"),
+    "gemma": HubTokenizer("google/gemma-2-2b"),
+}
+TIKTOKEN = "tiktoken"
+NAMES = (*TOKENIZERS, TIKTOKEN)
+
+
+def fetch_tokenizer(
+    name: str,
+    folder: Path,
+    token: str | None = None,
+    url: str = TIKTOKEN_URL,
+    sha256: str | None = TIKTOKEN_SHA256,
+) -> list[Path]:
+    """Download a tokenizer into `folder`, under the names its repository gives the files; return them.
+
+    With a hub tokenizer comes tokenizer.json, which patching mode `bpe` reads, if the repository holds it.
+
+    Args:
+        name: one of `NAMES`.
+        token: of a user who has access; HF_TOKEN if left out.
+        url: where cl100k_base is, for the name `tiktoken`.
+        sha256: what its bytes must come to; None takes any.
+
+    Raises:
+        UserError: the name is unknown, access is missing, the server does not answer, the folder cannot be written.
+    """
+    folder = Path(folder)
+    if name == TIKTOKEN:
+        return [_fetch_plain(url, folder / url.rsplit("/", 1)[1], sha256)]
+    if name not in TOKENIZERS:
+        raise UserError(f"'{name}' is no known tokenizer; known are {', '.join(NAMES)}{nearest(name, list(NAMES))}")
+    require_client(name, "data")
+    return _fetch_from_hub(TOKENIZERS[name], folder, token)
+
+
+def _fetch_from_hub(tokenizer: HubTokenizer, folder: Path, token: str | None) -> list[Path]:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    name = tokenizer.repository
+    with hub_errors(name, token=token):
+        listed = [file.rfilename for file in HfApi(token=token).repo_info(name).siblings or []]
+        if tokenizer.file not in listed:
+            raise UserError(f"{name} has no file '{tokenizer.file}'; it has {few(listed)}")
+        wanted = [file for file in (tokenizer.file, TOKENIZER_JSON) if file in listed]
+        for file in wanted:
+            hf_hub_download(name, file, local_dir=folder, token=token)
+    return [folder / file for file in wanted]
+
+
+def _fetch_plain(url: str, target: Path, sha256: str | None) -> Path:
+    data = _bytes_at(url)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"'{url}' gave other bytes than were published; run the same again, or check the network")
+    with whole_file(target) as aside:
+        aside.write_bytes(data)
+    return target
+
+
+def _bytes_at(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            return answer.read()
+    except (OSError, HTTPException) as error:  # URLError and HTTPError are OSErrors
+        raise UserError(f"'{url}' cannot be downloaded: {error}; check the network and run the same again") from None
+    except ValueError:
+        raise UserError(f"'{url}' is no address; write http:// or https://") from None

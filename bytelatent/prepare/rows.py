@@ -1,4 +1,4 @@
-"""Rows out of units: lines of JSONL as they are, other JSON, Parquet and plain text turned into such lines.
+"""LineBlock out of units: lines of JSONL as they are, other JSON, Parquet and plain text turned into such lines.
 
 What a file is, and how it is opened, `bytelatent.text` decides; JSONL is only divided here without parsing it, which is
 several times as fast.
@@ -6,15 +6,14 @@ several times as fast.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from bytelatent.errors import UserError
-from bytelatent.prepare.inputs import InputFile, Unit
-from bytelatent.prepare.order import TextKeys
-from bytelatent.prepare.runs import Rows
+from bytelatent.prepare.plan import InputFile, Unit, too_many
+from bytelatent.prepare.shuffle import TextKeys
 from bytelatent.text import BadRow, ReadOptions
 from bytelatent.text.bad_rows import NoDocument, RowTooLong
 from bytelatent.text.documents import from_json
@@ -26,7 +25,17 @@ WINDOW_BYTES = 1 << 18  # newlines are looked for in what fits into a core's cac
 NEWLINE, RETURN, OPEN, CLOSE = b"\n\r{}"
 
 
-class Corrupt:
+@dataclass
+class LineBlock:
+    """Lines of JSON, each with its newline, in one buffer; some of them (blank or corrupt ones) are to be left out."""
+
+    data: bytes | bytearray | memoryview
+    ends: np.ndarray  # int64 [lines], after the newline
+    kept: np.ndarray  # int64 [N], which lines
+    keys: list[bytes] | None = None  # [N] of 16 bytes, where duplicates are to be removed
+
+
+class BadRowRecord:
     """Bad rows, which are left out: counted, each with its place and what is wrong with it.
 
     Args:
@@ -55,21 +64,14 @@ class Corrupt:
         return {"corrupt": self.places, "bad_files": bad, "good_files": sorted(self.good_files)}
 
 
-def too_many(places: list[str], limit: int) -> UserError:
-    return UserError(
-        f"{places[0]}: more than {limit} rows are bad, this one and {len(places) - 1} others so far; "
-        "mend the input or give a higher --max-bad-rows"
-    )
-
-
-class RowReader:
+class LineReader:
     """Reads units.
 
     Args:
         options: where a row's text is and how long a row may be.
         text_keys: makes keys from texts, which are then parsed out of the rows; None if rows need none.
         max_line: bytes of a line that the memory allows.
-        report: told the bytes read.
+        report: receives the bytes read.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class RowReader:
         files: list[InputFile],
         options: ReadOptions,
         text_keys: TextKeys | None,
-        corrupt: Corrupt,
+        corrupt: BadRowRecord,
         max_line: int,
         report: Callable[[int], None],
     ) -> None:
@@ -85,7 +87,7 @@ class RowReader:
         self.corrupt, self.max_line, self.report = corrupt, max_line, report
         self._number = 0  # of the file that is read
 
-    def read(self, unit: Unit) -> Iterator[Rows]:
+    def read(self, unit: Unit) -> Iterator[LineBlock]:
         """The rows of a unit, in order.
 
         A file that is cut short gives the rows before its end and counts as one bad row.
@@ -117,14 +119,14 @@ class RowReader:
     def _bad(self, error: BadRow) -> None:
         self.corrupt.add(self._number, error)
 
-    def _lines(self, file: InputFile, begin: int, end: int) -> Iterator[Rows]:
+    def _lines(self, file: InputFile, begin: int, end: int) -> Iterator[LineBlock]:
         with TextReader(file.path, None) as stream:
             begin = _next_line(stream, begin) if begin else stream.skip_byte_order_mark()
             for offset, block in self._whole_lines(file, stream, begin, end):
                 yield self._kept(file, offset, block)
                 self.report(len(block))
 
-    def _packed(self, file: InputFile) -> Iterator[Rows]:
+    def _packed(self, file: InputFile) -> Iterator[LineBlock]:
         with TextReader(file.path, file.compression) as stream:
             for offset, block in self._whole_lines(file, stream, stream.skip_byte_order_mark(), None):
                 yield self._kept(file, offset, block)
@@ -169,7 +171,7 @@ class RowReader:
         if last and (stream.unread is None or self._text_of(file, last) is not None):
             yield start, last + b"\n"
 
-    def _kept(self, file: InputFile, offset: int, block: bytes) -> Rows:
+    def _kept(self, file: InputFile, offset: int, block: bytes) -> LineBlock:
         """A block's lines, the blank and bad ones marked."""
         ends, lengths, good = _objects(block)
         good &= lengths <= self.options.max_row_bytes
@@ -184,7 +186,7 @@ class RowReader:
             if stripped and not good[line]:
                 self._bad(BadRow(file.path, "is not a JSON object", where))
         if self.text_keys is None:
-            return Rows(block, ends, np.flatnonzero(good))
+            return LineBlock(block, ends, np.flatnonzero(good))
         keys = []
         for line in np.flatnonzero(good):
             begin = int(ends[line - 1]) if line else 0
@@ -192,7 +194,7 @@ class RowReader:
             good[line] = text is not None
             if text is not None:
                 keys.append(self.text_keys.key(text))
-        return Rows(block, ends, np.flatnonzero(good), keys)
+        return LineBlock(block, ends, np.flatnonzero(good), keys)
 
     def _text_of(self, file: InputFile, line: bytes, where: str = "") -> bytes | None:
         """The text of a line; None, and a bad row more where its place is given, if it has none."""
@@ -203,12 +205,12 @@ class RowReader:
                 self._bad(BadRow(file.path, str(error), where))
             return None
 
-    def _other_rows(self, file: InputFile) -> Iterator[Rows]:
+    def _other_rows(self, file: InputFile) -> Iterator[LineBlock]:
         """The rows of a file that is not JSONL, as lines of JSON, some at a time."""
         options, is_text = self.options, file.kind == TEXT.name
         if is_text:  # all of it is one line
             options = replace(options, max_row_bytes=min(options.max_row_bytes, self.max_line))
-        made = LinesOfRows(self.text_keys is not None)
+        made = LineCollector(self.text_keys is not None)
         for row in open_rows(file.path, options):
             if isinstance(row, RowTooLong) and options != self.options:
                 raise UserError(f"--memory: too little for '{file.path}'; give more than {8 * file.size / 1e9:.2g} GB")
@@ -219,11 +221,11 @@ class RowReader:
             made.add(as_line({"id": file.id, **row} if is_text else row), key)
             if made.size > READ_BYTES:
                 yield made.rows()
-                made = LinesOfRows(self.text_keys is not None)
+                made = LineCollector(self.text_keys is not None)
         yield made.rows()
 
 
-class LinesOfRows:
+class LineCollector:
     """Lines of JSON with their keys, collected."""
 
     def __init__(self, has_keys: bool) -> None:
@@ -237,9 +239,9 @@ class LinesOfRows:
         if key is not None and self.keys is not None:
             self.keys.append(key)
 
-    def rows(self) -> Rows:
+    def rows(self) -> LineBlock:
         ends = np.cumsum([len(line) for line in self.lines], dtype=np.int64)
-        return Rows(b"".join(self.lines), ends, np.arange(len(self.lines)), self.keys)
+        return LineBlock(b"".join(self.lines), ends, np.arange(len(self.lines)), self.keys)
 
 
 def as_line(row: dict[str, Any]) -> bytes:

@@ -1,5 +1,6 @@
-"""`prepare`: plan, two passes with a cut between them, and the manifest; what was stopped goes on."""
+"""`prepare`: plan, first pass, order of the output, second pass, manifest; the same call resumes what was stopped."""
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -9,23 +10,33 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from bytelatent import terminal
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
-from bytelatent.files import only_writer
-from bytelatent.log import Console
-from bytelatent.prepare.budget import Budget, share_out
+from bytelatent.files import Locked, only_writer
 from bytelatent.prepare.disk import writing
-from bytelatent.prepare.inputs import InputFile, check_first_row, resolve, tasks_of, units_of
-from bytelatent.prepare.manifest import MANIFEST, read_manifest
+from bytelatent.prepare.executors import run_locally, run_on_ray, run_on_slurm
+from bytelatent.prepare.plan import (
+    FOLDER,
+    Budget,
+    InputFile,
+    PreparePlan,
+    WorkFolder,
+    check_first_row,
+    find_inputs,
+    share_out,
+    tasks_of,
+    units_of,
+)
 from bytelatent.prepare.settings import PrepareSettings, differences
-from bytelatent.prepare.work import FOLDER, Plan, Work
+from bytelatent.prepare.write import MANIFEST, read_manifest
 from bytelatent.text.bad_rows import must_have_read, short
+
+LOGGER = logging.getLogger(__name__)
 
 SHOWN_PLACES = 3  # of bad rows; the manifest has all
 
 
-def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
+def prepare(settings: PrepareSettings) -> Path:
     """Shuffle all documents of the sources as a whole, within the memory given, and cut them into files of equal size.
 
     Files of `out`: NAME.chunk.00.jsonl, ...; NAME.val.jsonl; manifest.json, which comes last. The same seed and input
@@ -40,53 +51,42 @@ def prepare(settings: PrepareSettings, console: Console | None = None) -> Path:
             be read.
         Interrupted: Ctrl-C.
     """
-    console = console or Console(quiet=True)
     out = settings.out.expanduser()
     request = settings.request()
     if (manifest := read_manifest(out)) is not None:
-        _check_same(out, manifest, settings, console)
+        _check_same(out, manifest, settings)
         shutil.rmtree(out / FOLDER, ignore_errors=True)
-        _say(console, f"'{out}' is ready: {_summary(manifest)}")
+        LOGGER.info(f"'{out}' is ready: {_summary(manifest)}")
         must_have_read(manifest["unread"])
         return out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: '{out}' is a file; give a folder")
-    work = Work(out)
+    work = WorkFolder(out)
     with _alone(work):
-        _plan(settings, request, work, console)
+        _plan(settings, request, work)
         if settings.executor == "slurm":
-            from bytelatent.prepare.cluster import submit
-
-            submit(settings, work, console)
+            run_on_slurm(settings, work)
             return out
         if settings.executor == "ray":
-            from bytelatent.prepare.cluster import run_on_ray
-
             run_on_ray(settings, work)
         else:
-            from bytelatent.prepare.here import run_here
-
-            run_here(work, _budget(settings).workers, console)
+            run_locally(work, _budget(settings).workers)
         manifest = read_manifest(out)
         assert manifest is not None
         shutil.rmtree(work.folder, ignore_errors=True)
     places = manifest["corrupt"]["places"]
     for place in places[:SHOWN_PLACES]:
-        _say(console, short(f"left out: {place}"))
+        LOGGER.info("%s", short(f"left out: {place}"))
     if len(places) > SHOWN_PLACES:
-        _say(console, f"left out: {len(places) - SHOWN_PLACES:,} more, which '{out / MANIFEST}' names")
-    _say(console, f"'{out}': {_summary(manifest)}")
+        LOGGER.info(f"left out: {len(places) - SHOWN_PLACES:,} more, which '{out / MANIFEST}' names")
+    LOGGER.info(f"'{out}': {_summary(manifest)}")
     must_have_read(manifest["unread"])
     return out
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(terminal.safe(line), soft_wrap=True, highlight=False, markup=False)
-
-
-def _plan(settings: PrepareSettings, request: dict[str, Any], work: Work, console: Console) -> None:
+def _plan(settings: PrepareSettings, request: dict[str, Any], work: WorkFolder) -> None:
     """Go on with the plan that is there if it is for this request and input; else begin a new one."""
-    files = resolve(settings.source, work.out, console)
+    files = find_inputs(settings.source, work.out)
     budget = _budget(settings)
     try:
         old = work.saved_plan()
@@ -95,10 +95,10 @@ def _plan(settings: PrepareSettings, request: dict[str, Any], work: Work, consol
     new = _new_plan(settings, request, files, budget)
     if old is not None and (why := _why_not(old, new)) is None:
         if any(work.folder.glob("scatter/*.marker")):
-            _say(console, f"going on with the work in '{work.folder}'")
+            LOGGER.info(f"going on with the work in '{work.folder}'")
         return
     if old is not None:
-        _say(console, f"starting over: {why}")
+        LOGGER.info(f"starting over: {why}")
     check_first_row(files, settings.text_key)
     with writing(work.out):
         work.clear()
@@ -106,15 +106,17 @@ def _plan(settings: PrepareSettings, request: dict[str, Any], work: Work, consol
         work.begin(new)
 
 
-def _new_plan(settings: PrepareSettings, request: dict[str, Any], files: list[InputFile], budget: Budget) -> Plan:
+def _new_plan(
+    settings: PrepareSettings, request: dict[str, Any], files: list[InputFile], budget: Budget
+) -> PreparePlan:
     units = units_of(files)
     likely = [unit.size if unit.kind == "lines" else sum(files[i].likely_bytes for i in unit.files) for unit in units]
     tasks = tasks_of(units, likely)
     sizes = {"run_bytes": budget.run_bytes, "range_bytes": budget.range_bytes}
-    return Plan(request, files, units, tasks, bits=budget.bits(sum(likely)), memory=settings.memory, **sizes)
+    return PreparePlan(request, files, units, tasks, bits=budget.bits(sum(likely)), memory=settings.memory, **sizes)
 
 
-def _why_not(old: Plan, new: Plan) -> str | None:
+def _why_not(old: PreparePlan, new: PreparePlan) -> str | None:
     """Why work for the old plan is no use for the new one; None if it is."""
     if differing := differences(old.request, new.request):
         return differing
@@ -126,7 +128,7 @@ def _why_not(old: Plan, new: Plan) -> str | None:
     return None if replace(old, **sizes) == replace(new, **sizes) else "it was begun by another version"
 
 
-def _check_same(out: Path, manifest: dict[str, Any], settings: PrepareSettings, console: Console) -> None:
+def _check_same(out: Path, manifest: dict[str, Any], settings: PrepareSettings) -> None:
     """
     Raises:
         UserError: the folder was made from something else.
@@ -134,7 +136,7 @@ def _check_same(out: Path, manifest: dict[str, Any], settings: PrepareSettings, 
     if differing := differences(masked(manifest["request"]), settings.request()):
         raise UserError(f"--out: '{out}' was prepared otherwise: {differing}; give another folder")
     try:
-        files = resolve(settings.source, out, console, download=False)
+        files = find_inputs(settings.source, out, download=False)
     except UserError:
         return  # the input is gone; what was made from it is here
     then = {(masked(file["file"]), file["bytes"], file["changed"]) for file in manifest["inputs"]}
@@ -143,7 +145,7 @@ def _check_same(out: Path, manifest: dict[str, Any], settings: PrepareSettings, 
         raise UserError(f"--out: '{out}' was prepared before '{new}' was added or changed; give another folder")
 
 
-def _check_free(settings: PrepareSettings, work: Work, files: list[InputFile]) -> None:
+def _check_free(settings: PrepareSettings, work: WorkFolder, files: list[InputFile]) -> None:
     """
     Raises:
         UserError: there are files of that name already, or the disk is too small: found now and not hours later.
@@ -163,27 +165,26 @@ def _check_free(settings: PrepareSettings, work: Work, files: list[InputFile]) -
 
 def _budget(settings: PrepareSettings) -> Budget:
     if settings.executor == "local":
-        # What the workers will hold is to be in memory when it is measured.
-        import pyarrow  # noqa: F401
-
-        import bytelatent.prepare.here  # noqa: F401
+        # The workers hold these, too: they must be loaded when the memory is measured.
+        import pyarrow
+        import pyarrow.compute  # noqa: F401
 
         return share_out(settings.memory, settings.workers)
     return share_out(settings.memory, 1)
 
 
 @contextmanager
-def _alone(work: Work) -> Iterator[None]:
+def _alone(work: WorkFolder) -> Iterator[None]:
     """Hold the folder of unfinished work alone."""
     with ExitStack() as stack:
         try:
             stack.enter_context(only_writer(work.folder))
-        except UserError as error:
-            if "another process" not in str(error):
-                raise UserError(f"--out: {error}; give a folder you may write to") from None
+        except Locked:
             raise UserError(
                 f"--out: another process prepares '{work.out}'; wait for it, or give another folder"
             ) from None
+        except UserError as error:
+            raise UserError(f"--out: {error}; give a folder you may write to") from None
         try:
             yield
         except UserError:
@@ -191,7 +192,7 @@ def _alone(work: Work) -> Iterator[None]:
             raise
 
 
-def _remove_if_empty(work: Work) -> None:
+def _remove_if_empty(work: WorkFolder) -> None:
     """Leave nothing behind where nothing was begun."""
     if {place.name for place in work.folder.iterdir()} <= {".lock"}:
         shutil.rmtree(work.folder, ignore_errors=True)

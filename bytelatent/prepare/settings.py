@@ -8,12 +8,12 @@ from pydantic import Field, model_validator
 from bytelatent.config import Settings, renamed
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
-from bytelatent.prepare.inputs import is_data_set
+from bytelatent.prepare.download import dataset_name, is_data_set
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.stored import MAX_TEXT_BYTES
 
 GB = 1_000_000_000
-MAX_CHUNKS = 32  # of these, or one for each document, where nobody says how many
+MAX_CHUNKS = 32  # by default; fewer where there are fewer documents
 
 
 class PrepareSettings(Settings):
@@ -54,9 +54,7 @@ class PrepareSettings(Settings):
                 raise UserError(f"--name: '{self.name}' cannot be a file's name; use letters and digits")
             return self.name
         if is_data_set(self.source[0]):
-            from bytelatent.prepare.download import short_name
-
-            return short_name(self.source[0])
+            return dataset_name(self.source[0])
         last = self.source[0].partition("?")[0].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
         return "".join(c for c in last if c.isalnum() or c in "-_") or "text"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
 from bytelatent.report.amounts import amount_of_bytes
-from bytelatent.report.page_figures import averaged, curve_points, ticks
+from bytelatent.report.page_figures import averaged, curve_points, scale_bits
 from bytelatent.report.runs import BITS, VALIDATION, ComparedRun
 
 if TYPE_CHECKING:
@@ -66,20 +66,14 @@ def write_runs_figure(path: Path, runs: Sequence[ComparedRun], against: str = "b
     if not values:
         raise UserError(f"figure: no run has bits per byte to draw against {against}")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.set_yscale("log")
     for index, (name, training, validation) in enumerate(curves):
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
         axes.plot(*averaged(*training), label=name, linewidth=1.2, alpha=0.75, **style)
         axes.plot(*validation, marker="o", markersize=4.5, linewidth=0.8, **style)
-    low, high = min(values), max(values)
-    axes.set_ylim(low / 1.05, high * 1.05)
-    axes.set_yticks(ticks(low, high), minor=False)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
+    scale_bits(axes, values, margin=1.05)
     if against == "bytes":
         axes.xaxis.set_major_formatter(lambda value, _: amount_of_bytes(value) if value else "0")
     else:

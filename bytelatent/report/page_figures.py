@@ -79,15 +79,22 @@ def _draw_curves(axes: "Axes", drawn: dict, references: Mapping[str, float], val
     for name, value in references.items():
         axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (5, 3)), zorder=2)
         axes.text(1, value, f"{name} ", color=MUTED, ha="right", va="bottom", transform=axes.get_yaxis_transform())
-    lowest, highest = min([*values, *references.values()]), max([*values, *references.values()])
-    axes.set_yscale("log")
-    axes.set_ylim(lowest / 1.08, highest * 1.08)
-    axes.set_yticks(ticks(lowest, highest), minor=False)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_locator(_null_locator())
+    scale_bits(axes, [*values, *references.values()], margin=1.08)
     axes.xaxis.set_major_formatter(lambda value, _: amount_of_bytes(value) if value else "0")
     axes.set_xlabel("bytes read in training")
     axes.set_ylabel("bits per byte")
+
+
+def scale_bits(axes: "Axes", values: Sequence[float], margin: float) -> None:
+    """A logarithmic vertical axis for bits per byte."""
+    from matplotlib.ticker import NullLocator
+
+    lowest, highest = min(values), max(values)
+    axes.set_yscale("log")
+    axes.set_ylim(lowest / margin, highest * margin)
+    axes.set_yticks(ticks(lowest, highest), minor=False)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def patch_length_histogram(lengths: Sequence[int], size: str) -> str | None:
@@ -132,12 +139,6 @@ def ticks(lowest: float, highest: float) -> list[float]:
     round_numbers = [digit * 10**power for power in range(-3, 4) for digit in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
     inside = [tick for tick in round_numbers if lowest / 1.08 <= tick <= highest * 1.08]
     return inside[:: -(-len(inside) // 9)] if inside else [lowest, highest]
-
-
-def _null_locator() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
 
 
 @contextmanager

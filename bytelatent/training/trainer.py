@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from bytelatent.credentials import masked
-from bytelatent.data import Batch, DataSettings, Loader, ReadAhead
-from bytelatent.data.pieces import ID_BYTES
-from bytelatent.device import autocast, choose_dtype, free_memory, peak_flops
+from bytelatent.data import Batch, DataSettings, Loader, PrefetchLoader
+from bytelatent.data.packing import ID_BYTES
+from bytelatent.device import Threads, autocast, choose_dtype, free_memory, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
 from bytelatent.log import Console
 from bytelatent.model.loss import bits_per_byte, cross_entropy
-from bytelatent.threads import Threads
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, check_takes_checkpoints
 from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.plan import (
@@ -121,7 +120,7 @@ def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtyp
         console.print(masked(line), highlight=False, markup=False, soft_wrap=True)
 
     batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world_size)
-    loader = ReadAhead(batches, device) if reads_ahead(device) else batches
+    loader = PrefetchLoader(batches, device) if reads_ahead(device) else batches
     state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
     in_background = settings.checkpoint.asynchronous
     if in_background == "auto":

@@ -12,10 +12,10 @@ from bytelatent.weights.hugging_face import HUGGING_FACE
 from bytelatent.weights.meta import META
 from bytelatent.weights.model_card import CARD, copy_legal_files, write_card
 from bytelatent.weights.native import NATIVE
-from bytelatent.weights.stored_model import Advance, Format, StoredModel
+from bytelatent.weights.stored_model import Advance, StoredModel, WeightsFormat
 from bytelatent.weights.translation import check_tensors
 
-FORMATS: dict[str, Format] = {"native": NATIVE, "hf": HUGGING_FACE, "meta": META}
+FORMATS: dict[str, WeightsFormat] = {"native": NATIVE, "hf": HUGGING_FACE, "meta": META}
 
 
 def write_model(

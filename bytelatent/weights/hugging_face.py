@@ -24,7 +24,7 @@ from bytelatent.weights.hugging_face_config import (
 )
 from bytelatent.weights.native import LOADING
 from bytelatent.weights.safetensors_io import StoredTensor, read_json, read_weights, write_json, write_weights
-from bytelatent.weights.stored_model import Advance, Config, Format, StoredModel
+from bytelatent.weights.stored_model import Advance, Config, StoredModel, WeightsFormat
 from bytelatent.weights.translation import (
     Described,
     TensorNames,
@@ -158,7 +158,7 @@ def write_hugging_face(folder: Path, stored: StoredModel, advance: Advance = lam
     write_weights(folder, tensors, advance=advance)
 
 
-HUGGING_FACE = Format(
+HUGGING_FACE = WeightsFormat(
     title="for transformers",
     recognizes=is_hugging_face,
     read_config=_read_config,

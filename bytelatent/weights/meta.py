@@ -23,7 +23,7 @@ from bytelatent.weights.safetensors_io import (
     write_json,
     write_weights,
 )
-from bytelatent.weights.stored_model import Advance, Config, Format, StoredModel
+from bytelatent.weights.stored_model import Advance, Config, StoredModel, WeightsFormat
 from bytelatent.weights.translation import TensorNames, read_sidecar, to_our_names, to_their_names, write_sidecar
 
 BYTE_LM = "blt-entropy"  # where we write it, and the name of Meta's own repository
@@ -225,7 +225,7 @@ def write_meta(folder: Path, stored: StoredModel, advance: Advance = lambda num_
         write_meta(folder / BYTE_LM, stored.byte_lm, advance)
 
 
-META = Format(
+META = WeightsFormat(
     title="Meta's hub format",
     recognizes=is_meta,
     read_config=_read_config,

@@ -15,7 +15,7 @@ from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, ByteLMSettings
 from bytelatent.run_folder import newest_checkpoint, read_metrics
 from bytelatent.weights.safetensors_io import read_json, read_weights, write_json, write_weights
-from bytelatent.weights.stored_model import FORMAT, Advance, Config, Format, Origin, StoredModel
+from bytelatent.weights.stored_model import FORMAT, Advance, Config, Origin, StoredModel, WeightsFormat
 from bytelatent.weights.translation import own_names, to_our_names
 
 BYTE_LM = "byte_lm"
@@ -52,7 +52,7 @@ def write_native(folder: Path, stored: StoredModel, advance: Advance = lambda nu
         write_native(folder / BYTE_LM, stored.byte_lm, advance)
 
 
-NATIVE = Format(
+NATIVE = WeightsFormat(
     title="the format of this package",
     recognizes=lambda folder: is_run(folder) or is_native(folder),
     read_config=_read_config,

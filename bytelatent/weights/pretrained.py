@@ -8,7 +8,7 @@ import torch
 from bytelatent.config import renamed_arguments
 from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError
-from bytelatent.files import MANIFEST, what_is_torn
+from bytelatent.files import MANIFEST, find_corruption
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
 from bytelatent.model import ByteLM, ByteLMSettings
 from bytelatent.weights import meta
@@ -182,10 +182,10 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
             f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json"
         )
     found = format.open(folder, weights)
-    if weights and (folder / MANIFEST).is_file() and (torn := what_is_torn(folder, ending=".safetensors")):
+    if weights and (folder / MANIFEST).is_file() and (torn := find_corruption(folder, ending=".safetensors")):
         raise UserError(f"'{folder}' is not as it was written: {torn}; fetch or write it again")
     links = [file for pattern in LEGAL_FILES for file in sorted(folder.glob(pattern)) if leads_out(file)]
-    lines = [f"'{shown(str(file))}' is a link to another path and is skipped" for file in links]
+    lines = [f"'{shown(str(file))}' is a link out of its folder and is skipped" for file in links]
     found = replace(found, folder=folder, warnings=[*found.warnings, *lines])
     if found.config.origin.licence is None:
         found = replace(found, config=found.config.with_origin(licence=stated_licence(folder)))

@@ -134,19 +134,19 @@ def read_weights(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
         found = read_safetensors(folder / file)
         if elsewhere := [name for name in found if file_of.get(name, file) != file]:
             raise UserError(
-                f"'{folder / file}' holds tensors that '{index.name}' places elsewhere: {few(elsewhere)}; "
+                f"'{folder / file}' holds tensors that '{index.name}' places elsewhere: {listed(elsewhere)}; "
                 "fetch them again"
             )
         tensors |= found
     if missing := sorted(set(file_of) - set(tensors)):
-        raise UserError(f"'{index}' names tensors that its files do not hold: {few(missing)}; fetch them again")
+        raise UserError(f"'{index}' names tensors that its files do not hold: {listed(missing)}; fetch them again")
     return tensors
 
 
-def few(names: Sequence[str], separator: str = ", ") -> str:
+def listed(names: Sequence[str], separator: str = ", ") -> str:
     """The first of many names or lines, made printable."""
-    listed = separator.join(shown(name) for name in names[:FEW])
-    return listed + (f"{separator}and {len(names) - FEW} more" if len(names) > FEW else "")
+    first = separator.join(shown(name) for name in names[:FEW])
+    return first + (f"{separator}and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 def shown(text: str, longest: int = 200) -> str:

@@ -149,7 +149,7 @@ Advance = Callable[[int], None]  # is called with the number of bytes of weights
 
 
 @dataclass(frozen=True)
-class Format:
+class WeightsFormat:
     """A format of weights: how to recognize, read and write it.
 
     Attributes:

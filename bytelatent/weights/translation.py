@@ -13,7 +13,7 @@ from pathlib import Path
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ModelSettings
 from bytelatent.patching import PatchSettings
-from bytelatent.weights.safetensors_io import StoredTensor, few, read_json, write_json
+from bytelatent.weights.safetensors_io import StoredTensor, listed, read_json, write_json
 from bytelatent.weights.stored_model import Config, StoredModel, shapes
 
 SIDECAR = "bytelatent.json"
@@ -101,7 +101,7 @@ def to_our_names(
         elif not wrong:
             found[ours] = parts[0] if len(parts) == 1 else StoredTensor.join(parts)
     if problems:
-        raise UserError(f"'{where}': the tensors do not fit the settings: {few(problems, '; ')}")
+        raise UserError(f"'{where}': the tensors do not fit the settings: {listed(problems, '; ')}")
     return found
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bytelatent.commands import generate
 from bytelatent.errors import UserError
-from bytelatent.files import growing_file, part_of
+from bytelatent.files import growing_file, partial_path
 from tests import processes
 from tests.training.tiny_runs import byte_lm_run, settings, write_text
 
@@ -97,18 +97,18 @@ def test_a_full_disk_keeps_the_rows_so_far(model: Path, tmp_path: Path) -> None:
         "error: the output cannot be written: File too large; "
         f"the rows so far are in '{out}.part', and the same command goes on"
     )
-    kept = part_of(out).read_bytes()
+    kept = partial_path(out).read_bytes()
     assert kept.endswith(b"\n")
     assert 0 < len(kept) <= 600
     assert not out.exists()
     assert ended(*command(rows, model, out)).returncode == 0
     assert len(out.read_bytes().splitlines()) == 20
-    assert not part_of(out).exists()
+    assert not partial_path(out).exists()
 
 
 def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "rows.jsonl", 3, 4), tmp_path / "out.jsonl"
-    part = part_of(out)
+    part = partial_path(out)
     part.write_text('{"prompt": "mine"}\n')
     assert "stands in the way" in ended(*command(rows, model, out)).stderr
     assert part.read_text() == '{"prompt": "mine"}\n'
@@ -268,7 +268,7 @@ def test_what_holds_something_is_not_replaced(model: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="holds something already"):
         run(**given, out=out)
     assert out.read_bytes() == done
-    assert not part_of(out).exists()
+    assert not partial_path(out).exists()
 
 
 def test_prompts_that_stand_where_rows_would_wait_are_left_whole(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytelatent.launch import LaunchSettings
-from bytelatent.launch.script import batch_script
+from bytelatent.launch.slurm import batch_script
 
 NAMES = st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" '\"$`\\#!&;|"), min_size=1)
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
 from bytelatent.launch import LaunchSettings
-from bytelatent.launch.cluster import Node, node_of
-from bytelatent.launch.settings import seconds_of
+from bytelatent.launch.settings import time_limit_seconds
+from bytelatent.launch.slurm import SlurmNode, largest_node
 from tests.launch.conftest import Cluster
 
 SMALL = st.integers(0, 200)
@@ -20,14 +20,14 @@ def test_a_time_limit_in_every_form_of_slurm(days: int, hours: int, minutes: int
     def total(**parts: int) -> float:
         return datetime.timedelta(**parts).total_seconds()
 
-    assert seconds_of(f"{minutes}:{seconds}") == total(minutes=minutes, seconds=seconds)
-    assert seconds_of(f"{hours}:{minutes}:{seconds}") == total(hours=hours, minutes=minutes, seconds=seconds)
-    assert seconds_of(f"{days}-{hours}:{minutes}:{seconds}") == total(
+    assert time_limit_seconds(f"{minutes}:{seconds}") == total(minutes=minutes, seconds=seconds)
+    assert time_limit_seconds(f"{hours}:{minutes}:{seconds}") == total(hours=hours, minutes=minutes, seconds=seconds)
+    assert time_limit_seconds(f"{days}-{hours}:{minutes}:{seconds}") == total(
         days=days, hours=hours, minutes=minutes, seconds=seconds
     )
-    assert seconds_of(f"{days}-{hours + 1}:{minutes}") == total(days=days, hours=hours + 1, minutes=minutes)
-    assert seconds_of(f"{days}-{hours + 1}") == total(days=days, hours=hours + 1)
-    assert seconds_of(f"{minutes + 1}") == total(minutes=minutes + 1)
+    assert time_limit_seconds(f"{days}-{hours + 1}:{minutes}") == total(days=days, hours=hours + 1, minutes=minutes)
+    assert time_limit_seconds(f"{days}-{hours + 1}") == total(days=days, hours=hours + 1)
+    assert time_limit_seconds(f"{minutes + 1}") == total(minutes=minutes + 1)
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_values_are_read_from_text() -> None:
 
 
 def test_the_node_of_a_partition(cluster: Cluster) -> None:
-    assert node_of("gpu") == node_of(None) == node_of("cpu,gpu") == Node(num_gpus=8, num_cores=64)
-    assert node_of("cpu") == Node(num_gpus=0, num_cores=2)
+    assert largest_node("gpu") == largest_node(None) == largest_node("cpu,gpu") == SlurmNode(num_gpus=8, num_cores=64)
+    assert largest_node("cpu") == SlurmNode(num_gpus=0, num_cores=2)
     with pytest.raises(UserError, match=r"partition: the cluster has no 'gpus'; did you mean 'gpu'.*: cpu, gpu"):
-        node_of("gpus")
+        largest_node("gpus")
 
 
 @pytest.mark.parametrize("sinfo", ["exit 1\n", "true\n"])
 def test_where_sinfo_says_nothing(cluster: Cluster, sinfo: str) -> None:
     cluster.install("sinfo", sinfo)
-    assert node_of("gpu") is None
+    assert largest_node("gpu") is None

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from bytelatent.cli import app
 from bytelatent.errors import UserError
-from bytelatent.launch.code import package_of
+from bytelatent.launch.submit import package_of
 from bytelatent.model import build
 from bytelatent.weights import Config, save
 from tests.launch.conftest import Cluster, launched
@@ -75,11 +75,11 @@ def test_a_byte_lm_that_is_not_there(cluster: Cluster, here: Path) -> None:
     values = blt_run(Path("runs/blt"), Path("text.jsonl"), Path("/absent/lm"))
     config = configured(here / "given.yaml", **values)
     with pytest.raises(
-        UserError, match=r"^byte_lm: '/absent/lm' is not a folder; [^(]*\(blt demo makes runs/demo\)[^(]*$"
+        UserError, match=r"^entropy_model: '/absent/lm' is not a folder; [^(]*\(blt demo makes runs/demo\)[^(]*$"
     ):
         launched(f"config={config}")
     with pytest.raises(
-        UserError, match=rf"^byte_lm: 'runs/lm' is not a folder; .* \(the job looks for it from '{here}'\)$"
+        UserError, match=rf"^entropy_model: 'runs/lm' is not a folder; .* \(the job looks for it from '{here}'\)$"
     ):
         launched(f"config={config}", "--", "entropy_model=runs/lm")
     assert cluster.asked == []
@@ -88,7 +88,7 @@ def test_a_byte_lm_that_is_not_there(cluster: Cluster, here: Path) -> None:
     model = build(settings(values).model)
     (here / "lm").mkdir()
     save(here / "lm", model, Config(model=settings(values).model, context=64))
-    with pytest.raises(UserError, match=r"^byte_lm: 'lm' holds a BLT without a byte LM; "):
+    with pytest.raises(UserError, match=r"^entropy_model: 'lm' holds a BLT without a byte LM; "):
         launched(f"config={config}", "dump_dir=other", "--", "entropy_model=lm")
 
 
@@ -202,7 +202,7 @@ def test_no_slurm_is_one_line(here: Path, config: Path, monkeypatch: pytest.Monk
 def test_slurm_refuses(cluster: Cluster, here: Path, config: Path) -> None:
     cluster.install("sbatch", "echo 'sbatch: error: Invalid qos specification' >&2; exit 1\n")
     with pytest.raises(
-        UserError, match=r"SLURM did not take the job: .*Invalid qos.*; mend the key and launch it again"
+        UserError, match=r"SLURM did not take the job: .*Invalid qos.*; correct the key and launch it again"
     ):
         launched(f"config={config}", "dump_dir=mine", "qos=high")
     assert not (here / "mine").exists()
@@ -270,7 +270,9 @@ def test_what_a_job_in_the_queue_will_run_is_not_written_over(cluster: Cluster, 
     rows = [f"6|{here}/other/submit.slurm", "5|(null)", f"17_2|{here}/link/submit.slurm"]
     cluster.install("squeue", f"""[[ $* == "-h -o %i|%o" ]] && printf '%s\\n' {shlex.join(rows)}\n""")
     for more in ([], ["dry_run=true"]):
-        with pytest.raises(UserError, match=r"job 17_2 of '.*a b' waits or runs; cancel it \(scancel 17_2\), or name"):
+        with pytest.raises(
+            UserError, match=r"job 17_2 of '.*a b' is pending or running; cancel it \(scancel 17_2\), or"
+        ):
             launched(f"config={config}", "dump_dir=a b", "override=true", *more, "--", "seed=6")
     assert everything(here / "a b") == before
     (here / "link").unlink()
@@ -281,7 +283,7 @@ def test_where_slurm_does_not_say_whether_a_job_waits(cluster: Cluster, here: Pa
     launched(f"config={config}", "dump_dir=mine")
     before = everything(here / "mine")
     cluster.install("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n")
-    with pytest.raises(UserError, match=r"a job of '.*mine' may still wait, and squeue does not answer; name another"):
+    with pytest.raises(UserError, match=r"a job of '.*mine' may still be pending, and squeue does not answer; name"):
         launched(f"config={config}", "dump_dir=mine", "override=true")
     assert everything(here / "mine") == before
 
@@ -300,14 +302,14 @@ def test_a_folder_that_is_taken(cluster: Cluster, here: Path, config: Path) -> N
     (here / "mine").mkdir()
     launched(f"config={config}", "dump_dir=mine")  # an empty folder is free
     (here / "mine" / "notes").write_text("mine")
-    with pytest.raises(UserError, match=r"is not empty; sbatch .*mine/submit.slurm goes on with it; .*override=true"):
+    with pytest.raises(UserError, match=r"is not empty; sbatch .*mine/submit.slurm resumes it; .*override=true"):
         launched(f"config={config}", "dump_dir=mine", "nodes=2")
     launched(f"config={config}", "dump_dir=mine", "nodes=2", "override=true")
     assert "--nodes=2" in (here / "mine" / "submit.slurm").read_text()
     assert (here / "mine" / "notes").read_text() == "mine"
     (here / "mine" / "metrics.jsonl").write_text("{}\n")
     before = (here / "mine" / "submit.slurm").read_text()
-    with pytest.raises(UserError, match=r"mine' holds a run; sbatch .* goes on with it; or name another dump_dir"):
+    with pytest.raises(UserError, match=r"mine' holds a run; sbatch .* resumes it; or name another dump_dir"):
         launched(f"config={config}", "dump_dir=mine", "nodes=3", "override=true")
     assert (here / "mine" / "submit.slurm").read_text() == before
 

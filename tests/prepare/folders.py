@@ -4,15 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from bytelatent.prepare import PrepareSettings, prepare
-from bytelatent.prepare.cut import cut
-from bytelatent.prepare.gather import gather, make_room
-from bytelatent.prepare.manifest import finish
+from bytelatent.prepare.plan import WorkFolder
 from bytelatent.prepare.run import _plan
 from bytelatent.prepare.scatter import scatter
-from bytelatent.prepare.work import Work
+from bytelatent.prepare.shuffle import plan_outputs
+from bytelatent.prepare.write import finish, gather, make_room
 from bytelatent.vocab import to_bytes
 
 
@@ -41,12 +38,12 @@ def made(out: Path, *source: Path | str, **settings: Any) -> Path:
 def made_here(out: Path, *source: Path | str, **settings: Any) -> Path:
     """The same in this process."""
     wanted = PrepareSettings.parse({"source": [str(s) for s in source], "out": out, "workers": 1, **settings})
-    work = Work(out)
+    work = WorkFolder(out)
     work.folder.mkdir(parents=True)
-    _plan(wanted, wanted.request(), work, Console(quiet=True))
+    _plan(wanted, wanted.request(), work)
     for task in range(len(work.plan.tasks)):
         scatter(work, task, lambda count: None)
-    cut(work)
+    plan_outputs(work)
     make_room(work)
     for rank in range(3):
         gather(work, rank, 3, lambda count: None)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from bytelatent.errors import UserError
 from bytelatent.prepare import PrepareSettings, prepare
@@ -65,7 +64,7 @@ def test_work_in_the_queue_is_not_submitted_again(tmp_path: Path, slurm: Callabl
     prepare(settings)
     assert (tmp_path / "calls").read_text().count("x") == 8
     slurm("squeue", "#!/bin/bash\necho 7 PENDING\n")
-    prepare(settings, Console(quiet=True))
+    prepare(settings)
     assert (tmp_path / "calls").read_text().count("x") == 8
     slurm("squeue", "#!/bin/bash\n")  # failed and gone: try again
     prepare(settings)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.prepare.download import DATASETS, DONE, UNFINISHED, fetch, is_hub, short_name
+from bytelatent.prepare.download import DATASETS, DONE, UNFINISHED, dataset_name, download_dataset, is_hub
 from tests.hub_server import HubServer
 
 NAME = "someone/texts"
@@ -44,7 +44,7 @@ def write(folder: Path, files: dict[str, bytes] = FILES) -> Path:
 
 def get(source: str, folder: Path, **options: Any) -> dict[str, bytes]:
     """What a download leaves in `folder`, hidden files apart."""
-    assert fetch(source, folder, **options) == folder
+    assert download_dataset(source, folder, **options) == folder
     return visible(folder)
 
 
@@ -77,7 +77,7 @@ def of(*paths: str) -> dict[str, bytes]:
 )
 def test_addresses_and_patterns(source: str, paths: list[str], server: HubServer, tmp_path: Path) -> None:
     assert is_hub(source)
-    assert short_name(source) == "texts"
+    assert dataset_name(source) == "texts"
     assert get(source, tmp_path / "out") == of(*paths)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.prepare.tokenizers import TIKTOKEN_SHA256, fetch_tokenizer
+from bytelatent.prepare.download import TIKTOKEN_SHA256, fetch_tokenizer
 from tests.hub_server import HubServer
 from tests.text.text_files import jsonl
 

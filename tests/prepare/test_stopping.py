@@ -1,6 +1,5 @@
 """Kills, signals and restarts."""
 
-import io
 import os
 import random
 import shutil
@@ -13,12 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from bytelatent.errors import UserError
 from bytelatent.prepare import PrepareSettings, prepare, verify
-from bytelatent.prepare import gather as gathering
 from bytelatent.prepare import scatter as scattering
+from bytelatent.prepare import write as writing
 from tests.prepare.folders import made, made_here, outputs, rows
 
 # A run with small parts that also takes its time between them, so that a kill meets it anywhere.
@@ -27,13 +25,13 @@ import os, sys, time
 from functools import partial
 from pathlib import Path
 from bytelatent.errors import guarded
-from bytelatent.prepare import PrepareSettings, budget, disk, gather, inputs, prepare, rows, runs
-inputs.UNIT_BYTES, inputs.TASK_BYTES, rows.READ_BYTES, runs.SLICE_BYTES = 4000, 9000, 700, 300
-budget.MAX_RUN_BYTES, budget.MAX_RANGE_BYTES = 8000, 5000
+from bytelatent.prepare import PrepareSettings, disk, plan, prepare, rows, scatter, write
+plan.UNIT_BYTES, plan.TASK_BYTES, rows.READ_BYTES, scatter.SLICE_BYTES = 4000, 9000, 700, 300
+plan.MAX_RUN_BYTES, plan.MAX_RANGE_BYTES = 8000, 5000
 write_all, write_past_cache, pause = disk.write_all, disk.write_past_cache, float(sys.argv[3])
-def slow(write):
-    return lambda *arguments: (time.sleep(pause), write(*arguments))
-runs.write_all, gather.write_past_cache = slow(write_all), slow(write_past_cache)
+def slow(call):
+    return lambda *arguments: (time.sleep(pause), call(*arguments))
+scatter.write_all, write.write_past_cache = slow(write_all), slow(write_past_cache)
 settings = PrepareSettings(source=[sys.argv[1]], out=Path(sys.argv[2]), workers=2, chunks=7, dedup=len(sys.argv) > 4)
 guarded(lambda: prepare(settings))
 """
@@ -101,22 +99,24 @@ def test_killed_anywhere_and_restarted_it_makes_the_same_files(
 
 
 def test_what_is_done_is_not_done_again(
-    tmp_path: Path, source: Path, many_parts: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    source: Path,
+    many_parts: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "out"
     whole = outputs(made_here(tmp_path / "whole", source))
     stop_in_the_second_pass(out, source)
     monkeypatch.setattr(scattering, "RunWriter", broken)  # the first pass is done: nobody needs it any more
-    said = io.StringIO()
-    settings = PrepareSettings(source=[str(source)], out=out, workers=2)
-    prepare(settings, Console(file=said))
-    assert "going on with the work" in said.getvalue()
+    prepare(PrepareSettings(source=[str(source)], out=out, workers=2))
+    assert "going on with the work" in caplog.text
     assert outputs(out) == whole
 
 
 def stop_in_the_second_pass(out: Path, source: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gathering, "write_past_cache", broken)
+        patch.setattr(writing, "write_past_cache", broken)
         with pytest.raises(RuntimeError, match="broken"):
             made(out, source)
 
@@ -125,7 +125,7 @@ def broken(*_: object, **__: object) -> None:
     raise RuntimeError("broken")
 
 
-def test_another_input_or_seed_starts_over(tmp_path: Path, source: Path) -> None:
+def test_another_input_or_seed_starts_over(tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "out"
     stop_in_the_second_pass(out, source)
     for settings, why in (({"seed": 5}, "seed 42 -> 5"), ({}, "the input has changed")):
@@ -133,9 +133,9 @@ def test_another_input_or_seed_starts_over(tmp_path: Path, source: Path) -> None
         shutil.copytree(out, copy)
         if not settings:
             source.write_bytes(b"".join(rows(77, first=5000)))
-        said = io.StringIO()
-        prepare(PrepareSettings(source=[str(source)], out=copy, workers=1, **settings), Console(file=said, width=200))
-        assert f"starting over: {why}" in said.getvalue()
+        caplog.clear()
+        prepare(PrepareSettings(source=[str(source)], out=copy, workers=1, **settings))
+        assert f"starting over: {why}" in caplog.text
         fresh = made_here(tmp_path / f"fresh{len(settings)}", source, **settings)
         assert outputs(copy) == outputs(fresh)
 

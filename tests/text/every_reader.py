@@ -48,7 +48,7 @@ def trained_on(source: str, out: Path, key: str, max_row_bytes: int) -> list[byt
     found = []
     while True:
         pieces = next(reader)
-        if reader.place.epoch > 0:
+        if reader.position.epoch > 0:
             return found
         found.append(_text(pieces))
 

@@ -12,11 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from bytelatent.errors import UserError
-from bytelatent.prepare.inputs import resolve, units_of
-from bytelatent.prepare.rows import Corrupt, RowReader
+from bytelatent.prepare.plan import find_inputs, units_of
+from bytelatent.prepare.rows import BadRowRecord, LineReader
 from bytelatent.terminal import safe
 from bytelatent.text import BadRows, ReadOptions, read_documents
 from bytelatent.text.bad_rows import MAX_LINE
@@ -122,10 +121,10 @@ def check(name: str, content: bytes, max_row_bytes: int, same: bool = True) -> N
 
 def prepared(file: Path, folder: Path, max_row_bytes: int) -> list[bytes]:
     """What prepare's reader makes of a file, read as the others read its lines."""
-    files = resolve([str(file)], folder / "out", Console(quiet=True))
+    files = find_inputs([str(file)], folder / "out")
     options = ReadOptions(stored=False, max_row_bytes=max_row_bytes)
-    corrupt = Corrupt(10_000)
-    reader = RowReader(files, options, None, corrupt, 1 << 30, lambda count: None)
+    corrupt = BadRowRecord(10_000)
+    reader = LineReader(files, options, None, corrupt, 1 << 30, lambda count: None)
     lines = []
     for unit in units_of(files):
         for rows in reader.read(unit):

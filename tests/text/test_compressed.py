@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
-from bytelatent.prepare.inputs import InputFile, Unit
-from bytelatent.prepare.rows import Corrupt, RowReader
+from bytelatent.prepare.plan import InputFile, Unit
+from bytelatent.prepare.rows import BadRowRecord, LineReader
 from bytelatent.text import BadRows, ReadOptions, read_documents, streams
 from bytelatent.text.streams import Decompressed, compression_of, zstd_module
 from tests.text.test_every_reader import CASES, zstd
@@ -124,8 +124,8 @@ def test_memory_stays_flat(name: str, tmp_path: Path) -> None:
         out.write(b'\n{"text": "c"}\n')
     kind, compression = {"json": ("json", "gzip"), "txt": ("text", "xz")}.get(name.split(".")[1], ("packed", "gzip"))
     kind, compression = ("lines", None) if name == "a.jsonl" else (kind, compression)
-    corrupt = Corrupt(10)
-    reader = RowReader(
+    corrupt = BadRowRecord(10)
+    reader = LineReader(
         [InputFile(str(file), name, file.stat().st_size, 0, kind, compression)],
         ReadOptions(max_row_bytes=1 << 20),
         None,

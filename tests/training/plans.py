@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from bytelatent import log
 from bytelatent.data import Batch, Loader, Patcher
 from bytelatent.device import autocast
 from bytelatent.errors import Interrupted, UserError
@@ -152,6 +153,7 @@ def train_as(
         signalled: a rank that is sent SIGTERM, and after how many steps.
     """
     with StringIO() as out, redirect_stdout(out), redirect_stderr(out), pytest.MonkeyPatch.context() as patch:
+        log.configure()
 
         def rate(step: int, progress: float, optimizer: OptimizerSettings) -> float:
             if step == cut_off_after:

@@ -13,7 +13,7 @@ from bytelatent.blt import BLT
 from bytelatent.commands.export import export
 from bytelatent.data import Patcher, batches_once
 from bytelatent.errors import UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.training import read_metrics
 from bytelatent.weights import load
@@ -34,8 +34,7 @@ def same_losses(taken: Taken, expected: Taken) -> None:
 
 def test_a_checkpoint_goes_on_in_any_division(crew: Crew, tmp_path: Path, text: Path) -> None:
     expected = take_steps(values(text), 4)
-    [whole], _ = crew.run((2, take_steps, values(text), 4)), None
-    crew.run((2, take_steps, values(text), 2, tmp_path / "begun"))
+    whole, _ = crew.run((2, take_steps, values(text), 4), (2, take_steps, values(text), 2, tmp_path / "begun"))
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(tmp_path / "begun", tmp_path / name))
@@ -83,7 +82,7 @@ def test_a_run_of_two_processes(crew: Crew, tmp_path: Path, text: Path) -> None:
     )
     assert rows[-1]["validation_bits_per_byte"] == pytest.approx(bits_per_byte(nats, 450), rel=1e-5)
     assert BLT.from_pretrained(whole).bits_per_byte("the cat sat on a mat") > 0
-    assert what_is_torn(whole / "checkpoints" / "step-00000012") is None
+    assert find_corruption(whole / "checkpoints" / "step-00000012") is None
     names = {file.name for file in (whole / "checkpoints" / "step-00000012" / "ranks").iterdir()}
     assert names == {"00000.pt", "00001.pt"}
     assert not (whole / "checkpoints" / "step-00000010" / "model.safetensors").exists()
@@ -93,7 +92,7 @@ def test_another_number_of_processes_goes_on_with_the_text(crew: Crew, tmp_path:
     run = tmp_path / "run"
     crew.run((2, train_as, values(text, run), 8))
     said = train_as(values(text, run))
-    assert any("the position of 2 ranks is dealt to 1" in line for line in said)
+    assert any("the state of 2 ranks is divided among 1" in line for line in said)
     rows = losses(run)
     assert [row[0] for row in rows] == list(range(1, 13))
     assert rows[-1][1] == pytest.approx(rows[4][1] * (1 + 7 / 10), rel=0.05)  # a batch a step, and not two

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bytelatent.errors import STOPPED, Interrupted, UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.training import faults, read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
@@ -287,7 +287,7 @@ def test_every_so_many_steps_a_checkpoint_stays(
 ) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=10, checkpoint={"every": 2, **keep})))
     assert checkpoints(run) == [f"step-{step:08d}" for step in left]
-    assert all(what_is_torn(run / "checkpoints" / name) is None for name in checkpoints(run))
+    assert all(find_corruption(run / "checkpoints" / name) is None for name in checkpoints(run))
 
 
 def test_determinism(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from bytelatent.errors import UserError
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.training import read_metrics, trackers, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint import manager
@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     with pytest.raises(UserError, match=r"the disk is full: '.*step-00000012' was not written"):
         train(settings(byte_lm_run(run, text)))
     assert os.listdir(run / "checkpoints") == ["step-00000005"]
-    assert what_is_torn(run / "checkpoints" / "step-00000005") is None
+    assert find_corruption(run / "checkpoints" / "step-00000005") is None
     said = [line for line in caplog.messages if "step-00000010' was not written" in line]
     assert [line.rpartition("make room ")[2] for line in said] == [
         "(the next try is in 0 s)",
@@ -195,4 +195,4 @@ def test_the_system_refuses_large_files(tmp_path: Path) -> None:
     ended = finished(command(byte_lm_run(run, text)), preexec_fn=limit)
     assert ended.returncode != 0
     assert os.listdir(run / "checkpoints") == ["step-00000005"]
-    assert what_is_torn(run / "checkpoints" / "step-00000005") is None
+    assert find_corruption(run / "checkpoints" / "step-00000005") is None

@@ -1,6 +1,5 @@
 """What is timed is what the trainer does, and kernels are of the kind that they look like."""
 
-from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -8,20 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from bytelatent.model import PatchedStream, build
-from bytelatent.training.profiling.kernel_times import (
-    KINDS,
-    REST,
-    Communication,
-    Kernel,
-    by_kind,
-    communication,
-    kernels_of,
-)
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
+    KINDS,
+    REST,
     SLOTS,
+    Kernel,
     SyntheticTraining,
     TrainingSetup,
+    by_kind,
+    kernels_of,
     num_patches,
     random_batch,
     seconds_of,
@@ -157,23 +152,3 @@ def test_kernels_of_a_product() -> None:
     assert kernels["aten::mm"].count == 2
     assert kernels["aten::mm"].seconds == max(kernel.seconds for kernel in kernels.values())
     assert kernels_of(lambda: a @ a, torch.device("mps"), times=1) == []
-
-
-def test_communication_is_exposed_where_nothing_else_runs() -> None:
-    def event(name: str, begin: float, end: float, kind: str = "kernel") -> dict[str, Any]:
-        return {"name": name, "cat": kind, "ts": begin, "dur": end - begin}
-
-    events = [
-        event("nvjet", 1000, 3000),
-        event("ncclDevKernel_AllGather", 2000, 6000),  # half of it beside products
-        event("nvjet", 4500, 5500),
-        event("ncclDevKernel_ReduceScatter", 5000, 7000),  # two at a time count once
-        event("Memcpy HtoD", 6500, 8000, "gpu_memcpy"),
-        event("nvjet", 9000, 10_000),
-        event("aten::mm", 0, 99_000, "cpu_op"),
-        event("nccl:all_gather", 0, 99_000, "gpu_user_annotation"),
-        {"name": "process_name", "ph": "M"},
-    ]
-    expected = Communication(span=9e-3, total=5e-3, exposed=2.5e-3, idle=1e-3)
-    assert astuple(communication(reversed(events))) == pytest.approx(astuple(expected), abs=1e-12)
-    assert communication(events[-3:]) == Communication(0.0, 0.0, 0.0, 0.0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bytelatent.files import what_is_torn
+from bytelatent.files import find_corruption
 from bytelatent.training import train
 from bytelatent.training import trainer as loop
 from bytelatent.training.profiling.profiler import Profiler, ProfileSettings
@@ -19,7 +19,7 @@ STEP = "Optimizer.step#AdamW.step"
 
 def steps_in(folder: Path) -> int:
     """The optimizer's steps that a trace holds."""
-    assert what_is_torn(folder) is None
+    assert find_corruption(folder) is None
     with gzip.open(folder / "trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     return sum(event["name"] == STEP and event["ph"] == "X" for event in events)

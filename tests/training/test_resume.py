@@ -33,7 +33,8 @@ from tests.training.tiny_runs import (
 KILLS_ITSELF = """
 import os, signal, sys
 from bytelatent.commands import train
-from bytelatent.training import checkpoint, loop
+from bytelatent.training import trainer as loop
+from bytelatent.training.checkpoint import manager
 
 place, at = sys.argv[1], int(sys.argv[2])
 
@@ -50,14 +51,14 @@ if place == "step":
         return inner(model, batch)
     loop.cross_entropy = cross_entropy
 else:
-    inner_write = checkpoint.write_native
+    inner_write = manager.write_native
     calls = []
     def write(folder, model):
         inner_write(folder, model)
         calls.append(1)
         if len(calls) == at:
             die()
-    checkpoint.write_native = write
+    manager.write_native = write
 train.main(sys.argv[3:])
 """
 

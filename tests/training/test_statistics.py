@@ -12,12 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bytelatent.data import Batch
-from bytelatent.data.packing import pack
-from bytelatent.data.pieces import Piece
+from bytelatent.data.packing import Piece, pack
 from bytelatent.model import Block, BLTSettings, ByteLMSettings, CrossAttention, build
 from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
-from bytelatent.training.profiling.layer_statistics import LayerStatistics, attention_entropy, head, layers
+from bytelatent.training.profiling.layer_statistics import (
+    LayerStatistics,
+    attention_entropy,
+    first_ids,
+    weights_by_layer,
+)
 from tests.training.crew import Crew
 from tests.training.plans import PLANS, train_as, values
 from tests.training.tiny_runs import BLT, BYTE_LM, assert_equal_runs, blt_run, byte_lm_run, settings, weights
@@ -94,7 +98,9 @@ def test_divided_runs_have_the_same_statistics(crew: Crew, tmp_path: Path, text:
 def test_the_head_of_a_batch_is_computed_as_the_whole(values: dict[str, Any], size: int) -> None:
     model, batch = model_of(values), batch_of(3, 20, values is BLT)
     with torch.no_grad():
-        torch.testing.assert_close(model(head(batch.stream, size)), model(batch.stream)[:size], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(first_ids(batch.stream, size)), model(batch.stream)[:size], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_attention_entropy_is_that_of_the_softmax() -> None:
@@ -138,7 +144,7 @@ def test_activations_and_attention_of_every_block(values: dict[str, Any], ids: t
             part.register_forward_hook(lambda _, __, out, name=name: outputs.update({name.replace("stack.", ""): out}))
     row = looked_at(model, batch)
     with torch.no_grad():
-        model(head(batch.stream, size))
+        model(first_ids(batch.stream, size))
     blocks = {name for name in outputs if "cross" not in name}
     assert row["attention_entropies"].keys() == blocks
     assert row["activation_rms"].keys() == outputs.keys()
@@ -148,7 +154,7 @@ def test_activations_and_attention_of_every_block(values: dict[str, Any], ids: t
     for name in blocks - {"global_transformer.blocks.0"}:
         assert row["attention_entropies"][name] == pytest.approx(even, rel=1e-5)
     if values is BLT:
-        positions = head(batch.stream, size).patch_position  # pyright: ignore[reportAttributeAccessIssue]
+        positions = first_ids(batch.stream, size).patch_position  # pyright: ignore[reportAttributeAccessIssue]
         even = sum(math.log(int(p) + 1) for p in positions) / len(positions)
         assert row["attention_entropies"]["global_transformer.blocks.0"] == pytest.approx(even, rel=1e-5)
 
@@ -176,7 +182,7 @@ def test_blocks_that_are_compiled_are_seen_too() -> None:
 
 def test_every_weight_is_in_one_layer() -> None:
     model = model_of(BLT)
-    found = [id(parameter) for own in layers(model).values() for parameter in own]
+    found = [id(parameter) for own in weights_by_layer(model).values() for parameter in own]
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
 
 

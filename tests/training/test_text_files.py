@@ -107,7 +107,7 @@ def test_files_that_came_and_went(tmp_path: Path, folder: Path, capsys: pytest.C
     capsys.readouterr()
     train(settings(values(run, folder, 9, allow_changed=True)))
     said = capsys.readouterr().out
-    assert f"data: the files of '{folder}' are others: a new epoch of them begins" in said
+    assert f"data: the files of '{folder}' changed: a new epoch of them begins" in said
     assert f"'{folder}/d.jsonl' is new" in said
     assert len(losses(run)) == 9
 

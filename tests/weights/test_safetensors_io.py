@@ -15,7 +15,7 @@ from bytelatent.weights import safetensors_io as tensors
 from bytelatent.weights.safetensors_io import (
     DTYPES,
     StoredTensor,
-    few,
+    listed,
     read_json,
     read_pickle,
     read_safetensors,
@@ -166,5 +166,5 @@ def test_names_that_are_shown() -> None:
     assert shown("plain") == "plain"
     assert shown("\x1b[2Jred\n\t\u202e") == " [2Jred   "
     assert shown("x" * 300) == "x" * 200 + "..."
-    assert few(["a", "b"]) == "a, b"
-    assert few([str(n) for n in range(14)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, and 2 more"
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([str(n) for n in range(14)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, and 2 more"

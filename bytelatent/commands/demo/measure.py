@@ -9,12 +9,12 @@ from pathlib import Path
 
 from bytelatent.blt import BLT
 from bytelatent.data import Patcher, SourceSettings, batches_once
+from bytelatent.device import Threads
 from bytelatent.evaluation import Evaluation, evaluate
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.patching import Patch
 from bytelatent.progress import Progress
 from bytelatent.text import read_documents
-from bytelatent.threads import Threads
 
 BATCH_BYTES = 2048
 SHOWN_BYTES = 2_000  # of held-out text in the report

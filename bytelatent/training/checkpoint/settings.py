@@ -11,11 +11,10 @@ class CheckpointSettings(Settings):
     """When to save, and what to keep.
 
     Attributes:
-        every: steps from one checkpoint to the next.
-        keep: so many of the newest stay,
-        keep_every: and those after a multiple of so many steps.
-        asynchronous: training goes on while a copy of its state is written; `auto` where there is a GPU, or several
-            processes.
+        every: steps between checkpoints.
+        keep: number of the newest checkpoints to keep.
+        keep_every: also keep checkpoints after a multiple of this many steps.
+        asynchronous: train on while a copy of the state is written; `auto` does so on a GPU and in several processes.
     """
 
     every: int = Field(default=1000, ge=1)

@@ -145,8 +145,7 @@ def build_parallel_model(
         if plan.settings.tables == "rows":
             for part in model.modules():
                 if isinstance(part, NgramHashEmbedding):
-                    shard_tables(part, plan.mesh.device_type, plan.ranks.world_size)
-                    sharded_tables.append(part.tables.weight)
+                    sharded_tables.append(shard_tables(part, plan.mesh.device_type, plan.ranks.world_size))
         if plan.settings.tensor > 1:
             for block in global_blocks:
                 fsdp.apply_tensor_parallelism(block, plan.mesh["tensor"])

@@ -26,13 +26,14 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 # Shapes: W ranks, T ids a rank, S rows an id, R rows held here, D width
 
 
-def shard_tables(embedding: NgramHashEmbedding, device: str, world_size: int) -> None:
-    """Divide the rows of an embedding's tables among all ranks."""
+def shard_tables(embedding: NgramHashEmbedding, device: str, world_size: int) -> nn.Parameter:
+    """Divide the rows of an embedding's tables among all ranks; return the weight, of which this rank holds a part."""
     mesh = init_device_mesh(device, (world_size,), mesh_dim_names=("rows",))
     weight = distribute_tensor(embedding.tables.weight.detach(), mesh, [Shard(0)], src_data_rank=None)
-    embedding.tables.weight = nn.Parameter(weight)
+    embedding.tables.weight = parameter = nn.Parameter(weight)
     _, (begin, _) = compute_local_shape_and_global_offset(weight.shape, mesh, [Shard(0)])
     embedding.sums = partial(_sums, embedding, mesh.get_group(), begin)  # pyright: ignore[reportAttributeAccessIssue]
+    return parameter
 
 
 def _sums(embedding: NgramHashEmbedding, group: Any, begin: int, tail_BL: Tensor, history: Tensor, new: int) -> Tensor:

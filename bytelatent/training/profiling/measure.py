@@ -1,10 +1,11 @@
-"""How fast a model trains on this machine: random text, the trainer's own parts, and clocks.
+"""How fast a model trains on this machine, and which kernels take the time.
 
-Documents of 8,192 random bytes in random patches of 4.5 bytes on average.
+It times the trainer's own parts on random text: documents of 8,192 bytes in patches of 4.5 bytes on average.
 """
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +34,31 @@ from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.settings import OptimizerSettings
 
 DOCUMENT, PATCH_BYTES = 8192, 4.5
-SLOTS = 128  # patch slots come in multiples of so many
+SLOTS = 128  # the number of patch slots is a multiple of this
+
+# The kind of a kernel, or on a CPU of an operation: the first whose pattern its name matches. Of the many operations of
+# patch attention on a CPU, only those that no other part uses are recognised. A dense gradient of hash tables is filled
+# with zeros first.
+KINDS = {
+    "patch attention": r"own_bytes|read_patch|pool_kernel|pool_backward|index_select|index_add|scatter_(reduce|add)",
+    "optimizer and clipping": r"row_adamw|Adam|adamw|Optimizer|multi_tensor|_foreach|LpNorm|vector_norm"
+    r"|aten::(index|_index_put_impl_)$",
+    "hash tables": r"hash_embed|row_sums|ngram_sums|embedding_bag|EmbeddingBag|index_copy|[Ss]ort|unique|FillFunctor"
+    r"|aten::fill_|aten::zero_",
+    "attention": r"flash|fmha|cudnn|flex_attention|triton_tem|scaled_dot_product"
+    r"|aten::(bmm|baddbmm|_softmax|_safe_softmax)",
+    "products": r"gemm|nvjet|cutlass|cublas|xmma|splitK|scaled_mm|aten::(mm|addmm|linear|matmul)$|mkldnn_linear",
+    "norms and pointwise": r"triton_(poi|red|per)|elementwise|[Rr]educe|[Nn]orm|[Ss]oft[Mm]ax|softmax|Memcpy|CatArray"
+    r"|aten::(mul|add|sub|div|neg|exp|silu|silu_backward|sigmoid|where|copy|cat|stack|clone|sum|mean|rsqrt|pow|cos|sin"
+    r"|square|maximum|masked_fill|nll_loss_forward|nll_loss_backward)_?$",
+}
+REST = "rest"
+PROFILED_CALLS = 2  # whose mean is taken
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """How a model is trained."""
+    """What is trained, and how."""
 
     model: ModelSettings
     device: torch.device
@@ -51,42 +71,42 @@ class TrainingSetup:
 
 
 class SyntheticTraining:
-    """A model in training, with random weights; the optimizer's state is in memory, as after a first step."""
+    """A model with random weights that trains on random batches. The optimizer has its state, as after a first step."""
 
-    def __init__(self, plan: TrainingSetup):
-        self.plan = plan
+    def __init__(self, setup: TrainingSetup):
+        self.setup = setup
         torch.manual_seed(0)
-        with plan.device:
-            self.model = build(plan.model)
-        to_float8(self.model, plan.float8)
-        self.optimizer = build_optimizer(self.model, plan.optimizer)
-        self._work = ForwardBackward(self.model, plan.device, plan.dtype)
-        self.step(*random_batch(256, plan.device, isinstance(plan.model, BLTSettings)))
-        apply_activation_checkpointing(self.model, plan.checkpointing)
-        if plan.compiled:
+        with setup.device:
+            self.model = build(setup.model)
+        to_float8(self.model, setup.float8)
+        self.optimizer = build_optimizer(self.model, setup.optimizer)
+        self._work = ForwardBackward(self.model, setup.device, setup.dtype)
+        self.step(*random_batch(256, setup.device, isinstance(setup.model, BLTSettings)))
+        apply_activation_checkpointing(self.model, setup.checkpointing)
+        if setup.compiled:
             compile_regions(self.model)
-        self._work = ForwardBackward(self.model, plan.device, plan.dtype, plan.captured)
+        self._work = ForwardBackward(self.model, setup.device, setup.dtype, setup.captured)
 
     def forward_backward(self, stream: Stream, targets: Tensor) -> None:
         self._work(stream, targets)
 
     def forget_shapes(self) -> None:
-        """Compile, and capture, anew: each size for itself."""
+        """Compile and capture again for the next batch, so that its size has a graph of its own."""
         self._work.forget_shapes()
 
     def step(self, stream: Stream, targets: Tensor) -> None:
-        """A whole step, as the training loop takes it."""
+        """A whole step of training."""
         self.forward_backward(stream, targets)
-        float(clip(self.model.parameters(), self.plan.optimizer.clip))  # the loop looks whether it is finite
+        float(clip(self.model.parameters(), self.setup.optimizer.clip))  # training checks that it is finite
         self.optimizer.step()
 
 
 class ForwardBackward:
-    """Computes gradients of the mean loss, in place of earlier ones.
+    """Computes gradients of the mean loss; earlier gradients are dropped.
 
     Args:
-        dtype: of products; float32 for the weights' own.
-        captured: as a CUDA graph, captured by the first call of each shape.
+        dtype: of products.
+        captured: run as a CUDA graph, which the first call with each shape captures.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, captured: bool = False):
@@ -97,7 +117,7 @@ class ForwardBackward:
         self._model.zero_grad(set_to_none=True)
         batch = Batch(stream, targets, len(targets), len(targets), num_patches=0)
         if isinstance(self._gradients, CapturedGradients) and not self._gradients.fits(batch):
-            self._gradients = None  # before the next one is made: there may be no room for both
+            self._gradients = None  # before the next one is made: there may be no memory for both
         if self._gradients is None:
             self._gradients = (
                 CapturedGradients(self._model.parameters(), self._loss, self._device)
@@ -107,7 +127,7 @@ class ForwardBackward:
         self._gradients(batch, len(targets))
 
     def forget_shapes(self) -> None:
-        """Compile, and capture, anew: each size for itself."""
+        """As `SyntheticTraining.forget_shapes`."""
         self._model.zero_grad(set_to_none=True)
         self._gradients = None
         torch._dynamo.reset()
@@ -118,7 +138,7 @@ class ForwardBackward:
 
 
 def random_batch(size: int, device: torch.device, patched: bool = True, seed: int = 0) -> tuple[Stream, Tensor]:
-    """A stream of `size` ids, and their targets."""
+    """A stream of `size` random ids, and their targets."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, 260, [size], generator=generator)
     stream = pack_rows(list(ids.split(DOCUMENT)))
@@ -131,12 +151,12 @@ def random_batch(size: int, device: torch.device, patched: bool = True, seed: in
 
 
 def num_patches(stream: Stream) -> int | None:
-    """Patches that hold bytes; None in a stream that is not cut into any."""
+    """Patches that hold bytes; None for a stream without patches."""
     return int((stream.patch_document >= 0).sum()) if isinstance(stream, PatchedStream) else None
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -146,7 +166,7 @@ def wait_for(device: torch.device) -> None:
 def seconds_of(
     work: Callable[[], Any], device: torch.device, times: int = 10, warm: int = 3, limit: float = 20.0
 ) -> float:
-    """Seconds of one call, the mean of `times`; of fewer, two at least, where they would take longer than `limit`."""
+    """Seconds per call: the mean of `times` calls, or of at least two if they would take over `limit` seconds."""
     last = limit
     for _ in range(warm):
         began = time.perf_counter()
@@ -169,7 +189,48 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes, of a gigabyte, or a quarter of one on a CPU."""
+    """Bytes per second that a copy of 1 GB (on a CPU 0.25 GB) reads and writes."""
     source = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, 20, limit=2.0)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a device, or on a CPU an operation without those that it calls."""
+
+    name: str
+    seconds: float  # per call of the work
+    count: float
+
+    @property
+    def kind(self) -> str:
+        return next((kind for kind, pattern in KINDS.items() if re.search(pattern, self.name)), REST)
+
+
+def kernels_of(work: Callable[[], Any], device: torch.device, times: int = PROFILED_CALLS) -> list[Kernel]:
+    """The kernels of some work, the longest first; none if torch has no profiler for the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = {"cuda": ProfilerActivity.CUDA, "cpu": ProfilerActivity.CPU}
+    if device.type not in activities:
+        return []
+    with profile(activities=[activities[device.type]]) as profiler:
+        for _ in range(times):
+            work()
+        wait_for(device)
+    spent = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = [Kernel(row.key, getattr(row, spent) / 1e6 / times, row.count / times) for row in profiler.key_averages()]
+    return sorted((row for row in rows if row.seconds > 0), key=lambda row: -row.seconds)
+
+
+def by_kind(kernels: list[Kernel], absent: Collection[str] = ()) -> dict[str, float]:
+    """Seconds of each kind, in the order of `KINDS`, and of the rest.
+
+    Args:
+        absent: kinds of which the model has no part; kernels that match them count as the rest.
+    """
+    seconds = {kind: 0.0 for kind in (*KINDS, REST) if kind not in absent}
+    for kernel in kernels:
+        seconds[REST if kernel.kind in absent else kernel.kind] += kernel.seconds
+    return seconds

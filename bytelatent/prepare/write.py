@@ -1,4 +1,7 @@
-"""The second pass: the documents of a range of bins from all runs, in their order, to their places in the output."""
+"""The second pass, which writes the output files, and the manifest, which comes last.
+
+Each range of bins is read from all runs, put in order, and written where its documents belong in the output.
+"""
 
 import hashlib
 import json
@@ -10,16 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from bytelatent.credentials import masked
+from bytelatent.errors import UserError
 from bytelatent.files import own_file
 from bytelatent.prepare.disk import Buffer, read_at, scratch, write_past_cache, write_text, writing
-from bytelatent.prepare.index import Index, Range
-from bytelatent.prepare.runs import INDEX_BYTES, SLICE_BYTES, gathered
-from bytelatent.prepare.work import Work
+from bytelatent.prepare.plan import FORMAT, WorkFolder
+from bytelatent.prepare.scatter import SLICE_BYTES, gathered
+from bytelatent.prepare.shuffle import INDEX_BYTES, BinRange, RunIndex
+from bytelatent.text import MAX_ROW_BYTES
 
 MAX_OPEN = 128
+MANIFEST = "manifest.json"
+READ_BYTES = 1 << 22
 
 
-def make_room(work: Work) -> None:
+def make_room(work: WorkFolder) -> None:
     """Give the output files their sizes, so that a full disk is found before the second pass.
 
     Raises:
@@ -36,11 +44,11 @@ def make_room(work: Work) -> None:
                     os.posix_fallocate(file.fileno(), 0, size)
 
 
-def gather(work: Work, rank: int, ranks: int, report: Callable[[int], None]) -> None:
+def gather(work: WorkFolder, rank: int, ranks: int, report: Callable[[int], None]) -> None:
     """Do this rank's share of the second pass, what is done already left out.
 
     Args:
-        report: told the bytes written.
+        report: receives the bytes written.
 
     Raises:
         UserError: the disk is full, or the first pass is not finished.
@@ -52,13 +60,13 @@ def gather(work: Work, rank: int, ranks: int, report: Callable[[int], None]) -> 
     ]
     if not mine:
         return
-    index = Index(work)
+    index = RunIndex(work)
     with writing(work.out):
         for number in mine:
             _gather_range(work, index, cut["outputs"], number, ranges[number], report)
 
 
-def range_parts(work: Work, number: int) -> list[list[Any]] | None:
+def range_parts(work: WorkFolder, number: int) -> list[list[Any]] | None:
     """What a finished range wrote, as [output, bytes, sha256]; None if it is not finished."""
     try:
         return json.loads(work.range_marker(number).read_text(encoding="utf-8"))["parts"]
@@ -67,8 +75,8 @@ def range_parts(work: Work, number: int) -> list[list[Any]] | None:
 
 
 def _gather_range(
-    work: Work,
-    index: Index,
+    work: WorkFolder,
+    index: RunIndex,
     outputs: list[dict[str, Any]],
     number: int,
     planned: dict[str, Any],
@@ -86,7 +94,7 @@ def _gather_range(
     write_text(work.range_marker(number), json.dumps({"parts": parts}))
 
 
-def _documents(part: Range, data: "DataFiles") -> Iterator[Buffer]:
+def _documents(part: BinRange, data: "DataFiles") -> Iterator[Buffer]:
     """The documents in order, all read into memory first."""
     import pyarrow
 
@@ -102,7 +110,7 @@ def _documents(part: Range, data: "DataFiles") -> Iterator[Buffer]:
     yield from gathered(array, part.order, part.lengths[part.order])
 
 
-def _documents_one_by_one(part: Range, data: "DataFiles") -> Iterator[Buffer]:
+def _documents_one_by_one(part: BinRange, data: "DataFiles") -> Iterator[Buffer]:
     """The documents in order, each read where it stands: slow, for a range with documents too large for the memory."""
     counts = np.array([piece.documents for piece in part.pieces])
     piece_of = np.repeat(np.arange(len(part.pieces)), counts)
@@ -124,7 +132,7 @@ def _documents_one_by_one(part: Range, data: "DataFiles") -> Iterator[Buffer]:
 class DataFiles:
     """The data files of the first pass, a few of them open."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkFolder) -> None:
         self.work = work
         self._open: OrderedDict[int, int] = OrderedDict()
 
@@ -189,3 +197,112 @@ class StreamWriter:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def finish(work: WorkFolder) -> None:
+    """Give the output files their names, and write the manifest.
+
+    Raises:
+        UserError: a part of the second pass is missing.
+    """
+    cut = json.loads(work.cut_file.read_text(encoding="utf-8"))
+    parts: list[list[Any]] = [[] for _ in cut["outputs"]]
+    for number in range(len(cut["ranges"])):
+        done = range_parts(work, number)
+        if done is None:
+            raise UserError(f"--out: part {number} of the second pass is not there; give the same command again")
+        for output, size, digest in done:
+            parts[output].append([size, digest])
+    with writing(work.out):
+        for output, its_parts in zip(cut["outputs"], parts, strict=True):
+            assert sum(size for size, _ in its_parts) == output["end"] - output["begin"]
+            if (work.aside / output["name"]).exists():
+                os.replace(work.aside / output["name"], work.out / output["name"])
+        write_text(work.out / MANIFEST, json.dumps(masked(_manifest(work, cut, parts)), indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished folder; None if there is none.
+
+    Raises:
+        UserError: it cannot be read, or is of another program.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        known = isinstance(manifest, dict) and {"request", "outputs", "inputs"} <= manifest.keys()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError):
+        known, manifest = False, {}
+    if not known:
+        raise UserError(f"--out: '{folder / MANIFEST}' is damaged or of another program; give another folder")
+    request = manifest["request"]
+    if "max_corrupt" in request:  # as of earlier versions
+        request["max_bad_rows"] = request.pop("max_corrupt")
+    request.setdefault("max_row_bytes", MAX_ROW_BYTES)
+    manifest.setdefault("unread", {})
+    return manifest
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Read a prepared folder again, and name what is not as its manifest says: one line each, none if all is well.
+
+    Raises:
+        UserError: the folder is not one that was prepared.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"'{folder}' has no {MANIFEST}; it was not prepared to the end")
+    return [wrong for output in manifest["outputs"] if (wrong := _what_is_wrong(folder / output["name"], output))]
+
+
+def _what_is_wrong(path: Path, output: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != output["bytes"]:
+            return f"{path.name} has {size:,} bytes, not {output['bytes']:,}"
+        with path.open("rb") as file:
+            for part_size, digest in output["parts"]:
+                begin = file.tell()
+                if _digest(file, part_size) != digest:
+                    return f"{path.name} is not as it was written, between bytes {begin:,} and {begin + part_size:,}"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror or error}"
+    return None
+
+
+def _digest(file: Any, size: int) -> str:
+    digest = hashlib.sha256()
+    while size and (data := file.read(min(READ_BYTES, size))):
+        digest.update(data)
+        size -= len(data)
+    return digest.hexdigest()
+
+
+def _manifest(work: WorkFolder, cut: dict[str, Any], parts: list[list[Any]]) -> dict[str, Any]:
+    plan = work.plan
+    return {
+        "format": FORMAT,
+        "request": plan.request,
+        "memory": plan.memory,
+        "inputs": [{"file": file.path, "bytes": file.size, "changed": file.changed} for file in plan.files],
+        "documents_read": cut["documents_read"],
+        "bytes_read": cut["bytes_read"],
+        "documents": cut["documents"],
+        "bytes": cut["bytes"],
+        "duplicates": cut["documents_read"] - cut["documents"],
+        "corrupt": {"rows": len(cut["corrupt"]), "places": cut["corrupt"]},
+        "unread": cut["unread"],
+        "outputs": [
+            {
+                "name": output["name"],
+                "documents": output["documents"],
+                "bytes": output["end"] - output["begin"],
+                "parts": its_parts,  # [bytes, sha256] in order
+            }
+            for output, its_parts in zip(cut["outputs"], parts, strict=True)
+        ],
+    }
