@@ -20,8 +20,8 @@ from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
 from bytelatent.inference.engine import check_max_new_bytes, check_samples
-from bytelatent.inference.long_text import entropies_of
 from bytelatent.inference.quantize import Weights, check_weights, rounded
+from bytelatent.inference.scoring import entropies_of
 from bytelatent.inference.step import check_ahead, engine_for
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts

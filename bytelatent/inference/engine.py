@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.decoder import Decoder
+from bytelatent.inference.decoder import Decoder, State
 from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS, Sampling, SamplingRows
-from bytelatent.inference.state import DecodeState
 from bytelatent.inference.stopping import StopWatch
 from bytelatent.inference.utf8 import CharacterStream, whole_characters
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
@@ -99,7 +98,7 @@ class Continuation:
 class RowsOnDevice(Protocol):
     """Rows that draw and read ids, one each at a time."""
 
-    def admit(self, row: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
+    def admit(self, row: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
         """Put a sequence into a row: row `source` of a state, and the logits [V] of what comes next."""
         ...
 
@@ -136,7 +135,7 @@ class Rows:
         self._in_row: list[Continuation | None] = [None] * num_rows
         self._known: list[Drawn] = []
 
-    def admit(self, row: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
+    def admit(self, row: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
         self.state.put(row, state, source)
         self.sampling.put(row, which.sampling, which.prompt, which.max_new_bytes)
         self.logits_BV[row] = logits

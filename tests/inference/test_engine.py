@@ -13,6 +13,7 @@ from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt
 from bytelatent.inference.sampling import MAX_NEW_BYTES
 from bytelatent.inference.step import FastRows, engine_for, supports
 from bytelatent.inference.step.drafting import LONGEST
+from bytelatent.inference.step.step import BLTStep
 from bytelatent.inference.utf8 import state_after
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
@@ -65,7 +66,8 @@ def engine_of(decoder: Decoder, kind: str, num_rows: int) -> Engine:
     if kind in DRAFTED and isinstance(decoder.model, ByteLM):
         pytest.skip("a byte LM has no part that drafts")
     rows = FastRows(decoder, num_rows, **FAST[kind])
-    rows._step.assumes_open |= kind in ASSUMING
+    if isinstance(rows._step, BLTStep):
+        rows._step.assumes_open |= kind in ASSUMING
     return Engine(decoder, rows, num_rows)
 
 

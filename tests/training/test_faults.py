@@ -71,7 +71,7 @@ def test_a_step_without_its_update(
 
 
 def test_updates_are_not_left_out_for_ever(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(faults, "MAX_SKIPPED", 3)
     scaled(monkeypatch, dict.fromkeys([2, *range(4, 99)], float("inf")))
     with pytest.raises(
         UserError, match=r"not finite at step 7 \(.*\), 4 times in a row; .*lr \(now 0.003\).*run=FOLDER$"
@@ -145,7 +145,7 @@ def test_a_leap_of_the_loss_is_known_after_a_restart(
         train(settings(values))
     monkeypatch.undo()
     scaled(monkeypatch, {1: 10.0})  # the first step after the restart, too early without what was before
-    with pytest.raises(UserError, match=r"the loss leaps at step 13 \(loss .*, median .*, faults.spike 3\)"):
+    with pytest.raises(UserError, match=r"the loss spikes at step 13 \(loss .*, median .*, faults.spike 3\)"):
         train(settings(values))
     monkeypatch.undo()
     run = train(settings(values))

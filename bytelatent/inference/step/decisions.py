@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.sampling import SamplingRows
+from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.kernels.launch import launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
 from bytelatent.kernels.plain import Arrays
 from bytelatent.model import entropies
@@ -22,7 +22,7 @@ from bytelatent.vocab import EOS, OFFSET
 # Shapes: B rows, C places for rows whose patch closes, V vocabulary, W ids of a tail, K keys a patch, Y
 # cross-attentions, H heads, E head size
 
-# What `draw_kernel` takes of `SamplingRows`, in the order of its parameters
+# What `draw_kernel` takes of `SamplingSlots`, in the order of its parameters
 SAMPLING_FIELDS = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "drawn", "seen", "valid_utf8", "utf8"),
     *("remaining", "utf8_after", "needed", "needed_after"),
@@ -49,7 +49,7 @@ MIX_2 = tl.constexpr(-7723592293110705685)  # 0x94D049BB133111EB
 
 def check_sampling_fields(known: tuple[str, ...] = SAMPLING_FIELDS + PLAIN_SAMPLING_FIELDS) -> None:
     """Refuse sampling settings that the kernel does not know: it would ignore them without a word."""
-    if unknown := [field.name for field in fields(SamplingRows) if field.name not in known]:
+    if unknown := [field.name for field in fields(SamplingSlots) if field.name not in known]:
         raise NotImplementedError(f"draw_kernel does not know the sampling settings {', '.join(unknown)}")
 
 
@@ -100,10 +100,12 @@ class Flags:
         return cls(**{name: zeros(sizes.get(name, num_rows), dtypes.get(name, torch.long)) for name in names})
 
 
-def draw(logits_BV: Tensor, rows: SamplingRows, position: Tensor, flags: Flags, expected: Tensor | None = None) -> None:
+def draw(
+    logits_BV: Tensor, rows: SamplingSlots, position: Tensor, flags: Flags, expected: Tensor | None = None
+) -> None:
     """Draw an id in each active row that does not wait, and note it.
 
-    Equals `SamplingRows.draw` and `read`; a row ends with EOS, or once as many ids were drawn as were asked for.
+    Equals `SamplingSlots.draw` and `read`; a row ends with EOS, or once as many ids were drawn as were asked for.
 
     Args:
         logits_BV: float32, of what comes next.
@@ -132,7 +134,7 @@ def draw(logits_BV: Tensor, rows: SamplingRows, position: Tensor, flags: Flags, 
 
 
 def plain_draw(
-    logits_BV: Tensor, rows: SamplingRows, position: Tensor, flags: Flags, expected: Tensor | None = None
+    logits_BV: Tensor, rows: SamplingSlots, position: Tensor, flags: Flags, expected: Tensor | None = None
 ) -> None:
     """The plain form."""
     arrays, at = Arrays(flags), position.numpy()

@@ -122,13 +122,13 @@ def test_a_file_beside_those_of_the_ranks_is_ignored(text: Path, begun: Path, wh
     assert_equal_runs(begun, whole)
 
 
-def test_a_damaged_file_of_a_rank_is_a_torn_checkpoint(text: Path, begun: Path) -> None:
+def test_a_damaged_file_of_a_rank_makes_a_checkpoint_corrupt(text: Path, begun: Path) -> None:
     (begun / "checkpoints" / "step-00000005" / "ranks" / "00000.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"is corrupt \(ranks/00000.pt is not as it was written\)"):
         go_on(begun, text)
 
 
-def test_all_torn_is_told_alike(tmp_path: Path, text: Path, begun: Path) -> None:
+def test_all_corrupt_is_one_error_everywhere(tmp_path: Path, text: Path, begun: Path) -> None:
     (begun / "checkpoints" / "step-00000005" / "progress.pt").unlink()
     told = set()
     for call in (
