@@ -30,7 +30,7 @@ from bytelatent.vocab import VOCAB_SIZE
 LONGEST = SLACK  # bytes a step: as many can be taken back
 # What `append` and `decide` write of BLTState
 SCALARS = ("position", "tail", "previous_entropy", "since_start", "open_count")
-DRAWING = ("drawn", "seen", "utf8", "remaining")  # of SamplingRows, what drawing writes
+DRAWING = ("drawn", "seen", "utf8", "remaining")  # of SamplingSlots, what drawing writes
 
 
 @dataclass

@@ -19,7 +19,7 @@ from bytelatent.model import ByteLM
 AHEAD = 8  # steps on their way that the host has not read
 
 
-class FastRows:
+class CapturedSlots:
     """Rows in fixed shapes: on CUDA captured in a graph and replayed, elsewhere run as they are.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bytelatent.inference.decoder import Decoder, State
 from bytelatent.inference.kv_cache import BLTState, KVCache, Room
-from bytelatent.inference.sampling import SamplingRows
+from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.inference.step.cuda_graph import Side, has_conditions, where
 from bytelatent.inference.step.decisions import Flags, append, choose, decide, draw, store_patch
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
@@ -46,7 +46,7 @@ class ByteLMStep:
     def __init__(self, decoder: Decoder, num_slots: int, places: int = 1):
         self.decoder = decoder
         self.state = decoder.empty(num_slots)
-        self.sampling = SamplingRows.empty(num_slots, decoder.device)
+        self.sampling = SamplingSlots.empty(num_slots, decoder.device)
         self.flags = Flags.empty(num_slots, min(places, num_slots), decoder.device)
         self.logits_BV = torch.zeros(num_slots, VOCAB_SIZE, device=decoder.device)
         self.byte_lm = decoder.byte_lm_weights if isinstance(decoder, FastDecoder) else None
