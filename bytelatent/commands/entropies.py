@@ -78,7 +78,7 @@ def entropies_beside(
         "max_bad_rows": max_bad_rows,
         "max_row_bytes": max_row_bytes,
         "dtype": dtype,
-        "rule": _rule(starts, rule),
+        "patching": _rule(starts, rule),
     }
     settings = EntropySettings.parse(values, "entropies")
     # Bars of several processes would write over each other.

@@ -25,9 +25,9 @@ from bytelatent.device import choose_device, is_out_of_memory, precision_of_weig
 from bytelatent.errors import Interrupted, UserError, nearest
 from bytelatent.files import partial_path
 from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
-from bytelatent.inference.quantize import Weights, check_weights
-from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS
-from bytelatent.inference.step import check_ahead, engine_for
+from bytelatent.inference.quantize import Weights, check_quantize
+from bytelatent.inference.sampling import MAX_BATCH_SIZE, MAX_NEW_BYTES, MAX_SAMPLES
+from bytelatent.inference.step import check_draft_length, engine_for
 from bytelatent.log import Console
 from bytelatent.text.documents import json_value
 from bytelatent.text.formats import JSONL, TEXT, readable_kind
@@ -132,8 +132,8 @@ def _made_with(settings: GenerateSettings) -> dict[str, Any]:
 
 def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
     precision, place = precision_of_weights(settings.dtype), choose_device(settings.device)
-    check_weights(settings.weights, place)
-    check_ahead(settings.ahead)
+    check_quantize(settings.weights, place)
+    check_draft_length(settings.ahead)
     found = open_pretrained(settings.model, settings.entropy)
     patching = found.config.patching
     if patching is not None and patching.needs_entropies and found.byte_lm is None:
@@ -265,7 +265,7 @@ def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO, c
     """Write each row with its continuation as soon as it and all before it are done."""
     if not rows:
         return
-    num_rows = min(settings.rows, len(rows) * settings.samples, MOST_ROWS)
+    num_rows = min(settings.rows, len(rows) * settings.samples, MAX_BATCH_SIZE)
     with _memory_named("rows", num_rows):
         _continue_with(_engine(settings, num_rows), num_rows, rows, settings, out, console)
 

@@ -7,7 +7,7 @@ from bytelatent.blt import BLT
 from bytelatent.data import Patcher, patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference import prompt_ids
-from bytelatent.inference.long_text import entropies_of
+from bytelatent.inference.scoring import entropies_of
 from bytelatent.model import ByteLM, ByteLMSettings, pack_rows
 from bytelatent.patching import Patch, PatchSettings, calibrate
 from bytelatent.vocab import to_bytes

@@ -9,9 +9,9 @@ from bytelatent.inference.engine import (
     prompt_bytes,
     prompt_ids,
 )
-from bytelatent.inference.fast_entropies import FastEntropies
 from bytelatent.inference.sampling import Sampling
 from bytelatent.inference.scoring import log_probabilities, log_probabilities_of_pairs
+from bytelatent.inference.step.prefill import FastEntropies
 
 __all__ = [
     "Continuation",

@@ -22,7 +22,7 @@ RANDOM_BITS = 24  # of a draw
 WEIGHT_BITS = 30  # of the likeliest id's weight; V of them times a random number stay below 2^63
 MAX_NEW_BYTES = 10**9  # of a row
 MAX_SAMPLES = 100_000  # of a prompt; each takes memory from when it is asked for
-MOST_ROWS = 65_536  # sequences at once
+MAX_BATCH_SIZE = 65_536  # sequences at once
 NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a row can have
 FEW = 16  # rows
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
@@ -81,7 +81,7 @@ class Sampling(Settings):
 
 
 @dataclass
-class SamplingRows:
+class SamplingSlots:
     """How each of B rows draws, and what that depends on."""
 
     temperature: Tensor  # [B] float32; 0 takes the likeliest id
@@ -101,7 +101,7 @@ class SamplingRows:
     is_special: Tensor  # [V] bool, ids that are never drawn: neither bytes nor EOS
 
     @classmethod
-    def empty(cls, num_rows: int, device: torch.device | str) -> "SamplingRows":
+    def empty(cls, num_rows: int, device: torch.device | str) -> "SamplingSlots":
         """Rows that nothing was put into; they draw the likeliest ids."""
 
         def full(value: float, dtype: torch.dtype) -> Tensor:

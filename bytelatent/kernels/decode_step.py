@@ -83,11 +83,11 @@ class Rule:
 def draw(logits_BV: Tensor, rows: Any, position: Tensor, flags: Flags, expected: Tensor | None = None) -> None:
     """Draw an id in each active row that does not wait, and note it.
 
-    Equals `SamplingRows.draw` and `read`; a row ends with EOS, or once as many ids were drawn as were asked for.
+    Equals `SamplingSlots.draw` and `read`; a row ends with EOS, or once as many ids were drawn as were asked for.
 
     Args:
         logits_BV: float32, of what comes next.
-        rows: `SamplingRows`.
+        rows: `SamplingSlots`.
         position: [B] ids read.
         flags: `is_active`, `is_waiting` are read; `is_active`, `drawn`, `log_probability`, `ids`, `reads`, `row` and
             `at` are written.

@@ -50,15 +50,15 @@ class PackedMask:
     window: int | None
 
 
-class Look(Protocol):
-    """Another way to look at positions than a mask: into a cache. Each layer calls it once, in their order."""
+class CachedAttention(Protocol):
+    """Attention with a KV cache, in place of a mask. Each layer calls it once, in order."""
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         """What `attend` below does, with queries and keys already rotated."""
         ...
 
 
-Mask = DenseMask | BandedMask | FlexMask | PackedMask | Look
+Mask = DenseMask | BandedMask | FlexMask | PackedMask | CachedAttention
 
 
 def build_mask(

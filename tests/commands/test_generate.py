@@ -110,7 +110,7 @@ def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_pa
     rows, out = write_rows(tmp_path / "rows.jsonl", 3, 4), tmp_path / "out.jsonl"
     part = partial_path(out)
     part.write_text('{"prompt": "mine"}\n')
-    assert "stands in the way" in ended(*command(rows, model, out)).stderr
+    assert "is in the way" in ended(*command(rows, model, out)).stderr
     assert part.read_text() == '{"prompt": "mine"}\n'
     part.unlink()
     assert ended(*command(rows, model, out)).returncode == 0
@@ -274,7 +274,7 @@ def test_what_holds_something_is_not_replaced(model: Path, tmp_path: Path) -> No
 def test_prompts_that_stand_where_rows_would_wait_are_left_whole(tmp_path: Path) -> None:
     rows = tmp_path / "out.part"
     rows.write_text('{"prompt": "a"}\n{"prompt": "b"}')  # the last line without its end
-    with pytest.raises(UserError, match=r"^out: '.*out.part' stands in the way, and no '.*out.part.settings' says"):
+    with pytest.raises(UserError, match=r"^out: '.*out.part' is in the way, and no '.*out.part.settings' says"):
         run(model="absent", jsonl=str(rows), out=tmp_path / "out")
     assert rows.read_text() == '{"prompt": "a"}\n{"prompt": "b"}'
     assert names(tmp_path) == {"out.part"}

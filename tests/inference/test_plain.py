@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bytelatent.inference.sampling import Sampling, SamplingRows
+from bytelatent.inference.sampling import Sampling, SamplingSlots
 from bytelatent.inference.step import plain
 from bytelatent.kernels.decode_attention import plain_decode_attention, rotary_table
 from bytelatent.kernels.decode_patches import plain_gather_bytes, plain_read_patch
@@ -84,7 +84,7 @@ def test_hashes(longest: int) -> None:
 
 def test_what_nobody_asks_for_changes_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work that a CPU leaves out would have changed nothing, not even the last bit."""
-    rows = SamplingRows.empty(4, "cpu")
+    rows = SamplingSlots.empty(4, "cpu")
     for row, temperature in enumerate([1.0, 0.5, 1.7, 1e-3]):
         rows.put(row, Sampling(temperature=temperature), torch.randint(4, 260, [50]), 9)
     logits = torch.randn(4, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * 4

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.inference.sampling import Sampling, SamplingRows
+from bytelatent.inference.sampling import Sampling, SamplingSlots
 from bytelatent.inference.step import plain
 from bytelatent.kernels.decode_attention import (
     AttentionLaunch,
@@ -245,7 +245,7 @@ def deciding(
     """Draw, append, decide, choose, one after another, with the rows' states as they come."""
     patching = PatchSettings(**rule)
     samplings = [Sampling(**values) for values in sampling or [{}]]
-    drawing = SamplingRows.empty(rows, DEVICE)
+    drawing = SamplingSlots.empty(rows, DEVICE)
     for row in range(rows):
         prompt = torch.randint(4, 260, [5])
         drawing.put(row, samplings[row % len(samplings)], prompt, 3 + row % 4)

@@ -19,18 +19,17 @@ import torch
 from torch import Tensor
 
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.state import SLACK
-from bytelatent.inference.step.state import FastState, Room
-from bytelatent.inference.step.step import FastStep
+from bytelatent.inference.kv_cache import SLACK, BLTState, Room
+from bytelatent.inference.step.step import BLTStep
 from bytelatent.kernels.decode_step import Flags
 from bytelatent.vocab import VOCAB_SIZE
 
 # Shapes: B rows, S bytes a step, N patches of a row that may close in a step, D local width, V vocabulary
 
 LONGEST = SLACK  # bytes a step: as many can be taken back
-# What `append` and `decide` write of FastState
+# What `append` and `decide` write of BLTState
 SCALARS = ("position", "tail", "previous_entropy", "since_start", "open_count")
-DRAWING = ("drawn", "seen", "utf8", "remaining")  # of SamplingRows, what drawing writes
+DRAWING = ("drawn", "seen", "utf8", "remaining")  # of SamplingSlots, what drawing writes
 
 
 @dataclass
@@ -43,7 +42,7 @@ class _Patches:
     count_BN: Tensor  # how many they are
 
 
-class DraftedStep(FastStep):
+class DraftedStep(BLTStep):
     """A step of up to `size` bytes.
 
     Args:
@@ -65,14 +64,13 @@ class DraftedStep(FastStep):
         self.sampling_ahead = replace(self.sampling, **{name: getattr(self.sampling, name).clone() for name in DRAWING})
         self.ahead = self._state_ahead()  # as if the draft were right
         self.draft_logits_BV = torch.zeros_like(self.logits_BV)
-        assert self.state.patch_k is not None
         shape = self.state.patch_k.shape
         self.patch_k, self.patch_v = (  # those that bytes of a draft may read: the row's own, then the N that close
             self.state.patch_k.new_zeros(shape[0], num_rows, 1 + self.most, *shape[2:]) for _ in "kv"
         )
 
-    def make_room(self, room: Room) -> None:
-        super().make_room(room)
+    def reserve(self, room: Room) -> None:
+        super().reserve(room)
         self.ahead = self._state_ahead()
 
     def outcome(self) -> tuple[Tensor, Tensor]:
@@ -103,8 +101,6 @@ class DraftedStep(FastStep):
     def _draft(self) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Let the local models read and draw; the encoder's states, and what open patches would take, of each byte."""
         state, ahead, kernels = self.state, self.ahead, self.kernels
-        assert state.patch_k is not None
-        assert state.patch_v is not None
         self._go_back()
         for name in DRAWING:
             getattr(self.sampling_ahead, name).copy_(getattr(self.sampling, name))
@@ -127,7 +123,7 @@ class DraftedStep(FastStep):
         self._go_back()
         for flags, lm_logits_BV in zip(self.draft, lm_logits_SBV, strict=True):
             self.kernels.append(self.ahead, flags)
-            self.kernels.decide(lm_logits_BV, self.decoder.patching, self.ahead, flags)
+            self.kernels.decide(lm_logits_BV, self.patching, self.ahead, flags)
         closes_SB = torch.stack([flags.wants for flags in self.draft]) & reads_SB
         upto_SB, most = closes_SB.cumsum(0), self.most
         # Where each patch ends, [B, 1 + N + 1]: first nothing, last what is more than there is room for.
@@ -141,9 +137,6 @@ class DraftedStep(FastStep):
     def _close_all(self, patches: _Patches, h_BSD: Tensor, reads_SB: Tensor) -> None:
         """Run the global transformer for all of them, and let the decoder read them."""
         state, most = self.state, self.most
-        assert state.open_max is not None
-        assert state.patch_k is not None
-        assert state.patch_v is not None
         row_B = torch.arange(len(h_BSD), device=h_BSD.device)
         every_N = torch.arange(most, device=h_BSD.device)
         before_BS = (patches.upto_SB - torch.stack([flags.wants for flags in self.draft]).long()).T
@@ -194,14 +187,10 @@ class DraftedStep(FastStep):
     def _read_what_is_right(self, lm_logits_SBV: Any, kept: list[list[Tensor]], logits_BSV: Tensor) -> None:
         """Remember the bytes that are right, as a plain step does."""
         state, kernels = self.state, self.kernels
-        assert state.open_k is not None
-        assert state.open_v is not None
-        assert state.patch_k is not None
-        assert state.patch_v is not None
         position, num_patches = state.position.clone(), state.num_patches.clone()
         for flags, lm_logits_BV, (h_BD, *kvs) in zip(self.right, lm_logits_SBV, kept, strict=True):
             kernels.append(state, flags)
-            kernels.decide(lm_logits_BV, self.decoder.patching, state, flags)
+            kernels.decide(lm_logits_BV, self.patching, state, flags)
             for layer, kv in enumerate(kvs):
                 pooled = {"h_BD": h_BD, "pooled_BD": state.open_max} if layer == 0 else {}
                 kernels.keep_byte(kv, state.open_k[layer], state.open_v[layer], flags.count, **pooled)
@@ -213,7 +202,7 @@ class DraftedStep(FastStep):
         last = state.position - position - 1
         self.logits_BV.copy_(torch.where((last >= 0)[:, None], logits_BSV[row_B, last.clamp(min=0)], self.logits_BV))
 
-    def _state_ahead(self) -> FastState:
+    def _state_ahead(self) -> BLTState:
         """The state with the rows' tables, and numbers of its own."""
         own = (*SCALARS, "open_max")
         return replace(self.state, **{name: getattr(self.state, name).clone() for name in own})

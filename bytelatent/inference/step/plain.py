@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.inference.sampling import SamplingRows
+from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.kernels.decode_step import Flags
 from bytelatent.kernels.quantized import Matrix, dense
 from bytelatent.model import entropies
@@ -43,7 +43,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def plain_draw(
-    logits_BV: Tensor, rows: SamplingRows, position: Tensor, flags: Flags, expected: Tensor | None = None
+    logits_BV: Tensor, rows: SamplingSlots, position: Tensor, flags: Flags, expected: Tensor | None = None
 ) -> None:
     """What `draw` does."""
     arrays, at = Arrays(flags), position.numpy()

@@ -16,18 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.sampling import SamplingRows
-from bytelatent.inference.state import KeyValues
+from bytelatent.inference.decoder import Decoder, State
+from bytelatent.inference.kv_cache import BLTState, KVCache, Room
+from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.inference.step import plain
 from bytelatent.inference.step.cuda_graph import Side, has_conditions, where
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
 from bytelatent.inference.step.prefill import FastDecoder
-from bytelatent.inference.step.state import FastState, Room
 from bytelatent.kernels import decode_attention, decode_patches, decode_step, hash_embed, skinny_linear
 from bytelatent.kernels.overlap import overlapped
-from bytelatent.model import BLTModel, ByteLM
-from bytelatent.model.ngram_hash import PRIMES
+from bytelatent.model import ByteLM
 from bytelatent.vocab import VOCAB_SIZE
 
 # Shapes: B rows, C places for rows that close a patch, D local width, G global width, L bytes an open patch may have,
@@ -84,46 +82,31 @@ class Kernels:
         )
 
 
-class FastStep:
-    """The step, over its own state. See `make_room`.
+class ByteLMStep:
+    """The step of a byte LM, over its own state."""
 
-    Args:
-        places: rows for which a step runs the global transformer at most.
-        quorum: the share of rows at work that must want it before it runs.
-    """
+    state: State
 
-    def __init__(self, decoder: Decoder, num_rows: int, places: int, quorum: float = 0.0):
+    def __init__(self, decoder: Decoder, num_slots: int, places: int = 1):
         self.decoder = decoder
         self.kernels = Kernels.of(decoder.device)
-        self.quorum = quorum
-        self.can_wait = quorum > 0 or places < num_rows
-        self.assumes_open = decoder.device.type == "cuda" and has_conditions()
-        self.side = Side(decoder.device)
-        self.state = FastState.empty(decoder, num_rows)
-        self.sampling = SamplingRows.empty(num_rows, decoder.device)
-        self.flags = decode_step.Flags.empty(num_rows, min(places, num_rows), decoder.device)
-        self.logits_BV = torch.zeros(num_rows, VOCAB_SIZE, device=decoder.device)
-        model, byte_lm = decoder.model, decoder.byte_lm
-        lm = model if isinstance(model, ByteLM) else byte_lm
-        if isinstance(decoder, FastDecoder):
-            self.byte_lm, self.blt = decoder.byte_lm_weights, decoder.blt_weights
-        else:
-            self.byte_lm = ByteLMWeights.of(lm) if lm is not None else None
-            self.blt = BLTWeights.of(model) if isinstance(model, BLTModel) else None
-        self.powers = None
-        if self.blt is not None and self.blt.settings.ngram_hash is not None:
-            ngrams = self.blt.settings.ngram_hash
-            self.powers = hash_embed.ngram_powers(PRIMES[: ngrams.num_functions], ngrams.sizes, decoder.device)
+        self.state = decoder.empty(num_slots)
+        self.sampling = SamplingSlots.empty(num_slots, decoder.device)
+        self.flags = decode_step.Flags.empty(num_slots, min(places, num_slots), decoder.device)
+        self.logits_BV = torch.zeros(num_slots, VOCAB_SIZE, device=decoder.device)
+        self.byte_lm = decoder.byte_lm_weights if isinstance(decoder, FastDecoder) else None
+        lm = decoder.model if isinstance(decoder.model, ByteLM) else decoder.byte_lm
+        if lm is not None and self.byte_lm is None:
+            self.byte_lm = ByteLMWeights.of(lm)
 
-    def make_room(self, room: Room) -> None:
-        """Larger tables; the rows go on as they are. No row may come to as much as there is room for."""
-        self.state.make_room(room)
+    def reserve(self, room: Room) -> None:
+        """Grow the state; no slot may come to as much as there is room for."""
+        self.state.reserve(room)
         for stack in self._stacks():
-            stack.make_room(max(room.positions, room.patches))
+            stack.reserve(max(room.positions, room.patches))
 
     def _stacks(self) -> list[StackWeights]:
-        stacks = [self.byte_lm.stack] if self.byte_lm is not None else []
-        return stacks if self.blt is None else [*stacks, self.blt.encoder, self.blt.middle, self.blt.decoder]
+        return [self.byte_lm.stack] if self.byte_lm is not None else []
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -131,34 +114,15 @@ class FastStep:
         state, flags, kernels = self.state, self.flags, self.kernels
         kernels.draw(self.logits_BV, self.sampling, state.position, flags)
         kernels.append(state, flags)
-        if self.blt is None:
-            self.logits_BV.copy_(self._read_byte_lm(flags.ids, flags.at, flags.row))
-            return
-        with self.side.beside():
-            lm_logits = self._read_byte_lm(flags.ids, flags.at, flags.row)
-        encoded_BD = self._encode(state, flags)
-        if self.can_wait:
-            assert state.encoded is not None
-            torch.where(flags.reads[:, None], encoded_BD, state.encoded, out=state.encoded)
-            encoded_BD = state.encoded
-        if self.assumes_open:
-            self._decode_newest(encoded_BD, flags.row)
-        self.side.join()
-        with overlapped(False):  # it comes after two kernels
-            kernels.decide(lm_logits, self.decoder.patching, state, flags)
-        kernels.choose(state, flags, self.quorum, self.assumes_open)
-        if self.assumes_open:
-            where(flags.run, lambda: self._close(encoded_BD))
-        else:
-            self._close(encoded_BD)
+        self.logits_BV.copy_(self._read_byte_lm(flags.ids, flags.at, flags.row))
 
     def _read_byte_lm(self, ids_M: Tensor, position: Tensor, row: Tensor, new: int = 1) -> Any:
-        """The byte LM's logits [M, V] of what follows `new` ids of each row; None where nothing asks it."""
-        if self.byte_lm is None:
+        """The byte LM's logits [M, V] of what follows `new` ids of each slot; None where nothing needs them."""
+        cache = self.state.byte_lm
+        if self.byte_lm is None or cache is None:
             return None
-        assert self.state.byte_lm is not None
         x_MD = F.embedding(ids_M, self.byte_lm.embedding)
-        x_MD = self._stack(self.byte_lm.stack, x_MD, self.state.byte_lm, position, row, new=new)
+        x_MD = self._stack(self.byte_lm.stack, x_MD, cache, position, row, new=new)
         out = self.logits_BV.new_empty(len(ids_M), VOCAB_SIZE)
         return self.kernels.linear(x_MD, self.byte_lm.output, eps=self._eps(self.byte_lm.stack), out=out)
 
@@ -166,17 +130,112 @@ class FastStep:
         """What the step drew: ids [S, B], -1 for none, of S bytes one after another, and their log-probabilities."""
         return self.flags.drawn[None], self.flags.log_probability[None]
 
-    def _encode(self, state: FastState, flags: decode_step.Flags, kept: list[Tensor] | None = None) -> Tensor:
+    def _stack(
+        self,
+        stack: StackWeights,
+        x_MD: Tensor,
+        cache: KVCache,
+        position: Tensor,
+        row: Tensor,
+        run: Tensor | None = None,
+        new: int = 1,
+    ) -> Tensor:
+        for layer, block in enumerate(stack.blocks):
+            x_MD = self._block(stack, block, x_MD, cache, layer, position, row, run, new)
+        return x_MD
+
+    def _block(
+        self,
+        stack: StackWeights,
+        weights: BlockWeights,
+        x_MD: Tensor,
+        cache: KVCache,
+        layer: int,
+        position: Tensor,
+        row: Tensor,
+        run: Tensor | None = None,
+        new: int = 1,
+    ) -> Tensor:
+        settings, kernels, eps = stack.settings, self.kernels, self._eps(stack)
+        qkv = kernels.linear(x_MD, weights.qkv, eps=eps, run=run)
+        found = kernels.attend(
+            qkv,
+            *cache.layers[layer],
+            position,
+            stack.rotary,
+            heads=settings.num_heads,
+            window=cache.window,
+            new=new,
+            row_B=row,
+            run=run,
+            **stack.launch(len(position), new),
+        )
+        x_MD = kernels.linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=run)
+        hidden = kernels.gated(x_MD, weights.gate_up, eps=eps, run=run)
+        return kernels.linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=run)
+
+    def _eps(self, stack: StackWeights) -> float:
+        return stack.settings.norm_eps
+
+
+class BLTStep(ByteLMStep):
+    """The step of a BLT.
+
+    Args:
+        places: slots for which a step runs the global transformer at most.
+        quorum: the share of working slots that must have closed a patch before it runs.
+    """
+
+    state: BLTState
+
+    def __init__(self, decoder: Decoder, num_slots: int, places: int, quorum: float = 0.0):
+        super().__init__(decoder, num_slots, places)
+        model: Any = decoder.model
+        assert decoder.patching is not None, "a BLT needs patching settings"
+        self.patching = decoder.patching
+        weights = decoder.blt_weights if isinstance(decoder, FastDecoder) else None
+        self.blt = BLTWeights.of(model) if weights is None else weights
+        self.quorum = quorum
+        self.can_wait = quorum > 0 or places < num_slots
+        self.assumes_open = decoder.device.type == "cuda" and has_conditions()
+        self.side = Side(decoder.device)
+        self.encoded_BD = torch.zeros_like(self.state.open_max)  # the encoder's state of the newest byte
+        self.powers = None
+        if model.encoder.ngram_hash is not None:
+            self.powers = model.encoder.ngram_hash.powers(decoder.device)
+
+    def _stacks(self) -> list[StackWeights]:
+        return [*super()._stacks(), self.blt.encoder, self.blt.middle, self.blt.decoder]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        state, flags, kernels = self.state, self.flags, self.kernels
+        kernels.draw(self.logits_BV, self.sampling, state.position, flags)
+        kernels.append(state, flags)
+        with self.side.beside():
+            lm_logits = self._read_byte_lm(flags.ids, flags.at, flags.row)
+        encoded_BD = self._encode(state, flags)
+        if self.can_wait:
+            torch.where(flags.reads[:, None], encoded_BD, self.encoded_BD, out=self.encoded_BD)
+            encoded_BD = self.encoded_BD
+        if self.assumes_open:
+            self._decode_newest(encoded_BD, flags.row)
+        self.side.join()
+        with overlapped(False):  # it comes after two kernels
+            kernels.decide(lm_logits, self.patching, state, flags)
+        kernels.choose(state, flags, self.quorum, self.assumes_open)
+        if self.assumes_open:
+            where(flags.run, lambda: self._close(encoded_BD))
+        else:
+            self._close(encoded_BD)
+
+    def _encode(self, state: BLTState, flags: decode_step.Flags, kept: list[Tensor] | None = None) -> Tensor:
         """The encoder's states of the newest bytes, [B, D]; the bytes are put into the open patches.
 
         Args:
             kept: is given what the open patches took: the state, [B, D], then each cross-attention's keys and values.
         """
         kernels, weights = self.kernels, self.blt
-        assert weights is not None
-        assert state.encoder is not None
-        assert state.open_k is not None
-        assert state.open_v is not None
         model: Any = self.decoder.model
         if self.powers is None:
             x_BD = F.embedding(flags.ids, model.encoder.embedding.weight)
@@ -199,9 +258,6 @@ class FastStep:
     def _close(self, encoded_BD: Tensor) -> None:
         """Run the global transformer for the patches that are chosen; the logits that are still to come."""
         state, flags = self.state, self.flags
-        assert state.open_max is not None
-        assert state.patch_k is not None
-        assert state.patch_v is not None
         row = flags.closing
         if flags.run.is_cuda or bool(flags.run):  # a CPU may as well look
             pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[row.clamp(min=0)]
@@ -218,8 +274,6 @@ class FastStep:
     def _decode_newest(self, encoded_BD: Tensor, row: Tensor) -> None:
         """The logits of what comes after the newest byte of rows, [B], which read their newest closed patch."""
         state, flags = self.state, self.flags
-        assert state.patch_k is not None
-        assert state.patch_v is not None
         patch, x_BD = (state.patch_k, state.patch_v), encoded_BD.clone()  # which becomes what the decoder makes of it
         self._decode(x_BD, flags.at, row, patch, row, flags.reads_patch, self.logits_BV)
 
@@ -240,10 +294,6 @@ class FastStep:
             number, row: of the first of `new` patches that follow one another in a row; see `decode_attention`.
         """
         state, kernels, weights = self.state, self.kernels, self.blt
-        assert weights is not None
-        assert state.patches is not None
-        assert state.open_k is not None
-        assert state.open_v is not None
         dim, k = weights.encoder.settings.dim, weights.settings.cross_attention.k
         heads, size = state.open_k.shape[-2:]
         q_QD = kernels.linear(pooled_CD, weights.pooled_to_queries, run=run).view(-1, dim)  # Q = C*K
@@ -281,8 +331,6 @@ class FastStep:
             patch_row, reads_patch: [M] which of them each byte reads, and whether it reads one yet.
         """
         state, kernels, weights = self.state, self.kernels, self.blt
-        assert weights is not None
-        assert state.decoder is not None
         heads, size = patch[0].shape[-2:]
         for layer, block in enumerate(weights.decoder.blocks):
             if layer < len(weights.decoder_cross):
@@ -292,50 +340,3 @@ class FastStep:
                 x_MD = kernels.linear(found.flatten(1), cross.output, residual_MN=x_MD, residual_scale=2.0, out=x_MD)
             x_MD = self._block(weights.decoder, block, x_MD, state.decoder, layer, position, row, new=new)
         kernels.linear(x_MD, weights.output, eps=self._eps(weights.decoder), out=out)
-
-    def _stack(
-        self,
-        stack: StackWeights,
-        x_MD: Tensor,
-        cache: KeyValues,
-        position: Tensor,
-        row: Tensor,
-        run: Tensor | None = None,
-        new: int = 1,
-    ) -> Tensor:
-        for layer, block in enumerate(stack.blocks):
-            x_MD = self._block(stack, block, x_MD, cache, layer, position, row, run, new)
-        return x_MD
-
-    def _block(
-        self,
-        stack: StackWeights,
-        weights: BlockWeights,
-        x_MD: Tensor,
-        cache: KeyValues,
-        layer: int,
-        position: Tensor,
-        row: Tensor,
-        run: Tensor | None = None,
-        new: int = 1,
-    ) -> Tensor:
-        settings, kernels, eps = stack.settings, self.kernels, self._eps(stack)
-        qkv = kernels.linear(x_MD, weights.qkv, eps=eps, run=run)
-        found = kernels.attend(
-            qkv,
-            *cache.layers[layer],
-            position,
-            stack.rotary,
-            heads=settings.num_heads,
-            window=cache.window,
-            new=new,
-            row_B=row,
-            run=run,
-            **stack.launch(len(position), new),
-        )
-        x_MD = kernels.linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=run)
-        hidden = kernels.gated(x_MD, weights.gate_up, eps=eps, run=run)
-        return kernels.linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=run)
-
-    def _eps(self, stack: StackWeights) -> float:
-        return stack.settings.norm_eps

@@ -19,6 +19,7 @@ from tests.training.tiny_runs import (
     blt_run,
     byte_lm_run,
     checkpoints,
+    log_of,
     losses,
     settings,
 )
@@ -69,7 +70,7 @@ def test_only_a_copy_binds_no_settings(tmp_path: Path, text: Path, begun: Path) 
 
 @pytest.mark.parametrize("line", [b'{"step": 2, "bi\0\n', b'{"note": "hi"}\n', b"[1]\n", b"\xff\xfe\n"])
 def test_a_damaged_line_costs_no_other(
-    text: Path, begun: Path, whole: Path, line: bytes, capsys: pytest.CaptureFixture[str]
+    text: Path, begun: Path, whole: Path, line: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = begun / "metrics.jsonl"
     rows = path.read_bytes().splitlines(keepends=True)
@@ -77,7 +78,7 @@ def test_a_damaged_line_costs_no_other(
     go_on(begun, text)
     aside = begun / "metrics.jsonl.damaged"
     told = f"'{path}': no row of metrics is in line 3; moved to '{aside}'"
-    assert [said for said in capsys.readouterr().out.splitlines() if "no row" in said] == [told]
+    assert [said for said in log_of(caplog).splitlines() if "no row" in said] == [told]
     assert aside.read_bytes() == line
     assert_equal_runs(begun, whole)
 
@@ -122,13 +123,13 @@ def test_a_file_beside_those_of_the_ranks_is_ignored(text: Path, begun: Path, wh
     assert_equal_runs(begun, whole)
 
 
-def test_a_damaged_file_of_a_rank_is_a_torn_checkpoint(text: Path, begun: Path) -> None:
+def test_a_damaged_file_of_a_rank_makes_a_checkpoint_corrupt(text: Path, begun: Path) -> None:
     (begun / "checkpoints" / "step-00000005" / "ranks" / "00000.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"is corrupt \(ranks/00000.pt is not as it was written\)"):
         go_on(begun, text)
 
 
-def test_all_torn_is_told_alike(tmp_path: Path, text: Path, begun: Path) -> None:
+def test_all_corrupt_is_one_error_everywhere(tmp_path: Path, text: Path, begun: Path) -> None:
     (begun / "checkpoints" / "step-00000005" / "progress.pt").unlink()
     told = set()
     for call in (

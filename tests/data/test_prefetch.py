@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bytelatent.data import DataSettings, Loader, Patcher, ReadAhead, SourceSettings
+from bytelatent.data import DataSettings, Loader, Patcher, PrefetchLoader, SourceSettings
 from bytelatent.errors import UserError
 from bytelatent.patching import PatchSettings
 from bytelatent.training import trainer as loop
@@ -17,12 +17,12 @@ __all__ = ["sources"]
 CPU = torch.device("cpu")
 
 
-def loaders(sources: list[SourceSettings], workers: int = 0) -> tuple[Loader, ReadAhead]:
+def loaders(sources: list[SourceSettings], workers: int = 0) -> tuple[Loader, PrefetchLoader]:
     settings = DataSettings(
         train=sources, context=20, batch_bytes=48, batch_patches=24, shuffle_buffer=5, workers=workers
     )
     patcher = Patcher(PatchSettings(mode="entropy", threshold=5.2), tiny_byte_lm())
-    return Loader(settings, 3, patcher), ReadAhead(Loader(settings, 3, patcher), CPU)
+    return Loader(settings, 3, patcher), PrefetchLoader(Loader(settings, 3, patcher), CPU)
 
 
 def alike(a: Any, b: Any) -> bool:
@@ -49,8 +49,8 @@ def test_the_same_batches_and_positions(sources: list[SourceSettings], workers: 
             next(ahead)
         ahead.load_state_dict(middle)
         assert all(same(next(ahead), batch) for batch in following)
-        assert ahead.deal([middle])
-        assert plain.deal([middle])
+        assert ahead.redistribute([middle])
+        assert plain.redistribute([middle])
         assert all(same(next(ahead), next(plain)) for _ in range(5))
     assert torch.get_num_threads() == threads
 

@@ -34,8 +34,7 @@ def same_losses(taken: Taken, expected: Taken) -> None:
 
 def test_a_checkpoint_goes_on_in_any_division(crew: Crew, tmp_path: Path, text: Path) -> None:
     expected = take_steps(values(text), 4)
-    [whole], _ = crew.run((2, take_steps, values(text), 4)), None
-    crew.run((2, take_steps, values(text), 2, tmp_path / "begun"))
+    whole, _ = crew.run((2, take_steps, values(text), 4), (2, take_steps, values(text), 2, tmp_path / "begun"))
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(tmp_path / "begun", tmp_path / name))
@@ -93,7 +92,7 @@ def test_another_number_of_processes_goes_on_with_the_text(crew: Crew, tmp_path:
     run = tmp_path / "run"
     crew.run((2, train_as, values(text, run), 8))
     said = train_as(values(text, run))
-    assert any("the position of 2 ranks is dealt to 1" in line for line in said)
+    assert any("the state of 2 ranks is divided among 1" in line for line in said)
     rows = losses(run)
     assert [row[0] for row in rows] == list(range(1, 13))
     assert rows[-1][1] == pytest.approx(rows[4][1] * (1 + 7 / 10), rel=0.05)  # a batch a step, and not two

@@ -1,4 +1,4 @@
-"""The next batch is made while the last one is trained on."""
+"""The next batch is made while the model trains on the last one."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
@@ -9,14 +9,14 @@ from bytelatent.data.loader import Loader
 from bytelatent.data.packing import Batch
 
 
-class ReadAhead:
-    """A loader's batches, one ahead, made by a thread: the same batches, and the same positions after each.
+class PrefetchLoader:
+    """Makes a loader's batches in a thread, one ahead: the same batches, with the same state after each.
 
     Until it is closed torch computes with one thread on the CPU.
 
     Args:
-        loader: nobody else may use it.
-        device: a GPU on which patches are found; that has a stream of its own there, beside the training's.
+        loader: must not be used by anything else.
+        device: a GPU where patches are found, on a stream of its own beside the training's.
     """
 
     def __init__(self, loader: Loader, device: torch.device):
@@ -29,7 +29,7 @@ class ReadAhead:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # the weights of what finds patches are there
         self._made: Future[tuple[Batch, dict[str, Any]]] | None = None
-        self._position: dict[str, Any] | None = None  # after the batch that was given out last
+        self._state: dict[str, Any] | None = None  # after the batch that was returned last
 
     def __iter__(self) -> Self:
         return self
@@ -38,7 +38,7 @@ class ReadAhead:
         if self._made is None:
             self._made = self._thread.submit(self._make)
         made, self._made = self._made, None
-        batch, self._position = made.result()
+        batch, self._state = made.result()
         self._made = self._thread.submit(self._make)
         return batch
 
@@ -55,16 +55,16 @@ class ReadAhead:
         self.loader.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the batch that was given out last."""
-        return self.loader.state_dict() if self._position is None else self._position
+        """The state after the batch that was returned last."""
+        return self.loader.state_dict() if self._state is None else self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._forget()
         self.loader.load_state_dict(state)
 
-    def deal(self, states: list[dict[str, Any]]) -> str:
+    def redistribute(self, states: list[dict[str, Any]]) -> str:
         self._forget()
-        return self.loader.deal(states)
+        return self.loader.redistribute(states)
 
     def _make(self) -> tuple[Batch, dict[str, Any]]:
         if self._stream is None:
@@ -73,7 +73,7 @@ class ReadAhead:
             return next(self.loader), self.loader.state_dict()
 
     def _forget(self) -> None:
-        """Drop the batch that was made ahead; the loader is told where to stand next."""
+        """Drop the batch that was made ahead, before the loader moves elsewhere."""
         if self._made is not None:
             self._made.exception()  # wait for it; what went wrong with it does not matter
-        self._made = self._position = None
+        self._made = self._state = None

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bytelatent.data import Batch
-from bytelatent.data.packing import pack
-from bytelatent.data.pieces import Piece
+from bytelatent.data.packing import Piece, pack
 from bytelatent.model import Block, BLTSettings, ByteLMSettings, CrossAttention, build
 from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
