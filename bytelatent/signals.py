@@ -1,4 +1,4 @@
-"""A command that runs for days: signals ask it to stop, and whoever read what it prints may be gone.
+"""Signals that ask a command to stop, and output that nobody reads any more.
 
 Nothing heavy is imported here: it is there before torch is.
 """
@@ -11,19 +11,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Self
 
 from bytelatent.errors import STOPPED, Interrupted
 
 ONE_PRESS = 2.0  # seconds in which a second signal is the same one: a double press, or one that torchrun passes on
 NOT_SAVED = "without saving; the same command goes on from the last checkpoint, if there is one"
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Windows has but the first two
+STOPPING = "stopping after this step; press again to quit without saving"
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Windows has only the first two
 WARNINGS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]  # SLURM's, to a job
 TERMINATED = -signal.SIGTERM  # exit code that subprocesses report
+PARENT = os.getppid()
 
 
 def stop_signals() -> list[int]:
-    """The signals that ask to stop. That the terminal is gone is none where it is ignored, as under nohup."""
+    """The signals that ask to stop. SIGHUP, a terminal that is gone, is not one where it is ignored, as under nohup."""
     numbers = {name: getattr(signal, name) for name in NAMES if hasattr(signal, name)}
     if "SIGHUP" in numbers and signal.getsignal(numbers["SIGHUP"]) is signal.SIG_IGN:
         del numbers["SIGHUP"]
@@ -35,14 +37,83 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@contextmanager
-def unattended(imports: Callable[[], Any]) -> Iterator[None]:
-    """Each signal that asks to stop ends the block; and what nobody can read any more is dropped.
+class Handlers:
+    """Handlers of the signals that ask to stop, until they are restored. Another thread than the main one has none."""
 
-    Of several processes the first one says that it stopped.
+    def __init__(self) -> None:
+        self._previous: dict[int, Any] = {}
+
+    def set(self, handler: Callable[[int, Any], None]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._install(dict.fromkeys(self._previous or stop_signals(), handler))
+
+    def restore(self) -> None:
+        self._install(self._previous)
+
+    def _install(self, handlers: dict[int, Any]) -> None:
+        for number, handler in handlers.items():
+            before = signal.signal(number, handler)
+            self._previous.setdefault(number, before)
+
+
+class StopSignals:
+    """Lets a signal end a training after its step; a second one quits at once.
+
+    An instance is called to learn whether training is to stop. That torchrun was killed is a reason, too.
 
     Args:
-        imports: called before the block. A signal ends the process then: an error would be passed over here and there.
+        is_first: this is the first rank, which reports it.
+
+    Raises:
+        KeyboardInterrupt: at the second signal, in the middle of anything; and from the block, whatever became of it
+            there. On other ranks than the first the block raises SystemExit.
+    """
+
+    def __init__(self, is_first: bool = True):
+        self.is_first = is_first
+        self.quits = False
+        self._asked: float | None = None
+        self._handlers = Handlers()
+
+    def __enter__(self) -> Self:
+        self._handlers.set(self._hear)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._handlers.restore()
+        if self.quits and kind is not None:  # torch.save turns the KeyboardInterrupt into an error of its own
+            raise KeyboardInterrupt(NOT_SAVED) if self.is_first else SystemExit(STOPPED) from None
+
+    def __call__(self) -> bool:
+        if self.quits:  # something between has caught the KeyboardInterrupt, and may have left a file half written
+            raise KeyboardInterrupt(NOT_SAVED)
+        return self._asked is not None or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT)
+
+    def _hear(self, _number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+            if self.is_first:
+                _write(STOPPING)
+        elif now - self._asked > ONE_PRESS:
+            self.quits = True
+            raise KeyboardInterrupt(NOT_SAVED)
+
+
+def _write(line: str) -> None:
+    """Write past Python's streams, to which a line may be under way when the signal comes."""
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
+@contextmanager
+def unattended(imports: Callable[[], Any]) -> Iterator[None]:
+    """Each signal that asks to stop ends the block; output that nobody can read any more is dropped.
+
+    Of several processes the first one reports that it stopped.
+
+    Args:
+        imports: called before the block. A signal ends the process then: imports swallow errors here and there.
 
     Raises:
         Interrupted, SystemExit: there was a signal.
@@ -53,8 +124,7 @@ def unattended(imports: Callable[[], Any]) -> Iterator[None]:
 
     def end(_number: int, _frame: object) -> None:
         if is_first:
-            with suppress(OSError):
-                os.write(2, f"stopped: {NOT_SAVED}\n".encode())
+            _write(f"stopped: {NOT_SAVED}")
         os._exit(STOPPED)
 
     def stop(_number: int, _frame: object) -> None:
@@ -63,20 +133,15 @@ def unattended(imports: Callable[[], Any]) -> Iterator[None]:
         if before is None or asked - before > ONE_PRESS:
             raise Interrupted(NOT_SAVED) if is_first else SystemExit(STOPPED)
 
-    if threading.current_thread() is not threading.main_thread():
-        imports()
-        yield
-        return
-    previous = {number: signal.signal(number, end) for number in stop_signals()}
+    handlers = Handlers()
+    handlers.set(end)
     try:
         imports()
-        for number in previous:
-            signal.signal(number, stop)
+        handlers.set(stop)
         yield
     finally:
         if asked is None:  # else the same press may come again on the way out
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            handlers.restore()
 
 
 def block_warnings() -> None:

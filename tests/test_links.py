@@ -43,14 +43,14 @@ def into(context: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 def go_on(folder: Path) -> None:
-    rows = JsonLines(folder / "metrics.jsonl", print)
-    rows.go_on_after(1)
+    rows = JsonLines(folder / "metrics.jsonl")
+    rows.resume_after(1)
     rows.write({"step": 2})
 
 
 def set_aside(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("damaged\n")
-    JsonLines(folder / "rows.jsonl", print).go_on_after(1)
+    JsonLines(folder / "rows.jsonl").resume_after(1)
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {

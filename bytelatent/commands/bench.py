@@ -17,9 +17,10 @@ from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ModelSettings, preset
 from bytelatent.model.flops import costs, training_flops
+from bytelatent.training.checks import check_cuda_graph
 from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.float8 import Float8, check_float8
-from bytelatent.training.gradients import check_cuda_graph
+from bytelatent.training.optimizer import OptimizerSettings
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
     PATCH_BYTES,
@@ -33,7 +34,6 @@ from bytelatent.training.profiling.measure import (
     random_batch,
     seconds_of,
 )
-from bytelatent.training.settings import OptimizerSettings
 
 SIZES = {"cuda": [16_384, 65_536], "mps": [4096, 16_384], "cpu": [2048, 8192]}
 # What an optimizer step moves for a weight in float32: AdamW reads it, its gradient and two moments and writes three

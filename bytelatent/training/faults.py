@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from bytelatent.device import is_out_of_memory
 from bytelatent.errors import Interrupted, UserError, in_one_line
 from bytelatent.run_folder import checkpoint_name
+from bytelatent.signals import StopSignals
 from bytelatent.terminal import say
 from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.distributed.fsdp import local_part
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.optimizer import Optimizers, each
 from bytelatent.training.settings import TrainSettings
-from bytelatent.training.stopping import StopSignals
 
 RECENT_STEPS = 100  # a spike is measured against their median loss
 MIN_RECENT = 10  # steps, before which no loss is a spike

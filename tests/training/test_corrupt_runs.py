@@ -19,6 +19,7 @@ from tests.training.tiny_runs import (
     blt_run,
     byte_lm_run,
     checkpoints,
+    log_of,
     losses,
     settings,
 )
@@ -69,7 +70,7 @@ def test_only_a_copy_binds_no_settings(tmp_path: Path, text: Path, begun: Path) 
 
 @pytest.mark.parametrize("line", [b'{"step": 2, "bi\0\n', b'{"note": "hi"}\n', b"[1]\n", b"\xff\xfe\n"])
 def test_a_damaged_line_costs_no_other(
-    text: Path, begun: Path, whole: Path, line: bytes, capsys: pytest.CaptureFixture[str]
+    text: Path, begun: Path, whole: Path, line: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = begun / "metrics.jsonl"
     rows = path.read_bytes().splitlines(keepends=True)
@@ -77,7 +78,7 @@ def test_a_damaged_line_costs_no_other(
     go_on(begun, text)
     aside = begun / "metrics.jsonl.damaged"
     told = f"'{path}': no row of metrics is in line 3; moved to '{aside}'"
-    assert [said for said in capsys.readouterr().out.splitlines() if "no row" in said] == [told]
+    assert [said for said in log_of(caplog).splitlines() if "no row" in said] == [told]
     assert aside.read_bytes() == line
     assert_equal_runs(begun, whole)
 

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from bytelatent import signals
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import find_corruption
 from bytelatent.run_folder import newest_checkpoint
-from bytelatent.training import read_metrics, stopping, train
+from bytelatent.signals import STOPPING
+from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.stopping import STOPPING
 from bytelatent.weights import load
 from tests.training.tiny_runs import (
     assert_equal_runs,
@@ -91,7 +92,7 @@ def in_step_eight(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> N
 def press(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
     """Ctrl-C at each of these seconds."""
     for now in seconds:
-        monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda now=now: now))
+        monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda now=now: now))
         signal.raise_signal(signal.SIGINT)
 
 
@@ -153,9 +154,9 @@ def test_a_signal_before_the_first_step(
     values = blt_run(tmp_path / "run", text, byte_lm)
     ended = finished([sys.executable, "-c", EARLY, when, number.name, *command(values)[3:]])
     assert ended.returncode == 130
-    assert ended.stderr == f"stopped: {stopping.NOT_SAVED}\n"
+    assert ended.stderr == f"stopped: {signals.NOT_SAVED}\n"
     if when == "calibration":
-        assert sorted(os.listdir(tmp_path / "run")) == [".lock", "byte_lm"]
+        assert sorted(os.listdir(tmp_path / "run")) == [".lock", "byte_lm", "train.log"]
 
 
 def test_nothing_is_imported_before_signals_are_heard() -> None:
@@ -261,10 +262,10 @@ QUITS = """
 import signal, sys
 from bytelatent.commands import train
 from bytelatent.errors import guarded
-from bytelatent.training import stopping
+from bytelatent import signals
 from bytelatent.training import trainer as loop
 
-stopping.ONE_PRESS = 0.0
+signals.ONE_PRESS = 0.0
 def cross_entropy(*arguments):
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
@@ -276,7 +277,7 @@ guarded(lambda: train.main(sys.argv[1:]))
 def test_quitting_is_one_line(tmp_path: Path, text: Path) -> None:
     ended = finished([sys.executable, "-c", QUITS, *command(byte_lm_run(tmp_path / "run", text))[3:]])
     assert ended.returncode == 130
-    assert ended.stderr.splitlines() == [STOPPING, f"stopped: {stopping.NOT_SAVED}"]
+    assert ended.stderr.splitlines() == [STOPPING, f"stopped: {signals.NOT_SAVED}"]
 
 
 def truncate(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Before a BLT trains: its byte LM, and the threshold for the wanted patch size."""
+"""Before a BLT trains: the threshold for the wanted patch size, measured on a sample of its text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,48 +6,44 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import Field, ValidationError
 
+from bytelatent.config import Settings
 from bytelatent.credentials import masked
 from bytelatent.data import DataSettings, Patcher, Piece, StoredCheck, cut, groups_of, stream_of
 from bytelatent.data.settings import SourceSettings
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
-from bytelatent.hub import Unreachable
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
 from bytelatent.progress import Progress
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Stored, find_files, read_documents
-from bytelatent.weights import find_byte_lm, fingerprint
+from bytelatent.weights import fingerprint
 
+CALIBRATION = "calibration.json"
 SPREAD = 8  # text that is read for a sample, as a multiple of the sample
 SAMPLE_GROUP = 4096  # ids that the byte LM reads at once: few, so that a slow machine can stop in time
 
 
-def must_have_byte_lm(source: str, whence: str = "") -> None:
-    """Complain where there is no byte LM, before there is work for it; one on a hub that does not answer may be there.
+class CalibrationSettings(Settings):
+    """Choose the threshold before training.
 
-    Args:
-        whence: is said of relative paths: where they are looked for.
-
-    Raises:
-        UserError: it names the setting.
+    Attributes:
+        patch_bytes: the wanted mean size of a patch.
+        text_bytes: training text that it is measured on.
     """
-    try:
-        find_byte_lm(source, weights=False, setting="entropy_model")
-    except Unreachable:
-        pass
-    except UserError as error:
-        raise UserError(f"{error}{'' if Path(source).expanduser().is_absolute() else whence}") from None
+
+    patch_bytes: float = Field(gt=1, le=10**6)
+    text_bytes: int = Field(default=1_000_000, ge=1)
 
 
 def calibrate_on(
     byte_lm: ByteLM | None,
     data: DataSettings,
-    wanted_patch_bytes: float,
-    rule: PatchSettings,
-    text_bytes: int,
+    settings: CalibrationSettings,
+    patching: PatchSettings,
     device: str = "auto",
     dtype: str = "auto",
     limit: float | None = None,
@@ -57,23 +53,22 @@ def calibrate_on(
     Args:
         byte_lm: gives the entropies; None where they are stored with the text.
         data: the sources.
-        wanted_patch_bytes: mean bytes a patch.
-        rule: the entropy rule; its threshold does not matter.
-        text_bytes: how much text to measure on.
+        patching: of mode entropy; its threshold does not matter.
         limit: seconds after which the rest of a sample is left out, of the training text and of the validation text.
     """
 
     def sampled(sources: list[SourceSettings], what: str) -> Sample:
-        bad = BadRows(data.max_bad_rows, "data.max_bad_rows")
-        rows = bad, data.max_row_bytes
-        with Progress(what, text_bytes, limit) as progress:
-            return sample_entropies(byte_lm, sources, data.context, rule, text_bytes, device, dtype, *rows, progress)
+        rows = BadRows(data.max_bad_rows, "data.max_bad_rows"), data.max_row_bytes
+        with Progress(what, settings.text_bytes, limit) as progress:
+            return sample_entropies(
+                byte_lm, sources, data.context, patching, settings.text_bytes, device, dtype, *rows, progress
+            )
 
     sample = sampled(data.train, "calibrating")
-    found = calibrate(sample.ids, sample.entropies, sample.position, wanted_patch_bytes, rule)
+    found = calibrate(sample.ids, sample.entropies, sample.position, settings.patch_bytes, patching)
     held_out = None
     if data.valid:
-        chosen = rule.model_copy(update={"threshold": found.threshold})
+        chosen = patching.model_copy(update={"threshold": found.threshold})
         valid = sampled(data.valid, "calibrating, held-out text")
         held_out = mean_patch_bytes(valid.ids, valid.entropies, valid.position, chosen)
     return found.model_copy(
@@ -101,7 +96,7 @@ def sample_entropies(
     byte_lm: ByteLM | None,
     sources: Sequence[SourceSettings],
     context: int,
-    rule: PatchSettings,
+    patching: PatchSettings,
     text_bytes: int,
     device: str | torch.device = "auto",
     dtype: str = "auto",
@@ -112,21 +107,22 @@ def sample_entropies(
     """Entropies of about `text_bytes` of text: those stored with it, else the byte LM's.
 
     Args:
-        progress: is shown how far it is; where its time is up, the rest of the text is left out.
+        progress: shows how far it is; where its time is up, the rest of the text is left out.
 
     Raises:
-        UserError: there is no text, or neither are there stored entropies nor a byte LM.
+        UserError: there is no text, or there are neither stored entropies nor a byte LM.
     """
-    place = choose_device(device)
+    own_device = choose_device(device)
+    precision = choose_dtype(dtype, own_device)
     mark = fingerprint(byte_lm) if byte_lm is not None else None
-    precision = choose_dtype(dtype, place)
-    byte_lm = byte_lm.to(place) if byte_lm is not None else None
-    patcher = Patcher(rule, byte_lm, precision, mark, FastEntropies.where_possible(byte_lm, place, precision))
+    byte_lm = byte_lm.to(own_device) if byte_lm is not None else None
+    entropies_of = FastEntropies.where_possible(byte_lm, own_device, precision)
+    patcher = Patcher(patching, byte_lm, precision, mark, entropies_of)
     stored: list[Stored] = []
     check = StoredCheck(patcher)
 
     def seen(found: Stored, file: str) -> None:
-        if found.rule is None:  # starts say nothing of entropies
+        if found.rule is None:  # stored starts hold no entropies
             check(found, file)
             stored.append(found)
 
@@ -182,5 +178,18 @@ def sample_pieces(
 
 
 def write_calibration(run: Path, calibration: Calibration) -> None:
-    with whole_file(run / "calibration.json") as aside:
+    with whole_file(run / CALIBRATION) as aside:
         aside.write_text(calibration.model_dump_json(indent=1), encoding="utf-8")
+
+
+def read_calibration(run: Path) -> Calibration | None:
+    """What an earlier start of the run measured; None if there was none.
+
+    Raises:
+        UserError: the file is corrupt.
+    """
+    path = run / CALIBRATION
+    try:
+        return Calibration.model_validate_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
+    except (ValidationError, UnicodeDecodeError):
+        raise UserError(f"'{path}' is damaged; remove it, and the same command calibrates again") from None
