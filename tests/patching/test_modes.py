@@ -1,3 +1,6 @@
+import inspect
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,7 +9,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.patching import PatchSettings, PatchState, next_starts, patch_lengths, step
+from bytelatent.inference.step import decisions as decisions_of_a_step
+from bytelatent.inference.step.decisions import KERNEL_DECISIONS, kernel_decision
+from bytelatent.patching import MODES, PatchSettings, PatchState, next_starts, patch_lengths, step
+from bytelatent.patching.modes import ModeName
 from tests.patching import slow
 from tests.patching.streams import Document, documents, packed, tensors
 
@@ -139,3 +145,18 @@ def test_numbers_that_do_not_belong_together_are_refused(values: dict[str, objec
         PatchSettings.parse(values)
     with pytest.raises(ValidationError):
         PatchSettings.model_validate(values)
+
+
+def test_every_mode_is_decided_on_the_device_or_explicitly_on_the_host() -> None:
+    """A mode that the kernel does not know would never start a patch, or start it elsewhere."""
+    assert set(get_args(ModeName)) == set(MODES)
+    for name, mode in MODES.items():
+        assert mode.on_host == (not set(mode.decisions) <= set(KERNEL_DECISIONS) or not mode.decisions), name
+    numbers = [number.value for number in KERNEL_DECISIONS.values()]
+    assert sorted(numbers) == list(range(len(numbers)))
+    decisions = {decision for mode in MODES.values() for decision in mode.decisions}
+    assert set(KERNEL_DECISIONS) <= decisions
+    source = inspect.getsource(decisions_of_a_step)
+    assert [name for name in KERNEL_DECISIONS if f"MODE == {name.upper()}:" not in source] == []
+    with pytest.raises(UserError, match="mode 'bpe' is not decided on the device"):
+        kernel_decision(PatchSettings(mode="bpe", tokenizer="a.json"))
