@@ -1,4 +1,4 @@
-"""What `blt prepare` is asked for."""
+"""Settings of `blt prepare`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ MAX_CHUNKS = 32  # by default; fewer where there are fewer documents
 
 
 class PrepareSettings(Settings):
-    """Which text, shuffled and cut how, goes where."""
+    """Which text to shuffle and cut, how, and where to write it."""
 
     source: Annotated[list[str], Field(min_length=1)]  # files, folders, globs, URLs, or data sets of the hub
     out: Path
@@ -28,7 +28,7 @@ class PrepareSettings(Settings):
     chunks: Annotated[int, Field(ge=1, le=10**5)] | None = None  # 32, or fewer where there are fewer documents
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     validation: Annotated[int, Field(ge=0)] | None = None  # documents held out; 1 %, 10000 at most
-    dedup: bool = False  # leave out documents whose text stood before
+    dedup: bool = False  # leave out documents whose text occurred before
     text_key: str = "text"
     max_bad_rows: Annotated[int, Field(ge=0)] = 1000  # one more is an error
     max_row_bytes: Annotated[int, Field(ge=1, le=MAX_TEXT_BYTES)] = MAX_ROW_BYTES  # a longer row is a bad one
@@ -59,7 +59,7 @@ class PrepareSettings(Settings):
         return "".join(c for c in last if c.isalnum() or c in "-_") or "text"
 
     def request(self) -> dict[str, Any]:
-        """What the output depends on. Memory, workers and executor are no part of it: they change no byte."""
+        """What the output depends on: not the memory, workers or executor, which change no byte."""
         keep = {"source", "chunks", "seed", "validation", "dedup", "text_key", "max_bad_rows", "max_row_bytes"}
         return masked({"name": self.stem, **self.model_dump(mode="json", include=keep)})
 
