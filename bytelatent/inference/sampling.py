@@ -4,6 +4,7 @@ All of it is tensors of fixed shapes that never wait for the device, so that a C
 same in any batch: what is summed along a row is summed in integers, in which no order of summation rounds differently.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,39 @@ NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a r
 FEW = 16  # rows
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
 FAR = 1e30  # stands for infinite logits, which have no differences
+
+
+@dataclass(frozen=True)
+class SamplingOption:
+    """How a field of `Sampling` reaches the slots: a number for each, which the device's draw reads."""
+
+    dtype: torch.dtype
+    neutral: float  # what slots hold that nothing was put into
+    value: Callable[[Sampling], float]
+
+
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+# To add a field: declare it in `Sampling`, add it here and as a field of `SamplingSlots`, apply it in `weights`, and in
+# the kernel behind `bytelatent.inference.step.decisions.draw` (`SAMPLING_FIELDS`). A test holds these together.
+OPTIONS: dict[str, SamplingOption] = {
+    "temperature": SamplingOption(torch.float32, 0, lambda sampling: min(sampling.temperature, _LARGEST)),
+    "top_k": SamplingOption(torch.int64, 1, lambda sampling: _top_k(sampling)),
+    "top_p": SamplingOption(torch.float32, 1, lambda sampling: 1 if sampling.top_p is None else sampling.top_p),
+    "min_p": SamplingOption(torch.float32, 0, lambda sampling: 0 if sampling.min_p is None else sampling.min_p),
+    # Neither a penalty of 0 nor an infinite one: float32 may round to them what is not.
+    "repetition_penalty": SamplingOption(
+        torch.float32, 1, lambda sampling: min(max(sampling.repetition_penalty, _SMALLEST), _LARGEST)
+    ),
+    "seed": SamplingOption(torch.int64, 0, lambda sampling: _as_int64(sampling.seed)),
+    "valid_utf8": SamplingOption(torch.bool, False, lambda sampling: sampling.valid_utf8),
+}
+BY_ENGINE = {"stop"}  # fields that the engine applies to what was drawn
+
+
+def _top_k(sampling: Sampling) -> int:
+    takes_likeliest = sampling.temperature <= COLDEST / 2  # float32 rounds it to 0
+    return 1 if takes_likeliest else min(sampling.top_k or VOCAB_SIZE, VOCAB_SIZE)
 
 
 @dataclass
@@ -61,15 +95,9 @@ class SamplingSlots:
         every_V = torch.arange(VOCAB_SIZE)
         is_special = (every_V < OFFSET) & (every_V != EOS)
         return cls(
-            temperature=full(0, torch.float32),
-            top_k=full(1, torch.int64),
-            top_p=full(1, torch.float32),
-            min_p=full(0, torch.float32),
-            repetition_penalty=full(1, torch.float32),
-            seed=full(0, torch.int64),
+            **{name: full(option.neutral, option.dtype) for name, option in OPTIONS.items()},
             drawn=full(0, torch.int64),
             seen=torch.zeros(num_rows, VOCAB_SIZE, dtype=torch.bool, device=device),
-            valid_utf8=full(False, torch.bool),
             utf8=full(0, torch.int64),
             remaining=full(0, torch.int64),
             utf8_after=utf8_after.to(device),
@@ -86,17 +114,9 @@ class SamplingSlots:
             max_new_bytes: ids that will be drawn at most, `MAX_NEW_BYTES` or fewer; with `valid_utf8` no character
                 begins that would need more.
         """
-        smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-        self.temperature[row] = min(sampling.temperature, largest)
-        takes_likeliest = sampling.temperature <= COLDEST / 2  # float32 rounds it to 0
-        self.top_k[row] = 1 if takes_likeliest else min(sampling.top_k or VOCAB_SIZE, VOCAB_SIZE)
-        self.top_p[row] = 1 if sampling.top_p is None else sampling.top_p
-        self.min_p[row] = 0 if sampling.min_p is None else sampling.min_p
-        # Neither a penalty of 0 nor an infinite one: float32 may round to them what is not.
-        self.repetition_penalty[row] = min(max(sampling.repetition_penalty, smallest), largest)
-        self.seed[row] = _as_int64(sampling.seed)
+        for name, option in OPTIONS.items():
+            getattr(self, name)[row] = option.value(sampling)
         self.drawn[row] = 0
-        self.valid_utf8[row] = sampling.valid_utf8
         self.remaining[row] = max_new_bytes
         prompt = prompt_ids.to(self.seen.device, torch.int64)
         self.seen[row].zero_().scatter_(0, prompt, True)

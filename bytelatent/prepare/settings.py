@@ -1,4 +1,4 @@
-"""What `blt prepare` is asked for."""
+"""Settings of `blt prepare`."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -75,7 +75,7 @@ class PrepareSettings(Settings):
         return "".join(c for c in last if c.isalnum() or c in "-_") or "text"
 
     def request(self) -> dict[str, Any]:
-        """What the output depends on. Memory, workers and executor are no part of it: they change no byte."""
+        """What the output depends on: not the memory, workers or executor, which change no byte."""
         keep = {"source", "chunks", "seed", "validation", "dedup", "text_key", "max_bad_rows", "max_row_bytes"}
         return masked({"name": self.stem, **self.model_dump(mode="json", include=keep)})
 

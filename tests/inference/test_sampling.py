@@ -1,6 +1,8 @@
 """From logits to ids, against plain Python that does one row at a time."""
 
+import inspect
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -14,6 +16,7 @@ from bytelatent.errors import UserError
 from bytelatent.inference import sampling as module
 from bytelatent.inference.sampling import SamplingSlots, random_numbers
 from bytelatent.inference.settings import MAX_NEW_BYTES, Sampling
+from bytelatent.inference.step import decisions
 from bytelatent.inference.utf8 import NEEDED, TRANSITIONS, state_after
 from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
@@ -568,3 +571,51 @@ def test_stop_texts_as_plain_values() -> None:
     sampling = Sampling(stop=["é", b"\xff\n", b"\n"])
     again = Sampling.parse(sampling.plain())
     assert [to_bytes(stop) for stop in again.stop] == ["é".encode(), b"\xff\n", b"\n"]
+
+
+ACCEPTED: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_k": 3,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "repetition_penalty": 1.3,
+    "seed": 7,
+    "stop": ["end"],
+    "valid_utf8": True,
+}
+REFUSED: dict[str, Any] = {
+    "temperature": -1,
+    "top_k": 0,
+    "top_p": 1.5,
+    "min_p": -0.1,
+    "repetition_penalty": 0,
+    "seed": 2**64,
+    "stop": [""],
+    "valid_utf8": "perhaps",
+}
+
+
+def test_every_setting_has_a_value_that_is_accepted_and_one_that_is_refused() -> None:
+    assert set(ACCEPTED) == set(REFUSED) == set(Sampling.model_fields)
+    for name, value in ACCEPTED.items():
+        assert getattr(Sampling(**{name: value}), name) == value
+        with pytest.raises(UserError, match=name):
+            Sampling.parse({name: REFUSED[name]})
+
+
+def test_every_setting_reaches_the_slots_and_the_device() -> None:
+    """What the kernel's draw did not read would be ignored in silence on a GPU."""
+    assert set(module.OPTIONS) | module.BY_ENGINE == set(Sampling.model_fields)
+    assert set(module.OPTIONS) <= set(decisions.SAMPLING_FIELDS)
+    parameters = re.search(r"def draw_kernel\(\s*logits_ptr,([^)]*?)position_ptr", inspect.getsource(decisions))
+    assert parameters is not None
+    assert parameters[1].count("_ptr") == len(decisions.SAMPLING_FIELDS)
+    with pytest.raises(NotImplementedError, match="draw_kernel does not know the sampling settings min_p"):
+        decisions.check_sampling_fields(tuple({*decisions.SAMPLING_FIELDS, "is_special"} - {"min_p"}))
+    slots = SamplingSlots.empty(1, "cpu")
+    slots.put(0, Sampling(**ACCEPTED), torch.tensor([1]), 5)
+    for name, option in module.OPTIONS.items():
+        held = getattr(slots, name)
+        assert held.dtype == option.dtype
+        assert held.item() == pytest.approx(ACCEPTED[name])
+        assert held.item() != option.neutral
