@@ -41,7 +41,7 @@ def write_rows(path: Path, number: int, num_bytes: int) -> Path:
 
 def command(rows: Path, model: Path, out: Path, *more: object) -> list[str]:
     length = rows.with_suffix(".length").read_text()
-    given = ("--jsonl", rows, "-m", model, "--rows", 2, "-n", length, "--out", out, *more)
+    given = ("--jsonl", rows, "-m", model, "--batch-size", 2, "-n", length, "--out", out, *more)
     return [*GENERATE, *map(str, given)]
 
 
@@ -77,7 +77,7 @@ def test_a_stopped_command_keeps_its_rows_and_goes_on(how: signal.Signals, model
         file.write(b'{"prompt": "row 2", "te')  # torn
     again = ended(*command(rows, model, out))
     assert again.returncode == 0, again.stderr
-    assert again.stderr == f"{len(before)} of 24 rows are in '{part}'; going on\n"
+    assert again.stderr == f"{len(before)} of 24 rows are in '{part}'; resuming\n"
     assert names(out.parent) == {out.name}
     assert out.read_bytes().startswith(b"".join(before))
     whole = tmp_path / "whole.jsonl"
@@ -158,7 +158,7 @@ def test_a_growing_file_has_one_writer_and_is_gone_without_a_line(tmp_path: Path
 
 def test_no_more_rows_are_made_than_there_are_sequences(model: Path, tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "rows.jsonl", 2, 3), tmp_path / "out.jsonl"
-    done = ended(*command(rows, model, out, "--rows", 10**6))
+    done = ended(*command(rows, model, out, "--batch-size", 10**6))
     assert done.returncode == 0, done.stderr
     assert len(out.read_bytes().splitlines()) == 2
 

@@ -51,9 +51,9 @@ def test_a_byte_lm_shows_its_patches(byte_lm: Path) -> None:
     mean = len(TEXT) / len(found["entropy"])
     assert mean == pytest.approx(4.5, rel=0.1)
     assert f"'{byte_lm}' is a byte LM, which has no threshold: " in said
-    assert "nats gives patches of about 4.5 bytes on this text; another one: --rule entropy:" in said
+    assert "nats gives patches of about 4.5 bytes on this text; another one: --mode entropy:" in said
     assert len(said.splitlines()) == 1
-    given, said = run("-m", byte_lm, "--rule", "entropy:5.2")
+    given, said = run("-m", byte_lm, "--mode", "entropy:5.2")
     expected = patches_of(TEXT.encode(), Patcher(PatchSettings(threshold=5.2), tiny_byte_lm()))
     assert begins(given["entropy:5.2"]) == [patch.start for patch in expected]
     assert said == ""
@@ -77,7 +77,7 @@ def test_a_byte_lm_on_no_text(byte_lm: Path) -> None:
 )
 def test_a_model_of_another_mode_says_so(rule: PatchSettings, name: str, tmp_path: Path) -> None:
     model = blt_of(tmp_path / "m", rule)
-    found, said = run("-m", model, "--compare", "entropy,byte")
+    found, said = run("-m", model, "--mode", "entropy,byte")
     assert list(found) == [name, "byte"]
     assert f"'{model}' finds its patches by '{name}', which is shown in place of 'entropy'" in said
     assert begins(found[name]) == [patch.start for patch in BLT.from_pretrained(model).patch(TEXT)]
@@ -93,7 +93,7 @@ def test_context(tmp_path: Path) -> None:
         arguments = [] if context is None else ["--context", context]
         found, _ = run("-m", model, *arguments)
         assert begins(found["entropy"]) == [patch.start for patch in blt.patch(TEXT, context)]
-    with pytest.raises(UserError, match="context: 0 will not do"):
+    with pytest.raises(UserError, match="context: 0 is too small"):
         PatchingModes(str(model), 0)
 
 

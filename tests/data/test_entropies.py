@@ -579,7 +579,7 @@ def test_ctrl_c_says_how_to_go_on(
     assert bytes_below(out) == {}
     command(text, model, str(out), rank=0, world=5)
     monkeypatch.setattr(ByteLM, "entropies", stopped)
-    with pytest.raises(Interrupted, match=r"finished files stand in '.*out'; the same command goes on from there"):
+    with pytest.raises(Interrupted, match=r"finished files are in '.*out'; the same command resumes"):
         command(text, model, str(out))
     assert len(bytes_below(out)) == 1
 
@@ -596,9 +596,9 @@ def test_rules_of_the_command(tmp_path: Path, text: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"starts": 1.0, "rule": "threshold=1"}, "two ways to name a rule"),
-        ({"rule": "treshold=1"}, "--rule: treshold: unknown key; did you mean 'threshold'"),
-        ({"rule": "mode=space"}, "patching mode 'space' needs no byte LM"),
+        ({"starts": 1.0, "patching": "threshold=1"}, "both name patching settings"),
+        ({"patching": "treshold=1"}, "--patching: treshold: unknown key; did you mean 'threshold'"),
+        ({"patching": "mode=space"}, "patching mode 'space' needs no byte LM"),
         ({"batch_bytes": 10}, r"context \(64\) is more than batch_bytes \(10\)"),
         ({"dtype": "float16"}, "dtype"),
         ({"text_key": "body"}, "body"),
