@@ -235,7 +235,7 @@ def boundaries(
         return found, found >= new.begin
 
     tails: list[Tail] = []
-    if patching.mode == "bpe":
+    if patching.needs_tail:
         tails = _token_tails(patching, state, new, ids)
         natural = torch.tensor([tail.token_began for tail in tails], device=ids.device)
     else:

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from bytelatent.errors import UserError
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.schedule import Schedule, learning_rate
+from bytelatent.training.schedule import SCHEDULES, Schedule, ScheduleName, ScheduleSettings, learning_rate
 from bytelatent.training.settings import TrainSettings
 from tests.training.crew import Crew
 from tests.training.plans import values as values_of_many
@@ -305,3 +305,16 @@ def rates_under_own_clocks(values: dict[str, Any]) -> list[float]:
         patch.setattr(loop, "learning_rate", rate)
         train(settings(values))
     return found
+
+
+def test_the_table_of_schedules_is_complete() -> None:
+    """Each schedule has its name, its form and its line in the docs of the settings."""
+    assert set(SCHEDULES) == set(get_args(ScheduleName))
+    for name, form in SCHEDULES.items():
+        assert f"`{name}`" in (ScheduleSettings.__doc__ or "")
+        assert set(form.settings) <= ScheduleSettings.model_fields.keys()
+        given = ScheduleSettings(schedule=name)
+        assert (form.height(0.0, given), form.height(1.0, given)) == pytest.approx((1.0, 0.0))
+        assert 0 < form.decay(given, 100.0, 1.0) <= 100
+        for decayed in (0.0, 0.3, 1.0):
+            assert form.decayed_at(form.height(decayed, given), given) == pytest.approx(decayed)
