@@ -29,9 +29,8 @@ import torch
 
 from bytelatent.inference import Decoder, Engine, Sampling
 from bytelatent.inference.quantize import Weights, quantize_model
-from bytelatent.inference.step import QUORUM, CapturedSlots, FastDecoder, engine_for
+from bytelatent.inference.step import QUORUM, CapturedSlots, FastDecoder, decisions, engine_for
 from bytelatent.inference.step.prefill import FastStack
-from bytelatent.kernels import decode_step
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build, pack_rows
 from bytelatent.model.flops import costs
 from bytelatent.model.presets import preset
@@ -62,7 +61,7 @@ def decoder_of(name: str, weights: Weights = "full") -> Decoder:
     """A random model, and a threshold that gives patches of 4.5 bytes on what it writes."""
     byte_lm = random_model(preset("entropy"), torch.bfloat16, seed=1)
     byte_lm.output.weight.data.mul_(4)  # else its entropies are so alike that rounding decides about patches
-    decode_step.EOS = -1  # no text ends, so that all are as long
+    decisions.EOS = -1  # no text ends, so that all are as long
     model = quantize_model(random_model(preset(name), torch.bfloat16), weights)
     decoder = FastDecoder(model, PatchSettings(threshold=5.0), byte_lm)
     for _ in range(2):  # what it writes depends a little on the patches

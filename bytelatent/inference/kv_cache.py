@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.kernels.patch_attention import PatchRuns, pool_patches, runs_of
+from bytelatent.kernels.patch_attention import ByteRanges
+from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.model.attention import CachedAttention, Mask, attend
 from bytelatent.model.settings import StackSettings
@@ -437,10 +438,10 @@ class BLTPass:
         if num_patches:  # the next byte that closes a patch, if it is in the same run
             is_in &= new.begin == new.begin[closing[patch.clamp(max=num_patches - 1)]]
         self.own_new = is_in.nonzero()[:, 0]
-        self.new_runs = runs_of(patch[self.own_new], num_patches)
+        self.new_runs = ByteRanges.of(patch[self.own_new], num_patches)
         patch = torch.cat([patch_before, patch[self.own_new]])
         self.order = patch.argsort(stable=True) if len(patch_before) else None  # a patch's bytes side by side
-        self.own = runs_of(patch if self.order is None else patch[self.order], num_patches)
+        self.own = ByteRanges.of(patch if self.order is None else patch[self.order], num_patches)
 
     def _find_read_patches(self, read: Tensor, num_padding: int) -> None:
         """Which patch each byte reads: one that closes, or the newest of its slot before."""
@@ -452,7 +453,7 @@ class BLTPass:
             before = torch.where(has_before, torch.arange(len(new.slot), device=read.device), -1)
             read = torch.where(read >= 0, read + self.num_before, before[new.line])
         num_patches = self.num_before + len(self.patch_position)
-        self.read: PatchRuns = runs_of(F.pad(read, (0, num_padding), value=-1), num_patches)
+        self.read: ByteRanges = ByteRanges.of(F.pad(read, (0, num_padding), value=-1), num_patches)
 
     def _find_open_bytes(self, begin: Tensor) -> None:
         """Which new bytes are in an open patch once all are read."""
@@ -464,7 +465,7 @@ class BLTPass:
         self.open_target = (new.slots[self.open], new.position[self.open] - begin[line])
         has_any = torch.zeros_like(count, dtype=torch.bool).index_fill(0, line, True)
         number = has_any.cumsum(0) - 1
-        self.open_runs = runs_of(number[line], int(has_any.sum()))
+        self.open_runs = ByteRanges.of(number[line], int(has_any.sum()))
         self.open_slot = new.slot[has_any]
         self.goes_on = (begin < new.num_read)[has_any]  # its first bytes are remembered
 

@@ -93,7 +93,7 @@ class SamplingOption:
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 # To add a field: declare it in `Sampling`, add it here and as a field of `SamplingSlots`, apply it in `weights`, and in
-# the kernel behind `bytelatent.kernels.decode_step.draw`. A test holds these together.
+# the kernel behind `bytelatent.inference.step.decisions.draw` (`SAMPLING_FIELDS`). A test holds these together.
 OPTIONS: dict[str, SamplingOption] = {
     "temperature": SamplingOption(torch.float32, 0, lambda sampling: min(sampling.temperature, _LARGEST)),
     "top_k": SamplingOption(torch.int64, 1, lambda sampling: _top_k(sampling)),

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bytelatent.kernels.patch_attention import PatchRuns, pool_patches, runs_of
+from bytelatent.kernels.patch_attention import ByteRanges
+from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model.attention import Mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
@@ -32,8 +33,8 @@ class BLTCache(Protocol):
     decoder: Mask
     tail_TW: Tensor  # the W newest ids up to each one, for its n-grams
     patch_position: Tensor  # [P] number of each closing patch in its document
-    own: PatchRuns  # the patches of the bytes that `own_bytes` gives
-    read: PatchRuns  # the patch that each new byte reads, of those that `read_patches` gives
+    own: ByteRanges  # the patches of the bytes that `own_bytes` gives
+    read: ByteRanges  # the patch that each new byte reads, of those that `read_patches` gives
 
     def pool(self, h_TD: Tensor) -> Tensor:
         """The maximum over each closing patch's bytes, [P, D], from the new ones' states."""
@@ -92,7 +93,7 @@ class LocalEncoder(nn.Module):
 
     def patch_states(self, states: list[Tensor], batch: PatchedStream) -> Tensor:
         """The K states of each patch, [P, K, D], from its bytes'."""
-        own = runs_of(batch.patch, batch.num_patches)
+        own = ByteRanges.of(batch.patch, batch.num_patches)
         patches_PKD = self.queries(pool_patches(states[0], own))
         for cross, h_TD in zip(self.cross_attention, states, strict=True):
             patches_PKD = cross(patches_PKD, h_TD, own)
@@ -167,7 +168,7 @@ class LocalDecoder(nn.Module):
             read, mask = cache.read, cache.decoder
         else:
             assert isinstance(batch, PatchedStream)
-            read = runs_of(batch.read, batch.num_patches)
+            read = ByteRanges.of(batch.read, batch.num_patches)
             mask = self.stack.mask(batch.document, batch.num_documents)
         rotary = self.stack.rotary(batch.position)
         for layer, block in enumerate(self.stack.blocks):

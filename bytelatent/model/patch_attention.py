@@ -5,7 +5,7 @@ Source: Pagnoni et al. 2024, sections 3.2.2 and 3.3.1.
 
 from torch import Tensor, nn
 
-from bytelatent.kernels.patch_attention import PatchRuns, attend_to_own_bytes, attend_to_read_patch
+from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attention, encoder_cross_attention
 from bytelatent.model.settings import CrossAttentionSettings
 
 # Shapes: T bytes in the batch, P patches, K queries or keys a patch, D local width, H heads, E head size
@@ -50,22 +50,22 @@ class CrossAttention(nn.Module):
 class EncoderCrossAttention(CrossAttention):
     """A patch's queries attend to its bytes."""
 
-    def forward(self, queries_PKD: Tensor, h_TD: Tensor, own: PatchRuns) -> Tensor:
+    def forward(self, queries_PKD: Tensor, h_TD: Tensor, own: ByteRanges) -> Tensor:
         """[P, K, D] -> [P, K, D]"""
         return self.attend(queries_PKD, *self.keys_values(h_TD), own)
 
-    def attend(self, queries_PKD: Tensor, k_THE: Tensor, v_THE: Tensor, own: PatchRuns) -> Tensor:
+    def attend(self, queries_PKD: Tensor, k_THE: Tensor, v_THE: Tensor, own: ByteRanges) -> Tensor:
         """The same with keys and values of the bytes."""
-        return self.add(queries_PKD, attend_to_own_bytes(self.queries(queries_PKD), k_THE, v_THE, own))
+        return self.add(queries_PKD, encoder_cross_attention(self.queries(queries_PKD), k_THE, v_THE, own))
 
 
 class DecoderCrossAttention(CrossAttention):
     """A byte attends to the K keys of the patch it reads."""
 
-    def forward(self, h_TD: Tensor, keys_PKD: Tensor, read: PatchRuns) -> Tensor:
+    def forward(self, h_TD: Tensor, keys_PKD: Tensor, read: ByteRanges) -> Tensor:
         """[T, D] -> [T, D]"""
         return self.read(h_TD, *self.keys_values(keys_PKD), read)
 
-    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: PatchRuns) -> Tensor:
+    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: ByteRanges) -> Tensor:
         """The same with keys and values of the patches."""
-        return self.add(h_TD, attend_to_read_patch(self.queries(h_TD), k_PKHE, v_PKHE, read))
+        return self.add(h_TD, decoder_cross_attention(self.queries(h_TD), k_PKHE, v_PKHE, read))

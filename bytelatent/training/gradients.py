@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
+from bytelatent.kernels.hash_tables import coalesced
 from bytelatent.kernels.packed_attention import entries_for
-from bytelatent.kernels.row_sums import coalesced
 
 WARM_UPS = 2  # passes before capture: the first compiles, the second adds to gradients where that is wanted
 

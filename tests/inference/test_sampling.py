@@ -15,8 +15,8 @@ from torch import Tensor
 from bytelatent.errors import UserError
 from bytelatent.inference import sampling as module
 from bytelatent.inference.sampling import MAX_NEW_BYTES, Sampling, SamplingSlots, random_numbers
+from bytelatent.inference.step import decisions
 from bytelatent.inference.utf8 import NEEDED, TRANSITIONS, state_after
-from bytelatent.kernels import decode_step
 from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
 SPECIAL = [BOE, BOS, BPE_DELIMITER]
@@ -605,8 +605,12 @@ def test_every_setting_has_a_value_that_is_accepted_and_one_that_is_refused() ->
 def test_every_setting_reaches_the_slots_and_the_device() -> None:
     """What the kernel's draw did not read would be ignored in silence on a GPU."""
     assert set(module.OPTIONS) | module.BY_ENGINE == set(Sampling.model_fields)
-    source = inspect.getsource(decode_step.draw)
-    assert [name for name in module.OPTIONS if not re.search(rf"\.{name}\b", source)] == []
+    assert set(module.OPTIONS) <= set(decisions.SAMPLING_FIELDS)
+    parameters = re.search(r"def draw_kernel\(\s*logits_ptr,([^)]*?)position_ptr", inspect.getsource(decisions))
+    assert parameters is not None
+    assert parameters[1].count("_ptr") == len(decisions.SAMPLING_FIELDS)
+    with pytest.raises(NotImplementedError, match="draw_kernel does not know the sampling settings min_p"):
+        decisions.check_sampling_fields(tuple({*decisions.SAMPLING_FIELDS, "is_special"} - {"min_p"}))
     slots = SamplingSlots.empty(1, "cpu")
     slots.put(0, Sampling(**ACCEPTED), torch.tensor([1]), 5)
     for name, option in module.OPTIONS.items():

@@ -57,8 +57,8 @@ def test_packed_attention_is_kept(how: ActivationCheckpointing, times: int, monk
     model: Any = tiny_byte_lm(num_layers=3)
     for block in model.stack.blocks:
         block.forward = checkpointed(block.forward, how)
-    plain, seen = packed_attention.plain_attention, []
-    monkeypatch.setattr(packed_attention, "plain_attention", lambda *given: seen.append(1) or plain(*given))
+    plain, seen = packed_attention.plain_packed_attention, []
+    monkeypatch.setattr(packed_attention, "plain_packed_attention", lambda *given: seen.append(1) or plain(*given))
     model.logits(torch.arange(9), torch.arange(9), packed_mask(torch.zeros(9), None, 1)).sum().backward()
     assert len(seen) == 3 * times
 

@@ -43,7 +43,7 @@ def engine_for(
     if ahead > 1 and (why := _drafts_nothing(model, patching, byte_lm, device)):
         raise UserError(f"ahead: {why}; leave it out")
     model = quantize_model(model, weights)
-    decides_on_host = patching is not None and patching.mode == "bpe"  # a tokenizer does
+    decides_on_host = patching is not None and patching.decides_on_host
     takes_modules = _is_changed(model) or (byte_lm is not None and _is_changed(byte_lm))
     if decides_on_host or takes_modules or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
         return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
@@ -59,8 +59,8 @@ def _drafts_nothing(
         return "a byte LM has no part that drafts"
     if _is_changed(model):
         return "modules of this model were replaced, as adapters do"
-    if patching.mode == "bpe":
-        return "the rule bpe is not drafted for"
+    if patching.decides_on_host:
+        return f"patching mode '{patching.mode}' is not drafted for"
     if device not in ("cpu", "cuda"):
         return f"nothing is drafted on {device}"
     if device == "cuda" and not supports(model, byte_lm):

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import SLACK, BLTState, Room
+from bytelatent.inference.step.decisions import Flags, append, choose, decide, draw, store_patch
 from bytelatent.inference.step.step import BLTStep
-from bytelatent.kernels.decode_step import Flags
+from bytelatent.kernels.decode_cross_attention import append_patch_byte
 from bytelatent.vocab import VOCAB_SIZE
 
 # Shapes: B rows, S bytes a step, N patches of a row that may close in a step, D local width, V vocabulary
@@ -82,8 +83,8 @@ class DraftedStep(BLTStep):
     @torch.no_grad()
     def __call__(self) -> None:
         """One step; rows do not wait."""
-        state, kernels = self.state, self.kernels
-        kernels.draw(self.logits_BV, self.sampling, state.position, self.flags)
+        state = self.state
+        draw(self.logits_BV, self.sampling, state.position, self.flags)
         encoded, kept = self._draft()
         reads_SB = torch.stack([flags.reads for flags in self.draft])
         ids_BS = torch.stack([flags.ids for flags in self.draft], dim=1)
@@ -100,7 +101,7 @@ class DraftedStep(BLTStep):
 
     def _draft(self) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Let the local models read and draw; the encoder's states, and what open patches would take, of each byte."""
-        state, ahead, kernels = self.state, self.ahead, self.kernels
+        state, ahead = self.state, self.ahead
         self._go_back()
         for name in DRAWING:
             getattr(self.sampling_ahead, name).copy_(getattr(self.sampling, name))
@@ -109,8 +110,8 @@ class DraftedStep(BLTStep):
         encoded, kept = [], []
         for number, flags in enumerate(self.draft):
             if number > 0:
-                kernels.draw(self.draft_logits_BV, self.sampling_ahead, ahead.position, flags)
-            kernels.append(ahead, flags)
+                draw(self.draft_logits_BV, self.sampling_ahead, ahead.position, flags)
+            append(ahead, flags)
             kept.append([])
             encoded.append(self._encode(ahead, flags, kept[-1]))
             if number < self.size - 1:
@@ -122,8 +123,8 @@ class DraftedStep(BLTStep):
         """Decide where patches close if the draft is right."""
         self._go_back()
         for flags, lm_logits_BV in zip(self.draft, lm_logits_SBV, strict=True):
-            self.kernels.append(self.ahead, flags)
-            self.kernels.decide(lm_logits_BV, self.patching, self.ahead, flags)
+            append(self.ahead, flags)
+            decide(lm_logits_BV, self.patching, self.ahead, flags)
         closes_SB = torch.stack([flags.wants for flags in self.draft]) & reads_SB
         upto_SB, most = closes_SB.cumsum(0), self.most
         # Where each patch ends, [B, 1 + N + 1]: first nothing, last what is more than there is room for.
@@ -158,7 +159,7 @@ class DraftedStep(BLTStep):
             return
         kv = self._patches(pooled_BND.flatten(0, 1), bytes_of, state.num_patches, row, run, most)
         tables = self.patch_k.flatten(1, 2), self.patch_v.flatten(1, 2)
-        self.kernels.keep_patch(kv, *tables, place_BN.flatten())
+        store_patch(kv, *tables, place_BN.flatten())
 
     def _read_again(self, encoded_BSD: Tensor, patches: _Patches, reads_SB: Tensor) -> Tensor:
         """The logits of what follows each byte of the draft, [B, S, V]."""
@@ -181,20 +182,20 @@ class DraftedStep(BLTStep):
         logits_SBV = logits_BSV.transpose(0, 1).contiguous()
         for number in range(1, self.size):
             logits_BV, expected_B = logits_SBV[number - 1], expected_SB[number]
-            self.kernels.draw(logits_BV, self.sampling, self.state.position, self.right[number], expected_B)
+            draw(logits_BV, self.sampling, self.state.position, self.right[number], expected_B)
         self.flags.is_waiting.zero_()  # those that drew another one: they draw it in the next step
 
     def _read_what_is_right(self, lm_logits_SBV: Any, kept: list[list[Tensor]], logits_BSV: Tensor) -> None:
         """Remember the bytes that are right, as a plain step does."""
-        state, kernels = self.state, self.kernels
+        state = self.state
         position, num_patches = state.position.clone(), state.num_patches.clone()
         for flags, lm_logits_BV, (h_BD, *kvs) in zip(self.right, lm_logits_SBV, kept, strict=True):
-            kernels.append(state, flags)
-            kernels.decide(lm_logits_BV, self.patching, state, flags)
+            append(state, flags)
+            decide(lm_logits_BV, self.patching, state, flags)
             for layer, kv in enumerate(kvs):
                 pooled = {"h_BD": h_BD, "pooled_BD": state.open_max} if layer == 0 else {}
-                kernels.keep_byte(kv, state.open_k[layer], state.open_v[layer], flags.count, **pooled)
-            kernels.choose(state, flags, 0.0, decoded=False)
+                append_patch_byte(kv, state.open_k[layer], state.open_v[layer], flags.count, **pooled)
+            choose(state, flags, 0.0, decoded=False)
         row_B = torch.arange(len(position), device=position.device)
         newest = state.num_patches - num_patches
         for of_row, table in ((state.patch_k, self.patch_k), (state.patch_v, self.patch_v)):

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from bytelatent.inference.kv_cache import BLOCK
 from bytelatent.inference.quantize import QuantizedLinear
-from bytelatent.kernels.decode_attention import launch_for_attention, rotary_table, split_scratch
+from bytelatent.kernels.decode_attention import launch_for_attention, split_scratch
 from bytelatent.kernels.gated_product import interleaved
 from bytelatent.kernels.quantized import Matrix, by_rows
+from bytelatent.kernels.rotary import rotary_embedding
 from bytelatent.kernels.skinny_linear import fold_norm
 from bytelatent.model import BLTModel, BLTSettings, ByteLM
 from bytelatent.model.settings import StackSettings
@@ -74,7 +75,8 @@ class StackWeights:
         """Hold the rotary angles of this many positions."""
         if positions > len(self.rotary):
             settings = self.settings
-            self.rotary = rotary_table(positions, settings.head_dim, settings.rope_theta, self.rotary.device)
+            position = torch.arange(positions, device=self.rotary.device)
+            self.rotary = rotary_embedding(position, settings.head_dim, settings.rope_theta)
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,14 @@ from torch import Tensor, nn
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import KVCache, NewPositions, StoreNewest
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, CrossWeights, StackWeights
-from bytelatent.kernels.decode_patches import plain_read_patch, read_patch
+from bytelatent.kernels.decode_cross_attention import decoder_cross_attention_step
 from bytelatent.kernels.gated_product import ROWS, can_gate, fast_row_scale, gated_product, interleaved
-from bytelatent.kernels.hash_embed import hash_embed, plain_hash_embed
-from bytelatent.kernels.patch_attention import PatchRuns
+from bytelatent.kernels.hash_embed import hash_embed
+from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.quantized import dense
-from bytelatent.kernels.skinny_linear import gate, plain_gate
-from bytelatent.kernels.window_attention import (
-    angles,
-    can_attend,
-    first_seen,
-    plain_window_attention,
-    turn,
-    window_attention,
-)
+from bytelatent.kernels.rotary import cos_sin
+from bytelatent.kernels.skinny_linear import gate
+from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, Stream, entropies
 from bytelatent.model.attention import CachedAttention
 from bytelatent.model.blt import BLTCache, LocalEncoder
@@ -51,11 +45,7 @@ class RunAttention:
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         """Of queries and keys that are not rotated yet; the keys are rotated in place."""
-        if q_THE.is_cuda:
-            found = window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
-        else:
-            found = plain_window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
-            k_TJE = turn(k_TJE, self.cos, self.sin)
+        found = window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
         self.store(k_TJE, v_TJE)
         return found
 
@@ -84,7 +74,7 @@ class FastBlock(nn.Module):
         if x_TD.is_cuda and size >= 16 * ROWS and size % ROWS == 0 and can_gate(*gate_up.shape):
             return gated_product(x_TD, fast_row_scale(x_TD, eps), gate_up)
         both = F.linear(F.rms_norm(x_TD, (self.settings.dim,), None, eps), gate_up)
-        return gate(both) if x_TD.is_cuda else plain_gate(both)
+        return gate(both)
 
 
 @dataclass
@@ -168,8 +158,7 @@ class FastEncoder(LocalEncoder):
             return self.embedding(batch.ids)
         powers = self.ngram_hash.powers(batch.ids.device)
         tables, embedding = self.ngram_hash.tables.weight, self.embedding.weight
-        kernel = hash_embed if batch.ids.is_cuda else plain_hash_embed
-        return kernel(cache.tail_TW, batch.position, powers, tables, embedding)
+        return hash_embed(cache.tail_TW, batch.position, powers, tables, embedding)
 
 
 class FastDecoderCrossAttention(nn.Module):
@@ -185,10 +174,11 @@ class FastDecoderCrossAttention(nn.Module):
         k_PKHE, v_PKHE = (F.linear(self._norm(x_PKD), matrix).unflatten(-1, self.heads) for matrix in matrices)
         return k_PKHE, v_PKHE
 
-    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: PatchRuns) -> Tensor:
-        weights, dtype, kernel = self.weights, h_TD.dtype, read_patch if h_TD.is_cuda else plain_read_patch
+    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: ByteRanges) -> Tensor:
+        weights, dtype = self.weights, h_TD.dtype
         q_THE = F.linear(self._norm(h_TD), dense(weights.query, dtype)).unflatten(-1, self.heads)
-        found = kernel(q_THE, k_PKHE, v_PKHE, read.patch_T >= 0, row_B=read.patch_T.clamp(min=0)).flatten(1)
+        row_T, reads_T = read.patch_T.clamp(min=0), read.patch_T >= 0
+        found = decoder_cross_attention_step(q_THE, k_PKHE, v_PKHE, reads_T, row_B=row_T).flatten(1)
         return torch.addmm(h_TD, found, dense(weights.output, dtype).T, beta=2)
 
     def _norm(self, x: Tensor) -> Tensor:
@@ -243,7 +233,7 @@ class FastDecoder(Decoder):
         if stack not in self._fast:
             return super()._prompt_attention(cache, stack, new, num_padding)
         position = F.pad(new.position, (0, -len(new.position) % ROWS))
-        cos, sin = angles(position, stack.head_dim, stack.rope_theta)
+        cos, sin = cos_sin(position, stack.head_dim, stack.rope_theta)
         store = StoreNewest(cache, new.slot.tolist(), new.count.tolist())
         return RunAttention(first_seen(position, stack.window), cos, sin, store)
 
@@ -310,7 +300,7 @@ class FastEntropies:
         padding = torch.arange(-size % ROWS, device=stream.ids.device)  # kernels take rows so many at a time
         ids, position = torch.cat([stream.ids, padding * 0]), torch.cat([stream.position, padding])
         low = first_seen(position, settings.window)
-        cos, sin = angles(position, settings.head_dim, settings.rope_theta)
+        cos, sin = cos_sin(position, settings.head_dim, settings.rope_theta)
         x_TD = F.embedding(ids, self.embedding)
         for layer in self.layers:
             qkv = F.linear(F.rms_norm(x_TD, (dim,), layer["attention_norm"], eps), layer["qkv"])

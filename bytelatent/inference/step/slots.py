@@ -13,7 +13,7 @@ from bytelatent.inference.kv_cache import BLOCK, Room
 from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.drafting import DraftedStep
 from bytelatent.inference.step.step import BLTStep, ByteLMStep
-from bytelatent.kernels.overlap import overlapped
+from bytelatent.kernels.launch import overlapped
 from bytelatent.model import ByteLM
 
 AHEAD = 8  # steps on their way that the host has not read
