@@ -123,7 +123,10 @@ class Decoder:
             store: whether the state takes what later ids need.
             is_prompt: whether the state is empty, and the new ids are whole prompts.
         """
-        model, byte_lm, attention = self.model, self.byte_lm, self._step_attention(store)
+        model: Any = self.model
+        byte_lm: Any = self.byte_lm
+        shapes: Any = model.settings
+        attention = self._step_attention(store)
         num_padding = 0
         if is_prompt:
             model, byte_lm, attention = self._prompt_model, self._prompt_byte_lm, self._prompt_attention
@@ -133,17 +136,16 @@ class Decoder:
         stream = Stream(padded, F.pad(new.slots, (0, num_padding), value=-1), position)
         tail_TW = _tails(state, new, ids)
         if isinstance(state, ByteLMState):
-            logits = model(stream, attention(state.byte_lm, self.model.settings, new, num_padding), at)
+            logits = model(stream, attention(state.byte_lm, shapes, new, num_padding), at)
         else:
             assert self.patching is not None, "a BLT needs patching settings"
             found = torch.zeros(len(ids), device=ids.device)
             if state.byte_lm is not None:
-                cache = attention(state.byte_lm, self.byte_lm.settings, new, num_padding)
+                cache = attention(state.byte_lm, byte_lm.settings, new, num_padding)
                 found = entropies(byte_lm(stream, cache))[: len(ids)]
             patches = boundaries(self.patching, state, new, ids, found)
             closing = patches.closes.nonzero()[:, 0]
             closed = NewPositions(new.slots[closing], patches.num_patches[closing] - 1)
-            shapes = self.model.settings
             cache = BLTPass(
                 state,
                 new,
