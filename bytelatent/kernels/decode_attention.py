@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Attention of the newest positions of several sequences over caches of their keys and values, for decoding.
 
 The kernel takes queries, keys and values as one product wrote them, rotates them by their positions, puts the new

@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Attention between bytes and patches when bytes are decoded one by one.
 
 Decoder: a byte reads the K keys of one patch, the last that its sequence has closed. Encoder: as a patch is closed, its

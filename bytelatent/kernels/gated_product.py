@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """The first half of a SwiGLU feed-forward in one kernel: both products, the gate and the norm's scale.
 
 RMSNorm divides each row by one number, so it may be done after the product: the kernel reads the states themselves and

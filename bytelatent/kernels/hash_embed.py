@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """A new byte's embedding plus those of the n-grams that end at it, hashes and sum in one kernel.
 
 The hash of an n-gram x_0 .. x_{n-1} is (sum_j x_j * p^j mod 2^64, as a signed number) mod V, for a prime p.

@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Tables of n-gram embeddings in training: sums of rows with gradients, sums of gradients, and AdamW on some rows.
 
 The gradient of tables that hold billions of numbers, of which a batch looks up a few thousand rows, need not be dense:

@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """What all kernels share: Triton where it is installed, how they are launched, and small device functions.
 
 The kernels of a decoding step take a few microseconds each, so the gaps between two of them count. With overlapped

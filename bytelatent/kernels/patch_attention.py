@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 """Cross-attention between bytes and patches. It is no masked attention: linear in T, no T x P matrix.
 
 Encoder: a patch's queries see only its own bytes, so the softmax runs over segments of the stream.

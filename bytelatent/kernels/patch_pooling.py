@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Pooling of bytes into patches: the elementwise maximum, on CUDA by kernels as in `patch_attention`.
 
 Source: Pagnoni et al. 2024, section 3.2.2.

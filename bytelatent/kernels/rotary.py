@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Rotary embeddings: pairs (2i, 2i+1) of every head rotated by angles that grow with the position.
 
 Source: Su et al. 2021, RoFormer.

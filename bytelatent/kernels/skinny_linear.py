@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Products of a few rows with a large matrix, for decoding: the time is that of reading the matrix once.
 
 RMSNorm divides each row by one number, so it may be done after the product: for one row the kernel sums the squares of

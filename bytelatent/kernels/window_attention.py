@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Causal attention inside documents and a window, for packed streams, forward only.
 
 What a query sees is one run of keys: from `low` to itself. So the kernel walks over blocks of keys and masks only the

@@ -256,7 +256,7 @@ def test_who_cannot_draft() -> None:
     lm, blt = named["byte LM"], named["entropy"]
     with pytest.raises(UserError, match="ahead: a byte LM has no part that drafts"):
         engine_for(lm.model, None, None, 1, ahead=4)
-    with pytest.raises(UserError, match="ahead: the rule bpe is not drafted for"):
+    with pytest.raises(UserError, match="patching mode 'bpe' is not drafted for"):
         engine_for(blt.model, PatchSettings(mode="bpe", tokenizer="x.json"), None, 1, ahead=4)
     for wrong in (0, LONGEST + 1):
         with pytest.raises(UserError, match=f"ahead: {wrong} bytes a step; take 1 to {LONGEST}"):

@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """The decisions of a decoding step, for all rows: what is drawn, whether a patch closes, which rows go on.
 
 They are little arithmetic in many small operations, each of which would be a kernel of its own. Here they are five.
