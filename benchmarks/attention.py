@@ -18,9 +18,9 @@ from bytelatent.kernels.decode_attention import (
     decode_attention,
     launch_for_attention,
     plain_decode_attention,
-    rotary_table,
 )
-from bytelatent.kernels.overlap import overlapped
+from bytelatent.kernels.launch import overlapped
+from bytelatent.kernels.rotary import rotary_embedding
 
 # Heads, head size, layers, slots of a row, window, position
 SHAPES = {
@@ -39,20 +39,20 @@ def measure(name: str, rows: int, waiting: int, rate: float) -> None:
     position_B = position - torch.arange(rows, device="cuda") % 100
     row_B = torch.arange(rows, device="cuda")
     row_B[torch.randperm(rows, device="cuda")[:waiting]] = -1
-    turns = rotary_table(position + 1, size, 1e4, "cuda")
+    rotary = rotary_embedding(torch.arange(position + 1, device="cuda"), size, 1e4)
     given = {"heads": heads, "window": window, "row_B": row_B}
     seen = position_B[row_B >= 0].clamp(max=(window or position) - 1)
     num_bytes = int(seen.sum()) * heads * size * 2 * k.element_size()
     print(f"{name}, {rows} rows, {waiting} wait: {num_bytes / 1e6:.0f} MB a layer, {num_bytes / rate * 1e6:.1f} us")
-    expected = plain_decode_attention(qkv, k[0].clone(), v[0].clone(), position_B, turns, **given)
+    expected = plain_decode_attention(qkv, k[0].clone(), v[0].clone(), position_B, rotary, **given)
     for launch in (launch_for_attention(rows, 1, heads, heads, window or slots), *LAUNCHES):
-        found = decode_attention(qkv, k[0], v[0], position_B, turns, launch=launch, **given)
+        found = decode_attention(qkv, k[0], v[0], position_B, rotary, launch=launch, **given)
         far = float((found - expected)[row_B >= 0].abs().max())
         assert far < 0.02, f"{launch}: {far}"
         graph = torch.cuda.CUDAGraph()
         with overlapped(), torch.cuda.graph(graph):
             for layer in range(layers):
-                decode_attention(qkv, k[layer], v[layer], position_B, turns, launch=launch, **given)
+                decode_attention(qkv, k[layer], v[layer], position_B, rotary, launch=launch, **given)
         took = seconds_of(graph.replay, 10) / layers
         print(f"  {took * 1e6:6.1f} us, {num_bytes / took / rate:4.0%} of the copy's speed: {launch}", flush=True)
 

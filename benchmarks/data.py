@@ -163,7 +163,7 @@ def measure_entropies(text: str, megabytes: int) -> None:
             print(f"forward alone, {size:7,} ids: {size / seconds / 1e6:.3f} million bytes/s", flush=True)
         show_profile(lambda: fast(stream))
         for rule in (None, PatchSettings(mode="entropy", threshold=1.34)):
-            settings = EntropySettings(rule=rule)
+            settings = EntropySettings(patching=rule)
             out = Path(folder, "starts" if rule else "entropies")
             summary = store_entropies(byte_lm, "benchmark", [source], out, settings, entropies_of=fast)
             stored = sum(file.stat().st_size for file in out.glob("*.parquet"))

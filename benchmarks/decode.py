@@ -28,10 +28,9 @@ from typing import Any, get_args
 import torch
 
 from bytelatent.inference import Decoder, Engine, Sampling
-from bytelatent.inference.quantize import Weights, rounded
-from bytelatent.inference.step import QUORUM, FastDecoder, FastRows, engine_for
+from bytelatent.inference.quantize import Weights, quantize_model
+from bytelatent.inference.step import QUORUM, CapturedSlots, FastDecoder, decisions, engine_for
 from bytelatent.inference.step.prefill import FastStack
-from bytelatent.kernels import decode_step
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build, pack_rows
 from bytelatent.model.flops import costs
 from bytelatent.model.presets import preset
@@ -62,8 +61,8 @@ def decoder_of(name: str, weights: Weights = "full") -> Decoder:
     """A random model, and a threshold that gives patches of 4.5 bytes on what it writes."""
     byte_lm = random_model(preset("entropy"), torch.bfloat16, seed=1)
     byte_lm.output.weight.data.mul_(4)  # else its entropies are so alike that rounding decides about patches
-    decode_step.EOS = -1  # no text ends, so that all are as long
-    model = rounded(random_model(preset(name), torch.bfloat16), weights)
+    decisions.EOS = -1  # no text ends, so that all are as long
+    model = quantize_model(random_model(preset(name), torch.bfloat16), weights)
     decoder = FastDecoder(model, PatchSettings(threshold=5.0), byte_lm)
     for _ in range(2):  # what it writes depends a little on the patches
         decoder.patching = PatchSettings(threshold=threshold_on_own_text(decoder, byte_lm))
@@ -71,7 +70,7 @@ def decoder_of(name: str, weights: Weights = "full") -> Decoder:
 
 
 def threshold_on_own_text(decoder: Decoder, byte_lm: ByteLM) -> float:
-    engine = Engine(decoder, FastRows(decoder, 16), 16)
+    engine = Engine(decoder, CapturedSlots(decoder, 16), 16)
     asked = [engine.submit(prompt, DRAW, 256)[0] for prompt in random_prompts(16, 512, seed=7)]
     engine.run()
     stream = pack_rows([torch.cat([one.prompt, torch.tensor(one.ids)]) for one in asked]).to("cuda")
@@ -132,7 +131,7 @@ def generate(
     decoder: Decoder, count: int, new: int, quorum: float = 0.0, places: int | None = None, ahead: int = 1
 ) -> None:
     """Warm up, then time `count` sequences of `new` bytes from the first drawn byte on."""
-    rows = FastRows(decoder, count, quorum, places, ahead)
+    rows = CapturedSlots(decoder, count, quorum, places, ahead)
     engine = Engine(decoder, rows, count)
     began = time.perf_counter()
     for prompt in random_prompts(count, 16, seed=3):
@@ -173,7 +172,7 @@ def check() -> None:
         for part in (plain.model, plain.byte_lm):
             if part is not None:
                 part.cuda()
-        model = rounded(plain.model, weights)
+        model = quantize_model(plain.model, weights)
         there = Decoder(model, plain.patching, plain.byte_lm)
         fast = FastDecoder(model, plain.patching, plain.byte_lm)
         for rows, quorum, places, ahead in (
@@ -188,7 +187,7 @@ def check() -> None:
                 continue
             prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * max(rows // 4, 1)
             expected = generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
-            engine = Engine(fast, FastRows(fast, rows, quorum, places, ahead), rows)
+            engine = Engine(fast, CapturedSlots(fast, rows, quorum, places, ahead), rows)
             found = generated(engine, prompts[:rows], 60, sampling)
             same, far = 0, 0.0
             for one, other in zip(found, expected, strict=True):
@@ -225,7 +224,7 @@ def cpu() -> None:
             model(add_patches(stream, starts))
 
     times: dict[str, list[float]] = {"whole forward pass": [], "with a memory": []}
-    engine = Engine(decoder, FastRows(decoder, 1), 1)
+    engine = Engine(decoder, CapturedSlots(decoder, 1), 1)
     whole()
     [asked] = engine.submit(row, DRAW.model_copy(update={"seed": 5}), 200)
     engine.advance()
@@ -284,7 +283,7 @@ def first(decoder: Decoder) -> None:
     far = max(float((found - decoder.prefill(prompts, last_only=True)[1]).abs().max()) for found in captured)
     FastStack.SIZES = sizes
     print(f"a prompt read by graphs and without: logits differ by {far:.1e} at most")
-    engine = Engine(decoder, FastRows(decoder, 1), 1)
+    engine = Engine(decoder, CapturedSlots(decoder, 1), 1)
     times = []
     for number in range(8):
         [prompt] = random_prompts(1, 512, seed=number)
@@ -342,7 +341,7 @@ def peer() -> None:
 
 
 def profile(decoder: Decoder, count: int, quorum: float = 0.0) -> None:
-    rows = FastRows(decoder, count, quorum)
+    rows = CapturedSlots(decoder, count, quorum)
     engine = Engine(decoder, rows, count)
     for prompt in random_prompts(count, 512):
         engine.submit(prompt, DRAW, 400)

@@ -18,8 +18,7 @@ import torch
 from bytelatent import BLT
 from bytelatent.inference import Sampling, prompt_ids
 from bytelatent.inference.quantize import Weights
-from bytelatent.inference.step import engine_for
-from bytelatent.kernels import decode_step
+from bytelatent.inference.step import decisions, engine_for
 from bytelatent.weights import load
 
 PROMPTS = {
@@ -37,7 +36,7 @@ def drafted(model: str, num_rows: int, new: int = 1024) -> None:
     assert byte_lm is not None
     if device.type == "cuda":
         blt, byte_lm = blt.bfloat16(), byte_lm.to(device).bfloat16()
-    decode_step.EOS = -1  # no text ends on a GPU, so that all are as long
+    decisions.EOS = -1  # no text ends on a GPU, so that all are as long
     plain_rate: dict[tuple[str, float], float] = {}
     print(f"{num_rows} sequences at once, bytes of each")
     print("text, temperature, ahead | bytes a step | drafted bytes kept | ms a step | bytes/s of all | times plain")

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.kernels import patch_attention as plain
-from bytelatent.kernels import patch_attention_ops as ops
-from bytelatent.kernels.patch_attention import PatchRuns, runs_of
+from bytelatent.kernels import patch_attention as kernels
+from bytelatent.kernels import patch_pooling
+from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.model import PatchedStream, Stream, add_patches, pack_rows
 
 PATCH_BYTES, K, HEADS, HEAD_DIM = 4.5, 2, 16, 64
@@ -56,7 +56,7 @@ def stream(num_bytes: int, padding: int = 0) -> PatchedStream:
 
 def works(num_bytes: int, padding: int = 0, dtype: torch.dtype = torch.bfloat16) -> list[Work]:
     batch = stream(num_bytes, padding)
-    own, read = runs_of(batch.patch, batch.num_patches), runs_of(batch.read, batch.num_patches)
+    own, read = ByteRanges.of(batch.patch, batch.num_patches), ByteRanges.of(batch.read, batch.num_patches)
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -71,21 +71,21 @@ def works(num_bytes: int, padding: int = 0, dtype: torch.dtype = torch.bfloat16)
     ]
 
 
-def pooling(own: PatchRuns) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    return lambda h: ops.pool(h, own.begin), lambda h: plain.plain_pool_patches(h, own)
+def pooling(own: ByteRanges) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    return lambda h: patch_pooling.pool_operator(h, own.begin), lambda h: patch_pooling.plain_pool_patches(h, own)
 
 
-def gathering(own: PatchRuns) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def gathering(own: ByteRanges) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     return (
-        lambda q, k, v: ops.own_bytes(q, k, v, own.begin)[0],
-        lambda q, k, v: plain.plain_attend_to_own_bytes(q, k, v, own),
+        lambda q, k, v: kernels.own_bytes_operator(q, k, v, own.begin)[0],
+        lambda q, k, v: kernels.plain_encoder_cross_attention(q, k, v, own),
     )
 
 
-def reading(read: PatchRuns) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def reading(read: ByteRanges) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     return (
-        lambda q, k, v: ops.read_patch(q, k, v, read.patch_T, read.begin),
-        lambda q, k, v: plain.plain_attend_to_read_patch(q, k, v, read),
+        lambda q, k, v: kernels.read_patch_operator(q, k, v, read.patch_T, read.begin),
+        lambda q, k, v: kernels.plain_decoder_cross_attention(q, k, v, read),
     )
 
 
@@ -208,16 +208,19 @@ def time(work: Work, case: str, rate: float) -> None:
 
 def tune(work: Work, case: str) -> None:
     """Every choice of blocks; the fastest three of each pass."""
-    before = ops.BLOCK, ops.POOL_BLOCK, ops.STAGES, ops.WIDTH
+    modules = (kernels, patch_pooling)
+    before = [(module, module.BLOCK, module.STAGES, module.WIDTH) for module in modules]
     found: list[tuple[float, float, Any]] = []
     for block, stages, width in itertools.product((2, 4, 8, 16), (1, 2, 3), (128, 256, 512)):
-        ops.BLOCK, ops.POOL_BLOCK, ops.STAGES, ops.WIDTH = block, block, stages, width
+        for module in modules:
+            module.BLOCK, module.STAGES, module.WIDTH = block, stages, width
         try:
             one = milliseconds(forward(work.kernel, work.inputs))
             found.append((one, milliseconds(both(work.kernel, work.inputs)) - one, (block, stages, width)))
         except Exception as error:  # too much shared memory, perhaps
             print(f"{work.name}, {case}, {(block, stages, width)}: {type(error).__name__}", flush=True)
-    ops.BLOCK, ops.POOL_BLOCK, ops.STAGES, ops.WIDTH = before
+    for module, *numbers in before:
+        module.BLOCK, module.STAGES, module.WIDTH = numbers
     for number, name in enumerate(("forward", "backward")):
         best = sorted(found, key=lambda one: one[number])[:3]
         shown = ", ".join(f"{one[number]:.3f} ms {one[2]}" for one in best)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.kernels.row_sums import coalesced
+from bytelatent.kernels.hash_tables import coalesced
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
-from bytelatent.training.clipping import clip
-from bytelatent.training.row_adamw import SparseRowsAdamW
+from bytelatent.training.gradients import clip
+from bytelatent.training.optimizer import SparseRowsAdamW
 from bytelatent.vocab import OFFSET
 
 DIM = 1024

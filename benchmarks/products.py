@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from bytelatent.kernels import skinny_linear as products
-from bytelatent.kernels.overlap import overlapped
+from bytelatent.kernels.launch import overlapped
 
 # Width of the result, of the states, whether it is gated: the byte LM's, the local models', the global transformer's
 SHAPES = [(2304, 768, False), (768, 768, False), (2048, 768, True), (768, 2048, False)]

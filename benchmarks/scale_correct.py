@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from scale_plans import MIDDLE, TINY
 
+from bytelatent import log
 from bytelatent.commands import train
 from bytelatent.data import Batch, Loader
 from bytelatent.errors import UserError, guarded
-from bytelatent.log import Console
 from bytelatent.patching import PatchSettings
 from bytelatent.run_folder import read_metrics
 from bytelatent.text import find_files, read_documents
@@ -91,7 +91,8 @@ def one_rank(arguments: list[str]) -> None:
         return inner(step, *more)
 
     loop.learning_rate = rate
-    train.main(arguments, Console(width=200))
+    log.configure()
+    train.main(arguments)
 
 
 @dataclass

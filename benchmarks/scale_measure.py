@@ -27,11 +27,12 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
+from bytelatent.training.checks import check_optimizer
 from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.float8 import check_float8
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import build_optimizer, check_optimizer
+from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.measure import DOCUMENT, PROFILED_CALLS, num_patches, random_batch, wait_for
 from bytelatent.weights import Config
 
@@ -83,7 +84,7 @@ class Training:
         self.gradients = Gradients(loss, device)
 
     def step(self) -> None:
-        loop._step(self.state, self.settings, self.gradients, self.plan)
+        loop.Trainer(self.settings, self.plan, self.state, self.gradients).train_step()
 
     def seconds(self, steps: int) -> float:
         """Of one step, the mean of so many."""

@@ -36,18 +36,18 @@ import torch
 from gpu_trace import print_kernels
 from torch import Tensor
 
-from bytelatent.data import Batch, Patcher, Piece, ReadAhead, cut, pack, stream_of
+from bytelatent.data import Batch, Patcher, Piece, PrefetchLoader, cut, pack, stream_of
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings, PatchedStream, Stream, build, compile_regions
 from bytelatent.model.flops import training_flops
 from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
 from bytelatent.text import Document
-from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.plan import apply_activation_checkpointing
 from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.float8 import Float8, to_float8
-from bytelatent.training.optimizer import build_optimizer
+from bytelatent.training.gradients import clip
+from bytelatent.training.optimizer import OptimizerSettings, build_optimizer
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
     PATCH_BYTES,
@@ -59,7 +59,6 @@ from bytelatent.training.profiling.measure import (
     random_batch,
     seconds_of,
 )
-from bytelatent.training.settings import OptimizerSettings
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
 RECOMPUTED = 65_536  # bytes from which `step` computes blocks again
@@ -246,7 +245,7 @@ def patching(size: int = 65_536) -> None:
 
     before = seconds_of(lambda: train_on(stored), CUDA)
     in_turn = seconds_of(lambda: train_on(next(loader)), CUDA)
-    with ReadAhead(loader, CUDA) as batches:  # pyright: ignore[reportArgumentType]
+    with PrefetchLoader(loader, CUDA) as batches:  # pyright: ignore[reportArgumentType]
         ahead = seconds_of(lambda: train_on(next(batches)), CUDA)
     print(
         f"blt-1b, hash gradients by rows, {size:,} bytes: {before * 1e3:.1f} ms with patches that are known", flush=True

@@ -20,9 +20,9 @@ from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
 from bytelatent.inference.engine import check_max_new_bytes, check_samples
-from bytelatent.inference.long_text import entropies_of
-from bytelatent.inference.quantize import Weights, check_weights, rounded
-from bytelatent.inference.step import check_ahead, engine_for
+from bytelatent.inference.quantize import Weights, check_quantize, quantize_model
+from bytelatent.inference.scoring import entropies_of
+from bytelatent.inference.step import check_draft_length, engine_for
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
 from bytelatent.text import Document
@@ -70,7 +70,7 @@ class BLT:
         draft_length: int = 1,
     ):
         self._quantize: Weights = quantize
-        self._model = rounded(model, quantize).eval()
+        self._model = quantize_model(model, quantize).eval()
         self.entropy_model = entropy_model
         self._config = config
         self._measured = ModelChecksums.of(self.model, config, self.entropy_model)
@@ -114,8 +114,8 @@ class BLT:
                 here; or its weights cannot be quantized this way.
         """
         precision, device = precision_of_weights(dtype), choose_device(device)
-        check_weights(quantize, device)
-        check_ahead(draft_length)
+        check_quantize(quantize, device)
+        check_draft_length(draft_length)
         found = open_pretrained(source, entropy_model, revision, token, local_files_only)
         if not isinstance(found.config.model, BLTSettings):
             raise UserError(f"model: '{source}' holds a byte LM, which has no patches; name a BLT")
@@ -201,7 +201,7 @@ class BLT:
 
     @draft_length.setter
     def draft_length(self, draft_length: int) -> None:
-        check_ahead(draft_length)
+        check_draft_length(draft_length)
         self._draft_length = draft_length
 
     @property

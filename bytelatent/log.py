@@ -5,8 +5,9 @@ Modules log by `logging.getLogger(__name__)`. A command calls `configure`; as a 
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import rich.console
@@ -64,14 +65,26 @@ def configure(level: int = logging.INFO) -> None:
     LOGGER.setLevel(level if rank == "0" else max(level, logging.WARNING))
 
 
+def shows_bars() -> bool:
+    """Whether progress bars are shown: on a terminal, unless the command is quiet."""
+    return console.is_terminal and LOGGER.isEnabledFor(logging.INFO)
+
+
+class _FileHandler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 the name is logging's
+        if not isinstance(sys.exc_info()[1], OSError):  # as on a full disk: work goes on without its log
+            super().handleError(record)
+
+
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Append messages to a file as well, with their times."""
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = _FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOGGER.addHandler(handler)
     try:
         yield
     finally:
         LOGGER.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()

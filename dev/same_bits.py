@@ -9,7 +9,6 @@ optimizer's state, bit for bit. Prints a line for each difference; exit code 1: 
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from bytelatent.run_folder import NoCheckpoint, newest_checkpoint
+from bytelatent.run_folder import NoCheckpoint, newest_checkpoint, read_metrics
 
 COMPARED = (
     "step",
@@ -61,8 +60,7 @@ def stored_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     """What does not depend on the clock; JSON holds each float to its last bit."""
-    text = (run / "metrics.jsonl").read_text()
-    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    rows = read_metrics(run / "metrics.jsonl")
     return [{key: row[key] for key in COMPARED if key in row} for row in rows]
 
 

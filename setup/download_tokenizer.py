@@ -15,7 +15,7 @@ from pathlib import Path
 from bytelatent import log
 from bytelatent.errors import guarded
 from bytelatent.hub import ASK, token_of
-from bytelatent.prepare.download import NAMES, TIKTOKEN_SHA256, TIKTOKEN_URL, fetch_tokenizer
+from bytelatent.prepare.download import NAMES, TIKTOKEN_SHA256, TIKTOKEN_URL, download_tokenizer
 
 
 def main() -> None:
@@ -28,9 +28,11 @@ def main() -> None:
     parser.add_argument("--tiktoken_url", metavar="URL", default=TIKTOKEN_URL, help="another place for tiktoken's file")
     arguments = parser.parse_args()
     log.configure()
-    # Whoever names another place takes what lies there.
+    # The file at another address need not be the published one.
     sha256 = TIKTOKEN_SHA256 if arguments.tiktoken_url == TIKTOKEN_URL else None
-    files = fetch_tokenizer(arguments.name, arguments.path, token_of(arguments.api_key), arguments.tiktoken_url, sha256)
+    files = download_tokenizer(
+        arguments.name, arguments.path, token_of(arguments.api_key), arguments.tiktoken_url, sha256
+    )
     for file in files:
         print(file)
 

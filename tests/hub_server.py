@@ -7,8 +7,8 @@
 
 What the real hub does and this one, too: a commit's files never change and stay when a branch moves on; large files are
 redirected to another origin (`redirects`), which must not see the user's key; a gated repository can be listed by all
-and read by few; listings come in pages. What can go wrong is ordered beforehand: `fail`, `listed_sizes`. `requests`
-counts what was asked.
+and read by few; listings come in pages. What can go wrong is ordered beforehand: `fail`, `listed_sizes`, `has_ranges`.
+`requests` counts what was asked.
 """
 
 import hashlib
@@ -76,6 +76,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[tuple[Kind, str], HubRepository] = {}
         self.requests: Counter[str] = Counter()  # "GET data/a.parquet", or "GET /api/..." for what is no file
+        self.has_ranges = True
         self.page_size = 1000
         self._failures: list[tuple[re.Pattern[str], int]] = []
         self._lock = threading.Lock()
@@ -329,13 +330,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._count(path)
         data = file.data
         status, start, end = 200, 0, len(data)
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and self.hub.has_ranges:
             start, end = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
             if start >= len(data):
                 raise _Refused(416, "")
             status = 206
             headers = {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
-        self._send_head(status, end - start, {"ETag": f'"{file.sha256}"', "Accept-Ranges": "bytes", **headers})
+        if self.hub.has_ranges:
+            headers = {**headers, "Accept-Ranges": "bytes"}
+        self._send_head(status, end - start, {"ETag": f'"{file.sha256}"', **headers})
         if self.command != "HEAD":
             self.wfile.write(data[start:end])
 

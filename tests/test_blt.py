@@ -15,7 +15,7 @@ from bytelatent import BLT
 from bytelatent.config import say_renamed
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.quantize import rounded
+from bytelatent.inference.quantize import quantize_model
 from bytelatent.model import BLTModel
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import BOS, OFFSET
@@ -278,7 +278,7 @@ def test_quantized_weights(blt: BLT, tmp_path: Path) -> None:
         ours = BLT.from_pretrained(tmp_path / "a", device="cpu", quantize=quantize)
         assert ours.quantize == quantize
         assert ours.patch(TEXTS[3]) == blt.patch(TEXTS[3])
-        assert ours.logits(ids).equal(wrap(rounded(blt.model, quantize)).logits(ids))
+        assert ours.logits(ids).equal(wrap(quantize_model(blt.model, quantize)).logits(ids))
         assert not ours.logits(ids).equal(blt.logits(ids))
         expected = float(ours.logits(torch.tensor([[1, 70, 80]]))[0, -2].log_softmax(-1)[80])
         assert ours.score(b"\x42", [b"\x4c"]) == [pytest.approx(expected, abs=1e-4)]

@@ -8,9 +8,9 @@ import bytelatent
 PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 LAYERS = [  # the lowest first
-    ["credentials", "terminal"],
+    ["credentials", "terminal", "signals"],
     ["errors", "log"],
-    ["vocab", "config", "configs", "files", "device", "progress", "signals", "interrupt", "kernels"],
+    ["vocab", "config", "configs", "files", "device", "progress", "kernels"],
     ["hub", "run_folder", "command_line"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "weights"],
@@ -22,6 +22,37 @@ LAYERS = [  # the lowest first
     ["__main__", "train", "eval", "generate", "stool"],
 ]
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
+
+
+HOLDS = {  # what a package is for, where its name does not say it
+    "cli": "`blt VERB`: options from the settings' fields",
+    "commands": "what each verb does",
+    "blt": "the public class",
+    "training": "trainer, checkpoints, distributed plans, profiling",
+    "evaluation": "bits per byte",
+    "report": "pages and figures",
+    "inference": "KV caches, decoder, engine, sampling, the captured step",
+    "data": "text to batches",
+    "prepare": "download, shuffle, split",
+    "weights": "formats of weights in and out",
+    "model": "byte LM and BLT",
+    "patching": "patching modes, thresholds",
+    "text": "documents out of files",
+    "launch": "SLURM jobs",
+    "kernels": "one file per operation",
+}
+DOCS = Path(__file__).parents[1] / "docs" / "internals" / "layers.md"
+
+
+def as_markdown() -> str:
+    """The table of layers, the highest first, of the packages that there are."""
+    there = {name.split(".")[1] for name in modules()}
+    lines = ["| layer | packages |", "| --- | --- |"]
+    for number, packages in reversed(list(enumerate(LAYERS, start=1))):
+        cells = [f"`{name}` ({HOLDS[name]})" if name in HOLDS else f"`{name}`" for name in packages if name in there]
+        if cells:
+            lines.append(f"| {number} | {', '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def imports(path: Path, root: Path = ROOT) -> set[str]:
@@ -104,6 +135,11 @@ def test_imports_come_from_layers_below() -> None:
     assert wrong_imports() == []
 
 
+def test_the_docs_show_the_layers() -> None:
+    """To write the page again: `python -m tests.test_layers`."""
+    assert as_markdown() in DOCS.read_text(encoding="utf-8")
+
+
 def test_no_circles() -> None:
     assert circle() == []
 
@@ -127,3 +163,8 @@ def test_wrong_imports_and_circles_are_seen(tmp_path: Path) -> None:
         "bytelatent.patching.modes imports bytelatent.data.loader",
     ]
     assert circle(tmp_path) == ["bytelatent.data.loader", "bytelatent.data.packing", "bytelatent.data.loader"]
+
+
+if __name__ == "__main__":
+    head = DOCS.read_text(encoding="utf-8").partition("| layer |")[0]
+    DOCS.write_text(head + as_markdown(), encoding="utf-8")

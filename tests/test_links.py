@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bytelatent import BLT
-from bytelatent.data.shards import Shard, hold
+from bytelatent.data.shards import Shard, lock_shards
 from bytelatent.errors import UserError
 from bytelatent.files import growing_file, only_writer, partial_path, whole_file, whole_folder
 from bytelatent.patching import PatchSettings
@@ -43,19 +43,19 @@ def into(context: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 def go_on(folder: Path) -> None:
-    rows = JsonLines(folder / "metrics.jsonl", print)
-    rows.go_on_after(1)
+    rows = JsonLines(folder / "metrics.jsonl")
+    rows.resume_after(1)
     rows.write({"step": 2})
 
 
 def set_aside(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("damaged\n")
-    JsonLines(folder / "rows.jsonl", print).go_on_after(1)
+    JsonLines(folder / "rows.jsonl").resume_after(1)
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     ".lock": into(only_writer),
-    ".lock of shards": into(lambda folder: hold(folder, [Shard("a.jsonl", "a", 1)])),
+    ".lock of shards": into(lambda folder: lock_shards(folder, [Shard("a.jsonl", "a", 1)])),
     "out.jsonl.part": into(lambda folder: growing_file(folder / "out.jsonl")),
     "metrics.jsonl": go_on,
     "rows.jsonl.damaged": set_aside,
@@ -82,7 +82,7 @@ def test_no_file_is_made_through_a_link(tmp_path: Path) -> None:
 
 def test_what_a_lock_holds_stays(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("of another program")
-    with only_writer(tmp_path), hold(tmp_path, []):
+    with only_writer(tmp_path), lock_shards(tmp_path, []):
         pass
     assert (tmp_path / ".lock").read_text() == "of another program"
 

@@ -18,7 +18,7 @@ from bytelatent.commands.calibrate import calibrate_text
 from bytelatent.commands.evaluate import evaluate_model
 from bytelatent.data import patches_of
 from bytelatent.errors import UserError
-from bytelatent.inference import Sampling, long_text, prompt_ids
+from bytelatent.inference import Sampling, prompt_ids, scoring
 from bytelatent.model import pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
 from bytelatent.vocab import EOS, encode
@@ -128,11 +128,11 @@ def test_stored_entropies_are_those_of_pieces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_entropies_of_a_long_text_are_those_of_one_pass(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_text, "AT_ONCE", 40)
-    monkeypatch.setattr(long_text, "PIECE", 17)
+    monkeypatch.setattr(scoring, "AT_ONCE", 40)
+    monkeypatch.setattr(scoring, "PIECE", 17)
     byte_lm = tiny_byte_lm(window=window)
     stream = pack_rows([prompt_ids(TEXT)])
-    found = long_text.entropies_of(byte_lm, stream)
+    found = scoring.entropies_of(byte_lm, stream)
     torch.testing.assert_close(found, byte_lm.entropies(stream), atol=1e-5, rtol=0)
     model = tiny_blt()
     blt = BLT(model, Config(model=model.settings, context=CONTEXT, patching=RULES["entropy"]), byte_lm)

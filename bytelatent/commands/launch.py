@@ -16,6 +16,7 @@ from typing import Any
 
 from bytelatent import log
 from bytelatent.command_line import Given
+from bytelatent.commands.settings import LaunchArguments
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.launch import LaunchSettings, launch, with_defaults
@@ -25,8 +26,12 @@ USAGE = "name a script and its settings: python -m bytelatent.stool script=bytel
 TRAIN = "bytelatent.train"
 SETTINGS = {  # what the package's own scripts read
     TRAIN: ("bytelatent.training", "TrainSettings"),
-    "bytelatent.generate": ("bytelatent.commands.generate", "GenerateSettings"),
+    "bytelatent.generate": ("bytelatent.commands.settings", "GenerateSettings"),
 }
+
+
+def run(settings: LaunchArguments) -> None:
+    say(launch_script(settings.model_dump(exclude={"settings"}, exclude_unset=True), settings.settings))
 
 
 def main(arguments: list[str]) -> str:
@@ -112,23 +117,12 @@ def _name(settings: LaunchSettings) -> str:
 
 
 def _check_training(training: Any, settings: LaunchSettings) -> None:
-    """What so many processes cannot do; and what is not there, unless nothing is submitted: the job runs in this
-    folder, and sees the same files.
-    """
+    """Check what the job's processes can do, and, unless nothing is submitted, its inputs: it runs in this folder."""
     import torch
 
-    from bytelatent.training.distributed.plan import check_parallel
-    from bytelatent.training.gradients import check_cuda_graph
-    from bytelatent.training.optimizer import check_optimizer
-    from bytelatent.training.patches import must_have_byte_lm
-    from bytelatent.training.validation import must_be_there
+    from bytelatent.training.checks import check_inputs, check_settings
 
-    world = settings.nodes * settings.processes
-    check_parallel(training.parallel, training.model, world)
-    check_optimizer(training.optimizer, world)
-    check_cuda_graph(training.cuda_graph, torch.device("cuda" if settings.ngpu else "cpu"), world)
+    device = torch.device("cuda" if settings.ngpu else "cpu")
+    check_settings(training, settings.nodes * settings.processes, device)
     if not settings.dry_run:
-        whence = f" (the job looks for it from '{Path.cwd()}')"
-        must_be_there(training.data, whence, remote=False)
-        if training.entropy_model is not None:
-            must_have_byte_lm(training.entropy_model, whence)
+        check_inputs(training, f" (the job looks for it from '{Path.cwd()}')")

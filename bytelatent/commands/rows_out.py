@@ -1,4 +1,4 @@
-"""The file that generated rows go to: it appears whole, and a command that was stopped goes on with it."""
+"""The file that generated rows go to: it appears whole, and a command that was stopped resumes it."""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
@@ -9,14 +9,14 @@ from typing import Any, BinaryIO
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import growing_file, partial_path, whole_file
 
-ANEW = "to begin anew, move it away"
+RESET = "to start over, move it away"
 
 
 def must_be_free(path: Path) -> None:
-    """Refuse to write rows over what stands at `path` or beside it, where they would wait to be done.
+    """Refuse to overwrite a file at `path`, or one beside it where unfinished rows go.
 
     Raises:
-        UserError: something does.
+        UserError: there is one.
     """
     try:
         if path.is_dir():
@@ -25,27 +25,27 @@ def must_be_free(path: Path) -> None:
         if path.is_file() and path.stat().st_size:
             raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
         if not settings.exists() and part.exists() and part.stat().st_size:
-            raise UserError(f"out: '{part}' stands in the way, and no '{settings}' says what it is; move it away")
+            raise UserError(f"out: '{part}' is in the way, and no '{settings}' says what it is; move it away")
     except OSError as error:
         raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
 
 
 @contextmanager
 def rows_at(
-    path: Path, rows: Sequence[dict[str, Any]], made_with: dict[str, Any], told: Collection[str]
+    path: Path, rows: Sequence[dict[str, Any]], made_with: dict[str, Any], added: Collection[str]
 ) -> Iterator[tuple[BinaryIO, int]]:
-    """A file that appears whole, and how many rows an earlier call has left for it.
+    """A file that appears whole, and how many of its rows an earlier call has written.
 
-    A device or a pipe, which must not be replaced, is written as it comes. However it ends else, rows that are done are
-    kept in `path.part`, and the settings they were made with beside it.
+    A device or a pipe, which must not be replaced, is written as it comes. If it ends otherwise, rows that are done
+    stay in `path.part`, and the settings they were made with beside it.
 
     Args:
         rows: as they were given, in the order in which they are written.
-        made_with: settings, by their keys; rows that were made with others are no beginning.
-        told: keys that are added to a row.
+        made_with: settings, by their keys; rows that were made with others are not resumed.
+        added: keys that are added to a row.
 
     Raises:
-        UserError: the file cannot be written, or what an earlier call has left is of other rows or settings.
+        UserError: the file cannot be written, or an earlier call wrote other rows or settings.
         Interrupted: Ctrl-C; says where the rows are.
     """
     if path.exists() and not path.is_file():
@@ -65,7 +65,7 @@ def rows_at(
                     aside.write_text(json.dumps(made_with))
             else:
                 _must_be_made_with(part, settings, made_with)
-                num_done = _num_done(part, rows, told)
+                num_done = _num_done(part, rows, added)
             try:
                 yield file, num_done
                 must_be_free(path)  # what came there meanwhile stays, too
@@ -85,7 +85,7 @@ def line_of(row: dict[str, Any]) -> bytes:
     """A row as a line of JSON."""
     try:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # of surrogates, which JSON holds only in its own spelling
+    except UnicodeEncodeError:  # surrogates, which JSON writes only as escapes
         return json.dumps(row).encode() + b"\n"
 
 
@@ -97,17 +97,17 @@ def _must_be_made_with(part: Path, settings: Path, made_with: dict[str, Any]) ->
     try:
         before = json.loads(settings.read_text())
     except (OSError, ValueError):
-        raise UserError(f"out: '{part}' stands in the way, and '{settings}' does not say what it is; {ANEW}") from None
+        raise UserError(f"out: '{part}' is in the way, and '{settings}' does not say what it is; {RESET}") from None
     for key, value in made_with.items():
         if before.get(key) != value:
-            raise UserError(f"out: '{part}' was begun with {key}={before.get(key)}, not {value}; {ANEW}")
+            raise UserError(f"out: '{part}' was begun with {key}={before.get(key)}, not {value}; {RESET}")
 
 
-def _num_done(part: Path, rows: Sequence[dict[str, Any]], told: Collection[str]) -> int:
-    """How many of the rows stand in `part`: the first ones, since they are written in their order."""
+def _num_done(part: Path, rows: Sequence[dict[str, Any]], added: Collection[str]) -> int:
+    """How many of the rows are in `part`: the first ones, since they are written in order."""
 
     def given(row: dict[str, Any]) -> bytes:
-        return line_of({key: value for key, value in row.items() if key not in told})
+        return line_of({key: value for key, value in row.items() if key not in added})
 
     def belongs(line: bytes, number: int) -> bool:
         try:
@@ -120,5 +120,5 @@ def _num_done(part: Path, rows: Sequence[dict[str, Any]], told: Collection[str])
     with part.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not belongs(line, number):
-                raise UserError(f"out: line {number} of '{part}' belongs to another row of the prompts; {ANEW}")
+                raise UserError(f"out: line {number} of '{part}' belongs to another row of the prompts; {RESET}")
     return number

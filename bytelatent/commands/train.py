@@ -4,32 +4,32 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bytelatent.command_line import PRINT_CONFIG
+from bytelatent.commands.settings import TrainArguments
 from bytelatent.signals import unattended
 from bytelatent.terminal import say
-
-if TYPE_CHECKING:
-    from bytelatent.log import Console
 
 USAGE = "name a configuration or settings: blt train config=byte_lm run=runs/mine data.train=text/*.jsonl"
 
 
-def main(arguments: list[str], console: "Console | None" = None) -> Path:
+def main(arguments: list[str]) -> Path:
     from bytelatent.command_line import from_command_line
     from bytelatent.training import TrainSettings, train
     from bytelatent.training.distributed.ranks import reported_once
 
     with reported_once():
         settings = from_command_line(TrainSettings, arguments, USAGE)
-    return train(settings, console)
+    return train(settings)
+
+
+def run(settings: TrainArguments) -> None:
+    command([*settings.settings, *([PRINT_CONFIG] if settings.print_config else [])])
 
 
 def command(arguments: list[str]) -> None:
-    from bytelatent import log
-
-    log.configure()
-    """Train; the first of the processes says at the end where the run lies."""
+    """Train; the first of the processes prints the run's folder at the end."""
     with unattended(lambda: import_module("bytelatent.training")):  # which takes seconds
         run = _recorded(main)(arguments)
         if os.environ.get("RANK", "0") == "0":
@@ -37,7 +37,7 @@ def command(arguments: list[str]) -> None:
 
 
 def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Let torchrun, where it started this process, repeat an error in its last words."""
+    """Let torchrun, where it started this process, repeat an error at its end."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return call
     from torch.distributed.elastic.multiprocessing.errors import record

@@ -1,12 +1,10 @@
 """Text into batches: documents, pieces, packing, the loader."""
 
-from bytelatent.data.ahead import ReadAhead
 from bytelatent.data.loader import Loader, batches_once
-from bytelatent.data.packing import Batch, pack, take
-from bytelatent.data.patcher import Patcher, groups_of, patch_in_groups, patches_of
-from bytelatent.data.pieces import Piece, cut, stream_of
+from bytelatent.data.packing import Batch, Piece, cut, pack, stream_of, take
+from bytelatent.data.patcher import Patcher, StoredCheck, groups_of, patch_in_groups, patches_of
+from bytelatent.data.prefetch import PrefetchLoader
 from bytelatent.data.settings import DataSettings, SourceSettings
-from bytelatent.data.stored import StoredCheck
 
 __all__ = [
     "Batch",
@@ -14,7 +12,7 @@ __all__ = [
     "Loader",
     "Patcher",
     "Piece",
-    "ReadAhead",
+    "PrefetchLoader",
     "SourceSettings",
     "StoredCheck",
     "batches_once",

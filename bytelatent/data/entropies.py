@@ -1,6 +1,6 @@
-"""The byte LM run once over all text, its entropies (or a rule's patch starts) stored beside it.
+"""The byte LM run once over all text, its entropies (or patch starts) stored beside it.
 
-A thread reads and packs, the device computes, and a thread writes; a few batches are on the way. What is written does
+A thread reads and packs, the device computes, and a thread writes; each a few batches ahead. What is written does
 not depend on their timing, nor on how the files are divided among processes: a batch holds text of one file only.
 """
 
@@ -8,12 +8,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
-from typing import Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +22,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bytelatent.config import Settings
-from bytelatent.data.channel import Channel
-from bytelatent.data.packing import pack
-from bytelatent.data.pieces import Piece, cut
+from bytelatent.data.packing import Piece, cut, pack
 from bytelatent.data.settings import MOST
-from bytelatent.data.shards import Shard, divide, hold, shards_of
+from bytelatent.data.shards import Shard, divide_shards, lock_shards, shards_of
 from bytelatent.device import autocast, choose_dtype
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, Stream
@@ -40,10 +39,11 @@ from bytelatent.text.streams import is_remote
 
 LOGGER = logging.getLogger(__name__)
 
-ON_THE_WAY = 2  # batches between the reader and the device, and between the device and the writer
+QUEUED = 2  # batches that the reader is ahead of the device, and the device of the writer
 TEXT_PER_COMPRESSED_BYTE = 3.0  # a guess, for the progress bar alone
 
 EntropiesOf = Callable[[Stream], Tensor]
+Item = TypeVar("Item")
 
 
 class EntropySettings(Settings):
@@ -54,7 +54,7 @@ class EntropySettings(Settings):
         batch_bytes: ids in a batch.
         text_key: the key or column that holds the text.
         dtype: precision of the byte LM's matrix products; `auto` is bfloat16 where the device computes in it.
-        rule: the patching rule whose starts are stored instead of entropies.
+        patching: the patching settings whose starts are stored instead of entropies.
         max_bad_rows: bad rows and files that are left out; one more is an error.
         max_row_bytes: a longer row is a bad one.
     """
@@ -63,7 +63,7 @@ class EntropySettings(Settings):
     batch_bytes: int = Field(default=131_072, ge=2, le=MOST)
     text_key: str = "text"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    rule: PatchSettings | None = None
+    patching: PatchSettings | None = None
     max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
     max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1, le=MAX_TEXT_BYTES)
 
@@ -71,11 +71,12 @@ class EntropySettings(Settings):
     def _fit(self) -> Self:
         if self.context > self.batch_bytes:
             raise ValueError(
-                f"context ({self.context}) is more than batch_bytes ({self.batch_bytes}), but a piece of so many ids "
-                "is read at once; make batch_bytes larger or context smaller"
+                f"context ({self.context}) is more than batch_bytes ({self.batch_bytes}), the ids that are read at "
+                "once; make batch_bytes larger or context smaller"
             )
-        if self.rule is not None and not self.rule.needs_entropies:
-            raise ValueError(f"rule '{self.rule.mode}' needs no byte LM: patch with it in training, nothing is stored")
+        if self.patching is not None and not self.patching.needs_entropies:
+            mode = self.patching.mode
+            raise ValueError(f"patching mode '{mode}' needs no byte LM: patch with it in training, nothing is stored")
         return self
 
 
@@ -84,7 +85,7 @@ class Summary:
     """What was done."""
 
     num_shards: int  # of this rank
-    num_skipped: int  # of these, those that stood there already
+    num_skipped: int  # of these, those that were there already
     num_documents: int = 0
     num_bytes: int = 0  # of text
     num_ids: int = 0  # that were read: bytes and one BOS a document
@@ -104,7 +105,7 @@ def store_entropies(
     out: str | Path,
     settings: EntropySettings,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     entropies_of: EntropiesOf | None = None,
     static_shapes: bool | None = None,
     on_start: Callable[[int], None] = lambda input_bytes: None,
@@ -112,19 +113,19 @@ def store_entropies(
 ) -> Summary:
     """Write each file of the sources, with entropies or starts beside its text, as Parquet below `out`.
 
-    Files that stand there already are left as they are, so a job that was stopped goes on from there.
+    Files that are there already are left as they are, so the same call resumes a job that was stopped.
 
     Args:
         byte_lm: on the device that computes.
         fingerprint: the byte LM's.
         sources: files, folders or globs.
         out: a folder on this machine.
-        rank, world: the part of the files that is this process's.
+        rank, world_size: this process's part of the files.
         entropies_of: the entropies of a stream, nats, float32 [T]; None for the byte LM's own forward pass.
         static_shapes: pad every stream to `batch_bytes`; None: on a GPU, or where `entropies_of` is given.
-        on_start: told how many bytes the files have that are to be read.
-        on_progress: told how many bytes of the files, and of the text in them, are done since the last time.
-            It is called from another thread.
+        on_start: called with the bytes of the files that are to be read.
+        on_progress: called from another thread with the bytes of the files, and of the text in them, that were read
+            since the last call.
 
     Raises:
         UserError: there are too many bad rows, `out` cannot be written or holds files that were made otherwise, the
@@ -136,33 +137,34 @@ def store_entropies(
     out = Path(out).expanduser()
     device = next(byte_lm.parameters()).device
     dtype = choose_dtype(settings.dtype, device)
-    shards = divide(shards_of(sources, out), world)[rank]
+    shards = divide_shards(shards_of(sources, out), world_size)[rank]
     made_by = Stored(
         byte_lm=fingerprint,
         window=byte_lm.settings.window,
         context=settings.context,
         dtype=str(dtype).removeprefix("torch."),
-        rule=settings.rule.plain() if settings.rule is not None else None,
+        rule=settings.patching.plain() if settings.patching is not None else None,
     )
     if static_shapes is None:
         static_shapes = entropies_of is not None or device.type == "cuda"
-    with hold(out, shards):
+    with lock_shards(out, shards):
         _remove_leftovers(out, shards)
         todo = [shard for shard in shards if not _is_done(shard, out / shard.output, _of(shard, made_by))]
         summary = Summary(num_shards=len(shards), num_skipped=len(shards) - len(todo))
         if summary.num_skipped:
             LOGGER.info(f"{summary.num_skipped} of {len(shards)} files are done already")
         on_start(sum(shard.size for shard in todo))
-        damaged = BadRows(settings.max_bad_rows)
-        job = Job(todo, out, made_by, settings, device, summary, damaged, on_progress)
-        job.run(entropies_of or _forward(byte_lm, device, dtype), static_shapes)
+        bad_rows = BadRows(settings.max_bad_rows)
+        size = settings.batch_bytes if static_shapes else None
+        compute = entropies_of or _forward(byte_lm, device, dtype)
+        loads = prefetched(_all_loads(todo, settings, size, bad_rows, device.type == "cuda"), QUEUED)
+        with closing(loads), _ShardWriter(out, made_by, summary, bad_rows, on_progress) as writer:
+            for shard, load in loads:
+                result = None if load is None else _compute(load, settings.patching, device, compute)
+                writer.put(shard, result)
     summary.seconds = time.monotonic() - begin
-    damaged.must_have_read()
+    bad_rows.must_have_read()
     return summary
-
-
-class _NothingRead(Exception):
-    """Nothing of a file could be read."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Result:
-    """What the device makes of a load, perhaps still on its way to this side."""
+    """What the device makes of a load, perhaps still being copied from it."""
 
     load: Load
     values: Tensor  # [T] float16 nats, or bool starts
@@ -185,130 +187,138 @@ class Result:
     arrived: torch.cuda.Event | None
 
 
-class Job:
-    """The shards that are to be written, and the three workers."""
+@torch.no_grad()
+def _compute(load: Load, patching: PatchSettings | None, device: torch.device, entropies_of: EntropiesOf) -> Result:
+    stream = load.stream.to(device, non_blocking=True)
+    entropies = entropies_of(stream).float()
+    total = torch.where(stream.document >= 0, entropies, 0.0).sum()
+    if patching is None:
+        values = entropies.half()
+    else:
+        values = next_starts(stream.ids, entropies, stream.position, patching)
+    if device.type != "cuda":
+        return Result(load, values.cpu(), total.cpu(), None)
+    with torch.cuda.device(device):
+        values, total = _to_pinned(values), _to_pinned(total)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return Result(load, values, total, arrived)
+
+
+class _NothingRead(Exception):
+    """Nothing of a file could be read, and so no file appears."""
+
+
+class _ShardWriter:
+    """Writes the results of one shard after the other, in a thread that is a few of them behind."""
 
     def __init__(
-        self,
-        shards: Sequence[Shard],
-        out: Path,
-        made_by: Stored,
-        settings: EntropySettings,
-        device: torch.device,
-        summary: Summary,
-        damaged: BadRows,
-        on_progress: Callable[[int, int], None],
+        self, out: Path, made_by: Stored, summary: Summary, bad_rows: BadRows, on_progress: Callable[[int, int], None]
     ):
-        self.shards, self.out, self.made_by, self.settings = shards, out, made_by, settings
-        self.device, self.summary, self.damaged, self.on_progress = device, summary, damaged, on_progress
-        # None ends a shard.
-        self.loads: Channel[Load | None] = Channel(ON_THE_WAY)
-        self.results: Channel[Result | None] = Channel(ON_THE_WAY)
-        self.errors: list[BaseException] = []
+        self.out, self.made_by, self.summary = out, made_by, summary
+        self.bad_rows, self.on_progress = bad_rows, on_progress
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._pending: deque[Future[None]] = deque()
+        self._file: StoredWriter | None = None
+        self._parts: list[np.ndarray] = []  # values of documents that have not ended yet
+        self._position = 0  # bytes of the shard's file that `on_progress` has counted
 
-    def run(self, entropies_of: EntropiesOf, static_shapes: bool) -> None:
-        """Write all shards.
+    def put(self, shard: Shard, result: Result | None) -> None:
+        """Write a result; None ends the shard.
 
         Raises:
-            The first error of any worker.
+            The first error of an earlier one.
         """
-        size = self.settings.batch_bytes if static_shapes else None
-        threads = [
-            Thread(target=self._guarded, args=(lambda: self._read(size),), daemon=True),
-            Thread(target=self._guarded, args=(self._write,), daemon=True),
-        ]
-        for thread in threads:
-            thread.start()
-        self._guarded(lambda: self._compute(entropies_of))
-        for thread in threads:
-            thread.join()
-        if self.errors:
-            raise self.errors[0]
+        while len(self._pending) >= QUEUED:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._write, shard, result))
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            work()
-        except BaseException as error:
-            self.errors.append(error)  # before the others break off, so that the cause comes first
-            self.loads.break_off()
-            self.results.break_off()
+            while self._pending and error is None:
+                self._pending.popleft().result()
+        except BaseException as failed:
+            error = failed
+            raise
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            if error is not None:
+                self._close(error)
 
-    def _read(self, size: int | None) -> None:
-        for shard in self.shards:
-            for load in loads_of(shard, self.settings, size, self.damaged):
-                self.loads.put(replace(load, stream=_pinned(load.stream)) if self.device.type == "cuda" else load)
-            self.loads.put(None)
+    def _write(self, shard: Shard, result: Result | None) -> None:
+        if self._file is None:
+            self._file = StoredWriter(self.out / shard.output, _of(shard, self.made_by)).__enter__()
+            self._parts, self._position = [], 0
+        if result is not None:
+            self._write_rows(self._file, result)
+            return
+        assert not any(map(len, self._parts))
+        self._close(_NothingRead() if shard.source in self.bad_rows.unread else None)
+        self.on_progress(shard.size - self._position, 0)
 
-    def _compute(self, entropies_of: EntropiesOf) -> None:
-        for _ in self.shards:
-            while (load := self.loads.get()) is not None:
-                self.results.put(self._result(load, entropies_of))
-            self.results.put(None)
+    def _write_rows(self, file: StoredWriter, result: Result) -> None:
+        if result.arrived is not None:
+            result.arrived.synchronize()
+        load, summary = result.load, self.summary
+        self._parts.append(result.values[: load.num_ids].numpy().copy())  # the pinned memory is free again
+        if load.documents:
+            values = np.concatenate(self._parts)
+            at = 0
+            for id_, text in load.documents:
+                file.add(id_, text, values[at : at + len(text) + 1])
+                at += len(text) + 1
+            self._parts = [values[at:]]
+        total = float(result.sum_of_entropies)
+        if not math.isfinite(total):
+            raise UserError(f"entropies: the byte LM's entropies are not finite in '{file.path.name}'; try another")
+        num_bytes = sum(len(text) for _, text in load.documents)
+        summary.num_documents += len(load.documents)
+        summary.num_bytes += num_bytes
+        summary.num_ids += load.num_ids
+        summary.sum_of_entropies += total
+        self.on_progress(load.position - self._position, num_bytes)
+        self._position = load.position
 
-    @torch.no_grad()
-    def _result(self, load: Load, entropies_of: EntropiesOf) -> Result:
-        stream = load.stream.to(self.device, non_blocking=True)
-        entropies = entropies_of(stream).float()
-        total = torch.where(stream.document >= 0, entropies, 0.0).sum()
-        if self.settings.rule is None:
-            values = entropies.half()
-        else:
-            values = next_starts(stream.ids, entropies, stream.position, self.settings.rule)
-        if self.device.type != "cuda":
-            return Result(load, values.cpu(), total.cpu(), None)
-        with torch.cuda.device(self.device):
-            values, total = _to_pinned(values), _to_pinned(total)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return Result(load, values, total, arrived)
+    def _close(self, error: BaseException | None) -> None:
+        """End the open file: it appears if there was no error."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.__exit__(None if error is None else type(error), error, None)
 
-    def _write(self) -> None:
-        for shard in self.shards:
-            position = 0
-            with suppress(_NothingRead), StoredWriter(self.out / shard.output, _of(shard, self.made_by)) as file:
-                position = self._write_rows(file)
-                if shard.source in self.damaged.unread:
-                    raise _NothingRead  # and so no file appears
-            self.on_progress(shard.size - position, 0)
 
-    def _write_rows(self, file: StoredWriter) -> int:
-        """Write one shard's rows; returns the progress in its file that was told of."""
-        position = 0
-        parts: list[np.ndarray] = []  # of documents that have not ended yet
-        while (result := self.results.get()) is not None:
-            if result.arrived is not None:
-                result.arrived.synchronize()
-            load, summary = result.load, self.summary
-            parts.append(result.values[: load.num_ids].numpy().copy())  # the pinned memory is free again
-            if load.documents:
-                values = np.concatenate(parts)
-                at = 0
-                for id_, text in load.documents:
-                    file.add(id_, text, values[at : at + len(text) + 1])
-                    at += len(text) + 1
-                parts = [values[at:]]
-            total = float(result.sum_of_entropies)
-            if not math.isfinite(total):
-                raise UserError(f"entropies: the byte LM's entropies are not finite in '{file.path.name}'; try another")
-            num_bytes = sum(len(text) for _, text in load.documents)
-            summary.num_documents += len(load.documents)
-            summary.num_bytes += num_bytes
-            summary.num_ids += load.num_ids
-            summary.sum_of_entropies += total
-            self.on_progress(load.position - position, num_bytes)
-            position = load.position
-        assert not any(map(len, parts))
-        return position
+def prefetched(items: Iterator[Item], count: int) -> Generator[Item]:
+    """The items, made by a thread that is at most `count` of them ahead."""
+    thread, end = ThreadPoolExecutor(1, "read"), object()
+    try:
+        made: deque[Future[Any]] = deque(thread.submit(next, items, end) for _ in range(count))
+        while (item := made.popleft().result()) is not end:
+            made.append(thread.submit(next, items, end))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def _all_loads(
+    shards: Sequence[Shard], settings: EntropySettings, size: int | None, bad_rows: BadRows, pinned: bool
+) -> Iterator[tuple[Shard, Load | None]]:
+    """The batches of all shards; None after the last one of each."""
+    for shard in shards:
+        for load in loads_of(shard, settings, size, bad_rows):
+            yield shard, replace(load, stream=_pinned(load.stream)) if pinned else load
+        yield shard, None
 
 
 def loads_of(
-    shard: Shard, settings: EntropySettings, size: int | None = None, damaged: BadRows | None = None
+    shard: Shard, settings: EntropySettings, size: int | None = None, bad_rows: BadRows | None = None
 ) -> Iterator[Load]:
     """The batches of a shard, in order; a piece is never split over two.
 
     Args:
         size: T, filled up with padding; None for as many ids as there are.
-        damaged: is told of rows without text, which are left out; None to raise the first.
+        bad_rows: receives rows without text, which are left out; None to raise the first.
 
     Raises:
         UserError: the file cannot be read, or too many rows hold no text; the file and row are named.
@@ -316,7 +326,7 @@ def loads_of(
     pieces: list[Piece] = []
     ended: list[tuple[str, bytes]] = []
     num_ids = position = 0
-    for row, document, position in _documents(shard, settings, damaged or BadRows(0)):
+    for row, document, position in _documents(shard, settings, bad_rows or BadRows(0)):
         if len(document.text) > MAX_TEXT_BYTES:
             raise UserError(
                 f"entropies: '{shard.source}' row {row} is a document of {len(document.text)} bytes; "
@@ -333,7 +343,7 @@ def loads_of(
         yield Load(pack(pieces, size).stream, num_ids, ended, position)
 
 
-def _documents(shard: Shard, settings: EntropySettings, damaged: BadRows) -> Iterator[tuple[int, Document, int]]:
+def _documents(shard: Shard, settings: EntropySettings, bad_rows: BadRows) -> Iterator[tuple[int, Document, int]]:
     """Row, document, and about how many bytes of the file are read with it."""
     share: float | None = None
 
@@ -341,7 +351,7 @@ def _documents(shard: Shard, settings: EntropySettings, damaged: BadRows) -> Ite
         nonlocal share
         share = of_file
 
-    how = {"bad_rows": damaged, "stored": False, "max_row_bytes": settings.max_row_bytes, "on_block": on_block}
+    how = {"bad_rows": bad_rows, "stored": False, "max_row_bytes": settings.max_row_bytes, "on_block": on_block}
     text_bytes = 0
     for row, document in read_documents(shard.source, settings.text_key, **how):
         text_bytes += len(document.text)
@@ -362,10 +372,10 @@ def _of(shard: Shard, made_by: Stored) -> Stored:
 
 
 def _is_done(shard: Shard, output: Path, wanted: Stored) -> bool:
-    """Whether a shard stands there already.
+    """Whether a shard is done already.
 
     Raises:
-        UserError: what stands there is something else.
+        UserError: there is something else.
     """
     if not output.exists():
         return False
@@ -381,12 +391,13 @@ def _is_done(shard: Shard, output: Path, wanted: Stored) -> bool:
         raise UserError(f"entropies: '{output}' was not written by blt entropies; choose another --out")
     differences = "; ".join(found.differences(wanted))
     raise UserError(
-        f"entropies: '{output}' was made otherwise: {differences}; remove it to make it again, or choose another --out"
+        f"entropies: '{output}' was made with other settings: {differences}; remove it to make it again, or "
+        "choose another --out"
     )
 
 
 def _remove_leftovers(out: Path, shards: Sequence[Shard]) -> None:
-    """Remove what killed processes left of these shards; they are held, so no living one writes them."""
+    """Remove what killed processes left of these shards; they are locked, so no process writes them now."""
     own = {out / shard.output for shard in shards}
     for part in out.rglob(".*.part"):
         output = part.with_name(part.name[1:].removesuffix(".part").rpartition(".")[0] or part.name)

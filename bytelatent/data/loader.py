@@ -1,4 +1,4 @@
-"""Batches without end from weighted sources; the position is part of the checkpoint."""
+"""Endless batches from weighted sources; their state is part of the checkpoint."""
 
 import itertools
 from collections import deque
@@ -8,13 +8,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from bytelatent.data.packing import Batch, pack, take
-from bytelatent.data.patcher import Patcher, groups_of
-from bytelatent.data.pieces import Piece, cut
-from bytelatent.data.reading import Reading, Readings
+from bytelatent.data.packing import Batch, Piece, cut, pack, take
+from bytelatent.data.patcher import Patcher, StoredCheck, groups_of
+from bytelatent.data.reading import PieceReader, ReaderPool
 from bytelatent.data.settings import DataSettings, SourceSettings
 from bytelatent.data.source import SourceReader
-from bytelatent.data.stored import StoredCheck
 from bytelatent.errors import UserError
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, find_files, read_documents
 
@@ -28,9 +26,9 @@ class Loader:
 
     Args:
         settings: the sources and the shape of a batch.
-        seed: of every choice.
+        seed: seeds every choice.
         patcher: None for batches without patches.
-        rank, world: this rank, of so many; no document is read by two in the same epoch.
+        rank, world_size: no document is read by two ranks in the same epoch.
     """
 
     def __init__(
@@ -39,22 +37,22 @@ class Loader:
         seed: int,
         patcher: Patcher | None = None,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ):
         self.settings, self.seed, self.patcher = settings, seed, patcher
-        self.rank, self.world = rank, world
-        self.readings = Readings(
-            [Reading(s.text_key, settings.context, patcher, settings.max_row_bytes) for s in settings.train],
+        self.rank, self.world_size = rank, world_size
+        self.pool = ReaderPool(
+            [PieceReader(s.text_key, settings.context, patcher, settings.max_row_bytes) for s in settings.train],
             settings.workers,
         )
         check = StoredCheck(patcher)
         self.sources = [
-            SourceReader(source, number, self.readings, seed, rank, world, settings.max_bad_rows, check)
+            SourceReader(source, number, self.pool, seed, rank, world_size, settings.max_bad_rows, check)
             for number, source in enumerate(settings.train)
         ]
         weights = np.array([source.weight for source in settings.train])
         self.shares = weights / weights.sum()
-        self.deals = 0  # how often the number of ranks changed
+        self.redistributions = 0  # how often the number of ranks changed
         self.random = self._new_random()
         self.buffer: list[Piece] = []
         self.ready: deque[Piece] = deque()
@@ -75,7 +73,7 @@ class Loader:
 
     def close(self) -> None:
         """End the reading processes."""
-        self.readings.close()
+        self.pool.close()
 
     def _prepare(self) -> bool:
         """Move about a batch of pieces, patched, from the shuffle buffer to `ready`."""
@@ -94,13 +92,13 @@ class Loader:
         return True
 
     def _new_random(self) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.rank, self.deals])
+        return np.random.default_rng([self.seed, self.rank, self.redistributions])
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "rank": self.rank,
-            "world": self.world,
-            "deals": self.deals,
+            "world": self.world_size,
+            "deals": self.redistributions,
             "sources": [source.state_dict() for source in self.sources],
             "random": self.random.bit_generator.state,
             "buffer": [_piece_state(piece) for piece in self.buffer],
@@ -108,40 +106,40 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where this rank stood.
+        """Resume where this rank was.
 
         Raises:
-            OtherFiles: the files are not those of the state; see `deal`.
+            FilesChanged: the files are not those of the state; see `redistribute`.
             UserError: the sources or the number of ranks are not.
         """
         self._check(state)
-        if (state["rank"], state["world"]) != (self.rank, self.world):
+        if (state["rank"], state["world"]) != (self.rank, self.world_size):
             raise UserError(
                 f"data: the position is that of rank {state['rank']} of {state['world']}, "
-                f"and this is rank {self.rank} of {self.world}"
+                f"and this is rank {self.rank} of {self.world_size}"
             )
         for source, source_state in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(source_state)
-        self.deals = state["deals"]
+        self.redistributions = state["deals"]
         self.random = self._new_random()
         self.random.bit_generator.state = state["random"]
         self.buffer = [Piece(**piece) for piece in state["buffer"]]
         self.ready = deque(Piece(**piece) for piece in state["ready"])
 
-    def deal(self, states: list[dict[str, Any]]) -> str:
-        """Go on where another number of ranks stood: each document that none has given out is dealt to one rank.
+    def redistribute(self, states: list[dict[str, Any]]) -> str:
+        """Resume where another number of ranks was: each document that is not in a batch yet goes to one rank.
 
-        All ranks pass the same states. Only the order of the documents is another than it would have been. With
-        `allow_changed` a source whose files are others begins a new epoch.
+        All ranks pass the same states. Only the order of the documents differs from what it would have been. With
+        `allow_changed` a source whose files changed begins a new epoch.
 
         Args:
-            states: of all ranks, as `state_dict` gave them.
+            states: the `state_dict` of each rank.
 
         Returns:
-            One line about what was dealt.
+            One line about what was done.
 
         Raises:
-            OtherFiles: the files are not those of the states, and may not be others.
+            FilesChanged: the files are not those of the states, and may not change.
             UserError: the sources are not, or states are missing.
         """
         states = sorted(states, key=lambda state: state["rank"])
@@ -150,20 +148,20 @@ class Loader:
         for state in states:
             self._check(state)
         changed = [source.settings.path for source in self.sources if self._has_changed(source, states)]
-        num_left = sum(self._deal_source(number, states) for number in range(len(self.sources)))
+        num_left = sum(self._redistribute_source(number, states) for number in range(len(self.sources)))
         pieces = [Piece(**piece) for state in states for piece in [*state["ready"], *state["buffer"]]]
-        self.buffer = pieces[self.rank :: self.world]
+        self.buffer = pieces[self.rank :: self.world_size]
         self.ready = deque()
-        self.deals = max(state["deals"] for state in states) + 1
+        self.redistributions = max(state["deals"] for state in states) + 1
         self.random = self._new_random()
         if changed:
-            return f"data: the files of {', '.join(map(repr, changed))} are others: a new epoch of them begins"
+            return f"data: the files of {', '.join(map(repr, changed))} changed: a new epoch of them begins"
         return (
-            f"data: the position of {len(states)} ranks is dealt to {self.world}: {len(pieces)} pieces that wait and "
-            f"{num_left} blocks half read; no document is lost or repeated, their order is another"
+            f"data: the state of {len(states)} ranks is divided among {self.world_size}: {len(pieces)} waiting pieces "
+            f"and {num_left} blocks half read; no document is lost or repeated, only their order changes"
         )
 
-    def _deal_source(self, number: int, states: list[dict[str, Any]]) -> int:
+    def _redistribute_source(self, number: int, states: list[dict[str, Any]]) -> int:
         source = self.sources[number]
         if self.settings.allow_changed and self._has_changed(source, states):
             epoch = 1 + max(state["sources"][number]["place"][0] for state in states)
@@ -172,17 +170,17 @@ class Loader:
             return 0
         before = []
         for state in states:
-            reader = SourceReader(source.settings, number, self.readings, self.seed, state["rank"], state["world"])
+            reader = SourceReader(source.settings, number, self.pool, self.seed, state["rank"], state["world"])
             reader.load_state_dict(state["sources"][number])
             before.append(reader)
-        end = max(r.place._replace(block=r.place.block + 1) if r.item and not r.left else r.place for r in before)
-        left = sorted(itertools.chain.from_iterable(reader.unread(end) for reader in before))
+        end = max(reader.end() for reader in before)
+        left = sorted(itertools.chain.from_iterable(reader.unfinished(end) for reader in before))
         source.load_state_dict(
             {
                 "files": source.files,
                 "place": list(end),
                 "item": 0,
-                "left": [[*place, item] for place, item in left[self.rank :: self.world]],
+                "left": [[*place, item] for place, item in left[self.rank :: self.world_size]],
                 "damaged": [end.epoch, sum(r.bad_rows.count for r in before if r.bad_rows.epoch == end.epoch)],
             }
         )

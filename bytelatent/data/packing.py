@@ -1,20 +1,60 @@
-"""Pieces packed into batches."""
+"""Documents cut into pieces, and pieces packed into batches."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bytelatent.data.pieces import Piece, stream_of
 from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
-from bytelatent.model.stream import Stream, add_patches
-from bytelatent.vocab import OFFSET
+from bytelatent.model.stream import Stream, add_patches, pack_rows
+from bytelatent.text import Document
+from bytelatent.vocab import OFFSET, encode
 
-# Shapes: T ids in the batch, P patches
+# Shapes: N ids a piece reads, T ids in the batch, P patches
+
+ID_BYTES = 2  # of `Piece.ids`
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document: N ids to read, the id that follows each of them, and what is known of its patches."""
+
+    ids: np.ndarray  # [N + 1] uint16, read ids[:-1] and predict ids[1:]
+    entropies: np.ndarray | None = None  # [N] float32 nats
+    next_starts: np.ndarray | None = None  # [N] bool, whether the id that follows starts a patch
+
+    def __len__(self) -> int:
+        return len(self.ids) - 1
+
+    def split(self, at: int) -> tuple["Piece", "Piece"]:
+        """The first `at` ids to read, and the rest. Every id is still predicted exactly once."""
+
+        def part(values: np.ndarray | None, where: slice) -> np.ndarray | None:
+            return None if values is None else values[where]
+
+        head, tail = slice(None, at), slice(at, None)
+        return (
+            Piece(self.ids[: at + 1], part(self.entropies, head), part(self.next_starts, head)),
+            Piece(self.ids[at:], part(self.entropies, tail), part(self.next_starts, tail)),
+        )
+
+
+def cut(document: Document, context: int) -> Iterator[Piece]:
+    """A document's pieces of at most `context` ids to read."""
+    rest = Piece(encode(document.text).astype(np.uint16), document.entropies, document.starts)
+    while len(rest) > context:
+        piece, rest = rest.split(context)
+        yield piece
+    yield rest
+
+
+def stream_of(pieces: Sequence[Piece], device: torch.device | str = "cpu") -> Stream:
+    """The ids that the pieces read, packed."""
+    return pack_rows([torch.from_numpy(piece.ids[:-1].astype(np.int64)) for piece in pieces]).to(device)
 
 
 @dataclass(frozen=True)
@@ -22,7 +62,7 @@ class Batch:
     """What a model reads and what it should predict."""
 
     stream: Stream  # a PatchedStream where there are patches
-    targets: Tensor  # [T] the id that follows each id; -100: padding
+    targets: Tensor  # [T] the id that follows each id; -100 for padding
     num_targets: int
     num_bytes: int  # targets that are bytes of text: all but EOS
     num_patches: int  # patches that hold a byte; BOS stands alone and does not count
@@ -34,13 +74,13 @@ class Batch:
 
 
 def take(ready: deque[Piece], size: int, slots: int | None, more: Callable[[], bool]) -> list[Piece]:
-    """Take pieces off `ready` until a batch is full, cutting the last one to fit; its rest stays in `ready`.
+    """Take pieces from `ready` until a batch is full. The last one is cut to fit; its rest stays in `ready`.
 
     Args:
         ready: pieces in order; patched, where there is a limit on patches.
         size: T.
-        slots: P, of which one is left for padding; None for no limit.
-        more: appends to `ready`, or says that there is no more.
+        slots: P, one of which is for padding; None for no limit.
+        more: appends to `ready`; False if there is nothing left to append.
     """
     taken: list[Piece] = []
     bytes_left, patches_left = size, None if slots is None else slots - 1
@@ -73,7 +113,7 @@ def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None,
         size: T, filled up with padding; None for as many ids as there are.
         slots: P likewise.
         as_one_row: let n-grams that do not stop at documents reach from a piece into the one before, as in the training
-            of the published models; else each is read as if it were alone.
+            of the published models; otherwise each is read as if it were alone.
 
     Raises:
         UserError: there are no pieces.

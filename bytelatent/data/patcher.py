@@ -1,4 +1,4 @@
-"""Pieces cut into patches."""
+"""Where patches start in pieces of text, and whether what is stored with a text fits."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -6,25 +6,25 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from bytelatent.data.pieces import Piece, cut, stream_of
+from bytelatent.data.packing import Piece, cut, stream_of
 from bytelatent.device import autocast
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import Patch, PatchSettings, next_starts
-from bytelatent.text import Document
+from bytelatent.text import Document, Stored
 
 GROUP = 32_768  # ids the byte LM reads at once where a whole text is patched
 
 
 class Patcher:
-    """Finds where patches start: stored with the text, from stored entropies, from a rule alone, or by the byte LM.
+    """Finds where patches start: stored with the text, from entropies stored or of a byte LM, or from the ids alone.
 
     Args:
-        settings: the rule.
-        byte_lm: gives the entropies, frozen; None where the rule needs none or they are stored with the text.
-        dtype: precision the byte LM runs in.
-        fingerprint: the byte LM's, which stored entropies must bear; None to take those of any byte LM.
-        entropies_of: computes the byte LM's entropies of a stream in its place.
+        settings: the patching mode and its settings.
+        byte_lm: gives the entropies, frozen; None where the mode needs none or they are stored with the text.
+        dtype: precision of the byte LM.
+        fingerprint: the byte LM's; stored entropies must have the same. None takes those of any byte LM.
+        entropies_of: computes the entropies of a stream in place of the byte LM's forward pass.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Patcher:
         self.device = next(byte_lm.parameters()).device if byte_lm is not None else torch.device("cpu")
 
     def __call__(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The pieces with their patch starts, and with their entropies where the rule needs them."""
+        """The pieces with their patch starts, and with their entropies where the mode needs them."""
         missing = [piece for piece in pieces if piece.next_starts is None]
         stored = [piece for piece in missing if self._without_byte_lm(piece)]
         others = [piece for piece in missing if not self._without_byte_lm(piece)]
@@ -52,13 +52,13 @@ class Patcher:
         return [found.get(id(piece), piece) for piece in pieces]
 
     def early(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The pieces as they are to be kept until they are packed: patched where that needs no byte LM."""
+        """The pieces as they wait to be packed: patched where that needs no byte LM."""
         ready = [piece for piece in pieces if piece.next_starts is None and self._without_byte_lm(piece)]
         found = {id(before): after for before, after in zip(ready, self._patched(ready), strict=True)}
         return [replace(found.get(id(piece), piece), entropies=None) for piece in pieces]
 
     def without_byte_lm(self) -> "Patcher":
-        """One that another process can have: it does only what `early` does."""
+        """A patcher for another process: it does only what `early` does."""
         return Patcher(self.settings)
 
     def _without_byte_lm(self, piece: Piece) -> bool:
@@ -95,6 +95,55 @@ class Patcher:
             return self.byte_lm.entropies(stream)
 
 
+class StoredCheck:
+    """Complains about stored entropies or starts that another byte LM or other patching settings made.
+
+    Args:
+        patcher: what the run asks for; None for a model without patches, which takes only the text.
+    """
+
+    def __init__(self, patcher: Patcher | None):
+        self.patcher = patcher if patcher is not None and patcher.settings.needs_entropies else None
+        self._first: tuple[Stored, str] | None = None
+
+    def __call__(self, stored: Stored, file: str) -> None:
+        """Compare with the run's byte LM and patching settings, and with the files seen before.
+
+        Raises:
+            UserError: it names the file and what differs.
+        """
+        if self.patcher is None:
+            return
+        if self._first is None:
+            self._compare(stored, file, self.patcher)
+            self._first = stored, file
+        first, first_file = self._first
+        for name in ("byte_lm", "window", "dtype", "rule"):
+            here, there = getattr(stored, name), getattr(first, name)
+            if here != there:
+                raise UserError(
+                    f"data: '{file}' and '{first_file}' were not made alike ({name}: {here} and {there}); "
+                    "make them again with one byte LM: blt entropies"
+                )
+
+    def _compare(self, stored: Stored, file: str, patcher: Patcher) -> None:
+        if patcher.fingerprint is not None and stored.byte_lm != patcher.fingerprint:
+            raise UserError(
+                f"data: '{file}' holds the entropies of another byte LM ({stored.byte_lm}; entropy_model is "
+                f"{patcher.fingerprint}); name that one, or make them again: blt entropies"
+            )
+        if patcher.byte_lm is not None and stored.window != patcher.byte_lm.settings.window:
+            window = patcher.byte_lm.settings.window
+            raise UserError(
+                f"data: '{file}' holds entropies of a window of {stored.window} ids; entropy_model has {window}"
+            )
+        if stored.rule is not None and (rule := PatchSettings.parse(stored.rule, file)) != patcher.settings:
+            raise UserError(
+                f"data: '{file}' holds the patch starts of another rule ({_shown(rule)}; patching is "
+                f"{_shown(patcher.settings)}); use that rule, or store entropies: blt entropies"
+            )
+
+
 def patch_in_groups(patcher: Patcher, pieces: Sequence[Piece]) -> list[Piece]:
     """Patch any number of pieces, a group at a time, so that the byte LM's memory is bounded."""
     return [piece for group in groups_of(pieces, GROUP) for piece in patcher(group)]
@@ -115,16 +164,16 @@ def groups_of(pieces: Iterable[Piece], num_ids: int) -> Iterator[list[Piece]]:
 
 
 def patches_of(text: bytes, patcher: Patcher, context: int | None = None) -> list[Patch]:
-    """The patches of a text, for people to look at. BOS, which stands alone before the text, is left out.
+    """The patches of a text, to be shown; without BOS, which is a patch of its own.
 
     Args:
-        context: ids read at once, without those before them; None: all.
+        context: ids read at once, without those before them; None for all.
     """
     if not text:
         return []
     pieces = patch_in_groups(patcher, list(cut(Document(text), context or len(text) + 1)))
     starts = np.concatenate([piece.next_starts for piece in pieces if piece.next_starts is not None])
-    starts[np.cumsum([len(piece) for piece in pieces]) - 1] = True  # whatever was expected, a piece begins with a patch
+    starts[np.cumsum([len(piece) for piece in pieces]) - 1] = True  # a piece always begins with a patch
     begins = [0, *(int(at) for at in np.flatnonzero(starts[1 : len(text)]) + 1)]
     entropies = [e for piece in pieces if piece.entropies is not None for e in piece.entropies.tolist()]
     return [
@@ -136,3 +185,7 @@ def patches_of(text: bytes, patcher: Patcher, context: int | None = None) -> lis
         )
         for start, end in zip(begins, [*begins[1:], len(text)], strict=True)
     ]
+
+
+def _shown(settings: PatchSettings) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.plain().items() if value not in (None, False))

@@ -1,4 +1,4 @@
-"""Blocks of text into pieces, here or in processes that read ahead."""
+"""Blocks of text cut into pieces, in this process or in others that read ahead."""
 
 import os
 import threading
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bytelatent.data.packing import Piece, cut
 from bytelatent.data.patcher import Patcher
-from bytelatent.data.pieces import Piece, cut
 from bytelatent.errors import UserError
+from bytelatent.signals import ignore_interrupts
 from bytelatent.text import BadRow, BlockReader, ReadOptions, Stored, open_blocks
 
 RESTARTS = 3  # of the processes, for one block
@@ -27,14 +28,14 @@ class CutBlock:
     stored: Stored | None = None
 
 
-class Reading:
-    """Reads blocks of one source. It keeps the last file open, so that blocks in order are quick.
+class PieceReader:
+    """Reads blocks of one source and cuts them. The last file stays open, so that blocks in order are fast.
 
     Args:
         text_key: the key or column that holds the text.
         max_row_bytes: a longer row is a bad one.
         context: ids that a piece holds at most.
-        patcher: cuts into patches what needs no byte LM; None where there are no patches.
+        patcher: finds patches where that needs no byte LM; None for a model without patches.
     """
 
     def __init__(self, text_key: str, context: int, patcher: Patcher | None, max_row_bytes: int):
@@ -50,7 +51,7 @@ class Reading:
         return {**self.__dict__, "_blocks": None}  # an open file stays here
 
     def count(self, file: str) -> int | None:
-        """How many blocks a file holds; None where only reading it would tell."""
+        """The number of blocks of a file; None where only reading it would tell."""
         return self._open(file).count()
 
     def __call__(self, file: str, index: int) -> CutBlock | None:
@@ -58,7 +59,7 @@ class Reading:
 
         Raises:
             BadRow: the file cannot be read.
-            UserError: it is not of the kind that the settings say.
+            UserError: a package to read it is missing, or a newer version wrote it.
         """
         try:
             block = self._open(file).read(index)
@@ -83,55 +84,56 @@ class Reading:
         return [[next(pieces) for _ in document] for document in documents]
 
 
-class Request(NamedTuple):
-    """A block that was asked for."""
+class BlockRequest(NamedTuple):
+    """A block that is to be read."""
 
     source: int
     file: str
     index: int
-    future: "Future[CutBlock | None] | None"  # None: it will be read when it is wanted
+    future: "Future[CutBlock | None] | None"  # None: it is read when it is needed
 
 
-class Readings:
-    """The readings of all sources, and the processes that read ahead.
+class ReaderPool:
+    """The readers of all sources, and the processes that read ahead.
 
     Args:
-        workers: processes; 0 to read here.
+        readers: of each source.
+        workers: number of processes; 0 to read in this one.
     """
 
-    def __init__(self, readings: list[Reading], workers: int):
-        self.readings = readings
+    def __init__(self, readers: list[PieceReader], workers: int):
+        self.readers = readers
         self.workers = workers
         self._pool: ProcessPoolExecutor | None = None
 
-    def ask(self, source: int, file: str, index: int) -> Request:
-        """Ask for a block, to be had by `answer`."""
+    def request(self, source: int, file: str, index: int) -> BlockRequest:
+        """Begin to read a block, for `result`."""
         if self.workers == 0:
-            return Request(source, file, index, None)
+            return BlockRequest(source, file, index, None)
         if self._pool is None:
             # Not forked: threads and CUDA do not survive that.
-            self._pool = ProcessPoolExecutor(self.workers, get_context("spawn"), _begin, (self.readings,))
+            self._pool = ProcessPoolExecutor(self.workers, get_context("spawn"), _begin, (self.readers,))
         try:
-            return Request(source, file, index, self._pool.submit(_read, source, file, index))
+            return BlockRequest(source, file, index, self._pool.submit(_read, source, file, index))
         except BrokenProcessPool:
             self._pool = None
-            return self.ask(source, file, index)
+            return self.request(source, file, index)
 
-    def answer(self, request: Request) -> CutBlock | None:
-        """The block, as `Reading` gives it.
+    def result(self, request: BlockRequest) -> CutBlock | None:
+        """The block, as `PieceReader` returns it.
 
         Raises:
-            BadRow, UserError: as `Reading`; or processes were killed again and again.
+            BadRow, UserError: as `PieceReader`; or processes were killed repeatedly.
         """
         source, file, index, future = request
         if future is None:
-            return self.readings[source](file, index)
+            return self.readers[source](file, index)
         for _ in range(RESTARTS):
             try:
                 return future.result()
             except BrokenProcessPool:
                 self.close()
-                future = self.ask(source, file, index).future
+                future = self.request(source, file, index).future
                 assert future is not None
         raise UserError(
             f"data: the processes that read '{file}' are killed again and again, as by a system without memory left; "
@@ -145,15 +147,13 @@ class Readings:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_readings: list[Reading] = []  # in a process that reads ahead: its own copies
+_readers: list[PieceReader] = []  # of a process that reads ahead
 
 
-def _begin(readings: list[Reading]) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to answer
+def _begin(readers: list[PieceReader]) -> None:
+    ignore_interrupts()  # the training process answers Ctrl-C
     torch.set_num_threads(1)
-    _readings[:] = readings
+    _readers[:] = readers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -165,4 +165,4 @@ def _end_with_parent() -> None:
 
 
 def _read(source: int, file: str, index: int) -> CutBlock | None:
-    return _readings[source](file, index)
+    return _readers[source](file, index)

@@ -24,7 +24,7 @@ class Shard:
     """A file of text and the name of what becomes of it."""
 
     source: str
-    name: str  # with the folders below the source, without the ending
+    name: str  # with the folders below the source, without the suffix
     size: int  # bytes of the source's file
 
     @property
@@ -35,7 +35,7 @@ class Shard:
 def shards_of(sources: Sequence[str], out: Path) -> list[Shard]:
     """The files of the sources, sorted by name.
 
-    A file of a folder keeps its path below it, any other its name alone. Files of rows change their ending; other
+    A file of a folder keeps its path below it, any other its name alone. Files of rows change their suffix; other
     files, which are one text each, keep theirs, so that `a.py` and `a.md` do not meet.
 
     Raises:
@@ -58,20 +58,20 @@ def shards_of(sources: Sequence[str], out: Path) -> list[Shard]:
     return [found[name] for name in sorted(found)]
 
 
-def divide(shards: Sequence[Shard], world: int) -> list[list[Shard]]:
+def divide_shards(shards: Sequence[Shard], world_size: int) -> list[list[Shard]]:
     """The shards of each rank, the largest first; each goes to the rank that has the fewest bytes so far."""
-    ranks: list[list[Shard]] = [[] for _ in range(world)]
-    loads = [0] * world
+    ranks: list[list[Shard]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
     for shard in sorted(shards, key=lambda shard: (-shard.size, shard.name)):
-        rank = min(range(world), key=lambda rank: (loads[rank], len(ranks[rank]), rank))
+        rank = min(range(world_size), key=lambda rank: (loads[rank], len(ranks[rank]), rank))
         ranks[rank].append(shard)
         loads[rank] += shard.size
     return ranks
 
 
 @contextmanager
-def hold(out: Path, shards: Sequence[Shard]) -> Iterator[None]:
-    """Keep other processes from writing these shards while the block lasts; a killed one lets go by itself.
+def lock_shards(out: Path, shards: Sequence[Shard]) -> Iterator[None]:
+    """Keep other processes from writing these shards in the block. The lock of a killed process is released.
 
     Raises:
         UserError: another process writes one of them, or `out` cannot be written.
@@ -83,7 +83,7 @@ def hold(out: Path, shards: Sequence[Shard]) -> Iterator[None]:
         raise UserError(f"entropies: '{out}' cannot be written: {error.strerror or error}") from None
     with lock:
         for shard in shards:
-            if not _locked(lock.fileno(), place_in_lock(shard)):
+            if not _locked(lock.fileno(), lock_offset(shard)):
                 raise UserError(
                     f"entropies: '{out / shard.output}' is being written by another process; wait for it, "
                     "or divide the files among processes with --rank and --world"
@@ -91,18 +91,18 @@ def hold(out: Path, shards: Sequence[Shard]) -> Iterator[None]:
         yield
 
 
-def place_in_lock(shard: Shard) -> int:
-    """The byte of the lock file that stands for a shard."""
+def lock_offset(shard: Shard) -> int:
+    """The byte of the lock file that is locked for a shard."""
     return int.from_bytes(hashlib.sha256(os.fsencode(shard.name)).digest()[:6], "big")
 
 
-def _locked(lock: int, place: int) -> bool:
+def _locked(lock: int, offset: int) -> bool:
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
         return True
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:

@@ -8,25 +8,25 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from bytelatent.credentials import masked
-from bytelatent.data.pieces import Piece
-from bytelatent.data.reading import CutBlock, Readings, Request
+from bytelatent.data.packing import Piece
+from bytelatent.data.reading import BlockRequest, CutBlock, ReaderPool
 from bytelatent.data.settings import SourceSettings
 from bytelatent.errors import UserError
 from bytelatent.text import BadRow, BadRows, Stored, find_files
 
 
-class Place(NamedTuple):
-    """A block among all those of a source: places are in the order in which they are read."""
+class BlockPosition(NamedTuple):
+    """A block of a source. Positions are in the order in which blocks are read."""
 
     epoch: int
     file: int  # in the order of the epoch
     block: int
 
 
-class Left(NamedTuple):
-    """A block that another rank has not read to its end, and the documents of it that were read."""
+class PartlyRead(NamedTuple):
+    """A block that was not read to its end, and how many of its documents were read."""
 
-    place: Place
+    position: BlockPosition
     item: int
 
 
@@ -37,8 +37,8 @@ class BadRowCount(NamedTuple):
     count: int
 
 
-class OtherFiles(UserError):
-    """A position is of other files than those that are there now."""
+class FilesChanged(UserError):
+    """A state is of other files than those that are there now."""
 
 
 class SourceReader:
@@ -49,35 +49,35 @@ class SourceReader:
 
     Args:
         settings: the source.
-        number: of the source, among the readings.
-        readings: read the blocks.
-        seed: of the order of the files.
-        rank, world: this rank, of so many.
-        check: complains about what is stored with the text.
+        number: of the source, among the readers of the pool.
+        pool: reads the blocks.
+        seed: shuffles the files.
         max_bad_rows: bad rows and files that are passed over in an epoch.
+        check: raises where what is stored with the text does not fit.
     """
 
     def __init__(
         self,
         settings: SourceSettings,
         number: int,
-        readings: Readings,
+        pool: ReaderPool,
         seed: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         max_bad_rows: int = 0,
         check: Callable[[Stored, str], None] = lambda stored, file: None,
     ):
-        self.settings, self.number, self.readings = settings, number, readings
-        self.seed, self.rank, self.world = seed, rank, world
+        self.settings, self.number, self.pool = settings, number, pool
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.check = check
         self._limit = BadRows(max_bad_rows, "data.max_bad_rows", f" of '{settings.path}'")
         self.files = find_files(settings.path)
         self._order = -1, np.arange(0)  # an epoch, and the numbers of the files in its order
         self._num_blocks_of: dict[str, int] = {}
-        self.place = Place(0, 0, 0)  # this rank's block that is being read, or the first to be
+        self.position = BlockPosition(0, 0, 0)  # this rank's block that is being read, or the first to be
         self.item = 0  # documents of the block that were read
-        self.left: list[Left] = []  # blocks to read first, from before the number of ranks changed; [0] is being read
+        # Blocks to read first, from before the number of ranks changed; the first one is being read.
+        self.left: list[PartlyRead] = []
         self.bad_rows = BadRowCount(0, 0)
         self._restart()
 
@@ -89,12 +89,12 @@ class SourceReader:
         return self._current.documents[self.item - 1]
 
     def state_dict(self) -> dict[str, Any]:
-        left = [[*left.place, left.item] for left in self.left]
+        left = [[*left.position, left.item] for left in self.left]
         if left:
             left[0][-1] = self.item
         return {
             "files": masked(self.files),
-            "place": list(self.place),
+            "place": list(self.position),
             "item": 0 if left else self.item,
             "left": left,
             "damaged": list(self.bad_rows),
@@ -105,52 +105,57 @@ class SourceReader:
         return masked(state["files"]) == masked(self.files)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a reader stood.
+        """Resume where a reader was.
 
         Raises:
-            OtherFiles: it read other files.
+            FilesChanged: the state is of other files.
         """
         if not self.has_files_of(state):
-            raise OtherFiles(
+            raise FilesChanged(
                 f"data: the files of '{self.settings.path}' are not those of the checkpoint; put them back as they "
                 "were, or go on with those that are there: data.allow_changed=true"
             )
-        self.place = Place(*state["place"])
-        self.left = [Left(Place(*place), item) for *place, item in state["left"]]
+        self.position = BlockPosition(*state["place"])
+        self.left = [PartlyRead(BlockPosition(*position), item) for *position, item in state["left"]]
         self.item = self.left[0].item if self.left else state["item"]
         self.bad_rows = BadRowCount(*state["damaged"])
         self._restart()
 
-    def unread(self, end: Place) -> list[Left]:
+    def end(self) -> BlockPosition:
+        """The position up to which this rank may have read blocks."""
+        is_begun = self.item > 0 and not self.left
+        return self.position._replace(block=self.position.block + 1) if is_begun else self.position
+
+    def unfinished(self, end: BlockPosition) -> list[PartlyRead]:
         """This rank's blocks before `end` that were not read to their end."""
         found = list(self.left)
         if found:
-            found[0] = Left(found[0].place, self.item)
+            found[0] = PartlyRead(found[0].position, self.item)
         item = 0 if found else self.item
-        for place in itertools.takewhile(lambda place: place < end, self._own_places(self.place)):
-            if place[:2] < end[:2] and place.block >= self._num_blocks(place):
-                self._ended = place[:2]
+        for position in itertools.takewhile(lambda position: position < end, self._own_positions(self.position)):
+            if position[:2] < end[:2] and position.block >= self._num_blocks(position):
+                self._ended = position[:2]
             else:
-                found.append(Left(place, item if place == self.place else 0))
+                found.append(PartlyRead(position, item if position == self.position else 0))
         return found
 
     def _restart(self) -> None:
-        """Begin to read at the first block left, or at `place`."""
+        """Begin at the first block left, or at `position`."""
         self._current: CutBlock | None = None
         self._ended: tuple[int, int] | None = None  # epoch and file whose last block was read
-        self._asked: deque[tuple[Left, bool, Request]] = deque()
+        self._asked: deque[tuple[PartlyRead, bool, BlockRequest]] = deque()
         self._turns = self._own_turns()
-        self._barren_since = self.place.epoch  # no text was found from this epoch on
+        self._no_text_since = self.position.epoch  # no text was found since this epoch
 
-    def _own_turns(self) -> Iterator[tuple[Left, bool]]:
+    def _own_turns(self) -> Iterator[tuple[PartlyRead, bool]]:
         """The blocks to read, from which document on, and whether another rank left them."""
-        place, item = self.place, 0 if self.left else self.item
+        position, item = self.position, 0 if self.left else self.item
         for left in list(self.left):
             yield left, True
-        for own in self._own_places(place):
-            yield Left(own, item if own == place else 0), False
+        for own in self._own_positions(position):
+            yield PartlyRead(own, item if own == position else 0), False
 
-    def _own_places(self, first: Place) -> Iterator[Place]:
+    def _own_positions(self, first: BlockPosition) -> Iterator[BlockPosition]:
         """This rank's blocks from `first` on; of a file whose end is not known, until it is found (`_ended`).
 
         Raises:
@@ -160,56 +165,56 @@ class SourceReader:
         for epoch in itertools.count(first.epoch):
             idle += 1
             for file in range(first.file if epoch == first.epoch else 0, len(self.files)):
-                begin = Place(epoch, file, first.block if (epoch, file) == first[:2] else 0)
+                begin = BlockPosition(epoch, file, first.block if (epoch, file) == first[:2] else 0)
                 count = self._count(begin)
-                block = begin.block + (self.rank - self._owner(begin)) % self.world
+                block = begin.block + (self.rank - self._owner(begin)) % self.world_size
                 while (count is None or block < count) and self._ended != (epoch, file):
                     idle = 0
-                    yield Place(epoch, file, block)
-                    block += self.world
-            if idle > self.world:
-                self._complain_of_nothing()
+                    yield BlockPosition(epoch, file, block)
+                    block += self.world_size
+            if idle > self.world_size:
+                self._raise_no_text()
 
     def _next_block(self) -> CutBlock:
         while True:
             self._ask_ahead()
-            (place, item), is_left, request = self._asked.popleft()
-            if not is_left and self._ended == place[:2]:
+            (position, item), is_left, request = self._asked.popleft()
+            if not is_left and self._ended == position[:2]:
                 continue
-            block = self._answer(place, request, count=item == 0)
+            block = self._answer(position, request, count=item == 0)
             if is_left:
-                while self.left[0].place != place:
+                while self.left[0].position != position:
                     self.left.pop(0)
                 self.item = item
             elif block is None:
-                self._ended = place[:2]
+                self._ended = position[:2]
             else:
-                self.left, self.place, self.item = [], place, item
+                self.left, self.position, self.item = [], position, item
             if block is not None and block.documents:
-                self._barren_since = max(self._barren_since, place.epoch + 1)
+                self._no_text_since = max(self._no_text_since, position.epoch + 1)
                 return block
-            if place.epoch - self._barren_since > self.world:
-                self._complain_of_nothing()
+            if position.epoch - self._no_text_since > self.world_size:
+                self._raise_no_text()
 
     def _ask_ahead(self) -> None:
-        ahead = 1 if self.readings.workers == 0 else 2 * self.readings.workers
+        ahead = 1 if self.pool.workers == 0 else 2 * self.pool.workers
         while len(self._asked) < ahead:
             turn, is_left = next(self._turns)
-            request = self.readings.ask(self.number, self._file(turn.place), turn.place.block)
+            request = self.pool.request(self.number, self._file(turn.position), turn.position.block)
             self._asked.append((turn, is_left, request))
 
-    def _answer(self, place: Place, request: Request, count: bool) -> CutBlock | None:
+    def _answer(self, position: BlockPosition, request: BlockRequest, count: bool) -> CutBlock | None:
         """The block; None where the file ends before it, or cannot be read from there on."""
         try:
-            block = self.readings.answer(request)
+            block = self.pool.result(request)
         except BadRow as error:
-            self._pass_over(error, place.epoch)
+            self._pass_over(error, position.epoch)
             return None
         if block is not None and block.stored is not None:
-            self.check(block.stored, self._file(place))
+            self.check(block.stored, self._file(position))
         if block is not None and count:
             for error in block.bad_rows:
-                self._pass_over(error, place.epoch)
+                self._pass_over(error, position.epoch)
         return block
 
     def _pass_over(self, error: BadRow, epoch: int) -> None:
@@ -224,33 +229,33 @@ class SourceReader:
         self.bad_rows = BadRowCount(epoch, self.bad_rows.count + 1)
         self._limit(error)
 
-    def _complain_of_nothing(self) -> NoReturn:
+    def _raise_no_text(self) -> NoReturn:
         raise UserError(f"data: '{self.settings.path}' holds no text that can be read: every document is empty")
 
-    def _owner(self, place: Place) -> int:
+    def _owner(self, position: BlockPosition) -> int:
         """The rank that reads a block. In as many epochs as there are ranks, each rank reads every block once."""
-        return (place.epoch + self._number(place) + place.block) % self.world
+        return (position.epoch + self._number(position) + position.block) % self.world_size
 
-    def _file(self, place: Place) -> str:
-        return self.files[self._number(place)]
+    def _file(self, position: BlockPosition) -> str:
+        return self.files[self._number(position)]
 
-    def _number(self, place: Place) -> int:
-        if self._order[0] != place.epoch:
-            order = np.random.default_rng([self.seed, place.epoch]).permutation(len(self.files))
-            self._order = place.epoch, order
-        return int(self._order[1][place.file])
+    def _number(self, position: BlockPosition) -> int:
+        if self._order[0] != position.epoch:
+            order = np.random.default_rng([self.seed, position.epoch]).permutation(len(self.files))
+            self._order = position.epoch, order
+        return int(self._order[1][position.file])
 
-    def _count(self, place: Place) -> int | None:
+    def _count(self, position: BlockPosition) -> int | None:
         try:
-            return self.readings.readings[self.number].count(self._file(place))
+            return self.pool.readers[self.number].count(self._file(position))
         except BadRow:  # reading it will say so, too
             return None
 
-    def _num_blocks(self, place: Place) -> int:
+    def _num_blocks(self, position: BlockPosition) -> int:
         """How many blocks a file holds, if need be by reading it."""
-        file, reading = self._file(place), self.readings.readings[self.number]
+        file, reading = self._file(position), self.pool.readers[self.number]
         if file not in self._num_blocks_of:
-            count = self._count(place)
+            count = self._count(position)
             try:
                 blocks = itertools.count() if count is None else ()
                 count = count or next((index for index in blocks if reading(file, index) is None), 0)

@@ -1,345 +1,269 @@
-"""Reading with a memory: whole prompts in one packed pass, then new ids, any number for each row at a time.
+"""Incremental decoding with KV caches: whole prompts in one packed pass, then new ids, any number per slot at a time.
 
 `Decoder.prefill`, `Decoder.extend` and `Decoder.branch` give the logits of the full forward pass at every position; the
 last two cost what the new ids cost. The global transformer runs for those of them that close a patch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.errors import UserError
-from bytelatent.inference.boundaries import Boundaries, boundaries
-from bytelatent.inference.kv_cache import Cached, EachAlone, Keep, KeepPatchKeys, Kept, Runs
-from bytelatent.inference.state import HISTORY, SLACK, DecodeState, KeyValues
-from bytelatent.kernels.patch_attention import attend_to_own_bytes, pool_patches, runs_of
-from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches, entropies, pack_rows
-from bytelatent.model.attention import Look, build_mask
-from bytelatent.model.patch_attention import DecoderCrossAttention, EncoderCrossAttention
+from bytelatent.inference.kv_cache import (
+    BLTPass,
+    BLTState,
+    ByteLMState,
+    KVCache,
+    NewPositions,
+    PerDocument,
+    PromptAttention,
+    StepAttention,
+    StoreNewest,
+    empty_state,
+)
+from bytelatent.model import BLTModel, ByteLM, Stream, entropies, pack_rows
+from bytelatent.model.attention import CachedAttention, build_mask
 from bytelatent.model.settings import StackSettings
-from bytelatent.patching import PatchSettings
+from bytelatent.patching import PatchSettings, PatchState, Tail, step
 
-# Shapes: T ids (a row and a position each), B rows, P patches, K states a patch, D local width, G global width,
-# V vocabulary
+# Shapes: T new ids (a slot and a position each), B slots, P patches, V vocabulary, W ids of a tail
 
-Keys = tuple[Tensor, Tensor]  # keys and values of bytes [T, H, E] or of patches [P, K, H, E]
+State = ByteLMState | BLTState
+MakeAttention = Callable[[KVCache, StackSettings, NewPositions, int], CachedAttention]  # the last: padding positions
 
 
 class Decoder:
-    """A BLT or a byte LM, read with a memory.
+    """A BLT or a byte LM, decoded incrementally.
 
     Args:
-        patching: the rule, of a BLT.
-        byte_lm: gives the entropies, where the rule needs them.
+        patching: patching settings of a BLT.
+        byte_lm: gives the entropies, where the patching mode needs them.
     """
+
+    pad_to = 1  # prompts are padded to a multiple of it
 
     def __init__(self, model: BLTModel | ByteLM, patching: PatchSettings | None, byte_lm: ByteLM | None):
         self.model = model
         self.patching = patching
         self.byte_lm = byte_lm if patching is not None and patching.needs_entropies else None
         self.device = next(model.parameters()).device
-        self._reads: Any = model  # what reads whole prompts
-        self._reads_byte_lm: Any = self.byte_lm
-        self.tail = 1  # ids that n-grams reach back, the newest one included
-        if isinstance(model, BLTModel) and model.settings.ngram_hash is not None:
-            self.tail = max(model.settings.ngram_hash.sizes)
-        if self.tail > HISTORY - SLACK:
-            raise UserError(f"ngram_hash.sizes: {self.tail} is too long to decode; at most {HISTORY - SLACK}")
+        self._prompt_model: Any = model  # what reads whole prompts
+        self._prompt_byte_lm: Any = self.byte_lm
 
-    def empty(self, num_rows: int) -> DecodeState:
-        """The state of rows that have read nothing."""
-        return DecodeState.empty(self.model, self.byte_lm, num_rows)
+    def empty(self, num_slots: int) -> State:
+        """The state of slots that have read nothing."""
+        return empty_state(self.model, self.byte_lm, num_slots)
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Tensor], last_only: bool = False) -> tuple[DecodeState, Tensor]:
+    def prefill(self, prompts: Sequence[Tensor], last_only: bool = False) -> tuple[State, Tensor]:
         """Read whole prompts at once.
 
         Args:
-            prompts: ids of each row, BOS first; any lengths but zero.
+            prompts: ids of each, BOS first; any lengths but zero.
             last_only: whether only the logits of each prompt's last id are wanted.
 
         Returns:
-            The state, and the logits [T, V] of all prompts' ids, one prompt after another; or of the last ones [B, V].
+            The state, one slot per prompt, and the logits [T, V] of all prompts' ids, one prompt after another; or of
+            the last ones [B, V].
         """
-        stream = self._padded(pack_rows([prompt.to(self.device) for prompt in prompts]))
-        rows, position = stream.document, stream.position
-        length = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        longest = max(len(prompt) for prompt in prompts)
-        state = self.empty(len(prompts))
-        state.position = length
-
-        def newest_of(size: int) -> Tensor:
-            """The places of each row's newest ids."""
-            return ((rows >= 0) & (position >= length[rows] - size)).nonzero()[:, 0]
-
-        sizes = [len(prompt) for prompt in prompts]
-        begins = [sum(sizes[:row]) for row in range(len(sizes))]
-
-        def kept(cache: KeyValues, stack: StackSettings) -> Look:
-            """A mask of the stream that keeps the newest positions of each row."""
-            cache.make_room(longest)
-            count = [min(size, cache.size) for size in sizes]
-            first = [size - kept for size, kept in zip(sizes, count, strict=True)]
-            place = [begin + at for begin, at in zip(begins, first, strict=True)]
-            return self._look(stack, rows, position, Keep(cache, place, first, count))
-
-        newest = newest_of(HISTORY)
-        here = (rows[newest], position[newest] % HISTORY)
-        state.history.ids[here] = stream.ids[newest]
-        if isinstance(self.model, ByteLM):
-            assert state.byte_lm is not None
-            logits = self._reads.logits(stream.ids, position, kept(state.byte_lm, self.model.settings))
-            logits = logits[rows >= 0] if len(rows) > int(length.sum()) else logits
-            return state, logits[length.cumsum(0) - 1] if last_only else logits
-
-        found = torch.zeros(len(rows), device=self.device)
-        if self.byte_lm is not None:
-            assert state.byte_lm is not None
-            assert self._reads_byte_lm is not None
-            look = kept(state.byte_lm, self.byte_lm.settings)
-            found = entropies(self._reads_byte_lm.logits(stream.ids, position, look))
-            state.history.entropies[here] = found[newest]
-        assert self.patching is not None
-        runs = Runs(rows, position)
-        decided = boundaries(self.patching, state, runs, stream.ids, found)
-        decided.keep(state, runs, newest)
-        starts = decided.closes
-        batch = self._with_patches(stream, starts)
-        last = length.cumsum(0) - 1
-        is_closed = batch.patch_document >= 0
-        is_closed[batch.patch[last]] = starts[last]
-        closed = is_closed.nonzero()[:, 0]
-
-        shapes = self.model.settings
-        encoder, middle, decoder = self._reads.encoder, self._reads.global_transformer, self._reads.decoder
-        assert state.encoder is not None
-        assert state.patches is not None
-        assert state.decoder is not None
-        states = encoder.byte_states(self._embed(batch), position, kept(state.encoder, shapes.encoder))
-        patches_PKD = encoder.patch_states(states, batch)
-        every = torch.arange(len(prompts), device=self.device)
-        num_patches = state.last(state.history.num_patches, every, length)
-        state.patches.make_room(int(batch.patch_position.max()) + 1)
-        first = batch.patch[torch.tensor(begins, device=self.device)].tolist()
-        keep = Keep(state.patches, first, [0] * len(prompts), num_patches.tolist())
-        look = self._look(shapes.global_transformer, batch.patch_document, batch.patch_position, keep)
-        patches_PG = middle(patches_PKD, batch.patch_position, look)
-
-        patch_start = state.last(state.history.patch_start, every, length)
-        open_bytes = ((rows >= 0) & (position >= patch_start[rows])).nonzero()[:, 0]
-        most = int((length - patch_start).max())
-        opened = [h[open_bytes] for h in states]
-        runs = Runs(rows[open_bytes], position[open_bytes])
-        self._keep_bytes(state, runs, opened[0], self._byte_keys(opened), most)
-        owner, number = batch.patch_document[closed], batch.patch_position[closed]
-        recent = (number >= num_patches[owner] - SLACK).nonzero()[:, 0]
-        assert state.patch_keys is not None
-        keep_keys = KeepPatchKeys(state.patch_keys, owner[recent], number[recent], closed[recent])
-        keys_PKD = decoder.keys(patches_PG).to(states[-1].dtype)
-        h_TD = decoder.states(
-            states[-1],
-            position,
-            kept(state.decoder, shapes.decoder),
-            self._read_patches(decoder, keys_PKD, batch.read, keep_keys),
-        )
-        return state, decoder.logits(h_TD[last] if last_only else h_TD[rows >= 0])
-
-    def _padded(self, stream: Stream) -> Stream:
-        """The stream as it is read."""
-        return stream
-
-    def _with_patches(self, stream: Stream, starts: Tensor) -> PatchedStream:
-        return add_patches(stream, starts)
-
-    def _embed(self, batch: PatchedStream) -> Tensor:
-        assert isinstance(self.model, BLTModel)
-        return self.model.encoder.embed(batch)
-
-    def _read_patches(
-        self, decoder: Any, keys_PKD: Tensor, read: Tensor, keep: KeepPatchKeys
-    ) -> Callable[[int, Tensor], Tensor]:
-        """The decoder's cross-attentions, by their number."""
-        runs = runs_of(read, len(keys_PKD))
-
-        def read_patches(layer: int, h_TD: Tensor) -> Tensor:
-            cross = decoder.cross_attention[layer]
-            k_PKHE, v_PKHE = cross.keys_values(keys_PKD)
-            keep(layer, k_PKHE, v_PKHE)
-            return cross.read(h_TD, k_PKHE, v_PKHE, runs)
-
-        return read_patches
-
-    def _look(self, stack: StackSettings, document: Tensor, position: Tensor, keep: Keep) -> Look:
-        """How a stack's layers see the positions of a whole stream, and what they keep of it."""
-        if stack.window is None and document.device.type != "cuda":  # where there is no kernel that leaves pairs out
-            return Kept(EachAlone.of(document), keep)
-        return Kept(build_mask(document, stack.window), keep)
+        stream = pack_rows([prompt.to(self.device) for prompt in prompts])
+        state, new = self.empty(len(prompts)), NewPositions(stream.document, stream.position)
+        logits = self._read(state, new, stream.ids, new.last if last_only else None, is_prompt=True)
+        return state, logits
 
     @torch.no_grad()
-    def extend(self, state: DecodeState, rows: Tensor, ids: Tensor) -> Tensor:
+    def extend(self, state: State, slots: Tensor, ids: Tensor) -> Tensor:
         """Read new ids.
 
         Args:
-            state: goes on to what follows them.
-            rows: [T] the row of each new id; ids of a row stand in order, one after another.
+            state: is updated.
+            slots: [T] the slot of each new id; the ids of a slot lie in order, one after another.
             ids: [T]
 
         Returns:
             Logits, float32 [T, V].
         """
-        order = torch.arange(len(rows), device=rows.device)
-        is_first = torch.cat([torch.ones_like(rows[:1], dtype=torch.bool), rows[1:] != rows[:-1]])
-        turn = order - torch.where(is_first, order, 0).cummax(0).values
-        logits = self._read(state, Runs(rows, state.position[rows] + turn), ids, keep=True)
-        state.position = state.position.index_add(0, rows, torch.ones_like(rows))
-        return logits
+        index = torch.arange(len(slots), device=slots.device)
+        is_first = torch.cat([torch.ones_like(slots[:1], dtype=torch.bool), slots[1:] != slots[:-1]])
+        offset = index - torch.where(is_first, index, 0).cummax(0).values
+        return self._read(state, NewPositions(slots, state.position[slots] + offset), ids)
 
     @torch.no_grad()
-    def branch(self, state: DecodeState, rows: Sequence[int], texts: Sequence[Tensor]) -> Tensor:
-        """Read texts in one pass, each as if it alone followed what its row has read, and forget them.
+    def branch(self, state: State, slots: Sequence[int], texts: Sequence[Tensor]) -> Tensor:
+        """Read texts in one pass, each as if it alone followed what its slot has read, and forget them.
 
         Args:
-            state: stays as it is.
-            rows: the row of each text; those of a row stand together.
+            state: is not changed.
+            slots: the slot of each text; those of a slot lie together.
             texts: ids of each, one at least.
 
         Returns:
             Logits of all texts' ids, one text after another, float32 [T, V].
         """
         stream = pack_rows([text.to(self.device) for text in texts])
-        row = torch.tensor(rows, device=self.device)[stream.document]
-        return self._read(state, Runs(row, state.position[row] + stream.position), stream.ids, keep=False)
+        slot = torch.tensor(slots, device=self.device)[stream.document]
+        new = NewPositions(slot, state.position[slot] + stream.position)
+        return self._read(state, new, stream.ids, store=False)
 
-    def _read(self, state: DecodeState, runs: Runs, ids: Tensor, keep: bool) -> Tensor:
-        """Logits, float32 [T, V], of new ids [T]; `keep`: whether the state takes what later ids need of them."""
-        rows, position = runs.rows, runs.position
-        newest = runs.newest(HISTORY)
-        here = (rows[newest], position[newest] % HISTORY)
-        if isinstance(self.model, ByteLM):
-            assert state.byte_lm is not None
-            logits = self.model.logits(ids, position, Cached(state.byte_lm, runs, keep))
-            if keep:
-                state.history.ids[here] = ids[newest]
-            return logits
-        assert self.patching is not None
-        assert state.patches is not None
-        found = torch.zeros(len(rows), device=rows.device)
-        if self.byte_lm is not None:
-            assert state.byte_lm is not None
-            found = entropies(self.byte_lm.logits(ids, position, Cached(state.byte_lm, runs, keep)))
-        decided = boundaries(self.patching, state, runs, ids, found)
-        states = self._encode(state, runs, ids, keep)
-        bytes_ = self._byte_keys(states)
-        closing = decided.closes.nonzero()[:, 0]
-        patches, keys = Runs(rows[closing], decided.num_patches[closing] - 1), []
-        if len(closing):
-            patches_PKD = self._patch_states(state, runs, decided, closing, states[0], bytes_)
-            look = Cached(state.patches, patches, keep)
-            keys = self._patch_keys(self.model.global_transformer(patches_PKD, patches.position, look))
-        logits = self._decode(state, runs, states[-1], decided.new_patch(runs), keys, keep)
-        if keep:
-            state.history.ids[here], state.history.entropies[here] = ids[newest], found[newest]
-            decided.keep(state, runs, newest)
-            self._keep_bytes(state, runs, states[0], bytes_, int((position - decided.begin).max()) + 1)
-            newest = patches.newest(SLACK)
-            assert state.patch_keys is not None
-            keep_keys = KeepPatchKeys(state.patch_keys, patches.rows[newest], patches.position[newest], newest)
-            for layer, (k_PKHE, v_PKHE) in enumerate(keys):
-                keep_keys(layer, k_PKHE, v_PKHE)
+    def _read(
+        self,
+        state: State,
+        new: NewPositions,
+        ids: Tensor,
+        at: Tensor | None = None,
+        store: bool = True,
+        is_prompt: bool = False,
+    ) -> Tensor:
+        """Logits of new ids [T], float32 [T, V], or [N, V] of those `at` N places.
+
+        Args:
+            store: whether the state takes what later ids need.
+            is_prompt: whether the state is empty, and the new ids are whole prompts.
+        """
+        model: Any = self.model
+        byte_lm: Any = self.byte_lm
+        shapes: Any = model.settings
+        attention = self._step_attention(store)
+        num_padding = 0
+        if is_prompt:
+            model, byte_lm, attention = self._prompt_model, self._prompt_byte_lm, self._prompt_attention
+            num_padding = -len(ids) % self.pad_to
+            at = torch.arange(len(ids), device=ids.device) if at is None and num_padding else at
+        padded, position = F.pad(ids, (0, num_padding)), F.pad(new.position, (0, num_padding))
+        stream = Stream(padded, F.pad(new.slots, (0, num_padding), value=-1), position)
+        tail_TW = _tails(state, new, ids)
+        if isinstance(state, ByteLMState):
+            logits = model(stream, attention(state.byte_lm, shapes, new, num_padding), at)
+        else:
+            assert self.patching is not None, "a BLT needs patching settings"
+            found = torch.zeros(len(ids), device=ids.device)
+            if state.byte_lm is not None:
+                cache = attention(state.byte_lm, byte_lm.settings, new, num_padding)
+                found = entropies(byte_lm(stream, cache))[: len(ids)]
+            patches = boundaries(self.patching, state, new, ids, found)
+            closing = patches.closes.nonzero()[:, 0]
+            closed = NewPositions(new.slots[closing], patches.num_patches[closing] - 1)
+            cache = BLTPass(
+                state,
+                new,
+                tail_TW,
+                patches.closes,
+                patches.begin,
+                closed,
+                attention(state.encoder, shapes.encoder, new, num_padding),
+                attention(state.patches, shapes.global_transformer, closed, 0) if len(closing) else PerDocument([]),
+                attention(state.decoder, shapes.decoder, new, num_padding),
+                store,
+                num_padding,
+            )
+            logits = model(stream, cache, at)
+            if store:
+                patches.store(state, new, found)
+        if store:
+            state.tail[new.slot] = tail_TW[new.last]
+            state.position[new.slot] = new.position[new.last] + 1
         return logits
 
-    def _encode(self, state: DecodeState, runs: Runs, ids: Tensor, keep: bool) -> list[Tensor]:
-        """The encoder's states of new ids, as `LocalEncoder.byte_states` gives them."""
-        assert isinstance(self.model, BLTModel)
-        assert state.encoder is not None
-        place = torch.arange(len(ids), device=ids.device)[:, None]
-        back = torch.arange(self.tail - 1, -1, -1, device=ids.device)
-        remembered = state.history.ids[runs.rows[:, None], (runs.position[:, None] - back) % HISTORY]
-        tail = torch.where(back <= runs.turn[:, None], ids[(place - back).clamp(min=0)], remembered)
-        embedded = self.model.encoder.embed_last(tail, runs.position)
-        return self.model.encoder.byte_states(embedded, runs.position, Cached(state.encoder, runs, keep))
+    def _step_attention(self, store: bool) -> MakeAttention:
+        """Attention of new ids."""
+        return lambda cache, _, new, __: StepAttention(cache, new, store)
 
-    def _patch_states(
-        self, state: DecodeState, runs: Runs, decided: Boundaries, closing: Tensor, h_TD: Tensor, bytes_: list[Keys]
-    ) -> Tensor:
-        """The K states, [P, K, D], of the patches that the new ids `closing` [P] close.
+    def _prompt_attention(
+        self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int
+    ) -> CachedAttention:
+        """Attention of whole prompts, and of padding after them."""
+        counts = new.count.tolist()
+        store = StoreNewest(cache, new.slot.tolist(), counts)
+        if stack.window is None and new.slots.device.type != "cuda":  # no kernel there leaves pairs out
+            return PromptAttention(PerDocument([*counts, num_padding]), store)
+        return PromptAttention(build_mask(F.pad(new.slots, (0, num_padding), value=-1), stack.window), store)
 
-        Args:
-            h_TD, bytes_: of the new ids; those of earlier ids in these patches are remembered.
-        """
-        assert isinstance(self.model, BLTModel)
-        assert state.open_bytes is not None
-        kept, encoder = state.open_bytes, self.model.encoder
-        begin, first = decided.begin[closing], (runs.position - runs.turn)[closing]
-        offset = torch.arange(max(int((first - begin).max()), 0), device=begin.device)
-        patch_before, inner = (offset < (first - begin)[:, None]).nonzero(as_tuple=True)
-        before = (runs.rows[closing][patch_before], (begin[patch_before] + inner) % kept.size)
-        patch = decided.closes.cumsum(0) - decided.closes.long()
-        last = closing[patch.clamp(max=len(closing) - 1)]  # the next id that closes a patch, if it is in the same run
-        new = ((patch < len(closing)) & (runs.begin == runs.begin[last])).nonzero()[:, 0]
 
-        patch = torch.cat([patch_before, patch[new]])
-        order = patch.argsort(stable=True)  # a patch's bytes side by side
-        own = runs_of(patch[order], len(closing))
-        patches_PKD = encoder.queries(pool_patches(torch.cat([kept.h[before], h_TD[new]])[order], own))
-        for layer, (cross, (k, v)) in enumerate(zip(encoder.cross_attention, bytes_, strict=True)):
-            assert isinstance(cross, EncoderCrossAttention)
-            k, v = torch.cat([kept.k[layer][before], k[new]])[order], torch.cat([kept.v[layer][before], v[new]])[order]
-            patches_PKD = cross.add(patches_PKD, attend_to_own_bytes(cross.queries(patches_PKD), k, v, own))
-        return patches_PKD
+def _tails(state: State, new: NewPositions, ids: Tensor) -> Tensor:
+    """[T, W] the newest ids up to each new one."""
+    size = state.tail.shape[1]
+    back = torch.arange(size - 1, -1, -1, device=ids.device)
+    index = torch.arange(len(ids), device=ids.device)[:, None] - back
+    before = state.tail[new.slots[:, None], (size + new.offset[:, None] - back).clamp(max=size - 1)]
+    return torch.where(back <= new.offset[:, None], ids[index.clamp(min=0)], before)
 
-    def _decode(
-        self, state: DecodeState, runs: Runs, h_TD: Tensor, read: Tensor, keys: list[Keys], keep: bool
-    ) -> Tensor:
-        """Logits, float32 [T, V], from the encoder's states of new ids.
 
-        Args:
-            read: [T] which of the new patches each id reads; -1: the newest that its row had closed before.
-            keys: of the new patches, if there are any.
-        """
-        assert isinstance(self.model, BLTModel)
-        assert state.decoder is not None
-        assert state.patch_keys is not None
-        kept, decoder = state.patch_keys, self.model.decoder
-        num_patches = state.last(state.history.num_patches, runs.row, state.position[runs.row])
-        before = (runs.row, (num_patches - 1) % SLACK)
-        closed_before = torch.where(num_patches > 0, torch.arange(len(runs.row), device=read.device), -1)[runs.line]
-        num_keys = len(runs.row) + (len(keys[0][0]) if keys else 0)
-        reads = runs_of(torch.where(read >= 0, read + len(runs.row), closed_before), num_keys)
+@dataclass
+class Boundaries:
+    """What is known about patches once each of T new ids is read."""
 
-        def read_patches(layer: int, h_TD: Tensor) -> Tensor:
-            cross = decoder.cross_attention[layer]
-            assert isinstance(cross, DecoderCrossAttention)
-            k, v = kept.k[layer][before], kept.v[layer][before]
-            if keys:
-                k, v = torch.cat([k, keys[layer][0]]), torch.cat([v, keys[layer][1]])
-            return cross.read(h_TD, k, v, reads)
+    closes: Tensor  # [T] bool, the id is the last of its patch
+    begin: Tensor  # [T] position where its patch begins
+    since_start: Tensor  # [T] ids since the patching mode itself last started a patch
+    num_patches: Tensor  # [T] closed patches
+    tails: list[Tail] = field(default_factory=list)  # of the mode `bpe`
 
-        look = Cached(state.decoder, runs, keep)
-        return decoder.logits(decoder.states(h_TD, runs.position, look, read_patches))
+    def store(self, state: BLTState, new: NewPositions, entropies: Tensor) -> None:
+        """Update the state to the last new id of each slot."""
+        slot, last = new.slot, new.last
+        position, closes = new.position[last], self.closes[last]
+        state.previous_entropy[slot] = entropies[last].to(state.previous_entropy.dtype)
+        state.since_start[slot] = self.since_start[last]
+        state.num_patches[slot] = self.num_patches[last]
+        state.open_count[slot] = torch.where(closes, 0, position + 1 - self.begin[last])
+        if self.tails:
+            state.tails = state.tails or [Tail() for _ in state.position]
+            for number, index in zip(slot.tolist(), last.tolist(), strict=True):
+                state.tails[number] = self.tails[index]
 
-    def _byte_keys(self, states: list[Tensor]) -> list[Keys]:
-        """What each cross-attention of the encoder sees of bytes, from their states."""
-        assert isinstance(self.model, BLTModel)
-        layers = cast(list[EncoderCrossAttention], self.model.encoder.cross_attention)
-        return [cross.keys_values(h_TD) for cross, h_TD in zip(layers, states, strict=True)]
 
-    def _patch_keys(self, patches_PG: Tensor) -> list[Keys]:
-        """What each cross-attention of the decoder sees of patches."""
-        assert isinstance(self.model, BLTModel)
-        keys_PKD = self.model.decoder.keys(patches_PG)
-        layers = cast(list[DecoderCrossAttention], self.model.decoder.cross_attention)
-        return [cross.keys_values(keys_PKD) for cross in layers]
+def boundaries(
+    patching: PatchSettings, state: BLTState, new: NewPositions, ids: Tensor, entropies: Tensor
+) -> Boundaries:
+    """Decide where patches close among new ids [T], all at once.
 
-    def _keep_bytes(self, state: DecodeState, runs: Runs, h_TD: Tensor, bytes_: list[Keys], longest: int) -> None:
-        """Keep the encoder's states of bytes [T]; `longest` bytes are in the longest patch."""
-        assert state.open_bytes is not None
-        kept = state.open_bytes
-        kept.make_room(longest + SLACK, state.position)
-        newest = runs.newest(kept.size)
-        here = (runs.rows[newest], runs.position[newest] % kept.size)
-        kept.h[here] = h_TD[newest].to(kept.h.dtype)
-        for layer, (k, v) in enumerate(bytes_):
-            kept.k[layer][here], kept.v[layer][here] = k[newest].to(kept.k.dtype), v[newest].to(kept.v.dtype)
+    Args:
+        entropies: [T] nats, where the patching mode needs them.
+    """
+    offset, index = new.offset, torch.arange(len(ids), device=ids.device)
+
+    def previous(values: Tensor, before: Tensor) -> Tensor:
+        """[T] the value before each one: of its run, or of its slot's state."""
+        return torch.where(offset == 0, before[new.slots], torch.cat([values[:1], values[:-1]]))
+
+    def newest(events: Tensor) -> tuple[Tensor, Tensor]:
+        """[T] the index of the newest event of its run up to each one, and whether there is any."""
+        found = torch.where(events, index, -1).cummax(0).values
+        return found, found >= new.begin
+
+    tails: list[Tail] = []
+    if patching.needs_tail:
+        tails = _token_tails(patching, state, new, ids)
+        natural = torch.tensor([tail.token_began for tail in tails], device=ids.device)
+    else:
+        ids_before, entropies_before = previous(ids, state.tail[:, -1]), previous(entropies, state.previous_entropy)
+        moment = PatchState(new.position, ids_before, entropies_before, torch.zeros_like(ids))
+        natural = step(moment, ids, entropies, patching.model_copy(update={"max_patch_length": None}))[1]
+    found, any_natural = newest(natural)
+    since_start = torch.where(any_natural, index - found, state.since_start[new.slots] + offset + 1)
+    closes = natural
+    if patching.max_patch_length is not None:
+        closes = natural | ((previous(since_start, state.since_start) + 1) % patching.max_patch_length == 0)
+    found, any_closed = newest(closes)
+    open_begin = state.position - state.open_count
+    next_begin = torch.where(any_closed, new.position[found] + 1, open_begin[new.slots])  # of the next id's patch
+    closed = closes.cumsum(0)
+    return Boundaries(
+        closes=closes,
+        begin=previous(next_begin, open_begin),
+        since_start=since_start,
+        num_patches=state.num_patches[new.slots] + closed - (closed - closes.long())[new.begin],
+        tails=tails,
+    )
+
+
+def _token_tails(patching: PatchSettings, state: BLTState, new: NewPositions, ids: Tensor) -> list[Tail]:
+    """What the patching mode `bpe` carries after each id."""
+    tails: list[Tail] = []
+    for slot, offset, i in zip(*(x.tolist() for x in (new.slots, new.offset, ids)), strict=True):
+        before = state.tails[slot] if state.tails else Tail()
+        tails.append((tails[-1] if offset else before).read(i, str(patching.tokenizer)))
+    return tails

@@ -1,6 +1,6 @@
 """Continuous batching: sequences join and leave a fixed number of rows, each as if it were alone.
 
-`Rows` holds what is on the device and draws one id a row at a time; `Engine` says which sequence is in which row, and
+`Slots` hold what is on the device and draws one id a row at a time; `Engine` says which sequence is in which row, and
 turns ids into bytes, stops and ends.
 """
 
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.sampling import MAX_NEW_BYTES, MAX_SAMPLES, MOST_ROWS, Sampling, SamplingRows
-from bytelatent.inference.state import DecodeState
-from bytelatent.inference.stopping import StopWatch
+from bytelatent.inference.decoder import Decoder, State
+from bytelatent.inference.sampling import SamplingSlots
+from bytelatent.inference.settings import MAX_BATCH_SIZE, MAX_NEW_BYTES, MAX_SAMPLES, Sampling
 from bytelatent.inference.utf8 import CharacterStream, whole_characters
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
@@ -26,6 +25,67 @@ from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
 PREFILL_IDS = 65_536  # prompt ids read at once
 Reason = Literal["end of text", "length", "stop", "cancelled"]
+
+
+class StopTexts:
+    """Watches the bytes of one output for stop texts.
+
+    A match begins and ends at any byte; characters and patches play no part. The first to be completed counts, and
+    among those completed by the same byte the longest.
+
+    Args:
+        stops: texts to watch for; none may be empty.
+
+    Source: Aho and Corasick 1975, with one step a byte whatever the number of texts.
+    """
+
+    def __init__(self, stops: Sequence[bytes]):
+        assert all(stops), "an empty text would end every output before it begins"
+        # A node stands for a beginning of some stop text; node 0 for none of it.
+        self._next: list[dict[int, int]] = [{}]
+        self._depth = [0]  # how long that beginning is
+        self._longest = [0]  # the longest stop text that it ends with; 0: none
+        for stop in stops:
+            node = 0
+            for byte in stop:
+                if byte not in self._next[node]:
+                    self._next[node][byte] = len(self._next)
+                    self._next.append({})
+                    self._depth.append(self._depth[node] + 1)
+                    self._longest.append(0)
+                node = self._next[node][byte]
+            self._longest[node] = len(stop)
+        self._fallback = [0] * len(self._next)  # the longest other beginning that this one ends with
+        waiting = deque(self._next[0].values())
+        while waiting:  # shorter beginnings first, since longer ones fall back on them
+            node = waiting.popleft()
+            self._longest[node] = self._longest[node] or self._longest[self._fallback[node]]
+            for byte, after in self._next[node].items():
+                self._fallback[after] = self._step(self._fallback[node], byte)
+                waiting.append(after)
+        self._node = 0
+        self._num_bytes = 0
+
+    def feed(self, byte: int) -> int | None:
+        """Watch the output's next byte.
+
+        Returns:
+            How many bytes of output precede the stop text that this byte completes; None if it completes none.
+        """
+        self._num_bytes += 1
+        self._node = self._step(self._node, byte)
+        found = self._longest[self._node]
+        return self._num_bytes - found if found else None
+
+    def held_back(self) -> int:
+        """How many of the newest bytes may turn out to begin a stop text, and should not be shown yet."""
+        return self._depth[self._node]
+
+    def _step(self, node: int, byte: int) -> int:
+        """The longest beginning of a stop text with which the output ends once `byte` follows."""
+        while node and byte not in self._next[node]:
+            node = self._fallback[node]
+        return self._next[node].get(byte, 0)
 
 
 @dataclass(eq=False)
@@ -44,7 +104,7 @@ class Continuation:
     ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     ended: Reason | None = None
-    _watch: StopWatch | None = None
+    _watch: StopTexts | None = None
     _stop_begins: int | None = None
     _told: int = 0
     _characters: CharacterStream = field(default_factory=CharacterStream)
@@ -96,10 +156,10 @@ class Continuation:
             self.ended = "length"
 
 
-class RowsOnDevice(Protocol):
+class Slots(Protocol):
     """Rows that draw and read ids, one each at a time."""
 
-    def admit(self, row: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
+    def admit(self, row: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
         """Put a sequence into a row: row `source` of a state, and the logits [V] of what comes next."""
         ...
 
@@ -125,18 +185,18 @@ class Drawn:
     log_probability: float
 
 
-class Rows:
+class PlainSlots:
     """Rows in plain PyTorch: every step is known at once."""
 
     def __init__(self, decoder: Decoder, num_rows: int):
         self.decoder = decoder
         self.state = decoder.empty(num_rows)
-        self.sampling = SamplingRows.empty(num_rows, decoder.device)
+        self.sampling = SamplingSlots.empty(num_rows, decoder.device)
         self.logits_BV = torch.zeros(num_rows, VOCAB_SIZE, device=decoder.device)
         self._in_row: list[Continuation | None] = [None] * num_rows
         self._known: list[Drawn] = []
 
-    def admit(self, row: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
+    def admit(self, row: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
         self.state.put(row, state, source)
         self.sampling.put(row, which.sampling, which.prompt, which.max_new_bytes)
         self.logits_BV[row] = logits
@@ -204,9 +264,9 @@ def _checked_ids(prompt: Tensor) -> Tensor:
     return prompt.long()
 
 
-def check_num_rows(num_rows: Any) -> None:
-    """Raises UserError where it is no number from 1 to `MOST_ROWS`."""
-    _check_number("num_rows", num_rows, MOST_ROWS)
+def check_batch_size(num_rows: Any) -> None:
+    """Raises UserError where it is no number from 1 to `MAX_BATCH_SIZE`."""
+    _check_number("num_rows", num_rows, MAX_BATCH_SIZE)
 
 
 def check_max_new_bytes(max_new_bytes: Any) -> None:
@@ -241,8 +301,8 @@ class Engine:
         num_rows: how many sequences are on their way at once; others wait.
     """
 
-    def __init__(self, decoder: Decoder, rows: RowsOnDevice, num_rows: int):
-        check_num_rows(num_rows)
+    def __init__(self, decoder: Decoder, rows: Slots, num_rows: int):
+        check_batch_size(num_rows)
         self.decoder = decoder
         self.rows = rows
         self._in_row: list[Continuation | None] = [None] * num_rows
@@ -251,8 +311,8 @@ class Engine:
     @classmethod
     def plain(cls, decoder: Decoder, num_rows: int) -> "Engine":
         """One in plain PyTorch."""
-        check_num_rows(num_rows)
-        return cls(decoder, Rows(decoder, num_rows), num_rows)
+        check_batch_size(num_rows)
+        return cls(decoder, PlainSlots(decoder, num_rows), num_rows)
 
     @property
     def num_waiting(self) -> int:
@@ -287,7 +347,7 @@ class Engine:
                 prompt,
                 sampling.model_copy(update={"seed": sampling.seed + number}),
                 max_new_bytes,
-                _watch=StopWatch(stops) if stops else None,
+                _watch=StopTexts(stops) if stops else None,
             )
             for number in range(samples)
         ]

@@ -1,231 +1,371 @@
-"""How a layer's attention sees positions while decoding: it keeps keys and values, and looks at those kept before.
+"""The KV caches of sequences that are decoded, one in each of B slots, and attention over them.
 
-Each is handed to the model in place of a mask (`bytelatent.model.attention.Look`), and called once a layer, in order.
+ids -> byte LM ------------> entropies -> patch starts
+ |      [KV cache]                              |
+ +---> encoder -> open patch --patch closes--> global transformer -> newest patch
+ |      [KV cache] [its bytes]                  [KV cache]            [its keys]
+ +---------------------------> decoder <--------------------------------+
+                                [KV cache] -> logits
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.inference.state import SLACK, KeyValues, PatchKeys
-from bytelatent.model.attention import Mask, attend
+from bytelatent.kernels.patch_attention import ByteRanges
+from bytelatent.kernels.patch_pooling import pool_patches
+from bytelatent.model import BLTModel, ByteLM
+from bytelatent.model.attention import CachedAttention, Mask, attend
+from bytelatent.model.settings import StackSettings
+from bytelatent.patching import Tail
 
-# Shapes: T entries (a row and a position each), B rows that they are of, Q of them in the row that has most, H heads,
-# J key/value heads, E head size, R slots of a cache, S of them that may be seen, K = S + Q (of patches: keys of each),
-# P patches
+# Shapes: B slots, T new positions, N of the slots have any of them, Q of them in the slot that has most, L layers,
+# R positions in a KV cache, S of them that are attended to, J key/value heads, H heads, E head size, D local width, P
+# patches, K keys per patch, M bytes of an open patch that fit, X and Y cross-attentions of encoder and decoder, W ids
+
+SLACK = 16  # positions more than a window, so that as many drafted bytes may be overwritten
+BLOCK = 256  # positions, patches, bytes by which caches grow
 
 
-class Runs:
-    """New positions of some rows, in runs: each run follows what its row has read.
+@dataclass
+class KVCache:
+    """Keys and values of a stack by position: position p at index p % R."""
 
-    Several runs of a row know nothing of one another. The runs of a row stand together, and its row's positions are
-    also laid out as [B, Q]: B rows that have any, Q positions at most, the rest filling up.
+    k: Tensor  # [L, B, R, J, E]
+    v: Tensor  # [L, B, R, J, E]
+    window: int | None  # positions seen, the own one included; None: all, and R grows
+
+    def __post_init__(self) -> None:
+        self.layers = list(zip(self.k.unbind(), self.v.unbind(), strict=True))
+
+    @classmethod
+    def empty(cls, stack: StackSettings, num_slots: int, like: Tensor) -> "KVCache":
+        size = BLOCK if stack.window is None else stack.window + SLACK
+        shape = (stack.num_layers, num_slots, size, stack.kv_heads, stack.head_dim)
+        return cls(like.new_zeros(shape), like.new_zeros(shape), stack.window)
+
+    @property
+    def size(self) -> int:
+        return self.k.shape[2]
+
+    def reserve(self, positions: int) -> None:
+        """Grow to hold `positions`, where there is no window."""
+        if self.window is None and positions > self.size:
+            more = (0, 0, 0, 0, 0, _in_blocks(positions) - self.size)
+            self.k, self.v = F.pad(self.k, more), F.pad(self.v, more)
+            self.__post_init__()
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much fits in a slot."""
+
+    positions: int = BLOCK
+    patches: int = BLOCK
+    open_bytes: int = BLOCK
+
+
+@dataclass
+class DecodeState:
+    """What both kinds of models remember of the sequences in B slots."""
+
+    position: Tensor  # [B] ids read
+    tail: Tensor  # [B, W] the newest ids, the last one last
+    previous_entropy: Tensor  # [B] nats, of the id that follows
+    since_start: Tensor  # [B] ids since the patching mode itself last started a patch
+    num_patches: Tensor  # [B] closed patches
+    open_count: Tensor  # [B] bytes of the open patch
+
+    def caches(self) -> list[KVCache]:
+        """The KV caches by position in the text."""
+        raise NotImplementedError
+
+    def reserve(self, room: Room) -> None:
+        """Grow, so that this much fits in each slot."""
+        for cache in self.caches():
+            cache.reserve(room.positions)
+
+    def put(self, slot: int, other: "DecodeState", source: int) -> None:
+        """Copy slot `source` of another state of the same model into a slot."""
+        counts = torch.stack([other.position[source], other.num_patches[source], other.open_count[source]]).tolist()
+        self.reserve(Room(*counts))
+        for (mine, axis), (theirs, _) in zip(self._tensors(), other._tensors(), strict=True):
+            target, given = mine.select(axis, slot), theirs.select(axis, source)
+            if target.shape != given.shape:  # one has grown more
+                common = tuple(slice(0, min(sizes)) for sizes in zip(target.shape, given.shape, strict=True))
+                target, given = target[common], given[common]
+            target.copy_(given)
+
+    def _tensors(self) -> list[tuple[Tensor, int]]:
+        """Everything that a slot holds, and the axis of the slots."""
+        counts = (self.position, self.tail, self.previous_entropy, self.since_start, self.num_patches, self.open_count)
+        return [(count, 0) for count in counts] + [(part, 1) for cache in self.caches() for part in (cache.k, cache.v)]
+
+
+@dataclass
+class ByteLMState(DecodeState):
+    """The state of a byte LM."""
+
+    byte_lm: KVCache
+
+    def caches(self) -> list[KVCache]:
+        return [self.byte_lm]
+
+
+@dataclass
+class BLTState(DecodeState):
+    """The state of a BLT."""
+
+    byte_lm: KVCache | None  # of the entropy model, where the patching mode needs one
+    encoder: KVCache
+    decoder: KVCache
+    patches: KVCache  # of the global transformer, by number of the patch
+    open_k: Tensor  # [X, B, M, H, E] of the open patch's bytes, for the encoder's cross-attentions
+    open_v: Tensor  # [X, B, M, H, E]
+    open_max: Tensor  # [B, D] the maximum of their states
+    patch_k: Tensor  # [Y, B, K, H, E] of the newest closed patch, for the decoder's cross-attentions
+    patch_v: Tensor  # [Y, B, K, H, E]
+    tails: list[Tail] = field(default_factory=list)  # of the patching mode `bpe`, one per slot
+
+    def caches(self) -> list[KVCache]:
+        return [cache for cache in (self.byte_lm, self.encoder, self.decoder) if cache is not None]
+
+    def reserve(self, room: Room) -> None:
+        super().reserve(room)
+        self.patches.reserve(room.patches)
+        if room.open_bytes > self.open_k.shape[2]:
+            more = (0, 0, 0, 0, 0, _in_blocks(room.open_bytes) - self.open_k.shape[2])
+            self.open_k, self.open_v = F.pad(self.open_k, more), F.pad(self.open_v, more)
+
+    def put(self, slot: int, other: DecodeState, source: int) -> None:
+        super().put(slot, other, source)
+        assert isinstance(other, BLTState)
+        if other.tails:
+            self.tails = self.tails or [Tail() for _ in self.position]
+            self.tails[slot] = other.tails[source]
+
+    def _tensors(self) -> list[tuple[Tensor, int]]:
+        by_layer = (self.patches.k, self.patches.v, self.open_k, self.open_v, self.patch_k, self.patch_v)
+        return [*super()._tensors(), *((part, 1) for part in by_layer), (self.open_max, 0)]
+
+
+def empty_state(model: BLTModel | ByteLM, byte_lm: ByteLM | None, num_slots: int) -> ByteLMState | BLTState:
+    """The state of slots that have read nothing.
 
     Args:
-        rows, position: [T] the row and the position of each; positions of a run follow one another.
+        byte_lm: the entropy model, where the patching mode needs one.
+    """
+    like = next(model.parameters())
+    zeros = torch.zeros(num_slots, dtype=torch.long, device=like.device)
+    longest = 2  # ids that deciding about patches needs
+    if isinstance(model, BLTModel) and model.settings.ngram_hash is not None:
+        longest = max(longest, *model.settings.ngram_hash.sizes)
+    counts = (zeros, zeros[:, None].repeat(1, longest), zeros.float(), zeros.clone(), zeros.clone(), zeros.clone())
+    if isinstance(model, ByteLM):
+        return ByteLMState(*counts, KVCache.empty(model.settings, num_slots, like))
+    settings, cross = model.settings, model.settings.cross_attention
+    head_dim = settings.encoder.dim // cross.num_heads
+    num_encoder, num_decoder = len(model.encoder.cross_attention), len(model.decoder.cross_attention)
+    lm_like = like if byte_lm is None else next(byte_lm.parameters())
+    return BLTState(
+        *counts,
+        byte_lm=None if byte_lm is None else KVCache.empty(byte_lm.settings, num_slots, lm_like),
+        encoder=KVCache.empty(settings.encoder, num_slots, like),
+        decoder=KVCache.empty(settings.decoder, num_slots, like),
+        patches=KVCache.empty(settings.global_transformer, num_slots, like),
+        open_k=like.new_zeros(num_encoder, num_slots, BLOCK, cross.num_heads, head_dim),
+        open_v=like.new_zeros(num_encoder, num_slots, BLOCK, cross.num_heads, head_dim),
+        open_max=like.new_zeros(num_slots, settings.encoder.dim),
+        patch_k=like.new_zeros(num_decoder, num_slots, cross.k, cross.num_heads, head_dim),
+        patch_v=like.new_zeros(num_decoder, num_slots, cross.k, cross.num_heads, head_dim),
+    )
+
+
+class NewPositions:
+    """New positions of some slots, in runs: each run follows what its slot has read.
+
+    Several runs of a slot do not see one another. The runs of a slot lie side by side. Its positions are also padded to
+    [N, Q].
+
+    Args:
+        slots, position: [T] the slot and the position of each; positions of a run follow one another.
 
     Attributes:
-        turn: [T] which of its run's positions each one is.
-        row: [B]
-        num_read: [B] what each row has read before.
+        begin: [T] index where each one's run begins.
+        offset: [T] positions of its run before each one.
+        slot: [N] the slots that have new positions.
+        num_read: [N] positions that each of them has read before.
     """
 
-    def __init__(self, rows: Tensor, position: Tensor):
-        order = torch.arange(len(rows), device=rows.device)
-        is_first, one = rows[1:] != rows[:-1], torch.ones_like(rows[:1], dtype=torch.bool)
-        begins_row = torch.cat([one, is_first])
+    def __init__(self, slots: Tensor, position: Tensor):
+        index = torch.arange(len(slots), device=slots.device)
+        is_first, one = slots[1:] != slots[:-1], torch.ones_like(slots[:1], dtype=torch.bool)
+        self._begins_slot = torch.cat([one, is_first])
         begins_run = torch.cat([one, is_first | (position[1:] != position[:-1] + 1)])
-        self.rows, self.position = rows, position
-        self.begin = torch.where(begins_run, order, 0).cummax(0).values  # the place where each one's run begins
-        self.turn = order - self.begin
-        self._begins_row = begins_row
+        self.slots, self.position = slots, position
+        self.begin = torch.where(begins_run, index, 0).cummax(0).values
+        self.offset = index - self.begin
 
     @cached_property
-    def _heads(self) -> Tensor:
-        return self._begins_row.nonzero()[:, 0]
+    def _first(self) -> Tensor:
+        """[N] the index of each slot's first position."""
+        return self._begins_slot.nonzero()[:, 0]
 
     @cached_property
     def line(self) -> Tensor:
-        """[T] which of `row` each position belongs to."""
-        return self._begins_row.cumsum(0) - 1
+        """[T] which of `slot` each position belongs to."""
+        return self._begins_slot.cumsum(0) - 1
 
     @cached_property
-    def row(self) -> Tensor:
-        return self.rows[self._heads]
+    def slot(self) -> Tensor:
+        return self.slots[self._first]
 
     @cached_property
     def num_read(self) -> Tensor:
-        return self.position[self._heads]
+        return self.position[self._first]
 
     @cached_property
     def _number(self) -> Tensor:
-        """[T] which of its row's positions each one is."""
-        return torch.arange(len(self.rows), device=self.rows.device) - self._heads[self.line]
+        """[T] positions of its slot before each one."""
+        return torch.arange(len(self.slots), device=self.slots.device) - self._first[self.line]
 
     @cached_property
-    def _counts(self) -> Tensor:
-        """[B] how many positions each row has."""
-        return torch.bincount(self.line, minlength=1)
+    def count(self) -> Tensor:
+        """[N] positions of each slot."""
+        return torch.bincount(self.line)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """[N] the index of each slot's last position."""
+        return self.count.cumsum(0) - 1
 
     @cached_property
     def size(self) -> int:
         """Q"""
-        return int(self._counts.max())
+        return int(self.count.max())
 
     @cached_property
-    def _place(self) -> Tensor | None:
-        """[T] where each position lies in B * Q, where others fill up."""
-        is_full = len(self.rows) == len(self.row) * self.size
+    def _padded_index(self) -> Tensor | None:
+        """[T] where each position lies in N * Q; None where nothing is padded."""
+        is_full = len(self.slots) == len(self.slot) * self.size
         return None if is_full else self.line * self.size + self._number
 
     @cached_property
-    def end(self) -> int:
-        """More than any position."""
-        return int(self.position.max()) + 1
-
-    @cached_property
     def seen(self) -> Tensor:
-        """[B, Q, Q] what each position sees of the others: its own run up to itself."""
-        run_BQ, at_BQ = self.laid_out(self.begin, -1), self.laid_out(self.position)
-        return (run_BQ[:, :, None] == run_BQ[:, None, :]) & (at_BQ[:, :, None] >= at_BQ[:, None, :])
+        """[N, Q, Q] what each position sees of the others: its own run up to itself."""
+        run_NQ, at_NQ = self.padded(self.begin, -1), self.padded(self.position)
+        return (run_NQ[:, :, None] == run_NQ[:, None, :]) & (at_NQ[:, :, None] >= at_NQ[:, None, :])
 
-    def laid_out(self, values: Tensor, fill: int = 0) -> Tensor:
-        """[T, ...] -> [B, Q, ...]"""
-        if self._place is not None:
-            padded = values.new_full((len(self.row) * self.size, *values.shape[1:]), fill)
-            padded[self._place] = values
+    def padded(self, values: Tensor, fill: int = 0) -> Tensor:
+        """[T, ...] -> [N, Q, ...]"""
+        if self._padded_index is not None:
+            padded = values.new_full((len(self.slot) * self.size, *values.shape[1:]), fill)
+            padded[self._padded_index] = values
             values = padded
-        return values.unflatten(0, (len(self.row), self.size))
+        return values.unflatten(0, (len(self.slot), self.size))
 
-    def in_order(self, laid_out: Tensor) -> Tensor:
-        """[B, Q, ...] -> [T, ...]"""
-        values = laid_out.flatten(0, 1)
-        return values if self._place is None else values[self._place]
+    def unpadded(self, padded: Tensor) -> Tensor:
+        """[N, Q, ...] -> [T, ...]"""
+        values = padded.flatten(0, 1)
+        return values if self._padded_index is None else values[self._padded_index]
 
     def newest(self, count: int) -> Tensor | slice:
-        """The places of each row's newest positions, so many of them."""
+        """The indices of the newest `count` positions of each slot."""
         if self.size <= count:
             return slice(None)
-        after = self._counts[self.line] - self._number  # itself and those that follow it in its row
+        after = self.count[self.line] - self._number  # itself and those that follow it in its slot
         return (after <= count).nonzero()[:, 0]
 
 
-class Cached:
-    """New positions, which see what their rows' cache holds and what precedes them in their runs.
+class StepAttention:
+    """New positions attend to their slots' KV cache and to what precedes them in their runs.
 
     Args:
-        cache: of all rows.
-        runs: the new positions.
-        keep: whether the cache takes them; then each row has one run.
+        store: whether the cache takes their keys and values; then each slot has one run.
     """
 
-    def __init__(self, cache: KeyValues, runs: Runs, keep: bool = True):
-        self.cache, self.runs, self.keep, self.layer = cache, runs, keep, 0
-        if keep:
-            cache.make_room(runs.end)
-            self.kept = runs.newest(cache.size)
-            self.slots = (runs.rows[self.kept], runs.position[self.kept] % cache.size)
-        self.num_slots = min(int(runs.num_read.max()), cache.size)
-        # A slot holds the newest position that fell on it.
-        newest_B1 = (runs.num_read - 1)[:, None]
-        held_BS = newest_B1 - (newest_B1 - torch.arange(self.num_slots, device=newest_B1.device)) % cache.size
-        seen_BQS = (held_BS >= 0)[:, None, :].expand(-1, runs.size, -1)
-        seen_BQQ = runs.seen
+    def __init__(self, cache: KVCache, new: NewPositions, store: bool = True):
+        self.cache, self.new, self.store, self.layer = cache, new, store, 0
+        if store:
+            cache.reserve(int(new.position.max()) + 1)
+            self.stored = new.newest(cache.size)
+            self.target = (new.slots[self.stored], new.position[self.stored] % cache.size)
+        self.num_seen = min(int(new.num_read.max()), cache.size)
+        # An index holds the newest of the positions that map to it.
+        newest_N1 = (new.num_read - 1)[:, None]
+        held_NS = newest_N1 - (newest_N1 - torch.arange(self.num_seen, device=newest_N1.device)) % cache.size
+        seen_NQS = (held_NS >= 0)[:, None, :].expand(-1, new.size, -1)
+        seen_NQQ = new.seen
         if cache.window is not None:
-            at_BQ1 = runs.laid_out(runs.position)[:, :, None]
-            seen_BQS = seen_BQS & (held_BS[:, None, :] > at_BQ1 - cache.window)
-            seen_BQQ = seen_BQQ & (at_BQ1.mT > at_BQ1 - cache.window)
-        self.seen_B1QK = torch.cat([seen_BQS, seen_BQQ], dim=-1)[:, None]
+            at_NQ1 = new.padded(new.position)[:, :, None]
+            seen_NQS = seen_NQS & (held_NS[:, None, :] > at_NQ1 - cache.window)
+            seen_NQQ = seen_NQQ & (at_NQ1.mT > at_NQ1 - cache.window)
+        self.seen_N1QK = torch.cat([seen_NQS, seen_NQQ], dim=-1)[:, None]
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
-        runs, layer = self.runs, self.layer
+        new, seen = self.new, []
+        for x_TJE, cache_BRJE in zip((k_TJE, v_TJE), self.cache.layers[self.layer], strict=True):
+            x_TJE = x_TJE.to(cache_BRJE.dtype)
+            before = cache_BRJE[new.slot, : self.num_seen]
+            seen.append(torch.cat([before, new.padded(x_TJE)], dim=1).transpose(1, 2))
+            if self.store:
+                cache_BRJE[self.target] = x_TJE[self.stored]
         self.layer += 1
-        seen = []
-        for new, kept_BRJE in ((k_TJE, self.cache.k[layer]), (v_TJE, self.cache.v[layer])):
-            new = new.to(kept_BRJE.dtype)
-            before = kept_BRJE[runs.row, : self.num_slots]
-            seen.append(torch.cat([before, runs.laid_out(new)], dim=1).transpose(1, 2))
-            if self.keep:
-                kept_BRJE[self.slots] = new[self.kept]
-        q = runs.laid_out(q_THE).transpose(1, 2)
+        q = new.padded(q_THE).transpose(1, 2)
         grouped = q_THE.shape[1] != k_TJE.shape[1]
-        out = F.scaled_dot_product_attention(q, *seen, attn_mask=self.seen_B1QK, enable_gqa=grouped)
-        return runs.in_order(out.transpose(1, 2))
+        out = F.scaled_dot_product_attention(q, *seen, attn_mask=self.seen_N1QK, enable_gqa=grouped)
+        return new.unpadded(out.transpose(1, 2))
 
 
-class Keep:
-    """Which keys and values of a stream a cache takes, layer by layer.
+class StoreNewest:
+    """Stores the newest keys and values of whole sequences in a KV cache, layer by layer.
 
-    They are the newest of each row, one after another in the stream, so they are copied as slices: that is less work
-    for the host, and for the device, than indices.
+    They are copied as slices: that is less work for the host, and for the device, than indices.
 
     Args:
-        begin: the place in the stream of each row's first one.
-        position: its position.
-        count: how many there are in each row.
+        slots, counts: the sequences' slots and numbers of positions, which lie one after another in the stream.
     """
 
-    def __init__(self, cache: KeyValues, begin: list[int], position: list[int], count: list[int]):
+    def __init__(self, cache: KVCache, slots: list[int], counts: list[int]):
+        cache.reserve(max(counts, default=0))
         self.cache, self.layer = cache, 0
-        self.runs: list[tuple[int, slice, slice]] = []  # row, places, slots
-        for row, (place, first, left) in enumerate(zip(begin, position, count, strict=True)):
-            while left > 0:
-                slot = first % cache.size
-                size = min(left, cache.size - slot)
-                self.runs.append((row, slice(place, place + size), slice(slot, slot + size)))
-                place, first, left = place + size, first + size, left - size
+        self.slices: list[tuple[int, slice, slice]] = []  # slot, in the stream, in the cache
+        begin = 0
+        for slot, count in zip(slots, counts, strict=True):
+            at = max(count - cache.size, 0)
+            while at < count:
+                index = at % cache.size
+                size = min(count - at, cache.size - index)
+                self.slices.append((slot, slice(begin + at, begin + at + size), slice(index, index + size)))
+                at += size
+            begin += count
 
     def __call__(self, k_TJE: Tensor, v_TJE: Tensor) -> None:
-        k_BRJE, v_BRJE = self.cache.k[self.layer], self.cache.v[self.layer]
-        for row, places, slots in self.runs:
-            k_BRJE[row, slots] = k_TJE[places]
-            v_BRJE[row, slots] = v_TJE[places]
+        k_BRJE, v_BRJE = self.cache.layers[self.layer]
+        for slot, source, target in self.slices:
+            k_BRJE[slot, target] = k_TJE[source]
+            v_BRJE[slot, target] = v_TJE[source]
         self.layer += 1
 
-    def layers(self, k_LTJE: Tensor, v_LTJE: Tensor) -> None:
-        """Those of all L layers at once."""
-        for row, places, slots in self.runs:
-            self.cache.k[:, row, slots] = k_LTJE[:, places]
-            self.cache.v[:, row, slots] = v_LTJE[:, places]
-
-
-class KeepPatchKeys:
-    """What the decoder's cross-attentions see of patches, kept for the newest ones of each row, layer by layer.
-
-    Args:
-        row, number: [N] of the patches that are kept, at most SLACK of a row.
-        place: [N] which of all patches they are.
-    """
-
-    def __init__(self, kept: PatchKeys, row: Tensor, number: Tensor, place: Tensor | slice):
-        self.kept, self.slot, self.place = kept, (row, number % SLACK), place
-
-    def __call__(self, layer: int, k_PKHE: Tensor, v_PKHE: Tensor) -> None:
-        for kept, new in ((self.kept.k[layer], k_PKHE), (self.kept.v[layer], v_PKHE)):
-            kept[self.slot] = new[self.place].to(kept.dtype)
+    def all_layers(self, k_LTJE: Tensor, v_LTJE: Tensor) -> None:
+        """The keys and values of all L layers at once."""
+        for slot, source, target in self.slices:
+            self.cache.k[:, slot, target] = k_LTJE[:, source]
+            self.cache.v[:, slot, target] = v_LTJE[:, source]
 
 
 @dataclass
-class EachAlone:
-    """The documents of a stream one after another, without a window or a mask: each costs what it costs alone.
+class PerDocument:
+    """Causal attention over documents one by one, without a window or a mask: each costs what it costs alone."""
 
-    Attributes:
-        sizes: positions of each document, in order.
-    """
-
-    sizes: list[int]
-
-    @classmethod
-    def of(cls, document: Tensor) -> "EachAlone":
-        """Of a stream's [T] documents."""
-        return cls(document.unique_consecutive(return_counts=True)[1].tolist())
+    counts: list[int]  # positions of each document, in order
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         grouped, found = q_THE.shape[1] != k_TJE.shape[1], []
-        for parts in zip(*(x.split(self.sizes) for x in (q_THE, k_TJE, v_TJE)), strict=True):
+        for parts in zip(*(x.split(self.counts) for x in (q_THE, k_TJE, v_TJE)), strict=True):
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
             found.append(out[0].transpose(0, 1))
@@ -233,12 +373,136 @@ class EachAlone:
 
 
 @dataclass
-class Kept:
-    """Whole rows at once under a mask, the keys and values of some positions kept."""
+class PromptAttention:
+    """Whole sequences under a mask; the KV cache takes their newest keys and values."""
 
     mask: Mask
-    keep: Keep
+    store: StoreNewest
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
-        self.keep(k_TJE, v_TJE)
+        self.store(k_TJE, v_TJE)
         return attend(q_THE, k_TJE, v_TJE, self.mask)
+
+
+class BLTPass:
+    """A `bytelatent.model.blt.BLTCache`: the state of a BLT during one pass over new bytes.
+
+    Args:
+        new: the new bytes; their ids come with `tail_TW`.
+        closes, begin: [T] whether each byte is the last of its patch, and the position where its patch begins.
+        patches: the patches that close.
+        encoder, global_transformer, decoder: attention of the stacks.
+        store: whether the state takes what later bytes need.
+        num_padding: bytes after the new ones that stand for nothing.
+    """
+
+    def __init__(
+        self,
+        state: BLTState,
+        new: NewPositions,
+        tail_TW: Tensor,
+        closes: Tensor,
+        begin: Tensor,
+        patches: NewPositions,
+        encoder: CachedAttention,
+        global_transformer: CachedAttention,
+        decoder: CachedAttention,
+        store: bool,
+        num_padding: int = 0,
+    ):
+        self.state, self.new, self.patches, self.store = state, new, patches, store
+        self.encoder, self.global_transformer, self.decoder = encoder, global_transformer, decoder
+        self.tail_TW = F.pad(tail_TW, (0, 0, 0, num_padding))
+        self.patch_position = patches.position
+        closing = closes.nonzero()[:, 0]
+        self._find_own_bytes(closing, closes, begin)
+        closed = closes.cumsum(0)
+        before = (closed - closes.long())[new.begin]
+        self._find_read_patches(torch.where(closed > before, closed - 1, -1), num_padding)
+        if store:
+            open_begin = torch.where(closes, new.position + 1, begin)[new.last]  # [N] of the patch that is open now
+            self._find_open_bytes(open_begin)
+
+    def _find_own_bytes(self, closing: Tensor, closes: Tensor, begin: Tensor) -> None:
+        """Which bytes are in the patches that close: remembered ones and new ones."""
+        new, num_patches = self.new, len(closing)
+        first = (new.position - new.offset)[closing]
+        count_before = (first - begin[closing]).clamp(min=0)
+        self.is_begun = count_before > 0  # [P] whether its first bytes are remembered
+        self.closing_slot = new.slots[closing]
+        inner = torch.arange(int(count_before.max()) if num_patches else 0, device=closes.device)
+        patch_before, inner = (inner < count_before[:, None]).nonzero(as_tuple=True)
+        self.own_before = (self.closing_slot[patch_before], inner)
+        patch = closes.cumsum(0) - closes.long()
+        is_in = patch < num_patches
+        if num_patches:  # the next byte that closes a patch, if it is in the same run
+            is_in &= new.begin == new.begin[closing[patch.clamp(max=num_patches - 1)]]
+        self.own_new = is_in.nonzero()[:, 0]
+        self.new_runs = ByteRanges.of(patch[self.own_new], num_patches)
+        patch = torch.cat([patch_before, patch[self.own_new]])
+        self.order = patch.argsort(stable=True) if len(patch_before) else None  # a patch's bytes side by side
+        self.own = ByteRanges.of(patch if self.order is None else patch[self.order], num_patches)
+
+    def _find_read_patches(self, read: Tensor, num_padding: int) -> None:
+        """Which patch each byte reads: one that closes, or the newest of its slot before."""
+        new, state = self.new, self.state
+        has_before = state.num_patches[new.slot] > 0
+        is_needed = not len(self.patch_position) or bool(has_before.any())  # some patch there must be to read
+        self.num_before = len(new.slot) if is_needed else 0
+        if self.num_before:
+            before = torch.where(has_before, torch.arange(len(new.slot), device=read.device), -1)
+            read = torch.where(read >= 0, read + self.num_before, before[new.line])
+        num_patches = self.num_before + len(self.patch_position)
+        self.read: ByteRanges = ByteRanges.of(F.pad(read, (0, num_padding), value=-1), num_patches)
+
+    def _find_open_bytes(self, begin: Tensor) -> None:
+        """Which new bytes are in an open patch once all are read."""
+        new, state = self.new, self.state
+        count = new.position[new.last] + 1 - begin
+        state.reserve(Room(0, 0, int(count.max()) + 1))
+        self.open = (new.position >= begin[new.line]).nonzero()[:, 0]
+        line = new.line[self.open]
+        self.open_target = (new.slots[self.open], new.position[self.open] - begin[line])
+        has_any = torch.zeros_like(count, dtype=torch.bool).index_fill(0, line, True)
+        number = has_any.cumsum(0) - 1
+        self.open_runs = ByteRanges.of(number[line], int(has_any.sum()))
+        self.open_slot = new.slot[has_any]
+        self.goes_on = (begin < new.num_read)[has_any]  # its first bytes are remembered
+
+    def pool(self, h_TD: Tensor) -> Tensor:
+        state, pooled_PD = self.state, h_TD.new_zeros(len(self.patch_position), h_TD.shape[1])
+        if len(pooled_PD):
+            pooled_PD = pool_patches(h_TD[self.own_new], self.new_runs)
+            before = state.open_max[self.closing_slot].to(pooled_PD.dtype)
+            pooled_PD = torch.where(self.is_begun[:, None], pooled_PD.maximum(before), pooled_PD)
+        if self.store and len(self.open_slot):
+            highest = pool_patches(h_TD[self.open], self.open_runs).to(state.open_max.dtype)
+            before = state.open_max[self.open_slot]
+            state.open_max[self.open_slot] = torch.where(self.goes_on[:, None], highest.maximum(before), highest)
+        return pooled_PD
+
+    def own_bytes(self, layer: int, k_THE: Tensor, v_THE: Tensor) -> tuple[Tensor, Tensor]:
+        state = self.state
+        k, v = k_THE[self.own_new], v_THE[self.own_new]
+        if self.order is not None:
+            k_before, v_before = state.open_k[layer][self.own_before], state.open_v[layer][self.own_before]
+            k, v = torch.cat([k_before, k])[self.order], torch.cat([v_before, v])[self.order]
+        if self.store:
+            state.open_k[layer][self.open_target] = k_THE[self.open].to(state.open_k.dtype)
+            state.open_v[layer][self.open_target] = v_THE[self.open].to(state.open_v.dtype)
+        return k, v
+
+    def read_patches(self, layer: int, k_PKHE: Tensor, v_PKHE: Tensor) -> tuple[Tensor, Tensor]:
+        state, new, patches = self.state, self.new, self.patches
+        k, v = k_PKHE, v_PKHE
+        if self.num_before:
+            k = torch.cat([state.patch_k[layer][new.slot].to(k.dtype), k])
+            v = torch.cat([state.patch_v[layer][new.slot].to(v.dtype), v])
+        if self.store and len(self.patch_position):
+            state.patch_k[layer][patches.slot] = k_PKHE[patches.last].to(state.patch_k.dtype)
+            state.patch_v[layer][patches.slot] = v_PKHE[patches.last].to(state.patch_v.dtype)
+        return k, v
+
+
+def _in_blocks(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.matrix.dense(x.dtype))
 
 
-def check_weights(weights: str, device: torch.device) -> None:
+def check_quantize(weights: str, device: torch.device) -> None:
     """See, before a model is read, that it can be rounded so.
 
     Raises:
@@ -57,7 +57,7 @@ def check_weights(weights: str, device: torch.device) -> None:
         raise UserError(f"weights: this {device.type} device cannot compute with fp8; use int8")
 
 
-def rounded(model: Model, weights: Weights, as_bytes: bool | None = None) -> Model:
+def quantize_model(model: Model, weights: Weights, as_bytes: bool | None = None) -> Model:
     """The model with rounded matrices; all else is shared with the one given, which stays as it is.
 
     Args:
@@ -66,10 +66,10 @@ def rounded(model: Model, weights: Weights, as_bytes: bool | None = None) -> Mod
             many times as long on making numbers of the bytes as on the product, so there they are written out.
 
     Raises:
-        UserError: see `check_weights`; or a weight is NaN or infinite.
+        UserError: see `check_quantize`; or a weight is NaN or infinite.
     """
     some = next(model.parameters())
-    check_weights(weights, some.device)
+    check_quantize(weights, some.device)
     if weights == "full":
         return model
     as_bytes = some.is_cuda if as_bytes is None else as_bytes

@@ -4,15 +4,15 @@ All of it is tensors of fixed shapes that never wait for the device, so that a C
 same in any batch: what is summed along a row is summed in integers, in which no order of summation rounds differently.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, field_serializer, field_validator
 from torch import Tensor
 
-from bytelatent.config import Settings
+from bytelatent.inference.settings import Sampling
 from bytelatent.inference.utf8 import NEEDED, RESUMED, TRANSITIONS
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 
@@ -20,68 +20,47 @@ from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 
 RANDOM_BITS = 24  # of a draw
 WEIGHT_BITS = 30  # of the likeliest id's weight; V of them times a random number stay below 2^63
-MAX_NEW_BYTES = 10**9  # of a row
-MAX_SAMPLES = 100_000  # of a prompt; each takes memory from when it is asked for
-MOST_ROWS = 65_536  # sequences at once
 NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a row can have
 FEW = 16  # rows
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
 FAR = 1e30  # stands for infinite logits, which have no differences
 
 
-class Sampling(Settings):
-    """How the next id is drawn.
+@dataclass(frozen=True)
+class SamplingOption:
+    """How a field of `Sampling` reaches the slots: a number for each, which the device's draw reads."""
 
-    In this order: `repetition_penalty`, `valid_utf8`, `temperature`, `top_k`, `top_p`, `min_p`. Each looks at what the
-    one before has left, as if that were all there is.
+    dtype: torch.dtype
+    neutral: float  # what slots hold that nothing was put into
+    value: Callable[[Sampling], float]
 
-    Attributes:
-        temperature: 0 takes the likeliest id, of equals the lowest.
-        top_k: only the k likeliest, of equals those with the lowest ids.
-        top_p: only the fewest that together hold this share of the probability.
-        min_p: only those at least this share as likely as the likeliest.
-        repetition_penalty: logits of bytes that have occurred in the row, its prompt included, are divided by it where
-            positive, else multiplied; 1 changes nothing. The end of the text is never penalised.
-        seed: each row draws random numbers of its own from it, so that its bytes do not depend on its neighbours; of at
-            most 64 bits, with or without a sign.
-        stop: texts that end a row; they may begin and end within a patch.
-        valid_utf8: only bytes that can still become valid UTF-8, and no end within a character; where a stop text
-            begins within one, the text ends before it.
-    """
 
-    temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    seed: int = Field(default=0, ge=-(2**63), lt=2**64)
-    stop: list[str | bytes] = Field(default=[])
-    valid_utf8: bool = False
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_or_several(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str | bytes) else stop
+# To add a field: declare it in `Sampling`, add it here and as a field of `SamplingSlots`, apply it in `weights`, and in
+# the kernel behind `bytelatent.inference.step.decisions.draw` (`SAMPLING_FIELDS`). A test holds these together.
+OPTIONS: dict[str, SamplingOption] = {
+    "temperature": SamplingOption(torch.float32, 0, lambda sampling: min(sampling.temperature, _LARGEST)),
+    "top_k": SamplingOption(torch.int64, 1, lambda sampling: _top_k(sampling)),
+    "top_p": SamplingOption(torch.float32, 1, lambda sampling: 1 if sampling.top_p is None else sampling.top_p),
+    "min_p": SamplingOption(torch.float32, 0, lambda sampling: 0 if sampling.min_p is None else sampling.min_p),
+    # Neither a penalty of 0 nor an infinite one: float32 may round to them what is not.
+    "repetition_penalty": SamplingOption(
+        torch.float32, 1, lambda sampling: min(max(sampling.repetition_penalty, _SMALLEST), _LARGEST)
+    ),
+    "seed": SamplingOption(torch.int64, 0, lambda sampling: _as_int64(sampling.seed)),
+    "valid_utf8": SamplingOption(torch.bool, False, lambda sampling: sampling.valid_utf8),
+}
+BY_ENGINE = {"stop"}  # fields that the engine applies to what was drawn
 
-    @field_validator("stop")
-    @classmethod
-    def _not_empty(cls, stop: list[str | bytes]) -> list[str | bytes]:
-        if not all(stop):
-            raise ValueError("an empty text would end every row before it begins; leave it out")
-        for text in stop:
-            try:
-                _ = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
-            except UnicodeEncodeError:
-                raise ValueError(f"{text!a} holds half of a surrogate pair, which no text does") from None
-        return stop
 
-    @field_serializer("stop", when_used="json")
-    def _as_text(self, stop: list[str | bytes]) -> list[str]:
-        return [part.decode("utf-8", "surrogateescape") if isinstance(part, bytes) else part for part in stop]
+def _top_k(sampling: Sampling) -> int:
+    takes_likeliest = sampling.temperature <= COLDEST / 2  # float32 rounds it to 0
+    return 1 if takes_likeliest else min(sampling.top_k or VOCAB_SIZE, VOCAB_SIZE)
 
 
 @dataclass
-class SamplingRows:
+class SamplingSlots:
     """How each of B rows draws, and what that depends on."""
 
     temperature: Tensor  # [B] float32; 0 takes the likeliest id
@@ -101,7 +80,7 @@ class SamplingRows:
     is_special: Tensor  # [V] bool, ids that are never drawn: neither bytes nor EOS
 
     @classmethod
-    def empty(cls, num_rows: int, device: torch.device | str) -> "SamplingRows":
+    def empty(cls, num_rows: int, device: torch.device | str) -> "SamplingSlots":
         """Rows that nothing was put into; they draw the likeliest ids."""
 
         def full(value: float, dtype: torch.dtype) -> Tensor:
@@ -116,15 +95,9 @@ class SamplingRows:
         every_V = torch.arange(VOCAB_SIZE)
         is_special = (every_V < OFFSET) & (every_V != EOS)
         return cls(
-            temperature=full(0, torch.float32),
-            top_k=full(1, torch.int64),
-            top_p=full(1, torch.float32),
-            min_p=full(0, torch.float32),
-            repetition_penalty=full(1, torch.float32),
-            seed=full(0, torch.int64),
+            **{name: full(option.neutral, option.dtype) for name, option in OPTIONS.items()},
             drawn=full(0, torch.int64),
             seen=torch.zeros(num_rows, VOCAB_SIZE, dtype=torch.bool, device=device),
-            valid_utf8=full(False, torch.bool),
             utf8=full(0, torch.int64),
             remaining=full(0, torch.int64),
             utf8_after=utf8_after.to(device),
@@ -141,17 +114,9 @@ class SamplingRows:
             max_new_bytes: ids that will be drawn at most, `MAX_NEW_BYTES` or fewer; with `valid_utf8` no character
                 begins that would need more.
         """
-        smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-        self.temperature[row] = min(sampling.temperature, largest)
-        takes_likeliest = sampling.temperature <= COLDEST / 2  # float32 rounds it to 0
-        self.top_k[row] = 1 if takes_likeliest else min(sampling.top_k or VOCAB_SIZE, VOCAB_SIZE)
-        self.top_p[row] = 1 if sampling.top_p is None else sampling.top_p
-        self.min_p[row] = 0 if sampling.min_p is None else sampling.min_p
-        # Neither a penalty of 0 nor an infinite one: float32 may round to them what is not.
-        self.repetition_penalty[row] = min(max(sampling.repetition_penalty, smallest), largest)
-        self.seed[row] = _as_int64(sampling.seed)
+        for name, option in OPTIONS.items():
+            getattr(self, name)[row] = option.value(sampling)
         self.drawn[row] = 0
-        self.valid_utf8[row] = sampling.valid_utf8
         self.remaining[row] = max_new_bytes
         prompt = prompt_ids.to(self.seen.device, torch.int64)
         self.seen[row].zero_().scatter_(0, prompt, True)

@@ -1,4 +1,4 @@
-"""How likely texts are after prompts.
+"""How likely texts are after prompts, and how hard a text is to predict byte by byte.
 
 A prompt is read once. The texts that may follow it lie end to end in one stream and are read in one pass: each byte
 sees what is remembered of the prompt and its own text's earlier bytes, and so does each patch.
@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.state import DecodeState
+from bytelatent.inference.decoder import Decoder, State
+from bytelatent.model import ByteLM, Stream, entropies
 
 # Shapes: T ids, V vocabulary
 
 PASS_IDS = 1024  # ids of texts read at once, where each prompt counts as many as the one with most
 PROMPTS = 16  # prompts remembered at once
 PROMPT_IDS = 16_384  # ids of prompts read at once, unless a single one is longer
+AT_ONCE = 8192  # ids of a document whose entropies are found in one pass
+PIECE = 2048  # ids that a longer one is read by
 
 Pair = tuple[Tensor, Tensor]  # ids of a prompt and of what may follow it
 Place = tuple[int, int]  # a row of the state, and the number of the pair that goes on from there
@@ -49,7 +51,7 @@ def log_probabilities_of_pairs(decoder: Decoder, pairs: Sequence[Pair]) -> list[
         for row, number in places:
             scores[number] = float(first[row, texts[number][:1]].sum())  # of an empty text, 0
         longer = [(row, number) for row, number in places if len(texts[number]) > 1]
-        for group in _passes(longer, texts, _opened(state)):
+        for group in _passes(longer, texts, state.open_count.tolist()):
             for (_, number), score in zip(group, _after_first(decoder, state, group, texts), strict=True):
                 scores[number] += score
     return scores
@@ -65,13 +67,6 @@ def _prompts(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         group.append(prompt)
     if group:
         yield group
-
-
-def _opened(state: DecodeState) -> list[int]:
-    """How many bytes each row's open patch holds: every text's first patch gathers them anew."""
-    rows = torch.arange(len(state.position), device=state.position.device)
-    begin = state.last(state.history.patch_start, rows, state.position)
-    return (state.position - begin).tolist() if state.open_bytes is not None else [0] * len(rows)
 
 
 def _passes(places: list[Place], texts: dict[int, Tensor], opened: list[int]) -> Iterator[list[Place]]:
@@ -90,7 +85,7 @@ def _passes(places: list[Place], texts: dict[int, Tensor], opened: list[int]) ->
         yield group
 
 
-def _after_first(decoder: Decoder, state: DecodeState, group: list[Place], texts: dict[int, Tensor]) -> list[float]:
+def _after_first(decoder: Decoder, state: State, group: list[Place], texts: dict[int, Tensor]) -> list[float]:
     """log P of all ids of each text but its first, which their prompt alone decides about."""
     read = [texts[number][:-1] for _, number in group]
     if len(read) == 1 and len(read[0]) > PASS_IDS:
@@ -100,7 +95,7 @@ def _after_first(decoder: Decoder, state: DecodeState, group: list[Place], texts
     return [float(part.sum()) for part in found.split([len(ids) for ids in read])]
 
 
-def _of_long(decoder: Decoder, state: DecodeState, row: int, text: Tensor) -> float:
+def _of_long(decoder: Decoder, state: State, row: int, text: Tensor) -> float:
     """The same of one text, piece by piece, in a row of its own."""
     own = decoder.empty(1)
     own.put(0, state, row)
@@ -113,3 +108,20 @@ def _of_long(decoder: Decoder, state: DecodeState, row: int, text: Tensor) -> fl
 def _of(logits_TV: Tensor, ids: Tensor) -> Tensor:
     """The log-probability of each id, float64 [T]."""
     return logits_TV.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+@torch.no_grad()
+def entropies_of(byte_lm: ByteLM, stream: Stream) -> Tensor:
+    """Uncertainty about the id that follows each id, in nats, float32 [T].
+
+    A single long document is read piece by piece with a KV cache: the same entropies, without a mask of all pairs.
+    """
+    if len(stream.ids) <= AT_ONCE or stream.num_documents != 1:
+        return byte_lm.entropies(stream)
+    decoder = Decoder(byte_lm, None, None)
+    first, *others = stream.ids.split(PIECE)
+    state, logits = decoder.prefill([first])
+    found = [entropies(logits)]
+    for piece in others:
+        found.append(entropies(decoder.extend(state, torch.zeros_like(piece), piece)))
+    return torch.cat(found)

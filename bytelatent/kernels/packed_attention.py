@@ -35,7 +35,7 @@ def entries_for(num_documents: int) -> int:
     return max(FEWEST_ENTRIES, 1 << num_documents.bit_length())
 
 
-def takes(device: torch.device, size: int, num_documents: int, heads: Heads, window: int | None) -> bool:
+def cudnn_computes(device: torch.device, size: int, num_documents: int, heads: Heads, window: int | None) -> bool:
     """Whether cuDNN computes it here, and is the faster one; its graphs are made then, if they are not yet.
 
     Args:
@@ -51,13 +51,13 @@ def takes(device: torch.device, size: int, num_documents: int, heads: Heads, win
         and entries <= max(FEWEST_ENTRIES, size // POSITIONS)
         and not torch.are_deterministic_algorithms_enabled()  # it adds up the queries' gradients in any order
         and torch.cuda.get_device_capability(device)[0] in CAPABILITIES
-        and installed()
-        and _made(device, size, entries, heads, window)
+        and cudnn_is_installed()
+        and _has_graphs(device, size, entries, heads, window)
     )
 
 
 @cache
-def installed() -> bool:
+def cudnn_is_installed() -> bool:
     """Whether cuDNN's frontend is there, and finds a cuDNN that will do."""
     try:
         import cudnn  # pyright: ignore[reportMissingImports]
@@ -88,24 +88,24 @@ def packed_attention(
         begin, length: of the entries, from `entries_of`; every position must be in one.
         window: positions seen, itself included; None for all.
     """
-    return attention(q_THE, k_TJE, v_TJE, begin, length, window)[0]
+    return packed_attention_operator(q_THE, k_TJE, v_TJE, begin, length, window)[0]
 
 
 @library.custom_op("bytelatent::packed_attention", mutates_args=())
-def attention(
+def packed_attention_operator(
     q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, begin: Tensor, length: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Also gives, for the gradients, the logarithms of the sums of the weights, float32 [T, H]."""
     q, k, v = (x.contiguous() for x in (q_THE, k_TJE, v_TJE))
     if not q.is_cuda:
-        return plain_attention(q, k, v, begin, window)
+        return plain_packed_attention(q, k, v, begin, window)
     from bytelatent.kernels import packed_attention_cudnn
 
-    return packed_attention_cudnn.attention(q, k, v, begin, length, window)
+    return packed_attention_cudnn.cudnn_attention(q, k, v, begin, length, window)
 
 
 @library.custom_op("bytelatent::packed_attention_backward", mutates_args=())
-def attention_backward(
+def packed_attention_backward_operator(
     d_out: Tensor,
     q_THE: Tensor,
     k_TJE: Tensor,
@@ -118,18 +118,18 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_out, q, k, v = (x.contiguous() for x in (d_out, q_THE, k_TJE, v_TJE))
     if not q.is_cuda:
-        return plain_attention_backward(d_out, q, k, v, begin, window, out_THE, logsum_TH)
+        return plain_packed_attention_backward(d_out, q, k, v, begin, window, out_THE, logsum_TH)
     from bytelatent.kernels import packed_attention_cudnn
 
-    return packed_attention_cudnn.attention_backward(d_out, q, k, v, begin, length, window, out_THE, logsum_TH)
+    return packed_attention_cudnn.cudnn_attention_backward(d_out, q, k, v, begin, length, window, out_THE, logsum_TH)
 
 
-@attention.register_fake
+@packed_attention_operator.register_fake
 def _(q_THE: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q_THE.new_empty(q_THE.shape), q_THE.new_empty(q_THE.shape[:2], dtype=torch.float32)
 
 
-@attention_backward.register_fake
+@packed_attention_backward_operator.register_fake
 def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
@@ -142,13 +142,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, d_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     *inputs, out_THE, logsum_TH = ctx.saved_tensors
-    return *attention_backward(d_out, *inputs, ctx.window, out_THE, logsum_TH), None, None, None
+    return *packed_attention_backward_operator(d_out, *inputs, ctx.window, out_THE, logsum_TH), None, None, None
 
 
-attention.register_autograd(_gradients, setup_context=_keep)
+packed_attention_operator.register_autograd(_gradients, setup_context=_keep)
 
 
-def plain_attention(
+def plain_packed_attention(
     q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, begin: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q_THE.device.type, enabled=False):
@@ -159,7 +159,7 @@ def plain_attention(
     return out_THE.to(q_THE.dtype).contiguous(), logsum_HT.T.contiguous()
 
 
-def plain_attention_backward(
+def plain_packed_attention_backward(
     d_out: Tensor,
     q_THE: Tensor,
     k_TJE: Tensor,
@@ -199,11 +199,11 @@ def _for_all_heads(x_TJE: Tensor, q_THE: Tensor) -> Tensor:
 
 
 @cache
-def _made(device: torch.device, size: int, entries: int, heads: Heads, window: int | None) -> bool:
+def _has_graphs(device: torch.device, size: int, entries: int, heads: Heads, window: int | None) -> bool:
     from bytelatent.kernels import packed_attention_cudnn
 
     try:
-        packed_attention_cudnn.make(device, size, entries, window, *heads)
+        packed_attention_cudnn.make_graphs(device, size, entries, window, *heads)
     except RuntimeError as error:
         name = torch.cuda.get_device_name(device)
         warnings.warn(f"cuDNN does not compute attention on {name}, FlexAttention does: {error}", stacklevel=2)

@@ -19,7 +19,7 @@ KINDS = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_typ
 
 
 @dataclass(frozen=True)
-class Shape:
+class GraphShape:
     """What a graph is made for: [B, H, S, E] of which each entry has a length of its own, end to end."""
 
     device: torch.device
@@ -38,8 +38,8 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Graph:
-    shape: Shape
+class CudnnGraph:
+    shape: GraphShape
     graph: Any
     numbers: dict[str, int]  # how cuDNN calls each tensor
     workspace: int  # bytes
@@ -54,7 +54,7 @@ class Graph:
             self.graph.execute({number: given[name] for name, number in self.numbers.items()}, workspace, handle=handle)
 
 
-def make(device: torch.device, size: int, entries: int, window: int | None, *heads: Any) -> None:
+def make_graphs(device: torch.device, size: int, entries: int, window: int | None, *heads: Any) -> None:
     """Make the graphs, which takes a second for the first ones.
 
     Args:
@@ -71,7 +71,7 @@ def make(device: torch.device, size: int, entries: int, window: int | None, *hea
         raise RuntimeError(str(error)) from error
 
 
-def attention(
+def cudnn_attention(
     q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, begin: Tensor, length: Tensor, window: int | None
 ) -> tuple[Tensor, Tensor]:
     out_THE = torch.empty_like(q_THE)
@@ -81,7 +81,7 @@ def attention(
     return out_THE, logsum_TH
 
 
-def attention_backward(
+def cudnn_attention_backward(
     d_out: Tensor,
     q_THE: Tensor,
     k_TJE: Tensor,
@@ -99,15 +99,15 @@ def attention_backward(
     return d_q, d_k, d_v
 
 
-def _shape_of(q_THE: Tensor, k_TJE: Tensor, length: Tensor, window: int | None) -> Shape:
+def _shape_of(q_THE: Tensor, k_TJE: Tensor, length: Tensor, window: int | None) -> GraphShape:
     assert q_THE.dtype in KINDS, f"cuDNN computes attention in bfloat16 and float16, not in {q_THE.dtype}"
     size, num_heads, head_dim = q_THE.shape
     return _shape(q_THE.device, size, length.shape[0], window, q_THE.dtype, num_heads, k_TJE.shape[1], head_dim)
 
 
-def _shape(device: torch.device, size: int, entries: int, window: int | None, *heads: Any) -> Shape:
+def _shape(device: torch.device, size: int, entries: int, window: int | None, *heads: Any) -> GraphShape:
     size = -(-size // ROUNDED) * ROUNDED
-    return Shape(device, size, entries, window if window is not None and window < size else None, *heads)
+    return GraphShape(device, size, entries, window if window is not None and window < size else None, *heads)
 
 
 @cache
@@ -117,30 +117,30 @@ def _handle(device: torch.device) -> Any:
 
 
 @cache
-def _forward(shape: Shape) -> Graph:
-    made = _Making(shape)
-    q, k, v = made.queries("q"), made.keys("k"), made.keys("v")
-    out, logsum = made.graph.sdpa(name="attention", q=q, k=k, v=v, generate_stats=True, **made.mask)
-    made.give("out", out, made.queries_laid)
-    made.give("logsum", logsum, made.logsums_laid)
-    return made.done()
+def _forward(shape: GraphShape) -> CudnnGraph:
+    builder = _GraphBuilder(shape)
+    q, k, v = builder.queries("q"), builder.keys("k"), builder.keys("v")
+    out, logsum = builder.graph.sdpa(name="attention", q=q, k=k, v=v, generate_stats=True, **builder.mask)
+    builder.output("out", out, builder.queries_layout)
+    builder.output("logsum", logsum, builder.logsums_layout)
+    return builder.build()
 
 
 @cache
-def _backward(shape: Shape) -> Graph:
-    made = _Making(shape)
-    given = {"q": made.queries("q"), "k": made.keys("k"), "v": made.keys("v"), "o": made.queries("out")}
-    given |= {"dO": made.queries("d_out"), "stats": made.tensor("logsum", made.logsums_laid)}
-    d_q, d_k, d_v = made.graph.sdpa_backward(name="attention_backward", **given, **made.mask)
-    made.give("d_q", d_q, made.queries_laid)
-    made.give("d_k", d_k, made.keys_laid)
-    made.give("d_v", d_v, made.keys_laid)
-    return made.done()
+def _backward(shape: GraphShape) -> CudnnGraph:
+    builder = _GraphBuilder(shape)
+    given = {"q": builder.queries("q"), "k": builder.keys("k"), "v": builder.keys("v"), "o": builder.queries("out")}
+    given |= {"dO": builder.queries("d_out"), "stats": builder.tensor("logsum", builder.logsums_layout)}
+    d_q, d_k, d_v = builder.graph.sdpa_backward(name="attention_backward", **given, **builder.mask)
+    builder.output("d_q", d_q, builder.queries_layout)
+    builder.output("d_k", d_k, builder.keys_layout)
+    builder.output("d_v", d_v, builder.keys_layout)
+    return builder.build()
 
 
 @dataclass(frozen=True)
-class _Laid:
-    """How a tensor lies in memory."""
+class _Layout:
+    """A tensor's layout in memory."""
 
     dtype: Any
     heads: int
@@ -151,15 +151,15 @@ class _Laid:
         return self.heads * self.width
 
 
-class _Making:
-    """A graph in the making."""
+class _GraphBuilder:
+    """Describes a graph to cuDNN and builds it."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: GraphShape):
         self.shape = shape
         kind, kinds = KINDS[shape.dtype], cudnn.data_type
-        self.queries_laid = _Laid(kind, shape.num_heads, shape.head_dim)
-        self.keys_laid = _Laid(kind, shape.num_kv_heads, shape.head_dim)
-        self.logsums_laid = _Laid(kinds.FLOAT, shape.num_heads, 1)
+        self.queries_layout = _Layout(kind, shape.num_heads, shape.head_dim)
+        self.keys_layout = _Layout(kind, shape.num_kv_heads, shape.head_dim)
+        self.logsums_layout = _Layout(kinds.FLOAT, shape.num_heads, 1)
         self.graph = cudnn.pygraph(
             io_data_type=kind,
             intermediate_data_type=kinds.FLOAT,
@@ -184,27 +184,27 @@ class _Making:
             self.mask["diagonal_band_left_bound"] = shape.window
 
     def queries(self, name: str) -> Any:
-        return self.tensor(name, self.queries_laid)
+        return self.tensor(name, self.queries_layout)
 
     def keys(self, name: str) -> Any:
-        return self.tensor(name, self.keys_laid)
+        return self.tensor(name, self.keys_layout)
 
-    def tensor(self, name: str, laid: _Laid) -> Any:
-        """What is given."""
-        dim, stride = self._extent(laid)
-        first = self.tensors[_first(laid.multiple)]
-        made = self.graph.tensor(name=name, dim=dim, stride=stride, data_type=laid.dtype, ragged_offset=first)
+    def tensor(self, name: str, layout: _Layout) -> Any:
+        """Declare an input of the graph."""
+        dim, stride = self._extent(layout)
+        first = self.tensors[_first(layout.multiple)]
+        made = self.graph.tensor(name=name, dim=dim, stride=stride, data_type=layout.dtype, ragged_offset=first)
         self.tensors[name] = made
         return made
 
-    def give(self, name: str, tensor: Any, laid: _Laid) -> None:
-        """What the graph gives back."""
-        dim, stride = self._extent(laid)
-        tensor.set_output(True).set_data_type(laid.dtype).set_dim(dim).set_stride(stride)
-        tensor.set_ragged_offset(self.tensors[_first(laid.multiple)])
+    def output(self, name: str, tensor: Any, layout: _Layout) -> None:
+        """Declare an output of the graph."""
+        dim, stride = self._extent(layout)
+        tensor.set_output(True).set_data_type(layout.dtype).set_dim(dim).set_stride(stride)
+        tensor.set_ragged_offset(self.tensors[_first(layout.multiple)])
         self.tensors[name] = tensor
 
-    def done(self) -> Graph:
+    def build(self) -> CudnnGraph:
         with torch.cuda.device(self.shape.device):
             self.graph.validate()
             self.graph.build_operation_graph()
@@ -212,17 +212,17 @@ class _Making:
             self.graph.check_support()
             self.graph.build_plans()
         numbers = {name: tensor.get_uid() for name, tensor in self.tensors.items()}
-        return Graph(self.shape, self.graph, numbers, self.graph.get_workspace_size())
+        return CudnnGraph(self.shape, self.graph, numbers, self.graph.get_workspace_size())
 
     def _column(self, name: str, size: int, dtype: Any) -> Any:
         made = self.graph.tensor(name=name, dim=[size, 1, 1, 1], stride=[1, 1, 1, 1], data_type=dtype)
         self.tensors[name] = made
         return made
 
-    def _extent(self, laid: _Laid) -> tuple[list[int], list[int]]:
+    def _extent(self, layout: _Layout) -> tuple[list[int], list[int]]:
         size = self.shape.size
-        dim = [self.shape.entries, laid.heads, size, laid.width]
-        return dim, [size * laid.multiple, laid.width, laid.multiple, 1]
+        dim = [self.shape.entries, layout.heads, size, layout.width]
+        return dim, [size * layout.multiple, layout.width, layout.multiple, 1]
 
 
 def _first(multiple: int) -> str:

@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Products of a few rows with a large matrix, for decoding: the time is that of reading the matrix once.
 
 RMSNorm divides each row by one number, so it may be done after the product: for one row the kernel sums the squares of
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.kernels.gated_product import fast_row_scale, row_scale
-from bytelatent.kernels.overlap import launch_options
+from bytelatent.kernels.gated_product import fast_row_scale
+from bytelatent.kernels.launch import fetch, launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
+from bytelatent.kernels.plain import is_float32, rms_norm_array
 from bytelatent.kernels.quantized import Matrix, QuantizedMatrix, dense
 
 # Shapes: M rows, at most a few hundred, K width of the states, N width of the result
@@ -31,6 +34,8 @@ FLOAT32_LIBRARY_FROM = 16  # the same for float32, which tensor cores would roun
 # reads, which it does once for every 32 rows. (Counted, not measured.)
 QUANTIZED_LIBRARY_FROM = 128
 PROGRAMS = 132  # that run at once on the GPU that the launches are chosen for
+SMALL = 1 << 18  # multiplications of a product, for which OpenBLAS, NumPy's on most machines, uses one thread
+FETCHED = tl.constexpr(512)  # numbers of each row that are fetched while the kernel before runs
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,12 @@ def launch_for(M: int, N: int, K: int, gated: bool = False, itemsize: int = 2) -
     if M == 1:
         if gated or (K >= 2048 and N <= 2048):
             block_n = 4 if not gated and N * K > 2**23 else 2
-            return SkinnyLaunch(1, block_n, min(_power_of_two(K), 1024), num_warps=4, num_stages=8)
+            return SkinnyLaunch(1, block_n, min(power_of_two(K), 1024), num_warps=4, num_stages=8)
         block_n = next((size for size in (8, 4) if size * PROGRAMS <= N), 2)
         # At 256 a warp has its own rows of the matrix, and no warp waits for another.
-        return SkinnyLaunch(1, block_n, min(_power_of_two(K), 256), num_warps=min(block_n, 4), num_stages=8)
+        return SkinnyLaunch(1, block_n, min(power_of_two(K), 256), num_warps=min(block_n, 4), num_stages=8)
     # 64 rows of the matrix are what Hopper's tensor cores take from shared memory at once.
-    block_m, block_n, block_k = (min(max(_power_of_two(size), 16), 64) for size in (M, N, K))
+    block_m, block_n, block_k = (min(max(power_of_two(size), 16), 64) for size in (M, N, K))
     if gated and N <= 64 * PROGRAMS // 2:
         block_n = min(block_n, 32)  # of either matrix
     tiles, splits = -(-M // block_m) * -(-N // block_n), 1
@@ -91,12 +96,26 @@ def plain_skinny_linear(
     out: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
-    """What `skinny_linear` computes, in float32."""
-    y_MN = _scaled_product(x_MK, weight_NK, eps)
-    if residual_MN is not None:
-        y_MN = y_MN + residual_scale * residual_MN.float()
-    dtype = x_MK.dtype if residual_MN is None else residual_MN.dtype
-    return _written(y_MN, dtype, out, run)
+    """The plain form, in the precision of x."""
+    if run is not None and not bool(run):
+        return x_MK.new_zeros(len(x_MK), weight_NK.shape[0]) if out is None else out
+    if _is_small(x_MK, weight_NK) and (residual_MN is None or is_float32(residual_MN)):
+        y = _small_product(x_MK, weight_NK, eps)
+        if residual_MN is not None:
+            residual = residual_MN.numpy()
+            y += residual if residual_scale == 1 else residual * residual_scale
+        return torch.from_numpy(y) if out is None else out.copy_(torch.from_numpy(y))
+    weight_NK = dense(weight_NK, x_MK.dtype)
+    x_MK = x_MK if eps is None else F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
+    if residual_MN is None:
+        y_MN = F.linear(x_MK, weight_NK)
+    elif residual_MN.dtype != x_MK.dtype:
+        y_MN = (F.linear(x_MK, weight_NK).float() + residual_scale * residual_MN).to(residual_MN.dtype)
+    elif out is residual_MN:
+        return residual_MN.addmm_(x_MK, weight_NK.t(), beta=residual_scale)
+    else:
+        y_MN = torch.addmm(residual_MN, x_MK, weight_NK.t(), beta=residual_scale)
+    return y_MN if out is None else out.copy_(y_MN)
 
 
 def plain_skinny_gated(
@@ -107,9 +126,32 @@ def plain_skinny_gated(
     out: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
-    """What `skinny_gated` computes, in float32."""
-    y_M2N = _scaled_product(x_MK, gate_up_2NK, eps)
-    return _written(F.silu(y_M2N[:, 0::2]) * y_M2N[:, 1::2], x_MK.dtype, out, run)
+    """The plain form, in the precision of x."""
+    if run is not None and not bool(run):
+        return x_MK.new_zeros(len(x_MK), gate_up_2NK.shape[0] // 2) if out is None else out
+    if _is_small(x_MK, gate_up_2NK):
+        y_M2N = _small_product(x_MK, gate_up_2NK, eps)
+        gate_MN = y_M2N[:, 0::2]
+        y_MN = np.exp(np.minimum(-gate_MN, 88))  # beyond, float32 overflows
+        y_MN += 1
+        np.divide(gate_MN, y_MN, out=y_MN)
+        y_MN *= y_M2N[:, 1::2]
+        found_MN = torch.from_numpy(y_MN)
+    else:
+        x_MK = x_MK if eps is None else F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
+        found_MN = plain_gate(F.linear(x_MK, dense(gate_up_2NK, x_MK.dtype)))
+    return found_MN if out is None else out.copy_(found_MN)
+
+
+def _is_small(x_MK: Tensor, weight_NK: Matrix) -> bool:
+    """Whether NumPy computes a product: a small one takes it half as long, and it waits for no thread."""
+    return isinstance(weight_NK, Tensor) and x_MK.shape[0] * weight_NK.numel() <= SMALL and is_float32(x_MK, weight_NK)
+
+
+def _small_product(x_MK: Tensor, weight_NK: Any, eps: float | None) -> np.ndarray:
+    """[M, N], of the normed x if `eps` is given."""
+    x = x_MK.numpy()
+    return (x if eps is None else rms_norm_array(x, eps)) @ weight_NK.numpy().T
 
 
 def skinny_linear(
@@ -137,6 +179,10 @@ def skinny_linear(
         run: one number on the device; where it is 0 nothing is written, or, with many rows, anything may be.
         launch: see `launch_for`.
     """
+    if not uses_kernels(x_MK):
+        return plain_skinny_linear(
+            x_MK, weight_NK, eps=eps, residual_MN=residual_MN, residual_scale=residual_scale, out=out, run=run
+        )
     dtype = x_MK.dtype if residual_MN is None else residual_MN.dtype
     return _launched(x_MK, weight_NK, False, eps, residual_MN, residual_scale, dtype, out, run, launch)
 
@@ -157,6 +203,8 @@ def skinny_gated(
 
     The others are those of `skinny_linear`.
     """
+    if not uses_kernels(x_MK):
+        return plain_skinny_gated(x_MK, gate_up_2NK, eps=eps, out=out, run=run)
     return _launched(x_MK, gate_up_2NK, True, eps, None, 1.0, x_MK.dtype, out, run, launch)
 
 
@@ -172,9 +220,6 @@ def _launched(
     run: Tensor | None,
     launch: SkinnyLaunch | None,
 ) -> Tensor:
-    from bytelatent.kernels import skinny_linear_triton
-
-    kernels: Any = skinny_linear_triton
     weight, scale = (matrix.values, matrix.scale) if isinstance(matrix, QuantizedMatrix) else (matrix, None)
     M, K = x.shape
     N = weight.shape[0] // (2 if gated else 1)
@@ -195,7 +240,7 @@ def _launched(
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch_options()}
     shape = {"N": N, "K": K, "GATED": gated, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
     if launch.block_m == 1:
-        kernels.vector_kernel[-(-N // launch.block_n), M](
+        vector_kernel[-(-N // launch.block_n), M](
             *(x, weight, scale, residual, out, run, eps or 0.0, residual_scale, x_row, residual_row, out_row),
             **shape,
             NORM=eps is not None,
@@ -210,7 +255,7 @@ def _launched(
         assert launch.block_m * launch.block_n * (1 + gated) <= 64 * 64, f"blocks of shared widths: {launch}"
         sums, arrived = _scratch(x.device, torch.cuda.current_stream().cuda_stream if x.is_cuda else 0)
     x_scale = None if eps is None else fast_row_scale(x, eps, run)
-    kernels.matrix_kernel[grid](
+    matrix_kernel[grid](
         *(x, weight, scale, x_scale, residual, out, run, residual_scale, x_row, residual_row, out_row),
         *(sums, arrived, M),
         **shape,
@@ -231,22 +276,20 @@ def _scratch(device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
 
 
 def plain_gate(gate_up_M2N: Tensor) -> Tensor:
-    """What `gate` computes."""
-    return (F.silu(gate_up_M2N[:, 0::2].float()) * gate_up_M2N[:, 1::2]).to(gate_up_M2N.dtype)
+    """The plain form."""
+    return F.silu(gate_up_M2N[:, 0::2].float()).mul_(gate_up_M2N[:, 1::2]).to(gate_up_M2N.dtype)
 
 
 def gate(gate_up_M2N: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up of columns that are gate and up in turn, [M, N]."""
-    from bytelatent.kernels import skinny_linear_triton
-
-    kernels: Any = skinny_linear_triton
+    if not uses_kernels(gate_up_M2N):
+        found_MN = plain_gate(gate_up_M2N)
+        return found_MN if out is None else out.copy_(found_MN)
     rows, columns, block = gate_up_M2N.shape[0], gate_up_M2N.shape[1] // 2, 512
     if out is None:
         out = torch.empty(rows, columns, dtype=gate_up_M2N.dtype, device=gate_up_M2N.device)
     assert gate_up_M2N.is_contiguous(), "the columns are not contiguous"
-    kernels.gate_kernel[(rows, -(-columns // block))](
-        gate_up_M2N, out, N=columns, BLOCK=block, num_warps=4, **launch_options()
-    )
+    gate_kernel[(rows, -(-columns // block))](gate_up_M2N, out, N=columns, BLOCK=block, num_warps=4, **launch_options())
     return out
 
 
@@ -275,19 +318,166 @@ def _by_library(
     return y.to(dtype) if out is None else out.copy_(y)
 
 
-def _scaled_product(x: Tensor, weight: Matrix, eps: float | None) -> Tensor:
-    product = x.float() @ dense(weight, torch.float32).float().T
-    return product if eps is None else product * row_scale(x, eps)[:, None]
+# Kernels
 
 
-def _written(y: Tensor, dtype: torch.dtype, out: Tensor | None, run: Tensor | None) -> Tensor:
-    """Put `y` where it belongs, unless `run` is 0."""
-    out = y.new_zeros(y.shape, dtype=dtype) if out is None else out
-    if run is None or bool(run):
-        out.copy_(y)
-    return out
+@triton.jit
+def finished(y, up, squares, eps, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):
+    """The norm's scale and the gate; `squares` is broadcast to the shape of `y`."""
+    if NORM:
+        scale = tl.rsqrt(squares / K + eps)
+        y = y * scale
+        if GATED:
+            up = up * scale
+    if GATED:
+        y = y / (1.0 + tl.exp(-y)) * up
+    return y
 
 
-def _power_of_two(size: int) -> int:
-    """The next one."""
-    return 1 << (size - 1).bit_length()
+@triton.jit
+def row_scales(scale_ptr, n, N: tl.constexpr, GATED: tl.constexpr):
+    """What the sums of a quantized matrix's rows are multiplied with, and those of a gate's other matrix."""
+    scale, scale_up = 1.0, 1.0
+    if scale_ptr is not None:
+        at = scale_ptr + tl.minimum(n, N - 1) * (2 if GATED else 1)
+        scale = tl.load(at)
+        if GATED:
+            scale_up = tl.load(at + 1)
+    return scale, scale_up
+
+
+@triton.jit
+def summed(acc, acc_up, squares, weight, x_at, k, at, K: tl.constexpr, GATED: tl.constexpr):
+    """One more part of the width, which begins at `at`."""
+    within = (k < K - at)[None, :]
+    x = tl.load(x_at + at, mask=within, other=0.0).to(tl.float32)
+    acc += tl.load(weight + at, mask=within, other=0.0).to(tl.float32) * x
+    if GATED:
+        acc_up += tl.load(weight + (K + at), mask=within, other=0.0).to(tl.float32) * x
+    return acc, acc_up, squares + x * x
+
+
+@triton.jit
+def vector_kernel(
+    x_ptr, weight_ptr, scale_ptr, residual_ptr, out_ptr, run_ptr, eps, residual_scale, x_row, residual_row, out_row,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    MATRICES: tl.constexpr = 2 if GATED else 1
+    EARLY: tl.constexpr = OVERLAP and run_ptr is None  # the first weights need not wait, but should not be read in vain
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    # Columns past the end repeat the last one: no mask, and what they are is not stored.
+    weight = weight_ptr + tl.minimum(n, N - 1)[:, None] * (MATRICES * K) + k[None, :]
+    within = (k < K)[None, :]
+    if EARLY:
+        w = tl.load(weight, mask=within, other=0.0)
+        if GATED:
+            w_up = tl.load(weight + K, mask=within, other=0.0)
+    wait_for_earlier(OVERLAP)
+    if run_ptr is not None and tl.load(run_ptr) == 0:
+        return
+    if not EARLY:
+        w = tl.load(weight, mask=within, other=0.0)
+        if GATED:
+            w_up = tl.load(weight + K, mask=within, other=0.0)
+    scale, scale_up = row_scales(scale_ptr, n, N, GATED)
+    # Every column loads x anew, from the L1 cache: as the threads lie for the weights, so that none waits for another.
+    x_at = x_ptr + m * x_row + tl.zeros([BLOCK_N, 1], tl.int32) + k[None, :]
+    x = tl.load(x_at, mask=within, other=0.0).to(tl.float32)
+    acc = w.to(tl.float32) * x
+    acc_up = acc
+    if GATED:
+        acc_up = w_up.to(tl.float32) * x
+    squares = x * x
+    if K <= STAGES * BLOCK_K:
+        for at in tl.static_range(BLOCK_K, K, BLOCK_K):
+            acc, acc_up, squares = summed(acc, acc_up, squares, weight, x_at, k, at, K, GATED)
+    else:
+        for at in tl.range(BLOCK_K, K, BLOCK_K, loop_unroll_factor=STAGES):
+            acc, acc_up, squares = summed(acc, acc_up, squares, weight, x_at, k, at, K, GATED)
+    up = tl.sum(acc_up, 1) * scale_up if GATED else 0.0
+    y = finished(tl.sum(acc, 1) * scale, up, tl.sum(squares, 1), eps, K, NORM, GATED)
+    stored = n < N
+    if residual_ptr is not None:
+        y += residual_scale * tl.load(residual_ptr + m * residual_row + n, mask=stored, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m * out_row + n, y.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def matrix_kernel(
+    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, residual_ptr, out_ptr, run_ptr, residual_scale, x_row, residual_row,
+    out_row, sums_ptr, arrived_ptr, M, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Loads feed one `tl.dot` and nothing else: else Triton 3.6 refills a buffer that a product still reads."""
+    MATRICES: tl.constexpr = 2 if GATED else 1
+    ROWS: tl.constexpr = MATRICES * BLOCK_N  # of the matrix; gates and what they gate in turn
+    # Programs that share rows of the matrix follow each other.
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    # What lies past the end repeats the last row or column: no mask, and what it is is not stored.
+    row = tl.minimum(row, MATRICES * N - 1)
+    PART: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    begin = tl.program_id(2) * PART
+    if OVERLAP and run_ptr is None:  # the first weights need not wait, but should not be read in vain
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        early = tl.minimum(begin + tl.arange(0, FETCHED // LINE) * LINE, K - 1)
+        fetch(weight_ptr + row[:, None] * K + early[None, :])
+    wait_for_earlier(OVERLAP)
+    if run_ptr is not None and tl.load(run_ptr) == 0:
+        return
+    weight = weight_ptr + row[:, None] * K + k[None, :]
+    x_at = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * x_row + k[:, None]
+    acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    for at in tl.range(begin, tl.minimum(begin + PART, K), BLOCK_K):
+        if K % BLOCK_K == 0:
+            x = tl.load(x_at + at)
+            w = tl.load(weight + at)
+        else:
+            within = k < K - at
+            x = tl.load(x_at + at, mask=within[:, None], other=0.0)
+            w = tl.load(weight + at, mask=within[None, :], other=0.0)
+        if scale_ptr is not None:
+            w = w.to(x.dtype)
+        acc = tl.dot(w, x.to(w.dtype), acc, input_precision="ieee")
+    if SPLITS > 1:
+        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        inner = tl.arange(0, ROWS)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.store(sums_ptr + (tile * SPLITS + tl.program_id(2)) * (ROWS * BLOCK_M) + inner, acc)
+        tl.debug_barrier()  # all threads have written before one of them says so
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
+            return
+        acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
+        for other in tl.static_range(SPLITS):
+            acc += tl.load(sums_ptr + (tile * SPLITS + other) * (ROWS * BLOCK_M) + inner, cache_modifier=".cg")
+        tl.store(arrived_ptr + tile, 0)
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + row)[:, None]
+    if x_scale_ptr is not None:
+        acc *= tl.load(x_scale_ptr + tl.minimum(m, M - 1))[None, :]
+    y = acc
+    if GATED:
+        y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N, 2, BLOCK_M]), (0, 2, 1)))
+        y = y / (1.0 + tl.exp(-y)) * up
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    stored = (n < N)[:, None] & (m < M)[None, :]
+    wide = m.to(tl.int64)[None, :]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + wide * residual_row + n[:, None], mask=stored, other=0.0)
+        y += residual_scale * residual.to(tl.float32)
+    tl.store(out_ptr + wide * out_row + n[:, None], y.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def gate_kernel(gate_up_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_earlier(OVERLAP)
+    gate_up = tl.load(gate_up_ptr + m * (2 * N) + pair, mask=pair < 2 * N, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(gate_up, [BLOCK, 2]))
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + m * N + n, y.to(out_ptr.dtype.element_ty), mask=n < N)

@@ -1,19 +1,20 @@
+# pyright: reportInvalidTypeForm=false
 """Causal attention inside documents and a window, for packed streams, forward only.
 
 What a query sees is one run of keys: from `low` to itself. So the kernel walks over blocks of keys and masks only the
-first ones and the last. Queries are turned by their rotary angles as they are loaded; keys, which several blocks of
-queries read, are turned once before, in place.
+first ones and the last. Queries are rotated as they are loaded; keys, which several blocks of queries read, are
+rotated once before, in place.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-# Shapes: T positions in the stream, H heads, E head size, A = E/2 angles
+from bytelatent.kernels.launch import LOG2_E, power_of_two, tl, triton, uses_kernels
+from bytelatent.kernels.rotary import rotate, rotated
+
+# Shapes: T positions in the stream, H heads, E head size, A = E/2 rotary angles
 
 BLOCK = 64  # queries, and keys, that a program looks at at once; T is a multiple of it
-LOG2_E = 1.4426950408889634
 
 
 def first_seen(position: Tensor, window: int | None) -> Tensor:
@@ -28,21 +29,6 @@ def first_seen(position: Tensor, window: int | None) -> Tensor:
     return (begin if window is None else torch.maximum(begin, place - window + 1)).int()
 
 
-def angles(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles of pairs (2i, 2i+1), float32 [T, A]."""
-    exponents = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
-    turns = position.float()[:, None] * (1.0 / theta**exponents)
-    return turns.cos(), turns.sin()
-
-
-def turn(x_THE: Tensor, cos_TA: Tensor, sin_TA: Tensor) -> Tensor:
-    """Rotate each pair (2i, 2i+1) of every head by its position's angle."""
-    pairs = x_THE.float().unflatten(-1, (-1, 2))
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos_TA[:, None], sin_TA[:, None]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_THE.dtype)
-
-
 def can_attend(num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
     """Whether `window_attention` can do such heads."""
     return num_kv_heads == num_heads and head_dim in (16, 32, 64, 128)
@@ -51,11 +37,12 @@ def can_attend(num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
 def plain_window_attention(
     q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, low_T: Tensor, cos_TA: Tensor, sin_TA: Tensor
 ) -> Tensor:
-    """What `window_attention` computes, with a T x T mask."""
+    """The plain form, with a T x T mask."""
     place = torch.arange(q_THE.shape[0], device=q_THE.device)
     seen = (place[None, :] <= place[:, None]) & (place[None, :] >= low_T[:, None])
-    q, k = turn(q_THE, cos_TA, sin_TA), turn(k_THE, cos_TA, sin_TA)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v_THE))
+    rotary_TA2 = torch.stack([cos_TA, sin_TA], dim=-1)
+    k_THE.copy_(rotate(k_THE, rotary_TA2))
+    q, k, v = (x.transpose(0, 1)[None] for x in (rotate(q_THE, rotary_TA2), k_THE, v_THE))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1)
 
 
@@ -65,23 +52,21 @@ def window_attention(
     """Softmax attention of each position over places `low` to itself, with rotary positions, [T, H, E].
 
     Args:
-        q_THE, k_THE, v_THE: strided alike, as parts of one product's output; the keys are turned in place.
+        q_THE, k_THE, v_THE: strided alike, as parts of one product's output; the keys are rotated in place.
         low_T: the first place that a position sees, never falling; see `first_seen`.
-        cos_TA, sin_TA: see `angles`.
+        cos_TA, sin_TA: of the positions' rotary embedding, see `cos_sin`; contiguous.
     """
+    if not uses_kernels(q_THE):
+        return plain_window_attention(q_THE, k_THE, v_THE, low_T, cos_TA, sin_TA)
     size, heads, head_dim = q_THE.shape
     assert size % BLOCK == 0, f"{size} positions are no multiple of {BLOCK}"
     assert q_THE.stride() == k_THE.stride() == v_THE.stride(), "q, k, v are not strided alike"
     assert size * q_THE.stride(0) < 2**31, "the kernel counts places in 32 bits"
     assert q_THE.stride()[1:] == (head_dim, 1), "heads do not lie one after the other"
-    from bytelatent.kernels import window_attention_triton
-
-    kernels: Any = window_attention_triton
-
     out_THE = torch.empty(size, heads, head_dim, dtype=v_THE.dtype, device=v_THE.device)
-    row, padded_heads = q_THE.stride(0), 1 << (heads - 1).bit_length()
-    kernels.turn_in_place[(size,)](k_THE, cos_TA, sin_TA, row, heads, padded_heads, head_dim, num_warps=4)
-    kernels.attend[(heads, size // BLOCK)](
+    row, padded_heads = q_THE.stride(0), power_of_two(heads)
+    rotate_in_place_kernel[(size,)](k_THE, cos_TA, sin_TA, row, heads, padded_heads, head_dim, num_warps=4)
+    window_attention_kernel[(heads, size // BLOCK)](
         q_THE,
         k_THE,
         v_THE,
@@ -97,3 +82,68 @@ def window_attention(
         num_warps=4,
     )
     return out_THE
+
+
+# Kernels
+
+
+@triton.jit
+def rotate_in_place_kernel(
+    x_ptr, cos_ptr, sin_ptr, ROW: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, E: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, PADDED)[:, None]
+    place = x_ptr + at * ROW + head * E + tl.arange(0, E)[None, :]
+    angle = at * (E // 2) + tl.arange(0, E // 2)
+    cos, sin = tl.load(cos_ptr + angle)[None, :], tl.load(sin_ptr + angle)[None, :]
+    x = tl.load(place, mask=head < H, other=0.0)
+    tl.store(place, rotated(x.to(tl.float32), cos, sin, PADDED, E).to(x.dtype), mask=head < H)
+
+
+@triton.jit
+def over_keys(
+    state_acc, state_sum, state_max, q, k_ptr, v_ptr, begin, end, row, low, MASKED: tl.constexpr, ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    for at in tl.range(begin, end, BLOCK, num_stages=2):
+        k = tl.load(k_ptr + at * ROW)
+        v = tl.load(v_ptr + at * ROW)
+        score = tl.dot(q, tl.trans(k))
+        if MASKED:
+            place = at + tl.arange(0, BLOCK)[None, :]
+            score = tl.where((place <= row[:, None]) & (place >= low[:, None]), score, -1e30)
+        highest = tl.maximum(state_max, tl.max(score, 1))
+        weight = tl.exp2(score - highest[:, None])
+        shrink = tl.exp2(state_max - highest)
+        state_sum = state_sum * shrink + tl.sum(weight, 1)
+        state_acc = tl.dot(weight.to(v.dtype), v, state_acc * shrink[:, None])
+        state_max = highest
+    return state_acc, state_sum, state_max
+
+
+@triton.jit
+def window_attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, low_ptr, cos_ptr, sin_ptr, scale, ROW: tl.constexpr, OUT_ROW: tl.constexpr,
+    BLOCK: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    head, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    row = first + tl.arange(0, BLOCK)
+    wide = row.to(tl.int64)[:, None]
+    column = head * E + tl.arange(0, E)[None, :]
+    angle = wide * (E // 2) + tl.arange(0, E // 2)[None, :]
+    q = tl.load(q_ptr + wide * ROW + column)
+    q = (rotated(q.to(tl.float32), tl.load(cos_ptr + angle), tl.load(sin_ptr + angle), BLOCK, E) * scale).to(q.dtype)
+    low = tl.load(low_ptr + row)
+    # Every query sees all of the keys from the last one's `low` to the first query.
+    begin = tl.load(low_ptr + first) // BLOCK * BLOCK
+    inner = tl.minimum((tl.load(low_ptr + first + BLOCK - 1) + BLOCK - 1) // BLOCK * BLOCK, first)
+    key = tl.arange(0, BLOCK)[:, None] * ROW + column
+    acc = tl.zeros([BLOCK, E], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    highest = tl.full([BLOCK], -1e30, tl.float32)
+    keys, values = k_ptr + key, v_ptr + key
+    acc, total, highest = over_keys(acc, total, highest, q, keys, values, begin, inner, row, low, True, ROW, BLOCK)
+    acc, total, highest = over_keys(acc, total, highest, q, keys, values, inner, first, row, low, False, ROW, BLOCK)
+    end = first + BLOCK
+    acc, total, highest = over_keys(acc, total, highest, q, keys, values, first, end, row, low, True, ROW, BLOCK)
+    tl.store(out_ptr + wide * OUT_ROW + column, (acc / total[:, None]).to(q.dtype))

@@ -7,7 +7,7 @@ from bytelatent.model.block import Block
 from bytelatent.model.blt import BLTModel
 from bytelatent.model.byte_lm import ByteLM, entropies
 from bytelatent.model.patch_attention import CrossAttention
-from bytelatent.model.presets import PRESETS, preset
+from bytelatent.model.presets import PRESETS, UnknownPreset, preset
 from bytelatent.model.settings import BLTSettings, ByteLMSettings, ModelSettings
 from bytelatent.model.stream import PatchedStream, Stream, add_patches, pack_rows
 
@@ -33,6 +33,7 @@ __all__ = [
     "ModelSettings",
     "PatchedStream",
     "Stream",
+    "UnknownPreset",
     "add_patches",
     "build",
     "compile_regions",

@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bytelatent.kernels import packed_attention
 from bytelatent.kernels.packed_attention import Heads
-from bytelatent.kernels.window_attention import angles, turn
 
 # Shapes: T positions in the stream, H heads, J key/value heads, E head size, W window, N blocks of W positions
 
@@ -50,15 +49,15 @@ class PackedMask:
     window: int | None
 
 
-class Look(Protocol):
-    """Another way to look at positions than a mask: into a cache. Each layer calls it once, in their order."""
+class CachedAttention(Protocol):
+    """Attention with a KV cache, in place of a mask. Each layer calls it once, in order."""
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         """What `attend` below does, with queries and keys already rotated."""
         ...
 
 
-Mask = DenseMask | BandedMask | FlexMask | PackedMask | Look
+Mask = DenseMask | BandedMask | FlexMask | PackedMask | CachedAttention
 
 
 def build_mask(
@@ -76,7 +75,7 @@ def build_mask(
     if document.device.type == "cuda" and size >= FLEX_FROM:
         if heads is None or num_documents is None:
             return _flex_mask(document, window)
-        if packed_attention.takes(document.device, size, num_documents, heads, window):
+        if packed_attention.cudnn_computes(document.device, size, num_documents, heads, window):
             return packed_mask(document, window, num_documents)
         return _flex_mask(document, window)
     index = torch.arange(size, device=document.device)
@@ -113,11 +112,6 @@ def attend(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Mask) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)[:size]
 
 
-def rotary(position: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Cosine and sine of the rotary angles, [T, E/2, 2], for pairs (2i, 2i+1)."""
-    return torch.stack(angles(position, head_dim, theta), dim=-1)
-
-
 def head_dim_of(rotary_TE2: Tensor) -> int:
     """E, a constant where blocks are compiled; under FSDP a module's own number is none.
 
@@ -127,11 +121,6 @@ def head_dim_of(rotary_TE2: Tensor) -> int:
         torch._dynamo.mark_static(rotary_TE2, 1)
         torch._dynamo.mark_static(rotary_TE2, 2)
     return 2 * rotary_TE2.shape[1]
-
-
-def rotate(x_THE: Tensor, rotary_TE2: Tensor) -> Tensor:
-    """Rotate each pair (2i, 2i+1) of every head by its position's angle."""
-    return turn(x_THE, rotary_TE2[..., 0], rotary_TE2[..., 1])
 
 
 def _allowed(document: Tensor, seen: Tensor, place: Tensor, where: Tensor, window: int | None) -> Tensor:

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bytelatent.kernels.packed_attention import Heads
-from bytelatent.model.attention import Mask, attend, build_mask, head_dim_of, rotary, rotate
+from bytelatent.kernels.rotary import rotary_embedding, rotate
+from bytelatent.model.attention import Mask, attend, build_mask, head_dim_of
 from bytelatent.model.settings import StackSettings
 
 # Shapes: T positions in the stream, D width, H heads, J key/value heads, E head size, F feed-forward width
@@ -62,7 +63,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
 
     def rotary(self, position: Tensor) -> Tensor:
-        return rotary(position, self.settings.head_dim, self.settings.rope_theta)
+        return rotary_embedding(position, self.settings.head_dim, self.settings.rope_theta)
 
     def mask(self, document: Tensor, num_documents: int | None) -> Mask:
         """What the positions of a packed stream see; see `build_mask`."""

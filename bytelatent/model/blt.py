@@ -2,24 +2,51 @@
 
     bytes -> local encoder -> patches -> global transformer -> patches -> local decoder -> next bytes
 
+Each part reads a whole batch, or, with a cache, what is new: a prompt or the next bytes.
+
 Source: Pagnoni et al. 2024, figure 2 and section 3.
 """
 
-from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bytelatent.kernels.patch_attention import pool_patches, runs_of
+from bytelatent.kernels.patch_attention import ByteRanges
+from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model.attention import Mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.model.patch_attention import DecoderCrossAttention, EncoderCrossAttention
 from bytelatent.model.settings import BLTSettings
-from bytelatent.model.stream import PatchedStream
+from bytelatent.model.stream import PatchedStream, Stream
 from bytelatent.vocab import VOCAB_SIZE
 
 # Shapes: T bytes in the batch, P patches, K queries or keys a patch, D local width, G global width, V vocabulary
+
+
+class BLTCache(Protocol):
+    """The KV cache of a BLT for one pass over T new bytes, among which P patches close."""
+
+    encoder: Mask
+    global_transformer: Mask
+    decoder: Mask
+    tail_TW: Tensor  # the W newest ids up to each one, for its n-grams
+    patch_position: Tensor  # [P] number of each closing patch in its document
+    own: ByteRanges  # the patches of the bytes that `own_bytes` gives
+    read: ByteRanges  # the patch that each new byte reads, of those that `read_patches` gives
+
+    def pool(self, h_TD: Tensor) -> Tensor:
+        """The maximum over each closing patch's bytes, [P, D], from the new ones' states."""
+        ...
+
+    def own_bytes(self, layer: int, k_THE: Tensor, v_THE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all bytes of closing patches, earlier ones included, from the new ones'."""
+        ...
+
+    def read_patches(self, layer: int, k_PKHE: Tensor, v_PKHE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all patches that new bytes read, earlier ones included, from the closing ones'."""
+        ...
 
 
 class LocalEncoder(nn.Module):
@@ -39,21 +66,19 @@ class LocalEncoder(nn.Module):
             for _ in range(encoder.num_layers if cross.all_layers_encoder else 1)
         )
 
-    def embed(self, batch: PatchedStream) -> Tensor:
+    def embed(self, batch: Stream, cache: BLTCache | None = None) -> Tensor:
         """A byte's embedding and the sum of its n-grams', [T, D]."""
         x_TD = self.embedding(batch.ids)
         if self.ngram_hash is None:
             return x_TD
+        if cache is not None:
+            return x_TD + self.ngram_hash.of_last(cache.tail_TW, batch.position)
+        assert isinstance(batch, PatchedStream)
         history = batch.position if self.ngram_hash.settings.stop_at_document else batch.history
         return x_TD + self.ngram_hash(batch.ids, history)
 
-    def embed_last(self, tail_TN: Tensor, position: Tensor) -> Tensor:
-        """The same, [T, D], for the last of each tail's N ids; those before the document's start may be any."""
-        x_TD = self.embedding(tail_TN[:, -1])
-        return x_TD if self.ngram_hash is None else x_TD + self.ngram_hash.of_last(tail_TN, position)
-
     def byte_states(self, x_TD: Tensor, position: Tensor, mask: Mask) -> list[Tensor]:
-        """The byte states [T, D] after each layer that patches look at; the last ones are the encoder's output."""
+        """The byte states [T, D] after each layer that patches attend to; the last ones are the encoder's output."""
         rotary = self.stack.rotary(position)
         states = []
         for block in self.stack.blocks:
@@ -68,16 +93,31 @@ class LocalEncoder(nn.Module):
 
     def patch_states(self, states: list[Tensor], batch: PatchedStream) -> Tensor:
         """The K states of each patch, [P, K, D], from its bytes'."""
-        own = runs_of(batch.patch, batch.num_patches)
+        own = ByteRanges.of(batch.patch, batch.num_patches)
         patches_PKD = self.queries(pool_patches(states[0], own))
         for cross, h_TD in zip(self.cross_attention, states, strict=True):
             patches_PKD = cross(patches_PKD, h_TD, own)
         return patches_PKD
 
-    def forward(self, batch: PatchedStream) -> tuple[Tensor, Tensor]:
-        """Byte states [T, D] and patch states [P, K, D]."""
+    def closing_patch_states(self, states: list[Tensor], cache: BLTCache) -> Tensor:
+        """The same of the patches that close among new bytes, of which there may be none."""
+        patches_PKD = self.queries(cache.pool(states[0]))
+        layers: Any = self.cross_attention
+        for layer, (cross, h_TD) in enumerate(zip(layers, states, strict=True)):
+            k, v = cache.own_bytes(layer, *cross.keys_values(h_TD))
+            if len(patches_PKD):
+                patches_PKD = cross.attend(patches_PKD, k, v, cache.own)
+        return patches_PKD
+
+    def forward(self, batch: Stream, cache: BLTCache | None = None) -> tuple[Tensor, Tensor]:
+        """Byte states [T, D] and patch states [P, K, D]; with a cache, of the new bytes and the patches they close."""
+        x_TD = self.embed(batch, cache)
+        if cache is not None:
+            states = self.byte_states(x_TD, batch.position, cache.encoder)
+            return states[-1], self.closing_patch_states(states, cache)
+        assert isinstance(batch, PatchedStream)
         mask = self.stack.mask(batch.document, batch.num_documents)
-        states = self.byte_states(self.embed(batch), batch.position, mask)
+        states = self.byte_states(x_TD, batch.position, mask)
         return states[-1], self.patch_states(states, batch)
 
 
@@ -93,6 +133,8 @@ class GlobalTransformer(nn.Module):
 
     def forward(self, patches_PKD: Tensor, position: Tensor, mask: Mask) -> Tensor:
         """[P, K, D] -> [P, G]"""
+        if not len(patches_PKD):  # no new byte closes a patch
+            return patches_PKD.new_zeros(0, self.stack.settings.dim)
         x_PG = self.projection(patches_PKD.flatten(1)).to(patches_PKD.dtype)
         return self.stack(x_PG, position, mask)
 
@@ -117,32 +159,27 @@ class LocalDecoder(nn.Module):
         """The K key states of each patch, [P, K, D]."""
         return self.patch_to_keys(patches_PG).unflatten(-1, (self.settings.cross_attention.k, -1))
 
-    def forward(self, h_TD: Tensor, patches_PG: Tensor, batch: PatchedStream) -> Tensor:
-        """Logits, float32 [T, V]."""
-        keys_PKD = self.keys(patches_PG).to(h_TD.dtype)
-        read = runs_of(batch.read, batch.num_patches)
-        mask = self.stack.mask(batch.document, batch.num_documents)
-        h_TD = self.states(h_TD, batch.position, mask, lambda layer, h: self.cross_attention[layer](h, keys_PKD, read))
-        return self.logits(h_TD)
-
-    def states(
-        self, h_TD: Tensor, position: Tensor, mask: Mask, read_patches: Callable[[int, Tensor], Tensor]
+    def forward(
+        self, h_TD: Tensor, patches_PG: Tensor, batch: Stream, cache: BLTCache | None = None, at: Tensor | None = None
     ) -> Tensor:
-        """Byte states after all layers, [T, D].
-
-        Args:
-            read_patches: lets byte states [T, D] look at their patches, by the number of the cross-attention.
-        """
-        rotary = self.stack.rotary(position)
+        """Logits, float32 [T, V]; only of the bytes `at` [N], where given."""
+        keys_PKD = self.keys(patches_PG).to(h_TD.dtype)
+        if cache is not None:
+            read, mask = cache.read, cache.decoder
+        else:
+            assert isinstance(batch, PatchedStream)
+            read = ByteRanges.of(batch.read, batch.num_patches)
+            mask = self.stack.mask(batch.document, batch.num_documents)
+        rotary = self.stack.rotary(batch.position)
         for layer, block in enumerate(self.stack.blocks):
             if layer < len(self.cross_attention):
-                h_TD = read_patches(layer, h_TD)
+                cross: Any = self.cross_attention[layer]
+                if cache is None:
+                    h_TD = cross(h_TD, keys_PKD, read)
+                else:
+                    h_TD = cross.read(h_TD, *cache.read_patches(layer, *cross.keys_values(keys_PKD)), read)
             h_TD = block(h_TD, rotary, mask)
-        return h_TD
-
-    def logits(self, h_TD: Tensor) -> Tensor:
-        """[T, D] -> float32 [T, V]"""
-        return self.output(self.norm(h_TD)).float()
+        return self.output(self.norm(h_TD if at is None else h_TD[at])).float()
 
 
 class BLTModel(nn.Module):
@@ -154,9 +191,19 @@ class BLTModel(nn.Module):
         self.decoder = LocalDecoder(settings)
         init_weights(self)
 
-    def forward(self, batch: PatchedStream) -> Tensor:
-        """Logits of the id that follows each id, float32 [T, V]."""
-        h_TD, patches_PKD = self.encoder(batch)
-        mask = self.global_transformer.stack.mask(batch.patch_document, batch.num_documents)
-        patches_PG = self.global_transformer(patches_PKD, batch.patch_position, mask)
-        return self.decoder(h_TD, patches_PG, batch)
+    def forward(self, batch: Stream, cache: BLTCache | None = None, at: Tensor | None = None) -> Tensor:
+        """Logits of the id that follows each id, float32 [T, V].
+
+        Args:
+            batch: a `PatchedStream`; with a cache, new bytes, which the cache has cut into patches.
+            at: [N] the bytes whose logits are wanted; None for all.
+        """
+        h_TD, patches_PKD = self.encoder(batch, cache)
+        if cache is not None:
+            position, mask = cache.patch_position, cache.global_transformer
+        else:
+            assert isinstance(batch, PatchedStream)
+            position = batch.patch_position
+            mask = self.global_transformer.stack.mask(batch.patch_document, batch.num_documents)
+        patches_PG = self.global_transformer(patches_PKD, position, mask)
+        return self.decoder(h_TD, patches_PG, batch, cache, at)

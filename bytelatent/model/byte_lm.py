@@ -6,7 +6,7 @@ Source: Pagnoni et al. 2024, section 2.3.
 import torch
 from torch import Tensor, nn
 
-from bytelatent.model.attention import Mask
+from bytelatent.model.attention import CachedAttention
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.settings import ByteLMSettings
 from bytelatent.model.stream import Stream
@@ -26,14 +26,16 @@ class ByteLM(nn.Module):
         self.output = nn.Linear(settings.dim, VOCAB_SIZE, bias=False)
         init_weights(self)
 
-    def forward(self, stream: Stream) -> Tensor:
-        """Logits of the id that follows each id, float32 [T, V]."""
-        return self.logits(stream.ids, stream.position, self.stack.mask(stream.document, stream.num_documents))
+    def forward(self, stream: Stream, cache: CachedAttention | None = None, at: Tensor | None = None) -> Tensor:
+        """Logits of the id that follows each id, float32 [T, V].
 
-    def logits(self, ids: Tensor, position: Tensor, mask: Mask) -> Tensor:
-        """Logits, float32 [T, V], of ids [T] at these positions that see what the mask lets them see."""
-        x_TD = self.stack(self.embedding(ids), position, mask)
-        return self.output(self.norm(x_TD)).float()
+        Args:
+            cache: the KV cache, where the stream holds new ids only: a prompt or the next bytes.
+            at: [N] the ids whose logits are wanted; None for all.
+        """
+        mask = self.stack.mask(stream.document, stream.num_documents) if cache is None else cache
+        x_TD = self.stack(self.embedding(stream.ids), stream.position, mask)
+        return self.output(self.norm(x_TD if at is None else x_TD[at])).float()
 
     @torch.no_grad()
     def entropies(self, stream: Stream) -> Tensor:

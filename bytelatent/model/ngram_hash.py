@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bytelatent.kernels.hash_embed import ngram_powers
-from bytelatent.kernels.ngram_sums import ngram_sums
+from bytelatent.kernels.hash_tables import ngram_sums
 from bytelatent.model.settings import NgramHashSettings
 
 # Shapes: T ids in the stream, S tables (functions x sizes), W longest n-gram, D local width

@@ -5,7 +5,7 @@ Source: Pagnoni et al. 2024, sections 3.2.2 and 3.3.1.
 
 from torch import Tensor, nn
 
-from bytelatent.kernels.patch_attention import PatchRuns, attend_to_own_bytes, attend_to_read_patch
+from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attention, encoder_cross_attention
 from bytelatent.model.settings import CrossAttentionSettings
 
 # Shapes: T bytes in the batch, P patches, K queries or keys a patch, D local width, H heads, E head size
@@ -14,8 +14,8 @@ from bytelatent.model.settings import CrossAttentionSettings
 class CrossAttention(nn.Module):
     """The projections around either attention; no rotary embedding, norms of queries and of keys and values apart.
 
-    The result is twice the input plus what attention found: the published layer adds its input, and its caller adds
-    it again.
+    The result is twice the input plus what attention gives: the published layer adds its input, and its caller adds it
+    again.
     """
 
     def __init__(self, dim: int, settings: CrossAttentionSettings, norm_eps: float):
@@ -31,13 +31,13 @@ class CrossAttention(nn.Module):
         self.output = nn.Linear(dim, dim, bias=False)
 
     def queries(self, x: Tensor) -> Tensor:
-        """[..., H, E] of the states `x` [..., D] that look."""
+        """Queries [..., H, E] of states `x` [..., D]."""
         return self.query(self.query_norm(x)).unflatten(-1, (-1, self.head_dim))
 
-    def keys_values(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., H, E] each, of the states `seen` [..., D] that are looked at; grouped heads are repeated."""
-        seen = self.key_value_norm(seen)
-        k, v = (part(seen).unflatten(-1, (-1, self.head_dim)) for part in (self.key, self.value))
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., H, E] of states `x` [..., D]; grouped heads are repeated."""
+        x = self.key_value_norm(x)
+        k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.key, self.value))
         if self.group > 1:
             k, v = k.repeat_interleave(self.group, dim=-2), v.repeat_interleave(self.group, dim=-2)
         return k, v
@@ -48,20 +48,24 @@ class CrossAttention(nn.Module):
 
 
 class EncoderCrossAttention(CrossAttention):
-    """Encoder: a patch's queries look at its bytes."""
+    """A patch's queries attend to its bytes."""
 
-    def forward(self, queries_PKD: Tensor, h_TD: Tensor, own: PatchRuns) -> Tensor:
+    def forward(self, queries_PKD: Tensor, h_TD: Tensor, own: ByteRanges) -> Tensor:
         """[P, K, D] -> [P, K, D]"""
-        return self.add(queries_PKD, attend_to_own_bytes(self.queries(queries_PKD), *self.keys_values(h_TD), own))
+        return self.attend(queries_PKD, *self.keys_values(h_TD), own)
+
+    def attend(self, queries_PKD: Tensor, k_THE: Tensor, v_THE: Tensor, own: ByteRanges) -> Tensor:
+        """The same with keys and values of the bytes."""
+        return self.add(queries_PKD, encoder_cross_attention(self.queries(queries_PKD), k_THE, v_THE, own))
 
 
 class DecoderCrossAttention(CrossAttention):
-    """Decoder: a byte looks at the patch it reads."""
+    """A byte attends to the K keys of the patch it reads."""
 
-    def forward(self, h_TD: Tensor, keys_PKD: Tensor, read: PatchRuns) -> Tensor:
+    def forward(self, h_TD: Tensor, keys_PKD: Tensor, read: ByteRanges) -> Tensor:
         """[T, D] -> [T, D]"""
         return self.read(h_TD, *self.keys_values(keys_PKD), read)
 
-    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: PatchRuns) -> Tensor:
-        """The same, with keys and values that are known already."""
-        return self.add(h_TD, attend_to_read_patch(self.queries(h_TD), k_PKHE, v_PKHE, read))
+    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: ByteRanges) -> Tensor:
+        """The same with keys and values of the patches."""
+        return self.add(h_TD, decoder_cross_attention(self.queries(h_TD), k_PKHE, v_PKHE, read))

@@ -50,9 +50,21 @@ PRESETS: dict[str, ModelSettings] = {
 }
 
 
+class UnknownPreset(UserError):
+    """No preset has a name.
+
+    Attributes:
+        reason: the message without the setting's name.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"model: {reason}")
+        self.reason = reason
+
+
 def preset(name: str) -> ModelSettings:
     """The settings called `name`."""
     if name not in PRESETS:
         known = list(PRESETS)
-        raise UserError(f"model: no preset '{name}'{nearest(name, known) or '.'} Presets: {', '.join(known)}")
+        raise UnknownPreset(f"no preset '{name}'{nearest(name, known) or '.'} Presets: {', '.join(known)}")
     return PRESETS[name]

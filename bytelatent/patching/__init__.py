@@ -1,17 +1,16 @@
-"""Where patches begin: one interface, the rules, threshold calibration.
+"""Where patches begin: one interface, the modes, threshold calibration.
 
-Every rule answers two questions with the same result: the starts in a whole batch at once (`next_starts`), and, from a
-small carried state, whether the next id starts a patch (`PatchState`, `step`). The decision about position i+1 uses
-only ids 0..i, so a prefix is patched the same with or without what follows.
+Every mode answers two questions with the same result: the starts in a whole batch at once (`next_starts`), and, from a
+small carried state, whether the next id starts a patch (`PatchState`, `step`).
 """
 
 from bytelatent.patching.bpe import Tail
 from bytelatent.patching.calibration import Calibration, calibrate, mean_patch_bytes, patch_bytes_by_threshold
-from bytelatent.patching.modes import PatchState, next_starts, patch_lengths, step
-from bytelatent.patching.patch import Patch
-from bytelatent.patching.settings import PatchSettings
+from bytelatent.patching.modes import MODES, PatchSettings
+from bytelatent.patching.starts import Patch, PatchState, next_starts, patch_lengths, step
 
 __all__ = [
+    "MODES",
     "Calibration",
     "Patch",
     "PatchSettings",

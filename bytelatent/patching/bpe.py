@@ -2,7 +2,7 @@
 
 A tokenizer knows that a token has ended only once it has seen what follows, and may merge what it saw before; patches
 must not know the future, or the model would be told where the next token begins before it predicts its first byte. So
-a boundary is placed where it becomes known: after the first byte of the new token, as the rule `space` places it after
+a boundary is placed where it becomes known: after the first byte of the new token, as the mode `space` places it after
 the space. To be exact, the id after byte i starts a patch when the newest token of the last 64 bytes up to i begins
 later than the newest token of the last 64 bytes up to i-1.
 
@@ -46,7 +46,7 @@ class Tail:
 
 
 def next_starts(ids: Tensor, position: Tensor, tokenizer: str) -> Tensor:
-    """For each id whether the next one starts a patch; see `bytelatent.patching.modes.next_starts`."""
+    """For each id whether the next one starts a patch; see `bytelatent.patching.starts.next_starts`."""
     starts = torch.zeros(ids.numel(), dtype=torch.bool)
     windows: list[bytes] = []
     where: list[tuple[int, int, bool]] = []  # index in the stream, byte at which the window begins, first of a run
@@ -86,15 +86,15 @@ def _newest_tokens(windows: list[bytes], tokenizer: str) -> list[int | None]:
 
 
 def _encoded(texts: list[str], path: str) -> list[Any]:
-    """What the tokenizer makes of each text."""
+    """Each text as tokens."""
     tokenizer = _load(path)
-    with _one_line_of(f"patching.tokenizer: '{path}' cannot split this text; take the file of a byte-level BPE"):
+    with _as_user_error(f"patching.tokenizer: '{path}' cannot split this text; take the file of a byte-level BPE"):
         return tokenizer.encode_batch(texts, add_special_tokens=False)
 
 
 @contextmanager
-def _one_line_of(what: str) -> Iterator[None]:
-    """What the Rust library raises is a UserError: plain Exception, or where it panics something beside it."""
+def _as_user_error(what: str) -> Iterator[None]:
+    """Raise a UserError for what the Rust library raises: an Exception, or a PanicException, which is none."""
     try:
         yield
     except BaseException as error:
@@ -106,7 +106,7 @@ def _one_line_of(what: str) -> Iterator[None]:
 def _characters(data: bytes) -> tuple[str, list[int], bool]:
     """Text, the byte at which each character begins, and whether the last one is complete.
 
-    Bytes that are no UTF-8 become one replacement character each.
+    Bytes that are not UTF-8 become one replacement character each.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="bytelatent.one_each")
     text = decoder.decode(data)
@@ -133,10 +133,10 @@ def _load(path: str) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise UserError("patching rule 'bpe' needs the package tokenizers; run: pip install 'bytelatent[hf]'") from None
+        raise UserError("patching mode 'bpe' needs the package tokenizers; run: pip install 'bytelatent[hf]'") from None
     if not Path(path).is_file():
         raise UserError(f"patching.tokenizer: '{path}' does not exist; it should be a Hugging Face tokenizer.json")
-    with _one_line_of(f"patching.tokenizer: '{path}' is no tokenizer.json"):
+    with _as_user_error(f"patching.tokenizer: '{path}' is not a tokenizer.json"):
         tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8-sig"))
     # A file may carry the limits of the model it was made for; a cut window would hide its newest token.
     tokenizer.no_truncation()

@@ -5,15 +5,15 @@ from torch import Tensor
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.patching.modes import next_starts
-from bytelatent.patching.settings import PatchSettings
+from bytelatent.patching.modes import PatchSettings
+from bytelatent.patching.starts import next_starts
 from bytelatent.vocab import OFFSET
 
 # Shapes: T ids in a packed stream of documents
 
 
 class Calibration(Settings):
-    """A threshold and what it was measured on. Another byte LM, window or kind of text wants another threshold."""
+    """A threshold and what it was measured on. Another byte LM, window or kind of text needs another threshold."""
 
     threshold: float  # nats
     wanted_patch_bytes: float
@@ -30,9 +30,9 @@ def mean_patch_bytes(ids: Tensor, entropies: Tensor | None, position: Tensor, se
 
     Args:
         ids: [T] packed documents.
-        entropies: [T] nats, where the rule needs them.
+        entropies: [T] nats, where the mode needs them.
         position: [T] position in the document.
-        settings: the rule.
+        settings: where patches start.
     """
     begins = torch.cat(
         [torch.ones_like(ids[:1], dtype=torch.bool), next_starts(ids, entropies, position, settings)[:-1]]
@@ -53,19 +53,19 @@ def patch_bytes_by_threshold(
         ids: [T] packed documents.
         entropies: [T] nats.
         position: [T] position in the document.
-        settings: the entropy rule; its threshold does not matter.
+        settings: of mode `entropy`; its threshold does not matter.
         num_points: of the curve.
 
     Returns:
-        Thresholds in nats, rising, and the mean bytes a patch at each.
+        Thresholds in nats, rising, and the mean bytes per patch at each.
     """
     values = entropies.float()
     if settings.monotonicity:
         values = values.diff(prepend=values[:1])
     shares = torch.linspace(0.02, 0.98, num_points, dtype=torch.float64)
     thresholds = values.double().sort().values[(shares * (len(values) - 1)).long()].unique().tolist()
-    rules = [settings.model_copy(update={"threshold": threshold}) for threshold in thresholds]
-    return thresholds, [mean_patch_bytes(ids, entropies, position, rule) for rule in rules]
+    candidates = [settings.model_copy(update={"threshold": threshold}) for threshold in thresholds]
+    return thresholds, [mean_patch_bytes(ids, entropies, position, candidate) for candidate in candidates]
 
 
 def calibrate(
@@ -80,22 +80,22 @@ def calibrate(
         entropies: [T] nats.
         position: [T] position in the document.
         wanted_patch_bytes: mean bytes a patch should hold.
-        settings: the entropy rule to choose for (its own threshold does not matter); the plain one by default.
+        settings: of mode `entropy`; their own threshold does not matter. By default patches start above the threshold.
 
     Raises:
         UserError: no threshold comes near the wanted size on this text.
     """
     if not bool((ids >= OFFSET).any()):
         raise UserError("calibration: the text holds no bytes")
-    rule = settings or PatchSettings(mode="entropy", threshold=0.0)
+    settings = settings or PatchSettings(mode="entropy", threshold=0.0)
     values = entropies.float()
-    if rule.monotonicity:
+    if settings.monotonicity:
         values = values.diff(prepend=values[:1])
     candidates = torch.unique(values)  # sorted; a patch starts strictly above, so midpoints are safe from rounding
     thresholds = torch.cat([candidates[:1] - 1.0, (candidates[:-1] + candidates[1:]) / 2, candidates[-1:] + 1.0])
 
     def size(index: int) -> float:
-        chosen = rule.model_copy(update={"threshold": float(thresholds[index])})
+        chosen = settings.model_copy(update={"threshold": float(thresholds[index])})
         return mean_patch_bytes(ids, entropies, position, chosen)
 
     low, high = 0, len(thresholds) - 1
@@ -103,7 +103,7 @@ def calibrate(
     if not smallest * 0.95 <= wanted_patch_bytes <= largest * 1.05:
         raise UserError(
             f"calibration: a mean patch of {wanted_patch_bytes:g} bytes is out of reach; "
-            f"on this text this rule gives {smallest:.2f} to {largest:.2f}"
+            f"on this text these settings give {smallest:.2f} to {largest:.2f}"
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,172 +1,189 @@
-"""The rules: for each id read, does the next one start a patch?
+"""Patching modes: one table, and the settings of a mode.
 
-Every rule but `bpe` looks only at an id, the id before it, their entropies and the position. So each is written once,
-for one moment; a batch applies it to shifted tensors, a decoder to the values it carries.
+A mode decides, for each id read, whether the next one starts a patch. Every mode but `bpe` looks only at an id, the id
+before it, their entropies and the position. So each of its decisions is written once, for one moment; a batch applies
+it to shifted tensors, a decoder to the values it carries.
+
+To add a mode, write its name in `ModeName`, its entry in `MODES`, and its decision on the device in
+`bytelatent.inference.step.decisions`, or mark it `on_host`.
+
+Source: Pagnoni et al. 2024, section 2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, Self, cast
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.patching import bpe
-from bytelatent.patching.settings import PatchSettings
-from bytelatent.vocab import OFFSET, PADDING
+from bytelatent.vocab import OFFSET
 
-# Shapes: B rows, N ids in a row, P patches
+ModeName = Literal["entropy", "space", "static", "byte", "bpe"]
 
 
-def next_starts(ids: Tensor, entropies: Tensor | None, position: Tensor, settings: PatchSettings) -> Tensor:
-    """For each id, whether the id after it starts a patch.
+class PatchSettings(Settings):
+    """Where patches start.
 
-    Args:
-        ids: [..., N] ids; rows, or one packed stream of documents.
-        entropies: [..., N] in nats, where the rule needs them: the uncertainty about the id that follows each id.
-        position: [..., N] position of each id in its document, 0 at each document's start.
-        settings: the rule.
+    Attributes:
+        mode: `entropy` starts a patch where the byte LM finds the next byte hard to guess; `space` after each
+            space-like byte; `static` every `patch_size` ids; `byte` at every id; `bpe` at a tokenizer's boundaries.
+        threshold: nats. A patch starts at i+1 when H_i > threshold.
+        monotonicity: a patch starts where the entropy rises: H_i - H_{i-1} > threshold.
+        threshold_add: both must hold: H_i > threshold and H_i - H_{i-1} > threshold_add.
+        patch_size: ids in a patch (`static` only).
+        max_patch_length: longer patches are split from their start.
+        tokenizer: path of a Hugging Face `tokenizer.json` (`bpe` only).
 
-    Returns:
-        bool [..., N]. Whatever it says at a document's last id concerns the id that would come next in it; that a
-        document's first id starts a patch goes without saying.
+    Source: Pagnoni et al. 2024, section 2.
     """
-    if settings.mode == "bpe":
-        starts = bpe.next_starts(ids, position, str(settings.tokenizer))
-    else:
-        starts = _natural(
-            settings, position, ids, _shift(ids), entropies, None if entropies is None else _shift(entropies)
-        )
-    if settings.max_patch_length is None:
-        return starts
-    index = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
-    begins = (position == 0) | _shift(starts)
-    last_natural_start = torch.where(begins, index, 0).cummax(dim=-1).values
-    return starts | ((index + 1 - last_natural_start) % settings.max_patch_length == 0)
+
+    mode: ModeName = "entropy"
+    threshold: float | None = Field(default=None, allow_inf_nan=False)
+    monotonicity: bool = False
+    threshold_add: float | None = Field(default=None, allow_inf_nan=False)
+    patch_size: int | None = Field(default=None, ge=1, le=2**31)
+    max_patch_length: int | None = Field(default=None, ge=1, le=2**31)
+    tokenizer: str | None = None
+
+    @model_validator(mode="after")
+    def _only_what_the_mode_uses(self) -> Self:
+        for mode, its in MODES.items():
+            for name in its.settings:
+                if self.mode != mode and getattr(self, name) not in (None, False):
+                    raise ValueError(f"{name} belongs to mode '{mode}', not to '{self.mode}'; leave it out")
+        for name, what in MODES[self.mode].required.items():
+            if getattr(self, name) is None:
+                raise ValueError(f"mode '{self.mode}' needs {what}")
+        if self.monotonicity and self.threshold_add is not None:
+            raise ValueError("monotonicity and threshold_add exclude each other; set one of them")
+        return self
+
+    @property
+    def needs_entropies(self) -> bool:
+        """Whether the mode reads the byte LM's entropies."""
+        return MODES[self.mode].needs_entropies
+
+    @property
+    def needs_tail(self) -> bool:
+        """Whether the mode decides from the last bytes of a row, see `bpe`, and not from one moment."""
+        return not MODES[self.mode].decisions
+
+    @property
+    def decides_on_host(self) -> bool:
+        """Whether the mode has no form on the device."""
+        return MODES[self.mode].on_host
+
+    @property
+    def decision(self) -> str:
+        """The name of the mode's decision that these settings choose; empty where a tail decides."""
+        return MODES[self.mode].decision_of(self)
+
+    @property
+    def name(self) -> str:
+        """The mode with its most telling setting: `static:4`."""
+        setting = MODES[self.mode].named_by
+        return self.mode if setting is None else f"{self.mode}:{getattr(self, setting)}"
+
+    def in_words(self) -> str:
+        """The settings in a few words: `entropy, threshold 1.34 nats`."""
+        words: list[str] = [self.mode]
+        if self.monotonicity:
+            words[0] = "rise of the entropy"
+        if self.threshold is not None:
+            words.append(f"threshold {self.threshold:.4g} nats")
+        if self.threshold_add is not None:
+            words.append(f"rise above {self.threshold_add:.4g}")
+        if self.patch_size is not None:
+            words.append(f"{self.patch_size} ids each")
+        if self.max_patch_length is not None:
+            words.append(f"at most {self.max_patch_length} ids")
+        if self.tokenizer is not None:
+            words.append(self.tokenizer)
+        return ", ".join(words)
 
 
-def patch_lengths(
-    ids: Tensor | None, entropies: Tensor | None, settings: PatchSettings, include_next: bool = True
-) -> Tensor:
-    """Patch lengths of rows of ids.
+@dataclass(frozen=True)
+class Moment:
+    """What is known when an id has been read; tensors of one shape."""
 
-    Args:
-        ids: [B, N], rows padded at their end with -1; None where entropies alone decide.
-        entropies: [B, N] in nats, where the rule needs them.
-        settings: the rule.
-        include_next: lengths cover the N ids of a row and the one to come (rows sum to N+1); otherwise only the N ids.
+    position: Tensor  # of the id
+    ids: Tensor
+    previous_ids: Tensor
+    entropies: Tensor | None  # float32, nats: the uncertainty about the id that follows
+    previous_entropies: Tensor | None
 
-    Returns:
-        int64 [B, P], zero-padded.
+    def rises(self, settings: PatchSettings) -> tuple[Tensor, Tensor]:
+        """The entropies, and by how much they rise.
 
-    Raises:
-        UserError: the rule needs what was not given.
+        Raises:
+            UserError: there are none.
+        """
+        if self.entropies is None or self.previous_entropies is None:
+            raise UserError(f"patching mode '{settings.mode}' needs the byte LM's entropies")
+        # In float32, so that a batch in bfloat16 decides as a step does.
+        entropies = self.entropies.float()
+        return entropies, entropies - self.previous_entropies.float()
+
+
+Decision = Callable[[PatchSettings, Moment], Tensor]
+
+
+@dataclass(frozen=True)
+class PatchingMode:
+    """A mode.
+
+    Attributes:
+        decisions: whether the next id starts a patch, elementwise, by name; settings choose one, see `decision_of`.
+            None of them: the last bytes of a row decide, see `bpe`.
+        settings: which settings belong to this mode alone.
+        required: settings that must be given, and what they are.
+        named_by: the setting that a short name of the mode has after a colon.
+        on_host: the decisions have no form in `decide_kernel`, so that generation decides on the host.
     """
-    given = ids if ids is not None else entropies
-    if given is None or (ids is None and not settings.needs_entropies):
-        raise UserError(f"patching rule '{settings.mode}' needs ids")
-    if given.dim() != 2:
-        raise UserError(f"patch_lengths takes [rows, ids], not a tensor of shape {list(given.shape)}")
-    if entropies is not None and entropies.shape != given.shape:
-        raise UserError(f"ids {list(given.shape)} and entropies {list(entropies.shape)} differ in shape")
-    num_rows, num_ids = given.shape
-    filler = torch.full(given.shape, OFFSET, dtype=torch.long, device=given.device)
-    ids = filler if ids is None else ids
-    real = ids != PADDING
-    position = torch.arange(num_ids, device=ids.device).expand(num_rows, num_ids)
-    first = torch.ones(num_rows, 1, dtype=torch.bool, device=ids.device)
-    starts = torch.cat([first, next_starts(ids, entropies, position, settings)], dim=1)
-    exists = torch.cat([first, real], dim=1) if include_next else torch.cat([real, ~first], dim=1)
-    patch = (starts & exists).cumsum(dim=1) - 1
-    lengths = torch.zeros(num_rows, num_ids + 1, dtype=torch.long, device=ids.device)
-    lengths.scatter_add_(1, patch.clamp(min=0), exists.long())
-    return lengths[:, : int((lengths > 0).sum(dim=1).max())] if num_rows else lengths
+
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
+    required: dict[str, str] = field(default_factory=dict)
+    needs_entropies: bool = False
+    named_by: str | None = None
+    on_host: bool = False
+    decision_of: Callable[[PatchSettings], str] = lambda settings: next(iter(MODES[settings.mode].decisions), "")
 
 
-@dataclass
-class PatchState:
-    """What the decision about the next id needs to remember, for B rows."""
-
-    position: Tensor  # [B] ids read so far
-    previous_id: Tensor  # [B]
-    previous_entropy: Tensor  # [B] nats
-    since_start: Tensor  # [B] ids read since the rule itself last started a patch
-    tails: list[bpe.Tail] = field(default_factory=list)  # the last bytes of each row, for `bpe`
-
-    @classmethod
-    def empty(cls, num_rows: int, device: torch.device | str = "cpu") -> "PatchState":
-        """Nothing read yet: the first id of every row will start a patch."""
-        zeros = torch.zeros(num_rows, dtype=torch.long, device=device)
-        return cls(zeros, zeros, zeros.float(), zeros, [bpe.Tail() for _ in range(num_rows)])
+def _above_threshold(settings: PatchSettings, moment: Moment) -> Tensor:
+    entropies, _ = moment.rises(settings)
+    return (moment.position == 0) | (entropies > cast(float, settings.threshold))
 
 
-def step(
-    state: PatchState, ids: Tensor, entropies: Tensor | None, settings: PatchSettings
-) -> tuple[PatchState, Tensor]:
-    """Read one id a row and decide about the one to come.
-
-    Args:
-        state: what was carried so far.
-        ids: [B] the ids read now.
-        entropies: [B] nats, the uncertainty about the id that follows, where the rule needs it.
-        settings: the rule.
-
-    Returns:
-        The new state, and bool [B]: the next id starts a patch.
-    """
-    tails = state.tails
-    if settings.mode == "bpe":
-        tails = [tail.read(int(i), str(settings.tokenizer)) for tail, i in zip(tails, ids.tolist(), strict=True)]
-        natural = torch.tensor([tail.token_began for tail in tails], device=ids.device)
-    else:
-        natural = _natural(settings, state.position, ids, state.previous_id, entropies, state.previous_entropy)
-    since_start = state.since_start + 1
-    starts = natural
-    if settings.max_patch_length is not None:
-        starts = natural | (since_start % settings.max_patch_length == 0)
-    carried = PatchState(
-        position=state.position + 1,
-        previous_id=ids,
-        previous_entropy=state.previous_entropy if entropies is None else entropies.float(),
-        since_start=torch.where(natural, 0, since_start),
-        tails=tails,
-    )
-    return carried, starts
+def _rise(settings: PatchSettings, moment: Moment) -> Tensor:
+    _, rises = moment.rises(settings)
+    return (moment.position <= 1) | (rises > cast(float, settings.threshold))
 
 
-def _natural(
-    settings: PatchSettings,
-    position: Tensor,
-    ids: Tensor,
-    previous_id: Tensor,
-    entropies: Tensor | None,
-    previous_entropy: Tensor | None,
-) -> Tensor:
-    """The rule itself, before `max_patch_length`: does the id after `ids` start a patch? Elementwise."""
-    if settings.mode == "byte":
-        return torch.ones_like(position, dtype=torch.bool)
-    if settings.mode == "static":
-        assert settings.patch_size is not None
-        return (position + 1) % settings.patch_size == 0
-    if settings.mode == "space":
-        # The first of a run of space-like bytes ends a patch, and so does every special id (itself space-like).
-        continues_run = (position > 0) & _space_like(previous_id)
-        return (ids < OFFSET) | (_space_like(ids) & ~continues_run)
-    assert settings.mode == "entropy"
-    if entropies is None or previous_entropy is None:
-        raise UserError("patching rule 'entropy' needs the byte LM's entropies")
-    assert settings.threshold is not None
-    entropies, previous_entropy = entropies.float(), previous_entropy.float()  # a batch in bfloat16 decides as `step`
-    rises = entropies - previous_entropy
+def _combined(settings: PatchSettings, moment: Moment) -> Tensor:
+    """As published, positions 0 and 1 always decide for a start, and position 2 never does."""
+    entropies, rises = moment.rises(settings)
+    combined = (entropies > cast(float, settings.threshold)) & (rises > cast(float, settings.threshold_add))
+    return (moment.position <= 1) | (combined & (moment.position != 2))
+
+
+def _entropy_decision(settings: PatchSettings) -> str:
     if settings.monotonicity:
-        return (position <= 1) | (rises > settings.threshold)
-    if settings.threshold_add is not None:
-        # The published rule decides at positions 0 and 1 alone and never starts a patch at position 3.
-        combined = (entropies > settings.threshold) & (rises > settings.threshold_add)
-        return (position <= 1) | (combined & (position != 2))
-    return (position == 0) | (entropies > settings.threshold)
+        return "rise"
+    return "threshold" if settings.threshold_add is None else "combined"
 
 
-def _space_like(ids: Tensor) -> Tensor:
+def _space(settings: PatchSettings, moment: Moment) -> Tensor:
+    """The first of a run of space-like bytes ends a patch, and so does every special id (itself space-like)."""
+    continues_run = (moment.position > 0) & _is_space_like(moment.previous_ids)
+    return (moment.ids < OFFSET) | (_is_space_like(moment.ids) & ~continues_run)
+
+
+def _is_space_like(ids: Tensor) -> Tensor:
     """Neither an ASCII letter or digit nor a UTF-8 continuation byte. Special ids count as space-like."""
     byte = ids - OFFSET
     digit = (byte >= ord("0")) & (byte <= ord("9"))
@@ -176,6 +193,34 @@ def _space_like(ids: Tensor) -> Tensor:
     return ~(digit | upper | lower | continuation)
 
 
-def _shift(values: Tensor) -> Tensor:
-    """Each position's predecessor along the last dimension; zero (False) before the first."""
-    return torch.cat([torch.zeros_like(values[..., :1]), values[..., :-1]], dim=-1)
+def _static(settings: PatchSettings, moment: Moment) -> Tensor:
+    return (moment.position + 1) % cast(int, settings.patch_size) == 0
+
+
+def _byte(settings: PatchSettings, moment: Moment) -> Tensor:
+    return torch.ones_like(moment.position, dtype=torch.bool)
+
+
+MODES: dict[ModeName, PatchingMode] = {
+    "entropy": PatchingMode(
+        {"threshold": _above_threshold, "rise": _rise, "combined": _combined},
+        settings=("threshold", "monotonicity", "threshold_add"),
+        required={"threshold": "a threshold in nats; `blt calibrate` finds one for a patch size"},
+        needs_entropies=True,
+        decision_of=_entropy_decision,
+    ),
+    "space": PatchingMode({"space": _space}),
+    "static": PatchingMode(
+        {"static": _static},
+        settings=("patch_size",),
+        required={"patch_size": "patch_size, the ids in a patch"},
+        named_by="patch_size",
+    ),
+    "byte": PatchingMode({"byte": _byte}),
+    "bpe": PatchingMode(
+        settings=("tokenizer",),
+        required={"tokenizer": "tokenizer, the path of a Hugging Face tokenizer.json"},
+        named_by="tokenizer",
+        on_host=True,
+    ),
+}

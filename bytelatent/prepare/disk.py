@@ -1,4 +1,4 @@
-"""Reading and writing many bytes at known places, with errors in one line."""
+"""Read and write many bytes at known offsets, with errors in one line."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ Buffer = bytes | bytearray | memoryview
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Say in one line why nothing more can be written below `folder`.
+    """Explain in one line why writing below `folder` fails.
 
     Raises:
         UserError: in place of the system's errors.
@@ -40,7 +40,7 @@ _scratch = np.empty(0, dtype=np.uint8)
 
 
 def scratch(size: int) -> np.ndarray:
-    """This process's one large buffer, uint8 [size]: new memory costs more than what is done with it."""
+    """This process's one large buffer, uint8 [size]: to allocate new memory takes longer than to use it."""
     global _scratch
     if len(_scratch) < size:
         _scratch = np.empty(0, dtype=np.uint8)  # let go of the old one first
@@ -63,10 +63,10 @@ def write_at(file: int, data: Buffer, offset: int) -> None:
 
 
 def write_past_cache(file: int, data: Buffer, offset: int) -> None:
-    """Write all of `data`, which nobody here reads again: it goes to the disk at once and leaves the system's cache.
+    """Write all of `data`, which is not read again, to the disk at once, and drop it from the system's cache.
 
-    To find memory for more than a cache holds would take longer than to write it. Older systems and other kinds of file
-    system do not know how: there it is an ordinary write.
+    Finding cache memory for it would take longer than writing it. On systems and file systems that do not support this
+    it is an ordinary write.
     """
     global _past_the_cache
     rest = memoryview(data)

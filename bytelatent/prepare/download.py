@@ -47,7 +47,7 @@ TIMEOUT = 30  # seconds without a byte
 
 @dataclass(frozen=True)
 class DatasetRequest:
-    """What is wanted: the files of a data set that a pattern chooses (its text files if empty), at a revision."""
+    """The files of a data set that a pattern selects (empty: its text files), at a revision."""
 
     repository: str
     pattern: str = ""
@@ -67,7 +67,7 @@ class DatasetFile:
 
 @dataclass(frozen=True)
 class DownloadRecord:
-    """What a folder holds, or is to hold: kept in it, so that no later call asks the hub again."""
+    """What a folder holds, or will hold. It is saved there, so that later calls do not ask the hub again."""
 
     request: DatasetRequest
     commit: str
@@ -87,10 +87,10 @@ def is_hub(source: str) -> bool:
 
 
 def dataset_name(source: str) -> str:
-    """What to call the folder of a data set: the known name, or the NAME of its address.
+    """The name for the folder of a data set: the known name, or the NAME of its address.
 
     Raises:
-        UserError: `source` is no data set of the hub.
+        UserError: `source` is not a data set of the hub.
     """
     return source if source in DATASETS else _request(source).repository.split("/")[1]
 
@@ -144,12 +144,12 @@ def _request(source: str) -> DatasetRequest:
         return DatasetRequest(*DATASETS[source])
     if not source.startswith(_SCHEME):
         raise UserError(
-            f"'{source}' is no data set; known are {', '.join(DATASETS)} and hf://datasets/OWNER/NAME"
+            f"'{source}' is not a data set; known are {', '.join(DATASETS)} and hf://datasets/OWNER/NAME"
             f"{nearest(source, list(DATASETS))}"
         )
     parts = _ADDRESS.fullmatch(source)
     if not parts or _NO_DATASETS.match(source):
-        raise UserError(f"'{source}' is no data set; write hf://datasets/OWNER/NAME[@REVISION][/PATTERN]")
+        raise UserError(f"'{source}' is not a data set; write hf://datasets/OWNER/NAME[@REVISION][/PATTERN]")
     return DatasetRequest(parts["name"], (parts["pattern"] or "").strip("/"), unquote(parts["revision"] or MAIN))
 
 
@@ -157,9 +157,9 @@ def _look_up(request: DatasetRequest, token: str | None) -> DownloadRecord:
     from huggingface_hub import HfApi
 
     api, name, pattern = HfApi(token=token), request.repository, request.pattern
-    info = api.repo_info(name, repo_type="dataset", revision=request.revision)
-    where = {"repo_type": "dataset", "revision": info.sha}
-    at_path = api.get_paths_info(name, [pattern], **where) if pattern and not has_magic(pattern) else []
+    info = api.dataset_info(name, revision=request.revision)
+    where: Any = {"repo_type": "dataset", "revision": info.sha}
+    at_path: list[Any] = api.get_paths_info(name, [pattern], **where) if pattern and not has_magic(pattern) else []
     if at_path and hasattr(at_path[0], "size"):  # a file
         found = at_path
     elif has_magic(pattern):
@@ -222,7 +222,7 @@ def _read(path: Path, request: DatasetRequest) -> DownloadRecord | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"'{path}' is damaged; remove it and run the same again") from None
+        raise UserError(f"'{path}' is corrupt; remove it and run the same again") from None
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
     if record.request != request:
@@ -231,13 +231,13 @@ def _read(path: Path, request: DatasetRequest) -> DownloadRecord | None:
 
 
 def is_data_set(source: str) -> bool:
-    """Whether a source is one of the hub's data sets; a file or folder of that name goes first."""
+    """Whether a source is one of the hub's data sets; a file or folder of that name takes precedence."""
     return is_hub(source) and not Path(source).exists()
 
 
 @dataclass(frozen=True)
 class HubTokenizer:
-    """Where a tokenizer is on the hub."""
+    """A tokenizer's repository and file on the hub."""
 
     repository: str
     file: str = "tokenizer.model"
@@ -252,7 +252,7 @@ TIKTOKEN = "tiktoken"
 NAMES = (*TOKENIZERS, TIKTOKEN)
 
 
-def fetch_tokenizer(
+def download_tokenizer(
     name: str,
     folder: Path,
     token: str | None = None,
@@ -267,7 +267,7 @@ def fetch_tokenizer(
         name: one of `NAMES`.
         token: of a user who has access; HF_TOKEN if left out.
         url: where cl100k_base is, for the name `tiktoken`.
-        sha256: what its bytes must come to; None takes any.
+        sha256: digest that its bytes must have; None accepts any.
 
     Raises:
         UserError: the name is unknown, access is missing, the server does not answer, the folder cannot be written.
@@ -276,7 +276,7 @@ def fetch_tokenizer(
     if name == TIKTOKEN:
         return [_fetch_plain(url, folder / url.rsplit("/", 1)[1], sha256)]
     if name not in TOKENIZERS:
-        raise UserError(f"'{name}' is no known tokenizer; known are {', '.join(NAMES)}{nearest(name, list(NAMES))}")
+        raise UserError(f"'{name}' is not a known tokenizer; known are {', '.join(NAMES)}{nearest(name, list(NAMES))}")
     require_client(name, "data")
     return _fetch_from_hub(TOKENIZERS[name], folder, token)
 
@@ -286,7 +286,7 @@ def _fetch_from_hub(tokenizer: HubTokenizer, folder: Path, token: str | None) ->
 
     name = tokenizer.repository
     with hub_errors(name, token=token):
-        listed = [file.rfilename for file in HfApi(token=token).repo_info(name).siblings or []]
+        listed = [file.rfilename for file in HfApi(token=token).model_info(name).siblings or []]
         if tokenizer.file not in listed:
             raise UserError(f"{name} has no file '{tokenizer.file}'; it has {few(listed)}")
         wanted = [file for file in (tokenizer.file, TOKENIZER_JSON) if file in listed]
@@ -311,4 +311,4 @@ def _bytes_at(url: str) -> bytes:
     except (OSError, HTTPException) as error:  # URLError and HTTPError are OSErrors
         raise UserError(f"'{url}' cannot be downloaded: {error}; check the network and run the same again") from None
     except ValueError:
-        raise UserError(f"'{url}' is no address; write http:// or https://") from None
+        raise UserError(f"'{url}' is not an address; write http:// or https://") from None

@@ -26,10 +26,10 @@ UNIT_FILES = 4096  # small text files together
 TASK_BYTES = 1 << 28
 MAX_TASKS = 4096  # beyond, tasks are larger
 FIRST_ROW_BYTES = 1 << 22
-FIRST_ROWS = 8  # files whose first row is looked at
+FIRST_ROWS = 8  # files whose first row is checked
 DOWNLOADS = ".download"  # below the folder that is prepared; it stays there
 MB = 1_000_000
-WORKING_BYTES = 24 * MB  # of a worker beside its run or range: blocks read, slices written, what Arrow keeps
+WORKING_BYTES = 24 * MB  # of a worker beside its run or range: blocks read, slices written, Arrow's caches
 MIN_RUN_BYTES = 20 * MB  # a block of the shortest lines takes 18
 MAX_RUN_BYTES = 1 << 30
 MAX_RANGE_BYTES = 1 << 28  # more is not faster
@@ -95,7 +95,7 @@ def find_inputs(sources: list[str], out: Path, download: bool = True) -> list[In
 
 
 def units_of(files: list[InputFile]) -> list[Unit]:
-    """Every file in order, none twice."""
+    """The files in order, each in one unit or in several."""
     units: list[Unit] = []
     texts: list[int] = []
 
@@ -134,7 +134,7 @@ def tasks_of(units: list[Unit], likely_bytes: list[int]) -> list[tuple[int, int]
 
 
 def check_first_row(files: list[InputFile], text_key: str) -> None:
-    """Find out at once that the key of the text is another one: look at a row of some files, if all are JSONL.
+    """Check at once that the text key exists, on a row of some files, if all are JSONL.
 
     Raises:
         UserError: each is an object without that key.
@@ -155,7 +155,7 @@ def _first_row(file: InputFile) -> Any:
 
 
 def _like_a_data_set(source: str) -> str:
-    """The data sets that a bare word may have meant."""
+    """The names of known data sets, for a source that looks like one."""
     return "" if {"/", "*", "."} & set(source) else f"; data sets known by name: {', '.join(DATASETS)}"
 
 
@@ -177,7 +177,8 @@ def _input_file(path: str, source: str) -> InputFile:
     return InputFile(os.path.abspath(path), inside, about.st_size, about.st_mtime_ns, kind, found.compression)
 
 
-def too_many(places: list[str], limit: int) -> UserError:
+def too_many_bad_rows(places: list[str], limit: int) -> UserError:
+    """The error for more bad rows than the limit allows."""
     return UserError(
         f"{places[0]}: more than {limit} rows are bad, this one and {len(places) - 1} others so far; "
         "mend the input or give a higher --max-bad-rows"
@@ -186,10 +187,11 @@ def too_many(places: list[str], limit: int) -> UserError:
 
 @dataclass(frozen=True)
 class Budget:
-    """
-    Args:
-        workers: processes beside the first.
-        run_bytes: a worker has for a sorted run, or for a range of bins, with the index.
+    """Memory of the workers.
+
+    Attributes:
+        workers: number of processes beside the first.
+        run_bytes: memory of a worker for a sorted run, or for a range of bins, with the index.
     """
 
     workers: int
@@ -200,21 +202,21 @@ class Budget:
         return min(self.run_bytes, MAX_RANGE_BYTES)
 
     def bits(self, likely_bytes: int) -> int:
-        """Bits of a key that name a bin, so that a range has several bins to be cut at."""
+        """Number of a key's bits that name its bin, so that a range has several bins."""
         bins = likely_bytes * BINS_IN_RANGE / self.range_bytes
         return min(max(math.ceil(math.log2(max(bins, 1))), 4), MAX_BITS)
 
 
-def share_out(memory: float, workers: int | None, own_bytes: int | None = None) -> Budget:
-    """The memory for each worker.
+def divide_memory(memory: float, workers: int | None, own_bytes: int | None = None) -> Budget:
+    """Divide the memory among the workers.
 
     Args:
         memory: GB for all processes.
         workers: their number; None for one per core, or fewer where the memory is little.
-        own_bytes: that a process has before it does anything; measured if left out.
+        own_bytes: memory of a process before it starts work; measured if left out.
 
     Raises:
-        UserError: it is too little.
+        UserError: the memory is too small.
     """
     own = memory_of_this_process() if own_bytes is None else own_bytes
     for count in [workers] if workers else range(os.cpu_count() or 1, 0, -1):
@@ -237,7 +239,7 @@ def memory_of_this_process() -> int:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """The files of one scatter task. Those beside the marker count only once the marker is there."""
+    """The files of one scatter task. The others count only once the marker exists."""
 
     folder: Path
     task: int
@@ -247,7 +249,7 @@ class TaskFiles:
         return self.folder / f"{self.task:05d}.{kind}"
 
     def marker(self) -> dict[str, Any] | None:
-        """What the finished task says of itself; None if it is not finished or its files are not as it left them."""
+        """What the finished task wrote about itself; None if it is not finished or its files have changed."""
         try:
             marker = json.loads(self.path("marker").read_text(encoding="utf-8"))
             sizes = {kind: self.path(kind).stat().st_size for kind in marker["sizes"]}
@@ -277,7 +279,7 @@ class WorkFolder:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / FOLDER
-        self.aside = self.folder / "out"  # the output files until all are whole
+        self.aside = self.folder / "out"  # output files until all are finished
 
     @cached_property
     def plan(self) -> PreparePlan:
@@ -286,7 +288,7 @@ class WorkFolder:
     def saved_plan(self) -> PreparePlan:
         """
         Raises:
-            OSError, ValueError, KeyError, TypeError: there is none that can be read.
+            OSError, ValueError, KeyError, TypeError: there is no readable plan.
         """
         values = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         files = [InputFile(**file) for file in values.pop("files")]
@@ -294,7 +296,7 @@ class WorkFolder:
         return PreparePlan(files=files, units=units, tasks=[(a, b) for a, b in values.pop("tasks")], **values)
 
     def begin(self, plan: PreparePlan) -> None:
-        """Throw away what is there, and save a new plan."""
+        """Remove what is there, and save a new plan."""
         self.clear()
         for folder in ("scatter", "gather", "out", "logs"):
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
@@ -303,17 +305,17 @@ class WorkFolder:
             aside.write_text(json.dumps(asdict(plan)), encoding="utf-8")
 
     def clear(self) -> None:
-        """Throw away all that is unfinished, and what of it has its final name already."""
+        """Remove unfinished work, with the output files that have their final names already."""
         for output in self.saved_outputs():
             (self.out / output).unlink(missing_ok=True)
-        (self.folder / "plan.json").unlink(missing_ok=True)  # first: without it the rest counts for nothing
+        (self.folder / "plan.json").unlink(missing_ok=True)  # first: without it the rest does not count
         for place in ("scatter", "gather", "out", "logs"):
             shutil.rmtree(self.folder / place, ignore_errors=True)
         for name in ("cut.json", "jobs.json"):
             (self.folder / name).unlink(missing_ok=True)
 
     def saved_outputs(self) -> list[str]:
-        """The names of the output files, as far as they are known."""
+        """The names of the output files; empty before they are planned."""
         try:
             return [output["name"] for output in json.loads(self.cut_file.read_text(encoding="utf-8"))["outputs"]]
         except (OSError, ValueError, KeyError):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bytelatent.errors import UserError
-from bytelatent.prepare.plan import InputFile, Unit, too_many
+from bytelatent.prepare.plan import InputFile, Unit, too_many_bad_rows
 from bytelatent.prepare.shuffle import TextKeys
 from bytelatent.text import BadRow, ReadOptions
 from bytelatent.text.bad_rows import NoDocument, RowTooLong
@@ -36,7 +36,7 @@ class LineBlock:
 
 
 class BadRowRecord:
-    """Bad rows, which are left out: counted, each with its place and what is wrong with it.
+    """Bad rows, which are left out: counted, each with its location and the reason.
 
     Args:
         limit: one more is an error.
@@ -56,7 +56,7 @@ class BadRowRecord:
         self.places.append(place)
         self.bad_files.setdefault(number, place)
         if len(self.places) > self.limit:
-            raise too_many(self.places, self.limit)
+            raise too_many_bad_rows(self.places, self.limit)
 
     def plain(self) -> dict[str, Any]:
         """For the marker of a task."""
@@ -69,7 +69,7 @@ class LineReader:
 
     Args:
         options: where a row's text is and how long a row may be.
-        text_keys: makes keys from texts, which are then parsed out of the rows; None if rows need none.
+        text_keys: makes keys from the rows' texts; None leaves the rows unparsed.
         max_line: bytes of a line that the memory allows.
         report: receives the bytes read.
     """
@@ -136,7 +136,7 @@ class LineReader:
     def _whole_lines(
         self, file: InputFile, stream: TextReader, begin: int, end: int | None
     ) -> Iterator[tuple[int, bytes]]:
-        """Blocks of whole lines, each with its offset: those that begin before `end`; the stream is at `begin`."""
+        """Blocks of whole lines that begin before `end`, each with its offset; the stream is at `begin`."""
         pieces: list[bytes | memoryview] = []
         position = start = begin
         skips = False  # the rest of a line that is too long
@@ -264,7 +264,7 @@ def _plain(value: Any) -> str:
 
 
 def _next_line(stream: TextReader, begin: int) -> int:
-    """Go to where the first line at or after `begin` begins, and return that place."""
+    """Go to where the first line at or after `begin` begins, and return that offset."""
     stream.seek(begin - 1)
     position = begin - 1
     while piece := stream.readline(READ_BYTES):

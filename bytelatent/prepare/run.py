@@ -22,8 +22,8 @@ from bytelatent.prepare.plan import (
     PreparePlan,
     WorkFolder,
     check_first_row,
+    divide_memory,
     find_inputs,
-    share_out,
     tasks_of,
     units_of,
 )
@@ -33,7 +33,7 @@ from bytelatent.text.bad_rows import must_have_read, short
 
 LOGGER = logging.getLogger(__name__)
 
-SHOWN_PLACES = 3  # of bad rows; the manifest has all
+SHOWN_BAD_ROWS = 3  # of bad rows; the manifest has all
 
 
 def prepare(settings: PrepareSettings) -> Path:
@@ -41,7 +41,7 @@ def prepare(settings: PrepareSettings) -> Path:
 
     Files of `out`: NAME.chunk.00.jsonl, ...; NAME.val.jsonl; manifest.json, which comes last. The same seed and input
     give the same documents in the same order, whatever the memory and the number of workers. Unfinished work is in
-    `out/.prepare`: the same call goes on with it.
+    `out/.prepare`: the same call resumes it.
 
     Returns:
         The folder. With the executor `slurm` it is filled later.
@@ -75,17 +75,17 @@ def prepare(settings: PrepareSettings) -> Path:
         assert manifest is not None
         shutil.rmtree(work.folder, ignore_errors=True)
     places = manifest["corrupt"]["places"]
-    for place in places[:SHOWN_PLACES]:
+    for place in places[:SHOWN_BAD_ROWS]:
         LOGGER.info("%s", short(f"left out: {place}"))
-    if len(places) > SHOWN_PLACES:
-        LOGGER.info(f"left out: {len(places) - SHOWN_PLACES:,} more, which '{out / MANIFEST}' names")
+    if len(places) > SHOWN_BAD_ROWS:
+        LOGGER.info(f"left out: {len(places) - SHOWN_BAD_ROWS:,} more, which '{out / MANIFEST}' names")
     LOGGER.info(f"'{out}': {_summary(manifest)}")
     must_have_read(manifest["unread"])
     return out
 
 
 def _plan(settings: PrepareSettings, request: dict[str, Any], work: WorkFolder) -> None:
-    """Go on with the plan that is there if it is for this request and input; else begin a new one."""
+    """Resume the saved plan if it is for this request and input; else begin a new one."""
     files = find_inputs(settings.source, work.out)
     budget = _budget(settings)
     try:
@@ -117,12 +117,12 @@ def _new_plan(
 
 
 def _why_not(old: PreparePlan, new: PreparePlan) -> str | None:
-    """Why work for the old plan is no use for the new one; None if it is."""
+    """Why work for the old plan cannot be used for the new one; None if it can."""
     if differing := differences(old.request, new.request):
         return differing
     if old.files != new.files:
         return "the input has changed"
-    if old.memory > new.memory:  # what was measured in bytes may differ a little from one day to the next
+    if old.memory > new.memory:  # memory measured in bytes varies a little between calls
         return f"there is less memory now, {new.memory:g} GB, than the {old.memory:g} GB the work was begun with"
     sizes = {"memory": 0.0, "bits": 0, "run_bytes": 0, "range_bytes": 0}
     return None if replace(old, **sizes) == replace(new, **sizes) else "it was begun by another version"
@@ -169,13 +169,13 @@ def _budget(settings: PrepareSettings) -> Budget:
         import pyarrow
         import pyarrow.compute  # noqa: F401
 
-        return share_out(settings.memory, settings.workers)
-    return share_out(settings.memory, 1)
+        return divide_memory(settings.memory, settings.workers)
+    return divide_memory(settings.memory, 1)
 
 
 @contextmanager
 def _alone(work: WorkFolder) -> Iterator[None]:
-    """Hold the folder of unfinished work alone."""
+    """Keep other processes out of the folder of unfinished work."""
     with ExitStack() as stack:
         try:
             stack.enter_context(only_writer(work.folder))
@@ -193,7 +193,7 @@ def _alone(work: WorkFolder) -> Iterator[None]:
 
 
 def _remove_if_empty(work: WorkFolder) -> None:
-    """Leave nothing behind where nothing was begun."""
+    """Remove the folders if no work was begun."""
     if {place.name for place in work.folder.iterdir()} <= {".lock"}:
         shutil.rmtree(work.folder, ignore_errors=True)
         with suppress(OSError):  # there is something else in it

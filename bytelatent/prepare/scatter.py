@@ -20,15 +20,15 @@ from bytelatent.files import own_file
 from bytelatent.prepare.disk import scratch, write_all, write_at, write_text, writing
 from bytelatent.prepare.plan import TaskFiles, WorkFolder
 from bytelatent.prepare.rows import BadRowRecord, LineBlock, LineReader
-from bytelatent.prepare.shuffle import INDEX_BYTES, PlaceKeys, TextKeys, bin_edges, sorted_order, split_keys
+from bytelatent.prepare.shuffle import INDEX_BYTES, PositionKeys, TextKeys, bin_edges, sorted_order, split_keys
 from bytelatent.text import ReadOptions
 
-SLICE_BYTES = 1 << 20  # written at once: what fits into a core's cache
+SLICE_BYTES = 1 << 20  # written at once; fits into a core's cache
 MAX_LINE_BYTES = 2**31 - 2**24  # Arrow's offsets are of 31 bits
 
 
 def scatter(work: WorkFolder, task: int, report: Callable[[int], None]) -> None:
-    """Do one task of the first pass, unless it is done.
+    """Do one task of the first pass, unless an earlier call has finished it.
 
     Args:
         report: receives the bytes read.
@@ -49,25 +49,25 @@ def scatter(work: WorkFolder, task: int, report: Callable[[int], None]) -> None:
         runs = RunWriter(files, plan.bits, plan.run_bytes, with_low=text_keys is not None)
         try:
             for number in range(*plan.tasks[task]):
-                place_keys = PlaceKeys(plan.request["seed"], number)
+                position_keys = PositionKeys(plan.request["seed"], number)
                 for rows in reader.read(plan.units[number]):
-                    runs.add(rows, *_keys(rows, place_keys))
+                    runs.add(rows, *_keys(rows, position_keys))
             runs.finish(corrupt.plain())
         finally:
             runs.close()
 
 
-def _keys(rows: LineBlock, place_keys: PlaceKeys) -> tuple[np.ndarray, np.ndarray | None]:
+def _keys(rows: LineBlock, position_keys: PositionKeys) -> tuple[np.ndarray, np.ndarray | None]:
     if rows.keys is not None:
         return split_keys(rows.keys)
-    return place_keys.draw(len(rows.kept)), None
+    return position_keys.draw(len(rows.kept)), None
 
 
 class RunWriter:
     """Collects rows, and writes them as sorted runs.
 
     Args:
-        bits: of the key that name the bin.
+        bits: number of a key's bits that name its bin.
         run_bytes: memory for a run, lines and index together.
         with_low: keys have 128 bits.
     """
@@ -82,7 +82,7 @@ class RunWriter:
         self._clear()
 
     def add(self, rows: LineBlock, high: np.ndarray, low: np.ndarray | None) -> None:
-        """Take rows with the keys (uint64 [N]) of those that are kept.
+        """Add rows, with the keys (uint64 [N]) of the kept ones.
 
         Raises:
             UserError: they do not fit into the memory for a run.
@@ -124,13 +124,13 @@ class RunWriter:
             self._written += len(data)
         self._clear()
 
-    def finish(self, said: dict[str, Any]) -> None:
-        """Write the last run, and the marker with what the task has to say."""
+    def finish(self, bad_rows: dict[str, Any]) -> None:
+        """Write the last run, and the marker, with the task's bad rows."""
         self.flush()
         sizes = {kind: os.fstat(file).st_size for kind, file in self._open.items()}
         self.close()
         counts = {"documents": self._documents, "bytes": self._bytes, "runs": self._runs}
-        write_text(self.files.path("marker"), json.dumps({**counts, **said, "sizes": sizes}))
+        write_text(self.files.path("marker"), json.dumps({**counts, **bad_rows, "sizes": sizes}))
 
     def close(self) -> None:
         for file in self._open.values():

@@ -22,7 +22,7 @@ import numpy as np
 
 from bytelatent.errors import UserError
 from bytelatent.prepare.disk import write_text, writing
-from bytelatent.prepare.plan import InputFile, WorkFolder, too_many
+from bytelatent.prepare.plan import InputFile, WorkFolder, too_many_bad_rows
 from bytelatent.prepare.settings import MAX_CHUNKS
 
 KEY_BITS = 64
@@ -30,7 +30,7 @@ MAX_VALIDATION = 10_000
 INDEX_BYTES = 96  # memory for one line beside its bytes: ends, key, order and temporary arrays
 
 
-class PlaceKeys:
+class PositionKeys:
     """Random keys for the documents of a unit, in their order."""
 
     def __init__(self, seed: int, unit: int) -> None:
@@ -61,18 +61,18 @@ def split_keys(keys: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sorted_order(high: np.ndarray, low: np.ndarray | None = None) -> np.ndarray:
-    """The positions of the documents by key, int64 [N]; those with one key stay in the order given."""
+    """The positions of the documents by key, int64 [N]; documents with equal keys keep their order."""
     if low is not None:
         return np.lexsort((low, high))
     order = np.argsort(high)
     in_order = high[order]
-    if (in_order[1:] == in_order[:-1]).any():  # so rare that the quicker sort, which is not stable, goes first
+    if (in_order[1:] == in_order[:-1]).any():  # so rare that the faster sort, which is not stable, is tried first
         return np.argsort(high, kind="stable")
     return order
 
 
-def first_of_each(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Where sorted keys are not those of the document before, bool [N]."""
+def first_of_equal(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Whether each of the sorted keys differs from the one before, bool [N]."""
     first = np.ones(len(high), dtype=bool)
     first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
     return first
@@ -84,7 +84,7 @@ def bin_of(high: np.ndarray, bits: int) -> np.ndarray:
 
 
 def bin_edges(sorted_high: np.ndarray, bits: int) -> np.ndarray:
-    """How many of the sorted keys lie before each bin, int64 [2^bits + 1]."""
+    """Number of sorted keys before each bin, int64 [2^bits + 1]."""
     first_keys = np.arange(1 << bits, dtype=np.uint64) << np.uint64(KEY_BITS - bits)
     return np.append(np.searchsorted(sorted_high, first_keys), len(sorted_high)).astype(np.int64)
 
@@ -101,16 +101,17 @@ class RunPart:
 
 @dataclass(frozen=True)
 class BinRange:
-    """All documents of some bins: in the order of the pieces, and in the shuffled order."""
+    """All documents of some bins: in the order of the parts, and in the shuffled order."""
 
-    pieces: list[RunPart]
-    lengths: np.ndarray  # uint32 [N], as in the pieces
+    parts: list[RunPart]
+    lengths: np.ndarray  # uint32 [N], in the order of the parts
     order: np.ndarray  # int64 [kept], indices into `lengths`
     high: np.ndarray  # uint64 [kept], in the shuffled order
 
 
 class RunIndex:
-    """
+    """What the first pass wrote, seen as one: tables, keys and lengths of all tasks.
+
     Raises:
         UserError: a task of the first pass is not finished.
     """
@@ -123,7 +124,7 @@ class RunIndex:
         for task in range(len(work.plan.tasks)):
             marker = work.task_files(task).marker()
             if marker is None:
-                raise UserError(f"--out: part {task} of the first pass is not there; give the same command again")
+                raise UserError(f"--out: part {task} of the first pass is missing; give the same command again")
             self.markers.append(marker)
 
     def totals(self) -> tuple[np.ndarray, np.ndarray]:
@@ -137,15 +138,15 @@ class RunIndex:
 
     def load(self, first: int, end: int) -> BinRange:
         """The documents of the bins from `first` to `end`, without their bytes."""
-        pieces, lengths, high, low = [], [np.zeros(0, np.uint32)], [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+        parts, lengths, high, low = [], [np.zeros(0, np.uint32)], [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
         for task, marker in enumerate(self.markers):
             if not marker["documents"]:
                 continue
             table = self._table(task)
-            places = np.stack([table[:, :, first], table[:, :, end]], axis=2)
-            for (begin_d, end_d), (begin_b, end_b) in places.tolist():
+            bounds = np.stack([table[:, :, first], table[:, :, end]], axis=2)
+            for (begin_d, end_d), (begin_b, end_b) in bounds.tolist():
                 if begin_d < end_d:
-                    pieces.append(RunPart(task, begin_b, end_b - begin_b, end_d - begin_d))
+                    parts.append(RunPart(task, begin_b, end_b - begin_b, end_d - begin_d))
                     lengths.append(self._part(task, "lengths", begin_d, end_d))
                     high.append(self._part(task, "high", begin_d, end_d))
                     if self.dedup:
@@ -155,16 +156,16 @@ class RunIndex:
         order = sorted_order(all_high, all_low)
         sorted_high = all_high[order]
         if all_low is not None:
-            first_ones = first_of_each(sorted_high, all_low[order])
-            order, sorted_high = order[first_ones], sorted_high[first_ones]
-        return BinRange(pieces, np.concatenate(lengths), order, sorted_high)
+            firsts = first_of_equal(sorted_high, all_low[order])
+            order, sorted_high = order[firsts], sorted_high[firsts]
+        return BinRange(parts, np.concatenate(lengths), order, sorted_high)
 
     def kept(self, documents: np.ndarray, at_once: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents and bytes of each bin once duplicates are removed, int64 [B] each.
 
         Args:
-            documents: of each bin before, [B].
-            at_once: documents to look at together.
+            documents: number in each bin before that, [B].
+            at_once: number of documents to load together.
         """
         kept = np.zeros((2, self.bins), dtype=np.int64)
         for first, end in grouped(documents, at_once):
@@ -188,7 +189,7 @@ class RunIndex:
 
 
 def grouped(sizes: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
-    """Consecutive bins (first, end), as many together as stay within `limit`; at least one."""
+    """Groups of consecutive bins (first, end), each within `limit` or a single bin."""
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
     first = 0
     while first < len(sizes):
@@ -200,7 +201,7 @@ def grouped(sizes: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """A place between two documents of the stream."""
+    """A position between two documents of the stream."""
 
     documents: int
     bytes: int
@@ -216,33 +217,37 @@ class ShuffledStream:
         self._loaded: tuple[int, np.ndarray] = (-1, np.zeros(0))
 
     def after(self, count: int) -> StreamPosition:
-        """The place after the first `count` documents."""
+        """The position after the first `count` documents."""
         if count >= self.documents[-1]:
             return StreamPosition(int(self.documents[-1]), int(self.bytes[-1]))
-        bin_ = int(np.searchsorted(self.documents, count, side="right")) - 1
-        return self._place(bin_, count - int(self.documents[bin_]))
+        bin_index = int(np.searchsorted(self.documents, count, side="right")) - 1
+        return self._position(bin_index, count - int(self.documents[bin_index]))
 
     def at(self, offset: int) -> StreamPosition:
-        """The first place at or after a byte."""
+        """The first position at or after a byte."""
         if offset >= self.bytes[-1]:
             return self.after(int(self.documents[-1]))
-        bin_ = int(np.searchsorted(self.bytes, offset, side="right")) - 1
-        return self._place(bin_, int(np.searchsorted(self._starts(bin_), offset - int(self.bytes[bin_]))))
+        bin_index = int(np.searchsorted(self.bytes, offset, side="right")) - 1
+        return self._position(
+            bin_index, int(np.searchsorted(self._starts(bin_index), offset - int(self.bytes[bin_index])))
+        )
 
-    def _place(self, bin_: int, inside: int) -> StreamPosition:
-        return StreamPosition(int(self.documents[bin_]) + inside, int(self.bytes[bin_] + self._starts(bin_)[inside]))
+    def _position(self, bin_index: int, inside: int) -> StreamPosition:
+        return StreamPosition(
+            int(self.documents[bin_index]) + inside, int(self.bytes[bin_index] + self._starts(bin_index)[inside])
+        )
 
-    def _starts(self, bin_: int) -> np.ndarray:
-        """Where in its bin each document starts, and the last one ends, int64 [N + 1]."""
-        if self._loaded[0] != bin_:
-            part = self.index.load(bin_, bin_ + 1)
+    def _starts(self, bin_index: int) -> np.ndarray:
+        """Where each document of a bin starts in it, and where the last one ends, int64 [N + 1]."""
+        if self._loaded[0] != bin_index:
+            part = self.index.load(bin_index, bin_index + 1)
             ends = np.cumsum(part.lengths[part.order], dtype=np.int64)
-            self._loaded = (bin_, np.concatenate([np.zeros(1, np.int64), ends]))
+            self._loaded = (bin_index, np.concatenate([np.zeros(1, np.int64), ends]))
         return self._loaded[1]
 
 
 def plan_outputs(work: WorkFolder) -> None:
-    """Decide which document goes where, and save it, unless that is done.
+    """Decide which document goes where, and save that, unless an earlier call has done so.
 
     Raises:
         UserError: there are no documents, fewer than chunks, or too many bad rows.
@@ -252,7 +257,7 @@ def plan_outputs(work: WorkFolder) -> None:
     plan, index = work.plan, RunIndex(work)
     corrupt = [place for marker in index.markers for place in marker["corrupt"]]
     if len(corrupt) > plan.request["max_bad_rows"]:
-        raise too_many(corrupt, plan.request["max_bad_rows"])
+        raise too_many_bad_rows(corrupt, plan.request["max_bad_rows"])
     documents, sizes = index.totals()
     read, read_bytes = int(documents.sum()), int(sizes.sum())
     if read == 0:
@@ -264,8 +269,8 @@ def plan_outputs(work: WorkFolder) -> None:
     ranges = []
     for first, end in grouped(sizes + INDEX_BYTES * documents, plan.range_bytes):
         if documents[first:end].any():
-            place = [int(stream.bytes[first]), int(stream.bytes[end])]
-            ranges.append({"bins": [first, end], "stream": place, "read_bytes": int(sizes[first:end].sum())})
+            span = [int(stream.bytes[first]), int(stream.bytes[end])]
+            ranges.append({"bins": [first, end], "stream": span, "read_bytes": int(sizes[first:end].sum())})
     saved = {
         "documents_read": read,
         "bytes_read": read_bytes,
@@ -273,7 +278,7 @@ def plan_outputs(work: WorkFolder) -> None:
         "bytes": int(kept_bytes.sum()),
         "corrupt": corrupt,
         "unread": _unread(index.markers, plan.files),
-        "outputs": outputs(stream, plan.request),
+        "outputs": _outputs(stream, plan.request),
         "ranges": ranges,
     }
     with writing(work.out):
@@ -287,7 +292,7 @@ def _unread(markers: list[dict[str, Any]], files: list[InputFile]) -> dict[str, 
     return {files[number].path: why for number, why in sorted(bad.items()) if number not in good}
 
 
-def outputs(stream: ShuffledStream, request: dict[str, Any]) -> list[dict[str, Any]]:
+def _outputs(stream: ShuffledStream, request: dict[str, Any]) -> list[dict[str, Any]]:
     """The output files in the order of the stream: name, documents, and where in it they begin and end."""
     total = int(stream.documents[-1])
     held_out = request["validation"]
@@ -302,11 +307,11 @@ def outputs(stream: ShuffledStream, request: dict[str, Any]) -> list[dict[str, A
     name, digits = request["name"], max(2, len(str(chunks - 1)))
     first = stream.after(held_out)
     size = int(stream.bytes[-1]) - first.bytes
-    places = [first, *(stream.at(first.bytes - (-chunk * size // chunks)) for chunk in range(1, chunks))]
-    places.append(stream.after(total))
+    positions = [first, *(stream.at(first.bytes - (-chunk * size // chunks)) for chunk in range(1, chunks))]
+    positions.append(stream.after(total))
     found = [_output(f"{name}.val.jsonl", StreamPosition(0, 0), first)] if held_out else []
     for chunk in range(chunks):
-        found.append(_output(f"{name}.chunk.{chunk:0{digits}d}.jsonl", places[chunk], places[chunk + 1]))
+        found.append(_output(f"{name}.chunk.{chunk:0{digits}d}.jsonl", positions[chunk], positions[chunk + 1]))
     return found
 
 

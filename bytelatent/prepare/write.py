@@ -45,7 +45,7 @@ def make_room(work: WorkFolder) -> None:
 
 
 def gather(work: WorkFolder, rank: int, ranks: int, report: Callable[[int], None]) -> None:
-    """Do this rank's share of the second pass, what is done already left out.
+    """Do this rank's share of the second pass, except what earlier calls have finished.
 
     Args:
         report: receives the bytes written.
@@ -82,11 +82,11 @@ def _gather_range(
     planned: dict[str, Any],
     report: Callable[[int], None],
 ) -> None:
-    part = index.load(*planned["bins"])
-    needed = planned["read_bytes"] + INDEX_BYTES * len(part.lengths)
+    bins = index.load(*planned["bins"])
+    needed = planned["read_bytes"] + INDEX_BYTES * len(bins.lengths)
     with DataFiles(work) as data, StreamWriter(work.aside, outputs, planned["stream"][0]) as stream:
         in_memory = needed <= max(work.plan.range_bytes, 1)
-        for buffer in _documents(part, data) if in_memory else _documents_one_by_one(part, data):
+        for buffer in _documents(bins, data) if in_memory else _documents_one_by_one(bins, data):
             stream.write(buffer)
             report(len(buffer))
         parts = stream.parts()
@@ -94,37 +94,37 @@ def _gather_range(
     write_text(work.range_marker(number), json.dumps({"parts": parts}))
 
 
-def _documents(part: BinRange, data: "DataFiles") -> Iterator[Buffer]:
+def _documents(bins: BinRange, data: "DataFiles") -> Iterator[Buffer]:
     """The documents in order, all read into memory first."""
     import pyarrow
 
-    buffer = scratch(sum(piece.size for piece in part.pieces))
+    buffer = scratch(sum(part.size for part in bins.parts))
     filled = 0
-    for piece in part.pieces:
-        read_at(data.file(piece.task), buffer.data[filled : filled + piece.size], piece.offset)
-        filled += piece.size
+    for part in bins.parts:
+        read_at(data.file(part.task), buffer.data[filled : filled + part.size], part.offset)
+        filled += part.size
     # the type with offsets of 64 bits, since a range may be larger than 2 GiB
-    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(part.lengths, dtype=np.int64)])
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(bins.lengths, dtype=np.int64)])
     buffers = [None, pyarrow.py_buffer(ends), pyarrow.py_buffer(buffer)]
-    array = pyarrow.Array.from_buffers(pyarrow.large_binary(), len(part.lengths), buffers)
-    yield from gathered(array, part.order, part.lengths[part.order])
+    array = pyarrow.Array.from_buffers(pyarrow.large_binary(), len(bins.lengths), buffers)
+    yield from gathered(array, bins.order, bins.lengths[bins.order])
 
 
-def _documents_one_by_one(part: BinRange, data: "DataFiles") -> Iterator[Buffer]:
-    """The documents in order, each read where it stands: slow, for a range with documents too large for the memory."""
-    counts = np.array([piece.documents for piece in part.pieces])
-    piece_of = np.repeat(np.arange(len(part.pieces)), counts)
-    starts = np.cumsum(part.lengths, dtype=np.int64) - part.lengths
-    piece_starts = np.cumsum([piece.size for piece in part.pieces]) - [piece.size for piece in part.pieces]
+def _documents_one_by_one(bins: BinRange, data: "DataFiles") -> Iterator[Buffer]:
+    """The documents in order, each read on its own: slow, for a range that is too large for the memory."""
+    counts = np.array([part.documents for part in bins.parts])
+    part_of_document = np.repeat(np.arange(len(bins.parts)), counts)
+    starts = np.cumsum(bins.lengths, dtype=np.int64) - bins.lengths
+    part_starts = np.cumsum([part.size for part in bins.parts]) - [part.size for part in bins.parts]
     buffer = memoryview(bytearray(SLICE_BYTES))
-    for document in part.order.tolist():
-        number = int(piece_of[document])
-        piece = part.pieces[number]
-        offset = piece.offset + int(starts[document] - piece_starts[number])
-        left = int(part.lengths[document])
+    for document in bins.order.tolist():
+        number = int(part_of_document[document])
+        part = bins.parts[number]
+        offset = part.offset + int(starts[document] - part_starts[number])
+        left = int(bins.lengths[document])
         while left:
             slice_ = buffer[: min(left, SLICE_BYTES)]
-            read_at(data.file(piece.task), slice_, offset)
+            read_at(data.file(part.task), slice_, offset)
             yield slice_
             offset, left = offset + len(slice_), left - len(slice_)
 
@@ -152,7 +152,7 @@ class DataFiles:
 
 
 class StreamWriter:
-    """Writes a piece of the stream into the output files it falls into."""
+    """Writes consecutive bytes of the stream into the output files they belong to."""
 
     def __init__(self, folder: Path, outputs: list[dict[str, Any]], position: int) -> None:
         self.folder, self.outputs, self.position = folder, outputs, position
@@ -166,7 +166,7 @@ class StreamWriter:
         while len(rest):
             output = int(np.searchsorted(self._ends, self.position, side="right"))
             if output != self._output:
-                self._turn_to(output)
+                self._switch_to(output)
             begin, end = self.outputs[output]["begin"], self.outputs[output]["end"]
             now = rest[: end - self.position]
             write_past_cache(self._file, now, self.position - begin)
@@ -177,10 +177,10 @@ class StreamWriter:
 
     def parts(self) -> list[list[Any]]:
         """[output, bytes, sha256] of each file written to."""
-        self._turn_to(-1)
+        self._switch_to(-1)
         return self._parts
 
-    def _turn_to(self, output: int) -> None:
+    def _switch_to(self, output: int) -> None:
         if self._count:
             self._parts.append([self._output, self._count, self._hash.hexdigest()])
         self._hash, self._count = hashlib.sha256(), 0
@@ -210,7 +210,7 @@ def finish(work: WorkFolder) -> None:
     for number in range(len(cut["ranges"])):
         done = range_parts(work, number)
         if done is None:
-            raise UserError(f"--out: part {number} of the second pass is not there; give the same command again")
+            raise UserError(f"--out: part {number} of the second pass is missing; give the same command again")
         for output, size, digest in done:
             parts[output].append([size, digest])
     with writing(work.out):
@@ -235,7 +235,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         known, manifest = False, {}
     if not known:
-        raise UserError(f"--out: '{folder / MANIFEST}' is damaged or of another program; give another folder")
+        raise UserError(f"--out: '{folder / MANIFEST}' is corrupt or of another program; give another folder")
     request = manifest["request"]
     if "max_corrupt" in request:  # as of earlier versions
         request["max_bad_rows"] = request.pop("max_corrupt")
@@ -245,7 +245,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Read a prepared folder again, and name what is not as its manifest says: one line each, none if all is well.
+    """Compare a prepared folder with its manifest; one line for each file that differs.
 
     Raises:
         UserError: the folder is not one that was prepared.
@@ -253,7 +253,7 @@ def verify(folder: str | Path) -> list[str]:
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"'{folder}' has no {MANIFEST}; it was not prepared to the end")
+        raise UserError(f"'{folder}' has no {MANIFEST}; it is not a prepared folder, or is not finished")
     return [wrong for output in manifest["outputs"] if (wrong := _what_is_wrong(folder / output["name"], output))]
 
 

@@ -123,6 +123,16 @@ def forget_logged() -> None:
     _logged.clear()
 
 
+def logged_lines() -> set[str]:
+    """The lines that were logged since `forget_logged`."""
+    return set(_logged)
+
+
+def mark_logged(lines: set[str]) -> None:
+    """Do not log lines that another process has logged."""
+    _logged.update(lines)
+
+
 def short(line: str, end: str = "") -> str:
     """A line and its end in at most `MAX_LINE` characters: a long file name loses its beginning, then the line its end.
 

@@ -1,7 +1,7 @@
-"""The gradients of a batch: each kernel started by the host, or all of them replayed as a CUDA graph.
+"""The gradients of a batch, and clipping by their norm.
 
-A forward and a backward pass of the 1B model are some thousand kernels. Where a batch is small the device has done one
-before the host has started the next; a graph is started at once.
+The host launches each kernel, or replays all of them as one CUDA graph. A forward and a backward pass of the 1B model
+are some thousand kernels; with a small batch the device ends one before the host has launched the next.
 """
 
 import gc
@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
+from bytelatent.kernels.hash_tables import coalesced
 from bytelatent.kernels.packed_attention import entries_for
 
 WARM_UPS = 2  # passes before capture: the first compiles, the second adds to gradients where that is wanted
@@ -162,17 +164,6 @@ def capturing(device: torch.device) -> Iterator[Callable[[Callable[[], Tensor]],
         torch.cuda.current_stream().wait_stream(stream)
 
 
-def check_cuda_graph(wanted: bool, device: torch.device, world: int = 1) -> None:
-    """Complain early about what cannot be captured.
-
-    Raises:
-        UserError: this is not one process on CUDA.
-    """
-    if wanted and (device.type != "cuda" or world > 1):
-        here = f"{world} processes" if world > 1 else f"device {device.type}"
-        raise UserError(f"cuda_graph: it is for one process on CUDA, not for {here}; do without it")
-
-
 def _copied(batch: Batch, device: torch.device) -> Batch:
     """Said to have as many documents as attention has entries for then."""
     number = batch.stream.num_documents
@@ -198,3 +189,46 @@ def _misfit(one: Batch, other: Batch) -> str | None:
         if place.shape != given[name].shape:
             return f"'{name}' of a batch has shape {list(given[name].shape)}, and of the first {list(place.shape)}"
     return None
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients alike so that their norm, as of one vector, is at most `max_norm`.
+
+    A sparse gradient's norm is that of the dense one it stands for: entries that share a place are added first.
+    Gradients in parts count once each, whatever ranks the parts are on and however often each is repeated.
+
+    Returns:
+        The norm before, the same on all ranks.
+    """
+    alike: dict[Any, list[Tensor]] = {}  # what is here of gradients that are spread in the same way
+    for parameter in parameters:
+        grad: Any = parameter.grad
+        if grad is None:
+            continue
+        if hasattr(grad, "placements"):  # a DTensor; their module takes seconds to import
+            alike.setdefault((grad.device_mesh, grad.placements), []).append(grad.to_local())
+        elif grad.is_sparse:
+            parameter.grad = grad = coalesced(grad)
+            alike.setdefault(None, []).append(grad.values())
+        else:
+            alike.setdefault(None, []).append(grad)
+    norms = [_norm_of(parts, spread) for spread, parts in alike.items()]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parts in alike.values():
+        torch._foreach_mul_(parts, factor)  # pyright: ignore[reportPrivateImportUsage]
+    return norm
+
+
+def _norm_of(parts: list[Tensor], spread: Any) -> Tensor:
+    norm = nn.utils.get_total_norm(parts)
+    if spread is None:
+        return norm
+    mesh, placements = spread
+    square = norm.square()
+    for dim, placement in enumerate(placements):
+        assert not placement.is_partial()
+        if not placement.is_replicate() and mesh.size(dim) > 1:
+            dist.all_reduce(square, group=mesh.get_group(dim))
+    return square.sqrt()

@@ -1,22 +1,63 @@
-"""The optimizer and its learning rate.
+"""The optimizer.
 
-AdamW trains all weights; or Muon the matrices of the blocks and AdamW the rest. Hash tables whose gradients are rows
+AdamW trains all weights; or Muon the matrices of the blocks and AdamW the rest. Hash tables whose gradients are sparse
 have an optimizer of their own, `SparseRowsAdamW`.
 """
 
-import math
 from collections import defaultdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
-from bytelatent.errors import UserError
+from bytelatent.config import Settings
+from bytelatent.kernels.hash_tables import coalesced, row_adamw
 from bytelatent.model import CrossAttention
 from bytelatent.model.block import Block
 from bytelatent.training.distributed.fsdp import local_part
-from bytelatent.training.row_adamw import SparseRowsAdamW
-from bytelatent.training.settings import LearningRateScale, OptimizerSettings
+from bytelatent.training.schedule import ScheduleSettings
+
+# Shapes: R rows of a table, U rows of it in a step's gradient, D width
+
+
+class LearningRateScale(Settings):
+    """Factors of the learning rate, by part of the model.
+
+    Attributes:
+        byte_embedding, hash_tables: of the encoder (or the byte LM), and not of `encoder`.
+    """
+
+    byte_embedding: float = Field(default=1.0, gt=0)
+    hash_tables: float = Field(default=1.0, gt=0)
+    encoder: float = Field(default=1.0, gt=0)
+    global_transformer: float = Field(default=1.0, gt=0)
+    decoder: float = Field(default=1.0, gt=0)
+
+
+class OptimizerSettings(ScheduleSettings):
+    """AdamW or Muon, and the schedule of the learning rate.
+
+    Defaults: Pagnoni et al. 2024, section 4.8.
+
+    Attributes:
+        name: `muon` trains the matrices of the blocks by Muon, and the rest by AdamW.
+        lr_scale: factors of the learning rate.
+        clip: gradients are scaled so that their norm, as of one vector, is at most this.
+        accumulation: batches of each process in a step.
+        hash_gradients: with `rows` the gradients of the hash tables hold only the rows that a step reads, and AdamW
+            updates only these; see `SparseRowsAdamW` for what differs.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr_scale: LearningRateScale = LearningRateScale()
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    accumulation: int = Field(default=1, ge=1, le=10**6)
+    hash_gradients: Literal["dense", "rows"] = "dense"
 
 
 class AdamW(torch.optim.AdamW):
@@ -27,6 +68,59 @@ class AdamW(torch.optim.AdamW):
         for tensors in lists:
             tensors[:] = map(local_part, tensors)
         return is_complex
+
+
+class SparseRowsAdamW(torch.optim.Optimizer):
+    """AdamW that updates only the rows of a table that the gradient holds, which is a sparse tensor of rows.
+
+    Each row is trained as `torch.optim.AdamW` would train it alone in the steps that read it, as if there were no
+    others. AdamW over the whole table differs in the steps that do not read a row: there it lets the row's moments
+    fade, moves the row by the rest of them, and decays the row's weights. And its bias correction counts all steps, so
+    that a row that comes late starts slowly.
+
+    The moments are as large as the table.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        assert closure is None, "the gradients are there already"
+        for group in self.param_groups:
+            for table_RD in group["params"]:
+                if table_RD.grad is None:
+                    continue
+                assert table_RD.grad.is_sparse, "the gradient is dense"
+                state = self.state[table_RD]
+                if not state:
+                    # In floats, which count exactly to 2^24, as a state that is loaded is made the table's dtype.
+                    state["seen"] = table_RD.new_zeros(table_RD.shape[0])
+                    state["exp_avg"] = torch.zeros_like(table_RD)
+                    state["exp_avg_sq"] = torch.zeros_like(table_RD)
+                gradient = coalesced(table_RD.grad)
+                rows_U = gradient.indices()[0]
+                count_U = state["seen"][rows_U] + 1
+                state["seen"][rows_U] = count_U
+                row_adamw(
+                    table_RD,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    rows_U,
+                    gradient.values(),
+                    count_U,
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                )
 
 
 class Optimizers:
@@ -60,25 +154,12 @@ def each(optimizer: torch.optim.Optimizer | Optimizers) -> list[torch.optim.Opti
     return list(optimizer.optimizers.values()) if isinstance(optimizer, Optimizers) else [optimizer]
 
 
-def check_optimizer(settings: OptimizerSettings, world: int) -> None:
-    """Complain early about what is for one process.
-
-    Raises:
-        UserError: several processes, `world`, cannot train so.
-    """
-    if world > 1 and settings.hash_gradients == "rows":
-        raise UserError(f"optimizer.hash_gradients: rows is for one process, not for {world}; take dense")
-    if world > 1 and settings.name == "muon":
-        raise UserError(f"optimizer.name: muon is for one process, not for {world}; take adamw")
-
-
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer | Optimizers:
     """The optimizer of all weights; only matrices decay, norms and embeddings do not.
 
-    With `hash_gradients: rows` the model's hash tables are told to give such gradients.
+    With `hash_gradients: rows` it makes the gradients of the model's hash tables sparse.
 
-    Each group of weights has its `lr_scale`, which the schedule multiplies its rate with. Several processes have to
-    be ones that `check_optimizer` lets pass.
+    Each parameter group has its `lr_scale`, the factor of its learning rate.
     """
     tables = {part.weight: part for part in model.modules() if isinstance(part, nn.EmbeddingBag)}
     for part in tables.values():
@@ -127,26 +208,3 @@ def _scale(name: str, scales: LearningRateScale) -> float:
         "decoder.": scales.decoder,
     }
     return next((scale for part, scale in of_parts.items() if name.startswith(part)), 1.0)
-
-
-def learning_rate(step: int, decayed: float, settings: OptimizerSettings) -> float:
-    """Linear warm-up, then from the peak down to `final_lr_ratio` of it.
-
-    Args:
-        step: 0, 1, ...
-        decayed: how much of the decay is over, 0 to 1.
-    """
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    above_minimum = (1 - settings.final_lr_ratio) * height(min(max(decayed, 0.0), 1.0), settings.schedule)
-    return settings.lr * (settings.final_lr_ratio + above_minimum)
-
-
-def height(decayed: float, kind: str) -> float:
-    """Where the rate is between the minimum, 0, and the peak, 1, of a schedule `kind`."""
-    return 1 - decayed if kind == "wsd" else (1 + math.cos(math.pi * decayed)) / 2
-
-
-def decayed_at(height: float, kind: str) -> float:
-    """The share of a decay that is over where `height` has come so far down."""
-    return 1 - height if kind == "wsd" else math.acos(min(max(2 * height - 1, -1.0), 1.0)) / math.pi

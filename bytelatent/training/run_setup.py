@@ -1,31 +1,31 @@
-"""The folder of a run: its settings, its byte LM, and what the next start finds there."""
+"""The folder of a run as training starts: its settings, its byte LM, its calibration, and the list of its text."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from bytelatent.config import load_yaml
 from bytelatent.data import Patcher
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file, whole_folder
 from bytelatent.inference import FastEntropies
-from bytelatent.log import Console
 from bytelatent.model import ByteLM
-from bytelatent.patching import Calibration
 from bytelatent.run_folder import checkpoints_of
-from bytelatent.text.bad_rows import forget_logged
+from bytelatent.text.bad_rows import forget_logged, logged_lines, mark_logged
+from bytelatent.training.calibration import calibrate_on, read_calibration, write_calibration
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.patches import calibrate_on, write_calibration
 from bytelatent.training.settings import TrainSettings
 from bytelatent.training.text_files import TextFile, check_listing, list_text, write_listing
 from bytelatent.weights import Config, fingerprint, load_byte_lm, save
 from bytelatent.weights.native import BYTE_LM
 
-# What may differ when a run goes on: nothing that changes the steps already done.
+LOGGER = logging.getLogger(__name__)
+
+# What may differ when a run resumes: nothing that changes the steps already done.
 MAY_CHANGE = {
     *("steps", "minutes", "validation", "checkpoint", "parallel", "faults"),
     *("log_every", "device", "compile", "cuda_graph", "determinism", "entropy_model"),
@@ -34,7 +34,7 @@ MAY_CHANGE = {
 DATA_MAY_CHANGE = {"workers", "max_bad_rows", "allow_changed"}
 OPTIMIZER_MAY_CHANGE = {
     "accumulation",  # with the number of processes, so that a step stays as large
-    *("schedule", "decay_share", "decay_steps", "decay_minutes"),  # the rate goes on from where it is
+    *("schedule", "decay_share", "decay_steps", "decay_minutes"),  # the rate continues from where it is
 }
 
 CALIBRATION_SHARE = 0.1  # of the minutes: the most that calibration may take beside them
@@ -42,17 +42,23 @@ CALIBRATION_SHARE = 0.1  # of the minutes: the most that calibration may take be
 
 @dataclass
 class Run:
+    """A run's folder that is ready for training.
+
+    Attributes:
+        settings: with the threshold that calibration chose.
+        changes: a line about each setting that differs from those the run had before, and about its text.
+        text: the files of its text as they are now.
+    """
+
     folder: Path
-    settings: TrainSettings  # with the threshold that calibration chose
+    settings: TrainSettings
     config: Config
     patcher: Patcher | None
-    changes: list[str]  # a line about each setting that differs from those the run had before, and about its text
+    changes: list[str]
     text: list[TextFile]
 
     def write_settings(self, ranks: Ranks) -> None:
-        """Those that the run now has, and what its text is: once the checkpoint that they go on from is read, and a
-        gradient was tried.
-        """
+        """Write the settings and the list of text files; call it once a first gradient has been computed."""
 
         def write() -> None:
             with whole_file(self.folder / "settings.yaml") as aside:
@@ -62,47 +68,46 @@ class Run:
         ranks.on_first(write)
 
 
-def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype: torch.dtype, console: Console) -> Run:
-    """Make a run's folder, or find it as an earlier start left it; the first rank does so for all.
+def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Run:
+    """Make a run's folder, or open it as an earlier start left it; the first rank does so for all.
 
     Raises:
         UserError: the folder is another run's, or its text has changed.
     """
     forget_logged()
-    settings, config, changes, text = ranks.on_first(lambda: _prepare(settings, console))
+    folder = Path(settings.run)
+    (settings, config, changes, text), lines = ranks.on_first(lambda: (_prepare(folder, settings), logged_lines()))
+    mark_logged(lines)
     patcher = None
     if settings.patching is not None:
-        byte_lm = load_byte_lm(Path(settings.run) / BYTE_LM) if settings.entropy_model is not None else None
+        byte_lm = load_byte_lm(folder / BYTE_LM) if settings.entropy_model is not None else None
         mark = fingerprint(byte_lm) if byte_lm is not None else None
         byte_lm = byte_lm.to(device) if byte_lm is not None else None
         patcher = Patcher(settings.patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
-    return Run(Path(settings.run), settings, config, patcher, changes, text)
+    return Run(folder, settings, config, patcher, changes, text)
 
 
-def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, Config, list[str], list[TextFile]]:
-    """Settings with the threshold that calibration chose, what the model is, a line about each setting that differs
-    from before, and the files of the text.
-    """
-    folder = Path(settings.run)
-    earlier = _earlier(folder)
-    calibration = _read_calibration(folder) if earlier is not None else None
+def _prepare(folder: Path, settings: TrainSettings) -> tuple[TrainSettings, Config, list[str], list[TextFile]]:
+    """What `Run` holds beside the patcher."""
+    earlier = _earlier_settings(folder)
     changes = _changes(settings, earlier, folder) if earlier is not None else []
     text = list_text(settings.data)
     if earlier is not None:
         changes += check_listing(folder, text, settings.data.allow_changed)
-    byte_lm = _byte_lm(folder, settings, earlier)
+    byte_lm = _own_byte_lm(folder, settings, resumes=earlier is not None)
+    calibration = read_calibration(folder) if earlier is not None else None
     if settings.calibration is not None and settings.patching is not None:
         if calibration is None:
-            console.print(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes", highlight=False)
+            LOGGER.info(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes")
+            limit = None if settings.minutes is None else CALIBRATION_SHARE / 2 * 60 * settings.minutes
             calibration = calibrate_on(
                 byte_lm,
                 settings.data,
-                settings.calibration.patch_bytes,
+                settings.calibration,
                 settings.patching,
-                settings.calibration.text_bytes,
                 settings.device,
                 settings.dtype,
-                None if settings.minutes is None else CALIBRATION_SHARE / 2 * 60 * settings.minutes,
+                limit,
             )
             write_calibration(folder, calibration)
         patching = settings.patching.model_copy(update={"threshold": calibration.threshold})
@@ -113,12 +118,12 @@ def _prepare(settings: TrainSettings, console: Console) -> tuple[TrainSettings, 
     return settings, config, changes, text
 
 
-def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | None) -> ByteLM | None:
-    """The frozen byte LM: the run's own copy, made as the run begins."""
+def _own_byte_lm(folder: Path, settings: TrainSettings, resumes: bool) -> ByteLM | None:
+    """The frozen byte LM: the run's own copy, made when the run begins."""
     if settings.entropy_model is None:
         return None
     copy = folder / BYTE_LM
-    if earlier is not None and copy.is_dir():
+    if resumes and copy.is_dir():
         return load_byte_lm(copy)
     byte_lm = load_byte_lm(settings.entropy_model, setting="entropy_model")
     with whole_folder(copy) as aside:
@@ -126,8 +131,8 @@ def _byte_lm(folder: Path, settings: TrainSettings, earlier: TrainSettings | Non
     return byte_lm
 
 
-def _earlier(folder: Path) -> TrainSettings | None:
-    """The settings of a run that has come to its first checkpoint; before it, there is nothing that they bind."""
+def _earlier_settings(folder: Path) -> TrainSettings | None:
+    """The settings of a run that has a checkpoint; before its first, nothing binds it."""
     path = folder / "settings.yaml"
     if not path.is_file() or not checkpoints_of(folder):
         return None
@@ -149,20 +154,20 @@ def _changes(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> l
         UserError: one of them may not.
     """
     now, then = settings.shown(), earlier.shown()  # credentials may be new ones
-    if settings.calibration is not None:  # the threshold is calibration's to say
+    if settings.calibration is not None:  # calibration decides the threshold
         for values in (now, then):
             (values.get("patching") or {}).pop("threshold", None)
     lines = []
     for key, before, after in _differences(then, now):
-        room, _, name = key.partition(".")
-        inner = {"data": DATA_MAY_CHANGE, "optimizer": OPTIMIZER_MAY_CHANGE}.get(room, set())
-        is_other_rule = key == "entropy_model" and None in (before, after)  # not another place of the same byte LM
-        if is_other_rule or (room not in MAY_CHANGE | {"run"} and name not in inner):
+        group, _, name = key.partition(".")
+        inner = {"data": DATA_MAY_CHANGE, "optimizer": OPTIMIZER_MAY_CHANGE}.get(group, set())
+        is_given_or_taken = key == "entropy_model" and None in (before, after)  # not just another path of the byte LM
+        if is_given_or_taken or (group not in MAY_CHANGE | {"run"} and name not in inner):
             raise UserError(
                 f"'{folder}' was begun with other settings ({key}: {before}, now {after}); "
                 "use them again, or another run=FOLDER"
             )
-        if room != "run":
+        if group != "run":
             lines.append(f"goes on with {key}: {after}, before {before}")
     return lines
 
@@ -175,11 +180,3 @@ def _differences(then: dict[str, Any], now: dict[str, Any], within: str = "") ->
             yield from _differences(before, after, f"{within}{name}.")
         elif before != after:
             yield f"{within}{name}", before, after
-
-
-def _read_calibration(folder: Path) -> Calibration | None:
-    path = folder / "calibration.json"
-    try:
-        return Calibration.model_validate_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
-    except (ValidationError, UnicodeDecodeError):
-        raise UserError(f"'{path}' is damaged; remove it, and the same command calibrates again") from None

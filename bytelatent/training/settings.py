@@ -7,89 +7,25 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bytelatent.config import Settings, laid_over, must_be_named, short
 from bytelatent.data import DataSettings
-from bytelatent.errors import UserError
-from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, preset
+from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, UnknownPreset, preset
 from bytelatent.patching import PatchSettings
+from bytelatent.training.calibration import CalibrationSettings
 from bytelatent.training.checkpoint.settings import CheckpointSettings
 from bytelatent.training.distributed.settings import ParallelSettings
 from bytelatent.training.float8 import Float8
+from bytelatent.training.optimizer import OptimizerSettings
 from bytelatent.training.profiling.profiler import ProfileSettings
-
-
-class LearningRateScale(Settings):
-    """What the learning rate of each part of the model is multiplied with.
-
-    Attributes:
-        byte_embedding, hash_tables: of the encoder (or the byte LM), and not of `encoder`.
-    """
-
-    byte_embedding: float = Field(default=1.0, gt=0)
-    hash_tables: float = Field(default=1.0, gt=0)
-    encoder: float = Field(default=1.0, gt=0)
-    global_transformer: float = Field(default=1.0, gt=0)
-    decoder: float = Field(default=1.0, gt=0)
-
-
-class OptimizerSettings(Settings):
-    """AdamW or Muon, with linear warm-up and a decay to `final_lr_ratio` of the peak.
-
-    Defaults: Pagnoni et al. 2024, section 4.8.
-
-    Attributes:
-        name: `muon` trains the matrices of the blocks by Muon, and the rest by AdamW.
-        schedule: `cosine` decays from the end of warm-up to the end of the run; `wsd` (warmup-stable-decay) keeps the
-            peak until the decay begins, and decays linearly.
-        decay_share: with `wsd`, the share of the run, at its end, that decays;
-        decay_steps, decay_minutes: its length instead, in the unit of the run's own.
-        hash_gradients: with `rows` the hash tables' gradients hold only the rows that a step sees, and AdamW touches
-            only these; see `SparseRowsAdamW` for what differs.
-    """
-
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(default=4e-4, gt=0)
-    lr_scale: LearningRateScale = LearningRateScale()
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    weight_decay: float = Field(default=0.1, ge=0)
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = Field(default=2000, ge=0)
-    decay_share: float = Field(default=0.2, gt=0, le=1)
-    decay_steps: int | None = Field(default=None, ge=1)
-    decay_minutes: float | None = Field(default=None, gt=0)
-    final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    clip: float = Field(default=1.0, gt=0)
-    accumulation: int = Field(default=1, ge=1, le=10**6)
-    hash_gradients: Literal["dense", "rows"] = "dense"
-
-    @model_validator(mode="after")
-    def _of_wsd(self) -> Self:
-        for name in ("decay_share", "decay_steps", "decay_minutes"):
-            if self.schedule != "wsd" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is for schedule=wsd; {self.schedule} decays from the end of warm-up on")
-        return self
-
-
-class CalibrationSettings(Settings):
-    """Choose the threshold before training, for a mean patch of so many bytes, on so much of the training text."""
-
-    patch_bytes: float = Field(gt=1, le=10**6)
-    text_bytes: int = Field(default=1_000_000, ge=1)
-
-
-class WandbSettings(Settings):
-    """Where Weights & Biases puts a run.
-
-    Attributes:
-        name: the run folder's if left out.
-        mode: `offline` keeps everything below the run's folder, for `wandb sync`.
-    """
-
-    project: str = "bytelatent"
-    name: str | None = None
-    mode: Literal["online", "offline"] = "online"
+from bytelatent.training.trackers import WandbSettings
 
 
 class ValidationSettings(Settings):
+    """When held-out text is read.
+
+    Attributes:
+        every: steps from one validation to the next.
+        max_bytes: text that each one reads; None: all of it.
+    """
+
     every: int = Field(default=1000, ge=1)
     max_bytes: int | None = Field(default=1_000_000, ge=1)
 
@@ -98,10 +34,10 @@ class FaultSettings(Settings):
     """What happens when something goes wrong.
 
     Attributes:
-        on_nan: where the loss or the gradient is not finite: `stop`; `skip` leaves the update out; `rollback` goes on
+        on_nan: where the loss or the gradient is not finite: `stop`; `skip` leaves the update out; `rollback` resumes
             from the last checkpoint with the text that comes next.
-        spike: a loss so many times the median of the last steps' is treated likewise; None: never.
-        watchdog_minutes: after so long without a step every thread's stack is printed and the process ends.
+        spike: a loss of this many times the median of the last steps is treated likewise; None: never.
+        watchdog_minutes: after this time without a step every thread's stack is printed and the process ends.
     """
 
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
@@ -117,10 +53,10 @@ class TrainSettings(Settings):
         steps: optimizer steps, or else
         minutes: time spent in steps (but for the first after each start, which compiles and warms up). Beside it
             calibration takes at most a tenth as long, and so does validation; what does not fit is left out, with a
-            line. The learning rate follows the clock, and on a CPU the number of threads is the one that is fastest
+            line in the log. The learning rate follows the clock, and on a CPU the number of threads is the fastest one
             (unless OMP_NUM_THREADS is set), so such a run is not repeatable.
         model: a preset's name, the shapes themselves, or a mapping of `preset` and the shapes that differ from it.
-        patching: the rule (BLT only). With `calibration` its threshold may be left out.
+        patching: where patches start (BLT only). With `calibration` its threshold may be left out.
         entropy_model: a run or folder with the frozen byte LM that gives entropies which are not stored with the text.
             The run keeps a copy in `byte_lm/`, so that the model can be used on other text.
         track: where metrics go beside `metrics.jsonl`.
@@ -183,8 +119,8 @@ class TrainSettings(Settings):
         if isinstance(name, str):
             try:
                 shapes = preset(name)
-            except UserError as error:  # the key is put in front again
-                raise ValueError(str(error).removeprefix("model: ")) from None
+            except UnknownPreset as error:  # pydantic puts the key in front
+                raise ValueError(error.reason) from None
             if not isinstance(value, dict):
                 return shapes
             value = laid_over(shapes.plain(), {key: inner for key, inner in value.items() if key != "preset"})
@@ -202,7 +138,7 @@ class TrainSettings(Settings):
     @field_validator("patching", "calibration", "entropy_model", mode="before")
     @classmethod
     def _of_a_blt(cls, value: Any, info: ValidationInfo) -> Any:
-        """Before anything is asked of a rule that may not be there."""
+        """Refuse them before they are validated."""
         if value is not None and isinstance(info.data.get("model"), ByteLMSettings):
             raise ValueError(
                 "this model is a byte LM and has no patches; leave patching, calibration and entropy_model out"
@@ -212,7 +148,7 @@ class TrainSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _threshold_to_come(cls, values: Any) -> Any:
-        """With `calibration`, a threshold that is not there yet is no error."""
+        """With `calibration` the threshold may be missing."""
         if not isinstance(values, dict) or not values.get("calibration"):
             return values
         patching = values.get("patching") or {}
@@ -240,7 +176,7 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _parts(self) -> Self:
-        """What is said of a part of the model that it has not would be passed over."""
+        """Refuse settings of a part that the model does not have."""
         scales = self.optimizer.lr_scale
         if isinstance(self.model, ByteLMSettings):
             if self.float8 is not None:
@@ -274,7 +210,7 @@ class TrainSettings(Settings):
         if isinstance(self.model, ByteLMSettings):
             return self
         if self.patching is None:
-            raise ValueError("patching: a BLT needs a rule; for example patching.mode=space")
+            raise ValueError("patching: a BLT needs patching settings; for example patching.mode=space")
         if self.calibration is not None and not self.patching.needs_entropies:
             raise ValueError(f"calibration chooses a threshold; patching.mode '{self.patching.mode}' has none")
         return self

@@ -1,33 +1,47 @@
-"""Where the rows of a run's metrics go: a file of lines always, TensorBoard and Weights & Biases where asked."""
+"""Where the rows of a run's metrics go: always a file of lines; TensorBoard and Weights & Biases if `track` asks."""
 
 import json
+import logging
 import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from bytelatent.config import flat
+from bytelatent.config import Settings, flat
 from bytelatent.errors import UserError
 from bytelatent.files import explain, own_file, whole_file
 from bytelatent.run_folder import row_in
-from bytelatent.training.settings import TrainSettings
+
+LOGGER = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 30  # for Weights & Biases to answer as a run begins
 FINISH_SECONDS = 60  # and to take the last rows as it ends
 
 
+class WandbSettings(Settings):
+    """Where Weights & Biases puts a run.
+
+    Attributes:
+        name: of the run; the name of its folder if left out.
+        mode: `offline` keeps everything below the run's folder, for `wandb sync`.
+    """
+
+    project: str = "bytelatent"
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
 class Tracker(Protocol):
-    def go_on_after(self, step: int) -> None:
-        """Get ready for the rows after a step, some of which may have been written before; also as a run begins."""
+    def resume_after(self, step: int) -> None:
+        """Prepare for the rows after a step, some of which may have been written before; also as a run begins."""
         ...
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row; it has its `step`, other numbers, perhaps nested."""
+        """Write a row: its `step` and other numbers, perhaps nested."""
         ...
 
     def close(self) -> None: ...
@@ -36,15 +50,15 @@ class Tracker(Protocol):
 class JsonLines:
     """A row a line, on disk when `write` returns. Where it cannot be, as on a full disk, rows wait until they can.
 
-    Lines that hold no row, being damaged or somebody else's, go to `path.damaged` as the run goes on.
+    Lines that hold no row move to `path.damaged` when the run resumes.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None]):
-        self._path, self._say = path, say
+    def __init__(self, path: Path):
+        self._path = path
         self._waiting: list[dict[str, Any]] = []
         self._file: Any = None
 
-    def go_on_after(self, step: int) -> None:
+    def resume_after(self, step: int) -> None:
         self._waiting = [row for row in self._waiting if row["step"] <= step]
         try:
             written = self._path.read_bytes() if self._path.exists() else b""
@@ -60,7 +74,7 @@ class JsonLines:
             explain(self._path, error)
 
     def _sorted_out(self, lines: list[bytes], step: int) -> bytes:
-        """The lines that stay: rows up to a step. Those that hold none are set aside, but for one that a crash cut."""
+        """The lines that stay: rows up to a step. Lines without a row are moved, but for one that a crash cut off."""
         rows = [row_in(line) for line in lines]
         strange = [n for n, row in enumerate(rows) if row is None and lines[n].endswith(b"\n") and lines[n].strip()]
         if strange:
@@ -68,7 +82,7 @@ class JsonLines:
             with open(aside, "ab", opener=own_file) as file:
                 file.writelines(lines[n] for n in strange)
             numbers = ", ".join(str(n + 1) for n in strange)
-            self._say(f"'{self._path}': no row of metrics is in line {numbers}; moved to '{aside}'")
+            LOGGER.warning(f"'{self._path}': no row of metrics is in line {numbers}; moved to '{aside}'")
         kept = (line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step)
         return b"".join(line.rstrip() + b"\n" for line in kept)
 
@@ -79,7 +93,7 @@ class JsonLines:
             self._write_waiting()
         except OSError as error:
             if is_news:
-                self._say(f"{self._cannot(error)}; its rows wait in memory, and training goes on")
+                LOGGER.warning(f"{self._cannot(error)}; its rows wait in memory, and training goes on")
 
     def _write_waiting(self) -> None:
         while self._waiting:
@@ -102,7 +116,7 @@ class JsonLines:
         except OSError as error:
             if self._waiting:
                 first, last = self._waiting[0]["step"], self._waiting[-1]["step"]
-                self._say(f"{self._cannot(error)}; its rows from step {first} to step {last} are lost")
+                LOGGER.warning(f"{self._cannot(error)}; its rows from step {first} to step {last} are lost")
 
     def _cannot(self, error: OSError) -> str:
         return f"'{self._path}' cannot be written: {error.strerror or error}"
@@ -111,14 +125,14 @@ class JsonLines:
 class TensorBoard:
     """Event files in one folder for all starts of a run; what is written again takes the place of what was there.
 
-    When they cannot be written, that is said, and training goes on.
+    When they cannot be written, a warning says so, and training continues.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]):
-        self._folder, self._say = folder, say
+    def __init__(self, folder: Path):
+        self._folder = folder
         self._writer: Any = None
 
-    def go_on_after(self, step: int) -> None:
+    def resume_after(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.close()
@@ -144,40 +158,42 @@ class TensorBoard:
         try:
             yield
         except OSError as error:
-            self._say(f"'{self._folder}' cannot be written: {error.strerror or error}; training goes on without it")
-            self.close()  # half an event may stand in the file, and none would be read after it
+            LOGGER.warning(
+                f"'{self._folder}' cannot be written: {error.strerror or error}; training goes on without it"
+            )
+            self.close()  # half an event may be in the file, and none would be read after it
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases that goes on where ours does. When it fails, that is said, and training goes on.
+    """A run of Weights & Biases that resumes where ours does. When it fails, a warning says so; training continues.
 
     `wandb.id` in the run's folder says which of its runs this is; `wandb/` holds the library's own files.
     """
 
-    def __init__(self, settings: TrainSettings, folder: Path, say: Callable[[str], None]):
-        self._settings, self._folder, self._say = settings, folder, say
+    def __init__(self, settings: WandbSettings, folder: Path, config: dict[str, Any]):
+        self._settings, self._folder, self._config = settings, folder, config
         self._run: Any = None
 
-    def go_on_after(self, step: int) -> None:
+    def resume_after(self, step: int) -> None:
         if self._run is not None:  # rows that come again are the same points of its curves
             return
         import wandb  # pyright: ignore[reportMissingImports]
 
         given = {
-            "project": self._settings.wandb.project,
-            "name": self._settings.wandb.name or self._folder.resolve().name,
-            "id": _run_id(self._folder / "wandb.id", goes_on=step > 0),
+            "project": self._settings.project,
+            "name": self._settings.name or self._folder.resolve().name,
+            "id": _run_id(self._folder / "wandb.id", resumes=step > 0),
             "resume": "allow",
             "dir": str(self._folder),
-            "config": self._settings.shown(),
+            "config": self._config,
             "settings": wandb.Settings(console="off", silent=True, init_timeout=CONNECT_SECONDS),
         }
         try:
-            begun = wandb.init(mode=self._settings.wandb.mode, **given)
+            begun = wandb.init(mode=self._settings.mode, **given)
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise UserError(f"wandb: {error} Or set wandb.mode=offline, or leave wandb out of track") from None
         except Exception as error:  # of the network, in many kinds
-            self._say(f"Weights & Biases cannot be reached ({_in_a_line(error)}); it is used offline")
+            LOGGER.warning(f"Weights & Biases cannot be reached ({_in_a_line(error)}); it is used offline")
             self._unless_it_fails(lambda: self._begin(wandb.init(mode="offline", **given)))
         else:
             self._unless_it_fails(lambda: self._begin(begun))
@@ -187,7 +203,7 @@ class WeightsAndBiases:
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         if run.url:
-            self._say(f"Weights & Biases: {run.url}")
+            LOGGER.info(f"Weights & Biases: {run.url}")
 
     def write(self, row: dict[str, Any]) -> None:
         if self._run is not None:
@@ -207,38 +223,29 @@ class WeightsAndBiases:
         ending.start()
         ending.join(FINISH_SECONDS)
         if not finished.is_set():
-            self._say(f"Weights & Biases has not taken all rows; later: wandb sync {run.settings.sync_dir}")
+            LOGGER.warning(f"Weights & Biases has not taken all rows; later: wandb sync {run.settings.sync_dir}")
 
     def _unless_it_fails(self, call: Callable[[], Any]) -> None:
         try:
             call()
         except Exception as error:
-            self._say(f"Weights & Biases failed ({_in_a_line(error)}); training goes on without it")
+            LOGGER.warning(f"Weights & Biases failed ({_in_a_line(error)}); training goes on without it")
             self._run = None
 
 
-def must_be_installed(track: Sequence[str]) -> None:
-    """Complain about libraries that are not there before anything else is done."""
-    for name in track:
-        spec = find_spec(name)
-        if spec is None or spec.origin is None:  # a folder 'wandb', such as the library leaves, is no library
-            raise UserError(
-                f"track: {name} is not installed; pip install 'bytelatent[track]', or leave it out of track"
-            )
-
-
-def open_trackers(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> list[Tracker]:
+def open_trackers(track: Sequence[str], wandb: WandbSettings, folder: Path, config: dict[str, Any]) -> list[Tracker]:
     """All trackers of a run, the file first.
 
     Args:
+        track: names of those beside the file.
         folder: the run's.
-        say: shows a line to the user.
+        config: the settings of the run that Weights & Biases shows.
     """
-    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", say)]
-    if "tensorboard" in settings.track:
-        trackers.append(TensorBoard(folder / "tensorboard", say))
-    if "wandb" in settings.track:
-        trackers.append(WeightsAndBiases(settings, folder, say))
+    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl")]
+    if "tensorboard" in track:
+        trackers.append(TensorBoard(folder / "tensorboard"))
+    if "wandb" in track:
+        trackers.append(WeightsAndBiases(wandb, folder, config))
     return trackers
 
 
@@ -251,9 +258,9 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _run_id(path: Path, goes_on: bool) -> str:
-    """The id that a run has at Weights & Biases; a new one where nothing goes on."""
-    if goes_on and path.is_file():
+def _run_id(path: Path, resumes: bool) -> str:
+    """The id of a run at Weights & Biases; a new one unless the run resumes."""
+    if resumes and path.is_file():
         return path.read_text(encoding="utf-8").strip()
     name = secrets.token_hex(4)
     with whole_file(path) as aside:

@@ -1,32 +1,30 @@
 """The training loop: the same for the byte LM and for BLT, for one process and for many."""
 
+import itertools
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bytelatent.credentials import masked
-from bytelatent.data import Batch, DataSettings, Loader, ReadAhead
-from bytelatent.data.pieces import ID_BYTES
-from bytelatent.device import Threads, autocast, choose_dtype, free_memory, peak_flops
+from bytelatent.data import Batch, Loader, Patcher, PrefetchLoader, batches_once
+from bytelatent.device import Threads, autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import only_writer
-from bytelatent.log import Console
+from bytelatent.log import log_file
 from bytelatent.model.loss import bits_per_byte, cross_entropy
+from bytelatent.progress import Progress
+from bytelatent.signals import StopSignals
+from bytelatent.text import BadRows
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, check_takes_checkpoints
-from bytelatent.training.clipping import clip
-from bytelatent.training.distributed.plan import (
-    ParallelPlan,
-    build_parallel_model,
-    check_parallel,
-    initialize_weights,
-    make_plan,
-)
-from bytelatent.training.distributed.ranks import Ranks, open_ranks
+from bytelatent.training.checks import check_machine, check_settings, check_text, hints_about_batches
+from bytelatent.training.distributed.fsdp import free_gathered_weights
+from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, initialize_weights, make_plan
+from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.faults import (
     RolledBack,
     Watchdog,
@@ -37,25 +35,25 @@ from bytelatent.training.faults import (
     trouble_with,
     who_failed,
 )
-from bytelatent.training.float8 import check_float8
-from bytelatent.training.gradients import CapturedGradients, Gradients, check_cuda_graph
-from bytelatent.training.metrics import Metrics
-from bytelatent.training.optimizer import build_optimizer, check_optimizer, learning_rate
+from bytelatent.training.gradients import CapturedGradients, Gradients, clip
+from bytelatent.training.metrics import Metrics, Totals, speed
+from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.layer_statistics import LayerStatistics
 from bytelatent.training.profiling.profiler import Profiler
 from bytelatent.training.run_setup import Run, open_run
+from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import TrainSettings
-from bytelatent.training.speed import Totals, speed
-from bytelatent.training.stopping import StopSignals
-from bytelatent.training.trackers import must_be_installed, open_trackers
-from bytelatent.training.validation import must_hold_text, validate
+from bytelatent.training.trackers import open_trackers
 
+LOGGER = logging.getLogger(__name__)
+
+LOG = "train.log"  # in the run's folder
 MOST_ROLLBACKS = 3  # to the same checkpoint
 VALIDATION_SHARE = 0.1  # of the minutes: the most that validation may take beside them, half of it in the last one
 
 
-def train(settings: TrainSettings, console: Console | None = None) -> Path:
-    """Train a model, or go on training it where the run's newest checkpoint stands.
+def train(settings: TrainSettings) -> Path:
+    """Train a model, or resume training from the run's newest checkpoint.
 
     Under torchrun each process calls this, and they train one model together.
 
@@ -63,168 +61,365 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         The run's folder.
 
     Raises:
-        UserError: the settings, the data or a checkpoint will not do, or the loss is not finite.
+        UserError: the settings, the data or a checkpoint are bad, or the loss is not finite.
         Interrupted: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; a checkpoint is written.
         KeyboardInterrupt: a second of these; nothing is written.
     """
-    console = console or Console()
     with (
         open_ranks(settings.device, settings.faults.watchdog_minutes) as (ranks, device),
         deterministic(settings.determinism),
+        ExitStack() as resources,
     ):
         dtype = choose_dtype(settings.dtype, device)
 
         def check() -> None:
-            check_float8(settings.float8, device, dtype)
-            check_cuda_graph(settings.cuda_graph, device, ranks.world_size)
-            check_parallel(settings.parallel, settings.model, ranks.world_size)
-            check_optimizer(settings.optimizer, ranks.world_size)
-            must_be_installed(settings.track)
-            check_shuffle_buffer(settings.data)
+            check_settings(settings, ranks.world_size, device)
+            check_machine(settings, device, dtype)
 
         ranks.on_all(check)
         plan = make_plan(settings.parallel, settings.model, ranks, device)
-        with ExitStack() as held:
-
-            def hold() -> None:
-                held.enter_context(only_writer(settings.run))
-                must_hold_text(settings.data)
-                check_takes_checkpoints(Path(settings.run))
-
-            ranks.on_first(hold)
-            run = open_run(settings, ranks, device, dtype, console)
-            return _train(run, plan, device, dtype, console if ranks.is_first else Console(quiet=True))
+        ranks.on_first(lambda: _lock_folder(settings, resources))
+        run = open_run(settings, ranks, device, dtype)
+        trainer = Trainer.setup(run, plan, device, dtype, resources)
+        trainer.run()
+        return run.folder
 
 
-def check_shuffle_buffer(data: DataSettings) -> None:
-    """Refuse a buffer that this machine's memory does not hold once it is full.
+def _lock_folder(settings: TrainSettings, resources: ExitStack) -> None:
+    """Keep other processes out of the run's folder, and check the text and the folder."""
+    folder = Path(settings.run)
+    resources.enter_context(only_writer(settings.run))
+    resources.enter_context(log_file(folder / LOG))
+    check_text(settings.data)
+    check_takes_checkpoints(folder)
 
-    Raises:
-        UserError: it takes more than is free.
+
+class Trainer:
+    """Trains a model: `run` takes steps, logs, validates and saves until the run is over.
+
+    Args:
+        settings: of the run.
+        plan: how ranks divide the work.
+        state: the model, its optimizer, the loader, and how far the run is.
+        gradients: computes the gradients of a batch.
+        statistics: of layers.
     """
-    most, free = data.shuffle_buffer * data.context * ID_BYTES, free_memory()
-    if free is not None and most > free:
-        raise UserError(
-            f"data.shuffle_buffer: {data.shuffle_buffer:,} pieces of up to data.context={data.context:,} bytes take up "
-            f"to {most / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; take fewer"
-        )
 
+    device: torch.device
+    loss: Callable[[Batch], torch.Tensor]  # summed nats
+    patcher: Patcher | None
+    checkpoints: CheckpointManager
+    metrics: Metrics
+    profiler: Profiler | None  # on the first rank
+    stop_signals: StopSignals
+    watchdog: Watchdog
+    threads: Threads
+    peak: float | None  # FLOP/s of the device
 
-def _train(run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtype, console: Console) -> Path:
-    settings, ranks = run.settings, plan.ranks
-    torch.manual_seed(settings.seed)
-    compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
-    model = build_parallel_model(settings.model, plan, device, dtype, compiled, settings.float8)
-
-    def say(line: str) -> None:
-        console.print(masked(line), highlight=False, markup=False, soft_wrap=True)
-
-    batches = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world_size)
-    loader = ReadAhead(batches, device) if reads_ahead(device) else batches
-    state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
-    in_background = settings.checkpoint.asynchronous
-    if in_background == "auto":
-        in_background = device.type == "cuda" or ranks.world_size > 1
-
-    def loss(batch: Batch) -> torch.Tensor:
-        with autocast(device, dtype):
-            return cross_entropy(model, batch)
-
-    gradients: Callable[[Batch, float], torch.Tensor] = Gradients(loss, device)
-    if settings.cuda_graph:
-        adds = settings.optimizer.accumulation > 1
-        gradients = CapturedGradients(model.parameters(), loss, device, adds)
-    statistics = LayerStatistics(model, settings.statistics_every, loss)
-    trackers = open_trackers(settings, run.folder, say) if ranks.is_first else []
-    with (
-        StopSignals(ranks) as stopped,
-        loader,
-        CheckpointManager(run.folder, run.config, settings.checkpoint, plan, in_background, stopped) as checkpoints,
-        Watchdog(settings.faults.watchdog_minutes, ranks) as watchdog,
-        Threads.of(device, settings.minutes is not None and ranks.world_size == 1) as threads,
-        who_failed(ranks, lambda: state.step, stopped),  # at once: torchrun soon ends the ranks that are left
+    def __init__(
+        self,
+        settings: TrainSettings,
+        plan: ParallelPlan,
+        state: TrainState,
+        gradients: Gradients | CapturedGradients,
+        statistics: LayerStatistics | None = None,
     ):
-        if not checkpoints.load(state):
+        self.settings, self.plan, self.state = settings, plan, state
+        self.gradients, self.statistics = gradients, statistics
+        self.logged = Totals.of(state)  # as the last row of metrics was written
+        self.step_began = time.perf_counter()
+        self.first_step = 1  # since the process started
+        self.rollbacks = 0  # to the last checkpoint
+        self.validated = 0.0  # seconds
+        self.stops = False  # a rank was asked to stop
+
+    @classmethod
+    def setup(
+        cls, run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtype, resources: ExitStack
+    ) -> "Trainer":
+        """Build the model and all around it, and load the newest checkpoint; `resources` closes what is opened."""
+        settings, ranks = run.settings, plan.ranks
+        torch.manual_seed(settings.seed)
+        compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
+        model = build_parallel_model(settings.model, plan, device, dtype, compiled, settings.float8)
+
+        def loss(batch: Batch) -> torch.Tensor:
+            with autocast(device, dtype):
+                return cross_entropy(model, batch)
+
+        loader = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world_size)
+        loader = PrefetchLoader(loader, device) if reads_ahead(device) else loader
+        state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
+        gradients = Gradients(loss, device)
+        if settings.cuda_graph:
+            gradients = CapturedGradients(model.parameters(), loss, device, settings.optimizer.accumulation > 1)
+        self = cls(settings, plan, state, gradients, LayerStatistics(model, settings.statistics_every, loss))
+        self.device, self.loss, self.patcher, self.peak = device, loss, run.patcher, peak_flops(device, dtype)
+        trackers = open_trackers(settings.track, settings.wandb, run.folder, settings.shown()) if ranks.is_first else []
+
+        enter = resources.enter_context
+        self.stop_signals = enter(StopSignals(ranks.is_first))
+        enter(loader)
+        asynchronous = settings.checkpoint.asynchronous
+        if asynchronous == "auto":
+            asynchronous = device.type == "cuda" or ranks.world_size > 1
+        self.checkpoints = enter(
+            CheckpointManager(run.folder, run.config, settings.checkpoint, plan, asynchronous, self.stop_signals)
+        )
+        self.watchdog = enter(Watchdog(settings.faults.watchdog_minutes, ranks))
+        self.threads = enter(Threads.of(device, settings.minutes is not None and ranks.world_size == 1))
+        # Last, so that it is first to see an error: torchrun soon ends the other ranks.
+        enter(who_failed(ranks, lambda: state.step, self.stop_signals))
+        if not self.checkpoints.load(state):
             initialize_weights(model, settings.model)
         must_be_finite(state, settings, ranks)
-        done = _done(state, settings)
-        if done < 1:
+        self._log_start(run)
+        title = "byte LM" if settings.model.kind == "byte_lm" else "BLT"
+        self.metrics = enter(Metrics(trackers, state.step, title))
+        self.profiler = enter(Profiler(run.folder, settings.profile, device)) if ranks.is_first else None
+        if self.done < 1:
+            self._try_step()
+            run.write_settings(ranks)
+        self.first_step, self.logged, self.step_began = state.step + 1, Totals.of(state), time.perf_counter()
+        return self
+
+    @property
+    def done(self) -> float:
+        """How much of the run is over, from 0 to 1."""
+        if self.settings.minutes is not None:
+            return self.state.seconds / (60 * self.settings.minutes)
+        assert self.settings.steps is not None
+        return self.state.step / self.settings.steps
+
+    def run(self) -> None:
+        """Train to the end of the run.
+
+        Raises:
+            Interrupted: a rank was asked to stop; a checkpoint is written.
+        """
+        state, is_over = self.state, self.done >= 1
+        while self.done < 1:
+            try:
+                row = self._guarded_step()
+            except RolledBack as reason:
+                self._roll_back(str(reason))
+                continue
+            self._end_step()
+            self.log(row)
+            self.validate()
+            self.save()
+            if self.stops and self.done < 1:
+                raise self.plan.ranks.common_error(
+                    Interrupted(f"after step {state.step}; the same command goes on from there")
+                )
+        if not is_over and state.step <= self.settings.optimizer.warmup_steps:
+            warmup = f"optimizer.warmup_steps={self.settings.optimizer.warmup_steps}"
+            LOGGER.info(
+                f"the run ended in warm-up, after {state.step} steps of {warmup}: the learning rate never fell; train "
+                "longer, or with a shorter warm-up"
+            )
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step over `accumulation` batches of each rank; its metrics, over all of them.
+
+        Raises:
+            RolledBack: the loss is not finite or leaps, and `faults.on_nan` is `rollback`.
+            UserError: the same, and it is `stop`.
+        """
+        state, settings, plan = self.state, self.settings, self.plan
+        began = time.perf_counter()
+        decayed = state.schedule.begin_step(
+            state.step, state.seconds, settings.optimizer, settings.steps, settings.minutes
+        )
+        rate = learning_rate(state.step, decayed, settings.optimizer)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        batches = [self._next_batch() for _ in range(settings.optimizer.accumulation)]
+        state.waited += time.perf_counter() - began
+        num_targets, num_bytes, num_patches = (int(number) for number in plan.sum(_counts(batches)))
+        parts = []
+        for number, batch in enumerate(batches, start=1):
+            plan.set_last_backward(state.model, number == len(batches))
+            # Gradients are averaged over ranks, and should be those of the mean over the targets of all of them.
+            parts.append(self.gradients(batch, num_targets / plan.data_world_size))
+        clipped = clip(state.model.parameters(), settings.optimizer.clip)
+        # The only wait for the device, after which the optimizer runs while the next step is prepared.
+        nats, norm = plan.sum([sum(float(part) for part in parts)])[0], float(clipped)
+        mean = nats / num_targets
+        trouble = trouble_with(state.step + 1, mean, norm, state.recent, settings.faults.spike)
+        if act_on(trouble, mean, state, settings, plan.ranks):
+            measured = self.statistics.around_update(state.step + 1, batches[0]) if self.statistics else nullcontext()
+            with measured:
+                state.optimizer.step()
+        elif plan.ranks.is_first:
+            LOGGER.warning(f"{trouble}: its update is left out")
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.bytes_seen += num_bytes
+        state.patches_seen += num_patches
+        row = {
+            "step": state.step,
+            "bytes_seen": state.bytes_seen,
+            "bits_per_byte": bits_per_byte(nats, num_bytes) if math.isfinite(nats) else None,
+            "lr": rate,
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            "mean_patch_bytes": num_bytes / num_patches if num_patches else None,
+        }
+        return row if trouble is None else {**row, "skipped": trouble}
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write the metrics of a step, if they are due, and those of layers."""
+        state, settings = self.state, self.settings
+        if state.step % settings.log_every == 0 or self.done >= 1:
+            now = Totals.of(state)
+            rates = speed(self.logged, now, settings.model, settings.data.context, self.peak, self.plan.ranks)
+            self.logged = now
+            self.metrics.write(row | rates | {"threads": self.threads.count}, self.done)
+        seen = self.statistics.take(state.step, state.bytes_seen) if self.statistics else None
+        if seen is not None:
+            self.metrics.write(seen, self.done)
+
+    def validate(self) -> None:
+        """Measure on held-out text, if it is due, and write the result."""
+        state, settings = self.state, self.settings
+        if not settings.data.valid or (state.step % settings.validation.every != 0 and self.done < 1):
+            return
+        self.watchdog.progress(f"validation after step {state.step}")
+        limit = None
+        if settings.minutes is not None:
+            share = VALIDATION_SHARE if self.done >= 1 else VALIDATION_SHARE / 2
+            limit = share * state.seconds - self.validated
+        began = time.perf_counter()
+        self.metrics.write(self.evaluate(limit), self.done)
+        self.step_began = time.perf_counter()
+        self.validated += self.step_began - began
+
+    def evaluate(self, limit: float | None = None) -> dict[str, Any]:
+        """Bits per byte on the validation text, whose batches the ranks share.
+
+        Args:
+            limit: seconds after which the rest of the text is left out; None reads all of it.
+        """
+        state, data, plan, max_bytes = self.state, self.settings.data, self.plan, self.settings.validation.max_bytes
+        nats, num_bytes = 0.0, 0
+        rows = {
+            "bad_rows": BadRows(data.max_bad_rows, "data.max_bad_rows"),
+            "max_row_bytes": data.max_row_bytes,
+        }
+        limits = max_bytes, data.batch_patches
+        batches = batches_once(data.valid, data.context, data.batch_bytes, self.patcher, *limits, padded=True, **rows)
+
+        def agreed(over: bool) -> bool:  # the first rank's clock counts
+            return bool(plan.ranks.sum([over * plan.ranks.is_first])[0])
+
+        state.model.eval()
+        with torch.no_grad(), Progress("validating", max_bytes, limit, bar=False) as progress:
+            for group in progress.within(_groups(batches, plan.data_world_size), agreed):
+                # All ranks compute equally often, as they need one another's weights; one without a batch computes
+                # the first one and drops the result.
+                own = group[plan.data_rank] if plan.data_rank < len(group) else None
+                found = float(self.loss((own or group[0]).to(self.device)))
+                if own is not None:
+                    nats += found
+                    num_bytes += own.num_bytes
+                progress.advance(sum(batch.num_bytes for batch in group))
+        state.model.train()
+        free_gathered_weights(state.model)
+        nats, num_bytes = plan.sum([nats, num_bytes])
+        return {
+            "step": state.step,
+            "bytes_seen": state.bytes_seen,
+            "validation_bits_per_byte": bits_per_byte(nats, int(num_bytes)),
+            "validation_bytes": int(num_bytes),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint, if it is due."""
+        self.checkpoints.check()
+        is_last = self.done >= 1
+        if self.state.step % self.settings.checkpoint.every == 0 or is_last or self.stops:
+            self.watchdog.progress(f"a checkpoint after step {self.state.step}")
+            self.checkpoints.save(self.state, is_last=is_last, is_needed=is_last or self.stops)
+            self.rollbacks, self.step_began = 0, time.perf_counter()
+
+    def _log_start(self, run: Run) -> None:
+        """Log what changed since the run's last start, or that nothing is left to do."""
+        state, steps, minutes = self.state, self.settings.steps, self.settings.minutes
+        if self.done < 1:
             for line in run.changes:
-                say(line)
+                LOGGER.info(line)
             if state.schedule.decayed > 1 - 1e-9:
-                say("the learning rate was at its minimum at the end of the run so far, and stays there")
+                LOGGER.info("the learning rate was at its minimum at the end of the run so far, and stays there")
+        elif minutes is not None:
+            LOGGER.info(f"nothing is left to do: the run's {minutes:g} minutes are over; more minutes go on with it")
+        elif state.step == steps:
+            LOGGER.info(f"nothing is left to do: all {state.step} steps are done; more steps go on with the run")
         else:
-            say(_over(state, settings))
-        peak, rollbacks, validated = peak_flops(device, dtype), 0, 0.0
-        with (
-            Metrics(trackers, state.step, _title(settings), console) as metrics,
-            Profiler(run.folder, settings.profile, device) if ranks.is_first else nullcontext() as profiler,
-        ):
-            first, logged = state.step + 1, Totals.of(state)
-            if done < 1:
-                with memory_named(settings, ranks):
-                    _try_out(state, gradients)
-                for line in _about_batches(settings.data, state.peeked[0]):
-                    say(line)
-                run.write_settings(ranks)
-            since = time.perf_counter()
-            while done < 1:
-                watchdog.progress(f"step {state.step + 1}")
-                before = state.seconds
-                if profiler is not None:
-                    profiler.before(state.step + 1)
-                try:
-                    with memory_named(settings, ranks):
-                        row = _step(state, settings, gradients, plan, statistics)
-                except RolledBack as back:
-                    rollbacks += 1
-                    _go_back(state, checkpoints, str(back), rollbacks, ranks)
-                    say(f"{back}: back to step {state.step}, on with the text that comes next")
-                    metrics.forget(state.step)
-                    logged, since = Totals.of(state), time.perf_counter()
-                    continue
-                # From step to step: what the device still computes of one is paid for in the next.
-                now = time.perf_counter()
-                took, since = now - since, now
-                state.seconds += took
-                if "skipped" in row:
-                    say(f"{row['skipped']}: its update is left out")
-                if state.step == first:  # it compiles and warms up: its time says nothing about the next steps'
-                    state.seconds, state.waited, state.patches_seen = before, 0.0, 0
-                    logged = Totals.of(state)
-                    checkpoints.prepare(state)
-                else:
-                    threads.took(took)
-                # What all ranks should decide alike: the clock of the first one counts, and a signal to any.
-                stop, state.seconds = ranks.sum([stopped(), state.seconds * ranks.is_first])
-                if state.seconds > before:
-                    state.schedule.end_step(state.seconds - before)
-                done = _done(state, settings)
-                if state.step % settings.log_every == 0 or done >= 1:
-                    row |= speed(logged, Totals.of(state), settings, peak, ranks) | {"threads": threads.count}
-                    logged = Totals.of(state)
-                    metrics.write(row, done)
-                if (seen := statistics.take(state.step, state.bytes_seen)) is not None:
-                    metrics.write(seen, done)
-                if settings.data.valid and (state.step % settings.validation.every == 0 or done >= 1):
-                    watchdog.progress(f"validation after step {state.step}")
-                    began, limit = time.perf_counter(), _validation_limit(state, settings, validated, done)
-                    row = validate(state, settings, run.patcher, loss, device, plan, limit)
-                    metrics.write(row, done)
-                    since = time.perf_counter()
-                    validated += since - began
-                checkpoints.check()
-                if state.step % settings.checkpoint.every == 0 or done >= 1 or stop:
-                    watchdog.progress(f"a checkpoint after step {state.step}")
-                    checkpoints.save(state, is_last=done >= 1, is_needed=done >= 1 or bool(stop))
-                    rollbacks, since = 0, time.perf_counter()
-                if stop and done < 1:
-                    raise ranks.common_error(
-                        Interrupted(f"after step {state.step}; the same command goes on from there")
-                    )
-                if done >= 1 and state.step <= settings.optimizer.warmup_steps:
-                    say(_ended_in_warmup(state, settings))
-    return run.folder
+            LOGGER.info(f"nothing is left to do: {state.step} steps are done, and steps={steps} asks for fewer")
+
+    def _try_step(self) -> None:
+        """Compute a gradient and drop it: what does not compile or fit into memory fails before anything is changed."""
+        state = self.state
+        with memory_named(self.settings, self.plan.ranks):
+            state.peeked.append(next(state.loader))
+            self.gradients(state.peeked[0], 1.0)
+            state.optimizer.zero_grad(set_to_none=True)
+        for line in hints_about_batches(self.settings.data, state.peeked[0]):
+            LOGGER.info(line)
+
+    def _guarded_step(self) -> dict[str, Any]:
+        """A step under the watchdog's eye, traced if it is to be, with an error that names too little memory."""
+        number = self.state.step + 1
+        self.watchdog.progress(f"step {number}")
+        if self.profiler is not None:
+            self.profiler.before(number)
+        with memory_named(self.settings, self.plan.ranks):
+            return self.train_step()
+
+    def _next_batch(self) -> Batch:
+        return self.state.peeked.pop() if self.state.peeked else next(self.state.loader)
+
+    def _end_step(self) -> None:
+        """Take the time of a step, and learn whether the run is to stop."""
+        state, ranks = self.state, self.plan.ranks
+        # From step to step: what the device still computes of one counts in the next.
+        now = time.perf_counter()
+        took, self.step_began = now - self.step_began, now
+        before = state.seconds
+        if state.step == self.first_step:  # it compiles and warms up: its time says nothing about the next steps'
+            state.waited, state.patches_seen = 0.0, 0
+            self.logged = Totals.of(state)
+            self.checkpoints.prepare(state)
+        else:
+            state.seconds += took
+            self.threads.took(took)
+        # All ranks decide alike: the clock of the first one counts, and a signal to any.
+        stops, state.seconds = ranks.sum([self.stop_signals(), state.seconds * ranks.is_first])
+        self.stops = bool(stops)
+        if state.seconds > before:
+            state.schedule.end_step(state.seconds - before)
+
+    def _roll_back(self, why: str) -> None:
+        """Load the weights and the optimizer's state of the last checkpoint; the text read since is not read again.
+
+        Raises:
+            UserError: there is no checkpoint, or it was tried too often.
+        """
+        state, ranks = self.state, self.plan.ranks
+        self.rollbacks += 1
+        state.optimizer.zero_grad(set_to_none=True)
+        if self.rollbacks > MOST_ROLLBACKS:
+            raise ranks.common_error(
+                UserError(f"{why}, after {MOST_ROLLBACKS} rollbacks to one checkpoint; take a lower optimizer.lr")
+            )
+        if not self.checkpoints.load(state, position=False):
+            raise ranks.common_error(
+                UserError(f"{why}, and there is no checkpoint yet to roll back to; take a lower optimizer.lr")
+            )
+        if ranks.is_first:
+            LOGGER.warning(f"{why}: back to step {state.step}, on with the text that comes next")
+        self.metrics.forget(state.step)
+        self.logged, self.step_began = Totals.of(state), time.perf_counter()
 
 
 def reads_ahead(device: torch.device) -> bool:
@@ -232,127 +427,11 @@ def reads_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _try_out(state: TrainState, gradients: Callable[[Batch, float], torch.Tensor]) -> None:
-    """Compute a gradient and drop it: what does not compile or fit into memory shows before anything is changed."""
-    state.peeked.append(next(state.loader))
-    gradients(state.peeked[0], 1.0)
-    state.optimizer.zero_grad(set_to_none=True)
-
-
-def _about_batches(data: DataSettings, first: Batch) -> list[str]:
-    """A line about each setting that makes batches others than the next one says."""
-    lines = []
-    if data.batch_bytes < data.context:
-        lines.append(
-            f"data.batch_bytes={data.batch_bytes} is less than data.context={data.context}: no piece of a document is "
-            f"longer than {data.batch_bytes} ids"
-        )
-    if data.batch_patches is not None and 2 * first.num_targets < data.batch_bytes:
-        fills = data.batch_patches * data.batch_bytes // first.num_targets
-        lines.append(
-            f"data.batch_patches={data.batch_patches} is full before data.batch_bytes={data.batch_bytes} is: the first "
-            f"batch holds {first.num_targets} ids; about data.batch_patches={fills} fills it"
-        )
-    return lines
-
-
-def _go_back(state: TrainState, checkpoints: CheckpointManager, why: str, times: int, ranks: Ranks) -> None:
-    """Bring weights and the optimizer back to the last checkpoint; the text read since is passed over."""
-    state.optimizer.zero_grad(set_to_none=True)
-    if times > MOST_ROLLBACKS:
-        raise ranks.common_error(
-            UserError(f"{why}, after {MOST_ROLLBACKS} rollbacks to one checkpoint; take a lower optimizer.lr")
-        )
-    if not checkpoints.load(state, position=False):
-        raise ranks.common_error(
-            UserError(f"{why}, and there is no checkpoint yet to roll back to; take a lower optimizer.lr")
-        )
-
-
-def _step(
-    state: TrainState,
-    settings: TrainSettings,
-    gradients: Callable[[Batch, float], torch.Tensor],
-    plan: ParallelPlan,
-    statistics: LayerStatistics | None = None,
-) -> dict[str, Any]:
-    """One optimizer step over `accumulation` batches of each rank; its metrics, over all of them."""
-    began = time.perf_counter()
-    decayed = state.schedule.begin_step(state.step, state.seconds, settings)
-    rate = learning_rate(state.step, decayed, settings.optimizer)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
-    batches = [_next(state) for _ in range(settings.optimizer.accumulation)]
-    state.waited += time.perf_counter() - began
-    num_targets, num_bytes, num_patches = (int(number) for number in plan.sum(_counts(batches)))
-    parts = []
-    for number, batch in enumerate(batches, start=1):
-        plan.set_last_backward(state.model, number == len(batches))
-        # Gradients are averaged over ranks, and should be those of the mean over the targets of all of them.
-        parts.append(gradients(batch, num_targets / plan.data_world_size))
-    clipped = clip(state.model.parameters(), settings.optimizer.clip)
-    # The only wait for the device, after which the optimizer runs while the next step is prepared.
-    nats, norm = plan.sum([sum(float(part) for part in parts)])[0], float(clipped)
-    mean = nats / num_targets
-    trouble = trouble_with(state.step + 1, mean, norm, state.recent, settings.faults.spike)
-    if act_on(trouble, mean, state, settings, plan.ranks):
-        with statistics.around_update(state.step + 1, batches[0]) if statistics is not None else nullcontext():
-            state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    state.bytes_seen += num_bytes
-    state.patches_seen += num_patches
-    row = {
-        "step": state.step,
-        "bytes_seen": state.bytes_seen,
-        "bits_per_byte": bits_per_byte(nats, num_bytes) if math.isfinite(nats) else None,
-        "lr": rate,
-        "gradient_norm": norm if math.isfinite(norm) else None,
-        "mean_patch_bytes": num_bytes / num_patches if num_patches else None,
-    }
-    return row if trouble is None else {**row, "skipped": trouble}
-
-
-def _next(state: TrainState) -> Batch:
-    return state.peeked.pop() if state.peeked else next(state.loader)
-
-
 def _counts(batches: list[Batch]) -> list[int]:
     """Targets, bytes and patches of some batches."""
     return [sum(counts) for counts in zip(*((b.num_targets, b.num_bytes, b.num_patches) for b in batches), strict=True)]
 
 
-def _title(settings: TrainSettings) -> str:
-    return "byte LM" if settings.model.kind == "byte_lm" else "BLT"
-
-
-def _done(state: TrainState, settings: TrainSettings) -> float:
-    """How much of the run is over, from 0 to 1."""
-    if settings.minutes is not None:
-        return state.seconds / (60 * settings.minutes)
-    assert settings.steps is not None
-    return state.step / settings.steps
-
-
-def _validation_limit(state: TrainState, settings: TrainSettings, validated: float, done: float) -> float | None:
-    """Seconds that the next validation may take under `minutes`; earlier ones took `validated`."""
-    if settings.minutes is None:
-        return None
-    return (VALIDATION_SHARE if done >= 1 else VALIDATION_SHARE / 2) * state.seconds - validated
-
-
-def _over(state: TrainState, settings: TrainSettings) -> str:
-    """A line about a run that was over before this start."""
-    if settings.minutes is not None:
-        return f"nothing is left to do: the run's {settings.minutes:g} minutes are over; more minutes go on with it"
-    if state.step == settings.steps:
-        return f"nothing is left to do: all {state.step} steps are done; more steps go on with the run"
-    return f"nothing is left to do: {state.step} steps are done, and steps={settings.steps} asks for fewer"
-
-
-def _ended_in_warmup(state: TrainState, settings: TrainSettings) -> str:
-    """A line about a run whose learning rate has not come to its peak."""
-    return (
-        f"the run ended in warm-up, after {state.step} steps of optimizer.warmup_steps="
-        f"{settings.optimizer.warmup_steps}: the learning rate never fell; train longer, or with a shorter warm-up"
-    )
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    while group := list(itertools.islice(batches, size)):
+        yield group

@@ -14,14 +14,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from rich.console import Console
 from torch import Tensor
 
 from bytelatent.commands import entropies as entry
-from bytelatent.commands.entropies import Part, line_about, part_of
+from bytelatent.commands.entropies import Share, line_about, part_of
+from bytelatent.commands.settings import EntropiesSettings
 from bytelatent.data import Patcher, cut, pack
 from bytelatent.data.entropies import EntropySettings, Summary, loads_of, store_entropies
-from bytelatent.data.shards import LOCK, Shard, divide, hold, place_in_lock, shards_of
+from bytelatent.data.shards import LOCK, Shard, divide_shards, lock_offset, lock_shards, shards_of
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.model import ByteLM, Stream, pack_rows
 from bytelatent.patching import PatchSettings, next_starts
@@ -118,7 +118,7 @@ def test_starts_are_decided_before_rounding(tmp_path: Path, byte_lm: ByteLM, tex
     source = write(tmp_path / "text.parquet", texts)
     recorder = Recorder(byte_lm)
     out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-    store(byte_lm, [source], out, quick(rule=RULE), entropies_of=recorder)
+    store(byte_lm, [source], out, quick(patching=RULE), entropies_of=recorder)
     found = documents_in(out / "text.parquet")
     flat = np.concatenate([*recorder.entropies, np.zeros(0, np.float32)])
     for document, entropies in zip(found, in_order(found, flat), strict=True):
@@ -135,7 +135,7 @@ def test_a_threshold_between_an_entropy_and_its_rounding(tmp_path: Path, byte_lm
     assert RULE.threshold is not None
     assert float(just_below) < RULE.threshold < float(just_below.half())
     more: dict[str, Any] = {"entropies_of": lambda stream: just_below.expand(stream.ids.shape)}
-    store(byte_lm, [source], tmp_path / "out", quick(rule=RULE), **more)
+    store(byte_lm, [source], tmp_path / "out", quick(patching=RULE), **more)
     for document in documents_in(tmp_path / "out" / "text.parquet"):
         assert document.starts is not None
         assert document.starts.tolist() == [True] + [False] * len(document.text)  # the first byte always starts one
@@ -148,7 +148,7 @@ def test_they_are_what_the_patcher_computes(tmp_path: Path, byte_lm: ByteLM) -> 
     source = write(tmp_path / "text.jsonl", texts)
     recorder = Recorder(byte_lm)
     store(byte_lm, [source], tmp_path / "entropies", quick(), entropies_of=recorder)
-    store(byte_lm, [source], tmp_path / "starts", quick(rule=RULE))
+    store(byte_lm, [source], tmp_path / "starts", quick(patching=RULE))
     beside = documents_in(tmp_path / "entropies" / "text.parquet")
     decided = []
     rows = zip(
@@ -176,7 +176,7 @@ def test_a_gpu_stores_the_same(tmp_path: Path, rule: PatchSettings | None) -> No
     byte_lm = tiny_byte_lm(window=6, dim=32)  # FlexAttention wants heads of 16
     draw = np.random.default_rng(0)
     source = write(tmp_path / "text.parquet", [draw.bytes(int(size)) for size in draw.integers(1, 900, size=60)])
-    asked = quick(context=256, batch_bytes=1024, rule=rule)
+    asked = quick(context=256, batch_bytes=1024, patching=rule)
     summary = store(byte_lm, [source], tmp_path / "cpu", asked)
     on_gpu = byte_lm.cuda()
     store(on_gpu, [source], tmp_path / "gpu", asked)
@@ -222,7 +222,7 @@ def test_rows_without_an_id_get_one(tmp_path: Path, byte_lm: ByteLM) -> None:
 
 def test_what_the_file_says(tmp_path: Path, byte_lm: ByteLM) -> None:
     source = write(tmp_path / "text.jsonl.gz", [b"some text"])
-    store(byte_lm, [source], tmp_path / "out", quick(rule=RULE))
+    store(byte_lm, [source], tmp_path / "out", quick(patching=RULE))
     stored = read_stored(tmp_path / "out" / "text.parquet")
     assert stored is not None
     assert stored.plain() == {
@@ -251,7 +251,7 @@ def text(tmp_path: Path) -> Path:
 
 def test_two_ranks_write_what_one_writes(tmp_path: Path, text: Path, byte_lm: ByteLM) -> None:
     whole = store(byte_lm, [text], tmp_path / "whole", quick())
-    parts = [store(byte_lm, [text], tmp_path / "parts", quick(), rank=rank, world=2) for rank in (0, 1)]
+    parts = [store(byte_lm, [text], tmp_path / "parts", quick(), rank=rank, world_size=2) for rank in (0, 1)]
     assert len(bytes_below(tmp_path / "whole")) == 5
     assert bytes_below(tmp_path / "parts") == bytes_below(tmp_path / "whole")
     assert sum(part.num_bytes for part in parts) == whole.num_bytes
@@ -299,18 +299,17 @@ def test_other_files_are_not_overwritten(tmp_path: Path, text: Path, byte_lm: By
     ways = [
         (tiny_byte_lm(seed=1, window=6), quick(), "byte_lm is .* there and .* now"),
         (byte_lm, quick(context=9), "context is 8 there and 9 now"),
-        (byte_lm, quick(rule=RULE), "rule is None there and {.*'threshold': 5.12.*} now"),
+        (byte_lm, quick(patching=RULE), "rule is None there and {.*'threshold': 5.12.*} now"),
         (byte_lm, quick(dtype="bfloat16"), "dtype is float32 there and bfloat16 now"),
     ]
     for model, asked, difference in ways:
-        message = (
-            rf"out/\d.*parquet' was made otherwise: {difference}; remove it to make it again, or choose another --out"
-        )
+        way_out = "remove it to make it again, or choose another --out"
+        message = rf"out/\d.*parquet' was made with other settings: {difference}; {way_out}"
         with pytest.raises(UserError, match=message):
             store(model, [text], out, asked)
     with (text / "0.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
-    with pytest.raises(UserError, match=r"0\.parquet' was made otherwise: source_bytes is"):
+    with pytest.raises(UserError, match=r"0\.parquet' was made with other settings: source_bytes is"):
         store(byte_lm, [text], out, quick())
     assert bytes_below(out) == before
     write(out / "0.parquet", [b"a table of somebody's"])
@@ -424,12 +423,12 @@ def test_padding_does_not_count(tmp_path: Path, byte_lm: ByteLM) -> None:
 @given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 6))
 def test_shards_are_dealt_evenly(sizes: list[int], world: int) -> None:
     shards = [Shard(f"{n}.jsonl", str(n), size) for n, size in enumerate(sizes)]
-    ranks = divide(shards, world)
+    ranks = divide_shards(shards, world)
     assert sorted((s for rank in ranks for s in rank), key=lambda s: int(s.name)) == shards
     loads = [sum(shard.size for shard in rank) for rank in ranks]
     assert max(loads) - min(loads) <= max(sizes, default=0)
     assert all([s.size for s in rank] == sorted((s.size for s in rank), reverse=True) for rank in ranks)
-    assert divide(shards[::-1], world) == ranks
+    assert divide_shards(shards[::-1], world) == ranks
 
 
 def test_names_that_meet(tmp_path: Path) -> None:
@@ -459,39 +458,42 @@ sys.stdin.read()
 
 def test_a_shard_is_written_by_one_process(tmp_path: Path) -> None:
     a, b = Shard("a.jsonl", "a", 1), Shard("b.jsonl", "b", 1)
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / LOCK), str(place_in_lock(a))]
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / LOCK), str(lock_offset(a))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with hold(tmp_path, [b]):
+        with lock_shards(tmp_path, [b]):
             pass
-        with pytest.raises(UserError, match=r"a\.parquet' is being written by another process"), hold(tmp_path, [b, a]):
+        with (
+            pytest.raises(UserError, match=r"a\.parquet' is being written by another process"),
+            lock_shards(tmp_path, [b, a]),
+        ):
             pass
         other.kill()
-    with hold(tmp_path, [a, b]):
+    with lock_shards(tmp_path, [a, b]):
         pass
 
 
 @pytest.mark.parametrize(
     ("rank", "world", "environment", "part"),
     [
-        (None, None, {}, Part(0, 1)),
-        (2, 4, {"RANK": "1", "WORLD_SIZE": "8"}, Part(2, 4)),
-        (None, None, {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "SLURM_NTASKS": "2"}, Part(9, 16, 1)),
+        (None, None, {}, Share(0, 1)),
+        (2, 4, {"RANK": "1", "WORLD_SIZE": "8"}, Share(2, 4)),
+        (None, None, {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "SLURM_NTASKS": "2"}, Share(9, 16, 1)),
         (
             None,
             None,
             {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"},
-            Part(3, 4, 1),
+            Share(3, 4, 1),
         ),
-        (None, None, {"SLURM_NTASKS": "4"}, Part(0, 1)),  # salloc's shell
-        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, Part(0, 1)),  # a batch script
-        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Part(0, 1)),
+        (None, None, {"SLURM_NTASKS": "4"}, Share(0, 1)),  # salloc's shell
+        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, Share(0, 1)),  # a batch script
+        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Share(0, 1)),
         (
             None,
             None,
             {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3"},
-            Part(2, 3),
+            Share(2, 3),
         ),
         (
             None,
@@ -503,11 +505,11 @@ def test_a_shard_is_written_by_one_process(tmp_path: Path) -> None:
                 "SLURM_PROCID": "2",
                 "SLURM_NTASKS": "4",
             },
-            Part(6, 8),
+            Share(6, 8),
         ),
     ],
 )
-def test_parts(rank: int | None, world: int | None, environment: dict[str, str], part: Part) -> None:
+def test_parts(rank: int | None, world: int | None, environment: dict[str, str], part: Share) -> None:
     assert part_of(rank, world, environment) == part
 
 
@@ -533,8 +535,8 @@ def test_parts_that_cannot_be(rank: int | None, world: int | None, environment: 
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ValidationError, match=r"context \(9\) is more than batch_bytes \(8\)"):
         quick(context=9, batch_bytes=8)
-    with pytest.raises(ValidationError, match="rule 'space' needs no byte LM"):
-        quick(rule=PatchSettings(mode="space"))
+    with pytest.raises(ValidationError, match="patching mode 'space' needs no byte LM"):
+        quick(patching=PatchSettings(mode="space"))
 
 
 @pytest.fixture
@@ -546,10 +548,10 @@ def model(tmp_path: Path, byte_lm: ByteLM) -> Path:
 
 
 def command(text: Path, model: Path, out: str, **more: Any) -> Summary:
-    values: dict[str, Any] = {"starts": None, "rule": None, "context": 64, "batch_bytes": None, "text_key": "text"}
+    values: dict[str, Any] = {"context": 64, "text_key": "text"}
     values |= {"max_bad_rows": 100, "max_row_bytes": 1 << 20}
-    values |= {"device": "cpu", "dtype": "float32", "rank": None, "world": None, "console": Console(quiet=True)}
-    return entry.entropies_beside([str(text)], str(model), out, **values | more)
+    values |= {"text": [str(text)], "model": str(model), "out": out, "device": "cpu", "dtype": "float32"}
+    return entry.store_beside(EntropiesSettings.parse(values | more))
 
 
 def test_the_command(tmp_path: Path, text: Path, model: Path, byte_lm: ByteLM) -> None:
@@ -577,7 +579,7 @@ def test_ctrl_c_says_how_to_go_on(
     assert bytes_below(out) == {}
     command(text, model, str(out), rank=0, world=5)
     monkeypatch.setattr(ByteLM, "entropies", stopped)
-    with pytest.raises(Interrupted, match=r"finished files stand in '.*out'; the same command goes on from there"):
+    with pytest.raises(Interrupted, match=r"finished files are in '.*out'; the same command resumes"):
         command(text, model, str(out))
     assert len(bytes_below(out)) == 1
 
@@ -594,9 +596,9 @@ def test_rules_of_the_command(tmp_path: Path, text: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"starts": 1.0, "rule": "threshold=1"}, "two ways to name a rule"),
-        ({"rule": "treshold=1"}, "--rule: treshold: unknown key; did you mean 'threshold'"),
-        ({"rule": "mode=space"}, "rule 'space' needs no byte LM"),
+        ({"starts": 1.0, "patching": "threshold=1"}, "both name patching settings"),
+        ({"patching": "treshold=1"}, "--patching: treshold: unknown key; did you mean 'threshold'"),
+        ({"patching": "mode=space"}, "patching mode 'space' needs no byte LM"),
         ({"batch_bytes": 10}, r"context \(64\) is more than batch_bytes \(10\)"),
         ({"dtype": "float16"}, "dtype"),
         ({"text_key": "body"}, "body"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bytelatent.data import Batch, DataSettings, Loader, Patcher, Piece, SourceSettings, batches_once
-from bytelatent.data.reading import Reading, Readings
+from bytelatent.data.reading import PieceReader, ReaderPool
 from bytelatent.data.source import SourceReader
 from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
@@ -72,7 +72,9 @@ def test_goes_on_bit_for_bit(sources: list[SourceSettings], rule: str, done: int
 
 
 def reader_of(path: Path, seed: int) -> SourceReader:
-    return SourceReader(SourceSettings(path=str(path)), 0, Readings([Reading("text", 1000, None, 1 << 20)], 0), seed)
+    return SourceReader(
+        SourceSettings(path=str(path)), 0, ReaderPool([PieceReader("text", 1000, None, 1 << 20)], 0), seed
+    )
 
 
 def read(reader: SourceReader) -> bytes:

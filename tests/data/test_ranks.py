@@ -66,7 +66,7 @@ def waiting(loader: Loader) -> list[bytes]:
 
 
 def world_of(settings: DataSettings, world: int, seed: int = 0) -> list[Loader]:
-    return [Loader(settings, seed, rank=rank, world=world) for rank in range(world)]
+    return [Loader(settings, seed, rank=rank, world_size=world) for rank in range(world)]
 
 
 FILES = st.lists(st.integers(0, 14), min_size=1, max_size=5).filter(any)
@@ -91,9 +91,9 @@ def test_ranks_read_each_document_once_an_epoch(
         reader = loader.sources[0]
         while True:
             [piece] = next(reader)
-            if reader.place.epoch >= epochs:
+            if reader.position.epoch >= epochs:
                 break
-            seen[reader.place.epoch, decode(piece.ids)] += 1
+            seen[reader.position.epoch, decode(piece.ids)] += 1
     assert seen == Counter((epoch, text) for epoch in range(epochs) for text in documents)
 
 
@@ -119,10 +119,10 @@ def test_a_change_of_ranks_loses_and_repeats_nothing(
     for world in [after, again] if again else [after]:
         states = [tensors_to_arrays(arrays_to_tensors(loader.state_dict())) for loader in loaders]
         loaders = world_of(data, world)
-        lines = {loader.deal(list(reversed(states))) for loader in loaders}
+        lines = {loader.redistribute(list(reversed(states))) for loader in loaders}
         assert len(lines) == 1
-        assert f"of {len(states)} ranks is dealt to {world}" in lines.pop()
-    last = max(loader.sources[0].place.epoch for loader in loaders)
+        assert f"of {len(states)} ranks is divided among {world}" in lines.pop()
+    last = max(loader.sources[0].position.epoch for loader in loaders)
     # Read on to the end of every epoch that was begun: each document came as often as there were epochs.
     total = Counter(begun)
     for loader in loaders:
@@ -130,7 +130,7 @@ def test_a_change_of_ranks_loses_and_repeats_nothing(
         total.update(text for text in waiting(loader) if text in documents)
         while True:
             [piece] = next(reader)
-            if not reader.left and reader.place.epoch > last:
+            if not reader.left and reader.position.epoch > last:
                 break
             total[decode(piece.ids)] += 1
     # Of a document that a batch's end cut in two the rest waits, and the whole was not counted as given out.
@@ -149,10 +149,10 @@ def test_resumes_at_any_step(
 ) -> None:
     data, _ = sources(next(folders), sizes, kinds)
     rank = rank % world
-    loader = Loader(data, 5, rank=rank, world=world)
+    loader = Loader(data, 5, rank=rank, world_size=world)
     drawn(loader, done)
     state = tensors_to_arrays(arrays_to_tensors(loader.state_dict()))
-    resumed = Loader(data, 5, rank=rank, world=world)
+    resumed = Loader(data, 5, rank=rank, world_size=world)
     resumed.load_state_dict(state)
     assert all(map(same, drawn(loader, 8), drawn(resumed, 8)))
 
@@ -188,8 +188,8 @@ def test_any_number_of_reading_processes_gives_the_same_batches(
     with Loader(with_workers(many, 2), 1, patcher) as two:
         two.load_state_dict(state)
         assert all(map(same, drawn(two, 10), expected[25:]))
-        assert two.readings._pool is not None
-        os.kill(next(iter(two.readings._pool._processes)), signal.SIGKILL)
+        assert two.pool._pool is not None
+        os.kill(next(iter(two.pool._pool._processes)), signal.SIGKILL)
         assert all(map(same, drawn(two, 25), expected[35:]))
 
 
@@ -212,7 +212,7 @@ if __name__ == "__main__":
     from bytelatent.data import DataSettings, Loader
     loader = Loader(DataSettings(train=[{{"path": {many[0].path!r}}}], batch_bytes=4000, workers=1), 0)
     next(loader)
-    print(*loader.readings._pool._processes, flush=True)
+    print(*loader.pool._pool._processes, flush=True)
     import time
     time.sleep(60)
 """
@@ -250,7 +250,7 @@ def test_damaged_rows_and_files_are_passed_over_up_to_a_limit(tmp_path: Path) ->
         loader = Loader(data, 0)
         found = Counter(decode_stream(drawn(loader, 60)))
     assert set(found) >= {name(i) for i in range(40)}
-    epochs = loader.sources[0].place.epoch
+    epochs = loader.sources[0].position.epoch
     assert epochs >= 2
     assert len(said) == 4  # once, and not in each epoch
     for line in (
@@ -294,4 +294,4 @@ def test_states_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="that of rank 1 of 2, and this is rank 0 of 1"):
         Loader(data, 0).load_state_dict(two[1].state_dict())
     with pytest.raises(UserError, match="should be the positions of 2 ranks, not 1"):
-        Loader(data, 0).deal([two[0].state_dict()])
+        Loader(data, 0).redistribute([two[0].state_dict()])

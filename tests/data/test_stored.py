@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = EntropySettings(context=CONTEXT, batch_bytes=256, dtype="float32")
     store_entropies(byte_lm, fingerprint(byte_lm), [source], folder / "entropies", asked)
     for number, rule in enumerate(RULES):
-        with_rule = asked.model_copy(update={"rule": rule})
+        with_rule = asked.model_copy(update={"patching": rule})
         store_entropies(byte_lm, fingerprint(byte_lm), [source], folder / f"starts{number}", with_rule)
     return folder
 

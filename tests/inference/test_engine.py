@@ -10,9 +10,10 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.sampling import MAX_NEW_BYTES
-from bytelatent.inference.step import FastRows, engine_for, supports
+from bytelatent.inference.settings import MAX_NEW_BYTES
+from bytelatent.inference.step import CapturedSlots, engine_for, supports
 from bytelatent.inference.step.drafting import LONGEST
+from bytelatent.inference.step.step import BLTStep
 from bytelatent.inference.utf8 import state_after
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
@@ -64,8 +65,9 @@ def engine_of(decoder: Decoder, kind: str, num_rows: int) -> Engine:
     assert supports(decoder.model, decoder.byte_lm)
     if kind in DRAFTED and isinstance(decoder.model, ByteLM):
         pytest.skip("a byte LM has no part that drafts")
-    rows = FastRows(decoder, num_rows, **FAST[kind])
-    rows._step.assumes_open |= kind in ASSUMING
+    rows = CapturedSlots(decoder, num_rows, **FAST[kind])
+    if isinstance(rows._step, BLTStep):
+        rows._step.assumes_open |= kind in ASSUMING
     return Engine(decoder, rows, num_rows)
 
 
@@ -238,7 +240,7 @@ def test_drafts_save_steps() -> None:
     model: Any = decoder.model
     for cross in model.decoder.cross_attention:
         cross.output.weight.data.zero_()
-    rows = FastRows(decoder, 1, ahead=8)
+    rows = CapturedSlots(decoder, 1, ahead=8)
     engine = Engine(decoder, rows, 1)
     [asked] = engine.submit(prompt_ids("The"), Sampling(temperature=1.0), 64)
     steps = 0
@@ -254,7 +256,7 @@ def test_who_cannot_draft() -> None:
     lm, blt = named["byte LM"], named["entropy"]
     with pytest.raises(UserError, match="ahead: a byte LM has no part that drafts"):
         engine_for(lm.model, None, None, 1, ahead=4)
-    with pytest.raises(UserError, match="ahead: the rule bpe is not drafted for"):
+    with pytest.raises(UserError, match="patching mode 'bpe' is not drafted for"):
         engine_for(blt.model, PatchSettings(mode="bpe", tokenizer="x.json"), None, 1, ahead=4)
     for wrong in (0, LONGEST + 1):
         with pytest.raises(UserError, match=f"ahead: {wrong} bytes a step; take 1 to {LONGEST}"):
@@ -337,7 +339,7 @@ def test_rejected_drafts_leave_no_trace(mode: str) -> None:
     decoder = Decoder(wide_blt(0), patching, decoders()["entropy"].byte_lm)
     hot = Sampling(temperature=1.0, seed=1)
     plain = generated(Engine.plain(decoder, 2), PROMPTS[:3], 40, hot)
-    rows = FastRows(decoder, 2, ahead=LONGEST)
+    rows = CapturedSlots(decoder, 2, ahead=LONGEST)
     for found, expected in zip(generated(Engine(decoder, rows, 2), PROMPTS[:3], 40, hot), plain, strict=True):
         assert (found.ids, found.ended) == (expected.ids, expected.ended)
 
@@ -349,7 +351,7 @@ def test_the_end_of_a_text_within_a_draft() -> None:
     with torch.no_grad():
         head.weight.zero_()
     hot = Sampling(temperature=1.0)
-    plain, drafted = Engine.plain(decoder, 12), Engine(decoder, FastRows(decoder, 12, ahead=8), 12)
+    plain, drafted = Engine.plain(decoder, 12), Engine(decoder, CapturedSlots(decoder, 12, ahead=8), 12)
     asked = [engine.submit(prompt_ids("x"), hot, 300, samples=12) for engine in (plain, drafted)]
     plain.run()
     drafted.run()

@@ -1,11 +1,10 @@
-"""Runs of new positions, against counting them one by one; what a cache keeps of a stream, position by position."""
+"""New positions against counting them one by one; what a KV cache holds of a stream, position by position."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelatent.inference.kv_cache import EachAlone, Keep, Runs
-from bytelatent.inference.state import KeyValues
+from bytelatent.inference.kv_cache import KVCache, NewPositions, PerDocument, StoreNewest
 from bytelatent.model.attention import attend, build_mask
 
 # of each row: its number, what it has read, and the sizes of its runs
@@ -18,41 +17,41 @@ ROWS = st.lists(
 
 
 @given(rows=ROWS, count=st.integers(1, 20))
-def test_runs(rows: list[tuple[int, int, list[int]]], count: int) -> None:
+def test_new_positions(rows: list[tuple[int, int, list[int]]], count: int) -> None:
     entries = [(row, read, run, turn) for row, read, sizes in rows for run, n in enumerate(sizes) for turn in range(n)]
     row_of = torch.tensor([row for row, *_ in entries])
-    runs = Runs(row_of, torch.tensor([read + turn for _, read, _, turn in entries]))
-    assert runs.turn.tolist() == [turn for *_, turn in entries]
-    assert runs.row.tolist() == [row for row, _, _ in rows]
-    assert runs.num_read.tolist() == [read for _, read, _ in rows]
+    new = NewPositions(row_of, torch.tensor([read + turn for _, read, _, turn in entries]))
+    assert new.offset.tolist() == [turn for *_, turn in entries]
+    assert new.slot.tolist() == [row for row, _, _ in rows]
+    assert new.num_read.tolist() == [read for _, read, _ in rows]
     places = torch.arange(len(entries))
-    laid_out = runs.laid_out(places, fill=-1)
+    laid_out = new.padded(places, fill=-1)
     assert laid_out.shape == (len(rows), max(sum(sizes) for *_, sizes in rows))
-    assert torch.equal(runs.in_order(laid_out), places)
+    assert torch.equal(new.unpadded(laid_out), places)
     for line, (row, _, _) in enumerate(rows):
         of_row = (row_of == row).nonzero()[:, 0].tolist()
         assert laid_out[line].tolist() == of_row + [-1] * (laid_out.shape[1] - len(of_row))
-        assert [i for i in places[runs.newest(count)].tolist() if i in of_row] == of_row[-count:]
+        assert [i for i in places[new.newest(count)].tolist() if i in of_row] == of_row[-count:]
         for i, query in enumerate(of_row):
             for j, key in enumerate(of_row):
                 same_run = entries[query][:3] == entries[key][:3]
-                assert bool(runs.seen[line, i, j]) == (same_run and j <= i)
+                assert bool(new.seen[line, i, j]) == (same_run and j <= i)
 
 
 @given(sizes=st.lists(st.integers(1, 25), min_size=1, max_size=4), num_slots=st.integers(1, 12), together=st.booleans())
-def test_a_cache_keeps_the_newest_keys_and_values_of_each_row(sizes: list[int], num_slots: int, together: bool) -> None:
+def test_a_cache_holds_the_newest_keys_and_values_of_each_slot(
+    sizes: list[int], num_slots: int, together: bool
+) -> None:
     shape = (2, len(sizes), num_slots, 3, 4)
-    cache = KeyValues(torch.zeros(shape), torch.zeros(shape), num_slots)
+    cache = KVCache(torch.zeros(shape), torch.zeros(shape), num_slots)
     k_LTJE, v_LTJE = torch.randn(2, 2, sum(sizes) + 5, 3, 4)  # the last five fill up
     begins = [sum(sizes[:row]) for row in range(len(sizes))]
-    count = [min(size, num_slots) for size in sizes]
-    first = [size - kept for size, kept in zip(sizes, count, strict=True)]
-    keep = Keep(cache, [begin + at for begin, at in zip(begins, first, strict=True)], first, count)
+    store = StoreNewest(cache, list(range(len(sizes))), sizes)
     if together:
-        keep.layers(k_LTJE, v_LTJE)
+        store.all_layers(k_LTJE, v_LTJE)
     else:
         for k_TJE, v_TJE in zip(k_LTJE, v_LTJE, strict=True):
-            keep(k_TJE, v_TJE)
+            store(k_TJE, v_TJE)
     k_LBRJE, v_LBRJE = torch.zeros(2, *shape)
     for row, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
         for position in range(size):  # later ones take the place of earlier ones
@@ -68,5 +67,5 @@ def test_documents_alone_are_documents_under_the_mask(sizes: list[int], kv_heads
     document[document == len(sizes) - 1] = -1  # padding
     q_THE = torch.randn(len(document), 4, 8)
     k_TJE, v_TJE = torch.randn(2, len(document), kv_heads, 8)
-    found = EachAlone.of(document).attend(q_THE, k_TJE, v_TJE)
+    found = PerDocument(sizes).attend(q_THE, k_TJE, v_TJE)
     torch.testing.assert_close(found, attend(q_THE, k_TJE, v_TJE, build_mask(document, None)), rtol=1e-5, atol=1e-5)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.quantize import QuantizedLinear, Weights, rounded
-from bytelatent.inference.step import FastDecoder, FastRows, engine_for
+from bytelatent.inference.quantize import QuantizedLinear, Weights, quantize_model
+from bytelatent.inference.step import CapturedSlots, FastDecoder, engine_for
 from tests.inference.test_decoder import check, full_logits
 from tests.inference.test_engine import NAMES, PROMPTS, decoders, wide_blt
 
@@ -70,7 +70,7 @@ def slowly_rounded(model: Any, weights: str) -> Any:
 def test_these_matrices_are_rounded_so(name: str, weights: Weights) -> None:
     model = decoders()[name].model
     before = deepcopy(model.state_dict())
-    copied = rounded(model, weights)
+    copied = quantize_model(model, weights)
     found, expected = copied.state_dict(), slowly_rounded(model, weights).state_dict()
     assert found.keys() == expected.keys()
     for key, value in found.items():
@@ -94,7 +94,7 @@ def numbers(model: Any) -> tuple[int, int]:
 def test_bytes_and_written_out(weights: Weights) -> None:
     """Both are one model; as bytes it has no other copy of a matrix."""
     decoder = decoders()["entropy"]
-    as_bytes, written = (rounded(decoder.model, weights, as_bytes=kept) for kept in (True, False))
+    as_bytes, written = (quantize_model(decoder.model, weights, as_bytes=kept) for kept in (True, False))
     kept, rest = numbers(as_bytes)
     assert numbers(written) == (0, kept + rest)
     assert kept > rest / 2
@@ -108,11 +108,11 @@ def test_bytes_and_written_out(weights: Weights) -> None:
 def engine_of(decoder: Decoder, weights: Weights, kind: str) -> Engine:
     if kind == "engine_for":
         return engine_for(decoder.model, decoder.patching, decoder.byte_lm, 3, weights)
-    model = rounded(decoder.model, weights, as_bytes=True)
+    model = quantize_model(decoder.model, weights, as_bytes=True)
     if kind == "plain":
         return Engine.plain(Decoder(model, decoder.patching, decoder.byte_lm), 3)
     fast = FastDecoder(model, decoder.patching, decoder.byte_lm)
-    return Engine(fast, FastRows(fast, 3), 3)
+    return Engine(fast, CapturedSlots(fast, 3), 3)
 
 
 @pytest.mark.parametrize("weights", BOTH)
@@ -138,7 +138,7 @@ def test_what_an_engine_draws_has_the_rounded_models_probability(name: str, weig
 @given(seed=st.integers(0, 1000), data=st.data())
 def test_prompts_and_steps_read_one_model(weights: Weights, seed: int, data: st.DataObject) -> None:
     decoder = decoders(seed)["split"]
-    model = rounded(decoder.model, weights, as_bytes=True)
+    model = quantize_model(decoder.model, weights, as_bytes=True)
     check(FastDecoder(model, decoder.patching, decoder.byte_lm), [30, 1, 140], seed, data)
 
 
@@ -146,7 +146,7 @@ def test_matrices_in_bfloat16() -> None:
     """Norms are multiplied in before anything is rounded, and what is rounded keeps its own precision."""
     model = wide_blt(0).to(torch.bfloat16)
     for weights, as_bytes in product(BOTH, (True, False)):
-        found = rounded(model, weights, as_bytes=as_bytes)
+        found = quantize_model(model, weights, as_bytes=as_bytes)
         assert {part.dtype for part in found.parameters()} == {torch.bfloat16}
         one: Any = found.decoder.stack.blocks[0].attention.query
         block: Any = model.decoder.stack.blocks[0]
@@ -161,14 +161,14 @@ def test_matrices_in_bfloat16() -> None:
 
 def test_what_will_not_do() -> None:
     model = wide_blt(0)
-    assert rounded(model, "full") is model
+    assert quantize_model(model, "full") is model
     unknown: Any = "int4"
     with pytest.raises(UserError, match="weights: 'int4' is none; use full, int8, fp8"):
-        rounded(model, unknown)
+        quantize_model(model, unknown)
     with torch.no_grad():
         middle: Any = model.global_transformer.stack.blocks[1]
         middle.feed_forward.down.weight[3, 2] = torch.nan
     with pytest.raises(
         UserError, match=r"'global_transformer\.stack\.blocks\.1\.feed_forward\.down', in which there is NaN"
     ):
-        rounded(model, "fp8")
+        quantize_model(model, "fp8")

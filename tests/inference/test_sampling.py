@@ -1,6 +1,8 @@
 """From logits to ids, against plain Python that does one row at a time."""
 
+import inspect
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import sampling as module
-from bytelatent.inference.sampling import MAX_NEW_BYTES, Sampling, SamplingRows, random_numbers
+from bytelatent.inference.sampling import SamplingSlots, random_numbers
+from bytelatent.inference.settings import MAX_NEW_BYTES, Sampling
+from bytelatent.inference.step import decisions
 from bytelatent.inference.utf8 import NEEDED, TRANSITIONS, state_after
 from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
@@ -48,15 +52,15 @@ def some_logits(draw: st.DrawFn) -> Tensor:
     return draw(st.sampled_from([values, few, torch.randn(VOCAB_SIZE, generator=random) * 4]))
 
 
-def one_row(sampling: Sampling, prompt: bytes = b"", max_new_bytes: int = 100) -> SamplingRows:
-    rows = SamplingRows.empty(1, "cpu")
+def one_row(sampling: Sampling, prompt: bytes = b"", max_new_bytes: int = 100) -> SamplingSlots:
+    rows = SamplingSlots.empty(1, "cpu")
     rows.put(0, sampling, torch.from_numpy(encode(prompt, eos=False)), max_new_bytes)
     return rows
 
 
 def draws(logits: Tensor, sampling: Sampling, count: int) -> list[int]:
     """The ids that a row draws one after another from the same logits."""
-    rows = SamplingRows(
+    rows = SamplingSlots(
         **{
             name: part.expand(count, *part.shape[1:])
             for name, part in vars(one_row(sampling)).items()
@@ -132,7 +136,7 @@ def slow_probabilities(logits: list[float], sampling: Sampling, prompt: bytes, a
 @settings(max_examples=100)
 @given(st.lists(st.tuples(some_logits(), SAMPLINGS, PROMPTS, st.integers(1, 6)), min_size=1, max_size=4))
 def test_weights_are_the_probabilities(each: list[tuple[Tensor, Sampling, bytes, int]]) -> None:
-    rows = SamplingRows.empty(len(each), "cpu")
+    rows = SamplingSlots.empty(len(each), "cpu")
     for row, (_, sampling, prompt, max_new_bytes) in enumerate(each):
         rows.put(row, sampling, torch.from_numpy(encode(prompt, eos=False)), max_new_bytes)
     weights = rows.weights(torch.stack([logits for logits, *_ in each]))
@@ -154,7 +158,7 @@ def test_weights_are_the_probabilities(each: list[tuple[Tensor, Sampling, bytes,
 @given(st.lists(st.tuples(some_logits(), SAMPLINGS, PROMPTS), min_size=2, max_size=6), st.randoms())
 def test_a_row_is_the_same_in_any_batch(each: list[tuple[Tensor, Sampling, bytes]], shuffle: Any) -> None:
     def drawn(order: list[int]) -> dict[int, list[tuple[int, float]]]:
-        rows, found = SamplingRows.empty(len(order), "cpu"), {row: [] for row in order}
+        rows, found = SamplingSlots.empty(len(order), "cpu"), {row: [] for row in order}
         for place, row in enumerate(order):
             rows.put(place, each[row][1], torch.from_numpy(encode(each[row][2], eos=False)), 8)
         for turn in range(3):
@@ -170,8 +174,8 @@ def test_a_row_is_the_same_in_any_batch(each: list[tuple[Tensor, Sampling, bytes
     assert drawn(order) == alone
 
 
-def mixed_rows(device: str, num_rows: int) -> SamplingRows:
-    rows = SamplingRows.empty(num_rows, device)
+def mixed_rows(device: str, num_rows: int) -> SamplingSlots:
+    rows = SamplingSlots.empty(num_rows, device)
     for row in range(num_rows):
         sampling = Sampling(
             temperature=[0, 0.7, 1, 1.3][row % 4],
@@ -200,7 +204,7 @@ def test_every_device_and_batch_draws_the_same(device: str) -> None:
     try:
         for begin, end in [(0, num_rows), (0, 1), (40, 41), (31, 64)]:
             again = mixed_rows(device, num_rows)
-            part = SamplingRows(**{k: v[begin:end] if len(v) == num_rows else v for k, v in vars(again).items()})
+            part = SamplingSlots(**{k: v[begin:end] if len(v) == num_rows else v for k, v in vars(again).items()})
             found = []
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
@@ -221,7 +225,7 @@ def test_every_device_and_batch_draws_the_same(device: str) -> None:
 def test_a_graph_draws_and_reads() -> None:
     num_rows, turns = 33, 10
     logits = torch.randn(turns, num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)).cuda() * 2
-    rows, plain = SamplingRows.empty(num_rows, "cuda"), mixed_rows("cuda", num_rows)
+    rows, plain = SamplingSlots.empty(num_rows, "cuda"), mixed_rows("cuda", num_rows)
     given_logits, active = torch.zeros_like(logits[0]), torch.ones(num_rows, dtype=torch.bool, device="cuda")
 
     def advance() -> tuple[Tensor, Tensor]:
@@ -443,7 +447,7 @@ def test_seed() -> None:
 
 
 def test_put_and_read() -> None:
-    rows = SamplingRows.empty(3, "cpu")
+    rows = SamplingSlots.empty(3, "cpu")
     rows.put(1, Sampling(seed=7, top_k=5), torch.tensor([BOS, ord("x") + OFFSET]), 9)
     rows.read(torch.tensor([70, 70, 70]), torch.tensor([False, True, False]))
     prompt = torch.from_numpy(encode("aé", eos=False))[:-1]
@@ -467,7 +471,7 @@ def test_what_was_read_is_as_if_it_stood_in_the_prompt(before: list[bytes], data
     """Bytes of one text are one run; before a special id another text ends."""
     prompt = torch.cat([torch.from_numpy(encode(part, eos=border, bos=border)) for part in [*before, b""]])
     rest = torch.from_numpy(encode(data, bos=False, eos=False))
-    at_once, bit_by_bit = SamplingRows.empty(1, "cpu"), SamplingRows.empty(1, "cpu")
+    at_once, bit_by_bit = SamplingSlots.empty(1, "cpu"), SamplingSlots.empty(1, "cpu")
     at_once.put(0, Sampling(), torch.cat([prompt, rest]), 3)
     bit_by_bit.put(0, Sampling(), prompt, 3)
     for i in rest:
@@ -513,7 +517,7 @@ def test_valid_utf8_comes_out() -> None:
     """Whatever the model says, whatever the prompt ends with and whenever it is cut off."""
     prompts = [b"", "é".encode(), b"\xff\xfe", "語".encode()[:1], "🙂".encode()[:2], b"\xed\xa0"]
     num_rows, most = 240, 9
-    rows = SamplingRows.empty(num_rows, "cpu")
+    rows = SamplingSlots.empty(num_rows, "cpu")
     texts = [prompts[row % len(prompts)] for row in range(num_rows)]
     for row, text in enumerate(texts):
         room = max(row % most + 1, int(NEEDED[state_after(text)]))
@@ -567,3 +571,51 @@ def test_stop_texts_as_plain_values() -> None:
     sampling = Sampling(stop=["é", b"\xff\n", b"\n"])
     again = Sampling.parse(sampling.plain())
     assert [to_bytes(stop) for stop in again.stop] == ["é".encode(), b"\xff\n", b"\n"]
+
+
+ACCEPTED: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_k": 3,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "repetition_penalty": 1.3,
+    "seed": 7,
+    "stop": ["end"],
+    "valid_utf8": True,
+}
+REFUSED: dict[str, Any] = {
+    "temperature": -1,
+    "top_k": 0,
+    "top_p": 1.5,
+    "min_p": -0.1,
+    "repetition_penalty": 0,
+    "seed": 2**64,
+    "stop": [""],
+    "valid_utf8": "perhaps",
+}
+
+
+def test_every_setting_has_a_value_that_is_accepted_and_one_that_is_refused() -> None:
+    assert set(ACCEPTED) == set(REFUSED) == set(Sampling.model_fields)
+    for name, value in ACCEPTED.items():
+        assert getattr(Sampling(**{name: value}), name) == value
+        with pytest.raises(UserError, match=name):
+            Sampling.parse({name: REFUSED[name]})
+
+
+def test_every_setting_reaches_the_slots_and_the_device() -> None:
+    """What the kernel's draw did not read would be ignored in silence on a GPU."""
+    assert set(module.OPTIONS) | module.BY_ENGINE == set(Sampling.model_fields)
+    assert set(module.OPTIONS) <= set(decisions.SAMPLING_FIELDS)
+    parameters = re.search(r"def draw_kernel\(\s*logits_ptr,([^)]*?)position_ptr", inspect.getsource(decisions))
+    assert parameters is not None
+    assert parameters[1].count("_ptr") == len(decisions.SAMPLING_FIELDS)
+    with pytest.raises(NotImplementedError, match="draw_kernel does not know the sampling settings min_p"):
+        decisions.check_sampling_fields(tuple({*decisions.SAMPLING_FIELDS, "is_special"} - {"min_p"}))
+    slots = SamplingSlots.empty(1, "cpu")
+    slots.put(0, Sampling(**ACCEPTED), torch.tensor([1]), 5)
+    for name, option in module.OPTIONS.items():
+        held = getattr(slots, name)
+        assert held.dtype == option.dtype
+        assert held.item() == pytest.approx(ACCEPTED[name])
+        assert held.item() != option.neutral

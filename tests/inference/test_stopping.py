@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytelatent.inference.stopping import StopWatch
+from bytelatent.inference.engine import StopTexts
 
 # Few different bytes, so that stop texts overlap, repeat and hold one another.
 STOPS = st.lists(st.binary(min_size=1, max_size=6).map(lambda data: bytes(b % 3 for b in data)), max_size=5)
@@ -26,7 +26,7 @@ def may_begin(stops: list[bytes], output: bytes) -> int:
 @MANY
 @given(STOPS, OUTPUTS)
 def test_every_byte(stops: list[bytes], output: bytes) -> None:
-    watch = StopWatch(stops)
+    watch = StopTexts(stops)
     for end, byte in enumerate(output, start=1):
         assert watch.feed(byte) == first_match(stops, output[:end])
         assert watch.held_back() == may_begin(stops, output[:end])
@@ -35,7 +35,7 @@ def test_every_byte(stops: list[bytes], output: bytes) -> None:
 @MANY
 @given(STOPS, OUTPUTS)
 def test_nothing_of_a_stop_text_is_shown(stops: list[bytes], output: bytes) -> None:
-    watch, shown = StopWatch(stops), 0
+    watch, shown = StopTexts(stops), 0
     for end, byte in enumerate(output, start=1):
         begin = watch.feed(byte)
         if begin is not None:
@@ -58,17 +58,17 @@ def test_nothing_of_a_stop_text_is_shown(stops: list[bytes], output: bytes) -> N
     ],
 )
 def test_examples(stops: list[bytes], output: bytes, begin: int) -> None:
-    watch = StopWatch(stops)
+    watch = StopTexts(stops)
     found = (watch.feed(byte) for byte in output)
     assert next(place for place in found if place is not None) == begin
 
 
 def test_nothing_to_watch_for() -> None:
-    watch = StopWatch([])
+    watch = StopTexts([])
     assert [watch.feed(byte) for byte in b"text"] == [None] * 4
     assert watch.held_back() == 0
 
 
 def test_an_empty_text_is_refused() -> None:
     with pytest.raises(AssertionError):
-        StopWatch([b"a", b""])
+        StopTexts([b"a", b""])

@@ -5,9 +5,10 @@ import sys
 
 import torch
 
-from bytelatent.inference.fast_entropies import FastEntropies
+from bytelatent.inference.step.prefill import FastEntropies
 from bytelatent.kernels.gated_product import fast_row_scale, gated_product, interleaved, plain_gated_product, row_scale
-from bytelatent.kernels.window_attention import BLOCK, angles, first_seen, plain_window_attention, window_attention
+from bytelatent.kernels.rotary import cos_sin
+from bytelatent.kernels.window_attention import BLOCK, first_seen, plain_window_attention, window_attention
 from bytelatent.model import ByteLM, ByteLMSettings
 from tests.kernels.streams import stream_of_sizes
 
@@ -16,8 +17,8 @@ def attention(window: int | None, sizes: list[int], heads: int, head_dim: int) -
     assert sum(sizes) % BLOCK == 0
     stream = stream_of_sizes(sizes)
     qkv = torch.randn(sum(sizes), 3, heads, head_dim)
-    low, (cos, sin) = first_seen(stream.position, window), angles(stream.position, head_dim, 10_000.0)
-    expected = plain_window_attention(*qkv.unbind(1), low, cos, sin)
+    low, (cos, sin) = first_seen(stream.position, window), cos_sin(stream.position, head_dim, 10_000.0)
+    expected = plain_window_attention(*qkv.clone().unbind(1), low, cos, sin)
     found = window_attention(*qkv.unbind(1), low, cos, sin)
     return {"error": float((found - expected).abs().max()), "scale": float(expected.std())}
 

@@ -14,26 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.inference.sampling import Sampling, SamplingRows
-from bytelatent.inference.step import plain
+from bytelatent.inference.sampling import SamplingSlots
+from bytelatent.inference.settings import Sampling
+from bytelatent.inference.step.decisions import (
+    Flags,
+    append,
+    choose,
+    decide,
+    draw,
+    plain_append,
+    plain_choose,
+    plain_decide,
+    plain_draw,
+    plain_store_patch,
+    store_patch,
+)
 from bytelatent.kernels.decode_attention import (
     AttentionLaunch,
     decode_attention,
     plain_decode_attention,
-    rotary_table,
     split_scratch,
 )
-from bytelatent.kernels.decode_patches import (
-    gather_bytes,
-    keep_byte,
-    plain_gather_bytes,
-    plain_keep_byte,
-    plain_read_patch,
-    read_patch,
+from bytelatent.kernels.decode_cross_attention import (
+    append_patch_byte,
+    decoder_cross_attention_step,
+    encoder_cross_attention_step,
+    plain_append_patch_byte,
+    plain_decoder_cross_attention_step,
+    plain_encoder_cross_attention_step,
 )
-from bytelatent.kernels.decode_step import Flags, append, choose, decide, draw, keep_patch
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
 from bytelatent.kernels.quantized import QuantizedMatrix, Rounding
+from bytelatent.kernels.rotary import rotary_embedding
 from bytelatent.kernels.skinny_linear import (
     SkinnyLaunch,
     gate,
@@ -115,7 +127,7 @@ def attention(
     """Some steps one after the other, over caches that hold what came before and are NaN elsewhere."""
     kind, size = getattr(torch, dtype), len(positions)
     cache_rows = max(rows or [size]) + 1
-    table = rotary_table(max(positions) + new * steps, head_dim, 10_000.0)
+    table = rotary_embedding(torch.arange(max(positions) + new * steps), head_dim, 10_000.0)
     caches = [torch.full((cache_rows, slots, kv_heads, head_dim), torch.nan, dtype=kind) for _ in range(2)]
     for b, position in enumerate(positions):
         row = b if rows is None else rows[b]
@@ -123,7 +135,7 @@ def attention(
             held = torch.arange(max(position - slots, 0), position) % slots
             for cache in caches:
                 cache[row, held] = torch.randn(len(held), kv_heads, head_dim).to(kind)
-    copies = [cache.clone() for cache in caches]
+    copies = [cache.nan_to_num() for cache in caches]  # the plain form may look at what it gives no weight
     scratch = split_scratch(size * new, heads, head_dim, splits, caches[0].device) if splits > 1 else None
     launch = AttentionLaunch(block=16, splits=splits, num_warps=4, num_stages=2)
     shared: dict = {"heads": heads, "window": window, "new": new, "row_B": None if rows is None else torch.tensor(rows)}
@@ -142,7 +154,7 @@ def attention(
                 assert bool(out[0].isnan().all()), "a kernel that should not run wrote something"
                 assert max(map(difference, caches, before)) == 0
         plain_decode_attention(qkv, *copies, at, table, **shared, out=out[1])
-        errors = (difference(*out), difference(caches[0], copies[0]), difference(caches[1], copies[1]))
+        errors = (difference(*out), *(difference(c.nan_to_num(), copy) for c, copy in zip(caches, copies, strict=True)))
         worst = {name: max(worst[name], error) for name, error in zip(worst, errors, strict=True)}
     return worst
 
@@ -165,9 +177,9 @@ def reading(
             k[row], v[row] = torch.nan, torch.nan  # what is not read does not matter
     out = torch.full((3, *q.shape), torch.nan, dtype=kind)
     shared: dict = {"new": new, "row_B": None if rows is None else torch.tensor(rows)}
-    read_patch(q, k, v, reads, **shared, out=out[0], run=torch.ones(1, dtype=torch.int32))
-    plain_read_patch(q, k, v, reads, **shared, out=out[1])
-    read_patch(q, k, v, reads, **shared, out=out[2], run=torch.zeros(1, dtype=torch.bool))
+    decoder_cross_attention_step(q, k, v, reads, **shared, out=out[0], run=torch.ones(1, dtype=torch.int32))
+    plain_decoder_cross_attention_step(q, k, v, reads, **shared, out=out[1])
+    decoder_cross_attention_step(q, k, v, reads, **shared, out=out[2], run=torch.zeros(1, dtype=torch.bool))
     assert bool(out[2].isnan().all()), "a kernel that should not run wrote something"
     return {"error": difference(out[0], out[1])}
 
@@ -190,21 +202,18 @@ def gathering(
     for number in range(max(counts)):
         at = torch.tensor([number if number < count else -1 for count in counts], dtype=torch.int32)
         kv, h = torch.randn(size, 2 * kv_heads, 16).to(kind), torch.randn(size, dim).to(kind)
-        keep_byte(kv, *kept[0], at, h_BD=h, pooled_BD=pooled[0])
-        plain_keep_byte(kv, *kept[1], at, h_BD=h, pooled_BD=pooled[1])
-        keep_byte(kv + 1, *kept[0], at, h_BD=h + 1, pooled_BD=pooled[0], run=torch.zeros(1, dtype=torch.int32))
+        append_patch_byte(kv, *kept[0], at, h_BD=h, pooled_BD=pooled[0])
+        plain_append_patch_byte(kv, *kept[1], at, h_BD=h, pooled_BD=pooled[1])
+        append_patch_byte(kv + 1, *kept[0], at, h_BD=h + 1, pooled_BD=pooled[0], run=torch.zeros(1, dtype=torch.int32))
     out = torch.full((3, *q.shape), torch.nan, dtype=kind)
     begins = [counts[row] // 3 if shifted and row % 2 else 0 for row in rows]
     left = torch.tensor([max(counts[row], 0) - begin for row, begin in zip(rows, begins, strict=True)])
     shared: dict = {"count_C": left, "row_C": torch.tensor(rows, dtype=torch.int32)}
     if shifted:
         shared["begin_C"] = torch.tensor(begins)
-    gather_bytes(q, *kept[0], **shared, out=out[0])
-    plain_gather_bytes(q, *kept[1], **shared, out=out[1])
-    for c, row in enumerate(rows):
-        if row >= 0 and left[c] == 0:
-            out[1, c] = 0  # the softmax over nothing
-    gather_bytes(q, *kept[0], **shared, out=out[2], run=torch.zeros(1, dtype=torch.int32))
+    encoder_cross_attention_step(q, *kept[0], **shared, out=out[0])
+    plain_encoder_cross_attention_step(q, *kept[1], **shared, out=out[1])
+    encoder_cross_attention_step(q, *kept[0], **shared, out=out[2], run=torch.zeros(1, dtype=torch.int32))
     assert bool(out[2].isnan().all()), "a kernel that should not run wrote something"
     return {
         "error": difference(out[0], out[1]),
@@ -245,7 +254,7 @@ def deciding(
     """Draw, append, decide, choose, one after another, with the rows' states as they come."""
     patching = PatchSettings(**rule)
     samplings = [Sampling(**values) for values in sampling or [{}]]
-    drawing = SamplingRows.empty(rows, DEVICE)
+    drawing = SamplingSlots.empty(rows, DEVICE)
     for row in range(rows):
         prompt = torch.randint(4, 260, [5])
         drawing.put(row, samplings[row % len(samplings)], prompt, 3 + row % 4)
@@ -275,10 +284,10 @@ def deciding(
         choose(ours[1], ours[2], quorum, decoded)
         with torch.device("cpu"):  # the only one that the plain forms are for
             expected = None if expected is None else expected.cpu()
-            plain.plain_draw(logits.cpu(), theirs[0], theirs[1].position, theirs[2], expected)
-            plain.plain_append(theirs[1], theirs[2])
-            plain.plain_decide(None if lm is None else lm.cpu(), patching, theirs[1], theirs[2])
-            plain.plain_choose(theirs[1], theirs[2], quorum, decoded)
+            plain_draw(logits.cpu(), theirs[0], theirs[1].position, theirs[2], expected)
+            plain_append(theirs[1], theirs[2])
+            plain_decide(None if lm is None else lm.cpu(), patching, theirs[1], theirs[2])
+            plain_choose(theirs[1], theirs[2], quorum, decoded)
         for one, other in zip(ours, theirs, strict=True):
             for name, found in vars(one).items():
                 errors[f"{name} {number}"] = difference(found.cpu(), vars(other)[name])
@@ -289,8 +298,8 @@ def keeping(rows: int, closing: list[int], keys: int, heads: int, head_dim: int,
     kv = torch.randn(len(closing) * keys, layers * 2 * heads * head_dim)
     tables = torch.randn(2, layers, rows, keys, heads, head_dim)
     expected = tables.clone()
-    keep_patch(kv, tables[0], tables[1], torch.tensor(closing))
-    plain.plain_keep_patch(kv, expected[0], expected[1], torch.tensor(closing))
+    store_patch(kv, tables[0], tables[1], torch.tensor(closing))
+    plain_store_patch(kv, expected[0], expected[1], torch.tensor(closing))
     return {"error": difference(tables, expected)}
 
 

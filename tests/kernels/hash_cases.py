@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers
-from bytelatent.kernels.row_adamw import fast_row_update, plain_row_update
-from bytelatent.kernels.row_sums import fast_row_sums
+from bytelatent.kernels.hash_tables import fast_row_sums, fast_row_update, plain_row_update
 from bytelatent.model.ngram_hash import PRIMES
 from tests.kernels.decode_cases import DEVICE, Errors, difference
 from tests.model.slow import ngram_hash

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, library
 
-from bytelatent.kernels import patch_attention as plain
-from bytelatent.kernels import patch_attention_ops as ops
-from bytelatent.kernels.patch_attention import PatchRuns, runs_of
+from bytelatent.kernels import patch_attention as kernels
+from bytelatent.kernels import patch_pooling
+from bytelatent.kernels.patch_attention import ByteRanges
 from tests.model.tiny import patched_stream_of, random_ids, random_starts
 
 Errors = dict[str, float]
@@ -24,8 +24,10 @@ Errors = dict[str, float]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
-def own_and_read(sizes: list[int], share: float, padding: int = 0, more_slots: int = 0) -> tuple[PatchRuns, PatchRuns]:
-    """The runs of a stream of documents of these sizes in which a `share` of the bytes starts a patch.
+def own_and_read(
+    sizes: list[int], share: float, padding: int = 0, more_slots: int = 0
+) -> tuple[ByteRanges, ByteRanges]:
+    """The ranges of a stream of documents of these sizes in which a `share` of the bytes starts a patch.
 
     Some of the patches are left empty, and some bytes in the middle of a document read nothing.
     """
@@ -38,7 +40,7 @@ def own_and_read(sizes: list[int], share: float, padding: int = 0, more_slots: i
     read = torch.where(batch.read >= 0, place[batch.read.clamp(min=0)], -1)
     read = torch.where(torch.rand(read.shape, generator=generator) < 0.1, -1, read)
     own, read = place[batch.patch].to(DEVICE), read.to(DEVICE)
-    return runs_of(own, slots), runs_of(read, slots)
+    return ByteRanges.of(own, slots), ByteRanges.of(read, slots)
 
 
 def compare(
@@ -83,19 +85,24 @@ def pool(stream: dict, dim: int, dtype: str = "float32", levels: int = 0) -> Err
     if levels:
         h = -torch.randint(0, levels, h.shape, device=DEVICE).float()
     kind = getattr(torch, dtype)
-    return compare(lambda h: ops.pool(h, own.begin), lambda h: plain.plain_pool_patches(h, own), {"h": h}, kind)
+    return compare(
+        lambda h: patch_pooling.pool_operator(h, own.begin),
+        lambda h: patch_pooling.plain_pool_patches(h, own),
+        {"h": h},
+        kind,
+    )
 
 
 def own_bytes(
     stream: dict, k: int, heads: int, head_dim: int, dtype: str = "float32", scale: float = 1.0, block: int = 4
 ) -> Errors:
-    ops.BLOCK = block
+    kernels.BLOCK = block
     own, _ = own_and_read(**stream)
     inputs = {"q": scale * strided(own.num_patches, k, heads, head_dim)}
     inputs |= {name: strided(len(own.patch_T), heads, head_dim) for name in "kv"}
     return compare(
-        lambda q, k, v: ops.own_bytes(q, k, v, own.begin)[0],
-        lambda q, k, v: plain.plain_attend_to_own_bytes(q, k, v, own),
+        lambda q, k, v: kernels.own_bytes_operator(q, k, v, own.begin)[0],
+        lambda q, k, v: kernels.plain_encoder_cross_attention(q, k, v, own),
         inputs,
         getattr(torch, dtype),
     )
@@ -104,13 +111,13 @@ def own_bytes(
 def read_patch(
     stream: dict, k: int, heads: int, head_dim: int, dtype: str = "float32", scale: float = 1.0, block: int = 4
 ) -> Errors:
-    ops.BLOCK = block
+    kernels.BLOCK = block
     _, read = own_and_read(**stream)
     inputs = {"q": scale * strided(len(read.patch_T), heads, head_dim)}
     inputs |= {name: strided(read.num_patches, k, heads, head_dim) for name in "kv"}
     return compare(
-        lambda q, k, v: ops.read_patch(q, k, v, read.patch_T, read.begin),
-        lambda q, k, v: plain.plain_attend_to_read_patch(q, k, v, read),
+        lambda q, k, v: kernels.read_patch_operator(q, k, v, read.patch_T, read.begin),
+        lambda q, k, v: kernels.plain_decoder_cross_attention(q, k, v, read),
         inputs,
         getattr(torch, dtype),
     )
@@ -120,9 +127,9 @@ def operators() -> Errors:
     """What torch asks of an operator: schema, gradients, shapes without values, compiled graphs."""
     own, read = own_and_read([9, 5], 0.4)
     q, patches = torch.randn(14, 2, 16, requires_grad=True), torch.randn(own.num_patches, 2, 2, 16, requires_grad=True)
-    library.opcheck(ops.pool, (q.flatten(1), own.begin))
-    library.opcheck(ops.own_bytes, (patches, q, q.flip(0), own.begin))
-    library.opcheck(ops.read_patch, (q, patches, patches.flip(0), read.patch_T, read.begin))
+    library.opcheck(patch_pooling.pool_operator, (q.flatten(1), own.begin))
+    library.opcheck(kernels.own_bytes_operator, (patches, q, q.flip(0), own.begin))
+    library.opcheck(kernels.read_patch_operator, (q, patches, patches.flip(0), read.patch_T, read.begin))
     return {}
 
 

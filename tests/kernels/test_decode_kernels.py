@@ -6,18 +6,23 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytelatent.kernels.decode_attention import launch_for_attention, plain_decode_attention, rotary_table
-from bytelatent.kernels.decode_patches import plain_gather_bytes, plain_keep_byte, plain_read_patch
+from bytelatent.kernels.decode_attention import launch_for_attention, plain_decode_attention
+from bytelatent.kernels.decode_cross_attention import (
+    plain_append_patch_byte,
+    plain_decoder_cross_attention_step,
+    plain_encoder_cross_attention_step,
+)
 from bytelatent.kernels.gated_product import interleaved
 from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
-from bytelatent.kernels.patch_attention import attend_to_own_bytes, attend_to_read_patch, runs_of
+from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attention, encoder_cross_attention
+from bytelatent.kernels.rotary import rotary_embedding, rotate
 from bytelatent.kernels.skinny_linear import (
     fold_norm,
     launch_for,
     plain_skinny_gated,
     plain_skinny_linear,
 )
-from bytelatent.model.attention import attend, build_mask, rotary, rotate
+from bytelatent.model.attention import attend, build_mask
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
@@ -157,12 +162,12 @@ def test_plain_decode_attention_is_the_models(steps: list[int], window: int | No
     size, (num_heads, kv_heads) = sum(steps), heads
     qkv = torch.randn(size, num_heads + 2 * kv_heads, 8, generator=torch.Generator().manual_seed(size))
     q, k, v = qkv.split([num_heads, kv_heads, kv_heads], dim=1)
-    turns = rotary(torch.arange(size), 8, 10_000.0)
+    turns = rotary_embedding(torch.arange(size), 8, 10_000.0)
     mask = build_mask(torch.zeros(size, dtype=torch.long), window)
     expected = attend(rotate(q, turns), rotate(k, turns), v, mask)
     slots = size if window is None else window + max(steps) - 1
-    caches = torch.full((2, 3, slots, kv_heads, 8), torch.nan)
-    table, done, found = rotary_table(size, 8, 10_000.0), 0, []
+    caches = torch.zeros(2, 3, slots, kv_heads, 8)
+    table, done, found = rotary_embedding(torch.arange(size), 8, 10_000.0), 0, []
     for new in steps:
         rows, at = torch.tensor([1]), torch.tensor([done])
         part = qkv[done : done + new].flatten(1)
@@ -183,15 +188,15 @@ def test_plain_patch_attention_is_the_models() -> None:
         at = torch.full((3,), -1)
         at[row] = int((patch[:number] == row).sum())
         kv = torch.cat([k[number], v[number]])[None].expand(3, -1, -1)
-        plain_keep_byte(kv, *kept, at, h_BD=h[number].expand(3, -1), pooled_BD=pooled)
-    found = plain_gather_bytes(q, *kept, torch.tensor(sizes))
-    torch.testing.assert_close(found, attend_to_own_bytes(q, k, v, runs_of(patch, 3)))
+        plain_append_patch_byte(kv, *kept, at, h_BD=h[number].expand(3, -1), pooled_BD=pooled)
+    found = plain_encoder_cross_attention_step(q, *kept, torch.tensor(sizes))
+    torch.testing.assert_close(found, encoder_cross_attention(q, k, v, ByteRanges.of(patch, 3)))
     torch.testing.assert_close(pooled, torch.stack([part.amax(0) for part in h.split(sizes)]))
 
     q, keys, values, read = torch.randn(6, 4, 8), *torch.randn(2, 3, 2, 4, 8), torch.tensor([-1, 0, 2, -1, 1, 1])
     rows = torch.tensor([0, 0, 2, 1, 1, 1])
-    found = plain_read_patch(q, keys, values, read >= 0, row_B=rows)
-    torch.testing.assert_close(found, attend_to_read_patch(q, keys, values, runs_of(read, 3)))
+    found = plain_decoder_cross_attention_step(q, keys, values, read >= 0, row_B=rows)
+    torch.testing.assert_close(found, decoder_cross_attention(q, keys, values, ByteRanges.of(read, 3)))
 
 
 def test_plain_hash_embeddings_are_the_models() -> None:

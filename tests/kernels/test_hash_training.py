@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, library
 
 from bytelatent.kernels.hash_embed import hash_rows, ngram_powers
-from bytelatent.kernels.row_adamw import row_adamw
-from bytelatent.kernels.row_sums import coalesced, plain_row_sums, row_sums
+from bytelatent.kernels.hash_tables import coalesced, plain_row_sums, row_adamw, row_sums
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings

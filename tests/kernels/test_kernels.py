@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytelatent.inference.fast_entropies import FastEntropies
+from bytelatent.inference.step.prefill import FastEntropies
 from bytelatent.kernels.gated_product import interleaved, plain_gated_product, row_scale
-from bytelatent.kernels.window_attention import angles, first_seen, plain_window_attention, turn
+from bytelatent.kernels.rotary import cos_sin, rotary_embedding, rotate
+from bytelatent.kernels.window_attention import first_seen, plain_window_attention
 from bytelatent.model import ByteLM, ByteLMSettings
-from bytelatent.model.attention import attend, build_mask, rotary, rotate
+from bytelatent.model.attention import attend, build_mask
 from tests.kernels.interpreter import interpreted
 from tests.kernels.streams import stream_of_sizes
 
@@ -49,11 +50,12 @@ def test_plain_attention_is_the_models(sizes: list[int], window: int | None) -> 
     """The plain form that the kernel must equal, against the model's attention and its masks."""
     stream = stream_of_sizes(sizes, padding=3)
     q, k, v = (torch.randn(len(stream.ids), 2, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    found = plain_window_attention(q, k, v, first_seen(stream.position, window), *angles(stream.position, 8, 10_000.0))
-    turns = rotary(stream.position, 8, 10_000.0)
-    expected = attend(rotate(q, turns), rotate(k, turns), v, build_mask(stream.document, window))
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(turn(q, *angles(stream.position, 8, 10_000.0)), rotate(q, turns))
+    rotary = rotary_embedding(stream.position, 8, 10_000.0)
+    rotated = rotate(k, rotary)
+    expected = attend(rotate(q, rotary), rotated, v, build_mask(stream.document, window))
+    low, (cos, sin) = first_seen(stream.position, window), cos_sin(stream.position, 8, 10_000.0)
+    torch.testing.assert_close(plain_window_attention(q, k, v, low, cos, sin), expected)
+    torch.testing.assert_close(k, rotated)
 
 
 def test_plain_gated_product_is_norm_and_swiglu() -> None:

@@ -17,9 +17,16 @@ from torch import Tensor, library
 
 from bytelatent import kernels
 from bytelatent.kernels import packed_attention as module
-from bytelatent.kernels.packed_attention import Heads, entries_for, entries_of, plain_attention, takes
+from bytelatent.kernels.packed_attention import (
+    Heads,
+    cudnn_computes,
+    entries_for,
+    entries_of,
+    plain_packed_attention,
+)
+from bytelatent.kernels.rotary import rotary_embedding
 from bytelatent.model import attention
-from bytelatent.model.attention import DenseMask, FlexMask, PackedMask, attend, build_mask, packed_mask, rotary
+from bytelatent.model.attention import DenseMask, FlexMask, PackedMask, attend, build_mask, packed_mask
 from bytelatent.model.block import Block, Stack
 from bytelatent.model.settings import StackSettings
 from tests.kernels import cudnn_stand_in
@@ -62,7 +69,7 @@ def test_it_equals_a_dense_mask(kv_heads: int, window: int | None, padding: int)
     assert isinstance(dense, DenseMask) or window == 1 or window == 3
     expected = attend(q, k, v, dense)
     gradients = torch.autograd.grad(expected, leaves, d_out)
-    for out in (attend(q, k, v, mask), plain_attention(q, k, v, mask.begin, window)[0]):
+    for out in (attend(q, k, v, mask), plain_packed_attention(q, k, v, mask.begin, window)[0]):
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
         found = torch.autograd.grad(out, leaves, d_out)
         for ours, theirs in zip(found, gradients, strict=True):
@@ -73,7 +80,9 @@ def test_it_equals_a_dense_mask(kv_heads: int, window: int | None, padding: int)
 def test_it_is_a_well_made_operator(dtype: torch.dtype) -> None:
     begin, length = entries_of(documents(SIZES, 2), 64)
     q, k, v = torch.randn(3, 2, 26, 16, dtype=dtype).transpose(1, 2)  # not contiguous
-    library.opcheck(module.attention, (*(x.detach().requires_grad_() for x in (q, k, v)), begin, length, 5))
+    library.opcheck(
+        module.packed_attention_operator, (*(x.detach().requires_grad_() for x in (q, k, v)), begin, length, 5)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -91,7 +100,7 @@ def test_a_block_compiles_whole_and_once(dtype: torch.dtype) -> None:
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     for sizes in ([9, 1, 90], [1] * 70 + [30], [100]):
         document = documents(sizes, 4)
-        turns = rotary(torch.arange(104), 16, 1e4)
+        turns = rotary_embedding(torch.arange(104), 16, 1e4)
         found = []
         for run, mask in ((block, build_mask(document, 5)), (compiled, packed_mask(document, 5, len(sizes)))):
             x = torch.randn(104, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -125,22 +134,22 @@ def test_what_the_graphs_say(dtype: torch.dtype, kv_heads: int, window: int | No
     """They read and write each document where it lies."""
     begin, length = entries_of(documents(SIZES, 6), 64)
     q, k, v, d_out = (torch.randn(30, heads, 16).to(dtype) for heads in (4, kv_heads, kv_heads, 4))
-    out, logsum = graphs.attention(q, k, v, begin, length, window)
-    expected, sums = plain_attention(q, k, v, begin, window)
+    out, logsum = graphs.cudnn_attention(q, k, v, begin, length, window)
+    expected, sums = plain_packed_attention(q, k, v, begin, window)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(logsum, sums, atol=1e-5, rtol=1e-5)
-    gradients = graphs.attention_backward(d_out, q, k, v, begin, length, window, out, logsum)
-    plain = module.plain_attention_backward(d_out, q, k, v, begin, window, out, logsum)
+    gradients = graphs.cudnn_attention_backward(d_out, q, k, v, begin, length, window, out, logsum)
+    plain = module.plain_packed_attention_backward(d_out, q, k, v, begin, window, out, logsum)
     for ours, theirs in zip(gradients, plain, strict=True):
         assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 1e-2
     assert graphs._forward.cache_info().misses == 1
     for size in (31, 2048):  # a graph is for about as many positions
-        graphs.make(q.device, size, 64, window, dtype, 4, kv_heads, 16)
+        graphs.make_graphs(q.device, size, 64, window, dtype, 4, kv_heads, 16)
     assert graphs._forward.cache_info().misses == 1
-    graphs.make(q.device, 2049, 64, window, dtype, 4, kv_heads, 16)
+    graphs.make_graphs(q.device, 2049, 64, window, dtype, 4, kv_heads, 16)
     assert graphs._forward.cache_info().misses == graphs._backward.cache_info().misses == 2
     with pytest.raises(AssertionError, match="in bfloat16 and float16, not in"):
-        graphs.attention(q.float(), k.float(), v.float(), begin, length, window)
+        graphs.cudnn_attention(q.float(), k.float(), v.float(), begin, length, window)
 
 
 def test_a_graph_that_there_is_not(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +158,7 @@ def test_a_graph_that_there_is_not(graphs: Any, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(cudnn_stand_in.Graph, "check_support", none)
     with pytest.raises(RuntimeError, match="no engine"):
-        graphs.make(torch.device("cpu"), 10, 64, None, *heads())
+        graphs.make_graphs(torch.device("cpu"), 10, 64, None, *heads())
 
 
 # Who is asked
@@ -159,15 +168,15 @@ def test_a_graph_that_there_is_not(graphs: Any, monkeypatch: pytest.MonkeyPatch)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     """As if there were one, with cuDNN; the shapes for which graphs were made."""
     made: list[tuple[Any, ...]] = []
-    stand_in = SimpleNamespace(make=lambda *given: made.append(given))
+    stand_in = SimpleNamespace(make_graphs=lambda *given: made.append(given))
     monkeypatch.setitem(sys.modules, "bytelatent.kernels.packed_attention_cudnn", stand_in)
     monkeypatch.setattr("bytelatent.kernels.packed_attention_cudnn", stand_in, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
-    monkeypatch.setattr(module, "installed", lambda: True)
-    module._made.cache_clear()
+    monkeypatch.setattr(module, "cudnn_is_installed", lambda: True)
+    module._has_graphs.cache_clear()
     yield made
-    module._made.cache_clear()
+    module._has_graphs.cache_clear()
 
 
 def heads(dtype: torch.dtype = BF16, head_dim: int = 64) -> Heads:
@@ -176,26 +185,26 @@ def heads(dtype: torch.dtype = BF16, head_dim: int = 64) -> Heads:
 
 def test_what_cudnn_takes(hopper: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
-        assert takes(CUDA, 16384, 60, heads(), 512)
+        assert cudnn_computes(CUDA, 16384, 60, heads(), 512)
     assert hopper == [(CUDA, 16384, 64, 512, *heads())]
-    assert takes(CUDA, 16384, 255, heads(torch.float16, 128), None)
-    assert not takes(CUDA, 16384, 256, heads(), None)  # 512 entries: less than 64 positions each
-    assert takes(CUDA, 2048, 63, heads(), None)
-    assert not takes(CUDA, 2048, 64, heads(), None)
-    assert not takes(CUDA, 16384, 3, heads(torch.float32), None)
-    assert not takes(CUDA, 16384, 3, heads(head_dim=144), None)
-    assert not takes(CUDA, 16384, 3, heads(head_dim=24), None)
+    assert cudnn_computes(CUDA, 16384, 255, heads(torch.float16, 128), None)
+    assert not cudnn_computes(CUDA, 16384, 256, heads(), None)  # 512 entries: less than 64 positions each
+    assert cudnn_computes(CUDA, 2048, 63, heads(), None)
+    assert not cudnn_computes(CUDA, 2048, 64, heads(), None)
+    assert not cudnn_computes(CUDA, 16384, 3, heads(torch.float32), None)
+    assert not cudnn_computes(CUDA, 16384, 3, heads(head_dim=144), None)
+    assert not cudnn_computes(CUDA, 16384, 3, heads(head_dim=24), None)
     torch.use_deterministic_algorithms(True)
     try:
-        assert not takes(CUDA, 16384, 3, heads(), None)
+        assert not cudnn_computes(CUDA, 16384, 3, heads(), None)
     finally:
         torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(module, "installed", lambda: False)
-    assert not takes(CUDA, 16384, 3, heads(), None)
-    monkeypatch.setattr(module, "installed", lambda: True)
+    monkeypatch.setattr(module, "cudnn_is_installed", lambda: False)
+    assert not cudnn_computes(CUDA, 16384, 3, heads(), None)
+    monkeypatch.setattr(module, "cudnn_is_installed", lambda: True)
     for capability, taken in {(8, 9): False, (9, 0): True, (10, 0): True, (12, 0): False}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
-        assert takes(CUDA, 16384, 3, heads(), None) == taken
+        assert cudnn_computes(CUDA, 16384, 3, heads(), None) == taken
 
 
 @pytest.mark.usefixtures("hopper")
@@ -203,12 +212,12 @@ def test_what_cudnn_has_no_graph_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(*_: Any) -> None:
         raise RuntimeError("no engine")
 
-    monkeypatch.setattr(sys.modules["bytelatent.kernels.packed_attention_cudnn"], "make", make)
+    monkeypatch.setattr(sys.modules["bytelatent.kernels.packed_attention_cudnn"], "make_graphs", make)
     with pytest.warns(UserWarning, match="cuDNN does not compute attention on H100, FlexAttention does: no engine"):
-        assert not takes(CUDA, 16384, 3, heads(), None)
+        assert not cudnn_computes(CUDA, 16384, 3, heads(), None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
-        assert not takes(CUDA, 16384, 3, heads(), None)
+        assert not cudnn_computes(CUDA, 16384, 3, heads(), None)
 
 
 def test_installed_where_it_finds_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +226,9 @@ def test_installed_where_it_finds_cudnn(monkeypatch: pytest.MonkeyPatch) -> None
 
     for found, expected in ((lambda: 91900, True), (lambda: 90700, False), (none, False)):
         monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=found))
-        assert module.installed.__wrapped__() is expected
+        assert module.cudnn_is_installed.__wrapped__() is expected
     monkeypatch.setitem(sys.modules, "cudnn", None)
-    assert module.installed.__wrapped__() is False
+    assert module.cudnn_is_installed.__wrapped__() is False
 
 
 @pytest.mark.usefixtures("hopper")
@@ -230,7 +239,7 @@ def test_the_mask_of_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     document: Any = SimpleNamespace(device=CUDA, shape=(10_000,))
     monkeypatch.setattr(attention, "_flex_mask", lambda *given: FlexMask(*given))
     monkeypatch.setattr(attention, "packed_mask", lambda *given: PackedMask(*given))
-    monkeypatch.setattr(module, "takes", lambda *given: seen.append(given) or takes(*given))
+    monkeypatch.setattr(module, "cudnn_computes", lambda *given: seen.append(given) or cudnn_computes(*given))
     flex, packed = FlexMask(document, 300), PackedMask(document, 300, 70)  # what they are given
     assert stack.mask(document, 70) == flex  # float32
     stack.to(BF16)

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from bytelatent.kernels.patch_attention import attend_to_own_bytes, attend_to_read_patch, pool_patches, runs_of
+from bytelatent.kernels import patch_attention, patch_pooling
+from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attention, encoder_cross_attention
+from bytelatent.kernels.patch_pooling import pool_patches
 from tests.kernels.interpreter import interpreted
 from tests.model.tiny import patched_stream_of, random_ids, random_starts
 
@@ -65,7 +67,7 @@ sizes = {
 def test_own_bytes(seed: int, num_bytes: int, num_patches: int, k: int, heads: int, scale: float) -> None:
     """Scores of hundreds, too: the exponentials do not overflow."""
     q, key, value, patch = inputs(seed, num_bytes, num_patches, k, heads, scale)
-    out = attend_to_own_bytes(q, key, value, runs_of(patch, num_patches))
+    out = encoder_cross_attention(q, key, value, ByteRanges.of(patch, num_patches))
     torch.testing.assert_close(out, slow_own_bytes(q, key, value, patch), atol=1e-5, rtol=1e-4)
     empty = [p for p in range(num_patches) if p not in patch.tolist()]
     assert (out[empty] == 0).all()
@@ -76,7 +78,7 @@ def test_own_bytes(seed: int, num_bytes: int, num_patches: int, k: int, heads: i
 def test_read_patch(seed: int, num_bytes: int, num_patches: int, k: int, heads: int, scale: float) -> None:
     keys, q, _, patch = inputs(seed, num_bytes, num_patches, k, heads, scale)
     read, values = patch - 1, keys.flip(0)
-    out = attend_to_read_patch(q, keys, values, runs_of(read, num_patches))
+    out = decoder_cross_attention(q, keys, values, ByteRanges.of(read, num_patches))
     torch.testing.assert_close(out, slow_read_patch(q, keys, values, read), atol=1e-5, rtol=1e-4)
     assert (out[read == -1] == 0).all()
 
@@ -85,24 +87,26 @@ def test_read_patch(seed: int, num_bytes: int, num_patches: int, k: int, heads: 
 def test_pool(seed: int, num_bytes: int, num_patches: int) -> None:
     _, key, _, patch = inputs(seed, num_bytes, num_patches, 1, 1)
     h = key[:, 0] - 2  # mostly negative, so that a zero that slips into the maximum shows
-    assert pool_patches(h, runs_of(patch, num_patches)).equal(slow_pool(h, patch, num_patches))
+    assert pool_patches(h, ByteRanges.of(patch, num_patches)).equal(slow_pool(h, patch, num_patches))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gradients(seed: int) -> None:
     """By finite differences; what the values are is tested above."""
     q, key, value, patch = inputs(seed, 9, 5, 2, 2)
-    own, read = runs_of(patch, 5), runs_of(patch - 1, 5)
+    own, read = ByteRanges.of(patch, 5), ByteRanges.of(patch - 1, 5)
     q, key, value = (x.double().requires_grad_() for x in (q, key, value))
-    assert gradcheck(lambda q, k, v: attend_to_own_bytes(q, k, v, own), [q, key, value])
-    assert gradcheck(lambda q, k, v: attend_to_read_patch(q, k, v, read), [key, q, q.detach().flip(0).requires_grad_()])
+    assert gradcheck(lambda q, k, v: encoder_cross_attention(q, k, v, own), [q, key, value])
+    assert gradcheck(
+        lambda q, k, v: decoder_cross_attention(q, k, v, read), [key, q, q.detach().flip(0).requires_grad_()]
+    )
     assert gradcheck(lambda h: pool_patches(h, own), [key.flatten(1)])
 
 
 @pytest.mark.parametrize("high", [0.0, 2.0])
 def test_equally_high_bytes_share_the_gradient(high: float) -> None:
     h = torch.tensor([[high], [-1.0], [high], [high], [3.0]], requires_grad=True)
-    pool_patches(h, runs_of(torch.tensor([0, 0, 0, 0, 2]), 4)).sum().backward()
+    pool_patches(h, ByteRanges.of(torch.tensor([0, 0, 0, 0, 2]), 4)).sum().backward()
     assert h.grad is not None
     torch.testing.assert_close(h.grad[:, 0], torch.tensor([1 / 3, 0.0, 1 / 3, 1 / 3, 1.0]))
 
@@ -111,11 +115,11 @@ def test_equally_high_bytes_share_the_gradient(high: float) -> None:
 def test_results_are_of_the_queries_dtype_and_computed_in_float32(dtype: torch.dtype) -> None:
     q, key, value, patch = inputs(3, 40, 6, 2, 2)
     q, key, value = (x.to(dtype) for x in (q, key, value))
-    own = runs_of(patch, 6)
-    expected = attend_to_own_bytes(q.double(), key.double(), value.double(), own).to(dtype)
-    torch.testing.assert_close(attend_to_own_bytes(q, key, value, own), expected, atol=1e-6, rtol=0.008)
-    expected = attend_to_read_patch(key.double(), q.double(), q.flip(0).double(), own).to(dtype)
-    torch.testing.assert_close(attend_to_read_patch(key, q, q.flip(0), own), expected, atol=1e-6, rtol=0.008)
+    own = ByteRanges.of(patch, 6)
+    expected = encoder_cross_attention(q.double(), key.double(), value.double(), own).to(dtype)
+    torch.testing.assert_close(encoder_cross_attention(q, key, value, own), expected, atol=1e-6, rtol=0.008)
+    expected = decoder_cross_attention(key.double(), q.double(), q.flip(0).double(), own).to(dtype)
+    torch.testing.assert_close(decoder_cross_attention(key, q, q.flip(0), own), expected, atol=1e-6, rtol=0.008)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 4), st.integers(0, 3), st.integers(0, 999))
@@ -126,7 +130,7 @@ def test_runs(sizes: list[int], padding: int, more_slots: int, seed: int) -> Non
     starts = [random_starts(generator, size) for size in sizes]
     batch = patched_stream_of(documents, starts, padding, more_slots)
     for patch in (batch.patch, batch.read):
-        runs = runs_of(patch, batch.num_patches)
+        runs = ByteRanges.of(patch, batch.num_patches)
         begin, of_byte = runs.begin.tolist(), patch.tolist()
         assert len(begin) == batch.num_patches + 1
         assert begin[0] == 0
@@ -204,9 +208,8 @@ def test_kernels_compile(name: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bytelatent.kernels import patch_attention_triton
-
-    kernel = getattr(patch_attention_triton, f"{name}_kernel")
+    module = patch_pooling if name.startswith("pool") else patch_attention
+    kernel = getattr(module, f"{name}_kernel")
     names = kernel.arg_names
     kinds = {n: "fp32" if n == "scale" else "*bf16" for n in names} | KINDS | dict.fromkeys(NUMBERS, "constexpr")
     source = ASTSource(

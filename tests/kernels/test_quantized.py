@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.step import plain
 from bytelatent.kernels.quantized import QuantizedMatrix, Rounding, by_rows, dense
-from bytelatent.kernels.skinny_linear import plain_skinny_gated, plain_skinny_linear
+from bytelatent.kernels.skinny_linear import plain_skinny_gated, plain_skinny_linear, skinny_gated, skinny_linear
 
 BOTH: tuple[Rounding, ...] = ("int8", "fp8")
 LARGEST = {"int8": 127, "fp8": 448}
@@ -94,7 +93,7 @@ def test_plain_products(rounding: Rounding, rows: int) -> None:
     normed = F.rms_norm(x.double(), (19,), None, 1e-5)
     y, (gate, up) = normed @ exact(matrix).T, (normed @ exact(both)[part::2].T for part in (0, 1))
     expected_gated = F.silu(gate) * up
-    for linear, gated in ((plain_skinny_linear, plain_skinny_gated), (plain.linear, plain.gated)):
+    for linear, gated in ((plain_skinny_linear, plain_skinny_gated), (skinny_linear, skinny_gated)):
         found = linear(x, matrix, eps=1e-5, residual_MN=residual, residual_scale=2.0)
         torch.testing.assert_close(found.double(), y + 2 * residual.double(), atol=1e-5, rtol=0)
         torch.testing.assert_close(linear(x, matrix).double(), x.double() @ exact(matrix).T, atol=1e-5, rtol=0)

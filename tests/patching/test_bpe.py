@@ -95,7 +95,7 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: str | byt
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError) as caught:
         starts(encode("text").tolist(), PatchSettings(mode="bpe", tokenizer=str(path)))
-    assert str(caught.value).startswith(f"patching.tokenizer: '{path}' is no tokenizer.json: ")
+    assert str(caught.value).startswith(f"patching.tokenizer: '{path}' is not a tokenizer.json: ")
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -111,5 +111,5 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     rule = PatchSettings(mode="bpe", tokenizer=str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"^patching rule 'bpe' needs the package tokenizers; run: pip install [^\n]*$"):
+    with pytest.raises(UserError, match=r"^patching mode 'bpe' needs the package tokenizers; run: pip install [^\n]*$"):
         steps([100], rule)

@@ -60,7 +60,7 @@ def test_a_size_out_of_reach_names_what_is_in_reach(entropy_rule: PatchSettings,
     for wanted in (min(sizes) * 0.9, max(sizes) * 1.1):
         with pytest.raises(UserError) as caught:
             calibrate(*stream, wanted, entropy_rule)
-        assert str(caught.value).endswith(f"this rule gives {min(sizes):.2f} to {max(sizes):.2f}")
+        assert str(caught.value).endswith(f"these settings give {min(sizes):.2f} to {max(sizes):.2f}")
 
 
 @given(st.lists(documents, min_size=1, max_size=4))

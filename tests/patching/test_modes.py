@@ -1,3 +1,6 @@
+import inspect
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,7 +9,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.patching import PatchSettings, PatchState, next_starts, patch_lengths, step
+from bytelatent.inference.step import decisions as decisions_of_a_step
+from bytelatent.inference.step.decisions import KERNEL_DECISIONS, kernel_decision
+from bytelatent.patching import MODES, PatchSettings, PatchState, next_starts, patch_lengths, step
+from bytelatent.patching.modes import ModeName
 from tests.patching import slow
 from tests.patching.streams import Document, documents, packed, tensors
 
@@ -110,9 +116,9 @@ def test_no_ids_and_no_rows(rule: PatchSettings) -> None:
 def test_what_a_rule_needs_and_does_not_get_is_named() -> None:
     entropy = PatchSettings(threshold=1.0)
     ids = torch.full((2, 3), 100)
-    with pytest.raises(UserError, match="rule 'entropy' needs the byte LM's entropies"):
+    with pytest.raises(UserError, match="mode 'entropy' needs the byte LM's entropies"):
         patch_lengths(ids, None, entropy)
-    with pytest.raises(UserError, match="rule 'space' needs ids"):
+    with pytest.raises(UserError, match="mode 'space' needs ids"):
         patch_lengths(None, ids.float(), PatchSettings(mode="space"))
     with pytest.raises(UserError, match=r"ids \[2, 3\] and entropies \[2, 2\] differ"):
         patch_lengths(ids, torch.zeros(2, 2), entropy)
@@ -129,7 +135,7 @@ def test_what_a_rule_needs_and_does_not_get_is_named() -> None:
         ({"mode": "static", "patch_size": 0}, "greater than or equal to 1"),
         ({"mode": "byte", "patch_size": 2}, "patch_size belongs to mode 'static'"),
         ({"mode": "bpe"}, "needs tokenizer"),
-        ({"threshold": 1.0, "monotonicity": True, "threshold_add": 0.5}, "two different rules"),
+        ({"threshold": 1.0, "monotonicity": True, "threshold_add": 0.5}, "exclude each other"),
         ({"mode": "byte", "max_patch_length": 0}, "greater than or equal to 1"),
         ({"mode": "entropie", "threshold": 1.0}, "'entropie'"),
     ],
@@ -139,3 +145,18 @@ def test_numbers_that_do_not_belong_together_are_refused(values: dict[str, objec
         PatchSettings.parse(values)
     with pytest.raises(ValidationError):
         PatchSettings.model_validate(values)
+
+
+def test_every_mode_is_decided_on_the_device_or_explicitly_on_the_host() -> None:
+    """A mode that the kernel does not know would never start a patch, or start it elsewhere."""
+    assert set(get_args(ModeName)) == set(MODES)
+    for name, mode in MODES.items():
+        assert mode.on_host == (not set(mode.decisions) <= set(KERNEL_DECISIONS) or not mode.decisions), name
+    numbers = [number.value for number in KERNEL_DECISIONS.values()]
+    assert sorted(numbers) == list(range(len(numbers)))
+    decisions = {decision for mode in MODES.values() for decision in mode.decisions}
+    assert set(KERNEL_DECISIONS) <= decisions
+    source = inspect.getsource(decisions_of_a_step)
+    assert [name for name in KERNEL_DECISIONS if f"MODE == {name.upper()}:" not in source] == []
+    with pytest.raises(UserError, match="mode 'bpe' is not decided on the device"):
+        kernel_decision(PatchSettings(mode="bpe", tokenizer="a.json"))

@@ -203,7 +203,7 @@ def test_a_folder_of_something_else(server: HubServer, tmp_path: Path) -> None:
     get(f"{SOURCE}/data", tmp_path / "out")
     assert "choose another folder" in error_of(f"{SOURCE}/deep", tmp_path / "out")
     (tmp_path / "out" / DONE).write_text("{")
-    assert "is damaged" in error_of(f"{SOURCE}/data", tmp_path / "out")
+    assert "is corrupt" in error_of(f"{SOURCE}/data", tmp_path / "out")
     (tmp_path / "file").touch()
     assert "cannot be written" in error_of(SOURCE, tmp_path / "file")
 

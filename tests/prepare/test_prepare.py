@@ -222,11 +222,11 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_the_least_memory_named_is_enough() -> None:
     with pytest.raises(UserError, match="the least is") as caught:
-        plan.share_out(0.2, 2, own_bytes=100_000_000)
+        plan.divide_memory(0.2, 2, own_bytes=100_000_000)
     least = float(str(caught.value).split("the least is ")[1].split(",")[0])
-    assert plan.share_out(least, 2, own_bytes=100_000_000).workers == 2
+    assert plan.divide_memory(least, 2, own_bytes=100_000_000).workers == 2
     with pytest.raises(UserError):
-        plan.share_out(least - 0.02, 2, own_bytes=100_000_000)
+        plan.divide_memory(least - 0.02, 2, own_bytes=100_000_000)
 
 
 def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:

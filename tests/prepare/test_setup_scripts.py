@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.prepare.download import TIKTOKEN_SHA256, fetch_tokenizer
+from bytelatent.prepare.download import TIKTOKEN_SHA256, download_tokenizer
 from tests.hub_server import HubServer
 from tests.text.text_files import jsonl
 
@@ -163,15 +163,15 @@ def test_tokenizers(server: HubServer, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "tokenizer.model").write_bytes(b"llama 2")
     server.add("meta-llama/Llama-2-7b", tmp_path / "repository", kind="model")
-    assert fetch_tokenizer("llama2", tmp_path / "out") == [tmp_path / "out" / "tokenizer.model"]
+    assert download_tokenizer("llama2", tmp_path / "out") == [tmp_path / "out" / "tokenizer.model"]
     with pytest.raises(UserError, match="there is no model 'google/gemma-2-2b'"):
-        fetch_tokenizer("gemma", tmp_path / "out")
+        download_tokenizer("gemma", tmp_path / "out")
     with pytest.raises(UserError, match=r"known are llama2, .*did you mean 'llama3'"):
-        fetch_tokenizer("llama-3", tmp_path / "out")
+        download_tokenizer("llama-3", tmp_path / "out")
     (tmp_path / "repository" / "tokenizer.model").rename(tmp_path / "repository" / "other.model")
     server.add("google/gemma-2-2b", tmp_path / "repository", kind="model")
     with pytest.raises(UserError, match=r"has no file 'tokenizer\.model'; it has other\.model"):
-        fetch_tokenizer("gemma", tmp_path / "out")
+        download_tokenizer("gemma", tmp_path / "out")
 
 
 def test_tiktoken(server: HubServer, tmp_path: Path) -> None:
@@ -181,11 +181,11 @@ def test_tiktoken(server: HubServer, tmp_path: Path) -> None:
     server.add("some/files", tmp_path / "files", kind="model")
     url = f"{server.url}/some/files/resolve/main/cl100k_base.tiktoken"
     with pytest.raises(UserError, match="gave other bytes than were published"):
-        fetch_tokenizer("tiktoken", tmp_path / "out", url=url)
+        download_tokenizer("tiktoken", tmp_path / "out", url=url)
     assert not (tmp_path / "out").exists()
     sha256 = hashlib.sha256(data).hexdigest()
     assert sha256 != TIKTOKEN_SHA256
-    (file,) = fetch_tokenizer("tiktoken", tmp_path / "out", url=url, sha256=sha256)
+    (file,) = download_tokenizer("tiktoken", tmp_path / "out", url=url, sha256=sha256)
     assert file == tmp_path / "out" / "cl100k_base.tiktoken"
     assert file.read_bytes() == data
     done = run("download_tokenizer.py", "tiktoken", "out", "--tiktoken_url", f"{url}.not", cwd=tmp_path)

@@ -12,7 +12,7 @@ from bytelatent.data.entropies import EntropySettings, store_entropies
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM
 from bytelatent.text import BadRows, find_files, read_documents
-from bytelatent.training.patches import sample_pieces
+from bytelatent.training.calibration import sample_pieces
 from bytelatent.vocab import BOS, decode
 from bytelatent.weights import fingerprint
 from tests.prepare.folders import made_here, outputs
@@ -48,7 +48,7 @@ def trained_on(source: str, out: Path, key: str, max_row_bytes: int) -> list[byt
     found = []
     while True:
         pieces = next(reader)
-        if reader.place.epoch > 0:
+        if reader.position.epoch > 0:
             return found
         found.append(_text(pieces))
 

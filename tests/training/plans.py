@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
+from bytelatent import log
 from bytelatent.data import Batch, Loader, Patcher
 from bytelatent.device import autocast
 from bytelatent.errors import Interrupted, UserError
@@ -25,8 +25,8 @@ from bytelatent.training.distributed.fsdp import free_gathered_weights
 from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, initialize_weights, make_plan
 from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import build_optimizer, learning_rate
-from bytelatent.training.settings import OptimizerSettings
+from bytelatent.training.optimizer import OptimizerSettings, build_optimizer
+from bytelatent.training.schedule import learning_rate
 from bytelatent.weights import Config
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
 
@@ -126,7 +126,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
 
         rows, gradients = [], {}
         while state.step < steps:
-            rows.append(loop._step(state, rule, Gradients(loss, device), plan))
+            rows.append(loop.Trainer(rule, plan, state, Gradients(loss, device)).train_step())
             if not gradients:
                 scale = 1 / (1 - rule.optimizer.beta1)
                 named = list(model.named_parameters())
@@ -152,6 +152,7 @@ def train_as(
         signalled: a rank that is sent SIGTERM, and after how many steps.
     """
     with StringIO() as out, redirect_stdout(out), redirect_stderr(out), pytest.MonkeyPatch.context() as patch:
+        log.configure()
 
         def rate(step: int, progress: float, optimizer: OptimizerSettings) -> float:
             if step == cut_off_after:
@@ -165,8 +166,9 @@ def train_as(
             return learning_rate(step, progress, optimizer)
 
         patch.setattr(loop, "learning_rate", rate)
+        log.configure()
         try:
-            train(settings(values), Console(file=out, width=500))
+            train(settings(values))
         except (UserError, Interrupted) as error:
             out.write(f"{type(error).__name__}: {error}\n")
         except CutOffError:

@@ -28,6 +28,7 @@ from tests.training.tiny_runs import (
     checkpoints,
     command,
     finished,
+    log_of,
     losses,
     settings,
     weights,
@@ -47,18 +48,18 @@ def scaled(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> list[i
 
 
 def test_a_step_without_its_update(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     scaled(monkeypatch, {6: float("nan")})
     kept: list[list[torch.Tensor]] = []
-    step = loop._step
+    step = loop.Trainer.train_step
 
-    def watched(state: Any, *more: Any) -> Any:
-        row = step(state, *more)
-        kept.append([parameter.detach().clone() for parameter in state.model.parameters()])
+    def watched(trainer: loop.Trainer) -> Any:
+        row = step(trainer)
+        kept.append([parameter.detach().clone() for parameter in trainer.state.model.parameters()])
         return row
 
-    monkeypatch.setattr(loop, "_step", watched)
+    monkeypatch.setattr(loop.Trainer, "train_step", watched)
     run = train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "skip"})))
     moved = [any(not torch.equal(*pair) for pair in zip(*two, strict=True)) for two in pairwise(kept)]
     assert [number + 2 for number, changed in enumerate(moved) if not changed] == [6]
@@ -67,11 +68,11 @@ def test_a_step_without_its_update(
     assert [row["step"] for row in rows if "skipped" in row] == [6]
     assert rows[5]["bits_per_byte"] is None
     line = "the loss is not finite at step 6 (loss nan, gradient norm nan): its update is left out"
-    assert line in capsys.readouterr().out.splitlines()
+    assert line in log_of(caplog).splitlines()
 
 
 def test_updates_are_not_left_out_for_ever(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(faults, "MAX_SKIPPED", 3)
     scaled(monkeypatch, dict.fromkeys([2, *range(4, 99)], float("inf")))
     with pytest.raises(
         UserError, match=r"not finite at step 7 \(.*\), 4 times in a row; .*lr \(now 0.003\).*run=FOLDER$"
@@ -80,14 +81,14 @@ def test_updates_are_not_left_out_for_ever(tmp_path: Path, text: Path, monkeypat
 
 
 def test_back_to_the_last_checkpoint_with_other_text(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As though the text of the steps that are taken back had not been there."""
     plain = train(settings(byte_lm_run(tmp_path / "plain", text, steps=12)))
     calls = scaled(monkeypatch, {8: float("nan")})
     run = train(settings(byte_lm_run(tmp_path / "run", text, faults={"on_nan": "rollback"})))
     assert len(calls) == 1 + 8 + 7
-    said = capsys.readouterr().out
+    said = log_of(caplog)
     assert "the loss is not finite at step 8 (" in said
     assert "back to step 5, on with the text that comes next" in said
     assert [row[0] for row in losses(run)] == list(range(1, 13))
@@ -95,14 +96,14 @@ def test_back_to_the_last_checkpoint_with_other_text(
     assert not {row[2] for row in losses(run)[5:]} & {row[2] for row in losses(plain)}
     monkeypatch.undo()
     # Another way to the same: steps 1 to 5, and on from there with a loader that has read three steps more.
-    next_batch, passed = loop._next, []
+    next_batch, passed = loop.Trainer._next_batch, []
 
-    def passing(state: Any) -> Any:
-        if state.step == 5 and not passed:
-            passed.extend([next_batch(state) for _ in range(3)])
-        return next_batch(state)
+    def passing(trainer: loop.Trainer) -> Any:
+        if trainer.state.step == 5 and not passed:
+            passed.extend([next_batch(trainer) for _ in range(3)])
+        return next_batch(trainer)
 
-    monkeypatch.setattr(loop, "_next", passing)
+    monkeypatch.setattr(loop.Trainer, "_next_batch", passing)
     other = train(settings(byte_lm_run(tmp_path / "other", text)))
     assert all(torch.equal(value, weights(other)[name]) for name, value in weights(run).items())
 
@@ -145,7 +146,7 @@ def test_a_leap_of_the_loss_is_known_after_a_restart(
         train(settings(values))
     monkeypatch.undo()
     scaled(monkeypatch, {1: 10.0})  # the first step after the restart, too early without what was before
-    with pytest.raises(UserError, match=r"the loss leaps at step 13 \(loss .*, median .*, faults.spike 3\)"):
+    with pytest.raises(UserError, match=r"the loss spikes at step 13 \(loss .*, median .*, faults.spike 3\)"):
         train(settings(values))
     monkeypatch.undo()
     run = train(settings(values))
@@ -235,13 +236,13 @@ def test_an_error_in_the_background_is_told_at_the_next_step(
         raise UserError("no permission")
 
     monkeypatch.setattr(CheckpointManager, "_write_once", fails)
-    step = loop._step
+    step = loop.Trainer.train_step
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.05)
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "_step", slow)
+    monkeypatch.setattr(loop.Trainer, "train_step", slow)
     values = byte_lm_run(tmp_path / "run", text, steps=99, checkpoint={"every": 5, "asynchronous": True})
     with pytest.raises(UserError, match="no permission"):
         train(settings(values))

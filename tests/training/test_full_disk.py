@@ -25,6 +25,7 @@ from tests.training.tiny_runs import (
     checkpoints,
     command,
     finished,
+    log_of,
     losses,
     settings,
     write_text,
@@ -124,11 +125,11 @@ def fill_the_disk_for_metrics(monkeypatch: pytest.MonkeyPatch, full: range) -> N
 
 
 def test_rows_wait_for_room(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill_the_disk_for_metrics(monkeypatch, range(3, 8))
     run = train(settings(byte_lm_run(tmp_path / "run", text)))
-    told = [line for line in capsys.readouterr().out.splitlines() if "metrics.jsonl" in line]
+    told = [line for line in log_of(caplog).splitlines() if "metrics.jsonl" in line]
     assert told == [
         f"'{run / 'metrics.jsonl'}' cannot be written: No space left on device; its rows wait in memory, "
         "and training goes on"
@@ -152,22 +153,21 @@ def test_rows_that_wait_go_back_with_the_run(tmp_path: Path, text: Path, monkeyp
 
 
 def test_rows_that_found_no_room_are_said_at_the_end(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill_the_disk_for_metrics(monkeypatch, range(9, 99))
     run = train(settings(byte_lm_run(tmp_path / "run", text)))
     assert checkpoints(run)[-1] == "step-00000012"
     line = "cannot be written: No space left on device; its rows from step 9 to step 12 are lost"
-    assert capsys.readouterr().out.splitlines()[-1] == f"'{run / 'metrics.jsonl'}' {line}"
+    assert log_of(caplog).splitlines()[-1] == f"'{run / 'metrics.jsonl'}' {line}"
     assert [step for step, *_ in losses(run)] == list(range(1, 9))
     assert (run / "metrics.jsonl").read_bytes().endswith(b"}\n")  # nothing of a row that found no room
 
 
-def test_the_system_has_room_for_half_a_row(tmp_path: Path) -> None:
+def test_the_system_has_room_for_half_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A real write that is cut short, and then fails."""
-    said: list[str] = []
-    lines = trackers.JsonLines(tmp_path / "metrics.jsonl", said.append)
-    lines.go_on_after(0)
+    lines = trackers.JsonLines(tmp_path / "metrics.jsonl")
+    lines.resume_after(0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
     try:
@@ -179,7 +179,7 @@ def test_the_system_has_room_for_half_a_row(tmp_path: Path) -> None:
     lines.write({"step": 7})
     lines.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": step} for step in range(1, 8)]
-    assert len(said) == 1
+    assert len(log_of(caplog).splitlines()) == 1
 
 
 def test_the_system_refuses_large_files(tmp_path: Path) -> None:

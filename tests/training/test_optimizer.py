@@ -20,16 +20,25 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.clipping import clip
+from bytelatent.training.checks import check_optimizer
 from bytelatent.training.distributed.plan import ParallelPlan
-from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import Optimizers, build_optimizer, check_optimizer
-from bytelatent.training.row_adamw import SparseRowsAdamW
-from bytelatent.training.settings import OptimizerSettings, TrainSettings
+from bytelatent.training.gradients import Gradients, clip
+from bytelatent.training.optimizer import (
+    Optimizers,
+    OptimizerSettings,
+    SparseRowsAdamW,
+    build_optimizer,
+)
+from bytelatent.training.settings import TrainSettings
 from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits
 
 CPU = torch.device("cpu")
 TABLES = "encoder.ngram_hash.tables.weight"
+
+
+def one_train_step(rule: TrainSettings, state: TrainState, model: nn.Module) -> dict[str, Any]:
+    gradients = Gradients(lambda batch: cross_entropy(model, batch), CPU)
+    return loop.Trainer(rule, ParallelPlan(), state, gradients).train_step()
 
 
 def sparse_gradient(rows: list[int], shape: tuple[int, int]) -> Tensor:
@@ -188,7 +197,9 @@ def space_run(text: Path, **optimizer: Any) -> TrainSettings:
 def steps_of(rule: TrainSettings, batches: list[Batch], model: nn.Module, steps: int) -> list[dict[str, Any]]:
     state = TrainState(model, build_optimizer(model, rule.optimizer), iter(batches))  # type: ignore[arg-type]
     return [
-        loop._step(state, rule, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
+        loop.Trainer(
+            rule, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
+        ).train_step()
         for _ in range(steps)
     ]
 
@@ -217,7 +228,9 @@ def test_the_schedule_is_scaled(text: Path) -> None:
     rule = space_run(text, lr_scale={"decoder": 0.25}, hash_gradients="rows", name="muon", warmup_steps=2)
     model = build(rule.model)
     state = TrainState(model, build_optimizer(model, rule.optimizer), Loader(rule.data, 0, Patcher(rule.patching)))
-    row = loop._step(state, rule, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
+    row = loop.Trainer(
+        rule, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
+    ).train_step()
     assert row["lr"] == pytest.approx(5e-3)
     for name, (_, group) in groups_by_name(model, state.optimizer).items():
         assert group["lr"] == pytest.approx(5e-3 * (0.25 if name.startswith("decoder.") else 1.0))
@@ -239,7 +252,9 @@ def test_a_row_that_is_not_seen_again_stays(text: Path) -> None:
     kept = []
     for _ in batches:
         kept.append(table.detach().clone())
-        loop._step(state, rows, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
+        loop.Trainer(
+            rows, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
+        ).train_step()
     only_first = seen[0] & ~seen[1]
     assert only_first.any()
     assert torch.equal(table[only_first], kept[1][only_first])
@@ -259,6 +274,6 @@ def test_muon_learns(tmp_path: Path, text: Path, model: str) -> None:
 @pytest.mark.parametrize("more", [{"hash_gradients": "rows"}, {"name": "muon"}])
 def test_what_one_process_can_do_alone(text: Path, more: dict[str, Any]) -> None:
     rule = space_run(text, **more)
-    check_optimizer(rule.optimizer, world=1)
+    check_optimizer(rule.optimizer, world_size=1)
     with pytest.raises(UserError, match=f"^optimizer.{next(iter(more))}: .* is for one process, not for 2; take "):
-        check_optimizer(rule.optimizer, world=2)
+        check_optimizer(rule.optimizer, world_size=2)

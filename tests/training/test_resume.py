@@ -12,9 +12,9 @@ import pytest
 from bytelatent.errors import UserError
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.optimizer import learning_rate
+from bytelatent.training.optimizer import OptimizerSettings
 from bytelatent.training.run_setup import DATA_MAY_CHANGE, MAY_CHANGE, OPTIMIZER_MAY_CHANGE
-from bytelatent.training.settings import OptimizerSettings
+from bytelatent.training.schedule import learning_rate
 from tests.processes import Command
 from tests.training.tiny_runs import (
     assert_equal_runs,
@@ -24,6 +24,7 @@ from tests.training.tiny_runs import (
     command,
     environment,
     finished,
+    log_of,
     losses,
     settings,
     write_text,
@@ -33,7 +34,8 @@ from tests.training.tiny_runs import (
 KILLS_ITSELF = """
 import os, signal, sys
 from bytelatent.commands import train
-from bytelatent.training import checkpoint, loop
+from bytelatent.training import trainer as loop
+from bytelatent.training.checkpoint import manager
 
 place, at = sys.argv[1], int(sys.argv[2])
 
@@ -50,14 +52,14 @@ if place == "step":
         return inner(model, batch)
     loop.cross_entropy = cross_entropy
 else:
-    inner_write = checkpoint.write_native
+    inner_write = manager.write_native
     calls = []
     def write(folder, model):
         inner_write(folder, model)
         calls.append(1)
         if len(calls) == at:
             die()
-    checkpoint.write_native = write
+    manager.write_native = write
 train.main(sys.argv[3:])
 """
 
@@ -178,7 +180,7 @@ def test_settings_that_cannot_be_tried_out_are_not_written(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_try_out", too_large)
+        patch.setattr(loop, "cross_entropy", too_large)
         with pytest.raises(UserError, match=r"lower data\.batch_bytes"):
             train(settings(byte_lm_run(run, text, steps=3)))
     assert (run / "settings.yaml").read_text() == before
@@ -194,14 +196,14 @@ def test_a_run_keeps_its_byte_lm(tmp_path: Path, text: Path, byte_lm: Path) -> N
     assert (run / "settings.yaml").read_text() == before
 
 
-def test_other_settings_are_said_in_a_line_each(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_are_said_in_a_line_each(tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))
-    assert "goes on with" not in capsys.readouterr().out
+    assert "goes on with" not in log_of(caplog)
     more = {"checkpoint": {"every": 9}, "data": {"max_bad_rows": 3}, "validation": {"max_bytes": None}}
     more["optimizer"] = {"lr": 3e-3, "warmup_steps": 3, "accumulation": 2}
     train(settings(byte_lm_run(run, text, steps=7, **more)))
     assert "\nsteps: 7\n" in (run / "settings.yaml").read_text()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("goes on with")]
+    lines = [line for line in log_of(caplog).splitlines() if line.startswith("goes on with")]
     assert lines == [
         "goes on with checkpoint.every: 9, before 5",
         "goes on with data.max_bad_rows: 3, before 100",
@@ -233,28 +235,28 @@ def test_the_docs_list_what_may_differ() -> None:
     ],
 )
 def test_a_run_that_is_over_says_so_and_stays_as_it_is(
-    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], more: dict[str, Any], line: str
+    tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any], line: str
 ) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))
     before = [(run / name).read_bytes() for name in ("metrics.jsonl", "settings.yaml")]
-    assert "nothing is left" not in capsys.readouterr().out
+    assert "nothing is left" not in log_of(caplog)
     train(settings(byte_lm_run(run, text, **more)))
-    assert capsys.readouterr().out == f"{line}\n"
+    assert log_of(caplog) == f"{line}\n"
     assert [(run / name).read_bytes() for name in ("metrics.jsonl", "settings.yaml")] == before
     assert checkpoints(run)[-1] == "step-00000006"
 
 
 def test_settings_count_once_a_checkpoint_was_read(
-    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))
     before = (run / "settings.yaml").read_text()
     for place in (run / "checkpoints").iterdir():
         (place / "progress.pt").write_bytes(b"")
-    capsys.readouterr()
+    log_of(caplog)
     with pytest.raises(UserError, match=r"no checkpoint of .* is whole"):
         train(settings(byte_lm_run(run, text, steps=7)))
-    assert "goes on with" not in capsys.readouterr().out
+    assert "goes on with" not in log_of(caplog)
     assert (run / "settings.yaml").read_text() == before
 
 

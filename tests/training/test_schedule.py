@@ -7,15 +7,14 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from bytelatent.errors import UserError
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.optimizer import learning_rate
-from bytelatent.training.schedule import Schedule
+from bytelatent.training.schedule import SCHEDULES, Schedule, ScheduleName, ScheduleSettings, learning_rate
 from bytelatent.training.settings import TrainSettings
 from tests.training.crew import Crew
 from tests.training.plans import values as values_of_many
@@ -50,7 +49,8 @@ def rates(
         over = step >= rule.steps if rule.steps is not None else seconds >= 60 * (rule.minutes or 0)
         if over or len(found) == stop_after:
             break
-        found.append(learning_rate(step, schedule.begin_step(step, seconds, rule), rule.optimizer))
+        decayed = schedule.begin_step(step, seconds, rule.optimizer, rule.steps, rule.minutes)
+        found.append(learning_rate(step, decayed, rule.optimizer))
         if len(found) > 1:
             seconds += duration
             schedule.end_step(duration)
@@ -187,7 +187,11 @@ def test_another_schedule_in_a_running_run_goes_on_from_the_rate_that_is(before:
 @pytest.mark.parametrize(
     ("optimizer", "end", "line"),
     [
-        ({"decay_steps": 5}, {"steps": 9}, "optimizer: decay_steps is for schedule=wsd; cosine decays from the end of"),
+        (
+            {"decay_steps": 5},
+            {"steps": 9},
+            "optimizer: decay_steps is for schedule=wsd, and schedule=cosine does not take",
+        ),
         ({"decay_share": 0.5}, {"steps": 9}, "optimizer: decay_share is for schedule=wsd"),
         ({"schedule": "wsd", "decay_steps": 5}, {"minutes": 9}, "optimizer.decay_steps goes with steps, and this run"),
         ({"schedule": "wsd", "decay_minutes": 5}, {"steps": 9}, "optimizer.decay_minutes goes with minutes, and this"),
@@ -203,14 +207,14 @@ def test_a_decay_that_does_not_fit_the_run_is_refused(
 
 def set_clock(patch: pytest.MonkeyPatch, step_seconds: float) -> None:
     """A clock that only steps advance."""
-    clock, inner = SimpleNamespace(now=0.0), loop._step
+    clock, inner = SimpleNamespace(now=0.0), loop.Trainer.train_step
 
     def step(*arguments: Any) -> dict[str, Any]:
         row = inner(*arguments)
         clock.now += step_seconds
         return row
 
-    patch.setattr(loop, "_step", step)
+    patch.setattr(loop.Trainer, "train_step", step)
     patch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
 
@@ -241,14 +245,14 @@ def test_a_run_by_the_clock_is_cut_off_and_falls_on(
     values = {**byte_lm_run(tmp_path / "run", text), "steps": None, "minutes": 0.5}
     with monkeypatch.context() as patch:
         set_clock(patch, 1.5)
-        inner = loop._step
+        inner = loop.Trainer.train_step
 
-        def step(state: Any, *more: Any) -> dict[str, Any]:
-            if state.step == 12:
+        def step(trainer: loop.Trainer) -> dict[str, Any]:
+            if trainer.state.step == 12:
                 raise ZeroDivisionError
-            return inner(state, *more)
+            return inner(trainer)
 
-        patch.setattr(loop, "_step", step)
+        patch.setattr(loop.Trainer, "train_step", step)
         with pytest.raises(ZeroDivisionError):
             train(settings(values))
     set_clock(monkeypatch, 1.5)
@@ -301,3 +305,16 @@ def rates_under_own_clocks(values: dict[str, Any]) -> list[float]:
         patch.setattr(loop, "learning_rate", rate)
         train(settings(values))
     return found
+
+
+def test_the_table_of_schedules_is_complete() -> None:
+    """Each schedule has its name, its form and its line in the docs of the settings."""
+    assert set(SCHEDULES) == set(get_args(ScheduleName))
+    for name, form in SCHEDULES.items():
+        assert f"`{name}`" in (ScheduleSettings.__doc__ or "")
+        assert set(form.settings) <= ScheduleSettings.model_fields.keys()
+        given = ScheduleSettings(schedule=name)
+        assert (form.height(0.0, given), form.height(1.0, given)) == pytest.approx((1.0, 0.0))
+        assert 0 < form.decay(given, 100.0, 1.0) <= 100
+        for decayed in (0.0, 0.3, 1.0):
+            assert form.decayed_at(form.height(decayed, given), given) == pytest.approx(decayed)

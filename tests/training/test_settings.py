@@ -47,7 +47,7 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ),
         ([*ENOUGH, "float8=rowwise"], "float8 is for the global transformer, and a byte LM has none; leave it out"),
         ([*ENOUGH_BLT, "patching.mode=space", "float8=row"], "float8: Input should be 'rowwise', not 'row'"),
-        (ENOUGH_BLT, "patching: a BLT needs a rule"),
+        (ENOUGH_BLT, "patching: a BLT needs patching settings"),
         ([*ENOUGH_BLT, "patching.mode=entropy"], "needs a threshold"),
         ([*ENOUGH_BLT, "patching.mode=space", "calibration.patch_bytes=4"], "patching.mode 'space' has none"),
         (["model=demo-bl", *ENOUGH[1:]], "model: no preset 'demo-bl'; did you mean 'demo-blt'?"),

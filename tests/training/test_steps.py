@@ -15,18 +15,33 @@ from bytelatent.data import Batch, Loader
 from bytelatent.model import PatchedStream, build
 from bytelatent.model.loss import cross_entropy
 from bytelatent.patching import Calibration
-from bytelatent.training import read_metrics, train
+from bytelatent.training import TrainSettings, read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.checkpoint.staging import CpuCopies
 from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import build_optimizer, learning_rate
-from bytelatent.training.settings import OptimizerSettings
+from bytelatent.training.optimizer import OptimizerSettings, build_optimizer
+from bytelatent.training.schedule import learning_rate
 from bytelatent.weights import fingerprint, load, load_byte_lm
-from tests.training.tiny_runs import BLT, blt_run, byte_lm_run, checkpoints, losses, settings, unigram_bits, write_text
+from tests.training.tiny_runs import (
+    BLT,
+    blt_run,
+    byte_lm_run,
+    checkpoints,
+    log_of,
+    losses,
+    settings,
+    unigram_bits,
+    write_text,
+)
 
 CPU = torch.device("cpu")
+
+
+def one_train_step(rule: TrainSettings, state: TrainState, model: nn.Module) -> dict[str, Any]:
+    gradients = Gradients(lambda batch: cross_entropy(model, batch), CPU)
+    return loop.Trainer(rule, ParallelPlan(), state, gradients).train_step()
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1, 4])
@@ -67,7 +82,9 @@ def one_step(batches: list[Batch], model: nn.Module, **optimizer: Any) -> tuple[
     rule = settings(values)
     adam = build_optimizer(model, rule.optimizer)
     state = TrainState(model, adam, iter(batches))  # type: ignore[arg-type]
-    row = loop._step(state, rule, Gradients(lambda batch: cross_entropy(model, batch), CPU), ParallelPlan())
+    row = loop.Trainer(
+        rule, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
+    ).train_step()
     return row, [adam.state[parameter]["exp_avg"] / (1 - 0.5) for parameter in model.parameters()]
 
 
@@ -177,7 +194,7 @@ def test_all_the_time_between_steps_counts_but_that_of_validation(
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(loop.Watchdog, "progress", lambda *_: passes(0.1))  # as if a device still computed
-    monkeypatch.setattr(loop, "validate", lambda state, *_: passes(5) or {"step": state.step})
+    monkeypatch.setattr(loop.Trainer, "evaluate", lambda self, *_: passes(5) or {"step": self.state.step})
     values = {**byte_lm_run(tmp_path / "run", text, steps=4, data={"valid": str(text)}), "validation": {"every": 2}}
     run = train(settings(values))
     state = torch.load(run / "checkpoints" / checkpoints(run)[-1] / "progress.pt", weights_only=True)
@@ -286,11 +303,11 @@ def test_calibration_is_written_and_done_once(
 
 
 def test_batches_that_are_smaller_than_other_settings_say_are_named(
-    tmp_path: Path, text: Path, byte_lm: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, byte_lm: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def said(name: str, **data: int) -> list[str]:
         train(settings(blt_run(tmp_path / name, text, byte_lm, steps=3, data=data)))
-        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("data.")]
+        return [line for line in log_of(caplog).splitlines() if line.startswith("data.")]
 
     assert said("full", context=64, batch_bytes=256, batch_patches=100) == []
     assert said("short", context=64, batch_bytes=48) == [

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from bytelatent import signals
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import find_corruption
 from bytelatent.run_folder import newest_checkpoint
-from bytelatent.training import read_metrics, stopping, train
+from bytelatent.signals import STOPPING
+from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.stopping import STOPPING
 from bytelatent.weights import load
 from tests.training.tiny_runs import (
     assert_equal_runs,
@@ -35,6 +36,11 @@ from tests.training.tiny_runs import (
 )
 
 
+def without_metrics(errors: str) -> list[str]:
+    """The lines on standard error but for those of metrics."""
+    return [line for line in errors.splitlines() if not line.startswith("byte LM  ")]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
@@ -47,7 +53,7 @@ def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     step = losses(run)[-1][0]
-    assert errors == f"{STOPPING}\nstopped: after step {step}; the same command goes on from there\n"
+    assert without_metrics(errors) == [STOPPING, f"stopped: after step {step}; the same command goes on from there"]
     assert checkpoints(run) == [f"step-{step:08d}"]
     assert find_corruption(run / "checkpoints" / checkpoints(run)[0]) is None
 
@@ -91,7 +97,7 @@ def in_step_eight(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> N
 def press(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
     """Ctrl-C at each of these seconds."""
     for now in seconds:
-        monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda now=now: now))
+        monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda now=now: now))
         signal.raise_signal(signal.SIGINT)
 
 
@@ -130,7 +136,7 @@ def asked(*_):
 if sys.argv[1] == "imports":
     train.import_module = asked
 else:
-    from bytelatent.training import run
+    from bytelatent.training import run_setup as run
     run.calibrate_on = asked
 sys.argv[1:] = ["train", *sys.argv[3:]]
 main()
@@ -153,9 +159,10 @@ def test_a_signal_before_the_first_step(
     values = blt_run(tmp_path / "run", text, byte_lm)
     ended = finished([sys.executable, "-c", EARLY, when, number.name, *command(values)[3:]])
     assert ended.returncode == 130
-    assert ended.stderr == f"stopped: {stopping.NOT_SAVED}\n"
+    logged = ["calibrating for patches of 4 bytes"] if when == "calibration" else []
+    assert ended.stderr.splitlines() == [*logged, f"stopped: {signals.NOT_SAVED}"]
     if when == "calibration":
-        assert sorted(os.listdir(tmp_path / "run")) == [".lock", "byte_lm"]
+        assert sorted(os.listdir(tmp_path / "run")) == [".lock", "byte_lm", "train.log"]
 
 
 def test_nothing_is_imported_before_signals_are_heard() -> None:
@@ -261,10 +268,10 @@ QUITS = """
 import signal, sys
 from bytelatent.commands import train
 from bytelatent.errors import guarded
-from bytelatent.training import stopping
+from bytelatent import signals
 from bytelatent.training import trainer as loop
 
-stopping.ONE_PRESS = 0.0
+signals.ONE_PRESS = 0.0
 def cross_entropy(*arguments):
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
@@ -276,7 +283,7 @@ guarded(lambda: train.main(sys.argv[1:]))
 def test_quitting_is_one_line(tmp_path: Path, text: Path) -> None:
     ended = finished([sys.executable, "-c", QUITS, *command(byte_lm_run(tmp_path / "run", text))[3:]])
     assert ended.returncode == 130
-    assert ended.stderr.splitlines() == [STOPPING, f"stopped: {stopping.NOT_SAVED}"]
+    assert ended.stderr.splitlines() == [STOPPING, f"stopped: {signals.NOT_SAVED}"]
 
 
 def truncate(folder: Path) -> None:
@@ -313,17 +320,16 @@ def flip_a_bit(folder: Path) -> None:
         (flip_a_bit, "progress.pt is not as it was written"),
     ],
 )
-def test_a_torn_checkpoint_is_passed_over(
-    tmp_path: Path, text: Path, tear: Callable[[Path], None], why: str, capsys: pytest.CaptureFixture[str]
+def test_a_corrupt_checkpoint_is_skipped(
+    tmp_path: Path, text: Path, tear: Callable[[Path], None], why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = train(settings(byte_lm_run(tmp_path / "whole", text)))
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=12)))
     tear(run / "checkpoints" / "step-00000012")
     assert load(run).source.startswith(str(run / "checkpoints" / "step-00000010"))
-    capsys.readouterr()
     train(settings(byte_lm_run(run, text)))
     line = f"'{run / 'checkpoints' / 'step-00000012'}' is corrupt ({why}); skipped"
-    assert line in capsys.readouterr().out.splitlines()
+    assert line in caplog.messages
     assert_equal_runs(run, whole)
 
 
@@ -353,7 +359,7 @@ def test_keep_is_honoured(tmp_path: Path, text: Path, keep: int) -> None:
     assert checkpoints(run) == ["step-00000004", "step-00000006", "step-00000008", "step-00000009"][-keep:]
 
 
-def test_a_torn_later_checkpoint_does_not_push_out_whole_ones(tmp_path: Path, text: Path) -> None:
+def test_a_corrupt_later_checkpoint_does_not_push_out_whole_ones(tmp_path: Path, text: Path) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=8, checkpoint={"every": 4})))
     truncate(run / "checkpoints" / "step-00000008")
     values = byte_lm_run(run, text, steps=6, checkpoint={"every": 100, "keep": 1})
@@ -367,9 +373,9 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path, text: Path) -> No
     values = byte_lm_run(run, text, steps=400, optimizer={"lr": 1e25, "warmup_steps": 0})
     ended = finished(command({**values, "checkpoint": {"every": 1}}))
     assert ended.returncode == 2
-    assert len(ended.stderr.splitlines()) == 1
-    assert "the loss is not finite at step " in ended.stderr
-    assert "optimizer.lr (now 1e+25)" in ended.stderr
+    [line] = without_metrics(ended.stderr)
+    assert "the loss is not finite at step " in line
+    assert "optimizer.lr (now 1e+25)" in line
 
 
 def test_the_checkpoint_before_a_loss_that_is_not_finite_is_whole(

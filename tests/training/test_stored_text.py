@@ -14,7 +14,7 @@ from bytelatent.text import read_documents
 from bytelatent.training import read_metrics, train
 from tests.training.crew import Crew
 from tests.training.plans import train_as
-from tests.training.tiny_runs import blt_run, byte_lm_run, environment, losses, settings, write_text
+from tests.training.tiny_runs import blt_run, byte_lm_run, environment, log_of, losses, settings, write_text
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +70,16 @@ def test_the_threshold_is_chosen_on_stored_entropies(work: Path, tmp_path: Path)
     assert losses(tmp_path / "stored") == losses(tmp_path / "alone")
 
 
-def test_calibration_passes_over_damage_as_training_does(work: Path, tmp_path: Path) -> None:
-    from io import StringIO
-
-    from rich.console import Console
-
+def test_calibration_passes_over_damage_as_training_does(
+    work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "torn").mkdir()
     whole = (work / "entropies" / "text.parquet").read_bytes()
     (tmp_path / "torn" / "a.parquet").write_bytes(whole)
     (tmp_path / "torn" / "b.parquet").write_bytes(whole[:-30])
-    told = StringIO()
     values = blt_run(tmp_path / "run", tmp_path / "torn", work / "byte_lm", steps=60)
-    train(settings(values), Console(file=told, width=1000))
-    lines = [line for line in told.getvalue().splitlines() if "b.parquet' is not a whole Parquet file" in line]
+    train(settings(values))
+    lines = [line for line in log_of(caplog).splitlines() if "b.parquet' is not a whole Parquet file" in line]
     assert len(lines) == 1  # in calibration, and in no epoch again
     assert "passed over (1 of at most 100)" in lines[0]
     values["run"] = str(tmp_path / "strict")
@@ -109,16 +106,12 @@ def test_reading_processes_may_change_between_starts(work: Path, tmp_path: Path)
     assert losses(tmp_path / "other") == losses(tmp_path / "same")
 
 
-def test_damaged_rows_are_told(work: Path, tmp_path: Path) -> None:
-    from io import StringIO
-
-    from rich.console import Console
-
+def test_bad_rows_are_logged(work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = tmp_path / "text.jsonl"
     text.write_bytes((work / "text.jsonl").read_bytes() + b"{torn\n")
-    told = StringIO()
-    train(settings(byte_lm_run(tmp_path / "run", text)), Console(file=told))
-    assert f"{text.name}' line 61 is not JSON" in told.getvalue()
-    assert "passed over (1 of at most 100)" in told.getvalue()
+    train(settings(byte_lm_run(tmp_path / "run", text)))
+    told = log_of(caplog)
+    assert f"{text.name}' line 61 is not JSON" in told
+    assert "passed over (1 of at most 100)" in told
     with pytest.raises(UserError, match="line 61 is not JSON"):
         train(settings(byte_lm_run(tmp_path / "strict", text, data={"max_bad_rows": 0})))

@@ -15,7 +15,7 @@ from bytelatent.training import text_files, train
 from tests.training.crew import Crew
 from tests.training.plans import train_as
 from tests.training.plans import values as values_of_many
-from tests.training.tiny_runs import assert_equal_runs, byte_lm_run, losses, settings, write_text
+from tests.training.tiny_runs import assert_equal_runs, byte_lm_run, log_of, losses, settings, write_text
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ TIME = r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:.]+[+-][0-9:]+"
 
 @pytest.mark.parametrize("change", [replaced, cut, edited])
 def test_changed_text_is_named_before_the_first_step(
-    tmp_path: Path, folder: Path, change: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, folder: Path, change: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = train(settings(values(tmp_path / "run", folder, 5)))
     size = (folder / "b.jsonl").stat().st_size
@@ -69,16 +69,16 @@ def test_changed_text_is_named_before_the_first_step(
     assert re.match(rf"data: the text of '{run}' has changed; .*: {said}; put it back", str(caught.value))
     assert "data.allow_changed=true" in str(caught.value)
     assert losses(run) == before
-    capsys.readouterr()
+    log_of(caplog)
     train(settings(values(run, folder, 9, allow_changed=True)))
-    assert re.search(rf"{said}; training goes on with what is there now", capsys.readouterr().out)
+    assert re.search(rf"{said}; training goes on with what is there now", log_of(caplog))
     assert len(losses(run)) == 9
     train(settings(values(run, folder, 10)))  # what it is now is what counts from now on
     assert len(losses(run)) == 10
 
 
 def test_copied_and_touched_text_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A run that was moved with its text, by relative paths."""
     whole, here, there = (tmp_path / name for name in ("whole", "here", "there"))
@@ -92,22 +92,22 @@ def test_copied_and_touched_text_is_the_same(
     shutil.rmtree(here)
     monkeypatch.chdir(there)
     os.utime("texts/a.jsonl", (1e9, 1e9))
-    capsys.readouterr()
+    log_of(caplog)
     train(settings(values(Path("run"), "texts", 9)))
-    assert "text" not in capsys.readouterr().out
+    assert "text" not in log_of(caplog)
     assert [row[0] for row in losses(Path("run"))] == list(range(1, 10))
 
 
-def test_files_that_came_and_went(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_came_and_went(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = train(settings(values(tmp_path / "run", folder, 5)))
     (folder / "a.jsonl").rename(tmp_path / "elsewhere.jsonl")
     write_text(folder / "d.jsonl", 5)
     with pytest.raises(UserError, match=rf"'{folder}/d.jsonl' is new \([0-9,]+ bytes, .*'{folder}/a.jsonl' is gone"):
         train(settings(values(run, folder, 9)))
-    capsys.readouterr()
+    log_of(caplog)
     train(settings(values(run, folder, 9, allow_changed=True)))
-    said = capsys.readouterr().out
-    assert f"data: the files of '{folder}' are others: a new epoch of them begins" in said
+    said = log_of(caplog)
+    assert f"data: the files of '{folder}' changed: a new epoch of them begins" in said
     assert f"'{folder}/d.jsonl' is new" in said
     assert len(losses(run)) == 9
 
@@ -133,17 +133,17 @@ def test_held_out_text_counts_too(tmp_path: Path, text: Path) -> None:
 
 
 def test_of_much_text_beginnings_and_ends_are_compared(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(text_files, "READ_WHOLE", 1000)
     monkeypatch.setattr(text_files, "EDGE", 200)
     run = train(settings(values(tmp_path / "run", folder, 5)))
     edited(folder)
     os.utime(folder / "b.jsonl", (1e9, 1e9))
-    capsys.readouterr()
+    log_of(caplog)
     train(settings(values(run, folder, 6)))
     line = "data: same size, beginning and end, and so taken for the same text: "
-    assert re.search(rf"{line}'{folder}/b.jsonl' was of {TIME}, now of 2001-09-0", capsys.readouterr().out)
+    assert re.search(rf"{line}'{folder}/b.jsonl' was of {TIME}, now of 2001-09-0", log_of(caplog))
     file = folder / "b.jsonl"
     file.write_bytes(file.read_bytes()[:-150] + b"x" * 149 + b"\n")
     with pytest.raises(UserError, match="has changed"):

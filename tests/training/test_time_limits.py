@@ -1,6 +1,5 @@
 """What a run by the clock (`minutes`) spends beside its steps, on a clock that only work moves."""
 
-import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from bytelatent.model import ByteLM
 from bytelatent.training import TrainSettings, read_metrics, train
-from tests.training.tiny_runs import byte_lm_run, settings, write_text
+from tests.training.tiny_runs import byte_lm_run, log_of, settings, write_text
 
 STEP, VALIDATION_BATCH = 1.0, 0.5  # seconds
 
@@ -51,30 +49,30 @@ def validations(run: Path) -> list[int]:
 
 
 def test_validation_takes_a_tenth_of_the_minutes_at_most(
-    spent: dict[bool, float], a_run: Callable[..., TrainSettings]
+    spent: dict[bool, float], a_run: Callable[..., TrainSettings], caplog: pytest.LogCaptureFixture
 ) -> None:
-    lines = io.StringIO()
-    run = train(a_run(steps=None, minutes=1), Console(file=lines, width=200))
+    run = train(a_run(steps=None, minutes=1))
     num_bytes = validations(run)
     assert len(num_bytes) >= 6
     assert spent[False] <= 0.1 * 60 + len(num_bytes) * VALIDATION_BATCH
     assert num_bytes[-1] > 2 * max(num_bytes[:-1])  # the last one has the larger share
-    assert f"validating: time is up after {num_bytes[-1]:,} of" in lines.getvalue()
+    assert f"validating: time is up after {num_bytes[-1]:,} of" in log_of(caplog)
 
 
 def test_a_run_by_steps_validates_on_all_of_the_text(
     spent: dict[bool, float], a_run: Callable[..., TrainSettings]
 ) -> None:
-    num_bytes = validations(train(a_run(steps=20), Console(quiet=True)))
+    num_bytes = validations(train(a_run(steps=20)))
     assert len(num_bytes) == 2
     assert len(set(num_bytes)) == 1
     assert spent[False] > 0.1 * spent[True]
 
 
-def test_lines_say_how_long_it_still_takes(spent: dict[bool, float], a_run: Callable[..., TrainSettings]) -> None:
-    lines = io.StringIO()
-    train(a_run(steps=40, data={}), Console(file=lines, width=200))
-    shown = [line for line in lines.getvalue().splitlines() if line.startswith("byte LM")]
+def test_lines_say_how_long_it_still_takes(
+    spent: dict[bool, float], a_run: Callable[..., TrainSettings], caplog: pytest.LogCaptureFixture
+) -> None:
+    train(a_run(steps=40, data={}))
+    shown = [line for line in log_of(caplog).splitlines() if line.startswith("byte LM")]
     assert len(shown) >= 4
     assert all(line.endswith(" left") for line in shown[1:-1])
     assert "step 12 " in shown[1]

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from bytelatent.files import find_corruption
 from bytelatent.training import read_metrics
+from tests.processes import Command
 from tests.training.crew import Crew
 from tests.training.plans import train_as, values
 from tests.training.tiny_runs import assert_equal_runs, checkpoints, environment
@@ -37,11 +37,10 @@ train.command(sys.argv[2:])
 """
 
 
-def torchrun(*arguments: str, output: int | None = None, **settings: Any) -> subprocess.Popen[str]:
+def torchrun(*arguments: str, **settings: Any) -> Command:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    command, pipe = [*launcher, *arguments, *given], subprocess.PIPE
-    return subprocess.Popen(command, env=environment(), stdout=output, stderr=pipe, text=True)
+    return Command([*launcher, *arguments, *given], environment())
 
 
 def test_a_signal_to_the_launcher_ends_the_run_in_good_order(tmp_path: Path, text: Path) -> None:
@@ -86,7 +85,7 @@ def test_torchrun_begins_again_after_a_death(crew: Crew, tmp_path: Path, text: P
 
     crew.run((2, train_as, given("whole")))
     program = ("--max-restarts", "1", str(tmp_path / "dies.py"), "kill once")
-    process = torchrun(*program, output=subprocess.PIPE, **given("killed"))
+    process = torchrun(*program, **given("killed"))
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert said.splitlines().count(str(tmp_path / "killed")) == 1  # the first rank, as it is done

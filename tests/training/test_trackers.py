@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.training import read_metrics, train
+from bytelatent.training import checks, read_metrics, train
 from bytelatent.training import trackers as trackers_module
 from bytelatent.training.trackers import JsonLines, TensorBoard, numbers
 from tests.training.test_resume import cut_off
-from tests.training.tiny_runs import byte_lm_run, settings
+from tests.training.tiny_runs import byte_lm_run, log_of, settings
 
 
 class WandbRun:
@@ -79,11 +79,11 @@ def test_numbers_of_a_row() -> None:
 
 
 def test_lines_after_the_step_are_dropped(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path / "metrics.jsonl", print)
-    lines.go_on_after(0)
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.resume_after(0)
     for step in range(1, 6):
         lines.write({"step": step, "x": 0})
-    lines.go_on_after(3)
+    lines.resume_after(3)
     lines.write({"step": 4, "x": 1})
     lines.close()
     assert [(row["step"], row["x"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
@@ -124,9 +124,9 @@ def test_tensorboard_shows_a_run_that_was_cut_off_once(
 
 def test_tensorboard_goes_back(tmp_path: Path) -> None:
     needs_tensorboard()
-    board = TensorBoard(tmp_path, print)
+    board = TensorBoard(tmp_path)
     for after, value in ((0, 1.0), (2, 5.0)):
-        board.go_on_after(after)
+        board.resume_after(after)
         for step in range(after + 1, 5):
             board.write({"step": step, "x": value})
     board.close()
@@ -134,7 +134,7 @@ def test_tensorboard_goes_back(tmp_path: Path) -> None:
 
 
 def test_tensorboard_without_room_stops_nothing(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     needs_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
@@ -146,7 +146,7 @@ def test_tensorboard_without_room_stops_nothing(
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=4, track=["tensorboard"])))
     assert len(read_metrics(run / "metrics.jsonl")) == 4
     line = f"'{run / 'tensorboard'}' cannot be written: No space left on device; training goes on without it"
-    assert capsys.readouterr().out.splitlines().count(line) == 1
+    assert log_of(caplog).splitlines().count(line) == 1
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -154,7 +154,7 @@ def test_a_library_that_is_missing_is_one_line(
     tmp_path: Path, text: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for spec in (None, ModuleSpec(name, None)):  # not there; a folder of that name where the command is run
-        monkeypatch.setattr(trackers_module, "find_spec", lambda _, spec=spec: spec)
+        monkeypatch.setattr(checks, "find_spec", lambda _, spec=spec: spec)
         with pytest.raises(UserError) as caught:
             train(settings(byte_lm_run(tmp_path / "run", text, track=[name])))
         assert str(caught.value).startswith(f"track: {name} is not installed; pip install 'bytelatent[track]'")
@@ -212,7 +212,7 @@ def test_wandb_without_a_network_stops_nothing(
     tmp_path: Path,
     text: Path,
     wandb: Wandb,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     begin: list[Any],
     said: str,
     modes: int,
@@ -221,7 +221,7 @@ def test_wandb_without_a_network_stops_nothing(
     wandb.begin = begin
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=4, track=["wandb"])))
     assert len(read_metrics(run / "metrics.jsonl")) == 4
-    assert capsys.readouterr().out.count(said) == 1
+    assert log_of(caplog).count(said) == 1
     assert [given["mode"] for given in wandb.begun] == ["online", "offline"][:modes]
     assert sum(len(each.rows) for each in wandb.runs) == rows
 
@@ -232,7 +232,7 @@ def test_wandb_that_does_not_end_is_left(
     text: Path,
     wandb: Wandb,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     raises: bool,
 ) -> None:
     let_go = threading.Event()
@@ -247,7 +247,7 @@ def test_wandb_that_does_not_end_is_left(
     wandb.begin = [Endless()]
     train(settings(byte_lm_run(tmp_path / "run", text, steps=2, track=["wandb"])))
     let_go.set()
-    assert "has not taken all rows; later: wandb sync there" in capsys.readouterr().out
+    assert "has not taken all rows; later: wandb sync there" in log_of(caplog)
 
 
 def test_wandb_that_needs_a_key_is_one_line(tmp_path: Path, text: Path, wandb: Wandb) -> None:

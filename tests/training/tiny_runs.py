@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -109,6 +110,13 @@ def finished(arguments: list[str], **more: Any) -> subprocess.CompletedProcess[s
     if arguments[1] == "-m" and not more:
         return processes.ended(arguments, environment())
     return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=120, **more)
+
+
+def log_of(caplog: pytest.LogCaptureFixture) -> str:
+    """What the package has logged since the last call, a message a line."""
+    text = "".join(f"{record.getMessage()}\n" for record in caplog.records if record.name.startswith("bytelatent"))
+    caplog.clear()
+    return text
 
 
 def losses(run: Path) -> list[tuple[int, int, float | None, float | None]]:

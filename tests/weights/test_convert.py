@@ -18,7 +18,7 @@ from bytelatent.cli import app, main
 from bytelatent.errors import UserError
 from bytelatent.files import whole_folder
 from bytelatent.patching import PatchSettings
-from bytelatent.patching.settings import Mode
+from bytelatent.patching.modes import ModeName
 from bytelatent.weights import FORMATS, Config, convert, open_pretrained, save, write_model
 from bytelatent.weights import safetensors_io as tensors
 from bytelatent.weights.stored_model import StoredModel
@@ -212,10 +212,10 @@ REFUSED = {
 
 def test_every_mode_is_tried_and_decided_on_by_every_format() -> None:
     """A new patching mode needs a case here: it is refused unless a format lists it."""
-    assert {settings.mode for settings in PATCHING.values()} == set(get_args(Mode))
+    assert {settings.mode for settings in PATCHING.values()} == set(get_args(ModeName))
     for name, format in FORMATS.items():
         refused_modes = {mode for mode, refusing in REFUSED if refusing == name and mode != "entropy"}
-        assert format.modes is None or set(format.modes) == set(get_args(Mode)) - refused_modes
+        assert format.modes is None or set(format.modes) == set(get_args(ModeName)) - refused_modes
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -7,12 +7,12 @@ reading what was drawn in the background.
 
 from bytelatent.errors import UserError
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.engine import Engine, check_num_rows
-from bytelatent.inference.quantize import Weights, rounded
+from bytelatent.inference.engine import Engine, check_batch_size
+from bytelatent.inference.quantize import Weights, quantize_model
 from bytelatent.inference.step.drafting import LONGEST
 from bytelatent.inference.step.packed_weights import supports
 from bytelatent.inference.step.prefill import FastDecoder
-from bytelatent.inference.step.slots import FastRows
+from bytelatent.inference.step.slots import CapturedSlots
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.patching import PatchSettings
 
@@ -37,18 +37,18 @@ def engine_for(
     Raises:
         UserError: this model cannot draft, or not so far; or there are no rows.
     """
-    check_num_rows(num_rows)
-    check_ahead(ahead)
+    check_batch_size(num_rows)
+    check_draft_length(ahead)
     device = next(model.parameters()).device.type
     if ahead > 1 and (why := _drafts_nothing(model, patching, byte_lm, device)):
         raise UserError(f"ahead: {why}; leave it out")
-    model = rounded(model, weights)
-    decides_on_host = patching is not None and patching.mode == "bpe"  # a tokenizer does
+    model = quantize_model(model, weights)
+    decides_on_host = patching is not None and patching.decides_on_host
     takes_modules = _is_changed(model) or (byte_lm is not None and _is_changed(byte_lm))
     if decides_on_host or takes_modules or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
         return Engine.plain(Decoder(model, patching, byte_lm), num_rows)
     decoder = (Decoder if device == "cpu" else FastDecoder)(model, patching, byte_lm)
-    return Engine(decoder, FastRows(decoder, num_rows, 0.0 if device == "cpu" else QUORUM, ahead=ahead), num_rows)
+    return Engine(decoder, CapturedSlots(decoder, num_rows, 0.0 if device == "cpu" else QUORUM, ahead=ahead), num_rows)
 
 
 def _drafts_nothing(
@@ -59,8 +59,8 @@ def _drafts_nothing(
         return "a byte LM has no part that drafts"
     if _is_changed(model):
         return "modules of this model were replaced, as adapters do"
-    if patching.mode == "bpe":
-        return "the rule bpe is not drafted for"
+    if patching.decides_on_host:
+        return f"patching mode '{patching.mode}' is not drafted for"
     if device not in ("cpu", "cuda"):
         return f"nothing is drafted on {device}"
     if device == "cuda" and not supports(model, byte_lm):
@@ -73,7 +73,7 @@ def _is_changed(model: BLTModel | ByteLM) -> bool:
     return any(type(part).__module__.partition(".")[0] not in ("torch", "bytelatent") for part in model.modules())
 
 
-def check_ahead(ahead: int) -> None:
+def check_draft_length(ahead: int) -> None:
     """Complain about more bytes a step than there can be.
 
     Raises:
@@ -83,4 +83,4 @@ def check_ahead(ahead: int) -> None:
         raise UserError(f"ahead: {ahead!r} bytes a step; take 1 to {LONGEST}")
 
 
-__all__ = ["QUORUM", "FastDecoder", "FastRows", "check_ahead", "engine_for", "supports"]
+__all__ = ["QUORUM", "CapturedSlots", "FastDecoder", "check_draft_length", "engine_for", "supports"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.kernels.overlap import overlapped
+from bytelatent.kernels.launch import overlapped
 
 _capturing: "Graph | None" = None
 

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.state import SLACK
-from bytelatent.inference.step.state import FastState, Room
-from bytelatent.inference.step.step import FastStep
-from bytelatent.kernels.decode_step import Flags
+from bytelatent.inference.kv_cache import SLACK, BLTState, Room
+from bytelatent.inference.step.decisions import Flags, append, choose, decide, draw, store_patch
+from bytelatent.inference.step.step import BLTStep
+from bytelatent.kernels.decode_cross_attention import append_patch_byte
 from bytelatent.vocab import VOCAB_SIZE
 
 # Shapes: B rows, S bytes a step, N patches of a row that may close in a step, D local width, V vocabulary
 
 LONGEST = SLACK  # bytes a step: as many can be taken back
-# What `append` and `decide` write of FastState
+# What `append` and `decide` write of BLTState
 SCALARS = ("position", "tail", "previous_entropy", "since_start", "open_count")
-DRAWING = ("drawn", "seen", "utf8", "remaining")  # of SamplingRows, what drawing writes
+DRAWING = ("drawn", "seen", "utf8", "remaining")  # of SamplingSlots, what drawing writes
 
 
 @dataclass
@@ -43,7 +43,7 @@ class _Patches:
     count_BN: Tensor  # how many they are
 
 
-class DraftedStep(FastStep):
+class DraftedStep(BLTStep):
     """A step of up to `size` bytes.
 
     Args:
@@ -65,14 +65,13 @@ class DraftedStep(FastStep):
         self.sampling_ahead = replace(self.sampling, **{name: getattr(self.sampling, name).clone() for name in DRAWING})
         self.ahead = self._state_ahead()  # as if the draft were right
         self.draft_logits_BV = torch.zeros_like(self.logits_BV)
-        assert self.state.patch_k is not None
         shape = self.state.patch_k.shape
         self.patch_k, self.patch_v = (  # those that bytes of a draft may read: the row's own, then the N that close
             self.state.patch_k.new_zeros(shape[0], num_rows, 1 + self.most, *shape[2:]) for _ in "kv"
         )
 
-    def make_room(self, room: Room) -> None:
-        super().make_room(room)
+    def reserve(self, room: Room) -> None:
+        super().reserve(room)
         self.ahead = self._state_ahead()
 
     def outcome(self) -> tuple[Tensor, Tensor]:
@@ -84,8 +83,8 @@ class DraftedStep(FastStep):
     @torch.no_grad()
     def __call__(self) -> None:
         """One step; rows do not wait."""
-        state, kernels = self.state, self.kernels
-        kernels.draw(self.logits_BV, self.sampling, state.position, self.flags)
+        state = self.state
+        draw(self.logits_BV, self.sampling, state.position, self.flags)
         encoded, kept = self._draft()
         reads_SB = torch.stack([flags.reads for flags in self.draft])
         ids_BS = torch.stack([flags.ids for flags in self.draft], dim=1)
@@ -102,9 +101,7 @@ class DraftedStep(FastStep):
 
     def _draft(self) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Let the local models read and draw; the encoder's states, and what open patches would take, of each byte."""
-        state, ahead, kernels = self.state, self.ahead, self.kernels
-        assert state.patch_k is not None
-        assert state.patch_v is not None
+        state, ahead = self.state, self.ahead
         self._go_back()
         for name in DRAWING:
             getattr(self.sampling_ahead, name).copy_(getattr(self.sampling, name))
@@ -113,8 +110,8 @@ class DraftedStep(FastStep):
         encoded, kept = [], []
         for number, flags in enumerate(self.draft):
             if number > 0:
-                kernels.draw(self.draft_logits_BV, self.sampling_ahead, ahead.position, flags)
-            kernels.append(ahead, flags)
+                draw(self.draft_logits_BV, self.sampling_ahead, ahead.position, flags)
+            append(ahead, flags)
             kept.append([])
             encoded.append(self._encode(ahead, flags, kept[-1]))
             if number < self.size - 1:
@@ -126,8 +123,8 @@ class DraftedStep(FastStep):
         """Decide where patches close if the draft is right."""
         self._go_back()
         for flags, lm_logits_BV in zip(self.draft, lm_logits_SBV, strict=True):
-            self.kernels.append(self.ahead, flags)
-            self.kernels.decide(lm_logits_BV, self.decoder.patching, self.ahead, flags)
+            append(self.ahead, flags)
+            decide(lm_logits_BV, self.patching, self.ahead, flags)
         closes_SB = torch.stack([flags.wants for flags in self.draft]) & reads_SB
         upto_SB, most = closes_SB.cumsum(0), self.most
         # Where each patch ends, [B, 1 + N + 1]: first nothing, last what is more than there is room for.
@@ -141,9 +138,6 @@ class DraftedStep(FastStep):
     def _close_all(self, patches: _Patches, h_BSD: Tensor, reads_SB: Tensor) -> None:
         """Run the global transformer for all of them, and let the decoder read them."""
         state, most = self.state, self.most
-        assert state.open_max is not None
-        assert state.patch_k is not None
-        assert state.patch_v is not None
         row_B = torch.arange(len(h_BSD), device=h_BSD.device)
         every_N = torch.arange(most, device=h_BSD.device)
         before_BS = (patches.upto_SB - torch.stack([flags.wants for flags in self.draft]).long()).T
@@ -165,7 +159,7 @@ class DraftedStep(FastStep):
             return
         kv = self._patches(pooled_BND.flatten(0, 1), bytes_of, state.num_patches, row, run, most)
         tables = self.patch_k.flatten(1, 2), self.patch_v.flatten(1, 2)
-        self.kernels.keep_patch(kv, *tables, place_BN.flatten())
+        store_patch(kv, *tables, place_BN.flatten())
 
     def _read_again(self, encoded_BSD: Tensor, patches: _Patches, reads_SB: Tensor) -> Tensor:
         """The logits of what follows each byte of the draft, [B, S, V]."""
@@ -188,24 +182,20 @@ class DraftedStep(FastStep):
         logits_SBV = logits_BSV.transpose(0, 1).contiguous()
         for number in range(1, self.size):
             logits_BV, expected_B = logits_SBV[number - 1], expected_SB[number]
-            self.kernels.draw(logits_BV, self.sampling, self.state.position, self.right[number], expected_B)
+            draw(logits_BV, self.sampling, self.state.position, self.right[number], expected_B)
         self.flags.is_waiting.zero_()  # those that drew another one: they draw it in the next step
 
     def _read_what_is_right(self, lm_logits_SBV: Any, kept: list[list[Tensor]], logits_BSV: Tensor) -> None:
         """Remember the bytes that are right, as a plain step does."""
-        state, kernels = self.state, self.kernels
-        assert state.open_k is not None
-        assert state.open_v is not None
-        assert state.patch_k is not None
-        assert state.patch_v is not None
+        state = self.state
         position, num_patches = state.position.clone(), state.num_patches.clone()
         for flags, lm_logits_BV, (h_BD, *kvs) in zip(self.right, lm_logits_SBV, kept, strict=True):
-            kernels.append(state, flags)
-            kernels.decide(lm_logits_BV, self.decoder.patching, state, flags)
+            append(state, flags)
+            decide(lm_logits_BV, self.patching, state, flags)
             for layer, kv in enumerate(kvs):
                 pooled = {"h_BD": h_BD, "pooled_BD": state.open_max} if layer == 0 else {}
-                kernels.keep_byte(kv, state.open_k[layer], state.open_v[layer], flags.count, **pooled)
-            kernels.choose(state, flags, 0.0, decoded=False)
+                append_patch_byte(kv, state.open_k[layer], state.open_v[layer], flags.count, **pooled)
+            choose(state, flags, 0.0, decoded=False)
         row_B = torch.arange(len(position), device=position.device)
         newest = state.num_patches - num_patches
         for of_row, table in ((state.patch_k, self.patch_k), (state.patch_v, self.patch_v)):
@@ -213,7 +203,7 @@ class DraftedStep(FastStep):
         last = state.position - position - 1
         self.logits_BV.copy_(torch.where((last >= 0)[:, None], logits_BSV[row_B, last.clamp(min=0)], self.logits_BV))
 
-    def _state_ahead(self) -> FastState:
+    def _state_ahead(self) -> BLTState:
         """The state with the rows' tables, and numbers of its own."""
         own = (*SCALARS, "open_max")
         return replace(self.state, **{name: getattr(self.state, name).clone() for name in own})

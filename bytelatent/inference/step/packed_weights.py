@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bytelatent.inference.kv_cache import BLOCK
 from bytelatent.inference.quantize import QuantizedLinear
-from bytelatent.inference.state import BLOCK
-from bytelatent.kernels.decode_attention import launch_for_attention, rotary_table, split_scratch
+from bytelatent.kernels.decode_attention import launch_for_attention, split_scratch
 from bytelatent.kernels.gated_product import interleaved
 from bytelatent.kernels.quantized import Matrix, by_rows
+from bytelatent.kernels.rotary import rotary_embedding
 from bytelatent.kernels.skinny_linear import fold_norm
 from bytelatent.model import BLTModel, BLTSettings, ByteLM
 from bytelatent.model.settings import StackSettings
@@ -52,7 +53,7 @@ class StackWeights:
     def of(cls, stack: Any) -> "StackWeights":
         blocks = [BlockWeights.of(block) for block in stack.blocks]
         made = cls(stack.settings, blocks, torch.zeros(0, device=blocks[0].output.device))
-        made.make_room(BLOCK)
+        made.reserve(BLOCK)
         return made
 
     def launch(self, sequences: int, new: int) -> dict[str, Any]:
@@ -70,11 +71,12 @@ class StackWeights:
             self._launches[sequences, new] = {"launch": launch, "scratch": scratch}
         return self._launches[sequences, new]
 
-    def make_room(self, positions: int) -> None:
-        """Rotary angles of so many positions."""
+    def reserve(self, positions: int) -> None:
+        """Hold the rotary angles of this many positions."""
         if positions > len(self.rotary):
             settings = self.settings
-            self.rotary = rotary_table(positions, settings.head_dim, settings.rope_theta, self.rotary.device)
+            position = torch.arange(positions, device=self.rotary.device)
+            self.rotary = rotary_embedding(position, settings.head_dim, settings.rope_theta)
 
 
 @dataclass(frozen=True)

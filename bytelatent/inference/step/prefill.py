@@ -1,4 +1,6 @@
-"""Whole prompts at the speed of the card: the same models, with joined products and kernels in their blocks."""
+"""Whole prompts at the speed of the card, and entropies of whole batches: the same models with joined products and
+kernels in their blocks.
+"""
 
 import copy
 from collections.abc import Callable
@@ -10,49 +12,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.kv_cache import Keep, KeepPatchKeys
-from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
-from bytelatent.kernels.decode_patches import plain_read_patch, read_patch
-from bytelatent.kernels.gated_product import ROWS, can_gate, fast_row_scale, gated_product
-from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
+from bytelatent.inference.kv_cache import KVCache, NewPositions, StoreNewest
+from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, CrossWeights, StackWeights
+from bytelatent.kernels.decode_cross_attention import decoder_cross_attention_step
+from bytelatent.kernels.gated_product import ROWS, can_gate, fast_row_scale, gated_product, interleaved
+from bytelatent.kernels.hash_embed import hash_embed
+from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.quantized import dense
-from bytelatent.kernels.skinny_linear import gate, plain_gate
-from bytelatent.kernels.window_attention import (
-    angles,
-    can_attend,
-    first_seen,
-    plain_window_attention,
-    turn,
-    window_attention,
-)
-from bytelatent.model import BLTModel, ByteLM, PatchedStream, Stream, add_patches
-from bytelatent.model.attention import Look
-from bytelatent.model.ngram_hash import PRIMES
+from bytelatent.kernels.rotary import cos_sin
+from bytelatent.kernels.skinny_linear import gate
+from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, Stream, entropies
+from bytelatent.model.attention import CachedAttention
+from bytelatent.model.blt import BLTCache, LocalEncoder
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings
-from bytelatent.vocab import OFFSET
 
 # Shapes: T positions, P patches, K keys a patch, L layers, D width, H heads, J key/value heads, E head size, A = E/2
 # angles
 
+SLICE = 16_384  # ids whose logits are held at once
+
 
 @dataclass
-class RunLook:
-    """A run of positions up to each one, where documents begin and windows end, with rotary angles."""
+class RunAttention:
+    """Attention to a run of positions up to each one, with rotary angles; padded to a multiple of `ROWS`."""
 
-    low: Tensor  # [T] the first place that each position sees
+    low: Tensor  # [T] the first index that each position sees
     cos: Tensor  # [T, A]
     sin: Tensor  # [T, A]
-    keep: Callable[[Tensor, Tensor], None]  # takes each layer's rotated keys, and values
+    store: Callable[[Tensor, Tensor], None]  # takes each layer's rotated keys, and values
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         """Of queries and keys that are not rotated yet; the keys are rotated in place."""
-        if q_THE.is_cuda:
-            found = window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
-        else:
-            found = plain_window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
-            k_TJE = turn(k_TJE, self.cos, self.sin)
-        self.keep(k_TJE, v_TJE)
+        found = window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
+        self.store(k_TJE, v_TJE)
         return found
 
 
@@ -66,12 +60,12 @@ class FastBlock(nn.Module):
         super().__init__()
         self.settings, self.weights = settings, weights
 
-    def forward(self, x_TD: Tensor, rotary: Any, look: RunLook) -> Tensor:
+    def forward(self, x_TD: Tensor, rotary: Any, attention: RunAttention) -> Tensor:
         settings, weights = self.settings, self.weights
         shape, eps = (settings.dim,), settings.norm_eps
         qkv = F.linear(F.rms_norm(x_TD, shape, None, eps), dense(weights.qkv, x_TD.dtype))
         q, k, v = qkv.unflatten(-1, (3, settings.num_heads, settings.head_dim)).unbind(1)
-        x_TD = torch.addmm(x_TD, look.attend(q, k, v).flatten(1), dense(weights.output, x_TD.dtype).T)
+        x_TD = torch.addmm(x_TD, attention.attend(q, k, v).flatten(1), dense(weights.output, x_TD.dtype).T)
         return x_TD.addmm_(self._hidden(x_TD), dense(weights.down, x_TD.dtype).T)
 
     def _hidden(self, x_TD: Tensor) -> Tensor:
@@ -80,16 +74,16 @@ class FastBlock(nn.Module):
         if x_TD.is_cuda and size >= 16 * ROWS and size % ROWS == 0 and can_gate(*gate_up.shape):
             return gated_product(x_TD, fast_row_scale(x_TD, eps), gate_up)
         both = F.linear(F.rms_norm(x_TD, (self.settings.dim,), None, eps), gate_up)
-        return gate(both) if x_TD.is_cuda else plain_gate(both)
+        return gate(both)
 
 
 @dataclass
 class _Captured:
-    """A stack's work on so many positions as a CUDA graph, with what it reads and what it leaves."""
+    """A stack's work on a number of positions as a CUDA graph, with its inputs and outputs."""
 
     graph: Any
     x_TD: Tensor
-    look: RunLook
+    attention: RunAttention
     k_LTJE: Tensor  # each layer's rotated keys
     v_LTJE: Tensor
     out_TD: Tensor
@@ -111,25 +105,27 @@ class FastStack(nn.Module):
         self._captured: dict[int, _Captured] = {}
 
     def rotary(self, position: Tensor) -> None:
-        """None: a `RunLook` knows the angles."""
+        """None: `RunAttention` holds the angles."""
 
-    def forward(self, x_TD: Tensor, position: Tensor, look: RunLook) -> Tensor:
-        size = next((size for size in self.SIZES if len(x_TD) <= size), None)
+    def forward(self, x_TD: Tensor, position: Tensor, attention: RunAttention) -> Tensor:
+        num = len(x_TD)
+        size = next((size for size in self.SIZES if num <= size), None)
         if size is None or not x_TD.is_cuda:
-            return self._read(x_TD, look)
+            return self._read(F.pad(x_TD, (0, 0, 0, len(attention.low) - num)), attention)[:num]
         if size not in self._captured:
             self._captured[size] = self._capture(x_TD, size)
-        captured, here = self._captured[size], slice(0, len(x_TD))
+        captured, here = self._captured[size], slice(0, num)
         captured.x_TD[here] = x_TD
-        captured.look.low[here], captured.look.cos[here], captured.look.sin[here] = look.low, look.cos, look.sin
+        to, store = captured.attention, attention.store
+        to.low[here], to.cos[here], to.sin[here] = attention.low[:num], attention.cos[:num], attention.sin[:num]
         captured.graph.replay()
-        assert isinstance(look.keep, Keep)
-        look.keep.layers(captured.k_LTJE, captured.v_LTJE)
+        assert isinstance(store, StoreNewest)
+        store.all_layers(captured.k_LTJE, captured.v_LTJE)
         return captured.out_TD[here].clone()
 
-    def _read(self, x_TD: Tensor, look: RunLook) -> Tensor:
+    def _read(self, x_TD: Tensor, attention: RunAttention) -> Tensor:
         for block in self.blocks:
-            x_TD = block(x_TD, None, look)
+            x_TD = block(x_TD, None, attention)
         return x_TD
 
     def _capture(self, like_TD: Tensor, size: int) -> _Captured:
@@ -137,24 +133,63 @@ class FastStack(nn.Module):
         low = torch.arange(size, dtype=torch.int32, device=device)  # what is not written sees itself only
         cos, sin = torch.ones(size, angles, device=device), torch.zeros(size, angles, device=device)
         kept: list[tuple[Tensor, Tensor]] = []
-        look = RunLook(low, cos, sin, lambda k_THE, v_THE: kept.append((k_THE, v_THE)))
+        attention = RunAttention(low, cos, sin, lambda k_THE, v_THE: kept.append((k_THE, v_THE)))
         x_TD = like_TD.new_zeros(size, like_TD.shape[1])
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
-            self._read(x_TD, look)  # compiles the kernels
+            self._read(x_TD, attention)  # compiles the kernels
             stream.synchronize()
             kept.clear()
             with torch.cuda.graph(graph, stream=stream):
-                out_TD = self._read(x_TD, look)
+                out_TD = self._read(x_TD, attention)
                 k_LTJE, v_LTJE = (torch.stack(layers) for layers in zip(*kept, strict=True))
         torch.cuda.current_stream().wait_stream(stream)
-        return _Captured(graph, x_TD, look, k_LTJE, v_LTJE, out_TD)
+        return _Captured(graph, x_TD, attention, k_LTJE, v_LTJE, out_TD)
+
+
+class FastEncoder(LocalEncoder):
+    """The local encoder with one kernel for the sum of all embeddings."""
+
+    def embed(self, batch: Stream, cache: BLTCache | None = None) -> Tensor:
+        assert cache is not None
+        if self.ngram_hash is None:
+            return self.embedding(batch.ids)
+        powers = self.ngram_hash.powers(batch.ids.device)
+        tables, embedding = self.ngram_hash.tables.weight, self.embedding.weight
+        return hash_embed(cache.tail_TW, batch.position, powers, tables, embedding)
+
+
+class FastDecoderCrossAttention(nn.Module):
+    """A cross-attention in place of the model's own, with the same calls."""
+
+    def __init__(self, settings: BLTSettings, weights: CrossWeights):
+        super().__init__()
+        self.weights, self.eps = weights, settings.decoder.norm_eps
+        self.heads = (settings.cross_attention.num_heads, -1)
+
+    def keys_values(self, x_PKD: Tensor) -> tuple[Tensor, Tensor]:
+        matrices = dense(self.weights.key_value, x_PKD.dtype).chunk(2)
+        k_PKHE, v_PKHE = (F.linear(self._norm(x_PKD), matrix).unflatten(-1, self.heads) for matrix in matrices)
+        return k_PKHE, v_PKHE
+
+    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: ByteRanges) -> Tensor:
+        weights, dtype = self.weights, h_TD.dtype
+        q_THE = F.linear(self._norm(h_TD), dense(weights.query, dtype)).unflatten(-1, self.heads)
+        row_T, reads_T = read.patch_T.clamp(min=0), read.patch_T >= 0
+        found = decoder_cross_attention_step(q_THE, k_PKHE, v_PKHE, reads_T, row_B=row_T).flatten(1)
+        return torch.addmm(h_TD, found, dense(weights.output, dtype).T, beta=2)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """Without the norm's weights, which are in the matrices."""
+        return F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
 class FastDecoder(Decoder):
-    """A `Decoder` that reads prompts fast, and holds the packed weights that `FastStep` reads, too."""
+    """A `Decoder` that reads prompts fast, and holds the packed weights that the captured step reads, too."""
+
+    pad_to = ROWS
 
     def __init__(self, model: BLTModel | ByteLM, patching: PatchSettings | None, byte_lm: ByteLM | None):
         super().__init__(model, patching, byte_lm)
@@ -165,82 +200,117 @@ class FastDecoder(Decoder):
         if self.byte_lm_weights is not None and lm is not None:
             fast = self._with_fast_blocks(lm, self.byte_lm_weights.stack)
             if isinstance(model, ByteLM):
-                self._reads = fast
+                self._prompt_model = fast
             else:
-                self._reads_byte_lm = fast
+                self._prompt_byte_lm = fast
         if self.blt_weights is not None:
-            weights = self.blt_weights
-            self._reads = copy.copy(model)
-            self._reads._modules = dict(model._modules)
-            stacks = {"encoder": weights.encoder, "global_transformer": weights.middle, "decoder": weights.decoder}
-            for name, stack in stacks.items():
-                self._reads._modules[name] = self._with_fast_blocks(getattr(model, name), stack)
+            self._prompt_model = self._fast_blt(model, self.blt_weights)
+
+    def _fast_blt(self, model: Any, weights: BLTWeights) -> Any:
+        encoder = self._with_fast_blocks(model.encoder, weights.encoder)
+        if encoder is model.encoder:
+            encoder = copy.copy(encoder)
+        encoder.__class__ = FastEncoder
+        decoder = _with_modules(
+            self._with_fast_blocks(model.decoder, weights.decoder),
+            cross_attention=nn.ModuleList(
+                FastDecoderCrossAttention(weights.settings, cross) for cross in weights.decoder_cross
+            ),
+        )
+        middle = self._with_fast_blocks(model.global_transformer, weights.middle)
+        return _with_modules(model, encoder=encoder, global_transformer=middle, decoder=decoder)
 
     def _with_fast_blocks(self, module: Any, weights: StackWeights) -> Any:
         """The module with other blocks in its stack, where the kernels can run it; all else is shared."""
         if not _can_run(weights.settings, next(module.parameters())):
             return module
         self._fast.add(weights.settings)
-        fast = copy.copy(module)
-        fast._modules = {**module._modules, "stack": FastStack(weights.settings, weights)}
-        return fast
+        return _with_modules(module, stack=FastStack(weights.settings, weights))
 
-    def _padded(self, stream: Stream) -> Stream:
-        more = -len(stream.ids) % ROWS
-        ids, document = F.pad(stream.ids, (0, more), value=OFFSET), F.pad(stream.document, (0, more), value=-1)
-        return Stream(ids, document, F.pad(stream.position, (0, more)))
-
-    def _with_patches(self, stream: Stream, starts: Tensor) -> PatchedStream:
-        exact = add_patches(stream, starts)
-        slots = -(-exact.num_patches // ROWS) * ROWS
-        return add_patches(stream, starts, num_patches=slots)
-
-    def _embed(self, batch: PatchedStream) -> Tensor:
-        assert isinstance(self.model, BLTModel)
-        encoder = self.model.encoder
-        if encoder.ngram_hash is None:
-            return encoder.embedding(batch.ids)
-        settings = encoder.ngram_hash.settings
-        place = torch.arange(len(batch.ids), device=batch.ids.device)
-        back = torch.arange(1 - max(settings.sizes), 1, device=batch.ids.device)
-        tail = batch.ids[(place[:, None] + back).clamp(min=0)]
-        powers = ngram_powers(PRIMES[: settings.num_functions], settings.sizes, batch.ids.device)
-        embed = hash_embed if batch.ids.is_cuda else plain_hash_embed
-        return embed(tail, batch.position, powers, encoder.ngram_hash.tables.weight, encoder.embedding.weight)
-
-    def _read_patches(
-        self, decoder: Any, keys_PKD: Tensor, read: Tensor, keep: KeepPatchKeys
-    ) -> Callable[[int, Tensor], Tensor]:
-        assert self.blt_weights is not None
-        weights, stack = self.blt_weights.decoder_cross, self.blt_weights.settings.decoder
-        heads = (self.blt_weights.settings.cross_attention.num_heads, -1)
-        look = read_patch if keys_PKD.is_cuda else plain_read_patch
-        row, reads = read.clamp(min=0), read >= 0
-
-        def normed(x: Tensor) -> Tensor:
-            """Without a norm's weights, in which alone those of the layers differ: they are in the matrices."""
-            return F.rms_norm(x, (stack.dim,), None, stack.norm_eps)
-
-        normed_PKD = normed(keys_PKD)
-
-        def read_patches(layer: int, h_TD: Tensor) -> Tensor:
-            cross, dtype = weights[layer], h_TD.dtype
-            matrices = dense(cross.key_value, dtype).chunk(2)
-            k_PKHE, v_PKHE = (F.linear(normed_PKD, matrix).unflatten(-1, heads) for matrix in matrices)
-            keep(layer, k_PKHE, v_PKHE)
-            q_THE = F.linear(normed(h_TD), dense(cross.query, dtype)).unflatten(-1, heads)
-            found = look(q_THE, k_PKHE, v_PKHE, reads, row_B=row).flatten(1)
-            return torch.addmm(h_TD, found, dense(cross.output, dtype).T, beta=2)
-
-        return read_patches
-
-    def _look(self, stack: StackSettings, document: Tensor, position: Tensor, keep: Keep) -> Look:
+    def _prompt_attention(
+        self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int
+    ) -> CachedAttention:
         if stack not in self._fast:
-            return super()._look(stack, document, position, keep)
-        cos, sin = angles(position, stack.head_dim, stack.rope_theta)
-        return RunLook(first_seen(position, stack.window), cos, sin, keep)
+            return super()._prompt_attention(cache, stack, new, num_padding)
+        position = F.pad(new.position, (0, -len(new.position) % ROWS))
+        cos, sin = cos_sin(position, stack.head_dim, stack.rope_theta)
+        store = StoreNewest(cache, new.slot.tolist(), new.count.tolist())
+        return RunAttention(first_seen(position, stack.window), cos, sin, store)
+
+
+def _with_modules(module: Any, **modules: nn.Module) -> Any:
+    """A copy of a module in which some modules are others; all else is shared."""
+    copied = copy.copy(module)
+    copied._modules = {**module._modules, **modules}
+    return copied
 
 
 def _can_run(settings: StackSettings, some: Tensor) -> bool:
     exact = some.dtype != torch.float32 or not some.is_cuda  # on the card the kernels would round float32 products
     return exact and can_attend(settings.num_heads, settings.kv_heads, settings.head_dim)
+
+
+class FastEntropies:
+    """Entropies of packed streams.
+
+    Args:
+        byte_lm: on the device that computes.
+        dtype: of the weights and states; sums, norms and softmaxes are float32.
+    """
+
+    def __init__(self, byte_lm: ByteLM, dtype: torch.dtype = torch.bfloat16):
+        self.settings = byte_lm.settings
+        self.embedding = byte_lm.embedding.weight.detach().to(dtype)
+        self.norm = byte_lm.norm.weight.detach().to(dtype)
+        self.output = byte_lm.output.weight.detach().to(dtype)
+        blocks: Any = byte_lm.stack.blocks
+        self.layers = [
+            {
+                "attention_norm": block.attention_norm.weight.detach().to(dtype),
+                "qkv": torch.cat([part.weight.detach() for part in _projections(block.attention)]).to(dtype),
+                "output": block.attention.output.weight.detach().to(dtype),
+                "gate_up": interleaved(
+                    block.feed_forward.gate.weight.detach() * block.feed_forward_norm.weight.detach(),
+                    block.feed_forward.up.weight.detach() * block.feed_forward_norm.weight.detach(),
+                ).to(dtype),
+                "down": block.feed_forward.down.weight.detach().to(dtype),
+            }
+            for block in blocks
+        ]
+
+    @classmethod
+    def where_possible(cls, byte_lm: ByteLM | None, device: torch.device, dtype: torch.dtype) -> "FastEntropies | None":
+        """Of a byte LM on this device; None where the kernels cannot compute it, or not as precisely as is asked."""
+        if byte_lm is None or device.type != "cuda" or dtype != torch.bfloat16:
+            return None
+        return cls(byte_lm) if cls.supports(byte_lm.settings) else None
+
+    @staticmethod
+    def supports(settings: ByteLMSettings) -> bool:
+        """Whether the kernels can do a byte LM of this shape."""
+        heads = (settings.num_heads, settings.kv_heads, settings.head_dim)
+        return can_attend(*heads) and can_gate(2 * settings.hidden_dim, settings.dim)
+
+    @torch.no_grad()
+    def __call__(self, stream: Stream) -> Tensor:
+        """Uncertainty about the id that follows each id, in nats, float32 [T]."""
+        settings = self.settings
+        eps, dim = settings.norm_eps, settings.dim
+        size = len(stream.ids)
+        padding = torch.arange(-size % ROWS, device=stream.ids.device)  # kernels take rows so many at a time
+        ids, position = torch.cat([stream.ids, padding * 0]), torch.cat([stream.position, padding])
+        low = first_seen(position, settings.window)
+        cos, sin = cos_sin(position, settings.head_dim, settings.rope_theta)
+        x_TD = F.embedding(ids, self.embedding)
+        for layer in self.layers:
+            qkv = F.linear(F.rms_norm(x_TD, (dim,), layer["attention_norm"], eps), layer["qkv"])
+            q, k, v = qkv.unflatten(-1, (3, settings.num_heads, settings.head_dim)).unbind(1)
+            x_TD.addmm_(window_attention(q, k, v, low, cos, sin).flatten(1), layer["output"].T)
+            x_TD.addmm_(gated_product(x_TD, fast_row_scale(x_TD, eps), layer["gate_up"]), layer["down"].T)
+        parts = x_TD.split(SLICE)  # float32 logits of all ids at once would take more than the model
+        found = [entropies(F.linear(F.rms_norm(x, (dim,), self.norm, eps), self.output)) for x in parts]
+        return torch.cat(found)[:size]
+
+
+def _projections(attention: Any) -> tuple[torch.nn.Linear, ...]:
+    return attention.query, attention.key, attention.value

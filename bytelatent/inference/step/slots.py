@@ -7,20 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytelatent.inference.decoder import Decoder
+from bytelatent.inference.decoder import Decoder, State
 from bytelatent.inference.engine import Continuation, Drawn
-from bytelatent.inference.state import BLOCK, DecodeState
+from bytelatent.inference.kv_cache import BLOCK, Room
 from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.drafting import DraftedStep
-from bytelatent.inference.step.state import Room
-from bytelatent.inference.step.step import FastStep
-from bytelatent.kernels.overlap import overlapped
-from bytelatent.model import BLTModel
+from bytelatent.inference.step.step import BLTStep, ByteLMStep
+from bytelatent.kernels.launch import overlapped
+from bytelatent.model import ByteLM
 
 AHEAD = 8  # steps on their way that the host has not read
 
 
-class FastRows:
+class CapturedSlots:
     """Rows in fixed shapes: on CUDA captured in a graph and replayed, elsewhere run as they are.
 
     Args:
@@ -37,10 +36,12 @@ class FastRows:
         self._most = np.zeros((num_rows, 3), dtype=np.int64)  # what each row has at most of what Room counts
         self._in_row: list[Continuation | None] = [None] * num_rows
         self._ahead = ahead
-        if ahead > 1:
+        if isinstance(decoder.model, ByteLM):
+            self._step = ByteLMStep(decoder, num_rows)
+        elif ahead > 1:
             self._step = DraftedStep(decoder, num_rows, ahead, places)
         else:
-            self._step = FastStep(decoder, num_rows, places or num_rows, quorum)
+            self._step = BLTStep(decoder, num_rows, places or num_rows, quorum)
         self._graph: Graph | None = None
         self._turn = 0
         self._pinned: list[tuple[Tensor, Tensor]] = []
@@ -55,9 +56,9 @@ class FastRows:
         self._on_the_way: deque[tuple[list[Continuation | None], Tensor, Tensor, Any]] = deque()
         self._known: list[Drawn] = []
 
-    def admit(self, row: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
-        position = int(state.position[source])
-        num_patches, open_bytes = self._patches_of(state, source)
+    def admit(self, row: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
+        counts = torch.stack([state.position[source], state.num_patches[source], state.open_count[source]])
+        position, num_patches, open_bytes = counts.tolist()
         soon = min(which.max_new_bytes, BLOCK)  # so that tables need not grow, and graphs be made anew, at once
         self._make_room(np.array([position + soon, num_patches + soon, open_bytes + 1]) + self._ahead)
         self._most[row] = position, num_patches, open_bytes
@@ -149,7 +150,7 @@ class FastRows:
         if (most < room).all():
             return
         self._room = Room(*(int(size) for size in np.where(most < room, room, -(-2 * most // BLOCK) * BLOCK)))
-        self._step.make_room(self._room)
+        self._step.reserve(self._room)
         self._graph = None  # it knows the tables by their addresses
 
     def _look(self) -> None:
@@ -158,10 +159,3 @@ class FastRows:
         true = torch.stack([state.position, state.num_patches, state.open_count], dim=1).cpu().numpy()
         occupied = np.array([which is not None for which in self._in_row])[:, None]
         self._most = np.where(occupied, true + self._ahead, 0)
-
-    def _patches_of(self, state: DecodeState, source: int) -> tuple[int, int]:
-        if not isinstance(self.decoder.model, BLTModel):
-            return 0, 0
-        here, position = torch.tensor([source], device=state.position.device), state.position[source : source + 1]
-        begin = state.last(state.history.patch_start, here, position)
-        return int(state.last(state.history.num_patches, here, position)), int(position - begin)

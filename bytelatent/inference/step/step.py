@@ -9,189 +9,203 @@ The decoder need not wait for the byte LM. On a GPU it reads a byte beside it, a
 times it does; where it closed, the decoder reads the byte once more, with the new patch.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.sampling import SamplingRows
-from bytelatent.inference.state import KeyValues
-from bytelatent.inference.step import plain
+from bytelatent.inference.decoder import Decoder, State
+from bytelatent.inference.kv_cache import BLTState, KVCache, Room
+from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.inference.step.cuda_graph import Side, has_conditions, where
+from bytelatent.inference.step.decisions import Flags, append, choose, decide, draw, store_patch
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, StackWeights
 from bytelatent.inference.step.prefill import FastDecoder
-from bytelatent.inference.step.state import FastState, Room
-from bytelatent.kernels import decode_attention, decode_patches, decode_step, hash_embed, skinny_linear
-from bytelatent.kernels.overlap import overlapped
-from bytelatent.model import BLTModel, ByteLM
-from bytelatent.model.ngram_hash import PRIMES
+from bytelatent.kernels.decode_attention import decode_attention
+from bytelatent.kernels.decode_cross_attention import (
+    append_patch_byte,
+    decoder_cross_attention_step,
+    encoder_cross_attention_step,
+)
+from bytelatent.kernels.hash_embed import hash_embed
+from bytelatent.kernels.launch import overlapped
+from bytelatent.kernels.skinny_linear import skinny_gated, skinny_linear
+from bytelatent.model import ByteLM
 from bytelatent.vocab import VOCAB_SIZE
 
 # Shapes: B rows, C places for rows that close a patch, D local width, G global width, L bytes an open patch may have,
 # X and Y encoder's and decoder's cross-attentions, K keys a patch, H heads, E head size, V vocabulary
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """The operations of a step: Triton kernels, or what they must equal in plain PyTorch."""
+class ByteLMStep:
+    """The step of a byte LM, over its own state."""
 
-    linear: Any
-    gated: Any
-    attend: Any
-    read_patch: Any
-    gather_bytes: Any
-    keep_byte: Any
-    hash_embed: Any
-    draw: Any
-    append: Any
-    decide: Any
-    choose: Any
-    keep_patch: Any
+    state: State
 
-    @classmethod
-    def of(cls, device: torch.device) -> "Kernels":
-        if device.type == "cuda":
-            return cls(
-                skinny_linear.skinny_linear,
-                skinny_linear.skinny_gated,
-                decode_attention.decode_attention,
-                decode_patches.read_patch,
-                decode_patches.gather_bytes,
-                decode_patches.keep_byte,
-                hash_embed.hash_embed,
-                decode_step.draw,
-                decode_step.append,
-                decode_step.decide,
-                decode_step.choose,
-                decode_step.keep_patch,
-            )
-        return cls(
-            plain.linear,
-            plain.gated,
-            plain.attend,
-            plain.read_patch,
-            plain.gather_bytes,
-            decode_patches.plain_keep_byte,
-            plain.hash_embed,
-            plain.plain_draw,
-            plain.plain_append,
-            plain.plain_decide,
-            plain.plain_choose,
-            plain.plain_keep_patch,
-        )
-
-
-class FastStep:
-    """The step, over its own state. See `make_room`.
-
-    Args:
-        places: rows for which a step runs the global transformer at most.
-        quorum: the share of rows at work that must want it before it runs.
-    """
-
-    def __init__(self, decoder: Decoder, num_rows: int, places: int, quorum: float = 0.0):
+    def __init__(self, decoder: Decoder, num_slots: int, places: int = 1):
         self.decoder = decoder
-        self.kernels = Kernels.of(decoder.device)
-        self.quorum = quorum
-        self.can_wait = quorum > 0 or places < num_rows
-        self.assumes_open = decoder.device.type == "cuda" and has_conditions()
-        self.side = Side(decoder.device)
-        self.state = FastState.empty(decoder, num_rows)
-        self.sampling = SamplingRows.empty(num_rows, decoder.device)
-        self.flags = decode_step.Flags.empty(num_rows, min(places, num_rows), decoder.device)
-        self.logits_BV = torch.zeros(num_rows, VOCAB_SIZE, device=decoder.device)
-        model, byte_lm = decoder.model, decoder.byte_lm
-        lm = model if isinstance(model, ByteLM) else byte_lm
-        if isinstance(decoder, FastDecoder):
-            self.byte_lm, self.blt = decoder.byte_lm_weights, decoder.blt_weights
-        else:
-            self.byte_lm = ByteLMWeights.of(lm) if lm is not None else None
-            self.blt = BLTWeights.of(model) if isinstance(model, BLTModel) else None
-        self.powers = None
-        if self.blt is not None and self.blt.settings.ngram_hash is not None:
-            ngrams = self.blt.settings.ngram_hash
-            self.powers = hash_embed.ngram_powers(PRIMES[: ngrams.num_functions], ngrams.sizes, decoder.device)
+        self.state = decoder.empty(num_slots)
+        self.sampling = SamplingSlots.empty(num_slots, decoder.device)
+        self.flags = Flags.empty(num_slots, min(places, num_slots), decoder.device)
+        self.logits_BV = torch.zeros(num_slots, VOCAB_SIZE, device=decoder.device)
+        self.byte_lm = decoder.byte_lm_weights if isinstance(decoder, FastDecoder) else None
+        lm = decoder.model if isinstance(decoder.model, ByteLM) else decoder.byte_lm
+        if lm is not None and self.byte_lm is None:
+            self.byte_lm = ByteLMWeights.of(lm)
 
-    def make_room(self, room: Room) -> None:
-        """Larger tables; the rows go on as they are. No row may come to as much as there is room for."""
-        self.state.make_room(room)
+    def reserve(self, room: Room) -> None:
+        """Grow the state; no slot may come to as much as there is room for."""
+        self.state.reserve(room)
         for stack in self._stacks():
-            stack.make_room(max(room.positions, room.patches))
+            stack.reserve(max(room.positions, room.patches))
 
     def _stacks(self) -> list[StackWeights]:
-        stacks = [self.byte_lm.stack] if self.byte_lm is not None else []
-        return stacks if self.blt is None else [*stacks, self.blt.encoder, self.blt.middle, self.blt.decoder]
+        return [self.byte_lm.stack] if self.byte_lm is not None else []
 
     @torch.no_grad()
     def __call__(self) -> None:
         """One step."""
-        state, flags, kernels = self.state, self.flags, self.kernels
-        kernels.draw(self.logits_BV, self.sampling, state.position, flags)
-        kernels.append(state, flags)
-        if self.blt is None:
-            self.logits_BV.copy_(self._read_byte_lm(flags.ids, flags.at, flags.row))
-            return
-        with self.side.beside():
-            lm_logits = self._read_byte_lm(flags.ids, flags.at, flags.row)
-        encoded_BD = self._encode(state, flags)
-        if self.can_wait:
-            assert state.encoded is not None
-            torch.where(flags.reads[:, None], encoded_BD, state.encoded, out=state.encoded)
-            encoded_BD = state.encoded
-        if self.assumes_open:
-            self._decode_newest(encoded_BD, flags.row)
-        self.side.join()
-        with overlapped(False):  # it comes after two kernels
-            kernels.decide(lm_logits, self.decoder.patching, state, flags)
-        kernels.choose(state, flags, self.quorum, self.assumes_open)
-        if self.assumes_open:
-            where(flags.run, lambda: self._close(encoded_BD))
-        else:
-            self._close(encoded_BD)
+        state, flags = self.state, self.flags
+        draw(self.logits_BV, self.sampling, state.position, flags)
+        append(state, flags)
+        self.logits_BV.copy_(self._read_byte_lm(flags.ids, flags.at, flags.row))
 
     def _read_byte_lm(self, ids_M: Tensor, position: Tensor, row: Tensor, new: int = 1) -> Any:
-        """The byte LM's logits [M, V] of what follows `new` ids of each row; None where nothing asks it."""
-        if self.byte_lm is None:
+        """The byte LM's logits [M, V] of what follows `new` ids of each slot; None where nothing needs them."""
+        cache = self.state.byte_lm
+        if self.byte_lm is None or cache is None:
             return None
-        assert self.state.byte_lm is not None
         x_MD = F.embedding(ids_M, self.byte_lm.embedding)
-        x_MD = self._stack(self.byte_lm.stack, x_MD, self.state.byte_lm, position, row, new=new)
+        x_MD = self._stack(self.byte_lm.stack, x_MD, cache, position, row, new=new)
         out = self.logits_BV.new_empty(len(ids_M), VOCAB_SIZE)
-        return self.kernels.linear(x_MD, self.byte_lm.output, eps=self._eps(self.byte_lm.stack), out=out)
+        return skinny_linear(x_MD, self.byte_lm.output, eps=self._eps(self.byte_lm.stack), out=out)
 
     def outcome(self) -> tuple[Tensor, Tensor]:
         """What the step drew: ids [S, B], -1 for none, of S bytes one after another, and their log-probabilities."""
         return self.flags.drawn[None], self.flags.log_probability[None]
 
-    def _encode(self, state: FastState, flags: decode_step.Flags, kept: list[Tensor] | None = None) -> Tensor:
+    def _stack(
+        self,
+        stack: StackWeights,
+        x_MD: Tensor,
+        cache: KVCache,
+        position: Tensor,
+        row: Tensor,
+        run: Tensor | None = None,
+        new: int = 1,
+    ) -> Tensor:
+        for layer, block in enumerate(stack.blocks):
+            x_MD = self._block(stack, block, x_MD, cache, layer, position, row, run, new)
+        return x_MD
+
+    def _block(
+        self,
+        stack: StackWeights,
+        weights: BlockWeights,
+        x_MD: Tensor,
+        cache: KVCache,
+        layer: int,
+        position: Tensor,
+        row: Tensor,
+        run: Tensor | None = None,
+        new: int = 1,
+    ) -> Tensor:
+        settings, eps = stack.settings, self._eps(stack)
+        qkv = skinny_linear(x_MD, weights.qkv, eps=eps, run=run)
+        found = decode_attention(
+            qkv,
+            *cache.layers[layer],
+            position,
+            stack.rotary,
+            heads=settings.num_heads,
+            window=cache.window,
+            new=new,
+            row_B=row,
+            run=run,
+            **stack.launch(len(position), new),
+        )
+        x_MD = skinny_linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=run)
+        hidden = skinny_gated(x_MD, weights.gate_up, eps=eps, run=run)
+        return skinny_linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=run)
+
+    def _eps(self, stack: StackWeights) -> float:
+        return stack.settings.norm_eps
+
+
+class BLTStep(ByteLMStep):
+    """The step of a BLT.
+
+    Args:
+        places: slots for which a step runs the global transformer at most.
+        quorum: the share of working slots that must have closed a patch before it runs.
+    """
+
+    state: BLTState
+
+    def __init__(self, decoder: Decoder, num_slots: int, places: int, quorum: float = 0.0):
+        super().__init__(decoder, num_slots, places)
+        model: Any = decoder.model
+        assert decoder.patching is not None, "a BLT needs patching settings"
+        self.patching = decoder.patching
+        weights = decoder.blt_weights if isinstance(decoder, FastDecoder) else None
+        self.blt = BLTWeights.of(model) if weights is None else weights
+        self.quorum = quorum
+        self.can_wait = quorum > 0 or places < num_slots
+        self.assumes_open = decoder.device.type == "cuda" and has_conditions()
+        self.side = Side(decoder.device)
+        self.encoded_BD = torch.zeros_like(self.state.open_max)  # the encoder's state of the newest byte
+        self.powers = None
+        if model.encoder.ngram_hash is not None:
+            self.powers = model.encoder.ngram_hash.powers(decoder.device)
+
+    def _stacks(self) -> list[StackWeights]:
+        return [*super()._stacks(), self.blt.encoder, self.blt.middle, self.blt.decoder]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        state, flags = self.state, self.flags
+        draw(self.logits_BV, self.sampling, state.position, flags)
+        append(state, flags)
+        with self.side.beside():
+            lm_logits = self._read_byte_lm(flags.ids, flags.at, flags.row)
+        encoded_BD = self._encode(state, flags)
+        if self.can_wait:
+            torch.where(flags.reads[:, None], encoded_BD, self.encoded_BD, out=self.encoded_BD)
+            encoded_BD = self.encoded_BD
+        if self.assumes_open:
+            self._decode_newest(encoded_BD, flags.row)
+        self.side.join()
+        with overlapped(False):  # it comes after two kernels
+            decide(lm_logits, self.patching, state, flags)
+        choose(state, flags, self.quorum, self.assumes_open)
+        if self.assumes_open:
+            where(flags.run, lambda: self._close(encoded_BD))
+        else:
+            self._close(encoded_BD)
+
+    def _encode(self, state: BLTState, flags: Flags, kept: list[Tensor] | None = None) -> Tensor:
         """The encoder's states of the newest bytes, [B, D]; the bytes are put into the open patches.
 
         Args:
             kept: is given what the open patches took: the state, [B, D], then each cross-attention's keys and values.
         """
-        kernels, weights = self.kernels, self.blt
-        assert weights is not None
-        assert state.encoder is not None
-        assert state.open_k is not None
-        assert state.open_v is not None
+        weights = self.blt
         model: Any = self.decoder.model
         if self.powers is None:
             x_BD = F.embedding(flags.ids, model.encoder.embedding.weight)
         else:
             tables = model.encoder.ngram_hash.tables.weight
-            x_BD = kernels.hash_embed(state.tail, flags.at, self.powers, tables, model.encoder.embedding.weight)
+            x_BD = hash_embed(state.tail, flags.at, self.powers, tables, model.encoder.embedding.weight)
         first = len(weights.encoder.blocks) - len(weights.encoder_cross)
         for layer, block in enumerate(weights.encoder.blocks):
             x_BD = self._block(weights.encoder, block, x_BD, state.encoder, layer, flags.at, flags.row)
             if layer >= first:
                 place = layer - first
-                kv = kernels.linear(x_BD, weights.encoder_cross[place].key_value, eps=self._eps(weights.encoder))
+                kv = skinny_linear(x_BD, weights.encoder_cross[place].key_value, eps=self._eps(weights.encoder))
                 kv = kv.unflatten(1, (-1, state.open_k.shape[-1]))
                 pooled = {"h_BD": x_BD, "pooled_BD": state.open_max} if place == 0 else {}
-                kernels.keep_byte(kv, state.open_k[place], state.open_v[place], flags.count, **pooled)
+                append_patch_byte(kv, state.open_k[place], state.open_v[place], flags.count, **pooled)
                 if kept is not None:
                     kept += [x_BD.clone(), kv] if place == 0 else [kv]
         return x_BD
@@ -199,15 +213,12 @@ class FastStep:
     def _close(self, encoded_BD: Tensor) -> None:
         """Run the global transformer for the patches that are chosen; the logits that are still to come."""
         state, flags = self.state, self.flags
-        assert state.open_max is not None
-        assert state.patch_k is not None
-        assert state.patch_v is not None
         row = flags.closing
         if flags.run.is_cuda or bool(flags.run):  # a CPU may as well look
             pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[row.clamp(min=0)]
             bytes_of = {"count_C": flags.closing_count, "row_C": row}
             kv = self._patches(pooled_CD, bytes_of, flags.number, row, None if self.assumes_open else flags.run)
-            self.kernels.keep_patch(kv, state.patch_k, state.patch_v, row)
+            store_patch(kv, state.patch_k, state.patch_v, row)
         if self.assumes_open and len(encoded_BD) > 1:  # others have theirs
             before_BV = self.logits_BV.clone()
             self._decode_newest(encoded_BD, flags.goes_on)
@@ -218,8 +229,6 @@ class FastStep:
     def _decode_newest(self, encoded_BD: Tensor, row: Tensor) -> None:
         """The logits of what comes after the newest byte of rows, [B], which read their newest closed patch."""
         state, flags = self.state, self.flags
-        assert state.patch_k is not None
-        assert state.patch_v is not None
         patch, x_BD = (state.patch_k, state.patch_v), encoded_BD.clone()  # which becomes what the decoder makes of it
         self._decode(x_BD, flags.at, row, patch, row, flags.reads_patch, self.logits_BV)
 
@@ -236,30 +245,26 @@ class FastStep:
 
         Args:
             pooled_CD: the highest of the encoder's states over each patch's bytes.
-            bytes_of: which bytes each patch has, as `gather_bytes` takes it.
+            bytes_of: which bytes each patch has, as `encoder_cross_attention_step` takes it.
             number, row: of the first of `new` patches that follow one another in a row; see `decode_attention`.
         """
-        state, kernels, weights = self.state, self.kernels, self.blt
-        assert weights is not None
-        assert state.patches is not None
-        assert state.open_k is not None
-        assert state.open_v is not None
+        state, weights = self.state, self.blt
         dim, k = weights.encoder.settings.dim, weights.settings.cross_attention.k
         heads, size = state.open_k.shape[-2:]
-        q_QD = kernels.linear(pooled_CD, weights.pooled_to_queries, run=run).view(-1, dim)  # Q = C*K
+        q_QD = skinny_linear(pooled_CD, weights.pooled_to_queries, run=run).view(-1, dim)  # Q = C*K
         for layer, cross in enumerate(weights.encoder_cross):
-            q = kernels.linear(q_QD, cross.query, eps=self._eps(weights.encoder), run=run)
-            found = kernels.gather_bytes(
+            q = skinny_linear(q_QD, cross.query, eps=self._eps(weights.encoder), run=run)
+            found = encoder_cross_attention_step(
                 q.view(-1, k, heads, size), state.open_k[layer], state.open_v[layer], **bytes_of, run=run
             )
             given: dict[str, Any] = {"residual_MN": q_QD, "residual_scale": 2.0, "out": q_QD}
-            q_QD = kernels.linear(found.view(-1, dim), cross.output, **given, run=run)
+            q_QD = skinny_linear(found.view(-1, dim), cross.output, **given, run=run)
         x_CG = q_QD.view(-1, k * dim)
         if weights.projection is not None:
-            x_CG = kernels.linear(x_CG, weights.projection, run=run)
+            x_CG = skinny_linear(x_CG, weights.projection, run=run)
         x_CG = self._stack(weights.middle, x_CG, state.patches, number, row, run, new)
-        keys = kernels.linear(x_CG, weights.patch_to_keys, run=run).view(-1, dim)
-        return kernels.linear(keys, weights.patch_key_values, eps=self._eps(weights.decoder), run=run)
+        keys = skinny_linear(x_CG, weights.patch_to_keys, run=run).view(-1, dim)
+        return skinny_linear(keys, weights.patch_key_values, eps=self._eps(weights.decoder), run=run)
 
     def _decode(
         self,
@@ -280,62 +285,13 @@ class FastStep:
             patch: keys and values of patches, [Y, rows, K, H, E].
             patch_row, reads_patch: [M] which of them each byte reads, and whether it reads one yet.
         """
-        state, kernels, weights = self.state, self.kernels, self.blt
-        assert weights is not None
-        assert state.decoder is not None
+        state, weights = self.state, self.blt
         heads, size = patch[0].shape[-2:]
         for layer, block in enumerate(weights.decoder.blocks):
             if layer < len(weights.decoder_cross):
                 cross = weights.decoder_cross[layer]
-                q = kernels.linear(x_MD, cross.query, eps=self._eps(weights.decoder)).view(-1, heads, size)
-                found = kernels.read_patch(q, patch[0][layer], patch[1][layer], reads_patch, row_B=patch_row)
-                x_MD = kernels.linear(found.flatten(1), cross.output, residual_MN=x_MD, residual_scale=2.0, out=x_MD)
+                q = skinny_linear(x_MD, cross.query, eps=self._eps(weights.decoder)).view(-1, heads, size)
+                found = decoder_cross_attention_step(q, patch[0][layer], patch[1][layer], reads_patch, row_B=patch_row)
+                x_MD = skinny_linear(found.flatten(1), cross.output, residual_MN=x_MD, residual_scale=2.0, out=x_MD)
             x_MD = self._block(weights.decoder, block, x_MD, state.decoder, layer, position, row, new=new)
-        kernels.linear(x_MD, weights.output, eps=self._eps(weights.decoder), out=out)
-
-    def _stack(
-        self,
-        stack: StackWeights,
-        x_MD: Tensor,
-        cache: KeyValues,
-        position: Tensor,
-        row: Tensor,
-        run: Tensor | None = None,
-        new: int = 1,
-    ) -> Tensor:
-        for layer, block in enumerate(stack.blocks):
-            x_MD = self._block(stack, block, x_MD, cache, layer, position, row, run, new)
-        return x_MD
-
-    def _block(
-        self,
-        stack: StackWeights,
-        weights: BlockWeights,
-        x_MD: Tensor,
-        cache: KeyValues,
-        layer: int,
-        position: Tensor,
-        row: Tensor,
-        run: Tensor | None = None,
-        new: int = 1,
-    ) -> Tensor:
-        settings, kernels, eps = stack.settings, self.kernels, self._eps(stack)
-        qkv = kernels.linear(x_MD, weights.qkv, eps=eps, run=run)
-        found = kernels.attend(
-            qkv,
-            *cache.layers[layer],
-            position,
-            stack.rotary,
-            heads=settings.num_heads,
-            window=cache.window,
-            new=new,
-            row_B=row,
-            run=run,
-            **stack.launch(len(position), new),
-        )
-        x_MD = kernels.linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=run)
-        hidden = kernels.gated(x_MD, weights.gate_up, eps=eps, run=run)
-        return kernels.linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=run)
-
-    def _eps(self, stack: StackWeights) -> float:
-        return stack.settings.norm_eps
+        skinny_linear(x_MD, weights.output, eps=self._eps(weights.decoder), out=out)

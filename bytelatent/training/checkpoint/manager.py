@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bytelatent.data import Batch, Loader, ReadAhead
-from bytelatent.data.source import OtherFiles
+from bytelatent.data import Batch, Loader, PrefetchLoader
+from bytelatent.data.source import FilesChanged
 from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, find_corruption, manifest_of, whole_folder
 from bytelatent.run_folder import NoCheckpoint, checkpoint_name, checkpoints_of, newest_checkpoint
@@ -55,7 +55,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | Optimizers
-    loader: Loader | ReadAhead
+    loader: Loader | PrefetchLoader
     step: int = 0  # steps done
     bytes_seen: int = 0  # bytes of text predicted
     seconds: float = 0.0  # spent in steps
@@ -380,12 +380,12 @@ class CheckpointManager:
         """
         if len(files) == self.plan.data_world_size:
             own = torch.load(files[self.plan.data_rank], weights_only=True)
-            with suppress(OtherFiles):
+            with suppress(FilesChanged):
                 state.loader.load_state_dict(tensors_to_arrays(own["loader"]))
                 torch.set_rng_state(own["torch_random"])
                 return
         all_ranks = [torch.load(file, weights_only=True) for file in files]
-        log.info(state.loader.deal([tensors_to_arrays(own["loader"]) for own in all_ranks]))
+        log.info(state.loader.redistribute([tensors_to_arrays(own["loader"]) for own in all_ranks]))
 
 
 def arrays_to_tensors(value: Any) -> Any:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bytelatent.data import Batch
+from bytelatent.kernels.rotary import rotate
 from bytelatent.model import Block, CrossAttention, PatchedStream, Stream
-from bytelatent.model.attention import DenseMask, head_dim_of, rotate
+from bytelatent.model.attention import DenseMask, head_dim_of
 from bytelatent.model.block import Attention, Stack
 from bytelatent.training.distributed.fsdp import free_gathered_weights, full_tensor, local_part
 

@@ -25,13 +25,11 @@ from bytelatent.model import (
     pack_rows,
 )
 from bytelatent.model.loss import cross_entropy
-from bytelatent.training.clipping import clip
 from bytelatent.training.distributed.plan import apply_activation_checkpointing
 from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.float8 import Float8, to_float8
-from bytelatent.training.gradients import CapturedGradients, Gradients
-from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.settings import OptimizerSettings
+from bytelatent.training.gradients import CapturedGradients, Gradients, clip
+from bytelatent.training.optimizer import OptimizerSettings, build_optimizer
 
 DOCUMENT, PATCH_BYTES = 8192, 4.5
 SLOTS = 128  # the number of patch slots is a multiple of this

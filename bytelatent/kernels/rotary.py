@@ -1,0 +1,38 @@
+# pyright: reportInvalidTypeForm=false
+"""Rotary embeddings: pairs (2i, 2i+1) of every head rotated by angles that grow with the position.
+
+Source: Su et al. 2021, RoFormer.
+"""
+
+import torch
+from torch import Tensor
+
+from bytelatent.kernels.launch import tl, triton
+
+# Shapes: T positions, H heads, E head size
+
+
+def cos_sin(position_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each pair's angle, float32 [T, E/2] each."""
+    exponents = torch.arange(0, head_dim, 2, device=position_T.device, dtype=torch.float32) / head_dim
+    angles = position_T.float()[:, None] * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotary_embedding(position_T: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Cosine and sine together, float32 [T, E/2, 2]."""
+    return torch.stack(cos_sin(position_T, head_dim, theta), dim=-1)
+
+
+def rotate(x_THE: Tensor, rotary_TE2: Tensor) -> Tensor:
+    """Rotate each pair of every head by its position's angle; computed in float32, in the dtype of `x_THE`."""
+    pairs = x_THE.float().unflatten(-1, (-1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = rotary_TE2[..., 0][:, None], rotary_TE2[..., 1][:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_THE.dtype)
+
+
+@triton.jit
+def rotated(x, cos, sin, ROWS: tl.constexpr, E: tl.constexpr):
+    even, odd = tl.split(tl.reshape(x, [ROWS, E // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [ROWS, E])

@@ -1,0 +1,195 @@
+"""Before a BLT trains: the threshold for the wanted patch size, measured on a sample of its text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+
+from bytelatent.config import Settings
+from bytelatent.credentials import masked
+from bytelatent.data import DataSettings, Patcher, Piece, StoredCheck, cut, groups_of, stream_of
+from bytelatent.data.settings import SourceSettings
+from bytelatent.device import choose_device, choose_dtype
+from bytelatent.errors import UserError
+from bytelatent.files import whole_file
+from bytelatent.inference import FastEntropies
+from bytelatent.model import ByteLM
+from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
+from bytelatent.progress import Progress
+from bytelatent.text import MAX_ROW_BYTES, BadRows, Stored, find_files, read_documents
+from bytelatent.weights import fingerprint
+
+CALIBRATION = "calibration.json"
+SPREAD = 8  # text that is read for a sample, as a multiple of the sample
+SAMPLE_GROUP = 4096  # ids that the byte LM reads at once: few, so that a slow machine can stop in time
+
+
+class CalibrationSettings(Settings):
+    """Choose the threshold before training.
+
+    Attributes:
+        patch_bytes: the wanted mean size of a patch.
+        text_bytes: training text that it is measured on.
+    """
+
+    patch_bytes: float = Field(gt=1, le=10**6)
+    text_bytes: int = Field(default=1_000_000, ge=1)
+
+
+def calibrate_on(
+    byte_lm: ByteLM | None,
+    data: DataSettings,
+    settings: CalibrationSettings,
+    patching: PatchSettings,
+    device: str = "auto",
+    dtype: str = "auto",
+    limit: float | None = None,
+) -> Calibration:
+    """The threshold for a mean patch size on a sample of the training text, checked on the validation text.
+
+    Args:
+        byte_lm: gives the entropies; None where they are stored with the text.
+        data: the sources.
+        patching: of mode entropy; its threshold does not matter.
+        limit: seconds after which the rest of a sample is left out, of the training text and of the validation text.
+    """
+
+    def sampled(sources: list[SourceSettings], what: str) -> Sample:
+        rows = BadRows(data.max_bad_rows, "data.max_bad_rows"), data.max_row_bytes
+        with Progress(what, settings.text_bytes, limit) as progress:
+            return sample_entropies(
+                byte_lm, sources, data.context, patching, settings.text_bytes, device, dtype, *rows, progress
+            )
+
+    sample = sampled(data.train, "calibrating")
+    found = calibrate(sample.ids, sample.entropies, sample.position, settings.patch_bytes, patching)
+    held_out = None
+    if data.valid:
+        chosen = patching.model_copy(update={"threshold": found.threshold})
+        valid = sampled(data.valid, "calibrating, held-out text")
+        held_out = mean_patch_bytes(valid.ids, valid.entropies, valid.position, chosen)
+    return found.model_copy(
+        update={
+            "held_out_mean_patch_bytes": held_out,
+            "window": sample.window,
+            "data": ", ".join(masked(source.path) for source in data.train),
+            "byte_lm": sample.byte_lm,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text from all over the sources, packed, with its entropies."""
+
+    ids: torch.Tensor  # [T]
+    position: torch.Tensor  # [T]
+    entropies: torch.Tensor  # [T] nats
+    byte_lm: str  # fingerprint of the byte LM that they come from
+    window: int | None
+
+
+def sample_entropies(
+    byte_lm: ByteLM | None,
+    sources: Sequence[SourceSettings],
+    context: int,
+    patching: PatchSettings,
+    text_bytes: int,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    bad_rows: BadRows | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    progress: Progress | None = None,
+) -> Sample:
+    """Entropies of about `text_bytes` of text: those stored with it, else the byte LM's.
+
+    Args:
+        progress: shows how far it is; where its time is up, the rest of the text is left out.
+
+    Raises:
+        UserError: there is no text, or there are neither stored entropies nor a byte LM.
+    """
+    own_device = choose_device(device)
+    precision = choose_dtype(dtype, own_device)
+    mark = fingerprint(byte_lm) if byte_lm is not None else None
+    byte_lm = byte_lm.to(own_device) if byte_lm is not None else None
+    entropies_of = FastEntropies.where_possible(byte_lm, own_device, precision)
+    patcher = Patcher(patching, byte_lm, precision, mark, entropies_of)
+    stored: list[Stored] = []
+    check = StoredCheck(patcher)
+
+    def seen(found: Stored, file: str) -> None:
+        if found.rule is None:  # stored starts hold no entropies
+            check(found, file)
+            stored.append(found)
+
+    chosen = sample_pieces(sources, text_bytes, context, seen, bad_rows, max_row_bytes)
+    progress = progress or Progress("calibrating")
+    progress.total = sum(map(len, chosen))
+    pieces: list[Piece] = []
+    for group in progress.within(groups_of(chosen, SAMPLE_GROUP)):
+        pieces.extend(patcher(group))
+        progress.advance(sum(map(len, group)))
+    stream = stream_of(pieces)
+    entropies = torch.from_numpy(np.concatenate([p.entropies for p in pieces if p.entropies is not None]))
+    if byte_lm is not None:
+        return Sample(stream.ids, stream.position, entropies, str(mark), byte_lm.settings.window)
+    origin = stored[0] if stored else None
+    return Sample(
+        stream.ids, stream.position, entropies, origin.byte_lm if origin else "", origin.window if origin else None
+    )
+
+
+def sample_pieces(
+    sources: Sequence[SourceSettings],
+    text_bytes: int,
+    context: int,
+    check: Callable[[Stored, str], None] = lambda stored, file: None,
+    bad_rows: BadRows | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
+) -> list[Piece]:
+    """About `text_bytes` of text from all over the sources, by weight: the same pieces each time."""
+    random = np.random.default_rng(0)
+    total = sum(source.weight for source in sources)
+    sample: list[Piece] = []
+    for source in sources:
+        wanted = text_bytes * source.weight / total
+        read, pieces = 0, []
+        for file in random.permutation(find_files(source.path)):
+            for _, document in read_documents(str(file), source.text_key, check, bad_rows, max_row_bytes=max_row_bytes):
+                pieces.extend(cut(replace(document, starts=None), context))
+                read += len(document.text)
+                if read >= SPREAD * wanted:
+                    break
+            if read >= SPREAD * wanted:
+                break
+        random.shuffle(pieces)  # neighbours are alike: a sample from a wider stretch says more
+        sizes = np.cumsum([len(piece) for piece in pieces])
+        sample.extend(pieces[: int(np.searchsorted(sizes, wanted)) + 1])
+    if not sample:
+        if bad_rows is not None:
+            bad_rows.must_have_read()
+        raise UserError("data: there is no text to calibrate on: every document is empty")
+    random.shuffle(sample)  # so that any part of it is of all sources
+    return sample
+
+
+def write_calibration(run: Path, calibration: Calibration) -> None:
+    with whole_file(run / CALIBRATION) as aside:
+        aside.write_text(calibration.model_dump_json(indent=1), encoding="utf-8")
+
+
+def read_calibration(run: Path) -> Calibration | None:
+    """What an earlier start of the run measured; None if there was none.
+
+    Raises:
+        UserError: the file is corrupt.
+    """
+    path = run / CALIBRATION
+    try:
+        return Calibration.model_validate_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
+    except (ValidationError, UnicodeDecodeError):
+        raise UserError(f"'{path}' is damaged; remove it, and the same command calibrates again") from None
