@@ -79,7 +79,7 @@ class TrainArguments(Settings):
 
     A run of a minute, on text that Python brings:  `config=debug`
 
-    Settings: `--print-config` lists them all with their values and sources; docs/reference.md says what each means.
+    Settings: `--print-config` lists them all with their values and sources; docs/settings.md says what each means.
 
     Attributes:
         settings: config=FILE, or config=NAME of `blt configs`, and key=value.
