@@ -1,11 +1,11 @@
 """The command `blt`, also as `python -m bytelatent`."""
 
-from bytelatent import interrupt
+from bytelatent import signals
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `blt`, with the process's own arguments if none are given, and end the process."""
-    interrupt.listen()
+    signals.listen()
     from bytelatent.cli import main as run
 
     run(arguments)

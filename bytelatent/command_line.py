@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from bytelatent.config import Settings, flat, load_yaml, renamed, say_renamed, short, to_yaml
+from bytelatent.config import Settings, flat, load_yaml, renamed, say_renamed, short, to_yaml, union_members
 from bytelatent.configs import find_config
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
@@ -200,7 +200,7 @@ def _declared(model: type[Settings], key: str) -> list[Any]:
 def _within(kind: Any, name: str) -> list[Any]:
     """The types of the values called `name` in a value of this type."""
     found = []
-    for member in _members(kind):
+    for member in union_members(kind):
         origin = get_origin(member)
         if isinstance(member, type) and issubclass(member, Settings):
             found += [member.model_fields[name].annotation] if name in member.model_fields else []
@@ -209,15 +209,6 @@ def _within(kind: Any, name: str) -> list[Any]:
         elif origin in (list, tuple):  # a single one may stand for a list of one
             found += [inner for item in get_args(member) for inner in _within(item, name)]
     return found
-
-
-def _members(kind: Any) -> list[Any]:
-    """What a union is made of."""
-    if get_origin(kind) is Annotated:
-        return _members(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
-        return [member for inner in get_args(kind) for member in _members(inner)]
-    return [kind]
 
 
 def _is_text(kind: Any) -> bool:
@@ -232,7 +223,7 @@ def _is_number(kind: Any) -> bool:
 
 def _read(text: str, types: list[Any], key: str) -> Any:
     """A value as it was typed."""
-    members = [member for kind in types for member in _members(kind)]
+    members = [member for kind in types for member in union_members(kind)]
     texts = [_is_text(member) for member in members if member is not NoneType]
     if not (texts and all(texts)) and text[:1] + text[-1:] in ("[]", "{}"):
         try:
@@ -249,7 +240,7 @@ def _read(text: str, types: list[Any], key: str) -> Any:
 
 
 def _of_node(node: yaml.Node, types: list[Any], key: str) -> Any:
-    members = [member for kind in types for member in _members(kind)]
+    members = [member for kind in types for member in union_members(kind)]
     if isinstance(node, yaml.ScalarNode):
         return node.value if node.style else _scalar(node.value, members)
     if isinstance(node, yaml.SequenceNode):

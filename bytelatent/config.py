@@ -10,7 +10,8 @@ import sys
 import sysconfig
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, Self, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, ClassVar, ParamSpec, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +29,21 @@ _register = (
     getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
 )  # which OmegaConf < 2.4 has
 _register("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
+
+
+class Option:
+    """How the command line takes a field, where it is not `--its-name`.
+
+    Args:
+        names: the option's names.
+        is_argument: the field is an argument, not an option.
+    """
+
+    def __init__(self, *names: str, is_argument: bool = False):
+        self.names, self.is_argument = names, is_argument
+
+
+ARGUMENT = Option(is_argument=True)
 
 
 class Settings(BaseModel):
@@ -286,3 +302,12 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in get_args(annotation) for model in models_in(inner)]
+
+
+def union_members(kind: Any) -> list[Any]:
+    """The types of a union; the type itself if it is none."""
+    if get_origin(kind) is Annotated:
+        return union_members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [member for inner in get_args(kind) for member in union_members(inner)]
+    return [kind]

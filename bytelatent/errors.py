@@ -1,30 +1,37 @@
 """Errors that are the user's to mend, and how a command ends on them."""
 
 import difflib
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
 from bytelatent.credentials import masked
+from bytelatent.signals import STOPPED, Interrupted, ignore_interrupts
 from bytelatent.terminal import one_line, say
 
+__all__ = ["BAD_INPUT", "STOPPED", "Interrupted", "UserError", "guarded", "in_one_line", "nearest"]
+
 BAD_INPUT = 2
-# The exit code of work that stopped because it was asked to: it is not done, and the same command goes on with it.
-# Batch scripts of a cluster put a job that ends so back into the queue.
-STOPPED = 130
 
 
 class UserError(ValueError):
     """Bad input: a path, a key, a file. The message is one line naming the thing, the value and the way out.
 
     The command line prints it without a traceback and exits with code 2.
+
+    Attributes:
+        message: the line without the key.
+        key: the setting or argument that is wrong, in front of the line; empty if there is none.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, key: str = "") -> None:
         # A value that a user gave, or the message of a library, may hold line breaks, credentials, or steer a terminal.
-        super().__init__(in_one_line(message))
+        self.message, self.key = in_one_line(message), key
+        super().__init__(f"{key}: {self.message}" if key else self.message)
+
+    def with_key(self, key: str) -> "UserError":
+        """The same error about the setting that this one was part of or that had another name there."""
+        return UserError(self.message, key)
 
 
 def in_one_line(message: object) -> str:
@@ -38,10 +45,6 @@ def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) 
     return f"; did you mean '{within}{match[0]}'?" if match else ""
 
 
-class Interrupted(Exception):
-    """Work was asked to stop and did so in good order. The message says how to go on."""
-
-
 def guarded(call: Callable[[], Any]) -> None:
     """Run a command: bad input ends it with one clear line and exit code 2, a wish to stop with `STOPPED`."""
     try:
@@ -50,7 +53,6 @@ def guarded(call: Callable[[], Any]) -> None:
         say(f"error: {error}", sys.stderr)
         sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second press would only be a traceback on the way out
+        ignore_interrupts()  # a second press would only be a traceback on the way out
         say(f"stopped: {stop}" if str(stop) else "stopped", sys.stderr)
         sys.exit(STOPPED)

@@ -65,6 +65,11 @@ def configure(level: int = logging.INFO) -> None:
     LOGGER.setLevel(level if rank == "0" else max(level, logging.WARNING))
 
 
+def shows_bars() -> bool:
+    """Whether progress bars are shown: on a terminal, unless the command is quiet."""
+    return console.is_terminal and LOGGER.isEnabledFor(logging.INFO)
+
+
 class _FileHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 the name is logging's
         if not isinstance(sys.exc_info()[1], OSError):  # as on a full disk: work goes on without its log

@@ -49,7 +49,7 @@ class Progress:
         self.is_cut = False  # the limit ended the work
         self._began = self._shown = time.monotonic()
         self._bars: Bars | None = None
-        if bar and log.console.is_terminal and LOGGER.isEnabledFor(logging.INFO):
+        if bar and log.shows_bars():
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"))
             self._bars = Bars(*columns, console=log.console, transient=True)
             self._bars.add_task(what, total=1.0, status="")

@@ -1,6 +1,6 @@
-"""Signals that ask a command to stop, and output that nobody reads any more.
+"""Signals: Ctrl-C of a command, requests to stop a long training, and warnings of a cluster.
 
-Nothing heavy is imported here: it is there before torch is.
+Every signal handler of the package is set here. Nothing heavy is imported, because commands listen before they import.
 """
 
 import io
@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Self
 
-from bytelatent.errors import STOPPED, Interrupted
-
+# The exit code of work that stopped because it was asked to: it is not done, and the same command resumes it.
+# Batch scripts of a cluster requeue a job that ends with it.
+STOPPED = 130
 ONE_PRESS = 2.0  # seconds in which a second signal is the same one: a double press, or one that torchrun passes on
 NOT_SAVED = "without saving; the same command goes on from the last checkpoint, if there is one"
 STOPPING = "stopping after this step; press again to quit without saving"
@@ -22,6 +23,92 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Windows has onl
 WARNINGS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]  # SLURM's, to a job
 TERMINATED = -signal.SIGTERM  # exit code that subprocesses report
 PARENT = os.getppid()
+
+
+_working = False
+
+
+class Interrupted(Exception):
+    """Work was asked to stop and stopped in good order. The message says how to resume."""
+
+
+def listen() -> None:
+    """End the process with one line on Ctrl-C, also while modules are imported, unless the process ignores it.
+
+    An exception would not do: modules swallow it inside an import, or raise another one.
+    """
+    process = os.getpid()
+
+    def answer(number: int, frame: object) -> None:
+        if os.getpid() == process and (not _working or _is_importing(frame)):
+            os.write(2, b"stopped\n")
+            os._exit(STOPPED)
+        signal.default_int_handler(number, None)
+
+    with suppress(ValueError):  # not in the main thread
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, answer)
+
+
+def begin() -> None:
+    """Raise `KeyboardInterrupt` on Ctrl-C from now on: there is work that may have to clean up."""
+    global _working
+    _working = True
+
+
+def _is_importing(frame: object) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):  # pyright: ignore[reportAttributeAccessIssue]
+            return True
+        frame = frame.f_back  # pyright: ignore[reportAttributeAccessIssue]
+    return False
+
+
+def in_main_thread() -> bool:
+    """Whether this thread can set signal handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def ignore_interrupts() -> None:
+    """Ignore Ctrl-C: the parent process answers it, or this process ends already."""
+    if in_main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def leave_to_parent() -> None:
+    """Ignore Ctrl-C in a worker, and let SIGTERM end it."""
+    ignore_interrupts()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def handling(handlers: dict[int, Any]) -> Iterator[None]:
+    """Set signal handlers within a block. In another thread than the main one nothing is set."""
+    if not in_main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def noting_interrupts() -> Iterator[list[int]]:
+    """A list that is not empty any more once Ctrl-C was pressed.
+
+    An exception would be lost while Python forks: it only prints those of its callbacks.
+    """
+    pressed: list[int] = []
+    with handling({signal.SIGINT: lambda number, frame: pressed.append(number)}):
+        yield pressed
+
+
+def sigterm_interrupts() -> AbstractContextManager[None]:
+    """Let SIGTERM raise `KeyboardInterrupt` within a block, as Ctrl-C does."""
+    return handling({signal.SIGTERM: signal.default_int_handler})
 
 
 def stop_signals() -> list[int]:
@@ -32,11 +119,6 @@ def stop_signals() -> list[int]:
     return list(numbers.values())
 
 
-def ignore_interrupts() -> None:
-    """Leave Ctrl-C to the parent process: for worker processes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 class Handlers:
     """Handlers of the signals that ask to stop, until they are restored. Another thread than the main one has none."""
 
@@ -44,7 +126,7 @@ class Handlers:
         self._previous: dict[int, Any] = {}
 
     def set(self, handler: Callable[[int, Any], None]) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread():
             self._install(dict.fromkeys(self._previous or stop_signals(), handler))
 
     def restore(self) -> None:

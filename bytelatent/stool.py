@@ -2,12 +2,12 @@
 
 import sys
 
-from bytelatent import interrupt
+from bytelatent import signals
 from bytelatent.errors import guarded
 
 if __name__ == "__main__":
-    interrupt.listen()  # before the imports, which take seconds
+    signals.listen()  # before the imports, which take seconds
     from bytelatent.commands.launch import command
 
-    interrupt.begin()
+    signals.begin()
     guarded(lambda: command(sys.argv[1:]))

@@ -4,9 +4,11 @@ An escape sequence clears the screen, renames the window or answers on standard 
 override shows another text than there is.
 """
 
+import json
+import math
 import sys
 import unicodedata
-from typing import IO
+from typing import IO, Any
 
 KEPT = "\n\t\u200c\u200d"  # and the two joiners, which letters and emoji need
 STEERS = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi and other formats, halves of characters, line separators
@@ -30,6 +32,21 @@ def say(line: str, file: IO[str] | None = None) -> None:
     """Print a line, to standard output unless another file is given: safely to a terminal, elsewhere as it is."""
     place = file or sys.stdout
     print(safe(line) if place.isatty() else line, file=place, flush=True)
+
+
+def print_json(values: Any) -> None:
+    """Print values as JSON; a number that JSON cannot hold (NaN, infinity) is printed as null."""
+    say(json.dumps(_without_nan(values), allow_nan=False))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return value
 
 
 def _escaped(character: str) -> str:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from bytelatent import BLT
 from bytelatent.cli import main
-from bytelatent.cli.output import print_json
 from bytelatent.commands.evaluate import evaluate_model
 from bytelatent.patching import PatchSettings
+from bytelatent.terminal import print_json
 from bytelatent.weights import Config
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 

@@ -21,7 +21,7 @@ except BaseException:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["patch", "x", "--rule", "space"], ["info", "blt-1b"], ["train", "config=debug"]]
+    "arguments", [["patch", "x", "--mode", "space"], ["info", "blt-1b"], ["train", "config=debug"]]
 )
 def test_while_modules_are_imported(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(SLOW)

@@ -8,9 +8,9 @@ import bytelatent
 PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 LAYERS = [  # the lowest first
-    ["credentials", "terminal"],
+    ["credentials", "terminal", "signals"],
     ["errors", "log"],
-    ["vocab", "config", "configs", "files", "device", "progress", "signals", "interrupt", "kernels"],
+    ["vocab", "config", "configs", "files", "device", "progress", "kernels"],
     ["hub", "run_folder", "command_line"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "weights"],

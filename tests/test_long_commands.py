@@ -1,14 +1,12 @@
 """Progress of the commands that take minutes on a slow machine, on a clock that only work moves."""
 
 import gzip
-import io
 import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from bytelatent.commands.calibrate import calibrate_text
 from bytelatent.commands.evaluate import evaluate_model
@@ -39,22 +37,22 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
 
-def shown(console: Console) -> list[tuple[str, int, int, str, int]]:
+def shown(caplog: pytest.LogCaptureFixture) -> list[tuple[str, int, int, str, int]]:
     """What, percent, bytes done, how sure, bytes in all."""
-    assert isinstance(console.file, io.StringIO)
-    matches = [LINE.fullmatch(line) for line in console.file.getvalue().splitlines()]
+    matches = [LINE.fullmatch(line) for line in caplog.messages]
     assert all(matches)
     whole = [match.groups() for match in matches if match]
     return [(w, int(p), int(d.replace(",", "")), of, int(t.replace(",", ""))) for w, p, d, of, t, _ in whole]
 
 
 @pytest.mark.parametrize("max_bytes", [None, 15_000])
-def test_eval_says_how_far_it_is(tmp_path: Path, byte_lm: Path, max_bytes: int | None) -> None:
+def test_eval_says_how_far_it_is(
+    tmp_path: Path, byte_lm: Path, max_bytes: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "text.txt"
     path.write_text("All that there is to read, and more of it.\n" * 1000)
-    console = Console(file=io.StringIO(), width=200)
-    result = evaluate_model(str(byte_lm), [str(path)], None, max_bytes, "cpu", console)
-    lines = shown(console)
+    result = evaluate_model(str(byte_lm), [str(path)], None, max_bytes, "cpu")
+    lines = shown(caplog)
     assert len(lines) >= 4
     assert {(what, of, total) for what, _, _, of, total in lines} == {("measuring", "of about", max_bytes or 43_000)}
     assert lines[-1][1:3] == (100, result["num_bytes"])
@@ -64,21 +62,18 @@ def test_eval_says_how_far_it_is(tmp_path: Path, byte_lm: Path, max_bytes: int |
 
 
 def test_eval_knows_no_time_left_where_a_compressed_file_holds_more_than_was_guessed(
-    tmp_path: Path, byte_lm: Path
+    tmp_path: Path, byte_lm: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "text.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "%s"}\n' % (b"zip" * 5000)))
-    console = Console(file=io.StringIO(), width=200)
-    result = evaluate_model(str(byte_lm), [str(path)], None, None, "cpu", console)
-    assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue().splitlines()[-1] == f"measuring  {result['num_bytes']:,} bytes"
+    result = evaluate_model(str(byte_lm), [str(path)], None, None, "cpu")
+    assert caplog.messages[-1] == f"measuring  {result['num_bytes']:,} bytes"
 
 
-def test_calibrate_says_how_far_it_is(tmp_path: Path, byte_lm: Path) -> None:
+def test_calibrate_says_how_far_it_is(tmp_path: Path, byte_lm: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = write_text(tmp_path / "text.jsonl", seed=1, num_documents=300)
-    console = Console(file=io.StringIO(), width=200)
-    found, _ = calibrate_text([str(text)], 2.0, str(byte_lm), 20_000, device="cpu", console=console)
-    lines = shown(console)
+    found, _ = calibrate_text([str(text)], 2.0, str(byte_lm), 20_000, device="cpu")
+    lines = shown(caplog)
     assert len(lines) >= 4
     assert {(what, of) for what, _, _, of, _ in lines} == {("calibrating", "of")}
     assert lines[-1][1] == 100

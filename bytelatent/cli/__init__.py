@@ -1,55 +1,42 @@
-"""`blt VERB`: one small function a verb, no logic.
+"""`blt VERB`: options made from the settings of each verb."""
 
-The verbs stand by their subject: `text` makes text ready, `training` trains, `using` runs models, `weights` converts
-and describes them, `bench` measures the machine. Here they become one command.
-"""
-
+import logging
 import os
 import sys
 from collections.abc import Callable
-from functools import wraps
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 import typer.rich_utils
 
-from bytelatent import __version__, interrupt, log
-from bytelatent.cli import bench, text, training, using, weights
+from bytelatent import __version__, log, signals
+from bytelatent.cli.options import verb_of
+from bytelatent.commands import settings
+from bytelatent.config import Settings
 from bytelatent.errors import Interrupted, guarded
 from bytelatent.log import Console
+from bytelatent.prepare import PrepareSettings
 from bytelatent.terminal import safe, say
 
-VERBS = {  # as the help lists them
-    "demo": training.demo,
-    "prepare": text.prepare,
-    "train": training.train,
-    "configs": training.configs,
-    "runs": training.runs,
-    "launch": training.launch,
-    "calibrate": text.calibrate,
-    "entropies": text.entropies,
-    "eval": using.evaluate,
-    "generate": using.generate,
-    "patch": using.patch,
-    "convert": weights.convert,
-    "export": weights.export,
-    "info": weights.info,
+# The settings and the module in `commands` of each verb, in the order in which the help lists them.
+VERBS: dict[str, tuple[type[Settings], str]] = {
+    "demo": (settings.DemoSettings, "demo"),
+    "prepare": (PrepareSettings, "prepare"),
+    "train": (settings.TrainArguments, "train"),
+    "configs": (settings.ConfigsSettings, "configs"),
+    "runs": (settings.RunsSettings, "runs"),
+    "launch": (settings.LaunchArguments, "launch"),
+    "calibrate": (settings.CalibrateSettings, "calibrate"),
+    "entropies": (settings.EntropiesSettings, "entropies"),
+    "eval": (settings.EvaluateSettings, "evaluate"),
+    "generate": (settings.GenerateSettings, "generate"),
+    "patch": (settings.PatchesSettings, "patch"),
+    "convert": (settings.ConvertSettings, "convert"),
+    "export": (settings.ExportSettings, "export"),
+    "info": (settings.InfoSettings, "info"),
 }
-
-
-def _stoppable(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb, so that Ctrl-C ends it in one line: typer would end it without a word."""
-
-    @wraps(verb)
-    def run(*arguments: Any, **options: Any) -> None:
-        interrupt.begin()
-        try:
-            verb(*arguments, **options)
-        except KeyboardInterrupt as stop:
-            raise Interrupted(str(stop)) from None
-
-    return run
-
+BENCHMARKS: dict[str, tuple[type[Settings], str]] = {"train": (settings.BenchTrainSettings, "bench")}
 
 app = typer.Typer(
     name="blt",
@@ -59,13 +46,30 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, verb in VERBS.items():
-    app.command(name)(verb)
-app.add_typer(bench.app, name="bench")
+bench = typer.Typer(help="Measure this machine.\n\nExample:  `blt bench train demo-blt`", no_args_is_help=True)
 
-for command in [*app.registered_commands, *bench.app.registered_commands]:
-    assert command.callback is not None
-    command.callback = _stoppable(command.callback)
+
+def _running(module: str) -> Callable[[Any], None]:
+    """Run a verb. Ctrl-C ends it in one line: typer would end it without a word."""
+
+    def run(given: Any) -> None:
+        signals.begin()
+        try:
+            import_module(f"bytelatent.commands.{module}").run(given)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(str(stop)) from None
+
+    return run
+
+
+def _log_level(quiet: bool, verbose: bool) -> None:
+    log.configure(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+for group, verbs in ((app, VERBS), (bench, BENCHMARKS)):
+    for name, (model, module) in verbs.items():
+        group.command(name)(verb_of(model, _running(module), _log_level))
+app.add_typer(bench, name="bench")
 
 
 def _version(asked: bool) -> None:

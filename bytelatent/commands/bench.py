@@ -1,25 +1,25 @@
 """How fast this machine trains a model: `blt bench train`."""
 
 import gc
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field, field_validator
 from rich import box
 from rich.table import Table
 
-from bytelatent.config import Settings
+from bytelatent.commands.settings import BenchTrainSettings
 from bytelatent.device import choose_device, choose_dtype, free_memory, is_out_of_memory, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ModelSettings, preset
 from bytelatent.model.flops import costs, training_flops
+from bytelatent.terminal import print_json
 from bytelatent.training.checks import check_cuda_graph
-from bytelatent.training.distributed.settings import ActivationCheckpointing
-from bytelatent.training.float8 import Float8, check_float8
+from bytelatent.training.float8 import check_float8
 from bytelatent.training.optimizer import OptimizerSettings
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
@@ -35,6 +35,7 @@ from bytelatent.training.profiling.measure import (
     seconds_of,
 )
 
+LOGGER = logging.getLogger(__name__)
 SIZES = {"cuda": [16_384, 65_536], "mps": [4096, 16_384], "cpu": [2048, 8192]}
 # What an optimizer step moves for a weight in float32: AdamW reads it, its gradient and two moments and writes three
 # of them; clipping reads the gradient for its norm, then reads and writes it.
@@ -44,40 +45,8 @@ KEPT_A_WEIGHT = 2 * 4  # a weight and its gradient
 Found = TypeVar("Found")
 
 
-class BenchTrainSettings(Settings):
-    """What to measure.
-
-    Attributes:
-        model: a preset's name.
-        bytes: of a batch, one or several sizes; None: two that suit the device.
-        cuda_graph, float8, device, dtype: as in training.
-    """
-
-    model: str
-    bytes: list[Annotated[int, Field(ge=1)]] | None = None
-    cuda_graph: bool = False
-    float8: Float8 | None = None
-    checkpointing: ActivationCheckpointing = "none"
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-    @field_validator("bytes", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        """Several sizes with commas."""
-        if not isinstance(value, str):
-            return value
-        try:
-            sizes = [int(size) for size in value.split(",")]
-        except ValueError:
-            sizes = [0]
-        if not 1 <= min(sizes) <= max(sizes) <= 10**16:  # more, and numbers overflow before memory is asked for
-            raise ValueError(f"'{value}' is no size of a batch; write a number, or several with commas: 16384,65536")
-        return sizes
-
-
 @dataclass(frozen=True)
-class Row:
+class Speed:
     """A line of the table.
 
     Attributes:
@@ -116,12 +85,12 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Report:
+class Benchmark:
     title: str
     matrix_flops: float  # a second, measured
     copied_bytes: float  # a second, read and written
     stated_peak: float | None
-    rows: list[Row]
+    rows: list[Speed]
     splits: list[Split]
     too_large: list[str]  # a line for each that memory did not hold
 
@@ -143,20 +112,28 @@ class Report:
             _say(console, line)
 
 
-def bench_train(settings: BenchTrainSettings, console: Console) -> Report:
+def run(settings: BenchTrainSettings) -> None:
+    report = bench_train(settings)
+    if settings.as_json:
+        print_json(report.plain())
+    else:
+        report.show(Console())
+
+
+def bench_train(settings: BenchTrainSettings) -> Benchmark:
     """Measure gradients and steps of a preset.
 
     Args:
-        console: for lines about what is being measured.
 
     Raises:
         UserError: there is no such preset or device, or it cannot have float8.
     """
     model, device = preset(settings.model), choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    if settings.float8 is not None and not isinstance(model, BLTSettings):
+    float8 = "rowwise" if settings.float8 else None
+    if float8 is not None and not isinstance(model, BLTSettings):
         raise UserError(f"float8 is for the global transformer, and '{settings.model}' has none; leave it out")
-    check_float8(settings.float8, device, dtype)
+    check_float8(float8, device, dtype)
     check_cuda_graph(settings.cuda_graph, device)
     _check_memory(settings.model, model, device)
     plan = TrainingSetup(
@@ -164,16 +141,16 @@ def bench_train(settings: BenchTrainSettings, console: Console) -> Report:
         device,
         dtype,
         compiled=device.type == "cuda",
-        float8=settings.float8,
+        float8=float8,
         checkpointing=settings.checkpointing,
         captured=settings.cuda_graph,
     )
     title, peak = _title(settings.model, plan), peak_flops(device, dtype)
-    report = Report(title, matrix_rate(device, dtype), copy_rate(device), peak, [], [], [])
+    report = Benchmark(title, matrix_rate(device, dtype), copy_rate(device), peak, [], [], [])
     for kind in ("dense", "rows") if _has_tables(model) else (None,):
         _let_go(plan)
         of_kind = replace(plan, optimizer=OptimizerSettings(hash_gradients=kind or "dense"))
-        _measure(of_kind, kind, settings.bytes or SIZES[device.type], report, console)
+        _measure(of_kind, kind, settings.bytes or SIZES[device.type], report)
     return report
 
 
@@ -196,7 +173,7 @@ def _check_memory(name: str, model: ModelSettings, device: torch.device) -> None
         )
 
 
-def _measure(plan: TrainingSetup, kind: str | None, sizes: list[int], report: Report, console: Console) -> None:
+def _measure(plan: TrainingSetup, kind: str | None, sizes: list[int], report: Benchmark) -> None:
     """Add to the report what one kind of hash gradients takes."""
     hashed = f", {kind} hash gradients" if kind else ""
     trainee = _where_it_fits(plan, partial(SyntheticTraining, plan))
@@ -209,7 +186,7 @@ def _measure(plan: TrainingSetup, kind: str | None, sizes: list[int], report: Re
     for size in sizes:
         for work in ("gradients", "step"):
             what = f"{'a step' if work == 'step' else work} of {size:,} bytes{hashed}"
-            _say(console, f"measuring: {what}")
+            LOGGER.info(f"measuring: {what}")
             row = _where_it_fits(plan, partial(_row, trainee, kind, size, work, report))
             trainee.model.zero_grad(set_to_none=True)
             if row is None:
@@ -221,7 +198,7 @@ def _measure(plan: TrainingSetup, kind: str | None, sizes: list[int], report: Re
         report.splits.extend(_where_it_fits(plan, partial(_split, trainee, kind, largest, report)) or [])
 
 
-def _row(trainee: SyntheticTraining, kind: str | None, size: int, work: str, report: Report) -> Row:
+def _row(trainee: SyntheticTraining, kind: str | None, size: int, work: str, report: Benchmark) -> Speed:
     plan = trainee.setup
     stream, targets = random_batch(size, plan.device, isinstance(plan.model, BLTSettings))
     if plan.compiled:
@@ -233,7 +210,7 @@ def _row(trainee: SyntheticTraining, kind: str | None, size: int, work: str, rep
     seconds = seconds_of(call, plan.device, warm=1 if on_cpu else 3, limit=2.0 if on_cpu else 20.0)
     patches = num_patches(stream)
     flops = training_flops(plan.model, size / patches if patches else 1.0, min(size, DOCUMENT)) * size / seconds
-    return Row(
+    return Speed(
         kind,
         size,
         work,
@@ -246,7 +223,7 @@ def _row(trainee: SyntheticTraining, kind: str | None, size: int, work: str, rep
     )
 
 
-def _split(trainee: SyntheticTraining, kind: str | None, size: int, report: Report) -> list[Split]:
+def _split(trainee: SyntheticTraining, kind: str | None, size: int, report: Benchmark) -> list[Split]:
     """Where the time of a step goes; nothing where torch cannot say."""
     plan = trainee.setup
     stream, targets = random_batch(size, plan.device, isinstance(plan.model, BLTSettings))
@@ -313,8 +290,8 @@ def _title(name: str, plan: TrainingSetup) -> str:
     return "; ".join(words)
 
 
-def _speeds(title: str, rows: list[Row]) -> Table:
-    columns: dict[str, Callable[[Row], str]] = {
+def _speeds(title: str, rows: list[Speed]) -> Table:
+    columns: dict[str, Callable[[Speed], str]] = {
         "bytes": lambda row: f"{row.num_bytes:,}",
         "work": lambda row: row.work,
         "ms": lambda row: f"{row.seconds * 1e3:,.1f}",

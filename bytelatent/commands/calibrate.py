@@ -2,16 +2,25 @@
 
 from pathlib import Path
 
+from bytelatent.commands.settings import CalibrateSettings
 from bytelatent.credentials import masked
 from bytelatent.data import DataSettings
 from bytelatent.device import choose_device
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.progress import Progress
 from bytelatent.report import figure_format, write_threshold_figure
+from bytelatent.terminal import say
 from bytelatent.text import MAX_ROW_BYTES, BadRows
-from bytelatent.text.bad_rows import MAX_BAD_ROWS
+from bytelatent.text.bad_rows import MAX_BAD_ROWS, must_have_read
 from bytelatent.training import sample_entropies
 from bytelatent.weights import load_byte_lm_and_context
+
+
+def run(settings: CalibrateSettings) -> None:
+    given = settings.model_dump()
+    found, unread = calibrate_text(given.pop("text"), given.pop("patch_bytes"), **given)
+    say(found.model_dump_json(indent=1))
+    must_have_read(unread)
 
 
 def calibrate_text(
@@ -48,7 +57,7 @@ def calibrate_text(
         figure_format(figure)
     sources = [{"path": path, "text_key": text_key} for path in text]
     data = DataSettings.parse({"train": sources, "max_bad_rows": max_bad_rows, "max_row_bytes": max_row_bytes})
-    rule = PatchSettings(mode="entropy", threshold=0.0)
+    patching = PatchSettings(mode="entropy", threshold=0.0)
     # In pieces as in its training, and as `blt entropies` reads it; entropies that are stored were computed so.
     byte_lm, context = (None, data.context) if model is None else load_byte_lm_and_context(model)
     bad = BadRows(data.max_bad_rows)
@@ -57,16 +66,16 @@ def calibrate_text(
             byte_lm,
             data.train,
             context,
-            rule,
+            patching,
             max_bytes,
             place,
             bad_rows=bad,
             max_row_bytes=data.max_row_bytes,
             progress=progress,
         )
-    found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, rule)
+    found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, patching)
     if figure is not None:
-        thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, rule)
+        thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, patching)
         write_threshold_figure(figure, thresholds, sizes, (found.threshold, found.mean_patch_bytes))
     origin = {"window": sample.window, "byte_lm": sample.byte_lm, "data": ", ".join(masked(text))}
     return found.model_copy(update=origin), bad.unread

@@ -1,38 +1,41 @@
 """Models from one format to another."""
 
+import logging
 from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from bytelatent import log
+from bytelatent.commands.settings import ConvertSettings
 from bytelatent.errors import Interrupted
-from bytelatent.log import Console
+from bytelatent.terminal import say
 from bytelatent.weights import check_target, convert, open_pretrained
 
+LOGGER = logging.getLogger(__name__)
 
-def convert_model(
-    source: str,
-    target: str,
-    format: str,
-    entropy: str | None,
-    revision: str | None,
-    licence: str | None,
-    console: Console,
-) -> Path:
+
+def run(settings: ConvertSettings) -> None:
+    say(str(convert_model(settings)))
+
+
+def convert_model(settings: ConvertSettings) -> Path:
     """Write a model in another format; its weights pass through in pieces, so that memory does not limit its size.
 
     Raises:
         UserError: the model is not there or not whole, or the format has no room for one of its settings.
         Interrupted: by Ctrl-C; nothing is written then.
     """
-    check_target(Path(target), format, licence)
-    found = open_pretrained(source, entropy, revision)
-    for line in (found.in_a_line(), *found.warnings):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    target = Path(settings.target)
+    check_target(target, settings.to, settings.licence)
+    found = open_pretrained(settings.source, settings.entropy_model, settings.revision)
+    LOGGER.info(found.in_a_line())
+    for line in found.warnings:
+        LOGGER.warning(line)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=log.console, transient=True, disable=not log.shows_bars()) as progress:
         task = progress.add_task("", total=found.num_bytes)
         try:
-            convert(found, Path(target), format, licence, lambda written: progress.advance(task, written))
+            convert(found, target, settings.to, settings.licence, lambda written: progress.advance(task, written))
         except KeyboardInterrupt:
             raise Interrupted(f"'{target}' was not written; the same command begins again") from None
-    return Path(target)
+    return target

@@ -1,7 +1,7 @@
 """The byte LM's entropies stored beside text, by one process or by many."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from bytelatent import log
 from bytelatent.command_line import Given
+from bytelatent.commands.settings import EntropiesSettings
 from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.inference import FastEntropies
-from bytelatent.log import Console
 from bytelatent.model import ByteLM
 from bytelatent.patching import PatchSettings
 from bytelatent.report.amounts import amount_of_bytes
+from bytelatent.terminal import say
 from bytelatent.weights import fingerprint, load_byte_lm_and_context
 
 BATCH_BYTES = 131_072  # fills a data-centre GPU
@@ -26,88 +28,69 @@ BATCH_BYTES_WITHOUT_WINDOW = 2048  # there the mask takes time by the square of 
 
 
 @dataclass(frozen=True)
-class Part:
-    """Which of the processes that share the files this one is."""
+class Share:
+    """This process among those that divide the files."""
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int = 0  # among those of this machine
 
 
-def entropies_beside(
-    sources: Sequence[str],
-    model: str,
-    out: str,
-    starts: float | None,
-    rule: str | None,
-    context: int | None,
-    batch_bytes: int | None,
-    text_key: str,
-    max_bad_rows: int,
-    max_row_bytes: int,
-    device: str,
-    dtype: str,
-    rank: int | None,
-    world: int | None,
-    console: Console,
-) -> Summary:
-    """Store the entropies of a byte LM, or the patch starts of a rule, beside the text of the sources.
+def run(settings: EntropiesSettings) -> None:
+    say(line_about(store_beside(settings), settings.out))
 
-    Args:
-        starts: the threshold of the plain entropy rule, whose starts are stored.
-        rule: any entropy rule, as key=value,key=value.
-        context: ids that the byte LM reads at once; None for as many as in its training.
-        batch_bytes: ids in a batch; None for as many as suit the device.
-        rank, world: the part that is this process's; None to ask torchrun and SLURM.
+
+def store_beside(given: EntropiesSettings) -> Summary:
+    """Store the entropies of a byte LM, or its patch starts, beside the text.
 
     Raises:
-        UserError: the model, the text, the folder or a value will not do.
+        UserError: the model, the text, the folder or a value is wrong.
         Interrupted: Ctrl-C.
     """
-    part = part_of(rank, world, os.environ)
-    place = choose_device(_own_device(device, part))
-    byte_lm, trained_context = load_byte_lm_and_context(model)
+    part = part_of(given.rank, given.world_size, os.environ)
+    place = choose_device(_own_device(given.device, part))
+    byte_lm, trained_context = load_byte_lm_and_context(given.model)
     byte_lm = byte_lm.to(place).eval()
-    context = trained_context if context is None else context
+    context = trained_context if given.context is None else given.context
+    batch_bytes = given.batch_bytes
     if batch_bytes is None:
         batch_bytes = max(context, batch_bytes_for(byte_lm, place))
     values: dict[str, Any] = {
         "context": context,
         "batch_bytes": batch_bytes,
-        "text_key": text_key,
-        "max_bad_rows": max_bad_rows,
-        "max_row_bytes": max_row_bytes,
-        "dtype": dtype,
-        "patching": _rule(starts, rule),
+        "text_key": given.text_key,
+        "max_bad_rows": given.max_bad_rows,
+        "max_row_bytes": given.max_row_bytes,
+        "dtype": given.dtype,
+        "patching": _patching(given.starts, given.patching),
     }
     settings = EntropySettings.parse(values, "entropies")
-    # Bars of several processes would write over each other.
-    hidden = part.rank != 0 or not console.is_terminal
+    hidden = part.rank != 0 or not log.shows_bars()  # bars of several processes would write over each other
     columns = (
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[done]} of text, {task.fields[speed]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+    with Progress(*columns, console=log.console, transient=True, disable=hidden) as progress:
         bar = Bar(progress)
         try:
             return store_entropies(
                 byte_lm,
                 fingerprint(byte_lm),
-                sources,
-                out,
+                given.text,
+                given.out,
                 settings,
                 part.rank,
-                part.world,
+                part.world_size,
                 entropies_of=FastEntropies.where_possible(byte_lm, place, choose_dtype(settings.dtype, place)),
                 on_start=bar.start,
                 on_progress=bar.advance,
             )
         except KeyboardInterrupt:
-            if not any(Path(out).expanduser().rglob("*.parquet")):
-                raise Interrupted(f"no file of '{out}' is finished yet; the same command begins again") from None
-            raise Interrupted(f"finished files stand in '{out}'; the same command goes on from there") from None
+            if not any(Path(given.out).expanduser().rglob("*.parquet")):
+                raise Interrupted(f"no file of '{given.out}' is finished yet; the same command begins again") from None
+            raise Interrupted(f"finished files are in '{given.out}'; the same command resumes") from None
 
 
 def batch_bytes_for(byte_lm: ByteLM, device: torch.device) -> int:
@@ -150,55 +133,59 @@ def line_about(summary: Summary, out: str) -> str:
     return f"{summary.num_bytes:,} bytes in {summary.seconds:.1f} s ({speed}/s), {mean} -> {out}"
 
 
-def part_of(rank: int | None, world: int | None, environment: Mapping[str, str]) -> Part:
+def part_of(rank: int | None, world_size: int | None, environment: Mapping[str, str]) -> Share:
     """The part that is this process's: as given, else as torchrun or SLURM say, else all.
 
     The tasks of a job step (`srun`) divide the files, and so do the jobs of an array. Outside a job step, as in a batch
     script, one process runs, however many tasks the job may have.
 
     Raises:
-        UserError: only one of rank and world is given, or they do not go together.
+        UserError: only one of rank and world size is given, or they do not go together.
     """
 
     def number(name: str, otherwise: int) -> int:
         try:
             return int(environment.get(name) or otherwise)
         except ValueError:
-            raise UserError(f"{name}: '{environment[name]}' is no number; give --rank and --world") from None
+            raise UserError(f"{name}: '{environment[name]}' is no number; give --rank and --world-size") from None
 
     local_rank = number("LOCAL_RANK", number("SLURM_LOCALID", 0))
-    if rank is not None or world is not None:
-        if rank is None or world is None:
-            raise UserError("--rank and --world belong together: --rank 0 --world 4 is the first of four parts")
-        part = Part(rank, world, local_rank)
+    if rank is not None or world_size is not None:
+        if rank is None or world_size is None:
+            raise UserError(
+                "--rank and --world-size belong together: --rank 0 --world-size 4 is the first of four parts"
+            )
+        part = Share(rank, world_size, local_rank)
     elif "RANK" in environment and "WORLD_SIZE" in environment:
-        part = Part(number("RANK", 0), number("WORLD_SIZE", 1), local_rank)
+        part = Share(number("RANK", 0), number("WORLD_SIZE", 1), local_rank)
     else:
         is_step = environment.get("SLURM_STEP_ID") and environment.get("SLURM_PROCID")
         tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1)) if is_step else 1
         task, jobs = number("SLURM_PROCID", 0) if is_step else 0, number("SLURM_ARRAY_TASK_COUNT", 1)
         first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
         job = (number("SLURM_ARRAY_TASK_ID", first) - first) // step if jobs > 1 else 0
-        part = Part(job * tasks + task, jobs * tasks, local_rank)
-    if not 0 <= part.rank < part.world:
-        raise UserError(f"rank {part.rank} of {part.world}: ranks are numbered from 0; give --rank and --world")
+        part = Share(job * tasks + task, jobs * tasks, local_rank)
+    if not 0 <= part.rank < part.world_size:
+        raise UserError(
+            f"rank {part.rank} of {part.world_size}: ranks are numbered from 0; give --rank and --world-size"
+        )
     return part
 
 
-def _own_device(name: str, part: Part) -> str:
+def _own_device(name: str, part: Share) -> str:
     """Each process of a machine takes a GPU of its own."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{part.local_rank % torch.cuda.device_count()}"
     return name
 
 
-def _rule(starts: float | None, rule: str | None) -> PatchSettings | None:
-    if starts is not None and rule is not None:
-        raise UserError("--starts and --rule are two ways to name a rule; give one of them")
+def _patching(starts: float | None, patching: str | None) -> PatchSettings | None:
+    if starts is not None and patching is not None:
+        raise UserError("--starts and --patching both name patching settings; give one of them")
     if starts is not None:
         return PatchSettings.parse({"mode": "entropy", "threshold": starts}, "--starts")
-    if rule is None:
+    if patching is None:
         return None
     given = Given(PatchSettings)
-    given.lay_over([part.strip() for part in rule.split(",")])
-    return PatchSettings.parse(given.values, "--rule")
+    given.lay_over([part.strip() for part in patching.split(",")])
+    return PatchSettings.parse(given.values, "--patching")

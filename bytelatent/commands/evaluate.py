@@ -6,22 +6,35 @@ from typing import Any
 
 import torch
 
+from bytelatent.commands.settings import EvaluateSettings
 from bytelatent.data import Patcher, SourceSettings, batches_once
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.progress import Progress
+from bytelatent.terminal import print_json, say
 from bytelatent.text import MAX_ROW_BYTES, BadRows, find_files
-from bytelatent.text.bad_rows import MAX_BAD_ROWS
+from bytelatent.text.bad_rows import MAX_BAD_ROWS, must_have_read
 from bytelatent.text.formats import FileKind, kind_of
 from bytelatent.text.streams import size_of
 from bytelatent.weights import load
 
 
+def run(settings: EvaluateSettings) -> None:
+    given = settings.model_dump(exclude={"as_json"})
+    result = evaluate_model(**given)
+    if settings.as_json:
+        print_json(result)
+    else:
+        patches = "" if result["mean_patch_bytes"] is None else f"  {result['mean_patch_bytes']:.2f} bytes per patch"
+        say(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
+    must_have_read(result["unread"])
+
+
 def evaluate_model(
     model: str,
     text: list[str],
-    entropy: str | None,
+    entropy_model: str | None,
     max_bytes: int | None,
     device: str,
     text_key: str = "text",
@@ -42,11 +55,11 @@ def evaluate_model(
         UserError: the model or the text is not there, or there are too many bad rows.
     """
     place = choose_device(device)
-    found = load(model, entropy, device=place)
+    found = load(model, entropy_model, device=place)
     patcher = None
     if found.config.patching is not None:
         if found.config.patching.needs_entropies and found.byte_lm is None:
-            raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --entropy")
+            raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --entropy-model")
         # In float32, however it is stored: the same patches as those of `BLT`.
         patcher = Patcher(found.config.patching, found.byte_lm.to(torch.float32) if found.byte_lm else None)
     sources = [SourceSettings.parse({"path": path, "text_key": text_key}) for path in text]
@@ -62,7 +75,7 @@ def evaluate_model(
             bad.must_have_read()  # names a file, where the other says that there was no text
             raise
     if not math.isfinite(result.bits_per_byte):
-        raise UserError(f"eval: '{model}' gives {result.bits_per_byte} bits per byte; its weights are damaged")
+        raise UserError(f"eval: '{model}' gives {result.bits_per_byte} bits per byte; its weights are corrupt")
     return {"model": found.source, **asdict(result), "bad_rows": bad.count, "unread": bad.unread}
 
 

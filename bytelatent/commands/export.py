@@ -1,20 +1,28 @@
 """The model of any checkpoint, also of one that several processes wrote in parts."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from bytelatent.commands.settings import ExportSettings
 from bytelatent.errors import UserError
 from bytelatent.files import find_corruption
-from bytelatent.log import Console
 from bytelatent.run_folder import checkpoints_of, newest_checkpoint
+from bytelatent.terminal import say
 from bytelatent.training.checkpoint.storage import open_stored
 from bytelatent.weights import check_target, open_pretrained, write_model
 from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run
 
+LOGGER = logging.getLogger(__name__)
 
-def export(run: str, step: int | None, out: str, console: Console | None = None) -> Path:
+
+def run(settings: ExportSettings) -> None:
+    say(str(export_checkpoint(settings.run, settings.step, settings.out)))
+
+
+def export_checkpoint(run: str, step: int | None, out: str) -> Path:
     """Write a checkpoint's model in our format, in the memory of its largest tensor, and read it before it appears.
 
     Args:
@@ -32,9 +40,9 @@ def export(run: str, step: int | None, out: str, console: Console | None = None)
     byte_lm = NATIVE.open(folder / BYTE_LM) if (folder / BYTE_LM).is_dir() else None
     config = stored.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)})
     stored = replace(stored, config=config, byte_lm=byte_lm)
-    if console is not None:
-        for line in (*lines, stored.in_a_line()):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in lines:
+        LOGGER.warning(line)
+    LOGGER.info(stored.in_a_line())
 
     def compare(aside: Path) -> None:
         again = open_pretrained(aside)

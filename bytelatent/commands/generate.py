@@ -3,9 +3,8 @@
 python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.temperature=0.7
 """
 
-import signal
+import logging
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,92 +13,52 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import torch
-from pydantic import Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bytelatent import log, terminal
 from bytelatent.command_line import from_command_line
 from bytelatent.commands.rows_out import line_of, must_be_free, rows_at
-from bytelatent.config import Settings, flat
+from bytelatent.commands.settings import GenerateSettings
+from bytelatent.config import flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest
 from bytelatent.files import partial_path
 from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
-from bytelatent.inference.quantize import Weights, check_quantize
-from bytelatent.inference.sampling import MAX_BATCH_SIZE, MAX_NEW_BYTES, MAX_SAMPLES
+from bytelatent.inference.quantize import check_quantize
+from bytelatent.inference.settings import MAX_BATCH_SIZE
 from bytelatent.inference.step import check_draft_length, engine_for
-from bytelatent.log import Console
+from bytelatent.signals import sigterm_interrupts
 from bytelatent.text.documents import json_value
 from bytelatent.text.formats import JSONL, TEXT, readable_kind
 from bytelatent.text.streams import BYTE_ORDER_MARK, TextReader, readable
 from bytelatent.weights import open_pretrained
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
-FREE = {"jsonl", "out", "rows", "ahead", "device"}  # settings that may differ when a file is gone on with
+FREE = {"jsonl", "out", "batch_size", "draft_length", "device"}  # settings that may differ when a file is gone on with
 OF_A_ROW = {"prompt", "max_new_bytes", *Sampling.model_fields}
 SAMPLES_AT_ONCE = 64  # of one prompt
-TOLD = {"text", "ended", "log_probabilities", "samples"}  # keys of what comes out
+GENERATED = {"text", "ended", "log_probabilities", "samples"}  # keys of what comes out
 
 
-class GenerateSettings(Settings):
-    """What to continue, with which model, and how.
-
-    Attributes:
-        model: a run, a folder with a model, or OWNER/NAME on the hub.
-        entropy: its byte LM, if it stands neither inside nor beside it.
-        prompt: the text to continue; `file`: a file that holds it.
-        jsonl: a file of rows with `prompt` (and, if they like, `max_new_bytes` and settings of the sampling), plain,
-            .gz or .zst; `-` is standard input. They are continued many at once.
-        out: the file that rows go to, in the order of `jsonl`; standard output if left out. It may not hold anything
-            yet. Until the last row is done they are in `OUT.part`, after whose rows the same settings go on.
-        samples: continuations of each prompt.
-        rows: sequences on their way at once.
-        log_probabilities: tell those of each byte in the rows that come out.
-        weights: `int8` or `fp8` rounds the model's large matrices to a byte a number.
-        ahead: bytes of a sequence a step at most; the local models draft all but the first. The bytes are the same.
-    """
-
-    model: str = "runs/demo"
-    entropy: str | None = None
-    prompt: str | None = None
-    file: Path | None = None
-    jsonl: str | None = None
-    out: Path | None = None
-    max_new_bytes: int = Field(default=200, ge=1, le=MAX_NEW_BYTES)
-    samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
-    rows: int = Field(default=16, ge=1, le=10**6)
-    sampling: Sampling = Sampling()
-    log_probabilities: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    weights: Weights = "full"
-    ahead: int = 1
+LOGGER = logging.getLogger(__name__)
 
 
-def generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
+def run(settings: GenerateSettings) -> None:
+    generate(settings, sys.stdout.buffer)
+
+
+def generate(settings: GenerateSettings, out: BinaryIO) -> None:
     """Continue a prompt, shown with what is added to it byte by byte, or the prompts of a file, row by row.
 
     Raises:
         UserError: the model or the prompts are not there, a row will not do, or `out` holds something.
         Interrupted: Ctrl-C or SIGTERM; rows that are done are kept.
     """
-    with _sigterm_as_ctrl_c():
-        _generate(settings, out, console)
+    with sigterm_interrupts():
+        _generate(settings, out)
 
 
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
+def _generate(settings: GenerateSettings, out: BinaryIO) -> None:
     given = [name for name in ("prompt", "file", "jsonl") if getattr(settings, name) is not None]
     if len(given) > 1:
         raise UserError(f"generate: {' and '.join(given)} are given; give one of them")
@@ -110,19 +69,19 @@ def _generate(settings: GenerateSettings, out: BinaryIO, console: Console) -> No
         prompt = _prompt(settings)
         num_rows = min(settings.samples, SAMPLES_AT_ONCE)
         with _memory_named("samples", num_rows):
-            _show(_engine(settings, num_rows), prompt, settings, out, console)
+            _show(_engine(settings, num_rows), prompt, settings, out)
         return
     if settings.out is not None:
         must_be_free(settings.out)
     rows = list(_rows(settings))
-    _tell_of_keys(rows, settings, console)
+    _log_unknown_keys(rows, settings)
     if settings.out is None:
-        _continue_rows(rows, settings, out, console)
+        _continue_rows(rows, settings, out)
         return
-    with rows_at(settings.out, [row.given for row in rows], _made_with(settings), TOLD) as (file, num_done):
+    with rows_at(settings.out, [row.given for row in rows], _made_with(settings), GENERATED) as (file, num_done):
         if num_done:
-            _say(console, f"{num_done:,} of {len(rows):,} rows are in '{partial_path(settings.out)}'; going on")
-        _continue_rows(rows[num_done:], settings, file, console)
+            LOGGER.info(f"{num_done:,} of {len(rows):,} rows are in '{partial_path(settings.out)}'; resuming")
+        _continue_rows(rows[num_done:], settings, file)
 
 
 def _made_with(settings: GenerateSettings) -> dict[str, Any]:
@@ -132,16 +91,16 @@ def _made_with(settings: GenerateSettings) -> dict[str, Any]:
 
 def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
     precision, place = precision_of_weights(settings.dtype), choose_device(settings.device)
-    check_quantize(settings.weights, place)
-    check_draft_length(settings.ahead)
-    found = open_pretrained(settings.model, settings.entropy)
+    check_quantize(settings.quantize, place)
+    check_draft_length(settings.draft_length)
+    found = open_pretrained(settings.model, settings.entropy_model)
     patching = found.config.patching
     if patching is not None and patching.needs_entropies and found.byte_lm is None:
-        raise UserError(f"generate: the patches of '{settings.model}' need a byte LM; name it: --entropy FOLDER")
+        raise UserError(f"generate: the patches of '{settings.model}' need a byte LM; name it: --entropy-model FOLDER")
     loaded = found.load(place, precision)
     # In float32, however it is stored: the same patches as those of `BLT`.
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-    return engine_for(loaded.model, patching, byte_lm, num_rows, settings.weights, settings.ahead)
+    return engine_for(loaded.model, patching, byte_lm, num_rows, settings.quantize, settings.draft_length)
 
 
 def _prompt(settings: GenerateSettings) -> bytes:
@@ -170,7 +129,7 @@ def _prompt_in(name: str) -> bytes:
     return prompt
 
 
-def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
+def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: BinaryIO) -> None:
     """The prompt and what comes after it, as it comes; several samples one after another, each once it is whole."""
     asked = engine.submit(prompt_ids(prompt), settings.sampling, settings.max_new_bytes, settings.samples)
     began, num_bytes = time.perf_counter(), 0
@@ -189,9 +148,9 @@ def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: Binary
         for number, continuation in enumerate(asked):
             _write(out, f"--- {number + 1} ---\n".encode() + prompt + continuation.text.encode() + b"\n")
     num_bytes = sum(len(continuation.ids) for continuation in asked)
-    if console.is_terminal:
+    if log.shows_bars():
         rate = num_bytes / (time.perf_counter() - began)
-        console.print(f"{num_bytes:,} bytes, {rate:,.0f} bytes/s", style="dim", highlight=False)
+        log.console.print(f"{num_bytes:,} bytes, {rate:,.0f} bytes/s", style="dim", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -247,27 +206,27 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
         yield Row(row, sampling, count)
 
 
-def _tell_of_keys(rows: list[Row], settings: GenerateSettings, console: Console) -> None:
+def _log_unknown_keys(rows: list[Row], settings: GenerateSettings) -> None:
     """Say once which keys of the rows look like a setting and are none, and which are written over."""
-    written = TOLD - {"samples"} if settings.samples == 1 else {"samples"}
+    written = GENERATED - {"samples"} if settings.samples == 1 else {"samples"}
     if not settings.log_probabilities:
         written -= {"log_probabilities"}
     for key in sorted({key for row in rows for key in row.given} - OF_A_ROW):
         if key in written:
-            _say(console, f"'{settings.jsonl}' has '{key}' of its own, which the rows that come out do not keep")
-        elif key in GenerateSettings.model_fields:
-            _say(console, f"'{settings.jsonl}' has '{key}', which is no setting of a row and passes through")
+            LOGGER.info(f"'{settings.jsonl}' has '{key}' of its own, which the rows that come out do not keep")
+        elif key in GenerateSettings.model_fields or key in GenerateSettings.old_names:
+            LOGGER.info(f"'{settings.jsonl}' has '{key}', which is no setting of a row and passes through")
         elif hint := nearest(key, sorted(OF_A_ROW), cutoff=0.75):  # also other programs' max_new_tokens
-            _say(console, f"'{settings.jsonl}' has '{key}', which is no setting and passes through{hint}")
+            LOGGER.info(f"'{settings.jsonl}' has '{key}', which is no setting and passes through{hint}")
 
 
-def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console) -> None:
+def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO) -> None:
     """Write each row with its continuation as soon as it and all before it are done."""
     if not rows:
         return
-    num_rows = min(settings.rows, len(rows) * settings.samples, MAX_BATCH_SIZE)
-    with _memory_named("rows", num_rows):
-        _continue_with(_engine(settings, num_rows), num_rows, rows, settings, out, console)
+    num_rows = min(settings.batch_size, len(rows) * settings.samples, MAX_BATCH_SIZE)
+    with _memory_named("batch_size", num_rows):
+        _continue_with(_engine(settings, num_rows), num_rows, rows, settings, out)
 
 
 @contextmanager
@@ -280,16 +239,16 @@ def _memory_named(name: str, number: int) -> Iterator[None]:
             raise
         if number == 1:
             raise UserError("prompt: memory does not hold it beside the model; give a shorter one") from None
-        raise UserError(f"{name}: memory does not hold {number:,} sequences at once; lower --{name}") from None
+        raise UserError(
+            f"{name}: memory does not hold {number:,} sequences at once; lower --{name.replace('_', '-')}"
+        ) from None
 
 
-def _continue_with(
-    engine: Engine, num_rows: int, rows: list[Row], settings: GenerateSettings, out: BinaryIO, console: Console
-) -> None:
+def _continue_with(engine: Engine, num_rows: int, rows: list[Row], settings: GenerateSettings, out: BinaryIO) -> None:
     asked: list[list[Continuation]] = []
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     began, written, num_bytes = time.perf_counter(), 0, 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=log.console, transient=True, disable=not log.shows_bars()) as progress:
         task = progress.add_task("", total=len(rows), rate="")
         while written < len(rows):
             while len(asked) < len(rows) and engine.num_waiting < num_rows:  # all of them could be more than fit
@@ -300,25 +259,21 @@ def _continue_with(
                 num_bytes += len(engine.advance())
                 progress.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
                 continue
-            line = {**rows[written].given, **_told(asked[written], settings)}
+            line = {**rows[written].given, **_generated(asked[written], settings)}
             asked[written] = []
             _write(out, line_of(line))
             written += 1
             progress.advance(task)
 
 
-def _told(continuations: list[Continuation], settings: GenerateSettings) -> dict[str, Any]:
-    told = []
+def _generated(continuations: list[Continuation], settings: GenerateSettings) -> dict[str, Any]:
+    found = []
     for continuation in continuations:
         about: dict[str, Any] = {"text": continuation.text, "ended": continuation.ended}
         if settings.log_probabilities:
             about["log_probabilities"] = [round(value, 5) for value in continuation.log_probabilities]
-        told.append(about)
-    return told[0] if settings.samples == 1 else {"samples": told}
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+        found.append(about)
+    return found[0] if settings.samples == 1 else {"samples": found}
 
 
 def _write(out: BinaryIO, data: bytes) -> None:
@@ -340,4 +295,4 @@ def main(arguments: list[str]) -> None:
     """`config=FILE key=value ...`"""
     log.configure()
     settings = from_command_line(GenerateSettings, arguments, USAGE, literal="prompt")
-    generate(settings, sys.stdout.buffer, Console(stderr=True))
+    generate(settings, sys.stdout.buffer)

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from bytelatent.commands.settings import InfoSettings
 from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import PRESETS, BLTSettings, ByteLMSettings, ModelSettings
@@ -13,6 +14,7 @@ from bytelatent.model.flops import PartCost, costs
 from bytelatent.model.presets import preset
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings
+from bytelatent.terminal import print_json
 from bytelatent.weights import open_pretrained
 
 
@@ -61,8 +63,16 @@ class Description:
         return table
 
 
+def run(settings: InfoSettings) -> None:
+    description = describe(**settings.model_dump(exclude={"as_json"}))
+    if settings.as_json:
+        print_json(description.plain())
+    else:
+        description.show(Console())
+
+
 def describe(
-    model: str, patch_bytes: float, context: int, entropy: str | None = None, revision: str | None = None
+    model: str, patch_bytes: float, context: int, entropy_model: str | None = None, revision: str | None = None
 ) -> Description:
     """A preset, or the model found at a path or on the hub; its weights are not read.
 
@@ -72,7 +82,7 @@ def describe(
     if not model:
         raise UserError(f"info: name a run, a folder, a repository or a preset; presets: {', '.join(PRESETS)}")
     if Path(model).exists() or "/" in model:
-        found = open_pretrained(model, entropy, revision, weights=False)
+        found = open_pretrained(model, entropy_model, revision, weights=False)
         settings, patching, source = found.config.model, found.config.patching, found.in_a_line()
         byte_lm = found.byte_lm.config.model if found.byte_lm is not None else None
     else:

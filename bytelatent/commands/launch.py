@@ -16,6 +16,7 @@ from typing import Any
 
 from bytelatent import log
 from bytelatent.command_line import Given
+from bytelatent.commands.settings import LaunchArguments
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.launch import LaunchSettings, launch, with_defaults
@@ -25,8 +26,12 @@ USAGE = "name a script and its settings: python -m bytelatent.stool script=bytel
 TRAIN = "bytelatent.train"
 SETTINGS = {  # what the package's own scripts read
     TRAIN: ("bytelatent.training", "TrainSettings"),
-    "bytelatent.generate": ("bytelatent.commands.generate", "GenerateSettings"),
+    "bytelatent.generate": ("bytelatent.commands.settings", "GenerateSettings"),
 }
+
+
+def run(settings: LaunchArguments) -> None:
+    say(launch_script(settings.model_dump(exclude={"settings"}, exclude_unset=True), settings.settings))
 
 
 def main(arguments: list[str]) -> str:

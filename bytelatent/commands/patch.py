@@ -1,42 +1,67 @@
-"""The patches of a text under any rule, by the rule's name."""
+"""`blt patch`: the patches of a text in any patching mode."""
 
+import logging
+import sys
 from collections.abc import Sequence
 from functools import cached_property, partial
 
 from bytelatent.blt import BLT
+from bytelatent.commands.settings import DEFAULT_PATCH_BYTES, PatchesSettings
 from bytelatent.data import Patcher, patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference import prompt_ids
 from bytelatent.inference.scoring import entropies_of
+from bytelatent.log import Console
 from bytelatent.model import ByteLM, ByteLMSettings, pack_rows
 from bytelatent.patching import Patch, PatchSettings, calibrate
+from bytelatent.report import patched_text, write_patches_page
+from bytelatent.terminal import print_json, say
 from bytelatent.vocab import to_bytes
 from bytelatent.weights import load, open_pretrained
 
 OWN = "model"
 NAMES = "model, entropy, entropy:THRESHOLD, monotonic:THRESHOLD, space, byte, static:SIZE, bpe:tokenizer.json"
-PATCH_BYTES = 4.5  # wanted where nobody has chosen a threshold
+LOGGER = logging.getLogger(__name__)
 
 
-class Rules:
-    """Rules by name, one model for all that need its byte LM.
+def run(settings: PatchesSettings) -> None:
+    text = _standard_input() if settings.text is None else settings.text
+    modes = PatchingModes(settings.model, settings.context)
+    patched = modes.patched([name.strip() for name in settings.mode.split(",")], text)
+    if settings.as_json:
+        print_json({name: [vars(patch) for patch in patches] for name, patches in patched.items()})
+    elif settings.html is not None:
+        write_patches_page(settings.html, patched, "Patches", modes.thresholds)
+        say(str(settings.html))
+    else:
+        console = Console()
+        for name, patches in patched.items():
+            console.print(patched_text(name, patches, settings.entropies))
+
+
+def _standard_input() -> bytes:
+    if sys.stdin.isatty():
+        raise UserError("no text: give it as an argument, or pipe it in")
+    return sys.stdin.buffer.read()
+
+
+class PatchingModes:
+    """Patching settings by name, with one model for all that need its byte LM.
 
     Args:
-        source: where the model is, a BLT or a byte LM; read only when a rule needs it.
+        source: where the model is, a BLT or a byte LM; read only when a mode needs it.
         context: ids that are read at once, without those before them; None: the whole text, as the model uses it.
 
     Attributes:
-        thresholds: of the rules by entropy, by their names.
-        notes: lines about what is shown, once it is.
+        thresholds: of the entropy modes, by their names.
     """
 
     def __init__(self, source: str, context: int | None = None):
         if context is not None and context < 1:
-            raise UserError(f"context: {context} will not do; ids read at once, from 1 on")
+            raise UserError(f"context: {context} is too small; it takes the number of ids read at once, 1 or more")
         self.source = source
         self.context = context
         self.thresholds: dict[str, float] = {}
-        self.notes: list[str] = []
 
     @cached_property
     def model(self) -> BLT | ByteLM:
@@ -47,24 +72,22 @@ class Rules:
                 return byte_lm
             return BLT.from_pretrained(self.source)
         except UserError as error:
-            raise UserError(
-                f"{error} -- or take rules that need no model: --rule space, --compare space,static:4"
-            ) from None
+            raise UserError(f"{error} -- or take modes that need no model: --mode space,static:4") from None
 
     def patched(self, names: Sequence[str], text: str | bytes) -> dict[str, list[Patch]]:
-        """The patches of a text under each of the rules, by the name of the rule that is shown.
+        """The patches of a text in each mode, by the name of the mode that is shown.
 
         Raises:
-            UserError: there is no such rule, or no model for it.
+            UserError: there is no such mode, or no model for it.
         """
         data, found = to_bytes(text), {}
         for name in names:
-            shown, rule = self._rule(name, data)
+            shown, patching = self._named(name, data)
             byte_lm = None
-            if rule.needs_entropies:
-                assert rule.threshold is not None
-                byte_lm, self.thresholds[shown] = self._byte_lm(), rule.threshold
-            patcher = Patcher(rule, byte_lm, entropies_of=partial(entropies_of, byte_lm) if byte_lm else None)
+            if patching.needs_entropies:
+                assert patching.threshold is not None
+                byte_lm, self.thresholds[shown] = self._byte_lm(), patching.threshold
+            patcher = Patcher(patching, byte_lm, entropies_of=partial(entropies_of, byte_lm) if byte_lm else None)
             found[shown] = patches_of(data, patcher, self.context)
         return found
 
@@ -74,8 +97,8 @@ class Rules:
             raise UserError(f"patch: '{self.source}' has no byte LM, which finds patches by entropy; name one: --model")
         return byte_lm
 
-    def _rule(self, name: str, data: bytes) -> tuple[str, PatchSettings]:
-        """A rule, and the name that says what it is."""
+    def _named(self, name: str, data: bytes) -> tuple[str, PatchSettings]:
+        """Patching settings, and the name that is shown for them."""
         mode, _, value = name.partition(":")
         try:
             if mode in ("space", "byte") and not value:
@@ -94,32 +117,32 @@ class Rules:
             pass
         if name in (OWN, "entropy"):
             return self._own(name, data)
-        raise UserError(f"patch: no rule '{name}'; rules: {NAMES}")
+        raise UserError(f"patch: no mode '{name}'; modes: {NAMES}")
 
     def _own(self, asked: str, data: bytes) -> tuple[str, PatchSettings]:
-        """The model's rule; for a byte LM, which has none, a threshold that suits this text."""
+        """The model's patching settings; for a byte LM, which has none, a threshold that suits this text."""
         if isinstance(self.model, ByteLM):
-            rule = PatchSettings(mode="entropy", threshold=self._threshold(self.model, data))
-            self.notes.append(
-                f"'{self.source}' is a byte LM, which has no threshold: {rule.threshold:.4g} nats gives patches of "
-                f"about {PATCH_BYTES} bytes on this text; another one: --rule entropy:{rule.threshold:.2f}"
+            patching = PatchSettings(mode="entropy", threshold=self._threshold(self.model, data))
+            LOGGER.info(
+                f"'{self.source}' is a byte LM, which has no threshold: {patching.threshold:.4g} nats gives patches of "
+                f"about {DEFAULT_PATCH_BYTES} bytes on this text; another one: --mode entropy:{patching.threshold:.2f}"
             )
-            return "entropy", rule
-        rule = self.model.patching
-        shown = _name_of(rule)
+            return "entropy", patching
+        patching = self.model.patching
+        shown = _name_of(patching)
         if asked != OWN and shown != asked:
-            self.notes.append(f"'{self.source}' finds its patches by '{shown}', which is shown in place of '{asked}'")
-        return shown, rule
+            LOGGER.info(f"'{self.source}' finds its patches by '{shown}', which is shown in place of '{asked}'")
+        return shown, patching
 
     def _threshold(self, byte_lm: ByteLM, data: bytes) -> float:
         if not data:
             return 0.0
         stream = pack_rows([prompt_ids(data)]).to(next(byte_lm.parameters()).device)
         found = entropies_of(byte_lm, stream)
-        wanted = min(PATCH_BYTES, len(data))  # a short text has no longer patch
+        wanted = min(DEFAULT_PATCH_BYTES, len(data))  # a short text has no longer patch
         return calibrate(stream.ids, found, stream.position, wanted).threshold
 
 
-def _name_of(rule: PatchSettings) -> str:
-    value = {"static": rule.patch_size, "bpe": rule.tokenizer}.get(rule.mode)
-    return rule.mode if value is None else f"{rule.mode}:{value}"
+def _name_of(patching: PatchSettings) -> str:
+    value = {"static": patching.patch_size, "bpe": patching.tokenizer}.get(patching.mode)
+    return patching.mode if value is None else f"{patching.mode}:{value}"

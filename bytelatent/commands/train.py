@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bytelatent.command_line import PRINT_CONFIG
+from bytelatent.commands.settings import TrainArguments
 from bytelatent.signals import unattended
 from bytelatent.terminal import say
 
@@ -22,11 +24,12 @@ def main(arguments: list[str]) -> Path:
     return train(settings)
 
 
+def run(settings: TrainArguments) -> None:
+    command([*settings.settings, *([PRINT_CONFIG] if settings.print_config else [])])
+
+
 def command(arguments: list[str]) -> None:
     """Train; the first of the processes prints the run's folder at the end."""
-    from bytelatent import log
-
-    log.configure()
     with unattended(lambda: import_module("bytelatent.training")):  # which takes seconds
         run = _recorded(main)(arguments)
         if os.environ.get("RANK", "0") == "0":

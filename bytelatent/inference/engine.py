@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.decoder import Decoder, State
-from bytelatent.inference.sampling import MAX_BATCH_SIZE, MAX_NEW_BYTES, MAX_SAMPLES, Sampling, SamplingSlots
+from bytelatent.inference.sampling import SamplingSlots
+from bytelatent.inference.settings import MAX_BATCH_SIZE, MAX_NEW_BYTES, MAX_SAMPLES, Sampling
 from bytelatent.inference.utf8 import CharacterStream, whole_characters
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, field_serializer, field_validator
 from torch import Tensor
 
-from bytelatent.config import Settings
+from bytelatent.inference.settings import Sampling
 from bytelatent.inference.utf8 import NEEDED, RESUMED, TRANSITIONS
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 
@@ -21,64 +20,10 @@ from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 
 RANDOM_BITS = 24  # of a draw
 WEIGHT_BITS = 30  # of the likeliest id's weight; V of them times a random number stay below 2^63
-MAX_NEW_BYTES = 10**9  # of a row
-MAX_SAMPLES = 100_000  # of a prompt; each takes memory from when it is asked for
-MAX_BATCH_SIZE = 65_536  # sequences at once
 NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a row can have
 FEW = 16  # rows
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
 FAR = 1e30  # stands for infinite logits, which have no differences
-
-
-class Sampling(Settings):
-    """How the next id is drawn.
-
-    In this order: `repetition_penalty`, `valid_utf8`, `temperature`, `top_k`, `top_p`, `min_p`. Each looks at what the
-    one before has left, as if that were all there is.
-
-    Attributes:
-        temperature: 0 takes the likeliest id, of equals the lowest.
-        top_k: only the k likeliest, of equals those with the lowest ids.
-        top_p: only the fewest that together hold this share of the probability.
-        min_p: only those at least this share as likely as the likeliest.
-        repetition_penalty: logits of bytes that have occurred in the row, its prompt included, are divided by it where
-            positive, else multiplied; 1 changes nothing. The end of the text is never penalised.
-        seed: each row draws random numbers of its own from it, so that its bytes do not depend on its neighbours; of at
-            most 64 bits, with or without a sign.
-        stop: texts that end a row; they may begin and end within a patch.
-        valid_utf8: only bytes that can still become valid UTF-8, and no end within a character; where a stop text
-            begins within one, the text ends before it.
-    """
-
-    temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    seed: int = Field(default=0, ge=-(2**63), lt=2**64)
-    stop: list[str | bytes] = Field(default=[])
-    valid_utf8: bool = False
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_or_several(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str | bytes) else stop
-
-    @field_validator("stop")
-    @classmethod
-    def _not_empty(cls, stop: list[str | bytes]) -> list[str | bytes]:
-        if not all(stop):
-            raise ValueError("an empty text would end every row before it begins; leave it out")
-        for text in stop:
-            try:
-                _ = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
-            except UnicodeEncodeError:
-                raise ValueError(f"{text!a} holds half of a surrogate pair, which no text does") from None
-        return stop
-
-    @field_serializer("stop", when_used="json")
-    def _as_text(self, stop: list[str | bytes]) -> list[str]:
-        return [part.decode("utf-8", "surrogateescape") if isinstance(part, bytes) else part for part in stop]
 
 
 @dataclass(frozen=True)

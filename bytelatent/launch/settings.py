@@ -12,27 +12,27 @@ class LaunchSettings(Settings):
     """A job.
 
     Attributes:
-        script: module to run; it takes config=PATH.
-        config: the script's own settings.
-        name: of the job; by default the last part of `dump_dir`.
-        dump_dir: folder for everything that belongs to the job.
+        script: module to run. It takes config=PATH.
+        config: configuration of the script: a file, or a name that `blt configs` lists.
+        name: name of the job. Default: the last part of --dump-dir.
+        dump_dir: folder of the job. Default: `run` of the config, else runs/NAME.
         nodes: number of nodes.
-        ngpu: GPUs of each node, with a process for each; 0 runs on CPUs. By default all GPUs of a node.
-        nproc: processes of each node on its CPU; only with ngpu=0.
-        ncpu: cores of each process. By default a node's cores, divided evenly among its GPUs.
-        mem: memory of each node in SLURM's form: 64G; 0 is all of it.
-        time: time limit in SLURM's form: minutes, 12:00:00, 2-00:00:00.
-        partition: partition to run in.
-        account: account to charge.
-        qos: quality of service.
-        constraint: features that the nodes must have.
-        exclude: nodes not to use.
-        launcher: `torchrun`: srun starts one torchrun per node; `srun`: srun starts every process itself.
-        grace: seconds before the time limit at which the script is asked to save and to stop.
-        requeue: put the job back into the queue when it was asked to stop. By default only scripts that resume.
-        copy_code: run a copy of the code as it is now.
-        override: overwrite what an earlier launch wrote into `dump_dir`.
-        dry_run: write everything and submit nothing.
+        ngpu: GPUs per node, with one process each. 0 uses the CPU. Default: all GPUs.
+        nproc: processes per node on the CPU, with --ngpu 0.
+        ncpu: CPU cores per process. Default: an even share.
+        mem: memory per node, such as 64G. 0 uses all of it.
+        time: time limit: minutes, 12:00:00 or 2-00:00:00.
+        partition: SLURM partition. `sinfo` lists them.
+        account: SLURM account to charge.
+        qos: SLURM quality of service.
+        constraint: features that the nodes must have, as for sbatch --constraint.
+        exclude: nodes to exclude.
+        launcher: how processes start: torchrun (one per node, by srun) or srun (one per process).
+        grace: seconds before the time limit at which the job receives the signal to save and stop.
+        requeue: requeue a job that was stopped. Default: for training only.
+        copy_code: run a copy of the present code.
+        override: overwrite an earlier launch that has no run.
+        dry_run: write all files, but do not submit the job.
     """
 
     script: str = "bytelatent.train"

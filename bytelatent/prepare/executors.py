@@ -15,7 +15,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import Any
 
 from bytelatent.errors import Interrupted, UserError
@@ -26,6 +25,7 @@ from bytelatent.prepare.settings import PrepareSettings
 from bytelatent.prepare.shuffle import plan_outputs
 from bytelatent.prepare.write import finish, gather, make_room, range_parts
 from bytelatent.progress import Progress
+from bytelatent.signals import leave_to_parent, noting_interrupts
 
 LOGGER = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _run_step(
     context = multiprocessing.get_context("fork")  # workers share the memory of what is imported here
     counter = context.Value("q", 0)  # bytes done
     others = set(multiprocessing.active_children())
-    with _ctrl_c_noted() as pressed:
+    with noting_interrupts() as pressed:
         pool = ProcessPoolExecutor(
             min(workers, len(todo)), context, initializer=_begin_worker, initargs=(os.getpid(), counter)
         )
@@ -120,8 +120,7 @@ _bytes_done: Any = None  # of a worker: the counter it shares with the others
 def _begin_worker(parent: int, counter: Any) -> None:
     global _bytes_done
     _bytes_done = counter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    leave_to_parent()
     if sys.platform == "linux":  # no worker outlives a parent that is killed
         import ctypes
 
@@ -138,23 +137,6 @@ def _do_task(out: Path, step: str, task: int, tasks: int) -> None:
 def _count(num_bytes: int) -> None:
     with _bytes_done.get_lock():
         _bytes_done.value += num_bytes
-
-
-@contextmanager
-def _ctrl_c_noted() -> Iterator[list[int]]:
-    """A list that is no longer empty once Ctrl-C was pressed.
-
-    An exception would be lost if it came while Python forks: those of its callbacks are only printed.
-    """
-    pressed: list[int] = []
-    if current_thread() is not main_thread():
-        yield pressed
-        return
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _why_it_died(processes: list[BaseProcess]) -> str:

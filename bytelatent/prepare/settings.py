@@ -1,11 +1,11 @@
 """Settings of `blt prepare`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from bytelatent.config import Settings, renamed
+from bytelatent.config import ARGUMENT, Settings
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.prepare.download import dataset_name, is_data_set
@@ -17,30 +17,46 @@ MAX_CHUNKS = 32  # by default; fewer where there are fewer documents
 
 
 class PrepareSettings(Settings):
-    """Which text to shuffle and cut, how, and where to write it."""
+    """Shuffle text of any size as a whole and cut it into files for training; the same command resumes.
 
-    source: Annotated[list[str], Field(min_length=1)]  # files, folders, globs, URLs, or data sets of the hub
+    Example:  `blt prepare text/*.jsonl more.parquet --out data --memory 8 --chunks 32`
+
+    Attributes:
+        source: files, folders, globs, URLs, hf://datasets/OWNER/NAME, fineweb_edu, fineweb_edu_10bt,
+            dclm_baseline_1.0, dclm_baseline_1.0_10prct.
+        out: folder to write.
+        name: prefix of the files: NAME.chunk.00.jsonl. Default: the source's name.
+        memory: memory in GB of all processes together, at least 0.25. On a cluster, of each task.
+        chunks: number of files to write. Default: 32, or fewer for few rows.
+        seed: shuffle seed.
+        validation: number of documents to hold out. Default: 1 %, at most 10000.
+        dedup: leave out documents whose text occurred before.
+        text_key: the key or column that holds the text.
+        max_bad_rows: largest number of bad rows and files to pass over.
+        max_row_bytes: longest row, in bytes. A longer row is a bad row.
+        workers: number of processes. Default: one per core.
+        executor: where to run: local, slurm or ray.
+        partition: SLURM partition.
+        time: time limit of each SLURM job.
+    """
+
+    old_names: ClassVar[dict[str, str]] = {"max_corrupt": "max_bad_rows"}
+
+    source: Annotated[list[str], Field(min_length=1), ARGUMENT]
     out: Path
-    name: str | None = None  # the files are NAME.chunk.00.jsonl, ...; the first source's name if left out
-    memory: Annotated[float, Field(gt=0, le=10**6)] = (
-        4.0  # GB (10^9 bytes) of all processes together; on a cluster, of each task
-    )
-    chunks: Annotated[int, Field(ge=1, le=10**5)] | None = None  # 32, or fewer where there are fewer documents
+    name: str | None = None
+    memory: Annotated[float, Field(gt=0, le=10**6)] = 4.0
+    chunks: Annotated[int, Field(ge=1, le=10**5)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    validation: Annotated[int, Field(ge=0)] | None = None  # documents held out; 1 %, 10000 at most
-    dedup: bool = False  # leave out documents whose text occurred before
+    validation: Annotated[int, Field(ge=0)] | None = None
+    dedup: bool = False
     text_key: str = "text"
-    max_bad_rows: Annotated[int, Field(ge=0)] = 1000  # one more is an error
-    max_row_bytes: Annotated[int, Field(ge=1, le=MAX_TEXT_BYTES)] = MAX_ROW_BYTES  # a longer row is a bad one
-    workers: Annotated[int, Field(ge=1, le=10**4)] | None = None  # the number of cores
+    max_bad_rows: Annotated[int, Field(ge=0)] = 1000
+    max_row_bytes: Annotated[int, Field(ge=1, le=MAX_TEXT_BYTES)] = MAX_ROW_BYTES
+    workers: Annotated[int, Field(ge=1, le=10**4)] | None = None
     executor: Literal["local", "slurm", "ray"] = "local"
-    partition: str | None = None  # of the SLURM cluster
-    time: str = "24:00:00"  # limit of each job on the cluster
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_names(cls, values: Any) -> Any:
-        return renamed(values, {"max_corrupt": "max_bad_rows"})
+    partition: str | None = None
+    time: str = "24:00:00"
 
     @property
     def stem(self) -> str:

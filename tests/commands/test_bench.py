@@ -118,7 +118,7 @@ def test_the_table_of_a_byte_lm() -> None:
 
 
 def test_the_widest_table_fits_a_terminal() -> None:
-    row = bench.Row("rows", 1_048_576, "gradients", 12.3456, 1_234_567, 274_348, 1.111, 1.111, 140 * 2**30)
+    row = bench.Speed("rows", 1_048_576, "gradients", 12.3456, 1_234_567, 274_348, 1.111, 1.111, 140 * 2**30)
     output = io.StringIO()
     Console(file=output, width=80).print(bench._speeds("", [row]))
     shown = output.getvalue()
@@ -166,10 +166,10 @@ def test_another_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) 
     [
         (["demo-bl"], "model: no preset 'demo-bl'; did you mean 'demo-blt'?"),
         (["zzz"], "model: no preset 'zzz'. Presets: demo-byte-lm, "),
-        (["demo-blt", "--bytes", "0"], "bytes: '0' is no size of a batch; write a number, or several with commas"),
-        (["demo-byte-lm", "--bytes", "9" * 20], "9' is no size of a batch"),
-        (["demo-blt", "--bytes", "100,x"], "bytes: '100,x' is no size of a batch"),
-        (["demo-blt", "--bytes", ""], "bytes: '' is no size of a batch"),
+        (["demo-blt", "--bytes", "0"], "bytes: '0' is not a batch size; write a number, or several with commas"),
+        (["demo-byte-lm", "--bytes", "9" * 20], "9' is not a batch size"),
+        (["demo-blt", "--bytes", "100,x"], "bytes: '100,x' is not a batch size"),
+        (["demo-blt", "--bytes", ""], "bytes: '' is not a batch size"),
         (["demo-blt", "--device", "cpu", "--cuda-graph"], "not for device cpu; do without it\n"),
         (["demo-blt", "--checkpointing", "half"], "checkpointing: Input should be 'none', 'selective' or 'full'"),
         (["demo-blt", "--device", "gpu"], "device: 'gpu' is not known"),

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -13,7 +14,6 @@ from typing import BinaryIO
 
 import pytest
 import torch
-from rich.console import Console
 
 from bytelatent.commands import generate
 from bytelatent.errors import UserError
@@ -41,7 +41,7 @@ def write_rows(path: Path, number: int, num_bytes: int) -> Path:
 
 def command(rows: Path, model: Path, out: Path, *more: object) -> list[str]:
     length = rows.with_suffix(".length").read_text()
-    given = ("--jsonl", rows, "-m", model, "--rows", 2, "-n", length, "--out", out, *more)
+    given = ("--jsonl", rows, "-m", model, "--batch-size", 2, "-n", length, "--out", out, *more)
     return [*GENERATE, *map(str, given)]
 
 
@@ -77,7 +77,7 @@ def test_a_stopped_command_keeps_its_rows_and_goes_on(how: signal.Signals, model
         file.write(b'{"prompt": "row 2", "te')  # torn
     again = ended(*command(rows, model, out))
     assert again.returncode == 0, again.stderr
-    assert again.stderr == f"{len(before)} of 24 rows are in '{part}'; going on\n"
+    assert again.stderr == f"{len(before)} of 24 rows are in '{part}'; resuming\n"
     assert names(out.parent) == {out.name}
     assert out.read_bytes().startswith(b"".join(before))
     whole = tmp_path / "whole.jsonl"
@@ -117,13 +117,13 @@ def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_pa
     first = out.read_bytes().splitlines(keepends=True)[0]
     out.unlink()
 
-    from bytelatent.commands.generate import TOLD, GenerateSettings, _made_with, _rows
+    from bytelatent.commands.generate import GENERATED, GenerateSettings, _made_with, _rows
     from bytelatent.commands.rows_out import rows_at
 
     asked = GenerateSettings(model=str(model), jsonl=str(rows), out=out, max_new_bytes=4, rows=2)
 
     def fail() -> None:
-        with rows_at(out, [row.given for row in _rows(asked)], _made_with(asked), TOLD) as (file, num_done):
+        with rows_at(out, [row.given for row in _rows(asked)], _made_with(asked), GENERATED) as (file, num_done):
             assert num_done == 0
             file.write(first)
             raise RuntimeError("a fault")
@@ -158,7 +158,7 @@ def test_a_growing_file_has_one_writer_and_is_gone_without_a_line(tmp_path: Path
 
 def test_no_more_rows_are_made_than_there_are_sequences(model: Path, tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "rows.jsonl", 2, 3), tmp_path / "out.jsonl"
-    done = ended(*command(rows, model, out, "--rows", 10**6))
+    done = ended(*command(rows, model, out, "--batch-size", 10**6))
     assert done.returncode == 0, done.stderr
     assert len(out.read_bytes().splitlines()) == 2
 
@@ -174,8 +174,8 @@ def test_too_little_memory_names_the_rows(
 
     monkeypatch.setattr(generate, "engine_for", engine_for)
     rows = write_rows(tmp_path / "rows.jsonl", 5, 3)
-    with pytest.raises(UserError, match=r"^rows: memory does not hold 4 sequences at once; lower --rows$"):
-        run(model=str(model), jsonl=str(rows), rows=4)
+    with pytest.raises(UserError, match=r"^batch_size: memory does not hold 4 sequences at once; lower --batch-size$"):
+        run(model=str(model), jsonl=str(rows), batch_size=4)
     with pytest.raises(UserError, match=r"^prompt: memory does not hold it beside the model; give a shorter one$"):
         run(model=str(model), prompt="a" * 100)
 
@@ -191,10 +191,15 @@ def test_a_prompt_of_the_command_line_is_taken_as_it_stands(
 
 
 def run(**given: object) -> tuple[list[dict[str, object]], str]:
-    """The rows that come out, and what is said."""
-    out, said = io.BytesIO(), io.StringIO()
-    generate.generate(generate.GenerateSettings.parse(given), out, Console(file=said))
-    return [json.loads(line) for line in out.getvalue().splitlines()], said.getvalue()
+    """The rows that come out, and what is logged."""
+    out, logged = io.BytesIO(), io.StringIO()
+    handler = logging.StreamHandler(logged)
+    generate.LOGGER.addHandler(handler)
+    try:
+        generate.generate(generate.GenerateSettings.parse(given), out)
+    finally:
+        generate.LOGGER.removeHandler(handler)
+    return [json.loads(line) for line in out.getvalue().splitlines()], logged.getvalue()
 
 
 def test_keys_that_are_mistakes_are_told(model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from bytelatent import BLT
 from bytelatent.cli import app
-from bytelatent.commands.patch import Rules
+from bytelatent.commands.patch import PatchingModes
 from bytelatent.data import Patcher, patches_of
 from bytelatent.errors import UserError
 from bytelatent.patching import PatchSettings
@@ -51,9 +51,9 @@ def test_a_byte_lm_shows_its_patches(byte_lm: Path) -> None:
     mean = len(TEXT) / len(found["entropy"])
     assert mean == pytest.approx(4.5, rel=0.1)
     assert f"'{byte_lm}' is a byte LM, which has no threshold: " in said
-    assert "nats gives patches of about 4.5 bytes on this text; another one: --rule entropy:" in said
+    assert "nats gives patches of about 4.5 bytes on this text; another one: --mode entropy:" in said
     assert len(said.splitlines()) == 1
-    given, said = run("-m", byte_lm, "--rule", "entropy:5.2")
+    given, said = run("-m", byte_lm, "--mode", "entropy:5.2")
     expected = patches_of(TEXT.encode(), Patcher(PatchSettings(threshold=5.2), tiny_byte_lm()))
     assert begins(given["entropy:5.2"]) == [patch.start for patch in expected]
     assert said == ""
@@ -77,7 +77,7 @@ def test_a_byte_lm_on_no_text(byte_lm: Path) -> None:
 )
 def test_a_model_of_another_mode_says_so(rule: PatchSettings, name: str, tmp_path: Path) -> None:
     model = blt_of(tmp_path / "m", rule)
-    found, said = run("-m", model, "--compare", "entropy,byte")
+    found, said = run("-m", model, "--mode", "entropy,byte")
     assert list(found) == [name, "byte"]
     assert f"'{model}' finds its patches by '{name}', which is shown in place of 'entropy'" in said
     assert begins(found[name]) == [patch.start for patch in BLT.from_pretrained(model).patch(TEXT)]
@@ -93,8 +93,8 @@ def test_context(tmp_path: Path) -> None:
         arguments = [] if context is None else ["--context", context]
         found, _ = run("-m", model, *arguments)
         assert begins(found["entropy"]) == [patch.start for patch in blt.patch(TEXT, context)]
-    with pytest.raises(UserError, match="context: 0 will not do"):
-        Rules(str(model), 0)
+    with pytest.raises(UserError, match="context: 0 is too small"):
+        PatchingModes(str(model), 0)
 
 
 def test_a_model_without_a_byte_lm(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_model_without_a_byte_lm(tmp_path: Path) -> None:
     config = Config(model=model.settings, context=40, patching=PatchSettings(mode="space"))
     BLT(model, config, None).save_pretrained(tmp_path / "m")
     with pytest.raises(UserError, match="has no byte LM, which finds patches by entropy; name one: --model"):
-        Rules(str(tmp_path / "m")).patched(["entropy:1.3"], TEXT)
+        PatchingModes(str(tmp_path / "m")).patched(["entropy:1.3"], TEXT)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_tokenizer_that_cannot_split_a_text_is_one_line(model: models.Model, t
     tokenizer.save(str(tmp_path / "t.json"))
     for path in (tmp_path / "t.json", CASE):
         with pytest.raises(UserError) as error:
-            Rules("absent").patched([f"bpe:{path}"], "hello")
+            PatchingModes("absent").patched([f"bpe:{path}"], "hello")
         assert str(error.value).startswith(
             f"patching.tokenizer: '{path}' cannot split this text; take the file of a byte-level BPE: "
         )

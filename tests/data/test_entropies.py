@@ -14,11 +14,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from rich.console import Console
 from torch import Tensor
 
 from bytelatent.commands import entropies as entry
-from bytelatent.commands.entropies import Part, line_about, part_of
+from bytelatent.commands.entropies import Share, line_about, part_of
+from bytelatent.commands.settings import EntropiesSettings
 from bytelatent.data import Patcher, cut, pack
 from bytelatent.data.entropies import EntropySettings, Summary, loads_of, store_entropies
 from bytelatent.data.shards import LOCK, Shard, divide_shards, lock_offset, lock_shards, shards_of
@@ -477,23 +477,23 @@ def test_a_shard_is_written_by_one_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rank", "world", "environment", "part"),
     [
-        (None, None, {}, Part(0, 1)),
-        (2, 4, {"RANK": "1", "WORLD_SIZE": "8"}, Part(2, 4)),
-        (None, None, {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "SLURM_NTASKS": "2"}, Part(9, 16, 1)),
+        (None, None, {}, Share(0, 1)),
+        (2, 4, {"RANK": "1", "WORLD_SIZE": "8"}, Share(2, 4)),
+        (None, None, {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "SLURM_NTASKS": "2"}, Share(9, 16, 1)),
         (
             None,
             None,
             {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"},
-            Part(3, 4, 1),
+            Share(3, 4, 1),
         ),
-        (None, None, {"SLURM_NTASKS": "4"}, Part(0, 1)),  # salloc's shell
-        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, Part(0, 1)),  # a batch script
-        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Part(0, 1)),
+        (None, None, {"SLURM_NTASKS": "4"}, Share(0, 1)),  # salloc's shell
+        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, Share(0, 1)),  # a batch script
+        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Share(0, 1)),
         (
             None,
             None,
             {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3"},
-            Part(2, 3),
+            Share(2, 3),
         ),
         (
             None,
@@ -505,11 +505,11 @@ def test_a_shard_is_written_by_one_process(tmp_path: Path) -> None:
                 "SLURM_PROCID": "2",
                 "SLURM_NTASKS": "4",
             },
-            Part(6, 8),
+            Share(6, 8),
         ),
     ],
 )
-def test_parts(rank: int | None, world: int | None, environment: dict[str, str], part: Part) -> None:
+def test_parts(rank: int | None, world: int | None, environment: dict[str, str], part: Share) -> None:
     assert part_of(rank, world, environment) == part
 
 
@@ -548,10 +548,10 @@ def model(tmp_path: Path, byte_lm: ByteLM) -> Path:
 
 
 def command(text: Path, model: Path, out: str, **more: Any) -> Summary:
-    values: dict[str, Any] = {"starts": None, "rule": None, "context": 64, "batch_bytes": None, "text_key": "text"}
+    values: dict[str, Any] = {"context": 64, "text_key": "text"}
     values |= {"max_bad_rows": 100, "max_row_bytes": 1 << 20}
-    values |= {"device": "cpu", "dtype": "float32", "rank": None, "world": None, "console": Console(quiet=True)}
-    return entry.entropies_beside([str(text)], str(model), out, **values | more)
+    values |= {"text": [str(text)], "model": str(model), "out": out, "device": "cpu", "dtype": "float32"}
+    return entry.store_beside(EntropiesSettings.parse(values | more))
 
 
 def test_the_command(tmp_path: Path, text: Path, model: Path, byte_lm: ByteLM) -> None:
@@ -579,7 +579,7 @@ def test_ctrl_c_says_how_to_go_on(
     assert bytes_below(out) == {}
     command(text, model, str(out), rank=0, world=5)
     monkeypatch.setattr(ByteLM, "entropies", stopped)
-    with pytest.raises(Interrupted, match=r"finished files stand in '.*out'; the same command goes on from there"):
+    with pytest.raises(Interrupted, match=r"finished files are in '.*out'; the same command resumes"):
         command(text, model, str(out))
     assert len(bytes_below(out)) == 1
 
@@ -596,9 +596,9 @@ def test_rules_of_the_command(tmp_path: Path, text: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"starts": 1.0, "rule": "threshold=1"}, "two ways to name a rule"),
-        ({"rule": "treshold=1"}, "--rule: treshold: unknown key; did you mean 'threshold'"),
-        ({"rule": "mode=space"}, "patching mode 'space' needs no byte LM"),
+        ({"starts": 1.0, "patching": "threshold=1"}, "both name patching settings"),
+        ({"patching": "treshold=1"}, "--patching: treshold: unknown key; did you mean 'threshold'"),
+        ({"patching": "mode=space"}, "patching mode 'space' needs no byte LM"),
         ({"batch_bytes": 10}, r"context \(64\) is more than batch_bytes \(10\)"),
         ({"dtype": "float16"}, "dtype"),
         ({"text_key": "body"}, "body"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.sampling import MAX_NEW_BYTES
+from bytelatent.inference.settings import MAX_NEW_BYTES
 from bytelatent.inference.step import CapturedSlots, engine_for, supports
 from bytelatent.inference.step.drafting import LONGEST
 from bytelatent.inference.step.step import BLTStep

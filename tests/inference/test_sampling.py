@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import sampling as module
-from bytelatent.inference.sampling import MAX_NEW_BYTES, Sampling, SamplingSlots, random_numbers
+from bytelatent.inference.sampling import SamplingSlots, random_numbers
+from bytelatent.inference.settings import MAX_NEW_BYTES, Sampling
 from bytelatent.inference.step import decisions
 from bytelatent.inference.utf8 import NEEDED, TRANSITIONS, state_after
 from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.inference.sampling import Sampling, SamplingSlots
+from bytelatent.inference.sampling import SamplingSlots
+from bytelatent.inference.settings import Sampling
 from bytelatent.inference.step.decisions import (
     Flags,
     append,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bytelatent.inference.sampling import Sampling, SamplingSlots
+from bytelatent.inference.sampling import SamplingSlots
+from bytelatent.inference.settings import Sampling
 from bytelatent.kernels import skinny_linear
 from bytelatent.kernels.decode_attention import plain_decode_attention
 from bytelatent.kernels.decode_cross_attention import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bytelatent.commands.export import export
+from bytelatent.commands.export import export_checkpoint
 from bytelatent.errors import UserError
 from bytelatent.training import train
 from bytelatent.weights import load
@@ -57,8 +57,8 @@ def test_copies_of_checkpoints_are_nobodys(tmp_path: Path, text: Path, keep_ever
     assert checkpoints(run) == sorted([*copies, "step-00000006", "step-00000008", "step-latest"])
     assert load(run).source.startswith(f"{run / 'checkpoints' / 'step-00000008'} (")
     with pytest.raises(UserError, match=r"has no checkpoint after step 77; it has 6, 8$"):
-        export(str(run), 77, str(tmp_path / "out"))
-    export(str(run), None, str(tmp_path / "out"))
+        export_checkpoint(str(run), 77, str(tmp_path / "out"))
+    export_checkpoint(str(run), None, str(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["origin"]["training_bytes"] == losses(run)[-1][1]
 
 
@@ -134,7 +134,7 @@ def test_all_corrupt_is_one_error_everywhere(tmp_path: Path, text: Path, begun: 
     told = set()
     for call in (
         lambda: go_on(begun, text),
-        lambda: export(str(begun), None, str(tmp_path / "out")),
+        lambda: export_checkpoint(str(begun), None, str(tmp_path / "out")),
         lambda: load(begun),
     ):
         with pytest.raises(
@@ -144,7 +144,7 @@ def test_all_corrupt_is_one_error_everywhere(tmp_path: Path, text: Path, begun: 
         told.add(str(no.value))
     assert len(told) == 1
     shutil.rmtree(begun / "checkpoints")
-    for call in (lambda: export(str(begun), None, str(tmp_path / "out")), lambda: load(begun)):
+    for call in (lambda: export_checkpoint(str(begun), None, str(tmp_path / "out")), lambda: load(begun)):
         with pytest.raises(UserError, match="has no checkpoint yet; train it further: blt train"):
             call()
 

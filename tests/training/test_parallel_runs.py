@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from bytelatent.blt import BLT
-from bytelatent.commands.export import export
+from bytelatent.commands.export import export_checkpoint
 from bytelatent.data import Patcher, batches_once
 from bytelatent.errors import UserError
 from bytelatent.files import find_corruption
@@ -103,11 +103,11 @@ def test_export(crew: Crew, tmp_path: Path, text: Path) -> None:
     run = tmp_path / "run"
     crew.run((4, train_as, values(text, run, parallel=PLANS["shard x tensor"][1])))
     last = run / "checkpoints" / "step-00000012"
-    export(str(run), None, str(tmp_path / "last"))
+    export_checkpoint(str(run), None, str(tmp_path / "last"))
     exported, expected = load_file(tmp_path / "last" / "model.safetensors"), load_file(last / "model.safetensors")
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
-    export(str(run), 10, str(tmp_path / "ten"))
+    export_checkpoint(str(run), 10, str(tmp_path / "ten"))
     ten, model = load_file(tmp_path / "ten" / "model.safetensors"), BLT.from_pretrained(tmp_path / "ten")
     assert any(not torch.equal(ten[name], tensor) for name, tensor in expected.items())
     assert model.patch("the cat sat")[0].text == "the "
@@ -119,11 +119,11 @@ def test_export(crew: Crew, tmp_path: Path, text: Path) -> None:
             stored = last / "state" / "__1_0.distcp"
             stored.write_bytes(stored.read_bytes()[:-1] + b"x")
         with pytest.raises(UserError, match=line):
-            export(str(run), step, str(tmp_path / "none"))
-    export(str(run), None, str(tmp_path / "newest"))
+            export_checkpoint(str(run), step, str(tmp_path / "none"))
+    export_checkpoint(str(run), None, str(tmp_path / "newest"))
     assert all(torch.equal(v, ten[n]) for n, v in load_file(tmp_path / "newest" / "model.safetensors").items())
     with pytest.raises(UserError, match="'nowhere' is no run"):
-        export("nowhere", None, str(tmp_path / "none"))
+        export_checkpoint("nowhere", None, str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
@@ -131,14 +131,14 @@ def test_export_writes_over_nothing(byte_lm: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     said = io.StringIO()
-    export(str(byte_lm), 10, str(out), Console(file=said))  # nothing is lost of an empty folder
+    export_checkpoint(str(byte_lm), 10, str(out), Console(file=said))  # nothing is lost of an empty folder
     assert "step-00000010/state: checkpoint of a run, byte LM of " in said.getvalue()  # of a single process
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     assert "model.safetensors" in before
     with pytest.raises(UserError, match=rf"^'{out}' holds a model already; name another folder, or move it away$"):
-        export(str(byte_lm), None, str(out))
+        export_checkpoint(str(byte_lm), None, str(out))
     with pytest.raises(UserError, match=rf"^'{byte_lm}' holds something else than a saved model; name another folder"):
-        export(str(byte_lm), None, str(byte_lm))
+        export_checkpoint(str(byte_lm), None, str(byte_lm))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert list(tmp_path.iterdir()) == [out]
 
@@ -154,7 +154,7 @@ def test_an_export_that_reads_otherwise_does_not_appear(
 
     monkeypatch.setattr(torch, "equal", unlike_at_last)
     with pytest.raises(UserError, match=r"'.*/out': \S+ is not as '.*step-00000012' has it; is the disk in order\?"):
-        export(str(byte_lm), None, str(tmp_path / "out"))
+        export_checkpoint(str(byte_lm), None, str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
