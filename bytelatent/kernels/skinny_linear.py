@@ -104,7 +104,12 @@ def plain_skinny_linear(
         if residual_MN is not None:
             residual = residual_MN.numpy()
             y += residual if residual_scale == 1 else residual * residual_scale
-        return torch.from_numpy(y) if out is None else out.copy_(torch.from_numpy(y))
+        if out is None:
+            return torch.from_numpy(y)
+        if not is_float32(out):
+            return out.copy_(torch.from_numpy(y))
+        out.numpy()[:] = y
+        return out
     weight_NK = dense(weight_NK, x_MK.dtype)
     x_MK = x_MK if eps is None else F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
     if residual_MN is None:
