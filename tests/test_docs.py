@@ -15,7 +15,7 @@ from tests.model.tiny import tiny_blt
 from tests.test_blt import wrap
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "dev").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+PAGES = [page for place in ("*.md", "docs/**/*.md", "dev/*.md", "benchmarks/*.md") for page in ROOT.glob(place)]
 PAGE = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
 
 
