@@ -5,8 +5,8 @@
     python benchmarks/scale.py correct [--gpus N] [--text TEXT.jsonl] [--out FOLDER]
 
 predict  the formulas of docs/internals/scaling.md. `--rate` is what one card does of the 1B shape alone, forward and
-         backward, in bytes per second (`python benchmarks/train.py 1b`); the 8B shape is taken to reach the same share of the matrix
-         rate.
+         backward, in bytes per second (`python benchmarks/train.py 1b`); the 8B shape is taken to reach the
+         same share of the matrix rate.
 measure  the trainer's steps on random text, so many bytes a GPU; each configuration is a model, a plan (alone, shard,
          hybrid, replicate, tensor) and how it is trained (dense: hash tables like other weights; float8; selective or
          full: what is computed again), with other rows of each hash table or bytes a GPU where it says so:

@@ -30,6 +30,9 @@ def must_be_free(path: Path) -> None:
         raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
 
 
+RENAMED = {"entropy": "entropy_model", "weights": "quantize"}  # keys of files begun by an earlier build
+
+
 @contextmanager
 def rows_at(
     path: Path, rows: Sequence[dict[str, Any]], made_with: dict[str, Any], added: Collection[str]
@@ -95,7 +98,7 @@ def _settings_of(path: Path) -> Path:
 
 def _must_be_made_with(part: Path, settings: Path, made_with: dict[str, Any]) -> None:
     try:
-        before = json.loads(settings.read_text())
+        before = {RENAMED.get(key, key): value for key, value in json.loads(settings.read_text()).items()}
     except (OSError, ValueError):
         raise UserError(f"out: '{part}' is in the way, and '{settings}' does not say what it is; {RESET}") from None
     for key, value in made_with.items():
