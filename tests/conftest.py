@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,18 @@ def _log_level(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         bad_rows.forget_logged()
     yield
     logger.handlers.clear()
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """Gives the messages of this package since its last call, one per line."""
+
+    def lines() -> str:
+        text = "".join(f"{record.getMessage()}\n" for record in caplog.records if record.name.startswith("bytelatent"))
+        caplog.clear()
+        return text
+
+    return lines
 
 
 @pytest.fixture(autouse=True)

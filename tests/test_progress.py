@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
+from bytelatent import log
 from bytelatent.progress import EVERY, Progress, time_left
 
 
@@ -22,22 +23,12 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return seconds
 
 
-def lines_of(console: Console) -> list[str]:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().splitlines()
-
-
-def plain() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
-def test_lines_come_now_and_then_with_the_time_left(wait: Callable[[float], None]) -> None:
-    console = plain()
-    with Progress("reading", 1000, console) as progress:
+def test_lines_come_now_and_then_with_the_time_left(wait: Callable[[float], None], logged: Callable[[], str]) -> None:
+    with Progress("reading", 1000) as progress:
         for _ in range(10):
             wait(0.6 * EVERY)
             progress.advance(50)
-    assert lines_of(console) == [
+    assert logged().splitlines() == [
         f"reading  {share:3} %  {done} of 1,000 bytes  {left} left".replace(" %", "%")
         for share, done, left in (
             (10, 100, "1:48"),
@@ -49,26 +40,27 @@ def test_lines_come_now_and_then_with_the_time_left(wait: Callable[[float], None
     ]
 
 
-def test_a_terminal_has_a_bar(wait: Callable[[float], None]) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
-    with Progress("reading", 1000, console) as progress:
+def test_a_terminal_has_a_bar(wait: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(log, "console", Console(file=shown, force_terminal=True, width=200, color_system=None))
+    with Progress("reading", 1000) as progress:
         wait(5)
         progress.advance(250)
         progress._bars.refresh()  # pyright: ignore[reportOptionalMemberAccess]
-    assert "━" in (text := "\n".join(lines_of(console)))
+    assert "━" in (text := shown.getvalue())
     assert re.search(r"reading .* 250 of 1,000 bytes  0:15 left", text)
 
 
-def test_work_ends_when_its_time_is_up_and_says_so(wait: Callable[[float], None]) -> None:
-    console, done = plain(), []
-    with Progress("reading", 100, console, limit=30) as progress:
+def test_work_ends_when_its_time_is_up_and_says_so(wait: Callable[[float], None], logged: Callable[[], str]) -> None:
+    done = []
+    with Progress("reading", 100, limit=30) as progress:
         for item in progress.within(range(100)):
             done.append(item)
             wait(8)
             progress.advance(1)
     assert done == [0, 1, 2, 3]
     assert progress.is_cut
-    assert lines_of(console)[-1] == "reading: time is up after 4 of 100 bytes; the rest is left out"
+    assert logged().splitlines()[-1] == "reading: time is up after 4 of 100 bytes; the rest is left out"
 
 
 def test_something_is_done_in_no_time_at_all(wait: Callable[[float], None]) -> None:
@@ -76,20 +68,20 @@ def test_something_is_done_in_no_time_at_all(wait: Callable[[float], None]) -> N
         assert list(progress.within("abc")) == ["a"]
 
 
-def test_work_that_is_done_in_time_says_nothing(wait: Callable[[float], None]) -> None:
-    console = plain()
-    with Progress("reading", 3, console, limit=30) as progress:
+def test_work_that_is_done_in_time_says_nothing(wait: Callable[[float], None], logged: Callable[[], str]) -> None:
+    with Progress("reading", 3, limit=30) as progress:
         assert list(progress.within("abc")) == ["a", "b", "c"]
-    assert lines_of(console) == []
+    assert logged().splitlines() == []
     assert not progress.is_cut
 
 
-def test_the_time_left_is_that_of_the_limit_where_work_would_take_longer(wait: Callable[[float], None]) -> None:
-    console = plain()
-    with Progress("reading", 1000, console, limit=40) as progress:
+def test_the_time_left_is_that_of_the_limit_where_work_would_take_longer(
+    wait: Callable[[float], None], logged: Callable[[], str]
+) -> None:
+    with Progress("reading", 1000, limit=40) as progress:
         wait(EVERY)
         progress.advance(1)
-    assert lines_of(console) == ["reading   25%  1 of 1,000 bytes  0:30 left"]
+    assert logged().splitlines() == ["reading   25%  1 of 1,000 bytes  0:30 left"]
 
 
 def test_processes_end_together(wait: Callable[[float], None]) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bytelatent.kernels import packed_attention
-from bytelatent.model import add_patches, compile_regions
+from bytelatent.model import add_patches, compile_regions, pack_rows
 from bytelatent.model.attention import packed_mask
 from bytelatent.training.distributed.plan import apply_activation_checkpointing, checkpointed
 from bytelatent.training.distributed.settings import ActivationCheckpointing
@@ -59,7 +59,9 @@ def test_packed_attention_is_kept(how: ActivationCheckpointing, times: int, monk
         block.forward = checkpointed(block.forward, how)
     plain, seen = packed_attention.plain_packed_attention, []
     monkeypatch.setattr(packed_attention, "plain_packed_attention", lambda *given: seen.append(1) or plain(*given))
-    model.logits(torch.arange(9), torch.arange(9), packed_mask(torch.zeros(9), None, 1)).sum().backward()
+    stream = pack_rows([torch.arange(9)])
+    monkeypatch.setattr(model.stack, "mask", lambda document, _: packed_mask(document, None, 1))
+    model(stream).sum().backward()
     assert len(seen) == 3 * times
 
 
