@@ -83,7 +83,7 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
-    def deal(self, states: list[dict[str, Any]]) -> str:
+    def redistribute(self, states: list[dict[str, Any]]) -> str:
         return ""
 
     def pass_over(self, steps: int) -> None:

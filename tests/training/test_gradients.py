@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
-from bytelatent.kernels import patch_attention
+from bytelatent.kernels import patch_attention, patch_pooling
 from bytelatent.model import attention, build
 from bytelatent.model.loss import cross_entropy
 from bytelatent.model.settings import BLTSettings, ByteLMSettings
@@ -85,13 +85,18 @@ def assert_all_have_gradients(model: nn.Module, sparse: bool) -> None:
 RULES = {"byte LM": BYTE_LM, "BLT": tiny_blt_settings(window=16)}
 
 
+def takes_kernels(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
+    for place in (patch_attention, patch_pooling):
+        monkeypatch.setattr(place, "takes_kernels", lambda x: kernels)
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("name", RULES)
 def test_nothing_is_asked_of_the_device(
     name: str, kernels: bool, sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patch_attention, "_takes_kernels", lambda x: kernels)
+    takes_kernels(monkeypatch, kernels)
     with META:
         model = prepared(RULES[name], sparse=sparse)
     batch = batch_on(META, RULES[name])
@@ -107,7 +112,7 @@ def test_nor_in_mixed_precision_and_with_checkpointing(
     how: ActivationCheckpointing, sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On tensors that have no values, on the CPU, as the meta device has no mixed precision."""
-    monkeypatch.setattr(patch_attention, "_takes_kernels", lambda x: True)
+    takes_kernels(monkeypatch, True)
     with META:
         model = prepared(RULES["BLT"], how, sparse)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -295,7 +300,7 @@ def test_gradients_that_are_there_are_not_lost() -> None:
 def test_a_run_is_the_same(
     tmp_path: Path, text: Path, stood_in: list[Replayed], monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
-    monkeypatch.setattr("bytelatent.training.trainer.check_cuda_graph", lambda *_: None)
+    monkeypatch.setattr("bytelatent.training.checks.check_cuda_graph", lambda *_: None)
     more: dict[str, Any] = {
         "model": BLT,
         "patching": {"mode": "space"},

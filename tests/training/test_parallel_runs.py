@@ -1,12 +1,11 @@
 """Runs of several processes: their checkpoints go on in any division, and are exported without any."""
 
-import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from bytelatent.blt import BLT
@@ -127,12 +126,11 @@ def test_export(crew: Crew, tmp_path: Path, text: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_export_writes_over_nothing(byte_lm: Path, tmp_path: Path) -> None:
+def test_export_writes_over_nothing(byte_lm: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    said = io.StringIO()
-    export_checkpoint(str(byte_lm), 10, str(out), Console(file=said))  # nothing is lost of an empty folder
-    assert "step-00000010/state: checkpoint of a run, byte LM of " in said.getvalue()  # of a single process
+    export_checkpoint(str(byte_lm), 10, str(out))  # nothing is lost of an empty folder
+    assert "step-00000010/state: checkpoint of a run, byte LM of " in logged()  # of a single process
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     assert "model.safetensors" in before
     with pytest.raises(UserError, match=rf"^'{out}' holds a model already; name another folder, or move it away$"):

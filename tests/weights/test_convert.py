@@ -64,6 +64,7 @@ def refused_by_the_command(
 ) -> str:
     """The last line on standard error, with code 2 or 130; the line before it describes the model."""
     monkeypatch.setattr(sys, "argv", ["blt", "convert", *map(str, arguments)])
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr()
@@ -259,7 +260,8 @@ def test_the_byte_lm_is_named(blt: BLT, tmp_path: Path, monkeypatch: pytest.Monk
     blt.save_pretrained(tmp_path / "whole")
     for entropy in ("whole", "whole/byte_lm"):
         target = tmp_path / "out" / entropy
-        command = ["convert", str(tmp_path / "lonely"), str(target), "--to", "hf", "--entropy", str(tmp_path / entropy)]
+        names = ["--to", "hf", "--entropy-model", str(tmp_path / entropy)]
+        command = ["convert", str(tmp_path / "lonely"), str(target), *names]
         assert CliRunner().invoke(app, command).exit_code == 0
         assert BLT.from_pretrained(target, device="cpu").logits(IDS).equal(blt.logits(IDS))
     for entropy, message in (
@@ -267,7 +269,7 @@ def test_the_byte_lm_is_named(blt: BLT, tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / "absent", "is not a folder"),
         (tmp_path, "holds no model"),
     ):
-        arguments = (tmp_path / "lonely", tmp_path / "b", "--to", "hf", "--entropy", entropy)
+        arguments = (tmp_path / "lonely", tmp_path / "b", "--to", "hf", "--entropy-model", entropy)
         assert message in refused_by_the_command(monkeypatch, capsys, *arguments)
 
 
