@@ -76,7 +76,7 @@ def resident_bytes(pid: int | str = "self") -> int:
 
 
 def of_all(loader: Loader) -> int:
-    pool = loader.readings._pool
+    pool = loader.pool._pool
     return resident_bytes() + sum(resident_bytes(pid) for pid in (list(pool._processes) if pool else []))
 
 

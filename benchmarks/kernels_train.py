@@ -208,7 +208,7 @@ def time(work: Work, case: str, rate: float) -> None:
 
 def tune(work: Work, case: str) -> None:
     """Every choice of blocks; the fastest three of each pass."""
-    modules = (kernels, patch_pooling)
+    modules: Any = (kernels, patch_pooling)
     before = [(module, module.BLOCK, module.STAGES, module.WIDTH) for module in modules]
     found: list[tuple[float, float, Any]] = []
     for block, stages, width in itertools.product((2, 4, 8, 16), (1, 2, 3), (128, 256, 512)):

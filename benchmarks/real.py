@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.commands.train import main as train
-from bytelatent.kernels import patch_attention
+from bytelatent.kernels import patch_attention, patch_pooling
 from bytelatent.kernels.hash_embed import hash_rows
-from bytelatent.log import Console
 from bytelatent.model import attention, ngram_hash
 
 VARIANTS = {  # with their settings; plain comes last because it cannot be undone in a process
@@ -47,7 +46,7 @@ def use_plain_operations() -> None:
     def sums(tail: Tensor, history: Tensor, powers: Tensor, tables: Tensor, *, new: int, sparse: bool) -> Tensor:
         return F.embedding_bag(hash_rows(tail, history, powers, len(tables) // len(powers), new), tables, mode="sum")
 
-    patch_attention._takes_kernels = lambda _: False
+    patch_attention.takes_kernels = patch_pooling.takes_kernels = lambda _: False
     ngram_hash.ngram_sums = sums  # type: ignore[assignment]
     attention.FLEX_FROM = 2**62
 
@@ -77,7 +76,7 @@ def trained(given: Any, seed: int, variant: str) -> tuple[list[float], float, fl
             "cuda_graph": fast,
             **VARIANTS[variant],
         }
-        run = train([f"{key}={json.dumps(value)}" for key, value in settings.items()], Console(quiet=True))
+        run = train([f"{key}={json.dumps(value)}" for key, value in settings.items()])
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         curve = [line["bits_per_byte"] for line in lines if "bits_per_byte" in line]
         [valid] = [line["validation_bits_per_byte"] for line in lines if "validation_bits_per_byte" in line][-1:]

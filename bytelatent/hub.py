@@ -101,7 +101,7 @@ def model_folder(
         )
     try:
         with hub_errors(name, revision=revision, token=token):
-            listed = HfApi(token=token).repo_info(name, revision=revision).siblings or []
+            listed = HfApi(token=token).model_info(name, revision=revision).siblings or []
             files = _model_files([file.rfilename for file in listed], weights)
             if not _model_files(files, weights=False):
                 raise UserError(f"{name} holds no model at '{revision}'; it has {few([f.rfilename for f in listed])}")
