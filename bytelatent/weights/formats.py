@@ -56,7 +56,7 @@ def write_model(
         if stored.folder is not None:
             copy_legal_files(stored.folder, aside)
         loading = [line.replace("FOLDER", repr(folder.name)) for line in chosen.loading]
-        write_card(aside, folder.name, stored, chosen.library, loading)
+        write_card(aside, folder.name, stored, chosen.loaded_by, loading)
         check(aside)
 
 

@@ -165,7 +165,7 @@ HUGGING_FACE = WeightsFormat(
     read_tensors=_read_tensors,
     write=write_hugging_face,
     modes=MODES,
-    library="transformers",
+    loaded_by="transformers",
     loading=(
         "from transformers import AutoTokenizer, BltForCausalLM",
         "",

@@ -232,7 +232,7 @@ META = WeightsFormat(
     read_tensors=_read_tensors,
     write=write_meta,
     modes=MODES,
-    library="bytelatent",
+    loaded_by="bytelatent",
     loading=LOADING,
 )
 

@@ -59,7 +59,7 @@ NATIVE = WeightsFormat(
     read_tensors=_read_tensors,
     write=write_native,
     modes=None,
-    library="bytelatent",
+    loaded_by="bytelatent",
     loading=LOADING,
 )
 

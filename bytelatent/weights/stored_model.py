@@ -159,7 +159,7 @@ class WeightsFormat:
         read_tensors: a model from `read_config` with its tensors, whose values stay on the disk.
         write: writes a model into an existing folder.
         modes: the patching modes that the format can express; None: all.
-        library: the Python package that loads it, for the hub.
+        loaded_by: the Python package that loads it, for the hub.
         loading: lines of Python that load it; FOLDER stands for the folder.
     """
 
@@ -169,7 +169,7 @@ class WeightsFormat:
     read_tensors: Callable[[StoredModel], StoredModel]
     write: Callable[[Path, StoredModel, Advance], None]
     modes: tuple[str, ...] | None
-    library: str
+    loaded_by: str
     loading: tuple[str, ...]
 
     def open(self, folder: Path, weights: bool = True) -> StoredModel:
