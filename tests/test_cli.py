@@ -401,9 +401,9 @@ def test_generate(which: str, request: pytest.FixtureRequest) -> None:
     ("row", "message"),
     [
         ({"prompt": "x", "temperature": -1}, "temperature: "),
-        ({"prompt": "x", "max_new_bytes": True}, "max_new_bytes: True will not do; a number from 1 to 1,000,000,000"),
-        ({"prompt": "x", "max_new_bytes": 2.5}, "max_new_bytes: 2.5 will not do"),
-        ({"prompt": "x", "max_new_bytes": 10**9 + 1}, "max_new_bytes: 1000000001 will not do"),
+        ({"prompt": "x", "max_new_bytes": True}, "max_new_bytes: True is not a number from 1 to 1,000,000,000"),
+        ({"prompt": "x", "max_new_bytes": 2.5}, "max_new_bytes: 2.5 is not a number from 1 to"),
+        ({"prompt": "x", "max_new_bytes": 10**9 + 1}, "max_new_bytes: 1000000001 is not a number from 1 to"),
     ],
 )
 def test_a_row_that_will_not_do_is_told_by_its_line_before_a_model_is_read(

@@ -66,7 +66,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Share:
+class TimeShare:
     """Time of one kind of kernels in a step, and what the work needs at the measured rates, where it is counted."""
 
     kind: str
@@ -81,7 +81,7 @@ class Split:
 
     hash_gradients: str | None
     num_bytes: int
-    shares: list[Share]
+    shares: list[TimeShare]
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _split(trainee: SyntheticTraining, kind: str | None, size: int, report: Benc
         "attention": 3 * attention * size / report.matrix_flops,
         "optimizer and clipping": weights * BYTES_A_WEIGHT / report.copied_bytes,
     }
-    shares = [Share(kind, spent, spent / total, needed.get(kind)) for kind, spent in seconds.items()]
+    shares = [TimeShare(kind, spent, spent / total, needed.get(kind)) for kind, spent in seconds.items()]
     return [Split(kind, size, sorted(shares, key=lambda share: -share.seconds))]
 
 

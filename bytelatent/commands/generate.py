@@ -51,7 +51,7 @@ def generate(settings: GenerateSettings, out: BinaryIO) -> None:
     """Continue a prompt, shown with what is added to it byte by byte, or the prompts of a file, row by row.
 
     Raises:
-        UserError: the model or the prompts are not there, a row will not do, or `out` holds something.
+        UserError: the model or the prompts do not exist, a row is invalid, or `out` is not empty.
         Interrupted: Ctrl-C or SIGTERM; rows that are done are kept.
     """
     with sigterm_interrupts():

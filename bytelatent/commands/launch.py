@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> str:
     """Launch what `key=value` says, and after `--` the script's own.
 
     Raises:
-        UserError: a key, a value, a path or the cluster will not do.
+        UserError: a key, a value or a path is invalid, or the cluster refuses the job.
     """
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     own, of_script = arguments[:cut], arguments[cut + 1 :]
@@ -65,7 +65,7 @@ def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
         One line about the job.
 
     Raises:
-        UserError: a key, a value, a path or the cluster will not do.
+        UserError: a key, a value or a path is invalid, or the cluster refuses the job.
     """
     settings = LaunchSettings.parse(values)
     given = Given(_settings_of(settings.script) or Settings)

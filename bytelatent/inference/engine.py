@@ -266,7 +266,7 @@ def _checked_ids(prompt: Tensor) -> Tensor:
 
 def check_batch_size(num_rows: Any) -> None:
     """Raises UserError where it is no number from 1 to `MAX_BATCH_SIZE`."""
-    _check_number("num_rows", num_rows, MAX_BATCH_SIZE)
+    _check_number("batch_size", num_rows, MAX_BATCH_SIZE)
 
 
 def check_max_new_bytes(max_new_bytes: Any) -> None:
@@ -282,7 +282,7 @@ def check_samples(samples: Any) -> None:
 def _check_number(name: str, value: Any, largest: int) -> None:
     is_number = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's, too
     if not is_number or not 1 <= int(value) <= largest:
-        raise UserError(f"{name}: {_short(value)} will not do; a number from 1 to {largest:,}")
+        raise UserError(f"{name}: {_short(value)} is not a number from 1 to {largest:,}")
 
 
 def _short(value: Any) -> str:
@@ -334,7 +334,7 @@ class Engine:
             samples: 1 to `MAX_SAMPLES`.
 
         Raises:
-            UserError: the prompt is neither text nor ids, or holds none; or a number will not do. Nothing is queued.
+            UserError: the prompt is neither text nor ids, or holds none; a number is out of range. Nothing is queued.
         """
         prompt = _checked_ids(prompt) if isinstance(prompt, Tensor) else prompt_ids(prompt)
         if not isinstance(sampling, Sampling):

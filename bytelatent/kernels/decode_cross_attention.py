@@ -237,8 +237,8 @@ def append_patch_byte(
     Args:
         kv_B2JE: the byte's key, then its value, contiguous.
         k_BLJE, v_BLJE: those of the open patch's bytes, contiguous; written.
-        count_B: bytes that the patch has already, int32 or int64; 0 starts it anew, and where negative or L nothing is
-            written. It is not counted up.
+        count_B: bytes that the patch has already, int32 or int64; 0 starts a new patch, and where negative or L nothing
+            is written. It is not counted up.
         h_BD, pooled_BD: the byte's state and the maximum of the patch's, contiguous; the maximum is written.
         run: one number on the device; where it is 0 nothing is written.
     """

@@ -388,7 +388,7 @@ def read_patch_backward_kernel(
     K: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The weights are found anew: they are few, and of one patch's keys."""
+    """Recomputes the weights: they are few, one patch's keys only."""
     patch, begin, end, part = patch_of_program(begin_ptr, tl.cdiv(H, HEADS))
     column, exists = columns_of_heads(part * HEADS, H, HEADS, E, PADDED_E)
     k = rows_of(k_ptr, patch * K, patch * K + K, column, exists, K, H * E)

@@ -76,7 +76,7 @@ def dense(matrix: Matrix, dtype: torch.dtype) -> Tensor:
 
 
 def by_rows(arrange: Callable[..., Tensor], *matrices: Matrix) -> Matrix:
-    """Whole rows arranged anew, scales along with them.
+    """Rearrange whole rows, with their scales.
 
     Args:
         arrange: makes one tensor of several, without looking beyond their first axis.

@@ -388,7 +388,7 @@ def vector_kernel(
         if GATED:
             w_up = tl.load(weight + K, mask=within, other=0.0)
     scale, scale_up = row_scales(scale_ptr, n, N, GATED)
-    # Every column loads x anew, from the L1 cache: as the threads lie for the weights, so that none waits for another.
+    # Every column loads x again, from the L1 cache: as the threads lie for the weights, so that none waits for another.
     x_at = x_ptr + m * x_row + tl.zeros([BLOCK_N, 1], tl.int32) + k[None, :]
     x = tl.load(x_at, mask=within, other=0.0).to(tl.float32)
     acc = w.to(tl.float32) * x

@@ -24,7 +24,7 @@ def check_float8(float8: Float8 | None, device: torch.device, dtype: torch.dtype
     """Complain early about what cannot be computed so.
 
     Raises:
-        UserError: the device or the dtype will not do, or torchao is not installed.
+        UserError: the device or the dtype does not support it, or torchao is not installed.
     """
     if float8 is None:
         return

@@ -42,7 +42,7 @@ class CapturedGradients:
     What a graph reads and writes lies where it lay as it was captured. So batches are copied to one place, weights must
     be changed in place, and the gradients have one place, too, which they keep from step to step: a replay overwrites
     it, or with `adds` adds to it, by whether the weights' `grad` are None. So clear them by `zero_grad`, to None. A
-    batch of more documents than attention was captured for is captured anew: for as many as the next power of two.
+    batch of more documents than attention was captured for is captured again: for as many as the next power of two.
 
     Args:
         parameters: all that get gradients.
@@ -74,7 +74,7 @@ class CapturedGradients:
         else:
             self._put(batch)
             if not _holds(self._batch.stream.num_documents, batch.stream.num_documents):
-                self._capture_anew(batch)
+                self._capture_again(batch)
         adds = any(parameter.grad is not None for parameter in self._parameters)
         assert adds in self._graphs, "there are gradients already, and no graph was captured that adds to them"
         if adds:
@@ -110,7 +110,7 @@ class CapturedGradients:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _capture_anew(self, batch: Batch) -> None:
+    def _capture_again(self, batch: Batch) -> None:
         """Gradients that are there move to where they are then."""
         earlier = {parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None}
         self._clear()

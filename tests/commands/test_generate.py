@@ -324,3 +324,12 @@ def test_a_row_of_too_many_brackets_is_no_json(tmp_path: Path) -> None:
     rows.write_text('{"prompt": "a"}\n' + "[" * 200_000 + "\n")
     with pytest.raises(UserError, match=rf"^{rows}: line 2 is no JSON \("):
         run(model="absent", jsonl=str(rows))
+
+
+def test_rows_that_an_earlier_build_began(tmp_path: Path) -> None:
+    """Its settings had other names."""
+    part, settings = tmp_path / "out.part", tmp_path / "out.part.settings"
+    settings.write_text('{"entropy": "byte_lm", "weights": "int8"}')
+    _must_be_made_with(part, settings, {"entropy_model": "byte_lm", "quantize": "int8"})
+    with pytest.raises(UserError, match="was begun with quantize=int8, not fp8"):
+        _must_be_made_with(part, settings, {"entropy_model": "byte_lm", "quantize": "fp8"})

@@ -266,7 +266,7 @@ def test_who_cannot_draft() -> None:
 def test_what_will_not_do() -> None:
     engine = Engine.plain(decoders()["entropy"], 1)
     for wrong in (0, MAX_NEW_BYTES + 1, 2**64, True, 2.5, "5"):
-        with pytest.raises(UserError, match=f"max_new_bytes: {wrong!r} will not do; a number from 1 to 1,000,000,000$"):
+        with pytest.raises(UserError, match=f"max_new_bytes: {wrong!r} is not a number from 1 to 1,000,000,000$"):
             engine.submit(prompt_ids("x"), GREEDY, wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="it holds no ids"):
         engine.submit(torch.zeros(0, dtype=torch.long), GREEDY, 1)

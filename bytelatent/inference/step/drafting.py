@@ -6,7 +6,7 @@ and the decoder reads it again, with the patches that each byte should have seen
 
 Every byte is drawn by the random number of its place in the text, drafted or not. So a drafted byte is right where the
 model's logits would have drawn the same; the bytes are those of plain decoding, with any settings of sampling. What a
-row read beyond its last right byte is written anew by the next step, as are caches; nothing else is changed before the
+row read beyond its last right byte is rewritten by the next step, as are caches; nothing else is changed before the
 draft is verified.
 
 Source: arXiv 2605.08044 for drafts by the local models; drawing twice by one number is this project's.

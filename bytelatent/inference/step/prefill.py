@@ -297,7 +297,7 @@ class FastEntropies:
         settings = self.settings
         eps, dim = settings.norm_eps, settings.dim
         size = len(stream.ids)
-        padding = torch.arange(-size % ROWS, device=stream.ids.device)  # kernels take rows so many at a time
+        padding = torch.arange(-size % ROWS, device=stream.ids.device)  # kernels take blocks of ROWS rows
         ids, position = torch.cat([stream.ids, padding * 0]), torch.cat([stream.position, padding])
         low = first_seen(position, settings.window)
         cos, sin = cos_sin(position, settings.head_dim, settings.rope_theta)

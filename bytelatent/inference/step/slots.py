@@ -59,7 +59,7 @@ class CapturedSlots:
     def admit(self, row: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
         counts = torch.stack([state.position[source], state.num_patches[source], state.open_count[source]])
         position, num_patches, open_bytes = counts.tolist()
-        soon = min(which.max_new_bytes, BLOCK)  # so that tables need not grow, and graphs be made anew, at once
+        soon = min(which.max_new_bytes, BLOCK)  # so that tables need not grow, and graphs be captured again, at once
         self._make_room(np.array([position + soon, num_patches + soon, open_bytes + 1]) + self._ahead)
         self._most[row] = position, num_patches, open_bytes
         step = self._step
