@@ -7,7 +7,7 @@ from typing import Any
 
 from bytelatent.credentials import masked
 from bytelatent.signals import STOPPED, Interrupted, ignore_interrupts
-from bytelatent.terminal import one_line, say
+from bytelatent.terminal import one_line, print_line
 
 __all__ = ["BAD_INPUT", "STOPPED", "Interrupted", "UserError", "guarded", "in_one_line", "nearest"]
 
@@ -50,9 +50,9 @@ def guarded(call: Callable[[], Any]) -> None:
     try:
         call()
     except UserError as error:
-        say(f"error: {error}", sys.stderr)
+        print_line(f"error: {error}", sys.stderr)
         sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
         ignore_interrupts()  # a second press would only be a traceback on the way out
-        say(f"stopped: {stop}" if str(stop) else "stopped", sys.stderr)
+        print_line(f"stopped: {stop}" if str(stop) else "stopped", sys.stderr)
         sys.exit(STOPPED)

@@ -28,7 +28,7 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def say(line: str, file: IO[str] | None = None) -> None:
+def print_line(line: str, file: IO[str] | None = None) -> None:
     """Print a line, to standard output unless another file is given: safely to a terminal, elsewhere as it is."""
     place = file or sys.stdout
     print(safe(line) if place.isatty() else line, file=place, flush=True)
@@ -36,7 +36,7 @@ def say(line: str, file: IO[str] | None = None) -> None:
 
 def print_json(values: Any) -> None:
     """Print values as JSON; a number that JSON cannot hold (NaN, infinity) is printed as null."""
-    say(json.dumps(_without_nan(values), allow_nan=False))
+    print_line(json.dumps(_without_nan(values), allow_nan=False))
 
 
 def _without_nan(value: Any) -> Any:

@@ -20,7 +20,7 @@ from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.patching import Patch, PatchSettings
 from bytelatent.report import patched_text
-from bytelatent.terminal import safe, say
+from bytelatent.terminal import print_line, safe
 from bytelatent.weights import Config
 from tests.model.tiny import tiny_blt
 
@@ -89,7 +89,7 @@ def test_tables_progress_and_patches_in_colour() -> None:
 def test_say() -> None:
     terminal, pipe = Terminal(), io.StringIO()
     for place in (terminal, pipe):
-        say(NASTY, place)
+        print_line(NASTY, place)
     assert terminal.getvalue() == safe(NASTY) + "\n"
     assert pipe.getvalue() == NASTY + "\n"
 

@@ -17,7 +17,7 @@ from bytelatent.config import Settings
 from bytelatent.errors import Interrupted, guarded
 from bytelatent.log import Console
 from bytelatent.prepare import PrepareSettings
-from bytelatent.terminal import safe, say
+from bytelatent.terminal import print_line, safe
 
 # The settings and the module in `commands` of each verb, in the order in which the help lists them.
 VERBS: dict[str, tuple[type[Settings], str]] = {
@@ -74,7 +74,7 @@ app.add_typer(bench, name="bench")
 
 def _version(asked: bool) -> None:
     if asked:
-        say(f"bytelatent {__version__}")
+        print_line(f"bytelatent {__version__}")
         raise typer.Exit
 
 

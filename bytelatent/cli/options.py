@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from bytelatent.config import Option, Settings, say_renamed, union_members
+from bytelatent.config import Option, Settings, union_members, warn_renamed
 
 SECTION = "Attributes:"
 NAME = re.compile(r"(\w+): (.*)")
@@ -41,7 +41,7 @@ def verb_of(settings: type[Settings], run: Callable[[Any], None], before: Callab
             if source is None or source.name.startswith("DEFAULT"):
                 continue
             if where.old:
-                say_renamed(where.old, where.new)
+                warn_renamed(where.old, where.new)
             group = values
             for part in where.key[:-1]:
                 group = group.setdefault(part, {})
