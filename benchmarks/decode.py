@@ -214,12 +214,12 @@ def cpu() -> None:
     byte_lm.output.weight.data.mul_(4)
     [row] = random_prompts(1, 999)
     threshold = float(byte_lm.entropies(pack_rows([row]))[64:].quantile(1 - 1 / PATCH_BYTES))
-    rule = PatchSettings(threshold=threshold)
-    decoder = Decoder(model, rule, byte_lm)
+    patching = PatchSettings(threshold=threshold)
+    decoder = Decoder(model, patching, byte_lm)
 
     def whole() -> None:
         stream = pack_rows([row])
-        starts = next_starts(stream.ids, byte_lm.entropies(stream), stream.position, rule)
+        starts = next_starts(stream.ids, byte_lm.entropies(stream), stream.position, patching)
         with torch.no_grad():
             model(add_patches(stream, starts))
 

@@ -33,8 +33,8 @@ from bytelatent.training import trainer as loop
 
 BATCHES = 8  # in a step, over all ranks
 NEAR = 4  # times what bfloat16 changes of one GPU's loss is as near as many GPUs should come to it
-# What the made-up starts are said to come from: those of an entropy rule are what can be stored.
-RULE = PatchSettings(mode="entropy", threshold=1.0)
+# What the made-up starts are said to come from: those of the mode entropy are what can be stored.
+PATCHING = PatchSettings(mode="entropy", threshold=1.0)
 COMPARED = ("step", "bits_per_byte", "gradient_norm")
 
 
@@ -280,7 +280,7 @@ def run_settings(text: Path, steps: int, tiny: bool) -> dict[str, Any]:
     return {
         "steps": steps,
         "model": (TINY if tiny else MIDDLE).plain(),
-        "patching": RULE.plain(),
+        "patching": PATCHING.plain(),
         "data": {"train": str(text), "context": batch, "batch_bytes": batch, "batch_patches": batch // 2},
         "optimizer.lr": 1e-3,
         "optimizer.warmup_steps": steps // 10,
@@ -306,7 +306,7 @@ def store(text: Path | None, out: Path, steps: int, tiny: bool) -> Path:
             for _, document in read_documents(file, "text"):
                 yield document.text
 
-    about = Stored(byte_lm="none", context=8192, dtype="float32", rule=RULE.plain())
+    about = Stored(byte_lm="none", context=8192, dtype="float32", rule=PATCHING.plain())
     written = 0
     with StoredWriter(out, about) as writer:
         for number, document in enumerate(documents()):

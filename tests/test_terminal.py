@@ -160,8 +160,8 @@ def on_a_terminal(*arguments: str, given: bytes = b"") -> tuple[int, bytes]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = tiny_blt()
     folder = tmp_path_factory.mktemp("model") / "m"
-    rule = PatchSettings(mode="space")
-    BLT(network, Config(model=network.settings, context=64, patching=rule), None).save_pretrained(folder)
+    patching = PatchSettings(mode="space")
+    BLT(network, Config(model=network.settings, context=64, patching=patching), None).save_pretrained(folder)
     return folder
 
 

@@ -83,7 +83,7 @@ def folders(tmp_path: Path) -> Iterator[Path]:
 def test_ranks_read_each_document_once_an_epoch(
     folders: Iterator[Path], sizes: list[int], kinds: list[str], world: int
 ) -> None:
-    """Whatever the numbers of files, blocks and ranks: no divisibility rule."""
+    """Whatever the numbers of files, blocks and ranks: no need to divide."""
     data, documents = sources(next(folders), sizes, kinds)
     seen: Counter[tuple[int, bytes]] = Counter()
     epochs = 3

@@ -39,8 +39,8 @@ def store(folder: Path, out: str, *more: str) -> None:
 
 
 def of_starts(work: Path, run: Path, **more: object) -> dict:
-    rule = {"mode": "entropy", "threshold": float((work / "threshold").read_text())}
-    return blt_run(run, work / "starts", work / "byte_lm", calibration=None, patching=rule, **more)
+    asked = {"mode": "entropy", "threshold": float((work / "threshold").read_text())}
+    return blt_run(run, work / "starts", work / "byte_lm", calibration=None, patching=asked, **more)
 
 
 def test_the_losses_are_those_of_the_live_byte_lm(work: Path, tmp_path: Path) -> None:
