@@ -17,7 +17,7 @@ from rich.table import Table
 import bytelatent
 from bytelatent import BLT
 from bytelatent.errors import UserError
-from bytelatent.log import Console
+from bytelatent.log import Console, _LogConsole
 from bytelatent.patching import Patch, PatchSettings
 from bytelatent.report import patched_text
 from bytelatent.terminal import print_line, safe
@@ -94,6 +94,19 @@ def test_say() -> None:
     assert pipe.getvalue() == NASTY + "\n"
 
 
+def test_a_log_that_nobody_reads_is_quiet() -> None:
+    class Gone(io.StringIO):
+        def flush(self) -> None:
+            raise error
+
+    for error in (BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")):
+        console = _LogConsole(file=Gone(), force_terminal=True)
+        with Progress(console=console) as progress:
+            progress.add_task("a bar")
+        console.print("a line")
+        assert console.quiet
+
+
 def test_errors_are_safe_wherever_they_go() -> None:
     assert str(UserError("'a\x1b[2J\x08\u202eb' does not\nexist")) == "'a\\x1b[2J\\x08\\u202eb' does not exist"
 
@@ -120,8 +133,6 @@ def test_there_is_one_way_to_a_terminal(path: Path) -> None:
 
 NOTHING_FROM_OUTSIDE = {  # numbers, and names that are ours
     "config.py",
-    "cli/bench.py",
-    "cli/using.py",
     "launch/torchrun.py",
     "training/faults.py",
     "training/profiling/kernel_times.py",

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def command(arguments: list[str]) -> None:
     with unattended(lambda: import_module("bytelatent.training")):  # which takes seconds
         run = _recorded(main)(arguments)
         if os.environ.get("RANK", "0") == "0":
-            print_line(str(run))
+            with suppress(OSError):  # nobody may read it any more, and the run is complete
+                print_line(str(run))
 
 
 def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:
