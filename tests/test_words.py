@@ -3,6 +3,7 @@
 Names are compared part by part (`max_damaged` has the parts `max` and `damaged`), prose by phrases.
 """
 
+import ast
 import io
 import re
 import subprocess
@@ -133,3 +134,18 @@ def test_phrases_are_found_across_lines(text: str, words: list[str]) -> None:
 @pytest.mark.parametrize(("name", "words"), [("max_damaged", ["damaged"]), ("RotaryTurn", ["Turn"]), ("lookup", [])])
 def test_parts_of_names_are_found(name: str, words: list[str]) -> None:
     assert old_names(name) == words
+
+
+SAME_IN_EACH_VERB = {"run", "main", "command"}
+
+
+def test_public_names_are_used_once() -> None:
+    """A class or function of the package has its name for itself; the verbs' functions have the same ones."""
+    defined_in: dict[str, list[str]] = {}
+    for path in files("bytelatent"):
+        if path.suffix == ".py":
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                    defined_in.setdefault(node.name, []).append(str(path.relative_to(PROJECT)))
+    twice = {name: where for name, where in defined_in.items() if len(where) > 1 and name not in SAME_IN_EACH_VERB}
+    assert not twice
