@@ -140,7 +140,7 @@ def test_entropies_of_a_long_text_are_those_of_one_pass(window: int | None, monk
     assert borders(blt.patch(TEXT)) == [0, *(starts.nonzero()[:, 0] + 1).tolist()]
 
 
-def test_a_text_of_every_length_has_one_rule() -> None:
+def test_a_text_of_every_length_has_one_mode() -> None:
     """Up to the context there is no difference, and a text is patched as its beginning is."""
     blt = wrap(PATCHINGS["entropy"], window=None)
     for size in (0, 1, CONTEXT - 2, CONTEXT - 1, 2 * CONTEXT):

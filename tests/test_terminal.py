@@ -86,7 +86,7 @@ def test_tables_progress_and_patches_in_colour() -> None:
     assert not steers(text) - {"\x1b", "\r"}  # Progress goes back to where its line begins
 
 
-def test_say() -> None:
+def test_print_line() -> None:
     terminal, pipe = Terminal(), io.StringIO()
     for place in (terminal, pipe):
         print_line(NASTY, place)

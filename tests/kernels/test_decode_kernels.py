@@ -162,9 +162,9 @@ def test_plain_decode_attention_is_the_models(steps: list[int], window: int | No
     size, (num_heads, kv_heads) = sum(steps), heads
     qkv = torch.randn(size, num_heads + 2 * kv_heads, 8, generator=torch.Generator().manual_seed(size))
     q, k, v = qkv.split([num_heads, kv_heads, kv_heads], dim=1)
-    turns = rotary_embedding(torch.arange(size), 8, 10_000.0)
+    rotary = rotary_embedding(torch.arange(size), 8, 10_000.0)
     mask = build_mask(torch.zeros(size, dtype=torch.long), window)
-    expected = attend(rotate(q, turns), rotate(k, turns), v, mask)
+    expected = attend(rotate(q, rotary), rotate(k, rotary), v, mask)
     slots = size if window is None else window + max(steps) - 1
     caches = torch.zeros(2, 3, slots, kv_heads, 8)
     table, done, found = rotary_embedding(torch.arange(size), 8, 10_000.0), 0, []

@@ -113,7 +113,7 @@ def test_no_ids_and_no_rows(patching: PatchSettings) -> None:
     assert lengths(torch.zeros(0, 3, dtype=torch.long), include_next=True) == []
 
 
-def test_what_a_rule_needs_and_does_not_get_is_named() -> None:
+def test_what_a_mode_needs_and_does_not_get_is_named() -> None:
     entropy = PatchSettings(threshold=1.0)
     ids = torch.full((2, 3), 100)
     with pytest.raises(UserError, match="mode 'entropy' needs the byte LM's entropies"):
