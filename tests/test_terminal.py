@@ -94,17 +94,17 @@ def test_print_line() -> None:
     assert pipe.getvalue() == NASTY + "\n"
 
 
-def test_a_log_that_nobody_reads_is_quiet() -> None:
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")])
+def test_a_log_that_nobody_reads_is_quiet(error: OSError) -> None:
     class Gone(io.StringIO):
         def flush(self) -> None:
             raise error
 
-    for error in (BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")):
-        console = _LogConsole(file=Gone(), force_terminal=True)
-        with Progress(console=console) as progress:
-            progress.add_task("a bar")
-        console.print("a line")
-        assert console.quiet
+    console = _LogConsole(file=Gone(), force_terminal=True)
+    with Progress(console=console) as progress:
+        progress.add_task("a bar")
+    console.print("a line")
+    assert console.quiet
 
 
 def test_errors_are_safe_wherever_they_go() -> None:
