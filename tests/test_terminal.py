@@ -86,7 +86,7 @@ def test_tables_progress_and_patches_in_colour() -> None:
     assert not steers(text) - {"\x1b", "\r"}  # Progress goes back to where its line begins
 
 
-def test_say() -> None:
+def test_print_line() -> None:
     terminal, pipe = Terminal(), io.StringIO()
     for place in (terminal, pipe):
         say(NASTY, place)
@@ -160,8 +160,8 @@ def on_a_terminal(*arguments: str, given: bytes = b"") -> tuple[int, bytes]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = tiny_blt()
     folder = tmp_path_factory.mktemp("model") / "m"
-    rule = PatchSettings(mode="space")
-    BLT(network, Config(model=network.settings, context=64, patching=rule), None).save_pretrained(folder)
+    patching = PatchSettings(mode="space")
+    BLT(network, Config(model=network.settings, context=64, patching=patching), None).save_pretrained(folder)
     return folder
 
 

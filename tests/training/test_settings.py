@@ -253,9 +253,9 @@ def test_help(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         from_command_line(TrainSettings, ask, USAGE)
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert told.startswith(USAGE)
-    assert "optimizer" in told
+    shown = capsys.readouterr().out
+    assert shown.startswith(USAGE)
+    assert "optimizer" in shown
 
 
 def test_the_entropy_model_by_its_old_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,7 +224,7 @@ def test_a_second_press_quits(tmp_path: Path, text: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
-def test_a_second_press_inside_torch_save_leaves_no_torn_checkpoint(
+def test_a_second_press_inside_torch_save_leaves_no_cut_checkpoint(
     tmp_path: Path, text: Path, swallowed: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """torch's writer makes an error of its own of one that is raised where it calls Python, or passes over it."""
