@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -215,7 +214,9 @@ class BLT:
         Args:
             batch_size: sequences decoded at once, 1 or more; further ones wait.
         """
-        return engine_for(self.model, self.patching, self._needed_entropy_model(), batch_size, draft_length=self.draft_length)
+        return engine_for(
+            self.model, self.patching, self._needed_entropy_model(), batch_size, draft_length=self.draft_length
+        )
 
     @overload
     def generate(self, prompt: Text, max_new_bytes: int = ..., samples: None = ..., **sampling: Any) -> str: ...
@@ -421,9 +422,7 @@ def _check_type(kind: type, name: str, value: object) -> None:
 
 
 def _checked_context(context: Any) -> int:
-    is_number = isinstance(context, Integral) and not isinstance(context, bool)
-    if not is_number or not 1 <= int(context) <= LONGEST_CONTEXT:
-        raise UserError(f"context: {reprlib.repr(context)} is not a number of ids from 1 to {LONGEST_CONTEXT:,}")
+    check_limits(context=context)
     return int(context)
 
 

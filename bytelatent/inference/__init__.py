@@ -12,21 +12,27 @@ if TYPE_CHECKING:
     from bytelatent.inference.scoring import FastEntropies, log_probabilities, log_probabilities_of_pairs
     from bytelatent.inference.settings import Sampling
 
+__all__ = [
+    "Continuation",
+    "Decoder",
+    "Engine",
+    "FastEntropies",
+    "Sampling",
+    "log_probabilities",
+    "log_probabilities_of_pairs",
+    "prompt_bytes",
+    "prompt_ids",
+]
 _MODULES = {
-    "Continuation": "engine",
-    "Decoder": "decoder",
-    "Engine": "engine",
-    "FastEntropies": "scoring",
-    "Sampling": "settings",
-    "log_probabilities": "scoring",
-    "log_probabilities_of_pairs": "scoring",
-    "prompt_bytes": "engine",
-    "prompt_ids": "engine",
+    "decoder": ["Decoder"],
+    "engine": ["Continuation", "Engine", "prompt_bytes", "prompt_ids"],
+    "scoring": ["FastEntropies", "log_probabilities", "log_probabilities_of_pairs"],
+    "settings": ["Sampling"],
 }
-__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

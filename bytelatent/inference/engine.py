@@ -14,9 +14,8 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.decoder import Decoder, State
-
-from bytelatent.inference.settings import Sampling, check_limits
 from bytelatent.inference.sampling import CharacterStream, SamplingSlots, whole_characters
+from bytelatent.inference.settings import Sampling, check_limits
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
 # Shapes: B slots, V vocabulary
@@ -197,7 +196,9 @@ class PlainSlots:
         active = torch.tensor([which is not None for which in self._in_slot], device=self.decoder.device)
         ids, log_probabilities = self.sampling.draw(self.logits_BV)
         self.sampling.read(ids, active)
-        new = zip(self._in_slot, ids.tolist(), log_probabilities.tolist(), self.sampling.remaining.tolist(), strict=True)
+        new = zip(
+            self._in_slot, ids.tolist(), log_probabilities.tolist(), self.sampling.remaining.tolist(), strict=True
+        )
         unfinished = []
         for slot, (which, drawn, log_probability, remaining) in enumerate(new):
             if which is not None:

@@ -24,6 +24,7 @@ FEW = 16  # slots
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
 FAR = 1e30  # takes the place of infinite logits, which have no differences
 
+
 @dataclass(frozen=True)
 class SamplingOption:
     """How a field of `Sampling` reaches the slots: a number for each, which the device's draw reads."""

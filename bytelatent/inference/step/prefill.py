@@ -28,6 +28,7 @@ from bytelatent.patching import PatchSettings
 
 # Shapes: T positions, P patches, K keys per patch, L layers, D width, H heads, J key/value heads, E head size, A = E/2
 
+
 @dataclass
 class RunAttention:
     """Attention to a run of positions up to each one, with a rotary embedding; padded to a multiple of `ROWS`."""

@@ -20,10 +20,10 @@ from bytelatent.inference.decoder import Decoder, State
 from bytelatent.inference.kv_cache import BLTState, KVCache, Room
 from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.inference.step.cuda_graph import Side, has_conditions, where
-from bytelatent.inference.step.patching import append, choose, decide, store_patch
-from bytelatent.inference.step.sampling import Flags, draw
 from bytelatent.inference.step.packed_weights import BLTWeights, ByteLMWeights, StackWeights
+from bytelatent.inference.step.patching import append, choose, decide, store_patch
 from bytelatent.inference.step.prefill import FastDecoder
+from bytelatent.inference.step.sampling import Flags, draw
 from bytelatent.kernels.decode_attention import decode_attention
 from bytelatent.kernels.decode_cross_attention import (
     append_patch_byte,
