@@ -270,6 +270,7 @@ class Engine:
     @classmethod
     def plain(cls, decoder: Decoder, batch_size: int) -> "Engine":
         """One in plain PyTorch."""
+        check_limits(batch_size=batch_size)
         return cls(decoder, PlainSlots(decoder, batch_size), batch_size)
 
     @property
