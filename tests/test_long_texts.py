@@ -168,7 +168,7 @@ def test_pieces_of_rows_with_padding_and_given_patches() -> None:
 def test_a_context_that_is_none(context: Any) -> None:
     blt = wrap(PATCHINGS["static"], window=None)
     for call in (blt.patch, blt.bits_per_byte, lambda text, context: blt.logits(text, context=context)):
-        with pytest.raises(UserError, match=f"^context: {context!r} is not a number of ids from 1 to "):
+        with pytest.raises(UserError, match=f"^context: {context!r} is not a number from 1 to "):
             call(TEXT, context=context)
 
 
