@@ -167,7 +167,7 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["generate", "x", "-m", "absent"], "'absent' is not a folder"),
         (["generate", "x", "-m", "{model}", "--top-p", "0"], "top_p"),
         (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is not known"),
-        (["generate", "x", "-m", "absent", "--draft-length", "99"], "ahead: 99 bytes a step; take 1 to 16"),
+        (["generate", "x", "-m", "absent", "--draft-length", "99"], "draft_length: 99 is not a number from 1 to 16"),
         (["generate", "x", "-m", "absent", "--quantize", "int4"], "quantize: Input should be 'full', 'int8' or 'fp8'"),
         (["generate", "x", "-m", "absent", "-n", str(10**20)], f"or equal to 1000000000, not {10**20}"),
         (["generate", "x", "-m", "absent", "--samples", str(10**20)], f"or equal to 100000, not {10**20}"),

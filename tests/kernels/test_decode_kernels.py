@@ -239,14 +239,14 @@ def test_decisions() -> None:
     ]
     check(
         deciding=[
-            {"rows": 1, "places": 1, "chosen": {"threshold": 3.9}},
-            {"rows": 5, "places": 5, "chosen": {"threshold": 3.9, "max_patch_length": 3}, "sampling": every},
-            {"rows": 7, "places": 2, "chosen": {"threshold": 0.0, "monotonicity": True}, "sampling": every},
-            {"rows": 6, "places": 3, "chosen": {"threshold": 3.8, "threshold_add": 0.1}, "quorum": 0.6},
-            {"rows": 9, "places": 9, "chosen": {"threshold": 3.9}, "quorum": 0.45, "decoded": True},
-            {"rows": 4, "places": 4, "chosen": {"mode": "space"}, "sampling": every},
-            {"rows": 3, "places": 1, "chosen": {"mode": "static", "patch_size": 2}},
-            {"rows": 3, "places": 2, "chosen": {"mode": "byte"}},
+            {"rows": 1, "max_closing": 1, "chosen": {"threshold": 3.9}},
+            {"rows": 5, "max_closing": 5, "chosen": {"threshold": 3.9, "max_patch_length": 3}, "sampling": every},
+            {"rows": 7, "max_closing": 2, "chosen": {"threshold": 0.0, "monotonicity": True}, "sampling": every},
+            {"rows": 6, "max_closing": 3, "chosen": {"threshold": 3.8, "threshold_add": 0.1}, "quorum": 0.6},
+            {"rows": 9, "max_closing": 9, "chosen": {"threshold": 3.9}, "quorum": 0.45, "decoded": True},
+            {"rows": 4, "max_closing": 4, "chosen": {"mode": "space"}, "sampling": every},
+            {"rows": 3, "max_closing": 1, "chosen": {"mode": "static", "patch_size": 2}},
+            {"rows": 3, "max_closing": 2, "chosen": {"mode": "byte"}},
         ],
         keeping=[{"rows": 4, "closing": [2, -1, 0], "keys": 3, "heads": 2, "head_dim": 8, "layers": 2}],
         gating=[{"rows": 3, "columns": 700}],
