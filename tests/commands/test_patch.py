@@ -75,7 +75,7 @@ def test_a_byte_lm_on_no_text(byte_lm: Path) -> None:
     ("patching", "name"),
     [(PatchSettings(mode="space"), "space"), (PatchSettings(mode="static", patch_size=3), "static:3")],
 )
-def test_a_model_of_another_mode_says_so(patching: PatchSettings, name: str, tmp_path: Path) -> None:
+def test_a_model_of_another_mode_is_named(patching: PatchSettings, name: str, tmp_path: Path) -> None:
     model = blt_of(tmp_path / "m", patching)
     found, said = run("-m", model, "--mode", "entropy,byte")
     assert list(found) == [name, "byte"]

@@ -565,7 +565,7 @@ def test_the_command(tmp_path: Path, text: Path, model: Path, byte_lm: ByteLM) -
     assert "more processes than files" in line_about(command(text, model, str(tmp_path), rank=7, world=8), "out")
 
 
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_shows_how_to_go_on(
     tmp_path: Path, text: Path, model: Path, threads_end: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(byte_lm: ByteLM, stream: Stream) -> Tensor:
@@ -584,7 +584,7 @@ def test_ctrl_c_says_how_to_go_on(
     assert len(bytes_below(out)) == 1
 
 
-def test_rules_of_the_command(tmp_path: Path, text: Path, model: Path) -> None:
+def test_modes_of_the_command(tmp_path: Path, text: Path, model: Path) -> None:
     command(text, model, str(tmp_path / "one"), starts=5.12)
     command(text, model, str(tmp_path / "other"), patching="mode=entropy, threshold=5.12")
     assert bytes_below(tmp_path / "one") == bytes_below(tmp_path / "other")

@@ -85,12 +85,12 @@ def test_stops_after_so_much_text(model: ByteLM | BLTModel, folder: Path) -> Non
     assert found.bits_per_byte == pytest.approx(directly(model, [TEXTS[0], TEXTS[1][:6]]), rel=1e-5)
 
 
-def test_tells_of_each_batch(model: ByteLM | BLTModel, folder: Path) -> None:
-    told: list[int] = []
+def test_reports_each_batch(model: ByteLM | BLTModel, folder: Path) -> None:
+    shown: list[int] = []
     patcher = Patcher(PATCHING) if isinstance(model, BLTModel) else None
-    evaluate(model, batches_once([SourceSettings(path=str(folder))], 512, 20, patcher), on_batch=told.append)
-    assert sum(told) == sum(map(len, TEXTS))
-    assert len(told) > 2
+    evaluate(model, batches_once([SourceSettings(path=str(folder))], 512, 20, patcher), on_batch=shown.append)
+    assert sum(shown) == sum(map(len, TEXTS))
+    assert len(shown) > 2
 
 
 def test_no_text_is_one_line(model: ByteLM | BLTModel, folder: Path) -> None:

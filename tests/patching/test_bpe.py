@@ -45,7 +45,7 @@ def steps(ids: list[int], patching: PatchSettings) -> list[bool]:
 @example(parts=["\ufffd a \ufffd".encode(), b"\xef\xbf", b"\xef\xbf\xbd" * 22])
 @example(parts=[b"\x80" * 70, b" the harbour"])
 @example(parts=["e\u0301le\u0300ve \u212b \ufb01n".encode(), b"\0\0 a\0"])  # what a normalizer joins, splits or drops
-def test_every_prefix_is_tokenized_anew(tokenizers: dict[str, str], kind: str, parts: list[bytes]) -> None:
+def test_every_prefix_is_tokenized_again(tokenizers: dict[str, str], kind: str, parts: list[bytes]) -> None:
     patching = PatchSettings(mode="bpe", tokenizer=tokenizers[kind])
     ids = encode(b"".join(parts)).tolist()
     expected = slow.starts(ids, None, patching)[1:]

@@ -87,7 +87,7 @@ def test_one_byte_can_be_calibrated_and_none_cannot(monotonicity: bool) -> None:
         calibrate(nothing, torch.ones(2), torch.arange(2), 1.0, patching)
 
 
-def test_calibration_without_a_rule_is_for_the_plain_one() -> None:
+def test_calibration_without_a_mode_is_for_the_plain_one() -> None:
     stream = synthetic_stream(0, 20)
     plain = PatchSettings(threshold=0.0)
     assert calibrate(*stream, 4.0) == calibrate(*stream, 4.0, plain)

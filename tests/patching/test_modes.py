@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.step import decisions as decisions_of_a_step
-from bytelatent.inference.step.decisions import KERNEL_DECISIONS, kernel_decision
+from bytelatent.inference.step import patching as device_patching
+from bytelatent.inference.step.patching import KERNEL_DECISIONS, kernel_decision
 from bytelatent.patching import MODES, PatchSettings, PatchState, next_starts, patch_lengths, step
 from bytelatent.patching.modes import ModeName
 from tests.patching import slow
@@ -113,7 +113,7 @@ def test_no_ids_and_no_rows(patching: PatchSettings) -> None:
     assert lengths(torch.zeros(0, 3, dtype=torch.long), include_next=True) == []
 
 
-def test_what_a_rule_needs_and_does_not_get_is_named() -> None:
+def test_what_a_mode_needs_and_does_not_get_is_named() -> None:
     entropy = PatchSettings(threshold=1.0)
     ids = torch.full((2, 3), 100)
     with pytest.raises(UserError, match="mode 'entropy' needs the byte LM's entropies"):
@@ -156,7 +156,7 @@ def test_every_mode_is_decided_on_the_device_or_explicitly_on_the_host() -> None
     assert sorted(numbers) == list(range(len(numbers)))
     decisions = {decision for mode in MODES.values() for decision in mode.decisions}
     assert set(KERNEL_DECISIONS) <= decisions
-    source = inspect.getsource(decisions_of_a_step)
+    source = inspect.getsource(device_patching)
     assert [name for name in KERNEL_DECISIONS if f"MODE == {name.upper()}:" not in source] == []
     with pytest.raises(UserError, match="mode 'bpe' is not decided on the device"):
         kernel_decision(PatchSettings(mode="bpe", tokenizer="a.json"))

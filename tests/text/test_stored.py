@@ -133,7 +133,7 @@ def test_no_documents_are_a_file_too(tmp_path: Path) -> None:
     assert list(read_documents(str(file))) == []
 
 
-def test_other_parquet_files_say_nothing(tmp_path: Path) -> None:
+def test_other_parquet_files_have_none(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     assert read_stored(tmp_path / "a.parquet") is None
 

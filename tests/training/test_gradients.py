@@ -243,7 +243,7 @@ def test_replayed_gradients_are_those_of_the_passes(
 
 
 @pytest.mark.parametrize("several", [1, 3])
-def test_more_documents_are_captured_anew(several: int, stood_in: list[Replayed]) -> None:
+def test_more_documents_are_captured_again(several: int, stood_in: list[Replayed]) -> None:
     """Not each time that there are some more; and what was added up so far is kept."""
     torch.manual_seed(0)
     model = build(BYTE_LM)

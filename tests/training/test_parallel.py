@@ -134,8 +134,8 @@ def head_dims_of_graphs(values: dict[str, Any], layers: int) -> list[str | None]
 
     def backend(graph: Any, inputs: Any) -> Any:
         given = {node.name: node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"}
-        turns = [value for name, value in given.items() if "rotary" in name]
-        found.append(str(turns[0].shape[1] * 2) if turns else None)
+        rotary = [value for name, value in given.items() if "rotary" in name]
+        found.append(str(rotary[0].shape[1] * 2) if rotary else None)
         return graph
 
     asked, compiled = settings(values), torch.compile

@@ -302,7 +302,7 @@ def test_calibration_is_written_and_done_once(
     assert json.loads((run / "calibration.json").read_text())["threshold"] == found.threshold
 
 
-def test_batches_that_are_smaller_than_other_settings_say_are_named(
+def test_batches_that_are_smaller_than_other_settings_ask_are_named(
     tmp_path: Path, text: Path, byte_lm: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def said(name: str, **data: int) -> list[str]:

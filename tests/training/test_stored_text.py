@@ -110,8 +110,8 @@ def test_bad_rows_are_logged(work: Path, tmp_path: Path, caplog: pytest.LogCaptu
     text = tmp_path / "text.jsonl"
     text.write_bytes((work / "text.jsonl").read_bytes() + b"{torn\n")
     train(settings(byte_lm_run(tmp_path / "run", text)))
-    told = log_of(caplog)
-    assert f"{text.name}' line 61 is not JSON" in told
-    assert "passed over (1 of at most 100)" in told
+    shown = log_of(caplog)
+    assert f"{text.name}' line 61 is not JSON" in shown
+    assert "passed over (1 of at most 100)" in shown
     with pytest.raises(UserError, match="line 61 is not JSON"):
         train(settings(byte_lm_run(tmp_path / "strict", text, data={"max_bad_rows": 0})))

@@ -157,7 +157,7 @@ def test_no_folder(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
 
 
-def test_fingerprint_tells_weights_apart() -> None:
+def test_fingerprint_distinguishes_weights_apart() -> None:
     same, again = tiny_byte_lm(seed=0), tiny_byte_lm(seed=0)
     assert fingerprint(same) == fingerprint(again)
     with torch.no_grad():
