@@ -100,7 +100,8 @@ def _run(given: Settings, module: str) -> None:
 
 def _options(settings: type[Settings], within: tuple[str, ...] = ()) -> Iterator[tuple[inspect.Parameter, _Given]]:
     about = descriptions(settings)
-    for name, field in settings.model_fields.items():
+    own_first = sorted(settings.model_fields.items(), key=lambda item: item[0] not in settings.__annotations__)
+    for name, field in own_first:
         annotation = field.annotation
         if inspect.isclass(annotation) and issubclass(annotation, Settings):
             yield from _options(annotation, (*within, name))

@@ -132,7 +132,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as nested plain values.
 
     Raises:
-        UserError: there is none, or it holds no settings.
+        UserError: it does not exist, or holds no settings.
     """
     if not Path(path).is_file():
         raise UserError(f"config: '{path}' does not exist; name a YAML file")
