@@ -20,7 +20,7 @@ DEFAULT_MODEL = "runs/demo"
 DEFAULT_PATCH_BYTES = 4.5
 
 Folder = Annotated[str, AfterValidator(lambda path: must_be_named(path, "a folder"))]
-Model = Annotated[str, Option("--model", "-m")]
+Model = Annotated[str, Option(("--model", "-m"))]
 PatchBytes = Annotated[float, Field(ge=1, le=1e6)]
 NumBytes = Annotated[int, Field(ge=1, lt=2**63)]
 
@@ -30,7 +30,7 @@ class JsonSettings(Settings):
     as_json: print JSON.
     """
 
-    as_json: Annotated[bool, Option("--json")] = False
+    as_json: Annotated[bool, Option(("--json",))] = False
 
 
 class EntropyModelSettings(Settings):
@@ -158,7 +158,7 @@ class CalibrateSettings(TextSettings):
     """
 
     patch_bytes: PatchBytes = DEFAULT_PATCH_BYTES
-    model: Annotated[str | None, Option("--model", "-m")] = None
+    model: Annotated[str | None, Option(("--model", "-m"))] = None
     max_bytes: NumBytes = 1_000_000
     figure: Path | None = None
     device: str = "auto"
@@ -252,7 +252,7 @@ class GenerateSettings(EntropyModelSettings):
     file: Path | None = None
     jsonl: str | None = None
     out: Path | None = None
-    max_new_bytes: Annotated[int, Option("--max-new-bytes", "-n")] = Field(default=200, ge=1, le=MAX_NEW_BYTES)
+    max_new_bytes: Annotated[int, Option(("--max-new-bytes", "-n"))] = Field(default=200, ge=1, le=MAX_NEW_BYTES)
     sampling: Sampling = Sampling()
     samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     batch_size: int = Field(default=16, ge=1, le=10**6)
@@ -283,7 +283,7 @@ class PatchesSettings(JsonSettings):
     model: Model = DEFAULT_MODEL
     mode: str = "model"
     context: int | None = None
-    entropies: Annotated[bool, Option("--entropies", "-e")] = False
+    entropies: Annotated[bool, Option(("--entropies", "-e"))] = False
     html: Path | None = None
 
 
