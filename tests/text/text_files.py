@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bytelatent.text.bad_rows import forget_logged
+from bytelatent.text.documents import forget_logged
 
 KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 

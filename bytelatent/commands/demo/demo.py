@@ -24,7 +24,7 @@ from bytelatent.patching import PatchSettings
 from bytelatent.report import RunReport, compare_runs, write_report
 from bytelatent.run_folder import NoCheckpoint, newest_checkpoint, read_metrics
 from bytelatent.text import MAX_ROW_BYTES, BadRows
-from bytelatent.text.bad_rows import MAX_BAD_ROWS
+from bytelatent.text.documents import MAX_BAD_ROWS, must_have_read
 from bytelatent.training import TrainSettings, train
 from bytelatent.training.checkpoint.settings import CheckpointSettings
 from bytelatent.training.settings import CalibrationSettings, OptimizerSettings, ValidationSettings
@@ -79,7 +79,7 @@ def run_demo(
         summary = _run(clock, text, folder, options, seed)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(_advice_when_stopped(folder)) from None
-    bad.must_have_read()
+    must_have_read(bad.unread)
     return summary
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
 from bytelatent.text import MAX_ROW_BYTES, BadRows, find_files, read_documents
+from bytelatent.text.documents import must_have_read
 
 HELD_OUT_ONE_IN = 16  # documents, chosen by a hash of their names
 CHUNK = 8192  # bytes; longer documents are split, so that the held-out text is not from a few of them only
@@ -56,7 +57,7 @@ def collect(
         rows.sort(key=lambda row: _hash(row[0]))  # any prefix is a fair sample
     sizes = {part: sum(len(text) for _, text in rows) for part, rows in parts.items()}
     if sizes["train"] < LEAST or not sizes["valid"]:
-        bad.must_have_read()  # an error that names a file comes before one about too little text
+        must_have_read(bad.unread)  # an error that names a file comes before one about too little text
         raise UserError(
             f"demo: {what} holds {sum(sizes.values()):,} bytes, {sizes['valid']:,} of them held out; "
             f"it takes {LEAST:,} bytes at the least, in one file or many"

@@ -21,7 +21,7 @@ from bytelatent.commands.demo.measure import xz_bits_per_byte
 from bytelatent.commands.demo.text import CHUNK, LEAST, DemoText, collect
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.text import MAX_ROW_BYTES
-from bytelatent.text.bad_rows import MAX_BAD_ROWS
+from bytelatent.text.documents import MAX_BAD_ROWS
 from bytelatent.training import trainer as loop
 
 PARTS = ("train", "valid")
