@@ -1,12 +1,13 @@
 """Strict settings, and YAML files that hold them.
 
 Settings are pydantic models; a key nobody knows is an error that names the nearest known one. `command_line.py` reads
-`key=value`.
+`key=value`. The package's own configurations are in `apps/bytelatent/configs/` of a clone, and in `bytelatent/configs/`
+of a wheel, where `setup.py` puts them.
 """
 
 import functools
+import logging
 import re
-import sys
 import sysconfig
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -21,13 +22,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError, nearest
 
+LOGGER = logging.getLogger(__name__)
 KIND_OF_VALUE = re.compile(r"bool|int|float|str|literal\[.*\]|function-\w+\[.*\]")
 LARGEST = 2**64 - 1  # more, and a number overflows where torch takes it; a seed may have 64 bits
+PACKAGE = Path(__file__).parent
 
-# For YAML files: `path: ${stdlib:}/json` is text that every machine has.
-_register = (
-    getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-)  # which OmegaConf < 2.4 has
+# For YAML files: `path: ${stdlib:}/json` is text that every machine has. OmegaConf < 2.4 has the longer name.
+_register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
 _register("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
 
 
@@ -69,32 +70,27 @@ class Settings(BaseModel):
     @classmethod
     def _not_too_large(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"Input should be at most {LARGEST}, not {short(str(value), 40)}")
+            raise ValueError(f"Input should be at most {LARGEST}, not {shorten(str(value), 40)}")
         return value
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str = "") -> Self:
+    def parse(cls, values: dict[str, Any], where: str | Callable[[str], str] = "") -> Self:
         """Check `values` against this model.
 
         Args:
             values: nested plain values, as read from YAML or JSON.
-            where: the file they came from, named in the error.
+            where: the file they came from, named in the error; or a function that gives the file of a key.
 
         Raises:
             UserError: one line for the first wrong key, with the nearest known key.
         """
-        return cls.parse_from(values, lambda _: where)
-
-    @classmethod
-    def parse_from(cls, values: dict[str, Any], whence: Callable[[str], str]) -> Self:
-        """The same where values came from several places; `whence` names the file of a key, if it is of one."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(_one_line(cls, error, whence)) from None
+            raise UserError(_one_line(cls, error, where)) from None
 
     def plain(self) -> dict[str, Any]:
-        """The settings as plain nested values, as they would stand in a YAML file."""
+        """The settings as plain nested values, as in a YAML file."""
         return self.model_dump(mode="json")
 
     def shown(self) -> dict[str, Any]:
@@ -109,18 +105,45 @@ class Settings(BaseModel):
         return "default"
 
 
+def config_files() -> dict[str, Path]:
+    """The package's own configurations by their names."""
+    for folder in (PACKAGE / "configs", PACKAGE.parent / "apps" / "bytelatent" / "configs"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_config(config: str) -> Path:
+    """The file that `config=` names: a path, or else a name of the package's own.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if not config:
+        raise UserError("config: no file is named; as in config=apps/bytelatent/configs/byte_lm.yaml")
+    path, files = Path(config), config_files()
+    if path.is_file() or config in files:
+        return path if path.is_file() else files[config]
+    hint = nearest(path.stem, list(files), cutoff=0.7)
+    raise UserError(f"config: '{config}' does not exist{hint}; name a YAML file, or one that `blt configs` lists")
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file as nested plain values."""
-    path = Path(path)
-    if not path.is_file():
+    """A YAML file as nested plain values.
+
+    Raises:
+        UserError: there is none, or it holds no settings.
+    """
+    if not Path(path).is_file():
         raise UserError(f"config: '{path}' does not exist; name a YAML file")
     try:
         config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig):
+            raise UserError(f"config: '{path}' holds no settings; it should be a mapping of keys to values")
+        values: Any = OmegaConf.to_container(config, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
         raise UserError(f"config: '{path}' cannot be read as YAML: {error}") from None
-    if not isinstance(config, DictConfig):
-        raise UserError(f"config: '{path}' holds no settings; it should be a mapping of keys to values")
-    return _resolved(config, str(path))
+    return {str(key): value for key, value in values.items()}
 
 
 def to_yaml(values: dict[str, Any], references: Collection[str] = ()) -> str:
@@ -139,9 +162,9 @@ def _escaped(value: Any, references: Collection[str]) -> Any:
         return {key: _escaped(inner, references) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_escaped(inner, references) for inner in value]
-    if value in references:
-        return value
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+    if isinstance(value, str) and value not in references:
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:
@@ -155,27 +178,35 @@ def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:
     return found
 
 
+def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested values with others over them, key by key; `null` over a group leaves it out."""
+    laid = dict(values)
+    for key, value in above.items():
+        below = laid.get(key)
+        laid[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return laid
+
+
 def renamed(values: Any, names: dict[str, str], within: str = "") -> Any:
-    """Plain values with the old names of settings replaced by the new ones, and a line about each on standard error.
+    """Plain values with the old names of settings replaced by the new ones, and a warning about each.
 
     Args:
-        within: comes before the names in the line.
+        within: comes before the names in the warning.
     """
     if not isinstance(values, dict):
         return values
     values = dict(values)
     for old, new in names.items():
         if old in values:
-            say_renamed(within + old, within + new)
+            warn_renamed(within + old, within + new)
             values.setdefault(new, values.pop(old))
-            values.pop(old, None)
     return values
 
 
 @functools.cache
-def say_renamed(old: str, new: str) -> None:
-    """Say once that a setting or an option has another name now."""
-    print(f"{old} is now {new}; the old name still works", file=sys.stderr)
+def warn_renamed(old: str, new: str) -> None:
+    """Warn once that a setting or an option has another name now."""
+    LOGGER.warning(f"{old} is now {new}; the old name still works")
 
 
 Arguments = ParamSpec("Arguments")
@@ -188,10 +219,9 @@ def renamed_arguments(**names: str) -> Callable[[Callable[Arguments, Result]], C
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(function)
         def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            for old, new in names.items():
-                if old in kwargs:
-                    say_renamed(f"{old}=", f"{new}=")
-                    kwargs[new] = kwargs.pop(old)
+            for old in names.keys() & kwargs.keys():
+                warn_renamed(f"{old}=", f"{names[old]}=")
+                kwargs[names[old]] = kwargs.pop(old)
             return function(*args, **kwargs)
 
         return wrapper
@@ -203,11 +233,11 @@ def renamed_attribute(old: str, new: str) -> Any:
     """A property that still gives an attribute its old name."""
 
     def read(self: object) -> Any:
-        say_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
+        warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
         return getattr(self, new)
 
     def write(self: object, value: Any) -> None:
-        say_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
+        warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
         setattr(self, new, value)
 
     return property(read, write)
@@ -220,92 +250,74 @@ def must_be_named(path: str, what: str) -> str:
     return path
 
 
-def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested values with others over them, key by key; `null` over a group leaves it out."""
-    laid = dict(values)
-    for key, value in above.items():
-        below = laid.get(key)
-        laid[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return laid
+def shorten(text: str, longest: int = 200) -> str:
+    """The beginning of a text, for a message."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def _resolved(config: Any, where: str) -> dict[str, Any]:
-    try:
-        plain = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {error}") from None
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _one_line(model: type[BaseModel], error: ValidationError, whence: Callable[[str], str]) -> str:
+def _one_line(model: type[BaseModel], error: ValidationError, where: str | Callable[[str], str]) -> str:
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])  # a wrong key explains the rest
     location = _location(first)
-    same = [problem for problem in problems if _location(problem) == location]  # of each kind that may stand there
+    same = [problem for problem in problems if _location(problem) == location]  # of each kind that may be there
     key = ".".join(location)
-    where = whence(key)
-    prefix = f"{where}: " if where else ""
+    file = where(key) if callable(where) else where
+    prefix = "".join(f"{part}: " for part in (file, key) if part)
     more = f" (and {len(problems) - len(same)} more)" if len(problems) > len(same) else ""
     if first["type"] == "extra_forbidden":
-        return f"{prefix}{key}: {_about_unknown(_models_at(model, location[:-1]), location)}{more}"
-    message = ", or ".join(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in same))
-    shown = "" if first["type"] in {"missing", "value_error"} else f", not {short(repr(first['input']))}"
+        return f"{prefix}{_about_unknown(_models_at(model, location[:-1]), location)}{more}"
+    message = ", or ".join(dict.fromkeys(_message(problem) for problem in same))
+    shown = "" if first["type"] in {"missing", "value_error"} else f", not {shorten(repr(first['input']))}"
     if first["type"] in {"string_type", "path_type"} and isinstance(first["input"], int | float | None):
         shown += "; in double quotes it is a text"
-    return f"{prefix}{key + ': ' if key else ''}{message}{shown}{more}"
+    return f"{prefix}{message}{shown}{more}"
+
+
+def _message(problem: Any) -> str:
+    """pydantic's message, or that of an error which a validator raised."""
+    return str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
 
 
 def _location(problem: Any) -> list[str]:
     """The key of a problem, without what pydantic adds where a value may be of several kinds."""
-    first, *rest = (str(part) for part in problem["loc"] or ("",))
-    return [name for name in (first, *(part for part in rest if not KIND_OF_VALUE.fullmatch(part))) if name]
+    names = [str(part) for part in problem["loc"]]
+    return [name for name in names[:1] + [name for name in names[1:] if not KIND_OF_VALUE.fullmatch(name)] if name]
 
 
 def _about_unknown(models: list[type[BaseModel]], location: list[str]) -> str:
-    """What is said of a key that settings found at its place do not know, and of the one that may be meant."""
+    """A line about a key that the settings at its place do not know, and about the one that may be meant."""
     *group, name = location
-    known = sorted({field for inner in models for field in inner.model_fields})
-    deeper = [".".join([*group, *path]) for path in _inside(models, name)]
+    known = list(dict.fromkeys(field for inner in models for field in inner.model_fields))
+    groups = [field for field in known if any(name in inner.model_fields for inner in _models_of(models, field))]
+    deeper = [".".join([*group, field, name]) for field in groups]
     meant = "; did you mean " + " or ".join(f"'{key}'" for key in deeper) + "?" if deeper else ""
-    if name in known:  # of another of the kinds that may stand here
+    if name in known:  # of another of the kinds that may be here
         return f"does not go together with the other keys here{meant}"
-    return f"unknown key{nearest(name, known) or meant or '; known here: ' + ', '.join(known)}"
-
-
-def _inside(models: list[type[BaseModel]], name: str) -> list[tuple[str, str]]:
-    """The groups of these settings that have a field of this name, and the name."""
-    fields = {field: info.annotation for model in models for field, info in model.model_fields.items()}
-    return [
-        (field, name) for field, kind in fields.items() if any(name in inner.model_fields for inner in models_in(kind))
-    ]
-
-
-def short(text: str, longest: int = 200) -> str:
-    """The beginning of a text, for a message."""
-    return text if len(text) <= longest else f"{text[:longest]}..."
+    return f"unknown key{nearest(name, sorted(known)) or meant or '; known here: ' + ', '.join(sorted(known))}"
 
 
 def _models_at(model: type[BaseModel], location: list[str]) -> list[type[BaseModel]]:
     """The settings found by walking `location` down from `model`."""
     models = [model]
     for name in location:
-        inner = [
-            m for known in models if name in known.model_fields for m in models_in(known.model_fields[name].annotation)
-        ]
-        models = inner or models  # list indices and union tags are no fields
+        models = _models_of(models, name) or models  # list indices and union tags are no fields
     return models
 
 
-def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The settings that a field's type names, at any depth."""
+def _models_of(models: list[type[BaseModel]], field: str) -> list[type[BaseModel]]:
+    """The settings that a field of these settings may hold, at any depth."""
+    found = [model.model_fields[field].annotation for model in models if field in model.model_fields]
+    return [inner for annotation in found for inner in _models_in(annotation)]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for inner in get_args(annotation) for model in models_in(inner)]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
 def union_members(kind: Any) -> list[Any]:
-    """The types of a union; the type itself if it is none."""
+    """The types of a union; the type itself if it is no union."""
     if get_origin(kind) is Annotated:
         return union_members(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):

@@ -5,7 +5,7 @@ before it, their entropies and the position. So each of its decisions is written
 it to shifted tensors, a decoder to the values it carries.
 
 To add a mode, write its name in `ModeName`, its entry in `MODES`, and its decision on the device in
-`bytelatent.inference.step.decisions`, or mark it `on_host`.
+`bytelatent.inference.step.patching`, or mark it `on_host`.
 
 Source: Pagnoni et al. 2024, section 2.
 """

@@ -20,8 +20,7 @@ from bytelatent.training.calibration import calibrate_on, read_calibration, writ
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
 from bytelatent.training.text_files import TextFile, check_listing, list_text, write_listing
-from bytelatent.weights import Config, fingerprint, load_byte_lm, save
-from bytelatent.weights.native import BYTE_LM
+from bytelatent.weights import BYTE_LM, Config, fingerprint, load_byte_lm, save
 
 LOGGER = logging.getLogger(__name__)
 

@@ -16,19 +16,17 @@ from torch import Tensor
 
 from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.inference.settings import Sampling
-from bytelatent.inference.step.decisions import (
-    Flags,
+from bytelatent.inference.step.patching import (
     append,
     choose,
     decide,
-    draw,
     plain_append,
     plain_choose,
     plain_decide,
-    plain_draw,
     plain_store_patch,
     store_patch,
 )
+from bytelatent.inference.step.sampling import Flags, draw, plain_draw
 from bytelatent.kernels.decode_attention import (
     AttentionLaunch,
     decode_attention,
@@ -245,14 +243,14 @@ def on_cpu(tensors: Any) -> Any:
 
 def deciding(
     rows: int,
-    places: int,
-    rule: dict[str, Any],
+    max_closing: int,
+    chosen: dict[str, Any],
     quorum: float = 0.0,
     decoded: bool = False,
     sampling: list[dict[str, Any]] | None = None,
 ) -> Errors:
     """Draw, append, decide, choose, one after another, with the rows' states as they come."""
-    patching = PatchSettings(**rule)
+    patching = PatchSettings(**chosen)
     samplings = [Sampling(**values) for values in sampling or [{}]]
     drawing = SamplingSlots.empty(rows, DEVICE)
     for row in range(rows):
@@ -266,7 +264,7 @@ def deciding(
         open_count=torch.randint(0, 9, [rows]),
         num_patches=torch.randint(0, 4, [rows]),
     )
-    flags = Flags.empty(rows, places, DEVICE)
+    flags = Flags.empty(rows, max_closing, DEVICE)
     flags.is_active.copy_(torch.rand(rows) < 0.8)
     flags.is_waiting.copy_(flags.is_active & (torch.rand(rows) < 0.3))
     ours, theirs = (drawing, state, flags), tuple(map(on_cpu, (drawing, state, flags)))

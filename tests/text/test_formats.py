@@ -9,11 +9,12 @@ from bytelatent.commands.generate import GenerateSettings, _rows
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM
 from bytelatent.text import MAX_ROW_BYTES, BadRow, BlockReader, ReadOptions, find_files, open_blocks, read_documents
-from bytelatent.text.formats import FORMATS, JSONL, TEXT, is_named_as_text, kind_of, without_suffix
+from bytelatent.text.formats import BINARY, FORMATS, JSONL, TEXT, is_named_as_text, kind_of, without_suffix
 from bytelatent.text.streams import COMPRESSIONS
 from tests.model.tiny import tiny_byte_lm
 from tests.text.every_reader import READERS, with_entropies
 from tests.text.test_every_reader import SOURCES
+from tests.text.text_files import TABLES
 
 REFUSED = {  # of each format: a file of which no document can be read
     "lines": ("a.jsonl", b"{broken\n", "line 1 is not JSON"),
@@ -38,6 +39,7 @@ def test_every_format_has_cases(tmp_path: Path) -> None:
         found.add(format_of_case(kind, folder))
     assert found >= FORMATS.keys()
     assert REFUSED.keys() == FORMATS.keys()
+    assert TABLES.keys() == {name for name, format in FORMATS.items() if format.magic}, "a writer for text_files.TABLES"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,9 @@ def test_a_format_is_complete(name: str, tmp_path: Path) -> None:
     assert found.title
     assert found.expansion >= 1
     assert found.suffixes or found is TEXT
+    assert not found.magic or not any(found.magic.startswith(magic) for magic in BINARY), (
+        "BINARY lists what is not read"
+    )
     for method in ("count", "read", "rows"):
         of_its_own = getattr(found.reader, method) is not getattr(BlockReader, method)
         assert of_its_own or (found, method) == (JSONL, "rows"), f"{found.reader.__name__}.{method}"
