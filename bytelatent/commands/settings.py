@@ -13,7 +13,7 @@ from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
 from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
 from bytelatent.launch import LaunchSettings
 from bytelatent.text import MAX_ROW_BYTES
-from bytelatent.text.bad_rows import MAX_BAD_ROWS
+from bytelatent.text.documents import MAX_BAD_ROWS
 from bytelatent.text.stored import MAX_TEXT_BYTES
 
 DEFAULT_MODEL = "runs/demo"
