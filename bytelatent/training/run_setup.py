@@ -15,7 +15,7 @@ from bytelatent.files import whole_file, whole_folder
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.run_folder import checkpoints_of
-from bytelatent.text.bad_rows import forget_logged, logged_lines, mark_logged
+from bytelatent.text.documents import forget_logged, logged_lines, mark_logged
 from bytelatent.training.calibration import calibrate_on, read_calibration, write_calibration
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
