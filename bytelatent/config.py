@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, ParamSpec, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, ParamSpec, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -32,16 +32,11 @@ _register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_
 _register("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
 
 
-class Option:
-    """How the command line takes a field, where it is not `--its-name`.
+class Option(NamedTuple):
+    """How the command line takes a field, where it is not `--its-name`: by these names, or as an argument."""
 
-    Args:
-        names: the option's names.
-        is_argument: the field is an argument, not an option.
-    """
-
-    def __init__(self, *names: str, is_argument: bool = False):
-        self.names, self.is_argument = names, is_argument
+    names: tuple[str, ...] = ()
+    is_argument: bool = False
 
 
 ARGUMENT = Option(is_argument=True)
@@ -132,7 +127,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as nested plain values.
 
     Raises:
-        UserError: there is none, or it holds no settings.
+        UserError: it does not exist, or holds no settings.
     """
     if not Path(path).is_file():
         raise UserError(f"config: '{path}' does not exist; name a YAML file")

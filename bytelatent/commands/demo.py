@@ -25,6 +25,7 @@ from bytelatent.log import Console
 from bytelatent.report import RunReport, compare_runs, write_report
 from bytelatent.run_folder import NoCheckpoint, newest_checkpoint, read_metrics
 from bytelatent.text import BadRows
+from bytelatent.text.documents import must_have_read
 from bytelatent.training import TrainSettings, train
 
 LOGGER = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
         summary = _run(clock, text, settings)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(_advice_when_stopped(settings.out)) from None
-    bad.must_have_read()
+    must_have_read(bad.unread)
     return summary
 
 

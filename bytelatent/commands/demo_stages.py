@@ -22,6 +22,7 @@ from bytelatent.model import BLTModel, ByteLM
 from bytelatent.patching import Patch
 from bytelatent.progress import Progress
 from bytelatent.text import BadRows, find_files, read_documents
+from bytelatent.text.documents import must_have_read
 
 HELD_OUT_ONE_IN = 16  # documents, chosen by a hash of their names
 CHUNK = 8192  # bytes; longer documents are split, so that the held-out text is not from a few of them only
@@ -65,7 +66,7 @@ def collect(settings: DemoSettings, bad: BadRows) -> DemoText:
         parts["valid" if document in held_out else "train"].extend(_chunks(document, text))
     train_bytes, valid_bytes = (sum(len(text) for _, text in rows) for rows in parts.values())
     if train_bytes < LEAST_TEXT or not valid_bytes:
-        bad.must_have_read()  # an error that names a file comes before one about too little text
+        must_have_read(bad.unread)  # an error that names a file comes before one about too little text
         raise UserError(
             f"demo: {name} holds {train_bytes + valid_bytes:,} bytes, {valid_bytes:,} of them held out; "
             f"it takes {LEAST_TEXT:,} bytes at the least, in one file or many"

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bytelatent.text.bad_rows import forget_logged
+from bytelatent.text.documents import forget_logged
 
 # A writer of each binary format: a path, an Arrow table, and the rows of a group. Cases of all of them follow from it.
 TABLES: dict[str, Callable[[Path, Any, int], None]] = {

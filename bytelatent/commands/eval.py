@@ -14,7 +14,7 @@ from bytelatent.evaluation import evaluate
 from bytelatent.progress import Progress
 from bytelatent.terminal import print_json, print_line
 from bytelatent.text import BadRows, find_files
-from bytelatent.text.bad_rows import must_have_read
+from bytelatent.text.documents import must_have_read
 from bytelatent.text.formats import kind_of
 from bytelatent.text.streams import size_of
 from bytelatent.weights import load
@@ -56,7 +56,7 @@ def evaluate_model(settings: EvaluateSettings) -> dict[str, Any]:
         try:
             result = evaluate(found.model, batches, on_batch=progress.advance)
         except UserError:
-            bad.must_have_read()  # names a file, where the other reports that there was no text
+            must_have_read(bad.unread)  # names a file, where the other reports that there was no text
             raise
     if not math.isfinite(result.bits_per_byte):
         raise UserError(f"eval: '{model}' gives {result.bits_per_byte} bits per byte; its weights are corrupt")
