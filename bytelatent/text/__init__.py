@@ -6,7 +6,7 @@ decompresses it, and `readers` and `tables` read documents in blocks. Every comm
 
 from bytelatent.text.bad_rows import BadRow, BadRows
 from bytelatent.text.documents import MAX_ROW_BYTES, Document, DocumentBlock, ReadOptions
-from bytelatent.text.folders import find_files
+from bytelatent.text.folders import FileState, find_files
 from bytelatent.text.formats import open_blocks, read_documents
 from bytelatent.text.readers import BlockReader
 from bytelatent.text.stored import Stored
@@ -18,6 +18,7 @@ __all__ = [
     "BlockReader",
     "Document",
     "DocumentBlock",
+    "FileState",
     "ReadOptions",
     "Stored",
     "find_files",
