@@ -102,7 +102,7 @@ def seconds_of(work: Any, times: int) -> float:
     return (time.perf_counter() - began) / times
 
 
-def floor(decoder: Decoder, rows: int, quorum: float, position: int) -> float:
+def lower_bound(decoder: Decoder, rows: int, quorum: float, position: int) -> float:
     """Seconds that reading what a step must read takes: weights once, caches of all rows, and those of the global
     transformer as often as it runs: once a patch for one row, at most once for `quorum` of many rows' patches."""
     model, byte_lm = decoder.model, decoder.byte_lm
@@ -142,7 +142,7 @@ def generate(
     engine.advance()
     torch.cuda.synchronize()
     state = rows._step.state
-    position, num_patches, turn = state.position.sum(), state.num_patches.sum(), rows._turn
+    position, num_patches, first_step = state.position.sum(), state.num_patches.sum(), rows._turn
     began = time.perf_counter()
     before = sum(len(one.ids) for one in asked)
     engine.run()
@@ -150,13 +150,13 @@ def generate(
     took = time.perf_counter() - began
     drawn = sum(len(one.ids) for one in asked) - before
     patch = float((state.position.sum() - position) / (state.num_patches.sum() - num_patches))
-    limit = count / floor(decoder, count, quorum, 512 + new // 2)
+    limit = count / lower_bound(decoder, count, quorum, 512 + new // 2)
     rate = drawn / took
     print(
         f"{count} sequences, quorum {quorum:.2f}, {places or count} places: {rate:,.0f} bytes/s, "
         f"{rate / limit:.0%} of the floor's {limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms a byte of each, "
         f"{patch:.2f} bytes a patch, warm-up {warm:.1f} s"
-        f", {took / (rows._turn - turn) * 1e3:.3f} ms a step" + (f" of up to {ahead} bytes" if ahead > 1 else ""),
+        f", {took / (rows._turn - first_step) * 1e3:.3f} ms a step" + (f" of up to {ahead} bytes" if ahead > 1 else ""),
         flush=True,
     )
 
@@ -214,12 +214,12 @@ def cpu() -> None:
     byte_lm.output.weight.data.mul_(4)
     [row] = random_prompts(1, 999)
     threshold = float(byte_lm.entropies(pack_rows([row]))[64:].quantile(1 - 1 / PATCH_BYTES))
-    rule = PatchSettings(threshold=threshold)
-    decoder = Decoder(model, rule, byte_lm)
+    patching = PatchSettings(threshold=threshold)
+    decoder = Decoder(model, patching, byte_lm)
 
     def whole() -> None:
         stream = pack_rows([row])
-        starts = next_starts(stream.ids, byte_lm.entropies(stream), stream.position, rule)
+        starts = next_starts(stream.ids, byte_lm.entropies(stream), stream.position, patching)
         with torch.no_grad():
             model(add_patches(stream, starts))
 
@@ -256,7 +256,7 @@ def leaks(minutes: float) -> None:
     model: Any = build(preset("demo-blt")).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = engine_for(model.to(device), PatchSettings(threshold=5.0), byte_lm.to(device), 8)
-    chance, going, done, began, told = random.Random(0), [], 0, time.monotonic(), 0.0
+    chance, going, done, began, shown = random.Random(0), [], 0, time.monotonic(), 0.0
     while (now := time.monotonic() - began) < minutes * 60:
         if len(going) < 16 and chance.random() < 0.2:
             [prompt] = random_prompts(1, chance.randrange(1, 600), seed=chance.randrange(10**6))
@@ -266,8 +266,8 @@ def leaks(minutes: float) -> None:
         engine.advance()
         done += sum(one.ended is not None for one in going)
         going = [one for one in going if one.ended is None]
-        if now - told > minutes * 60 / 12:
-            told = now
+        if now - shown > minutes * 60 / 12:
+            shown = now
             with open("/proc/self/statm") as file:
                 resident = int(file.read().split()[1]) * resource.getpagesize() / 2**20
             on_device = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0

@@ -16,11 +16,11 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from bytelatent.config import Settings, flat, load_yaml, renamed, say_renamed, short, to_yaml, union_members
+from bytelatent.config import Settings, flat, load_yaml, renamed, shorten, to_yaml, union_members, warn_renamed
 from bytelatent.configs import find_config
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
-from bytelatent.terminal import say
+from bytelatent.terminal import print_line
 
 COMMAND_LINE = "command line"
 PRINT_CONFIG = "--print-config"
@@ -69,7 +69,7 @@ class Given(Generic[Read]):
                 raise UserError(f"'{override}' is not a setting; write key=value, as in optimizer.lr=4e-4")
             inner = next((other for other in before if other.startswith(f"{key}.")), None)
             if inner is not None:
-                raise UserError(f"'{short(override)}' comes after {inner}=... and would drop it; write it first")
+                raise UserError(f"'{shorten(override)}' comes after {inner}=... and would drop it; write it first")
             self._set(key, text)
             before.append(key)
         chosen = {name for name in before if name in self.model.alternatives and self.values[name] is not None}
@@ -79,7 +79,7 @@ class Given(Generic[Read]):
 
     def _set(self, key: str, text: str) -> None:
         if key in self.model.old_names:
-            say_renamed(key, self.model.old_names[key])
+            warn_renamed(key, self.model.old_names[key])
             key = self.model.old_names[key]
         *groups, name = key.split(".")
         value = text if key == self.literal else _read(text, _declared(self.model, key), key)
@@ -89,7 +89,9 @@ class Given(Generic[Read]):
             if isinstance(inner, str) and whole in self.model.presets:
                 inner = {"preset": inner}
             elif inner is not None and not isinstance(inner, dict):
-                raise UserError(f"{key}: {whole} is {short(repr(inner))}, which has no keys; set it whole: {whole}=...")
+                raise UserError(
+                    f"{key}: {whole} is {shorten(repr(inner))}, which has no keys; set it whole: {whole}=..."
+                )
             group[part] = dict(inner or {})
             group = group[part]
         group[name] = value
@@ -145,9 +147,9 @@ def from_command_line(model: type[Read], arguments: list[str], usage: str, liter
         SystemExit: `--help`, `-h` or `--print-config` was asked for; it is printed.
     """
     if {"-h", "--help"} & set(arguments):
-        say(f"{usage}\nsettings: {', '.join(model.model_fields)}; those of a group as group.key=value")
-        say("later ones win over earlier ones and over config=FILE; `blt configs` lists the package's own files")
-        say(f"{PRINT_CONFIG} shows all settings as they are now and where each comes from; their meaning: docs/")
+        print_line(f"{usage}\nsettings: {', '.join(model.model_fields)}; those of a group as group.key=value")
+        print_line("later ones win over earlier ones and over config=FILE; `blt configs` lists the package's own files")
+        print_line(f"{PRINT_CONFIG} shows all settings as they are now and where each comes from; their meaning: docs/")
         raise SystemExit(0)
     rest = [argument for argument in arguments if argument != PRINT_CONFIG]
     if not rest:
@@ -160,7 +162,7 @@ def from_command_line(model: type[Read], arguments: list[str], usage: str, liter
     given.lay_over([argument for argument in rest if not argument.startswith("config=")])
     settings = given.settings()
     if PRINT_CONFIG in arguments:
-        say(masked(given.in_words(settings)))
+        print_line(masked(given.in_words(settings)))
         raise SystemExit(0)
     return settings
 
@@ -230,7 +232,7 @@ def _read(text: str, types: list[Any], key: str) -> Any:
             return _of_node(yaml.compose(text, yaml.SafeLoader), types, key)
         except (yaml.YAMLError, RecursionError) as error:
             problem = getattr(error, "problem", None) or error
-            raise UserError(f"{key}: '{short(text)}' is no list or mapping ({problem}); quote its texts") from None
+            raise UserError(f"{key}: '{shorten(text)}' is no list or mapping ({problem}); quote its texts") from None
     if text[:1] == text[-1:] == '"':
         with suppress(ValueError):
             return json.loads(text, strict=False)

@@ -69,7 +69,7 @@ class Settings(BaseModel):
     @classmethod
     def _not_too_large(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"Input should be at most {LARGEST}, not {short(str(value), 40)}")
+            raise ValueError(f"Input should be at most {LARGEST}, not {shorten(str(value), 40)}")
         return value
 
     @classmethod
@@ -166,14 +166,14 @@ def renamed(values: Any, names: dict[str, str], within: str = "") -> Any:
     values = dict(values)
     for old, new in names.items():
         if old in values:
-            say_renamed(within + old, within + new)
+            warn_renamed(within + old, within + new)
             values.setdefault(new, values.pop(old))
             values.pop(old, None)
     return values
 
 
 @functools.cache
-def say_renamed(old: str, new: str) -> None:
+def warn_renamed(old: str, new: str) -> None:
     """Say once that a setting or an option has another name now."""
     print(f"{old} is now {new}; the old name still works", file=sys.stderr)
 
@@ -190,7 +190,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[Arguments, Result]], C
         def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             for old, new in names.items():
                 if old in kwargs:
-                    say_renamed(f"{old}=", f"{new}=")
+                    warn_renamed(f"{old}=", f"{new}=")
                     kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
@@ -203,11 +203,11 @@ def renamed_attribute(old: str, new: str) -> Any:
     """A property that still gives an attribute its old name."""
 
     def read(self: object) -> Any:
-        say_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
+        warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
         return getattr(self, new)
 
     def write(self: object, value: Any) -> None:
-        say_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
+        warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
         setattr(self, new, value)
 
     return property(read, write)
@@ -250,7 +250,7 @@ def _one_line(model: type[BaseModel], error: ValidationError, whence: Callable[[
     if first["type"] == "extra_forbidden":
         return f"{prefix}{key}: {_about_unknown(_models_at(model, location[:-1]), location)}{more}"
     message = ", or ".join(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in same))
-    shown = "" if first["type"] in {"missing", "value_error"} else f", not {short(repr(first['input']))}"
+    shown = "" if first["type"] in {"missing", "value_error"} else f", not {shorten(repr(first['input']))}"
     if first["type"] in {"string_type", "path_type"} and isinstance(first["input"], int | float | None):
         shown += "; in double quotes it is a text"
     return f"{prefix}{key + ': ' if key else ''}{message}{shown}{more}"
@@ -281,7 +281,7 @@ def _inside(models: list[type[BaseModel]], name: str) -> list[tuple[str, str]]:
     ]
 
 
-def short(text: str, longest: int = 200) -> str:
+def shorten(text: str, longest: int = 200) -> str:
     """The beginning of a text, for a message."""
     return text if len(text) <= longest else f"{text[:longest]}..."
 

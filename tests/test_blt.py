@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bytelatent import BLT
-from bytelatent.config import say_renamed
+from bytelatent.config import warn_renamed
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.quantize import quantize_model
@@ -224,7 +224,7 @@ def test_published_weights_round_trip(goldens: Path, tmp_path: Path) -> None:
 
 
 def test_old_names_still_work(blt: BLT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    say_renamed.cache_clear()
+    warn_renamed.cache_clear()
     blt.save_pretrained(tmp_path / "a")
     old: Any = {"entropy": tmp_path / "a" / "byte_lm", "weights": "int8", "ahead": 3}
     model = BLT.from_pretrained(tmp_path / "a", device="cpu", **old)

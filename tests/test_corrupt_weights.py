@@ -47,20 +47,20 @@ READ_THE_BYTE_LM = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "damaged"),
+    ("arguments", "corrupted"),
     [*((one, "blt") for one in READ_BOTH), *((one, "byte_lm") for one in [*READ_BOTH, *READ_THE_BYTE_LM])],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_named_in_one_line(
     arguments: list[str],
-    damaged: str,
+    corrupted: str,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder)
-    filled = [argument.format(damaged) for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["blt", *filled, *([damaged] if filled[-1] == "-m" else [])])
+    filled = [argument.format(corrupted) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["blt", *filled, *([corrupted] if filled[-1] == "-m" else [])])
     with pytest.raises(SystemExit) as ended:
         main()
     captured = capsys.readouterr()

@@ -46,7 +46,7 @@ def shown(caplog: pytest.LogCaptureFixture) -> list[tuple[str, int, int, str, in
 
 
 @pytest.mark.parametrize("max_bytes", [None, 15_000])
-def test_eval_says_how_far_it_is(
+def test_eval_shows_how_far_it_is(
     tmp_path: Path, byte_lm: Path, max_bytes: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "text.txt"
@@ -70,7 +70,7 @@ def test_eval_knows_no_time_left_where_a_compressed_file_holds_more_than_was_gue
     assert caplog.messages[-1] == f"measuring  {result['num_bytes']:,} bytes"
 
 
-def test_calibrate_says_how_far_it_is(tmp_path: Path, byte_lm: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_calibrate_shows_how_far_it_is(tmp_path: Path, byte_lm: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = write_text(tmp_path / "text.jsonl", seed=1, num_documents=300)
     found, _ = calibrate_text([str(text)], 2.0, str(byte_lm), 20_000, device="cpu")
     lines = shown(caplog)

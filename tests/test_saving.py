@@ -39,8 +39,8 @@ def tiny(seed: int = 0, window: int = 6) -> BLTModel:
 
 def blt(byte_lm: ByteLM | None = None, **changes: Any) -> BLT:
     model = tiny(window=6)
-    rule = PatchSettings(threshold=5.12)
-    values = {"context": 24, "patching": rule, "origin": ORIGIN, "calibration": CALIBRATION} | changes
+    patching = PatchSettings(threshold=5.12)
+    values = {"context": 24, "patching": patching, "origin": ORIGIN, "calibration": CALIBRATION} | changes
     return BLT(model, Config(model=model.settings, **values), byte_lm or tiny_byte_lm(window=6))
 
 

@@ -191,7 +191,7 @@ def test_old_names_of_the_limit(tmp_path: Path, model: Path, blt: Command) -> No
     text.write_bytes(GOOD + b"bad\nbad\n")
     commands = reading(text, model, tmp_path)
     for verb, old in (("entropies", "--max-damaged"), ("prepare", "--max-corrupt"), ("train", "data.max_damaged")):
-        config.say_renamed.cache_clear()
+        config.warn_renamed.cache_clear()
         given = [f"{old}=1"] if verb == "train" else [old, 1]
         code, _, err = blt(*commands[verb], *given)
         assert code == 2 or verb == "train"  # a step of training may not come that far

@@ -2,14 +2,14 @@
 
 from bytelatent.commands.settings import ConfigsSettings
 from bytelatent.configs import config_files, describe_config, find_config
-from bytelatent.terminal import say
+from bytelatent.terminal import print_line
 
 
 def run(settings: ConfigsSettings) -> None:
     if settings.name is not None:
-        say(find_config(settings.name).read_text(encoding="utf-8").rstrip("\n"))
+        print_line(find_config(settings.name).read_text(encoding="utf-8").rstrip("\n"))
         return
     files = config_files()
     width = max(map(len, files))
     for known, path in files.items():
-        say(f"{known:<{width}}  {describe_config(path)}")
+        print_line(f"{known:<{width}}  {describe_config(path)}")

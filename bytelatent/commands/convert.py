@@ -8,14 +8,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from bytelatent import log
 from bytelatent.commands.settings import ConvertSettings
 from bytelatent.errors import Interrupted
-from bytelatent.terminal import say
+from bytelatent.terminal import print_line
 from bytelatent.weights import check_target, convert, open_pretrained
 
 LOGGER = logging.getLogger(__name__)
 
 
 def run(settings: ConvertSettings) -> None:
-    say(str(convert_model(settings)))
+    print_line(str(convert_model(settings)))
 
 
 def convert_model(settings: ConvertSettings) -> Path:

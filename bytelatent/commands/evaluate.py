@@ -12,7 +12,7 @@ from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.progress import Progress
-from bytelatent.terminal import print_json, say
+from bytelatent.terminal import print_json, print_line
 from bytelatent.text import MAX_ROW_BYTES, BadRows, find_files
 from bytelatent.text.bad_rows import MAX_BAD_ROWS, must_have_read
 from bytelatent.text.formats import FileKind, kind_of
@@ -27,7 +27,7 @@ def run(settings: EvaluateSettings) -> None:
         print_json(result)
     else:
         patches = "" if result["mean_patch_bytes"] is None else f"  {result['mean_patch_bytes']:.2f} bytes per patch"
-        say(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
+        print_line(f"{result['bits_per_byte']:.4f} bits per byte on {result['num_bytes']:,} bytes{patches}")
     must_have_read(result["unread"])
 
 

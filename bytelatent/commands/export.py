@@ -10,7 +10,7 @@ from bytelatent.commands.settings import ExportSettings
 from bytelatent.errors import UserError
 from bytelatent.files import find_corruption
 from bytelatent.run_folder import checkpoints_of, newest_checkpoint
-from bytelatent.terminal import say
+from bytelatent.terminal import print_line
 from bytelatent.training.checkpoint.storage import open_stored
 from bytelatent.weights import check_target, open_pretrained, write_model
 from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run
@@ -19,7 +19,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 def run(settings: ExportSettings) -> None:
-    say(str(export_checkpoint(settings.run, settings.step, settings.out)))
+    print_line(str(export_checkpoint(settings.run, settings.step, settings.out)))
 
 
 def export_checkpoint(run: str, step: int | None, out: str) -> Path:

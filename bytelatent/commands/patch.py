@@ -15,7 +15,7 @@ from bytelatent.log import Console
 from bytelatent.model import ByteLM, ByteLMSettings, pack_rows
 from bytelatent.patching import Patch, PatchSettings, calibrate
 from bytelatent.report import patched_text, write_patches_page
-from bytelatent.terminal import print_json, say
+from bytelatent.terminal import print_json, print_line
 from bytelatent.vocab import to_bytes
 from bytelatent.weights import load, open_pretrained
 
@@ -32,7 +32,7 @@ def run(settings: PatchesSettings) -> None:
         print_json({name: [vars(patch) for patch in patches] for name, patches in patched.items()})
     elif settings.html is not None:
         write_patches_page(settings.html, patched, "Patches", modes.thresholds)
-        say(str(settings.html))
+        print_line(str(settings.html))
     else:
         console = Console()
         for name, patches in patched.items():

@@ -157,8 +157,8 @@ def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
 def test_long_texts_and_patches(kind: str, size: int) -> None:
     """Beyond the first size of every table, on the way or with the prompt."""
-    rule = PatchSettings(mode="static", patch_size=300)
-    for decoder in (Decoder(wide_blt(2), rule, None), Decoder(wide_blt(2), PatchSettings(mode="byte"), None)):
+    patching = PatchSettings(mode="static", patch_size=300)
+    for decoder in (Decoder(wide_blt(2), patching, None), Decoder(wide_blt(2), PatchSettings(mode="byte"), None)):
         [found] = generated(engine_of(decoder, kind, 1), ["x" * size], 400)
         ids = torch.cat([prompt_ids("x" * size), torch.tensor(found.ids)])
         logits = full_logits(decoder, [ids])[0][size:-1]

@@ -18,10 +18,10 @@ ROWS = st.lists(
 
 @given(rows=ROWS, count=st.integers(1, 20))
 def test_new_positions(rows: list[tuple[int, int, list[int]]], count: int) -> None:
-    entries = [(row, read, run, turn) for row, read, sizes in rows for run, n in enumerate(sizes) for turn in range(n)]
+    entries = [(row, read, run, i) for row, read, sizes in rows for run, n in enumerate(sizes) for i in range(n)]
     row_of = torch.tensor([row for row, *_ in entries])
-    new = NewPositions(row_of, torch.tensor([read + turn for _, read, _, turn in entries]))
-    assert new.offset.tolist() == [turn for *_, turn in entries]
+    new = NewPositions(row_of, torch.tensor([read + i for _, read, _, i in entries]))
+    assert new.offset.tolist() == [i for *_, i in entries]
     assert new.slot.tolist() == [row for row, _, _ in rows]
     assert new.num_read.tolist() == [read for _, read, _ in rows]
     places = torch.arange(len(entries))

@@ -41,7 +41,7 @@ def norm_before(name: str) -> str | None:
     return norm and ".".join([*path[:-depth], norm, "weight"])
 
 
-def slowly_rounded(model: Any, weights: str) -> Any:
+def slowly_quantized(model: Any, weights: str) -> Any:
     """The same numbers by another way: fp8 by a search among all there are. Only what is to be rounded is computed in
     float32 here, too: some of thousands of numbers lie too near the middle for it not to matter."""
     slow = deepcopy(model)
@@ -67,11 +67,11 @@ def slowly_rounded(model: Any, weights: str) -> Any:
 
 @pytest.mark.parametrize("weights", BOTH)
 @pytest.mark.parametrize("name", ["byte LM", "entropy", "all layers"])
-def test_these_matrices_are_rounded_so(name: str, weights: Weights) -> None:
+def test_these_matrices_are_quantized_so(name: str, weights: Weights) -> None:
     model = decoders()[name].model
     before = deepcopy(model.state_dict())
     copied = quantize_model(model, weights)
-    found, expected = copied.state_dict(), slowly_rounded(model, weights).state_dict()
+    found, expected = copied.state_dict(), slowly_quantized(model, weights).state_dict()
     assert found.keys() == expected.keys()
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=0, msg=key)
@@ -117,10 +117,10 @@ def engine_of(decoder: Decoder, weights: Weights, kind: str) -> Engine:
 
 @pytest.mark.parametrize("weights", BOTH)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_an_engine_draws_has_the_rounded_models_probability(name: str, weights: Weights) -> None:
+def test_what_an_engine_draws_has_the_quantized_models_probability(name: str, weights: Weights) -> None:
     """By the kernels' plain forms, too. A byte LM that finds patches is not rounded."""
     decoder = decoders()[name]
-    slow = Decoder(slowly_rounded(decoder.model, weights), decoder.patching, decoder.byte_lm)
+    slow = Decoder(slowly_quantized(decoder.model, weights), decoder.patching, decoder.byte_lm)
     for kind in ("engine_for", "plain", "fast"):
         engine = engine_of(decoder, weights, kind)
         assert engine.decoder.byte_lm is decoder.byte_lm

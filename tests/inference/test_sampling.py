@@ -161,8 +161,8 @@ def test_a_row_is_the_same_in_any_batch(each: list[tuple[Tensor, Sampling, bytes
         rows, found = SamplingSlots.empty(len(order), "cpu"), {row: [] for row in order}
         for place, row in enumerate(order):
             rows.put(place, each[row][1], torch.from_numpy(encode(each[row][2], eos=False)), 8)
-        for turn in range(3):
-            ids, log_probabilities = rows.draw(torch.stack([each[row][0].roll(turn) for row in order]))
+        for round_number in range(3):
+            ids, log_probabilities = rows.draw(torch.stack([each[row][0].roll(round_number) for row in order]))
             rows.read(ids, torch.ones(len(order), dtype=torch.bool))
             for row, *pair in zip(order, ids.tolist(), log_probabilities.tolist(), strict=True):
                 found[row].append(tuple(pair))
@@ -193,13 +193,13 @@ def mixed_rows(device: str, num_rows: int) -> SamplingSlots:
 @pytest.mark.parametrize("device", HERE)
 def test_every_device_and_batch_draws_the_same(device: str) -> None:
     """And without a wait for the device, where there is one."""
-    num_rows, turns = 96, 12
-    logits = (torch.randn(turns, num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * 8).round() / 4
-    active = torch.rand(turns, num_rows, generator=torch.Generator().manual_seed(1)) < 0.8
+    num_rows, rounds = 96, 12
+    logits = (torch.randn(rounds, num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * 8).round() / 4
+    active = torch.rand(rounds, num_rows, generator=torch.Generator().manual_seed(1)) < 0.8
     expected, rows = [], mixed_rows("cpu", num_rows)
-    for turn in range(turns):
-        expected.append(rows.draw(logits[turn]))
-        rows.read(expected[-1][0], active[turn])
+    for round_number in range(rounds):
+        expected.append(rows.draw(logits[round_number]))
+        rows.read(expected[-1][0], active[round_number])
     there, active = logits.to(device), active.to(device)
     try:
         for begin, end in [(0, num_rows), (0, 1), (40, 41), (31, 64)]:
@@ -208,9 +208,9 @@ def test_every_device_and_batch_draws_the_same(device: str) -> None:
             found = []
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
-            for turn in range(turns):
-                found.append(part.draw(there[turn, begin:end]))
-                part.read(found[-1][0], active[turn, begin:end])
+            for round_number in range(rounds):
+                found.append(part.draw(there[round_number, begin:end]))
+                part.read(found[-1][0], active[round_number, begin:end])
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
             for (ids, log_probabilities), (other, others) in zip(found, expected, strict=True):
@@ -223,8 +223,8 @@ def test_every_device_and_batch_draws_the_same(device: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_graph_draws_and_reads() -> None:
-    num_rows, turns = 33, 10
-    logits = torch.randn(turns, num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)).cuda() * 2
+    num_rows, rounds = 33, 10
+    logits = torch.randn(rounds, num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)).cuda() * 2
     rows, plain = SamplingSlots.empty(num_rows, "cuda"), mixed_rows("cuda", num_rows)
     given_logits, active = torch.zeros_like(logits[0]), torch.ones(num_rows, dtype=torch.bool, device="cuda")
 
@@ -243,11 +243,11 @@ def test_a_graph_draws_and_reads() -> None:
         drawn = advance()
     for part, other in zip(vars(rows).values(), vars(plain).values(), strict=True):
         part.copy_(other)
-    for turn in range(turns):
-        given_logits.copy_(logits[turn])
-        active.copy_(torch.arange(num_rows, device="cuda") % 5 != turn % 5)
+    for round_number in range(rounds):
+        given_logits.copy_(logits[round_number])
+        active.copy_(torch.arange(num_rows, device="cuda") % 5 != round_number % 5)
         graph.replay()
-        expected = plain.draw(logits[turn])
+        expected = plain.draw(logits[round_number])
         plain.read(expected[0], active)
         assert all(a.equal(b) for a, b in zip(drawn, expected, strict=True))
     assert all(a.equal(b) for a, b in zip(vars(rows).values(), vars(plain).values(), strict=True))
@@ -508,7 +508,7 @@ def test_something_is_always_allowed_and_every_character_can_be_finished() -> No
                 assert all(NEEDED[s] < remaining for s in after)
 
 
-def test_a_row_of_any_length_rules_out_what_is_no_utf8() -> None:
+def test_a_row_of_any_length_modes_out_what_is_no_utf8() -> None:
     allowed = ~one_row(Sampling(valid_utf8=True), b"\xc3", max_new_bytes=MAX_NEW_BYTES).ruled_out()[0]
     assert (allowed.nonzero()[:, 0] - OFFSET).tolist() == [*range(0x80, 0xC0)]
 

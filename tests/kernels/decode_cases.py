@@ -246,13 +246,13 @@ def on_cpu(tensors: Any) -> Any:
 def deciding(
     rows: int,
     places: int,
-    rule: dict[str, Any],
+    chosen: dict[str, Any],
     quorum: float = 0.0,
     decoded: bool = False,
     sampling: list[dict[str, Any]] | None = None,
 ) -> Errors:
     """Draw, append, decide, choose, one after another, with the rows' states as they come."""
-    patching = PatchSettings(**rule)
+    patching = PatchSettings(**chosen)
     samplings = [Sampling(**values) for values in sampling or [{}]]
     drawing = SamplingSlots.empty(rows, DEVICE)
     for row in range(rows):

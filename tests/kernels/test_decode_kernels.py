@@ -162,9 +162,9 @@ def test_plain_decode_attention_is_the_models(steps: list[int], window: int | No
     size, (num_heads, kv_heads) = sum(steps), heads
     qkv = torch.randn(size, num_heads + 2 * kv_heads, 8, generator=torch.Generator().manual_seed(size))
     q, k, v = qkv.split([num_heads, kv_heads, kv_heads], dim=1)
-    turns = rotary_embedding(torch.arange(size), 8, 10_000.0)
+    rotary = rotary_embedding(torch.arange(size), 8, 10_000.0)
     mask = build_mask(torch.zeros(size, dtype=torch.long), window)
-    expected = attend(rotate(q, turns), rotate(k, turns), v, mask)
+    expected = attend(rotate(q, rotary), rotate(k, rotary), v, mask)
     slots = size if window is None else window + max(steps) - 1
     caches = torch.zeros(2, 3, slots, kv_heads, 8)
     table, done, found = rotary_embedding(torch.arange(size), 8, 10_000.0), 0, []
@@ -229,7 +229,7 @@ def test_splits_only_where_heads_are_few_and_keys_many() -> None:
 
 
 def test_decisions() -> None:
-    """Drawing, patch starts, and who may close a patch, of every kind of sampling and rule."""
+    """Drawing, patch starts, and who may close a patch, of every kind of sampling and patching mode."""
     every = [
         {"temperature": 1.0, "seed": 1},
         {"temperature": 0.0},
@@ -239,14 +239,14 @@ def test_decisions() -> None:
     ]
     check(
         deciding=[
-            {"rows": 1, "places": 1, "rule": {"threshold": 3.9}},
-            {"rows": 5, "places": 5, "rule": {"threshold": 3.9, "max_patch_length": 3}, "sampling": every},
-            {"rows": 7, "places": 2, "rule": {"threshold": 0.0, "monotonicity": True}, "sampling": every},
-            {"rows": 6, "places": 3, "rule": {"threshold": 3.8, "threshold_add": 0.1}, "quorum": 0.6},
-            {"rows": 9, "places": 9, "rule": {"threshold": 3.9}, "quorum": 0.45, "decoded": True},
-            {"rows": 4, "places": 4, "rule": {"mode": "space"}, "sampling": every},
-            {"rows": 3, "places": 1, "rule": {"mode": "static", "patch_size": 2}},
-            {"rows": 3, "places": 2, "rule": {"mode": "byte"}},
+            {"rows": 1, "places": 1, "chosen": {"threshold": 3.9}},
+            {"rows": 5, "places": 5, "chosen": {"threshold": 3.9, "max_patch_length": 3}, "sampling": every},
+            {"rows": 7, "places": 2, "chosen": {"threshold": 0.0, "monotonicity": True}, "sampling": every},
+            {"rows": 6, "places": 3, "chosen": {"threshold": 3.8, "threshold_add": 0.1}, "quorum": 0.6},
+            {"rows": 9, "places": 9, "chosen": {"threshold": 3.9}, "quorum": 0.45, "decoded": True},
+            {"rows": 4, "places": 4, "chosen": {"mode": "space"}, "sampling": every},
+            {"rows": 3, "places": 1, "chosen": {"mode": "static", "patch_size": 2}},
+            {"rows": 3, "places": 2, "chosen": {"mode": "byte"}},
         ],
         keeping=[{"rows": 4, "closing": [2, -1, 0], "keys": 3, "heads": 2, "head_dim": 8, "layers": 2}],
         gating=[{"rows": 3, "columns": 700}],

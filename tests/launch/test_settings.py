@@ -76,6 +76,6 @@ def test_the_node_of_a_partition(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("sinfo", ["exit 1\n", "true\n"])
-def test_where_sinfo_says_nothing(cluster: Cluster, sinfo: str) -> None:
+def test_where_sinfo_logs_nothing(cluster: Cluster, sinfo: str) -> None:
     cluster.install("sinfo", sinfo)
     assert largest_node("gpu") is None

@@ -80,12 +80,12 @@ def test_text_and_samples_are_escaped(report_html: str) -> None:
         assert text in read
 
 
-def test_every_byte_appears_once_and_tells_its_entropy(patches_html: str) -> None:
+def test_every_byte_appears_once_and_shows_its_entropy(patches_html: str) -> None:
     facts = "\n".join(Page(patches_html).facts)
-    told = re.findall(r"^byte (\d+).* entropy ([\d.]+) nats = ([\d.]+) bits$", facts, flags=re.MULTILINE)
-    assert [int(offset) for offset, _, _ in told] == list(range(len(DATA)))
-    assert [float(nats) for _, nats, _ in told] == pytest.approx(ENTROPIES, abs=0.0051)
-    assert [float(bits) for _, _, bits in told] == pytest.approx([e / math.log(2) for e in ENTROPIES], abs=0.0051)
+    shown = re.findall(r"^byte (\d+).* entropy ([\d.]+) nats = ([\d.]+) bits$", facts, flags=re.MULTILINE)
+    assert [int(offset) for offset, _, _ in shown] == list(range(len(DATA)))
+    assert [float(nats) for _, nats, _ in shown] == pytest.approx(ENTROPIES, abs=0.0051)
+    assert [float(bits) for _, _, bits in shown] == pytest.approx([e / math.log(2) for e in ENTROPIES], abs=0.0051)
     values = {int(offset): int(value, 16) for offset, value in re.findall(r"byte (\d+) · 0x(..)", facts)}
     assert len(values) == len(DATA) - 2 - 4  # all but the two cut characters
     assert all(DATA[offset] == value for offset, value in values.items())

@@ -69,7 +69,7 @@ def parquet(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
-def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+def corrupted(draw: st.DrawFn, whole: bytes) -> bytes:
     """As it is, cut, with other bytes in it, or with something behind it."""
     data = bytearray(whole)
     for _ in range(draw(st.integers(0, 2))):
@@ -84,13 +84,13 @@ def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
 def test_lines(
     data: st.DataObject, name: str, pack: Callable[[bytes], bytes], lines: bytes, max_row_bytes: int
 ) -> None:
-    check(name, data.draw(damaged(pack(lines))), max_row_bytes)
+    check(name, data.draw(corrupted(pack(lines))), max_row_bytes)
 
 
 @SETTINGS
 @given(st.data(), parquet(), st.sampled_from([10, 1 << 20]))
 def test_tables(data: st.DataObject, table: bytes, max_row_bytes: int) -> None:
-    content = data.draw(damaged(table))
+    content = data.draw(corrupted(table))
     check("a.parquet", content, max_row_bytes, same=content.startswith(table))
 
 

@@ -75,7 +75,7 @@ def test_a_line_longer_than_blocks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst"])
 @pytest.mark.parametrize("forward", [True, False])
-def test_damaged_lines_are_named_and_the_others_read(kind: str, forward: bool, tmp_path: Path) -> None:
+def test_corrupted_lines_are_named_and_the_others_read(kind: str, forward: bool, tmp_path: Path) -> None:
     documents = [b"x" * 40 for _ in range(12)]
     file = write(tmp_path / "a.jsonl", documents)
     lines = file.read_bytes().splitlines(keepends=True)
@@ -131,7 +131,7 @@ def test_columns_of_other_meaning(tmp_path: Path) -> None:
         list(read_documents(str(tmp_path / "b.parquet")))
 
 
-def test_a_cut_parquet_file_is_damaged(tmp_path: Path) -> None:
+def test_a_cut_parquet_file_is_corrupted(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", [f"text {i} {i * 7919}".encode() for i in range(400)])
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(BadRow, match="is not a whole"):

@@ -18,9 +18,9 @@ from bytelatent.errors import UserError
 from bytelatent.text import BadRow, read_documents, stored
 from bytelatent.text.stored import Stored, StoredWriter, pack_starts, read_stored, unpack_starts
 
-RULE = {"mode": "entropy", "threshold": 1.5}
+PATCHING = {"mode": "entropy", "threshold": 1.5}
 ENTROPIES = Stored(byte_lm="0123456789abcdef", window=512, context=8192, dtype="bfloat16")
-STARTS = ENTROPIES.model_copy(update={"rule": RULE})
+STARTS = ENTROPIES.model_copy(update={"rule": PATCHING})
 ANY_PLACE = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = st.lists(st.binary(min_size=1, max_size=40), max_size=9)
 
@@ -133,7 +133,7 @@ def test_no_documents_are_a_file_too(tmp_path: Path) -> None:
     assert list(read_documents(str(file))) == []
 
 
-def test_other_parquet_files_say_nothing(tmp_path: Path) -> None:
+def test_other_parquet_files_have_none(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     assert read_stored(tmp_path / "a.parquet") is None
 
@@ -215,5 +215,5 @@ def test_differences_are_named() -> None:
     assert ENTROPIES.differences(ENTROPIES) == []
     assert ENTROPIES.differences(other) == [
         "byte_lm is 0123456789abcdef there and ffffffffffffffff now",
-        f"rule is None there and {RULE} now",
+        f"rule is None there and {PATCHING} now",
     ]

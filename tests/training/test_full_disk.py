@@ -129,8 +129,8 @@ def test_rows_wait_for_room(
 ) -> None:
     fill_the_disk_for_metrics(monkeypatch, range(3, 8))
     run = train(settings(byte_lm_run(tmp_path / "run", text)))
-    told = [line for line in log_of(caplog).splitlines() if "metrics.jsonl" in line]
-    assert told == [
+    shown = [line for line in log_of(caplog).splitlines() if "metrics.jsonl" in line]
+    assert shown == [
         f"'{run / 'metrics.jsonl'}' cannot be written: No space left on device; its rows wait in memory, "
         "and training goes on"
     ]

@@ -234,7 +234,7 @@ def test_the_docs_list_what_may_differ() -> None:
         ),
     ],
 )
-def test_a_run_that_is_over_says_so_and_stays_as_it_is(
+def test_a_run_that_is_over_is_named_and_stays_as_it_is(
     tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any], line: str
 ) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))

@@ -8,7 +8,7 @@ import pytest
 
 from bytelatent.command_line import from_command_line
 from bytelatent.commands.train import USAGE
-from bytelatent.config import say_renamed
+from bytelatent.config import warn_renamed
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, preset
 from bytelatent.training import TrainSettings, train
@@ -253,13 +253,13 @@ def test_help(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         from_command_line(TrainSettings, ask, USAGE)
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert told.startswith(USAGE)
-    assert "optimizer" in told
+    shown = capsys.readouterr().out
+    assert shown.startswith(USAGE)
+    assert "optimizer" in shown
 
 
 def test_the_entropy_model_by_its_old_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    say_renamed.cache_clear()
+    warn_renamed.cache_clear()
     path = tmp_path / "run.yaml"
     path.write_text("model: demo-blt\npatching: {mode: space}\nsteps: 3\ndata: {train: x}\nbyte_lm: a\n")
     assert from_command_line(TrainSettings, [f"config={path}"], USAGE).entropy_model == "a"

@@ -98,7 +98,7 @@ def test_refused_in_metas_formats(kind: str, name: str, values: dict[str, Any], 
         load(folder)
 
 
-def test_written_where_each_version_looks(blt: BLT, tmp_path: Path) -> None:
+def test_written_where_each_version_reads_it(blt: BLT, tmp_path: Path) -> None:
     """Version 4 reads `rope_theta`, version 5 `rope_parameters`; the patcher's default is another than the rest's."""
     byte_lm = tiny_byte_lm(window=6, rope_theta=77.0)
     config = Config(model=blt.model.settings, context=64, patching=PatchSettings(threshold=5.0))
