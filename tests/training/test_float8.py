@@ -17,8 +17,8 @@ from bytelatent.errors import UserError
 from bytelatent.model import add_patches
 from bytelatent.model.settings import StackSettings
 from bytelatent.training import train
-from bytelatent.training import trainer as loop
-from bytelatent.training.float8 import check_float8, to_float8
+from bytelatent.training.checks import check_float8
+from bytelatent.training.distributed.plan import to_float8
 from bytelatent.weights import load
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt
 from tests.training.tiny_runs import assert_equal_runs, blt_run, settings, weights
@@ -161,7 +161,7 @@ def test_a_run_in_float8_and_its_checkpoints(
 ) -> None:
     """On a CPU, where torchao's products work, too, if slowly."""
     pytest.importorskip("torchao.float8")
-    monkeypatch.setattr(loop, "check_float8", lambda *_: None)
+    monkeypatch.setattr("bytelatent.training.checks.check_float8", lambda *_: None)
     more = {"steps": 4, "float8": "rowwise", "dtype": "bfloat16", "checkpoint": {"every": 2}}
     whole = train(settings(blt_run(tmp_path / "whole", text, byte_lm, **more)))
     cut = tmp_path / "cut"

@@ -26,8 +26,7 @@ from bytelatent.run_folder import NoCheckpoint, newest_checkpoint, read_metrics
 from bytelatent.text import MAX_ROW_BYTES, BadRows
 from bytelatent.text.bad_rows import MAX_BAD_ROWS
 from bytelatent.training import TrainSettings, train
-from bytelatent.training.checkpoint.settings import CheckpointSettings
-from bytelatent.training.settings import CalibrationSettings, OptimizerSettings, ValidationSettings
+from bytelatent.training.settings import CalibrationSettings, CheckpointSettings, OptimizerSettings, ValidationSettings
 
 LOGGER = logging.getLogger(__name__)
 

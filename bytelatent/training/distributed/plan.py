@@ -116,8 +116,7 @@ def build_parallel_model(
     """
     with torch.device("meta"):
         model = build(settings)
-    if float8 is not None:
-        to_float8(model, float8)
+    to_float8(model, float8)
     global_blocks: list[Any] = list(model.global_transformer.stack.blocks) if isinstance(model, BLTModel) else []
     sharded_tables: list[nn.Parameter] = []
     if plan.mesh is not None:
@@ -176,7 +175,7 @@ def initialize_weights(model: nn.Module, settings: ModelSettings) -> None:
             part.to_empty(device="meta", recurse=False)
 
 
-def to_float8(model: nn.Module, float8: Float8) -> None:
+def to_float8(model: nn.Module, float8: Float8 | None) -> None:
     """Let the matrices of a BLT's global transformer be multiplied in 8-bit floats; call `check_float8` before.
 
     Weights stay as they are, under the same names: each step rounds them, what they are multiplied with, and the
@@ -184,6 +183,8 @@ def to_float8(model: nn.Module, float8: Float8) -> None:
 
     It replaces modules and keeps their weights. So it comes before whatever hooks into modules or compiles them.
     """
+    if float8 is None:
+        return
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # pyright: ignore[reportMissingImports]
 
     assert isinstance(model, BLTModel)

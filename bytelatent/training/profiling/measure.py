@@ -75,8 +75,7 @@ class SyntheticTraining:
         torch.manual_seed(0)
         with setup.device:
             self.model = build(setup.model)
-        if setup.float8 is not None:
-            to_float8(self.model, setup.float8)
+        to_float8(self.model, setup.float8)
         self.optimizer = build_optimizer(self.model, setup.optimizer)
         self._work = ForwardBackward(self.model, setup.device, setup.dtype)
         self.step(*random_batch(256, setup.device, isinstance(setup.model, BLTSettings)))
