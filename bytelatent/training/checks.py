@@ -15,6 +15,7 @@ from bytelatent.device import free_memory
 from bytelatent.errors import UserError
 from bytelatent.hub import Unreachable
 from bytelatent.text import find_files
+from bytelatent.text.bad_rows import TextError
 from bytelatent.text.streams import is_remote
 from bytelatent.training.settings import Float8, OptimizerSettings, ParallelSettings, TrainSettings
 from bytelatent.weights import find_byte_lm
@@ -151,10 +152,10 @@ def check_sources(data: DataSettings, whence: str = "", remote: bool = True) -> 
                 continue
             try:
                 find_files(source.path)
-            except UserError as error:
+            except TextError as error:
                 way_out = "; or train without held-out text: data.valid=null" if key == "valid" else ""
                 where = "" if Path(source.path).expanduser().is_absolute() else whence
-                raise UserError(f"data.{key}: {error.message}{way_out}{where}") from None
+                raise UserError(f"data.{key}: {error.line}{way_out}{where}") from None
 
 
 def check_text(data: DataSettings) -> None:

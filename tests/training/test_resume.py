@@ -226,11 +226,11 @@ def test_the_docs_list_what_may_differ() -> None:
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ({"steps": 6}, "nothing is left to do: all 6 steps are done; more steps go on with the run"),
+        ({"steps": 6}, "nothing is left to do: all 6 steps are done; more steps continue the run"),
         ({"steps": 4}, "nothing is left to do: 6 steps are done, and steps=4 asks for fewer"),
         (
             {"steps": None, "minutes": 1e-9},
-            "nothing is left to do: the run's 1e-09 minutes are over; more minutes go on with it",
+            "nothing is left to do: the run's 1e-09 minutes are over; more minutes continue it",
         ),
     ],
 )
