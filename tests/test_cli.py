@@ -159,7 +159,7 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
     [
         (["patch", "x", "--mode", "static"], "no mode 'static'"),
         (["patch", "x", "--mode", "static:0"], "static:0: patch_size"),
-        (["patch", "x", "--mode", "entropy:high"], "no mode 'entropy:high'"),
+        (["patch", "x", "--mode", "entropy:high"], "entropy:high: threshold: Input should be a valid number"),
         (["patch", "x", "--mode", "bpe:absent.json"], "absent.json"),
         (["patch", "x", "-m", "absent"], "'absent' is not a folder; name a run"),
         (["patch", "x", "-m", "absent"], "take modes that need no model: --mode space,static:4"),
@@ -167,7 +167,7 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["generate", "x", "-m", "absent"], "'absent' is not a folder"),
         (["generate", "x", "-m", "{model}", "--top-p", "0"], "top_p"),
         (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is not known"),
-        (["generate", "x", "-m", "absent", "--draft-length", "99"], "ahead: 99 bytes a step; take 1 to 16"),
+        (["generate", "x", "-m", "absent", "--draft-length", "99"], "draft_length: 99 is not a number from 1 to 16"),
         (["generate", "x", "-m", "absent", "--quantize", "int4"], "quantize: Input should be 'full', 'int8' or 'fp8'"),
         (["generate", "x", "-m", "absent", "-n", str(10**20)], f"or equal to 1000000000, not {10**20}"),
         (["generate", "x", "-m", "absent", "--samples", str(10**20)], f"or equal to 100000, not {10**20}"),

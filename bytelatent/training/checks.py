@@ -15,7 +15,7 @@ from bytelatent.device import free_memory
 from bytelatent.errors import UserError
 from bytelatent.hub import Unreachable
 from bytelatent.text import find_files
-from bytelatent.text.bad_rows import TextError
+from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
 from bytelatent.training.settings import Float8, OptimizerSettings, ParallelSettings, TrainSettings
 from bytelatent.weights import find_byte_lm

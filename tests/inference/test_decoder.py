@@ -123,7 +123,7 @@ def test_prompts_on_a_cpu_have_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_new_ids_of_any_number(size: int) -> None:
-    """With patches that close among them, at many places; states are not shared between prompts."""
+    """With patches that close among them, at many positions; states are not shared between prompts."""
     decoder = Decoder(tiny_blt(window=6), PatchSettings(threshold=5.12), tiny_byte_lm(window=6))
     row = torch.cat([torch.tensor([1]), random_ids(torch.Generator().manual_seed(0), 65)])
     [expected] = full_logits(decoder, [row])

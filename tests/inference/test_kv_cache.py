@@ -24,14 +24,14 @@ def test_new_positions(rows: list[tuple[int, int, list[int]]], count: int) -> No
     assert new.offset.tolist() == [i for *_, i in entries]
     assert new.slot.tolist() == [row for row, _, _ in rows]
     assert new.num_read.tolist() == [read for _, read, _ in rows]
-    places = torch.arange(len(entries))
-    laid_out = new.padded(places, fill=-1)
+    indices = torch.arange(len(entries))
+    laid_out = new.padded(indices, fill=-1)
     assert laid_out.shape == (len(rows), max(sum(sizes) for *_, sizes in rows))
-    assert torch.equal(new.unpadded(laid_out), places)
+    assert torch.equal(new.unpadded(laid_out), indices)
     for line, (row, _, _) in enumerate(rows):
         of_row = (row_of == row).nonzero()[:, 0].tolist()
         assert laid_out[line].tolist() == of_row + [-1] * (laid_out.shape[1] - len(of_row))
-        assert [i for i in places[new.newest(count)].tolist() if i in of_row] == of_row[-count:]
+        assert [i for i in indices[new.newest(count)].tolist() if i in of_row] == of_row[-count:]
         for i, query in enumerate(of_row):
             for j, key in enumerate(of_row):
                 same_run = entries[query][:3] == entries[key][:3]

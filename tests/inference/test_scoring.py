@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bytelatent.inference import Decoder, scoring
-from bytelatent.inference.scoring import Pair, Place, _passes, log_probabilities, log_probabilities_of_pairs
+from bytelatent.inference.scoring import Item, Pair, _passes, log_probabilities, log_probabilities_of_pairs
 from bytelatent.inference.step import FastDecoder
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import encode
@@ -136,12 +136,12 @@ def test_passes_are_bounded(sizes: list[tuple[int, int]]) -> None:
     """Every text is in one; none is larger when laid out in rows, but for one text alone, or could take the next."""
     sizes = sorted(sizes, key=lambda one: one[0])
     texts = {number: torch.zeros(size * 2) for number, (_, size) in enumerate(sizes)}
-    places = [(row, number) for number, (row, _) in enumerate(sizes)]
+    items = [(row, number) for number, (row, _) in enumerate(sizes)]
     opened = [0, 5, 300, 2000]
-    passes = list(_passes(places, texts, opened))
-    assert [place for group in passes for place in group] == places
+    passes = list(_passes(items, texts, opened))
+    assert [item for group in passes for item in group] == items
 
-    def size(group: list[Place]) -> int:
+    def size(group: list[Item]) -> int:
         read: Counter[int] = Counter()
         for row, number in group:
             read[row] += len(texts[number]) - 1 + opened[row]

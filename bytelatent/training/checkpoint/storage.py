@@ -27,8 +27,7 @@ from torch.distributed.tensor import DTensor
 from bytelatent.training.distributed.plan import local_part
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.optimizer import Optimizers, each
-from bytelatent.weights import Config, StoredModel
-from bytelatent.weights.safetensors_io import StoredTensor
+from bytelatent.weights import Config, StoredModel, StoredTensor
 
 CONFIG = "config.json"
 
