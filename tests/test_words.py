@@ -63,6 +63,7 @@ ALLOWED = {
     "bytelatent/prepare/plan.py": "max_corrupt",
     "bytelatent/prepare/write.py": "max_corrupt",
     "bytelatent/text/stored.py": "rule",  # a key of files
+    "bytelatent/commands/settings.py": "rule|max_damaged",  # hidden options
     "docs/reference.md": "rule|damaged",  # a key and a name of files
     "docs/train.md": "damaged",
 }
