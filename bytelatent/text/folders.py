@@ -116,7 +116,7 @@ def _text_among(files: list[str], source: str) -> list[str]:
     """The files that are text, with a line about the others of each kind.
 
     Raises:
-        UserError: there is none.
+        UserError: there are no files of text.
     """
     text, others = [], {}
     for file in files:

@@ -110,7 +110,7 @@ def sample_entropies(
     check = StoredCheck(patcher)
 
     def seen(found: Stored, file: str) -> None:
-        if found.rule is None:  # stored starts hold no entropies
+        if found.patching is None:  # stored starts hold no entropies
             check(found, file)
             stored.append(found)
 
