@@ -271,7 +271,7 @@ class PatchesSettings(JsonSettings):
     Attributes:
         text: text to patch. Default: standard input.
         model: a run, or a folder with a model.
-        mode: patching mode, or several with commas: entropy:1.3, space, static:4, bpe:FILE. Default: the model's.
+        mode: patching mode, or several with commas, each with its setting: static:4. Default: the model's.
         context: read the text in pieces of this many bytes, as training and eval do. Default: as a whole.
         entropies: show each byte's entropy.
         html: write an HTML page instead.

@@ -5,7 +5,7 @@ decompresses it, and `readers` and `tables` read documents in blocks. Every comm
 """
 
 from bytelatent.text.documents import MAX_ROW_BYTES, BadRow, BadRows, Document, ReadOptions
-from bytelatent.text.folders import find_files
+from bytelatent.text.folders import FileState, find_files
 from bytelatent.text.formats import open_blocks, read_documents
 from bytelatent.text.readers import BlockReader, DocumentBlock
 from bytelatent.text.stored import Stored
@@ -17,6 +17,7 @@ __all__ = [
     "BlockReader",
     "Document",
     "DocumentBlock",
+    "FileState",
     "ReadOptions",
     "Stored",
     "find_files",
