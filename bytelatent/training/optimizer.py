@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from bytelatent.config import Settings
-from bytelatent.kernels.hash_tables import coalesced, row_adamw
+from bytelatent.kernels.hash_embed import coalesced, row_adamw
 from bytelatent.model import CrossAttention
 from bytelatent.model.block import Block
 from bytelatent.training.distributed.fsdp import local_part

@@ -6,8 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, library
 
-from bytelatent.kernels.hash_embed import hash_rows, ngram_powers
-from bytelatent.kernels.hash_tables import coalesced, plain_row_sums, row_adamw, row_sums
+from bytelatent.kernels.hash_embed import (
+    coalesced,
+    hash_rows,
+    ngram_powers,
+    plain_row_sums,
+    row_adamw,
+    row_sums,
+)
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
@@ -99,7 +105,7 @@ def test_one_graph(sparse: bool) -> None:
     assert torch.equal(*(gradient.to_dense() for gradient in gradients))
 
 
-def test_the_operators_are_what_they_say() -> None:
+def test_operators() -> None:
     model, ids, history = embedding_and_stream(20, torch.float32)
     for sparse in (False, True):
         arguments = (ids[None], history, model.powers(ids.device), model.tables.weight, 20, sparse)
@@ -130,12 +136,12 @@ def test_a_rows_update_is_torchs(weight_decay: float) -> None:
     torch.manual_seed(0)
     table, mean, square = torch.randn(5, 4).double(), torch.zeros(5, 4).double(), torch.zeros(5, 4).double()
     alone, before = torch.nn.Parameter(table[3].clone()), table.clone()
-    rule: dict = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": weight_decay}
-    adam = torch.optim.AdamW([alone], **rule)
+    hyper: dict = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": weight_decay}
+    adam = torch.optim.AdamW([alone], **hyper)
     for number in range(3):
         alone.grad = torch.randn(4).double()
         count = torch.tensor([number + 1.0])
-        row_adamw(table, mean, square, torch.tensor([3]), alone.grad[None].clone(), count, **rule)
+        row_adamw(table, mean, square, torch.tensor([3]), alone.grad[None].clone(), count, **hyper)
         adam.step()
     torch.testing.assert_close(table[3], alone.detach())
     table[3] = before[3]

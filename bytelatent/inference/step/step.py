@@ -30,7 +30,7 @@ from bytelatent.kernels.decode_cross_attention import (
 )
 from bytelatent.kernels.hash_embed import hash_embed
 from bytelatent.kernels.launch import overlapped
-from bytelatent.kernels.skinny_linear import skinny_gated, skinny_linear
+from bytelatent.kernels.skinny_linear import skinny_linear
 from bytelatent.model import ByteLM
 from bytelatent.vocab import VOCAB_SIZE
 
@@ -126,7 +126,7 @@ class ByteLMStep:
             **stack.launch(len(position), new),
         )
         x_MD = skinny_linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=run)
-        hidden = skinny_gated(x_MD, weights.gate_up, eps=eps, run=run)
+        hidden = skinny_linear(x_MD, weights.gate_up, gated=True, eps=eps, run=run)
         return skinny_linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=run)
 
     def _eps(self, stack: StackWeights) -> float:
