@@ -29,7 +29,7 @@ from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM, ByteLMSettings, Stream, preset
 from bytelatent.patching import PatchSettings, calibrate
 from bytelatent.text import Document, Stored, read_documents
-from bytelatent.text.stored import StoredWriter
+from bytelatent.text.stored import stored_writer
 
 CONTEXT = 8192
 BATCH_BYTES = 65_536
@@ -48,7 +48,7 @@ def documents(text: str, max_bytes: int) -> Iterator[Document]:
 
 
 def store(text: str, folder: Path, max_bytes: int) -> PatchSettings:
-    """Write the text with made-up entropies, and with the starts of the rule that gives patches of 4.5 bytes.
+    """Write the text with made-up entropies, and with the starts of the patching settings for patches of 4.5 bytes.
 
     The values are drawn like a byte LM's: most near zero, some high. What they are does not change the work.
     """
@@ -56,17 +56,17 @@ def store(text: str, folder: Path, max_bytes: int) -> PatchSettings:
     sample = torch.from_numpy(random.gamma(0.6, 1.2, 200_000).astype(np.float32))
     ids, position = torch.full([len(sample)], 100), torch.arange(len(sample))
     threshold = calibrate(ids, sample, position, PATCH_BYTES).threshold
-    rule = PatchSettings(mode="entropy", threshold=threshold)
-    starts = ORIGIN.model_copy(update={"rule": rule.plain()})
+    patching = PatchSettings(mode="entropy", threshold=threshold)
+    starts = ORIGIN.model_copy(update={"patching": patching.plain()})
     names = (folder / "entropies.parquet", folder / "starts.parquet")
-    with StoredWriter(names[0], ORIGIN) as first, StoredWriter(names[1], starts) as second:
+    with stored_writer(names[0], ORIGIN) as first, stored_writer(names[1], starts) as second:
         for number, document in enumerate(documents(text, max_bytes)):
             entropies = random.gamma(0.6, 1.2, len(document.text) + 1).astype(np.float32)
             first.add(str(number), document.text, entropies)
             begins = entropies > threshold
             begins[0] = True
             second.add(str(number), document.text, begins)
-    return rule
+    return patching
 
 
 def resident_bytes(pid: int | str = "self") -> int:
@@ -85,14 +85,14 @@ def measure_loader(
 ) -> None:
     """Batches of one process as fast as they come: read, cut, shuffled, patched, packed."""
     with tempfile.TemporaryDirectory() as folder:
-        rule = store(text, Path(folder), megabytes * 1_000_000)
+        patching = store(text, Path(folder), megabytes * 1_000_000)
         for kind in kinds:
             train = [f"{folder}/{kind}.parquet"]
             settings = DataSettings.parse(
                 {"train": train, "context": CONTEXT, "batch_bytes": BATCH_BYTES, "batch_patches": BATCH_BYTES // 4}
                 | {"workers": workers}
             )
-            with Loader(settings, 0, Patcher(rule)) as loader:
+            with Loader(settings, 0, Patcher(patching)) as loader:
                 run_loader(loader, kind, minutes, workers, pace)
 
 
@@ -162,9 +162,9 @@ def measure_entropies(text: str, megabytes: int) -> None:
             seconds = seconds_of(lambda stream=stream: fast(stream), times=20)
             print(f"forward alone, {size:7,} ids: {size / seconds / 1e6:.3f} million bytes/s", flush=True)
         show_profile(lambda: fast(stream))
-        for rule in (None, PatchSettings(mode="entropy", threshold=1.34)):
-            settings = EntropySettings(patching=rule)
-            out = Path(folder, "starts" if rule else "entropies")
+        for patching in (None, PatchSettings(mode="entropy", threshold=1.34)):
+            settings = EntropySettings(patching=patching)
+            out = Path(folder, "starts" if patching else "entropies")
             summary = store_entropies(byte_lm, "benchmark", [source], out, settings, entropies_of=fast)
             stored = sum(file.stat().st_size for file in out.glob("*.parquet"))
             print(

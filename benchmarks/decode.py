@@ -5,13 +5,13 @@
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
 so that what the model writes has patches of 4.5 bytes; prompts of 512 random bytes, new bytes drawn at temperature 1.
-The floor counts the bytes of weights and caches that must be read, at the speed at which the card copies.
+The limit counts the bytes of weights and caches that must be read, at the speed at which the card copies.
 
 check    float32 on the device: the replayed step's bytes and log-probabilities against plain PyTorch's
 one      one sequence;  batch: 64;  8b: one, of the 8B shape
 drafted  one sequence and 64 with drafts of several lengths. Random weights say nothing about how many drafted bytes are
          right: `decode_trained.py drafted` does
-one8     one sequence with weights rounded to int8, to fp8, and as they are
+one8     one sequence with weights quantized to int8, to fp8, and as they are
 first    seconds from a prompt to the first byte
 cpu      the demo's BLT on the CPU, against the whole forward pass for every byte
 leaks    sequences join, leave and are cancelled for --minutes; memory every twelfth of it
@@ -28,8 +28,9 @@ from typing import Any, get_args
 import torch
 
 from bytelatent.inference import Decoder, Engine, Sampling
-from bytelatent.inference.quantize import Weights, quantize_model
-from bytelatent.inference.step import QUORUM, CapturedSlots, FastDecoder, decisions, engine_for
+from bytelatent.inference.quantize import quantize_model
+from bytelatent.inference.settings import Quantization
+from bytelatent.inference.step import QUORUM, CapturedSlots, FastDecoder, engine_for, sampling
 from bytelatent.inference.step.prefill import FastStack
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build, pack_rows
 from bytelatent.model.flops import costs
@@ -57,11 +58,11 @@ def random_prompts(count: int, size: int, seed: int = 0) -> list[torch.Tensor]:
     return [torch.cat([bos, torch.randint(4, 260, [size], generator=generator)]) for _ in range(count)]
 
 
-def decoder_of(name: str, weights: Weights = "full") -> Decoder:
+def decoder_of(name: str, weights: Quantization = "full") -> Decoder:
     """A random model, and a threshold that gives patches of 4.5 bytes on what it writes."""
     byte_lm = random_model(preset("entropy"), torch.bfloat16, seed=1)
     byte_lm.output.weight.data.mul_(4)  # else its entropies are so alike that rounding decides about patches
-    decisions.EOS = -1  # no text ends, so that all are as long
+    sampling.EOS = -1  # no text ends, so that all are as long
     model = quantize_model(random_model(preset(name), torch.bfloat16), weights)
     decoder = FastDecoder(model, PatchSettings(threshold=5.0), byte_lm)
     for _ in range(2):  # what it writes depends a little on the patches
@@ -102,15 +103,15 @@ def seconds_of(work: Any, times: int) -> float:
     return (time.perf_counter() - began) / times
 
 
-def floor(decoder: Decoder, rows: int, quorum: float, position: int) -> float:
+def lower_bound(decoder: Decoder, rows: int, quorum: float, position: int) -> float:
     """Seconds that reading what a step must read takes: weights once, caches of all rows, and those of the global
     transformer as often as it runs: once a patch for one row, at most once for `quorum` of many rows' patches."""
     model, byte_lm = decoder.model, decoder.byte_lm
     assert isinstance(model, BLTModel)
     assert byte_lm is not None
 
-    def weights(*parts: Any) -> int:
-        stored = (p for part in parts for p in chain(part.parameters(), part.buffers()))  # a rounded matrix is a buffer
+    def weights(*parts: Any) -> int:  # quantized ones are buffers
+        stored = (p for part in parts for p in chain(part.parameters(), part.buffers()))
         return sum(p.numel() * p.element_size() for p in stored)
 
     def cache(settings: Any, seen: int) -> int:
@@ -128,11 +129,11 @@ def floor(decoder: Decoder, rows: int, quorum: float, position: int) -> float:
 
 
 def generate(
-    decoder: Decoder, count: int, new: int, quorum: float = 0.0, places: int | None = None, ahead: int = 1
+    decoder: Decoder, count: int, new: int, quorum: float = 0.0, max_closing: int | None = None, draft_length: int = 1
 ) -> None:
     """Warm up, then time `count` sequences of `new` bytes from the first drawn byte on."""
-    rows = CapturedSlots(decoder, count, quorum, places, ahead)
-    engine = Engine(decoder, rows, count)
+    slots = CapturedSlots(decoder, count, quorum, max_closing, draft_length)
+    engine = Engine(decoder, slots, count)
     began = time.perf_counter()
     for prompt in random_prompts(count, 16, seed=3):
         engine.submit(prompt, DRAW, 24)
@@ -141,8 +142,8 @@ def generate(
     asked = [engine.submit(prompt, DRAW, new)[0] for prompt in random_prompts(count, 512)]
     engine.advance()
     torch.cuda.synchronize()
-    state = rows._step.state
-    position, num_patches, turn = state.position.sum(), state.num_patches.sum(), rows._turn
+    state = slots.step.state
+    position, num_patches, first_step = state.position.sum(), state.num_patches.sum(), slots.num_steps
     began = time.perf_counter()
     before = sum(len(one.ids) for one in asked)
     engine.run()
@@ -150,13 +151,14 @@ def generate(
     took = time.perf_counter() - began
     drawn = sum(len(one.ids) for one in asked) - before
     patch = float((state.position.sum() - position) / (state.num_patches.sum() - num_patches))
-    limit = count / floor(decoder, count, quorum, 512 + new // 2)
+    limit = count / lower_bound(decoder, count, quorum, 512 + new // 2)
     rate = drawn / took
     print(
-        f"{count} sequences, quorum {quorum:.2f}, {places or count} places: {rate:,.0f} bytes/s, "
-        f"{rate / limit:.0%} of the floor's {limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms a byte of each, "
-        f"{patch:.2f} bytes a patch, warm-up {warm:.1f} s"
-        f", {took / (rows._turn - turn) * 1e3:.3f} ms a step" + (f" of up to {ahead} bytes" if ahead > 1 else ""),
+        f"{count} sequences, quorum {quorum:.2f}, {max_closing or count} closing: {rate:,.0f} bytes/s, "
+        f"{rate / limit:.0%} of the limit's {limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms per byte of each, "
+        f"{patch:.2f} bytes per patch, warm-up {warm:.1f} s"
+        f", {took / (slots.num_steps - first_step) * 1e3:.3f} ms per step"
+        + (f" of up to {draft_length} bytes" if draft_length > 1 else ""),
         flush=True,
     )
 
@@ -165,7 +167,7 @@ def check() -> None:
     from tests.inference.test_engine import decoders, generated
 
     sampling = Sampling(temperature=1.0, seed=3, top_p=0.9)
-    every, full = get_args(Weights), get_args(Weights)[:1]
+    every, full = get_args(Quantization), get_args(Quantization)[:1]
     kinds = [(name, weights) for name in decoders() for weights in (every if name == "entropy" else full)]
     for name, weights in kinds:
         plain = decoders()[name]
@@ -175,7 +177,7 @@ def check() -> None:
         model = quantize_model(plain.model, weights)
         there = Decoder(model, plain.patching, plain.byte_lm)
         fast = FastDecoder(model, plain.patching, plain.byte_lm)
-        for rows, quorum, places, ahead in (
+        for rows, quorum, max_closing, draft_length in (
             (1, 0.0, None, 1),
             (4, 0.0, None, 1),
             (4, 0.5, 2, 1),
@@ -183,11 +185,11 @@ def check() -> None:
             (1, 0.0, None, 6),
             (4, 0.0, None, 9),
         ):
-            if ahead > 1 and name == "byte LM":
+            if draft_length > 1 and name == "byte LM":
                 continue
             prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * max(rows // 4, 1)
             expected = generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
-            engine = Engine(fast, CapturedSlots(fast, rows, quorum, places, ahead), rows)
+            engine = Engine(fast, CapturedSlots(fast, rows, quorum, max_closing, draft_length), rows)
             found = generated(engine, prompts[:rows], 60, sampling)
             same, far = 0, 0.0
             for one, other in zip(found, expected, strict=True):
@@ -198,8 +200,8 @@ def check() -> None:
                         break
                     far = max(far, abs(p - q))
             print(
-                f"check {name}, {weights} weights, {rows} rows, quorum {quorum}, {ahead} ahead: {same} of {rows} "
-                f"equal, log-probabilities {far:.1e}"
+                f"check {name}, {weights} weights, {rows} rows, quorum {quorum}, drafts of {draft_length}: "
+                f"{same} of {rows} equal, log-probabilities {far:.1e}"
             )
 
 
@@ -214,12 +216,12 @@ def cpu() -> None:
     byte_lm.output.weight.data.mul_(4)
     [row] = random_prompts(1, 999)
     threshold = float(byte_lm.entropies(pack_rows([row]))[64:].quantile(1 - 1 / PATCH_BYTES))
-    rule = PatchSettings(threshold=threshold)
-    decoder = Decoder(model, rule, byte_lm)
+    patching = PatchSettings(threshold=threshold)
+    decoder = Decoder(model, patching, byte_lm)
 
     def whole() -> None:
         stream = pack_rows([row])
-        starts = next_starts(stream.ids, byte_lm.entropies(stream), stream.position, rule)
+        starts = next_starts(stream.ids, byte_lm.entropies(stream), stream.position, patching)
         with torch.no_grad():
             model(add_patches(stream, starts))
 
@@ -242,7 +244,7 @@ def cpu() -> None:
             times["with a memory"].append(time.perf_counter() - began)
     middle = {name: sum(values) / len(values) for name, values in times.items()}
     for name, seconds in middle.items():
-        print(f"{name}: {seconds * 1e3:.2f} ms a byte, {1 / seconds:,.0f} bytes/s")
+        print(f"{name}: {seconds * 1e3:.2f} ms per byte, {1 / seconds:,.0f} bytes/s")
     print(f"{middle['whole forward pass'] / middle['with a memory']:.1f} times as fast")
 
 
@@ -256,7 +258,7 @@ def leaks(minutes: float) -> None:
     model: Any = build(preset("demo-blt")).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = engine_for(model.to(device), PatchSettings(threshold=5.0), byte_lm.to(device), 8)
-    chance, going, done, began, told = random.Random(0), [], 0, time.monotonic(), 0.0
+    chance, going, done, began, shown = random.Random(0), [], 0, time.monotonic(), 0.0
     while (now := time.monotonic() - began) < minutes * 60:
         if len(going) < 16 and chance.random() < 0.2:
             [prompt] = random_prompts(1, chance.randrange(1, 600), seed=chance.randrange(10**6))
@@ -266,8 +268,8 @@ def leaks(minutes: float) -> None:
         engine.advance()
         done += sum(one.ended is not None for one in going)
         going = [one for one in going if one.ended is None]
-        if now - told > minutes * 60 / 12:
-            told = now
+        if now - shown > minutes * 60 / 12:
+            shown = now
             with open("/proc/self/statm") as file:
                 resident = int(file.read().split()[1]) * resource.getpagesize() / 2**20
             on_device = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0
@@ -381,11 +383,11 @@ def main() -> None:
         if "first" in given.what:
             first(decoder)
         if "batch" in given.what:
-            for quorum, places in ((0.0, 24), (QUORUM, None), (0.5, None)):
-                generate(decoder, 64, given.new, quorum, places)
+            for quorum, max_closing in ((0.0, 24), (QUORUM, None), (0.5, None)):
+                generate(decoder, 64, given.new, quorum, max_closing)
         if "drafted" in given.what:
-            for count, ahead in ((1, 1), (1, 4), (1, 8), (1, 12), (1, 16), (64, 8)):
-                generate(decoder, count, given.new, ahead=ahead)
+            for count, draft_length in ((1, 1), (1, 4), (1, 8), (1, 12), (1, 16), (64, 8)):
+                generate(decoder, count, given.new, draft_length=draft_length)
         if "prefill" in given.what:
             prefill(decoder)
         if "profile" in given.what:
@@ -395,7 +397,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     if "one8" in given.what:
         print(f"copy {copy_rate() / 1e12:.2f} TB/s")
-        for weights in get_args(Weights):
+        for weights in get_args(Quantization):
             print(f"{weights} weights: ", end="")
             generate(decoder_of("blt-1b", weights=weights), 1, given.new)
             torch.cuda.empty_cache()

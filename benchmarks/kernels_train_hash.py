@@ -25,7 +25,7 @@ from bytelatent.training.optimizer import SparseRowsAdamW
 from bytelatent.vocab import OFFSET
 
 DIM = 1024
-RULE: dict[str, Any] = {"lr": 4e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
+PATCHING: dict[str, Any] = {"lr": 4e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
 
 
 def python_source(num_bytes: int) -> Tensor:
@@ -41,8 +41,8 @@ def random_bytes(num_bytes: int) -> Tensor:
 
 def optimizer_of(model: NgramHashEmbedding) -> torch.optim.Optimizer:
     if model.tables.sparse:
-        return SparseRowsAdamW(model.parameters(), **RULE)
-    return torch.optim.AdamW(model.parameters(), fused=True, **RULE)
+        return SparseRowsAdamW(model.parameters(), **PATCHING)
+    return torch.optim.AdamW(model.parameters(), fused=True, **PATCHING)
 
 
 def check() -> None:

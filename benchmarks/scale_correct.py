@@ -28,13 +28,13 @@ from bytelatent.errors import UserError, guarded
 from bytelatent.patching import PatchSettings
 from bytelatent.run_folder import read_metrics
 from bytelatent.text import find_files, read_documents
-from bytelatent.text.stored import Stored, StoredWriter
+from bytelatent.text.stored import Stored, stored_writer
 from bytelatent.training import trainer as loop
 
 BATCHES = 8  # in a step, over all ranks
 NEAR = 4  # times what bfloat16 changes of one GPU's loss is as near as many GPUs should come to it
-# What the made-up starts are said to come from: those of an entropy rule are what can be stored.
-RULE = PatchSettings(mode="entropy", threshold=1.0)
+# What the made-up starts are said to come from: those of the mode entropy are what can be stored.
+PATCHING = PatchSettings(mode="entropy", threshold=1.0)
 COMPARED = ("step", "bits_per_byte", "gradient_norm")
 
 
@@ -120,9 +120,9 @@ class Job:
             self.process.wait()
         self.seconds = time.monotonic() - self.began
         how = "" if self.process.returncode == 0 else f", FAILED with {self.process.returncode}"
-        say(f"{self.name}: {self.seconds:.0f} s, {len(self.rows())} steps{how}")
+        show(f"{self.name}: {self.seconds:.0f} s, {len(self.rows())} steps{how}")
         if self.process.returncode != 0:
-            say("\n".join(f"    {line}" for line in self.log.read_text(errors="replace").splitlines()[-25:]))
+            show("\n".join(f"    {line}" for line in self.log.read_text(errors="replace").splitlines()[-25:]))
 
     @property
     def failed(self) -> bool:
@@ -202,9 +202,9 @@ def correct(
         if job is not None:
             job.wait(until)
 
-    say(f"\nlosses of {steps} steps, {BATCHES} batches each; bfloat16 where nothing else is said")
-    say(HEAD)
-    say("| --- | --- | --- | --- |")
+    show(f"\nlosses of {steps} steps, {BATCHES} batches each; bfloat16 where nothing else is said")
+    show(HEAD)
+    show("| --- | --- | --- | --- |")
     noise = differ("one GPU, the batches of a step in another order, against one GPU", backwards, one)
     rounding = differ("one GPU in float32 against one GPU", exact, one)
     good = noise is not None and rounding is not None
@@ -218,7 +218,7 @@ def correct(
         good &= found is not None and rounding is not None and found <= NEAR * rounding
     good &= repeated(killed, first, world)
     near = f"within {NEAR} times what bfloat16 changes of one GPU, and bit for bit where nothing differs"
-    say(f"all of it {near}" if good else f"NOT all of it {near}")
+    show(f"all of it {near}" if good else f"NOT all of it {near}")
     if not good:
         sys.exit(1)
 
@@ -230,13 +230,13 @@ def differ(what: str, job: Job, other: Job) -> float | None:
     """Print how far the losses of two runs are apart, and return it; None where one has not come to its end."""
     mine, theirs = ({row["step"]: row["bits_per_byte"] for row in each.rows()} for each in (job, other))
     if job.failed or other.failed or mine.keys() != theirs.keys():
-        say(f"| {what} | not to be compared | | |")
+        show(f"| {what} | not to be compared | | |")
         return None
     apart = {step: abs(mine[step] - theirs[step]) / theirs[step] for step in mine}
     step = max(apart, key=lambda step: apart[step])
     last = sorted(mine)[-10:]
     ends = [sum(losses[step] for step in last) for losses in (mine, theirs)]
-    say(f"| {what} | {apart[step]:.2e} | {step} | {abs(ends[0] - ends[1]) / ends[1]:.2e} |")
+    show(f"| {what} | {apart[step]:.2e} | {step} | {abs(ends[0] - ends[1]) / ends[1]:.2e} |")
     return apart[step]
 
 
@@ -244,14 +244,14 @@ def repeated(killed: Job, first: Job, world: int) -> bool:
     """Print whether a run whose rank was killed is the other one bit for bit, as it is where both are deterministic."""
     log = killed.log.read_text(errors="replace")
     if killed.failed or first.failed:
-        say("a rank killed: no run to compare")
+        show("a rank killed: no run to compare")
         return False
     rows, others = killed.rows(), first.rows()
     wrong = [row["step"] for row, other in zip(rows, others, strict=False) if row != other]
     weights, same = (next((job.run / "checkpoints").glob("step-*/model.safetensors")) for job in (killed, first))
     is_same = not wrong and len(rows) == len(others) and weights.read_bytes() == same.read_bytes()
     restarts = log.count("Signal 9") or log.count("exitcode: -9") or log.count("exitcode -9")
-    say(
+    show(
         f"rank {world - 1} of {world} killed by SIGKILL ({'seen' if restarts else 'NOT seen'} in the log), the run "
         "begun again, against the one without: losses, gradient norms and final weights "
         + ("the same, bit for bit" if is_same else f"DIFFER, from step {wrong[0] if wrong else 'none'} on")
@@ -280,7 +280,7 @@ def run_settings(text: Path, steps: int, tiny: bool) -> dict[str, Any]:
     return {
         "steps": steps,
         "model": (TINY if tiny else MIDDLE).plain(),
-        "patching": RULE.plain(),
+        "patching": PATCHING.plain(),
         "data": {"train": str(text), "context": batch, "batch_bytes": batch, "batch_patches": batch // 2},
         "optimizer.lr": 1e-3,
         "optimizer.warmup_steps": steps // 10,
@@ -306,9 +306,9 @@ def store(text: Path | None, out: Path, steps: int, tiny: bool) -> Path:
             for _, document in read_documents(file, "text"):
                 yield document.text
 
-    about = Stored(byte_lm="none", context=8192, dtype="float32", rule=RULE.plain())
+    about = Stored(byte_lm="none", context=8192, dtype="float32", patching=PATCHING.plain())
     written = 0
-    with StoredWriter(out, about) as writer:
+    with stored_writer(out, about) as writer:
         for number, document in enumerate(documents()):
             ids = np.frombuffer(document, dtype=np.uint8)
             writer.add(str(number), document, np.concatenate([[True], ids == ord(" ")]))
@@ -324,7 +324,7 @@ def cards_here() -> list[str]:
     return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def say(line: str) -> None:
+def show(line: str) -> None:
     print(line, flush=True)
 
 

@@ -177,7 +177,7 @@ def failed_row(head: str, cells: list[str]) -> str:
     return f"| {' | '.join([*cells, *['-'] * (width - len(cells))])} |"
 
 
-def rule_below(head: str) -> str:
+def underline(head: str) -> str:
     """The second line of a table."""
     return "| " + " | ".join("---" for _ in head.strip("| ").split(" | ")) + " |"
 
@@ -227,7 +227,7 @@ def steps_while(going_on: Callable[[], bool], training: Training, ranks: Ranks) 
     return steps, time.perf_counter() - began
 
 
-def saved(training: Training, name: str, seconds: float, folder: Path, say: Callable[[str], None]) -> None:
+def saved(training: Training, name: str, seconds: float, folder: Path, show: Callable[[str], None]) -> None:
     """Save in the background while steps go on; a line of a table for each time, told as soon as it is known.
 
     Twice: the first save's writer meets memory and files for the first time. Before it, as in a run, the memory for its
@@ -268,8 +268,8 @@ def saved(training: Training, name: str, seconds: float, folder: Path, say: Call
                 f"{waited / of:.2%}",
                 f"{(waited + slowed) / of:.2%}",
             ]
-            say(f"| {' | '.join(cells)} |")
-        say(line)
+            show(f"| {' | '.join(cells)} |")
+        show(line)
 
 
 def measure(
@@ -289,7 +289,7 @@ def measure(
         dtype = choose_dtype("bfloat16" if device.type == "cuda" else "float32", device)
         compile_blocks = device.type == "cuda" if compiled is None else compiled
 
-        def say(line: str) -> None:
+        def show(line: str) -> None:
             if ranks.is_first:
                 print(line, flush=True)
 
@@ -299,7 +299,7 @@ def measure(
         def work(configuration: Configuration) -> None:
             training = build(configuration)
             row = measured(training, configuration, steps, ranks, dtype)
-            say(row.line())
+            show(row.line())
             if profiled and ranks.is_first:
                 print_kernels(training.step, device)
             elif profiled:
@@ -310,25 +310,25 @@ def measure(
         def save(row: Row, folder: Path) -> None:
             training = build(row.configuration)
             training.seconds(2)  # it compiles anew
-            saved(training, name_of(row.configuration), row.seconds, folder, say)
+            saved(training, name_of(row.configuration), row.seconds, folder, show)
 
         rows: list[Row] = []
         to_save: list[Row] = []
-        say(about(device, ranks))
-        say(f"\n{Row.HEAD}\n{rule_below(Row.HEAD)}")
+        show(about(device, ranks))
+        show(f"\n{Row.HEAD}\n{underline(Row.HEAD)}")
         for configuration in configurations:
             failed = attempt(lambda c=configuration: work(c), aside, device)
             if failed is not None:
-                say(failed_row(Row.HEAD, [*first_cells(ranks.world_size, configuration, dtype), failed]))
+                show(failed_row(Row.HEAD, [*first_cells(ranks.world_size, configuration, dtype), failed]))
             elif ranks.world_size > 1 or configuration.plan == "alone":
                 to_save.append(rows[-1])
         if folder is None or not to_save:
             return
-        say(f"\n{SAVE_HEAD}\n{rule_below(SAVE_HEAD)}")
+        show(f"\n{SAVE_HEAD}\n{underline(SAVE_HEAD)}")
         for row in to_save:
             failed = attempt(lambda row=row: save(row, folder), aside, device)
             if failed is not None:
-                say(failed_row(SAVE_HEAD, [name_of(row.configuration), failed]))
+                show(failed_row(SAVE_HEAD, [name_of(row.configuration), failed]))
 
 
 def name_of(configuration: Configuration) -> str:

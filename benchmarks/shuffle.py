@@ -55,15 +55,15 @@ def main() -> None:
         text = folder / "input.jsonl"
         lines = make_input(given.source, text, int(given.gigabytes * 1e9), given.lines)
         ways: dict[str, Callable[[], Measured]] = {
-            "floor": lambda: floor(text, folder),
+            "floor": lambda: lower_bound(text, folder),
             "shuf": lambda: shuf(text, folder),
             "blt prepare": lambda: blt_prepare(text, folder, given.memory),
         }
-        rounds = [turn(ways, number) for number in range(given.rounds)]
+        rounds = [run_all(ways, number) for number in range(given.rounds)]
         show(rounds, text.stat().st_size, lines, given.memory)
 
 
-def turn(ways: dict[str, Callable[[], Measured]], number: int) -> dict[str, Measured]:
+def run_all(ways: dict[str, Callable[[], Measured]], number: int) -> dict[str, Measured]:
     """Run all, each time another first: memory that one has just given back is quicker to get than other memory."""
     names = list(ways)
     first = number % len(names)
@@ -101,7 +101,7 @@ def short_lines(source: Path) -> Iterator[bytes]:
     yield from cycle(pieces)
 
 
-def floor(text: Path, folder: Path) -> Measured:
+def lower_bound(text: Path, folder: Path) -> Measured:
     """Read and write the bytes twice."""
     begin = time.perf_counter()
     copies = [folder / "copy1", folder / "copy2"]

@@ -79,7 +79,7 @@ def random_model(settings: ModelSettings) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def tell(name: str, settings: ModelSettings, size: int, seconds: float, rate: float, passes: int = 3) -> None:
+def show_row(name: str, settings: ModelSettings, size: int, seconds: float, rate: float, passes: int = 3) -> None:
     flops = passes / 3 * training_flops(settings, PATCH_BYTES, DOCUMENT)
     speed = size / seconds
     print(
@@ -97,7 +97,7 @@ def leave_nothing() -> None:
     torch.cuda.empty_cache()
 
 
-def tell_of_memory(name: str, error: RuntimeError) -> None:
+def show_memory(name: str, error: RuntimeError) -> None:
     """While the error is handled, so that all is there that was there as it was met."""
     held, reserved = torch.cuda.memory_allocated() / 2**30, torch.cuda.memory_reserved() / 2**30
     line = str(error).splitlines()[0][:150]
@@ -133,7 +133,7 @@ def train(
         torch.cuda.synchronize()
         print(f"{name}: first step {time.perf_counter() - began:.0f} s")
         what = f"{name}, hash gradients by rows" + (f", float8 {float8}" if float8 else "")
-        tell(what, settings, size, seconds_of(work, CUDA), rate)
+        show_row(what, settings, size, seconds_of(work, CUDA), rate)
         if profiled:
             print_kernels(work, CUDA)
 
@@ -144,7 +144,7 @@ def memory(shapes: list[str], sizes: list[int], rate: float, flex: bool) -> None
         try:
             train(name, [size], rate, flex=flex, checkpointing=checkpointing)
         except torch.OutOfMemoryError as error:
-            tell_of_memory(f"{name}, {size:,} bytes, checkpointing {checkpointing}", error)
+            show_memory(f"{name}, {size:,} bytes, checkpointing {checkpointing}", error)
 
 
 def entropy(rate: float, flex: bool, profiled: bool) -> None:
@@ -161,7 +161,7 @@ def entropy(rate: float, flex: bool, profiled: bool) -> None:
         clip(list(model.parameters()), 1.0)
         optimizer.step()
 
-    tell("entropy model, a training step", settings, size, seconds_of(step, CUDA), rate)
+    show_row("entropy model, a training step", settings, size, seconds_of(step, CUDA), rate)
     if profiled:
         print_kernels(step, CUDA)
 
@@ -169,7 +169,7 @@ def entropy(rate: float, flex: bool, profiled: bool) -> None:
     def forward() -> None:
         model(stream)
 
-    tell("entropy model, forward", settings, size, seconds_of(forward, CUDA), rate, passes=1)
+    show_row("entropy model, forward", settings, size, seconds_of(forward, CUDA), rate, passes=1)
     if profiled:
         print_kernels(forward, CUDA)
 
@@ -183,7 +183,7 @@ def step(sizes: list[int], rate: float, flex: bool, profiled: bool) -> None:
             try:
                 step_of(size, rate, flex, profiled, captured)
             except RuntimeError as error:  # too little memory, or what a capture makes of that
-                tell_of_memory(f"blt-1b, {size:,} bytes", error)
+                show_memory(f"blt-1b, {size:,} bytes", error)
 
 
 def step_of(size: int, rate: float, flex: bool, profiled: bool, captured: bool) -> None:
@@ -197,7 +197,7 @@ def step_of(size: int, rate: float, flex: bool, profiled: bool, captured: bool) 
     torch.cuda.reset_peak_memory_stats()  # once: a graph's memory is counted as it is captured
     for name, work in (("gradients", trainee.forward_backward), ("step", trainee.step)):
         seconds = seconds_of(partial(work, *batch), CUDA)
-        tell(f"blt-1b as trained, {way}, {name}", settings, size, seconds, rate)
+        show_row(f"blt-1b as trained, {way}, {name}", settings, size, seconds, rate)
         if profiled:
             print_kernels(partial(work, *batch), CUDA)
 
@@ -244,13 +244,13 @@ def patching(size: int = 65_536) -> None:
         forward_backward(batch.stream, batch.targets)
 
     before = seconds_of(lambda: train_on(stored), CUDA)
-    in_turn = seconds_of(lambda: train_on(next(loader)), CUDA)
+    before_each = seconds_of(lambda: train_on(next(loader)), CUDA)
     with PrefetchLoader(loader, CUDA) as batches:  # pyright: ignore[reportArgumentType]
         ahead = seconds_of(lambda: train_on(next(batches)), CUDA)
     print(
         f"blt-1b, hash gradients by rows, {size:,} bytes: {before * 1e3:.1f} ms with patches that are known", flush=True
     )
-    for name, seconds in (("before each batch", in_turn), ("while the last batch is trained on", ahead)):
+    for name, seconds in (("before each batch", before_each), ("while the last batch is trained on", ahead)):
         print(f"  patches found {name}: {seconds * 1e3:.1f} ms, {seconds / before - 1:+.1%}", flush=True)
     print(f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
 
@@ -274,7 +274,7 @@ def peer(rate: float) -> None:
         torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).backward()
 
     torch.cuda.reset_peak_memory_stats()
-    tell("transformers", preset("blt-1b"), 2 * DOCUMENT, seconds_of(work, CUDA, 4, 2), rate)
+    show_row("transformers", preset("blt-1b"), 2 * DOCUMENT, seconds_of(work, CUDA, 4, 2), rate)
 
 
 def main() -> None:
@@ -305,7 +305,7 @@ def main() -> None:
             try:
                 work()
             except torch.OutOfMemoryError as error:
-                tell_of_memory(name, error)
+                show_memory(name, error)
 
 
 if __name__ == "__main__":

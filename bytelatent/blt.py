@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,10 +18,10 @@ from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
-from bytelatent.inference.engine import check_max_new_bytes, check_samples
-from bytelatent.inference.quantize import Weights, check_quantize, quantize_model
+from bytelatent.inference.quantize import check_quantize, quantize_model
 from bytelatent.inference.scoring import entropies_of
-from bytelatent.inference.step import check_draft_length, engine_for
+from bytelatent.inference.settings import Quantization, check_limits
+from bytelatent.inference.step import engine_for
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
 from bytelatent.patching import Patch, PatchSettings, next_starts
 from bytelatent.text import Document
@@ -36,7 +35,6 @@ LOGGER = logging.getLogger(__name__)
 Text = str | bytes
 
 MAX_BATCH_SIZE = 64  # sequences that `generate` decodes at once; further ones wait
-LONGEST_CONTEXT = 2**31
 MAX_CONTINUATIONS = 1_000_000  # of all prompts of a call with `samples`
 
 
@@ -66,10 +64,10 @@ class BLT:
         config: Config,
         entropy_model: ByteLM | None,
         source: str = "",
-        quantize: Weights = "full",
+        quantize: Quantization = "full",
         draft_length: int = 1,
     ):
-        self._quantize: Weights = quantize
+        self._quantize: Quantization = quantize
         self._model = quantize_model(model, quantize).eval()
         self.entropy_model = entropy_model
         self._config = config
@@ -89,7 +87,7 @@ class BLT:
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
-        quantize: Weights = "full",
+        quantize: Quantization = "full",
         draft_length: int = 1,
     ) -> "BLT":
         """Load a model, and log in one line what was found.
@@ -115,7 +113,7 @@ class BLT:
         """
         precision, device = precision_of_weights(dtype), choose_device(device)
         check_quantize(quantize, device)
-        check_draft_length(draft_length)
+        check_limits(draft_length=draft_length)
         found = open_pretrained(source, entropy_model, revision, token, local_files_only)
         if not isinstance(found.config.model, BLTSettings):
             raise UserError(f"model: '{source}' holds a byte LM, which has no patches; name a BLT")
@@ -138,7 +136,7 @@ class BLT:
         return next(self.model.parameters()).device
 
     @property
-    def quantize(self) -> Weights:
+    def quantize(self) -> Quantization:
         return self._quantize
 
     @property
@@ -201,7 +199,7 @@ class BLT:
 
     @draft_length.setter
     def draft_length(self, draft_length: int) -> None:
-        check_draft_length(draft_length)
+        check_limits(draft_length=draft_length)
         self._draft_length = draft_length
 
     @property
@@ -216,7 +214,9 @@ class BLT:
         Args:
             batch_size: sequences decoded at once, 1 or more; further ones wait.
         """
-        return engine_for(self.model, self.patching, self._needed_entropy_model(), batch_size, ahead=self.draft_length)
+        return engine_for(
+            self.model, self.patching, self._needed_entropy_model(), batch_size, draft_length=self.draft_length
+        )
 
     @overload
     def generate(self, prompt: Text, max_new_bytes: int = ..., samples: None = ..., **sampling: Any) -> str: ...
@@ -243,8 +243,8 @@ class BLT:
             max_new_bytes: largest number of new bytes; the model may end the text earlier.
             samples: number of continuations of each prompt, which is read once for all of them; the result then is a
                 list for each prompt.
-            sampling: `temperature` (0.8; 0 takes the most likely byte), `top_k`, `top_p`, `min_p`,
-                `repetition_penalty`, `seed` (0), `stop` (texts that end it), `valid_utf8`; see `Sampling`.
+            sampling: fields of `Sampling`, such as `temperature` (0.8; 0 takes the most likely byte), `top_p`, `seed`
+                (0) and `stop` (texts that end it).
 
         Returns:
             The continuation of each prompt, with U+FFFD for bytes that are not UTF-8.
@@ -254,7 +254,7 @@ class BLT:
         """
         settings = Sampling.parse(sampling, where="generate")
         if samples is not None:
-            check_samples(samples)
+            check_limits(samples=samples)
         texts_given = prompt if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes) else [prompt]
         prompts = [prompt_ids(text) for text in texts_given]
         if samples is not None and samples * len(prompts) > MAX_CONTINUATIONS:
@@ -272,7 +272,7 @@ class BLT:
     def stream(self, prompt: Text, max_new_bytes: int = 200, **sampling: Any) -> Iterator[str]:
         """Continue a text piece by piece, in whole characters; the arguments are those of `generate`."""
         settings = Sampling.parse(sampling, where="stream")
-        check_max_new_bytes(max_new_bytes)
+        check_limits(max_new_bytes=max_new_bytes)
         ids = prompt_ids(prompt)
         self._needed_entropy_model()
 
@@ -422,9 +422,7 @@ def _check_type(kind: type, name: str, value: object) -> None:
 
 
 def _checked_context(context: Any) -> int:
-    is_number = isinstance(context, Integral) and not isinstance(context, bool)
-    if not is_number or not 1 <= int(context) <= LONGEST_CONTEXT:
-        raise UserError(f"context: {reprlib.repr(context)} is not a number of ids from 1 to {LONGEST_CONTEXT:,}")
+    check_limits(context=context)
     return int(context)
 
 

@@ -1,8 +1,8 @@
 """Settings from `config=FILE` and `key=value`, each with the place that it comes from.
 
 A value is read by the type that its field declares. A text, a path or a choice stays what was typed, so that
-`run=0123`, `'run=a #3'` and `data.train=*.jsonl` mean what they say; a whole value in quotes is the text within. Lists
-and mappings are written as in YAML, in brackets and braces. All else is a number, `true`, `false` or `null`.
+`run=0123`, `'run=a #3'` and `data.train=*.jsonl` are these texts; a whole value in quotes is the text within. Lists and
+mappings are written as in YAML, in brackets and braces. All else is a number, `true`, `false` or `null`.
 """
 
 import json
@@ -16,20 +16,32 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from bytelatent.config import Settings, flat, load_yaml, renamed, say_renamed, short, to_yaml, union_members
-from bytelatent.configs import find_config
+from bytelatent.config import (
+    Settings,
+    declared,
+    find_config,
+    flat,
+    load_yaml,
+    renamed,
+    shorten,
+    to_yaml,
+    types_of,
+    union_members,
+)
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
-from bytelatent.terminal import say
+from bytelatent.terminal import print_line
 
 COMMAND_LINE = "command line"
 PRINT_CONFIG = "--print-config"
 NULL = {"null", "~", ""}
-WHOLE = r"[+-]?(?:0|[1-9][0-9_]{0,999})"  # Python reads no longer ones
-INTEGER = re.compile(WHOLE)
-FLOAT = re.compile(rf"(?:{WHOLE}\.[0-9]*|[+-]?\.[0-9]+|{WHOLE}(?=[eE]))(?:[eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"[+-]?(?:0|[1-9][0-9_]{0,999})?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")  # Python reads no longer ones
 SINGLE_QUOTED = re.compile(r"'((?:[^']|'')*)'", re.DOTALL)
 SOURCE_COLUMN = 60  # comments begin here at the latest
+USE = (
+    "later ones win over earlier ones and over config=FILE; `blt configs` lists the package's own files\n"
+    f"{PRINT_CONFIG} shows all settings as they are now and where each comes from; their meaning: docs/"
+)
 
 Read = TypeVar("Read", bound=Settings)
 
@@ -41,7 +53,7 @@ class Given(Generic[Read]):
     Attributes:
         model: the settings; bare `Settings` where nobody declares them.
         values: nested plain values.
-        sources: for each whole key the file it stands in, or `COMMAND_LINE`.
+        sources: for each whole key the file it is in, or `COMMAND_LINE`.
         literal: a key whose value is a text whatever it looks like.
     """
 
@@ -69,31 +81,31 @@ class Given(Generic[Read]):
                 raise UserError(f"'{override}' is not a setting; write key=value, as in optimizer.lr=4e-4")
             inner = next((other for other in before if other.startswith(f"{key}.")), None)
             if inner is not None:
-                raise UserError(f"'{short(override)}' comes after {inner}=... and would drop it; write it first")
+                raise UserError(f"'{shorten(override)}' comes after {inner}=... and would drop it; write it first")
             self._set(key, text)
             before.append(key)
-        chosen = {name for name in before if name in self.model.alternatives and self.values[name] is not None}
-        for name in self.model.alternatives if chosen else ():
-            if name not in before and name in self.values:
-                self.values[name], self.sources[name] = None, COMMAND_LINE
+        alternatives = self.model.alternatives
+        if any(name in before and self.values[name] is not None for name in alternatives):
+            for name in alternatives:
+                if name not in before and name in self.values:
+                    self.values[name], self.sources[name] = None, COMMAND_LINE
 
     def _set(self, key: str, text: str) -> None:
-        if key in self.model.old_names:
-            say_renamed(key, self.model.old_names[key])
-            key = self.model.old_names[key]
+        [key] = renamed({key: text}, self.model.old_names)
         *groups, name = key.split(".")
-        value = text if key == self.literal else _read(text, _declared(self.model, key), key)
+        value = text if key == self.literal else _read(text, declared(self.model, key.split(".")), key)
         group = self.values
         for depth, part in enumerate(groups, 1):
             whole, inner = ".".join(groups[:depth]), group.get(part)
             if isinstance(inner, str) and whole in self.model.presets:
                 inner = {"preset": inner}
             elif inner is not None and not isinstance(inner, dict):
-                raise UserError(f"{key}: {whole} is {short(repr(inner))}, which has no keys; set it whole: {whole}=...")
+                found = shorten(repr(inner))
+                raise UserError(f"{key}: {whole} is {found}, which has no keys; set it whole: {whole}=...")
             group[part] = dict(inner or {})
             group = group[part]
         group[name] = value
-        for replaced in [known for known in self.sources if f"{known}.".startswith(f"{key}.")]:
+        for replaced in [known for known in self.sources if _within(known, key)]:
             del self.sources[replaced]
         self.sources |= dict.fromkeys(flat({key: value}), COMMAND_LINE)
 
@@ -103,19 +115,16 @@ class Given(Generic[Read]):
         Raises:
             UserError: a key or a value is wrong. The message begins with the name of the file that it is in.
         """
-        return self.model.parse_from(self.values, self._file_of)
+        return self.model.parse(self.values, self._file_of)
 
     def _file_of(self, key: str) -> str:
-        related = {
-            source
-            for known, source in self.sources.items()
-            if f"{known}.".startswith(f"{key}.") or f"{key}.".startswith(f"{known}.")
-        }
+        """The file that a whole key is from, or all keys are where it is from none; empty if there is not one."""
+        related = {source for known, source in self.sources.items() if _within(known, key) or _within(key, known)}
         sources = related or set(self.sources.values())
         return "" if len(sources) != 1 or COMMAND_LINE in sources else sources.pop()
 
-    def in_words(self, settings: Read) -> str:
-        """The resolved settings as YAML, a comment behind each that says where it comes from."""
+    def with_sources(self, settings: Read) -> str:
+        """The resolved settings as YAML, with a comment behind each: the place it comes from."""
         lines = list(_lines(settings.shown()))
         width = min(max(len(line) for line, _ in lines), SOURCE_COLUMN)
         return "\n".join(
@@ -126,10 +135,12 @@ class Given(Generic[Read]):
         parts = key.split(".")
         for length in range(len(parts), 0, -1):
             known = ".".join(parts[:length])
+            preset = self.values.get(known) if known in self.model.presets else None
+            preset = preset.get("preset") if isinstance(preset, dict) else preset
             if known in self.sources and (known == key or known not in self.model.presets):
                 return self.sources[known]
-            if known in self.model.presets and (name := _preset_in(self.values, known)) is not None:
-                return f"preset {name}"
+            if isinstance(preset, str):
+                return f"preset {preset}"
         return settings.source_of_default(key)
 
 
@@ -145,31 +156,27 @@ def from_command_line(model: type[Read], arguments: list[str], usage: str, liter
         SystemExit: `--help`, `-h` or `--print-config` was asked for; it is printed.
     """
     if {"-h", "--help"} & set(arguments):
-        say(f"{usage}\nsettings: {', '.join(model.model_fields)}; those of a group as group.key=value")
-        say("later ones win over earlier ones and over config=FILE; `blt configs` lists the package's own files")
-        say(f"{PRINT_CONFIG} shows all settings as they are now and where each comes from; their meaning: docs/")
+        print_line(f"{usage}\nsettings: {', '.join(model.model_fields)}; those of a group as group.key=value\n{USE}")
         raise SystemExit(0)
     rest = [argument for argument in arguments if argument != PRINT_CONFIG]
     if not rest:
         raise UserError(usage)
+    configs = [argument.removeprefix("config=") for argument in rest if argument.startswith("config=")]
+    if len(configs) > 1:
+        raise UserError(f"config: it is given {len(configs)} times; name one file, and lay key=value over it")
     given = Given(model, literal=literal)
-    if configs := [argument.removeprefix("config=") for argument in rest if argument.startswith("config=")]:
-        if len(configs) > 1:
-            raise UserError(f"config: it is given {len(configs)} times; name one file, and lay key=value over it")
+    if configs:
         given.read_file(configs[0])
     given.lay_over([argument for argument in rest if not argument.startswith("config=")])
     settings = given.settings()
     if PRINT_CONFIG in arguments:
-        say(masked(given.in_words(settings)))
+        print_line(masked(given.with_sources(settings)))
         raise SystemExit(0)
     return settings
 
 
-def _preset_in(values: dict[str, Any], name: str) -> str | None:
-    value = values.get(name)
-    if isinstance(value, dict):
-        value = value.get("preset")
-    return value if isinstance(value, str) else None
+def _within(key: str, group: str) -> bool:
+    return f"{key}.".startswith(f"{group}.")
 
 
 def _lines(values: dict[str, Any], within: tuple[str, ...] = ()) -> Iterator[tuple[str, str | None]]:
@@ -180,35 +187,10 @@ def _lines(values: dict[str, Any], within: tuple[str, ...] = ()) -> Iterator[tup
             yield begin, None
             yield from _lines(value, (*within, name))
         else:
-            yield f"{begin} {_one_line(value)}", ".".join([*within, name])
-
-
-def _one_line(value: Any) -> str:
-    written = to_yaml({"a": value}).removeprefix("a: ").removesuffix("\n")
-    is_plain = written == value or not isinstance(value, str | list | dict)
-    return written if is_plain else json.dumps(value, ensure_ascii=False)
-
-
-def _declared(model: type[Settings], key: str) -> list[Any]:
-    """The types that the value of a whole key may have; none where nobody declares it."""
-    types: list[Any] = [model]
-    for name in key.split("."):
-        types = [kind for outer in types for kind in _within(outer, name)]
-    return types
-
-
-def _within(kind: Any, name: str) -> list[Any]:
-    """The types of the values called `name` in a value of this type."""
-    found = []
-    for member in union_members(kind):
-        origin = get_origin(member)
-        if isinstance(member, type) and issubclass(member, Settings):
-            found += [member.model_fields[name].annotation] if name in member.model_fields else []
-        elif origin is dict:
-            found.append(get_args(member)[1])
-        elif origin in (list, tuple):  # a single one may stand for a list of one
-            found += [inner for item in get_args(member) for inner in _within(item, name)]
-    return found
+            written = to_yaml({"a": value}).removeprefix("a: ").removesuffix("\n")
+            if written != value and isinstance(value, str | list | dict):
+                written = json.dumps(value, ensure_ascii=False)
+            yield f"{begin} {written}", ".".join([*within, name])
 
 
 def _is_text(kind: Any) -> bool:
@@ -218,54 +200,51 @@ def _is_text(kind: Any) -> bool:
 
 
 def _is_number(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, bool | int | float)
+    return kind is Any or (isinstance(kind, type) and issubclass(kind, bool | int | float))
 
 
 def _read(text: str, types: list[Any], key: str) -> Any:
     """A value as it was typed."""
-    members = [member for kind in types for member in union_members(kind)]
-    texts = [_is_text(member) for member in members if member is not NoneType]
-    if not (texts and all(texts)) and text[:1] + text[-1:] in ("[]", "{}"):
+    may_nest = [kind for kind in types if kind is not NoneType and not _is_text(kind)] or not types
+    if may_nest and text[:1] + text[-1:] in ("[]", "{}"):
         try:
             return _of_node(yaml.compose(text, yaml.SafeLoader), types, key)
         except (yaml.YAMLError, RecursionError) as error:
             problem = getattr(error, "problem", None) or error
-            raise UserError(f"{key}: '{short(text)}' is no list or mapping ({problem}); quote its texts") from None
+            raise UserError(f"{key}: '{shorten(text)}' is no list or mapping ({problem}); quote its texts") from None
     if text[:1] == text[-1:] == '"':
         with suppress(ValueError):
             return json.loads(text, strict=False)
     if quoted := SINGLE_QUOTED.fullmatch(text):
         return quoted[1].replace("''", "'")
-    return _scalar(text, members)
+    return _scalar(text, types)
 
 
 def _of_node(node: yaml.Node, types: list[Any], key: str) -> Any:
-    members = [member for kind in types for member in union_members(kind)]
     if isinstance(node, yaml.ScalarNode):
-        return node.value if node.style else _scalar(node.value, members)
+        return node.value if node.style else _scalar(node.value, types)
     if isinstance(node, yaml.SequenceNode):
-        items = [item for member in members if get_origin(member) in (list, tuple) for item in get_args(member)]
+        items = [item for kind in types if get_origin(kind) in (list, tuple) for item in union_members(*get_args(kind))]
         return [_of_node(item, items, key) for item in node.value]
     values: dict[str, Any] = {}
     for name, value in node.value:
         if str(name.value) in values:
             raise UserError(f"{key}.{name.value}: it is given twice")
-        inner = [kind for outer in types for kind in _within(outer, str(name.value))]
-        values[str(name.value)] = _of_node(value, inner, f"{key}.{name.value}")
+        values[str(name.value)] = _of_node(value, types_of(types, str(name.value)), f"{key}.{name.value}")
     return values
 
 
-def _scalar(text: str, members: list[Any]) -> Any:
+def _scalar(text: str, types: list[Any]) -> Any:
     """A text that is a whole value, read by the types that the field may have."""
-    kinds = [member for member in members if member is not NoneType]
-    if kinds and all(_is_text(kind) for kind in kinds):
-        return None if text == "null" and NoneType in members else text
-    if kinds and not any(_is_number(kind) or kind is Any for kind in kinds):  # a list, a group: a text may stand for it
-        return None if text == "null" else text
+    kinds = [kind for kind in types if kind is not NoneType]
+    if kinds and not any(map(_is_number, kinds)):  # texts; or a list or a group, for which a text may be given
+        return None if text == "null" and (NoneType in types or not all(map(_is_text, kinds))) else text
     if text.lower() in NULL and (kinds or text):
         return None
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if INTEGER.fullmatch(text):
-        return int(text)
-    return float(text) if FLOAT.fullmatch(text) else text
+    if NUMBER.fullmatch(text):
+        for number in (int, float):
+            with suppress(ValueError):
+                return number(text)
+    return text

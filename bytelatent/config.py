@@ -1,17 +1,18 @@
 """Strict settings, and YAML files that hold them.
 
 Settings are pydantic models; a key nobody knows is an error that names the nearest known one. `command_line.py` reads
-`key=value`.
+`key=value`. The package's own configurations are in `apps/bytelatent/configs/` of a clone, and in `bytelatent/configs/`
+of a wheel, where `setup.py` puts them.
 """
 
 import functools
+import logging
 import re
-import sys
 import sysconfig
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, ParamSpec, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, ParamSpec, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -21,26 +22,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError, nearest
 
+LOGGER = logging.getLogger(__name__)
 KIND_OF_VALUE = re.compile(r"bool|int|float|str|literal\[.*\]|function-\w+\[.*\]")
 LARGEST = 2**64 - 1  # more, and a number overflows where torch takes it; a seed may have 64 bits
+PACKAGE = Path(__file__).parent
 
-# For YAML files: `path: ${stdlib:}/json` is text that every machine has.
-_register = (
-    getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-)  # which OmegaConf < 2.4 has
+# For YAML files: `path: ${stdlib:}/json` is text that every machine has. OmegaConf < 2.4 has the longer name.
+_register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
 _register("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
 
 
-class Option:
-    """How the command line takes a field, where it is not `--its-name`.
+class Option(NamedTuple):
+    """How the command line takes a field, where it is not `--its-name`: by these names, or as an argument."""
 
-    Args:
-        names: the option's names.
-        is_argument: the field is an argument, not an option.
-    """
-
-    def __init__(self, *names: str, is_argument: bool = False):
-        self.names, self.is_argument = names, is_argument
+    names: tuple[str, ...] = ()
+    is_argument: bool = False
 
 
 ARGUMENT = Option(is_argument=True)
@@ -69,32 +65,27 @@ class Settings(BaseModel):
     @classmethod
     def _not_too_large(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"Input should be at most {LARGEST}, not {short(str(value), 40)}")
+            raise ValueError(f"Input should be at most {LARGEST}, not {shorten(str(value), 40)}")
         return value
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str = "") -> Self:
+    def parse(cls, values: dict[str, Any], where: str | Callable[[str], str] = "") -> Self:
         """Check `values` against this model.
 
         Args:
             values: nested plain values, as read from YAML or JSON.
-            where: the file they came from, named in the error.
+            where: the file they came from, named in the error; or a function that gives the file of a key.
 
         Raises:
             UserError: one line for the first wrong key, with the nearest known key.
         """
-        return cls.parse_from(values, lambda _: where)
-
-    @classmethod
-    def parse_from(cls, values: dict[str, Any], whence: Callable[[str], str]) -> Self:
-        """The same where values came from several places; `whence` names the file of a key, if it is of one."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(_one_line(cls, error, whence)) from None
+            raise UserError(_one_line(cls, error, where)) from None
 
     def plain(self) -> dict[str, Any]:
-        """The settings as plain nested values, as they would stand in a YAML file."""
+        """The settings as plain nested values, as in a YAML file."""
         return self.model_dump(mode="json")
 
     def shown(self) -> dict[str, Any]:
@@ -109,18 +100,45 @@ class Settings(BaseModel):
         return "default"
 
 
+def config_files() -> dict[str, Path]:
+    """The package's own configurations by their names."""
+    for folder in (PACKAGE / "configs", PACKAGE.parent / "apps" / "bytelatent" / "configs"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_config(config: str) -> Path:
+    """The file that `config=` names: a path, or else a name of the package's own.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if not config:
+        raise UserError("config: no file is named; as in config=apps/bytelatent/configs/byte_lm.yaml")
+    path, files = Path(config), config_files()
+    if path.is_file() or config in files:
+        return path if path.is_file() else files[config]
+    hint = nearest(path.stem, list(files), cutoff=0.7)
+    raise UserError(f"config: '{config}' does not exist{hint}; name a YAML file, or one that `blt configs` lists")
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file as nested plain values."""
-    path = Path(path)
-    if not path.is_file():
+    """A YAML file as nested plain values.
+
+    Raises:
+        UserError: it does not exist, or holds no settings.
+    """
+    if not Path(path).is_file():
         raise UserError(f"config: '{path}' does not exist; name a YAML file")
     try:
         config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig):
+            raise UserError(f"config: '{path}' holds no settings; it should be a mapping of keys to values")
+        values: Any = OmegaConf.to_container(config, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
         raise UserError(f"config: '{path}' cannot be read as YAML: {error}") from None
-    if not isinstance(config, DictConfig):
-        raise UserError(f"config: '{path}' holds no settings; it should be a mapping of keys to values")
-    return _resolved(config, str(path))
+    return {str(key): value for key, value in values.items()}
 
 
 def to_yaml(values: dict[str, Any], references: Collection[str] = ()) -> str:
@@ -139,9 +157,9 @@ def _escaped(value: Any, references: Collection[str]) -> Any:
         return {key: _escaped(inner, references) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_escaped(inner, references) for inner in value]
-    if value in references:
-        return value
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+    if isinstance(value, str) and value not in references:
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:
@@ -155,27 +173,35 @@ def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:
     return found
 
 
+def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested values with others over them, key by key; `null` over a group leaves it out."""
+    laid = dict(values)
+    for key, value in above.items():
+        below = laid.get(key)
+        laid[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return laid
+
+
 def renamed(values: Any, names: dict[str, str], within: str = "") -> Any:
-    """Plain values with the old names of settings replaced by the new ones, and a line about each on standard error.
+    """Plain values with the old names of settings replaced by the new ones, and a warning about each.
 
     Args:
-        within: comes before the names in the line.
+        within: comes before the names in the warning.
     """
     if not isinstance(values, dict):
         return values
     values = dict(values)
     for old, new in names.items():
         if old in values:
-            say_renamed(within + old, within + new)
+            warn_renamed(within + old, within + new)
             values.setdefault(new, values.pop(old))
-            values.pop(old, None)
     return values
 
 
 @functools.cache
-def say_renamed(old: str, new: str) -> None:
-    """Say once that a setting or an option has another name now."""
-    print(f"{old} is now {new}; the old name still works", file=sys.stderr)
+def warn_renamed(old: str, new: str) -> None:
+    """Warn once that a setting or an option has another name now."""
+    LOGGER.warning(f"{old} is now {new}; the old name still works")
 
 
 Arguments = ParamSpec("Arguments")
@@ -188,10 +214,9 @@ def renamed_arguments(**names: str) -> Callable[[Callable[Arguments, Result]], C
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(function)
         def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            for old, new in names.items():
-                if old in kwargs:
-                    say_renamed(f"{old}=", f"{new}=")
-                    kwargs[new] = kwargs.pop(old)
+            for old in names.keys() & kwargs.keys():
+                warn_renamed(f"{old}=", f"{names[old]}=")
+                kwargs[names[old]] = kwargs.pop(old)
             return function(*args, **kwargs)
 
         return wrapper
@@ -203,11 +228,11 @@ def renamed_attribute(old: str, new: str) -> Any:
     """A property that still gives an attribute its old name."""
 
     def read(self: object) -> Any:
-        say_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
+        warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
         return getattr(self, new)
 
     def write(self: object, value: Any) -> None:
-        say_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
+        warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
         setattr(self, new, value)
 
     return property(read, write)
@@ -220,94 +245,95 @@ def must_be_named(path: str, what: str) -> str:
     return path
 
 
-def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested values with others over them, key by key; `null` over a group leaves it out."""
-    laid = dict(values)
-    for key, value in above.items():
-        below = laid.get(key)
-        laid[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return laid
-
-
-def _resolved(config: Any, where: str) -> dict[str, Any]:
-    try:
-        plain = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {error}") from None
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _one_line(model: type[BaseModel], error: ValidationError, whence: Callable[[str], str]) -> str:
-    problems = error.errors(include_url=False)
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])  # a wrong key explains the rest
-    location = _location(first)
-    same = [problem for problem in problems if _location(problem) == location]  # of each kind that may stand there
-    key = ".".join(location)
-    where = whence(key)
-    prefix = f"{where}: " if where else ""
-    more = f" (and {len(problems) - len(same)} more)" if len(problems) > len(same) else ""
-    if first["type"] == "extra_forbidden":
-        return f"{prefix}{key}: {_about_unknown(_models_at(model, location[:-1]), location)}{more}"
-    message = ", or ".join(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in same))
-    shown = "" if first["type"] in {"missing", "value_error"} else f", not {short(repr(first['input']))}"
-    if first["type"] in {"string_type", "path_type"} and isinstance(first["input"], int | float | None):
-        shown += "; in double quotes it is a text"
-    return f"{prefix}{key + ': ' if key else ''}{message}{shown}{more}"
-
-
-def _location(problem: Any) -> list[str]:
-    """The key of a problem, without what pydantic adds where a value may be of several kinds."""
-    first, *rest = (str(part) for part in problem["loc"] or ("",))
-    return [name for name in (first, *(part for part in rest if not KIND_OF_VALUE.fullmatch(part))) if name]
-
-
-def _about_unknown(models: list[type[BaseModel]], location: list[str]) -> str:
-    """What is said of a key that settings found at its place do not know, and of the one that may be meant."""
-    *group, name = location
-    known = sorted({field for inner in models for field in inner.model_fields})
-    deeper = [".".join([*group, *path]) for path in _inside(models, name)]
-    meant = "; did you mean " + " or ".join(f"'{key}'" for key in deeper) + "?" if deeper else ""
-    if name in known:  # of another of the kinds that may stand here
-        return f"does not go together with the other keys here{meant}"
-    return f"unknown key{nearest(name, known) or meant or '; known here: ' + ', '.join(known)}"
-
-
-def _inside(models: list[type[BaseModel]], name: str) -> list[tuple[str, str]]:
-    """The groups of these settings that have a field of this name, and the name."""
-    fields = {field: info.annotation for model in models for field, info in model.model_fields.items()}
-    return [
-        (field, name) for field, kind in fields.items() if any(name in inner.model_fields for inner in models_in(kind))
-    ]
-
-
-def short(text: str, longest: int = 200) -> str:
+def shorten(text: str, longest: int = 200) -> str:
     """The beginning of a text, for a message."""
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
+def _one_line(model: type[BaseModel], error: ValidationError, where: str | Callable[[str], str]) -> str:
+    problems = error.errors(include_url=False)
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])  # a wrong key explains the rest
+    location = _location(first)
+    same = [problem for problem in problems if _location(problem) == location]  # of each kind that may be there
+    key = ".".join(location)
+    file = where(key) if callable(where) else where
+    prefix = "".join(f"{part}: " for part in (file, key) if part)
+    more = f" (and {len(problems) - len(same)} more)" if len(problems) > len(same) else ""
+    if first["type"] == "extra_forbidden":
+        return f"{prefix}{_about_unknown(model, location)}{more}"
+    message = ", or ".join(dict.fromkeys(_message(problem) for problem in same))
+    shown = "" if first["type"] in {"missing", "value_error"} else f", not {shorten(repr(first['input']))}"
+    if first["type"] in {"string_type", "path_type"} and isinstance(first["input"], int | float | None):
+        shown += "; in double quotes it is a text"
+    return f"{prefix}{message}{shown}{more}"
+
+
+def _message(problem: Any) -> str:
+    """pydantic's message, or that of an error which a validator raised."""
+    return str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
+
+
+def _location(problem: Any) -> list[str]:
+    """The key of a problem, without what pydantic adds where a value may be of several kinds."""
+    names = [str(part) for part in problem["loc"]]
+    return [name for name in names[:1] + [name for name in names[1:] if not KIND_OF_VALUE.fullmatch(name)] if name]
+
+
+def _about_unknown(model: type[BaseModel], location: list[str]) -> str:
+    """A line about a key that the settings at its place do not know, and about the one that may be meant."""
+    *group, name = location
+    known = list(dict.fromkeys(field for inner in _models_at(model, group) for field in inner.model_fields))
+    places = [[*group, field] for field in known]
+    deeper = [
+        ".".join([*at, name]) for at in places if any(name in inner.model_fields for inner in _models_at(model, at))
+    ]
+    meant = "; did you mean " + " or ".join(f"'{key}'" for key in deeper) + "?" if deeper else ""
+    if name in known:  # of another of the kinds that may be here
+        return f"does not go together with the other keys here{meant}"
+    return f"unknown key{nearest(name, sorted(known)) or meant or '; known here: ' + ', '.join(sorted(known))}"
+
+
 def _models_at(model: type[BaseModel], location: list[str]) -> list[type[BaseModel]]:
-    """The settings found by walking `location` down from `model`."""
-    models = [model]
-    for name in location:
-        inner = [
-            m for known in models if name in known.model_fields for m in models_in(known.model_fields[name].annotation)
-        ]
-        models = inner or models  # list indices and union tags are no fields
-    return models
+    return [inner for kind in declared(model, location) for inner in _models_in(kind)]
 
 
-def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The settings that a field's type names, at any depth."""
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for inner in get_args(annotation) for model in models_in(inner)]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
-def union_members(kind: Any) -> list[Any]:
-    """The types of a union; the type itself if it is none."""
-    if get_origin(kind) is Annotated:
-        return union_members(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
-        return [member for inner in get_args(kind) for member in union_members(inner)]
-    return [kind]
+def declared(model: type[BaseModel], location: Sequence[str]) -> list[Any]:
+    """The types, no unions, that the value of a key may have; none where nobody declares it."""
+    types: list[Any] = [model]
+    for name in location:
+        types = types_of(types, name)
+    return types
+
+
+def types_of(outer: list[Any], name: str) -> list[Any]:
+    """The types, no unions, of the values called `name` in values of these types."""
+    found: list[Any] = []
+    for kind in outer:
+        origin = get_origin(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += [kind.model_fields[name].annotation] if name in kind.model_fields else []
+        elif origin is dict:
+            found.append(get_args(kind)[1])
+        elif origin in (list, tuple):  # a single one may be given for a list of one
+            items = union_members(*get_args(kind))
+            found += items if name.isdecimal() else types_of(items, name)
+    return union_members(*found)
+
+
+def union_members(*kinds: Any) -> list[Any]:
+    """The types that are no unions: the members of those that are, and the others themselves."""
+    found: list[Any] = []
+    for kind in kinds:
+        if get_origin(kind) is Annotated:
+            found += union_members(get_args(kind)[0])
+        elif get_origin(kind) in (Union, UnionType):
+            found += union_members(*get_args(kind))
+        else:
+            found.append(kind)
+    return found

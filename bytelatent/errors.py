@@ -3,11 +3,12 @@
 import difflib
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from bytelatent.credentials import masked
 from bytelatent.signals import STOPPED, Interrupted, ignore_interrupts
-from bytelatent.terminal import one_line, say
+from bytelatent.terminal import flush_output, one_line, print_line
 
 __all__ = ["BAD_INPUT", "STOPPED", "Interrupted", "UserError", "guarded", "in_one_line", "nearest"]
 
@@ -18,20 +19,11 @@ class UserError(ValueError):
     """Bad input: a path, a key, a file. The message is one line naming the thing, the value and the way out.
 
     The command line prints it without a traceback and exits with code 2.
-
-    Attributes:
-        message: the line without the key.
-        key: the setting or argument that is wrong, in front of the line; empty if there is none.
     """
 
-    def __init__(self, message: str, key: str = "") -> None:
+    def __init__(self, message: str) -> None:
         # A value that a user gave, or the message of a library, may hold line breaks, credentials, or steer a terminal.
-        self.message, self.key = in_one_line(message), key
-        super().__init__(f"{key}: {self.message}" if key else self.message)
-
-    def with_key(self, key: str) -> "UserError":
-        """The same error about the setting that this one was part of or that had another name there."""
-        return UserError(self.message, key)
+        super().__init__(in_one_line(message))
 
 
 def in_one_line(message: object) -> str:
@@ -46,13 +38,25 @@ def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) 
 
 
 def guarded(call: Callable[[], Any]) -> None:
-    """Run a command: bad input ends it with one clear line and exit code 2, a wish to stop with `STOPPED`."""
+    """Run a command, and end the process where it fails.
+
+    Bad input ends it with one clear line and exit code 2, a request to stop with `STOPPED`, and output that nobody
+    reads any more, as after `| head`, with 1.
+    """
     try:
         call()
     except UserError as error:
-        say(f"error: {error}", sys.stderr)
-        sys.exit(BAD_INPUT)
+        _exit(BAD_INPUT, f"error: {error}")
     except (Interrupted, KeyboardInterrupt) as stop:
         ignore_interrupts()  # a second press would only be a traceback on the way out
-        say(f"stopped: {stop}" if str(stop) else "stopped", sys.stderr)
-        sys.exit(STOPPED)
+        _exit(STOPPED, f"stopped: {stop}" if str(stop) else "stopped")
+    except BrokenPipeError:
+        sys.exit(1)
+    finally:
+        flush_output()
+
+
+def _exit(code: int, line: str) -> None:
+    with suppress(OSError):  # nobody may read it any more
+        print_line(line, sys.stderr)
+    sys.exit(code)

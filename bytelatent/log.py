@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import rich.console
 from rich.console import ConsoleOptions, RenderableType
@@ -32,7 +33,20 @@ class Console(rich.console.Console):
             yield segment if text is segment.text else Segment(text, segment.style)
 
 
-console = Console(stderr=True)  # shared, so that log lines and progress bars do not overwrite each other
+class _LogConsole(Console):
+    """Standard error. It is quiet once nobody reads it, as a closed pipe or terminal: work goes on without its log."""
+
+    def __exit__(self, *error: Any) -> None:  # where rich writes
+        try:
+            super().__exit__(*error)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:  # where rich would end the process
+        self.quiet = True
+
+
+console = _LogConsole(stderr=True)  # shared, so that log lines and progress bars do not overwrite each other
 
 
 class _Formatter(logging.Formatter):
@@ -45,8 +59,6 @@ class _ConsoleHandler(logging.Handler):
         style = "yellow" if record.levelno >= logging.WARNING else None
         try:
             console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
-        except OSError:  # a closed pipe, a terminal that is gone: work goes on without its log
-            pass
         except Exception:
             self.handleError(record)
 

@@ -6,6 +6,7 @@ override shows another text than there is.
 
 import json
 import math
+import os
 import sys
 import unicodedata
 from typing import IO, Any
@@ -28,15 +29,26 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def say(line: str, file: IO[str] | None = None) -> None:
+def print_line(line: str, file: IO[str] | None = None) -> None:
     """Print a line, to standard output unless another file is given: safely to a terminal, elsewhere as it is."""
     place = file or sys.stdout
     print(safe(line) if place.isatty() else line, file=place, flush=True)
 
 
+def flush_output() -> None:
+    """Write what is buffered, and drop what nobody reads any more, on which Python would fail as it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
 def print_json(values: Any) -> None:
     """Print values as JSON; a number that JSON cannot hold (NaN, infinity) is printed as null."""
-    say(json.dumps(_without_nan(values), allow_nan=False))
+    print_line(json.dumps(_without_nan(values), allow_nan=False))
 
 
 def _without_nan(value: Any) -> Any:

@@ -205,7 +205,7 @@ def main() -> None:
 
     undisturbed = Job(out / "undisturbed")
     undisturbed.launch(config)
-    say(f"job {undisturbed.id}: undisturbed")
+    show(f"job {undisturbed.id}: undisturbed")
     undisturbed.wait_for(lambda: undisturbed.state() == "" or ended(undisturbed), "its end", 0.5)
     undisturbed.wait_for_end()
 
@@ -247,7 +247,7 @@ def die(job: Job, times: int, draw: random.Random) -> list[Death]:
         except NoCheckpoint:
             death.saved = 0
         deaths.append(death)
-        say(f"job {job.id}: {kind}, step {death.step}, checkpoint {death.saved}, {death.notes}")
+        show(f"job {job.id}: {kind}, step {death.step}, checkpoint {death.saved}, {death.notes}")
         if after == "PENDING":
             job.ends = ends_of(job)
         else:
@@ -356,7 +356,7 @@ def output(*command: str) -> str:
     return ended.stdout
 
 
-def say(line: str) -> None:
+def show(line: str) -> None:
     print(f"{time.strftime('%T')} {line}", flush=True)
 
 

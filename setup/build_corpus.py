@@ -83,7 +83,7 @@ def plain(text: str) -> str:
     return text
 
 
-# name, category, packages, pattern of the files, how a file becomes text, bytes a document is cut at (0: whole file)
+# name, category, packages, pattern of the files, how a file becomes text, longest document in bytes (0: the whole file)
 LANGS = ["de", "fr", "ja", "zh", "ru", "pl", "uk"]
 HELP = ["de", "fr", "ja", "ko", "zh-cn", "ru", "en-us"]
 SOURCES = [

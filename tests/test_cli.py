@@ -159,7 +159,7 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
     [
         (["patch", "x", "--mode", "static"], "no mode 'static'"),
         (["patch", "x", "--mode", "static:0"], "static:0: patch_size"),
-        (["patch", "x", "--mode", "entropy:high"], "no mode 'entropy:high'"),
+        (["patch", "x", "--mode", "entropy:high"], "entropy:high: threshold: Input should be a valid number"),
         (["patch", "x", "--mode", "bpe:absent.json"], "absent.json"),
         (["patch", "x", "-m", "absent"], "'absent' is not a folder; name a run"),
         (["patch", "x", "-m", "absent"], "take modes that need no model: --mode space,static:4"),
@@ -167,7 +167,7 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
         (["generate", "x", "-m", "absent"], "'absent' is not a folder"),
         (["generate", "x", "-m", "{model}", "--top-p", "0"], "top_p"),
         (["generate", "x", "-m", "{model}", "--device", "gpu"], "device: 'gpu' is not known"),
-        (["generate", "x", "-m", "absent", "--draft-length", "99"], "ahead: 99 bytes a step; take 1 to 16"),
+        (["generate", "x", "-m", "absent", "--draft-length", "99"], "draft_length: 99 is not a number from 1 to 16"),
         (["generate", "x", "-m", "absent", "--quantize", "int4"], "quantize: Input should be 'full', 'int8' or 'fp8'"),
         (["generate", "x", "-m", "absent", "-n", str(10**20)], f"or equal to 1000000000, not {10**20}"),
         (["generate", "x", "-m", "absent", "--samples", str(10**20)], f"or equal to 100000, not {10**20}"),
@@ -269,13 +269,13 @@ def test_what_will_not_do_is_one_line_and_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_byte_lm_that_is_not_there_is_told_by_its_key(
+def test_a_byte_lm_that_is_not_there_is_named_by_its_key(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = blt_run(tmp_path / "run", text, Path("absent"))
     arguments = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    told = refused(monkeypatch, capsys, "train", *arguments)
-    assert told.startswith("error: entropy_model: 'absent' is not a folder; name a run")
+    shown = refused(monkeypatch, capsys, "train", *arguments)
+    assert shown.startswith("error: entropy_model: 'absent' is not a folder; name a run")
 
 
 def test_help_of_training_names_the_page_of_settings() -> None:
@@ -391,10 +391,10 @@ def test_generate(which: str, request: pytest.FixtureRequest) -> None:
     assert blt("generate", "The cat", "-m", folder, "-n", 12, "--seed", 4) != once
     greedy = [blt("generate", "The cat", "-m", folder, "-n", 5, "--temperature", 0, "--seed", s) for s in (1, 2)]
     assert greedy[0] == greedy[1]
-    told = [blt("generate", "The", "-m", folder, "-n", 40, "--quantize", kind) for kind in ("full", "full", "fp8")]
-    assert told[0] == told[1] != told[2]
+    shown = [blt("generate", "The", "-m", folder, "-n", 40, "--quantize", kind) for kind in ("full", "full", "fp8")]
+    assert shown[0] == shown[1] != shown[2]
     if which == "model":
-        assert blt("generate", "The", "-m", folder, "-n", 40, "--draft-length", 6) == told[0]
+        assert blt("generate", "The", "-m", folder, "-n", 40, "--draft-length", 6) == shown[0]
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_generate(which: str, request: pytest.FixtureRequest) -> None:
         ({"prompt": "x", "max_new_bytes": 10**9 + 1}, "max_new_bytes: 1000000001 is not a number from 1 to"),
     ],
 )
-def test_a_row_that_will_not_do_is_told_by_its_line_before_a_model_is_read(
+def test_a_row_that_is_refused_is_named_by_its_line_before_a_model_is_read(
     row: dict[str, object],
     message: str,
     tmp_path: Path,
@@ -415,8 +415,8 @@ def test_a_row_that_will_not_do_is_told_by_its_line_before_a_model_is_read(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(f'{{"prompt": "first"}}\n\n{json.dumps(row)}\n')
-    told = refused(monkeypatch, capsys, "generate", "--jsonl", rows, "-m", "absent")
-    assert f"{rows}: line 3: {message}" in told
+    shown = refused(monkeypatch, capsys, "generate", "--jsonl", rows, "-m", "absent")
+    assert f"{rows}: line 3: {message}" in shown
 
 
 def test_generate_writes_into_a_device_and_leaves_it_one(model: Path, tmp_path: Path) -> None:

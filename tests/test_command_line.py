@@ -161,7 +161,7 @@ def test_other_values_are_read_by_their_type(override: str, value: object) -> No
         ("def read(self, path):", "def read(self, path):"),
     ],
 )
-def test_what_nobody_declares_is_read_by_its_looks(text: str, value: object) -> None:
+def test_what_nobody_declares_is_read_by_its_form(text: str, value: object) -> None:
     found = values(f"a={text}", f"b.c.d={text}", model=Settings)
     assert found == {"a": value, "b": {"c": {"d": value}}}
     assert type(found["a"]) is type(value)

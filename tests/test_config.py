@@ -102,7 +102,7 @@ def test_a_wrong_value_names_the_key_and_the_value(values: dict[str, object], pa
         assert part in message
 
 
-def test_only_what_quotes_would_mend_is_told_to_be_quoted() -> None:
+def test_only_what_quotes_would_mend_is_reported_to_be_quoted() -> None:
     assert "quotes" not in one_line(lambda: Run.parse({"note": [1]}))
     assert "quotes" not in one_line(lambda: Run.parse({"steps": "many"}))
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bytelatent import BLT
 from bytelatent.cli import main
-from bytelatent.commands.evaluate import evaluate_model
+from bytelatent.commands.eval import evaluate_model
+from bytelatent.commands.settings import EvaluateSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.terminal import print_json
 from bytelatent.weights import Config
@@ -47,20 +48,20 @@ READ_THE_BYTE_LM = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "damaged"),
+    ("arguments", "corrupted"),
     [*((one, "blt") for one in READ_BOTH), *((one, "byte_lm") for one in [*READ_BOTH, *READ_THE_BYTE_LM])],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_named_in_one_line(
     arguments: list[str],
-    damaged: str,
+    corrupted: str,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder)
-    filled = [argument.format(damaged) for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["blt", *filled, *([damaged] if filled[-1] == "-m" else [])])
+    filled = [argument.format(corrupted) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["blt", *filled, *([corrupted] if filled[-1] == "-m" else [])])
     with pytest.raises(SystemExit) as ended:
         main()
     captured = capsys.readouterr()
@@ -98,7 +99,7 @@ def test_a_device_is_chosen_before_anything_is_read(folder: Path, monkeypatch: p
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for call in (
-        lambda: evaluate_model("nowhere", ["nowhere"], None, None, "cuda"),
+        lambda: evaluate_model(EvaluateSettings(model="nowhere", text=["nowhere"], device="cuda")),
         lambda: calibrate_text(["nowhere"], 4.0, "nowhere", device="cuda"),
     ):
         with pytest.raises(UserError, match="device: 'cuda' cannot be used"):

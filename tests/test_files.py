@@ -162,7 +162,7 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "shown"),
     [
         (lambda f: (f / "name").write_bytes(b"ol"), "name is not as it was written"),
         (lambda f: (f / "name").write_bytes(b"odl"), "name is not as it was written"),
@@ -170,18 +170,18 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
         (lambda f: (f / "name").unlink(), "name is missing"),
         (lambda f: (f / "inner" / "deep").unlink(), "inner/deep is missing"),
         (lambda f: (f / MANIFEST).unlink(), f"{MANIFEST} is missing"),
-        (lambda f: (f / MANIFEST).write_text('{"files": {"name"'), f"{MANIFEST} is damaged"),
-        (lambda f: (f / MANIFEST).write_text("[]"), f"{MANIFEST} is damaged"),
-        (lambda f: (f / MANIFEST).write_text('{"files": 3}'), f"{MANIFEST} is damaged"),
-        (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), f"{MANIFEST} is damaged"),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"name"'), f"{MANIFEST} is corrupt"),
+        (lambda f: (f / MANIFEST).write_text("[]"), f"{MANIFEST} is corrupt"),
+        (lambda f: (f / MANIFEST).write_text('{"files": 3}'), f"{MANIFEST} is corrupt"),
+        (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), f"{MANIFEST} is corrupt"),
         (lambda f: (f / "another").write_text("is no harm"), None),
     ],
 )
-def test_find_corruption(change, told: str | None, tmp_path: Path) -> None:
+def test_find_corruption(change, shown: str | None, tmp_path: Path) -> None:
     place = write_folder(tmp_path / "a", name="old")
     assert find_corruption(place) is None
     change(place)
-    assert find_corruption(place) == told
+    assert find_corruption(place) == shown
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_growing_file_is_one_writers_until_it_has_its_name(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("take_away", [lambda part: os.replace(part, part.with_name("out")), os.unlink])
-def test_a_growing_file_that_another_writer_took_away_is_begun_anew(
+def test_a_growing_file_that_another_writer_took_away_is_begun_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, take_away: Callable[[Path], None]
 ) -> None:
     """Between opening and locking it."""

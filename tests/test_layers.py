@@ -10,7 +10,7 @@ ROOT = Path(bytelatent.__file__).parent
 LAYERS = [  # the lowest first
     ["credentials", "terminal", "signals"],
     ["errors", "log"],
-    ["vocab", "config", "configs", "files", "device", "progress", "kernels"],
+    ["vocab", "config", "files", "device", "progress", "kernels"],
     ["hub", "run_folder", "command_line"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "weights"],

@@ -139,7 +139,7 @@ def write_model(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["NOTICE", "LICENSE", "LICENCE.md", "USE_POLICY.txt"])
 @pytest.mark.parametrize("relative", [True, False])
-def test_a_notice_that_leads_elsewhere_is_not_copied(name: str, relative: bool, victim: Path, tmp_path: Path) -> None:
+def test_a_licence_that_leads_elsewhere_is_not_copied(name: str, relative: bool, victim: Path, tmp_path: Path) -> None:
     source = write_model(tmp_path / "model")
     (source / name).symlink_to("../victim" if relative else victim)
     found = open_pretrained(source)

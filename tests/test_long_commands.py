@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from bytelatent.commands.calibrate import calibrate_text
-from bytelatent.commands.evaluate import evaluate_model
+from bytelatent.commands.eval import evaluate_model
+from bytelatent.commands.settings import EvaluateSettings
 from bytelatent.model import ByteLM
 from bytelatent.training import train
 from tests.training.tiny_runs import byte_lm_run, settings, write_text
@@ -46,12 +47,12 @@ def shown(caplog: pytest.LogCaptureFixture) -> list[tuple[str, int, int, str, in
 
 
 @pytest.mark.parametrize("max_bytes", [None, 15_000])
-def test_eval_says_how_far_it_is(
+def test_eval_shows_how_far_it_is(
     tmp_path: Path, byte_lm: Path, max_bytes: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "text.txt"
     path.write_text("All that there is to read, and more of it.\n" * 1000)
-    result = evaluate_model(str(byte_lm), [str(path)], None, max_bytes, "cpu")
+    result = evaluate_model(EvaluateSettings(model=str(byte_lm), device="cpu", text=[str(path)], max_bytes=max_bytes))
     lines = shown(caplog)
     assert len(lines) >= 4
     assert {(what, of, total) for what, _, _, of, total in lines} == {("measuring", "of about", max_bytes or 43_000)}
@@ -66,11 +67,11 @@ def test_eval_knows_no_time_left_where_a_compressed_file_holds_more_than_was_gue
 ) -> None:
     path = tmp_path / "text.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "%s"}\n' % (b"zip" * 5000)))
-    result = evaluate_model(str(byte_lm), [str(path)], None, None, "cpu")
+    result = evaluate_model(EvaluateSettings(model=str(byte_lm), device="cpu", text=[str(path)]))
     assert caplog.messages[-1] == f"measuring  {result['num_bytes']:,} bytes"
 
 
-def test_calibrate_says_how_far_it_is(tmp_path: Path, byte_lm: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_calibrate_shows_how_far_it_is(tmp_path: Path, byte_lm: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = write_text(tmp_path / "text.jsonl", seed=1, num_documents=300)
     found, _ = calibrate_text([str(text)], 2.0, str(byte_lm), 20_000, device="cpu")
     lines = shown(caplog)

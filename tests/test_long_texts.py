@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from bytelatent import BLT
 from bytelatent.cli import app
 from bytelatent.commands.calibrate import calibrate_text
-from bytelatent.commands.evaluate import evaluate_model
+from bytelatent.commands.eval import evaluate_model
+from bytelatent.commands.settings import EvaluateSettings
 from bytelatent.data import patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference import Sampling, prompt_ids, scoring
@@ -27,7 +28,7 @@ from tests.model.tiny import tiny_blt, tiny_byte_lm
 
 CONTEXT = 50
 TEXT = "The history of a text that is far longer than what its model has seen at once. " * 3
-RULES = {
+PATCHINGS = {
     "entropy": PatchSettings(threshold=5.12),
     "rises": PatchSettings(threshold=0.03, monotonicity=True),
     "static": PatchSettings(mode="static", patch_size=7),
@@ -35,14 +36,14 @@ RULES = {
 }
 
 
-def wrap(rule: PatchSettings, window: int | None) -> BLT:
+def wrap(patching: PatchSettings, window: int | None) -> BLT:
     model = tiny_blt(window=8, stop_at_document=False)
-    return BLT(model, Config(model=model.settings, context=CONTEXT, patching=rule), tiny_byte_lm(window=window))
+    return BLT(model, Config(model=model.settings, context=CONTEXT, patching=patching), tiny_byte_lm(window=window))
 
 
-@pytest.fixture(params=RULES)
+@pytest.fixture(params=PATCHINGS)
 def blt(request: pytest.FixtureRequest) -> BLT:
-    return wrap(RULES[request.param], window=None)
+    return wrap(PATCHINGS[request.param], window=None)
 
 
 def used_by(blt: BLT, monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> list[int]:
@@ -104,7 +105,8 @@ def test_a_text_is_measured_in_pieces(blt: BLT, monkeypatch: pytest.MonkeyPatch,
     assert blt.bits_per_byte(TEXT) == pytest.approx(expected, rel=1e-5)
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}))
     blt.save_pretrained(tmp_path / "model")
-    found = evaluate_model(str(tmp_path / "model"), [str(tmp_path / "text.jsonl")], None, None, "cpu")
+    settings = EvaluateSettings(model=str(tmp_path / "model"), text=[str(tmp_path / "text.jsonl")], device="cpu")
+    found = evaluate_model(settings)
     assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     assert found["mean_patch_bytes"] == pytest.approx(len(TEXT) / len(patches))
 
@@ -112,7 +114,7 @@ def test_a_text_is_measured_in_pieces(blt: BLT, monkeypatch: pytest.MonkeyPatch,
 def test_stored_entropies_are_those_of_pieces(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    blt = wrap(RULES["entropy"], window=9)
+    blt = wrap(PATCHINGS["entropy"], window=9)
     blt.save_pretrained(tmp_path / "model")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}))
     arguments = ["entropies", str(tmp_path / "text.jsonl"), "-m", str(tmp_path / "model"), "--out", str(tmp_path / "o")]
@@ -135,14 +137,14 @@ def test_entropies_of_a_long_text_are_those_of_one_pass(window: int | None, monk
     found = scoring.entropies_of(byte_lm, stream)
     torch.testing.assert_close(found, byte_lm.entropies(stream), atol=1e-5, rtol=0)
     model = tiny_blt()
-    blt = BLT(model, Config(model=model.settings, context=CONTEXT, patching=RULES["entropy"]), byte_lm)
-    starts = next_starts(stream.ids, found, stream.position, RULES["entropy"])[1 : len(TEXT)]
+    blt = BLT(model, Config(model=model.settings, context=CONTEXT, patching=PATCHINGS["entropy"]), byte_lm)
+    starts = next_starts(stream.ids, found, stream.position, PATCHINGS["entropy"])[1 : len(TEXT)]
     assert borders(blt.patch(TEXT)) == [0, *(starts.nonzero()[:, 0] + 1).tolist()]
 
 
-def test_a_text_of_every_length_has_one_rule() -> None:
+def test_a_text_of_every_length_has_one_mode() -> None:
     """Up to the context there is no difference, and a text is patched as its beginning is."""
-    blt = wrap(RULES["entropy"], window=None)
+    blt = wrap(PATCHINGS["entropy"], window=None)
     for size in (0, 1, CONTEXT - 2, CONTEXT - 1, 2 * CONTEXT):
         whole, pieces = blt.patch(TEXT[:size]), blt.patch(TEXT[:size], context=CONTEXT)
         assert (whole == pieces) == (size < CONTEXT)  # BOS is read, too
@@ -150,7 +152,7 @@ def test_a_text_of_every_length_has_one_rule() -> None:
 
 
 def test_pieces_of_rows_with_padding_and_given_patches() -> None:
-    blt = wrap(RULES["static"], window=None)
+    blt = wrap(PATCHINGS["static"], window=None)
     rows = torch.full((2, 9), -1)
     rows[0], rows[1, :4] = torch.arange(60, 69), torch.arange(70, 74)
     found = blt.logits(rows, context=5)
@@ -164,14 +166,14 @@ def test_pieces_of_rows_with_padding_and_given_patches() -> None:
 
 @pytest.mark.parametrize("context", [0, -1, 2.5, "9", True, 2**40])
 def test_a_context_that_is_none(context: Any) -> None:
-    blt = wrap(RULES["static"], window=None)
+    blt = wrap(PATCHINGS["static"], window=None)
     for call in (blt.patch, blt.bits_per_byte, lambda text, context: blt.logits(text, context=context)):
-        with pytest.raises(UserError, match=f"^context: {context!r} is not a number of ids from 1 to "):
+        with pytest.raises(UserError, match=f"^context: {context!r} is not a number from 1 to "):
             call(TEXT, context=context)
 
 
 def test_nothing_to_read() -> None:
-    blt = wrap(RULES["entropy"], window=None)
+    blt = wrap(PATCHINGS["entropy"], window=None)
     assert blt.logits(torch.zeros(0, 4, dtype=torch.long)).shape == (0, 4, 260)
     assert blt.logits(torch.full((2, 3), -1)).eq(0).all()
     assert blt.patch("") == patches_of(b"", blt.patcher) == []
@@ -179,7 +181,7 @@ def test_nothing_to_read() -> None:
 
 
 def test_calibrate_reads_pieces_of_the_byte_lms_context(tmp_path: Path) -> None:
-    blt = wrap(RULES["entropy"], window=None)
+    blt = wrap(PATCHINGS["entropy"], window=None)
     blt.save_pretrained(tmp_path / "model")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}))
     found, _ = calibrate_text([str(tmp_path / "text.jsonl")], 4.5, str(tmp_path / "model"), device="cpu")

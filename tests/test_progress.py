@@ -51,7 +51,7 @@ def test_a_terminal_has_a_bar(wait: Callable[[float], None], monkeypatch: pytest
     assert re.search(r"reading .* 250 of 1,000 bytes  0:15 left", text)
 
 
-def test_work_ends_when_its_time_is_up_and_says_so(wait: Callable[[float], None], logged: Callable[[], str]) -> None:
+def test_work_ends_when_its_time_is_up_and_logs_it(wait: Callable[[float], None], logged: Callable[[], str]) -> None:
     done = []
     with Progress("reading", 100, limit=30) as progress:
         for item in progress.within(range(100)):
@@ -68,7 +68,7 @@ def test_something_is_done_in_no_time_at_all(wait: Callable[[float], None]) -> N
         assert list(progress.within("abc")) == ["a"]
 
 
-def test_work_that_is_done_in_time_says_nothing(wait: Callable[[float], None], logged: Callable[[], str]) -> None:
+def test_work_that_is_done_in_time_logs_nothing(wait: Callable[[float], None], logged: Callable[[], str]) -> None:
     with Progress("reading", 3, limit=30) as progress:
         assert list(progress.within("abc")) == ["a", "b", "c"]
     assert logged().splitlines() == []

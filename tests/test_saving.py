@@ -39,8 +39,8 @@ def tiny(seed: int = 0, window: int = 6) -> BLTModel:
 
 def blt(byte_lm: ByteLM | None = None, **changes: Any) -> BLT:
     model = tiny(window=6)
-    rule = PatchSettings(threshold=5.12)
-    values = {"context": 24, "patching": rule, "origin": ORIGIN, "calibration": CALIBRATION} | changes
+    patching = PatchSettings(threshold=5.12)
+    values = {"context": 24, "patching": patching, "origin": ORIGIN, "calibration": CALIBRATION} | changes
     return BLT(model, Config(model=model.settings, **values), byte_lm or tiny_byte_lm(window=6))
 
 
@@ -113,7 +113,7 @@ def test_what_fails_while_it_is_written_leaves_the_folder(tmp_path: Path, monkey
         raise RuntimeError("a fault")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["bytelatent.weights.formats"], "write_card", fail)
+        patched.setattr(sys.modules["bytelatent.weights.pretrained"], "write_card", fail)
         with pytest.raises(RuntimeError, match="a fault"):
             model.save_pretrained(tmp_path / "a")
     assert contents(tmp_path / "a") == before
@@ -136,7 +136,7 @@ def test_adapters_take_part_in_generation() -> None:
     expected = bytes(i - 4 for i in ids[4:] if i > 3).decode(errors="replace")
     assert model.generate("The", **settings) == expected != plain
     model.draft_length = 4
-    with pytest.raises(UserError, match="ahead: modules of this model were replaced"):
+    with pytest.raises(UserError, match="draft_length: modules of this model were replaced"):
         model.generate("The", **settings)
 
 
@@ -206,7 +206,7 @@ def test_patches_are_the_same_everywhere(change: Callable[[BLT], None]) -> None:
         ("patching", "space", "patching: it takes a PatchSettings, not str: 'space'"),
         ("patching", None, "patching: it takes a PatchSettings, not NoneType"),
         ("patching", {"mode": "space"}, "patching: it takes a PatchSettings, not dict"),
-        ("context", 0, "context: 0 is not a number of ids from 1 to"),
+        ("context", 0, "context: 0 is not a number from 1 to"),
         ("context", -1, "context: -1 is not"),
         ("context", 24.0, "context: 24.0 is not"),
         ("context", "24", "context: '24' is not"),
@@ -214,8 +214,8 @@ def test_patches_are_the_same_everywhere(change: Callable[[BLT], None]) -> None:
         ("entropy_model", "runs/byte_lm", "entropy_model: it takes a ByteLM, not str: 'runs/byte_lm'"),
         ("model", nn.Linear(2, 2), "model: it takes a BLTModel, not Linear"),
         ("config", {}, "config: it takes a Config, not dict"),
-        ("draft_length", 99, "ahead: 99 bytes a step; take 1 to 16"),
-        ("draft_length", "2", "ahead: '2' bytes a step"),
+        ("draft_length", 99, "draft_length: 99 is not a number from 1 to 16"),
+        ("draft_length", "2", "draft_length: '2' is not a number"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line(name: str, value: object, message: str) -> None:

@@ -16,7 +16,7 @@ from bytelatent.training.distributed.fsdp import fsdp_groups
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_trace import Communication, communication
 from scale import Links, predict
-from scale_measure import SAVE_HEAD, Row, measure, rule_below
+from scale_measure import SAVE_HEAD, Row, measure, underline
 from scale_plans import TINY, Configuration
 
 
@@ -50,7 +50,7 @@ def test_a_configuration_and_its_line() -> None:
         "nothing runs": "10.0%",
         "first step, s": "9",
     }
-    assert len(cells(rule_below(Row.HEAD))) == len(row)
+    assert len(cells(underline(Row.HEAD))) == len(row)
     assert Configuration.parse("tiny:alone+rows", 8).settings.optimizer.hash_gradients == "rows"
     assert Configuration.parse("tiny:shard", 8).settings.optimizer.hash_gradients == "dense"
 

@@ -17,10 +17,10 @@ from rich.table import Table
 import bytelatent
 from bytelatent import BLT
 from bytelatent.errors import UserError
-from bytelatent.log import Console
+from bytelatent.log import Console, _LogConsole
 from bytelatent.patching import Patch, PatchSettings
 from bytelatent.report import patched_text
-from bytelatent.terminal import safe, say
+from bytelatent.terminal import print_line, safe
 from bytelatent.weights import Config
 from tests.model.tiny import tiny_blt
 
@@ -86,12 +86,25 @@ def test_tables_progress_and_patches_in_colour() -> None:
     assert not steers(text) - {"\x1b", "\r"}  # Progress goes back to where its line begins
 
 
-def test_say() -> None:
+def test_print_line() -> None:
     terminal, pipe = Terminal(), io.StringIO()
     for place in (terminal, pipe):
-        say(NASTY, place)
+        print_line(NASTY, place)
     assert terminal.getvalue() == safe(NASTY) + "\n"
     assert pipe.getvalue() == NASTY + "\n"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")])
+def test_a_log_that_nobody_reads_is_quiet(error: OSError) -> None:
+    class Gone(io.StringIO):
+        def flush(self) -> None:
+            raise error
+
+    console = _LogConsole(file=Gone(), force_terminal=True)
+    with Progress(console=console) as progress:
+        progress.add_task("a bar")
+    console.print("a line")
+    assert console.quiet
 
 
 def test_errors_are_safe_wherever_they_go() -> None:
@@ -119,9 +132,6 @@ def test_there_is_one_way_to_a_terminal(path: Path) -> None:
 
 
 NOTHING_FROM_OUTSIDE = {  # numbers, and names that are ours
-    "config.py",
-    "cli/bench.py",
-    "cli/using.py",
     "launch/torchrun.py",
     "training/faults.py",
     "training/profiling/kernel_times.py",
@@ -160,8 +170,8 @@ def on_a_terminal(*arguments: str, given: bytes = b"") -> tuple[int, bytes]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = tiny_blt()
     folder = tmp_path_factory.mktemp("model") / "m"
-    rule = PatchSettings(mode="space")
-    BLT(network, Config(model=network.settings, context=64, patching=rule), None).save_pretrained(folder)
+    patching = PatchSettings(mode="space")
+    BLT(network, Config(model=network.settings, context=64, patching=patching), None).save_pretrained(folder)
     return folder
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from bytelatent import config
 from bytelatent.cli import main
-from bytelatent.text.bad_rows import MAX_LINE, forget_logged
+from bytelatent.text.documents import MAX_LINE, forget_logged
 from bytelatent.training import train
 from tests.text.test_every_reader import CASES, PNG
 from tests.text.text_files import jsonl
@@ -191,7 +191,7 @@ def test_old_names_of_the_limit(tmp_path: Path, model: Path, blt: Command) -> No
     text.write_bytes(GOOD + b"bad\nbad\n")
     commands = reading(text, model, tmp_path)
     for verb, old in (("entropies", "--max-damaged"), ("prepare", "--max-corrupt"), ("train", "data.max_damaged")):
-        config.say_renamed.cache_clear()
+        config.warn_renamed.cache_clear()
         given = [f"{old}=1"] if verb == "train" else [old, 1]
         code, _, err = blt(*commands[verb], *given)
         assert code == 2 or verb == "train"  # a step of training may not come that far

@@ -9,9 +9,9 @@ from bytelatent.device import choose_device
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
 from bytelatent.progress import Progress
 from bytelatent.report import figure_format, write_threshold_figure
-from bytelatent.terminal import say
+from bytelatent.terminal import print_line
 from bytelatent.text import MAX_ROW_BYTES, BadRows
-from bytelatent.text.bad_rows import MAX_BAD_ROWS, must_have_read
+from bytelatent.text.documents import MAX_BAD_ROWS, must_have_read
 from bytelatent.training import sample_entropies
 from bytelatent.weights import load_byte_lm_and_context
 
@@ -19,7 +19,7 @@ from bytelatent.weights import load_byte_lm_and_context
 def run(settings: CalibrateSettings) -> None:
     given = settings.model_dump()
     found, unread = calibrate_text(given.pop("text"), given.pop("patch_bytes"), **given)
-    say(found.model_dump_json(indent=1))
+    print_line(found.model_dump_json(indent=1))
     must_have_read(unread)
 
 

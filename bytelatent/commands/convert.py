@@ -1,4 +1,4 @@
-"""Models from one format to another."""
+"""`blt convert`: a model from one format to another."""
 
 import logging
 from pathlib import Path
@@ -8,22 +8,22 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from bytelatent import log
 from bytelatent.commands.settings import ConvertSettings
 from bytelatent.errors import Interrupted
-from bytelatent.terminal import say
+from bytelatent.terminal import print_line
 from bytelatent.weights import check_target, convert, open_pretrained
 
 LOGGER = logging.getLogger(__name__)
 
 
 def run(settings: ConvertSettings) -> None:
-    say(str(convert_model(settings)))
+    print_line(str(convert_model(settings)))
 
 
 def convert_model(settings: ConvertSettings) -> Path:
     """Write a model in another format; its weights pass through in pieces, so that memory does not limit its size.
 
     Raises:
-        UserError: the model is not there or not whole, or the format has no room for one of its settings.
-        Interrupted: by Ctrl-C; nothing is written then.
+        UserError: there is no model, it is not whole, or the format cannot express one of its settings.
+        Interrupted: by Ctrl-C; nothing is written.
     """
     target = Path(settings.target)
     check_target(target, settings.to, settings.licence)

@@ -18,8 +18,8 @@ from bytelatent.errors import Interrupted, UserError
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.patching import PatchSettings
-from bytelatent.report.amounts import amount_of_bytes
-from bytelatent.terminal import say
+from bytelatent.report.text import amount_of_bytes
+from bytelatent.terminal import print_line
 from bytelatent.weights import fingerprint, load_byte_lm_and_context
 
 BATCH_BYTES = 131_072  # fills a data-centre GPU
@@ -37,7 +37,7 @@ class Share:
 
 
 def run(settings: EntropiesSettings) -> None:
-    say(line_about(store_beside(settings), settings.out))
+    print_line(line_about(store_beside(settings), settings.out))
 
 
 def store_beside(given: EntropiesSettings) -> Summary:

@@ -23,10 +23,10 @@ from bytelatent.config import flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest
 from bytelatent.files import partial_path
-from bytelatent.inference import Continuation, Engine, Sampling, check_max_new_bytes, prompt_bytes, prompt_ids
+from bytelatent.inference import Continuation, Engine, Sampling, prompt_bytes, prompt_ids
 from bytelatent.inference.quantize import check_quantize
-from bytelatent.inference.settings import MAX_BATCH_SIZE
-from bytelatent.inference.step import check_draft_length, engine_for
+from bytelatent.inference.settings import MAX_BATCH_SIZE, check_limits
+from bytelatent.inference.step import engine_for
 from bytelatent.signals import sigterm_interrupts
 from bytelatent.text.documents import json_value
 from bytelatent.text.formats import JSONL, TEXT, readable_kind
@@ -67,9 +67,9 @@ def _generate(settings: GenerateSettings, out: BinaryIO) -> None:
             if getattr(settings, name):
                 raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
         prompt = _prompt(settings)
-        num_rows = min(settings.samples, SAMPLES_AT_ONCE)
-        with _memory_named("samples", num_rows):
-            _show(_engine(settings, num_rows), prompt, settings, out)
+        batch_size = min(settings.samples, SAMPLES_AT_ONCE)
+        with _memory_named("samples", batch_size):
+            _show(_engine(settings, batch_size), prompt, settings, out)
         return
     if settings.out is not None:
         must_be_free(settings.out)
@@ -89,10 +89,10 @@ def _made_with(settings: GenerateSettings) -> dict[str, Any]:
     return {key: value for key, value in flat(settings.shown()).items() if key not in FREE}
 
 
-def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
+def _engine(settings: GenerateSettings, batch_size: int) -> Engine:
     precision, place = precision_of_weights(settings.dtype), choose_device(settings.device)
     check_quantize(settings.quantize, place)
-    check_draft_length(settings.draft_length)
+    check_limits(draft_length=settings.draft_length)
     found = open_pretrained(settings.model, settings.entropy_model)
     patching = found.config.patching
     if patching is not None and patching.needs_entropies and found.byte_lm is None:
@@ -100,7 +100,7 @@ def _engine(settings: GenerateSettings, num_rows: int) -> Engine:
     loaded = found.load(place, precision)
     # In float32, however it is stored: the same patches as those of `BLT`.
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-    return engine_for(loaded.model, patching, byte_lm, num_rows, settings.quantize, settings.draft_length)
+    return engine_for(loaded.model, patching, byte_lm, batch_size, settings.quantize, settings.draft_length)
 
 
 def _prompt(settings: GenerateSettings) -> bytes:
@@ -195,7 +195,7 @@ def _parsed(lines: IO[bytes], name: str, settings: GenerateSettings) -> Iterator
         count = row.get("max_new_bytes", settings.max_new_bytes)
         try:
             prompt_bytes(row["prompt"])
-            check_max_new_bytes(count)
+            check_limits(max_new_bytes=count)
         except UserError as error:
             raise UserError(f"{name}: line {number}: {error}") from None
         for key in row.keys() - OF_A_ROW:
@@ -224,9 +224,9 @@ def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO) -
     """Write each row with its continuation as soon as it and all before it are done."""
     if not rows:
         return
-    num_rows = min(settings.batch_size, len(rows) * settings.samples, MAX_BATCH_SIZE)
-    with _memory_named("batch_size", num_rows):
-        _continue_with(_engine(settings, num_rows), num_rows, rows, settings, out)
+    batch_size = min(settings.batch_size, len(rows) * settings.samples, MAX_BATCH_SIZE)
+    with _memory_named("batch_size", batch_size):
+        _continue_with(_engine(settings, batch_size), batch_size, rows, settings, out)
 
 
 @contextmanager
@@ -244,14 +244,14 @@ def _memory_named(name: str, number: int) -> Iterator[None]:
         ) from None
 
 
-def _continue_with(engine: Engine, num_rows: int, rows: list[Row], settings: GenerateSettings, out: BinaryIO) -> None:
+def _continue_with(engine: Engine, batch_size: int, rows: list[Row], settings: GenerateSettings, out: BinaryIO) -> None:
     asked: list[list[Continuation]] = []
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     began, written, num_bytes = time.perf_counter(), 0, 0
     with Progress(*columns, console=log.console, transient=True, disable=not log.shows_bars()) as progress:
         task = progress.add_task("", total=len(rows), rate="")
         while written < len(rows):
-            while len(asked) < len(rows) and engine.num_waiting < num_rows:  # all of them could be more than fit
+            while len(asked) < len(rows) and engine.num_waiting < batch_size:  # all of them could be more than fit
                 row = rows[len(asked)]
                 prompt = prompt_ids(row.given["prompt"])
                 asked.append(engine.submit(prompt, row.sampling, row.max_new_bytes, settings.samples))

@@ -20,7 +20,7 @@ from bytelatent.commands.settings import LaunchArguments
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.launch import LaunchSettings, launch, with_defaults
-from bytelatent.terminal import say
+from bytelatent.terminal import print_line
 
 USAGE = "name a script and its settings: python -m bytelatent.stool script=bytelatent.train config=PATH nodes=1"
 TRAIN = "bytelatent.train"
@@ -31,7 +31,7 @@ SETTINGS = {  # what the package's own scripts read
 
 
 def run(settings: LaunchArguments) -> None:
-    say(launch_script(settings.model_dump(exclude={"settings"}, exclude_unset=True), settings.settings))
+    print_line(launch_script(settings.model_dump(exclude={"settings"}, exclude_unset=True), settings.settings))
 
 
 def main(arguments: list[str]) -> str:
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> str:
 
 def command(arguments: list[str]) -> None:
     log.configure()
-    say(main(arguments))
+    print_line(main(arguments))
 
 
 def launch_script(values: dict[str, Any], of_script: list[str]) -> str:

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from functools import cached_property, partial
+from typing import Any
 
 from bytelatent.blt import BLT
 from bytelatent.commands.settings import DEFAULT_PATCH_BYTES, PatchesSettings
@@ -13,14 +14,14 @@ from bytelatent.inference import prompt_ids
 from bytelatent.inference.scoring import entropies_of
 from bytelatent.log import Console
 from bytelatent.model import ByteLM, ByteLMSettings, pack_rows
-from bytelatent.patching import Patch, PatchSettings, calibrate
+from bytelatent.patching import MODES, Patch, PatchSettings, calibrate
 from bytelatent.report import patched_text, write_patches_page
-from bytelatent.terminal import print_json, say
+from bytelatent.terminal import print_json, print_line
 from bytelatent.vocab import to_bytes
 from bytelatent.weights import load, open_pretrained
 
 OWN = "model"
-NAMES = "model, entropy, entropy:THRESHOLD, monotonic:THRESHOLD, space, byte, static:SIZE, bpe:tokenizer.json"
+MONOTONIC = "monotonic"  # names mode `entropy` with `monotonicity`
 LOGGER = logging.getLogger(__name__)
 
 
@@ -32,7 +33,7 @@ def run(settings: PatchesSettings) -> None:
         print_json({name: [vars(patch) for patch in patches] for name, patches in patched.items()})
     elif settings.html is not None:
         write_patches_page(settings.html, patched, "Patches", modes.thresholds)
-        say(str(settings.html))
+        print_line(str(settings.html))
     else:
         console = Console()
         for name, patches in patched.items():
@@ -99,25 +100,18 @@ class PatchingModes:
 
     def _named(self, name: str, data: bytes) -> tuple[str, PatchSettings]:
         """Patching settings, and the name that is shown for them."""
-        mode, _, value = name.partition(":")
-        try:
-            if mode in ("space", "byte") and not value:
-                return name, PatchSettings(mode=mode)
-            if mode == "static" and value:
-                return name, PatchSettings.parse({"mode": mode, "patch_size": int(value)}, where=name)
-            if mode == "bpe" and value:
-                return name, PatchSettings(mode=mode, tokenizer=value)
-            if mode == "monotonic" and value:
-                return name, PatchSettings(mode="entropy", threshold=float(value), monotonicity=True)
-            if mode == "entropy" and value:
-                return name, PatchSettings(mode=mode, threshold=float(value))
-        except UserError:
-            raise
-        except ValueError:
-            pass
         if name in (OWN, "entropy"):
             return self._own(name, data)
-        raise UserError(f"patch: no mode '{name}'; modes: {NAMES}")
+        mode, _, value = name.partition(":")
+        values: dict[str, Any] = {"mode": mode}
+        if mode == MONOTONIC:
+            values = {"mode": "entropy", "monotonicity": True}
+        its = MODES.get(values["mode"])
+        if its is None or bool(value) != bool(its.named_by):
+            raise UserError(f"patch: no mode '{name}'; modes: {mode_names()}")
+        if its.named_by:
+            values[its.named_by] = value
+        return name, PatchSettings.parse(values, where=name)
 
     def _own(self, asked: str, data: bytes) -> tuple[str, PatchSettings]:
         """The model's patching settings; for a byte LM, which has none, a threshold that suits this text."""
@@ -129,7 +123,7 @@ class PatchingModes:
             )
             return "entropy", patching
         patching = self.model.patching
-        shown = _name_of(patching)
+        shown = patching.name
         if asked != OWN and shown != asked:
             LOGGER.info(f"'{self.source}' finds its patches by '{shown}', which is shown in place of '{asked}'")
         return shown, patching
@@ -143,6 +137,8 @@ class PatchingModes:
         return calibrate(stream.ids, found, stream.position, wanted).threshold
 
 
-def _name_of(patching: PatchSettings) -> str:
-    value = {"static": patching.patch_size, "bpe": patching.tokenizer}.get(patching.mode)
-    return patching.mode if value is None else f"{patching.mode}:{value}"
+def mode_names() -> str:
+    """What `--mode` takes."""
+    settings = {mode: its.named_by for mode, its in MODES.items()} | {MONOTONIC: MODES["entropy"].named_by}
+    names = [f"{mode}:{setting.upper()}" if setting else mode for mode, setting in settings.items()]
+    return ", ".join([OWN, "entropy", *names])

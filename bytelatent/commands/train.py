@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from bytelatent.command_line import PRINT_CONFIG
 from bytelatent.commands.settings import TrainArguments
 from bytelatent.signals import unattended
-from bytelatent.terminal import say
+from bytelatent.terminal import print_line
 
 USAGE = "name a configuration or settings: blt train config=byte_lm run=runs/mine data.train=text/*.jsonl"
 
@@ -33,7 +34,8 @@ def command(arguments: list[str]) -> None:
     with unattended(lambda: import_module("bytelatent.training")):  # which takes seconds
         run = _recorded(main)(arguments)
         if os.environ.get("RANK", "0") == "0":
-            say(str(run))
+            with suppress(OSError):  # nobody may read it any more, and the run is complete
+                print_line(str(run))
 
 
 def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ def evaluate(
     """Bits per byte of the batches' text; the end of each document is paid for by its bytes.
 
     Args:
-        on_batch: told the bytes of each batch that is done.
+        on_batch: called with the number of bytes of each finished batch.
     """
     device = next(model.parameters()).device
     nats, num_bytes, num_patches, began = 0.0, 0, 0, time.perf_counter()

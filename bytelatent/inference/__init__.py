@@ -1,4 +1,4 @@
-"""Decoding: state and caches, sampling, continuous batching; the byte LM's entropies at a GPU's speed.
+"""Decoding: KV caches, sampling, continuous batching, scoring; at a GPU's speed in `step`.
 
 Modules are imported when a name is first used, so that `inference.settings` can be read without torch.
 """
@@ -8,17 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bytelatent.inference.decoder import Decoder
-    from bytelatent.inference.engine import (
-        Continuation,
-        Engine,
-        check_max_new_bytes,
-        check_samples,
-        prompt_bytes,
-        prompt_ids,
-    )
-    from bytelatent.inference.scoring import log_probabilities, log_probabilities_of_pairs
+    from bytelatent.inference.engine import Continuation, Engine, prompt_bytes, prompt_ids
+    from bytelatent.inference.scoring import FastEntropies, log_probabilities, log_probabilities_of_pairs
     from bytelatent.inference.settings import Sampling
-    from bytelatent.inference.step.prefill import FastEntropies
 
 __all__ = [
     "Continuation",
@@ -26,23 +18,21 @@ __all__ = [
     "Engine",
     "FastEntropies",
     "Sampling",
-    "check_max_new_bytes",
-    "check_samples",
     "log_probabilities",
     "log_probabilities_of_pairs",
     "prompt_bytes",
     "prompt_ids",
 ]
 _MODULES = {
-    "Decoder": "decoder",
-    "FastEntropies": "step.prefill",
-    "Sampling": "settings",
-    "log_probabilities": "scoring",
-    "log_probabilities_of_pairs": "scoring",
+    "decoder": ["Decoder"],
+    "engine": ["Continuation", "Engine", "prompt_bytes", "prompt_ids"],
+    "scoring": ["FastEntropies", "log_probabilities", "log_probabilities_of_pairs"],
+    "settings": ["Sampling"],
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'engine')}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,27 +1,24 @@
-"""Continuous batching: sequences join and leave a fixed number of rows, each as if it were alone.
+"""Continuous batching: sequences join and leave a fixed number of slots, each as if it were alone.
 
-`Slots` hold what is on the device and draws one id a row at a time; `Engine` says which sequence is in which row, and
-turns ids into bytes, stops and ends.
+`Slots` hold what is on the device and draw one id per slot at a time; `Engine` assigns sequences to slots, and turns
+ids into bytes, stops and ends.
 """
 
-import reprlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.decoder import Decoder, State
-from bytelatent.inference.sampling import SamplingSlots
-from bytelatent.inference.settings import MAX_BATCH_SIZE, MAX_NEW_BYTES, MAX_SAMPLES, Sampling
-from bytelatent.inference.utf8 import CharacterStream, whole_characters
+from bytelatent.inference.sampling import CharacterStream, SamplingSlots, whole_characters
+from bytelatent.inference.settings import Sampling, check_limits
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
-# Shapes: B rows, V vocabulary
+# Shapes: B slots, V vocabulary
 
 PREFILL_IDS = 65_536  # prompt ids read at once
 Reason = Literal["end of text", "length", "stop", "cancelled"]
@@ -36,61 +33,50 @@ class StopTexts:
     Args:
         stops: texts to watch for; none may be empty.
 
-    Source: Aho and Corasick 1975, with one step a byte whatever the number of texts.
+    Source: Knuth, Morris and Pratt 1977.
     """
 
     def __init__(self, stops: Sequence[bytes]):
         assert all(stops), "an empty text would end every output before it begins"
-        # A node stands for a beginning of some stop text; node 0 for none of it.
-        self._next: list[dict[int, int]] = [{}]
-        self._depth = [0]  # how long that beginning is
-        self._longest = [0]  # the longest stop text that it ends with; 0: none
-        for stop in stops:
-            node = 0
-            for byte in stop:
-                if byte not in self._next[node]:
-                    self._next[node][byte] = len(self._next)
-                    self._next.append({})
-                    self._depth.append(self._depth[node] + 1)
-                    self._longest.append(0)
-                node = self._next[node][byte]
-            self._longest[node] = len(stop)
-        self._fallback = [0] * len(self._next)  # the longest other beginning that this one ends with
-        waiting = deque(self._next[0].values())
-        while waiting:  # shorter beginnings first, since longer ones fall back on them
-            node = waiting.popleft()
-            self._longest[node] = self._longest[node] or self._longest[self._fallback[node]]
-            for byte, after in self._next[node].items():
-                self._fallback[after] = self._step(self._fallback[node], byte)
-                waiting.append(after)
-        self._node = 0
+        self._stops = [(stop, _fallbacks(stop)) for stop in stops]
+        self._matched = [0] * len(stops)  # of each, the longest beginning that the output ends with
         self._num_bytes = 0
 
     def feed(self, byte: int) -> int | None:
         """Watch the output's next byte.
 
         Returns:
-            How many bytes of output precede the stop text that this byte completes; None if it completes none.
+            The number of bytes before the stop text that this byte completes; None if it completes none.
         """
         self._num_bytes += 1
-        self._node = self._step(self._node, byte)
-        found = self._longest[self._node]
-        return self._num_bytes - found if found else None
+        complete = 0
+        for index, (stop, fallbacks) in enumerate(self._stops):
+            size = self._matched[index]
+            while size and stop[size : size + 1] != bytes([byte]):
+                size = fallbacks[size]
+            self._matched[index] = size = size + (stop[size] == byte)
+            complete = max(complete, size if size == len(stop) else 0)
+        return self._num_bytes - complete if complete else None
 
     def held_back(self) -> int:
-        """How many of the newest bytes may turn out to begin a stop text, and should not be shown yet."""
-        return self._depth[self._node]
+        """The number of newest bytes that may turn out to begin a stop text, and should not be shown yet."""
+        return max(self._matched, default=0)
 
-    def _step(self, node: int, byte: int) -> int:
-        """The longest beginning of a stop text with which the output ends once `byte` follows."""
-        while node and byte not in self._next[node]:
-            node = self._fallback[node]
-        return self._next[node].get(byte, 0)
+
+def _fallbacks(stop: bytes) -> list[int]:
+    """By size of a beginning of `stop`: the longest shorter beginning that it ends with."""
+    fallbacks = [0, 0]
+    for byte in stop[1:]:
+        size = fallbacks[-1]
+        while size and stop[size] != byte:
+            size = fallbacks[size]
+        fallbacks.append(size + (stop[size] == byte))
+    return fallbacks
 
 
 @dataclass(eq=False)
 class Continuation:
-    """A sequence on its way.
+    """A sequence that is decoded.
 
     Attributes:
         ids: what was drawn, a stop text and EOS included.
@@ -104,34 +90,34 @@ class Continuation:
     ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     ended: Reason | None = None
-    _watch: StopTexts | None = None
+    _stop_texts: StopTexts | None = None
     _stop_begins: int | None = None
-    _told: int = 0
+    _num_given: int = 0  # bytes that `new_bytes` has returned
     _characters: CharacterStream = field(default_factory=CharacterStream)
 
     @property
     def data(self) -> bytes:
-        """The bytes so far, without a stop text; with `valid_utf8` whole characters, also where a stop text is none."""
-        return self._shown(decode(self.ids)[: self._stop_begins])
+        """The bytes so far, without a stop text; with `valid_utf8` whole characters only."""
+        return self._whole(decode(self.ids)[: self._stop_begins])
 
     @property
     def text(self) -> str:
-        """`data` as text; bytes that are no UTF-8 show as U+FFFD."""
+        """`data` as text; bytes that are not UTF-8 show as U+FFFD."""
         return self.data.decode("utf-8", errors="replace")
 
     def new_bytes(self) -> bytes:
-        """What came since the last call, but for bytes that may turn out to begin a stop text or to be no whole
+        """What came since the last call, without bytes that may turn out to begin a stop text or to be no whole
         character.
         """
         data = decode(self.ids)[: self._stop_begins]
-        if self._watch is not None and self.ended is None:
-            data = data[: len(data) - self._watch.held_back()]
-        data = self._shown(data)
-        new, self._told = data[self._told :], max(len(data), self._told)
+        if self._stop_texts is not None and self.ended is None:
+            data = data[: len(data) - self._stop_texts.held_back()]
+        data = self._whole(data)
+        new, self._num_given = data[self._num_given :], max(len(data), self._num_given)
         return new
 
-    def _shown(self, data: bytes) -> bytes:
-        """What of these bytes is given out: with `valid_utf8` no part of a character, nor of the prompt's last one."""
+    def _whole(self, data: bytes) -> bytes:
+        """The bytes; with `valid_utf8` without a character that is not whole, be it the prompt's last one."""
         if not self.sampling.valid_utf8:
             return data
         before = decode(self.prompt[-3:].numpy(force=True))  # no character needs more bytes to be finished
@@ -142,38 +128,18 @@ class Continuation:
         return self._characters.feed(self.new_bytes()) + (self._characters.finish() if self.ended else "")
 
     def take(self, drawn: int, log_probability: float) -> None:
-        """Note a drawn id, and whether it is the last."""
+        """Add a drawn id, and decide whether it is the last."""
         self.ids.append(drawn)
         self.log_probabilities.append(log_probability)
         if drawn == EOS:
             self.ended = "end of text"
             return
-        if self._watch is not None:
-            self._stop_begins = self._watch.feed(drawn - OFFSET)
+        if self._stop_texts is not None:
+            self._stop_begins = self._stop_texts.feed(drawn - OFFSET)
         if self._stop_begins is not None:
             self.ended = "stop"
         elif len(self.ids) >= self.max_new_bytes:
             self.ended = "length"
-
-
-class Slots(Protocol):
-    """Rows that draw and read ids, one each at a time."""
-
-    def admit(self, row: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
-        """Put a sequence into a row: row `source` of a state, and the logits [V] of what comes next."""
-        ...
-
-    def release(self, row: int) -> None:
-        """Let a row's sequence go."""
-        ...
-
-    def advance(self) -> None:
-        """Draw and read one id in each row."""
-        ...
-
-    def drawn(self) -> list["Drawn"]:
-        """What has become known since the last call, in order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -185,45 +151,67 @@ class Drawn:
     log_probability: float
 
 
+class Slots(Protocol):
+    """Slots that draw and read ids, one each at a time."""
+
+    def admit(self, slot: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
+        """Put a sequence into a slot: slot `source` of a state, and the logits [V] of what comes next."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Free a slot."""
+        ...
+
+    def advance(self) -> None:
+        """Draw and read one id in each slot."""
+        ...
+
+    def drawn(self) -> list[Drawn]:
+        """What has become known since the last call, in order."""
+        ...
+
+
 class PlainSlots:
-    """Rows in plain PyTorch: every step is known at once."""
+    """Slots in plain PyTorch: every step is known at once."""
 
-    def __init__(self, decoder: Decoder, num_rows: int):
+    def __init__(self, decoder: Decoder, num_slots: int):
         self.decoder = decoder
-        self.state = decoder.empty(num_rows)
-        self.sampling = SamplingSlots.empty(num_rows, decoder.device)
-        self.logits_BV = torch.zeros(num_rows, VOCAB_SIZE, device=decoder.device)
-        self._in_row: list[Continuation | None] = [None] * num_rows
-        self._known: list[Drawn] = []
+        self.state = decoder.empty(num_slots)
+        self.sampling = SamplingSlots.empty(num_slots, decoder.device)
+        self.logits_BV = torch.zeros(num_slots, VOCAB_SIZE, device=decoder.device)
+        self._in_slot: list[Continuation | None] = [None] * num_slots
+        self._drawn: list[Drawn] = []
 
-    def admit(self, row: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
-        self.state.put(row, state, source)
-        self.sampling.put(row, which.sampling, which.prompt, which.max_new_bytes)
-        self.logits_BV[row] = logits
-        self._in_row[row] = which
+    def admit(self, slot: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
+        self.state.put(slot, state, source)
+        self.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes)
+        self.logits_BV[slot] = logits
+        self._in_slot[slot] = which
 
-    def release(self, row: int) -> None:
-        self._in_row[row] = None
+    def release(self, slot: int) -> None:
+        self._in_slot[slot] = None
 
     @torch.no_grad()
     def advance(self) -> None:
-        active = torch.tensor([which is not None for which in self._in_row], device=self.decoder.device)
+        active = torch.tensor([which is not None for which in self._in_slot], device=self.decoder.device)
         ids, log_probabilities = self.sampling.draw(self.logits_BV)
         self.sampling.read(ids, active)
-        new = zip(self._in_row, ids.tolist(), log_probabilities.tolist(), self.sampling.remaining.tolist(), strict=True)
-        goes_on = []
-        for row, (which, drawn, log_probability, remaining) in enumerate(new):
+        new = zip(
+            self._in_slot, ids.tolist(), log_probabilities.tolist(), self.sampling.remaining.tolist(), strict=True
+        )
+        unfinished = []
+        for slot, (which, drawn, log_probability, remaining) in enumerate(new):
             if which is not None:
-                self._known.append(Drawn(which, drawn, log_probability))
+                self._drawn.append(Drawn(which, drawn, log_probability))
                 if drawn != EOS and remaining > 0:
-                    goes_on.append(row)
-        if goes_on:
-            which = torch.tensor(goes_on, device=self.decoder.device)
-            self.logits_BV[which] = self.decoder.extend(self.state, which, ids[which])
+                    unfinished.append(slot)
+        if unfinished:
+            slots = torch.tensor(unfinished, device=self.decoder.device)
+            self.logits_BV[slots] = self.decoder.extend(self.state, slots, ids[slots])
 
     def drawn(self) -> list[Drawn]:
-        known, self._known = self._known, []
-        return known
+        drawn, self._drawn = self._drawn, []
+        return drawn
 
 
 def prompt_ids(text: str | bytes) -> Tensor:
@@ -254,7 +242,7 @@ def prompt_bytes(text: str | bytes) -> bytes:
 
 
 def _checked_ids(prompt: Tensor) -> Tensor:
-    """The ids [N] of a prompt, int64; raises UserError where they are none."""
+    """The ids [N] of a prompt, int64."""
     if prompt.dim() != 1:
         raise UserError(f"prompt: ids [N] of one text, not {list(prompt.shape)}")
     if len(prompt) == 0:
@@ -264,69 +252,40 @@ def _checked_ids(prompt: Tensor) -> Tensor:
     return prompt.long()
 
 
-def check_batch_size(num_rows: Any) -> None:
-    """Raises UserError where it is no number from 1 to `MAX_BATCH_SIZE`."""
-    _check_number("batch_size", num_rows, MAX_BATCH_SIZE)
-
-
-def check_max_new_bytes(max_new_bytes: Any) -> None:
-    """Raises UserError where it is no number from 1 to `MAX_NEW_BYTES`."""
-    _check_number("max_new_bytes", max_new_bytes, MAX_NEW_BYTES)
-
-
-def check_samples(samples: Any) -> None:
-    """Raises UserError where it is no number from 1 to `MAX_SAMPLES`."""
-    _check_number("samples", samples, MAX_SAMPLES)
-
-
-def _check_number(name: str, value: Any, largest: int) -> None:
-    is_number = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's, too
-    if not is_number or not 1 <= int(value) <= largest:
-        raise UserError(f"{name}: {_short(value)} is not a number from 1 to {largest:,}")
-
-
-def _short(value: Any) -> str:
-    """A value in an error; Python refuses to write numbers of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 300:
-        return f"a number of {value.bit_length():,} bits"
-    return reprlib.repr(value)
-
-
 class Engine:
-    """Sequences in rows.
+    """Sequences in slots.
 
     Args:
         decoder: reads prompts.
-        rows: draw and read the bytes that follow.
-        num_rows: how many sequences are on their way at once; others wait.
+        slots: draw and read the bytes that follow.
+        batch_size: sequences decoded at once; others wait.
     """
 
-    def __init__(self, decoder: Decoder, rows: Slots, num_rows: int):
-        check_batch_size(num_rows)
+    def __init__(self, decoder: Decoder, slots: Slots, batch_size: int):
         self.decoder = decoder
-        self.rows = rows
-        self._in_row: list[Continuation | None] = [None] * num_rows
+        self.slots = slots
+        self._in_slot: list[Continuation | None] = [None] * batch_size
         self._waiting: deque[list[Continuation]] = deque()  # those of one prompt together
 
     @classmethod
-    def plain(cls, decoder: Decoder, num_rows: int) -> "Engine":
+    def plain(cls, decoder: Decoder, batch_size: int) -> "Engine":
         """One in plain PyTorch."""
-        check_batch_size(num_rows)
-        return cls(decoder, PlainSlots(decoder, num_rows), num_rows)
+        check_limits(batch_size=batch_size)
+        return cls(decoder, PlainSlots(decoder, batch_size), batch_size)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for a row."""
+        """Sequences that wait for a slot."""
         return sum(map(len, self._waiting))
 
     @property
     def is_idle(self) -> bool:
-        return not self._waiting and not any(self._in_row)
+        return not self._waiting and not any(self._in_slot)
 
     def submit(
         self, prompt: str | bytes | Tensor, sampling: Sampling, max_new_bytes: int, samples: int = 1
     ) -> list[Continuation]:
-        """Ask for continuations of a prompt; several share the reading of it, with seeds that follow one another.
+        """Ask for continuations of a prompt, which is read once for all of them; their seeds follow one another.
 
         Args:
             prompt: a text, or [N] ids, BOS first.
@@ -339,15 +298,14 @@ class Engine:
         prompt = _checked_ids(prompt) if isinstance(prompt, Tensor) else prompt_ids(prompt)
         if not isinstance(sampling, Sampling):
             raise UserError(f"sampling: {type(sampling).__name__} is no Sampling; write Sampling(temperature=0.8)")
-        check_max_new_bytes(max_new_bytes)
-        check_samples(samples)
+        check_limits(max_new_bytes=max_new_bytes, samples=samples)
         stops = [to_bytes(stop) for stop in sampling.stop]
         asked = [
             Continuation(
                 prompt,
                 sampling.model_copy(update={"seed": sampling.seed + number}),
                 max_new_bytes,
-                _watch=StopTexts(stops) if stops else None,
+                _stop_texts=StopTexts(stops) if stops else None,
             )
             for number in range(samples)
         ]
@@ -358,61 +316,53 @@ class Engine:
         """End a sequence where it is."""
         if which.ended is None:
             which.ended = "cancelled"
-        for waiting in self._waiting:
-            if which in waiting:
-                waiting.remove(which)
-        self._waiting = deque(waiting for waiting in self._waiting if waiting)
-        self._let_go_of_ended()
+        others = ([other for other in waiting if other is not which] for waiting in self._waiting)
+        self._waiting = deque(waiting for waiting in others if waiting)
+        self._release_ended()
 
     def advance(self) -> list[Continuation]:
-        """Let waiting sequences join and every row go on by a byte; the sequences that have come further."""
-        self._join()
-        if any(self._in_row):
-            self.rows.advance()
-        further: dict[int, Continuation] = {}
-        for drawn in self.rows.drawn():
+        """Admit waiting sequences and decode a step; the sequences that have become longer."""
+        self._admit()
+        if any(self._in_slot):
+            self.slots.advance()
+        longer: dict[int, Continuation] = {}
+        for drawn in self.slots.drawn():
             if drawn.which.ended is None:
                 drawn.which.take(drawn.id, drawn.log_probability)
-                further[id(drawn.which)] = drawn.which
-        self._let_go_of_ended()
-        return list(further.values())
+                longer[id(drawn.which)] = drawn.which
+        self._release_ended()
+        return list(longer.values())
 
     def run(self) -> None:
-        """Go on until every sequence has ended."""
+        """Decode until every sequence has ended."""
         while not self.is_idle:
             self.advance()
 
-    def _join(self) -> None:
-        """Read the prompts of those who wait, as many as there are rows for."""
-        free = [row for row, which in enumerate(self._in_row) if which is None]
+    def _admit(self) -> None:
+        """Read the prompts of waiting sequences, as many as there are free slots for."""
+        free = [slot for slot, which in enumerate(self._in_slot) if which is None]
         while free and self._waiting:
             group: list[list[Continuation]] = []
-            num_ids = room = 0
-            while self._waiting and room < len(free):
+            num_ids, num_free = 0, len(free)
+            while self._waiting and num_free:
                 size = len(self._waiting[0][0].prompt)
                 if group and num_ids + size > PREFILL_IDS:
                     break
-                now = self._waiting.popleft()
-                if room + len(now) > len(free):
-                    cut = len(free) - room
-                    self._waiting.appendleft(now[cut:])
-                    now = now[:cut]
-                group.append(now)
+                waiting = self._waiting.popleft()
+                if len(waiting) > num_free:
+                    self._waiting.appendleft(waiting[num_free:])
+                group.append(waiting[:num_free])
                 num_ids += size
-                room += len(now)
-            self._read(group, [free.pop(0) for _ in range(room)])
+                num_free -= len(group[-1])
+            state, logits = self.decoder.prefill([waiting[0].prompt for waiting in group], last_only=True)
+            for source, waiting in enumerate(group):
+                for which in waiting:
+                    slot = free.pop(0)
+                    self._in_slot[slot] = which
+                    self.slots.admit(slot, state, source, logits[source], which)
 
-    def _read(self, group: Sequence[list[Continuation]], free: list[int]) -> None:
-        prompts = [waiting[0].prompt for waiting in group]
-        state, logits = self.decoder.prefill(prompts, last_only=True)
-        for source, waiting in enumerate(group):
-            for which in waiting:
-                row = free.pop(0)
-                self._in_row[row] = which
-                self.rows.admit(row, state, source, logits[source], which)
-
-    def _let_go_of_ended(self) -> None:
-        for row, which in enumerate(self._in_row):
+    def _release_ended(self) -> None:
+        for slot, which in enumerate(self._in_slot):
             if which is not None and which.ended is not None:
-                self.rows.release(row)
-                self._in_row[row] = None
+                self.slots.release(slot)
+                self._in_slot[slot] = None

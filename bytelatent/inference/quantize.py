@@ -1,28 +1,28 @@
-"""A model whose large matrices are rounded to one byte a number: half the memory of bfloat16, and of its reading.
+"""Models whose large matrices are quantized to one byte per number: half the memory of bfloat16, and of its reading.
 
-Everything that reads the model, whole texts, prompts or byte by byte, multiplies with the same rounded numbers. The
-weights of an RMSNorm are multiplied into the matrices after it first, as the kernels of decoding want them.
+All that reads the model, whole texts, prompts or byte by byte, multiplies with the same quantized numbers. The weights
+of an RMSNorm are multiplied into the matrices after it first, as the kernels of decoding want them.
 
-What stays as it is: embeddings and hash tables, of which a byte reads few rows; the head, whose rounding would be that
-of the logits; norms; and a byte LM that decides about patches, since other entropies would be other patches.
+Not quantized: embeddings and hash tables, of which a byte reads few rows; the head, whose error would be that of the
+logits; norms; and an entropy model, since other entropies would be other patches.
 """
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bytelatent.errors import UserError
+from bytelatent.inference.settings import Quantization
 from bytelatent.kernels.quantized import QuantizedMatrix
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.model.block import Block
 from bytelatent.model.blt import GlobalTransformer, LocalDecoder, LocalEncoder
 from bytelatent.model.patch_attention import CrossAttention
 
-Weights = Literal["full", "int8", "fp8"]  # full: as they are
 Model = TypeVar("Model", BLTModel, ByteLM, BLTModel | ByteLM)
 
 
@@ -45,32 +45,32 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.matrix.dense(x.dtype))
 
 
-def check_quantize(weights: str, device: torch.device) -> None:
-    """See, before a model is read, that it can be rounded so.
+def check_quantize(quantize: str, device: torch.device) -> None:
+    """Check, before a model is read, that it can be quantized this way.
 
     Raises:
-        UserError: there is no such rounding, or the device cannot compute with it.
+        UserError: there is no such quantization, or the device cannot compute with it.
     """
-    if weights not in get_args(Weights):
-        raise UserError(f"weights: '{weights}' is none; use {', '.join(get_args(Weights))}")
-    if weights == "fp8" and not _has_fp8(device):
-        raise UserError(f"weights: this {device.type} device cannot compute with fp8; use int8")
+    if quantize not in get_args(Quantization):
+        raise UserError(f"quantize: '{quantize}' is not one of {', '.join(get_args(Quantization))}")
+    if quantize == "fp8" and not _has_fp8(device):
+        raise UserError(f"quantize: this {device.type} device cannot compute with fp8; use int8")
 
 
-def quantize_model(model: Model, weights: Weights, as_bytes: bool | None = None) -> Model:
-    """The model with rounded matrices; all else is shared with the one given, which stays as it is.
+def quantize_model(model: Model, quantize: Quantization, as_bytes: bool | None = None) -> Model:
+    """The model with quantized matrices; all else is shared with the one given, which stays as it is.
 
     Args:
-        weights: int8 or fp8 (float8_e4m3fn), each row of a matrix with a scale of its own; full: the model itself.
-        as_bytes: whether to keep the matrices as bytes. None: on CUDA, whose kernels read them so. A CPU would spend
-            many times as long on making numbers of the bytes as on the product, so there they are written out.
+        quantize: int8 or fp8 (float8_e4m3fn), each row of a matrix with a scale of its own; full: the model itself.
+        as_bytes: whether to store the matrices as bytes. None: on CUDA, whose kernels read them. A CPU would take many
+            times as long to convert the bytes as to multiply, so there they are stored as numbers.
 
     Raises:
         UserError: see `check_quantize`; or a weight is NaN or infinite.
     """
     some = next(model.parameters())
-    check_quantize(weights, some.device)
-    if weights == "full":
+    check_quantize(quantize, some.device)
+    if quantize == "full":
         return model
     as_bytes = some.is_cuda if as_bytes is None else as_bytes
     copied = copy.deepcopy(model, {id(part): part for part in [*model.parameters(), *model.buffers()]})
@@ -78,12 +78,17 @@ def quantize_model(model: Model, weights: Weights, as_bytes: bool | None = None)
         for norm, linears in _matrices(part):
             for child in linears:
                 linear = part.get_submodule(child)
-                assert isinstance(linear, nn.Linear), "the matrices are rounded already"
+                assert isinstance(linear, nn.Linear), "the matrices are quantized already"
                 weight = linear.weight.detach().float()
                 if norm is not None:
                     weight = weight * norm.weight.detach().float()
-                matrix = QuantizedMatrix.of(weight, weights, f"{name}.{child}")
-                part.set_submodule(child, QuantizedLinear(matrix) if as_bytes else _linear(matrix, some.dtype))
+                matrix = QuantizedMatrix.of(weight, quantize, f"{name}.{child}")
+                if as_bytes:
+                    part.set_submodule(child, QuantizedLinear(matrix))
+                    continue
+                dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+                dense.weight = nn.Parameter(matrix.dense(some.dtype), requires_grad=False)
+                part.set_submodule(child, dense)
             if norm is not None:
                 norm.weight = nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
     return copied
@@ -106,14 +111,6 @@ def _matrices(part: nn.Module) -> Iterator[tuple[Any, list[str]]]:
         yield None, ["projection"]
     elif isinstance(part, LocalDecoder):
         yield None, ["patch_to_keys"]
-
-
-def _linear(matrix: QuantizedMatrix, dtype: torch.dtype) -> nn.Linear:
-    """The rounded numbers in an ordinary layer."""
-    N, K = matrix.shape
-    linear = nn.Linear(K, N, bias=False, device="meta")
-    linear.weight = nn.Parameter(matrix.dense(dtype), requires_grad=False)
-    return linear
 
 
 def _has_fp8(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
-"""From logits to ids, for many rows at once, each as if it were alone.
+"""From logits to ids, for many slots at once, each as if it were alone; and valid UTF-8 as an automaton.
 
-All of it is tensors of fixed shapes that never wait for the device, so that a CUDA graph can hold it. A row's id is the
-same in any batch: what is summed along a row is summed in integers, in which no order of summation rounds differently.
+All of it is tensors of fixed shapes that never wait for the device, so that a CUDA graph can hold it. A slot's id is
+the same in any batch: sums over the vocabulary are sums of integers, which no order of summation changes.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from bytelatent.inference.settings import Sampling
-from bytelatent.inference.utf8 import NEEDED, RESUMED, TRANSITIONS
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 
-# Shapes: B rows, V vocabulary, N ids of a prompt, S states of the automaton of UTF-8
+# Shapes: B slots, V vocabulary, N ids of a prompt, S states of the automaton
 
 RANDOM_BITS = 24  # of a draw
 WEIGHT_BITS = 30  # of the likeliest id's weight; V of them times a random number stay below 2^63
-NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a row can have
-FEW = 16  # rows
+NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a slot can have
+FEW = 16  # slots
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
-FAR = 1e30  # stands for infinite logits, which have no differences
+FAR = 1e30  # takes the place of infinite logits, which have no differences
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class SamplingOption:
 
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
-# To add a field: declare it in `Sampling`, add it here and as a field of `SamplingSlots`, apply it in `weights`, and in
-# the kernel behind `bytelatent.inference.step.decisions.draw` (`SAMPLING_FIELDS`). A test holds these together.
+# To add a field: declare it in `Sampling`, add it here and as a field of `SamplingSlots`, apply it in `weights`, and
+# give it to the kernel of `bytelatent.inference.step.sampling`. A test checks that nothing is missing.
 OPTIONS: dict[str, SamplingOption] = {
     "temperature": SamplingOption(torch.float32, 0, lambda sampling: min(sampling.temperature, _LARGEST)),
     "top_k": SamplingOption(torch.int64, 1, lambda sampling: _top_k(sampling)),
@@ -61,7 +60,7 @@ def _top_k(sampling: Sampling) -> int:
 
 @dataclass
 class SamplingSlots:
-    """How each of B rows draws, and what that depends on."""
+    """How each of B slots draws, and what that depends on."""
 
     temperature: Tensor  # [B] float32; 0 takes the likeliest id
     top_k: Tensor  # [B] int64; V: any; 1 at temperature 0
@@ -74,17 +73,17 @@ class SamplingSlots:
     valid_utf8: Tensor  # [B] bool
     utf8: Tensor  # [B] int64, state of the automaton after what was read
     remaining: Tensor  # [B] int64, ids that may still be drawn
-    utf8_after: Tensor  # [S, V] int64, the state after an id; the same for all rows, as are the next three
+    utf8_after: Tensor  # [S, V] int64, the state after an id; the same for all slots, as are the next three
     needed: Tensor  # [S] int64, bytes that a character in this state still needs
     needed_after: Tensor  # [S, V] int64, bytes that its character still needs after an id; NEVER: it may not be drawn
     is_special: Tensor  # [V] bool, ids that are never drawn: neither bytes nor EOS
 
     @classmethod
-    def empty(cls, num_rows: int, device: torch.device | str) -> "SamplingSlots":
-        """Rows that nothing was put into; they draw the likeliest ids."""
+    def empty(cls, num_slots: int, device: torch.device | str) -> "SamplingSlots":
+        """Slots that nothing was put into; they draw the likeliest ids."""
 
         def full(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((num_rows,), value, dtype=dtype, device=device)
+            return torch.full((num_slots,), value, dtype=dtype, device=device)
 
         utf8_after = torch.zeros(len(NEEDED), VOCAB_SIZE, dtype=torch.int64)
         utf8_after[:, OFFSET:] = RESUMED  # a special id is a border between texts
@@ -97,7 +96,7 @@ class SamplingSlots:
         return cls(
             **{name: full(option.neutral, option.dtype) for name, option in OPTIONS.items()},
             drawn=full(0, torch.int64),
-            seen=torch.zeros(num_rows, VOCAB_SIZE, dtype=torch.bool, device=device),
+            seen=torch.zeros(num_slots, VOCAB_SIZE, dtype=torch.bool, device=device),
             utf8=full(0, torch.int64),
             remaining=full(0, torch.int64),
             utf8_after=utf8_after.to(device),
@@ -106,8 +105,8 @@ class SamplingSlots:
             is_special=is_special.to(device),
         )
 
-    def put(self, row: int, sampling: Sampling, prompt_ids: Tensor, max_new_bytes: int) -> None:
-        """Let a row draw what follows a prompt; what it held before is gone.
+    def put(self, slot: int, sampling: Sampling, prompt_ids: Tensor, max_new_bytes: int) -> None:
+        """Let a slot draw what follows a prompt, in place of what it held before.
 
         Args:
             prompt_ids: [N] on any device.
@@ -115,20 +114,20 @@ class SamplingSlots:
                 begins that would need more.
         """
         for name, option in OPTIONS.items():
-            getattr(self, name)[row] = option.value(sampling)
-        self.drawn[row] = 0
-        self.remaining[row] = max_new_bytes
+            getattr(self, name)[slot] = option.value(sampling)
+        self.drawn[slot] = 0
+        self.remaining[slot] = max_new_bytes
         prompt = prompt_ids.to(self.seen.device, torch.int64)
-        self.seen[row].zero_().scatter_(0, prompt, True)
-        self.seen[row, :OFFSET] = False
+        self.seen[slot].zero_().scatter_(0, prompt, True)
+        self.seen[slot, :OFFSET] = False
         # The state depends on the last three bytes only. Slices, since an index of no dimension waits for the device.
         state = torch.zeros(1, dtype=torch.int64, device=prompt.device)
         for back in range(min(len(prompt), 3), 0, -1):
             state = self.utf8_after[state, prompt[len(prompt) - back :][:1]]
-        self.utf8[row : row + 1] = state
+        self.utf8[slot : slot + 1] = state
 
     def draw(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw a byte or EOS for each row. Nothing is changed: the same is drawn until `read` is called.
+        """Draw a byte or EOS for each slot. Nothing is changed: the same is drawn until `read` is called.
 
         Args:
             logits_BV: of what comes next, as the model gives them; infinite ones may be among them.
@@ -137,8 +136,8 @@ class SamplingSlots:
             ids, int64 [B]; their log-probabilities in nats, float32 [B], by the model alone: of all V ids, with no
             temperature, nothing penalised and nothing ruled out.
         """
-        kept_BV = self.weights(logits_BV)
-        upto_BV = kept_BV.cumsum(dim=-1)
+        weight_BV = self.weights(logits_BV)
+        upto_BV = weight_BV.cumsum(dim=-1)
         # Less than the sum of all weights, so some id is found; never one of weight 0, which adds nothing to the sum.
         point_B = (random_numbers(self.seed, self.drawn) * upto_BV[:, -1]) >> RANDOM_BITS
         ids_B = (upto_BV <= point_B[:, None]).sum(dim=-1)
@@ -146,11 +145,11 @@ class SamplingSlots:
         return ids_B, log_probabilities_BV.gather(1, ids_B[:, None])[:, 0]
 
     def read(self, ids_B: Tensor, active_B: Tensor) -> None:
-        """Note which id came next in each row, in place.
+        """Read the id that came next in each slot, in place.
 
         Args:
             ids_B: int64.
-            active_B: bool; other rows stay as they are.
+            active_B: bool; other slots stay as they are.
         """
         if ids_B.device.type == "cpu":
             self._read_arrays(ids_B.numpy(), active_B.numpy())
@@ -163,8 +162,8 @@ class SamplingSlots:
 
     def _read_arrays(self, ids_B: np.ndarray, active_B: np.ndarray) -> None:
         """The same on a CPU, in NumPy, whose operations on a few numbers cost a third."""
-        rows = (active_B & (ids_B >= OFFSET)).nonzero()[0]
-        self.seen.numpy()[rows, ids_B[rows]] = True
+        slots = (active_B & (ids_B >= OFFSET)).nonzero()[0]
+        self.seen.numpy()[slots, ids_B[slots]] = True
         utf8_B = self.utf8.numpy()
         np.copyto(utf8_B, self.utf8_after.numpy()[utf8_B, ids_B], where=active_B)
         drawn_B, remaining_B = self.drawn.numpy(), self.remaining.numpy()
@@ -184,7 +183,7 @@ class SamplingSlots:
     def weights(self, logits_BV: Tensor) -> Tensor:
         """What ids are drawn in proportion to: integers, int64 [B, V]; 0 where one may not be drawn.
 
-        The likeliest has 2^30. In no row are all of them 0.
+        The likeliest has 2^30. In no slot are all of them 0.
         """
         wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64  # MPS has no float64
         logits = logits_BV.to(wide)
@@ -211,13 +210,13 @@ class SamplingSlots:
         ordered_BV = weight_BV.gather(1, id_BV).masked_fill_(rank_V >= self.top_k[:, None], 0)
         upto_BV = ordered_BV.cumsum(dim=-1)
         share_B1 = self.top_p[:, None].to(logits_BV.dtype) * upto_BV[:, -1:].to(logits_BV.dtype)
-        is_kept_BV = ((upto_BV - ordered_BV).to(logits_BV.dtype) < share_B1) | (rank_V == 0)
-        return torch.zeros_like(weight_BV).scatter_(1, id_BV, ordered_BV.masked_fill_(~is_kept_BV, 0))
+        is_left_BV = ((upto_BV - ordered_BV).to(logits_BV.dtype) < share_B1) | (rank_V == 0)
+        return torch.zeros_like(weight_BV).scatter_(1, id_BV, ordered_BV.masked_fill_(~is_left_BV, 0))
 
 
 def _asked(setting_B: Tensor, none: float) -> bool:
-    """Whether some row may ask for more than `none`. A CPU looks, to leave out what is not asked for; no other device
-    is waited for.
+    """Whether some slot may ask for more than `none`. Only a CPU is asked, to leave out what is not needed; no other
+    device is waited for.
     """
     return setting_B.device.type != "cpu" or any(value != none for value in setting_B.tolist())
 
@@ -258,3 +257,91 @@ def _shifted(x: Any, bits: int) -> Any:
 def _as_int64(value: int) -> int:
     """The int64 with the same lowest 64 bits."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+# UTF-8. A state of the automaton is what the character that has begun still needs; state 0 is between characters.
+# Source: The Unicode Standard, table 3-7: no overlong form, no surrogate, nothing above U+10FFFF.
+
+Ranges = tuple[tuple[int, int], ...]  # the range of each byte that a character still needs, ends included
+
+_ANY = (0x80, 0xBF)
+_CHARACTERS: list[tuple[tuple[int, int], Ranges]] = [  # first byte, then the others
+    ((0x00, 0x7F), ()),
+    ((0xC2, 0xDF), (_ANY,)),
+    ((0xE0, 0xE0), ((0xA0, 0xBF), _ANY)),
+    ((0xE1, 0xEC), (_ANY, _ANY)),
+    ((0xED, 0xED), ((0x80, 0x9F), _ANY)),
+    ((0xEE, 0xEF), (_ANY, _ANY)),
+    ((0xF0, 0xF0), ((0x90, 0xBF), _ANY, _ANY)),
+    ((0xF1, 0xF3), (_ANY, _ANY, _ANY)),
+    ((0xF4, 0xF4), ((0x80, 0x8F), _ANY, _ANY)),
+]
+
+
+def _states() -> list[Ranges]:
+    """What may still follow, for each state; those that need fewer bytes first."""
+    tails = {rest[begin:] for _, rest in _CHARACTERS for begin in range(len(rest) + 1)}
+    return sorted(tails, key=lambda rest: (len(rest), rest))
+
+
+def _transitions(states: list[Ranges]) -> Tensor:
+    table = torch.full((len(states) + 1, 256), len(states), dtype=torch.int64)
+    for (low, high), rest in _CHARACTERS:
+        table[0, low : high + 1] = states.index(rest)
+    for state, rest in enumerate(states[1:], start=1):
+        (low, high), *after = rest
+        table[state, low : high + 1] = states.index(tuple(after))
+    return table
+
+
+def _resumed(transitions: Tensor, error: int) -> Tensor:
+    begin = torch.where(transitions[0] == error, 0, transitions[0])
+    return torch.where(transitions == error, begin, transitions)
+
+
+_STATES = _states()
+ERROR = len(_STATES)  # the state after an invalid byte; it is never left
+TRANSITIONS = _transitions(_STATES)  # [S, 256] the state after a byte, int64
+NEEDED = torch.tensor([len(rest) for rest in _STATES] + [4])  # [S] bytes needed at least; of ERROR more than any
+RESUMED = _resumed(TRANSITIONS, ERROR)  # [S, 256] the same, but invalid bytes are skipped, int64
+
+
+def state_after(data: bytes) -> int:
+    """The automaton's state after `data`; never ERROR.
+
+    An invalid byte is skipped, along with the character it broke off; it may begin the next. So the state is that of
+    the longest end of the data that can still become a character.
+    """
+    state = 0
+    for byte in data[-3:]:  # no character needs more once three of its bytes are there
+        state = int(RESUMED[state, byte])
+    return state
+
+
+def whole_characters(data: bytes) -> bytes:
+    """`data` without a last character that has begun and may still become valid."""
+    if state_after(data) == 0:
+        return data
+    return data[: max(index for index in range(max(len(data) - 3, 0), len(data)) if data[index] >= 0xC0)]
+
+
+class CharacterStream:
+    """Whole characters out of bytes that come a few at a time.
+
+    What it gives, all put together, is `data.decode("utf-8", errors="replace")`. Only a character that has begun and
+    can still become valid is withheld. (Python's incremental decoder also withholds the beginnings of surrogates.)
+    """
+
+    def __init__(self) -> None:
+        self._begun = b""
+
+    def feed(self, data: bytes) -> str:
+        data = self._begun + data
+        whole = whole_characters(data)
+        self._begun = data[len(whole) :]
+        return whole.decode("utf-8", errors="replace")
+
+    def finish(self) -> str:
+        """U+FFFD for what is left of a broken character, once nothing more comes."""
+        begun, self._begun = self._begun, b""
+        return begun.decode("utf-8", errors="replace")

@@ -1,33 +1,55 @@
 """Settings of generation. Nothing here imports torch, so that a command shows its help at once."""
 
+import reprlib
+from numbers import Integral
 from typing import Any, Literal
 
 from pydantic import Field, field_serializer, field_validator
 
 from bytelatent.config import Settings
+from bytelatent.errors import UserError
 
-MAX_NEW_BYTES = 10**9  # of a row
+MAX_NEW_BYTES = 10**9
 MAX_SAMPLES = 100_000  # of a prompt; each takes memory from when it is asked for
-MAX_BATCH_SIZE = 65_536  # sequences at once
+MAX_BATCH_SIZE = 65_536
+MAX_DRAFT_LENGTH = 16
+LIMITS = {
+    "max_new_bytes": MAX_NEW_BYTES,
+    "samples": MAX_SAMPLES,
+    "batch_size": MAX_BATCH_SIZE,
+    "draft_length": MAX_DRAFT_LENGTH,
+    "context": 2**31,
+}
 
-Quantization = Literal["full", "int8", "fp8"]  # full: as the weights are
+Quantization = Literal["full", "int8", "fp8"]  # full: the weights as they are
+
+
+def check_limits(**values: Any) -> None:
+    """Raises UserError where a value, by its name, is no number from 1 to its limit."""
+    for name, value in values.items():
+        is_number = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's, too
+        if not is_number or not 1 <= int(value) <= LIMITS[name]:
+            # Python refuses to write numbers of thousands of digits.
+            is_huge = isinstance(value, int) and value.bit_length() > 300
+            shown = f"a number of {value.bit_length():,} bits" if is_huge else reprlib.repr(value)
+            raise UserError(f"{name}: {shown} is not a number from 1 to {LIMITS[name]:,}")
 
 
 class Sampling(Settings):
     """How the next id is drawn.
 
-    In this order: `repetition_penalty`, `valid_utf8`, `temperature`, `top_k`, `top_p`, `min_p`. Each looks at what the
-    one before has left, as if that were all there is.
+    In this order: `repetition_penalty`, `valid_utf8`, `temperature`, `top_k`, `top_p`, `min_p`. Each applies to what
+    the one before has left, as if that were all there is.
 
     Attributes:
-        temperature: sampling temperature. 0 takes the most likely byte, of equals the lowest.
+        temperature: sampling temperature. 0 takes the most likely byte, the lowest among equals.
         top_k: sample from the k most likely bytes.
         top_p: sample from the most likely bytes that reach this probability.
         min_p: smallest probability, as a share of the largest.
         repetition_penalty: values above 1 make bytes that occurred less likely, in the prompt too. Positive logits are
             divided by it, others multiplied; the end of the text is never penalised.
-        seed: sampling seed, at most 64 bits. Each row draws its own random numbers from it, so that its bytes do not
-            depend on its neighbours.
+        seed: sampling seed, at most 64 bits. Each sequence draws its own random numbers from it, so that its bytes
+            do not depend on others.
         stop: text at which generation stops; may be repeated. In bash a line break is $'\\n'.
         valid_utf8: generate valid UTF-8 only. Where a stop text begins within a character, the text ends before it.
     """
@@ -50,7 +72,7 @@ class Sampling(Settings):
     @classmethod
     def _not_empty(cls, stop: list[str | bytes]) -> list[str | bytes]:
         if not all(stop):
-            raise ValueError("an empty text would end every row before it begins; leave it out")
+            raise ValueError("an empty text would end every text before it begins; leave it out")
         for text in stop:
             try:
                 _ = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text

@@ -1,10 +1,10 @@
 """Patches at the boundaries of a BPE tokenizer.
 
-A tokenizer knows that a token has ended only once it has seen what follows, and may merge what it saw before; patches
-must not know the future, or the model would be told where the next token begins before it predicts its first byte. So
-a boundary is placed where it becomes known: after the first byte of the new token, as the mode `space` places it after
-the space. To be exact, the id after byte i starts a patch when the newest token of the last 64 bytes up to i begins
-later than the newest token of the last 64 bytes up to i-1.
+A tokenizer needs the following byte to know that a token has ended; patches must not depend on the future, or they
+would leak where the next token begins before the model predicts its first byte. So a boundary is placed where it
+becomes known: after the first byte of the new token, as the mode `space` places it after the space. To be exact, the
+id after byte i starts a patch when the newest token of the last 64 bytes up to i begins later than the newest token of
+the last 64 bytes up to i-1.
 
 Source: Pagnoni et al. 2024, section 2.4 (BPE is not an incremental patching scheme).
 """
@@ -94,7 +94,7 @@ def _encoded(texts: list[str], path: str) -> list[Any]:
 
 @contextmanager
 def _as_user_error(what: str) -> Iterator[None]:
-    """Raise a UserError for what the Rust library raises: an Exception, or a PanicException, which is none."""
+    """Raise a UserError for what the Rust library raises: an Exception or a PanicException."""
     try:
         yield
     except BaseException as error:

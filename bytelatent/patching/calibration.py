@@ -79,7 +79,7 @@ def calibrate(
         ids: [T] packed documents.
         entropies: [T] nats.
         position: [T] position in the document.
-        wanted_patch_bytes: mean bytes a patch should hold.
+        wanted_patch_bytes: wanted mean bytes per patch.
         settings: of mode `entropy`; their own threshold does not matter. By default patches start above the threshold.
 
     Raises:

@@ -5,7 +5,7 @@ before it, their entropies and the position. So each of its decisions is written
 it to shifted tensors, a decoder to the values it carries.
 
 To add a mode, write its name in `ModeName`, its entry in `MODES`, and its decision on the device in
-`bytelatent.inference.step.decisions`, or mark it `on_host`.
+`bytelatent.inference.step.patching`, or mark it `on_host`.
 
 Source: Pagnoni et al. 2024, section 2.
 """
@@ -84,9 +84,9 @@ class PatchSettings(Settings):
 
     @property
     def name(self) -> str:
-        """The mode with its most telling setting: `static:4`."""
+        """The mode with its most telling setting, `static:4`, unless that is a threshold."""
         setting = MODES[self.mode].named_by
-        return self.mode if setting is None else f"{self.mode}:{getattr(self, setting)}"
+        return self.mode if setting is None or self.needs_entropies else f"{self.mode}:{getattr(self, setting)}"
 
     def in_words(self) -> str:
         """The settings in a few words: `entropy, threshold 1.34 nats`."""
@@ -141,7 +141,7 @@ class PatchingMode:
             None of them: the last bytes of a row decide, see `bpe`.
         settings: which settings belong to this mode alone.
         required: settings that must be given, and what they are.
-        named_by: the setting that a short name of the mode has after a colon.
+        named_by: the setting that follows the mode in a name such as `static:4`.
         on_host: the decisions have no form in `decide_kernel`, so that generation decides on the host.
     """
 
@@ -207,6 +207,7 @@ MODES: dict[ModeName, PatchingMode] = {
         settings=("threshold", "monotonicity", "threshold_add"),
         required={"threshold": "a threshold in nats; `blt calibrate` finds one for a patch size"},
         needs_entropies=True,
+        named_by="threshold",
         decision_of=_entropy_decision,
     ),
     "space": PatchingMode({"space": _space}),

@@ -18,7 +18,7 @@ from bytelatent.device import is_out_of_memory
 from bytelatent.errors import Interrupted, UserError, in_one_line
 from bytelatent.run_folder import checkpoint_name
 from bytelatent.signals import StopSignals
-from bytelatent.terminal import say
+from bytelatent.terminal import print_line
 from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.distributed.fsdp import local_part
 from bytelatent.training.distributed.ranks import Ranks
@@ -165,7 +165,7 @@ def who_failed(ranks: Ranks, step: Callable[[], int], stopped: StopSignals) -> I
     except Exception as error:
         if stopped.quits:
             raise
-        say(f"{ranks.name} failed after step {step()}: {type(error).__name__}: {in_one_line(error)}", sys.stderr)
+        print_line(f"{ranks.name} failed after step {step()}: {type(error).__name__}: {in_one_line(error)}", sys.stderr)
         raise
 
 

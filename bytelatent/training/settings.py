@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from bytelatent.config import Settings, laid_over, must_be_named, short
+from bytelatent.config import Settings, laid_over, must_be_named, shorten
 from bytelatent.data import DataSettings
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, UnknownPreset, preset
 from bytelatent.patching import PatchSettings
@@ -129,7 +129,7 @@ class TrainSettings(Settings):
             is_byte_lm = value.get("kind") == "byte_lm" or ("kind" not in value and not of_blt & value.keys())
             return (ByteLMSettings if is_byte_lm else BLTSettings).model_validate(value)
         if not isinstance(value, ByteLMSettings | BLTSettings):
-            raise ValueError(f"no model but {short(repr(value))}; name a preset or give its shapes")
+            raise ValueError(f"no model but {shorten(repr(value))}; name a preset or give its shapes")
         return value
 
     def source_of_default(self, key: str) -> str:

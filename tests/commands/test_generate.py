@@ -65,17 +65,17 @@ def test_a_stopped_command_keeps_its_rows_and_goes_on(how: signal.Signals, model
     while time.monotonic() < until and not (part.exists() and b"\n" in part.read_bytes()):
         time.sleep(0.01)
     process.send_signal(how)
-    told = process.communicate(timeout=60)[1]
+    shown = process.communicate(timeout=60)[1]
     if how != signal.SIGKILL:
         assert process.returncode == 130
-        assert told == (
+        assert shown == (
             f"stopped: '{out}' was not written; the rows so far are in '{part}', and the same command goes on\n"
         )
     assert names(out.parent) == {part.name, f"{part.name}.settings"}
     before = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     assert 0 < len(before) < 24
     with part.open("ab") as file:
-        file.write(b'{"prompt": "row 2", "te')  # torn
+        file.write(b'{"prompt": "row 2", "te')  # cut
     again = ended(*command(rows, model, out))
     assert again.returncode == 0, again.stderr
     assert again.stderr == f"{len(before)} of 24 rows are in '{part}'; resuming\n"
@@ -135,8 +135,8 @@ def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_pa
     part.write_bytes(b"{no row}\n")
     assert "line 1 of" in ended(*command(rows, model, out)).stderr
     part.write_bytes(first)
-    told = ended(*command(rows, model, out, "--temperature", 0.5)).stderr
-    assert "was begun with sampling.temperature=0.8, not 0.5" in " ".join(told.split())
+    shown = ended(*command(rows, model, out, "--temperature", 0.5)).stderr
+    assert "was begun with sampling.temperature=0.8, not 0.5" in " ".join(shown.split())
     rows.write_text(rows.read_text().replace("row 0", "row zero"))
     assert "line 1 of" in ended(*command(rows, model, out)).stderr
     assert part.read_bytes() == first
@@ -203,7 +203,7 @@ def run(**given: object) -> tuple[list[dict[str, object]], str]:
     return [json.loads(line) for line in out.getvalue().splitlines()], logged.getvalue()
 
 
-def test_keys_that_are_mistakes_are_told(model: Path, tmp_path: Path) -> None:
+def test_keys_that_are_mistakes_are_named(model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     for wrong, right in (("Temperature", "temperature"), ("max-new-bytes", "max_new_bytes"), ("PROMPT", "prompt")):
         rows.write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "b", wrong: 0}))
@@ -306,14 +306,14 @@ def test_what_came_meanwhile_stays(model: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl/out", "a" * 250])
-def test_a_name_that_cannot_be_written_is_told(name: str, model: Path, tmp_path: Path) -> None:
+def test_a_name_that_cannot_be_written_is_reported(name: str, model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 1, 2)
     with pytest.raises(UserError, match=rf"'.*{name}.*' cannot be written: "):
         run(model=str(model), jsonl=str(rows), max_new_bytes=2, out=tmp_path / name)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device is of Linux")
-def test_a_full_device_is_told_in_one_line(model: Path, tmp_path: Path) -> None:
+def test_a_full_device_is_reported_in_one_line(model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 2, 5)
     full = ended(*command(rows, model, Path("/dev/full")))
     assert full.returncode == 2

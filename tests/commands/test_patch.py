@@ -1,4 +1,4 @@
-"""`blt patch`: which rule is shown, of a BLT, of a byte LM, of neither."""
+"""`blt patch`: which patching settings are shown, of a BLT, of a byte LM, of neither."""
 
 import json
 from pathlib import Path
@@ -20,9 +20,9 @@ TEXT = "Daenerys Targaryen is in Game of Thrones, an epic. " * 3
 CASE = Path(__file__).parents[1] / "patching" / "tok_wordpiece.json"
 
 
-def blt_of(folder: Path, rule: PatchSettings, context: int = 40) -> Path:
+def blt_of(folder: Path, patching: PatchSettings, context: int = 40) -> Path:
     model = tiny_blt()
-    BLT(model, Config(model=model.settings, context=context, patching=rule), tiny_byte_lm()).save_pretrained(folder)
+    BLT(model, Config(model=model.settings, context=context, patching=patching), tiny_byte_lm()).save_pretrained(folder)
     return folder
 
 
@@ -72,11 +72,11 @@ def test_a_byte_lm_on_no_text(byte_lm: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "name"),
+    ("patching", "name"),
     [(PatchSettings(mode="space"), "space"), (PatchSettings(mode="static", patch_size=3), "static:3")],
 )
-def test_a_model_of_another_mode_says_so(rule: PatchSettings, name: str, tmp_path: Path) -> None:
-    model = blt_of(tmp_path / "m", rule)
+def test_a_model_of_another_mode_is_named(patching: PatchSettings, name: str, tmp_path: Path) -> None:
+    model = blt_of(tmp_path / "m", patching)
     found, said = run("-m", model, "--mode", "entropy,byte")
     assert list(found) == [name, "byte"]
     assert f"'{model}' finds its patches by '{name}', which is shown in place of 'entropy'" in said

@@ -33,7 +33,7 @@ from tests.data import killed_runs
 from tests.model.tiny import tiny_byte_lm
 from tests.text.text_files import logged, write
 
-RULE = PatchSettings(mode="entropy", threshold=5.12)  # nats; the tiny model's entropies lie around it
+PATCHING = PatchSettings(mode="entropy", threshold=5.12)  # nats; the tiny model's entropies lie around it
 CONTEXT, BATCH = 8, 20
 PROPERTY = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -118,13 +118,13 @@ def test_starts_are_decided_before_rounding(tmp_path: Path, byte_lm: ByteLM, tex
     source = write(tmp_path / "text.parquet", texts)
     recorder = Recorder(byte_lm)
     out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-    store(byte_lm, [source], out, quick(patching=RULE), entropies_of=recorder)
+    store(byte_lm, [source], out, quick(patching=PATCHING), entropies_of=recorder)
     found = documents_in(out / "text.parquet")
     flat = np.concatenate([*recorder.entropies, np.zeros(0, np.float32)])
     for document, entropies in zip(found, in_order(found, flat), strict=True):
         ids = torch.from_numpy(encode(document.text, eos=False))
         position = torch.arange(len(ids)) % CONTEXT
-        expected = next_starts(ids, torch.from_numpy(entropies), position, RULE)
+        expected = next_starts(ids, torch.from_numpy(entropies), position, PATCHING)
         assert document.starts is not None
         assert document.starts.tolist() == expected.tolist()
 
@@ -132,10 +132,10 @@ def test_starts_are_decided_before_rounding(tmp_path: Path, byte_lm: ByteLM, tex
 def test_a_threshold_between_an_entropy_and_its_rounding(tmp_path: Path, byte_lm: ByteLM) -> None:
     source = write(tmp_path / "text.parquet", [b"a" * 5, b"b" * 2])
     just_below = torch.tensor(5.1195)
-    assert RULE.threshold is not None
-    assert float(just_below) < RULE.threshold < float(just_below.half())
+    assert PATCHING.threshold is not None
+    assert float(just_below) < PATCHING.threshold < float(just_below.half())
     more: dict[str, Any] = {"entropies_of": lambda stream: just_below.expand(stream.ids.shape)}
-    store(byte_lm, [source], tmp_path / "out", quick(patching=RULE), **more)
+    store(byte_lm, [source], tmp_path / "out", quick(patching=PATCHING), **more)
     for document in documents_in(tmp_path / "out" / "text.parquet"):
         assert document.starts is not None
         assert document.starts.tolist() == [True] + [False] * len(document.text)  # the first byte always starts one
@@ -148,7 +148,7 @@ def test_they_are_what_the_patcher_computes(tmp_path: Path, byte_lm: ByteLM) -> 
     source = write(tmp_path / "text.jsonl", texts)
     recorder = Recorder(byte_lm)
     store(byte_lm, [source], tmp_path / "entropies", quick(), entropies_of=recorder)
-    store(byte_lm, [source], tmp_path / "starts", quick(patching=RULE))
+    store(byte_lm, [source], tmp_path / "starts", quick(patching=PATCHING))
     beside = documents_in(tmp_path / "entropies" / "text.parquet")
     decided = []
     rows = zip(
@@ -159,7 +159,7 @@ def test_they_are_what_the_patcher_computes(tmp_path: Path, byte_lm: ByteLM) -> 
         strict=True,
     )
     for text, stored, unrounded, with_starts in rows:
-        patched = Patcher(RULE, byte_lm)(list(cut(Document(text), CONTEXT)))
+        patched = Patcher(PATCHING, byte_lm)(list(cut(Document(text), CONTEXT)))
         live = np.concatenate([piece.entropies for piece in patched if piece.entropies is not None])
         starts = np.concatenate([piece.next_starts for piece in patched if piece.next_starts is not None])
         np.testing.assert_allclose(unrounded, live, atol=1e-5)
@@ -171,12 +171,12 @@ def test_they_are_what_the_patcher_computes(tmp_path: Path, byte_lm: ByteLM) -> 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("rule", [None, RULE])
-def test_a_gpu_stores_the_same(tmp_path: Path, rule: PatchSettings | None) -> None:
+@pytest.mark.parametrize("patching", [None, PATCHING])
+def test_a_gpu_stores_the_same(tmp_path: Path, patching: PatchSettings | None) -> None:
     byte_lm = tiny_byte_lm(window=6, dim=32)  # FlexAttention wants heads of 16
     draw = np.random.default_rng(0)
     source = write(tmp_path / "text.parquet", [draw.bytes(int(size)) for size in draw.integers(1, 900, size=60)])
-    asked = quick(context=256, batch_bytes=1024, patching=rule)
+    asked = quick(context=256, batch_bytes=1024, patching=patching)
     summary = store(byte_lm, [source], tmp_path / "cpu", asked)
     on_gpu = byte_lm.cuda()
     store(on_gpu, [source], tmp_path / "gpu", asked)
@@ -184,7 +184,7 @@ def test_a_gpu_stores_the_same(tmp_path: Path, rule: PatchSettings | None) -> No
     assert bytes_below(tmp_path / "again") == bytes_below(tmp_path / "gpu")
     here, there = (documents_in(tmp_path / name / "text.parquet") for name in ("cpu", "gpu"))
     assert [(a.id, a.text) for a in here] == [(b.id, b.text) for b in there]
-    if rule is None:
+    if patching is None:
         for a, b in zip(here, there, strict=True):
             np.testing.assert_allclose(a.entropies, b.entropies, atol=0.02)
     else:
@@ -222,7 +222,7 @@ def test_rows_without_an_id_get_one(tmp_path: Path, byte_lm: ByteLM) -> None:
 
 def test_what_the_file_says(tmp_path: Path, byte_lm: ByteLM) -> None:
     source = write(tmp_path / "text.jsonl.gz", [b"some text"])
-    store(byte_lm, [source], tmp_path / "out", quick(patching=RULE))
+    store(byte_lm, [source], tmp_path / "out", quick(patching=PATCHING))
     stored = read_stored(tmp_path / "out" / "text.parquet")
     assert stored is not None
     assert stored.plain() == {
@@ -231,11 +231,11 @@ def test_what_the_file_says(tmp_path: Path, byte_lm: ByteLM) -> None:
         "window": 6,
         "context": CONTEXT,
         "dtype": "float32",
-        "rule": RULE.plain(),
+        "patching": PATCHING.plain(),
         "source_bytes": source.stat().st_size,
     }
-    assert stored.rule is not None
-    assert PatchSettings.parse(stored.rule) == RULE
+    assert stored.patching is not None
+    assert PatchSettings.parse(stored.patching) == PATCHING
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def test_other_files_are_not_overwritten(tmp_path: Path, text: Path, byte_lm: By
     ways = [
         (tiny_byte_lm(seed=1, window=6), quick(), "byte_lm is .* there and .* now"),
         (byte_lm, quick(context=9), "context is 8 there and 9 now"),
-        (byte_lm, quick(patching=RULE), "rule is None there and {.*'threshold': 5.12.*} now"),
+        (byte_lm, quick(patching=PATCHING), "patching is None there and {.*'threshold': 5.12.*} now"),
         (byte_lm, quick(dtype="bfloat16"), "dtype is float32 there and bfloat16 now"),
     ]
     for model, asked, difference in ways:
@@ -565,7 +565,7 @@ def test_the_command(tmp_path: Path, text: Path, model: Path, byte_lm: ByteLM) -
     assert "more processes than files" in line_about(command(text, model, str(tmp_path), rank=7, world=8), "out")
 
 
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_shows_how_to_go_on(
     tmp_path: Path, text: Path, model: Path, threads_end: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(byte_lm: ByteLM, stream: Stream) -> Tensor:
@@ -584,13 +584,13 @@ def test_ctrl_c_says_how_to_go_on(
     assert len(bytes_below(out)) == 1
 
 
-def test_rules_of_the_command(tmp_path: Path, text: Path, model: Path) -> None:
+def test_modes_of_the_command(tmp_path: Path, text: Path, model: Path) -> None:
     command(text, model, str(tmp_path / "one"), starts=5.12)
-    command(text, model, str(tmp_path / "other"), rule="mode=entropy, threshold=5.12")
+    command(text, model, str(tmp_path / "other"), patching="mode=entropy, threshold=5.12")
     assert bytes_below(tmp_path / "one") == bytes_below(tmp_path / "other")
     stored = read_stored(tmp_path / "one" / "0.parquet")
     assert stored is not None
-    assert stored.rule == RULE.plain()
+    assert stored.patching == PATCHING.plain()
 
 
 @pytest.mark.parametrize(

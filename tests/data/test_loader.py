@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from bytelatent.data import Batch, DataSettings, Loader, Patcher, Piece, SourceSettings, batches_once
-from bytelatent.data.reading import PieceReader, ReaderPool
-from bytelatent.data.source import SourceReader
+from bytelatent.data.source import PieceReader, ReaderPool, SourceReader
 from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
@@ -42,18 +41,18 @@ def same(a: Batch, b: Batch) -> bool:
     return alike and all(streams) and a.targets.equal(b.targets)
 
 
-RULES = {"none": None, "static": PatchSettings(mode="static", patch_size=4), "space": PatchSettings(mode="space")}
+PATCHINGS = {"none": None, "static": PatchSettings(mode="static", patch_size=4), "space": PatchSettings(mode="space")}
 
 
-@pytest.mark.parametrize("rule", [*RULES, "entropy"])
+@pytest.mark.parametrize("patching", [*PATCHINGS, "entropy"])
 @pytest.mark.parametrize("done", [0, 1, 7, 40])
-def test_goes_on_bit_for_bit(sources: list[SourceSettings], rule: str, done: int) -> None:
+def test_goes_on_bit_for_bit(sources: list[SourceSettings], patching: str, done: int) -> None:
     """40 batches go several times through every source."""
     patcher = None
-    if rule == "entropy":
+    if patching == "entropy":
         patcher = Patcher(PatchSettings(mode="entropy", threshold=5.2), tiny_byte_lm())
-    elif RULES[rule] is not None:
-        patcher = Patcher(RULES[rule])
+    elif PATCHINGS[patching] is not None:
+        patcher = Patcher(PATCHINGS[patching])
     settings = DataSettings(
         train=sources, context=20, batch_bytes=48, batch_patches=24 if patcher else None, shuffle_buffer=5
     )

@@ -28,7 +28,7 @@ def pieces_of(texts: list[bytes], context: int = 100) -> list[Piece]:
     return [piece for text in texts for piece in cut(Document(text), context)]
 
 
-def test_starts_are_those_of_the_rule(patcher: Patcher) -> None:
+def test_starts_are_those_of_the_mode(patcher: Patcher) -> None:
     """Each piece alone, its entropies from the byte LM's own softmax."""
     patched = patcher(pieces_of(TEXTS))
     decided = []

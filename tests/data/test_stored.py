@@ -18,13 +18,13 @@ from tests.model.tiny import tiny_byte_lm
 from tests.text.text_files import write
 
 CONTEXT = 50
-RULE = PatchSettings(mode="entropy", threshold=5.2)
-RULES = [RULE, PatchSettings(mode="entropy", threshold=0.01, monotonicity=True, max_patch_length=7)]
+PATCHING = PatchSettings(mode="entropy", threshold=5.2)
+PATCHINGS = [PATCHING, PatchSettings(mode="entropy", threshold=0.01, monotonicity=True, max_patch_length=7)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same text plain, with entropies, and with the starts of two rules; some longer than the context."""
+    """The same text plain, with entropies, and with the starts of two modes; some longer than the context."""
     folder = tmp_path_factory.mktemp("stored")
     draw = np.random.default_rng(0)
     texts = [draw.bytes(int(size)) for size in draw.integers(1, 160, size=60)]
@@ -32,9 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_lm = tiny_byte_lm(window=6)
     asked = EntropySettings(context=CONTEXT, batch_bytes=256, dtype="float32")
     store_entropies(byte_lm, fingerprint(byte_lm), [source], folder / "entropies", asked)
-    for number, rule in enumerate(RULES):
-        with_rule = asked.model_copy(update={"patching": rule})
-        store_entropies(byte_lm, fingerprint(byte_lm), [source], folder / f"starts{number}", with_rule)
+    for number, patching in enumerate(PATCHINGS):
+        with_patching = asked.model_copy(update={"patching": patching})
+        store_entropies(byte_lm, fingerprint(byte_lm), [source], folder / f"starts{number}", with_patching)
     return folder
 
 
@@ -43,19 +43,19 @@ def settings(source: Path | str, **changes: object) -> DataSettings:
     return DataSettings.parse({**values, **changes})
 
 
-def live(rule: PatchSettings = RULE) -> Patcher:
+def live(patching: PatchSettings = PATCHING) -> Patcher:
     byte_lm = tiny_byte_lm(window=6)
-    return Patcher(rule, byte_lm, fingerprint=fingerprint(byte_lm))
+    return Patcher(patching, byte_lm, fingerprint=fingerprint(byte_lm))
 
 
-@pytest.mark.parametrize("number", range(len(RULES)))
+@pytest.mark.parametrize("number", range(len(PATCHINGS)))
 @pytest.mark.parametrize("with_byte_lm", [True, False])
 def test_batches_from_stored_starts_are_those_of_the_live_byte_lm(
     folder: Path, number: int, with_byte_lm: bool
 ) -> None:
-    rule = RULES[number]
-    expected = Loader(settings(folder / "text"), 3, live(rule))
-    stored = Loader(settings(folder / f"starts{number}"), 3, live(rule) if with_byte_lm else Patcher(rule))
+    patching = PATCHINGS[number]
+    expected = Loader(settings(folder / "text"), 3, live(patching))
+    stored = Loader(settings(folder / f"starts{number}"), 3, live(patching) if with_byte_lm else Patcher(patching))
     assert all(same(next(stored), next(expected)) for _ in range(40))
 
 
@@ -65,9 +65,9 @@ def test_batches_from_stored_entropies_are_those_of_the_live_byte_lm(folder: Pat
     values = np.concatenate([document.entropies for _, document in read_documents(str(file))])  # type: ignore[misc]
     gaps = np.sort(np.unique(values))
     middle = gaps[len(gaps) // 2 : len(gaps) // 2 + 2]
-    rule = PatchSettings(mode="entropy", threshold=float(middle.mean()))
-    expected = Loader(settings(folder / "text"), 3, live(rule))
-    stored = Loader(settings(folder / "entropies"), 3, Patcher(rule))
+    patching = PatchSettings(mode="entropy", threshold=float(middle.mean()))
+    expected = Loader(settings(folder / "text"), 3, live(patching))
+    stored = Loader(settings(folder / "entropies"), 3, Patcher(patching))
     patches = 0
     for _ in range(40):
         batch = next(stored)
@@ -79,22 +79,22 @@ def test_batches_from_stored_entropies_are_those_of_the_live_byte_lm(folder: Pat
 @pytest.mark.parametrize("kind", ["entropies", "starts0"])
 def test_stored_batches_go_on_and_need_no_byte_lm_in_reading_processes(folder: Path, kind: str) -> None:
     data = settings(folder / kind)
-    loader = Loader(data, 1, Patcher(RULE))
+    loader = Loader(data, 1, Patcher(PATCHING))
     for _ in range(9):
         next(loader)
     assert all(piece.entropies is None for piece in loader.buffer)  # they take four times the text's memory
     state = loader.state_dict()
     following = [next(loader) for _ in range(9)]
-    with Loader(data.model_copy(update={"workers": 1}), 1, Patcher(RULE)) as resumed:
+    with Loader(data.model_copy(update={"workers": 1}), 1, Patcher(PATCHING)) as resumed:
         resumed.load_state_dict(state)
         assert all(same(next(resumed), batch) for batch in following)
 
 
 @pytest.mark.parametrize("kind", ["entropies", "starts0"])
-@pytest.mark.parametrize("rule", [None, PatchSettings(mode="space"), PatchSettings(mode="static", patch_size=3)])
-def test_rules_that_need_none_leave_what_is_stored(folder: Path, kind: str, rule: PatchSettings | None) -> None:
-    patcher = None if rule is None else Patcher(rule)
-    patches = {} if rule else {"batch_patches": None}
+@pytest.mark.parametrize("patching", [None, PatchSettings(mode="space"), PatchSettings(mode="static", patch_size=3)])
+def test_modes_that_need_none_leave_what_is_stored(folder: Path, kind: str, patching: PatchSettings | None) -> None:
+    patcher = None if patching is None else Patcher(patching)
+    patches = {} if patching else {"batch_patches": None}
     expected, found = (Loader(settings(folder / name, **patches), 2, patcher) for name in ("text", kind))
     assert all(same(next(found), next(expected)) for _ in range(10))
     once = [list(batches_once(settings(folder / name).train, CONTEXT, 100, patcher)) for name in ("text", kind)]
@@ -104,10 +104,10 @@ def test_rules_that_need_none_leave_what_is_stored(folder: Path, kind: str, rule
 
 def test_validation_uses_what_is_stored(folder: Path) -> None:
     of_text = list(batches_once(settings(folder / "text").train, CONTEXT, 100, live()))
-    of_starts = list(batches_once(settings(folder / "starts0").train, CONTEXT, 100, Patcher(RULE)))
+    of_starts = list(batches_once(settings(folder / "starts0").train, CONTEXT, 100, Patcher(PATCHING)))
     assert len(of_text) > 5
     assert all(map(same, of_text, of_starts))
-    cut = list(batches_once(settings(folder / "starts0").train, CONTEXT, 100, Patcher(RULE), max_bytes=333))
+    cut = list(batches_once(settings(folder / "starts0").train, CONTEXT, 100, Patcher(PATCHING), max_bytes=333))
     assert sum(batch.num_bytes for batch in cut) == 333
 
 
@@ -122,15 +122,17 @@ def complaint(source: Path | str, patcher: Patcher) -> str:
 
 def test_what_does_not_belong_together(folder: Path) -> None:
     other = tiny_byte_lm(seed=1, window=6)
-    assert "another byte LM" in complaint(folder / "entropies", Patcher(RULE, other, fingerprint=fingerprint(other)))
+    assert "another byte LM" in complaint(
+        folder / "entropies", Patcher(PATCHING, other, fingerprint=fingerprint(other))
+    )
     wide = tiny_byte_lm(window=7)
     assert "a window of 6 ids; entropy_model has 7" in complaint(
-        folder / "entropies", Patcher(RULE, wide, fingerprint=fingerprint(wide))
+        folder / "entropies", Patcher(PATCHING, wide, fingerprint=fingerprint(wide))
     )
-    line = complaint(folder / "starts0", Patcher(RULE.model_copy(update={"threshold": 5.3})))
+    line = complaint(folder / "starts0", Patcher(PATCHING.model_copy(update={"threshold": 5.3})))
     assert "threshold=5.2" in line
     assert "threshold=5.3" in line
-    assert "needs a byte LM or entropies stored" in complaint(folder / "text", Patcher(RULE))
+    assert "needs a byte LM or entropies stored" in complaint(folder / "text", Patcher(PATCHING))
 
 
 @pytest.mark.parametrize("change", [{"byte_lm": "x"}, {"window": 9}, {"dtype": "bfloat16"}])
@@ -138,7 +140,7 @@ def test_files_that_were_not_made_alike(folder: Path, change: dict[str, object])
     [file] = (folder / "entropies").glob("*.parquet")
     stored = read_stored(file)
     assert isinstance(stored, Stored)
-    check = StoredCheck(Patcher(RULE))
+    check = StoredCheck(Patcher(PATCHING))
     check(stored, "a.parquet")
     check(stored.model_copy(update={"source_bytes": 1}), "b.parquet")
     [(name, _)] = change.items()

@@ -13,7 +13,7 @@ from bytelatent.vocab import encode
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
 
 TEXTS = [b"The first one.", b"\xff\xfe no UTF-8", b"x", "ein längerer Text, mit vielen Wörtern darin".encode()]
-RULE = PatchSettings(mode="space")
+PATCHING = PatchSettings(mode="space")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def directly(model: ByteLM | BLTModel, texts: list[bytes]) -> float:
         ids = torch.from_numpy(encode(text))
         stream = pack_rows([ids[:-1]])
         if isinstance(model, BLTModel):
-            stream = add_patches(stream, next_starts(stream.ids, None, stream.position, RULE))
+            stream = add_patches(stream, next_starts(stream.ids, None, stream.position, PATCHING))
         with torch.no_grad():
             probabilities = model(stream).double().softmax(-1)  # type: ignore[arg-type]
         for place, target in enumerate(ids[1:].tolist()):  # the last of them is EOS
@@ -57,7 +57,7 @@ def directly(model: ByteLM | BLTModel, texts: list[bytes]) -> float:
 def evaluated(
     model: ByteLM | BLTModel, folder: Path, batch_bytes: int = 4096, max_bytes: int | None = None
 ) -> Evaluation:
-    patcher = Patcher(RULE) if isinstance(model, BLTModel) else None
+    patcher = Patcher(PATCHING) if isinstance(model, BLTModel) else None
     return evaluate(model, batches_once([SourceSettings(path=str(folder))], 512, batch_bytes, patcher, max_bytes))
 
 
@@ -85,12 +85,12 @@ def test_stops_after_so_much_text(model: ByteLM | BLTModel, folder: Path) -> Non
     assert found.bits_per_byte == pytest.approx(directly(model, [TEXTS[0], TEXTS[1][:6]]), rel=1e-5)
 
 
-def test_tells_of_each_batch(model: ByteLM | BLTModel, folder: Path) -> None:
-    told: list[int] = []
-    patcher = Patcher(RULE) if isinstance(model, BLTModel) else None
-    evaluate(model, batches_once([SourceSettings(path=str(folder))], 512, 20, patcher), on_batch=told.append)
-    assert sum(told) == sum(map(len, TEXTS))
-    assert len(told) > 2
+def test_reports_each_batch(model: ByteLM | BLTModel, folder: Path) -> None:
+    shown: list[int] = []
+    patcher = Patcher(PATCHING) if isinstance(model, BLTModel) else None
+    evaluate(model, batches_once([SourceSettings(path=str(folder))], 512, 20, patcher), on_batch=shown.append)
+    assert sum(shown) == sum(map(len, TEXTS))
+    assert len(shown) > 2
 
 
 def test_no_text_is_one_line(model: ByteLM | BLTModel, folder: Path) -> None:

@@ -18,7 +18,7 @@ from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings, next_starts
 from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
 
-RULES = st.sampled_from(
+PATCHINGS = st.sampled_from(
     [
         PatchSettings(threshold=5.12),
         PatchSettings(threshold=5.3, max_patch_length=3),
@@ -53,16 +53,16 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 @given(
     settings=blt_settings(),
     byte_lm=byte_lm_settings(),
-    rule=RULES,
+    patching=PATCHINGS,
     seed=st.integers(0, 1000),
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     data=st.data(),
 )
 def test_logits_equal_the_full_forward(
-    settings: Any, byte_lm: Any, rule: PatchSettings, seed: int, sizes: list[int], data: st.DataObject
+    settings: Any, byte_lm: Any, patching: PatchSettings, seed: int, sizes: list[int], data: st.DataObject
 ) -> None:
     """In float64: some of these models, a few numbers wide, are so steep that float32 would round by more than 1e-4."""
-    decoder = Decoder(make(settings, seed).double(), rule, make(byte_lm, seed).double())
+    decoder = Decoder(make(settings, seed).double(), patching, make(byte_lm, seed).double())
     check(decoder, sizes, seed, data)
 
 
@@ -92,16 +92,16 @@ def check(decoder: Decoder, sizes: list[int], seed: int, data: st.DataObject) ->
             read[row] += count
 
 
-@pytest.mark.parametrize("rule", [PatchSettings(threshold=5.12), PatchSettings(mode="space", max_patch_length=5)])
+@pytest.mark.parametrize("patching", [PatchSettings(threshold=5.12), PatchSettings(mode="space", max_patch_length=5)])
 @settings_of_hypothesis(max_examples=5)
 @given(seed=st.integers(0, 1000), data=st.data())
-def test_the_way_a_gpu_reads_prompts(rule: PatchSettings, seed: int, data: st.DataObject) -> None:
+def test_the_way_a_gpu_reads_prompts(patching: PatchSettings, seed: int, data: st.DataObject) -> None:
     """With joined products, padding, and the kernels' plain forms."""
     shape = StackSettings(dim=32, num_layers=2, num_heads=2, multiple_of=8, window=7)
     middle = StackSettings(dim=48, num_layers=2, num_heads=3, multiple_of=8)
     every = CrossAttentionSettings(k=2, num_heads=2, all_layers_encoder=True)
     model = tiny_blt(seed, encoder=shape, decoder=shape, global_transformer=middle, cross_attention=every)
-    decoder = FastDecoder(model, rule, tiny_byte_lm(seed, dim=32, window=6))
+    decoder = FastDecoder(model, patching, tiny_byte_lm(seed, dim=32, window=6))
     check(decoder, [30, 1, 140], seed, data)
     lm = FastDecoder(tiny_byte_lm(seed, dim=32, window=6), None, None)
     check(lm, [30, 1, 140], seed, data)
@@ -123,7 +123,7 @@ def test_prompts_on_a_cpu_have_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_new_ids_of_any_number(size: int) -> None:
-    """With patches that close among them, at many places; states are not shared between prompts."""
+    """With patches that close among them, at many positions; states are not shared between prompts."""
     decoder = Decoder(tiny_blt(window=6), PatchSettings(threshold=5.12), tiny_byte_lm(window=6))
     row = torch.cat([torch.tensor([1]), random_ids(torch.Generator().manual_seed(0), 65)])
     [expected] = full_logits(decoder, [row])
@@ -137,8 +137,8 @@ def test_new_ids_of_any_number(size: int) -> None:
 def test_long_patches_and_long_texts(prompt: int) -> None:
     """Beyond every table's first size: one patch of all bytes, then many patches."""
     row = torch.cat([torch.tensor([1]), random_ids(torch.Generator().manual_seed(1), 1000)])
-    for rule in (PatchSettings(mode="static", patch_size=800), PatchSettings(mode="byte")):
-        decoder = Decoder(tiny_blt(), rule, None)
+    for patching in (PatchSettings(mode="static", patch_size=800), PatchSettings(mode="byte")):
+        decoder = Decoder(tiny_blt(), patching, None)
         [expected] = full_logits(decoder, [row])
         state, _ = decoder.prefill([row[:prompt]])
         found = [

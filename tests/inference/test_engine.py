@@ -10,11 +10,10 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.settings import MAX_NEW_BYTES
+from bytelatent.inference.sampling import state_after
+from bytelatent.inference.settings import MAX_DRAFT_LENGTH, MAX_NEW_BYTES
 from bytelatent.inference.step import CapturedSlots, engine_for, supports
-from bytelatent.inference.step.drafting import LONGEST
 from bytelatent.inference.step.step import BLTStep
-from bytelatent.inference.utf8 import state_after
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import PatchSettings
@@ -57,29 +56,29 @@ def decoders(seed: int = 0) -> dict[str, Decoder]:
 NAMES = list(decoders())
 
 
-def engine_of(decoder: Decoder, kind: str, num_rows: int) -> Engine:
+def engine_of(decoder: Decoder, kind: str, batch_size: int) -> Engine:
     """Plain rows; the fast ones as they run on a CPU; the same where the global transformer runs seldom, for few; as on
     a GPU, where the decoder does not wait for the byte LM; and where several bytes are drafted and verified at once."""
     if kind == "plain":
-        return Engine.plain(decoder, num_rows)
+        return Engine.plain(decoder, batch_size)
     assert supports(decoder.model, decoder.byte_lm)
     if kind in DRAFTED and isinstance(decoder.model, ByteLM):
         pytest.skip("a byte LM has no part that drafts")
-    rows = CapturedSlots(decoder, num_rows, **FAST[kind])
-    if isinstance(rows._step, BLTStep):
-        rows._step.assumes_open |= kind in ASSUMING
-    return Engine(decoder, rows, num_rows)
+    slots = CapturedSlots(decoder, batch_size, **FAST[kind])
+    if isinstance(slots.step, BLTStep):
+        slots.step.assumes_open |= kind in ASSUMING
+    return Engine(decoder, slots, batch_size)
 
 
 FAST: dict[str, dict[str, Any]] = {
     "fast": {},
-    "fast, seldom": {"quorum": 0.7, "places": 1},
-    "fast, few": {"places": 2},
+    "fast, seldom": {"quorum": 0.7, "max_closing": 1},
+    "fast, few": {"max_closing": 2},
     "assuming": {},
     "assuming, seldom": {"quorum": 0.6},
-    "drafted": {"ahead": 5},
-    "drafted, far": {"ahead": LONGEST},
-    "drafted, few": {"ahead": 6, "places": 2},
+    "drafted": {"draft_length": 5},
+    "drafted, far": {"draft_length": MAX_DRAFT_LENGTH},
+    "drafted, few": {"draft_length": 6, "max_closing": 2},
 }
 ASSUMING = ["assuming", "assuming, seldom"]
 DRAFTED = ["drafted", "drafted, far", "drafted, few"]
@@ -107,10 +106,10 @@ def generated(engine: Engine, prompts: list[str], count: int, sampling: Sampling
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("num_rows", [1, 3])
-def test_greedy_bytes(name: str, kind: str, num_rows: int) -> None:
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_greedy_bytes(name: str, kind: str, batch_size: int) -> None:
     decoder = decoders()[name]
-    found = generated(engine_of(decoder, kind, num_rows), PROMPTS, 20)
+    found = generated(engine_of(decoder, kind, batch_size), PROMPTS, 20)
     for prompt, continuation in zip(PROMPTS, found, strict=True):
         assert continuation.ids == slow_greedy(decoder, prompt, 20)
         assert len(continuation.log_probabilities) == len(continuation.ids)
@@ -157,8 +156,8 @@ def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
 def test_long_texts_and_patches(kind: str, size: int) -> None:
     """Beyond the first size of every table, on the way or with the prompt."""
-    rule = PatchSettings(mode="static", patch_size=300)
-    for decoder in (Decoder(wide_blt(2), rule, None), Decoder(wide_blt(2), PatchSettings(mode="byte"), None)):
+    patching = PatchSettings(mode="static", patch_size=300)
+    for decoder in (Decoder(wide_blt(2), patching, None), Decoder(wide_blt(2), PatchSettings(mode="byte"), None)):
         [found] = generated(engine_of(decoder, kind, 1), ["x" * size], 400)
         ids = torch.cat([prompt_ids("x" * size), torch.tensor(found.ids)])
         logits = full_logits(decoder, [ids])[0][size:-1]
@@ -240,8 +239,8 @@ def test_drafts_save_steps() -> None:
     model: Any = decoder.model
     for cross in model.decoder.cross_attention:
         cross.output.weight.data.zero_()
-    rows = CapturedSlots(decoder, 1, ahead=8)
-    engine = Engine(decoder, rows, 1)
+    slots = CapturedSlots(decoder, 1, draft_length=8)
+    engine = Engine(decoder, slots, 1)
     [asked] = engine.submit(prompt_ids("The"), Sampling(temperature=1.0), 64)
     steps = 0
     while asked.ended is None:
@@ -254,13 +253,13 @@ def test_drafts_save_steps() -> None:
 def test_who_cannot_draft() -> None:
     named = decoders()
     lm, blt = named["byte LM"], named["entropy"]
-    with pytest.raises(UserError, match="ahead: a byte LM has no part that drafts"):
-        engine_for(lm.model, None, None, 1, ahead=4)
-    with pytest.raises(UserError, match="patching mode 'bpe' is not drafted for"):
-        engine_for(blt.model, PatchSettings(mode="bpe", tokenizer="x.json"), None, 1, ahead=4)
-    for wrong in (0, LONGEST + 1):
-        with pytest.raises(UserError, match=f"ahead: {wrong} bytes a step; take 1 to {LONGEST}"):
-            engine_for(blt.model, blt.patching, blt.byte_lm, 1, ahead=wrong)
+    with pytest.raises(UserError, match="draft_length: a byte LM has no part that drafts"):
+        engine_for(lm.model, None, None, 1, draft_length=4)
+    with pytest.raises(UserError, match="patching mode 'bpe' has no drafts"):
+        engine_for(blt.model, PatchSettings(mode="bpe", tokenizer="x.json"), None, 1, draft_length=4)
+    for wrong in (0, MAX_DRAFT_LENGTH + 1):
+        with pytest.raises(UserError, match=f"draft_length: {wrong} is not a number from 1 to {MAX_DRAFT_LENGTH}"):
+            engine_for(blt.model, blt.patching, blt.byte_lm, 1, draft_length=wrong)
 
 
 def test_what_will_not_do() -> None:
@@ -288,8 +287,8 @@ STOPS = st.lists(
 def test_valid_utf8_is_valid_whatever_ends_it(kind: str, data: st.DataObject) -> None:
     """Also where a stop text begins within a character, on the way, and where a sequence is cancelled."""
     decoder = decoders(data.draw(st.integers(0, 3)))["entropy"]
-    num_rows = data.draw(st.integers(1, 3))
-    engine = engine_of(decoder, kind, num_rows)
+    batch_size = data.draw(st.integers(1, 3))
+    engine = engine_of(decoder, kind, batch_size)
     asked = [
         engine.submit(
             prompt_ids(prompt),
@@ -339,8 +338,8 @@ def test_rejected_drafts_leave_no_trace(mode: str) -> None:
     decoder = Decoder(wide_blt(0), patching, decoders()["entropy"].byte_lm)
     hot = Sampling(temperature=1.0, seed=1)
     plain = generated(Engine.plain(decoder, 2), PROMPTS[:3], 40, hot)
-    rows = CapturedSlots(decoder, 2, ahead=LONGEST)
-    for found, expected in zip(generated(Engine(decoder, rows, 2), PROMPTS[:3], 40, hot), plain, strict=True):
+    slots = CapturedSlots(decoder, 2, draft_length=MAX_DRAFT_LENGTH)
+    for found, expected in zip(generated(Engine(decoder, slots, 2), PROMPTS[:3], 40, hot), plain, strict=True):
         assert (found.ids, found.ended) == (expected.ids, expected.ended)
 
 
@@ -351,7 +350,7 @@ def test_the_end_of_a_text_within_a_draft() -> None:
     with torch.no_grad():
         head.weight.zero_()
     hot = Sampling(temperature=1.0)
-    plain, drafted = Engine.plain(decoder, 12), Engine(decoder, CapturedSlots(decoder, 12, ahead=8), 12)
+    plain, drafted = Engine.plain(decoder, 12), Engine(decoder, CapturedSlots(decoder, 12, draft_length=8), 12)
     asked = [engine.submit(prompt_ids("x"), hot, 300, samples=12) for engine in (plain, drafted)]
     plain.run()
     drafted.run()

@@ -18,20 +18,20 @@ ROWS = st.lists(
 
 @given(rows=ROWS, count=st.integers(1, 20))
 def test_new_positions(rows: list[tuple[int, int, list[int]]], count: int) -> None:
-    entries = [(row, read, run, turn) for row, read, sizes in rows for run, n in enumerate(sizes) for turn in range(n)]
+    entries = [(row, read, run, i) for row, read, sizes in rows for run, n in enumerate(sizes) for i in range(n)]
     row_of = torch.tensor([row for row, *_ in entries])
-    new = NewPositions(row_of, torch.tensor([read + turn for _, read, _, turn in entries]))
-    assert new.offset.tolist() == [turn for *_, turn in entries]
+    new = NewPositions(row_of, torch.tensor([read + i for _, read, _, i in entries]))
+    assert new.offset.tolist() == [i for *_, i in entries]
     assert new.slot.tolist() == [row for row, _, _ in rows]
     assert new.num_read.tolist() == [read for _, read, _ in rows]
-    places = torch.arange(len(entries))
-    laid_out = new.padded(places, fill=-1)
+    indices = torch.arange(len(entries))
+    laid_out = new.padded(indices, fill=-1)
     assert laid_out.shape == (len(rows), max(sum(sizes) for *_, sizes in rows))
-    assert torch.equal(new.unpadded(laid_out), places)
+    assert torch.equal(new.unpadded(laid_out), indices)
     for line, (row, _, _) in enumerate(rows):
         of_row = (row_of == row).nonzero()[:, 0].tolist()
         assert laid_out[line].tolist() == of_row + [-1] * (laid_out.shape[1] - len(of_row))
-        assert [i for i in places[new.newest(count)].tolist() if i in of_row] == of_row[-count:]
+        assert [i for i in indices[new.newest(count)].tolist() if i in of_row] == of_row[-count:]
         for i, query in enumerate(of_row):
             for j, key in enumerate(of_row):
                 same_run = entries[query][:3] == entries[key][:3]

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.quantize import QuantizedLinear, Weights, quantize_model
+from bytelatent.inference.quantize import QuantizedLinear, quantize_model
+from bytelatent.inference.settings import Quantization
 from bytelatent.inference.step import CapturedSlots, FastDecoder, engine_for
 from tests.inference.test_decoder import check, full_logits
 from tests.inference.test_engine import NAMES, PROMPTS, decoders, wide_blt
 
-BOTH: tuple[Weights, ...] = ("int8", "fp8")
+BOTH: tuple[Quantization, ...] = ("int8", "fp8")
 # Sign, four bits of exponent, three more; the very last one would be NaN.
 STEPS = [(bits % 8) * 2.0**-9 if bits < 8 else (1 + bits % 8 / 8) * 2.0 ** (bits // 8 - 7) for bits in range(127)]
 FP8 = torch.tensor([-step for step in STEPS] + STEPS, dtype=torch.float64)
@@ -41,7 +42,7 @@ def norm_before(name: str) -> str | None:
     return norm and ".".join([*path[:-depth], norm, "weight"])
 
 
-def slowly_rounded(model: Any, weights: str) -> Any:
+def slowly_quantized(model: Any, quantize: str) -> Any:
     """The same numbers by another way: fp8 by a search among all there are. Only what is to be rounded is computed in
     float32 here, too: some of thousands of numbers lie too near the middle for it not to matter."""
     slow = deepcopy(model)
@@ -55,23 +56,23 @@ def slowly_rounded(model: Any, weights: str) -> Any:
         if norm := norm_before(name):
             matrix = matrix * tensors[norm]
             folded.add(norm)
-        scale = matrix.abs().amax(1, keepdim=True) / (127 if weights == "int8" else 448)
+        scale = matrix.abs().amax(1, keepdim=True) / (127 if quantize == "int8" else 448)
         unit = (matrix / scale).double()
         # A quotient in float32 is on a middle, or 1e-7 from it.
         far = (unit[..., None] - FP8).abs() + 1e-9 * ODD * FP8.abs()
-        near = unit.round() if weights == "int8" else FP8[far.argmin(-1)]
+        near = unit.round() if quantize == "int8" else FP8[far.argmin(-1)]
         tensors[key] = (near * scale).float()
     slow.load_state_dict(tensors | {norm: torch.ones_like(tensors[norm]) for norm in folded})
     return slow
 
 
-@pytest.mark.parametrize("weights", BOTH)
+@pytest.mark.parametrize("quantize", BOTH)
 @pytest.mark.parametrize("name", ["byte LM", "entropy", "all layers"])
-def test_these_matrices_are_rounded_so(name: str, weights: Weights) -> None:
+def test_these_matrices_are_quantized_so(name: str, quantize: Quantization) -> None:
     model = decoders()[name].model
     before = deepcopy(model.state_dict())
-    copied = quantize_model(model, weights)
-    found, expected = copied.state_dict(), slowly_rounded(model, weights).state_dict()
+    copied = quantize_model(model, quantize)
+    found, expected = copied.state_dict(), slowly_quantized(model, quantize).state_dict()
     assert found.keys() == expected.keys()
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=0, msg=key)
@@ -84,20 +85,20 @@ def test_these_matrices_are_rounded_so(name: str, weights: Weights) -> None:
 
 
 def numbers(model: Any) -> tuple[int, int]:
-    """Numbers kept as bytes, and as anything else but scales."""
+    """Numbers stored as bytes, and as anything else but scales."""
     quantized = [part for part in model.modules() if isinstance(part, QuantizedLinear)]
     assert all(part.matrix.values.element_size() == 1 for part in quantized)
     return sum(part.matrix.values.numel() for part in quantized), sum(part.numel() for part in model.parameters())
 
 
-@pytest.mark.parametrize("weights", BOTH)
-def test_bytes_and_written_out(weights: Weights) -> None:
+@pytest.mark.parametrize("quantize", BOTH)
+def test_bytes_and_written_out(quantize: Quantization) -> None:
     """Both are one model; as bytes it has no other copy of a matrix."""
     decoder = decoders()["entropy"]
-    as_bytes, written = (quantize_model(decoder.model, weights, as_bytes=kept) for kept in (True, False))
-    kept, rest = numbers(as_bytes)
-    assert numbers(written) == (0, kept + rest)
-    assert kept > rest / 2
+    as_bytes, written = (quantize_model(decoder.model, quantize, as_bytes=stored) for stored in (True, False))
+    stored, rest = numbers(as_bytes)
+    assert numbers(written) == (0, stored + rest)
+    assert stored > rest / 2
     rows = [prompt_ids(prompt) for prompt in PROMPTS]
     found, expected = (
         full_logits(Decoder(model, decoder.patching, decoder.byte_lm), rows) for model in (as_bytes, written)
@@ -105,24 +106,24 @@ def test_bytes_and_written_out(weights: Weights) -> None:
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=1e-5, rtol=0)
 
 
-def engine_of(decoder: Decoder, weights: Weights, kind: str) -> Engine:
+def engine_of(decoder: Decoder, quantize: Quantization, kind: str) -> Engine:
     if kind == "engine_for":
-        return engine_for(decoder.model, decoder.patching, decoder.byte_lm, 3, weights)
-    model = quantize_model(decoder.model, weights, as_bytes=True)
+        return engine_for(decoder.model, decoder.patching, decoder.byte_lm, 3, quantize)
+    model = quantize_model(decoder.model, quantize, as_bytes=True)
     if kind == "plain":
         return Engine.plain(Decoder(model, decoder.patching, decoder.byte_lm), 3)
     fast = FastDecoder(model, decoder.patching, decoder.byte_lm)
     return Engine(fast, CapturedSlots(fast, 3), 3)
 
 
-@pytest.mark.parametrize("weights", BOTH)
+@pytest.mark.parametrize("quantize", BOTH)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_an_engine_draws_has_the_rounded_models_probability(name: str, weights: Weights) -> None:
-    """By the kernels' plain forms, too. A byte LM that finds patches is not rounded."""
+def test_what_an_engine_draws_has_the_quantized_models_probability(name: str, quantize: Quantization) -> None:
+    """By the kernels' plain forms, too. A byte LM that finds patches is not quantized."""
     decoder = decoders()[name]
-    slow = Decoder(slowly_rounded(decoder.model, weights), decoder.patching, decoder.byte_lm)
+    slow = Decoder(slowly_quantized(decoder.model, quantize), decoder.patching, decoder.byte_lm)
     for kind in ("engine_for", "plain", "fast"):
-        engine = engine_of(decoder, weights, kind)
+        engine = engine_of(decoder, quantize, kind)
         assert engine.decoder.byte_lm is decoder.byte_lm
         asked = [engine.submit(prompt_ids(prompt), Sampling(seed=3), 12)[0] for prompt in PROMPTS]
         engine.run()
@@ -133,27 +134,27 @@ def test_what_an_engine_draws_has_the_rounded_models_probability(name: str, weig
             torch.testing.assert_close(torch.tensor(one.log_probabilities), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("weights", BOTH)
+@pytest.mark.parametrize("quantize", BOTH)
 @settings(max_examples=4)
 @given(seed=st.integers(0, 1000), data=st.data())
-def test_prompts_and_steps_read_one_model(weights: Weights, seed: int, data: st.DataObject) -> None:
+def test_prompts_and_steps_read_one_model(quantize: Quantization, seed: int, data: st.DataObject) -> None:
     decoder = decoders(seed)["split"]
-    model = quantize_model(decoder.model, weights, as_bytes=True)
+    model = quantize_model(decoder.model, quantize, as_bytes=True)
     check(FastDecoder(model, decoder.patching, decoder.byte_lm), [30, 1, 140], seed, data)
 
 
 def test_matrices_in_bfloat16() -> None:
     """Norms are multiplied in before anything is rounded, and what is rounded keeps its own precision."""
     model = wide_blt(0).to(torch.bfloat16)
-    for weights, as_bytes in product(BOTH, (True, False)):
-        found = quantize_model(model, weights, as_bytes=as_bytes)
+    for quantize, as_bytes in product(BOTH, (True, False)):
+        found = quantize_model(model, quantize, as_bytes=as_bytes)
         assert {part.dtype for part in found.parameters()} == {torch.bfloat16}
         one: Any = found.decoder.stack.blocks[0].attention.query
         block: Any = model.decoder.stack.blocks[0]
         exact = block.attention.query.weight.double() * block.attention_norm.weight.double()
         numbers: Tensor = one.matrix.dense(torch.float32) if as_bytes else one.weight.float()
         largest = exact.abs().amax(1, keepdim=True)
-        allowed = largest / (254 if weights == "int8" else 28)  # half a step, of those next to 448 it is 16
+        allowed = largest / (254 if quantize == "int8" else 28)  # half a step, of those next to 448 it is 16
         if not as_bytes:
             allowed = allowed + exact.abs() * 2**-8
         assert ((numbers.double() - exact).abs() <= allowed * 1.0001).all()
@@ -163,7 +164,7 @@ def test_what_will_not_do() -> None:
     model = wide_blt(0)
     assert quantize_model(model, "full") is model
     unknown: Any = "int4"
-    with pytest.raises(UserError, match="weights: 'int4' is none; use full, int8, fp8"):
+    with pytest.raises(UserError, match="quantize: 'int4' is not one of full, int8, fp8"):
         quantize_model(model, unknown)
     with torch.no_grad():
         middle: Any = model.global_transformer.stack.blocks[1]

@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -14,10 +15,9 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import sampling as module
-from bytelatent.inference.sampling import SamplingSlots, random_numbers
+from bytelatent.inference.sampling import NEEDED, TRANSITIONS, SamplingSlots, random_numbers, state_after
 from bytelatent.inference.settings import MAX_NEW_BYTES, Sampling
-from bytelatent.inference.step import decisions
-from bytelatent.inference.utf8 import NEEDED, TRANSITIONS, state_after
+from bytelatent.inference.step import sampling as device_sampling
 from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
 SPECIAL = [BOE, BOS, BPE_DELIMITER]
@@ -25,16 +25,16 @@ INF = math.inf
 HERE = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 MANY = settings(max_examples=200)
 
-SAMPLINGS = st.builds(
-    Sampling,
-    temperature=st.sampled_from([0, 1e-3, 0.5, 1, 2]),
-    top_k=st.sampled_from([None, 1, 2, 5, 300]),
-    top_p=st.sampled_from([None, 1e-6, 0.3, 0.6, 0.95, 1]),
-    min_p=st.sampled_from([None, 0, 0.11, 0.6, 1]),
-    repetition_penalty=st.sampled_from([1, 0.7, 1.5]),
-    seed=st.integers(-(1 << 63), (1 << 64) - 1),
-    valid_utf8=st.booleans(),
-)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.sampled_from([0, 1e-3, 0.5, 1, 2]),
+    "top_k": st.sampled_from([None, 1, 2, 5, 300]),
+    "top_p": st.sampled_from([None, 1e-6, 0.3, 0.6, 0.95, 1]),
+    "min_p": st.sampled_from([None, 0, 0.11, 0.6, 1]),
+    "repetition_penalty": st.sampled_from([1, 0.7, 1.5]),
+    "seed": st.integers(-(1 << 63), (1 << 64) - 1),
+    "valid_utf8": st.booleans(),
+}
+SAMPLINGS = st.builds(Sampling, **VALUES)
 PROMPTS = st.one_of(
     st.binary(max_size=5),
     st.text(max_size=3).map(str.encode),
@@ -161,8 +161,8 @@ def test_a_row_is_the_same_in_any_batch(each: list[tuple[Tensor, Sampling, bytes
         rows, found = SamplingSlots.empty(len(order), "cpu"), {row: [] for row in order}
         for place, row in enumerate(order):
             rows.put(place, each[row][1], torch.from_numpy(encode(each[row][2], eos=False)), 8)
-        for turn in range(3):
-            ids, log_probabilities = rows.draw(torch.stack([each[row][0].roll(turn) for row in order]))
+        for round_number in range(3):
+            ids, log_probabilities = rows.draw(torch.stack([each[row][0].roll(round_number) for row in order]))
             rows.read(ids, torch.ones(len(order), dtype=torch.bool))
             for row, *pair in zip(order, ids.tolist(), log_probabilities.tolist(), strict=True):
                 found[row].append(tuple(pair))
@@ -174,9 +174,9 @@ def test_a_row_is_the_same_in_any_batch(each: list[tuple[Tensor, Sampling, bytes
     assert drawn(order) == alone
 
 
-def mixed_rows(device: str, num_rows: int) -> SamplingSlots:
-    rows = SamplingSlots.empty(num_rows, device)
-    for row in range(num_rows):
+def mixed_slots(device: str, num_slots: int) -> SamplingSlots:
+    rows = SamplingSlots.empty(num_slots, device)
+    for row in range(num_slots):
         sampling = Sampling(
             temperature=[0, 0.7, 1, 1.3][row % 4],
             top_k=[None, 3, 100][row % 3],
@@ -193,24 +193,24 @@ def mixed_rows(device: str, num_rows: int) -> SamplingSlots:
 @pytest.mark.parametrize("device", HERE)
 def test_every_device_and_batch_draws_the_same(device: str) -> None:
     """And without a wait for the device, where there is one."""
-    num_rows, turns = 96, 12
-    logits = (torch.randn(turns, num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * 8).round() / 4
-    active = torch.rand(turns, num_rows, generator=torch.Generator().manual_seed(1)) < 0.8
-    expected, rows = [], mixed_rows("cpu", num_rows)
-    for turn in range(turns):
-        expected.append(rows.draw(logits[turn]))
-        rows.read(expected[-1][0], active[turn])
+    num_slots, rounds = 96, 12
+    logits = (torch.randn(rounds, num_slots, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * 8).round() / 4
+    active = torch.rand(rounds, num_slots, generator=torch.Generator().manual_seed(1)) < 0.8
+    expected, rows = [], mixed_slots("cpu", num_slots)
+    for round_number in range(rounds):
+        expected.append(rows.draw(logits[round_number]))
+        rows.read(expected[-1][0], active[round_number])
     there, active = logits.to(device), active.to(device)
     try:
-        for begin, end in [(0, num_rows), (0, 1), (40, 41), (31, 64)]:
-            again = mixed_rows(device, num_rows)
-            part = SamplingSlots(**{k: v[begin:end] if len(v) == num_rows else v for k, v in vars(again).items()})
+        for begin, end in [(0, num_slots), (0, 1), (40, 41), (31, 64)]:
+            again = mixed_slots(device, num_slots)
+            part = SamplingSlots(**{k: v[begin:end] if len(v) == num_slots else v for k, v in vars(again).items()})
             found = []
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
-            for turn in range(turns):
-                found.append(part.draw(there[turn, begin:end]))
-                part.read(found[-1][0], active[turn, begin:end])
+            for round_number in range(rounds):
+                found.append(part.draw(there[round_number, begin:end]))
+                part.read(found[-1][0], active[round_number, begin:end])
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
             for (ids, log_probabilities), (other, others) in zip(found, expected, strict=True):
@@ -223,10 +223,10 @@ def test_every_device_and_batch_draws_the_same(device: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_graph_draws_and_reads() -> None:
-    num_rows, turns = 33, 10
-    logits = torch.randn(turns, num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)).cuda() * 2
-    rows, plain = SamplingSlots.empty(num_rows, "cuda"), mixed_rows("cuda", num_rows)
-    given_logits, active = torch.zeros_like(logits[0]), torch.ones(num_rows, dtype=torch.bool, device="cuda")
+    num_slots, rounds = 33, 10
+    logits = torch.randn(rounds, num_slots, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)).cuda() * 2
+    rows, plain = SamplingSlots.empty(num_slots, "cuda"), mixed_slots("cuda", num_slots)
+    given_logits, active = torch.zeros_like(logits[0]), torch.ones(num_slots, dtype=torch.bool, device="cuda")
 
     def advance() -> tuple[Tensor, Tensor]:
         ids, log_probabilities = rows.draw(given_logits)
@@ -243,11 +243,11 @@ def test_a_graph_draws_and_reads() -> None:
         drawn = advance()
     for part, other in zip(vars(rows).values(), vars(plain).values(), strict=True):
         part.copy_(other)
-    for turn in range(turns):
-        given_logits.copy_(logits[turn])
-        active.copy_(torch.arange(num_rows, device="cuda") % 5 != turn % 5)
+    for round_number in range(rounds):
+        given_logits.copy_(logits[round_number])
+        active.copy_(torch.arange(num_slots, device="cuda") % 5 != round_number % 5)
         graph.replay()
-        expected = plain.draw(logits[turn])
+        expected = plain.draw(logits[round_number])
         plain.read(expected[0], active)
         assert all(a.equal(b) for a, b in zip(drawn, expected, strict=True))
     assert all(a.equal(b) for a, b in zip(vars(rows).values(), vars(plain).values(), strict=True))
@@ -279,7 +279,7 @@ def test_special_ids_are_never_drawn_but_eos_is() -> None:
 
 
 def test_drawing_changes_nothing() -> None:
-    rows = mixed_rows("cpu", 20)
+    rows = mixed_slots("cpu", 20)
     logits = torch.randn(20, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
     before, was = {name: part.clone() for name, part in vars(rows).items()}, logits.clone()
     first = rows.draw(logits)
@@ -508,7 +508,7 @@ def test_something_is_always_allowed_and_every_character_can_be_finished() -> No
                 assert all(NEEDED[s] < remaining for s in after)
 
 
-def test_a_row_of_any_length_rules_out_what_is_no_utf8() -> None:
+def test_a_row_of_any_length_modes_out_what_is_no_utf8() -> None:
     allowed = ~one_row(Sampling(valid_utf8=True), b"\xc3", max_new_bytes=MAX_NEW_BYTES).ruled_out()[0]
     assert (allowed.nonzero()[:, 0] - OFFSET).tolist() == [*range(0x80, 0xC0)]
 
@@ -516,17 +516,17 @@ def test_a_row_of_any_length_rules_out_what_is_no_utf8() -> None:
 def test_valid_utf8_comes_out() -> None:
     """Whatever the model says, whatever the prompt ends with and whenever it is cut off."""
     prompts = [b"", "é".encode(), b"\xff\xfe", "語".encode()[:1], "🙂".encode()[:2], b"\xed\xa0"]
-    num_rows, most = 240, 9
-    rows = SamplingSlots.empty(num_rows, "cpu")
-    texts = [prompts[row % len(prompts)] for row in range(num_rows)]
+    num_slots, most = 240, 9
+    rows = SamplingSlots.empty(num_slots, "cpu")
+    texts = [prompts[row % len(prompts)] for row in range(num_slots)]
     for row, text in enumerate(texts):
         room = max(row % most + 1, int(NEEDED[state_after(text)]))
         rows.put(
             row, Sampling(temperature=1, seed=row, valid_utf8=True), torch.from_numpy(encode(text, eos=False)), room
         )
-    logits = torch.zeros(num_rows, VOCAB_SIZE)
+    logits = torch.zeros(num_slots, VOCAB_SIZE)
     logits[:, OFFSET + 0x80 :] = 3  # or hardly any character would be of more than a byte
-    ended = [False] * num_rows
+    ended = [False] * num_slots
     lengths: Counter[int] = Counter()
     for _ in range(most):
         active = ~torch.tensor(ended) & (rows.remaining > 0)
@@ -604,14 +604,13 @@ def test_every_setting_has_a_value_that_is_accepted_and_one_that_is_refused() ->
 
 
 def test_every_setting_reaches_the_slots_and_the_device() -> None:
-    """What the kernel's draw did not read would be ignored in silence on a GPU."""
+    """The kernel has a parameter for each, and reads it."""
     assert set(module.OPTIONS) | module.BY_ENGINE == set(Sampling.model_fields)
-    assert set(module.OPTIONS) <= set(decisions.SAMPLING_FIELDS)
-    parameters = re.search(r"def draw_kernel\(\s*logits_ptr,([^)]*?)position_ptr", inspect.getsource(decisions))
-    assert parameters is not None
-    assert parameters[1].count("_ptr") == len(decisions.SAMPLING_FIELDS)
-    with pytest.raises(NotImplementedError, match="draw_kernel does not know the sampling settings min_p"):
-        decisions.check_sampling_fields(tuple({*decisions.SAMPLING_FIELDS, "is_special"} - {"min_p"}))
+    assert set(module.OPTIONS) == set(VALUES), "a setting is tried among all others"
+    source = inspect.getsource(device_sampling).partition("def draw_kernel(")[2]
+    for field in fields(SamplingSlots):
+        if field.name not in device_sampling.PLAIN_FIELDS:
+            assert len(re.findall(rf"\b{field.name}_ptr\b", source)) > 1, field.name
     slots = SamplingSlots.empty(1, "cpu")
     slots.put(0, Sampling(**ACCEPTED), torch.tensor([1]), 5)
     for name, option in module.OPTIONS.items():
@@ -619,3 +618,17 @@ def test_every_setting_reaches_the_slots_and_the_device() -> None:
         assert held.dtype == option.dtype
         assert held.item() == pytest.approx(ACCEPTED[name])
         assert held.item() != option.neutral
+
+
+@pytest.mark.parametrize("name", module.OPTIONS)
+def test_every_setting_changes_what_is_drawn(name: str) -> None:
+    """Even alone; and its place among the others is described."""
+    logits, text = 2 * torch.randn(50, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)), bytes(range(0, 256, 2))
+    drawn = []
+    for values in ({"temperature": 1.0}, {"temperature": 1.0, name: ACCEPTED[name]}):
+        slots = one_row(Sampling(**values), text)
+        found = [slots.draw(row[None])[0] for row in logits]
+        drawn.append(torch.cat(found).tolist())
+    assert drawn[0] != drawn[1]
+    order = (Sampling.__doc__ or "").partition("In this order:")[2].partition(".")[0]
+    assert name == "seed" or f"`{name}`" in order

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bytelatent.inference import Decoder, scoring
-from bytelatent.inference.scoring import Pair, Place, _passes, log_probabilities, log_probabilities_of_pairs
+from bytelatent.inference.scoring import Item, Pair, _passes, log_probabilities, log_probabilities_of_pairs
 from bytelatent.inference.step import FastDecoder
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import encode
-from tests.inference.test_decoder import RULES, assert_close, full_logits
+from tests.inference.test_decoder import PATCHINGS, assert_close, full_logits
 from tests.inference.test_engine import decoders
 from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
 
@@ -57,18 +57,22 @@ def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "PROMPT_IDS", 40)
 
 
-@given(settings=blt_settings(), byte_lm=byte_lm_settings(), rule=RULES, seed=st.integers(0, 1000), data=st.data())
+@given(
+    settings=blt_settings(), byte_lm=byte_lm_settings(), patching=PATCHINGS, seed=st.integers(0, 1000), data=st.data()
+)
 def test_scores_are_those_of_the_full_forward(
-    settings: Any, byte_lm: Any, rule: PatchSettings, seed: int, data: st.DataObject
+    settings: Any, byte_lm: Any, patching: PatchSettings, seed: int, data: st.DataObject
 ) -> None:
-    check(Decoder(make(settings, seed), rule, make(byte_lm, seed)), drawn_pairs(data, seed))
+    check(Decoder(make(settings, seed), patching, make(byte_lm, seed)), drawn_pairs(data, seed))
 
 
 @pytest.mark.usefixtures("small_passes")
 @settings(max_examples=15)
-@given(settings=blt_settings(), byte_lm=byte_lm_settings(), rule=RULES, seed=st.integers(0, 1000), data=st.data())
-def test_in_groups(settings: Any, byte_lm: Any, rule: PatchSettings, seed: int, data: st.DataObject) -> None:
-    check(Decoder(make(settings, seed), rule, make(byte_lm, seed)), drawn_pairs(data, seed))
+@given(
+    settings=blt_settings(), byte_lm=byte_lm_settings(), patching=PATCHINGS, seed=st.integers(0, 1000), data=st.data()
+)
+def test_in_groups(settings: Any, byte_lm: Any, patching: PatchSettings, seed: int, data: st.DataObject) -> None:
+    check(Decoder(make(settings, seed), patching, make(byte_lm, seed)), drawn_pairs(data, seed))
 
 
 @settings(max_examples=15)
@@ -86,7 +90,7 @@ def test_after_prompts_read_the_way_a_gpu_does(name: str) -> None:
 
 
 def test_tokens_that_go_on_from_the_prompt(tmp_path: Path) -> None:
-    """The rule `bpe` decides by what a tokenizer makes of the bytes before, those of the prompt included."""
+    """The mode `bpe` decides by what a tokenizer makes of the bytes before, those of the prompt included."""
     tokenizers = pytest.importorskip("tokenizers")
     prose = "the theory of the other theme, and then the weather there " * 4
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -95,10 +99,10 @@ def test_tokens_that_go_on_from_the_prompt(tmp_path: Path) -> None:
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([prose], trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    rule = PatchSettings(mode="bpe", tokenizer=str(tmp_path / "tokenizer.json"), max_patch_length=6)
+    patching = PatchSettings(mode="bpe", tokenizer=str(tmp_path / "tokenizer.json"), max_patch_length=6)
     ids = torch.from_numpy(encode(prose, eos=False))
     check(
-        Decoder(tiny_blt(window=6), rule, None),
+        Decoder(tiny_blt(window=6), patching, None),
         [(ids[:cut], ids[cut : cut + size]) for cut in (1, 4, 11, 90) for size in (3, 30)],
     )
 
@@ -132,12 +136,12 @@ def test_passes_are_bounded(sizes: list[tuple[int, int]]) -> None:
     """Every text is in one; none is larger when laid out in rows, but for one text alone, or could take the next."""
     sizes = sorted(sizes, key=lambda one: one[0])
     texts = {number: torch.zeros(size * 2) for number, (_, size) in enumerate(sizes)}
-    places = [(row, number) for number, (row, _) in enumerate(sizes)]
+    items = [(row, number) for number, (row, _) in enumerate(sizes)]
     opened = [0, 5, 300, 2000]
-    passes = list(_passes(places, texts, opened))
-    assert [place for group in passes for place in group] == places
+    passes = list(_passes(items, texts, opened))
+    assert [item for group in passes for item in group] == items
 
-    def size(group: list[Place]) -> int:
+    def size(group: list[Item]) -> int:
         read: Counter[int] = Counter()
         for row, number in group:
             read[row] += len(texts[number]) - 1 + opened[row]

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from bytelatent.inference.step.prefill import FastEntropies
+from bytelatent.inference import FastEntropies
 from bytelatent.kernels.gated_product import gated_product, interleaved, plain_gated_product, plain_row_scale, row_scale
 from bytelatent.kernels.rotary import cos_sin
 from bytelatent.kernels.window_attention import BLOCK, first_seen, plain_window_attention, window_attention

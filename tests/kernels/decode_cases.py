@@ -16,19 +16,17 @@ from torch import Tensor
 
 from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.inference.settings import Sampling
-from bytelatent.inference.step.decisions import (
-    Flags,
+from bytelatent.inference.step.patching import (
     append,
     choose,
     decide,
-    draw,
     plain_append,
     plain_choose,
     plain_decide,
-    plain_draw,
     plain_store_patch,
     store_patch,
 )
+from bytelatent.inference.step.sampling import Flags, draw, plain_draw
 from bytelatent.kernels.decode_attention import (
     AttentionLaunch,
     decode_attention,
@@ -50,6 +48,7 @@ from bytelatent.kernels.rotary import rotary_embedding
 from bytelatent.kernels.skinny_linear import SkinnyLaunch, plain_skinny_linear, skinny_linear
 from bytelatent.model.ngram_hash import PRIMES
 from bytelatent.patching import PatchSettings
+from bytelatent.vocab import VOCAB_SIZE
 
 Errors = dict[str, float]
 
@@ -237,14 +236,14 @@ def on_cpu(tensors: Any) -> Any:
 
 def deciding(
     rows: int,
-    places: int,
-    rule: dict[str, Any],
+    max_closing: int,
+    chosen: dict[str, Any],
     quorum: float = 0.0,
     decoded: bool = False,
     sampling: list[dict[str, Any]] | None = None,
 ) -> Errors:
     """Draw, append, decide, choose, one after another, with the rows' states as they come."""
-    patching = PatchSettings(**rule)
+    patching = PatchSettings(**chosen)
     samplings = [Sampling(**values) for values in sampling or [{}]]
     drawing = SamplingSlots.empty(rows, DEVICE)
     for row in range(rows):
@@ -258,7 +257,7 @@ def deciding(
         open_count=torch.randint(0, 9, [rows]),
         num_patches=torch.randint(0, 4, [rows]),
     )
-    flags = Flags.empty(rows, places, DEVICE)
+    flags = Flags.empty(rows, max_closing, DEVICE)
     flags.is_active.copy_(torch.rand(rows) < 0.8)
     flags.is_waiting.copy_(flags.is_active & (torch.rand(rows) < 0.3))
     ours, theirs = (drawing, state, flags), tuple(map(on_cpu, (drawing, state, flags)))
@@ -286,6 +285,27 @@ def deciding(
     return errors
 
 
+def deciding_on_every_id(chosen: dict[str, Any]) -> Errors:
+    """Whether a patch starts after each id, with entropies of any size."""
+    patching, size = PatchSettings(**chosen), VOCAB_SIZE
+    flags = Flags.empty(size, 1, DEVICE)
+    flags.ids.copy_(torch.arange(size))
+    flags.reads.fill_(True)
+    state = SimpleNamespace(
+        position=torch.randint(1, 7, [size]),
+        tail=torch.cat([torch.randint(0, size, [size, 3]), torch.arange(size)[:, None]], dim=1),
+        previous_entropy=torch.rand(size) * 5,
+        since_start=torch.randint(0, 5, [size]),
+    )
+    lm_logits = 8 * torch.rand(size, 1) * torch.randn(size, size) if patching.needs_entropies else None
+    theirs, their_flags = on_cpu(state), on_cpu(flags)
+    decide(lm_logits, patching, state, flags)
+    with torch.device("cpu"):
+        plain_decide(None if lm_logits is None else lm_logits.cpu(), patching, theirs, their_flags)
+    found, expected = {**vars(state), "wants": flags.wants}, {**vars(theirs), "wants": their_flags.wants}
+    return {name: difference(part.cpu(), expected[name]) for name, part in found.items()}
+
+
 def keeping(rows: int, closing: list[int], keys: int, heads: int, head_dim: int, layers: int) -> Errors:
     kv = torch.randn(len(closing) * keys, layers * 2 * heads * head_dim)
     tables = torch.randn(2, layers, rows, keys, heads, head_dim)
@@ -307,6 +327,7 @@ CASES = {
     "gathering": gathering,
     "embedding": embedding,
     "deciding": deciding,
+    "deciding_on_every_id": deciding_on_every_id,
     "keeping": keeping,
     "gating": gating,
 }

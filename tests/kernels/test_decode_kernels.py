@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bytelatent.inference.sampling import OPTIONS
 from bytelatent.kernels.decode_attention import launch_for_attention, plain_decode_attention
 from bytelatent.kernels.decode_cross_attention import (
     plain_append_patch_byte,
@@ -21,7 +22,10 @@ from bytelatent.model.attention import attend, build_mask
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
+from bytelatent.patching import MODES
+from tests.inference.test_sampling import ACCEPTED
 from tests.kernels.interpreter import interpreted
+from tests.patching.conftest import PATCHINGS
 
 pytest.importorskip("triton")
 
@@ -157,9 +161,9 @@ def test_plain_decode_attention_is_the_models(steps: list[int], window: int | No
     size, (num_heads, kv_heads) = sum(steps), heads
     qkv = torch.randn(size, num_heads + 2 * kv_heads, 8, generator=torch.Generator().manual_seed(size))
     q, k, v = qkv.split([num_heads, kv_heads, kv_heads], dim=1)
-    turns = rotary_embedding(torch.arange(size), 8, 10_000.0)
+    rotary = rotary_embedding(torch.arange(size), 8, 10_000.0)
     mask = build_mask(torch.zeros(size, dtype=torch.long), window)
-    expected = attend(rotate(q, turns), rotate(k, turns), v, mask)
+    expected = attend(rotate(q, rotary), rotate(k, rotary), v, mask)
     slots = size if window is None else window + max(steps) - 1
     caches = torch.zeros(2, 3, slots, kv_heads, 8)
     table, done, found = rotary_embedding(torch.arange(size), 8, 10_000.0), 0, []
@@ -224,7 +228,8 @@ def test_splits_only_where_heads_are_few_and_keys_many() -> None:
 
 
 def test_decisions() -> None:
-    """Drawing, patch starts, and who may close a patch, of every kind of sampling and rule."""
+    """Drawing, patch starts, and who may close a patch, of every sampling setting and patching mode."""
+    alone = [{"temperature": 1.0, "seed": 5, name: value} for name, value in ACCEPTED.items() if name in OPTIONS]
     every = [
         {"temperature": 1.0, "seed": 1},
         {"temperature": 0.0},
@@ -234,15 +239,21 @@ def test_decisions() -> None:
     ]
     check(
         deciding=[
-            {"rows": 1, "places": 1, "rule": {"threshold": 3.9}},
-            {"rows": 5, "places": 5, "rule": {"threshold": 3.9, "max_patch_length": 3}, "sampling": every},
-            {"rows": 7, "places": 2, "rule": {"threshold": 0.0, "monotonicity": True}, "sampling": every},
-            {"rows": 6, "places": 3, "rule": {"threshold": 3.8, "threshold_add": 0.1}, "quorum": 0.6},
-            {"rows": 9, "places": 9, "rule": {"threshold": 3.9}, "quorum": 0.45, "decoded": True},
-            {"rows": 4, "places": 4, "rule": {"mode": "space"}, "sampling": every},
-            {"rows": 3, "places": 1, "rule": {"mode": "static", "patch_size": 2}},
-            {"rows": 3, "places": 2, "rule": {"mode": "byte"}},
+            {"rows": 1, "max_closing": 1, "chosen": {"threshold": 3.9}},
+            {"rows": 5, "max_closing": 5, "chosen": {"threshold": 3.9, "max_patch_length": 3}, "sampling": every},
+            {"rows": 7, "max_closing": 2, "chosen": {"threshold": 0.0, "monotonicity": True}, "sampling": every},
+            {"rows": 6, "max_closing": 3, "chosen": {"threshold": 3.8, "threshold_add": 0.1}, "quorum": 0.6},
+            {"rows": 9, "max_closing": 9, "chosen": {"threshold": 3.9}, "quorum": 0.45, "decoded": True},
+            {"rows": 4, "max_closing": 4, "chosen": {"mode": "space"}, "sampling": every},
+            {"rows": 3, "max_closing": 1, "chosen": {"mode": "static", "patch_size": 2}},
+            {"rows": 3, "max_closing": 2, "chosen": {"mode": "byte"}},
+            {"rows": len(alone), "max_closing": 2, "chosen": {"mode": "byte"}, "sampling": alone},
         ],
         keeping=[{"rows": 4, "closing": [2, -1, 0], "keys": 3, "heads": 2, "head_dim": 8, "layers": 2}],
+        deciding_on_every_id=[
+            {"chosen": {**values, "max_patch_length": 3}}
+            for values in PATCHINGS.values()
+            if not MODES[values["mode"]].on_host
+        ],
         gating=[{"rows": 3, "columns": 700}],
     )

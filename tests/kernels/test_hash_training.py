@@ -105,7 +105,7 @@ def test_one_graph(sparse: bool) -> None:
     assert torch.equal(*(gradient.to_dense() for gradient in gradients))
 
 
-def test_operators() -> None:
+def test_the_operators_are_what_they_describe() -> None:
     model, ids, history = embedding_and_stream(20, torch.float32)
     for sparse in (False, True):
         arguments = (ids[None], history, model.powers(ids.device), model.tables.weight, 20, sparse)

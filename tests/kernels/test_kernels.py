@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytelatent.inference.step.prefill import FastEntropies
+from bytelatent.inference import FastEntropies
 from bytelatent.kernels.gated_product import interleaved, plain_gated_product, plain_row_scale
 from bytelatent.kernels.rotary import cos_sin, rotary_embedding, rotate
 from bytelatent.kernels.window_attention import first_seen, plain_window_attention

@@ -100,12 +100,12 @@ def test_a_block_compiles_whole_and_once(dtype: torch.dtype) -> None:
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     for sizes in ([9, 1, 90], [1] * 70 + [30], [100]):
         document = documents(sizes, 4)
-        turns = rotary_embedding(torch.arange(104), 16, 1e4)
+        rotary = rotary_embedding(torch.arange(104), 16, 1e4)
         found = []
         for run, mask in ((block, build_mask(document, 5)), (compiled, packed_mask(document, 5, len(sizes)))):
             x = torch.randn(104, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
             with torch.autocast("cpu", BF16, enabled=dtype == BF16):
-                out = run(x, turns, mask)
+                out = run(x, rotary, mask)
             found.append((out, torch.autograd.grad(out.square().sum(), [x, *block.parameters()])))
         off = 1e-4 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(found[0][0], found[1][0], atol=off, rtol=off)
@@ -130,7 +130,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.mark.parametrize("window", [None, 5, 4096])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
-def test_what_the_graphs_say(dtype: torch.dtype, kv_heads: int, window: int | None, graphs: Any) -> None:
+def test_what_the_graphs_describe(dtype: torch.dtype, kv_heads: int, window: int | None, graphs: Any) -> None:
     """They read and write each document where it lies."""
     begin, length = entries_of(documents(SIZES, 6), 64)
     q, k, v, d_out = (torch.randn(30, heads, 16).to(dtype) for heads in (4, kv_heads, kv_heads, 4))

@@ -22,8 +22,8 @@ from tests.kernels import slow
 def test_rotary_embedding() -> None:
     x, rotary = torch.randn(5, 3, 8), rotary_embedding(torch.tensor([0, 1, 7, 30, 2000]), 8, 1e4)
     exact = [[(p / 1e4 ** (2 * pair / 8)) for pair in range(4)] for p in (0, 1, 7, 30, 2000)]
-    angles = torch.tensor(exact, dtype=torch.float64)
-    torch.testing.assert_close(rotary.double(), torch.stack([angles.cos(), angles.sin()], -1), atol=2e-4, rtol=0)
+    phases = torch.tensor(exact, dtype=torch.float64)
+    torch.testing.assert_close(rotary.double(), torch.stack([phases.cos(), phases.sin()], -1), atol=2e-4, rtol=0)
     expected = torch.stack([slow.rotate(one.double(), of) for one, of in zip(x, rotary, strict=True)])
     torch.testing.assert_close(rotate(x, rotary).double(), expected, atol=1e-6, rtol=1e-5)
 

@@ -62,7 +62,7 @@ def test_rows_of_zeros_and_a_single_huge_number(rounding: Rounding) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("rounding", BOTH)
-def test_what_is_no_number_is_told(rounding: Rounding, bad: float) -> None:
+def test_what_is_no_number_is_reported(rounding: Rounding, bad: float) -> None:
     weight = torch.ones(3, 4)
     weight[1, 2] = bad
     with pytest.raises(UserError, match=f"weights: {rounding} cannot hold 'a.b', in which there is NaN or infinity"):

@@ -58,7 +58,7 @@ def test_it_makes_an_environment_and_brings_it_up_to_date(shell: Shell) -> None:
     assert (env / "mine").exists()
 
 
-def test_one_whose_making_broke_off_is_made_anew(shell: Shell) -> None:
+def test_one_whose_making_broke_off_is_made_again(shell: Shell) -> None:
     env = shell.place / "env"
     assert shell.run("env", BROKEN="1").returncode == 1
     (env / "half").touch()

@@ -79,7 +79,7 @@ def test_what_sbatch_is_asked_for() -> None:
     assert "gres" not in asked
 
 
-def test_a_short_job_is_told_to_stop_half_way() -> None:
+def test_a_short_job_is_reported_to_stop_half_way() -> None:
     assert directives(script_of(time="2"))["signal"] == "B:USR1@60"
     assert directives(script_of(time="10", grace=300))["signal"] == "B:USR1@300"
     assert directives(script_of(time="10", grace=400))["signal"] == "B:USR1@300"

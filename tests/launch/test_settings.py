@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
 from bytelatent.launch import LaunchSettings
-from bytelatent.launch.settings import time_limit_seconds
-from bytelatent.launch.slurm import SlurmNode, largest_node
+from bytelatent.launch.slurm import SlurmNode, largest_node, time_limit_seconds
 from tests.launch.conftest import Cluster
 
 SMALL = st.integers(0, 200)
@@ -76,6 +75,6 @@ def test_the_node_of_a_partition(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("sinfo", ["exit 1\n", "true\n"])
-def test_where_sinfo_says_nothing(cluster: Cluster, sinfo: str) -> None:
+def test_where_sinfo_logs_nothing(cluster: Cluster, sinfo: str) -> None:
     cluster.install("sinfo", sinfo)
     assert largest_node("gpu") is None

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from bytelatent.cli import app
 from bytelatent.errors import UserError
-from bytelatent.launch.submit import package_of
+from bytelatent.launch import package_of
 from bytelatent.model import build
 from bytelatent.weights import Config, save
 from tests.launch.conftest import Cluster, launched
@@ -279,7 +279,7 @@ def test_what_a_job_in_the_queue_will_run_is_not_written_over(cluster: Cluster, 
     launched(f"config={config}", "dump_dir=a b", "override=true")  # its name leads elsewhere now
 
 
-def test_where_slurm_does_not_say_whether_a_job_waits(cluster: Cluster, here: Path, config: Path) -> None:
+def test_where_slurm_does_not_report_whether_a_job_waits(cluster: Cluster, here: Path, config: Path) -> None:
     launched(f"config={config}", "dump_dir=mine")
     before = everything(here / "mine")
     cluster.install("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n")

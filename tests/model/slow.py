@@ -40,8 +40,8 @@ def rotated(head: np.ndarray, position: int, theta: float) -> np.ndarray:
     """Pairs (2i, 2i+1) turned by position * theta^(-2i/size)."""
     out = head.copy()
     for first in range(0, len(head), 2):
-        angle = position * theta ** (-first / len(head))
-        turned = complex(head[first], head[first + 1]) * complex(np.cos(angle), np.sin(angle))
+        phase = position * theta ** (-first / len(head))
+        turned = complex(head[first], head[first + 1]) * complex(np.cos(phase), np.sin(phase))
         out[first], out[first + 1] = turned.real, turned.imag
     return out
 

@@ -28,7 +28,7 @@ of the bread. The woman who mended the nets had heard it a hundred times. She sm
 to one side, so that there was room for three of them on the wall, and the old man began again from the beginning.
 """
 
-RULES: dict[str, dict[str, Any]] = {
+PATCHINGS: dict[str, dict[str, Any]] = {
     "entropy": {"mode": "entropy", "threshold": 1.5},
     "monotonic": {"mode": "entropy", "threshold": 0.5, "monotonicity": True},
     "combined": {"mode": "entropy", "threshold": 1.5, "threshold_add": 0.25},
@@ -85,10 +85,10 @@ def max_patch_length(request: pytest.FixtureRequest) -> int | None:
     return request.param
 
 
-@pytest.fixture(scope="session", params=RULES)
-def rule(request: pytest.FixtureRequest, tokenizers: dict[str, str], max_patch_length: int | None) -> PatchSettings:
-    """Every rule, each with and without a longest patch."""
-    values = RULES[request.param] | {"max_patch_length": max_patch_length}
+@pytest.fixture(scope="session", params=PATCHINGS)
+def patching(request: pytest.FixtureRequest, tokenizers: dict[str, str], max_patch_length: int | None) -> PatchSettings:
+    """Every mode, each with and without a longest patch."""
+    values = PATCHINGS[request.param] | {"max_patch_length": max_patch_length}
     if request.param == "bpe":
         values |= {"tokenizer": tokenizers["byte_level"]}
     return PatchSettings.parse(values)

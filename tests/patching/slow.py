@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from bytelatent.patching import PatchSettings
 
 # Each way a character of several bytes can look before its last byte is there. The last byte counts to 64, so one
-# character of each 64 shows them all. Surrogates are no characters, but like Python's decoder the rule waits for their
+# character of each 64 shows them all. Surrogates are no characters, but like Python's decoder the mode waits for their
 # last byte before it calls them wrong.
 UNFINISHED = {
     encoded[:length]
@@ -17,14 +17,14 @@ UNFINISHED = {
 }
 
 
-def starts(ids: Sequence[int], entropies: Sequence[float] | None, rule: PatchSettings) -> list[bool]:
+def starts(ids: Sequence[int], entropies: Sequence[float] | None, patching: PatchSettings) -> list[bool]:
     """For positions 0..N of one document of N ids, whether a patch starts there."""
-    natural = [position == 0 or _starts_at(position, ids, entropies, rule) for position in range(len(ids) + 1)]
-    if rule.max_patch_length is None:
+    natural = [position == 0 or _starts_at(position, ids, entropies, patching) for position in range(len(ids) + 1)]
+    if patching.max_patch_length is None:
         return natural
     split, length = [], 0
     for position, is_start in enumerate(natural):
-        if is_start or length == rule.max_patch_length:
+        if is_start or length == patching.max_patch_length:
             split.append(True)
             length = 0
         else:
@@ -44,35 +44,35 @@ def lengths(is_start: Sequence[bool]) -> list[int]:
     return found
 
 
-def _starts_at(position: int, ids: Sequence[int], entropies: Sequence[float] | None, rule: PatchSettings) -> bool:
-    """Whether the rule itself starts a patch at a position past the first, having read the ids before it."""
+def _starts_at(position: int, ids: Sequence[int], entropies: Sequence[float] | None, patching: PatchSettings) -> bool:
+    """Whether the mode itself starts a patch at a position past the first, having read the ids before it."""
     i = position - 1
-    match rule.mode:
+    match patching.mode:
         case "byte":
             return True
         case "static":
-            assert rule.patch_size is not None
-            return position % rule.patch_size == 0
+            assert patching.patch_size is not None
+            return position % patching.patch_size == 0
         case "space":
             special = ids[i] < 4
             return special or (_space_like(ids[i]) and not (i > 0 and _space_like(ids[i - 1])))
         case "entropy":
             assert entropies is not None
-            assert rule.threshold is not None
+            assert patching.threshold is not None
             if position == 1:
                 return True
-            above = entropies[i] > rule.threshold
+            above = entropies[i] > patching.threshold
             rise = float(np.float32(entropies[i]) - np.float32(entropies[i - 1]))
-            if rule.monotonicity:
-                return position == 2 or rise > rule.threshold
-            if rule.threshold_add is not None:
+            if patching.monotonicity:
+                return position == 2 or rise > patching.threshold
+            if patching.threshold_add is not None:
                 if position == 3:
                     return False
-                return position == 2 or (above and rise > rule.threshold_add)
+                return position == 2 or (above and rise > patching.threshold_add)
             return above
         case "bpe":
-            assert rule.tokenizer is not None
-            now, before = newest_token(ids[: i + 1], rule.tokenizer), newest_token(ids[:i], rule.tokenizer)
+            assert patching.tokenizer is not None
+            now, before = newest_token(ids[: i + 1], patching.tokenizer), newest_token(ids[:i], patching.tokenizer)
             return ids[i] < 4 or now > before
 
 

@@ -1,4 +1,4 @@
-"""The rule `bpe` on small trained tokenizers: causal, exact, and near the tokenizer's own boundaries."""
+"""The mode `bpe` on small trained tokenizers: causal, exact, and near the tokenizer's own boundaries."""
 
 import json
 import sys
@@ -20,14 +20,14 @@ from tests.patching.streams import texts
 KINDS = ["byte_level", "word_piece", "metaspace"]
 
 
-def starts(ids: list[int], rule: PatchSettings) -> list[bool]:
-    return next_starts(torch.tensor(ids), None, torch.arange(len(ids)), rule).tolist()
+def starts(ids: list[int], patching: PatchSettings) -> list[bool]:
+    return next_starts(torch.tensor(ids), None, torch.arange(len(ids)), patching).tolist()
 
 
-def steps(ids: list[int], rule: PatchSettings) -> list[bool]:
+def steps(ids: list[int], patching: PatchSettings) -> list[bool]:
     state, decided = PatchState.empty(1), []
     for id_ in ids:
-        state, start = step(state, torch.tensor([id_]), None, rule)
+        state, start = step(state, torch.tensor([id_]), None, patching)
         decided.append(bool(start))
     return decided
 
@@ -45,31 +45,31 @@ def steps(ids: list[int], rule: PatchSettings) -> list[bool]:
 @example(parts=["\ufffd a \ufffd".encode(), b"\xef\xbf", b"\xef\xbf\xbd" * 22])
 @example(parts=[b"\x80" * 70, b" the harbour"])
 @example(parts=["e\u0301le\u0300ve \u212b \ufb01n".encode(), b"\0\0 a\0"])  # what a normalizer joins, splits or drops
-def test_every_prefix_is_tokenized_anew(tokenizers: dict[str, str], kind: str, parts: list[bytes]) -> None:
-    rule = PatchSettings(mode="bpe", tokenizer=tokenizers[kind])
+def test_every_prefix_is_tokenized_again(tokenizers: dict[str, str], kind: str, parts: list[bytes]) -> None:
+    patching = PatchSettings(mode="bpe", tokenizer=tokenizers[kind])
     ids = encode(b"".join(parts)).tolist()
-    expected = slow.starts(ids, None, rule)[1:]
-    assert starts(ids, rule) == expected
-    assert steps(ids, rule) == expected
+    expected = slow.starts(ids, None, patching)[1:]
+    assert starts(ids, patching) == expected
+    assert steps(ids, patching) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(ids=st.lists(st.integers(0, 5) | st.integers(120, 259), max_size=80))
 def test_no_bytes_are_too_wrong(tokenizers: dict[str, str], kind: str, ids: list[int]) -> None:
-    rule = PatchSettings(mode="bpe", tokenizer=tokenizers[kind])
-    found = starts(ids, rule)
-    assert found == steps(ids, rule)
+    patching = PatchSettings(mode="bpe", tokenizer=tokenizers[kind])
+    found = starts(ids, patching)
+    assert found == steps(ids, patching)
     assert all(start for start, id_ in zip(found, ids, strict=True) if id_ < 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_boundaries_of_prose_stand_one_byte_after_the_tokenizers(tokenizers: dict[str, str], kind: str) -> None:
-    rule = PatchSettings(mode="bpe", tokenizer=tokenizers[kind])
+    patching = PatchSettings(mode="bpe", tokenizer=tokenizers[kind])
     offsets = Tokenizer.from_file(tokenizers[kind]).encode(PROSE, add_special_tokens=False).offsets
     tokens = {start for start, end in offsets if end > start}  # PROSE is ASCII: characters are bytes
     ids = encode(PROSE).tolist()
     # starts[i] is about the byte i of the text, since BOS stands before it; the first byte of token t is byte t.
-    boundaries = {index - 1 for index, start in enumerate(starts(ids, rule)) if start and 1 <= index <= len(PROSE)}
+    boundaries = {index - 1 for index, start in enumerate(starts(ids, patching)) if start and 1 <= index <= len(PROSE)}
     assert PROSE.isascii()
     assert len(tokens) > 300
     # A token that a later byte merges into the one before leaves a boundary of its own, so there are more boundaries
@@ -101,15 +101,15 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: str | byt
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.json", tmp_path):
-        rule = PatchSettings(mode="bpe", tokenizer=str(path))
+        patching = PatchSettings(mode="bpe", tokenizer=str(path))
         with pytest.raises(UserError, match=f"^patching.tokenizer: '{path}' does not exist; [^\n]*$"):
-            patch_lengths(torch.tensor([[100]]), None, rule)
+            patch_lengths(torch.tensor([[100]]), None, patching)
         with pytest.raises(UserError, match="does not exist"):
-            steps([100], rule)
+            steps([100], patching)
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    rule = PatchSettings(mode="bpe", tokenizer=str(tmp_path / "tokenizer.json"))
+    patching = PatchSettings(mode="bpe", tokenizer=str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"^patching mode 'bpe' needs the package tokenizers; run: pip install [^\n]*$"):
-        steps([100], rule)
+        steps([100], patching)

@@ -28,7 +28,7 @@ def test_patch_lengths_equal_the_published(case: dict[str, Any]) -> None:
     assert lengths.tolist() == (published if published.dim() == 2 else published[None]).tolist()
 
 
-def test_every_rule_but_bpe_has_goldens() -> None:
+def test_every_mode_but_bpe_has_goldens() -> None:
     assert {case["mode"] for case in CASES} == {"entropy", "space", "static", "byte"}
     numbers = {number for case in CASES for number in case["args"]}
     assert numbers == {"threshold", "monotonicity", "threshold_add", "max_patch_length", "patch_size"}

@@ -52,13 +52,13 @@ def test_rows_without_text_are_corrupt_where_they_are_parsed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
-def test_a_torn_file_is_one_corrupt_row_and_what_was_before_stays(tmp_path: Path, kind: str, many_parts: None) -> None:
+def test_a_cut_file_is_one_corrupt_row_and_what_was_before_stays(tmp_path: Path, kind: str, many_parts: None) -> None:
     chance = random.Random(0)
     some = [b"%d %s" % (i, bytes(chance.choices(b"abcdefgh", k=400))) for i in range(300)]
     (tmp_path / "in").mkdir()
     write(tmp_path / "in" / "a.jsonl", [b"whole"])
-    torn = write(tmp_path / "in" / f"b.{kind}", some)
-    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    cut = write(tmp_path / "in" / f"b.{kind}", some)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     out = made_here(tmp_path / "out", tmp_path / "in")
     found = sorted(set(texts(out)) - {b"whole"})
     assert manifest(out)["corrupt"]["rows"] == 1

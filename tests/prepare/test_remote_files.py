@@ -132,10 +132,10 @@ def test_the_hub(folder: Path, tmp_path: Path) -> None:
         environment = os.environ | server.environment | {"HF_HOME": str(tmp_path)}
         command = [sys.executable, "-c", program, *places]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    told = [text.decode() for text in TEXTS]
+    shown = [text.decode() for text in TEXTS]
     assert done.stdout.splitlines() == [
-        *(f"{base}/data/a.{kind} {told}" for kind in sorted(KINDS)),
-        f"{base}/data/a.jsonl.zst {told}",
+        *(f"{base}/data/a.{kind} {shown}" for kind in sorted(KINDS)),
+        f"{base}/data/a.jsonl.zst {shown}",
         f"{base}@v1/b.jsonl ['old']",
     ]
 

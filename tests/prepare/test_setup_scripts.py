@@ -81,11 +81,11 @@ def test_a_folder_is_prepared_without_a_download(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "shown"),
     [("fineweb-edu", "did you mean 'fineweb_edu'?"), ("./nowhere", "'./nowhere' is no folder")],
 )
-def test_a_wrong_name(name: str, told: str, tmp_path: Path) -> None:
-    assert told in error_of(run("download_prepare_hf_data.py", name, "1", cwd=tmp_path))
+def test_a_wrong_name(name: str, shown: str, tmp_path: Path) -> None:
+    assert shown in error_of(run("download_prepare_hf_data.py", name, "1", cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 

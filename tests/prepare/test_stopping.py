@@ -25,13 +25,14 @@ import os, sys, time
 from functools import partial
 from pathlib import Path
 from bytelatent.errors import guarded
-from bytelatent.prepare import PrepareSettings, disk, plan, prepare, rows, scatter, write
-plan.UNIT_BYTES, plan.TASK_BYTES, rows.READ_BYTES, scatter.SLICE_BYTES = 4000, 9000, 700, 300
-plan.MAX_RUN_BYTES, plan.MAX_RANGE_BYTES = 8000, 5000
-write_all, write_past_cache, pause = disk.write_all, disk.write_past_cache, float(sys.argv[3])
+from bytelatent.prepare import PrepareSettings, executors, plan, prepare, scatter, shuffle, write
+plan.UNIT_BYTES, plan.TASK_BYTES, scatter.READ_BYTES, shuffle.SLICE_BYTES = 4000, 9000, 700, 300
+executors.MAX_RUN_BYTES, executors.MAX_RANGE_BYTES = 8000, 5000
+pause, runs = float(sys.argv[3]), scatter.RunWriter
 def slow(call):
     return lambda *arguments: (time.sleep(pause), call(*arguments))
-scatter.write_all, write.write_past_cache = slow(write_all), slow(write_past_cache)
+runs.flush, runs.finish, runs._write_index = slow(runs.flush), slow(runs.finish), slow(runs._write_index)
+write.write_past_cache = slow(write.write_past_cache)
 settings = PrepareSettings(source=[sys.argv[1]], out=Path(sys.argv[2]), workers=2, chunks=7, dedup=len(sys.argv) > 4)
 guarded(lambda: prepare(settings))
 """
@@ -110,7 +111,7 @@ def test_what_is_done_is_not_done_again(
     stop_in_the_second_pass(out, source)
     monkeypatch.setattr(scattering, "RunWriter", broken)  # the first pass is done: nobody needs it any more
     prepare(PrepareSettings(source=[str(source)], out=out, workers=2))
-    assert "going on with the work" in caplog.text
+    assert "resuming the work" in caplog.text
     assert outputs(out) == whole
 
 
@@ -142,7 +143,7 @@ def test_another_input_or_seed_starts_over(tmp_path: Path, source: Path, caplog:
 
 def test_a_killed_worker_ends_in_one_line(tmp_path: Path, source: Path) -> None:
     process = start(source, tmp_path / "out", 0.05)
-    wait_for(lambda: len(children(process.pid)) == 2 and (tmp_path / "out" / ".prepare" / "scatter").exists())
+    wait_for(lambda: len(children(process.pid)) == 2 and any((tmp_path / "out" / ".prepare").glob("scatter/*")))
     others = children(process.pid)
     os.kill(others[0], signal.SIGKILL)
     _, said = process.communicate(timeout=20)

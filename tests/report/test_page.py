@@ -7,7 +7,7 @@ import pytest
 
 from bytelatent.errors import UserError
 from bytelatent.report import RunReport, write_patches_page, write_report
-from bytelatent.report.page_figures import STRIP_HEIGHT, curve_points, entropy_strip
+from bytelatent.report.figures import STRIP_HEIGHT, curve_points, entropy_strip
 from tests.report.report_texts import Page, patched
 
 TEXT = 'Ça va? <script>alert("x")</script> & 😀\n\tété\x00'
@@ -80,12 +80,12 @@ def test_text_and_samples_are_escaped(report_html: str) -> None:
         assert text in read
 
 
-def test_every_byte_appears_once_and_tells_its_entropy(patches_html: str) -> None:
+def test_every_byte_appears_once_and_shows_its_entropy(patches_html: str) -> None:
     facts = "\n".join(Page(patches_html).facts)
-    told = re.findall(r"^byte (\d+).* entropy ([\d.]+) nats = ([\d.]+) bits$", facts, flags=re.MULTILINE)
-    assert [int(offset) for offset, _, _ in told] == list(range(len(DATA)))
-    assert [float(nats) for _, nats, _ in told] == pytest.approx(ENTROPIES, abs=0.0051)
-    assert [float(bits) for _, _, bits in told] == pytest.approx([e / math.log(2) for e in ENTROPIES], abs=0.0051)
+    shown = re.findall(r"^byte (\d+).* entropy ([\d.]+) nats = ([\d.]+) bits$", facts, flags=re.MULTILINE)
+    assert [int(offset) for offset, _, _ in shown] == list(range(len(DATA)))
+    assert [float(nats) for _, nats, _ in shown] == pytest.approx(ENTROPIES, abs=0.0051)
+    assert [float(bits) for _, _, bits in shown] == pytest.approx([e / math.log(2) for e in ENTROPIES], abs=0.0051)
     values = {int(offset): int(value, 16) for offset, value in re.findall(r"byte (\d+) · 0x(..)", facts)}
     assert len(values) == len(DATA) - 2 - 4  # all but the two cut characters
     assert all(DATA[offset] == value for offset, value in values.items())
@@ -124,7 +124,7 @@ def test_strip_is_as_tall_as_the_entropies() -> None:
     tops = [float(y) for path in strip.bars for y in re.findall(r"V([\d.]+)h", path)]
     assert tops == [0, STRIP_HEIGHT / 2, STRIP_HEIGHT]
     assert strip.threshold == STRIP_HEIGHT * 3 / 4
-    assert [label.text for label in strip.labels] == ["a", "b", "c"]
+    assert [label for _, label in strip.labels] == ["a", "b", "c"]
 
 
 def test_summary_as_people_read_it(report_html: str) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bytelatent.commands.demo.text import _own
+from bytelatent.commands.demo_stages import _own
+from bytelatent.commands.settings import DemoSettings
 from bytelatent.data import DataSettings, Loader, Piece, batches_once
 from bytelatent.data.entropies import EntropySettings, store_entropies
 from bytelatent.errors import UserError
@@ -82,7 +83,8 @@ def calibrated_on(source: str, out: Path, key: str, max_row_bytes: int) -> list[
 
 
 def in_demo(source: str, out: Path, key: str, max_row_bytes: int) -> list[bytes]:
-    return [text for _, text in _own(source, key, BadRows(LIMIT), max_row_bytes)]
+    settings = DemoSettings(text=source, text_key=key, max_row_bytes=max_row_bytes)
+    return [text for _, text in _own(settings, BadRows(LIMIT))]
 
 
 def _settings(source: str, key: str, max_row_bytes: int) -> DataSettings:

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
 from bytelatent.prepare.plan import find_inputs, units_of
-from bytelatent.prepare.rows import BadRowRecord, LineReader
+from bytelatent.prepare.scatter import BadRowRecord, LineReader
 from bytelatent.terminal import safe
 from bytelatent.text import BadRows, ReadOptions, read_documents
-from bytelatent.text.bad_rows import MAX_LINE
+from bytelatent.text.documents import MAX_LINE
 from bytelatent.text.formats import kind_of
 from tests.text.every_reader import evaluated, trained_on
 from tests.text.text_files import logged
@@ -69,7 +69,7 @@ def parquet(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
-def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+def corrupted(draw: st.DrawFn, whole: bytes) -> bytes:
     """As it is, cut, with other bytes in it, or with something behind it."""
     data = bytearray(whole)
     for _ in range(draw(st.integers(0, 2))):
@@ -84,13 +84,13 @@ def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
 def test_lines(
     data: st.DataObject, name: str, pack: Callable[[bytes], bytes], lines: bytes, max_row_bytes: int
 ) -> None:
-    check(name, data.draw(damaged(pack(lines))), max_row_bytes)
+    check(name, data.draw(corrupted(pack(lines))), max_row_bytes)
 
 
 @SETTINGS
 @given(st.data(), parquet(), st.sampled_from([10, 1 << 20]))
 def test_tables(data: st.DataObject, table: bytes, max_row_bytes: int) -> None:
-    content = data.draw(damaged(table))
+    content = data.draw(corrupted(table))
     check("a.parquet", content, max_row_bytes, same=content.startswith(table))
 
 

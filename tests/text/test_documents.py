@@ -181,7 +181,7 @@ def test_file_of_another_kind(kind: str, tmp_path: Path) -> None:
         texts(file)
 
 
-def test_damaged_gzip(tmp_path: Path) -> None:
+def test_corrupted_gzip(tmp_path: Path) -> None:
     """Bits that turned over inside, so that decompression itself fails."""
     file = write(tmp_path / "a.jsonl.gz", [b"x" * 1000])
     data = bytearray(file.read_bytes())

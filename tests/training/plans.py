@@ -65,9 +65,9 @@ class Taken:
 class Batches:
     """In place of a loader: batches that are counted."""
 
-    def __init__(self, rule: TrainSettings, patcher: Patcher | None, plan: ParallelPlan):
+    def __init__(self, asked: TrainSettings, patcher: Patcher | None, plan: ParallelPlan):
         self.share = BATCHES // plan.data_world_size
-        self.batches = Loader(rule.data, 0, patcher)
+        self.batches = Loader(asked.data, 0, patcher)
         self.plan, self.taken = plan, 0
 
     def __next__(self) -> Batch:
@@ -97,26 +97,26 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
     Args:
         run: go on from its checkpoint, where it has one, and leave one at the end.
     """
-    rule = settings(values)
+    asked = settings(values)
     with open_ranks("cpu", 1) as (ranks, device):
-        plan = make_plan(rule.parallel, rule.model, ranks, device)
+        plan = make_plan(asked.parallel, asked.model, ranks, device)
         torch.manual_seed(0)
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[rule.dtype]
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked.dtype]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fsdp, "GROUP_WEIGHTS", AT_ONCE)
-            model = build_parallel_model(rule.model, plan, device, dtype, compiled=False)
-        initialize_weights(model, rule.model)
+            model = build_parallel_model(asked.model, plan, device, dtype, compiled=False)
+        initialize_weights(model, asked.model)
         initial = whole(model)
-        patcher = Patcher(rule.patching) if rule.patching is not None else None
-        optimizer = {**rule.optimizer.plain(), "accumulation": BATCHES // plan.data_world_size}
-        rule = rule.model_copy(update={"optimizer": type(rule.optimizer).parse(optimizer)})
-        batches = Batches(rule, patcher, plan)
-        adam = build_optimizer(model, rule.optimizer)
+        patcher = Patcher(asked.patching) if asked.patching is not None else None
+        optimizer = {**asked.optimizer.plain(), "accumulation": BATCHES // plan.data_world_size}
+        asked = asked.model_copy(update={"optimizer": type(asked.optimizer).parse(optimizer)})
+        batches = Batches(asked, patcher, plan)
+        adam = build_optimizer(model, asked.optimizer)
         state = TrainState(model, adam, batches)  # type: ignore[arg-type]
         checkpoints = None
         if run is not None:
-            config = Config(model=rule.model, context=rule.data.context, patching=rule.patching)
-            checkpoints = CheckpointManager(run, config, rule.checkpoint, plan, ranks.world_size > 1)
+            config = Config(model=asked.model, context=asked.data.context, patching=asked.patching)
+            checkpoints = CheckpointManager(run, config, asked.checkpoint, plan, ranks.world_size > 1)
             if checkpoints.load(state):
                 batches.pass_over(state.step)
 
@@ -126,13 +126,13 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
 
         rows, gradients = [], {}
         while state.step < steps:
-            rows.append(loop.Trainer(rule, plan, state, Gradients(loss, device)).train_step())
+            rows.append(loop.Trainer(asked, plan, state, Gradients(loss, device)).train_step())
             if not gradients:
-                scale = 1 / (1 - rule.optimizer.beta1)
+                scale = 1 / (1 - asked.optimizer.beta1)
                 named = list(model.named_parameters())
                 gradients = {name: _whole(adam.state[value]["exp_avg"]) * scale for name, value in named}
         held = {name: tuple(_own(value).shape) for name, value in model.named_parameters()}
-        valid = next(Loader(rule.data, 1, patcher))
+        valid = next(Loader(asked.data, 1, patcher))
         with torch.no_grad():
             loss(valid)
         free_gathered_weights(model)

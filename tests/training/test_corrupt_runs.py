@@ -69,7 +69,7 @@ def test_only_a_copy_binds_no_settings(tmp_path: Path, text: Path, begun: Path) 
 
 
 @pytest.mark.parametrize("line", [b'{"step": 2, "bi\0\n', b'{"note": "hi"}\n', b"[1]\n", b"\xff\xfe\n"])
-def test_a_damaged_line_costs_no_other(
+def test_a_corrupted_line_costs_no_other(
     text: Path, begun: Path, whole: Path, line: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = begun / "metrics.jsonl"
@@ -77,8 +77,8 @@ def test_a_damaged_line_costs_no_other(
     path.write_bytes(b"".join([*rows[:2], line, *rows[2:], b'{"step": 9, "cut o']))
     go_on(begun, text)
     aside = begun / "metrics.jsonl.damaged"
-    told = f"'{path}': no row of metrics is in line 3; moved to '{aside}'"
-    assert [said for said in log_of(caplog).splitlines() if "no row" in said] == [told]
+    shown = f"'{path}': no row of metrics is in line 3; moved to '{aside}'"
+    assert [said for said in log_of(caplog).splitlines() if "no row" in said] == [shown]
     assert aside.read_bytes() == line
     assert_equal_runs(begun, whole)
 
@@ -123,7 +123,7 @@ def test_a_file_beside_those_of_the_ranks_is_ignored(text: Path, begun: Path, wh
     assert_equal_runs(begun, whole)
 
 
-def test_a_damaged_file_of_a_rank_makes_a_checkpoint_corrupt(text: Path, begun: Path) -> None:
+def test_a_corrupted_file_of_a_rank_makes_a_checkpoint_corrupt(text: Path, begun: Path) -> None:
     (begun / "checkpoints" / "step-00000005" / "ranks" / "00000.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"is corrupt \(ranks/00000.pt is not as it was written\)"):
         go_on(begun, text)
@@ -131,7 +131,7 @@ def test_a_damaged_file_of_a_rank_makes_a_checkpoint_corrupt(text: Path, begun: 
 
 def test_all_corrupt_is_one_error_everywhere(tmp_path: Path, text: Path, begun: Path) -> None:
     (begun / "checkpoints" / "step-00000005" / "progress.pt").unlink()
-    told = set()
+    shown = set()
     for call in (
         lambda: go_on(begun, text),
         lambda: export_checkpoint(str(begun), None, str(tmp_path / "out")),
@@ -141,8 +141,8 @@ def test_all_corrupt_is_one_error_everywhere(tmp_path: Path, text: Path, begun: 
             UserError, match=r"no checkpoint of .*progress.pt is missing.*remove them to start again"
         ) as no:
             call()
-        told.add(str(no.value))
-    assert len(told) == 1
+        shown.add(str(no.value))
+    assert len(shown) == 1
     shutil.rmtree(begun / "checkpoints")
     for call in (lambda: export_checkpoint(str(begun), None, str(tmp_path / "out")), lambda: load(begun)):
         with pytest.raises(UserError, match="has no checkpoint yet; train it further: blt train"):
@@ -150,7 +150,7 @@ def test_all_corrupt_is_one_error_everywhere(tmp_path: Path, text: Path, begun: 
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"threshold": 1', b"\xff"])
-def test_a_damaged_calibration_is_one_line(
+def test_a_corrupted_calibration_is_one_line(
     tmp_path: Path, text: Path, byte_lm: Path, damage: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -168,7 +168,7 @@ def test_a_damaged_calibration_is_one_line(
 
 
 @pytest.mark.parametrize("damage", ["", "{", "steps: many\n"])
-def test_damaged_settings_name_the_way_out(text: Path, begun: Path, whole: Path, damage: str) -> None:
+def test_corrupted_settings_name_the_way_out(text: Path, begun: Path, whole: Path, damage: str) -> None:
     (begun / "settings.yaml").write_text(damage)
     load(begun)  # what a model needs is with its weights
     with pytest.raises(UserError, match=r"settings.yaml.*remove it and give the same ones again, or use another run="):

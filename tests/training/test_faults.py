@@ -229,7 +229,7 @@ def test_too_little_memory_names_what_to_lower(
         train(settings(byte_lm_run(tmp_path / "run", text)))
 
 
-def test_an_error_in_the_background_is_told_at_the_next_step(
+def test_an_error_in_the_background_is_reported_at_the_next_step(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(self: CheckpointManager, content: Any) -> None:

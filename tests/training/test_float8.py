@@ -138,7 +138,7 @@ def test_torchao_keeps_names_weights_and_dtypes() -> None:
     assert {type(value) for value in model.state_dict().values()} == {torch.Tensor}
 
 
-def test_torchaos_products_are_rounded_and_near() -> None:
+def test_torchaos_products_are_quantized_and_near() -> None:
     pytest.importorskip("torchao.float8")
     generator = torch.Generator().manual_seed(0)
     ids = random_ids(generator, 90)

@@ -31,7 +31,7 @@ from tests.training.tiny_runs import (
     write_text,
 )
 
-FILLED = {"model": (manager, "write_native"), "state": (FileSystemWriter, "write_data"), "rest": (torch, "save")}
+FILLED = {"model": (manager.NATIVE, "write"), "state": (FileSystemWriter, "write_data"), "rest": (torch, "save")}
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: int) -> None:
@@ -129,8 +129,8 @@ def test_rows_wait_for_room(
 ) -> None:
     fill_the_disk_for_metrics(monkeypatch, range(3, 8))
     run = train(settings(byte_lm_run(tmp_path / "run", text)))
-    told = [line for line in log_of(caplog).splitlines() if "metrics.jsonl" in line]
-    assert told == [
+    shown = [line for line in log_of(caplog).splitlines() if "metrics.jsonl" in line]
+    assert shown == [
         f"'{run / 'metrics.jsonl'}' cannot be written: No space left on device; its rows wait in memory, "
         "and training goes on"
     ]

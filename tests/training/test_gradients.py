@@ -63,8 +63,8 @@ def unasked() -> Iterator[None]:
         yield
 
 
-def prepared(rule: BLTSettings | ByteLMSettings, how: ActivationCheckpointing = "none", sparse: bool = False) -> Any:
-    model: Any = build(rule)
+def prepared(asked: BLTSettings | ByteLMSettings, how: ActivationCheckpointing = "none", sparse: bool = False) -> Any:
+    model: Any = build(asked)
     apply_activation_checkpointing(model, how)
     for part in model.modules():
         if isinstance(part, nn.EmbeddingBag):
@@ -72,8 +72,8 @@ def prepared(rule: BLTSettings | ByteLMSettings, how: ActivationCheckpointing = 
     return model
 
 
-def batch_on(device: torch.device, rule: BLTSettings | ByteLMSettings) -> Batch:
-    return Batch(*random_batch(100, device, isinstance(rule, BLTSettings)), 100, 100, 0)
+def batch_on(device: torch.device, asked: BLTSettings | ByteLMSettings) -> Batch:
+    return Batch(*random_batch(100, device, isinstance(asked, BLTSettings)), 100, 100, 0)
 
 
 def assert_all_have_gradients(model: nn.Module, sparse: bool) -> None:
@@ -82,7 +82,7 @@ def assert_all_have_gradients(model: nn.Module, sparse: bool) -> None:
         assert parameter.grad.is_sparse == (sparse and "tables" in name), name
 
 
-RULES = {"byte LM": BYTE_LM, "BLT": tiny_blt_settings(window=16)}
+PATCHINGS = {"byte LM": BYTE_LM, "BLT": tiny_blt_settings(window=16)}
 
 
 def takes_kernels(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
@@ -92,14 +92,14 @@ def takes_kernels(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", PATCHINGS)
 def test_nothing_is_asked_of_the_device(
     name: str, kernels: bool, sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     takes_kernels(monkeypatch, kernels)
     with META:
-        model = prepared(RULES[name], sparse=sparse)
-    batch = batch_on(META, RULES[name])
+        model = prepared(PATCHINGS[name], sparse=sparse)
+    batch = batch_on(META, PATCHINGS[name])
     cross_entropy(model, batch)  # makes on the host what is made once
     with unasked():
         Gradients(lambda batch: cross_entropy(model, batch), META)(batch, 3.0)
@@ -114,10 +114,10 @@ def test_nor_in_mixed_precision_and_with_checkpointing(
     """On tensors that have no values, on the CPU, as the meta device has no mixed precision."""
     takes_kernels(monkeypatch, True)
     with META:
-        model = prepared(RULES["BLT"], how, sparse)
+        model = prepared(PATCHINGS["BLT"], how, sparse)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model.to_empty(device="cpu")
-    batch = batch_on(CPU, RULES["BLT"])
+    batch = batch_on(CPU, PATCHINGS["BLT"])
     fields = {name: mode.from_tensor(value) for name, value in module._tensors(batch).items()}
     batch = Batch(
         replace(batch.stream, **{k: v for k, v in fields.items() if k != "targets"}), fields["targets"], 1, 1, 1
@@ -204,21 +204,21 @@ def stood_in(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
     return made
 
 
-def batches_of(rule: BLTSettings | ByteLMSettings, number: int) -> list[Batch]:
-    stream, targets = random_batch(80, CPU, isinstance(rule, BLTSettings))
+def batches_of(asked: BLTSettings | ByteLMSettings, number: int) -> list[Batch]:
+    stream, targets = random_batch(80, CPU, isinstance(asked, BLTSettings))
     return [Batch(replace(stream, ids=(stream.ids + i) % 260), targets.roll(i), 80, 80, 0) for i in range(number)]
 
 
-@pytest.mark.parametrize("rule", [BYTE_LM, tiny_blt_settings()], ids=["byte LM", "BLT"])
+@pytest.mark.parametrize("asked", [BYTE_LM, tiny_blt_settings()], ids=["byte LM", "BLT"])
 @pytest.mark.parametrize("several", [1, 3])
 def test_replayed_gradients_are_those_of_the_passes(
-    rule: BLTSettings | ByteLMSettings, several: int, stood_in: list[Replayed]
+    asked: BLTSettings | ByteLMSettings, several: int, stood_in: list[Replayed]
 ) -> None:
     torch.manual_seed(0)
-    model = build(rule)
+    model = build(asked)
     plain = Gradients(lambda batch: cross_entropy(model, batch), CPU)
     captured = CapturedGradients(model.parameters(), plain.loss, CPU, adds=several > 1)
-    batches = batches_of(rule, 3 * several)
+    batches = batches_of(asked, 3 * several)
     copies = [(batch.stream.ids.clone(), batch.targets.clone()) for batch in batches]
     places = []
     for step in range(3):
@@ -243,7 +243,7 @@ def test_replayed_gradients_are_those_of_the_passes(
 
 
 @pytest.mark.parametrize("several", [1, 3])
-def test_more_documents_are_captured_anew(several: int, stood_in: list[Replayed]) -> None:
+def test_more_documents_are_captured_again(several: int, stood_in: list[Replayed]) -> None:
     """Not each time that there are some more; and what was added up so far is kept."""
     torch.manual_seed(0)
     model = build(BYTE_LM)

@@ -36,9 +36,9 @@ CPU = torch.device("cpu")
 TABLES = "encoder.ngram_hash.tables.weight"
 
 
-def one_train_step(rule: TrainSettings, state: TrainState, model: nn.Module) -> dict[str, Any]:
+def one_train_step(asked: TrainSettings, state: TrainState, model: nn.Module) -> dict[str, Any]:
     gradients = Gradients(lambda batch: cross_entropy(model, batch), CPU)
-    return loop.Trainer(rule, ParallelPlan(), state, gradients).train_step()
+    return loop.Trainer(asked, ParallelPlan(), state, gradients).train_step()
 
 
 def sparse_gradient(rows: list[int], shape: tuple[int, int]) -> Tensor:
@@ -47,7 +47,7 @@ def sparse_gradient(rows: list[int], shape: tuple[int, int]) -> Tensor:
     return torch.sparse_coo_tensor(torch.tensor([rows]), values, shape, check_invariants=True)
 
 
-RULE: dict[str, Any] = {"lr": 0.05, "betas": (0.7, 0.9), "eps": 1e-6}
+PATCHING: dict[str, Any] = {"lr": 0.05, "betas": (0.7, 0.9), "eps": 1e-6}
 
 
 def test_where_every_row_is_seen_it_is_adamw() -> None:
@@ -55,8 +55,8 @@ def test_where_every_row_is_seen_it_is_adamw() -> None:
     table, other = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.zeros(7, 5))
     other.data.copy_(table.data)
     ours, torchs = (
-        SparseRowsAdamW([table], weight_decay=0.2, **RULE),
-        torch.optim.AdamW([other], weight_decay=0.2, **RULE),
+        SparseRowsAdamW([table], weight_decay=0.2, **PATCHING),
+        torch.optim.AdamW([other], weight_decay=0.2, **PATCHING),
     )
     for _ in range(8):
         table.grad = sparse_gradient([*torch.randperm(7).tolist(), 3, 3, 1], (7, 5))
@@ -73,8 +73,8 @@ def test_each_row_is_trained_as_if_alone(steps: list[list[int]], weight_decay: f
     torch.manual_seed(len(steps))
     table = nn.Parameter(torch.randn(5, 3))
     alone = [nn.Parameter(row.clone()) for row in table.data]
-    optimizers = [torch.optim.AdamW([row], weight_decay=weight_decay, **RULE) for row in alone]
-    ours = SparseRowsAdamW([table], weight_decay=weight_decay, **RULE)
+    optimizers = [torch.optim.AdamW([row], weight_decay=weight_decay, **PATCHING) for row in alone]
+    ours = SparseRowsAdamW([table], weight_decay=weight_decay, **PATCHING)
     for rows in steps:
         table.grad = sparse_gradient(rows, (5, 3))
         before, dense = table.detach().clone(), table.grad.to_dense()
@@ -91,7 +91,7 @@ def test_each_row_is_trained_as_if_alone(steps: list[list[int]], weight_decay: f
 def test_its_state_is_all_it_needs() -> None:
     torch.manual_seed(0)
     table = nn.Parameter(torch.randn(6, 4))
-    one = SparseRowsAdamW([table], **RULE)
+    one = SparseRowsAdamW([table], **PATCHING)
     gradients = [sparse_gradient(rows, (6, 4)) for rows in ([0, 3, 3], [5, 0], [3], [0, 1, 2, 3])]
     for gradient in gradients[:2]:
         table.grad = gradient
@@ -148,8 +148,8 @@ def tiny_blt() -> nn.Module:
 
 def test_muon_trains_the_matrices_of_blocks() -> None:
     model = tiny_blt()
-    rule = OptimizerSettings(name="muon", hash_gradients="rows", weight_decay=0.3)
-    kinds = {name: kind for name, (kind, _) in groups_by_name(model, build_optimizer(model, rule)).items()}
+    asked = OptimizerSettings(name="muon", hash_gradients="rows", weight_decay=0.3)
+    kinds = {name: kind for name, (kind, _) in groups_by_name(model, build_optimizer(model, asked)).items()}
     assert {name for name, kind in kinds.items() if kind == "SparseRowsAdamW"} == {TABLES}
     by_muon = {name for name, kind in kinds.items() if kind == "Muon"}
     assert by_muon == {
@@ -168,10 +168,10 @@ def test_muon_trains_the_matrices_of_blocks() -> None:
 def test_parts_have_their_learning_rates(name: Any, hash_gradients: Any) -> None:
     model = tiny_blt()
     scales = {"byte_embedding": 2.0, "hash_tables": 3.0, "encoder": 5.0, "global_transformer": 7.0, "decoder": 11.0}
-    rule = OptimizerSettings.parse(
+    asked = OptimizerSettings.parse(
         {"name": name, "lr": 0.1, "lr_scale": scales, "weight_decay": 0.3, "hash_gradients": hash_gradients}
     )
-    groups = {weight: group for weight, (_, group) in groups_by_name(model, build_optimizer(model, rule)).items()}
+    groups = {weight: group for weight, (_, group) in groups_by_name(model, build_optimizer(model, asked)).items()}
     for weight, group in groups.items():
         part = {TABLES: "hash_tables", "encoder.embedding.weight": "byte_embedding"}.get(weight, weight.split(".")[0])
         assert group["lr"] == pytest.approx(0.1 * scales[part])
@@ -182,23 +182,23 @@ def test_parts_have_their_learning_rates(name: Any, hash_gradients: Any) -> None
 
 def test_the_byte_embedding_of_a_byte_lm_has_a_rate_of_its_own() -> None:
     model = build(settings(byte_lm_run(Path("x"), Path("x"))).model)
-    rule = OptimizerSettings.parse({"lr_scale": {"byte_embedding": 4.0}})
-    groups = groups_by_name(model, build_optimizer(model, rule))
+    asked = OptimizerSettings.parse({"lr_scale": {"byte_embedding": 4.0}})
+    groups = groups_by_name(model, build_optimizer(model, asked))
     assert {name for name, (_, group) in groups.items() if group["lr_scale"] == 4.0} == {"embedding.weight"}
     assert {group["lr_scale"] for _, group in groups.values()} == {1.0, 4.0}
 
 
 def space_run(text: Path, **optimizer: Any) -> TrainSettings:
-    rule = {"lr": 1e-2, "warmup_steps": 0, **optimizer}
-    more: dict[str, Any] = {"model": BLT, "patching": {"mode": "space"}, "optimizer": rule}
+    asked = {"lr": 1e-2, "warmup_steps": 0, **optimizer}
+    more: dict[str, Any] = {"model": BLT, "patching": {"mode": "space"}, "optimizer": asked}
     return settings(byte_lm_run(Path("x"), text, **more))
 
 
-def steps_of(rule: TrainSettings, batches: list[Batch], model: nn.Module, steps: int) -> list[dict[str, Any]]:
-    state = TrainState(model, build_optimizer(model, rule.optimizer), iter(batches))  # type: ignore[arg-type]
+def steps_of(asked: TrainSettings, batches: list[Batch], model: nn.Module, steps: int) -> list[dict[str, Any]]:
+    state = TrainState(model, build_optimizer(model, asked.optimizer), iter(batches))  # type: ignore[arg-type]
     return [
         loop.Trainer(
-            rule, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
+            asked, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
         ).train_step()
         for _ in range(steps)
     ]
@@ -225,11 +225,11 @@ def test_a_first_step_by_rows_is_a_dense_one(text: Path, clipped: float) -> None
 
 
 def test_the_schedule_is_scaled(text: Path) -> None:
-    rule = space_run(text, lr_scale={"decoder": 0.25}, hash_gradients="rows", name="muon", warmup_steps=2)
-    model = build(rule.model)
-    state = TrainState(model, build_optimizer(model, rule.optimizer), Loader(rule.data, 0, Patcher(rule.patching)))
+    asked = space_run(text, lr_scale={"decoder": 0.25}, hash_gradients="rows", name="muon", warmup_steps=2)
+    model = build(asked.model)
+    state = TrainState(model, build_optimizer(model, asked.optimizer), Loader(asked.data, 0, Patcher(asked.patching)))
     row = loop.Trainer(
-        rule, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
+        asked, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
     ).train_step()
     assert row["lr"] == pytest.approx(5e-3)
     for name, (_, group) in groups_by_name(model, state.optimizer).items():
@@ -273,7 +273,7 @@ def test_muon_learns(tmp_path: Path, text: Path, model: str) -> None:
 
 @pytest.mark.parametrize("more", [{"hash_gradients": "rows"}, {"name": "muon"}])
 def test_what_one_process_can_do_alone(text: Path, more: dict[str, Any]) -> None:
-    rule = space_run(text, **more)
-    check_optimizer(rule.optimizer, world_size=1)
+    asked = space_run(text, **more)
+    check_optimizer(asked.optimizer, world_size=1)
     with pytest.raises(UserError, match=f"^optimizer.{next(iter(more))}: .* is for one process, not for 2; take "):
-        check_optimizer(rule.optimizer, world_size=2)
+        check_optimizer(asked.optimizer, world_size=2)

@@ -134,20 +134,20 @@ def head_dims_of_graphs(values: dict[str, Any], layers: int) -> list[str | None]
 
     def backend(graph: Any, inputs: Any) -> Any:
         given = {node.name: node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"}
-        turns = [value for name, value in given.items() if "rotary" in name]
-        found.append(str(turns[0].shape[1] * 2) if turns else None)
+        rotary = [value for name, value in given.items() if "rotary" in name]
+        found.append(str(rotary[0].shape[1] * 2) if rotary else None)
         return graph
 
-    rule, compiled = settings(values), torch.compile
+    asked, compiled = settings(values), torch.compile
     torch._dynamo.reset()
     with open_ranks("cpu", 1) as (ranks, device), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda call: compiled(call, backend=backend))
         patch.setattr(block, "build_mask", lambda document, window, _, n: packed_mask(document, window, n))  # CUDA's
-        plan = make_plan(rule.parallel, rule.model, ranks, device)
-        model = build_parallel_model(rule.model, plan, device, torch.bfloat16, compiled=True)
-        initialize_weights(model, rule.model)
+        plan = make_plan(asked.parallel, asked.model, ranks, device)
+        model = build_parallel_model(asked.model, plan, device, torch.bfloat16, compiled=True)
+        initialize_weights(model, asked.model)
         with autocast(device, torch.bfloat16):
-            cross_entropy(model, next(Loader(rule.data, 0, Patcher(settings(values).patching)))).backward()
+            cross_entropy(model, next(Loader(asked.data, 0, Patcher(settings(values).patching)))).backward()
     return found
 
 
@@ -201,9 +201,9 @@ def test_ranks_that_cannot_be_divided_are_one_line(
     world: int, parallel: dict[str, Any], model: dict[str, Any], line: str
 ) -> None:
     patching = {"mode": "space"} if model.get("kind") == "blt" else None
-    rule = settings(byte_lm_run(Path("x"), Path("x"), model=model, patching=patching, parallel=parallel))
+    asked = settings(byte_lm_run(Path("x"), Path("x"), model=model, patching=patching, parallel=parallel))
     with pytest.raises(UserError, match=line):
-        make_plan(rule.parallel, rule.model, Ranks(0, world), torch.device("cpu"))
+        make_plan(asked.parallel, asked.model, Ranks(0, world), torch.device("cpu"))
 
 
 def complained(who: set[int]) -> str:

@@ -52,14 +52,14 @@ if place == "step":
         return inner(model, batch)
     loop.cross_entropy = cross_entropy
 else:
-    inner_write = manager.write_native
+    inner_write = manager.NATIVE.write
     calls = []
     def write(folder, model):
         inner_write(folder, model)
         calls.append(1)
         if len(calls) == at:
             die()
-    manager.write_native = write
+    manager.NATIVE.write = write
 train.main(sys.argv[3:])
 """
 
@@ -234,7 +234,7 @@ def test_the_docs_list_what_may_differ() -> None:
         ),
     ],
 )
-def test_a_run_that_is_over_says_so_and_stays_as_it_is(
+def test_a_run_that_is_over_is_named_and_stays_as_it_is(
     tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any], line: str
 ) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))

@@ -30,7 +30,7 @@ def run_by(optimizer: dict[str, Any] | None = None, **end: Any) -> TrainSettings
 
 
 def rates(
-    rule: TrainSettings,
+    asked: TrainSettings,
     durations: Iterable[float],
     schedule: Schedule | None = None,
     step: int = 0,
@@ -46,11 +46,11 @@ def rates(
     schedule = schedule or Schedule()
     found: list[float] = []
     for duration in durations:
-        over = step >= rule.steps if rule.steps is not None else seconds >= 60 * (rule.minutes or 0)
+        over = step >= asked.steps if asked.steps is not None else seconds >= 60 * (asked.minutes or 0)
         if over or len(found) == stop_after:
             break
-        decayed = schedule.begin_step(step, seconds, rule.optimizer, rule.steps, rule.minutes)
-        found.append(learning_rate(step, decayed, rule.optimizer))
+        decayed = schedule.begin_step(step, seconds, asked.optimizer, asked.steps, asked.minutes)
+        found.append(learning_rate(step, decayed, asked.optimizer))
         if len(found) > 1:
             seconds += duration
             schedule.end_step(duration)
@@ -267,8 +267,8 @@ def test_wsd_in_a_running_run_is_bit_exact_after_a_restart(tmp_path: Path, text:
     """Ended by settings that change while it runs; cut in two once more within the decay."""
 
     def values(run: str, steps: int, decay_steps: int) -> TrainSettings:
-        rule = {"lr": 3e-3, "warmup_steps": 3, "schedule": "wsd", "decay_steps": decay_steps}
-        return settings(byte_lm_run(tmp_path / run, text, steps, optimizer=rule))
+        asked = {"lr": 3e-3, "warmup_steps": 3, "schedule": "wsd", "decay_steps": decay_steps}
+        return settings(byte_lm_run(tmp_path / run, text, steps, optimizer=asked))
 
     for run in ("whole", "cut"):
         train(values(run, 10, 1))

@@ -8,7 +8,7 @@ import pytest
 
 from bytelatent.command_line import from_command_line
 from bytelatent.commands.train import USAGE
-from bytelatent.config import say_renamed
+from bytelatent.config import warn_renamed
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, preset
 from bytelatent.training import TrainSettings, train
@@ -253,19 +253,19 @@ def test_help(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         from_command_line(TrainSettings, ask, USAGE)
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert told.startswith(USAGE)
-    assert "optimizer" in told
+    shown = capsys.readouterr().out
+    assert shown.startswith(USAGE)
+    assert "optimizer" in shown
 
 
-def test_the_entropy_model_by_its_old_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    say_renamed.cache_clear()
+def test_the_entropy_model_by_its_old_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warn_renamed.cache_clear()
     path = tmp_path / "run.yaml"
     path.write_text("model: demo-blt\npatching: {mode: space}\nsteps: 3\ndata: {train: x}\nbyte_lm: a\n")
     assert from_command_line(TrainSettings, [f"config={path}"], USAGE).entropy_model == "a"
     assert from_command_line(TrainSettings, [f"config={path}", "byte_lm=b"], USAGE).entropy_model == "b"
     assert from_command_line(TrainSettings, [f"config={path}", "entropy_model=c"], USAGE).entropy_model == "c"
-    assert capsys.readouterr().err == "byte_lm is now entropy_model; the old name still works\n"
+    assert caplog.messages == ["byte_lm is now entropy_model; the old name still works"]
 
 
 def test_a_run_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -39,9 +39,9 @@ from tests.training.tiny_runs import (
 CPU = torch.device("cpu")
 
 
-def one_train_step(rule: TrainSettings, state: TrainState, model: nn.Module) -> dict[str, Any]:
+def one_train_step(asked: TrainSettings, state: TrainState, model: nn.Module) -> dict[str, Any]:
     gradients = Gradients(lambda batch: cross_entropy(model, batch), CPU)
-    return loop.Trainer(rule, ParallelPlan(), state, gradients).train_step()
+    return loop.Trainer(asked, ParallelPlan(), state, gradients).train_step()
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1, 4])
@@ -57,10 +57,10 @@ def test_the_learning_rate_rises_and_falls(tmp_path: Path, text: Path, warmup_st
 
 
 def test_half_way_down_the_cosine() -> None:
-    rule = OptimizerSettings(lr=1.0, warmup_steps=10, final_lr_ratio=0.2)
-    assert learning_rate(10, 0.5, rule) == pytest.approx(0.6)
-    assert learning_rate(10, 1 / 3, rule) == pytest.approx(0.2 + 0.8 * 0.75)
-    assert learning_rate(10, 7.0, rule) == pytest.approx(0.2)  # the clock may run a little over
+    asked = OptimizerSettings(lr=1.0, warmup_steps=10, final_lr_ratio=0.2)
+    assert learning_rate(10, 0.5, asked) == pytest.approx(0.6)
+    assert learning_rate(10, 1 / 3, asked) == pytest.approx(0.2 + 0.8 * 0.75)
+    assert learning_rate(10, 7.0, asked) == pytest.approx(0.2)  # the clock may run a little over
 
 
 def test_only_matrices_decay() -> None:
@@ -79,11 +79,11 @@ def test_only_matrices_decay() -> None:
 def one_step(batches: list[Batch], model: nn.Module, **optimizer: Any) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """The metrics of a step, and the gradient that AdamW was given for each weight."""
     values = byte_lm_run(Path("x"), Path("x"), optimizer={"accumulation": len(batches), "beta1": 0.5, **optimizer})
-    rule = settings(values)
-    adam = build_optimizer(model, rule.optimizer)
+    asked = settings(values)
+    adam = build_optimizer(model, asked.optimizer)
     state = TrainState(model, adam, iter(batches))  # type: ignore[arg-type]
     row = loop.Trainer(
-        rule, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
+        asked, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
     ).train_step()
     return row, [adam.state[parameter]["exp_avg"] / (1 - 0.5) for parameter in model.parameters()]
 
@@ -111,11 +111,11 @@ def test_two_batches_accumulated_are_one_batch_of_both(text: Path, clip: float) 
 
 
 def test_gradients_are_averaged_over_all_targets_and_clipped(text: Path) -> None:
-    rule = settings(byte_lm_run(Path("x"), text))
-    loader = Loader(rule.data, 0)
+    asked = settings(byte_lm_run(Path("x"), text))
+    loader = Loader(asked.data, 0)
     batches = [next(loader), next(loader)]
     torch.manual_seed(0)
-    model = build(rule.model)
+    model = build(asked.model)
     nats = [cross_entropy(model, batch) for batch in batches]
     expected = torch.autograd.grad(torch.stack(nats).sum() / 512, list(model.parameters()))
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in expected))
@@ -302,7 +302,7 @@ def test_calibration_is_written_and_done_once(
     assert json.loads((run / "calibration.json").read_text())["threshold"] == found.threshold
 
 
-def test_batches_that_are_smaller_than_other_settings_say_are_named(
+def test_batches_that_are_smaller_than_other_settings_ask_are_named(
     tmp_path: Path, text: Path, byte_lm: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def said(name: str, **data: int) -> list[str]:

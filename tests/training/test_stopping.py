@@ -218,13 +218,13 @@ def test_a_double_press_is_one(
 
 def test_a_second_press_quits(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_step_eight(monkeypatch, lambda: press(monkeypatch, 0.0, 2.1))
-    with pytest.raises(KeyboardInterrupt, match="without saving; the same command goes on from the last checkpoint"):
+    with pytest.raises(KeyboardInterrupt, match="without saving; the same command resumes from the last checkpoint"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000005"]
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
-def test_a_second_press_inside_torch_save_leaves_no_torn_checkpoint(
+def test_a_second_press_inside_torch_save_leaves_no_cut_checkpoint(
     tmp_path: Path, text: Path, swallowed: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """torch's writer makes an error of its own of one that is raised where it calls Python, or passes over it."""
@@ -316,7 +316,7 @@ def flip_a_bit(folder: Path) -> None:
         (truncate, "model.safetensors is not as it was written"),
         (remove_optimizer, "state/__0_0.distcp is missing"),
         (keep_only_the_model, "complete.json is missing"),
-        (damage_manifest, "complete.json is damaged"),
+        (damage_manifest, "complete.json is corrupt"),
         (flip_a_bit, "progress.pt is not as it was written"),
     ],
 )

@@ -39,8 +39,8 @@ def store(folder: Path, out: str, *more: str) -> None:
 
 
 def of_starts(work: Path, run: Path, **more: object) -> dict:
-    rule = {"mode": "entropy", "threshold": float((work / "threshold").read_text())}
-    return blt_run(run, work / "starts", work / "byte_lm", calibration=None, patching=rule, **more)
+    asked = {"mode": "entropy", "threshold": float((work / "threshold").read_text())}
+    return blt_run(run, work / "starts", work / "byte_lm", calibration=None, patching=asked, **more)
 
 
 def test_the_losses_are_those_of_the_live_byte_lm(work: Path, tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_bad_rows_are_logged(work: Path, tmp_path: Path, caplog: pytest.LogCaptu
     text = tmp_path / "text.jsonl"
     text.write_bytes((work / "text.jsonl").read_bytes() + b"{torn\n")
     train(settings(byte_lm_run(tmp_path / "run", text)))
-    told = log_of(caplog)
-    assert f"{text.name}' line 61 is not JSON" in told
-    assert "passed over (1 of at most 100)" in told
+    shown = log_of(caplog)
+    assert f"{text.name}' line 61 is not JSON" in shown
+    assert "passed over (1 of at most 100)" in shown
     with pytest.raises(UserError, match="line 61 is not JSON"):
         train(settings(byte_lm_run(tmp_path / "strict", text, data={"max_bad_rows": 0})))

@@ -161,7 +161,7 @@ def test_text_elsewhere_is_known_by_its_size(tmp_path: Path, text: Path) -> None
         train(settings(values(run, source, 9)))
 
 
-def test_a_damaged_listing_is_one_line(tmp_path: Path, text: Path) -> None:
+def test_a_corrupted_listing_is_one_line(tmp_path: Path, text: Path) -> None:
     run = train(settings(values(tmp_path / "run", text, 5)))
     (run / "text.json").write_text("[{")
     with pytest.raises(UserError, match=r"text\.json' is damaged"):
@@ -171,7 +171,7 @@ def test_a_damaged_listing_is_one_line(tmp_path: Path, text: Path) -> None:
     assert json.loads((run / "text.json").read_text())[0]["size"] == text.stat().st_size
 
 
-def test_two_ranks_say_so_once_and_go_on_together(crew: Crew, tmp_path: Path, folder: Path) -> None:
+def test_two_ranks_log_it_once_and_go_on_together(crew: Crew, tmp_path: Path, folder: Path) -> None:
     def given(steps: int, allow_changed: bool = False) -> dict[str, Any]:
         data = {"train": str(folder), "allow_changed": allow_changed}
         return values_of_many(folder, tmp_path / "run", steps=steps, data=data)

@@ -68,7 +68,7 @@ def test_a_run_by_steps_validates_on_all_of_the_text(
     assert spent[False] > 0.1 * spent[True]
 
 
-def test_lines_say_how_long_it_still_takes(
+def test_lines_show_how_long_it_still_takes(
     spent: dict[bool, float], a_run: Callable[..., TrainSettings], caplog: pytest.LogCaptureFixture
 ) -> None:
     train(a_run(steps=40, data={}))

@@ -192,7 +192,7 @@ def test_wandb_gets_all_rows_and_goes_on_with_the_same_run(
     assert [each.finished for each in wandb.runs] == [1, 1]
 
 
-def test_wandb_begins_anew_where_nothing_goes_on(tmp_path: Path, text: Path, wandb: Wandb) -> None:
+def test_wandb_begins_again_where_nothing_goes_on(tmp_path: Path, text: Path, wandb: Wandb) -> None:
     for name in (None, "b"):
         values = byte_lm_run(tmp_path / "run", text, steps=2, track=["wandb"], wandb={"name": name})
         train(settings({**values, "run": str(tmp_path / (name or "a"))}))

@@ -21,7 +21,7 @@ from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.weights import Config, load, open_pretrained
-from bytelatent.weights.hugging_face_config import read_model
+from bytelatent.weights.hugging_face import read_model
 from tests.model.tiny import make, tiny_blt, tiny_blt_settings, tiny_byte_lm
 
 transformers_logging.set_verbosity_error()
@@ -179,8 +179,8 @@ def test_ours_there(shapes: tuple[BLTSettings, ByteLMSettings], seed: int) -> No
     rows = random_rows(seed)
     lengths = random_lengths(rows, seed)
     model, byte_lm = make(shapes[0], seed), make(shapes[1], seed + 1)
-    rule = PatchSettings(mode="entropy", threshold=between(real_entropies(byte_lm, rows)))
-    ours = BLT(model, Config(model=model.settings, context=64, patching=rule), byte_lm)
+    patching = PatchSettings(mode="entropy", threshold=between(real_entropies(byte_lm, rows)))
+    ours = BLT(model, Config(model=model.settings, context=64, patching=patching), byte_lm)
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(Path(folder) / "hf", format="hf")
         theirs, report = BltForCausalLM.from_pretrained(Path(folder) / "hf", output_loading_info=True)
@@ -188,7 +188,7 @@ def test_ours_there(shapes: tuple[BLTSettings, ByteLMSettings], seed: int) -> No
         assert {name: tensor.load() for name, tensor in again.tensors.items()}.keys() == model.state_dict().keys()
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    assert (again.config.model, again.config.patching, again.config.context) == (model.settings, rule, 64)
+    assert (again.config.model, again.config.patching, again.config.context) == (model.settings, patching, 64)
     torch.testing.assert_close(their_logits(theirs, rows, lengths), ours.logits(rows, lengths), **TOLERANCE)
     torch.testing.assert_close(their_logits(theirs, rows), ours.logits(rows), **TOLERANCE)
 
@@ -216,9 +216,9 @@ def write_theirs(folder: Path, **changes: Any) -> Any:
 
 def test_generation_works_there(tmp_path: Path) -> None:
     """Their cache fails; what we write does not use it. Bytes go through their tokenizer unchanged."""
-    rule = PatchSettings(mode="entropy", threshold=5.0)
+    patching = PatchSettings(mode="entropy", threshold=5.0)
     model, byte_lm = tiny_hugging_face_blt(), tiny_byte_lm(window=6)
-    ours = BLT(model, Config(model=model.settings, context=64, patching=rule), byte_lm)
+    ours = BLT(model, Config(model=model.settings, context=64, patching=patching), byte_lm)
     ours.save_pretrained(tmp_path / "hf", format="hf")
     theirs = BltForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -253,24 +253,24 @@ def test_they_pool_again_after_each_encoder_layer(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["encoder_config"]["cross_attn_all_layers"] = False
     found = read_model(config, "")
-    settings, rule = found.model, found.patching
+    settings, patching = found.model, found.patching
     assert isinstance(settings, BLTSettings)
     only_last = BLTModel(settings)
     state = {name: model.state_dict()[their_name(name)] for name in only_last.state_dict()}
     only_last.load_state_dict(state)
-    ours = BLT(only_last, Config(model=settings, context=64, patching=rule), None)
+    ours = BLT(only_last, Config(model=settings, context=64, patching=patching), None)
     torch.testing.assert_close(ours.logits(rows, lengths), theirs, **TOLERANCE)
     published = tiny_blt(cross_attention=CrossAttentionSettings(k=2, num_heads=2, all_layers_encoder=True))
-    ours = BLT(published, Config(model=published.settings, context=64, patching=rule), tiny_byte_lm())
+    ours = BLT(published, Config(model=published.settings, context=64, patching=patching), tiny_byte_lm())
     with pytest.raises(UserError, match=r"hf: cross_attention.all_layers_encoder with several encoder layers"):
         ours.save_pretrained(tmp_path / "new", format="hf")
     assert not (tmp_path / "new").exists()
 
 
 def their_name(name: str) -> str:
-    from bytelatent.weights.hugging_face import NAMES
+    from bytelatent.weights.native import HUGGING_FACE, names_in
 
-    [theirs] = NAMES._theirs(name, tiny_blt_settings())
+    [theirs] = names_in(HUGGING_FACE, tiny_blt_settings())[name]
     return theirs.replace("local_encoder.cross_attn_layers.0", "local_encoder.cross_attn_layers.1")
 
 
@@ -336,7 +336,7 @@ def test_older_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["", "patcher_config", "encoder_config", "decoder_config", "global_config"])
 def test_defaults_are_those_of_transformers(part: str) -> None:
-    from bytelatent.weights.hugging_face_config import DEFAULTS
+    from bytelatent.weights.hugging_face import DEFAULTS
 
     values = BltConfig().to_dict()
     for key, value in DEFAULTS[part].items():
@@ -390,7 +390,7 @@ def test_refused_by_name(key: str, value: Any, message: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("changes", "rule", "message"),
+    ("changes", "patching", "message"),
     [
         (
             {},
@@ -403,25 +403,25 @@ def test_refused_by_name(key: str, value: Any, message: str, tmp_path: Path) -> 
         (
             {"encoder": StackSettings(dim=16, num_layers=1, num_heads=2, window=8, multiple_of=8)},
             None,
-            r"hf: encoder.window 8 and decoder.window 6 must be the same",
+            r"hf: .* one local_attention_window_len for encoder.window, decoder.window, .* differ \(\[8, 6\]\)",
         ),
         (
             {"encoder": StackSettings(dim=16, num_layers=1, num_heads=4, window=6, multiple_of=8)},
             None,
-            r"hf: cross_attention has 2 heads \(2 of keys and values\) and encoder 4 \(4\)",
+            r"hf: .* one encoder_config.num_attention_heads for .*, cross_attention.num_heads, .* differ \(\[4, 2\]\)",
         ),
         (
             {"decoder": StackSettings(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, window=6, multiple_of=8)},
             None,
-            r"and decoder 2 \(1\)",
+            r"one decoder_config.num_key_value_heads for .*, cross_attention.kv_heads, .* differ \(\[1, 2\]\)",
         ),
     ],
 )
 def test_what_they_have_no_room_for(
-    changes: dict[str, Any], rule: PatchSettings | None, message: str, tmp_path: Path
+    changes: dict[str, Any], patching: PatchSettings | None, message: str, tmp_path: Path
 ) -> None:
     model = tiny_hugging_face_blt(**changes)
-    config = Config(model=model.settings, context=64, patching=rule or PatchSettings(threshold=5.0))
+    config = Config(model=model.settings, context=64, patching=patching or PatchSettings(threshold=5.0))
     with pytest.raises(UserError, match=message):
         BLT(model, config, tiny_byte_lm()).save_pretrained(tmp_path / "a", format="hf")
     assert list(tmp_path.iterdir()) == []

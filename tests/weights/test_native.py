@@ -15,14 +15,14 @@ from bytelatent.patching import Calibration, PatchSettings
 from bytelatent.weights import Config, fingerprint, load, load_byte_lm, save
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
-RULE = PatchSettings(mode="entropy", threshold=5.12)
+PATCHING = PatchSettings(mode="entropy", threshold=5.12)
 MEASURED = Calibration(threshold=5.12, wanted_patch_bytes=4, mean_patch_bytes=4.1, window=6, data="x", data_bytes=10)
 
 
 def write(folder: Path, with_byte_lm: bool = True) -> BLTModel:
     folder.mkdir(parents=True)
     model = tiny_blt(seed=1)
-    config = Config(model=model.settings, context=99, patching=RULE, calibration=MEASURED)
+    config = Config(model=model.settings, context=99, patching=PATCHING, calibration=MEASURED)
     save(folder, model, config, tiny_byte_lm(seed=2, window=6) if with_byte_lm else None)
     return model
 
@@ -38,7 +38,7 @@ def test_round_trip(with_byte_lm: bool, tmp_path: Path) -> None:
     model = write(tmp_path / "a", with_byte_lm)
     found = load(tmp_path / "a")
     assert_same(found.model, model)
-    assert found.config == Config(model=model.settings, context=99, patching=RULE, calibration=MEASURED)
+    assert found.config == Config(model=model.settings, context=99, patching=PATCHING, calibration=MEASURED)
     assert not found.model.training
     if with_byte_lm:
         assert found.byte_lm is not None
@@ -73,7 +73,7 @@ def test_a_run_is_its_newest_whole_checkpoint(tmp_path: Path) -> None:
     for step in range(3):
         model = tiny_blt(seed=step)
         with whole_folder(run / "checkpoints" / f"step-{step:08d}") as aside:
-            save(aside, model, Config(model=model.settings, context=99, patching=RULE))
+            save(aside, model, Config(model=model.settings, context=99, patching=PATCHING))
     with pytest.raises(UserError, match="holds no model"):
         load(run)
     (run / "settings.yaml").write_text("")
@@ -157,7 +157,7 @@ def test_no_folder(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
 
 
-def test_fingerprint_tells_weights_apart() -> None:
+def test_fingerprint_distinguishes_weights_apart() -> None:
     same, again = tiny_byte_lm(seed=0), tiny_byte_lm(seed=0)
     assert fingerprint(same) == fingerprint(again)
     with torch.no_grad():

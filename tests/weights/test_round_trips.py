@@ -18,7 +18,7 @@ from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import Calibration, PatchSettings
 from bytelatent.weights import Config, Origin, convert, load, open_pretrained, save
-from bytelatent.weights import safetensors_io as tensors
+from bytelatent.weights.native import WeightsFormat
 from tests.model.tiny import blt_settings, byte_lm_settings, make, tiny_blt_settings, tiny_byte_lm
 
 EXAMPLES = settings(max_examples=25, deadline=None)
@@ -30,7 +30,7 @@ ORIGIN = Origin(
     bits_per_byte=1.25,
 )
 MEASURED = Calibration(threshold=5.12, wanted_patch_bytes=4, mean_patch_bytes=4.1, window=6, data="x", data_bytes=10)
-RULES = [
+PATCHINGS = [
     PatchSettings(threshold=5.12),
     PatchSettings(threshold=5.12, max_patch_length=3),
     PatchSettings(mode="byte"),
@@ -48,7 +48,7 @@ IDS = torch.tensor([[1, *(byte + 4 for byte in b"there and back again")]])
 @dataclass(frozen=True)
 class Sample:
     model: BLTSettings
-    rule: PatchSettings
+    patching: PatchSettings
     byte_lm: ByteLMSettings | None
     precision: torch.dtype
     context: int
@@ -56,7 +56,9 @@ class Sample:
     def write(self, folder: Path) -> BLT:
         """Write it in our format, with all that a configuration may hold."""
         byte_lm = make(self.byte_lm, seed=2).to(torch.float16) if self.byte_lm is not None else None
-        config = Config(model=self.model, context=self.context, patching=self.rule, calibration=MEASURED, origin=ORIGIN)
+        config = Config(
+            model=self.model, context=self.context, patching=self.patching, calibration=MEASURED, origin=ORIGIN
+        )
         blt = BLT(make(self.model, seed=1).to(self.precision), config, byte_lm)
         blt.save_pretrained(folder)
         return blt
@@ -80,7 +82,7 @@ def samples(draw: st.DrawFn) -> Sample:
         )
     return Sample(
         model=model,
-        rule=draw(st.sampled_from(RULES)),
+        patching=draw(st.sampled_from(PATCHINGS)),
         byte_lm=draw(st.none() | byte_lm_settings()),
         precision=draw(st.sampled_from(PRECISIONS)),
         context=draw(st.integers(1, 10_000)),
@@ -89,21 +91,21 @@ def samples(draw: st.DrawFn) -> Sample:
 
 def has_room(format: str, sample: Sample) -> bool:
     """As documented in docs/weights.md."""
-    model, rule, cross = sample.model, sample.rule, sample.model.cross_attention
+    model, patching, cross = sample.model, sample.patching, sample.model.cross_attention
     parts = (model.encoder, model.decoder)
     if model.encoder.window != model.decoder.window:
         return False
     if format == "hf":
-        plain = rule.mode in ("entropy", "byte") and not rule.monotonicity and rule.threshold_add is None
+        plain = patching.mode in ("entropy", "byte") and not patching.monotonicity and patching.threshold_add is None
         heads = {(part.num_heads, part.kv_heads) for part in (*parts, cross)}
         pools_once = model.encoder.num_layers == 1 or not cross.all_layers_encoder
-        return plain and len(heads) == 1 and pools_once and (rule.mode == "byte" or sample.byte_lm is not None)
+        return plain and len(heads) == 1 and pools_once and (patching.mode == "byte" or sample.byte_lm is not None)
     shared = {
         (part.multiple_of, part.ffn_dim_multiplier, part.rope_theta, part.norm_eps)
         for part in (*parts, model.global_transformer)
     }
     plain_heads = all(part.kv_heads == part.num_heads for part in (*parts, cross))
-    return rule.mode != "bpe" and len(shared) == 1 and plain_heads
+    return patching.mode != "bpe" and len(shared) == 1 and plain_heads
 
 
 @contextmanager
@@ -125,7 +127,12 @@ def published(**changes: object) -> Sample:
     model = model.model_copy(
         update={"global_transformer": StackSettings(dim=24, num_layers=2, num_heads=3, multiple_of=8)}
     )
-    values = {"rule": RULES[0], "byte_lm": tiny_byte_lm(window=6).settings, "precision": torch.float32, "context": 64}
+    values = {
+        "patching": PATCHINGS[0],
+        "byte_lm": tiny_byte_lm(window=6).settings,
+        "precision": torch.float32,
+        "context": 64,
+    }
     return Sample(model=model, **values | changes)  # type: ignore[arg-type]
 
 
@@ -139,8 +146,8 @@ def with_other_window() -> Sample:
 @EXAMPLES
 @given(sample=samples())
 @example(sample=published())
-@example(sample=published(precision=torch.bfloat16, rule=RULES[2], byte_lm=None))
-@example(sample=published(rule=RULES[1]))
+@example(sample=published(precision=torch.bfloat16, patching=PATCHINGS[2], byte_lm=None))
+@example(sample=published(patching=PATCHINGS[1]))
 @example(sample=with_other_window())
 def test_there_and_back(format: str, sample: Sample) -> None:
     with folders() as (first, there, back):
@@ -168,7 +175,7 @@ def test_there_and_back(format: str, sample: Sample) -> None:
 @EXAMPLES
 @given(sample=samples().filter(lambda s: has_room("hf", s) or has_room("meta", s)))
 @example(sample=published(precision=torch.float64))
-@example(sample=published(rule=RULES[1]))
+@example(sample=published(patching=PATCHINGS[1]))
 def test_the_other_format_alone_describes_the_whole_model(format: str, sample: Sample) -> None:
     """Without the sidecar: bit for bit the same logits and patches."""
     if not has_room(format, sample):
@@ -181,10 +188,10 @@ def test_the_other_format_alone_describes_the_whole_model(format: str, sample: S
         for file in sidecars:
             file.unlink()
         ours, theirs = (BLT.from_pretrained(folder, device="cpu") for folder in (first, there))
-        assert theirs.patching == sample.rule
+        assert theirs.patching == sample.patching
         lengths = torch.tensor([[1, 5, 1, 3, 11]])
         assert theirs.logits(IDS, lengths).equal(ours.logits(IDS, lengths))
-        if not sample.rule.needs_entropies or sample.byte_lm is not None:
+        if not sample.patching.needs_entropies or sample.byte_lm is not None:
             assert theirs.logits(IDS).equal(ours.logits(IDS))
         assert (theirs.entropy_model is None) == (ours.entropy_model is None)
         if ours.entropy_model is not None and theirs.entropy_model is not None:
@@ -230,7 +237,7 @@ def test_precisions_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
 def test_shards_come_back_as_one_and_the_other_way_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published().write(tmp_path / "first")
     whole = open_pretrained(tmp_path / "first")
-    monkeypatch.setattr(tensors.write_weights, "__defaults__", (9_000, *(tensors.write_weights.__defaults__ or ())[1:]))
+    monkeypatch.setattr(WeightsFormat, "shard_bytes", 9_000)
     for format in ("native", "hf"):
         convert(whole, tmp_path / format, format)
         assert len(list((tmp_path / format).glob("model-*-of-*.safetensors"))) > 2

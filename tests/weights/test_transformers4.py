@@ -40,8 +40,8 @@ def export(folder: Path, thetas: tuple[float, float, float, float], rows: Tensor
     }
     model = tiny_blt(seed=3, **values | changes)
     byte_lm = tiny_byte_lm(seed=4, window=WINDOW, rope_theta=thetas[3])
-    rule = PatchSettings(threshold=between(real_entropies(byte_lm, rows)))
-    blt = BLT(model, Config(model=model.settings, context=64, patching=rule), byte_lm)
+    patching = PatchSettings(threshold=between(real_entropies(byte_lm, rows)))
+    blt = BLT(model, Config(model=model.settings, context=64, patching=patching), byte_lm)
     blt.save_pretrained(folder, format="hf")
     return blt
 

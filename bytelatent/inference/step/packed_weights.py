@@ -1,4 +1,4 @@
-"""A model's matrices as the kernels of a decoding step read them: joined, and with the norms before them folded in."""
+"""A model's matrices as the kernels of a decode step read them: joined, and with the norms before them folded in."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from bytelatent.kernels.skinny_linear import fold_norm
 from bytelatent.model import BLTModel, BLTSettings, ByteLM
 from bytelatent.model.settings import StackSettings
 
-# Shapes: D width, H heads, J key/value heads, E head size, F feed-forward width, K keys a patch
+# Shapes: D width, H heads, J key/value heads, E head size, F feed-forward width, K keys per patch
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,14 @@ class StackWeights:
         made.reserve(BLOCK)
         return made
 
-    def launch(self, sequences: int, new: int) -> dict[str, Any]:
-        """How the attention kernel is launched for so many sequences with `new` positions each.
+    @property
+    def eps(self) -> float:
+        return self.settings.norm_eps
 
-        Each is made once and kept, since a CUDA graph knows it by its address.
+    def launch(self, sequences: int, new: int) -> dict[str, Any]:
+        """How the attention kernel is launched for this number of sequences with `new` positions each.
+
+        Each is made once, since a CUDA graph knows its tensors by their addresses.
         """
         if self.rotary.device.type != "cuda":
             return {}
@@ -72,7 +76,7 @@ class StackWeights:
         return self._launches[sequences, new]
 
     def reserve(self, positions: int) -> None:
-        """Hold the rotary angles of this many positions."""
+        """Grow the rotary embedding to this number of positions."""
         if positions > len(self.rotary):
             settings = self.settings
             position = torch.arange(positions, device=self.rotary.device)

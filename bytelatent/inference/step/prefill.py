@@ -1,6 +1,4 @@
-"""Whole prompts at the speed of the card, and entropies of whole batches: the same models with joined products and
-kernels in their blocks.
-"""
+"""Prefill at a GPU's speed: the same models with joined products and kernels in their blocks."""
 
 import copy
 from collections.abc import Callable
@@ -15,27 +13,24 @@ from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import KVCache, NewPositions, StoreNewest
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, CrossWeights, StackWeights
 from bytelatent.kernels.decode_cross_attention import decoder_cross_attention_step
-from bytelatent.kernels.gated_product import ROWS, can_gate, gate, gated_product, interleaved, row_scale
+from bytelatent.kernels.gated_product import ROWS, can_gate, gate, gated_product, row_scale
 from bytelatent.kernels.hash_embed import hash_embed
 from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.quantized import dense
 from bytelatent.kernels.rotary import cos_sin
 from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, Stream, entropies
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, Stream
 from bytelatent.model.attention import CachedAttention
 from bytelatent.model.blt import BLTCache, LocalEncoder
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings
 
-# Shapes: T positions, P patches, K keys a patch, L layers, D width, H heads, J key/value heads, E head size, A = E/2
-# angles
-
-SLICE = 16_384  # ids whose logits are held at once
+# Shapes: T positions, P patches, K keys per patch, L layers, D width, H heads, J key/value heads, E head size, A = E/2
 
 
 @dataclass
 class RunAttention:
-    """Attention to a run of positions up to each one, with rotary angles; padded to a multiple of `ROWS`."""
+    """Attention to a run of positions up to each one, with a rotary embedding; padded to a multiple of `ROWS`."""
 
     low: Tensor  # [T] the first index that each position sees
     cos: Tensor  # [T, A]
@@ -104,7 +99,7 @@ class FastStack(nn.Module):
         self._captured: dict[int, _Captured] = {}
 
     def rotary(self, position: Tensor) -> None:
-        """None: `RunAttention` holds the angles."""
+        """None: `RunAttention` holds the rotary embedding."""
 
     def forward(self, x_TD: Tensor, position: Tensor, attention: RunAttention) -> Tensor:
         num = len(x_TD)
@@ -128,11 +123,11 @@ class FastStack(nn.Module):
         return x_TD
 
     def _capture(self, like_TD: Tensor, size: int) -> _Captured:
-        device, angles = like_TD.device, self.settings.head_dim // 2
+        device, half = like_TD.device, self.settings.head_dim // 2
         low = torch.arange(size, dtype=torch.int32, device=device)  # what is not written sees itself only
-        cos, sin = torch.ones(size, angles, device=device), torch.zeros(size, angles, device=device)
-        kept: list[tuple[Tensor, Tensor]] = []
-        attention = RunAttention(low, cos, sin, lambda k_THE, v_THE: kept.append((k_THE, v_THE)))
+        cos, sin = torch.ones(size, half, device=device), torch.zeros(size, half, device=device)
+        stored: list[tuple[Tensor, Tensor]] = []
+        attention = RunAttention(low, cos, sin, lambda k_THE, v_THE: stored.append((k_THE, v_THE)))
         x_TD = like_TD.new_zeros(size, like_TD.shape[1])
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -140,10 +135,10 @@ class FastStack(nn.Module):
         with torch.cuda.stream(stream):
             self._read(x_TD, attention)  # compiles the kernels
             stream.synchronize()
-            kept.clear()
+            stored.clear()
             with torch.cuda.graph(graph, stream=stream):
                 out_TD = self._read(x_TD, attention)
-                k_LTJE, v_LTJE = (torch.stack(layers) for layers in zip(*kept, strict=True))
+                k_LTJE, v_LTJE = (torch.stack(layers) for layers in zip(*stored, strict=True))
         torch.cuda.current_stream().wait_stream(stream)
         return _Captured(graph, x_TD, attention, k_LTJE, v_LTJE, out_TD)
 
@@ -247,69 +242,3 @@ def _with_modules(module: Any, **modules: nn.Module) -> Any:
 def _can_run(settings: StackSettings, some: Tensor) -> bool:
     exact = some.dtype != torch.float32 or not some.is_cuda  # on the card the kernels would round float32 products
     return exact and can_attend(settings.num_heads, settings.kv_heads, settings.head_dim)
-
-
-class FastEntropies:
-    """Entropies of packed streams.
-
-    Args:
-        byte_lm: on the device that computes.
-        dtype: of the weights and states; sums, norms and softmaxes are float32.
-    """
-
-    def __init__(self, byte_lm: ByteLM, dtype: torch.dtype = torch.bfloat16):
-        self.settings = byte_lm.settings
-        self.embedding = byte_lm.embedding.weight.detach().to(dtype)
-        self.norm = byte_lm.norm.weight.detach().to(dtype)
-        self.output = byte_lm.output.weight.detach().to(dtype)
-        blocks: Any = byte_lm.stack.blocks
-        self.layers = [
-            {
-                "attention_norm": block.attention_norm.weight.detach().to(dtype),
-                "qkv": torch.cat([part.weight.detach() for part in _projections(block.attention)]).to(dtype),
-                "output": block.attention.output.weight.detach().to(dtype),
-                "gate_up": interleaved(
-                    block.feed_forward.gate.weight.detach() * block.feed_forward_norm.weight.detach(),
-                    block.feed_forward.up.weight.detach() * block.feed_forward_norm.weight.detach(),
-                ).to(dtype),
-                "down": block.feed_forward.down.weight.detach().to(dtype),
-            }
-            for block in blocks
-        ]
-
-    @classmethod
-    def where_possible(cls, byte_lm: ByteLM | None, device: torch.device, dtype: torch.dtype) -> "FastEntropies | None":
-        """Of a byte LM on this device; None where the kernels cannot compute it, or not as precisely as is asked."""
-        if byte_lm is None or device.type != "cuda" or dtype != torch.bfloat16:
-            return None
-        return cls(byte_lm) if cls.supports(byte_lm.settings) else None
-
-    @staticmethod
-    def supports(settings: ByteLMSettings) -> bool:
-        """Whether the kernels can do a byte LM of this shape."""
-        heads = (settings.num_heads, settings.kv_heads, settings.head_dim)
-        return can_attend(*heads) and can_gate(2 * settings.hidden_dim, settings.dim)
-
-    @torch.no_grad()
-    def __call__(self, stream: Stream) -> Tensor:
-        """Uncertainty about the id that follows each id, in nats, float32 [T]."""
-        settings = self.settings
-        eps, dim = settings.norm_eps, settings.dim
-        size = len(stream.ids)
-        padding = torch.arange(-size % ROWS, device=stream.ids.device)  # kernels take blocks of ROWS rows
-        ids, position = torch.cat([stream.ids, padding * 0]), torch.cat([stream.position, padding])
-        low = first_seen(position, settings.window)
-        cos, sin = cos_sin(position, settings.head_dim, settings.rope_theta)
-        x_TD = F.embedding(ids, self.embedding)
-        for layer in self.layers:
-            qkv = F.linear(F.rms_norm(x_TD, (dim,), layer["attention_norm"], eps), layer["qkv"])
-            q, k, v = qkv.unflatten(-1, (3, settings.num_heads, settings.head_dim)).unbind(1)
-            x_TD.addmm_(window_attention(q, k, v, low, cos, sin).flatten(1), layer["output"].T)
-            x_TD.addmm_(gated_product(x_TD, row_scale(x_TD, eps), layer["gate_up"]), layer["down"].T)
-        parts = x_TD.split(SLICE)  # float32 logits of all ids at once would take more than the model
-        found = [entropies(F.linear(F.rms_norm(x, (dim,), self.norm, eps), self.output)) for x in parts]
-        return torch.cat(found)[:size]
-
-
-def _projections(attention: Any) -> tuple[torch.nn.Linear, ...]:
-    return attention.query, attention.key, attention.value

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from bytelatent import BLT
-from bytelatent.commands.demo import demo as demo_run
-from bytelatent.commands.demo import measure as demo_measure
-from bytelatent.commands.demo import run_demo
+from bytelatent.commands import demo as demo_command
+from bytelatent.commands import demo_stages
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.progress import Progress
 from bytelatent.training import TrainSettings
-from tests.commands.demo.test_demo import sentences
+from tests.commands.test_demo import run_demo, sentences
 from tests.training.tiny_runs import BLT as TINY_BLT
 from tests.training.tiny_runs import BYTE_LM as TINY_BYTE_LM
 
@@ -65,18 +64,18 @@ def run_slowly(
             monkeypatch.setattr(model, "forward", charged(model.forward, clock))
         monkeypatch.setattr(Progress, "__enter__", entered(Progress.__enter__, clock))
         monkeypatch.setattr(Progress, "__exit__", left(Progress.__exit__, clock))
-        monkeypatch.setattr(demo_measure._XzSize, "add", charged(demo_measure._XzSize.add, clock))
-        monkeypatch.setattr(demo_measure, "XZ_PRESET", 0)
-        monkeypatch.setattr(demo_measure, "XZ_PART", 2**15)
+        monkeypatch.setattr(demo_stages, "_pack", charged(demo_stages._pack, clock))
+        monkeypatch.setattr(demo_stages, "XZ_PRESET", 0)
+        monkeypatch.setattr(demo_stages, "XZ_PART", 2**15)
         monkeypatch.setattr(BLT, "stream", streamed(clock))
-        settings_of = demo_run._settings
+        settings_of = demo_command._settings
 
         def tiny(model: str, *arguments: Any, **more: Any) -> TrainSettings:
             values = settings_of(model, *arguments, **more).plain()
             return TrainSettings.parse({**values, "model": TINY_BLT if "blt" in model else TINY_BYTE_LM})
 
-        monkeypatch.setattr(demo_run, "_settings", tiny)
-        summary = run_demo(MINUTES, tmp_path / "out", str(own_text), 0)
+        monkeypatch.setattr(demo_command, "_settings", tiny)
+        summary = run_demo(MINUTES, tmp_path / "out", str(own_text))
         return clock, summary, "\n".join(caplog.messages) + "\n" + capsys.readouterr().out
 
     return run
@@ -120,7 +119,7 @@ def streamed(clock: WorkClock) -> Callable[..., Iterator[str]]:
 def test_a_stage_that_is_a_hundred_times_slower_ends_in_time(
     stage: str, run_slowly: Callable[..., tuple[WorkClock, dict[str, Any], str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_run, "write_report", lambda path, report: None)
+    monkeypatch.setattr(demo_command, "write_report", lambda path, report: None)
     clock, summary, lines = run_slowly(**{stage: 5.0 if stage == TRAINING else 100 * QUICK})
     assert clock.now < 1.6 * 60 * MINUTES
     assert summary["seconds"] == pytest.approx(clock.now, abs=0.1)
@@ -144,7 +143,7 @@ def test_a_machine_that_is_quick_enough_leaves_nothing_out(
     assert "time is up" not in lines
     held_out = (tmp_path / "out" / "text" / "valid.jsonl").read_text().splitlines()
     assert summary["valid_bytes"] == sum(len(json.loads(line)["text"]) for line in held_out)
-    assert len(summary["sample"]) == len("def read(self, ") + demo_measure.SAMPLE_BYTES
+    assert len(summary["sample"]) == len("def read(self, ") + demo_stages.SAMPLE_BYTES
 
 
 def test_too_few_steps_are_said_everywhere_and_bytes_are_those_that_were_read(
@@ -153,7 +152,7 @@ def test_too_few_steps_are_said_everywhere_and_bytes_are_those_that_were_read(
     _, summary, lines = run_slowly()
     page = (tmp_path / "out" / "report.html").read_text()
     steps = summary["steps"]["blt"]
-    assert steps < demo_run.FEWEST_STEPS
+    assert steps < demo_command.FEWEST_STEPS
     said = f"the BLT takes {summary['bits_per_byte']['blt']:.2f} bits per byte after {steps} training steps"
     assert said in summary["undertrained"]
     assert f"undertrained: {summary['undertrained']}" in lines
@@ -179,6 +178,6 @@ def test_too_few_steps_are_said_everywhere_and_bytes_are_those_that_were_read(
 def test_a_model_is_undertrained_by_its_bits_or_by_its_steps(
     bits: dict[str, float], steps: dict[str, int], named: list[str]
 ) -> None:
-    line = demo_run._undertrained(bits, steps)
+    line = demo_command._undertrained(bits, steps)
     assert (line is None) == (named == [])
     assert [name for name in ("byte LM", "BLT") if f"the {name} takes" in (line or "")] == named

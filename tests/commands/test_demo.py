@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 
 from bytelatent import BLT
-from bytelatent.commands.demo import demo as demo_run
-from bytelatent.commands.demo import measure as demo_measure
-from bytelatent.commands.demo import run_demo
-from bytelatent.commands.demo.demo import closing_lines, text_options
-from bytelatent.commands.demo.measure import xz_bits_per_byte
-from bytelatent.commands.demo.text import CHUNK, LEAST, DemoText, collect
+from bytelatent.commands import demo as demo_command
+from bytelatent.commands import demo_stages
+from bytelatent.commands.demo import closing_lines, text_options
+from bytelatent.commands.demo_stages import CHUNK, LEAST_TEXT, DemoText, collect, xz_bits_per_byte
+from bytelatent.commands.settings import DemoSettings
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.text import MAX_ROW_BYTES
-from bytelatent.text.bad_rows import MAX_BAD_ROWS
+from bytelatent.progress import Progress
+from bytelatent.text import BadRows
 from bytelatent.training import trainer as loop
 
 PARTS = ("train", "valid")
@@ -35,6 +34,15 @@ def sentences(seed: int, num_bytes: int) -> str:
     while len(text) < num_bytes:
         text += f"The {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)}.\n"
     return text
+
+
+def run_demo(minutes: float, out: Path, text: str) -> dict[str, Any]:
+    """Also of less time than the command takes."""
+    return demo_command.run(DemoSettings(out=out, text=text).model_copy(update={"minutes": minutes}))
+
+
+def collected(text: str | None, out: Path) -> DemoText:
+    return collect(DemoSettings(text=text, out=out), BadRows(0))
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +63,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory, own_text: Path) -> tuple[Path
     (folder / "checkpoints" / "step-99999999").mkdir(parents=True)
     (folder / "old.txt").write_text("of the earlier demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_measure, "SAMPLE_BYTES", 20)
-        patch.setattr(demo_measure.Clock, "left", 600.0)  # what comes after training may take its time
-        return folder, run_demo(0.02, folder, str(own_text), 0)
+        patch.setattr(demo_stages, "SAMPLE_BYTES", 20)
+        patch.setattr(demo_stages.Clock, "left", 600.0)  # what comes after training may take its time
+        return folder, run_demo(0.02, folder, str(own_text))
 
 
 def documents(folder: Path, part: str) -> list[dict[str, str]]:
@@ -121,7 +129,7 @@ def test_held_out_documents_are_not_learned_from(demo: tuple[Path, dict[str, Any
 def test_a_single_file_is_held_out_by_its_parts(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(sentences(0, 400_000).encode() + b"\xff no UTF-8\n")
-    found = collect(str(path), tmp_path / "text")
+    found = collected(str(path), tmp_path)
     rows = {part: documents(tmp_path / "text", part) for part in PARTS}
     assert len(rows["valid"]) >= 1
     assert found.train_bytes + found.valid_bytes == path.stat().st_size
@@ -139,22 +147,22 @@ def test_some_text_is_held_out_wherever_it_lies(tmp_path: Path, num_files: int, 
     own.mkdir()
     for number in range(num_files):
         (own / f"{number}.txt").write_text(sentences(number, 150_000 // num_files))
-    found = collect(str(own), tmp_path / "text")
+    found = collected(str(own), tmp_path)
     assert found.valid_bytes >= 1000
-    assert found.train_bytes >= LEAST
+    assert found.train_bytes >= LEAST_TEXT
 
 
 def test_the_standard_library_is_the_text_otherwise(tmp_path: Path) -> None:
-    found = collect(None, tmp_path)
-    assert found.what == "Python's standard library"
+    found = collected(None, tmp_path)
+    assert found.name == "Python's standard library"
     assert found.train_bytes > 5_000_000
     assert 0.03 < found.valid_bytes / found.train_bytes < 0.12
-    train, valid = ({row["id"].rpartition(":")[0] for row in documents(tmp_path, part)} for part in PARTS)
+    train, valid = ({row["id"].rpartition(":")[0] for row in documents(tmp_path / "text", part)} for part in PARTS)
     assert not train & valid
     assert not any("site-packages" in name or name.startswith("test/") for name in train | valid)
-    kept = {part: (tmp_path / f"{part}.jsonl").read_bytes() for part in PARTS}
-    collect(None, tmp_path)
-    assert kept == {part: (tmp_path / f"{part}.jsonl").read_bytes() for part in PARTS}
+    kept = {part: (tmp_path / "text" / f"{part}.jsonl").read_bytes() for part in PARTS}
+    collected(None, tmp_path)
+    assert kept == {part: (tmp_path / "text" / f"{part}.jsonl").read_bytes() for part in PARTS}
 
 
 @pytest.mark.parametrize("own", ["little", "absent"])
@@ -164,8 +172,8 @@ def test_too_little_text_is_one_line_and_the_earlier_demo_stays(tmp_path: Path, 
     (folder / "text" / "train.jsonl").write_text("")
     (folder / "report.html").write_text("of the earlier demo")
     (tmp_path / "little").write_text(sentences(0, 50_000))
-    with pytest.raises(UserError, match=f"{LEAST:,} bytes at the least" if own == "little" else "does not exist"):
-        run_demo(0.02, folder, str(tmp_path / own), 0)
+    with pytest.raises(UserError, match=f"{LEAST_TEXT:,} bytes at the least" if own == "little" else "does not exist"):
+        run_demo(0.02, folder, str(tmp_path / own))
     assert (folder / "report.html").read_text() == "of the earlier demo"
 
 
@@ -177,7 +185,7 @@ def test_what_is_no_demo_is_left_alone(tmp_path: Path, own_text: Path, what: str
         place.mkdir()
     mine.write_text("mine")
     with pytest.raises(UserError, match="holds something else than an earlier demo; name another folder with --out"):
-        run_demo(0.02, place, str(own_text), 0)
+        run_demo(0.02, place, str(own_text))
     assert mine.read_text() == "mine"
     assert [path.name for path in tmp_path.rglob("*")] == ([mine.name] if what == "file" else ["thesis", "thesis.tex"])
 
@@ -193,7 +201,7 @@ def test_the_next_commands_run_as_they_are_printed(demo: tuple[Path, dict[str, A
 
 
 def test_the_next_demo_is_in_the_same_place_on_the_same_text() -> None:
-    options = text_options("my notes", "content", MAX_BAD_ROWS, MAX_ROW_BYTES)
+    options = text_options(DemoSettings(text="my notes", text_key="content"))
     again = closing_lines(Path("my runs/demo"), options)[-1][1]
     of_text = ["--text", "my notes", "--text-key", "content"]
     assert shlex.split(again) == ["blt", "demo", "--minutes", "20", "--out", "my runs/demo", *of_text]
@@ -220,10 +228,10 @@ def test_a_demo_that_was_stopped_at_once_begins_again(tmp_path: Path, begun: lis
         (tmp_path / "text" / name).write_text("")
     (tmp_path / "little").write_text(sentences(0, 50_000))
     with pytest.raises(UserError, match="holds something else"):
-        run_demo(0.02, tmp_path, str(tmp_path / "little"), 0)
+        run_demo(0.02, tmp_path, str(tmp_path / "little"))
     (tmp_path / "little").rename(tmp_path.with_name("little"))
     with pytest.raises(UserError, match="bytes at the least"):
-        run_demo(0.02, tmp_path, str(tmp_path.with_name("little")), 0)
+        run_demo(0.02, tmp_path, str(tmp_path.with_name("little")))
 
 
 @pytest.mark.parametrize("stage", ["training", "measuring"])
@@ -245,9 +253,9 @@ def test_the_message_of_a_stopped_demo(
     if stage == "training":
         monkeypatch.setattr(loop, "cross_entropy", stopped)
     else:
-        monkeypatch.setattr(demo_run, "measure", interrupted)
+        monkeypatch.setattr(demo_command, "measure", interrupted)
     with pytest.raises(Interrupted) as caught:
-        run_demo(1.0 if stage == "training" else 0.02, folder, str(own_text), 0)
+        run_demo(1.0 if stage == "training" else 0.02, folder, str(own_text))
     assert str(caught.value).endswith("the same command begins again")
     if stage == "training":
         assert "generate" not in str(caught.value)
@@ -260,7 +268,7 @@ def test_the_message_of_a_stopped_demo(
 
 def test_xz_packs_the_held_out_text_behind_the_training_text() -> None:
     train, valid = sentences(0, 60_000).encode(), sentences(1, 5_000).encode()
-    bits, how = xz_bits_per_byte(train, valid)
+    bits, how = xz_bits_per_byte(train, valid, Progress("xz"))
 
     def size(data: bytes) -> int:
         if shutil.which("xz"):
@@ -273,9 +281,9 @@ def test_xz_packs_the_held_out_text_behind_the_training_text() -> None:
 
 
 def test_xz_alone_where_the_training_text_is_longer_than_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bytelatent.commands.demo.measure.XZ_WINDOW", 60_000)
+    monkeypatch.setattr("bytelatent.commands.demo_stages.XZ_WINDOW", 60_000)
     train, valid = sentences(0, 60_000).encode(), sentences(1, 5_000).encode()
-    bits, how = xz_bits_per_byte(train, valid)
+    bits, how = xz_bits_per_byte(train, valid, Progress("xz"))
     assert bits == 8 * len(lzma.compress(valid, preset=9 | lzma.PRESET_EXTREME)) / len(valid)
     assert "alone" in how
 
@@ -289,7 +297,7 @@ def test_a_file_of_which_nothing_is_read_does_not_stop_the_demo(
     (own / "note.txt").write_bytes(b"a line of a note\n" * 10_000)
     (own / "torn.parquet").write_bytes(b"PAR1 torn")
     ran: list[DemoText] = []
-    monkeypatch.setattr(demo_run, "_run", lambda clock, text, *rest: ran.append(text))
+    monkeypatch.setattr(demo_command, "_run", lambda clock, text, *rest: ran.append(text))
     with pytest.raises(UserError, match=r"nothing of '.*torn.parquet' could be read"):
-        run_demo(1.0, tmp_path / "demo", str(own), 0)
+        run_demo(1.0, tmp_path / "demo", str(own))
     assert [text.train_bytes + text.valid_bytes for text in ran] == [170_000]

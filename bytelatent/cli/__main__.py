@@ -1,6 +1,0 @@
-"""The command `blt` as `python -m bytelatent.cli`."""
-
-from bytelatent.cli import main
-
-if __name__ == "__main__":
-    main()
