@@ -140,7 +140,7 @@ def store_entropies(
         window=byte_lm.settings.window,
         context=settings.context,
         dtype=str(dtype).removeprefix("torch."),
-        rule=settings.patching.plain() if settings.patching is not None else None,
+        patching=settings.patching.plain() if settings.patching is not None else None,
     )
     if static_shapes is None:
         static_shapes = entropies_of is not None or device.type == "cuda"

@@ -256,7 +256,7 @@ class SourceReader:
         if not self.has_files_of(state):
             raise FilesChanged(
                 f"data: the files of '{self.settings.path}' are not those of the checkpoint; put them back as they "
-                "were, or go on with those that are there: data.allow_changed=true"
+                "were, or train on those that are there: data.allow_changed=true"
             )
         self.position = BlockPosition(*state["place"])
         self.left = [PartlyRead(BlockPosition(*position), item) for *position, item in state["left"]]
@@ -287,10 +287,10 @@ class SourceReader:
         self._current: CutBlock | None = None
         self._ended: tuple[int, int] | None = None  # epoch and file whose last block was read
         self._asked: deque[tuple[PartlyRead, bool, Future[CutBlock | None] | None]] = deque()
-        self._turns = self._own_turns()
+        self._to_read = self._own_blocks()
         self._no_text_since = self.position.epoch  # no text was found since this epoch
 
-    def _own_turns(self) -> Iterator[tuple[PartlyRead, bool]]:
+    def _own_blocks(self) -> Iterator[tuple[PartlyRead, bool]]:
         """The blocks to read, from which document on, and whether another rank left them."""
         position, item = self.position, 0 if self.left else self.item
         for left in list(self.left):
@@ -342,9 +342,9 @@ class SourceReader:
     def _ask_ahead(self) -> None:
         ahead = 1 if self.pool.workers == 0 else 2 * self.pool.workers
         while len(self._asked) < ahead:
-            turn, is_left = next(self._turns)
-            begun = self.pool.request(self.number, self._file(turn.position), turn.position.block)
-            self._asked.append((turn, is_left, begun))
+            block, is_left = next(self._to_read)
+            begun = self.pool.request(self.number, self._file(block.position), block.position.block)
+            self._asked.append((block, is_left, begun))
 
     def _answer(self, position: BlockPosition, begun: Future[CutBlock | None] | None, count: bool) -> CutBlock | None:
         """The block; None where the file ends before it, or cannot be read from there on."""

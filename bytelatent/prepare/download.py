@@ -213,7 +213,7 @@ def _read(path: Path, request: DatasetRequest) -> DownloadRecord | None:
     """The record in a file, if there is one.
 
     Raises:
-        UserError: it is about something else than `request`, or damaged.
+        UserError: it is about something else than `request`, or corrupt.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

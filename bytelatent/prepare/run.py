@@ -94,7 +94,7 @@ def _plan(settings: PrepareSettings, request: dict[str, Any], work: WorkFolder) 
     new = _new_plan(settings, request, files, budget)
     if old is not None and (why := _why_not(old, new)) is None:
         if any(work.folder.glob("scatter/*.marker")):
-            LOGGER.info(f"going on with the work in '{work.folder}'")
+            LOGGER.info(f"resuming the work in '{work.folder}'")
         return
     if old is not None:
         LOGGER.info(f"starting over: {why}")

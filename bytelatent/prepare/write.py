@@ -16,8 +16,8 @@ import numpy as np
 
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
-from bytelatent.files import own_file
-from bytelatent.prepare.plan import FORMAT, WorkFolder, read_json, write_json, writing
+from bytelatent.files import json_if_any, own_file, write_whole_json
+from bytelatent.prepare.plan import FORMAT, WorkFolder, writing
 from bytelatent.prepare.shuffle import INDEX_BYTES, SLICE_BYTES, BinRange, RunIndex, gathered, scratch
 from bytelatent.text import MAX_ROW_BYTES
 
@@ -52,7 +52,7 @@ def gather(work: WorkFolder, rank: int, ranks: int, report: Callable[[int], None
 
 def range_parts(work: WorkFolder, number: int) -> list[list[Any]] | None:
     """What a finished range wrote, as [output, bytes, sha256]; None if it is not finished."""
-    marker = read_json(work.range_marker(number))
+    marker = json_if_any(work.range_marker(number))
     return marker and marker["parts"]
 
 
@@ -73,7 +73,7 @@ def _gather_range(
             report(len(buffer))
         parts = stream.parts()
         assert stream.position == planned["stream"][1], "the second pass wrote other bytes than were planned"
-    write_json(work.range_marker(number), {"parts": parts})
+    write_whole_json(work.range_marker(number), {"parts": parts})
 
 
 def _documents(bins: BinRange, work: WorkFolder) -> Iterator[Buffer]:
@@ -202,7 +202,7 @@ def finish(work: WorkFolder) -> None:
             assert sum(size for size, _ in its_parts) == output["end"] - output["begin"]
             if (work.aside / output["name"]).exists():
                 os.replace(work.aside / output["name"], work.out / output["name"])
-        write_json(work.out / MANIFEST, masked(_manifest(work, cut, parts)), indent=1)
+        write_whole_json(work.out / MANIFEST, masked(_manifest(work, cut, parts)), indent=1)
 
 
 def _manifest(work: WorkFolder, cut: dict[str, Any], parts: list[list[Any]]) -> dict[str, Any]:
@@ -229,14 +229,14 @@ def _manifest(work: WorkFolder, cut: dict[str, Any], parts: list[list[Any]]) -> 
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished folder; None if there is none.
+    """The manifest of a finished folder; None if it has none.
 
     Raises:
         UserError: it cannot be read, or is of another program.
     """
     if not os.path.lexists(folder / MANIFEST):
         return None
-    manifest = read_json(folder / MANIFEST)
+    manifest = json_if_any(folder / MANIFEST)
     if not isinstance(manifest, dict) or not {"request", "outputs", "inputs"} <= manifest.keys():
         raise UserError(f"--out: '{folder / MANIFEST}' is corrupt or of another program; give another folder")
     request = manifest["request"]
@@ -265,11 +265,12 @@ def _what_is_wrong(path: Path, output: dict[str, Any]) -> str | None:
         size = path.stat().st_size
         if size != output["bytes"]:
             return f"{path.name} has {size:,} bytes, not {output['bytes']:,}"
+        begin = 0
         with path.open("rb") as file:
             for part_size, digest in output["parts"]:
-                begin = file.tell()
                 if _digest(file, part_size) != digest:
                     return f"{path.name} is not as it was written, between bytes {begin:,} and {begin + part_size:,}"
+                begin += part_size
     except FileNotFoundError:
         return f"{path.name} is missing"
     except OSError as error:
