@@ -16,8 +16,7 @@ from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
 from bytelatent.progress import Progress
-from bytelatent.text import MAX_ROW_BYTES, BadRows, Stored, find_files, read_documents
-from bytelatent.text.documents import must_have_read
+from bytelatent.text import MAX_ROW_BYTES, BadRows, Stored, find_files, must_have_read, read_documents
 from bytelatent.training.settings import CalibrationSettings
 from bytelatent.weights import fingerprint
 
