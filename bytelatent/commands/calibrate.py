@@ -8,7 +8,7 @@ from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_byt
 from bytelatent.report import figure_format, write_threshold_figure
 from bytelatent.terminal import print_line
 from bytelatent.text import BadRows
-from bytelatent.text.documents import must_have_read
+from bytelatent.text.documents import forget_logged, must_have_read
 from bytelatent.training import sample_entropies
 from bytelatent.weights import load_byte_lm_and_context
 
@@ -29,6 +29,7 @@ def calibrate_text(settings: CalibrateSettings) -> tuple[Calibration, dict[str, 
         UserError: there are neither stored entropies nor a byte LM, the size is out of reach, or the figure's suffix is
             unknown.
     """
+    forget_logged()
     device = choose_device(settings.device)  # before anything is read
     if settings.figure is not None:
         figure_format(settings.figure)
