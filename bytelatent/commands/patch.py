@@ -13,14 +13,13 @@ from bytelatent.inference import prompt_ids
 from bytelatent.inference.scoring import entropies_of
 from bytelatent.log import Console
 from bytelatent.model import ByteLM, ByteLMSettings, pack_rows
-from bytelatent.patching import Patch, PatchSettings, calibrate
+from bytelatent.patching import SHORT_NAMES, Patch, PatchSettings, calibrate
 from bytelatent.report import patched_text, write_patches_page
 from bytelatent.terminal import print_json, print_line
 from bytelatent.vocab import to_bytes
 from bytelatent.weights import load, open_pretrained
 
 OWN = "model"
-NAMES = "model, entropy, entropy:THRESHOLD, monotonic:THRESHOLD, space, byte, static:SIZE, bpe:tokenizer.json"
 LOGGER = logging.getLogger(__name__)
 
 
@@ -92,32 +91,18 @@ class PatchingModes:
         return found
 
     def _byte_lm(self) -> ByteLM:
-        byte_lm = self.model if isinstance(self.model, ByteLM) else self.model.byte_lm
+        byte_lm = self.model if isinstance(self.model, ByteLM) else self.model.entropy_model
         if byte_lm is None:
             raise UserError(f"patch: '{self.source}' has no byte LM, which finds patches by entropy; name one: --model")
         return byte_lm
 
     def _named(self, name: str, data: bytes) -> tuple[str, PatchSettings]:
         """Patching settings, and the name that is shown for them."""
-        mode, _, value = name.partition(":")
-        try:
-            if mode in ("space", "byte") and not value:
-                return name, PatchSettings(mode=mode)
-            if mode == "static" and value:
-                return name, PatchSettings.parse({"mode": mode, "patch_size": int(value)}, where=name)
-            if mode == "bpe" and value:
-                return name, PatchSettings(mode=mode, tokenizer=value)
-            if mode == "monotonic" and value:
-                return name, PatchSettings(mode="entropy", threshold=float(value), monotonicity=True)
-            if mode == "entropy" and value:
-                return name, PatchSettings(mode=mode, threshold=float(value))
-        except UserError:
-            raise
-        except ValueError:
-            pass
+        if (patching := PatchSettings.named(name)) is not None:
+            return name, patching
         if name in (OWN, "entropy"):
             return self._own(name, data)
-        raise UserError(f"patch: no mode '{name}'; modes: {NAMES}")
+        raise UserError(f"patch: no mode '{name}'; modes: {OWN}, entropy, {', '.join(SHORT_NAMES)}")
 
     def _own(self, asked: str, data: bytes) -> tuple[str, PatchSettings]:
         """The model's patching settings; for a byte LM, which has none, a threshold that suits this text."""
@@ -129,7 +114,7 @@ class PatchingModes:
             )
             return "entropy", patching
         patching = self.model.patching
-        shown = _name_of(patching)
+        shown = patching.name
         if asked != OWN and shown != asked:
             LOGGER.info(f"'{self.source}' finds its patches by '{shown}', which is shown in place of '{asked}'")
         return shown, patching
@@ -141,8 +126,3 @@ class PatchingModes:
         found = entropies_of(byte_lm, stream)
         wanted = min(DEFAULT_PATCH_BYTES, len(data))  # a short text has no longer patch
         return calibrate(stream.ids, found, stream.position, wanted).threshold
-
-
-def _name_of(patching: PatchSettings) -> str:
-    value = {"static": patching.patch_size, "bpe": patching.tokenizer}.get(patching.mode)
-    return patching.mode if value is None else f"{patching.mode}:{value}"

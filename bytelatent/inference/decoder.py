@@ -123,7 +123,9 @@ class Decoder:
             store: whether to update the state.
             is_prompt: whether the state is empty, and the new ids are whole prompts.
         """
-        model, byte_lm, num_padding = self.model, self.byte_lm, 0
+        model: Any = self.model
+        byte_lm: Any = self.byte_lm
+        num_padding = 0
         if is_prompt:
             model, byte_lm, num_padding = self._prompt_model, self._prompt_byte_lm, -len(ids) % self.pad_to
             at = torch.arange(len(ids), device=ids.device) if at is None and num_padding else at

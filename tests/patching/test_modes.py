@@ -11,7 +11,7 @@ from torch import Tensor
 from bytelatent.errors import UserError
 from bytelatent.inference.step import patching as device_patching
 from bytelatent.inference.step.patching import KERNEL_DECISIONS, kernel_decision
-from bytelatent.patching import MODES, PatchSettings, PatchState, next_starts, patch_lengths, step
+from bytelatent.patching import MODES, SHORT_NAMES, PatchSettings, PatchState, next_starts, patch_lengths, step
 from bytelatent.patching.modes import ModeName
 from tests.patching import slow
 from tests.patching.streams import Document, documents, packed, tensors
@@ -145,6 +145,20 @@ def test_numbers_that_do_not_belong_together_are_refused(values: dict[str, objec
         PatchSettings.parse(values)
     with pytest.raises(ValidationError):
         PatchSettings.model_validate(values)
+
+
+def test_every_mode_has_a_short_name() -> None:
+    arguments = {"THRESHOLD": "1.5", "PATCH_SIZE": "4", "TOKENIZER": "t.json"}
+    for shown in SHORT_NAMES:
+        short, _, argument = shown.partition(":")
+        found = PatchSettings.named(f"{short}:{arguments[argument]}" if argument else short)
+        assert found is not None, shown
+        assert found.name in (short, f"{short}:{arguments.get(argument)}") or found.monotonicity
+    assert PatchSettings.named("monotonic:0.2") == PatchSettings(threshold=0.2, monotonicity=True)
+    for wrong in ("spice", "entropy", "entropy:high", "static", "static:4.5", "byte:2", "bpe:", ""):
+        assert PatchSettings.named(wrong) is None
+    with pytest.raises(UserError, match="static:0: patch_size"):
+        PatchSettings.named("static:0")
 
 
 def test_every_mode_is_decided_on_the_device_or_explicitly_on_the_host() -> None:
