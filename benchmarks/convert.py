@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -24,18 +25,17 @@ from bytelatent.log import Console
 from bytelatent.model import ModelSettings
 from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
-from bytelatent.weights import Config, StoredModel
-from bytelatent.weights.native import write_native
-from bytelatent.weights.safetensors_io import CHUNK_BYTES, StoredTensor
+from bytelatent.weights import NATIVE, Config, StoredModel, StoredTensor
+from bytelatent.weights.safetensors_io import CHUNK_BYTES
 from bytelatent.weights.stored_model import shapes
 
 
 class RandomTensor(StoredTensor):
     """A tensor that is never in memory: its values are drawn while they are written."""
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[np.ndarray]:
         left = self.num_bytes
-        block = torch.randn(CHUNK_BYTES // 4).mul(0.02).to(self.dtype).view(torch.uint8).numpy().tobytes()
+        block = torch.randn(CHUNK_BYTES // 4).mul(0.02).to(self.dtype).view(torch.uint8).numpy()
         while left:
             part = block[: min(left, len(block))]
             left -= len(part)
@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         (folder / "start").mkdir()
-        write_native(folder / "start", model)
+        NATIVE.write(folder / "start", model)
         source = folder / "start"
         for number, to in enumerate(("hf", "meta", "native")):
             target = folder / f"{number}-{to}"

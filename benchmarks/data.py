@@ -29,7 +29,7 @@ from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM, ByteLMSettings, Stream, preset
 from bytelatent.patching import PatchSettings, calibrate
 from bytelatent.text import Document, Stored, read_documents
-from bytelatent.text.stored import StoredWriter
+from bytelatent.text.stored import stored_writer
 
 CONTEXT = 8192
 BATCH_BYTES = 65_536
@@ -59,7 +59,7 @@ def store(text: str, folder: Path, max_bytes: int) -> PatchSettings:
     patching = PatchSettings(mode="entropy", threshold=threshold)
     starts = ORIGIN.model_copy(update={"rule": patching.plain()})
     names = (folder / "entropies.parquet", folder / "starts.parquet")
-    with StoredWriter(names[0], ORIGIN) as first, StoredWriter(names[1], starts) as second:
+    with stored_writer(names[0], ORIGIN) as first, stored_writer(names[1], starts) as second:
         for number, document in enumerate(documents(text, max_bytes)):
             entropies = random.gamma(0.6, 1.2, len(document.text) + 1).astype(np.float32)
             first.add(str(number), document.text, entropies)

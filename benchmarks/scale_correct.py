@@ -28,7 +28,7 @@ from bytelatent.errors import UserError, guarded
 from bytelatent.patching import PatchSettings
 from bytelatent.run_folder import read_metrics
 from bytelatent.text import find_files, read_documents
-from bytelatent.text.stored import Stored, StoredWriter
+from bytelatent.text.stored import Stored, stored_writer
 from bytelatent.training import trainer as loop
 
 BATCHES = 8  # in a step, over all ranks
@@ -308,7 +308,7 @@ def store(text: Path | None, out: Path, steps: int, tiny: bool) -> Path:
 
     about = Stored(byte_lm="none", context=8192, dtype="float32", rule=PATCHING.plain())
     written = 0
-    with StoredWriter(out, about) as writer:
+    with stored_writer(out, about) as writer:
         for number, document in enumerate(documents()):
             ids = np.frombuffer(document, dtype=np.uint8)
             writer.add(str(number), document, np.concatenate([[True], ids == ord(" ")]))

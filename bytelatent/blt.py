@@ -232,8 +232,8 @@ class BLT:
             max_new_bytes: largest number of new bytes; the model may end the text earlier.
             samples: number of continuations of each prompt, which is read once for all of them; the result then is a
                 list for each prompt.
-            sampling: `temperature` (0.8; 0 takes the most likely byte), `top_k`, `top_p`, `min_p`,
-                `repetition_penalty`, `seed` (0), `stop` (texts that end it), `valid_utf8`; see `Sampling`.
+            sampling: fields of `Sampling`, such as `temperature` (0.8; 0 takes the most likely byte), `top_p`, `seed`
+                (0) and `stop` (texts that end it).
 
         Returns:
             The continuation of each prompt, with U+FFFD for bytes that are not UTF-8.

@@ -20,24 +20,23 @@ from bytelatent.errors import guarded
 from bytelatent.prepare import PrepareSettings
 from bytelatent.terminal import print_line, safe
 
-# The settings and the module in `commands` of each verb, in the order in which the help lists them.
-VERBS: dict[str, tuple[type[Settings], str]] = {
-    "demo": (settings.DemoSettings, "demo"),
-    "prepare": (PrepareSettings, "prepare"),
-    "train": (settings.TrainArguments, "train"),
-    "configs": (settings.ConfigsSettings, "configs"),
-    "runs": (settings.RunsSettings, "runs"),
-    "launch": (settings.LaunchArguments, "launch"),
-    "calibrate": (settings.CalibrateSettings, "calibrate"),
-    "entropies": (settings.EntropiesSettings, "entropies"),
-    "eval": (settings.EvaluateSettings, "evaluate"),
-    "generate": (settings.GenerateSettings, "generate"),
-    "patch": (settings.PatchesSettings, "patch"),
-    "convert": (settings.ConvertSettings, "convert"),
-    "export": (settings.ExportSettings, "export"),
-    "info": (settings.InfoSettings, "info"),
+# The settings of each verb, in the order in which the help lists them. What it does is in the file of its name.
+VERBS: dict[str, type[Settings]] = {
+    "demo": settings.DemoSettings,
+    "prepare": PrepareSettings,
+    "train": settings.TrainArguments,
+    "configs": settings.ConfigsSettings,
+    "runs": settings.RunsSettings,
+    "launch": settings.LaunchArguments,
+    "calibrate": settings.CalibrateSettings,
+    "entropies": settings.EntropiesSettings,
+    "eval": settings.EvaluateSettings,
+    "generate": settings.GenerateSettings,
+    "patch": settings.PatchesSettings,
+    "convert": settings.ConvertSettings,
+    "export": settings.ExportSettings,
+    "info": settings.InfoSettings,
 }
-BENCHMARKS: dict[str, tuple[type[Settings], str]] = {"train": (settings.BenchTrainSettings, "bench")}
 SECTION = "Attributes:"  # of a docstring
 FIELD = re.compile(r"(\w+): (.*)")
 
@@ -61,15 +60,14 @@ class _Given(NamedTuple):
 
 
 def verb_of(settings: type[Settings], module: str) -> Any:
-    """A function for typer: it reads its options into `settings` and runs the module's verb with them."""
+    """A function for typer: it reads its options into `settings` and runs the module of `commands` with them."""
     options = list(_options(settings))
-    given_by = {parameter.name: given for parameter, given in options}
 
     def verb(typer_context: typer.Context, quiet: bool, verbose: bool, **given: Any) -> None:
         log.configure(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
         values: dict[str, Any] = {}
-        for name, (key, old, new) in given_by.items():
-            source = typer_context.get_parameter_source(name)
+        for parameter, (key, old, new) in options:
+            source = typer_context.get_parameter_source(parameter.name)
             if source is None or source.name.startswith("DEFAULT"):
                 continue
             if old:
@@ -77,8 +75,13 @@ def verb_of(settings: type[Settings], module: str) -> Any:
             group = values
             for part in key[:-1]:
                 group = group.setdefault(part, {})
-            group[key[-1]] = given[name]
-        guarded(lambda: _run(settings.parse(values), module))
+            group[key[-1]] = given[parameter.name]
+        guarded(lambda: run(settings.parse(values)))
+
+    def run(parsed: Settings) -> None:
+        imported = import_module(f"bytelatent.commands.{module}")
+        signals.begin()
+        imported.run(parsed)
 
     shared = [
         _parameter("quiet", bool, False, typer.Option("--quiet", help="Show warnings only.")),
@@ -92,15 +95,10 @@ def verb_of(settings: type[Settings], module: str) -> Any:
     return verb
 
 
-def _run(given: Settings, module: str) -> None:
-    verb = import_module(f"bytelatent.commands.{module}")
-    signals.begin()
-    verb.run(given)
-
-
 def _options(settings: type[Settings], within: tuple[str, ...] = ()) -> Iterator[tuple[inspect.Parameter, _Given]]:
     about = descriptions(settings)
-    for name, field in settings.model_fields.items():
+    own_first = sorted(settings.model_fields.items(), key=lambda item: item[0] not in settings.__annotations__)
+    for name, field in own_first:
         annotation = field.annotation
         if inspect.isclass(annotation) and issubclass(annotation, Settings):
             yield from _options(annotation, (*within, name))
@@ -175,9 +173,9 @@ def options(
     pass
 
 
-for group, verbs in ((app, VERBS), (bench, BENCHMARKS)):
-    for name, (model, module) in verbs.items():
-        group.command(name)(verb_of(model, module))
+for name, model in VERBS.items():
+    app.command(name)(verb_of(model, name))
+bench.command("train")(verb_of(settings.BenchTrainSettings, "bench"))
 app.add_typer(bench, name="bench")
 
 

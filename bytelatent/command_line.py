@@ -16,7 +16,18 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from bytelatent.config import Settings, find_config, flat, load_yaml, renamed, shorten, to_yaml, union_members
+from bytelatent.config import (
+    Settings,
+    declared,
+    find_config,
+    flat,
+    load_yaml,
+    renamed,
+    shorten,
+    to_yaml,
+    types_of,
+    union_members,
+)
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.terminal import print_line
@@ -82,7 +93,7 @@ class Given(Generic[Read]):
     def _set(self, key: str, text: str) -> None:
         [key] = renamed({key: text}, self.model.old_names)
         *groups, name = key.split(".")
-        value = text if key == self.literal else _read(text, _declared(self.model, key), key)
+        value = text if key == self.literal else _read(text, declared(self.model, key.split(".")), key)
         group = self.values
         for depth, part in enumerate(groups, 1):
             whole, inner = ".".join(groups[:depth]), group.get(part)
@@ -182,32 +193,6 @@ def _lines(values: dict[str, Any], within: tuple[str, ...] = ()) -> Iterator[tup
             yield f"{begin} {written}", ".".join([*within, name])
 
 
-def _declared(model: type[Settings], key: str) -> list[Any]:
-    """The types, no unions, that the value of a whole key may have; none where nobody declares it."""
-    types: list[Any] = [model]
-    for name in key.split("."):
-        types = _types_of(types, name)
-    return types
-
-
-def _types_of(outer: list[Any], name: str) -> list[Any]:
-    """The types, no unions, of the values called `name` in values of these types."""
-    found: list[Any] = []
-    for kind in outer:
-        origin = get_origin(kind)
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            found += [kind.model_fields[name].annotation] if name in kind.model_fields else []
-        elif origin is dict:
-            found.append(get_args(kind)[1])
-        elif origin in (list, tuple):  # a single one may be given for a list of one
-            found += _types_of(_members(get_args(kind)), name)
-    return _members(found)
-
-
-def _members(types: Any) -> list[Any]:
-    return [member for kind in types for member in union_members(kind)]
-
-
 def _is_text(kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return all(isinstance(choice, str) for choice in get_args(kind))
@@ -239,13 +224,13 @@ def _of_node(node: yaml.Node, types: list[Any], key: str) -> Any:
     if isinstance(node, yaml.ScalarNode):
         return node.value if node.style else _scalar(node.value, types)
     if isinstance(node, yaml.SequenceNode):
-        items = [item for kind in types if get_origin(kind) in (list, tuple) for item in _members(get_args(kind))]
+        items = [item for kind in types if get_origin(kind) in (list, tuple) for item in union_members(*get_args(kind))]
         return [_of_node(item, items, key) for item in node.value]
     values: dict[str, Any] = {}
     for name, value in node.value:
         if str(name.value) in values:
             raise UserError(f"{key}.{name.value}: it is given twice")
-        values[str(name.value)] = _of_node(value, _types_of(types, str(name.value)), f"{key}.{name.value}")
+        values[str(name.value)] = _of_node(value, types_of(types, str(name.value)), f"{key}.{name.value}")
     return values
 
 

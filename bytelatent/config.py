@@ -9,10 +9,10 @@ import functools
 import logging
 import re
 import sysconfig
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, ParamSpec, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, ParamSpec, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -32,16 +32,11 @@ _register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_
 _register("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
 
 
-class Option:
-    """How the command line takes a field, where it is not `--its-name`.
+class Option(NamedTuple):
+    """How the command line takes a field, where it is not `--its-name`: by these names, or as an argument."""
 
-    Args:
-        names: the option's names.
-        is_argument: the field is an argument, not an option.
-    """
-
-    def __init__(self, *names: str, is_argument: bool = False):
-        self.names, self.is_argument = names, is_argument
+    names: tuple[str, ...] = ()
+    is_argument: bool = False
 
 
 ARGUMENT = Option(is_argument=True)
@@ -132,7 +127,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as nested plain values.
 
     Raises:
-        UserError: there is none, or it holds no settings.
+        UserError: it does not exist, or holds no settings.
     """
     if not Path(path).is_file():
         raise UserError(f"config: '{path}' does not exist; name a YAML file")
@@ -265,7 +260,7 @@ def _one_line(model: type[BaseModel], error: ValidationError, where: str | Calla
     prefix = "".join(f"{part}: " for part in (file, key) if part)
     more = f" (and {len(problems) - len(same)} more)" if len(problems) > len(same) else ""
     if first["type"] == "extra_forbidden":
-        return f"{prefix}{_about_unknown(_models_at(model, location[:-1]), location)}{more}"
+        return f"{prefix}{_about_unknown(model, location)}{more}"
     message = ", or ".join(dict.fromkeys(_message(problem) for problem in same))
     shown = "" if first["type"] in {"missing", "value_error"} else f", not {shorten(repr(first['input']))}"
     if first["type"] in {"string_type", "path_type"} and isinstance(first["input"], int | float | None):
@@ -284,12 +279,14 @@ def _location(problem: Any) -> list[str]:
     return [name for name in names[:1] + [name for name in names[1:] if not KIND_OF_VALUE.fullmatch(name)] if name]
 
 
-def _about_unknown(models: list[type[BaseModel]], location: list[str]) -> str:
+def _about_unknown(model: type[BaseModel], location: list[str]) -> str:
     """A line about a key that the settings at its place do not know, and about the one that may be meant."""
     *group, name = location
-    known = list(dict.fromkeys(field for inner in models for field in inner.model_fields))
-    groups = [field for field in known if any(name in inner.model_fields for inner in _models_of(models, field))]
-    deeper = [".".join([*group, field, name]) for field in groups]
+    known = list(dict.fromkeys(field for inner in _models_at(model, group) for field in inner.model_fields))
+    places = [[*group, field] for field in known]
+    deeper = [
+        ".".join([*at, name]) for at in places if any(name in inner.model_fields for inner in _models_at(model, at))
+    ]
     meant = "; did you mean " + " or ".join(f"'{key}'" for key in deeper) + "?" if deeper else ""
     if name in known:  # of another of the kinds that may be here
         return f"does not go together with the other keys here{meant}"
@@ -297,17 +294,7 @@ def _about_unknown(models: list[type[BaseModel]], location: list[str]) -> str:
 
 
 def _models_at(model: type[BaseModel], location: list[str]) -> list[type[BaseModel]]:
-    """The settings found by walking `location` down from `model`."""
-    models = [model]
-    for name in location:
-        models = _models_of(models, name) or models  # list indices and union tags are no fields
-    return models
-
-
-def _models_of(models: list[type[BaseModel]], field: str) -> list[type[BaseModel]]:
-    """The settings that a field of these settings may hold, at any depth."""
-    found = [model.model_fields[field].annotation for model in models if field in model.model_fields]
-    return [inner for annotation in found for inner in _models_in(annotation)]
+    return [inner for kind in declared(model, location) for inner in _models_in(kind)]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -316,10 +303,37 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
-def union_members(kind: Any) -> list[Any]:
-    """The types of a union; the type itself if it is no union."""
-    if get_origin(kind) is Annotated:
-        return union_members(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
-        return [member for inner in get_args(kind) for member in union_members(inner)]
-    return [kind]
+def declared(model: type[BaseModel], location: Sequence[str]) -> list[Any]:
+    """The types, no unions, that the value of a key may have; none where nobody declares it."""
+    types: list[Any] = [model]
+    for name in location:
+        types = types_of(types, name)
+    return types
+
+
+def types_of(outer: list[Any], name: str) -> list[Any]:
+    """The types, no unions, of the values called `name` in values of these types."""
+    found: list[Any] = []
+    for kind in outer:
+        origin = get_origin(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += [kind.model_fields[name].annotation] if name in kind.model_fields else []
+        elif origin is dict:
+            found.append(get_args(kind)[1])
+        elif origin in (list, tuple):  # a single one may be given for a list of one
+            items = union_members(*get_args(kind))
+            found += items if name.isdecimal() else types_of(items, name)
+    return union_members(*found)
+
+
+def union_members(*kinds: Any) -> list[Any]:
+    """The types that are no unions: the members of those that are, and the others themselves."""
+    found: list[Any] = []
+    for kind in kinds:
+        if get_origin(kind) is Annotated:
+            found += union_members(get_args(kind)[0])
+        elif get_origin(kind) in (Union, UnionType):
+            found += union_members(*get_args(kind))
+        else:
+            found.append(kind)
+    return found

@@ -32,24 +32,27 @@ def listen() -> None:
     An exception is no use: modules swallow it while they are imported, or raise another one.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        _set({signal.SIGINT: _end})
+        _set({signal.SIGINT: _ending("stopped")})
 
 
 def begin() -> None:
     """Raise `KeyboardInterrupt` on Ctrl-C from now on: there is work that may have to clean up."""
-    if signal.getsignal(signal.SIGINT) is _end:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         _set({signal.SIGINT: signal.default_int_handler})
 
 
-def _end(*_: object) -> None:
-    _write("stopped")
-    os._exit(STOPPED)
+def _ending(line: str) -> Callable[..., None]:
+    def end(*_: object) -> None:
+        _write(line)
+        os._exit(STOPPED)
+
+    return end
 
 
 def _write(line: str) -> None:
     """Write past Python's streams, to which a line may be under way when the signal comes."""
     with suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{line}\n".encode() if line else b"")
 
 
 def _set(handlers: dict[int, Any]) -> dict[int, Any]:
@@ -162,17 +165,13 @@ def unattended(imports: Callable[[], Any]) -> Iterator[None]:
     is_first = os.environ.get("RANK", "0") == "0"
     asked: float | None = None
 
-    def end(*_: object) -> None:
-        if is_first:
-            _write(f"stopped: {NOT_SAVED}")
-        os._exit(STOPPED)
-
     def stop(*_: object) -> None:
         nonlocal asked
         before, asked = asked, time.monotonic()
         if before is None or asked - before > ONE_PRESS:
             raise Interrupted(NOT_SAVED) if is_first else SystemExit(STOPPED)
 
+    end = _ending(f"stopped: {NOT_SAVED}" if is_first else "")
     earlier = _set(dict.fromkeys(_stop_signals(), end))
     try:
         imports()

@@ -44,8 +44,8 @@ def _log_level(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Tests see messages of INFO and above in `caplog`; what a test's command configured ends with the test."""
     logger = logging.getLogger("bytelatent")
     logger.setLevel(logging.INFO)
-    if bad_rows := sys.modules.get("bytelatent.text.bad_rows"):
-        bad_rows.forget_logged()
+    if documents := sys.modules.get("bytelatent.text.documents"):
+        documents.forget_logged()
     yield
     logger.handlers.clear()
 

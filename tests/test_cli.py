@@ -159,7 +159,7 @@ def test_patches_as_a_page(tmp_path: Path, model: Path) -> None:
     [
         (["patch", "x", "--mode", "static"], "no mode 'static'"),
         (["patch", "x", "--mode", "static:0"], "static:0: patch_size"),
-        (["patch", "x", "--mode", "entropy:high"], "no mode 'entropy:high'"),
+        (["patch", "x", "--mode", "entropy:high"], "entropy:high: threshold: Input should be a valid number"),
         (["patch", "x", "--mode", "bpe:absent.json"], "absent.json"),
         (["patch", "x", "-m", "absent"], "'absent' is not a folder; name a run"),
         (["patch", "x", "-m", "absent"], "take modes that need no model: --mode space,static:4"),

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bytelatent import BLT
 from bytelatent.cli import main
-from bytelatent.commands.evaluate import evaluate_model
+from bytelatent.commands.eval import evaluate_model
+from bytelatent.commands.settings import EvaluateSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.terminal import print_json
 from bytelatent.weights import Config
@@ -98,7 +99,7 @@ def test_a_device_is_chosen_before_anything_is_read(folder: Path, monkeypatch: p
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for call in (
-        lambda: evaluate_model("nowhere", ["nowhere"], None, None, "cuda"),
+        lambda: evaluate_model(EvaluateSettings(model="nowhere", text=["nowhere"], device="cuda")),
         lambda: calibrate_text(["nowhere"], 4.0, "nowhere", device="cuda"),
     ):
         with pytest.raises(UserError, match="device: 'cuda' cannot be used"):

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from bytelatent import BLT
 from bytelatent.cli import app
 from bytelatent.commands.calibrate import calibrate_text
-from bytelatent.commands.evaluate import evaluate_model
+from bytelatent.commands.eval import evaluate_model
+from bytelatent.commands.settings import EvaluateSettings
 from bytelatent.data import patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference import Sampling, prompt_ids, scoring
@@ -104,7 +105,8 @@ def test_a_text_is_measured_in_pieces(blt: BLT, monkeypatch: pytest.MonkeyPatch,
     assert blt.bits_per_byte(TEXT) == pytest.approx(expected, rel=1e-5)
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}))
     blt.save_pretrained(tmp_path / "model")
-    found = evaluate_model(str(tmp_path / "model"), [str(tmp_path / "text.jsonl")], None, None, "cpu")
+    settings = EvaluateSettings(model=str(tmp_path / "model"), text=[str(tmp_path / "text.jsonl")], device="cpu")
+    found = evaluate_model(settings)
     assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     assert found["mean_patch_bytes"] == pytest.approx(len(TEXT) / len(patches))
 

@@ -113,7 +113,7 @@ def test_what_fails_while_it_is_written_leaves_the_folder(tmp_path: Path, monkey
         raise RuntimeError("a fault")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["bytelatent.weights.formats"], "write_card", fail)
+        patched.setattr(sys.modules["bytelatent.weights.pretrained"], "write_card", fail)
         with pytest.raises(RuntimeError, match="a fault"):
             model.save_pretrained(tmp_path / "a")
     assert contents(tmp_path / "a") == before

@@ -13,7 +13,7 @@ import pytest
 
 from bytelatent import config
 from bytelatent.cli import main
-from bytelatent.text.bad_rows import MAX_LINE, forget_logged
+from bytelatent.text.documents import MAX_LINE, forget_logged
 from bytelatent.training import train
 from tests.text.test_every_reader import CASES, PNG
 from tests.text.text_files import jsonl

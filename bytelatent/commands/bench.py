@@ -3,9 +3,9 @@
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from rich import box
@@ -17,30 +17,19 @@ from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ModelSettings, preset
 from bytelatent.model.flops import costs, training_flops
-from bytelatent.terminal import print_json
+from bytelatent.terminal import print_json, print_line
 from bytelatent.training.checks import check_cuda_graph
 from bytelatent.training.float8 import check_float8
 from bytelatent.training.optimizer import OptimizerSettings
-from bytelatent.training.profiling.measure import (
-    DOCUMENT,
-    PATCH_BYTES,
-    SyntheticTraining,
-    TrainingSetup,
-    by_kind,
-    copy_rate,
-    kernels_of,
-    matrix_rate,
-    num_patches,
-    random_batch,
-    seconds_of,
-)
+from bytelatent.training.profiling import measure
+from bytelatent.training.profiling.measure import DOCUMENT, PATCH_BYTES, SyntheticTraining, TrainingSetup
 
 LOGGER = logging.getLogger(__name__)
 SIZES = {"cuda": [16_384, 65_536], "mps": [4096, 16_384], "cpu": [2048, 8192]}
 # What an optimizer step moves for a weight in float32: AdamW reads it, its gradient and two moments and writes three
 # of them; clipping reads the gradient for its norm, then reads and writes it.
-BYTES_A_WEIGHT = 7 * 4 + 3 * 4
-KEPT_A_WEIGHT = 2 * 4  # a weight and its gradient
+BYTES_PER_WEIGHT = 7 * 4 + 3 * 4
+HASH_TABLES = "n-gram hash tables"  # among the costs
 
 Found = TypeVar("Found")
 
@@ -87,43 +76,16 @@ class Split:
 @dataclass(frozen=True)
 class Benchmark:
     title: str
-    matrix_flops: float  # a second, measured
-    copied_bytes: float  # a second, read and written
+    matrix_flops: float  # per second, measured
+    copied_bytes: float  # per second, read and written
     stated_peak: float | None
-    rows: list[Speed]
-    splits: list[Split]
-    too_large: list[str]  # a line for each that memory did not hold
-
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def show(self, console: Console) -> None:
-        stated = f"; the maker states {self.stated_peak / 1e12:,.0f} (peak)" if self.stated_peak else ""
-        _say(console, self.title)
-        _say(console, f"measured: products {self.matrix_flops / 1e12:,.3g} TFLOP/s (rate){stated}")
-        _say(console, f"measured: copies {self.copied_bytes / 1e9:,.3g} GB/s, read and written")
-        for kind in dict.fromkeys(row.hash_gradients for row in self.rows):
-            hashed = f", {kind} hash gradients" if kind else ""
-            console.print(_speeds(f"training{hashed}", [row for row in self.rows if row.hash_gradients == kind]))
-            for split in self.splits:
-                if split.hash_gradients == kind:
-                    console.print(_times(f"where a step of {split.num_bytes:,} bytes goes{hashed}", split))
-        for line in self.too_large:
-            _say(console, line)
+    rows: list[Speed] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+    too_large: list[str] = field(default_factory=list)  # a line for each that memory did not hold
 
 
 def run(settings: BenchTrainSettings) -> None:
-    report = bench_train(settings)
-    if settings.as_json:
-        print_json(report.plain())
-    else:
-        report.show(Console())
-
-
-def bench_train(settings: BenchTrainSettings) -> Benchmark:
-    """Measure gradients and steps of a preset.
-
-    Args:
+    """Measure gradients and steps of a preset, and print the result.
 
     Raises:
         UserError: there is no such preset or device, or it cannot have float8.
@@ -136,36 +98,30 @@ def bench_train(settings: BenchTrainSettings) -> Benchmark:
     check_float8(float8, device, dtype)
     check_cuda_graph(settings.cuda_graph, device)
     _check_memory(settings.model, model, device)
-    plan = TrainingSetup(
-        model,
-        device,
-        dtype,
-        compiled=device.type == "cuda",
-        float8=float8,
-        checkpointing=settings.checkpointing,
-        captured=settings.cuda_graph,
-    )
-    title, peak = _title(settings.model, plan), peak_flops(device, dtype)
-    report = Benchmark(title, matrix_rate(device, dtype), copy_rate(device), peak, [], [], [])
+    how = {"float8": float8, "checkpointing": settings.checkpointing, "captured": settings.cuda_graph}
+    setup = TrainingSetup(model, device, dtype, compiled=device.type == "cuda", **how)
+    rates = measure.matrix_rate(device, dtype), measure.copy_rate(device), peak_flops(device, dtype)
+    report = Benchmark(_title(settings.model, setup), *rates)
     for kind in ("dense", "rows") if _has_tables(model) else (None,):
-        _let_go(plan)
-        of_kind = replace(plan, optimizer=OptimizerSettings(hash_gradients=kind or "dense"))
+        _free(setup)
+        of_kind = replace(setup, optimizer=OptimizerSettings(hash_gradients=kind or "dense"))
         _measure(of_kind, kind, settings.bytes or SIZES[device.type], report)
-    return report
+    if settings.as_json:
+        print_json(asdict(report))
+    else:
+        _show(report)
 
 
 def _check_memory(name: str, model: ModelSettings, device: torch.device) -> None:
     """A machine that gives out more memory than it has kills the process, so it is not asked.
 
     Raises:
-        UserError: weights and gradients alone do not fit into what is free.
+        UserError: weights and gradients alone do not fit into the free memory.
     """
     if device.type != "cpu" or (free := free_memory()) is None:
         return
-    parts = costs(model)
-    # With `rows` the hash tables' gradients are small.
-    sparse = sum(part.num_parameters for part in parts if part.name == "n-gram hash tables")
-    needed = KEPT_A_WEIGHT * sum(part.num_parameters for part in parts) - KEPT_A_WEIGHT // 2 * sparse
+    # A weight and its gradient; with `rows` the hash tables' gradients are small.
+    needed = sum(part.num_parameters * (4 if part.name == HASH_TABLES else 8) for part in costs(model))
     if needed > free:
         raise UserError(
             f"model: weights and gradients of '{name}' take {needed / 1e9:,.1f} GB (float32), and {free / 1e9:,.1f} GB "
@@ -173,21 +129,19 @@ def _check_memory(name: str, model: ModelSettings, device: torch.device) -> None
         )
 
 
-def _measure(plan: TrainingSetup, kind: str | None, sizes: list[int], report: Benchmark) -> None:
+def _measure(setup: TrainingSetup, kind: str | None, sizes: list[int], report: Benchmark) -> None:
     """Add to the report what one kind of hash gradients takes."""
-    hashed = f", {kind} hash gradients" if kind else ""
-    trainee = _where_it_fits(plan, partial(SyntheticTraining, plan))
+    trainee = _where_it_fits(setup, partial(SyntheticTraining, setup))
     if trainee is None:
-        report.too_large.append(
-            f"weights, gradients and the optimizer's state{hashed}: not enough memory; take a smaller preset"
-        )
+        state = f"weights, gradients and the optimizer's state{_with_hashes(kind)}"
+        report.too_large.append(f"{state}: not enough memory; take a smaller preset")
         return
     largest = None
     for size in sizes:
         for work in ("gradients", "step"):
-            what = f"{'a step' if work == 'step' else work} of {size:,} bytes{hashed}"
+            what = f"{'a step' if work == 'step' else work} of {size:,} bytes{_with_hashes(kind)}"
             LOGGER.info(f"measuring: {what}")
-            row = _where_it_fits(plan, partial(_row, trainee, kind, size, work, report))
+            row = _where_it_fits(setup, partial(_speed, trainee, kind, size, work, report))
             trainee.model.zero_grad(set_to_none=True)
             if row is None:
                 report.too_large.append(f"{what}: not enough memory; take fewer --bytes, or --checkpointing full")
@@ -195,74 +149,76 @@ def _measure(plan: TrainingSetup, kind: str | None, sizes: list[int], report: Be
             report.rows.append(row)
             largest = size if work == "step" else largest
     if largest is not None:
-        report.splits.extend(_where_it_fits(plan, partial(_split, trainee, kind, largest, report)) or [])
+        shares = _where_it_fits(setup, partial(_shares, trainee, kind, largest, report))
+        report.splits.extend([Split(kind, largest, shares)] if shares else [])
 
 
-def _row(trainee: SyntheticTraining, kind: str | None, size: int, work: str, report: Benchmark) -> Speed:
-    plan = trainee.setup
-    stream, targets = random_batch(size, plan.device, isinstance(plan.model, BLTSettings))
-    if plan.compiled:
+def _speed(trainee: SyntheticTraining, kind: str | None, size: int, work: str, report: Benchmark) -> Speed:
+    setup = trainee.setup
+    stream, targets = measure.random_batch(size, setup.device, isinstance(setup.model, BLTSettings))
+    if setup.compiled:
         trainee.forget_shapes()
-    if plan.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(plan.device)
+    on_cuda, on_cpu = (setup.device.type == name for name in ("cuda", "cpu"))
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(setup.device)
     call = partial(trainee.step if work == "step" else trainee.forward_backward, stream, targets)
-    on_cpu = plan.device.type == "cpu"
-    seconds = seconds_of(call, plan.device, warm=1 if on_cpu else 3, limit=2.0 if on_cpu else 20.0)
-    patches = num_patches(stream)
-    flops = training_flops(plan.model, size / patches if patches else 1.0, min(size, DOCUMENT)) * size / seconds
+    seconds = measure.seconds_of(call, setup.device, warm=1 if on_cpu else 3, limit=2.0 if on_cpu else 20.0)
+    patches = measure.num_patches(stream)
+    flops = training_flops(setup.model, size / patches if patches else 1.0, min(size, DOCUMENT)) * size / seconds
     return Speed(
         kind,
         size,
         work,
         seconds,
-        size / seconds,
-        patches / seconds if patches else None,
-        flops / report.matrix_flops,
-        flops / report.stated_peak if report.stated_peak else None,
-        peak_memory(plan.device if plan.device.type == "cuda" else None),
+        bytes_per_second=size / seconds,
+        patches_per_second=patches / seconds if patches else None,
+        of_measured_rate=flops / report.matrix_flops,
+        of_stated_peak=flops / report.stated_peak if report.stated_peak else None,
+        peak_memory=peak_memory(setup.device if on_cuda else None),
     )
 
 
-def _split(trainee: SyntheticTraining, kind: str | None, size: int, report: Benchmark) -> list[Split]:
-    """Where the time of a step goes; nothing where torch cannot say."""
-    plan = trainee.setup
-    stream, targets = random_batch(size, plan.device, isinstance(plan.model, BLTSettings))
-    absent = {"hash tables"} if not _has_tables(plan.model) else set()
-    absent |= {"patch attention"} if not isinstance(plan.model, BLTSettings) else set()
-    seconds = by_kind(kernels_of(partial(trainee.step, stream, targets), plan.device), absent)
+def _shares(trainee: SyntheticTraining, kind: str | None, size: int, report: Benchmark) -> list[TimeShare]:
+    """Where the time of a step goes, the most first; nothing where torch does not measure it."""
+    setup = trainee.setup
+    is_blt = isinstance(setup.model, BLTSettings)
+    stream, targets = measure.random_batch(size, setup.device, is_blt)
+    absent = {"hash tables"} if not _has_tables(setup.model) else set()
+    absent |= {"patch attention"} if not is_blt else set()
+    seconds = measure.by_kind(measure.kernels_of(partial(trainee.step, stream, targets), setup.device), absent)
     total = sum(seconds.values())
     if total == 0:
         return []
-    parts = costs(plan.model, size / (num_patches(stream) or size), min(size, DOCUMENT))
+    parts = costs(setup.model, size / (measure.num_patches(stream) or size), min(size, DOCUMENT))
     attention = sum(part.of_attention for part in parts if not part.name.endswith("cross-attention"))
     products = sum(part.flops_per_byte - part.of_attention for part in parts)
-    weights = sum(part.num_parameters for part in parts if kind != "rows" or part.name != "n-gram hash tables")
+    weights = sum(part.num_parameters for part in parts if kind != "rows" or part.name != HASH_TABLES)
     needed = {
         "products": 3 * products * size / report.matrix_flops,
         "attention": 3 * attention * size / report.matrix_flops,
-        "optimizer and clipping": weights * BYTES_A_WEIGHT / report.copied_bytes,
+        "optimizer and clipping": weights * BYTES_PER_WEIGHT / report.copied_bytes,
     }
-    shares = [TimeShare(kind, spent, spent / total, needed.get(kind)) for kind, spent in seconds.items()]
-    return [Split(kind, size, sorted(shares, key=lambda share: -share.seconds))]
+    shares = [TimeShare(kernels, spent, spent / total, needed.get(kernels)) for kernels, spent in seconds.items()]
+    return sorted(shares, key=lambda share: -share.seconds)
 
 
-def _where_it_fits(plan: TrainingSetup, work: Callable[[], Found]) -> Found | None:
-    """What the work gives; None where memory does not hold it, and then what it held is free again."""
+def _where_it_fits(setup: TrainingSetup, work: Callable[[], Found]) -> Found | None:
+    """The result of the work; None where memory does not hold it, and then its memory is free again."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    _let_go(plan)
+    _free(setup)
     return None
 
 
-def _let_go(plan: TrainingSetup) -> None:
+def _free(setup: TrainingSetup) -> None:
     """Free what was measured before: models are held by cycles, and by what was compiled."""
-    if plan.compiled:
+    if setup.compiled:
         torch._dynamo.reset()
     gc.collect()
-    if plan.device.type == "cuda":
+    if setup.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -270,55 +226,80 @@ def _has_tables(settings: ModelSettings) -> bool:
     return isinstance(settings, BLTSettings) and settings.ngram_hash is not None
 
 
-def _title(name: str, plan: TrainingSetup) -> str:
-    where = plan.device.type
+def _with_hashes(kind: str | None) -> str:
+    return f", {kind} hash gradients" if kind else ""
+
+
+def _title(name: str, setup: TrainingSetup) -> str:
+    where = setup.device.type
     if where == "cuda":
-        where = torch.cuda.get_device_name(plan.device)
+        where = torch.cuda.get_device_name(setup.device)
     elif where == "cpu":
         where = f"cpu (threads: {torch.get_num_threads()})"
-    words = [
-        f"{name} on {where}",
-        f"torch {torch.__version__}",
-        f"products in {str(plan.dtype).removeprefix('torch.')}, weights in float32",
-        *(["compiled block by block"] if plan.compiled else []),
-        *(["forward and backward pass a CUDA graph"] if plan.captured else []),
-        *([f"float8 {plan.float8}"] if plan.float8 else []),
-        *([f"activation checkpointing {plan.checkpointing}"] if plan.checkpointing != "none" else []),
-        f"documents of {DOCUMENT:,} random bytes"
-        + (f", patches of {PATCH_BYTES:g}" if isinstance(plan.model, BLTSettings) else ""),
-    ]
-    return "; ".join(words)
-
-
-def _speeds(title: str, rows: list[Speed]) -> Table:
-    columns: dict[str, Callable[[Speed], str]] = {
-        "bytes": lambda row: f"{row.num_bytes:,}",
-        "work": lambda row: row.work,
-        "ms": lambda row: f"{row.seconds * 1e3:,.1f}",
-        "bytes/s": lambda row: f"{row.bytes_per_second:,.0f}",
-        "patches/s": lambda row: f"{row.patches_per_second:,.0f}" if row.patches_per_second else "",
-        "of rate": lambda row: f"{row.of_measured_rate:.1%}",
-        "of peak": lambda row: f"{row.of_stated_peak:.1%}" if row.of_stated_peak is not None else "",
-        "GiB": lambda row: f"{row.peak_memory / 2**30:.3g}",
+    patches = f", patches of {PATCH_BYTES:g}" if isinstance(setup.model, BLTSettings) else ""
+    words = {
+        f"{name} on {where}": True,
+        f"torch {torch.__version__}": True,
+        f"products in {str(setup.dtype).removeprefix('torch.')}, weights in float32": True,
+        "compiled block by block": setup.compiled,
+        "forward and backward pass a CUDA graph": setup.captured,
+        f"float8 {setup.float8}": setup.float8 is not None,
+        f"activation checkpointing {setup.checkpointing}": setup.checkpointing != "none",
+        f"documents of {DOCUMENT:,} random bytes{patches}": True,
     }
+    return "; ".join(word for word, holds in words.items() if holds)
+
+
+def _show(report: Benchmark) -> None:
+    stated = f"; the maker states {report.stated_peak / 1e12:,.0f} (peak)" if report.stated_peak else ""
+    print_line(report.title)
+    print_line(f"measured: products {report.matrix_flops / 1e12:,.3g} TFLOP/s (rate){stated}")
+    print_line(f"measured: copies {report.copied_bytes / 1e9:,.3g} GB/s, read and written")
+    console = Console()
+    for kind in dict.fromkeys(row.hash_gradients for row in report.rows):
+        console.print(_speeds(kind, [row for row in report.rows if row.hash_gradients == kind]))
+        for split in (split for split in report.splits if split.hash_gradients == kind):
+            console.print(_times(split))
+    for line in report.too_large:
+        print_line(line)
+
+
+def _speeds(kind: str | None, rows: list[Speed]) -> Table:
+    cells = [
+        {
+            "bytes": f"{row.num_bytes:,}",
+            "work": row.work,
+            "ms": f"{row.seconds * 1e3:,.1f}",
+            "bytes/s": f"{row.bytes_per_second:,.0f}",
+            "patches/s": f"{row.patches_per_second:,.0f}" if row.patches_per_second else "",
+            "of rate": f"{row.of_measured_rate:.1%}",
+            "of peak": f"{row.of_stated_peak:.1%}" if row.of_stated_peak is not None else "",
+            "GiB": f"{row.peak_memory / 2**30:.3g}",
+        }
+        for row in rows
+    ]
+    return _table(f"training{_with_hashes(kind)}", cells)
+
+
+def _times(split: Split) -> Table:
+    cells = [
+        {
+            "kernels": share.kind,
+            "ms": f"{share.seconds * 1e3:,.1f}",
+            "share": f"{share.share:.1%}",
+            "ms at the measured rates": "-" if share.needed is None else f"{share.needed * 1e3:,.1f}",
+        }
+        for share in split.shares
+    ]
+    return _table(f"where a step of {split.num_bytes:,} bytes goes{_with_hashes(split.hash_gradients)}", cells)
+
+
+def _table(title: str, rows: list[dict[str, str]]) -> Table:
+    """A table of these cells, without columns that are empty."""
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    shown = {name: cell for name, cell in columns.items() if any(cell(row) for row in rows)}
+    shown = [name for name in rows[0] if any(row[name] for row in rows)]
     for name in shown:
-        table.add_column(name, justify="left" if name == "work" else "right")
+        table.add_column(name, justify="left" if name in ("work", "kernels") else "right")
     for row in rows:
-        table.add_row(*(cell(row) for cell in shown.values()))
+        table.add_row(*(row[name] for name in shown))
     return table
-
-
-def _times(title: str, split: Split) -> Table:
-    table = Table("kernels", title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("ms", "share", "ms at the measured rates"):
-        table.add_column(name, justify="right")
-    for share in split.shares:
-        needed = "-" if share.needed is None else f"{share.needed * 1e3:,.1f}"
-        table.add_row(share.kind, f"{share.seconds * 1e3:,.1f}", f"{share.share:.1%}", needed)
-    return table
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from bytelatent.progress import Progress
 from bytelatent.report import figure_format, write_threshold_figure
 from bytelatent.terminal import print_line
 from bytelatent.text import MAX_ROW_BYTES, BadRows
-from bytelatent.text.bad_rows import MAX_BAD_ROWS, must_have_read
+from bytelatent.text.documents import MAX_BAD_ROWS, must_have_read
 from bytelatent.training import sample_entropies
 from bytelatent.weights import load_byte_lm_and_context
 

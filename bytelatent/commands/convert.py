@@ -1,4 +1,4 @@
-"""Models from one format to another."""
+"""`blt convert`: a model from one format to another."""
 
 import logging
 from pathlib import Path
@@ -22,8 +22,8 @@ def convert_model(settings: ConvertSettings) -> Path:
     """Write a model in another format; its weights pass through in pieces, so that memory does not limit its size.
 
     Raises:
-        UserError: the model is not there or not whole, or the format has no room for one of its settings.
-        Interrupted: by Ctrl-C; nothing is written then.
+        UserError: there is no model, it is not whole, or the format cannot express one of its settings.
+        Interrupted: by Ctrl-C; nothing is written.
     """
     target = Path(settings.target)
     check_target(target, settings.to, settings.licence)

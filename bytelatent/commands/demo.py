@@ -25,6 +25,7 @@ from bytelatent.log import Console
 from bytelatent.report import RunReport, compare_runs, write_report
 from bytelatent.run_folder import NoCheckpoint, newest_checkpoint, read_metrics
 from bytelatent.text import BadRows
+from bytelatent.text.documents import must_have_read
 from bytelatent.training import TrainSettings, train
 
 LOGGER = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ CALIBRATION_BYTES = 100_000  # of training text and of held-out text, for the th
 CURVE_BYTES = 50_000  # of held-out text for the validation at the end of training
 FEWEST_STEPS = 100  # with fewer training steps, a model counts as undertrained
 MOST_BITS = 3.5  # per byte; about the value of a model of letter pairs
+SHOWN_BYTES = 2_000  # of held-out text in the report
 MODELS = {"byte LM": "byte_lm", "BLT": "blt"}
 BEGINS_AGAIN = "the same command begins again"
 
@@ -61,7 +63,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
         summary = _run(clock, text, settings)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(_advice_when_stopped(settings.out)) from None
-    bad.must_have_read()
+    must_have_read(bad.unread)
     return summary
 
 
@@ -154,7 +156,7 @@ def _write_summary(
         title=f"A byte LM and a BLT, trained on {text.name} in {seconds / 60:.1f} minutes",
         summary=summary,
         curves=curves,
-        texts={"held-out text": measured.shown},
+        texts={"held-out text": [patch for patch in measured.patches if patch.end <= SHOWN_BYTES]},
         patch_lengths=[patch.end - patch.start for patch in measured.patches],
         threshold=model.patching.threshold,
         samples=measured.samples,

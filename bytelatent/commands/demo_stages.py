@@ -13,15 +13,15 @@ from pathlib import Path
 
 from bytelatent.blt import BLT
 from bytelatent.commands.settings import DemoSettings
-from bytelatent.data import Patcher, SourceSettings, batches_once
+from bytelatent.data import SourceSettings, batches_once
 from bytelatent.device import Threads
 from bytelatent.errors import UserError
 from bytelatent.evaluation import Evaluation, evaluate
 from bytelatent.files import whole_file
-from bytelatent.model import BLTModel, ByteLM
 from bytelatent.patching import Patch
 from bytelatent.progress import Progress
 from bytelatent.text import BadRows, find_files, read_documents
+from bytelatent.text.documents import must_have_read
 
 HELD_OUT_ONE_IN = 16  # documents, chosen by a hash of their names
 CHUNK = 8192  # bytes; longer documents are split, so that the held-out text is not from a few of them only
@@ -30,7 +30,6 @@ LEAST_TEXT = 100_000  # bytes of training text
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
 
 BATCH_BYTES = 2048
-SHOWN_BYTES = 2_000  # of held-out text in the report
 PROMPTS = ("def read(self, ", "The history of ", "import ")
 SAMPLE_BYTES = 200
 LEAST_SHARE = 0.05  # of the minutes: the least time for each part, even when all time is up
@@ -65,7 +64,7 @@ def collect(settings: DemoSettings, bad: BadRows) -> DemoText:
         parts["valid" if document in held_out else "train"].extend(_chunks(document, text))
     train_bytes, valid_bytes = (sum(len(text) for _, text in rows) for rows in parts.values())
     if train_bytes < LEAST_TEXT or not valid_bytes:
-        bad.must_have_read()  # an error that names a file comes before one about too little text
+        must_have_read(bad.unread)  # an error that names a file comes before one about too little text
         raise UserError(
             f"demo: {name} holds {train_bytes + valid_bytes:,} bytes, {valid_bytes:,} of them held out; "
             f"it takes {LEAST_TEXT:,} bytes at the least, in one file or many"
@@ -157,11 +156,6 @@ class DemoMeasurements:
     patches: list[Patch]
     samples: list[tuple[str, str]]
 
-    @property
-    def shown(self) -> list[Patch]:
-        """The first patches, for a page."""
-        return [patch for patch in self.patches if patch.end <= SHOWN_BYTES]
-
 
 def measure(model: BLT, text: DemoText, max_bytes: int, seed: int, clock: Clock) -> DemoMeasurements:
     """Measure a BLT, its byte LM and xz on the same bytes.
@@ -172,12 +166,11 @@ def measure(model: BLT, text: DemoText, max_bytes: int, seed: int, clock: Clock)
         seed: of the continuations.
         clock: each part takes at most a share of the time left.
     """
-    assert model.entropy_model is not None
     with Threads.of(model.device) as threads:
         with Progress("measuring the BLT", max_bytes, 0.5 * clock.left) as progress:
-            blt = _evaluate(model.model, text.valid, model.context, model.patcher, max_bytes, progress, threads)
+            blt = _evaluate(model, True, text.valid, max_bytes, progress, threads)
         with Progress("measuring the byte LM", blt.num_bytes, 0.4 * clock.left) as progress:
-            byte_lm = _evaluate(model.entropy_model, text.valid, model.context, None, blt.num_bytes, progress)
+            byte_lm = _evaluate(model, False, text.valid, blt.num_bytes, progress, threads)
         with Progress("finding patches", blt.num_bytes, 0.4 * clock.left) as progress:
             patches = _patches(model, text.valid, blt.num_bytes, progress)
         with Progress("writing", len(PROMPTS) * SAMPLE_BYTES, 0.5 * clock.left) as progress:
@@ -193,25 +186,21 @@ def _read(jsonl: Path) -> bytes:
     return b"".join(document.text for _, document in read_documents(str(jsonl)))
 
 
-def _evaluate(
-    network: BLTModel | ByteLM,
-    text: Path,
-    context: int,
-    patcher: Patcher | None,
-    max_bytes: int,
-    progress: Progress,
-    threads: Threads | None = None,
-) -> Evaluation:
+def _evaluate(model: BLT, is_blt: bool, text: Path, max_bytes: int, progress: Progress, threads: Threads) -> Evaluation:
+    """Evaluate the BLT, whose batches count for the threads, or the byte LM, which has no patches."""
+    network = model.model if is_blt else model.entropy_model
+    assert network is not None
     since = time.perf_counter()
 
     def done(num_bytes: int) -> None:
         nonlocal since
         before, since = since, time.perf_counter()
-        if threads is not None:
+        if is_blt:
             threads.took(since - before)
         progress.advance(num_bytes)
 
-    batches = batches_once([SourceSettings(path=str(text))], context, BATCH_BYTES, patcher, max_bytes)
+    patcher = model.patcher if is_blt else None
+    batches = batches_once([SourceSettings(path=str(text))], model.context, BATCH_BYTES, patcher, max_bytes)
     return evaluate(network, progress.within(batches), done)
 
 

@@ -18,7 +18,7 @@ from bytelatent.errors import Interrupted, UserError
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.patching import PatchSettings
-from bytelatent.report.amounts import amount_of_bytes
+from bytelatent.report.text import amount_of_bytes
 from bytelatent.terminal import print_line
 from bytelatent.weights import fingerprint, load_byte_lm_and_context
 

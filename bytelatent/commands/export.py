@@ -1,4 +1,4 @@
-"""The model of any checkpoint, also of one that several processes wrote in parts."""
+"""`blt export`: the model of any checkpoint, also of one that several processes wrote in parts."""
 
 import logging
 from dataclasses import replace
@@ -12,8 +12,7 @@ from bytelatent.files import find_corruption
 from bytelatent.run_folder import checkpoints_of, newest_checkpoint
 from bytelatent.terminal import print_line
 from bytelatent.training.checkpoint.storage import open_stored
-from bytelatent.weights import check_target, open_pretrained, write_model
-from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run
+from bytelatent.weights import BYTE_LM, NATIVE, check_target, is_run, open_pretrained, origin_of_run, write_model
 
 LOGGER = logging.getLogger(__name__)
 
@@ -26,11 +25,11 @@ def export_checkpoint(run: str, step: int | None, out: str) -> Path:
     """Write a checkpoint's model in our format, in the memory of its largest tensor, and read it before it appears.
 
     Args:
-        step: the steps that were done; None for the last checkpoint that is whole.
-        out: the folder to write, which is not there yet or is empty.
+        step: the steps that were done; None for the last whole checkpoint.
+        out: the folder to write, which does not exist or is empty.
 
     Raises:
-        UserError: there is no such checkpoint, or it is torn; or the folder holds something.
+        UserError: there is no such checkpoint, or it is corrupt; or the folder is not empty.
     """
     folder, target = Path(run), check_target(Path(out), "native")
     if target.is_dir() and any(target.iterdir()):
@@ -55,7 +54,7 @@ def export_checkpoint(run: str, step: int | None, out: str) -> Path:
 
 
 def _checkpoint(run: Path, step: int | None) -> tuple[Path, list[str]]:
-    """A run's checkpoint, and a line about each later one that is torn."""
+    """A run's checkpoint, and a line about each later one that is corrupt."""
     if not is_run(run):
         raise UserError(f"'{run}' is no run; name the folder of one, as in blt export runs/mine --out FOLDER")
     if step is None:
@@ -63,6 +62,6 @@ def _checkpoint(run: Path, step: int | None) -> tuple[Path, list[str]]:
     known = checkpoints_of(run)
     if (found := known.get(step)) is None:
         raise UserError(f"'{run}' has no checkpoint after step {step}; it has {', '.join(map(str, known)) or 'none'}")
-    if (torn := find_corruption(found)) is not None:
-        raise UserError(f"'{found}' is corrupt ({torn}); name another step, or leave it out for the last whole one")
+    if (why := find_corruption(found)) is not None:
+        raise UserError(f"'{found}' is corrupt ({why}); name another step, or leave it out for the last whole one")
     return found, []

@@ -1,4 +1,4 @@
-"""What a model is and costs."""
+"""`blt info`: the shape of a model and its cost."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ def describe(
     """A preset, or the model found at a path or on the hub; its weights are not read.
 
     Raises:
-        UserError: it is none of these.
+        UserError: there is no such model or preset.
     """
     if not model:
         raise UserError(f"info: name a run, a folder, a repository or a preset; presets: {', '.join(PRESETS)}")

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from functools import cached_property, partial
+from typing import Any
 
 from bytelatent.blt import BLT
 from bytelatent.commands.settings import DEFAULT_PATCH_BYTES, PatchesSettings
@@ -13,13 +14,14 @@ from bytelatent.inference import prompt_ids
 from bytelatent.inference.scoring import entropies_of
 from bytelatent.log import Console
 from bytelatent.model import ByteLM, ByteLMSettings, pack_rows
-from bytelatent.patching import SHORT_NAMES, Patch, PatchSettings, calibrate
+from bytelatent.patching import MODES, Patch, PatchSettings, calibrate
 from bytelatent.report import patched_text, write_patches_page
 from bytelatent.terminal import print_json, print_line
 from bytelatent.vocab import to_bytes
 from bytelatent.weights import load, open_pretrained
 
 OWN = "model"
+MONOTONIC = "monotonic"  # names mode `entropy` with `monotonicity`
 LOGGER = logging.getLogger(__name__)
 
 
@@ -91,18 +93,25 @@ class PatchingModes:
         return found
 
     def _byte_lm(self) -> ByteLM:
-        byte_lm = self.model if isinstance(self.model, ByteLM) else self.model.entropy_model
+        byte_lm = self.model if isinstance(self.model, ByteLM) else self.model.byte_lm
         if byte_lm is None:
             raise UserError(f"patch: '{self.source}' has no byte LM, which finds patches by entropy; name one: --model")
         return byte_lm
 
     def _named(self, name: str, data: bytes) -> tuple[str, PatchSettings]:
         """Patching settings, and the name that is shown for them."""
-        if (patching := PatchSettings.named(name)) is not None:
-            return name, patching
         if name in (OWN, "entropy"):
             return self._own(name, data)
-        raise UserError(f"patch: no mode '{name}'; modes: {OWN}, entropy, {', '.join(SHORT_NAMES)}")
+        mode, _, value = name.partition(":")
+        values: dict[str, Any] = {"mode": mode}
+        if mode == MONOTONIC:
+            values = {"mode": "entropy", "monotonicity": True}
+        its = MODES.get(values["mode"])
+        if its is None or bool(value) != bool(its.named_by):
+            raise UserError(f"patch: no mode '{name}'; modes: {mode_names()}")
+        if its.named_by:
+            values[its.named_by] = value
+        return name, PatchSettings.parse(values, where=name)
 
     def _own(self, asked: str, data: bytes) -> tuple[str, PatchSettings]:
         """The model's patching settings; for a byte LM, which has none, a threshold that suits this text."""
@@ -126,3 +135,10 @@ class PatchingModes:
         found = entropies_of(byte_lm, stream)
         wanted = min(DEFAULT_PATCH_BYTES, len(data))  # a short text has no longer patch
         return calibrate(stream.ids, found, stream.position, wanted).threshold
+
+
+def mode_names() -> str:
+    """What `--mode` takes."""
+    settings = {mode: its.named_by for mode, its in MODES.items()} | {MONOTONIC: MODES["entropy"].named_by}
+    names = [f"{mode}:{setting.upper()}" if setting else mode for mode, setting in settings.items()]
+    return ", ".join([OWN, "entropy", *names])

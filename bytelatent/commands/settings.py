@@ -3,6 +3,7 @@
 What a verb does is in the file of its name. Nothing here imports torch, so that help is shown at once.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,14 +13,14 @@ from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
 from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
 from bytelatent.launch import LaunchSettings
 from bytelatent.text import MAX_ROW_BYTES
-from bytelatent.text.bad_rows import MAX_BAD_ROWS
+from bytelatent.text.documents import MAX_BAD_ROWS
 from bytelatent.text.stored import MAX_TEXT_BYTES
 
 DEFAULT_MODEL = "runs/demo"
 DEFAULT_PATCH_BYTES = 4.5
 
 Folder = Annotated[str, AfterValidator(lambda path: must_be_named(path, "a folder"))]
-Model = Annotated[str, Option("--model", "-m")]
+Model = Annotated[str, Option(("--model", "-m"))]
 PatchBytes = Annotated[float, Field(ge=1, le=1e6)]
 NumBytes = Annotated[int, Field(ge=1, lt=2**63)]
 
@@ -29,24 +30,40 @@ class JsonSettings(Settings):
     as_json: print JSON.
     """
 
-    as_json: Annotated[bool, Option("--json")] = False
+    as_json: Annotated[bool, Option(("--json",))] = False
 
 
-class TextSettings(Settings):
+class EntropyModelSettings(Settings):
     """Attributes:
-    text: files, folders or globs.
+    entropy_model: the byte LM that finds patches, if the model's folder does not hold it.
+    """
+
+    old_names: ClassVar[dict[str, str]] = {"entropy": "entropy_model"}
+
+    entropy_model: str | None = None
+
+
+class RowSettings(Settings):
+    """Attributes:
     text_key: the key or column that holds the text.
     max_bad_rows: largest number of bad rows and files to pass over.
     max_row_bytes: longest row, in bytes. A longer row is a bad row.
     """
 
-    text: Annotated[list[str], ARGUMENT]
     text_key: str = "text"
     max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
     max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1, le=MAX_TEXT_BYTES)
 
 
-class DemoSettings(Settings):
+class TextSettings(RowSettings):
+    """Attributes:
+    text: files, folders or globs.
+    """
+
+    text: Annotated[list[str], ARGUMENT]
+
+
+class DemoSettings(RowSettings):
     """Train a byte LM and a BLT on this machine, measure them, and write a report.
 
     Example:  `blt demo --minutes 20 --text ~/notes`
@@ -55,18 +72,12 @@ class DemoSettings(Settings):
         minutes: time to spend, in minutes.
         out: folder to write.
         text: text to train on: a file or a folder. Default: Python's standard library.
-        text_key: the key or column that holds the text.
-        max_bad_rows: largest number of bad rows and files to pass over.
-        max_row_bytes: longest row, in bytes. A longer row is a bad row.
         seed: seed of the weights and of the shuffling.
     """
 
     minutes: float = Field(default=3.5, ge=0.1, le=1e6)
     out: Path = Path(DEFAULT_MODEL)
     text: str | None = None
-    text_key: str = "text"
-    max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
-    max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1, le=MAX_TEXT_BYTES)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
@@ -79,7 +90,7 @@ class TrainArguments(Settings):
 
     A run of a minute, on text that Python brings:  `config=debug`
 
-    Settings: `--print-config` lists them all with their values and sources; docs/settings.md says what each means.
+    Settings: `--print-config` lists them all with their values and sources; docs/settings.md explains each.
 
     Attributes:
         settings: config=FILE, or config=NAME of `blt configs`, and key=value.
@@ -147,7 +158,7 @@ class CalibrateSettings(TextSettings):
     """
 
     patch_bytes: PatchBytes = DEFAULT_PATCH_BYTES
-    model: Annotated[str | None, Option("--model", "-m")] = None
+    model: Annotated[str | None, Option(("--model", "-m"))] = None
     max_bytes: NumBytes = 1_000_000
     figure: Path | None = None
     device: str = "auto"
@@ -188,27 +199,23 @@ class EntropiesSettings(TextSettings):
     world_size: int | None = None
 
 
-class EvaluateSettings(TextSettings, JsonSettings):
+class EvaluateSettings(TextSettings, EntropyModelSettings, JsonSettings):
     """Measure the bits per byte of a model on text.
 
     Example:  `blt eval held-out/*.jsonl --model runs/demo`
 
     Attributes:
         model: a run, or a folder with a model.
-        entropy_model: the byte LM that finds patches, if the model's folder does not hold it.
         max_bytes: bytes of text to measure. Default: all.
         device: device: auto, cpu, cuda or mps.
     """
 
-    old_names: ClassVar[dict[str, str]] = {"entropy": "entropy_model"}
-
     model: Model = DEFAULT_MODEL
-    entropy_model: str | None = None
     max_bytes: NumBytes | None = None
     device: str = "auto"
 
 
-class GenerateSettings(Settings):
+class GenerateSettings(EntropyModelSettings):
     """Continue a text, or the rows of a file in batches.
 
     Example:  `blt generate "The history of" --max-new-bytes 300 --temperature 0.7`
@@ -218,7 +225,6 @@ class GenerateSettings(Settings):
     Attributes:
         prompt: text to continue. Default: standard input, without --file and --jsonl.
         model: a run, a folder with a model, or OWNER/NAME on the hub.
-        entropy_model: the byte LM that finds patches, if the model's folder does not hold it.
         file: file that holds the prompt.
         jsonl: file of rows {"prompt": ...}, which are continued in batches. A row may hold max_new_bytes and settings
             of the sampling. The file may be compressed. - is standard input.
@@ -246,12 +252,11 @@ class GenerateSettings(Settings):
     file: Path | None = None
     jsonl: str | None = None
     out: Path | None = None
-    max_new_bytes: Annotated[int, Option("--max-new-bytes", "-n")] = Field(default=200, ge=1, le=MAX_NEW_BYTES)
+    max_new_bytes: Annotated[int, Option(("--max-new-bytes", "-n"))] = Field(default=200, ge=1, le=MAX_NEW_BYTES)
     sampling: Sampling = Sampling()
     samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     batch_size: int = Field(default=16, ge=1, le=10**6)
     log_probabilities: bool = False
-    entropy_model: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     quantize: Quantization = "full"
@@ -266,7 +271,7 @@ class PatchesSettings(JsonSettings):
     Attributes:
         text: text to patch. Default: standard input.
         model: a run, or a folder with a model.
-        mode: patching mode, or several with commas: entropy:1.3, space, static:4, bpe:FILE. Default: the model's.
+        mode: patching mode, or several with commas, each with its setting: static:4. Default: the model's.
         context: read the text in pieces of this many bytes, as training and eval do. Default: as a whole.
         entropies: show each byte's entropy.
         html: write an HTML page instead.
@@ -278,11 +283,11 @@ class PatchesSettings(JsonSettings):
     model: Model = DEFAULT_MODEL
     mode: str = "model"
     context: int | None = None
-    entropies: Annotated[bool, Option("--entropies", "-e")] = False
+    entropies: Annotated[bool, Option(("--entropies", "-e"))] = False
     html: Path | None = None
 
 
-class ConvertSettings(Settings):
+class ConvertSettings(EntropyModelSettings):
     """Write a model in another format, with little memory for any size.
 
     Example:  `blt convert runs/demo demo-hf --to hf --licence apache-2.0`
@@ -293,17 +298,13 @@ class ConvertSettings(Settings):
         source: a run, a folder in any known format, or OWNER/NAME on the hub.
         target: folder to write.
         to: format: native, hf (transformers) or meta (Meta's hub format).
-        entropy_model: the byte LM that finds patches, if the model's folder does not hold it.
         revision: branch, tag or commit of a repository.
         licence: licence to state on the model card. Default: the licence of the source.
     """
 
-    old_names: ClassVar[dict[str, str]] = {"entropy": "entropy_model"}
-
     source: Annotated[str, ARGUMENT]
     target: Annotated[Folder, ARGUMENT]
     to: str = "native"
-    entropy_model: str | None = None
     revision: str | None = None
     licence: str | None = None
 
@@ -324,7 +325,7 @@ class ExportSettings(Settings):
     step: int | None = Field(default=None, ge=1)
 
 
-class InfoSettings(JsonSettings):
+class InfoSettings(EntropyModelSettings, JsonSettings):
     """Show a model's shape, parameters and FLOPs per byte, part by part, without reading weights.
 
     Example:  `blt info blt-1b --patch-bytes 6`
@@ -333,16 +334,12 @@ class InfoSettings(JsonSettings):
         model: a preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.
         patch_bytes: mean patch size, in bytes.
         context: context, in bytes.
-        entropy_model: the byte LM that finds patches, if the model's folder does not hold it.
         revision: branch, tag or commit of a repository.
     """
-
-    old_names: ClassVar[dict[str, str]] = {"entropy": "entropy_model"}
 
     model: Annotated[str, ARGUMENT] = ""
     patch_bytes: PatchBytes = DEFAULT_PATCH_BYTES
     context: NumBytes = 8192
-    entropy_model: str | None = None
     revision: str | None = None
 
 
@@ -375,10 +372,7 @@ class BenchTrainSettings(JsonSettings):
         """Several sizes with commas."""
         if not isinstance(value, str):
             return value
-        try:
-            sizes = [int(size) for size in value.split(",")]
-        except ValueError:
-            sizes = [0]
-        if not 1 <= min(sizes) <= max(sizes) <= 10**16:  # larger numbers overflow before memory is allocated
+        sizes = [int(size) if re.fullmatch(r"[0-9]{1,16}", size) else 0 for size in value.split(",")]
+        if min(sizes) < 1:  # numbers of more digits overflow before memory is allocated
             raise ValueError(f"'{value}' is not a batch size; write a number, or several with commas: 16384,65536")
         return sizes

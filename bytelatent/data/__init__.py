@@ -1,9 +1,8 @@
 """Text into batches: documents, pieces, packing, the loader."""
 
-from bytelatent.data.loader import Loader, batches_once
+from bytelatent.data.loader import Loader, PrefetchLoader, batches_once
 from bytelatent.data.packing import Batch, Piece, cut, pack, stream_of, take
 from bytelatent.data.patcher import Patcher, StoredCheck, groups_of, patch_in_groups, patches_of
-from bytelatent.data.prefetch import PrefetchLoader
 from bytelatent.data.settings import DataSettings, SourceSettings
 
 __all__ = [

@@ -1,17 +1,16 @@
 """The byte LM run once over all text, its entropies (or patch starts) stored beside it.
 
-A thread reads and packs, the device computes, and a thread writes; each a few batches ahead. What is written does
-not depend on their timing, nor on how the files are divided among processes: a batch holds text of one file only.
+A thread reads and packs, a thread computes, each a few batches ahead of the next, and this one writes. What is written
+does not depend on their timing, nor on how the files are divided among processes: a batch holds text of one file only.
 """
 
 import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -24,22 +23,21 @@ from torch import Tensor
 from bytelatent.config import Settings
 from bytelatent.data.packing import Piece, cut, pack
 from bytelatent.data.settings import MOST
-from bytelatent.data.shards import Shard, divide_shards, lock_shards, shards_of
+from bytelatent.data.shards import Shard, divide_shards, is_done, lock_shards, remove_leftovers, shards_of
 from bytelatent.device import autocast, choose_dtype
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, read_documents
-from bytelatent.text.bad_rows import MAX_BAD_ROWS
-from bytelatent.text.documents import id_of
-from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, read_stored
+from bytelatent.text.documents import MAX_BAD_ROWS, id_of, must_have_read
+from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, stored_writer
 from bytelatent.text.streams import is_remote
 
 # Shapes: T ids in a batch
 
 LOGGER = logging.getLogger(__name__)
 
-QUEUED = 2  # batches that the reader is ahead of the device, and the device of the writer
+QUEUED = 2  # batches that the reading is ahead of the computing, and that of the writing
 TEXT_PER_COMPRESSED_BYTE = 3.0  # a guess, for the progress bar alone
 
 EntropiesOf = Callable[[Stream], Tensor]
@@ -124,8 +122,7 @@ def store_entropies(
         entropies_of: the entropies of a stream, nats, float32 [T]; None for the byte LM's own forward pass.
         static_shapes: pad every stream to `batch_bytes`; None: on a GPU, or where `entropies_of` is given.
         on_start: called with the bytes of the files that are to be read.
-        on_progress: called from another thread with the bytes of the files, and of the text in them, that were read
-            since the last call.
+        on_progress: called with the bytes of the files, and of the text in them, that were read since the last call.
 
     Raises:
         UserError: there are too many bad rows, `out` cannot be written or holds files that were made otherwise, the
@@ -148,8 +145,8 @@ def store_entropies(
     if static_shapes is None:
         static_shapes = entropies_of is not None or device.type == "cuda"
     with lock_shards(out, shards):
-        _remove_leftovers(out, shards)
-        todo = [shard for shard in shards if not _is_done(shard, out / shard.output, _of(shard, made_by))]
+        remove_leftovers(out, shards)
+        todo = [shard for shard in shards if not is_done(shard, out, _of(made_by, shard))]
         summary = Summary(num_shards=len(shards), num_skipped=len(shards) - len(todo))
         if summary.num_skipped:
             LOGGER.info(f"{summary.num_skipped} of {len(shards)} files are done already")
@@ -158,12 +155,15 @@ def store_entropies(
         size = settings.batch_bytes if static_shapes else None
         compute = entropies_of or _forward(byte_lm, device, dtype)
         loads = prefetched(_all_loads(todo, settings, size, bad_rows, device.type == "cuda"), QUEUED)
-        with closing(loads), _ShardWriter(out, made_by, summary, bad_rows, on_progress) as writer:
-            for shard, load in loads:
-                result = None if load is None else _compute(load, settings.patching, device, compute)
-                writer.put(shard, result)
+        results = prefetched(_results(loads, settings.patching, device, compute), QUEUED)
+        with closing(loads), closing(results):
+            for shard in todo:
+                with suppress(_NothingRead), stored_writer(out / shard.output, _of(made_by, shard)) as file:
+                    _write_shard(file, shard, results, summary, on_progress)
+                    if shard.source in bad_rows.unread:
+                        raise _NothingRead
     summary.seconds = time.monotonic() - begin
-    bad_rows.must_have_read()
+    must_have_read(bad_rows.unread)
     return summary
 
 
@@ -187,6 +187,15 @@ class Result:
     arrived: torch.cuda.Event | None
 
 
+def _results(
+    loads: Iterator[Load | None], patching: PatchSettings | None, device: torch.device, entropies_of: EntropiesOf
+) -> Iterator[Result | None]:
+    for load in loads:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # each thread has one of its own
+            result = None if load is None else _compute(load, patching, device, entropies_of)
+        yield result
+
+
 @torch.no_grad()
 def _compute(load: Load, patching: PatchSettings | None, device: torch.device, entropies_of: EntropiesOf) -> Result:
     stream = load.stream.to(device, non_blocking=True)
@@ -198,10 +207,9 @@ def _compute(load: Load, patching: PatchSettings | None, device: torch.device, e
         values = next_starts(stream.ids, entropies, stream.position, patching)
     if device.type != "cuda":
         return Result(load, values.cpu(), total.cpu(), None)
-    with torch.cuda.device(device):
-        values, total = _to_pinned(values), _to_pinned(total)
-        arrived = torch.cuda.Event()
-        arrived.record()
+    values, total = _to_pinned(values), _to_pinned(total)
+    arrived = torch.cuda.Event()
+    arrived.record()
     return Result(load, values, total, arrived)
 
 
@@ -209,89 +217,43 @@ class _NothingRead(Exception):
     """Nothing of a file could be read, and so no file appears."""
 
 
-class _ShardWriter:
-    """Writes the results of one shard after the other, in a thread that is a few of them behind."""
-
-    def __init__(
-        self, out: Path, made_by: Stored, summary: Summary, bad_rows: BadRows, on_progress: Callable[[int, int], None]
-    ):
-        self.out, self.made_by, self.summary = out, made_by, summary
-        self.bad_rows, self.on_progress = bad_rows, on_progress
-        self._thread = ThreadPoolExecutor(1, "write")
-        self._pending: deque[Future[None]] = deque()
-        self._file: StoredWriter | None = None
-        self._parts: list[np.ndarray] = []  # values of documents that have not ended yet
-        self._position = 0  # bytes of the shard's file that `on_progress` has counted
-
-    def put(self, shard: Shard, result: Result | None) -> None:
-        """Write a result; None ends the shard.
-
-        Raises:
-            The first error of an earlier one.
-        """
-        while len(self._pending) >= QUEUED:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._write, shard, result))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            while self._pending and error is None:
-                self._pending.popleft().result()
-        except BaseException as failed:
-            error = failed
-            raise
-        finally:
-            self._thread.shutdown(cancel_futures=True)
-            if error is not None:
-                self._close(error)
-
-    def _write(self, shard: Shard, result: Result | None) -> None:
-        if self._file is None:
-            self._file = StoredWriter(self.out / shard.output, _of(shard, self.made_by)).__enter__()
-            self._parts, self._position = [], 0
-        if result is not None:
-            self._write_rows(self._file, result)
-            return
-        assert not any(map(len, self._parts))
-        self._close(_NothingRead() if shard.source in self.bad_rows.unread else None)
-        self.on_progress(shard.size - self._position, 0)
-
-    def _write_rows(self, file: StoredWriter, result: Result) -> None:
+def _write_shard(
+    file: StoredWriter,
+    shard: Shard,
+    results: Iterator[Result | None],
+    summary: Summary,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Write the results of a shard, after which comes None."""
+    parts: list[np.ndarray] = []  # values of documents that have not ended yet
+    position = 0  # bytes of the shard's file that `on_progress` has counted
+    for result in iter(lambda: next(results), None):
         if result.arrived is not None:
             result.arrived.synchronize()
-        load, summary = result.load, self.summary
-        self._parts.append(result.values[: load.num_ids].numpy().copy())  # the pinned memory is free again
+        load, total = result.load, float(result.sum_of_entropies)
+        if not math.isfinite(total):
+            raise UserError(f"entropies: the byte LM's entropies are not finite in '{shard.output}'; try another")
+        parts.append(result.values[: load.num_ids].numpy().copy())  # the pinned memory is free again
         if load.documents:
-            values = np.concatenate(self._parts)
-            at = 0
+            values, at = np.concatenate(parts), 0
             for id_, text in load.documents:
                 file.add(id_, text, values[at : at + len(text) + 1])
                 at += len(text) + 1
-            self._parts = [values[at:]]
-        total = float(result.sum_of_entropies)
-        if not math.isfinite(total):
-            raise UserError(f"entropies: the byte LM's entropies are not finite in '{file.path.name}'; try another")
+            parts = [values[at:]]
         num_bytes = sum(len(text) for _, text in load.documents)
         summary.num_documents += len(load.documents)
         summary.num_bytes += num_bytes
         summary.num_ids += load.num_ids
         summary.sum_of_entropies += total
-        self.on_progress(load.position - self._position, num_bytes)
-        self._position = load.position
-
-    def _close(self, error: BaseException | None) -> None:
-        """End the open file: it appears if there was no error."""
-        file, self._file = self._file, None
-        if file is not None:
-            file.__exit__(None if error is None else type(error), error, None)
+        on_progress(load.position - position, num_bytes)
+        position = load.position
+    assert not any(map(len, parts))
+    on_progress(shard.size - position, 0)
 
 
 def prefetched(items: Iterator[Item], count: int) -> Generator[Item]:
     """The items, made by a thread that is at most `count` of them ahead."""
-    thread, end = ThreadPoolExecutor(1, "read"), object()
+    thread, end = ThreadPoolExecutor(1, "ahead"), object()
     try:
         made: deque[Future[Any]] = deque(thread.submit(next, items, end) for _ in range(count))
         while (item := made.popleft().result()) is not end:
@@ -303,12 +265,15 @@ def prefetched(items: Iterator[Item], count: int) -> Generator[Item]:
 
 def _all_loads(
     shards: Sequence[Shard], settings: EntropySettings, size: int | None, bad_rows: BadRows, pinned: bool
-) -> Iterator[tuple[Shard, Load | None]]:
+) -> Iterator[Load | None]:
     """The batches of all shards; None after the last one of each."""
     for shard in shards:
         for load in loads_of(shard, settings, size, bad_rows):
-            yield shard, replace(load, stream=_pinned(load.stream)) if pinned else load
-        yield shard, None
+            if pinned:
+                tensors = {name: tensor.pin_memory() for name, tensor in load.stream.tensors.items()}
+                load = replace(load, stream=replace(load.stream, **tensors))
+            yield load
+        yield None
 
 
 def loads_of(
@@ -359,54 +324,16 @@ def _documents(shard: Shard, settings: EntropySettings, bad_rows: BadRows) -> It
         yield row, document, min(shard.size, int(position))
 
 
+def _of(made_by: Stored, shard: Shard) -> Stored:
+    return made_by.model_copy(update={"source_bytes": shard.size})
+
+
 def _forward(byte_lm: ByteLM, device: torch.device, dtype: torch.dtype) -> EntropiesOf:
     def entropies_of(stream: Stream) -> Tensor:
         with autocast(device, dtype):
             return byte_lm.entropies(stream)
 
     return entropies_of
-
-
-def _of(shard: Shard, made_by: Stored) -> Stored:
-    return made_by.model_copy(update={"source_bytes": shard.size})
-
-
-def _is_done(shard: Shard, output: Path, wanted: Stored) -> bool:
-    """Whether a shard is done already.
-
-    Raises:
-        UserError: there is something else.
-    """
-    if not output.exists():
-        return False
-    found = read_stored(output)
-    if found == wanted:
-        if not is_remote(shard.source) and os.stat(shard.source).st_mtime_ns > os.stat(output).st_mtime_ns:
-            raise UserError(
-                f"entropies: '{shard.source}' has changed since '{output}' was written; remove that, "
-                "or choose another --out"
-            )
-        return True
-    if found is None:
-        raise UserError(f"entropies: '{output}' was not written by blt entropies; choose another --out")
-    differences = "; ".join(found.differences(wanted))
-    raise UserError(
-        f"entropies: '{output}' was made with other settings: {differences}; remove it to make it again, or "
-        "choose another --out"
-    )
-
-
-def _remove_leftovers(out: Path, shards: Sequence[Shard]) -> None:
-    """Remove what killed processes left of these shards; they are locked, so no process writes them now."""
-    own = {out / shard.output for shard in shards}
-    for part in out.rglob(".*.part"):
-        output = part.with_name(part.name[1:].removesuffix(".part").rpartition(".")[0] or part.name)
-        if output in own:
-            part.unlink(missing_ok=True)
-
-
-def _pinned(stream: Stream) -> Stream:
-    return replace(stream, **{name: tensor.pin_memory() for name, tensor in stream.tensors.items()})
 
 
 def _to_pinned(values: Tensor) -> Tensor:

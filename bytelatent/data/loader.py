@@ -1,18 +1,19 @@
-"""Endless batches from weighted sources; their state is part of the checkpoint."""
+"""Endless batches from weighted sources, made ahead; their state is part of the checkpoint. Batches read once."""
 
 import itertools
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from bytelatent.data.packing import Batch, Piece, cut, pack, take
 from bytelatent.data.patcher import Patcher, StoredCheck, groups_of
-from bytelatent.data.reading import PieceReader, ReaderPool
 from bytelatent.data.settings import DataSettings, SourceSettings
-from bytelatent.data.source import SourceReader
+from bytelatent.data.source import PieceReader, ReaderPool, SourceReader
 from bytelatent.errors import UserError
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, find_files, read_documents
 
@@ -181,7 +182,7 @@ class Loader:
                 "place": list(end),
                 "item": 0,
                 "left": [[*place, item] for place, item in left[self.rank :: self.world_size]],
-                "damaged": [end.epoch, sum(r.bad_rows.count for r in before if r.bad_rows.epoch == end.epoch)],
+                "damaged": [end.epoch, sum(r.bad_rows.count for r in before if r.bad_epoch == end.epoch)],
             }
         )
         return len(left)
@@ -192,6 +193,76 @@ class Loader:
     def _check(self, state: dict[str, Any]) -> None:
         if len(state["sources"]) != len(self.sources):
             raise UserError("data: the number of sources is not that of the checkpoint; start another run")
+
+
+class PrefetchLoader:
+    """Makes a loader's batches in a thread, one ahead: the same batches, with the same state after each.
+
+    Until it is closed torch computes with one thread on the CPU.
+
+    Args:
+        loader: must not be used by anything else.
+        device: a GPU where patches are found, on a stream of its own beside the training's.
+    """
+
+    def __init__(self, loader: Loader, device: torch.device):
+        self.loader = loader
+        self._thread = ThreadPoolExecutor(1, "next batch")
+        # Operations on batches are small: threads, as many as there are cores, would only wait for one another.
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # the weights of what finds patches are there
+        self._made: Future[tuple[Batch, dict[str, Any]]] | None = None
+        self._state: dict[str, Any] | None = None  # after the batch that was returned last
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._made is None:
+            self._made = self._thread.submit(self._make)
+        made, self._made = self._made, None
+        batch, self._state = made.result()
+        self._made = self._thread.submit(self._make)
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the thread finish its batch, and end the reading processes."""
+        self._thread.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
+        self.loader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the batch that was returned last."""
+        return self.loader.state_dict() if self._state is None else self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._forget()
+        self.loader.load_state_dict(state)
+
+    def redistribute(self, states: list[dict[str, Any]]) -> str:
+        self._forget()
+        return self.loader.redistribute(states)
+
+    def _make(self) -> tuple[Batch, dict[str, Any]]:
+        if self._stream is None:
+            return next(self.loader), self.loader.state_dict()
+        with torch.cuda.stream(self._stream):  # its device, too: each thread has one of its own
+            return next(self.loader), self.loader.state_dict()
+
+    def _forget(self) -> None:
+        """Drop the batch that was made ahead, before the loader moves elsewhere."""
+        if self._made is not None:
+            self._made.exception()  # wait for it; what went wrong with it does not matter
+        self._made = self._state = None
 
 
 def batches_once(

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from bytelatent.config import Settings, must_be_named, renamed
 from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.text import MAX_ROW_BYTES
-from bytelatent.text.bad_rows import MAX_BAD_ROWS
+from bytelatent.text.documents import MAX_BAD_ROWS
 from bytelatent.text.stored import MAX_TEXT_BYTES
 
 MOST = 2**26  # ids of a batch, or pieces of text in memory: no machine has room for more

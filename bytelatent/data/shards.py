@@ -1,7 +1,6 @@
-"""Files of text that each become one file, divided among processes."""
+"""Files of text that each become one file with entropies, divided among processes."""
 
 import hashlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,11 +9,11 @@ from pathlib import Path
 
 from bytelatent.errors import UserError
 from bytelatent.files import own_file
-from bytelatent.text import find_files
+from bytelatent.text import Stored, find_files
+from bytelatent.text.folders import name_inside
 from bytelatent.text.formats import without_suffix
+from bytelatent.text.stored import read_stored
 from bytelatent.text.streams import is_remote, readable, size_of
-
-LOGGER = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
@@ -46,7 +45,7 @@ def shards_of(sources: Sequence[str], out: Path) -> list[Shard]:
         if not is_remote(source) and out.resolve().is_relative_to(Path(source).expanduser().resolve()):
             raise UserError(f"entropies: --out '{out}' is inside the source '{source}'; choose a folder outside of it")
         for file in find_files(source):
-            name = _name(file, source)
+            name = without_suffix(name_inside(file, source))
             other = found.get(name)
             if other is not None and other.source != file:
                 raise UserError(
@@ -97,6 +96,7 @@ def lock_offset(shard: Shard) -> int:
 
 
 def _locked(lock: int, offset: int) -> bool:
+    """Whether a byte could be locked: one file holds the locks of any number of shards."""
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
@@ -110,13 +110,36 @@ def _locked(lock: int, offset: int) -> bool:
     return True
 
 
-def _name(file: str, source: str) -> str:
-    folder = Path(source).expanduser()
-    if is_remote(source):
-        above = source.rstrip("/") + "/"
-        name = file.removeprefix(above) if file.startswith(above) else file.partition("?")[0].rsplit("/", 1)[-1]
-    elif folder.is_dir():
-        name = Path(file).relative_to(folder).as_posix()
-    else:
-        name = Path(file).name
-    return without_suffix(name)
+def is_done(shard: Shard, out: Path, wanted: Stored) -> bool:
+    """Whether a shard is done already.
+
+    Raises:
+        UserError: there is something else.
+    """
+    output = out / shard.output
+    if not output.exists():
+        return False
+    found = read_stored(output)
+    if found is None:
+        raise UserError(f"entropies: '{output}' was not written by blt entropies; choose another --out")
+    if found != wanted:
+        differences = "; ".join(found.differences(wanted))
+        raise UserError(
+            f"entropies: '{output}' was made with other settings: {differences}; remove it to make it again, or "
+            "choose another --out"
+        )
+    if not is_remote(shard.source) and os.stat(shard.source).st_mtime_ns > os.stat(output).st_mtime_ns:
+        raise UserError(
+            f"entropies: '{shard.source}' has changed since '{output}' was written; remove that, "
+            "or choose another --out"
+        )
+    return True
+
+
+def remove_leftovers(out: Path, shards: Sequence[Shard]) -> None:
+    """Remove what killed processes left of these shards, which are locked: no process writes them now."""
+    own = {out / shard.output for shard in shards}
+    for part in out.rglob(".*.part"):
+        output = part.with_name(part.name[1:].removesuffix(".part").rpartition(".")[0] or part.name)
+        if output in own:
+            part.unlink(missing_ok=True)

@@ -1,18 +1,168 @@
-"""One source's documents, again and again, divided among ranks."""
+"""One source's documents, again and again, divided among ranks; blocks are read here or ahead in other processes."""
 
 import itertools
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import torch
 
 from bytelatent.credentials import masked
-from bytelatent.data.packing import Piece
-from bytelatent.data.reading import BlockRequest, CutBlock, ReaderPool
+from bytelatent.data.packing import Piece, cut
+from bytelatent.data.patcher import Patcher
 from bytelatent.data.settings import SourceSettings
 from bytelatent.errors import UserError
-from bytelatent.text import BadRow, BadRows, Stored, find_files
+from bytelatent.signals import ignore_interrupts
+from bytelatent.text import BadRow, BadRows, BlockReader, ReadOptions, Stored, find_files, open_blocks
+
+RESTARTS = 3  # of the processes, for one block
+
+
+@dataclass(frozen=True)
+class CutBlock:
+    """A block's documents, each cut into pieces, and an error for each row that holds none."""
+
+    documents: list[list[Piece]] = field(default_factory=list)
+    bad_rows: list[BadRow] = field(default_factory=list)
+    stored: Stored | None = None
+
+
+class PieceReader:
+    """Reads blocks of one source and cuts them. The last file stays open, so that blocks in order are fast.
+
+    Args:
+        text_key: the key or column that holds the text.
+        max_row_bytes: a longer row is a bad one.
+        context: ids that a piece holds at most.
+        patcher: finds patches where that needs no byte LM; None for a model without patches.
+    """
+
+    def __init__(self, text_key: str, context: int, patcher: Patcher | None, max_row_bytes: int):
+        # Otherwise what is stored is of another patching mode, or the model reads bytes alone.
+        stored = patcher is not None and patcher.settings.needs_entropies
+        self.options = ReadOptions(text_key, stored, max_row_bytes)
+        self.context = context
+        self.patcher = patcher.without_byte_lm() if patcher is not None else None
+        self._file = ""
+        self._blocks: BlockReader | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_blocks": None}  # an open file stays here
+
+    def count(self, file: str) -> int | None:
+        """The number of blocks of a file; None where only reading it would tell."""
+        return self._open(file).count()
+
+    def __call__(self, file: str, index: int) -> CutBlock | None:
+        """A block; None past the last one.
+
+        Raises:
+            BadRow: the file cannot be read.
+            UserError: a package to read it is missing, or a newer version wrote it.
+        """
+        try:
+            block = self._open(file).read(index)
+        except BadRow:
+            self._blocks = None
+            raise
+        if block is None:
+            return None
+        documents = [list(cut(document, self.context)) for _, document in block.documents]
+        return CutBlock(self._patched(documents), block.bad_rows, block.stored)
+
+    def _open(self, file: str) -> BlockReader:
+        if self._blocks is None or self._file != file:
+            self._blocks = open_blocks(file, self.options)
+            self._file = file
+        return self._blocks
+
+    def _patched(self, documents: list[list[Piece]]) -> list[list[Piece]]:
+        if self.patcher is None:
+            return documents
+        pieces = iter(self.patcher.early([piece for document in documents for piece in document]))
+        return [[next(pieces) for _ in document] for document in documents]
+
+
+class ReaderPool:
+    """The readers of all sources, and the processes that read ahead.
+
+    Args:
+        readers: of each source.
+        workers: number of processes; 0 to read in this one.
+    """
+
+    def __init__(self, readers: list[PieceReader], workers: int):
+        self.readers, self.workers = readers, workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def request(self, source: int, file: str, index: int) -> Future[CutBlock | None] | None:
+        """Begin to read a block, for `result`. None where it is read when it is needed."""
+        if self.workers == 0:
+            return None
+        if self._pool is None:
+            # Not forked: threads and CUDA do not survive that.
+            self._pool = ProcessPoolExecutor(self.workers, get_context("spawn"), _begin, (self.readers,))
+        try:
+            return self._pool.submit(_read, source, file, index)
+        except BrokenProcessPool:
+            self._pool = None
+            return self.request(source, file, index)
+
+    def result(self, source: int, file: str, index: int, begun: Future[CutBlock | None] | None) -> CutBlock | None:
+        """The block, as `PieceReader` returns it.
+
+        Args:
+            begun: what `request` returned.
+
+        Raises:
+            BadRow, UserError: as `PieceReader`; or processes were killed repeatedly.
+        """
+        for _ in range(RESTARTS):
+            if begun is None:
+                return self.readers[source](file, index)
+            try:
+                return begun.result()
+            except BrokenProcessPool:
+                self.close()
+                begun = self.request(source, file, index)
+        raise UserError(
+            f"data: the processes that read '{file}' are killed again and again, as by a system without memory left; "
+            f"take fewer data.workers (now {self.workers})"
+        )
+
+    def close(self) -> None:
+        """End the processes."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_readers: list[PieceReader] = []  # of a process that reads ahead
+
+
+def _begin(readers: list[PieceReader]) -> None:
+    ignore_interrupts()  # the training process answers Ctrl-C
+    torch.set_num_threads(1)
+    _readers[:] = readers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _read(source: int, file: str, index: int) -> CutBlock | None:
+    return _readers[source](file, index)
 
 
 class BlockPosition(NamedTuple):
@@ -28,13 +178,6 @@ class PartlyRead(NamedTuple):
 
     position: BlockPosition
     item: int
-
-
-class BadRowCount(NamedTuple):
-    """How many bad rows and files were passed over in an epoch. Those of one epoch are those of all."""
-
-    epoch: int
-    count: int
 
 
 class FilesChanged(UserError):
@@ -70,7 +213,8 @@ class SourceReader:
         self.settings, self.number, self.pool = settings, number, pool
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.check = check
-        self._limit = BadRows(max_bad_rows, "data.max_bad_rows", f" of '{settings.path}'")
+        self.bad_rows = BadRows(max_bad_rows, "data.max_bad_rows", f" of '{settings.path}'")
+        self.bad_epoch = 0  # whose bad rows are counted; those of one epoch are those of all
         self.files = find_files(settings.path)
         self._order = -1, np.arange(0)  # an epoch, and the numbers of the files in its order
         self._num_blocks_of: dict[str, int] = {}
@@ -78,7 +222,6 @@ class SourceReader:
         self.item = 0  # documents of the block that were read
         # Blocks to read first, from before the number of ranks changed; the first one is being read.
         self.left: list[PartlyRead] = []
-        self.bad_rows = BadRowCount(0, 0)
         self._restart()
 
     def __next__(self) -> list[Piece]:
@@ -97,7 +240,7 @@ class SourceReader:
             "place": list(self.position),
             "item": 0 if left else self.item,
             "left": left,
-            "damaged": list(self.bad_rows),
+            "damaged": [self.bad_epoch, self.bad_rows.count],
         }
 
     def has_files_of(self, state: dict[str, Any]) -> bool:
@@ -118,7 +261,7 @@ class SourceReader:
         self.position = BlockPosition(*state["place"])
         self.left = [PartlyRead(BlockPosition(*position), item) for *position, item in state["left"]]
         self.item = self.left[0].item if self.left else state["item"]
-        self.bad_rows = BadRowCount(*state["damaged"])
+        self.bad_epoch, self.bad_rows.count = state["damaged"]
         self._restart()
 
     def end(self) -> BlockPosition:
@@ -143,7 +286,7 @@ class SourceReader:
         """Begin at the first block left, or at `position`."""
         self._current: CutBlock | None = None
         self._ended: tuple[int, int] | None = None  # epoch and file whose last block was read
-        self._asked: deque[tuple[PartlyRead, bool, BlockRequest]] = deque()
+        self._asked: deque[tuple[PartlyRead, bool, Future[CutBlock | None] | None]] = deque()
         self._turns = self._own_turns()
         self._no_text_since = self.position.epoch  # no text was found since this epoch
 
@@ -178,10 +321,10 @@ class SourceReader:
     def _next_block(self) -> CutBlock:
         while True:
             self._ask_ahead()
-            (position, item), is_left, request = self._asked.popleft()
+            (position, item), is_left, begun = self._asked.popleft()
             if not is_left and self._ended == position[:2]:
                 continue
-            block = self._answer(position, request, count=item == 0)
+            block = self._answer(position, begun, count=item == 0)
             if is_left:
                 while self.left[0].position != position:
                     self.left.pop(0)
@@ -200,13 +343,13 @@ class SourceReader:
         ahead = 1 if self.pool.workers == 0 else 2 * self.pool.workers
         while len(self._asked) < ahead:
             turn, is_left = next(self._turns)
-            request = self.pool.request(self.number, self._file(turn.position), turn.position.block)
-            self._asked.append((turn, is_left, request))
+            begun = self.pool.request(self.number, self._file(turn.position), turn.position.block)
+            self._asked.append((turn, is_left, begun))
 
-    def _answer(self, position: BlockPosition, request: BlockRequest, count: bool) -> CutBlock | None:
+    def _answer(self, position: BlockPosition, begun: Future[CutBlock | None] | None, count: bool) -> CutBlock | None:
         """The block; None where the file ends before it, or cannot be read from there on."""
         try:
-            block = self.pool.result(request)
+            block = self.pool.result(self.number, self._file(position), position.block, begun)
         except BadRow as error:
             self._pass_over(error, position.epoch)
             return None
@@ -223,11 +366,9 @@ class SourceReader:
         Raises:
             UserError: there are too many in this epoch.
         """
-        if epoch != self.bad_rows.epoch:
-            self.bad_rows = BadRowCount(epoch, 0)
-        self._limit.count = self.bad_rows.count
-        self.bad_rows = BadRowCount(epoch, self.bad_rows.count + 1)
-        self._limit(error)
+        if epoch != self.bad_epoch:
+            self.bad_epoch, self.bad_rows.count = epoch, 0
+        self.bad_rows(error)
 
     def _raise_no_text(self) -> NoReturn:
         raise UserError(f"data: '{self.settings.path}' holds no text that can be read: every document is empty")

@@ -36,8 +36,8 @@ class SamplingOption:
 
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
-# To add a field: declare it in `Sampling`, add it here and as a field of `SamplingSlots`, apply it in `weights`, and in
-# the kernel of `bytelatent.inference.step.sampling` (`SAMPLING_FIELDS`). A test checks that nothing is missing.
+# To add a field: declare it in `Sampling`, add it here and as a field of `SamplingSlots`, apply it in `weights`, and
+# give it to the kernel of `bytelatent.inference.step.sampling`. A test checks that nothing is missing.
 OPTIONS: dict[str, SamplingOption] = {
     "temperature": SamplingOption(torch.float32, 0, lambda sampling: min(sampling.temperature, _LARGEST)),
     "top_k": SamplingOption(torch.int64, 1, lambda sampling: _top_k(sampling)),

@@ -6,12 +6,11 @@ small carried state, whether the next id starts a patch (`PatchState`, `step`).
 
 from bytelatent.patching.bpe import Tail
 from bytelatent.patching.calibration import Calibration, calibrate, mean_patch_bytes, patch_bytes_by_threshold
-from bytelatent.patching.modes import MODES, SHORT_NAMES, PatchSettings
+from bytelatent.patching.modes import MODES, PatchSettings
 from bytelatent.patching.starts import Patch, PatchState, next_starts, patch_lengths, starts_of_lengths, step
 
 __all__ = [
     "MODES",
-    "SHORT_NAMES",
     "Calibration",
     "Patch",
     "PatchSettings",

@@ -12,7 +12,7 @@ Source: Pagnoni et al. 2024, section 2.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, cast
+from typing import Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -84,30 +84,9 @@ class PatchSettings(Settings):
 
     @property
     def name(self) -> str:
-        """The mode with the setting of its short name, but for a threshold: `static:4`."""
-        argument = MODES[self.mode].argument
-        return self.mode if argument is None or self.needs_entropies else f"{self.mode}:{getattr(self, argument[0])}"
-
-    @classmethod
-    def named(cls, name: str) -> "PatchSettings | None":
-        """The settings of a short name: `space`, `static:4`, `entropy:1.3`, `monotonic:0.2`; None if there is none.
-
-        Raises:
-            UserError: the value after the colon is out of range.
-        """
-        short, _, value = name.partition(":")
-        for mode, its in MODES.items():
-            values: dict[str, Any] | None = {} if short == mode else its.variants.get(short)
-            if values is not None and bool(value) == (its.argument is not None):
-                values = {"mode": mode} | values
-                if its.argument is not None:
-                    setting, kind = its.argument
-                    try:
-                        values[setting] = kind(value)
-                    except ValueError:
-                        return None
-                return cls.parse(values, where=name)
-        return None
+        """The mode with its most telling setting, `static:4`, unless that is a threshold."""
+        setting = MODES[self.mode].named_by
+        return self.mode if setting is None or self.needs_entropies else f"{self.mode}:{getattr(self, setting)}"
 
     def in_words(self) -> str:
         """The settings in a few words: `entropy, threshold 1.34 nats`."""
@@ -162,8 +141,7 @@ class PatchingMode:
             None of them: the last bytes of a row decide, see `bpe`.
         settings: which settings belong to this mode alone.
         required: settings that must be given, and what they are.
-        argument: the setting that a short name of the mode has after a colon, and its type.
-        variants: further short names, and what they set.
+        named_by: the setting that follows the mode in a name such as `static:4`.
         on_host: the decisions have no form in `decide_kernel`, so that generation decides on the host.
     """
 
@@ -171,8 +149,7 @@ class PatchingMode:
     settings: tuple[str, ...] = ()
     required: dict[str, str] = field(default_factory=dict)
     needs_entropies: bool = False
-    argument: tuple[str, type] | None = None
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    named_by: str | None = None
     on_host: bool = False
     decision_of: Callable[[PatchSettings], str] = lambda settings: next(iter(MODES[settings.mode].decisions), "")
 
@@ -230,8 +207,7 @@ MODES: dict[ModeName, PatchingMode] = {
         settings=("threshold", "monotonicity", "threshold_add"),
         required={"threshold": "a threshold in nats; `blt calibrate` finds one for a patch size"},
         needs_entropies=True,
-        argument=("threshold", float),
-        variants={"monotonic": {"monotonicity": True}},
+        named_by="threshold",
         decision_of=_entropy_decision,
     ),
     "space": PatchingMode({"space": _space}),
@@ -239,19 +215,13 @@ MODES: dict[ModeName, PatchingMode] = {
         {"static": _static},
         settings=("patch_size",),
         required={"patch_size": "patch_size, the ids in a patch"},
-        argument=("patch_size", int),
+        named_by="patch_size",
     ),
     "byte": PatchingMode({"byte": _byte}),
     "bpe": PatchingMode(
         settings=("tokenizer",),
         required={"tokenizer": "tokenizer, the path of a Hugging Face tokenizer.json"},
-        argument=("tokenizer", str),
+        named_by="tokenizer",
         on_host=True,
     ),
 }
-
-SHORT_NAMES = [
-    name if mode.argument is None else f"{name}:{mode.argument[0].upper()}"
-    for key, mode in MODES.items()
-    for name in (key, *mode.variants)
-]

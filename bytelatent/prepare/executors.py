@@ -9,47 +9,96 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.prepare.disk import write_text
-from bytelatent.prepare.plan import WorkFolder
+from bytelatent.prepare.plan import PrepareSettings, WorkFolder, read_json, write_json
 from bytelatent.prepare.scatter import scatter
-from bytelatent.prepare.settings import PrepareSettings
 from bytelatent.prepare.shuffle import plan_outputs
-from bytelatent.prepare.write import finish, gather, make_room, range_parts
+from bytelatent.prepare.write import finish, gather, range_parts
 from bytelatent.progress import Progress
 from bytelatent.signals import leave_to_parent, noting_interrupts
 
 LOGGER = logging.getLogger(__name__)
 
+MB, GB = 1_000_000, 1_000_000_000
+WORKING_BYTES = 24 * MB  # of a worker beside its run or range: blocks read, slices written, Arrow's caches
+MIN_RUN_BYTES = 20 * MB  # a block of the shortest lines takes 18
+MAX_RUN_BYTES = 1 << 30
+MAX_RANGE_BYTES = 1 << 28  # more is not faster
+BINS_IN_RANGE = 16
+MAX_BITS = 17
 KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 POLL_SECONDS = 0.2
 MAX_ARRAY = 1000  # jobs in an array; if there are more tasks, jobs do several
-Report = Callable[[int], None]  # receives bytes done
-Step = Callable[[WorkFolder, int, int, Report], None]  # receives the task and the number of tasks
+
+STEPS: dict[str, Callable[[WorkFolder, int, int, Callable[[int], None]], None]] = {
+    # receive the task, the number of tasks, and what receives bytes done
+    "scatter": lambda work, task, tasks, report: scatter(work, task, report),
+    "cut": lambda work, *_: plan_outputs(work),
+    "gather": gather,
+    "finish": lambda work, *_: finish(work),
+}
 
 
-def _scatter(work: WorkFolder, task: int, tasks: int, report: Report) -> None:
-    scatter(work, task, report)
+@dataclass(frozen=True)
+class Budget:
+    """Memory of the workers.
+
+    Attributes:
+        workers: number of processes beside the first.
+        run_bytes: memory of a worker for a sorted run, or for a range of bins, with the index.
+    """
+
+    workers: int
+    run_bytes: int
+
+    @property
+    def range_bytes(self) -> int:
+        return min(self.run_bytes, MAX_RANGE_BYTES)
+
+    def bits(self, likely_bytes: int) -> int:
+        """Number of a key's bits that name its bin, so that a range has several bins."""
+        bins = likely_bytes * BINS_IN_RANGE / self.range_bytes
+        return min(max(math.ceil(math.log2(max(bins, 1))), 4), MAX_BITS)
 
 
-def _plan_outputs(work: WorkFolder, task: int, tasks: int, report: Report) -> None:
-    plan_outputs(work)
-    make_room(work)
+def divide_memory(memory: float, workers: int | None, own_bytes: int | None = None) -> Budget:
+    """Divide the memory among the workers.
+
+    Args:
+        memory: GB for all processes.
+        workers: their number; None for one per core, or fewer where the memory is little.
+        own_bytes: memory of a process before it starts work; measured if left out.
+
+    Raises:
+        UserError: the memory is too small.
+    """
+    own = memory_of_this_process() if own_bytes is None else own_bytes
+    for count in [workers] if workers else range(os.cpu_count() or 1, 0, -1):
+        left = (memory * GB - own * (count + 1)) / count - WORKING_BYTES
+        if left >= MIN_RUN_BYTES:
+            return Budget(count, int(min(left, MAX_RUN_BYTES)))
+    least = ((workers or 1) * (own + WORKING_BYTES + MIN_RUN_BYTES) + own) / GB
+    fewer = ", or fewer --workers" if (workers or 1) > 1 else ""
+    raise UserError(f"--memory: {memory:g} GB are too little; the least is {math.ceil(least * 100) / 100:.2f}{fewer}")
 
 
-def _finish(work: WorkFolder, task: int, tasks: int, report: Report) -> None:
-    finish(work)
-
-
-STEPS: dict[str, Step] = {"scatter": _scatter, "cut": _plan_outputs, "gather": gather, "finish": _finish}
+def memory_of_this_process() -> int:
+    """Bytes resident now."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 120 * MB  # no Linux
 
 
 def run_locally(work: WorkFolder, workers: int) -> None:
@@ -163,36 +212,39 @@ def run_on_slurm(settings: PrepareSettings, work: WorkFolder) -> None:
     if settings.partition is None:
         raise UserError("--partition: name the partition of the cluster; 'sinfo' lists them")
     from datatrove.executor.slurm import SlurmPipelineExecutor
+    from datatrove.utils.logging import logger, setup_default_logger
 
-    saved = work.folder / "jobs.json"
-    if (job := _last_job(saved)) is not None and _is_active(job):
+    saved, logs = work.folder / "jobs.json", work.folder / "logs"
+    if (jobs := read_json(saved)) is not None and _is_active(job := str(jobs["last"])):
         LOGGER.info("still at work: job %s; 'squeue -j %s' shows it", job, job)
         return
-    last = None
-    for step, tasks in _pipeline_steps(work):
+    last: Any = None
+    for name, (step, tasks) in _pipeline_steps(work).items():
         last = SlurmPipelineExecutor(
             [step],
             tasks=tasks,
             time=settings.time,
-            partition=settings.partition,
+            partition=str(settings.partition),
             mem_per_cpu_gb=max(1, math.ceil(settings.memory)),
             workers=settings.workers or -1,
-            job_name=f"prepare-{step.name}",
+            job_name=f"prepare-{name}",
             qos=None,  # type: ignore[arg-type]
             env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
-            logging_dir=str(work.folder / "logs" / step.name),
+            logging_dir=str(logs / name),
             skip_completed=False,  # the steps' own markers say what is done
             depends=last,
             tasks_per_job=-(-tasks // MAX_ARRAY),
         )
-    assert last is not None
     try:
-        with _datatrove_log(work.folder / "logs" / "submit.log"):
-            last.run()
+        logger.remove()  # datatrove's log goes into a file
+        logger.add(str(logs / "submit.log"))
+        last.run()
     except (subprocess.CalledProcessError, OSError) as error:
         raise UserError(f"--executor: SLURM did not take the jobs: {error}") from None
-    write_text(saved, json.dumps({"last": last.job_id}))
-    LOGGER.info("submitted to SLURM; the last job is %s, logs are in '%s'", last.job_id, work.folder / "logs")
+    finally:
+        setup_default_logger()
+    write_json(saved, {"last": last.job_id})
+    LOGGER.info("submitted to SLURM; the last job is %s, logs are in '%s'", last.job_id, logs)
 
 
 def run_on_ray(settings: PrepareSettings, work: WorkFolder) -> None:
@@ -207,53 +259,34 @@ def run_on_ray(settings: PrepareSettings, work: WorkFolder) -> None:
         raise UserError("--executor: ray is not installed; run: pip install ray") from None
     from datatrove.executor.ray import RayPipelineExecutor
 
-    for step, tasks in _pipeline_steps(work):
+    for name, (step, tasks) in _pipeline_steps(work).items():
         RayPipelineExecutor(
             [step],
             tasks=tasks,
             workers=settings.workers or -1,
             mem_per_cpu_gb=settings.memory,
-            logging_dir=str(work.folder / "logs" / step.name),
+            logging_dir=str(work.folder / "logs" / name),
             skip_completed=False,
         ).run()
 
 
-def _pipeline_steps(work: WorkFolder) -> list[tuple[Any, int]]:
+def _pipeline_steps(work: WorkFolder) -> dict[str, tuple[Callable[..., None], int]]:
     """The steps in order, for datatrove, each with its number of tasks."""
-    from bytelatent.prepare.pipeline import FolderStep
-
     plan = work.plan
     # How many ranges there will be is not known yet: the tasks divide them evenly.
     gathering = min(max(sum(file.likely_bytes for file in plan.files) // plan.range_bytes, 1), MAX_ARRAY)
     tasks = {"scatter": len(plan.tasks), "cut": 1, "gather": gathering, "finish": 1}
-    return [(FolderStep(step, STEPS[step], str(work.out.absolute())), count) for step, count in tasks.items()]
+    return {name: (partial(_do_on_cluster, str(work.out.absolute()), name), count) for name, count in tasks.items()}
 
 
-@contextmanager
-def _datatrove_log(file: Path) -> Iterator[None]:
-    """Keep datatrove's log in a file."""
-    from datatrove.utils.logging import logger, setup_default_logger
-
-    logger.remove()
-    logger.add(str(file))
-    try:
-        yield
-    finally:
-        setup_default_logger()
-
-
-def _last_job(saved: Path) -> str | None:
-    try:
-        return json.loads(saved.read_text(encoding="utf-8"))["last"]
-    except (OSError, ValueError, KeyError):
-        return None
+def _do_on_cluster(out: str, step: str, data: Any, rank: int, world_size: int) -> None:
+    """A step as datatrove calls it; it passes no documents on."""
+    STEPS[step](WorkFolder(Path(out)), rank, world_size, lambda num_bytes: None)
 
 
 def _is_active(job: str) -> bool:
     try:
-        answer = subprocess.run(
-            ["squeue", "-h", "-j", str(job)], capture_output=True, text=True, timeout=60, check=False
-        )
+        answer = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return bool(answer.stdout.strip())

@@ -1,26 +1,34 @@
-"""The plan of `blt prepare`: units and tasks of the input, memory of each worker, the folder of unfinished work.
+"""Settings and plan of `blt prepare`: units and tasks of the input, and the folder of unfinished work.
 
 Units and tasks depend on the files alone, so that they are the same on every machine and for every executor.
 """
 
+import errno
 import json
-import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
+
+from bytelatent.config import ARGUMENT, Settings
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
 from bytelatent.prepare.download import DATASETS, dataset_name, download_dataset, is_data_set
-from bytelatent.prepare.settings import GB
-from bytelatent.text import BadRow, find_files
+from bytelatent.text import MAX_ROW_BYTES, BadRow, find_files
 from bytelatent.text.documents import json_value, some
-from bytelatent.text.formats import FORMATS, JSONL, FileKind, file_name, kind_of
+from bytelatent.text.folders import name_inside
+from bytelatent.text.formats import FORMATS, JSONL, FileKind, kind_of
+from bytelatent.text.stored import MAX_TEXT_BYTES
 from bytelatent.text.streams import COMPRESSIONS, TextReader, is_remote, readable, size_of
 
+MAX_CHUNKS = 32  # by default; fewer where there are fewer documents
 UNIT_BYTES = 1 << 26  # of a plain JSONL file; of small text files together
 UNIT_FILES = 4096  # small text files together
 TASK_BYTES = 1 << 28
@@ -28,15 +36,78 @@ MAX_TASKS = 4096  # beyond, tasks are larger
 FIRST_ROW_BYTES = 1 << 22
 FIRST_ROWS = 8  # files whose first row is checked
 DOWNLOADS = ".download"  # below the folder that is prepared; it stays there
-MB = 1_000_000
-WORKING_BYTES = 24 * MB  # of a worker beside its run or range: blocks read, slices written, Arrow's caches
-MIN_RUN_BYTES = 20 * MB  # a block of the shortest lines takes 18
-MAX_RUN_BYTES = 1 << 30
-MAX_RANGE_BYTES = 1 << 28  # more is not faster
-BINS_IN_RANGE = 16
-MAX_BITS = 17
 FORMAT = 1
 FOLDER = ".prepare"
+
+
+class PrepareSettings(Settings):
+    """Shuffle text of any size as a whole and cut it into files for training; the same command resumes.
+
+    Example:  `blt prepare text/*.jsonl more.parquet --out data --memory 8 --chunks 32`
+
+    Attributes:
+        source: files, folders, globs, URLs, hf://datasets/OWNER/NAME, fineweb_edu, fineweb_edu_10bt,
+            dclm_baseline_1.0, dclm_baseline_1.0_10prct.
+        out: folder to write.
+        name: prefix of the files: NAME.chunk.00.jsonl. Default: the source's name.
+        memory: memory in GB of all processes together, at least 0.25. On a cluster, of each task.
+        chunks: number of files to write. Default: 32, or fewer for few rows.
+        seed: shuffle seed.
+        validation: number of documents to hold out. Default: 1 %, at most 10000.
+        dedup: leave out documents whose text occurred before.
+        text_key: the key or column that holds the text.
+        max_bad_rows: largest number of bad rows and files to pass over.
+        max_row_bytes: longest row, in bytes. A longer row is a bad row.
+        workers: number of processes. Default: one per core.
+        executor: where to run: local, slurm or ray.
+        partition: SLURM partition.
+        time: time limit of each SLURM job.
+    """
+
+    old_names: ClassVar[dict[str, str]] = {"max_corrupt": "max_bad_rows"}
+
+    source: Annotated[list[str], Field(min_length=1), ARGUMENT]
+    out: Path
+    name: str | None = None
+    memory: Annotated[float, Field(gt=0, le=10**6)] = 4.0
+    chunks: Annotated[int, Field(ge=1, le=10**5)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    validation: Annotated[int, Field(ge=0)] | None = None
+    dedup: bool = False
+    text_key: str = "text"
+    max_bad_rows: Annotated[int, Field(ge=0)] = 1000
+    max_row_bytes: Annotated[int, Field(ge=1, le=MAX_TEXT_BYTES)] = MAX_ROW_BYTES
+    workers: Annotated[int, Field(ge=1, le=10**4)] | None = None
+    executor: Literal["local", "slurm", "ray"] = "local"
+    partition: str | None = None
+    time: str = "24:00:00"
+
+    @property
+    def stem(self) -> str:
+        """The NAME of the output files.
+
+        Raises:
+            UserError: the name given cannot be part of a file's name.
+        """
+        if self.name is not None:
+            if not self.name or self.name.startswith(".") or {"/", "\\", "\0"} & set(self.name):
+                raise UserError(f"--name: '{self.name}' cannot be a file's name; use letters and digits")
+            return self.name
+        if is_data_set(self.source[0]):
+            return dataset_name(self.source[0])
+        last = self.source[0].partition("?")[0].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+        return "".join(c for c in last if c.isalnum() or c in "-_") or "text"
+
+    def request(self) -> dict[str, Any]:
+        """What the output depends on: not the memory, workers or executor, which change no byte."""
+        keep = {"source", "chunks", "seed", "validation", "dedup", "text_key", "max_bad_rows", "max_row_bytes"}
+        return masked({"name": self.stem, **self.model_dump(mode="json", include=keep)})
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """`seed 1 -> 2, dedup False -> True`: what differs between two requests; empty if nothing does."""
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in keys)
 
 
 @dataclass(frozen=True)
@@ -58,7 +129,7 @@ class InputFile:
         return self.size * known.expansion
 
 
-@dataclass(frozen=True)
+@dataclass
 class Unit:
     """What one generator of keys numbers: the lines that begin in a part of a file, a file, or several small ones."""
 
@@ -75,7 +146,6 @@ def find_inputs(sources: list[str], out: Path, download: bool = True) -> list[In
     Raises:
         UserError: a source does not exist or cannot be reached.
     """
-
     found = []
     for number, source in enumerate(sources):
         place = source
@@ -86,7 +156,8 @@ def find_inputs(sources: list[str], out: Path, download: bool = True) -> list[In
         try:
             found += [_input_file(path, place) for path in find_files(place)]
         except UserError as error:
-            raise UserError(f"{error}{_like_a_data_set(source)}") from None
+            known = "" if {"/", "*", "."} & set(source) else f"; data sets known by name: {', '.join(DATASETS)}"
+            raise UserError(f"{error}{known}") from None
     inside = out.resolve()
     for file in found:
         if not is_remote(file.path) and inside in Path(file.path).resolve().parents and DOWNLOADS not in file.path:
@@ -94,30 +165,40 @@ def find_inputs(sources: list[str], out: Path, download: bool = True) -> list[In
     return found
 
 
+def _input_file(path: str, source: str) -> InputFile:
+    try:
+        found = kind_of(path)
+    except BadRow:  # what reads it will say so
+        found = FileKind(None)
+    kind = "none" if found.format is None else found.format.name
+    kind = "packed" if found.format is JSONL and found.compression else kind
+    inside = name_inside(path, source)
+    with readable(path):
+        if is_remote(path):
+            return InputFile(path, inside, size_of(path), None, kind, found.compression)
+        about = os.stat(path)
+    return InputFile(os.path.abspath(path), inside, about.st_size, about.st_mtime_ns, kind, found.compression)
+
+
 def units_of(files: list[InputFile]) -> list[Unit]:
     """The files in order, each in one unit or in several."""
     units: list[Unit] = []
-    texts: list[int] = []
-
-    def close_texts() -> None:
-        if texts:
-            units.append(Unit("text", list(texts), size=sum(files[i].size for i in texts)))
-            texts.clear()
-
     for number, file in enumerate(files):
-        if file.kind == "text":
-            if texts and (sum(files[i].size for i in texts) + file.size > UNIT_BYTES or len(texts) == UNIT_FILES):
-                close_texts()
-            texts.append(number)
-            continue
-        close_texts()
+        follows_text = number > 0 and files[number - 1].kind == "text"
         if file.kind == "lines":
             for begin in range(0, file.size, UNIT_BYTES):
                 end = min(begin + UNIT_BYTES, file.size)
                 units.append(Unit("lines", [number], begin, end, end - begin))
+        elif (
+            file.kind == "text"
+            and follows_text
+            and units[-1].size + file.size <= UNIT_BYTES
+            and len(units[-1].files) < UNIT_FILES
+        ):
+            units[-1].files.append(number)
+            units[-1].size += file.size
         else:
             units.append(Unit(file.kind, [number], size=file.size))
-    close_texts()
     return units
 
 
@@ -154,108 +235,12 @@ def _first_row(file: InputFile) -> Any:
         return None
 
 
-def _like_a_data_set(source: str) -> str:
-    """The names of known data sets, for a source that looks like one."""
-    return "" if {"/", "*", "."} & set(source) else f"; data sets known by name: {', '.join(DATASETS)}"
-
-
-def _input_file(path: str, source: str) -> InputFile:
-    try:
-        found = kind_of(path)
-    except BadRow:  # what reads it will say so
-        found = FileKind(None)
-    kind = "none" if found.format is None else found.format.name
-    kind = "packed" if found.format is JSONL and found.compression else kind
-    if is_remote(path):
-        inside = path.removeprefix(source).lstrip("/") or file_name(path)
-        with readable(path):
-            return InputFile(path, inside, size_of(path), None, kind, found.compression)
-    with readable(path):
-        about = os.stat(path)
-    place = Path(source).expanduser()
-    inside = os.path.relpath(path, place) if place.is_dir() else os.path.basename(path)
-    return InputFile(os.path.abspath(path), inside, about.st_size, about.st_mtime_ns, kind, found.compression)
-
-
 def too_many_bad_rows(places: list[str], limit: int) -> UserError:
     """The error for more bad rows than the limit allows."""
     return UserError(
         f"{places[0]}: more than {limit} rows are bad, this one and {len(places) - 1} others so far; "
         "mend the input or give a higher --max-bad-rows"
     )
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Memory of the workers.
-
-    Attributes:
-        workers: number of processes beside the first.
-        run_bytes: memory of a worker for a sorted run, or for a range of bins, with the index.
-    """
-
-    workers: int
-    run_bytes: int
-
-    @property
-    def range_bytes(self) -> int:
-        return min(self.run_bytes, MAX_RANGE_BYTES)
-
-    def bits(self, likely_bytes: int) -> int:
-        """Number of a key's bits that name its bin, so that a range has several bins."""
-        bins = likely_bytes * BINS_IN_RANGE / self.range_bytes
-        return min(max(math.ceil(math.log2(max(bins, 1))), 4), MAX_BITS)
-
-
-def divide_memory(memory: float, workers: int | None, own_bytes: int | None = None) -> Budget:
-    """Divide the memory among the workers.
-
-    Args:
-        memory: GB for all processes.
-        workers: their number; None for one per core, or fewer where the memory is little.
-        own_bytes: memory of a process before it starts work; measured if left out.
-
-    Raises:
-        UserError: the memory is too small.
-    """
-    own = memory_of_this_process() if own_bytes is None else own_bytes
-    for count in [workers] if workers else range(os.cpu_count() or 1, 0, -1):
-        left = (memory * GB - own * (count + 1)) / count - WORKING_BYTES
-        if left >= MIN_RUN_BYTES:
-            return Budget(count, int(min(left, MAX_RUN_BYTES)))
-    least = ((workers or 1) * (own + WORKING_BYTES + MIN_RUN_BYTES) + own) / GB
-    fewer = ", or fewer --workers" if (workers or 1) > 1 else ""
-    raise UserError(f"--memory: {memory:g} GB are too little; the least is {math.ceil(least * 100) / 100:.2f}{fewer}")
-
-
-def memory_of_this_process() -> int:
-    """Bytes resident now."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 120 * MB  # no Linux
-
-
-@dataclass(frozen=True)
-class TaskFiles:
-    """The files of one scatter task. The others count only once the marker exists."""
-
-    folder: Path
-    task: int
-
-    def path(self, kind: str) -> Path:
-        """`data`, `high` and `low` (keys), `lengths`, `table`, `marker`."""
-        return self.folder / f"{self.task:05d}.{kind}"
-
-    def marker(self) -> dict[str, Any] | None:
-        """What the finished task wrote about itself; None if it is not finished or its files have changed."""
-        try:
-            marker = json.loads(self.path("marker").read_text(encoding="utf-8"))
-            sizes = {kind: self.path(kind).stat().st_size for kind in marker["sizes"]}
-        except (OSError, ValueError, KeyError):
-            return None
-        return marker if sizes == marker["sizes"] else None
 
 
 @dataclass(frozen=True)
@@ -273,6 +258,60 @@ class PreparePlan:
     format: int = FORMAT
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Explain in one line why writing below `folder` fails.
+
+    Raises:
+        UserError: in place of the system's errors.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"--out: the disk of '{folder}' is full; make room and give the same command again, it goes on"
+            ) from None
+        raise UserError(f"--out: '{folder}' cannot be written: {error.strerror or error}") from None
+    except MemoryError:
+        raise UserError("--memory: the machine has less memory than this; give fewer --workers or less") from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it is missing or corrupt."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, values: Any, indent: int | None = None) -> None:
+    """A JSON file that appears whole or not at all."""
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(values, indent=indent), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """The files of one task of the first pass. The others count only once the marker exists."""
+
+    folder: Path
+    task: int
+
+    def path(self, kind: str) -> Path:
+        """`data`, `high` and `low` (keys), `lengths`, `table`, `marker`."""
+        return self.folder / f"{self.task:05d}.{kind}"
+
+    def marker(self) -> dict[str, Any] | None:
+        """What the finished task wrote about itself; None if it is not finished or its files have changed."""
+        marker = read_json(self.path("marker"))
+        try:
+            whole = marker and all(self.path(kind).stat().st_size == size for kind, size in marker["sizes"].items())
+        except OSError:
+            return None
+        return marker if whole else None
+
+
 class WorkFolder:
     """The files below DIR/.prepare."""
 
@@ -280,6 +319,7 @@ class WorkFolder:
         self.out = out
         self.folder = out / FOLDER
         self.aside = self.folder / "out"  # output files until all are finished
+        self.cut_file = self.folder / "cut.json"
 
     @cached_property
     def plan(self) -> PreparePlan:
@@ -306,27 +346,16 @@ class WorkFolder:
 
     def clear(self) -> None:
         """Remove unfinished work, with the output files that have their final names already."""
-        for output in self.saved_outputs():
-            (self.out / output).unlink(missing_ok=True)
+        for output in (read_json(self.cut_file) or {"outputs": []})["outputs"]:
+            (self.out / output["name"]).unlink(missing_ok=True)
         (self.folder / "plan.json").unlink(missing_ok=True)  # first: without it the rest does not count
         for place in ("scatter", "gather", "out", "logs"):
             shutil.rmtree(self.folder / place, ignore_errors=True)
         for name in ("cut.json", "jobs.json"):
             (self.folder / name).unlink(missing_ok=True)
 
-    def saved_outputs(self) -> list[str]:
-        """The names of the output files; empty before they are planned."""
-        try:
-            return [output["name"] for output in json.loads(self.cut_file.read_text(encoding="utf-8"))["outputs"]]
-        except (OSError, ValueError, KeyError):
-            return []
-
     def task_files(self, task: int) -> TaskFiles:
         return TaskFiles(self.folder / "scatter", task)
-
-    @property
-    def cut_file(self) -> Path:
-        return self.folder / "cut.json"
 
     def range_marker(self, number: int) -> Path:
         return self.folder / "gather" / f"{number:05d}.json"

@@ -13,23 +13,22 @@ from rich.filesize import decimal
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.files import Locked, only_writer
-from bytelatent.prepare.disk import writing
-from bytelatent.prepare.executors import run_locally, run_on_ray, run_on_slurm
+from bytelatent.prepare.executors import Budget, divide_memory, run_locally, run_on_ray, run_on_slurm
 from bytelatent.prepare.plan import (
     FOLDER,
-    Budget,
     InputFile,
     PreparePlan,
+    PrepareSettings,
     WorkFolder,
     check_first_row,
-    divide_memory,
+    differences,
     find_inputs,
     tasks_of,
     units_of,
+    writing,
 )
-from bytelatent.prepare.settings import PrepareSettings, differences
 from bytelatent.prepare.write import MANIFEST, read_manifest
-from bytelatent.text.bad_rows import must_have_read, short
+from bytelatent.text.documents import must_have_read, short
 
 LOGGER = logging.getLogger(__name__)
 
@@ -188,16 +187,11 @@ def _alone(work: WorkFolder) -> Iterator[None]:
         try:
             yield
         except UserError:
-            _remove_if_empty(work)
+            if {place.name for place in work.folder.iterdir()} <= {".lock"}:  # no work was begun
+                shutil.rmtree(work.folder, ignore_errors=True)
+                with suppress(OSError):  # there is something else in it
+                    work.out.rmdir()
             raise
-
-
-def _remove_if_empty(work: WorkFolder) -> None:
-    """Remove the folders if no work was begun."""
-    if {place.name for place in work.folder.iterdir()} <= {".lock"}:
-        shutil.rmtree(work.folder, ignore_errors=True)
-        with suppress(OSError):  # there is something else in it
-            work.out.rmdir()
 
 
 def _summary(manifest: dict[str, Any]) -> str:

@@ -14,31 +14,26 @@ to chunk s * N // S, so that each of the N chunks is within one document of S / 
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bytelatent.errors import UserError
-from bytelatent.prepare.disk import write_text, writing
-from bytelatent.prepare.plan import InputFile, WorkFolder, too_many_bad_rows
-from bytelatent.prepare.settings import MAX_CHUNKS
+from bytelatent.prepare.plan import MAX_CHUNKS, InputFile, WorkFolder, too_many_bad_rows, write_json, writing
 
 KEY_BITS = 64
 MAX_VALIDATION = 10_000
+SLICE_BYTES = 1 << 20  # written at once; fits into a core's cache
 INDEX_BYTES = 96  # memory for one line beside its bytes: ends, key, order and temporary arrays
 
 
-class PositionKeys:
-    """Random keys for the documents of a unit, in their order."""
-
-    def __init__(self, seed: int, unit: int) -> None:
-        self._bits = np.random.Philox(np.random.SeedSequence([seed, unit]))
-
-    def draw(self, count: int) -> np.ndarray:
-        """The next `count` keys, uint64 [N]; the same however the documents are divided into calls."""
-        return self._bits.random_raw(count)
+def position_keys(seed: int, unit: int) -> Callable[[int], np.ndarray]:
+    """Draws random keys for the next documents of a unit, uint64 [N]; the same however they are divided into calls."""
+    return np.random.Philox(np.random.SeedSequence([seed, unit])).random_raw
 
 
 class TextKeys:
@@ -71,27 +66,48 @@ def sorted_order(high: np.ndarray, low: np.ndarray | None = None) -> np.ndarray:
     return order
 
 
-def first_of_equal(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Whether each of the sorted keys differs from the one before, bool [N]."""
-    first = np.ones(len(high), dtype=bool)
-    first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-    return first
-
-
-def bin_of(high: np.ndarray, bits: int) -> np.ndarray:
-    """The bin of each key, int64 [N]: its `bits` highest bits."""
-    return (high >> np.uint64(KEY_BITS - bits)).astype(np.int64)
-
-
 def bin_edges(sorted_high: np.ndarray, bits: int) -> np.ndarray:
     """Number of sorted keys before each bin, int64 [2^bits + 1]."""
     first_keys = np.arange(1 << bits, dtype=np.uint64) << np.uint64(KEY_BITS - bits)
     return np.append(np.searchsorted(sorted_high, first_keys), len(sorted_high)).astype(np.int64)
 
 
+def gathered(array: Any, order: np.ndarray, lengths: np.ndarray) -> Iterator[memoryview]:
+    """The lines of an Arrow array in another order, as buffers of about SLICE_BYTES.
+
+    Args:
+        order: int64 [N].
+        lengths: in that order, [N].
+    """
+    import pyarrow
+    import pyarrow.compute as compute
+
+    pool = pyarrow.system_memory_pool()  # keeps a slice's memory for the next one, where others give it back
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.searchsorted(ends, np.arange(SLICE_BYTES, total, SLICE_BYTES), side="left") + 1
+    for begin, end in zip([0, *np.unique(cuts)], [*np.unique(cuts), len(order)], strict=True):
+        if begin < end:
+            size = int(ends[end - 1] - (ends[begin - 1] if begin else 0))
+            part = compute.take(array, pyarrow.array(order[begin:end]), memory_pool=pool)
+            yield memoryview(part.buffers()[2])[:size]
+
+
+_scratch = np.empty(0, dtype=np.uint8)
+
+
+def scratch(size: int) -> np.ndarray:
+    """This process's one large buffer, uint8 [size]: to allocate new memory takes longer than to use it."""
+    global _scratch
+    if len(_scratch) < size:
+        _scratch = np.empty(0, dtype=np.uint8)  # let go of the old one first
+        _scratch = np.empty(size, dtype=np.uint8)
+    return _scratch[:size]
+
+
 @dataclass(frozen=True)
 class RunPart:
-    """Documents of a range of bins that stand together in a data file."""
+    """Documents of a range of bins that are next to each other in a data file."""
 
     task: int
     offset: int
@@ -154,11 +170,11 @@ class RunIndex:
         all_high = np.concatenate(high)
         all_low = np.concatenate(low) if self.dedup else None
         order = sorted_order(all_high, all_low)
-        sorted_high = all_high[order]
-        if all_low is not None:
-            firsts = first_of_equal(sorted_high, all_low[order])
-            order, sorted_high = order[firsts], sorted_high[firsts]
-        return BinRange(parts, np.concatenate(lengths), order, sorted_high)
+        if all_low is not None and len(order):
+            before, after = order[:-1], order[1:]
+            differs = (all_high[after] != all_high[before]) | (all_low[after] != all_low[before])
+            order = order[np.concatenate([[True], differs])]
+        return BinRange(parts, np.concatenate(lengths), order, all_high[order])
 
     def kept(self, documents: np.ndarray, at_once: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents and bytes of each bin once duplicates are removed, int64 [B] each.
@@ -170,7 +186,7 @@ class RunIndex:
         kept = np.zeros((2, self.bins), dtype=np.int64)
         for first, end in grouped(documents, at_once):
             part = self.load(first, end)
-            bins = bin_of(part.high, self.work.plan.bits) - first
+            bins = (part.high >> np.uint64(KEY_BITS - self.work.plan.bits)).astype(np.int64) - first
             kept[0, first:end] = np.bincount(bins, minlength=end - first)
             # in float64, exact below 2^53 bytes
             kept[1, first:end] = np.bincount(bins, weights=part.lengths[part.order], minlength=end - first)
@@ -199,8 +215,7 @@ def grouped(sizes: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
         first = end
 
 
-@dataclass(frozen=True)
-class StreamPosition:
+class StreamPosition(NamedTuple):
     """A position between two documents of the stream."""
 
     documents: int
@@ -247,21 +262,33 @@ class ShuffledStream:
 
 
 def plan_outputs(work: WorkFolder) -> None:
-    """Decide which document goes where, and save that, unless an earlier call has done so.
+    """Decide which document goes where, save that, and give the output files their sizes.
 
     Raises:
-        UserError: there are no documents, fewer than chunks, or too many bad rows.
+        UserError: there are no documents, fewer than chunks, or too many bad rows; or the disk is too small for the
+            output files, which is found before the second pass.
     """
-    if work.cut_file.exists():
-        return
+    with writing(work.out):
+        if not work.cut_file.exists():
+            write_json(work.cut_file, _planned(work))
+        for output in json.loads(work.cut_file.read_text(encoding="utf-8"))["outputs"]:
+            if (work.out / output["name"]).exists():  # finished and renamed before the work was stopped
+                continue
+            with open(work.aside / output["name"], "ab") as file:
+                if size := output["end"] - output["begin"]:
+                    os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _planned(work: WorkFolder) -> dict[str, Any]:
     plan, index = work.plan, RunIndex(work)
     corrupt = [place for marker in index.markers for place in marker["corrupt"]]
     if len(corrupt) > plan.request["max_bad_rows"]:
         raise too_many_bad_rows(corrupt, plan.request["max_bad_rows"])
     documents, sizes = index.totals()
-    read, read_bytes = int(documents.sum()), int(sizes.sum())
-    if read == 0:
-        raise UserError(f"{_names(plan.request['source'])}: no documents" + (f"; bad: {corrupt[0]}" if corrupt else ""))
+    if not documents.any():
+        names = [f"'{source}'" for source in plan.request["source"]]
+        bad = f"; bad: {corrupt[0]}" if corrupt else ""
+        raise UserError(f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: no documents{bad}")
     kept, kept_bytes = documents, sizes
     if index.dedup:
         kept, kept_bytes = index.kept(documents, max(plan.range_bytes // (2 * INDEX_BYTES), 1))
@@ -271,9 +298,9 @@ def plan_outputs(work: WorkFolder) -> None:
         if documents[first:end].any():
             span = [int(stream.bytes[first]), int(stream.bytes[end])]
             ranges.append({"bins": [first, end], "stream": span, "read_bytes": int(sizes[first:end].sum())})
-    saved = {
-        "documents_read": read,
-        "bytes_read": read_bytes,
+    return {
+        "documents_read": int(documents.sum()),
+        "bytes_read": int(sizes.sum()),
         "documents": int(kept.sum()),
         "bytes": int(kept_bytes.sum()),
         "corrupt": corrupt,
@@ -281,8 +308,6 @@ def plan_outputs(work: WorkFolder) -> None:
         "outputs": _outputs(stream, plan.request),
         "ranges": ranges,
     }
-    with writing(work.out):
-        write_text(work.cut_file, json.dumps(saved))
 
 
 def _unread(markers: list[dict[str, Any]], files: list[InputFile]) -> dict[str, str]:
@@ -309,15 +334,11 @@ def _outputs(stream: ShuffledStream, request: dict[str, Any]) -> list[dict[str, 
     size = int(stream.bytes[-1]) - first.bytes
     positions = [first, *(stream.at(first.bytes - (-chunk * size // chunks)) for chunk in range(1, chunks))]
     positions.append(stream.after(total))
-    found = [_output(f"{name}.val.jsonl", StreamPosition(0, 0), first)] if held_out else []
-    for chunk in range(chunks):
-        found.append(_output(f"{name}.chunk.{chunk:0{digits}d}.jsonl", positions[chunk], positions[chunk + 1]))
-    return found
-
-
-def _output(name: str, begin: StreamPosition, end: StreamPosition) -> dict[str, Any]:
-    return {"name": name, "documents": end.documents - begin.documents, "begin": begin.bytes, "end": end.bytes}
-
-
-def _names(sources: list[str]) -> str:
-    return ", ".join(f"'{source}'" for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
+    names = [f"{name}.chunk.{chunk:0{digits}d}.jsonl" for chunk in range(chunks)]
+    if held_out:
+        positions.insert(0, StreamPosition(0, 0))
+        names.insert(0, f"{name}.val.jsonl")
+    return [
+        {"name": name, "documents": end.documents - begin.documents, "begin": begin.bytes, "end": end.bytes}
+        for name, (begin, end) in zip(names, pairwise(positions), strict=True)
+    ]

@@ -3,10 +3,11 @@
 Each range of bins is read from all runs, put in order, and written where its documents belong in the output.
 """
 
+import errno
 import hashlib
 import json
 import os
-from collections import OrderedDict
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,32 +17,16 @@ import numpy as np
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.files import own_file
-from bytelatent.prepare.disk import Buffer, read_at, scratch, write_past_cache, write_text, writing
-from bytelatent.prepare.plan import FORMAT, WorkFolder
-from bytelatent.prepare.scatter import SLICE_BYTES, gathered
-from bytelatent.prepare.shuffle import INDEX_BYTES, BinRange, RunIndex
+from bytelatent.prepare.plan import FORMAT, WorkFolder, read_json, write_json, writing
+from bytelatent.prepare.shuffle import INDEX_BYTES, SLICE_BYTES, BinRange, RunIndex, gathered, scratch
 from bytelatent.text import MAX_ROW_BYTES
 
-MAX_OPEN = 128
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 22
+DONT_CACHE = 0x80  # RWF_DONTCACHE, Linux 6.14
+Buffer = bytes | memoryview
 
-
-def make_room(work: WorkFolder) -> None:
-    """Give the output files their sizes, so that a full disk is found before the second pass.
-
-    Raises:
-        UserError: the disk is too small.
-    """
-    cut = json.loads(work.cut_file.read_text(encoding="utf-8"))
-    with writing(work.out):
-        for output in cut["outputs"]:
-            size = output["end"] - output["begin"]
-            if (work.out / output["name"]).exists():  # finished and renamed before the work was stopped
-                continue
-            with open(work.aside / output["name"], "ab") as file:
-                if size:
-                    os.posix_fallocate(file.fileno(), 0, size)
+_flags = DONT_CACHE if sys.platform == "linux" else 0
 
 
 def gather(work: WorkFolder, rank: int, ranks: int, report: Callable[[int], None]) -> None:
@@ -55,23 +40,20 @@ def gather(work: WorkFolder, rank: int, ranks: int, report: Callable[[int], None
     """
     cut = json.loads(work.cut_file.read_text(encoding="utf-8"))
     ranges = cut["ranges"]
-    mine = [
-        i for i in range(len(ranges) * rank // ranks, len(ranges) * (rank + 1) // ranks) if range_parts(work, i) is None
-    ]
-    if not mine:
+    mine = range(len(ranges) * rank // ranks, len(ranges) * (rank + 1) // ranks)
+    todo = [number for number in mine if range_parts(work, number) is None]
+    if not todo:
         return
     index = RunIndex(work)
     with writing(work.out):
-        for number in mine:
+        for number in todo:
             _gather_range(work, index, cut["outputs"], number, ranges[number], report)
 
 
 def range_parts(work: WorkFolder, number: int) -> list[list[Any]] | None:
     """What a finished range wrote, as [output, bytes, sha256]; None if it is not finished."""
-    try:
-        return json.loads(work.range_marker(number).read_text(encoding="utf-8"))["parts"]
-    except (OSError, ValueError, KeyError):
-        return None
+    marker = read_json(work.range_marker(number))
+    return marker and marker["parts"]
 
 
 def _gather_range(
@@ -84,24 +66,24 @@ def _gather_range(
 ) -> None:
     bins = index.load(*planned["bins"])
     needed = planned["read_bytes"] + INDEX_BYTES * len(bins.lengths)
-    with DataFiles(work) as data, StreamWriter(work.aside, outputs, planned["stream"][0]) as stream:
-        in_memory = needed <= max(work.plan.range_bytes, 1)
-        for buffer in _documents(bins, data) if in_memory else _documents_one_by_one(bins, data):
+    documents = _documents if needed <= max(work.plan.range_bytes, 1) else _documents_one_by_one
+    with StreamWriter(work.aside, outputs, planned["stream"][0]) as stream:
+        for buffer in documents(bins, work):
             stream.write(buffer)
             report(len(buffer))
         parts = stream.parts()
         assert stream.position == planned["stream"][1], "the second pass wrote other bytes than were planned"
-    write_text(work.range_marker(number), json.dumps({"parts": parts}))
+    write_json(work.range_marker(number), {"parts": parts})
 
 
-def _documents(bins: BinRange, data: "DataFiles") -> Iterator[Buffer]:
+def _documents(bins: BinRange, work: WorkFolder) -> Iterator[Buffer]:
     """The documents in order, all read into memory first."""
     import pyarrow
 
     buffer = scratch(sum(part.size for part in bins.parts))
     filled = 0
     for part in bins.parts:
-        read_at(data.file(part.task), buffer.data[filled : filled + part.size], part.offset)
+        _read(work, part.task, part.offset, buffer.data[filled : filled + part.size])
         filled += part.size
     # the type with offsets of 64 bits, since a range may be larger than 2 GiB
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(bins.lengths, dtype=np.int64)])
@@ -110,45 +92,49 @@ def _documents(bins: BinRange, data: "DataFiles") -> Iterator[Buffer]:
     yield from gathered(array, bins.order, bins.lengths[bins.order])
 
 
-def _documents_one_by_one(bins: BinRange, data: "DataFiles") -> Iterator[Buffer]:
+def _documents_one_by_one(bins: BinRange, work: WorkFolder) -> Iterator[Buffer]:
     """The documents in order, each read on its own: slow, for a range that is too large for the memory."""
-    counts = np.array([part.documents for part in bins.parts])
-    part_of_document = np.repeat(np.arange(len(bins.parts)), counts)
+    part_of_document = np.repeat(np.arange(len(bins.parts)), [part.documents for part in bins.parts])
     starts = np.cumsum(bins.lengths, dtype=np.int64) - bins.lengths
-    part_starts = np.cumsum([part.size for part in bins.parts]) - [part.size for part in bins.parts]
+    part_starts = np.cumsum([0, *(part.size for part in bins.parts)])
     buffer = memoryview(bytearray(SLICE_BYTES))
     for document in bins.order.tolist():
         number = int(part_of_document[document])
-        part = bins.parts[number]
-        offset = part.offset + int(starts[document] - part_starts[number])
-        left = int(bins.lengths[document])
-        while left:
-            slice_ = buffer[: min(left, SLICE_BYTES)]
-            read_at(data.file(part.task), slice_, offset)
+        part, begin = bins.parts[number], int(starts[document] - part_starts[number])
+        for at in range(begin, begin + int(bins.lengths[document]), SLICE_BYTES):
+            slice_ = buffer[: begin + int(bins.lengths[document]) - at]
+            _read(work, part.task, part.offset + at, slice_)
             yield slice_
-            offset, left = offset + len(slice_), left - len(slice_)
 
 
-class DataFiles:
-    """The data files of the first pass, a few of them open."""
+def _read(work: WorkFolder, task: int, offset: int, into: memoryview) -> None:
+    """Fill `into` from a data file of the first pass.
 
-    def __init__(self, work: WorkFolder) -> None:
-        self.work = work
-        self._open: OrderedDict[int, int] = OrderedDict()
+    Raises:
+        UserError: the file is shorter.
+    """
+    with open(work.task_files(task).path("data"), "rb") as file:
+        file.seek(offset)
+        if file.readinto(into) < len(into):
+            raise UserError(f"--out: a file in '{work.folder}' is shorter than it was; remove that folder")
 
-    def file(self, task: int) -> int:
-        if task not in self._open:
-            if len(self._open) == MAX_OPEN:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[task] = os.open(self.work.task_files(task).path("data"), os.O_RDONLY)
-        return self._open[task]
 
-    def __enter__(self) -> "DataFiles":
-        return self
+def write_past_cache(file: int, data: Buffer, offset: int) -> None:
+    """Write all of `data`, which is not read again, to the disk at once, and drop it from the system's cache.
 
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            os.close(file)
+    Finding cache memory for it would take longer than writing it. On systems and file systems that do not support this
+    it is an ordinary write.
+    """
+    global _flags
+    rest = memoryview(data)
+    while len(rest):
+        try:
+            written = os.pwritev(file, [rest], offset, _flags)
+        except OSError as error:
+            if not _flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            _flags = written = 0
+        rest, offset = rest[written:], offset + written
 
 
 class StreamWriter:
@@ -194,9 +180,7 @@ class StreamWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._switch_to(-1)
 
 
 def finish(work: WorkFolder) -> None:
@@ -218,7 +202,30 @@ def finish(work: WorkFolder) -> None:
             assert sum(size for size, _ in its_parts) == output["end"] - output["begin"]
             if (work.aside / output["name"]).exists():
                 os.replace(work.aside / output["name"], work.out / output["name"])
-        write_text(work.out / MANIFEST, json.dumps(masked(_manifest(work, cut, parts)), indent=1))
+        write_json(work.out / MANIFEST, masked(_manifest(work, cut, parts)), indent=1)
+
+
+def _manifest(work: WorkFolder, cut: dict[str, Any], parts: list[list[Any]]) -> dict[str, Any]:
+    plan = work.plan
+    return {
+        "format": FORMAT,
+        "request": plan.request,
+        "memory": plan.memory,
+        "inputs": [{"file": file.path, "bytes": file.size, "changed": file.changed} for file in plan.files],
+        **{name: cut[name] for name in ("documents_read", "bytes_read", "documents", "bytes")},
+        "duplicates": cut["documents_read"] - cut["documents"],
+        "corrupt": {"rows": len(cut["corrupt"]), "places": cut["corrupt"]},
+        "unread": cut["unread"],
+        "outputs": [
+            {
+                "name": output["name"],
+                "documents": output["documents"],
+                "bytes": output["end"] - output["begin"],
+                "parts": its_parts,  # [bytes, sha256] in order
+            }
+            for output, its_parts in zip(cut["outputs"], parts, strict=True)
+        ],
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -227,14 +234,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it cannot be read, or is of another program.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        known = isinstance(manifest, dict) and {"request", "outputs", "inputs"} <= manifest.keys()
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(folder / MANIFEST):
         return None
-    except (OSError, ValueError):
-        known, manifest = False, {}
-    if not known:
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not {"request", "outputs", "inputs"} <= manifest.keys():
         raise UserError(f"--out: '{folder / MANIFEST}' is corrupt or of another program; give another folder")
     request = manifest["request"]
     if "max_corrupt" in request:  # as of earlier versions
@@ -280,29 +283,3 @@ def _digest(file: Any, size: int) -> str:
         digest.update(data)
         size -= len(data)
     return digest.hexdigest()
-
-
-def _manifest(work: WorkFolder, cut: dict[str, Any], parts: list[list[Any]]) -> dict[str, Any]:
-    plan = work.plan
-    return {
-        "format": FORMAT,
-        "request": plan.request,
-        "memory": plan.memory,
-        "inputs": [{"file": file.path, "bytes": file.size, "changed": file.changed} for file in plan.files],
-        "documents_read": cut["documents_read"],
-        "bytes_read": cut["bytes_read"],
-        "documents": cut["documents"],
-        "bytes": cut["bytes"],
-        "duplicates": cut["documents_read"] - cut["documents"],
-        "corrupt": {"rows": len(cut["corrupt"]), "places": cut["corrupt"]},
-        "unread": cut["unread"],
-        "outputs": [
-            {
-                "name": output["name"],
-                "documents": output["documents"],
-                "bytes": output["end"] - output["begin"],
-                "parts": its_parts,  # [bytes, sha256] in order
-            }
-            for output, its_parts in zip(cut["outputs"], parts, strict=True)
-        ],
-    }

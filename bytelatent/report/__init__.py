@@ -1,9 +1,9 @@
 """Patches, curves and runs for people: in the terminal, as figures, and as self-contained HTML pages."""
 
-from bytelatent.report.figure_files import figure_format, write_runs_figure, write_threshold_figure
+from bytelatent.report.figures import figure_format, write_runs_figure, write_threshold_figure
 from bytelatent.report.page import RunReport, write_patches_page, write_report
 from bytelatent.report.runs import compare_runs
-from bytelatent.report.terminal import patched_text
+from bytelatent.report.text import patched_text
 
 __all__ = [
     "RunReport",

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from bytelatent.files import whole_file
 from bytelatent.patching import Patch
-from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, finite, number
-from bytelatent.report.characters import LOST, Character, characters, visible
-from bytelatent.report.page_figures import (
-    SIZES,
-    STRIP_HEIGHT,
-    EntropyStrip,
-    entropy_strip,
-    loss_curves,
-    patch_length_histogram,
+from bytelatent.report.figures import STRIP_HEIGHT, entropy_strip, loss_curves, patch_length_histogram
+from bytelatent.report.text import (
+    LOST,
+    UNKNOWN,
+    Character,
+    amount_of_bytes,
+    characters,
+    duration,
+    finite,
+    number,
+    visible,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +104,8 @@ def write_report(path: str | Path, report: RunReport) -> None:
     """
     bits = report.summary.get("bits_per_byte")
     bits = bits if isinstance(bits, Mapping) else {}
-    sample = report.summary.get("sample")
+    xz, sample = finite(bits.get("xz")), report.summary.get("sample")
+    references = {} if xz is None or xz <= 0 else {"xz": xz}
     samples = report.samples or ([("", sample)] if isinstance(sample, str) else [])
     shown = {"bits_per_byte", "undertrained", "sample", *TILES, *COLUMNS}
     facts = report.summary | {f"bytes_read.{name}": value for name, value in _numbers(report.summary, "bytes_read")}
@@ -113,11 +116,11 @@ def write_report(path: str | Path, report: RunReport) -> None:
         bars=_bars(bits),
         axis=_axis(bits),
         models=_models(report.summary),
-        curves=_drawings(lambda size: loss_curves(report.curves, _references(bits), size)),
+        curves=loss_curves(report.curves, references),
         curve_names=list(report.curves),
-        has_reference=bool(_references(bits)),
+        has_reference=bool(references),
         texts=[_page_text(name, patches, report.threshold) for name, patches in report.texts.items()],
-        lengths=_drawings(lambda size: patch_length_histogram(report.patch_lengths, size)),
+        lengths=patch_length_histogram(report.patch_lengths),
         samples=samples,
         notes=report.notes,
         others=_flat({key: value for key, value in report.summary.items() if key not in shown}),
@@ -125,30 +128,19 @@ def write_report(path: str | Path, report: RunReport) -> None:
     _write(path, page)
 
 
-@dataclass(frozen=True)
-class _PageText:
+def _page_text(name: str, patches: Sequence[Patch], threshold: float | None) -> dict[str, Any]:
     """A text for the template: for each patch its characters with their tooltips."""
-
-    name: str
-    num_patches: int
-    num_bytes: int
-    patches: list[list[tuple[Character, str]]]
-    strip: EntropyStrip | None
-    threshold: float | None
-
-
-def _page_text(name: str, patches: Sequence[Patch], threshold: float | None) -> _PageText:
-    return _PageText(
-        name=name,
-        num_patches=len(patches),
-        num_bytes=sum(patch.end - patch.start for patch in patches),
-        patches=[
+    return {
+        "name": name,
+        "num_patches": len(patches),
+        "num_bytes": sum(patch.end - patch.start for patch in patches),
+        "patches": [
             [(character, _tooltip(character, index, patch)) for character in characters(patch)]
             for index, patch in enumerate(patches)
         ],
-        strip=entropy_strip(patches, threshold),
-        threshold=finite(threshold),
-    )
+        "strip": entropy_strip(patches, threshold),
+        "threshold": finite(threshold),
+    }
 
 
 def _tooltip(character: Character, patch_index: int, patch: Patch) -> str:
@@ -167,26 +159,17 @@ def _tooltip(character: Character, patch_index: int, patch: Patch) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Bar:
-    name: str
-    value: str
-    percent: float  # of the axis
-    series: int | None  # colour; None is grey
-
-
-def _bars(bits: Mapping[str, Any]) -> list[_Bar]:
-    """The lowest first, those without a number last."""
+def _bars(bits: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lowest first, those without a number last; `percent` is of the axis."""
     known = {name: finite(value) for name, value in bits.items()}
-    ordered = sorted(known.items(), key=lambda item: math.inf if item[1] is None else item[1])
     return [
-        _Bar(
-            MODEL_NAMES.get(name, name),
-            UNKNOWN if value is None else f"{value:.3f}",
-            round(100 * max(0.0, value or 0.0) / _axis(bits), 1),
-            SERIES_OF.get(name),
-        )
-        for name, value in ordered
+        {
+            "name": MODEL_NAMES.get(name, name),
+            "value": UNKNOWN if value is None else f"{value:.3f}",
+            "percent": round(100 * max(0.0, value or 0.0) / _axis(bits), 1),
+            "series": SERIES_OF.get(name),
+        }
+        for name, value in sorted(known.items(), key=lambda item: math.inf if item[1] is None else item[1])
     ]
 
 
@@ -212,18 +195,6 @@ def _models(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | N
         for name in names
     ]
     return (["", *(label for label, _ in COLUMNS.values())], rows) if rows else None
-
-
-def _references(bits: Mapping[str, Any]) -> dict[str, float]:
-    """The level lines of the loss curves."""
-    value = finite(bits.get("xz"))
-    return {} if value is None or value <= 0 else {"xz": value}
-
-
-def _drawings(draw: Any) -> dict[str, str]:
-    """A figure in each size; empty if there is nothing to draw."""
-    drawn = {size: draw(size) for size in SIZES}
-    return {size: svg for size, svg in drawn.items() if svg is not None}
 
 
 def _flat(facts: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:

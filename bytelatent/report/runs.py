@@ -12,13 +12,13 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from bytelatent.config import flat, load_yaml
+from bytelatent.config import flat, load_yaml, shorten
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.model.flops import costs
-from bytelatent.report.amounts import UNKNOWN, amount_of_bytes, duration, finite, number
+from bytelatent.report.text import UNKNOWN, amount_of_bytes, duration, finite, number
 from bytelatent.run_folder import read_metrics
 
 FILES = {"metrics.jsonl", "settings.yaml"}  # a folder with either is a run
@@ -92,27 +92,30 @@ class Comparison:
             _print(console, rows, title="settings that differ")
 
     def _results(self) -> list[list[str]]:
-        rows = [["run", "model", "steps", "read", "best held out", "last", "training", "bytes/s", "patch", "time"]]
-        for run in self.runs:
-            it = run.summary
-            best = number(it.best_validation_bits_per_byte, 3)
-            if it.best_validation_step is not None:
-                best += f" (step {it.best_validation_step:,})"
-            rows.append(
-                [
-                    it.name,
-                    UNKNOWN if it.kind is None else f"{it.kind}, {_millions(it.num_parameters)}",
-                    _steps(it),
-                    amount_of_bytes(it.num_bytes),
-                    best,
-                    number(it.last_validation_bits_per_byte, 3),
-                    number(it.training_bits_per_byte, 3),
-                    UNKNOWN if it.bytes_per_second is None else f"{it.bytes_per_second:,.0f}",
-                    number(it.mean_patch_bytes),
-                    duration(it.seconds),
-                ]
-            )
-        return rows
+        header = ["run", "model", "steps", "read", "best held out", "last", "training", "bytes/s", "patch", "time"]
+        return [header, *(_result(run.summary) for run in self.runs)]
+
+
+def _result(run: RunSummary) -> list[str]:
+    size = UNKNOWN if run.num_parameters is None else f"{run.num_parameters / 1e6:,.1f} M"
+    steps = UNKNOWN if run.steps is None else f"{run.steps:,}"
+    if run.steps is not None and run.all_steps and run.steps < run.all_steps:
+        steps += f" of {run.all_steps:,}"
+    best = number(run.best_validation_bits_per_byte, 3)
+    if run.best_validation_step is not None:
+        best += f" (step {run.best_validation_step:,})"
+    return [
+        run.name,
+        UNKNOWN if run.kind is None else f"{run.kind}, {size}",
+        steps,
+        amount_of_bytes(run.num_bytes),
+        best,
+        number(run.last_validation_bits_per_byte, 3),
+        number(run.training_bits_per_byte, 3),
+        UNKNOWN if run.bytes_per_second is None else f"{run.bytes_per_second:,.0f}",
+        number(run.mean_patch_bytes),
+        duration(run.seconds),
+    ]
 
 
 def _print(
@@ -177,49 +180,50 @@ def find_runs(place: Path) -> list[Path]:
     return sorted(found)
 
 
-def summarise(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> RunSummary:
-    """The results of a run from its metrics and (nested) settings."""
-    training = [(row, value) for row in rows if (value := finite(row.get(BITS))) is not None]
-    validation = [(row, value) for row in rows if (value := finite(row.get(VALIDATION))) is not None]
-    best, best_value = min(validation, key=lambda pair: pair[1], default=({}, None))
-    patch_bytes = _median(rows, "mean_patch_bytes")
-    num_parameters, flops = _costs(settings, patch_bytes)
-    return RunSummary(
-        name=name,
-        folder=str(folder),
-        kind={"byte_lm": "byte LM", "blt": "BLT"}.get(_inner(settings, "model", "kind")),
-        num_parameters=num_parameters,
-        training_flops_per_byte=flops,
-        steps=_whole(_most(rows, "step")),
-        all_steps=_whole(finite(settings.get("steps"))),
-        num_bytes=_whole(_most(rows, "bytes_seen")),
-        training_bits_per_byte=training[-1][1] if training else None,
-        best_validation_bits_per_byte=best_value,
-        best_validation_step=_whole(finite(best.get("step"))),
-        last_validation_bits_per_byte=validation[-1][1] if validation else None,
-        bytes_per_second=_median(rows, "bytes_per_second"),
-        mean_patch_bytes=patch_bytes,
-        seconds=_seconds(rows),
-    )
-
-
 def _read(folder: Path, name: str) -> ComparedRun:
     try:
         settings = masked(load_yaml(folder / "settings.yaml"))
     except UserError:  # missing or corrupt
         settings = {}
     rows = read_metrics(folder / "metrics.jsonl")
-    return ComparedRun(summarise(name, folder, rows, settings), rows, flat(settings))
+    return ComparedRun(_summary(name, folder, rows, settings), rows, flat(settings))
 
 
-def _costs(settings: Mapping[str, Any], patch_bytes: float | None) -> tuple[int | None, float | None]:
+def _summary(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], settings: dict[str, Any]) -> RunSummary:
+    """The results of a run from its metrics and (nested) settings."""
+    training = _values(rows, BITS)
+    validation = [(value, row) for row in rows if (value := finite(row.get(VALIDATION))) is not None]
+    best, best_row = min(validation, key=lambda pair: pair[0], default=(None, {}))
+    rates, patch_sizes = _values(rows, "bytes_per_second"), _values(rows, "mean_patch_bytes")
+    patch_bytes = median(patch_sizes) if patch_sizes else None
+    kind = flat(settings).get("model.kind")
+    num_parameters, flops = _costs(settings, kind, patch_bytes)
+    return RunSummary(
+        name=name,
+        folder=str(folder),
+        kind={"byte_lm": "byte LM", "blt": "BLT"}.get(kind),
+        num_parameters=num_parameters,
+        training_flops_per_byte=flops,
+        steps=_whole(max(_values(rows, "step"), default=None)),
+        all_steps=_whole(finite(settings.get("steps"))),
+        num_bytes=_whole(max(_values(rows, "bytes_seen"), default=None)),
+        training_bits_per_byte=training[-1] if training else None,
+        best_validation_bits_per_byte=best,
+        best_validation_step=_whole(finite(best_row.get("step"))),
+        last_validation_bits_per_byte=validation[-1][0] if validation else None,
+        bytes_per_second=median(rates) if rates else None,
+        mean_patch_bytes=patch_bytes,
+        seconds=_seconds(rows),
+    )
+
+
+def _costs(settings: dict[str, Any], kind: Any, patch_bytes: float | None) -> tuple[int | None, float | None]:
     """Number of parameters, and FLOPs of training per byte."""
-    kind, context = _inner(settings, "model", "kind"), finite(_inner(settings, "data", "context"))
-    known = {"byte_lm": ByteLMSettings, "blt": BLTSettings}.get(kind)
-    if known is None or context is None:
+    context = finite(flat(settings).get("data.context"))
+    if kind not in ("byte_lm", "blt") or context is None:
         return None, None
     try:
-        model = known.parse(settings["model"])
+        model = (BLTSettings if kind == "blt" else ByteLMSettings).parse(settings["model"])
     except UserError:  # settings of another version
         return None, None
     parts = costs(model, patch_bytes or 1.0, int(context))
@@ -240,40 +244,15 @@ def _seconds(rows: Iterable[Mapping[str, Any]]) -> float | None:
     return seconds or None
 
 
-def _inner(settings: Mapping[str, Any], group: str, name: str) -> Any:
-    values = settings.get(group)
-    return values.get(name) if isinstance(values, dict) else None
-
-
 def _values(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
     return [value for row in rows if (value := finite(row.get(key))) is not None]
-
-
-def _most(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
-    return max(_values(rows, key), default=None)
-
-
-def _median(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
-    values = _values(rows, key)
-    return median(values) if values else None
 
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
-def _steps(run: RunSummary) -> str:
-    if run.steps is None:
-        return UNKNOWN
-    return f"{run.steps:,}" + (f" of {run.all_steps:,}" if run.all_steps and run.steps < run.all_steps else "")
-
-
-def _millions(num_parameters: int | None) -> str:
-    return UNKNOWN if num_parameters is None else f"{num_parameters / 1e6:,.1f} M"
-
-
 def _short(value: Any) -> str:
     if value is None:
         return UNKNOWN
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return shorten(value if isinstance(value, str) else json.dumps(value), LONGEST)

@@ -4,11 +4,10 @@
 decompresses it, and `readers` and `tables` read documents in blocks. Every command reads text through these.
 """
 
-from bytelatent.text.bad_rows import BadRow, BadRows
-from bytelatent.text.documents import MAX_ROW_BYTES, Document, DocumentBlock, ReadOptions
+from bytelatent.text.documents import MAX_ROW_BYTES, BadRow, BadRows, Document, ReadOptions
 from bytelatent.text.folders import find_files
 from bytelatent.text.formats import open_blocks, read_documents
-from bytelatent.text.readers import BlockReader
+from bytelatent.text.readers import BlockReader, DocumentBlock
 from bytelatent.text.stored import Stored
 
 __all__ = [

@@ -1,19 +1,24 @@
-"""Documents: a text, and what a row of a file holds of one."""
+"""Documents, and the rows that hold none: how they are counted, logged and passed over."""
 
 import json
+import logging
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
+from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
-from bytelatent.text.bad_rows import BadRow, NoDocument
-from bytelatent.text.stored import Stored
 from bytelatent.vocab import to_bytes
 
+LOGGER = logging.getLogger(__name__)
+
 MAX_ROW_BYTES = 64 << 20
+MAX_BAD_ROWS = 100  # unless a setting says otherwise
+MAX_LINE = 200  # characters of a log line about a bad row
 JSON_NAMES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 ONE_EACH = "there should be one for BOS and one for each byte"
 
@@ -48,25 +53,130 @@ class ReadOptions:
         return f"is longer than max_row_bytes ({self.max_row_bytes:,}); cut it into documents, or allow more"
 
 
-@dataclass(frozen=True)
-class DocumentBlock:
-    """Documents with their rows in the file, without empty ones, and one error for each row that holds none."""
+class TextError(UserError):
+    """Text cannot be found or read.
 
-    documents: list[tuple[int, Document]] = field(default_factory=list)
-    bad_rows: list[BadRow] = field(default_factory=list)
-    stored: Stored | None = None  # what the file says of the entropies or starts in it
+    Attributes:
+        line: the message without the prefix `data: `, in one line that any terminal can print.
+    """
 
-    def add(self, row: int, found: Document | BadRow) -> None:
-        if isinstance(found, BadRow):
-            found.row = row
-            self.bad_rows.append(found)
-        elif found.text:
-            self.documents.append((row, found))
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.line: str = self.args[0]
 
-    def rows(self) -> list[tuple[int, Document | BadRow]]:
-        """Documents and bad rows in the file's order."""
-        rows: list[tuple[int, Document | BadRow]] = [*self.documents, *((error.row, error) for error in self.bad_rows)]
-        return sorted(rows, key=lambda found: found[0]) if self.bad_rows else rows
+    def __str__(self) -> str:
+        return f"data: {self.line}"
+
+
+class BadRow(TextError):
+    """A row, or a file from some point on, that cannot be read, though others may be.
+
+    Attributes:
+        file: its name.
+        reason: what is wrong with it.
+        where: which part of the file; empty for all or the rest of it.
+        row: the number of the row from 0; 0 for a whole file.
+    """
+
+    def __init__(self, file: str, reason: str, where: str = "", row: int = 0) -> None:
+        self.file, self.reason, self.where, self.row = file, reason, where, row
+        super().__init__(f"'{file}' {where} {reason}")
+
+    def __reduce__(self) -> Any:  # processes that read ahead send them
+        return type(self), (self.file, self.reason, self.where, self.row)
+
+
+class RowTooLong(BadRow):
+    """A row of more bytes than may be read at once."""
+
+
+class NoDocument(ValueError):
+    """A row holds no document; the message is the reason of a `BadRow`."""
+
+
+class BadRows:
+    """Counts bad rows and files, and logs each of them once.
+
+    Args:
+        limit: one more is an error; 0 makes each an error.
+        name: the setting that holds the limit, for the error.
+        of: what they are counted of, for the error: empty, or ` of '...'`.
+
+    Attributes:
+        count: bad rows and files so far.
+        unread: files of which nothing could be read, each with the reason.
+    """
+
+    def __init__(self, limit: int, name: str = "--max-bad-rows", of: str = ""):
+        self.limit, self.name, self.of = limit, name, of
+        self.count = 0
+        self.unread: dict[str, str] = {}
+
+    def __call__(self, error: BadRow) -> None:
+        """Pass over one.
+
+        Raises:
+            UserError: there are more than the limit.
+        """
+        self.count += 1
+        line = str(error).rstrip(".")
+        if self.count > self.limit:
+            before = f"{self.limit} bad rows or files{self.of} were passed over already ({self.name})"
+            raise UserError(f"{line}; {before}" if self.limit else line)
+        warn_once(line, f"; passed over ({self.count} of at most {self.limit})")
+
+
+def must_have_read(unread: dict[str, str]) -> None:
+    """Complain, once all else is done, about files of which nothing could be read.
+
+    Args:
+        unread: `BadRows.unread`.
+
+    Raises:
+        UserError: there are some.
+    """
+    if unread:
+        file, line = next(iter(unread.items()))
+        num_others = len(unread) - 1
+        more = f" (and {num_others:,} more file{'s' if num_others > 1 else ''})" if num_others else ""
+        raise UserError(f"data: nothing of '{file}' could be read{more}: {line}")
+
+
+_logged: set[str] = set()
+
+
+def warn_once(line: str, end: str = "") -> None:
+    """Log a line and its end, shortened, unless it was logged since `forget_logged`: text is read in every epoch."""
+    if line not in _logged:
+        _logged.add(line)
+        LOGGER.warning("%s", short(line, end))
+
+
+def forget_logged() -> None:
+    """Let another run or command of this process log the same lines again."""
+    _logged.clear()
+
+
+def logged_lines() -> set[str]:
+    """The lines that were logged since `forget_logged`."""
+    return set(_logged)
+
+
+def mark_logged(lines: set[str]) -> None:
+    """Do not log lines that another process has logged."""
+    _logged.update(lines)
+
+
+def short(line: str, end: str = "") -> str:
+    """A line and its end in at most `MAX_LINE` characters: a long file name loses its beginning, then the line its end.
+
+    Both may hold anything; `UserError` has made it safe to print.
+    """
+    if len(line) + len(end) > MAX_LINE:
+        line = re.sub(r"^([^']*)'([^']{40,})'", lambda found: f"{found[1]}'...{found[2][-37:]}'", line)
+    if len(line) + len(end) > MAX_LINE:
+        line = f"{line[: MAX_LINE - len(end) - 3]}..."
+    return line + end
 
 
 def _whole_number(digits: str) -> int | Decimal:
@@ -117,11 +227,11 @@ def from_value(value: Any, options: ReadOptions) -> Document:
     key = options.text_key
     if not isinstance(value, dict):
         raise NoDocument(f"is not a JSON object with the key '{key}'")
-    text = value.get(key)
-    if key in value and not isinstance(text, str):
-        raise NoDocument(f"has no text under '{key}' but {JSON_NAMES.get(type(text), 'an object')}")
-    if not isinstance(text, str):
+    if key not in value:
         raise NoDocument(f"has no text under '{key}'; its keys: {some(value)}")
+    text = value[key]
+    if not isinstance(text, str):
+        raise NoDocument(f"has no text under '{key}' but {JSON_NAMES.get(type(text), 'an object')}")
     entropies = _floats(value.get("entropies")) if options.stored else None
     name = value.get("id")
     name = None if name is None or isinstance(name, list | dict) else id_of(name)
@@ -145,9 +255,8 @@ def checked(document: Document) -> Document:
 def some(names: Iterable[Any]) -> str:
     """The first few of some keys or columns, each in a few characters."""
     found = [one_line(str(name)) for name in names]
-    return ", ".join(name if len(name) <= 20 else f"{name[:17]}..." for name in found[:6]) + (
-        ", ..." if len(found) > 6 else ""
-    )
+    shown = [name if len(name) <= 20 else f"{name[:17]}..." for name in found[:6]]
+    return ", ".join(shown) + (", ..." if len(found) > 6 else "")
 
 
 def id_of(value: Any) -> str:

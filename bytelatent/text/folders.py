@@ -9,7 +9,7 @@ from typing import Any
 
 from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
-from bytelatent.text.bad_rows import MAX_LINE, BadRow, TextError, short, warn_once
+from bytelatent.text.documents import MAX_LINE, BadRow, TextError, short, warn_once
 from bytelatent.text.formats import file_name, format_of_name, kind_of, readable_kind
 from bytelatent.text.streams import file_system, is_remote, readable
 
@@ -49,6 +49,15 @@ def find_files(path: str) -> list[str]:
     if not found:
         raise TextError(f"'{path}' does not exist; give a file, a folder or a pattern such as 'text/*.jsonl'")
     return _text_among(found, path)
+
+
+def name_inside(file: str, source: str) -> str:
+    """The path of a file below the folder that is its source; where that is a file or a pattern, its name alone."""
+    if is_remote(source):
+        folder = source.rstrip("/") + "/"
+        return file.removeprefix(folder) if file.startswith(folder) else file_name(file)
+    folder = Path(source).expanduser()
+    return os.path.relpath(file, folder) if folder.is_dir() else os.path.basename(file)
 
 
 def _below(folder: Path) -> list[str]:
@@ -105,9 +114,10 @@ def _text_among(files: list[str], source: str) -> list[str]:
     text, others = [], {}
     for file in files:
         why_not = None
+        named = format_of_name(file_name(file))
         if not is_remote(file) and not os.path.exists(file):
             why_not = "a broken link"
-        elif not _is_named_as_rows(file):
+        elif named is None or not named.suffix_decides or not (is_remote(file) or os.path.isfile(file)):
             with suppress(BadRow):  # whatever reads it will say so
                 why_not = kind_of(file).why_not
         if why_not:
@@ -118,7 +128,8 @@ def _text_among(files: list[str], source: str) -> list[str]:
         first, what = next(iter(others.items()))
         raise TextError(f"none of the {len(files):,} files of '{source}' is text: '{first}' is {what}")
     for what, count in Counter(others.values()).most_common():
-        names = [_inside(file, source) for file, why_not in others.items() if why_not == what]
+        is_pattern = not is_remote(source) and not Path(source).expanduser().is_dir()
+        names = [file if is_pattern else name_inside(file, source) for file, why in others.items() if why == what]
         warn_once(_naming(f"data: '{source}': {count:,} of {len(files):,} files passed over, {what}", names))
     return text
 
@@ -134,22 +145,6 @@ def _naming(line: str, names: list[str]) -> str:
             return f"{found}, ..."
         found = longer
     return found
-
-
-def _inside(file: str, source: str) -> str:
-    """The name of a file in a folder that is a source; of a pattern, the file itself."""
-    if is_remote(source):
-        return file.removeprefix(source).lstrip("/")
-    folder = Path(source).expanduser()
-    return os.path.relpath(file, folder) if folder.is_dir() else file
-
-
-def _is_named_as_rows(file: str) -> bool:
-    """Whether the suffix says what it is; then the file is looked into when it is read."""
-    found = format_of_name(file_name(file))
-    if found is None or not found.suffix_decides:
-        return False
-    return is_remote(file) or os.path.isfile(file)
 
 
 def _find_remote(path: str) -> list[str]:

@@ -12,11 +12,9 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bytelatent.text.bad_rows import BadRow, BadRows
-from bytelatent.text.documents import MAX_ROW_BYTES, Document, ReadOptions, json_value
-from bytelatent.text.readers import BlockReader, FullRowReader, JsonlReader, JsonReader, PlainTextReader
+from bytelatent.text.documents import MAX_ROW_BYTES, BadRow, BadRows, Document, ReadOptions, json_value
+from bytelatent.text.readers import BlockReader, JsonlReader, JsonReader, PlainTextReader
 from bytelatent.text.stored import Stored
 from bytelatent.text.streams import (
     BYTE_ORDER_MARK,
@@ -182,17 +180,6 @@ def open_blocks(file: str, options: ReadOptions | None = None) -> BlockReader:
     """
     found, compression = readable_kind(file)
     return found.reader(file, compression, options or ReadOptions())
-
-
-def open_rows(file: str, options: ReadOptions) -> Iterator[dict[str, Any] | BadRow]:
-    """The rows of a file of any format but JSONL, with all of their keys or columns; the text is in bytes.
-
-    Raises:
-        BadRow: the file cannot be opened, is not read as text, or cannot be read from some point on.
-    """
-    reader = open_blocks(file, options)
-    assert isinstance(reader, FullRowReader)
-    return reader.rows()
 
 
 def read_documents(

@@ -1,4 +1,4 @@
-"""Readers of text formats, which may be compressed: JSONL, other JSON, and files that are one text.
+"""How a file is read, in blocks; and the readers of text formats, which may be compressed: JSONL, JSON, plain text.
 
 Lines and values have a bounded length: one that is longer is left out without being held in memory.
 """
@@ -7,10 +7,20 @@ import codecs
 import io
 import re
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any
 
-from bytelatent.text.bad_rows import BadRow, NoDocument, RowTooLong
-from bytelatent.text.documents import JSON, Document, DocumentBlock, ReadOptions, from_json, from_value
+from bytelatent.text.documents import (
+    JSON,
+    BadRow,
+    Document,
+    NoDocument,
+    ReadOptions,
+    RowTooLong,
+    from_json,
+    from_value,
+)
+from bytelatent.text.stored import Stored
 from bytelatent.text.streams import TextReader, is_remote, open_file, readable, size_of
 
 BLOCK_BYTES = 1 << 20  # of JSONL or JSON, decompressed
@@ -19,7 +29,28 @@ DEEPEST = 1 << 18  # brackets in one another; more would only take their time
 BRACKETS = re.compile(r'[{}\[\]]|"(?:[^"\\]|\\.)*+(?:"|\Z)', re.DOTALL)  # and the strings that may hold some
 
 
-class BlockReader(Protocol):
+@dataclass(frozen=True)
+class DocumentBlock:
+    """Documents with their rows in the file, without empty ones, and one error for each row that holds none."""
+
+    documents: list[tuple[int, Document]] = field(default_factory=list)
+    bad_rows: list[BadRow] = field(default_factory=list)
+    stored: Stored | None = None  # what the file says of the entropies or starts in it
+
+    def add(self, row: int, found: Document | BadRow) -> None:
+        if isinstance(found, BadRow):
+            found.row = row
+            self.bad_rows.append(found)
+        elif found.text:
+            self.documents.append((row, found))
+
+    def rows(self) -> list[tuple[int, Document | BadRow]]:
+        """Documents and bad rows in the file's order."""
+        rows: list[tuple[int, Document | BadRow]] = [*self.documents, *((error.row, error) for error in self.bad_rows)]
+        return sorted(rows, key=lambda found: found[0]) if self.bad_rows else rows
+
+
+class BlockReader:
     """Reads one file in blocks, so that several processes divide it, and a reader resumes in the middle of one.
 
     Args:
@@ -28,11 +59,12 @@ class BlockReader(Protocol):
         options: how its rows are read.
     """
 
-    def __init__(self, file: str, compression: str | None, options: ReadOptions) -> None: ...
+    def __init__(self, file: str, compression: str | None, options: ReadOptions) -> None:
+        self.file, self.compression, self.options = file, compression, options
 
     def count(self) -> int | None:
         """The number of blocks; None where only reading the file would tell."""
-        ...
+        raise NotImplementedError
 
     def read(self, index: int) -> DocumentBlock | None:
         """A block, fast where blocks follow each other; None past the last one.
@@ -40,33 +72,19 @@ class BlockReader(Protocol):
         Raises:
             BadRow: the file cannot be read at all.
         """
-        ...
-
-
-@runtime_checkable
-class FullRowReader(BlockReader, Protocol):
-    """Reads whole rows as well, as `blt prepare` does."""
+        raise NotImplementedError
 
     def rows(self) -> Iterator[dict[str, Any] | BadRow]:
-        """All rows in order, each with all of its keys or columns; the text is in bytes.
+        """All rows in order, each with all of its keys or columns, the text in bytes: for `blt prepare`, which takes
+        JSONL as it is.
 
         Raises:
             BadRow: the file cannot be read from here on.
         """
-        ...
+        raise NotImplementedError
 
 
-class TextBlockReader:
-    """What readers of text formats have in common."""
-
-    def __init__(self, file: str, compression: str | None, options: ReadOptions) -> None:
-        self.file, self.compression, self.options = file, compression, options
-
-    def _open(self) -> TextReader:
-        return TextReader(self.file, self.compression)
-
-
-class PlainTextReader(TextBlockReader):
+class PlainTextReader(BlockReader):
     """A file that is one document."""
 
     def count(self) -> int:
@@ -81,7 +99,7 @@ class PlainTextReader(TextBlockReader):
         return block
 
     def rows(self) -> Iterator[dict[str, Any] | BadRow]:
-        with readable(self.file), self._open() as stream:
+        with readable(self.file), TextReader(self.file, self.compression) as stream:
             stream.skip_byte_order_mark()
             text = stream.read(self.options.max_row_bytes + 1)
             if len(text) > self.options.max_row_bytes:
@@ -93,7 +111,7 @@ class PlainTextReader(TextBlockReader):
                 yield BadRow(self.file, stream.unread)
 
 
-class JsonReader(TextBlockReader):
+class JsonReader(BlockReader):
     """JSON that is not JSONL: the elements of an array, one object, or several after each other."""
 
     def __init__(self, file: str, compression: str | None, options: ReadOptions) -> None:
@@ -115,42 +133,40 @@ class JsonReader(TextBlockReader):
         return block
 
     def rows(self) -> Iterator[dict[str, Any] | BadRow]:
-        for found, _ in self._rows():
-            yield found if isinstance(found, BadRow) else {**found[1], self.options.text_key: found[0].text}
+        for found, value, _ in self._rows():
+            yield found if isinstance(found, BadRow) else {**value, self.options.text_key: found.text}
 
     def _all(self) -> Iterator[DocumentBlock]:
         block, size = DocumentBlock(), 0
-        for row, (found, num_bytes) in enumerate(self._rows()):
-            block.add(row, found if isinstance(found, BadRow) else found[0])
+        for row, (found, _, num_bytes) in enumerate(self._rows()):
+            block.add(row, found)
             size += num_bytes
             if size >= BLOCK_BYTES:
                 yield block
                 block, size = DocumentBlock(), 0
         yield block
 
-    def _rows(self) -> Iterator[tuple[tuple[Document, dict[str, Any]] | BadRow, int]]:
+    def _rows(self) -> Iterator[tuple[Document | BadRow, Any, int]]:
         """Each document with its object, and about how many bytes it takes; and what was not read."""
-        with readable(self.file), self._open() as stream:
+        with readable(self.file), TextReader(self.file, self.compression) as stream:
             stream.skip_byte_order_mark()
-            values, row = json_values(stream, self.options), 0
-            while True:
-                try:
-                    value, num_bytes = next(values)
+            try:
+                for row, (value, num_bytes) in enumerate(json_values(stream, self.options)):
                     if isinstance(value, BadRow):
-                        raise value
-                    yield (from_value(value, self.options), value), num_bytes
-                except StopIteration:
-                    break
-                except BadRow as error:
-                    yield error, 0
-                except NoDocument as error:
-                    yield BadRow(self.file, str(error), f"value {row + 1}"), 0
-                row += 1
+                        yield value, None, 0
+                        continue
+                    try:
+                        found = from_value(value, self.options)
+                    except NoDocument as error:
+                        found, num_bytes = BadRow(self.file, str(error), f"value {row + 1}"), 0
+                    yield found, value, num_bytes
+            except BadRow as error:
+                yield error, None, 0
             if stream.unread is not None:
-                yield BadRow(self.file, stream.unread), 0
+                yield BadRow(self.file, stream.unread), None, 0
 
 
-class JsonlReader(TextBlockReader):
+class JsonlReader(BlockReader):
     """JSONL. A block is the lines that begin in a stretch of `BLOCK_BYTES` of the decompressed file."""
 
     def __init__(self, file: str, compression: str | None, options: ReadOptions) -> None:
@@ -188,7 +204,7 @@ class JsonlReader(TextBlockReader):
         """The file, at the first line that begins in the block or after it."""
         begin = index * BLOCK_BYTES
         if self._stream is None or index < self._next:
-            self._stream = self._open()
+            self._stream = TextReader(self.file, self.compression)
             self._at, self._row, self._next = self._stream.skip_byte_order_mark(), 0, 0
         if index > self._next and self.compression is None:
             self._stream.seek(begin - 1)
@@ -214,24 +230,21 @@ class JsonlReader(TextBlockReader):
         block = DocumentBlock()
         is_cut = not stream.peek(1) and stream.unread is not None
         for number, line in enumerate(lines):
-            if line is not None and not line.strip():
-                continue
             row = number + (first or 0)
-            try:
-                if line is not None:
+            if line is None:
+                block.add(row, RowTooLong(self.file, self.options.too_long, self._where(row, first, at)))
+            elif line.strip():
+                try:
                     block.add(row, from_json(line, self.options))
-                else:
-                    block.add(row, RowTooLong(self.file, self.options.too_long, self._place(row, first, at)))
-            except NoDocument as error:
-                if is_cut and line is not None and not line.endswith(b"\n"):
-                    continue  # a part of what was not read
-                block.add(row, BadRow(self.file, str(error), self._place(row, first, at)))
+                except NoDocument as error:
+                    if not is_cut or line.endswith(b"\n"):  # else it is a part of what was not read
+                        block.add(row, BadRow(self.file, str(error), self._where(row, first, at)))
         if is_cut and (lines or at == 0):
             block.add((first or 0) + len(lines), BadRow(self.file, str(stream.unread)))
         return block
 
-    def _place(self, row: int, first: int | None, at: int) -> str:
-        """The place of a line in the file, for a message; lines before a jump are only now worth counting."""
+    def _where(self, row: int, first: int | None, at: int) -> str:
+        """A line's place in the file, for a message; lines before a jump are only now worth counting."""
         if first is not None:
             return f"line {row + 1}"
         if is_remote(self.file):

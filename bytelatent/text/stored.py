@@ -6,9 +6,9 @@ metadata say what made them.
 """
 
 import json
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
-from bytelatent.text.bad_rows import BadRow
+from bytelatent.text.documents import BadRow
 from bytelatent.text.streams import import_pyarrow, open_file, readable
 
 METADATA_KEY = b"bytelatent"
@@ -119,36 +119,40 @@ def unpack_starts(bits: bytes, num_bytes: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=num_bytes + 1).view(bool)
 
 
-class StoredWriter:
-    """Writes one file; it appears, whole, when the `with` block ends without an error.
+@contextmanager
+def stored_writer(path: str | Path, stored: Stored) -> Iterator["StoredWriter"]:
+    """A file to write documents to; it appears, whole, when the block ends without an error.
 
     Raises:
         UserError: the file cannot be written, or the disk is full.
     """
+    import_pyarrow(str(path))
+    with whole_file(path) as aside, aside.open("wb") as stream:  # Arrow opens no file whose name is not UTF-8
+        writer = StoredWriter(stream, stored)
+        try:
+            yield writer
+            writer.write_group()
+            writer.file.close()
+        except BaseException:
+            with suppress(Exception):  # a full disk takes the file's end no more than the rest
+                writer.file.close()
+            raise
+        finally:
+            writer.file.is_open = False  # or it would close itself once more, later, and complain
 
-    def __init__(self, path: str | Path, stored: Stored):
-        self.path = Path(path)
-        self.stored = stored
+
+class StoredWriter:
+    """What `stored_writer` gives."""
+
+    def __init__(self, stream: BinaryIO, stored: Stored):
+        from pyarrow.parquet import ParquetWriter
+
+        self.stored, self.schema = stored, stored_schema(stored)
+        # Texts and entropies hardly repeat; and statistics would hold whole texts.
+        how = {"compression": "zstd", "compression_level": ZSTD_LEVEL, "use_dictionary": False}
+        self.file = ParquetWriter(stream, self.schema, write_statistics=False, **how)
         self._rows: list[tuple[str, bytes, np.ndarray]] = []
         self._num_bytes = 0  # of text in them
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        import_pyarrow(str(self.path))
-        aside = self._stack.enter_context(whole_file(self.path))
-        stream = self._stack.enter_context(aside.open("wb"))  # Arrow opens no file whose name is not UTF-8
-        self._stack.push(self._close)
-        with ExitStack() as undo:
-            undo.push(self._stack)  # an error here goes through whole_file, which explains it
-            self._schema = stored_schema(self.stored)
-            self._file = _open_parquet(stream, self._schema)
-            undo.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        return self._stack.__exit__(kind, error, trace)
 
     def add(self, id_: str, text: bytes, values: np.ndarray) -> None:
         """Append a document.
@@ -159,13 +163,14 @@ class StoredWriter:
         assert values.shape == (len(text) + 1,), f"{values.shape} for {len(text)} bytes"
         assert (values.dtype == bool) == (self.stored.rule is not None), values.dtype
         if self._num_bytes + len(text) > GROUP_BYTES:
-            self._write_group()
+            self.write_group()
         self._rows.append((id_, text, values))
         self._num_bytes += len(text)
         if len(self._rows) == GROUP_ROWS:
-            self._write_group()
+            self.write_group()
 
-    def _write_group(self) -> None:
+    def write_group(self) -> None:
+        """Write the documents that were added since the last group."""
         if not self._rows:
             return
         import pyarrow as pa
@@ -175,30 +180,8 @@ class StoredWriter:
         if self.stored.rule is None:
             ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
             flat = pa.array(np.concatenate(values).astype(np.float16))
-            column = pa.ListArray.from_arrays(pa.array(ends), flat, type=self._schema.field("entropies").type)
+            column = pa.ListArray.from_arrays(pa.array(ends), flat, type=self.schema.field("entropies").type)
         else:
             column = pa.array([pack_starts(starts) for starts in values], pa.binary())
         columns = [pa.array(ids, pa.string()), pa.array(texts, pa.binary()), column]
-        self._file.write_table(pa.Table.from_arrays(columns, schema=self._schema), row_group_size=GROUP_ROWS)
-
-    def _close(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if not hasattr(self, "_file"):
-            return
-        try:
-            if kind is None:
-                self._write_group()
-                self._file.close()
-            else:
-                with suppress(Exception):  # a full disk takes the file's end no more than the rest
-                    self._file.close()
-        finally:
-            self._file.is_open = False  # or it would close itself once more, later, and complain
-
-
-def _open_parquet(stream: BinaryIO, schema: Any) -> Any:
-    from pyarrow.parquet import ParquetWriter
-
-    # Texts and entropies hardly repeat; and statistics would hold whole texts.
-    return ParquetWriter(
-        stream, schema, compression="zstd", compression_level=ZSTD_LEVEL, use_dictionary=False, write_statistics=False
-    )
+        self.file.write_table(pa.Table.from_arrays(columns, schema=self.schema), row_group_size=GROUP_ROWS)

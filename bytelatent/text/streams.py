@@ -13,12 +13,12 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.text.bad_rows import BadRow, TextError
+from bytelatent.text.documents import BadRow, TextError
 
 BUFFER_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -136,12 +136,19 @@ def _comes_whole(file: str) -> bool:
     return not fs.info(path).get("partial")
 
 
-def import_pyarrow(file: str) -> Any:
+def _import(file: str, package: str) -> Any:
     try:
-        import pyarrow
+        return importlib.import_module(package)
     except ImportError:
-        raise TextError(f"'{file}' needs the package pyarrow; run: pip install 'bytelatent[data]'") from None
-    return pyarrow
+        raise TextError(f"'{file}' needs the package {package}; run: pip install 'bytelatent[data]'") from None
+
+
+def import_pyarrow(file: str) -> Any:
+    """
+    Raises:
+        UserError: it is not installed.
+    """
+    return _import(file, "pyarrow")
 
 
 class TextReader(io.BufferedReader):
@@ -149,15 +156,12 @@ class TextReader(io.BufferedReader):
 
     Raises:
         OSError: it cannot be opened.
+        UserError: the package for its compression is not installed.
     """
 
     def __init__(self, file: str, compression: str | None):
         self.file = file
-        self._decompressed: Decompressed | _ArrowZstd | None = None
-        if compression == "zstd" and zstd_module() is None:
-            self._decompressed = _ArrowZstd(file, open_file(file))
-        elif compression is not None:
-            self._decompressed = Decompressed(open_file(file), size_of(file), compression)
+        self._decompressed = None if compression is None else Decompressed(file, compression)
         super().__init__(self._decompressed or open_raw(file), BUFFER_BYTES)
 
     @property
@@ -168,32 +172,6 @@ class TextReader(io.BufferedReader):
     def skip_byte_order_mark(self) -> int:
         """Go past a mark at the start; returns its bytes."""
         return len(self.read(3)) if self.peek(3)[:3] == BYTE_ORDER_MARK else 0
-
-
-class _ArrowZstd(io.RawIOBase):
-    """zstd by pyarrow, where the module is missing: windows up to 128 MiB, and a cut file loses what was read last."""
-
-    def __init__(self, file: str, raw: io.BufferedReader):
-        pyarrow = import_pyarrow(file)
-        self.unread: str | None = None
-        self._inner = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
-        self._given = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            found = b"" if self.unread else self._inner.read(min(len(buffer), OUTPUT_BYTES))
-        except Exception as error:
-            self.unread = (
-                f"is not whole: after {self._given:,} decompressed bytes the rest cannot be read: {error}; "
-                "if its window is a long one: pip install backports.zstd"
-            )
-            found = b""
-        buffer[: len(found)] = found
-        self._given += len(found)
-        return len(found)
 
 
 def compression_of(head: bytes) -> str | None:
@@ -244,7 +222,11 @@ class Gzip:
             found = self._member.decompress(data, max_length)
         except zlib.error as error:
             self._error = error
-            return _until_error(before, data)
+            found = b""
+            with suppress(zlib.error):
+                for at in range(len(data)):
+                    found += before.decompress(data[at : at + 1])
+            return found
         self._rest = self._member.unconsumed_tail
         self._may_hold_more = len(found) == max_length
         return found
@@ -254,18 +236,17 @@ class Decompressed(io.RawIOBase):
     """A file's bytes, decompressed, up to its end or the first byte that cannot be decompressed.
 
     Args:
-        raw: the file as it is.
-        size: its bytes.
+        file: its name.
         compression: a name among `COMPRESSIONS`.
 
     Attributes:
         unread: once the end is reached: what was not read and why; None where all was.
     """
 
-    def __init__(self, raw: io.BufferedReader, size: int, compression: str):
+    def __init__(self, file: str, compression: str):
         self.unread: str | None = None
-        self._raw, self._size, self._compression = raw, size, compression
-        self._new = _decompressor(compression)
+        self._new = _decompressor(file, compression)
+        self._raw, self._size, self._compression = open_file(file), size_of(file), compression
         self._input_bytes = INPUT_BYTES if compression == "gzip" else INPUT_BYTES_ELSE
         self._member: Decompressor | None = None
         self._input = b""  # read, but not given to the decompressor yet
@@ -344,29 +325,8 @@ class Decompressed(io.RawIOBase):
         return f"{done} the rest of {self._size:,} bytes of {self._compression} cannot be read: {reason}"
 
 
-def zstd_module() -> Any:
-    """The module `compression.zstd` of Python 3.14, or its backport; None where neither is installed."""
-    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-def _decompressor(compression: str) -> Callable[[], Decompressor]:
-    if compression == "zstd":
-        zstd = zstd_module()
-        options = {zstd.DecompressionParameter.window_log_max: LONGEST_ZSTD_WINDOW}
-        return lambda: zstd.ZstdDecompressor(options=options)
-    return {"gzip": Gzip, "xz": lzma.LZMADecompressor, "bzip2": bz2.BZ2Decompressor}[compression]
-
-
-def _until_error(member: Any, data: bytes) -> bytes:
-    """What a zlib decompressor makes of data before the first wrong byte."""
-    found = []
-    try:
-        for at in range(len(data)):
-            found.append(member.decompress(data[at : at + 1]))
-    except zlib.error:
-        pass
-    return b"".join(found)
+def _decompressor(file: str, compression: str) -> Callable[[], Decompressor]:
+    if compression != "zstd":
+        return {"gzip": Gzip, "xz": lzma.LZMADecompressor, "bzip2": bz2.BZ2Decompressor}[compression]
+    zstd = _import(file, "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    return lambda: zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: LONGEST_ZSTD_WINDOW})

@@ -4,12 +4,23 @@ A format is a `TableFile`, which opens it and reads record batches; all else is 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import numpy as np
 
-from bytelatent.text.bad_rows import BadRow, NoDocument, RowTooLong
-from bytelatent.text.documents import ONE_EACH, Document, DocumentBlock, ReadOptions, checked, id_of, some
+from bytelatent.text.documents import (
+    ONE_EACH,
+    BadRow,
+    Document,
+    NoDocument,
+    ReadOptions,
+    RowTooLong,
+    checked,
+    id_of,
+    some,
+)
+from bytelatent.text.readers import BlockReader, DocumentBlock
 from bytelatent.text.stored import Stored, stored_in, unpack_starts
 from bytelatent.text.streams import import_pyarrow, is_remote, open_file, readable
 
@@ -63,9 +74,6 @@ class TableFile:
     def batches(self, group: int, block_rows: int) -> Iterator[Any]:
         """The record batches of a group, with the columns `self.columns`, of at most about `block_rows` rows."""
         raise NotImplementedError
-
-    def __len__(self) -> int:
-        return len(self._groups)
 
     def rows(self, index: int) -> Any:
         """A block as an Arrow table.
@@ -123,23 +131,23 @@ class ParquetTable(TableFile):
         )
 
 
-class TableReader:
-    """Blocks of documents, and whole rows, of a columnar file; see `readers.FullRowReader`."""
+class TableReader(BlockReader):
+    """Blocks of documents, and whole rows, of a columnar file."""
 
-    table: type[TableFile]
+    table: ClassVar[type[TableFile]]
 
     def __init__(self, file: str, compression: str | None, options: ReadOptions):
-        self.file, self.options = file, options
+        super().__init__(file, compression, options)
         self._table: TableFile | None = None
         self._stored: Stored | None = None
 
     def count(self) -> int:
-        return len(self._open())
+        return len(self._open().first_rows) - 1
 
     def read(self, index: int) -> DocumentBlock | None:
-        table = self._open()
-        if index >= len(table):
+        if index >= self.count():
             return None
+        table = self._open()
         block = DocumentBlock(stored=self._stored)
         first = table.first_rows[index]
         try:
@@ -156,7 +164,7 @@ class TableReader:
         table = self.table(self.file, key, WHOLE_ROWS)
         text_alone = self.table(self.file, key, WHOLE_ROWS)
         text_alone.columns = [key]
-        for index in range(len(table)):
+        for index, first in enumerate(table.first_rows[:-1]):
             try:
                 try:
                     found = table.rows(index)
@@ -167,7 +175,7 @@ class TableReader:
                 continue
             step = max(1, min(len(found), SLICE_BYTES * len(found) // max(found.nbytes, 1)))
             for begin in range(0, len(found), step):
-                yield from self._whole_rows(found.slice(begin, step), table.first_rows[index] + begin)
+                yield from self._whole_rows(found.slice(begin, step), first + begin)
 
     def _open(self) -> TableFile:
         if self._table is None:
@@ -240,21 +248,16 @@ def plain_values(column: Any) -> list[Any]:
     """A column as Python values; as strings or numbers where Python has no such values, else as None."""
     import pyarrow as pa
 
-    def as_bytes() -> list[Any]:  # strings may not be UTF-8
-        return bytes_of(column) if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) else []
-
-    def as_type(kind: Any) -> list[Any]:
-        return column.cast(kind).to_pylist()
-
     conversions: list[Callable[[], list[Any]]] = [
-        *(column.to_pylist, as_bytes, lambda: as_type(pa.string()), lambda: as_type(pa.int64()))
+        column.to_pylist,
+        lambda: column.cast(pa.string()).to_pylist(),
+        lambda: column.cast(pa.int64()).to_pylist(),
     ]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        conversions.insert(1, lambda: bytes_of(column))  # strings may not be UTF-8
     for convert in conversions:
-        try:
-            if len(values := convert()) == len(column):
-                return values
-        except Exception:  # of any class: times of nanoseconds, time zones nobody knows, ...
-            continue
+        with suppress(Exception):  # of any class: times of nanoseconds, time zones nobody knows, ...
+            return convert()
     return [None] * len(column)
 
 
@@ -262,15 +265,11 @@ def _ids(column: Any) -> list[str | None]:
     """A column of ids; None where they are of a type that names nothing."""
     import pyarrow as pa
 
-    try:
-        found = bytes_of(column if pa.types.is_dictionary(column.type) else column.cast(pa.large_binary()))
-    except Exception:
-        try:
-            found = column.cast(pa.string()).to_pylist()
-        except Exception:
-            return [None] * len(column)
-    ids = [id_.decode("utf-8", "surrogateescape") if isinstance(id_, bytes) else id_ for id_ in found]
-    return [None if id_ is None else id_of(id_) for id_ in ids]
+    for convert in (lambda: bytes_of(column), lambda: column.cast(pa.string()).to_pylist()):
+        with suppress(Exception):
+            ids = [id_.decode("utf-8", "surrogateescape") if isinstance(id_, bytes) else id_ for id_ in convert()]
+            return [None if id_ is None else id_of(id_) for id_ in ids]
+    return [None] * len(column)
 
 
 def _lists(column: Any) -> list[np.ndarray | None]:

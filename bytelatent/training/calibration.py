@@ -20,6 +20,7 @@ from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
 from bytelatent.progress import Progress
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Stored, find_files, read_documents
+from bytelatent.text.documents import must_have_read
 from bytelatent.weights import fingerprint
 
 CALIBRATION = "calibration.json"
@@ -171,7 +172,7 @@ def sample_pieces(
         sample.extend(pieces[: int(np.searchsorted(sizes, wanted)) + 1])
     if not sample:
         if bad_rows is not None:
-            bad_rows.must_have_read()
+            must_have_read(bad_rows.unread)
         raise UserError("data: there is no text to calibrate on: every document is empty")
     random.shuffle(sample)  # so that any part of it is of all sources
     return sample

@@ -14,7 +14,7 @@ from bytelatent.device import free_memory
 from bytelatent.errors import UserError
 from bytelatent.hub import Unreachable
 from bytelatent.text import BadRows, find_files
-from bytelatent.text.bad_rows import TextError
+from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
 from bytelatent.training.distributed.plan import check_parallel
 from bytelatent.training.float8 import check_float8

@@ -15,13 +15,12 @@ from bytelatent.files import whole_file, whole_folder
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.run_folder import checkpoints_of
-from bytelatent.text.bad_rows import forget_logged, logged_lines, mark_logged
+from bytelatent.text.documents import forget_logged, logged_lines, mark_logged
 from bytelatent.training.calibration import calibrate_on, read_calibration, write_calibration
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
 from bytelatent.training.text_files import TextFile, check_listing, list_text, write_listing
-from bytelatent.weights import Config, fingerprint, load_byte_lm, save
-from bytelatent.weights.native import BYTE_LM
+from bytelatent.weights import BYTE_LM, Config, fingerprint, load_byte_lm, save
 
 LOGGER = logging.getLogger(__name__)
 

@@ -1,8 +1,18 @@
 """Weights in and out: our format, Meta's, and that of Hugging Face transformers."""
 
-from bytelatent.weights.formats import FORMATS, check_target, convert, write_model
-from bytelatent.weights.native import save
-from bytelatent.weights.pretrained import find_byte_lm, load, load_byte_lm, load_byte_lm_and_context, open_pretrained
+from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run, save
+from bytelatent.weights.pretrained import (
+    FORMATS,
+    check_target,
+    convert,
+    find_byte_lm,
+    load,
+    load_byte_lm,
+    load_byte_lm_and_context,
+    open_pretrained,
+    write_model,
+)
+from bytelatent.weights.safetensors_io import StoredTensor
 from bytelatent.weights.stored_model import (
     Config,
     ModelChecksums,
@@ -14,21 +24,26 @@ from bytelatent.weights.stored_model import (
 )
 
 __all__ = [
+    "BYTE_LM",
     "FORMATS",
+    "NATIVE",
     "Config",
     "ModelChecksums",
     "Origin",
     "Pretrained",
     "StoredModel",
+    "StoredTensor",
     "check_target",
     "convert",
     "drop_outdated",
     "find_byte_lm",
     "fingerprint",
+    "is_run",
     "load",
     "load_byte_lm",
     "load_byte_lm_and_context",
     "open_pretrained",
+    "origin_of_run",
     "save",
     "write_model",
 ]

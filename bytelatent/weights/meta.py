@@ -5,26 +5,24 @@ settings of the training), `consolidated.pth`. The entropy model is in a folder 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bytelatent.config import flat
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings
 from bytelatent.patching import PatchSettings
-from bytelatent.weights.native import LOADING
-from bytelatent.weights.safetensors_io import (
-    StoredTensor,
-    read_json,
-    read_pickle,
-    read_weights,
-    shown,
-    write_json,
-    write_weights,
+from bytelatent.weights import native
+from bytelatent.weights.native import (
+    Names,
+    SettingsTable,
+    WeightsFormat,
+    names_in,
+    our_settings,
+    their_settings,
 )
-from bytelatent.weights.stored_model import Advance, Config, StoredModel, WeightsFormat
-from bytelatent.weights.translation import TensorNames, read_sidecar, to_our_names, to_their_names, write_sidecar
+from bytelatent.weights.safetensors_io import StoredTensor, read_json, read_pickle, read_weights, shown, write_json
+from bytelatent.weights.side_files import read_sidecar, write_sidecar
+from bytelatent.weights.stored_model import Config, StoredModel
 
 BYTE_LM = "blt-entropy"  # where we write it, and the name of Meta's own repository
 BYTE_LM_FOLDERS = (BYTE_LM, "entropy_model", "blt_entropy")
@@ -32,58 +30,17 @@ PUBLISHED_CONTEXT = 8192
 PUBLISHED_WINDOW = 512  # of the entropy model; older files do not state it
 MODES = ("entropy", "space", "static", "byte")  # other modes of the published code cut at tokens
 
-NAMES = TensorNames(
-    layers={
-        "encoder.stack.blocks": "local_encoder.layers",
-        "encoder.cross_attention": "local_encoder.cross_attn_layers",
-        "global_transformer.stack.blocks": "global_transformer.layers",
-        "decoder.stack.blocks": "local_decoder.layers",
-        "decoder.cross_attention": "local_decoder.cross_attn_layers",
-        "stack.blocks": "layers",
-    },
-    in_layer={
-        "attention_norm": "attention_norm",
-        "attention.query": "attention.wq",
-        "attention.key": "attention.wk",
-        "attention.value": "attention.wv",
-        "attention.output": "attention.wo",
-        "feed_forward_norm": "ffn_norm",
-        "feed_forward.gate": "feed_forward.w1",
-        "feed_forward.down": "feed_forward.w2",
-        "feed_forward.up": "feed_forward.w3",
-        # of a cross-attention
-        "query_norm": "cross_attn_norm_q",
-        "key_value_norm": "cross_attn_norm_kv",
-        "query": "wq",
-        "key": "wk",
-        "value": "wv",
-        "output": "wo",
-    },
-    others={
-        "embedding": "tok_embeddings",
-        "norm": "norm",
-        "output": "output",
-        "encoder.embedding": "local_encoder.tok_embeddings",
-        "encoder.ngram_hash.tables": "encoder_hash_tok_embedding.{table}",
-        "encoder.pooled_to_queries": "local_encoder.patch_embedding_projection",
-        "global_transformer.projection": "global_transformer.token_embedding_projection",
-        "decoder.patch_to_keys": "local_decoder.patch_embedding_projection",
-        "decoder.norm": "local_decoder.norm",
-        "decoder.output": "local_decoder.output",
-    },
-)
-
-# Meta's arguments and our settings. An argument of several settings needs the same value in all of them.
+# Meta's arguments and our settings.
 PARTS = {"local_encoder": "encoder", "global": "global_transformer", "local_decoder": "decoder"}
 SIZES = {"dim": "dim", "n_layers": "num_layers", "n_heads": "num_heads"}
 SHARED = ("ffn_dim_multiplier", "multiple_of", "rope_theta", "norm_eps")
-BYTE_LM_ARGS: dict[str, tuple[str, ...]] = {
+BYTE_LM_ARGS: SettingsTable = {
     **{key: (ours,) for key, ours in SIZES.items()},
     "n_kv_heads": ("num_kv_heads",),
     "sliding_window": ("window",),
     **{key: (key,) for key in SHARED},
 }
-BLT_ARGS: dict[str, tuple[str, ...]] = {
+BLT_ARGS: SettingsTable = {
     **{f"{key}_{part}": (f"{stack}.{ours}",) for part, stack in PARTS.items() for key, ours in SIZES.items()},
     "n_kv_heads_global": ("global_transformer.num_kv_heads",),
     "local_attention_window_len": ("encoder.window", "decoder.window"),
@@ -93,7 +50,7 @@ BLT_ARGS: dict[str, tuple[str, ...]] = {
     "cross_attn_all_layers_decoder": ("cross_attention.all_layers_decoder",),
     **{key: tuple(f"{stack}.{key}" for stack in PARTS.values()) for key in SHARED},
 }
-HASH_ARGS: dict[str, tuple[str, ...]] = {
+HASH_ARGS: SettingsTable = {
     "encoder_hash_byte_group_size": ("ngram_hash.sizes",),
     "encoder_hash_byte_group_nb_functions": ("ngram_hash.num_functions",),
     "encoder_hash_byte_group_vocab": ("ngram_hash.vocab_size",),
@@ -170,71 +127,46 @@ IGNORED = {
 KNOWN = {*BYTE_LM_ARGS, *BLT_ARGS, *HASH_ARGS, *PATCHING_ARGS, *BLT_FIXED, *EMBEDDING_WIDTHS, *IGNORED}
 
 
-def is_meta(folder: Path) -> bool:
-    """Whether `folder` is in one of Meta's formats."""
-    config = folder / "config.json"
-    return (config.is_file() and "args" in read_json(config)) or (folder / "params.json").is_file()
+class MetaFormat(WeightsFormat):
+    modes = MODES
+    byte_lm_folder = BYTE_LM
+    shard_bytes = None  # the published code reads no shards
 
+    def recognizes(self, folder: Path) -> bool:
+        config = folder / "config.json"
+        return (config.is_file() and "args" in read_json(config)) or (folder / "params.json").is_file()
 
-def _read_config(folder: Path) -> StoredModel:
-    """A released BLT with the patching it was trained with, or a released entropy model.
+    def names(self, settings: ModelSettings) -> Names:
+        return names_in(native.META, settings)
 
-    Raises:
-        UserError: a file or key is missing, or an argument asks for other mathematics than is implemented here.
-    """
-    args, patcher, words = _read_args(folder)
-    try:
-        model, patching = _settings_of(args, patcher, str(folder))
-    except KeyError as error:
-        raise UserError(f"'{folder}': its JSON files lack the key {error}; fetch them again") from None
-    warnings = _check_args(args, folder)
-    config = Config(model=model, context=PUBLISHED_CONTEXT, patching=patching)
-    config = read_sidecar(
-        folder, config, lambda own: (*_settings_of(args_of(own), patcher_args_of(own), ""), PUBLISHED_CONTEXT)
-    )
-    byte_lm = None
-    if patching is not None:
-        inner = next((folder / name for name in BYTE_LM_FOLDERS if is_meta(folder / name)), None)
-        byte_lm = _read_config(inner) if inner is not None else None
-    return StoredModel(config, {}, byte_lm, words, str(folder), warnings)
+    def read_config(self, folder: Path) -> StoredModel:
+        """A released BLT with the patching it was trained with, or a released entropy model."""
+        args, patcher, words = _read_args(folder)
+        try:
+            config = _config(args, patcher, str(folder))
+        except KeyError as error:
+            raise UserError(f"'{folder}': its JSON files lack the key {error}; fetch them again") from None
+        warnings = _check_args(args, folder)
+        config = read_sidecar(folder, config, lambda own: _config(args_of(own), patcher_args_of(own), ""))
+        inner = next((folder / name for name in BYTE_LM_FOLDERS if self.recognizes(folder / name)), None)
+        byte_lm = self.read_config(inner) if config.patching is not None and inner is not None else None
+        return StoredModel(config, {}, byte_lm, words, str(folder), warnings)
 
+    def read_weights(self, folder: Path) -> dict[str, StoredTensor]:
+        hub = ("model.safetensors", "model.safetensors.index.json")
+        if any((folder / name).is_file() for name in hub) or not (folder / "params.json").is_file():
+            return read_weights(folder)
+        if (folder / "consolidated.safetensors").is_file():
+            return read_weights(folder, stem="consolidated")
+        return read_pickle(folder / "consolidated.pth")
 
-def _read_tensors(found: StoredModel) -> StoredModel:
-    tensors = to_our_names(_read_weights(Path(found.source)), found.config.model, NAMES.of, found.source)
-    byte_lm = _read_tensors(found.byte_lm) if found.byte_lm is not None else None
-    return replace(found, tensors=tensors, byte_lm=byte_lm)
-
-
-def write_meta(folder: Path, stored: StoredModel, advance: Advance = lambda num_bytes: None) -> None:
-    """Write a model in the hub's format, and its byte LM into `blt-entropy/`.
-
-    Raises:
-        UserError: the format cannot express one of its settings.
-    """
-    config = stored.config
-    args, patcher = args_of(config), patcher_args_of(config)
-    write_json(folder / "config.json", {"args": args})
-    if config.patching is not None:
-        data = {"patcher_args": patcher, "tokenizer_args": {"name": "blt"}}
-        write_json(folder / "train_args.json", {"model": args, "data": data})
-    write_sidecar(folder, config)
-    tensors = to_their_names(stored.tensors, NAMES.of(config.model))
-    write_weights(folder, tensors, shard_bytes=None, advance=advance)  # the published code reads no shards
-    if stored.byte_lm is not None:
-        (folder / BYTE_LM).mkdir()
-        write_meta(folder / BYTE_LM, stored.byte_lm, advance)
-
-
-META = WeightsFormat(
-    title="Meta's hub format",
-    recognizes=is_meta,
-    read_config=_read_config,
-    read_tensors=_read_tensors,
-    write=write_meta,
-    modes=MODES,
-    loaded_by="bytelatent",
-    loading=LOADING,
-)
+    def write_config(self, folder: Path, stored: StoredModel) -> None:
+        args, patcher = args_of(stored.config), patcher_args_of(stored.config)
+        write_json(folder / "config.json", {"args": args})
+        if patcher:
+            data = {"patcher_args": patcher, "tokenizer_args": {"name": "blt"}}
+            write_json(folder / "train_args.json", {"model": args, "data": data})
+        write_sidecar(folder, stored.config)
 
 
 def args_of(config: Config) -> dict[str, Any]:
@@ -246,7 +178,7 @@ def args_of(config: Config) -> dict[str, Any]:
     model, context = config.model, config.context
     if isinstance(model, ByteLMSettings):
         attention = {"attn_bias_type": "local_block_causal" if model.window else "causal", "attn_impl": "sdpa"}
-        return {**_first(FIXED), **_args(model, BYTE_LM_ARGS), **attention, "max_seqlen": context}
+        return {**_first(FIXED), **their_settings(model, BYTE_LM_ARGS, "meta"), **attention, "max_seqlen": context}
     for name in ("encoder", "decoder", "cross_attention"):
         part = getattr(model, name)
         if part.kv_heads != part.num_heads:
@@ -259,12 +191,10 @@ def args_of(config: Config) -> dict[str, Any]:
         "n_heads": middle.num_heads,
         "dim_token": model.encoder.dim,
         "dim_token_emb": None,
-        **_args(model, BLT_ARGS),
-        **(_args(model, HASH_ARGS) if model.ngram_hash is not None else NO_HASHES),
+        **their_settings(model, BLT_ARGS, "meta"),
+        **(their_settings(model, HASH_ARGS, "meta") if model.ngram_hash is not None else NO_HASHES),
         "cross_attn_use_flex_attention": False,
-        "max_seqlen": context,
-        "max_encoder_seq_length": context,
-        "max_length": context,
+        **dict.fromkeys(("max_seqlen", "max_encoder_seq_length", "max_length"), context),
         "attn_impl": "sdpa",
         "attn_bias_type": "causal",
         **_patching_args(config.patching),
@@ -272,23 +202,13 @@ def args_of(config: Config) -> dict[str, Any]:
 
 
 def patcher_args_of(config: Config) -> dict[str, Any]:
-    """The `patcher_args` in `train_args.json` for a model."""
+    """The `patcher_args` in `train_args.json` for a model; empty without patching settings."""
     values = _patching_args(config.patching)
     return {PATCHING_ARGS[key][0]: value for key, value in values.items() if value is not None}
 
 
 def _first(fixed: Mapping[str, list[Any]]) -> dict[str, Any]:
     return {key: allowed[0] for key, allowed in fixed.items()}
-
-
-def _args(model: ModelSettings, table: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    ours = flat(model.plain())
-    values = {key: [ours[setting] for setting in settings] for key, settings in table.items()}
-    for key, found in values.items():
-        if any(value != found[0] for value in found):
-            settings = ", ".join(table[key])
-            raise UserError(f"meta: the format has one {key} for {settings}, and here they differ ({found})")
-    return {key: found[0] for key, found in values.items()}
 
 
 def _patching_args(patching: PatchSettings | None) -> dict[str, Any]:
@@ -299,31 +219,19 @@ def _patching_args(patching: PatchSettings | None) -> dict[str, Any]:
     return {**values, "patch_size": float(patching.patch_size or 4.5)}
 
 
-def _settings_of(
-    args: Mapping[str, Any], patcher: Mapping[str, Any], where: str
-) -> tuple[ModelSettings, PatchSettings | None]:
+def _config(args: Mapping[str, Any], patcher: Mapping[str, Any], where: str) -> Config:
     """The model's settings, and for a BLT the patching that it was trained with."""
     given = {**DEFAULTS, **args, "ffn_dim_multiplier": args.get("ffn_dim_multiplier") or 1.0}
     if _is_byte_lm(args):
-        return ByteLMSettings.parse(_nested(given, BYTE_LM_ARGS), where), None
-    values = _nested(given, BLT_ARGS)
+        byte_lm = ByteLMSettings.parse(our_settings(given, BYTE_LM_ARGS, where), where)
+        return Config(model=byte_lm, context=PUBLISHED_CONTEXT)
+    values = our_settings(given, BLT_ARGS, where)
     values["ngram_hash"] = None
     if given["encoder_hash_byte_group_size"]:
-        values |= _nested(given, HASH_ARGS)
-        values["ngram_hash"]["stop_at_document"] = False
-    return BLTSettings.parse(values, where), _patching(args, patcher, where)
-
-
-def _nested(given: Mapping[str, Any], table: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, settings in table.items():
-        for setting in settings:
-            *parts, name = setting.split(".")
-            inner = values
-            for part in parts:
-                inner = inner.setdefault(part, {})
-            inner[name] = given[key]
-    return values
+        hashes = our_settings(given, HASH_ARGS, where)["ngram_hash"]
+        values["ngram_hash"] = {**hashes, "stop_at_document": False}
+    model = BLTSettings.parse(values, where)
+    return Config(model=model, context=PUBLISHED_CONTEXT, patching=_patching(args, patcher, where))
 
 
 def _patching(args: Mapping[str, Any], patcher: Mapping[str, Any], where: str) -> PatchSettings:
@@ -392,12 +300,3 @@ def _group(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(values[key], dict):
         raise UserError(f"'{file}': {key} is {shown(repr(values[key]))}; it should be a mapping of keys to values")
     return values[key]
-
-
-def _read_weights(folder: Path) -> dict[str, StoredTensor]:
-    hub = ("model.safetensors", "model.safetensors.index.json")
-    if any((folder / name).is_file() for name in hub) or not (folder / "params.json").is_file():
-        return read_weights(folder)
-    if (folder / "consolidated.safetensors").is_file():
-        return read_weights(folder, stem="consolidated")
-    return read_pickle(folder / "consolidated.pth")

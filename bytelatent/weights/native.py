@@ -1,98 +1,249 @@
-"""Our own format: `config.json`, `model.safetensors` (or shards and their index), and the byte LM in `byte_lm/`.
+"""Our own format, and the base of the others, which are translated to its names and settings and back.
 
-A run is a folder with `settings.yaml` and `checkpoints/`; each of its checkpoints is in this format too.
+Ours is `config.json`, `model.safetensors` (or shards and their index), and the byte LM in `byte_lm/`. A run is a folder
+with `settings.yaml` and `checkpoints/`; each of its checkpoints is in this format too.
 """
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from bytelatent.config import load_yaml
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
-from bytelatent.model import ByteLM, ByteLMSettings
+from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings, ModelSettings
 from bytelatent.run_folder import newest_checkpoint, read_metrics
-from bytelatent.weights.safetensors_io import read_json, read_weights, write_json, write_weights
-from bytelatent.weights.stored_model import FORMAT, Advance, Config, Origin, StoredModel, WeightsFormat
-from bytelatent.weights.translation import own_names, to_our_names
+from bytelatent.weights.safetensors_io import (
+    SHARD_BYTES,
+    StoredTensor,
+    read_json,
+    read_weights,
+    shown,
+    write_json,
+    write_weights,
+)
+from bytelatent.weights.stored_model import FORMAT, Advance, Config, Names, Origin, StoredModel, shapes, to_our_names
 
 BYTE_LM = "byte_lm"
 LOADING = ("from bytelatent import BLT", "", "model = BLT.from_pretrained(FOLDER)", 'model.generate("The history of")')
 
+SettingsTable = Mapping[str, Sequence[str]]  # keys of another format, and those of our settings that have its value
 
-def is_native(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("format") == FORMAT
+# Our modules, and theirs in Meta's formats and in transformers'. {table} means that each hash table is a tensor of its
+# own.
+MODULES = {
+    "encoder.embedding": ("local_encoder.tok_embeddings", "model.local_encoder.embed_tokens"),
+    "encoder.ngram_hash.tables": ("encoder_hash_tok_embedding.{table}", "model.encoder_hash_tok_embedding"),
+    "encoder.pooled_to_queries": (
+        "local_encoder.patch_embedding_projection",
+        "model.local_encoder.patch_embedding_projection",
+    ),
+    "encoder.stack.blocks": ("local_encoder.layers", "model.local_encoder.layers"),
+    "encoder.cross_attention": ("local_encoder.cross_attn_layers", "model.local_encoder.cross_attn_layers"),
+    "global_transformer.projection": (
+        "global_transformer.token_embedding_projection",
+        "model.global_transformer.token_embedding_projection",
+    ),
+    "global_transformer.stack.blocks": ("global_transformer.layers", "model.global_transformer.layers"),
+    "decoder.patch_to_keys": (
+        "local_decoder.patch_embedding_projection",
+        "model.local_decoder.patch_embedding_projection",
+    ),
+    "decoder.stack.blocks": ("local_decoder.layers", "model.local_decoder.layers"),
+    "decoder.cross_attention": ("local_decoder.cross_attn_layers", "model.local_decoder.cross_attn_layers"),
+    "decoder.norm": ("local_decoder.norm", "model.local_decoder.norm"),
+    "decoder.output": ("local_decoder.output", "lm_head"),
+    # the byte LM
+    "embedding": ("tok_embeddings", "model.patcher.embed_tokens"),
+    "stack.blocks": ("layers", "model.patcher.layers"),
+    "norm": ("norm", "model.patcher.norm"),
+    "output": ("output", "model.patcher.lm_head"),
+}
+IN_LAYER = {
+    "attention_norm": ("attention_norm", "input_layernorm"),
+    "attention.query": ("attention.wq", "self_attn.q_proj"),
+    "attention.key": ("attention.wk", "self_attn.k_proj"),
+    "attention.value": ("attention.wv", "self_attn.v_proj"),
+    "attention.output": ("attention.wo", "self_attn.o_proj"),
+    "feed_forward_norm": ("ffn_norm", "post_attention_layernorm"),
+    "feed_forward.gate": ("feed_forward.w1", "mlp.gate_proj"),
+    "feed_forward.down": ("feed_forward.w2", "mlp.down_proj"),
+    "feed_forward.up": ("feed_forward.w3", "mlp.up_proj"),
+    # a cross-attention
+    "query_norm": ("cross_attn_norm_q", "q_norm"),
+    "key_value_norm": ("cross_attn_norm_kv", "k_norm"),
+    "query": ("wq", "q_proj"),
+    "key": ("wk", "k_proj"),
+    "value": ("wv", "v_proj"),
+    "output": ("wo", "o_proj"),
+}
+META, HUGGING_FACE = range(2)  # columns of these tables
+LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
+
+
+def names_in(format: int, settings: ModelSettings) -> Names:
+    """The names of a model's tensors in another format; `format` is a column of `MODULES`."""
+    return {name: _theirs(name, format, settings) for name in shapes(settings)}
+
+
+def _theirs(name: str, format: int, settings: ModelSettings) -> list[str]:
+    module, _, kind = name.rpartition(".")
+    if layer := LAYER.fullmatch(module):
+        return [f"{MODULES[layer[1]][format]}.{layer[2]}.{IN_LAYER[layer[3]][format]}.{kind}"]
+    theirs = f"{MODULES[module][format]}.{kind}"
+    if "{table}" not in theirs or not isinstance(settings, BLTSettings) or settings.ngram_hash is None:
+        return [theirs]
+    return [theirs.format(table=table) for table in range(settings.ngram_hash.num_tables)]
+
+
+class WeightsFormat:
+    """A format of weights: how to recognize, read and write it.
+
+    Attributes:
+        modes: the patching modes that the format can express; None: all.
+        loaded_by: the Python package that loads it, for the hub.
+        loading: lines of Python that load it; FOLDER stands for the folder.
+        byte_lm_folder: where the byte LM of a BLT is; None: in the same files.
+        shard_bytes: largest size of a file of weights; None: all weights are in one file.
+    """
+
+    modes: ClassVar[tuple[str, ...] | None] = None
+    loaded_by: ClassVar[str] = "bytelatent"
+    loading: ClassVar[tuple[str, ...]] = LOADING
+    byte_lm_folder: ClassVar[str | None] = None
+    shard_bytes: ClassVar[int | None] = SHARD_BYTES
+
+    def recognizes(self, folder: Path) -> bool:
+        """Whether a folder holds a model in this format."""
+        raise NotImplementedError
+
+    def names(self, settings: ModelSettings) -> Names:
+        raise NotImplementedError
+
+    def read_config(self, folder: Path) -> StoredModel:
+        """The model without its tensors.
+
+        Raises:
+            UserError: a file or a key is missing, or asks for other mathematics than is implemented here.
+        """
+        raise NotImplementedError
+
+    def write_config(self, folder: Path, stored: StoredModel) -> None:
+        """Write all files but the weights.
+
+        Raises:
+            UserError: the format cannot express one of the model's settings.
+        """
+        raise NotImplementedError
+
+    def read_weights(self, folder: Path) -> dict[str, StoredTensor]:
+        return read_weights(folder)
+
+    def open(self, folder: Path, weights: bool = True) -> StoredModel:
+        """A model in this format, whose weights stay on the disk; `weights=False` reads only its configuration."""
+        found = self.read_config(folder)
+        return self.read_tensors(found) if weights else found
+
+    def read_tensors(self, found: StoredModel) -> StoredModel:
+        stored = self.with_tensors(found, self.read_weights(Path(found.source)))
+        return replace(stored, byte_lm=self.read_tensors(found.byte_lm) if found.byte_lm is not None else None)
+
+    def with_tensors(self, found: StoredModel, tensors: Mapping[str, StoredTensor]) -> StoredModel:
+        """A model with tensors of this format; raises a UserError if they do not fit its settings."""
+        model = found.config.model
+        return replace(found, tensors=to_our_names(tensors, model, self.names, found.source))
+
+    def stored_tensors(self, stored: StoredModel) -> Mapping[str, StoredTensor]:
+        """The tensors of a model by this format's names; those that are several tensors there are split."""
+        tensors = {}
+        for ours, theirs in self.names(stored.config.model).items():
+            tensor = stored.tensors[ours]
+            parts = [tensor] if len(theirs) == 1 else tensor.split(tensor.shape[0] // len(theirs))
+            tensors |= dict(zip(theirs, parts, strict=True))
+        return tensors
+
+    def write(self, folder: Path, stored: StoredModel, advance: Advance = lambda num_bytes: None) -> None:
+        """Write a model into an existing folder.
+
+        Args:
+            advance: called with the number of bytes after each chunk of weights.
+
+        Raises:
+            UserError: the format cannot express one of the model's settings.
+        """
+        self.write_config(folder, stored)
+        write_weights(folder, self.stored_tensors(stored), self.shard_bytes, advance)
+        if stored.byte_lm is not None and self.byte_lm_folder is not None:
+            (folder / self.byte_lm_folder).mkdir()
+            self.write(folder / self.byte_lm_folder, stored.byte_lm, advance)
+
+
+class NativeFormat(WeightsFormat):
+    byte_lm_folder = BYTE_LM
+
+    def recognizes(self, folder: Path) -> bool:
+        return is_run(folder) or _is_native(folder)
+
+    def names(self, settings: ModelSettings) -> Names:
+        return {name: [name] for name in shapes(settings)}
+
+    def stored_tensors(self, stored: StoredModel) -> Mapping[str, StoredTensor]:
+        return stored.tensors
+
+    def read_config(self, folder: Path) -> StoredModel:
+        """A model in our format, or of a run: from its newest complete checkpoint."""
+        if is_run(folder):
+            return self._read_run(folder)
+        config = Config.parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
+        return StoredModel(config, {}, self._byte_lm_in(folder), FORMAT, str(folder))
+
+    def write_config(self, folder: Path, stored: StoredModel) -> None:
+        write_json(folder / "config.json", stored.config.shown())
+
+    def _byte_lm_in(self, folder: Path) -> StoredModel | None:
+        if not (folder / BYTE_LM).is_dir():
+            return None
+        found = self.read_config(folder / BYTE_LM)
+        if not isinstance(found.config.model, ByteLMSettings):
+            raise UserError(f"'{folder / BYTE_LM}' should hold a byte LM and holds a BLT; put the byte LM there")
+        return found
+
+    def _read_run(self, folder: Path) -> StoredModel:
+        checkpoint, corrupt = newest_checkpoint(folder)
+        if not _is_native(checkpoint):
+            raise UserError(
+                f"'{checkpoint}' holds the model only in the parts of several processes; write it whole: "
+                f"blt export {folder} --out FOLDER"
+            )
+        found = self.read_config(checkpoint)
+        return replace(
+            found,
+            config=found.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)}),
+            byte_lm=self._byte_lm_in(folder) or found.byte_lm,
+            format="checkpoint of a run",
+            warnings=corrupt,
+        )
+
+
+NATIVE = NativeFormat()
+
+
+def save(folder: Path, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> None:
+    """Write a model in memory into an existing folder, in our format."""
+    NATIVE.write(folder, StoredModel.of(model, config, byte_lm))
 
 
 def is_run(folder: Path) -> bool:
     return (folder / "settings.yaml").is_file()
 
 
-def _read_config(folder: Path) -> StoredModel:
-    """A model in our format, or of a run: from its newest complete checkpoint."""
-    if is_run(folder):
-        return _read_run(folder)
-    config = Config.parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
-    return StoredModel(config, {}, _byte_lm_in(folder), FORMAT, str(folder))
-
-
-def _read_tensors(found: StoredModel) -> StoredModel:
-    tensors = to_our_names(read_weights(Path(found.source)), found.config.model, own_names, found.source)
-    byte_lm = _read_tensors(found.byte_lm) if found.byte_lm is not None else None
-    return replace(found, tensors=tensors, byte_lm=byte_lm)
-
-
-def write_native(folder: Path, stored: StoredModel, advance: Advance = lambda num_bytes: None) -> None:
-    write_json(folder / "config.json", stored.config.shown())
-    write_weights(folder, stored.tensors, advance=advance)
-    if stored.byte_lm is not None:
-        (folder / BYTE_LM).mkdir()
-        write_native(folder / BYTE_LM, stored.byte_lm, advance)
-
-
-NATIVE = WeightsFormat(
-    title="the format of this package",
-    recognizes=lambda folder: is_run(folder) or is_native(folder),
-    read_config=_read_config,
-    read_tensors=_read_tensors,
-    write=write_native,
-    modes=None,
-    loaded_by="bytelatent",
-    loading=LOADING,
-)
-
-
-def save(folder: Path, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> None:
-    """Write a model in memory into an existing folder, in our format."""
-    write_native(folder, StoredModel.of(model, config, byte_lm))
-
-
-def _byte_lm_in(folder: Path) -> StoredModel | None:
-    if not (folder / BYTE_LM).is_dir():
-        return None
-    found = _read_config(folder / BYTE_LM)
-    if not isinstance(found.config.model, ByteLMSettings):
-        raise UserError(f"'{folder / BYTE_LM}' should hold a byte LM and holds a BLT; put the byte LM there")
-    return found
-
-
-def _read_run(folder: Path) -> StoredModel:
-    checkpoint, corrupt = newest_checkpoint(folder)
-    if not is_native(checkpoint):
-        raise UserError(
-            f"'{checkpoint}' holds the model only in the parts of several processes; write it whole: "
-            f"blt export {folder} --out FOLDER"
-        )
-    found = _read_config(checkpoint)
-    return replace(
-        found,
-        config=found.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)}),
-        byte_lm=_byte_lm_in(folder) or found.byte_lm,
-        format="checkpoint of a run",
-        warnings=corrupt,
-    )
+def _is_native(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("format") == FORMAT
 
 
 def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
@@ -114,5 +265,63 @@ def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
 
 
 def _paths(sources: Any) -> list[str]:
-    listed = sources if isinstance(sources, list) else [sources] if sources else []
-    return [masked(str(source["path"] if isinstance(source, dict) else source)) for source in listed]
+    sources = sources if isinstance(sources, list) else [sources] if sources else []
+    return [masked(str(source["path"] if isinstance(source, dict) else source)) for source in sources]
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by their whole keys as nested ones: `{"a.b": 1}` is `{"a": {"b": 1}}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        *parts, name = key.split(".")
+        inner = found
+        for part in parts:
+            inner = inner.setdefault(part, {})
+        inner[name] = value
+    return found
+
+
+def our_settings(given: Mapping[str, Any], table: SettingsTable, where: str) -> dict[str, Any]:
+    """Our nested settings from the values of another format.
+
+    Raises:
+        UserError: two keys give one of our settings different values.
+        KeyError: a key is missing.
+    """
+    found: dict[str, Any] = {}
+    for key, settings in table.items():
+        for name in settings:
+            value, known = given[key], found.setdefault(name, given[key])
+            if value is not known and value != known:
+                raise UserError(f"{where}: {key} is {shown(repr(value))}; only {shown(repr(known))} is known here")
+    return nested(found)
+
+
+def their_settings(model: ModelSettings, table: SettingsTable, format: str) -> dict[str, Any]:
+    """The values of another format for a model, by their keys.
+
+    Raises:
+        UserError: settings that share a key differ.
+    """
+    values = {key: [attrgetter(name)(model) for name in settings] for key, settings in table.items()}
+    for key, found in values.items():
+        if any(value != found[0] for value in found):
+            names = ", ".join(table[key])
+            raise UserError(f"{format}: the format has one {key} for {names}, and here they differ ({found})")
+    return {key: found[0] for key, found in values.items()}
+
+
+def check_tensors(stored: StoredModel) -> None:
+    """Check that a model, and its byte LM, have the tensors of their settings.
+
+    Raises:
+        UserError: lists the tensors that are missing, unknown or have another shape.
+    """
+    try:
+        NATIVE.with_tensors(stored, stored.tensors)
+    except UserError as error:
+        has_adapters = any("lora_" in name or ".base_layer." in name for name in stored.tensors)
+        hint = "; merge the adapters into the model first, as merge_and_unload of PEFT does" if has_adapters else ""
+        raise UserError(f"{error}{hint}") from None
+    if stored.byte_lm is not None:
+        check_tensors(stored.byte_lm)

@@ -1,5 +1,7 @@
-"""Models from runs, folders and repositories."""
+"""Models from runs, folders and repositories, and models written in any format."""
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,15 +9,19 @@ import torch
 
 from bytelatent.config import renamed_arguments
 from bytelatent.device import choose_device, precision_of_weights
-from bytelatent.errors import UserError
-from bytelatent.files import MANIFEST, find_corruption
+from bytelatent.errors import UserError, nearest
+from bytelatent.files import MANIFEST, find_corruption, whole_folder
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
-from bytelatent.model import ByteLM, ByteLMSettings
-from bytelatent.weights import meta
-from bytelatent.weights.formats import FORMATS
-from bytelatent.weights.model_card import LEGAL_FILES, leads_out, stated_licence
+from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings
+from bytelatent.weights.hugging_face import HuggingFaceFormat
+from bytelatent.weights.meta import BYTE_LM_FOLDERS, MetaFormat
+from bytelatent.weights.native import NATIVE, WeightsFormat, check_tensors
 from bytelatent.weights.safetensors_io import shown
-from bytelatent.weights.stored_model import Pretrained, StoredModel
+from bytelatent.weights.side_files import CARD, LEGAL_FILES, leads_out, legal_files, stated_licence, write_card
+from bytelatent.weights.stored_model import Advance, Pretrained, StoredModel
+
+META = MetaFormat()
+FORMATS: dict[str, WeightsFormat] = {"native": NATIVE, "hf": HuggingFaceFormat(), "meta": META}
 
 
 @renamed_arguments(entropy="entropy_model")
@@ -41,12 +47,12 @@ def open_pretrained(
         UserError: there is no model, it is not complete, or it needs mathematics that is not implemented here.
     """
     access = _Access(token, local_files_only, weights)
-    found, path = access.open("model", source, revision)
-    if entropy_model is not None:
-        if isinstance(found.config.model, ByteLMSettings):
-            raise UserError(f"entropy_model: '{source}' is a byte LM itself and needs no other; leave it out")
-        return replace(found, byte_lm=access.byte_lm(entropy_model))
-    return access.with_byte_lm(found, path, source)
+    if entropy_model is None:
+        return access.open_with_byte_lm("model", source, revision)
+    found, _ = access.open("model", source, revision)
+    if isinstance(found.config.model, ByteLMSettings):
+        raise UserError(f"entropy_model: '{source}' is a byte LM itself and needs no other; leave it out")
+    return replace(found, byte_lm=access.byte_lm("entropy_model", entropy_model)[0])
 
 
 @renamed_arguments(entropy="entropy_model")
@@ -112,29 +118,19 @@ def find_byte_lm(source: str | Path, weights: bool = True, setting: str = "model
     Raises:
         UserError: there is no byte LM.
     """
-    access = _Access(None, False, weights)
-    found = access.with_byte_lm(*access.open(setting, source), source)
-    return _byte_lm_of(setting, found, source), found.config.context
+    return _Access(None, False, weights).byte_lm(setting, source)
 
 
 @dataclass(frozen=True)
 class _Access:
-    """How models are fetched from the hub.
-
-    Attributes:
-        weights: whether the weights are wanted.
-    """
+    """How models are opened; `setting` is the argument that named a model, for errors."""
 
     token: str | None
     local_files_only: bool
     weights: bool
 
     def open(self, setting: str, source: str | Path, revision: str | None = None) -> tuple[StoredModel, Path]:
-        """The model itself, and its folder.
-
-        Args:
-            setting: the argument that named `source`, for errors.
-        """
+        """The model itself, and its folder."""
         path = _folder(setting, source)
         if not path.exists() and _is_on_hub(str(source)):
             try:
@@ -151,23 +147,30 @@ class _Access:
             raise UserError(f"revision: '{source}' is a folder, which has no revisions; leave it out")
         return open_folder(path, self.weights, setting), path
 
-    def byte_lm(self, source: str | Path) -> StoredModel:
-        """The byte LM at `source`, or that of the BLT there."""
-        found = self.with_byte_lm(*self.open("entropy_model", source), source)
-        return _byte_lm_of("entropy_model", found, source)
-
-    def with_byte_lm(self, found: StoredModel, path: Path, source: str | Path) -> StoredModel:
+    def open_with_byte_lm(self, setting: str, source: str | Path, revision: str | None = None) -> StoredModel:
         """The model, with its byte LM from Meta's separate folder or repository if it needs that."""
+        found, path = self.open(setting, source, revision)
         patching = found.config.patching
-        if found.byte_lm is not None or patching is None or not patching.needs_entropies or not meta.is_meta(path):
+        if found.byte_lm is not None or patching is None or not patching.needs_entropies or not META.recognizes(path):
             return found
-        if not _folder("model", source).exists():  # it is a repository; so is the byte LM, of the same owner
-            name = f"{str(source).split('/')[0]}/{meta.BYTE_LM}"
-            exists = model_exists(name, self.token, self.local_files_only)
-            return replace(found, byte_lm=self.byte_lm(name)) if exists else found
-        folders = [path.absolute().parent / name for name in meta.BYTE_LM_FOLDERS]
-        inner = next((folder for folder in folders if meta.is_meta(folder)), None)
-        return replace(found, byte_lm=self.byte_lm(inner)) if inner is not None else found
+        if _folder(setting, source).exists():
+            folders = [path.absolute().parent / name for name in BYTE_LM_FOLDERS]
+            inner = next((folder for folder in folders if META.recognizes(folder)), None)
+        else:  # it is a repository; so is the byte LM, of the same owner
+            name = f"{str(source).split('/')[0]}/{META.byte_lm_folder}"
+            inner = name if model_exists(name, self.token, self.local_files_only) else None
+        return found if inner is None else replace(found, byte_lm=self.byte_lm("entropy_model", inner)[0])
+
+    def byte_lm(self, setting: str, source: str | Path) -> tuple[StoredModel, int]:
+        """The byte LM at `source`, or that of the BLT there, and the context of either in ids."""
+        found = self.open_with_byte_lm(setting, source)
+        if isinstance(found.config.model, ByteLMSettings):
+            return found, found.config.context
+        if found.byte_lm is None:
+            raise UserError(
+                f"{setting}: '{source}' holds a BLT without a byte LM; name the byte LM's own run or folder"
+            )
+        return replace(found.byte_lm, folder=found.folder), found.config.context
 
 
 def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> StoredModel:
@@ -182,22 +185,14 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
             f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json"
         )
     found = format.open(folder, weights)
-    if weights and (folder / MANIFEST).is_file() and (torn := find_corruption(folder, ending=".safetensors")):
-        raise UserError(f"'{folder}' is not as it was written: {torn}; fetch or write it again")
+    if weights and (folder / MANIFEST).is_file() and (why := find_corruption(folder, ending=".safetensors")):
+        raise UserError(f"'{folder}' is not as it was written: {why}; fetch or write it again")
     links = [file for pattern in LEGAL_FILES for file in sorted(folder.glob(pattern)) if leads_out(file)]
     lines = [f"'{shown(str(file))}' is a link out of its folder and is skipped" for file in links]
     found = replace(found, folder=folder, warnings=[*found.warnings, *lines])
     if found.config.origin.licence is None:
         found = replace(found, config=found.config.with_origin(licence=stated_licence(folder)))
     return found
-
-
-def _byte_lm_of(setting: str, found: StoredModel, source: str | Path) -> StoredModel:
-    if isinstance(found.config.model, ByteLMSettings):
-        return found
-    if found.byte_lm is None:
-        raise UserError(f"{setting}: '{source}' holds a BLT without a byte LM; name the byte LM's own run or folder")
-    return replace(found.byte_lm, folder=found.folder)
 
 
 def _is_on_hub(source: str) -> bool:
@@ -216,3 +211,102 @@ def _folder(setting: str, source: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"{setting}: '{source}' cannot be read: {error.strerror or error}") from None
     return path
+
+
+def write_model(
+    stored: StoredModel,
+    folder: Path,
+    format: str,
+    licence: str | None = None,
+    advance: Advance = lambda num_bytes: None,
+    check: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write a model and its card into a folder, which appears complete or not at all.
+
+    Args:
+        format: a key of `FORMATS`.
+        licence: the licence on the card; None: the one that the model came with.
+        advance: called with the number of bytes after each chunk of weights.
+        check: called with the complete folder before it appears; an error discards the folder.
+
+    Raises:
+        UserError: the format cannot express one of the model's settings, the tensors do not fit the settings, or the
+            folder holds something else than a saved model. The folder stays as it was.
+    """
+    folder = check_target(folder, format, licence)
+    chosen, patching = FORMATS[format], stored.config.patching
+    if isinstance(stored.config.model, BLTSettings) and patching is None:
+        raise UserError(f"model: '{stored.source}' has no patching settings; its config.json should have them")
+    if patching is not None and chosen.modes is not None and patching.mode not in chosen.modes:
+        others = [name for name, other in FORMATS.items() if other.modes is None or patching.mode in other.modes]
+        raise UserError(
+            f"{format}: the format knows the patching modes {', '.join(chosen.modes)}, not '{patching.in_words()}'; "
+            f"use {' or '.join(others)}"
+        )
+    if licence is not None:
+        stored = replace(stored, config=stored.config.with_origin(licence=" ".join(licence.split())))
+    check_tensors(stored)
+    with whole_folder(folder) as aside:
+        chosen.write(aside, stored, advance)
+        for file in legal_files(stored.folder) if stored.folder is not None else ():
+            shutil.copyfile(file, aside / file.name)
+        loading = [line.replace("FOLDER", repr(folder.name)) for line in chosen.loading]
+        write_card(aside, folder.name, stored, chosen.loaded_by, loading)
+        check(aside)
+
+
+def convert(
+    stored: StoredModel,
+    folder: Path,
+    format: str,
+    licence: str | None = None,
+    advance: Advance = lambda num_bytes: None,
+) -> None:
+    """Write a model from disk in another format, in the memory of one chunk.
+
+    Raises:
+        UserError: as `write_model`; or the disk has too little space, or the folder is the one that is read.
+    """
+    folder = check_target(folder, format, licence)
+    for part in (stored, stored.byte_lm):
+        if part is not None and part.folder is not None and part.folder.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"'{folder}' would replace '{part.folder}', which is read; name another folder")
+    if stored.config.origin.converted_from is None:
+        is_here = stored.folder is not None and Path(stored.source).is_dir()
+        name = stored.folder.absolute().name if stored.folder is not None and is_here else stored.source
+        stored = replace(stored, config=stored.config.with_origin(converted_from=f"{name} ({stored.format})"))
+    parent = next(place for place in folder.parents if place.exists())
+    free = shutil.disk_usage(parent).free
+    if stored.num_bytes > free:
+        raise UserError(
+            f"'{folder}' needs {stored.num_bytes / 1e9:.1f} GB and has room for {free / 1e9:.1f} GB; make room"
+        )
+    write_model(stored, folder, format, licence, advance)
+
+
+def check_target(folder: Path, format: str, licence: str | None = None) -> Path:
+    """Check where and how a model will be written, before it is fetched or read.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        UserError: there is no such format, or the folder holds something else than a saved model.
+    """
+    if not isinstance(format, str) or format not in FORMATS:
+        raise UserError(f"format: '{format}' is unknown; use {', '.join(FORMATS)}{nearest(str(format), list(FORMATS))}")
+    if licence is not None and not licence.strip():
+        raise UserError("licence: it is empty; name one, such as apache-2.0, or leave it out")
+    try:
+        folder = folder.expanduser().absolute()
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"'{folder}' is a file; name a folder")
+        # A run's checkpoint has a manifest, but no card.
+        is_model = all((folder / name).is_file() for name in (MANIFEST, CARD))
+        if folder.is_dir() and any(folder.iterdir()) and not is_model:
+            raise UserError(f"'{folder}' holds something else than a saved model; name another folder")
+    except RuntimeError:
+        raise UserError(f"'{folder}': there is no such user; write the path without ~") from None
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be read: {error.strerror or error}") from None
+    return folder

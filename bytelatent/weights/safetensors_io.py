@@ -1,7 +1,7 @@
-"""Lazy tensors in files: only headers are read at first, and values are read and written one chunk at a time.
+"""Lazy tensors in files: only headers are read at first, and values are read and written in chunks.
 
-A conversion renames, joins and splits tensors along their first dimension. None of this needs their values, so a
-`StoredTensor` only says where its bytes are, and converting a model of any size takes the memory of one chunk.
+A conversion renames, joins and splits tensors along their first dimension, which needs no values. A `StoredTensor`
+therefore only holds where its bytes are, and converting a model of any size takes the memory of one chunk.
 """
 
 import json
@@ -41,16 +41,23 @@ NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class FileRange:
-    """Consecutive bytes of a file."""
+    """Consecutive bytes of a file; a slice of it is a shorter range."""
 
     path: Path
     begin: int
     size: int
 
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> "FileRange":
+        begin, end, _ = part.indices(self.size)
+        return FileRange(self.path, self.begin + begin, end - begin)
+
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as pieces along its first dimension, each in a file or in memory."""
+    """A tensor as pieces along its first dimension: ranges of files, or the bytes of tensors in memory."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -59,7 +66,7 @@ class StoredTensor:
     @classmethod
     def of(cls, tensor: Tensor) -> "StoredTensor":
         """Of a tensor in memory, or mapped into it."""
-        return cls(tensor.dtype, tuple(tensor.shape), (tensor.detach(),))
+        return cls(tensor.dtype, tuple(tensor.shape), (tensor.detach().reshape(-1).view(torch.uint8),))
 
     @classmethod
     def join(cls, parts: Sequence["StoredTensor"]) -> "StoredTensor":
@@ -84,33 +91,24 @@ class StoredTensor:
         ]
 
     def _pieces_between(self, begin: int, end: int) -> Iterator[FileRange | Tensor]:
-        at = 0
         for piece in self.pieces:
-            size = piece.size if isinstance(piece, FileRange) else piece.numel() * piece.element_size()
-            first, last = max(begin - at, 0), min(end - at, size)
+            first, last = max(begin, 0), min(end, len(piece))
             if first < last:
-                if isinstance(piece, FileRange):
-                    yield FileRange(piece.path, piece.begin + first, last - first)
-                else:
-                    row = size // piece.shape[0]
-                    yield piece[first // row : last // row]
-            at += size
+                yield piece[first:last]
+            begin, end = begin - len(piece), end - len(piece)
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Its bytes in order, at most `CHUNK_BYTES` at a time; no number is split."""
+        size = max(CHUNK_BYTES // self.dtype.itemsize, 1) * self.dtype.itemsize
         for piece in self.pieces:
-            if isinstance(piece, FileRange):
-                yield from _read(piece)
-            else:
-                yield from _bytes_of(piece)
+            for begin in range(0, len(piece), size):
+                part = piece[begin : begin + size]
+                yield _read(part) if isinstance(part, FileRange) else part.cpu().numpy()
 
     def load(self) -> Tensor:
         """Read its values into new memory."""
         out = torch.empty(self.shape, dtype=self.dtype)
-        if out.numel() == 0:
-            return out
-        buffer = out.reshape(-1).view(torch.uint8).numpy()
-        at = 0
+        buffer, at = out.reshape(-1).view(torch.uint8).numpy(), 0
         for chunk in self.chunks():
             buffer[at : at + len(chunk)] = chunk
             at += len(chunk)
@@ -184,15 +182,14 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return {name: _described(path, 8 + length, name, entry) for name, entry in header.items()}
-
-
-def _described(path: Path, data_begin: int, name: str, entry: dict[str, Any]) -> StoredTensor:
-    if entry["dtype"] not in DTYPES:
-        raise UserError(f"'{path}': {shown(name)} is stored as {entry['dtype']}; known are {', '.join(DTYPES)}")
-    begin, end = entry["data_offsets"]
-    data = FileRange(path, data_begin + begin, end - begin)
-    return StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), (data,))
+    found = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"'{path}': {shown(name)} is stored as {entry['dtype']}; known are {', '.join(DTYPES)}")
+        begin, end = entry["data_offsets"]
+        data = FileRange(path, 8 + length + begin, end - begin)
+        found[name] = StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), (data,))
+    return found
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
@@ -232,44 +229,50 @@ def write_weights(
         advance: called with the number of bytes after each chunk.
     """
     shards = _shards(tensors, shard_bytes)
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", tensors, advance)
-        return
     file_of = {}
     for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, {name: tensors[name] for name in names}, advance)
-        file_of |= dict.fromkeys(names, file)
-    total = sum(tensor.num_bytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
-    write_json(folder / "model.safetensors.index.json", index)
+        suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file_of |= dict.fromkeys(names, f"model{suffix}.safetensors")
+        write_safetensors(folder / f"model{suffix}.safetensors", {name: tensors[name] for name in names}, advance)
+    if len(shards) > 1:
+        total = sum(tensor.num_bytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int | None) -> list[list[str]]:
+    """The names of the tensors of each file, in order."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shard_bytes is not None and shards[-1] and filled + tensor.num_bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.num_bytes
+    return shards
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], advance: Callable[[int], None]) -> None:
-    """Write one file, a chunk at a time: the library would need all of it in memory."""
+    """Write one file in chunks: the library would need all of it in memory."""
     # Like the library, put wider numbers first, which keeps each tensor aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in NAMES_OF_DTYPES:
+    end = 0
+    for name, tensor in ordered:
+        if (dtype := NAMES_OF_DTYPES.get(tensor.dtype)) is None:
             raise UserError(
                 f"{name} is {tensor.dtype}, which is not supported; convert it to float32 or bfloat16 first"
             )
-        header[name] = {
-            "dtype": NAMES_OF_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.num_bytes],
-        }
-        at += tensor.num_bytes
+        begin, end = end, end + tensor.num_bytes
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in order:
-            for chunk in tensors[name].chunks():
-                check_finite(name, torch.from_numpy(chunk).view(tensors[name].dtype))
+        for name, tensor in ordered:
+            for chunk in tensor.chunks():
+                check_finite(name, torch.from_numpy(chunk).view(tensor.dtype))
                 file.write(chunk.data)
                 advance(len(chunk))
 
@@ -311,34 +314,13 @@ def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", "..") and "\0" not in name and PurePath(name).name == name
 
 
-def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int | None) -> list[list[str]]:
-    """Distribute names over files, in order."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shard_bytes is not None and shards[-1] and filled + tensor.num_bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += tensor.num_bytes
-    return shards
-
-
-def _read(data: FileRange) -> Iterator[np.ndarray]:
+def _read(data: FileRange) -> np.ndarray:
+    chunk = np.empty(len(data), dtype=np.uint8)
     try:
         with data.path.open("rb") as file:
             file.seek(data.begin)
-            for begin in range(0, data.size, CHUNK_BYTES):
-                chunk = np.empty(min(data.size - begin, CHUNK_BYTES), dtype=np.uint8)
-                if file.readinto(chunk.data) < len(chunk):
-                    raise UserError(f"'{data.path}' became shorter while it was read; fetch or write it again")
-                yield chunk
+            if file.readinto(chunk.data) < len(chunk):
+                raise UserError(f"'{data.path}' became shorter while it was read; fetch or write it again")
     except OSError as error:
         raise UserError(f"'{data.path}' cannot be read: {error.strerror or error}") from None
-
-
-def _bytes_of(tensor: Tensor) -> Iterator[np.ndarray]:
-    flat = tensor.reshape(-1)
-    step = max(CHUNK_BYTES // tensor.element_size(), 1)
-    for begin in range(0, len(flat), step):
-        yield flat[begin : begin + step].cpu().view(torch.uint8).numpy()
+    return chunk

@@ -16,10 +16,13 @@ from bytelatent.errors import UserError
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build
 from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.patching import Calibration, PatchSettings
-from bytelatent.weights.safetensors_io import StoredTensor, check_finite, shown
+from bytelatent.weights.safetensors_io import StoredTensor, check_finite, listed, shown
 
 FORMAT = "bytelatent"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
+
+Advance = Callable[[int], None]  # called with the number of bytes of weights after each chunk written
+Names = Mapping[str, Sequence[str]]  # for each of our tensors, the tensors of another format that it consists of
 
 
 class Origin(Settings):
@@ -145,39 +148,6 @@ class Pretrained:
     warnings: Sequence[str] = field(default_factory=tuple)
 
 
-Advance = Callable[[int], None]  # is called with the number of bytes of weights after each chunk written
-
-
-@dataclass(frozen=True)
-class WeightsFormat:
-    """A format of weights: how to recognize, read and write it.
-
-    Attributes:
-        title: in a few words, for help and documentation.
-        recognizes: whether a folder holds a model in this format.
-        read_config: the model without its tensors.
-        read_tensors: a model from `read_config` with its tensors, whose values stay on the disk.
-        write: writes a model into an existing folder.
-        modes: the patching modes that the format can express; None: all.
-        loaded_by: the Python package that loads it, for the hub.
-        loading: lines of Python that load it; FOLDER stands for the folder.
-    """
-
-    title: str
-    recognizes: Callable[[Path], bool]
-    read_config: Callable[[Path], StoredModel]
-    read_tensors: Callable[[StoredModel], StoredModel]
-    write: Callable[[Path, StoredModel, Advance], None]
-    modes: tuple[str, ...] | None
-    loaded_by: str
-    loading: tuple[str, ...]
-
-    def open(self, folder: Path, weights: bool = True) -> StoredModel:
-        """A model in this format; `weights=False` reads only its configuration."""
-        found = self.read_config(folder)
-        return self.read_tensors(found) if weights else found
-
-
 @dataclass(frozen=True)
 class ModelChecksums:
     """What the measurements in a configuration (its `origin` and `calibration`) belong to.
@@ -254,6 +224,51 @@ def shapes(settings: ModelSettings) -> dict[str, torch.Size]:
         UserError: the sizes are beyond any computer.
     """
     return {name: value.shape for name, value in _without_weights(settings).state_dict().items()}
+
+
+def to_our_names(
+    tensors: Mapping[str, StoredTensor],
+    settings: ModelSettings,
+    names_of: Callable[[ModelSettings], Names],
+    where: str,
+) -> dict[str, StoredTensor]:
+    """Rename the tensors of another format, and check that they fit the settings.
+
+    Args:
+        tensors: by the other format's names.
+        where: the folder, for the error.
+
+    Raises:
+        UserError: lists the tensors that are missing, unknown or have another shape.
+    """
+    is_blt = isinstance(settings, BLTSettings)
+    stacks = (settings.encoder, settings.global_transformer, settings.decoder) if is_blt else (settings,)
+    num_layers = sum(stack.num_layers for stack in stacks)
+    if num_layers > len(tensors):  # checked before a model with that many layers is built to list what is missing
+        raise UserError(
+            f"'{where}': the settings say {num_layers:,} layers, but its weights are {len(tensors):,} tensors; "
+            "fetch or write it again"
+        )
+    names = names_of(settings)
+    wanted = dict.fromkeys(name for parts in names.values() for name in parts)
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in wanted]
+    problems += [f"{n} is {t.dtype}, not floating point" for n, t in tensors.items() if not t.dtype.is_floating_point]
+    found = {}
+    for ours, shape in shapes(settings).items():
+        parts = {name: tensors[name] for name in names[ours] if name in tensors}
+        expected = (shape[0] // len(names[ours]), *shape[1:])
+        wrong = {name: part for name, part in parts.items() if part.shape != expected}
+        if len(parts) < len(names[ours]):
+            continue
+        problems += [f"{n} is {list(t.shape)} where the settings say {list(expected)}" for n, t in wrong.items()]
+        if not wrong and len({part.dtype for part in parts.values()}) > 1:
+            problems.append(f"{names[ours][0]} and the other tables differ in precision")
+        elif not wrong:
+            found[ours] = StoredTensor.join(list(parts.values()))
+    if problems:
+        raise UserError(f"'{where}': the tensors do not fit the settings: {listed(problems, '; ')}")
+    return found
 
 
 def num_parameters(settings: ModelSettings) -> int:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from bytelatent import device
 from bytelatent.cli import app, main
 from bytelatent.commands import bench
-from bytelatent.commands.bench import BYTES_A_WEIGHT
+from bytelatent.commands.bench import BYTES_PER_WEIGHT
 from bytelatent.model import PRESETS, preset
 from bytelatent.model.flops import costs, training_flops
 from bytelatent.training.profiling import measure
@@ -28,12 +28,10 @@ from tests.model.tiny import tiny_blt_settings
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two calls are timed, and rates are known."""
 
-    def seconds_of(*given: Any, **_: Any) -> float:
-        return measure.seconds_of(*given[:2], times=2, warm=1)
-
-    monkeypatch.setattr(bench, "seconds_of", seconds_of)
-    monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype: 5e10)
-    monkeypatch.setattr(bench, "copy_rate", lambda device: 8e9)
+    measured = measure.seconds_of
+    monkeypatch.setattr(measure, "seconds_of", lambda *given, **_: measured(*given[:2], times=2, warm=1))
+    monkeypatch.setattr(measure, "matrix_rate", lambda device, dtype: 5e10)
+    monkeypatch.setattr(measure, "copy_rate", lambda device: 8e9)
 
 
 def measured(*arguments: str) -> dict[str, Any]:
@@ -68,7 +66,7 @@ def test_a_demo_on_a_cpu() -> None:
         assert sum(share["share"] for share in shares.values()) == pytest.approx(1)
         assert shares["products"]["share"] > 0.1
         assert all(share["seconds"] > 0 for share in shares.values()), shares
-        assert shares["optimizer and clipping"]["needed"] == pytest.approx(moved * BYTES_A_WEIGHT / 8e9)
+        assert shares["optimizer and clipping"]["needed"] == pytest.approx(moved * BYTES_PER_WEIGHT / 8e9)
         assert shares["rest"]["share"] < 0.3
 
 
@@ -120,7 +118,7 @@ def test_the_table_of_a_byte_lm() -> None:
 def test_the_widest_table_fits_a_terminal() -> None:
     row = bench.Speed("rows", 1_048_576, "gradients", 12.3456, 1_234_567, 274_348, 1.111, 1.111, 140 * 2**30)
     output = io.StringIO()
-    Console(file=output, width=80).print(bench._speeds("", [row]))
+    Console(file=output, width=80).print(bench._speeds(None, [row]))
     shown = output.getvalue()
     for word in ("1,048,576", "gradients", "12,345.6", "1,234,567", "274,348", "111.1%", "140", "patches/s"):
         assert word in shown

@@ -274,7 +274,8 @@ def test_the_count_of_corrupted_rows_goes_on(tmp_path: Path) -> None:
         next(loader)
         resumed = Loader(data, 0)
         resumed.load_state_dict(tensors_to_arrays(arrays_to_tensors(loader.state_dict())))
-        assert resumed.sources[0].bad_rows == loader.sources[0].bad_rows
+        found, expected = ((s.bad_epoch, s.bad_rows.count) for s in (resumed.sources[0], loader.sources[0]))
+        assert found == expected
         expected = loader.sources[0].state_dict()
         state = resumed.sources[0].state_dict()
         assert state == expected

@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -24,16 +25,16 @@ INF = math.inf
 HERE = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 MANY = settings(max_examples=200)
 
-SAMPLINGS = st.builds(
-    Sampling,
-    temperature=st.sampled_from([0, 1e-3, 0.5, 1, 2]),
-    top_k=st.sampled_from([None, 1, 2, 5, 300]),
-    top_p=st.sampled_from([None, 1e-6, 0.3, 0.6, 0.95, 1]),
-    min_p=st.sampled_from([None, 0, 0.11, 0.6, 1]),
-    repetition_penalty=st.sampled_from([1, 0.7, 1.5]),
-    seed=st.integers(-(1 << 63), (1 << 64) - 1),
-    valid_utf8=st.booleans(),
-)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.sampled_from([0, 1e-3, 0.5, 1, 2]),
+    "top_k": st.sampled_from([None, 1, 2, 5, 300]),
+    "top_p": st.sampled_from([None, 1e-6, 0.3, 0.6, 0.95, 1]),
+    "min_p": st.sampled_from([None, 0, 0.11, 0.6, 1]),
+    "repetition_penalty": st.sampled_from([1, 0.7, 1.5]),
+    "seed": st.integers(-(1 << 63), (1 << 64) - 1),
+    "valid_utf8": st.booleans(),
+}
+SAMPLINGS = st.builds(Sampling, **VALUES)
 PROMPTS = st.one_of(
     st.binary(max_size=5),
     st.text(max_size=3).map(str.encode),
@@ -603,14 +604,13 @@ def test_every_setting_has_a_value_that_is_accepted_and_one_that_is_refused() ->
 
 
 def test_every_setting_reaches_the_slots_and_the_device() -> None:
-    """What the kernel's draw did not read would be ignored in silence on a GPU."""
+    """The kernel has a parameter for each, and reads it."""
     assert set(module.OPTIONS) | module.BY_ENGINE == set(Sampling.model_fields)
-    assert set(module.OPTIONS) <= set(device_sampling.SAMPLING_FIELDS)
-    parameters = re.search(r"def draw_kernel\(\s*logits_ptr,([^)]*?)position_ptr", inspect.getsource(device_sampling))
-    assert parameters is not None
-    assert parameters[1].count("_ptr") == len(device_sampling.SAMPLING_FIELDS)
-    with pytest.raises(NotImplementedError, match="draw_kernel does not know the sampling settings min_p"):
-        device_sampling.check_sampling_fields(tuple({*device_sampling.SAMPLING_FIELDS, "is_special"} - {"min_p"}))
+    assert set(module.OPTIONS) == set(VALUES), "a setting is tried among all others"
+    source = inspect.getsource(device_sampling).partition("def draw_kernel(")[2]
+    for field in fields(SamplingSlots):
+        if field.name not in device_sampling.PLAIN_FIELDS:
+            assert len(re.findall(rf"\b{field.name}_ptr\b", source)) > 1, field.name
     slots = SamplingSlots.empty(1, "cpu")
     slots.put(0, Sampling(**ACCEPTED), torch.tensor([1]), 5)
     for name, option in module.OPTIONS.items():
@@ -618,3 +618,17 @@ def test_every_setting_reaches_the_slots_and_the_device() -> None:
         assert held.dtype == option.dtype
         assert held.item() == pytest.approx(ACCEPTED[name])
         assert held.item() != option.neutral
+
+
+@pytest.mark.parametrize("name", module.OPTIONS)
+def test_every_setting_changes_what_is_drawn(name: str) -> None:
+    """Even alone; and its place among the others is described."""
+    logits, text = 2 * torch.randn(50, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)), bytes(range(0, 256, 2))
+    drawn = []
+    for values in ({"temperature": 1.0}, {"temperature": 1.0, name: ACCEPTED[name]}):
+        slots = one_row(Sampling(**values), text)
+        found = [slots.draw(row[None])[0] for row in logits]
+        drawn.append(torch.cat(found).tolist())
+    assert drawn[0] != drawn[1]
+    order = (Sampling.__doc__ or "").partition("In this order:")[2].partition(".")[0]
+    assert name == "seed" or f"`{name}`" in order

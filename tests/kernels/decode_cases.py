@@ -55,6 +55,7 @@ from bytelatent.kernels.skinny_linear import (
 )
 from bytelatent.model.ngram_hash import PRIMES
 from bytelatent.patching import PatchSettings
+from bytelatent.vocab import VOCAB_SIZE
 
 Errors = dict[str, float]
 
@@ -292,6 +293,27 @@ def deciding(
     return errors
 
 
+def deciding_on_every_id(chosen: dict[str, Any]) -> Errors:
+    """Whether a patch starts after each id, with entropies of any size."""
+    patching, size = PatchSettings(**chosen), VOCAB_SIZE
+    flags = Flags.empty(size, 1, DEVICE)
+    flags.ids.copy_(torch.arange(size))
+    flags.reads.fill_(True)
+    state = SimpleNamespace(
+        position=torch.randint(1, 7, [size]),
+        tail=torch.cat([torch.randint(0, size, [size, 3]), torch.arange(size)[:, None]], dim=1),
+        previous_entropy=torch.rand(size) * 5,
+        since_start=torch.randint(0, 5, [size]),
+    )
+    lm_logits = 8 * torch.rand(size, 1) * torch.randn(size, size) if patching.needs_entropies else None
+    theirs, their_flags = on_cpu(state), on_cpu(flags)
+    decide(lm_logits, patching, state, flags)
+    with torch.device("cpu"):
+        plain_decide(None if lm_logits is None else lm_logits.cpu(), patching, theirs, their_flags)
+    found, expected = {**vars(state), "wants": flags.wants}, {**vars(theirs), "wants": their_flags.wants}
+    return {name: difference(part.cpu(), expected[name]) for name, part in found.items()}
+
+
 def keeping(rows: int, closing: list[int], keys: int, heads: int, head_dim: int, layers: int) -> Errors:
     kv = torch.randn(len(closing) * keys, layers * 2 * heads * head_dim)
     tables = torch.randn(2, layers, rows, keys, heads, head_dim)
@@ -313,6 +335,7 @@ CASES = {
     "gathering": gathering,
     "embedding": embedding,
     "deciding": deciding,
+    "deciding_on_every_id": deciding_on_every_id,
     "keeping": keeping,
     "gating": gating,
 }

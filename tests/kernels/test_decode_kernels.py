@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bytelatent.inference.sampling import OPTIONS
 from bytelatent.kernels.decode_attention import launch_for_attention, plain_decode_attention
 from bytelatent.kernels.decode_cross_attention import (
     plain_append_patch_byte,
@@ -26,7 +27,10 @@ from bytelatent.model.attention import attend, build_mask
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
+from bytelatent.patching import MODES
+from tests.inference.test_sampling import ACCEPTED
 from tests.kernels.interpreter import interpreted
+from tests.patching.conftest import PATCHINGS
 
 pytest.importorskip("triton")
 
@@ -229,7 +233,8 @@ def test_splits_only_where_heads_are_few_and_keys_many() -> None:
 
 
 def test_decisions() -> None:
-    """Drawing, patch starts, and who may close a patch, of every kind of sampling and patching mode."""
+    """Drawing, patch starts, and who may close a patch, of every sampling setting and patching mode."""
+    alone = [{"temperature": 1.0, "seed": 5, name: value} for name, value in ACCEPTED.items() if name in OPTIONS]
     every = [
         {"temperature": 1.0, "seed": 1},
         {"temperature": 0.0},
@@ -247,7 +252,13 @@ def test_decisions() -> None:
             {"rows": 4, "max_closing": 4, "chosen": {"mode": "space"}, "sampling": every},
             {"rows": 3, "max_closing": 1, "chosen": {"mode": "static", "patch_size": 2}},
             {"rows": 3, "max_closing": 2, "chosen": {"mode": "byte"}},
+            {"rows": len(alone), "max_closing": 2, "chosen": {"mode": "byte"}, "sampling": alone},
         ],
         keeping=[{"rows": 4, "closing": [2, -1, 0], "keys": 3, "heads": 2, "head_dim": 8, "layers": 2}],
+        deciding_on_every_id=[
+            {"chosen": {**values, "max_patch_length": 3}}
+            for values in PATCHINGS.values()
+            if not MODES[values["mode"]].on_host
+        ],
         gating=[{"rows": 3, "columns": 700}],
     )

@@ -1,5 +1,6 @@
 import inspect
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -8,12 +9,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from bytelatent.commands.patch import PatchingModes, mode_names
+from bytelatent.data import Patcher, patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference.step import patching as device_patching
 from bytelatent.inference.step.patching import KERNEL_DECISIONS, kernel_decision
-from bytelatent.patching import MODES, SHORT_NAMES, PatchSettings, PatchState, next_starts, patch_lengths, step
+from bytelatent.patching import MODES, PatchSettings, PatchState, next_starts, patch_lengths, step
 from bytelatent.patching.modes import ModeName
+from bytelatent.weights import Config, save
+from tests.model.tiny import tiny_byte_lm
 from tests.patching import slow
+from tests.patching.conftest import PATCHINGS
 from tests.patching.streams import Document, documents, packed, tensors
 
 
@@ -147,20 +153,6 @@ def test_numbers_that_do_not_belong_together_are_refused(values: dict[str, objec
         PatchSettings.model_validate(values)
 
 
-def test_every_mode_has_a_short_name() -> None:
-    arguments = {"THRESHOLD": "1.5", "PATCH_SIZE": "4", "TOKENIZER": "t.json"}
-    for shown in SHORT_NAMES:
-        short, _, argument = shown.partition(":")
-        found = PatchSettings.named(f"{short}:{arguments[argument]}" if argument else short)
-        assert found is not None, shown
-        assert found.name in (short, f"{short}:{arguments.get(argument)}") or found.monotonicity
-    assert PatchSettings.named("monotonic:0.2") == PatchSettings(threshold=0.2, monotonicity=True)
-    for wrong in ("spice", "entropy", "entropy:high", "static", "static:4.5", "byte:2", "bpe:", ""):
-        assert PatchSettings.named(wrong) is None
-    with pytest.raises(UserError, match="static:0: patch_size"):
-        PatchSettings.named("static:0")
-
-
 def test_every_mode_is_decided_on_the_device_or_explicitly_on_the_host() -> None:
     """A mode that the kernel does not know would never start a patch, or start it elsewhere."""
     assert set(get_args(ModeName)) == set(MODES)
@@ -174,3 +166,28 @@ def test_every_mode_is_decided_on_the_device_or_explicitly_on_the_host() -> None
     assert [name for name in KERNEL_DECISIONS if f"MODE == {name.upper()}:" not in source] == []
     with pytest.raises(UserError, match="mode 'bpe' is not decided on the device"):
         kernel_decision(PatchSettings(mode="bpe", tokenizer="a.json"))
+
+
+def test_every_decision_has_a_case() -> None:
+    """Each is then compared with `slow.py`, step with batch, and the kernel with its plain form."""
+    cases = [PatchSettings.parse({"tokenizer": "a.json", **v} if v["mode"] == "bpe" else v) for v in PATCHINGS.values()]
+    decided = {(case.mode, case.decision) for case in cases}
+    assert decided == {(mode, name) for mode, its in MODES.items() for name in its.decisions or [""]}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_has_a_name_in_blt_patch(mode: ModeName, tmp_path: Path, tokenizers: dict[str, str]) -> None:
+    """Made of the table: the mode alone, or with the setting that the table names."""
+    text, setting = "The old man\nwent down. " * 3, MODES[mode].named_by
+    values: dict[str, Any] = {"tokenizer": tokenizers["byte_level"]} if mode == "bpe" else {}
+    values |= next(values for values in PATCHINGS.values() if values["mode"] == mode)
+    name = f"{mode}:{values[setting]}" if setting else mode
+    byte_lm = tiny_byte_lm()
+    save(tmp_path, byte_lm, Config(model=byte_lm.settings, context=40))
+    patching = PatchSettings.parse(values)
+    patcher = Patcher(patching, byte_lm if patching.needs_entropies else None)
+    shown = PatchingModes(str(tmp_path)).patched([name], text)
+    assert [patch.start for patch in shown[name]] == [patch.start for patch in patches_of(text.encode(), patcher)]
+    assert (f"{mode}:{setting.upper()}" if setting else f" {mode},") in mode_names()
+    with pytest.raises(UserError, match=r"no mode|is not a folder"):
+        PatchingModes("absent").patched([mode if setting else f"{mode}:3"], text)

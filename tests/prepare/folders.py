@@ -9,7 +9,7 @@ from bytelatent.prepare.plan import WorkFolder
 from bytelatent.prepare.run import _plan
 from bytelatent.prepare.scatter import scatter
 from bytelatent.prepare.shuffle import plan_outputs
-from bytelatent.prepare.write import finish, gather, make_room
+from bytelatent.prepare.write import finish, gather
 from bytelatent.vocab import to_bytes
 
 
@@ -44,7 +44,6 @@ def made_here(out: Path, *source: Path | str, **settings: Any) -> Path:
     for task in range(len(work.plan.tasks)):
         scatter(work, task, lambda count: None)
     plan_outputs(work)
-    make_room(work)
     for rank in range(3):
         gather(work, rank, 3, lambda count: None)
     finish(work)

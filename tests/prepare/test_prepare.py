@@ -9,8 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
-from bytelatent.prepare import PrepareSettings, plan, prepare, verify
-from bytelatent.prepare import rows as reading
+from bytelatent.prepare import PrepareSettings, executors, plan, prepare, scatter, verify
 from tests.prepare.folders import lines, made, made_here, manifest, outputs, rows, texts
 from tests.text.text_files import KINDS, write
 
@@ -80,7 +79,7 @@ def test_units_and_blocks_divide_a_file_without_loss(
     (folder / "a.jsonl").write_bytes(b"\n".join(wanted) + b"\n" * newline)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "UNIT_BYTES", unit)
-        patch.setattr(reading, "READ_BYTES", read)
+        patch.setattr(scatter, "READ_BYTES", read)
         out = made_here(folder / "out", folder / "a.jsonl")
     assert sorted(lines(out)) == sorted(line + b"\n" for line in wanted)
 
@@ -91,13 +90,13 @@ def test_the_output_depends_on_neither_workers_nor_memory(tmp_path: Path, monkey
     (tmp_path / "a.jsonl").write_bytes(b"".join(rows(2000)))
     write(tmp_path / "b.jsonl.zst", DOCUMENTS)
     whole = outputs(made(tmp_path / "whole", tmp_path, chunks=5, name="n", workers=1))
-    monkeypatch.setattr(reading, "READ_BYTES", 700)
-    monkeypatch.setattr(plan, "MAX_RUN_BYTES", 9000)
-    monkeypatch.setattr(plan, "MAX_RANGE_BYTES", 6000)
+    monkeypatch.setattr(scatter, "READ_BYTES", 700)
+    monkeypatch.setattr(executors, "MAX_RUN_BYTES", 9000)
+    monkeypatch.setattr(executors, "MAX_RANGE_BYTES", 6000)
     source = [tmp_path / "a.jsonl", tmp_path / "b.jsonl.zst"]
     assert outputs(made(tmp_path / "two", *source, chunks=5, name="n", workers=2)) == whole
-    monkeypatch.setattr(plan, "BINS_IN_RANGE", 0.1)  # no bin fits: every document is read where it stands
-    monkeypatch.setattr(plan, "MAX_RANGE_BYTES", 2000)
+    monkeypatch.setattr(executors, "BINS_IN_RANGE", 0.1)  # no bin fits: every document is read where it stands
+    monkeypatch.setattr(executors, "MAX_RANGE_BYTES", 2000)
     assert outputs(made_here(tmp_path / "little", *source, chunks=5, name="n")) == whole
     assert outputs(made_here(tmp_path / "other", *source, chunks=5, name="n", seed=7)) != whole
 
@@ -222,11 +221,11 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_the_least_memory_named_is_enough() -> None:
     with pytest.raises(UserError, match="the least is") as caught:
-        plan.divide_memory(0.2, 2, own_bytes=100_000_000)
+        executors.divide_memory(0.2, 2, own_bytes=100_000_000)
     least = float(str(caught.value).split("the least is ")[1].split(",")[0])
-    assert plan.divide_memory(least, 2, own_bytes=100_000_000).workers == 2
+    assert executors.divide_memory(least, 2, own_bytes=100_000_000).workers == 2
     with pytest.raises(UserError):
-        plan.divide_memory(least - 0.02, 2, own_bytes=100_000_000)
+        executors.divide_memory(least - 0.02, 2, own_bytes=100_000_000)
 
 
 def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:

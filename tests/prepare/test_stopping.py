@@ -25,13 +25,14 @@ import os, sys, time
 from functools import partial
 from pathlib import Path
 from bytelatent.errors import guarded
-from bytelatent.prepare import PrepareSettings, disk, plan, prepare, rows, scatter, write
-plan.UNIT_BYTES, plan.TASK_BYTES, rows.READ_BYTES, scatter.SLICE_BYTES = 4000, 9000, 700, 300
-plan.MAX_RUN_BYTES, plan.MAX_RANGE_BYTES = 8000, 5000
-write_all, write_past_cache, pause = disk.write_all, disk.write_past_cache, float(sys.argv[3])
+from bytelatent.prepare import PrepareSettings, executors, plan, prepare, scatter, shuffle, write
+plan.UNIT_BYTES, plan.TASK_BYTES, scatter.READ_BYTES, shuffle.SLICE_BYTES = 4000, 9000, 700, 300
+executors.MAX_RUN_BYTES, executors.MAX_RANGE_BYTES = 8000, 5000
+pause, runs = float(sys.argv[3]), scatter.RunWriter
 def slow(call):
     return lambda *arguments: (time.sleep(pause), call(*arguments))
-scatter.write_all, write.write_past_cache = slow(write_all), slow(write_past_cache)
+runs.flush, runs.finish, runs._write_index = slow(runs.flush), slow(runs.finish), slow(runs._write_index)
+write.write_past_cache = slow(write.write_past_cache)
 settings = PrepareSettings(source=[sys.argv[1]], out=Path(sys.argv[2]), workers=2, chunks=7, dedup=len(sys.argv) > 4)
 guarded(lambda: prepare(settings))
 """

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelatent.report.amounts import finite
-from bytelatent.report.characters import LOST, characters, visible
+from bytelatent.report.text import LOST, characters, finite, visible
 from tests.report.report_texts import patched
 
 

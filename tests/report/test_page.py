@@ -7,7 +7,7 @@ import pytest
 
 from bytelatent.errors import UserError
 from bytelatent.report import RunReport, write_patches_page, write_report
-from bytelatent.report.page_figures import STRIP_HEIGHT, curve_points, entropy_strip
+from bytelatent.report.figures import STRIP_HEIGHT, curve_points, entropy_strip
 from tests.report.report_texts import Page, patched
 
 TEXT = 'Ça va? <script>alert("x")</script> & 😀\n\tété\x00'
@@ -124,7 +124,7 @@ def test_strip_is_as_tall_as_the_entropies() -> None:
     tops = [float(y) for path in strip.bars for y in re.findall(r"V([\d.]+)h", path)]
     assert tops == [0, STRIP_HEIGHT / 2, STRIP_HEIGHT]
     assert strip.threshold == STRIP_HEIGHT * 3 / 4
-    assert [label.text for label in strip.labels] == ["a", "b", "c"]
+    assert [label for _, label in strip.labels] == ["a", "b", "c"]
 
 
 def test_summary_as_people_read_it(report_html: str) -> None:

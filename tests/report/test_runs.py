@@ -12,8 +12,7 @@ from bytelatent.config import flat
 from bytelatent.errors import UserError
 from bytelatent.model.flops import costs
 from bytelatent.report import compare_runs, write_runs_figure
-from bytelatent.report.figure_files import _curves
-from bytelatent.report.page_figures import curve_points
+from bytelatent.report.figures import _curves, curve_points
 from bytelatent.report.runs import _print, find_runs
 from bytelatent.training import read_metrics, train
 from tests.training.tiny_runs import BLT, BYTE_LM, byte_lm_run, settings, write_text

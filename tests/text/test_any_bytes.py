@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
 from bytelatent.prepare.plan import find_inputs, units_of
-from bytelatent.prepare.rows import BadRowRecord, LineReader
+from bytelatent.prepare.scatter import BadRowRecord, LineReader
 from bytelatent.terminal import safe
 from bytelatent.text import BadRows, ReadOptions, read_documents
-from bytelatent.text.bad_rows import MAX_LINE
+from bytelatent.text.documents import MAX_LINE
 from bytelatent.text.formats import kind_of
 from tests.text.every_reader import evaluated, trained_on
 from tests.text.text_files import logged

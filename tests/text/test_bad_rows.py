@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
 from bytelatent.text import BadRow, BadRows
-from bytelatent.text.bad_rows import MAX_LINE, RowTooLong, forget_logged, short
+from bytelatent.text.documents import MAX_LINE, RowTooLong, forget_logged, short
 from tests.text.text_files import logged
 
 

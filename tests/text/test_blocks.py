@@ -4,14 +4,13 @@ import random
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
 from bytelatent.text import BadRow, DocumentBlock, open_blocks, read_documents, readers, tables
-from tests.text.text_files import KINDS, write
+from tests.text.text_files import KINDS, TABLES, write
 
 LONG = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -58,11 +57,12 @@ def test_blocks_hold_each_document_once(
     assert reader.read(0) is not None
 
 
-def test_row_groups_that_no_block_divides(tmp_path: Path) -> None:
-    texts = [f"text {i}" for i in range(23)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=7)
-    assert [len(block) for block in in_blocks(tmp_path / "a.parquet")] == [3, 3, 1, 3, 3, 1, 3, 3, 1, 2]
-    assert [len(block) for block in in_blocks(tmp_path / "a.parquet", [2, 8, 1])] == [3, 1, 1]
+@pytest.mark.parametrize("name", TABLES)
+def test_row_groups_that_no_block_divides(name: str, tmp_path: Path) -> None:
+    file = tmp_path / f"a.{name}"
+    TABLES[name](file, pa.table({"text": [f"text {i}" for i in range(23)]}), 7)
+    assert [len(block) for block in in_blocks(file)] == [3, 3, 1, 3, 3, 1, 3, 3, 1, 2]
+    assert [len(block) for block in in_blocks(file, [2, 8, 1])] == [3, 1, 1]
 
 
 def test_a_line_longer_than_blocks(tmp_path: Path) -> None:
@@ -102,37 +102,42 @@ def test_corrupted_lines_are_named_and_the_others_read(kind: str, forward: bool,
         list(read_documents(str(file)))
 
 
-def test_a_null_among_texts(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a", None, "b", "c"]}), tmp_path / "a.parquet")
-    block = open_blocks(str(tmp_path / "a.parquet")).read(0)
+@pytest.mark.parametrize("name", TABLES)
+def test_a_null_among_texts(name: str, tmp_path: Path) -> None:
+    TABLES[name](tmp_path / f"a.{name}", pa.table({"text": ["a", None, "b", "c"]}), 4)
+    block = open_blocks(str(tmp_path / f"a.{name}")).read(0)
     assert block is not None
     assert [row for row, _ in block.documents] == [0, 2]
     assert [str(error) for error in block.bad_rows] == [
-        f"data: '{tmp_path}/a.parquet' row 1 has no text under 'text'; its columns: text"
+        f"data: '{tmp_path}/a.{name}' row 1 has no text under 'text'; its columns: text"
     ]
 
 
-def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+@pytest.mark.parametrize("name", TABLES)
+def test_a_column_of_numbers_is_no_text(name: str, tmp_path: Path) -> None:
+    TABLES[name](tmp_path / f"a.{name}", pa.table({"text": [1, 2]}), 2)
     with pytest.raises(BadRow, match="holds no text in column 'text' but int64"):
-        open_blocks(str(tmp_path / "a.parquet")).read(0)
+        open_blocks(str(tmp_path / f"a.{name}")).read(0)
 
 
-def test_columns_of_other_meaning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TABLES)
+def test_columns_of_other_meaning(name: str, tmp_path: Path) -> None:
     """`starts` of somebody else are left alone; `entropies` that are none are an error."""
-    pq.write_table(pa.table({"text": ["ab", "c"], "starts": [7, 8], "id": [3, None]}), tmp_path / "a.parquet")
-    found = [document for _, document in read_documents(str(tmp_path / "a.parquet"))]
+    one, other = tmp_path / f"a.{name}", tmp_path / f"b.{name}"
+    TABLES[name](one, pa.table({"text": ["ab", "c"], "starts": [7, 8], "id": [3, None]}), 2)
+    found = [document for _, document in read_documents(str(one))]
     assert [(document.text, document.id, document.starts) for document in found] == [
         (b"ab", "3", None),
         (b"c", None, None),
     ]
-    pq.write_table(pa.table({"text": ["ab"], "entropies": ["high"]}), tmp_path / "b.parquet")
+    TABLES[name](other, pa.table({"text": ["ab"], "entropies": ["high"]}), 1)
     with pytest.raises(UserError, match="holds in column 'entropies' no lists of floats but string"):
-        list(read_documents(str(tmp_path / "b.parquet")))
+        list(read_documents(str(other)))
 
 
-def test_a_cut_parquet_file_is_corrupted(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", [f"text {i} {i * 7919}".encode() for i in range(400)])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_cut_table_is_corrupted(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path / f"a.{name}", [f"text {i} {i * 7919}".encode() for i in range(400)])
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(BadRow, match="is not a whole"):
         in_blocks(file)

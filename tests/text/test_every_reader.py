@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from bytelatent.errors import UserError
@@ -19,7 +18,7 @@ from bytelatent.model import ByteLM
 from bytelatent.text import MAX_ROW_BYTES
 from tests.model.tiny import tiny_byte_lm
 from tests.text.every_reader import READERS, with_entropies
-from tests.text.text_files import jsonl
+from tests.text.text_files import TABLES, jsonl
 
 CASES = Path(__file__).parent / "cases"
 TEXTS = ["one", "zwei \u00e9 \U0001f600 \u2028", 'a\nb\r\n\x00\\"c', "a b c", "x"]
@@ -43,9 +42,9 @@ def file(name: str, data: bytes) -> Callable[[Path], Path]:
     return make
 
 
-def table(name: str, columns: dict[str, Any]) -> Callable[[Path], Path]:
+def table(name: str, columns: dict[str, Any], format: str = "") -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
-        pq.write_table(pa.table(columns), folder / name, row_group_size=3)
+        TABLES[format or name.partition(".")[2]](folder / name, pa.table(columns), 3)
         return folder / name
 
     return make
@@ -80,14 +79,6 @@ SOURCES: dict[str, tuple[Callable[[Path], Path], list[bytes]]] = {
     "an array in gz": (file("a.json.gz", gzip.compress(MARK + ARRAY)), [text.encode() for text in TEXTS]),
     "an array on a line": (file("a.json", json.dumps(json.loads(ARRAY)).encode()), [text.encode() for text in TEXTS]),
     "objects of several lines": (file("a.json", b'{\n"text": "a"\n}\n{\n"text": "b\xff"\n}'), [b"a", b"b\xff"]),
-    "parquet": (table("a.parquet", {"text": pa.array(BYTES, pa.binary())}), BYTES),
-    "Parquet without an ending": (table("a", {"text": TEXTS}), [text.encode() for text in TEXTS]),
-    "a dictionary": (
-        table("a.parquet", {"text": pa.array(TEXTS).dictionary_encode()}),
-        [text.encode() for text in TEXTS],
-    ),
-    "odd columns": (table("a.parquet", {**ODD, "text": TEXTS, "id": ODD["n"]}), [text.encode() for text in TEXTS]),
-    "large strings": (table("a.parquet", {"text": pa.array(TEXTS, pa.large_string())}), [t.encode() for t in TEXTS]),
     "text": (file("a.txt", MARK + "caf\u00e9".encode("latin-1")), [b"caf\xe9"]),
     "text without an ending": (file("README", b"read me"), [b"read me"]),
     "text in xz": (file("a.md.xz", lzma.compress(b"read me")), [b"read me"]),
@@ -108,6 +99,18 @@ SOURCES: dict[str, tuple[Callable[[Path], Path], list[bytes]]] = {
     "entnan.jsonl": (case("entnan.jsonl"), [b"ab"]),
     "a number of entropies": (file("a.jsonl", b'{"text":"a","entropies":3.2}\n'), [b"a"]),
 }
+
+COLUMNS: dict[str, dict[str, Any]] = {
+    "strings": {"text": TEXTS},
+    "a dictionary": {"text": pa.array(TEXTS).dictionary_encode()},
+    "odd columns": {**ODD, "text": TEXTS, "id": ODD["n"]},
+    "large strings": {"text": pa.array(TEXTS, pa.large_string())},
+}
+for format in TABLES:
+    texts = [text.encode() for text in TEXTS]
+    SOURCES[format] = table(f"a.{format}", {"text": pa.array(BYTES, pa.binary())}), BYTES
+    SOURCES[f"{format} without an ending"] = table("a", COLUMNS["strings"], format), texts
+    SOURCES |= {f"{name} in {format}": (table(f"a.{format}", columns), texts) for name, columns in COLUMNS.items()}
 
 READ_BY_CALIBRATION = {"entnan.jsonl", "a number of entropies"}  # where entropies are read, these are bad rows
 
@@ -173,14 +176,14 @@ def test_another_key(tmp_path: Path, byte_lm: ByteLM) -> None:
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "folder"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", *(f"a.{name}" for name in TABLES), "folder"])
 def test_rows_that_are_too_long(name: str, compressed: bool, tmp_path: Path, byte_lm: ByteLM) -> None:
     texts = [b"first", b"x" * 2000, b"third", b"y" * 3000, b"z"]
     source = tmp_path / "in" / name
     source.parent.mkdir()
     pack = gzip.compress if compressed else bytes
-    if name == "a.parquet":
-        pq.write_table(pa.table({"text": texts}), source)
+    if writer := TABLES.get(source.suffix[1:]):
+        writer(source, pa.table({"text": texts}), len(texts))
     elif name == "folder":
         source.mkdir()
         for number, text in enumerate(texts):

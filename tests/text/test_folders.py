@@ -8,7 +8,7 @@ import pytest
 
 from bytelatent.errors import UserError
 from bytelatent.text import find_files
-from bytelatent.text.bad_rows import MAX_LINE
+from bytelatent.text.documents import MAX_LINE
 from tests.text.test_every_reader import folder_of_everything
 from tests.text.text_files import logged
 

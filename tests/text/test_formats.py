@@ -8,13 +8,13 @@ import pytest
 from bytelatent.commands.generate import GenerateSettings, _rows
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM
-from bytelatent.text import MAX_ROW_BYTES, BadRow, ReadOptions, find_files, open_blocks, read_documents
-from bytelatent.text.formats import FORMATS, JSONL, TEXT, is_named_as_text, kind_of, open_rows, without_suffix
-from bytelatent.text.readers import FullRowReader
+from bytelatent.text import MAX_ROW_BYTES, BadRow, BlockReader, ReadOptions, find_files, open_blocks, read_documents
+from bytelatent.text.formats import BINARY, FORMATS, JSONL, TEXT, is_named_as_text, kind_of, without_suffix
 from bytelatent.text.streams import COMPRESSIONS
 from tests.model.tiny import tiny_byte_lm
 from tests.text.every_reader import READERS, with_entropies
 from tests.text.test_every_reader import SOURCES
+from tests.text.text_files import TABLES
 
 REFUSED = {  # of each format: a file of which no document can be read
     "lines": ("a.jsonl", b"{broken\n", "line 1 is not JSON"),
@@ -39,6 +39,7 @@ def test_every_format_has_cases(tmp_path: Path) -> None:
         found.add(format_of_case(kind, folder))
     assert found >= FORMATS.keys()
     assert REFUSED.keys() == FORMATS.keys()
+    assert TABLES.keys() == {name for name, format in FORMATS.items() if format.magic}, "a writer for text_files.TABLES"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,12 @@ def test_a_format_is_complete(name: str, tmp_path: Path) -> None:
     assert found.title
     assert found.expansion >= 1
     assert found.suffixes or found is TEXT
-    assert found is JSONL or hasattr(found.reader, "rows"), "blt prepare reads whole rows"
+    assert not found.magic or not any(found.magic.startswith(magic) for magic in BINARY), (
+        "BINARY lists what is not read"
+    )
+    for method in ("count", "read", "rows"):
+        of_its_own = getattr(found.reader, method) is not getattr(BlockReader, method)
+        assert of_its_own or (found, method) == (JSONL, "rows"), f"{found.reader.__name__}.{method}"
     for suffix in found.suffixes:
         assert is_named_as_text(f"a{suffix}") == found.suffix_decides
         assert without_suffix(f"a{suffix}") == without_suffix(f"a{suffix.upper()}").lower() == "a"
@@ -83,8 +89,7 @@ def test_rows_are_whole(tmp_path: Path) -> None:
         source, documents = SOURCES[kind][0](folder), SOURCES[kind][1]
         if not source.is_file() or kind_of(str(source)).format is JSONL:
             continue
-        assert isinstance(open_blocks(str(source)), FullRowReader)
-        rows = list(open_rows(str(source), ReadOptions(stored=False)))
+        rows = list(open_blocks(str(source), ReadOptions(stored=False)).rows())
         assert [row["text"] for row in rows if not isinstance(row, BadRow)] == documents, kind
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
 from bytelatent.text import BadRow, read_documents, stored
-from bytelatent.text.stored import Stored, StoredWriter, pack_starts, read_stored, unpack_starts
+from bytelatent.text.stored import Stored, pack_starts, read_stored, stored_writer, unpack_starts
 
 PATCHING = {"mode": "entropy", "threshold": 1.5}
 ENTROPIES = Stored(byte_lm="0123456789abcdef", window=512, context=8192, dtype="bfloat16")
@@ -32,7 +32,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(path: Path, about: Stored, texts: list[bytes], values: list[np.ndarray]) -> Path:
-    with StoredWriter(path, about) as file:
+    with stored_writer(path, about) as file:
         for number, (text, row) in enumerate(zip(texts, values, strict=True)):
             file.add(f"doc {number}", text, row)
     return path
@@ -162,7 +162,7 @@ def test_no_parquet_at_all(tmp_path: Path) -> None:
 
 def test_an_error_leaves_nothing(tmp_path: Path, small_groups: None) -> None:
     def fail() -> None:
-        with StoredWriter(tmp_path / "a.parquet", ENTROPIES) as file:
+        with stored_writer(tmp_path / "a.parquet", ENTROPIES) as file:
             for text in [b"text"] * 5:
                 file.add("1", text, random_entropies([text])[0])
             assert [place.name for place in tmp_path.iterdir()] != ["a.parquet"]
@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match=r"a\.parquet' cannot be written"),
-        StoredWriter(tmp_path / "file" / "a.parquet", ENTROPIES),
+        stored_writer(tmp_path / "file" / "a.parquet", ENTROPIES),
     ):
         pass
 

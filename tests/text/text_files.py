@@ -3,16 +3,21 @@
 import gzip
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bytelatent.text.bad_rows import forget_logged
+from bytelatent.text.documents import forget_logged
 
-KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
+# A writer of each binary format: a path, an Arrow table, and the rows of a group. Cases of all of them follow from it.
+TABLES: dict[str, Callable[[Path, Any, int], None]] = {
+    "parquet": lambda path, table, rows: pq.write_table(table, path, row_group_size=rows),
+}
+KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", *TABLES]
 
 
 @contextmanager
@@ -42,8 +47,9 @@ def jsonl(documents: Sequence[bytes], key: str = "text") -> bytes:
 def write(path: Path, documents: Sequence[bytes], key: str = "text") -> Path:
     """Write documents as the name's ending says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.name.endswith(".parquet"):
-        pq.write_table(pa.table({"id": range(len(documents)), key: pa.array(documents, pa.binary())}), path)
+    if writer := TABLES.get(path.suffix[1:]):
+        table = pa.table({"id": range(len(documents)), key: pa.array(documents, pa.binary())})
+        writer(path, table, max(len(documents), 1))
     elif path.name.endswith(".zst"):
         with pa.CompressedOutputStream(str(path), "zstd") as file:
             file.write(jsonl(documents, key))

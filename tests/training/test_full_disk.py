@@ -31,7 +31,7 @@ from tests.training.tiny_runs import (
     write_text,
 )
 
-FILLED = {"model": (manager, "write_native"), "state": (FileSystemWriter, "write_data"), "rest": (torch, "save")}
+FILLED = {"model": (manager.NATIVE, "write"), "state": (FileSystemWriter, "write_data"), "rest": (torch, "save")}
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: int) -> None:

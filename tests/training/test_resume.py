@@ -52,14 +52,14 @@ if place == "step":
         return inner(model, batch)
     loop.cross_entropy = cross_entropy
 else:
-    inner_write = manager.write_native
+    inner_write = manager.NATIVE.write
     calls = []
     def write(folder, model):
         inner_write(folder, model)
         calls.append(1)
         if len(calls) == at:
             die()
-    manager.write_native = write
+    manager.NATIVE.write = write
 train.main(sys.argv[3:])
 """
 

@@ -21,7 +21,7 @@ from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.weights import Config, load, open_pretrained
-from bytelatent.weights.hugging_face_config import read_model
+from bytelatent.weights.hugging_face import read_model
 from tests.model.tiny import make, tiny_blt, tiny_blt_settings, tiny_byte_lm
 
 transformers_logging.set_verbosity_error()
@@ -268,9 +268,9 @@ def test_they_pool_again_after_each_encoder_layer(tmp_path: Path) -> None:
 
 
 def their_name(name: str) -> str:
-    from bytelatent.weights.hugging_face import NAMES
+    from bytelatent.weights.native import HUGGING_FACE, names_in
 
-    [theirs] = NAMES._theirs(name, tiny_blt_settings())
+    [theirs] = names_in(HUGGING_FACE, tiny_blt_settings())[name]
     return theirs.replace("local_encoder.cross_attn_layers.0", "local_encoder.cross_attn_layers.1")
 
 
@@ -336,7 +336,7 @@ def test_older_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["", "patcher_config", "encoder_config", "decoder_config", "global_config"])
 def test_defaults_are_those_of_transformers(part: str) -> None:
-    from bytelatent.weights.hugging_face_config import DEFAULTS
+    from bytelatent.weights.hugging_face import DEFAULTS
 
     values = BltConfig().to_dict()
     for key, value in DEFAULTS[part].items():
@@ -403,17 +403,17 @@ def test_refused_by_name(key: str, value: Any, message: str, tmp_path: Path) -> 
         (
             {"encoder": StackSettings(dim=16, num_layers=1, num_heads=2, window=8, multiple_of=8)},
             None,
-            r"hf: encoder.window 8 and decoder.window 6 must be the same",
+            r"hf: .* one local_attention_window_len for encoder.window, decoder.window, .* differ \(\[8, 6\]\)",
         ),
         (
             {"encoder": StackSettings(dim=16, num_layers=1, num_heads=4, window=6, multiple_of=8)},
             None,
-            r"hf: cross_attention has 2 heads \(2 of keys and values\) and encoder 4 \(4\)",
+            r"hf: .* one encoder_config.num_attention_heads for .*, cross_attention.num_heads, .* differ \(\[4, 2\]\)",
         ),
         (
             {"decoder": StackSettings(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, window=6, multiple_of=8)},
             None,
-            r"and decoder 2 \(1\)",
+            r"one decoder_config.num_key_value_heads for .*, cross_attention.kv_heads, .* differ \(\[1, 2\]\)",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from bytelatent import BLT
 from bytelatent.errors import UserError
 from bytelatent.patching import Calibration
 from bytelatent.weights import FORMATS, Origin, convert, open_pretrained
-from bytelatent.weights.model_card import copy_legal_files, stated_licence
+from bytelatent.weights.side_files import legal_files, stated_licence
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{','.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(9)
@@ -64,10 +64,8 @@ def test_legal_files(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / "a" / name).write_text(name)
     (tmp_path / "a" / "LICENSE.gone").symlink_to("nowhere")
-    (tmp_path / "b").mkdir()
-    copy_legal_files(tmp_path / "a", tmp_path / "b")
-    copied = {file.name: file.read_text() for file in (tmp_path / "b").iterdir()}
-    assert copied == {name: name for name in names - {"README.md", "config.json"}}
+    found = {file.name: file.read_text() for file in legal_files(tmp_path / "a")}
+    assert found == {name: name for name in names - {"README.md", "config.json"}}
 
 
 def head_of(folder: Path) -> dict[str, object]:

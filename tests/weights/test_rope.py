@@ -64,9 +64,9 @@ def test_read_as_transformers_reads_it(part: str, values: dict[str, Any], tmp_pa
         ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'"),
         ({"rope_parameters": {**DEFAULT, "rope_type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type is 'yarn'"),
-        ({"rope_scaling": {**DEFAULT, "rope_theta": 7.0}, "rope_parameters": DEFAULT}, "rope_scaling says 7.0"),
-        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": DEFAULT}, "rope_parameters says 100.0"),
-        ({"rope_parameters": DEFAULT, "rope_theta": 7.0}, "rope_theta says 7.0"),
+        ({"rope_scaling": {**DEFAULT, "rope_theta": 7.0}, "rope_parameters": DEFAULT}, "rope_scaling = 7.0"),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": DEFAULT}, "rope_parameters = 100.0"),
+        ({"rope_parameters": DEFAULT, "rope_theta": 7.0}, "rope_theta = 7.0"),
         ({"rope_parameters": {"full_attention": DEFAULT}}, "rope_parameters.full_attention"),
         ({"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor"),
         ({"rope_scaling": [2.0]}, r"rope_scaling is \[2.0\]"),
@@ -76,7 +76,7 @@ def test_read_as_transformers_reads_it(part: str, values: dict[str, Any], tmp_pa
 def test_refused_by_name(part: str, values: dict[str, Any], key: str, tmp_path: Path) -> None:
     write_theirs(tmp_path)
     set_rope(tmp_path, part, **values)
-    if not part and "says" in key:  # transformers reads no theta at the top
+    if not part and " = " in key:  # transformers reads no theta at the top
         assert load(tmp_path).byte_lm is not None
         return
     with pytest.raises(UserError, match=(f"{part}_config." if part else "") + key) as caught:

@@ -18,7 +18,7 @@ from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import Calibration, PatchSettings
 from bytelatent.weights import Config, Origin, convert, load, open_pretrained, save
-from bytelatent.weights import safetensors_io as tensors
+from bytelatent.weights.native import WeightsFormat
 from tests.model.tiny import blt_settings, byte_lm_settings, make, tiny_blt_settings, tiny_byte_lm
 
 EXAMPLES = settings(max_examples=25, deadline=None)
@@ -237,7 +237,7 @@ def test_precisions_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
 def test_shards_come_back_as_one_and_the_other_way_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published().write(tmp_path / "first")
     whole = open_pretrained(tmp_path / "first")
-    monkeypatch.setattr(tensors.write_weights, "__defaults__", (9_000, *(tensors.write_weights.__defaults__ or ())[1:]))
+    monkeypatch.setattr(WeightsFormat, "shard_bytes", 9_000)
     for format in ("native", "hf"):
         convert(whole, tmp_path / format, format)
         assert len(list((tmp_path / format).glob("model-*-of-*.safetensors"))) > 2

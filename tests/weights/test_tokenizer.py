@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from bytelatent.weights.hugging_face import _letters, write_tokenizer
+from bytelatent.weights.side_files import _letters, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -17,26 +17,12 @@ from bytelatent.vocab import EOS, OFFSET
 
 # Shapes: B slots, C slots whose patch closes, V vocabulary
 
-# What `draw_kernel` takes of `SamplingSlots`, in the order of its parameters
-SAMPLING_FIELDS = (
-    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "drawn", "seen", "valid_utf8", "utf8"),
-    *("remaining", "utf8_after", "needed", "needed_after"),
-)
-PLAIN_SAMPLING_FIELDS = ("is_special",)  # only the plain form reads them; the kernel compares ids
+PLAIN_FIELDS = {"is_special"}  # of `SamplingSlots`: the kernel compares ids instead, and has a parameter for each other
 
 FAR = tl.constexpr(1e30)
 GOLDEN = tl.constexpr(-7046029254386353131)  # 0x9E3779B97F4A7C15
 MIX_1 = tl.constexpr(-4658895280553007687)  # 0xBF58476D1CE4E5B9
 MIX_2 = tl.constexpr(-7723592293110705685)  # 0x94D049BB133111EB
-
-
-def check_sampling_fields(known: tuple[str, ...] = SAMPLING_FIELDS + PLAIN_SAMPLING_FIELDS) -> None:
-    """Refuse sampling settings that the kernel does not know: it would silently ignore them."""
-    if unknown := [field.name for field in fields(SamplingSlots) if field.name not in known]:
-        raise NotImplementedError(f"draw_kernel does not know the sampling settings {', '.join(unknown)}")
-
-
-check_sampling_fields()
 
 
 @dataclass
@@ -92,9 +78,9 @@ def draw(
     assert logits_BV.is_contiguous(), "logits are not contiguous"
     draw_kernel[(logits_BV.shape[0],)](
         logits_BV,
-        *(getattr(sampling, name) for name in SAMPLING_FIELDS),
         *(position, expected, flags.is_active, flags.is_waiting),
         *(flags.drawn, flags.log_probability, flags.ids, flags.reads, flags.slot, flags.at),
+        **{f"{name}_ptr": part for name, part in vars(sampling).items() if name not in PLAIN_FIELDS},
         V=logits_BV.shape[1],
         PADDED=power_of_two(logits_BV.shape[1]),
         EOS=EOS,
@@ -163,10 +149,10 @@ def candidates(
 
 @triton.jit
 def draw_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, seed_ptr, count_ptr, seen_ptr, valid_ptr,
-    utf8_ptr, remaining_ptr, utf8_after_ptr, needed_ptr, needed_after_ptr, position_ptr, expected_ptr, active_ptr,
-    waiting_ptr, drawn_ptr, log_probability_ptr, ids_ptr, reads_ptr, slot_ptr, at_ptr, V: tl.constexpr,
-    PADDED: tl.constexpr, EOS: tl.constexpr, OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
+    logits_ptr, position_ptr, expected_ptr, active_ptr, waiting_ptr, drawn_id_ptr, log_probability_ptr, ids_ptr,
+    reads_ptr, slot_ptr, at_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, repetition_penalty_ptr, seed_ptr,
+    drawn_ptr, seen_ptr, valid_utf8_ptr, utf8_ptr, remaining_ptr, utf8_after_ptr, needed_ptr, needed_after_ptr,
+    V: tl.constexpr, PADDED: tl.constexpr, EOS: tl.constexpr, OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     v = tl.arange(0, PADDED)
@@ -178,10 +164,10 @@ def draw_kernel(
     highest = tl.max(plain, 0)
     normaliser = highest + tl.log(tl.sum(tl.exp(plain - highest), 0))
 
-    utf8, valid = tl.load(utf8_ptr + b), tl.load(valid_ptr + b) != 0
+    utf8, valid = tl.load(utf8_ptr + b), tl.load(valid_utf8_ptr + b) != 0
     remaining = tl.load(remaining_ptr + b)
     room = tl.maximum(remaining, tl.maximum(tl.load(needed_ptr + utf8), 1))
-    penalty = tl.load(penalty_ptr + b).to(tl.float64)
+    penalty = tl.load(repetition_penalty_ptr + b).to(tl.float64)
     logit = candidates(v, logits_ptr, seen_ptr, needed_after_ptr, penalty, valid, utf8, room, V, EOS, OFFSET)
     top = tl.max(logit, 0)
     temperature = tl.load(temperature_ptr + b).to(tl.float64)
@@ -213,7 +199,7 @@ def draw_kernel(
     min_p = tl.load(min_p_ptr + b).to(tl.float64)
     weight = tl.where((relative >= min_p) | (v == first), weight, 0)
 
-    count = tl.load(count_ptr + b)
+    count = tl.load(drawn_ptr + b)
     number = shifted(mixed(mixed(tl.load(seed_ptr + b)) + (count + 1) * GOLDEN), 40)
     point = (number * tl.sum(weight, 0)) >> 24
     drawn = tl.sum((tl.cumsum(weight, 0) <= point).to(tl.int32), 0).to(tl.int64)
@@ -227,12 +213,12 @@ def draw_kernel(
     left = remaining - 1
     ends = draws & ((drawn == EOS) | (left <= 0))
     reads = draws & (drawn != EOS) & (left > 0)
-    tl.store(count_ptr + b, count + 1, mask=draws)
+    tl.store(drawn_ptr + b, count + 1, mask=draws)
     tl.store(remaining_ptr + b, left, mask=draws)
     tl.store(utf8_ptr + b, tl.load(utf8_after_ptr + utf8 * V + drawn), mask=draws)
     tl.store(seen_ptr + drawn, 1, mask=draws & (drawn >= OFFSET))
     tl.store(active_ptr + b, 0, mask=ends)
-    tl.store(drawn_ptr + b, tl.where(draws, drawn, -1))
+    tl.store(drawn_id_ptr + b, tl.where(draws, drawn, -1))
     tl.store(log_probability_ptr + b, log_probability)
     tl.store(ids_ptr + b, drawn)
     tl.store(reads_ptr + b, reads)

@@ -38,9 +38,7 @@ from bytelatent.training.distributed.fsdp import free_gathered_weights, full_ten
 from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.optimizer import Optimizers
 from bytelatent.training.schedule import Schedule
-from bytelatent.weights import Config, StoredModel
-from bytelatent.weights.native import write_native
-from bytelatent.weights.safetensors_io import StoredTensor
+from bytelatent.weights import NATIVE, Config, StoredModel, StoredTensor
 
 log = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -286,7 +284,7 @@ class CheckpointManager:
             torch.save(content.progress, folder / "progress.pt")
         if content.model is not None:
             tensors = {name: StoredTensor.of(value) for name, value in content.model.items()}
-            write_native(folder, StoredModel(self.config, tensors, None, "in memory", "memory"))
+            NATIVE.write(folder, StoredModel(self.config, tensors, None, "in memory", "memory"))
         self.should_stop()  # raises the KeyboardInterrupt that torch.save may have swallowed
         if self.ranks.world_size == 1:
             return {}

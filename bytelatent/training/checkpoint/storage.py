@@ -22,8 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.optimizer import Optimizers, each
-from bytelatent.weights import Config, StoredModel
-from bytelatent.weights.safetensors_io import StoredTensor
+from bytelatent.weights import Config, StoredModel, StoredTensor
 
 CONFIG = "config.json"
 

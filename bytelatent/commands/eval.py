@@ -13,16 +13,15 @@ from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
 from bytelatent.progress import Progress
 from bytelatent.terminal import print_json, print_line
-from bytelatent.text import MAX_ROW_BYTES, BadRows, find_files
-from bytelatent.text.bad_rows import MAX_BAD_ROWS, must_have_read
-from bytelatent.text.formats import FileKind, kind_of
+from bytelatent.text import BadRows, find_files
+from bytelatent.text.documents import must_have_read
+from bytelatent.text.formats import kind_of
 from bytelatent.text.streams import size_of
 from bytelatent.weights import load
 
 
 def run(settings: EvaluateSettings) -> None:
-    given = settings.model_dump(exclude={"as_json"})
-    result = evaluate_model(**given)
+    result = evaluate_model(settings)
     if settings.as_json:
         print_json(result)
     else:
@@ -31,22 +30,8 @@ def run(settings: EvaluateSettings) -> None:
     must_have_read(result["unread"])
 
 
-def evaluate_model(
-    model: str,
-    text: list[str],
-    entropy_model: str | None,
-    max_bytes: int | None,
-    device: str,
-    text_key: str = "text",
-    max_bad_rows: int = MAX_BAD_ROWS,
-    max_row_bytes: int = MAX_ROW_BYTES,
-) -> dict[str, Any]:
+def evaluate_model(settings: EvaluateSettings) -> dict[str, Any]:
     """Evaluate a BLT or a byte LM.
-
-    Args:
-        text_key: the key or column that holds the text.
-        max_bad_rows: bad rows and files that are passed over; one more is an error.
-        max_row_bytes: a longer row is a bad one.
 
     Returns:
         The result, with the number of `bad_rows` and the files that are `unread`, of which nothing could be read.
@@ -54,25 +39,24 @@ def evaluate_model(
     Raises:
         UserError: the model or the text is not there, or there are too many bad rows.
     """
-    place = choose_device(device)
-    found = load(model, entropy_model, device=place)
+    model, max_bytes = settings.model, settings.max_bytes
+    found = load(model, settings.entropy_model, device=choose_device(settings.device))
     patcher = None
     if found.config.patching is not None:
         if found.config.patching.needs_entropies and found.byte_lm is None:
             raise UserError(f"eval: the patches of '{model}' need a byte LM; name it with --entropy-model")
         # In float32, however it is stored: the same patches as those of `BLT`.
         patcher = Patcher(found.config.patching, found.byte_lm.to(torch.float32) if found.byte_lm else None)
-    sources = [SourceSettings.parse({"path": path, "text_key": text_key}) for path in text]
-    bad = BadRows(max_bad_rows)
+    sources = [SourceSettings.parse({"path": path, "text_key": settings.text_key}) for path in settings.text]
     files = [file for source in sources for file in find_files(source.path)]
-    context = found.config.context
-    size = max(context, 4096)
-    batches = batches_once(sources, context, size, patcher, max_bytes, bad_rows=bad, max_row_bytes=max_row_bytes)
+    bad, context = BadRows(settings.max_bad_rows), found.config.context
+    limits = {"bad_rows": bad, "max_row_bytes": settings.max_row_bytes}
+    batches = batches_once(sources, context, max(context, 4096), patcher, max_bytes, **limits)
     with Progress("measuring", _about_bytes(files, max_bytes), about=True) as progress:
         try:
             result = evaluate(found.model, batches, on_batch=progress.advance)
         except UserError:
-            bad.must_have_read()  # names a file, where the other says that there was no text
+            must_have_read(bad.unread)  # names a file, where the other reports that there was no text
             raise
     if not math.isfinite(result.bits_per_byte):
         raise UserError(f"eval: '{model}' gives {result.bits_per_byte} bits per byte; its weights are corrupt")
@@ -80,16 +64,16 @@ def evaluate_model(
 
 
 def _about_bytes(files: list[str], max_bytes: int | None) -> int | None:
-    """About how much text there is to read, for the time left; None where the files do not say.
+    """About how much text there is to read, for the time left; None where a file's size is not known.
 
     Text is taken to be as large as the files that hold it, and compressed to a third.
     """
+    size = 0
     try:
-        size = sum(size_of(file) * (3 if _is_compressed(kind_of(file)) else 1) for file in files)
+        for file in files:
+            kind = kind_of(file)
+            is_compressed = kind.compression is not None or (kind.format is not None and not kind.format.compressible)
+            size += size_of(file) * (3 if is_compressed else 1)
     except (OSError, UserError):
         return max_bytes
     return size if max_bytes is None else min(size, max_bytes)
-
-
-def _is_compressed(kind: FileKind) -> bool:
-    return kind.compression is not None or (kind.format is not None and not kind.format.compressible)
