@@ -52,8 +52,7 @@ class BLT:
         model: the network.
         patching: the patching settings.
         entropy_model: the byte LM for the entropies; None if the patching mode needs none.
-        context: context of the training, in ids. Texts of any length are used whole; `bits_per_byte` splits longer ones
-            into pieces of this size, as training does.
+        context: context of the training, in ids; `bits_per_byte` splits longer texts into pieces of this size.
         quantize: `int8` or `fp8` if the network's large matrices are quantized, else `full`.
         draft_length: speculative decoding: bytes per decode step at most; 1: no drafts.
     """
@@ -102,10 +101,8 @@ class BLT:
             revision: a branch, a tag or a commit of the repository.
             token: a user's key for the hub; default: HF_TOKEN, or the key of `hf auth login`.
             local_files_only: use earlier downloads, and do not connect to the hub.
-            quantize: `int8` or `fp8` quantizes the large matrices after loading; on a GPU they take less memory and
-                generation is faster.
-            draft_length: speculative decoding of up to this many bytes per step: the local models draft all but the
-                first, and the whole model verifies them. The text stays the same; 1: no drafts.
+            quantize: `int8` or `fp8` quantizes the large matrices: less memory, and faster generation on a GPU.
+            draft_length: speculative decoding: bytes per step at most. The text stays the same; 1: no drafts.
 
         Raises:
             UserError: there is no BLT at `source`, it is incomplete or not supported, or cannot be quantized this way.
@@ -230,8 +227,7 @@ class BLT:
 
         Args:
             max_new_bytes: largest number of new bytes; the model may end the text earlier.
-            samples: number of continuations of each prompt, which is read once for all of them; the result then is a
-                list for each prompt.
+            samples: number of continuations of each prompt; the result then is a list for each prompt.
             sampling: fields of `Sampling`, such as `temperature` (0.8; 0 takes the most likely byte), `top_p`, `seed`
                 (0) and `stop` (texts that end it).
 
