@@ -279,7 +279,7 @@ def test_what_holds_something_is_not_replaced(model: Path, tmp_path: Path) -> No
 def test_prompts_that_stand_where_rows_would_wait_are_left_whole(tmp_path: Path) -> None:
     rows = tmp_path / "out.part"
     rows.write_text('{"prompt": "a"}\n{"prompt": "b"}')  # the last line without its end
-    with pytest.raises(UserError, match=r"^out: '.*out.part' is in the way, and there is no '.*out.part.settings' beside"):
+    with pytest.raises(UserError, match=r"^out: '.*out.part' is in the way, and there is no '.*out.part.settings'"):
         run(model="absent", jsonl=str(rows), out=tmp_path / "out")
     assert rows.read_text() == '{"prompt": "a"}\n{"prompt": "b"}'
     assert names(tmp_path) == {"out.part"}
