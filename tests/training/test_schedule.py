@@ -116,7 +116,7 @@ def test_a_clock_that_jitters_makes_no_leaps(clock: Any) -> None:
     assert falling[-1] == pytest.approx(MINIMUM, rel=0.05)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("end", "longer"), [({"steps": 80}, {"steps": 200}), ({"minutes": 1}, {"minutes": 3})])
 def test_a_finished_run_that_is_extended_stays_at_its_minimum(
     schedule: str, end: dict[str, Any], longer: dict[str, Any]
@@ -172,7 +172,7 @@ def test_a_decay_begins_in_a_running_run() -> None:
     assert falling == pytest.approx([PEAK - (PEAK - MINIMUM) * (n + 1) / 25 for n in range(25)])
 
 
-@pytest.mark.parametrize(("before", "after"), [("cosine", "wsd"), ("wsd", "cosine")])
+@pytest.mark.parametrize(("before", "after"), itertools.permutations(SCHEDULES, 2))
 def test_another_schedule_in_a_running_run_goes_on_from_the_rate_that_is(before: str, after: str) -> None:
     state = Schedule()
     first = rates(run_by({"schedule": before}, steps=100), itertools.repeat(0.5), state, stop_after=90)
@@ -310,6 +310,9 @@ def rates_under_own_clocks(values: dict[str, Any]) -> list[float]:
 def test_the_table_of_schedules_is_complete() -> None:
     """Each schedule has its name, its form and its line in the docs of the settings."""
     assert set(SCHEDULES) == set(get_args(ScheduleName))
+    of_all = {"lr", "schedule", "warmup_steps", "final_lr_ratio"}
+    of_some = {name for form in SCHEDULES.values() for name in form.settings}
+    assert of_all | of_some == ScheduleSettings.model_fields.keys(), "a setting of one schedule is in its row"
     for name, form in SCHEDULES.items():
         assert f"`{name}`" in (ScheduleSettings.__doc__ or "")
         assert set(form.settings) <= ScheduleSettings.model_fields.keys()
