@@ -57,7 +57,7 @@ def store(text: str, folder: Path, max_bytes: int) -> PatchSettings:
     ids, position = torch.full([len(sample)], 100), torch.arange(len(sample))
     threshold = calibrate(ids, sample, position, PATCH_BYTES).threshold
     patching = PatchSettings(mode="entropy", threshold=threshold)
-    starts = ORIGIN.model_copy(update={"rule": patching.plain()})
+    starts = ORIGIN.model_copy(update={"patching": patching.plain()})
     names = (folder / "entropies.parquet", folder / "starts.parquet")
     with stored_writer(names[0], ORIGIN) as first, stored_writer(names[1], starts) as second:
         for number, document in enumerate(documents(text, max_bytes)):

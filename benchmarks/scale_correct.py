@@ -306,7 +306,7 @@ def store(text: Path | None, out: Path, steps: int, tiny: bool) -> Path:
             for _, document in read_documents(file, "text"):
                 yield document.text
 
-    about = Stored(byte_lm="none", context=8192, dtype="float32", rule=PATCHING.plain())
+    about = Stored(byte_lm="none", context=8192, dtype="float32", patching=PATCHING.plain())
     written = 0
     with stored_writer(out, about) as writer:
         for number, document in enumerate(documents()):

@@ -27,10 +27,9 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
-from bytelatent.training.checks import check_optimizer
+from bytelatent.training.checks import check_float8, check_optimizer, check_processes
 from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks
-from bytelatent.training.float8 import check_float8
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.measure import DOCUMENT, PROFILED_CALLS, num_patches, random_batch, wait_for
@@ -107,7 +106,8 @@ def plan_of(name: str, settings: TrainSettings, ranks: Ranks, device: torch.devi
     if name == "hybrid" and ranks.world_size < 4:
         raise UserError(f"hybrid is for four processes and more; there are {ranks.world_size}")
     if name == "alone" or ranks.world_size > 1 or settings.parallel.tensor > 1:
-        return make_plan(settings.parallel, settings.model, ranks, device)
+        check_processes(settings.parallel, ranks.world_size)
+        return make_plan(settings.parallel, ranks, device)
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(device.type, (1, 1, 1), mesh_dim_names=("replicate", "shard", "tensor"))

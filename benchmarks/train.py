@@ -43,11 +43,9 @@ from bytelatent.model.flops import training_flops
 from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
 from bytelatent.text import Document
-from bytelatent.training.distributed.plan import apply_activation_checkpointing
-from bytelatent.training.distributed.settings import ActivationCheckpointing
-from bytelatent.training.float8 import Float8, to_float8
+from bytelatent.training.distributed.plan import apply_activation_checkpointing, to_float8
 from bytelatent.training.gradients import clip
-from bytelatent.training.optimizer import OptimizerSettings, build_optimizer
+from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
     PATCH_BYTES,
@@ -59,6 +57,7 @@ from bytelatent.training.profiling.measure import (
     random_batch,
     seconds_of,
 )
+from bytelatent.training.settings import ActivationCheckpointing, Float8, OptimizerSettings
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
 RECOMPUTED = 65_536  # bytes from which `step` computes blocks again

@@ -133,6 +133,20 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
+def json_if_any(path: Path) -> Any:
+    """What a JSON file holds; None if it is missing or corrupt."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_whole_json(path: Path, values: Any, indent: int | None = None) -> None:
+    """A JSON file that appears whole or not at all."""
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(values, indent=indent), encoding="utf-8")
+
+
 def partial_path(path: Path) -> Path:
     """Where `growing_file` writes until the file is finished."""
     return path.with_name(f"{path.name}.part")
@@ -229,7 +243,7 @@ def find_corruption(folder: Path, ending: str = "", part: int = 0, parts: int = 
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
+        return f"{MANIFEST} is corrupt"
     except OSError as error:
         return str(error.strerror)
     return None

@@ -13,8 +13,8 @@ from bytelatent.cli import VERBS, app
 from bytelatent.inference import Sampling
 from bytelatent.patching import MODES, PatchSettings
 from bytelatent.text.formats import FORMATS as TEXT_FORMATS
-from bytelatent.training.schedule import SCHEDULES
-from bytelatent.training.settings import TrainSettings
+from bytelatent.training.optimizer import SCHEDULES
+from bytelatent.training.settings import OF_ONE_SCHEDULE, TrainSettings
 from bytelatent.weights.pretrained import FORMATS as WEIGHTS_FORMATS
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ LISTED: dict[str, tuple[str, Collection[str]]] = {  # a page, and what stands in
     "schedules as a setting": ("docs/settings.md", SCHEDULES),
     "settings of schedules": (
         "docs/train.md",
-        [f"optimizer.{name}" for its in SCHEDULES.values() for name in its.settings],
+        [f"optimizer.{name}" for names in OF_ONE_SCHEDULE.values() for name in names],
     ),
     "formats of weights": ("docs/weights.md", WEIGHTS_FORMATS),
     "patching modes as a setting": ("", MODES),

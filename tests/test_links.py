@@ -17,7 +17,7 @@ from bytelatent.files import growing_file, only_writer, partial_path, whole_file
 from bytelatent.patching import PatchSettings
 from bytelatent.prepare.plan import TaskFiles
 from bytelatent.prepare.scatter import RunWriter
-from bytelatent.training.trackers import JsonLines
+from bytelatent.training.metrics import JsonLines
 from bytelatent.weights import Config, convert, open_pretrained, save
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 

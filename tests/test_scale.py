@@ -11,7 +11,7 @@ import torch
 from bytelatent.errors import UserError
 from bytelatent.model import build
 from bytelatent.model.flops import costs
-from bytelatent.training.distributed.fsdp import fsdp_groups
+from bytelatent.training.distributed.plan import fsdp_groups
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_trace import Communication, communication

@@ -18,11 +18,10 @@ from bytelatent.log import Console
 from bytelatent.model import BLTSettings, ModelSettings, preset
 from bytelatent.model.flops import costs, training_flops
 from bytelatent.terminal import print_json, print_line
-from bytelatent.training.checks import check_cuda_graph
-from bytelatent.training.float8 import check_float8
-from bytelatent.training.optimizer import OptimizerSettings
+from bytelatent.training.checks import check_cuda_graph, check_float8
 from bytelatent.training.profiling import measure
 from bytelatent.training.profiling.measure import DOCUMENT, PATCH_BYTES, SyntheticTraining, TrainingSetup
+from bytelatent.training.settings import OptimizerSettings
 
 LOGGER = logging.getLogger(__name__)
 SIZES = {"cuda": [16_384, 65_536], "mps": [4096, 16_384], "cpu": [2048, 8192]}

@@ -5,13 +5,12 @@ from pathlib import Path
 from bytelatent.commands.settings import CalibrateSettings
 from bytelatent.credentials import masked
 from bytelatent.data import DataSettings
-from bytelatent.device import choose_device
+from bytelatent.device import choose_device, choose_dtype
 from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_bytes_by_threshold
-from bytelatent.progress import Progress
 from bytelatent.report import figure_format, write_threshold_figure
 from bytelatent.terminal import print_line
 from bytelatent.text import MAX_ROW_BYTES, BadRows
-from bytelatent.text.documents import MAX_BAD_ROWS, must_have_read
+from bytelatent.text.documents import MAX_BAD_ROWS, forget_logged, must_have_read
 from bytelatent.training import sample_entropies
 from bytelatent.weights import load_byte_lm_and_context
 
@@ -52,6 +51,7 @@ def calibrate_text(
         UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or the figure's ending is
             not known.
     """
+    forget_logged()
     place = choose_device(device)  # before anything is read
     if figure is not None:
         figure_format(figure)
@@ -61,18 +61,17 @@ def calibrate_text(
     # In pieces as in its training, and as `blt entropies` reads it; entropies that are stored were computed so.
     byte_lm, context = (None, data.context) if model is None else load_byte_lm_and_context(model)
     bad = BadRows(data.max_bad_rows)
-    with Progress("calibrating", max_bytes) as progress:
-        sample = sample_entropies(
-            byte_lm,
-            data.train,
-            context,
-            patching,
-            max_bytes,
-            place,
-            bad_rows=bad,
-            max_row_bytes=data.max_row_bytes,
-            progress=progress,
-        )
+    sample = sample_entropies(
+        byte_lm,
+        data.train,
+        context,
+        patching,
+        max_bytes,
+        place,
+        choose_dtype("auto", place),
+        bad,
+        data.max_row_bytes,
+    )
     found = calibrate(sample.ids, sample.entropies, sample.position, patch_bytes, patching)
     if figure is not None:
         thresholds, sizes = patch_bytes_by_threshold(sample.ids, sample.entropies, sample.position, patching)

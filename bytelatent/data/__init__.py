@@ -1,6 +1,6 @@
 """Text into batches: documents, pieces, packing, the loader."""
 
-from bytelatent.data.loader import Loader, PrefetchLoader, batches_once
+from bytelatent.data.loader import Loader, PrefetchLoader, batches_once, held_out_batches
 from bytelatent.data.packing import Batch, Piece, cut, pack, stream_of, take
 from bytelatent.data.patcher import Patcher, StoredCheck, groups_of, patch_in_groups, patches_of
 from bytelatent.data.settings import DataSettings, SourceSettings
@@ -17,6 +17,7 @@ __all__ = [
     "batches_once",
     "cut",
     "groups_of",
+    "held_out_batches",
     "pack",
     "patch_in_groups",
     "patches_of",

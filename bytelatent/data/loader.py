@@ -297,6 +297,27 @@ def batches_once(
         yield pack(taken, batch_bytes, slots) if padded else pack(taken)
 
 
+def held_out_batches(
+    data: DataSettings, patcher: Patcher | None = None, max_bytes: int | None = None
+) -> Iterator[Batch]:
+    """The held-out text once, in batches of the shape of training's.
+
+    Args:
+        max_bytes: stop after about as much text.
+    """
+    return batches_once(
+        data.valid,
+        data.context,
+        data.batch_bytes,
+        patcher,
+        max_bytes,
+        data.batch_patches if patcher is not None else None,
+        padded=True,
+        bad_rows=BadRows(data.max_bad_rows, "data.max_bad_rows"),
+        max_row_bytes=data.max_row_bytes,
+    )
+
+
 def _documents_once(
     sources: list[SourceSettings], patcher: Patcher | None, bad_rows: BadRows | None, max_row_bytes: int
 ) -> Iterator[Document]:

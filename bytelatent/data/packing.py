@@ -65,7 +65,7 @@ class Batch:
     targets: Tensor  # [T] the id that follows each id; -100 for padding
     num_targets: int
     num_bytes: int  # targets that are bytes of text: all but EOS
-    num_patches: int  # patches that hold a byte; BOS stands alone and does not count
+    num_patches: int  # patches that hold a byte; BOS is a patch of its own, which does not count
 
     def to(self, device: torch.device | str) -> "Batch":
         targets = self.targets.to(device, non_blocking=True)

@@ -118,7 +118,7 @@ class StoredCheck:
             self._compare(stored, file, self.patcher)
             self._first = stored, file
         first, first_file = self._first
-        for name in ("byte_lm", "window", "dtype", "rule"):
+        for name in ("byte_lm", "window", "dtype", "patching"):
             here, there = getattr(stored, name), getattr(first, name)
             if here != there:
                 raise UserError(
@@ -137,10 +137,10 @@ class StoredCheck:
             raise UserError(
                 f"data: '{file}' holds entropies of a window of {stored.window} ids; entropy_model has {window}"
             )
-        if stored.rule is not None and (rule := PatchSettings.parse(stored.rule, file)) != patcher.settings:
+        if stored.patching is not None and (own := PatchSettings.parse(stored.patching, file)) != patcher.settings:
             raise UserError(
-                f"data: '{file}' holds the patch starts of another rule ({_shown(rule)}; patching is "
-                f"{_shown(patcher.settings)}); use that rule, or store entropies: blt entropies"
+                f"data: '{file}' holds the patch starts of other patching settings ({_shown(own)}; patching is "
+                f"{_shown(patcher.settings)}); use those, or store entropies: blt entropies"
             )
 
 

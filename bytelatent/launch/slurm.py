@@ -1,19 +1,23 @@
-"""SLURM: what its commands say about the cluster, and the batch script of a job."""
+"""The settings of a SLURM job, its batch script, and the commands of the cluster."""
 
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
+from pydantic import Field, field_validator, model_validator
+
+from bytelatent.config import Settings
 from bytelatent.errors import STOPPED, UserError, nearest
-from bytelatent.launch.settings import LaunchSettings, time_limit_seconds
 
 UNREACHABLE = re.compile("contact slurm controller|connect|communication|timed out", re.IGNORECASE)
 WARNED = 128 + 10  # exit code of a process that SIGUSR1 ended, because it did not handle the signal yet
+
+MASTER = '--master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"'
+SAME_NAMES = ("mem", "time", "partition", "account", "qos", "constraint", "exclude")  # of settings and of directives
 
 SCRIPT = """\
 #!/usr/bin/env bash
@@ -73,6 +77,124 @@ case $code in
 esac"""
 
 
+class LaunchSettings(Settings):
+    """A job.
+
+    Attributes:
+        script: module to run. It takes config=PATH.
+        config: configuration of the script: a file, or a name that `blt configs` lists.
+        name: name of the job. Default: the last part of --dump-dir.
+        dump_dir: folder of the job. Default: `run` of the config, else runs/NAME.
+        nodes: number of nodes.
+        ngpu: GPUs per node, with one process each. 0 uses the CPU. Default: all GPUs.
+        nproc: processes per node on the CPU, with --ngpu 0.
+        ncpu: CPU cores per process. Default: an even share.
+        mem: memory per node, such as 64G. 0 uses all of it.
+        time: time limit: minutes, 12:00:00 or 2-00:00:00.
+        partition: SLURM partition. `sinfo` lists them.
+        account: SLURM account to charge.
+        qos: SLURM quality of service.
+        constraint: features that the nodes must have, as for sbatch --constraint.
+        exclude: nodes to exclude.
+        launcher: how processes start: torchrun (one per node, by srun) or srun (one per process).
+        grace: seconds before the time limit at which the job receives the signal to save and stop.
+        requeue: requeue a job that was stopped. Default: for training only.
+        copy_code: run a copy of the present code.
+        override: overwrite an earlier launch that has no run.
+        dry_run: write all files, but do not submit the job.
+    """
+
+    script: str = "bytelatent.train"
+    config: str | None = None
+    name: str | None = Field(default=None, min_length=1)
+    dump_dir: str | None = Field(default=None, min_length=1)
+    nodes: int = Field(default=1, ge=1, le=10**5)
+    ngpu: int | None = Field(default=None, ge=0, le=1024)
+    nproc: int = Field(default=1, ge=1, le=1024)
+    ncpu: int | None = Field(default=None, ge=1, le=10**5)
+    mem: str | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    launcher: Literal["torchrun", "srun"] = "torchrun"
+    grace: int = Field(default=120, ge=1, le=10**6)
+    requeue: bool | None = None
+    copy_code: bool = True
+    override: bool = False
+    dry_run: bool = False
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError(f"{value!r} holds a line break or another character that a script cannot hold")
+        return value
+
+    @field_validator("script")
+    @classmethod
+    def _module(cls, script: str) -> str:
+        if not all(part.isidentifier() for part in script.split(".")):
+            raise ValueError(f"'{script}' is no module; write it as in script=bytelatent.train")
+        return script
+
+    @field_validator("mem")
+    @classmethod
+    def _memory(cls, mem: str | None) -> str | None:
+        if mem is not None and not re.fullmatch(r"\d+[KMGTkmgt]?B?", mem):
+            raise ValueError(f"'{mem}' is no memory; write 64G, or 0 for all of a node")
+        return mem
+
+    @field_validator("time")
+    @classmethod
+    def _limit(cls, time: str | None) -> str | None:
+        if time is not None:
+            time_limit_seconds(time)
+        return time
+
+    @field_validator("dump_dir")
+    @classmethod
+    def _path(cls, dump_dir: str | None) -> str | None:
+        # In the names of logs '%' and '\' mean something to SLURM, and ':' separates the folders of PYTHONPATH.
+        if dump_dir is not None and (wrong := next((c for c in "%\\:" if c in dump_dir), None)):
+            raise ValueError(f"'{dump_dir}' holds '{wrong}', which a job cannot have in its folder's name")
+        return dump_dir
+
+    @model_validator(mode="after")
+    def _processes(self) -> Self:
+        if self.nproc > 1 and self.ngpu != 0:
+            raise ValueError(f"nproc={self.nproc} is for CPUs; add ngpu=0, or leave it out: each GPU has a process")
+        return self
+
+    @property
+    def processes(self) -> int:
+        """Processes of a node."""
+        return self.ngpu or self.nproc
+
+
+def time_limit_seconds(time: str) -> int:
+    """A time limit in seconds.
+
+    Args:
+        time: in one of SLURM's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+
+    Raises:
+        ValueError: it has none of these forms, or is zero.
+    """
+    if not re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", time):
+        raise ValueError(f"'{time}' is no time limit; write minutes, 12:00:00 or 2-00:00:00")
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    # After days come hours; without days a single number is minutes, and two are minutes and seconds.
+    first = 3600 if dash or len(parts) == 3 else 60
+    seconds = 86400 * int(days or 0) + sum(part * first // 60**place for place, part in enumerate(parts))
+    if seconds == 0:
+        raise ValueError(f"'{time}' is no time at all; leave it out for the partition's own limit")
+    return seconds
+
+
 class SlurmNode(NamedTuple):
     """What a node of a partition has."""
 
@@ -82,11 +204,6 @@ class SlurmNode(NamedTuple):
 
 class SlurmUnreachable(UserError):
     """SLURM does not answer. A job that was submitted may have arrived all the same."""
-
-
-def is_installed() -> bool:
-    """Whether jobs can be submitted from this machine."""
-    return shutil.which("sbatch") is not None
 
 
 def largest_node(partition: str | None) -> SlurmNode | None:
@@ -99,19 +216,19 @@ def largest_node(partition: str | None) -> SlurmNode | None:
     if not rows:
         return None
     nodes: dict[str, list[SlurmNode]] = {}
-    default = None
+    wanted = partition.split(",") if partition is not None else []
     for name, cores, resources in (row.split("|", 2) for row in rows):
-        if name.endswith("*"):
-            default = name = name.removesuffix("*")
+        if partition is None and name.endswith("*"):  # the default
+            wanted = [name.removesuffix("*")]
         gpus = re.findall(r"\bgpu:(?:[^:,()]+:)?([0-9]+)", resources)
-        nodes.setdefault(name, []).append(SlurmNode(sum(map(int, gpus)), int(cores.removesuffix("+"))))
-    wanted = (partition or default or "").split(",")
-    if partition is not None and (unknown := [name for name in wanted if name not in nodes]):
+        node = SlurmNode(sum(map(int, gpus)), int(cores.removesuffix("+")))
+        nodes.setdefault(name.removesuffix("*"), []).append(node)
+    if unknown := [name for name in wanted if name not in nodes]:
         known = ", ".join(sorted(nodes))
         raise UserError(
             f"partition: the cluster has no '{unknown[0]}'{nearest(unknown[0], list(nodes))}; its partitions: {known}"
         )
-    found = [node for name in wanted for node in nodes.get(name, [])]
+    found = [node for name in wanted for node in nodes[name]]
     return min(found, key=lambda node: (-node.num_gpus, node.num_cores), default=None)
 
 
@@ -119,7 +236,7 @@ def submit(script: Path, environment: Mapping[str, str]) -> str:
     """Submit a batch script.
 
     Args:
-        environment: variables for the job beside this process's own; SLURM keeps them for a job that is requeued.
+        environment: more variables for the job; SLURM keeps them for a job that is requeued.
 
     Returns:
         The job's id.
@@ -140,7 +257,7 @@ def submit(script: Path, environment: Mapping[str, str]) -> str:
 
 
 def job_of(script: Path) -> str | None:
-    """The id of a pending or running job that was submitted with this batch script; None if there is none.
+    """The id of a pending or running job that was submitted with this batch script; None without one.
 
     Raises:
         SlurmUnreachable: SLURM does not answer.
@@ -182,23 +299,18 @@ def batch_script(settings: LaunchSettings, dump_dir: Path, here: Path, python: s
         environment.append(f"export OMP_NUM_THREADS={settings.ncpu}")
     worker = ["-m", "bytelatent.launch.worker", settings.script, argument]
     if settings.launcher == "srun":
-        tasks = settings.processes
         command = shlex.join([python, "-u", *worker])
     else:
-        tasks = 1
         command = shlex.join([python, "-m", "bytelatent.launch.torchrun"]) + f" --nproc-per-node={settings.processes} "
-        if settings.nodes == 1:
-            command += "--standalone"
-        else:
-            command += f'--nnodes={settings.nodes} --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"'
+        command += "--standalone" if settings.nodes == 1 else f"--nnodes={settings.nodes} {MASTER}"
         command += " \\\n  " + shlex.join(worker)
-    srun = f"srun --nodes={settings.nodes} --ntasks-per-node={tasks}"
-    if settings.ncpu is not None:
-        srun += f" --cpus-per-task={settings.ncpu * settings.processes // tasks}"
+    tasks = settings.processes if settings.launcher == "srun" else 1
+    cores = settings.ncpu and settings.ncpu * settings.processes // tasks
+    srun = f"srun --nodes={settings.nodes} --ntasks-per-node={tasks}" + (f" --cpus-per-task={cores}" if cores else "")
     # A process that fails ends the others, but only after they had time to save.
     srun += f" --kill-on-bad-exit=0 --wait={settings.grace} --label"
     return SCRIPT.format(
-        directives="\n".join(_directives(settings, dump_dir, tasks)),
+        directives="\n".join(_directives(settings, dump_dir, tasks, cores)),
         here=shlex.quote(str(here)),
         dump_dir=shlex.quote(str(dump_dir)),
         code=shlex.quote(str(code)),
@@ -209,7 +321,7 @@ def batch_script(settings: LaunchSettings, dump_dir: Path, here: Path, python: s
     )
 
 
-def _directives(settings: LaunchSettings, dump_dir: Path, tasks: int) -> list[str]:
+def _directives(settings: LaunchSettings, dump_dir: Path, tasks: int, cores: int | None) -> list[str]:
     grace = settings.grace
     if settings.time is not None:
         # Otherwise a short job would be asked to stop as it begins.
@@ -220,17 +332,10 @@ def _directives(settings: LaunchSettings, dump_dir: Path, tasks: int) -> list[st
         "open-mode": "append",
         "nodes": settings.nodes,
         "ntasks-per-node": tasks,
-        "cpus-per-task": settings.ncpu and settings.ncpu * settings.processes // tasks,
+        "cpus-per-task": cores,
         "gres": f"gpu:{settings.ngpu}" if settings.ngpu else None,
-        "mem": settings.mem,
-        "time": settings.time,
-        "partition": settings.partition,
-        "account": settings.account,
-        "qos": settings.qos,
-        "constraint": settings.constraint,
-        "exclude": settings.exclude,
-        "signal": f"B:USR1@{grace}",
     }
+    options |= {name: getattr(settings, name) for name in SAME_NAMES} | {"signal": f"B:USR1@{grace}"}
     lines = [f"#SBATCH --{name}={_quoted(str(value))}" for name, value in options.items() if value is not None]
     return [*lines, f"#SBATCH --{'requeue' if settings.requeue else 'no-requeue'}"]
 

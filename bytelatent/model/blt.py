@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model.attention import Mask
-from bytelatent.model.block import Stack, init_weights
+from bytelatent.model.block import Block, Stack, init_weights
+from bytelatent.model.byte_lm import ByteLM
 from bytelatent.model.ngram_hash import NgramHashEmbedding
-from bytelatent.model.patch_attention import DecoderCrossAttention, EncoderCrossAttention
-from bytelatent.model.settings import BLTSettings
+from bytelatent.model.patch_attention import CrossAttention, DecoderCrossAttention, EncoderCrossAttention
+from bytelatent.model.settings import BLTSettings, ByteLMSettings, ModelSettings
 from bytelatent.model.stream import PatchedStream, Stream
 from bytelatent.vocab import VOCAB_SIZE
 
@@ -207,3 +208,15 @@ class BLTModel(nn.Module):
             mask = self.global_transformer.stack.mask(batch.patch_document, batch.num_documents)
         patches_PG = self.global_transformer(patches_PKD, position, mask)
         return self.decoder(h_TD, patches_PG, batch, cache, at)
+
+
+def build(settings: ModelSettings) -> nn.Module:
+    """The model these settings describe, with fresh weights, on torch's default device."""
+    return ByteLM(settings) if isinstance(settings, ByteLMSettings) else BLTModel(settings)
+
+
+def compile_regions(model: nn.Module) -> None:
+    """Compile a model block by block: alike blocks share one graph, and masks are built outside of it."""
+    for part in model.modules():
+        if isinstance(part, Block | CrossAttention):
+            part.forward = torch.compile(part.forward)  # not `compile()`, which looks past a forward that was replaced

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.prepare.plan import PrepareSettings, WorkFolder, read_json, write_json
+from bytelatent.files import json_if_any, write_whole_json
+from bytelatent.prepare.plan import PrepareSettings, WorkFolder
 from bytelatent.prepare.scatter import scatter
 from bytelatent.prepare.shuffle import plan_outputs
 from bytelatent.prepare.write import finish, gather, range_parts
@@ -215,7 +216,7 @@ def run_on_slurm(settings: PrepareSettings, work: WorkFolder) -> None:
     from datatrove.utils.logging import logger, setup_default_logger
 
     saved, logs = work.folder / "jobs.json", work.folder / "logs"
-    if (jobs := read_json(saved)) is not None and _is_active(job := str(jobs["last"])):
+    if (jobs := json_if_any(saved)) is not None and _is_active(job := str(jobs["last"])):
         LOGGER.info("still at work: job %s; 'squeue -j %s' shows it", job, job)
         return
     last: Any = None
@@ -243,7 +244,7 @@ def run_on_slurm(settings: PrepareSettings, work: WorkFolder) -> None:
         raise UserError(f"--executor: SLURM did not take the jobs: {error}") from None
     finally:
         setup_default_logger()
-    write_json(saved, {"last": last.job_id})
+    write_whole_json(saved, {"last": last.job_id})
     LOGGER.info("submitted to SLURM; the last job is %s, logs are in '%s'", last.job_id, logs)
 
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from bytelatent.config import ARGUMENT, Settings
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
-from bytelatent.files import whole_file
+from bytelatent.files import json_if_any, whole_file
 from bytelatent.prepare.download import DATASETS, dataset_name, download_dataset, is_data_set
 from bytelatent.text import MAX_ROW_BYTES, BadRow, find_files
 from bytelatent.text.documents import json_value, some
@@ -277,20 +277,6 @@ def writing(folder: Path) -> Iterator[None]:
         raise UserError("--memory: the machine has less memory than this; give fewer --workers or less") from None
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if it is missing or corrupt."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def write_json(path: Path, values: Any, indent: int | None = None) -> None:
-    """A JSON file that appears whole or not at all."""
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(values, indent=indent), encoding="utf-8")
-
-
 @dataclass(frozen=True)
 class TaskFiles:
     """The files of one task of the first pass. The others count only once the marker exists."""
@@ -304,7 +290,7 @@ class TaskFiles:
 
     def marker(self) -> dict[str, Any] | None:
         """What the finished task wrote about itself; None if it is not finished or its files have changed."""
-        marker = read_json(self.path("marker"))
+        marker = json_if_any(self.path("marker"))
         try:
             whole = marker and all(self.path(kind).stat().st_size == size for kind, size in marker["sizes"].items())
         except OSError:
@@ -346,7 +332,7 @@ class WorkFolder:
 
     def clear(self) -> None:
         """Remove unfinished work, with the output files that have their final names already."""
-        for output in (read_json(self.cut_file) or {"outputs": []})["outputs"]:
+        for output in (json_if_any(self.cut_file) or {"outputs": []})["outputs"]:
             (self.out / output["name"]).unlink(missing_ok=True)
         (self.folder / "plan.json").unlink(missing_ok=True)  # first: without it the rest does not count
         for place in ("scatter", "gather", "out", "logs"):

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from bytelatent.errors import UserError
-from bytelatent.files import own_file
-from bytelatent.prepare.plan import InputFile, TaskFiles, Unit, WorkFolder, too_many_bad_rows, write_json, writing
+from bytelatent.files import own_file, write_whole_json
+from bytelatent.prepare.plan import InputFile, TaskFiles, Unit, WorkFolder, too_many_bad_rows, writing
 from bytelatent.prepare.shuffle import INDEX_BYTES, TextKeys, bin_edges, gathered, position_keys, scratch, sorted_order
 from bytelatent.text import BadRow, ReadOptions
 from bytelatent.text.documents import NoDocument, RowTooLong, from_json
@@ -366,10 +366,10 @@ class RunWriter:
     def finish(self, bad_rows: dict[str, Any]) -> None:
         """Write the last run, and the marker, with the task's bad rows."""
         self.flush()
-        sizes = {kind: file.tell() for kind, file in self._open.items()}
         self.close()
+        sizes = {kind: self.files.path(kind).stat().st_size for kind in self._open}
         counts = {"documents": self._documents, "bytes": self._bytes, "runs": self._runs}
-        write_json(self.files.path("marker"), {**counts, **bad_rows, "sizes": sizes})
+        write_whole_json(self.files.path("marker"), {**counts, **bad_rows, "sizes": sizes})
 
     def close(self) -> None:
         for file in self._open.values():

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bytelatent.errors import UserError
-from bytelatent.prepare.plan import MAX_CHUNKS, InputFile, WorkFolder, too_many_bad_rows, write_json, writing
+from bytelatent.files import write_whole_json
+from bytelatent.prepare.plan import MAX_CHUNKS, InputFile, WorkFolder, too_many_bad_rows, writing
 
 KEY_BITS = 64
 MAX_VALIDATION = 10_000
@@ -270,7 +271,7 @@ def plan_outputs(work: WorkFolder) -> None:
     """
     with writing(work.out):
         if not work.cut_file.exists():
-            write_json(work.cut_file, _planned(work))
+            write_whole_json(work.cut_file, _planned(work))
         for output in json.loads(work.cut_file.read_text(encoding="utf-8"))["outputs"]:
             if (work.out / output["name"]).exists():  # finished and renamed before the work was stopped
                 continue

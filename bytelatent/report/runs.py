@@ -196,7 +196,7 @@ def _summary(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], setting
     best, best_row = min(validation, key=lambda pair: pair[0], default=(None, {}))
     rates, patch_sizes = _values(rows, "bytes_per_second"), _values(rows, "mean_patch_bytes")
     patch_bytes = median(patch_sizes) if patch_sizes else None
-    kind = flat(settings).get("model.kind")
+    kind = str(flat(settings).get("model.kind"))
     num_parameters, flops = _costs(settings, kind, patch_bytes)
     return RunSummary(
         name=name,
@@ -217,7 +217,7 @@ def _summary(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], setting
     )
 
 
-def _costs(settings: dict[str, Any], kind: Any, patch_bytes: float | None) -> tuple[int | None, float | None]:
+def _costs(settings: dict[str, Any], kind: str, patch_bytes: float | None) -> tuple[int | None, float | None]:
     """Number of parameters, and FLOPs of training per byte."""
     context = finite(flat(settings).get("data.context"))
     if kind not in ("byte_lm", "blt") or context is None:

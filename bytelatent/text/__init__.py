@@ -4,8 +4,8 @@
 decompresses it, and `readers` and `tables` read documents in blocks. Every command reads text through these.
 """
 
-from bytelatent.text.documents import MAX_ROW_BYTES, BadRow, BadRows, Document, ReadOptions
-from bytelatent.text.folders import find_files
+from bytelatent.text.documents import MAX_ROW_BYTES, BadRow, BadRows, Document, ReadOptions, must_have_read
+from bytelatent.text.folders import FileState, find_files
 from bytelatent.text.formats import open_blocks, read_documents
 from bytelatent.text.readers import BlockReader, DocumentBlock
 from bytelatent.text.stored import Stored
@@ -17,9 +17,11 @@ __all__ = [
     "BlockReader",
     "Document",
     "DocumentBlock",
+    "FileState",
     "ReadOptions",
     "Stored",
     "find_files",
+    "must_have_read",
     "open_blocks",
     "read_documents",
 ]

@@ -1,12 +1,15 @@
-"""The files of a source: those that are text, and a line about those that are not."""
+"""The files of a source: those that are text, a line about those that are not, and whether one has changed."""
 
 import glob
+import hashlib
 import os
 from collections import Counter
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
 from bytelatent.text.documents import MAX_LINE, BadRow, TextError, short, warn_once
@@ -14,6 +17,10 @@ from bytelatent.text.formats import file_name, format_of_name, kind_of, readable
 from bytelatent.text.streams import file_system, is_remote, readable
 
 NAMES_WIDTH = 60  # characters of a log line for the names of files
+READ_BYTES = 1 << 20
+# What file systems give of a file: of its content, or else of its last change.
+CONTENT = ("ETag", "etag", "sha256", "blob_id", "md5Hash", "content_md5", "checksum")
+CHANGE = ("LastModified", "last_modified", "mtime", "updated", "created")
 
 
 def find_files(path: str) -> list[str]:
@@ -109,7 +116,7 @@ def _text_among(files: list[str], source: str) -> list[str]:
     """The files that are text, with a line about the others of each kind.
 
     Raises:
-        UserError: there is none.
+        UserError: there are no files of text.
     """
     text, others = [], {}
     for file in files:
@@ -177,3 +184,67 @@ def _why_not(fs: Any, inner: str) -> str:
 
 def _visible(inside: Path) -> bool:
     return not any(part.startswith(".") for part in inside.parts)
+
+
+class FileState(NamedTuple):
+    """A file as it was found, to see later whether it has changed.
+
+    Attributes:
+        name: without credentials.
+        size: in bytes; None where it is not known.
+        changed: when it was changed, or of a file on another machine an ETag or the like, or why it cannot be read.
+        edge: bytes at each end that the digest is of; None: all.
+        digest: of the content; None of a file on another machine.
+    """
+
+    name: str
+    size: int | None
+    changed: str
+    edge: int | None = None
+    digest: str | None = None
+
+    @classmethod
+    def of(cls, file: str, edge: int | None = None) -> "FileState":
+        """The state of a file now. It is read, where it is on this machine: whole, or `edge` bytes of each end."""
+        try:
+            with readable(file):
+                if is_remote(file):
+                    fs, path = file_system(file)
+                    about: dict[str, Any] = fs.info(path)
+                    mark = next((about[name] for name in (*CONTENT, *CHANGE) if about.get(name) is not None), "")
+                    return cls(masked(file), about.get("size"), str(mark))
+                stat = os.stat(file)
+                changed = datetime.fromtimestamp(stat.st_mtime).astimezone().isoformat(" ", "milliseconds")
+                return cls(file, stat.st_size, changed, edge, _digest(file, stat.st_size, edge))
+        except BadRow as error:  # training passes over some such files
+            return cls(masked(file), None, str(error))
+
+    def is_as(self, before: "FileState") -> bool:
+        """Whether the file holds the same as before. One that was only copied or touched does."""
+        if before.size != self.size:
+            return False
+        if before.digest is None or self.digest is None:
+            return before.changed == self.changed
+        digest = self.digest if before.edge == self.edge else self.of(self.name, before.edge).digest
+        return before.digest == digest
+
+    @property
+    def quoted(self) -> str:
+        return "'" + self.name.encode("utf-8", "backslashreplace").decode() + "'"  # a name need not be UTF-8
+
+    def __str__(self) -> str:
+        size = "unknown size" if self.size is None else f"{self.size:,} bytes"
+        return f"{size}, {self.changed}" if self.changed else size
+
+
+def _digest(file: str, size: int, edge: int | None) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as stream:
+        if edge is None or size <= 2 * edge:
+            while block := stream.read(READ_BYTES):
+                digest.update(block)
+        else:
+            digest.update(stream.read(edge))
+            stream.seek(size - edge)
+            digest.update(stream.read(edge))
+    return digest.hexdigest()

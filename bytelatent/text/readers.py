@@ -250,8 +250,8 @@ class JsonlReader(BlockReader):
         if is_remote(self.file):
             return f"{row} lines after byte {at}"
         with open_file(self.file) as stream:
-            parts = iter(lambda: stream.read(min(BLOCK_BYTES, at - stream.tell())), b"")
-            before = sum(part.count(b"\n") for part in parts)
+            sizes = [min(BLOCK_BYTES, at - begin) for begin in range(0, at, BLOCK_BYTES)]
+            before = sum(stream.read(size).count(b"\n") for size in sizes)
         return f"line {before + row + 1}"
 
 

@@ -35,7 +35,7 @@ class Stored(Settings):
         window: ids that the byte LM's attention sees; None for all.
         context: ids it read at once.
         dtype: precision of its matrix products.
-        rule: the patching settings of the starts, as plain values; None where entropies are stored.
+        patching: the patching settings of the starts, as plain values; None where entropies are stored.
         source_bytes: size of the file that the text was read from, to notice that it changed.
     """
 
@@ -44,7 +44,7 @@ class Stored(Settings):
     window: int | None = None
     context: int
     dtype: str
-    rule: dict[str, Any] | None = None
+    patching: dict[str, Any] | None = None
     source_bytes: int | None = None
 
     def differences(self, other: Self) -> list[str]:
@@ -65,6 +65,7 @@ def stored_in(metadata: dict[bytes, bytes] | None, file: str) -> Stored | None:
     try:
         values = json.loads(metadata[METADATA_KEY])
         version = values["version"]
+        values["patching"] = values.pop("rule", None)  # its name in files
     except (ValueError, KeyError, TypeError):
         raise BadRow(file, "has metadata that cannot be read; make it again: blt entropies") from None
     if version != VERSION:
@@ -95,12 +96,14 @@ def stored_schema(stored: Stored) -> Any:
     """The Arrow schema of a file, its metadata included."""
     import pyarrow as pa
 
-    if stored.rule is None:
+    if stored.patching is None:
         values = pa.field("entropies", pa.list_(pa.field("element", pa.float16(), nullable=False)), nullable=False)
     else:
         values = pa.field("starts", pa.binary(), nullable=False)
     row = [pa.field("id", pa.string(), nullable=False), pa.field("text", pa.binary(), nullable=False), values]
-    return pa.schema(row, metadata={METADATA_KEY: json.dumps(stored.plain(), sort_keys=True).encode()})
+    values = stored.plain()
+    values["rule"] = values.pop("patching")  # its name in files
+    return pa.schema(row, metadata={METADATA_KEY: json.dumps(values, sort_keys=True).encode()})
 
 
 def pack_starts(starts: np.ndarray) -> bytes:
@@ -161,7 +164,7 @@ class StoredWriter:
             values: [bytes + 1] entropies in nats, or, as bool, starts.
         """
         assert values.shape == (len(text) + 1,), f"{values.shape} for {len(text)} bytes"
-        assert (values.dtype == bool) == (self.stored.rule is not None), values.dtype
+        assert (values.dtype == bool) == (self.stored.patching is not None), values.dtype
         if self._num_bytes + len(text) > GROUP_BYTES:
             self.write_group()
         self._rows.append((id_, text, values))
@@ -177,7 +180,7 @@ class StoredWriter:
 
         ids, texts, values = zip(*self._rows, strict=True)
         self._rows, self._num_bytes = [], 0
-        if self.stored.rule is None:
+        if self.stored.patching is None:
             ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
             flat = pa.array(np.concatenate(values).astype(np.float16))
             column = pa.ListArray.from_arrays(pa.array(ends), flat, type=self.schema.field("entropies").type)

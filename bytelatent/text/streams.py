@@ -295,7 +295,7 @@ class Decompressed(io.RawIOBase):
                 return found
 
     def _begin_member(self) -> bool:
-        """Begin the first member, or the next one; False where there is none. Zeros between them are padding."""
+        """Begin the first member, or the next one; False at the end. Zeros between them are padding."""
         is_first = self._member is None
         if self._member is not None:
             self._input, self._member = self._member.unused_data + self._input, None

@@ -307,7 +307,7 @@ def _stored_columns(schema: Any, stored: Stored | None, file: str) -> list[str]:
     """
     from pyarrow.types import is_floating, is_large_list, is_list
 
-    if stored is not None and stored.rule is not None:
+    if stored is not None and stored.patching is not None:
         return ["starts"]
     if "entropies" not in schema.names:
         return []

@@ -6,21 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from bytelatent.config import Settings
 from bytelatent.credentials import masked
-from bytelatent.data import DataSettings, Patcher, Piece, StoredCheck, cut, groups_of, stream_of
-from bytelatent.data.settings import SourceSettings
-from bytelatent.device import choose_device, choose_dtype
+from bytelatent.data import DataSettings, Patcher, Piece, SourceSettings, StoredCheck, cut, groups_of, stream_of
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
 from bytelatent.progress import Progress
-from bytelatent.text import MAX_ROW_BYTES, BadRows, Stored, find_files, read_documents
-from bytelatent.text.documents import must_have_read
+from bytelatent.text import MAX_ROW_BYTES, BadRows, Stored, find_files, must_have_read, read_documents
+from bytelatent.training.settings import CalibrationSettings
 from bytelatent.weights import fingerprint
 
 CALIBRATION = "calibration.json"
@@ -28,25 +25,13 @@ SPREAD = 8  # text that is read for a sample, as a multiple of the sample
 SAMPLE_GROUP = 4096  # ids that the byte LM reads at once: few, so that a slow machine can stop in time
 
 
-class CalibrationSettings(Settings):
-    """Choose the threshold before training.
-
-    Attributes:
-        patch_bytes: the wanted mean size of a patch.
-        text_bytes: training text that it is measured on.
-    """
-
-    patch_bytes: float = Field(gt=1, le=10**6)
-    text_bytes: int = Field(default=1_000_000, ge=1)
-
-
 def calibrate_on(
     byte_lm: ByteLM | None,
     data: DataSettings,
     settings: CalibrationSettings,
     patching: PatchSettings,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: torch.device,
+    dtype: torch.dtype,
     limit: float | None = None,
 ) -> Calibration:
     """The threshold for a mean patch size on a sample of the training text, checked on the validation text.
@@ -55,15 +40,16 @@ def calibrate_on(
         byte_lm: gives the entropies; None where they are stored with the text.
         data: the sources.
         patching: of mode entropy; its threshold does not matter.
+        device, dtype: of the byte LM.
         limit: seconds after which the rest of a sample is left out, of the training text and of the validation text.
     """
 
     def sampled(sources: list[SourceSettings], what: str) -> Sample:
         rows = BadRows(data.max_bad_rows, "data.max_bad_rows"), data.max_row_bytes
-        with Progress(what, settings.text_bytes, limit) as progress:
-            return sample_entropies(
-                byte_lm, sources, data.context, patching, settings.text_bytes, device, dtype, *rows, progress
-            )
+        text_bytes = settings.text_bytes
+        return sample_entropies(
+            byte_lm, sources, data.context, patching, text_bytes, device, dtype, *rows, what=what, limit=limit
+        )
 
     sample = sampled(data.train, "calibrating")
     found = calibrate(sample.ids, sample.entropies, sample.position, settings.patch_bytes, patching)
@@ -99,41 +85,41 @@ def sample_entropies(
     context: int,
     patching: PatchSettings,
     text_bytes: int,
-    device: str | torch.device = "auto",
-    dtype: str = "auto",
+    device: torch.device,
+    dtype: torch.dtype,
     bad_rows: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
-    progress: Progress | None = None,
+    what: str = "calibrating",
+    limit: float | None = None,
 ) -> Sample:
     """Entropies of about `text_bytes` of text: those stored with it, else the byte LM's.
 
     Args:
-        progress: shows how far it is; where its time is up, the rest of the text is left out.
+        device, dtype: of the byte LM.
+        what: in front of the progress bar.
+        limit: seconds after which the rest of the text is left out.
 
     Raises:
         UserError: there is no text, or there are neither stored entropies nor a byte LM.
     """
-    own_device = choose_device(device)
-    precision = choose_dtype(dtype, own_device)
     mark = fingerprint(byte_lm) if byte_lm is not None else None
-    byte_lm = byte_lm.to(own_device) if byte_lm is not None else None
-    entropies_of = FastEntropies.where_possible(byte_lm, own_device, precision)
-    patcher = Patcher(patching, byte_lm, precision, mark, entropies_of)
+    byte_lm = byte_lm.to(device) if byte_lm is not None else None
+    patcher = Patcher(patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
     stored: list[Stored] = []
     check = StoredCheck(patcher)
 
     def seen(found: Stored, file: str) -> None:
-        if found.rule is None:  # stored starts hold no entropies
+        if found.patching is None:  # stored starts hold no entropies
             check(found, file)
             stored.append(found)
 
-    chosen = sample_pieces(sources, text_bytes, context, seen, bad_rows, max_row_bytes)
-    progress = progress or Progress("calibrating")
-    progress.total = sum(map(len, chosen))
     pieces: list[Piece] = []
-    for group in progress.within(groups_of(chosen, SAMPLE_GROUP)):
-        pieces.extend(patcher(group))
-        progress.advance(sum(map(len, group)))
+    with Progress(what, limit=limit) as progress:
+        chosen = sample_pieces(sources, text_bytes, context, seen, bad_rows, max_row_bytes)
+        progress.total = sum(map(len, chosen))
+        for group in progress.within(groups_of(chosen, SAMPLE_GROUP)):
+            pieces.extend(patcher(group))
+            progress.advance(sum(map(len, group)))
     stream = stream_of(pieces)
     entropies = torch.from_numpy(np.concatenate([p.entropies for p in pieces if p.entropies is not None]))
     if byte_lm is not None:
@@ -167,7 +153,7 @@ def sample_pieces(
                     break
             if read >= SPREAD * wanted:
                 break
-        random.shuffle(pieces)  # neighbours are alike: a sample from a wider stretch says more
+        random.shuffle(pieces)  # neighbours are alike: a wider stretch gives a better sample
         sizes = np.cumsum([len(piece) for piece in pieces])
         sample.extend(pieces[: int(np.searchsorted(sizes, wanted)) + 1])
     if not sample:
@@ -179,6 +165,7 @@ def sample_pieces(
 
 
 def write_calibration(run: Path, calibration: Calibration) -> None:
+    """Write what was measured into the run's folder."""
     with whole_file(run / CALIBRATION) as aside:
         aside.write_text(calibration.model_dump_json(indent=1), encoding="utf-8")
 
@@ -193,4 +180,4 @@ def read_calibration(run: Path) -> Calibration | None:
     try:
         return Calibration.model_validate_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
     except (ValidationError, UnicodeDecodeError):
-        raise UserError(f"'{path}' is damaged; remove it, and the same command calibrates again") from None
+        raise UserError(f"'{path}' is corrupt; remove it, and the same command calibrates again") from None

@@ -1,6 +1,7 @@
-"""Checks of a training's settings, all before anything is opened: each complains early of what cannot be.
+"""Checks of a training's settings against processes, devices and files, all before anything is opened.
 
-`check_settings` and `check_inputs` also run where a job is submitted, `check_machine` only where it trains.
+`check_settings` and `check_inputs` also run where a job is submitted, `check_machine` and `check_text` only where it
+trains. What needs none of these is checked as settings are read; see `settings`.
 """
 
 from importlib.util import find_spec
@@ -8,19 +9,18 @@ from pathlib import Path
 
 import torch
 
-from bytelatent.data import Batch, DataSettings, batches_once
+from bytelatent.data import Batch, DataSettings, held_out_batches
 from bytelatent.data.packing import ID_BYTES
 from bytelatent.device import free_memory
 from bytelatent.errors import UserError
 from bytelatent.hub import Unreachable
-from bytelatent.text import BadRows, find_files
+from bytelatent.text import find_files
 from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
-from bytelatent.training.distributed.plan import check_parallel
-from bytelatent.training.float8 import check_float8
-from bytelatent.training.optimizer import OptimizerSettings
-from bytelatent.training.settings import TrainSettings
+from bytelatent.training.settings import Float8, OptimizerSettings, ParallelSettings, TrainSettings
 from bytelatent.weights import find_byte_lm
+
+FLOAT8_CAPABILITY = (8, 9)  # the first CUDA devices that multiply 8-bit floats
 
 
 def check_settings(settings: TrainSettings, world_size: int, device: torch.device) -> None:
@@ -29,7 +29,7 @@ def check_settings(settings: TrainSettings, world_size: int, device: torch.devic
     Raises:
         UserError: the processes cannot divide the model, or cannot train in this way.
     """
-    check_parallel(settings.parallel, settings.model, world_size)
+    check_processes(settings.parallel, world_size)
     check_optimizer(settings.optimizer, world_size)
     check_cuda_graph(settings.cuda_graph, device, world_size)
 
@@ -47,7 +47,32 @@ def check_machine(settings: TrainSettings, device: torch.device, dtype: torch.dt
             raise UserError(
                 f"track: {name} is not installed; pip install 'bytelatent[track]', or leave it out of track"
             )
-    check_shuffle_buffer(settings.data)
+    data, free = settings.data, free_memory()
+    most = data.shuffle_buffer * data.context * ID_BYTES  # once it is full
+    if free is not None and most > free:
+        raise UserError(
+            f"data.shuffle_buffer: {data.shuffle_buffer:,} pieces of up to data.context={data.context:,} bytes take up "
+            f"to {most / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; take fewer"
+        )
+
+
+def check_processes(settings: ParallelSettings, world_size: int) -> None:
+    """Check that the processes can divide the work.
+
+    Raises:
+        UserError: their number is not divisible.
+    """
+    tensor = settings.tensor
+    if world_size % tensor:
+        raise UserError(
+            f"parallel.tensor: {world_size} processes are no multiple of {tensor}; start another number of them"
+        )
+    data = world_size // tensor
+    if world_size > 1 and settings.data == "hybrid" and data % (settings.replicas or 1):
+        raise UserError(
+            f"parallel.replicas: {data} processes{' beside those of parallel.tensor' if tensor > 1 else ''} are no "
+            f"multiple of {settings.replicas}; start another number of them"
+        )
 
 
 def check_optimizer(settings: OptimizerSettings, world_size: int) -> None:
@@ -71,18 +96,23 @@ def check_cuda_graph(wanted: bool, device: torch.device, world_size: int = 1) ->
         raise UserError(f"cuda_graph: it is for one process on CUDA, not for {here}; do without it")
 
 
-def check_shuffle_buffer(data: DataSettings) -> None:
-    """Refuse a buffer that this machine's memory does not hold once it is full.
-
-    Raises:
-        UserError: it takes more than is free.
+def check_float8(float8: Float8 | None, device: torch.device, dtype: torch.dtype) -> None:
     """
-    most, free = data.shuffle_buffer * data.context * ID_BYTES, free_memory()
-    if free is not None and most > free:
+    Raises:
+        UserError: the device or the dtype does not support it, or torchao is not installed.
+    """
+    if float8 is None:
+        return
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(
-            f"data.shuffle_buffer: {data.shuffle_buffer:,} pieces of up to data.context={data.context:,} bytes take up "
-            f"to {most / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; take fewer"
+            f"float8: {name} does not multiply 8-bit floats (an NVIDIA device of compute capability "
+            f"{'.'.join(map(str, FLOAT8_CAPABILITY))} or later does, such as L4, H100); leave it out: float8=null"
         )
+    if dtype != torch.bfloat16:
+        raise UserError("float8: its products give bfloat16; take dtype=bfloat16, or leave it out: float8=null")
+    if find_spec("torchao") is None:
+        raise UserError("float8 needs torchao: pip install 'bytelatent[fp8]'")
 
 
 def check_inputs(settings: TrainSettings, whence: str) -> None:
@@ -111,7 +141,7 @@ def check_sources(data: DataSettings, whence: str = "", remote: bool = True) -> 
 
     Args:
         whence: as in `check_inputs`.
-        remote: also look at sources on other machines.
+        remote: also check sources on other machines.
 
     Raises:
         UserError: it names the setting.
@@ -135,9 +165,7 @@ def check_text(data: DataSettings) -> None:
         UserError: it names the setting.
     """
     check_sources(data)
-    bad_rows = BadRows(data.max_bad_rows, "data.max_bad_rows")
-    limits = {"bad_rows": bad_rows, "max_row_bytes": data.max_row_bytes}
-    if data.valid and next(batches_once(data.valid, data.context, data.batch_bytes, **limits), None) is None:
+    if data.valid and next(held_out_batches(data), None) is None:
         raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
 
 

@@ -1,15 +1,12 @@
-"""Faults of a long run: hangs, losses that are not finite or spike, too little memory, a failed rank."""
+"""Faults of a run: losses that are not finite or spike, too little memory, an unexpected error of a rank."""
 
-import faulthandler
 import math
 import os
 import statistics
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Self
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +17,18 @@ from bytelatent.run_folder import checkpoint_name
 from bytelatent.signals import StopSignals
 from bytelatent.terminal import print_line
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.distributed.fsdp import local_part
+from bytelatent.training.distributed.plan import local_part
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.optimizer import Optimizers, each
-from bytelatent.training.settings import TrainSettings
+from bytelatent.training.settings import FaultSettings
 
 RECENT_STEPS = 100  # a spike is measured against their median loss
 MIN_RECENT = 10  # steps, before which no loss is a spike
 MAX_SKIPPED = 10  # updates in a row
-EXIT_HUNG = 1
 
 
 class RolledBack(Exception):
-    """An update must not be made; the run returns to its last checkpoint. The message says why."""
+    """An update must not be made; the run returns to its last checkpoint. The message gives the reason."""
 
 
 def trouble_with(step: int, loss: float, norm: float, recent: list[float], spike: float | None) -> str | None:
@@ -52,30 +48,37 @@ def trouble_with(step: int, loss: float, norm: float, recent: list[float], spike
     return None
 
 
-def act_on(fault: str | None, loss: float, state: TrainState, settings: TrainSettings, ranks: Ranks) -> bool:
-    """Whether to make the update, after what `trouble_with` found; otherwise it is skipped.
+def reason_to_skip(
+    loss: float, norm: float, state: TrainState, settings: FaultSettings, lr: float, ranks: Ranks
+) -> str | None:
+    """Why the update of the next step is skipped; None if it may be made.
+
+    Args:
+        loss: nats per target, over all ranks.
+        norm: of the gradient.
+        lr: the peak of the learning rate, for the message.
 
     Raises:
         UserError: the run has to stop.
         RolledBack: the run has to return to its last checkpoint.
     """
-    if fault is None:
+    trouble = trouble_with(state.step + 1, loss, norm, state.recent, settings.spike)
+    if trouble is None:
         state.recent = [*state.recent[1 - RECENT_STEPS :], loss]
         state.skipped = 0
-        return True
-    action = settings.faults.on_nan
+        return None
     state.skipped += 1
-    if action == "rollback":
-        raise RolledBack(fault)
-    if action == "skip" and state.skipped <= MAX_SKIPPED:
-        return False
+    if settings.on_nan == "rollback":
+        raise RolledBack(trouble)
+    if settings.on_nan == "skip" and state.skipped <= MAX_SKIPPED:
+        return trouble
     times, other = "", "; or set faults.on_nan=skip"
-    if action == "skip":
+    if settings.on_nan == "skip":
         times, other = f", {state.skipped} times in a row", ""
     raise ranks.common_error(
         UserError(
-            f"{fault}{times}; no checkpoint holds it: take a lower optimizer.lr "
-            f"(now {settings.optimizer.lr:g}) or optimizer.clip, or dtype=float32, and another run=FOLDER{other}"
+            f"{trouble}{times}; no checkpoint holds it: take a lower optimizer.lr (now {lr:g}) or optimizer.clip, or "
+            f"dtype=float32, and another run=FOLDER{other}"
         )
     )
 
@@ -100,7 +103,7 @@ def _is_finite(values: Tensor) -> bool:
     return values.numel() == 0 or bool(torch.linalg.vector_norm(values, math.inf).isfinite())
 
 
-def must_be_finite(state: TrainState, settings: TrainSettings, ranks: Ranks) -> None:
+def must_be_finite(state: TrainState, run: Path, ranks: Ranks) -> None:
     """Check weights and optimizer state before the first step.
 
     Raises:
@@ -112,47 +115,12 @@ def must_be_finite(state: TrainState, settings: TrainSettings, ranks: Ranks) -> 
         return
     if state.step == 0:
         raise ranks.common_error(UserError(f"model: the weights are not finite before the first step ({found})"))
-    folder = f"{settings.run}/checkpoints/{checkpoint_name(state.step)}"
     raise ranks.common_error(
         UserError(
-            f"'{folder}' holds values that are not finite ({found}); remove it to resume from the checkpoint before "
-            "it, or use another run=FOLDER"
+            f"'{run / 'checkpoints' / checkpoint_name(state.step)}' holds values that are not finite ({found}); remove "
+            "it to resume from the checkpoint before it, or use another run=FOLDER"
         )
     )
-
-
-class Watchdog:
-    """Ends the process, and prints the stack of every thread, after this many minutes without progress."""
-
-    def __init__(self, minutes: float | None, ranks: Ranks):
-        self.seconds = None if minutes is None else 60 * minutes
-        self.ranks = ranks
-        self._seen, self._doing = time.monotonic(), "starting"
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def progress(self, doing: str) -> None:
-        """Report progress; `doing` comes next."""
-        self._seen, self._doing = time.monotonic(), doing
-
-    def _watch(self) -> None:
-        while self.seconds is not None and not self._over.wait(min(self.seconds / 10, 5.0)):
-            idle = time.monotonic() - self._seen
-            if idle > self.seconds:
-                line = f"{self.ranks.name} hangs: {idle / 60:.3g} minutes of {self._doing} (faults.watchdog_minutes)"
-                # Printed, because the thread that hangs may hold a lock of the log.
-                print(f"{line}; the stack of every thread:", file=sys.stderr, flush=True)
-                with suppress(OSError, ValueError):  # standard error may not be a file
-                    faulthandler.dump_traceback(all_threads=True)
-                os._exit(EXIT_HUNG)
 
 
 @contextmanager
@@ -170,27 +138,19 @@ def who_failed(ranks: Ranks, step: Callable[[], int], stopped: StopSignals) -> I
 
 
 @contextmanager
-def memory_named(settings: TrainSettings, ranks: Ranks) -> Iterator[None]:
+def memory_named(ranks: Ranks, way_out: str) -> Iterator[None]:
     """Turn an out-of-memory error into one that names the settings to lower."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"out of memory on {ranks.name}: lower data.batch_bytes (now {settings.data.batch_bytes}; raise "
-            f"optimizer.accumulation, now {settings.optimizer.accumulation}, to keep the bytes of a step) or "
-            f"data.batch_patches (now {settings.data.batch_patches}), or set parallel.activation_checkpointing (now "
-            f"{settings.parallel.activation_checkpointing}) to selective or full; {in_one_line(error)[:200]}"
-        ) from None
+        raise UserError(f"out of memory on {ranks.name}: {way_out}; {in_one_line(error)[:200]}") from None
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Allow only operations whose results are the same bits each time; others raise an error."""
-    if not wanted:
-        yield
-        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
-from bytelatent.kernels.hash_tables import coalesced
+from bytelatent.kernels.hash_embed import coalesced
 from bytelatent.kernels.packed_attention import entries_for
 
 WARM_UPS = 2  # passes before capture: the first compiles, the second adds to gradients where that is wanted
@@ -150,7 +150,7 @@ def capturing(device: torch.device) -> Iterator[Callable[[Callable[[], Tensor]],
     def captured(work: Callable[[], Tensor]) -> tuple[Any, Tensor]:
         nonlocal pool
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with work of their own. This also gives free memory back: graphs have their own.
+        # Other threads may continue with work of their own. This also gives free memory back: graphs have their own.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             result = work()
         pool = graph.pool()
@@ -165,7 +165,7 @@ def capturing(device: torch.device) -> Iterator[Callable[[Callable[[], Tensor]],
 
 
 def _copied(batch: Batch, device: torch.device) -> Batch:
-    """Said to have as many documents as attention has entries for then."""
+    """A copy that counts as many documents as attention has entries for then."""
     number = batch.stream.num_documents
     bound = None if number is None else entries_for(number) - 1
     copies = {name: value.to(device, copy=True) for name, value in _tensors(batch).items()}
@@ -174,7 +174,7 @@ def _copied(batch: Batch, device: torch.device) -> Batch:
 
 
 def _holds(bound: int | None, number: int | None) -> bool:
-    """Whether what was captured for at most so many documents is right for these; None: for any, or not known."""
+    """Whether what was captured for at most `bound` documents is right for these; None: for any, or not known."""
     return bound is None or (number is not None and number <= bound)
 
 

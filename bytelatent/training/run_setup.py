@@ -1,7 +1,14 @@
-"""The folder of a run as training starts: its settings, its byte LM, its calibration, and the list of its text."""
+"""The folder of a run as training starts: its settings, its byte LM, its calibration, and the list of its text.
 
+`text.json` in the run's folder holds the state of each file of text at the last start: text that changed since is not
+trained on unnoticed.
+"""
+
+import json
 import logging
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +16,20 @@ from typing import Any
 import torch
 
 from bytelatent.config import load_yaml
-from bytelatent.data import Patcher
+from bytelatent.data import DataSettings, Patcher
 from bytelatent.errors import UserError
-from bytelatent.files import whole_file, whole_folder
+from bytelatent.files import only_writer, whole_file, whole_folder
 from bytelatent.inference import FastEntropies
+from bytelatent.log import log_file
 from bytelatent.model import ByteLM
 from bytelatent.run_folder import checkpoints_of
+from bytelatent.text import FileState, find_files
 from bytelatent.text.documents import forget_logged, logged_lines, mark_logged
 from bytelatent.training.calibration import calibrate_on, read_calibration, write_calibration
+from bytelatent.training.checkpoint.manager import check_takes_checkpoints
+from bytelatent.training.checks import check_text
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
-from bytelatent.training.text_files import TextFile, check_listing, list_text, write_listing
 from bytelatent.weights import BYTE_LM, Config, fingerprint, load_byte_lm, save
 
 LOGGER = logging.getLogger(__name__)
@@ -38,10 +48,18 @@ OPTIMIZER_MAY_CHANGE = {
 
 CALIBRATION_SHARE = 0.1  # of the minutes: the most that calibration may take beside them
 
+LOG = "train.log"  # these are in the run's folder
+LISTING = "text.json"
+READ_WHOLE = 1 << 28  # bytes of text in all, up to which every byte counts
+EDGE = 1 << 15  # bytes of the beginning and of the end of each file, where there is more
+NAMED = 5  # files in a message
+
+Listing = dict[tuple[str, str], FileState]  # by the setting that names a file, `train` or `valid`, and by its name
+
 
 @dataclass
 class Run:
-    """A run's folder that is ready for training.
+    """A run that is ready for training.
 
     Attributes:
         settings: with the threshold that calibration chose.
@@ -49,33 +67,31 @@ class Run:
         text: the files of its text as they are now.
     """
 
-    folder: Path
     settings: TrainSettings
     config: Config
     patcher: Patcher | None
     changes: list[str]
-    text: list[TextFile]
-
-    def write_settings(self, ranks: Ranks) -> None:
-        """Write the settings and the list of text files; call it once a first gradient has been computed."""
-
-        def write() -> None:
-            with whole_file(self.folder / "settings.yaml") as aside:
-                aside.write_text(self.settings.to_yaml(), encoding="utf-8")
-            write_listing(self.folder, self.text)
-
-        ranks.on_first(write)
+    text: Listing
 
 
-def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Run:
+def lock_folder(folder: Path, data: DataSettings, resources: ExitStack) -> None:
+    """Keep other processes out of the run's folder until `resources` close, and check the text and the folder."""
+    resources.enter_context(only_writer(folder))
+    resources.enter_context(log_file(folder / LOG))
+    check_text(data)
+    check_takes_checkpoints(folder)
+
+
+def open_run(folder: Path, settings: TrainSettings, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Run:
     """Make a run's folder, or open it as an earlier start left it; the first rank does so for all.
 
     Raises:
         UserError: the folder is another run's, or its text has changed.
     """
     forget_logged()
-    folder = Path(settings.run)
-    (settings, config, changes, text), lines = ranks.on_first(lambda: (_prepare(folder, settings), logged_lines()))
+    (settings, config, changes, text), lines = ranks.on_first(
+        lambda: (_prepare(folder, settings, device, dtype), logged_lines())
+    )
     mark_logged(lines)
     patcher = None
     if settings.patching is not None:
@@ -83,30 +99,37 @@ def open_run(settings: TrainSettings, ranks: Ranks, device: torch.device, dtype:
         mark = fingerprint(byte_lm) if byte_lm is not None else None
         byte_lm = byte_lm.to(device) if byte_lm is not None else None
         patcher = Patcher(settings.patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
-    return Run(folder, settings, config, patcher, changes, text)
+    return Run(settings, config, patcher, changes, text)
 
 
-def _prepare(folder: Path, settings: TrainSettings) -> tuple[TrainSettings, Config, list[str], list[TextFile]]:
+def write_settings(folder: Path, run: Run) -> None:
+    """Write the settings and the list of text files; call it once a first gradient has been computed."""
+    with whole_file(folder / "settings.yaml") as aside:
+        aside.write_text(run.settings.to_yaml(), encoding="utf-8")
+    with whole_file(folder / LISTING) as aside:
+        rows = [{"key": key, **file._asdict()} for (key, _), file in run.text.items()]
+        aside.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _prepare(
+    folder: Path, settings: TrainSettings, device: torch.device, dtype: torch.dtype
+) -> tuple[TrainSettings, Config, list[str], Listing]:
     """What `Run` holds beside the patcher."""
     earlier = _earlier_settings(folder)
     changes = _changes(settings, earlier, folder) if earlier is not None else []
     text = list_text(settings.data)
     if earlier is not None:
         changes += check_listing(folder, text, settings.data.allow_changed)
-    byte_lm = _own_byte_lm(folder, settings, resumes=earlier is not None)
+    byte_lm = None
+    if settings.entropy_model is not None:
+        byte_lm = _own_byte_lm(folder, settings.entropy_model, settings.data.context, resumes=earlier is not None)
     calibration = read_calibration(folder) if earlier is not None else None
     if settings.calibration is not None and settings.patching is not None:
         if calibration is None:
             LOGGER.info(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes")
             limit = None if settings.minutes is None else CALIBRATION_SHARE / 2 * 60 * settings.minutes
             calibration = calibrate_on(
-                byte_lm,
-                settings.data,
-                settings.calibration,
-                settings.patching,
-                settings.device,
-                settings.dtype,
-                limit,
+                byte_lm, settings.data, settings.calibration, settings.patching, device, dtype, limit
             )
             write_calibration(folder, calibration)
         patching = settings.patching.model_copy(update={"threshold": calibration.threshold})
@@ -117,16 +140,14 @@ def _prepare(folder: Path, settings: TrainSettings) -> tuple[TrainSettings, Conf
     return settings, config, changes, text
 
 
-def _own_byte_lm(folder: Path, settings: TrainSettings, resumes: bool) -> ByteLM | None:
+def _own_byte_lm(folder: Path, entropy_model: str, context: int, resumes: bool) -> ByteLM:
     """The frozen byte LM: the run's own copy, made when the run begins."""
-    if settings.entropy_model is None:
-        return None
     copy = folder / BYTE_LM
     if resumes and copy.is_dir():
         return load_byte_lm(copy)
-    byte_lm = load_byte_lm(settings.entropy_model, setting="entropy_model")
+    byte_lm = load_byte_lm(entropy_model, setting="entropy_model")
     with whole_folder(copy) as aside:
-        save(aside, byte_lm, Config(model=byte_lm.settings, context=settings.data.context))
+        save(aside, byte_lm, Config(model=byte_lm.settings, context=context))
     return byte_lm
 
 
@@ -167,7 +188,7 @@ def _changes(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> l
                 "use them again, or another run=FOLDER"
             )
         if group != "run":
-            lines.append(f"goes on with {key}: {after}, before {before}")
+            lines.append(f"resumes with {key}: {after}, before {before}")
     return lines
 
 
@@ -179,3 +200,76 @@ def _differences(then: dict[str, Any], now: dict[str, Any], within: str = "") ->
             yield from _differences(before, after, f"{within}{name}.")
         elif before != after:
             yield f"{within}{name}", before, after
+
+
+def list_text(data: DataSettings) -> Listing:
+    """All files of a run's text; where it is large, only the beginning and end of each file is read.
+
+    Raises:
+        UserError: a source has none.
+    """
+    found = [
+        (key, file)
+        for key, sources in (("train", data.train), ("valid", data.valid))
+        for source in sources
+        for file in find_files(source.path)
+    ]
+    total = sum(os.path.getsize(file) for _, file in found if os.path.isfile(file))
+    edge = None if total <= READ_WHOLE else EDGE
+    states = [(key, FileState.of(file, edge)) for key, file in found]
+    return {(key, state.name): state for key, state in states}
+
+
+def check_listing(run: Path, now: Listing, allow_changed: bool) -> list[str]:
+    """Compare the files with those of the run's last start.
+
+    Returns:
+        Lines about what differs.
+
+    Raises:
+        UserError: text has changed, and that is not allowed.
+    """
+    then = _read_listing(run)
+    if then is None:
+        return []
+    same = {place for place, file in now.items() if place in then and file.is_as(then[place])}
+    changed = [
+        f"{file.quoted} was {then[place]}, now {file}"
+        for place, file in now.items()
+        if place in then and place not in same
+    ]
+    changed += [f"{file.quoted} is new ({file})" for place, file in now.items() if place not in then]
+    changed += [f"{file.quoted} is gone (was {file})" for place, file in then.items() if place not in now]
+    unsure = [
+        f"{file.quoted} was of {then[place].changed}, now of {file.changed}"
+        for place, file in now.items()
+        if place in same and then[place].edge is not None and then[place].changed != file.changed
+    ]
+    lines = []
+    if unsure:
+        lines.append(f"data: same size, beginning and end, and so taken for the same text: {_some(unsure)}")
+    if changed:
+        line = f"data: the text of '{run}' has changed; these files are not those of the checkpoint: {_some(changed)}"
+        if not allow_changed:
+            raise UserError(
+                f"{line}; put it back as it was, or train on what is there now: data.allow_changed=true, or use "
+                "another run=FOLDER"
+            )
+        lines.append(f"{line}; training continues with what is there now (data.allow_changed)")
+    return lines
+
+
+def _read_listing(run: Path) -> Listing | None:
+    path = run / LISTING
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return None if rows is None else {(row.pop("key"), row["name"]): FileState(**row) for row in rows}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"'{path}', the list of the run's text, is corrupt; remove it to train on the text that is there"
+        ) from None
+
+
+def _some(of: list[str]) -> str:
+    more = f", and {len(of) - NAMED:,} more" if len(of) > NAMED else ""
+    return ", ".join(of[:NAMED]) + more

@@ -1,4 +1,7 @@
-"""The settings of a training run."""
+"""The settings of a training run, all that its parts take.
+
+Checks that need no machine are validators here; `checks` holds those of a number of processes, a device or files.
+"""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -9,13 +12,82 @@ from bytelatent.config import Settings, laid_over, must_be_named, shorten
 from bytelatent.data import DataSettings
 from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, UnknownPreset, preset
 from bytelatent.patching import PatchSettings
-from bytelatent.training.calibration import CalibrationSettings
-from bytelatent.training.checkpoint.settings import CheckpointSettings
-from bytelatent.training.distributed.settings import ParallelSettings
-from bytelatent.training.float8 import Float8
-from bytelatent.training.optimizer import OptimizerSettings
-from bytelatent.training.profiling.profiler import ProfileSettings
-from bytelatent.training.trackers import WandbSettings
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+Float8 = Literal["rowwise"]
+ScheduleName = Literal["cosine", "wsd"]
+OF_ONE_SCHEDULE = {"wsd": ("decay_share", "decay_steps", "decay_minutes")}  # settings that no other schedule takes
+
+
+class LearningRateScale(Settings):
+    """Factors of the learning rate, by part of the model.
+
+    Attributes:
+        byte_embedding, hash_tables: of the encoder (or the byte LM), and not of `encoder`.
+    """
+
+    byte_embedding: float = Field(default=1.0, gt=0)
+    hash_tables: float = Field(default=1.0, gt=0)
+    encoder: float = Field(default=1.0, gt=0)
+    global_transformer: float = Field(default=1.0, gt=0)
+    decoder: float = Field(default=1.0, gt=0)
+
+
+class OptimizerSettings(Settings):
+    """AdamW or Muon, and the learning rate: linear warm-up, then a decay to `final_lr_ratio` of the peak.
+
+    Defaults: Pagnoni et al. 2024, section 4.8.
+
+    Attributes:
+        lr: the peak.
+        schedule: `cosine` decays from the end of warm-up to the end of the run; `wsd` (warmup-stable-decay) keeps the
+            peak until the decay begins, and decays linearly.
+        decay_share: with `wsd`, the share of the run, at its end, that decays;
+        decay_steps, decay_minutes: its length instead, in the unit of the run's own.
+        name: `muon` trains the matrices of the blocks by Muon, and the rest by AdamW.
+        lr_scale: factors of the learning rate.
+        clip: gradients are scaled so that their norm, as of one vector, is at most this.
+        accumulation: batches of each process in a step.
+        hash_gradients: with `rows` the gradients of the hash tables hold only the rows that a step reads, and AdamW
+            updates only these; see `SparseRowsAdamW` for what differs.
+    """
+
+    lr: float = Field(default=4e-4, gt=0)
+    schedule: ScheduleName = "cosine"
+    warmup_steps: int = Field(default=2000, ge=0)
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    decay_steps: int | None = Field(default=None, ge=1)
+    decay_minutes: float | None = Field(default=None, gt=0)
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    name: Literal["adamw", "muon"] = "adamw"
+    lr_scale: LearningRateScale = LearningRateScale()
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    accumulation: int = Field(default=1, ge=1, le=10**6)
+    hash_gradients: Literal["dense", "rows"] = "dense"
+
+    @model_validator(mode="after")
+    def _of_its_schedule(self) -> Self:
+        own = self.schedule
+        for other, names in OF_ONE_SCHEDULE.items():
+            for name in names:
+                if other != own and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is for schedule={other}, and schedule={own} does not take it")
+        return self
+
+
+class CalibrationSettings(Settings):
+    """Choose the threshold before training.
+
+    Attributes:
+        patch_bytes: the wanted mean size of a patch.
+        text_bytes: training text that it is measured on.
+    """
+
+    patch_bytes: float = Field(gt=1, le=10**6)
+    text_bytes: int = Field(default=1_000_000, ge=1)
 
 
 class ValidationSettings(Settings):
@@ -28,6 +100,77 @@ class ValidationSettings(Settings):
 
     every: int = Field(default=1000, ge=1)
     max_bytes: int | None = Field(default=1_000_000, ge=1)
+
+
+class CheckpointSettings(Settings):
+    """When to save, and what to keep.
+
+    Attributes:
+        every: steps between checkpoints.
+        keep: number of the newest checkpoints to keep.
+        keep_every: also keep checkpoints after a multiple of this many steps.
+        asynchronous: train on while a copy of the state is written; `auto` does so on a GPU and in several processes.
+    """
+
+    every: int = Field(default=1000, ge=1)
+    keep: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)
+    asynchronous: bool | Literal["auto"] = "auto"
+
+
+class ParallelSettings(Settings):
+    """How several processes share the work. With one process only `activation_checkpointing` has an effect.
+
+    Attributes:
+        data: `shard` (FSDP) divides weights and the optimizer's state among the processes and gathers them block by
+            block; `replicate` holds all of them in each process; `hybrid` has `replicas`, each of them sharded.
+        tensor: processes that divide each matrix of the global transformer (tensor parallelism).
+        activation_checkpointing: in the backward pass, recompute blocks (`full`), or all of them but matrix products
+            and attention (`selective`), instead of saving their activations.
+        tables: `rows` shards the hash tables by row, and looks rows up on the rank that holds them; `gather` treats
+            them like the other weights.
+        reduce_dtype: in which gradients are summed; those of `rows` are summed in float32.
+    """
+
+    data: Literal["replicate", "shard", "hybrid"] = "shard"
+    replicas: int | None = Field(default=None, ge=1)
+    tensor: int = Field(default=1, ge=1)
+    activation_checkpointing: ActivationCheckpointing = "none"
+    tables: Literal["rows", "gather"] = "rows"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _replicas(self) -> Self:
+        if (self.data == "hybrid") != (self.replicas is not None):
+            raise ValueError("data=hybrid and replicas go together, as in parallel.data=hybrid parallel.replicas=2")
+        return self
+
+
+class WandbSettings(Settings):
+    """Where Weights & Biases puts a run.
+
+    Attributes:
+        name: of the run; the name of its folder if left out.
+        mode: `offline` keeps everything below the run's folder, for `wandb sync`.
+    """
+
+    project: str = "bytelatent"
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class ProfileSettings(Settings):
+    """A trace of some steps, taken at a step or when the file `profile` appears in the run's folder.
+
+    Attributes:
+        from_step: the first step to trace; None: only when the file appears.
+        steps: to trace.
+        memory: trace allocations, too, and on CUDA write a snapshot of the memory.
+    """
+
+    from_step: int | None = Field(default=None, ge=1)
+    steps: int = Field(default=3, ge=1)
+    memory: bool = False
 
 
 class FaultSettings(Settings):
@@ -112,8 +255,8 @@ class TrainSettings(Settings):
     @field_validator("model", mode="before")
     @classmethod
     def _preset(cls, value: Any) -> Any:
-        """A preset by its name, with the shapes given beside it laid over its own. `kind` says which model the shapes
-        are of, so that errors name its keys.
+        """A preset by its name, with the shapes given beside it laid over its own. `kind` decides whose keys errors
+        name.
         """
         name = value.get("preset") if isinstance(value, dict) else value
         if isinstance(name, str):
@@ -191,6 +334,21 @@ class TrainSettings(Settings):
                 raise ValueError("optimizer.lr_scale.hash_tables: this model has no hash tables; leave it out")
             if self.optimizer.hash_gradients == "rows":
                 raise ValueError("optimizer.hash_gradients: this model has no hash tables; leave 'rows' out")
+        return self
+
+    @model_validator(mode="after")
+    def _tensor_parallel(self) -> Self:
+        tensor = self.parallel.tensor
+        if tensor == 1:
+            return self
+        if isinstance(self.model, ByteLMSettings):
+            raise ValueError("parallel.tensor divides the global transformer, and a byte LM has none; leave it out")
+        stack = self.model.global_transformer
+        sizes = {"num_heads": stack.num_heads, "num_kv_heads": stack.kv_heads, "feed-forward width": stack.hidden_dim}
+        for name, size in sizes.items():
+            if size % tensor:
+                line = f"the global transformer's {name} {size} is no multiple of {tensor}; take a divisor"
+                raise ValueError(f"parallel.tensor: {line}")
         return self
 
     @model_validator(mode="after")

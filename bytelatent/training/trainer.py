@@ -1,53 +1,42 @@
 """The training loop: the same for the byte LM and for BLT, for one process and for many."""
 
-import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bytelatent.data import Batch, Loader, Patcher, PrefetchLoader, batches_once
+from bytelatent.data import Batch, Loader, PrefetchLoader, held_out_batches
 from bytelatent.device import Threads, autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.files import only_writer
-from bytelatent.log import log_file
 from bytelatent.model.loss import bits_per_byte, cross_entropy
-from bytelatent.progress import Progress
 from bytelatent.signals import StopSignals
-from bytelatent.text import BadRows
-from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState, check_takes_checkpoints
-from bytelatent.training.checks import check_machine, check_settings, check_text, hints_about_batches
-from bytelatent.training.distributed.fsdp import free_gathered_weights
+from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
+from bytelatent.training.checks import check_machine, check_settings, hints_about_batches
 from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, initialize_weights, make_plan
-from bytelatent.training.distributed.ranks import open_ranks
+from bytelatent.training.distributed.ranks import Watchdog, open_ranks
 from bytelatent.training.faults import (
     RolledBack,
-    Watchdog,
-    act_on,
     deterministic,
     memory_named,
     must_be_finite,
-    trouble_with,
+    reason_to_skip,
     who_failed,
 )
 from bytelatent.training.gradients import CapturedGradients, Gradients, clip
-from bytelatent.training.metrics import Metrics, Totals, speed
-from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.profiling.layer_statistics import LayerStatistics
-from bytelatent.training.profiling.profiler import Profiler
-from bytelatent.training.run_setup import Run, open_run
-from bytelatent.training.schedule import learning_rate
+from bytelatent.training.metrics import Metrics, Totals, open_trackers, speed
+from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.profiling.steps import Profiler, layer_statistics
+from bytelatent.training.run_setup import Run, lock_folder, open_run, write_settings
 from bytelatent.training.settings import TrainSettings
-from bytelatent.training.trackers import open_trackers
+from bytelatent.training.validation import loss_on
 
 LOGGER = logging.getLogger(__name__)
 
-LOG = "train.log"  # in the run's folder
 MOST_ROLLBACKS = 3  # to the same checkpoint
 VALIDATION_SHARE = 0.1  # of the minutes: the most that validation may take beside them, half of it in the last one
 
@@ -65,11 +54,10 @@ def train(settings: TrainSettings) -> Path:
         Interrupted: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; a checkpoint is written.
         KeyboardInterrupt: a second of these; nothing is written.
     """
-    with (
-        open_ranks(settings.device, settings.faults.watchdog_minutes) as (ranks, device),
-        deterministic(settings.determinism),
-        ExitStack() as resources,
-    ):
+    folder = Path(settings.run)
+    with open_ranks(settings.device, settings.faults.watchdog_minutes) as (ranks, device), ExitStack() as resources:
+        if settings.determinism:
+            resources.enter_context(deterministic())
         dtype = choose_dtype(settings.dtype, device)
 
         def check() -> None:
@@ -77,21 +65,11 @@ def train(settings: TrainSettings) -> Path:
             check_machine(settings, device, dtype)
 
         ranks.on_all(check)
-        plan = make_plan(settings.parallel, settings.model, ranks, device)
-        ranks.on_first(lambda: _lock_folder(settings, resources))
-        run = open_run(settings, ranks, device, dtype)
-        trainer = Trainer.setup(run, plan, device, dtype, resources)
-        trainer.run()
-        return run.folder
-
-
-def _lock_folder(settings: TrainSettings, resources: ExitStack) -> None:
-    """Keep other processes out of the run's folder, and check the text and the folder."""
-    folder = Path(settings.run)
-    resources.enter_context(only_writer(settings.run))
-    resources.enter_context(log_file(folder / LOG))
-    check_text(settings.data)
-    check_takes_checkpoints(folder)
+        plan = make_plan(settings.parallel, ranks, device)
+        ranks.on_first(lambda: lock_folder(folder, settings.data, resources))
+        run = open_run(folder, settings, ranks, device, dtype)
+        Trainer.setup(folder, run, plan, device, dtype, resources).run()
+    return folder
 
 
 class Trainer:
@@ -102,12 +80,12 @@ class Trainer:
         plan: how ranks divide the work.
         state: the model, its optimizer, the loader, and how far the run is.
         gradients: computes the gradients of a batch.
-        statistics: of layers.
     """
 
+    folder: Path
+    opened: Run
     device: torch.device
     loss: Callable[[Batch], torch.Tensor]  # summed nats
-    patcher: Patcher | None
     checkpoints: CheckpointManager
     metrics: Metrics
     profiler: Profiler | None  # on the first rank
@@ -122,22 +100,21 @@ class Trainer:
         plan: ParallelPlan,
         state: TrainState,
         gradients: Gradients | CapturedGradients,
-        statistics: LayerStatistics | None = None,
     ):
-        self.settings, self.plan, self.state = settings, plan, state
-        self.gradients, self.statistics = gradients, statistics
+        self.settings, self.plan, self.state, self.gradients = settings, plan, state, gradients
         self.logged = Totals.of(state)  # as the last row of metrics was written
         self.step_began = time.perf_counter()
         self.first_step = 1  # since the process started
+        self.statistics: dict[str, Any] | None = None  # of layers, in the last step
         self.rollbacks = 0  # to the last checkpoint
         self.validated = 0.0  # seconds
         self.stops = False  # a rank was asked to stop
 
     @classmethod
     def setup(
-        cls, run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtype, resources: ExitStack
+        cls, folder: Path, run: Run, plan: ParallelPlan, device: torch.device, dtype: torch.dtype, resources: ExitStack
     ) -> "Trainer":
-        """Build the model and all around it, and load the newest checkpoint; `resources` closes what is opened."""
+        """Build the model and all around it; `resources` closes what is opened."""
         settings, ranks = run.settings, plan.ranks
         torch.manual_seed(settings.seed)
         compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
@@ -148,14 +125,15 @@ class Trainer:
                 return cross_entropy(model, batch)
 
         loader = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world_size)
-        loader = PrefetchLoader(loader, device) if reads_ahead(device) else loader
+        loader = PrefetchLoader(loader, device) if prefetches(device) else loader
         state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
         gradients = Gradients(loss, device)
         if settings.cuda_graph:
             gradients = CapturedGradients(model.parameters(), loss, device, settings.optimizer.accumulation > 1)
-        self = cls(settings, plan, state, gradients, LayerStatistics(model, settings.statistics_every, loss))
-        self.device, self.loss, self.patcher, self.peak = device, loss, run.patcher, peak_flops(device, dtype)
-        trackers = open_trackers(settings.track, settings.wandb, run.folder, settings.shown()) if ranks.is_first else []
+        self = cls(settings, plan, state, gradients)
+        self.folder, self.opened, self.device, self.loss = folder, run, device, loss
+        self.peak = peak_flops(device, dtype)
+        trackers = open_trackers(settings.track, settings.wandb, folder, settings.shown()) if ranks.is_first else []
 
         enter = resources.enter_context
         self.stop_signals = enter(StopSignals(ranks.is_first))
@@ -164,39 +142,23 @@ class Trainer:
         if asynchronous == "auto":
             asynchronous = device.type == "cuda" or ranks.world_size > 1
         self.checkpoints = enter(
-            CheckpointManager(run.folder, run.config, settings.checkpoint, plan, asynchronous, self.stop_signals)
+            CheckpointManager(folder, run.config, settings.checkpoint, plan, asynchronous, self.stop_signals)
         )
         self.watchdog = enter(Watchdog(settings.faults.watchdog_minutes, ranks))
         self.threads = enter(Threads.of(device, settings.minutes is not None and ranks.world_size == 1))
         # Last, so that it is first to see an error: torchrun soon ends the other ranks.
         enter(who_failed(ranks, lambda: state.step, self.stop_signals))
-        if not self.checkpoints.load(state):
-            initialize_weights(model, settings.model)
-        must_be_finite(state, settings, ranks)
-        self._log_start(run)
-        title = "byte LM" if settings.model.kind == "byte_lm" else "BLT"
-        self.metrics = enter(Metrics(trackers, state.step, title))
-        self.profiler = enter(Profiler(run.folder, settings.profile, device)) if ranks.is_first else None
-        if self.done < 1:
-            self._try_step()
-            run.write_settings(ranks)
-        self.first_step, self.logged, self.step_began = state.step + 1, Totals.of(state), time.perf_counter()
+        self.metrics = enter(Metrics(trackers, "byte LM" if settings.model.kind == "byte_lm" else "BLT"))
+        self.profiler = enter(Profiler(folder, settings.profile, device)) if ranks.is_first else None
         return self
 
-    @property
-    def done(self) -> float:
-        """How much of the run is over, from 0 to 1."""
-        if self.settings.minutes is not None:
-            return self.state.seconds / (60 * self.settings.minutes)
-        assert self.settings.steps is not None
-        return self.state.step / self.settings.steps
-
     def run(self) -> None:
-        """Train to the end of the run.
+        """Train from the newest checkpoint, if there is one, to the end of the run.
 
         Raises:
             Interrupted: a rank was asked to stop; a checkpoint is written.
         """
+        self._begin()
         state, is_over = self.state, self.done >= 1
         while self.done < 1:
             try:
@@ -223,7 +185,7 @@ class Trainer:
         """One optimizer step over `accumulation` batches of each rank; its metrics, over all of them.
 
         Raises:
-            RolledBack: the loss is not finite or leaps, and `faults.on_nan` is `rollback`.
+            RolledBack: the loss is not finite or spikes, and `faults.on_nan` is `rollback`.
             UserError: the same, and it is `stop`.
         """
         state, settings, plan = self.state, self.settings, self.plan
@@ -236,7 +198,8 @@ class Trainer:
             group["lr"] = rate * group["lr_scale"]
         batches = [self._next_batch() for _ in range(settings.optimizer.accumulation)]
         state.waited += time.perf_counter() - began
-        num_targets, num_bytes, num_patches = (int(number) for number in plan.sum(_counts(batches)))
+        counts = zip(*((batch.num_targets, batch.num_bytes, batch.num_patches) for batch in batches), strict=True)
+        num_targets, num_bytes, num_patches = map(int, plan.sum([sum(count) for count in counts]))
         parts = []
         for number, batch in enumerate(batches, start=1):
             plan.set_last_backward(state.model, number == len(batches))
@@ -245,14 +208,14 @@ class Trainer:
         clipped = clip(state.model.parameters(), settings.optimizer.clip)
         # The only wait for the device, after which the optimizer runs while the next step is prepared.
         nats, norm = plan.sum([sum(float(part) for part in parts)])[0], float(clipped)
-        mean = nats / num_targets
-        trouble = trouble_with(state.step + 1, mean, norm, state.recent, settings.faults.spike)
-        if act_on(trouble, mean, state, settings, plan.ranks):
-            measured = self.statistics.around_update(state.step + 1, batches[0]) if self.statistics else nullcontext()
-            with measured:
+        self.statistics = None
+        skipped = reason_to_skip(nats / num_targets, norm, state, settings.faults, settings.optimizer.lr, plan.ranks)
+        if skipped is None:
+            is_due = settings.statistics_every is not None and (state.step + 1) % settings.statistics_every == 0
+            with layer_statistics(state.model, self.loss, batches[0]) if is_due else nullcontext() as self.statistics:
                 state.optimizer.step()
         elif plan.ranks.is_first:
-            LOGGER.warning(f"{trouble}: its update is left out")
+            LOGGER.warning(f"{skipped}: its update is left out")
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.bytes_seen += num_bytes
@@ -265,7 +228,7 @@ class Trainer:
             "gradient_norm": norm if math.isfinite(norm) else None,
             "mean_patch_bytes": num_bytes / num_patches if num_patches else None,
         }
-        return row if trouble is None else {**row, "skipped": trouble}
+        return row if skipped is None else {**row, "skipped": skipped}
 
     def log(self, row: dict[str, Any]) -> None:
         """Write the metrics of a step, if they are due, and those of layers."""
@@ -275,9 +238,9 @@ class Trainer:
             rates = speed(self.logged, now, settings.model, settings.data.context, self.peak, self.plan.ranks)
             self.logged = now
             self.metrics.write(row | rates | {"threads": self.threads.count}, self.done)
-        seen = self.statistics.take(state.step, state.bytes_seen) if self.statistics else None
-        if seen is not None:
-            self.metrics.write(seen, self.done)
+        if self.statistics is not None:
+            head = {"step": state.step, "bytes_seen": state.bytes_seen, "kind": "statistics"}
+            self.metrics.write(head | self.statistics, self.done)
 
     def validate(self) -> None:
         """Measure on held-out text, if it is due, and write the result."""
@@ -300,37 +263,14 @@ class Trainer:
         Args:
             limit: seconds after which the rest of the text is left out; None reads all of it.
         """
-        state, data, plan, max_bytes = self.state, self.settings.data, self.plan, self.settings.validation.max_bytes
-        nats, num_bytes = 0.0, 0
-        rows = {
-            "bad_rows": BadRows(data.max_bad_rows, "data.max_bad_rows"),
-            "max_row_bytes": data.max_row_bytes,
-        }
-        limits = max_bytes, data.batch_patches
-        batches = batches_once(data.valid, data.context, data.batch_bytes, self.patcher, *limits, padded=True, **rows)
-
-        def agreed(over: bool) -> bool:  # the first rank's clock counts
-            return bool(plan.ranks.sum([over * plan.ranks.is_first])[0])
-
-        state.model.eval()
-        with torch.no_grad(), Progress("validating", max_bytes, limit, bar=False) as progress:
-            for group in progress.within(_groups(batches, plan.data_world_size), agreed):
-                # All ranks compute equally often, as they need one another's weights; one without a batch computes
-                # the first one and drops the result.
-                own = group[plan.data_rank] if plan.data_rank < len(group) else None
-                found = float(self.loss((own or group[0]).to(self.device)))
-                if own is not None:
-                    nats += found
-                    num_bytes += own.num_bytes
-                progress.advance(sum(batch.num_bytes for batch in group))
-        state.model.train()
-        free_gathered_weights(state.model)
-        nats, num_bytes = plan.sum([nats, num_bytes])
+        state, max_bytes = self.state, self.settings.validation.max_bytes
+        batches = held_out_batches(self.settings.data, self.opened.patcher, max_bytes)
+        nats, num_bytes = loss_on(batches, state.model, self.loss, self.plan, self.device, max_bytes, limit)
         return {
             "step": state.step,
             "bytes_seen": state.bytes_seen,
-            "validation_bits_per_byte": bits_per_byte(nats, int(num_bytes)),
-            "validation_bytes": int(num_bytes),
+            "validation_bits_per_byte": bits_per_byte(nats, num_bytes),
+            "validation_bytes": num_bytes,
         }
 
     def save(self) -> None:
@@ -342,25 +282,46 @@ class Trainer:
             self.checkpoints.save(self.state, is_last=is_last, is_needed=is_last or self.stops)
             self.rollbacks, self.step_began = 0, time.perf_counter()
 
-    def _log_start(self, run: Run) -> None:
+    @property
+    def done(self) -> float:
+        """How much of the run is over, from 0 to 1."""
+        if self.settings.minutes is not None:
+            return self.state.seconds / (60 * self.settings.minutes)
+        assert self.settings.steps is not None
+        return self.state.step / self.settings.steps
+
+    def _begin(self) -> None:
+        """Load the newest checkpoint, or draw the initial weights, and try a step before anything is changed."""
+        state, ranks = self.state, self.plan.ranks
+        if not self.checkpoints.resume(state):
+            initialize_weights(state.model, self.settings.model)
+        must_be_finite(state, self.folder, ranks)
+        self._log_start()
+        self.metrics.resume_after(state.step)
+        if self.done < 1:
+            self._try_step()
+            ranks.on_first(lambda: write_settings(self.folder, self.opened))
+        self.first_step, self.logged, self.step_began = state.step + 1, Totals.of(state), time.perf_counter()
+
+    def _log_start(self) -> None:
         """Log what changed since the run's last start, or that nothing is left to do."""
         state, steps, minutes = self.state, self.settings.steps, self.settings.minutes
         if self.done < 1:
-            for line in run.changes:
+            for line in self.opened.changes:
                 LOGGER.info(line)
             if state.schedule.decayed > 1 - 1e-9:
                 LOGGER.info("the learning rate was at its minimum at the end of the run so far, and stays there")
         elif minutes is not None:
-            LOGGER.info(f"nothing is left to do: the run's {minutes:g} minutes are over; more minutes go on with it")
+            LOGGER.info(f"nothing is left to do: the run's {minutes:g} minutes are over; more minutes continue it")
         elif state.step == steps:
-            LOGGER.info(f"nothing is left to do: all {state.step} steps are done; more steps go on with the run")
+            LOGGER.info(f"nothing is left to do: all {state.step} steps are done; more steps continue the run")
         else:
             LOGGER.info(f"nothing is left to do: {state.step} steps are done, and steps={steps} asks for fewer")
 
     def _try_step(self) -> None:
-        """Compute a gradient and drop it: what does not compile or fit into memory fails before anything is changed."""
+        """Compute a gradient and drop it: what does not compile or fit into memory fails here."""
         state = self.state
-        with memory_named(self.settings, self.plan.ranks):
+        with memory_named(self.plan.ranks, _to_save_memory(self.settings)):
             state.peeked.append(next(state.loader))
             self.gradients(state.peeked[0], 1.0)
             state.optimizer.zero_grad(set_to_none=True)
@@ -373,7 +334,7 @@ class Trainer:
         self.watchdog.progress(f"step {number}")
         if self.profiler is not None:
             self.profiler.before(number)
-        with memory_named(self.settings, self.plan.ranks):
+        with memory_named(self.plan.ranks, _to_save_memory(self.settings)):
             return self.train_step()
 
     def _next_batch(self) -> Batch:
@@ -386,7 +347,7 @@ class Trainer:
         now = time.perf_counter()
         took, self.step_began = now - self.step_began, now
         before = state.seconds
-        if state.step == self.first_step:  # it compiles and warms up: its time says nothing about the next steps'
+        if state.step == self.first_step:  # it compiles and warms up: its time is not that of the next steps
             state.waited, state.patches_seen = 0.0, 0
             self.logged = Totals.of(state)
             self.checkpoints.prepare(state)
@@ -412,26 +373,26 @@ class Trainer:
             raise ranks.common_error(
                 UserError(f"{why}, after {MOST_ROLLBACKS} rollbacks to one checkpoint; take a lower optimizer.lr")
             )
-        if not self.checkpoints.load(state, position=False):
+        if not self.checkpoints.resume(state, position=False):
             raise ranks.common_error(
                 UserError(f"{why}, and there is no checkpoint yet to roll back to; take a lower optimizer.lr")
             )
         if ranks.is_first:
             LOGGER.warning(f"{why}: back to step {state.step}, on with the text that comes next")
-        self.metrics.forget(state.step)
+        self.metrics.resume_after(state.step)
         self.logged, self.step_began = Totals.of(state), time.perf_counter()
 
 
-def reads_ahead(device: torch.device) -> bool:
+def prefetches(device: torch.device) -> bool:
     """Whether batches are made while others are trained on: on a CPU both would want the same cores."""
     return device.type == "cuda"
 
 
-def _counts(batches: list[Batch]) -> list[int]:
-    """Targets, bytes and patches of some batches."""
-    return [sum(counts) for counts in zip(*((b.num_targets, b.num_bytes, b.num_patches) for b in batches), strict=True)]
-
-
-def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    while group := list(itertools.islice(batches, size)):
-        yield group
+def _to_save_memory(settings: TrainSettings) -> str:
+    """The settings to change where memory is not enough."""
+    data, accumulation = settings.data, settings.optimizer.accumulation
+    return (
+        f"lower data.batch_bytes (now {data.batch_bytes}; raise optimizer.accumulation, now {accumulation}, to keep "
+        f"the bytes of a step) or data.batch_patches (now {data.batch_patches}), or set "
+        f"parallel.activation_checkpointing (now {settings.parallel.activation_checkpointing}) to selective or full"
+    )

@@ -203,7 +203,7 @@ def test_the_next_commands_run_as_they_are_printed(demo: tuple[Path, dict[str, A
 def test_the_next_demo_is_in_the_same_place_on_the_same_text() -> None:
     options = text_options(DemoSettings(text="my notes", text_key="content"))
     again = closing_lines(Path("my runs/demo"), options)[-1][1]
-    of_text = ["--text", "my notes", "--text-key", "content"]
+    of_text = ["--text-key", "content", "--text", "my notes"]
     assert shlex.split(again) == ["blt", "demo", "--minutes", "20", "--out", "my runs/demo", *of_text]
 
 

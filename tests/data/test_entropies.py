@@ -231,11 +231,11 @@ def test_what_the_file_says(tmp_path: Path, byte_lm: ByteLM) -> None:
         "window": 6,
         "context": CONTEXT,
         "dtype": "float32",
-        "rule": PATCHING.plain(),
+        "patching": PATCHING.plain(),
         "source_bytes": source.stat().st_size,
     }
-    assert stored.rule is not None
-    assert PatchSettings.parse(stored.rule) == PATCHING
+    assert stored.patching is not None
+    assert PatchSettings.parse(stored.patching) == PATCHING
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def test_other_files_are_not_overwritten(tmp_path: Path, text: Path, byte_lm: By
     ways = [
         (tiny_byte_lm(seed=1, window=6), quick(), "byte_lm is .* there and .* now"),
         (byte_lm, quick(context=9), "context is 8 there and 9 now"),
-        (byte_lm, quick(patching=PATCHING), "rule is None there and {.*'threshold': 5.12.*} now"),
+        (byte_lm, quick(patching=PATCHING), "patching is None there and {.*'threshold': 5.12.*} now"),
         (byte_lm, quick(dtype="bfloat16"), "dtype is float32 there and bfloat16 now"),
     ]
     for model, asked, difference in ways:
@@ -387,6 +387,14 @@ def test_rows_without_text_are_named_and_left_out(tmp_path: Path, byte_lm: ByteL
     assert ["line 2 " in said[0], "line 4 " in said[1], "line 5 " in said[2]] == [True] * 3
     with pytest.raises(UserError, match=r"2 bad rows or files were passed over already \(--max-bad-rows\)"):
         store(byte_lm, [tmp_path / "a.jsonl"], tmp_path / "strict", quick(max_bad_rows=2))
+
+
+def test_each_call_logs_bad_rows_for_itself(tmp_path: Path, byte_lm: ByteLM) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{broken\n')
+    with logged() as said:
+        for out in ("first", "second"):
+            store(byte_lm, [tmp_path / "a.jsonl"], tmp_path / out, quick(max_bad_rows=3))
+    assert sum("line 2 is not JSON" in line for line in said) == 2
 
 
 def test_a_source_that_changed_but_for_its_size(tmp_path: Path, byte_lm: ByteLM) -> None:
@@ -590,7 +598,7 @@ def test_modes_of_the_command(tmp_path: Path, text: Path, model: Path) -> None:
     assert bytes_below(tmp_path / "one") == bytes_below(tmp_path / "other")
     stored = read_stored(tmp_path / "one" / "0.parquet")
     assert stored is not None
-    assert stored.rule == PATCHING.plain()
+    assert stored.patching == PATCHING.plain()
 
 
 @pytest.mark.parametrize(

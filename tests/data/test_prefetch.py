@@ -76,7 +76,7 @@ def test_a_run_that_reads_ahead_ends_as_one_that_does_not(
 
     weights = []
     for name, ahead in (("plain", False), ("ahead", True)):
-        monkeypatch.setattr(loop, "reads_ahead", lambda _, ahead=ahead: ahead)
+        monkeypatch.setattr(loop, "prefetches", lambda _, ahead=ahead: ahead)
         settings = [
             f"run={tmp_path / name}",
             "model={dim: 16, num_layers: 1, num_heads: 2, window: 8, multiple_of: 8}",

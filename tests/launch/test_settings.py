@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
 from bytelatent.launch import LaunchSettings
-from bytelatent.launch.settings import time_limit_seconds
-from bytelatent.launch.slurm import SlurmNode, largest_node
+from bytelatent.launch.slurm import SlurmNode, largest_node, time_limit_seconds
 from tests.launch.conftest import Cluster
 
 SMALL = st.integers(0, 200)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from bytelatent.cli import app
 from bytelatent.errors import UserError
-from bytelatent.launch.submit import package_of
+from bytelatent.launch import package_of
 from bytelatent.model import build
 from bytelatent.weights import Config, save
 from tests.launch.conftest import Cluster, launched

@@ -111,7 +111,7 @@ def test_what_is_done_is_not_done_again(
     stop_in_the_second_pass(out, source)
     monkeypatch.setattr(scattering, "RunWriter", broken)  # the first pass is done: nobody needs it any more
     prepare(PrepareSettings(source=[str(source)], out=out, workers=2))
-    assert "going on with the work" in caplog.text
+    assert "resuming the work" in caplog.text
     assert outputs(out) == whole
 
 
@@ -143,7 +143,7 @@ def test_another_input_or_seed_starts_over(tmp_path: Path, source: Path, caplog:
 
 def test_a_killed_worker_ends_in_one_line(tmp_path: Path, source: Path) -> None:
     process = start(source, tmp_path / "out", 0.05)
-    wait_for(lambda: len(children(process.pid)) == 2 and (tmp_path / "out" / ".prepare" / "scatter").exists())
+    wait_for(lambda: len(children(process.pid)) == 2 and any((tmp_path / "out" / ".prepare").glob("scatter/*")))
     others = children(process.pid)
     os.kill(others[0], signal.SIGKILL)
     _, said = process.communicate(timeout=20)

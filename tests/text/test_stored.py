@@ -20,7 +20,7 @@ from bytelatent.text.stored import Stored, pack_starts, read_stored, stored_writ
 
 PATCHING = {"mode": "entropy", "threshold": 1.5}
 ENTROPIES = Stored(byte_lm="0123456789abcdef", window=512, context=8192, dtype="bfloat16")
-STARTS = ENTROPIES.model_copy(update={"rule": PATCHING})
+STARTS = ENTROPIES.model_copy(update={"patching": PATCHING})
 ANY_PLACE = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = st.lists(st.binary(min_size=1, max_size=40), max_size=9)
 
@@ -215,5 +215,5 @@ def test_differences_are_named() -> None:
     assert ENTROPIES.differences(ENTROPIES) == []
     assert ENTROPIES.differences(other) == [
         "byte_lm is 0123456789abcdef there and ffffffffffffffff now",
-        f"rule is None there and {PATCHING} now",
+        f"patching is None there and {PATCHING} now",
     ]

@@ -20,13 +20,18 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
-from bytelatent.training.distributed import fsdp
-from bytelatent.training.distributed.fsdp import free_gathered_weights
-from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, initialize_weights, make_plan
+from bytelatent.training.distributed import plan as plans
+from bytelatent.training.distributed.plan import (
+    ParallelPlan,
+    build_parallel_model,
+    free_gathered_weights,
+    initialize_weights,
+    make_plan,
+)
 from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import OptimizerSettings, build_optimizer
-from bytelatent.training.schedule import learning_rate
+from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.settings import OptimizerSettings
 from bytelatent.weights import Config
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
 
@@ -99,11 +104,11 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
     """
     asked = settings(values)
     with open_ranks("cpu", 1) as (ranks, device):
-        plan = make_plan(asked.parallel, asked.model, ranks, device)
+        plan = make_plan(asked.parallel, ranks, device)
         torch.manual_seed(0)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked.dtype]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fsdp, "GROUP_WEIGHTS", AT_ONCE)
+            patch.setattr(plans, "GROUP_WEIGHTS", AT_ONCE)
             model = build_parallel_model(asked.model, plan, device, dtype, compiled=False)
         initialize_weights(model, asked.model)
         initial = whole(model)
@@ -117,7 +122,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         if run is not None:
             config = Config(model=asked.model, context=asked.data.context, patching=asked.patching)
             checkpoints = CheckpointManager(run, config, asked.checkpoint, plan, ranks.world_size > 1)
-            if checkpoints.load(state):
+            if checkpoints.resume(state):
                 batches.pass_over(state.step)
 
         def loss(batch: Batch) -> torch.Tensor:

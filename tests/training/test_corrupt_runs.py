@@ -1,4 +1,4 @@
-"""Runs whose folder others have written to, or a crash or a copy has damaged."""
+"""Runs whose folder others have written to, or a crash or a copy has corrupted."""
 
 import json
 import os
@@ -158,7 +158,7 @@ def test_a_corrupted_calibration_is_one_line(
     found = (run / "calibration.json").read_bytes()
     (run / "calibration.json").write_bytes(damage)
     with pytest.raises(
-        UserError, match=r"calibration.json' is damaged; remove it, and the same command calibrates again"
+        UserError, match=r"calibration.json' is corrupt; remove it, and the same command calibrates again"
     ):
         train(settings(blt_run(run, text, byte_lm)))
     (run / "calibration.json").unlink()

@@ -18,6 +18,7 @@ from bytelatent.files import find_corruption
 from bytelatent.training import faults, read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
+from bytelatent.training.distributed import ranks
 from bytelatent.training.faults import trouble_with
 from bytelatent.weights import load, load_byte_lm, save
 from bytelatent.weights import safetensors_io as tensors
@@ -173,7 +174,7 @@ def test_a_hang_ends_with_every_threads_stack(tmp_path: Path, text: Path) -> Non
     values = byte_lm_run(tmp_path / "run", text, faults={"watchdog_minutes": 0.03})
     began = time.monotonic()
     ended = finished([sys.executable, "-c", HANGS, *command(values)[3:]])
-    assert ended.returncode == faults.EXIT_HUNG
+    assert ended.returncode == ranks.EXIT_HUNG
     assert time.monotonic() - began < 60
     assert "hangs: 0.03" in ended.stderr
     assert " minutes of step 4 (faults.watchdog_minutes); the stack of every thread:" in ended.stderr

@@ -1,6 +1,5 @@
 """8-bit products of the global transformer: which modules, what stays the same, what is refused."""
 
-import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,9 +15,9 @@ from torch import nn
 from bytelatent.errors import UserError
 from bytelatent.model import add_patches
 from bytelatent.model.settings import StackSettings
-from bytelatent.training import train
-from bytelatent.training import trainer as loop
-from bytelatent.training.float8 import check_float8, to_float8
+from bytelatent.training import checks, train
+from bytelatent.training.checks import check_float8
+from bytelatent.training.distributed.plan import to_float8
 from bytelatent.weights import load
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt
 from tests.training.tiny_runs import assert_equal_runs, blt_run, settings, weights
@@ -109,11 +108,11 @@ def test_what_will_not_do(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "The Card")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
         check_float8("rowwise", device, dtype)
     assert message in str(caught.value)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
     if "torchao" in message:
         check_float8("rowwise", device, dtype)
 
@@ -161,7 +160,7 @@ def test_a_run_in_float8_and_its_checkpoints(
 ) -> None:
     """On a CPU, where torchao's products work, too, if slowly."""
     pytest.importorskip("torchao.float8")
-    monkeypatch.setattr(loop, "check_float8", lambda *_: None)
+    monkeypatch.setattr("bytelatent.training.checks.check_float8", lambda *_: None)
     more = {"steps": 4, "float8": "rowwise", "dtype": "bfloat16", "checkpoint": {"every": 2}}
     whole = train(settings(blt_run(tmp_path / "whole", text, byte_lm, **more)))
     cut = tmp_path / "cut"

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from bytelatent.errors import UserError
 from bytelatent.files import find_corruption
-from bytelatent.training import read_metrics, trackers, train
+from bytelatent.training import metrics, read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint import manager
 from bytelatent.training.checkpoint.manager import CheckpointManager
@@ -105,7 +105,7 @@ def test_a_signal_ends_the_wait_for_room(tmp_path: Path, text: Path, monkeypatch
 
 def fill_the_disk_for_metrics(monkeypatch: pytest.MonkeyPatch, full: range) -> None:
     """Let rows be written to their half only, from some steps to others."""
-    write = trackers.JsonLines.write
+    write = metrics.JsonLines.write
 
     class Scarce(io.FileIO):
         def write(self, data: Any) -> int:
@@ -114,14 +114,14 @@ def fill_the_disk_for_metrics(monkeypatch: pytest.MonkeyPatch, full: range) -> N
             super().write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def written(self: trackers.JsonLines, row: dict[str, Any]) -> None:
+    def written(self: metrics.JsonLines, row: dict[str, Any]) -> None:
         step[0] = row["step"]
         if not isinstance(self._file, Scarce):
             self._file = Scarce(self._path, "ab")
         write(self, row)
 
     step = [0]
-    monkeypatch.setattr(trackers.JsonLines, "write", written)
+    monkeypatch.setattr(metrics.JsonLines, "write", written)
 
 
 def test_rows_wait_for_room(
@@ -166,7 +166,7 @@ def test_rows_that_found_no_room_are_said_at_the_end(
 
 def test_the_system_has_room_for_half_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A real write that is cut short, and then fails."""
-    lines = trackers.JsonLines(tmp_path / "metrics.jsonl")
+    lines = metrics.JsonLines(tmp_path / "metrics.jsonl")
     lines.resume_after(0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))

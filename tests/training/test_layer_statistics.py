@@ -16,12 +16,8 @@ from bytelatent.data.packing import Piece, pack
 from bytelatent.model import Block, BLTSettings, ByteLMSettings, CrossAttention, build
 from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
-from bytelatent.training.profiling.layer_statistics import (
-    LayerStatistics,
-    attention_entropy,
-    first_ids,
-    weights_by_layer,
-)
+from bytelatent.training import trainer as loop
+from bytelatent.training.profiling.steps import attention_entropy, first_ids, layer_statistics, weights_by_layer
 from tests.training.crew import Crew
 from tests.training.plans import PLANS, train_as, values
 from tests.training.tiny_runs import BLT, BYTE_LM, assert_equal_runs, blt_run, byte_lm_run, settings, weights
@@ -118,13 +114,9 @@ def test_attention_entropy_is_that_of_the_softmax() -> None:
 
 
 def looked_at(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    statistics = LayerStatistics(model, 1, lambda batch: cross_entropy(model, batch))
     cross_entropy(model, batch).backward()
-    with statistics.around_update(1, batch):
+    with layer_statistics(model, lambda batch: cross_entropy(model, batch), batch) as row:
         pass
-    row = statistics.take(1, 100)
-    assert row is not None
-    assert statistics.take(1, 100) is None
     return row
 
 
@@ -186,10 +178,9 @@ def test_every_weight_is_in_one_layer() -> None:
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
 
 
-def test_other_steps_are_passed_over() -> None:
-    model = model_of(BYTE_LM)
-    for every, step in ((None, 4), (3, 4)):
-        statistics = LayerStatistics(model, every, lambda _: pytest.fail("computed"))
-        with statistics.around_update(step, batch_of(1, 5, patched=False)):
-            pass
-        assert statistics.take(step, 1) is None
+@pytest.mark.parametrize("every", [None, 4])
+def test_other_steps_are_passed_over(
+    tmp_path: Path, text: Path, every: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "layer_statistics", lambda *_: pytest.fail("computed"))
+    train(settings(byte_lm_run(tmp_path / "run", text, steps=3, statistics_every=every)))

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from bytelatent.model import PatchedStream, build
-from bytelatent.training.optimizer import OptimizerSettings
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
     KINDS,
@@ -22,6 +21,7 @@ from bytelatent.training.profiling.measure import (
     random_batch,
     seconds_of,
 )
+from bytelatent.training.settings import OptimizerSettings
 from tests.model.tiny import tiny_blt_settings
 
 CPU = torch.device("cpu")

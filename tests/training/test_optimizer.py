@@ -23,13 +23,8 @@ from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.checks import check_optimizer
 from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.gradients import Gradients, clip
-from bytelatent.training.optimizer import (
-    Optimizers,
-    OptimizerSettings,
-    SparseRowsAdamW,
-    build_optimizer,
-)
-from bytelatent.training.settings import TrainSettings
+from bytelatent.training.optimizer import Optimizers, SparseRowsAdamW, build_optimizer
+from bytelatent.training.settings import OptimizerSettings, TrainSettings
 from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits
 
 CPU = torch.device("cpu")

@@ -16,7 +16,8 @@ from bytelatent.errors import UserError
 from bytelatent.model import block, build
 from bytelatent.model.attention import packed_mask
 from bytelatent.model.loss import cross_entropy
-from bytelatent.training.distributed import fsdp
+from bytelatent.training.checks import check_processes
+from bytelatent.training.distributed import plan as plans
 from bytelatent.training.distributed.plan import build_parallel_model, initialize_weights, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks, ranks_from
 from tests.training.crew import Crew
@@ -68,8 +69,8 @@ def test_neighbours_of_a_stack_are_gathered_together(monkeypatch: pytest.MonkeyP
     name_of = {part: name.replace("stack.blocks", "block") for name, part in model.named_modules()}
 
     def groups(at_once: int) -> list[list[str]]:
-        monkeypatch.setattr(fsdp, "GROUP_WEIGHTS", at_once)
-        return [[name_of[part] for part in parts] for parts in fsdp.fsdp_groups(model)]
+        monkeypatch.setattr(plans, "GROUP_WEIGHTS", at_once)
+        return [[name_of[part] for part in parts] for parts in plans.fsdp_groups(model)]
 
     block = sum(weight.numel() for weight in model.global_transformer.stack.blocks[0].parameters())
     decoder = [f"decoder.{part}.{layer}" for layer in (0, 1) for part in ("cross_attention", "block")]
@@ -143,7 +144,7 @@ def head_dims_of_graphs(values: dict[str, Any], layers: int) -> list[str | None]
     with open_ranks("cpu", 1) as (ranks, device), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda call: compiled(call, backend=backend))
         patch.setattr(block, "build_mask", lambda document, window, _, n: packed_mask(document, window, n))  # CUDA's
-        plan = make_plan(asked.parallel, asked.model, ranks, device)
+        plan = make_plan(asked.parallel, ranks, device)
         model = build_parallel_model(asked.model, plan, device, torch.bfloat16, compiled=True)
         initialize_weights(model, asked.model)
         with autocast(device, torch.bfloat16):
@@ -201,9 +202,9 @@ def test_ranks_that_cannot_be_divided_are_one_line(
     world: int, parallel: dict[str, Any], model: dict[str, Any], line: str
 ) -> None:
     patching = {"mode": "space"} if model.get("kind") == "blt" else None
-    asked = settings(byte_lm_run(Path("x"), Path("x"), model=model, patching=patching, parallel=parallel))
+    asked = byte_lm_run(Path("x"), Path("x"), model=model, patching=patching, parallel=parallel)
     with pytest.raises(UserError, match=line):
-        make_plan(asked.parallel, asked.model, Ranks(0, world), torch.device("cpu"))
+        check_processes(settings(asked).parallel, world)
 
 
 def complained(who: set[int]) -> str:
@@ -275,7 +276,7 @@ PLACE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
     [
         (
             {"RANK": None},
-            "WORLD_SIZE=2 says that there are several processes, and RANK is not set; start it by torchrun",
+            "WORLD_SIZE=2 is of several processes, and RANK is not set; start it by torchrun",
         ),
         ({"MASTER_ADDR": None}, "and MASTER_ADDR is not set"),
         ({"MASTER_PORT": ""}, "and MASTER_PORT is not set"),

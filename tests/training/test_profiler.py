@@ -11,7 +11,8 @@ import torch
 from bytelatent.files import find_corruption
 from bytelatent.training import train
 from bytelatent.training import trainer as loop
-from bytelatent.training.profiling.profiler import Profiler, ProfileSettings
+from bytelatent.training.profiling.steps import Profiler
+from bytelatent.training.settings import ProfileSettings
 from tests.training.tiny_runs import assert_equal_runs, byte_lm_run, settings
 
 STEP = "Optimizer.step#AdamW.step"

@@ -12,9 +12,9 @@ import pytest
 from bytelatent.errors import UserError
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.optimizer import OptimizerSettings
+from bytelatent.training.optimizer import learning_rate
 from bytelatent.training.run_setup import DATA_MAY_CHANGE, MAY_CHANGE, OPTIMIZER_MAY_CHANGE
-from bytelatent.training.schedule import learning_rate
+from bytelatent.training.settings import OptimizerSettings
 from tests.processes import Command
 from tests.training.tiny_runs import (
     assert_equal_runs,
@@ -198,18 +198,18 @@ def test_a_run_keeps_its_byte_lm(tmp_path: Path, text: Path, byte_lm: Path) -> N
 
 def test_other_settings_are_said_in_a_line_each(tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=6)))
-    assert "goes on with" not in log_of(caplog)
+    assert "resumes with" not in log_of(caplog)
     more = {"checkpoint": {"every": 9}, "data": {"max_bad_rows": 3}, "validation": {"max_bytes": None}}
     more["optimizer"] = {"lr": 3e-3, "warmup_steps": 3, "accumulation": 2}
     train(settings(byte_lm_run(run, text, steps=7, **more)))
     assert "\nsteps: 7\n" in (run / "settings.yaml").read_text()
-    lines = [line for line in log_of(caplog).splitlines() if line.startswith("goes on with")]
+    lines = [line for line in log_of(caplog).splitlines() if line.startswith("resumes with")]
     assert lines == [
-        "goes on with checkpoint.every: 9, before 5",
-        "goes on with data.max_bad_rows: 3, before 100",
-        "goes on with optimizer.accumulation: 2, before 1",
-        "goes on with steps: 7, before 6",
-        "goes on with validation.max_bytes: None, before 1000000",
+        "resumes with checkpoint.every: 9, before 5",
+        "resumes with data.max_bad_rows: 3, before 100",
+        "resumes with optimizer.accumulation: 2, before 1",
+        "resumes with steps: 7, before 6",
+        "resumes with validation.max_bytes: None, before 1000000",
     ]
 
 
@@ -226,11 +226,11 @@ def test_the_docs_list_what_may_differ() -> None:
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ({"steps": 6}, "nothing is left to do: all 6 steps are done; more steps go on with the run"),
+        ({"steps": 6}, "nothing is left to do: all 6 steps are done; more steps continue the run"),
         ({"steps": 4}, "nothing is left to do: 6 steps are done, and steps=4 asks for fewer"),
         (
             {"steps": None, "minutes": 1e-9},
-            "nothing is left to do: the run's 1e-09 minutes are over; more minutes go on with it",
+            "nothing is left to do: the run's 1e-09 minutes are over; more minutes continue it",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_settings_count_once_a_checkpoint_was_read(
     log_of(caplog)
     with pytest.raises(UserError, match=r"no checkpoint of .* is whole"):
         train(settings(byte_lm_run(run, text, steps=7)))
-    assert "goes on with" not in log_of(caplog)
+    assert "resumes with" not in log_of(caplog)
     assert (run / "settings.yaml").read_text() == before
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bytelatent.training.checkpoint.staging import CpuCopies, empty_copies
+from bytelatent.training.checkpoint.storage import CpuCopies, empty_copies
 from bytelatent.training.distributed.ranks import open_ranks
 from tests.training.crew import Crew
 

@@ -18,11 +18,11 @@ from bytelatent.patching import Calibration
 from bytelatent.training import TrainSettings, read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.checkpoint.staging import CpuCopies
+from bytelatent.training.checkpoint.storage import CpuCopies
 from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import OptimizerSettings, build_optimizer
-from bytelatent.training.schedule import learning_rate
+from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.settings import OptimizerSettings
 from bytelatent.weights import fingerprint, load, load_byte_lm
 from tests.training.tiny_runs import (
     BLT,

@@ -316,7 +316,7 @@ def flip_a_bit(folder: Path) -> None:
         (truncate, "model.safetensors is not as it was written"),
         (remove_optimizer, "state/__0_0.distcp is missing"),
         (keep_only_the_model, "complete.json is missing"),
-        (damage_manifest, "complete.json is damaged"),
+        (damage_manifest, "complete.json is corrupt"),
         (flip_a_bit, "progress.pt is not as it was written"),
     ],
 )

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.training import text_files, train
+from bytelatent.training import run_setup, train
 from tests.training.crew import Crew
 from tests.training.plans import train_as
 from tests.training.plans import values as values_of_many
@@ -71,7 +71,7 @@ def test_changed_text_is_named_before_the_first_step(
     assert losses(run) == before
     log_of(caplog)
     train(settings(values(run, folder, 9, allow_changed=True)))
-    assert re.search(rf"{said}; training goes on with what is there now", log_of(caplog))
+    assert re.search(rf"{said}; training continues with what is there now", log_of(caplog))
     assert len(losses(run)) == 9
     train(settings(values(run, folder, 10)))  # what it is now is what counts from now on
     assert len(losses(run)) == 10
@@ -135,8 +135,8 @@ def test_held_out_text_counts_too(tmp_path: Path, text: Path) -> None:
 def test_of_much_text_beginnings_and_ends_are_compared(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(text_files, "READ_WHOLE", 1000)
-    monkeypatch.setattr(text_files, "EDGE", 200)
+    monkeypatch.setattr(run_setup, "READ_WHOLE", 1000)
+    monkeypatch.setattr(run_setup, "EDGE", 200)
     run = train(settings(values(tmp_path / "run", folder, 5)))
     edited(folder)
     os.utime(folder / "b.jsonl", (1e9, 1e9))
@@ -164,7 +164,7 @@ def test_text_elsewhere_is_known_by_its_size(tmp_path: Path, text: Path) -> None
 def test_a_corrupted_listing_is_one_line(tmp_path: Path, text: Path) -> None:
     run = train(settings(values(tmp_path / "run", text, 5)))
     (run / "text.json").write_text("[{")
-    with pytest.raises(UserError, match=r"text\.json' is damaged"):
+    with pytest.raises(UserError, match=r"text\.json'.* is corrupt"):
         train(settings(values(run, text, 9)))
     (run / "text.json").unlink()
     train(settings(values(run, text, 9)))

@@ -14,8 +14,8 @@ import pytest
 
 from bytelatent.errors import UserError
 from bytelatent.training import checks, read_metrics, train
-from bytelatent.training import trackers as trackers_module
-from bytelatent.training.trackers import JsonLines, TensorBoard, numbers
+from bytelatent.training import metrics as metrics_module
+from bytelatent.training.metrics import JsonLines, TensorBoard, numbers
 from tests.training.test_resume import cut_off
 from tests.training.tiny_runs import byte_lm_run, log_of, settings
 
@@ -243,7 +243,7 @@ def test_wandb_that_does_not_end_is_left(
                 raise ConnectionError
             let_go.wait(30)
 
-    monkeypatch.setattr(trackers_module, "FINISH_SECONDS", 10 if raises else 0.05)
+    monkeypatch.setattr(metrics_module, "FINISH_SECONDS", 10 if raises else 0.05)
     wandb.begin = [Endless()]
     train(settings(byte_lm_run(tmp_path / "run", text, steps=2, track=["wandb"])))
     let_go.set()

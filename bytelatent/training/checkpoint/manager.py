@@ -25,22 +25,20 @@ from typing import Any, NamedTuple, Self, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from bytelatent.data import Batch, Loader, PrefetchLoader
 from bytelatent.data.source import FilesChanged
 from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, find_corruption, manifest_of, whole_folder
 from bytelatent.run_folder import NoCheckpoint, checkpoint_name, checkpoints_of, newest_checkpoint
-from bytelatent.training.checkpoint.settings import CheckpointSettings
-from bytelatent.training.checkpoint.staging import CpuCopies
-from bytelatent.training.checkpoint.storage import begin_folder, read_tensors, tensors_of, write_tensors
-from bytelatent.training.distributed.fsdp import free_gathered_weights, full_tensor
-from bytelatent.training.distributed.plan import ParallelPlan
-from bytelatent.training.optimizer import Optimizers
-from bytelatent.training.schedule import Schedule
+from bytelatent.training.checkpoint.storage import CpuCopies, begin_folder, read_tensors, tensors_of, write_tensors
+from bytelatent.training.distributed.plan import ParallelPlan, free_gathered_weights, full_tensor
+from bytelatent.training.optimizer import Optimizers, Schedule
+from bytelatent.training.settings import CheckpointSettings
 from bytelatent.weights import NATIVE, Config, StoredModel, StoredTensor
 
-log = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 PAUSES = (15, 60, 240)  # seconds after which a save is tried again while the disk is full
@@ -250,7 +248,7 @@ class CheckpointManager:
 
     def _warn(self, line: str) -> None:
         if self.ranks.is_first:
-            log.warning(line)
+            LOGGER.warning(line)
 
     def _write_once(self, content: CheckpointContent) -> None:
         # Ranks continue only when the folder has its final name.
@@ -326,7 +324,7 @@ class CheckpointManager:
 
     # Resuming
 
-    def load(self, state: TrainState, position: bool = True) -> bool:
+    def resume(self, state: TrainState, position: bool = True) -> bool:
         """Bring `state` to the newest checkpoint that is not corrupt; False if there is no checkpoint.
 
         Args:
@@ -368,7 +366,7 @@ class CheckpointManager:
         if "schedule" not in progress:
             raise UserError(
                 f"'{folder}' was written by an earlier version, which stored nothing of the learning rate's schedule; "
-                "go on with that version, or use another run=FOLDER"
+                "resume it with that version, or use another run=FOLDER"
             )
         state.schedule.load_state_dict(progress["schedule"])
 
@@ -383,21 +381,14 @@ class CheckpointManager:
                 torch.set_rng_state(own["torch_random"])
                 return
         all_ranks = [torch.load(file, weights_only=True) for file in files]
-        log.info(state.loader.redistribute([tensors_to_arrays(own["loader"]) for own in all_ranks]))
+        LOGGER.info(state.loader.redistribute([tensors_to_arrays(own["loader"]) for own in all_ranks]))
 
 
 def arrays_to_tensors(value: Any) -> Any:
     """Arrays in dicts and lists as tensors, so that the file loads with `weights_only=True`."""
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    if isinstance(value, dict):
-        return {key: arrays_to_tensors(inner) for key, inner in value.items()}
-    return [arrays_to_tensors(inner) for inner in value] if isinstance(value, list) else value
+    return tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy()), value)
 
 
 def tensors_to_arrays(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.numpy()
-    if isinstance(value, dict):
-        return {key: tensors_to_arrays(inner) for key, inner in value.items()}
-    return [tensors_to_arrays(inner) for inner in value] if isinstance(value, list) else value
+    """The inverse of `arrays_to_tensors`."""
+    return tree_map_only(Tensor, Tensor.numpy, value)

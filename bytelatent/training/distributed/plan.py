@@ -5,30 +5,43 @@ The ranks form a mesh: replicate x shard x tensor. Ranks of one tensor group rea
 matrices of the global transformer; all others read batches of their own. FSDP divides weights and the optimizer's state
 among the shard ranks and gathers some blocks at a time as they compute; each replica holds all of them. The local
 models are the same in a tensor group, so FSDP divides them among its ranks, too.
+
+Hash tables are row-sharded. Gathered like the other weights, those of the 1B model would send 12 GB to each rank and a
+gradient of 12 GB back in every step, though a batch uses only a few rows. So row numbers and sums are sent instead: a
+rank sums the rows that it holds for the ids of all ranks, and a reduce-scatter adds them up on the ranks of the ids.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import bytelatent.kernels.packed_attention  # noqa: F401 it defines the operator
 from bytelatent.device import free_memory, is_out_of_memory
 from bytelatent.errors import UserError
-from bytelatent.model import Block, BLTModel, BLTSettings, CrossAttention, ModelSettings, build, compile_regions
+from bytelatent.kernels.hash_embed import hash_rows
+from bytelatent.model import Block, BLTModel, CrossAttention, ModelSettings, build, compile_regions
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
-from bytelatent.training.distributed import fsdp
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.distributed.settings import ActivationCheckpointing, ParallelSettings
-from bytelatent.training.distributed.sharded_tables import shard_tables
-from bytelatent.training.float8 import Float8, to_float8
+from bytelatent.training.settings import ActivationCheckpointing, Float8, ParallelSettings
 
+# Shapes: W ranks, T ids a rank, S rows an id, R rows held here, D width
+
+GROUP_WEIGHTS = 2**28  # half a gigabyte in bfloat16; two groups are gathered at a time
+FLOAT8_MULTIPLE = 16  # what both sizes of a matrix must be multiples of
 # Results that selective checkpointing saves: of matrix products and attention. The rest is cheap to recompute.
 SAVED = [
     torch.ops.aten.mm.default,
@@ -38,6 +51,9 @@ SAVED = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.bytelatent.packed_attention.default,
 ]
+# The names of these collectives from torch 2.13 on, and before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -69,47 +85,9 @@ class ParallelPlan:
             model.set_requires_all_reduce(is_last)  # pyright: ignore[reportCallIssue]
 
 
-def check_parallel(settings: ParallelSettings, model: ModelSettings, world_size: int) -> None:
-    """Check, before anything is opened, that the processes can divide the work.
-
-    Raises:
-        UserError: the number of processes or a size of the model is not divisible.
-    """
-    tensor = settings.tensor
-    if tensor > 1:
-        _check_tensor_parallel(model, tensor)
-    if world_size % tensor:
-        raise UserError(
-            f"parallel.tensor: {world_size} processes are no multiple of {tensor}; start another number of them"
-        )
-    data = world_size // tensor
-    if world_size > 1 and settings.data == "hybrid" and data % (settings.replicas or 1):
-        raise UserError(
-            f"parallel.replicas: {data} processes{' beside those of parallel.tensor' if tensor > 1 else ''} are no "
-            f"multiple of {settings.replicas}; start another number of them"
-        )
-
-
-def _check_tensor_parallel(model: ModelSettings, tensor: int) -> None:
-    if not isinstance(model, BLTSettings):
-        raise UserError("parallel.tensor divides the global transformer, and a byte LM has none; leave it out")
-    middle = model.global_transformer
-    sizes = {"num_heads": middle.num_heads, "num_kv_heads": middle.kv_heads, "feed-forward width": middle.hidden_dim}
-    for name, size in sizes.items():
-        if size % tensor:
-            raise UserError(
-                f"parallel.tensor: the global transformer's {name} {size} is no multiple of {tensor}; take a divisor"
-            )
-
-
-def make_plan(settings: ParallelSettings, model: ModelSettings, ranks: Ranks, device: torch.device) -> ParallelPlan:
-    """Arrange the ranks in meshes.
-
-    Raises:
-        UserError: as `check_parallel`.
-    """
+def make_plan(settings: ParallelSettings, ranks: Ranks, device: torch.device) -> ParallelPlan:
+    """Arrange the ranks in meshes; call `check_processes` before."""
     tensor, world_size = settings.tensor, ranks.world_size
-    check_parallel(settings, model, world_size)
     if world_size == 1:
         return ParallelPlan(settings, ranks)
     data = world_size // tensor
@@ -148,21 +126,21 @@ def build_parallel_model(
                     sharded_tables.append(shard_tables(part, plan.mesh.device_type, plan.ranks.world_size))
         if plan.settings.tensor > 1:
             for block in global_blocks:
-                fsdp.apply_tensor_parallelism(block, plan.mesh["tensor"])
+                apply_tensor_parallelism(block, plan.mesh["tensor"])
     apply_activation_checkpointing(model, plan.settings.activation_checkpointing)
     if compiled:
         compile_regions(model)
     if plan.mesh is not None and plan.local_mesh is not None:
         reduce_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[plan.settings.reduce_dtype]
-        for group in fsdp.fsdp_groups(model):
+        for group in fsdp_groups(model):
             mesh = plan.mesh["replicate", "shard"] if group[0] in global_blocks else plan.local_mesh
             # Under autocast, products would cast the weights anyway: they are gathered in that precision.
-            fsdp.apply_fsdp(group, mesh, dtype, reduce_dtype)
-        fsdp.apply_fsdp([model], plan.local_mesh, None, reduce_dtype, ignored=sharded_tables)
-    return _allocate(model, device, plan)
+            apply_fsdp(group, mesh, dtype, reduce_dtype)
+        apply_fsdp([model], plan.local_mesh, None, reduce_dtype, ignored=sharded_tables)
+    return _allocate(model, device, is_alone=plan.mesh is None)
 
 
-def _allocate(model: nn.Module, device: torch.device, plan: ParallelPlan) -> nn.Module:
+def _allocate(model: nn.Module, device: torch.device, is_alone: bool) -> nn.Module:
     """The model with memory for its weights.
 
     Raises:
@@ -170,7 +148,7 @@ def _allocate(model: nn.Module, device: torch.device, plan: ParallelPlan) -> nn.
     """
     needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     line = f"model: its weights alone take {needed / 1e9:,.1f} GB"
-    free = free_memory() if device.type == "cpu" and plan.mesh is None else None
+    free = free_memory() if device.type == "cpu" and is_alone else None
     if free is not None and needed > free:  # Linux overcommits, and would kill the process on the first write
         raise UserError(f"{line}, and {free / 1e9:,.1f} GB are free; take a smaller one")
     try:
@@ -193,8 +171,30 @@ def initialize_weights(model: nn.Module, settings: ModelSettings) -> None:
             part.to_empty(device="cpu", recurse=False)
             init_weights(part)
             for name in names:
-                fsdp.copy_local_part(targets[f"{prefix}.{name}"], part.get_parameter(name))
+                copy_local_part(targets[f"{prefix}.{name}"], part.get_parameter(name))
             part.to_empty(device="meta", recurse=False)
+
+
+def to_float8(model: nn.Module, float8: Float8 | None) -> None:
+    """Let the matrices of a BLT's global transformer be multiplied in 8-bit floats; call `check_float8` before.
+
+    Weights stay as they are, under the same names: each step rounds them, what they are multiplied with, and the
+    gradients of the results, with a scale for each row. The rest of the model is computed as without it.
+
+    It replaces modules and keeps their weights. So it comes before whatever hooks into modules or compiles them.
+    """
+    if float8 is None:
+        return
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # pyright: ignore[reportMissingImports]
+
+    assert isinstance(model, BLTModel)
+    # A batch may have any number of patches; products over them (the gradients of weights) are padded.
+    config: Any = replace(Float8LinearConfig.from_recipe_name(float8), pad_inner_dim=True)
+
+    def takes_float8(part: nn.Module, _name: str) -> bool:
+        return isinstance(part, nn.Linear) and not any(size % FLOAT8_MULTIPLE for size in part.weight.shape)
+
+    convert_to_float8_training(model.global_transformer, config=config, module_filter_fn=takes_float8)
 
 
 def apply_activation_checkpointing(model: nn.Module, how: ActivationCheckpointing) -> None:
@@ -212,3 +212,180 @@ def checkpointed(forward: Callable[..., Any], how: ActivationCheckpointing) -> C
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED)
     return partial(checkpoint, forward, **options)
+
+
+def apply_tensor_parallelism(block: Block, mesh: DeviceMesh) -> None:
+    """Divide the heads and the feed-forward width of a block among the ranks of a tensor group."""
+    same = Replicate()
+    attention_inputs = (same, None, None)
+    parallelize_module(
+        block,
+        mesh,
+        {
+            "attention": PrepareModuleInput(input_layouts=attention_inputs, desired_input_layouts=attention_inputs),
+            "attention.query": ColwiseParallel(),
+            "attention.key": ColwiseParallel(),
+            "attention.value": ColwiseParallel(),
+            "attention.output": RowwiseParallel(),
+            "feed_forward": PrepareModuleInput(input_layouts=(same,), desired_input_layouts=(same,)),
+            "feed_forward.gate": ColwiseParallel(),
+            "feed_forward.up": ColwiseParallel(),
+            "feed_forward.down": RowwiseParallel(),
+        },
+    )
+
+
+def fsdp_groups(model: nn.Module) -> list[list[Block | CrossAttention]]:
+    """Blocks and cross-attentions in the order in which they compute, in groups whose weights are gathered at once.
+
+    Each collective costs the host more time than a small layer computes. So neighbours of one stack form a group, up to
+    `GROUP_WEIGHTS` weights; a larger layer is a group of its own.
+    """
+    parts = [
+        (name.split(".")[0], int(name.rsplit(".", 1)[1]), part)
+        for name, part in model.named_modules()
+        if isinstance(part, Block | CrossAttention)
+    ]
+    groups: list[list[Block | CrossAttention]] = []
+    for _, stack in groupby(parts, key=lambda part: part[0]):
+        room = 0
+        for _, _, part in sorted(stack, key=lambda part: part[1]):
+            size = sum(weight.numel() for weight in part.parameters())
+            if size > room:
+                groups.append([])
+                room = GROUP_WEIGHTS
+            groups[-1].append(part)
+            room -= size
+    return groups
+
+
+def apply_fsdp(
+    parts: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype,
+    ignored: Collection[nn.Parameter] = (),
+) -> None:
+    """Gather weights as their modules run, and average gradients over the mesh, replicate x shard.
+
+    Args:
+        parts: modules whose weights are gathered together.
+        dtype: in which the weights are gathered; None: their own.
+        reduce_dtype: in which gradients are summed.
+        ignored: weights that FSDP leaves alone.
+    """
+    for norm in (module for part in parts for module in part.modules()):
+        if isinstance(norm, nn.RMSNorm) and dtype is not None and dtype != norm.weight.dtype:
+            norm.__class__ = _Float32Norm  # not another `forward`: compiled blocks would differ by it
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
+    is_unsharded = mesh.size(1) == 1  # then freeing the weights between forward and backward pass saves nothing
+    # A mesh of one replica must have one dimension.
+    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+    fully_shard(
+        list(parts),
+        mesh=mesh,
+        reshard_after_forward=False if is_unsharded else None,
+        mp_policy=policy,
+        ignored_params=set(ignored),
+    )
+
+
+class _Float32Norm(nn.RMSNorm):
+    """Autocast computes norms in float32, and a fused norm needs its input and weight in one precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.float(), self.eps)
+
+
+def shard_tables(embedding: NgramHashEmbedding, device: str, world_size: int) -> nn.Parameter:
+    """Divide the rows of an embedding's tables among all ranks; return the weight, of which this rank holds a part."""
+    mesh = init_device_mesh(device, (world_size,), mesh_dim_names=("rows",))
+    weight = distribute_tensor(embedding.tables.weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+    embedding.tables.weight = parameter = nn.Parameter(weight)
+    _, (begin, _) = compute_local_shape_and_global_offset(weight.shape, mesh, [Shard(0)])
+    embedding.sums = partial(_sums, embedding, mesh.get_group(), begin)  # pyright: ignore[reportAttributeAccessIssue]
+    return parameter
+
+
+def _sums(embedding: NgramHashEmbedding, group: Any, begin: int, tail_BL: Tensor, history: Tensor, new: int) -> Tensor:
+    """The sums of rows that the embedding adds, [T, D]. All ranks call it, in training with the same number of ids."""
+    weight: Any = embedding.tables.weight
+    rows_TS = hash_rows(tail_BL, history, embedding.powers(tail_BL.device), embedding.settings.vocab_size, new)
+    num_ids = rows_TS.shape[0]
+    if not torch.is_grad_enabled():  # sizes of validation batches differ
+        largest = torch.tensor(num_ids, device=rows_TS.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        rows_TS = F.pad(rows_TS, (0, 0, 0, int(largest) - num_ids), value=-1)
+    return _RowSums.apply(weight.to_local(), rows_TS, begin, group)[:num_ids]
+
+
+class _RowSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_RD: Tensor, rows_TS: Tensor, begin: int, group: Any) -> Tensor:
+        rows_WTS = _gather(rows_TS, group) - begin
+        is_own = (rows_WTS >= 0) & (rows_WTS < weight_RD.shape[0])
+        ctx.save_for_backward(rows_WTS, is_own)
+        ctx.shape, ctx.group = weight_RD.shape, group
+        out_TD = weight_RD.new_empty(len(rows_TS), weight_RD.shape[1])
+        if len(weight_RD):
+            rows_WTS = torch.where(is_own, rows_WTS, 0)
+            sums_WTD = F.embedding_bag(rows_WTS, weight_RD, mode="sum", per_sample_weights=is_own.to(weight_RD.dtype))
+        else:
+            sums_WTD = weight_RD.new_zeros(len(rows_WTS), weight_RD.shape[1])
+        reduce_scatter(out_TD, sums_WTD, group=group)
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        rows_WTS, is_own = ctx.saved_tensors
+        grad_WTD = _gather(gradients[0].contiguous(), ctx.group)
+        grad_WTD /= dist.get_world_size(ctx.group)  # the mean over ranks, as for other weights
+        id_of, column = is_own.nonzero(as_tuple=True)
+        # Added in place: the gradient is as large as the rows held here, and there is no memory for a second one.
+        grad_RD = grad_WTD.new_zeros(ctx.shape).index_add_(0, rows_WTS[id_of, column], grad_WTD[id_of])
+        return grad_RD, None, None, None
+
+
+def _gather(part: Tensor, group: Any) -> Tensor:
+    """The parts of all ranks, concatenated along the first dimension."""
+    out = part.new_empty(dist.get_world_size(group) * len(part), *part.shape[1:])
+    all_gather(out, part.contiguous(), group=group)
+    return out
+
+
+def free_gathered_weights(model: nn.Module) -> None:
+    """Free the weights that FSDP gathered in forward passes without a backward pass."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def local_part(value: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def copy_local_part(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be spread over ranks; nothing is sent."""
+    if isinstance(target, DTensor):
+        shape, begin = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        value = value[tuple(slice(first, first + size) for first, size in zip(begin, shape, strict=True))]
+        target = target.to_local()
+    target.copy_(value)
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """The whole of a tensor that is spread over ranks, on each of them. All ranks of its mesh call it together.
+
+    It is gathered along one dimension of the mesh after the other, FSDP's before that of tensor parallelism, which
+    divided it first. DTensor's own `full_tensor` warns where both divide the same dimension of the tensor.
+    """
+    if not isinstance(value, DTensor):
+        return value
+    placements = list(value.placements)
+    for dim, placement in enumerate(value.placements):
+        if not placement.is_replicate():
+            placements[dim] = Replicate()
+            value = value.redistribute(placements=placements)
+    return value.to_local()

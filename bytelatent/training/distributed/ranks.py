@@ -1,17 +1,20 @@
-"""The processes of a job, and what they exchange beside gradients.
+"""The processes of a job, what they exchange beside gradients, and the watchdog of each.
 
 A process that was started alone is rank 0 of 1. torchrun starts several and sets their ranks in the environment.
 """
 
+import faulthandler
 import os
 import pickle
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,7 @@ from bytelatent.device import choose_device
 from bytelatent.errors import BAD_INPUT, STOPPED, Interrupted, UserError
 
 Value = TypeVar("Value")
+EXIT_HUNG = 1
 REPORT_SECONDS = 5.0  # in which the first process of a host reports why it ends
 START_ALONE = "start it by torchrun, or for one process: env -u WORLD_SIZE COMMAND"
 
@@ -180,9 +184,7 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
         return Ranks()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
-            raise UserError(
-                f"WORLD_SIZE={world_size} says that there are several processes, and {name} is not set; {START_ALONE}"
-            )
+            raise UserError(f"WORLD_SIZE={world_size} is of several processes, and {name} is not set; {START_ALONE}")
     ranks = Ranks(number("RANK", ""), world_size, number("LOCAL_RANK", "0"))
     if ranks.rank >= world_size:
         raise UserError(f"RANK={ranks.rank}: ranks of WORLD_SIZE={world_size} are numbered from 0; {START_ALONE}")
@@ -209,3 +211,37 @@ def _device_of_rank(device: str, ranks: Ranks) -> torch.device:
             raise UserError(f"device: '{device}' is one, and {world} processes take one each; use device=cuda")
         own = choose_device(device)
     return choose_device(f"cuda:{ranks.local_rank}") if own.type == "cuda" else own
+
+
+class Watchdog:
+    """Ends the process, and prints the stack of every thread, after this many minutes without progress."""
+
+    def __init__(self, minutes: float | None, ranks: Ranks):
+        self.seconds = None if minutes is None else 60 * minutes
+        self.ranks = ranks
+        self._seen, self._doing = time.monotonic(), "starting"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def progress(self, doing: str) -> None:
+        """Report progress; `doing` comes next."""
+        self._seen, self._doing = time.monotonic(), doing
+
+    def _watch(self) -> None:
+        while self.seconds is not None and not self._over.wait(min(self.seconds / 10, 5.0)):
+            idle = time.monotonic() - self._seen
+            if idle > self.seconds:
+                line = f"{self.ranks.name} hangs: {idle / 60:.3g} minutes of {self._doing} (faults.watchdog_minutes)"
+                # Printed, because the thread that hangs may hold a lock of the log.
+                print(f"{line}; the stack of every thread:", file=sys.stderr, flush=True)
+                with suppress(OSError, ValueError):  # standard error may not be a file
+                    faulthandler.dump_traceback(all_threads=True)
+                os._exit(EXIT_HUNG)

@@ -25,11 +25,10 @@ from bytelatent.model import (
     pack_rows,
 )
 from bytelatent.model.loss import cross_entropy
-from bytelatent.training.distributed.plan import apply_activation_checkpointing
-from bytelatent.training.distributed.settings import ActivationCheckpointing
-from bytelatent.training.float8 import Float8, to_float8
+from bytelatent.training.distributed.plan import apply_activation_checkpointing, to_float8
 from bytelatent.training.gradients import CapturedGradients, Gradients, clip
-from bytelatent.training.optimizer import OptimizerSettings, build_optimizer
+from bytelatent.training.optimizer import build_optimizer
+from bytelatent.training.settings import ActivationCheckpointing, Float8, OptimizerSettings
 
 DOCUMENT, PATCH_BYTES = 8192, 4.5
 SLOTS = 128  # the number of patch slots is a multiple of this
