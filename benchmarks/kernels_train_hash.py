@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.kernels.hash_tables import coalesced
+from bytelatent.kernels.hash_embed import coalesced
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings

@@ -49,11 +49,11 @@ def measure(rows: int, N: int, K: int, gated: bool, rate: float) -> None:
 
     def product(matrix: torch.Tensor) -> torch.Tensor:
         if gated:
-            return products.skinny_gated(x, matrix, eps=1e-5)
+            return products.skinny_linear(x, matrix, gated=True, eps=1e-5)
         return products.skinny_linear(x, matrix, eps=1e-5, residual_MN=residual)
 
     if gated:
-        expected = products.plain_skinny_gated(x, matrices[0], eps=1e-5)
+        expected = products.plain_skinny_linear(x, matrices[0], gated=True, eps=1e-5)
     else:
         expected = products.plain_skinny_linear(x, matrices[0], eps=1e-5, residual_MN=residual)
     found = [product(matrices[0]) for _ in range(100)]

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Self
 
-# The exit code of work that stopped because it was asked to: it is not done, and the same command resumes it.
-# Batch scripts of a cluster requeue a job that ends with it.
-STOPPED = 130
+STOPPED = 130  # exit code of work that a signal stopped: batch scripts requeue such a job, and the same command resumes
 TERMINATED = -signal.SIGTERM  # exit code that subprocesses report
 ONE_PRESS = 2.0  # seconds in which a second signal is the same one: a double press, or one that torchrun passes on
 NOT_SAVED = "without saving; the same command resumes from the last checkpoint, if there is one"
 STOPPING = "stopping after this step; press again to quit without saving"
 WARNINGS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]  # SLURM's, to a job
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows lacks these three
 PARENT = os.getppid()
 
 
@@ -103,23 +102,18 @@ def sigterm_interrupts() -> AbstractContextManager[None]:
 
 
 def _stop_signals() -> list[int]:
-    """The signals that ask to stop. SIGHUP, a terminal that is gone, is not one where it is ignored, as under nohup."""
-    hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
-    heeded = [hangup] if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN else []
-    return [signal.SIGINT, signal.SIGTERM, *heeded, *WARNINGS]
+    """The signals that ask to stop, SIGHUP (the terminal is gone) only where it is not ignored, as under nohup."""
+    numbers = [signal.SIGINT, signal.SIGTERM, *WARNINGS]
+    return numbers if HANGUP is None or signal.getsignal(HANGUP) is signal.SIG_IGN else [*numbers, HANGUP]
 
 
 class StopSignals:
-    """Lets a signal end a training after its step; a second one quits at once.
+    """Lets a signal end a training after its step; a second one quits at once, by KeyboardInterrupt.
 
     An instance is called to learn whether training is to stop. That torchrun was killed is a reason, too.
 
     Args:
-        is_first: this is the first rank, which reports it.
-
-    Raises:
-        KeyboardInterrupt: at the second signal, in the middle of anything; and from the block, whatever became of it
-            there. On other ranks than the first the block raises SystemExit.
+        is_first: this is the first rank, which reports it. On other ranks the block raises SystemExit when it quits.
     """
 
     def __init__(self, is_first: bool = True):
@@ -183,19 +177,14 @@ def unattended(imports: Callable[[], Any]) -> Iterator[None]:
 
 
 def block_warnings() -> None:
-    """Block the signals by which SLURM warns a job, in this process and those that it starts.
-
-    SLURM sends them to every process of a job, and one that does not handle them would die: those that read ahead or
-    compile.
-    """
+    """Block SLURM's warnings here and in the processes that this one starts: they go to all, and would end these."""
     signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
 
 
 def interrupt_when_warned() -> None:
     """Turn a cluster's warning into one Ctrl-C of this process, and block it for the processes that it starts.
 
-    The end of the parent process is a warning, too: after torchrun is killed, not every cluster ends the processes that
-    it leaves behind, and they would train on without a job.
+    The end of the parent process is a warning, too: not every cluster ends what a killed torchrun leaves behind.
     """
     block_warnings()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background processes with it ignored

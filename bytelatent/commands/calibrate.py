@@ -10,7 +10,7 @@ from bytelatent.patching import Calibration, PatchSettings, calibrate, patch_byt
 from bytelatent.report import figure_format, write_threshold_figure
 from bytelatent.terminal import print_line
 from bytelatent.text import MAX_ROW_BYTES, BadRows
-from bytelatent.text.documents import MAX_BAD_ROWS, must_have_read
+from bytelatent.text.documents import MAX_BAD_ROWS, forget_logged, must_have_read
 from bytelatent.training import sample_entropies
 from bytelatent.weights import load_byte_lm_and_context
 
@@ -51,6 +51,7 @@ def calibrate_text(
         UserError: neither are there stored entropies nor a byte LM, the size is out of reach, or the figure's ending is
             not known.
     """
+    forget_logged()
     place = choose_device(device)  # before anything is read
     if figure is not None:
         figure_format(figure)

@@ -25,7 +25,7 @@ from bytelatent.log import Console
 from bytelatent.report import RunReport, compare_runs, write_report
 from bytelatent.run_folder import NoCheckpoint, newest_checkpoint, read_metrics
 from bytelatent.text import BadRows
-from bytelatent.text.documents import must_have_read
+from bytelatent.text.documents import forget_logged, must_have_read
 from bytelatent.training import TrainSettings, train
 
 LOGGER = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
         UserError: there is too little text, or the folder is not a demo's; at the end, if a file could not be read.
         Interrupted: a signal stopped it; the message says what can be used.
     """
+    forget_logged()
     _check_folder(settings.out)
     bad = BadRows(settings.max_bad_rows)
     try:
@@ -123,7 +124,7 @@ def _write_summary(
     trained = {key: runs[name].summary for name, key in MODELS.items()}
     curves = {name: read_metrics(Path(runs[name].summary.folder) / "metrics.jsonl") for name in MODELS}
     mean_patch_bytes = measured.patches[-1].end / len(measured.patches)
-    options = {"--minutes": f"{settings.minutes:g}", "--out": str(folder), "--seed": str(settings.seed)}
+    command = ["demo", "--minutes", f"{settings.minutes:g}", "--out", str(folder), "--seed", str(settings.seed)]
     versions = {"bytelatent": bytelatent.__version__, "torch": torch.__version__, "python": platform.python_version()}
     summary = {
         "bits_per_byte": measured.bits,
@@ -139,7 +140,7 @@ def _write_summary(
         "train_bytes": text.train_bytes,
         "valid_bytes": measured.num_bytes,
         "xz": measured.xz,
-        "command": shlex.join(["blt", "demo", *_words(options), *text_options(settings)]),
+        "command": shlex.join(["blt", *command, *text_options(settings)]),
         "seed": settings.seed,
         "device": _device_name(model.device),
         "threads": next((row["threads"] for row in reversed(curves["BLT"]) if "threads" in row), None),
@@ -207,11 +208,7 @@ def _show(summary: dict[str, Any], settings: DemoSettings) -> None:
 def text_options(settings: DemoSettings) -> list[str]:
     """The command line options of a user's own text, without those at their defaults."""
     given = settings.model_dump(include={"text", "text_key", "max_bad_rows", "max_row_bytes"}, exclude_defaults=True)
-    return _words({f"--{name.replace('_', '-')}": str(value) for name, value in given.items()})
-
-
-def _words(options: dict[str, str]) -> list[str]:
-    return [word for option in options.items() for word in option]
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def closing_lines(folder: Path, options: list[str]) -> list[tuple[str, str]]:

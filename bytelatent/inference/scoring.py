@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.inference.decoder import Decoder, State
-from bytelatent.kernels.gated_product import ROWS, can_gate, fast_row_scale, gated_product, interleaved
+from bytelatent.kernels.gated_product import ROWS, can_gate, gated_product, interleaved, row_scale
 from bytelatent.kernels.rotary import cos_sin
 from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
 from bytelatent.model import ByteLM, ByteLMSettings, Stream, entropies
@@ -189,7 +189,7 @@ class FastEntropies:
             qkv = F.linear(F.rms_norm(x_TD, (dim,), layer["attention_norm"], eps), layer["qkv"])
             q, k, v = qkv.unflatten(-1, (3, settings.num_heads, settings.head_dim)).unbind(1)
             x_TD.addmm_(window_attention(q, k, v, low, cos, sin).flatten(1), layer["output"].T)
-            x_TD.addmm_(gated_product(x_TD, fast_row_scale(x_TD, eps), layer["gate_up"]), layer["down"].T)
+            x_TD.addmm_(gated_product(x_TD, row_scale(x_TD, eps), layer["gate_up"]), layer["down"].T)
         parts = x_TD.split(SLICE)  # float32 logits of all ids at once would take more than the model
         found = [entropies(F.linear(F.rms_norm(x, (dim,), self.norm, eps), self.output)) for x in parts]
         return torch.cat(found)[:size]

@@ -1,40 +1,48 @@
 # pyright: reportInvalidTypeForm=false
-"""Attention of the newest positions of several sequences over caches of their keys and values, for decoding.
+"""Attention of the newest positions of several sequences over their KV caches, for decode steps.
 
 The kernel takes queries, keys and values as one product wrote them, rotates them by their positions, puts the new
-keys and values into the cache and attends, all at once. A cache is a ring: position p lies in slot p mod R. The new
+keys and values into the cache and attends, all at once. A cache is a ring: position p is in slot p mod R. The new
 positions' keys are used from where they were computed; nothing that a launch writes is read by it.
 
 Where keys are many and sequences few, several programs share the keys of one head. The last of them to finish joins
 what they found, always in the same order.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.kernels.launch import LOG2_E, launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
-from bytelatent.kernels.plain import attend_array, is_float32
-from bytelatent.kernels.rotary import rotate, rotated
+from bytelatent.kernels.launch import (
+    LOG2_E,
+    LOWEST,
+    array,
+    check_contiguous,
+    launch_options,
+    power_of_two,
+    put,
+    tl,
+    triton,
+    uses_kernels,
+    wait_for_earlier,
+)
+from bytelatent.kernels.rotary import rotated
 
-# Shapes: B sequences, S new positions each, H query heads, J key/value heads, E head size, A = E/2 rotary angles,
-# C rows of the cache, R slots of a row, Z = H + 2J heads of queries, keys and values together
+# Shapes: B sequences, S new positions each, H query heads, J key/value heads, E head size, A = E/2 pairs, C rows of the
+# cache, R slots of a row
+# Z = H + 2J heads of queries, keys and values together, G queries that share a key
 
 PROGRAMS = 132  # that run at once on the GPU that the launches are chosen for
-LOWEST = tl.constexpr(-1e30)  # no score is as low; an infinity would make NaN of its differences
 
 
-@dataclass(frozen=True)
-class AttentionLaunch:
+class AttentionLaunch(NamedTuple):
     """How the attention is cut into programs.
 
     Attributes:
-        block: keys looked at at once, a power of two, from 16 on.
+        block: keys that a program reads at once, a power of two, from 16 on.
         splits: programs that share the keys of a head of a sequence.
     """
 
@@ -44,8 +52,7 @@ class AttentionLaunch:
     num_stages: int
 
 
-@dataclass(frozen=True)
-class SplitScratch:
+class SplitScratch(NamedTuple):
     """What programs that share keys leave for each other; calls that follow one another may use the same."""
 
     found: Tensor  # [B*S*H, splits, E]
@@ -61,15 +68,25 @@ def split_scratch(rows: int, heads: int, head_dim: int, splits: int, device: tor
 
 
 def launch_for_attention(sequences: int, new: int, heads: int, kv_heads: int, reach: int) -> AttentionLaunch:
-    """The launch for attention that looks at `reach` positions at most: the window, or the slots of a row."""
+    """The launch for attention to `reach` positions at most: the window, or the slots of a row."""
     splits, programs = 1, sequences * kv_heads
     while splits < 8 and programs * splits * 2 <= PROGRAMS and reach >= splits * 2 * 32:
         splits *= 2
-    if new * heads == kv_heads:
-        return AttentionLaunch(
-            block=32 if reach <= splits * 128 or splits == 1 else 64, splits=splits, num_warps=4, num_stages=2
-        )
-    return AttentionLaunch(block=64, splits=splits, num_warps=4, num_stages=2)
+    is_small = new * heads == kv_heads and (reach <= splits * 128 or splits == 1)
+    return AttentionLaunch(block=32 if is_small else 64, splits=splits, num_warps=4, num_stages=2)
+
+
+def attend_array(
+    q_JGE: np.ndarray, k_RJE: np.ndarray, v_RJE: np.ndarray, bias_R: np.ndarray | None = None
+) -> np.ndarray:
+    """Softmax attention of G queries of each of J heads to R keys, [..., J, G, E]; `bias_R` is added to the scores."""
+    scores_JGR = (q_JGE * q_JGE.shape[-1] ** -0.5) @ k_RJE.swapaxes(-3, -2).swapaxes(-2, -1)
+    if bias_R is not None:
+        scores_JGR += bias_R
+    scores_JGR -= scores_JGR.max(-1, keepdims=True)
+    weight_JGR = np.exp(scores_JGR, out=scores_JGR)
+    weight_JGR /= weight_JGR.sum(-1, keepdims=True)
+    return weight_JGR @ v_RJE.swapaxes(-3, -2)
 
 
 def plain_decode_attention(
@@ -86,90 +103,27 @@ def plain_decode_attention(
     out: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
-    """The plain form: all sequences at once, one new position after another.
-
-    Without `out`, the result of a sequence that is skipped may be anything.
-    """
-    head_dim = cache_k_CRJE.shape[-1]
+    """The plain form, one position after another. Without `out`, the result of a skipped sequence may be anything."""
+    _, slots, kv_heads, head_dim = cache_k_CRJE.shape
+    out = qkv.new_zeros(len(qkv), heads * head_dim) if out is None else out
     if run is not None and not bool(run):
-        return qkv.new_zeros(len(qkv), heads * head_dim) if out is None else out
-    if row_B is None:
-        row_B = torch.arange(len(position_B), device=qkv.device)
-    given = (cache_k_CRJE, cache_v_CRJE)
-    if new > 1:
-        qkv_BSZ = qkv.view(-1, new, qkv.shape[1])
-        found = [
-            _plain_one_position(qkv_BSZ[:, step], *given, position_B + step, rotary_PA2, heads, window, row_B)
-            for step in range(new)
-        ]
-        attended = torch.stack(found, dim=1).flatten(0, 1)
-    else:
-        attended = _plain_one_position(qkv, *given, position_B, rotary_PA2, heads, window, row_B)
-    if out is None:
-        return attended
-    is_read = (row_B >= 0).repeat_interleave(new)
-    out[is_read] = attended[is_read]
+        return out
+    qkv_TZE, rotation_PA = array(qkv).reshape(len(qkv), -1, head_dim), array(rotary_PA2).view(np.complex64)[..., 0]
+    rows = range(len(position_B)) if row_B is None else row_B.tolist()
+    for b, (row, first) in enumerate(zip(rows, position_B.tolist(), strict=True)):
+        for step in range(new) if row >= 0 else ():
+            place, position = b * new + step, first + step
+            slot, size = position % slots, min(position + 1, slots)
+            q_k, v = qkv_TZE[place, : heads + kv_heads], qkv_TZE[place, heads + kv_heads :]
+            q_k = (q_k.view(np.complex64) * rotation_PA[position]).view(np.float32)
+            put(cache_k_CRJE, (row, slot), q_k[heads:])
+            put(cache_v_CRJE, (row, slot), v)
+            k_RJE, v_RJE = array(cache_k_CRJE, (row, slice(size))), array(cache_v_CRJE, (row, slice(size)))
+            oldest = slots - 1 - slot
+            bias = None if window is None or size <= window else _window_bias(slots, window)[oldest : oldest + size]
+            found = attend_array(q_k[:heads].reshape(kv_heads, -1, head_dim), k_RJE, v_RJE, bias)
+            put(out, place, found.reshape(-1))
     return out
-
-
-def _plain_one_position(
-    qkv: Tensor,
-    cache_k_CRJE: Tensor,
-    cache_v_CRJE: Tensor,
-    position_B: Tensor,
-    rotary_PA2: Tensor,
-    heads: int,
-    window: int | None,
-    row_B: Tensor,
-) -> Tensor:
-    _, slots, kv_heads, head_dim = cache_k_CRJE.shape
-    if len(row_B) == 1 and is_float32(qkv, cache_k_CRJE):
-        return _plain_one_sequence(
-            qkv, cache_k_CRJE, cache_v_CRJE, int(position_B), rotary_PA2, heads, window, int(row_B)
-        )
-    q_k, v_BJE = qkv.unflatten(-1, (-1, head_dim)).split([heads + kv_heads, kv_heads], dim=1)
-    q_BHE, k_BJE = rotate(q_k, rotary_PA2[position_B]).split([heads, kv_heads], dim=1)
-    row, slot = row_B.clamp(min=0), position_B % slots
-    if bool((row_B < 0).any()):  # skipped sequences write nothing
-        here = (row_B >= 0).nonzero()[:, 0]
-        cache_k_CRJE[row[here], slot[here]], cache_v_CRJE[row[here], slot[here]] = k_BJE[here], v_BJE[here]
-    else:
-        cache_k_CRJE[row, slot], cache_v_CRJE[row, slot] = k_BJE, v_BJE
-    size = min(int(position_B.max()) + 1, slots)
-    newest = position_B[:, None]
-    held = newest - (newest - torch.arange(size, device=qkv.device)) % slots
-    seen = held >= 0 if window is None else (held >= 0) & (held > newest - window)
-    cached = (part[row, :size].transpose(1, 2) for part in (cache_k_CRJE, cache_v_CRJE))
-    found = F.scaled_dot_product_attention(
-        q_BHE[:, :, None], *cached, attn_mask=seen[:, None, None], enable_gqa=heads != kv_heads
-    )
-    return found[:, :, 0].flatten(1)
-
-
-def _plain_one_sequence(
-    qkv: Tensor,
-    cache_k_CRJE: Tensor,
-    cache_v_CRJE: Tensor,
-    position: int,
-    rotary_PA2: Tensor,
-    heads: int,
-    window: int | None,
-    row: int,
-) -> Tensor:
-    """One sequence, whose cache need not be gathered, in NumPy; see `plain`."""
-    _, slots, kv_heads, head_dim = cache_k_CRJE.shape
-    if row < 0:
-        return qkv.new_zeros(1, heads * head_dim)
-    new = qkv.numpy().reshape(-1, head_dim)
-    rotation_A = rotary_PA2.numpy()[position].view(np.complex64)[:, 0]
-    q_k = (new[: heads + kv_heads].view(np.complex64) * rotation_A).view(np.float32)
-    k_RJE, v_RJE = cache_k_CRJE.numpy()[row], cache_v_CRJE.numpy()[row]
-    slot, size = position % slots, min(position + 1, slots)
-    k_RJE[slot], v_RJE[slot] = q_k[heads:], new[heads + kv_heads :]
-    first = slots - 1 - slot
-    bias = None if window is None or size <= window else _window_bias(slots, window)[first : first + size]
-    found = attend_array(q_k[:heads].reshape(kv_heads, -1, head_dim), k_RJE[:size], v_RJE[:size], bias)
-    return torch.from_numpy(found.reshape(1, -1))
 
 
 @lru_cache(maxsize=16)
@@ -199,19 +153,19 @@ def decode_attention(
 ) -> Tensor:
     """Softmax attention of S new positions of each sequence; their keys and values go into the cache, [B*S, H*E].
 
-    Position p sees positions p - window + 1 to p, or 0 to p without a window.
+    Position p attends to positions p - window + 1 to p, or 0 to p without a window.
 
     Args:
-        qkv: [B*S, Z*E] the heads' queries, then keys, then values, not rotated; rows may lie apart.
-        cache_k_CRJE, cache_v_CRJE: rotated keys, and values; R is at least window + S - 1, or without a window no
-            position reaches it.
+        qkv: [B*S, Z*E] the heads' queries, then keys, then values, not rotated; rows need not be adjacent.
+        cache_k_CRJE, cache_v_CRJE: rotated keys, and values, contiguous; R is at least window + S - 1, or without a
+            window no position reaches it.
         position_B: of each sequence's first new position, int32 or int64.
         rotary_PA2: see `rotary_embedding`; positions do not reach its end.
         heads: H, a multiple of J.
-        window: positions seen, the own one included; None for all.
+        window: positions attended to, the own one included; None for all.
         new: S, 1 to 16.
-        row_B: the row of the cache of each sequence, int32 or int64; where negative the sequence is passed over and
-            nothing is written. None: row b of the cache for sequence b.
+        row_B: the row of the cache of each sequence, int32 or int64; where negative the sequence is skipped and nothing
+            is written. None: row b of the cache for sequence b.
         out: where the result goes; a new tensor of qkv's dtype.
         run: one number on the device; where it is 0 nothing is written.
         scratch: for launches with splits; see `split_scratch`.
@@ -220,56 +174,26 @@ def decode_attention(
     if not uses_kernels(qkv):
         given: dict[str, Any] = {"heads": heads, "window": window, "new": new, "row_B": row_B, "out": out, "run": run}
         return plain_decode_attention(qkv, cache_k_CRJE, cache_v_CRJE, position_B, rotary_PA2, **given)
-    sequences = position_B.shape[0]
-    _, slots, kv_heads, head_dim = cache_k_CRJE.shape
-    out = torch.empty(qkv.shape[0], heads * head_dim, dtype=qkv.dtype, device=qkv.device) if out is None else out
-    assert qkv.shape == (sequences * new, (heads + 2 * kv_heads) * head_dim), f"qkv: {tuple(qkv.shape)}"
-    assert out.shape == (sequences * new, heads * head_dim), f"out: {tuple(out.shape)}"
+    sequences, (_, slots, kv_heads, head_dim) = len(position_B), cache_k_CRJE.shape
+    out = qkv.new_empty(len(qkv), heads * head_dim) if out is None else out
+    check_contiguous(keys=cache_k_CRJE, values=cache_v_CRJE, rotary=rotary_PA2)
     assert qkv.stride(1) == out.stride(1) == 1, "a row is not contiguous"
-    assert cache_k_CRJE.is_contiguous(), "the cache of keys is not contiguous"
-    assert cache_v_CRJE.is_contiguous(), "the cache of values is not contiguous"
-    assert cache_k_CRJE.shape == cache_v_CRJE.shape, "the caches differ in shape"
-    assert rotary_PA2.is_contiguous(), "the rotary table is not contiguous"
-    assert heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads}"
-    assert head_dim in (16, 32, 64, 128, 256), f"a head size of {head_dim} is no power of two from 16 to 256"
-    assert window is None or slots >= window + new - 1, (
-        f"{slots} slots for a window of {window} and {new} new positions"
-    )
+    assert window is None or slots >= window + new - 1, f"{slots} slots, a window of {window}, {new} new positions"
     launch = launch or launch_for_attention(sequences, new, heads, kv_heads, window or slots)
-    if launch.splits == 1:
-        parts = (None, None, None)
-    else:
-        scratch = scratch or split_scratch(sequences * new, heads, head_dim, launch.splits, qkv.device)
-        assert scratch.found.shape[0] >= sequences * new * heads, "the scratch is too small"
-        assert scratch.found.shape[1:] == (launch.splits, head_dim), f"scratch: {tuple(scratch.found.shape)}"
-        parts = (scratch.found, scratch.weights, scratch.arrived)
-    one = new * heads == kv_heads
-    queries = 1 if one else max(16, power_of_two(new * heads // kv_heads))
-    blocks = {} if one else {"QUERIES": queries, "NEW": max(16, power_of_two(new))}
-    kernel = attend_one if one else attend_several
+    if launch.splits > 1 and scratch is None:
+        scratch = split_scratch(sequences * new, heads, head_dim, launch.splits, qkv.device)
+    kernel, blocks = attend_one, {}
+    if new * heads > kv_heads:
+        queries = power_of_two(new * heads // kv_heads)
+        kernel, blocks = attend_several, {"QUERIES": max(16, queries), "NEW": max(16, power_of_two(new))}
     kernel[(sequences, kv_heads, launch.splits)](
-        qkv,
-        cache_k_CRJE,
-        cache_v_CRJE,
-        position_B,
-        rotary_PA2,
-        row_B,
-        out,
-        run,
-        *parts,
-        head_dim**-0.5 * LOG2_E,
-        qkv.stride(0),
-        out.stride(0),
-        R=slots,
-        WINDOW=window or 0,
-        S=new,
-        H=heads,
-        J=kv_heads,
-        E=head_dim,
+        *(qkv, cache_k_CRJE, cache_v_CRJE, position_B, rotary_PA2, row_B, out, run),
+        *(scratch if scratch is not None and launch.splits > 1 else (None, None, None)),
+        *(head_dim**-0.5 * LOG2_E, qkv.stride(0), out.stride(0)),
+        **{"R": slots, "WINDOW": window or 0, "S": new, "H": heads, "J": kv_heads, "E": head_dim, **blocks},
         SPLITS=launch.splits,
         BLOCK=launch.block,
         STAGES=launch.num_stages,
-        **blocks,
         num_warps=launch.num_warps,
         **launch_options(),
     )
@@ -299,7 +223,7 @@ def joined_lanes(highest, total, acc):
 
 @triton.jit
 def share_of_split(low, position, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The cached positions that this program looks at."""
+    """The cached positions that this program attends to."""
     share = tl.cdiv(tl.cdiv(position - low, SPLITS), BLOCK) * BLOCK
     begin = low + split * share
     return begin, tl.minimum(begin + share, position)
@@ -326,7 +250,7 @@ def deliver(
         tl.store(found_ptr + part[:, None] * E + e, acc, mask=inside)
         tl.store(weights_ptr + part * 2, highest, mask=within)
         tl.store(weights_ptr + part * 2 + 1, total, mask=within)
-        tl.debug_barrier()  # all threads have written before one of them says so
+        tl.debug_barrier()  # all threads have written before the count
         arrived = tl.atomic_add(arrived_ptr + arrived_at, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLITS - 1:
             UNROLL: tl.constexpr = SPLITS if acc.shape[0] <= 16 and SPLITS <= 8 else 2
@@ -365,9 +289,9 @@ def attend_one(
         if row < 0:
             return
     position = tl.load(position_ptr + b).to(tl.int32)
-    e, angle = tl.arange(0, E), tl.arange(0, E // 2)
-    cos = tl.load(rotary_ptr + position * E + 2 * angle)[None, :]
-    sin = tl.load(rotary_ptr + position * E + 2 * angle + 1)[None, :]
+    e, pair = tl.arange(0, E), tl.arange(0, E // 2)
+    cos = tl.load(rotary_ptr + position * E + 2 * pair)[None, :]
+    sin = tl.load(rotary_ptr + position * E + 2 * pair + 1)[None, :]
     at_q = qkv_ptr + b.to(tl.int64) * qkv_row + head * E + e
     q, k_new, v_new = tl.load(at_q), tl.load(at_q + J * E), tl.load(at_q + 2 * J * E).to(v_ptr.dtype.element_ty)
     q = tl.reshape(rotated(q[None, :].to(tl.float32), cos, sin, 1, E), [E]).to(q.dtype).to(tl.float32)
@@ -434,22 +358,22 @@ def attend_several(
         if row < 0:
             return
     position = tl.load(position_ptr + b).to(tl.int32)
-    e, angle = tl.arange(0, E)[None, :], tl.arange(0, E // 2)[None, :]
+    e, pair = tl.arange(0, E)[None, :], tl.arange(0, E // 2)[None, :]
     query = tl.arange(0, QUERIES)
     within = query < S * G
     step = tl.minimum(query // G, S - 1)  # what lies past the last position repeats it
     head = group * G + query % G
     at = (b * S + step).to(tl.int64)[:, None]
-    turn = rotary_ptr + (position + step)[:, None] * E + 2 * angle
+    rotary = rotary_ptr + (position + step)[:, None] * E + 2 * pair
     q = tl.load(qkv_ptr + at * qkv_row + head[:, None] * E + e)
-    q = rotated(q.to(tl.float32), tl.load(turn), tl.load(turn + 1), QUERIES, E).to(k_ptr.dtype.element_ty)
+    q = rotated(q.to(tl.float32), tl.load(rotary), tl.load(rotary + 1), QUERIES, E).to(k_ptr.dtype.element_ty)
 
     new = tl.arange(0, NEW)
     new_step = tl.minimum(new, S - 1)
     at_new = (b * S + new_step).to(tl.int64)[:, None] * qkv_row + (H + group) * E + e
-    turn = rotary_ptr + (position + new_step)[:, None] * E + 2 * angle
+    rotary = rotary_ptr + (position + new_step)[:, None] * E + 2 * pair
     k_new, v_new = tl.load(qkv_ptr + at_new), tl.load(qkv_ptr + at_new + J * E).to(v_ptr.dtype.element_ty)
-    k_new = rotated(k_new.to(tl.float32), tl.load(turn), tl.load(turn + 1), NEW, E).to(k_ptr.dtype.element_ty)
+    k_new = rotated(k_new.to(tl.float32), tl.load(rotary), tl.load(rotary + 1), NEW, E).to(k_ptr.dtype.element_ty)
     keys = k_ptr + row.to(tl.int64) * (R * J * E) + group * E
     values = v_ptr + row.to(tl.int64) * (R * J * E) + group * E
     stored = (new < S) & (split == 0)

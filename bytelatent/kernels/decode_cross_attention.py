@@ -1,21 +1,25 @@
 # pyright: reportInvalidTypeForm=false
-"""Attention between bytes and patches when bytes are decoded one by one.
+"""Cross-attention between bytes and patches in decode steps, byte by byte.
 
-Decoder: a byte reads the K keys of one patch, the last that its sequence has closed. Encoder: as a patch is closed, its
-queries gather from its bytes, whose keys and values were kept one by one. What they equal in training is
-`decoder_cross_attention` and `encoder_cross_attention` in `bytelatent.kernels.patch_attention`.
+Decoder: a byte attends to the K keys of one patch, the last that its sequence has closed. Encoder: as a patch is
+closed, its queries attend to its bytes, whose keys and values were cached one by one. In training they are
+`decoder_cross_attention` and `encoder_cross_attention` of `bytelatent.kernels.patch_attention`.
 
 Source: Pagnoni et al. 2024, sections 3.2.2 and 3.3.1.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from bytelatent.kernels.decode_attention import LOWEST, joined_lanes, seen_by_lanes
+from bytelatent.kernels.decode_attention import attend_array, joined_lanes, seen_by_lanes
 from bytelatent.kernels.launch import (
     LOG2_E,
+    LOWEST,
+    array,
     check_contiguous,
-    check_heads,
     launch_options,
     power_of_two,
     tl,
@@ -23,10 +27,9 @@ from bytelatent.kernels.launch import (
     uses_kernels,
     wait_for_earlier,
 )
-from bytelatent.kernels.plain import attend_array, is_float32
 
-# Shapes: T new bytes, B sequences, C patches that are closed, K keys or queries a patch, L bytes a patch at most,
-# H query heads, J key/value heads, E head size, D width
+# Shapes: T new bytes, B sequences, S new bytes of each, C patches that are closed, K keys or queries per patch, L bytes
+# of a patch at most, H query heads, J key/value heads, G queries that share a key, E head size, D width
 
 
 def plain_decoder_cross_attention_step(
@@ -40,26 +43,20 @@ def plain_decoder_cross_attention_step(
     out: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
-    """The plain form, with the keys of each byte gathered. Without `out`, a skipped byte's result may be anything."""
-    if len(q_THE) == 1 and row_B is not None and out is None and is_float32(q_THE, k_BKJE):
-        row = int(row_B)
-        if row < 0 or not bool(reads_T):
-            return torch.zeros_like(q_THE)
-        q_JGE = q_THE.numpy().reshape(k_BKJE.shape[2], -1, q_THE.shape[-1])
-        return torch.from_numpy(attend_array(q_JGE, k_BKJE.numpy()[row], v_BKJE.numpy()[row]).reshape(q_THE.shape))
+    """The plain form. Without `out`, a skipped byte's result may be anything."""
     if run is not None and not bool(run):
         return torch.zeros_like(q_THE) if out is None else out
-    row_T = torch.arange(len(q_THE) // new, device=q_THE.device) if row_B is None else row_B
-    row_T = row_T if new == 1 else row_T.repeat_interleave(new)
-    row = row_T.clamp(min=0)
-    k, v, q = k_BKJE[row].float(), v_BKJE[row].float(), q_THE.float()
-    if q.shape[1] != k.shape[2]:
-        k, v = (part.repeat_interleave(q.shape[1] // k.shape[2], dim=2) for part in (k, v))
-    weight = ((q[:, None] * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5).softmax(1)
-    found = (weight * v).sum(1).masked_fill_(~reads_T[:, None, None], 0.0).to(q_THE.dtype)
+    row_T = np.arange(len(q_THE) // new) if row_B is None else row_B.cpu().numpy()
+    row_T = row_T if new == 1 else np.repeat(row_T, new)
+    k_TKJE, v_TKJE, reads = array(k_BKJE)[row_T], array(v_BKJE)[row_T], reads_T.cpu().numpy()
+    if not reads.all():
+        k_TKJE[~reads] = v_TKJE[~reads] = 0
+    q_TJGE = array(q_THE).reshape(len(q_THE), k_BKJE.shape[2], -1, q_THE.shape[-1])
+    found_THE = torch.from_numpy(attend_array(q_TJGE, k_TKJE, v_TKJE).reshape(q_THE.shape)).to(q_THE)
     if out is None:
-        return found
-    out[row_T >= 0] = found[row_T >= 0]
+        return found_THE
+    is_written_T = torch.from_numpy(row_T >= 0).to(out.device)
+    out[is_written_T] = found_THE[is_written_T]
     return out
 
 
@@ -80,30 +77,19 @@ def decoder_cross_attention_step(
         q_THE: queries of the bytes, contiguous; byte t belongs to sequence t / S.
         k_BKJE, v_BKJE: keys and values of the patch that each row reads, contiguous.
         reads_T: bool, whether each byte reads a patch yet; zeros if not, and its row may hold anything.
-        new: S, new bytes a sequence.
+        new: S, new bytes per sequence.
         row_B: the row of each sequence, where negative nothing is written; None: row b for sequence b.
         out: where the result goes; a new tensor of the queries' dtype.
         run: one number on the device; where it is 0 nothing is written.
     """
     if not uses_kernels(q_THE):
-        return plain_decoder_cross_attention_step(
-            q_THE, k_BKJE, v_BKJE, reads_T, new=new, row_B=row_B, out=out, run=run
-        )
-    size, heads, head_dim = q_THE.shape
-    _, num_keys, kv_heads, _ = k_BKJE.shape
+        given: dict[str, Any] = {"new": new, "row_B": row_B, "out": out, "run": run}
+        return plain_decoder_cross_attention_step(q_THE, k_BKJE, v_BKJE, reads_T, **given)
+    (size, heads, head_dim), (_, num_keys, kv_heads, _) = q_THE.shape, k_BKJE.shape
     out = torch.empty_like(q_THE) if out is None else out
-    assert k_BKJE.shape == v_BKJE.shape, "keys and values differ in shape"
     check_contiguous(q=q_THE, keys=k_BKJE, values=v_BKJE, out=out)
-    check_heads(heads, kv_heads, head_dim)
-    read_patch_kernel[(size, kv_heads)](
-        q_THE,
-        k_BKJE,
-        v_BKJE,
-        reads_T,
-        row_B,
-        out,
-        run,
-        head_dim**-0.5 * LOG2_E,
+    decoder_cross_attention_step_kernel[(size, kv_heads)](
+        *(q_THE, k_BKJE, v_BKJE, reads_T, row_B, out, run, head_dim**-0.5 * LOG2_E),
         S=new,
         K=num_keys,
         PADDED_K=power_of_two(num_keys),
@@ -136,8 +122,8 @@ def plain_encoder_cross_attention_step(
     rows = range(len(out)) if row_C is None else row_C.tolist()
     for place, (row, begin, count) in enumerate(zip(rows, begins, count_C.tolist(), strict=True)):
         if row >= 0 and count > 0:
-            k_RJE, v_RJE = (part[row, begin : begin + count].float().numpy() for part in (k_BLJE, v_BLJE))
-            q_HKE = q_CKHE[place].float().numpy().transpose(1, 0, 2)
+            k_RJE, v_RJE = (array(part, (row, slice(begin, begin + count))) for part in (k_BLJE, v_BLJE))
+            q_HKE = array(q_CKHE, place).transpose(1, 0, 2)
             found_JGE = attend_array(q_HKE.reshape(k_RJE.shape[1], -1, k_RJE.shape[2]), k_RJE, v_RJE)
             out[place] = torch.from_numpy(found_JGE.reshape(q_HKE.shape).transpose(1, 0, 2))
         elif row >= 0:
@@ -161,32 +147,20 @@ def encoder_cross_attention_step(
     Args:
         q_CKHE: queries, contiguous.
         k_BLJE, v_BLJE: keys and values of the bytes of each row's patch, contiguous; see `append_patch_byte`.
-        count_C: how many bytes each patch has, int32 or int64, L at most; zeros come of none.
+        count_C: the number of bytes of each patch, int32 or int64, L at most; 0 gives zeros.
         begin_C: where in its row each patch begins; None: with the first byte.
         row_C: the row of each patch, where negative nothing is written; None: row c for patch c.
         out: where the result goes; a new tensor of the queries' dtype.
         run: one number on the device; where it is 0 nothing is written.
     """
     if not uses_kernels(q_CKHE):
-        return plain_encoder_cross_attention_step(
-            q_CKHE, k_BLJE, v_BLJE, count_C, begin_C=begin_C, row_C=row_C, out=out, run=run
-        )
-    patches, num_queries, heads, head_dim = q_CKHE.shape
-    _, most, kv_heads, _ = k_BLJE.shape
+        given: dict[str, Any] = {"begin_C": begin_C, "row_C": row_C, "out": out, "run": run}
+        return plain_encoder_cross_attention_step(q_CKHE, k_BLJE, v_BLJE, count_C, **given)
+    (patches, num_queries, heads, head_dim), (_, most, kv_heads, _) = q_CKHE.shape, k_BLJE.shape
     out = torch.empty_like(q_CKHE) if out is None else out
-    assert k_BLJE.shape == v_BLJE.shape, "keys and values differ in shape"
     check_contiguous(q=q_CKHE, keys=k_BLJE, values=v_BLJE, out=out)
-    check_heads(heads, kv_heads, head_dim)
-    gather_bytes_kernel[(patches, num_queries, heads)](
-        q_CKHE,
-        k_BLJE,
-        v_BLJE,
-        count_C,
-        begin_C,
-        row_C,
-        out,
-        run,
-        head_dim**-0.5 * LOG2_E,
+    encoder_cross_attention_step_kernel[(patches, num_queries, heads)](
+        *(q_CKHE, k_BLJE, v_BLJE, count_C, begin_C, row_C, out, run, head_dim**-0.5 * LOG2_E),
         L=most,
         K=num_queries,
         H=heads,
@@ -232,37 +206,25 @@ def append_patch_byte(
     pooled_BD: Tensor | None = None,
     run: Tensor | None = None,
 ) -> None:
-    """Put a byte of each sequence into its open patch: its key and value, and its state into the patch's maximum.
+    """Add a byte of each sequence to its open patch: its key and value, and its state to the patch's maximum.
 
     Args:
         kv_B2JE: the byte's key, then its value, contiguous.
         k_BLJE, v_BLJE: those of the open patch's bytes, contiguous; written.
         count_B: bytes that the patch has already, int32 or int64; 0 starts a new patch, and where negative or L nothing
             is written. It is not counted up.
-        h_BD, pooled_BD: the byte's state and the maximum of the patch's, contiguous; the maximum is written.
+        h_BD, pooled_BD: the byte's state and the maximum of the patch's, both or neither, contiguous; the maximum is
+            written.
         run: one number on the device; where it is 0 nothing is written.
     """
     if not uses_kernels(kv_B2JE):
         plain_append_patch_byte(kv_B2JE, k_BLJE, v_BLJE, count_B, h_BD=h_BD, pooled_BD=pooled_BD, run=run)
         return
-    sequences = kv_B2JE.shape[0]
     _, most, kv_heads, head_dim = k_BLJE.shape
-    assert kv_B2JE.shape[1:] == (2 * kv_heads, head_dim), f"kv: {tuple(kv_B2JE.shape)}"
-    check_contiguous(kv=kv_B2JE, keys=k_BLJE, values=v_BLJE)
-    width, dim, block = kv_heads * head_dim, 0, 256
-    assert (h_BD is None) == (pooled_BD is None), "states without their maximum, or it without them"
-    if h_BD is not None and pooled_BD is not None:
-        assert h_BD.shape == pooled_BD.shape, "states and their maximum differ in shape"
-        check_contiguous(states=h_BD, pooled=pooled_BD)
-        dim = h_BD.shape[1]
-    keep_byte_kernel[(sequences, -(-max(width, dim) // block))](
-        kv_B2JE,
-        k_BLJE,
-        v_BLJE,
-        count_B,
-        h_BD,
-        pooled_BD,
-        run,
+    width, dim, block = kv_heads * head_dim, 0 if h_BD is None else h_BD.shape[1], 256
+    check_contiguous(kv=kv_B2JE, keys=k_BLJE, values=v_BLJE, states=h_BD, pooled=pooled_BD)
+    append_patch_byte_kernel[(len(kv_B2JE), -(-max(width, dim) // block))](
+        *(kv_B2JE, k_BLJE, v_BLJE, count_B, h_BD, pooled_BD, run),
         L=most,
         WIDTH=width,
         D=dim,
@@ -276,7 +238,7 @@ def append_patch_byte(
 
 
 @triton.jit
-def read_patch_kernel(
+def decoder_cross_attention_step_kernel(
     q_ptr, k_ptr, v_ptr, reads_ptr, row_ptr, out_ptr, run_ptr, scale, S: tl.constexpr, K: tl.constexpr,
     PADDED_K: tl.constexpr, J: tl.constexpr, G: tl.constexpr, PADDED_G: tl.constexpr, E: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -306,7 +268,7 @@ def read_patch_kernel(
 
 
 @triton.jit
-def gather_bytes_kernel(
+def encoder_cross_attention_step_kernel(
     q_ptr, k_ptr, v_ptr, count_ptr, begin_ptr, row_ptr, out_ptr, run_ptr, scale, L, K: tl.constexpr,
     H: tl.constexpr, J: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -343,7 +305,7 @@ def gather_bytes_kernel(
 
 
 @triton.jit
-def keep_byte_kernel(
+def append_patch_byte_kernel(
     kv_ptr, k_ptr, v_ptr, count_ptr, h_ptr, pooled_ptr, run_ptr, L, WIDTH: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -353,14 +315,14 @@ def keep_byte_kernel(
         return
     count = tl.load(count_ptr + b).to(tl.int32)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    kept = (count >= 0) & (count < L)
-    within = (at < WIDTH) & kept
+    appends = (count >= 0) & (count < L)
+    within = (at < WIDTH) & appends
     place = (b.to(tl.int64) * L + count) * WIDTH + at
     own = kv_ptr + b.to(tl.int64) * (2 * WIDTH) + at
     tl.store(k_ptr + place, tl.load(own, mask=within), mask=within)
     tl.store(v_ptr + place, tl.load(own + WIDTH, mask=within), mask=within)
     if pooled_ptr is not None:
-        within = (at < D) & kept
+        within = (at < D) & appends
         place = b.to(tl.int64) * D + at
         h = tl.load(h_ptr + place, mask=within, other=0.0).to(tl.float32)
         pooled = tl.load(pooled_ptr + place, mask=within, other=0.0).to(tl.float32)

@@ -1,15 +1,15 @@
 # pyright: reportInvalidTypeForm=false
-"""The first half of a SwiGLU feed-forward in one kernel: both products, the gate and the norm's scale.
+"""The first half of a SwiGLU feed-forward: both products, the gate and the norm's scale in one kernel, or apart.
 
 RMSNorm divides each row by one number, so it may be done after the product: the kernel reads the states themselves and
 the norm's weights are part of the matrix.
 """
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.kernels.launch import launch_options, power_of_two, tl, triton, wait_for_earlier
+from bytelatent.kernels.launch import array, launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
 
 # Shapes: T rows, D width, F feed-forward width
 
@@ -18,18 +18,18 @@ BAND = 8  # tiles of rows that are worked on together, so that the matrix stays 
 
 
 def interleaved(gate_FD: Tensor, up_FD: Tensor) -> Tensor:
-    """Both matrices as one, row by row in turn, [2F, D]."""
+    """Both matrices as one, row by row alternately, [2F, D]."""
     return torch.stack([gate_FD, up_FD], dim=1).flatten(0, 1).contiguous()
 
 
-def row_scale(x_TD: Tensor, eps: float) -> Tensor:
-    """What RMSNorm multiplies each row with, float32 [T]."""
+def plain_row_scale(x_TD: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x_TD.float().pow(2).mean(dim=-1) + eps)
 
 
-def fast_row_scale(x_TD: Tensor, eps: float, run: Tensor | None = None) -> Tensor:
-    """The same by a kernel; anything where `run`, one number on the device, is 0."""
-    assert x_TD.stride(1) == 1, "a row is not contiguous"
+def row_scale(x_TD: Tensor, eps: float, run: Tensor | None = None) -> Tensor:
+    """The factor of RMSNorm for each row, float32 [T]; anything where `run`, one number on the device, is 0."""
+    if not uses_kernels(x_TD):
+        return plain_row_scale(x_TD, eps)
     size, dim = x_TD.shape
     scale_T = torch.empty(size, dtype=torch.float32, device=x_TD.device)
     padded = power_of_two(dim)
@@ -37,29 +37,50 @@ def fast_row_scale(x_TD: Tensor, eps: float, run: Tensor | None = None) -> Tenso
     return scale_T
 
 
+def gate_array(gate_up_T2F: np.ndarray) -> np.ndarray:
+    gate, up = gate_up_T2F[:, 0::2], gate_up_T2F[:, 1::2]
+    out_TF = np.exp(np.minimum(-gate, 88))  # float32 overflows beyond
+    out_TF += 1
+    np.divide(gate, out_TF, out=out_TF)
+    out_TF *= up
+    return out_TF
+
+
+def plain_gate(gate_up_T2F: Tensor) -> Tensor:
+    return torch.from_numpy(gate_array(array(gate_up_T2F))).to(gate_up_T2F)
+
+
+def gate(gate_up_T2F: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of columns that are gate and up alternately, contiguous, [T, F]."""
+    if not uses_kernels(gate_up_T2F):
+        out_TF = plain_gate(gate_up_T2F)
+        return out_TF if out is None else out.copy_(out_TF)
+    size, width, block = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2, 512
+    out_TF = gate_up_T2F.new_empty(size, width) if out is None else out
+    gate_kernel[(size, -(-width // block))](gate_up_T2F, out_TF, N=width, BLOCK=block, num_warps=4, **launch_options())
+    return out_TF
+
+
 def can_gate(width: int, dim: int) -> bool:
-    """Whether `gated_product` can do a matrix [width, dim]; the states' rows are multiples of `ROWS` besides."""
+    """Whether `gated_product` takes a matrix [width, dim]; the number of states must be a multiple of `ROWS` too."""
     return width % COLUMNS == 0 and dim % INNER == 0
 
 
 def plain_gated_product(x_TD: Tensor, scale_T: Tensor, gate_up_2FD: Tensor) -> Tensor:
-    """What `gated_product` computes, in float32."""
-    product = (x_TD.float() @ gate_up_2FD.float().T) * scale_T[:, None]
-    return (F.silu(product[:, 0::2]) * product[:, 1::2]).to(x_TD.dtype)
+    return plain_gate((x_TD.float() @ gate_up_2FD.float().T) * scale_T[:, None]).to(x_TD.dtype)
 
 
 def gated_product(x_TD: Tensor, scale_T: Tensor, gate_up_2FD: Tensor) -> Tensor:
     """silu(s x Gate) * (s x Up), [T, F].
 
     Args:
-        x_TD: states.
+        x_TD: states, contiguous.
         scale_T: s, a number for each row.
-        gate_up_2FD: see `interleaved` and `can_gate`.
+        gate_up_2FD: see `interleaved` and `can_gate`; contiguous.
     """
-    size, dim = x_TD.shape
-    width = gate_up_2FD.shape[0]
-    assert x_TD.is_contiguous(), "the states are not contiguous"
-    assert gate_up_2FD.is_contiguous(), "the matrix is not contiguous"
+    if not uses_kernels(x_TD):
+        return plain_gated_product(x_TD, scale_T, gate_up_2FD)
+    (size, dim), width = x_TD.shape, gate_up_2FD.shape[0]
     assert size % ROWS == 0, f"{size} rows are no multiple of {ROWS}"
     assert can_gate(width, dim), f"a matrix of {width} x {dim} is no multiple of {COLUMNS} x {INNER}"
     out = torch.empty(size, width // 2, dtype=x_TD.dtype, device=x_TD.device)
@@ -85,19 +106,22 @@ def row_scale_kernel(x_ptr, out_ptr, run_ptr, eps, x_row, D: tl.constexpr, PADDE
 
 
 @triton.jit
+def gate_kernel(gate_up_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_earlier(OVERLAP)
+    gate_up = tl.load(gate_up_ptr + m * (2 * N) + pair, mask=pair < 2 * N, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(gate_up, [BLOCK, 2]))
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + m * N + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
 def gated_product_kernel(
-    x_ptr,
-    scale_ptr,
-    weight_ptr,
-    out_ptr,
-    size,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    BAND: tl.constexpr,
-):
+    x_ptr, scale_ptr, weight_ptr, out_ptr, size, WIDTH: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, INNER: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0)
     across: tl.constexpr = WIDTH // COLUMNS
     band = tile // (BAND * across)

@@ -1,17 +1,22 @@
 # pyright: reportInvalidTypeForm=false
-"""A new byte's embedding plus those of the n-grams that end at it, hashes and sum in one kernel.
+"""Embeddings of byte n-grams: their hashes and the sum of their rows in one kernel; gradients, and AdamW on some rows.
 
 The hash of an n-gram x_0 .. x_{n-1} is (sum_j x_j * p^j mod 2^64, as a signed number) mod V, for a prime p.
+
+A batch looks up a few thousand of a table's millions of rows. So the gradient may be a sparse tensor of these, as that
+of torch's own embeddings, and the optimizer changes these only. For gradients, lookups are sorted by row, so that those
+of one row are adjacent and one program of the kernel adds them, always in the same order: no atomics, and the same sums
+from the same batch. No size depends on how many rows there are, so the host need not wait for the device.
 
 Source: Pagnoni et al. 2024, section 3.2.1; the published hash functions.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from bytelatent.kernels.launch import (
     check_contiguous,
@@ -23,20 +28,24 @@ from bytelatent.kernels.launch import (
     wait_for_earlier,
 )
 
-# Shapes: B sequences, S new ids each, L ids of a tail, T = B*S, N tables, V rows a table, W longest n-gram, D width
+# Shapes: B sequences, S new ids each, L ids of a tail, T = B*S states, N tables or rows that each state is the sum of,
+# V rows per table, R rows of all tables, U rows that are changed, W longest n-gram, D width; M = T*N lookups
+
+FEW: tl.constexpr = tl.constexpr(4)  # lookups of a row that are added at once: most rows have no more,
+MANY: tl.constexpr = tl.constexpr(16)  # and what is over of those that have
 
 
 def ngram_powers(primes: Sequence[int], sizes: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """What an id counts in each table's hash, by how far back it is: powers of a prime mod 2^64, signed, int64 [N, W].
+    """The factor of an id in each table's hash, by how far back it is: powers of a prime mod 2^64, int64 [N, W].
 
     Tables are in the order of `NgramHashEmbedding`: all sizes of the first prime, then of the next.
     """
-    widest = max(sizes)
-    powers = [
-        [_signed(pow(prime, size - 1 - back, 2**64)) if back < size else 0 for back in range(widest)]
-        for prime in primes
-        for size in sizes
-    ]
+
+    def factor(prime: int, exponent: int) -> int:
+        value = pow(prime, exponent, 2**64) if exponent >= 0 else 0
+        return value - 2**64 if value >= 2**63 else value
+
+    powers = [[factor(prime, size - 1 - back) for back in range(max(sizes))] for prime in primes for size in sizes]
     return torch.tensor(powers, dtype=torch.int64, device=device)
 
 
@@ -46,18 +55,16 @@ def hash_rows(tail_BL: Tensor, history_T: Tensor, powers_NW: Tensor, rows: int, 
     The other arguments: see `hash_embed`.
     """
     num_tables, widest = powers_NW.shape
-    length = tail_BL.shape[1]
-    if new == 1 and not tail_BL.is_cuda:  # NumPy takes a third of the time for a few sequences
-        newest_BW = tail_BL.numpy()[:, ::-1][:, :widest]
-        back_W = np.arange(newest_BW.shape[1])
-        counted_BW = np.where(back_W <= history_T.numpy()[:, None], newest_BW, 0).astype(np.int64, copy=False)
-        total_BN = counted_BW @ powers_NW.numpy().T[: len(back_W)]  # int64 wraps: arithmetic mod 2^64
-        return torch.from_numpy(total_BN % rows + np.arange(num_tables) * rows)
-    total_TN = powers_NW.new_zeros(history_T.shape[0], num_tables)
-    for back in range(widest):
-        earlier_T = F.pad(tail_BL, (back, 0))[:, length - new : length].flatten()
-        counted_T = torch.where(history_T >= back, earlier_T, 0)
-        total_TN = total_TN + counted_T[:, None] * powers_NW[:, back]  # int64 wraps, too
+    padded = F.pad(tail_BL, (widest, 0))[:, tail_BL.shape[1] - new :]
+    newest_TW = padded.unfold(1, widest, 1)[:, 1:].flip(-1).reshape(-1, widest)
+    back_W = torch.arange(widest, device=tail_BL.device)
+    counted_TW = torch.where(back_W <= history_T[:, None], newest_TW, 0).long()
+    if counted_TW.is_cuda:  # where there is no product of integer matrices
+        total_TN = powers_NW.new_zeros(len(counted_TW), num_tables)
+        for back in range(widest):
+            total_TN += counted_TW[:, back, None] * powers_NW[:, back]
+    else:
+        total_TN = counted_TW @ powers_NW.T  # int64 wraps: arithmetic mod 2^64
     return total_TN.remainder(rows) + torch.arange(num_tables, device=tail_BL.device) * rows
 
 
@@ -73,16 +80,15 @@ def plain_hash_embed(
     rows: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
-    """The plain form, in float32."""
     if out is not None and run is not None and not bool(run):
         return out
     rows_TN = hash_rows(tail_BL, history_T, powers_NW, tables_NVD.shape[0] // powers_NW.shape[0], new)
     if rows is not None:
         rows.copy_(rows_TN)
-    x_TD = F.embedding(rows_TN, tables_NVD).float().sum(1)
+    x_TD = F.embedding_bag(rows_TN, tables_NVD, mode="sum")
     if embedding_D is not None:
-        x_TD = x_TD.add_(F.embedding(tail_BL[:, tail_BL.shape[1] - new :].flatten(), embedding_D))
-    return x_TD.to(tables_NVD.dtype) if out is None else out.copy_(x_TD)
+        x_TD += F.embedding(tail_BL[:, tail_BL.shape[1] - new :].flatten(), embedding_D)
+    return x_TD if out is None else out.copy_(x_TD)
 
 
 def hash_embed(
@@ -101,8 +107,8 @@ def hash_embed(
 
     Args:
         tail_BL: the last ids of each sequence, the newest last, int32 or int64; a whole stream is one, all new.
-        history_T: how many ids before each new one count, int32 or int64; what lies before them, or before a tail's
-            first, counts as zero.
+        history_T: how many ids before each new one count, int32 or int64; ids before them, or before a tail's first,
+            count as zero.
         powers_NW: see `ngram_powers`.
         tables_NVD: [N*V, D] the rows of all tables, one table after the other.
         embedding_D: [ids, D] the embeddings of the ids themselves; None leaves them out.
@@ -112,49 +118,200 @@ def hash_embed(
         run: one number on the device; where it is 0 nothing is written.
     """
     if not uses_kernels(tables_NVD):
-        return plain_hash_embed(
-            tail_BL, history_T, powers_NW, tables_NVD, embedding_D, new=new, out=out, rows=rows, run=run
+        given: dict[str, Any] = {"new": new, "out": out, "rows": rows, "run": run}
+        return plain_hash_embed(tail_BL, history_T, powers_NW, tables_NVD, embedding_D, **given)
+    (num_tables, widest), (num_rows, dim), size, block = powers_NW.shape, tables_NVD.shape, len(history_T), 128
+    out = tables_NVD.new_empty(size, dim) if out is None else out
+    check_contiguous(tail=tail_BL, history=history_T, tables=tables_NVD, embedding=embedding_D, out=out)
+    if size > 0:
+        hash_embed_kernel[(size, -(-dim // block))](
+            *(tail_BL, history_T, powers_NW, tables_NVD, embedding_D, out, rows, run, new, tail_BL.shape[1]),
+            N=num_tables,
+            PADDED_N=power_of_two(num_tables),
+            W=widest,
+            PADDED_W=power_of_two(widest),
+            V=num_rows // num_tables,
+            D=dim,
+            BLOCK=block,
+            num_warps=1 if num_tables <= 8 else 4,
+            **launch_options(),
         )
-    sequences, length = tail_BL.shape
-    num_tables, widest = powers_NW.shape
-    dim = tables_NVD.shape[1]
-    if out is None:
-        out = torch.empty(sequences * new, dim, dtype=tables_NVD.dtype, device=tables_NVD.device)
-    assert new <= length, f"{new} new ids in tails of {length}"
-    assert history_T.shape == (sequences * new,), f"history: {tuple(history_T.shape)}"
-    assert tables_NVD.shape[0] % num_tables == 0, f"{tables_NVD.shape[0]} rows are no {num_tables} tables"
-    assert embedding_D is None or embedding_D.shape[1] == dim, "embeddings of ids and of n-grams differ in width"
-    given = {"tail": tail_BL, "history": history_T, "tables": tables_NVD, "embedding": embedding_D, "out": out}
-    check_contiguous(**given)
-    if out.shape[0] == 0:
-        return out
-    block = 128
-    hash_embed_kernel[(sequences * new, -(-dim // block))](
-        tail_BL,
-        history_T,
-        powers_NW,
-        tables_NVD,
-        embedding_D,
-        out,
-        rows,
-        run,
-        new,
-        length,
-        N=num_tables,
-        PADDED_N=power_of_two(num_tables),
-        W=widest,
-        PADDED_W=power_of_two(widest),
-        V=tables_NVD.shape[0] // num_tables,
-        D=dim,
-        BLOCK=block,
-        num_warps=1 if num_tables <= 8 else 4,
-        **launch_options(),
-    )
     return out
 
 
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
+def ngram_sums(
+    tail_BL: Tensor, history_T: Tensor, powers_NW: Tensor, tables_NVD: Tensor, *, new: int = 1, sparse: bool = False
+) -> Tensor:
+    """The sum of the embeddings of the n-grams that end at each new id, [T, D], with gradients.
+
+    Args:
+        sparse: the gradient of the tables is a sparse tensor with an entry for each lookup, not coalesced: the host
+            would have to wait for the number of rows.
+
+    The other arguments: see `hash_embed`.
+    """
+    if not tail_BL.is_cuda and not torch.is_grad_enabled():  # an operator's first call imports for seconds
+        return hash_embed(tail_BL, history_T, powers_NW, tables_NVD, None, new=new)
+    return _ngram_sums(tail_BL, history_T, powers_NW, tables_NVD, new, sparse)[0]
+
+
+@library.custom_op("bytelatent::ngram_sums", mutates_args=())
+def _ngram_sums(
+    tail_BL: Tensor, history_T: Tensor, powers_NW: Tensor, tables_NVD: Tensor, new: int, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    """The sums, and the rows that were looked up, [T, N]."""
+    rows_TN = powers_NW.new_empty(history_T.shape[0], powers_NW.shape[0])
+    tail_BL, history_T = tail_BL.contiguous(), history_T.contiguous()
+    return hash_embed(tail_BL, history_T, powers_NW, tables_NVD, None, new=new, rows=rows_TN), rows_TN
+
+
+@_ngram_sums.register_fake
+def _(
+    tail_BL: Tensor, history_T: Tensor, powers_NW: Tensor, tables_NVD: Tensor, new: int, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    size = history_T.shape[0]
+    return tables_NVD.new_empty(size, tables_NVD.shape[1]), powers_NW.new_empty(size, powers_NW.shape[0])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *_, tables_NVD, _new, sparse = inputs
+    ctx.save_for_backward(output[1])
+    ctx.shape, ctx.sparse = tables_NVD.shape, sparse
+
+
+def _gradient(ctx: Any, grads_TD: Tensor, _: None) -> tuple[None, None, None, Tensor, None, None]:
+    (rows_TN,) = ctx.saved_tensors
+    if ctx.sparse:
+        entries_MD = grads_TD.repeat_interleave(rows_TN.shape[1], dim=0)
+        gradient = torch.sparse_coo_tensor(rows_TN.flatten()[None], entries_MD, ctx.shape, check_invariants=False)
+    else:
+        gradient = row_sums(rows_TN, grads_TD, ctx.shape[0])
+    return None, None, None, gradient, None, None
+
+
+_ngram_sums.register_autograd(_gradient, setup_context=_save_for_backward)
+
+
+def plain_row_sums(rows_TN: Tensor, grads_TD: Tensor, num_rows: int) -> Tensor:
+    sums_RD = grads_TD.new_zeros(num_rows, grads_TD.shape[1])
+    for rows_T in rows_TN.unbind(1):
+        sums_RD.index_add_(0, rows_T, grads_TD)
+    return sums_RD
+
+
+@library.custom_op("bytelatent::row_sums", mutates_args=())
+def row_sums(rows_TN: Tensor, grads_TD: Tensor, num_rows: int) -> Tensor:
+    """For each row the sum of the gradients of the states that it is part of; zero for a row of no state.
+
+    Args:
+        rows_TN: int64, the rows that each state is the sum of; one may come several times.
+        grads_TD: the states' gradients.
+        num_rows: R.
+
+    Returns:
+        [R, D] of the gradients' dtype, summed in float32 on CUDA.
+    """
+    if not uses_kernels(rows_TN):
+        return plain_row_sums(rows_TN, grads_TD, num_rows)
+    grads_TD, dim, block = grads_TD.contiguous(), grads_TD.shape[1], 128
+    sorted_M, order_M = rows_TN.flatten().sort(stable=True)
+    end_M = torch.searchsorted(sorted_M, sorted_M, right=True)  # of the lookups of the same row
+    sums_RD = grads_TD.new_zeros(num_rows, dim)
+    if sorted_M.numel() > 0:
+        row_sums_kernel[(sorted_M.shape[0], -(-dim // block))](
+            sorted_M, order_M, end_M, grads_TD, sums_RD, rows_TN.shape[1], D=dim, BLOCK=block, num_warps=1
+        )
+    return sums_RD
+
+
+@row_sums.register_fake
+def _(rows_TN: Tensor, grads_TD: Tensor, num_rows: int) -> Tensor:
+    return grads_TD.new_empty(num_rows, grads_TD.shape[1])
+
+
+def coalesced(gradient_RD: Tensor) -> Tensor:
+    """A sparse gradient of rows with each row once, sorted: torch's `coalesce`, summed by `row_sums`.
+
+    The host waits for the number of rows.
+    """
+    if gradient_RD.is_coalesced():
+        return gradient_RD
+    rows_U, place_M = gradient_RD._indices()[0].unique(return_inverse=True)
+    sums_UD = row_sums(place_M[:, None], gradient_RD._values(), rows_U.shape[0])
+    return torch.sparse_coo_tensor(rows_U[None], sums_UD, gradient_RD.shape, check_invariants=False, is_coalesced=True)
+
+
+def plain_row_adamw(
+    weight_RD: Tensor,
+    mean_RD: Tensor,
+    square_RD: Tensor,
+    rows_U: Tensor,
+    grads_UD: Tensor,
+    count_U: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    step_U, root_U = _bias_corrections(count_U, lr, betas, weight_RD.dtype)
+    mean_UD = torch.lerp(mean_RD[rows_U], grads_UD, 1 - betas[0])
+    square_UD = square_RD[rows_U] * betas[1] + grads_UD.square() * (1 - betas[1])
+    step_UD = step_U[:, None] * mean_UD / (square_UD.sqrt() / root_U[:, None] + eps)
+    weight_RD[rows_U] = weight_RD[rows_U] * (1 - lr * weight_decay) - step_UD
+    mean_RD[rows_U] = mean_UD
+    square_RD[rows_U] = square_UD
+
+
+def row_adamw(
+    weight_RD: Tensor,
+    mean_RD: Tensor,
+    square_RD: Tensor,
+    rows_U: Tensor,
+    grads_UD: Tensor,
+    count_U: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Change rows of the weights and of both moments in place.
+
+    Args:
+        weight_RD, mean_RD, square_RD: the table and the moments of its gradient, contiguous; float32 on CUDA.
+        rows_U: int64, which rows; each one once.
+        grads_UD: their gradients, of the table's dtype.
+        count_U: which change of its row this is, 1 for the first one: the moments are corrected for their start at 0.
+    """
+    if not uses_kernels(weight_RD):
+        given: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        plain_row_adamw(weight_RD, mean_RD, square_RD, rows_U, grads_UD, count_U, **given)
+        return
+    step_U, root_U = _bias_corrections(count_U, lr, betas, weight_RD.dtype)
+    check_contiguous(weight=weight_RD, mean=mean_RD, square=square_RD, rows=rows_U, gradients=grads_UD)
+    tensors = weight_RD, mean_RD, square_RD, grads_UD
+    assert all(tensor.dtype == torch.float32 for tensor in tensors), "the kernel computes in float32"
+    dim, block = weight_RD.shape[1], min(power_of_two(weight_RD.shape[1]), 1024)
+    if grads_UD.numel() > 0:
+        row_adamw_kernel[(rows_U.shape[0], -(-dim // block))](
+            *(weight_RD, mean_RD, square_RD, rows_U, grads_UD, step_U, root_U),
+            *(1 - betas[0], betas[1], 1 - betas[1], eps, 1 - lr * weight_decay),
+            D=dim,
+            BLOCK=block,
+            num_warps=4 if block > 256 else 1,
+        )
+
+
+def _bias_corrections(
+    count_U: Tensor, lr: float, betas: tuple[float, float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The learning rate over the correction of the mean, and the root of that of the square.
+
+    In float64, as 1 - beta^1 would lose digits; what the kernel is left with are two numbers per row.
+    """
+    count_U = count_U.double()
+    return (lr / (1 - betas[0] ** count_U)).to(dtype), (1 - betas[1] ** count_U).sqrt().to(dtype)
 
 
 # Kernels
@@ -191,3 +348,51 @@ def hash_embed_kernel(
         own = embedding_ptr + tl.load(newest).to(tl.int64) * D + d
         x += tl.load(own, mask=d < D, other=0.0).to(tl.float32)
     tl.store(out_ptr + t.to(tl.int64) * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def row_sums_kernel(rows_ptr, order_ptr, end_ptr, grads_ptr, out_ptr, N, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The program of a row's first lookup adds the gradients of all; each lookup's number is state * N + table."""
+    begin = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows_ptr + begin)
+    if tl.load(rows_ptr + begin - 1, mask=begin > 0, other=-1) == row:
+        return
+    end = tl.load(end_ptr + begin)
+    x = add_lookups(begin, end, order_ptr, grads_ptr, d, N, D, FEW)
+    for first in range(begin + FEW, end, MANY):
+        x += add_lookups(first, end, order_ptr, grads_ptr, d, N, D, MANY)
+    tl.store(out_ptr + row * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def add_lookups(first, end, order_ptr, grads_ptr, d, N, D: tl.constexpr, COUNT: tl.constexpr):
+    """The sum of `COUNT` lookups from `first` on, or of those there are before `end`, float32."""
+    place = first + tl.arange(0, COUNT)
+    state = tl.load(order_ptr + place, mask=place < end, other=0) // N
+    inside = (place < end)[:, None] & (d < D)[None, :]
+    grads = tl.load(grads_ptr + state[:, None] * D + d[None, :], mask=inside, other=0.0)
+    return tl.sum(grads.to(tl.float32), 0)
+
+
+@triton.jit
+def row_adamw_kernel(
+    weight_ptr, mean_ptr, square_ptr, rows_ptr, grads_ptr, step_ptr, root_ptr,
+    rest1, beta2, rest2, eps, keep, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    u = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < D
+    place = tl.load(rows_ptr + u) * D + d
+    grad = tl.load(grads_ptr + u.to(tl.int64) * D + d, mask=inside, other=0.0)
+    mean = tl.load(mean_ptr + place, mask=inside, other=0.0)
+    square = tl.load(square_ptr + place, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + place, mask=inside, other=0.0)
+    mean += (grad - mean) * rest1
+    square = square * beta2 + grad * grad * rest2
+    # Rounded as plain PyTorch rounds: the quick root and quotient of a GPU differ in the last digits.
+    spread = tl.div_rn(tl.sqrt_rn(square), tl.load(root_ptr + u)) + eps
+    weight = weight * keep - tl.div_rn(tl.load(step_ptr + u) * mean, spread)
+    tl.store(mean_ptr + place, mean, mask=inside)
+    tl.store(square_ptr + place, square, mask=inside)
+    tl.store(weight_ptr + place, weight, mask=inside)

@@ -1,17 +1,19 @@
 # pyright: reportInvalidTypeForm=false
-"""What all kernels share: Triton where it is installed, how they are launched, and small device functions.
+"""What all operations share: Triton where it is installed, launches, small device functions, and views for NumPy.
 
-The kernels of a decoding step take a few microseconds each, so the gaps between two of them count. With overlapped
-launches a kernel is set up early and waits, on the device, until all kernels before it have finished; until then it
-reads nothing but weights. This is "programmatic dependent launch": it takes a GPU of compute capability 9.0, and CUDA
-graphs keep it.
+The kernels of a decode step take a few microseconds each, so the gaps between them count. With overlapped launches a
+kernel is set up early and waits, on the device, until all kernels before it have finished; until then it reads nothing
+but weights. This is "programmatic dependent launch": it takes a GPU of compute capability 9.0, and CUDA graphs keep it.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
@@ -43,6 +45,7 @@ except ImportError:  # an optional dependency: only launching a kernel needs it
     triton = tl = _MissingTriton()
 
 LOG2_E = 1.4426950408889634
+LOWEST = tl.constexpr(-1e30)  # below every score; an infinity makes NaN of its differences
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on a CPU, for tests
 
 _overlapped = False
@@ -60,7 +63,7 @@ def overlapped(enabled: bool = True) -> Iterator[None]:
 
 
 def launch_options() -> dict[str, Any]:
-    """Keyword arguments for the launch of each kernel of a decoding step."""
+    """Keyword arguments for the launch of each kernel of a decode step."""
     return {"OVERLAP": True, "launch_pdl": True} if _overlapped else {"OVERLAP": False}
 
 
@@ -79,9 +82,45 @@ def check_contiguous(**tensors: Tensor | None) -> None:
         assert tensor is None or tensor.is_contiguous(), f"{name}: not contiguous"
 
 
-def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
-    assert heads % kv_heads == 0, f"{kv_heads} key/value heads do not divide {heads} query heads"
-    assert head_dim & (head_dim - 1) == 0, f"a head size of {head_dim} is not a power of two"
+# A decode step has many operations on few numbers. On a CPU NumPy takes a third of PyTorch's time for these, and waits
+# for no threads, which takes milliseconds where another program has the core.
+
+
+def array(tensor: Tensor, at: Any = ...) -> np.ndarray:
+    """The part `at` of a tensor for NumPy, float32; over the same memory where it is that on a CPU."""
+    if _shares_memory(tensor):
+        return tensor.numpy()[at]
+    return tensor[at].float().cpu().numpy()
+
+
+def put(tensor: Tensor, at: Any, values: np.ndarray) -> None:
+    """Write the part `at` of a tensor."""
+    if _shares_memory(tensor):
+        tensor.numpy()[at] = values
+    else:
+        tensor[at] = torch.from_numpy(values)
+
+
+def _shares_memory(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and not tensor.is_cuda
+
+
+class Arrays:
+    """The tensors of a dataclass as arrays over the same memory, to read and to write."""
+
+    def __init__(self, tensors: Any):
+        self._tensors = tensors
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        return _view(getattr(self._tensors, name))
+
+
+@lru_cache(maxsize=1024)  # to make a view takes as long as the operation that it saves
+def _view(tensor: Tensor) -> np.ndarray:
+    return tensor.numpy()
+
+
+# Device functions
 
 
 @triton.jit

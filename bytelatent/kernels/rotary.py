@@ -1,5 +1,5 @@
 # pyright: reportInvalidTypeForm=false
-"""Rotary embeddings: pairs (2i, 2i+1) of every head rotated by angles that grow with the position.
+"""Rotary embeddings: pairs (2i, 2i+1) of every head rotated in proportion to the position.
 
 Source: Su et al. 2021, RoFormer.
 """
@@ -13,10 +13,10 @@ from bytelatent.kernels.launch import tl, triton
 
 
 def cos_sin(position_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each pair's angle, float32 [T, E/2] each."""
+    """Cosine and sine of each pair's rotation, float32 [T, E/2] each."""
     exponents = torch.arange(0, head_dim, 2, device=position_T.device, dtype=torch.float32) / head_dim
-    angles = position_T.float()[:, None] * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
+    radians = position_T.float()[:, None] * (1.0 / theta**exponents)
+    return radians.cos(), radians.sin()
 
 
 def rotary_embedding(position_T: Tensor, head_dim: int, theta: float) -> Tensor:
@@ -25,7 +25,7 @@ def rotary_embedding(position_T: Tensor, head_dim: int, theta: float) -> Tensor:
 
 
 def rotate(x_THE: Tensor, rotary_TE2: Tensor) -> Tensor:
-    """Rotate each pair of every head by its position's angle; computed in float32, in the dtype of `x_THE`."""
+    """Rotate each pair of every head by its position; computed in float32, in the dtype of `x_THE`."""
     pairs = x_THE.float().unflatten(-1, (-1, 2))
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = rotary_TE2[..., 0][:, None], rotary_TE2[..., 1][:, None]

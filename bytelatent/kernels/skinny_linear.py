@@ -21,9 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.kernels.gated_product import fast_row_scale
-from bytelatent.kernels.launch import fetch, launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
-from bytelatent.kernels.plain import is_float32, rms_norm_array
+from bytelatent.kernels.gated_product import gate, gate_array, row_scale
+from bytelatent.kernels.launch import (
+    array,
+    fetch,
+    launch_options,
+    power_of_two,
+    put,
+    tl,
+    triton,
+    uses_kernels,
+    wait_for_earlier,
+)
 from bytelatent.kernels.quantized import Matrix, QuantizedMatrix, dense
 
 # Shapes: M rows, at most a few hundred, K width of the states, N width of the result
@@ -45,8 +54,8 @@ class SkinnyLaunch:
     Attributes:
         block_m: rows a program; 1: multiply and sum, else tensor cores and a power of two from 16 on.
         block_n: columns of the result a program, a power of two; from 16 on with tensor cores.
-        block_k: how much of the width is looked at at once, a power of two; from 16 on with tensor cores.
-        num_stages: how many such parts of the width are on their way at once.
+        block_k: how much of the width is read at once, a power of two; from 16 on with tensor cores.
+        num_stages: how many such parts of the width are loaded at once.
         splits: programs that share the width; only with tensor cores. The last of them to finish adds up what they
             found, always in the same order.
     """
@@ -90,79 +99,44 @@ def plain_skinny_linear(
     x_MK: Tensor,
     weight_NK: Matrix,
     *,
+    gated: bool = False,
     eps: float | None = None,
     residual_MN: Tensor | None = None,
     residual_scale: float = 1.0,
     out: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
-    """The plain form, in the precision of x."""
+    """The plain form, whose matrix is multiplied in the precision of x."""
     if run is not None and not bool(run):
-        return x_MK.new_zeros(len(x_MK), weight_NK.shape[0]) if out is None else out
-    if _is_small(x_MK, weight_NK) and (residual_MN is None or is_float32(residual_MN)):
-        y = _small_product(x_MK, weight_NK, eps)
-        if residual_MN is not None:
-            residual = residual_MN.numpy()
-            y += residual if residual_scale == 1 else residual * residual_scale
-        if out is None:
-            return torch.from_numpy(y)
-        if not is_float32(out):
-            return out.copy_(torch.from_numpy(y))
-        out.numpy()[:] = y
-        return out
-    weight_NK = dense(weight_NK, x_MK.dtype)
-    x_MK = x_MK if eps is None else F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
-    if residual_MN is None:
-        y_MN = F.linear(x_MK, weight_NK)
-    elif residual_MN.dtype != x_MK.dtype:
-        y_MN = (F.linear(x_MK, weight_NK).float() + residual_scale * residual_MN).to(residual_MN.dtype)
-    elif out is residual_MN:
-        return residual_MN.addmm_(x_MK, weight_NK.t(), beta=residual_scale)
-    else:
-        y_MN = torch.addmm(residual_MN, x_MK, weight_NK.t(), beta=residual_scale)
-    return y_MN if out is None else out.copy_(y_MN)
+        return x_MK.new_zeros(len(x_MK), weight_NK.shape[0] // (1 + gated)) if out is None else out
+    y_MN = _plain_product(x_MK, weight_NK, eps)
+    if gated:
+        y_MN = gate_array(y_MN)
+    if residual_MN is not None:
+        y_MN += array(residual_MN) * residual_scale
+    if out is None:
+        return torch.from_numpy(y_MN).to(x_MK if residual_MN is None else residual_MN)
+    put(out, ..., y_MN)
+    return out
 
 
-def plain_skinny_gated(
-    x_MK: Tensor,
-    gate_up_2NK: Matrix,
-    *,
-    eps: float | None = None,
-    out: Tensor | None = None,
-    run: Tensor | None = None,
-) -> Tensor:
-    """The plain form, in the precision of x."""
-    if run is not None and not bool(run):
-        return x_MK.new_zeros(len(x_MK), gate_up_2NK.shape[0] // 2) if out is None else out
-    if _is_small(x_MK, gate_up_2NK):
-        y_M2N = _small_product(x_MK, gate_up_2NK, eps)
-        gate_MN = y_M2N[:, 0::2]
-        y_MN = np.exp(np.minimum(-gate_MN, 88))  # beyond, float32 overflows
-        y_MN += 1
-        np.divide(gate_MN, y_MN, out=y_MN)
-        y_MN *= y_M2N[:, 1::2]
-        found_MN = torch.from_numpy(y_MN)
-    else:
-        x_MK = x_MK if eps is None else F.rms_norm(x_MK, x_MK.shape[1:], None, eps)
-        found_MN = plain_gate(F.linear(x_MK, dense(gate_up_2NK, x_MK.dtype)))
-    return found_MN if out is None else out.copy_(found_MN)
-
-
-def _is_small(x_MK: Tensor, weight_NK: Matrix) -> bool:
-    """Whether NumPy computes a product: a small one takes it half as long, and it waits for no thread."""
-    return isinstance(weight_NK, Tensor) and x_MK.shape[0] * weight_NK.numel() <= SMALL and is_float32(x_MK, weight_NK)
-
-
-def _small_product(x_MK: Tensor, weight_NK: Any, eps: float | None) -> np.ndarray:
-    """[M, N], of the normed x if `eps` is given."""
-    x = x_MK.numpy()
-    return (x if eps is None else rms_norm_array(x, eps)) @ weight_NK.numpy().T
+def _plain_product(x_MK: Tensor, weight_NK: Matrix, eps: float | None) -> np.ndarray:
+    """x Weight^T, of the normed x if `eps` is given. NumPy computes small products: it waits for no threads."""
+    x = array(x_MK)
+    if eps is not None:
+        # The dot product is the fastest sum of squares, of a single row.
+        squares = np.vdot(x, x) / x.size if len(x) == 1 else np.square(x).mean(1, keepdims=True)
+        x = x * (squares + eps) ** -0.5
+    if isinstance(weight_NK, QuantizedMatrix) or x_MK.dtype != torch.float32 or len(x) * weight_NK.numel() > SMALL:
+        return array(F.linear(torch.from_numpy(x).to(x_MK), dense(weight_NK, x_MK.dtype)))
+    return x @ array(weight_NK).T
 
 
 def skinny_linear(
     x_MK: Tensor,
     weight_NK: Matrix,
     *,
+    gated: bool = False,
     eps: float | None = None,
     residual_MN: Tensor | None = None,
     residual_scale: float = 1.0,
@@ -170,87 +144,44 @@ def skinny_linear(
     run: Tensor | None = None,
     launch: SkinnyLaunch | None = None,
 ) -> Tensor:
-    """x Weight^T, of the normed x if `eps` is given, plus a residual, [M, N].
+    """x Weight^T, of the normed x if `eps` is given, plus a residual; or silu(x Gate^T) * (x Up^T); [M, N].
 
     A row's result does not depend on other rows, and equal rows have equal results.
 
     Args:
-        x_MK: states; rows may lie apart.
+        x_MK: states; rows need not be adjacent.
         weight_NK: the matrix, contiguous; with `eps` see `fold_norm`. A quantized one is multiplied in x's dtype.
-        eps: of the RMSNorm before the product; None for none.
+        gated: the matrix is [2N, K], Gate and Up row by row alternately, see `interleaved`; without a residual.
+        eps: of the RMSNorm before the product; None for no norm.
         residual_MN: what the product is added to.
         residual_scale: what the residual is multiplied with first; cross-attention adds its input twice.
         out: where the result goes, of any dtype; may be the residual. A new tensor of the residual's dtype, else x's.
         run: one number on the device; where it is 0 nothing is written, or, with many rows, anything may be.
         launch: see `launch_for`.
     """
+    given: dict[str, Any] = {"gated": gated, "eps": eps, "residual_MN": residual_MN, "residual_scale": residual_scale}
     if not uses_kernels(x_MK):
-        return plain_skinny_linear(
-            x_MK, weight_NK, eps=eps, residual_MN=residual_MN, residual_scale=residual_scale, out=out, run=run
-        )
-    dtype = x_MK.dtype if residual_MN is None else residual_MN.dtype
-    return _launched(x_MK, weight_NK, False, eps, residual_MN, residual_scale, dtype, out, run, launch)
-
-
-def skinny_gated(
-    x_MK: Tensor,
-    gate_up_2NK: Matrix,
-    *,
-    eps: float | None = None,
-    out: Tensor | None = None,
-    run: Tensor | None = None,
-    launch: SkinnyLaunch | None = None,
-) -> Tensor:
-    """silu(x Gate^T) * (x Up^T), of the normed x if `eps` is given, [M, N].
-
-    Args:
-        gate_up_2NK: both matrices, row by row in turn; see `interleaved` and `fold_norm`.
-
-    The others are those of `skinny_linear`.
-    """
-    if not uses_kernels(x_MK):
-        return plain_skinny_gated(x_MK, gate_up_2NK, eps=eps, out=out, run=run)
-    return _launched(x_MK, gate_up_2NK, True, eps, None, 1.0, x_MK.dtype, out, run, launch)
-
-
-def _launched(
-    x: Tensor,
-    matrix: Matrix,
-    gated: bool,
-    eps: float | None,
-    residual: Tensor | None,
-    residual_scale: float,
-    dtype: torch.dtype,
-    out: Tensor | None,
-    run: Tensor | None,
-    launch: SkinnyLaunch | None,
-) -> Tensor:
-    weight, scale = (matrix.values, matrix.scale) if isinstance(matrix, QuantizedMatrix) else (matrix, None)
-    M, K = x.shape
-    N = weight.shape[0] // (2 if gated else 1)
-    assert weight.shape[1] == K, f"states of width {K}, a matrix for {weight.shape[1]}"
+        return plain_skinny_linear(x_MK, weight_NK, **given, out=out, run=run)
+    is_quantized = isinstance(weight_NK, QuantizedMatrix)
+    weight, scale = (weight_NK.values, weight_NK.scale) if is_quantized else (weight_NK, None)
+    most = LIBRARY_FROM if weight.element_size() < 4 else FLOAT32_LIBRARY_FROM
+    if len(x_MK) > (QUANTIZED_LIBRARY_FROM if is_quantized else most) and launch is None and x_MK.is_cuda:
+        return _by_library(x_MK, dense(weight_NK, x_MK.dtype), **given, out=out)
+    (M, K), N = x_MK.shape, weight.shape[0] // (1 + gated)
+    if out is None:
+        out = torch.empty(M, N, dtype=(x_MK if residual_MN is None else residual_MN).dtype, device=x_MK.device)
+    tensors = x_MK, residual_MN, out
     assert weight.is_contiguous(), "the matrix is not contiguous"
     assert weight.numel() < 2**31, "the kernel counts places in the matrix in 32 bits"
-    out = torch.empty(M, N, dtype=dtype, device=x.device) if out is None else out
-    for name, tensor, width in (("x", x, K), ("residual", residual, N), ("out", out, N)):
-        if tensor is not None:
-            assert tensor.shape == (M, width), f"{name}: {tuple(tensor.shape)}, not {(M, width)}"
-            assert tensor.stride(1) == 1, f"{name}: a row is not contiguous"
-    most = LIBRARY_FROM if weight.element_size() < 4 else FLOAT32_LIBRARY_FROM
-    most = most if scale is None else QUANTIZED_LIBRARY_FROM
-    if len(x) > most and launch is None and x.is_cuda:
-        return _by_library(x, dense(matrix, x.dtype), gated, eps, residual, residual_scale, dtype, out)
+    assert all(part is None or part.stride(1) == 1 for part in tensors), "a row is not contiguous"
+    x_row, residual_row, out_row = (0 if part is None else part.stride(0) for part in tensors)
     launch = launch or launch_for(M, N, K, gated, weight.element_size())
-    x_row, residual_row, out_row = (0 if tensor is None else tensor.stride(0) for tensor in (x, residual, out))
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch_options()}
-    shape = {"N": N, "K": K, "GATED": gated, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
+    options |= {"N": N, "K": K, "GATED": gated, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
     if launch.block_m == 1:
         vector_kernel[-(-N // launch.block_n), M](
-            *(x, weight, scale, residual, out, run, eps or 0.0, residual_scale, x_row, residual_row, out_row),
-            **shape,
-            NORM=eps is not None,
-            STAGES=launch.num_stages,
-            **options,
+            *(x_MK, weight, scale, residual_MN, out, run, eps or 0.0, residual_scale, x_row, residual_row, out_row),
+            **(options | {"NORM": eps is not None, "STAGES": launch.num_stages}),
         )
         return out
     grid = (-(-M // launch.block_m), -(-N // launch.block_n), launch.splits)
@@ -258,15 +189,12 @@ def _launched(
     if launch.splits > 1:
         assert math.prod(grid) <= PROGRAMS, f"{math.prod(grid)} programs share widths; at most {PROGRAMS}"
         assert launch.block_m * launch.block_n * (1 + gated) <= 64 * 64, f"blocks of shared widths: {launch}"
-        sums, arrived = _scratch(x.device, torch.cuda.current_stream().cuda_stream if x.is_cuda else 0)
-    x_scale = None if eps is None else fast_row_scale(x, eps, run)
+        sums, arrived = _scratch(x_MK.device, torch.cuda.current_stream().cuda_stream if x_MK.is_cuda else 0)
+    x_scale = None if eps is None else row_scale(x_MK, eps, run)
     matrix_kernel[grid](
-        *(x, weight, scale, x_scale, residual, out, run, residual_scale, x_row, residual_row, out_row),
+        *(x_MK, weight, scale, x_scale, residual_MN, out, run, residual_scale, x_row, residual_row, out_row),
         *(sums, arrived, M),
-        **shape,
-        BLOCK_M=launch.block_m,
-        SPLITS=launch.splits,
-        **options,
+        **(options | {"BLOCK_M": launch.block_m, "SPLITS": launch.splits}),
     )
     return out
 
@@ -280,47 +208,29 @@ def _scratch(device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
     return torch.empty(PROGRAMS * 64 * 64, device=device), torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
 
 
-def plain_gate(gate_up_M2N: Tensor) -> Tensor:
-    """The plain form."""
-    return F.silu(gate_up_M2N[:, 0::2].float()).mul_(gate_up_M2N[:, 1::2]).to(gate_up_M2N.dtype)
-
-
-def gate(gate_up_M2N: Tensor, out: Tensor | None = None) -> Tensor:
-    """silu(gate) * up of columns that are gate and up in turn, [M, N]."""
-    if not uses_kernels(gate_up_M2N):
-        found_MN = plain_gate(gate_up_M2N)
-        return found_MN if out is None else out.copy_(found_MN)
-    rows, columns, block = gate_up_M2N.shape[0], gate_up_M2N.shape[1] // 2, 512
-    if out is None:
-        out = torch.empty(rows, columns, dtype=gate_up_M2N.dtype, device=gate_up_M2N.device)
-    assert gate_up_M2N.is_contiguous(), "the columns are not contiguous"
-    gate_kernel[(rows, -(-columns // block))](gate_up_M2N, out, N=columns, BLOCK=block, num_warps=4, **launch_options())
-    return out
-
-
 def _by_library(
-    x: Tensor,
-    weight: Tensor,
+    x_MK: Tensor,
+    weight_NK: Tensor,
     gated: bool,
     eps: float | None,
-    residual: Tensor | None,
+    residual_MN: Tensor | None,
     residual_scale: float,
-    dtype: torch.dtype,
     out: Tensor | None,
 ) -> Tensor:
     """Many rows: the product is the library's, the norm's scale and the gate are kernels of their own."""
+    dtype = (x_MK if residual_MN is None else residual_MN).dtype
     if eps is not None:
-        x = F.rms_norm(x, (x.shape[1],), None, eps)
-    x = x.to(weight.dtype)
+        x_MK = F.rms_norm(x_MK, (x_MK.shape[1],), None, eps)
+    x_MK, weight_KN = x_MK.to(weight_NK.dtype), weight_NK.T
     if gated:
-        return gate(x @ weight.T, out)
-    if residual is not None and out is residual:
-        return residual.addmm_(x, weight.T, beta=residual_scale)  # in place: out of place it would copy first
-    wanted = dtype if out is None else out.dtype
-    y = torch.mm(x, weight.T, out_dtype=wanted) if wanted == torch.float32 != weight.dtype else x @ weight.T
-    if residual is not None:
-        y = y.add(residual, alpha=residual_scale)
-    return y.to(dtype) if out is None else out.copy_(y)
+        return gate(x_MK @ weight_KN, out)
+    if residual_MN is not None and out is residual_MN:
+        return residual_MN.addmm_(x_MK, weight_KN, beta=residual_scale)  # in place: out of place it would copy first
+    is_widened = (dtype if out is None else out.dtype) == torch.float32 != weight_NK.dtype
+    y_MN = torch.mm(x_MK, weight_KN, out_dtype=torch.float32) if is_widened else x_MK @ weight_KN
+    if residual_MN is not None:
+        y_MN = y_MN.add(residual_MN, alpha=residual_scale)
+    return y_MN.to(dtype) if out is None else out.copy_(y_MN)
 
 
 # Kernels
@@ -418,7 +328,7 @@ def matrix_kernel(
 ):  # fmt: skip
     """Loads feed one `tl.dot` and nothing else: else Triton 3.6 refills a buffer that a product still reads."""
     MATRICES: tl.constexpr = 2 if GATED else 1
-    ROWS: tl.constexpr = MATRICES * BLOCK_N  # of the matrix; gates and what they gate in turn
+    ROWS: tl.constexpr = MATRICES * BLOCK_N  # of the matrix; gates and what they gate alternately
     # Programs that share rows of the matrix follow each other.
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -452,7 +362,7 @@ def matrix_kernel(
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         inner = tl.arange(0, ROWS)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tl.store(sums_ptr + (tile * SPLITS + tl.program_id(2)) * (ROWS * BLOCK_M) + inner, acc)
-        tl.debug_barrier()  # all threads have written before one of them says so
+        tl.debug_barrier()  # all threads have written before the count
         if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
             return
         acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
@@ -474,15 +384,3 @@ def matrix_kernel(
         residual = tl.load(residual_ptr + wide * residual_row + n[:, None], mask=stored, other=0.0)
         y += residual_scale * residual.to(tl.float32)
     tl.store(out_ptr + wide * out_row + n[:, None], y.to(out_ptr.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def gate_kernel(gate_up_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    m = tl.program_id(0).to(tl.int64)
-    pair = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wait_for_earlier(OVERLAP)
-    gate_up = tl.load(gate_up_ptr + m * (2 * N) + pair, mask=pair < 2 * N, other=0.0).to(tl.float32)
-    gate, up = tl.split(tl.reshape(gate_up, [BLOCK, 2]))
-    y = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + m * N + n, y.to(out_ptr.dtype.element_ty), mask=n < N)

@@ -12,9 +12,9 @@ from torch import Tensor
 from bytelatent.kernels.launch import LOG2_E, power_of_two, tl, triton, uses_kernels
 from bytelatent.kernels.rotary import rotate, rotated
 
-# Shapes: T positions in the stream, H heads, E head size, A = E/2 rotary angles
+# Shapes: T positions in the stream, H heads, E head size, A = E/2 rotated pairs
 
-BLOCK = 64  # queries, and keys, that a program looks at at once; T is a multiple of it
+BLOCK = 64  # queries, and keys, of a program at once; T is a multiple of it
 
 
 def first_seen(position: Tensor, window: int | None) -> Tensor:
@@ -30,14 +30,13 @@ def first_seen(position: Tensor, window: int | None) -> Tensor:
 
 
 def can_attend(num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
-    """Whether `window_attention` can do such heads."""
+    """Whether `window_attention` takes such heads."""
     return num_kv_heads == num_heads and head_dim in (16, 32, 64, 128)
 
 
 def plain_window_attention(
     q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, low_T: Tensor, cos_TA: Tensor, sin_TA: Tensor
 ) -> Tensor:
-    """The plain form, with a T x T mask."""
     place = torch.arange(q_THE.shape[0], device=q_THE.device)
     seen = (place[None, :] <= place[:, None]) & (place[None, :] >= low_T[:, None])
     rotary_TA2 = torch.stack([cos_TA, sin_TA], dim=-1)
@@ -59,26 +58,15 @@ def window_attention(
     if not uses_kernels(q_THE):
         return plain_window_attention(q_THE, k_THE, v_THE, low_T, cos_TA, sin_TA)
     size, heads, head_dim = q_THE.shape
-    assert size % BLOCK == 0, f"{size} positions are no multiple of {BLOCK}"
-    assert q_THE.stride() == k_THE.stride() == v_THE.stride(), "q, k, v are not strided alike"
-    assert size * q_THE.stride(0) < 2**31, "the kernel counts places in 32 bits"
-    assert q_THE.stride()[1:] == (head_dim, 1), "heads do not lie one after the other"
-    out_THE = torch.empty(size, heads, head_dim, dtype=v_THE.dtype, device=v_THE.device)
     row, padded_heads = q_THE.stride(0), power_of_two(heads)
+    assert size % BLOCK == 0, f"{size} positions are no multiple of {BLOCK}"
+    assert q_THE.stride() == k_THE.stride() == v_THE.stride() == (row, head_dim, 1), "q, k, v are not strided alike"
+    assert size * row < 2**31, "the kernel counts places in 32 bits"
+    out_THE = torch.empty(size, heads, head_dim, dtype=v_THE.dtype, device=v_THE.device)
     rotate_in_place_kernel[(size,)](k_THE, cos_TA, sin_TA, row, heads, padded_heads, head_dim, num_warps=4)
     window_attention_kernel[(heads, size // BLOCK)](
-        q_THE,
-        k_THE,
-        v_THE,
-        out_THE,
-        low_T,
-        cos_TA,
-        sin_TA,
-        head_dim**-0.5 * LOG2_E,
-        row,
-        out_THE.stride(0),
-        BLOCK,
-        head_dim,
+        *(q_THE, k_THE, v_THE, out_THE, low_T, cos_TA, sin_TA, head_dim**-0.5 * LOG2_E),
+        *(row, out_THE.stride(0), BLOCK, head_dim),
         num_warps=4,
     )
     return out_THE
@@ -94,8 +82,8 @@ def rotate_in_place_kernel(
     at = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, PADDED)[:, None]
     place = x_ptr + at * ROW + head * E + tl.arange(0, E)[None, :]
-    angle = at * (E // 2) + tl.arange(0, E // 2)
-    cos, sin = tl.load(cos_ptr + angle)[None, :], tl.load(sin_ptr + angle)[None, :]
+    pair = at * (E // 2) + tl.arange(0, E // 2)
+    cos, sin = tl.load(cos_ptr + pair)[None, :], tl.load(sin_ptr + pair)[None, :]
     x = tl.load(place, mask=head < H, other=0.0)
     tl.store(place, rotated(x.to(tl.float32), cos, sin, PADDED, E).to(x.dtype), mask=head < H)
 
@@ -130,9 +118,9 @@ def window_attention_kernel(
     row = first + tl.arange(0, BLOCK)
     wide = row.to(tl.int64)[:, None]
     column = head * E + tl.arange(0, E)[None, :]
-    angle = wide * (E // 2) + tl.arange(0, E // 2)[None, :]
+    pair = wide * (E // 2) + tl.arange(0, E // 2)[None, :]
     q = tl.load(q_ptr + wide * ROW + column)
-    q = (rotated(q.to(tl.float32), tl.load(cos_ptr + angle), tl.load(sin_ptr + angle), BLOCK, E) * scale).to(q.dtype)
+    q = (rotated(q.to(tl.float32), tl.load(cos_ptr + pair), tl.load(sin_ptr + pair), BLOCK, E) * scale).to(q.dtype)
     low = tl.load(low_ptr + row)
     # Every query sees all of the keys from the last one's `low` to the first query.
     begin = tl.load(low_ptr + first) // BLOCK * BLOCK

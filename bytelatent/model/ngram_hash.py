@@ -6,8 +6,7 @@ Source: Pagnoni et al. 2024, section 3.2.1; the published hash functions.
 import torch
 from torch import Tensor, nn
 
-from bytelatent.kernels.hash_embed import ngram_powers
-from bytelatent.kernels.hash_tables import ngram_sums
+from bytelatent.kernels.hash_embed import ngram_powers, ngram_sums
 from bytelatent.model.settings import NgramHashSettings
 
 # Shapes: T ids in the stream, S tables (functions x sizes), W longest n-gram, D local width

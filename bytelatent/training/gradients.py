@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
-from bytelatent.kernels.hash_tables import coalesced
+from bytelatent.kernels.hash_embed import coalesced
 from bytelatent.kernels.packed_attention import entries_for
 
 WARM_UPS = 2  # passes before capture: the first compiles, the second adds to gradients where that is wanted

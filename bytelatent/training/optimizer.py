@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
-from bytelatent.kernels.hash_tables import coalesced, row_adamw
+from bytelatent.kernels.hash_embed import coalesced, row_adamw
 from bytelatent.model import Block, CrossAttention
 from bytelatent.training.distributed.plan import local_part
 from bytelatent.training.settings import LearningRateScale, OptimizerSettings

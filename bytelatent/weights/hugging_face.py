@@ -12,22 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from bytelatent.errors import UserError
-from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings
+from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.model.settings import LONGEST_CONTEXT, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import BOE, BOS, EOS, VOCAB_SIZE
-from bytelatent.weights import native
 from bytelatent.weights.native import (
     LOADING,
-    Names,
     SettingsTable,
     WeightsFormat,
-    names_in,
     nested,
     our_settings,
     their_settings,
 )
-from bytelatent.weights.safetensors_io import StoredTensor, read_json, read_weights, shown, write_json
+from bytelatent.weights.safetensors_io import StoredTensor, read_json_object, read_weights, shown, write_json_object
 from bytelatent.weights.side_files import read_sidecar, write_sidecar, write_tokenizer
 from bytelatent.weights.stored_model import Config, StoredModel
 
@@ -108,6 +105,7 @@ DEFAULT_THETA, DEFAULT_PATCHER_THETA = 500_000.0, 10_000.0
 
 class HuggingFaceFormat(WeightsFormat):
     modes = MODES
+    column = 1
     loaded_by = "transformers"
     loading = (
         "from transformers import AutoTokenizer, BltForCausalLM",
@@ -122,14 +120,11 @@ class HuggingFaceFormat(WeightsFormat):
 
     def recognizes(self, folder: Path) -> bool:
         config = folder / "config.json"
-        return config.is_file() and read_json(config).get("model_type") == "blt"
-
-    def names(self, settings: ModelSettings) -> Names:
-        return names_in(native.HUGGING_FACE, settings)
+        return config.is_file() and read_json_object(config).get("model_type") == "blt"
 
     def read_config(self, folder: Path) -> StoredModel:
         """A BLT, with its patcher as the byte LM."""
-        values, where = read_json(folder / "config.json"), str(folder / "config.json")
+        values, where = read_json_object(folder / "config.json"), str(folder / "config.json")
         config = read_sidecar(folder, read_model(values, where), lambda own: read_model(config_of(own, True), where))
         stored = StoredModel(config, {}, None, "transformers' BltForCausalLM", str(folder))
         patcher = read_patcher(values, where)
@@ -168,8 +163,8 @@ class HuggingFaceFormat(WeightsFormat):
             write_sidecar(folder, byte_lm.config, BYTE_LM_SIDECAR)
         precisions = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()}
         values["dtype"] = precisions.pop() if len(precisions) == 1 else "float32"
-        write_json(folder / "config.json", values)
-        write_json(folder / "generation_config.json", {**SPECIAL_IDS, "use_cache": False, "do_sample": False})
+        write_json_object(folder / "config.json", values)
+        write_json_object(folder / "generation_config.json", {**SPECIAL_IDS, "use_cache": False, "do_sample": False})
         write_tokenizer(folder, config.context)
 
     def stored_tensors(self, stored: StoredModel) -> dict[str, StoredTensor]:

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from bytelatent.errors import UserError
-from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings
+from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.patching import PatchSettings
-from bytelatent.weights import native
 from bytelatent.weights.native import (
-    Names,
     SettingsTable,
     WeightsFormat,
-    names_in,
     our_settings,
     their_settings,
 )
-from bytelatent.weights.safetensors_io import StoredTensor, read_json, read_pickle, read_weights, shown, write_json
+from bytelatent.weights.safetensors_io import (
+    StoredTensor,
+    read_json_object,
+    read_pickle,
+    read_weights,
+    shown,
+    write_json_object,
+)
 from bytelatent.weights.side_files import read_sidecar, write_sidecar
 from bytelatent.weights.stored_model import Config, StoredModel
 
@@ -129,15 +133,13 @@ KNOWN = {*BYTE_LM_ARGS, *BLT_ARGS, *HASH_ARGS, *PATCHING_ARGS, *BLT_FIXED, *EMBE
 
 class MetaFormat(WeightsFormat):
     modes = MODES
+    column = 0
     byte_lm_folder = BYTE_LM
     shard_bytes = None  # the published code reads no shards
 
     def recognizes(self, folder: Path) -> bool:
         config = folder / "config.json"
-        return (config.is_file() and "args" in read_json(config)) or (folder / "params.json").is_file()
-
-    def names(self, settings: ModelSettings) -> Names:
-        return names_in(native.META, settings)
+        return (config.is_file() and "args" in read_json_object(config)) or (folder / "params.json").is_file()
 
     def read_config(self, folder: Path) -> StoredModel:
         """A released BLT with the patching it was trained with, or a released entropy model."""
@@ -162,10 +164,10 @@ class MetaFormat(WeightsFormat):
 
     def write_config(self, folder: Path, stored: StoredModel) -> None:
         args, patcher = args_of(stored.config), patcher_args_of(stored.config)
-        write_json(folder / "config.json", {"args": args})
+        write_json_object(folder / "config.json", {"args": args})
         if patcher:
             data = {"patcher_args": patcher, "tokenizer_args": {"name": "blt"}}
-            write_json(folder / "train_args.json", {"model": args, "data": data})
+            write_json_object(folder / "train_args.json", {"model": args, "data": data})
         write_sidecar(folder, stored.config)
 
 
@@ -277,12 +279,12 @@ def _check_args(args: Mapping[str, Any], folder: Path) -> list[str]:
 def _read_args(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     """The model's arguments, the patcher's, and the format in words."""
     config, params, train_args = folder / "config.json", folder / "params.json", folder / "train_args.json"
-    if config.is_file() and "args" in read_json(config):
-        args, patcher = _group(config, read_json(config), "args"), {}
+    if config.is_file() and "args" in read_json_object(config):
+        args, patcher = _group(config, read_json_object(config), "args"), {}
         if train_args.is_file() and not _is_byte_lm(args):
-            patcher = _group(train_args, _group(train_args, read_json(train_args), "data"), "patcher_args")
+            patcher = _group(train_args, _group(train_args, read_json_object(train_args), "data"), "patcher_args")
         return args, patcher, "Meta's hub format"
-    values = read_json(params)
+    values = read_json_object(params)
     args = next(
         (values[key] for key in ("model", "entropy_model", "args") if isinstance(values.get(key), dict)), values
     )

@@ -21,13 +21,14 @@ from bytelatent.run_folder import newest_checkpoint, read_metrics
 from bytelatent.weights.safetensors_io import (
     SHARD_BYTES,
     StoredTensor,
-    read_json,
+    listed,
+    read_json_object,
     read_weights,
     shown,
-    write_json,
+    write_json_object,
     write_weights,
 )
-from bytelatent.weights.stored_model import FORMAT, Advance, Config, Names, Origin, StoredModel, shapes, to_our_names
+from bytelatent.weights.stored_model import FORMAT, Advance, Config, Origin, StoredModel, shapes
 
 BYTE_LM = "byte_lm"
 LOADING = ("from bytelatent import BLT", "", "model = BLT.from_pretrained(FOLDER)", 'model.generate("The history of")')
@@ -82,23 +83,7 @@ IN_LAYER = {
     "value": ("wv", "v_proj"),
     "output": ("wo", "o_proj"),
 }
-META, HUGGING_FACE = range(2)  # columns of these tables
 LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
-
-
-def names_in(format: int, settings: ModelSettings) -> Names:
-    """The names of a model's tensors in another format; `format` is a column of `MODULES`."""
-    return {name: _theirs(name, format, settings) for name in shapes(settings)}
-
-
-def _theirs(name: str, format: int, settings: ModelSettings) -> list[str]:
-    module, _, kind = name.rpartition(".")
-    if layer := LAYER.fullmatch(module):
-        return [f"{MODULES[layer[1]][format]}.{layer[2]}.{IN_LAYER[layer[3]][format]}.{kind}"]
-    theirs = f"{MODULES[module][format]}.{kind}"
-    if "{table}" not in theirs or not isinstance(settings, BLTSettings) or settings.ngram_hash is None:
-        return [theirs]
-    return [theirs.format(table=table) for table in range(settings.ngram_hash.num_tables)]
 
 
 class WeightsFormat:
@@ -106,6 +91,7 @@ class WeightsFormat:
 
     Attributes:
         modes: the patching modes that the format can express; None: all.
+        column: of the names in `MODULES` and `IN_LAYER`; None: our own names.
         loaded_by: the Python package that loads it, for the hub.
         loading: lines of Python that load it; FOLDER stands for the folder.
         byte_lm_folder: where the byte LM of a BLT is; None: in the same files.
@@ -113,6 +99,7 @@ class WeightsFormat:
     """
 
     modes: ClassVar[tuple[str, ...] | None] = None
+    column: ClassVar[int | None] = None
     loaded_by: ClassVar[str] = "bytelatent"
     loading: ClassVar[tuple[str, ...]] = LOADING
     byte_lm_folder: ClassVar[str | None] = None
@@ -120,9 +107,6 @@ class WeightsFormat:
 
     def recognizes(self, folder: Path) -> bool:
         """Whether a folder holds a model in this format."""
-        raise NotImplementedError
-
-    def names(self, settings: ModelSettings) -> Names:
         raise NotImplementedError
 
     def read_config(self, folder: Path) -> StoredModel:
@@ -141,6 +125,22 @@ class WeightsFormat:
         """
         raise NotImplementedError
 
+    def names(self, settings: ModelSettings) -> dict[str, list[str]]:
+        """For each of our tensors, the tensors of this format that it consists of."""
+        if self.column is None:
+            return {name: [name] for name in shapes(settings)}
+        hashes = settings.ngram_hash if isinstance(settings, BLTSettings) else None
+        tables = range(hashes.num_tables if hashes is not None else 0)
+        theirs = {name: self._their_name(name) for name in shapes(settings)}
+        return {ours: [n.format(table=t) for t in tables] if "{table}" in n else [n] for ours, n in theirs.items()}
+
+    def _their_name(self, name: str) -> str:
+        assert self.column is not None
+        module, _, kind = name.rpartition(".")
+        if layer := LAYER.fullmatch(module):
+            return f"{MODULES[layer[1]][self.column]}.{layer[2]}.{IN_LAYER[layer[3]][self.column]}.{kind}"
+        return f"{MODULES[module][self.column]}.{kind}"
+
     def read_weights(self, folder: Path) -> dict[str, StoredTensor]:
         return read_weights(folder)
 
@@ -154,9 +154,41 @@ class WeightsFormat:
         return replace(stored, byte_lm=self.read_tensors(found.byte_lm) if found.byte_lm is not None else None)
 
     def with_tensors(self, found: StoredModel, tensors: Mapping[str, StoredTensor]) -> StoredModel:
-        """A model with tensors of this format; raises a UserError if they do not fit its settings."""
-        model = found.config.model
-        return replace(found, tensors=to_our_names(tensors, model, self.names, found.source))
+        """A model with tensors of this format, renamed and joined.
+
+        Raises:
+            UserError: lists the tensors that are missing, unknown or have another shape.
+        """
+        settings = found.config.model
+        is_blt = isinstance(settings, BLTSettings)
+        stacks = (settings.encoder, settings.global_transformer, settings.decoder) if is_blt else (settings,)
+        num_layers = sum(stack.num_layers for stack in stacks)
+        if num_layers > len(tensors):  # checked before a model with that many layers is built to list what is missing
+            raise UserError(
+                f"'{found.source}': the settings say {num_layers:,} layers, but its weights are {len(tensors):,} "
+                "tensors; fetch or write it again"
+            )
+        names = self.names(settings)
+        wanted = dict.fromkeys(name for parts in names.values() for name in parts)
+        problems = [f"missing {name}" for name in wanted if name not in tensors]
+        problems += [f"unknown {name}" for name in tensors if name not in wanted]
+        integers = {name: tensor.dtype for name, tensor in tensors.items() if not tensor.dtype.is_floating_point}
+        problems += [f"{name} is {dtype}, not floating point" for name, dtype in integers.items()]
+        fitting = {}
+        for name, shape in shapes(settings).items():
+            parts = {part: tensors[part] for part in names[name] if part in tensors}
+            expected = (shape[0] // len(names[name]), *shape[1:])
+            wrong = {part: tensor for part, tensor in parts.items() if tensor.shape != expected}
+            if len(parts) < len(names[name]):
+                continue
+            problems += [f"{n} is {list(t.shape)} where the settings say {list(expected)}" for n, t in wrong.items()]
+            if not wrong and len({part.dtype for part in parts.values()}) > 1:
+                problems.append(f"{names[name][0]} and the other tables differ in precision")
+            elif not wrong:
+                fitting[name] = StoredTensor.join(list(parts.values()))
+        if problems:
+            raise UserError(f"'{found.source}': the tensors do not fit the settings: {listed(problems, '; ')}")
+        return replace(found, tensors=fitting)
 
     def stored_tensors(self, stored: StoredModel) -> Mapping[str, StoredTensor]:
         """The tensors of a model by this format's names; those that are several tensors there are split."""
@@ -189,9 +221,6 @@ class NativeFormat(WeightsFormat):
     def recognizes(self, folder: Path) -> bool:
         return is_run(folder) or _is_native(folder)
 
-    def names(self, settings: ModelSettings) -> Names:
-        return {name: [name] for name in shapes(settings)}
-
     def stored_tensors(self, stored: StoredModel) -> Mapping[str, StoredTensor]:
         return stored.tensors
 
@@ -199,11 +228,11 @@ class NativeFormat(WeightsFormat):
         """A model in our format, or of a run: from its newest complete checkpoint."""
         if is_run(folder):
             return self._read_run(folder)
-        config = Config.parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
+        config = Config.parse(read_json_object(folder / "config.json"), where=str(folder / "config.json"))
         return StoredModel(config, {}, self._byte_lm_in(folder), FORMAT, str(folder))
 
     def write_config(self, folder: Path, stored: StoredModel) -> None:
-        write_json(folder / "config.json", stored.config.shown())
+        write_json_object(folder / "config.json", stored.config.shown())
 
     def _byte_lm_in(self, folder: Path) -> StoredModel | None:
         if not (folder / BYTE_LM).is_dir():
@@ -243,7 +272,7 @@ def is_run(folder: Path) -> bool:
 
 
 def _is_native(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("format") == FORMAT
+    return (folder / "config.json").is_file() and read_json_object(folder / "config.json").get("format") == FORMAT
 
 
 def origin_of_run(folder: Path, checkpoint: Path) -> Origin:

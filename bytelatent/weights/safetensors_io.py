@@ -124,7 +124,7 @@ def read_weights(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return read_safetensors(single)
-    file_of = read_json(index).get("weight_map")
+    file_of = read_json_object(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(_is_file_name(file) for file in file_of.values()):
         raise UserError(f"'{index}' does not say which file each tensor is in (weight_map); fetch it again")
     tensors: dict[str, StoredTensor] = {}
@@ -237,7 +237,7 @@ def write_weights(
     if len(shards) > 1:
         total = sum(tensor.num_bytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json_object(folder / "model.safetensors.index.json", index)
 
 
 def _shards(tensors: Mapping[str, StoredTensor], shard_bytes: int | None) -> list[list[str]]:
@@ -292,7 +292,7 @@ def check_finite(name: str, values: Tensor, where: str = "weights") -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
@@ -305,7 +305,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json_object(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 

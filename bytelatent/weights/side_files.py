@@ -17,7 +17,7 @@ from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings
 from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS, OFFSET
-from bytelatent.weights.safetensors_io import read_json, shown, write_json
+from bytelatent.weights.safetensors_io import read_json_object, shown, write_json_object
 from bytelatent.weights.stored_model import Config, StoredModel, num_parameters
 
 CARD = "README.md"
@@ -126,7 +126,7 @@ def _facts(stored: StoredModel) -> dict[str, str]:
 
 
 def write_sidecar(folder: Path, config: Config, name: str = SIDECAR) -> None:
-    write_json(folder / name, config.shown())
+    write_json_object(folder / name, config.shown())
 
 
 def read_sidecar(folder: Path, found: Config, again: Callable[[Config], Config], name: str = SIDECAR) -> Config:
@@ -138,7 +138,7 @@ def read_sidecar(folder: Path, found: Config, again: Callable[[Config], Config],
     """
     if not (folder / name).is_file():
         return found
-    own = Config.parse(read_json(folder / name), where=str(folder / name))
+    own = Config.parse(read_json_object(folder / name), where=str(folder / name))
     if own.model.kind != found.model.kind or (own.patching is None) != (found.patching is None):
         return found
     try:

@@ -1,28 +1,27 @@
-"""A model on disk: its configuration, where its tensors are, and what a format of weights consists of."""
+"""A model on disk: its configuration, where its tensors are, and what its measurements belong to."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build
 from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.patching import Calibration, PatchSettings
-from bytelatent.weights.safetensors_io import StoredTensor, check_finite, listed, shown
+from bytelatent.weights.safetensors_io import StoredTensor, check_finite, shown
 
 FORMAT = "bytelatent"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
 
 Advance = Callable[[int], None]  # called with the number of bytes of weights after each chunk written
-Names = Mapping[str, Sequence[str]]  # for each of our tensors, the tensors of another format that it consists of
 
 
 class Origin(Settings):
@@ -109,10 +108,19 @@ class StoredModel:
         Raises:
             UserError: some of the weights are NaN or infinite.
         """
-        model = _with_weights(self.config.model, self.tensors, device, dtype, self.source)
-        byte_lm = self.byte_lm.load(device).model if self.byte_lm is not None else None
-        assert byte_lm is None or isinstance(byte_lm, ByteLM)
-        return Pretrained(model, self.config, byte_lm, f"{self.source} ({self.format})", self.warnings)
+        byte_lm = self.byte_lm._load_alone(device) if self.byte_lm is not None else None
+        where = f"{self.source} ({self.format})"
+        return Pretrained(self._load_alone(device, dtype), self.config, byte_lm, where, self.warnings)
+
+    def _load_alone(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+        """The model without its byte LM."""
+        model = _without_weights(self.config.model)
+        dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
+        values = {name: tensor.load().to(device, dtype) for name, tensor in self.tensors.items()}
+        for name, value in values.items():
+            check_finite(name, value, f"'{self.source}'")  # after the cast, which may overflow
+        model.load_state_dict(values, assign=True)
+        return model.eval()
 
     def in_a_line(self) -> str:
         """Format, sizes, precision, patching and licence in one line."""
@@ -145,7 +153,7 @@ class Pretrained:
     config: Config
     byte_lm: ByteLM | None
     source: str  # where it was found, in one line
-    warnings: Sequence[str] = field(default_factory=tuple)
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -226,51 +234,6 @@ def shapes(settings: ModelSettings) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in _without_weights(settings).state_dict().items()}
 
 
-def to_our_names(
-    tensors: Mapping[str, StoredTensor],
-    settings: ModelSettings,
-    names_of: Callable[[ModelSettings], Names],
-    where: str,
-) -> dict[str, StoredTensor]:
-    """Rename the tensors of another format, and check that they fit the settings.
-
-    Args:
-        tensors: by the other format's names.
-        where: the folder, for the error.
-
-    Raises:
-        UserError: lists the tensors that are missing, unknown or have another shape.
-    """
-    is_blt = isinstance(settings, BLTSettings)
-    stacks = (settings.encoder, settings.global_transformer, settings.decoder) if is_blt else (settings,)
-    num_layers = sum(stack.num_layers for stack in stacks)
-    if num_layers > len(tensors):  # checked before a model with that many layers is built to list what is missing
-        raise UserError(
-            f"'{where}': the settings say {num_layers:,} layers, but its weights are {len(tensors):,} tensors; "
-            "fetch or write it again"
-        )
-    names = names_of(settings)
-    wanted = dict.fromkeys(name for parts in names.values() for name in parts)
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    problems += [f"unknown {name}" for name in tensors if name not in wanted]
-    problems += [f"{n} is {t.dtype}, not floating point" for n, t in tensors.items() if not t.dtype.is_floating_point]
-    found = {}
-    for ours, shape in shapes(settings).items():
-        parts = {name: tensors[name] for name in names[ours] if name in tensors}
-        expected = (shape[0] // len(names[ours]), *shape[1:])
-        wrong = {name: part for name, part in parts.items() if part.shape != expected}
-        if len(parts) < len(names[ours]):
-            continue
-        problems += [f"{n} is {list(t.shape)} where the settings say {list(expected)}" for n, t in wrong.items()]
-        if not wrong and len({part.dtype for part in parts.values()}) > 1:
-            problems.append(f"{names[ours][0]} and the other tables differ in precision")
-        elif not wrong:
-            found[ours] = StoredTensor.join(list(parts.values()))
-    if problems:
-        raise UserError(f"'{where}': the tensors do not fit the settings: {listed(problems, '; ')}")
-    return found
-
-
 def num_parameters(settings: ModelSettings) -> int:
     return sum(shape.numel() for shape in shapes(settings).values())
 
@@ -281,25 +244,6 @@ def _without_weights(settings: ModelSettings) -> nn.Module:
             return build(settings)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
         raise UserError(f"the settings say sizes that no model has: {shown(str(error))}") from None
-
-
-def _with_weights(
-    settings: ModelSettings,
-    tensors: Mapping[str, StoredTensor],
-    device: torch.device | str,
-    dtype: torch.dtype | None,
-    where: str,
-) -> Any:
-    model = _without_weights(settings)
-    dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
-
-    def loaded(name: str, tensor: StoredTensor) -> Tensor:
-        values = tensor.load().to(device, dtype)
-        check_finite(name, values, f"'{where}'")  # after the cast, which may overflow
-        return values
-
-    model.load_state_dict({name: loaded(name, tensor) for name, tensor in tensors.items()}, assign=True)
-    return model.eval()
 
 
 def _amount(number: int) -> str:

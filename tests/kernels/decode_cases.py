@@ -41,18 +41,11 @@ from bytelatent.kernels.decode_cross_attention import (
     plain_decoder_cross_attention_step,
     plain_encoder_cross_attention_step,
 )
+from bytelatent.kernels.gated_product import gate, plain_gate
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
 from bytelatent.kernels.quantized import QuantizedMatrix, Rounding
 from bytelatent.kernels.rotary import rotary_embedding
-from bytelatent.kernels.skinny_linear import (
-    SkinnyLaunch,
-    gate,
-    plain_gate,
-    plain_skinny_gated,
-    plain_skinny_linear,
-    skinny_gated,
-    skinny_linear,
-)
+from bytelatent.kernels.skinny_linear import SkinnyLaunch, plain_skinny_linear, skinny_linear
 from bytelatent.model.ngram_hash import PRIMES
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import VOCAB_SIZE
@@ -88,20 +81,19 @@ def skinny(
     if rounding:  # rows of very different sizes, so that each needs its own scale
         matrix = QuantizedMatrix.of(weight * torch.rand(len(weight), 1).mul(2).add(0.1), rounding)
     eps = 1e-5 if norm else None
-    options: dict = {"eps": eps}
+    options: dict = {"eps": eps, "gated": gated}
     if residual:
         options |= {"residual_MN": torch.randn(M, N, dtype=getattr(torch, residual)), "residual_scale": 2.0}
-    fast, plain = (skinny_gated, plain_skinny_gated) if gated else (skinny_linear, plain_skinny_linear)
     cut = {"launch": SkinnyLaunch(*launch) if launch else None}
-    found, expected = fast(x, matrix, **options, **cut), plain(x, matrix, **options)
+    found, expected = skinny_linear(x, matrix, **options, **cut), plain_skinny_linear(x, matrix, **options)
     assert found.dtype == expected.dtype
     x[1:] = x[:1]
     if residual:
         options["residual_MN"][1:] = options["residual_MN"][:1]
-    alike = fast(x, matrix, **options, **cut)
+    alike = skinny_linear(x, matrix, **options, **cut)
     flag, out = torch.tensor([1, 0], dtype=torch.int32), torch.full((2, M, N), torch.nan)
-    fast(x, matrix, **options, **cut, out=out[0], run=flag[:1])
-    fast(x, matrix, **options, **cut, out=out[1], run=flag[1:])
+    skinny_linear(x, matrix, **options, **cut, out=out[0], run=flag[:1])
+    skinny_linear(x, matrix, **options, **cut, out=out[1], run=flag[1:])
     assert bool(out[1].isnan().all()), "a kernel that should not run wrote something"
     return {
         "error": difference(found, expected),

@@ -11,8 +11,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from bytelatent.kernels.hash_embed import hash_embed, ngram_powers
-from bytelatent.kernels.hash_tables import fast_row_sums, fast_row_update, plain_row_update
+from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_row_adamw, row_adamw, row_sums
 from bytelatent.model.ngram_hash import PRIMES
 from tests.kernels.decode_cases import DEVICE, Errors, difference
 from tests.model.slow import ngram_hash
@@ -40,7 +39,7 @@ def sums(T: int, N: int, rows: int, dim: int) -> Errors:
     """Against a product with a matrix of ones. Some rows are seen by all states, most by few."""
     lookups = (rows * torch.rand(T, N) ** 4).long()
     grads = torch.randn(T, dim)
-    found = fast_row_sums(lookups, grads, rows)
+    found = row_sums(lookups, grads, rows)
     counts = F.one_hot(lookups, rows).sum(1).double()
     return {"rows": float(found[counts.sum(0) == 0].any()), "error": difference(found, counts.T @ grads.double())}
 
@@ -50,10 +49,10 @@ def update(rows: int, seen: int, dim: int, weight_decay: float = 0.0) -> Errors:
     tables = [torch.randn(rows, dim), torch.randn(rows, dim), torch.rand(rows, dim)]
     copies = [table.clone() for table in tables]
     which = torch.randperm(rows)[:seen].sort().values
-    step, root = torch.rand(seen) + 0.1, torch.rand(seen) + 0.1
-    rest = (which, torch.randn(seen, dim), step, root, (0.9, 0.95), 1e-8, 1 - weight_decay)
-    fast_row_update(*tables, *rest)
-    plain_row_update(*copies, *rest)
+    rest = (which, torch.randn(seen, dim), torch.randint(1, 9, (seen,)))
+    given: dict = {"lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
+    row_adamw(*tables, *rest, **given)
+    plain_row_adamw(*copies, *rest, **given)
     return {name: difference(*both) for name, *both in zip(("weight", "mean", "square"), tables, copies, strict=True)}
 
 

@@ -17,12 +17,7 @@ from bytelatent.kernels.gated_product import interleaved
 from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
 from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attention, encoder_cross_attention
 from bytelatent.kernels.rotary import rotary_embedding, rotate
-from bytelatent.kernels.skinny_linear import (
-    fold_norm,
-    launch_for,
-    plain_skinny_gated,
-    plain_skinny_linear,
-)
+from bytelatent.kernels.skinny_linear import fold_norm, launch_for, plain_skinny_linear
 from bytelatent.model.attention import attend, build_mask
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
@@ -150,7 +145,7 @@ def test_plain_products_are_norm_linear_and_swiglu() -> None:
     normed = F.rms_norm(x, (8,), norm, 1e-5)
     found = plain_skinny_linear(x, fold_norm(gate, norm), eps=1e-5, residual_MN=residual, residual_scale=2.0)
     torch.testing.assert_close(found, 2 * residual + normed @ gate.T)
-    found = plain_skinny_gated(x, interleaved(fold_norm(gate, norm), fold_norm(up, norm)), eps=1e-5)
+    found = plain_skinny_linear(x, interleaved(fold_norm(gate, norm), fold_norm(up, norm)), gated=True, eps=1e-5)
     torch.testing.assert_close(found, F.silu(normed @ gate.T) * (normed @ up.T))
     torch.testing.assert_close(plain_skinny_linear(x, gate), x @ gate.T)
 

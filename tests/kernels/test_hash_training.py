@@ -6,8 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, library
 
-from bytelatent.kernels.hash_embed import hash_rows, ngram_powers
-from bytelatent.kernels.hash_tables import coalesced, plain_row_sums, row_adamw, row_sums
+from bytelatent.kernels.hash_embed import (
+    coalesced,
+    hash_rows,
+    ngram_powers,
+    plain_row_sums,
+    row_adamw,
+    row_sums,
+)
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
@@ -130,12 +136,12 @@ def test_a_rows_update_is_torchs(weight_decay: float) -> None:
     torch.manual_seed(0)
     table, mean, square = torch.randn(5, 4).double(), torch.zeros(5, 4).double(), torch.zeros(5, 4).double()
     alone, before = torch.nn.Parameter(table[3].clone()), table.clone()
-    patching: dict = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": weight_decay}
-    adam = torch.optim.AdamW([alone], **patching)
+    hyper: dict = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": weight_decay}
+    adam = torch.optim.AdamW([alone], **hyper)
     for number in range(3):
         alone.grad = torch.randn(4).double()
         count = torch.tensor([number + 1.0])
-        row_adamw(table, mean, square, torch.tensor([3]), alone.grad[None].clone(), count, **patching)
+        row_adamw(table, mean, square, torch.tensor([3]), alone.grad[None].clone(), count, **hyper)
         adam.step()
     torch.testing.assert_close(table[3], alone.detach())
     table[3] = before[3]

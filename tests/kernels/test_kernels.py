@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bytelatent.inference import FastEntropies
-from bytelatent.kernels.gated_product import interleaved, plain_gated_product, row_scale
+from bytelatent.kernels.gated_product import interleaved, plain_gated_product, plain_row_scale
 from bytelatent.kernels.rotary import cos_sin, rotary_embedding, rotate
 from bytelatent.kernels.window_attention import first_seen, plain_window_attention
 from bytelatent.model import ByteLM, ByteLMSettings
@@ -61,7 +61,7 @@ def test_plain_attention_is_the_models(sizes: list[int], window: int | None) -> 
 def test_plain_gated_product_is_norm_and_swiglu() -> None:
     torch.manual_seed(0)
     x, gate, up, norm = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6, 8), torch.rand(8) + 0.5
-    found = plain_gated_product(x, row_scale(x, 1e-5), interleaved(gate * norm, up * norm))
+    found = plain_gated_product(x, plain_row_scale(x, 1e-5), interleaved(gate * norm, up * norm))
     normed = F.rms_norm(x, (8,), norm, 1e-5)
     torch.testing.assert_close(found, F.silu(normed @ gate.T) * (normed @ up.T))
 

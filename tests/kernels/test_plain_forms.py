@@ -13,7 +13,7 @@ from bytelatent.kernels.decode_cross_attention import (
 )
 from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
 from bytelatent.kernels.rotary import rotary_embedding, rotate
-from bytelatent.kernels.skinny_linear import plain_skinny_gated, plain_skinny_linear
+from bytelatent.kernels.skinny_linear import plain_skinny_linear
 from bytelatent.model.ngram_hash import PRIMES
 from bytelatent.vocab import VOCAB_SIZE
 from tests.kernels import slow
@@ -97,7 +97,7 @@ def test_products(rows: int, eps: float | None, small: int, monkeypatch: pytest.
         given = {**given, "residual_MN": out} if given else {}
         assert plain_skinny_linear(x, weight, eps=eps, **given, out=out) is out
         torch.testing.assert_close(out.double(), expected, **close)
-    found = plain_skinny_gated(x, weight, eps=eps)
+    found = plain_skinny_linear(x, weight, gated=True, eps=eps)
     torch.testing.assert_close(found.double(), slow.gated(x, weight, eps=eps), **close)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.kernels.quantized import QuantizedMatrix, Rounding, by_rows, dense
-from bytelatent.kernels.skinny_linear import plain_skinny_gated, plain_skinny_linear, skinny_gated, skinny_linear
+from bytelatent.kernels.skinny_linear import plain_skinny_linear, skinny_linear
 
 BOTH: tuple[Rounding, ...] = ("int8", "fp8")
 LARGEST = {"int8": 127, "fp8": 448}
@@ -93,11 +93,11 @@ def test_plain_products(rounding: Rounding, rows: int) -> None:
     normed = F.rms_norm(x.double(), (19,), None, 1e-5)
     y, (gate, up) = normed @ exact(matrix).T, (normed @ exact(both)[part::2].T for part in (0, 1))
     expected_gated = F.silu(gate) * up
-    for linear, gated in ((plain_skinny_linear, plain_skinny_gated), (skinny_linear, skinny_gated)):
+    for linear in (plain_skinny_linear, skinny_linear):
         found = linear(x, matrix, eps=1e-5, residual_MN=residual, residual_scale=2.0)
         torch.testing.assert_close(found.double(), y + 2 * residual.double(), atol=1e-5, rtol=0)
         torch.testing.assert_close(linear(x, matrix).double(), x.double() @ exact(matrix).T, atol=1e-5, rtol=0)
-        torch.testing.assert_close(gated(x, both, eps=1e-5).double(), expected_gated, atol=1e-5, rtol=0)
+        torch.testing.assert_close(linear(x, both, gated=True, eps=1e-5).double(), expected_gated, atol=1e-5, rtol=0)
         rests = torch.zeros(1, dtype=torch.bool)
         assert linear(x, matrix, run=rests).shape == (rows, 7)
-        assert gated(x, both, run=rests).shape == (rows, 5)
+        assert linear(x, both, gated=True, run=rests).shape == (rows, 5)

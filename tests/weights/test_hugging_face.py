@@ -20,7 +20,7 @@ from bytelatent.errors import UserError
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings
-from bytelatent.weights import Config, load, open_pretrained
+from bytelatent.weights import FORMATS, Config, load, open_pretrained
 from bytelatent.weights.hugging_face import read_model
 from tests.model.tiny import make, tiny_blt, tiny_blt_settings, tiny_byte_lm
 
@@ -268,9 +268,7 @@ def test_they_pool_again_after_each_encoder_layer(tmp_path: Path) -> None:
 
 
 def their_name(name: str) -> str:
-    from bytelatent.weights.native import HUGGING_FACE, names_in
-
-    [theirs] = names_in(HUGGING_FACE, tiny_blt_settings())[name]
+    [theirs] = FORMATS["hf"].names(tiny_blt_settings())[name]
     return theirs.replace("local_encoder.cross_attn_layers.0", "local_encoder.cross_attn_layers.1")
 
 

@@ -16,7 +16,7 @@ from bytelatent.weights.safetensors_io import (
     DTYPES,
     StoredTensor,
     listed,
-    read_json,
+    read_json_object,
     read_pickle,
     read_safetensors,
     read_weights,
@@ -158,7 +158,7 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
 def test_what_is_no_json_object(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(text)
     with pytest.raises(UserError, match=r"a.json' (is not valid JSON|holds no JSON object)") as caught:
-        read_json(tmp_path / "a.json")
+        read_json_object(tmp_path / "a.json")
     assert str(caught.value).isprintable()
 
 

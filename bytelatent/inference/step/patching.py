@@ -10,8 +10,7 @@ from torch import Tensor
 from bytelatent.errors import UserError
 from bytelatent.inference.kv_cache import DecodeState
 from bytelatent.inference.step.sampling import Flags
-from bytelatent.kernels.launch import launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
-from bytelatent.kernels.plain import Arrays
+from bytelatent.kernels.launch import Arrays, launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
 from bytelatent.model import entropies
 from bytelatent.patching import PatchSettings, PatchState, step
 from bytelatent.vocab import OFFSET

@@ -13,12 +13,11 @@ from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import KVCache, NewPositions, StoreNewest
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, CrossWeights, StackWeights
 from bytelatent.kernels.decode_cross_attention import decoder_cross_attention_step
-from bytelatent.kernels.gated_product import ROWS, can_gate, fast_row_scale, gated_product
+from bytelatent.kernels.gated_product import ROWS, can_gate, gate, gated_product, row_scale
 from bytelatent.kernels.hash_embed import hash_embed
 from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.quantized import dense
 from bytelatent.kernels.rotary import cos_sin
-from bytelatent.kernels.skinny_linear import gate
 from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, Stream
 from bytelatent.model.attention import CachedAttention
@@ -67,7 +66,7 @@ class FastBlock(nn.Module):
         gate_up, eps = dense(self.weights.gate_up, x_TD.dtype), self.settings.norm_eps
         size = x_TD.shape[0]
         if x_TD.is_cuda and size >= 16 * ROWS and size % ROWS == 0 and can_gate(*gate_up.shape):
-            return gated_product(x_TD, fast_row_scale(x_TD, eps), gate_up)
+            return gated_product(x_TD, row_scale(x_TD, eps), gate_up)
         both = F.linear(F.rms_norm(x_TD, (self.settings.dim,), None, eps), gate_up)
         return gate(both)
 

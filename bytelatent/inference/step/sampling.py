@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.inference.sampling import SamplingSlots
-from bytelatent.kernels.launch import launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
-from bytelatent.kernels.plain import Arrays
+from bytelatent.kernels.launch import Arrays, launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
 from bytelatent.vocab import EOS, OFFSET
 
 # Shapes: B slots, C slots whose patch closes, V vocabulary

@@ -32,7 +32,7 @@ from bytelatent.kernels.decode_cross_attention import (
 )
 from bytelatent.kernels.hash_embed import hash_embed
 from bytelatent.kernels.launch import overlapped
-from bytelatent.kernels.skinny_linear import skinny_gated, skinny_linear
+from bytelatent.kernels.skinny_linear import skinny_linear
 from bytelatent.model import ByteLM
 from bytelatent.vocab import VOCAB_SIZE
 
@@ -116,7 +116,7 @@ class ByteLMStep:
             **stack.launch(len(at.position), at.new),
         )
         x_MD = skinny_linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=at.run)
-        hidden = skinny_gated(x_MD, weights.gate_up, eps=eps, run=at.run)
+        hidden = skinny_linear(x_MD, weights.gate_up, gated=True, eps=eps, run=at.run)
         return skinny_linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=at.run)
 
 
