@@ -198,7 +198,7 @@ class CpuCopies:
         """Unpin the memory. Copies that were taken stay readable until the last reference to them is gone."""
         self._wait()
         for address in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(address)
+            _cudart().cudaHostUnregister(address)
         self._copies, self._pinned = {}, []
 
     def _fit(self, tensors: dict[str, Tensor]) -> bool:
@@ -219,7 +219,7 @@ class CpuCopies:
         for copy in copies:
             copy.zero_()  # allocates the pages with several threads; pinning would do so with one
             with torch.cuda.device(gpu):  # a new thread is on the first GPU, where this would take memory
-                if copy.nbytes and int(torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)) == 0:
+                if copy.nbytes and int(_cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)) == 0:
                     self._pinned.append(copy.data_ptr())
 
 
@@ -246,3 +246,8 @@ def _spread_like(value: Tensor, part: Tensor) -> Tensor:
     whole: Any = torch.empty_like(value, device="cpu")
     whole._local_tensor = part  # DTensor.from_local would move it to the device of the mesh
     return whole
+
+
+def _cudart() -> Any:
+    """CUDA's runtime."""
+    return torch.cuda.cudart()
