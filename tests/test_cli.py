@@ -114,12 +114,14 @@ def test_the_real_command_ends_with_code_2_and_one_line() -> None:
     assert len(ended.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("verb", ["patch", "generate"])
-def test_a_closed_pipe_is_no_traceback(verb: str, byte_lm: Path) -> None:
-    arguments = ["word " * 20_000, "--mode", "space"] if verb == "patch" else ["x", "-m", str(byte_lm), "-n", "300"]
-    process = subprocess.Popen(
-        [*BLT_COMMAND, verb, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+@pytest.mark.parametrize("command", ["patch", "generate", "published"])
+def test_a_closed_pipe_is_no_traceback(command: str, byte_lm: Path) -> None:
+    arguments = {
+        "patch": [*BLT_COMMAND, "patch", "word " * 20_000, "--mode", "space"],
+        "generate": [*BLT_COMMAND, "generate", "x", "-m", str(byte_lm), "-n", "300"],
+        "published": [sys.executable, "-m", "bytelatent.generate", f"model={byte_lm}", "prompt=x", "max_new_bytes=300"],
+    }[command]
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     assert len(process.stdout.read(1)) == 1

@@ -25,7 +25,7 @@ from bytelatent.log import Console
 from bytelatent.report import RunReport, compare_runs, write_report
 from bytelatent.run_folder import NoCheckpoint, newest_checkpoint, read_metrics
 from bytelatent.text import BadRows
-from bytelatent.text.documents import must_have_read
+from bytelatent.text.documents import forget_logged, must_have_read
 from bytelatent.training import TrainSettings, train
 
 LOGGER = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
         UserError: there is too little text, or the folder is not a demo's; at the end, if a file could not be read.
         Interrupted: a signal stopped it; the message says what can be used.
     """
+    forget_logged()
     _check_folder(settings.out)
     bad = BadRows(settings.max_bad_rows)
     try:

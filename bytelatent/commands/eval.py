@@ -14,7 +14,7 @@ from bytelatent.evaluation import evaluate
 from bytelatent.progress import Progress
 from bytelatent.terminal import print_json, print_line
 from bytelatent.text import BadRows, find_files
-from bytelatent.text.documents import must_have_read
+from bytelatent.text.documents import forget_logged, must_have_read
 from bytelatent.text.formats import kind_of
 from bytelatent.text.streams import size_of
 from bytelatent.weights import load
@@ -39,6 +39,7 @@ def evaluate_model(settings: EvaluateSettings) -> dict[str, Any]:
     Raises:
         UserError: the model or the text is not there, or there are too many bad rows.
     """
+    forget_logged()
     model, max_bytes = settings.model, settings.max_bytes
     found = load(model, settings.entropy_model, device=choose_device(settings.device))
     patcher = None

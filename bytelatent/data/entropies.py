@@ -29,7 +29,7 @@ from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, read_documents
-from bytelatent.text.documents import MAX_BAD_ROWS, id_of, must_have_read
+from bytelatent.text.documents import MAX_BAD_ROWS, forget_logged, id_of, must_have_read
 from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, stored_writer
 from bytelatent.text.streams import is_remote
 
@@ -129,6 +129,7 @@ def store_entropies(
             byte LM's entropies are not finite, or, once all else is done, nothing of a file could be read.
     """
     begin = time.monotonic()
+    forget_logged()
     if is_remote(str(out)):
         raise UserError(f"entropies: --out '{out}' must be a folder on this machine")
     out = Path(out).expanduser()

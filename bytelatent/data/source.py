@@ -34,6 +34,9 @@ class CutBlock:
     stored: Stored | None = None
 
 
+Begun = Future[CutBlock | None] | None  # the reading of a block; None where it is read when it is needed
+
+
 class PieceReader:
     """Reads blocks of one source and cuts them. The last file stays open, so that blocks in order are fast.
 
@@ -64,8 +67,7 @@ class PieceReader:
         """A block; None past the last one.
 
         Raises:
-            BadRow: the file cannot be read.
-            UserError: a package to read it is missing, or a newer version wrote it.
+            UserError: the file cannot be read (BadRow), a package to read it is missing, or a newer version wrote it.
         """
         try:
             block = self._open(file).read(index)
@@ -75,19 +77,16 @@ class PieceReader:
         if block is None:
             return None
         documents = [list(cut(document, self.context)) for _, document in block.documents]
-        return CutBlock(self._patched(documents), block.bad_rows, block.stored)
+        if self.patcher is not None:
+            pieces = iter(self.patcher.early([piece for document in documents for piece in document]))
+            documents = [[next(pieces) for _ in document] for document in documents]
+        return CutBlock(documents, block.bad_rows, block.stored)
 
     def _open(self, file: str) -> BlockReader:
         if self._blocks is None or self._file != file:
             self._blocks = open_blocks(file, self.options)
             self._file = file
         return self._blocks
-
-    def _patched(self, documents: list[list[Piece]]) -> list[list[Piece]]:
-        if self.patcher is None:
-            return documents
-        pieces = iter(self.patcher.early([piece for document in documents for piece in document]))
-        return [[next(pieces) for _ in document] for document in documents]
 
 
 class ReaderPool:
@@ -102,8 +101,8 @@ class ReaderPool:
         self.readers, self.workers = readers, workers
         self._pool: ProcessPoolExecutor | None = None
 
-    def request(self, source: int, file: str, index: int) -> Future[CutBlock | None] | None:
-        """Begin to read a block, for `result`. None where it is read when it is needed."""
+    def request(self, source: int, file: str, index: int) -> Begun:
+        """Begin to read a block, for `result`."""
         if self.workers == 0:
             return None
         if self._pool is None:
@@ -115,7 +114,7 @@ class ReaderPool:
             self._pool = None
             return self.request(source, file, index)
 
-    def result(self, source: int, file: str, index: int, begun: Future[CutBlock | None] | None) -> CutBlock | None:
+    def result(self, source: int, file: str, index: int, begun: Begun) -> CutBlock | None:
         """The block, as `PieceReader` returns it.
 
         Args:
@@ -155,8 +154,7 @@ def _begin(readers: list[PieceReader]) -> None:
 
 
 def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
+    if (parent := parent_process()) is not None:
         parent.join()
         os._exit(1)
 
@@ -232,14 +230,11 @@ class SourceReader:
         return self._current.documents[self.item - 1]
 
     def state_dict(self) -> dict[str, Any]:
-        left = [[*left.position, left.item] for left in self.left]
-        if left:
-            left[0][-1] = self.item
         return {
             "files": masked(self.files),
             "place": list(self.position),
-            "item": 0 if left else self.item,
-            "left": left,
+            "item": 0 if self.left else self.item,
+            "left": [[*left.position, left.item] for left in self._left_now()],
             "damaged": [self.bad_epoch, self.bad_rows.count],
         }
 
@@ -271,10 +266,7 @@ class SourceReader:
 
     def unfinished(self, end: BlockPosition) -> list[PartlyRead]:
         """This rank's blocks before `end` that were not read to their end."""
-        found = list(self.left)
-        if found:
-            found[0] = PartlyRead(found[0].position, self.item)
-        item = 0 if found else self.item
+        found, item = self._left_now(), 0 if self.left else self.item
         for position in itertools.takewhile(lambda position: position < end, self._own_positions(self.position)):
             if position[:2] < end[:2] and position.block >= self._num_blocks(position):
                 self._ended = position[:2]
@@ -282,11 +274,15 @@ class SourceReader:
                 found.append(PartlyRead(position, item if position == self.position else 0))
         return found
 
+    def _left_now(self) -> list[PartlyRead]:
+        """The blocks left by other ranks, with what was read of the first one since."""
+        return [left._replace(item=self.item) if left is self.left[0] else left for left in self.left]
+
     def _restart(self) -> None:
         """Begin at the first block left, or at `position`."""
         self._current: CutBlock | None = None
         self._ended: tuple[int, int] | None = None  # epoch and file whose last block was read
-        self._asked: deque[tuple[PartlyRead, bool, Future[CutBlock | None] | None]] = deque()
+        self._asked: deque[tuple[PartlyRead, bool, Begun]] = deque()
         self._to_read = self._own_blocks()
         self._no_text_since = self.position.epoch  # no text was found since this epoch
 
@@ -346,7 +342,7 @@ class SourceReader:
             begun = self.pool.request(self.number, self._file(block.position), block.position.block)
             self._asked.append((block, is_left, begun))
 
-    def _answer(self, position: BlockPosition, begun: Future[CutBlock | None] | None, count: bool) -> CutBlock | None:
+    def _answer(self, position: BlockPosition, begun: Begun, count: bool) -> CutBlock | None:
         """The block; None where the file ends before it, or cannot be read from there on."""
         try:
             block = self.pool.result(self.number, self._file(position), position.block, begun)

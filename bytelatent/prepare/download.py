@@ -7,10 +7,12 @@ import os
 import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from glob import has_magic
 from http.client import HTTPException
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -18,7 +20,7 @@ from urllib.parse import unquote
 from fsspec.utils import glob_translate
 
 from bytelatent.errors import UserError, nearest
-from bytelatent.files import only_writer, whole_file
+from bytelatent.files import only_writer, whole_file, write_whole_json
 from bytelatent.hub import MAIN, few, hub_errors, require_client
 from bytelatent.text.formats import is_named_as_text
 
@@ -57,27 +59,6 @@ class DatasetRequest:
         return f"{self.repository}@{self.revision}" + (f"/{self.pattern}" if self.pattern else "")
 
 
-@dataclass(frozen=True)
-class DatasetFile:
-    """A file as the hub lists it; `size` in bytes."""
-
-    path: str
-    size: int
-
-
-@dataclass(frozen=True)
-class DownloadRecord:
-    """What a folder holds, or will hold. It is saved there, so that later calls do not ask the hub again."""
-
-    request: DatasetRequest
-    commit: str
-    files: tuple[DatasetFile, ...]
-
-    def missing(self, folder: Path) -> list[DatasetFile]:
-        """The files that are not in `folder` with their listed size."""
-        return [file for file in self.files if not _is_whole(folder / file.path, file.size)]
-
-
 def is_hub(source: str) -> bool:
     """Whether `source` is the name of a known data set, or hf://datasets/OWNER/NAME[@REVISION][/PATTERN].
 
@@ -112,29 +93,29 @@ def download_dataset(source: str, folder: Path, token: str | None = None) -> Pat
     """
     request = _request(source)
     folder = Path(folder)
-    finished = _read(folder / DONE, request)
-    if finished and not finished.missing(folder):
+    record = _record(folder / DONE, request)
+    if record and not _missing(record, folder):
         return folder
     require_client(source, "data")
     from huggingface_hub import hf_hub_download
 
     name = request.repository
     with only_writer(folder), hub_errors(name, "dataset", request.revision, token):
-        record = finished or _read(folder / UNFINISHED, request)
+        record = record or _record(folder / UNFINISHED, request)
         if record is None:
             record = _look_up(request, token)
-            _write(folder / UNFINISHED, record)
-        missing = record.missing(folder)
-        size = sum(file.size for file in missing) / 1e9
-        LOGGER.info("%s at %s: %d files to download, %.2f GB", request, record.commit[:8], len(missing), size)
-        get = partial(hf_hub_download, name, repo_type="dataset", revision=record.commit, local_dir=folder, token=token)
+            write_whole_json(folder / UNFINISHED, record, indent=1)
+        missing, commit = _missing(record, folder), record["commit"]
+        size = sum(file["size"] for file in missing) / 1e9
+        LOGGER.info("%s at %s: %d files to download, %.2f GB", request, commit[:8], len(missing), size)
+        get = partial(hf_hub_download, name, repo_type="dataset", revision=commit, local_dir=folder, token=token)
         for file in missing:  # a file of another size would be taken for a finished one
-            (folder / file.path).unlink(missing_ok=True)
+            (folder / file["path"]).unlink(missing_ok=True)
         with ThreadPoolExecutor(WORKERS) as pool:
-            list(pool.map(get, [file.path for file in missing]))
-        if still := record.missing(folder):
-            raise UserError(f"{name}: '{still[0].path}' has another size than the hub lists; run the same again")
-        if finished is None:
+            list(pool.map(get, [file["path"] for file in missing]))
+        if still := _missing(record, folder):
+            raise UserError(f"{name}: '{still[0]['path']}' has another size than the hub lists; run the same again")
+        if not (folder / DONE).exists():
             os.replace(folder / UNFINISHED, folder / DONE)
     return folder
 
@@ -153,7 +134,8 @@ def _request(source: str) -> DatasetRequest:
     return DatasetRequest(parts["name"], (parts["pattern"] or "").strip("/"), unquote(parts["revision"] or MAIN))
 
 
-def _look_up(request: DatasetRequest, token: str | None) -> DownloadRecord:
+def _look_up(request: DatasetRequest, token: str | None) -> dict[str, Any]:
+    """What a folder will hold. It is saved there, so that later calls do not ask the hub again."""
     from huggingface_hub import HfApi
 
     api, name, pattern = HfApi(token=token), request.repository, request.pattern
@@ -173,7 +155,8 @@ def _look_up(request: DatasetRequest, token: str | None) -> DownloadRecord:
         raise UserError(
             f"{name} has no file '{pattern or '*.parquet, *.jsonl, *.txt'}' at '{request.revision}'; it has {there}"
         )
-    return DownloadRecord(request, str(info.sha), tuple(DatasetFile(file.path, file.size) for file in found))
+    files = [{"path": file.path, "size": file.size} for file in found]
+    return {"request": asdict(request), "commit": str(info.sha), "files": files}
 
 
 def _listed(api: Any, name: str, folder: str, where: dict[str, Any]) -> list[Any]:
@@ -187,46 +170,41 @@ def _listed(api: Any, name: str, folder: str, where: dict[str, Any]) -> list[Any
     return [entry for entry in entries if hasattr(entry, "size")]
 
 
-def _is_whole(place: Path, size: int) -> bool:
-    try:
-        return place.is_file() and place.stat().st_size == size
-    except OSError:  # a folder that this user may not enter; writing there will say so
-        return False
-
-
 def _fixed_folder(pattern: str) -> str:
     """The deepest folder that all files of a pattern are in."""
-    fixed = []
-    for part in pattern.split("/")[:-1]:
-        if has_magic(part):
-            break
-        fixed.append(part)
-    return "/".join(fixed)
+    return "/".join(takewhile(lambda part: not has_magic(part), pattern.split("/")[:-1]))
 
 
-def _write(path: Path, record: DownloadRecord) -> None:
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+def _missing(record: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The files of a record that are not in `folder` with their listed size."""
+
+    def is_whole(place: Path, size: int) -> bool:
+        with suppress(OSError):  # a folder that this user may not enter; writing there fails with its reason
+            return place.is_file() and place.stat().st_size == size
+        return False
+
+    return [file for file in record["files"] if not is_whole(folder / file["path"], file["size"])]
 
 
-def _read(path: Path, request: DatasetRequest) -> DownloadRecord | None:
+def _record(path: Path, request: DatasetRequest) -> dict[str, Any] | None:
     """The record in a file, if there is one.
 
     Raises:
         UserError: it is about something else than `request`, or corrupt.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        files = tuple(DatasetFile(file["path"], file["size"]) for file in values["files"])
-        record = DownloadRecord(DatasetRequest(**values["request"]), values["commit"], files)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        of = DatasetRequest(**record["request"])
+        files = [{"path": file["path"], "size": file["size"]} for file in record["files"]]
+        record = {"commit": record["commit"], "files": files}
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"'{path}' is corrupt; remove it and run the same again") from None
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
-    if record.request != request:
-        raise UserError(f"'{path.parent}' holds {record.request}, not {request}; remove it or choose another folder")
+    if of != request:
+        raise UserError(f"'{path.parent}' holds {of}, not {request}; remove it or choose another folder")
     return record
 
 
@@ -235,18 +213,10 @@ def is_data_set(source: str) -> bool:
     return is_hub(source) and not Path(source).exists()
 
 
-@dataclass(frozen=True)
-class HubTokenizer:
-    """A tokenizer's repository and file on the hub."""
-
-    repository: str
-    file: str = "tokenizer.model"
-
-
-TOKENIZERS = {
-    "llama2": HubTokenizer("meta-llama/Llama-2-7b"),
-    "llama3": HubTokenizer("meta-llama/Meta-Llama-3-8B", "original/tokenizer.model"),
-    "gemma": HubTokenizer("google/gemma-2-2b"),
+TOKENIZERS = {  # name: repository and file
+    "llama2": ("meta-llama/Llama-2-7b", "tokenizer.model"),
+    "llama3": ("meta-llama/Meta-Llama-3-8B", "original/tokenizer.model"),
+    "gemma": ("google/gemma-2-2b", "tokenizer.model"),
 }
 TIKTOKEN = "tiktoken"
 NAMES = (*TOKENIZERS, TIKTOKEN)
@@ -274,34 +244,26 @@ def download_tokenizer(
     """
     folder = Path(folder)
     if name == TIKTOKEN:
-        return [_fetch_plain(url, folder / url.rsplit("/", 1)[1], sha256)]
+        target, data = folder / url.rsplit("/", 1)[1], _bytes_at(url)
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise UserError(f"'{url}' gave other bytes than were published; run the same again, or check the network")
+        with whole_file(target) as aside:
+            aside.write_bytes(data)
+        return [target]
     if name not in TOKENIZERS:
         raise UserError(f"'{name}' is not a known tokenizer; known are {', '.join(NAMES)}{nearest(name, list(NAMES))}")
     require_client(name, "data")
-    return _fetch_from_hub(TOKENIZERS[name], folder, token)
-
-
-def _fetch_from_hub(tokenizer: HubTokenizer, folder: Path, token: str | None) -> list[Path]:
     from huggingface_hub import HfApi, hf_hub_download
 
-    name = tokenizer.repository
-    with hub_errors(name, token=token):
-        listed = [file.rfilename for file in HfApi(token=token).model_info(name).siblings or []]
-        if tokenizer.file not in listed:
-            raise UserError(f"{name} has no file '{tokenizer.file}'; it has {few(listed)}")
-        wanted = [file for file in (tokenizer.file, TOKENIZER_JSON) if file in listed]
-        for file in wanted:
-            hf_hub_download(name, file, local_dir=folder, token=token)
-    return [folder / file for file in wanted]
-
-
-def _fetch_plain(url: str, target: Path, sha256: str | None) -> Path:
-    data = _bytes_at(url)
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"'{url}' gave other bytes than were published; run the same again, or check the network")
-    with whole_file(target) as aside:
-        aside.write_bytes(data)
-    return target
+    repository, file = TOKENIZERS[name]
+    with hub_errors(repository, token=token):
+        listed = [file.rfilename for file in HfApi(token=token).model_info(repository).siblings or []]
+        if file not in listed:
+            raise UserError(f"{repository} has no file '{file}'; it has {few(listed)}")
+        wanted = [name for name in (file, TOKENIZER_JSON) if name in listed]
+        for name in wanted:
+            hf_hub_download(repository, name, local_dir=folder, token=token)
+    return [folder / name for name in wanted]
 
 
 def _bytes_at(url: str) -> bytes:

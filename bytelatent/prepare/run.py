@@ -28,7 +28,7 @@ from bytelatent.prepare.plan import (
     writing,
 )
 from bytelatent.prepare.write import MANIFEST, read_manifest
-from bytelatent.text.documents import must_have_read, short
+from bytelatent.text.documents import forget_logged, must_have_read, short
 
 LOGGER = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def prepare(settings: PrepareSettings) -> Path:
             be read.
         Interrupted: Ctrl-C.
     """
+    forget_logged()
     out = settings.out.expanduser()
     request = settings.request()
     if (manifest := read_manifest(out)) is not None:

@@ -67,12 +67,7 @@ def _gather_range(
     bins = index.load(*planned["bins"])
     needed = planned["read_bytes"] + INDEX_BYTES * len(bins.lengths)
     documents = _documents if needed <= max(work.plan.range_bytes, 1) else _documents_one_by_one
-    with StreamWriter(work.aside, outputs, planned["stream"][0]) as stream:
-        for buffer in documents(bins, work):
-            stream.write(buffer)
-            report(len(buffer))
-        parts = stream.parts()
-        assert stream.position == planned["stream"][1], "the second pass wrote other bytes than were planned"
+    parts = _write_stream(work.aside, outputs, *planned["stream"], documents(bins, work), report)
     write_whole_json(work.range_marker(number), {"parts": parts})
 
 
@@ -137,50 +132,38 @@ def write_past_cache(file: int, data: Buffer, offset: int) -> None:
         rest, offset = rest[written:], offset + written
 
 
-class StreamWriter:
-    """Writes consecutive bytes of the stream into the output files they belong to."""
+def _write_stream(
+    folder: Path,
+    outputs: list[dict[str, Any]],
+    begin: int,
+    end: int,
+    buffers: Iterator[Buffer],
+    report: Callable[[int], None],
+) -> list[list[Any]]:
+    """Write the bytes of the stream from `begin` to `end` into the output files they belong to.
 
-    def __init__(self, folder: Path, outputs: list[dict[str, Any]], position: int) -> None:
-        self.folder, self.outputs, self.position = folder, outputs, position
-        self._output, self._file = -1, -1
-        self._parts: list[list[Any]] = []
-        self._hash, self._count = hashlib.sha256(), 0
-        self._ends = np.array([output["end"] for output in outputs], dtype=np.int64)
-
-    def write(self, data: Buffer) -> None:
-        rest = memoryview(data)
-        while len(rest):
-            output = int(np.searchsorted(self._ends, self.position, side="right"))
-            if output != self._output:
-                self._switch_to(output)
-            begin, end = self.outputs[output]["begin"], self.outputs[output]["end"]
-            now = rest[: end - self.position]
-            write_past_cache(self._file, now, self.position - begin)
-            self._hash.update(now)
-            self._count += len(now)
-            self.position += len(now)
-            rest = rest[len(now) :]
-
-    def parts(self) -> list[list[Any]]:
-        """[output, bytes, sha256] of each file written to."""
-        self._switch_to(-1)
-        return self._parts
-
-    def _switch_to(self, output: int) -> None:
-        if self._count:
-            self._parts.append([self._output, self._count, self._hash.hexdigest()])
-        self._hash, self._count = hashlib.sha256(), 0
-        if self._file >= 0:
-            os.close(self._file)
-        self._output, self._file = output, -1
-        if output >= 0:
-            self._file = own_file(self.folder / self.outputs[output]["name"], os.O_WRONLY)
-
-    def __enter__(self) -> "StreamWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._switch_to(-1)
+    Returns:
+        [output, bytes, sha256] of each file written to.
+    """
+    parts: list[list[Any]] = []
+    rest = memoryview(b"")
+    for number, output in enumerate(outputs):
+        position, last = max(begin, output["begin"]), min(end, output["end"])
+        if position >= last:
+            continue
+        digest, size = hashlib.sha256(), last - position
+        with open(folder / output["name"], "r+b", buffering=0, opener=own_file) as file:
+            while position < last:
+                if not len(rest):
+                    rest = memoryview(next(buffers))
+                    report(len(rest))
+                now = rest[: last - position]
+                write_past_cache(file.fileno(), now, position - output["begin"])
+                digest.update(now)
+                position, rest = position + len(now), rest[len(now) :]
+        parts.append([number, size, digest.hexdigest()])
+    assert not len(rest), "the second pass read other bytes than were planned"
+    return parts
 
 
 def finish(work: WorkFolder) -> None:

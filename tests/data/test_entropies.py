@@ -389,6 +389,14 @@ def test_rows_without_text_are_named_and_left_out(tmp_path: Path, byte_lm: ByteL
         store(byte_lm, [tmp_path / "a.jsonl"], tmp_path / "strict", quick(max_bad_rows=2))
 
 
+def test_each_call_logs_bad_rows_for_itself(tmp_path: Path, byte_lm: ByteLM) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{broken\n')
+    with logged() as said:
+        for out in ("first", "second"):
+            store(byte_lm, [tmp_path / "a.jsonl"], tmp_path / out, quick(max_bad_rows=3))
+    assert sum("line 2 is not JSON" in line for line in said) == 2
+
+
 def test_a_source_that_changed_but_for_its_size(tmp_path: Path, byte_lm: ByteLM) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "abc"}\n')
