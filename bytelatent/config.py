@@ -227,15 +227,11 @@ def renamed_arguments(**names: str) -> Callable[[Callable[Arguments, Result]], C
 def renamed_attribute(old: str, new: str) -> Any:
     """A property that still gives an attribute its old name."""
 
-    def read(self: object) -> Any:
+    def current(self: object) -> str:
         warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
-        return getattr(self, new)
+        return new
 
-    def write(self: object, value: Any) -> None:
-        warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
-        setattr(self, new, value)
-
-    return property(read, write)
+    return property(lambda self: getattr(self, current(self)), lambda self, value: setattr(self, current(self), value))
 
 
 def must_be_named(path: str, what: str) -> str:

@@ -114,12 +114,14 @@ def test_the_real_command_ends_with_code_2_and_one_line() -> None:
     assert len(ended.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("verb", ["patch", "generate"])
-def test_a_closed_pipe_is_no_traceback(verb: str, byte_lm: Path) -> None:
-    arguments = ["word " * 20_000, "--mode", "space"] if verb == "patch" else ["x", "-m", str(byte_lm), "-n", "300"]
-    process = subprocess.Popen(
-        [*BLT_COMMAND, verb, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+@pytest.mark.parametrize("command", ["patch", "generate", "published"])
+def test_a_closed_pipe_is_no_traceback(command: str, byte_lm: Path) -> None:
+    arguments = {
+        "patch": [*BLT_COMMAND, "patch", "word " * 20_000, "--mode", "space"],
+        "generate": [*BLT_COMMAND, "generate", "x", "-m", str(byte_lm), "-n", "300"],
+        "published": [sys.executable, "-m", "bytelatent.generate", f"model={byte_lm}", "prompt=x", "max_new_bytes=300"],
+    }[command]
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     assert len(process.stdout.read(1)) == 1
@@ -128,6 +130,25 @@ def test_a_closed_pipe_is_no_traceback(verb: str, byte_lm: Path) -> None:
     process.wait(timeout=60)
     process.stderr.close()
     assert errors == b""
+
+
+@pytest.mark.parametrize("arguments", ["--version", "patch --help", "patch words --mode space", "info demo-blt"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error(arguments: str, closed: str) -> None:
+    ended = subprocess.run(
+        ["bash", "-c", f'"$@" {closed}', "", *BLT_COMMAND, *arguments.split()], env=ENVIRONMENT, capture_output=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert bool(ended.stdout) == (" >&-" not in f" {closed}")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device is of Linux")
+@pytest.mark.parametrize("arguments", ["--version", "patch --help", "patch words --mode space", "info demo-blt"])
+def test_output_that_cannot_be_written(arguments: str) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*BLT_COMMAND, *arguments.split()], env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE)
+    assert ended.returncode == 2
+    assert ended.stderr == b"error: the output cannot be written: No space left on device\n"
 
 
 def test_patches_as_json_cover_the_text(model: Path) -> None:

@@ -20,6 +20,7 @@ from bytelatent.kernels.launch import (
     LOG2_E,
     LOWEST,
     array,
+    attend_array,
     check_contiguous,
     launch_options,
     power_of_two,
@@ -74,19 +75,6 @@ def launch_for_attention(sequences: int, new: int, heads: int, kv_heads: int, re
         splits *= 2
     is_small = new * heads == kv_heads and (reach <= splits * 128 or splits == 1)
     return AttentionLaunch(block=32 if is_small else 64, splits=splits, num_warps=4, num_stages=2)
-
-
-def attend_array(
-    q_JGE: np.ndarray, k_RJE: np.ndarray, v_RJE: np.ndarray, bias_R: np.ndarray | None = None
-) -> np.ndarray:
-    """Softmax attention of G queries of each of J heads to R keys, [..., J, G, E]; `bias_R` is added to the scores."""
-    scores_JGR = (q_JGE * q_JGE.shape[-1] ** -0.5) @ k_RJE.swapaxes(-3, -2).swapaxes(-2, -1)
-    if bias_R is not None:
-        scores_JGR += bias_R
-    scores_JGR -= scores_JGR.max(-1, keepdims=True)
-    weight_JGR = np.exp(scores_JGR, out=scores_JGR)
-    weight_JGR /= weight_JGR.sum(-1, keepdims=True)
-    return weight_JGR @ v_RJE.swapaxes(-3, -2)
 
 
 def plain_decode_attention(

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytelatent.kernels.decode_attention import attend_array, joined_lanes, seen_by_lanes
+from bytelatent.kernels.decode_attention import joined_lanes, seen_by_lanes
 from bytelatent.kernels.launch import (
     LOG2_E,
     LOWEST,
     array,
+    attend_array,
     check_contiguous,
     launch_options,
     power_of_two,

@@ -105,6 +105,19 @@ def _shares_memory(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and not tensor.is_cuda
 
 
+def attend_array(
+    q_JGE: np.ndarray, k_RJE: np.ndarray, v_RJE: np.ndarray, bias_R: np.ndarray | None = None
+) -> np.ndarray:
+    """Softmax attention of G queries of each of J heads to R keys, [..., J, G, E]; `bias_R` is added to the scores."""
+    scores_JGR = (q_JGE * q_JGE.shape[-1] ** -0.5) @ k_RJE.swapaxes(-3, -2).swapaxes(-2, -1)
+    if bias_R is not None:
+        scores_JGR += bias_R
+    scores_JGR -= scores_JGR.max(-1, keepdims=True)
+    weight_JGR = np.exp(scores_JGR, out=scores_JGR)
+    weight_JGR /= weight_JGR.sum(-1, keepdims=True)
+    return weight_JGR @ v_RJE.swapaxes(-3, -2)
+
+
 class Arrays:
     """The tensors of a dataclass as arrays over the same memory, to read and to write."""
 

@@ -4,13 +4,11 @@
 Encoder: a patch's queries see only its own bytes, so the softmax runs over segments of the stream.
 Decoder: a byte sees only the K keys of the patch it reads, so its keys are gathered.
 
-The bytes in a patch lie side by side, and so do those that read one. So on CUDA a kernel walks over these ranges:
-nothing is copied to every byte, nothing is added atomically, and sums are always in the same order. A program is one
-warp. It holds all K queries or keys of a patch for a few heads, and walks over the bytes in blocks, so that sums over
-bytes and keys stay within a thread and only those over a head's elements pass between threads.
-
-The kernels are operators of PyTorch: they have gradients and do not break a compiled graph. They take tensors of any
-strides and return contiguous ones of the same dtype.
+The bytes of a patch are adjacent, and so are those that read one. So on CUDA a kernel walks over these ranges: nothing
+is copied to every byte, nothing is added atomically, and sums are always in the same order. A program is one warp. It
+holds all K queries or keys of a patch for a few heads, and walks over the bytes in blocks, so that sums over bytes and
+keys stay within a thread and only those over a head's elements pass between threads. Operators take tensors of any
+strides, return contiguous ones of the same dtype, have gradients, and do not break a compiled graph.
 
 Source: Pagnoni et al. 2024, sections 3.2.2 and 3.3.1.
 """
@@ -22,14 +20,13 @@ import torch
 from torch import Tensor, library
 
 from bytelatent.kernels import launch
-from bytelatent.kernels.decode_attention import LOWEST
-from bytelatent.kernels.launch import power_of_two, tl, triton
+from bytelatent.kernels.launch import LOWEST, power_of_two, tl, triton
 
-# Shapes: T bytes in the batch, P patches, K queries or keys a patch, D local width, H heads, E head size
+# Shapes: T bytes in the batch, P patches, K queries or keys per patch, D local width, H heads, E head size
 
 WIDTH = 256  # elements of a row that a program, which is one warp, works on; fewer where K is above 4
 BLOCK = 4  # rows that it loads at once
-STAGES = 1  # blocks on their way while one is worked on; 1: none
+STAGES = 1  # blocks in memory at once, of which a program works on one
 LOG2_E = tl.constexpr(launch.LOG2_E)
 
 
@@ -163,27 +160,7 @@ def read_patch_backward_operator(
     return gradients
 
 
-@own_bytes_operator.register_fake
-def _(q_PKHE: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_own_bytes(q_PKHE)
-
-
-@own_bytes_backward_operator.register_fake
-def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-@read_patch_operator.register_fake
-def _(q_THE: Tensor, *_: Tensor) -> Tensor:
-    return q_THE.new_empty(q_THE.shape)
-
-
-@read_patch_backward_operator.register_fake
-def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _keep_for_own_bytes(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_for_own_bytes(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, exact, weight = output
     ctx.mark_non_differentiable(exact, weight)
     ctx.save_for_backward(*inputs, exact, weight)
@@ -193,7 +170,7 @@ def _own_bytes_gradients(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | Non
     return *own_bytes_backward_operator(d_out, *ctx.saved_tensors), None
 
 
-def _keep_for_read_patch(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save_for_read_patch(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -201,8 +178,16 @@ def _read_patch_gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     return *read_patch_backward_operator(d_out, *ctx.saved_tensors), None, None
 
 
-own_bytes_operator.register_autograd(_own_bytes_gradients, setup_context=_keep_for_own_bytes)
-read_patch_operator.register_autograd(_read_patch_gradients, setup_context=_keep_for_read_patch)
+def _fake_gradients(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+own_bytes_operator.register_fake(lambda q_PKHE, *_: _empty_own_bytes(q_PKHE))
+own_bytes_operator.register_autograd(_own_bytes_gradients, setup_context=_save_for_own_bytes)
+own_bytes_backward_operator.register_fake(_fake_gradients)
+read_patch_operator.register_fake(lambda q_THE, *_: q_THE.new_empty(q_THE.shape))
+read_patch_operator.register_autograd(_read_patch_gradients, setup_context=_save_for_read_patch)
+read_patch_backward_operator.register_fake(_fake_gradients)
 
 
 def _empty_own_bytes(q_PKHE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,12 +196,8 @@ def _empty_own_bytes(q_PKHE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _launch_attention(kernel: Any, pieces: int, shape: torch.Size, *arguments: Any) -> None:
-    """Run a program for a few heads of each piece, which is a patch, or BLOCK bytes.
-
-    Args:
-        shape: K, H, E.
-    """
-    num_keys, heads, head_dim = shape
+    """Run a program for a few heads of each piece, which is a patch, or BLOCK bytes."""
+    num_keys, heads, head_dim = shape  # K, H, E
     padded = power_of_two(head_dim)
     width = min(WIDTH, 1024 // power_of_two(num_keys))  # a program holds two such rows for each of the K, or three
     at_once = min(power_of_two(heads), max(width // padded, 1))
@@ -273,7 +254,6 @@ def own_bytes_kernel(
     q_ptr, k_ptr, v_ptr, begin_ptr, out_ptr, exact_ptr, weight_ptr, scale, K: tl.constexpr, H: tl.constexpr,
     HEADS: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`exact_ptr` gets the result in float32, `weight_ptr` the logarithms, to base 2, of the sums of the weights."""
     patch, begin, end, part = patch_of_program(begin_ptr, tl.cdiv(H, HEADS))
     column, exists = columns_of_heads(part * HEADS, H, HEADS, E, PADDED_E)
     q = rows_of(q_ptr, patch * K, patch * K + K, column, exists, K, H * E)

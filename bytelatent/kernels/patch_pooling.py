@@ -50,17 +50,7 @@ def pool_backward_operator(d_out_PD: Tensor, h_TD: Tensor, begin: Tensor, out_PD
     return d_h_TD
 
 
-@pool_operator.register_fake
-def _(h_TD: Tensor, begin: Tensor) -> Tensor:
-    return h_TD.new_empty(begin.shape[0] - 1, h_TD.shape[1])
-
-
-@pool_backward_operator.register_fake
-def _(d_out_PD: Tensor, h_TD: Tensor, begin: Tensor, out_PD: Tensor) -> Tensor:
-    return h_TD.new_empty(h_TD.shape)
-
-
-def _keep_for_pool(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save_for_pool(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs, output)
 
 
@@ -68,7 +58,9 @@ def _pool_gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     return pool_backward_operator(d_out, *ctx.saved_tensors), None
 
 
-pool_operator.register_autograd(_pool_gradients, setup_context=_keep_for_pool)
+pool_operator.register_fake(lambda h_TD, begin: h_TD.new_empty(begin.shape[0] - 1, h_TD.shape[1]))
+pool_operator.register_autograd(_pool_gradients, setup_context=_save_for_pool)
+pool_backward_operator.register_fake(lambda d_out_PD, h_TD, *_: h_TD.new_empty(h_TD.shape))
 
 
 def _launch_pool(kernel: Any, h_TD: Tensor, begin: Tensor, *rest: Tensor) -> None:

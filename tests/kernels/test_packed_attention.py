@@ -1,7 +1,6 @@
 """Attention of packed documents: the operator against a mask that is written out, cuDNN's graphs against what they say,
 and who is asked for it when."""
 
-import importlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, library
 
-from bytelatent import kernels
 from bytelatent.kernels import packed_attention as module
 from bytelatent.kernels.packed_attention import (
     Heads,
@@ -69,7 +67,7 @@ def test_it_equals_a_dense_mask(kv_heads: int, window: int | None, padding: int)
     assert isinstance(dense, DenseMask) or window == 1 or window == 3
     expected = attend(q, k, v, dense)
     gradients = torch.autograd.grad(expected, leaves, d_out)
-    for out in (attend(q, k, v, mask), plain_packed_attention(q, k, v, mask.begin, window)[0]):
+    for out in (attend(q, k, v, mask), plain_packed_attention(q, k, v, mask.begin, mask.length, window)[0]):
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
         found = torch.autograd.grad(out, leaves, d_out)
         for ours, theirs in zip(found, gradients, strict=True):
@@ -116,49 +114,50 @@ def test_a_block_compiles_whole_and_once(dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module of cuDNN's graphs, with a stand-in for cuDNN."""
-    name = "bytelatent.kernels.packed_attention_cudnn"
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in for cuDNN."""
     monkeypatch.setitem(sys.modules, "cudnn", cudnn_stand_in.cudnn())
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module(name)
-    del sys.modules[name], kernels.packed_attention_cudnn
+    yield
+    module._graph.cache_clear()
+    module._handle.cache_clear()
 
 
 @pytest.mark.parametrize("window", [None, 5, 4096])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
-def test_what_the_graphs_describe(dtype: torch.dtype, kv_heads: int, window: int | None, graphs: Any) -> None:
+@pytest.mark.usefixtures("cudnn")
+def test_what_the_graphs_describe(dtype: torch.dtype, kv_heads: int, window: int | None) -> None:
     """They read and write each document where it lies."""
     begin, length = entries_of(documents(SIZES, 6), 64)
     q, k, v, d_out = (torch.randn(30, heads, 16).to(dtype) for heads in (4, kv_heads, kv_heads, 4))
-    out, logsum = graphs.cudnn_attention(q, k, v, begin, length, window)
-    expected, sums = plain_packed_attention(q, k, v, begin, window)
+    out, logsum = module.cudnn_attention(q, k, v, begin, length, window)
+    expected, sums = plain_packed_attention(q, k, v, begin, length, window)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(logsum, sums, atol=1e-5, rtol=1e-5)
-    gradients = graphs.cudnn_attention_backward(d_out, q, k, v, begin, length, window, out, logsum)
-    plain = module.plain_packed_attention_backward(d_out, q, k, v, begin, window, out, logsum)
+    gradients = module.cudnn_attention_backward(d_out, q, k, v, begin, length, window, out, logsum)
+    plain = module.plain_packed_attention_backward(d_out, q, k, v, begin, length, window, out, logsum)
     for ours, theirs in zip(gradients, plain, strict=True):
         assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 1e-2
-    assert graphs._forward.cache_info().misses == 1
+    assert module._graph.cache_info().misses == 2
     for size in (31, 2048):  # a graph is for about as many positions
-        graphs.make_graphs(q.device, size, 64, window, dtype, 4, kv_heads, 16)
-    assert graphs._forward.cache_info().misses == 1
-    graphs.make_graphs(q.device, 2049, 64, window, dtype, 4, kv_heads, 16)
-    assert graphs._forward.cache_info().misses == graphs._backward.cache_info().misses == 2
+        module.make_graphs(q.device, size, 64, Heads(dtype, 4, kv_heads, 16), window)
+    assert module._graph.cache_info().misses == 2
+    module.make_graphs(q.device, 2049, 64, Heads(dtype, 4, kv_heads, 16), window)
+    assert module._graph.cache_info().misses == 4
     with pytest.raises(AssertionError, match="in bfloat16 and float16, not in"):
-        graphs.cudnn_attention(q.float(), k.float(), v.float(), begin, length, window)
+        module.cudnn_attention(q.float(), k.float(), v.float(), begin, length, window)
 
 
-def test_a_graph_that_there_is_not(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cudnn")
+def test_a_graph_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: Any) -> None:
         raise NotImplementedError("no engine")  # the stand-in's cudnnGraphNotSupportedError
 
     monkeypatch.setattr(cudnn_stand_in.Graph, "check_support", none)
     with pytest.raises(RuntimeError, match="no engine"):
-        graphs.make_graphs(torch.device("cpu"), 10, 64, None, *heads())
+        module.make_graphs(torch.device("cpu"), 10, 64, heads(), None)
 
 
 # Who is asked
@@ -168,9 +167,7 @@ def test_a_graph_that_there_is_not(graphs: Any, monkeypatch: pytest.MonkeyPatch)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     """As if there were one, with cuDNN; the shapes for which graphs were made."""
     made: list[tuple[Any, ...]] = []
-    stand_in = SimpleNamespace(make_graphs=lambda *given: made.append(given))
-    monkeypatch.setitem(sys.modules, "bytelatent.kernels.packed_attention_cudnn", stand_in)
-    monkeypatch.setattr("bytelatent.kernels.packed_attention_cudnn", stand_in, raising=False)
+    monkeypatch.setattr(module, "make_graphs", lambda *given: made.append(given))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     monkeypatch.setattr(module, "cudnn_is_installed", lambda: True)
@@ -186,7 +183,7 @@ def heads(dtype: torch.dtype = BF16, head_dim: int = 64) -> Heads:
 def test_what_cudnn_takes(hopper: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         assert cudnn_computes(CUDA, 16384, 60, heads(), 512)
-    assert hopper == [(CUDA, 16384, 64, 512, *heads())]
+    assert hopper == [(CUDA, 16384, 64, heads(), 512)]
     assert cudnn_computes(CUDA, 16384, 255, heads(torch.float16, 128), None)
     assert not cudnn_computes(CUDA, 16384, 256, heads(), None)  # 512 entries: less than 64 positions each
     assert cudnn_computes(CUDA, 2048, 63, heads(), None)
@@ -212,11 +209,11 @@ def test_what_cudnn_has_no_graph_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(*_: Any) -> None:
         raise RuntimeError("no engine")
 
-    monkeypatch.setattr(sys.modules["bytelatent.kernels.packed_attention_cudnn"], "make_graphs", make)
+    monkeypatch.setattr(module, "make_graphs", make)
     with pytest.warns(UserWarning, match="cuDNN does not compute attention on H100, FlexAttention does: no engine"):
         assert not cudnn_computes(CUDA, 16384, 3, heads(), None)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is said once
+        warnings.simplefilter("error")  # the warning comes once
         assert not cudnn_computes(CUDA, 16384, 3, heads(), None)
 
 
