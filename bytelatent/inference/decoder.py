@@ -25,14 +25,14 @@ from bytelatent.inference.kv_cache import (
     empty_state,
 )
 from bytelatent.model import BLTModel, ByteLM, Stream, entropies, pack_rows
-from bytelatent.model.attention import CachedAttention, build_mask
+from bytelatent.model.attention import Mask, build_mask
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings, PatchState, Tail, step
 
 # Shapes: T new ids (a slot and a position each), B slots, P patches, V vocabulary, W ids of a tail
 
 State = ByteLMState | BLTState
-MakeAttention = Callable[[KVCache, StackSettings, NewPositions, int], CachedAttention]  # the last: padding positions
+MakeAttention = Callable[[KVCache, StackSettings, NewPositions, int], Mask]  # the last: padding positions
 
 
 class Decoder:
@@ -171,9 +171,7 @@ class Decoder:
         """Attention of new ids."""
         return lambda cache, _, new, __: StepAttention(cache, new, store)
 
-    def _prompt_attention(
-        self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int
-    ) -> CachedAttention:
+    def _prompt_attention(self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int) -> Mask:
         """Attention of whole prompts, and of padding after them."""
         counts = new.count.tolist()
         store = StoreNewest(cache, new.slot.tolist(), counts)

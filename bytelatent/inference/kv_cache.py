@@ -18,7 +18,7 @@ from torch import Tensor
 from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model import BLTModel, ByteLM
-from bytelatent.model.attention import CachedAttention, Mask, attend
+from bytelatent.model.attention import Mask
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import Tail
 
@@ -381,7 +381,7 @@ class PromptAttention:
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         self.store(k_TJE, v_TJE)
-        return attend(q_THE, k_TJE, v_TJE, self.mask)
+        return self.mask.attend(q_THE, k_TJE, v_TJE)
 
 
 class BLTPass:
@@ -404,9 +404,9 @@ class BLTPass:
         closes: Tensor,
         begin: Tensor,
         patches: NewPositions,
-        encoder: CachedAttention,
-        global_transformer: CachedAttention,
-        decoder: CachedAttention,
+        encoder: Mask,
+        global_transformer: Mask,
+        decoder: Mask,
         store: bool,
         num_padding: int = 0,
     ):
