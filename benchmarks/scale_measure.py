@@ -27,7 +27,7 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
-from bytelatent.training.checks import check_float8, check_optimizer, check_processes
+from bytelatent.training.checks import check_float8, check_settings
 from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.gradients import Gradients
@@ -66,7 +66,7 @@ class Training:
         self.settings = settings = configuration.settings
         self.device = device
         check_float8(settings.float8, device, dtype)
-        check_optimizer(settings.optimizer, ranks.world_size)
+        check_settings(settings, ranks.world_size, device)
         self.plan = plan_of(configuration.plan, settings, ranks, device)
         model = build_parallel_model(settings.model, self.plan, device, dtype, compiled, settings.float8)
         fill(model)
@@ -106,7 +106,6 @@ def plan_of(name: str, settings: TrainSettings, ranks: Ranks, device: torch.devi
     if name == "hybrid" and ranks.world_size < 4:
         raise UserError(f"hybrid is for four processes and more; there are {ranks.world_size}")
     if name == "alone" or ranks.world_size > 1 or settings.parallel.tensor > 1:
-        check_processes(settings.parallel, ranks.world_size)
         return make_plan(settings.parallel, ranks, device)
     from torch.distributed.device_mesh import init_device_mesh
 

@@ -20,10 +20,10 @@ from bytelatent.evaluation import evaluate
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
 from bytelatent.inference.quantize import check_quantize, quantize_model
 from bytelatent.inference.scoring import entropies_of
-from bytelatent.inference.settings import Quantization, check_limits
+from bytelatent.inference.settings import LIMITS, Quantization, check_limits
 from bytelatent.inference.step import engine_for
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
-from bytelatent.patching import Patch, PatchSettings, next_starts
+from bytelatent.patching import Patch, PatchSettings, next_starts, starts_of_lengths
 from bytelatent.text import Document
 from bytelatent.vocab import PADDING, VOCAB_SIZE, encode, to_bytes
 from bytelatent.weights import Config, ModelChecksums, StoredModel, drop_outdated, open_pretrained, write_model
@@ -33,6 +33,7 @@ LOGGER = logging.getLogger(__name__)
 # Shapes: B batch size, N ids in a row, P patches, V vocabulary
 
 Text = str | bytes
+Texts = Sequence[Text]
 
 MAX_BATCH_SIZE = 64  # sequences that `generate` decodes at once; further ones wait
 MAX_CONTINUATIONS = 1_000_000  # of all prompts of a call with `samples`
@@ -51,8 +52,7 @@ class BLT:
         model: the network.
         patching: the patching settings.
         entropy_model: the byte LM for the entropies; None if the patching mode needs none.
-        context: context of the training, in ids. Texts of any length are used whole; `bits_per_byte` splits longer ones
-            into pieces of this size, as training does.
+        context: context of the training, in ids; `bits_per_byte` splits longer texts into pieces of this size.
         quantize: `int8` or `fp8` if the network's large matrices are quantized, else `full`.
         draft_length: speculative decoding: bytes per decode step at most; 1: no drafts.
     """
@@ -93,8 +93,7 @@ class BLT:
         """Load a model, and log in one line what was found.
 
         Args:
-            source: a run; a folder in our format, in one of Meta's, or in that of transformers; or OWNER/NAME, a
-                repository of the Hugging Face hub in one of these formats.
+            source: a run; a folder, or OWNER/NAME on the Hugging Face hub, in our format, Meta's or transformers'.
             entropy_model: where the byte LM is, if it is neither in `source` nor next to it.
             device: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`, or a torch.device.
             dtype: precision of the weights: `float32`, `bfloat16`, `auto` (as stored), or a torch.dtype. The entropy
@@ -102,14 +101,11 @@ class BLT:
             revision: a branch, a tag or a commit of the repository.
             token: a user's key for the hub; default: HF_TOKEN, or the key of `hf auth login`.
             local_files_only: use earlier downloads, and do not connect to the hub.
-            quantize: `int8` or `fp8` quantizes the large matrices after loading; on a GPU they take less memory and
-                generation is faster.
-            draft_length: speculative decoding of up to this many bytes per step: the local models draft all but the
-                first, and the whole model verifies them. The text stays the same; 1: no drafts.
+            quantize: `int8` or `fp8` quantizes the large matrices: less memory, and faster generation on a GPU.
+            draft_length: speculative decoding: bytes per step at most. The text stays the same; 1: no drafts.
 
         Raises:
-            UserError: there is no BLT at `source`, it is not complete, or it needs mathematics that is not implemented
-                here; or its weights cannot be quantized this way.
+            UserError: there is no BLT at `source`, it is incomplete or not supported, or cannot be quantized this way.
         """
         precision, device = precision_of_weights(dtype), choose_device(device)
         check_quantize(quantize, device)
@@ -209,11 +205,7 @@ class BLT:
 
     @renamed_arguments(num_rows="batch_size")
     def engine(self, batch_size: int = 16) -> Engine:
-        """Continuous batching: sequences join and leave while others are decoded.
-
-        Args:
-            batch_size: sequences decoded at once, 1 or more; further ones wait.
-        """
+        """Continuous batching: up to `batch_size` sequences are decoded at once, and join and leave at any time."""
         return engine_for(
             self.model, self.patching, self._needed_entropy_model(), batch_size, draft_length=self.draft_length
         )
@@ -223,26 +215,19 @@ class BLT:
     @overload
     def generate(self, prompt: Text, max_new_bytes: int = ..., samples: int = ..., **sampling: Any) -> list[str]: ...
     @overload
-    def generate(
-        self, prompt: Sequence[Text], max_new_bytes: int = ..., samples: None = ..., **sampling: Any
-    ) -> list[str]: ...
+    def generate(self, prompt: Texts, max_new_bytes: int = ..., samples: None = ..., **sampling: Any) -> list[str]: ...
     @overload
     def generate(
-        self, prompt: Sequence[Text], max_new_bytes: int = ..., samples: int = ..., **sampling: Any
+        self, prompt: Texts, max_new_bytes: int = ..., samples: int = ..., **sampling: Any
     ) -> list[list[str]]: ...
     def generate(
-        self,
-        prompt: Text | Sequence[Text],
-        max_new_bytes: int = 200,
-        samples: int | None = None,
-        **sampling: Any,
+        self, prompt: Text | Texts, max_new_bytes: int = 200, samples: int | None = None, **sampling: Any
     ) -> str | list[str] | list[list[str]]:
         """Continue a text, or several at once; each result is the same as for the text alone.
 
         Args:
             max_new_bytes: largest number of new bytes; the model may end the text earlier.
-            samples: number of continuations of each prompt, which is read once for all of them; the result then is a
-                list for each prompt.
+            samples: number of continuations of each prompt; the result then is a list for each prompt.
             sampling: fields of `Sampling`, such as `temperature` (0.8; 0 takes the most likely byte), `top_p`, `seed`
                 (0) and `stop` (texts that end it).
 
@@ -253,17 +238,15 @@ class BLT:
             UserError: a sampling setting is not valid, or a prompt is neither str nor bytes.
         """
         settings = Sampling.parse(sampling, where="generate")
-        if samples is not None:
-            check_limits(samples=samples)
+        num_samples = 1 if samples is None else samples
+        check_limits(samples=num_samples)
         texts_given = prompt if isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes) else [prompt]
         prompts = [prompt_ids(text) for text in texts_given]
-        if samples is not None and samples * len(prompts) > MAX_CONTINUATIONS:
-            raise UserError(
-                f"samples: {samples:,} of each of {len(prompts):,} prompts; "
-                f"a call gives at most {MAX_CONTINUATIONS:,} texts"
-            )
-        with self._borrowed_engine(max(min(len(prompts) * (samples or 1), MAX_BATCH_SIZE), 1)) as engine:
-            requests = [engine.submit(ids, settings, max_new_bytes, samples or 1) for ids in prompts]
+        if num_samples * len(prompts) > MAX_CONTINUATIONS:
+            asked = f"{num_samples:,} of each of {len(prompts):,} prompts"
+            raise UserError(f"samples: {asked}; a call gives at most {MAX_CONTINUATIONS:,} texts")
+        with self._borrowed_engine(max(min(len(prompts) * num_samples, MAX_BATCH_SIZE), 1)) as engine:
+            requests = [engine.submit(ids, settings, max_new_bytes, num_samples) for ids in prompts]
             engine.run()
         texts = [[continuation.text for continuation in continuations] for continuations in requests]
         found: list[Any] = texts if samples is not None else [only for [only] in texts]
@@ -304,8 +287,7 @@ class BLT:
             context: split the text into pieces of at most this many ids and read each on its own, as training and
                 `bits_per_byte` do; None: read it whole.
         """
-        context = None if context is None else _checked_context(context)
-        return patches_of(to_bytes(text), self.patcher, context)
+        return patches_of(to_bytes(text), self.patcher, None if context is None else _checked_context(context))
 
     def bits_per_byte(self, text: Text, context: int | None = None) -> float:
         """Cross-entropy of the text and its end, in bits per byte.
@@ -343,37 +325,33 @@ class BLT:
             ids = prompt_ids(ids)[None]
         if ids.dim() != 2 or (patch_lengths is not None and patch_lengths.shape[:-1] != ids.shape[:1]):
             raise UserError(f"logits takes ids [B, N] and patch_lengths [B, P], not {list(ids.shape)}")
-        if not _is_integer(ids) or bool(((ids != PADDING) & ((ids < 0) | (ids >= VOCAB_SIZE))).any()):
+        is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if not is_integer or bool(((ids != PADDING) & ((ids < 0) | (ids >= VOCAB_SIZE))).any()):
             raise UserError(f"logits: ids are whole numbers from 0 to {VOCAB_SIZE - 1}, and {PADDING} for padding")
         if bool((ids[:, :-1].eq(PADDING) & ids[:, 1:].ne(PADDING)).any()):
             raise UserError(f"logits: padding ({PADDING}) belongs at the end of a row, not before its ids")
         ids = ids.to(self.device, torch.long)
         out = torch.zeros(*ids.shape, VOCAB_SIZE, device=self.device)
         rows = [row[row != PADDING] for row in ids]
-        pieces = rows
-        if context is not None:
-            pieces = [piece for row in rows for piece in row.split(_checked_context(context))]
+        size = LIMITS["context"] if context is None else _checked_context(context)
+        pieces = [piece for row in rows for piece in row.split(size)]
         stream = pack_rows(pieces).to(self.device)
         if len(stream.ids) == 0:
             return out
         if patch_lengths is None:
-            entropies = None
-            if self.patching.needs_entropies and (byte_lm := self._needed_entropy_model()) is not None:
-                entropies = entropies_of(byte_lm, stream)
+            byte_lm = self._needed_entropy_model()
+            entropies = None if byte_lm is None else entropies_of(byte_lm, stream)
             starts = next_starts(stream.ids, entropies, stream.position, self.patching)
         else:
-            if not _is_integer(patch_lengths):
-                raise UserError(f"logits: patch_lengths are whole numbers, not {patch_lengths.dtype}")
             pairs = zip(rows, patch_lengths.to(self.device), strict=True)
-            starts = torch.cat([_starts_of(lengths, len(row)) for row, lengths in pairs])
+            starts = torch.cat([starts_of_lengths(lengths, len(row)) for row, lengths in pairs])
         out[ids != PADDING] = self.model(add_patches(stream, starts))
         return out
 
     def save_pretrained(self, folder: str | Path, format: str = "native", licence: str | None = None) -> None:
         """Write the model, its entropy model, settings and card into a folder, which appears complete or not at all.
 
-        If weights or patches have changed, the results of training and measuring are left out: after a training step,
-        the card states no bits per byte.
+        If weights or patches have changed, the card states no results of training and measuring.
 
         Args:
             format: `native`; `hf` loads in transformers' `BltForCausalLM` and `AutoTokenizer`; `meta` is Meta's hub
@@ -381,24 +359,19 @@ class BLT:
             licence: the licence on the card; None: the one that the model came with.
 
         Raises:
-            UserError: the folder holds something else than a saved model, the format cannot express one of the model's
-                settings, the weights are quantized, or the tensors do not fit the settings, as with adapters. The
-                folder stays as it was.
+            UserError: the folder holds something else than a saved model, the format cannot express a setting, the
+                weights are quantized, or tensors do not fit the settings, as with adapters. The folder stays as it was.
         """
         if self.quantize != "full":
-            raise UserError(
-                f"save_pretrained: no format holds weights quantized to {self.quantize}; load without quantize="
-            )
+            found = f"weights quantized to {self.quantize}"
+            raise UserError(f"save_pretrained: no format holds {found}; load without quantize=")
         now = ModelChecksums.of(self.model, self.config, self.entropy_model)
         config = drop_outdated(self.config, self._measured, now)
         write_model(StoredModel.of(self.model, config, self.entropy_model), Path(folder), format, licence)
 
     @contextmanager
     def _borrowed_engine(self, batch_size: int) -> Iterator[Engine]:
-        """The engine of the last call if it fits, because on a GPU its captured step can be reused.
-
-        Only one caller has it at a time; others, in other threads, get new engines.
-        """
+        """The engine of the last call if it fits and no other thread has it: its captured step can be reused."""
         parts = [self.model, *([self.entropy_model] if self.entropy_model is not None else [])]
         weights = [(weight.data_ptr(), weight._version) for part in parts for weight in part.parameters()]
         key = (batch_size, self.draft_length, self.patching, weights)
@@ -409,10 +382,11 @@ class BLT:
             self._idle_engine = (key, engine)
 
     def _needed_entropy_model(self) -> ByteLM | None:
-        if self.patching.needs_entropies and self.entropy_model is None:
-            raise UserError(
-                "this model's patches need its entropy model; name it: BLT.from_pretrained(..., entropy_model=FOLDER)"
-            )
+        if not self.patching.needs_entropies:
+            return None
+        if self.entropy_model is None:
+            way_out = "name it: BLT.from_pretrained(..., entropy_model=FOLDER)"
+            raise UserError(f"this model's patches need its entropy model; {way_out}")
         return self.entropy_model
 
 
@@ -424,21 +398,3 @@ def _check_type(kind: type, name: str, value: object) -> None:
 def _checked_context(context: Any) -> int:
     check_limits(context=context)
     return int(context)
-
-
-def _is_integer(values: Tensor) -> bool:
-    """Whether a tensor holds integers."""
-    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
-
-
-def _starts_of(lengths: Tensor, num_ids: int) -> Tensor:
-    """For each id of a row, whether the next one starts a patch."""
-    total = int(lengths.sum())
-    if total not in (num_ids, num_ids + 1) or bool((lengths < 0).any()):
-        raise UserError(f"patch_lengths sum to {total}; a row of {num_ids} ids needs {num_ids} or {num_ids + 1}")
-    ends = lengths[lengths > 0].cumsum(0)
-    starts = torch.zeros(num_ids + 2, dtype=torch.bool, device=lengths.device)
-    starts[ends] = True
-    if total == num_ids:  # the lengths end before the next id, which then starts no patch yet
-        starts[num_ids] = False
-    return starts[1 : num_ids + 1]

@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv if arguments is None else arguments
     if any(argument != safe(argument) for argument in given):  # typer shows one that it cannot take
         typer.rich_utils.Console = log.Console  # pyright: ignore[reportPrivateImportUsage]
-    app(arguments, prog_name="blt")
+    guarded(lambda: app(arguments, prog_name="blt"))  # also the help and the version
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Errors that are the user's to mend, and how a command ends on them."""
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,11 +9,12 @@ from typing import Any
 
 from bytelatent.credentials import masked
 from bytelatent.signals import STOPPED, Interrupted, ignore_interrupts
-from bytelatent.terminal import flush_output, one_line, print_line
+from bytelatent.terminal import flush_output, one_line, open_closed_streams, print_line
 
 __all__ = ["BAD_INPUT", "STOPPED", "Interrupted", "UserError", "guarded", "in_one_line", "nearest"]
 
 BAD_INPUT = 2
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}  # of a disk or a device, not of a pipe
 
 
 class UserError(ValueError):
@@ -40,11 +42,13 @@ def nearest(name: str, known: list[str], within: str = "", cutoff: float = 0.5) 
 def guarded(call: Callable[[], Any]) -> None:
     """Run a command, and end the process where it fails.
 
-    Bad input ends it with one clear line and exit code 2, a request to stop with `STOPPED`, and output that nobody
-    reads any more, as after `| head`, with 1.
+    Bad input, and output that cannot be written, end it with one clear line and exit code 2, a request to stop with
+    `STOPPED`, and output that nobody reads any more, as after `| head`, with 1.
     """
+    open_closed_streams()
     try:
         call()
+        sys.stdout.flush()
     except UserError as error:
         _exit(BAD_INPUT, f"error: {error}")
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -52,6 +56,10 @@ def guarded(call: Callable[[], Any]) -> None:
         _exit(STOPPED, f"stopped: {stop}" if str(stop) else "stopped")
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:  # files have messages of their own
+            raise
+        _exit(BAD_INPUT, f"error: the output cannot be written: {error.strerror}")
     finally:
         flush_output()
 

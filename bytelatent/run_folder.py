@@ -44,7 +44,7 @@ def newest_checkpoint(run: Path, why_corrupt: Callable[[Path], str | None] = fin
         why_corrupt: why a folder is corrupt; None if it is whole.
 
     Raises:
-        NoCheckpoint: there is none.
+        NoCheckpoint: no checkpoint is whole.
     """
     corrupt: list[str] = []
     for folder in reversed(checkpoints_of(run).values()):
@@ -62,7 +62,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def row_in(line: bytes) -> dict[str, Any] | None:
-    """The row of metrics in a line: a JSON object with a number `step`; None if there is none."""
+    """The row of metrics in a line: a JSON object with a number `step`; None if it holds no row."""
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError):

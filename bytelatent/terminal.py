@@ -35,6 +35,20 @@ def print_line(line: str, file: IO[str] | None = None) -> None:
     print(safe(line) if place.isatty() else line, file=place, flush=True)
 
 
+def open_closed_streams() -> None:
+    """Let standard streams that the process was started without, as by `>&-`, lead nowhere.
+
+    Python has None for them, and the next file that is opened would take the place of the stream.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+
+
 def flush_output() -> None:
     """Write what is buffered, and drop what nobody reads any more, on which Python would fail as it ends."""
     for stream in (sys.stdout, sys.stderr):

@@ -132,6 +132,25 @@ def test_a_closed_pipe_is_no_traceback(command: str, byte_lm: Path) -> None:
     assert errors == b""
 
 
+@pytest.mark.parametrize("arguments", ["--version", "patch --help", "patch words --mode space", "info demo-blt"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error(arguments: str, closed: str) -> None:
+    ended = subprocess.run(
+        ["bash", "-c", f'"$@" {closed}', "", *BLT_COMMAND, *arguments.split()], env=ENVIRONMENT, capture_output=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert bool(ended.stdout) == (" >&-" not in f" {closed}")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device is of Linux")
+@pytest.mark.parametrize("arguments", ["--version", "patch --help", "patch words --mode space", "info demo-blt"])
+def test_output_that_cannot_be_written(arguments: str) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*BLT_COMMAND, *arguments.split()], env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE)
+    assert ended.returncode == 2
+    assert ended.stderr == b"error: the output cannot be written: No space left on device\n"
+
+
 def test_patches_as_json_cover_the_text(model: Path) -> None:
     found = json.loads(blt("patch", "--json", "--mode", "entropy,space,static:4", "-m", model, given=NO_UTF8))
     assert found.keys() == {"entropy", "space", "static:4"}

@@ -95,12 +95,13 @@ def test_an_evaluation_that_is_not_finite(
 def test_a_device_is_chosen_before_anything_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     from bytelatent.commands.calibrate import calibrate_text
+    from bytelatent.commands.settings import CalibrateSettings
     from bytelatent.errors import UserError
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for call in (
         lambda: evaluate_model(EvaluateSettings(model="nowhere", text=["nowhere"], device="cuda")),
-        lambda: calibrate_text(["nowhere"], 4.0, "nowhere", device="cuda"),
+        lambda: calibrate_text(CalibrateSettings(text=["nowhere"], patch_bytes=4, model="nowhere", device="cuda")),
     ):
         with pytest.raises(UserError, match="device: 'cuda' cannot be used"):
             call()

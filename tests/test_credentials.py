@@ -11,6 +11,7 @@ import yaml
 
 from bytelatent.commands import launch as stool
 from bytelatent.commands.calibrate import calibrate_text
+from bytelatent.commands.settings import CalibrateSettings
 from bytelatent.config import load_yaml
 from bytelatent.credentials import masked, moved_to_environment
 from bytelatent.errors import UserError
@@ -99,7 +100,7 @@ def test_a_run_writes_and_says_none(tmp_path: Path, address: str, capfd: pytest.
     for kind in ("native", "hf"):
         convert(open_pretrained(str(run)), tmp_path / kind, kind)
     comparison = compare_runs([byte_lm, run])
-    found, _ = calibrate_text([address], 4.0, str(byte_lm), device="cpu")
+    found, _ = calibrate_text(CalibrateSettings(text=[address], patch_bytes=4, model=str(byte_lm), device="cpu"))
     assert found.data == masked(address)
     again = address.replace("s3cr3t", "n3wer")  # signatures run out
     train(settings(blt_run(run, Path("x"), byte_lm, steps=8, **data(again))))

@@ -10,7 +10,7 @@ import pytest
 
 from bytelatent.commands.calibrate import calibrate_text
 from bytelatent.commands.eval import evaluate_model
-from bytelatent.commands.settings import EvaluateSettings
+from bytelatent.commands.settings import CalibrateSettings, EvaluateSettings
 from bytelatent.model import ByteLM
 from bytelatent.training import train
 from tests.training.tiny_runs import byte_lm_run, settings, write_text
@@ -73,7 +73,9 @@ def test_eval_knows_no_time_left_where_a_compressed_file_holds_more_than_was_gue
 
 def test_calibrate_shows_how_far_it_is(tmp_path: Path, byte_lm: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = write_text(tmp_path / "text.jsonl", seed=1, num_documents=300)
-    found, _ = calibrate_text([str(text)], 2.0, str(byte_lm), 20_000, device="cpu")
+    found, _ = calibrate_text(
+        CalibrateSettings(text=[str(text)], patch_bytes=2.0, model=str(byte_lm), max_bytes=20_000, device="cpu")
+    )
     lines = shown(caplog)
     assert len(lines) >= 4
     assert {(what, of) for what, _, _, of, _ in lines} == {("calibrating", "of")}

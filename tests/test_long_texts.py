@@ -16,7 +16,7 @@ from bytelatent import BLT
 from bytelatent.cli import app
 from bytelatent.commands.calibrate import calibrate_text
 from bytelatent.commands.eval import evaluate_model
-from bytelatent.commands.settings import EvaluateSettings
+from bytelatent.commands.settings import CalibrateSettings, EvaluateSettings
 from bytelatent.data import patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference import Sampling, prompt_ids, scoring
@@ -184,7 +184,9 @@ def test_calibrate_reads_pieces_of_the_byte_lms_context(tmp_path: Path) -> None:
     blt = wrap(PATCHINGS["entropy"], window=None)
     blt.save_pretrained(tmp_path / "model")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}))
-    found, _ = calibrate_text([str(tmp_path / "text.jsonl")], 4.5, str(tmp_path / "model"), device="cpu")
+    found, _ = calibrate_text(
+        CalibrateSettings(text=[str(tmp_path / "text.jsonl")], model=str(tmp_path / "model"), device="cpu")
+    )
     blt.patching = PatchSettings(threshold=found.threshold)
     assert found.mean_patch_bytes == pytest.approx(len(TEXT) / len(blt.patch(TEXT, context=CONTEXT)), rel=0.02)
     assert found.mean_patch_bytes != pytest.approx(len(TEXT) / len(blt.patch(TEXT)), rel=0.02)

@@ -15,10 +15,6 @@ LOGGER = logging.getLogger(__name__)
 
 
 def run(settings: ConvertSettings) -> None:
-    print_line(str(convert_model(settings)))
-
-
-def convert_model(settings: ConvertSettings) -> Path:
     """Write a model in another format; its weights pass through in pieces, so that memory does not limit its size.
 
     Raises:
@@ -38,4 +34,4 @@ def convert_model(settings: ConvertSettings) -> Path:
             convert(found, target, settings.to, settings.licence, lambda written: progress.advance(task, written))
         except KeyboardInterrupt:
             raise Interrupted(f"'{target}' was not written; the same command begins again") from None
-    return target
+    print_line(str(target))

@@ -3,10 +3,11 @@
 python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.temperature=0.7
 """
 
+import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bytelatent import log, terminal
 from bytelatent.command_line import from_command_line
-from bytelatent.commands.rows_out import line_of, must_be_free, rows_at
 from bytelatent.commands.settings import GenerateSettings
 from bytelatent.config import flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest
-from bytelatent.files import partial_path
+from bytelatent.files import growing_file, partial_path, whole_file
 from bytelatent.inference import Continuation, Engine, Sampling, prompt_bytes, prompt_ids
 from bytelatent.inference.quantize import check_quantize
 from bytelatent.inference.settings import MAX_BATCH_SIZE, check_limits
@@ -34,11 +34,12 @@ from bytelatent.text.streams import BYTE_ORDER_MARK, TextReader, readable
 from bytelatent.weights import open_pretrained
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
-FREE = {"jsonl", "out", "batch_size", "draft_length", "device"}  # settings that may differ when a file is gone on with
+FREE = {"jsonl", "out", "batch_size", "draft_length", "device"}  # settings that may differ when a file is resumed
 OF_A_ROW = {"prompt", "max_new_bytes", *Sampling.model_fields}
 SAMPLES_AT_ONCE = 64  # of one prompt
 GENERATED = {"text", "ended", "log_probabilities", "samples"}  # keys of what comes out
-
+RENAMED = {"entropy": "entropy_model", "weights": "quantize"}  # keys of files begun by an earlier build
+RESET = "to start over, move it away"
 
 LOGGER = logging.getLogger(__name__)
 
@@ -52,40 +53,35 @@ def generate(settings: GenerateSettings, out: BinaryIO) -> None:
 
     Raises:
         UserError: the model or the prompts do not exist, a row is invalid, or `out` is not empty.
-        Interrupted: Ctrl-C or SIGTERM; rows that are done are kept.
+        Interrupted: Ctrl-C or SIGTERM; finished rows stay.
     """
-    with sigterm_interrupts():
-        _generate(settings, out)
-
-
-def _generate(settings: GenerateSettings, out: BinaryIO) -> None:
     given = [name for name in ("prompt", "file", "jsonl") if getattr(settings, name) is not None]
     if len(given) > 1:
         raise UserError(f"generate: {' and '.join(given)} are given; give one of them")
-    if settings.jsonl is None:
-        for name in ("out", "log_probabilities"):
-            if getattr(settings, name):
-                raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
-        prompt = _prompt(settings)
-        batch_size = min(settings.samples, SAMPLES_AT_ONCE)
-        with _memory_named("samples", batch_size):
-            _show(_engine(settings, batch_size), prompt, settings, out)
-        return
-    if settings.out is not None:
-        must_be_free(settings.out)
-    rows = list(_rows(settings))
-    _log_unknown_keys(rows, settings)
-    if settings.out is None:
-        _continue_rows(rows, settings, out)
-        return
-    with rows_at(settings.out, [row.given for row in rows], _made_with(settings), GENERATED) as (file, num_done):
-        if num_done:
-            LOGGER.info(f"{num_done:,} of {len(rows):,} rows are in '{partial_path(settings.out)}'; resuming")
-        _continue_rows(rows[num_done:], settings, file)
+    with sigterm_interrupts():
+        if settings.jsonl is None:
+            for name in ("out", "log_probabilities"):
+                if getattr(settings, name):
+                    raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
+            prompt, batch_size = _prompt(settings), min(settings.samples, SAMPLES_AT_ONCE)
+            with _memory_named("samples", batch_size):
+                _show(_engine(settings, batch_size), prompt, settings, out)
+            return
+        if settings.out is not None:
+            must_be_free(settings.out)
+        rows = list(_rows(settings))
+        _log_unknown_keys(rows, settings)
+        if settings.out is None:
+            _continue_rows(rows, settings, out)
+            return
+        with rows_at(settings.out, [row.given for row in rows], _made_with(settings), GENERATED) as (file, num_done):
+            if num_done:
+                LOGGER.info(f"{num_done:,} of {len(rows):,} rows are in '{partial_path(settings.out)}'; resuming")
+            _continue_rows(rows[num_done:], settings, file)
 
 
 def _made_with(settings: GenerateSettings) -> dict[str, Any]:
-    """Settings that a file of rows is begun and gone on with."""
+    """Settings that a file of rows must be resumed with."""
     return {key: value for key, value in flat(settings.shown()).items() if key not in FREE}
 
 
@@ -225,31 +221,12 @@ def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO) -
     if not rows:
         return
     batch_size = min(settings.batch_size, len(rows) * settings.samples, MAX_BATCH_SIZE)
-    with _memory_named("batch_size", batch_size):
-        _continue_with(_engine(settings, batch_size), batch_size, rows, settings, out)
-
-
-@contextmanager
-def _memory_named(name: str, number: int) -> Iterator[None]:
-    """Too little memory is an error that names the setting to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if number == 1:
-            raise UserError("prompt: memory does not hold it beside the model; give a shorter one") from None
-        raise UserError(
-            f"{name}: memory does not hold {number:,} sequences at once; lower --{name.replace('_', '-')}"
-        ) from None
-
-
-def _continue_with(engine: Engine, batch_size: int, rows: list[Row], settings: GenerateSettings, out: BinaryIO) -> None:
-    asked: list[list[Continuation]] = []
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    began, written, num_bytes = time.perf_counter(), 0, 0
-    with Progress(*columns, console=log.console, transient=True, disable=not log.shows_bars()) as progress:
-        task = progress.add_task("", total=len(rows), rate="")
+    bar = Progress(*columns, console=log.console, transient=True, disable=not log.shows_bars())
+    asked: list[list[Continuation]] = []
+    with _memory_named("batch_size", batch_size), bar:
+        engine = _engine(settings, batch_size)
+        task, began, written, num_bytes = bar.add_task("", total=len(rows), rate=""), time.perf_counter(), 0, 0
         while written < len(rows):
             while len(asked) < len(rows) and engine.num_waiting < batch_size:  # all of them could be more than fit
                 row = rows[len(asked)]
@@ -257,22 +234,34 @@ def _continue_with(engine: Engine, batch_size: int, rows: list[Row], settings: G
                 asked.append(engine.submit(prompt, row.sampling, row.max_new_bytes, settings.samples))
             if not all(continuation.ended for continuation in asked[written]):
                 num_bytes += len(engine.advance())
-                progress.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
+                bar.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
                 continue
             line = {**rows[written].given, **_generated(asked[written], settings)}
             asked[written] = []
             _write(out, line_of(line))
             written += 1
-            progress.advance(task)
+            bar.advance(task)
+
+
+@contextmanager
+def _memory_named(name: str, number: int) -> Iterator[None]:
+    """Let an error of too little memory name the setting to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if number == 1:
+            raise UserError("prompt: memory does not hold it beside the model; give a shorter one") from None
+        way_out = f"lower --{name.replace('_', '-')}"
+        raise UserError(f"{name}: memory does not hold {number:,} sequences at once; {way_out}") from None
 
 
 def _generated(continuations: list[Continuation], settings: GenerateSettings) -> dict[str, Any]:
-    found = []
-    for continuation in continuations:
-        about: dict[str, Any] = {"text": continuation.text, "ended": continuation.ended}
-        if settings.log_probabilities:
+    found: list[dict[str, Any]] = [{"text": each.text, "ended": each.ended} for each in continuations]
+    if settings.log_probabilities:
+        for about, continuation in zip(found, continuations, strict=True):
             about["log_probabilities"] = [round(value, 5) for value in continuation.log_probabilities]
-        found.append(about)
     return found[0] if settings.samples == 1 else {"samples": found}
 
 
@@ -289,6 +278,114 @@ def _write(out: BinaryIO, data: bytes) -> None:
         raise  # nobody reads any more, which is no error
     except OSError as error:
         raise UserError(f"the output cannot be written: {error.strerror or error}") from None
+
+
+def must_be_free(path: Path) -> None:
+    """Refuse to overwrite a file at `path`, or one beside it where unfinished rows go.
+
+    Raises:
+        UserError: there is one.
+    """
+    try:
+        if path.is_dir():
+            raise UserError(f"out: '{path}' is a folder; name a file")
+        part, settings = partial_path(path), path.with_name(f"{path.name}.part.settings")
+        if path.is_file() and path.stat().st_size:
+            raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
+        if not settings.exists() and part.exists() and part.stat().st_size:
+            raise UserError(f"out: '{part}' is in the way, and there is no '{settings}' beside it; move it away")
+    except OSError as error:
+        raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def rows_at(
+    path: Path, rows: Sequence[dict[str, Any]], made_with: dict[str, Any], added: Collection[str]
+) -> Iterator[tuple[BinaryIO, int]]:
+    """A file that appears whole, and the number of its rows that an earlier call has written.
+
+    A device or a pipe, which must not be replaced, is written as it comes. After an error, finished rows stay in
+    `path.part`, with the settings they were made with beside it.
+
+    Args:
+        rows: as they were given, in the order in which they are written.
+        made_with: settings, by their keys; rows that were made with others are not resumed.
+        added: keys that are added to a row.
+
+    Raises:
+        UserError: the file cannot be written, or an earlier call wrote other rows or settings.
+        Interrupted: Ctrl-C; names the file of finished rows.
+    """
+    if path.exists() and not path.is_file():
+        try:
+            file = path.open("wb", buffering=0)  # with a buffer, closing it would write again what could not be written
+        except OSError as error:
+            raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
+        with file:
+            yield file, 0
+        return
+    part, settings = partial_path(path), path.with_name(f"{path.name}.part.settings")
+    try:
+        with growing_file(path) as file:
+            num_done = 0
+            if part.stat().st_size == 0:
+                with whole_file(settings) as aside:
+                    aside.write_text(json.dumps(made_with))
+            else:
+                _must_be_made_with(part, settings, made_with)
+                num_done = _num_done(part, rows, added)
+            try:
+                yield file, num_done
+                must_be_free(path)  # what came there meanwhile stays, too
+            except (KeyboardInterrupt, UserError) as error:
+                with part.open("rb") as lines:
+                    some = any(line.endswith(b"\n") for line in lines)
+                rows_so_far = f"; the rows so far are in '{part}', and the same command goes on" if some else ""
+                if isinstance(error, UserError):
+                    raise UserError(f"{error}{rows_so_far}") from None
+                raise Interrupted(f"'{path}' was not written{rows_so_far or '; no row was done'}") from None
+    finally:
+        if settings.exists() and not part.exists():
+            settings.unlink()
+
+
+def line_of(row: dict[str, Any]) -> bytes:
+    """A row as a line of JSON."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # surrogates, which JSON writes only as escapes
+        return json.dumps(row).encode() + b"\n"
+
+
+def _must_be_made_with(part: Path, settings: Path, made_with: dict[str, Any]) -> None:
+    try:
+        before = {RENAMED.get(key, key): value for key, value in json.loads(settings.read_text()).items()}
+    except (OSError, ValueError):
+        raise UserError(f"out: '{part}' is in the way, and '{settings}' cannot be read; {RESET}") from None
+    for key, value in made_with.items():
+        if before.get(key) != value:
+            raise UserError(f"out: '{part}' was begun with {key}={before.get(key)}, not {value}; {RESET}")
+
+
+def _num_done(part: Path, rows: Sequence[dict[str, Any]], added: Collection[str]) -> int:
+    """How many of the rows are in `part`: the first ones, since they are written in order."""
+
+    def given(row: dict[str, Any]) -> bytes:
+        return line_of({key: value for key, value in row.items() if key not in added})
+
+    def belongs(line: bytes, number: int) -> bool:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return False
+        return number <= len(rows) and isinstance(row, dict) and given(row) == given(rows[number - 1])
+
+    number = 0
+    with part.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not belongs(line, number):
+                raise UserError(f"out: line {number} of '{part}' belongs to another row of the prompts; {RESET}")
+    return number
 
 
 def main(arguments: list[str]) -> None:

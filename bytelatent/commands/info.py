@@ -9,7 +9,7 @@ from rich.table import Table
 from bytelatent.commands.settings import InfoSettings
 from bytelatent.errors import UserError
 from bytelatent.log import Console
-from bytelatent.model import PRESETS, BLTSettings, ByteLMSettings, ModelSettings, preset
+from bytelatent.model import PRESETS, ByteLMSettings, ModelSettings, preset
 from bytelatent.model.flops import PartCost, costs
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings
@@ -63,38 +63,36 @@ class Description:
 
 
 def run(settings: InfoSettings) -> None:
-    description = describe(**settings.model_dump(exclude={"as_json"}))
+    description = describe(settings)
     if settings.as_json:
         print_json(description.plain())
     else:
         description.show(Console())
 
 
-def describe(
-    model: str, patch_bytes: float, context: int, entropy_model: str | None = None, revision: str | None = None
-) -> Description:
+def describe(given: InfoSettings) -> Description:
     """A preset, or the model found at a path or on the hub; its weights are not read.
 
     Raises:
         UserError: there is no such model or preset.
     """
-    if not model:
+    if not given.model:
         raise UserError(f"info: name a run, a folder, a repository or a preset; presets: {', '.join(PRESETS)}")
-    if Path(model).exists() or "/" in model:
-        found = open_pretrained(model, entropy_model, revision, weights=False)
+    if Path(given.model).exists() or "/" in given.model:
+        found = open_pretrained(given.model, given.entropy_model, given.revision, weights=False)
         settings, patching, source = found.config.model, found.config.patching, found.in_a_line()
         byte_lm = found.byte_lm.config.model if found.byte_lm is not None else None
     else:
         try:
-            settings, patching, source, byte_lm = preset(model), None, model, None
+            settings, patching, source, byte_lm = preset(given.model), None, given.model, None
         except UserError as error:
             raise UserError(f"{error}; or name a run, a folder with a model, or OWNER/NAME on the hub") from None
-    parts = costs(settings, patch_bytes, context)
+    parts = costs(settings, given.patch_bytes, given.context)
     if byte_lm is not None:
-        inner = costs(byte_lm, patch_bytes, context)
+        inner = costs(byte_lm, given.patch_bytes, given.context)
         flops = sum(part.flops_per_byte for part in inner) if patching is None or patching.needs_entropies else 0.0
         parts.append(PartCost("byte LM (patches)", sum(part.num_parameters for part in inner), flops))
-    return Description(source, settings, patching, parts, patch_bytes, context)
+    return Description(source, settings, patching, parts, given.patch_bytes, given.context)
 
 
 def architecture(settings: ModelSettings) -> list[str]:
@@ -110,7 +108,12 @@ def architecture(settings: ModelSettings) -> list[str]:
         f"{'each encoder layer' if cross.all_layers_encoder else 'the last encoder layer'}, before "
         f"{'each decoder layer' if cross.all_layers_decoder else 'the first decoder layer'}",
     ]
-    return [*lines, _ngrams(settings)]
+    ngrams = settings.ngram_hash
+    if ngrams is None:
+        return [*lines, "n-gram hashes: none"]
+    sizes = ", ".join(map(str, ngrams.sizes))
+    functions = f", {ngrams.num_functions} functions" if ngrams.num_functions > 1 else ""
+    return [*lines, f"n-gram hashes: sizes {sizes}{functions}, {ngrams.vocab_size:,} rows each"]
 
 
 def _in_words(stack: StackSettings) -> str:
@@ -121,12 +124,3 @@ def _in_words(stack: StackSettings) -> str:
 
 def _heads(num_heads: int, kv_heads: int) -> str:
     return f"{num_heads} heads" + (f" ({kv_heads} of keys and values)" if kv_heads != num_heads else "")
-
-
-def _ngrams(settings: BLTSettings) -> str:
-    ngrams = settings.ngram_hash
-    if ngrams is None:
-        return "n-gram hashes: none"
-    sizes = ", ".join(map(str, ngrams.sizes))
-    functions = f", {ngrams.num_functions} functions" if ngrams.num_functions > 1 else ""
-    return f"n-gram hashes: sizes {sizes}{functions}, {ngrams.vocab_size:,} rows each"

@@ -93,7 +93,7 @@ class PatchingModes:
         return found
 
     def _byte_lm(self) -> ByteLM:
-        byte_lm = self.model if isinstance(self.model, ByteLM) else self.model.byte_lm
+        byte_lm = self.model if isinstance(self.model, ByteLM) else self.model.entropy_model
         if byte_lm is None:
             raise UserError(f"patch: '{self.source}' has no byte LM, which finds patches by entropy; name one: --model")
         return byte_lm

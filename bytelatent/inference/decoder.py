@@ -13,26 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.inference.kv_cache import (
-    BLTPass,
     BLTState,
-    ByteLMState,
     KVCache,
     NewPositions,
     PerDocument,
     PromptAttention,
+    Room,
+    State,
     StepAttention,
     StoreNewest,
     empty_state,
 )
-from bytelatent.model import BLTModel, ByteLM, Stream, entropies, pack_rows
+from bytelatent.kernels.patch_attention import ByteRanges
+from bytelatent.kernels.patch_pooling import pool_patches
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, Stream, entropies, pack_rows
 from bytelatent.model.attention import Mask, build_mask
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings, PatchState, Tail, step
 
-# Shapes: T new ids (a slot and a position each), B slots, P patches, V vocabulary, W ids of a tail
-
-State = ByteLMState | BLTState
-MakeAttention = Callable[[KVCache, StackSettings, NewPositions, int], Mask]  # the last: padding positions
+# Shapes: T new ids (a slot and a position each), B slots, N of them have new ids, P patches that close, D local width,
+# K keys per patch, H heads, E head size, V vocabulary, W ids of a tail
 
 
 class Decoder:
@@ -117,48 +117,39 @@ class Decoder:
         store: bool = True,
         is_prompt: bool = False,
     ) -> Tensor:
-        """Logits of new ids [T], float32 [T, V], or [N, V] of those `at` N places.
+        """Logits of new ids [T], float32 [T, V], or [N, V] of those at N indices.
 
         Args:
-            store: whether the state takes what later ids need.
+            store: whether to update the state.
             is_prompt: whether the state is empty, and the new ids are whole prompts.
         """
         model: Any = self.model
         byte_lm: Any = self.byte_lm
-        shapes: Any = model.settings
-        attention = self._step_attention(store)
         num_padding = 0
         if is_prompt:
-            model, byte_lm, attention = self._prompt_model, self._prompt_byte_lm, self._prompt_attention
-            num_padding = -len(ids) % self.pad_to
+            model, byte_lm, num_padding = self._prompt_model, self._prompt_byte_lm, -len(ids) % self.pad_to
             at = torch.arange(len(ids), device=ids.device) if at is None and num_padding else at
-        padded, position = F.pad(ids, (0, num_padding)), F.pad(new.position, (0, num_padding))
-        stream = Stream(padded, F.pad(new.slots, (0, num_padding), value=-1), position)
+
+        def attention(
+            cache: KVCache, stack: StackSettings, new: NewPositions = new, num_padding: int = num_padding
+        ) -> Mask:
+            if is_prompt:
+                return self._prompt_attention(cache, stack, new, num_padding)
+            return StepAttention(cache, new, store)
+
+        document = F.pad(new.slots, (0, num_padding), value=-1)
+        stream = Stream(F.pad(ids, (0, num_padding)), document, F.pad(new.position, (0, num_padding)))
         tail_TW = _tails(state, new, ids)
-        if isinstance(state, ByteLMState):
-            logits = model(stream, attention(state.byte_lm, shapes, new, num_padding), at)
+        if not isinstance(state, BLTState):
+            assert state.byte_lm is not None
+            logits = model(stream, attention(state.byte_lm, model.settings), at)
         else:
             assert self.patching is not None, "a BLT needs patching settings"
             found = torch.zeros(len(ids), device=ids.device)
             if state.byte_lm is not None:
-                cache = attention(state.byte_lm, byte_lm.settings, new, num_padding)
-                found = entropies(byte_lm(stream, cache))[: len(ids)]
+                found = entropies(byte_lm(stream, attention(state.byte_lm, byte_lm.settings)))[: len(ids)]
             patches = boundaries(self.patching, state, new, ids, found)
-            closing = patches.closes.nonzero()[:, 0]
-            closed = NewPositions(new.slots[closing], patches.num_patches[closing] - 1)
-            cache = BLTPass(
-                state,
-                new,
-                tail_TW,
-                patches.closes,
-                patches.begin,
-                closed,
-                attention(state.encoder, shapes.encoder, new, num_padding),
-                attention(state.patches, shapes.global_transformer, closed, 0) if len(closing) else PerDocument([]),
-                attention(state.decoder, shapes.decoder, new, num_padding),
-                store,
-                num_padding,
-            )
+            cache = BLTPass(state, new, patches, tail_TW, attention, model.settings, store, num_padding)
             logits = model(stream, cache, at)
             if store:
                 patches.store(state, new, found)
@@ -167,16 +158,11 @@ class Decoder:
             state.position[new.slot] = new.position[new.last] + 1
         return logits
 
-    def _step_attention(self, store: bool) -> MakeAttention:
-        """Attention of new ids."""
-        return lambda cache, _, new, __: StepAttention(cache, new, store)
-
     def _prompt_attention(self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int) -> Mask:
         """Attention of whole prompts, and of padding after them."""
-        counts = new.count.tolist()
-        store = StoreNewest(cache, new.slot.tolist(), counts)
+        store = StoreNewest(cache, new)
         if stack.window is None and new.slots.device.type != "cuda":  # no kernel there leaves pairs out
-            return PromptAttention(PerDocument([*counts, num_padding]), store)
+            return PromptAttention(PerDocument([*new.count.tolist(), num_padding]), store)
         return PromptAttention(build_mask(F.pad(new.slots, (0, num_padding), value=-1), stack.window), store)
 
 
@@ -191,7 +177,7 @@ def _tails(state: State, new: NewPositions, ids: Tensor) -> Tensor:
 
 @dataclass
 class Boundaries:
-    """What is known about patches once each of T new ids is read."""
+    """What is known about patches after each of T new ids."""
 
     closes: Tensor  # [T] bool, the id is the last of its patch
     begin: Tensor  # [T] position where its patch begins
@@ -202,11 +188,10 @@ class Boundaries:
     def store(self, state: BLTState, new: NewPositions, entropies: Tensor) -> None:
         """Update the state to the last new id of each slot."""
         slot, last = new.slot, new.last
-        position, closes = new.position[last], self.closes[last]
         state.previous_entropy[slot] = entropies[last].to(state.previous_entropy.dtype)
         state.since_start[slot] = self.since_start[last]
         state.num_patches[slot] = self.num_patches[last]
-        state.open_count[slot] = torch.where(closes, 0, position + 1 - self.begin[last])
+        state.open_count[slot] = torch.where(self.closes[last], 0, new.position[last] + 1 - self.begin[last])
         if self.tails:
             state.tails = state.tails or [Tail() for _ in state.position]
             for number, index in zip(slot.tolist(), last.tolist(), strict=True):
@@ -221,11 +206,11 @@ def boundaries(
     Args:
         entropies: [T] nats, where the patching mode needs them.
     """
-    offset, index = new.offset, torch.arange(len(ids), device=ids.device)
+    index = torch.arange(len(ids), device=ids.device)
 
     def previous(values: Tensor, before: Tensor) -> Tensor:
         """[T] the value before each one: of its run, or of its slot's state."""
-        return torch.where(offset == 0, before[new.slots], torch.cat([values[:1], values[:-1]]))
+        return torch.where(new.offset == 0, before[new.slots], torch.cat([values[:1], values[:-1]]))
 
     def newest(events: Tensor) -> tuple[Tensor, Tensor]:
         """[T] the index of the newest event of its run up to each one, and whether there is any."""
@@ -234,14 +219,16 @@ def boundaries(
 
     tails: list[Tail] = []
     if patching.needs_tail:
-        tails = _token_tails(patching, state, new, ids)
+        for slot, offset, id_ in zip(*(x.tolist() for x in (new.slots, new.offset, ids)), strict=True):
+            before = tails[-1] if offset else state.tails[slot] if state.tails else Tail()
+            tails.append(before.read(id_, str(patching.tokenizer)))
         natural = torch.tensor([tail.token_began for tail in tails], device=ids.device)
     else:
         ids_before, entropies_before = previous(ids, state.tail[:, -1]), previous(entropies, state.previous_entropy)
         moment = PatchState(new.position, ids_before, entropies_before, torch.zeros_like(ids))
         natural = step(moment, ids, entropies, patching.model_copy(update={"max_patch_length": None}))[1]
     found, any_natural = newest(natural)
-    since_start = torch.where(any_natural, index - found, state.since_start[new.slots] + offset + 1)
+    since_start = torch.where(any_natural, index - found, state.since_start[new.slots] + new.offset + 1)
     closes = natural
     if patching.max_patch_length is not None:
         closes = natural | ((previous(since_start, state.since_start) + 1) % patching.max_patch_length == 0)
@@ -249,19 +236,118 @@ def boundaries(
     open_begin = state.position - state.open_count
     next_begin = torch.where(any_closed, new.position[found] + 1, open_begin[new.slots])  # of the next id's patch
     closed = closes.cumsum(0)
-    return Boundaries(
-        closes=closes,
-        begin=previous(next_begin, open_begin),
-        since_start=since_start,
-        num_patches=state.num_patches[new.slots] + closed - (closed - closes.long())[new.begin],
-        tails=tails,
-    )
+    num_patches = state.num_patches[new.slots] + closed - (closed - closes.long())[new.begin]
+    return Boundaries(closes, previous(next_begin, open_begin), since_start, num_patches, tails)
 
 
-def _token_tails(patching: PatchSettings, state: BLTState, new: NewPositions, ids: Tensor) -> list[Tail]:
-    """What the patching mode `bpe` carries after each id."""
-    tails: list[Tail] = []
-    for slot, offset, i in zip(*(x.tolist() for x in (new.slots, new.offset, ids)), strict=True):
-        before = state.tails[slot] if state.tails else Tail()
-        tails.append((tails[-1] if offset else before).read(i, str(patching.tokenizer)))
-    return tails
+class BLTPass:
+    """A `bytelatent.model.blt.BLTCache`: the state of a BLT during one pass over new bytes.
+
+    Args:
+        new: the new bytes; their ids come with `tail_TW`.
+        found: the patches among them.
+        attention: gives the attention of a stack to its KV cache.
+        store: whether to update the state.
+        num_padding: bytes of padding after the new ones.
+    """
+
+    def __init__(
+        self,
+        state: BLTState,
+        new: NewPositions,
+        found: Boundaries,
+        tail_TW: Tensor,
+        attention: Callable[..., Mask],
+        settings: BLTSettings,
+        store: bool,
+        num_padding: int,
+    ):
+        self.state, self.new, self.store = state, new, store
+        self.tail_TW = F.pad(tail_TW, (0, 0, 0, num_padding))
+        closing = found.closes.nonzero()[:, 0]
+        self.patches = NewPositions(new.slots[closing], found.num_patches[closing] - 1)
+        self.patch_position = self.patches.position
+        self.encoder = attention(state.encoder, settings.encoder)
+        self.decoder = attention(state.decoder, settings.decoder)
+        self.global_transformer: Mask = PerDocument([])
+        if len(closing):
+            self.global_transformer = attention(state.patches, settings.global_transformer, self.patches, 0)
+        closed = found.closes.cumsum(0)
+        before = closed - found.closes.long()  # patches that close before each byte
+        self._find_own_bytes(closing, before, found.begin)
+        self._find_read_patches(torch.where(closed > before[new.begin], closed - 1, -1), num_padding)
+        if store:
+            open_begin = torch.where(found.closes, new.position + 1, found.begin)[new.last]
+            self._find_open_bytes(open_begin)
+
+    def _find_own_bytes(self, closing: Tensor, patch: Tensor, begin: Tensor) -> None:
+        """Which bytes are in the patches that close: those of the state and new ones."""
+        new, num_patches = self.new, len(closing)
+        count_before = ((new.position - new.offset)[closing] - begin[closing]).clamp(min=0)
+        self.is_begun = count_before > 0  # [P] whether its first bytes are in the state
+        self.closing_slot = new.slots[closing]
+        inner = torch.arange(int(count_before.max()) if num_patches else 0, device=patch.device)
+        patch_before, inner = (inner < count_before[:, None]).nonzero(as_tuple=True)
+        self.own_before = (self.closing_slot[patch_before], inner)
+        is_in = patch < num_patches
+        if num_patches:  # the next byte that closes a patch, if it is in the same run
+            is_in &= new.begin == new.begin[closing[patch.clamp(max=num_patches - 1)]]
+        self.own_new = is_in.nonzero()[:, 0]
+        self.new_runs = ByteRanges.of(patch[self.own_new], num_patches)
+        patch = torch.cat([patch_before, patch[self.own_new]])
+        self.order = patch.argsort(stable=True) if len(patch_before) else None  # a patch's bytes side by side
+        self.own = ByteRanges.of(patch if self.order is None else patch[self.order], num_patches)
+
+    def _find_read_patches(self, read: Tensor, num_padding: int) -> None:
+        """Which patch each byte attends to: one that closes, or the newest of its slot before."""
+        new, num_patches = self.new, len(self.patch_position)
+        has_before = self.state.num_patches[new.slot] > 0
+        is_needed = num_patches == 0 or bool(has_before.any())  # there must be some patch
+        self.num_before = len(new.slot) if is_needed else 0
+        if self.num_before:
+            before = torch.where(has_before, torch.arange(len(new.slot), device=read.device), -1)
+            read = torch.where(read >= 0, read + self.num_before, before[new.line])
+        self.read = ByteRanges.of(F.pad(read, (0, num_padding), value=-1), self.num_before + num_patches)
+
+    def _find_open_bytes(self, begin: Tensor) -> None:
+        """Which new bytes are in the open patches, which begin at `begin` [N], once all are read."""
+        new = self.new
+        count = new.position[new.last] + 1 - begin
+        self.state.reserve(Room(0, 0, int(count.max()) + 1))
+        self.open = (new.position >= begin[new.line]).nonzero()[:, 0]
+        line = new.line[self.open]
+        self.open_target = (new.slots[self.open], new.position[self.open] - begin[line])
+        has_any = torch.zeros_like(count, dtype=torch.bool).index_fill(0, line, True)
+        self.open_runs = ByteRanges.of((has_any.cumsum(0) - 1)[line], int(has_any.sum()))
+        self.open_slot = new.slot[has_any]
+        self.continues = (begin < new.num_read)[has_any]  # its first bytes are in the state
+
+    def pool(self, h_TD: Tensor) -> Tensor:
+        state, pooled_PD = self.state, h_TD.new_zeros(len(self.patch_position), h_TD.shape[1])
+        if len(pooled_PD):
+            pooled_PD = pool_patches(h_TD[self.own_new], self.new_runs)
+            before = state.open_max[self.closing_slot].to(pooled_PD.dtype)
+            pooled_PD = torch.where(self.is_begun[:, None], pooled_PD.maximum(before), pooled_PD)
+        if self.store and len(self.open_slot):
+            highest = pool_patches(h_TD[self.open], self.open_runs).to(state.open_max.dtype)
+            before = state.open_max[self.open_slot]
+            state.open_max[self.open_slot] = torch.where(self.continues[:, None], highest.maximum(before), highest)
+        return pooled_PD
+
+    def own_bytes(self, layer: int, k_THE: Tensor, v_THE: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for x_THE, open_BMHE in ((k_THE, self.state.open_k[layer]), (v_THE, self.state.open_v[layer])):
+            own = x_THE[self.own_new]
+            found.append(own if self.order is None else torch.cat([open_BMHE[self.own_before], own])[self.order])
+            if self.store:
+                open_BMHE[self.open_target] = x_THE[self.open].to(open_BMHE.dtype)
+        return found[0], found[1]
+
+    def read_patches(self, layer: int, k_PKHE: Tensor, v_PKHE: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for x_PKHE, newest_BKHE in ((k_PKHE, self.state.patch_k[layer]), (v_PKHE, self.state.patch_v[layer])):
+            before = newest_BKHE[self.new.slot[: self.num_before]].to(x_PKHE.dtype)
+            found.append(torch.cat([before, x_PKHE]) if self.num_before else x_PKHE)
+            if self.store and len(x_PKHE):
+                newest_BKHE[self.patches.slot] = x_PKHE[self.patches.last].to(newest_BKHE.dtype)
+        return found[0], found[1]

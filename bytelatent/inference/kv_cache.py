@@ -8,6 +8,7 @@ ids -> byte LM ------------> entropies -> patch starts
                                 [KV cache] -> logits
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.kernels.patch_attention import ByteRanges
-from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.model.attention import Mask
 from bytelatent.model.settings import StackSettings
@@ -69,8 +68,8 @@ class Room:
 
 
 @dataclass
-class DecodeState:
-    """What both kinds of models remember of the sequences in B slots."""
+class State:
+    """What decoding a byte LM keeps of the sequences in B slots."""
 
     position: Tensor  # [B] ids read
     tail: Tensor  # [B, W] the newest ids, the last one last
@@ -78,48 +77,41 @@ class DecodeState:
     since_start: Tensor  # [B] ids since the patching mode itself last started a patch
     num_patches: Tensor  # [B] closed patches
     open_count: Tensor  # [B] bytes of the open patch
+    byte_lm: KVCache | None  # of a BLT's entropy model, where the patching mode needs one
 
     def caches(self) -> list[KVCache]:
         """The KV caches by position in the text."""
-        raise NotImplementedError
+        return [self.byte_lm] if self.byte_lm is not None else []
 
     def reserve(self, room: Room) -> None:
         """Grow, so that this much fits in each slot."""
         for cache in self.caches():
             cache.reserve(room.positions)
 
-    def put(self, slot: int, other: "DecodeState", source: int) -> None:
+    def put(self, slot: int, other: "State", source: int) -> None:
         """Copy slot `source` of another state of the same model into a slot."""
         counts = torch.stack([other.position[source], other.num_patches[source], other.open_count[source]]).tolist()
         self.reserve(Room(*counts))
-        for (mine, axis), (theirs, _) in zip(self._tensors(), other._tensors(), strict=True):
-            target, given = mine.select(axis, slot), theirs.select(axis, source)
+        for mine, theirs in zip(self._by_slot(), other._by_slot(), strict=True):
+            target, given = mine[slot], theirs[source]
             if target.shape != given.shape:  # one has grown more
                 common = tuple(slice(0, min(sizes)) for sizes in zip(target.shape, given.shape, strict=True))
                 target, given = target[common], given[common]
             target.copy_(given)
 
-    def _tensors(self) -> list[tuple[Tensor, int]]:
-        """Everything that a slot holds, and the axis of the slots."""
-        counts = (self.position, self.tail, self.previous_entropy, self.since_start, self.num_patches, self.open_count)
-        return [(count, 0) for count in counts] + [(part, 1) for cache in self.caches() for part in (cache.k, cache.v)]
+    def _by_slot(self) -> Iterator[Tensor]:
+        """All tensors, with the slots as their first axis."""
+        for name, value in vars(self).items():
+            if isinstance(value, KVCache):
+                yield from (value.k.transpose(0, 1), value.v.transpose(0, 1))
+            elif isinstance(value, Tensor):
+                yield value.transpose(0, 1) if name in ("open_k", "open_v", "patch_k", "patch_v") else value
 
 
 @dataclass
-class ByteLMState(DecodeState):
-    """The state of a byte LM."""
+class BLTState(State):
+    """The same of a BLT."""
 
-    byte_lm: KVCache
-
-    def caches(self) -> list[KVCache]:
-        return [self.byte_lm]
-
-
-@dataclass
-class BLTState(DecodeState):
-    """The state of a BLT."""
-
-    byte_lm: KVCache | None  # of the entropy model, where the patching mode needs one
     encoder: KVCache
     decoder: KVCache
     patches: KVCache  # of the global transformer, by number of the patch
@@ -131,7 +123,7 @@ class BLTState(DecodeState):
     tails: list[Tail] = field(default_factory=list)  # of the patching mode `bpe`, one per slot
 
     def caches(self) -> list[KVCache]:
-        return [cache for cache in (self.byte_lm, self.encoder, self.decoder) if cache is not None]
+        return [*super().caches(), self.encoder, self.decoder]
 
     def reserve(self, room: Room) -> None:
         super().reserve(room)
@@ -140,19 +132,14 @@ class BLTState(DecodeState):
             more = (0, 0, 0, 0, 0, _in_blocks(room.open_bytes) - self.open_k.shape[2])
             self.open_k, self.open_v = F.pad(self.open_k, more), F.pad(self.open_v, more)
 
-    def put(self, slot: int, other: DecodeState, source: int) -> None:
+    def put(self, slot: int, other: State, source: int) -> None:
         super().put(slot, other, source)
-        assert isinstance(other, BLTState)
-        if other.tails:
+        if isinstance(other, BLTState) and other.tails:
             self.tails = self.tails or [Tail() for _ in self.position]
             self.tails[slot] = other.tails[source]
 
-    def _tensors(self) -> list[tuple[Tensor, int]]:
-        by_layer = (self.patches.k, self.patches.v, self.open_k, self.open_v, self.patch_k, self.patch_v)
-        return [*super()._tensors(), *((part, 1) for part in by_layer), (self.open_max, 0)]
 
-
-def empty_state(model: BLTModel | ByteLM, byte_lm: ByteLM | None, num_slots: int) -> ByteLMState | BLTState:
+def empty_state(model: BLTModel | ByteLM, byte_lm: ByteLM | None, num_slots: int) -> State:
     """The state of slots that have read nothing.
 
     Args:
@@ -165,22 +152,22 @@ def empty_state(model: BLTModel | ByteLM, byte_lm: ByteLM | None, num_slots: int
         longest = max(longest, *model.settings.ngram_hash.sizes)
     counts = (zeros, zeros[:, None].repeat(1, longest), zeros.float(), zeros.clone(), zeros.clone(), zeros.clone())
     if isinstance(model, ByteLM):
-        return ByteLMState(*counts, KVCache.empty(model.settings, num_slots, like))
+        return State(*counts, KVCache.empty(model.settings, num_slots, like))
     settings, cross = model.settings, model.settings.cross_attention
-    head_dim = settings.encoder.dim // cross.num_heads
-    num_encoder, num_decoder = len(model.encoder.cross_attention), len(model.decoder.cross_attention)
-    lm_like = like if byte_lm is None else next(byte_lm.parameters())
+    heads = cross.num_heads, settings.encoder.dim // cross.num_heads
+    open_k = like.new_zeros(len(model.encoder.cross_attention), num_slots, BLOCK, *heads)
+    patch_k = like.new_zeros(len(model.decoder.cross_attention), num_slots, cross.k, *heads)
     return BLTState(
         *counts,
-        byte_lm=None if byte_lm is None else KVCache.empty(byte_lm.settings, num_slots, lm_like),
+        byte_lm=None if byte_lm is None else KVCache.empty(byte_lm.settings, num_slots, next(byte_lm.parameters())),
         encoder=KVCache.empty(settings.encoder, num_slots, like),
         decoder=KVCache.empty(settings.decoder, num_slots, like),
         patches=KVCache.empty(settings.global_transformer, num_slots, like),
-        open_k=like.new_zeros(num_encoder, num_slots, BLOCK, cross.num_heads, head_dim),
-        open_v=like.new_zeros(num_encoder, num_slots, BLOCK, cross.num_heads, head_dim),
+        open_k=open_k,
+        open_v=torch.zeros_like(open_k),
         open_max=like.new_zeros(num_slots, settings.encoder.dim),
-        patch_k=like.new_zeros(num_decoder, num_slots, cross.k, cross.num_heads, head_dim),
-        patch_v=like.new_zeros(num_decoder, num_slots, cross.k, cross.num_heads, head_dim),
+        patch_k=patch_k,
+        patch_v=torch.zeros_like(patch_k),
     )
 
 
@@ -197,50 +184,27 @@ class NewPositions:
         begin: [T] index where each one's run begins.
         offset: [T] positions of its run before each one.
         slot: [N] the slots that have new positions.
-        num_read: [N] positions that each of them has read before.
+        line: [T] which of `slot` each position belongs to.
+        number: [T] positions of its slot before each one.
+        count: [N] positions of each slot.
+        last: [N] the index of each slot's last position.
+        num_read: [N] positions that each slot has read before.
     """
 
     def __init__(self, slots: Tensor, position: Tensor):
         index = torch.arange(len(slots), device=slots.device)
         is_first, one = slots[1:] != slots[:-1], torch.ones_like(slots[:1], dtype=torch.bool)
-        self._begins_slot = torch.cat([one, is_first])
+        begins_slot = torch.cat([one, is_first])
         begins_run = torch.cat([one, is_first | (position[1:] != position[:-1] + 1)])
+        first_N = begins_slot.nonzero()[:, 0]
         self.slots, self.position = slots, position
         self.begin = torch.where(begins_run, index, 0).cummax(0).values
         self.offset = index - self.begin
-
-    @cached_property
-    def _first(self) -> Tensor:
-        """[N] the index of each slot's first position."""
-        return self._begins_slot.nonzero()[:, 0]
-
-    @cached_property
-    def line(self) -> Tensor:
-        """[T] which of `slot` each position belongs to."""
-        return self._begins_slot.cumsum(0) - 1
-
-    @cached_property
-    def slot(self) -> Tensor:
-        return self.slots[self._first]
-
-    @cached_property
-    def num_read(self) -> Tensor:
-        return self.position[self._first]
-
-    @cached_property
-    def _number(self) -> Tensor:
-        """[T] positions of its slot before each one."""
-        return torch.arange(len(self.slots), device=self.slots.device) - self._first[self.line]
-
-    @cached_property
-    def count(self) -> Tensor:
-        """[N] positions of each slot."""
-        return torch.bincount(self.line)
-
-    @cached_property
-    def last(self) -> Tensor:
-        """[N] the index of each slot's last position."""
-        return self.count.cumsum(0) - 1
+        self.slot, self.num_read = slots[first_N], position[first_N]
+        self.line = begins_slot.cumsum(0) - 1
+        self.number = index - first_N[self.line]
+        self.count = torch.bincount(self.line)
+        self.last = self.count.cumsum(0) - 1
 
     @cached_property
     def size(self) -> int:
@@ -251,7 +215,7 @@ class NewPositions:
     def _padded_index(self) -> Tensor | None:
         """[T] where each position lies in N * Q; None where nothing is padded."""
         is_full = len(self.slots) == len(self.slot) * self.size
-        return None if is_full else self.line * self.size + self._number
+        return None if is_full else self.line * self.size + self.number
 
     @cached_property
     def seen(self) -> Tensor:
@@ -276,7 +240,7 @@ class NewPositions:
         """The indices of the newest `count` positions of each slot."""
         if self.size <= count:
             return slice(None)
-        after = self.count[self.line] - self._number  # itself and those that follow it in its slot
+        after = self.count[self.line] - self.number  # itself and those that follow it in its slot
         return (after <= count).nonzero()[:, 0]
 
 
@@ -324,12 +288,10 @@ class StoreNewest:
     """Stores the newest keys and values of whole sequences in a KV cache, layer by layer.
 
     They are copied as slices: that is less work for the host, and for the device, than indices.
-
-    Args:
-        slots, counts: the sequences' slots and numbers of positions, which lie one after another in the stream.
     """
 
-    def __init__(self, cache: KVCache, slots: list[int], counts: list[int]):
+    def __init__(self, cache: KVCache, new: NewPositions):
+        slots, counts = new.slot.tolist(), new.count.tolist()
         cache.reserve(max(counts, default=0))
         self.cache, self.layer = cache, 0
         self.slices: list[tuple[int, slice, slice]] = []  # slot, in the stream, in the cache
@@ -382,126 +344,6 @@ class PromptAttention:
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         self.store(k_TJE, v_TJE)
         return self.mask.attend(q_THE, k_TJE, v_TJE)
-
-
-class BLTPass:
-    """A `bytelatent.model.blt.BLTCache`: the state of a BLT during one pass over new bytes.
-
-    Args:
-        new: the new bytes; their ids come with `tail_TW`.
-        closes, begin: [T] whether each byte is the last of its patch, and the position where its patch begins.
-        patches: the patches that close.
-        encoder, global_transformer, decoder: attention of the stacks.
-        store: whether the state takes what later bytes need.
-        num_padding: bytes after the new ones that stand for nothing.
-    """
-
-    def __init__(
-        self,
-        state: BLTState,
-        new: NewPositions,
-        tail_TW: Tensor,
-        closes: Tensor,
-        begin: Tensor,
-        patches: NewPositions,
-        encoder: Mask,
-        global_transformer: Mask,
-        decoder: Mask,
-        store: bool,
-        num_padding: int = 0,
-    ):
-        self.state, self.new, self.patches, self.store = state, new, patches, store
-        self.encoder, self.global_transformer, self.decoder = encoder, global_transformer, decoder
-        self.tail_TW = F.pad(tail_TW, (0, 0, 0, num_padding))
-        self.patch_position = patches.position
-        closing = closes.nonzero()[:, 0]
-        self._find_own_bytes(closing, closes, begin)
-        closed = closes.cumsum(0)
-        before = (closed - closes.long())[new.begin]
-        self._find_read_patches(torch.where(closed > before, closed - 1, -1), num_padding)
-        if store:
-            open_begin = torch.where(closes, new.position + 1, begin)[new.last]  # [N] of the patch that is open now
-            self._find_open_bytes(open_begin)
-
-    def _find_own_bytes(self, closing: Tensor, closes: Tensor, begin: Tensor) -> None:
-        """Which bytes are in the patches that close: remembered ones and new ones."""
-        new, num_patches = self.new, len(closing)
-        first = (new.position - new.offset)[closing]
-        count_before = (first - begin[closing]).clamp(min=0)
-        self.is_begun = count_before > 0  # [P] whether its first bytes are remembered
-        self.closing_slot = new.slots[closing]
-        inner = torch.arange(int(count_before.max()) if num_patches else 0, device=closes.device)
-        patch_before, inner = (inner < count_before[:, None]).nonzero(as_tuple=True)
-        self.own_before = (self.closing_slot[patch_before], inner)
-        patch = closes.cumsum(0) - closes.long()
-        is_in = patch < num_patches
-        if num_patches:  # the next byte that closes a patch, if it is in the same run
-            is_in &= new.begin == new.begin[closing[patch.clamp(max=num_patches - 1)]]
-        self.own_new = is_in.nonzero()[:, 0]
-        self.new_runs = ByteRanges.of(patch[self.own_new], num_patches)
-        patch = torch.cat([patch_before, patch[self.own_new]])
-        self.order = patch.argsort(stable=True) if len(patch_before) else None  # a patch's bytes side by side
-        self.own = ByteRanges.of(patch if self.order is None else patch[self.order], num_patches)
-
-    def _find_read_patches(self, read: Tensor, num_padding: int) -> None:
-        """Which patch each byte reads: one that closes, or the newest of its slot before."""
-        new, state = self.new, self.state
-        has_before = state.num_patches[new.slot] > 0
-        is_needed = not len(self.patch_position) or bool(has_before.any())  # some patch there must be to read
-        self.num_before = len(new.slot) if is_needed else 0
-        if self.num_before:
-            before = torch.where(has_before, torch.arange(len(new.slot), device=read.device), -1)
-            read = torch.where(read >= 0, read + self.num_before, before[new.line])
-        num_patches = self.num_before + len(self.patch_position)
-        self.read: ByteRanges = ByteRanges.of(F.pad(read, (0, num_padding), value=-1), num_patches)
-
-    def _find_open_bytes(self, begin: Tensor) -> None:
-        """Which new bytes are in an open patch once all are read."""
-        new, state = self.new, self.state
-        count = new.position[new.last] + 1 - begin
-        state.reserve(Room(0, 0, int(count.max()) + 1))
-        self.open = (new.position >= begin[new.line]).nonzero()[:, 0]
-        line = new.line[self.open]
-        self.open_target = (new.slots[self.open], new.position[self.open] - begin[line])
-        has_any = torch.zeros_like(count, dtype=torch.bool).index_fill(0, line, True)
-        number = has_any.cumsum(0) - 1
-        self.open_runs = ByteRanges.of(number[line], int(has_any.sum()))
-        self.open_slot = new.slot[has_any]
-        self.goes_on = (begin < new.num_read)[has_any]  # its first bytes are remembered
-
-    def pool(self, h_TD: Tensor) -> Tensor:
-        state, pooled_PD = self.state, h_TD.new_zeros(len(self.patch_position), h_TD.shape[1])
-        if len(pooled_PD):
-            pooled_PD = pool_patches(h_TD[self.own_new], self.new_runs)
-            before = state.open_max[self.closing_slot].to(pooled_PD.dtype)
-            pooled_PD = torch.where(self.is_begun[:, None], pooled_PD.maximum(before), pooled_PD)
-        if self.store and len(self.open_slot):
-            highest = pool_patches(h_TD[self.open], self.open_runs).to(state.open_max.dtype)
-            before = state.open_max[self.open_slot]
-            state.open_max[self.open_slot] = torch.where(self.goes_on[:, None], highest.maximum(before), highest)
-        return pooled_PD
-
-    def own_bytes(self, layer: int, k_THE: Tensor, v_THE: Tensor) -> tuple[Tensor, Tensor]:
-        state = self.state
-        k, v = k_THE[self.own_new], v_THE[self.own_new]
-        if self.order is not None:
-            k_before, v_before = state.open_k[layer][self.own_before], state.open_v[layer][self.own_before]
-            k, v = torch.cat([k_before, k])[self.order], torch.cat([v_before, v])[self.order]
-        if self.store:
-            state.open_k[layer][self.open_target] = k_THE[self.open].to(state.open_k.dtype)
-            state.open_v[layer][self.open_target] = v_THE[self.open].to(state.open_v.dtype)
-        return k, v
-
-    def read_patches(self, layer: int, k_PKHE: Tensor, v_PKHE: Tensor) -> tuple[Tensor, Tensor]:
-        state, new, patches = self.state, self.new, self.patches
-        k, v = k_PKHE, v_PKHE
-        if self.num_before:
-            k = torch.cat([state.patch_k[layer][new.slot].to(k.dtype), k])
-            v = torch.cat([state.patch_v[layer][new.slot].to(v.dtype), v])
-        if self.store and len(self.patch_position):
-            state.patch_k[layer][patches.slot] = k_PKHE[patches.last].to(state.patch_k.dtype)
-            state.patch_v[layer][patches.slot] = v_PKHE[patches.last].to(state.patch_v.dtype)
-        return k, v
 
 
 def _in_blocks(size: int) -> int:

@@ -30,8 +30,8 @@ def check_limits(**values: Any) -> None:
         is_number = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's, too
         if not is_number or not 1 <= int(value) <= LIMITS[name]:
             # Python refuses to write numbers of thousands of digits.
-            is_huge = isinstance(value, int) and value.bit_length() > 300
-            shown = f"a number of {value.bit_length():,} bits" if is_huge else reprlib.repr(value)
+            num_bits = int(value).bit_length() if is_number else 0
+            shown = f"a number of {num_bits:,} bits" if num_bits > 300 else reprlib.repr(value)
             raise UserError(f"{name}: {shown} is not a number from 1 to {LIMITS[name]:,}")
 
 

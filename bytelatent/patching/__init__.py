@@ -7,7 +7,7 @@ small carried state, whether the next id starts a patch (`PatchState`, `step`).
 from bytelatent.patching.bpe import Tail
 from bytelatent.patching.calibration import Calibration, calibrate, mean_patch_bytes, patch_bytes_by_threshold
 from bytelatent.patching.modes import MODES, PatchSettings
-from bytelatent.patching.starts import Patch, PatchState, next_starts, patch_lengths, step
+from bytelatent.patching.starts import Patch, PatchState, next_starts, patch_lengths, starts_of_lengths, step
 
 __all__ = [
     "MODES",
@@ -21,5 +21,6 @@ __all__ = [
     "next_starts",
     "patch_bytes_by_threshold",
     "patch_lengths",
+    "starts_of_lengths",
     "step",
 ]

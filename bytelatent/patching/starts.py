@@ -81,6 +81,27 @@ def patch_lengths(
     return lengths[:, : int((lengths > 0).sum(dim=1).max())] if num_rows else lengths
 
 
+def starts_of_lengths(lengths: Tensor, num_ids: int) -> Tensor:
+    """The opposite, of one row: for each of its ids, whether the next one starts a patch.
+
+    Args:
+        lengths: [P], zero-padded.
+
+    Raises:
+        UserError: they are not integers, or sum neither to the number of ids nor to one more.
+    """
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise UserError(f"patch_lengths are whole numbers, not {lengths.dtype}")
+    total = int(lengths.sum())
+    if total not in (num_ids, num_ids + 1) or bool((lengths < 0).any()):
+        raise UserError(f"patch_lengths sum to {total}; a row of {num_ids} ids needs {num_ids} or {num_ids + 1}")
+    starts = torch.zeros(num_ids + 2, dtype=torch.bool, device=lengths.device)
+    starts[lengths[lengths > 0].cumsum(0)] = True
+    if total == num_ids:  # the lengths end before the next id, which then starts no patch yet
+        starts[num_ids] = False
+    return starts[1 : num_ids + 1]
+
+
 @dataclass
 class PatchState:
     """What the decision about the next id needs to remember, for B rows."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -145,12 +146,11 @@ def sample_pieces(
     for source in sources:
         wanted = text_bytes * source.weight / total
         read, pieces = 0, []
-        for file in random.permutation(find_files(source.path)):
-            for _, document in read_documents(str(file), source.text_key, check, bad_rows, max_row_bytes=max_row_bytes):
-                pieces.extend(cut(replace(document, starts=None), context))
-                read += len(document.text)
-                if read >= SPREAD * wanted:
-                    break
+        files = map(str, random.permutation(find_files(source.path)))
+        found = (read_documents(f, source.text_key, check, bad_rows, max_row_bytes=max_row_bytes) for f in files)
+        for _, document in chain.from_iterable(found):
+            pieces.extend(cut(replace(document, starts=None), context))
+            read += len(document.text)
             if read >= SPREAD * wanted:
                 break
         random.shuffle(pieces)  # neighbours are alike: a wider stretch gives a better sample

@@ -17,7 +17,7 @@ from bytelatent.hub import Unreachable
 from bytelatent.text import find_files
 from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
-from bytelatent.training.settings import Float8, OptimizerSettings, ParallelSettings, TrainSettings
+from bytelatent.training.settings import Float8, TrainSettings
 from bytelatent.weights import find_byte_lm
 
 FLOAT8_CAPABILITY = (8, 9)  # the first CUDA devices that multiply 8-bit floats
@@ -27,10 +27,23 @@ def check_settings(settings: TrainSettings, world_size: int, device: torch.devic
     """Check what this number of processes can do on such a device.
 
     Raises:
-        UserError: the processes cannot divide the model, or cannot train in this way.
+        UserError: the processes cannot divide the work, or cannot train in this way.
     """
-    check_processes(settings.parallel, world_size)
-    check_optimizer(settings.optimizer, world_size)
+    parallel, optimizer = settings.parallel, settings.optimizer
+    tensor, data = parallel.tensor, world_size // parallel.tensor
+    if world_size % tensor:
+        raise UserError(
+            f"parallel.tensor: {world_size} processes are no multiple of {tensor}; start another number of them"
+        )
+    if world_size > 1 and parallel.data == "hybrid" and data % (parallel.replicas or 1):
+        raise UserError(
+            f"parallel.replicas: {data} processes{' beside those of parallel.tensor' if tensor > 1 else ''} are no "
+            f"multiple of {parallel.replicas}; start another number of them"
+        )
+    if world_size > 1 and optimizer.hash_gradients == "rows":
+        raise UserError(f"optimizer.hash_gradients: rows is for one process, not for {world_size}; take dense")
+    if world_size > 1 and optimizer.name == "muon":
+        raise UserError(f"optimizer.name: muon is for one process, not for {world_size}; take adamw")
     check_cuda_graph(settings.cuda_graph, device, world_size)
 
 
@@ -54,36 +67,6 @@ def check_machine(settings: TrainSettings, device: torch.device, dtype: torch.dt
             f"data.shuffle_buffer: {data.shuffle_buffer:,} pieces of up to data.context={data.context:,} bytes take up "
             f"to {most / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; take fewer"
         )
-
-
-def check_processes(settings: ParallelSettings, world_size: int) -> None:
-    """Check that the processes can divide the work.
-
-    Raises:
-        UserError: their number is not divisible.
-    """
-    tensor = settings.tensor
-    if world_size % tensor:
-        raise UserError(
-            f"parallel.tensor: {world_size} processes are no multiple of {tensor}; start another number of them"
-        )
-    data = world_size // tensor
-    if world_size > 1 and settings.data == "hybrid" and data % (settings.replicas or 1):
-        raise UserError(
-            f"parallel.replicas: {data} processes{' beside those of parallel.tensor' if tensor > 1 else ''} are no "
-            f"multiple of {settings.replicas}; start another number of them"
-        )
-
-
-def check_optimizer(settings: OptimizerSettings, world_size: int) -> None:
-    """
-    Raises:
-        UserError: the optimizer is for one process, and there are several.
-    """
-    if world_size > 1 and settings.hash_gradients == "rows":
-        raise UserError(f"optimizer.hash_gradients: rows is for one process, not for {world_size}; take dense")
-    if world_size > 1 and settings.name == "muon":
-        raise UserError(f"optimizer.name: muon is for one process, not for {world_size}; take adamw")
 
 
 def check_cuda_graph(wanted: bool, device: torch.device, world_size: int = 1) -> None:

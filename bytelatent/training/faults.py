@@ -83,7 +83,7 @@ def reason_to_skip(
     )
 
 
-def find_not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers | None = None) -> str | None:
+def find_not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) -> str | None:
     """The first weight, or optimizer state of a weight, with a NaN or infinite value; None if all are finite.
 
     Each rank checks the parts that it holds.
@@ -91,7 +91,7 @@ def find_not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | Optimiz
     for name, parameter in model.named_parameters():
         if not _is_finite(local_part(parameter.detach())):
             return name
-        for one in [] if optimizer is None else each(optimizer):
+        for one in each(optimizer):
             for key, value in one.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and not _is_finite(local_part(value)):
                     return f"{key} of {name}"

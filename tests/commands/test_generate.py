@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bytelatent.commands import generate
-from bytelatent.commands.rows_out import _must_be_made_with
+from bytelatent.commands.generate import _must_be_made_with
 from bytelatent.errors import UserError
 from bytelatent.files import growing_file, partial_path
 from tests import processes
@@ -118,8 +118,7 @@ def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_pa
     first = out.read_bytes().splitlines(keepends=True)[0]
     out.unlink()
 
-    from bytelatent.commands.generate import GENERATED, GenerateSettings, _made_with, _rows
-    from bytelatent.commands.rows_out import rows_at
+    from bytelatent.commands.generate import GENERATED, GenerateSettings, _made_with, _rows, rows_at
 
     asked = GenerateSettings(model=str(model), jsonl=str(rows), out=out, max_new_bytes=4, rows=2)
 
@@ -280,7 +279,7 @@ def test_what_holds_something_is_not_replaced(model: Path, tmp_path: Path) -> No
 def test_prompts_that_stand_where_rows_would_wait_are_left_whole(tmp_path: Path) -> None:
     rows = tmp_path / "out.part"
     rows.write_text('{"prompt": "a"}\n{"prompt": "b"}')  # the last line without its end
-    with pytest.raises(UserError, match=r"^out: '.*out.part' is in the way, and no '.*out.part.settings' says"):
+    with pytest.raises(UserError, match=r"^out: '.*out.part' is in the way, and there is no '.*out.part.settings'"):
         run(model="absent", jsonl=str(rows), out=tmp_path / "out")
     assert rows.read_text() == '{"prompt": "a"}\n{"prompt": "b"}'
     assert names(tmp_path) == {"out.part"}

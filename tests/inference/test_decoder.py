@@ -15,7 +15,7 @@ from bytelatent.inference.step import FastDecoder
 from bytelatent.model import ByteLM, add_patches, attention, pack_rows
 from bytelatent.model.attention import Mask
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
-from bytelatent.patching import PatchSettings, next_starts
+from bytelatent.patching import MODES, PatchSettings, next_starts
 from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
 
 PATCHINGS = st.sampled_from(
@@ -24,10 +24,9 @@ PATCHINGS = st.sampled_from(
         PatchSettings(threshold=5.3, max_patch_length=3),
         PatchSettings(threshold=0.01, monotonicity=True),
         PatchSettings(threshold=5.1, threshold_add=0.0, max_patch_length=7),
-        PatchSettings(mode="space"),
         PatchSettings(mode="space", max_patch_length=2),
         PatchSettings(mode="static", patch_size=3),
-        PatchSettings(mode="byte"),
+        *(PatchSettings(mode=mode) for mode, its in MODES.items() if not its.required),
     ]
 )
 

@@ -16,7 +16,7 @@ from bytelatent.inference.step import CapturedSlots, engine_for, supports
 from bytelatent.inference.step.step import BLTStep
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
-from bytelatent.patching import PatchSettings
+from bytelatent.patching import MODES, PatchSettings
 from bytelatent.vocab import EOS, decode
 from tests.inference.test_decoder import full_logits
 from tests.model.tiny import tiny_blt, tiny_byte_lm
@@ -330,7 +330,7 @@ def test_drafts_follow_every_sampling_setting(kind: str, change: dict[str, Any])
             assert (found.ids, found.ended) == (expected.ids, expected.ended)
 
 
-@pytest.mark.parametrize("mode", ["byte", "space", "static", "entropy"])
+@pytest.mark.parametrize("mode", [mode for mode, its in MODES.items() if not its.on_host])
 def test_rejected_drafts_leave_no_trace(mode: str) -> None:
     """Drafts close patches that never were: with `byte` one for each byte of a draft as long as any."""
     settings: dict[str, Any] = {"static": {"patch_size": 3}, "entropy": {"threshold": 5.12}}.get(mode, {})

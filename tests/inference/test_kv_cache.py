@@ -46,7 +46,9 @@ def test_a_cache_holds_the_newest_keys_and_values_of_each_slot(
     cache = KVCache(torch.zeros(shape), torch.zeros(shape), num_slots)
     k_LTJE, v_LTJE = torch.randn(2, 2, sum(sizes) + 5, 3, 4)  # the last five fill up
     begins = [sum(sizes[:row]) for row in range(len(sizes))]
-    store = StoreNewest(cache, list(range(len(sizes))), sizes)
+    slots = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    position = torch.cat([torch.arange(size) for size in sizes])
+    store = StoreNewest(cache, NewPositions(slots, position))
     if together:
         store.all_layers(k_LTJE, v_LTJE)
     else:

@@ -20,7 +20,7 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.checks import check_optimizer
+from bytelatent.training.checks import check_settings
 from bytelatent.training.distributed.plan import ParallelPlan
 from bytelatent.training.gradients import Gradients, clip
 from bytelatent.training.optimizer import Optimizers, SparseRowsAdamW, build_optimizer
@@ -269,6 +269,6 @@ def test_muon_learns(tmp_path: Path, text: Path, model: str) -> None:
 @pytest.mark.parametrize("more", [{"hash_gradients": "rows"}, {"name": "muon"}])
 def test_what_one_process_can_do_alone(text: Path, more: dict[str, Any]) -> None:
     asked = space_run(text, **more)
-    check_optimizer(asked.optimizer, world_size=1)
+    check_settings(asked, 1, CPU)
     with pytest.raises(UserError, match=f"^optimizer.{next(iter(more))}: .* is for one process, not for 2; take "):
-        check_optimizer(asked.optimizer, world_size=2)
+        check_settings(asked, 2, CPU)

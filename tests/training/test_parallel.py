@@ -16,7 +16,7 @@ from bytelatent.errors import UserError
 from bytelatent.model import block, build
 from bytelatent.model.attention import packed_mask
 from bytelatent.model.loss import cross_entropy
-from bytelatent.training.checks import check_processes
+from bytelatent.training.checks import check_settings
 from bytelatent.training.distributed import plan as plans
 from bytelatent.training.distributed.plan import build_parallel_model, initialize_weights, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks, ranks_from
@@ -204,7 +204,7 @@ def test_ranks_that_cannot_be_divided_are_one_line(
     patching = {"mode": "space"} if model.get("kind") == "blt" else None
     asked = byte_lm_run(Path("x"), Path("x"), model=model, patching=patching, parallel=parallel)
     with pytest.raises(UserError, match=line):
-        check_processes(settings(asked).parallel, world)
+        check_settings(settings(asked), world, torch.device("cpu"))
 
 
 def complained(who: set[int]) -> str:

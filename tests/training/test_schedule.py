@@ -116,7 +116,7 @@ def test_a_clock_that_jitters_makes_no_leaps(clock: Any) -> None:
     assert falling[-1] == pytest.approx(MINIMUM, rel=0.05)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("end", "longer"), [({"steps": 80}, {"steps": 200}), ({"minutes": 1}, {"minutes": 3})])
 def test_a_finished_run_that_is_extended_stays_at_its_minimum(
     schedule: str, end: dict[str, Any], longer: dict[str, Any]
@@ -172,7 +172,7 @@ def test_a_decay_begins_in_a_running_run() -> None:
     assert falling == pytest.approx([PEAK - (PEAK - MINIMUM) * (n + 1) / 25 for n in range(25)])
 
 
-@pytest.mark.parametrize(("before", "after"), [("cosine", "wsd"), ("wsd", "cosine")])
+@pytest.mark.parametrize(("before", "after"), itertools.permutations(SCHEDULES, 2))
 def test_another_schedule_in_a_running_run_goes_on_from_the_rate_that_is(before: str, after: str) -> None:
     state = Schedule()
     first = rates(run_by({"schedule": before}, steps=100), itertools.repeat(0.5), state, stop_after=90)
@@ -307,15 +307,31 @@ def rates_under_own_clocks(values: dict[str, Any]) -> list[float]:
     return found
 
 
+class SettingsRead:
+    """Settings that remember which of them are read."""
+
+    def __init__(self, settings: OptimizerSettings):
+        self.settings, self.names = settings, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.settings, name)
+
+
 def test_the_table_of_schedules_is_complete() -> None:
     """Each schedule has its name, its form and its line in the docs of the settings."""
     assert set(SCHEDULES) == set(get_args(ScheduleName))
     assert OF_ONE_SCHEDULE.keys() <= SCHEDULES.keys()
-    assert {name for names in OF_ONE_SCHEDULE.values() for name in names} <= OptimizerSettings.model_fields.keys()
     for name, form in SCHEDULES.items():
         assert f"`{name}`" in (OptimizerSettings.__doc__ or "")
         given = OptimizerSettings(schedule=name)
         assert (form.height(0.0), form.height(1.0)) == pytest.approx((1.0, 0.0))
         assert 0 < form.decay(given, 100.0, 1.0) <= 100
+        read = set()
+        for unit in (1.0, 60.0):
+            seen: Any = SettingsRead(given)
+            form.decay(seen, 100.0, unit)
+            read |= seen.names
+        assert read == set(OF_ONE_SCHEDULE.get(name, ())), "settings that others do not take are in OF_ONE_SCHEDULE"
         for decayed in (0.0, 0.3, 1.0):
             assert form.decayed_at(form.height(decayed)) == pytest.approx(decayed)

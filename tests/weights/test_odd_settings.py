@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bytelatent import BLT
 from bytelatent.commands.info import describe
+from bytelatent.commands.settings import InfoSettings
 from bytelatent.errors import UserError
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings
@@ -21,7 +22,7 @@ from bytelatent.weights import Config, open_pretrained
 from bytelatent.weights import stored_model as stored
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 from tests.weights.published import write_published
-from tests.weights.test_sidecar import edit
+from tests.weights.test_side_files import edit
 
 GONE = object()
 ODD: list[Any] = [
@@ -68,7 +69,7 @@ def test_any_value_anywhere(format: str, data: st.DataObject, models: Path) -> N
         file.write_text(json.dumps(changed(values, place, odd)))
         found = open_pretrained(models / format)
         assert found.in_a_line().isprintable()
-        describe(str(models / format), patch_bytes=4.5, context=100).show(Console(quiet=True))
+        describe(InfoSettings(model=str(models / format), context=100)).show(Console(quiet=True))
         blt = BLT.from_pretrained(models / format, device="cpu")
         blt.logits(torch.tensor([[1, 70, 80, 90]]))
         blt.bits_per_byte("abc")
@@ -205,7 +206,7 @@ def test_paths_with_brackets_are_no_markup(blt: BLT, tmp_path: Path) -> None:
     folder = tmp_path / "[red" / "]x[" / "bold]"
     blt.save_pretrained(folder)
     console = Console(record=True, width=60)
-    describe(str(folder), 4.5, 100).show(console)
+    describe(InfoSettings(model=str(folder), context=100)).show(console)
     assert str(folder) in console.export_text()
 
 

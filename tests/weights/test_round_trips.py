@@ -16,10 +16,11 @@ from bytelatent import BLT
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.model.settings import StackSettings
-from bytelatent.patching import Calibration, PatchSettings
+from bytelatent.patching import MODES, Calibration, PatchSettings
 from bytelatent.weights import Config, Origin, convert, load, open_pretrained, save
 from bytelatent.weights.native import WeightsFormat
 from tests.model.tiny import blt_settings, byte_lm_settings, make, tiny_blt_settings, tiny_byte_lm
+from tests.weights.test_convert import REFUSED
 
 EXAMPLES = settings(max_examples=25, deadline=None)
 ORIGIN = Origin(
@@ -33,13 +34,12 @@ MEASURED = Calibration(threshold=5.12, wanted_patch_bytes=4, mean_patch_bytes=4.
 PATCHINGS = [
     PatchSettings(threshold=5.12),
     PatchSettings(threshold=5.12, max_patch_length=3),
-    PatchSettings(mode="byte"),
     PatchSettings(threshold=0.01, monotonicity=True),
     PatchSettings(threshold=5.1, threshold_add=0.01),
-    PatchSettings(mode="space"),
     PatchSettings(mode="space", max_patch_length=5),
     PatchSettings(mode="static", patch_size=4),
     PatchSettings(mode="bpe", tokenizer="tokenizer.json"),
+    *(PatchSettings(mode=mode) for mode, its in MODES.items() if not its.required),
 ]
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IDS = torch.tensor([[1, *(byte + 4 for byte in b"there and back again")]])
@@ -105,7 +105,7 @@ def has_room(format: str, sample: Sample) -> bool:
         for part in (*parts, model.global_transformer)
     }
     plain_heads = all(part.kv_heads == part.num_heads for part in (*parts, cross))
-    return patching.mode != "bpe" and len(shared) == 1 and plain_heads
+    return (patching.mode, "meta") not in REFUSED and len(shared) == 1 and plain_heads
 
 
 @contextmanager

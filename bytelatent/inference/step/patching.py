@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.kv_cache import DecodeState
+from bytelatent.inference.kv_cache import State
 from bytelatent.inference.step.sampling import Flags
 from bytelatent.kernels.launch import Arrays, launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
 from bytelatent.model import entropies
@@ -42,7 +42,7 @@ def kernel_decision(patching: PatchSettings) -> int:
     return KERNEL_DECISIONS[patching.decision].value
 
 
-def append(state: DecodeState, flags: Flags) -> None:
+def append(state: State, flags: Flags) -> None:
     """Append the ids that are read to the texts and to the open patches.
 
     Args:
@@ -62,7 +62,7 @@ def append(state: DecodeState, flags: Flags) -> None:
     )
 
 
-def plain_append(state: DecodeState, flags: Flags) -> None:
+def plain_append(state: State, flags: Flags) -> None:
     arrays, counts = Arrays(flags), Arrays(state)
     reads, tail, open_count = arrays.reads, counts.tail, counts.open_count
     np.copyto(tail, np.concatenate([tail[:, 1:], arrays.ids[:, None]], axis=1), where=reads[:, None])
@@ -72,7 +72,7 @@ def plain_append(state: DecodeState, flags: Flags) -> None:
     arrays.reads_patch[:] = counts.num_patches > 0
 
 
-def decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: DecodeState, flags: Flags) -> None:
+def decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: State, flags: Flags) -> None:
     """Decide whether the ids that follow start patches, as `bytelatent.patching.step` does. Call `append` before.
 
     Args:
@@ -101,7 +101,7 @@ def decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: DecodeSt
     )
 
 
-def plain_decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: DecodeState, flags: Flags) -> None:
+def plain_decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: State, flags: Flags) -> None:
     found = None if lm_logits_BV is None else entropies(lm_logits_BV)
     before = PatchState(state.position - 1, state.tail[:, -2], state.previous_entropy, state.since_start)
     after, starts = step(before, flags.ids, found, patching)
@@ -111,7 +111,7 @@ def plain_decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: De
     arrays.wants[:] = (starts.numpy() & arrays.reads) | arrays.is_waiting
 
 
-def choose(state: DecodeState, flags: Flags, quorum: float, decoded: bool) -> None:
+def choose(state: State, flags: Flags, quorum: float, decoded: bool) -> None:
     """Choose up to C slots for the global transformer among those whose patch closes; slots that waited come first.
 
     Args:
@@ -139,7 +139,7 @@ def choose(state: DecodeState, flags: Flags, quorum: float, decoded: bool) -> No
     )
 
 
-def plain_choose(state: DecodeState, flags: Flags, quorum: float, decoded: bool) -> None:
+def plain_choose(state: State, flags: Flags, quorum: float, decoded: bool) -> None:
     arrays, counts = Arrays(flags), Arrays(state)
     wants, reads, is_waiting = arrays.wants, arrays.reads, arrays.is_waiting
     num_patches, open_count = counts.num_patches, counts.open_count

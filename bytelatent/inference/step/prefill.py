@@ -226,7 +226,7 @@ class FastDecoder(Decoder):
             return super()._prompt_attention(cache, stack, new, num_padding)
         position = F.pad(new.position, (0, -len(new.position) % ROWS))
         cos, sin = cos_sin(position, stack.head_dim, stack.rope_theta)
-        store = StoreNewest(cache, new.slot.tolist(), new.count.tolist())
+        store = StoreNewest(cache, new)
         return RunAttention(first_seen(position, stack.window), cos, sin, store)
 
 

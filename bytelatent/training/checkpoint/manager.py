@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -72,23 +72,6 @@ class CheckpointContent:
     progress: dict[str, Any]
     position: dict[str, Any] | None  # of the loader; None: another rank of the tensor group writes the same
     model: dict[str, Tensor] | None  # whole weights, on the first rank, if the checkpoint holds them in our format
-
-
-class _Failure(NamedTuple):
-    """An error of one rank, for the others."""
-
-    is_full_disk: bool
-    kind: str
-    message: str
-
-    @classmethod
-    def of(cls, error: Exception | None) -> "_Failure | None":
-        return error and cls(isinstance(error, DiskFull), type(error).__name__, str(error))
-
-    def on_another_rank(self, folder: Path, rank: int) -> UserError:
-        if self.is_full_disk:
-            return DiskFull(self.message)
-        return UserError(f"'{folder}' was not written by rank {rank}: {self.kind}: {self.message}")
 
 
 def check_takes_checkpoints(run: Path) -> None:
@@ -302,13 +285,16 @@ class CheckpointManager:
                 explain(folder, error)
             except UserError as explained:
                 error = explained
-        answers = self.ranks.gather((_Failure.of(error), result))
+        described = None if error is None else f"{type(error).__name__}: {error}"
+        answers = self.ranks.gather((described, str(error) if isinstance(error, DiskFull) else None, result))
         if error is not None:
             raise error
-        for rank, (failure, _) in enumerate(answers):
+        for rank, (failure, full_disk, _) in enumerate(answers):
+            if full_disk is not None:
+                raise DiskFull(full_disk)
             if failure is not None:
-                raise failure.on_another_rank(folder, rank)
-        return [value for _, value in answers]
+                raise UserError(f"'{folder}' was not written by rank {rank}: {failure}")
+        return [value for _, _, value in answers]
 
     def _remove_old(self, newest: int) -> None:
         """Remove checkpoints up to the step `newest`, but for those that the settings keep."""

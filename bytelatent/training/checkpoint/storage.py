@@ -32,18 +32,6 @@ from bytelatent.weights import Config, StoredModel, StoredTensor
 CONFIG = "config.json"
 
 
-class StorageError(RuntimeError):
-    """torch.distributed.checkpoint failed.
-
-    Attributes:
-        failures: the error of each rank that had one.
-    """
-
-    def __init__(self, failures: dict[int, BaseException]):
-        self.failures = failures
-        super().__init__("; ".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, e in sorted(failures.items())))
-
-
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) -> dict[str, Tensor]:
     """All tensors that a checkpoint stores, as they are in memory."""
     found: dict[str, Tensor] = {}
@@ -66,7 +54,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> Non
     """Write this rank's parts. All ranks call it at the same time; an error of one is raised on all.
 
     Raises:
-        StorageError, OSError: writing failed.
+        RuntimeError, OSError: writing failed.
     """
     with _unwrapped_errors():
         writer = FileSystemWriter(folder)
@@ -77,7 +65,7 @@ def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     """Read this rank's parts into a model and its optimizer.
 
     Raises:
-        StorageError, RuntimeError, ValueError, KeyError, OSError: the files belong to another model, or reading failed.
+        RuntimeError, ValueError, KeyError, OSError: the files belong to another model, or reading failed.
     """
     stored = _shapes(folder)
     parameters = dict(model.named_parameters())
@@ -148,11 +136,12 @@ def _unwrapped_errors() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:
-        failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+        failures = {rank: failure for rank, (failure, _) in sorted(error.failures.items())}
         for failure in failures.values():
             if isinstance(failure, OSError):
                 raise failure from None
-        raise StorageError(failures) from None
+        lines = (f"rank {rank}: {type(failure).__name__}: {failure}" for rank, failure in failures.items())
+        raise RuntimeError("; ".join(lines)) from None
 
 
 class CpuCopies:

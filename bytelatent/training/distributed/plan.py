@@ -86,7 +86,7 @@ class ParallelPlan:
 
 
 def make_plan(settings: ParallelSettings, ranks: Ranks, device: torch.device) -> ParallelPlan:
-    """Arrange the ranks in meshes; call `check_processes` before."""
+    """Arrange the ranks in meshes; call `check_settings` before."""
     tensor, world_size = settings.tensor, ranks.world_size
     if world_size == 1:
         return ParallelPlan(settings, ranks)

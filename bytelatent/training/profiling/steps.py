@@ -84,9 +84,11 @@ class Profiler:
         folder = self._folder / f"step-{self._first:08d}"
         try:
             trace.stop()
+            where = "cuda" if self._device.type == "cuda" else "cpu"
+            table = trace.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=TABLE_ROWS)
             with whole_folder(folder) as aside:
                 trace.export_chrome_trace(str(aside / "trace.json.gz"))
-                (aside / "operations.txt").write_text(_operations(trace, self._device), encoding="utf-8")
+                (aside / "operations.txt").write_text(table, encoding="utf-8")
                 if self._snapshot:
                     torch.cuda.memory._dump_snapshot(str(aside / "memory.pickle"))
             LOGGER.info(f"a trace from step {self._first} on is in '{folder}'")
@@ -104,12 +106,6 @@ class Profiler:
             torch.cuda.memory._record_memory_history(enabled=None)
         with suppress(OSError):
             self._request.unlink()
-
-
-def _operations(trace: torch.profiler.profile, device: torch.device) -> str:
-    """A table of the operations that took the most time."""
-    where = "cuda" if device.type == "cuda" else "cpu"
-    return trace.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=TABLE_ROWS)
 
 
 @contextmanager
