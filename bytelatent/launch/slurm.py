@@ -216,9 +216,9 @@ def largest_node(partition: str | None) -> SlurmNode | None:
     if not rows:
         return None
     nodes: dict[str, list[SlurmNode]] = {}
-    wanted = partition.split(",") if partition is not None else []
+    wanted = partition.split(",") if partition else []
     for name, cores, resources in (row.split("|", 2) for row in rows):
-        if partition is None and name.endswith("*"):  # the default
+        if not partition and name.endswith("*"):  # the default
             wanted = [name.removesuffix("*")]
         gpus = re.findall(r"\bgpu:(?:[^:,()]+:)?([0-9]+)", resources)
         node = SlurmNode(sum(map(int, gpus)), int(cores.removesuffix("+")))

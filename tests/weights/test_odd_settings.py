@@ -22,7 +22,7 @@ from bytelatent.weights import Config, open_pretrained
 from bytelatent.weights import stored_model as stored
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 from tests.weights.published import write_published
-from tests.weights.test_sidecar import edit
+from tests.weights.test_side_files import edit
 
 GONE = object()
 ODD: list[Any] = [
