@@ -21,7 +21,7 @@ from bytelatent.kernels.quantized import dense
 from bytelatent.kernels.rotary import cos_sin
 from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, Stream
-from bytelatent.model.attention import CachedAttention
+from bytelatent.model.attention import Mask
 from bytelatent.model.blt import BLTCache, LocalEncoder
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings
@@ -167,7 +167,7 @@ class FastDecoderCrossAttention(nn.Module):
         k_PKHE, v_PKHE = (F.linear(self._norm(x_PKD), matrix).unflatten(-1, self.heads) for matrix in matrices)
         return k_PKHE, v_PKHE
 
-    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: ByteRanges) -> Tensor:
+    def attend(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: ByteRanges) -> Tensor:
         weights, dtype = self.weights, h_TD.dtype
         q_THE = F.linear(self._norm(h_TD), dense(weights.query, dtype)).unflatten(-1, self.heads)
         row_T, reads_T = read.patch_T.clamp(min=0), read.patch_T >= 0
@@ -220,9 +220,7 @@ class FastDecoder(Decoder):
         self._fast.add(weights.settings)
         return _with_modules(module, stack=FastStack(weights.settings, weights))
 
-    def _prompt_attention(
-        self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int
-    ) -> CachedAttention:
+    def _prompt_attention(self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int) -> Mask:
         if stack not in self._fast:
             return super()._prompt_attention(cache, stack, new, num_padding)
         position = F.pad(new.position, (0, -len(new.position) % ROWS))
