@@ -23,7 +23,6 @@ LISTED: dict[str, tuple[str, Collection[str]]] = {  # a page, and what stands in
     "sampling settings": ("docs/generate.md", Sampling.model_fields),
     "formats of text": ("docs/prepare.md", [suffix for found in TEXT_FORMATS.values() for suffix in found.suffixes]),
     "schedules": ("docs/train.md", SCHEDULES),
-    "schedules as a setting": ("docs/settings.md", SCHEDULES),
     "settings of schedules": (
         "docs/train.md",
         [f"optimizer.{name}" for names in OF_ONE_SCHEDULE.values() for name in names],
