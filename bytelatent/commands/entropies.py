@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from bytelatent import log
 from bytelatent.command_line import Given
 from bytelatent.commands.settings import EntropiesSettings
 from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
@@ -18,6 +16,7 @@ from bytelatent.errors import Interrupted, UserError
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.patching import PatchSettings
+from bytelatent.progress import Progress
 from bytelatent.report.text import amount_of_bytes
 from bytelatent.terminal import print_line
 from bytelatent.weights import fingerprint, load_byte_lm_and_context
@@ -55,25 +54,10 @@ def store_beside(given: EntropiesSettings) -> Summary:
     batch_bytes = given.batch_bytes
     if batch_bytes is None:
         batch_bytes = max(context, batch_bytes_for(byte_lm, place))
-    values: dict[str, Any] = {
-        "context": context,
-        "batch_bytes": batch_bytes,
-        "text_key": given.text_key,
-        "max_bad_rows": given.max_bad_rows,
-        "max_row_bytes": given.max_row_bytes,
-        "dtype": given.dtype,
-        "patching": _patching(given.starts, given.patching),
-    }
+    values: dict[str, Any] = given.model_dump(include={"text_key", "max_bad_rows", "max_row_bytes", "dtype"})
+    values |= {"context": context, "batch_bytes": batch_bytes, "patching": _patching(given.starts, given.patching)}
     settings = EntropySettings.parse(values, "entropies")
-    hidden = part.rank != 0 or not log.shows_bars()  # bars of several processes would write over each other
-    columns = (
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[done]} of text, {task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=log.console, transient=True, disable=hidden) as progress:
-        bar = Bar(progress)
+    with Progress("entropies", bar=part.rank == 0) as progress:  # bars of several processes would overwrite each other
         try:
             return store_entropies(
                 byte_lm,
@@ -84,8 +68,7 @@ def store_beside(given: EntropiesSettings) -> Summary:
                 part.rank,
                 part.world_size,
                 entropies_of=FastEntropies.where_possible(byte_lm, place, choose_dtype(settings.dtype, place)),
-                on_start=bar.start,
-                on_progress=bar.advance,
+                progress=progress,
             )
         except KeyboardInterrupt:
             if not any(Path(given.out).expanduser().rglob("*.parquet")):
@@ -98,28 +81,6 @@ def batch_bytes_for(byte_lm: ByteLM, device: torch.device) -> int:
     if device.type == "cuda":
         return BATCH_BYTES
     return BATCH_BYTES_WITHOUT_WINDOW if byte_lm.settings.window is None else BATCH_BYTES_ELSEWHERE
-
-
-class Bar:
-    """Progress in bytes of the files, and the speed in bytes of text."""
-
-    def __init__(self, progress: Progress):
-        self.progress = progress
-        self.task = progress.add_task("", total=None, done="0 bytes", speed="")
-        self.text_bytes = 0
-
-    def start(self, input_bytes: int) -> None:
-        self.progress.reset(self.task, total=input_bytes)
-
-    def advance(self, input_bytes: int, text_bytes: int) -> None:
-        self.text_bytes += text_bytes
-        elapsed = self.progress.tasks[0].elapsed or 0.0
-        self.progress.update(
-            self.task,
-            advance=input_bytes,
-            done=amount_of_bytes(self.text_bytes),
-            speed=f"{amount_of_bytes(self.text_bytes / elapsed)}/s" if elapsed else "",
-        )
 
 
 def line_about(summary: Summary, out: str) -> str:

@@ -28,6 +28,7 @@ from bytelatent.device import autocast, choose_dtype
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, Stream
 from bytelatent.patching import PatchSettings, next_starts
+from bytelatent.progress import Progress
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, read_documents
 from bytelatent.text.documents import MAX_BAD_ROWS, forget_logged, id_of, must_have_read
 from bytelatent.text.stored import MAX_TEXT_BYTES, Stored, StoredWriter, stored_writer
@@ -106,8 +107,7 @@ def store_entropies(
     world_size: int = 1,
     entropies_of: EntropiesOf | None = None,
     static_shapes: bool | None = None,
-    on_start: Callable[[int], None] = lambda input_bytes: None,
-    on_progress: Callable[[int, int], None] = lambda input_bytes, text_bytes: None,
+    progress: Progress | None = None,
 ) -> Summary:
     """Write each file of the sources, with entropies or starts beside its text, as Parquet below `out`.
 
@@ -121,8 +121,7 @@ def store_entropies(
         rank, world_size: this process's part of the files.
         entropies_of: the entropies of a stream, nats, float32 [T]; None for the byte LM's own forward pass.
         static_shapes: pad every stream to `batch_bytes`; None: on a GPU, or where `entropies_of` is given.
-        on_start: called with the bytes of the files that are to be read.
-        on_progress: called with the bytes of the files, and of the text in them, that were read since the last call.
+        progress: shows the bytes of the files that are read.
 
     Raises:
         UserError: there are too many bad rows, `out` cannot be written or holds files that were made otherwise, the
@@ -151,7 +150,8 @@ def store_entropies(
         summary = Summary(num_shards=len(shards), num_skipped=len(shards) - len(todo))
         if summary.num_skipped:
             LOGGER.info(f"{summary.num_skipped} of {len(shards)} files are done already")
-        on_start(sum(shard.size for shard in todo))
+        progress = progress or Progress("entropies", bar=False)
+        progress.total = sum(shard.size for shard in todo)
         bad_rows = BadRows(settings.max_bad_rows)
         size = settings.batch_bytes if static_shapes else None
         compute = entropies_of or _forward(byte_lm, device, dtype)
@@ -160,7 +160,7 @@ def store_entropies(
         with closing(loads), closing(results):
             for shard in todo:
                 with suppress(_NothingRead), stored_writer(out / shard.output, _of(made_by, shard)) as file:
-                    _write_shard(file, shard, results, summary, on_progress)
+                    _write_shard(file, shard, results, summary, progress)
                     if shard.source in bad_rows.unread:
                         raise _NothingRead
     summary.seconds = time.monotonic() - begin
@@ -223,11 +223,11 @@ def _write_shard(
     shard: Shard,
     results: Iterator[Result | None],
     summary: Summary,
-    on_progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> None:
     """Write the results of a shard, after which comes None."""
     parts: list[np.ndarray] = []  # values of documents that have not ended yet
-    position = 0  # bytes of the shard's file that `on_progress` has counted
+    position = 0  # bytes of the shard's file that `progress` has counted
     for result in iter(lambda: next(results), None):
         if result.arrived is not None:
             result.arrived.synchronize()
@@ -241,15 +241,14 @@ def _write_shard(
                 file.add(id_, text, values[at : at + len(text) + 1])
                 at += len(text) + 1
             parts = [values[at:]]
-        num_bytes = sum(len(text) for _, text in load.documents)
         summary.num_documents += len(load.documents)
-        summary.num_bytes += num_bytes
+        summary.num_bytes += sum(len(text) for _, text in load.documents)
         summary.num_ids += load.num_ids
         summary.sum_of_entropies += total
-        on_progress(load.position - position, num_bytes)
+        progress.advance(load.position - position)
         position = load.position
     assert not any(map(len, parts))
-    on_progress(shard.size - position, 0)
+    progress.advance(shard.size - position)
 
 
 def prefetched(items: Iterator[Item], count: int) -> Generator[Item]:

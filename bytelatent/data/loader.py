@@ -352,5 +352,4 @@ def _first(document: Document, num_bytes: int) -> Document:
 
 
 def _piece_state(piece: Piece) -> dict[str, np.ndarray]:
-    values = {"ids": piece.ids, "entropies": piece.entropies, "next_starts": piece.next_starts}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in vars(piece).items() if value is not None}

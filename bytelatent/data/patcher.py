@@ -44,18 +44,13 @@ class Patcher:
 
     def __call__(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The pieces with their patch starts, and with their entropies where the mode needs them."""
-        missing = [piece for piece in pieces if piece.next_starts is None]
-        stored = [piece for piece in missing if self._without_byte_lm(piece)]
-        others = [piece for piece in missing if not self._without_byte_lm(piece)]
-        found = {id(before): after for before, after in zip(stored, self._patched(stored), strict=True)}
-        found |= {id(before): after for before, after in zip(others, self._patched(others), strict=True)}
-        return [found.get(id(piece), piece) for piece in pieces]
+        pieces = self._replaced(pieces, [p for p in pieces if p.next_starts is None and self._without_byte_lm(p)])
+        return self._replaced(pieces, [piece for piece in pieces if piece.next_starts is None])
 
     def early(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The pieces as they wait to be packed: patched where that needs no byte LM."""
         ready = [piece for piece in pieces if piece.next_starts is None and self._without_byte_lm(piece)]
-        found = {id(before): after for before, after in zip(ready, self._patched(ready), strict=True)}
-        return [replace(found.get(id(piece), piece), entropies=None) for piece in pieces]
+        return [replace(piece, entropies=None) for piece in self._replaced(pieces, ready)]
 
     def without_byte_lm(self) -> "Patcher":
         """A patcher for another process: it does only what `early` does."""
@@ -63,6 +58,11 @@ class Patcher:
 
     def _without_byte_lm(self, piece: Piece) -> bool:
         return not self.settings.needs_entropies or piece.entropies is not None
+
+    def _replaced(self, pieces: Sequence[Piece], some: list[Piece]) -> list[Piece]:
+        """The pieces, some of them patched."""
+        found = {id(before): after for before, after in zip(some, self._patched(some), strict=True)}
+        return [found.get(id(piece), piece) for piece in pieces]
 
     def _patched(self, pieces: Sequence[Piece]) -> list[Piece]:
         if not pieces:

@@ -67,7 +67,8 @@ def _gather_range(
     bins = index.load(*planned["bins"])
     needed = planned["read_bytes"] + INDEX_BYTES * len(bins.lengths)
     documents = _documents if needed <= max(work.plan.range_bytes, 1) else _documents_one_by_one
-    parts = _write_stream(work.aside, outputs, *planned["stream"], documents(bins, work), report)
+    begin, end = planned["stream"]
+    parts = _write_stream(work.aside, outputs, begin, end, documents(bins, work), report)
     write_whole_json(work.range_marker(number), {"parts": parts})
 
 

@@ -25,6 +25,7 @@ from bytelatent.data.shards import LOCK, Shard, divide_shards, lock_offset, lock
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.model import ByteLM, Stream, pack_rows
 from bytelatent.patching import PatchSettings, next_starts
+from bytelatent.progress import Progress
 from bytelatent.text import Document, read_documents
 from bytelatent.text.stored import StoredWriter, read_stored
 from bytelatent.vocab import encode
@@ -259,7 +260,7 @@ def test_two_ranks_write_what_one_writes(tmp_path: Path, text: Path, byte_lm: By
 
 
 def test_it_goes_on_where_it_was(tmp_path: Path, text: Path, byte_lm: ByteLM) -> None:
-    out, progress = tmp_path / "out", []
+    out, progress = tmp_path / "out", Progress("entropies", bar=False)
     store(byte_lm, [text], out, quick())
     before = bytes_below(out)
     (out / "2.parquet").unlink()
@@ -267,15 +268,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path, text: Path, byte_lm: ByteLM) ->
     (out / ".other.parquet.4711.part").write_bytes(b"not ours")
     seen = Recorder(byte_lm)
     with logged() as lines:
-        summary = store(
-            byte_lm,
-            [text],
-            out,
-            quick(),
-            entropies_of=seen,
-            on_start=lambda size: progress.append(-size),
-            on_progress=lambda size, _: progress.append(size),
-        )
+        summary = store(byte_lm, [text], out, quick(), entropies_of=seen, progress=progress)
     assert lines == ["4 of 5 files are done already"]
     assert (summary.num_shards, summary.num_skipped) == (5, 4)
     assert (
@@ -283,8 +276,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path, text: Path, byte_lm: ByteLM) ->
         == summary.num_ids
         == sum(len(d.text) + 1 for d in documents_in(text / "2.parquet"))
     )
-    assert progress[0] == -(text / "2.parquet").stat().st_size
-    assert sum(progress) == 0  # all of the file was told of
+    assert progress.total == progress.done == (text / "2.parquet").stat().st_size
     (out / ".other.parquet.4711.part").unlink()
     assert bytes_below(out) == before
     nothing = store(byte_lm, [text], out, quick())

@@ -101,6 +101,15 @@ def test_messages_name_every_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_the_docs_name_every_format(name: str) -> None:
+    """In a row of the table of what is read, by a suffix or the title."""
+    page = (Path(__file__).parents[2] / "docs" / "prepare.md").read_text(encoding="utf-8")
+    rows = [row for row in page.partition("## What is read")[2].splitlines() if "| not read" not in row]
+    names = [*FORMATS[name].suffixes, FORMATS[name].title.split()[0]]
+    assert any(known in row.split("|")[1] for row in rows if row.startswith("| ") for known in names)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_prompts_of_generate(name: str, tmp_path: Path) -> None:
     """Prompts are read from JSONL; any other format with rows is refused in one line."""
     found = FORMATS[name]
