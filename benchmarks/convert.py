@@ -22,8 +22,7 @@ import torch
 from rich.table import Table
 
 from bytelatent.log import Console
-from bytelatent.model import ModelSettings
-from bytelatent.model.presets import preset
+from bytelatent.model import ModelSettings, preset
 from bytelatent.patching import PatchSettings
 from bytelatent.weights import NATIVE, Config, StoredModel, StoredTensor
 from bytelatent.weights.safetensors_io import CHUNK_BYTES

@@ -32,9 +32,8 @@ from bytelatent.inference.quantize import quantize_model
 from bytelatent.inference.settings import Quantization
 from bytelatent.inference.step import QUORUM, CapturedSlots, FastDecoder, engine_for, sampling
 from bytelatent.inference.step.prefill import FastStack
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build, pack_rows
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build, pack_rows, preset
 from bytelatent.model.flops import costs
-from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
 
 PATCH_BYTES = 4.5

@@ -25,7 +25,7 @@ from bytelatent.model import (
     pack_rows,
     preset,
 )
-from bytelatent.model.attention import attend, build_mask
+from bytelatent.model.attention import build_mask
 from bytelatent.model.flops import costs
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 
@@ -102,7 +102,7 @@ def check_gradients() -> None:
 def _gradients(tensors: list[torch.Tensor], document: torch.Tensor) -> tuple[torch.Tensor, ...]:
     *inputs, weight = tensors
     inputs = [x.requires_grad_() for x in inputs]
-    out = attend(inputs[0], inputs[1], inputs[2], build_mask(document, None))
+    out = build_mask(document, None).attend(inputs[0], inputs[1], inputs[2])
     return torch.autograd.grad((out * weight).sum(), inputs)
 
 

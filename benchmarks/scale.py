@@ -26,9 +26,8 @@ from pathlib import Path
 import torch
 
 from bytelatent.errors import guarded
-from bytelatent.model import BLTSettings, ModelSettings, build
+from bytelatent.model import BLTSettings, ModelSettings, build, preset
 from bytelatent.model.flops import costs, flops_per_byte
-from bytelatent.model.presets import preset
 from bytelatent.training.distributed.plan import fsdp_groups
 
 PATCH_BYTES, DOCUMENT = 4.5, 8192

@@ -38,9 +38,17 @@ from torch import Tensor
 
 from bytelatent.data import Batch, Patcher, Piece, PrefetchLoader, cut, pack, stream_of
 from bytelatent.inference import FastEntropies
-from bytelatent.model import ByteLM, ByteLMSettings, ModelSettings, PatchedStream, Stream, build, compile_regions
+from bytelatent.model import (
+    ByteLM,
+    ByteLMSettings,
+    ModelSettings,
+    PatchedStream,
+    Stream,
+    build,
+    compile_regions,
+    preset,
+)
 from bytelatent.model.flops import training_flops
-from bytelatent.model.presets import preset
 from bytelatent.patching import PatchSettings
 from bytelatent.text import Document
 from bytelatent.training.distributed.plan import apply_activation_checkpointing, to_float8

@@ -9,9 +9,8 @@ from rich.table import Table
 from bytelatent.commands.settings import InfoSettings
 from bytelatent.errors import UserError
 from bytelatent.log import Console
-from bytelatent.model import PRESETS, ByteLMSettings, ModelSettings
+from bytelatent.model import PRESETS, ByteLMSettings, ModelSettings, preset
 from bytelatent.model.flops import PartCost, costs
-from bytelatent.model.presets import preset
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.terminal import print_json

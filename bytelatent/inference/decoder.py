@@ -27,7 +27,7 @@ from bytelatent.inference.kv_cache import (
 from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, Stream, entropies, pack_rows
-from bytelatent.model.attention import CachedAttention, build_mask
+from bytelatent.model.attention import Mask, build_mask
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings, PatchState, Tail, step
 
@@ -132,7 +132,7 @@ class Decoder:
 
         def attention(
             cache: KVCache, stack: StackSettings, new: NewPositions = new, num_padding: int = num_padding
-        ) -> CachedAttention:
+        ) -> Mask:
             if is_prompt:
                 return self._prompt_attention(cache, stack, new, num_padding)
             return StepAttention(cache, new, store)
@@ -158,9 +158,7 @@ class Decoder:
             state.position[new.slot] = new.position[new.last] + 1
         return logits
 
-    def _prompt_attention(
-        self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int
-    ) -> CachedAttention:
+    def _prompt_attention(self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int) -> Mask:
         """Attention of whole prompts, and of padding after them."""
         store = StoreNewest(cache, new)
         if stack.window is None and new.slots.device.type != "cuda":  # no kernel there leaves pairs out
@@ -259,7 +257,7 @@ class BLTPass:
         new: NewPositions,
         found: Boundaries,
         tail_TW: Tensor,
-        attention: Callable[..., CachedAttention],
+        attention: Callable[..., Mask],
         settings: BLTSettings,
         store: bool,
         num_padding: int,
@@ -271,7 +269,7 @@ class BLTPass:
         self.patch_position = self.patches.position
         self.encoder = attention(state.encoder, settings.encoder)
         self.decoder = attention(state.decoder, settings.decoder)
-        self.global_transformer: CachedAttention = PerDocument([])
+        self.global_transformer: Mask = PerDocument([])
         if len(closing):
             self.global_transformer = attention(state.patches, settings.global_transformer, self.patches, 0)
         closed = found.closes.cumsum(0)

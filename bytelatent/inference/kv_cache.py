@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.model import BLTModel, ByteLM
-from bytelatent.model.attention import Mask, attend
+from bytelatent.model.attention import Mask
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import Tail
 
@@ -343,7 +343,7 @@ class PromptAttention:
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         self.store(k_TJE, v_TJE)
-        return attend(q_THE, k_TJE, v_TJE, self.mask)
+        return self.mask.attend(q_THE, k_TJE, v_TJE)
 
 
 def _in_blocks(size: int) -> int:

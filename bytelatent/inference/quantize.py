@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from bytelatent.errors import UserError
 from bytelatent.inference.settings import Quantization
 from bytelatent.kernels.quantized import QuantizedMatrix
-from bytelatent.model import BLTModel, ByteLM
+from bytelatent.model import BLTModel, ByteLM, CrossAttention
 from bytelatent.model.block import Block
 from bytelatent.model.blt import GlobalTransformer, LocalDecoder, LocalEncoder
-from bytelatent.model.patch_attention import CrossAttention
 
 Model = TypeVar("Model", BLTModel, ByteLM, BLTModel | ByteLM)
 

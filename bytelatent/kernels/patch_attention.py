@@ -50,15 +50,12 @@ class ByteRanges:
 
 
 def encoder_cross_attention(q_PKHE: Tensor, k_THE: Tensor, v_THE: Tensor, ranges: ByteRanges) -> Tensor:
-    """Each patch's queries attend to the patch's bytes.
+    """Each patch's queries attend to the patch's bytes, [P, K, H, E] in the queries' dtype, computed in float32.
 
     Args:
         q_PKHE: queries.
         k_THE, v_THE: keys and values of the bytes.
-        ranges: the bytes in each patch; every byte is in one.
-
-    Returns:
-        [P, K, H, E] in the queries' dtype, computed in float32; zero for a patch without bytes.
+        ranges: the bytes in each patch; every byte is in one. The result is zero for a patch without bytes.
     """
     if takes_kernels(q_PKHE):
         return own_bytes_operator(q_PKHE, k_THE, v_THE, ranges.begin)[0]
@@ -82,15 +79,12 @@ def plain_encoder_cross_attention(q_PKHE: Tensor, k_THE: Tensor, v_THE: Tensor, 
 
 
 def decoder_cross_attention(q_THE: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, ranges: ByteRanges) -> Tensor:
-    """Each byte attends to the K keys of the patch it reads.
+    """Each byte attends to the K keys of the patch it reads, [T, H, E] in the queries' dtype, computed in float32.
 
     Args:
         q_THE: queries of the bytes.
         k_PKHE, v_PKHE: keys and values of the patches.
-        ranges: the bytes that read each patch.
-
-    Returns:
-        [T, H, E] in the queries' dtype, computed in float32; zero for a byte that reads no patch.
+        ranges: the bytes that read each patch. The result is zero for a byte that reads none.
     """
     if takes_kernels(q_THE):
         return read_patch_operator(q_THE, k_PKHE, v_PKHE, ranges.patch_T, ranges.begin)
@@ -132,7 +126,7 @@ def own_bytes_operator(q_PKHE: Tensor, k_THE: Tensor, v_THE: Tensor, begin: Tens
 def own_bytes_backward_operator(
     d_out_PKHE: Tensor, q_PKHE: Tensor, k_THE: Tensor, v_THE: Tensor, begin: Tensor, exact: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = q_PKHE.new_empty(q_PKHE.shape), k_THE.new_empty(k_THE.shape), v_THE.new_empty(v_THE.shape)
+    gradients = _empty_gradients(d_out_PKHE, q_PKHE, k_THE, v_THE)
     d_out, q, k, v = (x.contiguous() for x in (d_out_PKHE, q_PKHE, k_THE, v_THE))
     arguments = (q, k, v, begin, exact, weight, d_out, *gradients)
     _launch_attention(own_bytes_backward_kernel, begin.shape[0] - 1, q.shape[1:], *arguments)
@@ -153,7 +147,7 @@ def read_patch_operator(q_THE: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read_T: T
 def read_patch_backward_operator(
     d_out_THE: Tensor, q_THE: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read_T: Tensor, begin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = q_THE.new_empty(q_THE.shape), k_PKHE.new_empty(k_PKHE.shape), v_PKHE.new_empty(v_PKHE.shape)
+    gradients = _empty_gradients(d_out_THE, q_THE, k_PKHE, v_PKHE)
     d_out, q, k, v = (x.contiguous() for x in (d_out_THE, q_THE, k_PKHE, v_PKHE))
     arguments = (q, k, v, read_T, begin, d_out, *gradients)
     _launch_attention(read_patch_backward_kernel, begin.shape[0] - 1, k.shape[1:], *arguments)
@@ -170,24 +164,22 @@ def _own_bytes_gradients(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | Non
     return *own_bytes_backward_operator(d_out, *ctx.saved_tensors), None
 
 
-def _save_for_read_patch(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _read_patch_gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     return *read_patch_backward_operator(d_out, *ctx.saved_tensors), None, None
 
 
-def _fake_gradients(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _empty_gradients(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 own_bytes_operator.register_fake(lambda q_PKHE, *_: _empty_own_bytes(q_PKHE))
 own_bytes_operator.register_autograd(_own_bytes_gradients, setup_context=_save_for_own_bytes)
-own_bytes_backward_operator.register_fake(_fake_gradients)
+own_bytes_backward_operator.register_fake(_empty_gradients)
 read_patch_operator.register_fake(lambda q_THE, *_: q_THE.new_empty(q_THE.shape))
-read_patch_operator.register_autograd(_read_patch_gradients, setup_context=_save_for_read_patch)
-read_patch_backward_operator.register_fake(_fake_gradients)
+read_patch_operator.register_autograd(
+    _read_patch_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+read_patch_backward_operator.register_fake(_empty_gradients)
 
 
 def _empty_own_bytes(q_PKHE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,10 +325,7 @@ def read_patch_kernel(
     q_ptr, k_ptr, v_ptr, read_ptr, out_ptr, size, scale, K: tl.constexpr, H: tl.constexpr,
     HEADS: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK bytes, of whichever patches: there is nothing to sum up, and keys are read from the cache.
-
-    STAGES is not used; it is there because all attention kernels are launched alike.
-    """
+    """A program takes BLOCK bytes, of whichever patches, as nothing is summed over them. STAGES is not used."""
     PARTS: tl.constexpr = tl.cdiv(H, HEADS)
     column, exists = columns_of_heads(tl.program_id(0) % PARTS * HEADS, H, HEADS, E, PADDED_E)
     byte = tl.program_id(0) // PARTS * BLOCK + tl.arange(0, BLOCK)

@@ -1,11 +1,9 @@
 """The byte LM and the Byte Latent Transformer."""
 
 from bytelatent.model.block import Block
-from bytelatent.model.blt import BLTModel, build, compile_regions
+from bytelatent.model.blt import BLTModel, CrossAttention, build, compile_regions
 from bytelatent.model.byte_lm import ByteLM, entropies
-from bytelatent.model.patch_attention import CrossAttention
-from bytelatent.model.presets import PRESETS, UnknownPreset, preset
-from bytelatent.model.settings import BLTSettings, ByteLMSettings, ModelSettings
+from bytelatent.model.settings import PRESETS, BLTSettings, ByteLMSettings, ModelSettings, UnknownPreset, preset
 from bytelatent.model.stream import PatchedStream, Stream, add_patches, pack_rows
 
 __all__ = [

@@ -1,8 +1,8 @@
 """Causal attention inside documents, with or without a window: the same mask on every backend.
 
 Without a GPU the mask is explicit: dense, or for windows a band of blocks, so that memory is O(T * window). On CUDA it
-is where documents begin, for cuDNN, or a FlexAttention block mask; but for short streams. Any is built once a batch and
-shared by the layers.
+is where documents begin, for cuDNN, or a FlexAttention block mask; short streams take an explicit one there, too. It is
+built once per batch and shared by the layers.
 """
 
 from contextlib import nullcontext
@@ -20,14 +20,31 @@ from bytelatent.kernels.packed_attention import Heads
 
 # Shapes: T positions in the stream, H heads, J key/value heads, E head size, W window, N blocks of W positions
 
-FLEX_FROM = 2048  # positions from which the two others pay on CUDA; shorter streams take an explicit mask there, too
+FLEX_FROM = 2048  # positions from which the two others pay on CUDA
 FLEX_BLOCK = 128  # positions that FlexAttention decides about at once
 WITHOUT_CUDNN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class Mask(Protocol):
+    """What positions attend to: a mask, or a KV cache, which is called once per layer, in order."""
+
+    def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
+        """Softmax attention of rotated queries and keys, [T, H, E]. Groups of H/J query heads share a key head."""
+        ...
 
 
 @dataclass(frozen=True)
 class DenseMask:
     allowed_TT: Tensor
+
+    def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
+        grouped = q_THE.shape[1] != k_TJE.shape[1]
+        # With masks cuDNN's backward pass gives NaN where size % 128 is 64 and all scores of a row are far below zero
+        # (torch 2.11 and later, Hopper: pytorch/pytorch issue 196678). On a CPU this list excludes its fast form.
+        with sdpa_kernel(WITHOUT_CUDNN) if q.is_cuda else nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed_TT, enable_gqa=grouped)
+        return out[0].transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -35,11 +52,23 @@ class BandedMask:
     allowed_NW2W: Tensor  # each block of W queries sees its own block and the one before
     window: int
 
+    def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
+        size, window, grouped = q_THE.shape[0], self.window, q_THE.shape[1] != k_TJE.shape[1]
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -size % window)).unflatten(0, (-1, window)) for x in (q_THE, k_TJE, v_TJE))
+        q, k, v = q.transpose(1, 2), _with_previous(k).transpose(1, 2), _with_previous(v).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed_NW2W.unsqueeze(1), enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)[:size]
+
 
 @dataclass(frozen=True)
 class FlexMask:
     block_mask: Any
     attention: Any  # compiled FlexAttention; the eager one would build the whole T x T matrix
+
+    def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
+        grouped = q_THE.shape[1] != k_TJE.shape[1]
+        return self.attention(q, k, v, block_mask=self.block_mask, enable_gqa=grouped)[0].transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -48,16 +77,8 @@ class PackedMask:
     length: Tensor  # [B] int32
     window: int | None
 
-
-class CachedAttention(Protocol):
-    """Attention with a KV cache, in place of a mask. Each layer calls it once, in order."""
-
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
-        """What `attend` below does, with queries and keys already rotated."""
-        ...
-
-
-Mask = DenseMask | BandedMask | FlexMask | PackedMask | CachedAttention
+        return packed_attention.packed_attention(q_THE, k_TJE, v_TJE, self.begin, self.length, self.window)
 
 
 def build_mask(
@@ -69,7 +90,7 @@ def build_mask(
         document: [T] the document of each position; padding has one of its own (-1).
         window: positions seen, itself included; None for all.
         heads: what attends; None: not known.
-        num_documents: at most so many, beside padding; None: not known. The host cannot see it without waiting.
+        num_documents: at most, beside padding; None: not known. The host cannot see it without waiting.
     """
     size = document.shape[0]
     if document.device.type == "cuda" and size >= FLEX_FROM:
@@ -83,37 +104,13 @@ def build_mask(
         return DenseMask(_allowed(document, document, index, index, window))
     padded = -size % window
     blocks = F.pad(document, (0, padded), value=-2).view(-1, window)
-    places = torch.arange(size + padded, device=document.device).view(-1, window)
-    seen, where = _with_previous(blocks, fill=-3), _with_previous(places, fill=-1)
-    return BandedMask(_allowed(blocks, seen, places, where, window), window)
-
-
-def attend(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Mask) -> Tensor:
-    """Softmax attention under the mask, [T, H, E]. Groups of H/J query heads share a key and value head."""
-    grouped = q_THE.shape[1] != k_TJE.shape[1]
-    if isinstance(mask, PackedMask):
-        return packed_attention.packed_attention(q_THE, k_TJE, v_TJE, mask.begin, mask.length, mask.window)
-    if isinstance(mask, FlexMask):
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
-        return mask.attention(q, k, v, block_mask=mask.block_mask, enable_gqa=grouped)[0].transpose(0, 1)
-    if isinstance(mask, DenseMask):
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TJE, v_TJE))
-        # With masks cuDNN's backward pass gives NaN where size % 128 is 64 and all scores of a row are far below zero
-        # (torch 2.11 and later, Hopper: pytorch/pytorch issue 196678). On a CPU this list would rule out its fast form.
-        with sdpa_kernel(WITHOUT_CUDNN) if q.is_cuda else nullcontext():
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed_TT, enable_gqa=grouped)
-        return out[0].transpose(0, 1)
-    if not isinstance(mask, BandedMask):
-        return mask.attend(q_THE, k_TJE, v_TJE)
-    size, window = q_THE.shape[0], mask.window
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -size % window)).unflatten(0, (-1, window)) for x in (q_THE, k_TJE, v_TJE))
-    q, k, v = q.transpose(1, 2), _with_previous(k).transpose(1, 2), _with_previous(v).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed_NW2W.unsqueeze(1), enable_gqa=grouped)
-    return out.transpose(1, 2).flatten(0, 1)[:size]
+    position = torch.arange(size + padded, device=document.device).view(-1, window)
+    seen, where = _with_previous(blocks, fill=-3), _with_previous(position, fill=-1)
+    return BandedMask(_allowed(blocks, seen, position, where, window), window)
 
 
 def head_dim_of(rotary_TE2: Tensor) -> int:
-    """E, a constant where blocks are compiled; under FSDP a module's own number is none.
+    """E, a constant where blocks are compiled; under FSDP a module's own number is not.
 
     A second stack's blocks, of another head size, would be compiled for any, and rotate several times slower.
     """
@@ -137,7 +134,7 @@ def _with_previous(blocks: Tensor, fill: int = 0) -> Tensor:
 
 
 def packed_mask(document: Tensor, window: int | None, num_documents: int) -> PackedMask:
-    """The mask for `packed_attention`, for at most so many documents and padding at the end."""
+    """The mask for `packed_attention`, for at most this number of documents, and padding at the end."""
     begin, length = packed_attention.entries_of(document, packed_attention.entries_for(num_documents))
     for tensor in (begin, length):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # another number of entries is no other program

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from bytelatent.kernels.packed_attention import Heads
 from bytelatent.kernels.rotary import rotary_embedding, rotate
-from bytelatent.model.attention import Mask, attend, build_mask, head_dim_of
+from bytelatent.model.attention import Mask, build_mask, head_dim_of
 from bytelatent.model.settings import StackSettings
 
 # Shapes: T positions in the stream, D width, H heads, J key/value heads, E head size, F feed-forward width
@@ -26,7 +26,7 @@ class Attention(nn.Module):
         q_THE = self.query(x_TD).unflatten(-1, (-1, head_dim))
         k_TJE = self.key(x_TD).unflatten(-1, (-1, head_dim))
         v_TJE = self.value(x_TD).unflatten(-1, (-1, head_dim))
-        out_THE = attend(rotate(q_THE, rotary_TE2), rotate(k_TJE, rotary_TE2), v_TJE, mask)
+        out_THE = mask.attend(rotate(q_THE, rotary_TE2), rotate(k_TJE, rotary_TE2), v_TJE)
         return self.output(out_THE.flatten(-2))
 
 

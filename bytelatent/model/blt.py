@@ -7,23 +7,24 @@ Each part reads a whole batch, or, with a cache, what is new: a prompt or the ne
 Source: Pagnoni et al. 2024, figure 2 and section 3.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bytelatent.kernels.patch_attention import ByteRanges
+from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attention, encoder_cross_attention
 from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model.attention import Mask
 from bytelatent.model.block import Block, Stack, init_weights
 from bytelatent.model.byte_lm import ByteLM
 from bytelatent.model.ngram_hash import NgramHashEmbedding
-from bytelatent.model.patch_attention import CrossAttention, DecoderCrossAttention, EncoderCrossAttention
-from bytelatent.model.settings import BLTSettings, ByteLMSettings, ModelSettings
+from bytelatent.model.settings import BLTSettings, ByteLMSettings, CrossAttentionSettings, ModelSettings
 from bytelatent.model.stream import PatchedStream, Stream
 from bytelatent.vocab import VOCAB_SIZE
 
-# Shapes: T bytes in the batch, P patches, K queries or keys a patch, D local width, G global width, V vocabulary
+# Shapes: T bytes in the batch, P patches, K queries or keys per patch, D local width, G global width, H heads,
+# E head size, V vocabulary
 
 
 class BLTCache(Protocol):
@@ -50,8 +51,58 @@ class BLTCache(Protocol):
         ...
 
 
+class CrossAttention(nn.Module):
+    """Cross-attention between bytes and patches: no rotary embedding, a norm of the queries and one of keys and values.
+
+    The result is twice the input plus what attention gives: the published layer adds its input, and its caller adds it
+    again. (Sections 3.2.2 and 3.3.1)
+    """
+
+    attention: Callable[[Tensor, Tensor, Tensor, ByteRanges], Tensor]
+
+    def __init__(self, dim: int, settings: CrossAttentionSettings, norm_eps: float):
+        super().__init__()
+        self.head_dim = dim // settings.num_heads
+        self.group = settings.num_heads // settings.kv_heads  # query heads that share a key and value head
+        kv_dim = settings.kv_heads * self.head_dim
+        self.query_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.key_value_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, kv_dim, bias=False)
+        self.value = nn.Linear(dim, kv_dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, states: Tensor, ranges: ByteRanges) -> Tensor:
+        """What `x` [..., D] becomes, whose queries attend to the keys and values of `states` [..., D]."""
+        return self.attend(x, *self.keys_values(states), ranges)
+
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., H, E]; grouped heads are repeated."""
+        states = self.key_value_norm(states)
+        k, v = (part(states).unflatten(-1, (-1, self.head_dim)) for part in (self.key, self.value))
+        if self.group > 1:
+            k, v = k.repeat_interleave(self.group, dim=-2), v.repeat_interleave(self.group, dim=-2)
+        return k, v
+
+    def attend(self, x: Tensor, k: Tensor, v: Tensor, ranges: ByteRanges) -> Tensor:
+        q = self.query(self.query_norm(x)).unflatten(-1, (-1, self.head_dim))
+        return 2 * x + self.output(self.attention(q, k, v, ranges).flatten(-2))
+
+
+class EncoderCrossAttention(CrossAttention):
+    """A patch's queries [P, K, D] attend to the states of its bytes [T, D]."""
+
+    attention = staticmethod(encoder_cross_attention)
+
+
+class DecoderCrossAttention(CrossAttention):
+    """A byte's state [T, D] attends to the K key states of the patch it reads [P, K, D]."""
+
+    attention = staticmethod(decoder_cross_attention)
+
+
 class LocalEncoder(nn.Module):
-    """Bytes to byte states, and K query states a patch. (Section 3.2)"""
+    """Bytes to byte states, and K query states per patch. (Section 3.2)"""
 
     def __init__(self, settings: BLTSettings):
         super().__init__()
@@ -178,7 +229,7 @@ class LocalDecoder(nn.Module):
                 if cache is None:
                     h_TD = cross(h_TD, keys_PKD, read)
                 else:
-                    h_TD = cross.read(h_TD, *cache.read_patches(layer, *cross.keys_values(keys_PKD)), read)
+                    h_TD = cross.attend(h_TD, *cache.read_patches(layer, *cross.keys_values(keys_PKD)), read)
             h_TD = block(h_TD, rotary, mask)
         return self.output(self.norm(h_TD if at is None else h_TD[at])).float()
 

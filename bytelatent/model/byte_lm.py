@@ -6,7 +6,7 @@ Source: Pagnoni et al. 2024, section 2.3.
 import torch
 from torch import Tensor, nn
 
-from bytelatent.model.attention import CachedAttention
+from bytelatent.model.attention import Mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.settings import ByteLMSettings
 from bytelatent.model.stream import Stream
@@ -26,7 +26,7 @@ class ByteLM(nn.Module):
         self.output = nn.Linear(settings.dim, VOCAB_SIZE, bias=False)
         init_weights(self)
 
-    def forward(self, stream: Stream, cache: CachedAttention | None = None, at: Tensor | None = None) -> Tensor:
+    def forward(self, stream: Stream, cache: Mask | None = None, at: Tensor | None = None) -> Tensor:
         """Logits of the id that follows each id, float32 [T, V].
 
         Args:

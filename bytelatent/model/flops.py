@@ -5,8 +5,9 @@ per byte or per patch; attention adds 4 * width * (keys seen). Hash tables are l
 rotations, activations and softmax are not counted: they cost time by what they read and write.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from torch import nn
 from bytelatent.model.block import Stack
 from bytelatent.model.blt import BLTModel
 from bytelatent.model.byte_lm import ByteLM
-from bytelatent.model.patch_attention import CrossAttention
 from bytelatent.model.settings import ByteLMSettings, ModelSettings, StackSettings
 
 
@@ -24,15 +24,15 @@ class PartCost:
 
     name: str
     num_parameters: int
-    flops_per_byte: float  # of a forward pass; see `training_flops`
-    of_attention: float = 0.0  # how many of these are between queries, keys and values that the mask lets meet
+    flops_per_byte: float = 0.0  # of a forward pass; see `training_flops`
+    of_attention: float = 0.0  # the share of them between queries, keys and values, where the mask lets them meet
 
 
 def costs(settings: ModelSettings, patch_bytes: float = 4.5, context: int = 8192) -> list[PartCost]:
     """The cost of each part.
 
     Args:
-        patch_bytes: mean bytes a patch.
+        patch_bytes: mean bytes per patch.
         context: bytes of a document seen at once, over which attention is averaged.
     """
     model = _without_values(type(settings), settings.model_dump_json())
@@ -65,51 +65,45 @@ def _without_values(kind: type[ModelSettings], settings: str) -> ByteLM | BLTMod
 
 def _byte_lm(model: ByteLM, context: int) -> list[PartCost]:
     return [
-        PartCost("embedding", _parameters(model.embedding), 0.0),
+        PartCost("embedding", _parameters(model.embedding)),
         _stack("blocks", model.stack, context),
         PartCost("output", _parameters(model.norm, model.output), _matrices(model.output)),
     ]
 
 
 def _blt(model: BLTModel, patch_bytes: float, context: int) -> list[PartCost]:
-    settings = model.settings
-    per_patch, k = 1.0 / patch_bytes, settings.cross_attention.k
+    per_patch, k = 1.0 / patch_bytes, model.settings.cross_attention.k
     encoder, middle, decoder = model.encoder, model.global_transformer, model.decoder
-    # Each byte meets k queries of its patch, and k keys of the patch it reads.
-    gather, read = (4 * k * settings.encoder.dim * len(part.cross_attention) for part in (encoder, decoder))
-    encoder_cross = _matrices(encoder.pooled_to_queries) * per_patch + gather
-    for cross in encoder.cross_attention:
-        assert isinstance(cross, CrossAttention)
-        encoder_cross += _matrices(cross.query, cross.output) * k * per_patch + _matrices(cross.key, cross.value)
-    decoder_cross = _matrices(decoder.patch_to_keys) * per_patch + read
-    for cross in decoder.cross_attention:
-        assert isinstance(cross, CrossAttention)
-        decoder_cross += _matrices(cross.query, cross.output) + _matrices(cross.key, cross.value) * k * per_patch
     stack = _stack("global transformer", middle.stack, context / patch_bytes)
-    parts = [
-        PartCost("byte embedding", _parameters(encoder.embedding), 0.0),
+    stack = replace(
+        stack,
+        num_parameters=_parameters(middle),
+        flops_per_byte=(_matrices(middle.projection) + stack.flops_per_byte) * per_patch,
+        of_attention=stack.of_attention * per_patch,
+    )
+    hashes = [] if encoder.ngram_hash is None else [PartCost("n-gram hash tables", _parameters(encoder.ngram_hash))]
+    cross = partial(_cross_attention, k=k, dim=model.settings.encoder.dim, per_patch=per_patch)
+    return [
+        PartCost("byte embedding", _parameters(encoder.embedding)),
+        *hashes,
         _stack("local encoder", encoder.stack, context),
-        PartCost(
-            "encoder cross-attention",
-            _parameters(encoder.cross_attention, encoder.pooled_to_queries),
-            encoder_cross,
-            gather,
-        ),
-        PartCost(
-            stack.name,
-            _parameters(middle),
-            (_matrices(middle.projection) + stack.flops_per_byte) * per_patch,
-            stack.of_attention * per_patch,
-        ),
-        PartCost(
-            "decoder cross-attention", _parameters(decoder.cross_attention, decoder.patch_to_keys), decoder_cross, read
-        ),
+        cross("encoder", encoder.cross_attention, encoder.pooled_to_queries, queries=k * per_patch, keys=1),
+        stack,
+        cross("decoder", decoder.cross_attention, decoder.patch_to_keys, queries=1, keys=k * per_patch),
         _stack("local decoder", decoder.stack, context),
         PartCost("output", _parameters(decoder.norm, decoder.output), _matrices(decoder.output)),
     ]
-    if encoder.ngram_hash is not None:
-        parts.insert(1, PartCost("n-gram hash tables", _parameters(encoder.ngram_hash), 0.0))
-    return parts
+
+
+def _cross_attention(
+    of: str, layers: Any, to_patches: nn.Module, queries: float, keys: float, k: int, dim: int, per_patch: float
+) -> PartCost:
+    """Each byte meets k queries of its patch, or k keys of the patch it reads; `queries` and `keys` are per byte."""
+    meetings = 4.0 * k * dim * len(layers)
+    products = _matrices(to_patches) * per_patch
+    for cross in layers:
+        products += _matrices(cross.query, cross.output) * queries + _matrices(cross.key, cross.value) * keys
+    return PartCost(f"{of} cross-attention", _parameters(layers, to_patches), products + meetings, meetings)
 
 
 def _stack(name: str, stack: Stack, context: float) -> PartCost:

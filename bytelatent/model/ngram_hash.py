@@ -31,7 +31,7 @@ class NgramHashEmbedding(nn.Module):
 
     The tables are without values until `init_weights` draws them.
 
-    `tables.sparse` says whether the tables' gradient is a sparse tensor of the rows looked up.
+    `tables.sparse`: whether the tables' gradient is a sparse tensor of the rows looked up.
     """
 
     def __init__(self, settings: NgramHashSettings, dim: int):
@@ -52,7 +52,7 @@ class NgramHashEmbedding(nn.Module):
 
         Args:
             ids: [T] int64.
-            history: [T] how many ids before each one count; what lies before them counts as zero.
+            history: [T] how many ids before each one count; ids before them count as zero.
         """
         return self.sums(ids[None], history, new=ids.shape[0])
 

@@ -20,7 +20,7 @@ class Stream:
     ids: Tensor  # [T] int64
     document: Tensor  # [T] int64, -1: padding
     position: Tensor  # [T] int64, 0 at each document's start
-    num_documents: int | None = field(default=None, kw_only=True)  # at most so many, and padding at the end; None: any
+    num_documents: int | None = field(default=None, kw_only=True)  # at most, and padding at the end; None: any number
 
     @property
     def tensors(self) -> dict[str, Tensor]:

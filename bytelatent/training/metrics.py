@@ -46,7 +46,7 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """A row a line, on disk when `write` returns. Where it cannot be, as on a full disk, rows wait until they can.
+    """One row per line, on disk when `write` returns. Where it cannot be, as on a full disk, rows wait until they can.
 
     Lines that hold no row move to `path.damaged` when the run resumes.
     """

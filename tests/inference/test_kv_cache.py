@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytelatent.inference.kv_cache import KVCache, NewPositions, PerDocument, StoreNewest
-from bytelatent.model.attention import attend, build_mask
+from bytelatent.model.attention import build_mask
 
 # of each row: its number, what it has read, and the sizes of its runs
 ROWS = st.lists(
@@ -70,4 +70,4 @@ def test_documents_alone_are_documents_under_the_mask(sizes: list[int], kv_heads
     q_THE = torch.randn(len(document), 4, 8)
     k_TJE, v_TJE = torch.randn(2, len(document), kv_heads, 8)
     found = PerDocument(sizes).attend(q_THE, k_TJE, v_TJE)
-    torch.testing.assert_close(found, attend(q_THE, k_TJE, v_TJE, build_mask(document, None)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, build_mask(document, None).attend(q_THE, k_TJE, v_TJE), rtol=1e-5, atol=1e-5)

@@ -185,30 +185,32 @@ def gathering(
     dtype: str = "float32",
     shifted: bool = False,
 ) -> Errors:
-    """Bytes are kept one by one, then gathered."""
+    """Bytes are cached one by one, then gathered."""
     kind, size, dim = getattr(torch, dtype), len(counts), 40
     q = torch.randn(len(rows), queries, heads, 16).to(kind)
-    kept = [[torch.full((size, most, kv_heads, 16), torch.nan, dtype=kind) for _ in range(2)] for _ in range(2)]
+    cached = [[torch.full((size, most, kv_heads, 16), torch.nan, dtype=kind) for _ in range(2)] for _ in range(2)]
     pooled = [torch.full((size, dim), torch.nan) for _ in range(2)]
     for number in range(max(counts)):
         at = torch.tensor([number if number < count else -1 for count in counts], dtype=torch.int32)
         kv, h = torch.randn(size, 2 * kv_heads, 16).to(kind), torch.randn(size, dim).to(kind)
-        append_patch_byte(kv, *kept[0], at, h_BD=h, pooled_BD=pooled[0])
-        plain_append_patch_byte(kv, *kept[1], at, h_BD=h, pooled_BD=pooled[1])
-        append_patch_byte(kv + 1, *kept[0], at, h_BD=h + 1, pooled_BD=pooled[0], run=torch.zeros(1, dtype=torch.int32))
+        append_patch_byte(kv, *cached[0], at, h_BD=h, pooled_BD=pooled[0])
+        plain_append_patch_byte(kv, *cached[1], at, h_BD=h, pooled_BD=pooled[1])
+        append_patch_byte(
+            kv + 1, *cached[0], at, h_BD=h + 1, pooled_BD=pooled[0], run=torch.zeros(1, dtype=torch.int32)
+        )
     out = torch.full((3, *q.shape), torch.nan, dtype=kind)
     begins = [counts[row] // 3 if shifted and row % 2 else 0 for row in rows]
     left = torch.tensor([max(counts[row], 0) - begin for row, begin in zip(rows, begins, strict=True)])
     shared: dict = {"count_C": left, "row_C": torch.tensor(rows, dtype=torch.int32)}
     if shifted:
         shared["begin_C"] = torch.tensor(begins)
-    encoder_cross_attention_step(q, *kept[0], **shared, out=out[0])
-    plain_encoder_cross_attention_step(q, *kept[1], **shared, out=out[1])
-    encoder_cross_attention_step(q, *kept[0], **shared, out=out[2], run=torch.zeros(1, dtype=torch.int32))
+    encoder_cross_attention_step(q, *cached[0], **shared, out=out[0])
+    plain_encoder_cross_attention_step(q, *cached[1], **shared, out=out[1])
+    encoder_cross_attention_step(q, *cached[0], **shared, out=out[2], run=torch.zeros(1, dtype=torch.int32))
     assert bool(out[2].isnan().all()), "a kernel that should not run wrote something"
     return {
         "error": difference(out[0], out[1]),
-        "kept": max(map(difference, kept[0], kept[1])),
+        "cached": max(map(difference, cached[0], cached[1])),
         "pooled": difference(*pooled),
     }
 

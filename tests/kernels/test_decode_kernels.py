@@ -18,7 +18,7 @@ from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
 from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attention, encoder_cross_attention
 from bytelatent.kernels.rotary import rotary_embedding, rotate
 from bytelatent.kernels.skinny_linear import fold_norm, launch_for, plain_skinny_linear
-from bytelatent.model.attention import attend, build_mask
+from bytelatent.model.attention import build_mask
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
@@ -163,7 +163,7 @@ def test_plain_decode_attention_is_the_models(steps: list[int], window: int | No
     q, k, v = qkv.split([num_heads, kv_heads, kv_heads], dim=1)
     rotary = rotary_embedding(torch.arange(size), 8, 10_000.0)
     mask = build_mask(torch.zeros(size, dtype=torch.long), window)
-    expected = attend(rotate(q, rotary), rotate(k, rotary), v, mask)
+    expected = mask.attend(rotate(q, rotary), rotate(k, rotary), v)
     slots = size if window is None else window + max(steps) - 1
     caches = torch.zeros(2, 3, slots, kv_heads, 8)
     table, done, found = rotary_embedding(torch.arange(size), 8, 10_000.0), 0, []
@@ -181,14 +181,14 @@ def test_plain_patch_attention_is_the_models() -> None:
     sizes = [3, 1, 5]
     q, k, v = torch.randn(3, 2, 4, 8), torch.randn(9, 4, 8), torch.randn(9, 4, 8)
     patch = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
-    kept, pooled = torch.full((2, 3, 5, 4, 8), torch.nan), torch.full((3, 6), torch.nan)
+    cached, pooled = torch.full((2, 3, 5, 4, 8), torch.nan), torch.full((3, 6), torch.nan)
     h = torch.randn(9, 6)
     for number, row in enumerate(patch.tolist()):
         at = torch.full((3,), -1)
         at[row] = int((patch[:number] == row).sum())
         kv = torch.cat([k[number], v[number]])[None].expand(3, -1, -1)
-        plain_append_patch_byte(kv, *kept, at, h_BD=h[number].expand(3, -1), pooled_BD=pooled)
-    found = plain_encoder_cross_attention_step(q, *kept, torch.tensor(sizes))
+        plain_append_patch_byte(kv, *cached, at, h_BD=h[number].expand(3, -1), pooled_BD=pooled)
+    found = plain_encoder_cross_attention_step(q, *cached, torch.tensor(sizes))
     torch.testing.assert_close(found, encoder_cross_attention(q, k, v, ByteRanges.of(patch, 3)))
     torch.testing.assert_close(pooled, torch.stack([part.amax(0) for part in h.split(sizes)]))
 

@@ -11,7 +11,7 @@ from bytelatent.kernels.gated_product import interleaved, plain_gated_product, p
 from bytelatent.kernels.rotary import cos_sin, rotary_embedding, rotate
 from bytelatent.kernels.window_attention import first_seen, plain_window_attention
 from bytelatent.model import ByteLM, ByteLMSettings
-from bytelatent.model.attention import attend, build_mask
+from bytelatent.model.attention import build_mask
 from tests.kernels.interpreter import interpreted
 from tests.kernels.streams import stream_of_sizes
 
@@ -52,7 +52,7 @@ def test_plain_attention_is_the_models(sizes: list[int], window: int | None) -> 
     q, k, v = (torch.randn(len(stream.ids), 2, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     rotary = rotary_embedding(stream.position, 8, 10_000.0)
     rotated = rotate(k, rotary)
-    expected = attend(rotate(q, rotary), rotated, v, build_mask(stream.document, window))
+    expected = build_mask(stream.document, window).attend(rotate(q, rotary), rotated, v)
     low, (cos, sin) = first_seen(stream.position, window), cos_sin(stream.position, 8, 10_000.0)
     torch.testing.assert_close(plain_window_attention(q, k, v, low, cos, sin), expected)
     torch.testing.assert_close(k, rotated)

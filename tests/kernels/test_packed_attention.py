@@ -24,7 +24,7 @@ from bytelatent.kernels.packed_attention import (
 )
 from bytelatent.kernels.rotary import rotary_embedding
 from bytelatent.model import attention
-from bytelatent.model.attention import DenseMask, FlexMask, PackedMask, attend, build_mask, packed_mask
+from bytelatent.model.attention import DenseMask, FlexMask, PackedMask, build_mask, packed_mask
 from bytelatent.model.block import Block, Stack
 from bytelatent.model.settings import StackSettings
 from tests.kernels import cudnn_stand_in
@@ -65,9 +65,9 @@ def test_it_equals_a_dense_mask(kv_heads: int, window: int | None, padding: int)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     dense, mask = build_mask(document, window), packed_mask(document, window, len(SIZES))
     assert isinstance(dense, DenseMask) or window == 1 or window == 3
-    expected = attend(q, k, v, dense)
+    expected = dense.attend(q, k, v)
     gradients = torch.autograd.grad(expected, leaves, d_out)
-    for out in (attend(q, k, v, mask), plain_packed_attention(q, k, v, mask.begin, mask.length, window)[0]):
+    for out in (mask.attend(q, k, v), plain_packed_attention(q, k, v, mask.begin, mask.length, window)[0]):
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
         found = torch.autograd.grad(out, leaves, d_out)
         for ours, theirs in zip(found, gradients, strict=True):

@@ -38,18 +38,18 @@ def test_attention(
     """Rings of 8 slots from their first position on, and when they went round; tables that grow."""
     torch.manual_seed(0)
     slots, size, row = 8 if window else 32, 16, torch.tensor(rows)
-    kept = [torch.randn(4, slots, kv_heads, size).to(dtype) for _ in "kv"]
-    others = [part.clone() for part in kept]
+    cached = [torch.randn(4, slots, kv_heads, size).to(dtype) for _ in "kv"]
+    others = [part.clone() for part in cached]
     rotary = rotary_embedding(torch.arange(64), size, 1e4)
     options = {"heads": heads, "window": window, "row_B": row}
     for step in range(12):
         position = torch.full((len(rows),), begin + step) - torch.arange(len(rows)).clamp(max=begin)
         qkv = torch.randn(len(rows), (heads + 2 * kv_heads) * size).to(dtype)
-        found = plain_decode_attention(qkv.clone(), *kept, position, rotary, **options)
+        found = plain_decode_attention(qkv.clone(), *cached, position, rotary, **options)
         expected = slow.decode_attention(qkv, *others, position, rotary, **options)
         close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(found[row >= 0].double(), expected[row >= 0], **close)
-        for one, other in zip(kept, others, strict=True):
+        for one, other in zip(cached, others, strict=True):
             torch.testing.assert_close(one, other, **close)
 
 

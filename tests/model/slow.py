@@ -102,15 +102,15 @@ def block(x: list[np.ndarray], weights: Weights, settings: Any) -> list[np.ndarr
 
 def cross_attention(
     x: list[np.ndarray],
-    kept: list[np.ndarray],
+    cached: list[np.ndarray],
     seen: Callable[[int], Sequence[int]],
     weights: Weights,
     settings: Any,
     eps: float,
 ) -> list[np.ndarray]:
-    """`x` attends to `kept`. The layer adds its input, and its caller adds it again."""
+    """`x` attends to `cached`. The layer adds its input, and its caller adds it again."""
     queries = [weights["query"] @ norm(row, weights["query_norm"], eps) for row in x]
-    normed = [norm(row, weights["key_value_norm"], eps) for row in kept]
+    normed = [norm(row, weights["key_value_norm"], eps) for row in cached]
     keys, values = [weights["key"] @ row for row in normed], [weights["value"] @ row for row in normed]
     num_heads, num_kv_heads = settings.num_heads, settings.num_kv_heads or settings.num_heads
     found = attention(queries, keys, values, seen, num_heads, len(x[0]) // num_heads, num_kv_heads)

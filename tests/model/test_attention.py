@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bytelatent.model import block, compile_regions
-from bytelatent.model.attention import BandedMask, DenseMask, attend, build_mask, packed_mask
+from bytelatent.model.attention import BandedMask, DenseMask, build_mask, packed_mask
 from tests.model.slow import attention
 from tests.model.tiny import patched_stream_of as patched
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt, tiny_byte_lm
@@ -37,7 +37,7 @@ def test_attend_equals_a_loop(window: int | None, off: int, kv_heads: int) -> No
 
     flat = [list(x.flatten(1).double().numpy()) for x in (q, k, v)]
     expected = np.stack(attention(*flat, seen, 4, 6, kv_heads))
-    np.testing.assert_allclose(attend(q, k, v, mask).flatten(1).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(mask.attend(q, k, v).flatten(1).numpy(), expected, atol=1e-5)
 
 
 def changed(before: torch.Tensor, after: torch.Tensor) -> set[int]:

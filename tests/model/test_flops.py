@@ -33,9 +33,11 @@ def counted(settings: ModelSettings, size: int, patch_bytes: int) -> tuple[int, 
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-def sums_in_place_of_attention(q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, mask: Any) -> Tensor:
+class SumsInPlaceOfAttention:
     """No products; keys and values get gradients as from attention."""
-    return q_THE + (k_TJE + v_TJE).repeat_interleave(q_THE.shape[1] // k_TJE.shape[1], dim=1)
+
+    def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
+        return q_THE + (k_TJE + v_TJE).repeat_interleave(q_THE.shape[1] // k_TJE.shape[1], dim=1)
 
 
 def looped_attention(settings: StackSettings, size: int) -> int:
@@ -76,7 +78,7 @@ SHAPES = {
 def test_matrices_in_training(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but attention, exactly: torch would count masked pairs, too, and cross-attention's sums not at all."""
     settings, size, patch_bytes = SHAPES[shape]
-    monkeypatch.setattr("bytelatent.model.block.attend", sums_in_place_of_attention)
+    monkeypatch.setattr("bytelatent.model.block.build_mask", lambda *_: SumsInPlaceOfAttention())
     forward, backward = counted(settings, size, patch_bytes)
     attention = of_attention(costs(settings, patch_bytes, size))
     assert flops_per_byte(settings, patch_bytes, size) - attention == pytest.approx(forward / size, rel=1e-12)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import KVCache, NewPositions, StoreNewest
+from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, CrossWeights, StackWeights
 from bytelatent.kernels.decode_cross_attention import decoder_cross_attention_step
 from bytelatent.kernels.gated_product import ROWS, can_gate, gate, gated_product, row_scale
@@ -20,7 +21,7 @@ from bytelatent.kernels.quantized import dense
 from bytelatent.kernels.rotary import cos_sin
 from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, Stream
-from bytelatent.model.attention import CachedAttention
+from bytelatent.model.attention import Mask
 from bytelatent.model.blt import BLTCache, LocalEncoder
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings
@@ -75,7 +76,7 @@ class FastBlock(nn.Module):
 class _Captured:
     """A stack's work on a number of positions as a CUDA graph, with its inputs and outputs."""
 
-    graph: Any
+    graph: Graph
     x_TD: Tensor
     attention: RunAttention
     k_LTJE: Tensor  # each layer's rotated keys
@@ -129,17 +130,15 @@ class FastStack(nn.Module):
         stored: list[tuple[Tensor, Tensor]] = []
         attention = RunAttention(low, cos, sin, lambda k_THE, v_THE: stored.append((k_THE, v_THE)))
         x_TD = like_TD.new_zeros(size, like_TD.shape[1])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            self._read(x_TD, attention)  # compiles the kernels
-            stream.synchronize()
+        results: list[Tensor] = []
+
+        def read() -> None:
             stored.clear()
-            with torch.cuda.graph(graph, stream=stream):
-                out_TD = self._read(x_TD, attention)
-                k_LTJE, v_LTJE = (torch.stack(layers) for layers in zip(*stored, strict=True))
-        torch.cuda.current_stream().wait_stream(stream)
+            results[:] = [self._read(x_TD, attention)]
+            results.extend(torch.stack(layers) for layers in zip(*stored, strict=True))
+
+        graph = Graph(read, overlap=False)
+        out_TD, k_LTJE, v_LTJE = results
         return _Captured(graph, x_TD, attention, k_LTJE, v_LTJE, out_TD)
 
 
@@ -168,7 +167,7 @@ class FastDecoderCrossAttention(nn.Module):
         k_PKHE, v_PKHE = (F.linear(self._norm(x_PKD), matrix).unflatten(-1, self.heads) for matrix in matrices)
         return k_PKHE, v_PKHE
 
-    def read(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: ByteRanges) -> Tensor:
+    def attend(self, h_TD: Tensor, k_PKHE: Tensor, v_PKHE: Tensor, read: ByteRanges) -> Tensor:
         weights, dtype = self.weights, h_TD.dtype
         q_THE = F.linear(self._norm(h_TD), dense(weights.query, dtype)).unflatten(-1, self.heads)
         row_T, reads_T = read.patch_T.clamp(min=0), read.patch_T >= 0
@@ -221,9 +220,7 @@ class FastDecoder(Decoder):
         self._fast.add(weights.settings)
         return _with_modules(module, stack=FastStack(weights.settings, weights))
 
-    def _prompt_attention(
-        self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int
-    ) -> CachedAttention:
+    def _prompt_attention(self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int) -> Mask:
         if stack not in self._fast:
             return super()._prompt_attention(cache, stack, new, num_padding)
         position = F.pad(new.position, (0, -len(new.position) % ROWS))
