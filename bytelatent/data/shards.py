@@ -50,7 +50,7 @@ def shards_of(sources: Sequence[str], out: Path) -> list[Shard]:
             if other is not None and other.source != file:
                 raise UserError(
                     f"entropies: '{other.source}' and '{file}' would both become '{name}.parquet'; "
-                    "give the folder above them as the source, or each a folder of its own with --out"
+                    "rename one, give the folder above theirs as the source, or each a folder of its own with --out"
                 )
             with readable(file):
                 found[name] = Shard(file, name, size_of(file))

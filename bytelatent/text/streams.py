@@ -116,7 +116,7 @@ def readable(file: str, title: str = "") -> Iterator[None]:
     except (UserError, Interrupted, MemoryError):
         raise
     except FileNotFoundError:
-        raise BadRow(file, "does not exist any more") from None
+        raise BadRow(file, "does not exist") from None
     except OSError as error:
         raise BadRow(file, f"cannot be read: {error.strerror or error}") from None
     except Exception as error:  # of pyarrow, fsspec and what these use: of any class
