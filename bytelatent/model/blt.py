@@ -270,4 +270,5 @@ def compile_regions(model: nn.Module) -> None:
     """Compile a model block by block: alike blocks share one graph, and masks are built outside of it."""
     for part in model.modules():
         if isinstance(part, Block | CrossAttention):
-            part.forward = torch.compile(part.forward)  # not `compile()`, which looks past a forward that was replaced
+            # Not `part.compile()`, which ignores a forward that was replaced.
+            part.forward = torch.compile(part.forward)  # pyright: ignore[reportAttributeAccessIssue]
