@@ -354,10 +354,10 @@ def test_a_reused_engine_has_the_new_weights(blt: BLT) -> None:
     settings: dict = {"max_new_bytes": 12, "seed": 4}
     before = blt.generate("The", **settings)
     assert blt._idle_engine is not None
-    kept = blt._idle_engine[1]
+    idle = blt._idle_engine[1]
     assert blt.generate("The", **settings) == before
     assert blt._idle_engine is not None
-    assert blt._idle_engine[1] is kept
+    assert blt._idle_engine[1] is idle
     head = blt.model.decoder.output.weight
     with torch.no_grad():
         head.neg_()

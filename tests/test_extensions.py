@@ -72,11 +72,14 @@ def test_every_option_has_help() -> None:
 
 
 def test_what_contributing_names_is_there() -> None:
-    """Files below the package or beside it, and names of code in the files of the package."""
+    """Files below the package or beside it, and names in the code; and each package is named."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    guide = text.partition("## To add a ...")[2]
+    packages = " ".join(re.findall(r"^\| (.*?) \|", text, flags=re.MULTILINE))
+    guide = packages + text.partition("## To add a ...")[2]
+    inside = [path.parent.name for path in (ROOT / "bytelatent").glob("*/__init__.py")]
+    assert [name for name in inside if f"`{name}/`" not in packages] == []
     code = [
-        path.read_text(encoding="utf-8") for place in ("bytelatent", "tests") for path in (ROOT / place).rglob("*.py")
+        path.read_text(encoding="utf-8") for part in ("bytelatent", "tests") for path in (ROOT / part).rglob("*.py")
     ]
     words = set(re.findall(r"\w+", " ".join(code)))
     for quoted in re.findall(r"`([^`]+)`", guide):

@@ -295,11 +295,7 @@ class SourceReader:
             yield PartlyRead(own, item if own == position else 0), False
 
     def _own_positions(self, first: BlockPosition) -> Iterator[BlockPosition]:
-        """This rank's blocks from `first` on; of a file whose end is not known, until it is found (`_ended`).
-
-        Raises:
-            UserError: there are none.
-        """
+        """This rank's blocks from `first` on; of a file whose end is not known, until it is found (`_ended`)."""
         idle = 0
         for epoch in itertools.count(first.epoch):
             idle += 1
@@ -357,11 +353,7 @@ class SourceReader:
         return block
 
     def _pass_over(self, error: BadRow, epoch: int) -> None:
-        """Count a bad row or file.
-
-        Raises:
-            UserError: there are too many in this epoch.
-        """
+        """Count a bad row or file; too many in an epoch are an error."""
         if epoch != self.bad_epoch:
             self.bad_epoch, self.bad_rows.count = epoch, 0
         self.bad_rows(error)

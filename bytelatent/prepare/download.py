@@ -187,11 +187,7 @@ def _missing(record: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def _record(path: Path, request: DatasetRequest) -> dict[str, Any] | None:
-    """The record in a file, if there is one.
-
-    Raises:
-        UserError: it is about something else than `request`, or corrupt.
-    """
+    """The record in a file, if there is one; one about something else than `request` is an error."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         of = DatasetRequest(**record["request"])

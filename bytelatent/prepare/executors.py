@@ -124,12 +124,7 @@ def run_locally(work: WorkFolder, workers: int) -> None:
 def _run_step(
     work: WorkFolder, step: str, todo: Sequence[int], tasks: int, workers: int, what: str = "", num_bytes: int = 0
 ) -> None:
-    """Do some of a step's tasks; the first that fails, and a worker that dies, ends the others.
-
-    Args:
-        what: names the step in its progress bar; empty shows none.
-        num_bytes: amount of its work.
-    """
+    """Do some of a step's tasks; the first that fails, and a worker that dies, ends the others. `what` names a bar."""
     if not todo:
         return
     context = multiprocessing.get_context("fork")  # workers share the memory of what is imported here

@@ -129,10 +129,7 @@ def _why_not(old: PreparePlan, new: PreparePlan) -> str | None:
 
 
 def _check_same(out: Path, manifest: dict[str, Any], settings: PrepareSettings) -> None:
-    """
-    Raises:
-        UserError: the folder was made from something else.
-    """
+    """Refuse a folder that was made from something else."""
     if differing := differences(masked(manifest["request"]), settings.request()):
         raise UserError(f"--out: '{out}' was prepared otherwise: {differing}; give another folder")
     try:
@@ -146,10 +143,7 @@ def _check_same(out: Path, manifest: dict[str, Any], settings: PrepareSettings) 
 
 
 def _check_free(settings: PrepareSettings, work: WorkFolder, files: list[InputFile]) -> None:
-    """
-    Raises:
-        UserError: there are files of that name already, or the disk is too small: found now and not hours later.
-    """
+    """Refuse a folder with files of that name, and a disk that is too small: now and not hours later."""
     if found := sorted(
         [*work.out.glob(f"{settings.stem}.chunk.*.jsonl"), *work.out.glob(f"{settings.stem}.val.jsonl")]
     ):

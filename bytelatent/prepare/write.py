@@ -104,11 +104,7 @@ def _documents_one_by_one(bins: BinRange, work: WorkFolder) -> Iterator[Buffer]:
 
 
 def _read(work: WorkFolder, task: int, offset: int, into: memoryview) -> None:
-    """Fill `into` from a data file of the first pass.
-
-    Raises:
-        UserError: the file is shorter.
-    """
+    """Fill `into` from a data file of the first pass."""
     with open(work.task_files(task).path("data"), "rb") as file:
         file.seek(offset)
         if file.readinto(into) < len(into):
@@ -141,11 +137,7 @@ def _write_stream(
     buffers: Iterator[Buffer],
     report: Callable[[int], None],
 ) -> list[list[Any]]:
-    """Write the bytes of the stream from `begin` to `end` into the output files they belong to.
-
-    Returns:
-        [output, bytes, sha256] of each file written to.
-    """
+    """Write the bytes of the stream from `begin` to `end`; returns [output, bytes, sha256] of each file written to."""
     parts: list[list[Any]] = []
     rest = memoryview(b"")
     for number, output in enumerate(outputs):

@@ -113,11 +113,7 @@ def _is_linked(file: str) -> bool:
 
 
 def _text_among(files: list[str], source: str) -> list[str]:
-    """The files that are text, with a line about the others of each kind.
-
-    Raises:
-        UserError: there are no files of text.
-    """
+    """The files that are text, with a line about the others of each kind; it is an error if there are none."""
     text, others = [], {}
     for file in files:
         why_not = None

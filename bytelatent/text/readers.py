@@ -221,11 +221,8 @@ class JsonlReader(BlockReader):
         return next_line(stream, self.options.max_row_bytes)[1]
 
     def _parsed(self, lines: list[bytes | None], first: int | None, at: int, stream: TextReader) -> DocumentBlock:
-        """
-        Args:
-            lines: None in place of one that is too long.
-            first: the number of the first line; None where it is not known.
-            at: bytes before the first line.
+        """A block of lines; None in place of one that is too long. The first has this number, if it is known, and is
+        at this byte.
         """
         block = DocumentBlock()
         is_cut = not stream.peek(1) and stream.unread is not None

@@ -278,11 +278,7 @@ class Decompressed(io.RawIOBase):
         super().close()
 
     def _decompress(self, max_length: int) -> bytes:
-        """The next bytes; none at the end.
-
-        Raises:
-            Exception: the file is cut short, corrupt, or cannot be read.
-        """
+        """The next bytes; none at the end. Errors are of any class."""
         max_length = min(max_length, OUTPUT_BYTES)
         while True:
             if (self._member is None or self._member.eof) and not self._begin_member():

@@ -3,6 +3,7 @@
 A format is a `TableFile`, which opens it and reads record batches; all else is the same for each.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -62,9 +63,8 @@ class TableFile:
                 first += rows
             self.first_rows.append(first)
         self._block_rows = block_rows
-        self._batches: Iterator[Any] = iter(())
-        self._rest: Any = None  # rows read with a block that belong to the next ones
-        self._group = -1  # the group that `_batches` reads
+        self._blocks: Iterator[Any] = iter(())
+        self._group = -1  # the group that `_blocks` reads
         self._next = 0  # the block that comes next in it
 
     def open(self) -> tuple[Any, list[int]]:
@@ -91,26 +91,28 @@ class TableFile:
             raise BadRow(self.file, f"{error.reason}: {lost}") from None
 
     def _rows(self, index: int) -> Any:
+        group, size = self._groups[index], self.first_rows[index + 1] - self.first_rows[index]
+        if group != self._group or index < self._next:
+            self._blocks, self._group, self._next = self._blocks_of(group), group, self._groups.index(group)
+        skipped, self._next = index - self._next, index + 1
+        table = next(itertools.islice(self._blocks, skipped, None), None)
+        if table is None or len(table) != size:
+            raise EOFError("it has fewer rows than it says")
+        return table
+
+    def _blocks_of(self, group: int) -> Iterator[Any]:
+        """A group's rows as Arrow tables of `block_rows` rows; the last one may be smaller."""
         import pyarrow
 
-        group = self._groups[index]
-        if group != self._group or index < self._next:
-            self._batches = self.batches(group, self._block_rows)
-            self._rest = None
-            self._group, self._next = group, self._groups.index(group)
-        while True:
-            size = self.first_rows[self._next + 1] - self.first_rows[self._next]
-            parts = [] if self._rest is None else [self._rest]
-            while sum(map(len, parts)) < size:
-                batch = next(self._batches, None)
-                if batch is None:
-                    raise EOFError("it has fewer rows than it says")
-                parts.append(pyarrow.Table.from_batches([batch]))
-            table = pyarrow.concat_tables(parts)
-            self._rest = table.slice(size) if len(table) > size else None
-            self._next += 1
-            if self._next > index:
-                return table.slice(0, size)
+        rows: Any = []
+        for batch in self.batches(group, self._block_rows):
+            table = pyarrow.Table.from_batches([batch])
+            rows = pyarrow.concat_tables([rows, table]) if len(rows) else table
+            while len(rows) >= self._block_rows:
+                yield rows.slice(0, self._block_rows)
+                rows = rows.slice(self._block_rows)
+        if len(rows):
+            yield rows
 
 
 class ParquetTable(TableFile):
@@ -300,11 +302,7 @@ def _check_text(schema: Any, file: str, text_key: str) -> None:
 
 
 def _stored_columns(schema: Any, stored: Stored | None, file: str) -> list[str]:
-    """What is stored beside the text: entropies of any origin, starts only where this package wrote them.
-
-    Raises:
-        BadRow: a column of entropies holds something else, or there are two.
-    """
+    """What is stored beside the text: entropies of any origin, starts only where this package wrote them."""
     from pyarrow.types import is_floating, is_large_list, is_list
 
     if stored is not None and stored.patching is not None:

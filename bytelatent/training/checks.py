@@ -70,9 +70,10 @@ def check_machine(settings: TrainSettings, device: torch.device, dtype: torch.dt
 
 
 def check_cuda_graph(wanted: bool, device: torch.device, world_size: int = 1) -> None:
-    """
+    """Check that a graph, if it is wanted, is for one process on CUDA.
+
     Raises:
-        UserError: there is not one process on CUDA.
+        UserError: it is not.
     """
     if wanted and (device.type != "cuda" or world_size > 1):
         here = f"{world_size} processes" if world_size > 1 else f"device {device.type}"
@@ -80,9 +81,10 @@ def check_cuda_graph(wanted: bool, device: torch.device, world_size: int = 1) ->
 
 
 def check_float8(float8: Float8 | None, device: torch.device, dtype: torch.dtype) -> None:
-    """
+    """Check that products in 8-bit floats, if they are wanted, can be computed here.
+
     Raises:
-        UserError: the device or the dtype does not support it, or torchao is not installed.
+        UserError: the device or the dtype does not support them, or torchao is not installed.
     """
     if float8 is None:
         return
@@ -167,3 +169,13 @@ def hints_about_batches(data: DataSettings, first: Batch) -> list[str]:
             f"batch holds {first.num_targets} ids; about data.batch_patches={fills} fills it"
         )
     return lines
+
+
+def how_to_save_memory(settings: TrainSettings) -> str:
+    """The settings to change where memory is not enough."""
+    data, accumulation = settings.data, settings.optimizer.accumulation
+    return (
+        f"lower data.batch_bytes (now {data.batch_bytes}; raise optimizer.accumulation, now {accumulation}, to keep "
+        f"the bytes of a step) or data.batch_patches (now {data.batch_patches}), or set "
+        f"parallel.activation_checkpointing (now {settings.parallel.activation_checkpointing}) to selective or full"
+    )

@@ -18,6 +18,7 @@ from bytelatent.patching import PatchSettings
 from bytelatent.vocab import BOE, BOS, EOS, VOCAB_SIZE
 from bytelatent.weights.native import (
     LOADING,
+    TRANSFORMERS_NAMES,
     SettingsTable,
     WeightsFormat,
     nested,
@@ -105,7 +106,7 @@ DEFAULT_THETA, DEFAULT_PATCHER_THETA = 500_000.0, 10_000.0
 
 class HuggingFaceFormat(WeightsFormat):
     modes = MODES
-    column = 1
+    column = TRANSFORMERS_NAMES
     loaded_by = "transformers"
     loading = (
         "from transformers import AutoTokenizer, BltForCausalLM",

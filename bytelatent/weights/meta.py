@@ -12,6 +12,7 @@ from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.weights.native import (
+    META_NAMES,
     SettingsTable,
     WeightsFormat,
     our_settings,
@@ -133,7 +134,7 @@ KNOWN = {*BYTE_LM_ARGS, *BLT_ARGS, *HASH_ARGS, *PATCHING_ARGS, *BLT_FIXED, *EMBE
 
 class MetaFormat(WeightsFormat):
     modes = MODES
-    column = 0
+    column = META_NAMES
     byte_lm_folder = BYTE_LM
     shard_bytes = None  # the published code reads no shards
 

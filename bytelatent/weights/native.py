@@ -35,8 +35,9 @@ LOADING = ("from bytelatent import BLT", "", "model = BLT.from_pretrained(FOLDER
 
 SettingsTable = Mapping[str, Sequence[str]]  # keys of another format, and those of our settings that have its value
 
-# Our modules, and theirs in Meta's formats and in transformers'. {table} means that each hash table is a tensor of its
-# own.
+# Our modules, and their names in Meta's formats and in transformers. {table} means that each hash table is a tensor of
+# its own.
+META_NAMES, TRANSFORMERS_NAMES = 0, 1  # columns
 MODULES = {
     "encoder.embedding": ("local_encoder.tok_embeddings", "model.local_encoder.embed_tokens"),
     "encoder.ngram_hash.tables": ("encoder_hash_tok_embedding.{table}", "model.encoder_hash_tok_embedding"),

@@ -25,17 +25,10 @@ CHUNK_BYTES = 1 << 26
 FEW = 12  # names listed in an error
 SHARD_BYTES = 5_000_000_000  # limit of a weights file; a larger tensor has a file of its own
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
-}
+}  # fmt: skip
 NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 

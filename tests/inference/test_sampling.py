@@ -121,14 +121,14 @@ def slow_probabilities(logits: list[float], sampling: Sampling, prompt: bytes, a
     temperature = float32(sampling.temperature)
     weights = {i: math.exp((scores[i] - best) / temperature) for i in likeliest_first[: sampling.top_k]}
     if sampling.top_p is not None:
-        kept, share, goal = {}, 0.0, float32(sampling.top_p) * sum(weights.values())
+        left, share, goal = {}, 0.0, float32(sampling.top_p) * sum(weights.values())
         for i, weight in weights.items():
-            if kept and share >= goal:
+            if left and share >= goal:
                 break
-            kept[i] = weight
+            left[i] = weight
             share += weight
             assume(sampling.top_p == 1 or abs(share - goal) > 1e-6)
-        weights = kept
+        weights = left
     weights = {i: weight for i, weight in weights.items() if weight >= float32(sampling.min_p or 0)}
     return {i: weight / sum(weights.values()) for i, weight in weights.items()}
 
@@ -362,7 +362,7 @@ def test_frequencies_of_all_ids() -> None:
 
 @pytest.mark.parametrize(("number", "first"), [(0, True), ((1 << 24) - 1, False)])
 def test_the_smallest_and_the_largest_random_number(monkeypatch: pytest.MonkeyPatch, number: int, first: bool) -> None:
-    """They draw the first and the last id that is kept, however unlikely, and none beyond."""
+    """They draw the first and the last id that is left, however unlikely, and none beyond."""
     monkeypatch.setattr(module, "random_numbers", lambda seed, drawn: torch.full_like(seed, number))
     logits = torch.full([VOCAB_SIZE], -INF)
     logits[[50, 60, 70]] = torch.tensor([0.0, 3.0, 0.0])

@@ -1,6 +1,6 @@
-"""A step as a CUDA graph, with parts that run beside one another and parts that run only where the device says so.
+"""Work as a CUDA graph, with parts that run side by side and parts that run only on a condition on the device.
 
-Elsewhere than on CUDA the same words do one thing after another.
+On other devices than CUDA the parts run one after another.
 """
 
 import ctypes
@@ -18,18 +18,24 @@ _capturing: "Graph | None" = None
 
 
 class Graph:
-    """Some work, captured: to run it again is one launch. It must have run before, so that its kernels are compiled."""
+    """Some work, captured: to run it again is one launch. It runs once before, so that its kernels are compiled."""
 
-    def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream):
+    def __init__(self, work: Callable[[], None], overlap: bool = True):
         global _capturing
         self._graph = torch.cuda.CUDAGraph()
         self._pools: list[Any] = []  # of the parts that do not always run; tensors lie there as long as the graph does
-        _capturing = self
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with overlapped(), torch.cuda.graph(self._graph, stream=stream):
+            with overlapped(overlap), torch.cuda.stream(stream):
                 work()
+                stream.synchronize()
+                _capturing = self
+                with torch.cuda.graph(self._graph, stream=stream):
+                    work()
         finally:
             _capturing = None
+        torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self) -> None:
         self._graph.replay()
@@ -63,10 +69,10 @@ class Graph:
 
 
 def where(run: Tensor, work: Callable[[], None]) -> None:
-    """Do `work` where `run`, one number on the device, is not 0.
+    """Do `work` if `run`, one number on the device, is not 0.
 
-    On CUDA it is known on the device alone. There, captured in a graph, the work is a part that the device leaves out;
-    not captured, or without the package `cuda-bindings`, it is always done, and must be such that no harm comes of it.
+    In a graph on CUDA the device decides. Not captured, or without the package `cuda-bindings`, CUDA always does it, so
+    it must do no harm.
     """
     if not run.is_cuda:
         if bool(run):
@@ -80,7 +86,7 @@ def where(run: Tensor, work: Callable[[], None]) -> None:
 
 
 class Side:
-    """A second stream. What is started there runs beside what comes after, until they are joined."""
+    """A second stream. Its work runs beside what follows, until `join`."""
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -109,7 +115,7 @@ extern "C" __global__ void set_condition(cudaGraphConditionalHandle handle, cons
 
 
 def _set_condition(handle: Any, run: Tensor, stream: torch.cuda.Stream) -> None:
-    """Launch the kernel that tells a graph whether `run`, int32, is 0: only the device may do so."""
+    """Launch the kernel that sets a graph's condition from `run`, int32: only the device may do so."""
     from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
 
     assert run.dtype == torch.int32, f"{run.dtype}"
@@ -134,10 +140,7 @@ def _set_condition_kernel(device: torch.device) -> Any:
 
 @cache
 def has_conditions() -> bool:
-    """Whether graphs may have such parts: with CUDA 13, of which PyTorch brings the package that adds them.
-
-    Drivers of CUDA 12 need not know them, and its package is called otherwise.
-    """
+    """Whether graphs may have conditional parts: with CUDA 13, whose package `cuda-bindings` comes with PyTorch."""
     try:
         from cuda import bindings  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -146,7 +149,7 @@ def has_conditions() -> bool:
 
 
 def _done(answer: tuple[Any, ...]) -> Any:
-    """What a CUDA call gives beside its error code."""
+    """The results of a CUDA call, after its error code."""
     error, *found = answer
     if int(error) != 0:
         raise RuntimeError(f"CUDA graph: {error!r}")

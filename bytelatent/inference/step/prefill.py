@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import KVCache, NewPositions, StoreNewest
+from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, CrossWeights, StackWeights
 from bytelatent.kernels.decode_cross_attention import decoder_cross_attention_step
 from bytelatent.kernels.gated_product import ROWS, can_gate, gate, gated_product, row_scale
@@ -75,7 +76,7 @@ class FastBlock(nn.Module):
 class _Captured:
     """A stack's work on a number of positions as a CUDA graph, with its inputs and outputs."""
 
-    graph: Any
+    graph: Graph
     x_TD: Tensor
     attention: RunAttention
     k_LTJE: Tensor  # each layer's rotated keys
@@ -129,17 +130,15 @@ class FastStack(nn.Module):
         stored: list[tuple[Tensor, Tensor]] = []
         attention = RunAttention(low, cos, sin, lambda k_THE, v_THE: stored.append((k_THE, v_THE)))
         x_TD = like_TD.new_zeros(size, like_TD.shape[1])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            self._read(x_TD, attention)  # compiles the kernels
-            stream.synchronize()
+        results: list[Tensor] = []
+
+        def read() -> None:
             stored.clear()
-            with torch.cuda.graph(graph, stream=stream):
-                out_TD = self._read(x_TD, attention)
-                k_LTJE, v_LTJE = (torch.stack(layers) for layers in zip(*stored, strict=True))
-        torch.cuda.current_stream().wait_stream(stream)
+            results[:] = [self._read(x_TD, attention)]
+            results.extend(torch.stack(layers) for layers in zip(*stored, strict=True))
+
+        graph = Graph(read, overlap=False)
+        out_TD, k_LTJE, v_LTJE = results
         return _Captured(graph, x_TD, attention, k_LTJE, v_LTJE, out_TD)
 
 

@@ -13,7 +13,6 @@ from bytelatent.inference.kv_cache import BLOCK, Room
 from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.drafting import DraftedStep
 from bytelatent.inference.step.step import BLTStep, ByteLMStep
-from bytelatent.kernels.launch import overlapped
 from bytelatent.model import ByteLM
 
 IN_FLIGHT = 8  # steps that the host has not read yet
@@ -126,19 +125,13 @@ class CapturedSlots:
         return True
 
     def _captured(self) -> Graph:
-        """The step as a graph. A run before, in which all slots are idle, compiles its kernels."""
+        """The step as a graph, captured while all slots are idle."""
         step = self.step
         changed = step.flags.is_active, step.flags.is_waiting, step.logits_BV
         before = [tensor.clone() for tensor in changed]
         step.flags.is_active.zero_()
         step.flags.is_waiting.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), overlapped():
-            step()
-            stream.synchronize()
-        graph = Graph(step, stream)
-        torch.cuda.current_stream().wait_stream(stream)
+        graph = Graph(step)
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         return graph
