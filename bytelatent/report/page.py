@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bytelatent.config import flat
 from bytelatent.files import whole_file
 from bytelatent.patching import Patch
 from bytelatent.report.figures import STRIP_HEIGHT, entropy_strip, loss_curves, patch_length_histogram
@@ -123,7 +124,7 @@ def write_report(path: str | Path, report: RunReport) -> None:
         lengths=patch_length_histogram(report.patch_lengths),
         samples=samples,
         notes=report.notes,
-        others=_flat({key: value for key, value in report.summary.items() if key not in shown}),
+        others=_others({key: value for key, value in report.summary.items() if key not in shown}),
     )  # fmt: skip
     _write(path, page)
 
@@ -197,20 +198,17 @@ def _models(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | N
     return (["", *(label for label, _ in COLUMNS.values())], rows) if rows else None
 
 
-def _flat(facts: Mapping[Any, Any], above: str = "") -> list[tuple[str, str]]:
+def _others(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Names and values of nested facts as text."""
     lines: list[tuple[str, str]] = []
-    for key, value in facts.items():
-        if isinstance(value, Mapping):
-            lines.extend(_flat(value, f"{above}{key}: "))
-            continue
+    for key, value in flat(facts, between=": ").items():
         if isinstance(value, float):
             text = UNKNOWN if finite(value) is None else f"{value:.6g}"
         elif isinstance(value, int) and not isinstance(value, bool):
             text = f"{value:,}"
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-        label, unit = LABELS.get(f"{above}{key}", (f"{above}{key}".replace("_", " "), ""))
+        label, unit = LABELS.get(key, (key.replace("_", " "), ""))
         lines.append((label, text + unit))
     return lines
 

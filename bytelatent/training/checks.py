@@ -169,3 +169,13 @@ def hints_about_batches(data: DataSettings, first: Batch) -> list[str]:
             f"batch holds {first.num_targets} ids; about data.batch_patches={fills} fills it"
         )
     return lines
+
+
+def how_to_save_memory(settings: TrainSettings) -> str:
+    """The settings to change where memory is not enough."""
+    data, accumulation = settings.data, settings.optimizer.accumulation
+    return (
+        f"lower data.batch_bytes (now {data.batch_bytes}; raise optimizer.accumulation, now {accumulation}, to keep "
+        f"the bytes of a step) or data.batch_patches (now {data.batch_patches}), or set "
+        f"parallel.activation_checkpointing (now {settings.parallel.activation_checkpointing}) to selective or full"
+    )

@@ -32,15 +32,7 @@ class RolledBack(Exception):
 
 
 def trouble_with(step: int, loss: float, norm: float, recent: list[float], spike: float | None) -> str | None:
-    """Why an update must not be made; None if it may.
-
-    Args:
-        step: number of the step.
-        loss: nats per target, over all ranks.
-        norm: of the gradient.
-        recent: losses of earlier steps.
-        spike: as in the settings.
-    """
+    """Why the update of a step must not be made; None if it may. `recent` are losses of earlier steps, as `loss`."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return f"the loss is not finite at step {step} (loss {loss:g}, gradient norm {norm:g})"
     if spike is not None and len(recent) >= MIN_RECENT and loss > spike * (median := statistics.median(recent)):
@@ -55,7 +47,6 @@ def reason_to_skip(
 
     Args:
         loss: nats per target, over all ranks.
-        norm: of the gradient.
         lr: the peak of the learning rate, for the message.
 
     Raises:

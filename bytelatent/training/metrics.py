@@ -232,13 +232,7 @@ class WeightsAndBiases:
 
 
 def open_trackers(track: Sequence[str], wandb: WandbSettings, folder: Path, config: dict[str, Any]) -> list[Tracker]:
-    """All trackers of a run, the file first.
-
-    Args:
-        track: names of those beside the file.
-        folder: the run's.
-        config: the settings of the run that Weights & Biases shows.
-    """
+    """All trackers of a run, the file first. `config` is shown by Weights & Biases."""
     trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl")]
     if "tensorboard" in track:
         trackers.append(TensorBoard(folder / "tensorboard"))
@@ -267,12 +261,7 @@ def _run_id(path: Path, resumes: bool) -> str:
 
 
 class Metrics:
-    """Hands rows to trackers and shows them.
-
-    Args:
-        trackers: in order; none where another rank has them, and then nothing is shown either.
-        title: in front of the progress bar.
-    """
+    """Hands rows to trackers and shows them; without trackers, as on another rank than the first, it does neither."""
 
     def __init__(self, trackers: Sequence[Tracker], title: str):
         self._trackers, self._title = trackers, title

@@ -168,11 +168,7 @@ def _earlier_settings(folder: Path) -> TrainSettings | None:
 
 
 def _changes(settings: TrainSettings, earlier: TrainSettings, folder: Path) -> list[str]:
-    """One line about each setting that differs from those the run had before.
-
-    Raises:
-        UserError: one of them may not.
-    """
+    """One line about each setting that differs from those the run had before; a `UserError` where one may not."""
     now, then = settings.shown(), earlier.shown()  # credentials may be new ones
     if settings.calibration is not None:  # calibration decides the threshold
         for values in (now, then):

@@ -1,5 +1,6 @@
 """The training loop: the same for the byte LM and for BLT, for one process and for many."""
 
+import itertools
 import logging
 import math
 import time
@@ -14,10 +15,17 @@ from bytelatent.data import Batch, Loader, PrefetchLoader, held_out_batches
 from bytelatent.device import Threads, autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.model.loss import bits_per_byte, cross_entropy
+from bytelatent.progress import Progress
 from bytelatent.signals import StopSignals
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
-from bytelatent.training.checks import check_machine, check_settings, hints_about_batches
-from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, initialize_weights, make_plan
+from bytelatent.training.checks import check_machine, check_settings, hints_about_batches, how_to_save_memory
+from bytelatent.training.distributed.plan import (
+    ParallelPlan,
+    build_parallel_model,
+    free_gathered_weights,
+    initialize_weights,
+    make_plan,
+)
 from bytelatent.training.distributed.ranks import Watchdog, open_ranks
 from bytelatent.training.faults import (
     RolledBack,
@@ -33,7 +41,6 @@ from bytelatent.training.optimizer import build_optimizer, learning_rate
 from bytelatent.training.profiling.steps import Profiler, layer_statistics
 from bytelatent.training.run_setup import Run, lock_folder, open_run, write_settings
 from bytelatent.training.settings import TrainSettings
-from bytelatent.training.validation import loss_on
 
 LOGGER = logging.getLogger(__name__)
 
@@ -73,14 +80,7 @@ def train(settings: TrainSettings) -> Path:
 
 
 class Trainer:
-    """Trains a model: `run` takes steps, logs, validates and saves until the run is over.
-
-    Args:
-        settings: of the run.
-        plan: how ranks divide the work.
-        state: the model, its optimizer, the loader, and how far the run is.
-        gradients: computes the gradients of a batch.
-    """
+    """Trains a model: `run` takes steps, logs, validates and saves until the run is over."""
 
     folder: Path
     opened: Run
@@ -95,11 +95,7 @@ class Trainer:
     peak: float | None  # FLOP/s of the device
 
     def __init__(
-        self,
-        settings: TrainSettings,
-        plan: ParallelPlan,
-        state: TrainState,
-        gradients: Gradients | CapturedGradients,
+        self, settings: TrainSettings, plan: ParallelPlan, state: TrainState, gradients: Gradients | CapturedGradients
     ):
         self.settings, self.plan, self.state, self.gradients = settings, plan, state, gradients
         self.logged = Totals.of(state)  # as the last row of metrics was written
@@ -258,19 +254,34 @@ class Trainer:
         self.validated += self.step_began - began
 
     def evaluate(self, limit: float | None = None) -> dict[str, Any]:
-        """Bits per byte on the validation text, whose batches the ranks share.
+        """Bits per byte on the validation text; after `limit` seconds the rest of it is left out."""
+        state, plan, max_bytes = self.state, self.plan, self.settings.validation.max_bytes
+        nats, num_bytes = 0.0, 0
 
-        Args:
-            limit: seconds after which the rest of the text is left out; None reads all of it.
-        """
-        state, max_bytes = self.state, self.settings.validation.max_bytes
+        def agreed(over: bool) -> bool:  # the first rank's clock counts
+            return bool(plan.ranks.sum([over * plan.ranks.is_first])[0])
+
         batches = held_out_batches(self.settings.data, self.opened.patcher, max_bytes)
-        nats, num_bytes = loss_on(batches, state.model, self.loss, self.plan, self.device, max_bytes, limit)
+        groups = iter(lambda: list(itertools.islice(batches, plan.data_world_size)), [])
+        state.model.eval()
+        with torch.no_grad(), Progress("validating", max_bytes, limit, bar=False) as progress:
+            for group in progress.within(groups, agreed):
+                # All ranks compute equally often, as they need one another's weights; one without a batch computes
+                # the first one and drops the result.
+                own = group[plan.data_rank] if plan.data_rank < len(group) else None
+                found = float(self.loss((own or group[0]).to(self.device)))
+                if own is not None:
+                    nats += found
+                    num_bytes += own.num_bytes
+                progress.advance(sum(batch.num_bytes for batch in group))
+        state.model.train()
+        free_gathered_weights(state.model)
+        nats, num_bytes = plan.sum([nats, num_bytes])
         return {
             "step": state.step,
             "bytes_seen": state.bytes_seen,
-            "validation_bits_per_byte": bits_per_byte(nats, num_bytes),
-            "validation_bytes": num_bytes,
+            "validation_bits_per_byte": bits_per_byte(nats, int(num_bytes)),
+            "validation_bytes": int(num_bytes),
         }
 
     def save(self) -> None:
@@ -321,7 +332,7 @@ class Trainer:
     def _try_step(self) -> None:
         """Compute a gradient and drop it: what does not compile or fit into memory fails here."""
         state = self.state
-        with memory_named(self.plan.ranks, _to_save_memory(self.settings)):
+        with memory_named(self.plan.ranks, how_to_save_memory(self.settings)):
             state.peeked.append(next(state.loader))
             self.gradients(state.peeked[0], 1.0)
             state.optimizer.zero_grad(set_to_none=True)
@@ -334,7 +345,7 @@ class Trainer:
         self.watchdog.progress(f"step {number}")
         if self.profiler is not None:
             self.profiler.before(number)
-        with memory_named(self.plan.ranks, _to_save_memory(self.settings)):
+        with memory_named(self.plan.ranks, how_to_save_memory(self.settings)):
             return self.train_step()
 
     def _next_batch(self) -> Batch:
@@ -361,11 +372,7 @@ class Trainer:
             state.schedule.end_step(state.seconds - before)
 
     def _roll_back(self, why: str) -> None:
-        """Load the weights and the optimizer's state of the last checkpoint; the text read since is not read again.
-
-        Raises:
-            UserError: there is no checkpoint, or it was tried too often.
-        """
+        """Load the weights and the optimizer's state of the last checkpoint; the text read since is not read again."""
         state, ranks = self.state, self.plan.ranks
         self.rollbacks += 1
         state.optimizer.zero_grad(set_to_none=True)
@@ -386,13 +393,3 @@ class Trainer:
 def prefetches(device: torch.device) -> bool:
     """Whether batches are made while others are trained on: on a CPU both would want the same cores."""
     return device.type == "cuda"
-
-
-def _to_save_memory(settings: TrainSettings) -> str:
-    """The settings to change where memory is not enough."""
-    data, accumulation = settings.data, settings.optimizer.accumulation
-    return (
-        f"lower data.batch_bytes (now {data.batch_bytes}; raise optimizer.accumulation, now {accumulation}, to keep "
-        f"the bytes of a step) or data.batch_patches (now {data.batch_patches}), or set "
-        f"parallel.activation_checkpointing (now {settings.parallel.activation_checkpointing}) to selective or full"
-    )

@@ -357,9 +357,7 @@ class CheckpointManager:
         state.schedule.load_state_dict(progress["schedule"])
 
     def _load_position(self, files: list[Path], state: TrainState) -> None:
-        """Continue in the text where each rank was. If the number of ranks or the text's files differ, divide what is
-        left among the ranks.
-        """
+        """Continue in the text where each rank was, or, if ranks or files differ, divide what is left among ranks."""
         if len(files) == self.plan.data_world_size:
             own = torch.load(files[self.plan.data_rank], weights_only=True)
             with suppress(FilesChanged):

@@ -141,11 +141,7 @@ def build_parallel_model(
 
 
 def _allocate(model: nn.Module, device: torch.device, is_alone: bool) -> nn.Module:
-    """The model with memory for its weights.
-
-    Raises:
-        UserError: there is not enough.
-    """
+    """The model with memory for its weights; a `UserError` if there is not enough."""
     needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     line = f"model: its weights alone take {needed / 1e9:,.1f} GB"
     free = free_memory() if device.type == "cpu" and is_alone else None

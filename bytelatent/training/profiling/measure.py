@@ -99,11 +99,9 @@ class SyntheticTraining:
 
 
 class ForwardBackward:
-    """Computes gradients of the mean loss; earlier gradients are dropped.
+    """Computes gradients of the mean loss, with products in `dtype`; earlier gradients are dropped.
 
-    Args:
-        dtype: of products.
-        captured: run as a CUDA graph, which the first call with each shape captures.
+    If `captured`, it runs as a CUDA graph, which the first call with each shape captures.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, captured: bool = False):

@@ -39,9 +39,6 @@ class Profiler:
 
     A trace is a folder `RUN/profiles/step-N` that appears whole or not at all, with `trace.json.gz`, `operations.txt`,
     and with `memory` on CUDA `memory.pickle`. If tracing fails, it logs a warning and training continues.
-
-    Args:
-        run: the run's folder.
     """
 
     def __init__(self, run: Path, settings: ProfileSettings, device: torch.device):
@@ -116,12 +113,7 @@ def layer_statistics(model: nn.Module, loss: Callable[[Batch], Tensor], batch: B
     step, `gradient_norms` after clipping, and `update_norms` of the change by the optimizer. Blocks and
     cross-attentions also have `activation_rms`, the root mean square of their outputs, and blocks
     `attention_entropies`: the entropy of attention in nats, averaged over heads and positions. These two come from an
-    additional forward pass on the first ids of one batch.
-
-    Args:
-        model: the model in training.
-        loss: the loss of a batch, as training computes it.
-        batch: one of the step's batches.
+    additional forward pass on the first ids of `batch`, one of the step's.
     """
     layers = weights_by_layer(model)
 
