@@ -11,7 +11,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from bytelatent.commands.settings import BenchTrainSettings
+from bytelatent.commands.options import BenchTrainSettings
 from bytelatent.device import choose_device, choose_dtype, free_memory, is_out_of_memory, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.log import Console

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bytelatent.command_line import Given
-from bytelatent.commands.settings import EntropiesSettings
+from bytelatent.commands.options import EntropiesSettings
 from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError

@@ -16,7 +16,7 @@ from typing import Any
 
 from bytelatent import log
 from bytelatent.command_line import Given
-from bytelatent.commands.settings import LaunchArguments
+from bytelatent.commands.options import LaunchArguments
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.launch import LaunchSettings, launch, with_defaults
@@ -26,7 +26,7 @@ USAGE = "name a script and its settings: python -m bytelatent.stool script=bytel
 TRAIN = "bytelatent.train"
 SETTINGS = {  # what the package's own scripts read
     TRAIN: ("bytelatent.training", "TrainSettings"),
-    "bytelatent.generate": ("bytelatent.commands.settings", "GenerateSettings"),
+    "bytelatent.generate": ("bytelatent.commands.options", "GenerateSettings"),
 }
 
 

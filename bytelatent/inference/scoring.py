@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.inference.decoder import Decoder, State
+from bytelatent.inference.decoder import Decoder
+from bytelatent.inference.kv_cache import State
 from bytelatent.kernels.gated_product import ROWS, can_gate, gated_product, interleaved, row_scale
 from bytelatent.kernels.rotary import cos_sin
 from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention

@@ -261,7 +261,7 @@ class BLTModel(nn.Module):
         return self.decoder(h_TD, patches_PG, batch, cache, at)
 
 
-def build(settings: ModelSettings) -> nn.Module:
+def build_model(settings: ModelSettings) -> nn.Module:
     """The model these settings describe, with fresh weights, on torch's default device."""
     return ByteLM(settings) if isinstance(settings, ByteLMSettings) else BLTModel(settings)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build_model
 from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.patching import Calibration, PatchSettings
 from bytelatent.weights.safetensors_io import StoredTensor, check_finite, shown
@@ -241,7 +241,7 @@ def num_parameters(settings: ModelSettings) -> int:
 def _without_weights(settings: ModelSettings) -> nn.Module:
     try:
         with torch.device("meta"):
-            return build(settings)
+            return build_model(settings)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
         raise UserError(f"the settings say sizes that no model has: {shown(str(error))}") from None
 
