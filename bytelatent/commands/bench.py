@@ -112,7 +112,7 @@ def run(settings: BenchTrainSettings) -> None:
 
 
 def _check_memory(name: str, model: ModelSettings, device: torch.device) -> None:
-    """A machine that gives out more memory than it has kills the process, so it is not asked.
+    """Check before allocating: a machine that overcommits memory kills the process.
 
     Raises:
         UserError: weights and gradients alone do not fit into the free memory.

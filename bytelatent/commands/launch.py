@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bytelatent import log
-from bytelatent.command_line import Given
+from bytelatent.command_line import ParsedSettings
 from bytelatent.commands.options import LaunchArguments
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
@@ -68,7 +68,7 @@ def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
         UserError: a key, a value or a path is invalid, or the cluster refuses the job.
     """
     settings = LaunchSettings.parse(values)
-    given = Given(_settings_of(settings.script) or Settings)
+    given = ParsedSettings(_settings_of(settings.script) or Settings)
     if settings.config is not None:
         given.read_file(settings.config)
     given.lay_over(of_script)

@@ -91,7 +91,7 @@ class StoredModel:
 
     @classmethod
     def of(cls, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> "StoredModel":
-        """Of a model in memory."""
+        """Create it from a model in memory."""
         tensors = {name: StoredTensor.of(value) for name, value in model.state_dict().items()}
         inner = None
         if byte_lm is not None:
