@@ -32,7 +32,7 @@ from bytelatent.inference.quantize import quantize_model
 from bytelatent.inference.settings import Quantization
 from bytelatent.inference.step import QUORUM, CapturedSlots, FastDecoder, engine_for, sampling
 from bytelatent.inference.step.prefill import FastStack
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build, pack_rows, preset
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build_model, pack_rows, preset
 from bytelatent.model.flops import costs
 from bytelatent.patching import PatchSettings
 
@@ -46,7 +46,7 @@ def random_model(settings: Any, dtype: torch.dtype, seed: int = 0) -> Any:
     torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda"):
-            return build(settings).eval()
+            return build_model(settings).eval()
     finally:
         torch.set_default_dtype(before)
 
@@ -210,8 +210,8 @@ def cpu() -> None:
     from bytelatent.patching import next_starts
 
     torch.manual_seed(0)
-    byte_lm: Any = build(preset("demo-byte-lm")).eval()
-    model: Any = build(preset("demo-blt")).eval()
+    byte_lm: Any = build_model(preset("demo-byte-lm")).eval()
+    model: Any = build_model(preset("demo-blt")).eval()
     byte_lm.output.weight.data.mul_(4)
     [row] = random_prompts(1, 999)
     threshold = float(byte_lm.entropies(pack_rows([row]))[64:].quantile(1 - 1 / PATCH_BYTES))
@@ -253,8 +253,8 @@ def leaks(minutes: float) -> None:
     import resource
 
     torch.manual_seed(0)
-    byte_lm: Any = build(preset("demo-byte-lm")).eval()
-    model: Any = build(preset("demo-blt")).eval()
+    byte_lm: Any = build_model(preset("demo-byte-lm")).eval()
+    model: Any = build_model(preset("demo-blt")).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = engine_for(model.to(device), PatchSettings(threshold=5.0), byte_lm.to(device), 8)
     chance, going, done, began, shown = random.Random(0), [], 0, time.monotonic(), 0.0

@@ -20,7 +20,7 @@ from bytelatent.model import (
     ByteLMSettings,
     PatchedStream,
     add_patches,
-    build,
+    build_model,
     compile_regions,
     pack_rows,
     preset,
@@ -111,7 +111,7 @@ def speed(name: str, num_bytes: int, sizes: list[int], compiled: bool) -> None:
     batch = stream(sizes, 4.5, slots=round(num_bytes / 4.5 * 1.1)).to("cuda")
     targets = torch.randint(4, 260, (num_bytes,), device="cuda")
     with torch.device("cuda"):
-        model = build(settings)
+        model = build_model(settings)
     if compiled:
         compile_regions(model)
 

@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 
 from bytelatent.errors import guarded
-from bytelatent.model import BLTSettings, ModelSettings, build, preset
+from bytelatent.model import BLTSettings, ModelSettings, build_model, preset
 from bytelatent.model.flops import costs, flops_per_byte
-from bytelatent.training.distributed.plan import fsdp_groups
+from bytelatent.training.distributed.parallelize import fsdp_groups
 
 PATCH_BYTES, DOCUMENT = 4.5, 8192
 
@@ -69,7 +69,7 @@ def predict(settings: ModelSettings, gpus: int, size: int, seconds_a_byte: float
     parts = costs(settings, PATCH_BYTES, DOCUMENT)
     weights = sum(part.num_parameters for part in parts if part.name != "n-gram hash tables")
     with torch.device("meta"):
-        groups = fsdp_groups(build(settings))
+        groups = fsdp_groups(build_model(settings))
     first = sum(weight.numel() for part in groups[0] for weight in part.parameters())
     rows = settings.ngram_hash.num_tables * settings.encoder.dim  # numbers of the tables that a byte looks up
     compute = size * seconds_a_byte

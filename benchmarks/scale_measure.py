@@ -28,7 +28,7 @@ from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
 from bytelatent.training.checks import check_float8, check_settings
-from bytelatent.training.distributed.plan import ParallelPlan, build_parallel_model, make_plan
+from bytelatent.training.distributed.parallelize import ParallelPlan, build_parallel_model, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.optimizer import build_optimizer
@@ -292,11 +292,11 @@ def measure(
             if ranks.is_first:
                 print(line, flush=True)
 
-        def build(configuration: Configuration) -> Training:
+        def prepare_training(configuration: Configuration) -> Training:
             return Training(configuration, ranks, device, dtype, compile_blocks)
 
         def work(configuration: Configuration) -> None:
-            training = build(configuration)
+            training = prepare_training(configuration)
             row = measured(training, configuration, steps, ranks, dtype)
             show(row.line())
             if profiled and ranks.is_first:
@@ -307,7 +307,7 @@ def measure(
             rows.append(row)
 
         def save(row: Row, folder: Path) -> None:
-            training = build(row.configuration)
+            training = prepare_training(row.configuration)
             training.seconds(2)  # it compiles anew
             saved(training, name_of(row.configuration), row.seconds, folder, show)
 

@@ -44,14 +44,14 @@ from bytelatent.model import (
     ModelSettings,
     PatchedStream,
     Stream,
-    build,
+    build_model,
     compile_regions,
     preset,
 )
 from bytelatent.model.flops import training_flops
 from bytelatent.patching import PatchSettings
 from bytelatent.text import Document
-from bytelatent.training.distributed.plan import apply_activation_checkpointing, to_float8
+from bytelatent.training.distributed.parallelize import apply_activation_checkpointing, to_float8
 from bytelatent.training.gradients import clip
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.measure import (
@@ -81,7 +81,7 @@ def random_model(settings: ModelSettings) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with CUDA:
-            return build(settings)
+            return build_model(settings)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -227,7 +227,7 @@ class OneText:
 def patching(size: int = 65_536) -> None:
     torch.manual_seed(0)
     with CUDA:
-        byte_lm = build(preset("entropy"))
+        byte_lm = build_model(preset("entropy"))
     assert isinstance(byte_lm, ByteLM)
     entropies_of = FastEntropies(byte_lm)
     text = torch.randint(0, 256, [size // DOCUMENT, DOCUMENT - 2], dtype=torch.uint8)

@@ -14,7 +14,7 @@ import typer
 import typer.rich_utils
 
 from bytelatent import __version__, log, signals
-from bytelatent.commands import settings
+from bytelatent.commands import options
 from bytelatent.config import Option, Settings, union_members, warn_renamed
 from bytelatent.errors import guarded
 from bytelatent.prepare import PrepareSettings
@@ -22,20 +22,20 @@ from bytelatent.terminal import print_line, safe
 
 # The settings of each verb, in the order in which the help lists them. What it does is in the file of its name.
 VERBS: dict[str, type[Settings]] = {
-    "demo": settings.DemoSettings,
+    "demo": options.DemoSettings,
     "prepare": PrepareSettings,
-    "train": settings.TrainArguments,
-    "configs": settings.ConfigsSettings,
-    "runs": settings.RunsSettings,
-    "launch": settings.LaunchArguments,
-    "calibrate": settings.CalibrateSettings,
-    "entropies": settings.EntropiesSettings,
-    "eval": settings.EvaluateSettings,
-    "generate": settings.GenerateSettings,
-    "patch": settings.PatchesSettings,
-    "convert": settings.ConvertSettings,
-    "export": settings.ExportSettings,
-    "info": settings.InfoSettings,
+    "train": options.TrainArguments,
+    "configs": options.ConfigsSettings,
+    "runs": options.RunsSettings,
+    "launch": options.LaunchArguments,
+    "calibrate": options.CalibrateSettings,
+    "entropies": options.EntropiesSettings,
+    "eval": options.EvaluateSettings,
+    "generate": options.GenerateSettings,
+    "patch": options.PatchesSettings,
+    "convert": options.ConvertSettings,
+    "export": options.ExportSettings,
+    "info": options.InfoSettings,
 }
 SECTION = "Attributes:"  # of a docstring
 FIELD = re.compile(r"(\w+): (.*)")
@@ -61,12 +61,12 @@ class _Given(NamedTuple):
 
 def verb_of(settings: type[Settings], module: str) -> Any:
     """A function for typer: it reads its options into `settings` and runs the module of `commands` with them."""
-    options = list(_options(settings))
+    parsed_options = list(_options(settings))
 
     def verb(typer_context: typer.Context, quiet: bool, verbose: bool, **given: Any) -> None:
         log.configure(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
         values: dict[str, Any] = {}
-        for parameter, (key, old, new) in options:
+        for parameter, (key, old, new) in parsed_options:
             source = typer_context.get_parameter_source(parameter.name)
             if source is None or source.name.startswith("DEFAULT"):
                 continue
@@ -88,7 +88,7 @@ def verb_of(settings: type[Settings], module: str) -> Any:
         _parameter("verbose", bool, False, typer.Option("--verbose", help="Show debugging messages too.")),
     ]
     typer_context = inspect.Parameter("typer_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    parameters = [typer_context, *(parameter for parameter, _ in options), *shared]
+    parameters = [typer_context, *(parameter for parameter, _ in parsed_options), *shared]
     verb.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     verb.__doc__ = inspect.cleandoc(settings.__doc__ or "").partition(SECTION)[0]
@@ -165,7 +165,7 @@ def _print_version(asked: bool) -> None:
 
 
 @app.callback()
-def options(
+def blt(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -175,7 +175,7 @@ def options(
 
 for name, model in VERBS.items():
     app.command(name)(verb_of(model, name))
-bench.command("train")(verb_of(settings.BenchTrainSettings, "bench"))
+bench.command("train")(verb_of(options.BenchTrainSettings, "bench"))
 app.add_typer(bench, name="bench")
 
 

@@ -47,8 +47,8 @@ Read = TypeVar("Read", bound=Settings)
 
 
 @dataclass
-class Given(Generic[Read]):
-    """What was given of some settings.
+class ParsedSettings(Generic[Read]):
+    """Settings values as the user gave them, with their sources.
 
     Attributes:
         model: the settings; bare `Settings` where nobody declares them.
@@ -164,7 +164,7 @@ def from_command_line(model: type[Read], arguments: list[str], usage: str, liter
     configs = [argument.removeprefix("config=") for argument in rest if argument.startswith("config=")]
     if len(configs) > 1:
         raise UserError(f"config: it is given {len(configs)} times; name one file, and lay key=value over it")
-    given = Given(model, literal=literal)
+    given = ParsedSettings(model, literal=literal)
     if configs:
         given.read_file(configs[0])
     given.lay_over([argument for argument in rest if not argument.startswith("config=")])

@@ -174,7 +174,7 @@ def flat(values: dict[str, Any], between: str = ".") -> dict[str, Any]:
 
 
 def laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested values with others over them, key by key; `null` over a group leaves it out."""
+    """Merge nested values key by key; the later ones win, and `null` over a group leaves it out."""
     laid = dict(values)
     for key, value in above.items():
         below = laid.get(key)

@@ -28,7 +28,7 @@ class Interrupted(Exception):
 def listen() -> None:
     """End the process with one line on Ctrl-C until `begin`, unless the process ignores Ctrl-C.
 
-    An exception is no use: modules swallow it while they are imported, or raise another one.
+    Raising an exception does not work: modules that are being imported swallow it or raise another one.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _set({signal.SIGINT: _ending("stopped")})

@@ -15,7 +15,11 @@ from tempfile import mkdtemp
 
 # What several tests' commands need; a forkserver is one for all of them.
 PRELOADED = ["tests.training.plans", "bytelatent.commands.generate", "bytelatent.commands.train", "bytelatent.cli"]
-PRELOADED += ["torch.distributed.run", "bytelatent.training.distributed.plan", "bytelatent.training.checkpoint.storage"]
+PRELOADED += [
+    "torch.distributed.run",
+    "bytelatent.training.distributed.parallelize",
+    "bytelatent.training.checkpoint.storage",
+]
 
 
 def forkserver() -> ForkServerContext:

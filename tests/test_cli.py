@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from bytelatent import BLT
 from bytelatent.cli import app, main
-from bytelatent.model import PRESETS, build
+from bytelatent.model import PRESETS, build_model
 from bytelatent.training import train
 from bytelatent.vocab import to_bytes
 from bytelatent.weights import load
@@ -307,7 +307,7 @@ def test_help_of_training_names_the_page_of_settings() -> None:
 
 def test_info_of_a_preset_is_what_its_modules_hold() -> None:
     found = json.loads(blt("info", "demo-blt", "--json"))
-    parameters = sum(parameter.numel() for parameter in build(PRESETS["demo-blt"]).parameters())
+    parameters = sum(parameter.numel() for parameter in build_model(PRESETS["demo-blt"]).parameters())
     assert found["num_parameters"] == parameters == sum(part["num_parameters"] for part in found["parts"])
     longer = json.loads(blt("info", "demo-blt", "--json", "--patch-bytes", "9"))
     assert longer["flops_per_byte"] < found["flops_per_byte"]

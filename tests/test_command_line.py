@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from bytelatent.command_line import Given, from_command_line
+from bytelatent.command_line import ParsedSettings, from_command_line
 from bytelatent.config import Settings, load_yaml, to_yaml
 from bytelatent.errors import UserError
 
@@ -35,7 +35,7 @@ class Run(Settings):
 
 
 def values(*overrides: str, model: type[Settings] = Run, below: dict[str, object] | None = None) -> dict[str, object]:
-    given = Given(model, below or {})
+    given = ParsedSettings(model, below or {})
     given.lay_over(list(overrides))
     return given.values
 

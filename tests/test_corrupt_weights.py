@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from bytelatent import BLT
 from bytelatent.cli import main
 from bytelatent.commands.eval import evaluate_model
-from bytelatent.commands.settings import EvaluateSettings
+from bytelatent.commands.options import EvaluateSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.terminal import print_json
 from bytelatent.weights import Config
@@ -95,7 +95,7 @@ def test_an_evaluation_that_is_not_finite(
 def test_a_device_is_chosen_before_anything_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     from bytelatent.commands.calibrate import calibrate_text
-    from bytelatent.commands.settings import CalibrateSettings
+    from bytelatent.commands.options import CalibrateSettings
     from bytelatent.errors import UserError
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -11,7 +11,7 @@ import yaml
 
 from bytelatent.commands import launch as stool
 from bytelatent.commands.calibrate import calibrate_text
-from bytelatent.commands.settings import CalibrateSettings
+from bytelatent.commands.options import CalibrateSettings
 from bytelatent.config import load_yaml
 from bytelatent.credentials import masked, moved_to_environment
 from bytelatent.errors import UserError

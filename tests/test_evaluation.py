@@ -7,7 +7,7 @@ import torch
 from bytelatent.data import Patcher, SourceSettings, batches_once
 from bytelatent.errors import UserError
 from bytelatent.evaluation import Evaluation, evaluate
-from bytelatent.model import BLTModel, ByteLM, add_patches, build, pack_rows
+from bytelatent.model import BLTModel, ByteLM, add_patches, build_model, pack_rows
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.vocab import encode
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> ByteLM | BLTModel:
     if request.param == "BLT as published":
         more["model"] = BLT | {"ngram_hash": {**BLT["ngram_hash"], "stop_at_document": False}}
     torch.manual_seed(0)
-    built = build(settings(byte_lm_run(Path("x"), Path("x"), **more)).model)
+    built = build_model(settings(byte_lm_run(Path("x"), Path("x"), **more)).model)
     assert isinstance(built, ByteLM | BLTModel)
     for parameter in built.parameters():
         parameter.data.mul_(3)  # so that some bytes are much likelier than others

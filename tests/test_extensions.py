@@ -13,7 +13,7 @@ from bytelatent.cli import VERBS, app
 from bytelatent.inference import Sampling
 from bytelatent.patching import MODES, PatchSettings
 from bytelatent.text.formats import FORMATS as TEXT_FORMATS
-from bytelatent.training.optimizer import SCHEDULES
+from bytelatent.training.schedule import SCHEDULES
 from bytelatent.training.settings import OF_ONE_SCHEDULE, TrainSettings
 from bytelatent.weights.pretrained import FORMATS as WEIGHTS_FORMATS
 

@@ -10,7 +10,7 @@ import pytest
 
 from bytelatent.commands.calibrate import calibrate_text
 from bytelatent.commands.eval import evaluate_model
-from bytelatent.commands.settings import CalibrateSettings, EvaluateSettings
+from bytelatent.commands.options import CalibrateSettings, EvaluateSettings
 from bytelatent.model import ByteLM
 from bytelatent.training import train
 from tests.training.tiny_runs import byte_lm_run, settings, write_text

@@ -16,7 +16,7 @@ from bytelatent import BLT
 from bytelatent.cli import app
 from bytelatent.commands.calibrate import calibrate_text
 from bytelatent.commands.eval import evaluate_model
-from bytelatent.commands.settings import CalibrateSettings, EvaluateSettings
+from bytelatent.commands.options import CalibrateSettings, EvaluateSettings
 from bytelatent.data import patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference import Sampling, prompt_ids, scoring

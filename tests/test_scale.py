@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bytelatent.errors import UserError
-from bytelatent.model import build
+from bytelatent.model import build_model
 from bytelatent.model.flops import costs
-from bytelatent.training.distributed.plan import fsdp_groups
+from bytelatent.training.distributed.parallelize import fsdp_groups
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_trace import Communication, communication
@@ -89,7 +89,7 @@ def test_a_prediction_adds_up_what_is_sent(gpus: int, speed: float) -> None:
     parts = costs(TINY, 4.5, 8192)
     tables = sum(part.num_parameters for part in parts if part.name == "n-gram hash tables")
     weights, share = sum(part.num_parameters for part in parts) - tables, (gpus - 1) / gpus
-    calls = 30e-6 * (3 if gpus == 8 else 6) * len(fsdp_groups(build(TINY)))
+    calls = 30e-6 * (3 if gpus == 8 else 6) * len(fsdp_groups(build_model(TINY)))
     assert found.compute == alone.compute
     assert found.gather == pytest.approx(2 * (2 * weights * share / speed + calls))
     assert found.reduce == pytest.approx(4 * weights * share / speed + calls)

@@ -66,7 +66,7 @@ ALLOWED = {
     "bytelatent/prepare/write.py": "max_corrupt",
     "bytelatent/training/metrics.py": "damaged",  # a name of a file
     "bytelatent/text/stored.py": "rule",  # a key of files
-    "bytelatent/commands/settings.py": "rule|max_damaged",  # hidden options
+    "bytelatent/commands/options.py": "rule|max_damaged",  # hidden options
     "docs/reference.md": "rule|damaged",  # a key and a name of files
     "docs/train.md": "damaged",
 }

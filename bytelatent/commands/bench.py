@@ -11,7 +11,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from bytelatent.commands.settings import BenchTrainSettings
+from bytelatent.commands.options import BenchTrainSettings
 from bytelatent.device import choose_device, choose_dtype, free_memory, is_out_of_memory, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.log import Console
@@ -112,7 +112,7 @@ def run(settings: BenchTrainSettings) -> None:
 
 
 def _check_memory(name: str, model: ModelSettings, device: torch.device) -> None:
-    """A machine that gives out more memory than it has kills the process, so it is not asked.
+    """Check before allocating: a machine that overcommits memory kills the process.
 
     Raises:
         UserError: weights and gradients alone do not fit into the free memory.

@@ -1,6 +1,6 @@
 """The threshold for a patch size, and the figure of how one follows from the other: `blt calibrate`."""
 
-from bytelatent.commands.settings import CalibrateSettings
+from bytelatent.commands.options import CalibrateSettings
 from bytelatent.credentials import masked
 from bytelatent.data import DataSettings
 from bytelatent.device import choose_device, choose_dtype

@@ -1,6 +1,6 @@
 """`blt configs`: the configurations that come with the package."""
 
-from bytelatent.commands.settings import ConfigsSettings
+from bytelatent.commands.options import ConfigsSettings
 from bytelatent.config import config_files, find_config
 from bytelatent.terminal import print_line
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from bytelatent import log
-from bytelatent.commands.settings import ConvertSettings
+from bytelatent.commands.options import ConvertSettings
 from bytelatent.errors import Interrupted
 from bytelatent.terminal import print_line
 from bytelatent.weights import check_target, convert, open_pretrained

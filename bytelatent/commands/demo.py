@@ -18,7 +18,7 @@ from rich.table import Table
 import bytelatent
 from bytelatent.blt import BLT
 from bytelatent.commands.demo_stages import BATCH_BYTES, Clock, DemoMeasurements, DemoText, collect, measure
-from bytelatent.commands.settings import DemoSettings
+from bytelatent.commands.options import DemoSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import whole_file
 from bytelatent.log import Console

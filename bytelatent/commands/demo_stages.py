@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from bytelatent.blt import BLT
-from bytelatent.commands.settings import DemoSettings
+from bytelatent.commands.options import DemoSettings
 from bytelatent.data import SourceSettings, batches_once
 from bytelatent.device import Threads
 from bytelatent.errors import UserError

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from bytelatent.command_line import Given
-from bytelatent.commands.settings import EntropiesSettings
+from bytelatent.command_line import ParsedSettings
+from bytelatent.commands.options import EntropiesSettings
 from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import Interrupted, UserError
@@ -147,6 +147,6 @@ def _patching(starts: float | None, patching: str | None) -> PatchSettings | Non
         return PatchSettings.parse({"mode": "entropy", "threshold": starts}, "--starts")
     if patching is None:
         return None
-    given = Given(PatchSettings)
+    given = ParsedSettings(PatchSettings)
     given.lay_over([part.strip() for part in patching.split(",")])
     return PatchSettings.parse(given.values, "--patching")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bytelatent.commands.settings import EvaluateSettings
+from bytelatent.commands.options import EvaluateSettings
 from bytelatent.data import Patcher, SourceSettings, batches_once
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bytelatent.commands.settings import ExportSettings
+from bytelatent.commands.options import ExportSettings
 from bytelatent.errors import UserError
 from bytelatent.files import find_corruption
 from bytelatent.run_folder import checkpoints_of, newest_checkpoint

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bytelatent import log, terminal
 from bytelatent.command_line import from_command_line
-from bytelatent.commands.settings import GenerateSettings
+from bytelatent.commands.options import GenerateSettings
 from bytelatent.config import flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest

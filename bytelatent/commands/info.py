@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bytelatent.commands.settings import InfoSettings
+from bytelatent.commands.options import InfoSettings
 from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import PRESETS, ByteLMSettings, ModelSettings, preset

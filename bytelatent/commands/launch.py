@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bytelatent import log
-from bytelatent.command_line import Given
-from bytelatent.commands.settings import LaunchArguments
+from bytelatent.command_line import ParsedSettings
+from bytelatent.commands.options import LaunchArguments
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.launch import LaunchSettings, launch, with_defaults
@@ -26,7 +26,7 @@ USAGE = "name a script and its settings: python -m bytelatent.stool script=bytel
 TRAIN = "bytelatent.train"
 SETTINGS = {  # what the package's own scripts read
     TRAIN: ("bytelatent.training", "TrainSettings"),
-    "bytelatent.generate": ("bytelatent.commands.settings", "GenerateSettings"),
+    "bytelatent.generate": ("bytelatent.commands.options", "GenerateSettings"),
 }
 
 
@@ -68,7 +68,7 @@ def launch_script(values: dict[str, Any], of_script: list[str]) -> str:
         UserError: a key, a value or a path is invalid, or the cluster refuses the job.
     """
     settings = LaunchSettings.parse(values)
-    given = Given(_settings_of(settings.script) or Settings)
+    given = ParsedSettings(_settings_of(settings.script) or Settings)
     if settings.config is not None:
         given.read_file(settings.config)
     given.lay_over(of_script)

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from bytelatent.blt import BLT
-from bytelatent.commands.settings import DEFAULT_PATCH_BYTES, PatchesSettings
+from bytelatent.commands.options import DEFAULT_PATCH_BYTES, PatchesSettings
 from bytelatent.data import Patcher, patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference import prompt_ids

@@ -1,6 +1,6 @@
 """`blt runs`: compare training runs."""
 
-from bytelatent.commands.settings import RunsSettings
+from bytelatent.commands.options import RunsSettings
 from bytelatent.log import Console
 from bytelatent.report import compare_runs, write_runs_figure
 from bytelatent.terminal import print_json

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bytelatent.command_line import PRINT_CONFIG
-from bytelatent.commands.settings import TrainArguments
+from bytelatent.commands.options import TrainArguments
 from bytelatent.signals import unattended
 from bytelatent.terminal import print_line
 

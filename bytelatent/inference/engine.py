@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.decoder import Decoder, State
+from bytelatent.inference.decoder import Decoder
+from bytelatent.inference.kv_cache import State
 from bytelatent.inference.sampling import CharacterStream, SamplingSlots, whole_characters
 from bytelatent.inference.settings import Sampling, check_limits
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes

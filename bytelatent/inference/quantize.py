@@ -28,6 +28,9 @@ Model = TypeVar("Model", BLTModel, ByteLM, BLTModel | ByteLM)
 class QuantizedLinear(nn.Module):
     """In place of an `nn.Linear` without bias; the norm before it is part of its matrix."""
 
+    values: Tensor
+    scale: Tensor
+
     def __init__(self, matrix: QuantizedMatrix):
         super().__init__()
         self.register_buffer("values", matrix.values)
@@ -35,10 +38,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def matrix(self) -> QuantizedMatrix:
-        values, scale = self.values, self.scale
-        assert isinstance(values, Tensor)
-        assert isinstance(scale, Tensor)
-        return QuantizedMatrix(values, scale)
+        return QuantizedMatrix(self.values, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix.dense(x.dtype))

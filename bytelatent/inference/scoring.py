@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.inference.decoder import Decoder, State
+from bytelatent.inference.decoder import Decoder
+from bytelatent.inference.kv_cache import State
 from bytelatent.kernels.gated_product import ROWS, can_gate, gated_product, interleaved, row_scale
 from bytelatent.kernels.rotary import cos_sin
 from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
@@ -141,25 +142,14 @@ class FastEntropies:
         dtype: of the weights and states; sums, norms and softmaxes are float32.
     """
 
+    @torch.no_grad()
     def __init__(self, byte_lm: ByteLM, dtype: torch.dtype = torch.bfloat16):
         self.settings = byte_lm.settings
         self.embedding = byte_lm.embedding.weight.detach().to(dtype)
         self.norm = byte_lm.norm.weight.detach().to(dtype)
         self.output = byte_lm.output.weight.detach().to(dtype)
         blocks: Any = byte_lm.stack.blocks
-        self.layers = [
-            {
-                "attention_norm": block.attention_norm.weight.detach().to(dtype),
-                "qkv": torch.cat([part.weight.detach() for part in _projections(block.attention)]).to(dtype),
-                "output": block.attention.output.weight.detach().to(dtype),
-                "gate_up": interleaved(
-                    block.feed_forward.gate.weight.detach() * block.feed_forward_norm.weight.detach(),
-                    block.feed_forward.up.weight.detach() * block.feed_forward_norm.weight.detach(),
-                ).to(dtype),
-                "down": block.feed_forward.down.weight.detach().to(dtype),
-            }
-            for block in blocks
-        ]
+        self.layers = [_packed(block, dtype) for block in blocks]
 
     @classmethod
     def where_possible(cls, byte_lm: ByteLM | None, device: torch.device, dtype: torch.dtype) -> "FastEntropies | None":
@@ -195,5 +185,14 @@ class FastEntropies:
         return torch.cat(found)[:size]
 
 
-def _projections(attention: Any) -> tuple[torch.nn.Linear, ...]:
-    return attention.query, attention.key, attention.value
+def _packed(block: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A block's matrices, joined."""
+    attention, feed_forward, norm = block.attention, block.feed_forward, block.feed_forward_norm.weight
+    matrices = {
+        "attention_norm": block.attention_norm.weight,
+        "qkv": torch.cat([attention.query.weight, attention.key.weight, attention.value.weight]),
+        "output": attention.output.weight,
+        "gate_up": interleaved(feed_forward.gate.weight * norm, feed_forward.up.weight * norm),
+        "down": feed_forward.down.weight,
+    }
+    return {name: matrix.detach().to(dtype) for name, matrix in matrices.items()}

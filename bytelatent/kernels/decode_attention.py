@@ -92,26 +92,27 @@ def plain_decode_attention(
     run: Tensor | None = None,
 ) -> Tensor:
     """The plain form, one position after another. Without `out`, the result of a skipped sequence may be anything."""
-    _, slots, kv_heads, head_dim = cache_k_CRJE.shape
-    out = qkv.new_zeros(len(qkv), heads * head_dim) if out is None else out
+    (size, _), (_, slots, kv_heads, head_dim) = qkv.shape, cache_k_CRJE.shape
     if run is not None and not bool(run):
-        return out
-    qkv_TZE, rotation_PA = array(qkv).reshape(len(qkv), -1, head_dim), array(rotary_PA2).view(np.complex64)[..., 0]
-    rows = range(len(position_B)) if row_B is None else row_B.tolist()
+        return qkv.new_zeros(size, heads * head_dim) if out is None else out
+    found_TX = np.zeros((size, heads * head_dim), np.float32) if out is None else array(out)
+    qkv_TZE, rotation_PA = array(qkv).reshape(size, -1, head_dim), array(rotary_PA2).view(np.complex64)[..., 0]
+    rows = range(size // new) if row_B is None else row_B.tolist()
     for b, (row, first) in enumerate(zip(rows, position_B.tolist(), strict=True)):
         for step in range(new) if row >= 0 else ():
             place, position = b * new + step, first + step
-            slot, size = position % slots, min(position + 1, slots)
+            slot, seen = position % slots, min(position + 1, slots)
             q_k, v = qkv_TZE[place, : heads + kv_heads], qkv_TZE[place, heads + kv_heads :]
             q_k = (q_k.view(np.complex64) * rotation_PA[position]).view(np.float32)
             put(cache_k_CRJE, (row, slot), q_k[heads:])
             put(cache_v_CRJE, (row, slot), v)
-            k_RJE, v_RJE = array(cache_k_CRJE, (row, slice(size))), array(cache_v_CRJE, (row, slice(size)))
+            k_RJE, v_RJE = array(cache_k_CRJE, (row, slice(seen))), array(cache_v_CRJE, (row, slice(seen)))
             oldest = slots - 1 - slot
-            bias = None if window is None or size <= window else _window_bias(slots, window)[oldest : oldest + size]
-            found = attend_array(q_k[:heads].reshape(kv_heads, -1, head_dim), k_RJE, v_RJE, bias)
-            put(out, place, found.reshape(-1))
-    return out
+            bias = None if window is None or seen <= window else _window_bias(slots, window)[oldest : oldest + seen]
+            attended = attend_array(q_k[:heads].reshape(kv_heads, -1, head_dim), k_RJE, v_RJE, bias)
+            found_TX[place] = attended.reshape(-1)
+    found = torch.from_numpy(found_TX)
+    return found.to(qkv) if out is None else out.copy_(found)
 
 
 @lru_cache(maxsize=16)

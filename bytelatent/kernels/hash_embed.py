@@ -14,6 +14,7 @@ Source: Pagnoni et al. 2024, section 3.2.1; the published hash functions.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
@@ -55,16 +56,17 @@ def hash_rows(tail_BL: Tensor, history_T: Tensor, powers_NW: Tensor, rows: int, 
     The other arguments: see `hash_embed`.
     """
     num_tables, widest = powers_NW.shape
-    padded = F.pad(tail_BL, (widest, 0))[:, tail_BL.shape[1] - new :]
-    newest_TW = padded.unfold(1, widest, 1)[:, 1:].flip(-1).reshape(-1, widest)
-    back_W = torch.arange(widest, device=tail_BL.device)
-    counted_TW = torch.where(back_W <= history_T[:, None], newest_TW, 0).long()
-    if counted_TW.is_cuda:  # where there is no product of integer matrices
-        total_TN = powers_NW.new_zeros(len(counted_TW), num_tables)
-        for back in range(widest):
-            total_TN += counted_TW[:, back, None] * powers_NW[:, back]
-    else:
-        total_TN = counted_TW @ powers_NW.T  # int64 wraps: arithmetic mod 2^64
+    length = tail_BL.shape[1]
+    if new == 1 and not tail_BL.is_cuda:  # NumPy takes a third of the time for a few sequences
+        newest_BW = tail_BL.numpy()[:, ::-1][:, :widest]
+        back_W = np.arange(newest_BW.shape[1])
+        counted_BW = np.where(back_W <= history_T.numpy()[:, None], newest_BW, 0).astype(np.int64, copy=False)
+        total_BN = counted_BW @ powers_NW.numpy().T[: len(back_W)]  # int64 wraps: arithmetic mod 2^64
+        return torch.from_numpy(total_BN % rows + np.arange(num_tables) * rows)
+    total_TN = powers_NW.new_zeros(history_T.shape[0], num_tables)
+    for back in range(widest):
+        earlier_T = F.pad(tail_BL, (back, 0))[:, length - new : length].flatten()
+        total_TN += torch.where(history_T >= back, earlier_T, 0)[:, None] * powers_NW[:, back]  # int64 wraps, too
     return total_TN.remainder(rows) + torch.arange(num_tables, device=tail_BL.device) * rows
 
 

@@ -86,23 +86,19 @@ def check_contiguous(**tensors: Tensor | None) -> None:
 # for no threads, which takes milliseconds where another program has the core.
 
 
-def array(tensor: Tensor, at: Any = ...) -> np.ndarray:
-    """The part `at` of a tensor for NumPy, float32; over the same memory where it is that on a CPU."""
-    if _shares_memory(tensor):
-        return tensor.numpy()[at]
-    return tensor[at].float().cpu().numpy()
+def array(tensor: Tensor, at: Any = None) -> np.ndarray:
+    """A tensor, or the part `at` of it, for NumPy, float32; over the same memory where it is that on a CPU."""
+    if tensor.dtype == torch.float32 and not tensor.is_cuda:
+        return tensor.numpy() if at is None else tensor.numpy()[at]
+    return (tensor if at is None else tensor[at]).float().cpu().numpy()
 
 
 def put(tensor: Tensor, at: Any, values: np.ndarray) -> None:
     """Write the part `at` of a tensor."""
-    if _shares_memory(tensor):
+    if tensor.dtype == torch.float32 and not tensor.is_cuda:
         tensor.numpy()[at] = values
     else:
         tensor[at] = torch.from_numpy(values)
-
-
-def _shares_memory(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and not tensor.is_cuda
 
 
 def attend_array(

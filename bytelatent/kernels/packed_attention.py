@@ -316,9 +316,9 @@ def _graph(shape: GraphShape, is_backward: bool) -> CudnnGraph:
     device, size, entries, (dtype, num_heads, num_kv_heads, head_dim), window = shape
     kinds = cudnn.data_type
     kind = {torch.bfloat16: kinds.BFLOAT16, torch.float16: kinds.HALF}[dtype]
-    queries, keys, logsums = (kind, num_heads, head_dim), (kind, num_kv_heads, head_dim), (kinds.FLOAT, num_heads, 1)
-    layouts = dict.fromkeys(("q", "out", "d_out", "d_q"), queries) | dict.fromkeys(("k", "v", "d_k", "d_v"), keys)
-    layouts["logsum"] = logsums
+    queries, keys = (kind, num_heads, head_dim), (kind, num_kv_heads, head_dim)
+    layouts: dict[str, tuple[Any, int, int]] = {"logsum": (kinds.FLOAT, num_heads, 1)}
+    layouts |= dict.fromkeys(("q", "out", "d_out", "d_q"), queries) | dict.fromkeys(("k", "v", "d_k", "d_v"), keys)
     per_position = {heads * width for _, heads, width in layouts.values()}
     graph = cudnn.pygraph(
         io_data_type=kind,

@@ -1,7 +1,7 @@
 """The byte LM and the Byte Latent Transformer."""
 
 from bytelatent.model.block import Block
-from bytelatent.model.blt import BLTModel, CrossAttention, build, compile_regions
+from bytelatent.model.blt import BLTModel, CrossAttention, build_model, compile_regions
 from bytelatent.model.byte_lm import ByteLM, entropies
 from bytelatent.model.settings import PRESETS, BLTSettings, ByteLMSettings, ModelSettings, UnknownPreset, preset
 from bytelatent.model.stream import PatchedStream, Stream, add_patches, pack_rows
@@ -19,7 +19,7 @@ __all__ = [
     "Stream",
     "UnknownPreset",
     "add_patches",
-    "build",
+    "build_model",
     "compile_regions",
     "entropies",
     "pack_rows",

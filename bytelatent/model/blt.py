@@ -261,7 +261,7 @@ class BLTModel(nn.Module):
         return self.decoder(h_TD, patches_PG, batch, cache, at)
 
 
-def build(settings: ModelSettings) -> nn.Module:
+def build_model(settings: ModelSettings) -> nn.Module:
     """The model these settings describe, with fresh weights, on torch's default device."""
     return ByteLM(settings) if isinstance(settings, ByteLMSettings) else BLTModel(settings)
 
@@ -270,4 +270,5 @@ def compile_regions(model: nn.Module) -> None:
     """Compile a model block by block: alike blocks share one graph, and masks are built outside of it."""
     for part in model.modules():
         if isinstance(part, Block | CrossAttention):
-            part.forward = torch.compile(part.forward)  # not `compile()`, which looks past a forward that was replaced
+            # Not `part.compile()`, which ignores a forward that was replaced.
+            part.forward = torch.compile(part.forward)  # pyright: ignore[reportAttributeAccessIssue]

@@ -26,5 +26,5 @@ def cross_entropy(model: Callable[[Any], Tensor], batch: _Targeted) -> Tensor:
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Bits per byte of text; the bytes of a document pay for its end, too."""
+    """Bits per byte of text; the cost of EOS is included."""
     return nats / math.log(2) / max(num_bytes, 1)

@@ -182,7 +182,7 @@ PRESETS: dict[str, ModelSettings] = {
 
 
 class UnknownPreset(UserError):
-    """No preset has a name.
+    """There is no preset with this name.
 
     Attributes:
         reason: the message without the setting's name.

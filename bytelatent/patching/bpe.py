@@ -45,7 +45,7 @@ class Tail:
         return Tail(data, num_read, newest, newest > self.newest_token)
 
 
-def next_starts(ids: Tensor, position: Tensor, tokenizer: str) -> Tensor:
+def token_starts(ids: Tensor, position: Tensor, tokenizer: str) -> Tensor:
     """For each id whether the next one starts a patch; see `bytelatent.patching.starts.next_starts`."""
     starts = torch.zeros(ids.numel(), dtype=torch.bool)
     windows: list[bytes] = []

@@ -34,9 +34,8 @@ def mean_patch_bytes(ids: Tensor, entropies: Tensor | None, position: Tensor, se
         position: [T] position in the document.
         settings: where patches start.
     """
-    begins = torch.cat(
-        [torch.ones_like(ids[:1], dtype=torch.bool), next_starts(ids, entropies, position, settings)[:-1]]
-    )
+    first = torch.ones_like(ids[:1], dtype=torch.bool)
+    begins = torch.cat([first, next_starts(ids, entropies, position, settings)[:-1]])
     patch = (begins | (position == 0)).cumsum(dim=0)
     is_byte = ids >= OFFSET
     with_bytes = patch[is_byte]  # in rising order
@@ -59,9 +58,7 @@ def patch_bytes_by_threshold(
     Returns:
         Thresholds in nats, rising, and the mean bytes per patch at each.
     """
-    values = entropies.float()
-    if settings.monotonicity:
-        values = values.diff(prepend=values[:1])
+    values = _compared(entropies, settings)
     shares = torch.linspace(0.02, 0.98, num_points, dtype=torch.float64)
     thresholds = values.double().sort().values[(shares * (len(values) - 1)).long()].unique().tolist()
     candidates = [settings.model_copy(update={"threshold": threshold}) for threshold in thresholds]
@@ -88,9 +85,7 @@ def calibrate(
     if not bool((ids >= OFFSET).any()):
         raise UserError("calibration: the text holds no bytes")
     settings = settings or PatchSettings(mode="entropy", threshold=0.0)
-    values = entropies.float()
-    if settings.monotonicity:
-        values = values.diff(prepend=values[:1])
+    values = _compared(entropies, settings)
     candidates = torch.unique(values)  # sorted; a patch starts strictly above, so midpoints are safe from rounding
     thresholds = torch.cat([candidates[:1] - 1.0, (candidates[:-1] + candidates[1:]) / 2, candidates[-1:] + 1.0])
 
@@ -118,3 +113,9 @@ def calibrate(
         mean_patch_bytes=size(best),
         data_bytes=int((ids >= OFFSET).sum()),
     )
+
+
+def _compared(entropies: Tensor, settings: PatchSettings) -> Tensor:
+    """[T] what the threshold is compared with: the entropies, or by how much they rise."""
+    values = entropies.float()
+    return values.diff(prepend=values[:1]) if settings.monotonicity else values

@@ -31,10 +31,10 @@ def next_starts(ids: Tensor, entropies: Tensor | None, position: Tensor, setting
         starts a patch, and is not part of it.
     """
     if settings.needs_tail:
-        starts = bpe.next_starts(ids, position, str(settings.tokenizer))
+        starts = bpe.token_starts(ids, position, str(settings.tokenizer))
     else:
         previous_entropies = None if entropies is None else _shift(entropies)
-        starts = decide(settings, Moment(position, ids, _shift(ids), entropies, previous_entropies))
+        starts = _natural_starts(settings, Moment(position, ids, _shift(ids), entropies, previous_entropies))
     if settings.max_patch_length is None:
         return starts
     index = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
@@ -122,7 +122,7 @@ class PatchState:
 def step(
     state: PatchState, ids: Tensor, entropies: Tensor | None, settings: PatchSettings
 ) -> tuple[PatchState, Tensor]:
-    """Read one id a row and decide about the one to come.
+    """Read one id per row and decide about the one to come.
 
     Args:
         state: what was carried so far.
@@ -138,7 +138,9 @@ def step(
         tails = [tail.read(int(i), str(settings.tokenizer)) for tail, i in zip(tails, ids.tolist(), strict=True)]
         natural = torch.tensor([tail.token_began for tail in tails], device=ids.device)
     else:
-        natural = decide(settings, Moment(state.position, ids, state.previous_id, entropies, state.previous_entropy))
+        natural = _natural_starts(
+            settings, Moment(state.position, ids, state.previous_id, entropies, state.previous_entropy)
+        )
     since_start = state.since_start + 1
     starts = natural
     if settings.max_patch_length is not None:
@@ -153,7 +155,7 @@ def step(
     return carried, starts
 
 
-def decide(settings: PatchSettings, moment: Moment) -> Tensor:
+def _natural_starts(settings: PatchSettings, moment: Moment) -> Tensor:
     """Whether the next id starts a patch, before `max_patch_length`: elementwise, for a mode that needs no tail."""
     return MODES[settings.mode].decisions[settings.decision](settings, moment)
 

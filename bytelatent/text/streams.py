@@ -12,7 +12,7 @@ import lzma
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -245,80 +245,60 @@ class Decompressed(io.RawIOBase):
 
     def __init__(self, file: str, compression: str):
         self.unread: str | None = None
-        self._new = _decompressor(file, compression)
-        self._raw, self._size, self._compression = open_file(file), size_of(file), compression
-        self._input_bytes = INPUT_BYTES if compression == "gzip" else INPUT_BYTES_ELSE
-        self._member: Decompressor | None = None
-        self._input = b""  # read, but not given to the decompressor yet
-        self._read = 0  # bytes of the file in all
+        new = _decompressor(file, compression)
+        self._raw = open_file(file)
+        self._parts = self._decompressed(new, size_of(file), compression)
         self._output = b""  # decompressed, but not returned yet
-        self._given = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        ended = False
-        while len(self._output) < AT_ONCE and not ended and self.unread is None:
-            try:
-                more = self._decompress(len(buffer))
-            except Exception as error:  # of four libraries, of the disk or the network
-                self.unread = self._reason(error)
-            else:
-                self._output += more
-                ended = not more
+        while len(self._output) < AT_ONCE and (part := next(self._parts, None)) is not None:
+            self._output += part
         count = min(len(buffer), len(self._output))
         buffer[:count] = self._output[:count]
         self._output = self._output[count:]
-        self._given += count
         return count
 
     def close(self) -> None:
+        self._parts.close()  # which holds this object, and much memory
         self._raw.close()
         super().close()
 
-    def _decompress(self, max_length: int) -> bytes:
-        """The next bytes; none at the end. Errors are of any class."""
-        max_length = min(max_length, OUTPUT_BYTES)
-        while True:
-            if (self._member is None or self._member.eof) and not self._begin_member():
-                return b""
-            assert self._member is not None
-            if self._member.needs_input and not self._input and not self._fill():
-                raise EOFError("it is cut short")
-            data, self._input = self._input, b""
-            if found := self._member.decompress(data, max_length):
-                return found
-
-    def _begin_member(self) -> bool:
-        """Begin the first member, or the next one; False at the end. Zeros between them are padding."""
-        is_first = self._member is None
-        if self._member is not None:
-            self._input, self._member = self._member.unused_data + self._input, None
-        while True:
-            if not is_first:
-                self._input = self._input.lstrip(b"\0")
-            if len(self._input) >= self._input_bytes or not self._fill():
-                break
-        if not self._input:
-            return False
-        if compression_of(self._input) != self._compression:
-            raise EOFError(f"they are no {self._compression}")
-        self._member = self._new()
-        return True
-
-    def _fill(self) -> bool:
-        more = self._raw.read(self._input_bytes)
-        self._read += len(more)
-        self._input += more
-        return bool(more)
-
-    def _reason(self, error: Exception) -> str:
-        done = f"is not whole: after {self._given + len(self._output):,} decompressed bytes"
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if self._member is None:
-            return f"{done} its last {len(self._input) + self._size - self._read:,} bytes are not read: {reason}"
-        return f"{done} the rest of {self._size:,} bytes of {self._compression} cannot be read: {reason}"
+    def _decompressed(self, new: Callable[[], Decompressor], size: int, compression: str) -> Generator[bytes]:
+        """The bytes in parts, up to the first error. Zeros after a member are padding."""
+        at_once = INPUT_BYTES if compression == "gzip" else INPUT_BYTES_ELSE
+        member: Decompressor | None = None
+        padding, data = b"", b""
+        num_read = num_given = 0
+        try:
+            while True:
+                data = data.lstrip(padding) if padding else data
+                while len(data) < at_once and (more := self._raw.read(at_once)):
+                    num_read += len(more)
+                    data = (data + more).lstrip(padding) if padding else data + more
+                if not data:
+                    return
+                if compression_of(data) != compression:
+                    raise EOFError(f"they are no {compression}")
+                member = new()
+                while not member.eof:
+                    if member.needs_input and not data:
+                        data = self._raw.read(at_once)
+                        num_read += len(data)
+                        if not data:
+                            raise EOFError("it is cut short")
+                    part, data = member.decompress(data, OUTPUT_BYTES), b""
+                    num_given += len(part)
+                    yield part
+                data, member, padding = member.unused_data, None, b"\0"
+        except Exception as error:  # of four libraries, of the disk or the network
+            what = f"the rest of {size:,} bytes of {compression} cannot be read"
+            if member is None:
+                what = f"its last {len(data) + size - num_read:,} bytes are not read"
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.unread = f"is not whole: after {num_given:,} decompressed bytes {what}: {reason}"
 
 
 def _decompressor(file: str, compression: str) -> Callable[[], Decompressor]:

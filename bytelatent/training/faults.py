@@ -17,9 +17,9 @@ from bytelatent.run_folder import checkpoint_name
 from bytelatent.signals import StopSignals
 from bytelatent.terminal import print_line
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.distributed.plan import local_part
+from bytelatent.training.distributed.parallelize import local_part
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.optimizer import Optimizers, each
+from bytelatent.training.optimizer import Optimizers, single_optimizers
 from bytelatent.training.settings import FaultSettings
 
 RECENT_STEPS = 100  # a spike is measured against their median loss
@@ -31,7 +31,7 @@ class RolledBack(Exception):
     """An update must not be made; the run returns to its last checkpoint. The message gives the reason."""
 
 
-def trouble_with(step: int, loss: float, norm: float, recent: list[float], spike: float | None) -> str | None:
+def loss_problem(step: int, loss: float, norm: float, recent: list[float], spike: float | None) -> str | None:
     """Why the update of a step must not be made; None if it may. `recent` are losses of earlier steps, as `loss`."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return f"the loss is not finite at step {step} (loss {loss:g}, gradient norm {norm:g})"
@@ -53,22 +53,22 @@ def reason_to_skip(
         UserError: the run has to stop.
         RolledBack: the run has to return to its last checkpoint.
     """
-    trouble = trouble_with(state.step + 1, loss, norm, state.recent, settings.spike)
-    if trouble is None:
+    problem = loss_problem(state.step + 1, loss, norm, state.recent, settings.spike)
+    if problem is None:
         state.recent = [*state.recent[1 - RECENT_STEPS :], loss]
         state.skipped = 0
         return None
     state.skipped += 1
     if settings.on_nan == "rollback":
-        raise RolledBack(trouble)
+        raise RolledBack(problem)
     if settings.on_nan == "skip" and state.skipped <= MAX_SKIPPED:
-        return trouble
+        return problem
     times, other = "", "; or set faults.on_nan=skip"
     if settings.on_nan == "skip":
         times, other = f", {state.skipped} times in a row", ""
     raise ranks.common_error(
         UserError(
-            f"{trouble}{times}; no checkpoint holds it: take a lower optimizer.lr (now {lr:g}) or optimizer.clip, or "
+            f"{problem}{times}; no checkpoint holds it: take a lower optimizer.lr (now {lr:g}) or optimizer.clip, or "
             f"dtype=float32, and another run=FOLDER{other}"
         )
     )
@@ -82,7 +82,7 @@ def find_not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | Optimiz
     for name, parameter in model.named_parameters():
         if not _is_finite(local_part(parameter.detach())):
             return name
-        for one in each(optimizer):
+        for one in single_optimizers(optimizer):
             for key, value in one.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and not _is_finite(local_part(value)):
                     return f"{key} of {name}"

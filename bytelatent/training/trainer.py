@@ -19,7 +19,7 @@ from bytelatent.progress import Progress
 from bytelatent.signals import StopSignals
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
 from bytelatent.training.checks import check_machine, check_settings, hints_about_batches, how_to_save_memory
-from bytelatent.training.distributed.plan import (
+from bytelatent.training.distributed.parallelize import (
     ParallelPlan,
     build_parallel_model,
     free_gathered_weights,
@@ -37,9 +37,10 @@ from bytelatent.training.faults import (
 )
 from bytelatent.training.gradients import CapturedGradients, Gradients, clip
 from bytelatent.training.metrics import Metrics, Totals, open_trackers, speed
-from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.steps import Profiler, layer_statistics
 from bytelatent.training.run_setup import Run, lock_folder, open_run, write_settings
+from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import TrainSettings
 
 LOGGER = logging.getLogger(__name__)

@@ -187,7 +187,7 @@ class _Part(dict[str, Any]):
         return f"{self.where}: {self.name}.{key}" if self.name else f"{self.where}: {key}"
 
     def check(self, key: str, value: Any, *allowed: Any) -> None:
-        """Refuse a value that asks for other mathematics."""
+        """Refuse a value that requires a computation that is not implemented."""
         if value not in allowed:
             raise UserError(f"{self.path(key)} is {shown(repr(value))}; only {shown(repr(allowed[0]))} is known here")
 
@@ -273,7 +273,7 @@ def read_model(values: Mapping[str, Any], where: str) -> Config:
     """The configuration of the BLT that a `config.json` describes.
 
     Raises:
-        UserError: a value asks for other mathematics than is implemented here.
+        UserError: a value requires a computation that is not implemented.
     """
     top = _Part(values, "", where)
     parts = {name: top.part(name) for name in PARTS}

@@ -255,7 +255,7 @@ def _is_byte_lm(args: Mapping[str, Any]) -> bool:
 
 
 def _check_args(args: Mapping[str, Any], folder: Path) -> list[str]:
-    """Refuse arguments that ask for other mathematics; warn about unknown ones."""
+    """Refuse arguments that require a computation that is not implemented; warn about unknown ones."""
     for key, allowed in (FIXED if _is_byte_lm(args) else BLT_FIXED).items():
         if key in args and args[key] not in allowed:
             raise UserError(

@@ -114,7 +114,7 @@ class WeightsFormat:
         """The model without its tensors.
 
         Raises:
-            UserError: a file or a key is missing, or asks for other mathematics than is implemented here.
+            UserError: a file or a key is missing, or requires a computation that is not implemented.
         """
         raise NotImplementedError
 

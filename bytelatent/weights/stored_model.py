@@ -13,7 +13,7 @@ from torch import nn
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build_model
 from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.patching import Calibration, PatchSettings
 from bytelatent.weights.safetensors_io import StoredTensor, check_finite, shown
@@ -91,7 +91,7 @@ class StoredModel:
 
     @classmethod
     def of(cls, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> "StoredModel":
-        """Of a model in memory."""
+        """Create it from a model in memory."""
         tensors = {name: StoredTensor.of(value) for name, value in model.state_dict().items()}
         inner = None
         if byte_lm is not None:
@@ -241,7 +241,7 @@ def num_parameters(settings: ModelSettings) -> int:
 def _without_weights(settings: ModelSettings) -> nn.Module:
     try:
         with torch.device("meta"):
-            return build(settings)
+            return build_model(settings)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
         raise UserError(f"the settings say sizes that no model has: {shown(str(error))}") from None
 

@@ -17,7 +17,7 @@ from bytelatent.commands import demo as demo_command
 from bytelatent.commands import demo_stages
 from bytelatent.commands.demo import closing_lines, text_options
 from bytelatent.commands.demo_stages import CHUNK, LEAST_TEXT, DemoText, collect, xz_bits_per_byte
-from bytelatent.commands.settings import DemoSettings
+from bytelatent.commands.options import DemoSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.progress import Progress
 from bytelatent.text import BadRows

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bytelatent.commands import entropies as entry
 from bytelatent.commands.entropies import Share, line_about, part_of
-from bytelatent.commands.settings import EntropiesSettings
+from bytelatent.commands.options import EntropiesSettings
 from bytelatent.data import Patcher, cut, pack
 from bytelatent.data.entropies import EntropySettings, Summary, loads_of, store_entropies
 from bytelatent.data.shards import LOCK, Shard, divide_shards, lock_offset, lock_shards, shards_of

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from bytelatent.cli import app
 from bytelatent.errors import UserError
 from bytelatent.launch import package_of
-from bytelatent.model import build
+from bytelatent.model import build_model
 from bytelatent.weights import Config, save
 from tests.launch.conftest import Cluster, launched
 from tests.training.tiny_runs import blt_run, byte_lm_run, settings
@@ -85,7 +85,7 @@ def test_a_byte_lm_that_is_not_there(cluster: Cluster, here: Path) -> None:
     assert cluster.asked == []
     assert not (here / "runs").exists()
     launched(f"config={config}", "dry_run=true")
-    model = build(settings(values).model)
+    model = build_model(settings(values).model)
     (here / "lm").mkdir()
     save(here / "lm", model, Config(model=settings(values).model, context=64))
     with pytest.raises(UserError, match=r"^entropy_model: 'lm' holds a BLT without a byte LM; "):

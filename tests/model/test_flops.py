@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bytelatent.model import add_patches, build, flops, preset
+from bytelatent.model import add_patches, build_model, flops, preset
 from bytelatent.model.flops import PartCost, costs, flops_per_byte, keys_seen, training_flops
 from bytelatent.model.settings import ByteLMSettings, CrossAttentionSettings, ModelSettings, StackSettings
 from tests.model.tiny import stream_of, tiny_blt_settings
@@ -22,7 +22,7 @@ def counted(settings: ModelSettings, size: int, patch_bytes: int) -> tuple[int, 
     stream = add_patches(stream_of([torch.arange(size) % 256]), starts)
     assert stream.num_patches * patch_bytes == size
     with torch.device("meta"):
-        model = build(settings)
+        model = build_model(settings)
         for part in model.modules():
             if isinstance(part, nn.EmbeddingBag):  # the gradient's shape depends on the text; there are no products
                 part.requires_grad_(False)
@@ -131,11 +131,13 @@ def test_attention_of_a_byte_lm(window: int | None) -> None:
 def test_parameters(hashed: bool) -> None:
     settings = tiny_blt_settings() if hashed else tiny_blt_settings(ngram_hash=None)
     parts = costs(settings)
-    assert sum(part.num_parameters for part in parts) == sum(p.numel() for p in build(settings).parameters())
+    assert sum(part.num_parameters for part in parts) == sum(p.numel() for p in build_model(settings).parameters())
     tables = [part for part in parts if part.name == "n-gram hash tables"]
     assert [(part.num_parameters, part.flops_per_byte) for part in tables] == ([(2 * 53 * 16, 0)] if hashed else [])
     byte_lm = ByteLMSettings(dim=16, num_layers=3, num_heads=4)
-    assert sum(part.num_parameters for part in costs(byte_lm)) == sum(p.numel() for p in build(byte_lm).parameters())
+    assert sum(part.num_parameters for part in costs(byte_lm)) == sum(
+        p.numel() for p in build_model(byte_lm).parameters()
+    )
 
 
 @pytest.mark.parametrize(("window", "context"), [(None, 7), (3, 7), (7, 7), (9, 7), (1, 7)])

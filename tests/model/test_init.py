@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bytelatent.model import build
+from bytelatent.model import build_model
 from bytelatent.model.settings import NgramHashSettings, StackSettings
 from tests.model.tiny import tiny_blt_settings
 
@@ -16,7 +16,7 @@ CUT = 0.98658
 def model() -> nn.Module:
     torch.manual_seed(0)
     local = StackSettings(dim=64, num_layers=2, num_heads=4, multiple_of=8)
-    return build(
+    return build_model(
         tiny_blt_settings(
             encoder=local, decoder=local,
             global_transformer=StackSettings(dim=96, num_layers=2, num_heads=4, num_kv_heads=2, multiple_of=8),
@@ -64,7 +64,7 @@ def test_norms_are_ones_and_nothing_is_left_out(model: nn.Module) -> None:
 def test_the_seed_decides() -> None:
     def state(seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
-        return build(tiny_blt_settings()).state_dict()
+        return build_model(tiny_blt_settings()).state_dict()
 
     first, again, other = state(1), state(1), state(2)
     assert all(first[name].equal(again[name]) for name in first)

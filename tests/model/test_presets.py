@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bytelatent.errors import UserError
-from bytelatent.model import PRESETS, BLTSettings, ByteLMSettings, build, preset
+from bytelatent.model import PRESETS, BLTSettings, ByteLMSettings, build_model, preset
 
 # Layers of encoder, global transformer and decoder; k; widths; heads.
 PAPER = {
@@ -19,7 +19,7 @@ PAPER = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_built(name: str) -> None:
     with torch.device("meta"):
-        model = build(preset(name))
+        model = build_model(preset(name))
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
 
 
@@ -41,7 +41,7 @@ def test_sizes_of_the_paper(name: str) -> None:
 
 def test_hash_tables_of_the_released_1b() -> None:
     with torch.device("meta"):
-        model = build(preset("blt-1b"))
+        model = build_model(preset("blt-1b"))
     tables = model.get_parameter("encoder.ngram_hash.tables.weight")
     assert tables.numel() == 6 * 500_002 * 1024  # 3.07 billion
 

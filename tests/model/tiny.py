@@ -7,7 +7,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, PatchedStream, Stream, add_patches, build
+from bytelatent.model import (
+    BLTModel,
+    BLTSettings,
+    ByteLM,
+    ByteLMSettings,
+    PatchedStream,
+    Stream,
+    add_patches,
+    build_model,
+)
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.vocab import VOCAB_SIZE
 
@@ -17,7 +26,7 @@ from bytelatent.vocab import VOCAB_SIZE
 def make(settings: ByteLMSettings | BLTSettings, seed: int = 0) -> Any:
     """A model with random weights, those of the norms too, which would otherwise be ones."""
     torch.manual_seed(seed)
-    model = build(settings)
+    model = build_model(settings)
     for part in model.modules():
         if isinstance(part, nn.RMSNorm):
             nn.init.uniform_(part.weight, 0.5, 1.5)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bytelatent.commands.demo_stages import _own
-from bytelatent.commands.settings import DemoSettings
+from bytelatent.commands.options import DemoSettings
 from bytelatent.data import DataSettings, Loader, Piece, batches_once
 from bytelatent.data.entropies import EntropySettings, store_entropies
 from bytelatent.errors import UserError

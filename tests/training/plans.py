@@ -20,8 +20,8 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
-from bytelatent.training.distributed import plan as plans
-from bytelatent.training.distributed.plan import (
+from bytelatent.training.distributed import parallelize
+from bytelatent.training.distributed.parallelize import (
     ParallelPlan,
     build_parallel_model,
     free_gathered_weights,
@@ -30,7 +30,8 @@ from bytelatent.training.distributed.plan import (
 )
 from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.optimizer import build_optimizer
+from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import OptimizerSettings
 from bytelatent.weights import Config
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
@@ -108,7 +109,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         torch.manual_seed(0)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked.dtype]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plans, "GROUP_WEIGHTS", AT_ONCE)
+            patch.setattr(parallelize, "GROUP_WEIGHTS", AT_ONCE)
             model = build_parallel_model(asked.model, plan, device, dtype, compiled=False)
         initialize_weights(model, asked.model)
         initial = whole(model)

@@ -19,7 +19,7 @@ from bytelatent.training import faults, read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
 from bytelatent.training.distributed import ranks
-from bytelatent.training.faults import trouble_with
+from bytelatent.training.faults import loss_problem
 from bytelatent.weights import load, load_byte_lm, save
 from bytelatent.weights import safetensors_io as tensors
 from tests.training.tiny_runs import (
@@ -135,7 +135,7 @@ def test_the_way_back_ends(tmp_path: Path, text: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_what_is_trouble(loss: float, norm: float, recent: list[float], spike: float | None, found: bool) -> None:
-    assert (trouble_with(7, loss, norm, recent, spike) is not None) == found
+    assert (loss_problem(7, loss, norm, recent, spike) is not None) == found
 
 
 def test_a_leap_of_the_loss_is_known_after_a_restart(

@@ -17,7 +17,7 @@ from bytelatent.model import add_patches
 from bytelatent.model.settings import StackSettings
 from bytelatent.training import checks, train
 from bytelatent.training.checks import check_float8
-from bytelatent.training.distributed.plan import to_float8
+from bytelatent.training.distributed.parallelize import to_float8
 from bytelatent.weights import load
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt
 from tests.training.tiny_runs import assert_equal_runs, blt_run, settings, weights

@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
 from bytelatent.kernels import patch_attention, patch_pooling
-from bytelatent.model import attention, build
+from bytelatent.model import attention, build_model
 from bytelatent.model.loss import cross_entropy
 from bytelatent.model.settings import BLTSettings, ByteLMSettings
 from bytelatent.training import gradients as module
 from bytelatent.training import train
 from bytelatent.training.checks import check_cuda_graph
-from bytelatent.training.distributed.plan import apply_activation_checkpointing
+from bytelatent.training.distributed.parallelize import apply_activation_checkpointing
 from bytelatent.training.gradients import CapturedGradients, Gradients
 from bytelatent.training.profiling.measure import ForwardBackward, SyntheticTraining, TrainingSetup, random_batch
 from bytelatent.training.settings import ActivationCheckpointing, OptimizerSettings
@@ -63,7 +63,7 @@ def unasked() -> Iterator[None]:
 
 
 def prepared(asked: BLTSettings | ByteLMSettings, how: ActivationCheckpointing = "none", sparse: bool = False) -> Any:
-    model: Any = build(asked)
+    model: Any = build_model(asked)
     apply_activation_checkpointing(model, how)
     for part in model.modules():
         if isinstance(part, nn.EmbeddingBag):
@@ -214,7 +214,7 @@ def test_replayed_gradients_are_those_of_the_passes(
     asked: BLTSettings | ByteLMSettings, several: int, stood_in: list[Replayed]
 ) -> None:
     torch.manual_seed(0)
-    model = build(asked)
+    model = build_model(asked)
     plain = Gradients(lambda batch: cross_entropy(model, batch), CPU)
     captured = CapturedGradients(model.parameters(), plain.loss, CPU, adds=several > 1)
     batches = batches_of(asked, 3 * several)
@@ -245,7 +245,7 @@ def test_replayed_gradients_are_those_of_the_passes(
 def test_more_documents_are_captured_again(several: int, stood_in: list[Replayed]) -> None:
     """Not each time that there are some more; and what was added up so far is kept."""
     torch.manual_seed(0)
-    model = build(BYTE_LM)
+    model = build_model(BYTE_LM)
     plain = Gradients(lambda batch: cross_entropy(model, batch), CPU)
     captured = CapturedGradients(model.parameters(), plain.loss, CPU, adds=several > 1)
     numbers: list[int | None] = [3, 63, 64, 100, 1, 127, 128, None, 5]
@@ -271,7 +271,7 @@ def test_more_documents_are_captured_again(several: int, stood_in: list[Replayed
 
 @pytest.mark.usefixtures("stood_in")
 def test_another_shape_is_named() -> None:
-    model = build(tiny_blt_settings())
+    model = build_model(tiny_blt_settings())
     captured = CapturedGradients(model.parameters(), lambda batch: cross_entropy(model, batch), CPU)
     one = Batch(*random_batch(80, CPU), 80, 80, 0)
     captured(one, 1.0)
@@ -287,7 +287,7 @@ def test_another_shape_is_named() -> None:
 
 @pytest.mark.usefixtures("stood_in")
 def test_gradients_that_are_there_are_not_lost() -> None:
-    model = build(BYTE_LM)
+    model = build_model(BYTE_LM)
     captured = CapturedGradients(model.parameters(), lambda batch: cross_entropy(model, batch), CPU)
     for batch in batches_of(BYTE_LM, 1):
         captured(batch, 1.0)
@@ -342,7 +342,7 @@ def test_settings_that_no_graph_holds() -> None:
 
 def test_what_is_timed_is_captured_for_each_size(stood_in: list[Replayed]) -> None:
     torch.manual_seed(0)
-    model = build(tiny_blt_settings())
+    model = build_model(tiny_blt_settings())
     plain, captured = (ForwardBackward(model, CPU, torch.float32, way) for way in (False, True))
     for size in (300, 300, 700):
         found = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bytelatent.data import Batch
 from bytelatent.data.packing import Piece, pack
-from bytelatent.model import Block, BLTSettings, ByteLMSettings, CrossAttention, build
+from bytelatent.model import Block, BLTSettings, ByteLMSettings, CrossAttention, build_model
 from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
@@ -38,7 +38,7 @@ def batch_of(num_documents: int, size: int, patched: bool, padded: int = 0) -> B
 
 def model_of(values: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
-    return build((ByteLMSettings if values["kind"] == "byte_lm" else BLTSettings).parse(values))
+    return build_model((ByteLMSettings if values["kind"] == "byte_lm" else BLTSettings).parse(values))
 
 
 def test_a_blt_is_the_same_bit_for_bit(tmp_path: Path, text: Path, byte_lm: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bytelatent.model import PatchedStream, build
+from bytelatent.model import PatchedStream, build_model
 from bytelatent.training.profiling.measure import (
     DOCUMENT,
     KINDS,
@@ -49,7 +49,7 @@ def test_a_step_is_a_step_of_training(dtype: torch.dtype) -> None:
     optimizer = OptimizerSettings(clip=0.05, lr=1e-2)
     trainee = SyntheticTraining(TrainingSetup(tiny_blt_settings(), CPU, dtype, optimizer=optimizer))
     torch.manual_seed(0)
-    model = build(tiny_blt_settings())
+    model = build_model(tiny_blt_settings())
     plain = torch.optim.AdamW(
         [
             {"params": [p for n, p in model.named_parameters() if decays(n, p)], "weight_decay": 0.1},

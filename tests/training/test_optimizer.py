@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from bytelatent.data import Batch, Loader, Patcher
 from bytelatent.errors import UserError
-from bytelatent.model import build
+from bytelatent.model import build_model
 from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.checks import check_settings
-from bytelatent.training.distributed.plan import ParallelPlan
+from bytelatent.training.distributed.parallelize import ParallelPlan
 from bytelatent.training.gradients import Gradients, clip
 from bytelatent.training.optimizer import Optimizers, SparseRowsAdamW, build_optimizer
 from bytelatent.training.settings import OptimizerSettings, TrainSettings
@@ -138,7 +138,7 @@ def groups_by_name(model: nn.Module, optimizer: torch.optim.Optimizer | Optimize
 
 
 def tiny_blt() -> nn.Module:
-    return build(settings(byte_lm_run(Path("x"), Path("x"), model=BLT, patching={"mode": "space"})).model)
+    return build_model(settings(byte_lm_run(Path("x"), Path("x"), model=BLT, patching={"mode": "space"})).model)
 
 
 def test_muon_trains_the_matrices_of_blocks() -> None:
@@ -176,7 +176,7 @@ def test_parts_have_their_learning_rates(name: Any, hash_gradients: Any) -> None
 
 
 def test_the_byte_embedding_of_a_byte_lm_has_a_rate_of_its_own() -> None:
-    model = build(settings(byte_lm_run(Path("x"), Path("x"))).model)
+    model = build_model(settings(byte_lm_run(Path("x"), Path("x"))).model)
     asked = OptimizerSettings.parse({"lr_scale": {"byte_embedding": 4.0}})
     groups = groups_by_name(model, build_optimizer(model, asked))
     assert {name for name, (_, group) in groups.items() if group["lr_scale"] == 4.0} == {"embedding.weight"}
@@ -207,7 +207,7 @@ def test_a_first_step_by_rows_is_a_dense_one(text: Path, clipped: float) -> None
     loader = Loader(dense.data, 0, Patcher(dense.patching))
     batches = [next(loader) for _ in range(4)]
     torch.manual_seed(0)
-    one = build(dense.model)
+    one = build_model(dense.model)
     other = deepcopy(one)
     before = one.get_parameter(TABLES).detach().clone()
     (expected,), (found,) = steps_of(dense, batches[:2], one, 1), steps_of(rows, batches[:2], other, 1)
@@ -221,7 +221,7 @@ def test_a_first_step_by_rows_is_a_dense_one(text: Path, clipped: float) -> None
 
 def test_the_schedule_is_scaled(text: Path) -> None:
     asked = space_run(text, lr_scale={"decoder": 0.25}, hash_gradients="rows", name="muon", warmup_steps=2)
-    model = build(asked.model)
+    model = build_model(asked.model)
     state = TrainState(model, build_optimizer(model, asked.optimizer), Loader(asked.data, 0, Patcher(asked.patching)))
     row = loop.Trainer(
         asked, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
@@ -236,7 +236,7 @@ def test_a_row_that_is_not_seen_again_stays(text: Path) -> None:
     loader = Loader(rows.data, 0, Patcher(rows.patching))
     batches = [next(loader) for _ in range(2)]
     torch.manual_seed(0)
-    model = build(rows.model)
+    model = build_model(rows.model)
     table, seen = model.get_parameter(TABLES), []
     for batch in batches:
         cross_entropy(model, batch).backward()

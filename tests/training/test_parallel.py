@@ -13,12 +13,12 @@ from bytelatent.commands.train import main as train
 from bytelatent.data import Loader, Patcher
 from bytelatent.device import autocast
 from bytelatent.errors import UserError
-from bytelatent.model import block, build
+from bytelatent.model import block, build_model
 from bytelatent.model.attention import packed_mask
 from bytelatent.model.loss import cross_entropy
 from bytelatent.training.checks import check_settings
-from bytelatent.training.distributed import plan as plans
-from bytelatent.training.distributed.plan import build_parallel_model, initialize_weights, make_plan
+from bytelatent.training.distributed import parallelize
+from bytelatent.training.distributed.parallelize import build_parallel_model, initialize_weights, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks, ranks_from
 from tests.training.crew import Crew
 from tests.training.plans import MODEL, PLANS, Taken, take_steps, values
@@ -65,12 +65,12 @@ def test_neighbours_of_a_stack_are_gathered_together(monkeypatch: pytest.MonkeyP
     layers = {**BLT, "decoder": {**BLT["decoder"], "num_layers": 2}}
     layers["global_transformer"] = {**BLT["global_transformer"], "num_layers": 5}
     with torch.device("meta"):
-        model = build(settings(values(Path("x"), model=layers)).model)
+        model = build_model(settings(values(Path("x"), model=layers)).model)
     name_of = {part: name.replace("stack.blocks", "block") for name, part in model.named_modules()}
 
     def groups(at_once: int) -> list[list[str]]:
-        monkeypatch.setattr(plans, "GROUP_WEIGHTS", at_once)
-        return [[name_of[part] for part in parts] for parts in plans.fsdp_groups(model)]
+        monkeypatch.setattr(parallelize, "GROUP_WEIGHTS", at_once)
+        return [[name_of[part] for part in parts] for parts in parallelize.fsdp_groups(model)]
 
     block = sum(weight.numel() for weight in model.global_transformer.stack.blocks[0].parameters())
     decoder = [f"decoder.{part}.{layer}" for layer in (0, 1) for part in ("cross_attention", "block")]

@@ -12,8 +12,8 @@ import pytest
 from bytelatent.errors import UserError
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.optimizer import learning_rate
 from bytelatent.training.run_setup import DATA_MAY_CHANGE, MAY_CHANGE, OPTIMIZER_MAY_CHANGE
+from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import OptimizerSettings
 from tests.processes import Command
 from tests.training.tiny_runs import (

@@ -14,7 +14,7 @@ import pytest
 from bytelatent.errors import UserError
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
-from bytelatent.training.optimizer import SCHEDULES, Schedule, learning_rate
+from bytelatent.training.schedule import SCHEDULES, Schedule, learning_rate
 from bytelatent.training.settings import OF_ONE_SCHEDULE, OptimizerSettings, ScheduleName, TrainSettings
 from tests.training.crew import Crew
 from tests.training.plans import values as values_of_many

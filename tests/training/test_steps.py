@@ -12,16 +12,17 @@ import torch
 from torch import nn
 
 from bytelatent.data import Batch, Loader
-from bytelatent.model import PatchedStream, build
+from bytelatent.model import PatchedStream, build_model
 from bytelatent.model.loss import cross_entropy
 from bytelatent.patching import Calibration
 from bytelatent.training import TrainSettings, read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.checkpoint.storage import CpuCopies
-from bytelatent.training.distributed.plan import ParallelPlan
+from bytelatent.training.distributed.parallelize import ParallelPlan
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.optimizer import build_optimizer, learning_rate
+from bytelatent.training.optimizer import build_optimizer
+from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import OptimizerSettings
 from bytelatent.weights import fingerprint, load, load_byte_lm
 from tests.training.tiny_runs import (
@@ -64,7 +65,7 @@ def test_half_way_down_the_cosine() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    model = build(settings(byte_lm_run(Path("x"), Path("x"), model=BLT, patching={"mode": "space"})).model)
+    model = build_model(settings(byte_lm_run(Path("x"), Path("x"), model=BLT, patching={"mode": "space"})).model)
     optimizer = build_optimizer(model, OptimizerSettings(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     names = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
@@ -100,7 +101,7 @@ def test_two_batches_accumulated_are_one_batch_of_both(text: Path, clip: float) 
     document = torch.cat([parts[0].stream.document, parts[1].stream.document + 1000])
     both = Batch(type(both.stream)(both.stream.ids, document, position), both.targets, 512, both.num_bytes, 0)
     torch.manual_seed(0)
-    one, other = build(small.model), build(small.model)
+    one, other = build_model(small.model), build_model(small.model)
     other.load_state_dict(one.state_dict())
     (accumulated, gradients), (at_once, expected) = one_step(parts, one, clip=clip), one_step([both], other, clip=clip)
     assert accumulated["bits_per_byte"] == pytest.approx(at_once["bits_per_byte"], rel=1e-6)
@@ -115,7 +116,7 @@ def test_gradients_are_averaged_over_all_targets_and_clipped(text: Path) -> None
     loader = Loader(asked.data, 0)
     batches = [next(loader), next(loader)]
     torch.manual_seed(0)
-    model = build(asked.model)
+    model = build_model(asked.model)
     nats = [cross_entropy(model, batch) for batch in batches]
     expected = torch.autograd.grad(torch.stack(nats).sum() / 512, list(model.parameters()))
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in expected))

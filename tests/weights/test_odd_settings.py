@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bytelatent import BLT
 from bytelatent.commands.info import describe
-from bytelatent.commands.settings import InfoSettings
+from bytelatent.commands.options import InfoSettings
 from bytelatent.errors import UserError
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import PatchSettings

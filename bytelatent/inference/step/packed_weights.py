@@ -1,5 +1,6 @@
 """A model's matrices as the kernels of a decode step read them: joined, and with the norms before them folded in."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,16 +30,11 @@ class BlockWeights:
     @classmethod
     def of(cls, block: Any) -> "BlockWeights":
         attention, feed_forward = block.attention, block.feed_forward
-        norm, second_norm = block.attention_norm, block.feed_forward_norm
         return cls(
-            _laid_out(
-                by_rows(_joined, *(_matrix(part, norm) for part in (attention.query, attention.key, attention.value)))
-            ),
-            _matrix(attention.output),
-            _laid_out(
-                by_rows(interleaved, _matrix(feed_forward.gate, second_norm), _matrix(feed_forward.up, second_norm))
-            ),
-            _matrix(feed_forward.down),
+            qkv=_joined(_cat, [attention.query, attention.key, attention.value], block.attention_norm),
+            output=_matrix(attention.output),
+            gate_up=_joined(interleaved, [feed_forward.gate, feed_forward.up], block.feed_forward_norm),
+            down=_matrix(feed_forward.down),
         )
 
 
@@ -97,11 +93,8 @@ class CrossWeights:
         def both(key: Tensor, value: Tensor) -> Tensor:
             return torch.cat([repeated(key), repeated(value)])
 
-        return cls(
-            _matrix(cross.query, cross.query_norm),
-            _laid_out(by_rows(both, *(_matrix(part, cross.key_value_norm) for part in (cross.key, cross.value)))),
-            _matrix(cross.output),
-        )
+        key_value = _joined(both, [cross.key, cross.value], cross.key_value_norm)
+        return cls(_matrix(cross.query, cross.query_norm), key_value, _matrix(cross.output))
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,7 @@ class BLTWeights:
             projection=None if isinstance(projection, torch.nn.Identity) else _matrix(projection),
             middle=StackWeights.of(middle.stack),
             patch_to_keys=_matrix(decoder.patch_to_keys),
-            patch_key_values=_laid_out(by_rows(_joined, *(cross.key_value for cross in decoder_cross))),
+            patch_key_values=_laid_out(by_rows(_cat, *(cross.key_value for cross in decoder_cross))),
             decoder=StackWeights.of(decoder.stack),
             decoder_cross=decoder_cross,
             output=_head(decoder),
@@ -151,15 +144,12 @@ class BLTWeights:
 
 def supports(model: BLTModel | ByteLM, byte_lm: ByteLM | None) -> bool:
     """Whether the kernels can decode this model: heads of a power of two, from 16 on."""
-    stacks: list[StackSettings] = [byte_lm.settings] if byte_lm is not None else []
-    sizes = []
-    if isinstance(model, BLTModel):
-        settings = model.settings
-        stacks += [settings.encoder, settings.global_transformer, settings.decoder]
-        sizes.append(settings.encoder.dim // settings.cross_attention.num_heads)
+    settings, sizes = model.settings, [byte_lm.settings.head_dim] if byte_lm is not None else []
+    if isinstance(settings, BLTSettings):
+        stacks = [settings.encoder, settings.global_transformer, settings.decoder]
+        sizes += [settings.encoder.dim // settings.cross_attention.num_heads, *(stack.head_dim for stack in stacks)]
     else:
-        stacks.append(model.settings)
-    sizes += [stack.head_dim for stack in stacks]
+        sizes.append(settings.head_dim)
     return all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
 
@@ -181,5 +171,10 @@ def _laid_out(matrix: Any) -> Any:
     return matrix.t().contiguous().t() if is_tall and matrix.device.type == "cpu" else matrix
 
 
-def _joined(*rows: Tensor) -> Tensor:
+def _joined(arrange: Callable[..., Tensor], linears: list[Any], norm: Any) -> Matrix:
+    """The matrices of several layers, with the norm before them, as one."""
+    return _laid_out(by_rows(arrange, *(_matrix(linear, norm) for linear in linears)))
+
+
+def _cat(*rows: Tensor) -> Tensor:
     return torch.cat(rows)

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytelatent.inference.decoder import Decoder, State
+from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.engine import Continuation, Drawn
-from bytelatent.inference.kv_cache import BLOCK, Room
+from bytelatent.inference.kv_cache import BLOCK, Room, State
 from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.drafting import DraftedStep
 from bytelatent.inference.step.step import BLTStep, ByteLMStep

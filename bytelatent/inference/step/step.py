@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.inference.decoder import Decoder, State
-from bytelatent.inference.kv_cache import BLTState, KVCache, Room
+from bytelatent.inference.decoder import Decoder
+from bytelatent.inference.kv_cache import BLTState, KVCache, Room, State
 from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.inference.step.cuda_graph import Side, has_conditions, where
 from bytelatent.inference.step.packed_weights import BLTWeights, ByteLMWeights, StackWeights

@@ -33,8 +33,9 @@ from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, find_corruption, manifest_of, whole_folder
 from bytelatent.run_folder import NoCheckpoint, checkpoint_name, checkpoints_of, newest_checkpoint
 from bytelatent.training.checkpoint.storage import CpuCopies, begin_folder, read_tensors, tensors_of, write_tensors
-from bytelatent.training.distributed.plan import ParallelPlan, free_gathered_weights, full_tensor
-from bytelatent.training.optimizer import Optimizers, Schedule
+from bytelatent.training.distributed.parallelize import ParallelPlan, free_gathered_weights, full_tensor
+from bytelatent.training.optimizer import Optimizers
+from bytelatent.training.schedule import Schedule
 from bytelatent.training.settings import CheckpointSettings
 from bytelatent.weights import NATIVE, Config, StoredModel, StoredTensor
 

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from bytelatent.training.distributed.plan import local_part
+from bytelatent.training.distributed.parallelize import local_part
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.optimizer import Optimizers, each
+from bytelatent.training.optimizer import Optimizers, single_optimizers
 from bytelatent.weights import Config, StoredModel, StoredTensor
 
 CONFIG = "config.json"
@@ -37,7 +37,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) 
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         found[f"model.{name}"] = parameter.detach()
-        states = [one.state[parameter] for one in each(optimizer) if parameter in one.state]
+        states = [one.state[parameter] for one in single_optimizers(optimizer) if parameter in one.state]
         for key, value in (item for state in states for item in state.items()):
             assert isinstance(value, Tensor), f"{type(optimizer).__name__} has no tensor for {key} of {name}"
             found[f"optimizer.{name}.{key}"] = value
@@ -79,7 +79,7 @@ def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         reader = FileSystemReader(folder)
         load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.world_size == 1)
     name_of = {id(parameter): name for name, parameter in parameters.items()}
-    for one in each(optimizer):
+    for one in single_optimizers(optimizer):
         numbered = one.state_dict()
         for group, numbers in zip(one.param_groups, numbered["param_groups"], strict=True):
             for parameter, number in zip(group["params"], numbers["params"], strict=True):

@@ -20,12 +20,12 @@ from bytelatent.model import (
     PatchedStream,
     Stream,
     add_patches,
-    build,
+    build_model,
     compile_regions,
     pack_rows,
 )
 from bytelatent.model.loss import cross_entropy
-from bytelatent.training.distributed.plan import apply_activation_checkpointing, to_float8
+from bytelatent.training.distributed.parallelize import apply_activation_checkpointing, to_float8
 from bytelatent.training.gradients import CapturedGradients, Gradients, clip
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.settings import ActivationCheckpointing, Float8, OptimizerSettings
@@ -74,7 +74,7 @@ class SyntheticTraining:
         self.setup = setup
         torch.manual_seed(0)
         with setup.device:
-            self.model = build(setup.model)
+            self.model = build_model(setup.model)
         to_float8(self.model, setup.float8)
         self.optimizer = build_optimizer(self.model, setup.optimizer)
         self._work = ForwardBackward(self.model, setup.device, setup.dtype)

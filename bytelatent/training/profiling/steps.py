@@ -22,7 +22,7 @@ from bytelatent.kernels.rotary import rotate
 from bytelatent.model import Block, CrossAttention, PatchedStream, Stream
 from bytelatent.model.attention import DenseMask, head_dim_of
 from bytelatent.model.block import Attention, Stack
-from bytelatent.training.distributed.plan import free_gathered_weights, full_tensor, local_part
+from bytelatent.training.distributed.parallelize import free_gathered_weights, full_tensor, local_part
 from bytelatent.training.settings import ProfileSettings
 
 LOGGER = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ import bytelatent.kernels.packed_attention  # noqa: F401 it defines the operator
 from bytelatent.device import free_memory, is_out_of_memory
 from bytelatent.errors import UserError
 from bytelatent.kernels.hash_embed import hash_rows
-from bytelatent.model import Block, BLTModel, CrossAttention, ModelSettings, build, compile_regions
+from bytelatent.model import Block, BLTModel, CrossAttention, ModelSettings, build_model, compile_regions
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.distributed.ranks import Ranks
@@ -115,7 +115,7 @@ def build_parallel_model(
         UserError: there is not enough memory.
     """
     with torch.device("meta"):
-        model = build(settings)
+        model = build_model(settings)
     to_float8(model, float8)
     global_blocks: list[Any] = list(model.global_transformer.stack.blocks) if isinstance(model, BLTModel) else []
     sharded_tables: list[nn.Parameter] = []
@@ -159,7 +159,7 @@ def _allocate(model: nn.Module, device: torch.device, is_alone: bool) -> nn.Modu
 def initialize_weights(model: nn.Module, settings: ModelSettings) -> None:
     """Draw the initial weights one after the other, as a single process does; each rank keeps its own part of each."""
     with torch.device("meta"):
-        whole = build(settings)
+        whole = build_model(settings)
     targets = dict(model.named_parameters())
     for prefix, part in whole.named_modules():
         names = [name for name, _ in part.named_parameters(recurse=False)]
