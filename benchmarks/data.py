@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bytelatent.data import DataSettings, Loader, Patcher, cut, pack, take
+from bytelatent.data import DataSettings, Loader, Patcher, fill_batch, pack, split_document
 from bytelatent.data.entropies import EntropySettings, store_entropies
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM, ByteLMSettings, Stream, preset
@@ -191,8 +191,8 @@ def show_profile(call: Callable[[], object]) -> None:
 
 def full_stream(found: list[Document], size: int) -> Stream:
     """Real text that fills a batch, the last document cut."""
-    pieces = (piece for document in found for piece in cut(document, CONTEXT))
-    return pack(take(deque(itertools.islice(pieces, size)), size, None, lambda: False)).stream
+    pieces = (piece for document in found for piece in split_document(document, CONTEXT))
+    return pack(fill_batch(deque(itertools.islice(pieces, size)), size, None, lambda: False)).stream
 
 
 @torch.no_grad()

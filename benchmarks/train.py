@@ -36,7 +36,7 @@ import torch
 from gpu_trace import print_kernels
 from torch import Tensor
 
-from bytelatent.data import Batch, Patcher, Piece, PrefetchLoader, cut, pack, stream_of
+from bytelatent.data import Batch, Patcher, Piece, PrefetchLoader, pack, split_document, stream_of
 from bytelatent.inference import FastEntropies
 from bytelatent.model import (
     ByteLM,
@@ -231,7 +231,7 @@ def patching(size: int = 65_536) -> None:
     assert isinstance(byte_lm, ByteLM)
     entropies_of = FastEntropies(byte_lm)
     text = torch.randint(0, 256, [size // DOCUMENT, DOCUMENT - 2], dtype=torch.uint8)
-    pieces = [piece for row in text for piece in cut(Document(bytes(row.tolist())), DOCUMENT)]
+    pieces = [piece for row in text for piece in split_document(Document(bytes(row.tolist())), DOCUMENT)]
     threshold = float(entropies_of(stream_of(pieces, CUDA)).quantile(1 - 1 / PATCH_BYTES))
     patcher = Patcher(PatchSettings(threshold=threshold), byte_lm, BF16, entropies_of=entropies_of)
     found = seconds_of(lambda: patcher(pieces), CUDA)

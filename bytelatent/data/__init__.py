@@ -1,7 +1,7 @@
 """Text into batches: documents, pieces, packing, the loader."""
 
 from bytelatent.data.loader import Loader, PrefetchLoader, batches_once, held_out_batches
-from bytelatent.data.packing import Batch, Piece, cut, pack, stream_of, take
+from bytelatent.data.packing import Batch, Piece, fill_batch, pack, split_document, stream_of
 from bytelatent.data.patcher import Patcher, StoredCheck, groups_of, patch_in_groups, patches_of
 from bytelatent.data.settings import DataSettings, SourceSettings
 
@@ -15,12 +15,12 @@ __all__ = [
     "SourceSettings",
     "StoredCheck",
     "batches_once",
-    "cut",
+    "fill_batch",
     "groups_of",
     "held_out_batches",
     "pack",
     "patch_in_groups",
     "patches_of",
+    "split_document",
     "stream_of",
-    "take",
 ]

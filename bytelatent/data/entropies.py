@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bytelatent.config import Settings
-from bytelatent.data.packing import Piece, cut, pack
+from bytelatent.data.packing import Piece, pack, split_document
 from bytelatent.data.settings import MOST
 from bytelatent.data.shards import Shard, divide_shards, is_done, lock_shards, remove_leftovers, shards_of
 from bytelatent.device import autocast, choose_dtype
@@ -155,9 +155,9 @@ def store_entropies(
         bad_rows = BadRows(settings.max_bad_rows)
         size = settings.batch_bytes if static_shapes else None
         compute = entropies_of or _forward(byte_lm, device, dtype)
-        loads = prefetched(_all_loads(todo, settings, size, bad_rows, device.type == "cuda"), QUEUED)
-        results = prefetched(_results(loads, settings.patching, device, compute), QUEUED)
-        with closing(loads), closing(results):
+        batches = prefetched(_all_batches(todo, settings, size, bad_rows, device.type == "cuda"), QUEUED)
+        results = prefetched(_results(batches, settings.patching, device, compute), QUEUED)
+        with closing(batches), closing(results):
             for shard in todo:
                 with suppress(_NothingRead), stored_writer(out / shard.output, _of(made_by, shard)) as file:
                     _write_shard(file, shard, results, summary, progress)
@@ -169,7 +169,7 @@ def store_entropies(
 
 
 @dataclass(frozen=True)
-class Load:
+class EntropyBatch:
     """A batch to read, and the documents that end in it: these have all their entropies after it."""
 
     stream: Stream
@@ -179,27 +179,32 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What the device makes of a load, perhaps still being copied from it."""
+class EntropyResult:
+    """Output for a batch, perhaps still being copied from the device."""
 
-    load: Load
+    batch: EntropyBatch
     values: Tensor  # [T] float16 nats, or bool starts
     sum_of_entropies: Tensor  # nats, without padding
     arrived: torch.cuda.Event | None
 
 
 def _results(
-    loads: Iterator[Load | None], patching: PatchSettings | None, device: torch.device, entropies_of: EntropiesOf
-) -> Iterator[Result | None]:
-    for load in loads:
+    batches: Iterator[EntropyBatch | None],
+    patching: PatchSettings | None,
+    device: torch.device,
+    entropies_of: EntropiesOf,
+) -> Iterator[EntropyResult | None]:
+    for batch in batches:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # each thread has one of its own
-            result = None if load is None else _compute(load, patching, device, entropies_of)
+            result = None if batch is None else _compute(batch, patching, device, entropies_of)
         yield result
 
 
 @torch.no_grad()
-def _compute(load: Load, patching: PatchSettings | None, device: torch.device, entropies_of: EntropiesOf) -> Result:
-    stream = load.stream.to(device, non_blocking=True)
+def _compute(
+    batch: EntropyBatch, patching: PatchSettings | None, device: torch.device, entropies_of: EntropiesOf
+) -> EntropyResult:
+    stream = batch.stream.to(device, non_blocking=True)
     entropies = entropies_of(stream).float()
     total = torch.where(stream.document >= 0, entropies, 0.0).sum()
     if patching is None:
@@ -207,11 +212,11 @@ def _compute(load: Load, patching: PatchSettings | None, device: torch.device, e
     else:
         values = next_starts(stream.ids, entropies, stream.position, patching)
     if device.type != "cuda":
-        return Result(load, values.cpu(), total.cpu(), None)
+        return EntropyResult(batch, values.cpu(), total.cpu(), None)
     values, total = _to_pinned(values), _to_pinned(total)
     arrived = torch.cuda.Event()
     arrived.record()
-    return Result(load, values, total, arrived)
+    return EntropyResult(batch, values, total, arrived)
 
 
 class _NothingRead(Exception):
@@ -221,7 +226,7 @@ class _NothingRead(Exception):
 def _write_shard(
     file: StoredWriter,
     shard: Shard,
-    results: Iterator[Result | None],
+    results: Iterator[EntropyResult | None],
     summary: Summary,
     progress: Progress,
 ) -> None:
@@ -231,22 +236,22 @@ def _write_shard(
     for result in iter(lambda: next(results), None):
         if result.arrived is not None:
             result.arrived.synchronize()
-        load, total = result.load, float(result.sum_of_entropies)
+        batch, total = result.batch, float(result.sum_of_entropies)
         if not math.isfinite(total):
             raise UserError(f"entropies: the byte LM's entropies are not finite in '{shard.output}'; try another")
-        parts.append(result.values[: load.num_ids].numpy().copy())  # the pinned memory is free again
-        if load.documents:
+        parts.append(result.values[: batch.num_ids].numpy().copy())  # the pinned memory is free again
+        if batch.documents:
             values, at = np.concatenate(parts), 0
-            for id_, text in load.documents:
+            for id_, text in batch.documents:
                 file.add(id_, text, values[at : at + len(text) + 1])
                 at += len(text) + 1
             parts = [values[at:]]
-        summary.num_documents += len(load.documents)
-        summary.num_bytes += sum(len(text) for _, text in load.documents)
-        summary.num_ids += load.num_ids
+        summary.num_documents += len(batch.documents)
+        summary.num_bytes += sum(len(text) for _, text in batch.documents)
+        summary.num_ids += batch.num_ids
         summary.sum_of_entropies += total
-        progress.advance(load.position - position)
-        position = load.position
+        progress.advance(batch.position - position)
+        position = batch.position
     assert not any(map(len, parts))
     progress.advance(shard.size - position)
 
@@ -263,22 +268,22 @@ def prefetched(items: Iterator[Item], count: int) -> Generator[Item]:
         thread.shutdown(cancel_futures=True)
 
 
-def _all_loads(
+def _all_batches(
     shards: Sequence[Shard], settings: EntropySettings, size: int | None, bad_rows: BadRows, pinned: bool
-) -> Iterator[Load | None]:
+) -> Iterator[EntropyBatch | None]:
     """The batches of all shards; None after the last one of each."""
     for shard in shards:
-        for load in loads_of(shard, settings, size, bad_rows):
+        for batch in batches_of_shard(shard, settings, size, bad_rows):
             if pinned:
-                tensors = {name: tensor.pin_memory() for name, tensor in load.stream.tensors.items()}
-                load = replace(load, stream=replace(load.stream, **tensors))
-            yield load
+                tensors = {name: tensor.pin_memory() for name, tensor in batch.stream.tensors.items()}
+                batch = replace(batch, stream=replace(batch.stream, **tensors))
+            yield batch
         yield None
 
 
-def loads_of(
+def batches_of_shard(
     shard: Shard, settings: EntropySettings, size: int | None = None, bad_rows: BadRows | None = None
-) -> Iterator[Load]:
+) -> Iterator[EntropyBatch]:
     """The batches of a shard, in order; a piece is never split over two.
 
     Args:
@@ -297,15 +302,15 @@ def loads_of(
                 f"entropies: '{shard.source}' row {row} is a document of {len(document.text)} bytes; "
                 f"cut it into some of at most {MAX_TEXT_BYTES}"
             )
-        for piece in cut(Document(document.text), settings.context):
+        for piece in split_document(Document(document.text), settings.context):
             if num_ids + len(piece) > settings.batch_bytes:
-                yield Load(pack(pieces, size).stream, num_ids, ended, position)
+                yield EntropyBatch(pack(pieces, size).stream, num_ids, ended, position)
                 pieces, ended, num_ids = [], [], 0
             pieces.append(piece)
             num_ids += len(piece)
         ended.append((document.id if document.id is not None else id_of(f"{shard.name}/{row}"), document.text))
     if pieces:
-        yield Load(pack(pieces, size).stream, num_ids, ended, position)
+        yield EntropyBatch(pack(pieces, size).stream, num_ids, ended, position)
 
 
 def _documents(shard: Shard, settings: EntropySettings, bad_rows: BadRows) -> Iterator[tuple[int, Document, int]]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from bytelatent.data.packing import Batch, Piece, cut, pack, take
+from bytelatent.data.packing import Batch, Piece, fill_batch, pack, split_document
 from bytelatent.data.patcher import Patcher, StoredCheck, groups_of
 from bytelatent.data.settings import DataSettings, SourceSettings
 from bytelatent.data.source import PieceReader, ReaderPool, SourceReader
@@ -63,7 +63,7 @@ class Loader:
 
     def __next__(self) -> Batch:
         settings = self.settings
-        pieces = take(self.ready, settings.batch_bytes, settings.batch_patches, self._prepare)
+        pieces = fill_batch(self.ready, settings.batch_bytes, settings.batch_patches, self._prepare)
         return pack(pieces, settings.batch_bytes, settings.batch_patches, as_one_row=True)
 
     def __enter__(self) -> Self:
@@ -293,7 +293,7 @@ def batches_once(
         ready.extend(patcher(group) if patcher else group)
         return bool(ready)
 
-    while taken := take(ready, batch_bytes, slots, more):
+    while taken := fill_batch(ready, batch_bytes, slots, more):
         yield pack(taken, batch_bytes, slots) if padded else pack(taken)
 
 
@@ -337,7 +337,7 @@ def _pieces_once(documents: Iterator[Document], context: int, max_bytes: int | N
             return
         text = document.text if max_bytes is None else document.text[: max_bytes - num_bytes]
         num_bytes += len(text)
-        yield from cut(_first(document, len(text)), context)
+        yield from split_document(_first(document, len(text)), context)
 
 
 def _first(document: Document, num_bytes: int) -> Document:

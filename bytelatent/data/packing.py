@@ -43,7 +43,7 @@ class Piece:
         )
 
 
-def cut(document: Document, context: int) -> Iterator[Piece]:
+def split_document(document: Document, context: int) -> Iterator[Piece]:
     """A document's pieces of at most `context` ids to read."""
     rest = Piece(encode(document.text).astype(np.uint16), document.entropies, document.starts)
     while len(rest) > context:
@@ -73,7 +73,7 @@ class Batch:
         return Batch(stream, targets, self.num_targets, self.num_bytes, self.num_patches)
 
 
-def take(ready: deque[Piece], size: int, slots: int | None, more: Callable[[], bool]) -> list[Piece]:
+def fill_batch(ready: deque[Piece], size: int, slots: int | None, more: Callable[[], bool]) -> list[Piece]:
     """Take pieces from `ready` until a batch is full. The last one is cut to fit; its rest stays in `ready`.
 
     Args:

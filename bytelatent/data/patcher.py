@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from bytelatent.data.packing import Piece, cut, stream_of
+from bytelatent.data.packing import Piece, split_document, stream_of
 from bytelatent.device import autocast
 from bytelatent.errors import UserError
 from bytelatent.model import ByteLM, Stream
@@ -171,7 +171,7 @@ def patches_of(text: bytes, patcher: Patcher, context: int | None = None) -> lis
     """
     if not text:
         return []
-    pieces = patch_in_groups(patcher, list(cut(Document(text), context or len(text) + 1)))
+    pieces = patch_in_groups(patcher, list(split_document(Document(text), context or len(text) + 1)))
     starts = np.concatenate([piece.next_starts for piece in pieces if piece.next_starts is not None])
     starts[np.cumsum([len(piece) for piece in pieces]) - 1] = True  # a piece always begins with a patch
     begins = [0, *(int(at) for at in np.flatnonzero(starts[1 : len(text)]) + 1)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bytelatent.credentials import masked
-from bytelatent.data.packing import Piece, cut
+from bytelatent.data.packing import Piece, split_document
 from bytelatent.data.patcher import Patcher
 from bytelatent.data.settings import SourceSettings
 from bytelatent.errors import UserError
@@ -76,7 +76,7 @@ class PieceReader:
             raise
         if block is None:
             return None
-        documents = [list(cut(document, self.context)) for _, document in block.documents]
+        documents = [list(split_document(document, self.context)) for _, document in block.documents]
         if self.patcher is not None:
             pieces = iter(self.patcher.early([piece for document in documents for piece in document]))
             documents = [[next(pieces) for _ in document] for document in documents]

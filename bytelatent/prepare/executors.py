@@ -22,9 +22,9 @@ from typing import Any
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import json_if_any, write_whole_json
 from bytelatent.prepare.plan import PrepareSettings, WorkFolder
-from bytelatent.prepare.scatter import scatter
+from bytelatent.prepare.scatter import scatter_rows
 from bytelatent.prepare.shuffle import plan_outputs
-from bytelatent.prepare.write import finish, gather, range_parts
+from bytelatent.prepare.write import finish, gather_rows, range_parts
 from bytelatent.progress import Progress
 from bytelatent.signals import leave_to_parent, noting_interrupts
 
@@ -43,9 +43,9 @@ MAX_ARRAY = 1000  # jobs in an array; if there are more tasks, jobs do several
 
 STEPS: dict[str, Callable[[WorkFolder, int, int, Callable[[int], None]], None]] = {
     # receive the task, the number of tasks, and what receives bytes done
-    "scatter": lambda work, task, tasks, report: scatter(work, task, report),
+    "scatter": lambda work, task, tasks, report: scatter_rows(work, task, report),
     "cut": lambda work, *_: plan_outputs(work),
-    "gather": gather,
+    "gather": gather_rows,
     "finish": lambda work, *_: finish(work),
 }
 

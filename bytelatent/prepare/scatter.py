@@ -33,7 +33,7 @@ MAX_LINE_BYTES = 2**31 - 2**24  # Arrow's offsets are of 31 bits
 NEWLINE, RETURN, OPEN, CLOSE = b"\n\r{}"
 
 
-def scatter(work: WorkFolder, task: int, report: Callable[[int], None]) -> None:
+def scatter_rows(work: WorkFolder, task: int, report: Callable[[int], None]) -> None:
     """Do one task of the first pass, unless an earlier call has finished it.
 
     Args:

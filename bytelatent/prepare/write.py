@@ -29,7 +29,7 @@ Buffer = bytes | memoryview
 _flags = DONT_CACHE if sys.platform == "linux" else 0
 
 
-def gather(work: WorkFolder, rank: int, ranks: int, report: Callable[[int], None]) -> None:
+def gather_rows(work: WorkFolder, rank: int, ranks: int, report: Callable[[int], None]) -> None:
     """Do this rank's share of the second pass, except what earlier calls have finished.
 
     Args:

@@ -10,7 +10,16 @@ import torch
 from pydantic import ValidationError
 
 from bytelatent.credentials import masked
-from bytelatent.data import DataSettings, Patcher, Piece, SourceSettings, StoredCheck, cut, groups_of, stream_of
+from bytelatent.data import (
+    DataSettings,
+    Patcher,
+    Piece,
+    SourceSettings,
+    StoredCheck,
+    groups_of,
+    split_document,
+    stream_of,
+)
 from bytelatent.errors import UserError
 from bytelatent.files import whole_file
 from bytelatent.inference import FastEntropies
@@ -149,7 +158,7 @@ def sample_pieces(
         files = map(str, random.permutation(find_files(source.path)))
         found = (read_documents(f, source.text_key, check, bad_rows, max_row_bytes=max_row_bytes) for f in files)
         for _, document in chain.from_iterable(found):
-            pieces.extend(cut(replace(document, starts=None), context))
+            pieces.extend(split_document(replace(document, starts=None), context))
             read += len(document.text)
             if read >= SPREAD * wanted:
                 break

@@ -19,8 +19,8 @@ from torch import Tensor
 from bytelatent.commands import entropies as entry
 from bytelatent.commands.entropies import Share, line_about, part_of
 from bytelatent.commands.options import EntropiesSettings
-from bytelatent.data import Patcher, cut, pack
-from bytelatent.data.entropies import EntropySettings, Summary, loads_of, store_entropies
+from bytelatent.data import Patcher, pack, split_document
+from bytelatent.data.entropies import EntropySettings, Summary, batches_of_shard, store_entropies
 from bytelatent.data.shards import LOCK, Shard, divide_shards, lock_offset, lock_shards, shards_of
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.model import ByteLM, Stream, pack_rows
@@ -160,7 +160,7 @@ def test_they_are_what_the_patcher_computes(tmp_path: Path, byte_lm: ByteLM) -> 
         strict=True,
     )
     for text, stored, unrounded, with_starts in rows:
-        patched = Patcher(PATCHING, byte_lm)(list(cut(Document(text), CONTEXT)))
+        patched = Patcher(PATCHING, byte_lm)(list(split_document(Document(text), CONTEXT)))
         live = np.concatenate([piece.entropies for piece in patched if piece.entropies is not None])
         starts = np.concatenate([piece.next_starts for piece in patched if piece.next_starts is not None])
         np.testing.assert_allclose(unrounded, live, atol=1e-5)
@@ -198,10 +198,10 @@ def test_batches_are_full_and_padded_as_in_training(tmp_path: Path) -> None:
     source = write(tmp_path / "text.parquet", texts)
     shard = Shard(str(source), "text", source.stat().st_size)
     size = 2 * CONTEXT
-    loads = list(loads_of(shard, quick(batch_bytes=size), size))
+    loads = list(batches_of_shard(shard, quick(batch_bytes=size), size))
     assert [load.num_ids for load in loads] == [8 + 8, 8 + 7, 6 + 7 + 2]
     assert [[id_ for id_, _ in load.documents] for load in loads] == [[], ["0"], ["1", "2", "3"]]
-    pieces = [piece for text in texts for piece in cut(Document(text), CONTEXT)]
+    pieces = [piece for text in texts for piece in split_document(Document(text), CONTEXT)]
     for load, expected in zip(loads, (pieces[:2], pieces[2:4], pieces[4:]), strict=True):
         wanted = pack(expected, size).stream
         assert load.stream.ids.tolist() == wanted.ids.tolist()

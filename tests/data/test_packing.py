@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelatent.data import Piece, cut, pack, take
+from bytelatent.data import Piece, fill_batch, pack, split_document
 from bytelatent.errors import UserError
 from bytelatent.model import PatchedStream
 from bytelatent.text import Document
@@ -24,7 +24,7 @@ def marked(documents: list[int], context: int, seed: int, patched: bool) -> tupl
     for size in documents:
         text = random.bytes(size)
         ids.append(np.array([1, *(b + 4 for b in text), 2]))
-        for piece in cut(Document(text), context):
+        for piece in split_document(Document(text), context):
             starts = random.random(len(piece)) < 0.4 if patched else None
             pieces.append(Piece(piece.ids, next_starts=starts))
     return pieces, ids
@@ -41,7 +41,7 @@ def test_every_id_is_predicted_exactly_once(
     starts = [p.next_starts for p in pieces if p.next_starts is not None]
     owner = np.concatenate([[number] * (len(row) - 1) for number, row in enumerate(ids)])
     read, predicted, begins, done = [], [], [], 0
-    while taken := take(pieces, size, slots, lambda: False):
+    while taken := fill_batch(pieces, size, slots, lambda: False):
         batch = pack(taken, size if padded else None, slots if padded else None)
         stream, real = batch.stream, batch.stream.document >= 0
         count = int(real.sum())
@@ -87,7 +87,7 @@ def test_batches_are_full(documents: list[int], context: int, size: int, slots: 
     """Of bytes, or of patches but for the one slot that padding takes."""
     pieces, _ = marked(documents, context, seed, patched=slots is not None)
     full = []
-    while taken := take(pieces, size, slots, lambda: False):
+    while taken := fill_batch(pieces, size, slots, lambda: False):
         batch = pack(taken, size, slots)
         in_use = int((batch.stream.patch_document >= 0).sum()) if isinstance(batch.stream, PatchedStream) else 0
         full.append(batch.num_targets == size or (slots is not None and in_use == slots - 1))
@@ -104,7 +104,7 @@ def test_more_is_asked_for_only_when_nothing_is_left() -> None:
         ready.append(Piece(np.arange(6, dtype=np.uint16)))
         return True
 
-    taken = take(ready, 12, None, more)
+    taken = fill_batch(ready, 12, None, more)
     assert (asked, [len(piece) for piece in taken], [len(piece) for piece in ready]) == (3, [5, 5, 2], [3])
 
 
@@ -128,7 +128,7 @@ def test_split(size: int, data: st.DataObject) -> None:
 def test_cut(size: int, context: int) -> None:
     text = bytes(i % 256 for i in range(size))
     entropies = np.arange(size + 1, dtype=np.float32)
-    pieces = list(cut(Document(text, entropies=entropies), context))
+    pieces = list(split_document(Document(text, entropies=entropies), context))
     assert all(len(piece) == context for piece in pieces[:-1])
     assert 0 < len(pieces[-1]) <= context
     assert [i for piece in pieces for i in piece.ids[:-1].tolist()] == [1, *(b + 4 for b in text)]

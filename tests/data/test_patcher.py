@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bytelatent.data import Patcher, Piece, cut, patch_in_groups, patches_of
+from bytelatent.data import Patcher, Piece, patch_in_groups, patches_of, split_document
 from bytelatent.errors import UserError
 from bytelatent.model import Stream, pack_rows
 from bytelatent.patching import PatchSettings, patch_lengths
@@ -25,7 +25,7 @@ def patcher() -> Patcher:
 
 
 def pieces_of(texts: list[bytes], context: int = 100) -> list[Piece]:
-    return [piece for text in texts for piece in cut(Document(text), context)]
+    return [piece for text in texts for piece in split_document(Document(text), context)]
 
 
 def test_starts_are_those_of_the_mode(patcher: Patcher) -> None:
@@ -51,7 +51,7 @@ def test_stored_entropies_give_the_same_patches(patcher: Patcher, tmp_path: Path
     on_the_fly = patcher(pieces_of(TEXTS))
     stored = [piece.entropies.tolist() for piece in on_the_fly]
     file = write_stored(tmp_path / "a.parquet", TEXTS, stored)
-    read = [piece for _, document in read_documents(str(file)) for piece in cut(document, 100)]
+    read = [piece for _, document in read_documents(str(file)) for piece in split_document(document, 100)]
     without_byte_lm = Patcher(patcher.settings)(read)
     for a, b in zip(on_the_fly, without_byte_lm, strict=True):
         assert a.entropies.tolist() == b.entropies.tolist()

@@ -7,9 +7,9 @@ from typing import Any
 from bytelatent.prepare import PrepareSettings, prepare
 from bytelatent.prepare.plan import WorkFolder
 from bytelatent.prepare.run import _plan
-from bytelatent.prepare.scatter import scatter
+from bytelatent.prepare.scatter import scatter_rows
 from bytelatent.prepare.shuffle import plan_outputs
-from bytelatent.prepare.write import finish, gather
+from bytelatent.prepare.write import finish, gather_rows
 from bytelatent.vocab import to_bytes
 
 
@@ -42,10 +42,10 @@ def made_here(out: Path, *source: Path | str, **settings: Any) -> Path:
     work.folder.mkdir(parents=True)
     _plan(wanted, wanted.request(), work)
     for task in range(len(work.plan.tasks)):
-        scatter(work, task, lambda count: None)
+        scatter_rows(work, task, lambda count: None)
     plan_outputs(work)
     for rank in range(3):
-        gather(work, rank, 3, lambda count: None)
+        gather_rows(work, rank, 3, lambda count: None)
     finish(work)
     return out
 
