@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.config import renamed_arguments, renamed_attribute
-from bytelatent.data import Patcher, cut, pack, patch_in_groups, patches_of, take
+from bytelatent.data import Patcher, fill_batch, pack, patch_in_groups, patches_of, split_document
 from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError
 from bytelatent.evaluation import evaluate
@@ -302,8 +302,8 @@ class BLT:
         if not data:
             raise UserError("bits_per_byte: the text is empty")
         context = self.context if context is None else _checked_context(context)
-        ready = deque(patch_in_groups(self.patcher, list(cut(Document(data), context))))
-        batches = iter(lambda: take(ready, context, None, lambda: False), [])
+        ready = deque(patch_in_groups(self.patcher, list(split_document(Document(data), context))))
+        batches = iter(lambda: fill_batch(ready, context, None, lambda: False), [])
         return evaluate(self.model, map(pack, batches)).bits_per_byte
 
     @torch.no_grad()
