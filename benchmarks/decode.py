@@ -30,8 +30,8 @@ import torch
 from bytelatent.inference import Decoder, Engine, Sampling
 from bytelatent.inference.quantize import quantize_model
 from bytelatent.inference.settings import Quantization
-from bytelatent.inference.step import QUORUM, CapturedSlots, FastDecoder, engine_for, sampling
-from bytelatent.inference.step.prefill import FastStack
+from bytelatent.inference.step import QUORUM, CapturedSlots, PrefillDecoder, engine_for, sampling
+from bytelatent.inference.step.prefill import PrefillStack
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build_model, pack_rows, preset
 from bytelatent.model.flops import costs
 from bytelatent.patching import PatchSettings
@@ -63,7 +63,7 @@ def decoder_of(name: str, weights: Quantization = "full") -> Decoder:
     byte_lm.output.weight.data.mul_(4)  # else its entropies are so alike that rounding decides about patches
     sampling.EOS = -1  # no text ends, so that all are as long
     model = quantize_model(random_model(preset(name), torch.bfloat16), weights)
-    decoder = FastDecoder(model, PatchSettings(threshold=5.0), byte_lm)
+    decoder = PrefillDecoder(model, PatchSettings(threshold=5.0), byte_lm)
     for _ in range(2):  # what it writes depends a little on the patches
         decoder.patching = PatchSettings(threshold=threshold_on_own_text(decoder, byte_lm))
     return decoder
@@ -175,7 +175,7 @@ def check() -> None:
                 part.cuda()
         model = quantize_model(plain.model, weights)
         there = Decoder(model, plain.patching, plain.byte_lm)
-        fast = FastDecoder(model, plain.patching, plain.byte_lm)
+        fast = PrefillDecoder(model, plain.patching, plain.byte_lm)
         for rows, quorum, max_closing, draft_length in (
             (1, 0.0, None, 1),
             (4, 0.0, None, 1),
@@ -278,11 +278,11 @@ def leaks(minutes: float) -> None:
 
 
 def first(decoder: Decoder) -> None:
-    sizes, prompts = FastStack.SIZES, random_prompts(1, 500)
+    sizes, prompts = PrefillStack.SIZES, random_prompts(1, 500)
     captured = [decoder.prefill(prompts, last_only=True)[1] for _ in "ab"]
-    FastStack.SIZES = ()
+    PrefillStack.SIZES = ()
     far = max(float((found - decoder.prefill(prompts, last_only=True)[1]).abs().max()) for found in captured)
-    FastStack.SIZES = sizes
+    PrefillStack.SIZES = sizes
     print(f"a prompt read by graphs and without: logits differ by {far:.1e} at most")
     engine = Engine(decoder, CapturedSlots(decoder, 1), 1)
     times = []

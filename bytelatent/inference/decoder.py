@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.inference.kv_cache import (
-    BLTState,
+    BLTDecodeState,
+    CacheCapacity,
+    DecodeState,
     KVCache,
     NewPositions,
     PerDocument,
     PromptAttention,
-    Room,
-    State,
     StepAttention,
     StoreNewest,
     empty_state,
@@ -53,12 +53,12 @@ class Decoder:
         self._prompt_model: Any = model  # what reads whole prompts
         self._prompt_byte_lm: Any = self.byte_lm
 
-    def empty(self, num_slots: int) -> State:
+    def empty(self, num_slots: int) -> DecodeState:
         """The state of slots that have read nothing."""
         return empty_state(self.model, self.byte_lm, num_slots)
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Tensor], last_only: bool = False) -> tuple[State, Tensor]:
+    def prefill(self, prompts: Sequence[Tensor], last_only: bool = False) -> tuple[DecodeState, Tensor]:
         """Read whole prompts at once.
 
         Args:
@@ -75,7 +75,7 @@ class Decoder:
         return state, logits
 
     @torch.no_grad()
-    def extend(self, state: State, slots: Tensor, ids: Tensor) -> Tensor:
+    def extend(self, state: DecodeState, slots: Tensor, ids: Tensor) -> Tensor:
         """Read new ids.
 
         Args:
@@ -92,7 +92,7 @@ class Decoder:
         return self._read(state, NewPositions(slots, state.position[slots] + offset), ids)
 
     @torch.no_grad()
-    def branch(self, state: State, slots: Sequence[int], texts: Sequence[Tensor]) -> Tensor:
+    def branch(self, state: DecodeState, slots: Sequence[int], texts: Sequence[Tensor]) -> Tensor:
         """Read texts in one pass, each as if it alone followed what its slot has read, and forget them.
 
         Args:
@@ -110,7 +110,7 @@ class Decoder:
 
     def _read(
         self,
-        state: State,
+        state: DecodeState,
         new: NewPositions,
         ids: Tensor,
         at: Tensor | None = None,
@@ -140,7 +140,7 @@ class Decoder:
         document = F.pad(new.slots, (0, num_padding), value=-1)
         stream = Stream(F.pad(ids, (0, num_padding)), document, F.pad(new.position, (0, num_padding)))
         tail_TW = _tails(state, new, ids)
-        if not isinstance(state, BLTState):
+        if not isinstance(state, BLTDecodeState):
             assert state.byte_lm is not None
             logits = model(stream, attention(state.byte_lm, model.settings), at)
         else:
@@ -166,7 +166,7 @@ class Decoder:
         return PromptAttention(build_mask(F.pad(new.slots, (0, num_padding), value=-1), stack.window), store)
 
 
-def _tails(state: State, new: NewPositions, ids: Tensor) -> Tensor:
+def _tails(state: DecodeState, new: NewPositions, ids: Tensor) -> Tensor:
     """[T, W] the newest ids up to each new one."""
     size = state.tail.shape[1]
     back = torch.arange(size - 1, -1, -1, device=ids.device)
@@ -185,7 +185,7 @@ class Boundaries:
     num_patches: Tensor  # [T] closed patches
     tails: list[Tail] = field(default_factory=list)  # of the mode `bpe`
 
-    def store(self, state: BLTState, new: NewPositions, entropies: Tensor) -> None:
+    def store(self, state: BLTDecodeState, new: NewPositions, entropies: Tensor) -> None:
         """Update the state to the last new id of each slot."""
         slot, last = new.slot, new.last
         state.previous_entropy[slot] = entropies[last].to(state.previous_entropy.dtype)
@@ -199,7 +199,7 @@ class Boundaries:
 
 
 def boundaries(
-    patching: PatchSettings, state: BLTState, new: NewPositions, ids: Tensor, entropies: Tensor
+    patching: PatchSettings, state: BLTDecodeState, new: NewPositions, ids: Tensor, entropies: Tensor
 ) -> Boundaries:
     """Decide where patches close among new ids [T], all at once.
 
@@ -253,7 +253,7 @@ class BLTPass:
 
     def __init__(
         self,
-        state: BLTState,
+        state: BLTDecodeState,
         new: NewPositions,
         found: Boundaries,
         tail_TW: Tensor,
@@ -313,7 +313,7 @@ class BLTPass:
         """Which new bytes are in the open patches, which begin at `begin` [N], once all are read."""
         new = self.new
         count = new.position[new.last] + 1 - begin
-        self.state.reserve(Room(0, 0, int(count.max()) + 1))
+        self.state.reserve(CacheCapacity(0, 0, int(count.max()) + 1))
         self.open = (new.position >= begin[new.line]).nonzero()[:, 0]
         line = new.line[self.open]
         self.open_target = (new.slots[self.open], new.position[self.open] - begin[line])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.kv_cache import State
+from bytelatent.inference.kv_cache import DecodeState
 from bytelatent.inference.sampling import CharacterStream, SamplingSlots, whole_characters
 from bytelatent.inference.settings import Sampling, check_limits
 from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
@@ -155,7 +155,7 @@ class Drawn:
 class Slots(Protocol):
     """Slots that draw and read ids, one each at a time."""
 
-    def admit(self, slot: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
+    def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
         """Put a sequence into a slot: slot `source` of a state, and the logits [V] of what comes next."""
         ...
 
@@ -183,7 +183,7 @@ class PlainSlots:
         self._in_slot: list[Continuation | None] = [None] * num_slots
         self._drawn: list[Drawn] = []
 
-    def admit(self, slot: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
+    def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
         self.state.put(slot, state, source)
         self.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes)
         self.logits_BV[slot] = logits

@@ -59,7 +59,7 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class Room:
+class CacheCapacity:
     """How much fits in a slot."""
 
     positions: int = BLOCK
@@ -68,7 +68,7 @@ class Room:
 
 
 @dataclass
-class State:
+class DecodeState:
     """What decoding a byte LM keeps of the sequences in B slots."""
 
     position: Tensor  # [B] ids read
@@ -83,15 +83,15 @@ class State:
         """The KV caches by position in the text."""
         return [self.byte_lm] if self.byte_lm is not None else []
 
-    def reserve(self, room: Room) -> None:
+    def reserve(self, room: CacheCapacity) -> None:
         """Grow, so that this much fits in each slot."""
         for cache in self.caches():
             cache.reserve(room.positions)
 
-    def put(self, slot: int, other: "State", source: int) -> None:
+    def put(self, slot: int, other: "DecodeState", source: int) -> None:
         """Copy slot `source` of another state of the same model into a slot."""
         counts = torch.stack([other.position[source], other.num_patches[source], other.open_count[source]]).tolist()
-        self.reserve(Room(*counts))
+        self.reserve(CacheCapacity(*counts))
         for mine, theirs in zip(self._by_slot(), other._by_slot(), strict=True):
             target, given = mine[slot], theirs[source]
             if target.shape != given.shape:  # one has grown more
@@ -109,7 +109,7 @@ class State:
 
 
 @dataclass
-class BLTState(State):
+class BLTDecodeState(DecodeState):
     """The same of a BLT."""
 
     encoder: KVCache
@@ -125,21 +125,21 @@ class BLTState(State):
     def caches(self) -> list[KVCache]:
         return [*super().caches(), self.encoder, self.decoder]
 
-    def reserve(self, room: Room) -> None:
+    def reserve(self, room: CacheCapacity) -> None:
         super().reserve(room)
         self.patches.reserve(room.patches)
         if room.open_bytes > self.open_k.shape[2]:
             more = (0, 0, 0, 0, 0, _in_blocks(room.open_bytes) - self.open_k.shape[2])
             self.open_k, self.open_v = F.pad(self.open_k, more), F.pad(self.open_v, more)
 
-    def put(self, slot: int, other: State, source: int) -> None:
+    def put(self, slot: int, other: DecodeState, source: int) -> None:
         super().put(slot, other, source)
-        if isinstance(other, BLTState) and other.tails:
+        if isinstance(other, BLTDecodeState) and other.tails:
             self.tails = self.tails or [Tail() for _ in self.position]
             self.tails[slot] = other.tails[source]
 
 
-def empty_state(model: BLTModel | ByteLM, byte_lm: ByteLM | None, num_slots: int) -> State:
+def empty_state(model: BLTModel | ByteLM, byte_lm: ByteLM | None, num_slots: int) -> DecodeState:
     """The state of slots that have read nothing.
 
     Args:
@@ -152,12 +152,12 @@ def empty_state(model: BLTModel | ByteLM, byte_lm: ByteLM | None, num_slots: int
         longest = max(longest, *model.settings.ngram_hash.sizes)
     counts = (zeros, zeros[:, None].repeat(1, longest), zeros.float(), zeros.clone(), zeros.clone(), zeros.clone())
     if isinstance(model, ByteLM):
-        return State(*counts, KVCache.empty(model.settings, num_slots, like))
+        return DecodeState(*counts, KVCache.empty(model.settings, num_slots, like))
     settings, cross = model.settings, model.settings.cross_attention
     heads = cross.num_heads, settings.encoder.dim // cross.num_heads
     open_k = like.new_zeros(len(model.encoder.cross_attention), num_slots, BLOCK, *heads)
     patch_k = like.new_zeros(len(model.decoder.cross_attention), num_slots, cross.k, *heads)
-    return BLTState(
+    return BLTDecodeState(
         *counts,
         byte_lm=None if byte_lm is None else KVCache.empty(byte_lm.settings, num_slots, next(byte_lm.parameters())),
         encoder=KVCache.empty(settings.encoder, num_slots, like),

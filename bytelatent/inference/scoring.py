@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.kv_cache import State
+from bytelatent.inference.kv_cache import DecodeState
 from bytelatent.kernels.gated_product import ROWS, can_gate, gated_product, interleaved, row_scale
 from bytelatent.kernels.rotary import cos_sin
 from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
@@ -92,7 +92,7 @@ def _passes(items: list[Item], texts: dict[int, Tensor], opened: list[int]) -> I
         yield group
 
 
-def _after_first(decoder: Decoder, state: State, group: list[Item], texts: dict[int, Tensor]) -> list[float]:
+def _after_first(decoder: Decoder, state: DecodeState, group: list[Item], texts: dict[int, Tensor]) -> list[float]:
     """log P of all ids of each text but its first, which their prompt alone decides about."""
     read = [texts[number][:-1] for _, number in group]
     if len(read) == 1 and len(read[0]) > PASS_IDS:
@@ -102,7 +102,7 @@ def _after_first(decoder: Decoder, state: State, group: list[Item], texts: dict[
     return [float(part.sum()) for part in found.split([len(ids) for ids in read])]
 
 
-def _of_long(decoder: Decoder, state: State, slot: int, text: Tensor) -> float:
+def _of_long(decoder: Decoder, state: DecodeState, slot: int, text: Tensor) -> float:
     """The same of one text, piece by piece, in a slot of its own."""
     own = decoder.empty(1)
     own.put(0, state, slot)

@@ -107,7 +107,7 @@ class PatchSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Moment:
+class DecisionInputs:
     """What is known when an id has been read; tensors of one shape."""
 
     position: Tensor  # of the id
@@ -129,7 +129,7 @@ class Moment:
         return entropies, entropies - self.previous_entropies.float()
 
 
-Decision = Callable[[PatchSettings, Moment], Tensor]
+Decision = Callable[[PatchSettings, DecisionInputs], Tensor]
 
 
 @dataclass(frozen=True)
@@ -154,17 +154,17 @@ class PatchingMode:
     decision_of: Callable[[PatchSettings], str] = lambda settings: next(iter(MODES[settings.mode].decisions), "")
 
 
-def _above_threshold(settings: PatchSettings, moment: Moment) -> Tensor:
+def _above_threshold(settings: PatchSettings, moment: DecisionInputs) -> Tensor:
     entropies, _ = moment.rises(settings)
     return (moment.position == 0) | (entropies > cast(float, settings.threshold))
 
 
-def _rise(settings: PatchSettings, moment: Moment) -> Tensor:
+def _rise(settings: PatchSettings, moment: DecisionInputs) -> Tensor:
     _, rises = moment.rises(settings)
     return (moment.position <= 1) | (rises > cast(float, settings.threshold))
 
 
-def _combined(settings: PatchSettings, moment: Moment) -> Tensor:
+def _combined(settings: PatchSettings, moment: DecisionInputs) -> Tensor:
     """As published, positions 0 and 1 always decide for a start, and position 2 never does."""
     entropies, rises = moment.rises(settings)
     combined = (entropies > cast(float, settings.threshold)) & (rises > cast(float, settings.threshold_add))
@@ -177,7 +177,7 @@ def _entropy_decision(settings: PatchSettings) -> str:
     return "threshold" if settings.threshold_add is None else "combined"
 
 
-def _space(settings: PatchSettings, moment: Moment) -> Tensor:
+def _space(settings: PatchSettings, moment: DecisionInputs) -> Tensor:
     """The first of a run of space-like bytes ends a patch, and so does every special id (itself space-like)."""
     continues_run = (moment.position > 0) & _is_space_like(moment.previous_ids)
     return (moment.ids < OFFSET) | (_is_space_like(moment.ids) & ~continues_run)
@@ -193,11 +193,11 @@ def _is_space_like(ids: Tensor) -> Tensor:
     return ~(digit | upper | lower | continuation)
 
 
-def _static(settings: PatchSettings, moment: Moment) -> Tensor:
+def _static(settings: PatchSettings, moment: DecisionInputs) -> Tensor:
     return (moment.position + 1) % cast(int, settings.patch_size) == 0
 
 
-def _byte(settings: PatchSettings, moment: Moment) -> Tensor:
+def _byte(settings: PatchSettings, moment: DecisionInputs) -> Tensor:
     return torch.ones_like(moment.position, dtype=torch.bool)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.patching import bpe
-from bytelatent.patching.modes import MODES, Moment, PatchSettings
+from bytelatent.patching.modes import MODES, DecisionInputs, PatchSettings
 from bytelatent.vocab import OFFSET, PADDING
 
 # Shapes: B rows, N ids in a row, P patches
@@ -34,7 +34,7 @@ def next_starts(ids: Tensor, entropies: Tensor | None, position: Tensor, setting
         starts = bpe.token_starts(ids, position, str(settings.tokenizer))
     else:
         previous_entropies = None if entropies is None else _shift(entropies)
-        starts = _natural_starts(settings, Moment(position, ids, _shift(ids), entropies, previous_entropies))
+        starts = _natural_starts(settings, DecisionInputs(position, ids, _shift(ids), entropies, previous_entropies))
     if settings.max_patch_length is None:
         return starts
     index = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
@@ -139,7 +139,7 @@ def step(
         natural = torch.tensor([tail.token_began for tail in tails], device=ids.device)
     else:
         natural = _natural_starts(
-            settings, Moment(state.position, ids, state.previous_id, entropies, state.previous_entropy)
+            settings, DecisionInputs(state.position, ids, state.previous_id, entropies, state.previous_entropy)
         )
     since_start = state.since_start + 1
     starts = natural
@@ -155,7 +155,7 @@ def step(
     return carried, starts
 
 
-def _natural_starts(settings: PatchSettings, moment: Moment) -> Tensor:
+def _natural_starts(settings: PatchSettings, moment: DecisionInputs) -> Tensor:
     """Whether the next id starts a patch, before `max_patch_length`: elementwise, for a mode that needs no tail."""
     return MODES[settings.mode].decisions[settings.decision](settings, moment)
 

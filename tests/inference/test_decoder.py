@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bytelatent.inference import decoder as decode
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.step import FastDecoder
+from bytelatent.inference.step import PrefillDecoder
 from bytelatent.model import ByteLM, add_patches, attention, pack_rows
 from bytelatent.model.attention import Mask
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
@@ -100,9 +100,9 @@ def test_the_way_a_gpu_reads_prompts(patching: PatchSettings, seed: int, data: s
     middle = StackSettings(dim=48, num_layers=2, num_heads=3, multiple_of=8)
     every = CrossAttentionSettings(k=2, num_heads=2, all_layers_encoder=True)
     model = tiny_blt(seed, encoder=shape, decoder=shape, global_transformer=middle, cross_attention=every)
-    decoder = FastDecoder(model, patching, tiny_byte_lm(seed, dim=32, window=6))
+    decoder = PrefillDecoder(model, patching, tiny_byte_lm(seed, dim=32, window=6))
     check(decoder, [30, 1, 140], seed, data)
-    lm = FastDecoder(tiny_byte_lm(seed, dim=32, window=6), None, None)
+    lm = PrefillDecoder(tiny_byte_lm(seed, dim=32, window=6), None, None)
     check(lm, [30, 1, 140], seed, data)
 
 

@@ -14,7 +14,7 @@ from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.quantize import QuantizedLinear, quantize_model
 from bytelatent.inference.settings import Quantization
-from bytelatent.inference.step import CapturedSlots, FastDecoder, engine_for
+from bytelatent.inference.step import CapturedSlots, PrefillDecoder, engine_for
 from tests.inference.test_decoder import check, full_logits
 from tests.inference.test_engine import NAMES, PROMPTS, decoders, wide_blt
 
@@ -112,7 +112,7 @@ def engine_of(decoder: Decoder, quantize: Quantization, kind: str) -> Engine:
     model = quantize_model(decoder.model, quantize, as_bytes=True)
     if kind == "plain":
         return Engine.plain(Decoder(model, decoder.patching, decoder.byte_lm), 3)
-    fast = FastDecoder(model, decoder.patching, decoder.byte_lm)
+    fast = PrefillDecoder(model, decoder.patching, decoder.byte_lm)
     return Engine(fast, CapturedSlots(fast, 3), 3)
 
 
@@ -140,7 +140,7 @@ def test_what_an_engine_draws_has_the_quantized_models_probability(name: str, qu
 def test_prompts_and_steps_read_one_model(quantize: Quantization, seed: int, data: st.DataObject) -> None:
     decoder = decoders(seed)["split"]
     model = quantize_model(decoder.model, quantize, as_bytes=True)
-    check(FastDecoder(model, decoder.patching, decoder.byte_lm), [30, 1, 140], seed, data)
+    check(PrefillDecoder(model, decoder.patching, decoder.byte_lm), [30, 1, 140], seed, data)
 
 
 def test_matrices_in_bfloat16() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bytelatent.inference import Decoder, scoring
 from bytelatent.inference.scoring import Item, Pair, _passes, log_probabilities, log_probabilities_of_pairs
-from bytelatent.inference.step import FastDecoder
+from bytelatent.inference.step import PrefillDecoder
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import encode
 from tests.inference.test_decoder import PATCHINGS, assert_close, full_logits
@@ -84,7 +84,7 @@ def test_scores_of_a_byte_lm(byte_lm: Any, seed: int, data: st.DataObject) -> No
 @pytest.mark.parametrize("name", list(decoders()))
 def test_after_prompts_read_the_way_a_gpu_does(name: str) -> None:
     plain, generator = decoders()[name], torch.Generator().manual_seed(1)
-    decoder = FastDecoder(plain.model, plain.patching, plain.byte_lm)
+    decoder = PrefillDecoder(plain.model, plain.patching, plain.byte_lm)
     prompts = [torch.cat([BOS, random_ids(generator, size)]) for size in (0, 17, 40)]
     check(decoder, [(prompt, random_ids(generator, size)) for prompt in prompts for size in (1, 9, 0, 25)])
 

@@ -26,7 +26,7 @@ from bytelatent.inference.step.patching import (
     plain_store_patch,
     store_patch,
 )
-from bytelatent.inference.step.sampling import Flags, draw, plain_draw
+from bytelatent.inference.step.sampling import StepBuffers, draw, plain_draw
 from bytelatent.kernels.decode_attention import (
     AttentionLaunch,
     decode_attention,
@@ -259,10 +259,10 @@ def deciding(
         open_count=torch.randint(0, 9, [rows]),
         num_patches=torch.randint(0, 4, [rows]),
     )
-    flags = Flags.empty(rows, max_closing, DEVICE)
-    flags.is_active.copy_(torch.rand(rows) < 0.8)
-    flags.is_waiting.copy_(flags.is_active & (torch.rand(rows) < 0.3))
-    ours, theirs = (drawing, state, flags), tuple(map(on_cpu, (drawing, state, flags)))
+    buffers = StepBuffers.empty(rows, max_closing, DEVICE)
+    buffers.is_active.copy_(torch.rand(rows) < 0.8)
+    buffers.is_waiting.copy_(buffers.is_active & (torch.rand(rows) < 0.3))
+    ours, theirs = (drawing, state, buffers), tuple(map(on_cpu, (drawing, state, buffers)))
     errors: Errors = {}
     for number in range(3):
         logits, lm_logits = 3 * torch.randn(rows, 260), 2 * torch.randn(rows, 260)
@@ -290,9 +290,9 @@ def deciding(
 def deciding_on_every_id(chosen: dict[str, Any]) -> Errors:
     """Whether a patch starts after each id, with entropies of any size."""
     patching, size = PatchSettings(**chosen), VOCAB_SIZE
-    flags = Flags.empty(size, 1, DEVICE)
-    flags.ids.copy_(torch.arange(size))
-    flags.reads.fill_(True)
+    buffers = StepBuffers.empty(size, 1, DEVICE)
+    buffers.ids.copy_(torch.arange(size))
+    buffers.reads.fill_(True)
     state = SimpleNamespace(
         position=torch.randint(1, 7, [size]),
         tail=torch.cat([torch.randint(0, size, [size, 3]), torch.arange(size)[:, None]], dim=1),
@@ -300,11 +300,11 @@ def deciding_on_every_id(chosen: dict[str, Any]) -> Errors:
         since_start=torch.randint(0, 5, [size]),
     )
     lm_logits = 8 * torch.rand(size, 1) * torch.randn(size, size) if patching.needs_entropies else None
-    theirs, their_flags = on_cpu(state), on_cpu(flags)
-    decide(lm_logits, patching, state, flags)
+    theirs, their_flags = on_cpu(state), on_cpu(buffers)
+    decide(lm_logits, patching, state, buffers)
     with torch.device("cpu"):
         plain_decide(None if lm_logits is None else lm_logits.cpu(), patching, theirs, their_flags)
-    found, expected = {**vars(state), "wants": flags.wants}, {**vars(theirs), "wants": their_flags.wants}
+    found, expected = {**vars(state), "wants": buffers.wants}, {**vars(theirs), "wants": their_flags.wants}
     return {name: difference(part.cpu(), expected[name]) for name, part in found.items()}
 
 

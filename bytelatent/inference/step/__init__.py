@@ -11,7 +11,7 @@ from bytelatent.inference.engine import Engine
 from bytelatent.inference.quantize import quantize_model
 from bytelatent.inference.settings import Quantization, check_limits
 from bytelatent.inference.step.packed_weights import supports
-from bytelatent.inference.step.prefill import FastDecoder
+from bytelatent.inference.step.prefill import PrefillDecoder
 from bytelatent.inference.step.slots import CapturedSlots
 from bytelatent.model import BLTModel, ByteLM
 from bytelatent.patching import PatchSettings
@@ -47,7 +47,7 @@ def engine_for(
     is_changed = _is_changed(model) or (byte_lm is not None and _is_changed(byte_lm))
     if decides_on_host or is_changed or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
         return Engine.plain(Decoder(model, patching, byte_lm), batch_size)
-    decoder = (Decoder if device == "cpu" else FastDecoder)(model, patching, byte_lm)
+    decoder = (Decoder if device == "cpu" else PrefillDecoder)(model, patching, byte_lm)
     quorum = 0.0 if device == "cpu" else QUORUM
     return Engine(decoder, CapturedSlots(decoder, batch_size, quorum, draft_length=draft_length), batch_size)
 
@@ -74,4 +74,4 @@ def _is_changed(model: BLTModel | ByteLM) -> bool:
     return any(type(part).__module__.partition(".")[0] not in ("torch", "bytelatent") for part in model.modules())
 
 
-__all__ = ["QUORUM", "CapturedSlots", "FastDecoder", "engine_for", "supports"]
+__all__ = ["QUORUM", "CapturedSlots", "PrefillDecoder", "engine_for", "supports"]

@@ -40,7 +40,7 @@ class Graph:
     def replay(self) -> None:
         self._graph.replay()
 
-    def add_where(self, run: Tensor, work: Callable[[], None]) -> None:
+    def add_if(self, run: Tensor, work: Callable[[], None]) -> None:
         """Capture `work` as a part that runs only where `run` is not 0."""
         from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
 
@@ -68,7 +68,7 @@ class Graph:
                 _done(runtime.cudaStreamEndCapture(inner.cuda_stream))
 
 
-def where(run: Tensor, work: Callable[[], None]) -> None:
+def run_if(run: Tensor, work: Callable[[], None]) -> None:
     """Do `work` if `run`, one number on the device, is not 0.
 
     In a graph on CUDA the device decides. Not captured, or without the package `cuda-bindings`, CUDA always does it, so
@@ -78,14 +78,14 @@ def where(run: Tensor, work: Callable[[], None]) -> None:
         if bool(run):
             work()
     elif _capturing is not None and has_conditions():
-        _capturing.add_where(run, work)
+        _capturing.add_if(run, work)
     else:
         if has_conditions():
             _set_condition_kernel(run.device)  # while it is captured nothing can be loaded
         work()
 
 
-class Side:
+class SideStream:
     """A second stream. Its work runs beside what follows, until `join`."""
 
     def __init__(self, device: torch.device):

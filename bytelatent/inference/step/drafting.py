@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.kv_cache import SLACK, BLTState, Room
+from bytelatent.inference.kv_cache import SLACK, BLTDecodeState, CacheCapacity
 from bytelatent.inference.settings import MAX_DRAFT_LENGTH
 from bytelatent.inference.step.patching import append, choose, decide, store_patch
-from bytelatent.inference.step.sampling import Flags, draw
-from bytelatent.inference.step.step import At, BLTStep
+from bytelatent.inference.step.sampling import StepBuffers, draw
+from bytelatent.inference.step.step import BLTStep, QueryPositions
 from bytelatent.kernels.decode_cross_attention import append_patch_byte
 from bytelatent.vocab import VOCAB_SIZE
 
@@ -54,13 +54,13 @@ class DraftedStep(BLTStep):
     def __init__(self, decoder: Decoder, num_slots: int, size: int, max_patches: int | None = None):
         super().__init__(decoder, num_slots, num_slots)
         self.size, self.max_patches = size, min(max_patches or size, size)
-        empty = [Flags.empty(num_slots, num_slots, decoder.device) for _ in range(2 * size - 2)]
-        self.verified = [self.flags, *empty[: size - 1]]  # what the whole model draws
-        self.draft = [self.flags, *empty[size - 1 :]]  # what the local models draw; the first byte is certain
-        for flags in self.verified:
-            flags.is_active, flags.is_waiting = self.flags.is_active, self.flags.is_waiting
-        for flags in self.draft[2:]:
-            flags.is_active = self.draft[1].is_active
+        empty = [StepBuffers.empty(num_slots, num_slots, decoder.device) for _ in range(2 * size - 2)]
+        self.verified = [self.buffers, *empty[: size - 1]]  # what the whole model draws
+        self.draft = [self.buffers, *empty[size - 1 :]]  # what the local models draw; the first byte is certain
+        for buffers in self.verified:
+            buffers.is_active, buffers.is_waiting = self.buffers.is_active, self.buffers.is_waiting
+        for buffers in self.draft[2:]:
+            buffers.is_active = self.draft[1].is_active
         self.draft_sampling = replace(self.sampling, **{name: getattr(self.sampling, name).clone() for name in DRAWING})
         self.draft_state = self._copied_state()  # as if the draft were right
         self.draft_logits_BV = torch.zeros_like(self.logits_BV)
@@ -69,24 +69,26 @@ class DraftedStep(BLTStep):
             self.state.patch_k.new_zeros(shape[0], num_slots, 1 + self.max_patches, *shape[2:]) for _ in "kv"
         )
 
-    def reserve(self, room: Room) -> None:
+    def reserve(self, room: CacheCapacity) -> None:
         super().reserve(room)
         self.draft_state = self._copied_state()
 
     def outcome(self) -> tuple[Tensor, Tensor]:
         return (
-            torch.stack([flags.drawn for flags in self.verified]),
-            torch.stack([flags.log_probability for flags in self.verified]),
+            torch.stack([buffers.drawn for buffers in self.verified]),
+            torch.stack([buffers.log_probability for buffers in self.verified]),
         )
 
     @torch.no_grad()
     def __call__(self) -> None:
         """One step; slots do not wait."""
-        draw(self.logits_BV, self.sampling, self.state.position, self.flags)
+        draw(self.logits_BV, self.sampling, self.state.position, self.buffers)
         encoded, parts = self._draft()
-        reads_SB = torch.stack([flags.reads for flags in self.draft])
-        ids_BS = torch.stack([flags.ids for flags in self.draft], dim=1)
-        lm_logits_SBV = self._read_byte_lm(ids_BS.flatten(), At(self.flags.at, self.flags.slot, self.size))
+        reads_SB = torch.stack([one.reads for one in self.draft])
+        ids_BS = torch.stack([one.ids for one in self.draft], dim=1)
+        lm_logits_SBV = self._read_byte_lm(
+            ids_BS.flatten(), QueryPositions(self.buffers.at, self.buffers.slot, self.size)
+        )
         if lm_logits_SBV is None:
             lm_logits_SBV = [None] * self.size
         else:
@@ -106,33 +108,33 @@ class DraftedStep(BLTStep):
         self._reset_draft_state()
         for name in DRAWING:
             getattr(self.draft_sampling, name).copy_(getattr(self.sampling, name))
-        self.draft[1].is_active.copy_(self.flags.reads)
+        self.draft[1].is_active.copy_(self.buffers.reads)
         patch = self.state.patch_k, self.state.patch_v
         encoded: list[Tensor] = []
         parts: list[list[Tensor]] = []
-        for number, flags in enumerate(self.draft):
+        for number, buffers in enumerate(self.draft):
             if number > 0:
-                draw(self.draft_logits_BV, self.draft_sampling, self.draft_state.position, flags)
-            append(self.draft_state, flags)
+                draw(self.draft_logits_BV, self.draft_sampling, self.draft_state.position, buffers)
+            append(self.draft_state, buffers)
             parts.append([])
-            encoded.append(self._encode(self.draft_state, flags, parts[-1]))
+            encoded.append(self._encode(self.draft_state, buffers, parts[-1]))
             if number < self.size - 1:
                 x_BD = encoded[-1].clone()
-                at = At(flags.at, flags.slot)
-                self._decode(x_BD, at, patch, flags.slot, flags.reads_patch, self.draft_logits_BV)
+                at = QueryPositions(buffers.at, buffers.slot)
+                self._decode(x_BD, at, patch, buffers.slot, buffers.reads_patch, self.draft_logits_BV)
         return encoded, parts
 
     def _find_patches(self, lm_logits_SBV: Any, reads_SB: Tensor) -> _Patches:
         """Decide where patches close if the draft is right."""
         self._reset_draft_state()
-        for flags, lm_logits_BV in zip(self.draft, lm_logits_SBV, strict=True):
-            append(self.draft_state, flags)
-            decide(lm_logits_BV, self.patching, self.draft_state, flags)
-        closes_SB = torch.stack([flags.wants for flags in self.draft]) & reads_SB
+        for buffers, lm_logits_BV in zip(self.draft, lm_logits_SBV, strict=True):
+            append(self.draft_state, buffers)
+            decide(lm_logits_BV, self.patching, self.draft_state, buffers)
+        closes_SB = torch.stack([buffers.wants for buffers in self.draft]) & reads_SB
         upto_SB, most = closes_SB.cumsum(0), self.max_patches
         # Where each patch ends, [B, 1 + N + 1]: first nothing, last what is more than there is room for.
         number_SB = torch.where(closes_SB, upto_SB, most + 1).clamp(max=most + 1)
-        size_SB = torch.stack([flags.count for flags in self.draft]) + 1
+        size_SB = torch.stack([buffers.count for buffers in self.draft]) + 1
         end = torch.zeros_like(upto_SB[0])[:, None].repeat(1, most + 2).scatter(1, number_SB.T, size_SB.T)
         begin_BN, end_BN = end[:, :most], end[:, 1 : most + 1]
         exists_BN = end_BN > 0
@@ -143,7 +145,7 @@ class DraftedStep(BLTStep):
         state, most = self.state, self.max_patches
         slot_B = torch.arange(len(h_BSD), device=h_BSD.device)
         every_N = torch.arange(most, device=h_BSD.device)
-        before_BS = (patches.upto_SB - torch.stack([flags.wants for flags in self.draft]).long()).T
+        before_BS = (patches.upto_SB - torch.stack([buffers.wants for buffers in self.draft]).long()).T
         is_of_BNS = (before_BS[:, None] == every_N[:, None]) & reads_SB.T[:, None]
         pooled_BND = h_BSD[:, None].masked_fill(~is_of_BNS[..., None], -torch.inf).amax(2)
         begun_BN = (state.open_count > 0)[:, None] & (every_N == 0)
@@ -160,7 +162,7 @@ class DraftedStep(BLTStep):
         self.patch_k[:, :, 0], self.patch_v[:, :, 0] = state.patch_k, state.patch_v
         if not run.is_cuda and not bool(run):  # a CPU knows
             return
-        kv = self._patches(pooled_BND.flatten(0, 1), bytes_of, At(state.num_patches, slot, most, run))
+        kv = self._patches(pooled_BND.flatten(0, 1), bytes_of, QueryPositions(state.num_patches, slot, most, run))
         store_patch(kv, self.patch_k.flatten(1, 2), self.patch_v.flatten(1, 2), target_BN.flatten())
 
     def _read_again(self, encoded_BSD: Tensor, patches: _Patches, reads_SB: Tensor) -> Tensor:
@@ -173,31 +175,31 @@ class DraftedStep(BLTStep):
         x_BSD = encoded_BSD.masked_fill(~reads_BS[..., None], 0)  # what is not read may be anything
         patch = self.patch_k.flatten(1, 2), self.patch_v.flatten(1, 2)
         logits = self.logits_BV.new_empty(num_slots * self.size, VOCAB_SIZE)
-        at = At(self.flags.at, self.flags.slot, self.size)
+        at = QueryPositions(self.buffers.at, self.buffers.slot, self.size)
         self._decode(x_BSD.flatten(0, 1), at, patch, patch_row, reads_patch, logits)
         return logits.unflatten(0, (num_slots, self.size))
 
     def _verify(self, patches: _Patches, logits_BSV: Tensor) -> None:
         """Draw as long as it is what was drafted, and no more patches close than there is room for."""
-        drawn_SB = torch.stack([flags.drawn for flags in self.draft])
+        drawn_SB = torch.stack([buffers.drawn for buffers in self.draft])
         expected_SB = torch.where(patches.upto_SB <= self.max_patches, drawn_SB, -1)
         logits_SBV = logits_BSV.transpose(0, 1).contiguous()
         for number in range(1, self.size):
             logits_BV, expected_B = logits_SBV[number - 1], expected_SB[number]
             draw(logits_BV, self.sampling, self.state.position, self.verified[number], expected_B)
-        self.flags.is_waiting.zero_()  # those that drew another one: they draw it in the next step
+        self.buffers.is_waiting.zero_()  # those that drew another one: they draw it in the next step
 
     def _read_verified(self, lm_logits_SBV: Any, parts: list[list[Tensor]], logits_BSV: Tensor) -> None:
         """Update the state to the last right byte, as a plain step does."""
         state = self.state
         position, num_patches = state.position.clone(), state.num_patches.clone()
-        for flags, lm_logits_BV, (h_BD, *kvs) in zip(self.verified, lm_logits_SBV, parts, strict=True):
-            append(state, flags)
-            decide(lm_logits_BV, self.patching, state, flags)
+        for buffers, lm_logits_BV, (h_BD, *kvs) in zip(self.verified, lm_logits_SBV, parts, strict=True):
+            append(state, buffers)
+            decide(lm_logits_BV, self.patching, state, buffers)
             for layer, kv in enumerate(kvs):
                 pooled = {"h_BD": h_BD, "pooled_BD": state.open_max} if layer == 0 else {}
-                append_patch_byte(kv, state.open_k[layer], state.open_v[layer], flags.count, **pooled)
-            choose(state, flags, 0.0, decoded=False)
+                append_patch_byte(kv, state.open_k[layer], state.open_v[layer], buffers.count, **pooled)
+            choose(state, buffers, 0.0, decoded=False)
         slot_B = torch.arange(len(position), device=position.device)
         newest = state.num_patches - num_patches
         for of_slot, table in ((state.patch_k, self.patch_k), (state.patch_v, self.patch_v)):
@@ -205,7 +207,7 @@ class DraftedStep(BLTStep):
         last = state.position - position - 1
         self.logits_BV.copy_(torch.where((last >= 0)[:, None], logits_BSV[slot_B, last.clamp(min=0)], self.logits_BV))
 
-    def _copied_state(self) -> BLTState:
+    def _copied_state(self) -> BLTDecodeState:
         """The state with the same caches, and numbers of its own."""
         own = (*SCALARS, "open_max")
         return replace(self.state, **{name: getattr(self.state, name).clone() for name in own})

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from bytelatent.errors import UserError
-from bytelatent.inference.kv_cache import State
-from bytelatent.inference.step.sampling import Flags
+from bytelatent.inference.kv_cache import DecodeState
+from bytelatent.inference.step.sampling import StepBuffers
 from bytelatent.kernels.launch import Arrays, launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
 from bytelatent.model import entropies
 from bytelatent.patching import PatchSettings, PatchState, step
@@ -42,19 +42,19 @@ def kernel_decision(patching: PatchSettings) -> int:
     return KERNEL_DECISIONS[patching.decision].value
 
 
-def append(state: State, flags: Flags) -> None:
+def append(state: DecodeState, buffers: StepBuffers) -> None:
     """Append the ids that are read to the texts and to the open patches.
 
     Args:
         state: `position`, `tail` and `open_count` are written.
-        flags: `reads` and `ids` are read; `count` and `reads_patch` are written.
+        buffers: `reads` and `ids` are read; `count` and `reads_patch` are written.
     """
-    if not uses_kernels(flags.ids):
-        plain_append(state, flags)
+    if not uses_kernels(buffers.ids):
+        plain_append(state, buffers)
         return
-    append_kernel[(len(flags.ids),)](
+    append_kernel[(len(buffers.ids),)](
         *(state.position, state.tail, state.open_count, state.num_patches),
-        *(flags.reads, flags.ids, flags.count, flags.reads_patch),
+        *(buffers.reads, buffers.ids, buffers.count, buffers.reads_patch),
         W=state.tail.shape[1],
         PADDED_W=power_of_two(state.tail.shape[1]),
         num_warps=1,
@@ -62,8 +62,8 @@ def append(state: State, flags: Flags) -> None:
     )
 
 
-def plain_append(state: State, flags: Flags) -> None:
-    arrays, counts = Arrays(flags), Arrays(state)
+def plain_append(state: DecodeState, buffers: StepBuffers) -> None:
+    arrays, counts = Arrays(buffers), Arrays(state)
     reads, tail, open_count = arrays.reads, counts.tail, counts.open_count
     np.copyto(tail, np.concatenate([tail[:, 1:], arrays.ids[:, None]], axis=1), where=reads[:, None])
     counts.position[:] += reads
@@ -72,22 +72,22 @@ def plain_append(state: State, flags: Flags) -> None:
     arrays.reads_patch[:] = counts.num_patches > 0
 
 
-def decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: State, flags: Flags) -> None:
+def decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: DecodeState, buffers: StepBuffers) -> None:
     """Decide whether the ids that follow start patches, as `bytelatent.patching.step` does. Call `append` before.
 
     Args:
         lm_logits_BV: the entropy model's, float32, where the mode needs entropies.
         patching: of a mode that is decided on the device.
         state: `position` and `tail` are read, `previous_entropy` and `since_start` written.
-        flags: `reads`, `ids`, `is_waiting` are read; `wants` is written.
+        buffers: `reads`, `ids`, `is_waiting` are read; `wants` is written.
     """
-    if not uses_kernels(flags.ids):
-        plain_decide(lm_logits_BV, patching, state, flags)
+    if not uses_kernels(buffers.ids):
+        plain_decide(lm_logits_BV, patching, state, buffers)
         return
-    decide_kernel[(len(flags.ids),)](
+    decide_kernel[(len(buffers.ids),)](
         lm_logits_BV,
         *(state.position, state.tail, state.previous_entropy, state.since_start),
-        *(flags.reads, flags.ids, flags.is_waiting, flags.wants),
+        *(buffers.reads, buffers.ids, buffers.is_waiting, buffers.wants),
         *(patching.threshold or 0.0, patching.threshold_add or 0.0),
         MODE=kernel_decision(patching),
         PATCH_SIZE=patching.patch_size or 1,
@@ -101,33 +101,35 @@ def decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: State, f
     )
 
 
-def plain_decide(lm_logits_BV: Tensor | None, patching: PatchSettings, state: State, flags: Flags) -> None:
+def plain_decide(
+    lm_logits_BV: Tensor | None, patching: PatchSettings, state: DecodeState, buffers: StepBuffers
+) -> None:
     found = None if lm_logits_BV is None else entropies(lm_logits_BV)
     before = PatchState(state.position - 1, state.tail[:, -2], state.previous_entropy, state.since_start)
-    after, starts = step(before, flags.ids, found, patching)
-    arrays, counts = Arrays(flags), Arrays(state)
+    after, starts = step(before, buffers.ids, found, patching)
+    arrays, counts = Arrays(buffers), Arrays(state)
     for name in ("previous_entropy", "since_start"):
         np.copyto(getattr(counts, name), getattr(after, name).numpy(), where=arrays.reads)
     arrays.wants[:] = (starts.numpy() & arrays.reads) | arrays.is_waiting
 
 
-def choose(state: State, flags: Flags, quorum: float, decoded: bool) -> None:
+def choose(state: DecodeState, buffers: StepBuffers, quorum: float, decoded: bool) -> None:
     """Choose up to C slots for the global transformer among those whose patch closes; slots that waited come first.
 
     Args:
         state: `num_patches` and `open_count` are written.
-        flags: `wants`, `is_waiting`, `reads` are read; `closing`, `number`, `closing_count`, `run`, `decodes`,
+        buffers: `wants`, `is_waiting`, `reads` are read; `closing`, `number`, `closing_count`, `run`, `decodes`,
             `reads_patch` and `is_waiting` are written.
         quorum: the share of the slots at work that must want it; with fewer, all of them wait.
         decoded: whether slots whose patch stays open have their logits already.
     """
-    if not uses_kernels(flags.wants):
-        plain_choose(state, flags, quorum, decoded)
+    if not uses_kernels(buffers.wants):
+        plain_choose(state, buffers, quorum, decoded)
         return
-    num_slots, max_closing = len(flags.wants), len(flags.closing)
+    num_slots, max_closing = len(buffers.wants), len(buffers.closing)
     choose_kernel[(1,)](
-        *(state.num_patches, state.open_count, flags.wants, flags.is_waiting, flags.reads),
-        *(flags.closing, flags.number, flags.closing_count, flags.run, flags.decodes, flags.reads_patch),
+        *(state.num_patches, state.open_count, buffers.wants, buffers.is_waiting, buffers.reads),
+        *(buffers.closing, buffers.number, buffers.closing_count, buffers.run, buffers.decodes, buffers.reads_patch),
         quorum,
         B=num_slots,
         PADDED_B=power_of_two(num_slots),
@@ -139,8 +141,8 @@ def choose(state: State, flags: Flags, quorum: float, decoded: bool) -> None:
     )
 
 
-def plain_choose(state: State, flags: Flags, quorum: float, decoded: bool) -> None:
-    arrays, counts = Arrays(flags), Arrays(state)
+def plain_choose(state: DecodeState, buffers: StepBuffers, quorum: float, decoded: bool) -> None:
+    arrays, counts = Arrays(buffers), Arrays(state)
     wants, reads, is_waiting = arrays.wants, arrays.reads, arrays.is_waiting
     num_patches, open_count = counts.num_patches, counts.open_count
     arrays.closing[:] = -1
@@ -149,7 +151,7 @@ def plain_choose(state: State, flags: Flags, quorum: float, decoded: bool) -> No
     served = np.zeros_like(wants)
     if wants.any() and wants.sum() >= quorum * (wants | reads).sum():
         urgency = wants.astype(int) + (wants & is_waiting)
-        order = np.argsort(-urgency, kind="stable")[: len(flags.closing)]
+        order = np.argsort(-urgency, kind="stable")[: len(buffers.closing)]
         order = order[wants[order]]
         arrays.closing[: len(order)] = order
         arrays.number[: len(order)] = num_patches[order]

@@ -45,7 +45,7 @@ class RunAttention:
         return found
 
 
-class FastBlock(nn.Module):
+class PrefillBlock(nn.Module):
     """A block in place of the model's own, with the same call.
 
     A prompt's many positions share a matrix, so a quantized one is written out for them, one block after another.
@@ -84,7 +84,7 @@ class _Captured:
     out_TD: Tensor
 
 
-class FastStack(nn.Module):
+class PrefillStack(nn.Module):
     """A stack in place of the model's own, with the same calls.
 
     The kernels of a short prompt take less time than the host needs to start them, so there they are a CUDA graph,
@@ -96,7 +96,7 @@ class FastStack(nn.Module):
     def __init__(self, settings: StackSettings, weights: StackWeights):
         super().__init__()
         self.settings = settings
-        self.blocks = nn.ModuleList(FastBlock(settings, block) for block in weights.blocks)
+        self.blocks = nn.ModuleList(PrefillBlock(settings, block) for block in weights.blocks)
         self._captured: dict[int, _Captured] = {}
 
     def rotary(self, position: Tensor) -> None:
@@ -142,7 +142,7 @@ class FastStack(nn.Module):
         return _Captured(graph, x_TD, attention, k_LTJE, v_LTJE, out_TD)
 
 
-class FastEncoder(LocalEncoder):
+class PrefillEncoder(LocalEncoder):
     """The local encoder with one kernel for the sum of all embeddings."""
 
     def embed(self, batch: Stream, cache: BLTCache | None = None) -> Tensor:
@@ -154,7 +154,7 @@ class FastEncoder(LocalEncoder):
         return hash_embed(cache.tail_TW, batch.position, powers, tables, embedding)
 
 
-class FastDecoderCrossAttention(nn.Module):
+class PrefillDecoderCrossAttention(nn.Module):
     """A cross-attention in place of the model's own, with the same calls."""
 
     def __init__(self, settings: BLTSettings, weights: CrossWeights):
@@ -179,7 +179,7 @@ class FastDecoderCrossAttention(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
-class FastDecoder(Decoder):
+class PrefillDecoder(Decoder):
     """A `Decoder` that reads prompts fast, and holds the packed weights that the captured step reads, too."""
 
     pad_to = ROWS
@@ -203,11 +203,11 @@ class FastDecoder(Decoder):
         encoder = self._with_fast_blocks(model.encoder, weights.encoder)
         if encoder is model.encoder:
             encoder = copy.copy(encoder)
-        encoder.__class__ = FastEncoder
+        encoder.__class__ = PrefillEncoder
         decoder = _with_modules(
             self._with_fast_blocks(model.decoder, weights.decoder),
             cross_attention=nn.ModuleList(
-                FastDecoderCrossAttention(weights.settings, cross) for cross in weights.decoder_cross
+                PrefillDecoderCrossAttention(weights.settings, cross) for cross in weights.decoder_cross
             ),
         )
         middle = self._with_fast_blocks(model.global_transformer, weights.middle)
@@ -218,7 +218,7 @@ class FastDecoder(Decoder):
         if not _can_run(weights.settings, next(module.parameters())):
             return module
         self._fast.add(weights.settings)
-        return _with_modules(module, stack=FastStack(weights.settings, weights))
+        return _with_modules(module, stack=PrefillStack(weights.settings, weights))
 
     def _prompt_attention(self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int) -> Mask:
         if stack not in self._fast:

@@ -25,7 +25,7 @@ MIX_2 = tl.constexpr(-7723592293110705685)  # 0x94D049BB133111EB
 
 
 @dataclass
-class Flags:
+class StepBuffers:
     """What a step decides, for each slot."""
 
     is_active: Tensor  # [B] bool, whether a sequence is in the slot
@@ -46,7 +46,7 @@ class Flags:
     reads_patch: Tensor  # [B] bool, whether a patch is closed yet
 
     @classmethod
-    def empty(cls, num_slots: int, max_closing: int, device: torch.device | str) -> "Flags":
+    def empty(cls, num_slots: int, max_closing: int, device: torch.device | str) -> "StepBuffers":
         def zeros(size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
@@ -58,7 +58,7 @@ class Flags:
 
 
 def draw(
-    logits_BV: Tensor, sampling: SamplingSlots, position: Tensor, flags: Flags, expected: Tensor | None = None
+    logits_BV: Tensor, sampling: SamplingSlots, position: Tensor, buffers: StepBuffers, expected: Tensor | None = None
 ) -> None:
     """Draw an id in each active slot that does not wait: `SamplingSlots.draw` and `read` in one.
 
@@ -67,18 +67,18 @@ def draw(
     Args:
         logits_BV: float32, of what comes next.
         position: [B] ids read.
-        flags: `is_active`, `is_waiting` are read; `is_active`, `drawn`, `log_probability`, `ids`, `reads`, `slot` and
+        buffers: `is_active`, `is_waiting` are read; `is_active`, `drawn`, `log_probability`, `ids`, `reads`, `slot` and
             `at` are written.
         expected: [B] the only ids that are drawn: a slot that would draw another one draws none, and waits.
     """
     if not uses_kernels(logits_BV):
-        plain_draw(logits_BV, sampling, position, flags, expected)
+        plain_draw(logits_BV, sampling, position, buffers, expected)
         return
     assert logits_BV.is_contiguous(), "logits are not contiguous"
     draw_kernel[(logits_BV.shape[0],)](
         logits_BV,
-        *(position, expected, flags.is_active, flags.is_waiting),
-        *(flags.drawn, flags.log_probability, flags.ids, flags.reads, flags.slot, flags.at),
+        *(position, expected, buffers.is_active, buffers.is_waiting),
+        *(buffers.drawn, buffers.log_probability, buffers.ids, buffers.reads, buffers.slot, buffers.at),
         **{f"{name}_ptr": part for name, part in vars(sampling).items() if name not in PLAIN_FIELDS},
         V=logits_BV.shape[1],
         PADDED=power_of_two(logits_BV.shape[1]),
@@ -90,9 +90,9 @@ def draw(
 
 
 def plain_draw(
-    logits_BV: Tensor, sampling: SamplingSlots, position: Tensor, flags: Flags, expected: Tensor | None = None
+    logits_BV: Tensor, sampling: SamplingSlots, position: Tensor, buffers: StepBuffers, expected: Tensor | None = None
 ) -> None:
-    arrays, at = Arrays(flags), position.numpy()
+    arrays, at = Arrays(buffers), position.numpy()
     is_active, is_waiting = arrays.is_active, arrays.is_waiting
     draws = is_active & ~is_waiting
     drawn, log_probability = sampling.draw(logits_BV)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.engine import Continuation, Drawn
-from bytelatent.inference.kv_cache import BLOCK, Room, State
+from bytelatent.inference.kv_cache import BLOCK, CacheCapacity, DecodeState
 from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.drafting import DraftedStep
 from bytelatent.inference.step.step import BLTStep, ByteLMStep
@@ -39,7 +39,7 @@ class CapturedSlots:
         self.decoder = decoder
         self.num_steps = 0
         self.in_flight: deque[tuple[list[Continuation | None], Tensor, Tensor, Any]] = deque()
-        self._room = Room()
+        self._room = CacheCapacity()
         self._largest = np.zeros((num_slots, 3), dtype=np.int64)  # the most that each slot may have of what Room counts
         self._in_slot: list[Continuation | None] = [None] * num_slots
         self._draft_length = draft_length
@@ -59,7 +59,7 @@ class CapturedSlots:
             ]
         self._drawn: list[Drawn] = []
 
-    def admit(self, slot: int, state: State, source: int, logits: Tensor, which: Continuation) -> None:
+    def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
         counts = torch.stack([state.position[source], state.num_patches[source], state.open_count[source]])
         position, num_patches, open_bytes = counts.tolist()
         soon = min(which.max_new_bytes, BLOCK)  # so that caches need not grow, and graphs be captured again, at once
@@ -69,14 +69,14 @@ class CapturedSlots:
         step.state.put(slot, state, source)
         step.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes)
         step.logits_BV[slot] = logits
-        step.flags.is_active[slot], step.flags.is_waiting[slot] = True, False
+        step.buffers.is_active[slot], step.buffers.is_waiting[slot] = True, False
         self._in_slot[slot] = which
 
     def release(self, slot: int) -> None:
         self._in_slot[slot] = None
         self._largest[slot] = 0
-        self.step.flags.is_active[slot] = False
-        self.step.flags.is_waiting[slot] = False
+        self.step.buffers.is_active[slot] = False
+        self.step.buffers.is_waiting[slot] = False
 
     def advance(self) -> None:
         self._largest += self._draft_length
@@ -127,10 +127,10 @@ class CapturedSlots:
     def _captured(self) -> Graph:
         """The step as a graph, captured while all slots are idle."""
         step = self.step
-        changed = step.flags.is_active, step.flags.is_waiting, step.logits_BV
+        changed = step.buffers.is_active, step.buffers.is_waiting, step.logits_BV
         before = [tensor.clone() for tensor in changed]
-        step.flags.is_active.zero_()
-        step.flags.is_waiting.zero_()
+        step.buffers.is_active.zero_()
+        step.buffers.is_waiting.zero_()
         graph = Graph(step)
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
@@ -151,6 +151,8 @@ class CapturedSlots:
         largest = np.maximum(self._largest.max(0), wanted)
         if (largest < room).all():
             return
-        self._room = Room(*(int(size) for size in np.where(largest < room, room, -(-2 * largest // BLOCK) * BLOCK)))
+        self._room = CacheCapacity(
+            *(int(size) for size in np.where(largest < room, room, -(-2 * largest // BLOCK) * BLOCK))
+        )
         self.step.reserve(self._room)
         self._graph = None  # it knows the caches by their addresses

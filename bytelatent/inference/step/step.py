@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.kv_cache import BLTState, KVCache, Room, State
+from bytelatent.inference.kv_cache import BLTDecodeState, CacheCapacity, DecodeState, KVCache
 from bytelatent.inference.sampling import SamplingSlots
-from bytelatent.inference.step.cuda_graph import Side, has_conditions, where
+from bytelatent.inference.step.cuda_graph import SideStream, has_conditions, run_if
 from bytelatent.inference.step.packed_weights import BLTWeights, ByteLMWeights, StackWeights
 from bytelatent.inference.step.patching import append, choose, decide, store_patch
-from bytelatent.inference.step.prefill import FastDecoder
-from bytelatent.inference.step.sampling import Flags, draw
+from bytelatent.inference.step.prefill import PrefillDecoder
+from bytelatent.inference.step.sampling import StepBuffers, draw
 from bytelatent.kernels.decode_attention import decode_attention
 from bytelatent.kernels.decode_cross_attention import (
     append_patch_byte,
@@ -41,7 +41,7 @@ from bytelatent.vocab import VOCAB_SIZE
 
 
 @dataclass(frozen=True)
-class At:
+class QueryPositions:
     """Which positions a stack reads: of each slot `new`, one after another; see `decode_attention`."""
 
     position: Tensor  # the first one's
@@ -53,20 +53,20 @@ class At:
 class ByteLMStep:
     """The step of a byte LM, over its own state."""
 
-    state: State
+    state: DecodeState
 
     def __init__(self, decoder: Decoder, num_slots: int, max_closing: int = 1):
         self.decoder = decoder
         self.state = decoder.empty(num_slots)
         self.sampling = SamplingSlots.empty(num_slots, decoder.device)
-        self.flags = Flags.empty(num_slots, min(max_closing, num_slots), decoder.device)
+        self.buffers = StepBuffers.empty(num_slots, min(max_closing, num_slots), decoder.device)
         self.logits_BV = torch.zeros(num_slots, VOCAB_SIZE, device=decoder.device)
-        self.byte_lm = decoder.byte_lm_weights if isinstance(decoder, FastDecoder) else None
+        self.byte_lm = decoder.byte_lm_weights if isinstance(decoder, PrefillDecoder) else None
         lm = decoder.model if isinstance(decoder.model, ByteLM) else decoder.byte_lm
         if lm is not None and self.byte_lm is None:
             self.byte_lm = ByteLMWeights.of(lm)
 
-    def reserve(self, room: Room) -> None:
+    def reserve(self, room: CacheCapacity) -> None:
         """Grow the state, so that this much fits in each slot."""
         self.state.reserve(room)
         for stack in self._stacks():
@@ -78,11 +78,11 @@ class ByteLMStep:
     @torch.no_grad()
     def __call__(self) -> None:
         """One step."""
-        draw(self.logits_BV, self.sampling, self.state.position, self.flags)
-        append(self.state, self.flags)
-        self.logits_BV.copy_(self._read_byte_lm(self.flags.ids, At(self.flags.at, self.flags.slot)))
+        draw(self.logits_BV, self.sampling, self.state.position, self.buffers)
+        append(self.state, self.buffers)
+        self.logits_BV.copy_(self._read_byte_lm(self.buffers.ids, QueryPositions(self.buffers.at, self.buffers.slot)))
 
-    def _read_byte_lm(self, ids_M: Tensor, at: At) -> Any:
+    def _read_byte_lm(self, ids_M: Tensor, at: QueryPositions) -> Any:
         """The byte LM's logits [M, V] of what follows each id; None where nothing needs them."""
         cache = self.state.byte_lm
         if self.byte_lm is None or cache is None:
@@ -93,14 +93,14 @@ class ByteLMStep:
 
     def outcome(self) -> tuple[Tensor, Tensor]:
         """What the step drew: ids [S, B], -1 for none, of S bytes one after another, and their log-probabilities."""
-        return self.flags.drawn[None], self.flags.log_probability[None]
+        return self.buffers.drawn[None], self.buffers.log_probability[None]
 
-    def _stack(self, stack: StackWeights, x_MD: Tensor, cache: KVCache, at: At) -> Tensor:
+    def _stack(self, stack: StackWeights, x_MD: Tensor, cache: KVCache, at: QueryPositions) -> Tensor:
         for layer in range(len(stack.blocks)):
             x_MD = self._block(stack, layer, x_MD, cache, at)
         return x_MD
 
-    def _block(self, stack: StackWeights, layer: int, x_MD: Tensor, cache: KVCache, at: At) -> Tensor:
+    def _block(self, stack: StackWeights, layer: int, x_MD: Tensor, cache: KVCache, at: QueryPositions) -> Tensor:
         weights, eps = stack.blocks[layer], stack.eps
         qkv = skinny_linear(x_MD, weights.qkv, eps=eps, run=at.run)
         found = decode_attention(
@@ -128,19 +128,19 @@ class BLTStep(ByteLMStep):
         quorum: the share of working slots that must have closed a patch before it runs.
     """
 
-    state: BLTState
+    state: BLTDecodeState
 
     def __init__(self, decoder: Decoder, num_slots: int, max_closing: int, quorum: float = 0.0):
         super().__init__(decoder, num_slots, max_closing)
         model: Any = decoder.model
         assert decoder.patching is not None, "a BLT needs patching settings"
         self.patching = decoder.patching
-        weights = decoder.blt_weights if isinstance(decoder, FastDecoder) else None
+        weights = decoder.blt_weights if isinstance(decoder, PrefillDecoder) else None
         self.blt = BLTWeights.of(model) if weights is None else weights
         self.quorum = quorum
         self.can_wait = quorum > 0 or max_closing < num_slots
         self.assumes_open = decoder.device.type == "cuda" and has_conditions()
-        self.side = Side(decoder.device)
+        self.side = SideStream(decoder.device)
         self.encoded_BD = torch.zeros_like(self.state.open_max)  # the encoder's state of the newest byte
         self.powers = None
         if model.encoder.ngram_hash is not None:
@@ -151,39 +151,39 @@ class BLTStep(ByteLMStep):
 
     @torch.no_grad()
     def __call__(self) -> None:
-        state, flags = self.state, self.flags
-        draw(self.logits_BV, self.sampling, state.position, flags)
-        append(state, flags)
+        state, buffers = self.state, self.buffers
+        draw(self.logits_BV, self.sampling, state.position, buffers)
+        append(state, buffers)
         with self.side.beside():
-            lm_logits = self._read_byte_lm(flags.ids, At(flags.at, flags.slot))
-        encoded_BD = self._encode(state, flags)
+            lm_logits = self._read_byte_lm(buffers.ids, QueryPositions(buffers.at, buffers.slot))
+        encoded_BD = self._encode(state, buffers)
         if self.can_wait:
-            torch.where(flags.reads[:, None], encoded_BD, self.encoded_BD, out=self.encoded_BD)
+            torch.where(buffers.reads[:, None], encoded_BD, self.encoded_BD, out=self.encoded_BD)
             encoded_BD = self.encoded_BD
         if self.assumes_open:
-            self._decode_newest(encoded_BD, flags.slot)
+            self._decode_newest(encoded_BD, buffers.slot)
         self.side.join()
         with overlapped(False):  # it comes after two kernels
-            decide(lm_logits, self.patching, state, flags)
-        choose(state, flags, self.quorum, self.assumes_open)
+            decide(lm_logits, self.patching, state, buffers)
+        choose(state, buffers, self.quorum, self.assumes_open)
         if self.assumes_open:
-            where(flags.run, lambda: self._close(encoded_BD))
+            run_if(buffers.run, lambda: self._close(encoded_BD))
         else:
             self._close(encoded_BD)
 
-    def _encode(self, state: BLTState, flags: Flags, parts: list[Tensor] | None = None) -> Tensor:
+    def _encode(self, state: BLTDecodeState, buffers: StepBuffers, parts: list[Tensor] | None = None) -> Tensor:
         """The encoder's states of the newest bytes, [B, D]; the bytes are added to the open patches.
 
         Args:
             parts: takes what is added: the states, [B, D], then each cross-attention's keys and values.
         """
-        weights, at = self.blt, At(flags.at, flags.slot)
+        weights, at = self.blt, QueryPositions(buffers.at, buffers.slot)
         model: Any = self.decoder.model
         if self.powers is None:
-            x_BD = F.embedding(flags.ids, model.encoder.embedding.weight)
+            x_BD = F.embedding(buffers.ids, model.encoder.embedding.weight)
         else:
             tables = model.encoder.ngram_hash.tables.weight
-            x_BD = hash_embed(state.tail, flags.at, self.powers, tables, model.encoder.embedding.weight)
+            x_BD = hash_embed(state.tail, buffers.at, self.powers, tables, model.encoder.embedding.weight)
         first = len(weights.encoder.blocks) - len(weights.encoder_cross)
         for layer in range(len(weights.encoder.blocks)):
             x_BD = self._block(weights.encoder, layer, x_BD, state.encoder, at)
@@ -192,35 +192,35 @@ class BLTStep(ByteLMStep):
                 kv = skinny_linear(x_BD, weights.encoder_cross[cross].key_value, eps=weights.encoder.eps)
                 kv = kv.unflatten(1, (-1, state.open_k.shape[-1]))
                 pooled = {"h_BD": x_BD, "pooled_BD": state.open_max} if cross == 0 else {}
-                append_patch_byte(kv, state.open_k[cross], state.open_v[cross], flags.count, **pooled)
+                append_patch_byte(kv, state.open_k[cross], state.open_v[cross], buffers.count, **pooled)
                 if parts is not None:
                     parts += [x_BD.clone(), kv] if cross == 0 else [kv]
         return x_BD
 
     def _close(self, encoded_BD: Tensor) -> None:
         """Run the global transformer for the chosen slots; compute the logits that are still to come."""
-        state, flags = self.state, self.flags
-        slot = flags.closing
-        if flags.run.is_cuda or bool(flags.run):  # a CPU knows
+        state, buffers = self.state, self.buffers
+        slot = buffers.closing
+        if buffers.run.is_cuda or bool(buffers.run):  # a CPU knows
             pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[slot.clamp(min=0)]
-            bytes_of = {"count_C": flags.closing_count, "row_C": slot}
-            at = At(flags.number, slot, run=None if self.assumes_open else flags.run)
+            bytes_of = {"count_C": buffers.closing_count, "row_C": slot}
+            at = QueryPositions(buffers.number, slot, run=None if self.assumes_open else buffers.run)
             store_patch(self._patches(pooled_CD, bytes_of, at), state.patch_k, state.patch_v, slot)
         if self.assumes_open and len(encoded_BD) > 1:  # others have theirs
             before_BV = self.logits_BV.clone()
-            self._decode_newest(encoded_BD, flags.decodes)
-            torch.where(flags.decodes[:, None] >= 0, self.logits_BV, before_BV, out=self.logits_BV)
+            self._decode_newest(encoded_BD, buffers.decodes)
+            torch.where(buffers.decodes[:, None] >= 0, self.logits_BV, before_BV, out=self.logits_BV)
         else:
-            self._decode_newest(encoded_BD, flags.decodes)
+            self._decode_newest(encoded_BD, buffers.decodes)
 
     def _decode_newest(self, encoded_BD: Tensor, slot: Tensor) -> None:
         """The logits of what follows the newest byte of slots [B], with their newest closed patch."""
-        state, flags = self.state, self.flags
+        state, buffers = self.state, self.buffers
         x_BD = encoded_BD.clone()  # the decoder writes over it
         patch = state.patch_k, state.patch_v
-        self._decode(x_BD, At(flags.at, slot), patch, slot, flags.reads_patch, self.logits_BV)
+        self._decode(x_BD, QueryPositions(buffers.at, slot), patch, slot, buffers.reads_patch, self.logits_BV)
 
-    def _patches(self, pooled_CD: Tensor, bytes_of: dict[str, Tensor], at: At) -> Tensor:
+    def _patches(self, pooled_CD: Tensor, bytes_of: dict[str, Tensor], at: QueryPositions) -> Tensor:
         """Keys and values of closed patches for the decoder's cross-attentions, [C*K, Y*2*H*E].
 
         Args:
@@ -249,7 +249,7 @@ class BLTStep(ByteLMStep):
     def _decode(
         self,
         x_MD: Tensor,
-        at: At,
+        at: QueryPositions,
         patch: tuple[Tensor, Tensor],
         patch_row: Tensor,
         reads_patch: Tensor,
