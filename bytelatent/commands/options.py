@@ -93,7 +93,7 @@ class TrainArguments(Settings):
     Settings: `--print-config` lists them all with their values and sources; docs/settings.md explains each.
 
     Attributes:
-        settings: config=FILE, or config=NAME of `blt configs`, and key=value.
+        settings: settings as key=value; config=FILE, or config=NAME of `blt configs`, reads a file of them.
         print_config: show all settings with their values and sources, and exit.
     """
 
@@ -126,7 +126,7 @@ class RunsSettings(JsonSettings):
 
     folders: Annotated[list[Path], ARGUMENT]
     figure: Path | None = None
-    against: str = "bytes"
+    against: Literal["bytes", "flops"] = "bytes"
 
 
 class LaunchArguments(LaunchSettings):
