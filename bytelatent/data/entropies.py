@@ -87,13 +87,13 @@ class Summary:
     num_skipped: int  # of these, those that were there already
     num_documents: int = 0
     num_bytes: int = 0  # of text
-    num_ids: int = 0  # that were read: bytes and one BOS a document
+    num_ids: int = 0  # that were read: bytes and one BOS per document
     sum_of_entropies: float = 0.0  # nats
     seconds: float = 0.0
 
     @property
     def mean_entropy(self) -> float | None:
-        """Nats an id; None where nothing was left to do."""
+        """Mean entropy in nats per id; None if there was nothing to do."""
         return self.sum_of_entropies / self.num_ids if self.num_ids else None
 
 

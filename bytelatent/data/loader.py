@@ -110,8 +110,8 @@ class Loader:
         """Resume where this rank was.
 
         Raises:
-            FilesChanged: the files are not those of the state; see `redistribute`.
-            UserError: the sources or the number of ranks are not.
+            FilesChanged: the files differ from those of the state; see `redistribute`.
+            UserError: the sources or the number of ranks differ.
         """
         self._check(state)
         if (state["rank"], state["world"]) != (self.rank, self.world_size):

@@ -179,11 +179,11 @@ class PartlyRead(NamedTuple):
 
 
 class FilesChanged(UserError):
-    """A state is of other files than those that are there now."""
+    """The saved state refers to other files than those that exist now."""
 
 
 class SourceReader:
-    """The documents of one source that are one rank's.
+    """One rank's share of the documents of a source.
 
     The files come in another order in each epoch, the same for all ranks; a file's blocks in turn belong to one rank
     after the other.

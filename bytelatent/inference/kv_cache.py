@@ -69,7 +69,7 @@ class CacheCapacity:
 
 @dataclass
 class DecodeState:
-    """What decoding a byte LM keeps of the sequences in B slots."""
+    """Decoding state of a byte LM for the sequences in B slots."""
 
     position: Tensor  # [B] ids read
     tail: Tensor  # [B, W] the newest ids, the last one last
@@ -110,7 +110,7 @@ class DecodeState:
 
 @dataclass
 class BLTDecodeState(DecodeState):
-    """The same of a BLT."""
+    """Decoding state of a BLT for the sequences in B slots."""
 
     encoder: KVCache
     decoder: KVCache

@@ -80,7 +80,7 @@ class SamplingSlots:
 
     @classmethod
     def empty(cls, num_slots: int, device: torch.device | str) -> "SamplingSlots":
-        """Slots that nothing was put into; they draw the likeliest ids."""
+        """Empty slots, which draw the most likely ids."""
 
         def full(value: float, dtype: torch.dtype) -> Tensor:
             return torch.full((num_slots,), value, dtype=dtype, device=device)
@@ -181,9 +181,9 @@ class SamplingSlots:
         return torch.where(self.valid_utf8[:, None], no_longer_valid_BV, self.is_special)
 
     def weights(self, logits_BV: Tensor) -> Tensor:
-        """What ids are drawn in proportion to: integers, int64 [B, V]; 0 where one may not be drawn.
+        """Sampling weights, proportional to probabilities, int64 [B, V]; 0 for ids that may not be drawn.
 
-        The likeliest has 2^30. In no slot are all of them 0.
+        The most likely id has 2^30; no slot has only zeros.
         """
         wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64  # MPS has no float64
         logits = logits_BV.to(wide)
@@ -238,7 +238,7 @@ def random_numbers(seed: Tensor, number: Tensor) -> Tensor:
 
 
 def _number(seed: Any, number: Any) -> Any:
-    """Of tensors, or of Python's integers, of which only the lowest 64 bits count, however long they grow."""
+    """The hash of two numbers: tensors, or Python integers whose lowest 64 bits count."""
     return _shifted(_mixed(_mixed(seed) + (number + 1) * _as_int64(0x9E3779B97F4A7C15)), 64 - RANDOM_BITS)
 
 
@@ -250,7 +250,7 @@ def _mixed(x: Any) -> Any:
 
 
 def _shifted(x: Any, bits: int) -> Any:
-    """To the right, as if `x` had no sign."""
+    """Logical (unsigned) right shift."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -42,7 +42,7 @@ def log_probabilities(decoder: Decoder, prompt: Tensor, continuations: Sequence[
 
 
 def log_probabilities_of_pairs(decoder: Decoder, pairs: Sequence[Pair]) -> list[float]:
-    """The same of many prompts, each with a continuation of its own; equal prompts are read once.
+    """log P(continuation | prompt) in nats of each pair; equal prompts are read once.
 
     Memory does not grow with the number of pairs; a continuation of more than PASS_IDS ids is read piece by piece.
     """
@@ -103,7 +103,7 @@ def _after_first(decoder: Decoder, state: DecodeState, group: list[Item], texts:
 
 
 def _of_long(decoder: Decoder, state: DecodeState, slot: int, text: Tensor) -> float:
-    """The same of one text, piece by piece, in a slot of its own."""
+    """The log-probability of one long text, read piece by piece in a slot of its own."""
     own = decoder.empty(1)
     own.put(0, state, slot)
     score = 0.0
@@ -153,7 +153,7 @@ class FastEntropies:
 
     @classmethod
     def where_possible(cls, byte_lm: ByteLM | None, device: torch.device, dtype: torch.dtype) -> "FastEntropies | None":
-        """Of a byte LM on this device; None where the kernels cannot compute it, or not as precisely as is asked."""
+        """Create it for a byte LM; None if the kernels cannot compute it on this device or in this precision."""
         if byte_lm is None or device.type != "cuda" or dtype != torch.bfloat16:
             return None
         return cls(byte_lm) if cls.supports(byte_lm.settings) else None

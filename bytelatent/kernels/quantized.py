@@ -62,7 +62,7 @@ class QuantizedMatrix:
         return self.values.device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The numbers themselves, [N, K]."""
+        """The dequantized matrix, [N, K]."""
         exact_NK = self.values.to(dtype)  # both types' values are numbers of bfloat16 and of float16, too
         return torch.mul(exact_NK, self.scale[:, None], out=torch.empty_like(exact_NK))
 

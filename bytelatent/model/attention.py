@@ -110,7 +110,7 @@ def build_mask(
 
 
 def head_dim_of(rotary_TE2: Tensor) -> int:
-    """E, a constant where blocks are compiled; under FSDP a module's own number is not.
+    """E, a constant where blocks are compiled; under FSDP a module's attribute is not a constant.
 
     A second stack's blocks, of another head size, would be compiled for any, and rotate several times slower.
     """

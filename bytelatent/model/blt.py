@@ -152,7 +152,7 @@ class LocalEncoder(nn.Module):
         return patches_PKD
 
     def closing_patch_states(self, states: list[Tensor], cache: BLTCache) -> Tensor:
-        """The same of the patches that close among new bytes, of which there may be none."""
+        """The K states of each patch that closes among new bytes, [P, K, D]; P may be 0."""
         patches_PKD = self.queries(cache.pool(states[0]))
         layers: Any = self.cross_attention
         for layer, (cross, h_TD) in enumerate(zip(layers, states, strict=True)):

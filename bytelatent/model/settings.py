@@ -66,7 +66,7 @@ class CrossAttentionSettings(Settings):
     """Attention between bytes and patches.
 
     Attributes:
-        k: queries (in the encoder) and keys (in the decoder) a patch.
+        k: queries (in the encoder) and keys (in the decoder) per patch.
         num_kv_heads: key and value heads shared by groups of query heads; None for as many as num_heads.
         all_layers_encoder, all_layers_decoder: after (before) every layer, or only the last (first).
     """

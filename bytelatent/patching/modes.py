@@ -74,7 +74,7 @@ class PatchSettings(Settings):
 
     @property
     def decides_on_host(self) -> bool:
-        """Whether the mode has no form on the device."""
+        """Whether the mode has no GPU implementation."""
         return MODES[self.mode].on_host
 
     @property
@@ -134,7 +134,7 @@ Decision = Callable[[PatchSettings, DecisionInputs], Tensor]
 
 @dataclass(frozen=True)
 class PatchingMode:
-    """A mode.
+    """A patching mode.
 
     Attributes:
         decisions: whether the next id starts a patch, elementwise, by name; settings choose one, see `decision_of`.
@@ -165,7 +165,7 @@ def _rise(settings: PatchSettings, moment: DecisionInputs) -> Tensor:
 
 
 def _combined(settings: PatchSettings, moment: DecisionInputs) -> Tensor:
-    """As published, positions 0 and 1 always decide for a start, and position 2 never does."""
+    """As published, a patch always starts after positions 0 and 1, and never after position 2."""
     entropies, rises = moment.rises(settings)
     combined = (entropies > cast(float, settings.threshold)) & (rises > cast(float, settings.threshold_add))
     return (moment.position <= 1) | (combined & (moment.position != 2))

@@ -82,7 +82,7 @@ def patch_lengths(
 
 
 def starts_of_lengths(lengths: Tensor, num_ids: int) -> Tensor:
-    """The opposite, of one row: for each of its ids, whether the next one starts a patch.
+    """The inverse of `patch_lengths` for one row: for each of its ids, whether the next one starts a patch.
 
     Args:
         lengths: [P], zero-padded.

@@ -58,7 +58,7 @@ class StoredTensor:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "StoredTensor":
-        """Of a tensor in memory, or mapped into it."""
+        """Create it from a tensor in memory or in a memory map."""
         return cls(tensor.dtype, tuple(tensor.shape), (tensor.detach().reshape(-1).view(torch.uint8),))
 
     @classmethod

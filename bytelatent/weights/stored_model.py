@@ -171,7 +171,7 @@ class ModelChecksums:
 
     @classmethod
     def of(cls, model: nn.Module, config: Config, byte_lm: nn.Module | None) -> "ModelChecksums":
-        """Of the model as it is now. The weights are read only if there is a measurement."""
+        """Create it from the model as it is now. The weights are read only if there is a measurement."""
         if config.origin == _without_training(config.origin) and config.calibration is None:
             return cls(None, None, config.patching, config.context)
         return cls(checksum(model), checksum(byte_lm) if byte_lm is not None else None, config.patching, config.context)

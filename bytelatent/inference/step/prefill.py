@@ -39,7 +39,7 @@ class RunAttention:
     store: Callable[[Tensor, Tensor], None]  # takes each layer's rotated keys, and values
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
-        """Of queries and keys that are not rotated yet; the keys are rotated in place."""
+        """Attend with queries and keys that are not yet rotated; the keys are rotated in place."""
         found = window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
         self.store(k_TJE, v_TJE)
         return found

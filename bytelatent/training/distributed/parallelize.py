@@ -38,7 +38,7 @@ from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.settings import ActivationCheckpointing, Float8, ParallelSettings
 
-# Shapes: W ranks, T ids a rank, S rows an id, R rows held here, D width
+# Shapes: W ranks, T ids per rank, S rows per id, R rows held here, D width
 
 GROUP_WEIGHTS = 2**28  # half a gigabyte in bfloat16; two groups are gathered at a time
 FLOAT8_MULTIPLE = 16  # what both sizes of a matrix must be multiples of
