@@ -1,5 +1,5 @@
 # pyright: reportInvalidTypeForm=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-"""Cross-attention between bytes and patches. It is not masked attention: its cost is linear in T, without a T x P matrix.
+"""Cross-attention between bytes and patches: not masked attention, but linear in T, without a T x P matrix.
 
 Encoder: a patch's queries see only its own bytes, so the softmax runs over segments of the stream.
 Decoder: a byte sees only the K keys of the patch it reads, so its keys are gathered.
