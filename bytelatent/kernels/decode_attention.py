@@ -112,7 +112,9 @@ def plain_decode_attention(
             attended = attend_array(q_k[:heads].reshape(kv_heads, -1, head_dim), k_RJE, v_RJE, bias)
             found_TX[place] = attended.reshape(-1)
     found = torch.from_numpy(found_TX)
-    return found.to(qkv) if out is None else out.copy_(found)
+    if out is None:
+        return found if qkv.dtype == torch.float32 and not qkv.is_cuda else found.to(qkv)
+    return out.copy_(found)
 
 
 @lru_cache(maxsize=16)

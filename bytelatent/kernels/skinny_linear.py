@@ -113,9 +113,12 @@ def plain_skinny_linear(
     if gated:
         y_MN = gate_array(y_MN)
     if residual_MN is not None:
-        y_MN += array(residual_MN) * residual_scale
+        residual = array(residual_MN)
+        y_MN += residual if residual_scale == 1 else residual * residual_scale
     if out is None:
-        return torch.from_numpy(y_MN).to(x_MK if residual_MN is None else residual_MN)
+        like = x_MK if residual_MN is None else residual_MN
+        y = torch.from_numpy(y_MN)
+        return y if like.dtype == torch.float32 and not like.is_cuda else y.to(like)
     put(out, ..., y_MN)
     return out
 
@@ -127,9 +130,9 @@ def _plain_product(x_MK: Tensor, weight_NK: Matrix, eps: float | None) -> np.nda
         # The dot product is the fastest sum of squares, of a single row.
         squares = np.vdot(x, x) / x.size if len(x) == 1 else np.square(x).mean(1, keepdims=True)
         x = x * (squares + eps) ** -0.5
-    if isinstance(weight_NK, QuantizedMatrix) or x_MK.dtype != torch.float32 or len(x) * weight_NK.numel() > SMALL:
-        return array(F.linear(torch.from_numpy(x).to(x_MK), dense(weight_NK, x_MK.dtype)))
-    return x @ array(weight_NK).T
+    if x_MK.dtype == torch.float32 and isinstance(weight_NK, Tensor) and len(x) * weight_NK.numel() <= SMALL:
+        return x @ array(weight_NK).T
+    return array(F.linear(torch.from_numpy(x).to(x_MK), dense(weight_NK, x_MK.dtype)))
 
 
 def skinny_linear(
