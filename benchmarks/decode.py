@@ -205,7 +205,7 @@ def check() -> None:
 
 
 def cpu() -> None:
-    """The demo's BLT on this CPU: a byte at position 1,000, with a memory and by the whole forward pass."""
+    """The demo's BLT on this CPU: a byte at position 1,000, with a KV cache and by the whole forward pass."""
     from bytelatent.model import add_patches
     from bytelatent.patching import next_starts
 
@@ -224,7 +224,7 @@ def cpu() -> None:
         with torch.no_grad():
             model(add_patches(stream, starts))
 
-    times: dict[str, list[float]] = {"whole forward pass": [], "with a memory": []}
+    times: dict[str, list[float]] = {"whole forward pass": [], "with a KV cache": []}
     engine = Engine(decoder, CapturedSlots(decoder, 1), 1)
     whole()
     [asked] = engine.submit(row, DRAW.model_copy(update={"seed": 5}), 200)
@@ -240,11 +240,11 @@ def cpu() -> None:
                 engine.advance()
             began = time.perf_counter()
             engine.advance()
-            times["with a memory"].append(time.perf_counter() - began)
+            times["with a KV cache"].append(time.perf_counter() - began)
     middle = {name: sum(values) / len(values) for name, values in times.items()}
     for name, seconds in middle.items():
         print(f"{name}: {seconds * 1e3:.2f} ms per byte, {1 / seconds:,.0f} bytes/s")
-    print(f"{middle['whole forward pass'] / middle['with a memory']:.1f} times as fast")
+    print(f"{middle['whole forward pass'] / middle['with a KV cache']:.1f} times as fast")
 
 
 def leaks(minutes: float) -> None:

@@ -50,12 +50,6 @@ class TextKeys:
         return keyed.digest()
 
 
-def split_keys(keys: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The high and the low 64 bits of keys of 16 bytes, uint64 [N] each."""
-    both = np.frombuffer(b"".join(keys), dtype=">u8").astype(np.uint64).reshape(-1, 2)
-    return np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1])
-
-
 def sorted_order(high: np.ndarray, low: np.ndarray | None = None) -> np.ndarray:
     """The positions of the documents by key, int64 [N]; documents with equal keys keep their order."""
     if low is not None:
