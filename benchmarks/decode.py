@@ -163,10 +163,12 @@ def generate(
 
 
 def check() -> None:
+    """Compare the captured step with plain PyTorch; exit code 1 if a sequence differs."""
     from tests.inference.test_engine import decoders, generated
 
     sampling = Sampling(temperature=1.0, seed=3, top_p=0.9)
     every, full = get_args(Quantization), get_args(Quantization)[:1]
+    num_unequal = 0
     kinds = [(name, weights) for name in decoders() for weights in (every if name == "entropy" else full)]
     for name, weights in kinds:
         plain = decoders()[name]
@@ -198,10 +200,13 @@ def check() -> None:
                     if a != b:
                         break
                     far = max(far, abs(p - q))
+            num_unequal += rows - same
             print(
                 f"check {name}, {weights} weights, {rows} rows, quorum {quorum}, drafts of {draft_length}: "
                 f"{same} of {rows} equal, log-probabilities {far:.1e}"
             )
+    if num_unequal:
+        raise SystemExit(f"{num_unequal} sequences are not equal")
 
 
 def cpu() -> None:
