@@ -24,11 +24,12 @@ from bytelatent.kernels.launch import (
     check_contiguous,
     launch_options,
     power_of_two,
-    put,
+    tensor_like,
     tl,
     triton,
     uses_kernels,
     wait_for_earlier,
+    write_back,
 )
 from bytelatent.kernels.rotary import rotated
 
@@ -99,22 +100,20 @@ def plain_decode_attention(
     qkv_TZE, rotation_PA = array(qkv).reshape(size, -1, head_dim), array(rotary_PA2).view(np.complex64)[..., 0]
     rows = range(size // new) if row_B is None else row_B.tolist()
     for b, (row, first) in enumerate(zip(rows, position_B.tolist(), strict=True)):
-        for step in range(new) if row >= 0 else ():
-            place, position = b * new + step, first + step
-            slot, seen = position % slots, min(position + 1, slots)
-            q_k, v = qkv_TZE[place, : heads + kv_heads], qkv_TZE[place, heads + kv_heads :]
-            q_k = (q_k.view(np.complex64) * rotation_PA[position]).view(np.float32)
-            put(cache_k_CRJE, (row, slot), q_k[heads:])
-            put(cache_v_CRJE, (row, slot), v)
-            k_RJE, v_RJE = array(cache_k_CRJE, (row, slice(seen))), array(cache_v_CRJE, (row, slice(seen)))
+        if row < 0:
+            continue
+        k_RJE, v_RJE = array(cache_k_CRJE, row), array(cache_v_CRJE, row)
+        for position in range(first, first + new):
+            place, slot, seen = b * new + position - first, position % slots, min(position + 1, slots)
+            q_k = (qkv_TZE[place, : heads + kv_heads].view(np.complex64) * rotation_PA[position]).view(np.float32)
+            k_RJE[slot], v_RJE[slot] = q_k[heads:], qkv_TZE[place, heads + kv_heads :]
             oldest = slots - 1 - slot
             bias = None if window is None or seen <= window else _window_bias(slots, window)[oldest : oldest + seen]
-            attended = attend_array(q_k[:heads].reshape(kv_heads, -1, head_dim), k_RJE, v_RJE, bias)
-            found_TX[place] = attended.reshape(-1)
-    found = torch.from_numpy(found_TX)
-    if out is None:
-        return found if qkv.dtype == torch.float32 and not qkv.is_cuda else found.to(qkv)
-    return out.copy_(found)
+            q_JGE = q_k[:heads].reshape(kv_heads, -1, head_dim)
+            found_TX[place] = attend_array(q_JGE, k_RJE[:seen], v_RJE[:seen], bias).reshape(-1)
+        write_back(cache_k_CRJE, row, k_RJE)
+        write_back(cache_v_CRJE, row, v_RJE)
+    return tensor_like(qkv, found_TX) if out is None else write_back(out, ..., found_TX)
 
 
 @lru_cache(maxsize=16)

@@ -23,10 +23,12 @@ from bytelatent.kernels.launch import (
     check_contiguous,
     launch_options,
     power_of_two,
+    tensor_like,
     tl,
     triton,
     uses_kernels,
     wait_for_earlier,
+    write_back,
 )
 
 # Shapes: T new bytes, B sequences, S new bytes of each, C patches that are closed, K keys or queries per patch, L bytes
@@ -44,21 +46,20 @@ def plain_decoder_cross_attention_step(
     out: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
-    """The plain form. Without `out`, a skipped byte's result may be anything."""
+    """The plain form, one byte after another. Without `out`, a skipped byte's result may be anything."""
     if run is not None and not bool(run):
         return torch.zeros_like(q_THE) if out is None else out
-    row_T = np.arange(len(q_THE) // new) if row_B is None else row_B.cpu().numpy()
-    row_T = row_T if new == 1 else np.repeat(row_T, new)
-    k_TKJE, v_TKJE, reads = array(k_BKJE)[row_T], array(v_BKJE)[row_T], reads_T.cpu().numpy()
-    if not reads.all():
-        k_TKJE[~reads] = v_TKJE[~reads] = 0
+    found_THE = np.zeros(q_THE.shape, np.float32) if out is None else array(out)
     q_TJGE = array(q_THE).reshape(len(q_THE), k_BKJE.shape[2], -1, q_THE.shape[-1])
-    found_THE = torch.from_numpy(attend_array(q_TJGE, k_TKJE, v_TKJE).reshape(q_THE.shape)).to(q_THE)
-    if out is None:
-        return found_THE
-    is_written_T = torch.from_numpy(row_T >= 0).to(out.device)
-    out[is_written_T] = found_THE[is_written_T]
-    return out
+    rows = range(len(q_THE) // new) if row_B is None else row_B.tolist()
+    for t, reads in enumerate(reads_T.tolist()):
+        row = rows[t // new]
+        if row >= 0 and reads:
+            found_JGE = attend_array(q_TJGE[t], array(k_BKJE, row), array(v_BKJE, row))
+            found_THE[t] = found_JGE.reshape(q_THE.shape[1:])
+        elif row >= 0:
+            found_THE[t] = 0
+    return tensor_like(q_THE, found_THE) if out is None else write_back(out, ..., found_THE)
 
 
 def decoder_cross_attention_step(

@@ -87,9 +87,10 @@ def plain_hash_embed(
     rows_TN = hash_rows(tail_BL, history_T, powers_NW, tables_NVD.shape[0] // powers_NW.shape[0], new)
     if rows is not None:
         rows.copy_(rows_TN)
-    x_TD = F.embedding_bag(rows_TN, tables_NVD, mode="sum")
+    # For a few ids the one is faster, for a stream the other.
+    x_TD = F.embedding(rows_TN, tables_NVD).sum(1) if new == 1 else F.embedding_bag(rows_TN, tables_NVD, mode="sum")
     if embedding_D is not None:
-        x_TD += F.embedding(tail_BL[:, tail_BL.shape[1] - new :].flatten(), embedding_D)
+        x_TD += F.embedding(tail_BL[:, tail_BL.shape[1] - new :], embedding_D).view_as(x_TD)
     return x_TD if out is None else out.copy_(x_TD)
 
 

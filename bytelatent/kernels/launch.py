@@ -93,12 +93,17 @@ def array(tensor: Tensor, at: Any = None) -> np.ndarray:
     return (tensor if at is None else tensor[at]).float().cpu().numpy()
 
 
-def put(tensor: Tensor, at: Any, values: np.ndarray) -> None:
-    """Write the part `at` of a tensor."""
-    if tensor.dtype == torch.float32 and not tensor.is_cuda:
-        tensor.numpy()[at] = values
-    else:
+def write_back(tensor: Tensor, at: Any, values: np.ndarray) -> Tensor:
+    """Write what was changed in `array(tensor, at)` to the tensor, unless it is over the same memory."""
+    if tensor.dtype != torch.float32 or tensor.is_cuda:
         tensor[at] = torch.from_numpy(values)
+    return tensor
+
+
+def tensor_like(tensor: Tensor, values: np.ndarray) -> Tensor:
+    """A tensor of the same dtype and on the same device; over the values' memory where it is float32 on a CPU."""
+    made = torch.from_numpy(values)
+    return made if tensor.dtype == torch.float32 and not tensor.is_cuda else made.to(tensor)
 
 
 def attend_array(

@@ -27,11 +27,12 @@ from bytelatent.kernels.launch import (
     fetch,
     launch_options,
     power_of_two,
-    put,
+    tensor_like,
     tl,
     triton,
     uses_kernels,
     wait_for_earlier,
+    write_back,
 )
 from bytelatent.kernels.quantized import Matrix, QuantizedMatrix, dense
 
@@ -98,7 +99,6 @@ def fold_norm(weight_NK: Tensor, norm_K: Tensor) -> Tensor:
 def plain_skinny_linear(
     x_MK: Tensor,
     weight_NK: Matrix,
-    *,
     gated: bool = False,
     eps: float | None = None,
     residual_MN: Tensor | None = None,
@@ -116,11 +116,9 @@ def plain_skinny_linear(
         residual = array(residual_MN)
         y_MN += residual if residual_scale == 1 else residual * residual_scale
     if out is None:
-        like = x_MK if residual_MN is None else residual_MN
-        y = torch.from_numpy(y_MN)
-        return y if like.dtype == torch.float32 and not like.is_cuda else y.to(like)
-    put(out, ..., y_MN)
-    return out
+        return tensor_like(x_MK if residual_MN is None else residual_MN, y_MN)
+    array(out)[:] = y_MN
+    return write_back(out, ..., y_MN)
 
 
 def _plain_product(x_MK: Tensor, weight_NK: Matrix, eps: float | None) -> np.ndarray:
@@ -162,14 +160,13 @@ def skinny_linear(
         run: one number on the device; where it is 0 nothing is written, or, with many rows, anything may be.
         launch: see `launch_for`.
     """
-    given: dict[str, Any] = {"gated": gated, "eps": eps, "residual_MN": residual_MN, "residual_scale": residual_scale}
     if not uses_kernels(x_MK):
-        return plain_skinny_linear(x_MK, weight_NK, **given, out=out, run=run)
+        return plain_skinny_linear(x_MK, weight_NK, gated, eps, residual_MN, residual_scale, out, run)
     is_quantized = isinstance(weight_NK, QuantizedMatrix)
     weight, scale = (weight_NK.values, weight_NK.scale) if is_quantized else (weight_NK, None)
     most = LIBRARY_FROM if weight.element_size() < 4 else FLOAT32_LIBRARY_FROM
     if len(x_MK) > (QUANTIZED_LIBRARY_FROM if is_quantized else most) and launch is None and x_MK.is_cuda:
-        return _by_library(x_MK, dense(weight_NK, x_MK.dtype), **given, out=out)
+        return _by_library(x_MK, dense(weight_NK, x_MK.dtype), gated, eps, residual_MN, residual_scale, out)
     (M, K), N = x_MK.shape, weight.shape[0] // (1 + gated)
     if out is None:
         out = torch.empty(M, N, dtype=(x_MK if residual_MN is None else residual_MN).dtype, device=x_MK.device)

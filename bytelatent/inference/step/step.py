@@ -75,7 +75,7 @@ class ByteLMStep:
     def _stacks(self) -> list[StackWeights]:
         return [self.byte_lm.stack] if self.byte_lm is not None else []
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self) -> None:
         """One step."""
         draw(self.logits_BV, self.sampling, self.state.position, self.buffers)
@@ -149,7 +149,7 @@ class BLTStep(ByteLMStep):
     def _stacks(self) -> list[StackWeights]:
         return [*super()._stacks(), self.blt.encoder, self.blt.middle, self.blt.decoder]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self) -> None:
         state, buffers = self.state, self.buffers
         draw(self.logits_BV, self.sampling, state.position, buffers)
