@@ -29,7 +29,7 @@ HOLDS = {  # what a package is for, where its name does not say it
     "commands": "what each verb does",
     "blt": "the public class",
     "training": "trainer, checkpoints, distributed plans, profiling",
-    "evaluation": "bits per byte",
+    "evaluation": "bits per byte, tasks, noise, characters",
     "report": "pages and figures",
     "inference": "KV caches, decoder, engine, sampling, the captured step",
     "data": "text to batches",
