@@ -205,7 +205,8 @@ class TaskSettings(Settings):
     shots: worked examples before each question. Default: the task's own number.
     limit: questions of each task. Default: all.
     include_path: folder of task files (.yaml) of your own.
-    out: file for the results of --tasks. An interrupted command leaves its answers in OUT.part; the same command resumes.
+    out: file for the results of --tasks. An interrupted command leaves its answers in OUT.part; the same command
+        resumes.
     batch_size: texts that are continued at once, for --tasks.
     samples: programs of each problem, for pass@k.
     temperature: temperature of --samples.
