@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
+from bytelatent.commands.eval_options import CharacterSettings, NoiseSettings
 from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
 from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
 from bytelatent.launch import LaunchSettings
@@ -199,7 +200,7 @@ class EntropiesSettings(TextSettings):
     world_size: int | None = None
 
 
-class EvaluateSettings(TextSettings, EntropyModelSettings, JsonSettings):
+class EvaluateSettings(TextSettings, EntropyModelSettings, NoiseSettings, CharacterSettings, JsonSettings):
     """Measure the bits per byte of a model on text.
 
     Example:  `blt eval held-out/*.jsonl --model runs/demo`
