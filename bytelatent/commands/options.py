@@ -332,7 +332,7 @@ class InfoSettings(EntropyModelSettings, JsonSettings):
 
     Attributes:
         model: a preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.
-        patch_bytes: mean patch size, in bytes.
+        patch_bytes: mean patch size, in bytes; of a token LM the mean token.
         context: context, in bytes.
         revision: branch, tag or commit of a repository.
     """
