@@ -199,20 +199,35 @@ class EntropiesSettings(TextSettings):
     world_size: int | None = None
 
 
-class EvaluateSettings(TextSettings, EntropyModelSettings, JsonSettings):
-    """Measure the bits per byte of a model on text.
+class TaskSettings(Settings):
+    """Attributes:"""
+
+
+class NoiseSettings(Settings):
+    """Attributes:"""
+
+
+class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSettings, JsonSettings):
+    """Measure the bits per byte of models on text.
 
     Example:  `blt eval held-out/*.jsonl --model runs/demo`
 
     Attributes:
-        model: a run, or a folder with a model.
+        text: files, folders or globs.
+        model: a run, a folder with a model, or OWNER/NAME on the hub; several may be named, each with --model.
         max_bytes: bytes of text to measure. Default: all.
         device: device: auto, cpu, cuda or mps.
     """
 
-    model: Model = DEFAULT_MODEL
+    text: Annotated[list[str], ARGUMENT] = Field(default=[])
+    model: Annotated[list[str], Option(("--model", "-m"))] = Field(default=[DEFAULT_MODEL], min_length=1)
     max_bytes: NumBytes | None = None
     device: str = "auto"
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class GenerateSettings(EntropyModelSettings):
