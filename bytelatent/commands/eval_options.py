@@ -18,6 +18,8 @@ class NoiseSettings(Settings):
     noise_on: what of a task gets the noise: prompt, completion or both.
     noise_rates: rates to try of each noise, with commas: 0,0.05,0.1. Default: the noise's own.
     figure: draw the score at each rate: a .png, .svg or .pdf file.
+    words: words for the tasks of `cute`: a file with one word per line, or any text.
+    related: pairs of words of related meaning, for the task `cute_sem`: a file of lines WORD, tab, WORD.
     seed: seed of the noise, of generated tasks and of intervals.
     """
 
@@ -25,6 +27,8 @@ class NoiseSettings(Settings):
     noise_on: Literal["prompt", "completion", "both"] = "both"
     noise_rates: list[Rate] | None = None
     figure: Path | None = None
+    words: Path | None = None
+    related: Path | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @field_validator("noise_rates", mode="before")
@@ -37,13 +41,3 @@ class NoiseSettings(Settings):
             if not re.fullmatch(r"\s*(0|1|0?\.[0-9]{1,16}|1\.0*)\s*", rate):
                 raise ValueError(f"'{rate}' is not a rate; write numbers from 0 to 1 with commas: 0,0.05,0.1")
         return [float(rate) for rate in value.split(",")]
-
-
-class CharacterSettings(Settings):
-    """Attributes:
-    words: words for the tasks of `cute`: a file with one word per line, or any text.
-    related: pairs of words of related meaning for the task `cute_sem`: a file of lines WORD, tab, WORD.
-    """
-
-    words: Path | None = None
-    related: Path | None = None
