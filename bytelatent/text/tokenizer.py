@@ -35,7 +35,7 @@ class Tokenizer(Vocabulary):
         name: the file, for errors.
 
     Raises:
-        UserError: it is none, it does not give every text back byte for byte, or the package is missing.
+        UserError: it is something else, it does not give every text back byte for byte, or the package is missing.
     """
 
     is_tokens = True

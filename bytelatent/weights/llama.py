@@ -45,7 +45,7 @@ class LlamaFormat(WeightsFormat):
 
     def read_config(self, folder: Path) -> StoredModel:
         values, where = read_json_object(folder / "config.json"), str(folder / "config.json")
-        config = read_sidecar(folder, read_llama(values, where), lambda own: read_llama(config_of(own), where))
+        config = read_sidecar(folder, read_llama(values, where), lambda own: read_llama(llama_config(own), where))
         return StoredModel(config, {}, None, "transformers' LlamaForCausalLM", str(folder))
 
     def read_weights(self, folder: Path) -> dict[str, StoredTensor]:
@@ -61,7 +61,7 @@ class LlamaFormat(WeightsFormat):
         assert stored.tokenizer is not None
         tokenizer, config = Tokenizer.read(stored.tokenizer), stored.config
         ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-        write_json_object(folder / "config.json", {**config_of(config), **ids, "dtype": precision_of(stored)})
+        write_json_object(folder / "config.json", {**llama_config(config), **ids, "dtype": precision_of(stored)})
         write_json_object(folder / "generation_config.json", ids)
         write_sidecar(folder, config)
         write_tokenizer_config(folder, config.context, *(tokenizer.name_of(id_) for id_ in ids.values()))
@@ -103,7 +103,7 @@ def read_llama(values: Mapping[str, Any], where: str) -> Config:
     return Config(model=model, context=part.context)
 
 
-def config_of(config: Config) -> dict[str, Any]:
+def llama_config(config: Config) -> dict[str, Any]:
     """`config.json` for a token LM.
 
     Raises:
