@@ -59,7 +59,9 @@ def shallow(name: str, **cross: Any) -> ModelSettings:
     update: dict[str, Any] = {
         part: getattr(settings, part).model_copy(update={"num_layers": depth}) for part, depth in depths.items()
     }
-    return settings.model_copy(update=update | {"cross_attention": settings.cross_attention.model_copy(update=cross)})
+    if settings.cross_attention is not None:
+        update["cross_attention"] = settings.cross_attention.model_copy(update=cross)
+    return settings.model_copy(update=update)
 
 
 GROUPED = ByteLMSettings(dim=64, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -71,6 +73,10 @@ SHAPES = {
     "blt-1b, all layers": (shallow("blt-1b", all_layers_encoder=True), 2048, 8),
     "blt-1b, one decoder layer, k 3": (shallow("blt-1b", all_layers_decoder=False, k=3), 1024, 4),
     "blt-8b": (shallow("blt-8b"), 2048, 8),
+    "without hash tables": (shallow("blt-1b").model_copy(update={"ngram_hash": None}), 1024, 4),
+    "flat": (shallow("flat-100m"), 512, 4),
+    "megabyte": (shallow("megabyte-100m"), 1536, 6),
+    "spacebyte": (shallow("spacebyte-100m"), 1536, 6),
 }
 
 
