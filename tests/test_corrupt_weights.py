@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bytelatent import BLT
 from bytelatent.cli import main
-from bytelatent.commands.eval import evaluate_model
+from bytelatent.commands.eval_text import evaluate_model
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.terminal import print_json

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bytelatent.commands.calibrate import calibrate_text
-from bytelatent.commands.eval import evaluate_model
+from bytelatent.commands.eval_text import evaluate_model
 from bytelatent.commands.options import CalibrateSettings, EvaluateSettings
 from bytelatent.model import ByteLM
 from bytelatent.training import train

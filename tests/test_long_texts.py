@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bytelatent import BLT
 from bytelatent.cli import app
 from bytelatent.commands.calibrate import calibrate_text
-from bytelatent.commands.eval import evaluate_model
+from bytelatent.commands.eval_text import evaluate_model
 from bytelatent.commands.options import CalibrateSettings, EvaluateSettings
 from bytelatent.data import patches_of
 from bytelatent.errors import UserError

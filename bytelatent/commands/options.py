@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
+from bytelatent.commands.eval_options import NoiseSettings
 from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
 from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
 from bytelatent.launch import LaunchSettings
@@ -199,20 +200,31 @@ class EntropiesSettings(TextSettings):
     world_size: int | None = None
 
 
-class EvaluateSettings(TextSettings, EntropyModelSettings, JsonSettings):
-    """Measure the bits per byte of a model on text.
+class TaskSettings(Settings):
+    """Attributes:"""
+
+
+class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSettings, JsonSettings):
+    """Measure the bits per byte of models on text.
 
     Example:  `blt eval held-out/*.jsonl --model runs/demo`
 
     Attributes:
-        model: a run, or a folder with a model.
+        text: files, folders or globs.
+        model: a run, a folder with a model, or OWNER/NAME on the hub; several may be named, each with --model.
         max_bytes: bytes of text to measure. Default: all.
         device: device: auto, cpu, cuda or mps.
     """
 
-    model: Model = DEFAULT_MODEL
+    text: Annotated[list[str], ARGUMENT] = Field(default=[])
+    model: Annotated[list[str], Option(("--model", "-m"))] = Field(default=[DEFAULT_MODEL], min_length=1)
     max_bytes: NumBytes | None = None
     device: str = "auto"
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class GenerateSettings(EntropyModelSettings):
@@ -332,7 +344,7 @@ class InfoSettings(EntropyModelSettings, JsonSettings):
 
     Attributes:
         model: a preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.
-        patch_bytes: mean patch size, in bytes.
+        patch_bytes: mean patch size, in bytes; of a token LM the mean token.
         context: context, in bytes.
         revision: branch, tag or commit of a repository.
     """

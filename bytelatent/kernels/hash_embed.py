@@ -12,6 +12,7 @@ Source: Pagnoni et al. 2024, section 3.2.1; the published hash functions.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,18 +57,16 @@ def hash_rows(tail_BL: Tensor, history_T: Tensor, powers_NW: Tensor, rows: int, 
     The other arguments: see `hash_embed`.
     """
     num_tables, widest = powers_NW.shape
-    length = tail_BL.shape[1]
-    if new == 1 and not tail_BL.is_cuda:  # NumPy takes a third of the time for a few sequences
-        newest_BW = tail_BL.numpy()[:, ::-1][:, :widest]
-        back_W = np.arange(newest_BW.shape[1])
-        counted_BW = np.where(back_W <= history_T.numpy()[:, None], newest_BW, 0).astype(np.int64, copy=False)
-        total_BN = counted_BW @ powers_NW.numpy().T[: len(back_W)]  # int64 wraps: arithmetic mod 2^64
-        return torch.from_numpy(total_BN % rows + np.arange(num_tables) * rows)
-    total_TN = powers_NW.new_zeros(history_T.shape[0], num_tables)
-    for back in range(widest):
-        earlier_T = F.pad(tail_BL, (back, 0))[:, length - new : length].flatten()
-        total_TN += torch.where(history_T >= back, earlier_T, 0)[:, None] * powers_NW[:, back]  # int64 wraps, too
-    return total_TN.remainder(rows) + torch.arange(num_tables, device=tail_BL.device) * rows
+    needed = widest + max(new, 1) - 1
+    if tail_BL.shape[1] < needed:
+        tail_BL = F.pad(tail_BL, (needed - tail_BL.shape[1], 0))
+    newest: Any = tail_BL[:, tail_BL.shape[1] - needed :].unfold(1, widest, 1).flatten(0, 1).flip(1)  # [T, W]
+    history, powers, count = history_T, powers_NW, partial(torch.arange, device=tail_BL.device)
+    if not tail_BL.is_cuda:  # NumPy takes a third of the time for a few sequences
+        newest, history, powers, count = newest.numpy(), history.numpy(), powers.numpy(), np.arange
+    counted = newest * (count(widest) <= history[:, None])
+    found = (counted[:, None] * powers).sum(-1) % rows  # int64 wraps: arithmetic mod 2^64
+    return torch.as_tensor(found + count(num_tables) * rows)
 
 
 def plain_hash_embed(

@@ -53,7 +53,7 @@ def of_attention(parts: list[PartCost], cross: bool = True) -> float:
 def shallow(name: str, **cross: Any) -> ModelSettings:
     """A preset in its own widths with few layers."""
     settings = preset(name)
-    if isinstance(settings, ByteLMSettings):
+    if isinstance(settings, StackSettings):
         return settings.model_copy(update={"num_layers": 2})
     depths = {"encoder": 2, "global_transformer": 3, "decoder": 2}
     update: dict[str, Any] = {
@@ -75,6 +75,7 @@ SHAPES = {
     "blt-8b": (shallow("blt-8b"), 2048, 8),
     "without hash tables": (shallow("blt-1b").model_copy(update={"ngram_hash": None}), 1024, 4),
     "flat": (shallow("flat-100m"), 512, 4),
+    "token LM": (shallow("token-lm-100m"), 512, 1),
     "megabyte": (shallow("megabyte-100m"), 1536, 6),
     "spacebyte": (shallow("spacebyte-100m"), 1536, 6),
 }
@@ -93,6 +94,17 @@ def test_matrices_in_training(shape: str, monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+def test_token_lm_per_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch counts them per token, and so many bytes share them; the output layer is among them."""
+    settings, size, token_bytes = preset("demo-token-lm"), 512, 4
+    monkeypatch.setattr("bytelatent.model.block.build_mask", lambda *_: SumsInPlaceOfAttention())
+    forward, _ = counted(settings, size, token_bytes)
+    attention = of_attention(costs(settings, token_bytes, size * token_bytes))
+    found = flops_per_byte(settings, token_bytes, size * token_bytes) - attention
+    assert found == pytest.approx(forward / (size * token_bytes), rel=1e-12)
+    assert attention == pytest.approx(looped_attention(settings, size) / (size * token_bytes), rel=1e-12)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_training_with_attention_as_it_is_multiplied(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every pair that is multiplied on a CPU, seen or masked: all of them, or two blocks of a window."""
@@ -109,6 +121,11 @@ def test_training_with_attention_as_it_is_multiplied(shape: str, monkeypatch: py
     assert training_flops(settings, patch_bytes, size) - 3 * uncounted == pytest.approx(
         (forward + backward) / size, rel=0.01
     )
+
+
+def test_a_token_costs_the_same_of_however_many_bytes_it_is() -> None:
+    settings, size, *_ = SHAPES["token LM"]
+    assert 5 * flops_per_byte(settings, 5, 5 * size) == pytest.approx(flops_per_byte(settings, 1, size), rel=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 5, 24, 50])

@@ -156,8 +156,8 @@ def supports(model: BLTModel | ByteLM, byte_lm: ByteLM | None) -> bool:
 
 
 def has_cross_attention(model: BLTModel | ByteLM) -> bool:
-    """Whether the step is written for this model: for a byte LM, or a BLT with cross-attention."""
-    return isinstance(model, ByteLM) or model.settings.cross_attention is not None
+    """Whether the step is written for this model: not for a BLT without cross-attention."""
+    return not isinstance(model, BLTModel) or model.settings.cross_attention is not None
 
 
 def _matrix(linear: Any, norm: Any = None) -> Matrix:
