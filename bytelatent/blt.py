@@ -23,6 +23,7 @@ from bytelatent.inference.scoring import entropies_of
 from bytelatent.inference.settings import LIMITS, Quantization, check_limits
 from bytelatent.inference.step import engine_for
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
+from bytelatent.model.settings import NAMES
 from bytelatent.patching import Patch, PatchSettings, next_starts, starts_of_lengths
 from bytelatent.text import Document
 from bytelatent.vocab import PADDING, VOCAB_SIZE, encode, to_bytes
@@ -112,7 +113,8 @@ class BLT:
         check_limits(draft_length=draft_length)
         found = open_pretrained(source, entropy_model, revision, token, local_files_only)
         if not isinstance(found.config.model, BLTSettings):
-            raise UserError(f"model: '{source}' holds a byte LM, which has no patches; name a BLT")
+            name = NAMES[found.config.model.kind]
+            raise UserError(f"model: '{source}' holds a {name}, which has no patches; name a BLT")
         if found.config.patching is None:
             raise UserError(f"model: '{source}' has no patching settings; its config.json should have them")
         LOGGER.info(found.in_a_line())

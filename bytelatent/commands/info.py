@@ -9,9 +9,9 @@ from rich.table import Table
 from bytelatent.commands.options import InfoSettings
 from bytelatent.errors import UserError
 from bytelatent.log import Console
-from bytelatent.model import PRESETS, ByteLMSettings, ModelSettings, preset
+from bytelatent.model import PRESETS, LanguageModelSettings, ModelSettings, preset
 from bytelatent.model.flops import PartCost, costs
-from bytelatent.model.settings import StackSettings
+from bytelatent.model.settings import NAMES, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.terminal import print_json
 from bytelatent.weights import open_pretrained
@@ -43,8 +43,8 @@ class Description:
         lines = [self.source, *architecture(self.settings)]
         if self.patching is not None:
             lines.append(f"patches: {self.patching.in_words()}")
-        is_blt = self.settings.kind == "blt"
-        where = f"{self.context:,} bytes of context" + (f", {self.patch_bytes:g}-byte patches" if is_blt else "")
+        unit = {"blt": "patches", "token_lm": "tokens"}.get(self.settings.kind)
+        where = f"{self.context:,} bytes of context" + (f", {self.patch_bytes:g}-byte {unit}" if unit else "")
         below = f"a forward pass, {where}; training costs three times it"
         for line in (*lines, self._table(), below):  # a path with brackets is no markup
             console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
@@ -97,8 +97,9 @@ def describe(given: InfoSettings) -> Description:
 
 def architecture(settings: ModelSettings) -> list[str]:
     """The shape of each part, a line each."""
-    if isinstance(settings, ByteLMSettings):
-        return [f"byte LM: {_in_words(settings)}"]
+    if isinstance(settings, LanguageModelSettings):
+        vocabulary = f", {settings.vocab_size:,} ids" if settings.kind == "token_lm" else ""
+        return [f"{NAMES[settings.kind]}: {_in_words(settings)}{vocabulary}"]
     cross = settings.cross_attention
     lines = [
         f"local encoder: {_in_words(settings.encoder)}",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
+from bytelatent.commands.eval_options import NoiseSettings
 from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
 from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
 from bytelatent.launch import LaunchSettings
@@ -203,10 +204,6 @@ class TaskSettings(Settings):
     """Attributes:"""
 
 
-class NoiseSettings(Settings):
-    """Attributes:"""
-
-
 class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSettings, JsonSettings):
     """Measure the bits per byte of models on text.
 
@@ -347,7 +344,7 @@ class InfoSettings(EntropyModelSettings, JsonSettings):
 
     Attributes:
         model: a preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.
-        patch_bytes: mean patch size, in bytes.
+        patch_bytes: mean patch size, in bytes; of a token LM the mean token.
         context: context, in bytes.
         revision: branch, tag or commit of a repository.
     """

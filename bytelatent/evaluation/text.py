@@ -8,7 +8,7 @@ import torch
 
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
-from bytelatent.model import BLTModel, ByteLM
+from bytelatent.model import BLTModel, LanguageModel
 from bytelatent.model.loss import bits_per_byte, cross_entropy
 
 
@@ -22,7 +22,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: BLTModel | ByteLM,
+    model: BLTModel | LanguageModel,
     batches: Iterable[Batch],
     on_batch: Callable[[int], None] = lambda num_bytes: None,
 ) -> Evaluation:

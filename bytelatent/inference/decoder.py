@@ -26,7 +26,7 @@ from bytelatent.inference.kv_cache import (
 )
 from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.patch_pooling import pool_patches
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, Stream, entropies, pack_rows
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, LanguageModel, Stream, entropies, pack_rows
 from bytelatent.model.attention import Mask, build_mask
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings, PatchState, Tail, step
@@ -36,7 +36,7 @@ from bytelatent.patching import PatchSettings, PatchState, Tail, step
 
 
 class Decoder:
-    """A BLT or a byte LM, decoded incrementally.
+    """A BLT, a byte LM or a token LM, decoded incrementally.
 
     Args:
         patching: patching settings of a BLT.
@@ -45,7 +45,7 @@ class Decoder:
 
     pad_to = 1  # prompts are padded to a multiple of it
 
-    def __init__(self, model: BLTModel | ByteLM, patching: PatchSettings | None, byte_lm: ByteLM | None):
+    def __init__(self, model: BLTModel | LanguageModel, patching: PatchSettings | None, byte_lm: ByteLM | None):
         self.model = model
         self.patching = patching
         self.byte_lm = byte_lm if patching is not None and patching.needs_entropies else None

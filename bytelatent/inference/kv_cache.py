@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.model import BLTModel, ByteLM
+from bytelatent.model import BLTModel, ByteLM, LanguageModel
 from bytelatent.model.attention import Mask
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import Tail
@@ -69,7 +69,7 @@ class CacheCapacity:
 
 @dataclass
 class DecodeState:
-    """Decoding state of a byte LM for the sequences in B slots."""
+    """Decoding state of a byte LM or a token LM for the sequences in B slots."""
 
     position: Tensor  # [B] ids read
     tail: Tensor  # [B, W] the newest ids, the last one last
@@ -139,7 +139,7 @@ class BLTDecodeState(DecodeState):
             self.tails[slot] = other.tails[source]
 
 
-def empty_state(model: BLTModel | ByteLM, byte_lm: ByteLM | None, num_slots: int) -> DecodeState:
+def empty_state(model: BLTModel | LanguageModel, byte_lm: ByteLM | None, num_slots: int) -> DecodeState:
     """The state of slots that have read nothing.
 
     Args:
@@ -151,7 +151,7 @@ def empty_state(model: BLTModel | ByteLM, byte_lm: ByteLM | None, num_slots: int
     if isinstance(model, BLTModel) and model.settings.ngram_hash is not None:
         longest = max(longest, *model.settings.ngram_hash.sizes)
     counts = (zeros, zeros[:, None].repeat(1, longest), zeros.float(), zeros.clone(), zeros.clone(), zeros.clone())
-    if isinstance(model, ByteLM):
+    if isinstance(model, LanguageModel):
         return DecodeState(*counts, KVCache.empty(model.settings, num_slots, like))
     settings, cross = model.settings, model.settings.cross_attention
     heads = cross.num_heads, settings.encoder.dim // cross.num_heads

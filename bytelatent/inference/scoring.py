@@ -16,7 +16,7 @@ from bytelatent.inference.kv_cache import DecodeState
 from bytelatent.kernels.gated_product import ROWS, can_gate, gated_product, interleaved, row_scale
 from bytelatent.kernels.rotary import cos_sin
 from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
-from bytelatent.model import ByteLM, ByteLMSettings, Stream, entropies
+from bytelatent.model import ByteLM, LanguageModelSettings, Stream, entropies
 
 # Shapes: T ids, V vocabulary, D width
 
@@ -159,7 +159,7 @@ class FastEntropies:
         return cls(byte_lm) if cls.supports(byte_lm.settings) else None
 
     @staticmethod
-    def supports(settings: ByteLMSettings) -> bool:
+    def supports(settings: LanguageModelSettings) -> bool:
         """Whether the kernels can do a byte LM of this shape."""
         heads = (settings.num_heads, settings.kv_heads, settings.head_dim)
         return can_attend(*heads) and can_gate(2 * settings.hidden_dim, settings.dim)

@@ -1,9 +1,19 @@
-"""The byte LM and the Byte Latent Transformer."""
+"""The Byte Latent Transformer, the byte LM and the token LM."""
 
 from bytelatent.model.block import Block
 from bytelatent.model.blt import BLTModel, CrossAttention, build_model, compile_regions
-from bytelatent.model.byte_lm import ByteLM, entropies
-from bytelatent.model.settings import PRESETS, BLTSettings, ByteLMSettings, ModelSettings, UnknownPreset, preset
+from bytelatent.model.language_model import ByteLM, LanguageModel, TokenLM, entropies
+from bytelatent.model.settings import (
+    PRESETS,
+    BLTSettings,
+    ByteLMSettings,
+    LanguageModelSettings,
+    ModelSettings,
+    TokenLMSettings,
+    UnknownPreset,
+    preset,
+    settings_class,
+)
 from bytelatent.model.stream import PatchedStream, Stream, add_patches, pack_rows
 
 __all__ = [
@@ -14,9 +24,13 @@ __all__ = [
     "ByteLM",
     "ByteLMSettings",
     "CrossAttention",
+    "LanguageModel",
+    "LanguageModelSettings",
     "ModelSettings",
     "PatchedStream",
     "Stream",
+    "TokenLM",
+    "TokenLMSettings",
     "UnknownPreset",
     "add_patches",
     "build_model",
@@ -24,4 +38,5 @@ __all__ = [
     "entropies",
     "pack_rows",
     "preset",
+    "settings_class",
 ]

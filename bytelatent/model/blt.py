@@ -17,9 +17,9 @@ from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attenti
 from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model.attention import Mask
 from bytelatent.model.block import Block, Stack, init_weights
-from bytelatent.model.byte_lm import ByteLM
+from bytelatent.model.language_model import ByteLM, TokenLM
 from bytelatent.model.ngram_hash import NgramHashEmbedding
-from bytelatent.model.settings import BLTSettings, ByteLMSettings, CrossAttentionSettings, ModelSettings
+from bytelatent.model.settings import BLTSettings, CrossAttentionSettings, ModelSettings, TokenLMSettings
 from bytelatent.model.stream import PatchedStream, Stream
 from bytelatent.vocab import VOCAB_SIZE
 
@@ -263,7 +263,9 @@ class BLTModel(nn.Module):
 
 def build_model(settings: ModelSettings) -> nn.Module:
     """The model these settings describe, with fresh weights, on torch's default device."""
-    return ByteLM(settings) if isinstance(settings, ByteLMSettings) else BLTModel(settings)
+    if isinstance(settings, BLTSettings):
+        return BLTModel(settings)
+    return (TokenLM if isinstance(settings, TokenLMSettings) else ByteLM)(settings)
 
 
 def compile_regions(model: nn.Module) -> None:

@@ -1,8 +1,9 @@
 """What a model costs: parameters, and floating-point operations per byte, part by part.
 
 Counted on the meta device from the real modules: a matrix costs two operations a weight each time it is used. Uses are
-per byte or per patch; attention adds 4 * width * (keys seen). Hash tables are looked up: memory, no operations. Norms,
-rotations, activations and softmax are not counted: they cost time by what they read and write.
+per byte or per patch (in a token LM per token); attention adds 4 * width * (keys seen). Hash tables are looked up:
+memory, no operations. Norms, rotations, activations and softmax are not counted: they cost time by what they read and
+write.
 """
 
 from dataclasses import dataclass, replace
@@ -13,9 +14,9 @@ import torch
 from torch import nn
 
 from bytelatent.model.block import Stack
-from bytelatent.model.blt import BLTModel
-from bytelatent.model.byte_lm import ByteLM
-from bytelatent.model.settings import ByteLMSettings, ModelSettings, StackSettings
+from bytelatent.model.blt import BLTModel, build_model
+from bytelatent.model.language_model import LanguageModel, TokenLM
+from bytelatent.model.settings import ModelSettings, StackSettings
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ def costs(settings: ModelSettings, patch_bytes: float = 4.5, context: int = 8192
     """The cost of each part.
 
     Args:
-        patch_bytes: mean bytes per patch.
+        patch_bytes: mean bytes per patch, or per token of a token LM.
         context: bytes of a document seen at once, over which attention is averaged.
     """
     model = _without_values(type(settings), settings.model_dump_json())
-    if isinstance(model, ByteLM):
-        return _byte_lm(model, context)
+    if isinstance(model, LanguageModel):
+        return _language_model(model, patch_bytes if isinstance(model, TokenLM) else 1.0, context)
     return _blt(model, patch_bytes, context)
 
 
@@ -56,30 +57,31 @@ def training_flops(settings: ModelSettings, patch_bytes: float = 4.5, context: i
 
 
 @lru_cache(maxsize=8)  # a run asks again and again, with other patches
-def _without_values(kind: type[ModelSettings], settings: str) -> ByteLM | BLTModel:
+def _without_values(kind: type[ModelSettings], settings: str) -> LanguageModel | BLTModel:
     """A model on the meta device, by its settings as JSON, since lists in them have no hash."""
     parsed = kind.model_validate_json(settings)
     with torch.device("meta"):
-        return ByteLM(parsed) if isinstance(parsed, ByteLMSettings) else BLTModel(parsed)
+        model = build_model(parsed)
+    assert isinstance(model, LanguageModel | BLTModel)
+    return model
 
 
-def _byte_lm(model: ByteLM, context: int) -> list[PartCost]:
+def _language_model(model: LanguageModel, id_bytes: float, context: int) -> list[PartCost]:
     return [
         PartCost("embedding", _parameters(model.embedding)),
-        _stack("blocks", model.stack, context),
-        PartCost("output", _parameters(model.norm, model.output), _matrices(model.output)),
+        _stack("blocks", model.stack, context / id_bytes, 1 / id_bytes),
+        PartCost("output", _parameters(model.norm, model.output), _matrices(model.output) / id_bytes),
     ]
 
 
 def _blt(model: BLTModel, patch_bytes: float, context: int) -> list[PartCost]:
     per_patch, k = 1.0 / patch_bytes, model.settings.cross_attention.k
     encoder, middle, decoder = model.encoder, model.global_transformer, model.decoder
-    stack = _stack("global transformer", middle.stack, context / patch_bytes)
+    stack = _stack("global transformer", middle.stack, context / patch_bytes, per_patch)
     stack = replace(
         stack,
         num_parameters=_parameters(middle),
-        flops_per_byte=(_matrices(middle.projection) + stack.flops_per_byte) * per_patch,
-        of_attention=stack.of_attention * per_patch,
+        flops_per_byte=_matrices(middle.projection) * per_patch + stack.flops_per_byte,
     )
     hashes = [] if encoder.ngram_hash is None else [PartCost("n-gram hash tables", _parameters(encoder.ngram_hash))]
     cross = partial(_cross_attention, k=k, dim=model.settings.encoder.dim, per_patch=per_patch)
@@ -106,10 +108,10 @@ def _cross_attention(
     return PartCost(f"{of} cross-attention", _parameters(layers, to_patches), products + meetings, meetings)
 
 
-def _stack(name: str, stack: Stack, context: float) -> PartCost:
-    """A stack's cost, for one of its positions."""
-    attention = stack.settings.num_layers * 4 * stack.settings.dim * keys_seen(stack.settings, context)
-    return PartCost(name, _parameters(stack), _matrices(stack) + attention, attention)
+def _stack(name: str, stack: Stack, context: float, per_byte: float = 1.0) -> PartCost:
+    """A stack's cost; `context` is in its positions, of which there are `per_byte`."""
+    attention = stack.settings.num_layers * 4 * stack.settings.dim * keys_seen(stack.settings, context) * per_byte
+    return PartCost(name, _parameters(stack), _matrices(stack) * per_byte + attention, attention)
 
 
 def keys_seen(settings: StackSettings, context: float) -> float:

@@ -1,11 +1,13 @@
 """The shapes of the models, and named ones: the demo's, the released models', the paper's."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError, nearest
+from bytelatent.vocab import VOCAB_SIZE
 
 # What no model has: a file with more is corrupt, or made to waste a reader's time and memory.
 LONGEST_CONTEXT = 2**24  # ids
@@ -60,6 +62,24 @@ class ByteLMSettings(StackSettings):
     """The byte LM, whose entropies say where patches begin."""
 
     kind: Literal["byte_lm"] = "byte_lm"
+
+    @property
+    def vocab_size(self) -> int:
+        return VOCAB_SIZE
+
+
+class TokenLMSettings(StackSettings):
+    """A language model on the ids of a tokenizer: the baseline of a BLT.
+
+    Attributes:
+        vocab_size: ids, at least as many as the tokenizer has.
+    """
+
+    kind: Literal["token_lm"] = "token_lm"
+    vocab_size: int = Field(ge=VOCAB_SIZE, le=WIDEST)
+
+
+LanguageModelSettings = ByteLMSettings | TokenLMSettings
 
 
 class CrossAttentionSettings(Settings):
@@ -139,7 +159,22 @@ class BLTSettings(Settings):
         return self
 
 
-ModelSettings = ByteLMSettings | BLTSettings
+ModelSettings = ByteLMSettings | TokenLMSettings | BLTSettings
+NAMES = {"byte_lm": "byte LM", "token_lm": "token LM", "blt": "BLT"}  # by kind
+
+
+def settings_class(values: Mapping[str, Any]) -> type[ModelSettings]:
+    """The kind of model that plain values describe: as they say, else by their keys."""
+    kinds: dict[Any, type[ModelSettings]] = {
+        "byte_lm": ByteLMSettings,
+        "token_lm": TokenLMSettings,
+        "blt": BLTSettings,
+    }
+    if isinstance(kind := values.get("kind"), str) and kind in kinds:
+        return kinds[kind]
+    if "kind" in values or (BLTSettings.model_fields.keys() - ByteLMSettings.model_fields.keys()) & values.keys():
+        return BLTSettings
+    return TokenLMSettings if "vocab_size" in values else ByteLMSettings
 
 
 def _blt(
@@ -167,8 +202,10 @@ PRESETS: dict[str, ModelSettings] = {
         cross_attention=CrossAttentionSettings(k=2, num_heads=4),
         ngram_hash=NgramHashSettings(vocab_size=8_191),
     ),
+    "demo-token-lm": TokenLMSettings(dim=128, num_layers=3, num_heads=4, multiple_of=64, vocab_size=2048),
     # Ten minutes on one GPU.
     "byte-lm-10m": ByteLMSettings(dim=384, num_layers=6, num_heads=6, window=512),
+    "token-lm-100m": TokenLMSettings(dim=768, num_layers=12, num_heads=12, vocab_size=16_384),
     "blt-100m": _blt((512, 8), (1, 12, 5), (768, 12), k=2, hash_vocab=20_011),
     # The entropy model of the paper and the releases: 14 x 768, window 512.
     "entropy": ByteLMSettings(dim=768, num_layers=14, num_heads=12, window=512, rope_theta=10_000.0),

@@ -16,8 +16,9 @@ from bytelatent.config import flat, load_yaml, shorten
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.log import Console
-from bytelatent.model import BLTSettings, ByteLMSettings
+from bytelatent.model import settings_class
 from bytelatent.model.flops import costs
+from bytelatent.model.settings import NAMES
 from bytelatent.report.text import UNKNOWN, amount_of_bytes, duration, finite, number
 from bytelatent.run_folder import read_metrics
 
@@ -201,7 +202,7 @@ def _summary(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], setting
     return RunSummary(
         name=name,
         folder=str(folder),
-        kind={"byte_lm": "byte LM", "blt": "BLT"}.get(kind),
+        kind=NAMES.get(kind),
         num_parameters=num_parameters,
         training_flops_per_byte=flops,
         steps=_whole(max(_values(rows, "step"), default=None)),
@@ -220,15 +221,16 @@ def _summary(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], setting
 def _costs(settings: dict[str, Any], kind: str, patch_bytes: float | None) -> tuple[int | None, float | None]:
     """Number of parameters, and FLOPs of training per byte."""
     context = finite(flat(settings).get("data.context"))
-    if kind not in ("byte_lm", "blt") or context is None:
+    if kind not in NAMES or context is None:
         return None, None
     try:
-        model = (BLTSettings if kind == "blt" else ByteLMSettings).parse(settings["model"])
+        model = settings_class(settings["model"]).parse(settings["model"])
     except UserError:  # settings of another version
         return None, None
-    parts = costs(model, patch_bytes or 1.0, int(context))
+    id_bytes = patch_bytes or 1.0 if kind == "token_lm" else 1.0  # the context is in ids
+    parts = costs(model, patch_bytes or 1.0, int(context * id_bytes))
     flops = 3 * sum(part.flops_per_byte for part in parts)
-    return sum(part.num_parameters for part in parts), None if kind == "blt" and patch_bytes is None else flops
+    return sum(part.num_parameters for part in parts), None if kind != "byte_lm" and patch_bytes is None else flops
 
 
 def _seconds(rows: Iterable[Mapping[str, Any]]) -> float | None:

@@ -10,7 +10,15 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bytelatent.config import Settings, laid_over, must_be_named, shorten
 from bytelatent.data import DataSettings
-from bytelatent.model import BLTSettings, ByteLMSettings, ModelSettings, UnknownPreset, preset
+from bytelatent.model import (
+    BLTSettings,
+    LanguageModelSettings,
+    ModelSettings,
+    UnknownPreset,
+    preset,
+    settings_class,
+)
+from bytelatent.model.settings import NAMES
 from bytelatent.patching import PatchSettings
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -268,10 +276,8 @@ class TrainSettings(Settings):
                 return shapes
             value = laid_over(shapes.plain(), {key: inner for key, inner in value.items() if key != "preset"})
         if isinstance(value, dict):
-            of_blt = BLTSettings.model_fields.keys() - ByteLMSettings.model_fields.keys()
-            is_byte_lm = value.get("kind") == "byte_lm" or ("kind" not in value and not of_blt & value.keys())
-            return (ByteLMSettings if is_byte_lm else BLTSettings).model_validate(value)
-        if not isinstance(value, ByteLMSettings | BLTSettings):
+            return settings_class(value).model_validate(value)
+        if not isinstance(value, ModelSettings):
             raise ValueError(f"no model but {shorten(repr(value))}; name a preset or give its shapes")
         return value
 
@@ -282,9 +288,11 @@ class TrainSettings(Settings):
     @classmethod
     def _of_a_blt(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse them before they are validated."""
-        if value is not None and isinstance(info.data.get("model"), ByteLMSettings):
+        model = info.data.get("model")
+        if value is not None and isinstance(model, LanguageModelSettings):
             raise ValueError(
-                "this model is a byte LM and has no patches; leave patching, calibration and entropy_model out"
+                f"this model is a {NAMES[model.kind]} and has no patches; leave patching, calibration and "
+                "entropy_model out"
             )
         return value
 
@@ -321,15 +329,16 @@ class TrainSettings(Settings):
     def _parts(self) -> Self:
         """Refuse settings of a part that the model does not have."""
         scales = self.optimizer.lr_scale
-        if isinstance(self.model, ByteLMSettings):
+        own = NAMES[self.model.kind]
+        if isinstance(self.model, LanguageModelSettings):
             if self.float8 is not None:
-                raise ValueError("float8 is for the global transformer, and a byte LM has none; leave it out")
+                raise ValueError(f"float8 is for the global transformer, and a {own} has none; leave it out")
             if self.data.batch_patches is not None:
-                raise ValueError("data.batch_patches is for a BLT, and a byte LM has no patches; leave it out")
+                raise ValueError(f"data.batch_patches is for a BLT, and a {own} has no patches; leave it out")
             for name in ("hash_tables", "encoder", "global_transformer", "decoder"):
                 if getattr(scales, name) != 1:
-                    raise ValueError(f"optimizer.lr_scale.{name} belongs to a BLT; this model is a byte LM")
-        if isinstance(self.model, ByteLMSettings) or self.model.ngram_hash is None:
+                    raise ValueError(f"optimizer.lr_scale.{name} belongs to a BLT; this model is a {own}")
+        if isinstance(self.model, LanguageModelSettings) or self.model.ngram_hash is None:
             if scales.hash_tables != 1:
                 raise ValueError("optimizer.lr_scale.hash_tables: this model has no hash tables; leave it out")
             if self.optimizer.hash_gradients == "rows":
@@ -341,8 +350,9 @@ class TrainSettings(Settings):
         tensor = self.parallel.tensor
         if tensor == 1:
             return self
-        if isinstance(self.model, ByteLMSettings):
-            raise ValueError("parallel.tensor divides the global transformer, and a byte LM has none; leave it out")
+        if isinstance(self.model, LanguageModelSettings):
+            own = NAMES[self.model.kind]
+            raise ValueError(f"parallel.tensor divides the global transformer, and a {own} has none; leave it out")
         stack = self.model.global_transformer
         sizes = {"num_heads": stack.num_heads, "num_kv_heads": stack.kv_heads, "feed-forward width": stack.hidden_dim}
         for name, size in sizes.items():
@@ -353,7 +363,7 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _captured(self) -> Self:
-        if self.cuda_graph and not isinstance(self.model, ByteLMSettings):
+        if self.cuda_graph and isinstance(self.model, BLTSettings):
             if self.data.batch_patches is None:
                 raise ValueError("cuda_graph: batches must have one shape; set data.batch_patches")
             if self.optimizer.hash_gradients == "rows" and self.optimizer.accumulation > 1:
@@ -365,7 +375,7 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _patches(self) -> Self:
-        if isinstance(self.model, ByteLMSettings):
+        if isinstance(self.model, LanguageModelSettings):
             return self
         if self.patching is None:
             raise ValueError("patching: a BLT needs patching settings; for example patching.mode=space")

@@ -1,4 +1,4 @@
-"""The training loop: the same for the byte LM and for BLT, for one process and for many."""
+"""The training loop: the same for byte LMs, token LMs and BLTs, for one process and for many."""
 
 import itertools
 import logging
@@ -15,6 +15,7 @@ from bytelatent.data import Batch, Loader, PrefetchLoader, held_out_batches
 from bytelatent.device import Threads, autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.model.loss import bits_per_byte, cross_entropy
+from bytelatent.model.settings import NAMES
 from bytelatent.progress import Progress
 from bytelatent.signals import StopSignals
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
@@ -145,7 +146,7 @@ class Trainer:
         self.threads = enter(Threads.of(device, settings.minutes is not None and ranks.world_size == 1))
         # Last, so that it is first to see an error: torchrun soon ends the other ranks.
         enter(who_failed(ranks, lambda: state.step, self.stop_signals))
-        self.metrics = enter(Metrics(trackers, "byte LM" if settings.model.kind == "byte_lm" else "BLT"))
+        self.metrics = enter(Metrics(trackers, NAMES[settings.model.kind]))
         self.profiler = enter(Profiler(folder, settings.profile, device)) if ranks.is_first else None
         return self
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bytelatent.errors import UserError
-from bytelatent.model import BLTSettings, ByteLMSettings
+from bytelatent.model import BLTSettings, ByteLMSettings, TokenLMSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.weights.native import (
     META_NAMES,
@@ -179,6 +179,8 @@ def args_of(config: Config) -> dict[str, Any]:
         UserError: the format cannot express one of its settings.
     """
     model, context = config.model, config.context
+    if isinstance(model, TokenLMSettings):
+        raise UserError("meta: Meta's format has no token LM; keep the model in our format or convert it to hf")
     if isinstance(model, ByteLMSettings):
         attention = {"attn_bias_type": "local_block_causal" if model.window else "causal", "attn_impl": "sdpa"}
         return {**_first(FIXED), **their_settings(model, BYTE_LM_ARGS, "meta"), **attention, "max_seqlen": context}

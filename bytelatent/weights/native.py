@@ -240,7 +240,7 @@ class NativeFormat(WeightsFormat):
             return None
         found = self.read_config(folder / BYTE_LM)
         if not isinstance(found.config.model, ByteLMSettings):
-            raise UserError(f"'{folder / BYTE_LM}' should hold a byte LM and holds a BLT; put the byte LM there")
+            raise UserError(f"'{folder / BYTE_LM}' should hold a byte LM and holds none; put it there")
         return found
 
     def _read_run(self, folder: Path) -> StoredModel:

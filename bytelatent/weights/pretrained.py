@@ -12,7 +12,8 @@ from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import MANIFEST, find_corruption, whole_folder
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
-from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings
+from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings, LanguageModelSettings
+from bytelatent.model.settings import NAMES
 from bytelatent.weights.hugging_face import HuggingFaceFormat
 from bytelatent.weights.meta import BYTE_LM_FOLDERS, MetaFormat
 from bytelatent.weights.native import NATIVE, WeightsFormat, check_tensors
@@ -62,8 +63,9 @@ def open_pretrained(
     if entropy_model is None:
         return access.open_with_byte_lm("model", source, revision)
     found, _ = access.open("model", source, revision)
-    if isinstance(found.config.model, ByteLMSettings):
-        raise UserError(f"entropy_model: '{source}' is a byte LM itself and needs no other; leave it out")
+    if isinstance(found.config.model, LanguageModelSettings):
+        name = NAMES[found.config.model.kind]
+        raise UserError(f"entropy_model: '{source}' is a {name} itself and needs no other; leave it out")
     return replace(found, byte_lm=access.byte_lm("entropy_model", entropy_model)[0])
 
 
@@ -179,8 +181,9 @@ class _Access:
         if isinstance(found.config.model, ByteLMSettings):
             return found, found.config.context
         if found.byte_lm is None:
+            name = NAMES[found.config.model.kind]
             raise UserError(
-                f"{setting}: '{source}' holds a BLT without a byte LM; name the byte LM's own run or folder"
+                f"{setting}: '{source}' holds a {name} without a byte LM; name the byte LM's own run or folder"
             )
         return replace(found.byte_lm, folder=found.folder), found.config.context
 

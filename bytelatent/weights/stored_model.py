@@ -13,8 +13,8 @@ from torch import nn
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, ModelSettings, build_model
-from bytelatent.model.settings import LONGEST_CONTEXT
+from bytelatent.model import BLTModel, ByteLM, LanguageModel, ModelSettings, build_model, settings_class
+from bytelatent.model.settings import LONGEST_CONTEXT, NAMES
 from bytelatent.patching import Calibration, PatchSettings
 from bytelatent.weights.safetensors_io import StoredTensor, check_finite, shown
 
@@ -48,7 +48,7 @@ class Config(Settings):
 
     format: str = FORMAT
     version: Literal[1] = 1
-    model: ByteLMSettings | BLTSettings
+    model: ModelSettings
     context: int = Field(ge=1, le=LONGEST_CONTEXT)  # ids per sequence in training
     patching: PatchSettings | None = None
     calibration: Calibration | None = None
@@ -59,8 +59,7 @@ class Config(Settings):
         """Like `Settings.parse`, but the error about a wrong key of the model fits the model's kind."""
         model = values.get("model")
         if isinstance(model, dict):
-            is_blt = model.get("kind") == "blt" or (model.get("kind") != "byte_lm" and "encoder" in model)
-            kind = BLTSettings if is_blt else ByteLMSettings
+            kind = settings_class(model)
             values = {**values, "model": kind.parse(model, f"{where}: model" if where else "model")}
         return super().parse(values, where)
 
@@ -124,8 +123,8 @@ class StoredModel:
 
     def in_a_line(self) -> str:
         """Format, sizes, precision, patching and licence in one line."""
-        kind = "byte LM" if isinstance(self.config.model, ByteLMSettings) else "BLT"
-        parts = [f"{self.source}: {self.format}", f"{kind} of {_amount(num_parameters(self.config.model))} parameters"]
+        kind, size = NAMES[self.config.model.kind], _amount(num_parameters(self.config.model))
+        parts = [f"{self.source}: {self.format}", f"{kind} of {size} parameters"]
         if precisions := sorted({str(t.dtype).removeprefix("torch.") for t in self.tensors.values()}):
             parts.append(" and ".join(precisions))
         if self.config.patching is not None:
@@ -149,7 +148,7 @@ class StoredModel:
 class Pretrained:
     """A loaded model with its configuration and its byte LM."""
 
-    model: BLTModel | ByteLM
+    model: BLTModel | LanguageModel
     config: Config
     byte_lm: ByteLM | None
     source: str  # where it was found, in one line

@@ -87,6 +87,17 @@ def test_matrices_in_training(shape: str, monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+def test_token_lm_per_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch counts them per token, and so many bytes share them; the output layer is among them."""
+    settings, size, token_bytes = preset("demo-token-lm"), 512, 4
+    monkeypatch.setattr("bytelatent.model.block.build_mask", lambda *_: SumsInPlaceOfAttention())
+    forward, _ = counted(settings, size, token_bytes)
+    attention = of_attention(costs(settings, token_bytes, size * token_bytes))
+    found = flops_per_byte(settings, token_bytes, size * token_bytes) - attention
+    assert found == pytest.approx(forward / (size * token_bytes), rel=1e-12)
+    assert attention == pytest.approx(looped_attention(settings, size) / (size * token_bytes), rel=1e-12)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_training_with_attention_as_it_is_multiplied(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every pair that is multiplied on a CPU, seen or masked: all of them, or two blocks of a window."""
