@@ -120,7 +120,7 @@ def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel
     if how.tokenizer is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"model: '{source}' reads tokens, and its folder holds no tokenizer; name it with --tokenizer")
     if how.tokenizer is not None and not Path(how.tokenizer).expanduser().exists():
-        raise UserError(f"tokenizer: '{how.tokenizer}' does not exist; name a tokenizer.json, or a folder that holds it")
+        raise UserError(f"tokenizer: '{how.tokenizer}' does not exist; name a tokenizer.json, or a folder with one")
     longest = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
     context = _checked(min(longest, LONGEST_CONTEXT) if how.context is None else how.context, how, source)
     if context > longest:

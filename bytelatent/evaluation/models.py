@@ -277,7 +277,7 @@ class TransformersModel(TextModel):
         if self.end is None:
             found.append(f"{self.name} has no EOS: the ends of documents cost it nothing")
         if self.num_changed:
-            found.append(f"{self.name}: its tokenizer loses a part of {self.num_changed:,} documents, which costs nothing")
+            found.append(f"{self.name}: its tokenizer loses a part of {self.num_changed:,} documents, which is free")
         return found
 
     def begin(self, document: Document, cost: Cost) -> Piece:
@@ -331,9 +331,10 @@ def _pools(windows: Iterator[Window], num_ids: int) -> Iterator[list[Window]]:
 
 
 def _num_patches(piece: Piece, first: int) -> int:
-    """Patches that begin at a byte that is read from `first` on."""
+    """Patches whose first byte is read from `first` on."""
     assert piece.next_starts is not None
-    begins = np.concatenate([[True], piece.next_starts[:-1]]) & (piece.ids[:-1] >= OFFSET)
+    is_byte = piece.ids[:-1] >= OFFSET
+    begins = np.concatenate([[True], piece.next_starts[:-1] | ~is_byte[:-1]]) & is_byte
     return int(begins[first:].sum())
 
 

@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bytelatent.inference.step.packed_weights import CrossWeights, StackWeights
-from bytelatent.inference.step.prefill import PrefillDecoderCrossAttention, PrefillStack, RunAttention, can_run, with_modules
+from bytelatent.inference.step.prefill import (
+    PrefillDecoderCrossAttention,
+    PrefillStack,
+    RunAttention,
+    can_run,
+    with_modules,
+)
 from bytelatent.kernels.gated_product import ROWS
 from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.rotary import cos_sin

@@ -244,7 +244,7 @@ def from_value(value: Any, options: ReadOptions) -> Document:
 
 
 def _within(value: dict[str, Any], key: str) -> Any:
-    """The value of a key, or of one in objects within, with points; None where there is none."""
+    """The value of a key, or of one in objects within, with points; None where it is missing."""
     found: Any = value
     for part in [key] if key in value else key.split("."):
         found = found.get(part) if isinstance(found, dict) else None

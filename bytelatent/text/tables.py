@@ -183,7 +183,8 @@ class TableReader(BlockReader):
         if self._table is None:
             table = self.table(self.file, self.options.text_key, BLOCK_ROWS)
             names = table.schema.names
-            wanted = [self.options.text_key, *(name for name in ("id", self.options.field_key) if names.count(name) == 1)]
+            others = ("id", self.options.field_key)
+            wanted = [self.options.text_key, *(name for name in others if names.count(name) == 1)]
             if self.options.stored:
                 self._stored = stored_in(table.schema.metadata, self.file)
                 wanted += _stored_columns(table.schema, self._stored, self.file)
