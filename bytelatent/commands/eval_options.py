@@ -1,14 +1,39 @@
 """Settings that `blt eval` takes beside those of its text and its model: bases of `EvaluateSettings`."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from bytelatent.config import Settings
+from bytelatent.inference.settings import MAX_BATCH_SIZE, MAX_SAMPLES
 
 Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class TaskSettings(Settings):
+    """Attributes:
+    tasks: tasks of lm-evaluation-harness, with commas, or paper: the seven of the BLT paper.
+    shots: worked examples before each question. Default: the task's own number.
+    limit: questions of each task. Default: all.
+    include_path: folder of task files (.yaml) of your own.
+    out: file for the results of --tasks. An interrupted command leaves its answers in OUT.part; the same command
+        resumes.
+    batch_size: texts that are continued at once, for --tasks.
+    samples: programs for each problem, for pass@k.
+    temperature: temperature of --samples.
+    run_programs: run the programs that the model writes, in a limited process.
+    """
+
+    tasks: str | None = None
+    shots: int | None = Field(default=None, ge=0, le=1000)
+    limit: int | None = Field(default=None, ge=1, lt=2**63)
+    include_path: Path | None = None
+    out: Path | None = None
+    batch_size: int = Field(default=16, ge=1, le=MAX_BATCH_SIZE)
+    samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
+    temperature: float = Field(default=0.8, gt=0, le=100)
+    run_programs: bool = False
 
 
 class NoiseSettings(Settings):
@@ -35,9 +60,4 @@ class NoiseSettings(Settings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         """Several rates with commas."""
-        if not isinstance(value, str):
-            return value
-        for rate in value.split(","):
-            if not re.fullmatch(r"\s*(0|1|0?\.[0-9]{1,16}|1\.0*)\s*", rate):
-                raise ValueError(f"'{rate}' is not a rate; write numbers from 0 to 1 with commas: 0,0.05,0.1")
-        return [float(rate) for rate in value.split(",")]
+        return value.split(",") if isinstance(value, str) else value

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from bytelatent.commands.eval_options import NoiseSettings
+from bytelatent.commands.eval_options import NoiseSettings, TaskSettings
 from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
 from bytelatent.inference.settings import LIMITS, MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
 from bytelatent.launch import LaunchSettings
@@ -198,10 +198,6 @@ class EntropiesSettings(TextSettings):
     dtype: str = "auto"
     rank: int | None = None
     world_size: int | None = None
-
-
-class TaskSettings(Settings):
-    """Attributes:"""
 
 
 class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSettings, JsonSettings):

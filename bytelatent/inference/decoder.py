@@ -75,21 +75,23 @@ class Decoder:
         return state, logits
 
     @torch.no_grad()
-    def extend(self, state: DecodeState, slots: Tensor, ids: Tensor) -> Tensor:
+    def extend(self, state: DecodeState, slots: Tensor, ids: Tensor, last_only: bool = False) -> Tensor:
         """Read new ids.
 
         Args:
             state: is updated.
             slots: [T] the slot of each new id; the ids of a slot lie in order, one after another.
             ids: [T]
+            last_only: whether only the logits of each slot's last id are wanted.
 
         Returns:
-            Logits, float32 [T, V].
+            Logits, float32 [T, V], or the last ones [N, V].
         """
         index = torch.arange(len(slots), device=slots.device)
         is_first = torch.cat([torch.ones_like(slots[:1], dtype=torch.bool), slots[1:] != slots[:-1]])
         offset = index - torch.where(is_first, index, 0).cummax(0).values
-        return self._read(state, NewPositions(slots, state.position[slots] + offset), ids)
+        new = NewPositions(slots, state.position[slots] + offset)
+        return self._read(state, new, ids, new.last if last_only else None)
 
     @torch.no_grad()
     def branch(self, state: DecodeState, slots: Sequence[int], texts: Sequence[Tensor]) -> Tensor:
@@ -264,6 +266,7 @@ class BLTPass:
     ):
         self.state, self.new, self.store = state, new, store
         self.tail_TW = F.pad(tail_TW, (0, 0, 0, num_padding))
+        self.closes = F.pad(found.closes, (0, num_padding))
         closing = found.closes.nonzero()[:, 0]
         self.patches = NewPositions(new.slots[closing], found.num_patches[closing] - 1)
         self.patch_position = self.patches.position

@@ -5,7 +5,7 @@ attends to the prompt's KV cache and to its own text's earlier bytes, and so doe
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,13 @@ from bytelatent.model import ByteLM, LanguageModelSettings, Stream, entropies
 PASS_IDS = 1024  # ids of texts read at once, where each prompt counts as many as the one with most
 PROMPTS = 16  # prompts in a KV cache at once
 PROMPT_IDS = 16_384  # ids of prompts read at once, unless a single one is longer
+SHARED_IDS = 256  # ids of a prefix that is worth reading apart
+SHARING = 1024  # prompts that are compared with the first of them
 AT_ONCE = 8192  # ids of a document whose entropies are found in one pass
 PIECE = 2048  # ids that a longer one is read by
 SLICE = 16_384  # ids whose logits are held at once
 
+Ids = tuple[int, ...]
 Pair = tuple[Tensor, Tensor]  # ids of a prompt and of what may follow it
 Item = tuple[int, int]  # a slot of the state, and the number of the pair that continues it
 
@@ -42,33 +45,103 @@ def log_probabilities(decoder: Decoder, prompt: Tensor, continuations: Sequence[
 
 
 def log_probabilities_of_pairs(decoder: Decoder, pairs: Sequence[Pair]) -> list[float]:
-    """log P(continuation | prompt) in nats of each pair; equal prompts are read once.
+    """log P(continuation | prompt) in nats of each pair; as `scored_pairs`, all at once."""
+    scores = dict(scored_pairs(decoder, pairs))
+    return [scores[number].log_probability for number in range(len(pairs))]
 
-    Memory does not grow with the number of pairs; a continuation of more than PASS_IDS ids is read piece by piece.
+
+class Score(NamedTuple):
+    """Of a continuation after its prompt.
+
+    Attributes:
+        log_probability: in nats; 0 of an empty one.
+        is_greedy: whether each of its ids is the most likely one.
     """
-    followers: dict[tuple[int, ...], list[int]] = {}
+
+    log_probability: float
+    is_greedy: bool
+
+
+def scored_pairs(decoder: Decoder, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
+    """The number of each pair and its score, in the order in which they become known.
+
+    Equal prompts are read once, and so is a long prefix that several prompts share, such as the examples before
+    questions. Memory does not grow with the number of pairs; a continuation of more than PASS_IDS ids is read piece by
+    piece.
+    """
+    followers: dict[Ids, list[int]] = {}
     for number, (prompt, _) in enumerate(pairs):
         followers.setdefault(tuple(prompt.tolist()), []).append(number)
-    scores = [0.0] * len(pairs)
-    for prompts in _prompts(sorted(followers, key=len)):
-        state, logits = decoder.prefill([torch.tensor(prompt) for prompt in prompts], last_only=True)
+    for state, logits, prompts in _read_prompts(decoder, list(followers)):
         items = [(slot, number) for slot, prompt in enumerate(prompts) for number in followers[prompt]]
         texts = {number: pairs[number][1].to(decoder.device) for _, number in items}
-        first = logits.double().log_softmax(-1)
+        first, likeliest = logits.double().log_softmax(-1), logits.argmax(-1)
+        scores = {}
         for slot, number in items:
-            scores[number] = float(first[slot, texts[number][:1]].sum())  # of an empty text, 0
+            ids = texts[number][:1]
+            scores[number] = Score(float(first[slot, ids].sum()), bool((likeliest[slot] == ids).all()))
         longer = [(slot, number) for slot, number in items if len(texts[number]) > 1]
+        yield from ((number, score) for number, score in scores.items() if len(texts[number]) <= 1)
         for group in _passes(longer, texts, state.open_count.tolist()):
-            for (_, number), score in zip(group, _after_first(decoder, state, group, texts), strict=True):
-                scores[number] += score
-    return scores
+            for (_, number), rest in zip(group, _after_first(decoder, state, group, texts), strict=True):
+                begin = scores[number]
+                both = begin.log_probability + rest.log_probability, begin.is_greedy and rest.is_greedy
+                yield number, Score(*both)
 
 
-def _prompts(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Prompts in groups that are read together."""
-    group: list[tuple[int, ...]] = []
+def _read_prompts(decoder: Decoder, prompts: list[Ids]) -> Iterator[tuple[DecodeState, Tensor, list[Ids]]]:
+    """Prompts in groups that are read together: their state, the logits [N, V] of what follows each, and themselves."""
+    alone: list[Ids] = []
+    for size, sharing in _by_prefix(sorted(prompts)):
+        if not size:
+            alone += sharing
+            continue
+        prefix, _ = decoder.prefill([torch.tensor(sharing[0][:size])], last_only=True)
+        for group in _groups(sharing, size):
+            state = decoder.empty(len(group))
+            for slot in range(len(group)):
+                state.put(slot, prefix, 0)
+            rest = [torch.tensor(prompt[size:], device=decoder.device) for prompt in group]
+            slots = torch.arange(len(group), device=decoder.device)
+            slots = slots.repeat_interleave(torch.tensor([len(ids) for ids in rest], device=decoder.device))
+            yield state, decoder.extend(state, slots, torch.cat(rest), last_only=True), group
+    for group in _groups(sorted(alone, key=len)):
+        state, logits = decoder.prefill([torch.tensor(prompt) for prompt in group], last_only=True)
+        yield state, logits, group
+
+
+def _by_prefix(prompts: list[Ids]) -> Iterator[tuple[int, list[Ids]]]:
+    """Sorted prompts in groups that share a prefix, and its size; 0 for one whose prefix is not worth reading apart.
+
+    Of the groups that begin with a prompt, the one that saves most ids.
+    """
+    begin = 0
+    while begin < len(prompts):
+        first, shared, best, count = prompts[begin], len(prompts[begin]) - 1, 0, 1
+        sizes = []
+        for other in prompts[begin + 1 : begin + SHARING]:
+            shared = min(shared, len(other) - 1, _common(first, other, shared))
+            if shared < SHARED_IDS:
+                break
+            sizes.append(shared)
+            if shared * len(sizes) >= best:
+                best, count = shared * len(sizes), len(sizes) + 1
+        yield sizes[count - 2] if count > 1 else 0, prompts[begin : begin + count]
+        begin += count
+
+
+def _common(one: Ids, other: Ids, most: int) -> int:
+    """The number of ids, up to `most`, that two prompts begin with alike."""
+    if one[:most] == other[:most]:
+        return min(most, len(other))
+    return next(index for index, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs)
+
+
+def _groups(prompts: list[Ids], num_read: int = 0) -> Iterator[list[Ids]]:
+    """Prompts in groups that are read together, of each of which `num_read` ids are read already."""
+    group: list[Ids] = []
     for prompt in prompts:
-        if group and (len(group) == PROMPTS or sum(map(len, group)) + len(prompt) > PROMPT_IDS):
+        if group and (len(group) == PROMPTS or sum(map(len, group)) + len(prompt) - num_read > PROMPT_IDS):
             yield group
             group = []
         group.append(prompt)
@@ -92,29 +165,32 @@ def _passes(items: list[Item], texts: dict[int, Tensor], opened: list[int]) -> I
         yield group
 
 
-def _after_first(decoder: Decoder, state: DecodeState, group: list[Item], texts: dict[int, Tensor]) -> list[float]:
-    """log P of all ids of each text but its first, which their prompt alone decides about."""
+def _after_first(decoder: Decoder, state: DecodeState, group: list[Item], texts: dict[int, Tensor]) -> list[Score]:
+    """The score of all ids of each text but its first, which their prompt alone decides about."""
     read = [texts[number][:-1] for _, number in group]
     if len(read) == 1 and len(read[0]) > PASS_IDS:
         return [_of_long(decoder, state, group[0][0], texts[group[0][1]])]
     logits = decoder.branch(state, [slot for slot, _ in group], read)
-    found = _of(logits, torch.cat([texts[number][1:] for _, number in group]))
-    return [float(part.sum()) for part in found.split([len(ids) for ids in read])]
+    sizes = [len(ids) for ids in read]
+    expected = [texts[number][1:] for _, number in group]
+    return [_of(part, ids) for part, ids in zip(logits.split(sizes), expected, strict=True)]
 
 
-def _of_long(decoder: Decoder, state: DecodeState, slot: int, text: Tensor) -> float:
-    """The log-probability of one long text, read piece by piece in a slot of its own."""
+def _of_long(decoder: Decoder, state: DecodeState, slot: int, text: Tensor) -> Score:
+    """The score of one long text, read piece by piece in a slot of its own."""
     own = decoder.empty(1)
     own.put(0, state, slot)
-    score = 0.0
-    for read, expected in zip(text[:-1].split(PASS_IDS), text[1:].split(PASS_IDS), strict=True):
-        score += float(_of(decoder.extend(own, torch.zeros_like(read), read), expected).sum())
-    return score
+    parts = [
+        _of(decoder.extend(own, torch.zeros_like(read), read), expected)
+        for read, expected in zip(text[:-1].split(PASS_IDS), text[1:].split(PASS_IDS), strict=True)
+    ]
+    return Score(sum(part.log_probability for part in parts), all(part.is_greedy for part in parts))
 
 
-def _of(logits_TV: Tensor, ids: Tensor) -> Tensor:
-    """The log-probability of each id, float64 [T]."""
-    return logits_TV.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+def _of(logits_TV: Tensor, ids: Tensor) -> Score:
+    """The score of ids [T]; probabilities in float64."""
+    found = logits_TV.double().log_softmax(-1).gather(1, ids[:, None])
+    return Score(float(found.sum()), bool((logits_TV.argmax(-1) == ids).all()))
 
 
 @torch.no_grad()

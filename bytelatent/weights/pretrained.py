@@ -258,6 +258,9 @@ def write_model(
             f"{format}: the format knows the patching modes {', '.join(chosen.modes)}, not '{patching.in_words()}'; "
             f"use {' or '.join(others)}"
         )
+    model = stored.config.model
+    if chosen.column is not None and isinstance(model, BLTSettings) and model.cross_attention is None:
+        raise UserError(f"{format}: the format has no BLT without cross-attention; use native")
     if licence is not None:
         stored = replace(stored, config=stored.config.with_origin(licence=" ".join(licence.split())))
     check_tensors(stored)

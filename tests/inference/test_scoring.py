@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bytelatent.inference import Decoder, scoring
-from bytelatent.inference.scoring import Item, Pair, _passes, log_probabilities, log_probabilities_of_pairs
+from bytelatent.inference.scoring import (
+    Item,
+    Pair,
+    _by_prefix,
+    _passes,
+    log_probabilities,
+    log_probabilities_of_pairs,
+    scored_pairs,
+)
 from bytelatent.inference.step import PrefillDecoder
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import encode
@@ -24,13 +32,19 @@ from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, t
 BOS = torch.tensor([1])
 
 
-def slow_scores(decoder: Decoder, pairs: Sequence[Pair]) -> list[float]:
-    """Of each pair alone, by the models' own forward passes."""
+def slow_scores(decoder: Decoder, pairs: Sequence[Pair], greedy: list[bool] | None = None) -> list[float]:
+    """Of each pair alone, by the models' own forward passes.
+
+    Args:
+        greedy: takes whether each id of each pair is the most likely one.
+    """
     scores = []
     for prompt, text in pairs:
         [logits] = full_logits(decoder, [torch.cat([prompt, text])])
         predicting = logits[len(prompt) - 1 : len(prompt) + len(text) - 1].double().log_softmax(-1)
         scores.append(float(predicting.gather(1, text[:, None]).sum()))
+        if greedy is not None:
+            greedy.append(bool((predicting.argmax(-1) == text).all()))
     return scores
 
 
@@ -79,6 +93,37 @@ def test_in_groups(settings: Any, byte_lm: Any, patching: PatchSettings, seed: i
 @given(byte_lm=byte_lm_settings(), seed=st.integers(0, 1000), data=st.data())
 def test_scores_of_a_byte_lm(byte_lm: Any, seed: int, data: st.DataObject) -> None:
     check(Decoder(make(byte_lm, seed), None, None), drawn_pairs(data, seed))
+
+
+@pytest.mark.parametrize("name", list(decoders()))
+def test_prefixes_that_prompts_share(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "SHARED_IDS", 8)
+    decoder, generator = decoders()[name], torch.Generator().manual_seed(2)
+    begin = torch.cat([BOS, random_ids(generator, 40)])
+    prompts = [torch.cat([begin[:cut], random_ids(generator, size)]) for cut in (1, 23, 41) for size in (0, 1, 19)]
+    pairs = [(prompt, random_ids(generator, size)) for prompt in prompts for size in (1, 9)]
+    pairs += [(prompt, next_ids(decoder, prompt, 3)) for prompt in prompts]  # greedy ones
+    check(decoder, pairs)
+    greedy: list[bool] = []
+    slow_scores(decoder, pairs, greedy)
+    assert [score.is_greedy for _, score in sorted(scored_pairs(decoder, pairs))] == greedy
+    assert sum(greedy) >= len(prompts)
+
+
+def next_ids(decoder: Decoder, prompt: Tensor, count: int) -> Tensor:
+    """The most likely ids after a prompt, one after another."""
+    ids = prompt
+    for _ in range(count):
+        [logits] = full_logits(decoder, [ids])
+        ids = torch.cat([ids, logits[-1:].argmax(-1)])
+    return ids[len(prompt) :]
+
+
+def test_which_prefixes_are_read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "SHARED_IDS", 3)
+    texts = ["abcd1", "abcd12", "abcd2", "abx", "zyxwv", "zyxwvu", "zzzzzz"]
+    found = [(size, len(group)) for size, group in _by_prefix([tuple(text.encode()) for text in texts])]
+    assert found == [(4, 3), (0, 1), (4, 2), (0, 1)]  # each leaves an id to read after the prefix
 
 
 @pytest.mark.parametrize("name", list(decoders()))
