@@ -28,6 +28,18 @@ LLAMA = LlamaFormat()  # the format `hf` of a token LM
 FORMATS: dict[str, WeightsFormat] = {"native": NATIVE, "hf": HuggingFaceFormat(), "meta": META}
 
 
+class UnknownFormat(UserError):
+    """A folder holds a model of another package, or none.
+
+    Attributes:
+        folder: where it is, or was downloaded to.
+    """
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
 @renamed_arguments(entropy="entropy_model")
 def open_pretrained(
     source: str | Path,
@@ -187,8 +199,8 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     """
     format = next((format for format in (*FORMATS.values(), LLAMA) if format.recognizes(folder)), None)
     if format is None:
-        raise UserError(
-            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json"
+        raise UnknownFormat(
+            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json", folder
         )
     found = format.open(folder, weights)
     if isinstance(found.config.model, TokenLMSettings) and (folder / TOKENIZER).is_file():
