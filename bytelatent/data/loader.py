@@ -16,7 +16,6 @@ from bytelatent.data.settings import DataSettings, SourceSettings
 from bytelatent.data.source import PieceReader, ReaderPool, SourceReader
 from bytelatent.errors import UserError
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, find_files, read_documents
-from bytelatent.vocab import BYTES, Vocabulary
 
 
 class Loader:
@@ -31,7 +30,6 @@ class Loader:
         seed: seeds every choice.
         patcher: None for batches without patches.
         rank, world_size: no document is read by two ranks in the same epoch.
-        vocabulary: of the ids.
     """
 
     def __init__(
@@ -41,15 +39,11 @@ class Loader:
         patcher: Patcher | None = None,
         rank: int = 0,
         world_size: int = 1,
-        vocabulary: Vocabulary = BYTES,
     ):
-        self.settings, self.seed, self.patcher, self.vocabulary = settings, seed, patcher, vocabulary
+        self.settings, self.seed, self.patcher = settings, seed, patcher
         self.rank, self.world_size = rank, world_size
         self.pool = ReaderPool(
-            [
-                PieceReader(source.text_key, settings.context, patcher, settings.max_row_bytes, vocabulary)
-                for source in settings.train
-            ],
+            [PieceReader(s.text_key, settings.context, patcher, settings.max_row_bytes) for s in settings.train],
             settings.workers,
         )
         check = StoredCheck(patcher)
@@ -70,7 +64,7 @@ class Loader:
     def __next__(self) -> Batch:
         settings = self.settings
         pieces = fill_batch(self.ready, settings.batch_bytes, settings.patch_slots, self._prepare)
-        return pack(pieces, settings.batch_bytes, settings.patch_slots, as_one_row=True, vocabulary=self.vocabulary)
+        return pack(pieces, settings.batch_bytes, settings.patch_slots, as_one_row=True)
 
     def __enter__(self) -> Self:
         return self
@@ -281,7 +275,6 @@ def batches_once(
     padded: bool = False,
     bad_rows: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
-    vocabulary: Vocabulary = BYTES,
 ) -> Iterator[Batch]:
     """The sources' documents once, in order: for validation.
 
@@ -291,9 +284,8 @@ def batches_once(
         padded: the last batch, and with `slots` each one's patches, are filled up, so that all are of one shape.
         bad_rows: receives bad rows and files; None to raise the first.
         max_row_bytes: a longer row is a bad one.
-        vocabulary: of the ids.
     """
-    pieces = _pieces_once(_documents_once(sources, patcher, bad_rows, max_row_bytes), context, max_bytes, vocabulary)
+    pieces = _pieces_once(_documents_once(sources, patcher, bad_rows, max_row_bytes), context, max_bytes)
     ready: deque[Piece] = deque()
 
     def more() -> bool:
@@ -302,18 +294,16 @@ def batches_once(
         return bool(ready)
 
     while taken := fill_batch(ready, batch_bytes, slots, more):
-        size = (batch_bytes, slots) if padded else (None, None)
-        yield pack(taken, *size, vocabulary=vocabulary)
+        yield pack(taken, batch_bytes, slots) if padded else pack(taken)
 
 
 def held_out_batches(
-    data: DataSettings, patcher: Patcher | None = None, max_bytes: int | None = None, vocabulary: Vocabulary = BYTES
+    data: DataSettings, patcher: Patcher | None = None, max_bytes: int | None = None
 ) -> Iterator[Batch]:
     """The held-out text once, in batches of the shape of training's.
 
     Args:
         max_bytes: stop after about as much text.
-        vocabulary: of the ids.
     """
     return batches_once(
         data.valid,
@@ -325,7 +315,6 @@ def held_out_batches(
         padded=True,
         bad_rows=BadRows(data.max_bad_rows, "data.max_bad_rows"),
         max_row_bytes=data.max_row_bytes,
-        vocabulary=vocabulary,
     )
 
 
@@ -340,9 +329,7 @@ def _documents_once(
                 yield document
 
 
-def _pieces_once(
-    documents: Iterator[Document], context: int, max_bytes: int | None, vocabulary: Vocabulary
-) -> Iterator[Piece]:
+def _pieces_once(documents: Iterator[Document], context: int, max_bytes: int | None) -> Iterator[Piece]:
     num_bytes = 0
     while max_bytes is None or num_bytes < max_bytes:
         document = next(documents, None)
@@ -350,7 +337,7 @@ def _pieces_once(
             return
         text = document.text if max_bytes is None else document.text[: max_bytes - num_bytes]
         num_bytes += len(text)
-        yield from split_document(_first(document, len(text)), context, vocabulary)
+        yield from split_document(_first(document, len(text)), context)
 
 
 def _first(document: Document, num_bytes: int) -> Document:
