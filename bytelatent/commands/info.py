@@ -105,10 +105,18 @@ def architecture(settings: ModelSettings) -> list[str]:
         f"local encoder: {_in_words(settings.encoder)}",
         f"global transformer: {_in_words(settings.global_transformer)}",
         f"local decoder: {_in_words(settings.decoder)}",
-        f"cross-attention: k {cross.k}, {_heads(cross.num_heads, cross.kv_heads)}, after "
-        f"{'each encoder layer' if cross.all_layers_encoder else 'the last encoder layer'}, before "
-        f"{'each decoder layer' if cross.all_layers_decoder else 'the first decoder layer'}",
     ]
+    if cross is None:
+        count, readers = settings.joined_bytes, settings.added_to == "readers"
+        made = f"the states of a patch's last {count} bytes" if count > 1 else "the state of a patch's last byte"
+        where = "each byte that may read the patch" if readers else "the byte that closes the patch"
+        lines.append(f"no cross-attention: {made}, added to {where}")
+    else:
+        lines.append(
+            f"cross-attention: k {cross.k}, {_heads(cross.num_heads, cross.kv_heads)}, after "
+            f"{'each encoder layer' if cross.all_layers_encoder else 'the last encoder layer'}, before "
+            f"{'each decoder layer' if cross.all_layers_decoder else 'the first decoder layer'}"
+        )
     ngrams = settings.ngram_hash
     if ngrams is None:
         return [*lines, "n-gram hashes: none"]

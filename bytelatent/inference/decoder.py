@@ -266,6 +266,7 @@ class BLTPass:
     ):
         self.state, self.new, self.store = state, new, store
         self.tail_TW = F.pad(tail_TW, (0, 0, 0, num_padding))
+        self.closes = F.pad(found.closes, (0, num_padding))
         closing = found.closes.nonzero()[:, 0]
         self.patches = NewPositions(new.slots[closing], found.num_patches[closing] - 1)
         self.patch_position = self.patches.position

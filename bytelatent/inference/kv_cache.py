@@ -154,9 +154,14 @@ def empty_state(model: BLTModel | LanguageModel, byte_lm: ByteLM | None, num_slo
     if isinstance(model, LanguageModel):
         return DecodeState(*counts, KVCache.empty(model.settings, num_slots, like))
     settings, cross = model.settings, model.settings.cross_attention
-    heads = cross.num_heads, settings.encoder.dim // cross.num_heads
-    open_k = like.new_zeros(len(model.encoder.cross_attention), num_slots, BLOCK, *heads)
-    patch_k = like.new_zeros(len(model.decoder.cross_attention), num_slots, cross.k, *heads)
+    dim = settings.encoder.dim
+    if cross is None:  # the states themselves, in place of keys, and no values
+        open_k, patch_k = like.new_zeros(1, num_slots, BLOCK, 1, dim), like.new_zeros(1, num_slots, 1, 1, dim)
+    else:
+        heads = cross.num_heads, dim // cross.num_heads
+        open_k = like.new_zeros(len(model.encoder.cross_attention), num_slots, BLOCK, *heads)
+        patch_k = like.new_zeros(len(model.decoder.cross_attention), num_slots, cross.k, *heads)
+    values = slice(0, None if cross is not None else 0)
     return BLTDecodeState(
         *counts,
         byte_lm=None if byte_lm is None else KVCache.empty(byte_lm.settings, num_slots, next(byte_lm.parameters())),
@@ -164,10 +169,10 @@ def empty_state(model: BLTModel | LanguageModel, byte_lm: ByteLM | None, num_slo
         decoder=KVCache.empty(settings.decoder, num_slots, like),
         patches=KVCache.empty(settings.global_transformer, num_slots, like),
         open_k=open_k,
-        open_v=torch.zeros_like(open_k),
-        open_max=like.new_zeros(num_slots, settings.encoder.dim),
+        open_v=torch.zeros_like(open_k[..., values]),
+        open_max=like.new_zeros(num_slots, dim),
         patch_k=patch_k,
-        patch_v=torch.zeros_like(patch_k),
+        patch_v=torch.zeros_like(patch_k[..., values]),
     )
 
 

@@ -104,12 +104,12 @@ def _matrices(part: nn.Module) -> Iterator[tuple[Any, list[str]]]:
         yield part.query_norm, ["query"]
         yield part.key_value_norm, ["key", "value"]
         yield None, ["output"]
-    elif isinstance(part, LocalEncoder):
+    elif isinstance(part, LocalEncoder) and part.cross_attention:
         yield None, ["pooled_to_queries"]
     elif isinstance(part, GlobalTransformer) and not isinstance(part.projection, nn.Identity):
         yield None, ["projection"]
     elif isinstance(part, LocalDecoder):
-        yield None, ["patch_to_keys"]
+        yield (None, ["patch_to_keys"]) if part.cross_attention else (part.patch_norm, ["patch_to_bytes"])
 
 
 def _has_fp8(device: torch.device) -> bool:

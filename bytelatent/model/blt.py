@@ -4,6 +4,9 @@
 
 Each part reads a whole batch, or, with a cache, what is new: a prompt or the next bytes.
 
+Without cross-attention (`cross_attention: null`) the same parts make models like two earlier ones: see `megabyte` and
+`spacebyte` in `settings`.
+
 Source: Pagnoni et al. 2024, figure 2 and section 3.
 """
 
@@ -37,6 +40,7 @@ class BLTCache(Protocol):
     patch_position: Tensor  # [P] number of each closing patch in its document
     own: ByteRanges  # the patches of the bytes that `own_bytes` gives
     read: ByteRanges  # the patch that each new byte reads, of those that `read_patches` gives
+    closes: Tensor  # [T] bool, whether a new byte closes its patch
 
     def pool(self, h_TD: Tensor) -> Tensor:
         """The maximum over each closing patch's bytes, [P, D], from the new ones' states."""
@@ -112,11 +116,13 @@ class LocalEncoder(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(torch.empty(VOCAB_SIZE, encoder.dim), freeze=False)
         self.ngram_hash = NgramHashEmbedding(settings.ngram_hash, encoder.dim) if settings.ngram_hash else None
         self.stack = Stack(encoder)
-        self.pooled_to_queries = nn.Linear(encoder.dim, cross.k * encoder.dim, bias=False)
-        self.cross_attention = nn.ModuleList(
-            EncoderCrossAttention(encoder.dim, cross, encoder.norm_eps)
-            for _ in range(encoder.num_layers if cross.all_layers_encoder else 1)
-        )
+        self.cross_attention = nn.ModuleList()
+        if cross is not None:
+            self.pooled_to_queries = nn.Linear(encoder.dim, cross.k * encoder.dim, bias=False)
+            self.cross_attention.extend(
+                EncoderCrossAttention(encoder.dim, cross, encoder.norm_eps)
+                for _ in range(encoder.num_layers if cross.all_layers_encoder else 1)
+            )
 
     def embed(self, batch: Stream, cache: BLTCache | None = None) -> Tensor:
         """A byte's embedding and the sum of its n-grams', [T, D]."""
@@ -136,16 +142,18 @@ class LocalEncoder(nn.Module):
         for block in self.stack.blocks:
             x_TD = block(x_TD, rotary, mask)
             states.append(x_TD)
-        return states[-len(self.cross_attention) :]
+        return states[-max(len(self.cross_attention), 1) :]
 
     def queries(self, pooled_PD: Tensor) -> Tensor:
         """The K queries of each patch, [P, K, D], from the maximum of its bytes."""
         queries = self.pooled_to_queries(pooled_PD).to(pooled_PD.dtype)  # under autocast too, states stay in float32
-        return queries.unflatten(-1, (self.settings.cross_attention.k, -1))
+        return queries.unflatten(-1, (self.settings.states_per_patch, -1))
 
     def patch_states(self, states: list[Tensor], batch: PatchedStream) -> Tensor:
         """The K states of each patch, [P, K, D], from its bytes'."""
         own = ByteRanges.of(batch.patch, batch.num_patches)
+        if not self.cross_attention:
+            return joined_states(states[-1], own, self.settings.joined_bytes)
         patches_PKD = self.queries(pool_patches(states[0], own))
         for cross, h_TD in zip(self.cross_attention, states, strict=True):
             patches_PKD = cross(patches_PKD, h_TD, own)
@@ -153,6 +161,10 @@ class LocalEncoder(nn.Module):
 
     def closing_patch_states(self, states: list[Tensor], cache: BLTCache) -> Tensor:
         """The K states of each patch that closes among new bytes, [P, K, D]; P may be 0."""
+        if not self.cross_attention:
+            h_T1D = states[-1].unsqueeze(1)
+            own_T1D, _ = cache.own_bytes(0, h_T1D, h_T1D[..., :0])
+            return joined_states(own_T1D[:, 0], cache.own, self.settings.joined_bytes)
         patches_PKD = self.queries(cache.pool(states[0]))
         layers: Any = self.cross_attention
         for layer, (cross, h_TD) in enumerate(zip(layers, states, strict=True)):
@@ -173,12 +185,20 @@ class LocalEncoder(nn.Module):
         return states[-1], self.patch_states(states, batch)
 
 
+def joined_states(h_TD: Tensor, own: ByteRanges, count: int) -> Tensor:
+    """The states of each patch's last `count` bytes, [P, count, D], in order; zeros in front where there are fewer."""
+    begin_P1, end_P1 = own.begin[:-1, None], own.begin[1:, None]
+    index_PK = end_P1 - torch.arange(count, 0, -1, device=h_TD.device)
+    rows_PKD = h_TD.index_select(0, index_PK.clamp(min=0).flatten()).unflatten(0, index_PK.shape)
+    return torch.where((index_PK >= begin_P1).unsqueeze(-1), rows_PKD, 0.0)
+
+
 class GlobalTransformer(nn.Module):
     """Patches to patches; no final norm. (Section 3.1)"""
 
     def __init__(self, settings: BLTSettings):
         super().__init__()
-        dim_in = settings.cross_attention.k * settings.encoder.dim
+        dim_in = settings.states_per_patch * settings.encoder.dim
         dim = settings.global_transformer.dim
         self.projection = nn.Linear(dim_in, dim, bias=False) if dim_in != dim else nn.Identity()
         self.stack = Stack(settings.global_transformer)
@@ -198,24 +218,47 @@ class LocalDecoder(nn.Module):
         super().__init__()
         decoder, cross = settings.decoder, settings.cross_attention
         self.settings = settings
-        self.patch_to_keys = nn.Linear(settings.global_transformer.dim, cross.k * decoder.dim, bias=False)
-        self.cross_attention = nn.ModuleList(
-            DecoderCrossAttention(decoder.dim, cross, decoder.norm_eps)
-            for _ in range(decoder.num_layers if cross.all_layers_decoder else 1)
-        )
+        self.cross_attention = nn.ModuleList()
+        if cross is None:
+            self.patch_norm = nn.RMSNorm(settings.global_transformer.dim, eps=decoder.norm_eps)
+            self.patch_to_bytes = nn.Linear(settings.global_transformer.dim, decoder.dim, bias=False)
+        else:
+            self.patch_to_keys = nn.Linear(settings.global_transformer.dim, cross.k * decoder.dim, bias=False)
+            self.cross_attention.extend(
+                DecoderCrossAttention(decoder.dim, cross, decoder.norm_eps)
+                for _ in range(decoder.num_layers if cross.all_layers_decoder else 1)
+            )
         self.stack = Stack(decoder)
         self.norm = nn.RMSNorm(decoder.dim, eps=decoder.norm_eps)
         self.output = nn.Linear(decoder.dim, VOCAB_SIZE, bias=False)
 
     def keys(self, patches_PG: Tensor) -> Tensor:
         """The K key states of each patch, [P, K, D]."""
-        return self.patch_to_keys(patches_PG).unflatten(-1, (self.settings.cross_attention.k, -1))
+        return self.patch_to_keys(patches_PG).unflatten(-1, (self.settings.states_per_patch, -1))
+
+    def with_patches(self, h_TD: Tensor, patches_PG: Tensor, batch: Stream, cache: BLTCache | None) -> Tensor:
+        """Byte states with the patches that they read added to them, in place of cross-attention, [T, D]."""
+        added_PD = self.patch_to_bytes(self.patch_norm(patches_PG)).to(h_TD.dtype)
+        if cache is not None:
+            added_P11D = added_PD[:, None, None]
+            added_PD = cache.read_patches(0, added_P11D, added_P11D[..., :0])[0][:, 0, 0]
+            read_T, closes_T = cache.read.patch_T, cache.closes
+        else:
+            assert isinstance(batch, PatchedStream)
+            read_T, closes_T = batch.read, batch.read == batch.patch
+        takes_T = closes_T if self.settings.added_to == "closing" else read_T >= 0
+        added_TD = added_PD.index_select(0, read_T.clamp(min=0))
+        return h_TD + torch.where(takes_T.unsqueeze(1), added_TD, 0.0)
 
     def forward(
         self, h_TD: Tensor, patches_PG: Tensor, batch: Stream, cache: BLTCache | None = None, at: Tensor | None = None
     ) -> Tensor:
         """Logits, float32 [T, V]; only of the bytes `at` [N], where given."""
-        keys_PKD = self.keys(patches_PG).to(h_TD.dtype)
+        keys_PKD = None
+        if self.cross_attention:
+            keys_PKD = self.keys(patches_PG).to(h_TD.dtype)
+        else:
+            h_TD = self.with_patches(h_TD, patches_PG, batch, cache)
         if cache is not None:
             read, mask = cache.read, cache.decoder
         else:

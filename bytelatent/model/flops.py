@@ -75,7 +75,7 @@ def _language_model(model: LanguageModel, id_bytes: float, context: int) -> list
 
 
 def _blt(model: BLTModel, patch_bytes: float, context: int) -> list[PartCost]:
-    per_patch, k = 1.0 / patch_bytes, model.settings.cross_attention.k
+    per_patch, k = 1.0 / patch_bytes, model.settings.states_per_patch
     encoder, middle, decoder = model.encoder, model.global_transformer, model.decoder
     stack = _stack("global transformer", middle.stack, context / patch_bytes, per_patch)
     stack = replace(
@@ -84,14 +84,21 @@ def _blt(model: BLTModel, patch_bytes: float, context: int) -> list[PartCost]:
         flops_per_byte=_matrices(middle.projection) * per_patch + stack.flops_per_byte,
     )
     hashes = [] if encoder.ngram_hash is None else [PartCost("n-gram hash tables", _parameters(encoder.ngram_hash))]
-    cross = partial(_cross_attention, k=k, dim=model.settings.encoder.dim, per_patch=per_patch)
+    pooling: list[PartCost] = []
+    if decoder.cross_attention:
+        cross = partial(_cross_attention, k=k, dim=model.settings.encoder.dim, per_patch=per_patch)
+        pooling = [cross("encoder", encoder.cross_attention, encoder.pooled_to_queries, queries=k * per_patch, keys=1)]
+        reading = cross("decoder", decoder.cross_attention, decoder.patch_to_keys, queries=1, keys=k * per_patch)
+    else:
+        added = decoder.patch_norm, decoder.patch_to_bytes
+        reading = PartCost("patches to bytes", _parameters(*added), _matrices(*added) * per_patch)
     return [
         PartCost("byte embedding", _parameters(encoder.embedding)),
         *hashes,
         _stack("local encoder", encoder.stack, context),
-        cross("encoder", encoder.cross_attention, encoder.pooled_to_queries, queries=k * per_patch, keys=1),
+        *pooling,
         stack,
-        cross("decoder", decoder.cross_attention, decoder.patch_to_keys, queries=1, keys=k * per_patch),
+        reading,
         _stack("local decoder", decoder.stack, context),
         PartCost("output", _parameters(decoder.norm, decoder.output), _matrices(decoder.output)),
     ]

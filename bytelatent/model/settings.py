@@ -133,14 +133,37 @@ class NgramHashSettings(Settings):
 
 
 class BLTSettings(Settings):
-    """The Byte Latent Transformer."""
+    """The Byte Latent Transformer, and models like it without cross-attention.
+
+    Attributes:
+        cross_attention: None: the states of a patch's last bytes, side by side, are the patch's state, and what the
+            global transformer makes of it is added to states of bytes.
+        joined_bytes: without cross-attention, how many bytes those are; zeros where the patch has fewer.
+        added_to: without cross-attention, the bytes that a patch is added to: all that may read it, up to the one that
+            closes the next patch (`readers`), or only the one that closes it (`closing`).
+        ngram_hash: None: a byte's embedding is that of the byte alone.
+    """
 
     kind: Literal["blt"] = "blt"
     encoder: StackSettings
     global_transformer: StackSettings
     decoder: StackSettings
-    cross_attention: CrossAttentionSettings
+    cross_attention: CrossAttentionSettings | None
+    joined_bytes: int = Field(default=1, ge=1, le=1024)
+    added_to: Literal["readers", "closing"] = "readers"
     ngram_hash: NgramHashSettings | None = NgramHashSettings()
+
+    @property
+    def states_per_patch(self) -> int:
+        """States as wide as a byte's that make a patch's."""
+        return self.joined_bytes if self.cross_attention is None else self.cross_attention.k
+
+    @model_validator(mode="after")
+    def _of_addition(self) -> Self:
+        if self.cross_attention is not None and (self.joined_bytes, self.added_to) != (1, "readers"):
+            name = "added_to" if self.joined_bytes == 1 else "joined_bytes"
+            raise ValueError(f"{name} is for a model without cross-attention: cross_attention=null; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _widths_fit(self) -> Self:
@@ -149,7 +172,7 @@ class BLTSettings(Settings):
                 f"decoder.dim {self.decoder.dim} must equal encoder.dim {self.encoder.dim}: "
                 "the decoder starts from the encoder's byte states"
             )
-        if self.encoder.dim % self.cross_attention.num_heads:
+        if self.cross_attention is not None and self.encoder.dim % self.cross_attention.num_heads:
             raise ValueError(
                 f"encoder.dim {self.encoder.dim} must be a multiple of "
                 f"cross_attention.num_heads {self.cross_attention.num_heads}"
@@ -192,21 +215,60 @@ def _blt(
     )
 
 
+def megabyte(blt: BLTSettings, patch_size: int) -> BLTSettings:
+    """A model like MegaByte, for patches of `patch_size` ids (patching mode `static`), with the stacks of a BLT.
+
+    As there, the bytes of a patch side by side are the patch, and the global transformer's output of the patch before
+    is added to each byte's state. Here a block has read the bytes before they are joined (there they are embeddings),
+    the local model's attention reaches over patches within its window (there it sees its patch alone), the global
+    output is normalized before its projection, and blocks have rotary embeddings and SwiGLU.
+
+    Source: Yu et al. 2023, MEGABYTE, section 2.
+    """
+    return blt.model_copy(update={"cross_attention": None, "ngram_hash": None, "joined_bytes": patch_size})
+
+
+def spacebyte(blt: BLTSettings, num_layers: int) -> BLTSettings:
+    """A model like SpaceByte, for patching mode `space`, with the stacks of a BLT and `num_layers` local blocks on
+    either side of the global ones.
+
+    As there, local blocks read the bytes, and global ones only BOS and the first of each run of space-like bytes, which
+    in mode `space` are the bytes that close patches; their output is added to the states of these bytes, and local
+    blocks read on. Here learned projections lead to the global width and back (there states are padded and cut), and
+    the global output is normalized before the second one.
+
+    Source: Slagle 2024, SpaceByte, section 3.
+    """
+    stack = {"num_layers": num_layers}
+    update = {"encoder": blt.encoder.model_copy(update=stack), "decoder": blt.decoder.model_copy(update=stack)}
+    return blt.model_copy(update={**update, "cross_attention": None, "ngram_hash": None, "added_to": "closing"})
+
+
+_DEMO_BLT = BLTSettings(
+    encoder=StackSettings(dim=128, num_layers=1, num_heads=4, window=64, multiple_of=64),
+    global_transformer=StackSettings(dim=192, num_layers=3, num_heads=6, multiple_of=64),
+    decoder=StackSettings(dim=128, num_layers=3, num_heads=4, window=64, multiple_of=64),
+    cross_attention=CrossAttentionSettings(k=2, num_heads=4),
+    ngram_hash=NgramHashSettings(vocab_size=8_191),
+)
+_BLT_100M = _blt((512, 8), (1, 12, 5), (768, 12), k=2, hash_vocab=20_011)
+
 PRESETS: dict[str, ModelSettings] = {
     # Small enough for two CPU cores and five minutes.
     "demo-byte-lm": ByteLMSettings(dim=128, num_layers=3, num_heads=4, window=128, multiple_of=64),
-    "demo-blt": BLTSettings(
-        encoder=StackSettings(dim=128, num_layers=1, num_heads=4, window=64, multiple_of=64),
-        global_transformer=StackSettings(dim=192, num_layers=3, num_heads=6, multiple_of=64),
-        decoder=StackSettings(dim=128, num_layers=3, num_heads=4, window=64, multiple_of=64),
-        cross_attention=CrossAttentionSettings(k=2, num_heads=4),
-        ngram_hash=NgramHashSettings(vocab_size=8_191),
-    ),
+    "demo-blt": _DEMO_BLT,
+    # Baselines of about as many parameters as that, its hash tables apart.
+    "demo-flat": ByteLMSettings(dim=192, num_layers=6, num_heads=6, multiple_of=64),
+    "demo-megabyte": megabyte(_DEMO_BLT, patch_size=6),
+    "demo-spacebyte": spacebyte(_DEMO_BLT, num_layers=2),
     "demo-token-lm": TokenLMSettings(dim=128, num_layers=3, num_heads=4, multiple_of=64, vocab_size=2048),
     # Ten minutes on one GPU.
     "byte-lm-10m": ByteLMSettings(dim=384, num_layers=6, num_heads=6, window=512),
+    "blt-100m": _BLT_100M,
     "token-lm-100m": TokenLMSettings(dim=768, num_layers=12, num_heads=12, vocab_size=16_384),
-    "blt-100m": _blt((512, 8), (1, 12, 5), (768, 12), k=2, hash_vocab=20_011),
+    "flat-100m": ByteLMSettings(dim=768, num_layers=16, num_heads=12),
+    "megabyte-100m": megabyte(_BLT_100M, patch_size=6),
+    "spacebyte-100m": spacebyte(_BLT_100M, num_layers=3),
     # The entropy model of the paper and the releases: 14 x 768, window 512.
     "entropy": ByteLMSettings(dim=768, num_layers=14, num_heads=12, window=512, rope_theta=10_000.0),
     # The sizes of Pagnoni et al. 2024. Cross-attention has as many heads as the local models, so that they divide it.

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 
 from bytelatent.data import Batch, DataSettings, held_out_batches
 from bytelatent.data.packing import ID_BYTES
@@ -65,7 +66,7 @@ def check_machine(settings: TrainSettings, device: torch.device, dtype: torch.dt
     if free is not None and most > free:
         raise UserError(
             f"data.shuffle_buffer: {data.shuffle_buffer:,} pieces of up to data.context={data.context:,} bytes take up "
-            f"to {most / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; take fewer"
+            f"to {decimal(most)}, and {decimal(free)} are free; take fewer"
         )
 
 
@@ -162,10 +163,10 @@ def hints_about_batches(data: DataSettings, first: Batch) -> list[str]:
             f"data.batch_bytes={data.batch_bytes} is less than data.context={data.context}: no piece of a document is "
             f"longer than {data.batch_bytes} ids"
         )
-    if data.batch_patches is not None and 2 * first.num_targets < data.batch_bytes:
-        fills = data.batch_patches * data.batch_bytes // first.num_targets
+    if data.patch_slots is not None and 2 * first.num_targets < data.batch_bytes:
+        fills = data.patch_slots * data.batch_bytes // first.num_targets
         lines.append(
-            f"data.batch_patches={data.batch_patches} is full before data.batch_bytes={data.batch_bytes} is: the first "
+            f"data.batch_patches={data.patch_slots} is full before data.batch_bytes={data.batch_bytes} is: the first "
             f"batch holds {first.num_targets} ids; about data.batch_patches={fills} fills it"
         )
     return lines
@@ -176,6 +177,6 @@ def how_to_save_memory(settings: TrainSettings) -> str:
     data, accumulation = settings.data, settings.optimizer.accumulation
     return (
         f"lower data.batch_bytes (now {data.batch_bytes}; raise optimizer.accumulation, now {accumulation}, to keep "
-        f"the bytes of a step) or data.batch_patches (now {data.batch_patches}), or set "
+        f"the bytes of a step) or data.batch_patches (now {data.patch_slots}), or set "
         f"parallel.activation_checkpointing (now {settings.parallel.activation_checkpointing}) to selective or full"
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 
 from bytelatent.config import renamed_arguments
 from bytelatent.device import choose_device, precision_of_weights
@@ -23,6 +24,18 @@ from bytelatent.weights.stored_model import Advance, Pretrained, StoredModel
 
 META = MetaFormat()
 FORMATS: dict[str, WeightsFormat] = {"native": NATIVE, "hf": HuggingFaceFormat(), "meta": META}
+
+
+class UnknownFormat(UserError):
+    """A folder holds a model of another package, or none.
+
+    Attributes:
+        folder: where it is, or was downloaded to.
+    """
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
 
 
 @renamed_arguments(entropy="entropy_model")
@@ -184,8 +197,8 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     """
     format = next((format for format in FORMATS.values() if format.recognizes(folder)), None)
     if format is None:
-        raise UserError(
-            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json"
+        raise UnknownFormat(
+            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json", folder
         )
     found = format.open(folder, weights)
     if weights and (folder / MANIFEST).is_file() and (why := find_corruption(folder, ending=".safetensors")):
@@ -246,6 +259,9 @@ def write_model(
             f"{format}: the format knows the patching modes {', '.join(chosen.modes)}, not '{patching.in_words()}'; "
             f"use {' or '.join(others)}"
         )
+    model = stored.config.model
+    if chosen.column is not None and isinstance(model, BLTSettings) and model.cross_attention is None:
+        raise UserError(f"{format}: the format has no BLT without cross-attention; use native")
     if licence is not None:
         stored = replace(stored, config=stored.config.with_origin(licence=" ".join(licence.split())))
     check_tensors(stored)
@@ -281,9 +297,7 @@ def convert(
     parent = next(place for place in folder.parents if place.exists())
     free = shutil.disk_usage(parent).free
     if stored.num_bytes > free:
-        raise UserError(
-            f"'{folder}' needs {stored.num_bytes / 1e9:.1f} GB and has room for {free / 1e9:.1f} GB; make room"
-        )
+        raise UserError(f"'{folder}' needs {decimal(stored.num_bytes)} and has room for {decimal(free)}; make room")
     write_model(stored, folder, format, licence, advance)
 
 

@@ -165,7 +165,7 @@ def blt(
     for layer in range(encoder.num_layers):
         h = block(h, weights / "encoder.stack.blocks" / layer, encoder)
         last = layer == encoder.num_layers - 1
-        if not (cross.all_layers_encoder or last):
+        if cross is None or not (cross.all_layers_encoder or last):
             continue
         if not queries:
             for members in bytes_of:
@@ -177,21 +177,31 @@ def blt(
             cross, encoder.norm_eps,
         )  # fmt: skip
 
-    patches = [np.concatenate(queries[p * cross.k : (p + 1) * cross.k]) for p in range(num_patches)]
+    if cross is None:
+        none = [np.zeros(encoder.dim)] * settings.joined_bytes
+        patches = [np.concatenate([*none, *(h[i] for i in members)][-settings.joined_bytes :]) for members in bytes_of]
+    else:
+        patches = [np.concatenate(queries[p * cross.k : (p + 1) * cross.k]) for p in range(num_patches)]
     if "global_transformer.projection" in weights:
         patches = [(weights / "global_transformer")["projection"] @ row for row in patches]
     for layer in range(settings.global_transformer.num_layers):
         patches = block(patches, weights / "global_transformer.stack.blocks" / layer, settings.global_transformer)
 
-    keys = [key for row in patches for key in ((weights / "decoder")["patch_to_keys"] @ row).reshape(cross.k, -1)]
+    out = weights / "decoder"
+    keys: list[np.ndarray] = []
+    if cross is not None:
+        keys = [key for row in patches for key in (out["patch_to_keys"] @ row).reshape(cross.k, -1)]
+    for i in range(len(ids)) if cross is None else ():
+        newest, closes = patch[i + 1] - 1, patch[i + 1] > patch[i]
+        if closes or (newest >= 0 and settings.added_to == "readers"):
+            h[i] = h[i] + out["patch_to_bytes"] @ norm(patches[newest], out["patch_norm"], decoder.norm_eps)
 
     def read(i: int) -> list[int]:
         newest = patch[i + 1] - 1
         return [] if newest < 0 else [newest * cross.k + j for j in range(cross.k)]
 
     for layer in range(decoder.num_layers):
-        if cross.all_layers_decoder or layer == 0:
+        if cross is not None and (cross.all_layers_decoder or layer == 0):
             h = cross_attention(h, keys, read, weights / "decoder.cross_attention" / layer, cross, decoder.norm_eps)
         h = block(h, weights / "decoder.stack.blocks" / layer, decoder)
-    out = weights / "decoder"
     return np.stack([out["output"] @ norm(row, out["norm"], decoder.norm_eps) for row in h])

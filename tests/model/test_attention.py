@@ -62,12 +62,20 @@ def test_byte_lm_sees_its_window_and_nothing_else(sizes: list[int], layers: int)
             }
 
 
-@pytest.mark.parametrize("stop_at_document", [True, False])
-def test_blt_sees_neither_the_future_nor_other_documents(stop_at_document: bool) -> None:
+@pytest.mark.parametrize(
+    ("stop_at_document", "changes"),
+    [
+        (True, {}),
+        (False, {}),
+        (True, {"cross_attention": None, "joined_bytes": 3}),
+        (True, {"cross_attention": None, "added_to": "closing"}),
+    ],
+)
+def test_blt_sees_neither_the_future_nor_other_documents(stop_at_document: bool, changes: dict[str, Any]) -> None:
     random = torch.Generator().manual_seed(1)
     sizes = [6, 18, 11]
     documents, starts = [random_ids(random, n) for n in sizes], [random_starts(random, n) for n in sizes]
-    model = tiny_blt(window=WINDOW, stop_at_document=stop_at_document)
+    model = tiny_blt(window=WINDOW, stop_at_document=stop_at_document, **changes)
     owner = [number for number, size in enumerate(sizes) for _ in range(size)]
     reached_over = 0
     with torch.no_grad():

@@ -53,13 +53,15 @@ def of_attention(parts: list[PartCost], cross: bool = True) -> float:
 def shallow(name: str, **cross: Any) -> ModelSettings:
     """A preset in its own widths with few layers."""
     settings = preset(name)
-    if isinstance(settings, ByteLMSettings):
+    if isinstance(settings, StackSettings):
         return settings.model_copy(update={"num_layers": 2})
     depths = {"encoder": 2, "global_transformer": 3, "decoder": 2}
     update: dict[str, Any] = {
         part: getattr(settings, part).model_copy(update={"num_layers": depth}) for part, depth in depths.items()
     }
-    return settings.model_copy(update=update | {"cross_attention": settings.cross_attention.model_copy(update=cross)})
+    if settings.cross_attention is not None:
+        update["cross_attention"] = settings.cross_attention.model_copy(update=cross)
+    return settings.model_copy(update=update)
 
 
 GROUPED = ByteLMSettings(dim=64, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -71,6 +73,11 @@ SHAPES = {
     "blt-1b, all layers": (shallow("blt-1b", all_layers_encoder=True), 2048, 8),
     "blt-1b, one decoder layer, k 3": (shallow("blt-1b", all_layers_decoder=False, k=3), 1024, 4),
     "blt-8b": (shallow("blt-8b"), 2048, 8),
+    "without hash tables": (shallow("blt-1b").model_copy(update={"ngram_hash": None}), 1024, 4),
+    "flat": (shallow("flat-100m"), 512, 4),
+    "token LM": (shallow("token-lm-100m"), 512, 1),
+    "megabyte": (shallow("megabyte-100m"), 1536, 6),
+    "spacebyte": (shallow("spacebyte-100m"), 1536, 6),
 }
 
 
@@ -114,6 +121,11 @@ def test_training_with_attention_as_it_is_multiplied(shape: str, monkeypatch: py
     assert training_flops(settings, patch_bytes, size) - 3 * uncounted == pytest.approx(
         (forward + backward) / size, rel=0.01
     )
+
+
+def test_a_token_costs_the_same_of_however_many_bytes_it_is() -> None:
+    settings, size, *_ = SHAPES["token LM"]
+    assert 5 * flops_per_byte(settings, 5, 5 * size) == pytest.approx(flops_per_byte(settings, 1, size), rel=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 5, 24, 50])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bytelatent.errors import UserError
-from bytelatent.model import PRESETS, BLTSettings, ByteLMSettings, build_model, preset
+from bytelatent.model import PRESETS, BLTSettings, ByteLMSettings, ModelSettings, build_model, preset
+from bytelatent.model.flops import costs, flops_per_byte
 
 # Layers of encoder, global transformer and decoder; k; widths; heads.
 PAPER = {
@@ -50,6 +51,30 @@ def test_entropy_model() -> None:
     settings = preset("entropy")
     assert isinstance(settings, ByteLMSettings)
     assert (settings.num_layers, settings.dim, settings.num_heads, settings.window) == (14, 768, 12, 512)
+
+
+@pytest.mark.parametrize("scale", ["demo", "100m"])
+def test_baselines_are_of_one_size(scale: str) -> None:
+    """By the parameters that compute, and those with patches also by what a byte costs."""
+
+    def named(kind: str) -> ModelSettings:
+        return preset(f"demo-{kind}" if scale == "demo" else f"{kind}-{scale}")
+
+    def size(settings: ModelSettings) -> int:
+        return sum(part.num_parameters for part in costs(settings) if "tables" not in part.name)
+
+    blt, others = named("blt"), [named(kind) for kind in ("flat", "megabyte", "spacebyte")]
+    for other in others:
+        assert type(other).model_validate(other.plain()) == other
+        assert size(other) == pytest.approx(size(blt), rel=0.15)
+    for other in others[1:]:
+        assert flops_per_byte(other, 6, 4096) == pytest.approx(flops_per_byte(blt, 6, 4096), rel=0.15)
+
+
+def test_settings_of_addition_need_its_absence() -> None:
+    values = {**preset("demo-megabyte").plain(), "cross_attention": {"num_heads": 4}}
+    with pytest.raises(UserError, match="joined_bytes is for a model without cross-attention"):
+        BLTSettings.parse(values)
 
 
 def test_unknown_name_names_the_nearest() -> None:

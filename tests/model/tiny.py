@@ -77,9 +77,11 @@ def byte_lm_settings(draw: st.DrawFn) -> ByteLMSettings:
 
 
 @st.composite
-def blt_settings(draw: st.DrawFn) -> BLTSettings:
+def blt_settings(draw: st.DrawFn, crosses: bool | None = None) -> BLTSettings:
+    """`crosses`: with or without cross-attention; None: either."""
     k, dim = draw(st.integers(1, 4)), draw(st.sampled_from([4, 8, 16]))
     global_dim = draw(st.sampled_from([k * dim, 6, 24]))
+    crosses = draw(st.sampled_from([True, True, True, False])) if crosses is None else crosses
     return BLTSettings(
         encoder=StackSettings(**draw(stacks(dim))),
         global_transformer=StackSettings(
@@ -96,7 +98,11 @@ def blt_settings(draw: st.DrawFn) -> BLTSettings:
             num_kv_heads=draw(st.sampled_from([None, 1, heads])),
             all_layers_encoder=draw(st.booleans()),
             all_layers_decoder=draw(st.booleans()),
-        ),
+        )
+        if crosses
+        else None,
+        joined_bytes=1 if crosses else k,
+        added_to="readers" if crosses else draw(st.sampled_from(["readers", "closing"])),
         ngram_hash=draw(
             st.none()
             | st.builds(

@@ -117,6 +117,13 @@ def test_clipping_knows_the_norm_over_all_ranks(crew: Crew, text: Path) -> None:
     assert sum(float(g.square().sum()) for g in rank.gradients.values()) == pytest.approx(1e-4, rel=1e-3)
 
 
+def test_a_model_without_cross_attention_is_divided_alike(crew: Crew, text: Path) -> None:
+    more: dict[str, Any] = {"model": {**MODEL, "cross_attention": None, "joined_bytes": 3}}
+    [[rank, *_]] = crew.run((2, take_steps, values(text, **more), 1))
+    for name, expected in take_steps(values(text, **more), 1).gradients.items():
+        torch.testing.assert_close(rank.gradients[name], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_bfloat16_is_that_of_one_process(crew: Crew, text: Path) -> None:
     jobs = [(2, take_steps, values(text, dtype="bfloat16", parallel={"data": data})) for data in ("shard", "replicate")]
     alone = take_steps(values(text, dtype="bfloat16"))

@@ -63,6 +63,8 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ([*ENOUGH, "optimizer.lr_scale.decoder=0"], "optimizer.lr_scale.decoder: "),
         ([*ENOUGH, "optimizer.lr_scale.encoder=2"], "optimizer.lr_scale.encoder belongs to a BLT"),
         ([*ENOUGH, "data.batch_patches=64"], "data.batch_patches is for a BLT, and a byte LM has no patches"),
+        ([*ENOUGH, "data.patch_bytes=4"], "data.patch_bytes is for a BLT, and a byte LM has no patches"),
+        ([*ENOUGH, "data.patch_bytes=4", "data.batch_patches=64"], "data: batch_patches and patch_bytes both say how"),
         ([*ENOUGH, "optimizer.hash_gradients=rows"], "optimizer.hash_gradients: this model has no hash tables"),
         ([*WITHOUT_TABLES, "optimizer.hash_gradients=rows"], "optimizer.hash_gradients: this model has no hash tables"),
         ([*WITHOUT_TABLES, "optimizer.lr_scale.hash_tables=2"], "optimizer.lr_scale.hash_tables: this model has no"),
@@ -198,7 +200,7 @@ def test_text_that_is_not_there_is_said_before_the_first_step(
     ids=lambda more: next(iter(more)),
 )
 def test_the_command_ends_with_one_line_and_code_2(tmp_path: Path, text: Path, more: dict[str, Any]) -> None:
-    ended = finished(command(byte_lm_run(tmp_path / "run", text, **more)), cwd=tmp_path)
+    ended = finished(command(byte_lm_run(tmp_path / "run", text, **more)), folder=tmp_path)
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1
@@ -278,5 +280,5 @@ def test_a_buffer_that_memory_does_not_hold(tmp_path: Path) -> None:
     write_text(tmp_path / "text.jsonl", 0)
     given = byte_lm_run(tmp_path / "run", tmp_path / "text.jsonl")
     given["data"] |= {"shuffle_buffer": 2**26, "context": 2**24, "batch_bytes": 2**24}
-    with pytest.raises(UserError, match=r"^data\.shuffle_buffer: 67,108,864 pieces .* GB are free; take fewer$"):
+    with pytest.raises(UserError, match=r"^data\.shuffle_buffer: 67,108,864 pieces .* [GTP]B are free; take fewer$"):
         train(settings(given))

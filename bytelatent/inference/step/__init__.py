@@ -10,7 +10,7 @@ from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.engine import Engine
 from bytelatent.inference.quantize import quantize_model
 from bytelatent.inference.settings import Quantization, check_limits
-from bytelatent.inference.step.packed_weights import supports
+from bytelatent.inference.step.packed_weights import has_cross_attention, supports
 from bytelatent.inference.step.prefill import PrefillDecoder
 from bytelatent.inference.step.slots import CapturedSlots
 from bytelatent.model import BLTModel, ByteLM
@@ -45,7 +45,8 @@ def engine_for(
     model = quantize_model(model, quantize)
     decides_on_host = patching is not None and patching.decides_on_host
     is_changed = _is_changed(model) or (byte_lm is not None and _is_changed(byte_lm))
-    if decides_on_host or is_changed or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
+    has_step = has_cross_attention(model) and (device == "cpu" or (device == "cuda" and supports(model, byte_lm)))
+    if decides_on_host or is_changed or not has_step:
         return Engine.plain(Decoder(model, patching, byte_lm), batch_size)
     decoder = (Decoder if device == "cpu" else PrefillDecoder)(model, patching, byte_lm)
     quorum = 0.0 if device == "cpu" else QUORUM
@@ -60,6 +61,8 @@ def _why_no_drafts(
         return "a byte LM has no part that drafts"
     if _is_changed(model):
         return "modules of this model were replaced, as adapters do"
+    if not has_cross_attention(model):
+        return "a model without cross-attention has no drafts"
     if patching.decides_on_host:
         return f"patching mode '{patching.mode}' has no drafts"
     if device not in ("cpu", "cuda"):

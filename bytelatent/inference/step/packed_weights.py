@@ -143,7 +143,9 @@ class BLTWeights:
 
 
 def supports(model: BLTModel | ByteLM, byte_lm: ByteLM | None) -> bool:
-    """Whether the kernels can decode this model: heads of a power of two, from 16 on."""
+    """Whether the kernels can decode this model: heads of a power of two, from 16 on; a BLT has cross-attention."""
+    if not has_cross_attention(model):
+        return False
     settings, sizes = model.settings, [byte_lm.settings.head_dim] if byte_lm is not None else []
     if isinstance(settings, BLTSettings):
         stacks = [settings.encoder, settings.global_transformer, settings.decoder]
@@ -151,6 +153,11 @@ def supports(model: BLTModel | ByteLM, byte_lm: ByteLM | None) -> bool:
     else:
         sizes.append(settings.head_dim)
     return all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+
+
+def has_cross_attention(model: BLTModel | ByteLM) -> bool:
+    """Whether the step is written for this model: not for a BLT without cross-attention."""
+    return not isinstance(model, BLTModel) or model.settings.cross_attention is not None
 
 
 def _matrix(linear: Any, norm: Any = None) -> Matrix:
