@@ -2,20 +2,16 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
 
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import growing_file, partial_path, write_whole_json
-from bytelatent.log import Console
+from bytelatent.report.text import aligned, number
 from bytelatent.signals import sigterm_interrupts
-from bytelatent.terminal import print_json
+from bytelatent.terminal import print_json, print_line
 
 if TYPE_CHECKING:
     from bytelatent.evaluation.harness import HarnessModel
@@ -31,7 +27,7 @@ def run(settings: EvaluateSettings) -> None:
     if settings.as_json:
         print_json(_plain({key: value for key, value in result.items() if key != "samples"}))
     else:
-        _show(result, Console())
+        print_line(_table(result, settings.markdown))
 
 
 def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
@@ -61,8 +57,8 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
 
         finder = TaskFinder(settings.include_path, settings.samples, settings.temperature, settings.run_programs)
         model = HarnessModel(
-            settings.model[0], settings.entropy_model, settings.device, batch_size=settings.batch_size
-        )  # its weights are not loaded yet
+            settings.model[0], settings.entropy_model, settings.device, settings.dtype
+        )  # no weights yet
         tasks = finder.load(names, settings.shots)
         with _stored_answers(settings, model):
             result = {"model": settings.model[0], **_evaluate(model, tasks, settings.limit)}
@@ -76,7 +72,6 @@ def require_lm_eval() -> None:
     Raises:
         UserError: lm_eval is not installed.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # its own bars
     try:
         import lm_eval  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -121,38 +116,33 @@ def _stored_answers(settings: EvaluateSettings, model: "HarnessModel") -> Iterat
         return
     from bytelatent.evaluation.harness import StoredAnswers
 
-    path = _answers_file(settings)
+    path = settings.out.with_name(f"{settings.out.name}.rows.jsonl")
     part = partial_path(path)
     try:
         with growing_file(path) as file, part.open("rb") as lines:
             model.stored = StoredAnswers(lines, file, model.made_with(), str(part))
             yield
-        path.unlink()
     except KeyboardInterrupt:
         raise Interrupted(f"answers so far are in '{part}'; the same command resumes") from None
-
-
-def _answers_file(settings: EvaluateSettings) -> Path:
-    assert settings.out is not None
-    return settings.out.with_name(f"{settings.out.name}.answers")
 
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Without the notices and bars of lm_eval and datasets, which repeat what is shown here."""
+    import datasets
+    import lm_eval.api.task  # pyright: ignore[reportMissingImports]
+
     loggers = {logging.getLogger(name): logging.ERROR for name in ("lm_eval", "datasets", "evaluate", "httpx")}
     before = {logger: logger.level for logger in loggers}
+    bar = lm_eval.api.task.tqdm
     for logger, level in loggers.items():
         logger.setLevel(level)
-    try:
-        import datasets
-
-        datasets.disable_progress_bars()
-    except ImportError:
-        pass
+    lm_eval.api.task.tqdm = lambda items, **_: items
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
+        lm_eval.api.task.tqdm = bar
         for logger, level in before.items():
             logger.setLevel(level)
 
@@ -175,21 +165,18 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | None) else str(value)
 
 
-def _show(result: dict[str, Any], console: Console) -> None:
-    """A table of tasks, those of a group after it."""
-    table = Table(title=f"{result['model']}", title_justify="left", box=None, pad_edge=False)
-    for name in ("task", "shots", "questions", "metric", "value", "error"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+def _table(result: dict[str, Any], markdown: bool) -> str:
+    """A line for each metric, those of groups first."""
+    rows = []
     for row in [*result["groups"], *result["tasks"]]:
         first = [row["name"], _text(row["shots"]), _text(row["questions"])]
         for key, value in row["metrics"].items():
             metric, _, filtered = key.partition(",")
             metric = metric if filtered in ("", "none") else f"{metric} ({filtered})"
             error = row["errors"].get(key)
-            shown = ["" if number is None else f"{number:.4f}" for number in (value, error)]
-            table.add_row(*first, metric, *shown)
-            first = ["", "", ""]
-    console.print(table)
+            rows.append([first[0], metric, *first[1:], number(value, 4), "" if error is None else number(error, 4)])
+            first = [""] * 3 if not markdown else first
+    return aligned(["task", "metric", "shots", "questions", "value", "error"], rows, 2, markdown)
 
 
 def _text(value: Any) -> str:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError, nearest
+from bytelatent.evaluation.load import state_of
 from bytelatent.inference import Engine, Sampling
 from bytelatent.inference.quantize import check_quantize
 from bytelatent.inference.scoring import scored_pairs
@@ -37,11 +38,11 @@ from bytelatent.inference.settings import MAX_BATCH_SIZE, Quantization, check_li
 from bytelatent.inference.step import engine_for
 from bytelatent.progress import Progress
 from bytelatent.vocab import BOS, EOS, encode
-from bytelatent.weights import Pretrained, fingerprint, open_pretrained
+from bytelatent.weights import Pretrained, open_pretrained
 
 LOGGER = logging.getLogger(__name__)
 
-BATCH_SIZE = 16
+BATCH_ON_GPU, BATCH_ELSEWHERE = 64, 16  # texts that are continued at once
 MAX_NEW = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
 DEFAULT_MAX_NEW = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -99,7 +100,7 @@ class HarnessModel(LM):
         entropy_model: the byte LM that finds patches, if it is not with the model.
         device: `auto`, `cpu`, `cuda`, `mps`; `cuda:0`, lm_eval's own default, means `auto`.
         dtype: precision of the weights: `auto` (as stored), `float32` or `bfloat16`.
-        batch_size: texts that are continued at once. Scoring chooses its own batches.
+        batch_size: texts that are continued at once. Default: chosen for the device. Scoring has batches of its own.
         max_length: ids that the model reads at once. Default: its context in training.
         quantize: `int8` or `fp8` quantizes the large matrices.
         seed: of sampling.
@@ -115,7 +116,7 @@ class HarnessModel(LM):
         entropy_model: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
-        batch_size: int | str | None = BATCH_SIZE,
+        batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         max_length: int | None = None,
         quantize: Quantization = "full",
@@ -131,7 +132,7 @@ class HarnessModel(LM):
         self._device = choose_device("auto" if device in (None, "cuda:0") else device)
         self._precision, self._quantize, self._seed = precision_of_weights(dtype), quantize, seed
         check_quantize(quantize, self._device)
-        self.batch_size = _batch_size(batch_size, max_batch_size)
+        self.batch_size = _batch_size(batch_size, max_batch_size, self._device)
         self._found = open_pretrained(pretrained, entropy_model, None if revision is None else str(revision))
         self._patching = self._found.config.patching
         if self._patching is not None and self._patching.needs_entropies and self._found.byte_lm is None:
@@ -162,11 +163,9 @@ class HarnessModel(LM):
 
     def made_with(self) -> dict[str, Any]:
         """What answers depend on, beside the requests."""
-        weights = [fingerprint(part) for part in (self._loaded.model, self._loaded.byte_lm) if part is not None]
-        about = {"weights": "-".join(weights), "max_length": self.max_length, "seed": self._seed}
-        patching = "" if self._patching is None else self._patching.in_words()
-        precision = str(next(self._loaded.model.parameters()).dtype).removeprefix("torch.")
-        return {**about, "patching": patching, "dtype": precision, "quantize": self._quantize}
+        folders = [part.folder for part in (self._found, self._found.byte_lm) if part is not None]
+        about = {"model": state_of(folders), "max_length": self.max_length, "seed": self._seed}
+        return {**about, "dtype": str(self._precision), "quantize": self._quantize}
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each continuation after its context: log P in nats, and whether greedy decoding would write it."""
@@ -302,9 +301,10 @@ class HarnessModel(LM):
         return log_probability
 
 
-def _batch_size(given: int | str | None, most: int | None) -> int:
+def _batch_size(given: int | str | None, most: int | None, device: torch.device) -> int:
     """lm_eval also gives `auto`, or a text."""
-    text = str(BATCH_SIZE if given is None or str(given).startswith("auto") else given)
+    default = BATCH_ON_GPU if device.type == "cuda" else BATCH_ELSEWHERE
+    text = str(default if given is None or str(given).startswith("auto") else given)
     if not text.isdigit() or not 1 <= int(text) <= MAX_BATCH_SIZE:
         raise UserError(f"batch_size: '{given}' is not a number from 1 to {MAX_BATCH_SIZE:,}, or auto")
     return min(int(text), most or MAX_BATCH_SIZE)
