@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 
 from bytelatent.data import Batch, DataSettings, held_out_batches
 from bytelatent.device import free_memory
@@ -66,7 +67,7 @@ def check_machine(settings: TrainSettings, device: torch.device, dtype: torch.dt
     if free is not None and most > free:
         raise UserError(
             f"data.shuffle_buffer: {data.shuffle_buffer:,} pieces of up to data.context={data.context:,} ids take up "
-            f"to {most / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; take fewer"
+            f"to {decimal(most)}, and {decimal(free)} are free; take fewer"
         )
 
 

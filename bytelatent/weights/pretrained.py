@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 
 from bytelatent.config import renamed_arguments
 from bytelatent.device import choose_device, precision_of_weights
@@ -307,9 +308,7 @@ def convert(
     parent = next(place for place in folder.parents if place.exists())
     free = shutil.disk_usage(parent).free
     if stored.num_bytes > free:
-        raise UserError(
-            f"'{folder}' needs {stored.num_bytes / 1e9:.1f} GB and has room for {free / 1e9:.1f} GB; make room"
-        )
+        raise UserError(f"'{folder}' needs {decimal(stored.num_bytes)} and has room for {decimal(free)}; make room")
     write_model(stored, folder, format, licence, advance)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -260,7 +260,13 @@ def shapes(settings: ModelSettings) -> dict[str, torch.Size]:
     Raises:
         UserError: the sizes are beyond any computer.
     """
-    return {name: value.shape for name, value in _without_weights(settings).state_dict().items()}
+    return dict(_shapes(type(settings), settings.model_dump_json()))
+
+
+@lru_cache(maxsize=16)  # a model is opened, checked, described, converted: each asks
+def _shapes(kind: type[ModelSettings], settings: str) -> dict[str, torch.Size]:
+    model = _without_weights(kind.model_validate_json(settings))
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def num_parameters(settings: ModelSettings) -> int:
