@@ -68,10 +68,11 @@ class StoredAnswers:
     def __init__(self, lines: Iterable[bytes], file: BinaryIO, made_with: dict[str, Any], name: str):
         self._file = file
         first, *rest = [json.loads(line) for line in lines] or [None]
-        if first is None:
+        if not rest:
+            file.truncate(0)
             self._write(made_with)
         for key, value in made_with.items():
-            if first is not None and first.get(key) != value:
+            if rest and first.get(key) != value:
                 raise UserError(
                     f"out: '{name}' was begun with {key}={first.get(key)}, not {value}; to start over, move it away"
                 )
@@ -260,7 +261,7 @@ class HarnessModel(LM):
         text = torch.from_numpy(encode(continuation, bos=False, eos=False))
         if len(text) > self.max_length:
             raise UserError(
-                f"max_length: a continuation has {len(text):,} bytes and {self.max_length:,} fit; give a larger one"
+                f"max_length: a continuation has {len(text):,} bytes and {self.max_length:,} fit; give a larger one (--context)"
             )
         before = torch.from_numpy(encode(context, eos=False))
         return before[-(self.max_length + 1 - len(text)) :], text
@@ -277,7 +278,7 @@ class HarnessModel(LM):
         if max_new >= self.max_length:
             raise UserError(
                 f"max_gen_toks: {max_new:,} bytes leave no space for a prompt in max_length={self.max_length:,}; "
-                "give a smaller number, or a larger max_length"
+                "give a smaller number, or a larger max_length (--context)"
             )
         return torch.from_numpy(encode(context, eos=False))[-(self.max_length - max_new) :]
 
