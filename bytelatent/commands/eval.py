@@ -5,6 +5,11 @@ from bytelatent.errors import UserError
 
 
 def run(settings: EvaluateSettings) -> None:
+    if settings.tasks is not None:
+        from bytelatent.commands import eval_tasks
+
+        eval_tasks.run(settings)
+        return
     if not settings.text:
         raise UserError("eval: name the text to measure: blt eval held-out/*.jsonl --model runs/demo")
     from bytelatent.commands import eval_text
