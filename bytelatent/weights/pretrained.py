@@ -25,18 +25,6 @@ META = MetaFormat()
 FORMATS: dict[str, WeightsFormat] = {"native": NATIVE, "hf": HuggingFaceFormat(), "meta": META}
 
 
-class UnknownFormat(UserError):
-    """A folder holds a model of another package, or none.
-
-    Attributes:
-        folder: where it is, or was downloaded to.
-    """
-
-    def __init__(self, message: str, folder: Path) -> None:
-        super().__init__(message)
-        self.folder = folder
-
-
 @renamed_arguments(entropy="entropy_model")
 def open_pretrained(
     source: str | Path,
@@ -146,7 +134,7 @@ class _Access:
     def open(self, setting: str, source: str | Path, revision: str | None = None) -> tuple[StoredModel, Path]:
         """The model itself, and its folder."""
         path = _folder(setting, source)
-        if not path.exists() and _is_on_hub(str(source)):
+        if not path.exists() and is_on_hub(str(source)):
             try:
                 path = model_folder(str(source), revision, self.token, self.local_files_only, self.weights)
             except Unreachable as error:  # it may also be the mistyped name of a folder
@@ -196,8 +184,8 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     """
     format = next((format for format in FORMATS.values() if format.recognizes(folder)), None)
     if format is None:
-        raise UnknownFormat(
-            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json", folder
+        raise UserError(
+            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json"
         )
     found = format.open(folder, weights)
     if weights and (folder / MANIFEST).is_file() and (why := find_corruption(folder, ending=".safetensors")):
@@ -210,7 +198,7 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     return found
 
 
-def _is_on_hub(source: str) -> bool:
+def is_on_hub(source: str) -> bool:
     """Whether a name that is not a folder here means a repository, and not a mistyped folder."""
     owner = source.split("/")[0]
     return is_repository_name(source) and owner != "runs" and not Path(owner).exists()
