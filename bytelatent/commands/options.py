@@ -225,8 +225,8 @@ class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSet
 
     Attributes:
         text: files, folders or globs.
-        model: a BLT, a byte LM, or a causal language model of Hugging Face transformers: a run, a folder or
-            OWNER/NAME on the hub. Several may be named, each with --model.
+        model: a BLT, a byte LM, a token LM, or a causal language model of Hugging Face transformers: a run, a folder
+            or OWNER/NAME on the hub. Several may be named, each with --model.
         by: also by the value of this key or column of documents, or by source.
         overlap: ids that each window of a document longer than the context reads again, without counting them.
         context: ids to read at once. Default: as in the model's training.
