@@ -168,17 +168,15 @@ def with_noise(lm: LM, noise: Callable[[str], str], on: Target = "both") -> LM:
     """A model of lm-eval, any, that gets its requests with noise; the requests themselves stay as they are."""
     noisy: Any = copy.copy(lm)
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(noisy, kind, _noisy_method(noisy, kind, noise, on))
+        setattr(noisy, kind, _with_noise(getattr(lm, kind), kind, noise, on))
     return noisy
 
 
-def _noisy_method(lm: Any, kind: str, noise: Callable[[str], str], on: Target) -> Callable[..., Any]:
-    answer = getattr(type(lm), kind)
-
+def _with_noise(answer: Callable[..., Any], kind: str, noise: Callable[[str], str], on: Target) -> Callable[..., Any]:
     def method(requests: Sequence[Any], *others: Any, **named: Any) -> Any:
         changed = [copy.copy(request) for request in requests]
         for request in changed:
             request.arguments = noisy_arguments(kind, request.args, noise, on)
-        return answer(lm, changed, *others, **named)
+        return answer(changed, *others, **named)
 
     return method
