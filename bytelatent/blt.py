@@ -2,7 +2,6 @@
 
 import logging
 import reprlib
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,16 +12,17 @@ import torch
 from torch import Tensor
 
 from bytelatent.config import renamed_arguments, renamed_attribute
-from bytelatent.data import Patcher, fill_batch, pack, patch_in_groups, patches_of, split_document
+from bytelatent.data import Patcher, patches_of
 from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError
-from bytelatent.evaluation import evaluate
+from bytelatent.evaluation import PackedModel
 from bytelatent.inference import Decoder, Engine, Sampling, log_probabilities, prompt_ids
 from bytelatent.inference.quantize import check_quantize, quantize_model
 from bytelatent.inference.scoring import entropies_of
 from bytelatent.inference.settings import LIMITS, Quantization, check_limits
 from bytelatent.inference.step import engine_for
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
+from bytelatent.model.loss import bits_per_byte
 from bytelatent.model.settings import NAMES
 from bytelatent.patching import Patch, PatchSettings, next_starts, starts_of_lengths
 from bytelatent.text import Document
@@ -304,9 +304,9 @@ class BLT:
         if not data:
             raise UserError("bits_per_byte: the text is empty")
         context = self.context if context is None else _checked_context(context)
-        ready = deque(patch_in_groups(self.patcher, list(split_document(Document(data), context))))
-        batches = iter(lambda: fill_batch(ready, context, None, lambda: False), [])
-        return evaluate(self.model, map(pack, batches)).bits_per_byte
+        reader = PackedModel(self.source, self.model, self.device, context, patcher=self.patcher)
+        [cost] = reader.costs([Document(data)])
+        return bits_per_byte(cost.nats, cost.num_bytes)
 
     @torch.no_grad()
     def logits(self, ids: Text | Tensor, patch_lengths: Tensor | None = None, context: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bytelatent import BLT
 from bytelatent.cli import main
-from bytelatent.commands.eval_text import evaluate_model
+from bytelatent.commands.eval_text import evaluate_models
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.terminal import print_json
@@ -100,7 +100,7 @@ def test_a_device_is_chosen_before_anything_is_read(folder: Path, monkeypatch: p
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for call in (
-        lambda: evaluate_model(EvaluateSettings(model="nowhere", text=["nowhere"], device="cuda")),
+        lambda: evaluate_models(EvaluateSettings(model="nowhere", text=["nowhere"], device="cuda")),
         lambda: calibrate_text(CalibrateSettings(text=["nowhere"], patch_bytes=4, model="nowhere", device="cuda")),
     ):
         with pytest.raises(UserError, match="device: 'cuda' cannot be used"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bytelatent.commands.calibrate import calibrate_text
-from bytelatent.commands.eval_text import evaluate_model
+from bytelatent.commands.eval_text import evaluate_models
 from bytelatent.commands.options import CalibrateSettings, EvaluateSettings
 from bytelatent.model import ByteLM
 from bytelatent.training import train
@@ -52,7 +52,7 @@ def test_eval_shows_how_far_it_is(
 ) -> None:
     path = tmp_path / "text.txt"
     path.write_text("All that there is to read, and more of it.\n" * 1000)
-    result = evaluate_model(EvaluateSettings(model=str(byte_lm), device="cpu", text=[str(path)], max_bytes=max_bytes))
+    result = evaluate_models(EvaluateSettings(model=str(byte_lm), device="cpu", text=[str(path)], max_bytes=max_bytes))
     lines = shown(caplog)
     assert len(lines) >= 4
     assert {(what, of, total) for what, _, _, of, total in lines} == {("measuring", "of about", max_bytes or 43_000)}
@@ -67,7 +67,7 @@ def test_eval_knows_no_time_left_where_a_compressed_file_holds_more_than_was_gue
 ) -> None:
     path = tmp_path / "text.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "%s"}\n' % (b"zip" * 5000)))
-    result = evaluate_model(EvaluateSettings(model=str(byte_lm), device="cpu", text=[str(path)]))
+    result = evaluate_models(EvaluateSettings(model=str(byte_lm), device="cpu", text=[str(path)]))
     assert caplog.messages[-1] == f"measuring  {result['num_bytes']:,} bytes"
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bytelatent import BLT
 from bytelatent.cli import app
 from bytelatent.commands.calibrate import calibrate_text
-from bytelatent.commands.eval_text import evaluate_model
+from bytelatent.commands.eval_text import evaluate_models
 from bytelatent.commands.options import CalibrateSettings, EvaluateSettings
 from bytelatent.data import patches_of
 from bytelatent.errors import UserError
@@ -106,7 +106,7 @@ def test_a_text_is_measured_in_pieces(blt: BLT, monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}))
     blt.save_pretrained(tmp_path / "model")
     settings = EvaluateSettings(model=str(tmp_path / "model"), text=[str(tmp_path / "text.jsonl")], device="cpu")
-    found = evaluate_model(settings)
+    found = evaluate_models(settings)
     assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     assert found["mean_patch_bytes"] == pytest.approx(len(TEXT) / len(patches))
 

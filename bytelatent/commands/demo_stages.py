@@ -13,11 +13,11 @@ from pathlib import Path
 
 from bytelatent.blt import BLT
 from bytelatent.commands.options import DemoSettings
-from bytelatent.data import SourceSettings, batches_once
 from bytelatent.device import Threads
 from bytelatent.errors import UserError
-from bytelatent.evaluation import Evaluation, evaluate
+from bytelatent.evaluation import PackedModel, Texts
 from bytelatent.files import whole_file
+from bytelatent.model.loss import bits_per_byte
 from bytelatent.patching import Patch
 from bytelatent.progress import Progress
 from bytelatent.text import BadRows, find_files, read_documents
@@ -168,26 +168,28 @@ def measure(model: BLT, text: DemoText, max_bytes: int, seed: int, clock: Clock)
     """
     with Threads.of(model.device) as threads:
         with Progress("measuring the BLT", max_bytes, 0.5 * clock.left) as progress:
-            blt = _evaluate(model, True, text.valid, max_bytes, progress, threads)
-        with Progress("measuring the byte LM", blt.num_bytes, 0.4 * clock.left) as progress:
-            byte_lm = _evaluate(model, False, text.valid, blt.num_bytes, progress, threads)
-        with Progress("finding patches", blt.num_bytes, 0.4 * clock.left) as progress:
-            patches = _patches(model, text.valid, blt.num_bytes, progress)
+            blt, num_bytes = _evaluate(model, True, text.valid, max_bytes, progress, threads)
+        with Progress("measuring the byte LM", num_bytes, 0.4 * clock.left) as progress:
+            byte_lm, _ = _evaluate(model, False, text.valid, num_bytes, progress, threads)
+        with Progress("finding patches", num_bytes, 0.4 * clock.left) as progress:
+            patches = _patches(model, text.valid, num_bytes, progress)
         with Progress("writing", len(PROMPTS) * SAMPLE_BYTES, 0.5 * clock.left) as progress:
             samples = _continued(model, seed, progress)
-    train, held_out = _read(text.train), _read(text.valid)[: blt.num_bytes]
+    train, held_out = _read(text.train), _read(text.valid)[:num_bytes]
     with Progress("xz", len(train), clock.left) as progress:
         xz, how = xz_bits_per_byte(train, held_out, progress)
-    bits = {"blt": blt.bits_per_byte, "byte_lm": byte_lm.bits_per_byte, "xz": xz}
-    return DemoMeasurements(bits, blt.num_bytes, how, patches, samples)
+    bits = {"blt": blt, "byte_lm": byte_lm, "xz": xz}
+    return DemoMeasurements(bits, num_bytes, how, patches, samples)
 
 
 def _read(jsonl: Path) -> bytes:
     return b"".join(document.text for _, document in read_documents(str(jsonl)))
 
 
-def _evaluate(model: BLT, is_blt: bool, text: Path, max_bytes: int, progress: Progress, threads: Threads) -> Evaluation:
-    """Evaluate the BLT, whose batches count for the threads, or the byte LM, which has no patches."""
+def _evaluate(
+    model: BLT, is_blt: bool, text: Path, max_bytes: int, progress: Progress, threads: Threads
+) -> tuple[float, int]:
+    """Bits per byte of the BLT, whose batches count for the threads, or of the byte LM, and of how many bytes."""
     network = model.model if is_blt else model.entropy_model
     assert network is not None
     since = time.perf_counter()
@@ -200,8 +202,11 @@ def _evaluate(model: BLT, is_blt: bool, text: Path, max_bytes: int, progress: Pr
         progress.advance(num_bytes)
 
     patcher = model.patcher if is_blt else None
-    batches = batches_once([SourceSettings(path=str(text))], model.context, BATCH_BYTES, patcher, max_bytes)
-    return evaluate(network, progress.within(batches), done)
+    reader = PackedModel(model.source, network, model.device, model.context, batch_ids=BATCH_BYTES, patcher=patcher)
+    samples = Texts([str(text)], max_bytes=max_bytes).read()
+    costs = list(progress.within(reader.costs((sample.document for sample in samples), done)))
+    num_bytes = sum(cost.num_bytes for cost in costs)
+    return bits_per_byte(sum(cost.nats for cost in costs), num_bytes), num_bytes
 
 
 def _patches(model: BLT, text: Path, max_bytes: int, progress: Progress) -> list[Patch]:

@@ -63,8 +63,8 @@ class Loader:
 
     def __next__(self) -> Batch:
         settings = self.settings
-        pieces = fill_batch(self.ready, settings.batch_bytes, settings.batch_patches, self._prepare)
-        return pack(pieces, settings.batch_bytes, settings.batch_patches, as_one_row=True)
+        pieces = fill_batch(self.ready, settings.batch_bytes, settings.patch_slots, self._prepare)
+        return pack(pieces, settings.batch_bytes, settings.patch_slots, as_one_row=True)
 
     def __enter__(self) -> Self:
         return self
@@ -280,7 +280,7 @@ def batches_once(
 
     Args:
         max_bytes: stop after about as much text.
-        slots: patches a batch, as `batch_patches` of training; None for no limit.
+        slots: patches a batch, as `patch_slots` of training; None for no limit.
         padded: the last batch, and with `slots` each one's patches, are filled up, so that all are of one shape.
         bad_rows: receives bad rows and files; None to raise the first.
         max_row_bytes: a longer row is a bad one.
@@ -311,7 +311,7 @@ def held_out_batches(
         data.batch_bytes,
         patcher,
         max_bytes,
-        data.batch_patches if patcher is not None else None,
+        data.patch_slots if patcher is not None else None,
         padded=True,
         bad_rows=BadRows(data.max_bad_rows, "data.max_bad_rows"),
         max_row_bytes=data.max_row_bytes,

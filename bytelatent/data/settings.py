@@ -1,6 +1,7 @@
 """Which text, and how much of it in a batch."""
 
-from typing import Any
+import math
+from typing import Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -10,6 +11,7 @@ from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.documents import MAX_BAD_ROWS
 from bytelatent.text.stored import MAX_TEXT_BYTES
 
+SPARE_SLOTS = 1.25  # patch slots for each patch that is expected
 MOST = 2**26  # ids of a batch, or pieces of text in memory: no machine has room for more
 
 
@@ -40,6 +42,9 @@ class DataSettings(Settings):
         context: ids that a document's pieces hold at most.
         batch_bytes: ids in a batch.
         batch_patches: patch slots in a batch, so that shapes never change; None for as many as there are.
+        patch_bytes: the mean patch that is expected, in bytes, in place of `batch_patches`: there are slots for as many
+            patches of this size as a batch holds bytes, and a quarter more. So models whose patches differ in size
+            read as many bytes in a step.
         shuffle_buffer: pieces among which the next one is drawn.
         workers: processes that read ahead; 0 reads in the training process. The batches are the same.
         max_bad_rows: bad rows and files of a source that are passed over in an epoch; one more is an error.
@@ -52,6 +57,7 @@ class DataSettings(Settings):
     context: int = Field(default=8192, ge=2, le=LONGEST_CONTEXT)
     batch_bytes: int = Field(default=16_384, ge=2, le=MOST)
     batch_patches: int | None = Field(default=None, ge=2, le=MOST)
+    patch_bytes: float | None = Field(default=None, ge=1, le=10**6)
     shuffle_buffer: int = Field(default=256, ge=1, le=MOST)
     workers: int = Field(default=0, ge=0, le=1024)
     max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
@@ -62,6 +68,19 @@ class DataSettings(Settings):
     @classmethod
     def _old_names(cls, values: Any) -> Any:
         return renamed(values, {"max_damaged": "max_bad_rows"}, "data.")
+
+    @model_validator(mode="after")
+    def _one_number_of_slots(self) -> Self:
+        if self.batch_patches is not None and self.patch_bytes is not None:
+            raise ValueError("batch_patches and patch_bytes both say how many patch slots there are; give one of them")
+        return self
+
+    @property
+    def patch_slots(self) -> int | None:
+        """Patch slots in a batch; None for as many as there are patches."""
+        if self.patch_bytes is None:
+            return self.batch_patches
+        return min(self.batch_bytes + 1, max(2, math.ceil(SPARE_SLOTS * self.batch_bytes / self.patch_bytes)))
 
     @field_validator("train", "valid", mode="before")
     @classmethod

@@ -18,6 +18,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from bytelatent.patching import Patch
+from bytelatent.terminal import one_line
 
 UNKNOWN = "–"
 LOST = "\ufffd"
@@ -67,6 +68,26 @@ def duration(value: object) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int, markdown: bool = False) -> str:
+    """A table of plain text, or of Markdown.
+
+    Args:
+        num_texts: number of left-aligned columns at the left; the others are right-aligned.
+    """
+    lines = [[one_line(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(cell_len(line[at]) for line in lines) for at in range(len(header))]
+
+    def padded(at: int, cell: str) -> str:
+        space = " " * (widths[at] - cell_len(cell))
+        return cell + space if at < num_texts else space + cell
+
+    cells = [[padded(at, cell) for at, cell in enumerate(line)] for line in lines]
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in cells)
+    dashes = [":" + "-" * (width - 1) if at < num_texts else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], dashes, *cells[1:]])
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,16 @@ ONE_EACH = "there should be one for BOS and one for each byte"
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and what is stored with it: entropies in nats or patch starts, one for BOS and one for each byte."""
+    """A text, and what is stored with it: entropies in nats or patch starts, one for BOS and one for each byte.
+
+    `field` is the value of the key or column that was asked for.
+    """
 
     text: bytes
     id: str | None = None  # valid UTF-8
     entropies: np.ndarray | None = None  # float32 [bytes + 1]
     starts: np.ndarray | None = None  # bool [bytes + 1], whether the id that follows starts a patch
+    field: str | None = None  # valid UTF-8
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ class ReadOptions:
         text_key: the key or column that holds the text.
         stored: read entropies and starts beside the text; otherwise nothing in them can be wrong.
         max_row_bytes: a longer row, in bytes of its line or its text, is bad.
+        field_key: the key (`meta.source` in an object within) or column whose value a document keeps as its `field`.
     """
 
     text_key: str = "text"
     stored: bool = True
     max_row_bytes: int = MAX_ROW_BYTES
+    field_key: str | None = None
 
     @property
     def too_long(self) -> str:
@@ -233,9 +239,20 @@ def from_value(value: Any, options: ReadOptions) -> Document:
     if not isinstance(text, str):
         raise NoDocument(f"has no text under '{key}' but {JSON_NAMES.get(type(text), 'an object')}")
     entropies = _floats(value.get("entropies")) if options.stored else None
-    name = value.get("id")
-    name = None if name is None or isinstance(name, list | dict) else id_of(name)
-    return checked(Document(to_bytes(text), name, entropies))
+    field = None if options.field_key is None else _plain(_within(value, options.field_key))
+    return checked(Document(to_bytes(text), _plain(value.get("id")), entropies, field=field))
+
+
+def _within(value: dict[str, Any], key: str) -> Any:
+    """The value of a key, or of one in objects within, with points; None where it is missing."""
+    found: Any = value
+    for part in [key] if key in value else key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def _plain(value: Any) -> str | None:
+    return None if value is None or isinstance(value, list | dict) else id_of(value)
 
 
 def checked(document: Document) -> Document:

@@ -190,11 +190,12 @@ def read_documents(
     stored: bool = True,
     max_row_bytes: int = MAX_ROW_BYTES,
     on_block: Callable[[float | None], None] = lambda fraction: None,
+    field_key: str | None = None,
 ) -> Iterator[tuple[int, Document]]:
     """The documents of a file with their rows, without empty ones.
 
     Args:
-        text_key, stored, max_row_bytes: see `ReadOptions`.
+        text_key, stored, max_row_bytes, field_key: see `ReadOptions`.
         check: is called with what the file says of stored entropies or starts, and raises where they are not wanted.
         bad_rows: receives each bad row, and a file that cannot be read; None to raise the first.
         on_block: is called before the documents of each block with the fraction of the file that is then read, None
@@ -204,7 +205,7 @@ def read_documents(
         UserError: the file cannot be read or a row holds no text; the file and row are named.
     """
     is_read, first = False, None
-    for row, found in _rows_of(file, ReadOptions(text_key, stored, max_row_bytes), check, on_block):
+    for row, found in _rows_of(file, ReadOptions(text_key, stored, max_row_bytes, field_key), check, on_block):
         if not isinstance(found, BadRow):
             is_read = True
             yield row, found

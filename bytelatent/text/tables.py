@@ -183,7 +183,8 @@ class TableReader(BlockReader):
         if self._table is None:
             table = self.table(self.file, self.options.text_key, BLOCK_ROWS)
             names = table.schema.names
-            wanted = [self.options.text_key, *(["id"] if names.count("id") == 1 else [])]
+            others = ("id", self.options.field_key)
+            wanted = [self.options.text_key, *(name for name in others if names.count(name) == 1)]
             if self.options.stored:
                 self._stored = stored_in(table.schema.metadata, self.file)
                 wanted += _stored_columns(table.schema, self._stored, self.file)
@@ -195,15 +196,17 @@ class TableReader(BlockReader):
         """The documents of an Arrow table whose first row has this number."""
         key = self.options.text_key
         texts = bytes_of(table.column(key))
-        none, names = [None] * len(texts), table.column_names
+        none, names, field_key = [None] * len(texts), table.column_names, self.options.field_key
+        fields = _ids(table.column(field_key)) if field_key in names else none
         ids = _ids(table.column("id")) if "id" in names and key != "id" else none
         entropies = _lists(table.column("entropies")) if "entropies" in names else none
         starts = bytes_of(table.column("starts")) if "starts" in names else none
-        for row, (text, id_, floats, bits) in enumerate(zip(texts, ids, entropies, starts, strict=True), start=first):
+        values = zip(texts, ids, entropies, starts, fields, strict=True)
+        for row, (text, id_, floats, bits, field) in enumerate(values, start=first):
             try:
                 text = self._checked_text(text, row, names)
                 unpacked = None if bits is None else unpack_starts(bits, len(text))
-                yield checked(Document(text, id_, floats, unpacked))
+                yield checked(Document(text, id_, floats, unpacked, field))
             except BadRow as error:
                 yield error
             except NoDocument as error:

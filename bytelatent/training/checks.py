@@ -162,10 +162,10 @@ def hints_about_batches(data: DataSettings, first: Batch) -> list[str]:
             f"data.batch_bytes={data.batch_bytes} is less than data.context={data.context}: no piece of a document is "
             f"longer than {data.batch_bytes} ids"
         )
-    if data.batch_patches is not None and 2 * first.num_targets < data.batch_bytes:
-        fills = data.batch_patches * data.batch_bytes // first.num_targets
+    if data.patch_slots is not None and 2 * first.num_targets < data.batch_bytes:
+        fills = data.patch_slots * data.batch_bytes // first.num_targets
         lines.append(
-            f"data.batch_patches={data.batch_patches} is full before data.batch_bytes={data.batch_bytes} is: the first "
+            f"data.batch_patches={data.patch_slots} is full before data.batch_bytes={data.batch_bytes} is: the first "
             f"batch holds {first.num_targets} ids; about data.batch_patches={fills} fills it"
         )
     return lines
@@ -176,6 +176,6 @@ def how_to_save_memory(settings: TrainSettings) -> str:
     data, accumulation = settings.data, settings.optimizer.accumulation
     return (
         f"lower data.batch_bytes (now {data.batch_bytes}; raise optimizer.accumulation, now {accumulation}, to keep "
-        f"the bytes of a step) or data.batch_patches (now {data.batch_patches}), or set "
+        f"the bytes of a step) or data.batch_patches (now {data.patch_slots}), or set "
         f"parallel.activation_checkpointing (now {settings.parallel.activation_checkpointing}) to selective or full"
     )

@@ -333,8 +333,9 @@ class TrainSettings(Settings):
         if isinstance(self.model, LanguageModelSettings):
             if self.float8 is not None:
                 raise ValueError(f"float8 is for the global transformer, and a {own} has none; leave it out")
-            if self.data.batch_patches is not None:
-                raise ValueError(f"data.batch_patches is for a BLT, and a {own} has no patches; leave it out")
+            for name in ("batch_patches", "patch_bytes"):
+                if getattr(self.data, name) is not None:
+                    raise ValueError(f"data.{name} is for a BLT, and a {own} has no patches; leave it out")
             for name in ("hash_tables", "encoder", "global_transformer", "decoder"):
                 if getattr(scales, name) != 1:
                     raise ValueError(f"optimizer.lr_scale.{name} belongs to a BLT; this model is a {own}")
@@ -364,8 +365,8 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _captured(self) -> Self:
         if self.cuda_graph and isinstance(self.model, BLTSettings):
-            if self.data.batch_patches is None:
-                raise ValueError("cuda_graph: batches must have one shape; set data.batch_patches")
+            if self.data.patch_slots is None:
+                raise ValueError("cuda_graph: batches must have one shape; set data.batch_patches or data.patch_bytes")
             if self.optimizer.hash_gradients == "rows" and self.optimizer.accumulation > 1:
                 raise ValueError(
                     "cuda_graph: gradients by rows are not added up in a graph; take optimizer.accumulation=1, or "

@@ -3,6 +3,7 @@
 from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run, save
 from bytelatent.weights.pretrained import (
     FORMATS,
+    UnknownFormat,
     check_target,
     convert,
     find_byte_lm,
@@ -33,6 +34,7 @@ __all__ = [
     "Pretrained",
     "StoredModel",
     "StoredTensor",
+    "UnknownFormat",
     "check_target",
     "convert",
     "drop_outdated",

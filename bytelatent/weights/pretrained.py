@@ -25,6 +25,18 @@ META = MetaFormat()
 FORMATS: dict[str, WeightsFormat] = {"native": NATIVE, "hf": HuggingFaceFormat(), "meta": META}
 
 
+class UnknownFormat(UserError):
+    """A folder holds a model of another package, or none.
+
+    Attributes:
+        folder: where it is, or was downloaded to.
+    """
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
 @renamed_arguments(entropy="entropy_model")
 def open_pretrained(
     source: str | Path,
@@ -184,8 +196,8 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     """
     format = next((format for format in FORMATS.values() if format.recognizes(folder)), None)
     if format is None:
-        raise UserError(
-            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json"
+        raise UnknownFormat(
+            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json", folder
         )
     found = format.open(folder, weights)
     if weights and (folder / MANIFEST).is_file() and (why := find_corruption(folder, ending=".safetensors")):

@@ -130,6 +130,16 @@ def test_shapes_never_change(sources: list[SourceSettings]) -> None:
         assert 0 < batch.num_patches < 9
 
 
+def test_batches_of_any_patch_size_hold_as_many_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "text.jsonl", [b"some text of a hundred bytes " * 4] * 9)
+    train = [SourceSettings(path=str(tmp_path / "text.jsonl"))]
+    for size, slots in ((2, 300), (4, 150), (8, 75)):
+        settings = DataSettings(train=train, context=200, batch_bytes=480, patch_bytes=size, shuffle_buffer=5)
+        loader = Loader(settings, seed=0, patcher=Patcher(PatchSettings(mode="static", patch_size=size)))
+        for batch in (next(loader) for _ in range(5)):
+            assert (batch.num_targets, batch.stream.patch_document.shape) == (480, (slots,))  # type: ignore[attr-defined]
+
+
 def test_seeds_differ(sources: list[SourceSettings]) -> None:
     settings = DataSettings(train=sources, context=20, batch_bytes=200, shuffle_buffer=5)
     assert same(next(Loader(settings, seed=0)), next(Loader(settings, seed=0)))

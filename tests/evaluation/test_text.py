@@ -1,12 +1,12 @@
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from bytelatent.data import Patcher, SourceSettings, batches_once
-from bytelatent.errors import UserError
-from bytelatent.evaluation import Evaluation, evaluate
+from bytelatent.data import Patcher
+from bytelatent.evaluation import Cost, PackedModel, Texts
 from bytelatent.model import BLTModel, ByteLM, add_patches, build_model, pack_rows
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.vocab import encode
@@ -54,45 +54,44 @@ def directly(model: ByteLM | BLTModel, texts: list[bytes]) -> float:
     return bits / sum(map(len, texts))
 
 
-def evaluated(
-    model: ByteLM | BLTModel, folder: Path, batch_bytes: int = 4096, max_bytes: int | None = None
-) -> Evaluation:
+def costs(
+    model: ByteLM | BLTModel,
+    folder: Path,
+    batch_ids: int = 4096,
+    max_bytes: int | None = None,
+    on_batch: Callable[[int], None] = lambda n: None,
+    context: int = 64,
+) -> list[Cost]:
     patcher = Patcher(PATCHING) if isinstance(model, BLTModel) else None
-    return evaluate(model, batches_once([SourceSettings(path=str(folder))], 512, batch_bytes, patcher, max_bytes))
+    reader = PackedModel("tiny", model, torch.device("cpu"), context, batch_ids=batch_ids, patcher=patcher)
+    samples = Texts([str(folder)], max_bytes=max_bytes).read()
+    return list(reader.costs((sample.document for sample in samples), on_batch))
+
+
+def bits(found: list[Cost]) -> float:
+    return sum(cost.nats for cost in found) / math.log(2) / sum(cost.num_bytes for cost in found)
 
 
 def test_is_what_each_byte_and_each_end_cost(model: ByteLM | BLTModel, folder: Path) -> None:
-    found = evaluated(model, folder)
-    assert found.bits_per_byte == pytest.approx(directly(model, TEXTS), rel=1e-5)
-    assert found.num_bytes == sum(map(len, TEXTS))
+    found = costs(model, folder)
+    assert bits(found) == pytest.approx(directly(model, TEXTS), rel=1e-5)
+    assert [cost.num_bytes for cost in found] == [len(text) for text in TEXTS]
 
 
 def test_does_not_depend_on_how_documents_are_packed(model: ByteLM | BLTModel, folder: Path) -> None:
-    whole = evaluated(model, folder)
-    # Of documents only: a piece that is cut to fit a batch is read without what came before it.
-    longest = max(map(len, TEXTS)) + 1
-    alone = [evaluated(model, folder / f"{number}.txt", longest) for number in range(len(TEXTS))]
-    bits = sum(one.bits_per_byte * one.num_bytes for one in alone) / sum(one.num_bytes for one in alone)
-    assert whole.bits_per_byte == pytest.approx(bits, rel=1e-5)
-    if whole.mean_patch_bytes is not None:
-        patches = sum(one.num_bytes / (one.mean_patch_bytes or 1) for one in alone)
-        assert whole.mean_patch_bytes == pytest.approx(whole.num_bytes / patches)
+    whole, alone = costs(model, folder), costs(model, folder, batch_ids=1)
+    assert [cost.nats for cost in whole] == pytest.approx([cost.nats for cost in alone], rel=1e-5)
+    assert [cost.num_units for cost in whole] == [cost.num_units for cost in alone]
 
 
 def test_stops_after_so_much_text(model: ByteLM | BLTModel, folder: Path) -> None:
-    found = evaluated(model, folder, max_bytes=20)
-    assert found.num_bytes == 20
-    assert found.bits_per_byte == pytest.approx(directly(model, [TEXTS[0], TEXTS[1][:6]]), rel=1e-5)
+    found = costs(model, folder, max_bytes=20)
+    assert sum(cost.num_bytes for cost in found) == 20
+    assert bits(found) == pytest.approx(directly(model, [TEXTS[0], TEXTS[1][:6]]), rel=1e-5)
 
 
 def test_reports_each_batch(model: ByteLM | BLTModel, folder: Path) -> None:
     shown: list[int] = []
-    patcher = Patcher(PATCHING) if isinstance(model, BLTModel) else None
-    evaluate(model, batches_once([SourceSettings(path=str(folder))], 512, 20, patcher), on_batch=shown.append)
+    costs(model, folder, batch_ids=20, on_batch=shown.append, context=20)
     assert sum(shown) == sum(map(len, TEXTS))
     assert len(shown) > 2
-
-
-def test_no_text_is_one_line(model: ByteLM | BLTModel, folder: Path) -> None:
-    with pytest.raises(UserError, match="holds no bytes"):
-        evaluated(model, folder / "empty.txt")

@@ -63,6 +63,8 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ([*ENOUGH, "optimizer.lr_scale.decoder=0"], "optimizer.lr_scale.decoder: "),
         ([*ENOUGH, "optimizer.lr_scale.encoder=2"], "optimizer.lr_scale.encoder belongs to a BLT"),
         ([*ENOUGH, "data.batch_patches=64"], "data.batch_patches is for a BLT, and a byte LM has no patches"),
+        ([*ENOUGH, "data.patch_bytes=4"], "data.patch_bytes is for a BLT, and a byte LM has no patches"),
+        ([*ENOUGH, "data.patch_bytes=4", "data.batch_patches=64"], "data: batch_patches and patch_bytes both say how"),
         ([*ENOUGH, "optimizer.hash_gradients=rows"], "optimizer.hash_gradients: this model has no hash tables"),
         ([*WITHOUT_TABLES, "optimizer.hash_gradients=rows"], "optimizer.hash_gradients: this model has no hash tables"),
         ([*WITHOUT_TABLES, "optimizer.lr_scale.hash_tables=2"], "optimizer.lr_scale.hash_tables: this model has no"),

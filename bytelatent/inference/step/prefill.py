@@ -204,21 +204,21 @@ class PrefillDecoder(Decoder):
         if encoder is model.encoder:
             encoder = copy.copy(encoder)
         encoder.__class__ = PrefillEncoder
-        decoder = _with_modules(
+        decoder = with_modules(
             self._with_fast_blocks(model.decoder, weights.decoder),
             cross_attention=nn.ModuleList(
                 PrefillDecoderCrossAttention(weights.settings, cross) for cross in weights.decoder_cross
             ),
         )
         middle = self._with_fast_blocks(model.global_transformer, weights.middle)
-        return _with_modules(model, encoder=encoder, global_transformer=middle, decoder=decoder)
+        return with_modules(model, encoder=encoder, global_transformer=middle, decoder=decoder)
 
     def _with_fast_blocks(self, module: Any, weights: StackWeights) -> Any:
         """The module with other blocks in its stack, where the kernels can run it; all else is shared."""
-        if not _can_run(weights.settings, next(module.parameters())):
+        if not can_run(weights.settings, next(module.parameters())):
             return module
         self._fast.add(weights.settings)
-        return _with_modules(module, stack=PrefillStack(weights.settings, weights))
+        return with_modules(module, stack=PrefillStack(weights.settings, weights))
 
     def _prompt_attention(self, cache: KVCache, stack: StackSettings, new: NewPositions, num_padding: int) -> Mask:
         if stack not in self._fast:
@@ -229,13 +229,14 @@ class PrefillDecoder(Decoder):
         return RunAttention(first_seen(position, stack.window), cos, sin, store)
 
 
-def _with_modules(module: Any, **modules: nn.Module) -> Any:
+def with_modules(module: Any, **modules: nn.Module) -> Any:
     """A copy of a module in which some modules are others; all else is shared."""
     copied = copy.copy(module)
     copied._modules = {**module._modules, **modules}
     return copied
 
 
-def _can_run(settings: StackSettings, some: Tensor) -> bool:
+def can_run(settings: StackSettings, some: Tensor) -> bool:
+    """Whether the kernels can run a stack of these settings, in the precision and where `some` weight is."""
     exact = some.dtype != torch.float32 or not some.is_cuda  # on the card the kernels would round float32 products
     return exact and can_attend(settings.num_heads, settings.kv_heads, settings.head_dim)

@@ -1,0 +1,197 @@
+"""Models of any kind from runs, folders and repositories, for `TextModel`: found and checked first, loaded later."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bytelatent.data import Patcher
+from bytelatent.errors import UserError, in_one_line
+from bytelatent.evaluation.models import PackedModel, TextModel, TransformersModel
+from bytelatent.files import json_if_any
+from bytelatent.inference import FastEntropies
+from bytelatent.inference.packed import ROWS, packed_form
+from bytelatent.model import BLTSettings
+from bytelatent.weights import StoredModel, UnknownFormat, open_pretrained
+
+BATCH_ON_GPU, BATCH_ELSEWHERE = 131_072, 4096  # ids of a batch
+LOGITS_ON_GPU, LOGITS_ELSEWHERE = 2**30, 2**26  # that a token model may give at once
+LONGEST_CONTEXT = 8192  # of a model of transformers, unless more are asked for: memory grows with it
+UNKNOWN_CONTEXT = 2048
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+INSTALL = "which is not installed; run: pip install 'bytelatent[eval]'"
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How models read texts; None: as fits the model and the device.
+
+    Attributes:
+        dtype: of weights and products.
+        tokenizer: of models of tokens whose folders hold none: a file or a folder.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    context: int | None = None
+    overlap: int = 0
+    batch_ids: int | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model that is there and complete, and is not loaded yet.
+
+    Attributes:
+        reads_tokens: it reads only texts that are valid UTF-8.
+        state: changes when its files do.
+    """
+
+    name: str
+    context: int
+    reads_tokens: bool
+    state: str
+    load: Callable[[], TextModel]
+
+
+def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of_several: bool = False) -> FoundModel:
+    """Find a BLT, a byte LM, or a causal language model of Hugging Face transformers, as its config.json has it.
+
+    Args:
+        source: a run, a folder, or OWNER/NAME on the hub.
+        entropy_model: finds patches; of several models, those of BLTs.
+
+    Raises:
+        UserError: there is no model, it is not complete, a package or its tokenizer is missing.
+    """
+    try:
+        stored = open_pretrained(source, None if one_of_several else entropy_model)
+        if one_of_several and entropy_model is not None and isinstance(stored.config.model, BLTSettings):
+            stored = open_pretrained(source, entropy_model)
+    except UnknownFormat as error:
+        config = json_if_any(error.folder / "config.json")
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise
+        return _in_transformers(source, error.folder, how)
+    patching, context = stored.config.patching, stored.config.context if how.context is None else how.context
+    if isinstance(stored.config.model, BLTSettings):
+        if patching is None:
+            raise UserError(f"model: '{source}' has no patching settings; its config.json should have them")
+        if patching.needs_entropies and stored.byte_lm is None:
+            raise UserError(f"eval: the patches of '{source}' need a byte LM; name it with --entropy-model")
+    context = _checked(context, how, source)
+    state = _state([part.folder for part in (stored, stored.byte_lm) if part is not None])
+    return FoundModel(source, context, False, state, lambda: _load(stored, source, context, how))
+
+
+def _checked(context: int, how: ReadSettings, source: str) -> int:
+    if how.overlap >= context:
+        raise UserError(
+            f"overlap: {how.overlap} ids leave no new ones in the context of '{source}', {context}; give fewer"
+        )
+    return context
+
+
+def _load(stored: StoredModel, source: str, context: int, how: ReadSettings) -> PackedModel:
+    device, found = how.device, stored.load(how.device, how.dtype)
+    patcher = None
+    if stored.config.patching is not None and isinstance(stored.config.model, BLTSettings):
+        byte_lm = found.byte_lm.to(torch.float32) if found.byte_lm is not None else None
+        fast = FastEntropies.where_possible(byte_lm, device, how.dtype)
+        patcher = Patcher(stored.config.patching, byte_lm, how.dtype, entropies_of=fast)
+    network: Any = found.model
+    fast = packed_form(network) if device.type == "cuda" and how.dtype != torch.float32 else None
+    batch = how.batch_ids or (BATCH_ON_GPU if device.type == "cuda" else BATCH_ELSEWHERE)
+    return PackedModel(
+        source, fast or network, device, context, how.overlap, batch, patcher, ROWS if fast is not None else 1
+    )
+
+
+def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel:
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise UserError(f"model: '{source}' is one of Hugging Face transformers, {INSTALL}") from None
+    config = _explained(source, lambda: AutoConfig.from_pretrained(folder).get_text_config())
+    if how.tokenizer is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"model: '{source}' reads tokens, and its folder holds no tokenizer; name it with --tokenizer")
+    if how.tokenizer is not None and not Path(how.tokenizer).expanduser().exists():
+        raise UserError(f"tokenizer: '{how.tokenizer}' does not exist; name a tokenizer.json, or a folder with one")
+    longest = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
+    context = _checked(min(longest, LONGEST_CONTEXT) if how.context is None else how.context, how, source)
+    if context > longest:
+        raise UserError(f"context: '{source}' reads {longest} ids at most, not {context}; lower --context")
+    state = _state([folder, *([Path(how.tokenizer)] if how.tokenizer is not None else [])])
+    return FoundModel(source, context, True, state, lambda: _load_transformers(source, folder, config, context, how))
+
+
+def _load_transformers(source: str, folder: Path, config: Any, context: int, how: ReadSettings) -> TransformersModel:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    start, end, encode, decode = _explained(source, lambda: _tokenizer(folder, config, how.tokenizer))
+    network, about = _explained(
+        source,
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=how.dtype, output_loading_info=True),
+    )
+    if missing := sorted(about["missing_keys"]):
+        raise UserError(f"model: '{source}' lacks weights of a causal language model, such as {missing[0]}")
+    on_gpu = how.device.type == "cuda"
+    logits = (LOGITS_ON_GPU if on_gpu else LOGITS_ELSEWHERE) // config.vocab_size
+    batch = how.batch_ids or min(logits, BATCH_ON_GPU if on_gpu else BATCH_ELSEWHERE)
+    network = network.to(how.device).eval()
+    return TransformersModel(
+        source, network, encode, decode, start, end, how.device, context, how.overlap, batch_ids=batch
+    )
+
+
+def _tokenizer(folder: Path, config: Any, path: str | None) -> tuple[int | None, int | None, Any, Any]:
+    """The ids before and at the end of a text, and what turns texts into ids and back."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    is_file = path is not None and Path(path).expanduser().is_file()
+    if is_file:
+        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(Path(str(path)).expanduser()))
+        bos, eos = config.bos_token_id, config.eos_token_id
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder if path is None else Path(path).expanduser())
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos, eos = (found[0] if isinstance(found, list) else found for found in (bos, eos))
+    start = eos if bos is None else bos
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return start, eos, lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # a text that spells one is text
+
+    def encode(text: str) -> Sequence[int]:
+        return backend.encode(text, add_special_tokens=False).ids
+
+    return start, eos, encode, lambda ids: backend.decode(ids, skip_special_tokens=False)
+
+
+def _explained(source: str, load: Callable[[], Any]) -> Any:
+    """What transformers loads, its errors in one line."""
+    try:
+        return load()
+    except UserError:
+        raise
+    except Exception as error:  # of any class
+        raise UserError(f"model: transformers cannot load '{source}': {in_one_line(error)[:300]}") from None
+
+
+def _state(places: Sequence[Path | None]) -> str:
+    """A digest of the files of a model, by their names, sizes and times."""
+    digest = hashlib.blake2b(digest_size=8)
+    for place in places:
+        if place is not None:
+            for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+                about = file.stat()
+                digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
