@@ -103,29 +103,25 @@ def _prompt(settings: GenerateSettings) -> bytes:
     if settings.prompt is not None:
         return prompt_bytes(settings.prompt)
     if settings.file is not None:
-        return text_in_file(str(settings.file))
+        return _prompt_in(str(settings.file))
     if sys.stdin.isatty():
         raise UserError("no prompt: give it as an argument, with --file or --jsonl, or pipe it in")
     return sys.stdin.buffer.read()
 
 
-def text_in_file(name: str, option: str = "file") -> bytes:
-    """The text of a file, decompressed; standard input takes any bytes as they are.
-
-    Raises:
-        UserError: there is no such file, or it is no text.
-    """
+def _prompt_in(name: str) -> bytes:
+    """The text of a file, decompressed; standard input takes any bytes as they are."""
     if Path(name).is_fifo():  # as `<(command)` of a shell
         with readable(name):
             return Path(name).read_bytes()
     found, compression = readable_kind(name)
     if not found.compressible:
-        raise UserError(f"{option}: '{name}' is a {found.title} file; give one of text")
+        raise UserError(f"file: '{name}' is a {found.title} file; a prompt is text")
     with readable(name), TextReader(name, compression) as text:
         text.skip_byte_order_mark()
         prompt = text.read()
         if text.unread is not None:
-            raise UserError(f"{option}: '{name}' {text.unread}")
+            raise UserError(f"file: '{name}' {text.unread}")
     return prompt
 
 

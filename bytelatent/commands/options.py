@@ -216,7 +216,7 @@ class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSet
         markdown: print a table as Markdown.
         max_bytes: bytes of text to measure. Default: all.
         resamples: resamples of the bootstrap over documents, for the 95 % interval.
-        seed: seed of the bootstrap.
+        seed: seed of the bootstrap, of noise and of generated tasks.
         tokenizer: tokenizer.json, or a folder that holds one, for a model of tokens without one.
         batch_size: ids of a batch: bytes or tokens. Default: chosen for the device.
         device: device: auto, cpu, cuda or mps.

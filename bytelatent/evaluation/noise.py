@@ -10,7 +10,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from bytelatent.errors import UserError, nearest
 from bytelatent.vocab import to_bytes
 
 Target = Literal["prompt", "completion", "both"]
-Text = TypeVar("Text", str, bytes)
 NEVER = 2.0  # the number of what no rate changes
 ALL = "all"
 
@@ -78,7 +77,11 @@ class Noise:
     rate: float
     seed: int = 0
 
-    def __call__(self, text: Text) -> Text:
+    @overload
+    def __call__(self, text: str) -> str: ...
+    @overload
+    def __call__(self, text: bytes) -> bytes: ...
+    def __call__(self, text: str | bytes) -> str | bytes:
         if self.rate == 0 or not text:
             return text
         characters = text if isinstance(text, str) else text.decode("utf-8", "surrogateescape")
