@@ -7,23 +7,25 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 import typer
-import typer.rich_utils
+from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
 from bytelatent.commands import options
 from bytelatent.config import Option, Settings, union_members, warn_renamed
-from bytelatent.errors import guarded
+from bytelatent.errors import BAD_INPUT, UserError, guarded, nearest
 from bytelatent.prepare import PrepareSettings
-from bytelatent.terminal import print_line, safe
+from bytelatent.terminal import print_line
 
 # The settings of each verb, in the order in which the help lists them. What it does is in the file of its name.
 VERBS: dict[str, type[Settings]] = {
     "demo": options.DemoSettings,
     "prepare": PrepareSettings,
+    "tokenizer": options.TokenizerSettings,
     "train": options.TrainArguments,
     "configs": options.ConfigsSettings,
     "runs": options.RunsSettings,
@@ -40,15 +42,31 @@ VERBS: dict[str, type[Settings]] = {
 SECTION = "Attributes:"  # of a docstring
 FIELD = re.compile(r"(\w+): (.*)")
 
+UsageError: Any = typer.BadParameter.__base__
+
+
+class Verbs(TyperGroup):
+    """Verbs by name. An unknown one is an error that names the nearest."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if not args[0].startswith("-") and args[0] not in self.commands:
+            near = nearest(args[0], list(self.commands))
+            raise UserError(f"no command '{args[0]}'{near}; all commands: {ctx.command_path} --help")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="blt",
+    cls=Verbs,
     help="Byte-level language models with dynamic patches.\n\nExample:  `blt demo`",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure this machine.\n\nExample:  `blt bench train demo-blt`", no_args_is_help=True)
+bench = typer.Typer(
+    cls=Verbs, help="Measure this machine.\n\nExample:  `blt bench train demo-blt`", no_args_is_help=True
+)
 
 
 class _Given(NamedTuple):
@@ -186,10 +204,45 @@ def main(arguments: list[str] | None = None) -> None:
     # as torch is imported, by the verbs.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    given = sys.argv if arguments is None else arguments
-    if any(argument != safe(argument) for argument in given):  # typer shows one that it cannot take
-        typer.rich_utils.Console = log.Console  # pyright: ignore[reportPrivateImportUsage]
-    guarded(lambda: app(arguments, prog_name="blt"))  # also the help and the version
+    guarded(lambda: _run(sys.argv[1:] if arguments is None else arguments))  # also the help and the version
+
+
+def _run(arguments: list[str]) -> None:
+    try:
+        code = app(arguments, prog_name="blt", standalone_mode=False)
+    except UsageError as error:
+        if not error.format_message():  # nothing was given, and the help is printed
+            sys.exit(BAD_INPUT)
+        raise UserError(_in_short(error, arguments)) from None
+    if code:
+        sys.exit(code)
+
+
+def _in_short(error: Any, arguments: list[str]) -> str:
+    """What is wrong with the options, in a line that names the option, the value, the nearest option and the help."""
+    parameter = getattr(error, "param", None)
+    command = " ".join(["blt", *(given for given in arguments[:1] if given[:1] != "-")])
+    line = error.format_message().rstrip(".")
+    line = line[:1].lower() + line[1:]
+    if error.ctx is not None:
+        command = error.ctx.command_path
+    if hasattr(error, "possibilities"):  # no such option
+        shown = [option for option in error.ctx.command.params if not getattr(option, "hidden", False)]
+        known = ["--help", *(name for option in shown for name in option.opts if name.startswith("--"))]
+        near = nearest(error.option_name, known, cutoff=0.6) if error.option_name.startswith("--") else ""
+        line = f"no option '{error.option_name}'{near}"
+    elif parameter is not None and not hasattr(error, "param_type"):  # a value; otherwise one that is missing
+        names = [name for name in parameter.opts if name.startswith("-")]
+        values = [_value_of(name, *pair) for pair in pairwise([*arguments, ""]) for name in names]
+        given = next((f", not '{value}'" for value in values if value is not None), "")
+        line = f"{' / '.join(names) or parameter.name}: {error.message}{given}"
+    return f"{line}; see: {command} --help"
+
+
+def _value_of(name: str, argument: str, following: str) -> str | None:
+    """The value that an argument and the one behind it give to an option; None if it is another's."""
+    joined = f"{name}=" if name.startswith("--") else name
+    return following if argument == name else argument.removeprefix(joined) if argument.startswith(joined) else None
 
 
 if __name__ == "__main__":

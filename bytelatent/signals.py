@@ -1,6 +1,6 @@
 """Signals: Ctrl-C of a command, requests to stop a training, and the warnings of a cluster.
 
-Every signal handler of the package is set here. Nothing heavy is imported, because commands listen before they import.
+Every signal handler of the package is set here, but for that of a command's first moments (`bytelatent.__main__`).
 """
 
 import os
@@ -23,15 +23,6 @@ PARENT = os.getppid()
 
 class Interrupted(Exception):
     """Work was asked to stop and stopped in good order. The message says how to resume."""
-
-
-def listen() -> None:
-    """End the process with one line on Ctrl-C until `begin`, unless the process ignores Ctrl-C.
-
-    Raising an exception does not work: modules that are being imported swallow it or raise another one.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        _set({signal.SIGINT: _ending("stopped")})
 
 
 def begin() -> None:

@@ -2,12 +2,13 @@
 
 import sys
 
-from bytelatent import signals
-from bytelatent.errors import guarded
-
 if __name__ == "__main__":
-    signals.listen()  # before the imports, which take seconds
+    from bytelatent.__main__ import listen
+
+    listen()  # before the imports, which take seconds
+    from bytelatent import signals
     from bytelatent.commands.launch import command
+    from bytelatent.errors import guarded
 
     signals.begin()
     guarded(lambda: command(sys.argv[1:]))

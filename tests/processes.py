@@ -5,6 +5,7 @@ What happens as Python starts and imports is not seen so: tests of that start Py
 
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 # What several tests' commands need; a forkserver is one for all of them.
 PRELOADED = ["tests.training.plans", "bytelatent.commands.generate", "bytelatent.commands.train", "bytelatent.cli"]
@@ -19,7 +21,10 @@ PRELOADED += [
     "torch.distributed.run",
     "bytelatent.training.distributed.parallelize",
     "bytelatent.training.checkpoint.storage",
+    "tests.frozen",  # the last
 ]
+NOBODY = "nobody"  # in place of a path: a pipe that nobody reads
+CLOSED = "closed"  # none, as of a process that is started with `<&-`
 
 
 def forkserver() -> ForkServerContext:
@@ -32,15 +37,31 @@ class Command:
     """`python -m MODULE ARGUMENT...`, as `subprocess.Popen` shows a process.
 
     Args:
-        arguments: as for `Popen`: the interpreter, `-m`, the module, its own.
+        arguments: as for `Popen`: the interpreter, `-m` and a module or `-c` and a program, its own.
+        streams: paths, such as of a terminal, for standard streams by number; others are files.
+        given: its standard input.
+        max_file: the system refuses files of more bytes.
     """
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], folder: str | Path | None = None):
-        assert arguments[:2] == [sys.executable, "-m"]
+    def __init__(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        folder: str | Path | None = None,
+        streams: dict[int, str] | None = None,
+        given: bytes = b"",
+        max_file: int = resource.RLIM_INFINITY,
+    ):
+        assert arguments[0] == sys.executable
+        assert arguments[1] in ("-m", "-c")
         self.arguments = arguments
         self._outputs = Path(mkdtemp())
-        given = (arguments[2:], environment, str(folder or Path.cwd()), str(self._outputs))
-        self._process = forkserver().Process(target=_run, args=given, daemon=True)
+        (self._outputs / "in").write_bytes(given)
+        paths = {number: str(self._outputs / name) for number, name in enumerate(("in", "out", "error"))}
+        for number in (1, 2):
+            Path(paths[number]).touch()
+        how = (arguments[1:], environment, str(folder or Path.cwd()), paths | (streams or {}), max_file)
+        self._process = forkserver().Process(target=_run, args=how, daemon=True)
         self._process.start()
 
     @property
@@ -72,10 +93,14 @@ class Command:
 
 
 def ended(
-    arguments: list[str], environment: dict[str, str], folder: str | Path | None = None, timeout: float = 120
+    arguments: list[str],
+    environment: dict[str, str],
+    folder: str | Path | None = None,
+    timeout: float = 120,
+    **more: Any,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end."""
-    command = Command(arguments, environment, folder)
+    """Run a command to its end; `more` as for `Command`."""
+    command = Command(arguments, environment, folder, **more)
     try:
         out, error = command.communicate(timeout)
     finally:
@@ -84,7 +109,9 @@ def ended(
     return subprocess.CompletedProcess(arguments, command.returncode, out, error)
 
 
-def _run(arguments: list[str], environment: dict[str, str], folder: str, outputs: str) -> None:
+def _run(
+    arguments: list[str], environment: dict[str, str], folder: str, streams: dict[int, str], max_file: int
+) -> None:
     import torch
 
     os.chdir(folder)
@@ -94,12 +121,27 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, outputs
         torch.set_num_threads(1)
     sys.stdout.flush()
     sys.stderr.flush()
-    for number, name in ((1, "out"), (2, "error")):
-        file = os.open(os.path.join(outputs, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number, path in streams.items():
+        if path == CLOSED:
+            continue
+        if path == NOBODY:
+            reader, file = os.pipe()
+            os.close(reader)
+        else:
+            file = os.open(path, (os.O_WRONLY if number else os.O_RDONLY) | os.O_NOCTTY)
         os.dup2(file, number)
         os.close(file)
-    sys.argv = arguments
-    sys.modules.pop(
-        arguments[0], None
-    )  # else runpy warns that it is imported already, which it is not in a new process
-    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if streams[number] == CLOSED:  # so does Python as it starts
+            os.close(number)
+            setattr(sys, name, None)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file, max_file))
+    kind, name, *_ = arguments
+    if kind == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(name, "<string>", "exec"), {"__name__": "__main__"})
+        return
+    sys.argv = arguments[1:]
+    sys.modules.pop(name, None)  # else runpy warns that it is imported already, which it is not in a new process
+    runpy.run_module(name, run_name="__main__", alter_sys=True)

@@ -18,6 +18,8 @@ from bytelatent.model import PRESETS, build_model
 from bytelatent.training import train
 from bytelatent.vocab import to_bytes
 from bytelatent.weights import load
+from tests import processes
+from tests.processes import CLOSED
 from tests.training.tiny_runs import blt_run, byte_lm_run, settings, write_text
 
 VERBS = [
@@ -36,6 +38,7 @@ VERBS = [
     "export",
 ]
 VERBS += ["info"]
+IMPORT_TORCH = ["patch words --mode space", "info demo-blt"]  # not in an interpreter of their own: it takes seconds
 NO_UTF8 = b"caf\xc3\xa9 \xff\xfe \x1b[31m and\nmore"
 BLT_COMMAND = [sys.executable, "-m", "bytelatent.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
@@ -107,10 +110,10 @@ def test_the_real_command_patches_standard_input() -> None:
 
 
 def test_the_real_command_ends_with_code_2_and_one_line() -> None:
-    ended = subprocess.run([*BLT_COMMAND, "patch", "x", "--mode", "spice"], env=ENVIRONMENT, capture_output=True)
+    ended = processes.ended([*BLT_COMMAND, "patch", "x", "--mode", "spice"], ENVIRONMENT)
     assert ended.returncode == 2
-    assert ended.stdout == b""
-    assert ended.stderr.decode().startswith("error: patch: no mode 'spice'; modes: ")
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("error: patch: no mode 'spice'; modes: ")
     assert len(ended.stderr.splitlines()) == 1
 
 
@@ -135,20 +138,28 @@ def test_a_closed_pipe_is_no_traceback(command: str, byte_lm: Path) -> None:
 @pytest.mark.parametrize("arguments", ["--version", "patch --help", "patch words --mode space", "info demo-blt"])
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_is_no_error(arguments: str, closed: str) -> None:
-    ended = subprocess.run(
-        ["bash", "-c", f'"$@" {closed}', "", *BLT_COMMAND, *arguments.split()], env=ENVIRONMENT, capture_output=True
-    )
-    assert (ended.returncode, ended.stderr) == (0, b"")
+    command = [*BLT_COMMAND, *arguments.split()]
+    if arguments in IMPORT_TORCH:
+        streams = {number: CLOSED for number, sign in enumerate(("<&-", ">&-", "2>&-")) if sign in closed.split()}
+        ended = processes.ended(command, ENVIRONMENT, streams=streams)
+    else:
+        shell = ["bash", "-c", f'"$@" {closed}', "", *command]
+        ended = subprocess.run(shell, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
     assert bool(ended.stdout) == (" >&-" not in f" {closed}")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device is of Linux")
 @pytest.mark.parametrize("arguments", ["--version", "patch --help", "patch words --mode space", "info demo-blt"])
 def test_output_that_cannot_be_written(arguments: str) -> None:
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run([*BLT_COMMAND, *arguments.split()], env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE)
+    command = [*BLT_COMMAND, *arguments.split()]
+    if arguments in IMPORT_TORCH:
+        ended = processes.ended(command, ENVIRONMENT, streams={1: "/dev/full"})
+    else:
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(command, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 2
-    assert ended.stderr == b"error: the output cannot be written: No space left on device\n"
+    assert ended.stderr == "error: the output cannot be written: No space left on device\n"
 
 
 def test_patches_as_json_cover_the_text(model: Path) -> None:
@@ -288,6 +299,45 @@ def test_what_will_not_do_is_one_line_and_code_2(
     filled = [argument.format(text=text, byte_lm=byte_lm, model=model) for argument in arguments]
     assert message in refused(monkeypatch, capsys, *filled)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("pach x", "no command 'pach'; did you mean 'patch'?; all commands: blt --help"),
+        ("bench trian", "no command 'trian'; did you mean 'train'?; all commands: blt bench --help"),
+        ("patch x --mod space", "no option '--mod'; did you mean '--mode'?; see: blt patch --help"),
+        ("patch x --hel", "no option '--hel'; did you mean '--help'?; see: blt patch --help"),
+        ("patch x -z", "no option '-z'; see: blt patch --help"),
+        (
+            "bench train --checkpoint full",
+            "no option '--checkpoint'; did you mean '--checkpointing'?; see: blt",
+        ),
+        ("--verson", "no option '--verson'; did you mean '--version'?; see: blt --help"),
+        ("patch x --mode", "option '--mode' requires an argument; see: blt patch --help"),
+        ("eval a --json=3", "option '--json' does not take a value; see: blt eval --help"),
+        ("generate x -n abc", "--max-new-bytes / -n: Input should be a valid integer, "),
+        ("generate x -n abc", ", not 'abc'; see: blt generate --help"),
+        ("generate x -n1.5", ", not '1.5'; see: blt generate --help"),
+        ("generate x --max-new-bytes=\x1b[2J", ", not '\\x1b[2J'; see: blt generate --help"),
+        ("convert a", "missing argument 'target'; see: blt convert --help"),
+        ("prepare a", "missing option '--out'; see: blt prepare --help"),
+        ("info blt-1b more", "got unexpected extra argument(s) (more); see: blt info --help"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    arguments: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert line in refused(monkeypatch, capsys, *arguments.split())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_option_that_no_verb_has(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = refused(monkeypatch, capsys, verb, "--no-such-thing", "1")
+    assert shown.startswith("error: no option '--no-such-thing'")
+    assert shown.endswith(f"; see: blt {verb} --help\n")
 
 
 def test_a_byte_lm_that_is_not_there_is_named_by_its_key(

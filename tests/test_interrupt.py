@@ -38,8 +38,9 @@ def test_while_modules_are_imported(arguments: list[str], tmp_path: Path) -> Non
     assert errors.startswith("stopped")
 
 
-def test_before_a_verb_begins(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text(SLOW)
+@pytest.mark.parametrize("module", ["typer", "signal"])  # and what is imported before any other
+def test_before_a_verb_begins(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text(SLOW)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", "from bytelatent.__main__ import main; main()"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

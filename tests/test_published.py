@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bytelatent import __version__
+from tests import processes
 
 ROOT = Path(__file__).parents[1]
 DEBUG = "config=apps/bytelatent/configs/debug.yaml"
@@ -22,8 +23,7 @@ HELD_OUT = "def held(out):\n    return out\n" * 20
 
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-    given = [sys.executable, "-m", *map(str, command)]
-    return subprocess.run(given, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return processes.ended([sys.executable, "-m", *map(str, command)], environment, cwd)
 
 
 def printed(*command: object, cwd: Path) -> str:
@@ -49,7 +49,7 @@ def test_train_wrote_a_run(clone: Path) -> None:
 
 
 def test_torchrun(clone: Path) -> None:
-    """In two processes: each takes seconds to start, and eight are no different to the code."""
+    """In two processes: each takes seconds to start, and eight are no different to the code. They are new ones."""
     command = ("torch.distributed.run", "--nproc-per-node", 2, "-m", "bytelatent.train", DEBUG, "run=runs/two", *SMALL)
     assert printed(*command, cwd=clone) == "runs/two\n"
     checkpoint = clone / "runs" / "two" / "checkpoints" / "step-00000002"

@@ -4,8 +4,8 @@ import ast
 import io
 import os
 import pty
-import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from bytelatent.report import patched_text
 from bytelatent.terminal import print_line, safe
 from bytelatent.weights import Config
 from tests.model.tiny import tiny_blt
+from tests.processes import Command
 
 ROOT = Path(bytelatent.__file__).parent
 NASTY = "a\x1b]0;owned\x07\x1b[2Jb\x9b31mc\u202eevil\u2066d\x08\x08\x7f\r\u2028\ud800e"
@@ -141,27 +142,17 @@ def on_a_terminal(*arguments: str, given: bytes = b"") -> tuple[int, bytes]:
     """What a command sends to a terminal on which it runs, and its exit code."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "200"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "bytelatent.cli", *arguments],
-        stdin=subprocess.PIPE,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment,
-    ) as process:
-        os.close(theirs)
-        assert process.stdin is not None
-        process.stdin.write(given)
-        process.stdin.close()
-        sent = b""
-        while True:
-            try:
-                new = os.read(ours, 65536)
-            except OSError:  # nobody writes any more
-                break
-            if not new:
-                break
+    name = os.ttyname(theirs)
+    command = [sys.executable, "-m", "bytelatent.cli", *arguments]
+    process = Command(command, environment, streams={1: name, 2: name}, given=given)
+    process.wait(timeout=60)
+    os.close(theirs)
+    sent = b""
+    with suppress(OSError):  # nobody writes any more
+        while new := os.read(ours, 65536):
             sent += new
     os.close(ours)
+    assert process.returncode is not None
     return process.returncode, sent
 
 
@@ -191,12 +182,11 @@ def test_generate_sends_a_terminal_nothing_raw_and_a_pipe_all(model: Path) -> No
     assert code == 0
     assert not raw(sent)
     assert b"a\\x1b]0;owned\\x07b\\x1b[2Jc" in sent
-    piped = subprocess.run(
-        [sys.executable, "-m", "bytelatent.cli", *arguments, str(prompt)],
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert piped.stdout.startswith(RAW)
+    file = model.parent / "piped"
+    file.touch()
+    piped = [sys.executable, "-m", "bytelatent.cli", *arguments, str(prompt)]
+    Command(piped, {**os.environ, "OMP_NUM_THREADS": "1"}, streams={1: str(file)}).wait(timeout=60)
+    assert file.read_bytes().startswith(RAW)
 
 
 def test_rows_and_errors_and_patches_on_a_terminal(model: Path, tmp_path: Path) -> None:

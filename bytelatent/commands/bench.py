@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from rich import box
+from rich.filesize import decimal
 from rich.table import Table
 
 from bytelatent.commands.options import BenchTrainSettings
@@ -123,7 +124,7 @@ def _check_memory(name: str, model: ModelSettings, device: torch.device) -> None
     needed = sum(part.num_parameters * (4 if part.name == HASH_TABLES else 8) for part in costs(model))
     if needed > free:
         raise UserError(
-            f"model: weights and gradients of '{name}' take {needed / 1e9:,.1f} GB (float32), and {free / 1e9:,.1f} GB "
+            f"model: weights and gradients of '{name}' take {decimal(needed)} (float32), and {decimal(free)} "
             "of memory are free; take a smaller preset"
         )
 

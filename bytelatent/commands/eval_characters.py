@@ -17,7 +17,7 @@ import torch
 from bytelatent.commands.generate import line_of, rows_at
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.device import choose_device
-from bytelatent.errors import UserError, nearest
+from bytelatent.errors import UserError
 from bytelatent.evaluation import FoundModel, ReadSettings, TransformersModel, bootstrap, find_model
 from bytelatent.evaluation.cute import CUTE, NUM_EXAMPLES, Words, cute_task
 from bytelatent.evaluation.examples import (
@@ -59,9 +59,8 @@ FIXED = {"tasks", "limit", "shots", "seed", "noise", "noise_on", "noise_rates", 
 
 def run(settings: EvaluateSettings) -> None:
     own, others = split_tasks(settings.tasks or "")
-    if others or not own:
-        hint = nearest(others[0], list(FAMILIES)) if others else f"; there are {', '.join(FAMILIES)}"
-        raise UserError(f"tasks: '{settings.tasks}' is unknown{hint}")
+    if others:
+        raise UserError(f"tasks: '{own[0]}' and '{others[0]}' of lm-eval are measured apart; name one of them")
     check_figure(settings)
     results = evaluate_examples(settings, own)
     if settings.out is not None:
@@ -290,7 +289,7 @@ def _answers(
 
 
 def _ratio(counts: list[Counts], settings: EvaluateSettings) -> tuple[float, tuple[float, float] | None]:
-    """The sum of numerators over that of denominators, and its 95 % interval by a bootstrap over examples, if there are enough."""
+    """The sum of numerators over that of denominators, and its 95 % interval by a bootstrap over examples."""
     top, bottom = np.array(counts, dtype=np.float64).T
     interval = None
     if len(counts) >= FEWEST and settings.resamples:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from bytelatent.config import Settings
-from bytelatent.inference.settings import MAX_BATCH_SIZE, MAX_SAMPLES
+from bytelatent.inference.settings import MAX_SAMPLES
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 
@@ -18,9 +18,6 @@ class TaskSettings(Settings):
     shots: worked examples before each question. Default: the task's own number.
     limit: questions of each task. Default: all.
     include_path: folder of task files (.yaml) of your own.
-    out: file for the results of --tasks. An interrupted command leaves its answers in OUT.part; the same command
-        resumes.
-    batch_size: texts that are continued at once, for --tasks.
     samples: programs for each problem, for pass@k.
     temperature: temperature of --samples.
     run_programs: run the programs that the model writes, in a limited process.
@@ -30,8 +27,6 @@ class TaskSettings(Settings):
     shots: int | None = Field(default=None, ge=0, le=1000)
     limit: int | None = Field(default=None, ge=1, lt=2**63)
     include_path: Path | None = None
-    out: Path | None = None
-    batch_size: int = Field(default=16, ge=1, le=MAX_BATCH_SIZE)
     samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     temperature: float = Field(default=0.8, gt=0, le=100)
     run_programs: bool = False

@@ -165,6 +165,24 @@ class CalibrateSettings(TextSettings):
     device: str = "auto"
 
 
+class TokenizerSettings(TextSettings, JsonSettings):
+    """Train a byte-level BPE tokenizer for token LMs. The same text gives the same file.
+
+    Example:  `blt tokenizer text/*.jsonl --vocab 16384 --out tokenizer.json`
+
+    Then:  `blt train config=token_lm_100m data.tokenizer=tokenizer.json data.train=text/*.jsonl`
+
+    Attributes:
+        vocab: number of ids, special ids and the 256 bytes included.
+        out: file to write, a tokenizer.json.
+        max_bytes: bytes of text to train on. Default: all.
+    """
+
+    vocab: int = Field(default=16_384, ge=261, le=2**20)
+    out: Annotated[str, AfterValidator(lambda path: must_be_named(path, "a file"))]
+    max_bytes: NumBytes | None = None
+
+
 class EntropiesSettings(TextSettings):
     """Store a byte LM's entropies beside text; the same command resumes.
 

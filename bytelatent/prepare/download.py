@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from fsspec.utils import glob_translate
+from rich.filesize import decimal
 
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import only_writer, whole_file, write_whole_json
@@ -106,8 +107,8 @@ def download_dataset(source: str, folder: Path, token: str | None = None) -> Pat
             record = _look_up(request, token)
             write_whole_json(folder / UNFINISHED, record, indent=1)
         missing, commit = _missing(record, folder), record["commit"]
-        size = sum(file["size"] for file in missing) / 1e9
-        LOGGER.info("%s at %s: %d files to download, %.2f GB", request, commit[:8], len(missing), size)
+        size = decimal(sum(file["size"] for file in missing))
+        LOGGER.info("%s at %s: %d files to download, %s", request, commit[:8], len(missing), size)
         get = partial(hf_hub_download, name, repo_type="dataset", revision=commit, local_dir=folder, token=token)
         for file in missing:  # a file of another size would be taken for a finished one
             (folder / file["path"]).unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from bytelatent.text.formats import FORMATS, JSONL, FileKind, kind_of
 from bytelatent.text.stored import MAX_TEXT_BYTES
 from bytelatent.text.streams import COMPRESSIONS, TextReader, is_remote, readable, size_of
 
-MAX_CHUNKS = 32  # by default; fewer where there are fewer documents
+MAX_CHUNKS = 32  # by default; fewer where one would be empty
 UNIT_BYTES = 1 << 26  # of a plain JSONL file; of small text files together
 UNIT_FILES = 4096  # small text files together
 TASK_BYTES = 1 << 28
@@ -51,7 +51,7 @@ class PrepareSettings(Settings):
         out: folder to write.
         name: prefix of the files: NAME.chunk.00.jsonl. Default: the source's name.
         memory: memory in GB of all processes together, at least 0.25. On a cluster, of each task.
-        chunks: number of files to write. Default: 32, or fewer for few rows.
+        chunks: number of files to write. Default: 32, or fewer so that none is empty.
         seed: shuffle seed.
         validation: number of documents to hold out. Default: 1 %, at most 10000.
         dedup: leave out documents whose text occurred before.

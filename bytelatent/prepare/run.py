@@ -79,6 +79,11 @@ def prepare(settings: PrepareSettings) -> Path:
         LOGGER.info("%s", short(f"left out: {place}"))
     if len(places) > SHOWN_BAD_ROWS:
         LOGGER.info(f"left out: {len(places) - SHOWN_BAD_ROWS:,} more, which '{out / MANIFEST}' names")
+    if empty := [output["name"] for output in manifest["outputs"] if not output["documents"]]:
+        LOGGER.warning(
+            f"{len(empty):,} of {settings.chunks:,} chunks are empty, the first '{empty[0]}': a document is longer "
+            "than a chunk; give fewer --chunks, or leave it out"
+        )
     LOGGER.info(f"'{out}': {_summary(manifest)}")
     must_have_read(manifest["unread"])
     return out
@@ -152,7 +157,7 @@ def _check_free(settings: PrepareSettings, work: WorkFolder, files: list[InputFi
     free = shutil.disk_usage(work.out).free
     if needed > free:
         raise UserError(
-            f"--out: the disk of '{work.out}' has {free / 1e9:,.2f} GB left and this takes {needed / 1e9:,.2f} GB, "
+            f"--out: the disk of '{work.out}' has {decimal(free)} left and this takes {decimal(needed)}, "
             "half of it only until it is done; make room or give a folder elsewhere"
         )
 

@@ -324,11 +324,14 @@ def _outputs(stream: ShuffledStream, request: dict[str, Any]) -> list[dict[str, 
     chunks = request["chunks"] or min(MAX_CHUNKS, left)
     if chunks > left:
         raise UserError(f"--chunks: {chunks} are more than the {left} documents to train on; give fewer")
+    first, last = stream.after(held_out), stream.after(total)
+    size = last.bytes - first.bytes
+    while True:
+        positions = [first, *(stream.at(first.bytes - (-chunk * size // chunks)) for chunk in range(1, chunks)), last]
+        if request["chunks"] or all(begin.documents < end.documents for begin, end in pairwise(positions)):
+            break
+        chunks -= 1  # a document is longer than a chunk: one chunk is empty, or several
     name, digits = request["name"], max(2, len(str(chunks - 1)))
-    first = stream.after(held_out)
-    size = int(stream.bytes[-1]) - first.bytes
-    positions = [first, *(stream.at(first.bytes - (-chunk * size // chunks)) for chunk in range(1, chunks))]
-    positions.append(stream.after(total))
     names = [f"{name}.chunk.{chunk:0{digits}d}.jsonl" for chunk in range(chunks)]
     if held_out:
         positions.insert(0, StreamPosition(0, 0))

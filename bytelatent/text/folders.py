@@ -26,8 +26,8 @@ CHANGE = ("LastModified", "last_modified", "mtime", "updated", "created")
 def find_files(path: str) -> list[str]:
     """The files of a source, sorted: a file, a folder (all text below it but hidden files), or a glob.
 
-    Links to folders are followed, to each folder once. A warning names files of a folder or a glob that are passed
-    over, once.
+    Links to folders are followed, to each folder once. A file with several names, as links, is given once. A warning
+    names files of a folder or a glob that are passed over, once.
 
     Raises:
         UserError: there are none, or the file is not text; see `formats`.
@@ -48,7 +48,8 @@ def find_files(path: str) -> list[str]:
         if location.exists():
             readable_kind(str(location))
             return [str(location)]
-        found = _once([name for name in glob.glob(str(location), recursive=True) if not Path(name).is_dir()])
+        found = [name for name in glob.glob(str(location), recursive=True) if not Path(name).is_dir()]
+        found = _each_once(found, path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         if isinstance(error, UserError):
             raise
@@ -95,19 +96,29 @@ def _below(folder: Path) -> list[str]:
         warn_once(
             _naming(f"data: '{folder}': {len(known):,} passed over, a link to a folder that is read already", known)
         )
-    return [str(file) for file in sorted(found)]
+    return list(map(str, sorted(map(Path, _each_once(list(map(str, found)), str(folder))))))
 
 
-def _once(files: list[str]) -> list[str]:
-    """Files that a glob found, those below a folder not again below a link to it."""
-    by_location: dict[tuple[str, str], str] = {}
-    for file in sorted(files, key=lambda file: (_is_linked(file), file)):
-        folder, name = os.path.split(file)
-        by_location.setdefault((os.path.realpath(folder), name), file)
-    return sorted(by_location.values())
+def _each_once(files: list[str], source: str) -> list[str]:
+    """The files, sorted: one that has several names, as symbolic or hard links, by its own or else its first name."""
+    names: dict[tuple[int, int] | str, str] = {}
+    again: list[str] = []
+    for file in sorted(files, key=lambda file: (os.path.islink(file), _is_below_a_link(file), file)):
+        key: tuple[int, int] | str = file
+        with suppress(OSError):  # a broken link
+            about = os.stat(file)
+            key = (about.st_dev, about.st_ino) if about.st_ino else os.path.realpath(file)
+        if names.setdefault(key, file) is not file:
+            again.append(file)
+    if again:
+        shown = sorted(name_inside(file, source) if Path(source).is_dir() else file for file in again)
+        warn_once(
+            _naming(f"data: '{source}': {len(again):,} passed over, a link to a file that is read already", shown)
+        )
+    return sorted(names.values())
 
 
-def _is_linked(file: str) -> bool:
+def _is_below_a_link(file: str) -> bool:
     folder = os.path.dirname(file)
     return os.path.realpath(folder) != os.path.abspath(folder)
 

@@ -22,6 +22,7 @@ from bytelatent.errors import Interrupted, UserError
 from bytelatent.progress import Progress
 from bytelatent.text import BadRows
 from bytelatent.training import trainer as loop
+from tests import processes
 
 PARTS = ("train", "valid")
 NOUNS = ["cat", "dog", "house", "garden", "river", "tree", "child", "boat"]
@@ -194,8 +195,8 @@ def test_what_is_no_demo_is_left_alone(tmp_path: Path, own_text: Path, what: str
 def test_the_next_commands_run_as_they_are_printed(demo: tuple[Path, dict[str, Any]], number: int) -> None:
     folder, _ = demo
     lines = [line for label, line in closing_lines(folder, []) if line.startswith("blt")]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(lines[number], shell=True, capture_output=True, text=True, env=environment)
+    verb = shlex.split(lines[number])[1:]  # as a shell does
+    done = processes.ended([sys.executable, "-m", "bytelatent", *verb], {**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

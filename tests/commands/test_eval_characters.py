@@ -179,7 +179,7 @@ def test_what_is_printed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ({"tasks": "cute", "noise": ["dorp"]}, "noise: 'dorp' is unknown; did you mean 'drop'?"),
         ({"tasks": "cute_spell", "noise": ["drop"], "noise_on": "completion"}, "noise-on: the completions of"),
         ({"tasks": "cute_spell", "figure": "x.svg"}, "figure: it shows scores with noise"),
-        ({"tasks": "cute_spell", "text": ["x"]}, "eval: text and --tasks are given"),
+        ({"tasks": "cute_spell", "text": ["x"]}, "tasks: they bring their own text"),
         ({"tasks": "cute", "words": "words.parquet"}, "words: 'words.parquet' is a Parquet file; give one of text"),
         ({"text": ["absent.txt"], "noise": ["drop"]}, "'absent.txt' does not exist"),
         ({"text": ["x"], "noise": ["drop"], "by": "category"}, "by: it does not go with --noise"),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -46,10 +46,8 @@ def command(rows: Path, model: Path, out: Path, *more: object) -> list[str]:
     return [*GENERATE, *map(str, given)]
 
 
-def ended(*given: str, **options: object) -> "subprocess.CompletedProcess[str]":
-    if not options:
-        return processes.ended(list(given), ENVIRONMENT)
-    return subprocess.run(given, env=ENVIRONMENT, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+def ended(*given: str, **more: Any) -> "subprocess.CompletedProcess[str]":
+    return processes.ended(list(given), ENVIRONMENT, **more)
 
 
 def names(folder: Path) -> set[str]:
@@ -88,10 +86,9 @@ def test_a_stopped_command_keeps_its_rows_and_goes_on(how: signal.Signals, model
 
 
 def test_a_full_disk_keeps_the_rows_so_far(model: Path, tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
     rows = write_rows(tmp_path / "rows.jsonl", 20, 10)
     out = tmp_path / "out.jsonl"
-    full = ended(*command(rows, model, out), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)))
+    full = ended(*command(rows, model, out), max_file=600)
     assert full.returncode == 2
     [line] = full.stderr.splitlines()
     assert line == (

@@ -1,5 +1,6 @@
 """Sequences in rows: greedy bytes are those of the plain forward pass, alone or among any others."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -38,22 +39,24 @@ def wide_blt(seed: int, **changes: Any) -> Any:
     return tiny_blt(seed, **values | changes)
 
 
-def decoders(seed: int = 0) -> dict[str, Decoder]:
-    byte_lm = tiny_byte_lm(seed, dim=32, window=6)
-    every = CrossAttentionSettings(k=3, num_heads=2, all_layers_encoder=True, all_layers_decoder=False)
-    return {
-        "byte LM": Decoder(byte_lm, None, None),
-        "entropy": Decoder(wide_blt(seed), PatchSettings(threshold=5.12), byte_lm),
-        "split": Decoder(wide_blt(seed), PatchSettings(threshold=5.3, max_patch_length=3), byte_lm),
-        "rises": Decoder(wide_blt(seed), PatchSettings(threshold=0.0, monotonicity=True), byte_lm),
-        "all layers": Decoder(
-            wide_blt(seed, cross_attention=every, ngram_hash=None), PatchSettings(mode="space"), None
-        ),
-        "static": Decoder(wide_blt(seed), PatchSettings(mode="static", patch_size=3), None),
-    }
+EVERY = CrossAttentionSettings(k=3, num_heads=2, all_layers_encoder=True, all_layers_decoder=False)
+PATCHINGS: dict[str, PatchSettings] = {
+    "entropy": PatchSettings(threshold=5.12),
+    "split": PatchSettings(threshold=5.3, max_patch_length=3),
+    "rises": PatchSettings(threshold=0.0, monotonicity=True),
+    "all layers": PatchSettings(mode="space"),
+    "static": PatchSettings(mode="static", patch_size=3),
+}
+NAMES = ["byte LM", *PATCHINGS]
 
 
-NAMES = list(decoders())
+def decoder_of(name: str, seed: int = 0) -> Decoder:
+    """A new one, always of the same weights."""
+    if name == "byte LM":
+        return Decoder(tiny_byte_lm(seed, dim=32, window=6), None, None)
+    byte_lm = tiny_byte_lm(seed, dim=32, window=6) if PATCHINGS[name].mode == "entropy" else None
+    changes: dict[str, Any] = {"cross_attention": EVERY, "ngram_hash": None} if name == "all layers" else {}
+    return Decoder(wide_blt(seed, **changes), PATCHINGS[name], byte_lm)
 
 
 def engine_of(decoder: Decoder, kind: str, batch_size: int) -> Engine:
@@ -85,8 +88,10 @@ DRAFTED = ["drafted", "drafted, far", "drafted, few"]
 KINDS = ["plain", *FAST]
 
 
-def slow_greedy(decoder: Decoder, prompt: str, count: int) -> list[int]:
+@cache
+def slow_greedy(name: str, prompt: str, count: int) -> list[int]:
     """The likeliest byte again and again, by the full forward pass."""
+    decoder = decoder_of(name)
     ids = prompt_ids(prompt)
     new: list[int] = []
     while len(new) < count and (not new or new[-1] != EOS):
@@ -108,10 +113,9 @@ def generated(engine: Engine, prompts: list[str], count: int, sampling: Sampling
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_greedy_bytes(name: str, kind: str, batch_size: int) -> None:
-    decoder = decoders()[name]
-    found = generated(engine_of(decoder, kind, batch_size), PROMPTS, 20)
+    found = generated(engine_of(decoder_of(name), kind, batch_size), PROMPTS, 20)
     for prompt, continuation in zip(PROMPTS, found, strict=True):
-        assert continuation.ids == slow_greedy(decoder, prompt, 20)
+        assert continuation.ids == slow_greedy(name, prompt, 20)
         assert len(continuation.log_probabilities) == len(continuation.ids)
     assert found[0].ids == found[4].ids
 
@@ -121,7 +125,7 @@ def test_greedy_bytes(name: str, kind: str, batch_size: int) -> None:
 @given(data=st.data())
 def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
     """Sequences join and leave at any time; each has the bytes and log-probabilities that it has alone."""
-    decoder = decoders(seed=1)["entropy"]
+    decoder = decoder_of("entropy", seed=1)
     engine = engine_of(decoder, kind, data.draw(st.integers(1, 4)))
     asked: list[Continuation] = []
     for number in range(data.draw(st.integers(1, 7))):
@@ -167,7 +171,7 @@ def test_long_texts_and_patches(kind: str, size: int) -> None:
 
 
 def test_samples_share_a_prompt() -> None:
-    decoder = decoders()["entropy"]
+    decoder = decoder_of("entropy")
     engine = Engine.plain(decoder, 3)
     reads: list[int] = []
     prefill = decoder.prefill
@@ -189,7 +193,7 @@ def test_samples_share_a_prompt() -> None:
 @pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
 def test_stop_texts(kind: str) -> None:
     """Matched on bytes, shown neither in the end nor on the way."""
-    decoder = decoders()["entropy"]
+    decoder = decoder_of("entropy")
     [whole] = generated(engine_of(decoder, kind, 1), ["The"], 30)
     stop = whole.data[7:10]
     at = whole.data.find(stop)
@@ -207,7 +211,7 @@ def test_stop_texts(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
 def test_valid_utf8(kind: str) -> None:
-    decoder = decoders()["entropy"]
+    decoder = decoder_of("entropy")
     engine = engine_of(decoder, kind, 2)
     asked = [
         engine.submit(prompt_ids("\u4f60"), Sampling(temperature=5.0, seed=seed, valid_utf8=True), 40)[0]
@@ -224,7 +228,7 @@ def test_valid_utf8(kind: str) -> None:
 
 def test_it_ends_at_the_end_of_the_text() -> None:
     """A head of zeros: all ids are as likely, and of those that may be drawn the end is the lowest."""
-    decoder = decoders()["entropy"]
+    decoder = decoder_of("entropy")
     head: Any = decoder.model.decoder.output
     with torch.no_grad():
         head.weight.zero_()
@@ -235,7 +239,7 @@ def test_it_ends_at_the_end_of_the_text() -> None:
 
 def test_drafts_save_steps() -> None:
     """A model that no patch tells anything drafts what it then draws."""
-    decoder = decoders()["entropy"]
+    decoder = decoder_of("entropy")
     model: Any = decoder.model
     for cross in model.decoder.cross_attention:
         cross.output.weight.data.zero_()
@@ -251,8 +255,7 @@ def test_drafts_save_steps() -> None:
 
 
 def test_who_cannot_draft() -> None:
-    named = decoders()
-    lm, blt = named["byte LM"], named["entropy"]
+    lm, blt = decoder_of("byte LM"), decoder_of("entropy")
     with pytest.raises(UserError, match="draft_length: a byte LM has no part that drafts"):
         engine_for(lm.model, None, None, 1, draft_length=4)
     with pytest.raises(UserError, match="patching mode 'bpe' has no drafts"):
@@ -263,14 +266,14 @@ def test_who_cannot_draft() -> None:
 
 
 def test_what_will_not_do() -> None:
-    engine = Engine.plain(decoders()["entropy"], 1)
+    engine = Engine.plain(decoder_of("entropy"), 1)
     for wrong in (0, MAX_NEW_BYTES + 1, 2**64, True, 2.5, "5"):
         with pytest.raises(UserError, match=f"max_new_bytes: {wrong!r} is not a number from 1 to 1,000,000,000$"):
             engine.submit(prompt_ids("x"), GREEDY, wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="it holds no ids"):
         engine.submit(torch.zeros(0, dtype=torch.long), GREEDY, 1)
     assert engine.is_idle
-    assert isinstance(decoders()["byte LM"].model, ByteLM)
+    assert isinstance(decoder_of("byte LM").model, ByteLM)
 
 
 STOPS = st.lists(
@@ -286,7 +289,7 @@ STOPS = st.lists(
 @given(data=st.data())
 def test_valid_utf8_is_valid_whatever_ends_it(kind: str, data: st.DataObject) -> None:
     """Also where a stop text begins within a character, on the way, and where a sequence is cancelled."""
-    decoder = decoders(data.draw(st.integers(0, 3)))["entropy"]
+    decoder = decoder_of("entropy", data.draw(st.integers(0, 3)))
     batch_size = data.draw(st.integers(1, 3))
     engine = engine_of(decoder, kind, batch_size)
     asked = [
@@ -322,7 +325,7 @@ def test_valid_utf8_is_valid_whatever_ends_it(kind: str, data: st.DataObject) ->
 @pytest.mark.parametrize("change", [{"repetition_penalty": 1.5}, {"valid_utf8": True, "top_k": 9}])
 def test_drafts_follow_every_sampling_setting(kind: str, change: dict[str, Any]) -> None:
     """Penalties and UTF-8 depend on what was drafted before."""
-    decoder = decoders()["entropy"]
+    decoder = decoder_of("entropy")
     for sampling in (Sampling(temperature=0, **change), Sampling(temperature=5.0, seed=3, **change)):
         prompts = [*PROMPTS, "\u4f60"]
         plain = generated(Engine.plain(decoder, 3), prompts, 25, sampling)
@@ -335,7 +338,7 @@ def test_rejected_drafts_leave_no_trace(mode: str) -> None:
     """Drafts close patches that never were: with `byte` one for each byte of a draft as long as any."""
     settings: dict[str, Any] = {"static": {"patch_size": 3}, "entropy": {"threshold": 5.12}}.get(mode, {})
     patching = PatchSettings.parse({"mode": mode} | settings)
-    decoder = Decoder(wide_blt(0), patching, decoders()["entropy"].byte_lm)
+    decoder = Decoder(wide_blt(0), patching, decoder_of("entropy").byte_lm)
     hot = Sampling(temperature=1.0, seed=1)
     plain = generated(Engine.plain(decoder, 2), PROMPTS[:3], 40, hot)
     slots = CapturedSlots(decoder, 2, draft_length=MAX_DRAFT_LENGTH)
@@ -345,7 +348,7 @@ def test_rejected_drafts_leave_no_trace(mode: str) -> None:
 
 def test_the_end_of_a_text_within_a_draft() -> None:
     """Heads of zeros: every id is as likely, in the model and in its draft, so a text may end anywhere in one."""
-    decoder = decoders(seed=3)["entropy"]
+    decoder = decoder_of("entropy", seed=3)
     head: Any = decoder.model.decoder.output
     with torch.no_grad():
         head.weight.zero_()

@@ -16,7 +16,7 @@ from bytelatent.inference.quantize import QuantizedLinear, quantize_model
 from bytelatent.inference.settings import Quantization
 from bytelatent.inference.step import CapturedSlots, PrefillDecoder, engine_for
 from tests.inference.test_decoder import check, full_logits
-from tests.inference.test_engine import NAMES, PROMPTS, decoders, wide_blt
+from tests.inference.test_engine import NAMES, PROMPTS, decoder_of, wide_blt
 
 BOTH: tuple[Quantization, ...] = ("int8", "fp8")
 # Sign, four bits of exponent, three more; the very last one would be NaN.
@@ -69,7 +69,7 @@ def slowly_quantized(model: Any, quantize: str) -> Any:
 @pytest.mark.parametrize("quantize", BOTH)
 @pytest.mark.parametrize("name", ["byte LM", "entropy", "all layers"])
 def test_these_matrices_are_quantized_so(name: str, quantize: Quantization) -> None:
-    model = decoders()[name].model
+    model = decoder_of(name).model
     before = deepcopy(model.state_dict())
     copied = quantize_model(model, quantize)
     found, expected = copied.state_dict(), slowly_quantized(model, quantize).state_dict()
@@ -94,7 +94,7 @@ def numbers(model: Any) -> tuple[int, int]:
 @pytest.mark.parametrize("quantize", BOTH)
 def test_bytes_and_written_out(quantize: Quantization) -> None:
     """Both are one model; as bytes it has no other copy of a matrix."""
-    decoder = decoders()["entropy"]
+    decoder = decoder_of("entropy")
     as_bytes, written = (quantize_model(decoder.model, quantize, as_bytes=stored) for stored in (True, False))
     stored, rest = numbers(as_bytes)
     assert numbers(written) == (0, stored + rest)
@@ -120,7 +120,7 @@ def engine_of(decoder: Decoder, quantize: Quantization, kind: str) -> Engine:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_an_engine_draws_has_the_quantized_models_probability(name: str, quantize: Quantization) -> None:
     """By the kernels' plain forms, too. A byte LM that finds patches is not quantized."""
-    decoder = decoders()[name]
+    decoder = decoder_of(name)
     slow = Decoder(slowly_quantized(decoder.model, quantize), decoder.patching, decoder.byte_lm)
     for kind in ("engine_for", "plain", "fast"):
         engine = engine_of(decoder, quantize, kind)
@@ -138,7 +138,7 @@ def test_what_an_engine_draws_has_the_quantized_models_probability(name: str, qu
 @settings(max_examples=4)
 @given(seed=st.integers(0, 1000), data=st.data())
 def test_prompts_and_steps_read_one_model(quantize: Quantization, seed: int, data: st.DataObject) -> None:
-    decoder = decoders(seed)["split"]
+    decoder = decoder_of("split", seed)
     model = quantize_model(decoder.model, quantize, as_bytes=True)
     check(PrefillDecoder(model, decoder.patching, decoder.byte_lm), [30, 1, 140], seed, data)
 

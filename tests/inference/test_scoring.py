@@ -26,7 +26,7 @@ from bytelatent.inference.step import PrefillDecoder
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import encode
 from tests.inference.test_decoder import PATCHINGS, assert_close, full_logits
-from tests.inference.test_engine import decoders
+from tests.inference.test_engine import NAMES, decoder_of
 from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
 
 BOS = torch.tensor([1])
@@ -95,10 +95,10 @@ def test_scores_of_a_byte_lm(byte_lm: Any, seed: int, data: st.DataObject) -> No
     check(Decoder(make(byte_lm, seed), None, None), drawn_pairs(data, seed))
 
 
-@pytest.mark.parametrize("name", list(decoders()))
+@pytest.mark.parametrize("name", NAMES)
 def test_prefixes_that_prompts_share(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "SHARED_IDS", 8)
-    decoder, generator = decoders()[name], torch.Generator().manual_seed(2)
+    decoder, generator = decoder_of(name), torch.Generator().manual_seed(2)
     begin = torch.cat([BOS, random_ids(generator, 40)])
     prompts = [torch.cat([begin[:cut], random_ids(generator, size)]) for cut in (1, 23, 41) for size in (0, 1, 19)]
     pairs = [(prompt, random_ids(generator, size)) for prompt in prompts for size in (1, 9)]
@@ -126,9 +126,9 @@ def test_which_prefixes_are_read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [(4, 3), (0, 1), (4, 2), (0, 1)]  # each leaves an id to read after the prefix
 
 
-@pytest.mark.parametrize("name", list(decoders()))
+@pytest.mark.parametrize("name", NAMES)
 def test_after_prompts_read_the_way_a_gpu_does(name: str) -> None:
-    plain, generator = decoders()[name], torch.Generator().manual_seed(1)
+    plain, generator = decoder_of(name), torch.Generator().manual_seed(1)
     decoder = PrefillDecoder(plain.model, plain.patching, plain.byte_lm)
     prompts = [torch.cat([BOS, random_ids(generator, size)]) for size in (0, 17, 40)]
     check(decoder, [(prompt, random_ids(generator, size)) for prompt in prompts for size in (1, 9, 0, 25)])
@@ -167,7 +167,7 @@ def test_one_pass_whatever_their_number() -> None:
 
 
 def test_continuations_leave_no_trace() -> None:
-    decoder = decoders()["split"]
+    decoder = decoder_of("split")
     generator = torch.Generator().manual_seed(0)
     prompt, after = torch.cat([BOS, random_ids(generator, 30)]), random_ids(generator, 20)
     state, _ = decoder.prefill([prompt])
@@ -197,7 +197,7 @@ def test_passes_are_bounded(sizes: list[tuple[int, int]]) -> None:
 
 
 def test_no_pairs_and_no_ids() -> None:
-    decoder = decoders()["entropy"]
+    decoder = decoder_of("entropy")
     empty: Tensor = torch.zeros(0, dtype=torch.long)
     assert log_probabilities(decoder, BOS, []) == []
     assert log_probabilities(decoder, BOS, [empty, empty]) == [0.0, 0.0]

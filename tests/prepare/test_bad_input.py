@@ -133,7 +133,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk(tmp_path: Path, small_disk: Path, megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "a.jsonl"
     source.write_bytes(b"".join(b'{"text": "%04d%s"}\n' % (i, b"x" * 990) for i in range(megabytes * 1000)))
-    with pytest.raises(UserError, match=r"--out: the disk of .* GB left and this takes"):
+    with pytest.raises(UserError, match=r"--out: the disk of .* has 8\.\d MB left and this takes 1\d\.\d MB, "):
         made(small_disk / "out", source)
     monkeypatch.setattr(running, "_check_free", lambda *_: None)  # as where the size is not known before
     with pytest.raises(UserError, match=r"--out: the disk of .* is full; make room"):

@@ -173,6 +173,23 @@ def test_duplicates_are_removed_as_the_slow_way_does(tmp_path: Path, kind: str, 
     ) == outputs(out)
 
 
+def test_a_document_longer_than_a_chunk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No chunk is empty, or it is said where their number was given."""
+    (tmp_path / "a.jsonl").write_bytes(b"".join(rows(6)) + b'{"text": "%s"}\n' % (b"y" * 5000))
+    found = outputs(made_here(tmp_path / "out", tmp_path / "a.jsonl", validation=0))
+    assert 1 < len(found) < 7
+    assert all(found.values())
+    assert "chunks are empty" not in caplog.text
+    found = outputs(made(tmp_path / "given", tmp_path / "a.jsonl", validation=0, chunks=6))
+    empty = [name for name, data in found.items() if not data]
+    assert len(found) == 6
+    [line] = [line for line in caplog.messages if "chunks are empty" in line]
+    assert line == (
+        f"{len(empty)} of 6 chunks are empty, the first '{empty[0]}': a document is longer than a chunk; "
+        "give fewer --chunks, or leave it out"
+    )
+
+
 def test_verify_finds_what_changed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"".join(rows(100)))
     out = made_here(tmp_path / "out", tmp_path / "a.jsonl", chunks=4)

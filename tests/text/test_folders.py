@@ -44,3 +44,31 @@ def test_a_folder_keeps_its_own_name_beside_a_link_to_it(tmp_path: Path) -> None
     (tmp_path / "a").symlink_to(tmp_path / "b")
     assert find_files(str(tmp_path)) == [str(tmp_path / "b" / "a.txt")]
     assert find_files(str(tmp_path / "*" / "*.txt")) == [str(tmp_path / "b" / "a.txt")]
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("no text of this folder's own")
+    place = tmp_path / "text"
+    place.mkdir()
+    (place / "b.txt").write_text("b")
+    (place / "copy.txt").write_text("b")  # the same text, which is no link
+    (place / "a link.txt").symlink_to("b.txt")
+    os.link(place / "b.txt", place / "c, hard.txt")
+    (place / "outside.txt").symlink_to(tmp_path / "elsewhere")
+    (place / "outside again.txt").symlink_to(tmp_path / "elsewhere")
+    for source in (place, place / "*.txt"):
+        with logged() as said:
+            found = find_files(str(source))
+        assert [Path(file).name for file in found] == ["b.txt", "copy.txt", "outside again.txt"]
+        [line] = said
+        assert f"data: '{source}': 3 passed over, a link to a file that is read already: '" in line
+        names = ("a link.txt'", "c, hard.txt'", "outside.txt'")
+        assert all(name in line for name in (names if source == place else names[:1]))
+
+
+def test_a_file_named_as_a_pattern_is_that_file(tmp_path: Path) -> None:
+    for name in ("*.txt", "a.txt"):
+        (tmp_path / name).write_text(name)
+    assert find_files(str(tmp_path / "*.txt")) == [str(tmp_path / "*.txt")]
+    assert find_files(str(tmp_path / "[*].txt")) == [str(tmp_path / "*.txt")]
+    assert find_files(str(tmp_path / "*.tx[t]")) == [str(tmp_path / name) for name in ("*.txt", "a.txt")]

@@ -188,11 +188,7 @@ def test_the_system_refuses_large_files(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(settings(byte_lm_run(run, text, steps=5)))
     size = (run / "checkpoints" / "step-00000005" / "model.safetensors").stat().st_size
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    ended = finished(command(byte_lm_run(run, text)), preexec_fn=limit)
+    ended = finished(command(byte_lm_run(run, text)), max_file=size // 2)
     assert ended.returncode != 0
     assert os.listdir(run / "checkpoints") == ["step-00000005"]
     assert find_corruption(run / "checkpoints" / "step-00000005") is None

@@ -200,7 +200,7 @@ def test_text_that_is_not_there_is_said_before_the_first_step(
     ids=lambda more: next(iter(more)),
 )
 def test_the_command_ends_with_one_line_and_code_2(tmp_path: Path, text: Path, more: dict[str, Any]) -> None:
-    ended = finished(command(byte_lm_run(tmp_path / "run", text, **more)), cwd=tmp_path)
+    ended = finished(command(byte_lm_run(tmp_path / "run", text, **more)), folder=tmp_path)
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1
@@ -280,5 +280,5 @@ def test_a_buffer_that_memory_does_not_hold(tmp_path: Path) -> None:
     write_text(tmp_path / "text.jsonl", 0)
     given = byte_lm_run(tmp_path / "run", tmp_path / "text.jsonl")
     given["data"] |= {"shuffle_buffer": 2**26, "context": 2**24, "batch_bytes": 2**24}
-    with pytest.raises(UserError, match=r"^data\.shuffle_buffer: 67,108,864 pieces .* GB are free; take fewer$"):
+    with pytest.raises(UserError, match=r"^data\.shuffle_buffer: 67,108,864 pieces .* [GTP]B are free; take fewer$"):
         train(settings(given))

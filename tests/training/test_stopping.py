@@ -23,6 +23,7 @@ from bytelatent.signals import STOPPING
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.weights import load
+from tests.processes import NOBODY
 from tests.training.tiny_runs import (
     assert_equal_runs,
     blt_run,
@@ -166,10 +167,9 @@ def test_a_signal_before_the_first_step(
 
 
 def test_nothing_is_imported_before_signals_are_heard() -> None:
-    ended = finished(
-        [sys.executable, "-c", "import bytelatent.commands.train, sys; print({'torch', 'rich'} & sys.modules.keys())"]
-    )
-    assert (ended.stdout, ended.stderr) == ("set()\n", "")
+    code = "import bytelatent.commands.train, sys; print({'torch', 'rich'} & sys.modules.keys())"
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == (b"set()\n", b"")
 
 
 # With an argument a signal comes in step 8.
@@ -193,13 +193,10 @@ guarded(lambda: train.command(sys.argv[2:]))
 def test_output_that_nobody_reads_any_more_stops_nothing(tmp_path: Path, text: Path, signalled: str) -> None:
     """As when a terminal is gone, of whose end SIGHUP tells, or after `| head -1`."""
     run = tmp_path / "run"
-    ours, theirs = os.pipe()
-    os.close(ours)
     validation = {"every": 2, "max_bytes": 100}  # of which it says something each time
     values = byte_lm_run(run, text, data={"valid": str(text)}, validation=validation)
     arguments = [sys.executable, "-c", SIGNALLED, signalled, *command(values)[3:]]
-    ended = subprocess.run(arguments, env=environment(), stdout=theirs, stderr=theirs, timeout=60)
-    os.close(theirs)
+    ended = finished(arguments, streams={1: NOBODY, 2: NOBODY})
     last = 8 if signalled else 12
     assert ended.returncode == (130 if signalled else 0)
     assert losses(run)[-1][0] == last

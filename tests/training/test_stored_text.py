@@ -1,7 +1,6 @@
 """Training on text with entropies beside it: the same run as with the byte LM on every batch."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from bytelatent.blt import BLT
 from bytelatent.errors import UserError
 from bytelatent.text import read_documents
 from bytelatent.training import read_metrics, train
+from tests import processes
 from tests.training.crew import Crew
 from tests.training.plans import train_as
 from tests.training.tiny_runs import blt_run, byte_lm_run, environment, log_of, losses, settings, write_text
@@ -35,7 +35,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(folder: Path, out: str, *more: str) -> None:
     command = [sys.executable, "-m", "bytelatent.cli", "entropies", str(folder / "text.jsonl"), "--out", out, *more]
     command += ["--model", "byte_lm", "--device", "cpu", "--dtype", "float32"]
-    subprocess.run(command, env=environment(), check=True, capture_output=True, cwd=folder)
+    assert processes.ended(command, environment(), folder).returncode == 0
 
 
 def of_starts(work: Path, run: Path, **more: object) -> dict:

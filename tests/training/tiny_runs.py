@@ -106,10 +106,8 @@ def environment() -> dict[str, str]:
 
 
 def finished(arguments: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
-    """A command run to its end; with options of `subprocess.run`, or a program of its own, by a new interpreter."""
-    if arguments[1] == "-m" and not more:
-        return processes.ended(arguments, environment())
-    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=120, **more)
+    """A command or a program run to its end; `more` as for `processes.Command`."""
+    return processes.ended(arguments, environment(), **more)
 
 
 def log_of(caplog: pytest.LogCaptureFixture) -> str:

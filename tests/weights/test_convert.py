@@ -166,7 +166,7 @@ def test_no_room(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=10))
     said = refused_by_the_command(monkeypatch, capsys, source, tmp_path / "out" / "deep", "--to", "hf")
-    assert said.startswith(f"error: '{tmp_path / 'out' / 'deep'}' needs 0.0 GB and has room for 0.0 GB; make room")
+    assert said.startswith(f"error: '{tmp_path / 'out' / 'deep'}' needs 230.7 kB and has room for 10 bytes; make room")
     assert not (tmp_path / "out").exists()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rich.filesize import decimal
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -143,10 +144,10 @@ def build_parallel_model(
 def _allocate(model: nn.Module, device: torch.device, is_alone: bool) -> nn.Module:
     """The model with memory for its weights; a `UserError` if there is not enough."""
     needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    line = f"model: its weights alone take {needed / 1e9:,.1f} GB"
+    line = f"model: its weights alone take {decimal(needed)}"
     free = free_memory() if device.type == "cpu" and is_alone else None
     if free is not None and needed > free:  # Linux overcommits, and would kill the process on the first write
-        raise UserError(f"{line}, and {free / 1e9:,.1f} GB are free; take a smaller one")
+        raise UserError(f"{line}, and {decimal(free)} are free; take a smaller one")
     try:
         return model.to_empty(device=device)
     except (RuntimeError, MemoryError) as error:
