@@ -92,7 +92,7 @@ def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of
         if patching.needs_entropies and stored.byte_lm is None:
             raise UserError(f"eval: the patches of '{source}' need a byte LM; name it with --entropy-model")
     context = _checked(context, how, source)
-    state = _state([part.folder for part in (stored, stored.byte_lm) if part is not None])
+    state = state_of([part.folder for part in (stored, stored.byte_lm) if part is not None])
     return FoundModel(source, context, False, state, lambda: _load(stored, source, context, how))
 
 
@@ -155,7 +155,7 @@ def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel
     context = _checked(min(longest, LONGEST_CONTEXT) if how.context is None else how.context, how, source)
     if context > longest:
         raise UserError(f"context: '{source}' reads {longest} ids at most, not {context}; lower --context")
-    state = _state([folder, *([Path(how.tokenizer)] if how.tokenizer is not None else [])])
+    state = state_of([folder, *([Path(how.tokenizer)] if how.tokenizer is not None else [])])
     return FoundModel(source, context, True, state, lambda: _load_transformers(source, folder, config, context, how))
 
 
@@ -220,7 +220,7 @@ def _explained(source: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"model: transformers cannot load '{source}': {in_one_line(error)[:300]}") from None
 
 
-def _state(places: Sequence[Path | None]) -> str:
+def state_of(places: Sequence[Path | None]) -> str:
     """A digest of the files of a model, by their names, sizes and times."""
     digest = hashlib.blake2b(digest_size=8)
     for place in places:
