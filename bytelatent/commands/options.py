@@ -229,18 +229,19 @@ class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSet
 
     Attributes:
         text: files, folders or globs.
-        model: a BLT, a byte LM, or a causal language model of Hugging Face transformers: a run, a folder or
-            OWNER/NAME on the hub. Several may be named, each with --model.
+        model: a BLT, a byte LM, a token LM, or a causal language model of Hugging Face transformers: a run, a folder
+            or OWNER/NAME on the hub. Several may be named, each with --model.
         by: also by the value of this key or column of documents, or by source.
         overlap: ids that each window of a document longer than the context reads again, without counting them.
         context: ids to read at once. Default: as in the model's training.
-        out: new file for the results. An interrupted command leaves its rows beside it; the same command resumes.
+        out: new file for the results. An interrupted command leaves what is done beside it; the same command resumes.
         markdown: print a table as Markdown.
         max_bytes: bytes of text to measure. Default: all.
         resamples: resamples of the bootstrap over documents, for the 95 % interval.
-        seed: seed of the bootstrap.
+        seed: seed of the bootstrap, of noise and of generated tasks.
         tokenizer: tokenizer.json, or a folder that holds one, for a model of tokens without one.
-        batch_size: ids of a batch: bytes or tokens. Default: chosen for the device.
+        batch_size: bytes or tokens of a batch of text; texts that are continued at once, for --tasks. Default: chosen
+            for the device.
         device: device: auto, cpu, cuda or mps.
         dtype: precision: float32 or bfloat16.
     """
