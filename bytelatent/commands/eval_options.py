@@ -13,7 +13,8 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 
 class TaskSettings(Settings):
     """Attributes:
-    tasks: tasks of lm-evaluation-harness, with commas, or paper: the seven of the BLT paper.
+    tasks: tasks with commas: those of lm-evaluation-harness; paper: the seven of the BLT paper; cute: knowledge of
+        characters; g2p: sounds of words.
     shots: worked examples before each question. Default: the task's own number.
     limit: questions of each task. Default: all.
     include_path: folder of task files (.yaml) of your own.
@@ -40,7 +41,6 @@ class NoiseSettings(Settings):
     figure: draw the score at each rate: a .png, .svg or .pdf file.
     words: words for the tasks of `cute`: a file with one word per line, or any text.
     related: pairs of words of related meaning, for the task `cute_sem`: a file of lines WORD, tab, WORD.
-    seed: seed of the noise, of generated tasks and of intervals.
     """
 
     noise: list[str] = Field(default=[])
@@ -49,7 +49,6 @@ class NoiseSettings(Settings):
     figure: Path | None = None
     words: Path | None = None
     related: Path | None = None
-    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @field_validator("noise_rates", mode="before")
     @classmethod
