@@ -154,6 +154,7 @@ class CalibrateSettings(TextSettings):
         patch_bytes: mean patch size to reach, in bytes.
         model: the byte LM, for text without entropies.
         max_bytes: bytes of text to measure on.
+        reset_at_newline: for a model whose patching settings have reset_at_newline.
         figure: draw patch size against threshold: a .png, .svg or .pdf file.
         device: device: auto, cpu, cuda or mps.
     """
@@ -161,6 +162,7 @@ class CalibrateSettings(TextSettings):
     patch_bytes: PatchBytes = DEFAULT_PATCH_BYTES
     model: Annotated[str | None, Option(("--model", "-m"))] = None
     max_bytes: NumBytes = 1_000_000
+    reset_at_newline: bool = False
     figure: Path | None = None
     device: str = "auto"
 
@@ -196,6 +198,7 @@ class EntropiesSettings(TextSettings):
         model: the byte LM: a run, or a folder with a model.
         starts: store patch starts at this threshold (nats) instead of entropies: one bit per byte.
         patching: store patch starts of these patching settings: threshold=0.3,monotonicity=true
+        reset_at_newline: reset the byte LM's context at each newline, for patching.reset_at_newline=true in training.
         context: ids of a document to read at once. Default: as in the byte LM's training.
         batch_bytes: bytes of a batch. Default: chosen for the device.
         device: device: auto, cpu, cuda or mps.
@@ -210,6 +213,7 @@ class EntropiesSettings(TextSettings):
     model: Model = DEFAULT_MODEL
     starts: Annotated[float | None, Field(allow_inf_nan=True)] = None  # the patching settings check it
     patching: str | None = None
+    reset_at_newline: bool = False
     context: int | None = None
     batch_bytes: int | None = None
     device: str = "auto"
