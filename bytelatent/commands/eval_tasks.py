@@ -57,8 +57,8 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
         from bytelatent.evaluation.tasks import TaskFinder
 
         finder = TaskFinder(settings.include_path, settings.samples, settings.temperature, settings.run_programs)
-        given = {"device": settings.device, "dtype": settings.dtype, "max_length": settings.context}
-        model = HarnessModel(settings.model[0], settings.entropy_model, **given)
+        own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold"})
+        model = HarnessModel(settings.model[0], **own, max_length=settings.context)  # no weights yet
         tasks = finder.load(names, settings.shots)
         with _stored_answers(settings, model):
             result = {"model": settings.model[0], **_evaluate(model, tasks, settings.limit)}
