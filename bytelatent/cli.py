@@ -24,6 +24,7 @@ from bytelatent.terminal import print_line
 VERBS: dict[str, type[Settings]] = {
     "demo": options.DemoSettings,
     "prepare": PrepareSettings,
+    "tokenizer": options.TokenizerSettings,
     "train": options.TrainArguments,
     "configs": options.ConfigsSettings,
     "runs": options.RunsSettings,

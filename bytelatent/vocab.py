@@ -6,6 +6,7 @@ assumes UTF-8.
 
 import itertools
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from bytelatent.errors import UserError
 
 BOE, BOS, EOS, BPE_DELIMITER = 0, 1, 2, 3
 OFFSET = 4
+NEWLINE = OFFSET + ord("\n")
 VOCAB_SIZE = OFFSET + 256
 PADDING = -1  # fills ragged rows of ids; never embedded
 OTHER_SURROGATES = re.compile("([\ud800-\udc7f\udd00-\udfff]+)")  # those that stand for no byte
@@ -39,6 +41,32 @@ def to_bytes(text: str | bytes) -> bytes:
         return b"".join(part.encode("utf-8", errors=how) for part, how in zip(parts, errors, strict=False))
 
 
+class Vocabulary:
+    """The ids of a model, and the bytes of text that each stands for: here bytes; `text.Tokenizer` has tokens.
+
+    Attributes:
+        size: ids.
+        bos, eos: the ids that begin and end a document.
+        id_bytes: [size] bytes that each id stands for, 0 for a special one.
+        dtype: in which ids are held.
+    """
+
+    is_tokens = False
+
+    def __init__(self) -> None:
+        self.size, self.bos, self.eos = VOCAB_SIZE, BOS, EOS
+        self.id_bytes = (np.arange(VOCAB_SIZE) >= OFFSET).astype(np.int64)
+        self.dtype = np.dtype(np.uint16)
+
+    def encode(self, text: str | bytes, bos: bool = True, eos: bool = True) -> np.ndarray:
+        """The ids of a document, int64."""
+        return encode(text, bos, eos)
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> bytes:
+        """The bytes of `ids`, in order; special ids and padding are dropped."""
+        return decode(ids)
+
+
 def encode(text: str | bytes, bos: bool = True, eos: bool = True) -> np.ndarray:
     """The ids of a document, int64 [bytes + bos + eos]."""
     data = to_bytes(text)
@@ -52,7 +80,10 @@ def encode(text: str | bytes, bos: bool = True, eos: bool = True) -> np.ndarray:
     return ids
 
 
-def decode(ids: np.ndarray | list[int]) -> bytes:
+def decode(ids: np.ndarray | Sequence[int]) -> bytes:
     """The bytes among `ids`, in order; special ids and padding are dropped."""
     array = np.asarray(ids, dtype=np.int64)
     return (array[array >= OFFSET] - OFFSET).astype(np.uint8).tobytes()
+
+
+BYTES = Vocabulary()

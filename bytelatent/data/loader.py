@@ -16,6 +16,7 @@ from bytelatent.data.settings import DataSettings, SourceSettings
 from bytelatent.data.source import PieceReader, ReaderPool, SourceReader
 from bytelatent.errors import UserError
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, find_files, read_documents
+from bytelatent.vocab import BYTES, Vocabulary
 
 
 class Loader:
@@ -30,6 +31,7 @@ class Loader:
         seed: seeds every choice.
         patcher: None for batches without patches.
         rank, world_size: no document is read by two ranks in the same epoch.
+        vocabulary: of the ids.
     """
 
     def __init__(
@@ -39,11 +41,15 @@ class Loader:
         patcher: Patcher | None = None,
         rank: int = 0,
         world_size: int = 1,
+        vocabulary: Vocabulary = BYTES,
     ):
-        self.settings, self.seed, self.patcher = settings, seed, patcher
+        self.settings, self.seed, self.patcher, self.vocabulary = settings, seed, patcher, vocabulary
         self.rank, self.world_size = rank, world_size
         self.pool = ReaderPool(
-            [PieceReader(s.text_key, settings.context, patcher, settings.max_row_bytes) for s in settings.train],
+            [
+                PieceReader(source.text_key, settings.context, patcher, settings.max_row_bytes, vocabulary)
+                for source in settings.train
+            ],
             settings.workers,
         )
         check = StoredCheck(patcher)
@@ -64,7 +70,7 @@ class Loader:
     def __next__(self) -> Batch:
         settings = self.settings
         pieces = fill_batch(self.ready, settings.batch_bytes, settings.patch_slots, self._prepare)
-        return pack(pieces, settings.batch_bytes, settings.patch_slots, as_one_row=True)
+        return pack(pieces, settings.batch_bytes, settings.patch_slots, as_one_row=True, vocabulary=self.vocabulary)
 
     def __enter__(self) -> Self:
         return self
@@ -275,6 +281,7 @@ def batches_once(
     padded: bool = False,
     bad_rows: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
+    vocabulary: Vocabulary = BYTES,
 ) -> Iterator[Batch]:
     """The sources' documents once, in order: for validation.
 
@@ -284,8 +291,9 @@ def batches_once(
         padded: the last batch, and with `slots` each one's patches, are filled up, so that all are of one shape.
         bad_rows: receives bad rows and files; None to raise the first.
         max_row_bytes: a longer row is a bad one.
+        vocabulary: of the ids.
     """
-    pieces = _pieces_once(_documents_once(sources, patcher, bad_rows, max_row_bytes), context, max_bytes)
+    pieces = _pieces_once(_documents_once(sources, patcher, bad_rows, max_row_bytes), context, max_bytes, vocabulary)
     ready: deque[Piece] = deque()
 
     def more() -> bool:
@@ -294,16 +302,18 @@ def batches_once(
         return bool(ready)
 
     while taken := fill_batch(ready, batch_bytes, slots, more):
-        yield pack(taken, batch_bytes, slots) if padded else pack(taken)
+        size = (batch_bytes, slots) if padded else (None, None)
+        yield pack(taken, *size, vocabulary=vocabulary)
 
 
 def held_out_batches(
-    data: DataSettings, patcher: Patcher | None = None, max_bytes: int | None = None
+    data: DataSettings, patcher: Patcher | None = None, max_bytes: int | None = None, vocabulary: Vocabulary = BYTES
 ) -> Iterator[Batch]:
     """The held-out text once, in batches of the shape of training's.
 
     Args:
         max_bytes: stop after about as much text.
+        vocabulary: of the ids.
     """
     return batches_once(
         data.valid,
@@ -315,6 +325,7 @@ def held_out_batches(
         padded=True,
         bad_rows=BadRows(data.max_bad_rows, "data.max_bad_rows"),
         max_row_bytes=data.max_row_bytes,
+        vocabulary=vocabulary,
     )
 
 
@@ -329,7 +340,9 @@ def _documents_once(
                 yield document
 
 
-def _pieces_once(documents: Iterator[Document], context: int, max_bytes: int | None) -> Iterator[Piece]:
+def _pieces_once(
+    documents: Iterator[Document], context: int, max_bytes: int | None, vocabulary: Vocabulary
+) -> Iterator[Piece]:
     num_bytes = 0
     while max_bytes is None or num_bytes < max_bytes:
         document = next(documents, None)
@@ -337,7 +350,7 @@ def _pieces_once(documents: Iterator[Document], context: int, max_bytes: int | N
             return
         text = document.text if max_bytes is None else document.text[: max_bytes - num_bytes]
         num_bytes += len(text)
-        yield from split_document(_first(document, len(text)), context)
+        yield from split_document(_first(document, len(text)), context, vocabulary)
 
 
 def _first(document: Document, num_bytes: int) -> Document:

@@ -12,18 +12,16 @@ from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
 from bytelatent.model.stream import Stream, add_patches, pack_rows
 from bytelatent.text import Document
-from bytelatent.vocab import OFFSET, encode
+from bytelatent.vocab import BYTES, OFFSET, Vocabulary
 
 # Shapes: N ids a piece reads, T ids in the batch, P patches
-
-ID_BYTES = 2  # of `Piece.ids`
 
 
 @dataclass(frozen=True)
 class Piece:
     """A part of a document: N ids to read, the id that follows each of them, and what is known of its patches."""
 
-    ids: np.ndarray  # [N + 1] uint16, read ids[:-1] and predict ids[1:]
+    ids: np.ndarray  # [N + 1] of the vocabulary's dtype, read ids[:-1] and predict ids[1:]
     entropies: np.ndarray | None = None  # [N] float32 nats
     next_starts: np.ndarray | None = None  # [N] bool, whether the id that follows starts a patch
 
@@ -43,9 +41,9 @@ class Piece:
         )
 
 
-def split_document(document: Document, context: int) -> Iterator[Piece]:
+def split_document(document: Document, context: int, vocabulary: Vocabulary = BYTES) -> Iterator[Piece]:
     """A document's pieces of at most `context` ids to read."""
-    rest = Piece(encode(document.text).astype(np.uint16), document.entropies, document.starts)
+    rest = Piece(vocabulary.encode(document.text).astype(vocabulary.dtype), document.entropies, document.starts)
     while len(rest) > context:
         piece, rest = rest.split(context)
         yield piece
@@ -64,8 +62,8 @@ class Batch:
     stream: Stream  # a PatchedStream where there are patches
     targets: Tensor  # [T] the id that follows each id; -100 for padding
     num_targets: int
-    num_bytes: int  # targets that are bytes of text: all but EOS
-    num_patches: int  # patches that hold a byte; BOS is a patch of its own, which does not count
+    num_bytes: int  # of text in the targets: all but EOS
+    num_patches: int  # that hold a byte; BOS is a patch of its own, which does not count. For a token LM: tokens
 
     def to(self, device: torch.device | str) -> "Batch":
         targets = self.targets.to(device, non_blocking=True)
@@ -105,7 +103,13 @@ def fill_batch(ready: deque[Piece], size: int, slots: int | None, more: Callable
     return taken
 
 
-def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None, as_one_row: bool = False) -> Batch:
+def pack(
+    pieces: list[Piece],
+    size: int | None = None,
+    slots: int | None = None,
+    as_one_row: bool = False,
+    vocabulary: Vocabulary = BYTES,
+) -> Batch:
     """A batch of pieces.
 
     Args:
@@ -114,6 +118,7 @@ def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None,
         slots: P likewise.
         as_one_row: let n-grams that do not stop at documents reach from a piece into the one before, as in the training
             of the published models; otherwise each is read as if it were alone.
+        vocabulary: of the ids.
 
     Raises:
         UserError: there are no pieces.
@@ -121,8 +126,9 @@ def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None,
     if not pieces:
         raise UserError("data: there is no text to read: every document is empty")
     stream = stream_of(pieces)
-    targets = torch.from_numpy(np.concatenate([piece.ids[1:] for piece in pieces]).astype(np.int64))
-    num_targets, num_bytes = len(targets), int((targets >= OFFSET).sum())
+    target_ids = np.concatenate([piece.ids[1:] for piece in pieces]).astype(np.int64)
+    targets, bytes_of = torch.from_numpy(target_ids), vocabulary.id_bytes[target_ids]
+    num_targets, num_bytes = len(targets), int(bytes_of.sum())
     padding = 0 if size is None else size - num_targets
     if padding:
         stream = Stream(
@@ -132,7 +138,7 @@ def pack(pieces: list[Piece], size: int | None = None, slots: int | None = None,
             num_documents=stream.num_documents,
         )
         targets = _pad(targets, padding, torch.full([padding], IGNORED))
-    num_patches = 0
+    num_patches = int((bytes_of > 0).sum()) if vocabulary.is_tokens else 0
     if all(piece.next_starts is not None for piece in pieces):
         starts = torch.from_numpy(np.concatenate([p.next_starts for p in pieces if p.next_starts is not None]))
         if padding:

@@ -39,6 +39,8 @@ class DataSettings(Settings):
 
     Attributes:
         train, valid: sources; a path alone will do. No text is held out where `valid` is null or empty.
+        tokenizer: for a token LM, the tokenizer.json of a byte-level BPE, as `blt tokenizer` trains it. The run keeps
+            a copy, so that the model can be used on other text.
         context: ids that a document's pieces hold at most.
         batch_bytes: ids in a batch.
         batch_patches: patch slots in a batch, so that shapes never change; None for as many as there are.
@@ -54,6 +56,7 @@ class DataSettings(Settings):
 
     train: list[SourceSettings] = Field(min_length=1)
     valid: list[SourceSettings] = Field(default=[])
+    tokenizer: str | None = None
     context: int = Field(default=8192, ge=2, le=LONGEST_CONTEXT)
     batch_bytes: int = Field(default=16_384, ge=2, le=MOST)
     batch_patches: int | None = Field(default=None, ge=2, le=MOST)

@@ -21,6 +21,7 @@ from bytelatent.data.settings import SourceSettings
 from bytelatent.errors import UserError
 from bytelatent.signals import ignore_interrupts
 from bytelatent.text import BadRow, BadRows, BlockReader, ReadOptions, Stored, find_files, open_blocks
+from bytelatent.vocab import BYTES, Vocabulary
 
 RESTARTS = 3  # of the processes, for one block
 
@@ -45,13 +46,21 @@ class PieceReader:
         max_row_bytes: a longer row is a bad one.
         context: ids that a piece holds at most.
         patcher: finds patches where that needs no byte LM; None for a model without patches.
+        vocabulary: of the ids.
     """
 
-    def __init__(self, text_key: str, context: int, patcher: Patcher | None, max_row_bytes: int):
+    def __init__(
+        self,
+        text_key: str,
+        context: int,
+        patcher: Patcher | None,
+        max_row_bytes: int,
+        vocabulary: Vocabulary = BYTES,
+    ):
         # Otherwise what is stored is of another patching mode, or the model reads bytes alone.
         stored = patcher is not None and patcher.settings.needs_entropies
         self.options = ReadOptions(text_key, stored, max_row_bytes)
-        self.context = context
+        self.context, self.vocabulary = context, vocabulary
         self.patcher = patcher.without_byte_lm() if patcher is not None else None
         self._file = ""
         self._blocks: BlockReader | None = None
@@ -76,7 +85,7 @@ class PieceReader:
             raise
         if block is None:
             return None
-        documents = [list(split_document(document, self.context)) for _, document in block.documents]
+        documents = [list(split_document(text, self.context, self.vocabulary)) for _, text in block.documents]
         if self.patcher is not None:
             pieces = iter(self.patcher.early([piece for document in documents for piece in document]))
             documents = [[next(pieces) for _ in document] for document in documents]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from bytelatent.errors import UserError
 from bytelatent.inference.settings import Quantization
 from bytelatent.kernels.quantized import QuantizedMatrix
-from bytelatent.model import BLTModel, ByteLM, CrossAttention
+from bytelatent.model import BLTModel, CrossAttention, LanguageModel
 from bytelatent.model.block import Block
 from bytelatent.model.blt import GlobalTransformer, LocalDecoder, LocalEncoder
 
-Model = TypeVar("Model", BLTModel, ByteLM, BLTModel | ByteLM)
+Model = TypeVar("Model", bound=BLTModel | LanguageModel)
 
 
 class QuantizedLinear(nn.Module):

@@ -11,14 +11,15 @@ import torch
 from rich.filesize import decimal
 
 from bytelatent.data import Batch, DataSettings, held_out_batches
-from bytelatent.data.packing import ID_BYTES
 from bytelatent.device import free_memory
 from bytelatent.errors import UserError
 from bytelatent.hub import Unreachable
 from bytelatent.text import find_files
 from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
+from bytelatent.text.tokenizer import Tokenizer
 from bytelatent.training.settings import Float8, TrainSettings
+from bytelatent.vocab import BYTES
 from bytelatent.weights import find_byte_lm
 
 FLOAT8_CAPABILITY = (8, 9)  # the first CUDA devices that multiply 8-bit floats
@@ -62,10 +63,10 @@ def check_machine(settings: TrainSettings, device: torch.device, dtype: torch.dt
                 f"track: {name} is not installed; pip install 'bytelatent[track]', or leave it out of track"
             )
     data, free = settings.data, free_memory()
-    most = data.shuffle_buffer * data.context * ID_BYTES  # once it is full
+    most = data.shuffle_buffer * data.context * BYTES.dtype.itemsize  # once it is full
     if free is not None and most > free:
         raise UserError(
-            f"data.shuffle_buffer: {data.shuffle_buffer:,} pieces of up to data.context={data.context:,} bytes take up "
+            f"data.shuffle_buffer: {data.shuffle_buffer:,} pieces of up to data.context={data.context:,} ids take up "
             f"to {decimal(most)}, and {decimal(free)} are free; take fewer"
         )
 
@@ -111,6 +112,8 @@ def check_inputs(settings: TrainSettings, whence: str) -> None:
         UserError: it names the setting.
     """
     check_sources(settings.data, whence, remote=False)
+    if settings.data.tokenizer is not None:
+        Tokenizer.read(settings.data.tokenizer, "data.tokenizer")
     if settings.entropy_model is None:
         return
     try:

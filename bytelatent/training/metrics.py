@@ -21,6 +21,7 @@ from bytelatent.errors import UserError, in_one_line
 from bytelatent.files import explain, own_file, whole_file
 from bytelatent.model import ModelSettings
 from bytelatent.model.flops import training_flops
+from bytelatent.model.settings import NAMES
 from bytelatent.progress import EVERY, time_left
 from bytelatent.run_folder import row_in
 from bytelatent.training.checkpoint.manager import TrainState
@@ -301,6 +302,8 @@ class Metrics:
         if row.get("kind") == "statistics" or not self._trackers:
             return
         status = "  ".join(_shown(row))
+        if self._title == NAMES["token_lm"]:
+            status = status.replace("bytes/patch", "bytes/token")
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, status=status)
         elif time.monotonic() - self._last_line > EVERY or "validation_bits_per_byte" in row:
@@ -365,6 +368,8 @@ def speed(
         found["data_wait"] = round(min(waited / seconds, 1.0), 4)
         if peak is not None:
             patch_bytes = num_bytes / (num_patches or num_bytes)
+            if model.kind == "token_lm":
+                context = int(context * patch_bytes)  # in bytes
             flops = training_flops(model, patch_bytes, context) * num_bytes / seconds
             found["model_flops_utilisation"] = round(flops / (peak * ranks.world_size), 4)
     return found

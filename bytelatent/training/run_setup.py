@@ -1,4 +1,5 @@
-"""The folder of a run as training starts: its settings, its byte LM, its calibration, and the list of its text.
+"""The folder of a run as training starts: its settings, its byte LM or tokenizer, its calibration, and the
+list of its text.
 
 `text.json` in the run's folder holds the state of each file of text at the last start: text that changed since is not
 trained on unnoticed.
@@ -21,15 +22,17 @@ from bytelatent.errors import UserError
 from bytelatent.files import only_writer, whole_file, whole_folder
 from bytelatent.inference import FastEntropies
 from bytelatent.log import log_file
-from bytelatent.model import ByteLM
+from bytelatent.model import ByteLM, LanguageModelSettings, ModelSettings
 from bytelatent.run_folder import checkpoints_of
 from bytelatent.text import FileState, find_files
 from bytelatent.text.documents import forget_logged, logged_lines, mark_logged
+from bytelatent.text.tokenizer import TOKENIZER, Tokenizer
 from bytelatent.training.calibration import calibrate_on, read_calibration, write_calibration
 from bytelatent.training.checkpoint.manager import check_takes_checkpoints
 from bytelatent.training.checks import check_text
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.settings import TrainSettings
+from bytelatent.vocab import BYTES, Vocabulary
 from bytelatent.weights import BYTE_LM, Config, fingerprint, load_byte_lm, save
 
 LOGGER = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ MAY_CHANGE = {
     *("log_every", "device", "compile", "cuda_graph", "determinism", "entropy_model"),
     *("track", "wandb", "profile", "statistics_every"),
 }
-DATA_MAY_CHANGE = {"workers", "max_bad_rows", "allow_changed"}
+DATA_MAY_CHANGE = {"workers", "max_bad_rows", "allow_changed", "tokenizer"}  # not another tokenizer: its path
 OPTIMIZER_MAY_CHANGE = {
     "accumulation",  # with the number of processes, so that a step stays as large
     *("schedule", "decay_share", "decay_steps", "decay_minutes"),  # the rate continues from where it is
@@ -63,6 +66,7 @@ class Run:
 
     Attributes:
         settings: with the threshold that calibration chose.
+        vocabulary: of the model's ids.
         changes: a line about each setting that differs from those the run had before, and about its text.
         text: the files of its text as they are now.
     """
@@ -70,6 +74,7 @@ class Run:
     settings: TrainSettings
     config: Config
     patcher: Patcher | None
+    vocabulary: Vocabulary
     changes: list[str]
     text: Listing
 
@@ -99,7 +104,10 @@ def open_run(folder: Path, settings: TrainSettings, ranks: Ranks, device: torch.
         mark = fingerprint(byte_lm) if byte_lm is not None else None
         byte_lm = byte_lm.to(device) if byte_lm is not None else None
         patcher = Patcher(settings.patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
-    return Run(settings, config, patcher, changes, text)
+    vocabulary = BYTES
+    if settings.data.tokenizer is not None:
+        vocabulary = Tokenizer.read(folder / TOKENIZER)
+    return Run(settings, config, patcher, vocabulary, changes, text)
 
 
 def write_settings(folder: Path, run: Run) -> None:
@@ -123,6 +131,8 @@ def _prepare(
     byte_lm = None
     if settings.entropy_model is not None:
         byte_lm = _own_byte_lm(folder, settings.entropy_model, settings.data.context, resumes=earlier is not None)
+    if settings.data.tokenizer is not None:
+        _keep_tokenizer(folder, settings.data.tokenizer, settings.model, resumes=earlier is not None)
     calibration = read_calibration(folder) if earlier is not None else None
     if settings.calibration is not None and settings.patching is not None:
         if calibration is None:
@@ -149,6 +159,26 @@ def _own_byte_lm(folder: Path, entropy_model: str, context: int, resumes: bool) 
     with whole_folder(copy) as aside:
         save(aside, byte_lm, Config(model=byte_lm.settings, context=context))
     return byte_lm
+
+
+def _keep_tokenizer(folder: Path, path: str, model: ModelSettings, resumes: bool) -> None:
+    """Copy the tokenizer into the run's folder when the run begins; when it resumes it must be the same, or gone."""
+    copy = folder / TOKENIZER
+    if resumes and copy.is_file() and not Path(path).is_file():
+        return
+    tokenizer = Tokenizer.read(path, "data.tokenizer")
+    if resumes and copy.is_file():
+        if tokenizer.text != Tokenizer.read(copy).text:
+            raise UserError(f"data.tokenizer: '{path}' is not the one that '{folder}' was begun with; name '{copy}'")
+        return
+    assert isinstance(model, LanguageModelSettings)
+    if tokenizer.size > model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {model.vocab_size:,} is less than the {tokenizer.size:,} ids of '{path}'; set "
+            f"model.vocab_size={tokenizer.size}"
+        )
+    with whole_file(copy) as aside:
+        aside.write_text(tokenizer.text, encoding="utf-8")
 
 
 def _earlier_settings(folder: Path) -> TrainSettings | None:

@@ -375,7 +375,14 @@ class TrainSettings(Settings):
         return self
 
     @model_validator(mode="after")
-    def _patches(self) -> Self:
+    def _text_of_its_kind(self) -> Self:
+        is_token_lm, tokenizer = self.model.kind == "token_lm", self.data.tokenizer
+        if is_token_lm != (tokenizer is not None):
+            raise ValueError(
+                "data.tokenizer: a token LM needs one; name its tokenizer.json, which blt tokenizer writes"
+                if is_token_lm
+                else f"data.tokenizer is for a token LM, and this model is a {NAMES[self.model.kind]}; leave it out"
+            )
         if isinstance(self.model, LanguageModelSettings):
             return self
         if self.patching is None:

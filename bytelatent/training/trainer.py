@@ -122,7 +122,8 @@ class Trainer:
             with autocast(device, dtype):
                 return cross_entropy(model, batch)
 
-        loader = Loader(settings.data, settings.seed, run.patcher, plan.data_rank, plan.data_world_size)
+        share = plan.data_rank, plan.data_world_size
+        loader = Loader(settings.data, settings.seed, run.patcher, *share, run.vocabulary)
         loader = PrefetchLoader(loader, device) if prefetches(device) else loader
         state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
         gradients = Gradients(loss, device)
@@ -263,7 +264,7 @@ class Trainer:
         def agreed(over: bool) -> bool:  # the first rank's clock counts
             return bool(plan.ranks.sum([over * plan.ranks.is_first])[0])
 
-        batches = held_out_batches(self.settings.data, self.opened.patcher, max_bytes)
+        batches = held_out_batches(self.settings.data, self.opened.patcher, max_bytes, self.opened.vocabulary)
         groups = iter(lambda: list(itertools.islice(batches, plan.data_world_size)), [])
         state.model.eval()
         with torch.no_grad(), Progress("validating", max_bytes, limit, bar=False) as progress:

@@ -162,8 +162,7 @@ class HuggingFaceFormat(WeightsFormat):
         if byte_lm is not None:
             values["patcher_config"] = patcher_config_of(byte_lm.config)
             write_sidecar(folder, byte_lm.config, BYTE_LM_SIDECAR)
-        precisions = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()}
-        values["dtype"] = precisions.pop() if len(precisions) == 1 else "float32"
+        values["dtype"] = precision_of(stored)
         write_json_object(folder / "config.json", values)
         write_json_object(folder / "generation_config.json", {**SPECIAL_IDS, "use_cache": False, "do_sample": False})
         write_tokenizer(folder, config.context)
@@ -176,11 +175,17 @@ class HuggingFaceFormat(WeightsFormat):
         return tensors | (self.stored_tensors(stored.byte_lm) if stored.byte_lm is not None else {})
 
 
-class _Part(dict[str, Any]):
-    """The values of a part of a `config.json`, with the defaults of transformers; the top level has no name."""
+def precision_of(stored: StoredModel) -> str:
+    """The precision of a model's tensors; float32 if they differ."""
+    precisions = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()}
+    return precisions.pop() if len(precisions) == 1 else "float32"
 
-    def __init__(self, values: Mapping[str, Any], name: str, where: str):
-        super().__init__({**DEFAULTS[name], **values})
+
+class Part(dict[str, Any]):
+    """The values of a part of a `config.json`; the top level has no name."""
+
+    def __init__(self, values: Mapping[str, Any], name: str = "", where: str = ""):
+        super().__init__(values)
         self.where, self.name = where, name
 
     def path(self, key: str) -> str:
@@ -198,13 +203,16 @@ class _Part(dict[str, Any]):
             raise UserError(f"{self.path(key)} is {shown(repr(found))}; it should be a mapping of keys to values")
         return found or {}
 
-    def part(self, name: str) -> "_Part":
-        part = _Part(self.group(name), name, self.where)
-        for key in SIZES:
-            value = part[key]
-            if not (type(value) is int and value > 0) and not (value is None and key == "intermediate_size"):
-                raise UserError(f"{part.path(key)} is {shown(repr(value))}; it should be a number above 0")
+    def part(self, name: str) -> "Part":
+        part = Part({**DEFAULTS[name], **self.group(name)}, name, self.where)
+        part.check_sizes()
         return part
+
+    def check_sizes(self) -> None:
+        for key in SIZES:
+            value = self.get(key)
+            if not (type(value) is int and value > 0) and not (value is None and key == "intermediate_size"):
+                raise UserError(f"{self.path(key)} is {shown(repr(value))}; it should be a number above 0")
 
     @property
     def context(self) -> int:
@@ -275,7 +283,7 @@ def read_model(values: Mapping[str, Any], where: str) -> Config:
     Raises:
         UserError: a value requires a computation that is not implemented.
     """
-    top = _Part(values, "", where)
+    top = Part({**DEFAULTS[""], **values}, where=where)
     parts = {name: top.part(name) for name in PARTS}
     encoder = parts["encoder_config"]
     top.plain_rope()  # transformers ignores it at the top level, but its author meant it
@@ -314,7 +322,7 @@ def read_model(values: Mapping[str, Any], where: str) -> Config:
 
 def read_patcher(values: Mapping[str, Any], where: str) -> Config | None:
     """The same for the patcher, which is a byte LM; None if the model has no patcher."""
-    top = _Part(values, "", where)
+    top = Part({**DEFAULTS[""], **values}, where=where)
     if not top["patch_in_forward"]:
         return None
     patcher = top.part("patcher_config")
@@ -341,9 +349,10 @@ def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
     model, patching = config.model, config.patching
     assert isinstance(model, BLTSettings)
     assert patching is not None
-    if patching.monotonicity or patching.threshold_add is not None:
+    if patching.monotonicity or patching.threshold_add is not None or patching.reset_at_newline:
         raise UserError(
-            f"hf: transformers has only the plain entropy mode, not '{patching.in_words()}'; use native or meta"
+            f"hf: transformers has only the plain entropy mode, not '{patching.in_words()}'; use native"
+            f"{'' if patching.reset_at_newline else ' or meta'}"
         )
     if model.cross_attention.all_layers_encoder and model.encoder.num_layers > 1:
         raise UserError(
@@ -373,7 +382,7 @@ def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
     more = {"encoder_config": local, "decoder_config": local, "global_config": {}}
     kinds = ("blt_local_encoder", "blt_global_transformer", "blt_local_decoder")
     for (name, stack), kind in zip(PARTS.items(), kinds, strict=True):
-        values[name] |= {**_fixed_of_stack(getattr(model, stack), config.context), "model_type": kind, **more[name]}
+        values[name] |= {**fixed_of_stack(getattr(model, stack), config.context), "model_type": kind, **more[name]}
     return values
 
 
@@ -381,11 +390,11 @@ def patcher_config_of(config: Config) -> dict[str, Any]:
     """The `patcher_config` of `config.json` for a byte LM."""
     assert isinstance(config.model, ByteLMSettings)
     values = their_settings(config.model, PATCHER_KEYS, "hf")
-    fixed = _fixed_of_stack(config.model, config.context)
+    fixed = fixed_of_stack(config.model, config.context)
     return {**values, **fixed, "model_type": "blt_patcher", "vocab_size": VOCAB_SIZE}
 
 
-def _fixed_of_stack(stack: StackSettings, context: int) -> dict[str, Any]:
+def fixed_of_stack(stack: StackSettings, context: int) -> dict[str, Any]:
     return {
         "hidden_act": "silu",
         "dropout": 0.0,

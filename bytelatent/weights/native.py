@@ -5,6 +5,7 @@ with `settings.yaml` and `checkpoints/`; each of its checkpoints is in this form
 """
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -18,6 +19,7 @@ from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings, ModelSettings
 from bytelatent.run_folder import newest_checkpoint, read_metrics
+from bytelatent.text.tokenizer import TOKENIZER
 from bytelatent.weights.safetensors_io import (
     SHARD_BYTES,
     StoredTensor,
@@ -31,6 +33,7 @@ from bytelatent.weights.safetensors_io import (
 from bytelatent.weights.stored_model import FORMAT, Advance, Config, Origin, StoredModel, shapes
 
 BYTE_LM = "byte_lm"
+LOADING_LM = ("from bytelatent.weights import load", "", "found = load(FOLDER)  # found.model, found.vocabulary")
 LOADING = ("from bytelatent import BLT", "", "model = BLT.from_pretrained(FOLDER)", 'model.generate("The history of")')
 
 SettingsTable = Mapping[str, Sequence[str]]  # keys of another format, and those of our settings that have its value
@@ -210,6 +213,8 @@ class WeightsFormat:
             UserError: the format cannot express one of the model's settings.
         """
         self.write_config(folder, stored)
+        if stored.tokenizer is not None:
+            shutil.copyfile(stored.tokenizer, folder / TOKENIZER)
         write_weights(folder, self.stored_tensors(stored), self.shard_bytes, advance)
         if stored.byte_lm is not None and self.byte_lm_folder is not None:
             (folder / self.byte_lm_folder).mkdir()

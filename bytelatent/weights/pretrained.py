@@ -13,29 +13,20 @@ from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import MANIFEST, find_corruption, whole_folder
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
-from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings, LanguageModelSettings
+from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings, LanguageModelSettings, TokenLMSettings
 from bytelatent.model.settings import NAMES
+from bytelatent.text.tokenizer import TOKENIZER
 from bytelatent.weights.hugging_face import HuggingFaceFormat
+from bytelatent.weights.llama import LlamaFormat
 from bytelatent.weights.meta import BYTE_LM_FOLDERS, MetaFormat
-from bytelatent.weights.native import NATIVE, WeightsFormat, check_tensors
+from bytelatent.weights.native import LOADING_LM, NATIVE, WeightsFormat, check_tensors
 from bytelatent.weights.safetensors_io import shown
 from bytelatent.weights.side_files import CARD, LEGAL_FILES, leads_out, legal_files, stated_licence, write_card
 from bytelatent.weights.stored_model import Advance, Pretrained, StoredModel
 
 META = MetaFormat()
+LLAMA = LlamaFormat()  # the format `hf` of a token LM
 FORMATS: dict[str, WeightsFormat] = {"native": NATIVE, "hf": HuggingFaceFormat(), "meta": META}
-
-
-class UnknownFormat(UserError):
-    """A folder holds a model of another package, or none.
-
-    Attributes:
-        folder: where it is, or was downloaded to.
-    """
-
-    def __init__(self, message: str, folder: Path) -> None:
-        super().__init__(message)
-        self.folder = folder
 
 
 @renamed_arguments(entropy="entropy_model")
@@ -147,7 +138,7 @@ class _Access:
     def open(self, setting: str, source: str | Path, revision: str | None = None) -> tuple[StoredModel, Path]:
         """The model itself, and its folder."""
         path = _folder(setting, source)
-        if not path.exists() and _is_on_hub(str(source)):
+        if not path.exists() and is_on_hub(str(source)):
             try:
                 path = model_folder(str(source), revision, self.token, self.local_files_only, self.weights)
             except Unreachable as error:  # it may also be the mistyped name of a folder
@@ -195,12 +186,14 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     Raises:
         UserError: there is no model, it is not complete, or it needs mathematics that is not implemented here.
     """
-    format = next((format for format in FORMATS.values() if format.recognizes(folder)), None)
+    format = next((format for format in (*FORMATS.values(), LLAMA) if format.recognizes(folder)), None)
     if format is None:
-        raise UnknownFormat(
-            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json", folder
+        raise UserError(
+            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json"
         )
     found = format.open(folder, weights)
+    if isinstance(found.config.model, TokenLMSettings) and (folder / TOKENIZER).is_file():
+        found = replace(found, tokenizer=folder / TOKENIZER)
     if weights and (folder / MANIFEST).is_file() and (why := find_corruption(folder, ending=".safetensors")):
         raise UserError(f"'{folder}' is not as it was written: {why}; fetch or write it again")
     links = [file for pattern in LEGAL_FILES for file in sorted(folder.glob(pattern)) if leads_out(file)]
@@ -211,7 +204,7 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     return found
 
 
-def _is_on_hub(source: str) -> bool:
+def is_on_hub(source: str) -> bool:
     """Whether a name that is not a folder here means a repository, and not a mistyped folder."""
     owner = source.split("/")[0]
     return is_repository_name(source) and owner != "runs" and not Path(owner).exists()
@@ -251,6 +244,12 @@ def write_model(
     """
     folder = check_target(folder, format, licence)
     chosen, patching = FORMATS[format], stored.config.patching
+    loading = chosen.loading if isinstance(stored.config.model, BLTSettings) else LOADING_LM
+    if isinstance(stored.config.model, TokenLMSettings):
+        if stored.tokenizer is None:
+            raise UserError(f"model: '{stored.source}' has no {TOKENIZER}, which a token LM needs; put it there")
+        if format == "hf":
+            chosen, loading = LLAMA, LLAMA.loading
     if isinstance(stored.config.model, BLTSettings) and patching is None:
         raise UserError(f"model: '{stored.source}' has no patching settings; its config.json should have them")
     if patching is not None and chosen.modes is not None and patching.mode not in chosen.modes:
@@ -269,7 +268,7 @@ def write_model(
         chosen.write(aside, stored, advance)
         for file in legal_files(stored.folder) if stored.folder is not None else ():
             shutil.copyfile(file, aside / file.name)
-        loading = [line.replace("FOLDER", repr(folder.name)) for line in chosen.loading]
+        loading = [line.replace("FOLDER", repr(folder.name)) for line in loading]
         write_card(aside, folder.name, stored, chosen.loaded_by, loading)
         check(aside)
 

@@ -16,13 +16,12 @@ import yaml
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings
-from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS, OFFSET
+from bytelatent.text.tokenizer import TOKENIZER, tokenizer_json
 from bytelatent.weights.safetensors_io import read_json_object, shown, write_json_object
 from bytelatent.weights.stored_model import Config, StoredModel, num_parameters
 
 CARD = "README.md"
 SIDECAR = "bytelatent.json"
-SPECIAL_TOKENS = {"<boe>": BOE, "<s>": BOS, "</s>": EOS, "<bpe_delimiter>": BPE_DELIMITER}
 # Licences that the hub knows by these names; any other is given as `other` with its name.
 KNOWN_LICENCES = {
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "unlicense",
@@ -36,6 +35,7 @@ DESCRIPTIONS = {
     "tokenizer, whose large transformer runs once per patch.",
     "byte_lm": f"A byte LM: the entropy model of a Byte Latent Transformer ([Pagnoni et al. 2024]({PAPER})), which "
     "says where\npatches begin.",
+    "token_lm": "A token LM: a transformer on the ids of a byte-level BPE, trained as Byte Latent Transformers are.",
 }
 
 
@@ -86,12 +86,12 @@ def write_card(folder: Path, title: str, stored: StoredModel, library: str, load
         library: the Python package that loads it, for the hub.
         loading: lines of Python that load it.
     """
-    licence = stored.config.origin.licence
+    licence, is_token_lm = stored.config.origin.licence, stored.config.model.kind == "token_lm"
     head: dict[str, Any] = {} if licence is None else {"license": licence}
     if licence is not None and licence not in KNOWN_LICENCES:
         head = {"license": "other", "license_name": licence}
     head |= {"library_name": library, "pipeline_tag": "text-generation"}
-    head |= {"tags": ["byte-level", "tokenizer-free", "blt"]}
+    head |= {"tags": ["bpe"] if is_token_lm else ["byte-level", "tokenizer-free", "blt"]}
     lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", f"# {title}", ""]
     lines += [DESCRIPTIONS[stored.config.model.kind], ""]
     lines += ["```python", *loading, "```", "", "| | |", "| --- | --- |"]
@@ -115,7 +115,7 @@ def _facts(stored: StoredModel) -> dict[str, str]:
         facts["mean patch"] = f"{config.calibration.mean_patch_bytes:.2f} bytes on {config.calibration.data}"
     if stored.byte_lm is not None:
         facts["byte LM"] = f"{num_parameters(stored.byte_lm.config.model):,} parameters"
-    facts["context"] = f"{config.context:,} bytes"
+    facts["context"] = f"{config.context:,} {'tokens' if model.kind == 'token_lm' else 'bytes'}"
     read = f"; {origin.training_bytes:,} bytes read" if origin.training_bytes else ""
     facts["training text"] = ", ".join(origin.training_text) + read if origin.training_text else "not stated"
     held_out = f" on {', '.join(origin.validation_text)}" if origin.bits_per_byte and origin.validation_text else ""
@@ -153,49 +153,20 @@ def write_tokenizer(folder: Path, context: int) -> None:
     It has no padding token and so refuses to pad: the patcher and the global transformer of `BltForCausalLM` do not
     mask padding, and would silently read it as text.
     """
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    flags = {**dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False), "special": True}
-    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    tokenizer = {
-        "version": "1.0",
-        **dict.fromkeys(("truncation", "padding", "normalizer")),
-        "added_tokens": [{"id": number, "content": text, **flags} for text, number in SPECIAL_TOKENS.items()],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, first],
-            "pair": [bos, first, second],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
-        },
-        "model": {
-            "type": "BPE",
-            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
-            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
-            "vocab": SPECIAL_TOKENS | {letter: number for number, letter in enumerate(_letters(), start=OFFSET)},
-            "merges": [],
-        },
-    }
+    (folder / TOKENIZER).write_text(tokenizer_json(), encoding="utf-8")
+    write_tokenizer_config(folder, context, "<s>", "</s>")
+
+
+def write_tokenizer_config(folder: Path, context: int, bos: str, eos: str) -> None:
+    """Write what `AutoTokenizer` reads beside `tokenizer.json`; `bos` and `eos` are tokens."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
+        "bos_token": bos,
+        "eos_token": eos,
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # the text <s> means these three bytes
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    for name, values in (("tokenizer.json", tokenizer), ("tokenizer_config.json", settings)):
-        (folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def _letters() -> list[str]:
-    """The letter of each byte in a byte-level vocabulary.
-
-    Bytes that are printable characters in Latin-1 have these as letters, the others the characters from U+0100 on.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256))
-    return [chr(byte) if byte in printable else chr(256 + next(others)) for byte in range(256)]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,9 +13,19 @@ from torch import nn
 
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
-from bytelatent.model import BLTModel, ByteLM, LanguageModel, ModelSettings, build_model, settings_class
+from bytelatent.model import (
+    BLTModel,
+    ByteLM,
+    LanguageModel,
+    ModelSettings,
+    TokenLMSettings,
+    build_model,
+    settings_class,
+)
 from bytelatent.model.settings import LONGEST_CONTEXT, NAMES
 from bytelatent.patching import Calibration, PatchSettings
+from bytelatent.text.tokenizer import TOKENIZER, Tokenizer
+from bytelatent.vocab import BYTES, Vocabulary
 from bytelatent.weights.safetensors_io import StoredTensor, check_finite, shown
 
 FORMAT = "bytelatent"
@@ -74,6 +84,7 @@ class StoredModel:
     Attributes:
         tensors: by our names; empty if only the configuration was read.
         byte_lm: the byte LM stored with a BLT.
+        tokenizer: the file of a token LM's tokenizer, if it is there.
         format: the format in words.
         source: where it was found.
         warnings: lines to show to the user.
@@ -87,6 +98,7 @@ class StoredModel:
     source: str
     warnings: Sequence[str] = ()
     folder: Path | None = None
+    tokenizer: Path | None = None
 
     @classmethod
     def of(cls, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> "StoredModel":
@@ -109,7 +121,7 @@ class StoredModel:
         """
         byte_lm = self.byte_lm._load_alone(device) if self.byte_lm is not None else None
         where = f"{self.source} ({self.format})"
-        return Pretrained(self._load_alone(device, dtype), self.config, byte_lm, where, self.warnings)
+        return Pretrained(self._load_alone(device, dtype), self.config, byte_lm, where, self.warnings, self.tokenizer)
 
     def _load_alone(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
         """The model without its byte LM."""
@@ -146,13 +158,31 @@ class StoredModel:
 
 @dataclass
 class Pretrained:
-    """A loaded model with its configuration and its byte LM."""
+    """A loaded model with its configuration, its byte LM, and the file of its tokenizer."""
 
     model: BLTModel | LanguageModel
     config: Config
     byte_lm: ByteLM | None
     source: str  # where it was found, in one line
     warnings: Sequence[str] = ()
+    tokenizer: Path | None = None
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The ids of the model.
+
+        Raises:
+            UserError: a token LM has no tokenizer, or one of more ids than the model.
+        """
+        model = self.config.model
+        if not isinstance(model, TokenLMSettings):
+            return BYTES
+        if self.tokenizer is None:
+            raise UserError(f"{self.source} has no {TOKENIZER}, which a token LM needs; put it there")
+        found = Tokenizer.read(self.tokenizer)
+        if found.size > model.vocab_size:
+            raise UserError(f"'{self.tokenizer}' has {found.size:,} ids, and its model {model.vocab_size:,}")
+        return found
 
 
 @dataclass(frozen=True)

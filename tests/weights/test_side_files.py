@@ -15,8 +15,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from bytelatent import BLT
 from bytelatent.errors import UserError
 from bytelatent.patching import Calibration
+from bytelatent.text.tokenizer import byte_letters
 from bytelatent.weights import FORMATS, Origin, convert, open_pretrained
-from bytelatent.weights.side_files import _letters, legal_files, stated_licence, write_tokenizer
+from bytelatent.weights.side_files import legal_files, stated_licence, write_tokenizer
 from bytelatent.weights.stored_model import Config
 from tests.model.tiny import tiny_blt_settings, tiny_byte_lm
 
@@ -254,7 +255,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
 
 def test_letters_are_those_of_byte_level_vocabularies() -> None:
     theirs = bytes_to_unicode()
-    assert _letters() == [theirs[byte] for byte in range(256)]
+    assert byte_letters() == [theirs[byte] for byte in range(256)]
 
 
 def test_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
