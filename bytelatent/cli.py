@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
-from bytelatent.commands import load, options
+from bytelatent.commands import import_uncollected, options
 from bytelatent.config import Option, Settings, union_members, warn_renamed
 from bytelatent.errors import BAD_INPUT, UserError, guarded, nearest
 from bytelatent.prepare import PrepareSettings
@@ -96,7 +96,7 @@ def verb_of(settings: type[Settings], module: str) -> Any:
         guarded(lambda: run(settings.parse(values)))
 
     def run(parsed: Settings) -> None:
-        imported = load(f"bytelatent.commands.{module}")
+        imported = import_uncollected(f"bytelatent.commands.{module}")
         signals.begin()
         imported.run(parsed)
 

@@ -7,9 +7,9 @@ if __name__ == "__main__":
 
     listen()  # before the imports, which take seconds
     from bytelatent import signals
-    from bytelatent.commands import load
+    from bytelatent.commands import import_uncollected
     from bytelatent.errors import guarded
 
-    generate = load("bytelatent.commands.generate")
+    generate = import_uncollected("bytelatent.commands.generate")
     signals.begin()
     guarded(lambda: generate.main(sys.argv[1:]))

@@ -19,18 +19,16 @@ import pytest
 
 # What several tests' commands need; a forkserver is one for all of them.
 PRELOADED = [
-    "tests.uncollected",
+    "tests.uncollected",  # the first
     "tests.training.plans",
     "bytelatent.commands.generate",
     "bytelatent.commands.train",
     "bytelatent.cli",
-]
-PRELOADED += [
     "torch.distributed.run",
+    "torch._dynamo",
     "bytelatent.launch.torchrun",
     "bytelatent.training.distributed.parallelize",
     "bytelatent.training.checkpoint.storage",
-    "torch._dynamo",
     "tests.frozen",  # the last
 ]
 NOBODY = "nobody"  # in place of a path: a pipe that nobody reads

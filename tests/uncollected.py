@@ -1,4 +1,4 @@
-"""Until `tests.frozen` nobody looks for garbage among what is imported: there is none, and it takes a fifth of the time."""
+"""Until `tests.frozen` nobody looks for garbage among what is imported: there is none, and it takes time."""
 
 import gc
 

@@ -64,7 +64,7 @@ def decoder_of(name: str, seed: int = 0) -> Decoder:
 
 
 @cache
-def kept_decoder(name: str, seed: int = 0) -> Decoder:
+def shared_decoder(name: str, seed: int = 0) -> Decoder:
     """One for many examples, none of which changes it."""
     return decoder_of(name, seed)
 
@@ -133,7 +133,7 @@ def test_greedy_bytes(name: str, kind: str, batch_size: int) -> None:
 
 @cache
 def alone(prompt: tuple[int, ...], temperature: float, seed: int, max_new_bytes: int) -> Continuation:
-    engine = Engine.plain(kept_decoder("entropy", seed=1), 1)
+    engine = Engine.plain(shared_decoder("entropy", seed=1), 1)
     [found] = engine.submit(torch.tensor(prompt), Sampling(temperature=temperature, seed=seed), max_new_bytes)
     engine.run()
     return found
@@ -144,7 +144,7 @@ def alone(prompt: tuple[int, ...], temperature: float, seed: int, max_new_bytes:
 @given(data=st.data())
 def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
     """Sequences join and leave at any time; each has the bytes and log-probabilities that it has alone."""
-    engine = engine_of(kept_decoder("entropy", seed=1), kind, data.draw(st.integers(1, 4)))
+    engine = engine_of(shared_decoder("entropy", seed=1), kind, data.draw(st.integers(1, 4)))
     asked: list[Continuation] = []
     for number in range(data.draw(st.integers(1, 7))):
         prompt = data.draw(st.sampled_from(PROMPTS))
@@ -308,7 +308,7 @@ STOPS = st.lists(
 @given(data=st.data())
 def test_valid_utf8_is_valid_whatever_ends_it(kind: str, data: st.DataObject) -> None:
     """Also where a stop text begins within a character, on the way, and where a sequence is cancelled."""
-    decoder = kept_decoder("entropy", data.draw(st.integers(0, 3)))
+    decoder = shared_decoder("entropy", data.draw(st.integers(0, 3)))
     batch_size = data.draw(st.integers(1, 3))
     engine = engine_of(decoder, kind, batch_size)
     asked = [

@@ -134,7 +134,7 @@ def asked(*_):
     for _ in range(2):
         signal.raise_signal(number)
 if sys.argv[1] == "imports":
-    train.load = asked
+    train.import_uncollected = asked
 else:
     from bytelatent.training import run_setup as run
     run.calibrate_on = asked
