@@ -21,7 +21,7 @@ from bytelatent.inference.quantize import check_quantize, quantize_model
 from bytelatent.inference.scoring import entropies_of
 from bytelatent.inference.settings import LIMITS, Quantization, check_limits
 from bytelatent.inference.step import engine_for
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, lines_as_documents, pack_rows
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.model.settings import NAMES
 from bytelatent.patching import Patch, PatchSettings, next_starts, starts_of_lengths
@@ -342,7 +342,8 @@ class BLT:
             return out
         if patch_lengths is None:
             byte_lm = self._needed_entropy_model()
-            entropies = None if byte_lm is None else entropies_of(byte_lm, stream)
+            read = lines_as_documents(stream) if self.patching.reset_at_newline else stream
+            entropies = None if byte_lm is None else entropies_of(byte_lm, read)
             starts = next_starts(stream.ids, entropies, stream.position, self.patching)
         else:
             pairs = zip(rows, patch_lengths.to(self.device), strict=True)

@@ -154,6 +154,7 @@ class CalibrateSettings(TextSettings):
         patch_bytes: mean patch size to reach, in bytes.
         model: the byte LM, for text without entropies.
         max_bytes: bytes of text to measure on.
+        reset_at_newline: for a model whose patching settings have reset_at_newline.
         figure: draw patch size against threshold: a .png, .svg or .pdf file.
         device: device: auto, cpu, cuda or mps.
     """
@@ -161,6 +162,7 @@ class CalibrateSettings(TextSettings):
     patch_bytes: PatchBytes = DEFAULT_PATCH_BYTES
     model: Annotated[str | None, Option(("--model", "-m"))] = None
     max_bytes: NumBytes = 1_000_000
+    reset_at_newline: bool = False
     figure: Path | None = None
     device: str = "auto"
 
@@ -196,6 +198,7 @@ class EntropiesSettings(TextSettings):
         model: the byte LM: a run, or a folder with a model.
         starts: store patch starts at this threshold (nats) instead of entropies: one bit per byte.
         patching: store patch starts of these patching settings: threshold=0.3,monotonicity=true
+        reset_at_newline: reset the byte LM's context at each newline, for patching.reset_at_newline=true in training.
         context: ids of a document to read at once. Default: as in the byte LM's training.
         batch_bytes: bytes of a batch. Default: chosen for the device.
         device: device: auto, cpu, cuda or mps.
@@ -210,6 +213,7 @@ class EntropiesSettings(TextSettings):
     model: Model = DEFAULT_MODEL
     starts: Annotated[float | None, Field(allow_inf_nan=True)] = None  # the patching settings check it
     patching: str | None = None
+    reset_at_newline: bool = False
     context: int | None = None
     batch_bytes: int | None = None
     device: str = "auto"
@@ -225,18 +229,19 @@ class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSet
 
     Attributes:
         text: files, folders or globs.
-        model: a BLT, a byte LM, or a causal language model of Hugging Face transformers: a run, a folder or
-            OWNER/NAME on the hub. Several may be named, each with --model.
+        model: a BLT, a byte LM, a token LM, or a causal language model of Hugging Face transformers: a run, a folder
+            or OWNER/NAME on the hub. Several may be named, each with --model.
         by: also by the value of this key or column of documents, or by source.
         overlap: ids that each window of a document longer than the context reads again, without counting them.
         context: ids to read at once. Default: as in the model's training.
-        out: new file for the results. An interrupted command leaves its rows beside it; the same command resumes.
+        out: new file for the results. An interrupted command leaves what is done beside it; the same command resumes.
         markdown: print a table as Markdown.
         max_bytes: bytes of text to measure. Default: all.
         resamples: resamples of the bootstrap over documents, for the 95 % interval.
         seed: seed of the bootstrap, of noise and of generated tasks.
         tokenizer: tokenizer.json, or a folder that holds one, for a model of tokens without one.
-        batch_size: ids of a batch: bytes or tokens. Default: chosen for the device.
+        batch_size: bytes or tokens of a batch of text; texts that are continued at once, for --tasks. Default: chosen
+            for the device.
         device: device: auto, cpu, cuda or mps.
         dtype: precision: float32 or bfloat16.
     """
