@@ -5,7 +5,7 @@
 
 gpu  random weights as in `decode.py prefill`, in bfloat16 with the published entropy model: prefill as that measures
      it, then text of documents of 200 to 30,000 bytes, patches of about 4.5 bytes, from reading the file to bits per
-     byte. Then a part of it in float32, as is the default: the first million must give about the same number
+     byte. Then a part of it in float32, as is the default: the first part must give about the same number
 cpu  a model on its held-out text
 """
 
@@ -26,6 +26,7 @@ from bytelatent.patching import PatchSettings
 from bytelatent.vocab import encode
 
 CONTEXT = 8192
+PART = 400_000  # bytes that are also evaluated in float32
 
 
 def write_text(path: Path, num_bytes: int, seed: int = 0) -> None:
@@ -76,10 +77,10 @@ def gpu(given: Any) -> None:
         ]
         entropies = byte_lm.entropies(pack_rows(some).to("cuda")).float()
         patching = PatchSettings(threshold=float(entropies.quantile(1 - 1 / 4.5)))
-        for dtype, part in ((torch.bfloat16, None), (torch.float32, 1_000_000)):
+        for dtype, part in ((torch.bfloat16, None), (torch.float32, PART)):
             how = ReadSettings(torch.device("cuda"), dtype)
             model = packed_model("random", network.to(dtype), patching, byte_lm, CONTEXT, how)
-            rate(model, Texts([str(path)], max_bytes=1_000_000))  # compiles
+            rate(model, Texts([str(path)], max_bytes=PART))  # compiles
             torch.cuda.reset_peak_memory_stats()
             speed, bits, measured = rate(model, Texts([str(path)], max_bytes=part))
             patch = sum(measured.num_bytes) / sum(measured.num_units)
@@ -92,10 +93,10 @@ def gpu(given: Any) -> None:
             )
             if dtype == torch.bfloat16:
                 print(f"{speed / max(rates):.0%} of prefill's {max(rates):,.0f} bytes/s", flush=True)
-                _, bits, _ = rate(model, Texts([str(path)], max_bytes=1_000_000))
-                print(f"the first million: {bits:.4f} bits per byte", flush=True)
+                _, bits, _ = rate(model, Texts([str(path)], max_bytes=PART))
+                print(f"the first part: {bits:.4f} bits per byte", flush=True)
                 if given.profile:
-                    profile(model, Texts([str(path)], max_bytes=2_000_000))
+                    profile(model, Texts([str(path)], max_bytes=2 * PART))
 
 
 def prefill_once(decoder: Any) -> None:

@@ -66,9 +66,8 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
         from bytelatent.evaluation.tasks import TaskFinder
 
         finder = TaskFinder(settings.include_path, settings.samples, settings.temperature, settings.run_programs)
-        model = HarnessModel(
-            settings.model[0], settings.entropy_model, settings.device, settings.dtype
-        )  # no weights yet
+        own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold"})
+        model = HarnessModel(settings.model[0], **own)  # no weights yet
         noises, tasks = noises_with(settings), finder.load(names, settings.shots)
         with _stored_answers(settings, model):
             found = [_evaluate(model, tasks, settings, noise) for noise in noises]

@@ -104,6 +104,7 @@ class HarnessModel(LM):
         max_length: ids that the model reads at once. Default: its context in training.
         quantize: `int8` or `fp8` quantizes the large matrices.
         seed: of sampling.
+        threshold: of patches by entropy, in nats. Default: the model's own.
         revision: a branch, a tag or a commit of the repository.
 
     Raises:
@@ -122,6 +123,7 @@ class HarnessModel(LM):
         quantize: Quantization = "full",
         seed: int = 0,
         revision: str | None = None,
+        threshold: float | None = None,
         **unknown: Any,
     ):
         super().__init__()
@@ -133,7 +135,8 @@ class HarnessModel(LM):
         self._precision, self._quantize, self._seed = precision_of_weights(dtype), quantize, seed
         check_quantize(quantize, self._device)
         self.batch_size = _batch_size(batch_size, max_batch_size, self._device)
-        self._found = open_pretrained(pretrained, entropy_model, None if revision is None else str(revision))
+        found = open_pretrained(pretrained, entropy_model, None if revision is None else str(revision))
+        self._found = found.with_threshold(threshold)
         self._patching = self._found.config.patching
         if self._patching is not None and self._patching.needs_entropies and self._found.byte_lm is None:
             raise UserError(f"model_args: the patches of '{pretrained}' need a byte LM; add entropy_model=FOLDER")
@@ -165,6 +168,7 @@ class HarnessModel(LM):
         """What answers depend on, beside the requests."""
         folders = [part.folder for part in (self._found, self._found.byte_lm) if part is not None]
         about = {"model": state_of(folders), "max_length": self.max_length, "seed": self._seed}
+        about |= {"threshold": self._patching.threshold} if self._patching is not None else {}
         return {**about, "dtype": str(self._precision), "quantize": self._quantize}
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -272,7 +272,7 @@ class TransformersModel(TextModel):
         super().__init__(name, device, context, overlap, batch_ids)
         self.network, self.encode, self.decode, self.start, self.end = network, encode, decode, start, end
         self.num_changed = 0  # documents that the tokenizer does not give back
-        self.vocab_size = int(network.get_output_embeddings().weight.shape[0])
+        self.vocab_size = int(network.config.get_text_config().vocab_size)
 
     @property
     def remarks(self) -> list[str]:
