@@ -20,6 +20,7 @@ LOGGER = logging.getLogger(__name__)
 
 BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
 ERROR = "_stderr"
+NOISY = ("lm_eval", "datasets", "evaluate", "httpx", "huggingface_hub")
 
 
 def run(settings: EvaluateSettings) -> None:
@@ -56,9 +57,8 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
         from bytelatent.evaluation.tasks import TaskFinder
 
         finder = TaskFinder(settings.include_path, settings.samples, settings.temperature, settings.run_programs)
-        model = HarnessModel(
-            settings.model[0], settings.entropy_model, settings.device, settings.dtype
-        )  # no weights yet
+        own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold"})
+        model = HarnessModel(settings.model[0], **own, max_length=settings.context)  # no weights yet
         tasks = finder.load(names, settings.shots)
         with _stored_answers(settings, model):
             result = {"model": settings.model[0], **_evaluate(model, tasks, settings.limit)}
@@ -132,7 +132,7 @@ def _quiet_libraries() -> Iterator[None]:
     import datasets
     import lm_eval.api.task  # pyright: ignore[reportMissingImports]
 
-    loggers = {logging.getLogger(name): logging.ERROR for name in ("lm_eval", "datasets", "evaluate", "httpx")}
+    loggers = {logging.getLogger(name): logging.ERROR for name in NOISY}
     before = {logger: logger.level for logger in loggers}
     bar = lm_eval.api.task.tqdm
     for logger, level in loggers.items():

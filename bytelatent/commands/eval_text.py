@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +27,7 @@ LOGGER = logging.getLogger(__name__)
 
 # Settings that a resumed evaluation must share with the one that was interrupted.
 FIXED = {"text", "text_key", "by", "max_bytes", "max_row_bytes", "model", "entropy_model", "tokenizer", "context"}
-FIXED |= {"overlap", "dtype"}
+FIXED |= {"overlap", "dtype", "threshold"}
 UNITS = ("patch", "token")
 
 
@@ -82,6 +83,7 @@ def found_models(settings: EvaluateSettings) -> list[FoundModel]:
     device = choose_device(settings.device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     how = ReadSettings(device, dtype, settings.context, settings.overlap, settings.batch_size, settings.tokenizer)
+    how = replace(how, threshold=settings.threshold)
     return [find_model(name, settings.entropy_model, how, len(settings.model) > 1) for name in settings.model]
 
 
