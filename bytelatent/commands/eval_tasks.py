@@ -24,6 +24,7 @@ LOGGER = logging.getLogger(__name__)
 BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
 ERROR = "_stderr"
 MAIN_METRICS = ("acc_norm,none", "acc,none")  # of which the first that a task has is drawn and compared
+NOISY = ("lm_eval", "datasets", "evaluate", "httpx", "huggingface_hub")
 
 
 def run(settings: EvaluateSettings) -> None:
@@ -67,7 +68,7 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
 
         finder = TaskFinder(settings.include_path, settings.samples, settings.temperature, settings.run_programs)
         own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold"})
-        model = HarnessModel(settings.model[0], **own)  # no weights yet
+        model = HarnessModel(settings.model[0], **own, max_length=settings.context)  # no weights yet
         noises, tasks = noises_with(settings), finder.load(names, settings.shots)
         with _stored_answers(settings, model):
             found = [_evaluate(model, tasks, settings, noise) for noise in noises]
@@ -159,7 +160,7 @@ def _quiet_libraries() -> Iterator[None]:
     import datasets
     import lm_eval.api.task  # pyright: ignore[reportMissingImports]
 
-    loggers = {logging.getLogger(name): logging.ERROR for name in ("lm_eval", "datasets", "evaluate", "httpx")}
+    loggers = {logging.getLogger(name): logging.ERROR for name in NOISY}
     before = {logger: logger.level for logger in loggers}
     bar = lm_eval.api.task.tqdm
     for logger, level in loggers.items():
