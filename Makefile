@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-transformers4 lint clean
+.PHONY: help demo test test-transformers4 test-lm-eval lint clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -22,6 +22,9 @@ test-transformers4: .venv/.installed .venv/transformers4/.installed  ## the same
 	@TRANSFORMERS4=$(CURDIR)/.venv/transformers4 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) \
 		tests/weights/test_transformers4.py
 
+test-lm-eval: .venv/.eval  ## the numbers of lm-evaluation-harness's own model class (installs lm_eval)
+	@LM_EVAL=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) tests/lm_eval
+
 lint: .venv/.installed  ## ruff and basedpyright, ARGS=--fix to mend what can be
 	@bash dev/lint.sh $(ARGS)
 
@@ -33,6 +36,11 @@ clean:  ## remove .venv, build output and caches (not runs/)
 .venv/transformers4/.installed: dev/transformers4.txt .venv/.installed
 	@rm -rf .venv/transformers4
 	.venv/bin/python -m pip install --quiet --no-deps --target .venv/transformers4 -r dev/transformers4.txt
+	@touch $@
+
+# lm_eval's own model class needs accelerate.
+.venv/.eval: .venv/.installed
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[eval]' accelerate
 	@touch $@
 
 # `.unfinished` becomes the stamp only at the very end: a .venv whose making was interrupted is made anew, while one

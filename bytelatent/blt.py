@@ -21,7 +21,7 @@ from bytelatent.inference.quantize import check_quantize, quantize_model
 from bytelatent.inference.scoring import entropies_of
 from bytelatent.inference.settings import LIMITS, Quantization, check_limits
 from bytelatent.inference.step import engine_for
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, pack_rows
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, add_patches, lines_as_documents, pack_rows
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.model.settings import NAMES
 from bytelatent.patching import Patch, PatchSettings, next_starts, starts_of_lengths
@@ -90,6 +90,7 @@ class BLT:
         local_files_only: bool = False,
         quantize: Quantization = "full",
         draft_length: int = 1,
+        patching: PatchSettings | None = None,
     ) -> "BLT":
         """Load a model, and log in one line what was found.
 
@@ -104,6 +105,7 @@ class BLT:
             local_files_only: use earlier downloads, and do not connect to the hub.
             quantize: `int8` or `fp8` quantizes the large matrices: less memory, and faster generation on a GPU.
             draft_length: speculative decoding: bytes per step at most. The text stays the same; 1: no drafts.
+            patching: patching settings in place of the model's own, such as another threshold.
 
         Raises:
             UserError: there is no BLT at `source`, it is incomplete or not supported, or cannot be quantized this way.
@@ -123,7 +125,9 @@ class BLT:
         loaded = found.load(device, precision)
         assert isinstance(loaded.model, BLTModel)
         lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-        return cls(loaded.model, loaded.config, lm, loaded.source, quantize, draft_length)
+        blt = cls(loaded.model, loaded.config, lm, loaded.source, quantize, draft_length)
+        blt.patching = blt.patching if patching is None else patching
+        return blt
 
     byte_lm = renamed_attribute("byte_lm", "entropy_model")
     ahead = renamed_attribute("ahead", "draft_length")
@@ -342,7 +346,8 @@ class BLT:
             return out
         if patch_lengths is None:
             byte_lm = self._needed_entropy_model()
-            entropies = None if byte_lm is None else entropies_of(byte_lm, stream)
+            read = lines_as_documents(stream) if self.patching.reset_at_newline else stream
+            entropies = None if byte_lm is None else entropies_of(byte_lm, read)
             starts = next_starts(stream.ids, entropies, stream.position, self.patching)
         else:
             pairs = zip(rows, patch_lengths.to(self.device), strict=True)

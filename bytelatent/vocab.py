@@ -14,6 +14,7 @@ from bytelatent.errors import UserError
 
 BOE, BOS, EOS, BPE_DELIMITER = 0, 1, 2, 3
 OFFSET = 4
+NEWLINE = OFFSET + ord("\n")
 VOCAB_SIZE = OFFSET + 256
 PADDING = -1  # fills ragged rows of ids; never embedded
 OTHER_SURROGATES = re.compile("([\ud800-\udc7f\udd00-\udfff]+)")  # those that stand for no byte

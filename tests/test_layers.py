@@ -11,7 +11,7 @@ LAYERS = [  # the lowest first
     ["credentials", "terminal", "signals"],
     ["errors", "log"],
     ["vocab", "config", "files", "device", "progress", "kernels"],
-    ["hub", "run_folder", "command_line"],
+    ["hub", "run_folder", "command_line", "lm_eval_model"],
     ["model", "patching", "text", "launch"],
     ["inference", "data", "prepare", "weights"],
     ["training", "evaluation", "report"],
@@ -40,6 +40,7 @@ HOLDS = {  # what a package is for, where its name does not say it
     "text": "documents out of files",
     "launch": "SLURM jobs",
     "kernels": "one file per operation",
+    "lm_eval_model": "registers our model with lm_eval",
 }
 DOCS = Path(__file__).parents[1] / "docs" / "internals" / "layers.md"
 

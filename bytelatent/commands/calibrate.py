@@ -36,7 +36,7 @@ def calibrate_text(settings: CalibrateSettings) -> tuple[Calibration, dict[str, 
     sources = [{"path": path, "text_key": settings.text_key} for path in settings.text]
     limits = {"max_bad_rows": settings.max_bad_rows, "max_row_bytes": settings.max_row_bytes}
     data = DataSettings.parse({"train": sources, **limits})
-    patching = PatchSettings(mode="entropy", threshold=0.0)
+    patching = PatchSettings(mode="entropy", threshold=0.0, reset_at_newline=settings.reset_at_newline)
     # In pieces as in its training, and as `blt entropies` reads it; entropies that are stored were computed so.
     byte_lm, context = (None, data.context) if settings.model is None else load_byte_lm_and_context(settings.model)
     bad = BadRows(data.max_bad_rows)

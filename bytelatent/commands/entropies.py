@@ -54,7 +54,9 @@ def store_beside(given: EntropiesSettings) -> Summary:
     batch_bytes = given.batch_bytes
     if batch_bytes is None:
         batch_bytes = max(context, batch_bytes_for(byte_lm, place))
-    values: dict[str, Any] = given.model_dump(include={"text_key", "max_bad_rows", "max_row_bytes", "dtype"})
+    values: dict[str, Any] = given.model_dump(
+        include={"text_key", "max_bad_rows", "max_row_bytes", "dtype", "reset_at_newline"}
+    )
     values |= {"context": context, "batch_bytes": batch_bytes, "patching": _patching(given.starts, given.patching)}
     settings = EntropySettings.parse(values, "entropies")
     with Progress("entropies", bar=part.rank == 0) as progress:  # bars of several processes would overwrite each other

@@ -5,8 +5,20 @@ from bytelatent.errors import UserError
 
 
 def run(settings: EvaluateSettings) -> None:
-    if not settings.text:
-        raise UserError("eval: name the text to measure: blt eval held-out/*.jsonl --model runs/demo")
-    from bytelatent.commands import eval_text
+    if settings.tasks is not None:
+        if settings.text:
+            raise UserError("tasks: they bring their own text; leave TEXT out, or --tasks")
+        from bytelatent.commands import eval_characters, eval_tasks
 
-    eval_text.run(settings)
+        own, _ = eval_characters.split_tasks(settings.tasks)
+        (eval_characters if own else eval_tasks).run(settings)
+    elif not settings.text:
+        raise UserError("eval: name the text to measure: blt eval held-out/*.jsonl --model runs/demo")
+    elif settings.noise or settings.noise_rates is not None:
+        from bytelatent.commands import eval_noise
+
+        eval_noise.run(settings)
+    else:
+        from bytelatent.commands import eval_text
+
+        eval_text.run(settings)

@@ -6,20 +6,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from bytelatent.config import Settings
-from bytelatent.inference.settings import MAX_BATCH_SIZE, MAX_SAMPLES
+from bytelatent.inference.settings import MAX_SAMPLES
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class TaskSettings(Settings):
     """Attributes:
-    tasks: tasks of lm-evaluation-harness, with commas, or paper: the seven of the BLT paper.
+    tasks: tasks with commas: those of lm-evaluation-harness; paper: the seven of the BLT paper; cute: knowledge of
+        characters; g2p: sounds of words.
     shots: worked examples before each question. Default: the task's own number.
     limit: questions of each task. Default: all.
     include_path: folder of task files (.yaml) of your own.
-    out: file for the results of --tasks. An interrupted command leaves its answers in OUT.part; the same command
-        resumes.
-    batch_size: texts that are continued at once, for --tasks.
     samples: programs for each problem, for pass@k.
     temperature: temperature of --samples.
     run_programs: run the programs that the model writes, in a limited process.
@@ -29,8 +27,6 @@ class TaskSettings(Settings):
     shots: int | None = Field(default=None, ge=0, le=1000)
     limit: int | None = Field(default=None, ge=1, lt=2**63)
     include_path: Path | None = None
-    out: Path | None = None
-    batch_size: int = Field(default=16, ge=1, le=MAX_BATCH_SIZE)
     samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     temperature: float = Field(default=0.8, gt=0, le=100)
     run_programs: bool = False
@@ -45,7 +41,6 @@ class NoiseSettings(Settings):
     figure: draw the score at each rate: a .png, .svg or .pdf file.
     words: words for the tasks of `cute`: a file with one word per line, or any text.
     related: pairs of words of related meaning, for the task `cute_sem`: a file of lines WORD, tab, WORD.
-    seed: seed of the noise, of generated tasks and of intervals.
     """
 
     noise: list[str] = Field(default=[])
@@ -54,7 +49,6 @@ class NoiseSettings(Settings):
     figure: Path | None = None
     words: Path | None = None
     related: Path | None = None
-    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @field_validator("noise_rates", mode="before")
     @classmethod

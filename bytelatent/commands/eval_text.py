@@ -3,8 +3,9 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +27,7 @@ LOGGER = logging.getLogger(__name__)
 
 # Settings that a resumed evaluation must share with the one that was interrupted.
 FIXED = {"text", "text_key", "by", "max_bytes", "max_row_bytes", "model", "entropy_model", "tokenizer", "context"}
-FIXED |= {"overlap", "dtype"}
+FIXED |= {"overlap", "dtype", "threshold"}
 UNITS = ("patch", "token")
 
 
@@ -54,19 +55,16 @@ def evaluate_models(settings: EvaluateSettings) -> dict[str, Any]:
         Interrupted: Ctrl-C.
     """
     forget_logged()
-    device = choose_device(settings.device)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-    how = ReadSettings(device, dtype, settings.context, settings.overlap, settings.batch_size, settings.tokenizer)
-    found = [find_model(name, settings.entropy_model, how, len(settings.model) > 1) for name in settings.model]
+    found = found_models(settings)
     names = {"text_key", "by", "max_bytes", "max_bad_rows", "max_row_bytes"}
     texts = Texts(settings.text, **settings.model_dump(include=names), valid_only=any(m.reads_tokens for m in found))
     texts.check()
     measured = [Measured() for _ in found]
     about: list[dict[str, Any]] = []
     remarks: list[str] = []
-    with _rows(settings, found, measured) as write:
+    with stored_rows(settings, found, measured) as write:
         for at, (model, rows) in enumerate(zip(found, measured, strict=True)):
-            extra, own = _evaluate(model, rows, texts, at, write, measured[0] if at else None)
+            extra, own = evaluate_one(model, rows, texts, at, write, measured[0] if at else None)
             about.append(extra)
             remarks += own
         result = _result(settings, measured, about)
@@ -80,7 +78,16 @@ def evaluate_models(settings: EvaluateSettings) -> dict[str, Any]:
     return result
 
 
-def _evaluate(
+def found_models(settings: EvaluateSettings) -> list[FoundModel]:
+    """The models, as they read texts."""
+    device = choose_device(settings.device)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    how = ReadSettings(device, dtype, settings.context, settings.overlap, settings.batch_size, settings.tokenizer)
+    how = replace(how, threshold=settings.threshold)
+    return [find_model(name, settings.entropy_model, how, len(settings.model) > 1) for name in settings.model]
+
+
+def evaluate_one(
     found: FoundModel, rows: Measured, texts: Texts, at: int, write: BinaryIO | None, like: Measured | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Measure a model, and say of it what does not depend on the group."""
@@ -131,7 +138,9 @@ def _result(settings: EvaluateSettings, measured: list[Measured], about: list[di
 
 
 @contextmanager
-def _rows(settings: EvaluateSettings, found: list[FoundModel], measured: list[Measured]) -> Iterator[BinaryIO | None]:
+def stored_rows(
+    settings: EvaluateSettings, found: list[FoundModel], measured: list[Measured], fixed: Collection[str] = FIXED
+) -> Iterator[BinaryIO | None]:
     """The file to which a row is written per document and model, after what an interrupted call left has been read.
 
     Raises:
@@ -147,7 +156,7 @@ def _rows(settings: EvaluateSettings, found: list[FoundModel], measured: list[Me
         return
     if out.exists():
         raise UserError(f"out: '{out}' is there already; name another file, or move it away")
-    header = {"settings": json.loads(settings.model_dump_json(include=FIXED)), "models": [m.state for m in found]}
+    header = {"settings": json.loads(settings.model_dump_json(include=set(fixed))), "models": [m.state for m in found]}
     path = out.with_name(f"{out.name}.rows.jsonl")
     try:
         with growing_file(path) as file:
@@ -188,7 +197,7 @@ def _line(result: dict[str, Any]) -> str:
     for unit in UNITS:
         if result[f"mean_{unit}_bytes"] is not None:
             found += f"  {result[f'mean_{unit}_bytes']:.2f} bytes per {unit}"
-    return found if result["interval"] is None else f"{found}  (95 %: {_interval(result['interval'])})"
+    return found if result["interval"] is None else f"{found}  (95 %: {shown_interval(result['interval'])})"
 
 
 def _table(models: list[dict[str, Any]], markdown: bool) -> str:
@@ -201,16 +210,16 @@ def _table(models: list[dict[str, Any]], markdown: bool) -> str:
         for model in models:
             of = model if group is None else model["groups"][group]
             row = ["all" if group is None else group] * bool(groups)
-            row += [model["model"], number(of["bits_per_byte"], 4), _interval(of["interval"])]
+            row += [model["model"], number(of["bits_per_byte"], 4), shown_interval(of["interval"])]
             if len(models) > 1:
                 is_first = model is models[0]
                 row += [UNKNOWN if is_first else f"{of['difference']:+.4f}"]
-                row += [UNKNOWN if is_first else _interval(of["difference_interval"], "+")]
+                row += [UNKNOWN if is_first else shown_interval(of["difference_interval"], "+")]
             rows.append([*row, f"{of['num_documents']:,}", f"{of['num_bytes']:,}"])
     return aligned(header, rows, 1 + bool(groups), markdown)
 
 
-def _interval(interval: tuple[float, float] | None, sign: str = "") -> str:
+def shown_interval(interval: tuple[float, float] | None, sign: str = "") -> str:
     return UNKNOWN if interval is None else f"{interval[0]:{sign}.4f} to {interval[1]:{sign}.4f}"
 
 

@@ -89,7 +89,7 @@ def _engine(settings: GenerateSettings, batch_size: int) -> Engine:
     precision, place = precision_of_weights(settings.dtype), choose_device(settings.device)
     check_quantize(settings.quantize, place)
     check_limits(draft_length=settings.draft_length)
-    found = open_pretrained(settings.model, settings.entropy_model)
+    found = open_pretrained(settings.model, settings.entropy_model).with_threshold(settings.threshold)
     patching = found.config.patching
     if patching is not None and patching.needs_entropies and found.byte_lm is None:
         raise UserError(f"generate: the patches of '{settings.model}' need a byte LM; name it: --entropy-model FOLDER")

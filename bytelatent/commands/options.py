@@ -44,6 +44,14 @@ class EntropyModelSettings(Settings):
     entropy_model: str | None = None
 
 
+class ThresholdSettings(EntropyModelSettings):
+    """Attributes:
+    threshold: threshold of the patches, in nats, in place of the model's own: a larger one makes larger patches.
+    """
+
+    threshold: Annotated[float | None, Field(allow_inf_nan=False)] = None
+
+
 class RowSettings(Settings):
     """Attributes:
     text_key: the key or column that holds the text.
@@ -154,6 +162,7 @@ class CalibrateSettings(TextSettings):
         patch_bytes: mean patch size to reach, in bytes.
         model: the byte LM, for text without entropies.
         max_bytes: bytes of text to measure on.
+        reset_at_newline: for a model whose patching settings have reset_at_newline.
         figure: draw patch size against threshold: a .png, .svg or .pdf file.
         device: device: auto, cpu, cuda or mps.
     """
@@ -161,6 +170,7 @@ class CalibrateSettings(TextSettings):
     patch_bytes: PatchBytes = DEFAULT_PATCH_BYTES
     model: Annotated[str | None, Option(("--model", "-m"))] = None
     max_bytes: NumBytes = 1_000_000
+    reset_at_newline: bool = False
     figure: Path | None = None
     device: str = "auto"
 
@@ -196,6 +206,7 @@ class EntropiesSettings(TextSettings):
         model: the byte LM: a run, or a folder with a model.
         starts: store patch starts at this threshold (nats) instead of entropies: one bit per byte.
         patching: store patch starts of these patching settings: threshold=0.3,monotonicity=true
+        reset_at_newline: reset the byte LM's context at each newline, for patching.reset_at_newline=true in training.
         context: ids of a document to read at once. Default: as in the byte LM's training.
         batch_bytes: bytes of a batch. Default: chosen for the device.
         device: device: auto, cpu, cuda or mps.
@@ -210,6 +221,7 @@ class EntropiesSettings(TextSettings):
     model: Model = DEFAULT_MODEL
     starts: Annotated[float | None, Field(allow_inf_nan=True)] = None  # the patching settings check it
     patching: str | None = None
+    reset_at_newline: bool = False
     context: int | None = None
     batch_bytes: int | None = None
     device: str = "auto"
@@ -218,25 +230,26 @@ class EntropiesSettings(TextSettings):
     world_size: int | None = None
 
 
-class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSettings, JsonSettings):
+class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, ThresholdSettings, JsonSettings):
     """Measure the bits per byte of models on text, all on the same bytes.
 
     Example:  `blt eval held-out/*.jsonl --model runs/demo --model gpt2 --by category --out results.json`
 
     Attributes:
         text: files, folders or globs.
-        model: a BLT, a byte LM, or a causal language model of Hugging Face transformers: a run, a folder or
-            OWNER/NAME on the hub. Several may be named, each with --model.
+        model: a BLT, a byte LM, a token LM, or a causal language model of Hugging Face transformers: a run, a folder
+            or OWNER/NAME on the hub. Several may be named, each with --model.
         by: also by the value of this key or column of documents, or by source.
         overlap: ids that each window of a document longer than the context reads again, without counting them.
         context: ids to read at once. Default: as in the model's training.
-        out: new file for the results. An interrupted command leaves its rows beside it; the same command resumes.
+        out: new file for the results. An interrupted command leaves what is done beside it; the same command resumes.
         markdown: print a table as Markdown.
         max_bytes: bytes of text to measure. Default: all.
         resamples: resamples of the bootstrap over documents, for the 95 % interval.
-        seed: seed of the bootstrap.
+        seed: seed of the bootstrap, of noise and of generated tasks.
         tokenizer: tokenizer.json, or a folder that holds one, for a model of tokens without one.
-        batch_size: ids of a batch: bytes or tokens. Default: chosen for the device.
+        batch_size: bytes or tokens of a batch of text; texts that are continued at once, for --tasks. Default: chosen
+            for the device.
         device: device: auto, cpu, cuda or mps.
         dtype: precision: float32 or bfloat16.
     """
@@ -262,7 +275,7 @@ class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSet
         return [value] if isinstance(value, str) else value
 
 
-class GenerateSettings(EntropyModelSettings):
+class GenerateSettings(ThresholdSettings):
     """Continue a text, or the rows of a file in batches.
 
     Example:  `blt generate "The history of" --max-new-bytes 300 --temperature 0.7`
@@ -319,6 +332,7 @@ class PatchesSettings(JsonSettings):
         text: text to patch. Default: standard input.
         model: a run, or a folder with a model.
         mode: patching mode, or several with commas, each with its setting: static:4. Default: the model's.
+        threshold: threshold in nats, in place of the model's own.
         context: read the text in pieces of this many bytes, as training and eval do. Default: as a whole.
         entropies: show each byte's entropy.
         html: write an HTML page instead.
@@ -329,6 +343,7 @@ class PatchesSettings(JsonSettings):
     text: Annotated[str | None, ARGUMENT] = None
     model: Model = DEFAULT_MODEL
     mode: str = "model"
+    threshold: Annotated[float | None, Field(allow_inf_nan=False)] = None
     context: int | None = None
     entropies: Annotated[bool, Option(("--entropies", "-e"))] = False
     html: Path | None = None

@@ -26,7 +26,7 @@ from bytelatent.data.settings import MOST
 from bytelatent.data.shards import Shard, divide_shards, is_done, lock_shards, remove_leftovers, shards_of
 from bytelatent.device import autocast, choose_dtype
 from bytelatent.errors import UserError
-from bytelatent.model import ByteLM, Stream
+from bytelatent.model import ByteLM, Stream, lines_as_documents
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.progress import Progress
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, read_documents
@@ -54,6 +54,7 @@ class EntropySettings(Settings):
         text_key: the key or column that holds the text.
         dtype: precision of the byte LM's matrix products; `auto` is bfloat16 where the device computes in it.
         patching: the patching settings whose starts are stored instead of entropies.
+        reset_at_newline: reset the byte LM's context at each newline, as patching settings of this name want.
         max_bad_rows: bad rows and files that are left out; one more is an error.
         max_row_bytes: a longer row is a bad one.
     """
@@ -63,8 +64,14 @@ class EntropySettings(Settings):
     text_key: str = "text"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     patching: PatchSettings | None = None
+    reset_at_newline: bool = False
     max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
     max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1, le=MAX_TEXT_BYTES)
+
+    @property
+    def resets(self) -> bool:
+        """Whether the context is reset at newlines."""
+        return self.reset_at_newline or (self.patching is not None and self.patching.reset_at_newline)
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -76,6 +83,8 @@ class EntropySettings(Settings):
         if self.patching is not None and not self.patching.needs_entropies:
             mode = self.patching.mode
             raise ValueError(f"patching mode '{mode}' needs no byte LM: patch with it in training, nothing is stored")
+        if self.reset_at_newline and self.patching is not None:
+            raise ValueError("reset_at_newline is one of the patching settings here; give it there")
         return self
 
 
@@ -141,6 +150,7 @@ def store_entropies(
         context=settings.context,
         dtype=str(dtype).removeprefix("torch."),
         patching=settings.patching.plain() if settings.patching is not None else None,
+        reset_at_newline=settings.resets,
     )
     if static_shapes is None:
         static_shapes = entropies_of is not None or device.type == "cuda"
@@ -156,7 +166,7 @@ def store_entropies(
         size = settings.batch_bytes if static_shapes else None
         compute = entropies_of or _forward(byte_lm, device, dtype)
         batches = prefetched(_all_batches(todo, settings, size, bad_rows, device.type == "cuda"), QUEUED)
-        results = prefetched(_results(batches, settings.patching, device, compute), QUEUED)
+        results = prefetched(_results(batches, settings, device, compute), QUEUED)
         with closing(batches), closing(results):
             for shard in todo:
                 with suppress(_NothingRead), stored_writer(out / shard.output, _of(made_by, shard)) as file:
@@ -190,22 +200,22 @@ class EntropyResult:
 
 def _results(
     batches: Iterator[EntropyBatch | None],
-    patching: PatchSettings | None,
+    settings: EntropySettings,
     device: torch.device,
     entropies_of: EntropiesOf,
 ) -> Iterator[EntropyResult | None]:
     for batch in batches:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # each thread has one of its own
-            result = None if batch is None else _compute(batch, patching, device, entropies_of)
+            result = None if batch is None else _compute(batch, settings, device, entropies_of)
         yield result
 
 
 @torch.no_grad()
 def _compute(
-    batch: EntropyBatch, patching: PatchSettings | None, device: torch.device, entropies_of: EntropiesOf
+    batch: EntropyBatch, settings: EntropySettings, device: torch.device, entropies_of: EntropiesOf
 ) -> EntropyResult:
-    stream = batch.stream.to(device, non_blocking=True)
-    entropies = entropies_of(stream).float()
+    stream, patching = batch.stream.to(device, non_blocking=True), settings.patching
+    entropies = entropies_of(lines_as_documents(stream) if settings.resets else stream).float()
     total = torch.where(stream.document >= 0, entropies, 0.0).sum()
     if patching is None:
         values = entropies.half()

@@ -9,7 +9,7 @@ import torch
 from bytelatent.data.packing import Piece, split_document, stream_of
 from bytelatent.device import autocast
 from bytelatent.errors import UserError
-from bytelatent.model import ByteLM, Stream
+from bytelatent.model import ByteLM, Stream, lines_as_documents
 from bytelatent.patching import Patch, PatchSettings, next_starts
 from bytelatent.text import Document, Stored
 
@@ -89,6 +89,8 @@ class Patcher:
                 "data: patching by entropy needs a byte LM or entropies stored beside every text; "
                 "name the byte LM: --model of blt calibrate, or entropy_model= in training"
             )
+        if self.settings.reset_at_newline:
+            stream = lines_as_documents(stream)
         if self.entropies_of is not None:
             return self.entropies_of(stream)
         with autocast(self.device, self.dtype):
@@ -118,7 +120,7 @@ class StoredCheck:
             self._compare(stored, file, self.patcher)
             self._first = stored, file
         first, first_file = self._first
-        for name in ("byte_lm", "window", "dtype", "patching"):
+        for name in ("byte_lm", "window", "dtype", "patching", "reset_at_newline"):
             here, there = getattr(stored, name), getattr(first, name)
             if here != there:
                 raise UserError(
@@ -136,6 +138,11 @@ class StoredCheck:
             window = patcher.byte_lm.settings.window
             raise UserError(
                 f"data: '{file}' holds entropies of a window of {stored.window} ids; entropy_model has {window}"
+            )
+        if stored.patching is None and stored.reset_at_newline != patcher.settings.reset_at_newline:
+            raise UserError(
+                f"data: '{file}' holds entropies with reset_at_newline={stored.reset_at_newline}, and patching has "
+                f"reset_at_newline={patcher.settings.reset_at_newline}; use that, or make them again: blt entropies"
             )
         if stored.patching is not None and (own := PatchSettings.parse(stored.patching, file)) != patcher.settings:
             raise UserError(

@@ -198,8 +198,13 @@ CUTE: dict[str, tuple[str, Make]] = {
 }
 
 
-def cute_task(name: str, words: Words, num_examples: int = NUM_EXAMPLES, seed: int = 0) -> ExampleTask:
-    """A task of CUTE: different examples after the same four worked ones, as many as the words give.
+def cute_task(
+    name: str, words: Words, num_examples: int = NUM_EXAMPLES, seed: int = 0, num_shots: int | None = None
+) -> ExampleTask:
+    """A task of CUTE: different examples after the same worked ones, as many as the words give.
+
+    Args:
+        num_shots: number of worked ones; None: four, as published.
 
     Raises:
         UserError: the words give none.
@@ -207,15 +212,16 @@ def cute_task(name: str, words: Words, num_examples: int = NUM_EXAMPLES, seed: i
     instruction, make = CUTE[name]
     if make is _semantic and not words.related:
         raise UserError(f"{name}: it needs pairs of words of related meaning; name a file of them with --related")
+    num_shots = SHOTS if num_shots is None else num_shots
     questions: dict[str, str] = {}
-    while len(questions) < SHOTS + num_examples:
+    while len(questions) < num_shots + num_examples:
         number = len(questions)
         drawn = (make(words, Draws(seed, name, number, attempt), number) for attempt in range(TRIES))
         new = next((found for found in drawn if found is not None and found[0] not in questions), None)
         if new is None:
             break
         questions[new[0]] = new[1]
-    shots, asked = list(questions.items())[:SHOTS], list(questions.items())[SHOTS:]
+    shots, asked = list(questions.items())[:num_shots], list(questions.items())[num_shots:]
     if not asked:
         raise UserError(f"{name}: the words give too few examples; name more of them with --words")
     examples = [Example(few_shot(instruction, shots, question), (answer,)) for question, answer in asked]

@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
+from torch import Tensor
+
+from bytelatent.evaluation.models import TransformersModel
 from bytelatent.inference import Engine, Sampling
 
 STOP = ("\n",)
@@ -130,5 +134,34 @@ def continue_with(engine: Engine) -> Generate:
             while asked[number].ended is None:
                 engine.advance()
             yield asked[number].text
+
+    return generate
+
+
+def continue_tokens_with(model: TransformersModel, batch_size: int) -> Generate:
+    """Continue prompts with a causal language model of transformers, `batch_size` at once."""
+
+    def batch(prompts: Sequence[str], stop: Sequence[str], max_new_bytes: int) -> list[str]:
+        special = [] if model.start is None else [model.start]
+        ids = [[*special, *model.encode(prompt)] for prompt in prompts]
+        width = max(map(len, ids))
+        given = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+
+        def text_of(row: list[int]) -> str:
+            return model.decode(row[: row.index(model.end)] if model.end in row else row)
+
+        def is_done(ids_BN: Tensor, scores: Tensor, **_: object) -> Tensor:
+            texts = map(text_of, ids_BN[:, width:].tolist())
+            return torch.tensor([any(end in text for end in stop) for text in texts], device=ids_BN.device)
+
+        settings = {"max_new_tokens": max_new_bytes, "do_sample": False, "pad_token_id": 0, "eos_token_id": model.end}
+        new = model.network.generate(given, attention_mask=mask, stopping_criteria=[is_done], **settings)
+        texts = map(text_of, new[:, width:].tolist())
+        return [text[: min(at for at in [*map(text.find, stop), len(text)] if at >= 0)] for text in texts]
+
+    def generate(prompts: Sequence[str], stop: Sequence[str], max_new_bytes: int) -> Iterator[str]:
+        for begin in range(0, len(prompts), batch_size):
+            yield from batch(prompts[begin : begin + batch_size], stop, max_new_bytes)
 
     return generate

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ from bytelatent.data import Patcher
 from bytelatent.errors import UserError, in_one_line
 from bytelatent.evaluation.models import PackedModel, TextModel, TransformersModel
 from bytelatent.files import json_if_any
+from bytelatent.hub import model_folder
 from bytelatent.inference import FastEntropies
 from bytelatent.inference.packed import ROWS, packed_form
-from bytelatent.model import BLTSettings
-from bytelatent.weights import StoredModel, UnknownFormat, open_pretrained
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, TokenLMSettings
+from bytelatent.patching import PatchSettings
+from bytelatent.text.tokenizer import TOKENIZER
+from bytelatent.vocab import BYTES, Vocabulary
+from bytelatent.weights import StoredModel, open_pretrained
+from bytelatent.weights.pretrained import is_on_hub
 
 BATCH_ON_GPU, BATCH_ELSEWHERE = 131_072, 4096  # ids of a batch
-LOGITS_ON_GPU, LOGITS_ELSEWHERE = 2**30, 2**26  # that a token model may give at once
+LOGITS_ON_GPU, LOGITS_ELSEWHERE = 2**30, 2**26  # that a model may give at once
 LONGEST_CONTEXT = 8192  # of a model of transformers, unless more are asked for: memory grows with it
 UNKNOWN_CONTEXT = 2048
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -32,6 +38,7 @@ class ReadSettings:
     Attributes:
         dtype: of weights and products.
         tokenizer: of models of tokens whose folders hold none: a file or a folder.
+        threshold: of patches by entropy, in nats; None: the model's own.
     """
 
     device: torch.device
@@ -40,6 +47,7 @@ class ReadSettings:
     overlap: int = 0
     batch_ids: int | None = None
     tokenizer: str | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,24 +67,30 @@ class FoundModel:
 
 
 def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of_several: bool = False) -> FoundModel:
-    """Find a BLT, a byte LM, or a causal language model of Hugging Face transformers, as its config.json has it.
+    """Find a BLT, a byte LM, a token LM, or a causal language model of transformers, as its config.json has it.
 
     Args:
         source: a run, a folder, or OWNER/NAME on the hub.
-        entropy_model: finds patches; of several models, those of BLTs.
+        entropy_model: finds patches; of several models, those of BLTs. So does a threshold.
 
     Raises:
         UserError: there is no model, it is not complete, a package or its tokenizer is missing.
     """
-    try:
-        stored = open_pretrained(source, None if one_of_several else entropy_model)
-        if one_of_several and entropy_model is not None and isinstance(stored.config.model, BLTSettings):
-            stored = open_pretrained(source, entropy_model)
-    except UnknownFormat as error:
-        config = json_if_any(error.folder / "config.json")
-        if not isinstance(config, dict) or "model_type" not in config:
-            raise
-        return _in_transformers(source, error.folder, how)
+    if (folder := _folder_of_transformers(source)) is not None:
+        if how.threshold is not None and not one_of_several:
+            raise UserError(f"threshold: '{source}' has no patches; leave it out")
+        return _in_transformers(source, folder, how)
+    stored = open_pretrained(source, None if one_of_several else entropy_model)
+    if one_of_several and entropy_model is not None and isinstance(stored.config.model, BLTSettings):
+        stored = open_pretrained(source, entropy_model)
+    if isinstance(stored.config.model, TokenLMSettings) and stored.tokenizer is None:
+        if how.tokenizer is None:
+            raise UserError(
+                f"model: '{source}' reads tokens, and its folder holds no {TOKENIZER}; name it: --tokenizer"
+            )
+        stored = replace(stored, tokenizer=Path(how.tokenizer))
+    if not one_of_several or (stored.config.patching is not None and stored.config.patching.needs_entropies):
+        stored = stored.with_threshold(how.threshold)
     patching, context = stored.config.patching, stored.config.context if how.context is None else how.context
     if isinstance(stored.config.model, BLTSettings):
         if patching is None:
@@ -84,7 +98,7 @@ def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of
         if patching.needs_entropies and stored.byte_lm is None:
             raise UserError(f"eval: the patches of '{source}' need a byte LM; name it with --entropy-model")
     context = _checked(context, how, source)
-    state = _state([part.folder for part in (stored, stored.byte_lm) if part is not None])
+    state = state_of([part.folder for part in (stored, stored.byte_lm) if part is not None])
     return FoundModel(source, context, False, state, lambda: _load(stored, source, context, how))
 
 
@@ -97,18 +111,40 @@ def _checked(context: int, how: ReadSettings, source: str) -> int:
 
 
 def _load(stored: StoredModel, source: str, context: int, how: ReadSettings) -> PackedModel:
-    device, found = how.device, stored.load(how.device, how.dtype)
-    patcher = None
-    if stored.config.patching is not None and isinstance(stored.config.model, BLTSettings):
-        byte_lm = found.byte_lm.to(torch.float32) if found.byte_lm is not None else None
+    found = stored.load(how.device, how.dtype)
+    return packed_model(source, found.model, stored.config.patching, found.byte_lm, context, how, found.vocabulary)
+
+
+def packed_model(
+    name: str,
+    network: Any,
+    patching: PatchSettings | None,
+    byte_lm: ByteLM | None,
+    context: int,
+    how: ReadSettings,
+    vocabulary: Vocabulary = BYTES,
+) -> PackedModel:
+    """A loaded BLT, byte LM or token LM, read as fast as its device can."""
+    device, patcher = how.device, None
+    if isinstance(network, BLTModel) and patching is not None:
+        byte_lm = byte_lm.to(torch.float32) if byte_lm is not None else None
         fast = FastEntropies.where_possible(byte_lm, device, how.dtype)
-        patcher = Patcher(stored.config.patching, byte_lm, how.dtype, entropies_of=fast)
-    network: Any = found.model
+        patcher = Patcher(patching, byte_lm, how.dtype, entropies_of=fast)
     fast = packed_form(network) if device.type == "cuda" and how.dtype != torch.float32 else None
-    batch = how.batch_ids or (BATCH_ON_GPU if device.type == "cuda" else BATCH_ELSEWHERE)
-    return PackedModel(
-        source, fast or network, device, context, how.overlap, batch, patcher, ROWS if fast is not None else 1
-    )
+    batch, multiple = how.batch_ids or _batch_ids(device, vocabulary.size), ROWS if fast is not None else 1
+    return PackedModel(name, fast or network, device, context, how.overlap, batch, patcher, vocabulary, multiple)
+
+
+def _folder_of_transformers(source: str) -> Path | None:
+    """Where a model is, if transformers has its class and this package has not."""
+    path = Path(source)
+    with suppress(RuntimeError, OSError, UserError):  # these are named when it is opened
+        path = path.expanduser()
+        if not path.exists() and is_on_hub(source):
+            path = model_folder(source)
+        kind = (json_if_any(path / "config.json") or {}).get("model_type")
+        return None if kind in (None, "blt") else path
+    return None
 
 
 def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel:
@@ -125,7 +161,7 @@ def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel
     context = _checked(min(longest, LONGEST_CONTEXT) if how.context is None else how.context, how, source)
     if context > longest:
         raise UserError(f"context: '{source}' reads {longest} ids at most, not {context}; lower --context")
-    state = _state([folder, *([Path(how.tokenizer)] if how.tokenizer is not None else [])])
+    state = state_of([folder, *([Path(how.tokenizer)] if how.tokenizer is not None else [])])
     return FoundModel(source, context, True, state, lambda: _load_transformers(source, folder, config, context, how))
 
 
@@ -141,13 +177,17 @@ def _load_transformers(source: str, folder: Path, config: Any, context: int, how
     )
     if missing := sorted(about["missing_keys"]):
         raise UserError(f"model: '{source}' lacks weights of a causal language model, such as {missing[0]}")
-    on_gpu = how.device.type == "cuda"
-    logits = (LOGITS_ON_GPU if on_gpu else LOGITS_ELSEWHERE) // config.vocab_size
-    batch = how.batch_ids or min(logits, BATCH_ON_GPU if on_gpu else BATCH_ELSEWHERE)
+    batch = how.batch_ids or _batch_ids(how.device, config.vocab_size)
     network = network.to(how.device).eval()
     return TransformersModel(
         source, network, encode, decode, start, end, how.device, context, how.overlap, batch_ids=batch
     )
+
+
+def _batch_ids(device: torch.device, vocab_size: int) -> int:
+    if device.type == "cuda":
+        return min(BATCH_ON_GPU, LOGITS_ON_GPU // vocab_size)
+    return min(BATCH_ELSEWHERE, LOGITS_ELSEWHERE // vocab_size)
 
 
 def _tokenizer(folder: Path, config: Any, path: str | None) -> tuple[int | None, int | None, Any, Any]:
@@ -186,7 +226,7 @@ def _explained(source: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"model: transformers cannot load '{source}': {in_one_line(error)[:300]}") from None
 
 
-def _state(places: Sequence[Path | None]) -> str:
+def state_of(places: Sequence[Path | None]) -> str:
     """A digest of the files of a model, by their names, sizes and times."""
     digest = hashlib.blake2b(digest_size=8)
     for place in places:

@@ -23,7 +23,7 @@ from bytelatent.device import is_out_of_memory
 from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
 from bytelatent.text import Document
-from bytelatent.vocab import OFFSET, encode
+from bytelatent.vocab import BYTES, OFFSET, Vocabulary
 
 # Shapes: T ids of a batch, B windows, N ids of a window, V vocabulary
 
@@ -190,6 +190,7 @@ class PackedModel(TextModel):
     Args:
         network: logits float32 [T, V] of a stream.
         patcher: finds its patches, if it has any.
+        vocabulary: of its ids.
         size_multiple: streams are padded to a multiple of it.
     """
 
@@ -202,17 +203,21 @@ class PackedModel(TextModel):
         overlap: int = 0,
         batch_ids: int | None = None,
         patcher: Patcher | None = None,
+        vocabulary: Vocabulary = BYTES,
         size_multiple: int = 1,
     ):
         super().__init__(name, device, context, overlap, batch_ids)
-        self.network, self.patcher, self.size_multiple = network, patcher, size_multiple
-        self.unit = "patch" if patcher is not None else None
+        self.network, self.patcher = network, patcher
+        self.vocabulary, self.size_multiple = vocabulary, size_multiple
+        self.unit = "patch" if patcher is not None else "token" if vocabulary.is_tokens else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # the weights of what finds patches are there
 
     def begin(self, document: Document, cost: Cost) -> Piece:
-        return Piece(encode(document.text).astype(np.uint16), document.entropies, document.starts)
+        ids = self.vocabulary.encode(document.text).astype(self.vocabulary.dtype)
+        cost.num_units = len(ids) - 2 if self.vocabulary.is_tokens else 0
+        return Piece(ids, document.entropies, document.starts)
 
     def prepare(self, windows: list[Window]) -> Batch:
         pieces = [window.piece for window in windows]
@@ -222,7 +227,7 @@ class PackedModel(TextModel):
             for window, piece in zip(windows, pieces, strict=True):
                 window.cost.num_units += _num_patches(piece, window.first)
         size = sum(map(len, pieces))
-        batch = pack(pieces, size + -size % self.size_multiple)
+        batch = pack(pieces, size + -size % self.size_multiple, vocabulary=self.vocabulary)
         at = 0
         for window, piece in zip(windows, pieces, strict=True):
             batch.targets[at : at + window.first] = IGNORED
@@ -267,7 +272,7 @@ class TransformersModel(TextModel):
         super().__init__(name, device, context, overlap, batch_ids)
         self.network, self.encode, self.decode, self.start, self.end = network, encode, decode, start, end
         self.num_changed = 0  # documents that the tokenizer does not give back
-        self.vocab_size = int(network.get_output_embeddings().weight.shape[0])
+        self.vocab_size = int(network.config.get_text_config().vocab_size)
 
     @property
     def remarks(self) -> list[str]:

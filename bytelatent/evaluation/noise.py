@@ -10,7 +10,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from bytelatent.errors import UserError, nearest
 from bytelatent.vocab import to_bytes
 
 Target = Literal["prompt", "completion", "both"]
-Text = TypeVar("Text", str, bytes)
 NEVER = 2.0  # the number of what no rate changes
 ALL = "all"
 
@@ -78,7 +77,11 @@ class Noise:
     rate: float
     seed: int = 0
 
-    def __call__(self, text: Text) -> Text:
+    @overload
+    def __call__(self, text: str) -> str: ...
+    @overload
+    def __call__(self, text: bytes) -> bytes: ...
+    def __call__(self, text: str | bytes) -> str | bytes:
         if self.rate == 0 or not text:
             return text
         characters = text if isinstance(text, str) else text.decode("utf-8", "surrogateescape")
@@ -168,17 +171,15 @@ def with_noise(lm: LM, noise: Callable[[str], str], on: Target = "both") -> LM:
     """A model of lm-eval, any, that gets its requests with noise; the requests themselves stay as they are."""
     noisy: Any = copy.copy(lm)
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(noisy, kind, _noisy_method(noisy, kind, noise, on))
+        setattr(noisy, kind, _with_noise(getattr(lm, kind), kind, noise, on))
     return noisy
 
 
-def _noisy_method(lm: Any, kind: str, noise: Callable[[str], str], on: Target) -> Callable[..., Any]:
-    answer = getattr(type(lm), kind)
-
+def _with_noise(answer: Callable[..., Any], kind: str, noise: Callable[[str], str], on: Target) -> Callable[..., Any]:
     def method(requests: Sequence[Any], *others: Any, **named: Any) -> Any:
         changed = [copy.copy(request) for request in requests]
         for request in changed:
             request.arguments = noisy_arguments(kind, request.args, noise, on)
-        return answer(lm, changed, *others, **named)
+        return answer(changed, *others, **named)
 
     return method

@@ -41,12 +41,15 @@ def place_of(word: str, seed: int = 0) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed} {word}".encode()).digest()[:8]) / 2**64
 
 
-def g2p_task(known: Pronunciations, num_examples: int = NUM_EXAMPLES, seed: int = 0) -> ExampleTask:
-    """Words of the test split after the same five of the training split."""
+def g2p_task(
+    known: Pronunciations, num_examples: int = NUM_EXAMPLES, seed: int = 0, num_shots: int | None = None
+) -> ExampleTask:
+    """Words of the test split after the same of the training split; five, unless `num_shots` is given."""
+    num_shots = SHOTS if num_shots is None else num_shots
     ordered = sorted(known, key=lambda word: place_of(word, seed))
     test = [word for word in ordered if place_of(word, seed) < TEST_SHARE]
-    shots = [(_question(word), known[word][0]) for word in ordered[len(test) :][:SHOTS]]
-    if not test or len(shots) < SHOTS:
+    shots = [(_question(word), known[word][0]) for word in ordered[len(test) :][:num_shots]]
+    if not test or len(shots) < num_shots:
         raise UserError(f"{NAME}: {len(known):,} words are too few for a split; give more")
     examples = [
         Example(few_shot(INSTRUCTION, shots, _question(word)), tuple(known[word])) for word in test[:num_examples]

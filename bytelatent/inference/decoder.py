@@ -30,7 +30,7 @@ from bytelatent.model import BLTModel, BLTSettings, ByteLM, LanguageModel, Strea
 from bytelatent.model.attention import Mask, build_mask
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings, PatchState, Tail, step
-from bytelatent.vocab import VOCAB_SIZE
+from bytelatent.vocab import BOS, NEWLINE, VOCAB_SIZE
 
 # Shapes: T new ids (a slot and a position each), B slots, N of them have new ids, P patches that close, D local width,
 # K keys per patch, H heads, E head size, V vocabulary, W ids of a tail
@@ -151,7 +151,12 @@ class Decoder:
             assert self.patching is not None, "a BLT needs patching settings"
             found = torch.zeros(len(ids), device=ids.device)
             if state.byte_lm is not None:
-                found = entropies(byte_lm(stream, attention(state.byte_lm, byte_lm.settings)))[: len(ids)]
+                lm_new, lm_stream = new, stream
+                if self.patching.reset_at_newline:
+                    lm_new, lm_stream = _lines(state, new, stream)
+                found = entropies(byte_lm(lm_stream, attention(state.byte_lm, byte_lm.settings, lm_new)))[: len(ids)]
+                if store:
+                    state.context_begin[new.slot] = (new.position - lm_new.position)[new.last]
             patches = boundaries(self.patching, state, new, ids, found)
             cache = BLTPass(state, new, patches, tail_TW, attention, model.settings, store, num_padding)
             logits = model(stream, cache, at)
@@ -167,7 +172,22 @@ class Decoder:
         store = StoreNewest(cache, new)
         if stack.window is None and new.slots.device.type != "cuda":  # no kernel there leaves pairs out
             return PromptAttention(PerDocument([*new.count.tolist(), num_padding]), store)
-        return PromptAttention(build_mask(F.pad(new.slots, (0, num_padding), value=-1), stack.window), store)
+        return PromptAttention(build_mask(F.pad(new.line, (0, num_padding), value=-1), stack.window), store)
+
+
+def _lines(state: DecodeState, new: NewPositions, stream: Stream) -> tuple[NewPositions, Stream]:
+    """New positions and their stream, padding included, as a byte LM reads them whose context is reset at newlines.
+
+    As `bytelatent.model.lines_as_documents`: each newline is the BOS of a document.
+    """
+    is_newline = stream.ids == NEWLINE
+    resets, index = is_newline[: len(new.slots)], torch.arange(len(new.slots), device=new.slots.device)
+    found = torch.where(resets, index, -1).cummax(0).values
+    position = torch.where(found >= new.begin, index - found, new.position - state.context_begin[new.slots])
+    lines = NewPositions(new.slots, position, resets | (new.begin == index))
+    num_padding = len(stream.ids) - len(index)
+    ids = torch.where(is_newline, BOS, stream.ids)
+    return lines, Stream(ids, stream.document, F.pad(position, (0, num_padding)))
 
 
 def _tails(state: DecodeState, new: NewPositions, ids: Tensor) -> Tensor:

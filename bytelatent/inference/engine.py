@@ -308,8 +308,8 @@ class Engine:
         Raises:
             UserError: the prompt is neither text nor ids, or holds none; a number is out of range. Nothing is queued.
         """
-        is_ids, vocabulary = isinstance(prompt, Tensor), self.vocabulary
-        prompt = _checked_ids(prompt, vocabulary) if is_ids else prompt_ids(prompt, vocabulary)
+        vocabulary = self.vocabulary
+        given = _checked_ids(prompt, vocabulary) if isinstance(prompt, Tensor) else prompt_ids(prompt, vocabulary)
         if not isinstance(sampling, Sampling):
             raise UserError(f"sampling: {type(sampling).__name__} is no Sampling; write Sampling(temperature=0.8)")
         check_limits(max_new_bytes=max_new_bytes, samples=samples)
@@ -318,7 +318,7 @@ class Engine:
         stops = [to_bytes(stop) for stop in sampling.stop]
         asked = [
             Continuation(
-                prompt,
+                given,
                 sampling.model_copy(update={"seed": sampling.seed + number}),
                 max_new_bytes,
                 vocabulary=vocabulary,

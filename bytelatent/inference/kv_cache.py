@@ -77,6 +77,7 @@ class DecodeState:
     since_start: Tensor  # [B] ids since the patching mode itself last started a patch
     num_patches: Tensor  # [B] closed patches
     open_count: Tensor  # [B] bytes of the open patch
+    context_begin: Tensor  # [B] position at which the entropy model's context was reset
     byte_lm: KVCache | None  # of a BLT's entropy model, where the patching mode needs one
 
     def caches(self) -> list[KVCache]:
@@ -150,7 +151,7 @@ def empty_state(model: BLTModel | LanguageModel, byte_lm: ByteLM | None, num_slo
     longest = 2  # ids that deciding about patches needs
     if isinstance(model, BLTModel) and model.settings.ngram_hash is not None:
         longest = max(longest, *model.settings.ngram_hash.sizes)
-    counts = (zeros, zeros[:, None].repeat(1, longest), zeros.float(), zeros.clone(), zeros.clone(), zeros.clone())
+    counts = (zeros, zeros[:, None].repeat(1, longest), zeros.float(), *(zeros.clone() for _ in range(4)))
     if isinstance(model, LanguageModel):
         return DecodeState(*counts, KVCache.empty(model.settings, num_slots, like))
     settings, cross = model.settings, model.settings.cross_attention
@@ -184,6 +185,8 @@ class NewPositions:
 
     Args:
         slots, position: [T] the slot and the position of each; positions of a run follow one another.
+        begins: [T] bool, where runs begin, if some begin at position 0 again. Then N counts runs, and `slot` holds a
+            slot once for each of its runs. A cache takes the newest run of each slot.
 
     Attributes:
         begin: [T] index where each one's run begins.
@@ -196,11 +199,11 @@ class NewPositions:
         num_read: [N] positions that each slot has read before.
     """
 
-    def __init__(self, slots: Tensor, position: Tensor):
+    def __init__(self, slots: Tensor, position: Tensor, begins: Tensor | None = None):
         index = torch.arange(len(slots), device=slots.device)
         is_first, one = slots[1:] != slots[:-1], torch.ones_like(slots[:1], dtype=torch.bool)
-        begins_slot = torch.cat([one, is_first])
-        begins_run = torch.cat([one, is_first | (position[1:] != position[:-1] + 1)])
+        begins_slot = torch.cat([one, is_first]) if begins is None else begins
+        begins_run = torch.cat([one, is_first | (position[1:] != position[:-1] + 1)]) if begins is None else begins
         first_N = begins_slot.nonzero()[:, 0]
         self.slots, self.position = slots, position
         self.begin = torch.where(begins_run, index, 0).cummax(0).values
@@ -210,6 +213,7 @@ class NewPositions:
         self.number = index - first_N[self.line]
         self.count = torch.bincount(self.line)
         self.last = self.count.cumsum(0) - 1
+        self.is_newest_run = None if begins is None else torch.cat([self.slot[1:] != self.slot[:-1], one])  # [N]
 
     @cached_property
     def size(self) -> int:
@@ -243,10 +247,13 @@ class NewPositions:
 
     def newest(self, count: int) -> Tensor | slice:
         """The indices of the newest `count` positions of each slot."""
-        if self.size <= count:
+        if self.size <= count and self.is_newest_run is None:
             return slice(None)
         after = self.count[self.line] - self.number  # itself and those that follow it in its slot
-        return (after <= count).nonzero()[:, 0]
+        found = after <= count
+        if self.is_newest_run is not None:
+            found &= self.is_newest_run[self.line]
+        return found.nonzero()[:, 0]
 
 
 class StepAttention:
@@ -301,8 +308,9 @@ class StoreNewest:
         self.cache, self.layer = cache, 0
         self.slices: list[tuple[int, slice, slice]] = []  # slot, in the stream, in the cache
         begin = 0
-        for slot, count in zip(slots, counts, strict=True):
-            at = max(count - cache.size, 0)
+        newest = [True] * len(slots) if new.is_newest_run is None else new.is_newest_run.tolist()
+        for slot, count, is_newest_run in zip(slots, counts, newest, strict=True):
+            at = max(count - cache.size, 0) if is_newest_run else count
             while at < count:
                 index = at % cache.size
                 size = min(count - at, cache.size - index)

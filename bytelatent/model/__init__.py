@@ -14,7 +14,7 @@ from bytelatent.model.settings import (
     preset,
     settings_class,
 )
-from bytelatent.model.stream import PatchedStream, Stream, add_patches, pack_rows
+from bytelatent.model.stream import PatchedStream, Stream, add_patches, lines_as_documents, pack_rows
 
 __all__ = [
     "PRESETS",
@@ -36,6 +36,7 @@ __all__ = [
     "build_model",
     "compile_regions",
     "entropies",
+    "lines_as_documents",
     "pack_rows",
     "preset",
     "settings_class",

@@ -10,6 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from bytelatent.vocab import BOS, NEWLINE
+
 # Shapes: T ids in the stream, P patches
 
 
@@ -54,6 +56,19 @@ def pack_rows(rows: list[Tensor]) -> Stream:
     document = torch.repeat_interleave(torch.arange(len(rows)), sizes)
     position = torch.cat([torch.arange(len(row)) for row in rows]) if rows else document
     return Stream(ids, document.to(ids.device), position.to(ids.device), num_documents=len(rows))
+
+
+def lines_as_documents(stream: Stream) -> Stream:
+    """The stream of a byte LM whose context is reset at newlines: each newline is the BOS of a document of its own.
+
+    So what is predicted from a newline on is what is predicted of the text after it alone.
+    """
+    is_newline = stream.ids == NEWLINE
+    begins = is_newline | (stream.position == 0)
+    index = torch.arange(len(begins), device=begins.device)
+    first = torch.where(begins, index, 0).cummax(0).values
+    document = torch.where(stream.document < 0, -1, begins.cumsum(0) - 1)
+    return Stream(torch.where(is_newline, BOS, stream.ids), document, index - first)
 
 
 def add_patches(

@@ -34,17 +34,20 @@ class PatchSettings(Settings):
         threshold: nats. A patch starts at i+1 when H_i > threshold.
         monotonicity: a patch starts where the entropy rises: H_i - H_{i-1} > threshold.
         threshold_add: both must hold: H_i > threshold and H_i - H_{i-1} > threshold_add.
+        reset_at_newline: the byte LM's context is reset at each newline (`entropy` only): its entropies are those of a
+            text that begins there.
         patch_size: ids in a patch (`static` only).
         max_patch_length: longer patches are split from their start.
         tokenizer: path of a Hugging Face `tokenizer.json` (`bpe` only).
 
-    Source: Pagnoni et al. 2024, section 2.
+    Source: Pagnoni et al. 2024, section 2; of the reset section 4.4.
     """
 
     mode: ModeName = "entropy"
     threshold: float | None = Field(default=None, allow_inf_nan=False)
     monotonicity: bool = False
     threshold_add: float | None = Field(default=None, allow_inf_nan=False)
+    reset_at_newline: bool = False
     patch_size: int | None = Field(default=None, ge=1, le=2**31)
     max_patch_length: int | None = Field(default=None, ge=1, le=2**31)
     tokenizer: str | None = None
@@ -97,6 +100,8 @@ class PatchSettings(Settings):
             words.append(f"threshold {self.threshold:.4g} nats")
         if self.threshold_add is not None:
             words.append(f"rise above {self.threshold_add:.4g}")
+        if self.reset_at_newline:
+            words.append("reset at newlines")
         if self.patch_size is not None:
             words.append(f"{self.patch_size} ids each")
         if self.max_patch_length is not None:
@@ -204,7 +209,7 @@ def _byte(settings: PatchSettings, moment: DecisionInputs) -> Tensor:
 MODES: dict[ModeName, PatchingMode] = {
     "entropy": PatchingMode(
         {"threshold": _above_threshold, "rise": _rise, "combined": _combined},
-        settings=("threshold", "monotonicity", "threshold_add"),
+        settings=("threshold", "monotonicity", "threshold_add", "reset_at_newline"),
         required={"threshold": "a threshold in nats; `blt calibrate` finds one for a patch size"},
         needs_entropies=True,
         named_by="threshold",

@@ -116,6 +116,28 @@ def write_threshold_figure(
     _write_figure(figure, path)
 
 
+def write_noise_figure(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], score: str) -> None:
+    """Draw a score against the rate of noise, a line for each name.
+
+    Args:
+        path: the suffix gives the format.
+        curves: pairs of a rate and the score there.
+        score: what is drawn, for the axis.
+
+    Raises:
+        UserError: the suffix is unknown, or the file cannot be written.
+    """
+    figure_format(path)
+    figure, axes = _empty_figure(7.2, 4.2)
+    for index, (name, points) in enumerate(curves.items()):
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
+        axes.plot(*zip(*sorted(points), strict=True), label=name, marker="o", markersize=4, linewidth=1.4, **style)
+    axes.set(xlabel="rate of the noise", ylabel=score)
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{100 * rate:g} %")
+    axes.legend(frameon=False)
+    _write_figure(figure, path)
+
+
 def _empty_figure(width: float, height: float) -> tuple["Figure", "Axes"]:
     """A figure outside of pyplot's global state."""
     from matplotlib.figure import Figure

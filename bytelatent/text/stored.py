@@ -36,6 +36,7 @@ class Stored(Settings):
         context: ids it read at once.
         dtype: precision of its matrix products.
         patching: the patching settings of the starts, as plain values; None where entropies are stored.
+        reset_at_newline: whether its context was reset at newlines.
         source_bytes: size of the file that the text was read from, to notice that it changed.
     """
 
@@ -45,6 +46,7 @@ class Stored(Settings):
     context: int
     dtype: str
     patching: dict[str, Any] | None = None
+    reset_at_newline: bool = False
     source_bytes: int | None = None
 
     def differences(self, other: Self) -> list[str]:
@@ -103,6 +105,8 @@ def stored_schema(stored: Stored) -> Any:
     row = [pa.field("id", pa.string(), nullable=False), pa.field("text", pa.binary(), nullable=False), values]
     values = stored.plain()
     values["rule"] = values.pop("patching")  # its name in files
+    if not stored.reset_at_newline:  # as files were before there was such a reset
+        del values["reset_at_newline"]
     return pa.schema(row, metadata={METADATA_KEY: json.dumps(values, sort_keys=True).encode()})
 
 

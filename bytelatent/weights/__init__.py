@@ -3,7 +3,6 @@
 from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run, save
 from bytelatent.weights.pretrained import (
     FORMATS,
-    UnknownFormat,
     check_target,
     convert,
     find_byte_lm,
@@ -34,7 +33,6 @@ __all__ = [
     "Pretrained",
     "StoredModel",
     "StoredTensor",
-    "UnknownFormat",
     "check_target",
     "convert",
     "drop_outdated",

@@ -349,9 +349,10 @@ def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
     model, patching = config.model, config.patching
     assert isinstance(model, BLTSettings)
     assert patching is not None
-    if patching.monotonicity or patching.threshold_add is not None:
+    if patching.monotonicity or patching.threshold_add is not None or patching.reset_at_newline:
         raise UserError(
-            f"hf: transformers has only the plain entropy mode, not '{patching.in_words()}'; use native or meta"
+            f"hf: transformers has only the plain entropy mode, not '{patching.in_words()}'; use native"
+            f"{'' if patching.reset_at_newline else ' or meta'}"
         )
     if model.cross_attention.all_layers_encoder and model.encoder.num_layers > 1:
         raise UserError(

@@ -219,6 +219,8 @@ def _first(fixed: Mapping[str, list[Any]]) -> dict[str, Any]:
 def _patching_args(patching: PatchSettings | None) -> dict[str, Any]:
     if patching is None:
         return {}
+    if patching.reset_at_newline:
+        raise UserError("meta: the format has no key for patching.reset_at_newline; use native")
     values = {key: getattr(patching, setting) for key, (_, setting) in PATCHING_ARGS.items()}
     # Outside of mode 'static', the published code only notes the size that was aimed at.
     return {**values, "patch_size": float(patching.patch_size or 4.5)}

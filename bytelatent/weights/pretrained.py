@@ -29,18 +29,6 @@ LLAMA = LlamaFormat()  # the format `hf` of a token LM
 FORMATS: dict[str, WeightsFormat] = {"native": NATIVE, "hf": HuggingFaceFormat(), "meta": META}
 
 
-class UnknownFormat(UserError):
-    """A folder holds a model of another package, or none.
-
-    Attributes:
-        folder: where it is, or was downloaded to.
-    """
-
-    def __init__(self, message: str, folder: Path) -> None:
-        super().__init__(message)
-        self.folder = folder
-
-
 @renamed_arguments(entropy="entropy_model")
 def open_pretrained(
     source: str | Path,
@@ -150,7 +138,7 @@ class _Access:
     def open(self, setting: str, source: str | Path, revision: str | None = None) -> tuple[StoredModel, Path]:
         """The model itself, and its folder."""
         path = _folder(setting, source)
-        if not path.exists() and _is_on_hub(str(source)):
+        if not path.exists() and is_on_hub(str(source)):
             try:
                 path = model_folder(str(source), revision, self.token, self.local_files_only, self.weights)
             except Unreachable as error:  # it may also be the mistyped name of a folder
@@ -200,8 +188,8 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     """
     format = next((format for format in (*FORMATS.values(), LLAMA) if format.recognizes(folder)), None)
     if format is None:
-        raise UnknownFormat(
-            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json", folder
+        raise UserError(
+            f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json"
         )
     found = format.open(folder, weights)
     if isinstance(found.config.model, TokenLMSettings) and (folder / TOKENIZER).is_file():
@@ -216,7 +204,7 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     return found
 
 
-def _is_on_hub(source: str) -> bool:
+def is_on_hub(source: str) -> bool:
     """Whether a name that is not a folder here means a repository, and not a mistyped folder."""
     owner = source.split("/")[0]
     return is_repository_name(source) and owner != "runs" and not Path(owner).exists()

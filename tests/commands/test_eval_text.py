@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from bytelatent.commands.eval_text import evaluate_models
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation import TextModel, bootstrap
-from bytelatent.model import BLTModel, ByteLM, add_patches, build_model, pack_rows
+from bytelatent.model import BLTModel, ByteLM, TokenLMSettings, add_patches, build_model, pack_rows
 from bytelatent.patching import PatchSettings, next_starts
+from bytelatent.text.tokenizer import train_tokenizer
 from bytelatent.vocab import encode
 from bytelatent.weights import Config, StoredModel, write_model
 from tests.training.tiny_runs import BLT as BLT_SHAPE
@@ -138,6 +140,20 @@ def test_bits_per_byte_are_those_of_a_slow_computation(place: Path, name: str, o
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["num_bytes"], rel=1e-5)
     assert (found["mean_patch_bytes"] is not None) == (name == "blt")
     assert (found["mean_token_bytes"] is not None) == (name == "llama")
+
+
+def test_a_token_lm_costs_in_transformers_what_it_costs_here(place: Path) -> None:
+    (place / "tokenizer.json").write_text(train_tokenizer(TEXTS, 290))
+    torch.manual_seed(2)
+    model = build_model(TokenLMSettings(vocab_size=290, dim=32, num_layers=2, num_heads=2, multiple_of=8))
+    stored = StoredModel.of(model, Config(model=model.settings, context=CONTEXT))
+    stored = replace(stored, tokenizer=place / "tokenizer.json")
+    for name in ("native", "hf"):
+        write_model(stored, place / f"token_lm_{name}", name)
+    for overlap in (0, 7):
+        ours, theirs = evaluated(place, "token_lm_native", "token_lm_hf", overlap=overlap)["models"]
+        assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
+        assert ours["mean_token_bytes"] == theirs["mean_token_bytes"] > 1
 
 
 def test_models_by_category_are_compared_on_the_same_documents(place: Path) -> None:

@@ -19,7 +19,11 @@ from tests.text.text_files import write
 
 CONTEXT = 50
 PATCHING = PatchSettings(mode="entropy", threshold=5.2)
-PATCHINGS = [PATCHING, PatchSettings(mode="entropy", threshold=0.01, monotonicity=True, max_patch_length=7)]
+PATCHINGS = [
+    PATCHING,
+    PatchSettings(mode="entropy", threshold=0.01, monotonicity=True, max_patch_length=7),
+    PatchSettings(mode="entropy", threshold=5.2, reset_at_newline=True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_lm = tiny_byte_lm(window=6)
     asked = EntropySettings(context=CONTEXT, batch_bytes=256, dtype="float32")
     store_entropies(byte_lm, fingerprint(byte_lm), [source], folder / "entropies", asked)
+    reset = asked.model_copy(update={"reset_at_newline": True})
+    store_entropies(byte_lm, fingerprint(byte_lm), [source], folder / "reset", reset)
     for number, patching in enumerate(PATCHINGS):
         with_patching = asked.model_copy(update={"patching": patching})
         store_entropies(byte_lm, fingerprint(byte_lm), [source], folder / f"starts{number}", with_patching)
@@ -59,15 +65,16 @@ def test_batches_from_stored_starts_are_those_of_the_live_byte_lm(
     assert all(same(next(stored), next(expected)) for _ in range(40))
 
 
-def test_batches_from_stored_entropies_are_those_of_the_live_byte_lm(folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["entropies", "reset"])
+def test_batches_from_stored_entropies_are_those_of_the_live_byte_lm(folder: Path, kind: str) -> None:
     """The threshold lies between two float16 numbers, so rounding moves no patch unless an entropy is as near."""
-    [file] = (folder / "entropies").glob("*.parquet")
+    [file] = (folder / kind).glob("*.parquet")
     values = np.concatenate([document.entropies for _, document in read_documents(str(file))])  # type: ignore[misc]
     gaps = np.sort(np.unique(values))
     middle = gaps[len(gaps) // 2 : len(gaps) // 2 + 2]
-    patching = PatchSettings(mode="entropy", threshold=float(middle.mean()))
+    patching = PatchSettings(mode="entropy", threshold=float(middle.mean()), reset_at_newline=kind == "reset")
     expected = Loader(settings(folder / "text"), 3, live(patching))
-    stored = Loader(settings(folder / "entropies"), 3, Patcher(patching))
+    stored = Loader(settings(folder / kind), 3, Patcher(patching))
     patches = 0
     for _ in range(40):
         batch = next(stored)
@@ -128,6 +135,9 @@ def test_what_does_not_belong_together(folder: Path) -> None:
     wide = tiny_byte_lm(window=7)
     assert "a window of 6 ids; entropy_model has 7" in complaint(
         folder / "entropies", Patcher(PATCHING, wide, fingerprint=fingerprint(wide))
+    )
+    assert "with reset_at_newline=False, and patching has reset_at_newline=True" in complaint(
+        folder / "entropies", Patcher(PATCHINGS[2])
     )
     line = complaint(folder / "starts0", Patcher(PATCHING.model_copy(update={"threshold": 5.3})))
     assert "threshold=5.2" in line

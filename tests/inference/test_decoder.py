@@ -12,11 +12,11 @@ from torch import Tensor
 from bytelatent.inference import decoder as decode
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.step import PrefillDecoder
-from bytelatent.model import ByteLM, add_patches, attention, pack_rows
+from bytelatent.model import ByteLM, add_patches, attention, lines_as_documents, pack_rows
 from bytelatent.model.attention import Mask
 from bytelatent.model.settings import CrossAttentionSettings, StackSettings
 from bytelatent.patching import MODES, PatchSettings, next_starts
-from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
+from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, random_lines, tiny_blt, tiny_byte_lm
 
 PATCHINGS = st.sampled_from(
     [
@@ -24,6 +24,7 @@ PATCHINGS = st.sampled_from(
         PatchSettings(threshold=5.3, max_patch_length=3),
         PatchSettings(threshold=0.01, monotonicity=True),
         PatchSettings(threshold=5.1, threshold_add=0.0, max_patch_length=7),
+        PatchSettings(threshold=5.1, reset_at_newline=True),
         PatchSettings(mode="space", max_patch_length=2),
         PatchSettings(mode="static", patch_size=3),
         *(PatchSettings(mode=mode) for mode, its in MODES.items() if not its.required),
@@ -39,7 +40,8 @@ def full_logits(decoder: Decoder, rows: list[Tensor]) -> list[Tensor]:
             logits = decoder.model(stream)
         else:
             assert decoder.patching is not None
-            found = decoder.byte_lm.entropies(stream) if decoder.byte_lm is not None else None
+            read = lines_as_documents(stream) if decoder.patching.reset_at_newline else stream
+            found = decoder.byte_lm.entropies(read) if decoder.byte_lm is not None else None
             starts = next_starts(stream.ids, found, stream.position, decoder.patching)
             logits = decoder.model(add_patches(stream, starts, history=stream.position))
     return list(logits.split([len(row) for row in rows]))
@@ -73,7 +75,7 @@ def test_logits_of_a_byte_lm(settings: Any, seed: int, data: st.DataObject) -> N
 def check(decoder: Decoder, sizes: list[int], seed: int, data: st.DataObject) -> None:
     """Prefill, then steps of a few ids for some of the rows."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [torch.cat([torch.tensor([1]), random_ids(generator, size + 30)]) for size in sizes]
+    rows = [torch.cat([torch.tensor([1]), random_lines(generator, size + 30)]) for size in sizes]
     expected = full_logits(decoder, rows)
     state, logits = decoder.prefill([row[:size] for row, size in zip(rows, sizes, strict=True)])
     for found, wanted, size in zip(logits.split(sizes), expected, sizes, strict=True):
@@ -91,7 +93,10 @@ def check(decoder: Decoder, sizes: list[int], seed: int, data: st.DataObject) ->
             read[row] += count
 
 
-@pytest.mark.parametrize("patching", [PatchSettings(threshold=5.12), PatchSettings(mode="space", max_patch_length=5)])
+@pytest.mark.parametrize(
+    "patching",
+    [PatchSettings(threshold=5.12, reset_at_newline=True), PatchSettings(mode="space", max_patch_length=5)],
+)
 @settings_of_hypothesis(max_examples=5)
 @given(seed=st.integers(0, 1000), data=st.data())
 def test_the_way_a_gpu_reads_prompts(patching: PatchSettings, seed: int, data: st.DataObject) -> None:

@@ -27,7 +27,7 @@ from bytelatent.patching import PatchSettings
 from bytelatent.vocab import encode
 from tests.inference.test_decoder import PATCHINGS, assert_close, full_logits
 from tests.inference.test_engine import NAMES, decoder_of
-from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, tiny_blt, tiny_byte_lm
+from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, random_lines, tiny_blt, tiny_byte_lm
 
 BOS = torch.tensor([1])
 
@@ -58,9 +58,9 @@ def drawn_pairs(data: st.DataObject, seed: int) -> list[Pair]:
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for size in data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=3)):
-        prompt = torch.cat([BOS, random_ids(generator, size)])
+        prompt = torch.cat([BOS, random_lines(generator, size)])
         sizes = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=4))
-        pairs += [(prompt, random_ids(generator, length)) for length in sizes]
+        pairs += [(prompt, random_lines(generator, length)) for length in sizes]
     return data.draw(st.permutations(pairs))
 
 

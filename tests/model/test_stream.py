@@ -4,8 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelatent.model import add_patches, pack_rows
-from tests.model.tiny import random_starts, stream_of
+from bytelatent.model import add_patches, lines_as_documents, pack_rows
+from bytelatent.vocab import BOS, NEWLINE
+from tests.model.tiny import random_lines, random_starts, stream_of, tiny_byte_lm
 
 
 @given(
@@ -58,3 +59,16 @@ def test_the_number_of_documents_goes_along() -> None:
         *("ids", "document", "position", "patch", "read", "patch_document", "patch_position", "history")
     }
     assert stream_of([torch.arange(3)]).num_documents is None
+
+
+def test_from_a_newline_on_the_rest_is_a_document_of_its_own() -> None:
+    random = torch.Generator().manual_seed(0)
+    rows = [torch.cat([torch.tensor([BOS]), random_lines(random, size)]) for size in (40, 1, 30)]
+    byte_lm = tiny_byte_lm(window=9)
+    found = byte_lm.entropies(lines_as_documents(stream_of(rows, padding=5))).split([41, 2, 31, 5])
+    for row, entropies in zip(rows, found[:-1], strict=True):
+        newlines = (row == NEWLINE).nonzero()[:, 0].tolist()
+        for begin, end in zip([0, *newlines], [*newlines, len(row)], strict=True):
+            line = torch.cat([torch.tensor([BOS]), row[begin + 1 : end]])
+            torch.testing.assert_close(entropies[begin:end], byte_lm.entropies(pack_rows([line])))
+    assert sum((row == NEWLINE).sum() for row in rows) > 5

@@ -18,7 +18,7 @@ from bytelatent.model import (
     build_model,
 )
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
-from bytelatent.vocab import VOCAB_SIZE
+from bytelatent.vocab import NEWLINE, VOCAB_SIZE
 
 # Shapes: T ids in the stream, P patches
 
@@ -118,6 +118,12 @@ def blt_settings(draw: st.DrawFn, crosses: bool | None = None) -> BLTSettings:
 
 def random_ids(generator: torch.Generator, size: int) -> Tensor:
     return torch.randint(0, VOCAB_SIZE, [size], generator=generator)
+
+
+def random_lines(generator: torch.Generator, size: int) -> Tensor:
+    """The same with newlines, about one in seven."""
+    ids = random_ids(generator, size)
+    return torch.where(ids % 7 == 0, NEWLINE, ids)
 
 
 def random_starts(generator: torch.Generator, size: int, share: float = 0.4) -> Tensor:

@@ -69,6 +69,8 @@ def _why_no_drafts(
         return "modules of this model were replaced, as adapters do"
     if not has_cross_attention(model):
         return "a model without cross-attention has no drafts"
+    if patching.reset_at_newline:
+        return "an entropy model whose context is reset at newlines has no drafts"
     if patching.decides_on_host:
         return f"patching mode '{patching.mode}' has no drafts"
     if device not in ("cpu", "cuda"):

@@ -155,7 +155,7 @@ def supports(model: BLTModel | LanguageModel, byte_lm: ByteLM | None) -> bool:
     return all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
 
-def has_cross_attention(model: BLTModel | ByteLM) -> bool:
+def has_cross_attention(model: BLTModel | LanguageModel) -> bool:
     """Whether the step is written for this model: not for a BLT without cross-attention."""
     return not isinstance(model, BLTModel) or model.settings.cross_attention is not None
 

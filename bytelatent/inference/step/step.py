@@ -34,7 +34,7 @@ from bytelatent.kernels.hash_embed import hash_embed
 from bytelatent.kernels.launch import overlapped
 from bytelatent.kernels.skinny_linear import skinny_linear
 from bytelatent.model import ByteLM
-from bytelatent.vocab import VOCAB_SIZE
+from bytelatent.vocab import BOS, NEWLINE, VOCAB_SIZE
 
 # Shapes: B slots, C slots whose patch closes, D local width, G global width, X and Y encoder's and decoder's
 # cross-attentions, K keys per patch, H heads, E head size, M new ids or patches, V vocabulary
@@ -155,7 +155,7 @@ class BLTStep(ByteLMStep):
         draw(self.logits_BV, self.sampling, state.position, buffers)
         append(state, buffers)
         with self.side.beside():
-            lm_logits = self._read_byte_lm(buffers.ids, QueryPositions(buffers.at, buffers.slot))
+            lm_logits = self._read_byte_lm(*self._line(state, buffers))
         encoded_BD = self._encode(state, buffers)
         if self.can_wait:
             torch.where(buffers.reads[:, None], encoded_BD, self.encoded_BD, out=self.encoded_BD)
@@ -170,6 +170,15 @@ class BLTStep(ByteLMStep):
             run_if(buffers.run, lambda: self._close(encoded_BD))
         else:
             self._close(encoded_BD)
+
+    def _line(self, state: BLTDecodeState, buffers: StepBuffers) -> tuple[Tensor, QueryPositions]:
+        """The newest ids and their positions as the entropy model reads them: its context may be reset at newlines."""
+        if not self.patching.reset_at_newline:
+            return buffers.ids, QueryPositions(buffers.at, buffers.slot)
+        is_newline = buffers.ids == NEWLINE
+        state.context_begin.copy_(torch.where(is_newline & buffers.reads, buffers.at, state.context_begin))
+        at = buffers.at - state.context_begin
+        return torch.where(is_newline, BOS, buffers.ids), QueryPositions(at, buffers.slot)
 
     def _encode(self, state: BLTDecodeState, buffers: StepBuffers, parts: list[Tensor] | None = None) -> Tensor:
         """The encoder's states of the newest bytes, [B, D]; the bytes are added to the open patches.

@@ -1,0 +1,302 @@
+"""Tasks about the characters of words: `blt eval --tasks cute,g2p`."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+
+from bytelatent.commands.generate import line_of, rows_at
+from bytelatent.commands.options import EvaluateSettings
+from bytelatent.device import choose_device
+from bytelatent.errors import UserError
+from bytelatent.evaluation import FoundModel, ReadSettings, TransformersModel, bootstrap, find_model
+from bytelatent.evaluation.cute import CUTE, NUM_EXAMPLES, Words, cute_task
+from bytelatent.evaluation.examples import (
+    PAPER,
+    STOP,
+    Counts,
+    ExampleTask,
+    Generate,
+    continue_tokens_with,
+    continue_with,
+)
+from bytelatent.evaluation.noise import Noise, noises_of
+from bytelatent.evaluation.phonemes import NAME as G2P
+from bytelatent.evaluation.phonemes import g2p_task, pronunciations
+from bytelatent.evaluation.text import FEWEST
+from bytelatent.files import partial_path, write_whole_json
+from bytelatent.inference.step import engine_for
+from bytelatent.model import BLTModel, ByteLM
+from bytelatent.progress import Progress
+from bytelatent.report import figure_format, write_noise_figure
+from bytelatent.report.text import UNKNOWN, aligned
+from bytelatent.terminal import print_json, print_line
+from bytelatent.text.formats import kind_of
+from bytelatent.text.streams import TextReader, readable
+from bytelatent.weights import open_pretrained
+
+LOGGER = logging.getLogger(__name__)
+
+Results = list[dict[str, Any]]
+
+BATCH_SIZE = 16
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EXACT = "exact_match"
+MEANING = "cute_sem"  # the task that needs pairs of words
+FAMILIES = {"cute": tuple(CUTE), G2P: (G2P,)} | {name: (name,) for name in CUTE}
+# Settings that a resumed evaluation must share with the one that was interrupted; its rows hold the rest.
+FIXED = {"tasks", "limit", "shots", "seed", "noise", "noise_on", "noise_rates", "model", "entropy_model", "dtype"}
+FIXED |= {"threshold"}
+
+
+def run(settings: EvaluateSettings) -> None:
+    own, others = split_tasks(settings.tasks or "")
+    if others:
+        raise UserError(f"tasks: '{own[0]}' and '{others[0]}' of lm-eval are measured apart; name one of them")
+    check_figure(settings)
+    results = evaluate_examples(settings, own)
+    if settings.out is not None:
+        write_whole_json(settings.out, {"results": results}, indent=1)
+    if settings.figure is not None:
+        draw(settings.figure, results)
+    if settings.as_json:
+        print_json({"results": results})
+    else:
+        print_line(table_of(results, settings.markdown))
+
+
+def split_tasks(tasks: str) -> tuple[list[str], list[str]]:
+    """The names in `--tasks`: of tasks of examples, and all others."""
+    names = list(dict.fromkeys(name for part in tasks.split(",") if (name := part.strip())))
+    return [name for name in names if name in FAMILIES], [name for name in names if name not in FAMILIES]
+
+
+def noises_with(settings: EvaluateSettings) -> list[Noise | None]:
+    """Without noise first, and then each noise."""
+    noises = noises_of(settings.noise, settings.noise_rates, settings.seed)
+    return [None, *(noise for noise in noises if noise.rate > 0)]
+
+
+def check_figure(settings: EvaluateSettings) -> None:
+    """
+    Raises:
+        UserError: there is to be a figure, and no noise or no known suffix.
+    """
+    if settings.figure is not None:
+        figure_format(settings.figure)
+        if not settings.noise:
+            raise UserError("figure: it shows scores with noise; name one: --noise drop --noise-rates 0.05,0.1")
+
+
+def draw(path: Path, results: Results, score: str = "exact match (%)", scale: float = 100) -> None:
+    """Draw scores against the rate of each noise: exact match, for CUTE its mean, or what `score` names."""
+    means = means_of_cute(results)
+    curves: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    clean: dict[tuple[str, str], tuple[float, float]] = {}
+    for result in [*means, *(one for one in results if not means or one["task"] not in CUTE)]:
+        key, point = (result["model"], result["task"]), (result["rate"], scale * result["value"])
+        if result["score"] not in (EXACT, score):
+            continue
+        if result["noise"] is None:
+            clean[key] = point
+        else:
+            curves.setdefault((*key, result["noise"]), [clean[key]]).append(point)
+    varies = [at == 2 or len({key[at] for key in curves}) > 1 for at in range(3)]
+    names = [" ".join(part for part, is_shown in zip(key, varies, strict=True) if is_shown) for key in curves]
+    write_noise_figure(path, dict(zip(names, curves.values(), strict=True)), score)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A task that a model does, with noise or without."""
+
+    model: str
+    noise: Noise | None
+    task: ExampleTask
+
+    def rows(self) -> Results:
+        """What is asked, each with the key by which it is resumed."""
+        about = {"model": self.model, "noise": None if self.noise is None else str(self.noise), "task": self.task.name}
+        return [{**about, "prompt": each.prompt, "answers": list(each.answers)} for each in self.task.examples]
+
+    def scores(self, texts: list[str], settings: EvaluateSettings) -> Results:
+        """A result for each score of the task."""
+        noise, found = self.noise, []
+        about = {"model": self.model, "noise": noise and noise.name, "rate": 0.0 if noise is None else noise.rate}
+        for name, score in self.task.scores.items():
+            pairs = zip(texts, self.task.examples, strict=True)
+            counts = [score(text, example.answers) for text, example in pairs]
+            value, interval = _ratio(counts, settings)
+            found.append({**about, "task": self.task.name, "score": name, "value": value, "interval": interval})
+            found[-1]["num_examples"] = len(texts)
+        return found
+
+
+def evaluate_examples(settings: EvaluateSettings, names: list[str]) -> Results:
+    """The scores of models on tasks of examples; a model is loaded when it is first needed.
+
+    Raises:
+        UserError: words, a package or a model are missing, or --out cannot be written.
+        Interrupted: Ctrl-C; names the file from which the same command resumes.
+    """
+    noises = noises_with(settings)
+    tasks = _tasks(settings, names)
+    how = ReadSettings(choose_device(settings.device), DTYPES[settings.dtype], tokenizer=settings.tokenizer)
+    how = replace(how, threshold=settings.threshold)
+    several = len(settings.model) > 1
+    found = {model: find_model(model, settings.entropy_model, how, several) for model in settings.model}
+    models = {model: cache(partial(_generator, settings, one)) for model, one in found.items()}
+    runs = [
+        Run(model, noise, task if noise is None else _with_noise(task, noise, settings))
+        for model in models
+        for noise in noises
+        for task in tasks
+    ]
+    rows = [run.rows() for run in runs]
+    every = [row for of_run in rows for row in of_run]
+    results: Results = []
+    with (
+        _answers(settings, every, [one.state for one in found.values()]) as (known, add),
+        Progress("answering", len(every), unit="examples") as progress,
+    ):
+        progress.advance(len(known))
+        at = 0
+        for run, of_run in zip(runs, rows, strict=True):
+            texts = known[at : at + len(of_run)]
+            at += len(of_run)
+            if missing := of_run[len(texts) :]:
+                generate = models[run.model]()
+                new = generate([row["prompt"] for row in missing], STOP, run.task.max_new_bytes)
+                for row, text in zip(missing, new, strict=True):
+                    add(row, text)
+                    texts.append(text)
+                    progress.advance(1)
+            results += run.scores(texts, settings)
+    return results
+
+
+def table_of(results: Results, markdown: bool = False) -> str:
+    """A line for each score, and one for the mean of CUTE, in percent, beside the paper's."""
+    several = len({result["model"] for result in results}) > 1
+    noisy = any(result["noise"] for result in results)
+    header = ["model"] * several + ["noise"] * noisy + ["task", "score", "%", "95 % interval", "examples"]
+    lines = []
+    for result in [*results, *means_of_cute(results)]:
+        noise = f"{result['noise']}:{result['rate']:g}" if result["noise"] else UNKNOWN
+        is_paper = result["noise"] is None and result["score"] == EXACT and result["task"] in PAPER
+        interval = [100 * value for value in result["interval"] or ()]
+        lines.append([result["model"]] * several + [noise] * noisy)
+        lines[-1] += [result["task"], result["score"].replace("_", " "), f"{100 * result['value']:.1f}"]
+        lines[-1] += ["{:.1f} to {:.1f}".format(*interval) if interval else UNKNOWN, f"{result['num_examples']:,}"]
+        lines[-1] += [f"{value:.1f}" for value in PAPER[result["task"]]] if is_paper else [UNKNOWN, UNKNOWN]
+    return aligned([*header, "Llama 3 8B", "BLT 8B"], lines, 2 + several + noisy, markdown)
+
+
+def means_of_cute(results: Results) -> Results:
+    """The mean over the tasks of CUTE of each model and noise that did several."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        if result["task"] in CUTE:
+            groups.setdefault((result["model"], result["noise"], result["rate"]), []).append(result)
+    found = []
+    for of_group in groups.values():
+        if len(of_group) > 1:
+            value, count = fmean(result["value"] for result in of_group), sum(r["num_examples"] for r in of_group)
+            found.append({**of_group[0], "task": "cute", "value": value, "interval": None, "num_examples": count})
+    return found
+
+
+def _tasks(settings: EvaluateSettings, names: list[str]) -> list[ExampleTask]:
+    wanted = list(dict.fromkeys(task for name in names for task in FAMILIES[name]))
+    if MEANING in wanted and settings.related is None and MEANING not in names:
+        LOGGER.warning(f"{MEANING} is left out: it needs a file of related words (--related)")
+        wanted.remove(MEANING)
+    limit, seed, words = settings.limit or NUM_EXAMPLES, settings.seed, None
+    if any(task in CUTE for task in wanted):
+        if settings.words is None:
+            raise UserError("cute: name words with --words FILE: a file with one word per line, or any text")
+        text = _text_in(settings.words, "words")
+        related = "" if settings.related is None else _text_in(settings.related, "related")
+        words = Words.parse(text, related)
+    found = []
+    for task in wanted:
+        of = g2p_task(pronunciations(), limit, seed, settings.shots) if task == G2P else None
+        assert of is not None or words is not None
+        found.append(of or cute_task(task, words, limit, seed, settings.shots))  # pyright: ignore[reportArgumentType]
+    return found
+
+
+def _text_in(path: Path, option: str) -> str:
+    kind = kind_of(str(path))
+    if kind.format is not None and not kind.format.compressible:
+        raise UserError(f"{option}: '{path}' is a {kind.format.title} file; give one of text")
+    with readable(str(path)), TextReader(str(path), kind.compression) as text:
+        text.skip_byte_order_mark()
+        return text.read().decode("utf-8", "replace")
+
+
+def _with_noise(task: ExampleTask, noise: Noise, settings: EvaluateSettings) -> ExampleTask:
+    """A task whose prompts have noise; its completions are the model's."""
+    if settings.noise_on == "completion":
+        raise UserError(f"noise-on: the completions of {task.name} are the model's own; use --noise-on prompt")
+    return replace(task, examples=tuple(replace(each, prompt=noise(each.prompt)) for each in task.examples))
+
+
+def _generator(settings: EvaluateSettings, found: FoundModel) -> Generate:
+    if found.reads_tokens:
+        model = found.load()
+        assert isinstance(model, TransformersModel)
+        return continue_tokens_with(model, settings.batch_size or BATCH_SIZE)
+    stored = open_pretrained(found.name, settings.entropy_model)
+    if stored.config.patching is not None and stored.config.patching.needs_entropies:
+        stored = stored.with_threshold(settings.threshold)
+    loaded = stored.load(choose_device(settings.device), DTYPES[settings.dtype])
+    if not isinstance(loaded.model, BLTModel | ByteLM):
+        raise UserError(f"tasks: '{found.name}' reads tokens; export it for transformers, and name the export")
+    # In float32, however it is stored: the same patches as those of `BLT`.
+    byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
+    return continue_with(engine_for(loaded.model, stored.config.patching, byte_lm, settings.batch_size or BATCH_SIZE))
+
+
+@contextmanager
+def _answers(
+    settings: EvaluateSettings, rows: list[dict[str, Any]], states: list[str]
+) -> Iterator[tuple[list[str], Callable[[dict[str, Any], str], None]]]:
+    """The answers that an interrupted call left to the first rows, and what stores one more."""
+    if settings.out is None:
+        yield [], lambda row, text: None
+        return
+    if settings.out.exists():
+        raise UserError(f"out: '{settings.out}' is there already; name another file, or move it away")
+    path = settings.out.with_name(f"{settings.out.name}.rows.jsonl")
+    made_with = {**json.loads(settings.model_dump_json(include=FIXED)), "files of models": states}
+    with rows_at(path, rows, made_with, {"text"}) as (file, num_done):
+        known = []
+        if num_done:
+            LOGGER.info(f"{num_done:,} of {len(rows):,} answers are in '{partial_path(path)}'; resuming")
+            with partial_path(path).open("rb") as lines:
+                known = [json.loads(line)["text"] for line in lines]
+
+        def add(row: dict[str, Any], text: str) -> None:
+            file.write(line_of({**row, "text": text}))
+
+        yield known, add
+
+
+def _ratio(counts: list[Counts], settings: EvaluateSettings) -> tuple[float, tuple[float, float] | None]:
+    """The sum of numerators over that of denominators, and its 95 % interval by a bootstrap over examples."""
+    top, bottom = np.array(counts, dtype=np.float64).T
+    interval = None
+    if len(counts) >= FEWEST and settings.resamples:
+        # It takes nats and gives bits.
+        [interval], _ = bootstrap(top[None] * math.log(2), bottom, settings.resamples, settings.seed)
+    return float(top.sum() / bottom.sum()), interval
