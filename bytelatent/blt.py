@@ -90,6 +90,7 @@ class BLT:
         local_files_only: bool = False,
         quantize: Quantization = "full",
         draft_length: int = 1,
+        patching: PatchSettings | None = None,
     ) -> "BLT":
         """Load a model, and log in one line what was found.
 
@@ -104,6 +105,7 @@ class BLT:
             local_files_only: use earlier downloads, and do not connect to the hub.
             quantize: `int8` or `fp8` quantizes the large matrices: less memory, and faster generation on a GPU.
             draft_length: speculative decoding: bytes per step at most. The text stays the same; 1: no drafts.
+            patching: patching settings in place of the model's own, such as another threshold.
 
         Raises:
             UserError: there is no BLT at `source`, it is incomplete or not supported, or cannot be quantized this way.
@@ -123,7 +125,9 @@ class BLT:
         loaded = found.load(device, precision)
         assert isinstance(loaded.model, BLTModel)
         lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-        return cls(loaded.model, loaded.config, lm, loaded.source, quantize, draft_length)
+        blt = cls(loaded.model, loaded.config, lm, loaded.source, quantize, draft_length)
+        blt.patching = blt.patching if patching is None else patching
+        return blt
 
     byte_lm = renamed_attribute("byte_lm", "entropy_model")
     ahead = renamed_attribute("ahead", "draft_length")

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +27,7 @@ LOGGER = logging.getLogger(__name__)
 
 # Settings that a resumed evaluation must share with the one that was interrupted.
 FIXED = {"text", "text_key", "by", "max_bytes", "max_row_bytes", "model", "entropy_model", "tokenizer", "context"}
-FIXED |= {"overlap", "dtype"}
+FIXED |= {"overlap", "dtype", "threshold"}
 UNITS = ("patch", "token")
 
 
@@ -82,6 +83,7 @@ def found_models(settings: EvaluateSettings) -> list[FoundModel]:
     device = choose_device(settings.device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     how = ReadSettings(device, dtype, settings.context, settings.overlap, settings.batch_size, settings.tokenizer)
+    how = replace(how, threshold=settings.threshold)
     return [find_model(name, settings.entropy_model, how, len(settings.model) > 1) for name in settings.model]
 
 
@@ -123,14 +125,15 @@ def evaluate_one(
 
 
 def _result(settings: EvaluateSettings, measured: list[Measured], about: list[dict[str, Any]]) -> dict[str, Any]:
-    every = compare(measured, None, settings.resamples, settings.seed)
+    every = compare(measured, settings.resamples, settings.seed)
     results = [{**extra, **numbers} for extra, numbers in zip(about, every, strict=True)]
     if settings.by is not None:
         for result in results:
             result["groups"] = {}
-        for group in dict.fromkeys(measured[0].groups):
-            of_group = compare(measured, group, settings.resamples, settings.seed)
-            for result, numbers in zip(results, of_group, strict=True):
+        by_group = [each.by_group() for each in measured]
+        for group in by_group[0]:
+            own = compare([each[group] for each in by_group], settings.resamples, settings.seed)
+            for result, numbers in zip(results, own, strict=True):
                 result["groups"][group] = numbers
     return results[0] if len(results) == 1 else {"models": results}
 

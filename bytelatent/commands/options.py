@@ -44,6 +44,14 @@ class EntropyModelSettings(Settings):
     entropy_model: str | None = None
 
 
+class ThresholdSettings(EntropyModelSettings):
+    """Attributes:
+    threshold: threshold of the patches, in nats, in place of the model's own: a larger one makes larger patches.
+    """
+
+    threshold: Annotated[float | None, Field(allow_inf_nan=False)] = None
+
+
 class RowSettings(Settings):
     """Attributes:
     text_key: the key or column that holds the text.
@@ -222,7 +230,7 @@ class EntropiesSettings(TextSettings):
     world_size: int | None = None
 
 
-class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSettings, JsonSettings):
+class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, ThresholdSettings, JsonSettings):
     """Measure the bits per byte of models on text, all on the same bytes.
 
     Example:  `blt eval held-out/*.jsonl --model runs/demo --model gpt2 --by category --out results.json`
@@ -267,7 +275,7 @@ class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, EntropyModelSet
         return [value] if isinstance(value, str) else value
 
 
-class GenerateSettings(EntropyModelSettings):
+class GenerateSettings(ThresholdSettings):
     """Continue a text, or the rows of a file in batches.
 
     Example:  `blt generate "The history of" --max-new-bytes 300 --temperature 0.7`
@@ -324,6 +332,7 @@ class PatchesSettings(JsonSettings):
         text: text to patch. Default: standard input.
         model: a run, or a folder with a model.
         mode: patching mode, or several with commas, each with its setting: static:4. Default: the model's.
+        threshold: threshold in nats, in place of the model's own.
         context: read the text in pieces of this many bytes, as training and eval do. Default: as a whole.
         entropies: show each byte's entropy.
         html: write an HTML page instead.
@@ -334,6 +343,7 @@ class PatchesSettings(JsonSettings):
     text: Annotated[str | None, ARGUMENT] = None
     model: Model = DEFAULT_MODEL
     mode: str = "model"
+    threshold: Annotated[float | None, Field(allow_inf_nan=False)] = None
     context: int | None = None
     entropies: Annotated[bool, Option(("--entropies", "-e"))] = False
     html: Path | None = None

@@ -27,7 +27,7 @@ LOGGER = logging.getLogger(__name__)
 
 def run(settings: PatchesSettings) -> None:
     text = _standard_input() if settings.text is None else settings.text
-    modes = PatchingModes(settings.model, settings.context)
+    modes = PatchingModes(settings.model, settings.context, settings.threshold)
     patched = modes.patched([name.strip() for name in settings.mode.split(",")], text)
     if settings.as_json:
         print_json({name: [vars(patch) for patch in patches] for name, patches in patched.items()})
@@ -57,11 +57,10 @@ class PatchingModes:
         thresholds: of the entropy modes, by their names.
     """
 
-    def __init__(self, source: str, context: int | None = None):
+    def __init__(self, source: str, context: int | None = None, threshold: float | None = None):
         if context is not None and context < 1:
             raise UserError(f"context: {context} is too small; it takes the number of ids read at once, 1 or more")
-        self.source = source
-        self.context = context
+        self.source, self.context, self.threshold = source, context, threshold
         self.thresholds: dict[str, float] = {}
 
     @cached_property
@@ -116,6 +115,8 @@ class PatchingModes:
     def _own(self, asked: str, data: bytes) -> tuple[str, PatchSettings]:
         """The model's patching settings; for a byte LM, which has none, a threshold that suits this text."""
         if isinstance(self.model, ByteLM):
+            if self.threshold is not None:
+                return "entropy", PatchSettings(mode="entropy", threshold=self.threshold)
             patching = PatchSettings(mode="entropy", threshold=self._threshold(self.model, data))
             LOGGER.info(
                 f"'{self.source}' is a byte LM, which has no threshold: {patching.threshold:.4g} nats gives patches of "
@@ -123,6 +124,10 @@ class PatchingModes:
             )
             return "entropy", patching
         patching = self.model.patching
+        if self.threshold is not None:
+            if not patching.needs_entropies:
+                raise UserError(f"threshold: '{self.source}' has patches by {patching.in_words()}; leave it out")
+            patching = PatchSettings.parse({**patching.plain(), "threshold": self.threshold}, "--threshold")
         shown = patching.name
         if asked != OWN and shown != asked:
             LOGGER.info(f"'{self.source}' finds its patches by '{shown}', which is shown in place of '{asked}'")

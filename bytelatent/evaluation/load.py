@@ -38,6 +38,7 @@ class ReadSettings:
     Attributes:
         dtype: of weights and products.
         tokenizer: of models of tokens whose folders hold none: a file or a folder.
+        threshold: of patches by entropy, in nats; None: the model's own.
     """
 
     device: torch.device
@@ -46,6 +47,7 @@ class ReadSettings:
     overlap: int = 0
     batch_ids: int | None = None
     tokenizer: str | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class FoundModel:
     Attributes:
         reads_tokens: it reads only texts that are valid UTF-8.
         state: changes when its files do.
+        stored: None for one of transformers.
     """
 
     name: str
@@ -62,6 +65,7 @@ class FoundModel:
     reads_tokens: bool
     state: str
     load: Callable[[], TextModel]
+    stored: StoredModel | None = None
 
 
 def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of_several: bool = False) -> FoundModel:
@@ -69,12 +73,14 @@ def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of
 
     Args:
         source: a run, a folder, or OWNER/NAME on the hub.
-        entropy_model: finds patches; of several models, those of BLTs.
+        entropy_model: finds patches; of several models, those of BLTs. So does a threshold.
 
     Raises:
         UserError: there is no model, it is not complete, a package or its tokenizer is missing.
     """
     if (folder := _folder_of_transformers(source)) is not None:
+        if how.threshold is not None and not one_of_several:
+            raise UserError(f"threshold: '{source}' has no patches; leave it out")
         return _in_transformers(source, folder, how)
     stored = open_pretrained(source, None if one_of_several else entropy_model)
     if one_of_several and entropy_model is not None and isinstance(stored.config.model, BLTSettings):
@@ -85,6 +91,8 @@ def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of
                 f"model: '{source}' reads tokens, and its folder holds no {TOKENIZER}; name it: --tokenizer"
             )
         stored = replace(stored, tokenizer=Path(how.tokenizer))
+    if not one_of_several or (stored.config.patching is not None and stored.config.patching.needs_entropies):
+        stored = stored.with_threshold(how.threshold)
     patching, context = stored.config.patching, stored.config.context if how.context is None else how.context
     if isinstance(stored.config.model, BLTSettings):
         if patching is None:
@@ -93,7 +101,7 @@ def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of
             raise UserError(f"eval: the patches of '{source}' need a byte LM; name it with --entropy-model")
     context = _checked(context, how, source)
     state = state_of([part.folder for part in (stored, stored.byte_lm) if part is not None])
-    return FoundModel(source, context, False, state, lambda: _load(stored, source, context, how))
+    return FoundModel(source, context, False, state, lambda: _load(stored, source, context, how), stored)
 
 
 def _checked(context: int, how: ReadSettings, source: str) -> int:

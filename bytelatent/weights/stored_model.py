@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -132,6 +132,21 @@ class StoredModel:
             check_finite(name, value, f"'{self.source}'")  # after the cast, which may overflow
         model.load_state_dict(values, assign=True)
         return model.eval()
+
+    def with_threshold(self, threshold: float | None) -> "StoredModel":
+        """The model with another threshold of its patches; None: its own.
+
+        Raises:
+            UserError: its patches have none.
+        """
+        if threshold is None:
+            return self
+        patching = self.config.patching
+        if patching is None or not patching.needs_entropies:
+            why = "has no patches" if patching is None else f"has patches by {patching.in_words()}"
+            raise UserError(f"threshold: '{self.source}' {why}, which have no threshold; leave it out")
+        changed = PatchSettings.parse({**patching.plain(), "threshold": threshold}, "--threshold")
+        return replace(self, config=self.config.model_copy(update={"patching": changed, "calibration": None}))
 
     def in_a_line(self) -> str:
         """Format, sizes, precision, patching and licence in one line."""
