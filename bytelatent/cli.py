@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
@@ -15,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
-from bytelatent.commands import options
+from bytelatent.commands import import_uncollected, options
 from bytelatent.config import Option, Settings, union_members, warn_renamed
 from bytelatent.errors import BAD_INPUT, UserError, guarded, nearest
 from bytelatent.prepare import PrepareSettings
@@ -97,7 +96,7 @@ def verb_of(settings: type[Settings], module: str) -> Any:
         guarded(lambda: run(settings.parse(values)))
 
     def run(parsed: Settings) -> None:
-        imported = import_module(f"bytelatent.commands.{module}")
+        imported = import_uncollected(f"bytelatent.commands.{module}")
         signals.begin()
         imported.run(parsed)
 

@@ -3,8 +3,9 @@
     lm_eval --model bytelatent --model_args pretrained=runs/demo --tasks hellaswag
 
 Context and continuation are joined as bytes: no token lies across their boundary, and nothing is moved from one to the
-other. A context begins with BOS; an empty one is BOS alone. Of what is longer than `max_length`, the newest ids count,
-as in lm-eval's own class for transformers. The end of a text is not scored.
+other. (For a token LM, they are joined and divided as lm-eval's own class for transformers does it.) A context begins
+with BOS; an empty one is BOS alone. Of what is longer than `max_length`, the newest ids count, as in that class. No
+text's end is scored.
 
 This module needs lm_eval, and is imported only where that is wanted.
 """
@@ -37,7 +38,7 @@ from bytelatent.inference.scoring import scored_pairs
 from bytelatent.inference.settings import MAX_BATCH_SIZE, Quantization, check_limits
 from bytelatent.inference.step import engine_for
 from bytelatent.progress import Progress
-from bytelatent.vocab import BOS, EOS, encode
+from bytelatent.vocab import Vocabulary
 from bytelatent.weights import Pretrained, open_pretrained
 
 LOGGER = logging.getLogger(__name__)
@@ -68,10 +69,11 @@ class StoredAnswers:
     def __init__(self, lines: Iterable[bytes], file: BinaryIO, made_with: dict[str, Any], name: str):
         self._file = file
         first, *rest = [json.loads(line) for line in lines] or [None]
-        if first is None:
+        if not rest:
+            file.truncate(0)
             self._write(made_with)
         for key, value in made_with.items():
-            if first is not None and first.get(key) != value:
+            if rest and first.get(key) != value:
                 raise UserError(
                     f"out: '{name}' was begun with {key}={first.get(key)}, not {value}; to start over, move it away"
                 )
@@ -93,7 +95,7 @@ class StoredAnswers:
 
 @register_model("bytelatent")
 class HarnessModel(LM):
-    """A BLT or a byte LM for lm-evaluation-harness.
+    """A BLT, a byte LM or a token LM for lm-evaluation-harness.
 
     Args:
         pretrained: a run; a folder, or OWNER/NAME on the hub, in our format, Meta's or transformers'.
@@ -146,7 +148,7 @@ class HarnessModel(LM):
 
     @property
     def eot_token_id(self) -> int:
-        return EOS
+        return self._vocabulary.eos
 
     @property
     def max_gen_toks(self) -> int:
@@ -157,6 +159,10 @@ class HarnessModel(LM):
         """The model; loaded when it is first needed, so that bad tasks are reported before."""
         LOGGER.info(self._found.in_a_line())
         return self._found.load(self._device, self._precision)
+
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        return self._loaded.vocabulary
 
     @cached_property
     def _engine(self) -> Engine:
@@ -205,7 +211,7 @@ class HarnessModel(LM):
         return self._answered("loglikelihood_rolling", requests, answers)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context until one of the texts `until`, the end of the text, or `max_gen_toks` bytes.
+        """Continue each context until one of the texts `until`, the end of the text, or `max_gen_toks` ids.
 
         A request that is repeated is sampled with one seed after another.
         """
@@ -261,18 +267,23 @@ class HarnessModel(LM):
 
     def _pair(self, context: str, continuation: str) -> tuple[Tensor, Tensor]:
         """The ids of a context and of what may follow it, the newest ones that fit."""
-        text = torch.from_numpy(encode(continuation, bos=False, eos=False))
-        if len(text) > self.max_length:
-            raise UserError(
-                f"max_length: a continuation has {len(text):,} bytes and {self.max_length:,} fit; give a larger one"
-            )
-        before = torch.from_numpy(encode(context, eos=False))
-        return before[-(self.max_length + 1 - len(text)) :], text
+        encode = self._vocabulary.encode
+        if self._vocabulary.is_tokens and context:
+            words = context.rstrip()
+            context, continuation = words, context[len(words) :] + continuation
+            before = encode(context, eos=False)
+            following = encode(context + continuation, eos=False)[len(before) :]
+        else:
+            before, following = encode(context, eos=False), encode(continuation, bos=False, eos=False)
+        if len(following) > self.max_length:
+            asked = f"a continuation has {len(following):,} ids and {self.max_length:,} fit"
+            raise UserError(f"max_length: {asked}; give a larger one (--context)")
+        return torch.from_numpy(before[-(self.max_length + 1 - len(following)) :]), torch.from_numpy(following)
 
     def _windows(self, text: str) -> Iterator[tuple[Tensor, Tensor]]:
         """The pairs of ids by whose scores a text is scored."""
-        ids = encode(text, bos=False, eos=False).tolist()
-        for window in get_rolling_token_windows(ids, BOS, self.max_length, context_len=1):
+        ids = self._vocabulary.encode(text, bos=False, eos=False).tolist()
+        for window in get_rolling_token_windows(ids, self._vocabulary.bos, self.max_length, context_len=1):
             context, following = make_disjoint_window(window)
             yield torch.tensor(context), torch.tensor(following)
 
@@ -280,10 +291,10 @@ class HarnessModel(LM):
         """The newest ids of a context that leave space for `max_new` more."""
         if max_new >= self.max_length:
             raise UserError(
-                f"max_gen_toks: {max_new:,} bytes leave no space for a prompt in max_length={self.max_length:,}; "
-                "give a smaller number, or a larger max_length"
+                f"max_gen_toks: {max_new:,} leave no space for a prompt in max_length={self.max_length:,}; "
+                "give a smaller number, or a larger max_length (--context)"
             )
-        return torch.from_numpy(encode(context, eos=False))[-(self.max_length - max_new) :]
+        return torch.from_numpy(self._vocabulary.encode(context, eos=False)[-(self.max_length - max_new) :])
 
     def _sampling(self, given: dict[str, Any]) -> tuple[Sampling, int]:
         """Settings of generation, and the largest number of new bytes, from those of a task."""
