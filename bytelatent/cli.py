@@ -223,10 +223,11 @@ def _in_short(error: Any, arguments: list[str]) -> str:
     command = " ".join(["blt", *(given for given in arguments[:1] if given[:1] != "-")])
     line = error.format_message().rstrip(".")
     line = line[:1].lower() + line[1:]
+    shown: list[Any] = []
     if error.ctx is not None:
         command = error.ctx.command_path
-    if hasattr(error, "possibilities"):  # no such option
         shown = [option for option in error.ctx.command.params if not getattr(option, "hidden", False)]
+    if hasattr(error, "possibilities"):  # no such option
         known = ["--help", *(name for option in shown for name in option.opts if name.startswith("--"))]
         near = nearest(error.option_name, known, cutoff=0.6) if error.option_name.startswith("--") else ""
         line = f"no option '{error.option_name}'{near}"
