@@ -47,7 +47,8 @@ class Vocabulary:
     Attributes:
         size: ids.
         bos, eos: the ids that begin and end a document.
-        id_bytes: [size] bytes that each id stands for, 0 for a special one.
+        bytes_of: what each id stands for, nothing for a special one.
+        id_bytes: [size] how many bytes that is.
         dtype: in which ids are held.
     """
 
@@ -55,8 +56,13 @@ class Vocabulary:
 
     def __init__(self) -> None:
         self.size, self.bos, self.eos = VOCAB_SIZE, BOS, EOS
-        self.id_bytes = (np.arange(VOCAB_SIZE) >= OFFSET).astype(np.int64)
+        self.bytes_of = [bytes([id_ - OFFSET]) if id_ >= OFFSET else b"" for id_ in range(VOCAB_SIZE)]
+        self.id_bytes = np.array([len(data) for data in self.bytes_of])
         self.dtype = np.dtype(np.uint16)
+
+    @property
+    def unit(self) -> str:
+        return "tokens" if self.is_tokens else "bytes"
 
     def encode(self, text: str | bytes, bos: bool = True, eos: bool = True) -> np.ndarray:
         """The ids of a document, int64."""

@@ -42,7 +42,6 @@ from bytelatent.report.text import UNKNOWN, aligned
 from bytelatent.terminal import print_json, print_line
 from bytelatent.text.formats import kind_of
 from bytelatent.text.streams import TextReader, readable
-from bytelatent.weights import open_pretrained
 
 LOGGER = logging.getLogger(__name__)
 
@@ -150,7 +149,12 @@ def evaluate_examples(settings: EvaluateSettings, names: list[str]) -> Results:
     """
     noises = noises_with(settings)
     tasks = _tasks(settings, names)
-    how = ReadSettings(choose_device(settings.device), DTYPES[settings.dtype], tokenizer=settings.tokenizer)
+    how = ReadSettings(
+        choose_device(settings.device),
+        DTYPES[settings.dtype],
+        tokenizer=settings.tokenizer,
+        threshold=settings.threshold,
+    )
     how = replace(how, threshold=settings.threshold)
     several = len(settings.model) > 1
     found = {model: find_model(model, settings.entropy_model, how, several) for model in settings.model}
@@ -252,11 +256,10 @@ def _with_noise(task: ExampleTask, noise: Noise, settings: EvaluateSettings) -> 
 
 
 def _generator(settings: EvaluateSettings, found: FoundModel) -> Generate:
-    if found.reads_tokens:
+    if (stored := found.stored) is None:
         model = found.load()
         assert isinstance(model, TransformersModel)
         return continue_tokens_with(model, settings.batch_size or BATCH_SIZE)
-    stored = open_pretrained(found.name, settings.entropy_model)
     if stored.config.patching is not None and stored.config.patching.needs_entropies:
         stored = stored.with_threshold(settings.threshold)
     loaded = stored.load(choose_device(settings.device), DTYPES[settings.dtype])

@@ -76,7 +76,7 @@ def evaluate_noise(settings: EvaluateSettings) -> dict[str, Any]:
                 at, texts.noise = len(results), noise
                 like = measured[at - len(noises) * (at // len(noises))] if at >= len(noises) else None
                 extra, own = evaluate_one(loaded, measured[at], texts, at, write, like)
-                [found] = compare([measured[at]], None, settings.resamples, settings.seed)
+                [found] = compare([measured[at]], settings.resamples, settings.seed)
                 about = {"noise": noise and noise.name, "rate": 0.0 if noise is None else noise.rate}
                 results.append({**extra, **about, **found})
                 remarks += [remark for remark in own if remark not in remarks]

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from bytelatent.commands.eval_characters import check_figure, draw, noises_with
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.evaluation.examples import PAPER
+from bytelatent.evaluation.noise import NOISES, Noise, with_noise
 from bytelatent.files import growing_file, partial_path, write_whole_json
-from bytelatent.report.text import aligned, number
+from bytelatent.report.text import UNKNOWN, aligned, number
 from bytelatent.signals import sigterm_interrupts
 from bytelatent.terminal import print_json, print_line
 
@@ -20,11 +23,18 @@ LOGGER = logging.getLogger(__name__)
 
 BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
 ERROR = "_stderr"
+MAIN_METRICS = ("acc_norm,none", "acc,none")  # of which the first that a task has is drawn and compared
 NOISY = ("lm_eval", "datasets", "evaluate", "httpx", "huggingface_hub")
 
 
 def run(settings: EvaluateSettings) -> None:
+    check_figure(settings)
     result = evaluate_tasks(settings)
+    if settings.figure is not None:
+        shown = [row for row in [*result["groups"], *result["tasks"]] if not row["in_group"]]
+        about = [{"model": result["model"], "task": row["name"], "score": "score"} for row in shown]
+        scores = [{**row, **own, "value": _main(row)} for row, own in zip(shown, about, strict=True)]
+        draw(settings.figure, scores, "score", scale=1)
     if settings.as_json:
         print_json(_plain({key: value for key, value in result.items() if key != "samples"}))
     else:
@@ -35,8 +45,8 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
     """Evaluate a model on tasks.
 
     Returns:
-        `model`; for each of `tasks` and `groups` its `shots`, number of questions, metrics and their standard errors;
-        and `samples`: each question with its answers.
+        `model`; for each of `tasks` and `groups`, without noise and with each noise, its `shots`, number of questions,
+        metrics and their standard errors; and `samples`: each question with its answers.
 
     Raises:
         UserError: a task or the model is unknown, a task's data cannot be reached, or a package is missing.
@@ -59,9 +69,12 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
         finder = TaskFinder(settings.include_path, settings.samples, settings.temperature, settings.run_programs)
         own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold"})
         model = HarnessModel(settings.model[0], **own, max_length=settings.context)  # no weights yet
-        tasks = finder.load(names, settings.shots)
+        noises, tasks = noises_with(settings), finder.load(names, settings.shots)
         with _stored_answers(settings, model):
-            result = {"model": settings.model[0], **_evaluate(model, tasks, settings.limit)}
+            found = [_evaluate(model, tasks, settings, noise) for noise in noises]
+            rows = {key: [row for part in found for row in part[key]] for key in ("tasks", "groups")}
+            samples = {name: own for part in found for name, own in part["samples"].items()}
+            result = {"model": settings.model[0], **rows, "samples": samples}
             if settings.out is not None:
                 write_whole_json(settings.out, _plain(result), indent=1)
     return result
@@ -78,16 +91,30 @@ def require_lm_eval() -> None:
         raise UserError("--tasks needs the package lm_eval; run: pip install 'bytelatent[eval]'") from None
 
 
-def _evaluate(model: "HarnessModel", tasks: dict[str, Any], limit: int | None) -> dict[str, Any]:
+def _evaluate(
+    model: "HarnessModel", tasks: dict[str, Any], settings: EvaluateSettings, noise: Noise | None
+) -> dict[str, Any]:
     import lm_eval  # pyright: ignore[reportMissingImports]
 
-    found = lm_eval.evaluate(model, tasks, limit=limit, bootstrap_iters=BOOTSTRAPS, confirm_run_unsafe_code=True)
+    from bytelatent.evaluation.tasks import FEWSHOT_SEED
+
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples with each noise
+    found = lm_eval.evaluate(
+        model if noise is None else with_noise(model, noise, settings.noise_on),
+        tasks,
+        limit=settings.limit,
+        bootstrap_iters=BOOTSTRAPS,
+        confirm_run_unsafe_code=True,
+    )
     inner = {child for children in found.get("group_subtasks", {}).values() for child in children}
 
     def about(name: str, values: dict[str, Any]) -> dict[str, Any]:
         metrics = {key: value for key, value in values.items() if "," in key}
         return {
             "name": name,
+            "noise": noise and noise.name,
+            "rate": 0.0 if noise is None else noise.rate,
             "in_group": name in inner,
             "shots": found["n-shot"].get(name),
             "questions": values.get("sample_len"),
@@ -98,7 +125,8 @@ def _evaluate(model: "HarnessModel", tasks: dict[str, Any], limit: int | None) -
 
     groups = found.get("groups", {})
     rows = [about(name, values) for name, values in found["results"].items() if name not in groups]
-    samples = {name: list(map(_of_sample, rows)) for name, rows in found["samples"].items()}
+    after = "" if noise is None else f" {noise}"
+    samples = {f"{name}{after}": list(map(_of_sample, rows)) for name, rows in found["samples"].items()}
     return {"tasks": rows, "groups": [about(name, values) for name, values in groups.items()], "samples": samples}
 
 
@@ -165,18 +193,52 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | None) else str(value)
 
 
+def _main(row: dict[str, Any]) -> float | None:
+    """The metric of a task that is drawn and compared."""
+    metrics = row["metrics"]
+    return next((metrics[key] for key in (*MAIN_METRICS, *metrics) if key in metrics), None)
+
+
+def _paper(row: dict[str, Any]) -> tuple[float, ...]:
+    """The paper's numbers of Llama 3 and BLT for a task without noise, or with noise at the paper's rate."""
+    noise, usual = row["noise"], row["noise"] is not None and NOISES[row["noise"]].rate == row["rate"]
+    return PAPER.get(row["name"] if noise is None else f"{row['name']} {noise}", ()) if usual or noise is None else ()
+
+
+def _means(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """The mean over all noises, at the paper's rates, of each task that had them all."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        value = _main(row)
+        if row["noise"] is not None and row["rate"] == NOISES[row["noise"]].rate and value is not None:
+            scores.setdefault(row["name"], []).append(value)
+    return [(name, sum(found) / len(found)) for name, found in scores.items() if len(found) == len(NOISES)]
+
+
 def _table(result: dict[str, Any], markdown: bool) -> str:
-    """A line for each metric, those of groups first."""
-    rows = []
-    for row in [*result["groups"], *result["tasks"]]:
-        first = [row["name"], _text(row["shots"]), _text(row["questions"])]
+    """A line for each metric, those of groups first, beside the paper's where there are any."""
+    rows, every = [], [*result["groups"], *result["tasks"]]
+    noisy, compared = any(row["noise"] for row in every), any(map(_paper, every))
+
+    def references(values: tuple[float, ...]) -> list[str]:
+        return [f"{value / 100:.3f}" for value in values or ()] or [UNKNOWN] * 2
+
+    for row in every:
+        noise = f"{row['noise']}:{row['rate']:g}" if row["noise"] else UNKNOWN
+        first = [row["name"], *[noise] * noisy, _text(row["shots"]), _text(row["questions"])]
+        main = next((key for key in MAIN_METRICS if key in row["metrics"]), "")
         for key, value in row["metrics"].items():
             metric, _, filtered = key.partition(",")
             metric = metric if filtered in ("", "none") else f"{metric} ({filtered})"
             error = row["errors"].get(key)
-            rows.append([first[0], metric, *first[1:], number(value, 4), "" if error is None else number(error, 4)])
-            first = [""] * 3 if not markdown else first
-    return aligned(["task", "metric", "shots", "questions", "value", "error"], rows, 2, markdown)
+            line = [first[0], metric, *first[1:], number(value, 4), "" if error is None else number(error, 4)]
+            rows.append(line + references(_paper(row) if key == main else ()) * compared)
+            first = [""] * len(first) if not markdown else first
+    for name, value in _means(every):
+        line = [name, "mean", "all noises", "", "", number(value, 4), ""]
+        rows.append(line + references(PAPER.get(f"{name} noise", ())) * compared)
+    header = ["task", "metric", *["noise"] * noisy, "shots", "questions", "value", "error"]
+    return aligned([*header, *["Llama 3 8B", "BLT 8B"] * compared], rows, 2 + noisy, markdown)
 
 
 def _text(value: Any) -> str:

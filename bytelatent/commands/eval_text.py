@@ -125,14 +125,15 @@ def evaluate_one(
 
 
 def _result(settings: EvaluateSettings, measured: list[Measured], about: list[dict[str, Any]]) -> dict[str, Any]:
-    every = compare(measured, None, settings.resamples, settings.seed)
+    every = compare(measured, settings.resamples, settings.seed)
     results = [{**extra, **numbers} for extra, numbers in zip(about, every, strict=True)]
     if settings.by is not None:
         for result in results:
             result["groups"] = {}
-        for group in dict.fromkeys(measured[0].groups):
-            of_group = compare(measured, group, settings.resamples, settings.seed)
-            for result, numbers in zip(results, of_group, strict=True):
+        by_group = [each.by_group() for each in measured]
+        for group in by_group[0]:
+            own = compare([each[group] for each in by_group], settings.resamples, settings.seed)
+            for result, numbers in zip(results, own, strict=True):
                 result["groups"][group] = numbers
     return results[0] if len(results) == 1 else {"models": results}
 

@@ -23,7 +23,7 @@ from bytelatent.config import flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest
 from bytelatent.files import growing_file, partial_path, whole_file
-from bytelatent.inference import Continuation, Engine, Sampling, prompt_bytes, prompt_ids
+from bytelatent.inference import Continuation, Engine, Sampling, prompt_bytes
 from bytelatent.inference.quantize import check_quantize
 from bytelatent.inference.settings import MAX_BATCH_SIZE, check_limits
 from bytelatent.inference.step import engine_for
@@ -96,7 +96,8 @@ def _engine(settings: GenerateSettings, batch_size: int) -> Engine:
     loaded = found.load(place, precision)
     # In float32, however it is stored: the same patches as those of `BLT`.
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-    return engine_for(loaded.model, patching, byte_lm, batch_size, settings.quantize, settings.draft_length)
+    how = (batch_size, settings.quantize, settings.draft_length)
+    return engine_for(loaded.model, patching, byte_lm, *how, loaded.vocabulary)
 
 
 def _prompt(settings: GenerateSettings) -> bytes:
@@ -127,8 +128,8 @@ def _prompt_in(name: str) -> bytes:
 
 def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: BinaryIO) -> None:
     """The prompt and what comes after it, as it comes; several samples one after another, each once it is whole."""
-    asked = engine.submit(prompt_ids(prompt), settings.sampling, settings.max_new_bytes, settings.samples)
-    began, num_bytes = time.perf_counter(), 0
+    asked = engine.submit(prompt, settings.sampling, settings.max_new_bytes, settings.samples)
+    began = time.perf_counter()
     if len(asked) == 1:
         _write(out, prompt)
         try:
@@ -143,10 +144,10 @@ def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: Binary
         engine.run()
         for number, continuation in enumerate(asked):
             _write(out, f"--- {number + 1} ---\n".encode() + prompt + continuation.text.encode() + b"\n")
-    num_bytes = sum(len(continuation.ids) for continuation in asked)
+    num_ids = sum(len(continuation.ids) for continuation in asked)
     if log.shows_bars():
-        rate = num_bytes / (time.perf_counter() - began)
-        log.console.print(f"{num_bytes:,} bytes, {rate:,.0f} bytes/s", style="dim", highlight=False)
+        rate, unit = num_ids / (time.perf_counter() - began), engine.vocabulary.unit
+        log.console.print(f"{num_ids:,} {unit}, {rate:,.0f} {unit}/s", style="dim", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -226,15 +227,15 @@ def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO) -
     asked: list[list[Continuation]] = []
     with _memory_named("batch_size", batch_size), bar:
         engine = _engine(settings, batch_size)
-        task, began, written, num_bytes = bar.add_task("", total=len(rows), rate=""), time.perf_counter(), 0, 0
+        task, began, written, num_ids = bar.add_task("", total=len(rows), rate=""), time.perf_counter(), 0, 0
         while written < len(rows):
             while len(asked) < len(rows) and engine.num_waiting < batch_size:  # all of them could be more than fit
                 row = rows[len(asked)]
-                prompt = prompt_ids(row.given["prompt"])
+                prompt = row.given["prompt"]
                 asked.append(engine.submit(prompt, row.sampling, row.max_new_bytes, settings.samples))
             if not all(continuation.ended for continuation in asked[written]):
-                num_bytes += len(engine.advance())
-                bar.update(task, rate=f"{num_bytes / (time.perf_counter() - began):,.0f} bytes/s")
+                num_ids += len(engine.advance())
+                bar.update(task, rate=f"{num_ids / (time.perf_counter() - began):,.0f} {engine.vocabulary.unit}/s")
                 continue
             line = {**rows[written].given, **_generated(asked[written], settings)}
             asked[written] = []

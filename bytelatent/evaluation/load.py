@@ -57,6 +57,7 @@ class FoundModel:
     Attributes:
         reads_tokens: it reads only texts that are valid UTF-8.
         state: changes when its files do.
+        stored: None for one of transformers.
     """
 
     name: str
@@ -64,6 +65,7 @@ class FoundModel:
     reads_tokens: bool
     state: str
     load: Callable[[], TextModel]
+    stored: StoredModel | None = None
 
 
 def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of_several: bool = False) -> FoundModel:
@@ -99,7 +101,7 @@ def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of
             raise UserError(f"eval: the patches of '{source}' need a byte LM; name it with --entropy-model")
     context = _checked(context, how, source)
     state = state_of([part.folder for part in (stored, stored.byte_lm) if part is not None])
-    return FoundModel(source, context, False, state, lambda: _load(stored, source, context, how))
+    return FoundModel(source, context, False, state, lambda: _load(stored, source, context, how), stored)
 
 
 def _checked(context: int, how: ReadSettings, source: str) -> int:

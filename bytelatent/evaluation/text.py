@@ -152,12 +152,13 @@ class Measured:
         for name, values in vars(self).items():
             values.append(row[name])
 
-    def take(self, group: str | None) -> "Measured":
-        """Those of a group; None for all."""
-        if group is None:
-            return self
-        at = [number for number, own in enumerate(self.groups) if own == group]
-        return Measured(**{name: [values[number] for number in at] for name, values in vars(self).items()})
+    def by_group(self) -> dict[str, "Measured"]:
+        """The documents of each group, in the order in which the groups come."""
+        found = {group: Measured() for group in dict.fromkeys(self.groups)}
+        for row in zip(*vars(self).values(), strict=True):
+            values = dict(zip(vars(self), row, strict=True))
+            found[values["groups"]].add(values)
+        return found
 
     @property
     def bits_per_byte(self) -> float:
@@ -252,9 +253,8 @@ def bootstrap(
     return found[0], found[1]
 
 
-def compare(models: Sequence[Measured], group: str | None, resamples: int, seed: int) -> list[dict[str, Any]]:
-    """For each model the numbers of a group of documents, or of all, with intervals where there are enough."""
-    own = [model.take(group) for model in models]
+def compare(models: Sequence[Measured], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """For each model the numbers of the same documents, with intervals where there are enough."""
     results: list[dict[str, Any]] = [
         {
             "bits_per_byte": each.bits_per_byte,
@@ -262,17 +262,17 @@ def compare(models: Sequence[Measured], group: str | None, resamples: int, seed:
             "num_bytes": sum(each.num_bytes),
             "num_documents": len(each.nats),
         }
-        for each in own
+        for each in models
     ]
-    if len(own) > 1:
+    if len(models) > 1:
         for result in results:
             result["difference"] = result["bits_per_byte"] - results[0]["bits_per_byte"]
             result["difference_interval"] = None
-    if resamples and len(own[0].nats) >= FEWEST:
-        nats = np.array([each.nats for each in own])
-        intervals, differences = bootstrap(nats, np.array(own[0].num_bytes), resamples, seed)
+    if resamples and len(models[0].nats) >= FEWEST:
+        nats = np.array([each.nats for each in models])
+        intervals, differences = bootstrap(nats, np.array(models[0].num_bytes), resamples, seed)
         for result, interval, difference in zip(results, intervals, differences, strict=True):
             result["interval"] = interval
-            if len(own) > 1:
+            if len(models) > 1:
                 result["difference_interval"] = difference
     return results

@@ -30,7 +30,7 @@ from bytelatent.model import BLTModel, BLTSettings, ByteLM, LanguageModel, Strea
 from bytelatent.model.attention import Mask, build_mask
 from bytelatent.model.settings import StackSettings
 from bytelatent.patching import PatchSettings, PatchState, Tail, step
-from bytelatent.vocab import BOS, NEWLINE
+from bytelatent.vocab import BOS, NEWLINE, VOCAB_SIZE
 
 # Shapes: T new ids (a slot and a position each), B slots, N of them have new ids, P patches that close, D local width,
 # K keys per patch, H heads, E head size, V vocabulary, W ids of a tail
@@ -51,6 +51,7 @@ class Decoder:
         self.patching = patching
         self.byte_lm = byte_lm if patching is not None and patching.needs_entropies else None
         self.device = next(model.parameters()).device
+        self.vocab_size = model.settings.vocab_size if isinstance(model, LanguageModel) else VOCAB_SIZE
         self._prompt_model: Any = model  # what reads whole prompts
         self._prompt_byte_lm: Any = self.byte_lm
 

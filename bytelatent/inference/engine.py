@@ -17,7 +17,7 @@ from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import DecodeState
 from bytelatent.inference.sampling import CharacterStream, SamplingSlots, whole_characters
 from bytelatent.inference.settings import Sampling, check_limits
-from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
+from bytelatent.vocab import BYTES, Vocabulary, decode, to_bytes
 
 # Shapes: B slots, V vocabulary
 
@@ -80,6 +80,7 @@ class Continuation:
     """A sequence that is decoded.
 
     Attributes:
+        max_new_bytes: where it ends. The last token of a token LM may reach over it, and is cut.
         ids: what was drawn, a stop text and EOS included.
         log_probabilities: the model's own, of each of `ids`, in nats.
         ended: why nothing more will come; None as long as more may.
@@ -91,6 +92,8 @@ class Continuation:
     ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     ended: Reason | None = None
+    vocabulary: Vocabulary = BYTES
+    _num_bytes: int = 0
     _stop_texts: StopTexts | None = None
     _stop_begins: int | None = None
     _num_given: int = 0  # bytes that `new_bytes` has returned
@@ -99,7 +102,7 @@ class Continuation:
     @property
     def data(self) -> bytes:
         """The bytes so far, without a stop text; with `valid_utf8` whole characters only."""
-        return self._whole(decode(self.ids)[: self._stop_begins])
+        return self._whole(self._bytes())
 
     @property
     def text(self) -> str:
@@ -110,12 +113,16 @@ class Continuation:
         """What came since the last call, without bytes that may turn out to begin a stop text or to be no whole
         character.
         """
-        data = decode(self.ids)[: self._stop_begins]
+        data = self._bytes()
         if self._stop_texts is not None and self.ended is None:
             data = data[: len(data) - self._stop_texts.held_back()]
         data = self._whole(data)
         new, self._num_given = data[self._num_given :], max(len(data), self._num_given)
         return new
+
+    def _bytes(self) -> bytes:
+        end = self.max_new_bytes if self._stop_begins is None else self._stop_begins
+        return self.vocabulary.decode(self.ids)[:end]
 
     def _whole(self, data: bytes) -> bytes:
         """The bytes; with `valid_utf8` without a character that is not whole, be it the prompt's last one."""
@@ -132,15 +139,19 @@ class Continuation:
         """Add a drawn id, and decide whether it is the last."""
         self.ids.append(drawn)
         self.log_probabilities.append(log_probability)
-        if drawn == EOS:
+        if drawn == self.vocabulary.eos:
             self.ended = "end of text"
             return
-        if self._stop_texts is not None:
-            self._stop_begins = self._stop_texts.feed(drawn - OFFSET)
-        if self._stop_begins is not None:
-            self.ended = "stop"
-        elif len(self.ids) >= self.max_new_bytes:
-            self.ended = "length"
+        for byte in self.vocabulary.bytes_of[drawn]:
+            self._num_bytes += 1
+            if self._stop_texts is not None:
+                self._stop_begins = self._stop_texts.feed(byte)
+            if self._stop_begins is not None:
+                self.ended = "stop"
+                return
+            if self._num_bytes >= self.max_new_bytes:
+                self.ended = "length"
+                return
 
 
 @dataclass(frozen=True)
@@ -175,11 +186,11 @@ class Slots(Protocol):
 class PlainSlots:
     """Slots in plain PyTorch: every step is known at once."""
 
-    def __init__(self, decoder: Decoder, num_slots: int):
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, num_slots: int, vocabulary: Vocabulary = BYTES):
+        self.decoder, self.eos = decoder, vocabulary.eos
         self.state = decoder.empty(num_slots)
-        self.sampling = SamplingSlots.empty(num_slots, decoder.device)
-        self.logits_BV = torch.zeros(num_slots, VOCAB_SIZE, device=decoder.device)
+        self.sampling = SamplingSlots.empty(num_slots, decoder.device, vocabulary, decoder.vocab_size)
+        self.logits_BV = torch.zeros(num_slots, decoder.vocab_size, device=decoder.device)
         self._in_slot: list[Continuation | None] = [None] * num_slots
         self._drawn: list[Drawn] = []
 
@@ -204,7 +215,7 @@ class PlainSlots:
         for slot, (which, drawn, log_probability, remaining) in enumerate(new):
             if which is not None:
                 self._drawn.append(Drawn(which, drawn, log_probability))
-                if drawn != EOS and remaining > 0:
+                if drawn != self.eos and remaining > 0:
                     unfinished.append(slot)
         if unfinished:
             slots = torch.tensor(unfinished, device=self.decoder.device)
@@ -215,13 +226,13 @@ class PlainSlots:
         return drawn
 
 
-def prompt_ids(text: str | bytes) -> Tensor:
-    """BOS and the bytes of a prompt, [N].
+def prompt_ids(text: str | bytes, vocabulary: Vocabulary = BYTES) -> Tensor:
+    """BOS and the bytes or tokens of a prompt, [N].
 
     Raises:
         UserError: as `prompt_bytes`.
     """
-    return torch.from_numpy(encode(prompt_bytes(text), eos=False))
+    return torch.from_numpy(vocabulary.encode(prompt_bytes(text), eos=False))
 
 
 def prompt_bytes(text: str | bytes) -> bytes:
@@ -242,14 +253,14 @@ def prompt_bytes(text: str | bytes) -> bytes:
     return to_bytes(text)
 
 
-def _checked_ids(prompt: Tensor) -> Tensor:
+def _checked_ids(prompt: Tensor, vocabulary: Vocabulary) -> Tensor:
     """The ids [N] of a prompt, int64."""
     if prompt.dim() != 1:
         raise UserError(f"prompt: ids [N] of one text, not {list(prompt.shape)}")
     if len(prompt) == 0:
         raise UserError("prompt: it holds no ids; a document begins with BOS")
-    if prompt.is_floating_point() or bool(((prompt < 0) | (prompt >= VOCAB_SIZE)).any()):
-        raise UserError(f"prompt: ids are whole numbers from 0 to {VOCAB_SIZE - 1}")
+    if prompt.is_floating_point() or bool(((prompt < 0) | (prompt >= vocabulary.size)).any()):
+        raise UserError(f"prompt: ids are whole numbers from 0 to {vocabulary.size - 1}")
     return prompt.long()
 
 
@@ -260,19 +271,20 @@ class Engine:
         decoder: reads prompts.
         slots: draw and read the bytes that follow.
         batch_size: sequences decoded at once; others wait.
+        vocabulary: of the ids.
     """
 
-    def __init__(self, decoder: Decoder, slots: Slots, batch_size: int):
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, slots: Slots, batch_size: int, vocabulary: Vocabulary = BYTES):
+        self.decoder, self.vocabulary = decoder, vocabulary
         self.slots = slots
         self._in_slot: list[Continuation | None] = [None] * batch_size
         self._waiting: deque[list[Continuation]] = deque()  # those of one prompt together
 
     @classmethod
-    def plain(cls, decoder: Decoder, batch_size: int) -> "Engine":
+    def plain(cls, decoder: Decoder, batch_size: int, vocabulary: Vocabulary = BYTES) -> "Engine":
         """One in plain PyTorch."""
         check_limits(batch_size=batch_size)
-        return cls(decoder, PlainSlots(decoder, batch_size), batch_size)
+        return cls(decoder, PlainSlots(decoder, batch_size, vocabulary), batch_size, vocabulary)
 
     @property
     def num_waiting(self) -> int:
@@ -296,16 +308,20 @@ class Engine:
         Raises:
             UserError: the prompt is neither text nor ids, or holds none; a number is out of range. Nothing is queued.
         """
-        prompt = _checked_ids(prompt) if isinstance(prompt, Tensor) else prompt_ids(prompt)
+        vocabulary = self.vocabulary
+        given = _checked_ids(prompt, vocabulary) if isinstance(prompt, Tensor) else prompt_ids(prompt, vocabulary)
         if not isinstance(sampling, Sampling):
             raise UserError(f"sampling: {type(sampling).__name__} is no Sampling; write Sampling(temperature=0.8)")
         check_limits(max_new_bytes=max_new_bytes, samples=samples)
+        if sampling.valid_utf8 and vocabulary.is_tokens:
+            raise UserError("valid_utf8: a token LM draws tokens, some of which end within a character; leave it out")
         stops = [to_bytes(stop) for stop in sampling.stop]
         asked = [
             Continuation(
-                prompt,
+                given,
                 sampling.model_copy(update={"seed": sampling.seed + number}),
                 max_new_bytes,
+                vocabulary=vocabulary,
                 _stop_texts=StopTexts(stops) if stops else None,
             )
             for number in range(samples)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from bytelatent.inference.settings import Sampling
-from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
+from bytelatent.vocab import BYTES, EOS, OFFSET, VOCAB_SIZE, Vocabulary
 
 # Shapes: B slots, V vocabulary, N ids of a prompt, S states of the automaton
 
 RANDOM_BITS = 24  # of a draw
-WEIGHT_BITS = 30  # of the likeliest id's weight; V of them times a random number stay below 2^63
+WEIGHT_BITS = 30  # of the likeliest id's weight
+ANY = 1 << 30  # in place of top_k: more ids than there are
 NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a slot can have
 FEW = 16  # slots
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
@@ -55,7 +56,7 @@ BY_ENGINE = {"stop"}  # fields that the engine applies to what was drawn
 
 def _top_k(sampling: Sampling) -> int:
     takes_likeliest = sampling.temperature <= COLDEST / 2  # float32 rounds it to 0
-    return 1 if takes_likeliest else min(sampling.top_k or VOCAB_SIZE, VOCAB_SIZE)
+    return 1 if takes_likeliest else min(sampling.top_k or ANY, ANY)
 
 
 @dataclass
@@ -69,41 +70,62 @@ class SamplingSlots:
     repetition_penalty: Tensor  # [B] float32; 1: none
     seed: Tensor  # [B] int64
     drawn: Tensor  # [B] int64, ids drawn so far: which of the seed's random numbers comes next
-    seen: Tensor  # [B, V] bool, the bytes that have occurred
+    seen: Tensor  # [B, V] bool, the bytes or tokens that have occurred
     valid_utf8: Tensor  # [B] bool
     utf8: Tensor  # [B] int64, state of the automaton after what was read
     remaining: Tensor  # [B] int64, ids that may still be drawn
     utf8_after: Tensor  # [S, V] int64, the state after an id; the same for all slots, as are the next three
     needed: Tensor  # [S] int64, bytes that a character in this state still needs
     needed_after: Tensor  # [S, V] int64, bytes that its character still needs after an id; NEVER: it may not be drawn
-    is_special: Tensor  # [V] bool, ids that are never drawn: neither bytes nor EOS
+    is_special: Tensor  # [V] bool, ids that are never drawn: neither text nor EOS
+    is_text: Tensor  # [V] bool
 
     @classmethod
-    def empty(cls, num_slots: int, device: torch.device | str) -> "SamplingSlots":
-        """Empty slots, which draw the most likely ids."""
+    def empty(
+        cls,
+        num_slots: int,
+        device: torch.device | str,
+        vocabulary: Vocabulary = BYTES,
+        vocab_size: int = VOCAB_SIZE,
+    ) -> "SamplingSlots":
+        """Empty slots, which draw the most likely ids.
+
+        Args:
+            vocabulary: of the ids; `valid_utf8` is for bytes.
+            vocab_size: ids that have logits, the vocabulary's or more.
+        """
 
         def full(value: float, dtype: torch.dtype) -> Tensor:
             return torch.full((num_slots,), value, dtype=dtype, device=device)
 
-        utf8_after = torch.zeros(len(NEEDED), VOCAB_SIZE, dtype=torch.int64)
-        utf8_after[:, OFFSET:] = RESUMED  # a special id is a border between texts
-        needed_after = torch.full_like(utf8_after, NEVER)
-        needed_after[:, OFFSET:] = NEEDED[TRANSITIONS]
-        needed_after[needed_after > NEEDED[:-1].max()] = NEVER
-        needed_after[0, EOS] = 0
-        every_V = torch.arange(VOCAB_SIZE)
-        is_special = (every_V < OFFSET) & (every_V != EOS)
+        utf8_after = torch.zeros(1 if vocabulary.is_tokens else len(NEEDED), vocab_size, dtype=torch.int64)
+        needed, needed_after = NEEDED[: len(utf8_after)], torch.zeros_like(utf8_after)
+        if not vocabulary.is_tokens:
+            utf8_after[:, OFFSET:] = RESUMED  # a special id is a border between texts
+            needed_after[:, :OFFSET] = NEVER
+            needed_after[:, OFFSET:] = NEEDED[TRANSITIONS]
+            needed_after[needed_after > NEEDED[:-1].max()] = NEVER
+            needed_after[0, EOS] = 0
+        is_text = torch.zeros(vocab_size, dtype=torch.bool)
+        is_text[: vocabulary.size] = torch.from_numpy(vocabulary.id_bytes > 0)
+        is_special = ~is_text
+        is_special[vocabulary.eos] = False
         return cls(
             **{name: full(option.neutral, option.dtype) for name, option in OPTIONS.items()},
             drawn=full(0, torch.int64),
-            seen=torch.zeros(num_slots, VOCAB_SIZE, dtype=torch.bool, device=device),
+            seen=torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device),
             utf8=full(0, torch.int64),
             remaining=full(0, torch.int64),
             utf8_after=utf8_after.to(device),
-            needed=NEEDED.to(device),
+            needed=needed.to(device),
             needed_after=needed_after.to(device),
             is_special=is_special.to(device),
+            is_text=is_text.to(device),
         )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.seen.shape[1]
 
     def put(self, slot: int, sampling: Sampling, prompt_ids: Tensor, max_new_bytes: int) -> None:
         """Let a slot draw what follows a prompt, in place of what it held before.
@@ -115,11 +137,12 @@ class SamplingSlots:
         """
         for name, option in OPTIONS.items():
             getattr(self, name)[slot] = option.value(sampling)
+        self.top_k[slot : slot + 1].clamp_(max=self.vocab_size)
         self.drawn[slot] = 0
         self.remaining[slot] = max_new_bytes
         prompt = prompt_ids.to(self.seen.device, torch.int64)
         self.seen[slot].zero_().scatter_(0, prompt, True)
-        self.seen[slot, :OFFSET] = False
+        self.seen[slot] &= self.is_text
         # The state depends on the last three bytes only. Slices, since an index of no dimension waits for the device.
         state = torch.zeros(1, dtype=torch.int64, device=prompt.device)
         for back in range(min(len(prompt), 3), 0, -1):
@@ -139,7 +162,7 @@ class SamplingSlots:
         weight_BV = self.weights(logits_BV)
         upto_BV = weight_BV.cumsum(dim=-1)
         # Less than the sum of all weights, so some id is found; never one of weight 0, which adds nothing to the sum.
-        point_B = (random_numbers(self.seed, self.drawn) * upto_BV[:, -1]) >> RANDOM_BITS
+        point_B = _share(random_numbers(self.seed, self.drawn), upto_BV[:, -1])
         ids_B = (upto_BV <= point_B[:, None]).sum(dim=-1)
         log_probabilities_BV = logits_BV.float().log_softmax(dim=-1)
         return ids_B, log_probabilities_BV.gather(1, ids_B[:, None])[:, 0]
@@ -154,15 +177,15 @@ class SamplingSlots:
         if ids_B.device.type == "cpu":
             self._read_arrays(ids_B.numpy(), active_B.numpy())
             return
-        every_V = torch.arange(VOCAB_SIZE, device=ids_B.device)
-        self.seen |= (every_V == ids_B[:, None]) & (every_V >= OFFSET) & active_B[:, None]
+        every_V = torch.arange(self.vocab_size, device=ids_B.device)
+        self.seen |= (every_V == ids_B[:, None]) & self.is_text & active_B[:, None]
         self.utf8.copy_(torch.where(active_B, self.utf8_after[self.utf8, ids_B], self.utf8))
         self.drawn += active_B
         self.remaining -= active_B.long()
 
     def _read_arrays(self, ids_B: np.ndarray, active_B: np.ndarray) -> None:
         """The same on a CPU, in NumPy, whose operations on a few numbers cost a third."""
-        slots = (active_B & (ids_B >= OFFSET)).nonzero()[0]
+        slots = (active_B & self.is_text.numpy()[ids_B]).nonzero()[0]
         self.seen.numpy()[slots, ids_B[slots]] = True
         utf8_B = self.utf8.numpy()
         np.copyto(utf8_B, self.utf8_after.numpy()[utf8_B, ids_B], where=active_B)
@@ -196,7 +219,7 @@ class SamplingSlots:
         temperature_B1 = self.temperature[:, None].clamp(min=COLDEST)
         relative_BV = (logits - logits.amax(-1, keepdim=True)).div_(temperature_B1).exp_()  # the likeliest's is 1
         weight_BV = (relative_BV * (1 << WEIGHT_BITS)).round_().long()
-        if _asked(self.top_k, VOCAB_SIZE) or _asked(self.top_p, 1):
+        if _asked(self.top_k, self.vocab_size) or _asked(self.top_p, 1):
             weight_BV = self._of_likeliest(logits, weight_BV)
         if _asked(self.min_p, 0):
             weight_BV.masked_fill_(relative_BV < self.min_p[:, None].to(wide), 0)
@@ -206,12 +229,18 @@ class SamplingSlots:
         """The weights of those that `top_k` and `top_p` leave, int64 [B, V]."""
         # From the likeliest to the least likely; stable, so that among equals the lowest id comes first.
         id_BV = logits_BV.argsort(dim=-1, descending=True, stable=True)
-        rank_V = torch.arange(VOCAB_SIZE, device=logits_BV.device)
+        rank_V = torch.arange(self.vocab_size, device=logits_BV.device)
         ordered_BV = weight_BV.gather(1, id_BV).masked_fill_(rank_V >= self.top_k[:, None], 0)
         upto_BV = ordered_BV.cumsum(dim=-1)
         share_B1 = self.top_p[:, None].to(logits_BV.dtype) * upto_BV[:, -1:].to(logits_BV.dtype)
         is_left_BV = ((upto_BV - ordered_BV).to(logits_BV.dtype) < share_B1) | (rank_V == 0)
         return torch.zeros_like(weight_BV).scatter_(1, id_BV, ordered_BV.masked_fill_(~is_left_BV, 0))
+
+
+def _share(number: Tensor, total: Tensor) -> Tensor:
+    """`number * total >> RANDOM_BITS` where the product may be beyond 64 bits."""
+    low = total & ((1 << RANDOM_BITS) - 1)
+    return number * (total >> RANDOM_BITS) + (number * low >> RANDOM_BITS)
 
 
 def _asked(setting_B: Tensor, none: float) -> bool:

@@ -55,11 +55,11 @@ class Tokenizer(Vocabulary):
             self._byte_ids = np.array([letters[letter] for letter in byte_of])
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"'{name}' is no tokenizer.json of a byte-level BPE; blt tokenizer trains one") from None
-        self._bytes = [b""] * self.size
+        self.bytes_of = [b""] * self.size
         for token, id_ in letters.items():
             if token not in added and all(letter in byte_of for letter in token):
-                self._bytes[id_] = bytes(byte_of[letter] for letter in token)
-        self.id_bytes = np.array([len(data) for data in self._bytes])
+                self.bytes_of[id_] = bytes(byte_of[letter] for letter in token)
+        self.id_bytes = np.array([len(data) for data in self.bytes_of])
         self.bos, self.eos = (self._special(added, names) for names in (BEGINS, ENDS))
         self.dtype = np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
         if self.decode(self.encode(PROBE)) != PROBE.encode():
@@ -127,7 +127,7 @@ class Tokenizer(Vocabulary):
         return np.concatenate([*(np.asarray(ids, np.int64) for ids in found), np.array([self.eos] * eos, np.int64)])
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> bytes:
-        return b"".join(self._bytes[id_] for id_ in ids if id_ >= 0)
+        return b"".join(self.bytes_of[id_] for id_ in ids if id_ >= 0)
 
 
 def train_tokenizer(documents: Iterable[bytes], vocab_size: int) -> str:

@@ -3,15 +3,21 @@
 import json
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bytelatent.evaluation.noise import Noise, with_noise
+from bytelatent.commands.eval_tasks import evaluate_tasks, run
+from bytelatent.commands.options import EvaluateSettings
+from bytelatent.evaluation.noise import NOISES, Noise, with_noise
+from tests.commands.test_eval_text import place
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+
+__all__ = ["place"]  # a fixture
 
 DOCS = [
     {"q": "the cat sat on", "choices": ["the mat", "a hat", "two dogs"], "gold": 0},
@@ -135,3 +141,25 @@ def test_rate_zero_changes_nothing_and_any_rate_is_reproducible(evaluated: Any) 
     for lm, seed in zip(models, (0, 1), strict=True):
         evaluated(with_noise(lm, Noise("drop", 0.3, seed), "both"), "choice")
     assert models[0].asked != models[1].asked
+
+
+def test_the_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each noise, with the same few-shot examples, and the mean beside the paper's."""
+    data = tmp_path / "docs.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
+    text = CHOICE.format(name="hellaswag", data=data) + "fewshot_split: test\n"
+    (tmp_path / "hellaswag.yaml").write_text(text)
+    more: dict[str, Any] = {"tasks": "hellaswag", "include_path": str(tmp_path), "shots": 1, "device": "cpu"}
+    settings = EvaluateSettings.parse({"model": [str(place / "byte_lm")], **more, "context": 400})
+    found = evaluate_tasks(settings.model_copy(update={"noise": ["all"]}))
+    [clean] = evaluate_tasks(settings)["tasks"]
+    assert found["tasks"][0] == clean
+    assert [row["noise"] for row in found["tasks"]] == [None, *NOISES]
+    for noise in NOISES:
+        [_, row] = evaluate_tasks(settings.model_copy(update={"noise": [noise]}))["tasks"]
+        assert row in found["tasks"]
+    run(settings.model_copy(update={"noise": ["all"], "figure": tmp_path / "curves.svg"}))
+    *_, last = capsys.readouterr().out.splitlines()
+    mean = sum(row["metrics"]["acc_norm,none"] for row in found["tasks"][1:]) / len(NOISES)
+    assert last.split() == ["hellaswag", "mean", "all", "noises", f"{mean:.4f}", "0.569", "0.643"]
+    assert (tmp_path / "curves.svg").stat().st_size

@@ -13,19 +13,22 @@ from bytelatent.inference.settings import Quantization, check_limits
 from bytelatent.inference.step.packed_weights import has_cross_attention, supports
 from bytelatent.inference.step.prefill import PrefillDecoder
 from bytelatent.inference.step.slots import CapturedSlots
-from bytelatent.model import BLTModel, ByteLM
+from bytelatent.model import BLTModel, ByteLM, LanguageModel, TokenLM
+from bytelatent.model.settings import NAMES
 from bytelatent.patching import PatchSettings
+from bytelatent.vocab import BYTES, Vocabulary
 
 QUORUM = 1 / 3  # of slots whose patches the global transformer waits for on a GPU; one of up to three slots is enough
 
 
 def engine_for(
-    model: BLTModel | ByteLM,
+    model: BLTModel | LanguageModel,
     patching: PatchSettings | None,
     byte_lm: ByteLM | None,
     batch_size: int,
     quantize: Quantization = "full",
     draft_length: int = 1,
+    vocabulary: Vocabulary = BYTES,
 ) -> Engine:
     """The fastest engine that can decode this model where it is.
 
@@ -34,6 +37,7 @@ def engine_for(
         batch_size: sequences decoded at once.
         quantize: quantize the model's large matrices to `int8` or `fp8`; the entropy model stays as it is.
         draft_length: speculative decoding: bytes per step at most; 1: no drafts. See `DraftedStep`.
+        vocabulary: of the ids of a token LM.
 
     Raises:
         UserError: this model cannot draft, or a number is out of range.
@@ -43,6 +47,8 @@ def engine_for(
     if draft_length > 1 and (why := _why_no_drafts(model, patching, byte_lm, device)):
         raise UserError(f"draft_length: {why}; leave it out")
     model = quantize_model(model, quantize)
+    if isinstance(model, TokenLM):
+        return Engine.plain(Decoder(model, None, None), batch_size, vocabulary)
     decides_on_host = patching is not None and patching.decides_on_host
     is_changed = _is_changed(model) or (byte_lm is not None and _is_changed(byte_lm))
     has_step = has_cross_attention(model) and (device == "cpu" or (device == "cuda" and supports(model, byte_lm)))
@@ -54,11 +60,11 @@ def engine_for(
 
 
 def _why_no_drafts(
-    model: BLTModel | ByteLM, patching: PatchSettings | None, byte_lm: ByteLM | None, device: str
+    model: BLTModel | LanguageModel, patching: PatchSettings | None, byte_lm: ByteLM | None, device: str
 ) -> str | None:
     """Why a model cannot draft; None if it can."""
-    if isinstance(model, ByteLM) or patching is None:
-        return "a byte LM has no part that drafts"
+    if isinstance(model, LanguageModel) or patching is None:
+        return f"a {NAMES[model.settings.kind]} has no part that drafts"
     if _is_changed(model):
         return "modules of this model were replaced, as adapters do"
     if not has_cross_attention(model):
@@ -74,7 +80,7 @@ def _why_no_drafts(
     return None
 
 
-def _is_changed(model: BLTModel | ByteLM) -> bool:
+def _is_changed(model: BLTModel | LanguageModel) -> bool:
     """Whether some module is of another package, as adapters are: the fast step reads matrices, not modules."""
     return any(type(part).__module__.partition(".")[0] not in ("torch", "bytelatent") for part in model.modules())
 

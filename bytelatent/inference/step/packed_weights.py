@@ -14,7 +14,7 @@ from bytelatent.kernels.gated_product import interleaved
 from bytelatent.kernels.quantized import Matrix, by_rows
 from bytelatent.kernels.rotary import rotary_embedding
 from bytelatent.kernels.skinny_linear import fold_norm
-from bytelatent.model import BLTModel, BLTSettings, ByteLM
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, LanguageModel
 from bytelatent.model.settings import StackSettings
 
 # Shapes: D width, H heads, J key/value heads, E head size, F feed-forward width, K keys per patch
@@ -142,7 +142,7 @@ class BLTWeights:
         )
 
 
-def supports(model: BLTModel | ByteLM, byte_lm: ByteLM | None) -> bool:
+def supports(model: BLTModel | LanguageModel, byte_lm: ByteLM | None) -> bool:
     """Whether the kernels can decode this model: heads of a power of two, from 16 on; a BLT has cross-attention."""
     if not has_cross_attention(model):
         return False
@@ -155,7 +155,7 @@ def supports(model: BLTModel | ByteLM, byte_lm: ByteLM | None) -> bool:
     return all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
 
-def has_cross_attention(model: BLTModel | ByteLM) -> bool:
+def has_cross_attention(model: BLTModel | LanguageModel) -> bool:
     """Whether the step is written for this model: not for a BLT without cross-attention."""
     return not isinstance(model, BLTModel) or model.settings.cross_attention is not None
 

@@ -20,7 +20,7 @@ from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.quantized import dense
 from bytelatent.kernels.rotary import cos_sin
 from bytelatent.kernels.window_attention import can_attend, first_seen, window_attention
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, Stream
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, LanguageModel, Stream
 from bytelatent.model.attention import Mask
 from bytelatent.model.blt import BLTCache, LocalEncoder
 from bytelatent.model.settings import StackSettings
@@ -184,7 +184,7 @@ class PrefillDecoder(Decoder):
 
     pad_to = ROWS
 
-    def __init__(self, model: BLTModel | ByteLM, patching: PatchSettings | None, byte_lm: ByteLM | None):
+    def __init__(self, model: BLTModel | LanguageModel, patching: PatchSettings | None, byte_lm: ByteLM | None):
         super().__init__(model, patching, byte_lm)
         lm = model if isinstance(model, ByteLM) else self.byte_lm
         self.byte_lm_weights = ByteLMWeights.of(lm) if lm is not None else None

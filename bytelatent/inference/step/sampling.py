@@ -16,7 +16,8 @@ from bytelatent.vocab import EOS, OFFSET
 
 # Shapes: B slots, C slots whose patch closes, V vocabulary
 
-PLAIN_FIELDS = {"is_special"}  # of `SamplingSlots`: the kernel compares ids instead, and has a parameter for each other
+# Of `SamplingSlots`: the kernel compares ids instead, and has a parameter for each other field.
+PLAIN_FIELDS = {"is_special", "is_text"}
 
 FAR = tl.constexpr(1e30)
 GOLDEN = tl.constexpr(-7046029254386353131)  # 0x9E3779B97F4A7C15
