@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from bytelatent.evaluation.harness import HarnessModel
 from bytelatent.model import TokenLMSettings
-from bytelatent.text.tokenizer import TOKENIZER, train_tokenizer
+from bytelatent.text.tokenizer import TOKENIZER, Tokenizer, train_tokenizer
 from bytelatent.weights import Config, StoredModel, convert, open_pretrained, write_model
 from tests.lm_eval.conftest import WORDS, asked
 from tests.model.tiny import make
@@ -129,7 +129,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[HarnessModel, HFLM]
     """A token LM in our format and as transformers' Llama; context 40."""
     folder = tmp_path_factory.mktemp("llama")
     (folder / TOKENIZER).write_text(train_tokenizer([" ".join(WORDS).encode()] * 9, 300))
-    model = make(TokenLMSettings(dim=32, num_layers=2, num_heads=4, multiple_of=8, vocab_size=304))
+    size = Tokenizer.read(folder / TOKENIZER).size  # transformers would also draw ids that no token has
+    model = make(TokenLMSettings(dim=32, num_layers=2, num_heads=4, multiple_of=8, vocab_size=size))
     stored = replace(StoredModel.of(model, Config(model=model.settings, context=40)), tokenizer=folder / TOKENIZER)
     write_model(stored, folder / "own", "native")
     convert(open_pretrained(folder / "own"), folder / "theirs", "hf")
