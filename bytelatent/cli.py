@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
@@ -15,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
-from bytelatent.commands import options
+from bytelatent.commands import import_uncollected, options
 from bytelatent.config import Option, Settings, union_members, warn_renamed
 from bytelatent.errors import BAD_INPUT, UserError, guarded, nearest
 from bytelatent.prepare import PrepareSettings
@@ -97,7 +96,7 @@ def verb_of(settings: type[Settings], module: str) -> Any:
         guarded(lambda: run(settings.parse(values)))
 
     def run(parsed: Settings) -> None:
-        imported = import_module(f"bytelatent.commands.{module}")
+        imported = import_uncollected(f"bytelatent.commands.{module}")
         signals.begin()
         imported.run(parsed)
 
@@ -224,10 +223,11 @@ def _in_short(error: Any, arguments: list[str]) -> str:
     command = " ".join(["blt", *(given for given in arguments[:1] if given[:1] != "-")])
     line = error.format_message().rstrip(".")
     line = line[:1].lower() + line[1:]
+    shown: list[Any] = []
     if error.ctx is not None:
         command = error.ctx.command_path
-    if hasattr(error, "possibilities"):  # no such option
         shown = [option for option in error.ctx.command.params if not getattr(option, "hidden", False)]
+    if hasattr(error, "possibilities"):  # no such option
         known = ["--help", *(name for option in shown for name in option.opts if name.startswith("--"))]
         near = nearest(error.option_name, known, cutoff=0.6) if error.option_name.startswith("--") else ""
         line = f"no option '{error.option_name}'{near}"

@@ -7,8 +7,9 @@ if __name__ == "__main__":
 
     listen()  # before the imports, which take seconds
     from bytelatent import signals
-    from bytelatent.commands.generate import main
+    from bytelatent.commands import import_uncollected
     from bytelatent.errors import guarded
 
+    generate = import_uncollected("bytelatent.commands.generate")
     signals.begin()
-    guarded(lambda: main(sys.argv[1:]))
+    guarded(lambda: generate.main(sys.argv[1:]))

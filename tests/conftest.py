@@ -40,10 +40,14 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+gc.disable()  # until all tests are imported: nothing of them is garbage
+
+
 def pytest_collection_finish() -> None:
     """What was imported by now stays; the garbage collector need not look through it in every test."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,18 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import pytest
+
 # What several tests' commands need; a forkserver is one for all of them.
-PRELOADED = ["tests.training.plans", "bytelatent.commands.generate", "bytelatent.commands.train", "bytelatent.cli"]
-PRELOADED += [
+PRELOADED = [
+    "tests.uncollected",  # the first
+    "tests.training.plans",
+    "bytelatent.commands.generate",
+    "bytelatent.commands.train",
+    "bytelatent.cli",
     "torch.distributed.run",
+    "torch._dynamo",
+    "bytelatent.launch.torchrun",
     "bytelatent.training.distributed.parallelize",
     "bytelatent.training.checkpoint.storage",
     "tests.frozen",  # the last
@@ -31,6 +39,11 @@ def forkserver() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def forked_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that read text ahead, which a user's machine starts anew, are forked too."""
+    monkeypatch.setattr("bytelatent.data.source.get_context", lambda kind: forkserver())
 
 
 class Command:
@@ -65,6 +78,11 @@ class Command:
         self._process.start()
 
     @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
         return self._process.exitcode
 
@@ -73,8 +91,7 @@ class Command:
 
     def send_signal(self, number: int) -> None:
         if self._process.is_alive():
-            assert self._process.pid is not None
-            os.kill(self._process.pid, number)
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

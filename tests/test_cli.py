@@ -37,7 +37,7 @@ VERBS = [
     "convert",
     "export",
 ]
-VERBS += ["info"]
+VERBS += ["info", "tokenizer"]
 IMPORT_TORCH = ["patch words --mode space", "info demo-blt"]  # not in an interpreter of their own: it takes seconds
 NO_UTF8 = b"caf\xc3\xa9 \xff\xfe \x1b[31m and\nmore"
 BLT_COMMAND = [sys.executable, "-m", "bytelatent.cli"]
@@ -118,12 +118,19 @@ def test_the_real_command_ends_with_code_2_and_one_line() -> None:
 
 
 @pytest.mark.parametrize("command", ["patch", "generate", "published"])
-def test_a_closed_pipe_is_no_traceback(command: str, byte_lm: Path) -> None:
+def test_a_closed_pipe_is_no_traceback(command: str, byte_lm: Path, tmp_path: Path) -> None:
     arguments = {
         "patch": [*BLT_COMMAND, "patch", "word " * 20_000, "--mode", "space"],
         "generate": [*BLT_COMMAND, "generate", "x", "-m", str(byte_lm), "-n", "300"],
         "published": [sys.executable, "-m", "bytelatent.generate", f"model={byte_lm}", "prompt=x", "max_new_bytes=300"],
     }[command]
+    if command != "patch":  # which starts an interpreter of its own, and sees it end
+        os.mkfifo(tmp_path / "pipe")
+        forked = processes.Command(arguments, ENVIRONMENT, streams={1: str(tmp_path / "pipe")})
+        with open(tmp_path / "pipe", "rb") as pipe:
+            assert len(pipe.read(1)) == 1
+        assert forked.communicate(timeout=60)[1] == ""
+        return
     process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

@@ -3,11 +3,11 @@
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from bytelatent.command_line import PRINT_CONFIG
+from bytelatent.commands import import_uncollected
 from bytelatent.commands.options import TrainArguments
 from bytelatent.signals import unattended
 from bytelatent.terminal import print_line
@@ -31,7 +31,7 @@ def run(settings: TrainArguments) -> None:
 
 def command(arguments: list[str]) -> None:
     """Train; the first of the processes prints the run's folder at the end."""
-    with unattended(lambda: import_module("bytelatent.training")):  # which takes seconds
+    with unattended(lambda: import_uncollected("bytelatent.training")):  # which takes seconds
         run = _recorded(main)(arguments)
         if os.environ.get("RANK", "0") == "0":
             with suppress(OSError):  # nobody may read it any more, and the run is complete

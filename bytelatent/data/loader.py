@@ -69,8 +69,8 @@ class Loader:
 
     def __next__(self) -> Batch:
         settings = self.settings
-        pieces = fill_batch(self.ready, settings.batch_bytes, settings.patch_slots, self._prepare)
-        return pack(pieces, settings.batch_bytes, settings.patch_slots, as_one_row=True, vocabulary=self.vocabulary)
+        pieces = fill_batch(self.ready, settings.batch_ids, settings.patch_slots, self._prepare)
+        return pack(pieces, settings.batch_ids, settings.patch_slots, as_one_row=True, vocabulary=self.vocabulary)
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +85,7 @@ class Loader:
     def _prepare(self) -> bool:
         """Move about a batch of pieces, patched, from the shuffle buffer to `ready`."""
         pieces, size = [], 0
-        while size < self.settings.batch_bytes:
+        while size < self.settings.batch_ids:
             while len(self.buffer) < self.settings.shuffle_buffer:
                 source = int(self.random.choice(len(self.sources), p=self.shares)) if len(self.sources) > 1 else 0
                 self.buffer.extend(next(self.sources[source]))
@@ -318,7 +318,7 @@ def held_out_batches(
     return batches_once(
         data.valid,
         data.context,
-        data.batch_bytes,
+        data.batch_ids,
         patcher,
         max_bytes,
         data.patch_slots if patcher is not None else None,

@@ -45,8 +45,8 @@ class DataSettings(Settings):
         batch_bytes: ids in a batch.
         batch_patches: patch slots in a batch, so that shapes never change; None for as many as there are.
         patch_bytes: the mean patch that is expected, in bytes, in place of `batch_patches`: there are slots for as many
-            patches of this size as a batch holds bytes, and a quarter more. So models whose patches differ in size
-            read as many bytes in a step.
+            patches of this size as a batch holds bytes, and a quarter more. Of a token LM, the mean token: a batch has
+            as many ids as hold `batch_bytes` bytes. So models of any patches and tokens read as many bytes in a step.
         shuffle_buffer: pieces among which the next one is drawn.
         workers: processes that read ahead; 0 reads in the training process. The batches are the same.
         max_bad_rows: bad rows and files of a source that are passed over in an epoch; one more is an error.
@@ -81,9 +81,15 @@ class DataSettings(Settings):
     @property
     def patch_slots(self) -> int | None:
         """Patch slots in a batch; None for as many as there are patches."""
-        if self.patch_bytes is None:
+        if self.patch_bytes is None or self.tokenizer is not None:
             return self.batch_patches
         return min(self.batch_bytes + 1, max(2, math.ceil(SPARE_SLOTS * self.batch_bytes / self.patch_bytes)))
+
+    @property
+    def batch_ids(self) -> int:
+        """Ids in a batch."""
+        is_divided = self.tokenizer is not None and self.patch_bytes is not None
+        return max(2, round(self.batch_bytes / self.patch_bytes)) if is_divided else self.batch_bytes
 
     @field_validator("train", "valid", mode="before")
     @classmethod

@@ -161,12 +161,13 @@ def check_text(data: DataSettings) -> None:
 def hints_about_batches(data: DataSettings, first: Batch) -> list[str]:
     """A line about each setting that another setting keeps from having its effect."""
     lines = []
-    if data.batch_bytes < data.context:
+    ids = "" if data.batch_ids == data.batch_bytes else f", {data.batch_ids} ids,"
+    if data.batch_ids < data.context:
         lines.append(
-            f"data.batch_bytes={data.batch_bytes} is less than data.context={data.context}: no piece of a document is "
-            f"longer than {data.batch_bytes} ids"
+            f"data.batch_bytes={data.batch_bytes}{ids} is less than data.context={data.context}: no piece of a "
+            f"document is longer than {data.batch_ids} ids"
         )
-    if data.patch_slots is not None and 2 * first.num_targets < data.batch_bytes:
+    if data.patch_slots is not None and 2 * first.num_targets < data.batch_ids:
         fills = data.patch_slots * data.batch_bytes // first.num_targets
         lines.append(
             f"data.batch_patches={data.patch_slots} is full before data.batch_bytes={data.batch_bytes} is: the first "

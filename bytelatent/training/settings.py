@@ -333,7 +333,7 @@ class TrainSettings(Settings):
         if isinstance(self.model, LanguageModelSettings):
             if self.float8 is not None:
                 raise ValueError(f"float8 is for the global transformer, and a {own} has none; leave it out")
-            for name in ("batch_patches", "patch_bytes"):
+            for name in ("batch_patches", *(["patch_bytes"] if self.model.kind == "byte_lm" else [])):
                 if getattr(self.data, name) is not None:
                     raise ValueError(f"data.{name} is for a BLT, and a {own} has no patches; leave it out")
             for name in ("hash_tables", "encoder", "global_transformer", "decoder"):

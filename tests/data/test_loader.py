@@ -138,6 +138,8 @@ def test_batches_of_any_patch_size_hold_as_many_bytes(tmp_path: Path) -> None:
         loader = Loader(settings, seed=0, patcher=Patcher(PatchSettings(mode="static", patch_size=size)))
         for batch in (next(loader) for _ in range(5)):
             assert (batch.num_targets, batch.stream.patch_document.shape) == (480, (slots,))  # type: ignore[attr-defined]
+    tokens = DataSettings(train=train, tokenizer="x.json", context=200, batch_bytes=480, patch_bytes=4)
+    assert (next(Loader(tokens, seed=0)).num_targets, tokens.patch_slots) == (120, None)
 
 
 def test_seeds_differ(sources: list[SourceSettings]) -> None:

@@ -12,6 +12,7 @@ from bytelatent.patching import PatchSettings
 from bytelatent.training import trainer as loop
 from tests.data.test_loader import same, sources, text
 from tests.model.tiny import tiny_byte_lm
+from tests.processes import forked_readers
 
 __all__ = ["sources"]
 CPU = torch.device("cpu")
@@ -34,7 +35,10 @@ def alike(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_same_batches_and_positions(sources: list[SourceSettings], workers: int) -> None:
+def test_the_same_batches_and_positions(
+    sources: list[SourceSettings], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked_readers(monkeypatch)
     threads = torch.get_num_threads()
     plain, ahead = loaders(sources, workers)
     with plain, ahead:

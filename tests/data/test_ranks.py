@@ -18,6 +18,7 @@ from bytelatent.text import readers, tables
 from bytelatent.training.checkpoint.manager import arrays_to_tensors, tensors_to_arrays
 from bytelatent.vocab import decode
 from tests.data.test_loader import same
+from tests.processes import forked_readers
 from tests.text.text_files import KINDS, logged, write
 
 PROPERTY = settings(
@@ -179,6 +180,7 @@ def test_any_number_of_reading_processes_gives_the_same_batches(
 ) -> None:
     """Also when one that read with another number goes on, or a process is killed."""
     monkeypatch.undo()  # processes of their own read blocks as large as in use
+    forked_readers(monkeypatch)
     patcher = Patcher(PatchSettings(mode="static", patch_size=4))
     alone = Loader(with_workers(many, 0), 1, patcher)
     expected = drawn(alone, 60)

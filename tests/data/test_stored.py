@@ -15,6 +15,7 @@ from bytelatent.text.stored import read_stored
 from bytelatent.weights import fingerprint
 from tests.data.test_loader import same
 from tests.model.tiny import tiny_byte_lm
+from tests.processes import forked_readers
 from tests.text.text_files import write
 
 CONTEXT = 50
@@ -84,7 +85,10 @@ def test_batches_from_stored_entropies_are_those_of_the_live_byte_lm(folder: Pat
 
 
 @pytest.mark.parametrize("kind", ["entropies", "starts0"])
-def test_stored_batches_go_on_and_need_no_byte_lm_in_reading_processes(folder: Path, kind: str) -> None:
+def test_stored_batches_go_on_and_need_no_byte_lm_in_reading_processes(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked_readers(monkeypatch)
     data = settings(folder / kind)
     loader = Loader(data, 1, Patcher(PATCHING))
     for _ in range(9):

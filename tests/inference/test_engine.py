@@ -63,6 +63,12 @@ def decoder_of(name: str, seed: int = 0) -> Decoder:
     return Decoder(model, PATCHINGS[name], byte_lm)
 
 
+@cache
+def shared_decoder(name: str, seed: int = 0) -> Decoder:
+    """One for many examples, none of which changes it."""
+    return decoder_of(name, seed)
+
+
 def engine_of(decoder: Decoder, kind: str, batch_size: int) -> Engine:
     """Plain rows; the fast ones as they run on a CPU; the same where the global transformer runs seldom, for few; as on
     a GPU, where the decoder does not wait for the byte LM; and where several bytes are drafted and verified at once."""
@@ -125,13 +131,20 @@ def test_greedy_bytes(name: str, kind: str, batch_size: int) -> None:
     assert name != "lines" or {NEWLINE} < set(found[0].ids)
 
 
+@cache
+def alone(prompt: tuple[int, ...], temperature: float, seed: int, max_new_bytes: int) -> Continuation:
+    engine = Engine.plain(shared_decoder("entropy", seed=1), 1)
+    [found] = engine.submit(torch.tensor(prompt), Sampling(temperature=temperature, seed=seed), max_new_bytes)
+    engine.run()
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=8)
 @given(data=st.data())
 def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
     """Sequences join and leave at any time; each has the bytes and log-probabilities that it has alone."""
-    decoder = decoder_of("entropy", seed=1)
-    engine = engine_of(decoder, kind, data.draw(st.integers(1, 4)))
+    engine = engine_of(shared_decoder("entropy", seed=1), kind, data.draw(st.integers(1, 4)))
     asked: list[Continuation] = []
     for number in range(data.draw(st.integers(1, 7))):
         prompt = data.draw(st.sampled_from(PROMPTS))
@@ -145,9 +158,10 @@ def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
             engine.cancel(data.draw(st.sampled_from(asked)))
     engine.run()
     for continuation in asked:
-        single = Engine.plain(decoder, 1)
-        [alone_one] = single.submit(continuation.prompt, continuation.sampling, continuation.max_new_bytes)
-        single.run()
+        drawn = continuation.sampling
+        alone_one = alone(
+            tuple(continuation.prompt.tolist()), drawn.temperature, drawn.seed, continuation.max_new_bytes
+        )
         if continuation.ended == "cancelled":
             assert continuation.ids == alone_one.ids[: len(continuation.ids)]
         else:
@@ -294,7 +308,7 @@ STOPS = st.lists(
 @given(data=st.data())
 def test_valid_utf8_is_valid_whatever_ends_it(kind: str, data: st.DataObject) -> None:
     """Also where a stop text begins within a character, on the way, and where a sequence is cancelled."""
-    decoder = decoder_of("entropy", data.draw(st.integers(0, 3)))
+    decoder = shared_decoder("entropy", data.draw(st.integers(0, 3)))
     batch_size = data.draw(st.integers(1, 3))
     engine = engine_of(decoder, kind, batch_size)
     asked = [

@@ -15,12 +15,13 @@ import yaml
 from bytelatent.errors import STOPPED
 from bytelatent.training import read_metrics
 from tests.launch.conftest import JOB, SAVED, STAND_IN, STEP, Cluster, launched
+from tests.processes import Command
 from tests.training.tiny_runs import byte_lm_run, checkpoints, write_text
 
 NAME = 'it\'s "1" $HOME'
 
 
-def wait_for(happened: Callable[[], object], job: "subprocess.Popen[str]", seconds: float = 60) -> None:
+def wait_for(happened: Callable[[], object], job: "subprocess.Popen[str] | Command", seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not happened():
         assert job.poll() is None, job.communicate()[0]
@@ -28,7 +29,7 @@ def wait_for(happened: Callable[[], object], job: "subprocess.Popen[str]", secon
         time.sleep(0.01)
 
 
-def begun(job: "subprocess.Popen[str]", log: Path) -> None:
+def begun(job: "subprocess.Popen[str] | Command", log: Path) -> None:
     wait_for(lambda: log.is_file() and "\n" in log.read_text(), job)
 
 
@@ -157,7 +158,7 @@ def test_training_is_warned_requeued_and_goes_on(
     assert checkpoints(run)[-1] == f"step-{step + 3:08d}"
 
 
-def run_torchrun(folder: Path, end: object, processes: int, script: str = STAND_IN) -> "subprocess.Popen[str]":
+def run_torchrun(folder: Path, end: object, processes: int, script: str = STAND_IN) -> Command:
     (folder / "stand_in.py").write_text(script)
     (folder / "config.yaml").write_text(yaml.safe_dump({"end": end}))
     (folder / "logs" / "7").mkdir(parents=True)
@@ -165,9 +166,7 @@ def run_torchrun(folder: Path, end: object, processes: int, script: str = STAND_
     environment = {**os.environ, **JOB, **STEP, "DUMP_DIR": str(folder), "PYTHONPATH": f"{root}:{folder}"}
     torchrun = [sys.executable, "-m", "bytelatent.launch.torchrun", f"--nproc-per-node={processes}", "--standalone"]
     command = [*torchrun, "-m", "bytelatent.launch.worker", "stand_in", f"config={folder / 'config.yaml'}"]
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return Command(command, environment)
 
 
 def test_torchrun_ends_with_the_code_of_its_processes(tmp_path: Path) -> None:

@@ -28,13 +28,19 @@ def entropy_patching(request: pytest.FixtureRequest) -> PatchSettings:
 
 
 def all_sizes(stream: tuple[Tensor, Tensor, Tensor], patching: PatchSettings) -> list[float]:
-    """The mean patch size under every threshold, lowest first: entropies and their rises are 32nds of a nat."""
+    """The mean patch size under every threshold, lowest first: entropies and their rises are 32nds of a nat.
+
+    Between two of them that follow one another, every threshold decides the same.
+    """
     ids, entropies, position = stream
     low = -200 if patching.monotonicity else -1
-    thresholds = [(number + 0.5) / 32 for number in range(low, 200)]
+    deciding = torch.cat([entropies, entropies.diff()]).unique()
+    thresholds = (torch.arange(low, 200) + 0.5) / 32
+    between = torch.bucketize(thresholds, deciding).tolist()
     return [
         mean_patch_bytes(ids, entropies, position, patching.model_copy(update={"threshold": threshold}))
-        for threshold in thresholds
+        for number, threshold in enumerate(thresholds.tolist())
+        if number == 0 or between[number] != between[number - 1]
     ]
 
 

@@ -33,6 +33,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A run that nothing happened to; tests only read it."""
+    return train(settings(byte_lm_run(tmp_path_factory.mktemp("whole") / "run", text)))
+
+
+@pytest.fixture(scope="session")
 def byte_lm(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """The run of a byte LM, for patching by entropy."""
     return train(settings(byte_lm_run(tmp_path_factory.mktemp("byte_lm") / "run", text, steps=12)))

@@ -25,12 +25,6 @@ from tests.training.tiny_runs import (
 )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """A run that nothing happened to."""
-    return train(settings(byte_lm_run(tmp_path_factory.mktemp("whole") / "run", text)))
-
-
 @pytest.fixture
 def begun(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, cut off after step 8, with a checkpoint after step 5."""

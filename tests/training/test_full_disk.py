@@ -56,7 +56,12 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, place: str, good: int, bad: i
 
 @pytest.mark.parametrize("place", FILLED)
 def test_a_full_disk_leaves_the_checkpoint_before(
-    tmp_path: Path, text: Path, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    text: Path,
+    whole: Path,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = tmp_path / "run"
     fill_the_disk(monkeypatch, place, good=1, bad=99)
@@ -72,17 +77,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     ]
     monkeypatch.undo()
     train(settings(byte_lm_run(run, text)))
-    assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
+    assert_equal_runs(run, whole)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
-    tmp_path: Path, text: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: Path, whole: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill_the_disk(monkeypatch, "state", good=0, bad=2)
     run = train(settings(byte_lm_run(tmp_path / "run", text, checkpoint={"every": 5, "asynchronous": asynchronous})))
     assert checkpoints(run) == ["step-00000010", "step-00000012"]
-    assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
+    assert_equal_runs(run, whole)
 
 
 def test_a_signal_ends_the_wait_for_room(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +130,7 @@ def fill_the_disk_for_metrics(monkeypatch: pytest.MonkeyPatch, full: range) -> N
 
 
 def test_rows_wait_for_room(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, text: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill_the_disk_for_metrics(monkeypatch, range(3, 8))
     run = train(settings(byte_lm_run(tmp_path / "run", text)))
@@ -135,7 +140,7 @@ def test_rows_wait_for_room(
         "and training goes on"
     ]
     monkeypatch.undo()
-    assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
+    assert_equal_runs(run, whole)
 
 
 def test_rows_that_wait_go_back_with_the_run(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,10 +105,9 @@ def test_a_blt_that_is_killed_goes_on_bit_for_bit(tmp_path: Path, text: Path, by
 
 @pytest.mark.parametrize(("place", "at", "left", "rows"), [("step", 10, "step-00000005", 8), ("checkpoint", 2, "", 10)])
 def test_a_byte_lm_that_is_killed_goes_on_bit_for_bit(
-    tmp_path: Path, text: Path, place: str, at: int, left: str, rows: int
+    tmp_path: Path, text: Path, whole: Path, place: str, at: int, left: str, rows: int
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(settings(byte_lm_run(whole, text)))
+    killed = tmp_path / "killed"
     arguments = command(byte_lm_run(killed, text))
     ended = finished([sys.executable, "-c", KILLS_ITSELF, place, str(at), *arguments[3:]])
     assert ended.returncode == -signal.SIGKILL, ended.stderr

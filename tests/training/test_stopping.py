@@ -23,7 +23,7 @@ from bytelatent.signals import STOPPING
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.weights import load
-from tests.processes import NOBODY
+from tests.processes import NOBODY, Command
 from tests.training.tiny_runs import (
     assert_equal_runs,
     blt_run,
@@ -46,7 +46,7 @@ def without_metrics(errors: str) -> list[str]:
 def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     values = byte_lm_run(run, text, steps=5000, checkpoint={"every": 100_000})
-    process = subprocess.Popen(command(values), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = Command(command(values), environment())
     until = time.monotonic() + 60
     while len(read_metrics(run / "metrics.jsonl")) < 5 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
@@ -61,9 +61,8 @@ def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
-    tmp_path: Path, text: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: Path, whole: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(settings(byte_lm_run(tmp_path / "whole", text)))
     run, cross_entropy, calls = tmp_path / "run", loop.cross_entropy, []
     handlers = [signal.getsignal(name) for name in signal.Signals]
 
@@ -114,11 +113,11 @@ def test_under_nohup_it_goes_on(tmp_path: Path, text: Path, monkeypatch: pytest.
 
 def test_without_its_torchrun_it_saves_and_stops(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that nobody launched so may lose its parent: a shell in which it was left running."""
-    in_step_eight(monkeypatch, lambda: monkeypatch.setattr(os, "getppid", lambda: 1))
+    in_step_eight(monkeypatch, lambda: monkeypatch.setattr(os, "getppid", lambda: signals.PARENT + 1))
     train(settings(byte_lm_run(tmp_path / "alone", text)))
     monkeypatch.undo()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    in_step_eight(monkeypatch, lambda: monkeypatch.setattr(os, "getppid", lambda: 1))
+    in_step_eight(monkeypatch, lambda: monkeypatch.setattr(os, "getppid", lambda: signals.PARENT + 1))
     with pytest.raises(Interrupted, match="after step 8; the same command goes on"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
     assert checkpoints(tmp_path / "run") == ["step-00000005", "step-00000008"]
@@ -135,7 +134,7 @@ def asked(*_):
     for _ in range(2):
         signal.raise_signal(number)
 if sys.argv[1] == "imports":
-    train.import_module = asked
+    train.import_uncollected = asked
 else:
     from bytelatent.training import run_setup as run
     run.calibrate_on = asked
@@ -318,9 +317,8 @@ def flip_a_bit(folder: Path) -> None:
     ],
 )
 def test_a_corrupt_checkpoint_is_skipped(
-    tmp_path: Path, text: Path, tear: Callable[[Path], None], why: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, text: Path, whole: Path, tear: Callable[[Path], None], why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = train(settings(byte_lm_run(tmp_path / "whole", text)))
     run = train(settings(byte_lm_run(tmp_path / "run", text, steps=12)))
     tear(run / "checkpoints" / "step-00000012")
     assert load(run).source.startswith(str(run / "checkpoints" / "step-00000010"))
@@ -376,7 +374,7 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path, text: Path) -> No
 
 
 def test_the_checkpoint_before_a_loss_that_is_not_finite_is_whole(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cross_entropy, calls = loop.cross_entropy, []
 
@@ -393,4 +391,4 @@ def test_the_checkpoint_before_a_loss_that_is_not_finite_is_whole(
     assert all(bool(value.isfinite().all()) for value in load(run).model.state_dict().values())
     monkeypatch.undo()
     train(settings(byte_lm_run(run, text)))
-    assert_equal_runs(run, train(settings(byte_lm_run(tmp_path / "whole", text))))
+    assert_equal_runs(run, whole)

@@ -96,7 +96,10 @@ def test_no_rank_repeats_what_calibration_said(work: Path, tmp_path: Path, crew:
     assert [sum("line 61 is not JSON" in line for line in lines) for lines in said] == [1, 0]
 
 
-def test_reading_processes_may_change_between_starts(work: Path, tmp_path: Path) -> None:
+def test_reading_processes_may_change_between_starts(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes.forked_readers(monkeypatch)
     for name, changes in (("same", {}), ("other", {"workers": 1, "max_bad_rows": 3})):
         train(settings(of_starts(work, tmp_path / name, steps=5)))
         more = of_starts(work, tmp_path / name, steps=10)
