@@ -13,7 +13,7 @@ from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.sampling import state_after
 from bytelatent.inference.settings import MAX_DRAFT_LENGTH, MAX_NEW_BYTES
-from bytelatent.inference.step import CapturedSlots, engine_for, supports
+from bytelatent.inference.step import CapturedSlots, _why_no_drafts, engine_for, supports
 from bytelatent.inference.step.step import BLTStep
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
@@ -46,7 +46,14 @@ PATCHINGS: dict[str, PatchSettings] = {
     "rises": PatchSettings(threshold=0.0, monotonicity=True),
     "all layers": PatchSettings(mode="space"),
     "lines": PatchSettings(threshold=5.12, reset_at_newline=True),
+    "joined": PatchSettings(mode="static", patch_size=3),
+    "added where patches close": PatchSettings(threshold=5.12),
     "static": PatchSettings(mode="static", patch_size=3),
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "all layers": {"cross_attention": EVERY, "ngram_hash": None},
+    "joined": {"cross_attention": None, "joined_bytes": 4},
+    "added where patches close": {"cross_attention": None, "added_to": "closing"},
 }
 NAMES = ["byte LM", *PATCHINGS]
 
@@ -56,8 +63,7 @@ def decoder_of(name: str, seed: int = 0) -> Decoder:
     if name == "byte LM":
         return Decoder(tiny_byte_lm(seed, dim=32, window=6), None, None)
     byte_lm = tiny_byte_lm(seed, dim=32, window=6) if PATCHINGS[name].mode == "entropy" else None
-    changes: dict[str, Any] = {"cross_attention": EVERY, "ngram_hash": None} if name == "all layers" else {}
-    model = wide_blt(seed, **changes)
+    model = wide_blt(seed, **CHANGES.get(name, {}))
     if name == "lines":  # it writes many
         model.decoder.output.weight.data[NEWLINE] *= 4
     return Decoder(model, PATCHINGS[name], byte_lm)
@@ -75,8 +81,8 @@ def engine_of(decoder: Decoder, kind: str, batch_size: int) -> Engine:
     if kind == "plain":
         return Engine.plain(decoder, batch_size)
     assert supports(decoder.model, decoder.byte_lm)
-    if kind in DRAFTED and (decoder.patching is None or decoder.patching.reset_at_newline):
-        pytest.skip("a byte LM has no part that drafts, and drafts cannot reset the entropy model's context")
+    if kind in DRAFTED and (why := _why_no_drafts(decoder.model, decoder.patching, decoder.byte_lm, "cpu")):
+        pytest.skip(why)
     slots = CapturedSlots(decoder, batch_size, **FAST[kind])
     if isinstance(slots.step, BLTStep):
         slots.step.assumes_open |= kind in ASSUMING
