@@ -13,7 +13,7 @@ from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.sampling import state_after
 from bytelatent.inference.settings import MAX_DRAFT_LENGTH, MAX_NEW_BYTES
-from bytelatent.inference.step import CapturedSlots, _why_no_drafts, engine_for, supports
+from bytelatent.inference.step import CapturedSlots, engine_for, supports
 from bytelatent.inference.step.step import BLTStep
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
@@ -22,7 +22,7 @@ from bytelatent.vocab import EOS, NEWLINE, decode
 from tests.inference.test_decoder import full_logits
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
-PROMPTS = ["The", "", "a longer prompt than the others", "it", "The", "two\nlines"]
+PROMPTS = ["The", "", "a longer prompt than the others", "it", "The"]
 GREEDY = Sampling(temperature=0)
 
 
@@ -55,7 +55,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "joined": {"cross_attention": None, "joined_bytes": 4},
     "added where patches close": {"cross_attention": None, "added_to": "closing"},
 }
-NAMES = ["byte LM", *PATCHINGS]
+OTHERS = ["lines", "joined", "added where patches close"]
+NAMES = ["byte LM", *(name for name in PATCHINGS if name not in OTHERS)]
 
 
 def decoder_of(name: str, seed: int = 0) -> Decoder:
@@ -81,8 +82,8 @@ def engine_of(decoder: Decoder, kind: str, batch_size: int) -> Engine:
     if kind == "plain":
         return Engine.plain(decoder, batch_size)
     assert supports(decoder.model, decoder.byte_lm)
-    if kind in DRAFTED and (why := _why_no_drafts(decoder.model, decoder.patching, decoder.byte_lm, "cpu")):
-        pytest.skip(why)
+    if kind in DRAFTED and isinstance(decoder.model, ByteLM):
+        pytest.skip("a byte LM has no part that drafts")
     slots = CapturedSlots(decoder, batch_size, **FAST[kind])
     if isinstance(slots.step, BLTStep):
         slots.step.assumes_open |= kind in ASSUMING
@@ -134,7 +135,18 @@ def test_greedy_bytes(name: str, kind: str, batch_size: int) -> None:
         assert continuation.ids == slow_greedy(name, prompt, 20)
         assert len(continuation.log_probabilities) == len(continuation.ids)
     assert found[0].ids == found[4].ids
+
+
+@pytest.mark.parametrize("kind", ["fast, seldom", "assuming"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_greedy_bytes_of_models_that_do_not_draft(name: str, kind: str) -> None:
+    """Plain slots are those of `Decoder`, whose own tests try such models."""
+    decoder, prompts = decoder_of(name), ["The", "two\nlines", "it"]
+    found = generated(engine_of(decoder, kind, 2), prompts, 20)
+    assert [one.ids for one in found] == [slow_greedy(name, prompt, 20) for prompt in prompts]
     assert name != "lines" or {NEWLINE} < set(found[0].ids)
+    with pytest.raises(UserError, match=r"^draft_length: .* has no drafts; leave it out"):
+        engine_for(decoder.model, decoder.patching, decoder.byte_lm, 2, draft_length=3)
 
 
 @cache
