@@ -1,6 +1,7 @@
 """The command `blt`, also as `python -m bytelatent`."""
 
-import _signal  # built in: while Python imports `signal`, Ctrl-C would still print a traceback
+# Built in: while Python imports `signal`, Ctrl-C would still print a traceback.
+import _signal  # pyright: ignore[reportMissingImports]
 import os
 
 

@@ -197,13 +197,14 @@ app.add_typer(bench, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command `blt`, with the process's own arguments if none are given."""
+    """The command `blt`, with the process's own arguments if none are given; it ends the process."""
     # Threads of GNU's OpenMP that wait for one another keep their cores for milliseconds. Where other programs want the
     # cores, a training step takes several times as long then; alone, it is as fast either way (dev/LOG.md). It is read
     # as torch is imported, by the verbs.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     guarded(lambda: _run(sys.argv[1:] if arguments is None else arguments))  # also the help and the version
+    sys.exit(0)
 
 
 def _run(arguments: list[str]) -> None:
@@ -223,10 +224,11 @@ def _in_short(error: Any, arguments: list[str]) -> str:
     command = " ".join(["blt", *(given for given in arguments[:1] if given[:1] != "-")])
     line = error.format_message().rstrip(".")
     line = line[:1].lower() + line[1:]
+    shown: list[Any] = []
     if error.ctx is not None:
         command = error.ctx.command_path
-    if hasattr(error, "possibilities"):  # no such option
         shown = [option for option in error.ctx.command.params if not getattr(option, "hidden", False)]
+    if hasattr(error, "possibilities"):  # no such option
         known = ["--help", *(name for option in shown for name in option.opts if name.startswith("--"))]
         near = nearest(error.option_name, known, cutoff=0.6) if error.option_name.startswith("--") else ""
         line = f"no option '{error.option_name}'{near}"

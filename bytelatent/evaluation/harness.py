@@ -175,7 +175,8 @@ class HarnessModel(LM):
         folders = [part.folder for part in (self._found, self._found.byte_lm) if part is not None]
         about = {"model": state_of(folders), "max_length": self.max_length, "seed": self._seed}
         about |= {"threshold": self._patching.threshold} if self._patching is not None else {}
-        return {**about, "dtype": str(self._precision), "quantize": self._quantize}
+        patching = None if self._patching is None else self._patching.in_words()
+        return {**about, "dtype": str(self._precision), "quantize": self._quantize, "patching": patching}
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each continuation after its context: log P in nats, and whether greedy decoding would write it."""

@@ -6,6 +6,7 @@ This module needs lm_eval, and is imported only where that is wanted.
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,7 @@ class TaskFinder:
     def _everything(self) -> Any:
         """All tasks; it takes some seconds to list those of lm_eval."""
         if self._all is None:
-            LOGGER.info("listing the tasks of lm_eval")
-            folder = None if self._folder is None else str(self._folder)
-            self._all = lm_eval.tasks.TaskManager(include_path=folder)
+            self._all = _listed(None if self._folder is None else str(self._folder))
         return self._all
 
     def _manager(self, name: str) -> tuple[Any, str | dict[str, Any]]:
@@ -129,6 +128,12 @@ class TaskFinder:
             raise
         except Exception as error:  # each reader of data has errors of its own
             raise UserError(f"tasks: '{name}': {_why(error)}") from error
+
+
+@cache
+def _listed(folder: str | None) -> Any:
+    LOGGER.info("listing the tasks of lm_eval")
+    return lm_eval.tasks.TaskManager(include_path=folder)
 
 
 def _why(error: Exception) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bytelatent import BLT
-from bytelatent.commands.eval_text import evaluate_models
+from bytelatent.commands.eval_text import evaluate_models, run
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation import TextModel, bootstrap
@@ -177,6 +177,20 @@ def test_models_by_category_are_compared_on_the_same_documents(place: Path) -> N
     assert {name: group["num_documents"] for name, group in alone["groups"].items()} == {texts[0]: 15, texts[1]: 1}
     with pytest.raises(UserError, match=r"by: the first document of .* has no 'meta.site'"):
         evaluated(place, "byte_lm", by="meta.site")
+
+
+def test_a_table_is_aligned_or_markdown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values: dict[str, Any] = {"model": [str(place / "byte_lm"), str(place / "llama")], "resamples": 0, "device": "cpu"}
+    run(EvaluateSettings(text=[str(place / "text.jsonl")], by="category", **values))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["group", *2 * ["news"], *2 * ["code"], *2 * ["(none)"], *2 * ["all"]]
+    assert {len(line) for line in lines} == {len(lines[0])}
+    run(EvaluateSettings(text=[str(place / "text.jsonl")], by="category", markdown=True, **values))
+    marked = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in marked]
+    assert marked[1].startswith("| :--")
+    assert marked[1].endswith("--: |")
+    assert [" ".join(row) for row in [cells[0], *cells[2:]]] == [" ".join(line.split()) for line in lines]
 
 
 def test_the_bootstrap_draws_documents() -> None:

@@ -23,7 +23,7 @@ from bytelatent.signals import STOPPING
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.weights import load
-from tests.processes import NOBODY
+from tests.processes import NOBODY, Command
 from tests.training.tiny_runs import (
     assert_equal_runs,
     blt_run,
@@ -46,7 +46,7 @@ def without_metrics(errors: str) -> list[str]:
 def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     values = byte_lm_run(run, text, steps=5000, checkpoint={"every": 100_000})
-    process = subprocess.Popen(command(values), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = Command(command(values), environment())
     until = time.monotonic() + 60
     while len(read_metrics(run / "metrics.jsonl")) < 5 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
