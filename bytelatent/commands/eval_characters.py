@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bytelatent.commands.generate import line_of, rows_at
+from bytelatent.commands.generate import line_of, must_be_free, rows_at
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
-from bytelatent.evaluation import FoundModel, ReadSettings, TransformersModel, bootstrap, find_model
+from bytelatent.evaluation import FoundModel, ReadSettings, Texts, TransformersModel, bootstrap, find_model
 from bytelatent.evaluation.cute import CUTE, NUM_EXAMPLES, Words, cute_task
 from bytelatent.evaluation.examples import (
     PAPER,
@@ -39,7 +39,9 @@ from bytelatent.model import BLTModel, ByteLM
 from bytelatent.progress import Progress
 from bytelatent.report import figure_format, write_noise_figure
 from bytelatent.report.text import UNKNOWN, aligned
+from bytelatent.signals import sigterm_interrupts
 from bytelatent.terminal import print_json, print_line
+from bytelatent.text.documents import must_have_read
 from bytelatent.text.formats import kind_of
 from bytelatent.text.streams import TextReader, readable
 
@@ -48,6 +50,7 @@ LOGGER = logging.getLogger(__name__)
 Results = list[dict[str, Any]]
 
 BATCH_SIZE = 16
+MAX_WORD_BYTES = 10_000_000  # of text that words are taken from
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXACT = "exact_match"
 MEANING = "cute_sem"  # the task that needs pairs of words
@@ -62,7 +65,8 @@ def run(settings: EvaluateSettings) -> None:
     if others:
         raise UserError(f"tasks: '{own[0]}' and '{others[0]}' of lm-eval are measured apart; name one of them")
     check_figure(settings)
-    results = evaluate_examples(settings, own)
+    with sigterm_interrupts():
+        results = evaluate_examples(settings, own)
     if settings.out is not None:
         write_whole_json(settings.out, {"results": results}, indent=1)
     if settings.figure is not None:
@@ -155,7 +159,6 @@ def evaluate_examples(settings: EvaluateSettings, names: list[str]) -> Results:
         tokenizer=settings.tokenizer,
         threshold=settings.threshold,
     )
-    how = replace(how, threshold=settings.threshold)
     several = len(settings.model) > 1
     found = {model: find_model(model, settings.entropy_model, how, several) for model in settings.model}
     models = {model: cache(partial(_generator, settings, one)) for model, one in found.items()}
@@ -228,8 +231,11 @@ def _tasks(settings: EvaluateSettings, names: list[str]) -> list[ExampleTask]:
     if any(task in CUTE for task in wanted):
         if settings.words is None:
             raise UserError("cute: name words with --words FILE: a file with one word per line, or any text")
-        text = _text_in(settings.words, "words")
-        related = "" if settings.related is None else _text_in(settings.related, "related")
+        rows = settings.model_dump(include={"text_key", "max_bad_rows", "max_row_bytes"})
+        texts = Texts([str(settings.words)], **rows, max_bytes=MAX_WORD_BYTES)
+        text = "\n".join(sample.document.text.decode("utf-8", "replace") for sample in texts.read())
+        must_have_read(texts.bad_rows.unread)
+        related = "" if settings.related is None else _text_in(settings.related)
         words = Words.parse(text, related)
     found = []
     for task in wanted:
@@ -239,11 +245,9 @@ def _tasks(settings: EvaluateSettings, names: list[str]) -> list[ExampleTask]:
     return found
 
 
-def _text_in(path: Path, option: str) -> str:
-    kind = kind_of(str(path))
-    if kind.format is not None and not kind.format.compressible:
-        raise UserError(f"{option}: '{path}' is a {kind.format.title} file; give one of text")
-    with readable(str(path)), TextReader(str(path), kind.compression) as text:
+def _text_in(path: Path) -> str:
+    """A file of lines, whatever it is called."""
+    with readable(str(path)), TextReader(str(path), kind_of(str(path)).compression) as text:
         text.skip_byte_order_mark()
         return text.read().decode("utf-8", "replace")
 
@@ -281,6 +285,7 @@ def _answers(
     if settings.out.exists():
         raise UserError(f"out: '{settings.out}' is there already; name another file, or move it away")
     path = settings.out.with_name(f"{settings.out.name}.rows.jsonl")
+    must_be_free(path)
     made_with = {**json.loads(settings.model_dump_json(include=FIXED)), "files of models": states}
     with rows_at(path, rows, made_with, {"text"}) as (file, num_done):
         known = []

@@ -15,6 +15,7 @@ from bytelatent.evaluation.noise import Noise
 from bytelatent.evaluation.text import TextSample
 from bytelatent.files import write_whole_json
 from bytelatent.report.text import UNKNOWN, aligned, number
+from bytelatent.signals import sigterm_interrupts
 from bytelatent.terminal import print_json, print_line
 from bytelatent.text import Document
 from bytelatent.text.documents import forget_logged, must_have_read
@@ -40,7 +41,8 @@ def run(settings: EvaluateSettings) -> None:
     if settings.by is not None:
         raise UserError("by: it does not go with --noise; leave one of them out")
     check_figure(settings)
-    result = evaluate_noise(settings)
+    with sigterm_interrupts():
+        result = evaluate_noise(settings)
     if settings.figure is not None:
         scores = [{**one, "task": "", "score": BITS, "value": one["bits_per_byte"]} for one in result["results"]]
         draw(settings.figure, scores, BITS, scale=1)

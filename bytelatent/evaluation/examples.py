@@ -4,6 +4,7 @@ They need no package and no network. Each is the same for the same seed, on any 
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from bytelatent.errors import UserError
 from bytelatent.evaluation.models import TransformersModel
 from bytelatent.inference import Engine, Sampling
 
@@ -133,6 +135,8 @@ def continue_with(engine: Engine) -> Generate:
                 asked += engine.submit(prompts[len(asked)], sampling, max_new_bytes)
             while asked[number].ended is None:
                 engine.advance()
+            if any(map(math.isnan, asked[number].log_probabilities)):
+                raise UserError("tasks: the model gives NaN; its weights are corrupt")
             yield asked[number].text
 
     return generate

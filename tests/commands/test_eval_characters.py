@@ -103,6 +103,9 @@ def test_an_interrupted_evaluation_resumes(place: Path, tmp_path: Path, monkeypa
     resumed = evaluate_examples(settings, names)
     assert (first.asked, second.asked) == (4, 2)
     assert [result["value"] for result in resumed] == [1.0, 1.0]
+    with pytest.raises(UserError, match="holds something already"):
+        evaluate_examples(settings, names)
+    assert second.asked == 2
 
 
 def test_noise_in_prompts(place: Path, tmp_path: Path) -> None:
@@ -180,7 +183,7 @@ def test_what_is_printed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ({"tasks": "cute_spell", "noise": ["drop"], "noise_on": "completion"}, "noise-on: the completions of"),
         ({"tasks": "cute_spell", "figure": "x.svg"}, "figure: it shows scores with noise"),
         ({"tasks": "cute_spell", "text": ["x"]}, "tasks: they bring their own text"),
-        ({"tasks": "cute", "words": "words.parquet"}, "words: 'words.parquet' is a Parquet file; give one of text"),
+        ({"tasks": "cute", "words": "words.parquet"}, "nothing of 'words.parquet' could be read"),
         ({"text": ["absent.txt"], "noise": ["drop"]}, "'absent.txt' does not exist"),
         ({"text": ["x"], "noise": ["drop"], "by": "category"}, "by: it does not go with --noise"),
         ({"text": ["x"], "noise_rates": "0.1"}, "noise-rates: there is no noise"),

@@ -240,6 +240,14 @@ def test_a_random_model_cannot_spell() -> None:
     assert found == [(0.0, 1.0)] * 20
 
 
+def test_a_model_that_gives_nan_is_reported() -> None:
+    model = tiny_byte_lm(0)
+    model.output.weight.data.fill_(float("nan"))
+    generate = continue_with(Engine.plain(Decoder(model, None, None), 1))
+    with pytest.raises(UserError, match="the model gives NaN; its weights are corrupt"):
+        list(generate(["a"], ["\n"], 4))
+
+
 def test_edit_distance() -> None:
     assert edit_distance("kitten", "sitting") == 3
     assert edit_distance("", "abc") == edit_distance("abc", "") == 3
