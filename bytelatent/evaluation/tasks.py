@@ -42,6 +42,7 @@ class TaskFinder:
     ):
         if include_path is not None and not include_path.is_dir():
             raise UserError(f"include_path: '{include_path}' is not a folder; name one with task files (.yaml)")
+        include_path = include_path.absolute() if include_path is not None else None  # see `_loaded`
         self._folder, self._runs_programs = include_path, runs_programs
         sampling = {"do_sample": True, "temperature": temperature} if samples > 1 else {"do_sample": False}
         self._own = {"humaneval": lambda: humaneval(samples, sampling), "mbpp": lambda: mbpp(samples, sampling)}
