@@ -70,7 +70,7 @@ def run(settings: EvaluateSettings) -> None:
     if settings.out is not None:
         write_whole_json(settings.out, {"results": results}, indent=1)
     if settings.figure is not None:
-        draw(settings.figure, results)
+        draw_scores(settings.figure, results)
     if settings.as_json:
         print_json({"results": results})
     else:
@@ -100,7 +100,7 @@ def check_figure(settings: EvaluateSettings) -> None:
             raise UserError("figure: it shows scores with noise; name one: --noise drop --noise-rates 0.05,0.1")
 
 
-def draw(path: Path, results: Results, score: str = "exact match (%)", scale: float = 100) -> None:
+def draw_scores(path: Path, results: Results, score: str = "exact match (%)", scale: float = 100) -> None:
     """Draw scores against the rate of each noise: exact match, for CUTE its mean, or what `score` names."""
     means = means_of_cute(results)
     curves: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
@@ -119,7 +119,7 @@ def draw(path: Path, results: Results, score: str = "exact match (%)", scale: fl
 
 
 @dataclass(frozen=True)
-class Run:
+class TaskRun:
     """A task that a model does, with noise or without."""
 
     model: str
@@ -163,7 +163,7 @@ def evaluate_examples(settings: EvaluateSettings, names: list[str]) -> Results:
     found = {model: find_model(model, settings.entropy_model, how, several) for model in settings.model}
     models = {model: cache(partial(_generator, settings, one)) for model, one in found.items()}
     runs = [
-        Run(model, noise, task if noise is None else _with_noise(task, noise, settings))
+        TaskRun(model, noise, task if noise is None else _with_noise(task, noise, settings))
         for model in models
         for noise in noises
         for task in tasks
