@@ -16,7 +16,7 @@ from bytelatent.commands.options import BenchTrainSettings
 from bytelatent.device import choose_device, choose_dtype, free_memory, is_out_of_memory, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.log import Console
-from bytelatent.model import BLTSettings, ModelSettings, preset
+from bytelatent.model import BLTSettings, ModelSettings, TokenLMSettings, preset
 from bytelatent.model.flops import costs, training_flops
 from bytelatent.terminal import print_json, print_line
 from bytelatent.training.checks import check_cuda_graph, check_float8
@@ -239,6 +239,7 @@ def _title(name: str, setup: TrainingSetup) -> str:
     patches = f", patches of {PATCH_BYTES:g}" if isinstance(setup.model, BLTSettings) else ""
     words = {
         f"{name} on {where}": True,
+        "its bytes are tokens": isinstance(setup.model, TokenLMSettings),
         f"torch {torch.__version__}": True,
         f"products in {str(setup.dtype).removeprefix('torch.')}, weights in float32": True,
         "compiled block by block": setup.compiled,

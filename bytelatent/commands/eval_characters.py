@@ -35,7 +35,6 @@ from bytelatent.evaluation.phonemes import g2p_task, pronunciations
 from bytelatent.evaluation.text import FEWEST
 from bytelatent.files import partial_path, write_whole_json
 from bytelatent.inference.step import engine_for
-from bytelatent.model import BLTModel, ByteLM
 from bytelatent.progress import Progress
 from bytelatent.report import figure_format, write_noise_figure
 from bytelatent.report.text import UNKNOWN, aligned
@@ -264,14 +263,12 @@ def _generator(settings: EvaluateSettings, found: FoundModel) -> Generate:
         model = found.load()
         assert isinstance(model, TransformersModel)
         return continue_tokens_with(model, settings.batch_size or BATCH_SIZE)
-    if stored.config.patching is not None and stored.config.patching.needs_entropies:
-        stored = stored.with_threshold(settings.threshold)
     loaded = stored.load(choose_device(settings.device), DTYPES[settings.dtype])
-    if not isinstance(loaded.model, BLTModel | ByteLM):
-        raise UserError(f"tasks: '{found.name}' reads tokens; export it for transformers, and name the export")
     # In float32, however it is stored: the same patches as those of `BLT`.
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-    return continue_with(engine_for(loaded.model, stored.config.patching, byte_lm, settings.batch_size or BATCH_SIZE))
+    size = settings.batch_size or BATCH_SIZE
+    engine = engine_for(loaded.model, stored.config.patching, byte_lm, size, vocabulary=loaded.vocabulary)
+    return continue_with(engine, size)
 
 
 @contextmanager

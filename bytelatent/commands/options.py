@@ -91,7 +91,7 @@ class DemoSettings(RowSettings):
 
 
 class TrainArguments(Settings):
-    """Train a byte LM or a BLT. To resume a run, give the same command.
+    """Train a byte LM, a token LM or a BLT. To resume a run, give the same command.
 
     Example:  `blt train config=byte_lm run=runs/mine data.train=text/*.jsonl steps=2000`
 
