@@ -105,8 +105,9 @@ def test_a_token_lm_answers_as_its_export(place: Path, tmp_path: Path) -> None:
     settings = settings_of(tmp_path, "native", "hf", out=str(tmp_path / "out.json"))
     evaluate_examples(settings, ["cute_spell"])
     rows = [json.loads(line)["text"] for line in (tmp_path / "out.json.rows.jsonl").read_text().splitlines()]
-    assert rows[:3] == rows[3:]
-    assert any(rows)
+    for ours, theirs in zip(rows[:3], rows[3:], strict=True):  # theirs ends after as many tokens as ours has bytes
+        assert len(ours) > 10
+        assert theirs.startswith(ours.rstrip("\ufffd"))
 
 
 def test_an_interrupted_evaluation_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
