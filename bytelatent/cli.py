@@ -197,13 +197,14 @@ app.add_typer(bench, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command `blt`, with the process's own arguments if none are given."""
+    """The command `blt`, with the process's own arguments if none are given; it ends the process."""
     # Threads of GNU's OpenMP that wait for one another keep their cores for milliseconds. Where other programs want the
     # cores, a training step takes several times as long then; alone, it is as fast either way (dev/LOG.md). It is read
     # as torch is imported, by the verbs.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     guarded(lambda: _run(sys.argv[1:] if arguments is None else arguments))  # also the help and the version
+    sys.exit(0)
 
 
 def _run(arguments: list[str]) -> None:

@@ -233,6 +233,7 @@ def test_what_the_file_says(tmp_path: Path, byte_lm: ByteLM) -> None:
         "context": CONTEXT,
         "dtype": "float32",
         "patching": PATCHING.plain(),
+        "reset_at_newline": False,
         "source_bytes": source.stat().st_size,
     }
     assert stored.patching is not None

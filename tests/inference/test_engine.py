@@ -22,7 +22,7 @@ from bytelatent.vocab import EOS, NEWLINE, decode
 from tests.inference.test_decoder import full_logits
 from tests.model.tiny import tiny_blt, tiny_byte_lm
 
-PROMPTS = ["The", "", "a longer prompt than the others", "it", "The", "two\nlines"]
+PROMPTS = ["The", "", "a longer prompt than the others", "it", "The"]
 GREEDY = Sampling(temperature=0)
 
 
@@ -46,9 +46,17 @@ PATCHINGS: dict[str, PatchSettings] = {
     "rises": PatchSettings(threshold=0.0, monotonicity=True),
     "all layers": PatchSettings(mode="space"),
     "lines": PatchSettings(threshold=5.12, reset_at_newline=True),
+    "joined": PatchSettings(mode="static", patch_size=3),
+    "added where patches close": PatchSettings(threshold=5.12),
     "static": PatchSettings(mode="static", patch_size=3),
 }
-NAMES = ["byte LM", *PATCHINGS]
+CHANGES: dict[str, dict[str, Any]] = {
+    "all layers": {"cross_attention": EVERY, "ngram_hash": None},
+    "joined": {"cross_attention": None, "joined_bytes": 4},
+    "added where patches close": {"cross_attention": None, "added_to": "closing"},
+}
+OTHERS = ["lines", "joined", "added where patches close"]
+NAMES = ["byte LM", *(name for name in PATCHINGS if name not in OTHERS)]
 
 
 def decoder_of(name: str, seed: int = 0) -> Decoder:
@@ -56,8 +64,7 @@ def decoder_of(name: str, seed: int = 0) -> Decoder:
     if name == "byte LM":
         return Decoder(tiny_byte_lm(seed, dim=32, window=6), None, None)
     byte_lm = tiny_byte_lm(seed, dim=32, window=6) if PATCHINGS[name].mode == "entropy" else None
-    changes: dict[str, Any] = {"cross_attention": EVERY, "ngram_hash": None} if name == "all layers" else {}
-    model = wide_blt(seed, **changes)
+    model = wide_blt(seed, **CHANGES.get(name, {}))
     if name == "lines":  # it writes many
         model.decoder.output.weight.data[NEWLINE] *= 4
     return Decoder(model, PATCHINGS[name], byte_lm)
@@ -75,8 +82,8 @@ def engine_of(decoder: Decoder, kind: str, batch_size: int) -> Engine:
     if kind == "plain":
         return Engine.plain(decoder, batch_size)
     assert supports(decoder.model, decoder.byte_lm)
-    if kind in DRAFTED and (decoder.patching is None or decoder.patching.reset_at_newline):
-        pytest.skip("a byte LM has no part that drafts, and drafts cannot reset the entropy model's context")
+    if kind in DRAFTED and isinstance(decoder.model, ByteLM):
+        pytest.skip("a byte LM has no part that drafts")
     slots = CapturedSlots(decoder, batch_size, **FAST[kind])
     if isinstance(slots.step, BLTStep):
         slots.step.assumes_open |= kind in ASSUMING
@@ -128,7 +135,18 @@ def test_greedy_bytes(name: str, kind: str, batch_size: int) -> None:
         assert continuation.ids == slow_greedy(name, prompt, 20)
         assert len(continuation.log_probabilities) == len(continuation.ids)
     assert found[0].ids == found[4].ids
+
+
+@pytest.mark.parametrize("kind", ["fast, seldom", "assuming"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_greedy_bytes_of_models_that_do_not_draft(name: str, kind: str) -> None:
+    """Plain slots are those of `Decoder`, whose own tests try such models."""
+    decoder, prompts = decoder_of(name), ["The", "two\nlines", "it"]
+    found = generated(engine_of(decoder, kind, 2), prompts, 20)
+    assert [one.ids for one in found] == [slow_greedy(name, prompt, 20) for prompt in prompts]
     assert name != "lines" or {NEWLINE} < set(found[0].ids)
+    with pytest.raises(UserError, match=r"^draft_length: .* has no drafts; leave it out"):
+        engine_for(decoder.model, decoder.patching, decoder.byte_lm, 2, draft_length=3)
 
 
 @cache

@@ -51,8 +51,7 @@ def engine_for(
         return Engine.plain(Decoder(model, None, None), batch_size, vocabulary)
     decides_on_host = patching is not None and patching.decides_on_host
     is_changed = _is_changed(model) or (byte_lm is not None and _is_changed(byte_lm))
-    has_step = has_cross_attention(model) and (device == "cpu" or (device == "cuda" and supports(model, byte_lm)))
-    if decides_on_host or is_changed or not has_step:
+    if decides_on_host or is_changed or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
         return Engine.plain(Decoder(model, patching, byte_lm), batch_size)
     decoder = (Decoder if device == "cpu" else PrefillDecoder)(model, patching, byte_lm)
     quorum = 0.0 if device == "cpu" else QUORUM

@@ -113,11 +113,13 @@ class BLTWeights:
     settings: BLTSettings
     encoder: StackWeights
     encoder_cross: list[CrossWeights]
-    pooled_to_queries: Matrix  # [K*D, D]
+    pooled_to_queries: Matrix | None  # [K*D, D]; None without cross-attention
     projection: Matrix | None  # [G, K*D]
     middle: StackWeights
-    patch_to_keys: Matrix  # [K*D, G]
-    patch_key_values: Matrix  # [Y*2*H*E, D] of all the decoder's cross-attentions, each with its norm
+    patch_to_keys: Matrix | None  # [K*D, G]
+    patch_key_values: (
+        Matrix  # [Y*2*H*E, D] of all the decoder's cross-attentions, each with its norm; or [D, G] without
+    )
     decoder: StackWeights
     decoder_cross: list[CrossWeights]
     output: Tensor  # [V, D] with the norm
@@ -127,15 +129,20 @@ class BLTWeights:
         encoder, middle, decoder = model.encoder, model.global_transformer, model.decoder
         decoder_cross = [CrossWeights.of(cross) for cross in decoder.cross_attention]
         projection: Any = middle.projection
+        has_cross = has_cross_attention(model)
+        if has_cross:
+            key_values = _laid_out(by_rows(_cat, *(cross.key_value for cross in decoder_cross)))
+        else:
+            key_values = _matrix(decoder.patch_to_bytes, decoder.patch_norm)
         return cls(
             settings=model.settings,
             encoder=StackWeights.of(encoder.stack),
             encoder_cross=[CrossWeights.of(cross) for cross in encoder.cross_attention],
-            pooled_to_queries=_matrix(encoder.pooled_to_queries),
+            pooled_to_queries=_matrix(encoder.pooled_to_queries) if has_cross else None,
             projection=None if isinstance(projection, torch.nn.Identity) else _matrix(projection),
             middle=StackWeights.of(middle.stack),
-            patch_to_keys=_matrix(decoder.patch_to_keys),
-            patch_key_values=_laid_out(by_rows(_cat, *(cross.key_value for cross in decoder_cross))),
+            patch_to_keys=_matrix(decoder.patch_to_keys) if has_cross else None,
+            patch_key_values=key_values,
             decoder=StackWeights.of(decoder.stack),
             decoder_cross=decoder_cross,
             output=_head(decoder),
@@ -143,21 +150,21 @@ class BLTWeights:
 
 
 def supports(model: BLTModel | LanguageModel, byte_lm: ByteLM | None) -> bool:
-    """Whether the kernels can decode this model: heads of a power of two, from 16 on; a BLT has cross-attention."""
-    if not has_cross_attention(model):
-        return False
+    """Whether the kernels can decode this model: heads of a power of two, from 16 on."""
     settings, sizes = model.settings, [byte_lm.settings.head_dim] if byte_lm is not None else []
     if isinstance(settings, BLTSettings):
         stacks = [settings.encoder, settings.global_transformer, settings.decoder]
-        sizes += [settings.encoder.dim // settings.cross_attention.num_heads, *(stack.head_dim for stack in stacks)]
+        sizes += [stack.head_dim for stack in stacks]
+        if settings.cross_attention is not None:
+            sizes.append(settings.encoder.dim // settings.cross_attention.num_heads)
     else:
         sizes.append(settings.head_dim)
     return all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
 
-def has_cross_attention(model: BLTModel | LanguageModel) -> bool:
-    """Whether the step is written for this model: not for a BLT without cross-attention."""
-    return not isinstance(model, BLTModel) or model.settings.cross_attention is not None
+def has_cross_attention(model: Any) -> bool:
+    """Whether a model is a BLT with cross-attention."""
+    return isinstance(model, BLTModel) and model.settings.cross_attention is not None
 
 
 def _matrix(linear: Any, norm: Any = None) -> Matrix:

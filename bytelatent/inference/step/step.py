@@ -161,7 +161,7 @@ class BLTStep(ByteLMStep):
             torch.where(buffers.reads[:, None], encoded_BD, self.encoded_BD, out=self.encoded_BD)
             encoded_BD = self.encoded_BD
         if self.assumes_open:
-            self._decode_newest(encoded_BD, buffers.slot)
+            self._decode_newest(encoded_BD, buffers.slot, closes=False)
         self.side.join()
         with overlapped(False):  # it comes after two kernels
             decide(lm_logits, self.patching, state, buffers)
@@ -193,11 +193,13 @@ class BLTStep(ByteLMStep):
         else:
             tables = model.encoder.ngram_hash.tables.weight
             x_BD = hash_embed(state.tail, buffers.at, self.powers, tables, model.encoder.embedding.weight)
-        first = len(weights.encoder.blocks) - len(weights.encoder_cross)
+        first = len(weights.encoder.blocks) - max(len(weights.encoder_cross), 1)
         for layer in range(len(weights.encoder.blocks)):
             x_BD = self._block(weights.encoder, layer, x_BD, state.encoder, at)
             cross = layer - first
-            if cross >= 0:
+            if cross >= 0 and not weights.encoder_cross:
+                self._append_state(state, x_BD, buffers.count)
+            elif cross >= 0:
                 kv = skinny_linear(x_BD, weights.encoder_cross[cross].key_value, eps=weights.encoder.eps)
                 kv = kv.unflatten(1, (-1, state.open_k.shape[-1]))
                 pooled = {"h_BD": x_BD, "pooled_BD": state.open_max} if cross == 0 else {}
@@ -205,6 +207,36 @@ class BLTStep(ByteLMStep):
                 if parts is not None:
                     parts += [x_BD.clone(), kv] if cross == 0 else [kv]
         return x_BD
+
+    @staticmethod
+    def _append_state(state: BLTDecodeState, x_BD: Tensor, count_B: Tensor) -> None:
+        """Add states of bytes to the open patches, in place of keys and values."""
+        open_BMD, slot_B = state.open_k[0, :, :, 0], torch.arange(len(x_BD), device=x_BD.device)
+        at_B, reads_B1 = count_B.clamp(min=0), (count_B >= 0).unsqueeze(1)
+        open_BMD[slot_B, at_B] = torch.where(reads_B1, x_BD.to(open_BMD.dtype), open_BMD[slot_B, at_B])
+
+    def _joined(self, count_C: Tensor, row_C: Tensor) -> Tensor:
+        """The states of closed patches' last bytes side by side, as `bytelatent.model.blt.joined_states`."""
+        open_BMD, size = self.state.open_k[0, :, :, 0], self.blt.settings.joined_bytes
+        index_CK = count_C.unsqueeze(1) - torch.arange(size, 0, -1, device=count_C.device)
+        found_CKD = open_BMD[row_C.clamp(min=0).unsqueeze(1), index_CK.clamp(min=0)]
+        return torch.where((index_CK >= 0).unsqueeze(2), found_CKD, 0.0).flatten(1)
+
+    def _of_slots(self, closing_C: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] whether a slot is among the closing ones, and which of them it is."""
+        slot_B1 = torch.arange(len(self.encoded_BD), device=closing_C.device).unsqueeze(1)
+        is_it_BC = closing_C == slot_B1
+        return is_it_BC.any(1), is_it_BC.int().argmax(1)
+
+    def _store(self, found: Tensor, closing_C: Tensor) -> None:
+        """Store what `_patches` gives for the newest closed patches of slots."""
+        state = self.state
+        if self.blt.decoder_cross:
+            store_patch(found, state.patch_k, state.patch_v, closing_C)
+            return
+        closes_B, which_B = self._of_slots(closing_C)
+        added_BD = state.patch_k[0, :, 0, 0]
+        added_BD.copy_(torch.where(closes_B.unsqueeze(1), found[which_B], added_BD))
 
     def _close(self, encoded_BD: Tensor) -> None:
         """Run the global transformer for the chosen slots; compute the logits that are still to come."""
@@ -214,7 +246,7 @@ class BLTStep(ByteLMStep):
             pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[slot.clamp(min=0)]
             bytes_of = {"count_C": buffers.closing_count, "row_C": slot}
             at = QueryPositions(buffers.number, slot, run=None if self.assumes_open else buffers.run)
-            store_patch(self._patches(pooled_CD, bytes_of, at), state.patch_k, state.patch_v, slot)
+            self._store(self._patches(pooled_CD, bytes_of, at), slot)
         if self.assumes_open and len(encoded_BD) > 1:  # others have theirs
             before_BV = self.logits_BV.clone()
             self._decode_newest(encoded_BD, buffers.decodes)
@@ -222,10 +254,19 @@ class BLTStep(ByteLMStep):
         else:
             self._decode_newest(encoded_BD, buffers.decodes)
 
-    def _decode_newest(self, encoded_BD: Tensor, slot: Tensor) -> None:
-        """The logits of what follows the newest byte of slots [B], with their newest closed patch."""
+    def _decode_newest(self, encoded_BD: Tensor, slot: Tensor, closes: bool = True) -> None:
+        """The logits of what follows the newest byte of slots [B], with their newest closed patch.
+
+        Args:
+            closes: whether the slots among `closing` have closed a patch with this byte; otherwise none has.
+        """
         state, buffers = self.state, self.buffers
         x_BD = encoded_BD.clone()  # the decoder writes over it
+        if not self.blt.decoder_cross:
+            takes_B = buffers.reads_patch
+            if self.blt.settings.added_to == "closing":
+                takes_B = self._of_slots(buffers.closing)[0] if closes else torch.zeros_like(takes_B)
+            x_BD += torch.where(takes_B.unsqueeze(1), state.patch_k[0, :, 0, 0], 0.0)
         patch = state.patch_k, state.patch_v
         self._decode(x_BD, QueryPositions(buffers.at, slot), patch, slot, buffers.reads_patch, self.logits_BV)
 
@@ -238,9 +279,12 @@ class BLTStep(ByteLMStep):
             at: the patches' numbers.
         """
         state, weights, run = self.state, self.blt, at.run
-        dim, k = weights.encoder.settings.dim, weights.settings.cross_attention.k
+        dim, k = weights.encoder.settings.dim, weights.settings.states_per_patch
         heads, size = state.open_k.shape[-2:]
-        q_QD = skinny_linear(pooled_CD, weights.pooled_to_queries, run=run).view(-1, dim)  # Q = C*K
+        if weights.pooled_to_queries is None:
+            q_QD = self._joined(**bytes_of)
+        else:
+            q_QD = skinny_linear(pooled_CD, weights.pooled_to_queries, run=run).view(-1, dim)  # Q = C*K
         for layer, cross in enumerate(weights.encoder_cross):
             q = skinny_linear(q_QD, cross.query, eps=weights.encoder.eps, run=run)
             found = encoder_cross_attention_step(
@@ -252,6 +296,8 @@ class BLTStep(ByteLMStep):
         if weights.projection is not None:
             x_CG = skinny_linear(x_CG, weights.projection, run=run)
         x_CG = self._stack(weights.middle, x_CG, state.patches, at)
+        if weights.patch_to_keys is None:
+            return skinny_linear(x_CG, weights.patch_key_values, eps=weights.decoder.eps, run=run)
         keys = skinny_linear(x_CG, weights.patch_to_keys, run=run).view(-1, dim)
         return skinny_linear(keys, weights.patch_key_values, eps=weights.decoder.eps, run=run)
 
