@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bytelatent.commands.eval_characters import check_figure, draw, noises_with
+from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation.examples import PAPER
@@ -34,7 +34,7 @@ def run(settings: EvaluateSettings) -> None:
         shown = [row for row in [*result["groups"], *result["tasks"]] if not row["in_group"]]
         about = [{"model": result["model"], "task": row["name"], "score": "score"} for row in shown]
         scores = [{**row, **own, "value": _main(row)} for row, own in zip(shown, about, strict=True)]
-        draw(settings.figure, scores, "score", scale=1)
+        draw_scores(settings.figure, scores, "score", scale=1)
     if settings.as_json:
         print_json(_plain({key: value for key, value in result.items() if key != "samples"}))
     else:
