@@ -139,7 +139,7 @@ def _listed(folder: str | None) -> Any:
 
 def _why(error: Exception) -> str:
     """Why a task could not be loaded, and the way out."""
-    chain = [error]
+    chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     names = {type(part).__name__ for part in chain}
