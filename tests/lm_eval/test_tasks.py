@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from bytelatent.cli import app
 from bytelatent.commands import eval_tasks
+from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import UserError
 from bytelatent.evaluation.harness import HarnessModel, StoredAnswers
 from bytelatent.evaluation.programs import pass_at_k
@@ -166,8 +167,13 @@ class Answering(LM):
 
 
 def score(answer: Any, task: str, finder: TaskFinder, metric: str, limit: int | None = None) -> float:
-    [found] = eval_tasks._evaluate(Answering(answer), finder.load([task]), limit)["tasks"]
+    [found] = evaluated(answer, task, finder, limit)
     return found["metrics"][metric]
+
+
+def evaluated(answer: Any, task: str, finder: TaskFinder, limit: int | None) -> Any:
+    settings = EvaluateSettings(limit=limit)
+    return eval_tasks._evaluate(Answering(answer), finder.load([task]), settings, None)["tasks"]
 
 
 def test_chance_and_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,10 +209,8 @@ def test_several_samples_of_a_problem() -> None:
     solutions = {problem["prompt"]: problem["canonical_solution"] for problem in read_problems().values()}
     answers = iter([True, False, False, False, True, False, False, False, False, True] * 2)
     finder = TaskFinder(None, samples=10, runs_programs=True)
-    found = eval_tasks._evaluate(
-        Answering(lambda prompt: solutions[prompt] if next(answers) else "    raise\n"), finder.load(["humaneval"]), 2
-    )
-    assert found["tasks"][0]["metrics"] == {"pass@1,none": pytest.approx(0.3), "pass@10,none": 1.0}
+    [found] = evaluated(lambda prompt: solutions[prompt] if next(answers) else "    raise\n", "humaneval", finder, 2)
+    assert found["metrics"] == {"pass@1,none": pytest.approx(0.3), "pass@10,none": 1.0}
     for num_samples, passed, k in ((10, 3, 1), (200, 17, 10), (200, 0, 100), (200, 150, 100)):
         [expected] = estimate_pass_at_k(num_samples, [passed], k)
         assert pass_at_k(num_samples, passed, k) == pytest.approx(expected)
