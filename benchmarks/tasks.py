@@ -30,6 +30,7 @@ dataset_path: json
 dataset_kwargs: {data_files: {test: cut_text.jsonl}}
 test_split: test
 fewshot_split: test
+fewshot_config: {sampler: first_n}
 output_type: multiple_choice
 doc_to_text: "Text: {{question}}\\nNext:"
 doc_to_choice: "{{choices}}"

@@ -35,7 +35,6 @@ from bytelatent.evaluation.phonemes import g2p_task, pronunciations
 from bytelatent.evaluation.text import FEWEST
 from bytelatent.files import partial_path, write_whole_json
 from bytelatent.inference.step import engine_for
-from bytelatent.model import BLTModel, ByteLM
 from bytelatent.progress import Progress
 from bytelatent.report import figure_format, write_noise_figure
 from bytelatent.report.text import UNKNOWN, aligned
@@ -70,7 +69,7 @@ def run(settings: EvaluateSettings) -> None:
     if settings.out is not None:
         write_whole_json(settings.out, {"results": results}, indent=1)
     if settings.figure is not None:
-        draw(settings.figure, results)
+        draw_scores(settings.figure, results)
     if settings.as_json:
         print_json({"results": results})
     else:
@@ -100,7 +99,7 @@ def check_figure(settings: EvaluateSettings) -> None:
             raise UserError("figure: it shows scores with noise; name one: --noise drop --noise-rates 0.05,0.1")
 
 
-def draw(path: Path, results: Results, score: str = "exact match (%)", scale: float = 100) -> None:
+def draw_scores(path: Path, results: Results, score: str = "exact match (%)", scale: float = 100) -> None:
     """Draw scores against the rate of each noise: exact match, for CUTE its mean, or what `score` names."""
     means = means_of_cute(results)
     curves: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
@@ -119,7 +118,7 @@ def draw(path: Path, results: Results, score: str = "exact match (%)", scale: fl
 
 
 @dataclass(frozen=True)
-class Run:
+class TaskRun:
     """A task that a model does, with noise or without."""
 
     model: str
@@ -163,7 +162,7 @@ def evaluate_examples(settings: EvaluateSettings, names: list[str]) -> Results:
     found = {model: find_model(model, settings.entropy_model, how, several) for model in settings.model}
     models = {model: cache(partial(_generator, settings, one)) for model, one in found.items()}
     runs = [
-        Run(model, noise, task if noise is None else _with_noise(task, noise, settings))
+        TaskRun(model, noise, task if noise is None else _with_noise(task, noise, settings))
         for model in models
         for noise in noises
         for task in tasks
@@ -264,14 +263,12 @@ def _generator(settings: EvaluateSettings, found: FoundModel) -> Generate:
         model = found.load()
         assert isinstance(model, TransformersModel)
         return continue_tokens_with(model, settings.batch_size or BATCH_SIZE)
-    if stored.config.patching is not None and stored.config.patching.needs_entropies:
-        stored = stored.with_threshold(settings.threshold)
     loaded = stored.load(choose_device(settings.device), DTYPES[settings.dtype])
-    if not isinstance(loaded.model, BLTModel | ByteLM):
-        raise UserError(f"tasks: '{found.name}' reads tokens; export it for transformers, and name the export")
     # In float32, however it is stored: the same patches as those of `BLT`.
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-    return continue_with(engine_for(loaded.model, stored.config.patching, byte_lm, settings.batch_size or BATCH_SIZE))
+    size = settings.batch_size or BATCH_SIZE
+    engine = engine_for(loaded.model, stored.config.patching, byte_lm, size, vocabulary=loaded.vocabulary)
+    return continue_with(engine, size)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from bytelatent.commands.eval_characters import check_figure, draw, noises_with
+from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
 from bytelatent.commands.eval_text import FIXED, UNITS, evaluate_one, found_models, shown_interval, stored_rows
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.data import Patcher
@@ -45,7 +45,7 @@ def run(settings: EvaluateSettings) -> None:
         result = evaluate_noise(settings)
     if settings.figure is not None:
         scores = [{**one, "task": "", "score": BITS, "value": one["bits_per_byte"]} for one in result["results"]]
-        draw(settings.figure, scores, BITS, scale=1)
+        draw_scores(settings.figure, scores, BITS, scale=1)
     if settings.as_json:
         print_json(result)
     else:

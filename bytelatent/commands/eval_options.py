@@ -16,7 +16,7 @@ class TaskSettings(Settings):
     tasks: tasks with commas: those of lm-evaluation-harness; paper: the seven of the BLT paper; cute: knowledge of
         characters; g2p: sounds of words.
     shots: worked examples before each question. Default: the task's own number.
-    limit: questions of each task. Default: all.
+    limit: questions of each task. Default: all; of cute and g2p 1,000.
     include_path: folder of task files (.yaml) of your own.
     samples: programs for each problem, for pass@k.
     temperature: temperature of --samples.

@@ -4,9 +4,9 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bytelatent.commands.eval_characters import check_figure, draw, noises_with
+from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation.examples import PAPER
@@ -15,9 +15,6 @@ from bytelatent.files import growing_file, partial_path, write_whole_json
 from bytelatent.report.text import UNKNOWN, aligned, number
 from bytelatent.signals import sigterm_interrupts
 from bytelatent.terminal import print_json, print_line
-
-if TYPE_CHECKING:
-    from bytelatent.evaluation.harness import HarnessModel
 
 LOGGER = logging.getLogger(__name__)
 
@@ -34,7 +31,7 @@ def run(settings: EvaluateSettings) -> None:
         shown = [row for row in [*result["groups"], *result["tasks"]] if not row["in_group"]]
         about = [{"model": result["model"], "task": row["name"], "score": "score"} for row in shown]
         scores = [{**row, **own, "value": _main(row)} for row, own in zip(shown, about, strict=True)]
-        draw(settings.figure, scores, "score", scale=1)
+        draw_scores(settings.figure, scores, "score", scale=1)
     if settings.as_json:
         print_json(_plain({key: value for key, value in result.items() if key != "samples"}))
     else:
@@ -68,7 +65,8 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
 
         finder = TaskFinder(settings.include_path, settings.samples, settings.temperature, settings.run_programs)
         own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold"})
-        model = HarnessModel(settings.model[0], **own, max_length=settings.context)  # no weights yet
+        make: Any = HarnessModel  # lm_eval's decorator hides its arguments
+        model = make(settings.model[0], **own, max_length=settings.context)  # no weights yet
         noises, tasks = noises_with(settings), finder.load(names, settings.shots)
         with _stored_answers(settings, model):
             found = [_evaluate(model, tasks, settings, noise) for noise in noises]
@@ -91,16 +89,14 @@ def require_lm_eval() -> None:
         raise UserError("--tasks needs the package lm_eval; run: pip install 'bytelatent[eval]'") from None
 
 
-def _evaluate(
-    model: "HarnessModel", tasks: dict[str, Any], settings: EvaluateSettings, noise: Noise | None
-) -> dict[str, Any]:
+def _evaluate(model: Any, tasks: dict[str, Any], settings: EvaluateSettings, noise: Noise | None) -> dict[str, Any]:
     import lm_eval  # pyright: ignore[reportMissingImports]
 
     from bytelatent.evaluation.tasks import FEWSHOT_SEED
 
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples with each noise
-    found = lm_eval.evaluate(
+    found: Any = lm_eval.evaluate(
         model if noise is None else with_noise(model, noise, settings.noise_on),
         tasks,
         limit=settings.limit,
@@ -137,7 +133,7 @@ def _of_sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _stored_answers(settings: EvaluateSettings, model: "HarnessModel") -> Iterator[None]:
+def _stored_answers(settings: EvaluateSettings, model: Any) -> Iterator[None]:
     """Answers are kept beside --out until the results are there."""
     if settings.out is None:
         yield

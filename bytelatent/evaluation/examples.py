@@ -125,13 +125,13 @@ def exact_match(text: str, answers: Sequence[str]) -> Counts:
     return float(answer_in(text) in answers), 1.0
 
 
-def continue_with(engine: Engine) -> Generate:
-    """Continue prompts with a model of this package, as many at once as its engine has slots."""
+def continue_with(engine: Engine, batch_size: int) -> Generate:
+    """Continue prompts with a model of this package, `batch_size` at once, as the engine has slots."""
 
     def generate(prompts: Sequence[str], stop: Sequence[str], max_new_bytes: int) -> Iterator[str]:
         sampling, asked = Sampling(temperature=0, stop=list(stop)), []
         for number in range(len(prompts)):
-            while len(asked) < len(prompts) and engine.num_waiting < 16:  # all of them could be more than fit
+            while len(asked) < len(prompts) and engine.num_waiting < batch_size:  # all of them could be more than fit
                 asked += engine.submit(prompts[len(asked)], sampling, max_new_bytes)
             while asked[number].ended is None:
                 engine.advance()

@@ -168,7 +168,8 @@ class HarnessModel(LM):
     def _engine(self) -> Engine:
         # Entropies in float32, however the byte LM is stored: the same patches as those of `BLT`.
         byte_lm = self._loaded.byte_lm.to(torch.float32) if self._loaded.byte_lm is not None else None
-        return engine_for(self._loaded.model, self._patching, byte_lm, self.batch_size, self._quantize)
+        model, more = self._loaded.model, {"quantize": self._quantize, "vocabulary": self._vocabulary}
+        return engine_for(model, self._patching, byte_lm, self.batch_size, **more)
 
     def made_with(self) -> dict[str, Any]:
         """What answers depend on, beside the requests."""
@@ -218,19 +219,21 @@ class HarnessModel(LM):
         """
 
         def answers(asked: list[Arguments]) -> Answers:
-            numbers = {}  # of each continuation, by its identity
+            longest = int(self._vocabulary.id_bytes.max())  # of an id: the engine's limit is of bytes
+            waiting: dict[int, tuple[int, int]] = {}  # the number and the limit of each continuation, by its identity
             for (context, values, first), group in _runs(asked):
                 sampling, max_new = self._sampling(json.loads(values))
                 sampling = sampling.model_copy(update={"seed": self._seed + first})
                 prompt = self._prompt(context, max_new)
-                for number, asked_for in zip(
-                    group, self._engine.submit(prompt, sampling, max_new, len(group)), strict=True
-                ):
-                    numbers[id(asked_for)] = number
+                submitted = self._engine.submit(prompt, sampling, max_new * longest, len(group))
+                waiting |= {id(each): (number, max_new) for each, number in zip(submitted, group, strict=True)}
             while not self._engine.is_idle:
                 for continuation in self._engine.advance():
+                    number, max_new = waiting[id(continuation)]
+                    if len(continuation.ids) >= max_new:
+                        self._engine.cancel(continuation)
                     if continuation.ended is not None:
-                        yield numbers[id(continuation)], continuation.text
+                        yield number, continuation.text
 
         return self._answered("generate_until", requests, answers)
 

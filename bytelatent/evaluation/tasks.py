@@ -42,6 +42,7 @@ class TaskFinder:
     ):
         if include_path is not None and not include_path.is_dir():
             raise UserError(f"include_path: '{include_path}' is not a folder; name one with task files (.yaml)")
+        include_path = include_path.absolute() if include_path is not None else None  # see `_loaded`
         self._folder, self._runs_programs = include_path, runs_programs
         sampling = {"do_sample": True, "temperature": temperature} if samples > 1 else {"do_sample": False}
         self._own = {"humaneval": lambda: humaneval(samples, sampling), "mbpp": lambda: mbpp(samples, sampling)}
@@ -138,7 +139,7 @@ def _listed(folder: str | None) -> Any:
 
 def _why(error: Exception) -> str:
     """Why a task could not be loaded, and the way out."""
-    chain = [error]
+    chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     names = {type(part).__name__ for part in chain}

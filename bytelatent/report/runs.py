@@ -26,7 +26,7 @@ FILES = {"metrics.jsonl", "settings.yaml"}  # a folder with either is a run
 NOT_SEARCHED = {"checkpoints", "profiles", "tensorboard", "wandb", "code"}
 LONGEST = 40  # characters of a setting in a table
 UNLIMITED = 10_000  # columns
-RESULTS_CAPTION = "bits per byte of held-out and training text; bytes per patch; time spent in steps"
+RESULTS_CAPTION = "bits per byte of held-out and training text; bytes per patch or token; time spent in steps"
 BITS = "bits_per_byte"
 VALIDATION = "validation_bits_per_byte"
 

@@ -162,7 +162,7 @@ class HuggingFaceFormat(WeightsFormat):
         if byte_lm is not None:
             values["patcher_config"] = patcher_config_of(byte_lm.config)
             write_sidecar(folder, byte_lm.config, BYTE_LM_SIDECAR)
-        values["dtype"] = precision_of(stored)
+        values["dtype"] = stored.precision
         write_json_object(folder / "config.json", values)
         write_json_object(folder / "generation_config.json", {**SPECIAL_IDS, "use_cache": False, "do_sample": False})
         write_tokenizer(folder, config.context)
@@ -173,12 +173,6 @@ class HuggingFaceFormat(WeightsFormat):
         if isinstance(model, BLTSettings) and model.ngram_hash is None:
             tensors[NO_TABLES] = StoredTensor(next(iter(tensors.values())).dtype, (0, model.encoder.dim), ())
         return tensors | (self.stored_tensors(stored.byte_lm) if stored.byte_lm is not None else {})
-
-
-def precision_of(stored: StoredModel) -> str:
-    """The precision of a model's tensors; float32 if they differ."""
-    precisions = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()}
-    return precisions.pop() if len(precisions) == 1 else "float32"
 
 
 class Part(dict[str, Any]):

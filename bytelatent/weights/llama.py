@@ -14,7 +14,7 @@ from bytelatent.errors import UserError
 from bytelatent.model import LanguageModelSettings, TokenLMSettings
 from bytelatent.model.settings import StackSettings
 from bytelatent.text.tokenizer import Tokenizer
-from bytelatent.weights.hugging_face import STACK, Part, fixed_of_stack, precision_of
+from bytelatent.weights.hugging_face import STACK, Part, fixed_of_stack
 from bytelatent.weights.native import TRANSFORMERS_NAMES, SettingsTable, WeightsFormat, our_settings, their_settings
 from bytelatent.weights.safetensors_io import StoredTensor, read_json_object, write_json_object
 from bytelatent.weights.side_files import read_sidecar, write_sidecar, write_tokenizer_config
@@ -61,7 +61,7 @@ class LlamaFormat(WeightsFormat):
         assert stored.tokenizer is not None
         tokenizer, config = Tokenizer.read(stored.tokenizer), stored.config
         ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-        write_json_object(folder / "config.json", {**llama_config(config), **ids, "dtype": precision_of(stored)})
+        write_json_object(folder / "config.json", {**llama_config(config), **ids, "dtype": stored.precision})
         write_json_object(folder / "generation_config.json", ids)
         write_sidecar(folder, config)
         write_tokenizer_config(folder, config.context, *(tokenizer.name_of(id_) for id_ in ids.values()))

@@ -165,6 +165,12 @@ class StoredModel:
         return ", ".join(parts)
 
     @property
+    def precision(self) -> str:
+        """Of its tensors; float32 if they differ."""
+        precisions = {str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()}
+        return precisions.pop() if len(precisions) == 1 else "float32"
+
+    @property
     def num_bytes(self) -> int:
         """Size of the weights, with those of the byte LM."""
         inner = self.byte_lm.num_bytes if self.byte_lm is not None else 0

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from bytelatent.commands.eval_text import evaluate_models
 from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation.noise import Noise
+from bytelatent.model import TokenLMSettings, build_model
+from bytelatent.text.tokenizer import train_tokenizer
+from bytelatent.weights import Config, StoredModel, write_model
 from tests.commands.test_eval_text import TEXTS, place
 from tests.evaluation.test_cute import TEXT, solve
 
@@ -87,6 +91,23 @@ def test_a_model_continues_as_it_generates(place: Path, tmp_path: Path) -> None:
         new = network.generate(given, max_new_tokens=longest, do_sample=False, pad_token_id=0)[0, given.shape[1] :]
         text = tokenizer.decode(new, skip_special_tokens=True).split("\n")[0]
         assert row["text"] == text
+
+
+def test_a_token_lm_answers_as_its_export(place: Path, tmp_path: Path) -> None:
+    tokenizer = place / "tokenizer.json"
+    tokenizer.write_text(train_tokenizer([TEXT.encode()] * 4, 290))  # which has as many ids
+    torch.manual_seed(3)
+    model = build_model(TokenLMSettings(vocab_size=290, dim=32, num_layers=2, num_heads=2, multiple_of=8))
+    config = Config(model=model.settings, context=400)
+    stored = replace(StoredModel.of(model, config), tokenizer=tokenizer)
+    for name in ("native", "hf"):
+        write_model(stored, tmp_path / name, name)
+    settings = settings_of(tmp_path, "native", "hf", out=str(tmp_path / "out.json"))
+    evaluate_examples(settings, ["cute_spell"])
+    rows = [json.loads(line)["text"] for line in (tmp_path / "out.json.rows.jsonl").read_text().splitlines()]
+    for ours, theirs in zip(rows[:3], rows[3:], strict=True):  # theirs ends after as many tokens as ours has bytes
+        assert len(ours) > 10
+        assert theirs.startswith(ours.rstrip("\ufffd"))
 
 
 def test_an_interrupted_evaluation_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +198,8 @@ def test_what_is_printed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     ("more", "message"),
     [
         ({"tasks": "cute", "words": None}, "cute: name words with --words FILE"),
+        ({"tasks": "cute_spel"}, "tasks: 'cute_spel' is unknown; did you mean 'cute_spell'?"),
+        ({"tasks": "cute_spell,hellaswag"}, "tasks: 'cute_spell' and 'hellaswag' of lm-eval are measured apart"),
         ({"tasks": "cute_sem"}, "cute_sem: it needs pairs of words"),
         ({"tasks": "cute", "words": "absent.txt"}, "'absent.txt' does not exist"),
         ({"tasks": "cute", "noise": ["dorp"]}, "noise: 'dorp' is unknown; did you mean 'drop'?"),

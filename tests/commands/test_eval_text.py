@@ -145,7 +145,7 @@ def test_bits_per_byte_are_those_of_a_slow_computation(place: Path, name: str, o
 def test_a_token_lm_costs_in_transformers_what_it_costs_here(place: Path) -> None:
     (place / "tokenizer.json").write_text(train_tokenizer(TEXTS, 290))
     torch.manual_seed(2)
-    model = build_model(TokenLMSettings(vocab_size=290, dim=32, num_layers=2, num_heads=2, multiple_of=8))
+    model: Any = build_model(TokenLMSettings(vocab_size=290, dim=32, num_layers=2, num_heads=2, multiple_of=8))
     stored = StoredModel.of(model, Config(model=model.settings, context=CONTEXT))
     stored = replace(stored, tokenizer=place / "tokenizer.json")
     for name in ("native", "hf"):

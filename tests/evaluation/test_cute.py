@@ -234,7 +234,7 @@ def test_an_oracle_is_right_and_what_cannot_spell_is_wrong(name: str) -> None:
 
 def test_a_random_model_cannot_spell() -> None:
     task = cute_task("cute_spell", WORDS, 20)
-    generate = continue_with(Engine.plain(Decoder(tiny_byte_lm(0), None, None), 4))
+    generate = continue_with(Engine.plain(Decoder(tiny_byte_lm(0), None, None), 4), 4)
     texts: Iterator[str] = generate([example.prompt for example in task.examples], ["\n"], 6)
     found = [task.scores["exact_match"](text, e.answers) for text, e in zip(texts, task.examples, strict=True)]
     assert found == [(0.0, 1.0)] * 20
@@ -243,7 +243,7 @@ def test_a_random_model_cannot_spell() -> None:
 def test_a_model_that_gives_nan_is_reported() -> None:
     model = tiny_byte_lm(0)
     model.output.weight.data.fill_(float("nan"))
-    generate = continue_with(Engine.plain(Decoder(model, None, None), 1))
+    generate = continue_with(Engine.plain(Decoder(model, None, None), 1), 1)
     with pytest.raises(UserError, match="the model gives NaN; its weights are corrupt"):
         list(generate(["a"], ["\n"], 4))
 

@@ -1,7 +1,11 @@
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -95,3 +99,34 @@ def test_reports_each_batch(model: ByteLM | BLTModel, folder: Path) -> None:
     costs(model, folder, batch_ids=20, on_batch=shown.append, context=20)
     assert sum(shown) == sum(map(len, TEXTS))
     assert len(shown) > 2
+
+
+def test_groups_are_values_of_keys_and_columns(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "a", "site": "x.org", "meta": {"year": 1999}},
+        {"text": "b", "site": None, "meta": {"year": [1]}},
+        {"text": "", "site": "y.org"},
+        {"text": "c", "site": "y.org", "meta.year": 7},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {key: [row[key] for row in rows] for key in ("text", "site")} | {"year": [1, 2, 3, None]}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+
+    def groups(by: str, *names: str) -> list[str]:
+        return [sample.group for sample in Texts([str(tmp_path / name) for name in names], by=by).read()]
+
+    assert groups("site", "rows.jsonl") == groups("site", "rows.parquet") == ["x.org", "(none)", "y.org"]
+    assert groups("meta.year", "rows.jsonl") == ["1999", "(none)", "7"]
+    assert groups("year", "rows.parquet") == ["1", "2", "(none)"]
+    assert groups("source", "") == 3 * ["rows.jsonl"] + 3 * ["rows.parquet"]
+
+
+def test_a_cut_is_not_inside_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("aä€")
+    (tmp_path / "b.txt").write_bytes(b"a\xff\xc3\xa4")
+    for name, parts in {
+        "a.txt": [b"a", b"a", "aä".encode(), "aä".encode()],
+        "b.txt": [b"a", b"a\xff", b"a\xff\xc3"],
+    }.items():
+        found = [list(Texts([str(tmp_path / name)], max_bytes=size).read()) for size in range(1, len(parts) + 1)]
+        assert [sample.document.text for [sample] in found] == parts

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from bytelatent.evaluation.harness import HarnessModel
-from tests.lm_eval.conftest import asked
+from bytelatent.model import TokenLMSettings
+from bytelatent.text.tokenizer import TOKENIZER, Tokenizer, train_tokenizer
+from bytelatent.weights import Config, StoredModel, convert, open_pretrained, write_model
+from tests.lm_eval.conftest import WORDS, asked
+from tests.model.tiny import make
 from tests.weights.test_hugging_face import random_rows
 from tests.weights.test_transformers4 import export
 
@@ -117,6 +122,39 @@ def test_whitespace_at_the_end_of_a_context_stays_there(ours: HarnessModel, expo
     [(mine, _), (space, _)] = ours.loglikelihood(asked(("of the ", "byte"), ("of the", " ")))
     [(its, _)] = theirs(exported).loglikelihood(asked(("of the ", "byte")))
     assert mine + space == pytest.approx(its, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[HarnessModel, HFLM]:
+    """A token LM in our format and as transformers' Llama; context 40."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / TOKENIZER).write_text(train_tokenizer([" ".join(WORDS).encode()] * 9, 300))
+    size = Tokenizer.read(folder / TOKENIZER).size  # transformers would also draw ids that no token has
+    model = make(TokenLMSettings(dim=32, num_layers=2, num_heads=4, multiple_of=8, vocab_size=size))
+    stored = replace(StoredModel.of(model, Config(model=model.settings, context=40)), tokenizer=folder / TOKENIZER)
+    write_model(stored, folder / "own", "native")
+    convert(open_pretrained(folder / "own"), folder / "theirs", "hf")
+    return HarnessModel(str(folder / "own"), device="cpu"), HFLM(str(folder / "theirs"), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_a_token_lm(llama: tuple[HarnessModel, HFLM], local_tasks: Path, shots: int) -> None:
+    mine, its = (results(model, local_tasks, "local_choice", shots) for model in llama)
+    assert_same(mine, its, "local_choice")
+    for one, other in zip(mine["samples"]["local_choice"], its["samples"]["local_choice"], strict=True):
+        assert_close(one["filtered_resps"], other["filtered_resps"])
+
+
+def test_texts_and_generation_of_a_token_lm(llama: tuple[HarnessModel, HFLM], local_tasks: Path) -> None:
+    ours, theirs = llama
+    name = "local_continuation"
+    mine, its = (results(model, local_tasks, name) for model in llama)
+    assert_same(mine, its, name)
+    assert [row["resps"] for row in mine["samples"][name]] == [row["resps"] for row in its["samples"][name]]
+    [(mine_spaced, _)], [(its_spaced, _)] = (model.loglikelihood(asked(("the  ", "byte"))) for model in llama)
+    assert mine_spaced == pytest.approx(its_spaced, abs=1e-3)
+    theirs.add_bos_token = False
+    assert_same(results(ours, local_tasks, "local_text"), results(theirs, local_tasks, "local_text"), "local_text")
 
 
 def test_ids_of_the_exported_tokenizer(exported: Path) -> None:
