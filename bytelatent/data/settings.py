@@ -88,8 +88,9 @@ class DataSettings(Settings):
     @property
     def batch_ids(self) -> int:
         """Ids in a batch."""
-        is_divided = self.tokenizer is not None and self.patch_bytes is not None
-        return max(2, round(self.batch_bytes / self.patch_bytes)) if is_divided else self.batch_bytes
+        if self.tokenizer is None or self.patch_bytes is None:
+            return self.batch_bytes
+        return max(2, round(self.batch_bytes / self.patch_bytes))
 
     @field_validator("train", "valid", mode="before")
     @classmethod

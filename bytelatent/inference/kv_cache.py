@@ -151,7 +151,8 @@ def empty_state(model: BLTModel | LanguageModel, byte_lm: ByteLM | None, num_slo
     longest = 2  # ids that deciding about patches needs
     if isinstance(model, BLTModel) and model.settings.ngram_hash is not None:
         longest = max(longest, *model.settings.ngram_hash.sizes)
-    counts = (zeros, zeros[:, None].repeat(1, longest), zeros.float(), *(zeros.clone() for _ in range(4)))
+    since, num_patches, open_count, begin = (zeros.clone() for _ in range(4))
+    counts = (zeros, zeros[:, None].repeat(1, longest), zeros.float(), since, num_patches, open_count, begin)
     if isinstance(model, LanguageModel):
         return DecodeState(*counts, KVCache.empty(model.settings, num_slots, like))
     settings, cross = model.settings, model.settings.cross_attention

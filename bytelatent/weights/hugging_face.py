@@ -348,7 +348,7 @@ def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
             f"hf: transformers has only the plain entropy mode, not '{patching.in_words()}'; use native"
             f"{'' if patching.reset_at_newline else ' or meta'}"
         )
-    if model.cross_attention.all_layers_encoder and model.encoder.num_layers > 1:
+    if model.cross_attention is not None and model.cross_attention.all_layers_encoder and model.encoder.num_layers > 1:
         raise UserError(
             "hf: cross_attention.all_layers_encoder with several encoder layers: transformers pools again after each "
             "layer and would compute something else; keep the model in our format or convert it to meta"

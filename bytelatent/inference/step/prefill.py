@@ -159,6 +159,7 @@ class PrefillDecoderCrossAttention(nn.Module):
 
     def __init__(self, settings: BLTSettings, weights: CrossWeights):
         super().__init__()
+        assert settings.cross_attention is not None
         self.weights, self.eps = weights, settings.decoder.norm_eps
         self.heads = (settings.cross_attention.num_heads, -1)
 
