@@ -153,7 +153,7 @@ def _stored_answers(settings: EvaluateSettings, model: Any) -> Iterator[None]:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Without the notices and bars of lm_eval and datasets, which repeat what is shown here."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
     import lm_eval.api.task  # pyright: ignore[reportMissingImports]
 
     loggers = {logging.getLogger(name): logging.ERROR for name in NOISY}
