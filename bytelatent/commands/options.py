@@ -1,6 +1,7 @@
 """Settings of the verbs. Their fields and docstrings are the options and the help of `blt VERB`.
 
-Those of `eval` are in `eval_options.py`. What a verb does is in the file of its name. Nothing here imports torch, so that help is shown at once.
+Those of `eval` are in `eval_options.py`. What a verb does is in the file of its name. Nothing here imports torch, so
+that help is shown at once.
 """
 
 import re
