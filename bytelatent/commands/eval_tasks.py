@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
-from bytelatent.commands.options import EvaluateSettings
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation.examples import PAPER
 from bytelatent.evaluation.noise import NOISES, Noise, with_noise
