@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,7 +34,7 @@ from bytelatent.evaluation.noise import Noise, noises_of
 from bytelatent.evaluation.phonemes import NAME as G2P
 from bytelatent.evaluation.phonemes import g2p_task, pronunciations
 from bytelatent.evaluation.text import FEWEST
-from bytelatent.files import partial_path, write_whole_json
+from bytelatent.files import must_be_writable, partial_path, write_whole_json
 from bytelatent.inference.step import engine_for
 from bytelatent.progress import Progress
 from bytelatent.report import figure_format, write_noise_figure
@@ -62,18 +63,18 @@ FIXED |= {"threshold"}
 def run(settings: EvaluateSettings) -> None:
     own, others = split_tasks(settings.tasks or "")
     if others:
-        raise UserError(f"tasks: '{own[0]}' and '{others[0]}' of lm-eval are measured apart; name one of them")
+        raise UserError(f"tasks: '{own[0]}' and '{others[0]}' need separate commands; run one for each")
     check_figure(settings)
     with sigterm_interrupts():
         results = evaluate_examples(settings, own)
     if settings.out is not None:
         write_whole_json(settings.out, {"results": results}, indent=1)
-    if settings.figure is not None:
-        draw_scores(settings.figure, results)
     if settings.as_json:
         print_json({"results": results})
     else:
         print_line(table_of(results, settings.markdown))
+    if settings.figure is not None:
+        draw_scores(settings.figure, results)
 
 
 def split_tasks(tasks: str) -> tuple[list[str], list[str]]:
@@ -91,12 +92,15 @@ def noises_with(settings: EvaluateSettings) -> list[Noise | None]:
 def check_figure(settings: EvaluateSettings) -> None:
     """
     Raises:
-        UserError: there is to be a figure, and no noise or no known suffix.
+        UserError: there is to be a figure, and no noise, no known suffix, or no place to write it.
     """
     if settings.figure is not None:
         figure_format(settings.figure)
         if not settings.noise:
             raise UserError("figure: it shows scores with noise; name one: --noise drop --noise-rates 0.05,0.1")
+        if find_spec("matplotlib") is None:
+            raise UserError("figure: it needs the package matplotlib; run: pip install matplotlib")
+        must_be_writable(settings.figure)
 
 
 def draw_scores(path: Path, results: Results, score: str = "exact match (%)", scale: float = 100) -> None:

@@ -43,15 +43,15 @@ def run(settings: EvaluateSettings) -> None:
     check_figure(settings)
     with sigterm_interrupts():
         result = evaluate_noise(settings)
-    if settings.figure is not None:
-        scores = [{**one, "task": "", "score": BITS, "value": one["bits_per_byte"]} for one in result["results"]]
-        draw_scores(settings.figure, scores, BITS, scale=1)
     if settings.as_json:
         print_json(result)
     else:
         for remark in result["remarks"]:
             print_line(remark)
         print_line(_table(result["results"], settings.markdown))
+    if settings.figure is not None:
+        scores = [{**one, "task": "", "score": BITS, "value": one["bits_per_byte"]} for one in result["results"]]
+        draw_scores(settings.figure, scores, BITS, scale=1)
     must_have_read(result["unread"])
 
 

@@ -4,6 +4,8 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
@@ -21,21 +23,23 @@ LOGGER = logging.getLogger(__name__)
 BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
 ERROR = "_stderr"
 MAIN_METRICS = ("acc_norm,none", "acc,none")  # of which the first that a task has is drawn and compared
+PACKAGES = ("lm_eval", "datasets", "evaluate", "jinja2", "sacrebleu", "rouge_score", "sklearn", "sqlitedict")
+PACKAGES += ("pytablewriter", "dill", "word2number", "more_itertools")
 NOISY = ("lm_eval", "datasets", "evaluate", "httpx", "huggingface_hub")
 
 
 def run(settings: EvaluateSettings) -> None:
     check_figure(settings)
     result = evaluate_tasks(settings)
+    if settings.as_json:
+        print_json(_plain({key: value for key, value in result.items() if key != "samples"}))
+    else:
+        print_line(_table(result, settings.markdown))
     if settings.figure is not None:
         shown = [row for row in [*result["groups"], *result["tasks"]] if not row["in_group"]]
         about = [{"model": result["model"], "task": row["name"], "score": "score"} for row in shown]
         scores = [{**row, **own, "value": _main(row)} for row, own in zip(shown, about, strict=True)]
         draw_scores(settings.figure, scores, "score", scale=1)
-    if settings.as_json:
-        print_json(_plain({key: value for key, value in result.items() if key != "samples"}))
-    else:
-        print_line(_table(result, settings.markdown))
 
 
 def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
@@ -56,15 +60,16 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
         raise UserError("tasks: they bring their own text; leave TEXT out, or --tasks")
     if len(settings.model) > 1:
         raise UserError("model: tasks take one model at a time; run the command for each")
-    if settings.out is not None and settings.out.exists() and settings.out.stat().st_size:
-        raise UserError(f"out: '{settings.out}' holds something already; name another file, or move it away")
+    for path in () if settings.out is None else (settings.out, _rows_path(settings.out)):
+        if path.exists() and (path.stat().st_size or path.is_dir()):
+            raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
     require_lm_eval()
     with _quiet_libraries(), sigterm_interrupts():
         from bytelatent.evaluation.harness import HarnessModel
         from bytelatent.evaluation.tasks import TaskFinder
 
         finder = TaskFinder(settings.include_path, settings.samples, settings.temperature, settings.run_programs)
-        own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold"})
+        own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold", "batch_size", "seed"})
         make: Any = HarnessModel  # lm_eval's decorator hides its arguments
         model = make(settings.model[0], **own, max_length=settings.context)  # no weights yet
         noises, tasks = noises_with(settings), finder.load(names, settings.shots)
@@ -81,12 +86,11 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
 def require_lm_eval() -> None:
     """
     Raises:
-        UserError: lm_eval is not installed.
+        UserError: lm_eval, or what it needs, is not installed.
     """
-    try:
-        import lm_eval  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("--tasks needs the package lm_eval; run: pip install 'bytelatent[eval]'") from None
+    for name in PACKAGES:
+        if find_spec(name) is None:
+            raise UserError(f"--tasks needs the package {name}; run: pip install 'bytelatent[eval]'")
 
 
 def _evaluate(model: Any, tasks: dict[str, Any], settings: EvaluateSettings, noise: Noise | None) -> dict[str, Any]:
@@ -140,14 +144,21 @@ def _stored_answers(settings: EvaluateSettings, model: Any) -> Iterator[None]:
         return
     from bytelatent.evaluation.harness import StoredAnswers
 
-    path = settings.out.with_name(f"{settings.out.name}.rows.jsonl")
+    path = _rows_path(settings.out)
     part = partial_path(path)
+    if part.is_file():  # before its last line, if it has no end, is cut off
+        with part.open("rb") as lines:
+            StoredAnswers.read(lines, str(part))
     try:
         with growing_file(path) as file, part.open("rb") as lines:
             model.stored = StoredAnswers(lines, file, model.made_with(), str(part))
             yield
     except KeyboardInterrupt:
         raise Interrupted(f"answers so far are in '{part}'; the same command resumes") from None
+
+
+def _rows_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.rows.jsonl")
 
 
 @contextmanager
