@@ -32,7 +32,7 @@ from bytelatent.inference.quantize import quantize_model
 from bytelatent.inference.settings import Quantization
 from bytelatent.inference.step import QUORUM, CapturedSlots, PrefillDecoder, engine_for, sampling
 from bytelatent.inference.step.prefill import PrefillStack
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, ByteLMSettings, build_model, pack_rows, preset
+from bytelatent.model import BLTModel, BLTSettings, ByteLM, build_model, pack_rows, preset
 from bytelatent.model.flops import costs
 from bytelatent.patching import PatchSettings
 
@@ -117,7 +117,7 @@ def lower_bound(decoder: Decoder, rows: int, quorum: float, position: int) -> fl
         return 2 * settings.num_layers * settings.kv_heads * settings.head_dim * 2 * seen
 
     settings: BLTSettings = model.settings
-    inner: ByteLMSettings = byte_lm.settings
+    inner: Any = byte_lm.settings
     seen = min(position, 512)
     by_byte = weights(byte_lm, model.decoder) + weights(model.encoder) - weights(model.encoder.ngram_hash)
     by_byte += rows * (cache(inner, seen) + cache(settings.encoder, seen) + cache(settings.decoder, seen))
@@ -164,14 +164,14 @@ def generate(
 
 def check() -> None:
     """Compare the captured step with plain PyTorch; exit code 1 if a sequence differs."""
-    from tests.inference.test_engine import decoders, generated
+    from tests.inference.test_engine import NAMES, decoder_of, generated
 
     sampling = Sampling(temperature=1.0, seed=3, top_p=0.9)
     every, full = get_args(Quantization), get_args(Quantization)[:1]
     num_unequal = 0
-    kinds = [(name, weights) for name in decoders() for weights in (every if name == "entropy" else full)]
+    kinds = [(name, weights) for name in NAMES for weights in (every if name == "entropy" else full)]
     for name, weights in kinds:
-        plain = decoders()[name]
+        plain = decoder_of(name)
         for part in (plain.model, plain.byte_lm):
             if part is not None:
                 part.cuda()

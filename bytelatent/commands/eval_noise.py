@@ -6,8 +6,8 @@ from functools import cache
 from typing import Any
 
 from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import FIXED, UNITS, evaluate_one, found_models, shown_interval, stored_rows
-from bytelatent.commands.options import EvaluateSettings
 from bytelatent.data import Patcher
 from bytelatent.errors import UserError
 from bytelatent.evaluation import Measured, Texts, compare

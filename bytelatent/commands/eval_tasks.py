@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
-from bytelatent.commands.options import EvaluateSettings
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation.examples import PAPER
 from bytelatent.evaluation.noise import NOISES, Noise, with_noise
@@ -153,7 +153,7 @@ def _stored_answers(settings: EvaluateSettings, model: Any) -> Iterator[None]:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Without the notices and bars of lm_eval and datasets, which repeat what is shown here."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
     import lm_eval.api.task  # pyright: ignore[reportMissingImports]
 
     loggers = {logging.getLogger(name): logging.ERROR for name in NOISY}

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from bytelatent.commands.options import EvaluateSettings
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.device import Threads, choose_device
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation import FoundModel, Measured, ReadSettings, Texts, compare, find_models, measure_texts

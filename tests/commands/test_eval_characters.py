@@ -15,8 +15,8 @@ from bytelatent.commands import eval_characters
 from bytelatent.commands.eval import run
 from bytelatent.commands.eval_characters import evaluate_examples, means_of_cute, split_tasks, table_of
 from bytelatent.commands.eval_noise import evaluate_noise
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import evaluate_models
-from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation.noise import Noise
 from bytelatent.model import TokenLMSettings, build_model

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bytelatent import BLT
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import evaluate_models, run
-from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation import Measured, ReadSettings, TextModel, Texts, bootstrap, find_models, measure_texts
 from bytelatent.model import BLTModel, ByteLM, TokenLMSettings, add_patches, build_model, pack_rows
