@@ -20,7 +20,7 @@ from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.generate import line_of, must_be_free, rows_at
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
-from bytelatent.evaluation import FoundModel, ReadSettings, Texts, TransformersModel, bootstrap, find_model
+from bytelatent.evaluation import FoundModel, ReadSettings, Texts, TransformersModel, bootstrap, find_models
 from bytelatent.evaluation.cute import CUTE, NUM_EXAMPLES, Words, cute_task
 from bytelatent.evaluation.examples import (
     PAPER,
@@ -199,8 +199,8 @@ def evaluate_examples(settings: EvaluateSettings, names: list[str]) -> Results:
         tokenizer=settings.tokenizer,
         threshold=settings.threshold,
     )
-    several = len(settings.model) > 1
-    found = {model: find_model(model, settings.entropy_model, how, several) for model in settings.model}
+    every_model = find_models(settings.model, settings.entropy_model, how)
+    found = dict(zip(settings.model, every_model, strict=True))
     models = {model: cache(partial(_generator, settings, one)) for model, one in found.items()}
     runs = [
         TaskRun(model, noise, task if noise is None else _with_noise(task, noise, settings))

@@ -83,6 +83,7 @@ def evaluate_noise(settings: EvaluateSettings) -> dict[str, Any]:
                 about = {"noise": noise and noise.name, "rate": 0.0 if noise is None else noise.rate}
                 results.append({**extra, **about, **found})
                 remarks += [remark for remark in own if remark not in remarks]
+        remarks += texts.remarks(next((model.name for model in models if model.reads_tokens), ""))
         result = {"results": results, "left_out": texts.num_left_out, "remarks": remarks}
         result |= {"bad_rows": texts.bad_rows.count, "unread": texts.bad_rows.unread}
         if settings.out is not None:
