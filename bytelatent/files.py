@@ -71,22 +71,6 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def must_be_writable(path: Path) -> None:
-    """
-    Raises:
-        UserError: `whole_file` could not write there.
-    """
-    if path.is_dir():
-        raise UserError(f"'{path}' is a folder; name a file")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-        aside.unlink()
-    except OSError as error:
-        explain(path, error)
-
-
 @contextmanager
 def whole_folder(path: str | Path, known: dict[str, Digest] | None = None) -> Iterator[Path]:
     """A temporary folder to fill; it becomes `path`, with a manifest of its files, when the block ends.

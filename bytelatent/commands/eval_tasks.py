@@ -5,10 +5,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
+from bytelatent.commands.eval_characters import check_figure, check_out, draw_scores, noises_with, rows_of
 from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation.examples import PAPER
@@ -60,9 +59,7 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
         raise UserError("tasks: they bring their own text; leave TEXT out, or --tasks")
     if len(settings.model) > 1:
         raise UserError("model: tasks take one model at a time; run the command for each")
-    for path in () if settings.out is None else (settings.out, _rows_path(settings.out)):
-        if path.exists() and (path.stat().st_size or path.is_dir()):
-            raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
+    check_out(settings.out)
     require_lm_eval()
     with _quiet_libraries(), sigterm_interrupts():
         from bytelatent.evaluation.harness import HarnessModel
@@ -144,7 +141,7 @@ def _stored_answers(settings: EvaluateSettings, model: Any) -> Iterator[None]:
         return
     from bytelatent.evaluation.harness import StoredAnswers
 
-    path = _rows_path(settings.out)
+    path = rows_of(settings.out)
     part = partial_path(path)
     if part.is_file():  # before its last line, if it has no end, is cut off
         with part.open("rb") as lines:
@@ -155,10 +152,6 @@ def _stored_answers(settings: EvaluateSettings, model: Any) -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         raise Interrupted(f"answers so far are in '{part}'; the same command resumes") from None
-
-
-def _rows_path(out: Path) -> Path:
-    return out.with_name(f"{out.name}.rows.jsonl")
 
 
 @contextmanager
