@@ -247,7 +247,7 @@ class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, ThresholdSettin
         max_bytes: bytes of text to measure. Default: all.
         resamples: resamples of the bootstrap over documents, for the 95 % interval.
         seed: seed of the bootstrap, of noise and of generated tasks.
-        tokenizer: tokenizer.json, or a folder that holds one, for a model of tokens without one.
+        tokenizer: path of a tokenizer.json, or of a folder with one, for a model of tokens without one.
         batch_size: bytes or tokens of a batch of text; texts that are continued at once, for --tasks. Default: chosen
             for the device.
         device: device: auto, cpu, cuda or mps.
@@ -394,13 +394,13 @@ class InfoSettings(EntropyModelSettings, JsonSettings):
 
     Attributes:
         model: a preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.
-        patch_bytes: mean patch size, in bytes; of a token LM the mean token.
+        patch_bytes: mean patch size, in bytes; of a token LM the mean token. Default: as the run measured it, else 4.5.
         context: context, in bytes.
         revision: branch, tag or commit of a repository.
     """
 
     model: Annotated[str, ARGUMENT] = ""
-    patch_bytes: PatchBytes = DEFAULT_PATCH_BYTES
+    patch_bytes: PatchBytes | None = None
     context: NumBytes = 8192
     revision: str | None = None
 

@@ -21,7 +21,8 @@ from bytelatent.patching import PatchSettings
 from bytelatent.text.tokenizer import TOKENIZER
 from bytelatent.vocab import BYTES, Vocabulary
 from bytelatent.weights import StoredModel, open_pretrained
-from bytelatent.weights.pretrained import is_on_hub
+from bytelatent.weights.pretrained import is_on_hub, open_folder
+from bytelatent.weights.side_files import SIDECAR
 
 BATCH_ON_GPU, BATCH_ELSEWHERE = 131_072, 4096  # ids of a batch
 LOGITS_ON_GPU, LOGITS_ELSEWHERE = 2**30, 2**26  # that a model may give at once
@@ -90,7 +91,8 @@ def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of
             raise UserError(
                 f"model: '{source}' reads tokens, and its folder holds no {TOKENIZER}; name it: --tokenizer"
             )
-        stored = replace(stored, tokenizer=Path(how.tokenizer))
+        stored = replace(stored, tokenizer=_tokenizer_file(how.tokenizer))
+        stored.config.check_tokenizer(_tokenizer_file(how.tokenizer))
     if not one_of_several or (stored.config.patching is not None and stored.config.patching.needs_entropies):
         stored = stored.with_threshold(how.threshold)
     patching, context = stored.config.patching, stored.config.context if how.context is None else how.context
@@ -149,6 +151,11 @@ def _folder_of_transformers(source: str) -> Path | None:
     return None
 
 
+def _tokenizer_file(place: str | Path) -> Path:
+    path = Path(place).expanduser()
+    return path / TOKENIZER if path.is_dir() else path
+
+
 def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel:
     try:
         from transformers import AutoConfig
@@ -159,6 +166,9 @@ def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel
         raise UserError(f"model: '{source}' reads tokens, and its folder holds no tokenizer; name it with --tokenizer")
     if how.tokenizer is not None and not Path(how.tokenizer).expanduser().exists():
         raise UserError(f"tokenizer: '{how.tokenizer}' does not exist; name a tokenizer.json, or a folder with one")
+    if (folder / SIDECAR).is_file() and config.model_type == "llama":
+        path = _tokenizer_file(folder if how.tokenizer is None else how.tokenizer)
+        open_folder(folder, weights=False).config.check_tokenizer(path)
     longest = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
     context = _checked(min(longest, LONGEST_CONTEXT) if how.context is None else how.context, how, source)
     if context > longest:
