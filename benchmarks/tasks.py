@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lm_eval
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
+import lm_eval  # pyright: ignore[reportMissingImports]
+from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
 from bytelatent import BLT
 from bytelatent.evaluation.harness import HarnessModel

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
-from bytelatent.commands import import_uncollected, options
+from bytelatent.commands import eval_options, import_uncollected, options
 from bytelatent.config import Option, Settings, union_members, warn_renamed
 from bytelatent.errors import BAD_INPUT, UserError, guarded, nearest
 from bytelatent.prepare import PrepareSettings
@@ -31,7 +31,7 @@ VERBS: dict[str, type[Settings]] = {
     "launch": options.LaunchArguments,
     "calibrate": options.CalibrateSettings,
     "entropies": options.EntropiesSettings,
-    "eval": options.EvaluateSettings,
+    "eval": eval_options.EvaluateSettings,
     "generate": options.GenerateSettings,
     "patch": options.PatchesSettings,
     "convert": options.ConvertSettings,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bytelatent import BLT
 from bytelatent.cli import main
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import evaluate_models
-from bytelatent.commands.options import EvaluateSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.terminal import print_json
 from bytelatent.weights import Config

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from bytelatent.commands.calibrate import calibrate_text
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import evaluate_models
-from bytelatent.commands.options import CalibrateSettings, EvaluateSettings
+from bytelatent.commands.options import CalibrateSettings
 from bytelatent.model import ByteLM
 from bytelatent.training import train
 from tests.training.tiny_runs import byte_lm_run, settings, write_text

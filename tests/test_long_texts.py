@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from bytelatent import BLT
 from bytelatent.cli import app
 from bytelatent.commands.calibrate import calibrate_text
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import evaluate_models
-from bytelatent.commands.options import CalibrateSettings, EvaluateSettings
+from bytelatent.commands.options import CalibrateSettings
 from bytelatent.data import patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference import Sampling, prompt_ids, scoring

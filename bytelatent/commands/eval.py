@@ -1,6 +1,6 @@
 """`blt eval`, also as `python -m bytelatent.eval`: bits per byte of text, tasks, or robustness against noise."""
 
-from bytelatent.commands.options import EvaluateSettings
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.errors import UserError, nearest
 
 

@@ -1,12 +1,13 @@
-"""Settings that `blt eval` takes beside those of its text and its model: bases of `EvaluateSettings`."""
+"""Settings of `blt eval`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from bytelatent.config import Settings
-from bytelatent.inference.settings import MAX_SAMPLES
+from bytelatent.commands.options import DEFAULT_MODEL, JsonSettings, NumBytes, RowSettings, ThresholdSettings
+from bytelatent.config import ARGUMENT, Option, Settings
+from bytelatent.inference.settings import LIMITS, MAX_SAMPLES
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 
@@ -55,3 +56,48 @@ class NoiseSettings(Settings):
     def _split(cls, value: Any) -> Any:
         """Several rates with commas."""
         return value.split(",") if isinstance(value, str) else value
+
+
+class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, ThresholdSettings, JsonSettings):
+    """Measure the bits per byte of models on text, all on the same bytes.
+
+    Example:  `blt eval held-out/*.jsonl --model runs/demo --model gpt2 --by category --out results.json`
+
+    Attributes:
+        text: files, folders or globs.
+        model: a BLT, a byte LM, a token LM, or a causal language model of Hugging Face transformers: a run, a folder
+            or OWNER/NAME on the hub. Several may be named, each with --model.
+        by: also by the value of this key or column of documents, or by source.
+        overlap: ids that each window of a document longer than the context reads again, without counting them.
+        context: ids to read at once. Default: as in the model's training.
+        out: new file for the results. An interrupted command leaves what is done beside it; the same command resumes.
+        markdown: print a table as Markdown.
+        max_bytes: bytes of text to measure. Default: all.
+        resamples: resamples of the bootstrap over documents, for the 95 % interval.
+        seed: seed of the bootstrap, of noise and of generated tasks.
+        tokenizer: path of a tokenizer.json, or of a folder with one, for a model of tokens without one.
+        batch_size: bytes or tokens of a batch of text; texts that are continued at once, for --tasks. Default: chosen
+            for the device.
+        device: device: auto, cpu, cuda or mps.
+        dtype: precision: float32 or bfloat16.
+    """
+
+    text: Annotated[list[str], ARGUMENT] = Field(default=[])
+    model: Annotated[list[str], Option(("--model", "-m"))] = Field(default=[DEFAULT_MODEL], min_length=1)
+    by: str | None = Field(default=None, min_length=1)
+    overlap: int = Field(default=0, ge=0, le=LIMITS["context"])
+    context: int | None = Field(default=None, ge=2, le=LIMITS["context"])
+    out: Path | None = None
+    markdown: bool = False
+    max_bytes: NumBytes | None = None
+    resamples: int = Field(default=1000, ge=0, le=10**6)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    tokenizer: str | None = None
+    batch_size: int | None = Field(default=None, ge=1, le=2**26)
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value

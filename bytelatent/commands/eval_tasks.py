@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
-from bytelatent.commands.options import EvaluateSettings
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation.examples import PAPER
 from bytelatent.evaluation.noise import NOISES, Noise, with_noise
@@ -27,15 +27,15 @@ NOISY = ("lm_eval", "datasets", "evaluate", "httpx", "huggingface_hub")
 def run(settings: EvaluateSettings) -> None:
     check_figure(settings)
     result = evaluate_tasks(settings)
+    if settings.as_json:
+        print_json(_plain({key: value for key, value in result.items() if key != "samples"}))
+    else:
+        print_line(_table(result, settings.markdown))
     if settings.figure is not None:
         shown = [row for row in [*result["groups"], *result["tasks"]] if not row["in_group"]]
         about = [{"model": result["model"], "task": row["name"], "score": "score"} for row in shown]
         scores = [{**row, **own, "value": _main(row)} for row, own in zip(shown, about, strict=True)]
         draw_scores(settings.figure, scores, "score", scale=1)
-    if settings.as_json:
-        print_json(_plain({key: value for key, value in result.items() if key != "samples"}))
-    else:
-        print_line(_table(result, settings.markdown))
 
 
 def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _stored_answers(settings: EvaluateSettings, model: Any) -> Iterator[None]:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Without the notices and bars of lm_eval and datasets, which repeat what is shown here."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
     import lm_eval.api.task  # pyright: ignore[reportMissingImports]
 
     loggers = {logging.getLogger(name): logging.ERROR for name in NOISY}

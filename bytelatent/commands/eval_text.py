@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from bytelatent.commands.options import EvaluateSettings
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.device import Threads, choose_device
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.evaluation import FoundModel, Measured, ReadSettings, Texts, compare, find_model, measure_texts
+from bytelatent.evaluation import FoundModel, Measured, ReadSettings, Texts, compare, find_models, measure_texts
 from bytelatent.files import growing_file, partial_path, write_whole_json
 from bytelatent.progress import Progress
 from bytelatent.report.text import UNKNOWN, aligned, number
@@ -68,9 +69,7 @@ def evaluate_models(settings: EvaluateSettings) -> dict[str, Any]:
             about.append(extra)
             remarks += own
         result = _result(settings, measured, about)
-        if texts.num_left_out:
-            amount = f"{texts.num_left_out:,} documents ({texts.bytes_left_out:,} bytes)"
-            remarks.append(f"{amount} are left out: they are not valid UTF-8, which models of tokens cannot read")
+        remarks += texts.remarks(next((model.name for model in found if model.reads_tokens), ""))
         result |= {"left_out": texts.num_left_out, "remarks": remarks}
         result |= {"bad_rows": texts.bad_rows.count, "unread": texts.bad_rows.unread}
         if settings.out is not None:
@@ -84,7 +83,7 @@ def found_models(settings: EvaluateSettings) -> list[FoundModel]:
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     how = ReadSettings(device, dtype, settings.context, settings.overlap, settings.batch_size, settings.tokenizer)
     how = replace(how, threshold=settings.threshold)
-    return [find_model(name, settings.entropy_model, how, len(settings.model) > 1) for name in settings.model]
+    return find_models(settings.model, settings.entropy_model, how)
 
 
 def evaluate_one(
@@ -159,6 +158,8 @@ def stored_rows(
         raise UserError(f"out: '{out}' is there already; name another file, or move it away")
     header = {"settings": json.loads(settings.model_dump_json(include=set(fixed))), "models": [m.state for m in found]}
     path = out.with_name(f"{out.name}.rows.jsonl")
+    if path.exists():
+        raise UserError(f"out: '{path}' holds the rows of other results already; name another --out, or move it away")
     try:
         with growing_file(path) as file:
             part = partial_path(path)
@@ -186,6 +187,8 @@ def _read_rows(part: Path, header: dict[str, Any], measured: list[Measured]) -> 
                     raise UserError(f"out: '{part}' was begun before the files of '{name}' changed; name another file")
             for line in lines:
                 row = json.loads(line)
+                if not math.isfinite(row["nats"]) or row["num_bytes"] < 1:
+                    raise ValueError
                 measured[row["model"]].add(row)
         except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
             if isinstance(error, UserError):

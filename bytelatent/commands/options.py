@@ -1,6 +1,7 @@
 """Settings of the verbs. Their fields and docstrings are the options and the help of `blt VERB`.
 
-What a verb does is in the file of its name. Nothing here imports torch, so that help is shown at once.
+Those of `eval` are in `eval_options.py`. What a verb does is in the file of its name. Nothing here imports torch, so
+that help is shown at once.
 """
 
 import re
@@ -9,9 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from bytelatent.commands.eval_options import NoiseSettings, TaskSettings
 from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
-from bytelatent.inference.settings import LIMITS, MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
+from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
 from bytelatent.launch import LaunchSettings
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.documents import MAX_BAD_ROWS
@@ -228,51 +228,6 @@ class EntropiesSettings(TextSettings):
     dtype: str = "auto"
     rank: int | None = None
     world_size: int | None = None
-
-
-class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, ThresholdSettings, JsonSettings):
-    """Measure the bits per byte of models on text, all on the same bytes.
-
-    Example:  `blt eval held-out/*.jsonl --model runs/demo --model gpt2 --by category --out results.json`
-
-    Attributes:
-        text: files, folders or globs.
-        model: a BLT, a byte LM, a token LM, or a causal language model of Hugging Face transformers: a run, a folder
-            or OWNER/NAME on the hub. Several may be named, each with --model.
-        by: also by the value of this key or column of documents, or by source.
-        overlap: ids that each window of a document longer than the context reads again, without counting them.
-        context: ids to read at once. Default: as in the model's training.
-        out: new file for the results. An interrupted command leaves what is done beside it; the same command resumes.
-        markdown: print a table as Markdown.
-        max_bytes: bytes of text to measure. Default: all.
-        resamples: resamples of the bootstrap over documents, for the 95 % interval.
-        seed: seed of the bootstrap, of noise and of generated tasks.
-        tokenizer: path of a tokenizer.json, or of a folder with one, for a model of tokens without one.
-        batch_size: bytes or tokens of a batch of text; texts that are continued at once, for --tasks. Default: chosen
-            for the device.
-        device: device: auto, cpu, cuda or mps.
-        dtype: precision: float32 or bfloat16.
-    """
-
-    text: Annotated[list[str], ARGUMENT] = Field(default=[])
-    model: Annotated[list[str], Option(("--model", "-m"))] = Field(default=[DEFAULT_MODEL], min_length=1)
-    by: str | None = Field(default=None, min_length=1)
-    overlap: int = Field(default=0, ge=0, le=LIMITS["context"])
-    context: int | None = Field(default=None, ge=2, le=LIMITS["context"])
-    out: Path | None = None
-    markdown: bool = False
-    max_bytes: NumBytes | None = None
-    resamples: int = Field(default=1000, ge=0, le=10**6)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    tokenizer: str | None = None
-    batch_size: int | None = Field(default=None, ge=1, le=2**26)
-    device: str = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class GenerateSettings(ThresholdSettings):

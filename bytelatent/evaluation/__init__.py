@@ -1,6 +1,6 @@
 """How good a model is: bits per byte of text."""
 
-from bytelatent.evaluation.load import FoundModel, ReadSettings, find_model, packed_model
+from bytelatent.evaluation.load import FoundModel, ReadSettings, find_model, find_models, packed_model
 from bytelatent.evaluation.models import Cost, PackedModel, TextModel, TransformersModel
 from bytelatent.evaluation.text import Measured, Texts, bootstrap, compare, measure_texts
 
@@ -16,6 +16,7 @@ __all__ = [
     "bootstrap",
     "compare",
     "find_model",
+    "find_models",
     "measure_texts",
     "packed_model",
 ]

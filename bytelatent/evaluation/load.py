@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,14 @@ BATCH_ON_GPU, BATCH_ELSEWHERE = 131_072, 4096  # ids of a batch
 LOGITS_ON_GPU, LOGITS_ELSEWHERE = 2**30, 2**26  # that a model may give at once
 LONGEST_CONTEXT = 8192  # of a model of transformers, unless more are asked for: memory grows with it
 UNKNOWN_CONTEXT = 2048
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 INSTALL = "which is not installed; run: pip install 'bytelatent[eval]'"
 
 
@@ -57,8 +65,9 @@ class FoundModel:
 
     Attributes:
         reads_tokens: it reads only texts that are valid UTF-8.
-        state: changes when its files do.
+        state: changes when its files do, or the content of its tokenizer.
         stored: None for one of transformers.
+        takes: those of the options `entropy_model`, `threshold` and `tokenizer` that change what it does.
     """
 
     name: str
@@ -67,6 +76,23 @@ class FoundModel:
     state: str
     load: Callable[[], TextModel]
     stored: StoredModel | None = None
+    takes: frozenset[str] = frozenset()
+
+
+def find_models(sources: Sequence[str], entropy_model: str | None, how: ReadSettings) -> list[FoundModel]:
+    """Find models, as `find_model` does each.
+
+    Raises:
+        UserError: also if an option is one that none of them takes.
+    """
+    found = [find_model(source, entropy_model, how, len(sources) > 1) for source in sources]
+    given = {"entropy_model": entropy_model, "threshold": how.threshold, "tokenizer": how.tokenizer}
+    needed = {"entropy_model": "patches by entropy", "threshold": "patches by entropy", "tokenizer": "need of it"}
+    for name, value in given.items():
+        if value is not None and not any(name in model.takes for model in found):
+            which = f"'{sources[0]}' has no" if len(sources) == 1 else f"none of the {len(sources)} models has"
+            raise UserError(f"{name}: {which} {needed[name]}; leave it out")
+    return found
 
 
 def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of_several: bool = False) -> FoundModel:
@@ -86,13 +112,17 @@ def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of
     stored = open_pretrained(source, None if one_of_several else entropy_model)
     if one_of_several and entropy_model is not None and isinstance(stored.config.model, BLTSettings):
         stored = open_pretrained(source, entropy_model)
+    takes = set()
     if isinstance(stored.config.model, TokenLMSettings) and stored.tokenizer is None:
         if how.tokenizer is None:
             raise UserError(
                 f"model: '{source}' reads tokens, and its folder holds no {TOKENIZER}; name it: --tokenizer"
             )
-        stored = replace(stored, tokenizer=_tokenizer_file(how.tokenizer))
-        stored.config.check_tokenizer(_tokenizer_file(how.tokenizer))
+        place = _given_tokenizer(how.tokenizer)
+        place = place / TOKENIZER if place.is_dir() else place
+        stored.config.check_tokenizer(place)
+        stored = replace(stored, tokenizer=place)
+        takes.add("tokenizer")
     if not one_of_several or (stored.config.patching is not None and stored.config.patching.needs_entropies):
         stored = stored.with_threshold(how.threshold)
     patching, context = stored.config.patching, stored.config.context if how.context is None else how.context
@@ -102,8 +132,20 @@ def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of
         if patching.needs_entropies and stored.byte_lm is None:
             raise UserError(f"eval: the patches of '{source}' need a byte LM; name it with --entropy-model")
     context = _checked(context, how, source)
-    state = state_of([part.folder for part in (stored, stored.byte_lm) if part is not None])
-    return FoundModel(source, context, False, state, lambda: _load(stored, source, context, how), stored)
+    if patching is not None and patching.needs_entropies:
+        takes |= {"entropy_model", "threshold"}
+    state = state_of([part.folder for part in (stored, stored.byte_lm) if part is not None], stored.tokenizer)
+    load = partial(_load, stored, source, context, how)
+    return FoundModel(source, context, False, state, load, stored, frozenset(takes))
+
+
+def _given_tokenizer(place: str) -> Path:
+    """A tokenizer.json, or a folder with a tokenizer."""
+    path = Path(place).expanduser()
+    if not (path.is_file() or any((path / name).is_file() for name in TOKENIZER_FILES)):
+        what = "holds no tokenizer" if path.exists() else "does not exist"
+        raise UserError(f"tokenizer: '{place}' {what}; name a tokenizer.json, or a folder with one")
+    return path
 
 
 def _checked(context: int, how: ReadSettings, source: str) -> int:
@@ -151,11 +193,6 @@ def _folder_of_transformers(source: str) -> Path | None:
     return None
 
 
-def _tokenizer_file(place: str | Path) -> Path:
-    path = Path(place).expanduser()
-    return path / TOKENIZER if path.is_dir() else path
-
-
 def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel:
     try:
         from transformers import AutoConfig
@@ -164,17 +201,17 @@ def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel
     config = _explained(source, lambda: AutoConfig.from_pretrained(folder).get_text_config())
     if how.tokenizer is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"model: '{source}' reads tokens, and its folder holds no tokenizer; name it with --tokenizer")
-    if how.tokenizer is not None and not Path(how.tokenizer).expanduser().exists():
-        raise UserError(f"tokenizer: '{how.tokenizer}' does not exist; name a tokenizer.json, or a folder with one")
+    given = None if how.tokenizer is None else _given_tokenizer(how.tokenizer)
     if (folder / SIDECAR).is_file() and config.model_type == "llama":
-        path = _tokenizer_file(folder if how.tokenizer is None else how.tokenizer)
-        open_folder(folder, weights=False).config.check_tokenizer(path)
+        place = given or folder
+        place = place / TOKENIZER if place.is_dir() else place
+        open_folder(folder, weights=False).config.check_tokenizer(place)
     longest = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
     context = _checked(min(longest, LONGEST_CONTEXT) if how.context is None else how.context, how, source)
     if context > longest:
         raise UserError(f"context: '{source}' reads {longest} ids at most, not {context}; lower --context")
-    state = state_of([folder, *([Path(how.tokenizer)] if how.tokenizer is not None else [])])
-    return FoundModel(source, context, True, state, lambda: _load_transformers(source, folder, config, context, how))
+    load = partial(_load_transformers, source, folder, config, context, how)
+    return FoundModel(source, context, True, state_of([folder], given or folder), load, takes=frozenset({"tokenizer"}))
 
 
 def _load_transformers(source: str, folder: Path, config: Any, context: int, how: ReadSettings) -> TransformersModel:
@@ -238,9 +275,13 @@ def _explained(source: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"model: transformers cannot load '{source}': {in_one_line(error)[:300]}") from None
 
 
-def state_of(places: Sequence[Path | None]) -> str:
-    """A digest of the files of a model, by their names, sizes and times."""
+def state_of(places: Sequence[Path | None], tokenizer: Path | None = None) -> str:
+    """A digest of the files of a model, by their names, sizes and times, and of its tokenizer's content."""
     digest = hashlib.blake2b(digest_size=8)
+    if tokenizer is not None:
+        files = [tokenizer / name for name in TOKENIZER_FILES] if tokenizer.is_dir() else [tokenizer]
+        for file in files:
+            digest.update(file.read_bytes() if file.is_file() else b"")
     for place in places:
         if place is not None:
             for file in sorted(place.rglob("*")) if place.is_dir() else [place]:

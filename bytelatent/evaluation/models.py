@@ -33,6 +33,10 @@ POOL = 16  # batches among which windows of about the same length are sought, wh
 Unit = Literal["patch", "token"]
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 @dataclass
 class Cost:
     """What a document costs, complete once no window is left."""
@@ -41,6 +45,7 @@ class Cost:
     num_units: int = 0  # patches or tokens
     nats: float = 0.0
     num_windows: int = 0  # still to come
+    is_known: bool = False  # from before: it is not computed again
 
 
 @dataclass(frozen=True)
@@ -95,21 +100,26 @@ class TextModel:
         """How its numbers differ from those of other models, in a line each."""
         return []
 
-    def costs(self, documents: Iterable[Document], on_batch: Callable[[int], None] = lambda n: None) -> Iterator[Cost]:
+    def costs(
+        self, documents: Iterable[Document], on_batch: Callable[[int], None] = lambda n: None, known: int = 0
+    ) -> Iterator[Cost]:
         """What each document costs, in order.
 
         Args:
             on_batch: called with the number of bytes of each finished batch.
+            known: documents at the beginning whose costs are known, and which are not computed unless they share a
+                batch with others: batches are the same ones whatever is known. Their costs are not complete.
         """
         waiting: deque[Cost] = deque()
-        batches = self._batches(self._windows(documents, waiting))
+        batches = self._batches(self._windows(documents, waiting, known))
         made = prefetched(batches, AHEAD) if self.device.type == "cuda" else (batch for batch in batches)
         with closing(made):
             while True:
                 batch = next(made, None)
                 if batch is not None:
                     windows, prepared = batch
-                    for window, nats in zip(windows, self._measured(prepared), strict=True):
+                    measured = [0.0] * len(windows) if prepared is None else self._measured(prepared)
+                    for window, nats in zip(windows, measured, strict=True):
                         window.cost.nats += nats
                         window.cost.num_windows -= 1
                     on_batch(sum(window.num_bytes for window in windows))
@@ -146,9 +156,9 @@ class TextModel:
         """What each window's counted ids cost, [B], nats."""
         raise NotImplementedError
 
-    def _windows(self, documents: Iterable[Document], waiting: deque[Cost]) -> Iterator[Window]:
-        for document in documents:
-            cost = Cost(len(document.text))
+    def _windows(self, documents: Iterable[Document], waiting: deque[Cost], known: int) -> Iterator[Window]:
+        for number, document in enumerate(documents):
+            cost = Cost(len(document.text), is_known=number < known)
             whole = self.begin(document, cost)
             found = windows_of(whole, self.context, self.overlap, cost) if len(whole.ids) > 1 else []
             waiting.append(cost)
@@ -156,6 +166,9 @@ class TextModel:
 
     def _batches(self, windows: Iterator[Window]) -> Iterator[tuple[list[Window], Any]]:
         for group in self.groups(windows):
+            if all(window.cost.is_known for window in group):
+                yield group, None
+                continue
             with torch.no_grad(), self._explained():
                 prepared = self.prepare(group)
             yield group, prepared
@@ -282,7 +295,8 @@ class TransformersModel(TextModel):
         if self.end is None:
             found.append(f"{self.name} has no EOS: the ends of documents cost it nothing")
         if self.num_changed:
-            found.append(f"{self.name}: its tokenizer loses a part of {self.num_changed:,} documents, which is free")
+            amount = counted(self.num_changed, "document")
+            found.append(f"{self.name}: its tokenizer loses a part of {amount}, which is free")
         return found
 
     def begin(self, document: Document, cost: Cost) -> Piece:

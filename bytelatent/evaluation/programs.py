@@ -2,7 +2,8 @@
 
 Each program gets an interpreter of its own that sees Python's standard library alone, with an empty environment, an
 empty folder, and limits of time, memory and file sizes. Where the system allows it, it has no network, cannot write
-outside its folder, and cannot signal other processes. This protects from the mistakes of a model, not from an attacker.
+outside its folder, and cannot signal other processes. All that it begins ends with it. This protects from the mistakes
+of a model, not from an attacker.
 """
 
 import json
@@ -23,10 +24,16 @@ from bytelatent.errors import UserError, in_one_line
 
 LOGGER = logging.getLogger(__name__)
 
-# What the interpreter does before and after a program. It reports to the pipe `fd`; a program that ends the process
-# before its last line reports nothing, and so has not passed.
+TIMED_OUT, TOO_MANY = 124, 125  # how the interpreter ends if it had to end the program
+MAX_PROCESSES = 64
+WHY = {TIMED_OUT: "timed out", TOO_MANY: f"it began more than {MAX_PROCESSES} processes"}
+GRACE = 10.0  # seconds to end what a program has begun
+
+# What the interpreter does before and after a program. It runs the program in a fork, of which it ends everything that
+# descends: on Linux, orphans become its own children. The fork reports to the pipe `fd`; a program that ends the
+# process before its last line reports nothing, and so has not passed.
 RUNNER = r"""
-import ctypes, json, os, resource, sys
+import ctypes, json, os, resource, signal, sys, time
 fd, limits, password = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 folder = os.getcwd()
 USER, MOUNTS, NETWORK, PROCESSES, IPC = 0x10000000, 0x20000, 0x40000000, 0x20000000, 0x8000000
@@ -51,18 +58,79 @@ def isolate():
         or libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 2 | 4, sizes)  # no set-user-id, no devices
     )
 
+def descendants():
+    parents, found, new = {}, set(), {os.getpid()}
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        try:
+            with open(f"/proc/{name}/stat") as file:
+                parents[int(name)] = int(file.read().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):  # it has ended, or is no process
+            pass
+    while new:
+        new = {one for one, parent in parents.items() if parent in new} - found
+        found |= new
+    return found
+
+def end_all():
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # what is stopped begins no others
+        seen = set()
+        while more := (descendants() | {child}) - seen:
+            for one in more:
+                try:
+                    os.kill(one, number)
+                except OSError:
+                    pass
+            seen |= more
+    try:
+        while True:
+            os.waitpid(-1, 0)
+    except ChildProcessError:
+        pass
+
+def watch():
+    parent, begun, counted = os.getppid(), time.monotonic(), 0.0
+    while True:
+        ended = os.waitpid(-1, os.WNOHANG)[0]
+        passed = time.monotonic() - begun
+        if ended == child:
+            return 0
+        if passed > limits["clock"] or os.getppid() != parent:
+            return limits["timed_out"]
+        if passed - counted > 0.1:
+            counted = passed
+            if len(descendants()) > limits["processes"]:
+                return limits["too_many"]
+        if not ended:
+            time.sleep(min(0.02, 0.001 + passed / 20))
+
+def stopped(*_):
+    raise SystemExit
+
 source = sys.stdin.read()
 isolated = False
+try:
+    control = ctypes.CDLL(None).prctl
+    control(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+except AttributeError:  # not Linux
+    control = lambda *_: None
 try:
     isolated = limits["isolate"] and isolate()
 except (OSError, AttributeError, ValueError):
     pass
 os.chdir(folder)
-if isolated:
-    child = os.fork()  # the first process of the new namespace: all others end with it
-    if child:
-        os.close(fd)
-        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+signal.signal(signal.SIGTERM, stopped)
+child = os.fork()  # in a new namespace its first process: all others end with it
+if child:
+    os.close(fd)
+    code = limits["timed_out"]
+    try:
+        code = watch()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end_all()
+        os._exit(code)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+control(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: it ends with the process above
 for name, limit in (("AS", "memory"), ("CPU", "seconds"), ("FSIZE", "files"), ("NOFILE", "open"), ("CORE", "core")):
     try:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limits[limit], limits[limit]))
@@ -124,8 +192,9 @@ def run_program(source: str, limits: ProgramLimits = ProgramLimits()) -> Outcome
     """
     if os.name == "nt":
         raise UserError("run_programs: Windows has no limits for processes; run it on Linux, macOS, or in a container")
-    given = {"memory": limits.memory, "files": limits.files, "seconds": int(limits.seconds) + 1}
-    given |= {"isolate": limits.isolate, "open": 64, "core": 0}
+    given = {"memory": limits.memory, "files": limits.files, "clock": limits.seconds, "processes": MAX_PROCESSES}
+    given |= {"isolate": limits.isolate, "open": 64, "core": 0, "seconds": int(limits.seconds) + 1}
+    given |= {"timed_out": TIMED_OUT, "too_many": TOO_MANY}
     password = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="program-") as folder:
         begin, end = os.pipe()
@@ -141,32 +210,40 @@ def run_program(source: str, limits: ProgramLimits = ProgramLimits()) -> Outcome
             start_new_session=True,
         ) as process:
             os.close(end)
-            ended = True
             try:
-                process.communicate(source.encode("utf-8", "surrogatepass"), timeout=limits.seconds)
+                process.communicate(source.encode("utf-8", "surrogatepass"), timeout=limits.seconds + GRACE)
             except subprocess.TimeoutExpired:
-                ended = False
+                pass
             finally:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _end(process)
         os.set_blocking(begin, False)  # a process that escaped may hold the other end open
         try:
-            return _outcome(os.read(begin, 2**16), password, ended)
+            report = os.read(begin, 2**16)
         except BlockingIOError:
-            return _outcome(b"", password, ended)
+            report = b""
         finally:
             os.close(begin)
+    return _outcome(report, password, process.returncode)
 
 
-def _outcome(report: bytes, password: str, ended: bool) -> Outcome:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End an interpreter, which first ends what it has begun; if it does not, end its process group."""
+    with suppress(subprocess.TimeoutExpired):
+        process.terminate()
+        process.wait(GRACE)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _outcome(report: bytes, password: str, code: int) -> Outcome:
     try:
         found = json.loads(report)
         if found["password"] == password:
             return Outcome(in_one_line(found["why"]), bool(found["isolated"]))
     except (ValueError, TypeError, KeyError):
         pass
-    return Outcome("the process ended before the program" if ended else "timed out", False)
+    return Outcome(WHY.get(code, "the process ended before the program"), False)
 
 
 def run_programs(sources: Sequence[str], limits: ProgramLimits = ProgramLimits()) -> list[Outcome]:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets  # pyright: ignore[reportMissingImports]
 import lm_eval.tasks  # pyright: ignore[reportMissingImports]
 
 from bytelatent.errors import UserError, in_one_line, nearest

@@ -12,9 +12,10 @@ import numpy as np
 from bytelatent.data import Patcher
 from bytelatent.data.patcher import StoredCheck
 from bytelatent.errors import UserError
-from bytelatent.evaluation.models import Cost, TextModel
+from bytelatent.evaluation.models import Cost, TextModel, counted
 from bytelatent.model.loss import bits_per_byte
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, find_files, read_documents
+from bytelatent.text.documents import NotPlain
 from bytelatent.text.folders import name_inside
 
 # Shapes: M models, D documents, R resamples
@@ -75,7 +76,7 @@ class Texts:
             patcher: takes entropies or starts that are stored with the text.
 
         Raises:
-            UserError: the text cannot be read, or the first document has no group.
+            UserError: the text cannot be read, or the key of its groups holds a list or an object.
         """
         self.bad_rows, self.num_left_out, self.bytes_left_out = BadRows(self.max_bad_rows), 0, 0
         check, num_bytes = StoredCheck(patcher), 0
@@ -85,33 +86,61 @@ class Texts:
             for row, document in read_documents(file, self.text_key, check, stored=check.patcher is not None, **more):
                 if self.max_bytes is not None and num_bytes >= self.max_bytes:
                     return
-                left = None if self.max_bytes is None else self.max_bytes - num_bytes
-                if left is not None and len(document.text) > left:
-                    document, num_bytes = _first(document, left), self.max_bytes or 0
-                    if not document.text:
-                        return
                 if self.valid_only and not _is_valid(document.text):
                     self.num_left_out += 1
                     self.bytes_left_out += len(document.text)
                     continue
+                left = None if self.max_bytes is None else self.max_bytes - num_bytes
                 num_bytes += len(document.text)
-                yield TextSample(file, row, self._group(source, file, document), document)
+                if left is not None and len(document.text) > left:
+                    document = _first(document, left)
+                    if not document.text:
+                        return
+                yield TextSample(file, row, self._group(source, file, row, document), document)
 
     def check(self) -> None:
         """
         Raises:
-            UserError: the first document cannot be read, or has no group.
+            UserError: the text cannot be read, or no document has the key.
         """
         if self.by in (None, BY_SOURCE):
             return
-        first = next(self.read(), None)
-        if first is not None and first.document.field is None:
-            raise UserError(f"by: the first document of '{first.file}' has no '{self.by}'; name a key or column of all")
+        first = None
+        for sample in self.read():
+            if sample.document.field is not None:
+                return
+            first = first or sample
+        if first is not None:
+            raise UserError(
+                f"by: no document has '{self.by}', neither the first one, of '{first.file}', nor another; "
+                "name a key or column, or source"
+            )
 
-    def _group(self, source: str, file: str, document: Document) -> str:
+    def _group(self, source: str, file: str, row: int, document: Document) -> str:
         if self.by == BY_SOURCE:
             return source if len(self.sources) > 1 else name_inside(file, source)
+        if isinstance(document.field, NotPlain):
+            hint = f"such as {self.by}.KEY" if document.field is NotPlain.OBJECT else "whose values are plain"
+            kind = document.field.value
+            raise UserError(f"by: '{self.by}' holds {kind} in '{file}' row {row}; name a key or column {hint}")
         return "" if self.by is None else NO_FIELD if document.field is None else document.field
+
+    def remarks(self, reader: str) -> list[str]:
+        """What the last reading left out, in a line each.
+
+        Args:
+            reader: the model whose tokenizer does not read all documents.
+        """
+        found = []
+        if self.num_left_out:
+            amount = f"{counted(self.num_left_out, 'document')} ({self.bytes_left_out:,} bytes)"
+            are, they = ("is", "it is") if self.num_left_out == 1 else ("are", "they are")
+            found.append(
+                f"{amount} {are} left out: {they} not valid UTF-8, which the tokenizer of '{reader}' cannot read"
+            )
+        if bad := self.bad_rows.count:
+            found.append("1 bad row or file is left out" if bad == 1 else f"{bad:,} bad rows or files are left out")
+        return found
 
 
 def _first(document: Document, num_bytes: int) -> Document:
@@ -195,16 +224,15 @@ def measure_texts(
                     f"eval: '{sample.file}' row {sample.row} is another text than before; it changed meanwhile: "
                     "begin again, with another --out if there is one"
                 )
-            if number < done:
-                on_batch(len(sample.document.text))
-                continue
             waiting.append(sample)
             yield sample.document
         if number + 1 < len(expected):
             raise UserError(f"eval: the text holds {number + 1} documents now and had {len(expected)}; begin again")
 
-    for cost in model.costs(documents(), on_batch):
+    for cost in model.costs(documents(), on_batch, known=done):
         sample = waiting.popleft()
+        if cost.is_known:
+            continue
         if not math.isfinite(cost.nats):
             raise UserError(
                 f"eval: '{model.name}' gives {cost.nats} nats on '{sample.file}' row {sample.row}; its weights are "
@@ -260,6 +288,7 @@ def compare(models: Sequence[Measured], resamples: int, seed: int) -> list[dict[
             "bits_per_byte": each.bits_per_byte,
             "interval": None,
             "num_bytes": sum(each.num_bytes),
+            "num_units": sum(each.num_units),
             "num_documents": len(each.nats),
         }
         for each in models

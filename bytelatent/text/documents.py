@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ JSON_NAMES = {type(None): "null", bool: "true or false", int: "a number", float:
 ONE_EACH = "there should be one for BOS and one for each byte"
 
 
+class NotPlain(Enum):
+    """What a key holds instead of a text, a number, or true or false."""
+
+    LIST = "a list"
+    OBJECT = "an object"
+
+
 @dataclass(frozen=True)
 class Document:
     """A text, and what is stored with it: entropies in nats or patch starts, one for BOS and one for each byte.
@@ -34,7 +42,7 @@ class Document:
     id: str | None = None  # valid UTF-8
     entropies: np.ndarray | None = None  # float32 [bytes + 1]
     starts: np.ndarray | None = None  # bool [bytes + 1], whether the id that follows starts a patch
-    field: str | None = None  # valid UTF-8
+    field: "str | NotPlain | None" = None  # valid UTF-8
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,7 @@ def from_value(value: Any, options: ReadOptions) -> Document:
     if not isinstance(text, str):
         raise NoDocument(f"has no text under '{key}' but {JSON_NAMES.get(type(text), 'an object')}")
     entropies = _floats(value.get("entropies")) if options.stored else None
-    field = None if options.field_key is None else _plain(_within(value, options.field_key))
+    field = None if options.field_key is None else field_of(value, options.field_key)
     return checked(Document(to_bytes(text), _plain(value.get("id")), entropies, field=field))
 
 
@@ -249,6 +257,14 @@ def _within(value: dict[str, Any], key: str) -> Any:
     for part in [key] if key in value else key.split("."):
         found = found.get(part) if isinstance(found, dict) else None
     return found
+
+
+def field_of(value: dict[str, Any], key: str) -> str | NotPlain | None:
+    """The value of a key of a row as a group of documents, as `ReadOptions.field_key` names it."""
+    found = _within(value, key)
+    if isinstance(found, list | dict):
+        return NotPlain.LIST if isinstance(found, list) else NotPlain.OBJECT
+    return _plain(found)
 
 
 def _plain(value: Any) -> str | None:

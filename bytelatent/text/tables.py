@@ -4,7 +4,7 @@ A format is a `TableFile`, which opens it and reads record batches; all else is 
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from bytelatent.text.documents import (
     ReadOptions,
     RowTooLong,
     checked,
+    field_of,
     id_of,
     some,
 )
@@ -183,7 +184,8 @@ class TableReader(BlockReader):
         if self._table is None:
             table = self.table(self.file, self.options.text_key, BLOCK_ROWS)
             names = table.schema.names
-            others = ("id", self.options.field_key)
+            field = self.options.field_key
+            others = ("id", field if field is None or field in names else field.partition(".")[0])
             wanted = [self.options.text_key, *(name for name in others if names.count(name) == 1)]
             if self.options.stored:
                 self._stored = stored_in(table.schema.metadata, self.file)
@@ -196,8 +198,8 @@ class TableReader(BlockReader):
         """The documents of an Arrow table whose first row has this number."""
         key = self.options.text_key
         texts = bytes_of(table.column(key))
-        none, names, field_key = [None] * len(texts), table.column_names, self.options.field_key
-        fields = _ids(table.column(field_key)) if field_key in names else none
+        none, names = [None] * len(texts), table.column_names
+        fields = none if self.options.field_key is None else _fields(table, self.options.field_key)
         ids = _ids(table.column("id")) if "id" in names and key != "id" else none
         entropies = _lists(table.column("entropies")) if "entropies" in names else none
         starts = bytes_of(table.column("starts")) if "starts" in names else none
@@ -275,6 +277,19 @@ def _ids(column: Any) -> list[str | None]:
             ids = [id_.decode("utf-8", "surrogateescape") if isinstance(id_, bytes) else id_ for id_ in convert()]
             return [None if id_ is None else id_of(id_) for id_ in ids]
     return [None] * len(column)
+
+
+def _fields(table: Any, key: str) -> Sequence[Any]:
+    """The values of a column, or of a key in a column of structs."""
+    import pyarrow as pa
+
+    name = key if key in table.column_names else key.partition(".")[0]
+    if name not in table.column_names:
+        return [None] * len(table)
+    column = table.column(name)
+    if name == key and not pa.types.is_nested(column.type):
+        return _ids(column)
+    return [field_of({name: value}, key) for value in plain_values(column)]
 
 
 def _lists(column: Any) -> list[np.ndarray | None]:

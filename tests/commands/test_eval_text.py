@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bytelatent import BLT
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import evaluate_models, run
-from bytelatent.commands.options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.evaluation import TextModel, bootstrap
+from bytelatent.evaluation import Measured, ReadSettings, TextModel, Texts, bootstrap, find_models, measure_texts
 from bytelatent.model import BLTModel, ByteLM, TokenLMSettings, add_patches, build_model, pack_rows
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.text.tokenizer import train_tokenizer
@@ -175,8 +176,8 @@ def test_models_by_category_are_compared_on_the_same_documents(place: Path) -> N
     assert first["groups"]["(none)"]["interval"] is None  # of three documents
     alone = evaluated(place, "byte_lm", by="source", text=texts)
     assert {name: group["num_documents"] for name, group in alone["groups"].items()} == {texts[0]: 15, texts[1]: 1}
-    with pytest.raises(UserError, match=r"by: the first document of .* has no 'meta.site'"):
-        evaluated(place, "byte_lm", by="meta.site")
+    with pytest.raises(UserError, match=r"by: no document has 'meta.place'"):
+        evaluated(place, "byte_lm", by="meta.place")
 
 
 def test_a_table_is_aligned_or_markdown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,6 +240,12 @@ def test_an_interrupted_evaluation_resumes(place: Path, tmp_path: Path, monkeypa
     with pytest.raises(UserError, match=r"text.jsonl' row 0 is another text than before"):
         evaluated(place, "byte_lm", "llama", out=out, **more)
     (place / "text.jsonl").write_bytes(text)
+    part = tmp_path / "results.json.rows.jsonl.part"
+    rows = part.read_bytes()
+    part.write_bytes(re.sub(rb'"nats": [0-9.]+', b'"nats": NaN', rows, count=1))
+    with pytest.raises(UserError, match="is not what an evaluation writes"):
+        evaluated(place, "byte_lm", "llama", out=out, **more)
+    part.write_bytes(rows)
     stop_after, before = -1, len(nats)
     found = evaluated(place, "byte_lm", "llama", out=out, **more)
     assert "byte_lm" not in {Path(name).name for name in nats[before:]}  # it was finished
@@ -248,6 +255,40 @@ def test_an_interrupted_evaluation_resumes(place: Path, tmp_path: Path, monkeypa
     assert [(row["model"], row["row"]) for row in rows] == [(m, row) for m in (0, 1) for row in range(len(ROWS))]
     with pytest.raises(UserError, match=r"results.json' is there already"):
         evaluated(place, "byte_lm", "llama", out=out, **more)
+    out.rename(tmp_path / "moved.json")
+    with pytest.raises(UserError, match=r"results.json.rows.jsonl' holds the rows of other results already"):
+        evaluated(place, "byte_lm", "llama", out=out, **more)
+
+
+def test_a_resumed_model_computes_the_batches_of_an_uninterrupted_one(place: Path) -> None:
+    [found] = find_models([str(place / "llama")], None, ReadSettings(torch.device("cpu"), batch_ids=2 * CONTEXT))
+    model, texts = found.load(), Texts([str(place / "text.jsonl")])
+    whole = Measured()
+    measure_texts(model, texts, whole)
+    for known in range(1, len(TEXTS)):
+        resumed = Measured(**{name: values[:known] for name, values in vars(whole).items()})
+        measure_texts(model, texts, resumed)
+        assert resumed == whole  # to the last bit
+
+
+def test_options_that_no_model_takes(place: Path, tmp_path: Path) -> None:
+    tokenizer = place / "llama"
+    llama = find_models([str(place / "llama"), str(place / "blt")], None, how(tokenizer=str(tokenizer)))[0]
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes().replace(b'"r"', b'"R"', 1))
+    changed = find_models([str(place / "llama")], None, how(tokenizer=str(tmp_path)))[0]
+    assert changed.state != llama.state
+    for more, names, message in (
+        ({"tokenizer": str(tokenizer)}, ["byte_lm"], r"tokenizer: '.*byte_lm' has no need of it"),
+        ({"tokenizer": str(tokenizer)}, ["byte_lm", "blt"], "tokenizer: none of the 2 models has need of it"),
+        ({"threshold": 1.0}, ["byte_lm", "llama"], "threshold: none of the 2 models has patches by entropy"),
+        ({"entropy_model": "x"}, ["byte_lm", "llama"], "entropy_model: none of the 2 models has patches by entropy"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluated(place, *names, **more)
+
+
+def how(**more: Any) -> ReadSettings:
+    return ReadSettings(torch.device("cpu"), **more)
 
 
 def test_what_cannot_be_measured_is_one_line(place: Path, tmp_path: Path) -> None:

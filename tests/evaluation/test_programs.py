@@ -25,7 +25,13 @@ CASES = {  # a program and why it has not passed
     "import sys; assert not sys.stdin.read() and __name__ == '__main__'": "",
     "import torch": "ModuleNotFoundError",
 }
-ENDLESS = ["while True: pass", "import subprocess; subprocess.run(['sleep', '77.7'])"]
+ENDLESS = [
+    "while True: pass",
+    "import subprocess; subprocess.run(['sleep', '77.7'])",
+    "import os\nos.setsid(); os.execvp('sleep', ['sleep', '77.7'])",
+    "import os, time\nif not os.fork():\n    os.setsid(); os.execvp('sleep', ['sleep', '77.7'])\ntime.sleep(77)",
+]
+MANY = "import os, time\nfor _ in range(100):\n    if not os.fork():\n        break\ntime.sleep(77.7)"
 ISOLATED = {  # the same where the system has namespaces
     "import socket; socket.create_connection(('127.0.0.1', 1))": "OSError: [Errno 101]",
     "open({other!r}, 'w').write('x')": "OSError: [Errno 30]",
@@ -53,7 +59,7 @@ def test_how_programs_end(tmp_path: Path) -> None:
     for (source, why), outcome in zip(cases.items(), run_programs(list(cases), LIMITS), strict=True):
         assert outcome.why.startswith(why), (source, outcome)
         assert outcome.passed == (why == ""), (source, outcome)
-    assert [outcome.why for outcome in run_programs(ENDLESS, QUICK)] == ["timed out"] * 2
+    assert [outcome.why for outcome in run_programs(ENDLESS, QUICK)] == ["timed out"] * 4
     assert not list(tmp_path.iterdir())
     assert not running("sleep 77.7")
 
@@ -62,9 +68,17 @@ def test_without_namespaces() -> None:
     """Limits hold, and the process group ends with the program."""
     sources = ["x = 'a' * 2**30", "pass"]
     assert [outcome.why for outcome in run_programs(sources, replace(LIMITS, isolate=False))] == ["MemoryError:", ""]
-    endless = "import subprocess; subprocess.run(['sleep', '77.8'])"
-    assert run_program(endless, replace(QUICK, isolate=False)).why == "timed out"
+    endless = [source.replace("77.7", "77.8") for source in ENDLESS[1:]]
+    outcomes = run_programs(endless, replace(QUICK, isolate=False))
+    assert [outcome.why for outcome in outcomes] == ["timed out"] * 3
+    orphan = "import os\nif not os.fork():\n    os.setsid(); os.execvp('sleep', ['sleep', '77.8'])"
+    assert run_program(orphan, replace(LIMITS, isolate=False)).passed
     assert not running("sleep 77.8")
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_many_processes(isolate: bool) -> None:
+    assert run_program(MANY, replace(LIMITS, isolate=isolate)).why == "it began more than 64 processes"
 
 
 def test_a_program_cannot_pass_by_writing_to_the_pipe() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bytelatent.data import Patcher
+from bytelatent.errors import UserError
 from bytelatent.evaluation import Cost, PackedModel, Texts
 from bytelatent.model import BLTModel, ByteLM, add_patches, build_model, pack_rows
 from bytelatent.patching import PatchSettings, next_starts
@@ -110,15 +111,32 @@ def test_groups_are_values_of_keys_and_columns(tmp_path: Path) -> None:
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {key: [row[key] for row in rows] for key in ("text", "site")} | {"year": [1, 2, 3, None]}
+    columns["meta"] = [{"site": {"name": name}} for name in "abcd"]
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
 
     def groups(by: str, *names: str) -> list[str]:
         return [sample.group for sample in Texts([str(tmp_path / name) for name in names], by=by).read()]
 
     assert groups("site", "rows.jsonl") == groups("site", "rows.parquet") == ["x.org", "(none)", "y.org"]
-    assert groups("meta.year", "rows.jsonl") == ["1999", "(none)", "7"]
+    with pytest.raises(UserError, match=r"by: 'meta.year' holds a list in '.*rows.jsonl' row 1"):
+        groups("meta.year", "rows.jsonl")
+    with pytest.raises(UserError, match=r"by: 'meta' holds an object in .* row 0; .* such as meta.KEY"):
+        groups("meta", "rows.jsonl")
     assert groups("year", "rows.parquet") == ["1", "2", "(none)"]
+    assert groups("meta.site.name", "rows.parquet") == ["a", "b", "d"]
+    with pytest.raises(UserError, match=r"by: 'meta.site' holds an object"):
+        groups("meta.site", "rows.parquet")
+    with pytest.raises(UserError, match=r"by: no document has 'meta.place', neither the first one"):
+        Texts([str(tmp_path)], by="meta.place").check()
+    Texts([str(tmp_path)], by="year").check()  # the first file has no such key
     assert groups("source", "") == 3 * ["rows.jsonl"] + 3 * ["rows.parquet"]
+
+
+def test_what_is_left_out_does_not_count(folder: Path) -> None:
+    texts = Texts([str(folder)], max_bytes=20, valid_only=True)
+    assert [sample.document.text for sample in texts.read()] == [TEXTS[0], b"x", TEXTS[3][:5]]
+    line = f"1 document ({len(TEXTS[1])} bytes) is left out: it is not valid UTF-8, which the tokenizer of 'X' cannot"
+    assert texts.remarks("X") == [f"{line} read"]
 
 
 def test_a_cut_is_not_inside_a_character(tmp_path: Path) -> None:

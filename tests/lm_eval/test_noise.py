@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_tasks import evaluate_tasks, run
-from bytelatent.commands.options import EvaluateSettings
 from bytelatent.evaluation.noise import NOISES, Noise, with_noise
 from tests.commands.test_eval_text import place
 

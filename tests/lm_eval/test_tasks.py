@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from bytelatent.cli import app
 from bytelatent.commands import eval_tasks
-from bytelatent.commands.options import EvaluateSettings
+from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.errors import UserError
 from bytelatent.evaluation.harness import HarnessModel, StoredAnswers
 from bytelatent.evaluation.programs import pass_at_k
