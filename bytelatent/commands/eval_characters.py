@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -57,23 +59,27 @@ FAMILIES = {"cute": tuple(CUTE), G2P: (G2P,)} | {name: (name,) for name in CUTE}
 # Settings that a resumed evaluation must share with the one that was interrupted; its rows hold the rest.
 FIXED = {"tasks", "limit", "shots", "seed", "noise", "noise_on", "noise_rates", "model", "entropy_model", "dtype"}
 FIXED |= {"threshold"}
+# Settings that do nothing here.
+UNUSED = ("by", "context", "include_path", "max_bytes", "overlap", "run_programs", "samples", "temperature")
 
 
 def run(settings: EvaluateSettings) -> None:
     own, others = split_tasks(settings.tasks or "")
     if others:
         raise UserError(f"tasks: '{own[0]}' and '{others[0]}' of lm-eval are measured apart; name one of them")
+    for name in UNUSED:
+        if getattr(settings, name) != type(settings).model_fields[name].get_default():
+            option = name.replace("_", "-")
+            raise UserError(f"{option}: it has no effect on '{own[0]}'; leave --{option} out")
     check_figure(settings)
     with sigterm_interrupts():
         results = evaluate_examples(settings, own)
-    if settings.out is not None:
-        write_whole_json(settings.out, {"results": results}, indent=1)
-    if settings.figure is not None:
-        draw_scores(settings.figure, results)
     if settings.as_json:
-        print_json({"results": results})
+        print_json(_stored(results))
     else:
         print_line(table_of(results, settings.markdown))
+    if settings.figure is not None:
+        draw_scores(settings.figure, results)
 
 
 def split_tasks(tasks: str) -> tuple[list[str], list[str]]:
@@ -91,12 +97,46 @@ def noises_with(settings: EvaluateSettings) -> list[Noise | None]:
 def check_figure(settings: EvaluateSettings) -> None:
     """
     Raises:
-        UserError: there is to be a figure, and no noise or no known suffix.
+        UserError: there is to be a figure, and it has nothing to show or cannot be written.
     """
-    if settings.figure is not None:
-        figure_format(settings.figure)
-        if not settings.noise:
-            raise UserError("figure: it shows scores with noise; name one: --noise drop --noise-rates 0.05,0.1")
+    if (path := settings.figure) is None:
+        return
+    figure_format(path)
+    if not noises_with(settings)[1:]:
+        rates = "its rates are all 0; name others" if settings.noise else "name one"
+        raise UserError(f"figure: it shows scores with noise; {rates}: --noise drop --noise-rates 0.05,0.1")
+    if find_spec("matplotlib") is None:
+        raise UserError("figure: the package 'matplotlib' is missing; pip install matplotlib")
+    with _writable("figure", path):
+        if path.is_dir():
+            raise UserError(f"figure: '{path}' is a folder; name a file")
+
+
+def check_out(out: Path | None) -> None:
+    """
+    Raises:
+        UserError: there are results already, or rows of an evaluation that was finished; or it cannot be written.
+    """
+    if out is not None:
+        with _writable("out", out):
+            for path in (out, _rows_of(out)):
+                if path.exists():
+                    raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
+
+
+@contextmanager
+def _writable(name: str, path: Path) -> Iterator[None]:
+    """Refuse a file that cannot be written, before the work whose result it is to hold."""
+    try:
+        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{name}: '{path}' cannot be written: {error.strerror or error}") from None
+
+
+def _rows_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.rows.jsonl")
 
 
 def draw_scores(path: Path, results: Results, score: str = "exact match (%)", scale: float = 100) -> None:
@@ -150,6 +190,7 @@ def evaluate_examples(settings: EvaluateSettings, names: list[str]) -> Results:
         UserError: words, a package or a model are missing, or --out cannot be written.
         Interrupted: Ctrl-C; names the file from which the same command resumes.
     """
+    check_out(settings.out)
     noises = noises_with(settings)
     tasks = _tasks(settings, names)
     how = ReadSettings(
@@ -187,21 +228,29 @@ def evaluate_examples(settings: EvaluateSettings, names: list[str]) -> Results:
                     texts.append(text)
                     progress.advance(1)
             results += run.scores(texts, settings)
+        if settings.out is not None:
+            write_whole_json(settings.out, _stored(results), indent=1)
     return results
 
 
+def _stored(results: Results) -> dict[str, Results]:
+    return {"results": results, "means": means_of_cute(results)}
+
+
 def table_of(results: Results, markdown: bool = False) -> str:
-    """A line for each score, and one for the mean of CUTE, in percent, beside the paper's."""
+    """A line for each score, and one for the mean of CUTE, in percent, beside the paper's: that of a mean of all."""
     several = len({result["model"] for result in results}) > 1
     noisy = any(result["noise"] for result in results)
     header = ["model"] * several + ["noise"] * noisy + ["task", "score", "%", "95 % interval", "examples"]
     lines = []
     for result in [*results, *means_of_cute(results)]:
         noise = f"{result['noise']}:{result['rate']:g}" if result["noise"] else UNKNOWN
-        is_paper = result["noise"] is None and result["score"] == EXACT and result["task"] in PAPER
+        is_part = result.get("num_tasks", len(CUTE)) < len(CUTE)
+        is_paper = result["noise"] is None and result["score"] == EXACT and result["task"] in PAPER and not is_part
+        task = f"{result['task']} ({result['num_tasks']} of {len(CUTE)} tasks)" if is_part else result["task"]
         interval = [100 * value for value in result["interval"] or ()]
         lines.append([result["model"]] * several + [noise] * noisy)
-        lines[-1] += [result["task"], result["score"].replace("_", " "), f"{100 * result['value']:.1f}"]
+        lines[-1] += [task, result["score"].replace("_", " "), f"{100 * result['value']:.1f}"]
         lines[-1] += ["{:.1f} to {:.1f}".format(*interval) if interval else UNKNOWN, f"{result['num_examples']:,}"]
         lines[-1] += [f"{value:.1f}" for value in PAPER[result["task"]]] if is_paper else [UNKNOWN, UNKNOWN]
     return aligned([*header, "Llama 3 8B", "BLT 8B"], lines, 2 + several + noisy, markdown)
@@ -218,6 +267,7 @@ def means_of_cute(results: Results) -> Results:
         if len(of_group) > 1:
             value, count = fmean(result["value"] for result in of_group), sum(r["num_examples"] for r in of_group)
             found.append({**of_group[0], "task": "cute", "value": value, "interval": None, "num_examples": count})
+            found[-1]["num_tasks"] = len(of_group)
     return found
 
 
@@ -231,7 +281,10 @@ def _tasks(settings: EvaluateSettings, names: list[str]) -> list[ExampleTask]:
         if settings.words is None:
             raise UserError("cute: name words with --words FILE: a file with one word per line, or any text")
         rows = settings.model_dump(include={"text_key", "max_bad_rows", "max_row_bytes"})
-        texts = Texts([str(settings.words)], **rows, max_bytes=MAX_WORD_BYTES)
+        try:
+            texts = Texts([str(settings.words)], **rows, max_bytes=MAX_WORD_BYTES)
+        except UserError as error:
+            raise UserError(f"words: {str(error).removeprefix('data: ')}") from None
         text = "\n".join(sample.document.text.decode("utf-8", "replace") for sample in texts.read())
         must_have_read(texts.bad_rows.unread)
         related = "" if settings.related is None else _text_in(settings.related)
@@ -279,9 +332,7 @@ def _answers(
     if settings.out is None:
         yield [], lambda row, text: None
         return
-    if settings.out.exists():
-        raise UserError(f"out: '{settings.out}' is there already; name another file, or move it away")
-    path = settings.out.with_name(f"{settings.out.name}.rows.jsonl")
+    path = _rows_of(settings.out)
     must_be_free(path)
     made_with = {**json.loads(settings.model_dump_json(include=FIXED)), "files of models": states}
     with rows_at(path, rows, made_with, {"text"}) as (file, num_done):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
+from bytelatent.commands.eval_characters import check_figure, check_out, draw_scores, noises_with
 from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import FIXED, UNITS, evaluate_one, found_models, shown_interval, stored_rows
 from bytelatent.data import Patcher
@@ -43,15 +43,15 @@ def run(settings: EvaluateSettings) -> None:
     check_figure(settings)
     with sigterm_interrupts():
         result = evaluate_noise(settings)
-    if settings.figure is not None:
-        scores = [{**one, "task": "", "score": BITS, "value": one["bits_per_byte"]} for one in result["results"]]
-        draw_scores(settings.figure, scores, BITS, scale=1)
     if settings.as_json:
         print_json(result)
     else:
         for remark in result["remarks"]:
             print_line(remark)
         print_line(_table(result["results"], settings.markdown))
+    if settings.figure is not None:
+        scores = [{**one, "task": "", "score": BITS, "value": one["bits_per_byte"]} for one in result["results"]]
+        draw_scores(settings.figure, scores, BITS, scale=1)
     must_have_read(result["unread"])
 
 
@@ -63,6 +63,7 @@ def evaluate_noise(settings: EvaluateSettings) -> dict[str, Any]:
         Interrupted: Ctrl-C; names the file from which the same command resumes.
     """
     forget_logged()
+    check_out(settings.out)
     noises, models = noises_with(settings), found_models(settings)
     names = {"text_key", "max_bytes", "max_bad_rows", "max_row_bytes"}
     texts = NoisyTexts(
@@ -92,12 +93,13 @@ def evaluate_noise(settings: EvaluateSettings) -> dict[str, Any]:
 
 def _table(results: list[dict[str, Any]], markdown: bool) -> str:
     several = len({result["model"] for result in results}) > 1
-    unit = next((unit for unit in UNITS if any(result[f"mean_{unit}_bytes"] for result in results)), None)
+    units = [unit for unit in UNITS if any(result[f"mean_{unit}_bytes"] is not None for result in results)]
     header = ["model"] * several + ["noise", BITS, "95 % interval", "bytes"]
     lines = []
     for result in results:
         noise = f"{result['noise']}:{result['rate']:g}" if result["noise"] else UNKNOWN
         lines.append([result["model"]] * several + [noise, number(result["bits_per_byte"], 4)])
         lines[-1] += [shown_interval(result["interval"]), f"{result['num_bytes']:,}"]
-        lines[-1] += [number(result[f"mean_{unit}_bytes"])] * (unit is not None)
-    return aligned([*header, *[f"bytes per {unit}"] * (unit is not None)], lines, 1 + several, markdown)
+        means = [value for unit in units if (value := result[f"mean_{unit}_bytes"]) is not None]
+        lines[-1] += [number(means[0] if means else None)] * bool(units)
+    return aligned([*header, *[f"bytes per {' or '.join(units)}"] * bool(units)], lines, 1 + several, markdown)

@@ -27,15 +27,15 @@ NOISY = ("lm_eval", "datasets", "evaluate", "httpx", "huggingface_hub")
 def run(settings: EvaluateSettings) -> None:
     check_figure(settings)
     result = evaluate_tasks(settings)
+    if settings.as_json:
+        print_json(_plain({key: value for key, value in result.items() if key != "samples"}))
+    else:
+        print_line(_table(result, settings.markdown))
     if settings.figure is not None:
         shown = [row for row in [*result["groups"], *result["tasks"]] if not row["in_group"]]
         about = [{"model": result["model"], "task": row["name"], "score": "score"} for row in shown]
         scores = [{**row, **own, "value": _main(row)} for row, own in zip(shown, about, strict=True)]
         draw_scores(settings.figure, scores, "score", scale=1)
-    if settings.as_json:
-        print_json(_plain({key: value for key, value in result.items() if key != "samples"}))
-    else:
-        print_line(_table(result, settings.markdown))
 
 
 def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:

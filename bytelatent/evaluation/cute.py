@@ -2,9 +2,13 @@
 
 Source: Edman, Schmid and Fraser 2024, "CUTE: Measuring LLMs' Understanding of Their Tokens". The questions are in
 words of our own.
+
+A word is made of letters and combining signs, a "letter" of it is a letter with the signs that follow it, as readers
+of Hindi or of decomposed accents see it: a sign is never apart from its letter.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +17,6 @@ from bytelatent.evaluation.examples import Draws, Example, ExampleTask, edit_dis
 
 SHOTS = 4
 NUM_EXAMPLES = 1000  # of a task, as published
-WORD = re.compile(r"[^\W\d_]+")
 SHORTEST, LONGEST = 3, 12  # letters of a word
 FEWEST_WORDS, MOST_WORDS = 4, 8  # of a sentence
 FEWEST_DIFFERENT = 10  # words to make tasks from
@@ -21,6 +24,25 @@ CANDIDATES = 40  # words among which one is the most similar
 TRIES = 100  # draws for one new example, before there are taken to be no more
 
 Question = tuple[str, str]  # and its answer
+
+
+def letters_of(word: str) -> list[str]:
+    found: list[str] = []
+    for character in word:
+        if found and _is_sign(character):
+            found[-1] += character
+        else:
+            found.append(character)
+    return found
+
+
+def words_of(text: str) -> list[str]:
+    signs = re.escape("".join(sorted(filter(_is_sign, set(text)))))
+    return re.findall(rf"[^\W\d_](?:[^\W\d_]|[{signs}])*" if signs else r"[^\W\d_]+", text)
+
+
+def _is_sign(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
 
 
 @dataclass(frozen=True)
@@ -37,7 +59,8 @@ class Words:
     letters: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "letters", tuple(sorted({letter for word in self.words for letter in word})))
+        letters = {letter for word in self.words for letter in letters_of(word)}
+        object.__setattr__(self, "letters", tuple(sorted(letters)))
 
     @classmethod
     def parse(cls, text: str, related: str = "") -> "Words":
@@ -49,9 +72,9 @@ class Words:
         Raises:
             UserError: there are too few words, or a line of `related` is no pair.
         """
-        found = WORD.findall(text.lower())
+        found = words_of(text.lower())
         is_list = all(len(line.split()) <= 1 for line in text.splitlines())
-        words = tuple(dict.fromkeys(word for word in found if SHORTEST <= len(word) <= LONGEST))
+        words = tuple(dict.fromkeys(word for word in found if SHORTEST <= len(letters_of(word)) <= LONGEST))
         if len(words) < FEWEST_DIFFERENT:
             size = f"{SHORTEST} to {LONGEST} letters"
             raise UserError(f"words: there are {len(words)} different words of {size}; give {FEWEST_DIFFERENT} or more")
@@ -91,12 +114,12 @@ def swapped(items: Sequence[str], a: str, b: str) -> list[str]:
 
 def _spell(words: Words, draws: Draws, number: int) -> Question | None:
     word = draws.choice(words.words)
-    return f'How is "{word}" spelled?', " ".join(word)
+    return f'How is "{word}" spelled?', " ".join(letters_of(word))
 
 
 def _spell_inverse(words: Words, draws: Draws, number: int) -> Question | None:
     word = draws.choice(words.words)
-    return f'Which word is spelled "{" ".join(word)}"?', word
+    return f'Which word is spelled "{" ".join(letters_of(word))}"?', word
 
 
 @dataclass(frozen=True)
@@ -108,11 +131,14 @@ class Level:
     between: str
 
     def whole_of(self, words: Words, draws: Draws) -> list[str]:
-        return list(draws.choice(words.words)) if self.between == "" else words.sentence(draws)
+        return letters_of(draws.choice(words.words)) if self.between == "" else words.sentence(draws)
 
     def other(self, words: Words, draws: Draws, items: Sequence[str]) -> str | None:
         """A part that the whole lacks."""
-        others = words.letters if self.between == "" else draws.sample(words.words, MOST_WORDS + 1)
+        if self.between == "":  # nor is it the beginning of a letter with signs
+            items, others = "".join(items), words.letters
+        else:
+            others = draws.sample(words.words, MOST_WORDS + 1)
         return draws.choice(found) if (found := [item for item in others if item not in items]) else None
 
     def contains(self, words: Words, draws: Draws, number: int) -> Question | None:
@@ -154,12 +180,16 @@ def _choice(question: str, right: str, wrong: str, number: int) -> Question:
     return f'{question}: "{first}" or "{second}"?', right
 
 
+def _distance(word: str, other: str) -> int:
+    return edit_distance(letters_of(word), letters_of(other))
+
+
 def _orthographic(words: Words, draws: Draws, number: int) -> Question | None:
     """Of two words, the one that fewer edits make of a word."""
     word, *others = draws.sample(words.words, CANDIDATES)
-    ranked = sorted(others, key=lambda other: edit_distance(word, other))
+    ranked = sorted(others, key=lambda other: _distance(word, other))
     close, far = ranked[0], draws.choice(ranked[1:])
-    if edit_distance(word, close) == edit_distance(word, far):
+    if _distance(word, close) == _distance(word, far):
         return None
     return _choice(f'Which word looks more like "{word}"', close, far, number)
 
@@ -171,7 +201,7 @@ def _semantic(words: Words, draws: Draws, number: int) -> Question | None:
     others = [other for other in draws.sample(words.words, CANDIDATES) if other not in related]
     if not others:
         return None
-    wrong = min(others, key=lambda other: edit_distance(word, other))
+    wrong = min(others, key=lambda other: _distance(word, other))
     return _choice(f'Which word is closer in meaning to "{word}"', right, wrong, number)
 
 

@@ -189,6 +189,11 @@ def test_what_is_printed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["noise", "–", "drop:0.1", "drop:0.3"]
     assert figure.read_text().count("drop") == 1
+    for models, column in [(["byte_lm"], "bytes"), (["llama", "blt", "byte_lm"], "bytes per patch or token")]:
+        run(settings_of(place, *models, text=[text], noise=["drop"]))
+        header, *lines = capsys.readouterr().out.splitlines()[-1 - 2 * len(models) :]
+        assert header.split("  ")[-1] == column
+        assert [line.endswith("–") for line in lines] == [False] * 4 * (len(models) > 1) + [len(models) > 1] * 2
     run(settings_of(place, "byte_lm", tasks="cute_spell", **more, as_json=True, out=str(tmp_path / "out.json")))
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out.json").read_text())
@@ -202,7 +207,16 @@ def test_what_is_printed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ({"tasks": "cute_spel"}, "tasks: 'cute_spel' is unknown; did you mean 'cute_spell'?"),
         ({"tasks": "cute_spell,hellaswag"}, "tasks: 'cute_spell' and 'hellaswag' of lm-eval are measured apart"),
         ({"tasks": "cute_sem"}, "cute_sem: it needs pairs of words"),
-        ({"tasks": "cute", "words": "absent.txt"}, "'absent.txt' does not exist"),
+        ({"tasks": "cute", "words": "absent.txt"}, "words: 'absent.txt' does not exist"),
+        ({"tasks": "cute", "samples": 2}, "samples: it has no effect on 'cute'; leave --samples out"),
+        ({"tasks": "g2p", "max_bytes": 100}, "max-bytes: it has no effect on 'g2p'"),
+        ({"text": ["x"], "noise": ["drop:0"], "figure": "x.svg"}, "figure: it shows scores with noise; its rates are"),
+        (
+            {"text": ["x"], "noise": ["drop"], "figure": "words.parquet/x.svg"},
+            "figure: 'words.parquet/x.svg' cannot be",
+        ),
+        ({"text": ["x"], "noise": ["drop"], "out": "words.parquet"}, "out: 'words.parquet' holds something already"),
+        ({"tasks": "cute", "out": "words.parquet/x"}, "out: 'words.parquet/x' cannot be written"),
         ({"tasks": "cute", "noise": ["dorp"]}, "noise: 'dorp' is unknown; did you mean 'drop'?"),
         ({"tasks": "cute_spell", "noise": ["drop"], "noise_on": "completion"}, "noise-on: the completions of"),
         ({"tasks": "cute_spell", "figure": "x.svg"}, "figure: it shows scores with noise"),
@@ -233,3 +247,8 @@ def test_names_of_tasks(caplog: pytest.LogCaptureFixture, place: Path, monkeypat
     assert "cute_sem" not in {result["task"] for result in results}
     assert len(results) == 13
     assert "cute_sem is left out" in caplog.text
+    [mean] = means_of_cute(results)
+    assert mean["num_tasks"] == 13
+    line = table_of(results, markdown=True).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")][1:3] == ["cute (13 of 14 tasks)", "exact match"]
+    assert "54.1" not in line

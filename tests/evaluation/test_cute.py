@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.evaluation.cute import CHARACTERS, CUTE, SENTENCES, SHOTS, Words, cute_task
+from bytelatent.evaluation.cute import CHARACTERS, CUTE, SENTENCES, SHOTS, Words, cute_task, letters_of, words_of
 from bytelatent.evaluation.cute import _orthographic as orthographic
 from bytelatent.evaluation.cute import _semantic as semantic
 from bytelatent.evaluation.cute import _spell as spell
@@ -187,6 +187,18 @@ def test_words_of_a_list_and_of_a_text() -> None:
     assert all(word in listed.words for word in listed.sentence(Draws(0)))
     assert " ".join(WORDS.sentence(Draws(0))) in " ".join(WORDS.text)
     assert {"is", "a"} <= set(WORDS.text) - set(WORDS.words)
+
+
+def test_a_letter_has_its_signs() -> None:
+    """Hindi, and accents apart from their letters; a sign is never alone."""
+    assert words_of("किताब, पानी! 12 e\u0301te\u0301") == ["किताब", "पानी", "e\u0301te\u0301"]
+    assert letters_of("किताब") == ["कि", "ता", "ब"]
+    hindi = Words(("किताब", "पानी"))
+    assert hindi.letters == ("कि", "ता", "नी", "पा", "ब")
+    assert spell(hindi, Scripted("किताब"), 0) == ('How is "किताब" spelled?', "कि ता ब")
+    swap = CHARACTERS.swap(hindi, Scripted("किताब", ["कि", "ब"]), 0)
+    assert swap == ('What is "किताब" with "कि" and "ब" swapped?', "बताकि")
+    assert CHARACTERS.other(Words(("पानी", "प")), Scripted(), ["पा", "नी"]) is None  # it begins one that is there
 
 
 @pytest.mark.parametrize(
