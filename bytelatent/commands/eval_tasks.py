@@ -64,7 +64,7 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
         from bytelatent.evaluation.tasks import TaskFinder
 
         finder = TaskFinder(settings.include_path, settings.samples, settings.temperature, settings.run_programs)
-        own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold"})
+        own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold", "batch_size"})
         make: Any = HarnessModel  # lm_eval's decorator hides its arguments
         model = make(settings.model[0], **own, max_length=settings.context)  # no weights yet
         noises, tasks = noises_with(settings), finder.load(names, settings.shots)

@@ -33,7 +33,8 @@ WORDS = "".join(f"{word}\n" for word in sorted(set(TEXT.replace(",", "").replace
 def settings_of(place: Path, *models: str, **more: Any) -> EvaluateSettings:
     words = place / "words.txt"
     words.write_text(WORDS)
-    given = {"model": [str(place / model) for model in models], "words": str(words), "limit": 3, "device": "cpu"}
+    given = {"model": [str(place / model) for model in models], "device": "cpu"}
+    given |= {} if "text" in more else {"words": str(words), "limit": 3}
     return EvaluateSettings.parse(given | more)
 
 
@@ -225,6 +226,12 @@ def test_what_is_printed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ({"text": ["absent.txt"], "noise": ["drop"]}, "'absent.txt' does not exist"),
         ({"text": ["x"], "noise": ["drop"], "by": "category"}, "by: it does not go with --noise"),
         ({"text": ["x"], "noise_rates": "0.1"}, "noise-rates: there is no noise"),
+        ({"text": ["x"], "shots": 2}, "shots: it has no effect on TEXT, only on tasks of lm-eval"),
+        ({"text": ["x"], "figure": "x.svg"}, "figure: it has no effect on TEXT, only on TEXT with --noise and on"),
+        ({"text": ["x"], "noise": ["drop"], "words": "x"}, "words: it has no effect on TEXT with --noise, only on"),
+        ({"tasks": "cute", "overlap": 3}, "overlap: it has no effect on cute and g2p, only on TEXT"),
+        ({"tasks": "hellaswag", "by": "site", "words": None}, "by: it has no effect on tasks of lm-evaluation-harness"),
+        ({"tasks": "cute_spell", "noise_on": "prompt"}, "noise-on: there is no noise"),
     ],
 )
 def test_bad_input(place: Path, more: dict[str, Any], message: str) -> None:
