@@ -17,6 +17,8 @@ from bytelatent.device import Threads, choose_device
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation import FoundModel, Measured, ReadSettings, Texts, compare, find_models, measure_texts
 from bytelatent.files import growing_file, partial_path, write_whole_json
+from bytelatent.model import TokenLMSettings
+from bytelatent.model.flops import flops_per_byte
 from bytelatent.progress import Progress
 from bytelatent.report.text import UNKNOWN, aligned, number
 from bytelatent.terminal import print_json, print_line
@@ -30,6 +32,7 @@ LOGGER = logging.getLogger(__name__)
 FIXED = {"text", "text_key", "by", "max_bytes", "max_row_bytes", "model", "entropy_model", "tokenizer", "context"}
 FIXED |= {"overlap", "dtype", "threshold"}
 UNITS = ("patch", "token")
+ALL = "all"  # of the groups
 
 
 def run(settings: EvaluateSettings) -> None:
@@ -68,7 +71,7 @@ def evaluate_models(settings: EvaluateSettings) -> dict[str, Any]:
             extra, own = evaluate_one(model, rows, texts, at, write, measured[0] if at else None)
             about.append(extra)
             remarks += own
-        result = _result(settings, measured, about)
+        result = _result(settings, found, measured, about)
         remarks += texts.remarks(next((model.name for model in found if model.reads_tokens), ""))
         result |= {"left_out": texts.num_left_out, "remarks": remarks}
         result |= {"bad_rows": texts.bad_rows.count, "unread": texts.bad_rows.unread}
@@ -123,18 +126,40 @@ def evaluate_one(
     return extra | {"seconds": time.perf_counter() - began}, model.remarks
 
 
-def _result(settings: EvaluateSettings, measured: list[Measured], about: list[dict[str, Any]]) -> dict[str, Any]:
-    every = compare(measured, settings.resamples, settings.seed)
+def _result(
+    settings: EvaluateSettings, found: list[FoundModel], measured: list[Measured], about: list[dict[str, Any]]
+) -> dict[str, Any]:
+    def compared(models: list[Measured]) -> list[dict[str, Any]]:
+        every = compare(models, settings.resamples, settings.seed)
+        return [
+            {**numbers, "flops_per_byte": flops_per_byte_of(model, numbers)}
+            for model, numbers in zip(found, every, strict=True)
+        ]
+
+    every = compared(measured)
     results = [{**extra, **numbers} for extra, numbers in zip(about, every, strict=True)]
     if settings.by is not None:
         for result in results:
             result["groups"] = {}
         by_group = [each.by_group() for each in measured]
         for group in by_group[0]:
-            own = compare([each[group] for each in by_group], settings.resamples, settings.seed)
+            own = compared([each[group] for each in by_group])
             for result, numbers in zip(results, own, strict=True):
                 result["groups"][group] = numbers
     return results[0] if len(results) == 1 else {"models": results}
+
+
+def flops_per_byte_of(found: FoundModel, numbers: dict[str, Any]) -> float | None:
+    """Operations of a forward pass over a full context, also of the byte LM that finds patches; None where unknown."""
+    if found.stored is None:
+        return None
+    config, byte_lm = found.stored.config, found.stored.byte_lm
+    unit_bytes = numbers["num_bytes"] / numbers["num_units"] if numbers["num_units"] else 1.0
+    context = int(found.context * (unit_bytes if isinstance(config.model, TokenLMSettings) else 1))
+    flops = flops_per_byte(config.model, unit_bytes, context)
+    if byte_lm is not None and config.patching is not None and config.patching.needs_entropies:
+        flops += flops_per_byte(byte_lm.config.model, context=context)
+    return flops
 
 
 @contextmanager
@@ -209,17 +234,21 @@ def _table(models: list[dict[str, Any]], markdown: bool) -> str:
     groups = list(models[0].get("groups", {}))
     header = ["group"] * bool(groups) + ["model", "bits per byte", "95 % interval"]
     header += ["difference", "95 % interval"] * (len(models) > 1) + ["documents", "bytes"]
+    units = [unit for unit in UNITS if any(model[f"mean_{unit}_bytes"] is not None for model in models)]
+    header += [f"bytes per {' or '.join(units)}"] * bool(units) + ["MFLOPs per byte"]
     rows = []
     for group in [*groups, None]:
         for model in models:
             of = model if group is None else model["groups"][group]
-            row = ["all" if group is None else group] * bool(groups)
+            row = [group or (ALL if ALL not in groups else f"({ALL})")] * bool(groups)
             row += [model["model"], number(of["bits_per_byte"], 4), shown_interval(of["interval"])]
             if len(models) > 1:
                 is_first = model is models[0]
                 row += [UNKNOWN if is_first else f"{of['difference']:+.4f}"]
                 row += [UNKNOWN if is_first else shown_interval(of["difference_interval"], "+")]
-            rows.append([*row, f"{of['num_documents']:,}", f"{of['num_bytes']:,}"])
+            row += [f"{of['num_documents']:,}", f"{of['num_bytes']:,}"]
+            row += [number(of["num_bytes"] / of["num_units"]) if of["num_units"] else UNKNOWN] * bool(units)
+            rows.append([*row, UNKNOWN if of["flops_per_byte"] is None else number(of["flops_per_byte"] / 1e6)])
     return aligned(header, rows, 1 + bool(groups), markdown)
 
 

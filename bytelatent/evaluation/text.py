@@ -140,6 +140,8 @@ class Texts:
             )
         if bad := self.bad_rows.count:
             found.append("1 bad row or file is left out" if bad == 1 else f"{bad:,} bad rows or files are left out")
+        if empty := self.bad_rows.num_empty:
+            found.append(f"{counted(empty, 'empty document')} {'is' if empty == 1 else 'are'} left out")
         return found
 
 

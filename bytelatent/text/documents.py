@@ -119,12 +119,14 @@ class BadRows:
     Attributes:
         count: bad rows and files so far.
         unread: files of which nothing could be read, each with the reason.
+        num_empty: documents without a byte in what was read to its end.
     """
 
     def __init__(self, limit: int, name: str = "--max-bad-rows", of: str = ""):
         self.limit, self.name, self.of = limit, name, of
         self.count = 0
         self.unread: dict[str, str] = {}
+        self.num_empty = 0
 
     def __call__(self, error: BadRow) -> None:
         """Pass over one.

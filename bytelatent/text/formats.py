@@ -205,7 +205,8 @@ def read_documents(
         UserError: the file cannot be read or a row holds no text; the file and row are named.
     """
     is_read, first = False, None
-    for row, found in _rows_of(file, ReadOptions(text_key, stored, max_row_bytes, field_key), check, on_block):
+    options = ReadOptions(text_key, stored, max_row_bytes, field_key)
+    for row, found in _rows_of(file, options, check, on_block, bad_rows):
         if not isinstance(found, BadRow):
             is_read = True
             yield row, found
@@ -219,7 +220,11 @@ def read_documents(
 
 
 def _rows_of(
-    file: str, options: ReadOptions, check: Callable[[Stored, str], None], on_block: Callable[[float | None], None]
+    file: str,
+    options: ReadOptions,
+    check: Callable[[Stored, str], None],
+    on_block: Callable[[float | None], None],
+    bad_rows: BadRows | None,
 ) -> Iterator[tuple[int, Document | BadRow]]:
     try:
         reader = open_blocks(file, options)
@@ -232,6 +237,8 @@ def _rows_of(
                 check(block.stored, file)
             on_block((index + 1) / count if count else None)
             yield from block.rows()
+            if bad_rows is not None:
+                bad_rows.num_empty += len(block.empty_rows)
     except BadRow as error:
         yield error.row, error
 

@@ -36,6 +36,7 @@ class DocumentBlock:
     documents: list[tuple[int, Document]] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
     stored: Stored | None = None  # what the file says of the entropies or starts in it
+    empty_rows: list[int] = field(default_factory=list)
 
     def add(self, row: int, found: Document | BadRow) -> None:
         if isinstance(found, BadRow):
@@ -43,6 +44,8 @@ class DocumentBlock:
             self.bad_rows.append(found)
         elif found.text:
             self.documents.append((row, found))
+        else:
+            self.empty_rows.append(row)
 
     def rows(self) -> list[tuple[int, Document | BadRow]]:
         """Documents and bad rows in the file's order."""

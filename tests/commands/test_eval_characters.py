@@ -18,6 +18,7 @@ from bytelatent.commands.eval_noise import evaluate_noise
 from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import evaluate_models
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.evaluation.cute import Words
 from bytelatent.evaluation.noise import Noise
 from bytelatent.model import TokenLMSettings, build_model
 from bytelatent.text.tokenizer import train_tokenizer
@@ -32,7 +33,8 @@ WORDS = "".join(f"{word}\n" for word in sorted(set(TEXT.replace(",", "").replace
 def settings_of(place: Path, *models: str, **more: Any) -> EvaluateSettings:
     words = place / "words.txt"
     words.write_text(WORDS)
-    given = {"model": [str(place / model) for model in models], "words": str(words), "limit": 3, "device": "cpu"}
+    given = {"model": [str(place / model) for model in models], "device": "cpu"}
+    given |= {} if "text" in more else {"words": str(words), "limit": 3}
     return EvaluateSettings.parse(given | more)
 
 
@@ -224,6 +226,12 @@ def test_what_is_printed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ({"text": ["absent.txt"], "noise": ["drop"]}, "'absent.txt' does not exist"),
         ({"text": ["x"], "noise": ["drop"], "by": "category"}, "by: it does not go with --noise"),
         ({"text": ["x"], "noise_rates": "0.1"}, "noise-rates: there is no noise"),
+        ({"text": ["x"], "shots": 2}, "shots: it has no effect on TEXT, only on tasks of lm-eval"),
+        ({"text": ["x"], "figure": "x.svg"}, "figure: it has no effect on TEXT, only on TEXT with --noise and on"),
+        ({"text": ["x"], "noise": ["drop"], "words": "x"}, "words: it has no effect on TEXT with --noise, only on"),
+        ({"tasks": "cute", "overlap": 3}, "overlap: it has no effect on cute and g2p, only on TEXT"),
+        ({"tasks": "hellaswag", "by": "site", "words": None}, "by: it has no effect on tasks of lm-evaluation-harness"),
+        ({"tasks": "cute_spell", "noise_on": "prompt"}, "noise-on: there is no noise"),
     ],
 )
 def test_bad_input(place: Path, more: dict[str, Any], message: str) -> None:
@@ -231,6 +239,32 @@ def test_bad_input(place: Path, more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         run(settings_of(place, "blt", **more))
     assert message in str(caught.value)
+
+
+def test_words_are_those_of_documents(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, seen = place / "words.jsonl", []
+    words.write_text(json.dumps({"title": "unwanted", "text": TEXT}) + "\n")
+    real = Words.parse
+    monkeypatch.setattr(Words, "parse", lambda text, related: seen.append(text) or real(text, related))
+    monkeypatch.setattr(eval_characters, "_generator", lambda settings, found: Oracle())
+    evaluate_examples(settings_of(place, "blt", tasks="cute_spell").model_copy(update={"words": words}), ["cute_spell"])
+    assert seen == [TEXT]
+
+
+def test_results_stay_without_a_figure(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(eval_characters, "write_noise_figure", fail)
+    monkeypatch.setattr(eval_characters, "_generator", lambda settings, found: Oracle())
+    out, more = tmp_path / "out.json", {"noise": ["drop:0.001"], "figure": str(tmp_path / "x.svg")}
+    for given in ({"tasks": "cute_spell", "out": str(out)}, {"text": [str(place / "text.jsonl")]}):
+        with pytest.raises(UserError, match="the disk is full"):
+            run(settings_of(place, "byte_lm", **more, **given))
+        assert "drop:0.001" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["results"]) == 2
 
 
 def test_names_of_tasks(caplog: pytest.LogCaptureFixture, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

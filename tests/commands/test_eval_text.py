@@ -187,6 +187,9 @@ def test_a_table_is_aligned_or_markdown(place: Path, capsys: pytest.CaptureFixtu
     assert [line.split()[0] for line in lines] == ["group", *2 * ["news"], *2 * ["code"], *2 * ["(none)"], *2 * ["all"]]
     assert {len(line) for line in lines} == {len(lines[0])}
     run(EvaluateSettings(text=[str(place / "text.jsonl")], by="category", markdown=True, **values))
+    assert re.split(r"  +", lines[0])[-3:] == ["bytes", "bytes per token", "MFLOPs per byte"]
+    assert [line.split()[-1] == "–" for line in lines[1:]] == 4 * [False, True]  # none of one of transformers
+    assert [line.split()[-2] == "–" for line in lines[1:]] == 4 * [True, False]
     marked = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in marked]
     assert marked[1].startswith("| :--")

@@ -136,7 +136,12 @@ def test_what_is_left_out_does_not_count(folder: Path) -> None:
     texts = Texts([str(folder)], max_bytes=20, valid_only=True)
     assert [sample.document.text for sample in texts.read()] == [TEXTS[0], b"x", TEXTS[3][:5]]
     line = f"1 document ({len(TEXTS[1])} bytes) is left out: it is not valid UTF-8, which the tokenizer of 'X' cannot"
-    assert texts.remarks("X") == [f"{line} read"]
+    assert texts.remarks("X") == [f"{line} read", "1 empty document is left out"]
+    (folder / "bad.jsonl").write_text("{}\n")
+    texts = Texts([str(folder)], max_bad_rows=1)
+    list(texts.read())
+    (folder / "bad.jsonl").unlink()
+    assert texts.remarks("X") == ["1 bad row or file is left out", "1 empty document is left out"]
 
 
 def test_a_cut_is_not_inside_a_character(tmp_path: Path) -> None:
