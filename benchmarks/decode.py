@@ -117,7 +117,7 @@ def lower_bound(decoder: Decoder, rows: int, quorum: float, position: int) -> fl
         return 2 * settings.num_layers * settings.kv_heads * settings.head_dim * 2 * seen
 
     settings: BLTSettings = model.settings
-    inner: Any = byte_lm.settings
+    inner = byte_lm.settings
     seen = min(position, 512)
     by_byte = weights(byte_lm, model.decoder) + weights(model.encoder) - weights(model.encoder.ngram_hash)
     by_byte += rows * (cache(inner, seen) + cache(settings.encoder, seen) + cache(settings.decoder, seen))
@@ -164,14 +164,16 @@ def generate(
 
 def check() -> None:
     """Compare the captured step with plain PyTorch; exit code 1 if a sequence differs."""
-    from tests.inference.test_engine import NAMES, decoder_of, generated
+    from tests.inference import test_engine as cases
 
     sampling = Sampling(temperature=1.0, seed=3, top_p=0.9)
     every, full = get_args(Quantization), get_args(Quantization)[:1]
     num_unequal = 0
-    kinds = [(name, weights) for name in NAMES for weights in (every if name == "entropy" else full)]
+    kinds = [
+        (name, weights) for name in (*cases.NAMES, *cases.OTHERS) for weights in (every if name == "entropy" else full)
+    ]
     for name, weights in kinds:
-        plain = decoder_of(name)
+        plain = cases.decoder_of(name)
         for part in (plain.model, plain.byte_lm):
             if part is not None:
                 part.cuda()
@@ -189,9 +191,9 @@ def check() -> None:
             if draft_length > 1 and name == "byte LM":
                 continue
             prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * max(rows // 4, 1)
-            expected = generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
+            expected = cases.generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
             engine = Engine(fast, CapturedSlots(fast, rows, quorum, max_closing, draft_length), rows)
-            found = generated(engine, prompts[:rows], 60, sampling)
+            found = cases.generated(engine, prompts[:rows], 60, sampling)
             same, far = 0, 0.0
             for one, other in zip(found, expected, strict=True):
                 same += one.ids == other.ids

@@ -116,7 +116,10 @@ class BLT:
         found = open_pretrained(source, entropy_model, revision, token, local_files_only)
         if not isinstance(found.config.model, BLTSettings):
             name = NAMES[found.config.model.kind]
-            raise UserError(f"model: '{source}' holds a {name}, which has no patches; name a BLT")
+            raise UserError(
+                f"model: '{source}' holds a {name}, which has no patches; name a BLT, or load it with "
+                "bytelatent.weights.load"
+            )
         if found.config.patching is None:
             raise UserError(f"model: '{source}' has no patching settings; its config.json should have them")
         LOGGER.info(found.in_a_line())

@@ -75,7 +75,7 @@ class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, ThresholdSettin
         max_bytes: bytes of text to measure. Default: all.
         resamples: resamples of the bootstrap over documents, for the 95 % interval.
         seed: seed of the bootstrap, of noise and of generated tasks.
-        tokenizer: tokenizer.json, or a folder that holds one, for a model of tokens without one.
+        tokenizer: path of a tokenizer.json, or of a folder with one, for a model of tokens without one.
         batch_size: bytes or tokens of a batch of text; texts that are continued at once, for --tasks. Default: chosen
             for the device.
         device: device: auto, cpu, cuda or mps.

@@ -341,7 +341,7 @@ def rows_at(
             except (KeyboardInterrupt, UserError) as error:
                 with part.open("rb") as lines:
                     some = any(line.endswith(b"\n") for line in lines)
-                rows_so_far = f"; the rows so far are in '{part}', and the same command goes on" if some else ""
+                rows_so_far = f"; the rows so far are in '{part}', and the same command resumes" if some else ""
                 if isinstance(error, UserError):
                     raise UserError(f"{error}{rows_so_far}") from None
                 raise Interrupted(f"'{path}' was not written{rows_so_far or '; no row was done'}") from None

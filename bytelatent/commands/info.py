@@ -2,19 +2,21 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.table import Table
 
-from bytelatent.commands.options import InfoSettings
+from bytelatent.commands.options import DEFAULT_PATCH_BYTES, InfoSettings
 from bytelatent.errors import UserError
 from bytelatent.log import Console
 from bytelatent.model import PRESETS, LanguageModelSettings, ModelSettings, preset
 from bytelatent.model.flops import PartCost, costs
 from bytelatent.model.settings import NAMES, StackSettings
 from bytelatent.patching import PatchSettings
+from bytelatent.run_folder import read_metrics
 from bytelatent.terminal import print_json
-from bytelatent.weights import open_pretrained
+from bytelatent.weights import Config, open_pretrained
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Description:
     parts: list[PartCost]
     patch_bytes: float
     context: int
+    is_measured: bool = False  # the patches' size, in the run's training or calibration
 
     def plain(self) -> dict[str, Any]:
         return {
@@ -35,6 +38,7 @@ class Description:
             "num_parameters": sum(part.num_parameters for part in self.parts),
             "flops_per_byte": sum(part.flops_per_byte for part in self.parts),
             "patch_bytes": self.patch_bytes,
+            "is_measured": self.is_measured,
             "context": self.context,
         }
 
@@ -44,7 +48,9 @@ class Description:
         if self.patching is not None:
             lines.append(f"patches: {self.patching.in_words()}")
         unit = {"blt": "patches", "token_lm": "tokens"}.get(self.settings.kind)
-        where = f"{self.context:,} bytes of context" + (f", {self.patch_bytes:g}-byte {unit}" if unit else "")
+        where = f"{self.context:,} bytes of context"
+        if unit:
+            where += f", {self.patch_bytes:.3g}-byte {unit}" + (" as measured in training" if self.is_measured else "")
         below = f"a forward pass, {where}; training costs three times it"
         for line in (*lines, self._table(), below):  # a path with brackets is no markup
             console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
@@ -82,17 +88,29 @@ def describe(given: InfoSettings) -> Description:
         found = open_pretrained(given.model, given.entropy_model, given.revision, weights=False)
         settings, patching, source = found.config.model, found.config.patching, found.in_a_line()
         byte_lm = found.byte_lm.config.model if found.byte_lm is not None else None
+        measured = _measured(Path(given.model), found.config) if given.patch_bytes is None else None
     else:
+        measured = None
         try:
             settings, patching, source, byte_lm = preset(given.model), None, given.model, None
         except UserError as error:
             raise UserError(f"{error}; or name a run, a folder with a model, or OWNER/NAME on the hub") from None
-    parts = costs(settings, given.patch_bytes, given.context)
+    patch_bytes = given.patch_bytes or measured or DEFAULT_PATCH_BYTES
+    parts = costs(settings, patch_bytes, given.context)
     if byte_lm is not None:
-        inner = costs(byte_lm, given.patch_bytes, given.context)
+        inner = costs(byte_lm, patch_bytes, given.context)
         flops = sum(part.flops_per_byte for part in inner) if patching is None or patching.needs_entropies else 0.0
         parts.append(PartCost("byte LM (patches)", sum(part.num_parameters for part in inner), flops))
-    return Description(source, settings, patching, parts, given.patch_bytes, given.context)
+    return Description(source, settings, patching, parts, patch_bytes, given.context, measured is not None)
+
+
+def _measured(folder: Path, config: Config) -> float | None:
+    """Mean bytes of a patch or token: the median over a run's steps, or as calibrated."""
+    rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    sizes = [row["mean_patch_bytes"] for row in rows if row.get("mean_patch_bytes")]
+    if sizes:
+        return median(sizes)
+    return config.calibration.mean_patch_bytes if config.calibration is not None else None
 
 
 def architecture(settings: ModelSettings) -> list[str]:

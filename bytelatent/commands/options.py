@@ -349,13 +349,13 @@ class InfoSettings(EntropyModelSettings, JsonSettings):
 
     Attributes:
         model: a preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.
-        patch_bytes: mean patch size, in bytes; of a token LM the mean token.
+        patch_bytes: mean patch size, in bytes; of a token LM the mean token. Default: as the run measured it, else 4.5.
         context: context, in bytes.
         revision: branch, tag or commit of a repository.
     """
 
     model: Annotated[str, ARGUMENT] = ""
-    patch_bytes: PatchBytes = DEFAULT_PATCH_BYTES
+    patch_bytes: PatchBytes | None = None
     context: NumBytes = 8192
     revision: str | None = None
 

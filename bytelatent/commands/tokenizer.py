@@ -1,6 +1,7 @@
 """`blt tokenizer`: a byte-level BPE for token LMs, trained on text."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from bytelatent.text import BadRows, find_files, must_have_read, read_documents
 from bytelatent.text.documents import forget_logged
 from bytelatent.text.tokenizer import Tokenizer, train_tokenizer
 
+LOGGER = logging.getLogger(__name__)
 SAMPLE_BYTES = 1_000_000  # of the text, on which tokens are measured
 
 
@@ -72,7 +74,9 @@ def train_on_text(settings: TokenizerSettings) -> tuple[Trained, dict[str, str]]
                 if settings.max_bytes is not None and trained.num_bytes >= settings.max_bytes:
                     return
 
-    with Progress("tokenizer", settings.max_bytes, about=True) as progress:
+    num_stored = sum(Path(file).stat().st_size for file in files)  # about as many as of text
+    total = num_stored if settings.max_bytes is None else min(settings.max_bytes, num_stored)
+    with Progress("tokenizer", total, about=True) as progress:
         text = train_tokenizer(documents(), settings.vocab)
     if not trained.num_bytes:
         must_have_read(bad.unread)
@@ -81,6 +85,11 @@ def train_on_text(settings: TokenizerSettings) -> tuple[Trained, dict[str, str]]
     num_tokens = sum(len(tokenizer.encode(part, bos=False, eos=False)) for part in sample)
     trained.mean_token_bytes = sum(map(len, sample)) / num_tokens
     trained.vocab_size, trained.bad_rows = tokenizer.size, bad.count
+    if trained.vocab_size < settings.vocab:
+        LOGGER.warning(
+            f"vocab: the text holds no more than {trained.vocab_size:,} of {settings.vocab:,} ids, as no further pair "
+            f"comes twice; give more text, or train with model.vocab_size={trained.vocab_size}"
+        )
     trained.sha256 = hashlib.sha256(text.encode()).hexdigest()
     with whole_file(out) as aside:
         aside.write_text(text, encoding="utf-8")

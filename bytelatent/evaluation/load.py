@@ -22,7 +22,8 @@ from bytelatent.patching import PatchSettings
 from bytelatent.text.tokenizer import TOKENIZER
 from bytelatent.vocab import BYTES, Vocabulary
 from bytelatent.weights import StoredModel, open_pretrained
-from bytelatent.weights.pretrained import is_on_hub
+from bytelatent.weights.pretrained import is_on_hub, open_folder
+from bytelatent.weights.side_files import SIDECAR
 
 BATCH_ON_GPU, BATCH_ELSEWHERE = 131_072, 4096  # ids of a batch
 LOGITS_ON_GPU, LOGITS_ELSEWHERE = 2**30, 2**26  # that a model may give at once
@@ -118,7 +119,9 @@ def find_model(source: str, entropy_model: str | None, how: ReadSettings, one_of
                 f"model: '{source}' reads tokens, and its folder holds no {TOKENIZER}; name it: --tokenizer"
             )
         place = _given_tokenizer(how.tokenizer)
-        stored = replace(stored, tokenizer=place / TOKENIZER if place.is_dir() else place)
+        place = place / TOKENIZER if place.is_dir() else place
+        stored.config.check_tokenizer(place)
+        stored = replace(stored, tokenizer=place)
         takes.add("tokenizer")
     if not one_of_several or (stored.config.patching is not None and stored.config.patching.needs_entropies):
         stored = stored.with_threshold(how.threshold)
@@ -199,6 +202,10 @@ def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel
     if how.tokenizer is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"model: '{source}' reads tokens, and its folder holds no tokenizer; name it with --tokenizer")
     given = None if how.tokenizer is None else _given_tokenizer(how.tokenizer)
+    if (folder / SIDECAR).is_file() and config.model_type == "llama":
+        place = given or folder
+        place = place / TOKENIZER if place.is_dir() else place
+        open_folder(folder, weights=False).config.check_tokenizer(place)
     longest = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
     context = _checked(min(longest, LONGEST_CONTEXT) if how.context is None else how.context, how, source)
     if context > longest:

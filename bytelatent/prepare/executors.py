@@ -156,7 +156,7 @@ def _run_step(
                     process.kill()
             pool.shutdown(cancel_futures=True)
     if pressed:
-        raise Interrupted("nothing that is done is lost; the same command goes on")
+        raise Interrupted("nothing that is done is lost; the same command resumes")
 
 
 _bytes_done: Any = None  # of a worker: the counter it shares with the others
@@ -189,11 +189,11 @@ def _why_it_died(processes: list[BaseProcess]) -> str:
     codes = [process.exitcode for process in processes if process.exitcode]
     code = next((code for code in codes if code != -signal.SIGTERM), -signal.SIGTERM)
     if code > 0:
-        return f"--workers: a worker ended with code {code}; the same command goes on"
+        return f"--workers: a worker ended with code {code}; the same command resumes"
     why = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
     return (
         f"--workers: a worker was killed ({signal.Signals(-code).name}{why}); nothing that is done is lost; give the "
-        "same command again, it goes on, or one with less --memory"
+        "same command again, it resumes, or one with less --memory"
     )
 
 

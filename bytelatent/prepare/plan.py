@@ -270,7 +270,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"--out: the disk of '{folder}' is full; make room and give the same command again, it goes on"
+                f"--out: the disk of '{folder}' is full; make room and give the same command again, it resumes"
             ) from None
         raise UserError(f"--out: '{folder}' cannot be written: {error.strerror or error}") from None
     except MemoryError:

@@ -6,6 +6,7 @@ of them is the id of that byte alone, and the text between them is encoded as us
 Source: Sennrich et al. 2016; on bytes, Radford et al. 2019.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -128,6 +129,25 @@ class Tokenizer(Vocabulary):
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> bytes:
         return b"".join(self.bytes_of[id_] for id_ in ids if id_ >= 0)
+
+
+def content_digest(path: Path) -> str:
+    """A digest of what decides about the ids of a text: the same however the file is laid out.
+
+    Raises:
+        UserError: the file cannot be read, or is no tokenizer.json.
+    """
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        model, added = values["model"], values.get("added_tokens") or []
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+        marks = {token["content"]: token["id"] for token in added if token["content"] in (*BEGINS, *ENDS)}
+        content = [model["vocab"], merges, marks, values.get("pre_tokenizer"), values.get("normalizer")]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    except OSError as error:
+        raise UserError(f"tokenizer: '{path}' cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"tokenizer: '{path}' is no tokenizer.json; blt tokenizer trains one") from None
 
 
 def train_tokenizer(documents: Iterable[bytes], vocab_size: int) -> str:

@@ -19,14 +19,14 @@ import torch
 from bytelatent.config import load_yaml
 from bytelatent.data import DataSettings, Patcher
 from bytelatent.errors import UserError
-from bytelatent.files import only_writer, whole_file, whole_folder
+from bytelatent.files import json_if_any, only_writer, whole_file, whole_folder
 from bytelatent.inference import FastEntropies
 from bytelatent.log import log_file
 from bytelatent.model import ByteLM, LanguageModelSettings, ModelSettings
 from bytelatent.run_folder import checkpoints_of
 from bytelatent.text import FileState, find_files
 from bytelatent.text.documents import forget_logged, logged_lines, mark_logged
-from bytelatent.text.tokenizer import TOKENIZER, Tokenizer
+from bytelatent.text.tokenizer import TOKENIZER, Tokenizer, content_digest
 from bytelatent.training.calibration import calibrate_on, read_calibration, write_calibration
 from bytelatent.training.checkpoint.manager import check_takes_checkpoints
 from bytelatent.training.checks import check_text
@@ -131,8 +131,9 @@ def _prepare(
     byte_lm = None
     if settings.entropy_model is not None:
         byte_lm = _own_byte_lm(folder, settings.entropy_model, settings.data.context, resumes=earlier is not None)
+    digest = None
     if settings.data.tokenizer is not None:
-        _keep_tokenizer(folder, settings.data.tokenizer, settings.model, resumes=earlier is not None)
+        digest = _keep_tokenizer(folder, settings.data.tokenizer, settings.model, resumes=earlier is not None)
     calibration = read_calibration(folder) if earlier is not None else None
     if settings.calibration is not None and settings.patching is not None:
         if calibration is None:
@@ -145,7 +146,11 @@ def _prepare(
         patching = settings.patching.model_copy(update={"threshold": calibration.threshold})
         settings = settings.model_copy(update={"patching": patching})
     config = Config(
-        model=settings.model, context=settings.data.context, patching=settings.patching, calibration=calibration
+        model=settings.model,
+        context=settings.data.context,
+        patching=settings.patching,
+        calibration=calibration,
+        tokenizer=digest,
     )
     return settings, config, changes, text
 
@@ -161,16 +166,27 @@ def _own_byte_lm(folder: Path, entropy_model: str, context: int, resumes: bool) 
     return byte_lm
 
 
-def _keep_tokenizer(folder: Path, path: str, model: ModelSettings, resumes: bool) -> None:
-    """Copy the tokenizer into the run's folder when the run begins; when it resumes it must be the same, or gone."""
+def _keep_tokenizer(folder: Path, path: str, model: ModelSettings, resumes: bool) -> str:
+    """Copy the tokenizer into the run's folder when the run begins; when it resumes it must be the same, or gone.
+
+    Returns:
+        Its digest.
+    """
     copy = folder / TOKENIZER
-    if resumes and copy.is_file() and not Path(path).is_file():
-        return
-    tokenizer = Tokenizer.read(path, "data.tokenizer")
-    if resumes and copy.is_file():
-        if tokenizer.text != Tokenizer.read(copy).text:
+    used = copy if resumes and copy.is_file() else Path(path)
+    tokenizer = Tokenizer.read(used, "data.tokenizer")
+    digest = content_digest(used)
+    if resumes:
+        newest = max(checkpoints_of(folder).items())[1]
+        if (json_if_any(newest / "state" / "config.json") or {}).get("tokenizer") not in (None, digest):
+            why = f"is not the one that '{folder}' was begun with; put that one back"
+            raise UserError(f"data.tokenizer: '{used}' {why}")
+    if used == copy and not Path(path).is_file():
+        return digest
+    if used == copy:
+        if content_digest(Path(path)) != digest:
             raise UserError(f"data.tokenizer: '{path}' is not the one that '{folder}' was begun with; name '{copy}'")
-        return
+        return digest
     assert isinstance(model, LanguageModelSettings)
     if tokenizer.size > model.vocab_size:
         raise UserError(
@@ -179,6 +195,7 @@ def _keep_tokenizer(folder: Path, path: str, model: ModelSettings, resumes: bool
         )
     with whole_file(copy) as aside:
         aside.write_text(tokenizer.text, encoding="utf-8")
+    return digest
 
 
 def _earlier_settings(folder: Path) -> TrainSettings | None:

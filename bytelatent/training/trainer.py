@@ -170,9 +170,7 @@ class Trainer:
             self.validate()
             self.save()
             if self.stops and self.done < 1:
-                raise self.plan.ranks.common_error(
-                    Interrupted(f"after step {state.step}; the same command goes on from there")
-                )
+                raise self.plan.ranks.common_error(Interrupted(f"after step {state.step}; the same command resumes"))
         if not is_over and state.step <= self.settings.optimizer.warmup_steps:
             warmup = f"optimizer.warmup_steps={self.settings.optimizer.warmup_steps}"
             LOGGER.info(

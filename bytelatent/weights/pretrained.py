@@ -15,7 +15,7 @@ from bytelatent.files import MANIFEST, find_corruption, whole_folder
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
 from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings, LanguageModelSettings, TokenLMSettings
 from bytelatent.model.settings import NAMES
-from bytelatent.text.tokenizer import TOKENIZER
+from bytelatent.text.tokenizer import TOKENIZER, content_digest
 from bytelatent.weights.hugging_face import HuggingFaceFormat
 from bytelatent.weights.llama import LlamaFormat
 from bytelatent.weights.meta import BYTE_LM_FOLDERS, MetaFormat
@@ -194,6 +194,8 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     found = format.open(folder, weights)
     if isinstance(found.config.model, TokenLMSettings) and (folder / TOKENIZER).is_file():
         found = replace(found, tokenizer=folder / TOKENIZER)
+        if weights:
+            found.config.check_tokenizer(folder / TOKENIZER)
     if weights and (folder / MANIFEST).is_file() and (why := find_corruption(folder, ending=".safetensors")):
         raise UserError(f"'{folder}' is not as it was written: {why}; fetch or write it again")
     links = [file for pattern in LEGAL_FILES for file in sorted(folder.glob(pattern)) if leads_out(file)]
@@ -248,6 +250,9 @@ def write_model(
     if isinstance(stored.config.model, TokenLMSettings):
         if stored.tokenizer is None:
             raise UserError(f"model: '{stored.source}' has no {TOKENIZER}, which a token LM needs; put it there")
+        stored.config.check_tokenizer(stored.tokenizer)
+        digest = content_digest(stored.tokenizer)
+        stored = replace(stored, config=stored.config.model_copy(update={"tokenizer": digest}))
         if format == "hf":
             chosen, loading = LLAMA, LLAMA.loading
     if isinstance(stored.config.model, BLTSettings) and patching is None:

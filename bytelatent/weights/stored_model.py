@@ -24,7 +24,7 @@ from bytelatent.model import (
 )
 from bytelatent.model.settings import LONGEST_CONTEXT, NAMES
 from bytelatent.patching import Calibration, PatchSettings
-from bytelatent.text.tokenizer import TOKENIZER, Tokenizer
+from bytelatent.text.tokenizer import TOKENIZER, Tokenizer, content_digest
 from bytelatent.vocab import BYTES, Vocabulary
 from bytelatent.weights.safetensors_io import StoredTensor, check_finite, shown
 
@@ -62,7 +62,20 @@ class Config(Settings):
     context: int = Field(ge=1, le=LONGEST_CONTEXT)  # ids per sequence in training
     patching: PatchSettings | None = None
     calibration: Calibration | None = None
+    tokenizer: str | None = None  # of a token LM: the digest of its tokenizer; older ones lack it
     origin: Origin = Origin()
+
+    def check_tokenizer(self, path: Path) -> None:
+        """Check that a file is the tokenizer that the model was trained with.
+
+        Raises:
+            UserError: it is another.
+        """
+        if self.tokenizer is not None and content_digest(path) != self.tokenizer:
+            raise UserError(
+                f"tokenizer: '{path}' is not the one that the model was trained with; give the {TOKENIZER} of its run "
+                "or of its first export"
+            )
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "") -> Self:

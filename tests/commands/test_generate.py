@@ -67,7 +67,7 @@ def test_a_stopped_command_keeps_its_rows_and_goes_on(how: signal.Signals, model
     if how != signal.SIGKILL:
         assert process.returncode == 130
         assert shown == (
-            f"stopped: '{out}' was not written; the rows so far are in '{part}', and the same command goes on\n"
+            f"stopped: '{out}' was not written; the rows so far are in '{part}', and the same command resumes\n"
         )
     assert names(out.parent) == {part.name, f"{part.name}.settings"}
     before = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -93,7 +93,7 @@ def test_a_full_disk_keeps_the_rows_so_far(model: Path, tmp_path: Path) -> None:
     [line] = full.stderr.splitlines()
     assert line == (
         "error: the output cannot be written: File too large; "
-        f"the rows so far are in '{out}.part', and the same command goes on"
+        f"the rows so far are in '{out}.part', and the same command resumes"
     )
     kept = partial_path(out).read_bytes()
     assert kept.endswith(b"\n")
@@ -293,7 +293,7 @@ def test_what_came_meanwhile_stays(model: Path, tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patched:
         patched.setattr(generate, "_write", another_writes)
-        with pytest.raises(UserError, match=r"holds something already; .* and the same command goes on$"):
+        with pytest.raises(UserError, match=r"holds something already; .* and the same command resumes$"):
             run(**given)
     assert out.read_text() == "another's"
     out.unlink()

@@ -153,7 +153,7 @@ def test_training_is_warned_requeued_and_goes_on(
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 0, said
     log = (run / "logs" / "7" / "0.out").read_text()
-    assert f"stopped: after step {step}; the same command goes on from there\n" in log
+    assert f"stopped: after step {step}; the same command resumes\n" in log
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [*range(1, step + 4)]
     assert checkpoints(run)[-1] == f"step-{step + 3:08d}"
 

@@ -161,7 +161,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path: Path, source: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130, said
-    assert said == "stopped: nothing that is done is lost; the same command goes on\n"
+    assert said == "stopped: nothing that is done is lost; the same command resumes\n"
 
 
 def test_only_one_at_a_time(tmp_path: Path, source: Path) -> None:

@@ -85,6 +85,15 @@ def test_others_are_refused(text: str, message: str) -> None:
         Tokenizer(text)
 
 
+def test_text_with_few_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("abab abab")
+    asked = TokenizerSettings(text=[str(tmp_path / "a.txt")], vocab=5000, out=str(tmp_path / "tokenizer.json"))
+    size = train_on_text(asked)[0].vocab_size
+    assert 260 < size < 300
+    assert f"holds no more than {size} of 5,000 ids" in caplog.text
+    assert f"model.vocab_size={size}" in caplog.text
+
+
 def test_command(tmp_path: Path) -> None:
     rows = [*({"text": text.decode()} for text in DOCUMENTS), {"no": "text"}]
     source, out = tmp_path / "a.jsonl", tmp_path / "tokenizer.json"

@@ -195,7 +195,7 @@ def test_other_signals_stop_a_run_too(
         return inner(*arguments)
 
     monkeypatch.setattr(loop, "cross_entropy", signalled)
-    with pytest.raises(Interrupted, match="after step 3; the same command goes on"):
+    with pytest.raises(Interrupted, match="after step 3; the same command resumes"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
     assert signal.getsignal(number) == before

@@ -160,7 +160,7 @@ def test_an_export_that_reads_otherwise_does_not_appear(
 def test_a_signal_to_one_process_stops_all(crew: Crew, tmp_path: Path, text: Path, rank: int) -> None:
     run = tmp_path / "run"
     [[first, second]] = crew.run((2, train_as, values(text, run), None, (rank, 6)))
-    assert first[-1] == "Interrupted: after step 7; the same command goes on from there"
+    assert first[-1] == "Interrupted: after step 7; the same command resumes"
     assert second == ["exit code 130"]
     assert checkpoints(run) == ["step-00000005", "step-00000007"]
 

@@ -54,7 +54,7 @@ def test_a_signal_ends_the_run_in_good_order(tmp_path: Path, text: Path, number:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     step = losses(run)[-1][0]
-    assert without_metrics(errors) == [STOPPING, f"stopped: after step {step}; the same command goes on from there"]
+    assert without_metrics(errors) == [STOPPING, f"stopped: after step {step}; the same command resumes"]
     assert checkpoints(run) == [f"step-{step:08d}"]
     assert find_corruption(run / "checkpoints" / checkpoints(run)[0]) is None
 
@@ -73,7 +73,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         return cross_entropy(*arguments)
 
     monkeypatch.setattr(loop, "cross_entropy", signalled)
-    with pytest.raises(Interrupted, match="after step 7; the same command goes on"):
+    with pytest.raises(Interrupted, match="after step 7; the same command resumes"):
         train(settings(byte_lm_run(run, text)))
     assert checkpoints(run) == ["step-00000005", "step-00000007"]
     assert [signal.getsignal(name) for name in signal.Signals] == handlers
@@ -118,7 +118,7 @@ def test_without_its_torchrun_it_saves_and_stops(tmp_path: Path, text: Path, mon
     monkeypatch.undo()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     in_step_eight(monkeypatch, lambda: monkeypatch.setattr(os, "getppid", lambda: signals.PARENT + 1))
-    with pytest.raises(Interrupted, match="after step 8; the same command goes on"):
+    with pytest.raises(Interrupted, match="after step 8; the same command resumes"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
     assert checkpoints(tmp_path / "run") == ["step-00000005", "step-00000008"]
 
@@ -206,7 +206,7 @@ def test_a_double_press_is_one(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     in_step_eight(monkeypatch, lambda: press(monkeypatch, 0.0, 0.3, 1.9))
-    with pytest.raises(Interrupted, match="after step 8; the same command goes on"):
+    with pytest.raises(Interrupted, match="after step 8; the same command resumes"):
         train(settings(byte_lm_run(tmp_path / "run", text)))
     assert checkpoints(tmp_path / "run") == ["step-00000005", "step-00000008"]
     assert capfd.readouterr().err == f"{STOPPING}\n"

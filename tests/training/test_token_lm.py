@@ -1,5 +1,6 @@
 """Runs of token LMs: batches of ids, measured in bytes; resumed, divided, exported, measured again by hand."""
 
+import json
 import math
 import pickle
 import shutil
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from bytelatent import BLT
 from bytelatent.commands.export import export_checkpoint
+from bytelatent.commands.info import describe
+from bytelatent.commands.options import InfoSettings
 from bytelatent.data import Loader
 from bytelatent.errors import UserError
 from bytelatent.model import TokenLM, pack_rows
@@ -98,6 +102,12 @@ def test_goes_on_bit_for_bit(
     ):
         train(settings(asked))
     own.unlink()  # the run has a copy
+    copy = tmp_path / "run" / TOKENIZER
+    written = copy.read_text()
+    copy.write_text(train_tokenizer([b"another text"] * 3, 270))
+    with pytest.raises(UserError, match=r"run/tokenizer.json' is not the one that '.*run' was begun with; put that"):
+        train(settings(asked))
+    copy.write_text(json.dumps(json.loads(written)))  # laid out in another way
     train(settings(asked))
     assert_equal_runs(tmp_path / "run", whole)
 
@@ -121,6 +131,16 @@ def test_summary_counts_operations_per_byte(whole: Path) -> None:
     assert summary.mean_patch_bytes is not None
     expected = costs(model, summary.mean_patch_bytes, int(24 * summary.mean_patch_bytes))
     assert summary.training_flops_per_byte == 3 * sum(part.flops_per_byte for part in expected)
+    shown = describe(InfoSettings(model=str(whole)))
+    assert (shown.patch_bytes, shown.is_measured) == (summary.mean_patch_bytes, True)
+    shown = describe(InfoSettings(model=str(whole), patch_bytes=2))
+    assert (shown.patch_bytes, shown.is_measured) == (2, False)
+    assert describe(InfoSettings(model="demo-token-lm")).patch_bytes == 4.5
+
+
+def test_python_names_what_loads_it(whole: Path) -> None:
+    with pytest.raises(UserError, match=r"holds a token LM, .* load it with bytelatent\.weights\.load"):
+        BLT.from_pretrained(whole)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_a_signal_to_the_launcher_ends_the_run_in_good_order(tmp_path: Path, tex
     assert process.returncode == 1  # of torchrun, which says nothing of its processes (docs/train.md)
     [folder] = checkpoints(run)
     assert find_corruption(run / "checkpoints" / folder) is None
-    assert f"stopped: after step {int(folder.removeprefix('step-'))}; the same command goes on from there" in errors
+    assert f"stopped: after step {int(folder.removeprefix('step-'))}; the same command resumes" in errors
 
 
 @pytest.mark.parametrize("how", ["kill", "raise"])

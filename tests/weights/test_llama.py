@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from bytelatent.data import pack, split_document
 from bytelatent.errors import UserError
+from bytelatent.evaluation.load import ReadSettings, find_model
 from bytelatent.model import TokenLMSettings, pack_rows
 from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.text import Document
@@ -65,6 +67,28 @@ def test_back_to_ours(exported: tuple[Any, Path, Path], tmp_path: Path) -> None:
     assert back.vocabulary.encode(TEXT).tolist() == before.vocabulary.encode(TEXT).tolist()
     for name, value in model.state_dict().items():
         assert torch.equal(back.model.state_dict()[name], value)
+
+
+def test_another_tokenizer_is_refused(exported: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    """One whose ids fit; the same one in another layout, or with a token for padding, is taken."""
+    _, own, theirs = exported
+    how = ReadSettings(torch.device("cpu"))
+    text, other = (own / TOKENIZER).read_text(), train_tokenizer([b"something else, something more"] * 9, 300)
+    values = json.loads(text)
+    values["model"]["merges"] = [" ".join(merge) for merge in values["model"]["merges"]]
+    values["added_tokens"].append({**values["added_tokens"][-1], "id": 303, "content": "<pad>"})
+    for folder in (own, theirs):
+        copy = shutil.copytree(folder, tmp_path / folder.name)
+        (copy / TOKENIZER).write_text(json.dumps(values))
+        find_model(str(copy), None, how)
+        (copy / TOKENIZER).write_text(other)
+        for read in (open_pretrained, lambda place: find_model(str(place), None, how)):
+            with pytest.raises(UserError, match=r"tokenizer: '.*tokenizer.json' is not the one that the model"):
+                read(copy)
+        (copy / TOKENIZER).rename(tmp_path / "other.json")
+    with pytest.raises(UserError, match=r"tokenizer: '.*other.json' is not the one that the model was trained with"):
+        find_model(str(tmp_path / "own"), None, replace(how, tokenizer=str(tmp_path / "other.json")))
+    find_model(str(tmp_path / "own"), None, replace(how, tokenizer=str(own)))
 
 
 def test_a_llama_that_others_made(tmp_path: Path) -> None:
