@@ -59,18 +59,12 @@ FAMILIES = {"cute": tuple(CUTE), G2P: (G2P,)} | {name: (name,) for name in CUTE}
 # Settings that a resumed evaluation must share with the one that was interrupted; its rows hold the rest.
 FIXED = {"tasks", "limit", "shots", "seed", "noise", "noise_on", "noise_rates", "model", "entropy_model", "dtype"}
 FIXED |= {"threshold"}
-# Settings that do nothing here.
-UNUSED = ("by", "context", "include_path", "max_bytes", "overlap", "run_programs", "samples", "temperature")
 
 
 def run(settings: EvaluateSettings) -> None:
     own, others = split_tasks(settings.tasks or "")
     if others:
         raise UserError(f"tasks: '{own[0]}' and '{others[0]}' need separate commands; run one for each")
-    for name in UNUSED:
-        if getattr(settings, name) != type(settings).model_fields[name].get_default():
-            option = name.replace("_", "-")
-            raise UserError(f"{option}: it has no effect on '{own[0]}'; leave --{option} out")
     check_figure(settings)
     with sigterm_interrupts():
         results = evaluate_examples(settings, own)
