@@ -113,7 +113,7 @@ def check_out(out: Path | None) -> None:
     """
     if out is not None:
         with _writable("out", out):
-            for path in (out, rows_of(out)):
+            for path in (out, answers_path(out)):
                 if path.exists():
                     raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
 
@@ -129,7 +129,7 @@ def _writable(name: str, path: Path) -> Iterator[None]:
         raise UserError(f"{name}: '{path}' cannot be written: {error.strerror or error}") from None
 
 
-def rows_of(out: Path) -> Path:
+def answers_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.rows.jsonl")
 
 
@@ -326,7 +326,7 @@ def _answers(
     if settings.out is None:
         yield [], lambda row, text: None
         return
-    path = rows_of(settings.out)
+    path = answers_path(settings.out)
     must_be_free(path)
     made_with = {**json.loads(settings.model_dump_json(include=FIXED)), "files of models": states}
     with rows_at(path, rows, made_with, {"text"}) as (file, num_done):

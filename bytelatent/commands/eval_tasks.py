@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from bytelatent.commands.eval_characters import check_figure, check_out, draw_scores, noises_with, rows_of
+from bytelatent.commands.eval_characters import answers_path, check_figure, check_out, draw_scores, noises_with
 from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation.examples import PAPER
@@ -141,7 +141,7 @@ def _stored_answers(settings: EvaluateSettings, model: Any) -> Iterator[None]:
         return
     from bytelatent.evaluation.harness import StoredAnswers
 
-    path = rows_of(settings.out)
+    path = answers_path(settings.out)
     part = partial_path(path)
     if part.is_file():  # before its last line, if it has no end, is cut off
         with part.open("rb") as lines:

@@ -125,7 +125,7 @@ class TaskFinder:
             except FileNotFoundError:
                 if self._folder is None or manager is not self._local:
                     raise
-                entry = self._local.task_index.get(name)
+                entry = manager.task_index.get(name)
                 own = entry.yaml_path.parent if entry is not None and entry.yaml_path is not None else self._folder
                 with contextlib.chdir(own):  # where its task file is
                     return manager.load([spec])
