@@ -215,7 +215,7 @@ def test_what_is_printed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     [
         ({"tasks": "cute", "words": None}, "cute: name words with --words FILE"),
         ({"tasks": "cute_spel"}, "tasks: 'cute_spel' is unknown; did you mean 'cute_spell'?"),
-        ({"tasks": "cute_spell,hellaswag"}, "tasks: 'cute_spell' and 'hellaswag' of lm-eval are measured apart"),
+        ({"tasks": "cute_spell,hellaswag"}, "tasks: 'cute_spell' and 'hellaswag' need separate commands"),
         ({"tasks": "cute_sem"}, "cute_sem: it needs pairs of words"),
         ({"tasks": "cute", "words": "absent.txt"}, "words: 'absent.txt' does not exist"),
         ({"tasks": "cute", "samples": 2}, "samples: it has no effect on cute and g2p"),
