@@ -59,18 +59,12 @@ FAMILIES = {"cute": tuple(CUTE), G2P: (G2P,)} | {name: (name,) for name in CUTE}
 # Settings that a resumed evaluation must share with the one that was interrupted; its rows hold the rest.
 FIXED = {"tasks", "limit", "shots", "seed", "noise", "noise_on", "noise_rates", "model", "entropy_model", "dtype"}
 FIXED |= {"threshold"}
-# Settings that do nothing here.
-UNUSED = ("by", "context", "include_path", "max_bytes", "overlap", "run_programs", "samples", "temperature")
 
 
 def run(settings: EvaluateSettings) -> None:
     own, others = split_tasks(settings.tasks or "")
     if others:
-        raise UserError(f"tasks: '{own[0]}' and '{others[0]}' of lm-eval are measured apart; name one of them")
-    for name in UNUSED:
-        if getattr(settings, name) != type(settings).model_fields[name].get_default():
-            option = name.replace("_", "-")
-            raise UserError(f"{option}: it has no effect on '{own[0]}'; leave --{option} out")
+        raise UserError(f"tasks: '{own[0]}' and '{others[0]}' need separate commands; run one for each")
     check_figure(settings)
     with sigterm_interrupts():
         results = evaluate_examples(settings, own)
@@ -119,7 +113,7 @@ def check_out(out: Path | None) -> None:
     """
     if out is not None:
         with _writable("out", out):
-            for path in (out, _rows_of(out)):
+            for path in (out, rows_of(out)):
                 if path.exists():
                     raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
 
@@ -135,7 +129,7 @@ def _writable(name: str, path: Path) -> Iterator[None]:
         raise UserError(f"{name}: '{path}' cannot be written: {error.strerror or error}") from None
 
 
-def _rows_of(out: Path) -> Path:
+def rows_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.rows.jsonl")
 
 
@@ -332,7 +326,7 @@ def _answers(
     if settings.out is None:
         yield [], lambda row, text: None
         return
-    path = _rows_of(settings.out)
+    path = rows_of(settings.out)
     must_be_free(path)
     made_with = {**json.loads(settings.model_dump_json(include=FIXED)), "files of models": states}
     with rows_at(path, rows, made_with, {"text"}) as (file, num_done):

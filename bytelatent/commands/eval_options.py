@@ -84,7 +84,7 @@ class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, ThresholdSettin
 
     text: Annotated[list[str], ARGUMENT] = Field(default=[])
     model: Annotated[list[str], Option(("--model", "-m"))] = Field(default=[DEFAULT_MODEL], min_length=1)
-    by: str | None = Field(default=None, min_length=1)
+    by: list[str] | str | None = Field(default=None, min_length=1)
     overlap: int = Field(default=0, ge=0, le=LIMITS["context"])
     context: int | None = Field(default=None, ge=2, le=LIMITS["context"])
     out: Path | None = None
@@ -96,6 +96,18 @@ class EvaluateSettings(TaskSettings, NoiseSettings, RowSettings, ThresholdSettin
     batch_size: int | None = Field(default=None, ge=1, le=2**26)
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @field_validator("by", mode="before")
+    @classmethod
+    def _one_key(cls, value: Any) -> Any:
+        """It may be given once, which a list from the command line shows."""
+        if isinstance(value, list):
+            if len(value) > 1:
+                raise ValueError(
+                    f"{' and '.join(map(repr, value))} are several; give one, and run the command for each"
+                )
+            return value[0] if value else None
+        return value
 
     @field_validator("model", mode="before")
     @classmethod

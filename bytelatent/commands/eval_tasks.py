@@ -4,9 +4,10 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
-from bytelatent.commands.eval_characters import check_figure, draw_scores, noises_with
+from bytelatent.commands.eval_characters import check_figure, check_out, draw_scores, noises_with, rows_of
 from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.evaluation.examples import PAPER
@@ -21,6 +22,8 @@ LOGGER = logging.getLogger(__name__)
 BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
 ERROR = "_stderr"
 MAIN_METRICS = ("acc_norm,none", "acc,none")  # of which the first that a task has is drawn and compared
+PACKAGES = ("lm_eval", "datasets", "evaluate", "jinja2", "sacrebleu", "rouge_score", "sklearn", "sqlitedict")
+PACKAGES += ("pytablewriter", "dill", "word2number", "more_itertools")
 NOISY = ("lm_eval", "datasets", "evaluate", "httpx", "huggingface_hub")
 
 
@@ -56,15 +59,14 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
         raise UserError("tasks: they bring their own text; leave TEXT out, or --tasks")
     if len(settings.model) > 1:
         raise UserError("model: tasks take one model at a time; run the command for each")
-    if settings.out is not None and settings.out.exists() and settings.out.stat().st_size:
-        raise UserError(f"out: '{settings.out}' holds something already; name another file, or move it away")
+    check_out(settings.out)
     require_lm_eval()
     with _quiet_libraries(), sigterm_interrupts():
         from bytelatent.evaluation.harness import HarnessModel
         from bytelatent.evaluation.tasks import TaskFinder
 
         finder = TaskFinder(settings.include_path, settings.samples, settings.temperature, settings.run_programs)
-        own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold", "batch_size"})
+        own = settings.model_dump(include={"entropy_model", "device", "dtype", "threshold", "batch_size", "seed"})
         make: Any = HarnessModel  # lm_eval's decorator hides its arguments
         model = make(settings.model[0], **own, max_length=settings.context)  # no weights yet
         noises, tasks = noises_with(settings), finder.load(names, settings.shots)
@@ -81,12 +83,11 @@ def evaluate_tasks(settings: EvaluateSettings) -> dict[str, Any]:
 def require_lm_eval() -> None:
     """
     Raises:
-        UserError: lm_eval is not installed.
+        UserError: lm_eval, or what it needs, is not installed.
     """
-    try:
-        import lm_eval  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("--tasks needs the package lm_eval; run: pip install 'bytelatent[eval]'") from None
+    for name in PACKAGES:
+        if find_spec(name) is None:
+            raise UserError(f"--tasks needs the package {name}; run: pip install 'bytelatent[eval]'")
 
 
 def _evaluate(model: Any, tasks: dict[str, Any], settings: EvaluateSettings, noise: Noise | None) -> dict[str, Any]:
@@ -140,8 +141,11 @@ def _stored_answers(settings: EvaluateSettings, model: Any) -> Iterator[None]:
         return
     from bytelatent.evaluation.harness import StoredAnswers
 
-    path = settings.out.with_name(f"{settings.out.name}.rows.jsonl")
+    path = rows_of(settings.out)
     part = partial_path(path)
+    if part.is_file():  # before its last line, if it has no end, is cut off
+        with part.open("rb") as lines:
+            StoredAnswers.read(lines, str(part))
     try:
         with growing_file(path) as file, part.open("rb") as lines:
             model.stored = StoredAnswers(lines, file, model.made_with(), str(part))

@@ -50,12 +50,7 @@ class PieceReader:
     """
 
     def __init__(
-        self,
-        text_key: str,
-        context: int,
-        patcher: Patcher | None,
-        max_row_bytes: int,
-        vocabulary: Vocabulary = BYTES,
+        self, text_key: str, context: int, patcher: Patcher | None, max_row_bytes: int, vocabulary: Vocabulary = BYTES
     ):
         # Otherwise what is stored is of another patching mode, or the model reads bytes alone.
         stored = patcher is not None and patcher.settings.needs_entropies

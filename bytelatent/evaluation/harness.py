@@ -15,6 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from itertools import groupby
 from typing import Any, BinaryIO
@@ -48,6 +49,7 @@ MAX_NEW = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 DEFAULT_MAX_NEW = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 WITHOUT_EFFECT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # values that other programs write for no setting
+MADE_WITH = {"model", "max_length", "seed"}  # the least that answers depend on
 KNOWN = {*MAX_NEW, *SAMPLING, "until", "do_sample"}
 
 Arguments = tuple[Any, ...]
@@ -63,12 +65,12 @@ class StoredAnswers:
         made_with: what the answers depend on.
 
     Raises:
-        UserError: the answers in the file were made with something else.
+        UserError: the file is not one of answers, or they were made with something else.
     """
 
     def __init__(self, lines: Iterable[bytes], file: BinaryIO, made_with: dict[str, Any], name: str):
         self._file = file
-        first, *rest = [json.loads(line) for line in lines] or [None]
+        first, *rest = self.read(lines, name) or [{}]
         if not rest:
             file.truncate(0)
             self._write(made_with)
@@ -78,6 +80,19 @@ class StoredAnswers:
                     f"out: '{name}' was begun with {key}={first.get(key)}, not {value}; to start over, move it away"
                 )
         self._known = {key: answer for line in rest for key, answer in line.items()}
+
+    @staticmethod
+    def read(lines: Iterable[bytes], name: str) -> list[dict[str, Any]]:
+        """What the answers in such a file were made with, and each answer; a last line without end is left out.
+
+        Raises:
+            UserError: it is another file.
+        """
+        every = list(lines)
+        found = [_object(line) for number, line in enumerate(every) if number == 0 or line.endswith(b"\n")]
+        if found and not (found[0].keys() >= MADE_WITH and all(len(answer) == 1 for answer in found[1:])):
+            raise UserError(f"out: '{name}' is in the way: it holds no answers to tasks; move it away")
+        return found
 
     def __len__(self) -> int:
         return len(self._known)
@@ -305,8 +320,9 @@ class HarnessModel(LM):
         for name in given.keys() - KNOWN:
             LOGGER.warning(f"generation_kwargs: '{name}' is no setting here and has no effect")
         until = given.get("until") or []
-        stop = [text for text in ([until] if isinstance(until, str) else until) if text]
-        max_new = int(next((given[name] for name in MAX_NEW if given.get(name) is not None), DEFAULT_MAX_NEW))
+        stop = [text for text in (until if isinstance(until, list | tuple) else [until]) if text]
+        limit = next((name for name in MAX_NEW if given.get(name) is not None), MAX_NEW[0])
+        max_new = DEFAULT_MAX_NEW if given.get(limit) is None else _count(limit, given[limit])
         values = {name: given[name] for name in SAMPLING if given.get(name) is not None}
         values = {name: value for name, value in values.items() if WITHOUT_EFFECT.get(name, "") != value}
         if given.get("do_sample") is False:
@@ -318,6 +334,23 @@ class HarnessModel(LM):
         if math.isnan(log_probability):
             raise UserError(f"'{self._found.source}' gives a log-probability of NaN; its weights are corrupt")
         return log_probability
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """A line of JSON; empty if it holds no object."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _count(name: str, given: Any) -> int:
+    """A whole number of a task file, which may be a text."""
+    with suppress(ValueError, TypeError, OverflowError):
+        if not isinstance(given, bool) and int(given) == float(given) > 0:
+            return int(given)
+    raise UserError(f"generation_kwargs: {name} is {given!r}; give a whole number above 0 in the task's file")
 
 
 def _batch_size(given: int | str | None, most: int | None, device: torch.device) -> int:

@@ -114,6 +114,7 @@ class TextModel:
         batches = self._batches(self._windows(documents, waiting, known))
         made = prefetched(batches, AHEAD) if self.device.type == "cuda" else (batch for batch in batches)
         with closing(made):
+            num_skipped = 0  # bytes of batches that are known, which would mislead who measures times
             while True:
                 batch = next(made, None)
                 if batch is not None:
@@ -122,7 +123,10 @@ class TextModel:
                     for window, nats in zip(windows, measured, strict=True):
                         window.cost.nats += nats
                         window.cost.num_windows -= 1
-                    on_batch(sum(window.num_bytes for window in windows))
+                    num_bytes = num_skipped + sum(window.num_bytes for window in windows)
+                    num_skipped = num_bytes if prepared is None else 0
+                    if prepared is not None:
+                        on_batch(num_bytes)
                 while waiting and waiting[0].num_windows == 0:
                     yield waiting.popleft()
                 if batch is None:

