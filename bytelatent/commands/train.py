@@ -1,4 +1,4 @@
-"""`python -m bytelatent.train config=PATH key=value`: train a byte LM or a BLT, under torchrun with many processes."""
+"""`python -m bytelatent.train config=PATH key=value`: train any model, under torchrun with many processes."""
 
 import os
 from collections.abc import Callable

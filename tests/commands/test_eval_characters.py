@@ -158,6 +158,15 @@ def test_noise_in_text(place: Path, tmp_path: Path) -> None:
             assert own["num_bytes"] == one["num_bytes"] == sum(len(each.encode()) for each in changed)
 
 
+def test_documents_left_out_are_named_with_noise(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_bytes(b'{"text": "no \xff UTF-8"}\n')
+    texts = [str(place / "text.jsonl"), str(tmp_path / "more.jsonl")]
+    plain = evaluate_models(settings_of(place, "llama", text=texts))
+    noisy = evaluate_noise(settings_of(place, "llama", text=texts, noise=["drop"]))
+    assert (noisy["left_out"], noisy["remarks"]) == (1, plain["remarks"])
+    assert "UTF-8" in noisy["remarks"][-1]
+
+
 def test_interrupted_noise_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, text = tmp_path / "out.json", str(place / "text.jsonl")
     more = {"text": [text], "noise": ["drop"], "out": str(out)}
