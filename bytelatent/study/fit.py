@@ -47,13 +47,23 @@ class Points:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """The relative deviation of a run from its law, and its degrees of freedom."""
+
+    relative: float
+    degrees: int
+
+
+@dataclass(frozen=True)
 class PowerLaw:
     """A fitted law.
 
     Attributes:
         floor, scale, exponent: E, A and alpha. E is 0 in the form without it.
         reference: C0, FLOPs.
+        has_floor: whether it is the form with E.
         form: which of the two forms it is, and why, in words.
+        noise: from which the replicates are drawn.
         replicates: the laws of the bootstrap, [R, 3]; None if there is nothing to estimate the noise from.
         largest_distance: of a point from the law, relative.
     """
@@ -62,7 +72,9 @@ class PowerLaw:
     scale: float
     exponent: float
     reference: float
+    has_floor: bool
     form: str
+    noise: Noise
     replicates: Array | None
     largest_distance: float
 
@@ -84,14 +96,6 @@ class PowerLaw:
     @property
     def floor_interval(self) -> Interval | None:
         return None if self.replicates is None else _interval(self.replicates[:, 0])
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The relative deviation of a run from its law, and its degrees of freedom."""
-
-    relative: float
-    degrees: int
 
 
 @dataclass(frozen=True)
@@ -180,9 +184,8 @@ def _has_floor(points: Points) -> bool:
 def _form(points: Points, law: Array) -> str:
     budgets = len(set(points.flops))
     if not _has_floor(points):
-        return f"A C^-alpha: {budgets} budgets are too few to tell E from 0 ({FEWEST_FOR_FLOOR} are needed)"
-    floor = "" if law[0] > 1e-3 * law[1] else "; the best E is 0"
-    return f"E + A C^-alpha, with {budgets} budgets{floor}"
+        return f"A (C/C₀)^-α, since {budgets} budgets are too few to tell E from 0 ({FEWEST_FOR_FLOOR} are needed)"
+    return f"E + A (C/C₀)^-α, with {budgets} budgets{'' if law[0] > 1e-3 * law[1] else '; the best E is 0'}"
 
 
 def _noise(
@@ -207,7 +210,8 @@ def _power_law(
         drawn = _fit(points, reference, expected * np.exp(deviation * normal / np.sqrt(points.num_seeds)))
     distance = float(np.max(np.abs(np.asarray(points.bits) / expected - 1)))
     floor, scale, exponent = map(float, law[0])
-    return PowerLaw(floor, scale, exponent, reference, _form(points, law[0]), drawn, distance)
+    has_floor, form = _has_floor(points), _form(points, law[0])
+    return PowerLaw(floor, scale, exponent, reference, has_floor, form, noise, drawn, distance)
 
 
 def _without_floor(x: Array, y: Array, weights: Array) -> Array:
