@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
-from bytelatent.commands import eval_options, import_uncollected, options, plot_options
+from bytelatent.commands import eval_options, import_uncollected, options, plot_options, study_options
 from bytelatent.config import Option, Settings, union_members, warn_renamed
 from bytelatent.errors import BAD_INPUT, UserError, guarded, nearest
 from bytelatent.prepare import PrepareSettings
@@ -37,11 +37,13 @@ VERBS: dict[str, type[Settings]] = {
     "convert": options.ConvertSettings,
     "export": options.ExportSettings,
     "info": options.InfoSettings,
+    "study": study_options.StudySettings,
 }
 PLOTS: dict[str, type[Settings]] = {  # of `blt plot`
     "entropies": plot_options.PlotEntropiesSettings,
     "patches": plot_options.PlotPatchesSettings,
     "runs": plot_options.PlotRunsSettings,
+    "study": plot_options.PlotStudySettings,
 }
 SECTION = "Attributes:"  # of a docstring
 FIELD = re.compile(r"(\w+): (.*)")

@@ -4,7 +4,12 @@ from collections import Counter
 
 from bytelatent.commands.options import RowSettings
 from bytelatent.commands.patch import PatchingModes, standard_input
-from bytelatent.commands.plot_options import PlotEntropiesSettings, PlotPatchesSettings, PlotRunsSettings
+from bytelatent.commands.plot_options import (
+    PlotEntropiesSettings,
+    PlotPatchesSettings,
+    PlotRunsSettings,
+    PlotStudySettings,
+)
 from bytelatent.config import Settings
 from bytelatent.errors import UserError
 from bytelatent.evaluation import Texts
@@ -17,6 +22,8 @@ from bytelatent.report import (
     write_patches_figure,
     write_runs_figure,
 )
+from bytelatent.study import read_rows
+from bytelatent.study.page import write_study
 from bytelatent.terminal import print_line
 from bytelatent.text.documents import forget_logged, must_have_read
 from bytelatent.vocab import to_bytes
@@ -33,6 +40,9 @@ def run(settings: Settings) -> None:
         figure_format(settings.out)
         write_runs_figure(settings.out, compare_runs(settings.folders).runs, settings.against)
         print_line(str(settings.out))
+    elif isinstance(settings, PlotStudySettings):
+        for path in write_study(read_rows(settings.folders), settings.out):
+            print_line(str(path))
 
 
 def plot_entropies(settings: PlotEntropiesSettings) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bytelatent.commands.options import NumBytes, RowSettings
+from bytelatent.commands.options import Folder, NumBytes, RowSettings
 from bytelatent.config import ARGUMENT, Settings
 
 
@@ -65,3 +65,17 @@ class PlotRunsSettings(Settings):
     folders: Annotated[list[Path], ARGUMENT]
     out: Path = Path("runs.png")
     against: Literal["bytes", "flops", "seconds"] = "bytes"
+
+
+class PlotStudySettings(Settings):
+    """Write the page of a study from its rows: figures, power laws and tables; also each figure, and the tables.
+
+    Example:  `blt plot study docs/study --out docs/study`
+
+    Attributes:
+        folders: folders of studies, folders of rows, or rows.
+        out: folder to write: index.html, table.md, and a .png file of each figure.
+    """
+
+    folders: Annotated[list[Path], ARGUMENT]
+    out: Folder = "study"

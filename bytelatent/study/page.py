@@ -10,8 +10,8 @@ from bytelatent.report.page import page_templates, write_page
 from bytelatent.report.text import amount_of_bytes, duration
 from bytelatent.study.analysis import Analysis, analyse
 from bytelatent.study.figures import DRAWINGS, SIZES
+from bytelatent.study.page_tables import StudyTable, tables_of
 from bytelatent.study.results import StudyRow
-from bytelatent.study.tables import StudyTable, tables_of
 
 PAGE, TABLES = "index.html", "table.md"
 TEMPLATES = Path(__file__).parent / "templates"

@@ -8,7 +8,7 @@ import pytest
 from bytelatent.errors import UserError
 from bytelatent.study.analysis import analyse
 from bytelatent.study.page import write_study
-from bytelatent.study.tables import StudyTable, tables_of
+from bytelatent.study.page_tables import StudyTable, tables_of
 from tests.report.report_texts import Page
 from tests.study.made_rows import BUDGETS, LAWS, made_row, made_rows
 

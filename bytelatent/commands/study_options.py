@@ -1,0 +1,43 @@
+"""The options of `blt study`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from bytelatent.commands.options import JsonSettings
+from bytelatent.config import ARGUMENT
+
+
+class StudySettings(JsonSettings):
+    """Compare families of models at equal training FLOPs, by a plan: train, measure on held-out text, gather.
+
+    Example:  `blt study apps/bytelatent/studies/smallest.yaml --dry-run`
+
+    What it costs, before it runs:  `--dry-run`
+
+    On a cluster:  `blt study PLAN.yaml --slurm partition=gpu time=12:00:00`, and the same command again to gather
+
+    Attributes:
+        plan: a YAML file.
+        settings: with --slurm, settings of each job, key=value, as of blt launch.
+        out: folder of the study. Default: runs/ and the plan's name.
+        dry_run: show each run with its size, FLOPs, bytes and steps, and exit.
+        only: run this family only. May be given several times.
+        trials: run the plan's trials, and rank them by the tuning text.
+        tuning_only: do not read the held-out text: results are of the tuning text.
+        gpus: number of GPUs to use, with one run each at a time. 0 uses the CPU. Default: all.
+        slurm: submit each run as a job.
+        discard_models: remove each model, with its run's folder, once its row is written.
+    """
+
+    plan: Annotated[Path, ARGUMENT]
+    settings: Annotated[list[str], ARGUMENT] = Field(default=[])
+    out: Path | None = None
+    dry_run: bool = False
+    only: list[str] = Field(default=[])
+    trials: bool = False
+    tuning_only: bool = False
+    gpus: int | None = Field(default=None, ge=0)
+    slurm: bool = False
+    discard_models: bool = False
