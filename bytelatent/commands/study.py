@@ -7,6 +7,7 @@ import torch
 
 from bytelatent.commands.study_options import StudySettings
 from bytelatent.errors import UserError
+from bytelatent.study import read_rows
 from bytelatent.study.page import write_study
 from bytelatent.study.processes import gpu_names
 from bytelatent.study.run import StudyOptions, StudyOutcome, planned_runs, run_study
@@ -49,7 +50,7 @@ def _show(outcome: StudyOutcome, options: StudyOptions, as_json: bool) -> None:
     elif rows:
         print_line(results_table(rows))
     if any(row.held_out is not None for row in rows):
-        LOGGER.info(f"the page: {write_study(rows, options.folder, options.folder.name)[0]}")
+        LOGGER.info(f"the page: {write_study(read_rows([options.folder]), options.folder)[0]}")
 
 
 def _gpus(settings: StudySettings) -> list[str]:

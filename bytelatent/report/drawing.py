@@ -274,25 +274,21 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, str]], size
         ends: x and y of the end of a line, in data units, its name and its colour. The axes have their limits.
         size: of the letters, points.
     """
+    from matplotlib.collections import LineCollection
+
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # for the height of the axes
     gap = 1.25 * size * figure.dpi / 72 / axes.get_window_extent().height
-    heights = [float((axes.transData + axes.transAxes.inverted()).transform((x, y))[1]) for x, y, _, _ in ends]
-    for (x, y, name, colour), height in zip(ends, apart(heights, gap), strict=True):
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4}
-        leader["relpos"] = (0, 0.5)
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(1.035, height),
-            textcoords="axes fraction",
-            va="center",
-            color=colour,
-            fontsize=size,
-            arrowprops=leader,
-            annotation_clip=False,
-        )
+    inside = (axes.transData + axes.transAxes.inverted()).transform([(x, y) for x, y, _, _ in ends])
+    heights = apart([float(height) for _, height in inside], gap)
+    colours = [colour for _, _, _, colour in ends]
+    leaders = [((x, y), (1.025, height)) for (x, y), height in zip(inside.tolist(), heights, strict=True)]
+    style: Any = {"colors": colours, "linewidths": 0.7, "alpha": 0.6, "zorder": 2.5, "clip_on": False}
+    axes.add_collection(LineCollection(leaders, transform=axes.transAxes, **style), autolim=False)
+    for (_, _, name, colour), height in zip(ends, heights, strict=True):
+        at: Any = {"transform": axes.transAxes, "va": "center", "color": colour, "fontsize": size}
+        axes.text(1.035, height, name, **at)
 
 
 def apart(heights: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:

@@ -49,7 +49,7 @@ def write_entropies_figure(path: Path, text: bytes, patches: Sequence[Patch], th
         UserError: the suffix is unknown, or the file cannot be written.
     """
     glyphs = glyphs_of(text)
-    rows = rows_of(glyphs)
+    rows = glyph_rows(glyphs)
     drawn = rows[-1][-1].start + rows[-1][-1].num_bytes
     if drawn < len(text):
         LOGGER.warning(f"the figure shows the first {drawn:,} bytes of {len(text):,}")
@@ -119,7 +119,7 @@ def glyphs_of(text: bytes) -> list[Glyph]:
     return glyphs
 
 
-def rows_of(glyphs: Sequence[Glyph]) -> list[list[Glyph]]:
+def glyph_rows(glyphs: Sequence[Glyph]) -> list[list[Glyph]]:
     """Rows of about the same length, of at most `ROW_BYTES` bytes."""
     num_bytes = glyphs[-1].start + glyphs[-1].num_bytes
     longest = ceil(num_bytes / ceil(num_bytes / ROW_BYTES)) + 3  # characters of several bytes leave gaps

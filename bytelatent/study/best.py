@@ -109,7 +109,7 @@ def best_of(found: Iterable[MeasuredFamily], kind: str, budget: float) -> Measur
 
 
 def seed_noise(found: Iterable[MeasuredFamily]) -> SeedNoise | None:
-    """The noise at the smallest budget with several seeds; None if there is none."""
+    """The noise at the smallest budget with several seeds; None without one."""
     several = [run for family in found for run in family.best.values() if len(run.rows) > 1]
     if not several:
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from bytelatent.report.text import UNKNOWN, aligned, amount_of_bytes, amount_of_flops, duration, number
 from bytelatent.study.analysis import Analysis, Distance
 from bytelatent.study.best import BestRun, MeasuredFamily
-from bytelatent.study.fit import LEVEL, Interval, Noise
+from bytelatent.study.fit import LEVEL, FitNoise, Interval
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _laws(analysis: Analysis) -> StudyTable | None:
         rows.append(
             [
                 family.label,
-                number(law.floor, 3) if law.has_floor else UNKNOWN,
+                number(law.limit, 3) if law.has_limit else UNKNOWN,
                 number(law.scale, 3),
                 number(law.exponent, 4),
                 UNKNOWN if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
@@ -92,7 +92,7 @@ def _laws(analysis: Analysis) -> StudyTable | None:
     return StudyTable("Fits", caption, header, rows)
 
 
-def _pooled(noise: Noise) -> str:
+def _pooled(noise: FitNoise) -> str:
     if not noise.degrees:
         return "unknown (one seed each, and no budget to spare)"
     return (

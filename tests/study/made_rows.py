@@ -76,8 +76,8 @@ def made_row(
 
 
 def law(family: str, flops: float) -> float:
-    floor, scale, exponent = LAWS[family][3]
-    return floor + scale * (flops / 1e17) ** -exponent
+    limit, scale, exponent = LAWS[family][3]
+    return limit + scale * (flops / 1e17) ** -exponent
 
 
 def made_rows(budgets: tuple[float, ...] = BUDGETS, noise: float = SEED_NOISE, seeds: int = 3) -> list[StudyRow]:

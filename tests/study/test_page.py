@@ -1,6 +1,7 @@
 """The page of a study, its pictures and its tables."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,13 @@ def html(folder: Path) -> str:
     return (folder / "index.html").read_text(encoding="utf-8")
 
 
+@cache
+def exact() -> list[StudyTable]:
+    return tables_of(analyse(made_rows(noise=0.0, seeds=2)))
+
+
 def table(title: str) -> StudyTable:
-    return next(table for table in tables_of(analyse(made_rows(noise=0.0, seeds=2))) if table.title == title)
+    return next(table for table in exact() if table.title == title)
 
 
 def test_the_page_asks_for_nothing_outside(html: str) -> None:
