@@ -28,6 +28,7 @@ VERBS: dict[str, type[Settings]] = {
     "train": options.TrainArguments,
     "configs": options.ConfigsSettings,
     "runs": options.RunsSettings,
+    "speedrun": options.SpeedrunSettings,
     "launch": options.LaunchArguments,
     "calibrate": options.CalibrateSettings,
     "entropies": options.EntropiesSettings,
