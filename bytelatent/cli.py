@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
-from bytelatent.commands import eval_options, import_uncollected, options
+from bytelatent.commands import eval_options, import_uncollected, options, study_options
 from bytelatent.config import Option, Settings, union_members, warn_renamed
 from bytelatent.errors import BAD_INPUT, UserError, guarded, nearest
 from bytelatent.prepare import PrepareSettings
@@ -28,7 +28,6 @@ VERBS: dict[str, type[Settings]] = {
     "train": options.TrainArguments,
     "configs": options.ConfigsSettings,
     "runs": options.RunsSettings,
-    "speedrun": options.SpeedrunSettings,
     "launch": options.LaunchArguments,
     "calibrate": options.CalibrateSettings,
     "entropies": options.EntropiesSettings,
@@ -38,6 +37,8 @@ VERBS: dict[str, type[Settings]] = {
     "convert": options.ConvertSettings,
     "export": options.ExportSettings,
     "info": options.InfoSettings,
+    "study": study_options.StudySettings,
+    "speedrun": study_options.SpeedrunSettings,
 }
 SECTION = "Attributes:"  # of a docstring
 FIELD = re.compile(r"(\w+): (.*)")

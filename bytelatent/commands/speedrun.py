@@ -21,7 +21,8 @@ from bytelatent import __version__
 from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import evaluate_models
 from bytelatent.commands.export import export_checkpoint
-from bytelatent.commands.options import SpeedrunSettings, TokenizerSettings
+from bytelatent.commands.options import TokenizerSettings
+from bytelatent.commands.study_options import SpeedrunSettings
 from bytelatent.commands.tokenizer import train_on_text
 from bytelatent.config import to_yaml
 from bytelatent.device import choose_device, choose_dtype, device_name
@@ -123,7 +124,7 @@ def _train(entry: Entry, text: Path, device: torch.device) -> dict[str, Any]:
     Returns:
         Fields of the result.
     """
-    settings, byte_lm, clock, before = entry.model, entry.entropy_model, Clock(), 0.0
+    settings, byte_lm, clock, before = entry.model, entry.entropy_model, SpeedrunClock(), 0.0
     minutes, dtype = settings.minutes or 0.0, choose_dtype(settings.dtype, device)
     if entry.tokenizer is not None:
         with clock.counts("tokenizer"):
@@ -160,7 +161,7 @@ def _train(entry: Entry, text: Path, device: torch.device) -> dict[str, Any]:
     }
 
 
-class Clock:
+class SpeedrunClock:
     """What counts of the minutes: seconds by part."""
 
     def __init__(self) -> None:

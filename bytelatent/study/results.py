@@ -63,10 +63,11 @@ class StudyRow(Settings):
         bytes_read: bytes of text that were trained on.
         epochs: how often the training text was read.
         mean_patch_bytes: in training; of a token LM the mean token, of a flat byte LM 1.
+        context_bytes: the context over which attention was averaged: as long as pieces of documents are in batches.
         training_flops_per_byte: by part: three times the forward pass of each part of the model, and once that of the
             entropy model.
         training_flops: what was spent: bytes_read times the sum of these.
-        entropy_model_training_flops: what training the entropy model cost; not part of training_flops.
+        entropy_model_training_flops: what training the entropy model cost, 0 without one; not part of training_flops.
         inference_flops_per_byte: of the forward pass, the entropy model included.
         seconds: in training steps, without the first after each start.
         held_out: what is reported; None for trials, which never read this text.
@@ -91,9 +92,10 @@ class StudyRow(Settings):
     bytes_read: int = Field(ge=1)
     epochs: float = Field(gt=0)
     mean_patch_bytes: float = Field(ge=1)
+    context_bytes: float | None = Field(default=None, ge=1)
     training_flops_per_byte: dict[str, float]
     training_flops: float = Field(gt=0)
-    entropy_model_training_flops: float = Field(default=0.0, ge=0)
+    entropy_model_training_flops: float | None = Field(default=None, ge=0)
     inference_flops_per_byte: float = Field(gt=0)
     seconds: float = Field(ge=0)
     bytes_per_second: float | None = Field(default=None, gt=0)

@@ -173,7 +173,7 @@ class SpeedrunResult(Settings):
         return None
 
     def trial(self) -> str:
-        """Why it is a trial, and not for the table; empty if it is none."""
+        """Why it is a trial, and not for the table; empty for a result of ten minutes."""
         counted = sum(self.seconds.values())
         if self.minutes == MINUTES and counted <= SLACK * 60 * MINUTES:
             return ""

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from bytelatent.cli import main
-from bytelatent.commands.options import SpeedrunSettings
 from bytelatent.commands.speedrun import run
+from bytelatent.commands.study_options import SpeedrunSettings
 from bytelatent.config import load_yaml, to_yaml
 from bytelatent.data import Loader
 from bytelatent.study import speedrun_text

@@ -27,6 +27,7 @@ def a_row(**changes: Any) -> StudyRow:
         "bytes_read": 1000,
         "epochs": 0.5,
         "mean_patch_bytes": 4.5,
+        "context_bytes": 1500.0,
         "training_flops_per_byte": {"local encoder": 9e12, "output": 1e12},
         "training_flops": 1e16,
         "inference_flops_per_byte": 3.3e12,
