@@ -53,6 +53,11 @@ ENTRY, WEIGHTS = "entry.yaml", "weights"  # in the folder of an entry
 
 
 def run(settings: SpeedrunSettings) -> None:
+    if settings.table or settings.check:
+        place = "--table" if settings.table else "--check"
+        for name in ("minutes", "as_json", *(["check", "entry"] if settings.table else [])):
+            if getattr(settings, name):
+                raise UserError(f"{name.removeprefix('as_')}: it has no effect with {place}; leave it out")
     if settings.table is not None:
         print_line(table_of_results(settings.table))
         return

@@ -17,13 +17,14 @@ from bytelatent.commands.study_options import SpeedrunSettings
 from bytelatent.config import load_yaml, to_yaml
 from bytelatent.data import Loader
 from bytelatent.study import speedrun_text
-from bytelatent.study.speedrun import Entry, SpeedrunResult, read_result
+from bytelatent.study.speedrun import Entry, SpeedrunResult, read_result, table_of_results
 from bytelatent.training import read_metrics
 from bytelatent.weights import load, open_pretrained
 from tests.training.tiny_runs import BLT, BYTE_LM, STACK, WORDS
 
 Command = Callable[..., tuple[int, str, str]]
-ENTRIES = Path(__file__).parents[2] / "apps" / "bytelatent" / "speedrun"
+PROJECT = Path(__file__).parents[2]
+ENTRIES = PROJECT / "apps" / "bytelatent" / "speedrun"
 DATA = {"context": 64, "batch_bytes": 256, "shuffle_buffer": 8}
 SETTINGS: dict[str, Any] = {
     "data": DATA,
@@ -262,6 +263,8 @@ def test_another_text_a_second_gpu_and_a_result_that_is_there(
     (out / "tokens").mkdir(parents=True)
     assert "holds something else than an entry" in refused("--text", text, "--out", out)
     assert blt("--text", text)[2].startswith("error: speedrun: name an entry")
+    assert "json: it has no effect with --check; leave" in blt("--check", finished / "blt.json", "model", "--json")[2]
+    assert "entry: it has no effect with --table; leave it out" in blt(entry, "--table", finished)[2]
 
 
 def test_an_interrupted_entry_starts_again(
@@ -305,3 +308,10 @@ def test_entries_of_the_project(path: Path) -> None:
     if entry.entropy_model is not None:
         assert half.entropy_model is not None
         assert half.entropy_model.minutes == (entry.entropy_model.minutes or 0) / 2
+
+
+def test_the_page_has_the_table_of_the_results() -> None:
+    """To print it: `blt speedrun --table docs/study/speedrun`."""
+    folder = PROJECT / "docs" / "study" / "speedrun"
+    table = table_of_results(folder) if any(folder.glob("*.json")) else "There are no results yet."
+    assert table in folder.with_suffix(".md").read_text(encoding="utf-8")
