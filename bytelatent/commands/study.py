@@ -8,7 +8,7 @@ import torch
 from bytelatent.commands.study_options import StudySettings
 from bytelatent.errors import UserError
 from bytelatent.study.processes import gpu_names
-from bytelatent.study.run import Outcome, StudyOptions, planned_runs, run_study
+from bytelatent.study.run import StudyOptions, StudyOutcome, planned_runs, run_study
 from bytelatent.study.tables import plan_table, plan_values, results_table, trials_table
 from bytelatent.terminal import print_json, print_line
 
@@ -38,7 +38,7 @@ def run(settings: StudySettings) -> None:
     outcome.raise_failures()
 
 
-def _show(outcome: Outcome, options: StudyOptions, as_json: bool) -> None:
+def _show(outcome: StudyOutcome, options: StudyOptions, as_json: bool) -> None:
     rows = list(outcome.rows.values())
     if as_json:
         print_json([row.plain() for row in rows])

@@ -28,7 +28,7 @@ TRAINING = 3  # forward passes that a forward and a backward pass cost
 BYTES_PER_WEIGHT = 4  # float32, as weights are trained
 
 
-class Measured(Settings):
+class MeasuredText(Settings):
     """What batches of training text hold for a family.
 
     Attributes:
@@ -100,7 +100,7 @@ class PlannedRun:
     """A run of which everything is known before it begins."""
 
     draft: Draft
-    measured: Measured
+    measured: MeasuredText
     cost: RunCost
     train_bytes: int  # of the training text
     warmup_share: float

@@ -64,7 +64,7 @@ class StudyText(Settings):
         return [value] if isinstance(value, str) else value
 
 
-class Family(Settings):
+class FamilySettings(Settings):
     """Models of a kind that differ only in size.
 
     Attributes:
@@ -124,7 +124,7 @@ class StudyPlan(Settings):
     text: StudyText
     base: dict[str, Any] = Field(default={})
     entropy_models: dict[str, str | dict[str, Any]] = Field(default={})
-    families: dict[str, Family] = Field(min_length=1)
+    families: dict[str, FamilySettings] = Field(min_length=1)
     budgets: list[float] = Field(min_length=1)
     seeds: list[int] | dict[float, list[int]] = Field(default=[0])
     max_epochs: float = Field(default=4.0, gt=0)
@@ -145,7 +145,7 @@ class StudyPlan(Settings):
             family = self.family(name)
             for budget in family.budgets or []:
                 if budget not in self.budgets:
-                    raise ValueError(f"families.{name}: {budget_name(budget)} is none of the plan's budgets")
+                    raise ValueError(f"families.{name}: {budget_name(budget)} is not one of the plan's budgets")
             if family.sizes:
                 missing = [b for b in family.budgets or self.budgets if b not in family.sizes]
                 if missing:
@@ -170,7 +170,7 @@ class StudyPlan(Settings):
             )
         return self
 
-    def family(self, name: str, seen: tuple[str, ...] = ()) -> Family:
+    def family(self, name: str, seen: tuple[str, ...] = ()) -> FamilySettings:
         """A family with what it takes from the one that it is like."""
         own = self.families[name]
         if own.like is None:
@@ -187,7 +187,7 @@ class StudyPlan(Settings):
         elif own.sizes:
             values["ladder"] = []
         kept = {key: getattr(other, key) for key in ("ladder", "bytes_per_parameter", "budgets")}
-        return Family.parse({**kept, **values, "like": None}, f"families.{name}")
+        return FamilySettings.parse({**kept, **values, "like": None}, f"families.{name}")
 
     def drafts(self, folder: Path, trials: bool = False) -> Iterator[list["Draft"]]:
         """The runs of the study, or its trials, by budget; of each the sizes from which one is picked.
@@ -224,28 +224,39 @@ class StudyPlan(Settings):
         for size in family.ladder or [family.sizes.get(budget, {})]:
             values = laid(laid(laid(self.base, family.settings), size), above or {})
             parts = [name, *([variation] if variation else []), budget_name(budget), str(seed)]
-            about = (name, family.label or name, budget, seed, variation, family.bytes_per_parameter)
-            found.append(self._draft(folder, "-".join(parts), values, where, *about))
+            about = {
+                "where": where,
+                "family": name,
+                "label": family.label or name,
+                "budget": budget,
+                "seed": seed,
+                "variation": variation,
+                "bytes_per_parameter": family.bytes_per_parameter,
+            }
+            found.append(self._draft(folder, "-".join(parts), values, about))
         return found
 
-    def _draft(self, folder: Path, name: str, values: dict[str, Any], where: str, *about: Any) -> "Draft":
+    def _draft(self, folder: Path, name: str, values: dict[str, Any], about: dict[str, Any]) -> "Draft":
+        where = about["where"]
         if not NAME.fullmatch(name):
             raise UserError(f"{where}: '{name}' is no name: letters, digits and . _ + - without spaces")
         given = _checked(values, where, ("steps", "minutes"))
-        values = laid(values, {"run": str(folder / "runs" / name), "seed": about[3], "steps": 1})
+        values = laid(values, {"run": str(folder / "runs" / name), "seed": about["seed"], "steps": 1})
         values["data"] = {**(values.get("data") or {}), **self._sources()}
         entropy_model = values.get("entropy_model")
         if entropy_model is not None:
             if entropy_model not in self.entropy_models:
                 near = nearest(str(entropy_model), list(self.entropy_models))
-                raise UserError(f"{where}: entropy_model: '{entropy_model}' is none of the plan's entropy_models{near}")
+                raise UserError(
+                    f"{where}: entropy_model: '{entropy_model}' is not one of the plan's entropy_models{near}"
+                )
             values["entropy_model"] = str(self.entropy_model_folder(folder, entropy_model))
         if (size := _vocab_size(values.get("model"))) is not None:
             values["data"]["tokenizer"] = str(folder / "tokenizers" / f"{size}.json")
         settings = TrainSettings.parse(values, where)
         if settings.patching is not None and settings.patching.needs_entropies and entropy_model is None:
             raise UserError(f"{where}: patching by entropy needs entropy_model: one of the plan's entropy_models")
-        return Draft(name, where, *about, settings, entropy_model, frozenset(flat(given)))
+        return Draft(name=name, settings=settings, entropy_model=entropy_model, given=frozenset(flat(given)), **about)
 
     def entropy_model_folder(self, folder: Path, name: str) -> Path:
         found = self.entropy_models[name]
@@ -307,10 +318,10 @@ class Draft:
         """How settings of a finished run differ from these, where that changes a result."""
         derived = {"patching.threshold"} if self.settings.calibration is not None else set()
         derived |= {"optimizer.warmup_steps", "data.patch_bytes"} - self.given
-        return differences(then, self.settings.shown(), derived)
+        return changed_settings(then, self.settings.shown(), derived)
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], derived: set[str] | None = None) -> list[str]:
+def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any], derived: set[str] | None = None) -> list[str]:
     """A line for each setting that differs and is not free to: `optimizer.lr is 0.001, and was 0.002`."""
     with suppress(UserError):  # settings that came later were at their defaults
         then = TrainSettings.parse(dict(then)).shown()

@@ -55,7 +55,7 @@ class StudyOptions:
 
 
 @dataclass
-class Outcome:
+class StudyOutcome:
     """What a study has so far.
 
     Attributes:
@@ -98,7 +98,7 @@ def planned_runs(path: Path, options: StudyOptions, writes: bool = False) -> tup
     return shared, [shared.planned(candidates) for candidates in sizes]
 
 
-def run_study(path: Path, options: StudyOptions) -> Outcome:
+def run_study(path: Path, options: StudyOptions) -> StudyOutcome:
     """Run what is not finished yet.
 
     Raises:
@@ -120,11 +120,11 @@ def run_study(path: Path, options: StudyOptions) -> Outcome:
         raise Interrupted(RESUMES) from None
 
 
-def _run(path: Path, options: StudyOptions) -> Outcome:
+def _run(path: Path, options: StudyOptions) -> StudyOutcome:
     folder = options.folder
     shared, runs = planned_runs(path, options, writes=True)
     rows = {run.name: row for run in runs if (row := _row_of(run, options)) is not None}
-    outcome = Outcome(runs, rows, {}, [])
+    outcome = StudyOutcome(runs, rows, {}, [])
     todo = [run for run in runs if not _is_done(rows.get(run.name), options)]
     LOGGER.info(f"{folder}: {len(runs)} runs, {len(runs) - len(todo)} of them finished")
     if not todo:
@@ -150,7 +150,7 @@ def _run(path: Path, options: StudyOptions) -> Outcome:
     return outcome
 
 
-def _make_shared(shared: Shared, drafts: list[Draft], options: StudyOptions, outcome: Outcome) -> bool:
+def _make_shared(shared: Shared, drafts: list[Draft], options: StudyOptions, outcome: StudyOutcome) -> bool:
     """Make what the runs share and what is not there yet; False if a job of SLURM's does."""
     missing = shared.missing(drafts)
     if not missing:
@@ -207,9 +207,15 @@ def _all(sizes: Sequence[Sequence[Draft]]) -> list[Draft]:
     return [draft for candidates in sizes for draft in candidates]
 
 
-def _job(options: StudyOptions, **what: str) -> StudyJob:
-    given = {name: getattr(options, name) for name in ("trials", "tuning_only", "discard_models")}
-    return StudyJob(folder=str(options.folder.absolute()), **given, **what)
+def _job(options: StudyOptions, run: str | None = None, part: str | None = None) -> StudyJob:
+    return StudyJob(
+        folder=str(options.folder.absolute()),
+        run=run,
+        part=part,
+        trials=options.trials,
+        tuning_only=options.tuning_only,
+        discard_models=options.discard_models,
+    )
 
 
 def _is_done(row: StudyRow | None, options: StudyOptions) -> bool:

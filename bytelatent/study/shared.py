@@ -25,8 +25,8 @@ from bytelatent.inference import FastEntropies
 from bytelatent.model import ModelSettings
 from bytelatent.progress import Progress
 from bytelatent.run_folder import read_metrics
-from bytelatent.study.cost import Measured, PlannedRun, picked, run_cost
-from bytelatent.study.plan import Draft, StudyPlan, differences
+from bytelatent.study.cost import MeasuredText, PlannedRun, picked, run_cost
+from bytelatent.study.plan import Draft, StudyPlan, changed_settings
 from bytelatent.text import BadRows, find_files, read_documents
 from bytelatent.text.documents import TextError
 from bytelatent.text.tokenizer import Tokenizer, train_tokenizer
@@ -53,7 +53,7 @@ class Shared:
 
     def __init__(self, plan: StudyPlan, folder: Path, writes: bool = True):
         self.plan, self.folder, self.writes = plan, folder, writes
-        self._measured: dict[str, Measured] = {}
+        self._measured: dict[str, MeasuredText] = {}
         self._stand_ins: dict[str, Tokenizer] = {}
 
     # The text
@@ -148,7 +148,7 @@ class Shared:
         known = json_if_any(Path(settings.run) / TRAINED)
         if known is None:
             return False
-        changed = [*differences(known["settings"], settings.shown()), *_other_steps(known["settings"], settings)]
+        changed = [*changed_settings(known["settings"], settings.shown()), *_other_steps(known["settings"], settings)]
         if changed:
             raise UserError(
                 f"entropy_models.{name}: '{settings.run}' was trained otherwise ({changed[0]}); put it back, give it "
@@ -186,7 +186,7 @@ class Shared:
 
     # Measurements
 
-    def measured(self, draft: Draft) -> Measured:
+    def measured(self, draft: Draft) -> MeasuredText:
         """What batches hold, by measurement with all that the run needs, which must be there; kept once made."""
         key = self._key(draft)
         path = self.folder / "measured" / f"{key}.json"
@@ -197,11 +197,11 @@ class Shared:
                 if self.writes:
                     write_whole_json(path, self._measured[key].plain(), indent=1)
             else:
-                self._measured[key] = Measured.parse(known, str(path))
+                self._measured[key] = MeasuredText.parse(known, str(path))
         return self._measured[key]
 
-    def expected(self, draft: Draft) -> Measured:
-        """The same, where what is needed may not be there yet; then something stands in for it."""
+    def expected(self, draft: Draft) -> MeasuredText:
+        """The same, where what is needed may not be there yet; then something takes its place."""
         settings = draft.settings
         known = (self.folder / "measured" / f"{self._key(draft)}.json").is_file()
         if draft.entropy_model is not None and not known:
@@ -238,7 +238,7 @@ class Shared:
         parts += [settings.cuda_graph, settings.dtype, (json_if_any(self.folder / TEXT) or {}).get("train")]
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
-    def _measure(self, draft: Draft) -> Measured:
+    def _measure(self, draft: Draft) -> MeasuredText:
         settings = draft.settings
         if settings.data.tokenizer is not None:
             return self._measure_tokens(draft, Tokenizer.read(settings.data.tokenizer))
@@ -264,7 +264,7 @@ class Shared:
         measured = self._measure_batches(data, patcher)
         return measured.model_copy(update={"threshold": threshold, "patch_bytes": patch_bytes})
 
-    def _measure_tokens(self, draft: Draft, tokenizer: Tokenizer, is_expected: bool = False) -> Measured:
+    def _measure_tokens(self, draft: Draft, tokenizer: Tokenizer, is_expected: bool = False) -> MeasuredText:
         """So that batches hold as many bytes as those of other families, `data.patch_bytes` is the mean token."""
         data, patch_bytes = draft.settings.data, None
         if data.patch_bytes is None:
@@ -273,7 +273,9 @@ class Shared:
         measured = self._measure_batches(data, None, tokenizer)
         return measured.model_copy(update={"patch_bytes": patch_bytes, "is_expected": is_expected})
 
-    def _measure_batches(self, data: DataSettings, patcher: Patcher | None, vocabulary: Vocabulary = BYTES) -> Measured:
+    def _measure_batches(
+        self, data: DataSettings, patcher: Patcher | None, vocabulary: Vocabulary = BYTES
+    ) -> MeasuredText:
         """Read batches as training does, and count."""
         num_bytes = num_units = num_targets = num_batches = 0
         positions = 0.0
@@ -288,7 +290,7 @@ class Shared:
                 num_targets += batch.num_targets
                 num_batches += 1
         context_ids = 2 * positions / num_targets + 1  # whose mean position is the same
-        return Measured(
+        return MeasuredText(
             unit_bytes=max(num_bytes / num_units, 1.0) if num_units else 1.0,
             batch_bytes=num_bytes / num_batches,
             context_bytes=max(context_ids * num_bytes / num_targets, 1.0),

@@ -27,7 +27,7 @@ from bytelatent.progress import Progress
 from bytelatent.run_folder import read_metrics
 from bytelatent.study.cost import PlannedRun, RunCost, run_cost
 from bytelatent.study.plan import load_plan
-from bytelatent.study.results import MOST_POINTS, CurvePoint, HeldOut, StudyRow, write_row
+from bytelatent.study.results import MOST_POINTS, CurvePoint, GroupBits, HeldOut, StudyRow, write_row
 from bytelatent.study.shared import Shared
 from bytelatent.text.documents import must_have_read
 from bytelatent.training import TrainSettings, train
@@ -131,11 +131,14 @@ def evaluate(run: Path, paths: Sequence[str], shared: Shared, settings: TrainSet
         measure_texts(found.load(), texts, measured, on_batch=progress.advance)
     must_have_read(texts.bad_rows.unread)
     groups = {} if text.category is None else measured.by_group()
-    return HeldOut(**_bits(measured), by_category={name: _bits(group) for name, group in sorted(groups.items())})
-
-
-def _bits(measured: Measured) -> dict[str, Any]:
-    return {BITS: measured.bits_per_byte, "bytes": sum(measured.num_bytes)}
+    return HeldOut(
+        bits_per_byte=measured.bits_per_byte,
+        bytes=sum(measured.num_bytes),
+        by_category={
+            name: GroupBits(bits_per_byte=group.bits_per_byte, bytes=sum(group.num_bytes))
+            for name, group in sorted(groups.items())
+        },
+    )
 
 
 def row_of(
