@@ -71,10 +71,8 @@ def run(settings: SpeedrunSettings) -> None:
     try:
         result, path = run_entry(settings)
     except (Interrupted, KeyboardInterrupt):
-        line = (
-            "training does not resume, and the same command begins again; where only measurements are left, with them"
-        )
-        raise Interrupted(f"speedrun: {line}") from None
+        line = "training does not resume, and the same command begins it again, unless only measurements are left"
+        raise Interrupted(line) from None
     if settings.as_json:
         print_json(result.plain())
     else:

@@ -99,7 +99,7 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_results_are_those_of_the_runs(finished: Path, text: Path) -> None:
-    train_bytes = sum(len(json.loads(line)["text"]) for line in (text / "valid.jsonl").read_text().splitlines())
+    num_bytes = sum(len(json.loads(line)["text"]) for line in (text / "valid.jsonl").read_text().splitlines())
     for name, parts in {"blt": ["entropy model", "threshold", "model"], "tokens": ["tokenizer", "model"]}.items():
         result = read_result(finished / f"{name}.json")
         assert result.problem() is None
@@ -110,10 +110,10 @@ def test_results_are_those_of_the_runs(finished: Path, text: Path) -> None:
         mean, last = rows[-1]["seconds"] / (len(rows) - 1), rows[-1]["seconds"] - rows[-2]["seconds"]
         assert result.seconds["model"] == pytest.approx(rows[-1]["seconds"] + mean)
         assert 0 < sum(result.seconds.values()) - 60 * result.minutes < last + 2 * mean
-        assert result.held_out.bytes == train_bytes
+        assert result.held_out.bytes == num_bytes
         groups = result.held_out.by_category
         assert list(groups) == ["prose", "code"]
-        mean = sum(group.bits_per_byte * group.bytes for group in groups.values()) / train_bytes
+        mean = sum(group.bits_per_byte * group.bytes for group in groups.values()) / num_bytes
         assert result.held_out.bits_per_byte == pytest.approx(mean)
         assert result.again == pytest.approx(result.held_out.bits_per_byte, abs=1e-6)
         tensors = open_pretrained(finished / name / "weights").tensors.values()
