@@ -38,6 +38,7 @@ VERBS: dict[str, type[Settings]] = {
     "export": options.ExportSettings,
     "info": options.InfoSettings,
     "study": study_options.StudySettings,
+    "speedrun": study_options.SpeedrunSettings,
 }
 PLOTS: dict[str, type[Settings]] = {  # of `blt plot`
     "entropies": plot_options.PlotEntropiesSettings,

@@ -1,4 +1,4 @@
-"""The options of `blt study`."""
+"""The options of `blt study` and `blt speedrun`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -41,3 +41,29 @@ class StudySettings(JsonSettings):
     gpus: int | None = Field(default=None, ge=0)
     slurm: bool = False
     discard_models: bool = False
+
+
+class SpeedrunSettings(JsonSettings):
+    """Train an entry for ten minutes on one device and a fixed text, and measure it: docs/study/speedrun.md.
+
+    Example:  `blt speedrun apps/bytelatent/speedrun/blt.yaml --text data/speedrun`
+
+    To check a result:  `blt speedrun --check blt.json runs/speedrun/blt/weights --text data/speedrun`
+
+    The table of results:  `blt speedrun --table docs/study/speedrun`
+
+    Attributes:
+        entry: a training configuration with minutes: 10; with --check, the folder of the model.
+        text: folder of the text that setup/build_corpus.py --speedrun writes.
+        out: folder to write: the result NAME.json, and NAME/ with the model in NAME/weights.
+        minutes: minutes of a trial, in place of the entry's.
+        check: result to check against its model.
+        table: folder of results to print as a Markdown table.
+    """
+
+    entry: Annotated[str | None, ARGUMENT] = None
+    text: Path = Path("data/speedrun")
+    out: Path = Path("runs/speedrun")
+    minutes: float | None = Field(default=None, gt=0, le=1e6)
+    check: Path | None = None
+    table: Path | None = None

@@ -177,6 +177,8 @@ def _one_after_the_other(jobs: list[StudyJob], runs: dict[str, PlannedRun], fold
         LOGGER.info(f"run {number} of {len(jobs)}: {job.name}, {run.steps:,} steps, {run.training_flops:.3g} FLOPs")
         try:
             perform(job)
+        except Interrupted:
+            raise
         except UserError as error:
             failures[job.name] = f"{error}; log: {run.draft.settings.run}/train.log"
         except Exception as error:

@@ -224,15 +224,16 @@ class Shared:
             )
 
     def _key(self, draft: Draft) -> str:
-        """Of all that decides what batches hold."""
+        """Of all that decides what batches hold, wherever the folder is."""
         settings, text = draft.settings, self.plan.text
         data = settings.data.plain()
         for name in ("valid", "workers", "allow_changed"):
             data.pop(name)
+        data["tokenizer"] = data["tokenizer"] and Path(data["tokenizer"]).name
         entropy_model = None
         if draft.entropy_model is not None:
             own = self._entropy_model_settings(draft.entropy_model)
-            entropy_model = draft.entropy_model if own is None else own.plain()
+            entropy_model = draft.entropy_model if own is None else {**own.plain(), "run": None}
         given = [settings.patching, settings.calibration]
         parts = [data, *(part and part.plain() for part in given), entropy_model, text.measured_bytes]
         parts += [settings.cuda_graph, settings.dtype, (json_if_any(self.folder / TEXT) or {}).get("train")]

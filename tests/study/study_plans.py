@@ -15,7 +15,7 @@ BUDGETS = 4e8, 9e8
 FAMILIES: dict[str, Any] = {
     "token": {
         "label": "token LM",
-        "settings": {"model": {"kind": "token_lm", **STACK, "vocab_size": 290}},
+        "settings": {"model": {"kind": "token_lm", **STACK, "dim": 48, "vocab_size": 290}},
         "sizes": {BUDGETS[0]: {"model": {"num_layers": 1}}, BUDGETS[1]: {"model": {"num_layers": 2}}},
     },
     "entropy": {
