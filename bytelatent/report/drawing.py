@@ -154,7 +154,8 @@ def _settings(text: str = "", **more: Any) -> Iterator[None]:
         raise UserError(f"figures need matplotlib ({error}); run: pip install matplotlib") from None
     families, missing = fonts_for(text)
     warn_of_missing(missing, "boxes")
-    with matplotlib.rc_context({**MATPLOTLIB, "font.family": families, **more}):
+    settings: Any = {**MATPLOTLIB, "font.family": families, **more}
+    with matplotlib.rc_context(settings):
         yield
 
 

@@ -184,7 +184,7 @@ def _has_limit(points: Points) -> bool:
 def _form(points: Points, law: Array) -> str:
     budgets = len(set(points.flops))
     if not _has_limit(points):
-        return f"A (C/C₀)^-α, since {budgets} budgets are too few to tell E from 0 ({FEWEST_FOR_LIMIT} are needed)"
+        return f"A (C/C₀)^-α, since {budgets} budgets are too few to know E ({FEWEST_FOR_LIMIT} are needed)"
     return f"E + A (C/C₀)^-α, with {budgets} budgets{'' if law[0] > 1e-3 * law[1] else '; the best E is 0'}"
 
 
