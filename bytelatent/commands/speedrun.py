@@ -27,7 +27,7 @@ from bytelatent.commands.tokenizer import train_on_text
 from bytelatent.config import to_yaml
 from bytelatent.device import choose_device, choose_dtype, device_name
 from bytelatent.errors import Interrupted, UserError
-from bytelatent.files import whole_file
+from bytelatent.files import json_if_any, whole_file, write_whole_json
 from bytelatent.run_folder import read_metrics
 from bytelatent.study.cost import run_cost
 from bytelatent.study.results import GroupBits, HeldOut
@@ -49,7 +49,7 @@ from bytelatent.training.checks import check_machine, check_settings
 from bytelatent.weights import load_byte_lm
 
 LOGGER = logging.getLogger(__name__)
-ENTRY, WEIGHTS = "entry.yaml", "weights"  # in the folder of an entry
+ENTRY, TRAINED, WEIGHTS = "entry.yaml", "trained.json", "weights"  # in the folder of an entry
 
 
 def run(settings: SpeedrunSettings) -> None:
@@ -71,7 +71,8 @@ def run(settings: SpeedrunSettings) -> None:
     try:
         result, path = run_entry(settings)
     except (Interrupted, KeyboardInterrupt):
-        raise Interrupted("a speedrun does not resume: the same command starts again from the beginning") from None
+        line = "training does not resume, and the same command begins it again, unless only measurements are left"
+        raise Interrupted(line) from None
     if settings.as_json:
         print_json(result.plain())
     else:
@@ -97,16 +98,20 @@ def run_entry(settings: SpeedrunSettings) -> tuple[SpeedrunResult, Path]:
     check_settings(entry.model, 1, device)
     check_machine(entry.model, device, choose_dtype(entry.model.dtype, device))
     text = check_text(settings.text)
-    shutil.rmtree(out, ignore_errors=True)
-    with whole_file(out / ENTRY) as aside:
-        aside.write_text(to_yaml(entry.values), encoding="utf-8")
     LOGGER.info(f"{entry.name}: {entry.model.minutes:g} minutes on {device_name(device)}; the text is the speedrun's")
-    trained = _train(entry, settings.text / "train.jsonl", device)
+    begun = {"entry": entry.values, "minutes": entry.model.minutes}
+    trained = json_if_any(out / TRAINED)
+    if trained is None or trained | begun != trained:
+        shutil.rmtree(out, ignore_errors=True)
+        with whole_file(out / ENTRY) as aside:
+            aside.write_text(to_yaml(entry.values), encoding="utf-8")
+        trained = begun | _train(entry, settings.text / "train.jsonl", device)
+        write_whole_json(out / TRAINED, trained)
+    shutil.rmtree(out / WEIGHTS, ignore_errors=True)
     weights = export_checkpoint(str(out / "model"), None, str(out / WEIGHTS))
     LOGGER.info(f"measuring '{weights}' on {HELD_OUT}, and once more in another process")
     result = SpeedrunResult(
         name=entry.name,
-        entry=entry.values,
         **trained,
         held_out=_measured(weights, settings.text, device),
         again=_measured_again(weights, settings.text, device),
@@ -153,7 +158,6 @@ def _train(entry: Entry, text: Path, device: torch.device) -> dict[str, Any]:
     cost = run_cost(settings.model, patch_bytes, context, byte_lm and byte_lm.model)
     return {
         "kind": settings.model.kind,
-        "minutes": minutes,
         "parameters": sum(cost.parameters.values()),
         "table_parameters": cost.table_parameters,
         "steps": last["step"],
