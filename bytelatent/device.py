@@ -1,6 +1,7 @@
 """Where to compute: device, precision, threads and memory."""
 
 import os
+import platform
 import re
 import sys
 from collections import deque
@@ -123,6 +124,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if re.search(r"\b(MIG|Laptop)\b", name):  # a part of the device, or a slower one
         return None
     return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def device_name(device: torch.device) -> str:
+    """A device as its maker calls it, for results."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    machine = platform.machine()
+    if device.type == "cpu" and (info := Path("/proc/cpuinfo")).is_file():
+        lines = info.read_text(errors="replace").splitlines()
+        machine = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), machine)
+    return f"{device.type}, {machine}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

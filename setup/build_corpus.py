@@ -2,11 +2,16 @@
 """Build a real text corpus (about 330 MB: prose, documentation, code, 11 languages) from Debian packages.
 
     build_corpus.py OUT_DIR [--only prose,docs,multilingual,code] [--cache DIR] [--kernel]
+    build_corpus.py OUT_DIR --speedrun [--snapshot] [--cache DIR]
 
 Writes OUT_DIR/train.jsonl and OUT_DIR/valid.jsonl, one {"id", "text", "source", "category"} a line, shuffled with a
 fixed seed; about 1 % of the documents, chosen by a hash of their text, are validation. Needs apt-get and dpkg-deb;
 nothing is installed. The texts keep their own licences (GPL, GFDL, CC-BY-SA, MPL, public domain): fetch them, do not
 commit them. `xz -T2 -6` packs the whole to about 60 MB.
+
+--speedrun writes the text of `blt speedrun`, byte for byte, from the versions of packages that it was made of:
+train.jsonl holds the first 30,222 of the documents for training, tune.jsonl the next 600. --snapshot takes these
+versions from Debian's archive of the past, once newer ones have replaced them.
 """
 
 import argparse
@@ -27,7 +32,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from bytelatent.errors import UserError, guarded
-from bytelatent.files import whole_file
+from bytelatent.files import digest_of, whole_file
+from bytelatent.study import speedrun_text
 
 CATEGORIES = ("prose", "docs", "multilingual", "code")
 
@@ -126,27 +132,57 @@ def austen(root: Path) -> Iterator[str]:
         yield from (text[i : i + 20000] for i in range(0, len(text), 20000))
 
 
-def unpack(package: str, cache: Path) -> Path:
-    """The folder with a package's files, downloaded unless `cache` has it.
+class Packages:
+    """Unpacked packages, downloaded unless the cache has them.
 
-    Raises:
-        UserError: apt-get is missing, or cannot download the package.
+    Args:
+        versions: by package; None for the newest ones that apt knows.
+        snapshot: take them from Debian's archive as it was on `speedrun_text.SNAPSHOT`.
     """
-    root = cache / package
-    if not root.exists():
-        aside = cache / f".{package}.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+
+    def __init__(self, cache: Path, versions: dict[str, str] | None = None, snapshot: bool = False) -> None:
+        self.cache, self.versions, self.is_snapshot = cache, versions, snapshot
         # As the user who calls, for apt's own may not write here.
-        run(["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package], package, aside)
-        deb = next(aside.glob(f"{package}_*.deb"))
-        run(["dpkg-deb", "-x", deb.name, "files"], package, aside)
-        os.replace(aside / "files", root)
-        shutil.rmtree(aside)
-    return root
+        self.options = ["-o", "APT::Sandbox::User=root"]
+        if versions is not None:  # some packages differ between machines
+            self.options += ["-o", "APT::Architecture=amd64", "-o", "APT::Architectures=amd64"]
+
+    def folder(self, package: str) -> Path:
+        """The folder with a package's files.
+
+        Raises:
+            UserError: apt-get is missing, or cannot download the package.
+        """
+        name = package if self.versions is None else f"{package}={self.versions[package]}"
+        root = self.cache / name
+        if not root.exists():
+            if self.is_snapshot:
+                self._read_snapshot()
+            aside = self.cache / f".{package}.part"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            way_out = "" if self.versions is None or self.is_snapshot else "; --snapshot has versions that are gone"
+            run(["apt-get", "-qq", *self.options, "download", name], name, aside, way_out)
+            deb = next(aside.glob(f"{package}_*.deb"))
+            run(["dpkg-deb", "-x", deb.name, "files"], name, aside)
+            os.replace(aside / "files", root)
+            shutil.rmtree(aside)
+        return root
+
+    def _read_snapshot(self) -> None:
+        """Let apt read the lists of the snapshot, below the cache, once."""
+        place = self.cache.resolve() / "snapshot"
+        self.options += ["-o", f"Dir::Etc::sourcelist={place / 'sources.list'}", "-o", "Dir::Etc::sourceparts=-"]
+        self.options += ["-o", f"Dir::State::lists={place / 'lists'}", "-o", f"Dir::Cache={place / 'cache'}"]
+        self.is_snapshot = False
+        for inner in ("lists/partial", "cache"):
+            (place / inner).mkdir(parents=True, exist_ok=True)
+        with whole_file(place / "sources.list") as aside:
+            aside.write_text("".join(f"{line}\n" for line in speedrun_text.SNAPSHOT))
+        run(["apt-get", "-qq", *self.options, "update"], "the lists of the snapshot", place)
 
 
-def run(command: list[str], package: str, folder: Path) -> None:
+def run(command: list[str], package: str, folder: Path, way_out: str = "") -> None:
     try:
         done = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     except FileNotFoundError:
@@ -157,7 +193,7 @@ def run(command: list[str], package: str, folder: Path) -> None:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(
             f"{command[0]} failed with the package '{package}' of Debian 12 ({said}); "
-            "check the network, run apt-get update, then the same again: it goes on from here"
+            f"check the network, run apt-get update, then the same again: it goes on from here{way_out}"
         )
 
 
@@ -168,19 +204,22 @@ def read(path: Path) -> str:
     return blob.decode("utf8", "replace")
 
 
-def documents(packages: list[str], pattern: str, convert: Callable[[str], str], cut: int, cache: Path) -> Iterator[str]:
+def documents(
+    names: list[str], pattern: str, convert: Callable[[str], str], cut: int, found: Packages
+) -> Iterator[str]:
     wanted = re.compile(pattern)
-    for package in packages:
-        root = unpack(package, cache)
+    for package in names:
+        root = found.folder(package)
         for path in sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink() and wanted.search(str(p))):
             text = convert(read(path))
             step = cut or len(text) or 1
             yield from (text[i : i + step] for i in range(0, len(text), step))
 
 
-def kernel(cache: Path) -> Iterator[str]:
+def kernel(packages: Packages) -> Iterator[str]:
     """The C files of some folders of the kernel's source."""
-    root = unpack("linux-source-6.1", cache)
+    root = packages.folder("linux-source-6.1")
+    cache = packages.cache
     tree = cache / "linux-tree"
     if not tree.exists():
         aside = cache / ".linux-tree.part"
@@ -194,57 +233,99 @@ def kernel(cache: Path) -> Iterator[str]:
 
 
 class Corpus:
-    """Documents, each once, as lines of JSON with the hash of their text."""
+    """Documents, each once, as lines of JSON with the hash of their text.
+
+    Attributes:
+        digests: the first digits of SHA-256 of the hashes of a source's documents, in order.
+    """
 
     def __init__(self) -> None:
+        self.digests: dict[str, str] = {}
         self._seen: set[str] = set()
         self._rows: list[tuple[str, str]] = []
 
     def take(self, name: str, category: str, texts: Iterable[str]) -> None:
-        size = 0
+        size, digest = 0, hashlib.sha256()
         for text in texts:
             key = hashlib.sha1(text.encode("utf8", "replace")).hexdigest()
             if len(text) < 200 or key in self._seen:
                 continue
             self._seen.add(key)
+            digest.update(key.encode())
             size += len(text.encode("utf8", "replace"))
             row = {"id": key[:16], "text": text, "source": name, "category": category}
             self._rows.append((key, json.dumps(row, ensure_ascii=False)))
-        print(f"{name:20s} {category:12s} {size / 1e6:8.2f} MB", file=sys.stderr)
+        self.digests[name] = digest.hexdigest()[:16]
+        print(f"{name:20s} {category:12s} {size / 1e6:8.2f} MB  {self.digests[name]}", file=sys.stderr)
 
-    def write(self, out: Path) -> None:
+    def write(self, out: Path, cuts: list[tuple[str, int]] | None = None) -> dict[str, str]:
+        """Write the held-out documents and the others, shuffled.
+
+        Args:
+            cuts: the files that divide the others, each with its number of documents; what is left over is not
+                written. None: all in train.jsonl.
+
+        Returns:
+            SHA-256 by file.
+        """
         self._rows.sort()
         random.Random(0).shuffle(self._rows)
-        for split, keep in (("train", False), ("valid", True)):
-            rows = [row for key, row in self._rows if (int(key[-4:], 16) % 100 == 0) == keep]
-            path = out / f"{split}.jsonl"
-            with whole_file(path) as aside:
-                aside.write_text("\n".join(rows) + "\n", encoding="utf8", errors="replace")
-            print(f"{split}: {len(rows)} documents, {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+        parts = [[row for key, row in self._rows if (int(key[-4:], 16) % 100 == 0) == held_out] for held_out in (0, 1)]
+        found, at = {}, 0
+        for name, count in cuts or [("train.jsonl", len(parts[0]))]:
+            found[name] = self._write(out / name, parts[0][at : at + count])
+            at += count
+        return found | {"valid.jsonl": self._write(out / "valid.jsonl", parts[1])}
+
+    def _write(self, path: Path, rows: list[str]) -> str:
+        with whole_file(path) as aside:
+            aside.write_text("\n".join(rows) + "\n", encoding="utf8", errors="replace")
+        size, digest = digest_of(path)
+        print(f"{path.stem}: {len(rows)} documents, {int(size) / 1e6:.1f} MB, sha256 {digest}", file=sys.stderr)
+        return str(digest)
 
 
-def build(out: Path, wanted: set[str], cache: Path, with_kernel: bool) -> None:
-    """Write `out`/train.jsonl and `out`/valid.jsonl.
+def build(
+    out: Path, wanted: set[str], cache: Path, with_kernel: bool, speedrun: bool = False, snapshot: bool = False
+) -> None:
+    """Write `out`/train.jsonl and `out`/valid.jsonl; the speedrun's have a tune.jsonl beside them.
 
     Raises:
-        UserError: a category is unknown, a package cannot be had, or a folder cannot be written.
+        UserError: a category is unknown, a package cannot be had, or a folder cannot be written; or the text is not
+            that of the speedrun.
     """
     if unknown := sorted(wanted - set(CATEGORIES)):
         raise UserError(f"--only: '{unknown[0]}' is unknown; it takes {', '.join(CATEGORIES)}")
+    if speedrun and (with_kernel or wanted != set(CATEGORIES)):
+        raise UserError("--speedrun: its text is of all categories and without the kernel; leave --only, --kernel out")
+    if snapshot and not speedrun:
+        raise UserError("--snapshot: it is for the versions of --speedrun; give that too, or leave it out")
     for folder in (out, cache):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"'{folder}' cannot be written: {error.strerror}") from None
+    packages = Packages(cache, speedrun_text.PACKAGES if speedrun else None, snapshot)
     corpus = Corpus()
-    for name, category, packages, pattern, convert, cut in SOURCES:
+    for name, category, names, pattern, convert, cut in SOURCES:
         if category in wanted:
-            corpus.take(name, category, documents(packages, pattern, convert, cut, cache))
+            corpus.take(name, category, documents(names, pattern, convert, cut, packages))
     if "prose" in wanted:
-        corpus.take("austen", "prose", austen(unpack(AUSTEN, cache)))
+        corpus.take("austen", "prose", austen(packages.folder(AUSTEN)))
     if with_kernel and "code" in wanted:
-        corpus.take("kernel-c", "code", kernel(cache))
-    corpus.write(out)
+        corpus.take("kernel-c", "code", kernel(packages))
+    if not speedrun:
+        corpus.write(out)
+        return
+    written = corpus.write(out, list(speedrun_text.CUTS.items()))
+    wrong = [name for name, digest in speedrun_text.PARTS.items() if written[name] != digest]
+    if wrong:
+        others = [name for name, digest in speedrun_text.SOURCES.items() if corpus.digests[name] != digest]
+        raise UserError(
+            f"'{out}' holds another text than that of the speedrun ({', '.join(wrong)}), and no score counts on it: "
+            f"{', '.join(others) or 'no source'} differs; remove that from '{cache}' and build again, with Python "
+            f"{speedrun_text.PYTHON}, whose parser of HTML read it"
+        )
 
 
 def main() -> None:
@@ -253,8 +334,10 @@ def main() -> None:
     parser.add_argument("--only", metavar="CATEGORIES", default=",".join(CATEGORIES))
     parser.add_argument("--cache", metavar="DIR", type=Path, default=Path("/tmp/corpus-debs"))
     parser.add_argument("--kernel", action="store_true", help="also parts of linux-source-6.1 (about 70 MB)")
-    arguments = parser.parse_args()
-    build(arguments.out, set(arguments.only.split(",")), arguments.cache, arguments.kernel)
+    parser.add_argument("--speedrun", action="store_true", help="the text of blt speedrun, checked by its digests")
+    parser.add_argument("--snapshot", action="store_true", help="take its packages from snapshot.debian.org")
+    given = parser.parse_args()
+    build(given.out, set(given.only.split(",")), given.cache, given.kernel, given.speedrun, given.snapshot)
 
 
 if __name__ == "__main__":

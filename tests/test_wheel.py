@@ -68,7 +68,9 @@ def test_a_wheel_works_alone(clone: Path, tmp_path: Path) -> None:
     text = finished(programs / "blt", "generate", "def ", "-m", "runs/train", "-n", 4, cwd=here)
     assert text.startswith("def ")
     listed = finished(programs / "blt", "configs", cwd=here).splitlines()
-    assert [line.split()[0] for line in listed] == sorted(path.stem for path in (ROOT / "apps").rglob("*.yaml"))
+    assert [line.split()[0] for line in listed] == sorted(
+        path.stem for path in (ROOT / "apps" / "bytelatent" / "configs").glob("*.yaml")
+    )
 
 
 def test_an_editable_install_is_found_beside_the_clone(clone: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import bytelatent
 from bytelatent.blt import BLT
 from bytelatent.commands.demo_stages import BATCH_BYTES, Clock, DemoMeasurements, DemoText, collect, measure
 from bytelatent.commands.options import DemoSettings
+from bytelatent.device import device_name
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import whole_file
 from bytelatent.log import Console
@@ -142,7 +143,7 @@ def _write_summary(
         "xz": measured.xz,
         "command": shlex.join(["blt", *command, *text_options(settings)]),
         "seed": settings.seed,
-        "device": _device_name(model.device),
+        "device": device_name(model.device),
         "threads": next((row["threads"] for row in reversed(curves["BLT"]) if "threads" in row), None),
         "versions": versions,
         "sample": "".join(measured.samples[0]),
@@ -178,16 +179,6 @@ def _undertrained(bits: dict[str, float], steps: dict[str, int]) -> str | None:
         return None
     enough = f"below {MOST_BITS} bits after {FEWEST_STEPS} steps or more"
     return f"{' and '.join(few)} ({enough} is a start); train longer (--minutes), or while the machine has less to do"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    machine = platform.machine()
-    if device.type == "cpu" and (info := Path("/proc/cpuinfo")).is_file():
-        lines = info.read_text(errors="replace").splitlines()
-        machine = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), machine)
-    return f"{device.type}, {machine}"
 
 
 def _show(summary: dict[str, Any], settings: DemoSettings) -> None:

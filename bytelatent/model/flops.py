@@ -18,6 +18,8 @@ from bytelatent.model.blt import BLTModel, build_model
 from bytelatent.model.language_model import LanguageModel, TokenLM
 from bytelatent.model.settings import ModelSettings, StackSettings
 
+TABLES = "n-gram hash tables"  # the part that is memory
+
 
 @dataclass(frozen=True)
 class PartCost:
@@ -83,7 +85,7 @@ def _blt(model: BLTModel, patch_bytes: float, context: int) -> list[PartCost]:
         num_parameters=_parameters(middle),
         flops_per_byte=_matrices(middle.projection) * per_patch + stack.flops_per_byte,
     )
-    hashes = [] if encoder.ngram_hash is None else [PartCost("n-gram hash tables", _parameters(encoder.ngram_hash))]
+    hashes = [] if encoder.ngram_hash is None else [PartCost(TABLES, _parameters(encoder.ngram_hash))]
     pooling: list[PartCost] = []
     if decoder.cross_attention:
         cross = partial(_cross_attention, k=k, dim=model.settings.encoder.dim, per_patch=per_patch)

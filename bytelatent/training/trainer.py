@@ -217,6 +217,8 @@ class Trainer:
         state.step += 1
         state.bytes_seen += num_bytes
         state.patches_seen += num_patches
+        if state.all_patches is not None:
+            state.all_patches += num_patches
         row = {
             "step": state.step,
             "bytes_seen": state.bytes_seen,
@@ -234,7 +236,8 @@ class Trainer:
             now = Totals.of(state)
             rates = speed(self.logged, now, settings.model, settings.data.context, self.peak, self.plan.ranks)
             self.logged = now
-            self.metrics.write(row | rates | {"threads": self.threads.count}, self.done)
+            totals = {"seconds": round(state.seconds, 3), "patches_seen": state.all_patches or None}
+            self.metrics.write(row | totals | rates | {"threads": self.threads.count}, self.done)
         if self.statistics is not None:
             head = {"step": state.step, "bytes_seen": state.bytes_seen, "kind": "statistics"}
             self.metrics.write(head | self.statistics, self.done)

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import pty
@@ -11,11 +12,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bytelatent.errors import UserError
 from bytelatent.prepare.download import TIKTOKEN_SHA256, download_tokenizer
+from bytelatent.study import speedrun_text
 from tests.hub_server import HubServer
 from tests.text.text_files import jsonl
 
@@ -250,3 +253,85 @@ def test_build_corpus_without_debian_or_network(tmp_path: Path) -> None:
     assert "'dict-gcide' of Debian 12 (E: Failed to fetch: no route to host); check the network" in error_of(done)
     assert "'poems' is unknown" in error_of(run("build_corpus.py", "out", "--only", "poems", cwd=tmp_path))
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.fixture
+def corpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module, with sources of prose alone, and a speedrun of few documents."""
+    spec = importlib.util.spec_from_file_location("build_corpus", SETUP / "build_corpus.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    prose = [source for source in module.SOURCES if source[1] == "prose"]
+    monkeypatch.setattr(module, "SOURCES", prose)
+    monkeypatch.setattr(speedrun_text, "SOURCES", dict.fromkeys([name for name, *_ in prose] + ["austen"], "0" * 16))
+    monkeypatch.setattr(speedrun_text, "CUTS", {"train.jsonl": 2, "tune.jsonl": 1})
+    return module
+
+
+def test_the_text_of_the_speedrun(corpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every, cache, out = set(corpus.CATEGORIES), tmp_path / "cache", tmp_path / "out"
+    packages(cache)
+    corpus.build(tmp_path / "whole", every, cache, with_kernel=False)
+    for name in ("dict-gcide", "dict-foldoc", "anarchism", "r-cran-janeaustenr"):
+        (cache / name).rename(cache / f"{name}={speedrun_text.PACKAGES[name]}")
+    with pytest.raises(UserError, match=r"\(train.*, tune.*, valid.jsonl\).*: gcide, foldoc, anarchism, austen dif"):
+        corpus.build(out, every, cache, with_kernel=False, speedrun=True)
+    written = {name: (out / name).read_bytes() for name in speedrun_text.PARTS}
+    lines = (tmp_path / "whole" / "train.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 5
+    assert written["train.jsonl"] == b"".join(lines[:2])
+    assert written["tune.jsonl"] == lines[2]
+    assert written["valid.jsonl"] == (tmp_path / "whole" / "valid.jsonl").read_bytes()
+
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
+    monkeypatch.setattr(speedrun_text, "PARTS", digests)
+    corpus.build(out, every, cache, with_kernel=False, speedrun=True)
+    hashes = b"".join(b"%s" % hashlib.sha1(text.encode()).hexdigest().encode() for text in ["foldoc entry " * 20])
+    monkeypatch.setitem(speedrun_text.SOURCES, "foldoc", hashlib.sha256(hashes).hexdigest()[:16])
+    monkeypatch.setattr(speedrun_text, "PARTS", {**digests, "tune.jsonl": "0"})
+    with pytest.raises(UserError, match=r"\(tune.jsonl\).*: gcide, anarchism, austen differ"):
+        corpus.build(out, every, cache, with_kernel=False, speedrun=True)
+
+
+def test_packages_of_the_speedrun_have_their_versions(
+    corpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {
+        "apt-get": 'echo "$@" >> {log}; case "$@" in *update) ;; *) touch dict-foldoc_1_all.deb;; esac',
+        "dpkg-deb": "mkdir files; touch files/inside",
+    }
+    for name, program in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{program.format(log=tmp_path / 'log')}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    versions = {"dict-foldoc": "1:2-3"}
+    for snapshot in (False, True):
+        cache = tmp_path / f"cache-{snapshot}"
+        cache.mkdir()
+        for _ in range(2):  # the second time from the cache
+            folder = corpus.Packages(cache, versions, snapshot).folder("dict-foldoc")
+            assert [file.name for file in folder.iterdir()] == ["inside"]
+    plain, update, download = (tmp_path / "log").read_text().splitlines()
+    assert plain.endswith("-o APT::Architectures=amd64 download dict-foldoc=1:2-3")
+    assert update.endswith(" update")
+    assert download.endswith(" download dict-foldoc=1:2-3")
+    place = tmp_path / "cache-True" / "snapshot"
+    for line in (update, download):
+        assert (
+            f"Dir::Etc::sourcelist={place}/sources.list -o Dir::Etc::sourceparts=- -o Dir::State::lists={place}" in line
+        )
+    assert (place / "sources.list").read_text().splitlines() == speedrun_text.SNAPSHOT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--speedrun", "--only", "prose"], "--speedrun: its text is of all categories and without the kernel"),
+        (["--snapshot"], "--snapshot: it is for the versions of --speedrun"),
+    ],
+)
+def test_options_of_the_speedrun_that_do_not_go_together(arguments: list[str], shown: str, tmp_path: Path) -> None:
+    assert shown in error_of(run("build_corpus.py", "out", *arguments, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []

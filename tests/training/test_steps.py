@@ -129,7 +129,7 @@ def test_gradients_are_averaged_over_all_targets_and_clipped(text: Path) -> None
 
 SPEEDS = {
     *("bytes_per_second", "patches_per_second", "model_flops_utilisation", "data_wait", "peak_memory_gib"),
-    "threads",
+    *("threads", "seconds", "patches_seen"),
 }
 
 

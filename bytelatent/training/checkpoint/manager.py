@@ -59,6 +59,7 @@ class TrainState:
     recent: list[float] = field(default_factory=list)  # losses of the last steps, nats per target
     schedule: Schedule = field(default_factory=Schedule)
     patches_seen: int = 0  # since the process started
+    all_patches: int | None = 0  # of `bytes_seen`; None: a checkpoint of an earlier version did not count them
     waited: float = 0.0  # seconds in which this rank waited for data, since the process started
     skipped: int = 0  # updates skipped in a row
     peeked: list[Batch] = field(default_factory=list)  # batches that were read and come next
@@ -180,6 +181,7 @@ class CheckpointManager:
         progress = {
             "step": state.step,
             "bytes_seen": state.bytes_seen,
+            "all_patches": state.all_patches,
             "seconds": state.seconds,
             "recent": list(state.recent),
             "schedule": state.schedule.state_dict(),
@@ -350,6 +352,7 @@ class CheckpointManager:
             files = sorted(folder / name for name in manifest_of(folder) if Path(name).parent.name == "ranks")
             self._load_position(files, state)
             state.bytes_seen, state.seconds = progress["bytes_seen"], progress["seconds"]
+            state.all_patches = progress.get("all_patches")
         state.step, state.recent = progress["step"], progress["recent"]
         if "schedule" not in progress:
             raise UserError(

@@ -1,0 +1,244 @@
+"""`blt study`: run what a plan asks for, here or on SLURM, and gather the rows.
+
+Rows that are there are never computed again. First comes what runs share, then the runs: on GPUs each in a process of
+its own, on a CPU one after the other in this one.
+"""
+
+import logging
+import shutil
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bytelatent.errors import Interrupted, UserError, nearest
+from bytelatent.files import Locked, only_writer, whole_file
+from bytelatent.study.cost import PlannedRun
+from bytelatent.study.plan import Draft, StudyPlan, load_plan
+from bytelatent.study.processes import JobPool
+from bytelatent.study.results import StudyRow, read_row, row_path
+from bytelatent.study.shared import Shared
+from bytelatent.study.slurm_jobs import submit_job
+from bytelatent.study.worker import ALL_PARTS, PLAN, TRIALS, StudyJob, perform
+
+LOGGER = logging.getLogger(__name__)
+
+LOGS = "logs"
+RESUMES = "the same command resumes"
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How a study is run.
+
+    Attributes:
+        only: names of families; empty for all.
+        trials: the plan's trials in place of its runs.
+        tuning_only: leave the held-out text alone.
+        discard_models: remove each model once its row is written.
+        gpus: numbers of the GPUs to use; none for the CPU.
+        slurm: settings of jobs, to submit them; None to run here.
+    """
+
+    folder: Path
+    only: Sequence[str] = ()
+    trials: bool = False
+    tuning_only: bool = False
+    discard_models: bool = False
+    gpus: Sequence[str] = ()
+    slurm: dict[str, str] | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the held-out text stays unread."""
+        return self.tuning_only or self.trials
+
+
+@dataclass
+class StudyOutcome:
+    """What a study has so far.
+
+    Attributes:
+        runs: all that are planned.
+        rows: of those that are finished, by name.
+        failures: by the name of a run, why it failed and where its log is.
+        submitted: what is in SLURM's queue, a line each.
+    """
+
+    runs: list[PlannedRun]
+    rows: dict[str, StudyRow]
+    failures: dict[str, str]
+    submitted: list[str]
+
+    def raise_failures(self) -> None:
+        """
+        Raises:
+            UserError: runs failed; each is named.
+        """
+        if self.failures:
+            listed = "; ".join(f"{name} ({why})" for name, why in self.failures.items())
+            raise UserError(f"{len(self.failures)} of {len(self.runs)} runs failed: {listed}; {RESUMES}")
+
+
+def planned_runs(path: Path, options: StudyOptions, writes: bool = False) -> tuple[Shared, list[PlannedRun]]:
+    """All runs with their costs, nothing of which has begun.
+
+    Args:
+        writes: the study's folder is locked by the caller, and may be written.
+
+    Raises:
+        UserError: the plan, or a run of it, cannot be run.
+    """
+    plan = load_plan(path)
+    sizes = _chosen(plan, options)
+    for name in dict.fromkeys(draft.entropy_model for draft in _all(sizes) if draft.entropy_model is not None):
+        plan.entropy_model_settings(options.folder, name)  # its errors before work
+    shared = Shared(plan, options.folder, writes)
+    shared.check_text(held_out=not options.is_closed)
+    return shared, [shared.planned(candidates) for candidates in sizes]
+
+
+def run_study(path: Path, options: StudyOptions) -> StudyOutcome:
+    """Run what is not finished yet.
+
+    Raises:
+        UserError: the plan or its text is bad, something that runs share cannot be made, or rows are of other settings.
+        Interrupted: Ctrl-C; what is there stays.
+    """
+    try:
+        with only_writer(options.folder):
+            return _run(path, options)
+    except Locked as error:
+        if error.path != options.folder:
+            raise
+        raise UserError(
+            f"'{options.folder}' is in use by another blt study; wait for it, or name another --out"
+        ) from None
+    except KeyboardInterrupt:
+        raise Interrupted(RESUMES) from None
+    except Interrupted:
+        raise Interrupted(RESUMES) from None
+
+
+def _run(path: Path, options: StudyOptions) -> StudyOutcome:
+    folder = options.folder
+    shared, runs = planned_runs(path, options, writes=True)
+    rows = {run.name: row for run in runs if (row := _row_of(run, options)) is not None}
+    outcome = StudyOutcome(runs, rows, {}, [])
+    todo = [run for run in runs if not _is_done(rows.get(run.name), options)]
+    LOGGER.info(f"{folder}: {len(runs)} runs, {len(runs) - len(todo)} of them finished")
+    if not todo:
+        return outcome
+    if not (folder / PLAN).exists() or not path.samefile(folder / PLAN):
+        with whole_file(folder / PLAN) as aside:
+            shutil.copyfile(path, aside)
+    sizes = [[run.draft, *(other.draft for other in run.others)] for run in todo]
+    if not _make_shared(shared, _all(sizes), options, outcome):
+        return outcome
+    final = [shared.planned(candidates, is_final=True) for candidates in sizes]
+    by_name = {run.name: run for run in final}
+    outcome.runs = [by_name.get(run.name, run) for run in runs]
+    jobs = [_job(options, run=run.name) for run in final]
+    if options.slurm is not None:
+        outcome.submitted = [submit_job(job, options.slurm) for job in jobs]
+    elif options.gpus:
+        outcome.failures = JobPool(folder / LOGS, options.gpus).run(jobs, by_name)
+    else:
+        outcome.failures = _one_after_the_other(jobs, by_name, folder)
+    rows = {run.name: row for run in outcome.runs if (row := _row_of(run, options)) is not None}
+    outcome.rows = rows
+    return outcome
+
+
+def _make_shared(shared: Shared, drafts: list[Draft], options: StudyOptions, outcome: StudyOutcome) -> bool:
+    """Make what the runs share and what is not there yet; False if a job of SLURM's does."""
+    missing = shared.missing(drafts)
+    if not missing:
+        return True
+    if options.slurm is not None:
+        outcome.submitted = [submit_job(_job(options, part=ALL_PARTS), options.slurm)]
+        return False
+    if not options.gpus:
+        for part in missing:
+            shared.make(part, drafts)
+        return True
+    pool = JobPool(shared.folder / LOGS, options.gpus)
+    for parts in (missing[:-1], missing[-1:]):  # measurements need all others
+        if failures := pool.run([_job(options, part=part) for part in parts], {}):
+            raise UserError(f"shared parts: {'; '.join(f'{name} ({why})' for name, why in failures.items())}")
+    return True
+
+
+def _one_after_the_other(jobs: list[StudyJob], runs: dict[str, PlannedRun], folder: Path) -> dict[str, str]:
+    """Run jobs in this process; why those that failed did."""
+    failures: dict[str, str] = {}
+    for number, job in enumerate(jobs, start=1):
+        run = runs[job.name]
+        LOGGER.info(f"run {number} of {len(jobs)}: {job.name}, {run.steps:,} steps, {run.training_flops:.3g} FLOPs")
+        try:
+            perform(job)
+        except Interrupted:
+            raise
+        except UserError as error:
+            failures[job.name] = f"{error}; log: {run.draft.settings.run}/train.log"
+        except Exception as error:
+            log = folder / LOGS / f"{job.name}.log"
+            with whole_file(log) as aside:
+                aside.write_text(traceback.format_exc(), encoding="utf-8")
+            failures[job.name] = f"{type(error).__name__}: {error}; log: {log}"
+        if job.name in failures:
+            LOGGER.warning(f"{job.name} failed: {failures[job.name]}")
+    return failures
+
+
+def _chosen(plan: StudyPlan, options: StudyOptions) -> list[list[Draft]]:
+    """The runs of the chosen families, or trials; of each the sizes from which one is picked."""
+    for name in options.only:
+        if name not in plan.families:
+            raise UserError(f"only: the plan has no family '{name}'{nearest(name, list(plan.families))}")
+    if options.trials and plan.trials is None:
+        raise UserError("trials: the plan has none; write them under trials:")
+    sizes = list(plan.drafts(options.folder, options.trials))
+    sizes = [candidates for candidates in sizes if not options.only or candidates[0].family in options.only]
+    if not sizes:
+        raise UserError(f"only: nothing is planned for {', '.join(options.only)}")
+    return sizes
+
+
+def _all(sizes: Sequence[Sequence[Draft]]) -> list[Draft]:
+    return [draft for candidates in sizes for draft in candidates]
+
+
+def _job(options: StudyOptions, run: str | None = None, part: str | None = None) -> StudyJob:
+    return StudyJob(
+        folder=str(options.folder.absolute()),
+        run=run,
+        part=part,
+        only=list(options.only),
+        trials=options.trials,
+        tuning_only=options.tuning_only,
+        discard_models=options.discard_models,
+    )
+
+
+def _is_done(row: StudyRow | None, options: StudyOptions) -> bool:
+    return row is not None and (options.is_closed or row.held_out is not None)
+
+
+def _row_of(run: PlannedRun, options: StudyOptions) -> StudyRow | None:
+    """The row of a run, if it is finished.
+
+    Raises:
+        UserError: it is of other settings than the plan's.
+    """
+    path = row_path(options.folder / TRIALS if options.trials else options.folder, run.name)
+    if not path.is_file():
+        return None
+    row = read_row(path)
+    changed = min((size.draft.differences(row.settings) for size in (run, *run.others)), key=len)
+    if changed:
+        raise UserError(
+            f"'{path}' is of other settings than the plan's ({changed[0]}); put the plan back, give the family another "
+            "name, or remove the row and the run's folder"
+        )
+    return row

@@ -1,0 +1,361 @@
+"""What the runs of a study share, made once and kept in its folder: tokenizers, entropy models, measurements of text.
+
+text.json              the size of the training text, and the state of all text
+tokenizers/8192.json   of each vocabulary
+entropy_models/NAME/   a training run of each
+measured/DIGEST.json   the mean patch or token, of each tokenizer or patching
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bytelatent.data import DataSettings, Loader, Patcher
+from bytelatent.device import choose_device, choose_dtype
+from bytelatent.errors import UserError
+from bytelatent.files import json_if_any, whole_file, write_whole_json
+from bytelatent.inference import FastEntropies
+from bytelatent.model import ModelSettings
+from bytelatent.progress import Progress
+from bytelatent.run_folder import read_metrics
+from bytelatent.study.cost import MeasuredText, PlannedRun, picked, run_cost
+from bytelatent.study.plan import Draft, StudyPlan, changed_settings
+from bytelatent.text import BadRows, find_files, read_documents
+from bytelatent.text.documents import TextError
+from bytelatent.text.tokenizer import Tokenizer, train_tokenizer
+from bytelatent.training import TrainSettings, train
+from bytelatent.training.calibration import calibrate_on
+from bytelatent.training.run_setup import list_text
+from bytelatent.vocab import BYTES, Vocabulary
+from bytelatent.weights import find_byte_lm, fingerprint, load_byte_lm
+
+LOGGER = logging.getLogger(__name__)
+
+TEXT = "text.json"
+TRAINED = "trained.json"  # in the folder of an entropy model that is ready
+FEWEST_BATCHES = 8  # that a measurement reads
+
+
+class Shared:
+    """The shared parts of a study.
+
+    Args:
+        folder: of the study.
+        writes: keep what is measured.
+    """
+
+    def __init__(self, plan: StudyPlan, folder: Path, writes: bool = True):
+        self.plan, self.folder, self.writes = plan, folder, writes
+        self._measured: dict[str, MeasuredText] = {}
+        self._expected: dict[str, MeasuredText] = {}
+        self._stand_ins: dict[str, Tokenizer] = {}
+
+    # The text
+
+    def check_text(self, held_out: bool = True) -> None:
+        """
+        Args:
+            held_out: also of the text that results are of, which choices must not touch.
+
+        Raises:
+            UserError: text is not there, or is not what the study began with.
+        """
+        for key in ("train", "tuning", *(["held_out"] if held_out else [])):
+            for path in getattr(self.plan.text, key):
+                try:
+                    find_files(path)
+                except TextError as error:
+                    raise UserError(f"text.{key}: {error.line}") from None
+        before = json_if_any(self.folder / TEXT) or {}
+        now = {key: self._state(key) for key in ("train", "tuning", *(["held_out"] if held_out else []))}
+        for key, state in now.items():
+            if before.get(key) not in (None, state):
+                raise UserError(
+                    f"text.{key}: it is not the text that the study in '{self.folder}' began with; put that back, or "
+                    "name another folder: --out"
+                )
+        if self.writes and before.keys() - {"train_bytes"} != now.keys():
+            write_whole_json(self.folder / TEXT, {**before, **now, "train_bytes": self.train_bytes}, indent=1)
+
+    def _state(self, key: str) -> str:
+        listed = list_text(DataSettings.parse({"train": getattr(self.plan.text, key)}))
+        states = [[file.size, file.digest or file.changed] for file in listed.values()]
+        return hashlib.blake2b(json.dumps(states).encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def train_bytes(self) -> int:
+        """The size of the training text."""
+        known = (json_if_any(self.folder / TEXT) or {}).get("train_bytes")
+        return known or sum(len(text) for text in self._documents("counting the training text"))
+
+    def _documents(self, what: str, max_bytes: int | None = None) -> Iterator[bytes]:
+        text, num_bytes = self.plan.text, 0
+        files = [file for path in text.train for file in find_files(path)]
+        bad = BadRows(text.max_bad_rows)
+        size = sum(os.path.getsize(file) for file in files if os.path.isfile(file)) or None
+        total = size if max_bytes is None else min(max_bytes, size or max_bytes)
+        with Progress(what, total, about=True) as progress:
+            for file in files:
+                found = read_documents(
+                    file, text.text_key, bad_rows=bad, stored=False, max_row_bytes=text.max_row_bytes
+                )
+                for _, document in found:
+                    yield document.text if max_bytes is None else document.text[: max_bytes - num_bytes]
+                    num_bytes += len(document.text)
+                    progress.advance(len(document.text))
+                    if max_bytes is not None and num_bytes >= max_bytes:
+                        return
+        if not num_bytes:
+            raise UserError(f"text.train: {', '.join(map(repr, text.train))} holds no text")
+
+    # Tokenizers and entropy models
+
+    def make_tokenizer(self, path: Path) -> None:
+        """Train a tokenizer, if it is not there; its file is named by its vocabulary."""
+        if path.is_file():
+            return
+        LOGGER.info(f"tokenizer of {int(path.stem):,} ids")
+        documents = self._documents(f"tokenizer of {int(path.stem):,} ids", self.plan.text.tokenizer_bytes)
+        text = train_tokenizer(documents, int(path.stem))
+        with whole_file(path) as aside:
+            aside.write_text(text, encoding="utf-8")
+
+    def make_entropy_model(self, name: str) -> None:
+        """Train an entropy model, if it is not there."""
+        settings = self._entropy_model_settings(name)
+        if settings is None or self.has_entropy_model(name):
+            return
+        LOGGER.info(f"entropy model '{name}'")
+        run = train(settings)
+        flops = self._flops_of(settings, run)
+        write_whole_json(run / TRAINED, {"training_flops": flops, "settings": settings.shown()}, indent=1)
+
+    def has_entropy_model(self, name: str) -> bool:
+        """
+        Raises:
+            UserError: it was trained with other settings than the plan's.
+        """
+        settings = self._entropy_model_settings(name)
+        if settings is None:
+            find_byte_lm(self.plan.entropy_model_folder(self.folder, name), False, f"entropy_models.{name}")
+            return True
+        known = json_if_any(Path(settings.run) / TRAINED)
+        if known is None:
+            return False
+        changed = [*changed_settings(known["settings"], settings.shown()), *_other_steps(known["settings"], settings)]
+        if changed:
+            raise UserError(
+                f"entropy_models.{name}: '{settings.run}' was trained otherwise ({changed[0]}); put it back, give it "
+                "another name, or name another folder: --out"
+            )
+        return True
+
+    def entropy_model_flops(self, name: str | None) -> float | None:
+        """What training an entropy model cost; 0 without one, None where that is not known."""
+        if name is None:
+            return 0.0
+        settings = self._entropy_model_settings(name)
+        if settings is not None:
+            return (json_if_any(Path(settings.run) / TRAINED) or {}).get("training_flops")
+        known = json_if_any(self.plan.entropy_model_folder(self.folder, name) / TRAINED)
+        return None if known is None else known.get("training_flops")
+
+    def _entropy_model_settings(self, name: str) -> TrainSettings | None:
+        return self.plan.entropy_model_settings(self.folder, name)
+
+    def _flops_of(self, settings: TrainSettings, run: Path) -> float:
+        measured = self._measure_batches(settings.data, None)
+        cost = run_cost(settings.model, 1.0, measured.context_bytes)
+        rows = [row for row in read_metrics(run / "metrics.jsonl") if "bits_per_byte" in row]
+        return cost.flops_per_byte * rows[-1]["bytes_seen"]
+
+    def entropy_model_shape(self, name: str | None) -> ModelSettings | None:
+        if name is None:
+            return None
+        settings = self._entropy_model_settings(name)
+        if settings is not None:
+            return settings.model
+        folder = self.plan.entropy_model_folder(self.folder, name)
+        return find_byte_lm(folder, False, f"entropy_models.{name}")[0].config.model
+
+    # Measurements
+
+    def measured(self, draft: Draft) -> MeasuredText:
+        """What batches hold, by measurement with all that the run needs, which must be there; kept once made."""
+        key = self._key(draft)
+        path = self.folder / "measured" / f"{key}.json"
+        if key not in self._measured:
+            known = json_if_any(path)
+            if known is None:
+                self._measured[key] = self._measure(draft)
+                if self.writes:
+                    write_whole_json(path, self._measured[key].plain(), indent=1)
+            else:
+                self._measured[key] = MeasuredText.parse(known, str(path))
+        return self._measured[key]
+
+    def expected(self, draft: Draft) -> MeasuredText:
+        """The same, where what is needed may not be there yet; then something takes its place."""
+        settings, key = draft.settings, self._key(draft)
+        if key in self._measured or (self.folder / "measured" / f"{key}.json").is_file():
+            return self.measured(draft)
+        if key not in self._expected:
+            wanted = settings.calibration.patch_bytes if settings.calibration is not None else None
+            wanted = wanted or (settings.data.patch_bytes if "data.patch_bytes" in draft.given else None)
+            if draft.entropy_model is not None and wanted is not None:
+                data = settings.data.model_copy(update={"batch_patches": None, "patch_bytes": None})
+                batches = self._measure_batches(data, None)
+                self._expected[key] = batches.model_copy(update={"unit_bytes": wanted, "is_expected": True})
+            elif settings.data.tokenizer is not None and not Path(settings.data.tokenizer).is_file():
+                tokenizer = self._stand_in(settings.data.tokenizer)
+                self._expected[key] = self._measure_tokens(draft, tokenizer, is_expected=True)
+            else:
+                self._must_have(draft)
+                return self.measured(draft)
+        return self._expected[key]
+
+    def _must_have(self, draft: Draft) -> None:
+        if draft.entropy_model is not None and not self.has_entropy_model(draft.entropy_model):
+            raise UserError(
+                f"{draft.where}: the mean patch is not known before the entropy model is trained; give "
+                "calibration.patch_bytes, or the size that is expected: data.patch_bytes"
+            )
+
+    def _key(self, draft: Draft) -> str:
+        """Of all that decides what batches hold, wherever the folder is."""
+        settings, text = draft.settings, self.plan.text
+        data = settings.data.plain()
+        for name in ("valid", "workers", "allow_changed"):
+            data.pop(name)
+        data["tokenizer"] = data["tokenizer"] and Path(data["tokenizer"]).name
+        entropy_model = None
+        if draft.entropy_model is not None:
+            own = self._entropy_model_settings(draft.entropy_model)
+            entropy_model = draft.entropy_model if own is None else {**own.plain(), "run": None}
+        given = [settings.patching, settings.calibration]
+        parts = [data, *(part and part.plain() for part in given), entropy_model, text.measured_bytes]
+        parts += [settings.dtype, (json_if_any(self.folder / TEXT) or {}).get("train")]
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def _measure(self, draft: Draft) -> MeasuredText:
+        settings = draft.settings
+        if settings.data.tokenizer is not None:
+            return self._measure_tokens(draft, Tokenizer.read(settings.data.tokenizer))
+        if settings.patching is None:
+            return self._measure_batches(settings.data, None)
+        device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, device)
+        byte_lm = threshold = mark = None
+        patching = settings.patching
+        if settings.entropy_model is not None:
+            byte_lm = load_byte_lm(settings.entropy_model, setting="entropy_model")
+            mark = fingerprint(byte_lm)
+            byte_lm = byte_lm.to(device)
+        if settings.calibration is not None:
+            found = calibrate_on(byte_lm, settings.data, settings.calibration, patching, device, dtype)
+            threshold = found.threshold
+            patching = patching.model_copy(update={"threshold": threshold})
+        patcher = Patcher(patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
+        data, patch_bytes = settings.data, None
+        if data.patch_bytes is not None and "data.patch_bytes" not in draft.given:
+            data = data.model_copy(update={"patch_bytes": None})
+            patch_bytes = round(self._measure_batches(data, patcher).unit_bytes, 3)
+            data = data.model_copy(update={"patch_bytes": patch_bytes})
+        measured = self._measure_batches(data, patcher)
+        return measured.model_copy(update={"threshold": threshold, "patch_bytes": patch_bytes})
+
+    def _measure_tokens(self, draft: Draft, tokenizer: Tokenizer, is_expected: bool = False) -> MeasuredText:
+        """So that batches hold as many bytes as those of other families, `data.patch_bytes` is the mean token."""
+        data, patch_bytes = draft.settings.data, None
+        if data.patch_bytes is None:
+            patch_bytes = round(self._measure_batches(data, None, tokenizer).unit_bytes, 3)
+            data = data.model_copy(update={"patch_bytes": patch_bytes})
+        measured = self._measure_batches(data, None, tokenizer)
+        return measured.model_copy(update={"patch_bytes": patch_bytes, "is_expected": is_expected})
+
+    def _measure_batches(
+        self, data: DataSettings, patcher: Patcher | None, vocabulary: Vocabulary = BYTES
+    ) -> MeasuredText:
+        """Read batches as training does, and count."""
+        num_bytes = num_units = num_targets = num_batches = 0
+        positions = 0.0
+        wanted = min(self.plan.text.measured_bytes, self.train_bytes)
+        with Loader(data.model_copy(update={"workers": 0}), 0, patcher, vocabulary=vocabulary) as loader:
+            while num_bytes < wanted or num_batches < FEWEST_BATCHES:
+                batch = next(loader)
+                own = batch.stream.document.numpy() >= 0  # not padding
+                positions += float(batch.stream.position.numpy()[own].sum(dtype=np.float64))
+                num_bytes += batch.num_bytes
+                num_units += batch.num_patches
+                num_targets += batch.num_targets
+                num_batches += 1
+        context_ids = 2 * positions / num_targets + 1  # whose mean position is the same
+        return MeasuredText(
+            unit_bytes=max(num_bytes / num_units, 1.0) if num_units else 1.0,
+            batch_bytes=num_bytes / num_batches,
+            context_bytes=max(context_ids * num_bytes / num_targets, 1.0),
+            text_bytes=num_bytes,
+        )
+
+    def _stand_in(self, path: str) -> Tokenizer:
+        """A tokenizer of as many ids, of less text."""
+        if path not in self._stand_ins:
+            documents = self._documents(f"expecting {Path(path).stem} ids", self.plan.text.measured_bytes)
+            self._stand_ins[path] = Tokenizer(train_tokenizer(documents, int(Path(path).stem)))
+        return self._stand_ins[path]
+
+    # Runs
+
+    def planned(self, sizes: Sequence[Draft], is_final: bool = False) -> PlannedRun:
+        """A run with its cost.
+
+        Args:
+            sizes: from which one is picked.
+            is_final: all that it needs is there.
+
+        Raises:
+            UserError: it cannot be run as planned.
+        """
+        runs = []
+        for draft in sizes:
+            measured = self.measured(draft) if is_final else self.expected(draft)
+            shape = self.entropy_model_shape(draft.entropy_model)
+            cost = run_cost(draft.settings.model, measured.unit_bytes, measured.context_bytes, shape)
+            runs.append(PlannedRun(draft, measured, cost, self.train_bytes, self.plan.warmup_share))
+        return picked(self.plan, runs)
+
+    def missing(self, drafts: Sequence[Draft]) -> list[str]:
+        """The shared parts that these runs need and that are not there yet, as `make` takes them."""
+        vocabularies = {d.settings.data.tokenizer for d in drafts if d.settings.data.tokenizer is not None}
+        models = {d.entropy_model for d in drafts if d.entropy_model is not None}
+        found = [f"tokenizer {Path(path).stem}" for path in sorted(vocabularies) if not Path(path).is_file()]
+        found += [f"entropy_model {name}" for name in sorted(models) if not self.has_entropy_model(name)]
+        is_known = all((self.folder / "measured" / f"{self._key(draft)}.json").is_file() for draft in drafts)
+        return found if is_known and not found else [*found, "measurements"]
+
+    def make(self, part: str, drafts: Sequence[Draft]) -> None:
+        """Make a part of those that `missing` names."""
+        kind, _, name = part.partition(" ")
+        if kind == "tokenizer":
+            self.make_tokenizer(self.folder / "tokenizers" / f"{name}.json")
+        elif kind == "entropy_model":
+            self.make_entropy_model(name)
+        else:
+            for draft in drafts:
+                self.measured(draft)
+
+
+def _other_steps(then: dict[str, Any], now: TrainSettings) -> list[str]:
+    """How the end of a training differs, which otherwise may."""
+    return [
+        f"{name} is {getattr(now, name)} in the plan, and was {then.get(name)}"
+        for name in ("steps", "minutes")
+        if then.get(name) != getattr(now, name)
+    ]
