@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.kernels.hash_embed import coalesced
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
 from bytelatent.training.gradients import clip
-from bytelatent.training.optimizer import SparseRowsAdamW
+from bytelatent.training.sparse_rows import SparseRowsAdamW
 from bytelatent.vocab import OFFSET
 
 DIM = 1024
-PATCHING: dict[str, Any] = {"lr": 4e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
+PATCHING: dict[str, Any] = {"lr": 4e-4, "betas": (0.9, 0.95)}
 
 
 def python_source(num_bytes: int) -> Tensor:
@@ -41,8 +40,10 @@ def random_bytes(num_bytes: int) -> Tensor:
 
 def optimizer_of(model: NgramHashEmbedding) -> torch.optim.Optimizer:
     if model.tables.sparse:
-        return SparseRowsAdamW(model.parameters(), **PATCHING)
-    return torch.optim.AdamW(model.parameters(), fused=True, **PATCHING)
+        optimizer = SparseRowsAdamW(model.parameters(), **PATCHING)
+        optimizer.before_lookups(model)
+        return optimizer
+    return torch.optim.AdamW(model.parameters(), fused=model.tables.weight.is_cuda, weight_decay=0.0, **PATCHING)
 
 
 def check() -> None:
@@ -120,7 +121,7 @@ def time_step(ids: Tensor, rows: int, sparse: bool, text: str) -> None:
     }
     taken = time_parts(parts)
     model(ids, history).backward(grads)
-    seen = f"{coalesced(gradient_of(model))._nnz():,} rows seen, " if sparse else ""
+    seen = f"{gradient_of(model)._indices().unique().numel():,} rows seen, " if sparse else ""
     each = ", ".join(f"{name} {milliseconds:.2f}" for name, milliseconds in taken.items())
     print(
         f"{len(ids):,} bytes of {text}, {'rows' if sparse else 'dense'}: {sum(taken.values()):.2f} ms ({each}), "

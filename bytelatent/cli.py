@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
-from bytelatent.commands import eval_options, import_uncollected, options, study_options
+from bytelatent.commands import eval_options, import_uncollected, options, plot_options, study_options
 from bytelatent.config import Option, Settings, union_members, warn_renamed
 from bytelatent.errors import BAD_INPUT, UserError, guarded, nearest
 from bytelatent.prepare import PrepareSettings
@@ -39,6 +39,12 @@ VERBS: dict[str, type[Settings]] = {
     "info": options.InfoSettings,
     "study": study_options.StudySettings,
     "speedrun": study_options.SpeedrunSettings,
+}
+PLOTS: dict[str, type[Settings]] = {  # of `blt plot`
+    "entropies": plot_options.PlotEntropiesSettings,
+    "patches": plot_options.PlotPatchesSettings,
+    "runs": plot_options.PlotRunsSettings,
+    "study": plot_options.PlotStudySettings,
 }
 SECTION = "Attributes:"  # of a docstring
 FIELD = re.compile(r"(\w+): (.*)")
@@ -67,6 +73,11 @@ app = typer.Typer(
 )
 bench = typer.Typer(
     cls=Verbs, help="Measure this machine.\n\nExample:  `blt bench train demo-blt`", no_args_is_help=True
+)
+plot = typer.Typer(
+    cls=Verbs,
+    help='Draw figures of models and runs.\n\nExample:  `blt plot entropies runs/demo "Daenerys Targaryen"`',
+    no_args_is_help=True,
 )
 
 
@@ -196,6 +207,9 @@ for name, model in VERBS.items():
     app.command(name)(verb_of(model, name))
 bench.command("train")(verb_of(options.BenchTrainSettings, "bench"))
 app.add_typer(bench, name="bench")
+for name, model in PLOTS.items():
+    plot.command(name)(verb_of(model, "plot"))
+app.add_typer(plot, name="plot")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -125,17 +125,15 @@ class ConfigsSettings(Settings):
 class RunsSettings(JsonSettings):
     """Compare training runs, finished or not: bits per byte, speed, time, and the settings that differ.
 
-    Example:  `blt runs runs/demo runs/mine --figure curves.svg`
+    Example:  `blt runs runs/demo runs/mine`
+
+    Their curves:  `blt plot runs runs/demo runs/mine`
 
     Attributes:
         folders: folders of runs, or folders that hold them.
-        figure: draw bits per byte of training and held-out text: a .png, .svg or .pdf file.
-        against: horizontal axis of the figure: bytes or flops.
     """
 
     folders: Annotated[list[Path], ARGUMENT]
-    figure: Path | None = None
-    against: Literal["bytes", "flops"] = "bytes"
 
 
 class LaunchArguments(LaunchSettings):

@@ -26,8 +26,9 @@ LOGGER = logging.getLogger(__name__)
 
 
 def run(settings: PatchesSettings) -> None:
-    text = _standard_input() if settings.text is None else settings.text
-    modes = PatchingModes(settings.model, settings.context, settings.threshold)
+    text = standard_input() if settings.text is None else settings.text
+    without_model = " -- or take modes that need no model: --mode space,static:4"
+    modes = PatchingModes(settings.model, settings.context, settings.threshold, without_model)
     patched = modes.patched([name.strip() for name in settings.mode.split(",")], text)
     if settings.as_json:
         print_json({name: [vars(patch) for patch in patches] for name, patches in patched.items()})
@@ -40,7 +41,7 @@ def run(settings: PatchesSettings) -> None:
             console.print(patched_text(name, patches, settings.entropies))
 
 
-def _standard_input() -> bytes:
+def standard_input() -> bytes:
     if sys.stdin.isatty():
         raise UserError("no text: give it as an argument, or pipe it in")
     return sys.stdin.buffer.read()
@@ -52,15 +53,16 @@ class PatchingModes:
     Args:
         source: where the model is, a BLT or a byte LM; read only when a mode needs it.
         context: ids that are read at once, without those before them; None: the whole text, as the model uses it.
+        else_take: the way out where there is no such model.
 
     Attributes:
-        thresholds: of the entropy modes, by their names.
+        thresholds: of the entropy modes that compare an entropy itself with one, by their names.
     """
 
-    def __init__(self, source: str, context: int | None = None, threshold: float | None = None):
+    def __init__(self, source: str, context: int | None = None, threshold: float | None = None, else_take: str = ""):
         if context is not None and context < 1:
             raise UserError(f"context: {context} is too small; it takes the number of ids read at once, 1 or more")
-        self.source, self.context, self.threshold = source, context, threshold
+        self.source, self.context, self.threshold, self.else_take = source, context, threshold, else_take
         self.thresholds: dict[str, float] = {}
 
     @cached_property
@@ -72,7 +74,7 @@ class PatchingModes:
                 return byte_lm
             return BLT.from_pretrained(self.source)
         except UserError as error:
-            raise UserError(f"{error} -- or take modes that need no model: --mode space,static:4") from None
+            raise UserError(f"{error}{self.else_take}") from None
 
     def patched(self, names: Sequence[str], text: str | bytes) -> dict[str, list[Patch]]:
         """The patches of a text in each mode, by the name of the mode that is shown.
@@ -86,7 +88,9 @@ class PatchingModes:
             byte_lm = None
             if patching.needs_entropies:
                 assert patching.threshold is not None
-                byte_lm, self.thresholds[shown] = self._byte_lm(), patching.threshold
+                byte_lm = self._byte_lm()
+                if not patching.monotonicity:
+                    self.thresholds[shown] = patching.threshold
             patcher = Patcher(patching, byte_lm, entropies_of=partial(entropies_of, byte_lm) if byte_lm else None)
             found[shown] = patches_of(data, patcher, self.context)
         return found

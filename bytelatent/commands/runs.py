@@ -2,14 +2,12 @@
 
 from bytelatent.commands.options import RunsSettings
 from bytelatent.log import Console
-from bytelatent.report import compare_runs, write_runs_figure
+from bytelatent.report import compare_runs
 from bytelatent.terminal import print_json
 
 
 def run(settings: RunsSettings) -> None:
     comparison = compare_runs(settings.folders)
-    if settings.figure is not None:
-        write_runs_figure(settings.figure, comparison.runs, settings.against)
     if settings.as_json:
         print_json(comparison.plain())
     else:

@@ -7,6 +7,8 @@ import torch
 
 from bytelatent.commands.study_options import StudySettings
 from bytelatent.errors import UserError
+from bytelatent.study import read_rows
+from bytelatent.study.page import write_study
 from bytelatent.study.processes import gpu_names
 from bytelatent.study.run import StudyOptions, StudyOutcome, planned_runs, run_study
 from bytelatent.study.tables import plan_table, plan_values, results_table, trials_table
@@ -47,6 +49,8 @@ def _show(outcome: StudyOutcome, options: StudyOptions, as_json: bool) -> None:
         print_line(trials_table([(names[row.name], row) for row in rows]))
     elif rows:
         print_line(results_table(rows))
+    if any(row.held_out is not None for row in rows):
+        LOGGER.info(f"the page: {write_study(read_rows([options.folder]), options.folder)[0]}")
 
 
 def _gpus(settings: StudySettings) -> list[str]:

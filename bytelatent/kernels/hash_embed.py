@@ -1,12 +1,13 @@
 # pyright: reportInvalidTypeForm=false
-"""Embeddings of byte n-grams: their hashes and the sum of their rows in one kernel; gradients, and AdamW on some rows.
+"""Embeddings of byte n-grams: their hashes and the sum of their rows in one kernel; gradients.
 
 The hash of an n-gram x_0 .. x_{n-1} is (sum_j x_j * p^j mod 2^64, as a signed number) mod V, for a prime p.
 
 A batch looks up a few thousand of a table's millions of rows. So the gradient may be a sparse tensor of these, as that
-of torch's own embeddings, and the optimizer changes these only. For gradients, lookups are sorted by row, so that those
-of one row are adjacent and one program of the kernel adds them, always in the same order: no atomics, and the same sums
-from the same batch. No size depends on how many rows there are, so the host need not wait for the device.
+of torch's own embeddings, and the optimizer changes these only: see `row_adamw`. For gradients, lookups are sorted by
+row, so that those of one row are adjacent and one program of the kernel adds them, always in the same order: no
+atomics, and the same sums from the same batch. No size depends on how many rows there are, so the host need not wait
+for the device.
 
 Source: Pagnoni et al. 2024, section 3.2.1; the published hash functions.
 """
@@ -122,9 +123,27 @@ def hash_embed(
     if not uses_kernels(tables_NVD):
         given: dict[str, Any] = {"new": new, "out": out, "rows": rows, "run": run}
         return plain_hash_embed(tail_BL, history_T, powers_NW, tables_NVD, embedding_D, **given)
-    (num_tables, widest), (num_rows, dim), size, block = powers_NW.shape, tables_NVD.shape, len(history_T), 128
-    out = tables_NVD.new_empty(size, dim) if out is None else out
+    num_rows, dim = tables_NVD.shape
+    out = tables_NVD.new_empty(len(history_T), dim) if out is None else out
     check_contiguous(tail=tail_BL, history=history_T, tables=tables_NVD, embedding=embedding_D, out=out)
+    _launch_hashes(tail_BL, history_T, powers_NW, tables_NVD, embedding_D, out, rows, run, new, num_rows, dim)
+    return out
+
+
+def _launch_hashes(
+    tail_BL: Tensor,
+    history_T: Tensor,
+    powers_NW: Tensor,
+    tables_NVD: Tensor | None,
+    embedding_D: Tensor | None,
+    out: Tensor | None,
+    rows: Tensor | None,
+    run: Tensor | None,
+    new: int,
+    num_rows: int,
+    dim: int,
+) -> None:
+    (num_tables, widest), size, block = powers_NW.shape, len(history_T), 128
     if size > 0:
         hash_embed_kernel[(size, -(-dim // block))](
             *(tail_BL, history_T, powers_NW, tables_NVD, embedding_D, out, rows, run, new, tail_BL.shape[1]),
@@ -138,7 +157,18 @@ def hash_embed(
             num_warps=1 if num_tables <= 8 else 4,
             **launch_options(),
         )
-    return out
+
+
+def ngram_rows(tail_BL: Tensor, history_T: Tensor, powers_NW: Tensor, num_rows: int, *, new: int = 1) -> Tensor:
+    """As `hash_rows`, for `num_rows` rows of all tables; on CUDA by the kernel of `hash_embed`."""
+    num_tables = powers_NW.shape[0]
+    if not uses_kernels(tail_BL):
+        return hash_rows(tail_BL, history_T, powers_NW, num_rows // num_tables, new)
+    rows_TN = powers_NW.new_empty(history_T.shape[0], num_tables)
+    _launch_hashes(
+        tail_BL.contiguous(), history_T.contiguous(), powers_NW, None, None, None, rows_TN, None, new, num_rows, 1
+    )
+    return rows_TN
 
 
 def ngram_sums(
@@ -215,105 +245,36 @@ def row_sums(rows_TN: Tensor, grads_TD: Tensor, num_rows: int) -> Tensor:
     """
     if not uses_kernels(rows_TN):
         return plain_row_sums(rows_TN, grads_TD, num_rows)
-    grads_TD, dim, block = grads_TD.contiguous(), grads_TD.shape[1], 128
-    sorted_M, order_M = rows_TN.flatten().sort(stable=True)
-    end_M = torch.searchsorted(sorted_M, sorted_M, right=True)  # of the lookups of the same row
-    sums_RD = grads_TD.new_zeros(num_rows, dim)
-    if sorted_M.numel() > 0:
-        row_sums_kernel[(sorted_M.shape[0], -(-dim // block))](
-            sorted_M, order_M, end_M, grads_TD, sums_RD, rows_TN.shape[1], D=dim, BLOCK=block, num_warps=1
-        )
+    sums_RD = grads_TD.new_zeros(num_rows, grads_TD.shape[1])
+    launch_row_sums(*rows_TN.flatten().sort(stable=True), grads_TD, sums_RD, rows_TN.shape[1])
     return sums_RD
+
+
+def launch_row_sums(
+    rows_M: Tensor, order_M: Tensor, grads_TD: Tensor, out: Tensor, num_tables: int = 1, at_rows: bool = True
+) -> None:
+    """Write each row's sum.
+
+    Args:
+        rows_M: the rows of the lookups, sorted.
+        order_M: where each lookup was before: state * `num_tables` + table.
+        out: [R, D], or with `at_rows` false [M, D]: a row's sum goes where its first lookup is.
+    """
+    end_M = torch.searchsorted(rows_M, rows_M, right=True)  # of the lookups of the same row
+    dim, block = grads_TD.shape[1], 128
+    if rows_M.numel() > 0:
+        row_sums_kernel[(rows_M.shape[0], -(-dim // block))](
+            *(rows_M, order_M, end_M, grads_TD.contiguous(), out, num_tables),
+            AT_ROWS=at_rows,
+            D=dim,
+            BLOCK=block,
+            num_warps=1,
+        )
 
 
 @row_sums.register_fake
 def _(rows_TN: Tensor, grads_TD: Tensor, num_rows: int) -> Tensor:
     return grads_TD.new_empty(num_rows, grads_TD.shape[1])
-
-
-def coalesced(gradient_RD: Tensor) -> Tensor:
-    """A sparse gradient of rows with each row once, sorted: torch's `coalesce`, summed by `row_sums`.
-
-    The host waits for the number of rows.
-    """
-    if gradient_RD.is_coalesced():
-        return gradient_RD
-    rows_U, place_M = gradient_RD._indices()[0].unique(return_inverse=True)
-    sums_UD = row_sums(place_M[:, None], gradient_RD._values(), rows_U.shape[0])
-    return torch.sparse_coo_tensor(rows_U[None], sums_UD, gradient_RD.shape, check_invariants=False, is_coalesced=True)
-
-
-def plain_row_adamw(
-    weight_RD: Tensor,
-    mean_RD: Tensor,
-    square_RD: Tensor,
-    rows_U: Tensor,
-    grads_UD: Tensor,
-    count_U: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    step_U, root_U = _bias_corrections(count_U, lr, betas, weight_RD.dtype)
-    mean_UD = torch.lerp(mean_RD[rows_U], grads_UD, 1 - betas[0])
-    square_UD = square_RD[rows_U] * betas[1] + grads_UD.square() * (1 - betas[1])
-    step_UD = step_U[:, None] * mean_UD / (square_UD.sqrt() / root_U[:, None] + eps)
-    weight_RD[rows_U] = weight_RD[rows_U] * (1 - lr * weight_decay) - step_UD
-    mean_RD[rows_U] = mean_UD
-    square_RD[rows_U] = square_UD
-
-
-def row_adamw(
-    weight_RD: Tensor,
-    mean_RD: Tensor,
-    square_RD: Tensor,
-    rows_U: Tensor,
-    grads_UD: Tensor,
-    count_U: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """Change rows of the weights and of both moments in place.
-
-    Args:
-        weight_RD, mean_RD, square_RD: the table and the moments of its gradient, contiguous; float32 on CUDA.
-        rows_U: int64, which rows; each one once.
-        grads_UD: their gradients, of the table's dtype.
-        count_U: which change of its row this is, 1 for the first one: the moments are corrected for their start at 0.
-    """
-    if not uses_kernels(weight_RD):
-        given: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        plain_row_adamw(weight_RD, mean_RD, square_RD, rows_U, grads_UD, count_U, **given)
-        return
-    step_U, root_U = _bias_corrections(count_U, lr, betas, weight_RD.dtype)
-    check_contiguous(weight=weight_RD, mean=mean_RD, square=square_RD, rows=rows_U, gradients=grads_UD)
-    tensors = weight_RD, mean_RD, square_RD, grads_UD
-    assert all(tensor.dtype == torch.float32 for tensor in tensors), "the kernel computes in float32"
-    dim, block = weight_RD.shape[1], min(power_of_two(weight_RD.shape[1]), 1024)
-    if grads_UD.numel() > 0:
-        row_adamw_kernel[(rows_U.shape[0], -(-dim // block))](
-            *(weight_RD, mean_RD, square_RD, rows_U, grads_UD, step_U, root_U),
-            *(1 - betas[0], betas[1], 1 - betas[1], eps, 1 - lr * weight_decay),
-            D=dim,
-            BLOCK=block,
-            num_warps=4 if block > 256 else 1,
-        )
-
-
-def _bias_corrections(
-    count_U: Tensor, lr: float, betas: tuple[float, float], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The learning rate over the correction of the mean, and the root of that of the square.
-
-    In float64, as 1 - beta^1 would lose digits; what the kernel is left with are two numbers per row.
-    """
-    count_U = count_U.double()
-    return (lr / (1 - betas[0] ** count_U)).to(dtype), (1 - betas[1] ** count_U).sqrt().to(dtype)
 
 
 # Kernels
@@ -342,6 +303,8 @@ def hash_embed_kernel(
     rows = table * V + tl.where(hashes < 0, hashes + V, hashes)
     if rows_ptr is not None and tl.program_id(1) == 0:
         tl.store(rows_ptr + t.to(tl.int64) * N + table, rows, mask=table < N)
+    if out_ptr is None:
+        return
     found = tl.load(
         tables_ptr + rows[:, None] * D + d[None, :], mask=(table < N)[:, None] & (d < D)[None, :], other=0.0
     )
@@ -353,7 +316,9 @@ def hash_embed_kernel(
 
 
 @triton.jit
-def row_sums_kernel(rows_ptr, order_ptr, end_ptr, grads_ptr, out_ptr, N, D: tl.constexpr, BLOCK: tl.constexpr):
+def row_sums_kernel(
+    rows_ptr, order_ptr, end_ptr, grads_ptr, out_ptr, N, AT_ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
     """The program of a row's first lookup adds the gradients of all; each lookup's number is state * N + table."""
     begin = tl.program_id(0)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -364,7 +329,8 @@ def row_sums_kernel(rows_ptr, order_ptr, end_ptr, grads_ptr, out_ptr, N, D: tl.c
     x = add_lookups(begin, end, order_ptr, grads_ptr, d, N, D, FEW)
     for first in range(begin + FEW, end, MANY):
         x += add_lookups(first, end, order_ptr, grads_ptr, d, N, D, MANY)
-    tl.store(out_ptr + row * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
+    place = row if AT_ROWS else begin.to(tl.int64)
+    tl.store(out_ptr + place * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -375,26 +341,3 @@ def add_lookups(first, end, order_ptr, grads_ptr, d, N, D: tl.constexpr, COUNT: 
     inside = (place < end)[:, None] & (d < D)[None, :]
     grads = tl.load(grads_ptr + state[:, None] * D + d[None, :], mask=inside, other=0.0)
     return tl.sum(grads.to(tl.float32), 0)
-
-
-@triton.jit
-def row_adamw_kernel(
-    weight_ptr, mean_ptr, square_ptr, rows_ptr, grads_ptr, step_ptr, root_ptr,
-    rest1, beta2, rest2, eps, keep, D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    u = tl.program_id(0)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = d < D
-    place = tl.load(rows_ptr + u) * D + d
-    grad = tl.load(grads_ptr + u.to(tl.int64) * D + d, mask=inside, other=0.0)
-    mean = tl.load(mean_ptr + place, mask=inside, other=0.0)
-    square = tl.load(square_ptr + place, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + place, mask=inside, other=0.0)
-    mean += (grad - mean) * rest1
-    square = square * beta2 + grad * grad * rest2
-    # Rounded as plain PyTorch rounds: the quick root and quotient of a GPU differ in the last digits.
-    spread = tl.div_rn(tl.sqrt_rn(square), tl.load(root_ptr + u)) + eps
-    weight = weight * keep - tl.div_rn(tl.load(step_ptr + u) * mean, spread)
-    tl.store(mean_ptr + place, mean, mask=inside)
-    tl.store(square_ptr + place, square, mask=inside)
-    tl.store(weight_ptr + place, weight, mask=inside)

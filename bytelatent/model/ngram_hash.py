@@ -3,10 +3,12 @@
 Source: Pagnoni et al. 2024, section 3.2.1; the published hash functions.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from bytelatent.kernels.hash_embed import ngram_powers, ngram_sums
+from bytelatent.kernels.hash_embed import ngram_powers, ngram_rows, ngram_sums
 from bytelatent.model.settings import NgramHashSettings
 
 # Shapes: T ids in the stream, S tables (functions x sizes), W longest n-gram, D local width
@@ -31,6 +33,9 @@ class NgramHashEmbedding(nn.Module):
 
     The tables are without values until `init_weights` draws them.
 
+    Attributes:
+        before_lookup: is called with the rows that a stream looks up, [T, S], before they are read.
+
     `tables.sparse`: whether the tables' gradient is a sparse tensor of the rows looked up.
     """
 
@@ -39,6 +44,7 @@ class NgramHashEmbedding(nn.Module):
         self.settings = settings
         weight = torch.empty(settings.num_tables * settings.vocab_size, dim)
         self.tables = nn.EmbeddingBag.from_pretrained(weight, freeze=False, mode="sum")
+        self.before_lookup: Callable[[Tensor], None] | None = None
         self._powers: Tensor | None = None
 
     def powers(self, device: torch.device) -> Tensor:
@@ -54,7 +60,14 @@ class NgramHashEmbedding(nn.Module):
             ids: [T] int64.
             history: [T] how many ids before each one count; ids before them count as zero.
         """
+        if self.before_lookup is not None:
+            self.before_lookup(self.rows(ids, history))
         return self.sums(ids[None], history, new=ids.shape[0])
+
+    def rows(self, ids: Tensor, history: Tensor) -> Tensor:
+        """[T, S] the rows that `forward` looks up, numbered through all tables."""
+        weight = self.tables.weight
+        return ngram_rows(ids[None], history, self.powers(weight.device), weight.shape[0], new=ids.shape[0])
 
     def of_last(self, tail_TN: Tensor, position: Tensor) -> Tensor:
         """The sum for the last of N ids in a row, [T, D], `position` [T] ids after its document's start."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bytelatent.config import flat
 from bytelatent.files import whole_file
 from bytelatent.patching import Patch
-from bytelatent.report.figures import STRIP_HEIGHT, entropy_strip, loss_curves, patch_length_histogram
+from bytelatent.report.page_figures import STRIP_HEIGHT, entropy_strip, loss_curves, patch_length_histogram
 from bytelatent.report.text import (
     LOST,
     UNKNOWN,
@@ -94,7 +94,7 @@ def write_patches_page(
     """
     thresholds = thresholds or {}
     shown = [_page_text(name, patches, thresholds.get(name)) for name, patches in texts.items()]
-    _write(path, _environment().get_template("patches.html").render(title=title, texts=shown))
+    write_page(path, page_templates().get_template("patches.html").render(title=title, texts=shown))
 
 
 def write_report(path: str | Path, report: RunReport) -> None:
@@ -110,7 +110,7 @@ def write_report(path: str | Path, report: RunReport) -> None:
     samples = report.samples or ([("", sample)] if isinstance(sample, str) else [])
     shown = {"bits_per_byte", "undertrained", "sample", *TILES, *COLUMNS}
     facts = report.summary | {f"bytes_read.{name}": value for name, value in _numbers(report.summary, "bytes_read")}
-    page = _environment().get_template("report.html").render(
+    page = page_templates().get_template("report.html").render(
         title=report.title,
         tiles=[(show(facts[key]), label) for key, (label, show) in TILES.items() if finite(facts.get(key)) is not None],
         undertrained=report.summary.get("undertrained"),
@@ -126,7 +126,7 @@ def write_report(path: str | Path, report: RunReport) -> None:
         notes=report.notes,
         others=_others({key: value for key, value in report.summary.items() if key not in shown}),
     )  # fmt: skip
-    _write(path, page)
+    write_page(path, page)
 
 
 def _page_text(name: str, patches: Sequence[Patch], threshold: float | None) -> dict[str, Any]:
@@ -214,11 +214,12 @@ def _others(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 @cache
-def _environment() -> "Environment":
+def page_templates(*folders: Path) -> "Environment":
+    """The templates of pages, those of other folders included."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -229,6 +230,10 @@ def _environment() -> "Environment":
     return environment
 
 
-def _write(path: str | Path, page: str) -> None:
+def write_page(path: str | Path, page: str) -> None:
+    """
+    Raises:
+        UserError: the file cannot be written.
+    """
     with whole_file(path) as aside:
         aside.write_bytes(page.encode("utf-8", "backslashreplace"))

@@ -214,7 +214,7 @@ def _summary(name: str, folder: Path, rows: Sequence[Mapping[str, Any]], setting
         last_validation_bits_per_byte=validation[-1][0] if validation else None,
         bytes_per_second=median(rates) if rates else None,
         mean_patch_bytes=patch_bytes,
-        seconds=_seconds(rows),
+        seconds=max(seconds_spent(rows)[1], default=0.0) or None,
     )
 
 
@@ -233,8 +233,20 @@ def _costs(settings: dict[str, Any], kind: str, patch_bytes: float | None) -> tu
     return sum(part.num_parameters for part in parts), None if kind != "byte_lm" and patch_bytes is None else flops
 
 
-def _seconds(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Time spent in steps, from the bytes and the speed of each row."""
+def curve_points(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Bytes seen and the values of `key`, from the rows with both; a resumed run overwrites its earlier rows."""
+    points: dict[float, float] = {}
+    for row in rows:
+        bytes_seen, value = finite(row.get("bytes_seen")), finite(row.get(key))
+        if bytes_seen is not None and value is not None and value > 0:  # the axis is logarithmic
+            points[bytes_seen] = value
+    xs = sorted(points)
+    return xs, [points[x] for x in xs]
+
+
+def seconds_spent(rows: Iterable[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """Bytes seen and the time spent in steps until then, from the bytes and the speed of each row."""
+    spent: dict[float, float] = {}
     seconds, before = 0.0, 0.0
     for row in rows:
         rate, seen = finite(row.get("bytes_per_second")), finite(row.get("bytes_seen"))
@@ -243,7 +255,9 @@ def _seconds(rows: Iterable[Mapping[str, Any]]) -> float | None:
         if rate:
             seconds += max(seen - before, 0.0) / rate
         before = seen
-    return seconds or None
+        spent[seen] = seconds
+    xs = sorted(spent)
+    return xs, [spent[x] for x in xs]
 
 
 def _values(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:

@@ -25,6 +25,7 @@ LOST = "\ufffd"
 SHOWN = {"\n": "↵", "\t": "⇥", "\x7f": "␡", " ": " ", LOST: LOST}
 # Foreground and background are both set, so that patches look the same on dark and light terminals.
 PATCH_STYLES = (Style.parse("color(16) on color(117)"), Style.parse("color(16) on color(222)"))
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 BLOCKS, DIGITS = "▁▂▃▄▅▆▇█", "01234567"
 
 
@@ -55,6 +56,17 @@ def amount_of_bytes(value: object) -> str:
     return f"{known:.4g} TB"
 
 
+def amount_of_flops(value: object) -> str:
+    """`3.2×10¹⁶`, or a dash if it is not a finite number."""
+    known = finite(value)
+    if known is None:
+        return UNKNOWN
+    digits, power = f"{known:.1e}".split("e")
+    digits = digits.removesuffix(".0")
+    ten = f"10{str(int(power)).translate(SUPERSCRIPTS)}"
+    return ten if digits == "1" else f"{digits}×{ten}"
+
+
 def duration(value: object) -> str:
     """`42 s`, `3 min 20 s` or `2 h 5 min`, from seconds."""
     known = finite(value)
@@ -77,7 +89,8 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int
         num_texts: number of left-aligned columns at the left; the others are right-aligned.
     """
     lines = [[one_line(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(cell_len(line[at]) for line in lines) for at in range(len(header))]
+    narrowest = 3 if markdown else 0  # for the line of dashes
+    widths = [max(narrowest, *(cell_len(line[at]) for line in lines)) for at in range(len(header))]
 
     def padded(at: int, cell: str) -> str:
         space = " " * (widths[at] - cell_len(cell))

@@ -8,10 +8,11 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from bytelatent.config import flat
+from bytelatent.study.plan import FREE
 from bytelatent.study.results import StudyRow
 
 KINDS = ("token_lm", "byte_lm", "blt")  # the order of families
-OF_ONE_RUN = {"run", "name", "seed"}  # settings in which runs of one configuration differ
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class BestRun:
 
 
 @dataclass(frozen=True)
-class Family:
+class MeasuredFamily:
     """A family's best runs, by budget, smallest first."""
 
     name: str
@@ -87,29 +88,29 @@ def held_out_bits(row: StudyRow) -> float:
     return row.held_out.bits_per_byte
 
 
-def families(rows: Sequence[StudyRow]) -> list[Family]:
+def families(rows: Sequence[StudyRow]) -> list[MeasuredFamily]:
     """The families of a study, token LMs first, then by patch size; trials without held-out text are left out."""
     reported = [row for row in rows if row.held_out is not None]
     found = []
     for name in dict.fromkeys(row.family for row in reported):
         own = [row for row in reported if row.family == name]
         best = {budget: _best(row for row in own if row.budget == budget) for budget in sorted({r.budget for r in own})}
-        found.append(Family(name, own[0].label, own[0].kind, best))
+        found.append(MeasuredFamily(name, own[0].label, own[0].kind, best))
     return sorted(found, key=lambda it: (KINDS.index(it.kind), it.mode, _unit_bytes(it), it.name))
 
 
-def budgets(found: Iterable[Family]) -> list[float]:
+def budgets(found: Iterable[MeasuredFamily]) -> list[float]:
     return sorted({budget for family in found for budget in family.best})
 
 
-def best_of(found: Iterable[Family], kind: str, budget: float) -> Family | None:
+def best_of(found: Iterable[MeasuredFamily], kind: str, budget: float) -> MeasuredFamily | None:
     """The family of a kind that is best at a budget, by the text for tuning."""
     there = [family for family in found if family.kind == kind and budget in family.best]
     return min(there, key=lambda family: family.best[budget].tuning_bits_per_byte, default=None)
 
 
-def seed_noise(found: Iterable[Family]) -> SeedNoise | None:
-    """The noise at the smallest budget with several seeds; None if there is none."""
+def seed_noise(found: Iterable[MeasuredFamily]) -> SeedNoise | None:
+    """The noise at the smallest budget with several seeds; None without one."""
     several = [run for family in found for run in family.best.values() if len(run.rows) > 1]
     if not several:
         return None
@@ -133,18 +134,19 @@ def spread(runs: Iterable[BestRun], of: Any) -> tuple[float, int]:
 def _best(rows: Iterable[StudyRow]) -> BestRun:
     groups: dict[str, list[StudyRow]] = {}
     for row in sorted(rows, key=lambda row: (row.seed, row.name)):
-        groups.setdefault(json.dumps(_without_seed(row.settings), sort_keys=True, default=str), []).append(row)
+        groups.setdefault(_configuration(row), []).append(row)
     runs = [BestRun(tuple(group), len(groups)) for group in groups.values()]
     return min(runs, key=lambda run: run.tuning_bits_per_byte)
 
 
-def _without_seed(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _without_seed(value) for key, value in values.items() if key not in OF_ONE_RUN}
-    return [_without_seed(value) for value in values] if isinstance(values, list) else values
+def _configuration(row: StudyRow) -> str:
+    """What runs of one configuration share: all settings that change a result, but for the seed."""
+    derived = {"seed"} if row.settings.get("calibration") is None else {"seed", "patching.threshold"}
+    settings = {key: value for key, value in flat(row.settings).items() if not FREE.fullmatch(key)}
+    return json.dumps({key: settings[key] for key in sorted(settings.keys() - derived)}, default=str)
 
 
-def _unit_bytes(family: Family) -> float:
+def _unit_bytes(family: MeasuredFamily) -> float:
     return next(iter(family.best.values())).mean("mean_patch_bytes")
 
 

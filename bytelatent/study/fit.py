@@ -20,7 +20,7 @@ import numpy as np
 
 # Shapes: R replicates, N budgets, G points of a grid; laws are [R, 3], their columns E, A and alpha
 
-FEWEST_FOR_FLOOR = 5  # budgets for three parameters, so that two are left to see whether they fit
+FEWEST_FOR_LIMIT = 5  # budgets for three parameters, so that two are left to see whether they fit
 REPLICATES = 2000
 LEVEL = 95  # percent, of intervals
 FAR = 100.0  # crossings are sought up to this many times the largest budget
@@ -47,28 +47,40 @@ class Points:
 
 
 @dataclass(frozen=True)
+class FitNoise:
+    """The relative deviation of a run from its law, and its degrees of freedom."""
+
+    relative: float
+    degrees: int
+
+
+@dataclass(frozen=True)
 class PowerLaw:
     """A fitted law.
 
     Attributes:
-        floor, scale, exponent: E, A and alpha. E is 0 in the form without it.
+        limit, scale, exponent: E, A and alpha. E is 0 in the form without it.
         reference: C0, FLOPs.
+        has_limit: whether it is the form with E.
         form: which of the two forms it is, and why, in words.
+        noise: from which the replicates are drawn.
         replicates: the laws of the bootstrap, [R, 3]; None if there is nothing to estimate the noise from.
         largest_distance: of a point from the law, relative.
     """
 
-    floor: float
+    limit: float
     scale: float
     exponent: float
     reference: float
+    has_limit: bool
     form: str
+    noise: FitNoise
     replicates: Array | None
     largest_distance: float
 
     def __call__(self, flops: Any) -> Array:
         """Bits per byte at some FLOPs."""
-        return values_at(np.array([[self.floor, self.scale, self.exponent]]), flops, self.reference)[0]
+        return values_at(np.array([[self.limit, self.scale, self.exponent]]), flops, self.reference)[0]
 
     def band(self, flops: Any) -> tuple[Array, Array] | None:
         """The interval of the law at each of some FLOPs."""
@@ -82,16 +94,8 @@ class PowerLaw:
         return None if self.replicates is None else _interval(self.replicates[:, 2])
 
     @property
-    def floor_interval(self) -> Interval | None:
+    def limit_interval(self) -> Interval | None:
         return None if self.replicates is None else _interval(self.replicates[:, 0])
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The relative deviation of a run from its law, and its degrees of freedom."""
-
-    relative: float
-    degrees: int
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ class Overtaking:
 def values_at(laws: Array, flops: Any, reference: float) -> Array:
     """Bits per byte of some laws at some FLOPs, [R, G]."""
     logs = np.log(np.asarray(flops, dtype=float) / reference)
-    floor, scale, exponent = (laws[:, [column]] for column in range(3))
-    return floor + scale * np.exp(-exponent * logs)
+    limit, scale, exponent = (laws[:, [column]] for column in range(3))
+    return limit + scale * np.exp(-exponent * logs)
 
 
 def fit_power_laws(
@@ -170,35 +174,34 @@ def _fit(points: Points, reference: float, bits: Array | None = None) -> Array:
     x = np.log(np.asarray(points.flops, dtype=float) / reference)
     y = np.log(np.asarray(points.bits, dtype=float)[None] if bits is None else bits)
     weights = np.asarray(points.num_seeds, dtype=float) / sum(points.num_seeds)
-    return (_with_floor if _has_floor(points) else _without_floor)(x, y, weights)
+    return (_with_limit if _has_limit(points) else _without_limit)(x, y, weights)
 
 
-def _has_floor(points: Points) -> bool:
-    return len(set(points.flops)) >= FEWEST_FOR_FLOOR
+def _has_limit(points: Points) -> bool:
+    return len(set(points.flops)) >= FEWEST_FOR_LIMIT
 
 
 def _form(points: Points, law: Array) -> str:
     budgets = len(set(points.flops))
-    if not _has_floor(points):
-        return f"A C^-alpha: {budgets} budgets are too few to tell E from 0 ({FEWEST_FOR_FLOOR} are needed)"
-    floor = "" if law[0] > 1e-3 * law[1] else "; the best E is 0"
-    return f"E + A C^-alpha, with {budgets} budgets{floor}"
+    if not _has_limit(points):
+        return f"A (C/C₀)^-α, since {budgets} budgets are too few to know E ({FEWEST_FOR_LIMIT} are needed)"
+    return f"E + A (C/C₀)^-α, with {budgets} budgets{'' if law[0] > 1e-3 * law[1] else '; the best E is 0'}"
 
 
 def _noise(
     points: Mapping[str, Points], fits: Mapping[str, Array], reference: float, seeds: tuple[float, int]
-) -> Noise:
+) -> FitNoise:
     """Pool the differences between seeds and those of the points from their laws."""
     squares, degrees = seeds
     for name, own in points.items():
         distances = np.log(own.bits) - np.log(values_at(fits[name], own.flops, reference)[0])
         squares += float(np.sum(np.asarray(own.num_seeds) * distances**2))
-        degrees += max(len(own.bits) - (3 if _has_floor(own) else 2), 0)
-    return Noise(math.sqrt(squares / degrees) if degrees else 0.0, degrees)
+        degrees += max(len(own.bits) - (3 if _has_limit(own) else 2), 0)
+    return FitNoise(math.sqrt(squares / degrees) if degrees else 0.0, degrees)
 
 
 def _power_law(
-    points: Points, law: Array, reference: float, noise: Noise, replicates: int, random: np.random.Generator
+    points: Points, law: Array, reference: float, noise: FitNoise, replicates: int, random: np.random.Generator
 ) -> PowerLaw:
     expected, drawn = values_at(law, points.flops, reference), None
     if noise.degrees:
@@ -206,11 +209,12 @@ def _power_law(
         normal = random.standard_normal((replicates, len(points.bits)))
         drawn = _fit(points, reference, expected * np.exp(deviation * normal / np.sqrt(points.num_seeds)))
     distance = float(np.max(np.abs(np.asarray(points.bits) / expected - 1)))
-    floor, scale, exponent = map(float, law[0])
-    return PowerLaw(floor, scale, exponent, reference, _form(points, law[0]), drawn, distance)
+    limit, scale, exponent = map(float, law[0])
+    has_limit, form = _has_limit(points), _form(points, law[0])
+    return PowerLaw(limit, scale, exponent, reference, has_limit, form, noise, drawn, distance)
 
 
-def _without_floor(x: Array, y: Array, weights: Array) -> Array:
+def _without_limit(x: Array, y: Array, weights: Array) -> Array:
     """A straight line through logarithms."""
     centred = x - weights @ x
     slope = (y @ (weights * centred)) / (weights @ centred**2)
@@ -218,7 +222,7 @@ def _without_floor(x: Array, y: Array, weights: Array) -> Array:
     return np.stack([np.zeros_like(slope), scale, -slope], axis=1)
 
 
-def _with_floor(x: Array, y: Array, weights: Array) -> Array:
+def _with_limit(x: Array, y: Array, weights: Array) -> Array:
     """Three parameters, E and alpha not negative.
 
     L = A (ratio + exp(-alpha x)): log A is the weighted mean of what the rest leaves, so that two parameters, both

@@ -253,6 +253,8 @@ class StudyPlan(Settings):
             values["entropy_model"] = str(self.entropy_model_folder(folder, entropy_model))
         if (size := _vocab_size(values.get("model"))) is not None:
             values["data"]["tokenizer"] = str(folder / "tokenizers" / f"{size}.json")
+        elif values.get("cuda_graph") and values.get("patching") and not values["data"].get("batch_patches"):
+            values["data"].setdefault("patch_bytes", 1.0)  # any; a graph needs some, and the mean patch is measured
         settings = TrainSettings.parse(values, where)
         if settings.patching is not None and settings.patching.needs_entropies and entropy_model is None:
             raise UserError(f"{where}: patching by entropy needs entropy_model: one of the plan's entropy_models")

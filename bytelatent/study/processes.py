@@ -1,5 +1,6 @@
 """The jobs of a study on the GPUs of this machine: a process for each, as many at once as there are GPUs."""
 
+import json
 import logging
 import os
 import signal
@@ -84,7 +85,7 @@ class JobPool:
         return failures
 
     def _start(self, job: StudyJob, gpu: str) -> "subprocess.Popen[bytes]":
-        given = [f"{key}={value}" for key, value in job.plain().items() if value is not None]
+        given = [f"{key}={json.dumps(value)}" for key, value in job.plain().items() if value not in (None, [])]
         command = [sys.executable, "-m", "bytelatent.study.worker", *given]
         self.logs.mkdir(parents=True, exist_ok=True)
         with self._log(job).open("ab") as log:

@@ -214,6 +214,7 @@ def _job(options: StudyOptions, run: str | None = None, part: str | None = None)
         folder=str(options.folder.absolute()),
         run=run,
         part=part,
+        only=list(options.only),
         trials=options.trials,
         tuning_only=options.tuning_only,
         discard_models=options.discard_models,

@@ -54,6 +54,7 @@ class Shared:
     def __init__(self, plan: StudyPlan, folder: Path, writes: bool = True):
         self.plan, self.folder, self.writes = plan, folder, writes
         self._measured: dict[str, MeasuredText] = {}
+        self._expected: dict[str, MeasuredText] = {}
         self._stand_ins: dict[str, Tokenizer] = {}
 
     # The text
@@ -202,19 +203,23 @@ class Shared:
 
     def expected(self, draft: Draft) -> MeasuredText:
         """The same, where what is needed may not be there yet; then something takes its place."""
-        settings = draft.settings
-        known = (self.folder / "measured" / f"{self._key(draft)}.json").is_file()
-        if draft.entropy_model is not None and not known:
-            wanted = settings.calibration.patch_bytes if settings.calibration is not None else settings.data.patch_bytes
-            if wanted is None:
+        settings, key = draft.settings, self._key(draft)
+        if key in self._measured or (self.folder / "measured" / f"{key}.json").is_file():
+            return self.measured(draft)
+        if key not in self._expected:
+            wanted = settings.calibration.patch_bytes if settings.calibration is not None else None
+            wanted = wanted or (settings.data.patch_bytes if "data.patch_bytes" in draft.given else None)
+            if draft.entropy_model is not None and wanted is not None:
+                data = settings.data.model_copy(update={"batch_patches": None, "patch_bytes": None})
+                batches = self._measure_batches(data, None)
+                self._expected[key] = batches.model_copy(update={"unit_bytes": wanted, "is_expected": True})
+            elif settings.data.tokenizer is not None and not Path(settings.data.tokenizer).is_file():
+                tokenizer = self._stand_in(settings.data.tokenizer)
+                self._expected[key] = self._measure_tokens(draft, tokenizer, is_expected=True)
+            else:
                 self._must_have(draft)
                 return self.measured(draft)
-            data = settings.data.model_copy(update={"batch_patches": None, "patch_bytes": None})
-            batches = self._measure_batches(data, None)
-            return batches.model_copy(update={"unit_bytes": wanted, "is_expected": True})
-        if settings.data.tokenizer is not None and not known and not Path(settings.data.tokenizer).is_file():
-            return self._measure_tokens(draft, self._stand_in(settings.data.tokenizer), is_expected=True)
-        return self.measured(draft)
+        return self._expected[key]
 
     def _must_have(self, draft: Draft) -> None:
         if draft.entropy_model is not None and not self.has_entropy_model(draft.entropy_model):
@@ -236,7 +241,7 @@ class Shared:
             entropy_model = draft.entropy_model if own is None else {**own.plain(), "run": None}
         given = [settings.patching, settings.calibration]
         parts = [data, *(part and part.plain() for part in given), entropy_model, text.measured_bytes]
-        parts += [settings.cuda_graph, settings.dtype, (json_if_any(self.folder / TEXT) or {}).get("train")]
+        parts += [settings.dtype, (json_if_any(self.folder / TEXT) or {}).get("train")]
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def _measure(self, draft: Draft) -> MeasuredText:
@@ -259,7 +264,8 @@ class Shared:
             patching = patching.model_copy(update={"threshold": threshold})
         patcher = Patcher(patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
         data, patch_bytes = settings.data, None
-        if settings.cuda_graph and data.patch_slots is None:  # batches of one shape, as large as patches need
+        if data.patch_bytes is not None and "data.patch_bytes" not in draft.given:
+            data = data.model_copy(update={"patch_bytes": None})
             patch_bytes = round(self._measure_batches(data, patcher).unit_bytes, 3)
             data = data.model_copy(update={"patch_bytes": patch_bytes})
         measured = self._measure_batches(data, patcher)

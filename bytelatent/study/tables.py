@@ -23,8 +23,10 @@ def plan_table(runs: Sequence[PlannedRun]) -> str:
     header = ["family", "budget", "runs", "parameters", "hash tables", *COLUMNS, "all", "bytes per patch"]
     header += ["bytes", "epochs", "steps"]
     lines = []
-    for _, group in groupby(runs, key=lambda run: (run.draft.family, run.draft.variation, run.draft.budget)):
-        same = list(group)
+    groups: dict[tuple[str, str, float], list[PlannedRun]] = {}
+    for run in runs:
+        groups.setdefault((run.draft.family, run.draft.variation, run.draft.budget), []).append(run)
+    for same in groups.values():
         run, cost = same[0], same[0].cost
         flops = _grouped(cost.training_flops_per_byte)
         size = number(run.measured.unit_bytes)

@@ -4,6 +4,7 @@ A process of its own on a GPU, a job of SLURM's (`config=FILE` holds the same), 
 makes what runs share.
 """
 
+import gc
 import logging
 import os
 import shutil
@@ -16,10 +17,11 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
+from pydantic import Field
 
 from bytelatent.command_line import from_command_line
 from bytelatent.config import Settings
-from bytelatent.device import choose_device, device_name
+from bytelatent.device import choose_device, choose_dtype, device_name
 from bytelatent.errors import UserError
 from bytelatent.evaluation import Measured, ReadSettings, Texts, find_model, measure_texts
 from bytelatent.files import Locked
@@ -50,7 +52,8 @@ class StudyJob(Settings):
     Attributes:
         folder: of the study, which holds the plan.
         run: the name of a run or a trial.
-        part: instead of a run, a part that runs share, or `all` of them.
+        part: instead of a run, a part that runs share, or `all` of them;
+        only: families that these runs are of; empty for all.
         trials: of the trials.
         tuning_only: do not read the held-out text.
         discard_models: remove the model once the row is written.
@@ -59,6 +62,7 @@ class StudyJob(Settings):
     folder: str
     run: str | None = None
     part: str | None = None
+    only: list[str] = Field(default=[])
     trials: bool = False
     tuning_only: bool = False
     discard_models: bool = False
@@ -80,7 +84,7 @@ def perform(job: StudyJob) -> None:
     shared = Shared(plan, folder)
     sizes = list(plan.drafts(folder, job.trials))
     if job.run is None:
-        drafts = [draft for candidates in sizes for draft in candidates]
+        drafts = [draft for candidates in sizes for draft in candidates if draft.family in (job.only or plan.families)]
         for part in shared.missing(drafts) if job.part == ALL_PARTS else [str(job.part)]:
             when_free(lambda part=part: shared.make(part, drafts))
         return
@@ -95,6 +99,8 @@ def train_and_measure(run: PlannedRun, shared: Shared, job: StudyJob) -> StudyRo
     """Train, measure on the held-out texts, and write the row."""
     settings = run.settings
     place = when_free(lambda: train(settings))
+    gc.collect()
+    torch.cuda.empty_cache()  # what training held, for the measurement
     text = shared.plan.text
     tuning = evaluate(place, text.tuning, shared, settings)
     is_closed = job.tuning_only or job.trials
@@ -120,9 +126,12 @@ def when_free(call: Callable[[], Result]) -> Result:
 
 
 def evaluate(run: Path, paths: Sequence[str], shared: Shared, settings: TrainSettings) -> HeldOut:
-    """Exact bits per byte of a run's final model, in float32; of all documents and by category."""
-    text = shared.plan.text
-    found = find_model(str(run), None, ReadSettings(choose_device(settings.device)))
+    """Exact bits per byte of a run's final model, in the precision of its training; of all documents and by category.
+
+    In float32 a GPU takes tens of times as long.
+    """
+    text, device = shared.plan.text, choose_device(settings.device)
+    found = find_model(str(run), None, ReadSettings(device, choose_dtype(settings.dtype, device)))
     texts = Texts(
         list(paths), text.text_key, text.category, max_bad_rows=text.max_bad_rows, max_row_bytes=text.max_row_bytes
     )
@@ -153,6 +162,9 @@ def row_of(
     shown = settings.shown()
     if draft.settings.calibration is not None:  # the study did it
         shown["calibration"] = draft.settings.calibration.plain()
+    for group, key in ((shown, "run"), (shown, "entropy_model"), (shown["data"], "tokenizer")):
+        if group[key] is not None:  # wherever the study's folder is
+            group[key] = group[key].removeprefix(f"{shared.folder}/")
     return StudyRow(
         name=draft.name,
         family=draft.family,

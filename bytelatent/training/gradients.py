@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
-from bytelatent.kernels.hash_embed import coalesced
 from bytelatent.kernels.packed_attention import entries_for
+from bytelatent.kernels.row_adamw import summed
 
 WARM_UPS = 2  # passes before capture: the first compiles, the second adds to gradients where that is wanted
 
@@ -209,8 +209,8 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         if hasattr(grad, "placements"):  # a DTensor; their module takes seconds to import
             alike.setdefault((grad.device_mesh, grad.placements), []).append(grad.to_local())
         elif grad.is_sparse:
-            parameter.grad = grad = coalesced(grad)
-            alike.setdefault(None, []).append(grad.values())
+            parameter.grad = grad = summed(grad)
+            alike.setdefault(None, []).append(grad._values())
         else:
             alike.setdefault(None, []).append(grad)
     norms = [_norm_of(parts, spread) for spread, parts in alike.items()]

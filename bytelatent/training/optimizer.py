@@ -1,7 +1,7 @@
 """The optimizers.
 
 AdamW trains all weights; or Muon the matrices of the blocks and AdamW the rest. Hash tables whose gradients are sparse
-have an optimizer of their own, `SparseRowsAdamW`.
+have an AdamW of their own, `SparseRowsAdamW`.
 """
 
 from collections import defaultdict
@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import ParamsT
 
-from bytelatent.kernels.hash_embed import coalesced, row_adamw
 from bytelatent.model import Block, CrossAttention
+from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.distributed.parallelize import local_part
+from bytelatent.training.muon import Muon
 from bytelatent.training.settings import LearningRateScale, OptimizerSettings
-
-# Shapes: R rows of a table, U rows of it in a step's gradient, D width
+from bytelatent.training.sparse_rows import SparseRowsAdamW
 
 
 class AdamW(torch.optim.AdamW):
@@ -27,59 +26,6 @@ class AdamW(torch.optim.AdamW):
         for tensors in lists:
             tensors[:] = map(local_part, tensors)
         return is_complex
-
-
-class SparseRowsAdamW(torch.optim.Optimizer):
-    """AdamW that updates only the rows of a table that the gradient holds, which is a sparse tensor of rows.
-
-    Each row is trained as `torch.optim.AdamW` would train it alone in the steps that read it, as if there were no
-    others. AdamW over the whole table differs in the steps that do not read a row: there it lets the row's moments
-    fade, moves the row by the rest of them, and decays the row's weights. And its bias correction counts all steps, so
-    that a row that comes late starts slowly.
-
-    The moments are as large as the table.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        assert closure is None, "the gradients are there already"
-        for group in self.param_groups:
-            for table_RD in group["params"]:
-                if table_RD.grad is None:
-                    continue
-                assert table_RD.grad.is_sparse, "the gradient is dense"
-                state = self.state[table_RD]
-                if not state:
-                    # In floats, which count exactly to 2^24, as a state that is loaded is made the table's dtype.
-                    state["seen"] = table_RD.new_zeros(table_RD.shape[0])
-                    state["exp_avg"] = torch.zeros_like(table_RD)
-                    state["exp_avg_sq"] = torch.zeros_like(table_RD)
-                gradient = coalesced(table_RD.grad)
-                rows_U = gradient.indices()[0]
-                count_U = state["seen"][rows_U] + 1
-                state["seen"][rows_U] = count_U
-                row_adamw(
-                    table_RD,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    rows_U,
-                    gradient.values(),
-                    count_U,
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                )
 
 
 class Optimizers:
@@ -113,16 +59,25 @@ def single_optimizers(optimizer: torch.optim.Optimizer | Optimizers) -> list[tor
     return list(optimizer.optimizers.values()) if isinstance(optimizer, Optimizers) else [optimizer]
 
 
+def catch_up(optimizer: torch.optim.Optimizer | Optimizers) -> None:
+    """Bring all weights up to date, as before they are saved: see `SparseRowsAdamW`."""
+    for one in single_optimizers(optimizer):
+        if isinstance(one, SparseRowsAdamW):
+            one.catch_up()
+
+
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer | Optimizers:
     """The optimizer of all weights; only matrices decay, norms and embeddings do not.
 
-    With `hash_gradients: rows` it makes the gradients of the model's hash tables sparse.
+    With `hash_gradients: rows` it makes the gradients of the model's hash tables sparse, and the model brings the rows
+    of these up to date before it reads them.
 
     Each parameter group has its `lr_scale`, the factor of its learning rate.
     """
-    tables = {part.weight: part for part in model.modules() if isinstance(part, nn.EmbeddingBag)}
+    tables = {part.tables.weight: part for part in model.modules() if isinstance(part, NgramHashEmbedding)}
     for part in tables.values():
-        part.sparse = settings.hash_gradients == "rows"
+        part.tables.sparse = settings.hash_gradients == "rows"
+        part.before_lookup = None
     embeddings = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)} | tables.keys()
     blocks = [part for part in model.modules() if isinstance(part, Block | CrossAttention)]
     of_blocks = {parameter for block in blocks for parameter in block.parameters()}
@@ -140,6 +95,9 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
         groups[kind][decay, _scale(name, settings.lr_scale)].append(parameter)
 
     optimizers = {kind: _optimizer(kind, groups[kind], settings) for kind in sorted(groups)}
+    if isinstance(rows := optimizers.get("rows"), SparseRowsAdamW):
+        for part in tables.values():
+            rows.before_lookups(part)
     return Optimizers(optimizers) if len(optimizers) > 1 else optimizers["adamw"]
 
 
@@ -151,7 +109,7 @@ def _optimizer(
         for (decay, scale), parameters in groups.items()
     ]
     if kind == "muon":  # its steps are scaled to the size of AdamW's, so that both share a learning rate
-        return torch.optim.Muon(given, adjust_lr_fn="match_rms_adamw")
+        return Muon(given)
     betas = (settings.beta1, settings.beta2)
     return SparseRowsAdamW(given, betas=betas) if kind == "rows" else AdamW(given, betas=betas, fused=True)
 

@@ -57,7 +57,8 @@ class OptimizerSettings(Settings):
         clip: gradients are scaled so that their norm, as of one vector, is at most this.
         accumulation: batches of each process in a step.
         hash_gradients: with `rows` the gradients of the hash tables hold only the rows that a step reads, and AdamW
-            updates only these; see `SparseRowsAdamW` for what differs.
+            changes only these. A row makes up for the steps it missed before it is read again, so the results are the
+            same but for rounding.
     """
 
     lr: float = Field(default=4e-4, gt=0)

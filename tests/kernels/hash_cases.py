@@ -11,7 +11,17 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_row_adamw, row_adamw, row_sums
+from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, ngram_rows, row_sums
+from bytelatent.kernels.row_adamw import (
+    HISTORY,
+    TableState,
+    catch_up,
+    plain_catch_up,
+    plain_row_adamw,
+    rates_of,
+    row_adamw,
+    summed,
+)
 from bytelatent.model.ngram_hash import PRIMES
 from tests.kernels.decode_cases import DEVICE, Errors, difference
 from tests.model.slow import ngram_hash
@@ -32,7 +42,9 @@ def stream(sequences: int, new: int, before: int, sizes: list[int], functions: i
         hashes = [ngram_hash(text, at, size, function, rows) for function in range(functions) for size in sizes]
         expected.append([table * rows + value for table, value in enumerate(hashes)])
     expected = torch.tensor(expected, device=found.device)
-    return {"rows": difference(found, expected), "error": difference(out, tables[expected].sum(1))}
+    alone = ngram_rows(ids, history, powers, len(tables), new=new)
+    rows_differ = max(difference(found, expected), difference(alone, expected))
+    return {"rows": rows_differ, "error": difference(out, tables[expected].sum(1))}
 
 
 def sums(T: int, N: int, rows: int, dim: int) -> Errors:
@@ -44,19 +56,45 @@ def sums(T: int, N: int, rows: int, dim: int) -> Errors:
     return {"rows": float(found[counts.sum(0) == 0].any()), "error": difference(found, counts.T @ grads.double())}
 
 
-def update(rows: int, seen: int, dim: int, weight_decay: float = 0.0) -> Errors:
-    """Rows that are not seen stay as they are."""
-    tables = [torch.randn(rows, dim), torch.randn(rows, dim), torch.rand(rows, dim)]
-    copies = [table.clone() for table in tables]
-    which = torch.randperm(rows)[:seen].sort().values
-    rest = (which, torch.randn(seen, dim), torch.randint(1, 9, (seen,)))
-    given: dict = {"lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
-    row_adamw(*tables, *rest, **given)
-    plain_row_adamw(*copies, *rest, **given)
-    return {name: difference(*both) for name, *both in zip(("weight", "mean", "square"), tables, copies, strict=True)}
+def entries(rows: int, lookups: int, dim: int) -> Errors:
+    """The entries of a sparse gradient added up, against the dense one; they keep their number."""
+    which = (rows * torch.rand(lookups) ** 3).long()
+    gradient = torch.sparse_coo_tensor(which[None], torch.randn(lookups, dim), (rows, dim), check_invariants=True)
+    found = summed(gradient)
+    sorted_rows, values = found._indices()[0], found._values()
+    again = torch.cat([which.new_zeros(1, dtype=torch.bool), sorted_rows[1:] == sorted_rows[:-1]])[:lookups]
+    return {
+        "rows": difference(sorted_rows, which.sort().values) + float(values[again].any()),
+        "error": difference(found.to_dense(), gradient.to_dense()),
+    }
 
 
-CASES = {"stream": stream, "sums": sums, "update": update}
+def update(rows: int, lookups: int, dim: int, betas: tuple[float, float] = (0.9, 0.95)) -> Errors:
+    """Steps that look up some rows, several times; then all rows catch up. A history has wrapped around."""
+    step = HISTORY + 7
+    rates = torch.tensor([rates_of(step - (step - place) % HISTORY, 0.01, betas) for place in range(HISTORY)])
+    last, until = torch.randint(step - 9, step + 1, (rows,)).float(), torch.randint(step - 9, step + 9, (rows,)).float()
+    last = torch.minimum(last, until)
+    tensors = [torch.randn(rows, dim), torch.randn(rows, dim), torch.rand(rows, dim) + 1e-4, last, until]
+    tensors += [torch.tensor(float(step)), rates]
+    table, copy = (TableState(*(x.clone() for x in tensors), betas=tuple(betas), eps=1e-8) for _ in range(2))
+    for _ in range(3):
+        which, grads = torch.randint(rows, (lookups,)).sort().values, torch.randn(lookups, dim)
+        for each, caught_up, updated in ((table, catch_up, row_adamw), (copy, plain_catch_up, plain_row_adamw)):
+            caught_up(each, which)
+            each.step.add_(1)
+            each.rates_H2[int(each.step) % HISTORY] = torch.tensor(rates_of(int(each.step), 0.02, betas))
+            updated(each, which, grads)
+    catch_up(table)
+    plain_catch_up(copy, None)
+    names = "weight", "mean", "square", "rows", "rows"
+    errors: Errors = {}
+    for name, one, other in zip(names, table.tensors, copy.tensors, strict=False):
+        errors[name] = max(errors.get(name, 0.0), difference(one, other))
+    return errors
+
+
+CASES = {"stream": stream, "sums": sums, "entries": entries, "update": update}
 
 
 def run(cases: list[tuple[str, dict]]) -> list[dict]:

@@ -7,7 +7,8 @@ import pytest
 
 from bytelatent.errors import UserError
 from bytelatent.report import RunReport, write_patches_page, write_report
-from bytelatent.report.figures import STRIP_HEIGHT, curve_points, entropy_strip
+from bytelatent.report.page_figures import STRIP_HEIGHT, entropy_strip
+from bytelatent.report.runs import curve_points
 from tests.report.report_texts import Page, patched
 
 TEXT = 'Ça va? <script>alert("x")</script> & 😀\n\tété\x00'

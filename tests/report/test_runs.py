@@ -12,8 +12,8 @@ from bytelatent.config import flat
 from bytelatent.errors import UserError
 from bytelatent.model.flops import costs
 from bytelatent.report import compare_runs, write_runs_figure
-from bytelatent.report.figures import _curves, curve_points
-from bytelatent.report.runs import _print, find_runs
+from bytelatent.report.figures import curves_of
+from bytelatent.report.runs import _print, curve_points, find_runs
 from bytelatent.training import read_metrics, train
 from tests.training.tiny_runs import BLT, BYTE_LM, byte_lm_run, settings, write_text
 
@@ -190,7 +190,7 @@ def test_the_figure(tmp_path: Path, against: str, ending: str) -> None:
     assert path.read_bytes() == first
     scale = 1.0 if against == "bytes" else runs[0].summary.training_flops_per_byte
     assert scale is not None
-    training, validation = _curves(runs[0], against)
+    training, validation = curves_of(runs[0], against)
     assert training[0] == [scale * x for x in curve_points(ROWS, "bits_per_byte")[0]]
     assert validation == ([scale * x for x in (2000, 4000, 5000, 6000)], [3.5, 2.5, 2.6, 2.75])
 
@@ -199,7 +199,7 @@ def test_figures_of_nothing_are_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", ROWS)  # no settings, so no FLOPs
     for name, against, message in (
         ("a.gif", "bytes", "should end in one of .png"),
-        ("a.png", "time", "use bytes or flops"),
+        ("a.png", "time", "use bytes or flops or seconds"),
         ("a.png", "flops", "no run has bits per byte to draw against flops"),
     ):
         with pytest.raises(UserError, match=message):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bytelatent.patching import Patch
 from bytelatent.report import patched_text
-from bytelatent.report.text import LOST, characters, finite, visible
+from bytelatent.report.text import LOST, amount_of_flops, characters, finite, visible
 from tests.report.report_texts import patched
 
 
@@ -150,3 +150,11 @@ def test_ascii_terminals_get_ascii() -> None:
     output = printed(patched("é|x".encode(), [2], [0.0, 1.0, 2.0, 0.0]), bars=True, file=out)
     assert output.splitlines()[2] == r"\xe9|<U+007C>x"
     assert output.isascii()
+
+
+@pytest.mark.parametrize(
+    ("flops", "words"),
+    [(1e16, "10¹⁶"), (3.16e16, "3.2×10¹⁶"), (2.0, "2×10⁰"), (5.5e-3, "5.5×10⁻³"), (float("nan"), "–")],
+)
+def test_amounts_of_flops(flops: float, words: str) -> None:
+    assert amount_of_flops(flops) == words

@@ -1,11 +1,12 @@
 """Best runs, noise and distances of made-up rows, by hand."""
 
 import math
+from typing import Any
 
 import pytest
 
 from bytelatent.errors import UserError
-from bytelatent.study.analysis import analyse, crossing_in_words, in_powers
+from bytelatent.study.analysis import analyse, crossing_in_words
 from bytelatent.study.best import best_of, families, seed_noise
 from bytelatent.study.fit import Overtaking
 from tests.study.made_rows import LAWS, held_out, made_row, made_rows
@@ -24,7 +25,14 @@ def test_the_best_is_chosen_by_the_text_for_tuning_alone() -> None:
 
 
 def test_seeds_of_a_configuration_are_averaged() -> None:
-    rows = [made_row(seed=seed, bits=bits) for seed, bits in enumerate((1.1, 1.2, 1.6))]
+    """Paths and calibrated thresholds differ between machines, and nothing depends on them."""
+
+    def settings(seed: int) -> dict[str, Any]:
+        paths = {"run": f"runs/{seed}", "data": {"train": f"{seed}.jsonl"}, "entropy_model": f"models/{seed}"}
+        patching = {"mode": "entropy", "threshold": 1 + seed / 1000}
+        return {"seed": seed, "patching": patching, "calibration": {"patch_bytes": 4.5}, **paths}
+
+    rows = [made_row(seed=seed, bits=bits, settings=settings(seed)) for seed, bits in enumerate((1.1, 1.2, 1.6))]
     best = families(rows)[0].best[1e16]
     assert best.bits_per_byte == pytest.approx(1.3)
     assert best.category_bits("code") == pytest.approx(1.3 * 0.7)
@@ -75,7 +83,12 @@ def test_distances_and_crossing_of_known_laws() -> None:
     assert crossing is not None
     assert crossing.flops == pytest.approx(1e17 * (1.088 / 1.062) ** (1 / (0.074 - 0.055)), rel=0.02)  # FLOPs of seeds
     summary = " ".join(analysis.summary())
-    for words in ("1.062 bits per byte", "1.088: 0.026 above it", "+0.026 at 10¹⁷", "from 3.6×10¹⁷ training FLOPs on"):
+    for words in (
+        "1.062 bits per byte",
+        "1.088: 0.026 above it",
+        "+0.026 ± 0.000 at 10¹⁷",
+        "from 3.6×10¹⁷ training FLOPs on",
+    ):
         assert words in summary
     assert analysis.crossing(analysis.best("token_lm")) is None  # type: ignore[arg-type]
 
@@ -105,13 +118,7 @@ def test_crossings_in_words(
     flops: float, interval: tuple[float, float] | None, words: str, interval_words: str | None
 ) -> None:
     shown = crossing_in_words(Overtaking(flops, interval, 1e16, 1e19), "T")
+    assert (" (without an interval: " in shown) == (interval is None)
     found, _, rest = shown.partition(" (95 % interval of the crossing: ")
     assert found.startswith(words.removesuffix("..."))
     assert rest == ("" if interval_words is None else f"{interval_words})")
-
-
-@pytest.mark.parametrize(
-    ("flops", "words"), [(1e16, "10¹⁶"), (3.16e16, "3.2×10¹⁶"), (2.0, "2×10⁰"), (5.5e-3, "5.5×10⁻³")]
-)
-def test_powers(flops: float, words: str) -> None:
-    assert in_powers(flops) == words

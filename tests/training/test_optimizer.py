@@ -1,6 +1,5 @@
-"""Which optimizer trains which weights, AdamW on sparse rows, clipping over dense and sparse gradients."""
+"""Which optimizer trains which weights, whole steps by rows and by Muon, clipping over dense and sparse gradients."""
 
-import io
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
@@ -8,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bytelatent.data import Batch, Loader, Patcher
@@ -23,7 +19,7 @@ from bytelatent.training.checkpoint.manager import TrainState
 from bytelatent.training.checks import check_settings
 from bytelatent.training.distributed.parallelize import ParallelPlan
 from bytelatent.training.gradients import Gradients, clip
-from bytelatent.training.optimizer import Optimizers, SparseRowsAdamW, build_optimizer
+from bytelatent.training.optimizer import Optimizers, build_optimizer, catch_up
 from bytelatent.training.settings import OptimizerSettings, TrainSettings
 from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits
 
@@ -40,67 +36,6 @@ def sparse_gradient(rows: list[int], shape: tuple[int, int]) -> Tensor:
     """Random, of these rows in this order; a row that comes twice has the sum of both."""
     values = torch.randn(len(rows), shape[1])
     return torch.sparse_coo_tensor(torch.tensor([rows]), values, shape, check_invariants=True)
-
-
-PATCHING: dict[str, Any] = {"lr": 0.05, "betas": (0.7, 0.9), "eps": 1e-6}
-
-
-def test_where_every_row_is_seen_it_is_adamw() -> None:
-    torch.manual_seed(0)
-    table, other = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.zeros(7, 5))
-    other.data.copy_(table.data)
-    ours, torchs = (
-        SparseRowsAdamW([table], weight_decay=0.2, **PATCHING),
-        torch.optim.AdamW([other], weight_decay=0.2, **PATCHING),
-    )
-    for _ in range(8):
-        table.grad = sparse_gradient([*torch.randperm(7).tolist(), 3, 3, 1], (7, 5))
-        other.grad = table.grad.to_dense()
-        ours.step()
-        torchs.step()
-    torch.testing.assert_close(table, other)
-
-
-@examples(max_examples=20, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=8), st.sampled_from([0.0, 0.1]))
-def test_each_row_is_trained_as_if_alone(steps: list[list[int]], weight_decay: float) -> None:
-    """An optimizer for every row, that takes no part in the steps that do not see it."""
-    torch.manual_seed(len(steps))
-    table = nn.Parameter(torch.randn(5, 3))
-    alone = [nn.Parameter(row.clone()) for row in table.data]
-    optimizers = [torch.optim.AdamW([row], weight_decay=weight_decay, **PATCHING) for row in alone]
-    ours = SparseRowsAdamW([table], weight_decay=weight_decay, **PATCHING)
-    for rows in steps:
-        table.grad = sparse_gradient(rows, (5, 3))
-        before, dense = table.detach().clone(), table.grad.to_dense()
-        ours.step()
-        for row in range(5):
-            if row in rows:
-                alone[row].grad = dense[row]
-                optimizers[row].step()
-            else:
-                assert torch.equal(table[row], before[row])
-    torch.testing.assert_close(table.detach(), torch.stack([row.detach() for row in alone]))
-
-
-def test_its_state_is_all_it_needs() -> None:
-    torch.manual_seed(0)
-    table = nn.Parameter(torch.randn(6, 4))
-    one = SparseRowsAdamW([table], **PATCHING)
-    gradients = [sparse_gradient(rows, (6, 4)) for rows in ([0, 3, 3], [5, 0], [3], [0, 1, 2, 3])]
-    for gradient in gradients[:2]:
-        table.grad = gradient
-        one.step()
-    file = io.BytesIO()
-    torch.save(one.state_dict(), file)
-    copy = nn.Parameter(table.detach().clone())
-    other = SparseRowsAdamW([copy], lr=9.0)
-    other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    for gradient in gradients[2:]:
-        for parameter, optimizer in ((table, one), (copy, other)):
-            parameter.grad = gradient
-            optimizer.step()
-    assert torch.equal(table, copy)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
@@ -191,12 +126,7 @@ def space_run(text: Path, **optimizer: Any) -> TrainSettings:
 
 def steps_of(asked: TrainSettings, batches: list[Batch], model: nn.Module, steps: int) -> list[dict[str, Any]]:
     state = TrainState(model, build_optimizer(model, asked.optimizer), iter(batches))  # type: ignore[arg-type]
-    return [
-        loop.Trainer(
-            asked, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
-        ).train_step()
-        for _ in range(steps)
-    ]
+    return [one_train_step(asked, state, model) for _ in range(steps)]
 
 
 @pytest.mark.parametrize("clipped", [1e9, 1e-2])
@@ -231,29 +161,25 @@ def test_the_schedule_is_scaled(text: Path) -> None:
         assert group["lr"] == pytest.approx(5e-3 * (0.25 if name.startswith("decoder.") else 1.0))
 
 
-def test_a_row_that_is_not_seen_again_stays(text: Path) -> None:
-    rows = space_run(text, hash_gradients="rows")
-    loader = Loader(rows.data, 0, Patcher(rows.patching))
-    batches = [next(loader) for _ in range(2)]
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_by_rows_are_dense_ones(text: Path, accumulation: int) -> None:
+    """What every batch reads, so all metrics; and once all rows have caught up, all weights."""
+    given: dict[str, Any] = {"accumulation": accumulation, "clip": 0.5, "lr_scale": {"hash_tables": 3.0}, "beta2": 0.8}
+    dense, rows = space_run(text, **given), space_run(text, **given, hash_gradients="rows")
+    loader = Loader(dense.data, 0, Patcher(dense.patching))
+    batches = [next(loader) for _ in range(8 * accumulation)]
     torch.manual_seed(0)
-    model = build_model(rows.model)
-    table, seen = model.get_parameter(TABLES), []
-    for batch in batches:
-        cross_entropy(model, batch).backward()
-        assert table.grad is not None
-        seen.append((table.grad.to_dense() if table.grad.is_sparse else table.grad).abs().sum(1) > 0)
-        table.grad = None
-    state = TrainState(model, build_optimizer(model, rows.optimizer), iter(batches))  # type: ignore[arg-type]
-    kept = []
-    for _ in batches:
-        kept.append(table.detach().clone())
-        loop.Trainer(
-            rows, ParallelPlan(), state, Gradients(lambda batch: cross_entropy(model, batch), CPU)
-        ).train_step()
-    only_first = seen[0] & ~seen[1]
-    assert only_first.any()
-    assert torch.equal(table[only_first], kept[1][only_first])
-    assert not torch.equal(kept[1][only_first], kept[0][only_first])
+    one = build_model(dense.model).double()
+    other = deepcopy(one)
+    expected = steps_of(dense, batches, one, 8)
+    state = TrainState(other, build_optimizer(other, rows.optimizer), iter(batches))  # type: ignore[arg-type]
+    for row in expected:
+        assert one_train_step(rows, state, other) == pytest.approx(row, rel=1e-9)
+    table, dense_table = other.get_parameter(TABLES), one.get_parameter(TABLES)
+    assert not torch.allclose(table, dense_table, atol=1e-9)
+    catch_up(state.optimizer)
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(parameter, one.get_parameter(name), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("model", ["byte LM", "BLT"])

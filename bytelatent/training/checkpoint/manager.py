@@ -34,7 +34,7 @@ from bytelatent.files import Digest, DiskFull, digest_of, explain, find_corrupti
 from bytelatent.run_folder import NoCheckpoint, checkpoint_name, checkpoints_of, newest_checkpoint
 from bytelatent.training.checkpoint.storage import CpuCopies, begin_folder, read_tensors, tensors_of, write_tensors
 from bytelatent.training.distributed.parallelize import ParallelPlan, free_gathered_weights, full_tensor
-from bytelatent.training.optimizer import Optimizers
+from bytelatent.training.optimizer import Optimizers, catch_up
 from bytelatent.training.schedule import Schedule
 from bytelatent.training.settings import CheckpointSettings
 from bytelatent.weights import NATIVE, Config, StoredModel, StoredTensor
@@ -174,6 +174,7 @@ class CheckpointManager:
 
     def _content(self, state: TrainState, is_last: bool) -> CheckpointContent:
         free_gathered_weights(state.model)
+        catch_up(state.optimizer)
         tensors = tensors_of(state.model, state.optimizer)
         if self.asynchronous:
             tensors = self._copies.take(tensors)

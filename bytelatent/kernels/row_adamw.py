@@ -1,0 +1,276 @@
+# pyright: reportInvalidTypeForm=false
+"""AdamW on the rows of a table that a batch looks up, with the results of AdamW on the whole table.
+
+AdamW changes every row in every step: one without a gradient is still moved by its momentum, which fades. Here a row
+misses the steps that do not look it up, and catches up before it is next read: step by step, at the rates of those
+steps. However these are divided among calls, each is computed alike, so the bits are the same.
+
+Momentum fades until it moves nothing; see `lasting_steps`. Steps after that are left out, so that a row that is never
+looked up again soon costs nothing.
+
+No size depends on how many rows there are, so the host need not wait for the device. Lookups are sorted by row; the
+first of each run of equal rows acts.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bytelatent.kernels.hash_embed import launch_row_sums
+from bytelatent.kernels.launch import check_contiguous, power_of_two, tl, triton, uses_kernels
+
+# Shapes: R rows of a table, M lookups, U rows that are changed, D width, H steps of which the rates are held
+
+HISTORY = 256  # H: all rows catch up at least as often
+FOREVER = 2**23  # steps: a step's number is counted exactly in float32 up to twice as many
+_SUMMED = "_rows_are_summed"  # an attribute of a gradient
+
+
+@dataclass(frozen=True)
+class TableState:
+    """A table and its state: all that the next step depends on but the gradient. Of one dtype, contiguous.
+
+    Attributes:
+        weight_RD: the table.
+        mean_RD, square_RD: the moments of each row's gradient, as of its last change.
+        last_R: the last step that changed a row, 0 for none.
+        until_R: the last step in which a row's momentum moves it.
+        step: the number of steps done.
+        rates_H2: for step j at j % H: the learning rate over the correction of the mean, and the root of that of the
+            square.
+        betas, eps: of AdamW.
+    """
+
+    weight_RD: Tensor
+    mean_RD: Tensor
+    square_RD: Tensor
+    last_R: Tensor
+    until_R: Tensor
+    step: Tensor
+    rates_H2: Tensor
+    betas: tuple[float, float]
+    eps: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        moments = self.weight_RD, self.mean_RD, self.square_RD
+        return *moments, self.last_R, self.until_R, self.step, self.rates_H2
+
+
+def lasting_steps(betas: tuple[float, float], dtype: torch.dtype) -> int:
+    """The steps after its last gradient in which a row is moved; what is left out moves it by less than rounding does.
+
+    k steps after the gradient the mean is b1^k m and the root of the square b2^(k/2) s. As m and s^2 are sums over past
+    gradients g_i of (1 - b1) b1^i g_i and (1 - b2) b2^i g_i^2, |m| <= c s with
+    c = (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), by Cauchy and Schwarz. So with r = b1 / sqrt(b2) step k moves a
+    weight by at most c r^k times the learning rate (by less with `eps`; after n steps the corrections for the start are
+    one, but for rounding), and all steps after the n-th by c r^(n+1) / (1 - r) times the largest rate. Here that is at
+    most half the dtype's `eps` times it. For betas of 0.9 and 0.95 these are 242 steps in float32.
+
+    Where r is not below one momentum never fades in this sense, and no step is left out.
+    """
+    beta1, beta2 = betas
+    if beta1 == 0:
+        return 0
+    if beta1**2 >= beta2:
+        return FOREVER
+    ratio = beta1 / math.sqrt(beta2)
+    bound = (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio**2)) / (1 - ratio)
+    return min(FOREVER, max(0, math.ceil(math.log(torch.finfo(dtype).eps / 2 / bound) / math.log(ratio)) - 1))
+
+
+def rates_of(step: int, lr: float, betas: tuple[float, float]) -> tuple[float, float]:
+    """A row of `rates_H2`."""
+    return lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)
+
+
+def summed(gradient_RD: Tensor) -> Tensor:
+    """A sparse gradient of rows with the entries of each row added up: sorted, and all but a row's first are zero.
+
+    Unlike torch's `coalesce` it has as many entries as before, so that the host need not wait for the number of rows.
+    """
+    if gradient_RD.is_coalesced() or hasattr(gradient_RD, _SUMMED):
+        return gradient_RD
+    rows_M, order_M = gradient_RD._indices()[0].sort(stable=True)
+    values_MD = gradient_RD._values()
+    sums_MD = torch.zeros_like(values_MD)
+    if uses_kernels(values_MD):
+        launch_row_sums(rows_M, order_M, values_MD, sums_MD, at_rows=False)
+    else:
+        sums_MD.index_add_(0, torch.searchsorted(rows_M, rows_M), values_MD[order_M])
+    made = torch.sparse_coo_tensor(rows_M[None], sums_MD, gradient_RD.shape, check_invariants=False)
+    setattr(made, _SUMMED, True)
+    return made
+
+
+def plain_catch_up(table: TableState, rows_M: Tensor | None) -> None:
+    stop_R = table.until_R.clamp(max=table.step)
+    late_R = table.last_R < stop_R
+    rows_U = late_R.nonzero()[:, 0] if rows_M is None else rows_M[_first(rows_M) & late_R[rows_M]]
+    if rows_U.numel() == 0:
+        return
+    last_U, stop_U = table.last_R[rows_U], stop_R[rows_U]
+    weight_UD, mean_UD, square_UD = table.weight_RD[rows_U], table.mean_RD[rows_U], table.square_RD[rows_U]
+    for step in range(int(last_U.min()) + 1, int(stop_U.max()) + 1):
+        now = ((last_U < step) & (stop_U >= step)).nonzero()[:, 0]
+        weight_UD[now], mean_UD[now], square_UD[now] = _adamw(
+            weight_UD[now], mean_UD[now], square_UD[now], 0.0, table.rates_H2[step % HISTORY], table
+        )
+    table.weight_RD[rows_U], table.mean_RD[rows_U], table.square_RD[rows_U] = weight_UD, mean_UD, square_UD
+    table.last_R[rows_U] = stop_U
+
+
+def catch_up(table: TableState, rows_M: Tensor | None = None) -> None:
+    """Make up, in place, for the steps done that rows missed.
+
+    Args:
+        rows_M: int64, which rows, sorted; None for all.
+    """
+    if not uses_kernels(table.weight_RD):
+        plain_catch_up(table, rows_M)
+        return
+    size = table.weight_RD.shape[0] if rows_M is None else rows_M.shape[0]
+    if size > 0:
+        beta1, beta2 = table.betas
+        row_adamw_catch_up_kernel[(size,)](
+            *(*_checked(table), rows_M, 1 - beta1, beta2, 1 - beta2, table.eps), HISTORY=HISTORY, **_blocks(table)
+        )
+
+
+def plain_row_adamw(table: TableState, rows_M: Tensor, grads_MD: Tensor) -> None:
+    first_M = _first(rows_M)
+    rows_U, grads_UD = rows_M[first_M], grads_MD[first_M]
+    missed_U = (table.step - 1 - table.last_R[rows_U])[:, None]
+    mean_UD = table.mean_RD[rows_U] * table.betas[0] ** missed_U
+    square_UD = table.square_RD[rows_U] * table.betas[1] ** missed_U
+    rates = table.rates_H2[table.step.long() % HISTORY]
+    table.weight_RD[rows_U], table.mean_RD[rows_U], table.square_RD[rows_U] = _adamw(
+        table.weight_RD[rows_U], mean_UD, square_UD, grads_UD, rates, table
+    )
+    table.last_R[rows_U] = table.step
+    table.until_R[rows_U] = table.step + lasting_steps(table.betas, table.weight_RD.dtype)
+
+
+def row_adamw(table: TableState, rows_M: Tensor, grads_MD: Tensor) -> None:
+    """Change rows of the table and of its state in place, by the step `table.step`. They have caught up.
+
+    Args:
+        rows_M: int64, which rows, sorted.
+        grads_MD: their gradients, of the table's dtype; of a row that comes several times the first counts.
+    """
+    if not uses_kernels(table.weight_RD):
+        plain_row_adamw(table, rows_M, grads_MD)
+        return
+    check_contiguous(rows=rows_M, gradients=grads_MD)
+    assert grads_MD.dtype == torch.float32, "the kernel computes in float32"
+    if rows_M.numel() > 0:
+        (beta1, beta2), lasting = table.betas, lasting_steps(table.betas, torch.float32)
+        logarithms = (math.log2(max(beta, 1e-38)) for beta in table.betas)
+        row_adamw_kernel[(rows_M.shape[0],)](
+            *(*_checked(table), rows_M, grads_MD, 1 - beta1, beta2, 1 - beta2, table.eps, *logarithms, lasting),
+            HISTORY=HISTORY,
+            **_blocks(table),
+        )
+
+
+def _first(rows_M: Tensor) -> Tensor:
+    """Which of sorted rows are the first of equal ones."""
+    first_M = torch.ones_like(rows_M, dtype=torch.bool)
+    first_M[1:] = rows_M[1:] != rows_M[:-1]
+    return first_M
+
+
+def _adamw(
+    weight: Tensor, mean: Tensor, square: Tensor, grad: Tensor | float, rates: Tensor, table: TableState
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight and both moments after a step. No `lerp`, which rounds by where in a tensor a number is."""
+    mean = mean + (grad - mean) * (1 - table.betas[0])
+    square = square * table.betas[1] + grad * grad * (1 - table.betas[1])
+    return weight - rates[0] * mean / (square.sqrt() / rates[1] + table.eps), mean, square
+
+
+def _checked(table: TableState) -> tuple[Tensor, ...]:
+    assert all(tensor.dtype == torch.float32 for tensor in table.tensors), "the kernel computes in float32"
+    assert all(tensor.is_contiguous() for tensor in table.tensors), "not contiguous"
+    return table.tensors
+
+
+def _blocks(table: TableState) -> dict[str, Any]:
+    dim = table.weight_RD.shape[1]
+    block = min(power_of_two(dim), 1024)
+    return {"D": dim, "BLOCK": block, "num_warps": 4 if block > 256 else 1}
+
+
+# Kernels. One program has a whole row: all of it sees the same `last`, which it changes once all have read it.
+
+
+@triton.jit
+def row_adamw_catch_up_kernel(
+    weight_ptr, mean_ptr, square_ptr, last_ptr, until_ptr, step_ptr, rates_ptr, rows_ptr,
+    rest1, beta2, rest2, eps, HISTORY: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0)
+    row = place.to(tl.int64)
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + place)
+        if tl.load(rows_ptr + place - 1, mask=place > 0, other=-1) == row:
+            return
+    last = tl.load(last_ptr + row).to(tl.int32)
+    stop = tl.minimum(tl.load(until_ptr + row), tl.load(step_ptr)).to(tl.int32)
+    if last >= stop:
+        return
+    for begin in range(0, D, BLOCK):
+        d = begin + tl.arange(0, BLOCK)
+        inside, at = d < D, row * D + d
+        weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+        mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        square = tl.load(square_ptr + at, mask=inside, other=0.0)
+        for step in range(last + 1, stop + 1):
+            rates = rates_ptr + step % HISTORY * 2
+            weight, mean, square = adamw(weight, mean, square, 0.0, rates, rest1, beta2, rest2, eps)
+        tl.store(weight_ptr + at, weight, mask=inside)
+        tl.store(mean_ptr + at, mean, mask=inside)
+        tl.store(square_ptr + at, square, mask=inside)
+    tl.debug_barrier()
+    tl.store(last_ptr + row, stop.to(tl.float32))
+
+
+@triton.jit
+def row_adamw_kernel(
+    weight_ptr, mean_ptr, square_ptr, last_ptr, until_ptr, step_ptr, rates_ptr, rows_ptr, grads_ptr,
+    rest1, beta2, rest2, eps, log_beta1, log_beta2, lasting, HISTORY: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0)
+    row = tl.load(rows_ptr + place)
+    if tl.load(rows_ptr + place - 1, mask=place > 0, other=-1) == row:
+        return
+    step = tl.load(step_ptr)
+    missed = step - 1 - tl.load(last_ptr + row)
+    rates = rates_ptr + step.to(tl.int32) % HISTORY * 2
+    for begin in range(0, D, BLOCK):
+        d = begin + tl.arange(0, BLOCK)
+        inside, at = d < D, row * D + d
+        grad = tl.load(grads_ptr + place.to(tl.int64) * D + d, mask=inside, other=0.0)
+        weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+        mean = tl.load(mean_ptr + at, mask=inside, other=0.0) * tl.exp2(missed * log_beta1)
+        square = tl.load(square_ptr + at, mask=inside, other=0.0) * tl.exp2(missed * log_beta2)
+        weight, mean, square = adamw(weight, mean, square, grad, rates, rest1, beta2, rest2, eps)
+        tl.store(weight_ptr + at, weight, mask=inside)
+        tl.store(mean_ptr + at, mean, mask=inside)
+        tl.store(square_ptr + at, square, mask=inside)
+    tl.debug_barrier()
+    tl.store(last_ptr + row, step)
+    tl.store(until_ptr + row, step + lasting)
+
+
+@triton.jit
+def adamw(weight, mean, square, grad, rates, rest1, beta2, rest2, eps):
+    """The weights and both moments after a step."""
+    mean += (grad - mean) * rest1
+    square = square * beta2 + grad * grad * rest2
+    weight -= tl.load(rates) * mean / (tl.sqrt(square) / tl.load(rates + 1) + eps)
+    return weight, mean, square

@@ -1,0 +1,111 @@
+"""AdamW for hash tables whose gradients hold only the rows that a step looks up."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from bytelatent.kernels.row_adamw import HISTORY, TableState, catch_up, lasting_steps, rates_of, row_adamw, summed
+from bytelatent.model.ngram_hash import NgramHashEmbedding
+
+# Shapes: R rows of a table, D width, M lookups
+
+
+class SparseRowsAdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW`, without weight decay, for gradients that are sparse tensors of rows.
+
+    AdamW moves every row in every step, also one without a gradient, by its momentum. Here a row misses the steps that
+    do not look it up; these are made up for before it is next read, see `before_lookups`. So what the model reads, and
+    each update, is as of AdamW with dense gradients, but for rounding. Between its look-ups a row lies behind: call
+    `catch_up` before the whole table is read, as before it is saved. That changes no later result, not by a bit.
+
+    The moments are as large as the table. A state of the earlier version of this class, which counted for each row the
+    steps that looked it up (`seen`), is loaded as if all rows had caught up.
+    """
+
+    def __init__(self, params: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        assert not any(group.get("weight_decay") for group in self.param_groups), "weights of tables do not decay"
+        self._done: dict[Tensor, int] = {}  # the number of steps done, which the host need not ask for
+
+    def before_lookups(self, embedding: NgramHashEmbedding) -> None:
+        """From now on bring the rows that it looks up up to date, before it reads them.
+
+        That is part of its forward pass, so a CUDA graph holds it, and the state stays where it is in memory.
+        """
+        table_RD = embedding.tables.weight
+        embedding.before_lookup = lambda rows_TN: self.catch_up(table_RD, rows_TN.flatten().sort().values)
+
+    @torch.no_grad()
+    def catch_up(self, table_RD: Tensor | None = None, rows_M: Tensor | None = None) -> None:
+        """Make up for the steps that rows missed: sorted rows of a table; or all of one table, or of all."""
+        for own_RD, group in self._tables():
+            if table_RD is None or own_RD is table_RD:
+                catch_up(self._state(own_RD, group), rows_M)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        assert closure is None, "the gradients are there already"
+        for table_RD, group in self._tables():
+            if table_RD.grad is None:
+                continue
+            assert table_RD.grad.is_sparse, "the gradient is dense"
+            gradient = summed(table_RD.grad)
+            table, rows_M = self._state(table_RD, group), gradient._indices()[0]
+            catch_up(table, rows_M)
+            if table_RD not in self._done:
+                self._done[table_RD] = int(table.step)
+            self._done[table_RD] = step = self._done[table_RD] + 1
+            table.step.fill_(step)  # fills are kernels: copies from the host would wait
+            for place, rate in zip(
+                table.rates_H2[step % HISTORY], rates_of(step, group["lr"], group["betas"]), strict=True
+            ):
+                place.fill_(rate)
+            row_adamw(table, rows_M, gradient._values())
+            if step % HISTORY == 0:
+                catch_up(table)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before = dict(self.state)
+        super().load_state_dict(state_dict)
+        self._done.clear()
+        for table_RD, group in self._tables():
+            if table_RD not in self.state:
+                continue
+            state = self.state[table_RD] = _converted(self.state[table_RD], table_RD, group["betas"])
+            for key, place in before.get(table_RD, {}).items():  # where a CUDA graph finds it
+                state[key] = place.copy_(state[key])
+
+    def _tables(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        for group in self.param_groups:
+            for table_RD in group["params"]:
+                yield table_RD, group
+
+    def _state(self, table_RD: Tensor, group: dict[str, Any]) -> TableState:
+        state = self.state[table_RD]
+        if not state:
+            # Counts are of the table's dtype, as a state that is loaded is made that.
+            num_rows = table_RD.shape[0]
+            state |= {name: torch.zeros_like(table_RD, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            state |= {name: table_RD.new_zeros(num_rows) for name in ("last", "until")}
+            state |= {"step": table_RD.new_zeros(()), "rates": table_RD.new_zeros(HISTORY, 2)}
+        names = "exp_avg", "exp_avg_sq", "last", "until", "step", "rates"
+        return TableState(table_RD.detach(), *(state[name] for name in names), betas=group["betas"], eps=group["eps"])
+
+
+def _converted(state: dict[str, Tensor], table_RD: Tensor, betas: tuple[float, float]) -> dict[str, Tensor]:
+    """A loaded state: of this class; or of another AdamW, which leaves nothing to make up for."""
+    if "last" in state:
+        return {**state, "step": state["step"].to(table_RD)}
+    step = state["seen"].max() if "seen" in state else state["step"].to(table_RD)
+    last_R = step.expand(table_RD.shape[0]).clone()
+    return {
+        "exp_avg": state["exp_avg"],
+        "exp_avg_sq": state["exp_avg_sq"],
+        "last": last_R,
+        "until": last_R + lasting_steps(betas, table_RD.dtype),
+        "step": step,
+        "rates": table_RD.new_zeros(HISTORY, 2),
+    }
