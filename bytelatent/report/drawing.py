@@ -29,7 +29,8 @@ FONT, FONT_SIZE = "DejaVu Sans", 9.5  # matplotlib brings it
 MATPLOTLIB: dict[str, Any] = {"text.parse_math": False, "font.size": FONT_SIZE, "svg.hashsalt": "bytelatent"}
 
 PLACEHOLDERS = "Last Resort"  # a font of boxes, one for each script
-CLOCK = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 10800, 21600, 43200, 86400)  # seconds
+# Seconds of ticks, and between ticks.
+CLOCK = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 
 Curve = tuple[list[float], list[float]]
 
@@ -257,9 +258,8 @@ def scale_time(axes: "Axes", highest: float) -> None:
         axes.xaxis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // 7)] if ticks else [low, high]))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
-        axes.xaxis.set_major_locator(
-            MultipleLocator(next((step for step in CLOCK if highest / step <= 7), highest / 5))
-        )
+        step = next((step for step in CLOCK if highest / step <= 7), highest / 5)
+        axes.xaxis.set_major_locator(MultipleLocator(step))
     axes.xaxis.set_major_formatter(lambda value, _: clock(value))
 
 

@@ -153,6 +153,6 @@ def crossing_in_words(crossing: Overtaking, other: str) -> str:
     else:
         found = f"is at or below {other} from {amount_of_flops(crossing.flops)} training FLOPs on"
     if crossing.interval is None:
-        return found
+        return f"{found} (without an interval: one seed each, and no budget to spare)"
     low, high = map(place, crossing.interval)
     return f"{found} ({LEVEL} % interval of the crossing: {low if low == high else f'{low} to {high}'})"

@@ -8,10 +8,11 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from bytelatent.config import flat
+from bytelatent.study.plan import FREE
 from bytelatent.study.results import StudyRow
 
 KINDS = ("token_lm", "byte_lm", "blt")  # the order of families
-OF_ONE_RUN = {"run", "name", "seed"}  # settings in which runs of one configuration differ
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,16 @@ def spread(runs: Iterable[BestRun], of: Any) -> tuple[float, int]:
 def _best(rows: Iterable[StudyRow]) -> BestRun:
     groups: dict[str, list[StudyRow]] = {}
     for row in sorted(rows, key=lambda row: (row.seed, row.name)):
-        groups.setdefault(json.dumps(_without_seed(row.settings), sort_keys=True, default=str), []).append(row)
+        groups.setdefault(_configuration(row), []).append(row)
     runs = [BestRun(tuple(group), len(groups)) for group in groups.values()]
     return min(runs, key=lambda run: run.tuning_bits_per_byte)
 
 
-def _without_seed(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _without_seed(value) for key, value in values.items() if key not in OF_ONE_RUN}
-    return [_without_seed(value) for value in values] if isinstance(values, list) else values
+def _configuration(row: StudyRow) -> str:
+    """What runs of one configuration share: all settings that change a result, but for the seed."""
+    derived = {"seed"} if row.settings.get("calibration") is None else {"seed", "patching.threshold"}
+    settings = {key: value for key, value in flat(row.settings).items() if not FREE.fullmatch(key)}
+    return json.dumps({key: settings[key] for key in sorted(settings.keys() - derived)}, default=str)
 
 
 def _unit_bytes(family: MeasuredFamily) -> float:

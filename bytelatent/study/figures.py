@@ -231,7 +231,8 @@ def _flops_axis(axes: "Axes", label: str) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high / low < 1e4 else (1,), numticks=12))
+    steps = (1, 2, 5) if high / low < 20 else (1, 3) if high / low < 1e4 else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: amount_of_flops(value))
     axes.set(xlabel=label, ylabel="held-out bits per byte")

@@ -109,13 +109,15 @@ def _distances(analysis: Analysis) -> StudyTable | None:
         rows.append([family.label, *cells, *_crossing(analysis, family)])
     if not token_lms:
         return None
-    names = "; ".join(f"{amount_of_flops(budget)}: {label}" for budget, label in sorted(token_lms.items()))
+    names = "; ".join(f"“{label}” at {amount_of_flops(budget)}" for budget, label in sorted(token_lms.items()))
+    if len(set(token_lms.values())) == 1:
+        names = f"“{next(iter(token_lms.values()))}” at every budget"
     known = "" if analysis.noise is None else ", ± the standard deviation that seeds alone give the difference"
     last = analysis.best("token_lm")
     caption = (
-        f"Bits per byte above those of the best token LM at the same budget{known}. The best token LM at {names}. "
-        f"Crossing: from how many training FLOPs on the fit is at or below that of {last.label if last else UNKNOWN}, "
-        f"and its {LEVEL} % interval over seeds."
+        f"Bits per byte above those of the best token LM at the same budget{known}. It is {names}. "
+        "Crossing: from how many training FLOPs on the fit is at or below that of "
+        f"“{last.label if last else UNKNOWN}”, and its {LEVEL} % interval over seeds."
     )
     header = ["family", *(amount_of_flops(budget) for budget in analysis.budgets), "crossing", f"{LEVEL} % interval"]
     return StudyTable("Distance to the best token LM", caption, header, rows)
@@ -192,13 +194,13 @@ def _cost_of(run: BestRun) -> list[str]:
     row, rates = run.row, [row.bytes_per_second for row in run.rows if row.bytes_per_second is not None]
     trained = row.entropy_model_training_flops
     return [
-        f"{row.num_parameters / 1e6:,.1f} M",
+        f"{row.num_parameters / 1e6:.3g} M",
         amount_of_bytes(row.table_bytes) if row.table_bytes else UNKNOWN,
         amount_of_bytes(row.bytes_read),
         number(row.epochs, 2),
         number(run.mean("mean_patch_bytes")),
-        number(sum(row.training_flops_per_byte.values()) / 1e6, 1),
-        number(row.inference_flops_per_byte / 1e6, 1),
+        f"{sum(row.training_flops_per_byte.values()) / 1e6:.3g}",
+        f"{row.inference_flops_per_byte / 1e6:.3g}",
         duration(run.mean("seconds")),
         f"{sum(rates) / len(rates):,.0f}" if rates else UNKNOWN,
         amount_of_flops(trained) if trained else UNKNOWN,

@@ -162,6 +162,9 @@ def row_of(
     shown = settings.shown()
     if draft.settings.calibration is not None:  # the study did it
         shown["calibration"] = draft.settings.calibration.plain()
+    for group, key in ((shown, "run"), (shown, "entropy_model"), (shown["data"], "tokenizer")):
+        if group[key] is not None:  # wherever the study's folder is
+            group[key] = group[key].removeprefix(f"{shared.folder}/")
     return StudyRow(
         name=draft.name,
         family=draft.family,

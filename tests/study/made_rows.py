@@ -10,16 +10,16 @@ from bytelatent.study.results import CurvePoint, GroupBits
 CATEGORIES = {"prose": 1.1, "documentation": 0.9, "code": 0.7, "other languages": 1.3}
 # E, A at 1e17 FLOPs, alpha
 LAWS = {
-    "token-8k": ("Token LM, BPE of 8k", "token_lm", None, (0.0, 1.090, 0.052), 2.9),
-    "token-16k": ("Token LM, BPE of 16k", "token_lm", None, (0.0, 1.062, 0.055), 3.33),
-    "token-32k": ("Token LM, BPE of 32k", "token_lm", None, (0.0, 1.068, 0.061), 3.7),
-    "flat": ("Byte LM, flat", "byte_lm", None, (0.0, 1.251, 0.058), 1.0),
-    "entropy-3.3": ("BLT, entropy, 3.3 bytes", "blt", "entropy", (0.0, 1.103, 0.066), 3.3),
-    "entropy-4.5": ("BLT, entropy, 4.5 bytes", "blt", "entropy", (0.0, 1.088, 0.074), 4.5),
-    "entropy-6": ("BLT, entropy, 6 bytes", "blt", "entropy", (0.0, 1.110, 0.078), 6.0),
-    "entropy-8": ("BLT, entropy, 8 bytes", "blt", "entropy", (0.0, 1.151, 0.081), 8.0),
+    "token-8k": ("token LM, BPE of 8k", "token_lm", None, (0.0, 1.090, 0.052), 2.9),
+    "token-16k": ("token LM, BPE of 16k", "token_lm", None, (0.0, 1.062, 0.055), 3.33),
+    "token-32k": ("token LM, BPE of 32k", "token_lm", None, (0.0, 1.068, 0.061), 3.7),
+    "flat": ("flat byte LM", "byte_lm", None, (0.0, 1.251, 0.058), 1.0),
+    "entropy-3.3": ("BLT, entropy, 3.3 bytes per patch", "blt", "entropy", (0.0, 1.103, 0.066), 3.3),
+    "entropy-4.5": ("BLT, entropy, 4.5 bytes per patch", "blt", "entropy", (0.0, 1.088, 0.074), 4.5),
+    "entropy-6": ("BLT, entropy, 6 bytes per patch", "blt", "entropy", (0.0, 1.110, 0.078), 6.0),
+    "entropy-8": ("BLT, entropy, 8 bytes per patch", "blt", "entropy", (0.0, 1.151, 0.081), 8.0),
     "space": ("BLT, space", "blt", "space", (0.0, 1.120, 0.070), 5.6),
-    "static": ("BLT, static, 4 bytes", "blt", "static", (0.0, 1.210, 0.068), 4.0),
+    "static": ("BLT, static, 4 bytes per patch", "blt", "static", (0.0, 1.210, 0.068), 4.0),
 }
 BUDGETS = (1e16, 3e16, 1e17)
 SEED_NOISE = 0.003  # relative

@@ -75,35 +75,40 @@ def test_markdown_holds_every_table(folder: Path) -> None:
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1
         assert re.fullmatch(r"\|( :?-+:? \|)+", block.splitlines()[1])
-    assert text.startswith("- At 10¹⁷ training FLOPs, “Token LM, BPE of 16k” needs ")
+    assert text.startswith("- At 10¹⁷ training FLOPs, “token LM, BPE of 16k” needs ")
 
 
 def test_results_by_hand() -> None:
     found = table("Held-out bits per byte")
     assert found.header == ["family", "10¹⁶", "3×10¹⁶", "10¹⁷"]
     rows = {row[0]: row[1:] for row in found.rows}
-    assert rows["Token LM, BPE of 16k"] == ["1.205 (2)", "1.135", "1.062"]
-    assert rows["Byte LM, flat"][-1] == "1.251"
+    assert rows["token LM, BPE of 16k"] == ["1.205 (2)", "1.135", "1.062"]
+    assert rows["flat byte LM"][-1] == "1.251"
     assert found.best == {(1, 1), (1, 2), (1, 3)}
     assert "| **1.062** |" in found.markdown()
 
 
 def test_distances_by_hand() -> None:
     rows = {row[0]: row[1:] for row in table("Distance to the best token LM").rows}
-    assert rows["Token LM, BPE of 16k"] == ["best", "best", "best", "–", "–"]
-    assert rows["BLT, entropy, 4.5 bytes"][:4] == ["+0.085 ± 0.000", "+0.055 ± 0.000", "+0.026 ± 0.000", "3.6×10¹⁷"]
-    assert rows["Byte LM, flat"][3] == "beyond 10¹⁹"
+    assert rows["token LM, BPE of 16k"] == ["best", "best", "best", "–", "–"]
+    assert rows["BLT, entropy, 4.5 bytes per patch"][:4] == [
+        "+0.085 ± 0.000",
+        "+0.055 ± 0.000",
+        "+0.026 ± 0.000",
+        "3.6×10¹⁷",
+    ]
+    assert rows["flat byte LM"][3] == "beyond 10¹⁹"
 
 
 def test_categories_and_cost_by_hand() -> None:
     found = table("By category")
     assert found.header == ["FLOPs", "family", "prose", "documentation", "code", "other languages", "all"]
-    assert found.rows[1] == ["10¹⁷", "Token LM, BPE of 16k", "1.168", "0.956", "0.743", "1.381", "1.062"]
+    assert found.rows[1] == ["10¹⁷", "token LM, BPE of 16k", "1.168", "0.956", "0.743", "1.381", "1.062"]
     assert found.best == {(row, column) for row in (1, 11, 21) for column in range(2, 7)}
     cost = {tuple(row[:2]): row[2:] for row in table("Cost").rows}
-    blt = cost["10¹⁶", "BLT, entropy, 4.5 bytes"]
-    assert blt == ["30.0 M", "1.84 GB", "250 MB", "1.32", "4.50", "40.0", "13.3", "1 min 40 s", "3,250,000", "1.2×10¹⁵"]
-    assert cost["10¹⁷", "Token LM, BPE of 8k"][1] == "–"
+    blt = cost["10¹⁶", "BLT, entropy, 4.5 bytes per patch"]
+    assert blt == ["30 M", "1.84 GB", "250 MB", "1.32", "4.50", "40", "13.3", "1 min 40 s", "3,250,000", "1.2×10¹⁵"]
+    assert cost["10¹⁷", "token LM, BPE of 8k"][1] == "–"
     assert len(cost) == len(LAWS) * len(BUDGETS)
 
 

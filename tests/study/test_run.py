@@ -107,7 +107,7 @@ def test_a_row_counts_the_batches_that_were_read(folder: Path, rows: dict[str, S
             patcher = Patcher(PatchSettings(mode="entropy", threshold=settings.patching.threshold), byte_lm)
         else:
             assert settings.data.tokenizer is not None
-            vocabulary = {"vocabulary": Tokenizer.read(settings.data.tokenizer)}
+            vocabulary = {"vocabulary": Tokenizer.read(folder / settings.data.tokenizer)}
         loader = Loader(settings.data, settings.seed, patcher, **vocabulary)
         batches = [next(loader) for _ in range(row.steps)]
         num_bytes = sum(batch.num_bytes for batch in batches)
