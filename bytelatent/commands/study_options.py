@@ -25,6 +25,7 @@ class StudySettings(JsonSettings):
         dry_run: show each run with its size, FLOPs, bytes and steps, and exit.
         only: run this family only. May be given several times.
         trials: run the plan's trials, and rank them by the tuning text.
+        prepare: make what the runs share (tokenizers, entropy models, mean patches), and stop.
         tuning_only: do not read the held-out text: results are of the tuning text.
         gpus: number of GPUs to use, with one run each at a time. 0 uses the CPU. Default: all.
         slurm: submit each run as a job.
@@ -37,6 +38,7 @@ class StudySettings(JsonSettings):
     dry_run: bool = False
     only: list[str] = Field(default=[])
     trials: bool = False
+    prepare: bool = False
     tuning_only: bool = False
     gpus: int | None = Field(default=None, ge=0)
     slurm: bool = False
