@@ -48,9 +48,9 @@ class StudySettings(JsonSettings):
 class SpeedrunSettings(JsonSettings):
     """Train an entry for ten minutes on one device and a fixed text, and measure it: docs/study/speedrun.md.
 
-    Example:  `blt speedrun apps/bytelatent/speedrun/blt.yaml --text data/speedrun`
+    Example:  `blt speedrun apps/bytelatent/speedrun/blt.yaml --text text`
 
-    To check a result:  `blt speedrun --check blt.json runs/speedrun/blt/weights --text data/speedrun`
+    To check a result:  `blt speedrun --check blt.json runs/speedrun/blt/weights --text text`
 
     The table of results:  `blt speedrun --table docs/study/speedrun`
 
@@ -64,7 +64,7 @@ class SpeedrunSettings(JsonSettings):
     """
 
     entry: Annotated[str | None, ARGUMENT] = None
-    text: Path = Path("data/speedrun")
+    text: Path = Path("text")
     out: Path = Path("runs/speedrun")
     minutes: float | None = Field(default=None, gt=0, le=1e6)
     check: Path | None = None
