@@ -40,9 +40,7 @@ def random_bytes(num_bytes: int) -> Tensor:
 
 def optimizer_of(model: NgramHashEmbedding) -> torch.optim.Optimizer:
     if model.tables.sparse:
-        optimizer = SparseRowsAdamW(model.parameters(), **PATCHING)
-        optimizer.before_lookups(model)
-        return optimizer
+        return SparseRowsAdamW(model.parameters(), **PATCHING)
     return torch.optim.AdamW(model.parameters(), fused=model.tables.weight.is_cuda, weight_decay=0.0, **PATCHING)
 
 
@@ -113,6 +111,8 @@ def time_step(ids: Tensor, rows: int, sparse: bool, text: str) -> None:
     torch.nn.init.normal_(model.tables.weight, std=DIM**-0.5)
     model.tables.sparse = sparse
     optimizer, ids, out = optimizer_of(model), ids.cuda(), []
+    if isinstance(optimizer, SparseRowsAdamW):
+        optimizer.before_lookups(model)
     parts: dict[str, Callable[[], object]] = {
         "forward": lambda: out.append(model(ids, history)),
         "backward": lambda: out.pop().backward(grads),

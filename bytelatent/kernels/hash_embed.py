@@ -303,16 +303,14 @@ def hash_embed_kernel(
     rows = table * V + tl.where(hashes < 0, hashes + V, hashes)
     if rows_ptr is not None and tl.program_id(1) == 0:
         tl.store(rows_ptr + t.to(tl.int64) * N + table, rows, mask=table < N)
-    if out_ptr is None:
-        return
-    found = tl.load(
-        tables_ptr + rows[:, None] * D + d[None, :], mask=(table < N)[:, None] & (d < D)[None, :], other=0.0
-    )
-    x = tl.sum(found.to(tl.float32), 0)
-    if embedding_ptr is not None:
-        own = embedding_ptr + tl.load(newest).to(tl.int64) * D + d
-        x += tl.load(own, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + t.to(tl.int64) * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
+    if out_ptr is not None:
+        inside = (table < N)[:, None] & (d < D)[None, :]
+        found = tl.load(tables_ptr + rows[:, None] * D + d[None, :], mask=inside, other=0.0)
+        x = tl.sum(found.to(tl.float32), 0)
+        if embedding_ptr is not None:
+            own = embedding_ptr + tl.load(newest).to(tl.int64) * D + d
+            x += tl.load(own, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(out_ptr + t.to(tl.int64) * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit

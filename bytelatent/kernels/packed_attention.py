@@ -11,6 +11,7 @@ the package nvidia-cudnn-frontend, which is imported where a graph is made or ru
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ CAPABILITIES = (9, 10)  # Hopper and Blackwell, but not its consumer cards, for 
 VERSION = 91002  # of cuDNN, 9.10.2: the first that masks packed documents so
 GREATEST_HEAD, HEAD_MULTIPLE = 128, 16  # head sizes with which cuDNN's memory grows with T, and not with B times T
 SIZE_MULTIPLE = 2048  # a graph's positions are a multiple of this
+_USES_HANDLE = Lock()
 
 
 class Heads(NamedTuple):
@@ -243,10 +245,13 @@ class CudnnGraph:
         begins = {f"begin_{multiple}": begin * multiple for multiple in self.per_position}
         given = {**tensors, "length": length, **begins}
         handle = _handle(self.device)
-        cudnn.set_stream(handle, torch.cuda.current_stream(self.device).cuda_stream)
         workspace = torch.empty(max(self.workspace, 1), dtype=torch.uint8, device=self.device)
-        with torch.cuda.device(self.device):
-            self.graph.execute({number: given[name] for name, number in self.numbers.items()}, workspace, handle=handle)
+        places = {number: given[name] for name, number in self.numbers.items()}
+        # Threads share the handle, which has one stream: the next batch's entropies may be computed on another one. And
+        # what ran on a stream that is being captured would be captured, with memory that is soon another's.
+        with torch.cuda.device(self.device), _USES_HANDLE:
+            cudnn.set_stream(handle, torch.cuda.current_stream(self.device).cuda_stream)
+            self.graph.execute(places, workspace, handle=handle)
 
 
 def make_graphs(device: torch.device, size: int, entries: int, heads: Heads, window: int | None) -> None:

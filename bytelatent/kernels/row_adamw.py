@@ -39,8 +39,8 @@ class TableState:
         last_R: the last step that changed a row, 0 for none.
         until_R: the last step in which a row's momentum moves it.
         step: the number of steps done.
-        rates_H2: for step j at j % H: the learning rate over the correction of the mean, and the root of that of the
-            square.
+        rates_H2: for step j at j % H: the learning rate over the correction of the mean, and one over the root of that
+            of the square.
         betas, eps: of AdamW.
     """
 
@@ -84,7 +84,7 @@ def lasting_steps(betas: tuple[float, float], dtype: torch.dtype) -> int:
 
 def rates_of(step: int, lr: float, betas: tuple[float, float]) -> tuple[float, float]:
     """A row of `rates_H2`."""
-    return lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)
+    return lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
 
 
 def summed(gradient_RD: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _adamw(
     """The weight and both moments after a step. No `lerp`, which rounds by where in a tensor a number is."""
     mean = mean + (grad - mean) * (1 - table.betas[0])
     square = square * table.betas[1] + grad * grad * (1 - table.betas[1])
-    return weight - rates[0] * mean / (square.sqrt() / rates[1] + table.eps), mean, square
+    return weight - rates[0] * mean / (square.sqrt() * rates[1] + table.eps), mean, square
 
 
 def _checked(table: TableState) -> tuple[Tensor, ...]:
@@ -272,5 +272,5 @@ def adamw(weight, mean, square, grad, rates, rest1, beta2, rest2, eps):
     """The weights and both moments after a step."""
     mean += (grad - mean) * rest1
     square = square * beta2 + grad * grad * rest2
-    weight -= tl.load(rates) * mean / (tl.sqrt(square) / tl.load(rates + 1) + eps)
+    weight -= tl.load(rates) * mean / (tl.sqrt(square) * tl.load(rates + 1) + eps)
     return weight, mean, square

@@ -56,7 +56,7 @@ class StudyRow(Settings):
         family: of the plan; `label` is its name for people.
         budget: training FLOPs that the plan asks for.
         kind: of the model.
-        settings: all settings of the training.
+        settings: all settings of the training; paths below the study's folder begin there.
         parameters: by part of the model, without hash tables.
         table_parameters, table_bytes: of the hash tables, as they are trained, in float32.
         batch_bytes: bytes of text in a step, on average.

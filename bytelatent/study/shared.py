@@ -39,6 +39,7 @@ from bytelatent.weights import find_byte_lm, fingerprint, load_byte_lm
 LOGGER = logging.getLogger(__name__)
 
 TEXT = "text.json"
+MEASUREMENTS = "measurements"  # a part of what runs share
 TRAINED = "trained.json"  # in the folder of an entropy model that is ready
 FEWEST_BATCHES = 8  # that a measurement reads
 
@@ -331,14 +332,17 @@ class Shared:
             runs.append(PlannedRun(draft, measured, cost, self.train_bytes, self.plan.warmup_share))
         return picked(self.plan, runs)
 
-    def missing(self, drafts: Sequence[Draft]) -> list[str]:
-        """The shared parts that these runs need and that are not there yet, as `make` takes them."""
+    def needs(self, drafts: Sequence[Draft]) -> list[str]:
+        """The tokenizers and entropy models of runs that are not there yet, as `make` takes them."""
         vocabularies = {d.settings.data.tokenizer for d in drafts if d.settings.data.tokenizer is not None}
         models = {d.entropy_model for d in drafts if d.entropy_model is not None}
         found = [f"tokenizer {Path(path).stem}" for path in sorted(vocabularies) if not Path(path).is_file()]
-        found += [f"entropy_model {name}" for name in sorted(models) if not self.has_entropy_model(name)]
+        return found + [f"entropy_model {name}" for name in sorted(models) if not self.has_entropy_model(name)]
+
+    def missing(self, drafts: Sequence[Draft]) -> list[str]:
+        """The same, and at last the measurements, if some are not made yet."""
         is_known = all((self.folder / "measured" / f"{self._key(draft)}.json").is_file() for draft in drafts)
-        return found if is_known and not found else [*found, "measurements"]
+        return self.needs(drafts) + [MEASUREMENTS] * (not is_known)
 
     def make(self, part: str, drafts: Sequence[Draft]) -> None:
         """Make a part of those that `missing` names."""

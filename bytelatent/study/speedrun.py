@@ -18,6 +18,7 @@ from bytelatent.files import digest_of, digests, json_if_any
 from bytelatent.model.settings import NAMES
 from bytelatent.report.text import aligned, amount_of_bytes, number
 from bytelatent.study import speedrun_text
+from bytelatent.study.plan import budget_name
 from bytelatent.study.results import NAME, HeldOut
 from bytelatent.text.tokenizer import TOKENIZER
 from bytelatent.training import TrainSettings
@@ -210,18 +211,18 @@ def table_of_results(folder: Path) -> str:
 
 def as_table(results: Sequence[SpeedrunResult], markdown: bool = False) -> str:
     groups = list(dict.fromkeys(group for result in results for group in result.held_out.by_category))
-    header = ["entry", "model", "device", "date", "bits per byte", *groups, "read", "PFLOPs", "seconds"]
+    header = ["entry", "model", "device", "date", "bits per byte", *groups, "read", "FLOPs", "seconds"]
     rows = []
     for result in results:
         bits, by = result.held_out.bits_per_byte, result.held_out.by_category
-        flops = (result.training_flops + result.entropy_model_training_flops) / 1e15
+        flops = budget_name(result.training_flops + result.entropy_model_training_flops)
         row = [result.name, f"{NAMES[result.kind]}, {result.parameters / 1e6:,.1f} M", result.device, result.date]
         row += [number(bits, 4), *(number(by[group].bits_per_byte if group in by else None, 4) for group in groups)]
-        rows.append([*row, amount_of_bytes(result.bytes_read), number(flops), f"{sum(result.seconds.values()):.0f}"])
+        rows.append([*row, amount_of_bytes(result.bytes_read), flops, f"{sum(result.seconds.values()):.0f}"])
     return aligned(header, rows, 4, markdown)
 
 
-def check_text(folder: Path) -> dict[str, str]:
+def check_speedrun_text(folder: Path) -> dict[str, str]:
     """SHA-256 of the parts of the text.
 
     Raises:

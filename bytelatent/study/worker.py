@@ -68,6 +68,10 @@ class StudyJob(Settings):
     discard_models: bool = False
 
     @property
+    def is_for_the_cpu(self) -> bool:
+        return self.part is not None and self.part.startswith("tokenizer ")
+
+    @property
     def name(self) -> str:
         return self.run or (self.part or ALL_PARTS).replace(" ", "-")
 
@@ -162,6 +166,9 @@ def row_of(
     shown = settings.shown()
     if draft.settings.calibration is not None:  # the study did it
         shown["calibration"] = draft.settings.calibration.plain()
+    for group, key in ((shown, "run"), (shown, "entropy_model"), (shown["data"], "tokenizer")):
+        if group[key] is not None:  # wherever the study's folder is
+            group[key] = group[key].removeprefix(f"{shared.folder}/")
     return StudyRow(
         name=draft.name,
         family=draft.family,

@@ -112,6 +112,10 @@ class CapturedGradients:
 
     def _capture_again(self, batch: Batch) -> None:
         """Gradients that are there move to where they are then."""
+        if self._device.type == "cuda":
+            # A replay, or an optimizer that reads gradients, may still be running. What it uses is freed below, and
+            # the other streams that then get the memory do not wait for it.
+            torch.cuda.synchronize(self._device)
         earlier = {parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None}
         self._clear()
         self._graphs, self._gradients = {}, []  # before there are others: there may be no room for both

@@ -178,24 +178,20 @@ def test_the_table_has_results_of_ten_minutes_alone(finished: Path, tmp_path: Pa
     values = json.loads((finished / "tokens.json").read_text())
     for name, bits, device in (("worse", 1.2, "cpu, one"), ("best", 1.05, "NVIDIA H200")):
         held_out = {"bits_per_byte": bits, "bytes": 9, "by_category": {"code": {"bits_per_byte": 0.8, "bytes": 9}}}
-        changes = {"seconds": {"tokenizer": 10.0, "model": 590.4}, "training_flops": 6.5e16, "date": "2026-11-30"}
+        changes = {
+            "seconds": {"tokenizer": 10.0, "model": 590.4},
+            "training_flops": 6.5e16 - 1e15,
+            "entropy_model_training_flops": 1e15,
+            "date": "2026-11-30",
+        }
         changes |= {"bytes_read": 190_000_000, "parameters": 110_000_000, "again": bits, "device": device}
         signed(tmp_path / f"{name}.json", values, name=name, minutes=10.0, held_out=held_out, **changes)
     code, out, _ = blt("--table", tmp_path)
     assert code == 0
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
     assert header[:6] == ["entry", "model", "device", "date", "bits per byte", "code"]
-    assert rows[0] == [
-        "best",
-        "token LM, 110.0 M",
-        "NVIDIA H200",
-        "2026-11-30",
-        "1.0500",
-        "0.8000",
-        "190 MB",
-        "65.00",
-        "600",
-    ]
+    best = "best|token LM, 110.0 M|NVIDIA H200|2026-11-30|1.0500|0.8000|190 MB|6.5e16|600"
+    assert rows[0] == best.split("|")
     assert [row[0] for row in rows] == ["best", "worse"]
     (tmp_path / "worse.json").rename(tmp_path / "other.json")
     assert "other.json': it is of 'worse'" in blt("--table", tmp_path)[2]

@@ -1,11 +1,14 @@
 """Hash tables in training: the kernels in Triton's interpreter, their plain twins, and the operator around them."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, library
 
+from bytelatent.kernels import hash_embed, row_adamw
 from bytelatent.kernels.hash_embed import hash_rows, ngram_powers, plain_row_sums, row_sums
 from bytelatent.kernels.row_adamw import summed
 from bytelatent.model.block import init_weights
@@ -48,6 +51,33 @@ def test_kernels() -> None:
             {"rows": 3, "lookups": 0, "dim": 8},
         ],
     )
+
+
+def test_kernels_compile_for_a_gpu() -> None:
+    """Which the interpreter does not tell; it takes no GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    table = dict.fromkeys(("weight", "mean", "square", "last", "until", "step", "rates", "grads"), "*fp32")
+    numbers = dict.fromkeys(("rest1", "beta2", "rest2", "eps", "log_beta1", "log_beta2"), "fp32") | {"lasting": "i32"}
+    ids = dict.fromkeys(("tail", "history", "powers", "rows", "order", "end", "run"), "*i64")
+    types = {f"{name}_ptr": kind for name, kind in (table | ids | {"out": "*fp32"}).items()}
+    types |= numbers | {"S": "i32", "L": "i32", "N": "i32"}
+    blocks: dict[str, Any] = {"D": 384, "BLOCK": 512}
+    hashes: dict[str, Any] = {"N": 6, "PADDED_N": 8, "W": 8, "PADDED_W": 8, "V": 97, "OVERLAP": False}
+    absent = dict.fromkeys(("tables_ptr", "embedding_ptr", "out_ptr", "run_ptr"))
+    for kernel, constants in (
+        (row_adamw.row_adamw_kernel, {"HISTORY": 256}),
+        (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256}),
+        (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256, "rows_ptr": None}),
+        (hash_embed.row_sums_kernel, {"AT_ROWS": False}),
+        (hash_embed.hash_embed_kernel, hashes | absent),
+    ):
+        constants = blocks | constants
+        signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, constants)
+        assert "cubin" in triton.compile(source, GPUTarget("cuda", 90, 32)).asm
 
 
 def embedding_and_stream(size: int, dtype: torch.dtype = torch.float64) -> tuple[NgramHashEmbedding, Tensor, Tensor]:

@@ -2,8 +2,11 @@
 and who is asked for it when."""
 
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -122,6 +125,31 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     module._graph.cache_clear()
     module._handle.cache_clear()
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_threads_keep_their_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share a handle, which has one stream: that of the thread that runs a graph."""
+    streams: list[int] = []
+    ran_on: list[tuple[int, int]] = []
+
+    def set_stream(handle: object, stream: int) -> None:
+        streams.append(stream)
+        time.sleep(2e-3)  # time for the other thread
+
+    def execute(self: object, *_: object, **__: object) -> None:
+        ran_on.append((streams[-1], threading.get_ident()))
+
+    monkeypatch.setattr(sys.modules["cudnn"], "set_stream", set_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=threading.get_ident()))
+    monkeypatch.setattr(cudnn_stand_in.Graph, "execute", execute)
+    begin, length = entries_of(documents(SIZES, 6), 64)
+    q, k, v = (torch.randn(30, 4, 16).to(BF16) for _ in range(3))
+    module.cudnn_attention(q, k, v, begin, length, None)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: module.cudnn_attention(q, k, v, begin, length, None), range(20)))
+    assert len({thread for _, thread in ran_on}) == 3
+    assert all(stream == thread for stream, thread in ran_on)
 
 
 @pytest.mark.parametrize("window", [None, 5, 4096])

@@ -81,10 +81,6 @@ def without_clock(row: StudyRow) -> dict[str, Any]:
     values = row.plain()
     for name in ("seconds", "bytes_per_second", "date"):
         del values[name]
-    values["settings"] = {
-        key: value for key, value in values["settings"].items() if key not in ("run", "entropy_model")
-    }
-    del values["settings"]["data"]["tokenizer"]
     for point in values["curve"]:
         del point["seconds"]
     return values

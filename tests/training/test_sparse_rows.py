@@ -117,11 +117,11 @@ def test_the_steps_left_out_are_below_rounding(dtype: torch.dtype, betas: tuple[
 def test_how_a_row_catches_up_changes_no_bit() -> None:
     """In one go or in parts, alone or with others: so a run that saves more often is the same."""
     torch.manual_seed(0)
-    gradients = {step: sparse_gradient([step % 5, 5 + step % 31], (40, 7), torch.float32) for step in range(1, 700)}
+    gradients = {step: sparse_gradient([step % 5, 5 + step % 31], (36, 7), torch.float32) for step in range(1, 300)}
     tables = []
     for every in (10**6, 1, 9):
         torch.manual_seed(1)
-        table = nn.Parameter(torch.randn(40, 7))
+        table = nn.Parameter(torch.randn(36, 7))
         optimizer = SparseRowsAdamW([table], lr=0.01, betas=(0.9, 0.95))
         for step, gradient in gradients.items():
             if step % every == 0:
