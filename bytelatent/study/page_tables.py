@@ -184,10 +184,10 @@ def _cost(analysis: Analysis) -> StudyTable:
     ]
     devices = dict.fromkeys(row.device for it in analysis.families for run in it.best.values() for row in run.rows)
     caption = (
-        "What the runs cost, with the mean patch or token. Parameters are those without hash tables, whose memory in training (float32) is beside "
-        "them; tables cost memory and no FLOPs. The FLOPs per byte include the frozen entropy model's forward pass. "
-        "Training that model is not counted in the budget; its FLOPs are in the last column. Time is that in training "
-        f"steps, on: {', '.join(devices)}."
+        "What the runs cost, with their mean patch or token. Parameters are those without hash tables, whose memory in "
+        "training (float32) is beside them; tables cost memory and no FLOPs. The FLOPs per byte include the frozen "
+        "entropy model's forward pass. Training that model is not counted in the budget; its FLOPs are in the last "
+        f"column. Time is that in training steps, on: {', '.join(devices)}."
     )
     return StudyTable("Cost", caption, header, rows, 2)
 
