@@ -37,7 +37,7 @@ from bytelatent.study.speedrun import (
     Entry,
     SpeedrunResult,
     as_table,
-    check_text,
+    check_speedrun_text,
     digest_of_model,
     read_result,
     table_of_results,
@@ -62,9 +62,7 @@ def run(settings: SpeedrunSettings) -> None:
         print_line(table_of_results(settings.table))
         return
     if settings.entry is None:
-        raise UserError(
-            "speedrun: name an entry: blt speedrun apps/bytelatent/speedrun/tokens.yaml --text data/speedrun"
-        )
+        raise UserError("speedrun: name an entry: blt speedrun apps/bytelatent/speedrun/tokens.yaml --text text")
     if settings.check is not None:
         print_line(check_result(settings.check, Path(settings.entry), settings.text))
         return
@@ -97,7 +95,7 @@ def run_entry(settings: SpeedrunSettings) -> tuple[SpeedrunResult, Path]:
     device = choose_device(entry.model.device)
     check_settings(entry.model, 1, device)
     check_machine(entry.model, device, choose_dtype(entry.model.dtype, device))
-    text = check_text(settings.text)
+    text = check_speedrun_text(settings.text)
     LOGGER.info(f"{entry.name}: {entry.model.minutes:g} minutes on {device_name(device)}; the text is the speedrun's")
     begun = {"entry": entry.values, "minutes": entry.model.minutes}
     trained = json_if_any(out / TRAINED)
@@ -240,7 +238,7 @@ def check_result(path: Path, model: Path, text: Path) -> str:
         raise UserError(f"check: '{path}': {problem}")
     if digest_of_model(model) != result.weights:
         raise UserError(f"check: '{model}' is not the model of '{path}': the digest of its files is another")
-    check_text(text)
+    check_speedrun_text(text)
     bits, stated = _measured(model, text, choose_device()).bits_per_byte, result.held_out.bits_per_byte
     if abs(bits - stated) > TOLERANCE:
         raise UserError(f"check: '{model}' has {bits:.5f} bits per byte here, and '{path}' states {stated:.5f}")

@@ -22,6 +22,7 @@ def run(settings: StudySettings) -> None:
         folder=settings.out or Path("runs") / settings.plan.stem,
         only=settings.only,
         trials=settings.trials,
+        prepare=settings.prepare,
         tuning_only=settings.tuning_only,
         discard_models=settings.discard_models,
         gpus=_gpus(settings),

@@ -25,6 +25,7 @@ class StudySettings(JsonSettings):
         dry_run: show each run with its size, FLOPs, bytes and steps, and exit.
         only: run this family only. May be given several times.
         trials: run the plan's trials, and rank them by the tuning text.
+        prepare: make what the runs share (tokenizers, entropy models, mean patches), and stop.
         tuning_only: do not read the held-out text: results are of the tuning text.
         gpus: number of GPUs to use, with one run each at a time. 0 uses the CPU. Default: all.
         slurm: submit each run as a job.
@@ -37,6 +38,7 @@ class StudySettings(JsonSettings):
     dry_run: bool = False
     only: list[str] = Field(default=[])
     trials: bool = False
+    prepare: bool = False
     tuning_only: bool = False
     gpus: int | None = Field(default=None, ge=0)
     slurm: bool = False
@@ -46,9 +48,9 @@ class StudySettings(JsonSettings):
 class SpeedrunSettings(JsonSettings):
     """Train an entry for ten minutes on one device and a fixed text, and measure it: docs/study/speedrun.md.
 
-    Example:  `blt speedrun apps/bytelatent/speedrun/blt.yaml --text data/speedrun`
+    Example:  `blt speedrun apps/bytelatent/speedrun/blt.yaml --text text`
 
-    To check a result:  `blt speedrun --check blt.json runs/speedrun/blt/weights --text data/speedrun`
+    To check a result:  `blt speedrun --check blt.json runs/speedrun/blt/weights --text text`
 
     The table of results:  `blt speedrun --table docs/study/speedrun`
 
@@ -62,7 +64,7 @@ class SpeedrunSettings(JsonSettings):
     """
 
     entry: Annotated[str | None, ARGUMENT] = None
-    text: Path = Path("data/speedrun")
+    text: Path = Path("text")
     out: Path = Path("runs/speedrun")
     minutes: float | None = Field(default=None, gt=0, le=1e6)
     check: Path | None = None

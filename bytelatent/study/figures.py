@@ -44,7 +44,7 @@ def looks(families: Sequence[MeasuredFamily], palette: Palette) -> dict[str, Loo
     for family in families:
         number = seen[family.mode] = seen.get(family.mode, -1) + 1
         hue = HUES.get(family.mode)
-        colour = palette.muted if hue is None else palette.series[hue]
+        colour = palette.ink if hue is None else palette.series[hue]
         found[family.name] = Look(colour, MARKERS.get(family.mode, "o"), DASHES[number % 4], FILLS[number % 4])
     return found
 
@@ -78,7 +78,37 @@ def bits_against_flops(axes: "Axes", palette: Palette, analysis: Analysis, label
     ends = [float(law([end])[0]) for law in analysis.laws.values()]
     scale_bits(axes, [*bits, *ends], margin=1.02)
     _flops_axis(axes, "training FLOPs")
-    _name_lines(axes, analysis, look, lambda family: _end_of(family, analysis, end), labelled)
+    _name_lines(axes, analysis.families, look, lambda family: _end_of(family, analysis, end), labelled)
+
+
+def distance_against_flops(axes: "Axes", palette: Palette, analysis: Analysis, labelled: bool = True) -> None:
+    """Distances to the best token LM, with the deviation that seeds alone give them."""
+    axes.set_xscale("log")
+    look = looks(analysis.families, palette)
+    drawn = {family.name: found for family in analysis.families if (found := analysis.distances(family))}
+    drawn = {name: found for name, found in drawn.items() if any(it.token_lm.name != name for it in found.values())}
+    for name, found in drawn.items():
+        xs, ys = list(found), [it.bits for it in found.values()]
+        style = look[name]
+        axes.plot(xs, ys, color=style.colour, linewidth=1.2, linestyle=style.dashes, zorder=3)
+        _marker(axes, name, xs, ys, style, palette)
+        for budget, it in found.items():
+            if it.noise is not None:
+                ends = [it.bits - it.noise, it.bits + it.noise]
+                axes.plot([budget] * 2, ends, color=style.colour, linewidth=1.2, zorder=4)
+    axes.axhline(0, color=palette.ink, linewidth=1.3, zorder=2)
+    at: Any = {"transform": axes.get_yaxis_transform(), "fontsize": 8.5, "color": palette.ink}
+    axes.text(0.01, 0, "the best token LM", va="bottom", **at)
+    axes.margins(x=0.08, y=0.08)
+    _flops_axis(axes, "training FLOPs")
+    axes.set_ylabel("bits per byte above the best token LM")
+    families = [family for family in analysis.families if family.name in drawn]
+
+    def end(family: MeasuredFamily) -> tuple[float, float]:
+        return list(drawn[family.name].items())[-1][0], list(drawn[family.name].values())[-1].bits
+
+    if families:
+        _name_lines(axes, families, look, end, labelled)
 
 
 def bits_against_seconds(axes: "Axes", palette: Palette, analysis: Analysis, labelled: bool = True) -> None:
@@ -106,7 +136,7 @@ def bits_against_patch_size(axes: "Axes", palette: Palette, analysis: Analysis, 
         there = [family for family in analysis.families if budget in family.best]
         for family in there:
             run = family.best[budget]
-            _marker(axes, family, [run.mean("mean_patch_bytes")], [run.bits_per_byte], look[family.name], palette)
+            _marker(axes, family.name, [run.mean("mean_patch_bytes")], [run.bits_per_byte], look[family.name], palette)
         entropy = [family.best[budget] for family in there if family.mode == "entropy"]
         line = sorted((run.mean("mean_patch_bytes"), run.bits_per_byte) for run in entropy)
         if line:
@@ -128,6 +158,7 @@ def bits_against_patch_size(axes: "Axes", palette: Palette, analysis: Analysis, 
 
 DRAWINGS: dict[str, Callable[..., None]] = {
     "flops": bits_against_flops,
+    "distance": distance_against_flops,
     "seconds": bits_against_seconds,
     "inference": bits_against_inference,
     "patch_size": bits_against_patch_size,
@@ -149,7 +180,7 @@ def _against(
         run = list(family.best.values())[-1]
         return x_of(run), run.bits_per_byte
 
-    _name_lines(axes, analysis, look, end, labelled)
+    _name_lines(axes, analysis.families, look, end, labelled)
 
 
 def _points(
@@ -158,34 +189,30 @@ def _points(
     ys = [run.bits_per_byte for run in family.best.values()]
     if line:
         axes.plot(xs, ys, color=look.colour, linewidth=1.2, linestyle=look.dashes, zorder=3)
-    _marker(axes, family, xs, ys, look, palette)
+    _marker(axes, family.name, xs, ys, look, palette)
 
 
-def _marker(
-    axes: "Axes", family: MeasuredFamily, xs: Sequence[float], ys: Sequence[float], look: Look, palette: Palette
-) -> None:
+def _marker(axes: "Axes", name: str, xs: Sequence[float], ys: Sequence[float], look: Look, palette: Palette) -> None:
     fill: Any = {"fillstyle": look.fill, "markerfacecolor": look.colour, "markerfacecoloralt": palette.paper}
     if look.fill == "none":  # the lines behind it do not show through
         fill = {"markerfacecolor": palette.paper}
     edge: Any = {"markeredgecolor": look.colour, "markeredgewidth": 1.1, "markersize": 6}
-    axes.plot(xs, ys, label=family.name, linestyle="none", marker=look.marker, zorder=5, **fill, **edge)
+    axes.plot(xs, ys, label=name, linestyle="none", marker=look.marker, zorder=5, **fill, **edge)
 
 
 def _name_lines(
     axes: "Axes",
-    analysis: Analysis,
+    families: Sequence[MeasuredFamily],
     look: dict[str, Look],
     end: Callable[[MeasuredFamily], tuple[float, float]],
     labelled: bool,
 ) -> None:
     """Names at the ends of the lines, or on a narrow screen below the axes."""
     if labelled:
-        label_ends(
-            axes, [(*end(family), visible_name(family.label), look[family.name].colour) for family in analysis.families]
-        )
+        label_ends(axes, [(*end(it), visible_name(it.label), look[it.name].colour) for it in families])
         return
     handles = {line.get_label(): line for line in axes.get_lines()}
-    by_height = sorted(analysis.families, key=lambda family: -end(family)[1])
+    by_height = sorted(families, key=lambda family: -end(family)[1])
     _legend(axes, [(handles[family.name], visible_name(family.label)) for family in by_height], columns=1)
 
 

@@ -8,6 +8,8 @@ from bytelatent.study.analysis import Analysis, Distance
 from bytelatent.study.best import BestRun, MeasuredFamily
 from bytelatent.study.fit import LEVEL, FitNoise, Interval
 
+WITHOUT_LIMIT = " Laws without E fall too fast far beyond the budgets that were measured, so that they are no forecast."
+
 
 @dataclass(frozen=True)
 class StudyTable:
@@ -87,7 +89,7 @@ def _laws(analysis: Analysis) -> StudyTable | None:
         f"Power laws of bits per byte against training FLOPs C, with C₀ = {amount_of_flops(reference)}. "
         f"The form is {'; or '.join(forms)}. Intervals are of a bootstrap over seeds, whose noise is {_pooled(noise)}; "
         "the sampling of the held-out text, the same for all, is not in them. The largest miss is that of a point from "
-        "its law."
+        f"its law.{'' if any(law.has_limit for law in analysis.laws.values()) else WITHOUT_LIMIT}"
     )
     return StudyTable("Fits", caption, header, rows)
 
@@ -172,7 +174,7 @@ def _categories(analysis: Analysis) -> StudyTable | None:
 
 
 def _cost(analysis: Analysis) -> StudyTable:
-    header = ["FLOPs", "family", "parameters", "tables", "text read", "epochs", "bytes per patch or token"]
+    header = ["FLOPs", "family", "parameters", "tables", "text read", "epochs", "bytes per patch"]
     header += ["training MFLOPs per byte", "forward MFLOPs per byte", "time", "bytes/s", "entropy model, FLOPs"]
     rows = [
         [amount_of_flops(budget), family.label, *_cost_of(family.best[budget])]
@@ -182,10 +184,10 @@ def _cost(analysis: Analysis) -> StudyTable:
     ]
     devices = dict.fromkeys(row.device for it in analysis.families for run in it.best.values() for row in run.rows)
     caption = (
-        "What the runs cost. Parameters are those without hash tables, whose memory in training (float32) is beside "
-        "them; tables cost memory and no FLOPs. The FLOPs per byte include the frozen entropy model's forward pass. "
-        "Training that model is not counted in the budget; its FLOPs are in the last column. Time is that in training "
-        f"steps, on: {', '.join(devices)}."
+        "What the runs cost, with their mean patch or token. Parameters are those without hash tables, whose memory in "
+        "training (float32) is beside them; tables cost memory and no FLOPs. The FLOPs per byte include the frozen "
+        "entropy model's forward pass. Training that model is not counted in the budget; its FLOPs are in the last "
+        f"column. Time is that in training steps, on: {', '.join(devices)}."
     )
     return StudyTable("Cost", caption, header, rows, 2)
 

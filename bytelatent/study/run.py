@@ -17,7 +17,7 @@ from bytelatent.study.cost import PlannedRun
 from bytelatent.study.plan import Draft, StudyPlan, load_plan
 from bytelatent.study.processes import JobPool
 from bytelatent.study.results import StudyRow, read_row, row_path
-from bytelatent.study.shared import Shared
+from bytelatent.study.shared import MEASUREMENTS, Shared
 from bytelatent.study.slurm_jobs import submit_job
 from bytelatent.study.worker import ALL_PARTS, PLAN, TRIALS, StudyJob, perform
 
@@ -34,6 +34,7 @@ class StudyOptions:
     Attributes:
         only: names of families; empty for all.
         trials: the plan's trials in place of its runs.
+        prepare: make what runs share, and stop.
         tuning_only: leave the held-out text alone.
         discard_models: remove each model once its row is written.
         gpus: numbers of the GPUs to use; none for the CPU.
@@ -43,6 +44,7 @@ class StudyOptions:
     folder: Path
     only: Sequence[str] = ()
     trials: bool = False
+    prepare: bool = False
     tuning_only: bool = False
     discard_models: bool = False
     gpus: Sequence[str] = ()
@@ -73,11 +75,11 @@ class StudyOutcome:
     def raise_failures(self) -> None:
         """
         Raises:
-            UserError: runs failed; each is named.
+            UserError: something failed; it is named.
         """
         if self.failures:
             listed = "; ".join(f"{name} ({why})" for name, why in self.failures.items())
-            raise UserError(f"{len(self.failures)} of {len(self.runs)} runs failed: {listed}; {RESUMES}")
+            raise UserError(f"{len(self.failures)} failed: {listed}; {RESUMES}")
 
 
 def planned_runs(path: Path, options: StudyOptions, writes: bool = False) -> tuple[Shared, list[PlannedRun]]:
@@ -133,61 +135,55 @@ def _run(path: Path, options: StudyOptions) -> StudyOutcome:
         with whole_file(folder / PLAN) as aside:
             shutil.copyfile(path, aside)
     sizes = [[run.draft, *(other.draft for other in run.others)] for run in todo]
-    if not _make_shared(shared, _all(sizes), options, outcome):
-        return outcome
-    final = [shared.planned(candidates, is_final=True) for candidates in sizes]
-    by_name = {run.name: run for run in final}
-    outcome.runs = [by_name.get(run.name, run) for run in runs]
-    jobs = [_job(options, run=run.name) for run in final]
     if options.slurm is not None:
-        outcome.submitted = [submit_job(job, options.slurm) for job in jobs]
+        parts = [ALL_PARTS] if shared.missing(_all(sizes)) else []
+        jobs = [_job(options, part=part) for part in parts] or [_job(options, run=run.name) for run in todo]
+        outcome.submitted = [submit_job(job, options.slurm) for job in jobs if parts or not options.prepare]
     elif options.gpus:
-        outcome.failures = JobPool(folder / LOGS, options.gpus).run(jobs, by_name)
+        outcome.failures = _on_gpus(shared, sizes, options)
     else:
-        outcome.failures = _one_after_the_other(jobs, by_name, folder)
-    rows = {run.name: row for run in outcome.runs if (row := _row_of(run, options)) is not None}
-    outcome.rows = rows
+        drafts = _all(sizes)
+        for part in shared.missing(drafts):
+            shared.make(part, drafts)
+        final = [shared.planned(candidates, is_final=True) for candidates in sizes]  # nothing begins if one cannot
+        outcome.failures = {} if options.prepare else _one_after_the_other(final, options)
+    outcome.rows = {run.name: row for run in runs if (row := _row_of(run, options)) is not None}
     return outcome
 
 
-def _make_shared(shared: Shared, drafts: list[Draft], options: StudyOptions, outcome: StudyOutcome) -> bool:
-    """Make what the runs share and what is not there yet; False if a job of SLURM's does."""
-    missing = shared.missing(drafts)
-    if not missing:
-        return True
-    if options.slurm is not None:
-        outcome.submitted = [submit_job(_job(options, part=ALL_PARTS), options.slurm)]
-        return False
-    if not options.gpus:
-        for part in missing:
-            shared.make(part, drafts)
-        return True
-    pool = JobPool(shared.folder / LOGS, options.gpus)
-    for parts in (missing[:-1], missing[-1:]):  # measurements need all others
-        if failures := pool.run([_job(options, part=part) for part in parts], {}):
-            raise UserError(f"shared parts: {'; '.join(f'{name} ({why})' for name, why in failures.items())}")
-    return True
+def _on_gpus(shared: Shared, sizes: Sequence[Sequence[Draft]], options: StudyOptions) -> dict[str, str]:
+    """Run jobs in processes, each run once what it needs is there; why those that failed did."""
+    drafts = _all(sizes)
+    parts = {part: _job(options, part=part) for part in shared.needs(drafts)}
+    needs: dict[str, list[str]] = {}
+    if options.prepare:
+        runs = [_job(options, part=MEASUREMENTS)]
+        needs[runs[0].name] = [job.name for job in parts.values()]
+    else:
+        runs = [_job(options, run=candidates[0].name) for candidates in sizes]
+        for job, candidates in zip(runs, sizes, strict=True):
+            needs[job.name] = [parts[part].name for part in shared.needs(candidates)]
+    return JobPool(shared.folder / LOGS, options.gpus).run([*parts.values(), *runs], needs)
 
 
-def _one_after_the_other(jobs: list[StudyJob], runs: dict[str, PlannedRun], folder: Path) -> dict[str, str]:
-    """Run jobs in this process; why those that failed did."""
+def _one_after_the_other(runs: Sequence[PlannedRun], options: StudyOptions) -> dict[str, str]:
+    """Run them in this process; why those that failed did."""
     failures: dict[str, str] = {}
-    for number, job in enumerate(jobs, start=1):
-        run = runs[job.name]
-        LOGGER.info(f"run {number} of {len(jobs)}: {job.name}, {run.steps:,} steps, {run.training_flops:.3g} FLOPs")
+    for number, run in enumerate(runs, start=1):
+        LOGGER.info(f"run {number} of {len(runs)}: {run.name}, {run.steps:,} steps, {run.training_flops:.3g} FLOPs")
         try:
-            perform(job)
+            perform(_job(options, run=run.name))
         except Interrupted:
             raise
         except UserError as error:
-            failures[job.name] = f"{error}; log: {run.draft.settings.run}/train.log"
+            failures[run.name] = f"{error}; log: {run.draft.settings.run}/train.log"
         except Exception as error:
-            log = folder / LOGS / f"{job.name}.log"
+            log = options.folder / LOGS / f"{run.name}.log"
             with whole_file(log) as aside:
                 aside.write_text(traceback.format_exc(), encoding="utf-8")
-            failures[job.name] = f"{type(error).__name__}: {error}; log: {log}"
-        if job.name in failures:
-            LOGGER.warning(f"{job.name} failed: {failures[job.name]}")
+            failures[run.name] = f"{type(error).__name__}: {error}; log: {log}"
+        if run.name in failures:
+            LOGGER.warning(f"{run.name} failed: {failures[run.name]}")
     return failures
 
 

@@ -222,7 +222,7 @@ def as_table(results: Sequence[SpeedrunResult], markdown: bool = False) -> str:
     return aligned(header, rows, 4, markdown)
 
 
-def check_text(folder: Path) -> dict[str, str]:
+def check_speedrun_text(folder: Path) -> dict[str, str]:
     """SHA-256 of the parts of the text.
 
     Raises:

@@ -68,6 +68,10 @@ class StudyJob(Settings):
     discard_models: bool = False
 
     @property
+    def is_for_the_cpu(self) -> bool:
+        return self.part is not None and self.part.startswith("tokenizer ")
+
+    @property
     def name(self) -> str:
         return self.run or (self.part or ALL_PARTS).replace(" ", "-")
 

@@ -15,6 +15,7 @@ from bytelatent.study.figures import (
     bits_against_inference,
     bits_against_patch_size,
     bits_against_seconds,
+    distance_against_flops,
     looks,
 )
 from tests.study.made_rows import BUDGETS, LAWS, made_row, made_rows
@@ -72,6 +73,20 @@ def test_laws_bands_and_crossing_are_those_of_the_fits(analysis: Analysis) -> No
     assert band is not None
     heights = bands[1].get_paths()[0].vertices[:, 1]
     assert heights.max() == pytest.approx(float(band[1][0]), rel=1e-2)
+
+
+def test_distances_and_their_noise(analysis: Analysis) -> None:
+    axes = drawn(distance_against_flops, analysis)
+    for family in analysis.families:
+        found = analysis.distances(family)
+        if family.name == "token-16k":  # the best at each budget
+            assert family.name not in {line.get_label() for line in axes.get_lines()}
+            continue
+        assert line(axes, family.name) == (list(BUDGETS), [it.bits for it in found.values()])
+        for budget, it in found.items():
+            assert it.noise is not None
+            ends = [budget, budget], [it.bits - it.noise, it.bits + it.noise]
+            assert ends in [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
 
 
 def test_whiskers_span_the_seeds(analysis: Analysis) -> None:

@@ -49,7 +49,7 @@ def test_the_page_asks_for_nothing_outside(html: str) -> None:
 
 
 def test_the_page_has_each_figure_in_two_sizes_and_its_colours(html: str) -> None:
-    assert html.count("<svg") == 4 * 2
+    assert html.count("<svg") == 5 * 2
     assert "var(--series-1)" in html
     assert not re.findall(r"#0a0[bc]0\d", html)  # stand-ins
     text = Page(html).all_text
@@ -64,7 +64,7 @@ def test_the_page_says_what_was_found(html: str) -> None:
 
 def test_pictures_are_small(folder: Path) -> None:
     pictures = sorted(folder.glob("*.png"))
-    assert [path.stem for path in pictures] == ["flops", "inference", "patch_size", "seconds"]
+    assert [path.stem for path in pictures] == ["distance", "flops", "inference", "patch_size", "seconds"]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000 for path in pictures)
 
 
