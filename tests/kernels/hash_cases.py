@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, ngram_rows, row_sums
+from bytelatent.kernels.hash_embed import hash_embed, hash_rows, ngram_powers, ngram_rows, row_sums
 from bytelatent.kernels.row_adamw import (
     HISTORY,
     TableState,
@@ -22,7 +22,10 @@ from bytelatent.kernels.row_adamw import (
     row_adamw,
     summed,
 )
-from bytelatent.model.ngram_hash import PRIMES
+from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
+from bytelatent.model.settings import NgramHashSettings
+from bytelatent.training.gradients import clip
+from bytelatent.training.sparse_rows import SparseRowsAdamW
 from tests.kernels.decode_cases import DEVICE, Errors, difference
 from tests.model.slow import ngram_hash
 
@@ -94,7 +97,44 @@ def update(rows: int, lookups: int, dim: int, betas: tuple[float, float] = (0.9,
     return errors
 
 
-CASES = {"stream": stream, "sums": sums, "entries": entries, "update": update}
+def steps(size: int, dim: int, rows: int) -> Errors:
+    """Tables trained by rows, through a look-up, its gradient, clipping and AdamW, against dense ones in float64."""
+    table_settings = NgramHashSettings(sizes=[2, 3], num_functions=1, vocab_size=rows)
+    model, exact = NgramHashEmbedding(table_settings, dim), NgramHashEmbedding(table_settings, dim).double()
+    weight, exact_weight = model.tables.weight, exact.tables.weight
+    torch.nn.init.normal_(weight)
+    exact.load_state_dict(model.state_dict())
+    model.tables.sparse = True
+    patching: dict = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6}
+    optimizer = SparseRowsAdamW([weight], **patching)
+    optimizer.before_lookups(model)
+    expected = torch.optim.AdamW([exact_weight], weight_decay=0.0, foreach=False, **patching)
+    errors: Errors = {}
+    for step in range(5):
+        ids, history = torch.randint(0, 5 + step % 2, (size,)), torch.arange(size)
+        found, wanted, grads = model(ids, history), exact_sums(exact, ids), torch.randn(size, dim)
+        found.backward(grads)
+        wanted.backward(grads.double())
+        norms = clip(model.parameters(), 1.0), clip(exact.parameters(), 1.0)
+        for each in (optimizer, expected):
+            each.step()
+            each.zero_grad()
+        both = {"output": (found, wanted), "norm": norms}
+        errors |= {name: max(errors.get(name, 0.0), difference(*pair)) for name, pair in both.items()}
+    optimizer.catch_up()
+    return errors | {"weight": difference(weight.detach(), exact_weight.detach())}
+
+
+def exact_sums(exact: NgramHashEmbedding, ids: torch.Tensor) -> torch.Tensor:
+    """By indexing, not by kernels, which compute in float32."""
+    powers = exact.powers(ids.device)
+    rows = hash_rows(
+        ids[None].cpu(), torch.arange(len(ids), device="cpu"), powers.cpu(), len(exact.tables.weight) // 2, len(ids)
+    )
+    return exact.tables.weight[rows.to(ids.device)].sum(1)
+
+
+CASES = {"stream": stream, "sums": sums, "entries": entries, "update": update, "steps": steps}
 
 
 def run(cases: list[tuple[str, dict]]) -> list[dict]:
