@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.kernels.hash_embed import launch_row_sums
-from bytelatent.kernels.launch import check_contiguous, power_of_two, tl, triton, uses_kernels
+from bytelatent.kernels.launch import check_contiguous, tl, triton, uses_kernels
 
 # Shapes: R rows of a table, M lookups, U rows that are changed, D width, H steps of which the rates are held
 
@@ -107,12 +107,11 @@ def summed(gradient_RD: Tensor) -> Tensor:
 
 
 def plain_catch_up(table: TableState, rows_M: Tensor | None) -> None:
-    stop_R = table.until_R.clamp(max=table.step)
-    late_R = table.last_R < stop_R
-    rows_U = late_R.nonzero()[:, 0] if rows_M is None else rows_M[_first(rows_M) & late_R[rows_M]]
+    rows_U = torch.arange(len(table.last_R), device=table.last_R.device) if rows_M is None else rows_M[_first(rows_M)]
+    rows_U = rows_U[table.last_R[rows_U] < table.until_R[rows_U].clamp(max=table.step)]
     if rows_U.numel() == 0:
         return
-    last_U, stop_U = table.last_R[rows_U], stop_R[rows_U]
+    last_U, stop_U = table.last_R[rows_U], table.until_R[rows_U].clamp(max=table.step)
     weight_UD, mean_UD, square_UD = table.weight_RD[rows_U], table.mean_RD[rows_U], table.square_RD[rows_U]
     for step in range(int(last_U.min()) + 1, int(stop_U.max()) + 1):
         now = ((last_U < step) & (stop_U >= step)).nonzero()[:, 0]
@@ -199,9 +198,10 @@ def _checked(table: TableState) -> tuple[Tensor, ...]:
 
 
 def _blocks(table: TableState) -> dict[str, Any]:
+    """A row in blocks that divide it, where they can, so that no thread computes what is not there."""
     dim = table.weight_RD.shape[1]
-    block = min(power_of_two(dim), 1024)
-    return {"D": dim, "BLOCK": block, "num_warps": 4 if block > 256 else 1}
+    block = max(128, min(dim & -dim, 1024))
+    return {"D": dim, "BLOCK": block, "num_warps": block // 128}
 
 
 # Kernels. One program has a whole row: all of it sees the same `last`, which it changes once all have read it.

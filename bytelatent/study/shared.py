@@ -41,6 +41,7 @@ LOGGER = logging.getLogger(__name__)
 TEXT = "text.json"
 MEASUREMENTS = "measurements"  # a part of what runs share
 TRAINED = "trained.json"  # in the folder of an entropy model that is ready
+MOST_SHARED = 0.01  # of the documents of a held-out text, that may be in the training text too, by chance
 FEWEST_BATCHES = 8  # that a measurement reads
 
 
@@ -66,24 +67,47 @@ class Shared:
             held_out: also of the text that results are of, which choices must not touch.
 
         Raises:
-            UserError: text is not there, or is not what the study began with.
+            UserError: text is not there, or is not what the study began with, or held-out text is trained on.
         """
-        for key in ("train", "tuning", *(["held_out"] if held_out else [])):
+        keys = ("train", "tuning", *(["held_out"] if held_out else []))
+        for key in keys:
             for path in getattr(self.plan.text, key):
                 try:
                     find_files(path)
                 except TextError as error:
                     raise UserError(f"text.{key}: {error.line}") from None
         before = json_if_any(self.folder / TEXT) or {}
-        now = {key: self._state(key) for key in ("train", "tuning", *(["held_out"] if held_out else []))}
+        now = {key: self._state(key) for key in keys}
         for key, state in now.items():
             if before.get(key) not in (None, state):
                 raise UserError(
                     f"text.{key}: it is not the text that the study in '{self.folder}' began with; put that back, or "
                     "name another folder: --out"
                 )
-        if self.writes and before.keys() - {"train_bytes"} != now.keys():
+        if now.keys() <= before.keys():
+            return
+        self.train_bytes = self._read_training_text([key for key in keys if key != "train" and key not in before])
+        if self.writes:
             write_whole_json(self.folder / TEXT, {**before, **now, "train_bytes": self.train_bytes}, indent=1)
+
+    def _read_training_text(self, others: Sequence[str]) -> int:
+        """Its size; hardly a document of other texts may be in it, as `tuning` and `held_out` are."""
+        digests = {key: {_digest(text) for text in self._documents(key, f"reading text.{key}")} for key in others}
+        found: dict[str, set[bytes]] = {key: set() for key in others}
+        num_bytes = 0
+        for text in self._documents("train", "reading text.train"):
+            num_bytes += len(text)
+            digest = _digest(text)
+            for key in others:
+                if digest in digests[key]:
+                    found[key].add(digest)
+        for key in others:
+            line = f"text.{key}: {len(found[key])} of its {len(digests[key])} different documents are in text.train too"
+            if len(found[key]) > MOST_SHARED * len(digests[key]):
+                raise UserError(f"{line}, and a model may know them by heart; leave them out there")
+            if found[key]:
+                LOGGER.warning(line)
+        return num_bytes
 
     def _state(self, key: str) -> str:
         listed = list_text(DataSettings.parse({"train": getattr(self.plan.text, key)}))
@@ -94,11 +118,11 @@ class Shared:
     def train_bytes(self) -> int:
         """The size of the training text."""
         known = (json_if_any(self.folder / TEXT) or {}).get("train_bytes")
-        return known or sum(len(text) for text in self._documents("counting the training text"))
+        return known or self._read_training_text([])
 
-    def _documents(self, what: str, max_bytes: int | None = None) -> Iterator[bytes]:
-        text, num_bytes = self.plan.text, 0
-        files = [file for path in text.train for file in find_files(path)]
+    def _documents(self, key: str, what: str, max_bytes: int | None = None) -> Iterator[bytes]:
+        text, num_bytes, paths = self.plan.text, 0, getattr(self.plan.text, key)
+        files = [file for path in paths for file in find_files(path)]
         bad = BadRows(text.max_bad_rows)
         size = sum(os.path.getsize(file) for file in files if os.path.isfile(file)) or None
         total = size if max_bytes is None else min(max_bytes, size or max_bytes)
@@ -114,7 +138,7 @@ class Shared:
                     if max_bytes is not None and num_bytes >= max_bytes:
                         return
         if not num_bytes:
-            raise UserError(f"text.train: {', '.join(map(repr, text.train))} holds no text")
+            raise UserError(f"text.{key}: {', '.join(map(repr, paths))} holds no text")
 
     # Tokenizers and entropy models
 
@@ -123,7 +147,7 @@ class Shared:
         if path.is_file():
             return
         LOGGER.info(f"tokenizer of {int(path.stem):,} ids")
-        documents = self._documents(f"tokenizer of {int(path.stem):,} ids", self.plan.text.tokenizer_bytes)
+        documents = self._documents("train", f"tokenizer of {int(path.stem):,} ids", self.plan.text.tokenizer_bytes)
         text = train_tokenizer(documents, int(path.stem))
         with whole_file(path) as aside:
             aside.write_text(text, encoding="utf-8")
@@ -308,7 +332,7 @@ class Shared:
     def _stand_in(self, path: str) -> Tokenizer:
         """A tokenizer of as many ids, of less text."""
         if path not in self._stand_ins:
-            documents = self._documents(f"expecting {Path(path).stem} ids", self.plan.text.measured_bytes)
+            documents = self._documents("train", f"expecting {Path(path).stem} ids", self.plan.text.measured_bytes)
             self._stand_ins[path] = Tokenizer(train_tokenizer(documents, int(Path(path).stem)))
         return self._stand_ins[path]
 
@@ -354,6 +378,10 @@ class Shared:
         else:
             for draft in drafts:
                 self.measured(draft)
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=8).digest()
 
 
 def _other_steps(then: dict[str, Any], now: TrainSettings) -> list[str]:

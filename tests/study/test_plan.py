@@ -1,5 +1,6 @@
 """Plans: what follows from one, and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from bytelatent.study.cost import PlannedRun, run_cost
 from bytelatent.study.plan import StudyPlan, budget_name, load_plan
 from bytelatent.study.run import StudyOptions, planned_runs, run_study
 from tests.study.study_plans import BUDGETS, FAMILIES, PLAN, write_plan, write_texts
-from tests.training.tiny_runs import BLT, BYTE_LM, STACK
+from tests.training.tiny_runs import BLT, BYTE_LM, STACK, write_text
 
 STUDIES = Path(__file__).parents[2] / "apps" / "bytelatent" / "studies"
 
@@ -130,6 +131,18 @@ def test_a_bad_plan_is_one_clear_line(
         run_study(path, StudyOptions(tmp_path / "study"))
     assert line in str(error.value)
     assert not (tmp_path / "study" / "runs").exists()
+
+
+def test_held_out_text_is_not_trained_on(tmp_path: Path, texts: dict[str, str], logged: Callable[[], str]) -> None:
+    mixed = tmp_path / "train.jsonl"
+    documents = Path(texts["tuning"]).read_text().splitlines(keepends=True)
+    mixed.write_text(Path(texts["train"]).read_text() + "".join(documents[:3]))
+    with pytest.raises(UserError, match=r"text.tuning: 3 of its 20 different documents are in text.train too"):
+        planned(tmp_path, {**texts, "train": str(mixed)})
+    many = write_text(tmp_path / "many.jsonl", 5, 300)
+    mixed.write_text(Path(texts["train"]).read_text() + many.read_text().partition("\n")[0])
+    assert planned(tmp_path, {**texts, "train": str(mixed), "held_out": str(many)})
+    assert "text.held_out: 1 of its 300 different documents are in text.train too" in logged()
 
 
 def test_unequal_trials_can_be_written() -> None:
