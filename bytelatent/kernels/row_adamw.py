@@ -87,7 +87,7 @@ def rates_of(step: int, lr: float, betas: tuple[float, float]) -> tuple[float, f
     return lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
 
 
-def summed(gradient_RD: Tensor) -> Tensor:
+def sum_entries(gradient_RD: Tensor) -> Tensor:
     """A sparse gradient of rows with the entries of each row added up: sorted, and all but a row's first are zero.
 
     Unlike torch's `coalesce` it has as many entries as before, so that the host need not wait for the number of rows.
@@ -106,7 +106,7 @@ def summed(gradient_RD: Tensor) -> Tensor:
     return made
 
 
-def plain_catch_up(table: TableState, rows_M: Tensor | None) -> None:
+def plain_catch_up_rows(table: TableState, rows_M: Tensor | None) -> None:
     rows_U = torch.arange(len(table.last_R), device=table.last_R.device) if rows_M is None else rows_M[_first(rows_M)]
     rows_U = rows_U[table.last_R[rows_U] < table.until_R[rows_U].clamp(max=table.step)]
     if rows_U.numel() == 0:
@@ -122,14 +122,14 @@ def plain_catch_up(table: TableState, rows_M: Tensor | None) -> None:
     table.last_R[rows_U] = stop_U
 
 
-def catch_up(table: TableState, rows_M: Tensor | None = None) -> None:
+def catch_up_rows(table: TableState, rows_M: Tensor | None = None) -> None:
     """Make up, in place, for the steps done that rows missed.
 
     Args:
         rows_M: int64, which rows, sorted; None for all.
     """
     if not uses_kernels(table.weight_RD):
-        plain_catch_up(table, rows_M)
+        plain_catch_up_rows(table, rows_M)
         return
     size = table.weight_RD.shape[0] if rows_M is None else rows_M.shape[0]
     if size > 0:

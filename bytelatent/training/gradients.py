@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
 from bytelatent.kernels.packed_attention import entries_for
-from bytelatent.kernels.row_adamw import summed
+from bytelatent.kernels.row_adamw import sum_entries
 
 WARM_UPS = 2  # passes before capture: the first compiles, the second adds to gradients where that is wanted
 
@@ -213,7 +213,7 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         if hasattr(grad, "placements"):  # a DTensor; their module takes seconds to import
             alike.setdefault((grad.device_mesh, grad.placements), []).append(grad.to_local())
         elif grad.is_sparse:
-            parameter.grad = grad = summed(grad)
+            parameter.grad = grad = sum_entries(grad)
             alike.setdefault(None, []).append(grad._values())
         else:
             alike.setdefault(None, []).append(grad)

@@ -10,7 +10,7 @@ from torch import Tensor, library
 
 from bytelatent.kernels import hash_embed, row_adamw
 from bytelatent.kernels.hash_embed import hash_rows, ngram_powers, plain_row_sums, row_sums
-from bytelatent.kernels.row_adamw import summed
+from bytelatent.kernels.row_adamw import sum_entries
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
@@ -107,8 +107,8 @@ def test_the_gradient_is_autograds(size: int, sparse: bool) -> None:
     assert weight.grad.is_sparse == sparse
     if sparse:
         assert weight.grad._nnz() == rows.numel()
-        once = summed(weight.grad)
-        assert summed(once) is once
+        once = sum_entries(weight.grad)
+        assert sum_entries(once) is once
         assert once._indices()[0].tolist() == sorted(rows.flatten().tolist())
         torch.testing.assert_close(once.to_dense(), copy.grad)
         torch.testing.assert_close(once._values().norm(), copy.grad.norm())  # no row is in two entries
