@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelatent.kernels.hash_embed import launch_row_sums
+from bytelatent.kernels.hash_embed import entry_sums
 from bytelatent.kernels.launch import check_contiguous, tl, triton, uses_kernels
 
 # Shapes: R rows of a table, M lookups, U rows that are changed, D width, H steps of which the rates are held
@@ -88,22 +88,20 @@ def rates_of(step: int, lr: float, betas: tuple[float, float]) -> tuple[float, f
 
 
 def sum_entries(gradient_RD: Tensor) -> Tensor:
-    """A sparse gradient of rows with the entries of each row added up: sorted, and all but a row's first are zero.
+    """A sparse gradient of rows with the entries of each row added up by `entry_sums`.
 
     Unlike torch's `coalesce` it has as many entries as before, so that the host need not wait for the number of rows.
     """
     if gradient_RD.is_coalesced() or hasattr(gradient_RD, _SUMMED):
         return gradient_RD
-    rows_M, order_M = gradient_RD._indices()[0].sort(stable=True)
-    values_MD = gradient_RD._values()
-    sums_MD = torch.zeros_like(values_MD)
-    if uses_kernels(values_MD):
-        launch_row_sums(rows_M, order_M, values_MD, sums_MD, at_rows=False)
-    else:
-        sums_MD.index_add_(0, torch.searchsorted(rows_M, rows_M), values_MD[order_M])
-    made = torch.sparse_coo_tensor(rows_M[None], sums_MD, gradient_RD.shape, check_invariants=False)
-    setattr(made, _SUMMED, True)
-    return made
+    rows_M, sums_MD = entry_sums(gradient_RD._indices()[0][:, None], gradient_RD._values())
+    return as_summed(torch.sparse_coo_tensor(rows_M[None], sums_MD, gradient_RD.shape, check_invariants=False))
+
+
+def as_summed(gradient_RD: Tensor) -> Tensor:
+    """The gradient, which is as `sum_entries` makes it: that of a single backward pass is."""
+    setattr(gradient_RD, _SUMMED, True)
+    return gradient_RD
 
 
 def plain_catch_up_rows(table: TableState, rows_M: Tensor | None) -> None:
