@@ -257,11 +257,11 @@ def entry_sums(rows_TN: Tensor, grads_TD: Tensor) -> tuple[Tensor, Tensor]:
     The sum of a row that comes several times is where it comes first, and the others of it are zero.
     """
     rows_M, order_M = rows_TN.flatten().sort(stable=True)
-    sums_MD = grads_TD.new_zeros(rows_M.shape[0], grads_TD.shape[1])
+    sums_MD = grads_TD.new_empty(rows_M.shape[0], grads_TD.shape[1])
     if uses_kernels(rows_TN):
         _launch_row_sums(rows_M, order_M, grads_TD, sums_MD, rows_TN.shape[1], at_rows=False)
     else:
-        sums_MD.index_add_(0, torch.searchsorted(rows_M, rows_M), grads_TD[order_M // rows_TN.shape[1]])
+        sums_MD.zero_().index_add_(0, torch.searchsorted(rows_M, rows_M), grads_TD[order_M // rows_TN.shape[1]])
     return rows_M, sums_MD
 
 
@@ -273,7 +273,10 @@ def _(rows_TN: Tensor, grads_TD: Tensor) -> tuple[Tensor, Tensor]:
 def _launch_row_sums(
     rows_M: Tensor, order_M: Tensor, grads_TD: Tensor, out: Tensor, num_tables: int, at_rows: bool
 ) -> None:
-    """Write each row's sum to `out`: at the row, or at its first lookup. `order_M`: state * N + table, by row."""
+    """Write each row's sum to `out`: at the row; or at its first lookup, and zero at the others.
+
+    `order_M`: state * N + table, by row.
+    """
     end_M = torch.searchsorted(rows_M, rows_M, right=True)  # of the lookups of the same row
     dim, block = grads_TD.shape[1], 128
     if rows_M.numel() > 0:
@@ -336,6 +339,9 @@ def row_sums_kernel(
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + begin)
     if tl.load(rows_ptr + begin - 1, mask=begin > 0, other=-1) == row:
+        if not AT_ROWS:
+            zero = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + begin.to(tl.int64) * D + d, zero, mask=d < D)
         return
     end = tl.load(end_ptr + begin)
     x = add_lookups(begin, end, order_ptr, grads_ptr, d, N, D, FEW)

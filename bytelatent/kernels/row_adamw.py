@@ -13,7 +13,7 @@ first of each run of equal rows acts.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,11 +138,12 @@ def catch_up_rows(table: TableState, rows_M: Tensor | None = None) -> None:
 
 
 def plain_row_adamw(table: TableState, rows_M: Tensor, grads_MD: Tensor) -> None:
+    plain_catch_up_rows(replace(table, step=table.step - 1), rows_M)
     first_M = _first(rows_M)
     rows_U, grads_UD = rows_M[first_M], grads_MD[first_M]
-    missed_U = (table.step - 1 - table.last_R[rows_U])[:, None]
-    mean_UD = table.mean_RD[rows_U] * table.betas[0] ** missed_U
-    square_UD = table.square_RD[rows_U] * table.betas[1] ** missed_U
+    left_out_U = (table.step - 1 - table.last_R[rows_U])[:, None]
+    mean_UD = table.mean_RD[rows_U] * table.betas[0] ** left_out_U
+    square_UD = table.square_RD[rows_U] * table.betas[1] ** left_out_U
     rates = table.rates_H2[table.step.long() % HISTORY]
     table.weight_RD[rows_U], table.mean_RD[rows_U], table.square_RD[rows_U] = _adamw(
         table.weight_RD[rows_U], mean_UD, square_UD, grads_UD, rates, table
@@ -152,7 +153,7 @@ def plain_row_adamw(table: TableState, rows_M: Tensor, grads_MD: Tensor) -> None
 
 
 def row_adamw(table: TableState, rows_M: Tensor, grads_MD: Tensor) -> None:
-    """Change rows of the table and of its state in place, by the step `table.step`. They have caught up.
+    """Change rows of the table and of its state in place, by the step `table.step`, once they have caught up to it.
 
     Args:
         rows_M: int64, which rows, sorted.
@@ -226,9 +227,7 @@ def row_adamw_catch_up_kernel(
         weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
         mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
         square = tl.load(square_ptr + at, mask=inside, other=0.0)
-        for step in range(last + 1, stop + 1):
-            rates = rates_ptr + step % HISTORY * 2
-            weight, mean, square = adamw(weight, mean, square, 0.0, rates, rest1, beta2, rest2, eps)
+        weight, mean, square = made_up(weight, mean, square, last, stop, rates_ptr, rest1, beta2, rest2, eps, HISTORY)
         tl.store(weight_ptr + at, weight, mask=inside)
         tl.store(mean_ptr + at, mean, mask=inside)
         tl.store(square_ptr + at, square, mask=inside)
@@ -246,23 +245,39 @@ def row_adamw_kernel(
     row = tl.load(rows_ptr + place)
     if tl.load(rows_ptr + place - 1, mask=place > 0, other=-1) == row:
         return
-    step = tl.load(step_ptr)
-    missed = step - 1 - tl.load(last_ptr + row)
-    rates = rates_ptr + step.to(tl.int32) % HISTORY * 2
+    step = tl.load(step_ptr).to(tl.int32)
+    last = tl.load(last_ptr + row).to(tl.int32)
+    stop = tl.minimum(tl.load(until_ptr + row).to(tl.int32), step - 1)
+    left_out = (step - 1 - tl.maximum(last, stop)).to(tl.float32)
+    rates = rates_ptr + step % HISTORY * 2
     for begin in range(0, D, BLOCK):
         d = begin + tl.arange(0, BLOCK)
         inside, at = d < D, row * D + d
         grad = tl.load(grads_ptr + place.to(tl.int64) * D + d, mask=inside, other=0.0)
         weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-        mean = tl.load(mean_ptr + at, mask=inside, other=0.0) * tl.exp2(missed * log_beta1)
-        square = tl.load(square_ptr + at, mask=inside, other=0.0) * tl.exp2(missed * log_beta2)
+        mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        square = tl.load(square_ptr + at, mask=inside, other=0.0)
+        weight, mean, square = made_up(weight, mean, square, last, stop, rates_ptr, rest1, beta2, rest2, eps, HISTORY)
+        mean *= tl.exp2(left_out * log_beta1)
+        square *= tl.exp2(left_out * log_beta2)
         weight, mean, square = adamw(weight, mean, square, grad, rates, rest1, beta2, rest2, eps)
         tl.store(weight_ptr + at, weight, mask=inside)
         tl.store(mean_ptr + at, mean, mask=inside)
         tl.store(square_ptr + at, square, mask=inside)
     tl.debug_barrier()
-    tl.store(last_ptr + row, step)
-    tl.store(until_ptr + row, step + lasting)
+    tl.store(last_ptr + row, step.to(tl.float32))
+    tl.store(until_ptr + row, (step + lasting).to(tl.float32))
+
+
+@triton.jit
+def made_up(
+    weight, mean, square, last, stop, rates_ptr, rest1, beta2, rest2, eps, HISTORY: tl.constexpr
+):  # fmt: skip
+    """The weights and both moments after the steps from `last` to `stop`."""
+    for step in range(last + 1, stop + 1):
+        rates = rates_ptr + step % HISTORY * 2
+        weight, mean, square = adamw(weight, mean, square, 0.0, rates, rest1, beta2, rest2, eps)
+    return weight, mean, square
 
 
 @triton.jit

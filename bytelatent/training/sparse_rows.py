@@ -61,8 +61,7 @@ class SparseRowsAdamW(torch.optim.Optimizer):
                 continue
             assert table_RD.grad.is_sparse, "the gradient is dense"
             gradient = sum_entries(table_RD.grad)
-            table, rows_M = self._state(table_RD, group), gradient._indices()[0]
-            catch_up_rows(table, rows_M)
+            table = self._state(table_RD, group)
             if table_RD not in self._done:
                 self._done[table_RD] = int(table.step)
             self._done[table_RD] = step = self._done[table_RD] + 1
@@ -71,7 +70,7 @@ class SparseRowsAdamW(torch.optim.Optimizer):
                 table.rates_H2[step % HISTORY], rates_of(step, group["lr"], group["betas"]), strict=True
             ):
                 place.fill_(rate)
-            row_adamw(table, rows_M, gradient._values())
+            row_adamw(table, gradient._indices()[0], gradient._values())
             if step % HISTORY == 0:
                 catch_up_rows(table)
 

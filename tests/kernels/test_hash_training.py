@@ -63,16 +63,19 @@ def test_kernels_compile_for_a_gpu() -> None:
     table = dict.fromkeys(("weight", "mean", "square", "last", "until", "step", "rates", "grads"), "*fp32")
     numbers = dict.fromkeys(("rest1", "beta2", "rest2", "eps", "log_beta1", "log_beta2"), "fp32") | {"lasting": "i32"}
     ids = dict.fromkeys(("tail", "history", "powers", "rows", "order", "end", "run"), "*i64")
+    table["tables"] = table["embedding"] = "*fp32"
     types = {f"{name}_ptr": kind for name, kind in (table | ids | {"out": "*fp32"}).items()}
     types |= numbers | {"S": "i32", "L": "i32", "N": "i32"}
     blocks: dict[str, Any] = {"D": 384, "BLOCK": 512}
-    hashes: dict[str, Any] = {"N": 6, "PADDED_N": 8, "W": 8, "PADDED_W": 8, "V": 97, "OVERLAP": False}
+    hashes: dict[str, Any] = {"N": 6, "PADDED_N": 8, "W": 8, "PADDED_W": 8, "V": 97, "OVERLAP": True}
     absent = dict.fromkeys(("tables_ptr", "embedding_ptr", "out_ptr", "run_ptr"))
     for kernel, constants in (
         (row_adamw.row_adamw_kernel, {"HISTORY": 256}),
         (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256}),
         (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256, "rows_ptr": None}),
         (hash_embed.row_sums_kernel, {"AT_ROWS": False}),
+        (hash_embed.row_sums_kernel, {"AT_ROWS": True}),
+        (hash_embed.hash_embed_kernel, hashes),
         (hash_embed.hash_embed_kernel, hashes | absent),
     ):
         constants = blocks | constants
