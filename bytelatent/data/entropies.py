@@ -285,8 +285,7 @@ def _all_batches(
     for shard in shards:
         for batch in batches_of_shard(shard, settings, size, bad_rows):
             if pinned:
-                tensors = {name: tensor.pin_memory() for name, tensor in batch.stream.tensors.items()}
-                batch = replace(batch, stream=replace(batch.stream, **tensors))
+                batch = replace(batch, stream=batch.stream.pin_memory())
             yield batch
         yield None
 

@@ -262,7 +262,7 @@ class PrefetchLoader:
         if self._stream is None:
             return next(self.loader), self.loader.state_dict()
         with torch.cuda.stream(self._stream):  # its device, too: each thread has one of its own
-            return next(self.loader), self.loader.state_dict()
+            return next(self.loader).pin_memory(), self.loader.state_dict()
 
     def _forget(self) -> None:
         """Drop the batch that was made ahead, before the loader moves elsewhere."""

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,7 +68,11 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         targets = self.targets.to(device, non_blocking=True)
         stream = self.stream.to(device, non_blocking=True)
-        return Batch(stream, targets, self.num_targets, self.num_bytes, self.num_patches)
+        return replace(self, stream=stream, targets=targets)
+
+    def pin_memory(self) -> "Batch":
+        """Itself in memory from which a GPU copies while the host goes on, and which is not reused until it has."""
+        return replace(self, stream=self.stream.pin_memory(), targets=self.targets.pin_memory())
 
 
 def fill_batch(ready: deque[Piece], size: int, slots: int | None, more: Callable[[], bool]) -> list[Piece]:

@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -249,10 +249,7 @@ class PackedModel(TextModel):
         for window, piece in zip(windows, pieces, strict=True):
             batch.targets[at : at + window.first] = IGNORED
             at += len(piece)
-        if self._stream is None:
-            return batch
-        stream = replace(batch.stream, **{k: v.pin_memory() for k, v in batch.stream.tensors.items()})
-        return replace(batch, stream=stream, targets=batch.targets.pin_memory())
+        return batch if self._stream is None else batch.pin_memory()
 
     def nats(self, prepared: Batch) -> Tensor:
         batch = prepared.to(self.device)

@@ -33,6 +33,9 @@ class Stream:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors.items()})
 
+    def pin_memory(self) -> Self:
+        return replace(self, **{k: v.pin_memory() for k, v in self.tensors.items()})
+
 
 @dataclass(frozen=True)
 class PatchedStream(Stream):

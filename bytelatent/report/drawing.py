@@ -278,8 +278,7 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, str]], size
     """
     from matplotlib.collections import LineCollection
 
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure: Any = axes.figure
     figure.draw_without_rendering()  # for the height of the axes
     gap = 1.25 * size * figure.dpi / 72 / axes.get_window_extent().height
     inside = (axes.transData + axes.transAxes.inverted()).transform([(x, y) for x, y, _, _ in ends])

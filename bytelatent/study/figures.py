@@ -217,8 +217,7 @@ def _name_lines(
 
 
 def _legend(axes: "Axes", named: Sequence[tuple[Any, str]], columns: int) -> None:
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure: Any = axes.figure
     handles, labels = zip(*named, strict=True)
     more: Any = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 8.5}
     figure.legend(handles, labels, labelcolor=axes.xaxis.label.get_color(), **more)

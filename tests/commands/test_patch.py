@@ -124,3 +124,10 @@ def test_a_tokenizer_that_cannot_split_a_text_is_one_line(model: models.Model, t
             f"patching.tokenizer: '{path}' cannot split this text; take the file of a byte-level BPE: "
         )
         assert "\n" not in str(error.value)
+
+
+def test_only_a_level_is_a_threshold_to_draw(byte_lm: Path) -> None:
+    """In mode monotonic the rise of the entropy is compared, and no level."""
+    modes = PatchingModes(str(byte_lm))
+    found = modes.patched(["monotonic:0.5", "entropy:5.2", "space"], TEXT)
+    assert (list(found), modes.thresholds) == (["monotonic:0.5", "entropy:5.2", "space"], {"entropy:5.2": 5.2})

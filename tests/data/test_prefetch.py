@@ -1,5 +1,6 @@
 """Batches made ahead of the training are those of the loader, and so are the positions after them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,25 @@ def alike(a: Any, b: Any) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(alike, a, b))
     return bool((a == b).all()) if hasattr(a, "all") else a == b
+
+
+def test_batches_for_a_gpu_are_pinned(sources: list[SourceSettings], monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    plain, ahead = loaders(sources)
+    ahead._stream = object()  # type: ignore[assignment]
+    with plain, ahead:
+        batch = next(ahead)
+        assert same(next(plain), batch)
+    given = [*batch.stream.tensors.values(), batch.targets]
+    assert len(given) > 5
+    assert all(any(tensor is one for one in pinned) for tensor in given)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

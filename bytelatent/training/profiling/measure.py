@@ -94,7 +94,9 @@ class SyntheticTraining:
     def step(self, stream: Stream, targets: Tensor) -> None:
         """A whole step of training."""
         self.forward_backward(stream, targets)
-        float(clip(self.model.parameters(), self.setup.optimizer.clip))  # training checks that it is finite
+        float(
+            clip(self.model.parameters(), self.setup.optimizer.clip, num_passes=1)
+        )  # training checks that it is finite
         self.optimizer.step()
 
 
