@@ -26,7 +26,7 @@ from bytelatent.kernels.launch import check_contiguous, tl, triton, uses_kernels
 
 HISTORY = 256  # H: all rows catch up at least as often
 FOREVER = 2**23  # steps: a step's number is counted exactly in float32 up to twice as many
-_SUMMED = "_rows_are_summed"  # an attribute of a gradient
+_SUMMED = "_num_entries_summed"  # an attribute of a gradient: another pass would add entries
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def sum_entries(gradient_RD: Tensor) -> Tensor:
 
     Unlike torch's `coalesce` it has as many entries as before, so that the host need not wait for the number of rows.
     """
-    if gradient_RD.is_coalesced() or hasattr(gradient_RD, _SUMMED):
+    if gradient_RD.is_coalesced() or getattr(gradient_RD, _SUMMED, None) == gradient_RD._nnz():
         return gradient_RD
     rows_M, sums_MD = entry_sums(gradient_RD._indices()[0][:, None], gradient_RD._values())
     return as_summed(torch.sparse_coo_tensor(rows_M[None], sums_MD, gradient_RD.shape, check_invariants=False))
@@ -100,7 +100,7 @@ def sum_entries(gradient_RD: Tensor) -> Tensor:
 
 def as_summed(gradient_RD: Tensor) -> Tensor:
     """The gradient, which is as `sum_entries` makes it: that of a single backward pass is."""
-    setattr(gradient_RD, _SUMMED, True)
+    setattr(gradient_RD, _SUMMED, gradient_RD._nnz())
     return gradient_RD
 
 
