@@ -55,8 +55,6 @@ class TrainingText:
                     find_files(path)
                 except TextError as error:
                     raise UserError(f"text.{key}: {error.line}") from None
-            if key != "train":
-                self._check_category(key)
         before = json_if_any(self.folder / TEXT) or {}
         now = {key: self._state(key) for key in keys}
         for key, state in now.items():
@@ -67,7 +65,10 @@ class TrainingText:
                 )
         if now.keys() <= before.keys():
             return
-        self.train_bytes = self._read_training_text([key for key in keys if key != "train" and key not in before])
+        others = [key for key in keys if key != "train" and key not in before]
+        for key in others:
+            self._check_category(key)
+        self.train_bytes = self._read_training_text(others)
         if self.writes:
             write_whole_json(self.folder / TEXT, {**before, **now, "train_bytes": self.train_bytes}, indent=1)
 
