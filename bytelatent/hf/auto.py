@@ -47,7 +47,9 @@ def is_ours(source: str | Path, arguments: dict[str, Any]) -> bool:
     if not is_on_hub(str(source)):
         return False
     try:
-        values, _ = PretrainedConfig.get_config_dict(source, **{name: arguments.get(name) for name in HUB})
+        values, _ = PretrainedConfig.get_config_dict(
+            source, **{name: arguments[name] for name in HUB if name in arguments}
+        )
     except (OSError, ValueError):  # transformers says why
         return False
     named = values.get("model_type")

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList  # pyright: ignore[reportMissingImports]
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList  # pyright: ignore[reportMissingImports]
 from transformers.generation import (  # pyright: ignore[reportMissingImports]
     GenerateDecoderOnlyOutput,
-    SuppressTokensLogitsProcessor,
 )
 
 from bytelatent.errors import UserError
@@ -51,6 +50,8 @@ def generate(
     settings = _settings(model, given, arguments)
     _check(settings, input_ids)
     mask = _mask(input_ids, mask, settings)
+    if not bool(mask.any(1).all()):
+        raise UserError("input_ids: a row is padding alone; begin it with BOS")
     ends = _as_list(settings.eos_token_id)
     neutral = all(not steps for steps in on_host.values())
     unknown = {name for name in arguments if not hasattr(settings, name)}
@@ -107,19 +108,15 @@ def _asks_for_more(settings: GenerationConfig) -> bool:
     defaults = plain.to_dict()
     if hasattr(plain, "_get_default_generation_params"):  # version 5 writes None for what is not set
         defaults |= plain._get_default_generation_params()
-    for name, value in settings.to_dict().items():
-        is_neutral = value is None or (value in (0, [], {}) and value is not True) or value == defaults.get(name)
-        if not is_neutral and name not in BY_ENGINE and not name.startswith("_"):
-            return True
-    return False
+    others = {name: value for name, value in settings.to_dict().items() if name not in BY_ENGINE and name[0] != "_"}
+    return any(
+        value is not None and value != defaults.get(name) and (value is True or value not in (0, [], {}))
+        for name, value in others.items()
+    )
 
 
 def _as_list(ids: Any) -> list[int]:
-    if ids is None:
-        return []
-    return (
-        [int(id_) for id_ in ids] if isinstance(ids, list | tuple | Tensor) and torch.tensor(ids).dim() else [int(ids)]
-    )
+    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
 
 
 def _sampling(settings: GenerationConfig, ends: list[int]) -> Sampling:
@@ -211,6 +208,13 @@ class HostDecoding:
         return logits[:, None]
 
 
+class OnlyText(LogitsProcessor):
+    """Rules out the special ids that are no end, as the engine does."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(1, torch.tensor(NO_TEXT, device=scores.device), -torch.inf)
+
+
 def _in_their_loop(
     model: Any,
     input_ids: Tensor,
@@ -221,12 +225,9 @@ def _in_their_loop(
     on_host: dict[str, Any],
     arguments: dict[str, Any],
 ) -> Any:
-    if not bool(mask.any(1).all()):
-        raise UserError("input_ids: a row is padding alone; begin it with BOS")
     blt = model.blt
     decoding = HostDecoding(Decoder(blt.model, blt.patching, blt.entropy_model))
-    never = SuppressTokensLogitsProcessor(NO_TEXT, device=input_ids.device)
-    processors = LogitsProcessorList([never, *(on_host.get("logits_processor") or [])])
+    processors = LogitsProcessorList([OnlyText(), *(on_host.get("logits_processor") or [])])
     return theirs(
         input_ids,
         generation_config=given,

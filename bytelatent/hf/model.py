@@ -17,7 +17,7 @@ from bytelatent.errors import UserError, nearest
 from bytelatent.files import MANIFEST, digests
 from bytelatent.hf.config import OF_AUTO, BytelatentConfig, found_by
 from bytelatent.hf.generation import HostDecoding, generate
-from bytelatent.model import Block, BLTModel, ByteLM, CrossAttention
+from bytelatent.model import Block, BLTModel, ByteLM, ByteLMSettings, CrossAttention
 from bytelatent.patching import PatchSettings
 from bytelatent.training.distributed.parallelize import checkpointed
 from bytelatent.vocab import BOE, BOS, EOS
@@ -262,9 +262,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if new_num_tokens not in (None, self.config.vocab_size):
             size = self.config.vocab_size
-            raise UserError(
-                f"resize_token_embeddings: {new_num_tokens}; bytes have {size} ids, always; write it as text"
-            )
+            raise UserError(f"resize_token_embeddings: {new_num_tokens}; a byte model has {size} ids; leave it out")
         return self.get_input_embeddings()
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
@@ -296,14 +294,8 @@ def new_blt(config: BytelatentConfig) -> BLT:
     ours = config.ours()
     entropy_model = None
     if config.entropy_model is not None:
-        entropy_model = ByteLM(_byte_lm_settings(config.entropy_model))
+        entropy_model = ByteLM(ByteLMSettings.parse(config.entropy_model, "entropy_model"))
     return BLT(BLTModel(ours.model), ours, entropy_model)
-
-
-def _byte_lm_settings(values: Any) -> Any:
-    from bytelatent.model import ByteLMSettings
-
-    return ByteLMSettings.parse(values, "entropy_model")
 
 
 def _from_our_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -1,6 +1,7 @@
 """The byte tokenizer for transformers: id = byte + 4."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,45 +64,55 @@ class BytelatentTokenizer(PreTrainedTokenizerFast):
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  # as transformers has it
     slow_tokenizer_class = None
 
-    def __init__(self, add_bos_token: bool = True, add_eos_token: bool = False, **more: Any):
+    def __init__(
+        self,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None,
+        adds: Mapping[str, bool] | None = None,  # the two as they are saved: transformers 5 does not save them
+        **more: Any,
+    ):
         more = {name: value for name, value in more.items() if name not in REPLACED}
         names = {"pad_token": TOKENS[BOE], "bos_token": TOKENS[BOS], "eos_token": TOKENS[EOS]}
         fixed: dict[str, Any] = {"padding_side": "left", "clean_up_tokenization_spaces": False}
-        built = Tokenizer.from_str(byte_tokenizer(add_bos_token, add_eos_token))
-        super().__init__(tokenizer_object=built, **{**names, **fixed, **more})
-        self._adds = {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token}
-        self._build()
+        self._adds = dict(adds or {"bos": True, "eos": False})
+        super().__init__(tokenizer_object=Tokenizer.from_str(byte_tokenizer(True, False)), **{**names, **fixed, **more})
+        self.add_bos_token = self.add_bos_token if add_bos_token is None else add_bos_token
+        self.add_eos_token = self.add_eos_token if add_eos_token is None else add_eos_token
 
-    def _build(self) -> None:
-        """Add BOS and EOS as is now wanted."""
-        self.init_kwargs.update(self._adds)
+    def update_post_processor(self) -> None:
+        """Add BOS and EOS as is wanted now."""
+        self.init_kwargs["adds"] = dict(self._adds)
         wanted = Tokenizer.from_str(byte_tokenizer(self.add_bos_token, self.add_eos_token))
         self.backend_tokenizer.post_processor = wanted.post_processor
 
     @property
     def add_bos_token(self) -> bool:
-        return self._adds["add_bos_token"]
+        return self._adds["bos"]
 
     @add_bos_token.setter
     def add_bos_token(self, value: bool) -> None:
-        self._adds["add_bos_token"] = bool(value)
-        self._build()
+        self._adds["bos"] = bool(value)
+        self.update_post_processor()
 
     @property
     def add_eos_token(self) -> bool:
-        return self._adds["add_eos_token"]
+        return self._adds["eos"]
 
     @add_eos_token.setter
     def add_eos_token(self, value: bool) -> None:
-        self._adds["add_eos_token"] = bool(value)
-        self._build()
+        self._adds["eos"] = bool(value)
+        self.update_post_processor()
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *inputs: Any, **more: Any) -> Any:
         """The tokenizer that was saved beside a model, with its chat template; else a new one for the model."""
         saved = get_tokenizer_config(source, **{name: more[name] for name in HUB if name in more})
         if saved.get("tokenizer_class") == cls.__name__:
-            return super().from_pretrained(source, *inputs, **more)
+            wanted = {name: more.pop(name) for name in ("add_bos_token", "add_eos_token") if name in more}
+            tokenizer = super().from_pretrained(source, *inputs, **more)
+            for name, value in wanted.items():
+                setattr(tokenizer, name, value)
+            return tokenizer
         config = BytelatentConfig.from_pretrained(source, **found_by(source, more))
         own = {name: value for name, value in more.items() if name not in (*OF_AUTO, *HUB, "config", "use_fast")}
         return cls(**{"model_max_length": config.context, "name_or_path": str(source), **own})
@@ -115,7 +126,5 @@ class BytelatentTokenizer(PreTrainedTokenizerFast):
         listed = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
         known = self.get_vocab()
         if unknown := [str(token) for token in listed if str(token) not in known]:
-            raise UserError(
-                f"tokens: {unknown[0]!r} would be a new id, and a model of bytes has none; write it as text"
-            )
+            raise UserError(f"tokens: {unknown[0]!r} would be a new id; a byte model has none; write it as text")
         return 0
