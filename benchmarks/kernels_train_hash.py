@@ -116,7 +116,7 @@ def time_step(ids: Tensor, rows: int, sparse: bool, text: str) -> None:
     parts: dict[str, Callable[[], object]] = {
         "forward": lambda: out.append(model(ids, history)),
         "backward": lambda: out.pop().backward(grads),
-        "clip": lambda: clip(model.parameters(), 1.0),
+        "clip": lambda: clip(model.parameters(), 1.0, num_passes=1),
         "optimizer": lambda: (optimizer.step(), optimizer.zero_grad(set_to_none=True)),
     }
     taken = time_parts(parts)

@@ -21,6 +21,7 @@ def run(settings: StudySettings) -> None:
     options = StudyOptions(
         folder=settings.out or Path("runs") / settings.plan.stem,
         only=settings.only,
+        budgets=settings.budget,
         trials=settings.trials,
         prepare=settings.prepare,
         tuning_only=settings.tuning_only,

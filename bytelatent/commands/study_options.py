@@ -1,9 +1,9 @@
 """The options of `blt study` and `blt speedrun`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from bytelatent.commands.options import JsonSettings
 from bytelatent.config import ARGUMENT
@@ -24,6 +24,7 @@ class StudySettings(JsonSettings):
         out: folder of the study. Default: runs/ and the plan's name.
         dry_run: show each run with its size, FLOPs, bytes and steps, and exit.
         only: run this family only. May be given several times.
+        budget: run this budget only, as in 1e16; several with commas.
         trials: run the plan's trials, and rank them by the tuning text.
         prepare: make what the runs share (tokenizers, entropy models, mean patches), and stop.
         tuning_only: do not read the held-out text: results are of the tuning text.
@@ -37,12 +38,19 @@ class StudySettings(JsonSettings):
     out: Path | None = None
     dry_run: bool = False
     only: list[str] = Field(default=[])
+    budget: list[float] = Field(default=[])
     trials: bool = False
     prepare: bool = False
     tuning_only: bool = False
     gpus: int | None = Field(default=None, ge=0)
     slurm: bool = False
     discard_models: bool = False
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """Several budgets with commas."""
+        return value.split(",") if isinstance(value, str) else value
 
 
 class SpeedrunSettings(JsonSettings):

@@ -177,8 +177,8 @@ def ngram_sums(
     """The sum of the embeddings of the n-grams that end at each new id, [T, D], with gradients.
 
     Args:
-        sparse: the gradient of the tables is a sparse tensor with an entry for each lookup, not coalesced: the host
-            would have to wait for the number of rows.
+        sparse: the gradient of the tables is a sparse tensor with an entry for each lookup, of `entry_sums`: that of
+            the rows alone would have the host wait for their number.
 
     The other arguments: see `hash_embed`.
     """
@@ -214,8 +214,8 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -
 def _gradient(ctx: Any, grads_TD: Tensor, _: None) -> tuple[None, None, None, Tensor, None, None]:
     (rows_TN,) = ctx.saved_tensors
     if ctx.sparse:
-        entries_MD = grads_TD.repeat_interleave(rows_TN.shape[1], dim=0)
-        gradient = torch.sparse_coo_tensor(rows_TN.flatten()[None], entries_MD, ctx.shape, check_invariants=False)
+        rows_M, sums_MD = entry_sums(rows_TN, grads_TD)
+        gradient = torch.sparse_coo_tensor(rows_M[None], sums_MD, ctx.shape, check_invariants=False)
     else:
         gradient = row_sums(rows_TN, grads_TD, ctx.shape[0])
     return None, None, None, gradient, None, None
@@ -246,19 +246,36 @@ def row_sums(rows_TN: Tensor, grads_TD: Tensor, num_rows: int) -> Tensor:
     if not uses_kernels(rows_TN):
         return plain_row_sums(rows_TN, grads_TD, num_rows)
     sums_RD = grads_TD.new_zeros(num_rows, grads_TD.shape[1])
-    launch_row_sums(*rows_TN.flatten().sort(stable=True), grads_TD, sums_RD, rows_TN.shape[1])
+    _launch_row_sums(*rows_TN.flatten().sort(stable=True), grads_TD, sums_RD, rows_TN.shape[1], at_rows=True)
     return sums_RD
 
 
-def launch_row_sums(
-    rows_M: Tensor, order_M: Tensor, grads_TD: Tensor, out: Tensor, num_tables: int = 1, at_rows: bool = True
-) -> None:
-    """Write each row's sum.
+@library.custom_op("bytelatent::entry_sums", mutates_args=())
+def entry_sums(rows_TN: Tensor, grads_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """As `row_sums`, but of the rows that are looked up: the lookups' rows, sorted, [M], and [M, D] the sums.
 
-    Args:
-        rows_M: the rows of the lookups, sorted.
-        order_M: where each lookup was before: state * `num_tables` + table.
-        out: [R, D], or with `at_rows` false [M, D]: a row's sum goes where its first lookup is.
+    The sum of a row that comes several times is where it comes first, and the others of it are zero.
+    """
+    rows_M, order_M = rows_TN.flatten().sort(stable=True)
+    sums_MD = grads_TD.new_empty(rows_M.shape[0], grads_TD.shape[1])
+    if uses_kernels(rows_TN):
+        _launch_row_sums(rows_M, order_M, grads_TD, sums_MD, rows_TN.shape[1], at_rows=False)
+    else:
+        sums_MD.zero_().index_add_(0, torch.searchsorted(rows_M, rows_M), grads_TD[order_M // rows_TN.shape[1]])
+    return rows_M, sums_MD
+
+
+@entry_sums.register_fake
+def _(rows_TN: Tensor, grads_TD: Tensor) -> tuple[Tensor, Tensor]:
+    return rows_TN.new_empty(rows_TN.numel()), grads_TD.new_empty(rows_TN.numel(), grads_TD.shape[1])
+
+
+def _launch_row_sums(
+    rows_M: Tensor, order_M: Tensor, grads_TD: Tensor, out: Tensor, num_tables: int, at_rows: bool
+) -> None:
+    """Write each row's sum to `out`: at the row; or at its first lookup, and zero at the others.
+
+    `order_M`: state * N + table, by row.
     """
     end_M = torch.searchsorted(rows_M, rows_M, right=True)  # of the lookups of the same row
     dim, block = grads_TD.shape[1], 128
@@ -322,6 +339,9 @@ def row_sums_kernel(
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + begin)
     if tl.load(rows_ptr + begin - 1, mask=begin > 0, other=-1) == row:
+        if not AT_ROWS:
+            zero = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + begin.to(tl.int64) * D + d, zero, mask=d < D)
         return
     end = tl.load(end_ptr + begin)
     x = add_lookups(begin, end, order_ptr, grads_ptr, d, N, D, FEW)

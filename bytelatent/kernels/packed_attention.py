@@ -246,12 +246,12 @@ class CudnnGraph:
         given = {**tensors, "length": length, **begins}
         handle = _handle(self.device)
         workspace = torch.empty(max(self.workspace, 1), dtype=torch.uint8, device=self.device)
-        places = {number: given[name] for name, number in self.numbers.items()}
+        numbered = {number: given[name] for name, number in self.numbers.items()}
         # Threads share the handle, which has one stream: the next batch's entropies may be computed on another one. And
         # what ran on a stream that is being captured would be captured, with memory that is soon another's.
         with torch.cuda.device(self.device), _USES_HANDLE:
             cudnn.set_stream(handle, torch.cuda.current_stream(self.device).cuda_stream)
-            self.graph.execute(places, workspace, handle=handle)
+            self.graph.execute(numbered, workspace, handle=handle)
 
 
 def make_graphs(device: torch.device, size: int, entries: int, heads: Heads, window: int | None) -> None:

@@ -13,20 +13,20 @@ first of each run of equal rows acts.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bytelatent.kernels.hash_embed import launch_row_sums
+from bytelatent.kernels.hash_embed import entry_sums
 from bytelatent.kernels.launch import check_contiguous, tl, triton, uses_kernels
 
 # Shapes: R rows of a table, M lookups, U rows that are changed, D width, H steps of which the rates are held
 
 HISTORY = 256  # H: all rows catch up at least as often
 FOREVER = 2**23  # steps: a step's number is counted exactly in float32 up to twice as many
-_SUMMED = "_rows_are_summed"  # an attribute of a gradient
+_SUMMED = "_num_entries_summed"  # an attribute of a gradient: another pass would add entries
 
 
 @dataclass(frozen=True)
@@ -87,26 +87,24 @@ def rates_of(step: int, lr: float, betas: tuple[float, float]) -> tuple[float, f
     return lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
 
 
-def summed(gradient_RD: Tensor) -> Tensor:
-    """A sparse gradient of rows with the entries of each row added up: sorted, and all but a row's first are zero.
+def sum_entries(gradient_RD: Tensor) -> Tensor:
+    """A sparse gradient of rows with the entries of each row added up by `entry_sums`.
 
     Unlike torch's `coalesce` it has as many entries as before, so that the host need not wait for the number of rows.
     """
-    if gradient_RD.is_coalesced() or hasattr(gradient_RD, _SUMMED):
+    if gradient_RD.is_coalesced() or getattr(gradient_RD, _SUMMED, None) == gradient_RD._nnz():
         return gradient_RD
-    rows_M, order_M = gradient_RD._indices()[0].sort(stable=True)
-    values_MD = gradient_RD._values()
-    sums_MD = torch.zeros_like(values_MD)
-    if uses_kernels(values_MD):
-        launch_row_sums(rows_M, order_M, values_MD, sums_MD, at_rows=False)
-    else:
-        sums_MD.index_add_(0, torch.searchsorted(rows_M, rows_M), values_MD[order_M])
-    made = torch.sparse_coo_tensor(rows_M[None], sums_MD, gradient_RD.shape, check_invariants=False)
-    setattr(made, _SUMMED, True)
-    return made
+    rows_M, sums_MD = entry_sums(gradient_RD._indices()[0][:, None], gradient_RD._values())
+    return as_summed(torch.sparse_coo_tensor(rows_M[None], sums_MD, gradient_RD.shape, check_invariants=False))
 
 
-def plain_catch_up(table: TableState, rows_M: Tensor | None) -> None:
+def as_summed(gradient_RD: Tensor) -> Tensor:
+    """The gradient, which is as `sum_entries` makes it: that of a single backward pass is."""
+    setattr(gradient_RD, _SUMMED, gradient_RD._nnz())
+    return gradient_RD
+
+
+def plain_catch_up_rows(table: TableState, rows_M: Tensor | None) -> None:
     rows_U = torch.arange(len(table.last_R), device=table.last_R.device) if rows_M is None else rows_M[_first(rows_M)]
     rows_U = rows_U[table.last_R[rows_U] < table.until_R[rows_U].clamp(max=table.step)]
     if rows_U.numel() == 0:
@@ -122,14 +120,14 @@ def plain_catch_up(table: TableState, rows_M: Tensor | None) -> None:
     table.last_R[rows_U] = stop_U
 
 
-def catch_up(table: TableState, rows_M: Tensor | None = None) -> None:
+def catch_up_rows(table: TableState, rows_M: Tensor | None = None) -> None:
     """Make up, in place, for the steps done that rows missed.
 
     Args:
         rows_M: int64, which rows, sorted; None for all.
     """
     if not uses_kernels(table.weight_RD):
-        plain_catch_up(table, rows_M)
+        plain_catch_up_rows(table, rows_M)
         return
     size = table.weight_RD.shape[0] if rows_M is None else rows_M.shape[0]
     if size > 0:
@@ -140,11 +138,12 @@ def catch_up(table: TableState, rows_M: Tensor | None = None) -> None:
 
 
 def plain_row_adamw(table: TableState, rows_M: Tensor, grads_MD: Tensor) -> None:
+    plain_catch_up_rows(replace(table, step=table.step - 1), rows_M)
     first_M = _first(rows_M)
     rows_U, grads_UD = rows_M[first_M], grads_MD[first_M]
-    missed_U = (table.step - 1 - table.last_R[rows_U])[:, None]
-    mean_UD = table.mean_RD[rows_U] * table.betas[0] ** missed_U
-    square_UD = table.square_RD[rows_U] * table.betas[1] ** missed_U
+    left_out_U = (table.step - 1 - table.last_R[rows_U])[:, None]
+    mean_UD = table.mean_RD[rows_U] * table.betas[0] ** left_out_U
+    square_UD = table.square_RD[rows_U] * table.betas[1] ** left_out_U
     rates = table.rates_H2[table.step.long() % HISTORY]
     table.weight_RD[rows_U], table.mean_RD[rows_U], table.square_RD[rows_U] = _adamw(
         table.weight_RD[rows_U], mean_UD, square_UD, grads_UD, rates, table
@@ -154,7 +153,7 @@ def plain_row_adamw(table: TableState, rows_M: Tensor, grads_MD: Tensor) -> None
 
 
 def row_adamw(table: TableState, rows_M: Tensor, grads_MD: Tensor) -> None:
-    """Change rows of the table and of its state in place, by the step `table.step`. They have caught up.
+    """Change rows of the table and of its state in place, by the step `table.step`, once they have caught up to it.
 
     Args:
         rows_M: int64, which rows, sorted.
@@ -228,9 +227,7 @@ def row_adamw_catch_up_kernel(
         weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
         mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
         square = tl.load(square_ptr + at, mask=inside, other=0.0)
-        for step in range(last + 1, stop + 1):
-            rates = rates_ptr + step % HISTORY * 2
-            weight, mean, square = adamw(weight, mean, square, 0.0, rates, rest1, beta2, rest2, eps)
+        weight, mean, square = made_up(weight, mean, square, last, stop, rates_ptr, rest1, beta2, rest2, eps, HISTORY)
         tl.store(weight_ptr + at, weight, mask=inside)
         tl.store(mean_ptr + at, mean, mask=inside)
         tl.store(square_ptr + at, square, mask=inside)
@@ -248,23 +245,39 @@ def row_adamw_kernel(
     row = tl.load(rows_ptr + place)
     if tl.load(rows_ptr + place - 1, mask=place > 0, other=-1) == row:
         return
-    step = tl.load(step_ptr)
-    missed = step - 1 - tl.load(last_ptr + row)
-    rates = rates_ptr + step.to(tl.int32) % HISTORY * 2
+    step = tl.load(step_ptr).to(tl.int32)
+    last = tl.load(last_ptr + row).to(tl.int32)
+    stop = tl.minimum(tl.load(until_ptr + row).to(tl.int32), step - 1)
+    left_out = (step - 1 - tl.maximum(last, stop)).to(tl.float32)
+    rates = rates_ptr + step % HISTORY * 2
     for begin in range(0, D, BLOCK):
         d = begin + tl.arange(0, BLOCK)
         inside, at = d < D, row * D + d
         grad = tl.load(grads_ptr + place.to(tl.int64) * D + d, mask=inside, other=0.0)
         weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-        mean = tl.load(mean_ptr + at, mask=inside, other=0.0) * tl.exp2(missed * log_beta1)
-        square = tl.load(square_ptr + at, mask=inside, other=0.0) * tl.exp2(missed * log_beta2)
+        mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        square = tl.load(square_ptr + at, mask=inside, other=0.0)
+        weight, mean, square = made_up(weight, mean, square, last, stop, rates_ptr, rest1, beta2, rest2, eps, HISTORY)
+        mean *= tl.exp2(left_out * log_beta1)
+        square *= tl.exp2(left_out * log_beta2)
         weight, mean, square = adamw(weight, mean, square, grad, rates, rest1, beta2, rest2, eps)
         tl.store(weight_ptr + at, weight, mask=inside)
         tl.store(mean_ptr + at, mean, mask=inside)
         tl.store(square_ptr + at, square, mask=inside)
     tl.debug_barrier()
-    tl.store(last_ptr + row, step)
-    tl.store(until_ptr + row, step + lasting)
+    tl.store(last_ptr + row, step.to(tl.float32))
+    tl.store(until_ptr + row, (step + lasting).to(tl.float32))
+
+
+@triton.jit
+def made_up(
+    weight, mean, square, last, stop, rates_ptr, rest1, beta2, rest2, eps, HISTORY: tl.constexpr
+):  # fmt: skip
+    """The weights and both moments after the steps from `last` to `stop`."""
+    for step in range(last + 1, stop + 1):
+        rates = rates_ptr + step % HISTORY * 2
+        weight, mean, square = adamw(weight, mean, square, 0.0, rates, rest1, beta2, rest2, eps)
+    return weight, mean, square
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The plan of a study: families of models, budgets of training FLOPs, seeds, and the trials that choose settings."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ class StudyText(Settings):
         category: the key or column whose value is a document's category; None for no categories.
         tokenizer_bytes: training text of which tokenizers are made; None: all of it.
         measured_bytes: training text on which the mean patch and token of a family are measured.
+        evaluated_bytes: of the tuning and of the held-out text, that results are of; None: all.
     """
 
     train: list[str] = Field(min_length=1)
@@ -55,6 +56,7 @@ class StudyText(Settings):
     category: str | None = None
     tokenizer_bytes: int | None = Field(default=None, ge=1)
     measured_bytes: int = Field(default=4_000_000, ge=1)
+    evaluated_bytes: int | None = Field(default=None, ge=1)
     max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
     max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1)
 
@@ -333,6 +335,11 @@ def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any], derived: s
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not FREE.fullmatch(key) and key not in (derived or set())
     ]
+
+
+def is_chosen(draft: Draft, families: Sequence[str], budgets: Sequence[float]) -> bool:
+    """Whether a run is of these families and budgets; empty ones are all."""
+    return (not families or draft.family in families) and (not budgets or draft.budget in budgets)
 
 
 def load_plan(path: Path) -> StudyPlan:

@@ -14,7 +14,7 @@ from pathlib import Path
 from bytelatent.errors import Interrupted, UserError, nearest
 from bytelatent.files import Locked, only_writer, whole_file
 from bytelatent.study.cost import PlannedRun
-from bytelatent.study.plan import Draft, StudyPlan, load_plan
+from bytelatent.study.plan import Draft, StudyPlan, budget_name, is_chosen, load_plan
 from bytelatent.study.processes import JobPool
 from bytelatent.study.results import StudyRow, read_row, row_path
 from bytelatent.study.shared import MEASUREMENTS, Shared
@@ -33,6 +33,7 @@ class StudyOptions:
 
     Attributes:
         only: names of families; empty for all.
+        budgets: of the plan's; empty for all.
         trials: the plan's trials in place of its runs.
         prepare: make what runs share, and stop.
         tuning_only: leave the held-out text alone.
@@ -43,6 +44,7 @@ class StudyOptions:
 
     folder: Path
     only: Sequence[str] = ()
+    budgets: Sequence[float] = ()
     trials: bool = False
     prepare: bool = False
     tuning_only: bool = False
@@ -188,16 +190,20 @@ def _one_after_the_other(runs: Sequence[PlannedRun], options: StudyOptions) -> d
 
 
 def _chosen(plan: StudyPlan, options: StudyOptions) -> list[list[Draft]]:
-    """The runs of the chosen families, or trials; of each the sizes from which one is picked."""
+    """The runs of the chosen families and budgets, or trials; of each the sizes from which one is picked."""
     for name in options.only:
         if name not in plan.families:
             raise UserError(f"only: the plan has no family '{name}'{nearest(name, list(plan.families))}")
+    for budget in options.budgets:
+        if budget not in plan.budgets:
+            known = ", ".join(map(budget_name, plan.budgets))
+            raise UserError(f"budget: {budget_name(budget)} is not one of the plan's budgets: {known}")
     if options.trials and plan.trials is None:
         raise UserError("trials: the plan has none; write them under trials:")
-    sizes = list(plan.drafts(options.folder, options.trials))
-    sizes = [candidates for candidates in sizes if not options.only or candidates[0].family in options.only]
+    drafts = plan.drafts(options.folder, options.trials)
+    sizes = [candidates for candidates in drafts if is_chosen(candidates[0], options.only, options.budgets)]
     if not sizes:
-        raise UserError(f"only: nothing is planned for {', '.join(options.only)}")
+        raise UserError("nothing of the plan is left to run; choose other families or budgets")
     return sizes
 
 
@@ -211,6 +217,7 @@ def _job(options: StudyOptions, run: str | None = None, part: str | None = None)
         run=run,
         part=part,
         only=list(options.only),
+        budgets=list(options.budgets),
         trials=options.trials,
         tuning_only=options.tuning_only,
         discard_models=options.discard_models,

@@ -28,7 +28,7 @@ from bytelatent.files import Locked
 from bytelatent.progress import Progress
 from bytelatent.run_folder import read_metrics
 from bytelatent.study.cost import PlannedRun, RunCost, run_cost
-from bytelatent.study.plan import load_plan
+from bytelatent.study.plan import is_chosen, load_plan
 from bytelatent.study.results import MOST_POINTS, CurvePoint, GroupBits, HeldOut, StudyRow, write_row
 from bytelatent.study.shared import Shared
 from bytelatent.text.documents import must_have_read
@@ -53,7 +53,7 @@ class StudyJob(Settings):
         folder: of the study, which holds the plan.
         run: the name of a run or a trial.
         part: instead of a run, a part that runs share, or `all` of them;
-        only: families that these runs are of; empty for all.
+        only, budgets: the families and budgets that these runs are of; empty for all.
         trials: of the trials.
         tuning_only: do not read the held-out text.
         discard_models: remove the model once the row is written.
@@ -63,6 +63,7 @@ class StudyJob(Settings):
     run: str | None = None
     part: str | None = None
     only: list[str] = Field(default=[])
+    budgets: list[float] = Field(default=[])
     trials: bool = False
     tuning_only: bool = False
     discard_models: bool = False
@@ -88,7 +89,7 @@ def perform(job: StudyJob) -> None:
     shared = Shared(plan, folder)
     sizes = list(plan.drafts(folder, job.trials))
     if job.run is None:
-        drafts = [draft for candidates in sizes for draft in candidates if draft.family in (job.only or plan.families)]
+        drafts = [d for candidates in sizes for d in candidates if is_chosen(d, job.only, job.budgets)]
         for part in shared.missing(drafts) if job.part == ALL_PARTS else [str(job.part)]:
             when_free(lambda part=part: shared.make(part, drafts))
         return
@@ -135,12 +136,19 @@ def evaluate(run: Path, paths: Sequence[str], shared: Shared, settings: TrainSet
     In float32 a GPU takes tens of times as long.
     """
     text, device = shared.plan.text, choose_device(settings.device)
-    found = find_model(str(run), None, ReadSettings(device, choose_dtype(settings.dtype, device)))
+    batch_ids = None if device.type == "cuda" else settings.data.batch_ids  # on a CPU attention costs its square
+    how = ReadSettings(device, choose_dtype(settings.dtype, device), batch_ids=batch_ids)
+    found = find_model(str(run), None, how)
     texts = Texts(
-        list(paths), text.text_key, text.category, max_bad_rows=text.max_bad_rows, max_row_bytes=text.max_row_bytes
+        list(paths),
+        text.text_key,
+        text.category,
+        text.evaluated_bytes,
+        max_bad_rows=text.max_bad_rows,
+        max_row_bytes=text.max_row_bytes,
     )
     measured = Measured()
-    with Progress(f"measuring {run.name}") as progress:
+    with Progress(f"measuring {run.name}", text.evaluated_bytes) as progress:
         measure_texts(found.load(), texts, measured, on_batch=progress.advance)
     must_have_read(texts.bad_rows.unread)
     groups = {} if text.category is None else measured.by_group()

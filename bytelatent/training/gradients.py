@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bytelatent.data import Batch
 from bytelatent.errors import UserError
 from bytelatent.kernels.packed_attention import entries_for
-from bytelatent.kernels.row_adamw import summed
+from bytelatent.kernels.row_adamw import as_summed, sum_entries
 
 WARM_UPS = 2  # passes before capture: the first compiles, the second adds to gradients where that is wanted
 
@@ -196,11 +196,14 @@ def _misfit(one: Batch, other: Batch) -> str | None:
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip(parameters: Iterable[nn.Parameter], max_norm: float, num_passes: int | None = None) -> Tensor:
     """Scale all gradients alike so that their norm, as of one vector, is at most `max_norm`.
 
     A sparse gradient's norm is that of the dense one it stands for: entries that share a place are added first.
     Gradients in parts count once each, whatever ranks the parts are on and however often each is repeated.
+
+    Args:
+        num_passes: backward passes that the gradients are of; None: not known. One alone has added entries already.
 
     Returns:
         The norm before, the same on all ranks.
@@ -213,7 +216,7 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         if hasattr(grad, "placements"):  # a DTensor; their module takes seconds to import
             alike.setdefault((grad.device_mesh, grad.placements), []).append(grad.to_local())
         elif grad.is_sparse:
-            parameter.grad = grad = summed(grad)
+            parameter.grad = grad = as_summed(grad) if num_passes == 1 else sum_entries(grad)
             alike.setdefault(None, []).append(grad._values())
         else:
             alike.setdefault(None, []).append(grad)

@@ -94,7 +94,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
         decay = settings.weight_decay if is_matrix else 0.0
         groups[kind][decay, _scale(name, settings.lr_scale)].append(parameter)
 
-    optimizers = {kind: _optimizer(kind, groups[kind], settings) for kind in sorted(groups)}
+    # Rows first, AdamW last: the device computes while the host prepares what takes it longer.
+    optimizers = {kind: _optimizer(kind, groups[kind], settings) for kind in sorted(groups, reverse=True)}
     if isinstance(rows := optimizers.get("rows"), SparseRowsAdamW):
         for part in tables.values():
             rows.before_lookups(part)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from bytelatent.kernels.row_adamw import HISTORY, TableState, catch_up, lasting_steps, rates_of, row_adamw, summed
+from bytelatent.kernels.row_adamw import (
+    HISTORY,
+    TableState,
+    catch_up_rows,
+    lasting_steps,
+    rates_of,
+    row_adamw,
+    sum_entries,
+)
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 
 # Shapes: R rows of a table, D width, M lookups
@@ -43,7 +51,7 @@ class SparseRowsAdamW(torch.optim.Optimizer):
         """Make up for the steps that rows missed: sorted rows of a table; or all of one table, or of all."""
         for own_RD, group in self._tables():
             if table_RD is None or own_RD is table_RD:
-                catch_up(self._state(own_RD, group), rows_M)
+                catch_up_rows(self._state(own_RD, group), rows_M)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -52,9 +60,8 @@ class SparseRowsAdamW(torch.optim.Optimizer):
             if table_RD.grad is None:
                 continue
             assert table_RD.grad.is_sparse, "the gradient is dense"
-            gradient = summed(table_RD.grad)
-            table, rows_M = self._state(table_RD, group), gradient._indices()[0]
-            catch_up(table, rows_M)
+            gradient = sum_entries(table_RD.grad)
+            table = self._state(table_RD, group)
             if table_RD not in self._done:
                 self._done[table_RD] = int(table.step)
             self._done[table_RD] = step = self._done[table_RD] + 1
@@ -63,9 +70,9 @@ class SparseRowsAdamW(torch.optim.Optimizer):
                 table.rates_H2[step % HISTORY], rates_of(step, group["lr"], group["betas"]), strict=True
             ):
                 place.fill_(rate)
-            row_adamw(table, rows_M, gradient._values())
+            row_adamw(table, gradient._indices()[0], gradient._values())
             if step % HISTORY == 0:
-                catch_up(table)
+                catch_up_rows(table)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before = dict(self.state)

@@ -202,7 +202,7 @@ class Trainer:
             plan.set_last_backward(state.model, number == len(batches))
             # Gradients are averaged over ranks, and should be those of the mean over the targets of all of them.
             parts.append(self.gradients(batch, num_targets / plan.data_world_size))
-        clipped = clip(state.model.parameters(), settings.optimizer.clip)
+        clipped = clip(state.model.parameters(), settings.optimizer.clip, len(batches))
         # The only wait for the device, after which the optimizer runs while the next step is prepared.
         nats, norm = plan.sum([sum(float(part) for part in parts)])[0], float(clipped)
         self.statistics = None

@@ -15,12 +15,12 @@ from bytelatent.kernels.hash_embed import hash_embed, hash_rows, ngram_powers, n
 from bytelatent.kernels.row_adamw import (
     HISTORY,
     TableState,
-    catch_up,
-    plain_catch_up,
+    catch_up_rows,
+    plain_catch_up_rows,
     plain_row_adamw,
     rates_of,
     row_adamw,
-    summed,
+    sum_entries,
 )
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
@@ -63,7 +63,7 @@ def entries(rows: int, lookups: int, dim: int) -> Errors:
     """The entries of a sparse gradient added up, against the dense one; they keep their number."""
     which = (rows * torch.rand(lookups) ** 3).long()
     gradient = torch.sparse_coo_tensor(which[None], torch.randn(lookups, dim), (rows, dim), check_invariants=True)
-    found = summed(gradient)
+    found = sum_entries(gradient)
     sorted_rows, values = found._indices()[0], found._values()
     again = torch.cat([which.new_zeros(1, dtype=torch.bool), sorted_rows[1:] == sorted_rows[:-1]])[:lookups]
     return {
@@ -81,15 +81,19 @@ def update(rows: int, lookups: int, dim: int, betas: tuple[float, float] = (0.9,
     tensors = [torch.randn(rows, dim), torch.randn(rows, dim), torch.rand(rows, dim) + 1e-4, last, until]
     tensors += [torch.tensor(float(step)), rates]
     table, copy = (TableState(*(x.clone() for x in tensors), betas=tuple(betas), eps=1e-8) for _ in range(2))
-    for _ in range(3):
+    for number in range(3):
         which, grads = torch.randint(rows, (lookups,)).sort().values, torch.randn(lookups, dim)
-        for each, caught_up, updated in ((table, catch_up, row_adamw), (copy, plain_catch_up, plain_row_adamw)):
-            caught_up(each, which)
+        for each, caught_up, updated in (
+            (table, catch_up_rows, row_adamw),
+            (copy, plain_catch_up_rows, plain_row_adamw),
+        ):
+            if number != 1:  # else the update does it
+                caught_up(each, which)
             each.step.add_(1)
             each.rates_H2[int(each.step) % HISTORY] = torch.tensor(rates_of(int(each.step), 0.02, betas))
             updated(each, which, grads)
-    catch_up(table)
-    plain_catch_up(copy, None)
+    catch_up_rows(table)
+    plain_catch_up_rows(copy, None)
     names = "weight", "mean", "square", "rows", "rows"
     errors: Errors = {}
     for name, one, other in zip(names, table.tensors, copy.tensors, strict=False):
@@ -115,7 +119,7 @@ def steps(size: int, dim: int, rows: int) -> Errors:
         found, wanted, grads = model(ids, history), exact_sums(exact, ids), torch.randn(size, dim)
         found.backward(grads)
         wanted.backward(grads.double())
-        norms = clip(model.parameters(), 1.0), clip(exact.parameters(), 1.0)
+        norms = clip(model.parameters(), 1.0, num_passes=1), clip(exact.parameters(), 1.0)
         for each in (optimizer, expected):
             each.step()
             each.zero_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, library
 
 from bytelatent.kernels import hash_embed, row_adamw
 from bytelatent.kernels.hash_embed import hash_rows, ngram_powers, plain_row_sums, row_sums
-from bytelatent.kernels.row_adamw import summed
+from bytelatent.kernels.row_adamw import sum_entries
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
@@ -63,16 +63,19 @@ def test_kernels_compile_for_a_gpu() -> None:
     table = dict.fromkeys(("weight", "mean", "square", "last", "until", "step", "rates", "grads"), "*fp32")
     numbers = dict.fromkeys(("rest1", "beta2", "rest2", "eps", "log_beta1", "log_beta2"), "fp32") | {"lasting": "i32"}
     ids = dict.fromkeys(("tail", "history", "powers", "rows", "order", "end", "run"), "*i64")
+    table["tables"] = table["embedding"] = "*fp32"
     types = {f"{name}_ptr": kind for name, kind in (table | ids | {"out": "*fp32"}).items()}
     types |= numbers | {"S": "i32", "L": "i32", "N": "i32"}
     blocks: dict[str, Any] = {"D": 384, "BLOCK": 512}
-    hashes: dict[str, Any] = {"N": 6, "PADDED_N": 8, "W": 8, "PADDED_W": 8, "V": 97, "OVERLAP": False}
+    hashes: dict[str, Any] = {"N": 6, "PADDED_N": 8, "W": 8, "PADDED_W": 8, "V": 97, "OVERLAP": True}
     absent = dict.fromkeys(("tables_ptr", "embedding_ptr", "out_ptr", "run_ptr"))
     for kernel, constants in (
         (row_adamw.row_adamw_kernel, {"HISTORY": 256}),
         (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256}),
         (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256, "rows_ptr": None}),
         (hash_embed.row_sums_kernel, {"AT_ROWS": False}),
+        (hash_embed.row_sums_kernel, {"AT_ROWS": True}),
+        (hash_embed.hash_embed_kernel, hashes),
         (hash_embed.hash_embed_kernel, hashes | absent),
     ):
         constants = blocks | constants
@@ -107,13 +110,14 @@ def test_the_gradient_is_autograds(size: int, sparse: bool) -> None:
     assert weight.grad.is_sparse == sparse
     if sparse:
         assert weight.grad._nnz() == rows.numel()
-        once = summed(weight.grad)
-        assert summed(once) is once
+        torch.testing.assert_close(weight.grad._values().norm(), copy.grad.norm())  # of one pass: no row in two entries
+        once = sum_entries(weight.grad)
+        assert sum_entries(once) is once
         assert once._indices()[0].tolist() == sorted(rows.flatten().tolist())
         torch.testing.assert_close(once.to_dense(), copy.grad)
-        torch.testing.assert_close(once._values().norm(), copy.grad.norm())  # no row is in two entries
         model(ids, history).backward(grads)
         torch.testing.assert_close(weight.grad.to_dense(), 2 * copy.grad)
+        torch.testing.assert_close(sum_entries(weight.grad)._values().norm(), 2 * copy.grad.norm())
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -141,6 +145,7 @@ def test_the_operators_are_what_they_describe() -> None:
         arguments = (ids[None], history, model.powers(ids.device), model.tables.weight, 20, sparse)
         library.opcheck(torch.ops.bytelatent.ngram_sums.default, arguments)
     library.opcheck(torch.ops.bytelatent.row_sums.default, (torch.randint(0, 9, (7, 2)), torch.randn(7, 3), 9))
+    library.opcheck(torch.ops.bytelatent.entry_sums.default, (torch.randint(0, 9, (7, 2)), torch.randn(7, 3)))
 
 
 def test_states_stay_in_float32_under_autocast() -> None:

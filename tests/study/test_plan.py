@@ -156,6 +156,10 @@ def test_unknown_families_and_missing_plans_are_named(tmp_path: Path, texts: dic
     path = write_plan(tmp_path / "plan.yaml", texts)
     with pytest.raises(UserError, match="only: the plan has no family 'tokn'; did you mean 'token'"):
         planned_runs(path, StudyOptions(tmp_path / "study", only=["tokn"]))
+    with pytest.raises(UserError, match="budget: 1e16 is not one of the plan's budgets: 4e08, 9e08"):
+        planned_runs(path, StudyOptions(tmp_path / "study", budgets=[1e16]))
+    [run] = planned_runs(path, StudyOptions(tmp_path / "study", only=["entropy"], budgets=[9e8]))[1]
+    assert run.name == "entropy-9e08-0"
     with pytest.raises(UserError, match="trials: the plan has none"):
         planned_runs(path, StudyOptions(tmp_path / "study", trials=True))
     with pytest.raises(UserError, match=r"plan: 'nowhere.yaml' does not exist"):

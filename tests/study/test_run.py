@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
 from bytelatent import BLT
+from bytelatent.cli import app
 from bytelatent.data import Loader, Patcher
 from bytelatent.errors import UserError
 from bytelatent.model.flops import costs
 from bytelatent.patching import PatchSettings
 from bytelatent.study.processes import JobPool
-from bytelatent.study.results import StudyRow, row_path
+from bytelatent.study.results import HeldOut, StudyRow, row_path
 from bytelatent.study.run import StudyOptions, run_study
+from bytelatent.study.tables import trials_table
 from bytelatent.text.tokenizer import Tokenizer
 from bytelatent.training import TrainSettings, read_metrics
 from bytelatent.weights import load_byte_lm
@@ -261,3 +264,50 @@ def wait_for(is_so: Any, command: processes.Command | None = None) -> None:
         assert time.monotonic() < until
         assert command is None or command.poll() is None
         time.sleep(0.002)
+
+
+def blt(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_command_shows_what_is_planned_and_what_came_out(
+    folder: Path, plan: Path, rows: dict[str, StudyRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages: list[list[str]] = []
+
+    def write_study(rows: list[StudyRow], folder: Path) -> list[Path]:  # its own tests draw, which takes seconds
+        pages.append([row.name for row in rows])
+        return [folder / "index.html"]
+
+    monkeypatch.setattr("bytelatent.commands.study.write_study", write_study)
+    table = blt("study", plan, "--out", folder, "--gpus", 0, "--dry-run").splitlines()
+    assert [line.split()[:3] for line in table[1:3]] == [["token", "4e08", "1"], ["entropy", "4e08", "1"]]
+    assert table[-1].startswith("4 runs, ")
+    values = json.loads(blt("study", plan, "--out", folder, "--dry-run", "--json", "--budget", "9e8"))
+    assert [value["steps"] for value in values] == [rows[value["name"]].steps for value in values]
+    assert {value["name"] for value in values} == {"token-9e08-0", "entropy-9e08-0"}
+    shown = blt("study", plan, "--out", folder, "--gpus", 0).splitlines()
+    best = min((row for row in rows.values() if row.budget == BUDGETS[0]), key=lambda row: row.held_out.bits_per_byte)
+    assert shown[1].split()[:4] == [best.family, "4e08", "1", f"{best.held_out.bits_per_byte:.4f}"]
+    assert pages == [sorted(rows)]
+
+
+def test_trials_are_ranked_in_each_family(rows: dict[str, StudyRow]) -> None:
+    bits = {"a": 1.3, "b": 1.1, "c": 1.2}
+    token, entropy = rows["token-4e08-0"], rows["entropy-4e08-0"]
+    trials = [
+        (name, row.model_copy(update={"tuning": HeldOut(bits_per_byte=bits[name] + more, bytes=9)}))
+        for row, more in ((token, 0.0), (entropy, 1.0))
+        for name in bits
+    ]
+    lines = [line.split() for line in trials_table(trials).splitlines()]
+    assert [line[:5] for line in lines[1:]] == [
+        ["entropy", "1", "b", "2.1000", "–"],
+        ["entropy", "2", "c", "2.2000", "+0.1000"],
+        ["entropy", "3", "a", "2.3000", "+0.2000"],
+        ["token", "1", "b", "1.1000", "–"],
+        ["token", "2", "c", "1.2000", "+0.1000"],
+        ["token", "3", "a", "1.3000", "+0.2000"],
+    ]
