@@ -78,7 +78,7 @@ class BytelatentConfig(PretrainedConfig):
         for name, value in more.items():
             if name in ("name_or_path", *OF_AUTO):
                 continue
-            if hasattr(config, name):
+            if hasattr(config, name) and name not in ("dtype", "torch_dtype"):  # those are of the weights
                 setattr(config, name, _plain(value))
             else:
                 unused[name] = value
