@@ -190,14 +190,16 @@ def _requests(name: str, prompt: Text | Texts, max_new_bytes: Any, sampling: dic
         if is_one or len(values) != len(prompts):
             count = "1 prompt" if len(prompts) == 1 else f"{len(prompts):,} prompts"
             raise UserError(f"{key}: a list of {len(values):,} for {count}; give one value, or one for each prompt")
-    shared = None if several else _with_seed(sampling, name)
+    differ = several or given.get("seed", 0) is None
+    shared = None if differ else Sampling.parse(sampling, where=name)
     found = []
     for number, ids in enumerate(prompts):
         own = {key: several[key][number] if key in several else value for key, value in given.items()}
         size = own.pop("max_new_bytes")
         check_limits(max_new_bytes=size)
-        is_random = own.get("seed", 0) is None
-        found.append(Request(ids, _with_seed(own, name) if shared is None or is_random else shared, size))
+        if own.get("seed", 0) is None:
+            own["seed"] = secrets.randbits(63)
+        found.append(Request(ids, shared or Sampling.parse(own, where=name), size))
     return found
 
 
@@ -206,10 +208,3 @@ def _is_for_each(key: str, values: Any) -> bool:
     if not isinstance(values, list | tuple):
         return False
     return key != "stop" or any(isinstance(value, list | tuple) for value in values)
-
-
-def _with_seed(sampling: dict[str, Any], where: str) -> Sampling:
-    """The settings; a seed of None becomes a random one."""
-    if sampling.get("seed", 0) is None:
-        sampling = {**sampling, "seed": secrets.randbits(63)}
-    return Sampling.parse(sampling, where=where)
