@@ -4,16 +4,20 @@ TYPE_CHECKING = False  # as typing's, which takes longer to import than all else
 if TYPE_CHECKING:
     from typing import Any
 
-    from bytelatent.blt import BLT
+    from bytelatent.blt import BLT, ByteLM
 
 __version__ = "0.1.0"
-__all__ = ["BLT", "__version__"]
+__all__ = ["BLT", "ByteLM", "__version__"]
 
 
 def __getattr__(name: str) -> "Any":
     """`from bytelatent import BLT` imports torch; `import bytelatent` alone stays light."""
-    if name == "BLT":
-        from bytelatent.blt import BLT
+    if name in ("BLT", "ByteLM"):
+        from bytelatent import blt
 
-        return BLT
+        return getattr(blt, name)
     raise AttributeError(f"module 'bytelatent' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

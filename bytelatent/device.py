@@ -5,7 +5,7 @@ import platform
 import re
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -109,6 +109,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
+
+
+def keep_precision(convert: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """What a conversion of a module's tensors makes of one that changes its device only."""
+    found = convert(tensor)
+    return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -417,7 +417,7 @@ def test_a_reused_engine_has_the_new_weights(blt: BLT) -> None:
         (lambda blt: blt.generate("x", samples=True), "samples: True is not a number"),
         (lambda blt: blt.generate("x", stop="\ud800"), "stop: .* holds half of a surrogate pair"),
         (lambda blt: BLT.from_pretrained("absent", draft_length="8"), "draft_length: '8' is not a number from 1 to 16"),  # type: ignore
-        (lambda blt: blt.stream(["a", "b"]), "a text is str or bytes, not list"),
+        (lambda blt: blt.stream(["a", ["b"]]), "a text is str or bytes, not list"),
         (lambda blt: blt.score("a", [5]), "a text is str or bytes, not int: 5"),
         (lambda blt: blt.score("a", 5), "score takes a list of continuations"),
         (lambda blt: blt.generate(5), "a text is str or bytes, not int: 5"),

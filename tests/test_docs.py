@@ -1,8 +1,9 @@
-"""Links of the docs lead somewhere, and the snippets of the page about generation run."""
+"""Links of the docs lead somewhere, and the snippets of the pages about Python and generation run."""
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -11,12 +12,13 @@ from bytelatent import BLT
 from bytelatent.cli import app
 from bytelatent.commands.generate import GenerateSettings, main
 from bytelatent.config import load_yaml
-from tests.model.tiny import tiny_blt
+from bytelatent.model import PRESETS
+from tests.model.tiny import tiny_blt, tiny_blt_settings
 from tests.test_blt import wrap
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for place in ("*.md", "docs/**/*.md", "dev/*.md", "benchmarks/*.md") for page in ROOT.glob(place)]
-PAGE = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
+GENERATE, PYTHON = "docs/generate.md", "docs/python.md"
 
 
 def anchor(heading: str) -> str:
@@ -38,8 +40,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert wanted in map(anchor, headings), link
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
+def snippets(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -48,21 +51,26 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wrap(tiny_blt(window=6)).save_pretrained(tmp_path / "runs" / "demo")
     (tmp_path / "prompt.txt").write_text("A prompt")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "title": 1}\n')
-    (tmp_path / "generate.yaml").write_text(snippets("yaml")[0])
+    (tmp_path / "generate.yaml").write_text(snippets(GENERATE, "yaml")[0])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_python(here: Path) -> None:
-    names: dict[str, object] = {}
-    for snippet in snippets("python"):  # one after another, as they are read
-        exec(compile(snippet, "docs/generate.md", "exec"), names)
-    assert isinstance(names["model"], BLT)
+@pytest.mark.parametrize("page", [GENERATE, PYTHON])
+def test_python(here: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setitem(PRESETS, "demo-blt", tiny_blt_settings(window=6))
+    names: dict[str, Any] = {}
+    for snippet in snippets(page, "python"):  # one after another, as they are read
+        exec(compile(snippet, page, "exec"), names)
+    assert isinstance(names["model" if page == GENERATE else "blt"], BLT)
 
 
 def test_commands(here: Path) -> None:
     assert GenerateSettings.parse(load_yaml("generate.yaml")).sampling.temperature == 0.7
-    commands = [line for snippet in snippets("bash") for line in snippet.splitlines() if line.startswith("blt ")]
+    commands = [
+        line for snippet in snippets(GENERATE, "bash") for line in snippet.splitlines() if line.startswith("blt ")
+    ]
     assert len(commands) == 4
     for command in commands:
         arguments = shlex.split(command.replace("$'\\n\\n'", "'\n\n'"), comments=True)[1:]

@@ -31,7 +31,7 @@ DECODING_NAMES = {  # words that mean something else in other packages
     "places": "slots (engine), batch_size (commands)",
     "ahead": "draft_length",
 }
-DECODING = ("inference", "kernels", "model", "blt.py", "generate.py", "test_blt.py", "decode.py", "decode_trained.py")
+DECODING = ("inference", "kernels", "model", "blt", "generate.py", "test_blt.py", "decode.py", "decode_trained.py")
 PROSE = {
     r"\bis none\b": "there is no ...",
     r"\banew\b": "again",
@@ -57,7 +57,7 @@ PROSE = {
 }
 # Where an old word is right: a name of a file format, of another library, or an old name that users may still write.
 ALLOWED = {
-    "bytelatent/blt.py": "ahead",  # an old name that still works
+    "bytelatent/blt/core.py": "ahead",  # an old name that still works
     "tests/test_blt.py": "ahead",
     "bytelatent/data/loader.py": "damaged",  # a key of checkpoints
     "bytelatent/data/settings.py": "max_damaged",

@@ -209,6 +209,7 @@ class PackedModel(TextModel):
         patcher: finds its patches, if it has any.
         vocabulary: of its ids.
         size_multiple: streams are padded to a multiple of it.
+        end: whether documents pay for their ends.
     """
 
     def __init__(
@@ -222,18 +223,19 @@ class PackedModel(TextModel):
         patcher: Patcher | None = None,
         vocabulary: Vocabulary = BYTES,
         size_multiple: int = 1,
+        end: bool = True,
     ):
         super().__init__(name, device, context, overlap, batch_ids)
         self.network, self.patcher = network, patcher
-        self.vocabulary, self.size_multiple = vocabulary, size_multiple
+        self.vocabulary, self.size_multiple, self.end = vocabulary, size_multiple, end
         self.unit = "patch" if patcher is not None else "token" if vocabulary.is_tokens else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # the weights of what finds patches are there
 
     def begin(self, document: Document, cost: Cost) -> Piece:
-        ids = self.vocabulary.encode(document.text).astype(self.vocabulary.dtype)
-        cost.num_units = len(ids) - 2 if self.vocabulary.is_tokens else 0
+        ids = self.vocabulary.encode(document.text, eos=self.end).astype(self.vocabulary.dtype)
+        cost.num_units = len(ids) - 1 - self.end if self.vocabulary.is_tokens else 0
         return Piece(ids, document.entropies, document.starts)
 
     def prepare(self, windows: list[Window]) -> Batch:

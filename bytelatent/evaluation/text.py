@@ -261,12 +261,15 @@ Interval = tuple[float, float]
 
 
 def bootstrap(
-    nats_MD: np.ndarray, num_bytes_D: np.ndarray, resamples: int, seed: int
+    nats_MD: np.ndarray, num_bytes_D: np.ndarray, resamples: int, seed: int, level: float = LEVEL
 ) -> tuple[list[Interval], list[Interval]]:
     """Intervals of bits per byte, and of the difference of each model's to the first one's.
 
     Documents are drawn with replacement, as many as there are, the same for all models; the intervals are between
     percentiles of what the draws give.
+
+    Args:
+        level: percent of the draws that an interval holds.
     """
     draw, num_documents = np.random.default_rng(seed), len(num_bytes_D)
     values_DM1 = np.concatenate([nats_MD, num_bytes_D[None]]).T.astype(np.float64)
@@ -275,7 +278,7 @@ def bootstrap(
         counts_D = np.bincount(draw.integers(num_documents, size=num_documents), minlength=num_documents)
         sums = counts_D @ values_DM1
         bits_RM[number] = sums[:-1] / sums[-1] / math.log(2)
-    tail = (100 - LEVEL) / 2
+    tail = (100 - level) / 2
     found = []
     for each in (bits_RM, bits_RM - bits_RM[:, :1]):
         low_M, high_M = np.percentile(each, [tail, 100 - tail], axis=0)

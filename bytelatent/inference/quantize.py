@@ -8,13 +8,15 @@ logits; norms; and an entropy model, since other entropies would be other patche
 """
 
 import copy
-from collections.abc import Iterator
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Self, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bytelatent.device import keep_precision
 from bytelatent.errors import UserError
 from bytelatent.inference.settings import Quantization
 from bytelatent.kernels.quantized import QuantizedMatrix
@@ -39,6 +41,10 @@ class QuantizedLinear(nn.Module):
     @property
     def matrix(self) -> QuantizedMatrix:
         return QuantizedMatrix(self.values, self.scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves to another device; no conversion changes what was quantized."""
+        return super()._apply(partial(keep_precision, fn), recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix.dense(x.dtype))

@@ -3,6 +3,8 @@
 from bytelatent.model.block import Block
 from bytelatent.model.blt import BLTModel, CrossAttention, build_model, compile_regions
 from bytelatent.model.language_model import ByteLM, LanguageModel, TokenLM, entropies
+from bytelatent.model.recording import recording
+from bytelatent.model.rows import Layout, Rows
 from bytelatent.model.settings import (
     PRESETS,
     BLTSettings,
@@ -26,8 +28,10 @@ __all__ = [
     "CrossAttention",
     "LanguageModel",
     "LanguageModelSettings",
+    "Layout",
     "ModelSettings",
     "PatchedStream",
+    "Rows",
     "Stream",
     "TokenLM",
     "TokenLMSettings",
@@ -39,5 +43,6 @@ __all__ = [
     "lines_as_documents",
     "pack_rows",
     "preset",
+    "recording",
     "settings_class",
 ]

@@ -6,9 +6,13 @@ the ids of a tokenizer.
 Source: Pagnoni et al. 2024, section 2.3.
 """
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
+from bytelatent.errors import UserError
 from bytelatent.model.attention import Mask
 from bytelatent.model.block import Stack, init_weights
 from bytelatent.model.settings import LanguageModelSettings
@@ -43,7 +47,29 @@ class LanguageModel(nn.Module):
 
 
 class ByteLM(LanguageModel):
-    """A language model over bytes."""
+    """A language model over bytes.
+
+    Attributes:
+        loader: what `from_pretrained` calls; `bytelatent.weights` sets it, which this package does not know.
+    """
+
+    loader: ClassVar[Callable[..., "ByteLM"] | None] = None
+
+    @classmethod
+    def from_pretrained(cls, source: Any, device: Any = "auto", dtype: Any = "float32") -> "ByteLM":
+        """Load a byte LM, or the byte LM of a BLT; its weights can be trained.
+
+        Args:
+            source: a run; a folder, or OWNER/NAME on the Hugging Face hub, in any format that a BLT is loaded from.
+            device: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`, or a torch.device.
+            dtype: precision of the weights: `float32`, `bfloat16`, `auto` (as stored), or a torch.dtype.
+
+        Raises:
+            UserError: there is no byte LM at `source`.
+        """
+        if cls.loader is None:
+            raise UserError("ByteLM: import it from the package to load one: from bytelatent import ByteLM")
+        return cls.loader(source, device, dtype)
 
     @torch.no_grad()
     def entropies(self, stream: Stream) -> Tensor:

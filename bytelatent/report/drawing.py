@@ -107,14 +107,18 @@ def empty_figure(width: float, height: float, palette: Palette = ON_PAPER, **sub
     figure = Figure(figsize=(width, height), layout="constrained")
     found = figure.subplots(**subplots)
     for axes in figure.axes:
-        axes.grid(axis="y", color=palette.line, linewidth=0.8, zorder=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(palette.muted)
-        axes.tick_params(colors=palette.muted, labelcolor=palette.ink, length=0, pad=5)
-        axes.tick_params(axis="x", length=3)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.label.set_color(palette.muted)
+        style_axes(axes, palette)
     return figure, found
+
+
+def style_axes(axes: "Axes", palette: Palette) -> None:
+    axes.grid(axis="y", color=palette.line, linewidth=0.8, zorder=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(palette.muted)
+    axes.tick_params(colors=palette.muted, labelcolor=palette.ink, length=0, pad=5)
+    axes.tick_params(axis="x", length=3)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_color(palette.muted)
 
 
 @contextmanager
@@ -130,7 +134,7 @@ def figure_file(path: Path, width: float, height: float, text: str = "", **subpl
     """
     kind = figure_format(path)
     undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    with _settings(text):
+    with figure_settings(text):
         figure, axes = empty_figure(width, height, **subplots)
         yield axes
         with whole_file(path) as aside:
@@ -149,7 +153,12 @@ def _make_small(picture: Path) -> None:
 
 
 @contextmanager
-def _settings(text: str = "", **more: Any) -> Iterator[None]:
+def figure_settings(text: str = "", **more: Any) -> Iterator[None]:
+    """matplotlib's settings within the block: fonts that have what is written, and text that is no mathematics.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -208,7 +217,7 @@ def in_page(draw: Draw, name: str) -> dict[str, str]:
 
 def svg_in_page(draw: Draw, name: str, width: float, height: float) -> str:
     """A drawing as a self-contained SVG element with text as text and ids that begin with its name."""
-    with _settings(**{"svg.fonttype": "none", "svg.hashsalt": ""}):
+    with figure_settings(**{"svg.fonttype": "none", "svg.hashsalt": ""}):
         figure, axes = empty_figure(width, height, IN_PAGE)
         draw(axes, IN_PAGE)
         buffer = io.StringIO()

@@ -96,11 +96,11 @@ def draw_entropies(
     axes.set_ylabel("entropy (nats)")
 
 
-def glyphs_of(text: bytes) -> list[Glyph]:
-    """The characters of a text's first `MOST_BYTES` bytes; a byte that is part of none is shown by its value."""
+def glyphs_of(text: bytes, most: int = MOST_BYTES) -> list[Glyph]:
+    """The characters of a text's first `most` bytes; a byte that is part of none is shown by its value."""
     glyphs, start = [], 0
-    end = min(MOST_BYTES, len(text))
-    while end < len(text) and end > MOST_BYTES - 4 and text[end] & 0xC0 == 0x80:  # inside a character
+    end = min(most, len(text))
+    while end < len(text) and end > most - 4 and text[end] & 0xC0 == 0x80:  # inside a character
         end -= 1
     characters = text[:end].decode("utf-8", "surrogateescape")
     _, missing = fonts_for("".join(map(_as_written, characters)))

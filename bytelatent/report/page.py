@@ -93,7 +93,7 @@ def write_patches_page(
         UserError: the file cannot be written.
     """
     thresholds = thresholds or {}
-    shown = [_page_text(name, patches, thresholds.get(name)) for name, patches in texts.items()]
+    shown = [page_text(name, patches, thresholds.get(name)) for name, patches in texts.items()]
     write_page(path, page_templates().get_template("patches.html").render(title=title, texts=shown))
 
 
@@ -120,7 +120,7 @@ def write_report(path: str | Path, report: RunReport) -> None:
         curves=loss_curves(report.curves, references),
         curve_names=list(report.curves),
         has_reference=bool(references),
-        texts=[_page_text(name, patches, report.threshold) for name, patches in report.texts.items()],
+        texts=[page_text(name, patches, report.threshold) for name, patches in report.texts.items()],
         lengths=patch_length_histogram(report.patch_lengths),
         samples=samples,
         notes=report.notes,
@@ -129,7 +129,7 @@ def write_report(path: str | Path, report: RunReport) -> None:
     write_page(path, page)
 
 
-def _page_text(name: str, patches: Sequence[Patch], threshold: float | None) -> dict[str, Any]:
+def page_text(name: str, patches: Sequence[Patch], threshold: float | None) -> dict[str, Any]:
     """A text for the template: for each patch its characters with their tooltips."""
     return {
         "name": name,

@@ -1,5 +1,6 @@
 """Comparison of training runs: their results, and the settings in which they differ."""
 
+import html
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,6 +92,13 @@ class Comparison:
             names = [run.summary.name for run in self.runs]
             rows = [["setting", *names], *([key, *map(_short, values)] for key, values in differing.items())]
             _print(console, rows, title="settings that differ")
+
+    def _repr_html_(self) -> str:
+        """The results as a table, for notebooks."""
+        header, *rows = [[html.escape(cell) for cell in row] for row in self._results()]
+        lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+        head, body = "".join(f"<th>{cell}</th>" for cell in header), "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><div>{RESULTS_CAPTION}</div>"
 
     def _results(self) -> list[list[str]]:
         header = ["run", "model", "steps", "read", "best held out", "last", "training", "bytes/s", "patch", "time"]

@@ -103,6 +103,10 @@ def perform(job: StudyJob) -> None:
 def train_and_measure(run: PlannedRun, shared: Shared, job: StudyJob) -> StudyRow:
     """Train, measure on the held-out texts, and write the row."""
     settings = run.settings
+    if job.discard_models:  # nobody continues the run: hash tables and their moments are many times the model
+        settings = settings.model_copy(
+            update={"checkpoint": settings.checkpoint.model_copy(update={"last": "weights"})}
+        )
     place = when_free(lambda: train(settings))
     gc.collect()
     torch.cuda.empty_cache()  # what training held, for the measurement

@@ -310,6 +310,13 @@ class Trainer:
         state, ranks = self.state, self.plan.ranks
         if not self.checkpoints.resume(state):
             initialize_weights(state.model, self.settings.model)
+        if self.checkpoints.holds_weights_only and self.done < 1:
+            raise ranks.common_error(
+                UserError(
+                    f"checkpoint.last: '{self.folder}' ended after step {state.step} with its weights only, so it "
+                    "cannot be continued; train another run=FOLDER"
+                )
+            )
         must_be_finite(state, self.folder, ranks)
         self._log_start()
         self.metrics.resume_after(state.step)

@@ -113,6 +113,9 @@ def load_byte_lm_and_context(
     return model, context
 
 
+ByteLM.loader = load_byte_lm
+
+
 def find_byte_lm(source: str | Path, weights: bool = True, setting: str = "model") -> tuple[StoredModel, int]:
     """A byte LM, or the byte LM of a BLT, without loading its weights, and its context in ids.
 

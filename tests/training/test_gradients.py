@@ -295,16 +295,26 @@ def test_gradients_that_are_there_are_not_lost() -> None:
             captured(batch, 1.0)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "hash_gradients"), [(1, "dense"), (2, "dense"), (1, "rows")])
 def test_a_run_is_the_same(
-    tmp_path: Path, text: Path, stood_in: list[Replayed], monkeypatch: pytest.MonkeyPatch, accumulation: int
+    tmp_path: Path,
+    text: Path,
+    stood_in: list[Replayed],
+    monkeypatch: pytest.MonkeyPatch,
+    accumulation: int,
+    hash_gradients: str,
 ) -> None:
     monkeypatch.setattr("bytelatent.training.checks.check_cuda_graph", lambda *_: None)
     more: dict[str, Any] = {
         "model": BLT,
         "patching": {"mode": "space"},
         "data": {"batch_patches": 96, "valid": str(text)},
-        "optimizer": {"lr": 3e-3, "warmup_steps": 3, "accumulation": accumulation},
+        "optimizer": {
+            "lr": 3e-3,
+            "warmup_steps": 3,
+            "accumulation": accumulation,
+            "hash_gradients": hash_gradients,
+        },
     }
     runs = [
         train(settings(byte_lm_run(tmp_path / str(cuda_graph), text, 6, cuda_graph=cuda_graph, **more_of(more))))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bytelatent.errors import UserError
 from bytelatent.training import read_metrics, train
@@ -27,6 +28,7 @@ from tests.training.tiny_runs import (
     log_of,
     losses,
     settings,
+    weights,
     write_text,
 )
 
@@ -309,3 +311,22 @@ def test_other_files_are_refused(tmp_path: Path, text: Path) -> None:
     write_text(folder / "b.jsonl", 1)
     with pytest.raises(UserError, match="are not those of the checkpoint"):
         train(settings(byte_lm_run(run, folder, steps=9)))
+
+
+def test_a_run_that_ends_with_its_weights_only_cannot_be_continued(
+    tmp_path: Path, text: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = byte_lm_run(tmp_path / "few", text, checkpoint={"every": 5, "last": "weights"})
+    train(settings(few))
+    *earlier, last = ((tmp_path / "few" / "checkpoints" / name) for name in checkpoints(tmp_path / "few"))
+    held = [sorted(file.suffix for file in folder.rglob("*.*")) for folder in (earlier[-1], last)]
+    assert ".distcp" in held[0]
+    assert ".distcp" not in held[1]
+    assert not list((last / "ranks").iterdir())
+    assert weights(tmp_path / "few").keys() == weights(whole).keys()
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(tmp_path / "few").items())
+
+    train(settings(few))  # nothing is left to do
+    assert "nothing is left to do" in log_of(caplog)
+    with pytest.raises(UserError, match=r"checkpoint\.last: .* ended after step 12 with its weights only"):
+        train(settings({**few, "steps": 20}))

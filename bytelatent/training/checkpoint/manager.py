@@ -8,6 +8,8 @@ A checkpoint is a folder that appears whole or not at all, written by all ranks 
 | `ranks/00000.pt` ...           | for each rank that reads batches: the loader's position, random state              |
 | `progress.pt`                  | counts                                                                             |
 | `config.json`, `*.safetensors` | the model in our format: of one process always, of several in the last checkpoint  |
+
+With `checkpoint.last: weights` the last one holds only the model and the counts.
 """
 
 import logging
@@ -33,11 +35,16 @@ from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, find_corruption, manifest_of, whole_folder
 from bytelatent.run_folder import NoCheckpoint, checkpoint_name, checkpoints_of, newest_checkpoint
 from bytelatent.training.checkpoint.storage import CpuCopies, begin_folder, read_tensors, tensors_of, write_tensors
-from bytelatent.training.distributed.parallelize import ParallelPlan, free_gathered_weights, full_tensor
+from bytelatent.training.distributed.parallelize import (
+    ParallelPlan,
+    copy_local_part,
+    free_gathered_weights,
+    full_tensor,
+)
 from bytelatent.training.optimizer import Optimizers, catch_up
 from bytelatent.training.schedule import Schedule
 from bytelatent.training.settings import CheckpointSettings
-from bytelatent.weights import NATIVE, Config, StoredModel, StoredTensor
+from bytelatent.weights import NATIVE, Config, StoredModel, StoredTensor, load
 
 LOGGER = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -115,6 +122,7 @@ class CheckpointManager:
         self.ranks = plan.ranks.with_own_group()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.holds_weights_only = False  # the checkpoint that the run resumed from
         self._copies = CpuCopies()  # what the writer reads
         self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
@@ -175,8 +183,9 @@ class CheckpointManager:
     def _content(self, state: TrainState, is_last: bool) -> CheckpointContent:
         free_gathered_weights(state.model)
         catch_up(state.optimizer)
-        tensors = tensors_of(state.model, state.optimizer)
-        if self.asynchronous:
+        only_weights = is_last and self.settings.last == "weights"
+        tensors = {} if only_weights else tensors_of(state.model, state.optimizer)
+        if self.asynchronous and tensors:
             tensors = self._copies.take(tensors)
         progress = {
             "step": state.step,
@@ -188,12 +197,12 @@ class CheckpointManager:
         }
         position = {"loader": arrays_to_tensors(state.loader.state_dict()), "torch_random": torch.get_rng_state()}
         model = None
-        if self.ranks.world_size == 1:
+        if self.ranks.world_size == 1 and not only_weights:
             model = {name: tensors[f"model.{name}"] for name, _ in state.model.named_parameters()}
         elif is_last:
             whole = ((name, full_tensor(weight.detach())) for name, weight in state.model.named_parameters())
             model = {name: weight.cpu() for name, weight in whole if self.ranks.is_first}
-        reads = self.plan.ranks.rank % self.plan.settings.tensor == 0
+        reads = self.plan.ranks.rank % self.plan.settings.tensor == 0 and not only_weights
         folder = self.run / "checkpoints" / checkpoint_name(state.step)
         return CheckpointContent(folder, tensors, progress, position if reads else None, model or None)
 
@@ -262,7 +271,8 @@ class CheckpointManager:
 
     def _write_own(self, folder: Path, content: CheckpointContent) -> dict[str, Digest]:
         """Write this rank's files; return their digests."""
-        write_tensors(folder / "state", content.tensors, self.ranks)
+        if content.tensors:
+            write_tensors(folder / "state", content.tensors, self.ranks)
         if content.position is not None:
             torch.save(content.position, folder / "ranks" / f"{self.plan.data_rank:05d}.pt")
         if self.ranks.is_first:
@@ -346,11 +356,18 @@ class CheckpointManager:
         return next((why for why in found if why is not None), None)
 
     def _load(self, folder: Path, state: TrainState, position: bool) -> None:
-        read_tensors(folder / "state", state.model, state.optimizer, self.plan.ranks)
         progress = torch.load(folder / "progress.pt", weights_only=True)
+        files = sorted(folder / name for name in manifest_of(folder) if Path(name).parent.name == "ranks")
+        self.holds_weights_only = not files
+        if files:
+            read_tensors(folder / "state", state.model, state.optimizer, self.plan.ranks)
+        else:
+            weights = load(folder).model.state_dict()
+            for name, place in state.model.named_parameters():
+                copy_local_part(place.detach(), weights[name])
         if position:
-            files = sorted(folder / name for name in manifest_of(folder) if Path(name).parent.name == "ranks")
-            self._load_position(files, state)
+            if files:
+                self._load_position(files, state)
             state.bytes_seen, state.seconds = progress["bytes_seen"], progress["seconds"]
             state.all_patches = progress.get("all_patches")
         state.step, state.recent = progress["step"], progress["recent"]
