@@ -28,6 +28,7 @@ HOLDS = {  # what a package is for, where its name does not say it
     "cli": "`blt VERB`: options from the settings' fields",
     "commands": "what each verb does",
     "blt": "the public class",
+    "hf": "classes registered with transformers",
     "study": "models compared at equal training FLOPs: plans, runs, results, figures",
     "training": "trainer, checkpoints, distributed plans, profiling",
     "evaluation": "bits per byte, tasks, noise, characters",

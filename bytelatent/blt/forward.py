@@ -207,7 +207,8 @@ class Forward(Core):
         """Whether the id after each id of a stream starts a patch, [T], and the entropies [T] if they decide it."""
         byte_lm = self.needed_entropy_model()
         read = lines_as_documents(stream) if self.patching.reset_at_newline else stream
-        entropies = None if byte_lm is None else entropies_of(byte_lm, read)
+        with torch.autocast(self.device.type, enabled=False):  # another precision moves patches
+            entropies = None if byte_lm is None else entropies_of(byte_lm, read)
         return next_starts(stream.ids, entropies, stream.position, self.patching), entropies
 
     def _no_logits(self) -> Tensor:

@@ -234,7 +234,10 @@ class NativeFormat(WeightsFormat):
         """A model in our format, or of a run: from its newest complete checkpoint."""
         if is_run(folder):
             return self._read_run(folder)
-        config = Config.parse(read_json_object(folder / "config.json"), where=str(folder / "config.json"))
+        values = read_json_object(folder / "config.json")
+        if "model_type" in values:  # written by `bytelatent.hf`: the other keys are for transformers
+            values = {name: value for name, value in values.items() if name in Config.model_fields}
+        config = Config.parse(values, where=str(folder / "config.json"))
         return StoredModel(config, {}, self._byte_lm_in(folder), FORMAT, str(folder))
 
     def write_config(self, folder: Path, stored: StoredModel) -> None:

@@ -1,0 +1,324 @@
+"""A BLT as a model of transformers."""
+
+import copy
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel  # pyright: ignore[reportMissingImports]
+from transformers.modeling_outputs import CausalLMOutput  # pyright: ignore[reportMissingImports]
+
+from bytelatent.blt import BLT
+from bytelatent.errors import UserError, nearest
+from bytelatent.files import MANIFEST, digests
+from bytelatent.hf.config import OF_AUTO, BytelatentConfig, found_by
+from bytelatent.hf.generation import HostDecoding, generate
+from bytelatent.model import Block, BLTModel, ByteLM, ByteLMSettings, CrossAttention
+from bytelatent.patching import PatchSettings
+from bytelatent.training.distributed.parallelize import checkpointed
+from bytelatent.vocab import BOE, BOS, EOS
+from bytelatent.weights import StoredModel, StoredTensor, write_model
+
+# Shapes: B batch size, N ids in a row, V vocabulary
+
+PREFIX = "model."  # of the network's weights
+BLT_ARGUMENTS = ("quantize", "draft_length")  # of `BLT.from_pretrained`, beside those that find a model
+# Arguments of transformers' `from_pretrained` that change nothing here.
+WITHOUT_EFFECT = {
+    *OF_AUTO,
+    *("low_cpu_mem_usage", "use_safetensors", "weights_only", "adapter_kwargs", "attn_implementation", "variant"),
+    *("ignore_mismatched_sizes", "output_loading_info", "offload_folder", "max_memory", "use_cache", "return_dict"),
+}
+
+
+class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
+    """A BLT for everything that takes a causal language model of transformers.
+
+        model = BytelatentForCausalLM.from_pretrained("runs/demo", device_map="auto")
+
+    The network is `model`, whose weights are the model's: what trains, shards or adapts a model finds nothing else. The
+    entropy model, which only says where patches start, is `blt.entropy_model`: frozen, in float32, and on the same
+    device.
+
+    Attributes:
+        blt: the `BLT`, for all that it can do, such as `blt.patch(text)` and `blt.save_pretrained(folder, "hf")`.
+    """
+
+    config_class = BytelatentConfig
+    base_model_prefix = "network"  # there is no class without the head
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+    _no_split_modules = ["Block", "CrossAttention"]  # noqa: RUF012  # as transformers has it
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: BytelatentConfig, blt: BLT | None = None):
+        super().__init__(config)
+        blt = new_blt(config) if blt is None else blt
+        self.model = blt.model
+        if blt.entropy_model is not None:
+            blt.entropy_model.requires_grad_(False)
+        # Not `self.blt = ...`: its parts would be parts of this module a second time, and the entropy model one.
+        object.__setattr__(self, "_blt", blt)
+        self.post_init()
+        self.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=BOE)
+        self.register_load_state_dict_pre_hook(_from_our_names)
+
+    @property
+    def blt(self) -> BLT:
+        return self._blt
+
+    def init_weights(self) -> None:
+        """Nothing: the network draws its weights when it is made."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *_: Any, config: Any = None, **more: Any) -> Any:
+        """Load any model that `BLT.from_pretrained` takes.
+
+        Args:
+            source: a run; a folder, or OWNER/NAME on the hub, in our format, Meta's or transformers'; or a folder that
+                `save_pretrained` wrote.
+            config: as `BytelatentConfig.from_pretrained` gives it, perhaps with other `patching` or `context`.
+            more: `entropy_model`, `dtype` (float32; `auto`: as stored), `revision`, `token`, `local_files_only`,
+                `quantize` and `draft_length` as there; `device_map`: one device, or `auto`.
+
+        Raises:
+            UserError: as `BLT.from_pretrained`, or an argument is not known or cannot be honoured.
+        """
+        finding = found_by(source, more)
+        if not isinstance(config, BytelatentConfig):
+            named = {name: more.pop(name) for name in ("patching", "context") if name in more}
+            config = BytelatentConfig.from_pretrained(source, **copy.copy(finding), **named)
+        dtype = more.pop("dtype", None) or more.pop("torch_dtype", None) or "float32"
+        more.pop("torch_dtype", None)
+        device = _one_device(more.pop("device_map", None))
+        wants_report = more.pop("output_loading_info", False)
+        own = {name: more.pop(name) for name in BLT_ARGUMENTS if name in more}
+        if unknown := [name for name, value in more.items() if name not in WITHOUT_EFFECT and value is not None]:
+            known = [*BLT_ARGUMENTS, "entropy_model", "dtype", "device_map", "patching", "context"]
+            why = f"'{unknown[0]}' is not known here{nearest(unknown[0], known)}"
+            raise UserError(f"from_pretrained: {why}; it takes {', '.join(known)}")
+        patching = PatchSettings.parse(config.patching, "patching")
+        blt = BLT.from_pretrained(source, **finding, device=device, dtype=dtype, patching=patching, **own)
+        blt.context = config.context
+        config.dtype = next(blt.model.parameters()).dtype
+        config.name_or_path = str(source)
+        model = cls(config, blt)
+        if (Path(source) / "generation_config.json").is_file():
+            saved = GenerationConfig.from_pretrained(source)
+            model.generation_config = saved
+        model.eval()
+        report = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        return (model, report) if wants_report else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **more: Any,
+    ) -> None:
+        """Write a folder that `AutoModelForCausalLM` and `BLT.from_pretrained` load; other files there stay.
+
+        Args:
+            is_main_process: False writes nothing.
+            state_dict: the network's weights, where this process holds only a part of them.
+            push_to_hub: upload it, as transformers does, with `repo_id` and the rest in `more`.
+        """
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".{os.getpid()}.part"
+        try:
+            self._write(aside, state_dict)
+            for file in sorted(aside.iterdir(), key=lambda file: file.name == MANIFEST):  # that last
+                target = folder / file.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(file, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        if push_to_hub:
+            name = more.pop("repo_id", folder.name)
+            self.push_to_hub(name, **more)
+
+    def _write(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Write the model into a new folder, and what only transformers reads."""
+        if state_dict is None:
+            self.blt.save_pretrained(folder)
+        else:
+            weights = {name.removeprefix(PREFIX): StoredTensor.of(value) for name, value in state_dict.items()}
+            stored = StoredModel.of(self.model, self.blt.config, self.blt.entropy_model)
+            write_model(replace(stored, tensors=weights), folder, "native")
+        config = copy.deepcopy(self.config)
+        for name, value in json.loads((folder / "config.json").read_text(encoding="utf-8")).items():
+            setattr(config, name, value)  # what measurements still hold
+        config.architectures = [type(self).__name__]
+        config.dtype = self.dtype
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).write_text(json.dumps({"files": digests(folder)}, indent=1), encoding="utf-8")
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        patch_lengths: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        host_decoding: HostDecoding | None = None,
+        **more: Any,
+    ) -> Any:
+        """The logits of the id that follows each id, and the loss.
+
+        Args:
+            input_ids: [B, N], each row from the start of a text, BOS first; padded on either side.
+            attention_mask: [B, N], 0 at padding.
+            labels: [B, N] as `input_ids`, and -100 where nothing is to be learned; they are shifted here.
+            patch_lengths: [B, P] as `BLT.forward` takes them.
+            output_hidden_states: also return the states as `BLT.forward` names them.
+            output_attentions: likewise attention weights.
+            more: `num_items_in_batch` divides the summed loss, as transformers' trainer wants it.
+
+        Raises:
+            UserError: `inputs_embeds` were given, or what `BLT.forward` refuses.
+        """
+        if inputs_embeds is not None:
+            raise UserError("inputs_embeds: patches and n-grams are found from ids; give input_ids")
+        if input_ids is None:
+            raise UserError("input_ids: there are none; give ids [B, N], BOS first")
+        if host_decoding is not None:
+            return CausalLMOutput(logits=host_decoding.next_logits(input_ids, attention_mask))
+        out = self.blt(
+            input_ids,
+            attention_mask=attention_mask,
+            patch_lengths=patch_lengths,
+            output_hidden_states=bool(output_hidden_states),
+            output_attentions=bool(output_attentions),
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(out.logits, labels.to(out.logits.device), self.config.vocab_size, **more)
+        found = CausalLMOutput(loss=loss, logits=out.logits)
+        return found if return_dict is not False else found.to_tuple()
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **arguments: Any) -> Any:
+        """Continue texts, each as if it were alone: `BLT.generate` with transformers' arguments.
+
+        Greedy decoding and sampling by `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty`, with any
+        `eos_token_id`, `num_return_sequences` and a streamer, run on `BLT.engine`. Everything else that changes a step
+        (logits processors, stopping criteria, scores, `min_new_tokens`, ...) runs in transformers' own loop on the
+        host, with the same KV caches: slower, with the same text. Prompts may be padded on either side.
+
+        A row's random numbers come from a seed that is drawn from torch's generator, so `torch.manual_seed` repeats a
+        text. Tokens are bytes: transformers' default of 20 new ones is a short text. Its default `top_k=50` counts,
+        too, where `do_sample=True`; 0 is none. Only bytes and EOS are generated.
+
+        Raises:
+            UserError: beam search or another way that is not implemented, or a value that is not valid.
+        """
+        return generate(self, inputs, generation_config, super().generate, **arguments)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        host_decoding: HostDecoding | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "host_decoding": host_decoding}
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.encoder.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.encoder.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.decoder.output
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.decoder.output = new_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Module:
+        """The embedding of the 260 ids; there cannot be more or fewer.
+
+        Raises:
+            UserError: another number was given.
+        """
+        if new_num_tokens not in (None, self.config.vocab_size):
+            size = self.config.vocab_size
+            raise UserError(f"resize_token_embeddings: {new_num_tokens}; a byte model has {size} ids; leave it out")
+        return self.get_input_embeddings()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
+        self.gradient_checkpointing = enable
+        for part in self.model.modules():
+            if isinstance(part, Block | CrossAttention):
+                vars(part).pop("forward", None)
+                if enable:
+                    part.forward = checkpointed(part.forward, "full")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """The entropy model moves to the network's device, and stays in float32."""
+        super()._apply(fn, recurse)
+        device = self.device
+        if self.blt.entropy_model is not None and device.type != "meta":
+            self.blt.entropy_model.to(device)
+        return self
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise UserError("torch.nn.DataParallel: a BLT cannot be copied by it; use torchrun or accelerate launch")
+
+
+def new_blt(config: BytelatentConfig) -> BLT:
+    """A BLT with fresh weights.
+
+    Raises:
+        UserError: a value of the configuration is not valid.
+    """
+    ours = config.ours()
+    entropy_model = None
+    if config.entropy_model is not None:
+        entropy_model = ByteLM(ByteLMSettings.parse(config.entropy_model, "entropy_model"))
+    return BLT(BLTModel(ours.model), ours, entropy_model)
+
+
+def _from_our_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Let a network's weights by our names be loaded, as `save_pretrained` writes them and a trainer resumes them."""
+    wanted = module.state_dict().keys()
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        ours = name.removeprefix(prefix)
+        if ours not in wanted and PREFIX + ours in wanted:
+            state_dict[prefix + PREFIX + ours] = state_dict.pop(name)
+
+
+def _one_device(device_map: Any) -> Any:
+    """The device of a `device_map`.
+
+    Raises:
+        UserError: it names several.
+    """
+    if device_map is None:
+        return "cpu"
+    if isinstance(device_map, dict):
+        if len(places := {str(place) for place in device_map.values()}) != 1:
+            raise UserError(f"device_map: a BLT is on one device, not on {', '.join(sorted(places))}; name one")
+        device_map = next(iter(device_map.values()))
+    if isinstance(device_map, int):
+        return f"cuda:{device_map}"
+    return "auto" if device_map in ("auto", "balanced", "sequential", "balanced_low_0") else device_map
