@@ -162,6 +162,8 @@ class Forward(Core):
         batch = add_patches(stream, starts)
         with recording(self.model, output_hidden_states, output_attentions) as found:
             logits_TV = self.model(batch) if len(stream.ids) else self._no_logits()
+        with torch.autocast(self.device.type, enabled=False):
+            attentions = self._attentions(found, rows, batch) if output_attentions else None
         return BLTOutput(
             loss=None if labels is None else _loss(logits_TV, rows, labels),
             logits=rows.layout.put(logits_TV),
@@ -169,7 +171,7 @@ class Forward(Core):
             patch_of_byte=rows.layout.put(batch.patch - _first_patch(batch), -1),
             entropies=None if entropies is None else rows.layout.put(predicted(entropies, stream)),
             **_states(found, rows, batch) if output_hidden_states and len(stream.ids) else {},
-            attentions=self._attentions(found, rows, batch) if output_attentions else None,
+            attentions=attentions,
         )
 
     @torch.no_grad()
