@@ -6,6 +6,7 @@ its own, on a CPU one after the other in this one.
 
 import logging
 import shutil
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from bytelatent.errors import Interrupted, UserError, nearest
 from bytelatent.files import Locked, only_writer, whole_file
+from bytelatent.progress import time_left
 from bytelatent.study.cost import PlannedRun
 from bytelatent.study.plan import Draft, StudyPlan, budget_name, is_chosen, load_plan
 from bytelatent.study.processes import JobPool
@@ -98,7 +100,7 @@ def planned_runs(path: Path, options: StudyOptions, writes: bool = False) -> tup
     for name in dict.fromkeys(draft.entropy_model for draft in _all(sizes) if draft.entropy_model is not None):
         plan.entropy_model_settings(options.folder, name)  # its errors before work
     shared = Shared(plan, options.folder, writes)
-    shared.check_text(held_out=not options.is_closed)
+    shared.text.check(held_out=not options.is_closed)
     return shared, [shared.planned(candidates) for candidates in sizes]
 
 
@@ -171,8 +173,12 @@ def _on_gpus(shared: Shared, sizes: Sequence[Sequence[Draft]], options: StudyOpt
 def _one_after_the_other(runs: Sequence[PlannedRun], options: StudyOptions) -> dict[str, str]:
     """Run them in this process; why those that failed did."""
     failures: dict[str, str] = {}
+    began, spent, total = time.monotonic(), 0.0, sum(run.training_flops for run in runs)
     for number, run in enumerate(runs, start=1):
-        LOGGER.info(f"run {number} of {len(runs)}: {run.name}, {run.steps:,} steps, {run.training_flops:.3g} FLOPs")
+        left = f", {time_left((time.monotonic() - began) * (total - spent) / spent)} of all" if spent else ""
+        about = f"{run.steps:,} steps, {run.training_flops:.3g} FLOPs"
+        LOGGER.info(f"run {number} of {len(runs)}: {run.name}, {about}{left}")
+        spent += run.training_flops
         try:
             perform(_job(options, run=run.name))
         except Interrupted:

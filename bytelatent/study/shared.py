@@ -9,9 +9,7 @@ measured/DIGEST.json   the mean patch or token, of each tokenizer or patching
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +21,20 @@ from bytelatent.errors import UserError
 from bytelatent.files import json_if_any, whole_file, write_whole_json
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ModelSettings
-from bytelatent.progress import Progress
 from bytelatent.run_folder import read_metrics
 from bytelatent.study.cost import MeasuredText, PlannedRun, picked, run_cost
 from bytelatent.study.plan import Draft, StudyPlan, changed_settings
-from bytelatent.text import BadRows, find_files, read_documents
-from bytelatent.text.documents import TextError
+from bytelatent.study.training_text import TrainingText
 from bytelatent.text.tokenizer import Tokenizer, train_tokenizer
 from bytelatent.training import TrainSettings, train
 from bytelatent.training.calibration import calibrate_on
-from bytelatent.training.run_setup import list_text
 from bytelatent.vocab import BYTES, Vocabulary
 from bytelatent.weights import find_byte_lm, fingerprint, load_byte_lm
 
 LOGGER = logging.getLogger(__name__)
 
-TEXT = "text.json"
 MEASUREMENTS = "measurements"  # a part of what runs share
 TRAINED = "trained.json"  # in the folder of an entropy model that is ready
-MOST_SHARED = 0.01  # of the documents of a held-out text, that may be in the training text too, by chance
 FEWEST_BATCHES = 8  # that a measurement reads
 
 
@@ -55,90 +48,10 @@ class Shared:
 
     def __init__(self, plan: StudyPlan, folder: Path, writes: bool = True):
         self.plan, self.folder, self.writes = plan, folder, writes
+        self.text = TrainingText(plan.text, folder, writes)
         self._measured: dict[str, MeasuredText] = {}
         self._expected: dict[str, MeasuredText] = {}
         self._stand_ins: dict[str, Tokenizer] = {}
-
-    # The text
-
-    def check_text(self, held_out: bool = True) -> None:
-        """
-        Args:
-            held_out: also of the text that results are of, which choices must not touch.
-
-        Raises:
-            UserError: text is not there, or is not what the study began with, or held-out text is trained on.
-        """
-        keys = ("train", "tuning", *(["held_out"] if held_out else []))
-        for key in keys:
-            for path in getattr(self.plan.text, key):
-                try:
-                    find_files(path)
-                except TextError as error:
-                    raise UserError(f"text.{key}: {error.line}") from None
-        before = json_if_any(self.folder / TEXT) or {}
-        now = {key: self._state(key) for key in keys}
-        for key, state in now.items():
-            if before.get(key) not in (None, state):
-                raise UserError(
-                    f"text.{key}: it is not the text that the study in '{self.folder}' began with; put that back, or "
-                    "name another folder: --out"
-                )
-        if now.keys() <= before.keys():
-            return
-        self.train_bytes = self._read_training_text([key for key in keys if key != "train" and key not in before])
-        if self.writes:
-            write_whole_json(self.folder / TEXT, {**before, **now, "train_bytes": self.train_bytes}, indent=1)
-
-    def _read_training_text(self, others: Sequence[str]) -> int:
-        """Its size; hardly a document of other texts may be in it, as `tuning` and `held_out` are."""
-        digests = {key: {_digest(text) for text in self._documents(key, f"reading text.{key}")} for key in others}
-        found: dict[str, set[bytes]] = {key: set() for key in others}
-        num_bytes = 0
-        for text in self._documents("train", "reading text.train"):
-            num_bytes += len(text)
-            digest = _digest(text)
-            for key in others:
-                if digest in digests[key]:
-                    found[key].add(digest)
-        for key in others:
-            line = f"text.{key}: {len(found[key])} of its {len(digests[key])} different documents are in text.train too"
-            if len(found[key]) > MOST_SHARED * len(digests[key]):
-                raise UserError(f"{line}, and a model may know them by heart; leave them out there")
-            if found[key]:
-                LOGGER.warning(line)
-        return num_bytes
-
-    def _state(self, key: str) -> str:
-        listed = list_text(DataSettings.parse({"train": getattr(self.plan.text, key)}))
-        states = [[file.size, file.digest or file.changed] for file in listed.values()]
-        return hashlib.blake2b(json.dumps(states).encode(), digest_size=16).hexdigest()
-
-    @cached_property
-    def train_bytes(self) -> int:
-        """The size of the training text."""
-        known = (json_if_any(self.folder / TEXT) or {}).get("train_bytes")
-        return known or self._read_training_text([])
-
-    def _documents(self, key: str, what: str, max_bytes: int | None = None) -> Iterator[bytes]:
-        text, num_bytes, paths = self.plan.text, 0, getattr(self.plan.text, key)
-        files = [file for path in paths for file in find_files(path)]
-        bad = BadRows(text.max_bad_rows)
-        size = sum(os.path.getsize(file) for file in files if os.path.isfile(file)) or None
-        total = size if max_bytes is None else min(max_bytes, size or max_bytes)
-        with Progress(what, total, about=True) as progress:
-            for file in files:
-                found = read_documents(
-                    file, text.text_key, bad_rows=bad, stored=False, max_row_bytes=text.max_row_bytes
-                )
-                for _, document in found:
-                    yield document.text if max_bytes is None else document.text[: max_bytes - num_bytes]
-                    num_bytes += len(document.text)
-                    progress.advance(len(document.text))
-                    if max_bytes is not None and num_bytes >= max_bytes:
-                        return
-        if not num_bytes:
-            raise UserError(f"text.{key}: {', '.join(map(repr, paths))} holds no text")
 
     # Tokenizers and entropy models
 
@@ -147,7 +60,7 @@ class Shared:
         if path.is_file():
             return
         LOGGER.info(f"tokenizer of {int(path.stem):,} ids")
-        documents = self._documents("train", f"tokenizer of {int(path.stem):,} ids", self.plan.text.tokenizer_bytes)
+        documents = self.text.documents("train", f"tokenizer of {int(path.stem):,} ids", self.plan.text.tokenizer_bytes)
         text = train_tokenizer(documents, int(path.stem))
         with whole_file(path) as aside:
             aside.write_text(text, encoding="utf-8")
@@ -266,7 +179,7 @@ class Shared:
             entropy_model = draft.entropy_model if own is None else {**own.plain(), "run": None}
         given = [settings.patching, settings.calibration]
         parts = [data, *(part and part.plain() for part in given), entropy_model, text.measured_bytes]
-        parts += [settings.dtype, (json_if_any(self.folder / TEXT) or {}).get("train")]
+        parts += [settings.dtype, self.text.state]
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def _measure(self, draft: Draft) -> MeasuredText:
@@ -311,7 +224,7 @@ class Shared:
         """Read batches as training does, and count."""
         num_bytes = num_units = num_targets = num_batches = 0
         positions = 0.0
-        wanted = min(self.plan.text.measured_bytes, self.train_bytes)
+        wanted = min(self.plan.text.measured_bytes, self.text.train_bytes)
         with Loader(data.model_copy(update={"workers": 0}), 0, patcher, vocabulary=vocabulary) as loader:
             while num_bytes < wanted or num_batches < FEWEST_BATCHES:
                 batch = next(loader)
@@ -332,7 +245,7 @@ class Shared:
     def _stand_in(self, path: str) -> Tokenizer:
         """A tokenizer of as many ids, of less text."""
         if path not in self._stand_ins:
-            documents = self._documents("train", f"expecting {Path(path).stem} ids", self.plan.text.measured_bytes)
+            documents = self.text.documents("train", f"expecting {Path(path).stem} ids", self.plan.text.measured_bytes)
             self._stand_ins[path] = Tokenizer(train_tokenizer(documents, int(Path(path).stem)))
         return self._stand_ins[path]
 
@@ -353,7 +266,7 @@ class Shared:
             measured = self.measured(draft) if is_final else self.expected(draft)
             shape = self.entropy_model_shape(draft.entropy_model)
             cost = run_cost(draft.settings.model, measured.unit_bytes, measured.context_bytes, shape)
-            runs.append(PlannedRun(draft, measured, cost, self.train_bytes, self.plan.warmup_share))
+            runs.append(PlannedRun(draft, measured, cost, self.text.train_bytes, self.plan.warmup_share))
         return picked(self.plan, runs)
 
     def needs(self, drafts: Sequence[Draft]) -> list[str]:
@@ -378,10 +291,6 @@ class Shared:
         else:
             for draft in drafts:
                 self.measured(draft)
-
-
-def _digest(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=8).digest()
 
 
 def _other_steps(then: dict[str, Any], now: TrainSettings) -> list[str]:

@@ -12,6 +12,7 @@ from bytelatent.study.results import StudyRow
 
 GROUPS = {"global transformer": "global", "blocks": "global", "output": "output", ENTROPY_MODEL: ENTROPY_MODEL}
 COLUMNS = ("global", "local", "output", ENTROPY_MODEL)
+CHECKPOINT_BYTES = 16  # of a weight: itself and its two moments in float32, and the model once more
 NOTE = (
     "MFLOPs per byte of training: three forward passes of the model, whose global part is the blocks of a language "
     "model, and one of the entropy model; bytes per patch or token, ~ before its entropy model or tokenizer is there"
@@ -45,9 +46,13 @@ def plan_table(runs: Sequence[PlannedRun]) -> str:
                 f"{run.steps:,}",
             ]
         )
-    total = sum(run.training_flops for run in runs)
-    runs_in_words = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    return f"{aligned(header, lines, 1)}\n{NOTE}\n{runs_in_words}, {total:.3g} training FLOPs in all"
+    flops = sum(run.training_flops for run in runs)
+    weights = sum(sum(run.cost.parameters.values()) + run.cost.table_parameters for run in runs)
+    total = f"{'1 run' if len(runs) == 1 else f'{len(runs)} runs'}, {flops:.3g} training FLOPs in all"
+    disk = amount_of_bytes(CHECKPOINT_BYTES * weights)
+    return (
+        f"{aligned(header, lines, 1)}\n{NOTE}\n{total}; they leave {disk} of checkpoints, unless models are discarded"
+    )
 
 
 def plan_values(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:

@@ -195,7 +195,7 @@ def row_of(
         steps=last["step"],
         batch_bytes=bytes_read / last["step"],
         bytes_read=bytes_read,
-        epochs=bytes_read / shared.train_bytes,
+        epochs=bytes_read / shared.text.train_bytes,
         mean_patch_bytes=mean,
         context_bytes=run.measured.context_bytes,
         training_flops_per_byte=cost.training_flops_per_byte,

@@ -110,6 +110,7 @@ def test_trials_are_variations_of_families(tmp_path: Path, texts: dict[str, str]
             "the budget 1e04 is less than half a step of 'token-1e04-0'",
         ),
         ({"max_epochs": 0.1}, "times the training text, and max_epochs is 0.1; give a larger model"),
+        ({"text__category": "knd"}, "text.category: no document has 'knd'"),
         ({"text__tuning": "nowhere.jsonl"}, "text.tuning: 'nowhere.jsonl'"),
         ({"entropy_models": {}}, "families.entropy: entropy_model: 'tiny' is not one of the plan's entropy_models"),
         ({"entropy_models": {"tiny": {"model": BLT, "steps": 3}}}, "entropy_models.tiny: patching: a BLT needs"),
@@ -141,7 +142,7 @@ def test_held_out_text_is_not_trained_on(tmp_path: Path, texts: dict[str, str], 
         planned(tmp_path, {**texts, "train": str(mixed)})
     many = write_text(tmp_path / "many.jsonl", 5, 300)
     mixed.write_text(Path(texts["train"]).read_text() + many.read_text().partition("\n")[0])
-    assert planned(tmp_path, {**texts, "train": str(mixed), "held_out": str(many)})
+    assert planned(tmp_path, {**texts, "train": str(mixed), "held_out": str(many)}, text__category=None)
     assert "text.held_out: 1 of its 300 different documents are in text.train too" in logged()
 
 
