@@ -338,9 +338,10 @@ class Core(nn.Module):
             raise UserError(f"save_pretrained: no format holds {found}; load without quantize=")
         target = check_target(Path(folder), format, licence)
         now = ModelChecksums.of(self.model, self.config, self.entropy_model)
-        for name, value in self.state_dict().items():
-            if not value.is_meta:  # `write_model` names what has no values
-                check_finite(name, value, "save_pretrained")
+        for where, part in (("weights", self.model), ("entropy_model", self.entropy_model)):
+            for name, value in part.state_dict().items() if part is not None else ():
+                if not value.is_meta:  # `write_model` names what has no values
+                    check_finite(name, value, where)
         config = drop_outdated(self.config, self._measured, now)
         write_model(StoredModel.of(self.model, config, self.entropy_model), target, format, licence)
 

@@ -65,7 +65,7 @@ class BLTOutput:
         starts: [B, N] bool, whether an id starts a patch; a row's first id always does.
         patch_of_byte: [B, N] int64, the number of the patch that an id is in, from 0 in each row; -1 at padding.
         entropies: [B, N] float32 nats: how uncertain the entropy model was about an id before it read it; 0 for a row's
-            first. None where patches need no entropies.
+            first. None where patches need none, or are given.
         byte_states: [B, N, D], the encoder's last.
         patch_inputs: [B, P, K, D], what the encoder makes of each patch.
         patch_states: [B, P, G], the global transformer's last.

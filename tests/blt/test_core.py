@@ -172,13 +172,13 @@ def test_what_cannot_be_loaded_is_not_written(blt: BLT, saved: Path, tmp_path: P
     before = (tmp_path / "a" / "model.safetensors").read_bytes()
     assert blt.entropy_model is not None
     for part, name in (
-        (blt.model.decoder.output, "model.decoder.output.weight"),
-        (blt.entropy_model.norm, "entropy_model.norm.weight"),
+        (blt.model.decoder.output, "weights: decoder.output.weight"),
+        (blt.entropy_model.norm, "entropy_model: norm.weight"),
     ):
         value = part.weight.detach().flatten()[0].item()
         for wrong in (torch.nan, torch.inf):
             part.weight.data.view(-1)[0] = wrong
-            with pytest.raises(UserError, match=f"^save_pretrained: {name} holds NaN or infinite values"):
+            with pytest.raises(UserError, match=f"^{name} holds NaN or infinite values"):
                 blt.save_pretrained(tmp_path / "a")
         part.weight.data.view(-1)[0] = value
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
