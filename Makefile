@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-transformers4 test-lm-eval lint clean
+.PHONY: help demo test test-hf test-transformers4 test-lm-eval lint clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -18,9 +18,13 @@ demo: .venv/.installed  ## train a small model on this machine and write a repor
 test: .venv/.installed  ## run the tests, ARGS="tests/patching -x" for some of them
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
-test-transformers4: .venv/.installed .venv/transformers4/.installed  ## the same logits in transformers 4.57 (kept apart, 140 MB)
+test-hf: .venv/.hf  ## the model in transformers, with its Trainer, PEFT and TRL (installs these)
+	@TEST_HF=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS) tests/hf
+
+test-transformers4: .venv/.installed .venv/transformers4/.installed  ## the same in transformers 4.57 (kept apart, 140 MB)
 	@TRANSFORMERS4=$(CURDIR)/.venv/transformers4 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) \
 		tests/weights/test_transformers4.py
+	@PYTHONPATH=$(CURDIR)/.venv/transformers4 TEST_HF=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) tests/hf
 
 test-lm-eval: .venv/.eval  ## the numbers of lm-evaluation-harness's own model class (installs lm_eval)
 	@LM_EVAL=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) tests/lm_eval
@@ -36,6 +40,10 @@ clean:  ## remove .venv, build output and caches (not runs/)
 .venv/transformers4/.installed: dev/transformers4.txt .venv/.installed
 	@rm -rf .venv/transformers4
 	.venv/bin/python -m pip install --quiet --no-deps --target .venv/transformers4 -r dev/transformers4.txt
+	@touch $@
+
+.venv/.hf: .venv/.installed
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[transformers]'
 	@touch $@
 
 # lm_eval's own model class needs accelerate.

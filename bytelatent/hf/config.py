@@ -15,6 +15,7 @@ from bytelatent.weights import Config, StoredModel, open_pretrained
 # Of `from_pretrained`: how a model is found. All else are settings of the model, or of transformers.
 FINDING = ("entropy_model", "revision", "token", "local_files_only")
 OF_AUTO = ("_from_auto", "_commit_hash", "code_revision", "trust_remote_code", "cache_dir", "force_download", "proxies")
+ARCHITECTURES = ["BytelatentForCausalLM"]
 
 
 class BytelatentConfig(PretrainedConfig):
@@ -35,6 +36,7 @@ class BytelatentConfig(PretrainedConfig):
 
     model_type = "bytelatent"
     attribute_map = {"max_position_embeddings": "context"}  # noqa: RUF012  # transformers reads it by this name
+    auto_map = {}  # noqa: RUF012  # no code comes with a model; TRL asks
     has_no_defaults_at_init = True
 
     def __init__(
@@ -59,7 +61,7 @@ class BytelatentConfig(PretrainedConfig):
         self.vocab_size = VOCAB_SIZE
         more.pop("vocab_size", None)
         ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": BOE}
-        super().__init__(**{**ids, "tie_word_embeddings": False, **more})
+        super().__init__(**{**ids, "tie_word_embeddings": False, "architectures": ARCHITECTURES, **more})
 
     @classmethod
     def from_pretrained(cls, source: str | Path, return_unused_kwargs: bool = False, **more: Any) -> Any:

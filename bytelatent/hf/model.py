@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel  # pyright: ignore[reportMissingImports]
-from transformers.modeling_outputs import CausalLMOutput  # pyright: ignore[reportMissingImports]
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput  # pyright: ignore[reportMissingImports]
 
 from bytelatent.blt import BLT
 from bytelatent.errors import UserError, nearest
@@ -18,6 +19,7 @@ from bytelatent.files import MANIFEST, digests
 from bytelatent.hf.config import OF_AUTO, BytelatentConfig, found_by
 from bytelatent.hf.generation import HostDecoding, generate
 from bytelatent.model import Block, BLTModel, ByteLM, ByteLMSettings, CrossAttention
+from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
 from bytelatent.training.distributed.parallelize import checkpointed
 from bytelatent.vocab import BOE, BOS, EOS
@@ -32,6 +34,12 @@ WITHOUT_EFFECT = {
     *OF_AUTO,
     *("low_cpu_mem_usage", "use_safetensors", "weights_only", "adapter_kwargs", "attn_implementation", "variant"),
     *("ignore_mismatched_sizes", "output_loading_info", "offload_folder", "max_memory", "use_cache", "return_dict"),
+}
+
+NOT_TAKEN = {  # arguments of other models' forward pass, and why a BLT has them not
+    "inputs_embeds": "patches and n-grams are found from ids; give input_ids",
+    "position_ids": "a row is one text from its start; train without packing and padding_free",
+    "past_key_values": "a BLT has KV caches of its own; use generate, or blt.engine",
 }
 
 
@@ -49,7 +57,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = BytelatentConfig
-    base_model_prefix = "network"  # there is no class without the head
+    base_model_prefix = "byte_states"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
@@ -102,7 +110,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         device = _one_device(more.pop("device_map", None))
         wants_report = more.pop("output_loading_info", False)
         own = {name: more.pop(name) for name in BLT_ARGUMENTS if name in more}
-        if unknown := [name for name, value in more.items() if name not in WITHOUT_EFFECT and value is not None]:
+        if unknown := [name for name, value in more.items() if is_unknown(name, value)]:
             known = [*BLT_ARGUMENTS, "entropy_model", "dtype", "device_map", "patching", "context"]
             why = f"'{unknown[0]}' is not known here{nearest(unknown[0], known)}"
             raise UserError(f"from_pretrained: {why}; it takes {', '.join(known)}")
@@ -179,7 +187,6 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        inputs_embeds: Tensor | None = None,
         host_decoding: HostDecoding | None = None,
         **more: Any,
     ) -> Any:
@@ -197,24 +204,55 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UserError: `inputs_embeds` were given, or what `BLT.forward` refuses.
         """
-        if inputs_embeds is not None:
-            raise UserError("inputs_embeds: patches and n-grams are found from ids; give input_ids")
-        if input_ids is None:
-            raise UserError("input_ids: there are none; give ids [B, N], BOS first")
         if host_decoding is not None:
             return CausalLMOutput(logits=host_decoding.next_logits(input_ids, attention_mask))
-        out = self.blt(
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        given = {name: more.pop(name) for name in NOT_TAKEN if name in more}
+        out = self._out(input_ids, attention_mask, patch_lengths=patch_lengths, **asked, **given)
+        loss = None
+        if labels is not None:
+            labels = labels.to(out.logits.device)
+            if attention_mask is not None:  # nothing predicts what follows padding at the left
+                begins = F.pad(attention_mask.to(labels.device)[:, :-1] == 0, (1, 0))
+                labels = labels.masked_fill(begins, IGNORED)
+            loss = self.loss_function(out.logits, labels, self.config.vocab_size, **more)
+        found = CausalLMOutput(loss=loss, logits=out.logits)
+        return found if return_dict is not False else found.to_tuple()
+
+    def _out(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        patch_lengths: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **more: Any,
+    ) -> Any:
+        """What `BLT.forward` gives."""
+        for name, why in NOT_TAKEN.items():
+            if more.get(name) is not None:
+                raise UserError(f"{name}: {why}")
+        if input_ids is None:
+            raise UserError("input_ids: there are none; give ids [B, N], BOS first")
+        return self.blt(
             input_ids,
             attention_mask=attention_mask,
             patch_lengths=patch_lengths,
             output_hidden_states=bool(output_hidden_states),
             output_attentions=bool(output_attentions),
         )
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(out.logits, labels.to(out.logits.device), self.config.vocab_size, **more)
-        found = CausalLMOutput(loss=loss, logits=out.logits)
-        return found if return_dict is not False else found.to_tuple()
+
+    def byte_states(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any
+    ) -> BaseModelOutput:
+        """The normalized states of the decoder's last layer, [B, N, D], as `last_hidden_state`.
+
+        The arguments are those of `forward`. `get_output_embeddings()` makes logits of them, as trainers do that
+        compute a loss from the states; those find this function as `base_model`.
+        """
+        more.pop("labels", None)
+        out = self._out(input_ids, attention_mask, **{**more, "output_hidden_states": True})
+        return BaseModelOutput(last_hidden_state=self.model.decoder.norm(out.hidden_states.decoder[-1]))
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **arguments: Any) -> Any:
         """Continue texts, each as if it were alone: `BLT.generate` with transformers' arguments.
@@ -296,6 +334,11 @@ def new_blt(config: BytelatentConfig) -> BLT:
     if config.entropy_model is not None:
         entropy_model = ByteLM(ByteLMSettings.parse(config.entropy_model, "entropy_model"))
     return BLT(BLTModel(ours.model), ours, entropy_model)
+
+
+def is_unknown(name: str, value: Any) -> bool:
+    """Whether an argument of `from_pretrained` asks for something that is not known here."""
+    return value is not None and value is not False and name[0] != "_" and name not in WITHOUT_EFFECT
 
 
 def _from_our_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -58,7 +58,7 @@ class BytelatentTokenizer(PreTrainedTokenizerFast):
         add_bos_token: a text begins with BOS, as models expect it.
         add_eos_token: it ends with EOS. A prompt does not; a text to train on should, for a model to learn where
             texts end.
-        more: what transformers' tokenizers take, such as `padding_side` (`left`) and `chat_template`.
+        more: what transformers' tokenizers take, such as `padding_side` (`right`) and `chat_template`.
     """
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  # as transformers has it
@@ -73,7 +73,7 @@ class BytelatentTokenizer(PreTrainedTokenizerFast):
     ):
         more = {name: value for name, value in more.items() if name not in REPLACED}
         names = {"pad_token": TOKENS[BOE], "bos_token": TOKENS[BOS], "eos_token": TOKENS[EOS]}
-        fixed: dict[str, Any] = {"padding_side": "left", "clean_up_tokenization_spaces": False}
+        fixed: dict[str, Any] = {"padding_side": "right", "clean_up_tokenization_spaces": False}
         self._adds = dict(adds or {"bos": True, "eos": False})
         super().__init__(tokenizer_object=Tokenizer.from_str(byte_tokenizer(True, False)), **{**names, **fixed, **more})
         self.add_bos_token = self.add_bos_token if add_bos_token is None else add_bos_token

@@ -69,6 +69,8 @@ def test_loss(model: BytelatentForCausalLM) -> None:
     shared = model(IDS, attention_mask=MASK, labels=labels, num_items_in_batch=torch.tensor(500))
     assert shared.loss.item() == pytest.approx(sum(sums) / 500, rel=1e-6)
     assert torch.equal(model(IDS, attention_mask=MASK, labels=labels, return_dict=False)[0], found.loss)
+    left = model(to_the_right(IDS, MASK), attention_mask=to_the_right(MASK, MASK), labels=to_the_right(labels, MASK))
+    assert left.loss.item() == pytest.approx(sum(sums) / len(sums), rel=1e-5)
     ours = model.blt(IDS, attention_mask=MASK, labels=labels)
     torch.testing.assert_close(found.loss, ours.loss)
 

@@ -74,7 +74,7 @@ def test_padding(side: str) -> None:
     assert found["attention_mask"].tolist() == [mask, [1, 1, 1, 1]]
     assert tokenizer("abcdef", truncation=True, max_length=4).input_ids == [1, 101, 102, 103]
     padded = tokenizer.pad({"input_ids": [[1], [1, 5]]}, return_tensors="np")
-    assert padded["input_ids"].tolist() == [[0, 1], [1, 5]]
+    assert padded["input_ids"].tolist() == [[1, 0], [1, 5]]
     assert tokenizer("a\u00e9b", return_offsets_mapping=True).offset_mapping[1:] == [(0, 1), (1, 2), (1, 2), (2, 3)]
 
 
