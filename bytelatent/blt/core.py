@@ -190,10 +190,8 @@ class Core(nn.Module):
         if encoder.ngram_hash is not None:
             lines[1] += f", n-gram tables of {amount(_num_parameters(encoder.ngram_hash))}"
         if (lm := self.entropy_model) is not None:
-            its_dtype = _name(lm.embedding.weight.dtype)
-            lines.append(
-                f"entropy_model: {amount(_num_parameters(lm))} parameters, {its_dtype}, frozen, {_in_words(lm.settings)}"
-            )
+            size, its_dtype = amount(_num_parameters(lm)), _name(lm.embedding.weight.dtype)
+            lines.append(f"entropy_model: {size} parameters, {its_dtype}, frozen, {_in_words(lm.settings)}")
         lines += [f"patching: {self.patching.in_words()}", f"context: {self.context:,} ids"]
         return "\n".join([f"{type(self).__name__}(", *(f"  {line}" for line in lines), ")"])
 
