@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from bytelatent.config import flat
-from bytelatent.study.plan import FREE
+from bytelatent.study.changes import FREE
 from bytelatent.study.results import StudyRow
 
 KINDS = ("token_lm", "byte_lm", "blt")  # the order of families
@@ -141,7 +141,8 @@ def _best(rows: Iterable[StudyRow]) -> BestRun:
 
 def _configuration(row: StudyRow) -> str:
     """What runs of one configuration share: all settings that change a result, but for the seed."""
-    derived = {"seed"} if row.settings.get("calibration") is None else {"seed", "patching.threshold"}
+    derived = {"seed", "entropy_model"}  # whose path another machine may have elsewhere
+    derived |= {"patching.threshold"} if row.settings.get("calibration") is not None else set()
     settings = {key: value for key, value in flat(row.settings).items() if not FREE.fullmatch(key)}
     return json.dumps({key: settings[key] for key in sorted(settings.keys() - derived)}, default=str)
 

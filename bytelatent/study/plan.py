@@ -1,7 +1,6 @@
 """The plan of a study: families of models, budgets of training FLOPs, seeds, and the trials that choose settings."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from bytelatent.config import Settings, flat, laid_over, load_yaml
 from bytelatent.errors import UserError, nearest
 from bytelatent.model import TokenLMSettings, preset, settings_class
-from bytelatent.study.results import NAME
+from bytelatent.study.changes import changed_settings, inside
+from bytelatent.study.results import NAME, TRIALS
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.documents import MAX_BAD_ROWS
 from bytelatent.training import TrainSettings
@@ -28,11 +28,7 @@ DECIDED = {  # settings that follow from a study, and by what
     "data.max_bad_rows": "text.max_bad_rows",
     "data.max_row_bytes": "text.max_row_bytes",
 }
-# Settings that change nothing of a result that is there: the others of a finished run must be those of the plan.
-FREE = re.compile(
-    r"run|steps|minutes|device|compile|cuda_graph|log_every|track|statistics_every|entropy_model|"
-    r"(wandb|profile|checkpoint|validation|faults|parallel)\..*|data\.(workers|train|valid|tokenizer|allow_changed)\b.*"
-)
+RUNS = "runs"  # the folder of trainings
 
 
 class StudyText(Settings):
@@ -141,13 +137,17 @@ class StudyPlan(Settings):
                 raise ValueError(f"'{name}' is no name: letters, digits and . _ + - without spaces")
         if min(self.budgets) <= 0 or len({budget_name(budget) for budget in self.budgets}) < len(self.budgets):
             raise ValueError(f"budgets are positive FLOPs that differ in their first digits, not {self.budgets}")
-        if isinstance(self.seeds, dict) and (missing := [b for b in self.budgets if not self.seeds.get(b)]):
-            raise ValueError(f"seeds: none for the budget {budget_name(missing[0])}; write [0]")
+        if isinstance(self.seeds, dict):
+            self._check_budgets("seeds", self.seeds)
+            if missing := [budget for budget in self.budgets if not self.seeds.get(budget)]:
+                raise ValueError(f"seeds: none for the budget {budget_name(missing[0])}; write [0]")
+        for seeds in self.seeds.values() if isinstance(self.seeds, dict) else [self.seeds]:
+            if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+                raise ValueError(f"seeds: a budget has different numbers from 0, such as [0, 1], not {seeds}")
         for name in self.families:
             family = self.family(name)
-            for budget in family.budgets or []:
-                if budget not in self.budgets:
-                    raise ValueError(f"families.{name}: {budget_name(budget)} is not one of the plan's budgets")
+            self._check_budgets(f"families.{name}.budgets", family.budgets or [])
+            self._check_budgets(f"families.{name}.sizes", family.sizes, [self.trials.budget] if self.trials else [])
             if family.sizes:
                 missing = [b for b in family.budgets or self.budgets if b not in family.sizes]
                 if missing:
@@ -156,6 +156,11 @@ class StudyPlan(Settings):
                 raise ValueError(f"families.{name}: a ladder needs bytes_per_parameter, by which a size is picked")
         return self
 
+    def _check_budgets(self, where: str, given: Iterable[float], others: Sequence[float] = ()) -> None:
+        for budget in given:
+            if budget not in (*self.budgets, *others):
+                raise ValueError(f"{where}: {budget_name(budget)} is not one of the plan's budgets")
+
     @model_validator(mode="after")
     def _equal_trials(self) -> Self:
         if self.trials is None:
@@ -163,6 +168,9 @@ class StudyPlan(Settings):
         for name in self.trials.of:
             if name not in self.families:
                 raise ValueError(f"trials.of: no family '{name}'{nearest(name, list(self.families))}")
+        names = [f"{name}-{trial}" for name, trials in self.trials.of.items() for trial in trials]
+        if twins := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"trials.of: two trials would be named '{twins[0]}', family and trial; rename one")
         counts = {name: len(self.trials.of.get(name, {})) for name in self.families}
         if len(set(counts.values())) > 1 and not self.unequal_trials:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -228,6 +236,7 @@ class StudyPlan(Settings):
             parts = [name, *([variation] if variation else []), budget_name(budget), str(seed)]
             about = {
                 "where": where,
+                "folder": folder,
                 "family": name,
                 "label": family.label or name,
                 "budget": budget,
@@ -243,7 +252,8 @@ class StudyPlan(Settings):
         if not NAME.fullmatch(name):
             raise UserError(f"{where}: '{name}' is no name: letters, digits and . _ + - without spaces")
         given = _checked(values, where, ("steps", "minutes"))
-        values = laid(values, {"run": str(folder / "runs" / name), "seed": about["seed"], "steps": 1})
+        place = folder / TRIALS if about["variation"] else folder
+        values = laid(values, {"run": str(place / RUNS / name), "seed": about["seed"], "steps": 1})
         values["data"] = {**(values.get("data") or {}), **self._sources()}
         entropy_model = values.get("entropy_model")
         if entropy_model is not None:
@@ -300,6 +310,7 @@ class Draft:
 
     Attributes:
         where: in the plan, for errors.
+        folder: of the study.
         variation: of a trial; empty for a run of the study.
         settings: but for what follows from measurement: steps, warm-up, threshold, and the patch that is expected.
         entropy_model: its name in the plan.
@@ -308,6 +319,7 @@ class Draft:
 
     name: str
     where: str
+    folder: Path
     family: str
     label: str
     budget: float
@@ -322,19 +334,7 @@ class Draft:
         """How settings of a finished run differ from these, where that changes a result."""
         derived = {"patching.threshold"} if self.settings.calibration is not None else set()
         derived |= {"optimizer.warmup_steps", "data.patch_bytes"} - self.given
-        return changed_settings(then, self.settings.shown(), derived)
-
-
-def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any], derived: set[str] | None = None) -> list[str]:
-    """A line for each setting that differs and is not free to: `optimizer.lr is 0.001, and was 0.002`."""
-    with suppress(UserError):  # settings that came later were at their defaults
-        then = TrainSettings.parse(dict(then)).shown()
-    before, after = flat(dict(then)), flat(dict(now))
-    return [
-        f"{key} is {after.get(key)} in the plan, and was {before.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not FREE.fullmatch(key) and key not in (derived or set())
-    ]
+        return changed_settings(then, inside(self.settings, self.folder), derived)
 
 
 def is_chosen(draft: Draft, families: Sequence[str], budgets: Sequence[float]) -> bool:
@@ -347,6 +347,8 @@ def load_plan(path: Path) -> StudyPlan:
     Raises:
         UserError: it cannot be read, or a key or a value is wrong; the file and the key are named.
     """
+    if path.is_dir():
+        raise UserError(f"plan: '{path}' is a folder; name a YAML file, such as {path / 'plan.yaml'}")
     if not path.is_file():
         raise UserError(f"plan: '{path}' does not exist; name a YAML file, such as apps/bytelatent/studies/debug.yaml")
     return StudyPlan.parse(load_yaml(path), str(path))
@@ -374,8 +376,8 @@ def _vocab_size(model: Any) -> int | None:
     with suppress(UserError):
         if isinstance(model.get("preset"), str):
             model = laid_over(preset(model["preset"]).plain(), {k: v for k, v in model.items() if k != "preset"})
-        if settings_class(model) is TokenLMSettings and isinstance(model.get("vocab_size"), int):
-            return model["vocab_size"]
+        if settings_class(model) is TokenLMSettings:
+            return TokenLMSettings.parse(model).vocab_size
     return None
 
 

@@ -15,6 +15,7 @@ from bytelatent.errors import in_one_line
 from bytelatent.progress import time_left
 from bytelatent.run_folder import read_metrics
 from bytelatent.signals import sigterm_interrupts
+from bytelatent.study.plan import RUNS
 from bytelatent.study.worker import BITS, StudyJob
 
 LOGGER = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class JobPool:
         if job.run is None or now - self._reported.setdefault(job.name, now) < REPORT_EVERY:
             return
         self._reported[job.name] = now
-        folder = Path(job.folder) / "runs" / job.run
+        folder = job.place / RUNS / job.run
         rows = [row for row in read_metrics(folder / "metrics.jsonl") if BITS in row]
         if not rows or not rows[-1].get("seconds"):
             return

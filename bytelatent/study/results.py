@@ -12,6 +12,7 @@ from bytelatent.errors import UserError
 from bytelatent.files import json_if_any, whole_file
 
 ROWS = "rows"  # the folder
+TRIALS = "trials"  # the folder of all that trials write
 MOST_POINTS = 200  # of a curve, apart from those on held-out text
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of a run, and so of files
 
@@ -144,7 +145,10 @@ def read_row(path: Path) -> StudyRow:
     values = json_if_any(path)
     if not isinstance(values, dict):
         raise UserError(f"'{path}' is no row of a study: it is not JSON; remove it, and its run writes it again")
-    row = StudyRow.parse(values, where=f"'{path}'")
+    try:
+        row = StudyRow.parse(values, where=f"'{path}'")
+    except UserError as error:
+        raise UserError(f"{error}; put back what a study wrote, or remove the file") from None
     if row.name != path.stem:
         raise UserError(f"'{path}' is the row of '{row.name}'; rename it to {row.name}.json, or remove it")
     return row

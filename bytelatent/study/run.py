@@ -15,13 +15,14 @@ from pathlib import Path
 from bytelatent.errors import Interrupted, UserError, nearest
 from bytelatent.files import Locked, only_writer, whole_file
 from bytelatent.progress import time_left
+from bytelatent.study.basis import Basis
 from bytelatent.study.cost import PlannedRun
 from bytelatent.study.plan import Draft, StudyPlan, budget_name, is_chosen, load_plan
 from bytelatent.study.processes import JobPool
-from bytelatent.study.results import StudyRow, read_row, row_path
+from bytelatent.study.results import ROWS, TRIALS, StudyRow, read_row, write_row
 from bytelatent.study.shared import MEASUREMENTS, Shared
 from bytelatent.study.slurm_jobs import submit_job
-from bytelatent.study.worker import ALL_PARTS, PLAN, TRIALS, StudyJob, perform
+from bytelatent.study.worker import ALL_PARTS, PLAN, StudyJob, perform
 
 LOGGER = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ class StudyOptions:
     discard_models: bool = False
     gpus: Sequence[str] = ()
     slurm: dict[str, str] | None = None
+
+    @property
+    def place(self) -> Path:
+        """The folder of the runs, the rows, and logs."""
+        return self.folder / TRIALS if self.trials else self.folder
 
     @property
     def is_closed(self) -> bool:
@@ -97,11 +103,14 @@ def planned_runs(path: Path, options: StudyOptions, writes: bool = False) -> tup
     """
     plan = load_plan(path)
     sizes = _chosen(plan, options)
-    for name in dict.fromkeys(draft.entropy_model for draft in _all(sizes) if draft.entropy_model is not None):
-        plan.entropy_model_settings(options.folder, name)  # its errors before work
+    entropy_models = {draft.entropy_model for draft in _all(sizes)} - {None}
+    basis = Basis(plan, options.folder, sorted(map(str, entropy_models)))
     shared = Shared(plan, options.folder, writes)
     shared.text.check(held_out=not options.is_closed)
-    return shared, [shared.planned(candidates) for candidates in sizes]
+    runs = [shared.planned(candidates) for candidates in sizes]
+    if writes:
+        basis.keep()
+    return shared, runs
 
 
 def run_study(path: Path, options: StudyOptions) -> StudyOutcome:
@@ -129,12 +138,17 @@ def run_study(path: Path, options: StudyOptions) -> StudyOutcome:
 def _run(path: Path, options: StudyOptions) -> StudyOutcome:
     folder = options.folder
     shared, runs = planned_runs(path, options, writes=True)
-    rows = {run.name: row for run in runs if (row := _row_of(run, options)) is not None}
+    rows = _rows_of(runs, shared.plan, options)
     outcome = StudyOutcome(runs, rows, {}, [])
     todo = [run for run in runs if not _is_done(rows.get(run.name), options)]
     LOGGER.info(f"{folder}: {len(runs)} runs, {len(runs) - len(todo)} of them finished")
     if not todo:
         return outcome
+    if again := [run.name for run in todo if run.name in rows and not Path(run.draft.settings.run).is_dir()]:
+        LOGGER.warning(
+            f"{len(again)} runs are trained again ({again[0]} ...): their models were discarded before the held-out "
+            "text was read; --tuning-only shows what there is"
+        )
     if not (folder / PLAN).exists() or not path.samefile(folder / PLAN):
         with whole_file(folder / PLAN) as aside:
             shutil.copyfile(path, aside)
@@ -151,7 +165,7 @@ def _run(path: Path, options: StudyOptions) -> StudyOutcome:
             shared.make(part, drafts)
         final = [shared.planned(candidates, is_final=True) for candidates in sizes]  # nothing begins if one cannot
         outcome.failures = {} if options.prepare else _one_after_the_other(final, options)
-    outcome.rows = {run.name: row for run in runs if (row := _row_of(run, options)) is not None}
+    outcome.rows = _rows_of(runs, shared.plan, options)
     return outcome
 
 
@@ -167,7 +181,7 @@ def _on_gpus(shared: Shared, sizes: Sequence[Sequence[Draft]], options: StudyOpt
         runs = [_job(options, run=candidates[0].name) for candidates in sizes]
         for job, candidates in zip(runs, sizes, strict=True):
             needs[job.name] = [parts[part].name for part in shared.needs(candidates)]
-    return JobPool(shared.folder / LOGS, options.gpus).run([*parts.values(), *runs], needs)
+    return JobPool(options.place / LOGS, options.gpus).run([*parts.values(), *runs], needs)
 
 
 def _one_after_the_other(runs: Sequence[PlannedRun], options: StudyOptions) -> dict[str, str]:
@@ -186,7 +200,7 @@ def _one_after_the_other(runs: Sequence[PlannedRun], options: StudyOptions) -> d
         except UserError as error:
             failures[run.name] = f"{error}; log: {run.draft.settings.run}/train.log"
         except Exception as error:
-            log = options.folder / LOGS / f"{run.name}.log"
+            log = options.place / LOGS / f"{run.name}.log"
             with whole_file(log) as aside:
                 aside.write_text(traceback.format_exc(), encoding="utf-8")
             failures[run.name] = f"{type(error).__name__}: {error}; log: {log}"
@@ -234,20 +248,26 @@ def _is_done(row: StudyRow | None, options: StudyOptions) -> bool:
     return row is not None and (options.is_closed or row.held_out is not None)
 
 
-def _row_of(run: PlannedRun, options: StudyOptions) -> StudyRow | None:
-    """The row of a run, if it is finished.
+def _rows_of(runs: Sequence[PlannedRun], plan: StudyPlan, options: StudyOptions) -> dict[str, StudyRow]:
+    """The rows of those runs that are finished; all rows in the folder get the labels of the plan.
 
     Raises:
-        UserError: it is of other settings than the plan's.
+        UserError: a row is none, or is of other settings than the plan's.
     """
-    path = row_path(options.folder / TRIALS if options.trials else options.folder, run.name)
-    if not path.is_file():
-        return None
-    row = read_row(path)
-    changed = min((size.draft.differences(row.settings) for size in (run, *run.others)), key=len)
-    if changed:
-        raise UserError(
-            f"'{path}' is of other settings than the plan's ({changed[0]}); put the plan back, give the family another "
-            "name, or remove the row and the run's folder"
-        )
-    return row
+    found = {}
+    for path in sorted((options.place / ROWS).glob("*.json")):
+        row = read_row(path)
+        label = (plan.family(row.family).label or row.family) if row.family in plan.families else row.label
+        if label != row.label:
+            row = row.model_copy(update={"label": label})
+            write_row(options.place, row)
+        found[row.name] = row
+    for run in (run for run in runs if run.name in found):
+        row = found[run.name]
+        changed = min((size.draft.differences(row.settings) for size in (run, *run.others)), key=len)
+        if changed:
+            raise UserError(
+                f"'{options.place / ROWS / run.name}.json' is of other settings than the plan's ({changed[0]}); put "
+                "the plan back, give the family another name, or remove the row and the run's folder"
+            )
+    return {run.name: found[run.name] for run in runs if run.name in found}

@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,8 +21,9 @@ from bytelatent.files import json_if_any, whole_file, write_whole_json
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ModelSettings
 from bytelatent.run_folder import read_metrics
+from bytelatent.study.basis import TRAINED
 from bytelatent.study.cost import MeasuredText, PlannedRun, picked, run_cost
-from bytelatent.study.plan import Draft, StudyPlan, changed_settings
+from bytelatent.study.plan import Draft, StudyPlan
 from bytelatent.study.training_text import TrainingText
 from bytelatent.text.tokenizer import Tokenizer, train_tokenizer
 from bytelatent.training import TrainSettings, train
@@ -34,7 +34,6 @@ from bytelatent.weights import find_byte_lm, fingerprint, load_byte_lm
 LOGGER = logging.getLogger(__name__)
 
 MEASUREMENTS = "measurements"  # a part of what runs share
-TRAINED = "trained.json"  # in the folder of an entropy model that is ready
 FEWEST_BATCHES = 8  # that a measurement reads
 
 
@@ -76,24 +75,9 @@ class Shared:
         write_whole_json(run / TRAINED, {"training_flops": flops, "settings": settings.shown()}, indent=1)
 
     def has_entropy_model(self, name: str) -> bool:
-        """
-        Raises:
-            UserError: it was trained with other settings than the plan's.
-        """
+        """Whether it is ready. That it is the plan's is in the basis."""
         settings = self._entropy_model_settings(name)
-        if settings is None:
-            find_byte_lm(self.plan.entropy_model_folder(self.folder, name), False, f"entropy_models.{name}")
-            return True
-        known = json_if_any(Path(settings.run) / TRAINED)
-        if known is None:
-            return False
-        changed = [*changed_settings(known["settings"], settings.shown()), *_other_steps(known["settings"], settings)]
-        if changed:
-            raise UserError(
-                f"entropy_models.{name}: '{settings.run}' was trained otherwise ({changed[0]}); put it back, give it "
-                "another name, or name another folder: --out"
-            )
-        return True
+        return settings is None or (Path(settings.run) / TRAINED).is_file()
 
     def entropy_model_flops(self, name: str | None) -> float | None:
         """What training an entropy model cost; 0 without one, None where that is not known."""
@@ -296,12 +280,3 @@ class Shared:
         else:
             for draft in drafts:
                 self.measured(draft)
-
-
-def _other_steps(then: dict[str, Any], now: TrainSettings) -> list[str]:
-    """How the end of a training differs, which otherwise may."""
-    return [
-        f"{name} is {getattr(now, name)} in the plan, and was {then.get(name)}"
-        for name in ("steps", "minutes")
-        if then.get(name) != getattr(now, name)
-    ]

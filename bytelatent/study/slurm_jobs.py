@@ -1,7 +1,5 @@
 """The jobs of a study on a SLURM cluster: each is launched once, and again where it ended without its row."""
 
-from pathlib import Path
-
 from bytelatent.errors import UserError
 from bytelatent.launch import SUBMIT, LaunchSettings, launch, slurm, with_defaults
 from bytelatent.study.worker import StudyJob
@@ -22,7 +20,7 @@ def submit_job(job: StudyJob, given: dict[str, str]) -> str:
     Raises:
         UserError: a setting is wrong, or SLURM rejects the job.
     """
-    folder = Path(job.folder) / JOBS / job.name
+    folder = job.place / JOBS / job.name
     script = folder / SUBMIT
     if script.is_file() and (number := slurm.job_of(script)) is not None:
         return f"{job.name}: job {number} is pending or runs"

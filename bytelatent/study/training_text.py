@@ -14,8 +14,10 @@ from tempfile import TemporaryDirectory
 from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.evaluation import Texts
+from bytelatent.evaluation.text import NO_FIELD
 from bytelatent.files import json_if_any, whole_file, write_whole_json
 from bytelatent.progress import Progress
+from bytelatent.study.changes import began_otherwise, changed_values
 from bytelatent.study.plan import StudyText
 from bytelatent.text import BadRows, find_files, read_documents
 from bytelatent.text.documents import TextError
@@ -24,14 +26,20 @@ from bytelatent.training.run_setup import list_text
 LOGGER = logging.getLogger(__name__)
 
 TEXT = "text.json"
-MOST_SHARED = 0.01  # of the documents of a held-out text, that may be in the training text too, by chance
+MOST_SHARED = 0.01  # of the documents of a held-out text, that may be in another text too, by chance
+TEXTS = {  # keys of the plan, and why documents of other texts may not be in these
+    "train": "and a model may know them by heart",
+    "tuning": "by which settings are chosen",
+    "held_out": "that results are of",
+}
+FREE = {*TEXTS, "max_bad_rows"}  # of the settings of text; the state of the files is compared
 
 
 class TrainingText:
     """The texts of a study, once they are checked.
 
     Args:
-        folder: of the study, which has the size of the training text and the state of all.
+        folder: of the study, which has the size of the training text, and the state and the settings of all.
         writes: keep them there.
     """
 
@@ -52,7 +60,7 @@ class TrainingText:
         Raises:
             UserError: text is not there, or is not what the study began with, or held-out text is trained on.
         """
-        keys = ("train", "tuning", *(["held_out"] if held_out else []))
+        keys = [key for key in TEXTS if held_out or key != "held_out"]
         for key in keys:
             for path in getattr(self.settings, key):
                 try:
@@ -60,6 +68,9 @@ class TrainingText:
                 except TextError as error:
                     raise UserError(f"text.{key}: {error.line}") from None
         before = json_if_any(self.folder / TEXT) or {}
+        read = {f"text.{key}": value for key, value in self.settings.plain().items() if key not in FREE}
+        if changed := changed_values(before.get("settings", read), read):
+            raise began_otherwise(changed[0], self.folder)
         now = {key: self._state(key) for key in keys}
         for key, state in now.items():
             if before.get(key) not in (None, state):
@@ -67,32 +78,44 @@ class TrainingText:
                     f"text.{key}: it is not the text that the study in '{self.folder}' began with; put that back, or "
                     "name another folder: --out"
                 )
-        if now.keys() <= before.keys():
+        if {*now, "settings"} <= before.keys():
             return
         others = [key for key in keys if key != "train" and key not in before]
         for key in others:
             self._check_category(key)
         self.train_bytes = self._read_training_text(others)
         if self.writes:
-            write_whole_json(self.folder / TEXT, {**before, **now, "train_bytes": self.train_bytes}, indent=1)
+            write_whole_json(
+                self.folder / TEXT, {**before, **now, "settings": read, "train_bytes": self.train_bytes}, indent=1
+            )
 
     def _check_category(self, key: str) -> None:
-        """Check that documents have the field of their category; it takes the first one that has."""
+        """Check that the documents that will be measured have a category."""
         text = self.settings
+        if text.category is None:
+            return
+        texts = Texts(
+            getattr(text, key),
+            text.text_key,
+            text.category,
+            text.evaluated_bytes,
+            max_bad_rows=text.max_bad_rows,
+            max_row_bytes=text.max_row_bytes,
+        )
         try:
-            Texts(
-                getattr(text, key),
-                text.text_key,
-                text.category,
-                max_bad_rows=text.max_bad_rows,
-                max_row_bytes=text.max_row_bytes,
-            ).check()
+            texts.check()
+            groups = [sample.group for sample in texts.read()]
         except UserError as error:
             raise UserError(f"text.category: {str(error).removeprefix('by: ')}") from None
+        if missing := groups.count(NO_FIELD):
+            LOGGER.warning(f"text.{key}: {missing} of {len(groups)} documents have no '{text.category}': {NO_FIELD}")
 
     def _read_training_text(self, others: Sequence[str]) -> int:
         """Its size; hardly a document of other texts may be in it, as `tuning` and `held_out` are."""
-        digests = {key: {_digest(text) for text in self.documents(key, f"reading text.{key}")} for key in others}
+        digests = {key: self._digests(key) for key in others}
+        if "held_out" in others:
+            tuning = digests["tuning"] if "tuning" in others else self._digests("tuning")
+            _check_shared("held_out", digests["held_out"], "tuning", digests["held_out"] & tuning)
         found: dict[str, set[bytes]] = {key: set() for key in others}
         num_bytes, sample = 0, _Sample(self.settings.measured_bytes)
         for text in self.documents("train", "reading text.train"):
@@ -103,13 +126,12 @@ class TrainingText:
                 if digest in digests[key]:
                     found[key].add(digest)
         for key in others:
-            line = f"text.{key}: {len(found[key])} of its {len(digests[key])} different documents are in text.train too"
-            if len(found[key]) > MOST_SHARED * len(digests[key]):
-                raise UserError(f"{line}, and a model may know them by heart; leave them out there")
-            if found[key]:
-                LOGGER.warning(line)
+            _check_shared(key, digests[key], "train", found[key])
         sample.write(self._sample_path)
         return num_bytes
+
+    def _digests(self, key: str) -> set[bytes]:
+        return {_digest(text) for text in self.documents(key, f"reading text.{key}")}
 
     def _state(self, key: str) -> str:
         listed = list_text(DataSettings.parse({"train": getattr(self.settings, key)}))
@@ -181,6 +203,18 @@ class _Sample:
             for _, text in sorted(self._heap, reverse=True):
                 with suppress(UnicodeDecodeError):
                     file.write(json.dumps({"text": text.decode()}) + "\n")
+
+
+def _check_shared(key: str, own: set[bytes], other: str, shared: set[bytes]) -> None:
+    """
+    Raises:
+        UserError: more documents of a text are in another one than by chance.
+    """
+    line = f"text.{key}: {len(shared)} of its {len(own)} different documents are in text.{other} too"
+    if len(shared) > MOST_SHARED * len(own):
+        raise UserError(f"{line}, {TEXTS[other]}; leave them out there")
+    if shared:
+        LOGGER.warning(line)
 
 
 def _digest(text: bytes) -> bytes:

@@ -27,9 +27,10 @@ from bytelatent.evaluation import Measured, ReadSettings, Texts, find_model, mea
 from bytelatent.files import Locked
 from bytelatent.progress import Progress
 from bytelatent.run_folder import read_metrics
+from bytelatent.study.changes import inside
 from bytelatent.study.cost import PlannedRun, RunCost, run_cost
 from bytelatent.study.plan import is_chosen, load_plan
-from bytelatent.study.results import MOST_POINTS, CurvePoint, GroupBits, HeldOut, StudyRow, write_row
+from bytelatent.study.results import MOST_POINTS, TRIALS, CurvePoint, GroupBits, HeldOut, StudyRow, write_row
 from bytelatent.study.shared import Shared
 from bytelatent.text.documents import must_have_read
 from bytelatent.training import TrainSettings, train
@@ -37,7 +38,6 @@ from bytelatent.training import TrainSettings, train
 LOGGER = logging.getLogger(__name__)
 
 PLAN = "plan.yaml"  # the plan, in the study's folder
-TRIALS = "trials"  # the folder of the rows of trials
 USAGE = "a part of a study: blt study PLAN.yaml starts it"
 ALL_PARTS = "all"
 LINGER = 120.0  # seconds in which a killed study's runs save and end, while this one waits for their folders
@@ -67,6 +67,11 @@ class StudyJob(Settings):
     trials: bool = False
     tuning_only: bool = False
     discard_models: bool = False
+
+    @property
+    def place(self) -> Path:
+        """The folder of the runs, the rows, and logs."""
+        return Path(self.folder) / TRIALS if self.trials else Path(self.folder)
 
     @property
     def is_for_the_cpu(self) -> bool:
@@ -115,7 +120,7 @@ def train_and_measure(run: PlannedRun, shared: Shared, job: StudyJob) -> StudyRo
     is_closed = job.tuning_only or job.trials
     held_out = None if is_closed else evaluate(place, text.held_out, shared, settings)
     row = row_of(run, settings, shared, tuning, held_out)
-    write_row(shared.folder / TRIALS if job.trials else shared.folder, row)
+    write_row(job.place, row)
     if job.discard_models:
         shutil.rmtree(place, ignore_errors=True)
     return row
@@ -175,12 +180,9 @@ def row_of(
     bytes_read, units = last["bytes_seen"], last["patches_seen"]
     mean = max(bytes_read / units, 1.0) if units else 1.0
     cost = run_cost(settings.model, mean, run.measured.context_bytes, shared.entropy_model_shape(draft.entropy_model))
-    shown = settings.shown()
+    shown = inside(settings, shared.folder)
     if draft.settings.calibration is not None:  # the study did it
         shown["calibration"] = draft.settings.calibration.plain()
-    for group, key in ((shown, "run"), (shown, "entropy_model"), (shown["data"], "tokenizer")):
-        if group[key] is not None:  # wherever the study's folder is
-            group[key] = group[key].removeprefix(f"{shared.folder}/")
     return StudyRow(
         name=draft.name,
         family=draft.family,

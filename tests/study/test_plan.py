@@ -93,6 +93,7 @@ def test_trials_are_variations_of_families(tmp_path: Path, texts: dict[str, str]
     assert (fast.name, fast.settings.optimizer.lr) == ("token-fast-4e08-0", 1e-2)
     assert (k1.name, k1.settings.model.cross_attention.k) == ("entropy-k1-4e08-0", 1)
     assert fast.draft.settings.model.num_layers == 1
+    assert fast.settings.run == str(tmp_path / "study" / "trials" / "runs" / "token-fast-4e08-0")
 
 
 @pytest.mark.parametrize(
@@ -118,10 +119,21 @@ def test_trials_are_variations_of_families(tmp_path: Path, texts: dict[str, str]
         ({"entropy_models": {"tiny": {"model": BLT, "steps": 3}}}, "entropy_models.tiny: patching: a BLT needs"),
         ({"entropy_models": {"tiny": {"model": BYTE_LM}}}, "entropy_models.tiny: set steps or minutes"),
         ({"seeds": {BUDGETS[0]: [0]}}, "seeds: none for the budget 9e08"),
+        ({"seeds": {BUDGETS[0]: [0], BUDGETS[1]: [0], 5e9: [1]}}, "seeds: 5e09 is not one of the plan's budgets"),
+        ({"seeds": []}, "seeds: a budget has different numbers from 0, such as [0, 1], not []"),
+        ({"seeds": [0, 0]}, "seeds: a budget has different numbers from 0, such as [0, 1], not [0, 0]"),
+        ({"families__token__sizes": {7e9: {}}}, "families.token.sizes: 7e09 is not one of the plan's budgets"),
         ({"families": {"a b": {}}}, "'a b' is no name"),
         (
             {"trials": {"budget": 4e8, "of": {"token": {"a": {}, "b": {}}, "entropy": {"a": {}}}}},
             "trials: each family gets as many as the others, and here they have token 2, entropy 1; add trials",
+        ),
+        (
+            {
+                "families": {"token": FAMILIES["token"], "token-k1": FAMILIES["token"]},
+                "trials": {"budget": 4e8, "of": {"token": {"k1": {}, "k1-x": {}}, "token-k1": {"x": {}, "y": {}}}},
+            },
+            "trials.of: two trials would be named 'token-k1-x', family and trial; rename one",
         ),
         ({"trials": {"budget": 4e8, "of": {"tokn": {"a": {}}}}}, "trials.of: no family 'tokn'; did you mean 'token'?"),
     ],
@@ -184,6 +196,8 @@ def test_unknown_families_and_missing_plans_are_named(tmp_path: Path, texts: dic
         planned_runs(path, StudyOptions(tmp_path / "study", trials=True))
     with pytest.raises(UserError, match=r"plan: 'nowhere.yaml' does not exist"):
         load_plan(Path("nowhere.yaml"))
+    with pytest.raises(UserError, match=r"plan: '.*' is a folder; name a YAML file, such as .*plan.yaml"):
+        load_plan(tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -192,6 +206,13 @@ def test_plans_of_the_project_are_plans(path: Path) -> None:
     names = [sizes[0].name for sizes in plan.drafts(Path("runs/x"))]
     assert len(set(names)) == len(names) > 1
     assert all(plan.entropy_model_settings(Path("x"), name) is not None for name in plan.entropy_models)
+
+
+def test_a_vocabulary_may_be_quoted() -> None:
+    text = dict.fromkeys(("train", "tuning", "held_out"), "x.jsonl")
+    family = {"settings": {"model": {"kind": "token_lm", **STACK, "vocab_size": "300"}}}
+    [[draft]] = StudyPlan.parse({"text": text, "budgets": [1e9], "families": {"token": family}}).drafts(Path("x"))
+    assert draft.settings.data.tokenizer == "x/tokenizers/300.json"
 
 
 def test_names_of_budgets() -> None:

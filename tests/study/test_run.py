@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from bytelatent.errors import UserError
 from bytelatent.model.flops import costs
 from bytelatent.patching import PatchSettings
 from bytelatent.study.processes import JobPool
-from bytelatent.study.results import HeldOut, StudyRow, row_path
+from bytelatent.study.results import HeldOut, StudyRow, read_rows, row_path, write_row
 from bytelatent.study.run import StudyOptions, run_study
 from bytelatent.study.tables import trials_table
 from bytelatent.text.tokenizer import Tokenizer
 from bytelatent.training import TrainSettings, read_metrics
 from bytelatent.weights import load_byte_lm
 from tests import processes
-from tests.study.study_plans import BUDGETS, FAMILIES, study, without_clock, write_plan, write_texts
+from tests.study.study_plans import BUDGETS, FAMILIES, PLAN, study, without_clock, write_plan, write_texts
 from tests.training.tiny_runs import checkpoints, environment
 
 
@@ -148,7 +148,8 @@ def test_finished_runs_are_not_run_again(
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert {row.name: row for row in study(plan, folder)} == rows
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
-    other = write_plan(tmp_path / "plan.yaml", texts, base__optimizer={"lr": 4e-3})
+    tiny = {**PLAN["entropy_models"]["tiny"], "optimizer": {"lr": 3e-3}}
+    other = write_plan(tmp_path / "plan.yaml", texts, base__optimizer={"lr": 4e-3}, entropy_models__tiny=tiny)
     with pytest.raises(
         UserError, match=r"settings than the plan's \(optimizer.lr is 0.004 in the plan, and was 0.003\)"
     ):
@@ -156,6 +157,52 @@ def test_finished_runs_are_not_run_again(
     other = write_plan(tmp_path / "plan.yaml", {**texts, "tuning": texts["train"]})
     with pytest.raises(UserError, match=r"text.tuning: it is not the text that the study"):
         run_study(other, StudyOptions(folder))
+
+
+@pytest.fixture
+def copied(folder: Path, rows: dict[str, StudyRow], tmp_path: Path) -> Path:
+    """The finished study, without its trainings."""
+    return shutil.copytree(folder, tmp_path / "study", ignore=shutil.ignore_patterns("runs"))
+
+
+def test_rows_of_another_entropy_model_are_refused(copied: Path, texts: dict[str, str], tmp_path: Path) -> None:
+    family = {**FAMILIES["entropy"], "settings": {**FAMILIES["entropy"]["settings"], "entropy_model": "other"}}
+    models = dict.fromkeys(("tiny", "other"), PLAN["entropy_models"]["tiny"])
+    other = write_plan(tmp_path / "plan.yaml", texts, families__entropy=family, entropy_models=models)
+    line = r"entropy-4e08-0.json' is of .* \(entropy_model is entropy_models/other in the plan, and was .*/tiny\)"
+    with pytest.raises(UserError, match=line):
+        run_study(other, StudyOptions(copied))
+
+
+def test_labels_are_those_of_the_plan(
+    copied: Path, texts: dict[str, str], rows: dict[str, StudyRow], tmp_path: Path
+) -> None:
+    other = write_plan(tmp_path / "plan.yaml", texts, families__token__label="another")
+    outcome = run_study(other, StudyOptions(copied, only=["token"], budgets=[BUDGETS[0]]))
+    assert [row.label for row in outcome.rows.values()] == ["another"]
+    for row in read_rows([copied]):
+        label = "another" if row.family == "token" else rows[row.name].label
+        assert row == rows[row.name].model_copy(update={"label": label})
+
+
+def test_a_file_that_is_no_row_is_found_before_training(copied: Path, plan: Path) -> None:
+    row_path(copied, "token-4e08-0").unlink()
+    row_path(copied, "other").write_text('{"a": 1}')
+    with pytest.raises(UserError, match=r"rows/other.json'.*a: unknown key.*; put back what .*, or remove the file"):
+        run_study(plan, StudyOptions(copied))
+    assert not (copied / "runs").exists()
+
+
+def test_discarded_models_are_trained_again_with_a_word(
+    copied: Path, plan: Path, rows: dict[str, StudyRow], monkeypatch: pytest.MonkeyPatch, logged: Callable[[], str]
+) -> None:
+    monkeypatch.setattr("bytelatent.study.run.perform", lambda job: None)
+    write_row(copied, rows["token-4e08-0"].model_copy(update={"held_out": None}))
+    logged()
+    assert run_study(plan, StudyOptions(copied, tuning_only=True)).rows.keys() == rows.keys()
+    assert "again" not in logged()
+    run_study(plan, StudyOptions(copied))
+    assert "1 runs are trained again (token-4e08-0 ...): their models were discarded before" in logged()
 
 
 def test_a_killed_study_gives_the_same_rows(plan: Path, tmp_path: Path, rows: dict[str, StudyRow]) -> None:
@@ -203,7 +250,11 @@ def test_a_killed_run_leaves_the_others_alone(
 
 
 def test_a_failed_run_is_named_with_its_log(tmp_path: Path, texts: dict[str, str]) -> None:
-    bad = {**FAMILIES["token"], "settings": {**FAMILIES["token"]["settings"], "optimizer": {"lr": 1e30, "clip": 1e30}}}
+    bad = {
+        **FAMILIES["token"],
+        "sizes": {BUDGETS[0]: {"model": {"num_layers": 1}}},
+        "settings": {**FAMILIES["token"]["settings"], "optimizer": {"lr": 1e30, "clip": 1e30}},
+    }
     small = {"settings": {"model": {"kind": "byte_lm", "dim": 16, "num_layers": 1, "num_heads": 2}}}
     plan = write_plan(
         tmp_path / "plan.yaml", texts, families={"bad": bad, "small": small}, budgets=[BUDGETS[0]], entropy_models={}
