@@ -1,5 +1,6 @@
 """Links of the docs lead somewhere, and the snippets of the pages about Python and generation run."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from bytelatent.cli import app
 from bytelatent.commands.generate import GenerateSettings, main
 from bytelatent.config import load_yaml
 from bytelatent.model import PRESETS
+from dev.notebook import NOTEBOOK, PAGE, notebook_of
 from tests.model.tiny import tiny_blt, tiny_blt_settings
 from tests.test_blt import wrap
 
@@ -61,9 +63,25 @@ def test_python(here: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setitem(PRESETS, "demo-blt", tiny_blt_settings(window=6))
     names: dict[str, Any] = {}
-    for snippet in snippets(page, "python"):  # one after another, as they are read
+    for snippet in snippets(page, "python") if page == GENERATE else cells():  # one after another, as they are read
         exec(compile(snippet, page, "exec"), names)
     assert isinstance(names["model" if page == GENERATE else "blt"], BLT)
+
+
+def cells() -> list[str]:
+    """The code of the notebook."""
+    found = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_the_page() -> None:
+    """To write it again: `python dev/notebook.py`."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert NOTEBOOK.read_text(encoding="utf-8") == notebook_of(page)
+    assert cells() == [snippet.strip() for snippet in snippets(PYTHON, "python")]
+    sources = ["".join(cell["source"]) for cell in json.loads(notebook_of(page))["cells"]]
+    assert sources[0].startswith("# From Python")
+    assert not any("```python" in source for source in sources)
 
 
 def test_commands(here: Path) -> None:

@@ -32,6 +32,7 @@ from bytelatent.weights import (
     write_model,
 )
 from bytelatent.weights.safetensors_io import check_finite
+from bytelatent.weights.stored_model import amount
 
 LOGGER = logging.getLogger(__name__)
 
@@ -180,17 +181,17 @@ class Core(nn.Module):
         encoder, middle, decoder = self.model.encoder, self.model.global_transformer, self.model.decoder
         quantized = "" if self.quantize == "full" else f", quantized to {self.quantize}"
         lines = [
-            f"model: {_size(self.model)} parameters, {_name(self.dtype)} on {self.device}{quantized}",
+            f"model: {amount(_num_parameters(self.model))} parameters, {_name(self.dtype)} on {self.device}{quantized}",
             *(
-                f"  {name}: {_size(part)}, {_in_words(part.stack.settings)}"
+                f"  {name}: {amount(_num_parameters(part))}, {_in_words(part.stack.settings)}"
                 for name, part in (("encoder", encoder), ("global_transformer", middle), ("decoder", decoder))
             ),
         ]
         if encoder.ngram_hash is not None:
-            lines[1] += f", n-gram tables of {_size(encoder.ngram_hash)}"
+            lines[1] += f", n-gram tables of {amount(_num_parameters(encoder.ngram_hash))}"
         if (lm := self.entropy_model) is not None:
-            its_dtype = _name(lm.embedding.weight.dtype)
-            lines.append(f"entropy_model: {_size(lm)} parameters, {its_dtype}, frozen, {_in_words(lm.settings)}")
+            size, its_dtype = amount(_num_parameters(lm)), _name(lm.embedding.weight.dtype)
+            lines.append(f"entropy_model: {size} parameters, {its_dtype}, frozen, {_in_words(lm.settings)}")
         lines += [f"patching: {self.patching.in_words()}", f"context: {self.context:,} ids"]
         return "\n".join([f"{type(self).__name__}(", *(f"  {line}" for line in lines), ")"])
 
@@ -349,10 +350,6 @@ class Core(nn.Module):
 def _num_parameters(module: nn.Module) -> int:
     quantized = [part.values.numel() for part in module.modules() if isinstance(part, QuantizedLinear)]
     return sum(weight.numel() for weight in module.parameters()) + sum(quantized)
-
-
-def _size(module: nn.Module) -> str:
-    return f"{_num_parameters(module) / 1e6:,.1f} M"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -122,8 +122,9 @@ class Forward(Core):
             return torch.zeros(0, 0, dtype=torch.long, device=self.device)
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING).to(self.device)
 
-    def decode(self, ids: Tensor) -> str | list[str]:
+    def decode(self, ids: Tensor | list[int]) -> str | list[str]:
         """The text of ids [N], or the texts of rows [B, N]; special ids and padding are dropped."""
+        ids = torch.as_tensor(ids)
         rows = [decode(row.tolist()).decode("utf-8", "replace") for row in torch.atleast_2d(ids)]
         return rows if ids.dim() > 1 else rows[0]
 
@@ -162,6 +163,8 @@ class Forward(Core):
         batch = add_patches(stream, starts)
         with recording(self.model, output_hidden_states, output_attentions) as found:
             logits_TV = self.model(batch) if len(stream.ids) else self._no_logits()
+        with torch.autocast(self.device.type, enabled=False):
+            attentions = self._attentions(found, rows, batch) if output_attentions else None
         return BLTOutput(
             loss=None if labels is None else _loss(logits_TV, rows, labels),
             logits=rows.layout.put(logits_TV),
@@ -169,7 +172,7 @@ class Forward(Core):
             patch_of_byte=rows.layout.put(batch.patch - _first_patch(batch), -1),
             entropies=None if entropies is None else rows.layout.put(predicted(entropies, stream)),
             **_states(found, rows, batch) if output_hidden_states and len(stream.ids) else {},
-            attentions=self._attentions(found, rows, batch) if output_attentions else None,
+            attentions=attentions,
         )
 
     @torch.no_grad()
@@ -253,14 +256,15 @@ def _checked_rows(name: str, ids: Tensor, mask: Tensor | None, device: torch.dev
         raise UserError(f"{name}: it takes ids [B, N], not {found}; blt.encode makes them of texts")
     if mask is not None and mask.shape != ids.shape:
         raise UserError(f"{name}: attention_mask {list(mask.shape)} and ids {list(ids.shape)} differ in shape")
-    is_real = ids != PADDING if mask is None else mask != 0
+    ids = ids.to(device)
+    is_real = ids != PADDING if mask is None else mask.to(device) != 0
     is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if not is_integer or bool((is_real & ((ids < 0) | (ids >= VOCAB_SIZE))).any()):
         raise UserError(f"{name}: ids are whole numbers from 0 to {VOCAB_SIZE - 1}, and {PADDING} for padding")
     begins = is_real.long().diff(dim=1, prepend=torch.zeros_like(ids[:, :1], dtype=torch.long)) > 0
     if bool((begins.sum(1) > 1).any()):
         raise UserError(f"{name}: padding ({PADDING}) belongs at the end of a row or before it, not between its ids")
-    return Rows(ids.to(device, torch.long), is_real.to(device))
+    return Rows(ids.long(), is_real)
 
 
 def _given(rows: Rows, patch_lengths: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class StudyText(Settings):
         text_key: the key or column that holds the text.
         category: the key or column whose value is a document's category; None for no categories.
         tokenizer_bytes: training text of which tokenizers are made; None: all of it.
-        measured_bytes: training text on which the mean patch and token of a family are measured.
+        measured_bytes: size of the sample of the training text on which mean patches and tokens are measured.
         evaluated_bytes: of the tuning and of the held-out text, that results are of; None: all.
     """
 
@@ -55,7 +55,7 @@ class StudyText(Settings):
     text_key: str = "text"
     category: str | None = None
     tokenizer_bytes: int | None = Field(default=None, ge=1)
-    measured_bytes: int = Field(default=4_000_000, ge=1)
+    measured_bytes: int = Field(default=8_000_000, ge=1)
     evaluated_bytes: int | None = Field(default=None, ge=1)
     max_bad_rows: int = Field(default=MAX_BAD_ROWS, ge=0)
     max_row_bytes: int = Field(default=MAX_ROW_BYTES, ge=1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bytelatent.data import DataSettings, Loader, Patcher
+from bytelatent.data import DataSettings, Loader, Patcher, SourceSettings
 from bytelatent.device import choose_device, choose_dtype
 from bytelatent.errors import UserError
 from bytelatent.files import json_if_any, whole_file, write_whole_json
@@ -197,7 +197,7 @@ class Shared:
             mark = fingerprint(byte_lm)
             byte_lm = byte_lm.to(device)
         if settings.calibration is not None:
-            found = calibrate_on(byte_lm, settings.data, settings.calibration, patching, device, dtype)
+            found = calibrate_on(byte_lm, self._of_sample(settings.data), settings.calibration, patching, device, dtype)
             threshold = found.threshold
             patching = patching.model_copy(update={"threshold": threshold})
         patcher = Patcher(patching, byte_lm, dtype, mark, FastEntropies.where_possible(byte_lm, device, dtype))
@@ -211,22 +211,27 @@ class Shared:
 
     def _measure_tokens(self, draft: Draft, tokenizer: Tokenizer, is_expected: bool = False) -> MeasuredText:
         """So that batches hold as many bytes as those of other families, `data.patch_bytes` is the mean token."""
-        data, patch_bytes = draft.settings.data, None
-        if data.patch_bytes is None:
-            patch_bytes = round(self._measure_batches(data, None, tokenizer).unit_bytes, 3)
-            data = data.model_copy(update={"patch_bytes": patch_bytes})
-        measured = self._measure_batches(data, None, tokenizer)
-        return measured.model_copy(update={"patch_bytes": patch_bytes, "is_expected": is_expected})
+        data = draft.settings.data
+        measured = self._measure_batches(data, None, tokenizer).model_copy(update={"is_expected": is_expected})
+        if data.patch_bytes is not None:
+            return measured
+        patch_bytes = round(measured.unit_bytes, 3)
+        sized = data.model_copy(update={"patch_bytes": patch_bytes})
+        batch_bytes = measured.batch_bytes * sized.batch_ids / data.batch_ids
+        return measured.model_copy(update={"batch_bytes": batch_bytes, "patch_bytes": patch_bytes})
+
+    def _of_sample(self, data: DataSettings) -> DataSettings:
+        """The data of a run with a sample of its training text, from all over it."""
+        return data.model_copy(update={"train": [SourceSettings(path=str(self.text.sample))], "workers": 0})
 
     def _measure_batches(
         self, data: DataSettings, patcher: Patcher | None, vocabulary: Vocabulary = BYTES
     ) -> MeasuredText:
-        """Read batches as training does, and count."""
+        """Read a sample of the text in batches as training does, and count."""
         num_bytes = num_units = num_targets = num_batches = 0
         positions = 0.0
-        wanted = min(self.plan.text.measured_bytes, self.text.train_bytes)
-        with Loader(data.model_copy(update={"workers": 0}), 0, patcher, vocabulary=vocabulary) as loader:
-            while num_bytes < wanted or num_batches < FEWEST_BATCHES:
+        with Loader(self._of_sample(data), 0, patcher, vocabulary=vocabulary) as loader:
+            while num_bytes < self.text.sample_bytes or num_batches < FEWEST_BATCHES:
                 batch = next(loader)
                 own = batch.stream.document.numpy() >= 0  # not padding
                 positions += float(batch.stream.position.numpy()[own].sum(dtype=np.float64))

@@ -1,17 +1,20 @@
 """The training text of a study, and that no held-out document is in it."""
 
 import hashlib
+import heapq
 import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.evaluation import Texts
-from bytelatent.files import json_if_any, write_whole_json
+from bytelatent.files import json_if_any, whole_file, write_whole_json
 from bytelatent.progress import Progress
 from bytelatent.study.plan import StudyText
 from bytelatent.text import BadRows, find_files, read_documents
@@ -34,6 +37,7 @@ class TrainingText:
 
     def __init__(self, settings: StudyText, folder: Path, writes: bool = True):
         self.settings, self.folder, self.writes = settings, folder, writes
+        self._aside: TemporaryDirectory[str] | None = None
 
     @property
     def state(self) -> str | None:
@@ -90,10 +94,11 @@ class TrainingText:
         """Its size; hardly a document of other texts may be in it, as `tuning` and `held_out` are."""
         digests = {key: {_digest(text) for text in self.documents(key, f"reading text.{key}")} for key in others}
         found: dict[str, set[bytes]] = {key: set() for key in others}
-        num_bytes = 0
+        num_bytes, sample = 0, _Sample(self.settings.measured_bytes)
         for text in self.documents("train", "reading text.train"):
             num_bytes += len(text)
             digest = _digest(text)
+            sample.add(digest, text)
             for key in others:
                 if digest in digests[key]:
                     found[key].add(digest)
@@ -103,6 +108,7 @@ class TrainingText:
                 raise UserError(f"{line}, and a model may know them by heart; leave them out there")
             if found[key]:
                 LOGGER.warning(line)
+        sample.write(self._sample_path)
         return num_bytes
 
     def _state(self, key: str) -> str:
@@ -115,6 +121,26 @@ class TrainingText:
         """The size of the training text."""
         known = (json_if_any(self.folder / TEXT) or {}).get("train_bytes")
         return known or self._read_training_text([])
+
+    @cached_property
+    def sample(self) -> Path:
+        """A file with documents from all over the training text, on which it is measured: the same each time."""
+        if not self._sample_path.is_file():
+            self._read_training_text([])
+        return self._sample_path
+
+    @cached_property
+    def sample_bytes(self) -> int:
+        """The size of their text."""
+        return sum(len(json.loads(line)["text"].encode()) for line in self.sample.open(encoding="utf-8"))
+
+    @property
+    def _sample_path(self) -> Path:
+        path = self.folder / f"sample-{self.settings.measured_bytes}.jsonl"
+        if self.writes or path.is_file():
+            return path
+        self._aside = self._aside or TemporaryDirectory(prefix="bytelatent-")
+        return Path(self._aside.name) / path.name
 
     def documents(self, key: str, what: str, max_bytes: int | None = None) -> Iterator[bytes]:
         text, num_bytes, paths = self.settings, 0, getattr(self.settings, key)
@@ -135,6 +161,26 @@ class TrainingText:
                         return
         if not num_bytes:
             raise UserError(f"text.{key}: {', '.join(map(repr, paths))} holds no text")
+
+
+class _Sample:
+    """The documents with the least digests, about as many as hold `num_bytes`; those that are UTF-8."""
+
+    def __init__(self, num_bytes: int):
+        self.left = num_bytes
+        self._heap: list[tuple[int, bytes]] = []  # the greatest digest first
+
+    def add(self, digest: bytes, text: bytes) -> None:
+        heapq.heappush(self._heap, (-int.from_bytes(digest, "big"), text))
+        self.left -= len(text)
+        while self.left + len(self._heap[0][1]) <= 0:  # enough without it
+            self.left += len(heapq.heappop(self._heap)[1])
+
+    def write(self, path: Path) -> None:
+        with whole_file(path) as aside, aside.open("w", encoding="utf-8") as file:
+            for _, text in sorted(self._heap, reverse=True):
+                with suppress(UnicodeDecodeError):
+                    file.write(json.dumps({"text": text.decode()}) + "\n")
 
 
 def _digest(text: bytes) -> bytes:

@@ -163,14 +163,14 @@ class StoredModel:
 
     def in_a_line(self) -> str:
         """Format, sizes, precision, patching and licence in one line."""
-        kind, size = NAMES[self.config.model.kind], _amount(num_parameters(self.config.model))
+        kind, size = NAMES[self.config.model.kind], amount(num_parameters(self.config.model))
         parts = [f"{self.source}: {self.format}", f"{kind} of {size} parameters"]
         if precisions := sorted({str(t.dtype).removeprefix("torch.") for t in self.tensors.values()}):
             parts.append(" and ".join(precisions))
         if self.config.patching is not None:
             parts.append(f"patches by {self.config.patching.in_words()}")
         if self.byte_lm is not None:
-            parts.append(f"byte LM of {_amount(num_parameters(self.byte_lm.config.model))} parameters")
+            parts.append(f"byte LM of {amount(num_parameters(self.byte_lm.config.model))} parameters")
         elif self.config.patching is not None and self.config.patching.needs_entropies:
             parts.append("no byte LM")
         licence = self.config.origin.licence
@@ -315,7 +315,7 @@ def _without_weights(settings: ModelSettings) -> nn.Module:
         raise UserError(f"the settings say sizes that no model has: {shown(str(error))}") from None
 
 
-def _amount(number: int) -> str:
+def amount(number: int) -> str:
     """1,234 as 1.23 thousand, and so on."""
     for size, word in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
         if number >= size:

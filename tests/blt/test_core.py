@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bytelatent.errors import UserError
 from bytelatent.inference import quantize
 from bytelatent.model import preset
 from bytelatent.patching import PatchSettings
+from bytelatent.weights.stored_model import num_parameters
 from tests.model.tiny import tiny_blt, tiny_blt_settings, tiny_byte_lm
 from tests.test_blt import TEXTS, wrap
 
@@ -97,10 +99,13 @@ def test_repr() -> None:
     blt = wrap(tiny_blt(window=6))
     lines = repr(blt).splitlines()
     assert lines[0] == "BLT("
-    assert lines[1] == "  model: 0.0 M parameters, float32 on cpu"
-    assert lines[2] == "    encoder: 0.0 M, 2 layers of width 16, window 6, n-gram tables of 0.0 M"
-    assert lines[3] == "    global_transformer: 0.0 M, 2 layers of width 24"
-    assert lines[5] == "  entropy_model: 0.0 M parameters, float32, frozen, 2 layers of width 16, window 6"
+    assert blt.entropy_model is not None
+    sizes = [sum(weight.numel() for weight in part.parameters()) / 1e3 for part in (blt.model, blt.entropy_model)]
+    assert lines[1] == f"  model: {sizes[0]:.3g} thousand parameters, float32 on cpu"
+    assert re.fullmatch(r"    encoder: .*, 2 layers of width 16, window 6, n-gram tables of 1.7 thousand", lines[2])
+    assert re.fullmatch(r"    global_transformer: .* thousand, 2 layers of width 24", lines[3])
+    entropy_model = f"  entropy_model: {sizes[1]:.3g} thousand parameters, float32, frozen"
+    assert lines[5] == f"{entropy_model}, 2 layers of width 16, window 6"
     assert lines[6:] == ["  patching: entropy, threshold 5.12 nats", "  context: 24 ids", ")"]
     blt.entropy_model = None
     assert "entropy_model" not in repr(blt)
@@ -151,7 +156,7 @@ def test_random_weights(saved: Path) -> None:
     patching = PatchSettings(threshold=5.0)
     with_lm = BLT.from_config("demo-blt", patching, entropy_model=saved, device="cpu")
     assert with_lm.model.settings == preset("demo-blt")
-    assert "model: 8.9 M parameters" in repr(with_lm)
+    assert f"model: {num_parameters(preset('demo-blt')) / 1e6:.3g} million parameters" in repr(with_lm)
     assert with_lm.patch("some text")[0].entropies
     for call, message in (
         (lambda: BLT.from_config("demo-blt", patching), "^entropy_model: patches by entropy.* need one; name"),

@@ -279,4 +279,5 @@ def test_rows_without_ids(blt: BLT) -> None:
     empty = blt(ids[:1], labels=ids[:1], output_hidden_states=True, output_attentions=True)
     assert empty.logits.shape == (1, 2, 260)
     assert empty.loss == 0
-    assert blt(torch.zeros(0, 0, dtype=torch.long)).logits.shape == (0, 0, 260)
+    for shape in ((0, 0), (2, 0)):
+        assert blt(torch.zeros(shape, dtype=torch.long)).logits.shape == (*shape, 260)

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from matplotlib import pyplot
@@ -11,7 +10,6 @@ from matplotlib.figure import Figure
 from bytelatent import BLT
 from bytelatent.errors import UserError
 from bytelatent.patching import PatchSettings
-from bytelatent.report import compare_runs
 from bytelatent.report.notebook import MOST_BYTES
 from bytelatent.report.text import LOST
 from tests.model.tiny import tiny_blt
@@ -106,12 +104,3 @@ def test_patches_in_a_notebook(blt: BLT) -> None:
     assert "<b>so" not in page
     assert f"threshold {THRESHOLD:.2f} nats" in page
     assert "0 patches" in blt.patch("")._repr_html_()
-
-
-def test_runs_in_a_notebook(tmp_path: Path) -> None:
-    (tmp_path / "a<b>").mkdir()
-    (tmp_path / "a<b>" / "metrics.jsonl").write_text('{"step": 3, "bits_per_byte": 2.5, "bytes_seen": 100}\n')
-    page = compare_runs([tmp_path])._repr_html_()
-    assert "<td>a&lt;b&gt;</td>" in page
-    assert "<td>2.500</td>" in page
-    assert page.count("<th>") == 10

@@ -138,4 +138,4 @@ def test_encode_and_decode(blt: BLT) -> None:
     assert blt.encode([b"a", ""]).tolist() == [[1, 101], [1, -1]]
     assert blt.encode([]).shape == (0, 0)
     assert blt.decode(ids) == ["ab", "é"]
-    assert blt.decode(ids[0]) == "ab"
+    assert blt.decode(ids[0]) == blt.decode(ids[0].tolist()) == "ab"

@@ -222,3 +222,12 @@ def test_a_real_run(tmp_path: Path) -> None:
 def test_flat_keys() -> None:
     assert flat({"a": {"b": {"c": 1}, "d": {}}, "e": [{"f": 2}]}) == {"a.b.c": 1, "a.d": {}, "e": [{"f": 2}]}
     assert flat({"a": {"b": 1}}, between="/") == {"a/b": 1}
+
+
+def test_runs_in_a_notebook(tmp_path: Path) -> None:
+    (tmp_path / "a<b>").mkdir()
+    (tmp_path / "a<b>" / "metrics.jsonl").write_text('{"step": 3, "bits_per_byte": 2.5, "bytes_seen": 100}\n')
+    page = compare_runs([tmp_path])._repr_html_()
+    assert "<td>a&lt;b&gt;</td>" in page
+    assert "<td>2.500</td>" in page
+    assert page.count("<th>") == 10
