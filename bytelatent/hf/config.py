@@ -27,7 +27,7 @@ class BytelatentConfig(PretrainedConfig):
         model: settings of the network, or the name of a preset.
         patching: patching settings.
         context: context of the training, in ids.
-        entropy_model: settings of the byte LM that finds patches, or the name of a preset; None: there is none.
+        entropy_model: settings of the byte LM that finds patches, or the name of a preset, where patches need one.
         more: `calibration` and `origin` as in `config.json`, and what transformers knows.
 
     Raises:

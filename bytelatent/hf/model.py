@@ -4,9 +4,10 @@ import copy
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from bytelatent.blt import BLT
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import MANIFEST, digests
 from bytelatent.hf.config import OF_AUTO, BytelatentConfig, found_by
-from bytelatent.hf.generation import HostDecoding, generate
-from bytelatent.model import Block, BLTModel, ByteLM, ByteLMSettings, CrossAttention
+from bytelatent.hf.generation import HostDecoding, continue_texts
+from bytelatent.model import Block, BLTModel, BLTSettings, ByteLM, ByteLMSettings, CrossAttention
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
 from bytelatent.training.distributed.parallelize import checkpointed
@@ -78,7 +79,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def blt(self) -> BLT:
-        return self._blt
+        return cast(BLT, vars(self)["_blt"])
 
     def init_weights(self) -> None:
         """Nothing: the network draws its weights when it is made."""
@@ -120,9 +121,9 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         config.dtype = next(blt.model.parameters()).dtype
         config.name_or_path = str(source)
         model = cls(config, blt)
-        if (Path(source) / "generation_config.json").is_file():
-            saved = GenerationConfig.from_pretrained(source)
-            model.generation_config = saved
+        hub = {name: value for name, value in finding.items() if name != "entropy_model"}
+        with suppress(OSError):  # no file
+            model.generation_config = GenerationConfig.from_pretrained(source, **hub)
         model.eval()
         report = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, report) if wants_report else model
@@ -197,16 +198,17 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: [B, N], 0 at padding.
             labels: [B, N] as `input_ids`, and -100 where nothing is to be learned; they are shifted here.
             patch_lengths: [B, P] as `BLT.forward` takes them.
-            output_hidden_states: also return the states as `BLT.forward` names them.
-            output_attentions: likewise attention weights.
+            output_hidden_states: also return the states of the decoder's layers; `blt` itself gives those of all parts.
+            output_attentions: likewise the decoder's attention weights.
             more: `num_items_in_batch` divides the summed loss, as transformers' trainer wants it.
 
         Raises:
             UserError: `inputs_embeds` were given, or what `BLT.forward` refuses.
         """
-        if host_decoding is not None:
+        if host_decoding is not None and input_ids is not None:
             return CausalLMOutput(logits=host_decoding.next_logits(input_ids, attention_mask))
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        asked = {"output_hidden_states": wants_states, "output_attentions": output_attentions}
         given = {name: more.pop(name) for name in NOT_TAKEN if name in more}
         out = self._out(input_ids, attention_mask, patch_lengths=patch_lengths, **asked, **given)
         loss = None
@@ -216,7 +218,9 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
                 begins = F.pad(attention_mask.to(labels.device)[:, :-1] == 0, (1, 0))
                 labels = labels.masked_fill(begins, IGNORED)
             loss = self.loss_function(out.logits, labels, self.config.vocab_size, **more)
-        found = CausalLMOutput(loss=loss, logits=out.logits)
+        states = out.hidden_states.decoder if wants_states else None
+        weights = out.attentions.decoder if output_attentions else None
+        found = CausalLMOutput(loss=loss, logits=out.logits, hidden_states=states, attentions=weights)
         return found if return_dict is not False else found.to_tuple()
 
     def _out(
@@ -233,7 +237,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
             if more.get(name) is not None:
                 raise UserError(f"{name}: {why}")
         if input_ids is None:
-            raise UserError("input_ids: there are none; give ids [B, N], BOS first")
+            raise UserError("input_ids: missing; give ids [B, N], BOS first")
         return self.blt(
             input_ids,
             attention_mask=attention_mask,
@@ -264,12 +268,13 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
 
         A row's random numbers come from a seed that is drawn from torch's generator, so `torch.manual_seed` repeats a
         text. Tokens are bytes: transformers' default of 20 new ones is a short text. Its default `top_k=50` counts,
-        too, where `do_sample=True`; 0 is none. Only bytes and EOS are generated.
+        too, where `do_sample=True`; 0 leaves it out. Only bytes and EOS are generated.
 
         Raises:
             UserError: beam search or another way that is not implemented, or a value that is not valid.
         """
-        return generate(self, inputs, generation_config, super().generate, **arguments)
+        theirs: Any = super()
+        return continue_texts(self, inputs, generation_config, theirs.generate, **arguments)
 
     def prepare_inputs_for_generation(
         self,
@@ -283,13 +288,13 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.encoder.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.model.encoder.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.decoder.output
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.model.decoder.output = new_embeddings
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Module:
@@ -333,7 +338,7 @@ def new_blt(config: BytelatentConfig) -> BLT:
     entropy_model = None
     if config.entropy_model is not None:
         entropy_model = ByteLM(ByteLMSettings.parse(config.entropy_model, "entropy_model"))
-    return BLT(BLTModel(ours.model), ours, entropy_model)
+    return BLT(BLTModel(cast(BLTSettings, ours.model)), ours, entropy_model)
 
 
 def is_unknown(name: str, value: Any) -> bool:

@@ -219,7 +219,14 @@ def test_refused(model: BytelatentForCausalLM) -> None:
 
 
 def test_states(model: BytelatentForCausalLM) -> None:
-    """`blt` gives what a causal language model of transformers has no place for."""
-    out = model.blt(IDS, attention_mask=MASK, output_hidden_states=True)
-    assert out.byte_states.shape == (*IDS.shape, 16)
-    torch.testing.assert_close(F.linear(torch.zeros(1, 16), model.model.decoder.output.weight), torch.zeros(1, 260))
+    """The states that trainers make logits of, and the decoder's states and weights by transformers' names."""
+    found = model(IDS, attention_mask=MASK, output_hidden_states=True, output_attentions=True)
+    whole = model.blt(IDS, attention_mask=MASK, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(found.hidden_states, whole.hidden_states.decoder, **EXACT)
+    torch.testing.assert_close(found.attentions, whole.attentions.decoder, **EXACT)
+    assert len(found.hidden_states) == model.config.model["decoder"]["num_layers"] + 1
+    last = model.base_model(IDS, attention_mask=MASK, use_cache=False).last_hidden_state
+    logits = F.linear(last, model.get_output_embeddings().weight)
+    torch.testing.assert_close(logits[MASK == 1], found.logits[MASK == 1])
+    model.config.output_hidden_states = True
+    assert len(model(IDS).hidden_states) == len(found.hidden_states)

@@ -120,13 +120,13 @@ def test_supervised_on_texts(model: BytelatentForCausalLM, tmp_path: Path) -> No
 def test_supervised_on_chats(folder: Path, tmp_path: Path) -> None:
     """By the name of a model's folder, as TRL's own scripts do it; only what the prompt does not hold is learned."""
     tokenizer = BytelatentTokenizer(chat_template=CHAT)
-    turns = [
+    chats = [
         {"prompt": [{"role": "u", "content": "hi"}], "completion": [{"role": "a", "content": text}]} for text in TEXTS
     ]
     trainer = SFTTrainer(
         model=str(folder),
         args=SFTConfig(output_dir=str(tmp_path), **COMMON, max_steps=2, save_strategy="no"),
-        train_dataset=Dataset.from_list(turns),
+        train_dataset=Dataset.from_list(chats),
         processing_class=tokenizer,
     )
     batch = next(iter(trainer.get_train_dataloader()))
