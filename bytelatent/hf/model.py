@@ -7,6 +7,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from bytelatent.errors import UserError, nearest
 from bytelatent.files import MANIFEST, digests
 from bytelatent.hf.config import OF_AUTO, BytelatentConfig, found_by
 from bytelatent.hf.generation import HostDecoding, continue_texts
+from bytelatent.hf.packing import PackedTexts
 from bytelatent.model import Block, BLTModel, BLTSettings, ByteLM, ByteLMSettings, CrossAttention
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
@@ -39,7 +41,6 @@ WITHOUT_EFFECT = {
 
 NOT_TAKEN = {  # arguments of other models' forward pass, and why a BLT has them not
     "inputs_embeds": "patches and n-grams are found from ids; give input_ids",
-    "position_ids": "a row is one text from its start; train without packing and padding_free",
     "past_key_values": "a BLT has KV caches of its own; use generate, or blt.engine",
 }
 
@@ -188,6 +189,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
         host_decoding: HostDecoding | None = None,
         **more: Any,
     ) -> Any:
@@ -198,6 +200,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: [B, N], 0 at padding.
             labels: [B, N] as `input_ids`, and -100 where nothing is to be learned; they are shifted here.
             patch_lengths: [B, P] as `BLT.forward` takes them.
+            position_ids: [B, N], where rows hold several texts end to end: 0 begins one. Each is as if it were alone.
             output_hidden_states: also return the states of the decoder's layers; `blt` itself gives those of all parts.
             output_attentions: likewise the decoder's attention weights.
             more: `num_items_in_batch` divides the summed loss, as transformers' trainer wants it.
@@ -210,13 +213,15 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         asked = {"output_hidden_states": wants_states, "output_attentions": output_attentions}
         given = {name: more.pop(name) for name in NOT_TAKEN if name in more}
-        out = self._out(input_ids, attention_mask, patch_lengths=patch_lengths, **asked, **given)
+        out = self._out(input_ids, attention_mask, position_ids, patch_lengths=patch_lengths, **asked, **given)
         loss = None
         if labels is not None:
             labels = labels.to(out.logits.device)
             if attention_mask is not None:  # nothing predicts what follows padding at the left
                 begins = F.pad(attention_mask.to(labels.device)[:, :-1] == 0, (1, 0))
                 labels = labels.masked_fill(begins, IGNORED)
+            if position_ids is not None:  # nor what begins a text
+                labels = labels.masked_fill(position_ids.to(labels.device) == 0, IGNORED)
             loss = self.loss_function(out.logits, labels, self.config.vocab_size, **more)
         states = out.hidden_states.decoder if wants_states else None
         weights = out.attentions.decoder if output_attentions else None
@@ -227,6 +232,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
         patch_lengths: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -238,13 +244,17 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
                 raise UserError(f"{name}: {why}")
         if input_ids is None:
             raise UserError("input_ids: missing; give ids [B, N], BOS first")
-        return self.blt(
-            input_ids,
-            attention_mask=attention_mask,
-            patch_lengths=patch_lengths,
-            output_hidden_states=bool(output_hidden_states),
-            output_attentions=bool(output_attentions),
-        )
+        wanted = {"output_hidden_states": bool(output_hidden_states), "output_attentions": bool(output_attentions)}
+        if position_ids is None:
+            return self.blt(input_ids, attention_mask=attention_mask, patch_lengths=patch_lengths, **wanted)
+        if patch_lengths is not None or output_attentions:
+            raise UserError("position_ids: not together with patch_lengths or output_attentions; give a text per row")
+        packed = PackedTexts.of(position_ids, attention_mask, input_ids.shape)
+        out = self.blt(packed.rows(input_ids), **wanted)
+        states = None
+        if out.hidden_states is not None:
+            states = SimpleNamespace(decoder=tuple(packed.packed(h_RLD) for h_RLD in out.hidden_states.decoder))
+        return SimpleNamespace(logits=packed.packed(out.logits), hidden_states=states)
 
     def byte_states(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any

@@ -230,3 +230,31 @@ def test_states(model: BytelatentForCausalLM) -> None:
     torch.testing.assert_close(logits[MASK == 1], found.logits[MASK == 1])
     model.config.output_hidden_states = True
     assert len(model(IDS).hidden_states) == len(found.hidden_states)
+
+
+def test_packed_texts(model: BytelatentForCausalLM) -> None:
+    """Several texts in a row, with padding at its end: each as if it were alone, in logits, states and loss."""
+    sizes = [int(row.sum()) for row in MASK]
+    texts = [row[:size] for row, size in zip(IDS, sizes, strict=True)]
+    ids = torch.zeros(2, 70, dtype=torch.long)
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    places = [(0, 0), (0, 30), (1, 0), (1, 30)]
+    for (row, at), text in zip(places, texts, strict=True):
+        ids[row, at : at + len(text)], mask[row, at : at + len(text)] = text, 1
+        positions[row, at : at + len(text)] = torch.arange(len(text))
+    labels = ids.masked_fill(mask == 0, -100)
+    found = model(ids, attention_mask=mask, position_ids=positions, labels=labels)
+    nats, count = 0.0, 0
+    for (row, at), text in zip(places, texts, strict=True):
+        alone = model(text[None], labels=text[None])
+        torch.testing.assert_close(found.logits[row, at : at + len(text)], alone.logits[0], rtol=1e-5, atol=1e-5)
+        nats, count = nats + alone.loss.item() * (len(text) - 1), count + len(text) - 1
+    assert found.loss.item() == pytest.approx(nats / count, rel=1e-6)
+    last = model.base_model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    logits = F.linear(last, model.get_output_embeddings().weight)
+    torch.testing.assert_close(logits[mask == 1], found.logits[mask == 1])
+    flat, flat_positions = ids[mask == 1][None], positions[mask == 1][None]
+    torch.testing.assert_close(model(flat, position_ids=flat_positions).logits[0], found.logits[mask == 1])
+    for wrong, more in ((positions + 1, {}), (positions[:, :3], {}), (positions, {"output_attentions": True})):
+        with pytest.raises(UserError, match="position_ids"):
+            model(ids, attention_mask=mask, position_ids=wrong, **more)
