@@ -43,9 +43,7 @@ class PackedTexts:
         continues = (place[1:] == place[:-1] + 1) & (row[1:] == row[:-1])
         is_counted = torch.cat([place[:1] == 0, (place[1:] == 0) | continues])
         if not bool(is_counted.all()):
-            raise UserError(
-                "position_ids: they should count up from 0 in each text of a row; leave them out"
-            )
+            raise UserError("position_ids: they should count up from 0 in each text of a row; leave them out")
         return cls(is_text, begins, begins[is_text].cumsum(0) - 1, place)
 
     def rows(self, input_ids: Tensor) -> Tensor:
