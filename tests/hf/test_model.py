@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -258,3 +259,16 @@ def test_packed_texts(model: BytelatentForCausalLM) -> None:
     for wrong, more in ((positions + 1, {}), (positions[:, :3], {}), (positions, {"output_attentions": True})):
         with pytest.raises(UserError, match="position_ids"):
             model(ids, attention_mask=mask, position_ids=wrong, **more)
+
+
+def test_made_elsewhere(model: BytelatentForCausalLM, blt: BLT) -> None:
+    """Without values on the device `meta`, and by pickle, as processes hand models on."""
+    with torch.device("meta"):
+        empty = BytelatentForCausalLM(model.config)
+    assert {weight.device.type for weight in empty.parameters()} == {"meta"}
+    empty.load_state_dict(model.state_dict(), assign=True)
+    empty.blt.entropy_model.load_state_dict(blt.entropy_model.state_dict(), assign=True)
+    assert torch.equal(empty(IDS).logits, model(IDS).logits)
+    again = pickle.loads(pickle.dumps(model))
+    assert again.blt.model is again.model
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
