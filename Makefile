@@ -19,7 +19,7 @@ test: .venv/.installed  ## run the tests, ARGS="tests/patching -x" for some of t
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-hf: .venv/.hf  ## the model in transformers, with its Trainer, PEFT and TRL (installs these)
-	@TEST_HF=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS) tests/hf
+	@TEST_HF=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) tests/hf
 
 test-transformers4: .venv/.installed .venv/transformers4/.installed  ## the same in transformers 4.57 (kept apart, 140 MB)
 	@TRANSFORMERS4=$(CURDIR)/.venv/transformers4 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) \

@@ -14,6 +14,7 @@ from bytelatent.cli import app
 from bytelatent.commands.generate import GenerateSettings, main
 from bytelatent.config import load_yaml
 from bytelatent.model import PRESETS
+from bytelatent.study.plan import load_plan
 from dev.notebook import NOTEBOOK, PAGE, notebook_of
 from tests.model.tiny import tiny_blt, tiny_blt_settings
 from tests.test_blt import wrap
@@ -40,6 +41,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         if wanted:
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert wanted in map(anchor, headings), link
+
+
+def test_the_page_about_figures_makes_all_runs_that_it_draws() -> None:
+    commands = "\n".join(snippets("docs/figures.md", "bash")).replace("\\\n", " ").splitlines()
+    made = {"runs/demo", "runs/lr", load_yaml(ROOT / "apps/bytelatent/configs/demo_blt_space.yaml")["run"]}
+    assert all(any(maker in line for line in commands) for maker in ("blt demo ", "=demo_blt_space", "run=runs/lr/$lr"))
+    drawn = {name for line in commands if line.startswith("blt plot") for name in re.findall(r"runs/\w+", line)}
+    assert drawn == made
+    assert not any("docs/" in line for line in commands)  # the project's own figures are not overwritten
 
 
 def snippets(page: str, language: str) -> list[str]:
@@ -96,3 +106,13 @@ def test_commands(here: Path) -> None:
         assert result.exit_code == 0, result.output
     main(["config=generate.yaml", "sampling.top_p=0.9"])
     assert (here / "answers.jsonl").read_text().count("\n") == 1
+
+
+def test_the_plan_of_the_page_about_studies_is_one(tmp_path: Path) -> None:
+    """With the trials of the page."""
+    plan = tmp_path / "mine.yaml"
+    plan.write_text("".join(snippets("docs/study/repeat.md", "yaml")))
+    read = load_plan(plan)
+    found = {is_trial: list(read.drafts(tmp_path / "study", is_trial)) for is_trial in (False, True)}
+    assert all(found.values())
+    assert read.trials is not None

@@ -9,7 +9,9 @@ import platform
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ FEWEST_STEPS = 100  # with fewer training steps, a model counts as undertrained
 MOST_BITS = 3.5  # per byte; about the value of a model of letter pairs
 SHOWN_BYTES = 2_000  # of held-out text in the report
 MODELS = {"byte LM": "byte_lm", "BLT": "blt"}
+OPTIMIZER = {"name": "muon", "lr": 8e-3, "warmup_steps": 40, "weight_decay": 0.05}
 BEGINS_AGAIN = "the same command begins again"
 
 
@@ -86,7 +89,8 @@ def _run(clock: Clock, text: DemoText, settings: DemoSettings) -> dict[str, Any]
         "calibration": {"patch_bytes": PATCH_BYTES, "text_bytes": CALIBRATION_BYTES},
         "entropy_model": str(folder / "byte_lm_training"),
     }
-    train(_settings("demo-blt", folder, text, seed, minutes=minutes, **patching))
+    optimizer = {"lr_scale": {"hash_tables": 2.0}}
+    train(_settings("demo-blt", folder, text, seed, optimizer, minutes=minutes, **patching))
 
     model = BLT.from_pretrained(folder)
     measured = measure(model, text, min(text.valid_bytes, VALID_BYTES), seed, clock)
@@ -95,7 +99,9 @@ def _run(clock: Clock, text: DemoText, settings: DemoSettings) -> dict[str, Any]
     return summary
 
 
-def _settings(model: str, run: Path, text: DemoText, seed: int, **more: Any) -> TrainSettings:
+def _settings(
+    model: str, run: Path, text: DemoText, seed: int, optimizer: Mapping[str, Any] = MappingProxyType({}), **more: Any
+) -> TrainSettings:
     sources = {"train": str(text.train), "valid": str(text.valid)}
     return TrainSettings.parse(
         {
@@ -103,7 +109,7 @@ def _settings(model: str, run: Path, text: DemoText, seed: int, **more: Any) -> 
             "seed": seed,
             "model": model,
             "data": {**sources, "context": CONTEXT, "batch_bytes": BATCH_BYTES},
-            "optimizer": {"lr": 4e-3, "warmup_steps": 40, "weight_decay": 0.05},
+            "optimizer": {**OPTIMIZER, **optimizer},
             "validation": {"every": 10_000, "max_bytes": CURVE_BYTES},
             "checkpoint": {"every": 10_000, "keep": 1},
             "log_every": 1,

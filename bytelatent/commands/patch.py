@@ -124,7 +124,7 @@ class PatchingModes:
             patching = PatchSettings(mode="entropy", threshold=self._threshold(self.model, data))
             LOGGER.info(
                 f"'{self.source}' is a byte LM, which has no threshold: {patching.threshold:.4g} nats gives patches of "
-                f"about {DEFAULT_PATCH_BYTES} bytes on this text; another one: --mode entropy:{patching.threshold:.2f}"
+                f"about {DEFAULT_PATCH_BYTES} bytes on this text; another one: --threshold {patching.threshold:.2f}"
             )
             return "entropy", patching
         patching = self.model.patching

@@ -70,7 +70,7 @@ class PlotRunsSettings(Settings):
 class PlotStudySettings(Settings):
     """Write the page of a study from its rows: figures, power laws and tables; also each figure, and the tables.
 
-    Example:  `blt plot study docs/study --out docs/study`
+    Example:  `blt plot study runs/study --out page`
 
     Attributes:
         folders: folders of studies, folders of rows, or rows.

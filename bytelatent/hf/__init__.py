@@ -17,11 +17,11 @@ try:
 except ImportError:
     raise UserError("bytelatent.hf needs transformers: pip install 'bytelatent[transformers]'") from None
 
-from bytelatent.hf.auto import register
+from bytelatent.hf.auto import register_classes
 from bytelatent.hf.config import BytelatentConfig
 from bytelatent.hf.model import BytelatentForCausalLM
 from bytelatent.hf.tokenizer import BytelatentTokenizer
 
-register()
+register_classes()
 
 __all__ = ["BytelatentConfig", "BytelatentForCausalLM", "BytelatentTokenizer"]

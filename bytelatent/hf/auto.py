@@ -22,7 +22,7 @@ from bytelatent.weights.stored_model import FORMAT
 HUB = ("revision", "token", "local_files_only", "cache_dir", "subfolder")
 
 
-def register() -> None:
+def register_classes() -> None:
     """Register configuration, model and tokenizer; again has no effect."""
     if isinstance(AutoConfig.from_pretrained, functools.partial):
         return
@@ -30,7 +30,8 @@ def register() -> None:
     AutoModelForCausalLM.register(BytelatentConfig, BytelatentForCausalLM, exist_ok=True)
     AutoTokenizer.register(BytelatentConfig, fast_tokenizer_class=BytelatentTokenizer, exist_ok=True)
     # A run and older formats have no `model_type`, and transformers has no other way to add how a model is found.
-    AutoConfig.from_pretrained = functools.partial(_from_pretrained, AutoConfig.from_pretrained)
+    found: Any = AutoConfig
+    found.from_pretrained = functools.partial(_from_pretrained, AutoConfig.from_pretrained)
 
 
 def _from_pretrained(theirs: Callable[..., Any], source: str | Path, **arguments: Any) -> Any:

@@ -27,7 +27,7 @@ class BytelatentConfig(PretrainedConfig):
         model: settings of the network, or the name of a preset.
         patching: patching settings.
         context: context of the training, in ids.
-        entropy_model: settings of the byte LM that finds patches, or the name of a preset; None: there is none.
+        entropy_model: settings of the byte LM that finds patches, or the name of a preset, where patches need one.
         more: `calibration` and `origin` as in `config.json`, and what transformers knows.
 
     Raises:
@@ -128,6 +128,8 @@ class BytelatentConfig(PretrainedConfig):
 def found_by(source: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     """Takes what says how to find a model out of the arguments of a `from_pretrained`."""
     finding = {name: given.pop(name) for name in FINDING if name in given}
+    if inner := given.pop("subfolder", None):
+        raise UserError(f"subfolder: '{inner}'; models lie at the top of a folder or repository; name that")
     if Path(source).is_dir() or finding.get("revision") is None:  # transformers passes its default, `main`
         finding.pop("revision", None)
     if not isinstance(finding.get("token"), str):  # True: the key of `hf auth login`, as always here

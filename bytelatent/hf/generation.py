@@ -2,22 +2,18 @@
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList  # pyright: ignore[reportMissingImports]
-from transformers.generation import (  # pyright: ignore[reportMissingImports]
-    GenerateDecoderOnlyOutput,
-)
+from transformers.generation.utils import GenerateDecoderOnlyOutput  # pyright: ignore[reportMissingImports]
 
+from bytelatent.blt import BLT, MAX_BATCH_SIZE
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Sampling
 from bytelatent.inference.engine import Continuation
 from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS, OFFSET, VOCAB_SIZE
-
-if TYPE_CHECKING:
-    from bytelatent.blt import BLT
 
 # Shapes: B rows, N ids of the longest prompt, V vocabulary
 
@@ -33,7 +29,7 @@ REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "dola
 REFUSED_ARGUMENTS = ("assistant_model", "custom_generate", "negative_prompt_ids", "inputs_embeds", "past_key_values")
 
 
-def generate(
+def continue_texts(
     model: Any, inputs: Tensor | None, given: GenerationConfig | None, theirs: Callable[..., Any], **arguments: Any
 ) -> Any:
     """See `BytelatentForCausalLM.generate`; `theirs` is that of transformers."""
@@ -135,7 +131,7 @@ def _sampling(settings: GenerationConfig, ends: list[int]) -> Sampling:
 
 
 def _on_engine(
-    blt: "BLT", input_ids: Tensor, mask: Tensor, settings: GenerationConfig, ends: list[int], streamer: Any
+    blt: BLT, input_ids: Tensor, mask: Tensor, settings: GenerationConfig, ends: list[int], streamer: Any
 ) -> Any:
     sampling, samples = _sampling(settings, ends), settings.num_return_sequences or 1
     seeds = torch.randint(SEEDS, (len(input_ids),)).tolist() if settings.do_sample else [0] * len(input_ids)
@@ -143,7 +139,7 @@ def _on_engine(
     shown = input_ids.repeat_interleave(samples, 0)
     if streamer is not None:
         streamer.put(shown.cpu())
-    with blt._borrowed_engine(len(rows) * samples) as engine:
+    with blt._borrowed_engine(min(len(rows) * samples, MAX_BATCH_SIZE)) as engine:
         continuations: list[Continuation] = []
         for row, seed in zip(rows, seeds, strict=True):
             drawing = sampling.model_copy(update={"seed": seed})
@@ -158,7 +154,7 @@ def _on_engine(
     longest = max(len(found.ids) for found in continuations)
     pad = _padding(settings)
     new = torch.tensor([found.ids + [pad] * (longest - len(found.ids)) for found in continuations])
-    sequences = torch.cat([shown, new.to(shown.device)], 1)
+    sequences: Any = torch.cat([shown, new.to(shown.device)], 1)
     return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict_in_generate else sequences
 
 
@@ -193,7 +189,7 @@ class HostDecoding:
 
         Args:
             input_ids: [B, N], those before included.
-            mask: [B, N] or less, 0 at padding; None: there is none.
+            mask: [B, N] or less, 0 at padding; None: no padding.
         """
         ids = input_ids.to(self.decoder.device)
         if self._state is None:

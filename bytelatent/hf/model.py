@@ -4,9 +4,11 @@ import copy
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ from bytelatent.blt import BLT
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import MANIFEST, digests
 from bytelatent.hf.config import OF_AUTO, BytelatentConfig, found_by
-from bytelatent.hf.generation import HostDecoding, generate
-from bytelatent.model import Block, BLTModel, ByteLM, ByteLMSettings, CrossAttention
+from bytelatent.hf.generation import HostDecoding, continue_texts
+from bytelatent.hf.packing import PackedTexts
+from bytelatent.model import Block, BLTModel, BLTSettings, ByteLM, ByteLMSettings, CrossAttention
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
 from bytelatent.training.distributed.parallelize import checkpointed
@@ -38,7 +41,6 @@ WITHOUT_EFFECT = {
 
 NOT_TAKEN = {  # arguments of other models' forward pass, and why a BLT has them not
     "inputs_embeds": "patches and n-grams are found from ids; give input_ids",
-    "position_ids": "a row is one text from its start; train without packing and padding_free",
     "past_key_values": "a BLT has KV caches of its own; use generate, or blt.engine",
 }
 
@@ -78,7 +80,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def blt(self) -> BLT:
-        return self._blt
+        return cast(BLT, vars(self)["_blt"])
 
     def init_weights(self) -> None:
         """Nothing: the network draws its weights when it is made."""
@@ -120,9 +122,9 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         config.dtype = next(blt.model.parameters()).dtype
         config.name_or_path = str(source)
         model = cls(config, blt)
-        if (Path(source) / "generation_config.json").is_file():
-            saved = GenerationConfig.from_pretrained(source)
-            model.generation_config = saved
+        hub = {name: value for name, value in finding.items() if name != "entropy_model"}
+        with suppress(OSError):  # no file
+            model.generation_config = GenerationConfig.from_pretrained(source, **hub)
         model.eval()
         report = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, report) if wants_report else model
@@ -187,6 +189,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
         host_decoding: HostDecoding | None = None,
         **more: Any,
     ) -> Any:
@@ -197,32 +200,39 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: [B, N], 0 at padding.
             labels: [B, N] as `input_ids`, and -100 where nothing is to be learned; they are shifted here.
             patch_lengths: [B, P] as `BLT.forward` takes them.
-            output_hidden_states: also return the states as `BLT.forward` names them.
-            output_attentions: likewise attention weights.
+            position_ids: [B, N], where rows hold several texts end to end: 0 begins one. Each is as if it were alone.
+            output_hidden_states: also return the states of the decoder's layers; `blt` itself gives those of all parts.
+            output_attentions: likewise the decoder's attention weights.
             more: `num_items_in_batch` divides the summed loss, as transformers' trainer wants it.
 
         Raises:
             UserError: `inputs_embeds` were given, or what `BLT.forward` refuses.
         """
-        if host_decoding is not None:
+        if host_decoding is not None and input_ids is not None:
             return CausalLMOutput(logits=host_decoding.next_logits(input_ids, attention_mask))
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        asked = {"output_hidden_states": wants_states, "output_attentions": output_attentions}
         given = {name: more.pop(name) for name in NOT_TAKEN if name in more}
-        out = self._out(input_ids, attention_mask, patch_lengths=patch_lengths, **asked, **given)
+        out = self._out(input_ids, attention_mask, position_ids, patch_lengths=patch_lengths, **asked, **given)
         loss = None
         if labels is not None:
             labels = labels.to(out.logits.device)
             if attention_mask is not None:  # nothing predicts what follows padding at the left
                 begins = F.pad(attention_mask.to(labels.device)[:, :-1] == 0, (1, 0))
                 labels = labels.masked_fill(begins, IGNORED)
+            if position_ids is not None:  # nor what begins a text
+                labels = labels.masked_fill(position_ids.to(labels.device) == 0, IGNORED)
             loss = self.loss_function(out.logits, labels, self.config.vocab_size, **more)
-        found = CausalLMOutput(loss=loss, logits=out.logits)
+        states = out.hidden_states.decoder if wants_states else None
+        weights = out.attentions.decoder if output_attentions else None
+        found = CausalLMOutput(loss=loss, logits=out.logits, hidden_states=states, attentions=weights)
         return found if return_dict is not False else found.to_tuple()
 
     def _out(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
         patch_lengths: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -233,14 +243,18 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
             if more.get(name) is not None:
                 raise UserError(f"{name}: {why}")
         if input_ids is None:
-            raise UserError("input_ids: there are none; give ids [B, N], BOS first")
-        return self.blt(
-            input_ids,
-            attention_mask=attention_mask,
-            patch_lengths=patch_lengths,
-            output_hidden_states=bool(output_hidden_states),
-            output_attentions=bool(output_attentions),
-        )
+            raise UserError("input_ids: missing; give ids [B, N], BOS first")
+        wanted = {"output_hidden_states": bool(output_hidden_states), "output_attentions": bool(output_attentions)}
+        if position_ids is None:
+            return self.blt(input_ids, attention_mask=attention_mask, patch_lengths=patch_lengths, **wanted)
+        if patch_lengths is not None or output_attentions:
+            raise UserError("position_ids: not together with patch_lengths or output_attentions; give a text per row")
+        packed = PackedTexts.of(position_ids, attention_mask, input_ids.shape)
+        out = self.blt(packed.rows(input_ids), **wanted)
+        states = None
+        if out.hidden_states is not None:
+            states = SimpleNamespace(decoder=tuple(packed.packed(h_RLD) for h_RLD in out.hidden_states.decoder))
+        return SimpleNamespace(logits=packed.packed(out.logits), hidden_states=states)
 
     def byte_states(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any
@@ -264,12 +278,13 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
 
         A row's random numbers come from a seed that is drawn from torch's generator, so `torch.manual_seed` repeats a
         text. Tokens are bytes: transformers' default of 20 new ones is a short text. Its default `top_k=50` counts,
-        too, where `do_sample=True`; 0 is none. Only bytes and EOS are generated.
+        too, where `do_sample=True`; 0 leaves it out. Only bytes and EOS are generated.
 
         Raises:
             UserError: beam search or another way that is not implemented, or a value that is not valid.
         """
-        return generate(self, inputs, generation_config, super().generate, **arguments)
+        theirs: Any = super()
+        return continue_texts(self, inputs, generation_config, theirs.generate, **arguments)
 
     def prepare_inputs_for_generation(
         self,
@@ -283,13 +298,13 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.encoder.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.model.encoder.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.decoder.output
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.model.decoder.output = new_embeddings
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Module:
@@ -333,7 +348,7 @@ def new_blt(config: BytelatentConfig) -> BLT:
     entropy_model = None
     if config.entropy_model is not None:
         entropy_model = ByteLM(ByteLMSettings.parse(config.entropy_model, "entropy_model"))
-    return BLT(BLTModel(ours.model), ours, entropy_model)
+    return BLT(BLTModel(cast(BLTSettings, ours.model)), ours, entropy_model)
 
 
 def is_unknown(name: str, value: Any) -> bool:

@@ -249,7 +249,7 @@ _DEMO_BLT = BLTSettings(
     global_transformer=StackSettings(dim=192, num_layers=3, num_heads=6, multiple_of=64),
     decoder=StackSettings(dim=128, num_layers=3, num_heads=4, window=64, multiple_of=64),
     cross_attention=CrossAttentionSettings(k=2, num_heads=4),
-    ngram_hash=NgramHashSettings(vocab_size=8_191),
+    ngram_hash=NgramHashSettings(vocab_size=32_771),
 )
 _BLT_100M = _blt((512, 8), (1, 12, 5), (768, 12), k=2, hash_vocab=20_011)
 

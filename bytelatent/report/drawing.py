@@ -86,12 +86,24 @@ def figure_format(path: Path) -> str:
     """The format of a figure, from the suffix of its file.
 
     Raises:
-        UserError: the suffix is unknown.
+        UserError: the suffix is unknown, or matplotlib is not installed.
     """
+    must_have_matplotlib()
     kind = path.suffix.removeprefix(".")
     if kind not in FIGURE_FORMATS:
         raise UserError(f"figure: '{path}' should end in one of {', '.join('.' + name for name in FIGURE_FORMATS)}")
     return kind
+
+
+def must_have_matplotlib() -> None:
+    """
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise UserError(f"figures need matplotlib ({error}); run: pip install matplotlib") from None
 
 
 def empty_figure(width: float, height: float, palette: Palette = ON_PAPER, **subplots: Any) -> tuple["Figure", Any]:
@@ -100,10 +112,9 @@ def empty_figure(width: float, height: float, palette: Palette = ON_PAPER, **sub
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"figures need matplotlib ({error}); run: pip install matplotlib") from None
+    must_have_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     found = figure.subplots(**subplots)
     for axes in figure.axes:
@@ -159,10 +170,9 @@ def figure_settings(text: str = "", **more: Any) -> Iterator[None]:
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError(f"figures need matplotlib ({error}); run: pip install matplotlib") from None
+    must_have_matplotlib()
+    import matplotlib
+
     families, missing = fonts_for(text)
     warn_of_missing(missing, "boxes")
     settings: Any = {**MATPLOTLIB, "font.family": families, **more}
@@ -171,7 +181,12 @@ def figure_settings(text: str = "", **more: Any) -> Iterator[None]:
 
 
 def fonts_for(text: str) -> tuple[list[str], set[str]]:
-    """The font families that are needed to draw a text, the usual one first, and the characters that none has."""
+    """The font families that are needed to draw a text, the usual one first, and the characters that none has.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    must_have_matplotlib()
     from matplotlib.font_manager import fontManager
 
     upright = [font for font in fontManager.ttflist if font.weight in (400, "normal") and font.style == "normal"]

@@ -104,7 +104,9 @@ def glyphs_of(text: bytes, most: int = MOST_BYTES) -> list[Glyph]:
         end -= 1
     characters = text[:end].decode("utf-8", "surrogateescape")
     _, missing = fonts_for("".join(map(_as_written, characters)))
-    warn_of_missing(missing, "their numbers")
+    # No font draws control characters, and another one would not help.
+    printable = filter(str.isprintable, characters)
+    warn_of_missing({character for character in printable if missing & set(_as_written(character))}, "their numbers")
     for character in characters:
         values = character.encode("utf-8", "surrogateescape")
         written = _as_written(character)

@@ -1,5 +1,6 @@
 """Patches and figures as a notebook shows them: a piece of HTML with a style of its own, and axes of pyplot."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from bytelatent.report.page import page_templates, page_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+LOGGER = logging.getLogger(__name__)
 
 MOST_BYTES = 256  # of a text, on one pair of axes
 
@@ -26,6 +29,8 @@ def draw_entropies_of(text: bytes, patches: Sequence[Patch], threshold: float | 
     """Draw the entropies of a text's first `MOST_BYTES` bytes on axes, or on those of a new figure."""
     glyphs = glyphs_of(text, MOST_BYTES)
     width = glyphs[-1].start + glyphs[-1].num_bytes
+    if width < len(text):
+        LOGGER.warning(f"the figure shows the first {width:,} bytes of {len(text):,}; blt plot entropies draws more")
     with figure_settings("".join(glyph.text for glyph in glyphs)):
         axes = _axes(axes, max(4.0, BYTE_WIDTH * width + 0.9), 2.2)
         draw_entropies(axes, glyphs, patches, threshold, width, ON_PAPER)

@@ -200,7 +200,8 @@ def table_of_results(folder: Path) -> str:
     """
     found = [(path, read_result(path)) for path in sorted(folder.glob("*.json"))]
     if not found:
-        raise UserError(f"table: '{folder}' holds no results; name the folder of NAME.json files, docs/study/speedrun")
+        lacks = "holds no results, files NAME.json" if folder.is_dir() else "is no folder"
+        raise UserError(f"table: '{folder}' {lacks}; blt speedrun ENTRY.yaml writes one into runs/speedrun")
     for path, result in found:
         why = result.problem() or result.trial() or ("" if result.name == path.stem else f"it is of '{result.name}'")
         if why:

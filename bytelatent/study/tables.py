@@ -80,9 +80,9 @@ def plan_values(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
 
 
 def results_table(rows: Sequence[StudyRow]) -> str:
-    """A line for each family and budget, the best first: means over seeds, and between which values they lie."""
+    """A line for each family and budget, the best first: means over seeds, beside the best and the worst one."""
     closed = any(row.held_out is None for row in rows)
-    header = ["family", "budget", "seeds", "tuning" if closed else "held out", "from", "to"]
+    header = ["family", "budget", "seeds", "tuning" if closed else "held out", "best seed", "worst seed"]
     header += ["FLOPs", "bytes per patch", "bytes", "time"]
     key = lambda row: (row.budget, row.family)  # noqa: E731
     lines = []

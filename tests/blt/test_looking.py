@@ -53,7 +53,7 @@ class Seen(HTMLParser):
             self.patches[-1] += data
 
 
-def test_entropies(blt: BLT) -> None:
+def test_entropies(blt: BLT, caplog: pytest.LogCaptureFixture) -> None:
     axes = blt.plot_entropies(TEXT)
     patches = blt.patch(TEXT)
     heights = sorted(bar.get_height() for bar in axes.patches)
@@ -66,6 +66,7 @@ def test_entropies(blt: BLT) -> None:
     assert len(own.patches) == len(TEXT.encode())
     long = blt.plot_entropies("é" * 200)
     assert len(long.patches) == MOST_BYTES
+    assert caplog.messages == ["the figure shows the first 256 bytes of 400; blt plot entropies draws more"]
 
 
 def test_patch_lengths(blt: BLT) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,32 @@ def test_a_byte_lm_is_drawn_with_its_threshold(models: Path, tmp_path: Path, mon
     assert Path("entropies.png").stat().st_size > 0
 
 
+def test_the_threshold_that_is_advised_can_be_given(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.INFO):
+        plot("entropies", models / "byte_lm", "some words")
+    advice = caplog.text.split("another one: ")[1].split()
+    assert advice[0] == "--threshold"
+    assert plot("entropies", models / "byte_lm", "some words", *advice[:2], "--out", "a.svg") == ["a.svg"]
+
+
+def test_without_matplotlib_no_model_is_read(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bytelatent.cli import main
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for arguments in (["entropies", models / "byte_lm", "words"], ["patches", models / "space", models / "text.jsonl"]):
+        monkeypatch.setattr("bytelatent.commands.plot.PatchingModes", None)
+        with pytest.raises(SystemExit) as ended:
+            main(["plot", *map(str, arguments), "--out", str(tmp_path / "a.png")])
+        assert ended.value.code == 2
+        assert "run: pip install matplotlib" in capsys.readouterr().err
+
+
 def test_lengths_of_patches_of_several_models(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[dict[str, Counter[int]]] = []
     monkeypatch.setattr("bytelatent.commands.plot.write_patches_figure", lambda path, lengths: drawn.append(lengths))
@@ -198,5 +225,8 @@ def test_what_no_font_draws_is_named(
         write_entropies_figure(tmp_path / "a.svg", text, patched(text, [1], [1.0] * 4), 0.5)
     assert "no font here has U+65E5; shown as their numbers" in caplog.text
     assert [glyph.text for glyph in glyphs_of(text)] == ["a", "U+65E5"]
+    caplog.clear()
+    assert [glyph.text for glyph in glyphs_of(b"a\x01\x1b")] == ["a", "U+0001", "U+001B"]
+    assert not caplog.records
     with pytest.raises(UserError, match="cannot be written"), figure_file(tmp_path / "a.svg" / "b.png", 1, 1):
         pass

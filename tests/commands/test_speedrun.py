@@ -195,8 +195,9 @@ def test_the_table_has_results_of_ten_minutes_alone(finished: Path, tmp_path: Pa
     assert [row[0] for row in rows] == ["best", "worse"]
     (tmp_path / "worse.json").rename(tmp_path / "other.json")
     assert "other.json': it is of 'worse'" in blt("--table", tmp_path)[2]
+    assert "absent' is no folder; blt speedrun ENTRY.yaml writes" in blt("--table", tmp_path / "absent")[2]
     (tmp_path / "empty").mkdir()
-    assert "holds no results" in blt("--table", tmp_path / "empty")[2]
+    assert "holds no results, files NAME.json; blt speedrun ENTRY" in blt("--table", tmp_path / "empty")[2]
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
     refused(lambda: load(folder, load_in_8bit=True), "load_in_8bit", "quantize")
     refused(lambda: load(folder, draft_lenght=2), "did you mean 'draft_length'")
     refused(lambda: load(folder, device_map={"model": "cpu", "": "cuda"}), "device_map", "one device")
+    refused(lambda: load(folder, subfolder="x"), "subfolder")
     refused(lambda: load(folder, patching={"mode": "spaces"}), "patching", "spaces")
     refused(lambda: BytelatentForCausalLM.from_pretrained(tmp_path / "nothing"), "nothing", "is not a folder")
     refused(lambda: BytelatentConfig(model="demo-bl"), "demo-blt")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,55 @@ def test_refused(model: BytelatentForCausalLM) -> None:
 
 
 def test_states(model: BytelatentForCausalLM) -> None:
-    """`blt` gives what a causal language model of transformers has no place for."""
-    out = model.blt(IDS, attention_mask=MASK, output_hidden_states=True)
-    assert out.byte_states.shape == (*IDS.shape, 16)
-    torch.testing.assert_close(F.linear(torch.zeros(1, 16), model.model.decoder.output.weight), torch.zeros(1, 260))
+    """The states that trainers make logits of, and the decoder's states and weights by transformers' names."""
+    found = model(IDS, attention_mask=MASK, output_hidden_states=True, output_attentions=True)
+    whole = model.blt(IDS, attention_mask=MASK, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(found.hidden_states, whole.hidden_states.decoder, **EXACT)
+    torch.testing.assert_close(found.attentions, whole.attentions.decoder, **EXACT)
+    assert len(found.hidden_states) == model.config.model["decoder"]["num_layers"] + 1
+    last = model.base_model(IDS, attention_mask=MASK, use_cache=False).last_hidden_state
+    logits = F.linear(last, model.get_output_embeddings().weight)
+    torch.testing.assert_close(logits[MASK == 1], found.logits[MASK == 1])
+    model.config.output_hidden_states = True
+    assert len(model(IDS).hidden_states) == len(found.hidden_states)
+
+
+def test_packed_texts(model: BytelatentForCausalLM) -> None:
+    """Several texts in a row, with padding at its end: each as if it were alone, in logits, states and loss."""
+    sizes = [int(row.sum()) for row in MASK]
+    texts = [row[:size] for row, size in zip(IDS, sizes, strict=True)]
+    ids = torch.zeros(2, 70, dtype=torch.long)
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    places = [(0, 0), (0, 30), (1, 0), (1, 30)]
+    for (row, at), text in zip(places, texts, strict=True):
+        ids[row, at : at + len(text)], mask[row, at : at + len(text)] = text, 1
+        positions[row, at : at + len(text)] = torch.arange(len(text))
+    labels = ids.masked_fill(mask == 0, -100)
+    found = model(ids, attention_mask=mask, position_ids=positions, labels=labels)
+    nats, count = 0.0, 0
+    for (row, at), text in zip(places, texts, strict=True):
+        alone = model(text[None], labels=text[None])
+        torch.testing.assert_close(found.logits[row, at : at + len(text)], alone.logits[0], rtol=1e-5, atol=1e-5)
+        nats, count = nats + alone.loss.item() * (len(text) - 1), count + len(text) - 1
+    assert found.loss.item() == pytest.approx(nats / count, rel=1e-6)
+    last = model.base_model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    logits = F.linear(last, model.get_output_embeddings().weight)
+    torch.testing.assert_close(logits[mask == 1], found.logits[mask == 1])
+    flat, flat_positions = ids[mask == 1][None], positions[mask == 1][None]
+    torch.testing.assert_close(model(flat, position_ids=flat_positions).logits[0], found.logits[mask == 1])
+    for wrong, more in ((positions + 1, {}), (positions[:, :3], {}), (positions, {"output_attentions": True})):
+        with pytest.raises(UserError, match="position_ids"):
+            model(ids, attention_mask=mask, position_ids=wrong, **more)
+
+
+def test_made_elsewhere(model: BytelatentForCausalLM, blt: BLT) -> None:
+    """Without values on the device `meta`, and by pickle, as processes hand models on."""
+    with torch.device("meta"):
+        empty = BytelatentForCausalLM(model.config)
+    assert {weight.device.type for weight in empty.parameters()} == {"meta"}
+    empty.load_state_dict(model.state_dict(), assign=True)
+    empty.blt.entropy_model.load_state_dict(blt.entropy_model.state_dict(), assign=True)
+    assert torch.equal(empty(IDS).logits, model(IDS).logits)
+    again = pickle.loads(pickle.dumps(model))
+    assert again.blt.model is again.model
+    assert torch.equal(again(IDS).logits, model(IDS).logits)

@@ -117,16 +117,40 @@ def test_supervised_on_texts(model: BytelatentForCausalLM, tmp_path: Path) -> No
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
+def test_packed_training(folder: Path, tmp_path: Path) -> None:
+    """TRL packs texts into rows; the loss of the first step is that without packing."""
+    found = []
+    for packing in (False, True):
+        args = SFTConfig(
+            output_dir=str(tmp_path),
+            **COMMON | {"per_device_train_batch_size": 16, "bf16": False},
+            max_steps=1,
+            save_strategy="no",
+            packing=packing,
+            max_length=60,
+        )
+        trainer = SFTTrainer(
+            model=str(folder),
+            args=args,
+            train_dataset=Dataset.from_dict({"text": TEXTS}),
+            processing_class=BytelatentTokenizer(),
+        )
+        assert (len(trainer.train_dataset) < len(TEXTS)) == packing
+        trainer.train()
+        found.append(losses(trainer)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_supervised_on_chats(folder: Path, tmp_path: Path) -> None:
     """By the name of a model's folder, as TRL's own scripts do it; only what the prompt does not hold is learned."""
     tokenizer = BytelatentTokenizer(chat_template=CHAT)
-    turns = [
+    chats = [
         {"prompt": [{"role": "u", "content": "hi"}], "completion": [{"role": "a", "content": text}]} for text in TEXTS
     ]
     trainer = SFTTrainer(
         model=str(folder),
         args=SFTConfig(output_dir=str(tmp_path), **COMMON, max_steps=2, save_strategy="no"),
-        train_dataset=Dataset.from_list(turns),
+        train_dataset=Dataset.from_list(chats),
         processing_class=tokenizer,
     )
     batch = next(iter(trainer.get_train_dataloader()))

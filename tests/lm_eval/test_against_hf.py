@@ -13,6 +13,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from bytelatent import BLT
 from bytelatent.evaluation.harness import HarnessModel
 from bytelatent.model import TokenLMSettings
 from bytelatent.text.tokenizer import TOKENIZER, Tokenizer, train_tokenizer
@@ -164,3 +165,18 @@ def test_ids_of_the_exported_tokenizer(exported: Path) -> None:
     assert model.tok_encode(text, add_special_tokens=False) == [byte + 4 for byte in text.encode()]
     assert (model.prefix_token_id, model.eot_token_id, model.max_length) == (1, 2, 64)
     assert torch.equal(torch.tensor(model.tok_encode("")), torch.tensor([1]))
+
+
+def test_our_class_in_their_backend(ours: HarnessModel, exported: Path, local_tasks: Path, tmp_path: Path) -> None:
+    """lm_eval's own class gives our numbers with `bytelatent.hf`, in batches, on its own caches of generation."""
+    import bytelatent.hf  # noqa: F401
+
+    BLT.from_pretrained(exported, device="cpu").save_pretrained(tmp_path / "native")
+    common: dict[str, Any] = {"pretrained": str(tmp_path / "native"), "device": "cpu", "batch_size": 3}
+    with_bos, other = HFLM(**common, dtype="float32"), HFLM(**common, dtype="float32", add_bos_token=False)
+    assert type(with_bos.model).__name__ == "BytelatentForCausalLM"
+    for task, its in (("local_text", other), ("local_choice", with_bos), ("local_continuation", with_bos)):
+        mine, theirs_ = (results(model, local_tasks, task) for model in (ours, its))
+        assert_same(mine, theirs_, task)
+    texts, others = ([row["resps"] for row in found["samples"]["local_continuation"]] for found in (mine, theirs_))
+    assert texts == others

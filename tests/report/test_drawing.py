@@ -17,6 +17,7 @@ from bytelatent.report.drawing import (
     clock,
     empty_figure,
     figure_file,
+    figure_format,
     fonts_for,
     label_ends,
     scale_time,
@@ -119,3 +120,6 @@ def test_without_matplotlib_there_is_one_line(tmp_path: Path, monkeypatch: pytes
     message = r"figures need matplotlib \(.*\); run: pip install matplotlib"
     with pytest.raises(UserError, match=message), figure_file(tmp_path / "a.png", 2, 2):
         pass
+    for needs_it in (lambda: figure_format(tmp_path / "a.png"), lambda: fonts_for("a"), lambda: empty_figure(2, 2)):
+        with pytest.raises(UserError, match=message):
+            needs_it()
