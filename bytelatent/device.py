@@ -7,12 +7,15 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
-from typing import Self
+from typing import ParamSpec, Self, TypeVar
 
 import torch
 
 from bytelatent.errors import UserError
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}  # precisions that models are loaded in
 TRIAL = 3  # pieces of work that a number of threads is tried on
@@ -252,3 +255,16 @@ class Threads:
         self.count = self.counts[index]
         if torch.get_num_threads() != self.count:
             torch.set_num_threads(self.count)
+
+
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, for what keeps tensors: those that inference mode makes cannot be changed outside it."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return called

@@ -166,7 +166,7 @@ def test_a_last_patch_that_goes_on(blt: BLT) -> None:
         (torch.tensor([[1, 70]]), torch.tensor([[1, 1], [1, 1]]), "logits takes ids"),
         (torch.tensor([[1, 70]]), torch.tensor([[1]]), "patch_lengths sum to 1; a row of 2 ids needs 2 or 3"),
         (torch.tensor([[1, 70]]), torch.tensor([[1, 3]]), "patch_lengths sum to 4"),
-        (torch.tensor([[1, 70]]), torch.tensor([[3, -1]]), "patch_lengths sum to 2"),
+        (torch.tensor([[1, 70]]), torch.tensor([[3, -1]]), "patch_lengths are 0 or more, not -1"),
         (torch.tensor([[1, 260]]), None, r"^logits: ids are whole numbers from 0 to 259, and -1 for padding$"),
         (torch.tensor([[1, -2]]), None, "logits: ids are whole numbers"),
         (torch.tensor([[1.0, 2.0]]), None, "logits: ids are whole numbers"),

@@ -210,6 +210,15 @@ class Core(nn.Module):
             return sum(weight.numel() for weight in self.parameters() if weight.requires_grad)
         return _num_parameters(self)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *found: list[str]
+    ) -> None:
+        """As torch's, which takes weights of an entropy model that is None for expected."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *found)
+        if self.entropy_model is None and strict:
+            _, unexpected, _ = found
+            unexpected += [name for name in state_dict if name.startswith(f"{prefix}entropy_model.")]
+
     def train(self, mode: bool = True) -> Self:
         """As torch's; the entropy model stays in evaluation mode."""
         super().train(mode)

@@ -140,24 +140,26 @@ class Forward(Core):
         """Read rows of ids, each from its start and as if it were alone.
 
         Args:
-            input_ids: [B, N], each row a document: BOS first. Padded at either end.
-            attention_mask: [B, N], 0 at padding; None: ids of -1 are padding.
+            input_ids: [B, N], each row a document: BOS first. Padded at either end. A row without BOS is read as if its
+                first id began a document, which no model has seen in training; cut texts after BOS, not before.
+            attention_mask: [B, N], 0 at padding and 1 elsewhere; None: ids of -1 are padding.
             labels: [B, N], what each id should have been, so usually `input_ids` themselves: the loss compares those of
-                id i+1 with the logits of id i. Those of -100, of padding and of a row's first id do not count.
-            patch_lengths: [B, P], zero-padded; a row sums to its number of ids or one more. None: patches of the model.
+                id i+1 with the logits of id i. Those of -100, of padding and of a row's first id do not count;
+                where none counts, the loss is 0.
+            patch_lengths: [B, P], zero-padded, in ids, BOS and EOS included. A row sums to its number of ids N, or to
+                N + 1 with the id that follows, which says whether the next id starts a patch. None: the model's own.
             output_hidden_states: also give the states of bytes and patches, and those of all layers.
             output_attentions: also give attention weights, whose memory is that of all pairs.
 
         Raises:
-            UserError: shapes, ids or sums do not fit.
+            UserError: types, shapes, ids, mask or sums do not fit.
         """
         rows = _checked_rows("forward", input_ids, attention_mask, self.device)
-        if patch_lengths is not None and patch_lengths.shape[:-1] != rows.ids.shape[:1]:
-            raise UserError(f"forward: patch_lengths [B, P], not {list(patch_lengths.shape)}, for {len(rows.ids)} rows")
-        if labels is not None and labels.shape != rows.ids.shape:
-            raise UserError(
-                f"forward: labels {list(labels.shape)} and input_ids {list(rows.ids.shape)} differ in shape"
-            )
+        lengths = None if patch_lengths is None else tensor("forward", "patch_lengths", patch_lengths)
+        if lengths is not None and lengths.shape[:-1] != rows.ids.shape[:1]:
+            raise UserError(f"forward: patch_lengths [B, P], not {list(lengths.shape)}, for {len(rows.ids)} rows")
+        if labels is not None:
+            labels = checked_labels(labels, rows.is_real)
         stream = rows.stream
         starts, entropies = self.next_starts(stream) if patch_lengths is None else (_given(rows, patch_lengths), None)
         batch = add_patches(stream, starts)
@@ -192,7 +194,8 @@ class Forward(Core):
         """
         if not isinstance(ids, Tensor):
             ids = prompt_ids(ids)[None]
-        if ids.dim() != 2 or (patch_lengths is not None and patch_lengths.shape[:-1] != ids.shape[:1]):
+        lengths = None if patch_lengths is None else tensor("logits", "patch_lengths", patch_lengths)
+        if ids.dim() != 2 or (lengths is not None and lengths.shape[:-1] != ids.shape[:1]):
             raise UserError(f"logits takes ids [B, N] and patch_lengths [B, P], not {list(ids.shape)}")
         rows = _checked_rows("logits", ids, None, self.device)
         size = LIMITS["context"] if context is None else checked_context(context)
@@ -250,16 +253,59 @@ def _first_patch(batch: PatchedStream) -> Tensor:
     return batch.patch - batch.patch_position[batch.patch]
 
 
+def tensor(name: str, argument: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise UserError(f"{name}: {argument} is a tensor, not {type(value).__name__}; write torch.tensor(...)")
+    return value
+
+
+def checked_mask(name: str, mask: Any, shape: torch.Size) -> Tensor:
+    """An attention mask as bool.
+
+    Raises:
+        UserError: it has another shape than the ids, or is none of 0 and 1.
+    """
+    if tensor(name, "attention_mask", mask).shape != shape:
+        raise UserError(f"{name}: attention_mask {list(mask.shape)} and ids {list(shape)} differ in shape")
+    is_real = mask != 0
+    if bool((is_real & (mask != 1)).any()):
+        found = mask[is_real & (mask != 1)][0].item()
+        raise UserError(f"{name}: attention_mask holds {found}; it is 1 at ids and 0 at padding")
+    if mask.is_floating_point() and mask.numel() and not bool(is_real.any()):
+        why = "all padding; a mask that is added to scores is not taken"
+        raise UserError(f"{name}: attention_mask is 0.0 everywhere, {why}: write 1 at ids")
+    return is_real
+
+
+def checked_labels(labels: Any, is_real_BN: Tensor) -> Tensor:
+    """Labels as int64, those of padding ignored.
+
+    Raises:
+        UserError: they are no ids, or have another shape than the ids.
+    """
+    labels = tensor("forward", "labels", labels)
+    if labels.shape != is_real_BN.shape:
+        raise UserError(f"forward: labels {list(labels.shape)} and input_ids {list(is_real_BN.shape)} differ in shape")
+    found_BN = labels.to(is_real_BN.device).masked_fill(~is_real_BN, IGNORED) if is_integer(labels) else None
+    if found_BN is None or bool(((found_BN != IGNORED) & ((found_BN < 0) | (found_BN >= VOCAB_SIZE))).any()):
+        raise UserError(f"labels: ids are whole numbers from 0 to {VOCAB_SIZE - 1}, and {IGNORED} where none counts")
+    return found_BN.long()
+
+
+def is_integer(values: Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
 def _checked_rows(name: str, ids: Tensor, mask: Tensor | None, device: torch.device) -> Rows:
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         found = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise UserError(f"{name}: it takes ids [B, N], not {found}; blt.encode makes them of texts")
-    if mask is not None and mask.shape != ids.shape:
-        raise UserError(f"{name}: attention_mask {list(mask.shape)} and ids {list(ids.shape)} differ in shape")
+    is_real = None if mask is None else checked_mask(name, mask, ids.shape).to(device)
     ids = ids.to(device)
-    is_real = ids != PADDING if mask is None else mask.to(device) != 0
-    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if not is_integer or bool((is_real & ((ids < 0) | (ids >= VOCAB_SIZE))).any()):
+    is_real = ids != PADDING if is_real is None else is_real
+    if not is_integer(ids) or bool((is_real & ((ids < 0) | (ids >= VOCAB_SIZE))).any()):
+        if mask is not None and bool((is_real & (ids == PADDING)).any()):
+            raise UserError(f"{name}: attention_mask is 1 where ids are {PADDING}, which is padding; write 0 there")
         raise UserError(f"{name}: ids are whole numbers from 0 to {VOCAB_SIZE - 1}, and {PADDING} for padding")
     begins = is_real.long().diff(dim=1, prepend=torch.zeros_like(ids[:, :1], dtype=torch.long)) > 0
     if bool((begins.sum(1) > 1).any()):
@@ -274,10 +320,7 @@ def _given(rows: Rows, patch_lengths: Tensor) -> Tensor:
     return torch.cat([starts_of_lengths(lengths, size) for lengths, size in pairs])
 
 
-def _loss(logits_TV: Tensor, rows: Rows, labels: Tensor) -> Tensor:
-    labels_BN = labels.to(rows.ids.device, torch.long).masked_fill(~rows.is_real, IGNORED)
-    if bool(((labels_BN != IGNORED) & ((labels_BN < 0) | (labels_BN >= VOCAB_SIZE))).any()):
-        raise UserError(f"labels: ids are whole numbers from 0 to {VOCAB_SIZE - 1}, and {IGNORED} where none counts")
+def _loss(logits_TV: Tensor, rows: Rows, labels_BN: Tensor) -> Tensor:
     targets_T = F.pad(labels_BN[:, 1:], (0, 1), value=IGNORED)[rows.is_real]
     nats = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
     return nats / (targets_T != IGNORED).sum().clamp(min=1)

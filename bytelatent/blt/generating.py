@@ -165,8 +165,10 @@ class Generating(Core):
     def _borrowed_engine(self, batch_size: int) -> Iterator[Engine]:
         """The engine of the last call if it fits and no other thread has it: its captured step can be reused."""
         parts = [self.model, *([self.entropy_model] if self.entropy_model is not None else [])]
-        weights = [(weight.data_ptr(), weight._version) for part in parts for weight in part.parameters()]
-        key = (batch_size, self.draft_length, self.patching, weights)
+        weights = [weight for part in parts for weight in part.parameters()]
+        # Weights that were made in inference mode do not tell whether they have changed.
+        state = [(each.data_ptr(), object() if each.is_inference() else each._version) for each in weights]
+        key = (batch_size, self.draft_length, self.patching, state)
         idle, self._idle_engine = self._idle_engine, None
         engine = idle[1] if idle is not None and idle[0] == key else self.engine(batch_size)
         yield engine
@@ -180,6 +182,8 @@ def _requests(name: str, prompt: Text | Texts, max_new_bytes: Any, sampling: dic
     Raises:
         UserError: a setting is unknown or not valid, or a list of them has another length than the prompts.
     """
+    if name == "stream" and "samples" in sampling:
+        raise UserError("samples: stream gives one continuation of a prompt; use generate, or give the prompt again")
     for key in sampling.keys() & HINTS.keys():
         raise UserError(f"{name}: {key} is a name of transformers; {HINTS[key]}")
     is_one = isinstance(prompt, str | bytes)

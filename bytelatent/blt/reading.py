@@ -185,9 +185,11 @@ class Reading(Forward):
             UserError: there is no text, or an empty one.
         """
         data = [to_bytes(text) for text in as_list(texts)]
-        if not data or not all(data):
-            which = "there is no text" if not data else "the text is empty" if len(data) == 1 else "a text is empty"
-            raise UserError(f"bits_per_byte: {which}")
+        if not data:
+            raise UserError("bits_per_byte: there is no text")
+        if empty := [number for number, text in enumerate(data) if not text]:
+            which = "the text" if len(data) == 1 else f"text {empty[0]} of {len(data):,} (from 0)"
+            raise UserError(f"bits_per_byte: {which} is empty")
         if not 0 < confidence < 1:
             raise UserError(f"confidence: {confidence} is not between 0 and 1; 0.95 is usual")
         context = self.context if context is None else checked_context(context)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList 
 from transformers.generation.utils import GenerateDecoderOnlyOutput  # pyright: ignore[reportMissingImports]
 
 from bytelatent.blt import BLT, MAX_BATCH_SIZE
+from bytelatent.blt.forward import checked_mask
 from bytelatent.errors import UserError
 from bytelatent.inference import Decoder, Sampling
 from bytelatent.inference.engine import Continuation
@@ -93,9 +94,7 @@ def _mask(input_ids: Tensor, mask: Tensor | None, settings: GenerationConfig) ->
     if mask is None:
         is_text = input_ids != settings.pad_token_id if settings.pad_token_id == BOE else input_ids >= 0
         return is_text.long().cummax(1).values.bool() & is_text.long().flip(1).cummax(1).values.flip(1).bool()
-    if mask.shape != input_ids.shape:
-        raise UserError(f"attention_mask: {list(mask.shape)} for ids {list(input_ids.shape)}; they should be the same")
-    return mask.bool()
+    return checked_mask("generate", mask, input_ids.shape)
 
 
 def _asks_for_more(settings: GenerationConfig) -> bool:

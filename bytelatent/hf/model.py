@@ -16,6 +16,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel  # p
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput  # pyright: ignore[reportMissingImports]
 
 from bytelatent.blt import BLT
+from bytelatent.blt.forward import checked_labels
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import MANIFEST, digests
 from bytelatent.hf.config import OF_AUTO, BytelatentConfig, found_by
@@ -25,7 +26,7 @@ from bytelatent.model import Block, BLTModel, BLTSettings, ByteLM, ByteLMSetting
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
 from bytelatent.training.distributed.parallelize import checkpointed
-from bytelatent.vocab import BOE, BOS, EOS
+from bytelatent.vocab import BOE, BOS, EOS, PADDING
 from bytelatent.weights import StoredModel, StoredTensor, write_model
 
 # Shapes: B batch size, N ids in a row, V vocabulary
@@ -198,7 +199,8 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, N], each row from the start of a text, BOS first; padded on either side.
             attention_mask: [B, N], 0 at padding.
-            labels: [B, N] as `input_ids`, and -100 where nothing is to be learned; they are shifted here.
+            labels: [B, N] as `input_ids`, and -100 where nothing is to be learned; they are shifted here. Those
+                of padding do not count; where none counts, the loss is 0.
             patch_lengths: [B, P] as `BLT.forward` takes them.
             position_ids: [B, N], where rows hold several texts end to end: 0 begins one. Each is as if it were alone.
             output_hidden_states: also return the states of the decoder's layers; `blt` itself gives those of all parts.
@@ -216,12 +218,16 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         out = self._out(input_ids, attention_mask, position_ids, patch_lengths=patch_lengths, **asked, **given)
         loss = None
         if labels is not None:
-            labels = labels.to(out.logits.device)
-            if attention_mask is not None:  # nothing predicts what follows padding at the left
-                begins = F.pad(attention_mask.to(labels.device)[:, :-1] == 0, (1, 0))
-                labels = labels.masked_fill(begins, IGNORED)
+            assert input_ids is not None
+            is_text = input_ids != PADDING if attention_mask is None else attention_mask != 0
+            is_text = is_text.to(out.logits.device)
+            labels = checked_labels(labels, is_text)
+            # Nothing predicts what follows padding.
+            labels = labels.masked_fill(F.pad(~is_text[:, :-1], (1, 0)), IGNORED)
             if position_ids is not None:  # nor what begins a text
                 labels = labels.masked_fill(position_ids.to(labels.device) == 0, IGNORED)
+            if more.get("num_items_in_batch") is None:  # 1 at least: the loss is 0 where no label counts
+                more["num_items_in_batch"] = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
             loss = self.loss_function(out.logits, labels, self.config.vocab_size, **more)
         states = out.hidden_states.decoder if wants_states else None
         weights = out.attentions.decoder if output_attentions else None

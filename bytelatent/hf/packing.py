@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bytelatent.blt.forward import checked_mask
 from bytelatent.errors import UserError
 from bytelatent.vocab import PADDING
 
@@ -36,7 +37,9 @@ class PackedTexts:
         if position_ids.shape[-1] != shape[1] or position_ids.dim() != 2:
             raise UserError(f"position_ids: {list(position_ids.shape)} for ids {list(shape)}; they should be the same")
         positions = position_ids.expand(shape)
-        is_text = torch.ones_like(positions, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        is_text = torch.ones_like(positions, dtype=torch.bool)
+        if attention_mask is not None:
+            is_text = checked_mask("forward", attention_mask, shape)
         begins = is_text & (positions == 0)
         place = positions[is_text]
         row = is_text.nonzero()[:, 0]

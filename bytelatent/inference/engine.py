@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from bytelatent.device import outside_inference_mode
 from bytelatent.errors import UserError
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import DecodeState
@@ -281,6 +282,7 @@ class Engine:
         self._waiting: deque[list[Continuation]] = deque()  # those of one prompt together
 
     @classmethod
+    @outside_inference_mode
     def plain(cls, decoder: Decoder, batch_size: int, vocabulary: Vocabulary = BYTES) -> "Engine":
         """One in plain PyTorch."""
         check_limits(batch_size=batch_size)
@@ -329,6 +331,7 @@ class Engine:
         self._waiting.append(list(asked))
         return asked
 
+    @outside_inference_mode
     def cancel(self, which: Continuation) -> None:
         """End a sequence where it is."""
         if which.ended is None:
@@ -337,6 +340,7 @@ class Engine:
         self._waiting = deque(waiting for waiting in others if waiting)
         self._release_ended()
 
+    @outside_inference_mode
     def advance(self) -> list[Continuation]:
         """Admit waiting sequences and decode a step; the sequences that have become longer."""
         self._admit()

@@ -88,12 +88,14 @@ def starts_of_lengths(lengths: Tensor, num_ids: int) -> Tensor:
         lengths: [P], zero-padded.
 
     Raises:
-        UserError: they are not integers, or sum neither to the number of ids nor to one more.
+        UserError: they are not integers, or are negative, or sum neither to the number of ids nor to one more.
     """
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise UserError(f"patch_lengths are whole numbers, not {lengths.dtype}")
     total = int(lengths.sum())
-    if total not in (num_ids, num_ids + 1) or bool((lengths < 0).any()):
+    if bool((lengths < 0).any()):
+        raise UserError(f"patch_lengths are 0 or more, not {int(lengths.min())}; 0 only fills up a row")
+    if total not in (num_ids, num_ids + 1):
         raise UserError(f"patch_lengths sum to {total}; a row of {num_ids} ids needs {num_ids} or {num_ids + 1}")
     starts = torch.zeros(num_ids + 2, dtype=torch.bool, device=lengths.device)
     starts[lengths[lengths > 0].cumsum(0)] = True

@@ -190,3 +190,13 @@ def test_what_cannot_be_loaded_is_not_written(blt: BLT, saved: Path, tmp_path: P
     with pytest.raises(UserError, match="'onnx' is unknown"):
         blt.save_pretrained(tmp_path / "a", format="onnx")
     blt.save_pretrained(tmp_path / "a")
+
+
+def test_weights_of_an_entropy_model_are_not_dropped(blt: BLT) -> None:
+    assert blt.entropy_model is not None
+    other = BLT.from_config(blt.config, PatchSettings(mode="space"))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.* \"entropy_model\."):
+        other.load_state_dict(blt.state_dict())
+    found = other.load_state_dict(blt.state_dict(), strict=False)
+    assert found.unexpected_keys == [f"entropy_model.{name}" for name in blt.entropy_model.state_dict()]
+    assert blt.load_state_dict(blt.state_dict()).unexpected_keys == []

@@ -264,6 +264,15 @@ def test_ten_lines_train_it_with_parts_frozen(optimizer: Any) -> None:
         (lambda blt, ids: blt(ids.float()), "^forward: ids are whole numbers"),
         (lambda blt, ids: blt(ids, patch_lengths=torch.tensor([[1]])), "patch_lengths sum to 1; a row of 3 ids"),
         (lambda blt, ids: blt(ids, patch_lengths=torch.ones(3)), "^forward: patch_lengths"),
+        (lambda blt, ids: blt(ids, patch_lengths=[[3]]), "^forward: patch_lengths is a tensor, not list"),
+        (lambda blt, ids: blt.logits(ids, [[3]]), "^logits: patch_lengths is a tensor, not list"),
+        (lambda blt, ids: blt(ids, labels=[[1, 2, 3]]), "^forward: labels is a tensor, not list"),
+        (lambda blt, ids: blt(ids, labels=ids.float()), "^labels: ids are whole numbers"),
+        (lambda blt, ids: blt(ids, [[1, 1, 1]]), "^forward: attention_mask is a tensor, not list"),
+        (lambda blt, ids: blt(ids, torch.tensor([[1, 0.5, 0]])), "^forward: attention_mask holds 0.5; it is 1 at ids"),
+        (lambda blt, ids: blt(ids, torch.tensor([[0, 0, -torch.inf]])), "^forward: attention_mask holds -inf"),
+        (lambda blt, ids: blt(ids, torch.zeros(1, 3)), "^forward: attention_mask is 0.0 everywhere"),
+        (lambda blt, ids: blt(ids * 0 - 1, ids > 0), "^forward: attention_mask is 1 where ids are -1"),
     ],
 )
 def test_what_does_not_fit_is_named(call: Any, message: str, blt: BLT) -> None:
@@ -279,5 +288,6 @@ def test_rows_without_ids(blt: BLT) -> None:
     empty = blt(ids[:1], labels=ids[:1], output_hidden_states=True, output_attentions=True)
     assert empty.logits.shape == (1, 2, 260)
     assert empty.loss == 0
+    assert blt(ids, labels=torch.full_like(ids, -100)).loss == 0
     for shape in ((0, 0), (2, 0)):
         assert blt(torch.zeros(shape, dtype=torch.long)).logits.shape == (*shape, 260)

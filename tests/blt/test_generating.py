@@ -95,3 +95,29 @@ def test_wrong_settings_are_named(blt: BLT, settings: dict[str, Any], message: s
 def test_a_list_of_settings_for_one_prompt(blt: BLT) -> None:
     with pytest.raises(UserError, match="seed: a list of 2 for 1 prompt; give one value"):
         blt.generate("a", seed=[1, 2])
+
+
+def test_inside_and_outside_inference_mode() -> None:
+    """In any order, and with weights that were made there."""
+    blt = wrap(tiny_blt(window=6))
+    expected, expected_too = blt.generate("a", 5), blt.generate("b", 5)
+    blt._idle_engine = None
+    with torch.inference_mode():
+        assert blt.generate("a", 5) == expected
+        pieces = blt.stream("a", 5)
+        first = next(pieces)
+        made_inside = wrap(tiny_blt(window=6))
+        assert made_inside.generate("a", 5) == expected
+    assert first + "".join(pieces) == expected
+    assert blt.generate("b", 5) == expected_too
+    with torch.inference_mode():
+        assert blt.generate("a", 5) == expected
+    assert made_inside.generate("b", 5) == expected_too
+    with torch.inference_mode():
+        made_inside.model.decoder.output.weight.copy_(made_inside.model.decoder.output.weight.flip(0))
+    assert blt.generate("b", 5, temperature=0) != made_inside.generate("b", 5, temperature=0)
+
+
+def test_samples_of_a_stream(blt: BLT) -> None:
+    with pytest.raises(UserError, match=r"^samples: stream gives one .* use generate"):
+        blt.stream("a", 5, samples=2)

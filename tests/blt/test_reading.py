@@ -122,7 +122,7 @@ def test_bits_per_byte_of_texts(blt: BLT) -> None:
     assert blt.bits_per_byte(texts[:9]).interval is None
     for call, message in (
         (lambda: blt.bits_per_byte([]), "^bits_per_byte: there is no text$"),
-        (lambda: blt.bits_per_byte(["a", ""]), "^bits_per_byte: a text is empty$"),
+        (lambda: blt.bits_per_byte(["a", ""]), r"^bits_per_byte: text 1 of 2 \(from 0\) is empty$"),
         (lambda: blt.bits_per_byte(texts, confidence=95), "^confidence: 95 is not between 0 and 1"),
         (lambda: blt.read(5), "a text is str or bytes, not int"),
         (lambda: blt.states(["a", None]), "a text is str or bytes, not NoneType"),

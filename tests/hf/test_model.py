@@ -72,6 +72,9 @@ def test_loss(model: BytelatentForCausalLM) -> None:
     assert torch.equal(model(IDS, attention_mask=MASK, labels=labels, return_dict=False)[0], found.loss)
     left = model(to_the_right(IDS, MASK), attention_mask=to_the_right(MASK, MASK), labels=to_the_right(labels, MASK))
     assert left.loss.item() == pytest.approx(sum(sums) / len(sums), rel=1e-5)
+    whole = [model(IDS, attention_mask=MASK, labels=each).loss for each in (IDS, IDS.masked_fill(MASK == 0, -100))]
+    assert torch.equal(*whole)  # labels of padding do not count
+    assert model(IDS, attention_mask=MASK, labels=torch.full_like(IDS, -100)).loss == 0
     ours = model.blt(IDS, attention_mask=MASK, labels=labels)
     torch.testing.assert_close(found.loss, ours.loss)
 
@@ -213,6 +216,12 @@ def test_refused(model: BytelatentForCausalLM) -> None:
         (lambda: model(), "input_ids"),
         (lambda: model(torch.tensor([[1, 300]])), "259"),
         (lambda: model(IDS, attention_mask=MASK[:, :3]), "attention_mask"),
+        (lambda: model(IDS, labels=IDS[:, 1:]), "labels .* differ in shape"),
+        (lambda: model(IDS, labels=IDS.float()), "^labels: ids are whole numbers"),
+        (lambda: model(IDS, labels=IDS + 300), "^labels: ids are whole numbers"),
+        (lambda: model(IDS, labels=IDS * 0 - 1), "^labels: ids are whole numbers"),
+        (lambda: model(IDS, labels=IDS.tolist()), "^forward: labels is a tensor"),
+        (lambda: model.generate(IDS, attention_mask=MASK * 0.5), "^generate: attention_mask holds 0.5"),
         (lambda: model._replicate_for_data_parallel(), "torchrun"),
     ):
         with pytest.raises(UserError, match=word):

@@ -5,6 +5,7 @@ decode step: `sampling` draws, `patching` decides where patches start, `drafting
 captures a step in a CUDA graph (`cuda_graph`) and replays it.
 """
 
+from bytelatent.device import outside_inference_mode
 from bytelatent.errors import UserError
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.engine import Engine
@@ -21,6 +22,7 @@ from bytelatent.vocab import BYTES, Vocabulary
 QUORUM = 1 / 3  # of slots whose patches the global transformer waits for on a GPU; one of up to three slots is enough
 
 
+@outside_inference_mode
 def engine_for(
     model: BLTModel | LanguageModel,
     patching: PatchSettings | None,
