@@ -252,7 +252,7 @@ def _rows_of(runs: Sequence[PlannedRun], plan: StudyPlan, options: StudyOptions)
     """The rows of those runs that are finished; all rows in the folder get the labels of the plan.
 
     Raises:
-        UserError: a row is none, or is of other settings than the plan's.
+        UserError: a file there holds no row, or one of other settings than the plan's.
     """
     found = {}
     for path in sorted((options.place / ROWS).glob("*.json")):
