@@ -263,7 +263,7 @@ def checked_mask(name: str, mask: Any, shape: torch.Size) -> Tensor:
     """An attention mask as bool.
 
     Raises:
-        UserError: it has another shape than the ids, or is none of 0 and 1.
+        UserError: it has another shape than the ids, or holds other values than 0 and 1.
     """
     if tensor(name, "attention_mask", mask).shape != shape:
         raise UserError(f"{name}: attention_mask {list(mask.shape)} and ids {list(shape)} differ in shape")
