@@ -15,7 +15,8 @@ import torch
 
 from bytelatent.errors import UserError
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}  # precisions that models are loaded in
 TRIAL = 3  # pieces of work that a number of threads is tried on
