@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false, reportTypedDictNotRequiredAccess=false, reportOptionalSubscript=false
 """How long a task takes here and with lm-evaluation-harness's own model class for transformers, on the same weights.
 
     python benchmarks/tasks.py --model runs/demo --shots 5
