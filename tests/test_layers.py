@@ -29,6 +29,7 @@ HOLDS = {  # what a package is for, where its name does not say it
     "commands": "what each verb does",
     "blt": "the public class",
     "hf": "classes registered with transformers",
+    "serving": "HTTP API, scheduler, page",
     "study": "models compared at equal training FLOPs: plans, runs, results, figures",
     "training": "trainer, checkpoints, distributed plans, profiling",
     "evaluation": "bits per byte, tasks, noise, characters",
