@@ -337,12 +337,13 @@ class Engine:
             if which is not None and which.ended is not None:
                 if self._prompts.cache is not None and which.ended not in ("cancelled", "failed"):
                     self._keep_state(self._prompts.cache, slot, which)
-                self.slots.release(slot)
+                if not self.is_broken:
+                    self.slots.release(slot)
                 self._in_slot[slot] = None
 
     def _keep_state(self, cache: PrefixCache, slot: int, which: Continuation) -> None:
         """Keep the state of what was generated, for prompts that go on from it."""
-        if len(which.prompt) + len(which.ids) < cache.shortest or self.is_broken:
+        if len(which.prompt) + len(which.ids) < cache.shortest:
             return
         found = self.slots.newest(slot)
         ids = torch.cat([which.prompt, torch.tensor(which.ids, dtype=which.prompt.dtype)])
