@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bytelatent.device import outside_inference_mode
 from bytelatent.errors import UserError
+from bytelatent.inference.constraint import Constraint, ConstraintState
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import DecodeState
 from bytelatent.inference.sampling import CharacterStream, SamplingSlots, whole_characters
@@ -23,7 +25,7 @@ from bytelatent.vocab import BYTES, Vocabulary, decode, to_bytes
 # Shapes: B slots, V vocabulary
 
 PREFILL_IDS = 65_536  # prompt ids read at once
-Reason = Literal["end of text", "length", "stop", "cancelled"]
+Reason = Literal["end of text", "length", "stop", "cancelled", "constraint"]
 
 
 class StopTexts:
@@ -84,7 +86,9 @@ class Continuation:
         max_new_bytes: where it ends. The last token of a token LM may reach over it, and is cut.
         ids: what was drawn, a stop text and EOS included.
         log_probabilities: the model's own, of each of `ids`, in nats.
-        ended: why nothing more will come; None as long as more may.
+        ended: why nothing more will come; None as long as more may. "constraint": nothing was left to draw, and
+            `error` says why.
+        constraint: what the text must meet, and its state once a byte was drawn.
     """
 
     prompt: Tensor
@@ -94,6 +98,8 @@ class Continuation:
     log_probabilities: list[float] = field(default_factory=list)
     ended: Reason | None = None
     vocabulary: Vocabulary = BYTES
+    constraint: Constraint | None = None
+    _constraint_state: ConstraintState | None = None
     _num_bytes: int = 0
     _stop_texts: StopTexts | None = None
     _stop_begins: int | None = None
@@ -136,6 +142,17 @@ class Continuation:
         """The same in whole characters."""
         return self._characters.feed(self.new_bytes()) + (self._characters.finish() if self.ended else "")
 
+    @property
+    def constraint_state(self) -> ConstraintState | None:
+        """What its constraint allows next."""
+        if self._constraint_state is None and self.constraint is not None:
+            self._constraint_state = self.constraint.start()
+        return self._constraint_state
+
+    @property
+    def error(self) -> str | None:
+        return None if self._constraint_state is None else self._constraint_state.error
+
     def take(self, drawn: int, log_probability: float) -> None:
         """Add a drawn id, and decide whether it is the last."""
         self.ids.append(drawn)
@@ -152,7 +169,12 @@ class Continuation:
                 return
             if self._num_bytes >= self.max_new_bytes:
                 self.ended = "length"
-                return
+        if (state := self.constraint_state) is not None:
+            state.read(drawn)
+            if state.is_complete and self.ended is not None:
+                self.ended = "end of text"  # there is no room for EOS, which must come next
+            elif state.error is not None and self.ended is None:
+                self.ended = "constraint"
 
 
 @dataclass(frozen=True)
@@ -162,6 +184,29 @@ class Drawn:
     which: Continuation
     id: int
     log_probability: float
+
+
+class Allowances:
+    """Which slots wait for what their constraints allow next."""
+
+    def __init__(self, num_slots: int):
+        self._num_ids: list[int | None] = [None] * num_slots  # of each, after which it was given last
+
+    def forget(self, slot: int) -> None:
+        """Another sequence is in the slot."""
+        self._num_ids[slot] = None
+
+    def new(self, in_slot: Sequence[Continuation | None]) -> tuple[list[int], list[np.ndarray]]:
+        """The slots whose sequences have become longer, and what each one's constraint allows, bool [V]."""
+        slots, allowed = [], []
+        for slot, which in enumerate(in_slot):
+            if which is None or which.ended is not None or self._num_ids[slot] == len(which.ids):
+                continue
+            if (state := which.constraint_state) is not None:
+                self._num_ids[slot] = len(which.ids)
+                slots.append(slot)
+                allowed.append(state.allowed)
+        return slots, allowed
 
 
 class Slots(Protocol):
@@ -194,18 +239,21 @@ class PlainSlots:
         self.logits_BV = torch.zeros(num_slots, decoder.vocab_size, device=decoder.device)
         self._in_slot: list[Continuation | None] = [None] * num_slots
         self._drawn: list[Drawn] = []
+        self._allowances = Allowances(num_slots)
 
     def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
         self.state.put(slot, state, source)
-        self.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes)
+        self.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes, which.constraint is not None)
         self.logits_BV[slot] = logits
         self._in_slot[slot] = which
+        self._allowances.forget(slot)
 
     def release(self, slot: int) -> None:
         self._in_slot[slot] = None
 
     @torch.no_grad()
     def advance(self) -> None:
+        self.sampling.constrain(*self._allowances.new(self._in_slot))
         active = torch.tensor([which is not None for which in self._in_slot], device=self.decoder.device)
         ids, log_probabilities = self.sampling.draw(self.logits_BV)
         self.sampling.read(ids, active)
@@ -298,7 +346,12 @@ class Engine:
         return not self._waiting and not any(self._in_slot)
 
     def submit(
-        self, prompt: str | bytes | Tensor, sampling: Sampling, max_new_bytes: int, samples: int = 1
+        self,
+        prompt: str | bytes | Tensor,
+        sampling: Sampling,
+        max_new_bytes: int,
+        samples: int = 1,
+        constraint: Constraint | None = None,
     ) -> list[Continuation]:
         """Ask for continuations of a prompt, which is read once for all of them; their seeds follow one another.
 
@@ -306,6 +359,7 @@ class Engine:
             prompt: a text, or [N] ids, BOS first.
             max_new_bytes: where each ends, unless the model ends the text before; at most `MAX_NEW_BYTES`.
             samples: 1 to `MAX_SAMPLES`.
+            constraint: what each text must meet, however it is sampled. One that ends with its length may not.
 
         Raises:
             UserError: the prompt is neither text nor ids, or holds none; a number is out of range. Nothing is queued.
@@ -317,6 +371,10 @@ class Engine:
         check_limits(max_new_bytes=max_new_bytes, samples=samples)
         if sampling.valid_utf8 and vocabulary.is_tokens:
             raise UserError("valid_utf8: a token LM draws tokens, some of which end within a character; leave it out")
+        if constraint is not None and vocabulary.is_tokens:
+            raise UserError(
+                f"{constraint.kind}: a token LM draws tokens, and bytes are what is constrained; leave it out"
+            )
         stops = [to_bytes(stop) for stop in sampling.stop]
         asked = [
             Continuation(
@@ -324,6 +382,7 @@ class Engine:
                 sampling.model_copy(update={"seed": sampling.seed + number}),
                 max_new_bytes,
                 vocabulary=vocabulary,
+                constraint=constraint,
                 _stop_texts=StopTexts(stops) if stops else None,
             )
             for number in range(samples)

@@ -4,7 +4,7 @@ All of it is tensors of fixed shapes that never wait for the device, so that a C
 the same in any batch: sums over the vocabulary are sums of integers, which no order of summation changes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ ANY = 1 << 30  # in place of top_k: more ids than there are
 NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a slot can have
 FEW = 16  # slots
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
+FREE, READY, OUTDATED = 0, 1, 2  # slots without a constraint; with what it allows next; with what it allowed before
 FAR = 1e30  # takes the place of infinite logits, which have no differences
 
 
@@ -74,6 +75,8 @@ class SamplingSlots:
     valid_utf8: Tensor  # [B] bool
     utf8: Tensor  # [B] int64, state of the automaton after what was read
     remaining: Tensor  # [B] int64, ids that may still be drawn
+    constraint: Tensor  # [B] int64, FREE, READY or OUTDATED: then nothing may be drawn
+    allowed: Tensor  # [B, V] bool, what a constraint allows next
     utf8_after: Tensor  # [S, V] int64, the state after an id; the same for all slots, as are the next three
     needed: Tensor  # [S] int64, bytes that a character in this state still needs
     needed_after: Tensor  # [S, V] int64, bytes that its character still needs after an id; NEVER: it may not be drawn
@@ -116,6 +119,8 @@ class SamplingSlots:
             seen=torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device),
             utf8=full(0, torch.int64),
             remaining=full(0, torch.int64),
+            constraint=full(FREE, torch.int64),
+            allowed=torch.ones(num_slots, vocab_size, dtype=torch.bool, device=device),
             utf8_after=utf8_after.to(device),
             needed=needed.to(device),
             needed_after=needed_after.to(device),
@@ -127,17 +132,24 @@ class SamplingSlots:
     def vocab_size(self) -> int:
         return self.seen.shape[1]
 
-    def put(self, slot: int, sampling: Sampling, prompt_ids: Tensor, max_new_bytes: int) -> None:
+    def put(
+        self, slot: int, sampling: Sampling, prompt_ids: Tensor, max_new_bytes: int, is_constrained: bool = False
+    ) -> None:
         """Let a slot draw what follows a prompt, in place of what it held before.
 
         Args:
             prompt_ids: [N] on any device.
             max_new_bytes: ids that will be drawn at most, `MAX_NEW_BYTES` or fewer; with `valid_utf8` no character
                 begins that would need more.
+            is_constrained: whether a constraint decides what may be drawn, in place of `valid_utf8`; `constrain` before
+                each draw.
         """
         for name, option in OPTIONS.items():
             getattr(self, name)[slot] = option.value(sampling)
         self.top_k[slot : slot + 1].clamp_(max=self.vocab_size)
+        if is_constrained:
+            self.valid_utf8[slot] = False
+        self.constraint[slot] = OUTDATED if is_constrained else FREE
         self.drawn[slot] = 0
         self.remaining[slot] = max_new_bytes
         prompt = prompt_ids.to(self.seen.device, torch.int64)
@@ -148,6 +160,18 @@ class SamplingSlots:
         for back in range(min(len(prompt), 3), 0, -1):
             state = self.utf8_after[state, prompt[len(prompt) - back :][:1]]
         self.utf8[slot : slot + 1] = state
+
+    def constrain(self, slots: Sequence[int], allowed: Sequence[np.ndarray]) -> None:
+        """Let slots draw one of the ids that each one's constraint allows next, bool [V]; some id must be."""
+        if not slots:
+            return
+        rows, index = torch.from_numpy(np.stack(allowed)), torch.tensor(slots)
+        if self.allowed.is_cuda:
+            rows, index = rows.pin_memory(), index.pin_memory()
+        index = index.to(self.allowed.device, non_blocking=True)
+        rows = rows.to(self.allowed.device, non_blocking=True)
+        self.allowed[:, : rows.shape[1]].index_copy_(0, index, rows)
+        self.constraint.index_fill_(0, index, READY)
 
     def draw(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a byte or EOS for each slot. Nothing is changed: the same is drawn until `read` is called.
@@ -181,6 +205,7 @@ class SamplingSlots:
         self.seen |= (every_V == ids_B[:, None]) & self.is_text & active_B[:, None]
         self.utf8.copy_(torch.where(active_B, self.utf8_after[self.utf8, ids_B], self.utf8))
         self.drawn += active_B
+        self.constraint.masked_fill_(active_B & (self.constraint == READY), OUTDATED)
         self.remaining -= active_B.long()
 
     def _read_arrays(self, ids_B: np.ndarray, active_B: np.ndarray) -> None:
@@ -192,9 +217,18 @@ class SamplingSlots:
         drawn_B, remaining_B = self.drawn.numpy(), self.remaining.numpy()
         drawn_B += active_B
         remaining_B -= active_B
+        constraint_B = self.constraint.numpy()
+        constraint_B[active_B & (constraint_B == READY)] = OUTDATED
 
     def ruled_out(self) -> Tensor:
-        """What may not be drawn, bool [B or 1, V]: special ids but EOS, and where asked for what would not be UTF-8."""
+        """What may not be drawn, bool [B or 1, V]: special ids but EOS, and where asked for what would not be UTF-8 or
+        is not allowed by a constraint.
+        """
+        if _asked(self.constraint, FREE):
+            return torch.where(self.constraint[:, None] == FREE, self._no_text(), ~self.allowed)
+        return self._no_text()
+
+    def _no_text(self) -> Tensor:
         if not _asked(self.valid_utf8, False):
             return self.is_special[None]
         needed_B = self.needed[self.utf8]

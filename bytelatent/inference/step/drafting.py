@@ -5,8 +5,8 @@ closed one. Then the entropy model reads the draft at once, the global transform
 close in it, and the decoder reads the draft again, with the patches that each byte should attend to.
 
 Each byte is drawn by the random number of its place in the text, drafted or not. So a drafted byte is right where the
-model's logits would have drawn the same one; the bytes are those of plain decoding, with any sampling settings. Cache
-entries after the last right byte are overwritten by the next step; nothing else changes before the draft is verified.
+model's logits would have drawn the same one; the bytes are those of plain decoding, with any sampling settings. A slot with a constraint takes one byte per step, since the host
+decides what may follow it. Cache entries after the last right byte are overwritten by the next step; nothing else changes before the draft is verified.
 
 Source: arXiv 2605.08044 for drafts by the local models; drawing twice by one number is this project's.
 """
@@ -30,7 +30,7 @@ from bytelatent.vocab import VOCAB_SIZE
 
 assert MAX_DRAFT_LENGTH <= SLACK, "a KV cache with a window could not take that many bytes back"
 SCALARS = ("position", "tail", "previous_entropy", "since_start", "open_count")  # that `append`, `decide` write
-DRAWING = ("drawn", "seen", "utf8", "remaining")  # that `draw` writes of SamplingSlots
+DRAWING = ("drawn", "seen", "utf8", "remaining", "constraint")  # that `draw` writes of SamplingSlots
 
 
 @dataclass
