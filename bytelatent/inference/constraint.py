@@ -98,7 +98,7 @@ class ConstraintState:
     """
 
     def __init__(self, kind: Kind, matcher: Any):
-        self._kind, self._matcher = kind, matcher
+        self.kind, self._matcher = kind, matcher
         self.error: str | None = None
         self.allowed = _NOTHING
         self._find_allowed()

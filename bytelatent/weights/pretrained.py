@@ -15,6 +15,7 @@ from bytelatent.files import MANIFEST, find_corruption, whole_folder
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
 from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings, LanguageModelSettings, TokenLMSettings
 from bytelatent.model.settings import NAMES
+from bytelatent.text.chat import CHAT_TEMPLATE, TOKENIZER_CONFIG, ChatTemplate
 from bytelatent.text.tokenizer import TOKENIZER, content_digest
 from bytelatent.weights.hugging_face import HuggingFaceFormat
 from bytelatent.weights.llama import LlamaFormat
@@ -203,7 +204,13 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
         raise UserError(f"'{folder}' is not as it was written: {why}; fetch or write it again")
     links = [file for pattern in LEGAL_FILES for file in sorted(folder.glob(pattern)) if leads_out(file)]
     lines = [f"'{shown(str(file))}' is a link out of its folder and is skipped" for file in links]
-    found = replace(found, folder=folder, warnings=[*found.warnings, *lines])
+    chat_template = None
+    if not any(leads_out(folder / name) for name in (CHAT_TEMPLATE, TOKENIZER_CONFIG)):
+        try:
+            chat_template = ChatTemplate.find(folder)
+        except UserError as error:  # the model is usable without
+            lines.append(f"{error}; it is left out")
+    found = replace(found, folder=folder, warnings=[*found.warnings, *lines], chat_template=chat_template)
     if found.config.origin.licence is None:
         found = replace(found, config=found.config.with_origin(licence=stated_licence(folder)))
     return found
@@ -274,6 +281,8 @@ def write_model(
     check_tensors(stored)
     with whole_folder(folder) as aside:
         chosen.write(aside, stored, advance)
+        if stored.chat_template is not None:
+            (aside / CHAT_TEMPLATE).write_text(stored.chat_template.source, encoding="utf-8")
         for file in legal_files(stored.folder) if stored.folder is not None else ():
             shutil.copyfile(file, aside / file.name)
         loading = [line.replace("FOLDER", repr(folder.name)) for line in loading]

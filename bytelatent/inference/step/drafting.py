@@ -5,8 +5,10 @@ closed one. Then the entropy model reads the draft at once, the global transform
 close in it, and the decoder reads the draft again, with the patches that each byte should attend to.
 
 Each byte is drawn by the random number of its place in the text, drafted or not. So a drafted byte is right where the
-model's logits would have drawn the same one; the bytes are those of plain decoding, with any sampling settings. A slot with a constraint takes one byte per step, since the host
-decides what may follow it. Cache entries after the last right byte are overwritten by the next step; nothing else changes before the draft is verified.
+model's logits would have drawn the same one; the bytes are those of plain decoding, with any sampling settings. Cache
+entries after the last right byte are overwritten by the next step; nothing else changes before the draft is verified.
+
+A slot with a constraint draws one byte per step: the host decides what may follow it.
 
 Source: arXiv 2605.08044 for drafts by the local models; drawing twice by one number is this project's.
 """

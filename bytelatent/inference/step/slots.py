@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bytelatent.inference.continuation import Allowances, Continuation, Drawn
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.engine import Allowances, Continuation, Drawn
 from bytelatent.inference.kv_cache import BLOCK, CacheCapacity, DecodeState
 from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.drafting import DraftedStep
@@ -69,10 +69,10 @@ class CapturedSlots:
         step = self.step
         step.state.put(slot, state, source)
         step.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes, which.constraint is not None)
+        self._allowances.forget(slot)
         step.logits_BV[slot] = logits
         step.buffers.is_active[slot], step.buffers.is_waiting[slot] = True, False
         self._in_slot[slot] = which
-        self._allowances.forget(slot)
 
     def release(self, slot: int) -> None:
         self._in_slot[slot] = None
