@@ -1,7 +1,7 @@
 """Structured output: which bytes may come next in a text that must meet a JSON schema, an expression or a grammar.
 
 A token LM must match the ends of tokens with those of the grammar. Here every id is a byte, and what is allowed is
-exactly what some text that meets the constraint goes on with. The automaton is llguidance's, over our ids.
+exactly what comes next in some text that meets the constraint. The automaton is llguidance's, over our ids.
 """
 
 import json
@@ -138,7 +138,7 @@ def schema_text(schema: Any) -> str:
         schema: a dict, a bool, JSON as a text, or what pydantic makes one of: a model, or a `TypeAdapter`.
 
     Raises:
-        UserError: it is none of these, or no JSON.
+        UserError: it is something else, or no JSON.
     """
     for method in ("model_json_schema", "json_schema"):
         if callable(made := getattr(schema, method, None)):

@@ -11,7 +11,7 @@ from bytelatent.errors import UserError
 MAX_DEPTH = 100  # of objects and arrays within one another, as in the text of a schema
 MAX_PARTS = 20_000
 MAX_OPEN_PROPERTIES = 1000  # of an object, that may be left out
-MAX_STEPS = 10_000  # multiples of a number are told by an automaton of that many states
+MAX_STEPS = 10_000  # an automaton of that many states knows the multiples of a number
 IN_OBJECTS = ("properties", "patternProperties", "$defs", "definitions")  # keywords whose values hold schemas by name
 IN_LISTS = ("prefixItems", "allOf", "anyOf", "oneOf")
 ALONE = ("items", "additionalProperties", "additionalItems")
@@ -75,7 +75,7 @@ def check(schema: Any) -> None:
 def _check_part(part: dict[str, Any], at: str) -> None:
     properties, required = part.get("properties", {}), part.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
-        return  # the compiler says so
+        return  # the compiler refuses it
     if (
         num_open := len(properties.keys() - {name for name in required if isinstance(name, str)})
     ) > MAX_OPEN_PROPERTIES:
