@@ -38,9 +38,9 @@ def export_checkpoint(run: str, step: int | None, out: str) -> Path:
     checkpoint, lines = _checkpoint(folder, step)
     stored = open_stored(checkpoint / "state")
     byte_lm = NATIVE.open(folder / BYTE_LM) if (folder / BYTE_LM).is_dir() else None
-    config = stored.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)})
+    config = stored.config.model_copy(update={"origin": origin_of_run(folder, checkpoint, stored.config.origin)})
     tokenizer = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
-    stored = replace(stored, config=config, byte_lm=byte_lm, tokenizer=tokenizer)
+    stored = replace(stored, config=config, byte_lm=byte_lm, tokenizer=tokenizer, folder=folder)
     for line in lines:
         LOGGER.warning(line)
     LOGGER.info(stored.in_a_line())

@@ -37,6 +37,7 @@ def open_pretrained(
     token: str | None = None,
     local_files_only: bool = False,
     weights: bool = True,
+    setting: str = "model",
 ) -> StoredModel:
     """Find a model and check that it is complete, without loading its weights.
 
@@ -47,14 +48,15 @@ def open_pretrained(
         token: a user's key for the hub; default: HF_TOKEN, or the key of `hf auth login`.
         local_files_only: use earlier downloads, and do not connect to the hub.
         weights: False reads only the configuration and downloads nothing large.
+        setting: the setting or argument that named `source`, for errors.
 
     Raises:
         UserError: there is no model, it is not complete, or it needs mathematics that is not implemented here.
     """
     access = _Access(token, local_files_only, weights)
     if entropy_model is None:
-        return access.open_with_byte_lm("model", source, revision)
-    found, _ = access.open("model", source, revision)
+        return access.open_with_byte_lm(setting, source, revision)
+    found, _ = access.open(setting, source, revision)
     if isinstance(found.config.model, LanguageModelSettings):
         name = NAMES[found.config.model.kind]
         raise UserError(f"entropy_model: '{source}' is a {name} itself and needs no other; leave it out")
