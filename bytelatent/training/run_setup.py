@@ -31,7 +31,7 @@ from bytelatent.training.calibration import calibrate_on, read_calibration, writ
 from bytelatent.training.checkpoint.manager import check_takes_checkpoints
 from bytelatent.training.checks import check_text
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.initial import earlier_origin, keep_licence, open_initial, origin_of, place_of
+from bytelatent.training.initial import earlier_origin, keep_side_files, open_initial, origin_of, place_of
 from bytelatent.training.settings import TrainSettings
 from bytelatent.vocab import BYTES, Vocabulary
 from bytelatent.weights import BYTE_LM, Config, Origin, fingerprint, load_byte_lm, save
@@ -135,7 +135,7 @@ def _prepare(
     if earlier is None and settings.init is not None:
         initial = open_initial(settings)
         LOGGER.info(f"begins from {initial.in_a_line()}")
-        keep_licence(initial, folder)
+        keep_side_files(initial, folder)
         origin = origin_of(initial, settings.init)
     byte_lm = None
     if settings.entropy_model is not None:

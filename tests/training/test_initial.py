@@ -13,6 +13,7 @@ from bytelatent.commands.eval_options import EvaluateSettings
 from bytelatent.commands.eval_text import evaluate_models
 from bytelatent.errors import UserError
 from bytelatent.text import read_documents
+from bytelatent.text.chat import CHAT_TEMPLATE, DEFAULT
 from bytelatent.text.tokenizer import TOKENIZER, train_tokenizer
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
@@ -52,6 +53,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, text: Path, byte_lm: Path)
     folder = tmp_path_factory.mktemp("sources")
     found = {"run": train(settings(blt_run(folder / "run", text, byte_lm, steps=5)))}
     (found["run"] / "LICENSE").write_text("do what you like")
+    (found["run"] / CHAT_TEMPLATE).write_text(DEFAULT)
     for name in FORMATS[1:]:
         found[name] = folder / name
         convert(open_pretrained(found["run"]), found[name], name)
@@ -108,6 +110,7 @@ def test_the_start_is_the_source(
     assert fingerprint(found.byte_lm) == fingerprint(source.byte_lm)
     assert found.config.origin.trained_from == str(sources[format])
     assert (run / "LICENSE").read_text() == "do what you like"
+    assert (run / CHAT_TEMPLATE).read_text() == DEFAULT
 
 
 def test_a_byte_lm(whole: Path, initial: dict[str, Tensor], other_text: Path, tmp_path: Path) -> None:
