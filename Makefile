@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-hf test-transformers4 test-lm-eval lint clean
+.PHONY: help demo test test-hf test-transformers4 test-lm-eval test-serve lint clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -29,6 +29,9 @@ test-transformers4: .venv/.installed .venv/transformers4/.installed  ## the same
 test-lm-eval: .venv/.eval  ## the numbers of lm-evaluation-harness's own model class (installs lm_eval)
 	@LM_EVAL=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) tests/lm_eval
 
+test-serve: .venv/.serve  ## the server and its page, with the openai client and a browser (installs these)
+	@TEST_SERVE=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(ARGS) tests/serving
+
 lint: .venv/.installed  ## ruff and basedpyright, ARGS=--fix to mend what can be
 	@bash dev/lint.sh $(ARGS)
 
@@ -49,6 +52,10 @@ clean:  ## remove .venv, build output and caches (not runs/)
 # lm_eval's own model class needs accelerate.
 .venv/.eval: .venv/.installed
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[eval]' accelerate
+	@touch $@
+
+.venv/.serve: .venv/.installed
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test-serve]'
 	@touch $@
 
 # `.unfinished` becomes the stamp only at the very end: a .venv whose making was interrupted is made anew, while one

@@ -17,7 +17,7 @@ LOGGER = logging.getLogger(__name__)
 MAIN = "main"
 PAGES = "https://huggingface.co"  # what people open
 ASK = ""  # what `--api_key` is where no key follows it
-TEXTS = ("*.json", "*.md", "LICENSE*", "USE_POLICY*")
+TEXTS = ("*.json", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*")
 SETTINGS = ("config.json", "params.json")  # a model of any format has one of these
 SAFE_WEIGHTS, PICKLED_WEIGHTS = ".safetensors", ".pth"
 PASS_TOKEN = "pass token=..., set HF_TOKEN, or run: hf auth login"

@@ -21,6 +21,7 @@ from bytelatent.inference.settings import Quantization, check_limits
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, build_model, preset
 from bytelatent.model.settings import NAMES, StackSettings
 from bytelatent.patching import PatchSettings
+from bytelatent.text.chat import ChatTemplate
 from bytelatent.weights import (
     Config,
     ModelChecksums,
@@ -52,6 +53,7 @@ class Core(nn.Module):
         source: str = "",
         quantize: Quantization = "full",
         draft_length: int = 1,
+        chat_template: ChatTemplate | str | None = None,
     ):
         super().__init__()
         self._quantize: Quantization = quantize
@@ -61,6 +63,7 @@ class Core(nn.Module):
         self._config = config
         self._measured = ModelChecksums.of(self.model, config, self.entropy_model)
         self.draft_length = draft_length
+        self.chat_template = chat_template
         self.source = source
         self.eval()
 
@@ -82,7 +85,8 @@ class Core(nn.Module):
         """Load a model, in evaluation mode, and log in one line what was found.
 
         Args:
-            source: a run; a folder, or OWNER/NAME on the Hugging Face hub, in our format, Meta's or transformers'.
+            source: a run; a folder, or OWNER/NAME on the Hugging Face hub, in our format, Meta's or transformers'; or
+                `tiny`, the model in the package.
             entropy_model: where the byte LM is, if it is neither in `source` nor next to it.
             device: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`, or a torch.device.
             dtype: precision of the weights: `float32`, `bfloat16`, `auto` (as stored), or a torch.dtype. The entropy
@@ -115,7 +119,7 @@ class Core(nn.Module):
         loaded = found.load(device, precision)
         assert isinstance(loaded.model, BLTModel)
         lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-        blt = cls(loaded.model, loaded.config, lm, loaded.source, quantize, draft_length)
+        blt = cls(loaded.model, loaded.config, lm, loaded.source, quantize, draft_length, loaded.chat_template)
         blt.patching = blt.patching if patching is None else patching
         return blt
 
@@ -311,6 +315,18 @@ class Core(nn.Module):
         self._draft_length = draft_length
 
     @property
+    def chat_template(self) -> ChatTemplate | None:
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, chat_template: ChatTemplate | str | None) -> None:
+        """A str is Jinja."""
+        found = ChatTemplate(chat_template) if isinstance(chat_template, str) else chat_template
+        if found is not None:
+            check_type(ChatTemplate, "chat_template", found)
+        self._chat_template = found
+
+    @property
     def patcher(self) -> Patcher:
         byte_lm = self.needed_entropy_model()
         return Patcher(self.patching, byte_lm, entropies_of=partial(entropies_of, byte_lm) if byte_lm else None)
@@ -353,7 +369,8 @@ class Core(nn.Module):
                 if not value.is_meta:  # `write_model` names what has no values
                     check_finite(name, value, where)
         config = drop_outdated(self.config, self._measured, now)
-        write_model(StoredModel.of(self.model, config, self.entropy_model), target, format, licence)
+        stored = StoredModel.of(self.model, config, self.entropy_model, self.chat_template)
+        write_model(stored, target, format, licence)
 
 
 def _num_parameters(module: nn.Module) -> int:

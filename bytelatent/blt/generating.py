@@ -14,7 +14,7 @@ from bytelatent.blt.forward import Text, Texts, as_list
 from bytelatent.config import renamed_arguments
 from bytelatent.errors import UserError
 from bytelatent.inference import Engine, Sampling, prompt_ids
-from bytelatent.inference.engine import Continuation, Reason
+from bytelatent.inference.continuation import Continuation, Reason
 from bytelatent.inference.settings import check_limits
 from bytelatent.inference.step import engine_for
 

@@ -11,6 +11,7 @@ from bytelatent.errors import UserError
 from bytelatent.files import find_corruption
 from bytelatent.run_folder import checkpoints_of, newest_checkpoint
 from bytelatent.terminal import print_line
+from bytelatent.text.chat import ChatTemplate
 from bytelatent.text.tokenizer import TOKENIZER
 from bytelatent.training.checkpoint.storage import open_stored
 from bytelatent.weights import BYTE_LM, NATIVE, check_target, is_run, open_pretrained, origin_of_run, write_model
@@ -40,7 +41,8 @@ def export_checkpoint(run: str, step: int | None, out: str) -> Path:
     byte_lm = NATIVE.open(folder / BYTE_LM) if (folder / BYTE_LM).is_dir() else None
     config = stored.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)})
     tokenizer = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
-    stored = replace(stored, config=config, byte_lm=byte_lm, tokenizer=tokenizer)
+    template = ChatTemplate.find(folder)
+    stored = replace(stored, config=config, byte_lm=byte_lm, tokenizer=tokenizer, chat_template=template)
     for line in lines:
         LOGGER.warning(line)
     LOGGER.info(stored.in_a_line())

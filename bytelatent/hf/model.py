@@ -169,7 +169,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
             self.blt.save_pretrained(folder)
         else:
             weights = {name.removeprefix(PREFIX): StoredTensor.of(value) for name, value in state_dict.items()}
-            stored = StoredModel.of(self.model, self.blt.config, self.blt.entropy_model)
+            stored = StoredModel.of(self.model, self.blt.config, self.blt.entropy_model, self.blt.chat_template)
             write_model(replace(stored, tensors=weights), folder, "native")
         config = copy.deepcopy(self.config)
         for name, value in json.loads((folder / "config.json").read_text(encoding="utf-8")).items():

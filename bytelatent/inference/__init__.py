@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bytelatent.inference.continuation import Continuation
     from bytelatent.inference.decoder import Decoder
-    from bytelatent.inference.engine import Continuation, Engine, prompt_bytes, prompt_ids
+    from bytelatent.inference.engine import Engine, prompt_bytes, prompt_ids
     from bytelatent.inference.scoring import FastEntropies, log_probabilities, log_probabilities_of_pairs
     from bytelatent.inference.settings import Sampling
 
@@ -24,8 +25,9 @@ __all__ = [
     "prompt_ids",
 ]
 _MODULES = {
+    "continuation": ["Continuation"],
     "decoder": ["Decoder"],
-    "engine": ["Continuation", "Engine", "prompt_bytes", "prompt_ids"],
+    "engine": ["Engine", "prompt_bytes", "prompt_ids"],
     "scoring": ["FastEntropies", "log_probabilities", "log_probabilities_of_pairs"],
     "settings": ["Sampling"],
 }

@@ -5,163 +5,23 @@ ids into bytes, stops and ends.
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bytelatent.device import outside_inference_mode
 from bytelatent.errors import UserError
+from bytelatent.inference.continuation import Continuation, Drawn, StopTexts
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import DecodeState
-from bytelatent.inference.sampling import CharacterStream, SamplingSlots, whole_characters
+from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.inference.settings import Sampling, check_limits
-from bytelatent.vocab import BYTES, Vocabulary, decode, to_bytes
+from bytelatent.vocab import BYTES, Vocabulary, to_bytes
 
 # Shapes: B slots, V vocabulary
 
 PREFILL_IDS = 65_536  # prompt ids read at once
-Reason = Literal["end of text", "length", "stop", "cancelled"]
-
-
-class StopTexts:
-    """Watches the bytes of one output for stop texts.
-
-    A match begins and ends at any byte; characters and patches play no part. The first to be completed counts, and
-    among those completed by the same byte the longest.
-
-    Args:
-        stops: texts to watch for; none may be empty.
-
-    Source: Knuth, Morris and Pratt 1977.
-    """
-
-    def __init__(self, stops: Sequence[bytes]):
-        assert all(stops), "an empty text would end every output before it begins"
-        self._stops = [(stop, _fallbacks(stop)) for stop in stops]
-        self._matched = [0] * len(stops)  # of each, the longest beginning that the output ends with
-        self._num_bytes = 0
-
-    def feed(self, byte: int) -> int | None:
-        """Watch the output's next byte.
-
-        Returns:
-            The number of bytes before the stop text that this byte completes; None if it completes none.
-        """
-        self._num_bytes += 1
-        complete = 0
-        for index, (stop, fallbacks) in enumerate(self._stops):
-            size = self._matched[index]
-            while size and stop[size : size + 1] != bytes([byte]):
-                size = fallbacks[size]
-            self._matched[index] = size = size + (stop[size] == byte)
-            complete = max(complete, size if size == len(stop) else 0)
-        return self._num_bytes - complete if complete else None
-
-    def held_back(self) -> int:
-        """The number of newest bytes that may turn out to begin a stop text, and should not be shown yet."""
-        return max(self._matched, default=0)
-
-
-def _fallbacks(stop: bytes) -> list[int]:
-    """By size of a beginning of `stop`: the longest shorter beginning that it ends with."""
-    fallbacks = [0, 0]
-    for byte in stop[1:]:
-        size = fallbacks[-1]
-        while size and stop[size] != byte:
-            size = fallbacks[size]
-        fallbacks.append(size + (stop[size] == byte))
-    return fallbacks
-
-
-@dataclass(eq=False)
-class Continuation:
-    """A sequence that is decoded.
-
-    Attributes:
-        max_new_bytes: where it ends. The last token of a token LM may reach over it, and is cut.
-        ids: what was drawn, a stop text and EOS included.
-        log_probabilities: the model's own, of each of `ids`, in nats.
-        ended: why nothing more will come; None as long as more may.
-    """
-
-    prompt: Tensor
-    sampling: Sampling
-    max_new_bytes: int
-    ids: list[int] = field(default_factory=list)
-    log_probabilities: list[float] = field(default_factory=list)
-    ended: Reason | None = None
-    vocabulary: Vocabulary = BYTES
-    _num_bytes: int = 0
-    _stop_texts: StopTexts | None = None
-    _stop_begins: int | None = None
-    _num_given: int = 0  # bytes that `new_bytes` has returned
-    _characters: CharacterStream = field(default_factory=CharacterStream)
-
-    @property
-    def data(self) -> bytes:
-        """The bytes so far, without a stop text; with `valid_utf8` whole characters only."""
-        return self._whole(self._bytes())
-
-    @property
-    def text(self) -> str:
-        """`data` as text; bytes that are not UTF-8 show as U+FFFD."""
-        return self.data.decode("utf-8", errors="replace")
-
-    def new_bytes(self) -> bytes:
-        """What came since the last call, without bytes that may turn out to begin a stop text or to be no whole
-        character.
-        """
-        data = self._bytes()
-        if self._stop_texts is not None and self.ended is None:
-            data = data[: len(data) - self._stop_texts.held_back()]
-        data = self._whole(data)
-        new, self._num_given = data[self._num_given :], max(len(data), self._num_given)
-        return new
-
-    def _bytes(self) -> bytes:
-        end = self.max_new_bytes if self._stop_begins is None else self._stop_begins
-        return self.vocabulary.decode(self.ids)[:end]
-
-    def _whole(self, data: bytes) -> bytes:
-        """The bytes; with `valid_utf8` without a character that is not whole, be it the prompt's last one."""
-        if not self.sampling.valid_utf8:
-            return data
-        before = decode(self.prompt[-3:].numpy(force=True))  # no character needs more bytes to be finished
-        return whole_characters(before + data)[len(before) :]
-
-    def new_text(self) -> str:
-        """The same in whole characters."""
-        return self._characters.feed(self.new_bytes()) + (self._characters.finish() if self.ended else "")
-
-    def take(self, drawn: int, log_probability: float) -> None:
-        """Add a drawn id, and decide whether it is the last."""
-        self.ids.append(drawn)
-        self.log_probabilities.append(log_probability)
-        if drawn == self.vocabulary.eos:
-            self.ended = "end of text"
-            return
-        for byte in self.vocabulary.bytes_of[drawn]:
-            self._num_bytes += 1
-            if self._stop_texts is not None:
-                self._stop_begins = self._stop_texts.feed(byte)
-            if self._stop_begins is not None:
-                self.ended = "stop"
-                return
-            if self._num_bytes >= self.max_new_bytes:
-                self.ended = "length"
-                return
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """An id that was drawn for a sequence, and its log-probability."""
-
-    which: Continuation
-    id: int
-    log_probability: float
 
 
 class Slots(Protocol):
@@ -294,21 +154,45 @@ class Engine:
         return sum(map(len, self._waiting))
 
     @property
+    def num_busy(self) -> int:
+        """Sequences in slots."""
+        return sum(which is not None for which in self._in_slot)
+
+    @property
     def is_idle(self) -> bool:
         return not self._waiting and not any(self._in_slot)
 
     def submit(
-        self, prompt: str | bytes | Tensor, sampling: Sampling, max_new_bytes: int, samples: int = 1
+        self,
+        prompt: str | bytes | Tensor,
+        sampling: Sampling,
+        max_new_bytes: int,
+        samples: int = 1,
+        **more: Any,
     ) -> list[Continuation]:
-        """Ask for continuations of a prompt, which is read once for all of them; their seeds follow one another.
+        """Ask for continuations of a prompt, which is read once for all of them; the arguments are those of `asked`."""
+        asked = self.asked(prompt, sampling, max_new_bytes, samples, **more)
+        self.enqueue(asked)
+        return asked
+
+    def asked(
+        self,
+        prompt: str | bytes | Tensor,
+        sampling: Sampling,
+        max_new_bytes: int,
+        samples: int = 1,
+        num_alternatives: int = 0,
+    ) -> list[Continuation]:
+        """Continuations of a prompt, for `enqueue`; their seeds follow one another. Any thread may call it.
 
         Args:
             prompt: a text, or [N] ids, BOS first.
             max_new_bytes: where each ends, unless the model ends the text before; at most `MAX_NEW_BYTES`.
             samples: 1 to `MAX_SAMPLES`.
+            num_alternatives: most likely ids to report for each drawn one.
 
         Raises:
-            UserError: the prompt is neither text nor ids, or holds none; a number is out of range. Nothing is queued.
+            UserError: the prompt is neither text nor ids, or holds none; a number is out of range.
         """
         vocabulary = self.vocabulary
         given = _checked_ids(prompt, vocabulary) if isinstance(prompt, Tensor) else prompt_ids(prompt, vocabulary)
@@ -318,18 +202,21 @@ class Engine:
         if sampling.valid_utf8 and vocabulary.is_tokens:
             raise UserError("valid_utf8: a token LM draws tokens, some of which end within a character; leave it out")
         stops = [to_bytes(stop) for stop in sampling.stop]
-        asked = [
+        return [
             Continuation(
                 given,
                 sampling.model_copy(update={"seed": sampling.seed + number}),
                 max_new_bytes,
+                num_alternatives,
                 vocabulary=vocabulary,
                 _stop_texts=StopTexts(stops) if stops else None,
             )
             for number in range(samples)
         ]
+
+    def enqueue(self, asked: list[Continuation]) -> None:
+        """Let continuations of one prompt wait for slots."""
         self._waiting.append(list(asked))
-        return asked
 
     @outside_inference_mode
     def cancel(self, which: Continuation) -> None:
@@ -349,7 +236,7 @@ class Engine:
         longer: dict[int, Continuation] = {}
         for drawn in self.slots.drawn():
             if drawn.which.ended is None:
-                drawn.which.take(drawn.id, drawn.log_probability)
+                drawn.which.take(drawn)
                 longer[id(drawn.which)] = drawn.which
         self._release_ended()
         return list(longer.values())

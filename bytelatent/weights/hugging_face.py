@@ -154,7 +154,7 @@ class HuggingFaceFormat(WeightsFormat):
         values["dtype"] = stored.precision
         write_json_object(folder / "config.json", values)
         write_json_object(folder / "generation_config.json", {**SPECIAL_IDS, "use_cache": False, "do_sample": False})
-        write_tokenizer(folder, config.context)
+        write_tokenizer(folder, config.context, stored.chat_template is not None)
 
     def stored_tensors(self, stored: StoredModel) -> dict[str, StoredTensor]:
         tensors = dict(super().stored_tensors(stored))

@@ -102,7 +102,8 @@ class LlamaFormat(WeightsFormat):
         write_json_object(folder / "config.json", {**llama_config(config), **ids, "dtype": stored.precision})
         write_json_object(folder / "generation_config.json", ids)
         write_sidecar(folder, config)
-        write_tokenizer_config(folder, config.context, *(tokenizer.name_of(id_) for id_ in ids.values()))
+        names = [tokenizer.name_of(id_) for id_ in ids.values()]
+        write_tokenizer_config(folder, config.context, *names, for_chat=stored.chat_template is not None)
 
     def stored_tensors(self, stored: StoredModel) -> Mapping[str, StoredTensor]:
         return _reordered(super().stored_tensors(stored), stored.config.model, (-1, 2))

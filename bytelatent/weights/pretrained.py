@@ -15,6 +15,8 @@ from bytelatent.files import MANIFEST, find_corruption, whole_folder
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
 from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings, LanguageModelSettings, TokenLMSettings
 from bytelatent.model.settings import NAMES
+from bytelatent.packaged import packaged_folder
+from bytelatent.text.chat import CHAT_TEMPLATE, TOKENIZER_CONFIG, ChatTemplate
 from bytelatent.text.tokenizer import TOKENIZER, content_digest
 from bytelatent.weights.hugging_face import HuggingFaceFormat
 from bytelatent.weights.llama import FAMILIES, LlamaFormat
@@ -41,7 +43,8 @@ def open_pretrained(
     """Find a model and check that it is complete, without loading its weights.
 
     Args:
-        source: a run; a folder in any of `FORMATS`; or OWNER/NAME, a repository of the Hugging Face hub in one of them.
+        source: a run; a folder in any of `FORMATS`; OWNER/NAME, a repository of the Hugging Face hub in one of them; or
+            `tiny`, the model in the package.
         entropy_model: where the byte LM is, if it is neither in `source` nor next to it.
         revision: a branch, a tag or a commit of the repository.
         token: a user's key for the hub; default: HF_TOKEN, or the key of `hf auth login`.
@@ -140,7 +143,8 @@ class _Access:
 
     def open(self, setting: str, source: str | Path, revision: str | None = None) -> tuple[StoredModel, Path]:
         """The model itself, and its folder."""
-        path = _folder(setting, source)
+        packaged = packaged_folder(source)
+        path = packaged or _folder(setting, source)
         if not path.exists() and is_on_hub(str(source)):
             try:
                 path = model_folder(str(source), revision, self.token, self.local_files_only, self.weights)
@@ -148,13 +152,16 @@ class _Access:
                 raise Unreachable(f"{setting}: '{source}' is not a folder here, and on the hub {error}") from None
             return replace(open_folder(path, self.weights, setting), source=str(source)), path
         if not path.is_dir():
+            if packaged is not None:
+                raise UserError(f"{setting}: '{source}' is in the package, and '{path}' is missing; reinstall it")
             raise UserError(
                 f"{setting}: '{source}' is not a folder; name a run (blt demo makes runs/demo), a folder with a "
-                "model, or OWNER/NAME on the hub"
+                "model, OWNER/NAME on the hub, or tiny, which is in the package"
             )
         if revision is not None:
             raise UserError(f"revision: '{source}' is a folder, which has no revisions; leave it out")
-        return open_folder(path, self.weights, setting), path
+        found = open_folder(path, self.weights, setting)
+        return (found if packaged is None else found.to_load_in(torch.float32, str(source))), path
 
     def open_with_byte_lm(self, setting: str, source: str | Path, revision: str | None = None) -> StoredModel:
         """The model, with its byte LM from Meta's separate folder or repository if it needs that."""
@@ -210,7 +217,13 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
         raise UserError(f"'{folder}' is not as it was written: {why}; fetch or write it again")
     links = [file for pattern in LEGAL_FILES for file in sorted(folder.glob(pattern)) if leads_out(file)]
     lines = [f"'{shown(str(file))}' is a link out of its folder and is skipped" for file in links]
-    found = replace(found, folder=folder, warnings=[*found.warnings, *lines])
+    chat_template = None
+    if not any(leads_out(folder / name) for name in (CHAT_TEMPLATE, TOKENIZER_CONFIG)):
+        try:
+            chat_template = ChatTemplate.find(folder)
+        except UserError as error:  # the model is usable without
+            lines.append(f"{error}; it is left out")
+    found = replace(found, folder=folder, warnings=[*found.warnings, *lines], chat_template=chat_template)
     if found.config.origin.licence is None:
         found = replace(found, config=found.config.with_origin(licence=stated_licence(folder)))
     return found
@@ -284,6 +297,8 @@ def write_model(
     check_tensors(stored)
     with whole_folder(folder) as aside:
         chosen.write(aside, stored, advance)
+        if stored.chat_template is not None:
+            (aside / CHAT_TEMPLATE).write_text(stored.chat_template.source, encoding="utf-8")
         for file in legal_files(stored.folder) if stored.folder is not None else ():
             shutil.copyfile(file, aside / file.name)
         loading = [line.replace("FOLDER", repr(folder.name)) for line in loading]

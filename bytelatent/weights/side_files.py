@@ -16,7 +16,7 @@ import yaml
 from bytelatent.credentials import masked
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings
-from bytelatent.text.tokenizer import TOKENIZER, tokenizer_json
+from bytelatent.text.tokenizer import SPECIAL_TOKENS, TOKENIZER, tokenizer_json
 from bytelatent.weights.safetensors_io import read_json_object, shown, write_json_object
 from bytelatent.weights.stored_model import Config, StoredModel, num_parameters
 
@@ -147,18 +147,35 @@ def read_sidecar(folder: Path, found: Config, again: Callable[[Config], Config],
         return found
 
 
-def write_tokenizer(folder: Path, context: int) -> None:
+def write_tokenizer(folder: Path, context: int, for_chat: bool = False) -> None:
     """Write a byte-level tokenizer without merges for transformers' `AutoTokenizer`: a text becomes BOS and its bytes.
 
     It has no padding token and so refuses to pad: the patcher and the global transformer of `BltForCausalLM` do not
     mask padding, and would silently read it as text.
+
+    Args:
+        for_chat: a chat template writes BOS and EOS by their names. These then hold a byte that our template drops from
+            what people write, so that `<s>` in a message is three bytes.
     """
-    (folder / TOKENIZER).write_text(tokenizer_json(), encoding="utf-8")
-    write_tokenizer_config(folder, context, "<s>", "</s>")
+    values = tokenizer_json()
+    if for_chat:
+        for token in SPECIAL_TOKENS:
+            values = values.replace(json.dumps(token), json.dumps(_unwritable(token)))
+    (folder / TOKENIZER).write_text(values, encoding="utf-8")
+    names = [_unwritable(token) if for_chat else token for token in ("<s>", "</s>")]
+    write_tokenizer_config(folder, context, *names, for_chat=for_chat)
 
 
-def write_tokenizer_config(folder: Path, context: int, bos: str, eos: str) -> None:
-    """Write what `AutoTokenizer` reads beside `tokenizer.json`; `bos` and `eos` are tokens."""
+def _unwritable(token: str) -> str:
+    return f"{token[:-1]}\x04>"
+
+
+def write_tokenizer_config(folder: Path, context: int, bos: str, eos: str, for_chat: bool = False) -> None:
+    """Write what `AutoTokenizer` reads beside `tokenizer.json`; `bos` and `eos` are tokens.
+
+    Args:
+        for_chat: these names in a text mean the tokens, as a chat template writes them.
+    """
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
@@ -166,7 +183,7 @@ def write_tokenizer_config(folder: Path, context: int, bos: str, eos: str) -> No
         "eos_token": eos,
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # the text <s> means these three bytes
+        "split_special_tokens": not for_chat,  # the text <s> means these three bytes
         "model_input_names": ["input_ids", "attention_mask"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -24,6 +24,7 @@ from bytelatent.model import (
 )
 from bytelatent.model.settings import LONGEST_CONTEXT, NAMES
 from bytelatent.patching import Calibration, PatchSettings
+from bytelatent.text.chat import ChatTemplate
 from bytelatent.text.tokenizer import TOKENIZER, Tokenizer, content_digest
 from bytelatent.vocab import BYTES, Vocabulary
 from bytelatent.weights.safetensors_io import StoredTensor, check_finite, shown
@@ -98,6 +99,8 @@ class StoredModel:
         tensors: by our names; empty if only the configuration was read.
         byte_lm: the byte LM stored with a BLT.
         tokenizer: the file of a token LM's tokenizer, if it is there.
+        dtype: the precision to load the weights in where none is asked for; None: as stored.
+        chat_template: how a conversation is written for it; None where its folder has no template.
         format: the format in words.
         source: where it was found.
         warnings: lines to show to the user.
@@ -112,39 +115,53 @@ class StoredModel:
     warnings: Sequence[str] = ()
     folder: Path | None = None
     tokenizer: Path | None = None
+    dtype: torch.dtype | None = None
+    chat_template: ChatTemplate | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, config: Config, byte_lm: ByteLM | None = None) -> "StoredModel":
+    def of(
+        cls,
+        model: nn.Module,
+        config: Config,
+        byte_lm: ByteLM | None = None,
+        chat_template: ChatTemplate | None = None,
+    ) -> "StoredModel":
         """Create it from a model in memory."""
         tensors = {name: StoredTensor.of(value) for name, value in model.state_dict().items()}
         inner = None
         if byte_lm is not None:
             inner = StoredModel.of(byte_lm, Config(model=byte_lm.settings, context=config.context))
-        return cls(config, tensors, inner, "in memory", "model in memory")
+        return cls(config, tensors, inner, "in memory", "model in memory", chat_template=chat_template)
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Pretrained":
         """Load the weights.
 
         Args:
-            dtype: precision of the weights; None: as stored, or the widest if they differ. The byte LM stays as
-                stored.
+            dtype: precision of the weights; None: the model's own `dtype`, or as stored, the widest if they differ. The
+                byte LM stays as stored.
 
         Raises:
             UserError: some of the weights are NaN or infinite.
         """
         byte_lm = self.byte_lm._load_alone(device) if self.byte_lm is not None else None
         where = f"{self.source} ({self.format})"
-        return Pretrained(self._load_alone(device, dtype), self.config, byte_lm, where, self.warnings, self.tokenizer)
+        model = self._load_alone(device, dtype)
+        return Pretrained(model, self.config, byte_lm, where, self.warnings, self.tokenizer, self.chat_template)
 
     def _load_alone(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
         """The model without its byte LM."""
         model = _without_weights(self.config.model)
-        dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
+        dtype = dtype or self.dtype or reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
         values = {name: tensor.load().to(device, dtype) for name, tensor in self.tensors.items()}
         for name, value in values.items():
             check_finite(name, value, f"'{self.source}'")  # after the cast, which may overflow
         model.load_state_dict(values, assign=True)
         return model.eval()
+
+    def to_load_in(self, dtype: torch.dtype, source: str) -> "StoredModel":
+        """The model under another name, loaded in this precision where none is asked for, with its byte LM."""
+        byte_lm = None if self.byte_lm is None else self.byte_lm.to_load_in(dtype, source)
+        return replace(self, dtype=dtype, source=source, byte_lm=byte_lm)
 
     def with_threshold(self, threshold: float | None) -> "StoredModel":
         """The model with another threshold of its patches; None: its own.
@@ -192,7 +209,7 @@ class StoredModel:
 
 @dataclass
 class Pretrained:
-    """A loaded model with its configuration, its byte LM, and the file of its tokenizer."""
+    """A loaded model with its configuration, its byte LM, the file of its tokenizer, and its chat template."""
 
     model: BLTModel | LanguageModel
     config: Config
@@ -200,6 +217,7 @@ class Pretrained:
     source: str  # where it was found, in one line
     warnings: Sequence[str] = ()
     tokenizer: Path | None = None
+    chat_template: ChatTemplate | None = None
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

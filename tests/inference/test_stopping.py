@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytelatent.inference.engine import StopTexts
+from bytelatent.inference.continuation import StopTexts
 
 # Few different bytes, so that stop texts overlap, repeat and hold one another.
 STOPS = st.lists(st.binary(min_size=1, max_size=6).map(lambda data: bytes(b % 3 for b in data)), max_size=5)

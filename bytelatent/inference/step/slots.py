@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bytelatent.inference.continuation import Continuation, Drawn
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.engine import Continuation, Drawn
 from bytelatent.inference.kv_cache import BLOCK, CacheCapacity, DecodeState
 from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.drafting import DraftedStep

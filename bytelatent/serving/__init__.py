@@ -1,0 +1,1 @@
+"""A model behind HTTP: the API, the thread that owns the engine, and the page at `/`."""

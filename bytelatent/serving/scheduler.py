@@ -1,0 +1,387 @@
+"""Requests of many clients on one engine: a thread owns it, any other one may submit, cancel and call.
+
+Each step the thread takes what was asked since the last one, lets the engine read prompts and decode, and gives each
+request what is new of it.
+"""
+
+import logging
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from bytelatent.blt import BLT
+from bytelatent.errors import UserError, in_one_line
+from bytelatent.inference import Continuation, Engine, Sampling
+from bytelatent.inference.continuation import Alternatives, Reason
+
+LOGGER = logging.getLogger(__name__)
+
+NUM_ENDS = 64  # newest ends of sequences, from which it is estimated when a place becomes free
+RETRY_AFTER_S = 1.0, 60.0  # the shortest and the longest estimate
+BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+OnUpdate = Callable[[list["Update"]], None]
+
+
+class QueueFull(Exception):
+    """There is no room for another request.
+
+    Attributes:
+        retry_after_s: when there may be some.
+    """
+
+    def __init__(self, retry_after_s: float):
+        super().__init__(f"the queue is full; try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+
+class Stopping(Exception):
+    """The scheduler ends, and takes no more requests."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping and takes no more requests")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for.
+
+    Attributes:
+        ids: [N] the prompt's, BOS first.
+        samples: continuations; their seeds follow one another.
+        num_alternatives: most likely ids to report for each byte.
+        constraint: what the output must match.
+    """
+
+    ids: Tensor
+    sampling: Sampling
+    max_new_bytes: int
+    samples: int = 1
+    num_alternatives: int = 0
+    constraint: Any = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is new of a sample.
+
+    Attributes:
+        data: new bytes, without any that may turn out to begin a stop text. `ids` and the lists after it have an
+            element for each of them; a stop text and EOS are not among them.
+        starts: whether each byte begins a patch.
+        ended: why nothing more comes; None: more may.
+        failure: what went wrong, in one line, where `ended` is "failed".
+    """
+
+    sample: int
+    data: bytes
+    ids: list[int]
+    log_probabilities: list[float]
+    alternatives: list[Alternatives]
+    starts: list[bool]
+    ended: Reason | None
+    failure: str = ""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A job that was accepted."""
+
+    job: Job
+    on_update: OnUpdate
+    samples: list[Continuation]
+    submitted_s: float
+    newest_s: list[float | None] = field(default_factory=list)  # of each sample, when its newest bytes came
+
+
+@dataclass
+class Histogram:
+    """Durations in seconds.
+
+    Attributes:
+        counts: of durations up to each of `BOUNDS_S`, and of longer ones; not cumulated.
+    """
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+    sum_s: float = 0.0
+
+    def add(self, seconds: float, times: int = 1) -> None:
+        self.counts[bisect_left(BOUNDS_S, seconds)] += times
+        self.sum_s += seconds * times
+
+    def copy(self) -> "Histogram":
+        return Histogram(list(self.counts), self.sum_s)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a scheduler has done and has to do.
+
+    Attributes:
+        slots, busy: sequences that are decoded at once at most, and now.
+        waiting: sequences that are not decoded yet; their prompts may be being read.
+        places: sequences that may be decoded and wait at most.
+        requests, refused: jobs accepted, and refused because the queue was full.
+        ended: sequences by why they ended.
+        bytes, patches: generated.
+        prefill_bytes: of prompts, read.
+        reused_bytes: of prompts, whose state was in the prefix cache.
+        hits: prompts of which a part was.
+        lookups: prompts that were looked for.
+        cached_bytes: memory that the prefix cache takes.
+        time_to_first_byte, between_bytes: from submitting to a sample's first byte, and from byte to byte.
+    """
+
+    slots: int
+    busy: int
+    waiting: int
+    places: int
+    requests: int
+    refused: int
+    ended: dict[str, int]
+    bytes: int
+    patches: int
+    prefill_bytes: int
+    reused_bytes: int
+    hits: int
+    lookups: int
+    cached_bytes: int
+    time_to_first_byte: Histogram
+    between_bytes: Histogram
+
+
+class Scheduler:
+    """Jobs on one engine.
+
+    Args:
+        batch_size: sequences that are decoded at once.
+        max_waiting: sequences that may wait beside them.
+        prefill_chunk: ids of prompts that are read between two steps at most.
+        prefix_cache_bytes: memory for states of prompts, for prompts that begin alike.
+    """
+
+    def __init__(
+        self, blt: BLT, *, batch_size: int, max_waiting: int, prefill_chunk: int, prefix_cache_bytes: int
+    ) -> None:
+        self.blt, self.batch_size = blt, batch_size
+        self.places = batch_size + max_waiting
+        self._prefill_chunk, self._prefix_cache_bytes = prefill_chunk, prefix_cache_bytes
+        self._engine = self._new_engine()
+        self._condition = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._num_live, self._stops, self._closed = 0, False, False
+        self._ticket_of: dict[Continuation, tuple[Ticket, int]] = {}
+        self._ends: deque[float] = deque(maxlen=NUM_ENDS)
+        self._requests = self._refused = self._bytes = self._patches = 0
+        self._ended: Counter[str] = Counter()
+        self._time_to_first_byte, self._between_bytes = Histogram(), Histogram()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # From any thread
+
+    def submit(self, job: Job, on_update: OnUpdate) -> Ticket:
+        """Ask for what follows a prompt.
+
+        Args:
+            on_update: is called on the engine's thread with what is new, in order; the last update of each sample says
+                why it ended. It must not wait. If it raises, the job is cancelled.
+
+        Raises:
+            QueueFull: as many sequences as may wait do.
+            Stopping: `drain` or `close` was called.
+            UserError: the job is not valid.
+        """
+        if job.samples > self.places:
+            raise UserError(f"samples: {job.samples:,} are more than the {self.places:,} that can be asked for at once")
+        samples = self._engine.asked(
+            job.ids, job.sampling, job.max_new_bytes, job.samples, num_alternatives=job.num_alternatives
+        )
+        ticket = Ticket(job, on_update, samples, time.monotonic(), [None] * len(samples))
+        with self._condition:
+            if self._stops:
+                raise Stopping
+            if self._num_live + len(samples) > self.places:
+                self._refused += 1
+                raise QueueFull(self._retry_after_s())
+            self._num_live += len(samples)
+            self._requests += 1
+            self._command(lambda: self._enqueue(ticket))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End what has not ended of a job; its slots are free at the next step."""
+        with self._condition:
+            self._command(lambda: self._cancel(ticket))
+
+    def call(self, function: Callable[[], Any]) -> "Future[Any]":
+        """Run a function between two steps on the engine's thread, and give its result.
+
+        Raises:
+            Stopping: `close` was called.
+        """
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:  # belongs to whoever asked
+                future.set_exception(error)
+
+        with self._condition:
+            if self._closed:
+                raise Stopping
+            self._command(run)
+        return future
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more jobs, and wait until all have ended; False if some have not in time."""
+        with self._condition:
+            self._stops = True
+            return self._condition.wait_for(lambda: self._num_live == 0, timeout_s)
+
+    def close(self) -> None:
+        """Cancel what has not ended, and end the thread."""
+        with self._condition:
+            self._stops = self._closed = True
+            self._condition.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def statistics(self) -> Statistics:
+        engine = self._engine
+        return Statistics(
+            slots=self.batch_size,
+            busy=engine.num_busy,
+            waiting=max(self._num_live - engine.num_busy, 0),
+            places=self.places,
+            requests=self._requests,
+            refused=self._refused,
+            ended=dict(self._ended),
+            bytes=self._bytes,
+            patches=self._patches,
+            prefill_bytes=0,
+            reused_bytes=0,
+            hits=0,
+            lookups=0,
+            cached_bytes=0,
+            time_to_first_byte=self._time_to_first_byte.copy(),
+            between_bytes=self._between_bytes.copy(),
+        )
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._condition.notify_all()
+
+    def _retry_after_s(self) -> float:
+        """When a sequence may end: the mean time between the newest ends."""
+        shortest, longest = RETRY_AFTER_S
+        if not self._ends:
+            return shortest
+        return min(max((time.monotonic() - self._ends[0]) / len(self._ends), shortest), longest)
+
+    # On the engine's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._commands or self._closed or not self._engine.is_idle)
+                commands, self._commands = self._commands, deque()
+                closed = self._closed
+            for command in commands:
+                command()
+            if closed:
+                for ticket in {id(ticket): ticket for ticket, _ in self._ticket_of.values()}.values():
+                    self._cancel(ticket)
+                return
+            if not self._engine.is_idle:
+                self._advance()
+
+    def _new_engine(self) -> Engine:
+        return self.blt.engine(self.batch_size)
+
+    def _enqueue(self, ticket: Ticket) -> None:
+        for number, which in enumerate(ticket.samples):
+            self._ticket_of[which] = ticket, number
+        self._engine.enqueue(ticket.samples)
+
+    def _cancel(self, ticket: Ticket) -> None:
+        live = [which for which in ticket.samples if which in self._ticket_of]
+        for which in live:
+            self._engine.cancel(which)
+        self._deliver(live)
+
+    def _advance(self) -> None:
+        try:
+            longer = self._engine.advance()
+        except Exception as error:
+            LOGGER.exception("decoding failed")
+            longer = list(self._ticket_of)
+            for which in longer:
+                which.fail(error)
+            self._engine = self._new_engine()
+        self._deliver(longer)
+
+    def _deliver(self, changed: list[Continuation]) -> None:
+        """Give each job what is new of its samples."""
+        now = time.monotonic()
+        updates: dict[int, tuple[Ticket, list[Update]]] = {}
+        for which in changed:
+            if which not in self._ticket_of:
+                continue
+            ticket, sample = self._ticket_of[which]
+            update = self._update(which, sample)
+            if update.data:
+                self._measure(ticket, update, now)
+            if update.ended is not None:
+                self._end(which, update.ended, now)
+            if update.data or update.ended is not None:
+                updates.setdefault(id(ticket), (ticket, []))[1].append(update)
+        for ticket, new in updates.values():
+            try:
+                ticket.on_update(new)
+            except Exception as error:
+                LOGGER.warning("a request was cancelled, since its receiver failed: %s", in_one_line(repr(error)))
+                self._drop(ticket)
+
+    def _drop(self, ticket: Ticket) -> None:
+        """Cancel a job whose receiver no longer takes updates."""
+        now = time.monotonic()
+        for which in ticket.samples:
+            if which in self._ticket_of:
+                self._engine.cancel(which)
+                self._end(which, "cancelled", now)
+
+    def _update(self, which: Continuation, sample: int) -> Update:
+        begin, data = which.num_given, which.new_bytes()
+        new = slice(begin, begin + len(data))
+        failure = "" if which.failure is None else in_one_line(which.failure)
+        lists = which.ids[new], which.log_probabilities[new], which.alternatives[new], which.starts[new]
+        return Update(sample, data, *lists, which.ended, failure)
+
+    def _measure(self, ticket: Ticket, update: Update, now: float) -> None:
+        count, newest = len(update.data), ticket.newest_s[update.sample]
+        self._bytes += count
+        self._patches += sum(update.starts)
+        if newest is None:
+            self._time_to_first_byte.add(now - ticket.submitted_s)
+        else:
+            self._between_bytes.add((now - newest) / count, count)
+        ticket.newest_s[update.sample] = now
+
+    def _end(self, which: Continuation, reason: Reason, now: float) -> None:
+        del self._ticket_of[which]
+        self._ended[reason] += 1
+        self._ends.append(now)
+        with self._condition:
+            self._num_live -= 1
+            self._condition.notify_all()
