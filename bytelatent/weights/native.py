@@ -36,6 +36,7 @@ BYTE_LM = "byte_lm"
 LOADING_LM = ("from bytelatent.weights import load", "", "found = load(FOLDER)  # found.model, found.vocabulary")
 LOADING = ("from bytelatent import BLT", "", "model = BLT.from_pretrained(FOLDER)", 'model.generate("The history of")')
 
+BLOCK_OPTIONS = ("head_size", "attention_bias", "qk_norm", "rope_scaling")
 SettingsTable = Mapping[str, Sequence[str]]  # keys of another format, and those of our settings that have its value
 
 # Our modules, and their names in Meta's formats and in transformers. {table} means that each hash table is a tensor of
@@ -75,6 +76,8 @@ IN_LAYER = {
     "attention.key": ("attention.wk", "self_attn.k_proj"),
     "attention.value": ("attention.wv", "self_attn.v_proj"),
     "attention.output": ("attention.wo", "self_attn.o_proj"),
+    "attention.query_norm": ("attention.q_norm", "self_attn.q_norm"),  # of Llama-like models; Meta's have none
+    "attention.key_norm": ("attention.k_norm", "self_attn.k_norm"),
     "feed_forward_norm": ("ffn_norm", "post_attention_layernorm"),
     "feed_forward.gate": ("feed_forward.w1", "mlp.gate_proj"),
     "feed_forward.down": ("feed_forward.w2", "mlp.down_proj"),
@@ -95,6 +98,7 @@ class WeightsFormat:
 
     Attributes:
         modes: the patching modes that the format can express; None: all.
+        block_options: of `BLOCK_OPTIONS`, those that the format can express in a BLT or a byte LM.
         column: of the names in `MODULES` and `IN_LAYER`; None: our own names.
         loaded_by: the Python package that loads it, for the hub.
         loading: lines of Python that load it; FOLDER stands for the folder.
@@ -103,6 +107,7 @@ class WeightsFormat:
     """
 
     modes: ClassVar[tuple[str, ...] | None] = None
+    block_options: ClassVar[tuple[str, ...]] = ()
     column: ClassVar[int | None] = None
     loaded_by: ClassVar[str] = "bytelatent"
     loading: ClassVar[tuple[str, ...]] = LOADING
@@ -353,6 +358,27 @@ def their_settings(model: ModelSettings, table: SettingsTable, format: str) -> d
             names = ", ".join(table[key])
             raise UserError(f"{format}: the format has one {key} for {names}, and here they differ ({found})")
     return {key: found[0] for key, found in values.items()}
+
+
+def check_blocks(model: ModelSettings, format: str, known: Sequence[str]) -> None:
+    """Check that a format can express the options of a model's blocks.
+
+    Args:
+        known: those of `BLOCK_OPTIONS` that it can.
+
+    Raises:
+        UserError: it cannot.
+    """
+    is_blt = isinstance(model, BLTSettings)
+    names = ("encoder", "global_transformer", "decoder") if is_blt else ("",)
+    for name in names:
+        stack: Any = getattr(model, name) if name else model
+        has = {option: bool(getattr(stack, option)) for option in BLOCK_OPTIONS}
+        has["head_size"] = stack.attention_dim != stack.dim
+        for option in BLOCK_OPTIONS:
+            if has[option] and option not in known:
+                key = f"{name}.{option}" if name else option
+                raise UserError(f"{format}: the format has no key for {key} ({getattr(stack, option)}); use native")
 
 
 def check_tensors(stored: StoredModel) -> None:

@@ -37,7 +37,8 @@ from bytelatent.training.settings import OptimizerSettings
 from bytelatent.weights import Config, load_byte_lm
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
 
-MODEL = {**BLT, "global_transformer": {**BLT["global_transformer"], "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}}
+OF_LLAMAS = {"num_kv_heads": 2, "attention_bias": True, "qk_norm": True}
+MODEL = {**BLT, "global_transformer": {**BLT["global_transformer"], "num_layers": 2, "num_heads": 4, **OF_LLAMAS}}
 PLANS = {
     "shard": (2, {"data": "shard"}),
     "replicate": (2, {"data": "replicate", "tables": "gather"}),

@@ -26,7 +26,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import bytelatent.kernels.packed_attention  # noqa: F401 it defines the operator
@@ -222,6 +228,9 @@ def apply_tensor_parallelism(block: Block, mesh: DeviceMesh) -> None:
     """Divide the heads and the feed-forward width of a block among the ranks of a tensor group."""
     same = Replicate()
     attention_inputs = (same, None, None)
+    of_heads = SequenceParallel(sequence_dim=1, use_local_output=True)  # [T, H, E]
+    has_norms = block.attention.has_qk_norm
+    norms = {"attention.query_norm": of_heads, "attention.key_norm": of_heads} if has_norms else {}
     parallelize_module(
         block,
         mesh,
@@ -231,6 +240,7 @@ def apply_tensor_parallelism(block: Block, mesh: DeviceMesh) -> None:
             "attention.key": ColwiseParallel(),
             "attention.value": ColwiseParallel(),
             "attention.output": RowwiseParallel(),
+            **norms,
             "feed_forward": PrepareModuleInput(input_layouts=(same,), desired_input_layouts=(same,)),
             "feed_forward.gate": ColwiseParallel(),
             "feed_forward.up": ColwiseParallel(),
@@ -298,7 +308,7 @@ class _Float32Norm(nn.RMSNorm):
     """Autocast computes norms in float32, and a fused norm needs its input and weight in one precision."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.float(), self.eps)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
 
 
 def shard_tables(embedding: NgramHashEmbedding, device: str, world_size: int) -> nn.Parameter:
