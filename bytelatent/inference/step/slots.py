@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytelatent.inference.continuation import Alternatives, Continuation, Drawn
+from bytelatent.inference.continuation import Allowances, Alternatives, Continuation, Drawn
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.engine import OutOfRoom, as_alternatives, likeliest, most_alternatives
 from bytelatent.inference.kv_cache import BLOCK, CacheCapacity, DecodeState
@@ -68,6 +68,7 @@ class CapturedSlots:
         if decoder.device.type == "cuda":
             self._pinned = [tuple(map(_pinned, self.step.outcome())) for _ in range(IN_FLIGHT + 1)]
         self._drawn: list[Drawn] = []
+        self._allowances = Allowances(num_slots)
 
     def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
         counts = torch.stack([state.position[source], state.num_patches[source], state.open_count[source]])
@@ -77,7 +78,8 @@ class CapturedSlots:
         self._largest[slot] = position, num_patches, open_bytes
         step = self.step
         step.state.put(slot, state, source)
-        step.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes)
+        step.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes, which.constraint is not None)
+        self._allowances.forget(slot)
         step.logits_BV[slot] = logits
         step.buffers.is_active[slot], step.buffers.is_waiting[slot] = True, False
         self._in_slot[slot] = which
@@ -97,6 +99,7 @@ class CapturedSlots:
             if longest is None:
                 raise
             raise OutOfRoom(longest) from None
+        self.step.sampling.constrain(*self._allowances.new(self._in_slot))
         self.num_steps += 1
         num_alternatives = most_alternatives(self._in_slot)
         logits_BV = self.step.logits_BV.clone() if num_alternatives else None
@@ -111,10 +114,20 @@ class CapturedSlots:
             self._take(wait=True)
 
     def drawn(self) -> list[Drawn]:
-        while self.in_flight and self._take(wait=False):
+        most = self._most_in_flight()
+        while self.in_flight and self._take(wait=len(self.in_flight) > most):
             pass
         drawn, self._drawn = self._drawn, []
         return drawn
+
+    def _most_in_flight(self) -> int:
+        """Steps that may run before the host reads what they drew.
+
+        A slot with a constraint draws once the host has read its last byte. Beside others, which need not wait for it,
+        it takes part in every second step: one runs while the host reads the one before.
+        """
+        constrained = [which.constraint is not None for which in self._in_slot if which is not None]
+        return IN_FLIGHT if not any(constrained) else 0 if all(constrained) else 1
 
     def newest(self, slot: int) -> Prefix | None:
         step = self.step
