@@ -123,7 +123,7 @@ class Trainer:
                 return cross_entropy(model, batch)
 
         share = plan.data_rank, plan.data_world_size
-        loader = Loader(settings.data, settings.seed, run.patcher, *share, run.vocabulary)
+        loader = Loader(settings.data, settings.seed, run.patcher, *share, run.vocabulary, run.chat_template)
         loader = PrefetchLoader(loader, device) if prefetches(device) else loader
         state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
         gradients = Gradients(loss, device)
@@ -195,8 +195,10 @@ class Trainer:
             group["lr"] = rate * group["lr_scale"]
         batches = [self._next_batch() for _ in range(settings.optimizer.accumulation)]
         state.waited += time.perf_counter() - began
-        counts = zip(*((batch.num_targets, batch.num_bytes, batch.num_patches) for batch in batches), strict=True)
-        num_targets, num_bytes, num_patches = map(int, plan.sum([sum(count) for count in counts]))
+        counts = [(b.num_targets, b.target_bytes, b.num_bytes, b.num_patches) for b in batches]
+        sums = plan.sum([sum(count) for count in zip(*counts, strict=True)])
+        num_targets, target_bytes, num_bytes, num_patches = map(int, sums)
+        num_targets = max(num_targets, 1)  # in conversations there may be a batch in which nothing counts
         parts = []
         for number, batch in enumerate(batches, start=1):
             plan.set_last_backward(state.model, number == len(batches))
@@ -222,7 +224,7 @@ class Trainer:
         row = {
             "step": state.step,
             "bytes_seen": state.bytes_seen,
-            "bits_per_byte": bits_per_byte(nats, num_bytes) if math.isfinite(nats) else None,
+            "bits_per_byte": bits_per_byte(nats, target_bytes) if math.isfinite(nats) else None,
             "lr": rate,
             "gradient_norm": norm if math.isfinite(norm) else None,
             "mean_patch_bytes": num_bytes / num_patches if num_patches else None,
@@ -265,7 +267,9 @@ class Trainer:
         def agreed(over: bool) -> bool:  # the first rank's clock counts
             return bool(plan.ranks.sum([over * plan.ranks.is_first])[0])
 
-        batches = held_out_batches(self.settings.data, self.opened.patcher, max_bytes, self.opened.vocabulary)
+        opened = self.opened
+        how = opened.patcher, max_bytes, opened.vocabulary, opened.chat_template
+        batches = held_out_batches(self.settings.data, *how)
         groups = iter(lambda: list(itertools.islice(batches, plan.data_world_size)), [])
         state.model.eval()
         with torch.no_grad(), Progress("validating", max_bytes, limit, bar=False) as progress:
@@ -276,7 +280,7 @@ class Trainer:
                 found = float(self.loss((own or group[0]).to(self.device)))
                 if own is not None:
                     nats += found
-                    num_bytes += own.num_bytes
+                    num_bytes += own.target_bytes
                 progress.advance(sum(batch.num_bytes for batch in group))
         state.model.train()
         free_gathered_weights(state.model)
