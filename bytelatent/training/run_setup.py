@@ -32,9 +32,10 @@ from bytelatent.training.calibration import calibrate_on, read_calibration, writ
 from bytelatent.training.checkpoint.manager import check_takes_checkpoints
 from bytelatent.training.checks import check_text
 from bytelatent.training.distributed.ranks import Ranks
+from bytelatent.training.initial import earlier_origin, keep_side_files, open_initial, origin_of, place_of
 from bytelatent.training.settings import TrainSettings
 from bytelatent.vocab import BYTES, Vocabulary
-from bytelatent.weights import BYTE_LM, Config, fingerprint, load_byte_lm, save
+from bytelatent.weights import BYTE_LM, Config, Origin, StoredModel, fingerprint, load_byte_lm, save
 
 LOGGER = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Run:
         vocabulary: of the model's ids.
         changes: a line about each setting that differs from those the run had before, and about its text.
         text: the files of its text as they are now.
+        initial: of a run that begins from a model, which state of it: see `place_of`.
         chat_template: writes its conversations.
     """
 
@@ -85,6 +87,7 @@ class Run:
     vocabulary: Vocabulary
     changes: list[str]
     text: Listing
+    initial: tuple[str, str] | None
     chat_template: ChatTemplate
 
 
@@ -103,7 +106,7 @@ def open_run(folder: Path, settings: TrainSettings, ranks: Ranks, device: torch.
         UserError: the folder is another run's, or its text has changed.
     """
     forget_logged()
-    (settings, config, changes, text), lines = ranks.on_first(
+    (settings, config, changes, text, initial), lines = ranks.on_first(
         lambda: (_prepare(folder, settings, device, dtype), logged_lines())
     )
     mark_logged(lines)
@@ -117,7 +120,7 @@ def open_run(folder: Path, settings: TrainSettings, ranks: Ranks, device: torch.
     if settings.data.tokenizer is not None:
         vocabulary = Tokenizer.read(folder / TOKENIZER)
     chat_template = ChatTemplate.find(folder) or DEFAULT_TEMPLATE
-    return Run(settings, config, patcher, vocabulary, changes, text, chat_template)
+    return Run(settings, config, patcher, vocabulary, changes, text, initial, chat_template)
 
 
 def write_settings(folder: Path, run: Run) -> None:
@@ -131,21 +134,30 @@ def write_settings(folder: Path, run: Run) -> None:
 
 def _prepare(
     folder: Path, settings: TrainSettings, device: torch.device, dtype: torch.dtype
-) -> tuple[TrainSettings, Config, list[str], Listing]:
+) -> tuple[TrainSettings, Config, list[str], Listing, tuple[str, str] | None]:
     """What `Run` holds beside the patcher."""
     earlier = _earlier_settings(folder)
     changes = _changes(settings, earlier, folder) if earlier is not None else []
     text = list_text(settings.data)
     if earlier is not None:
         changes += check_listing(folder, text, settings.data.allow_changed)
+    initial, origin = None, Origin() if earlier is None else earlier_origin(folder)
+    if earlier is None and settings.init is not None:
+        initial = open_initial(settings)
+        LOGGER.info(f"begins from {initial.in_a_line()}")
+        keep_side_files(initial, folder)
+        origin = origin_of(initial, settings.init)
     byte_lm = None
     if settings.entropy_model is not None:
         byte_lm = _own_byte_lm(folder, settings.entropy_model, settings.data.context, resumes=earlier is not None)
     digest = None
     if settings.data.tokenizer is not None:
         digest = _keep_tokenizer(folder, settings.data.tokenizer, settings.model, resumes=earlier is not None)
-    chat_template = _keep_chat_template(folder, settings.data, resumes=earlier is not None)
+    chat_template = _keep_chat_template(folder, settings.data, initial, resumes=earlier is not None)
     calibration = read_calibration(folder) if earlier is not None else None
+    if initial is not None and settings.calibration is None and initial.config.calibration is not None:
+        calibration = initial.config.calibration
+        write_calibration(folder, calibration)
     if settings.calibration is not None and settings.patching is not None:
         if calibration is None:
             LOGGER.info(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes")
@@ -161,8 +173,9 @@ def _prepare(
         patching=settings.patching,
         calibration=calibration,
         tokenizer=digest,
+        origin=origin,
     )
-    return settings, config, changes, text
+    return settings, config, changes, text, None if initial is None else place_of(initial)
 
 
 def _own_byte_lm(folder: Path, entropy_model: str, context: int, resumes: bool) -> ByteLM:
@@ -176,8 +189,13 @@ def _own_byte_lm(folder: Path, entropy_model: str, context: int, resumes: bool) 
     return byte_lm
 
 
-def _keep_chat_template(folder: Path, data: DataSettings, resumes: bool) -> ChatTemplate | None:
+def _keep_chat_template(
+    folder: Path, data: DataSettings, initial: StoredModel | None, resumes: bool
+) -> ChatTemplate | None:
     """Copy the chat template into the run's folder, from where its models have it; when it resumes it is the same.
+
+    Args:
+        initial: the model that the run begins from, whose template it takes unless another is given.
 
     Returns:
         The run's template; None where it neither has conversations nor was given one.
@@ -193,7 +211,8 @@ def _keep_chat_template(folder: Path, data: DataSettings, resumes: bool) -> Chat
                 f"data.chat_template: '{path}' is not the one that '{folder}' was begun with; name '{copy}'"
             )
         return kept
-    found = given or (DEFAULT_TEMPLATE if data.has_chats else None)
+    found = given or (initial.chat_template if initial is not None else None)
+    found = found or (DEFAULT_TEMPLATE if data.has_chats else None)
     if found is None:
         copy.unlink(missing_ok=True)  # of a start that came to nothing
         return None

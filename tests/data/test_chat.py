@@ -212,7 +212,7 @@ def test_goes_on_bit_for_bit(tmp_path: Path, done: int) -> None:
 
 
 def test_the_loss_is_that_of_each_conversation_alone(tmp_path: Path) -> None:
-    """Packing with others changes nothing, and what counts is what the assistant says; in float64, logits in float32."""
+    """Packing with others changes nothing, and what counts is what the assistant says; float64, logits float32."""
     hashes = NgramHashSettings(sizes=[3, 4], vocab_size=101, stop_at_document=False)
     model: BLTModel = tiny_blt(seed=1, ngram_hash=hashes).double()
     rows = [{"messages": talk(i, 1 + i % 3, system=bool(i % 2))} for i in range(5)]
