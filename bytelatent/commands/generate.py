@@ -24,6 +24,7 @@ from bytelatent.device import choose_device, is_out_of_memory, precision_of_weig
 from bytelatent.errors import Interrupted, UserError, nearest
 from bytelatent.files import growing_file, partial_path, whole_file
 from bytelatent.inference import Continuation, Engine, Sampling, prompt_bytes
+from bytelatent.inference.constraint import Constraint
 from bytelatent.inference.quantize import check_quantize
 from bytelatent.inference.settings import MAX_BATCH_SIZE, check_limits
 from bytelatent.inference.step import engine_for
@@ -59,25 +60,26 @@ def generate(settings: GenerateSettings, out: BinaryIO) -> None:
     if len(given) > 1:
         raise UserError(f"generate: {' and '.join(given)} are given; give one of them")
     with sigterm_interrupts():
+        constraint = _constraint(settings)
         if settings.jsonl is None:
             for name in ("out", "log_probabilities"):
                 if getattr(settings, name):
                     raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
             prompt, batch_size = _prompt(settings), min(settings.samples, SAMPLES_AT_ONCE)
             with _memory_named("samples", batch_size):
-                _show(_engine(settings, batch_size), prompt, settings, out)
+                _show(_engine(settings, batch_size), prompt, settings, constraint, out)
             return
         if settings.out is not None:
             must_be_free(settings.out)
         rows = list(_rows(settings))
         _log_unknown_keys(rows, settings)
         if settings.out is None:
-            _continue_rows(rows, settings, out)
+            _continue_rows(rows, settings, constraint, out)
             return
         with rows_at(settings.out, [row.given for row in rows], _made_with(settings), GENERATED) as (file, num_done):
             if num_done:
                 LOGGER.info(f"{num_done:,} of {len(rows):,} rows are in '{partial_path(settings.out)}'; resuming")
-            _continue_rows(rows[num_done:], settings, file)
+            _continue_rows(rows[num_done:], settings, constraint, file)
 
 
 def _made_with(settings: GenerateSettings) -> dict[str, Any]:
@@ -98,6 +100,17 @@ def _engine(settings: GenerateSettings, batch_size: int) -> Engine:
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
     how = (batch_size, settings.quantize, settings.draft_length)
     return engine_for(loaded.model, patching, byte_lm, *how, loaded.vocabulary)
+
+
+def _constraint(settings: GenerateSettings) -> Constraint | None:
+    """What every continuation must meet."""
+    texts: dict[str, str | None] = {"regex": settings.regex}
+    for name, path in (("schema", settings.json_schema), ("grammar", settings.grammar)):
+        try:
+            texts[name] = path if path is None else path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{name}: '{path}' cannot be read: {getattr(error, 'strerror', error)}") from None
+    return Constraint.of(**texts)
 
 
 def _prompt(settings: GenerateSettings) -> bytes:
@@ -126,9 +139,12 @@ def _prompt_in(name: str) -> bytes:
     return prompt
 
 
-def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: BinaryIO) -> None:
+def _show(
+    engine: Engine, prompt: bytes, settings: GenerateSettings, constraint: Constraint | None, out: BinaryIO
+) -> None:
     """The prompt and what comes after it, as it comes; several samples one after another, each once it is whole."""
-    asked = engine.submit(prompt, settings.sampling, settings.max_new_bytes, settings.samples)
+    how = (settings.sampling, settings.max_new_bytes, settings.samples)
+    asked = engine.submit(prompt, *how, constraint=constraint)
     began = time.perf_counter()
     if len(asked) == 1:
         _write(out, prompt)
@@ -144,6 +160,9 @@ def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: Binary
         engine.run()
         for number, continuation in enumerate(asked):
             _write(out, f"--- {number + 1} ---\n".encode() + prompt + continuation.text.encode() + b"\n")
+    for continuation in asked:
+        if continuation.failure is not None:
+            raise continuation.failure
     num_ids = sum(len(continuation.ids) for continuation in asked)
     if log.shows_bars():
         rate, unit = num_ids / (time.perf_counter() - began), engine.vocabulary.unit
@@ -217,7 +236,7 @@ def _log_unknown_keys(rows: list[Row], settings: GenerateSettings) -> None:
             LOGGER.info(f"'{settings.jsonl}' has '{key}', which is no setting and passes through{hint}")
 
 
-def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO) -> None:
+def _continue_rows(rows: list[Row], settings: GenerateSettings, constraint: Constraint | None, out: BinaryIO) -> None:
     """Write each row with its continuation as soon as it and all before it are done."""
     if not rows:
         return
@@ -232,7 +251,8 @@ def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO) -
             while len(asked) < len(rows) and engine.num_waiting < batch_size:  # all of them could be more than fit
                 row = rows[len(asked)]
                 prompt = row.given["prompt"]
-                asked.append(engine.submit(prompt, row.sampling, row.max_new_bytes, settings.samples))
+                how = (row.sampling, row.max_new_bytes, settings.samples)
+                asked.append(engine.submit(prompt, *how, constraint=constraint))
             if not all(continuation.ended for continuation in asked[written]):
                 num_ids += len(engine.advance())
                 bar.update(task, rate=f"{num_ids / (time.perf_counter() - began):,.0f} {engine.vocabulary.unit}/s")
