@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
-from bytelatent.commands import eval_options, import_uncollected, options, plot_options, study_options
+from bytelatent.commands import byteify_options, eval_options, import_uncollected, options, plot_options, study_options
 from bytelatent.config import Option, Settings, union_members, warn_renamed
 from bytelatent.errors import BAD_INPUT, UserError, guarded, nearest
 from bytelatent.prepare import PrepareSettings
@@ -36,6 +36,7 @@ VERBS: dict[str, type[Settings]] = {
     "patch": options.PatchesSettings,
     "convert": options.ConvertSettings,
     "export": options.ExportSettings,
+    "byteify": byteify_options.ByteifySettings,
     "info": options.InfoSettings,
     "study": study_options.StudySettings,
     "speedrun": study_options.SpeedrunSettings,
