@@ -243,8 +243,7 @@ class GenerateSettings(ThresholdSettings):
         file: file that holds the prompt.
         jsonl: file of rows {"prompt": ...}, which are continued in batches. A row may hold max_new_bytes and settings
             of the sampling. The file may be compressed. - is standard input.
-        out: new file for the rows of --jsonl, in their order. Default: standard output. An interrupted command
-            leaves its rows in OUT.part; the same command resumes.
+        out: new file for the rows of --jsonl, in their order. Default: standard output. The same command resumes it.
         max_new_bytes: largest number of bytes to generate.
         json_schema: file with a JSON schema, which every continuation meets.
         regex: regular expression, which every continuation matches as a whole.
