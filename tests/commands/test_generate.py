@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bytelatent.commands import generate
-from bytelatent.commands.generate import _must_be_made_with
+from bytelatent.commands.rows import _must_be_made_with
 from bytelatent.errors import UserError
 from bytelatent.files import growing_file, partial_path
 from tests import processes
