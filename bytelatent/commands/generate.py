@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bytelatent import log, terminal
 from bytelatent.command_line import from_command_line
-from bytelatent.commands.options import GenerateSettings
+from bytelatent.commands.options import GenerateSettings, default_model, model_named
 from bytelatent.commands.rows import line_of, must_be_free, rows_at
 from bytelatent.config import flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
@@ -57,6 +57,7 @@ def generate(settings: GenerateSettings, out: BinaryIO) -> None:
     given = [name for name in ("prompt", "file", "jsonl") if getattr(settings, name) is not None]
     if len(given) > 1:
         raise UserError(f"generate: {' and '.join(given)} are given; give one of them")
+    settings = settings.model_copy(update={"model": model_named(settings) or default_model()})
     with sigterm_interrupts():
         constraint = _constraint(settings)
         if settings.jsonl is None:
