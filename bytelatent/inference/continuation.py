@@ -123,7 +123,8 @@ class Continuation:
         end = len(self._data)
         if self._stop_texts is not None and self.ended is None:
             end -= self._stop_texts.held_back()
-        end = self._whole(end)
+        if self.sampling.valid_utf8:
+            end = self._whole(end)
         new, self._num_given = bytes(self._data[self._num_given : end]), max(end, self._num_given)
         return new
 
