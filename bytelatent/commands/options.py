@@ -261,9 +261,11 @@ class GenerateSettings(ThresholdSettings):
         file: file that holds the prompt.
         jsonl: file of rows {"prompt": ...}, which are continued in batches. A row may hold max_new_bytes and settings
             of the sampling. The file may be compressed. - is standard input.
-        out: new file for the rows of --jsonl, in their order. Default: standard output. An interrupted command
-            leaves its rows in OUT.part; the same command resumes.
+        out: new file for the rows of --jsonl, in their order. Default: standard output. The same command resumes it.
         max_new_bytes: largest number of bytes to generate.
+        json_schema: file with a JSON schema, which every continuation meets.
+        regex: regular expression, which every continuation matches as a whole.
+        grammar: file with a grammar in llguidance's form of Lark, which every continuation follows.
         samples: number of continuations of each prompt.
         batch_size: batch size of --jsonl.
         log_probabilities: write the log-probability of each byte into the rows of --jsonl.
@@ -287,6 +289,9 @@ class GenerateSettings(ThresholdSettings):
     out: Path | None = None
     max_new_bytes: Annotated[int, Option(("--max-new-bytes", "-n"))] = Field(default=200, ge=1, le=MAX_NEW_BYTES)
     sampling: Sampling = Sampling()
+    json_schema: Annotated[Path | None, Option(("--schema",))] = None
+    regex: str | None = None
+    grammar: Path | None = None
     samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     batch_size: int = Field(default=16, ge=1, le=10**6)
     log_probabilities: bool = False
