@@ -63,7 +63,7 @@ def _no_such_route(request: Request) -> ApiError:
     known: set[str] = set()
     for route in request.app.routes:
         if isinstance(route, APIRoute) and route.path_regex.match(path):
-            known |= route.methods
+            known |= set(route.methods or ())
     if known:
         allowed = ", ".join(sorted(known))
         return ApiError(405, f"{path} takes {allowed}, not {request.method}", headers={"Allow": allowed})

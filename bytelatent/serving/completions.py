@@ -58,8 +58,10 @@ class CompletionAnswer:
             texts[index].append(text)
             bytes_of[index] += infos
             reasons[index] = reason or reasons[index]
-        about = zip(texts, bytes_of, reasons, strict=True)
-        choices = [self._choice(index, "".join(text), *more) for index, (text, *more) in enumerate(about)]
+        choices = [
+            self._choice(index, "".join(text), infos, reason)
+            for index, (text, infos, reason) in enumerate(zip(texts, bytes_of, reasons, strict=True))
+        ]
         return {**self.head, "choices": choices, "usage": self.usage}
 
     async def events(self) -> AsyncIterator[Plain]:
