@@ -36,11 +36,11 @@ class Served:
     def __init__(self, model: Path, *arguments: str, environment: dict[str, str] | None = None):
         command = [*COMMAND, str(model), "--port", "0", "--name", "tiny-test", *arguments]
         self.process = Command(command, ENVIRONMENT | (environment or {}), model.parent)
-        self.address = self._when(lambda: re.search(r"open (http://\S+) in a browser", self.output()))[1]
+        self.address = self.wait_for(lambda: re.search(r"open (http://\S+) in a browser", self.output()))[1]
         self.client = httpx.Client(base_url=self.address, timeout=60)
-        self._when(lambda: self.client.get("/ready").status_code == 200)
+        self.wait_for(lambda: self.client.get("/ready").status_code == 200)
 
-    def _when(self, holds: Callable[[], Any]) -> Any:
+    def wait_for(self, holds: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline:
             if found := holds():
@@ -57,7 +57,7 @@ class Served:
 
     def logged(self, text: str) -> str:
         """The newest line of the log with this text, once there is one."""
-        return self._when(lambda: [line for line in self.log().splitlines() if text in line])[-1]
+        return self.wait_for(lambda: [line for line in self.log().splitlines() if text in line])[-1]
 
     def post(self, path: str, body: Any, **headers: str) -> "httpx.Response":
         return self.client.post(path, json=body, headers=headers)
@@ -72,7 +72,7 @@ class Served:
 
     def must_become_idle(self) -> None:
         """No slot is leaked."""
-        self._when(self.is_idle)
+        self.wait_for(self.is_idle)
 
     def stop(self) -> None:
         self.client.close()

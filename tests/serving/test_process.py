@@ -6,8 +6,9 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,31 @@ def test_sites_that_are_allowed(start: Start) -> None:
     )
 
 
+def leave(served: Served, streams: bool) -> None:
+    """Ask for a long text, and close the connection after its first bytes, or after half a second."""
+    timeout = httpx.Timeout(30, read=0.5)
+    with suppress(httpx.ReadTimeout), events(served, {**LONG, "stream": streams}, timeout) as lines:
+        next(lines)
+
+
+@contextmanager
+def events(served: Served, body: dict[str, Any], timeout: Any = 60) -> Iterator[Iterator[str]]:
+    """The lines of a stream."""
+    with (
+        httpx.Client(base_url=served.address, timeout=timeout) as client,
+        client.stream("POST", "/v1/completions", json={"stream": True, **body}) as response,
+    ):
+        yield (line for line in response.iter_lines() if line)
+
+
+def text_of(line: str) -> str:
+    return json.loads(line.removeprefix("data: "))["choices"][0]["text"] if line.startswith("data: {") else ""
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_client_that_leaves_frees_its_slot(served: Served, streams: bool) -> None:
     for _ in range(6):  # more than there are slots
-        with httpx.Client(base_url=served.address, timeout=httpx.Timeout(30, read=0.5)) as client:
-            with (
-                pytest.raises(httpx.ReadTimeout),
-                client.stream("POST", "/v1/completions", json={**LONG, "stream": streams}) as response,
-            ):
-                for _ in response.iter_bytes():
-                    raise httpx.ReadTimeout("enough")
+        leave(served, streams)
     began = time.monotonic()
     served.must_become_idle()
     assert time.monotonic() - began < 5
@@ -119,15 +135,15 @@ def test_a_client_that_leaves_frees_its_slot(served: Served, streams: bool) -> N
 
 def test_a_full_queue_refuses(start: Start) -> None:
     served = start("--batch-size", "1", "--max-waiting", "2", "--max-new-bytes", "100000")
-    with ThreadPoolExecutor(3) as pool, httpx.Client(base_url=served.address, timeout=60) as client:
+    with ThreadPoolExecutor(3) as pool:
         stops = threading.Event()
 
         def hold() -> None:
-            with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}):
+            with events(served, LONG):
                 stops.wait()
 
         held = [pool.submit(hold) for _ in range(3)]
-        served._when(lambda: served.metrics()["bytelatent_busy_slots"] + served.metrics()["bytelatent_waiting"] == 3)
+        served.wait_for(lambda: served.metrics()["bytelatent_busy_slots"] + served.metrics()["bytelatent_waiting"] == 3)
         response = served.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 5})
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
@@ -158,16 +174,14 @@ def test_running_requests_end_before_the_server_does(start: Start, blt: BLT) -> 
     served = start("--drain-seconds", "60", "--max-new-bytes", "100000")
     body: dict[str, Any] = {"prompt": "x", "max_tokens": 1500, "seed": 4, "stream": True}
     text, refused = "", None
-    with httpx.Client(base_url=served.address, timeout=60) as client:
-        with client.stream("POST", "/v1/completions", json=body) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-                if refused is None:
-                    served.process.send_signal(signal.SIGTERM)
-                    served._when(lambda: served.client.get("/ready").status_code == 503)
-                    refused = served.post("/v1/completions", {"prompt": "x"})
-                    assert served.client.get("/health").json()["status"] == "draining"
+    with events(served, body) as lines:
+        for line in lines:
+            text += text_of(line)
+            if refused is None:
+                served.process.send_signal(signal.SIGTERM)
+                served.wait_for(lambda: served.client.get("/ready").status_code == 503)
+                refused = served.post("/v1/completions", {"prompt": "x"})
+                assert served.client.get("/health").json()["status"] == "draining"
     assert refused is not None
     assert refused.status_code == 503
     assert "retry-after" in refused.headers
@@ -178,12 +192,10 @@ def test_running_requests_end_before_the_server_does(start: Start, blt: BLT) -> 
 
 def test_what_does_not_end_in_time_is_cut_short(start: Start) -> None:
     served = start("--drain-seconds", "0.5", "--max-new-bytes", "100000")
-    with httpx.Client(base_url=served.address, timeout=60) as client:
-        with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
-            lines = response.iter_lines()
-            next(lines)
-            served.process.send_signal(signal.SIGTERM)
-            *_, last, _, done, _ = lines
+    with events(served, LONG) as lines:
+        next(lines)
+        served.process.send_signal(signal.SIGTERM)
+        *_, last, done = lines
     assert done == "data: [DONE]"
     assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert served.process.wait(30) == 0
@@ -192,13 +204,12 @@ def test_what_does_not_end_in_time_is_cut_short(start: Start) -> None:
 
 def test_a_second_signal_ends_at_once(start: Start) -> None:
     served = start("--drain-seconds", "600", "--max-new-bytes", "100000")
-    with httpx.Client(base_url=served.address, timeout=60) as client:
-        with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
-            next(response.iter_lines())
-            served.process.send_signal(signal.SIGINT)
-            time.sleep(0.3)
-            served.process.send_signal(signal.SIGINT)
-            assert served.process.wait(30) == 130
+    with events(served, LONG) as lines:
+        next(lines)
+        served.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(30) == 130
     assert "Traceback" not in served.log()
 
 
