@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
 from bytelatent.commands import (
+    byteify_options,
     eval_options,
     import_uncollected,
     options,
@@ -44,6 +45,7 @@ VERBS: dict[str, type[Settings]] = {
     "serve": serve_options.ServeSettings,
     "convert": options.ConvertSettings,
     "export": options.ExportSettings,
+    "byteify": byteify_options.ByteifySettings,
     "info": options.InfoSettings,
     "study": study_options.StudySettings,
     "speedrun": study_options.SpeedrunSettings,

@@ -15,12 +15,14 @@ from bytelatent.device import free_memory
 from bytelatent.errors import UserError
 from bytelatent.hub import Unreachable
 from bytelatent.text import find_files
+from bytelatent.text.chat import DEFAULT_TEMPLATE, ChatTemplate
 from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
 from bytelatent.text.tokenizer import Tokenizer
-from bytelatent.training.settings import Float8, TrainSettings
+from bytelatent.training.distributed.settings import Float8
+from bytelatent.training.settings import TrainSettings
 from bytelatent.vocab import BYTES
-from bytelatent.weights import find_byte_lm
+from bytelatent.weights import find_byte_lm, open_pretrained
 
 FLOAT8_CAPABILITY = (8, 9)  # the first CUDA devices that multiply 8-bit floats
 
@@ -103,7 +105,7 @@ def check_float8(float8: Float8 | None, device: torch.device, dtype: torch.dtype
 
 
 def check_inputs(settings: TrainSettings, whence: str) -> None:
-    """Check, where a job is submitted, that the text and the byte LM exist; not what lies on other machines.
+    """Check, where a job is submitted, that the text and the named models exist; not what lies on other machines.
 
     Args:
         whence: is added to messages about relative paths: where the job looks for them.
@@ -114,15 +116,17 @@ def check_inputs(settings: TrainSettings, whence: str) -> None:
     check_sources(settings.data, whence, remote=False)
     if settings.data.tokenizer is not None:
         Tokenizer.read(settings.data.tokenizer, "data.tokenizer")
-    if settings.entropy_model is None:
-        return
-    try:
-        find_byte_lm(settings.entropy_model, weights=False, setting="entropy_model")
-    except Unreachable:
-        pass  # a hub that does not answer may have it
-    except UserError as error:
-        is_absolute = Path(settings.entropy_model).expanduser().is_absolute()
-        raise UserError(f"{error}{'' if is_absolute else whence}") from None
+    for setting, find in (("init", open_pretrained), ("entropy_model", find_byte_lm)):
+        source = getattr(settings, setting)
+        if source is None:
+            continue
+        try:
+            find(source, weights=False, setting=setting)
+        except Unreachable:
+            pass  # a hub that does not answer may have it
+        except UserError as error:
+            is_absolute = Path(source).expanduser().is_absolute()
+            raise UserError(f"{error}{'' if is_absolute else whence}") from None
 
 
 def check_sources(data: DataSettings, whence: str = "", remote: bool = True) -> None:
@@ -154,7 +158,10 @@ def check_text(data: DataSettings) -> None:
         UserError: it names the setting.
     """
     check_sources(data)
-    if data.valid and next(held_out_batches(data), None) is None:
+    template = DEFAULT_TEMPLATE
+    if data.chat_template is not None and Path(data.chat_template).exists():  # else the run may have a copy
+        template = ChatTemplate.read(data.chat_template, "data.chat_template")
+    if data.valid and next(held_out_batches(data, chat_template=template), None) is None:
         raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
 
 
@@ -167,11 +174,11 @@ def hints_about_batches(data: DataSettings, first: Batch) -> list[str]:
             f"data.batch_bytes={data.batch_bytes}{ids} is less than data.context={data.context}: no piece of a "
             f"document is longer than {data.batch_ids} ids"
         )
-    if data.patch_slots is not None and 2 * first.num_targets < data.batch_ids:
-        fills = data.patch_slots * data.batch_bytes // first.num_targets
+    if data.patch_slots is not None and 2 * first.num_ids < data.batch_ids:
+        fills = data.patch_slots * data.batch_bytes // first.num_ids
         lines.append(
             f"data.batch_patches={data.patch_slots} is full before data.batch_bytes={data.batch_bytes} is: the first "
-            f"batch holds {first.num_targets} ids; about data.batch_patches={fills} fills it"
+            f"batch holds {first.num_ids} ids; about data.batch_patches={fills} fills it"
         )
     return lines
 

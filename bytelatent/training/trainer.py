@@ -1,6 +1,5 @@
 """The training loop: the same for byte LMs, token LMs and BLTs, for one process and for many."""
 
-import itertools
 import logging
 import math
 import time
@@ -16,14 +15,12 @@ from bytelatent.device import Threads, autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.model.settings import NAMES
-from bytelatent.progress import Progress
 from bytelatent.signals import StopSignals
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
 from bytelatent.training.checks import check_machine, check_settings, hints_about_batches, how_to_save_memory
 from bytelatent.training.distributed.parallelize import (
     ParallelPlan,
     build_parallel_model,
-    free_gathered_weights,
     initialize_weights,
     make_plan,
 )
@@ -37,12 +34,14 @@ from bytelatent.training.faults import (
     who_failed,
 )
 from bytelatent.training.gradients import CapturedGradients, Gradients, clip
+from bytelatent.training.initial import load_initial
 from bytelatent.training.metrics import Metrics, Totals, open_trackers, speed
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.steps import Profiler, layer_statistics
 from bytelatent.training.run_setup import Run, lock_folder, open_run, write_settings
 from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import TrainSettings
+from bytelatent.training.validation import held_out_loss
 
 LOGGER = logging.getLogger(__name__)
 
@@ -116,14 +115,17 @@ class Trainer:
         settings, ranks = run.settings, plan.ranks
         torch.manual_seed(settings.seed)
         compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
-        model = build_parallel_model(settings.model, plan, device, dtype, compiled, settings.float8)
+        scales = settings.optimizer.lr_scale
+        model = build_parallel_model(
+            settings.model, plan, device, dtype, compiled, settings.float8, lambda name: scales.of(name) == 0
+        )
 
         def loss(batch: Batch) -> torch.Tensor:
             with autocast(device, dtype):
                 return cross_entropy(model, batch)
 
         share = plan.data_rank, plan.data_world_size
-        loader = Loader(settings.data, settings.seed, run.patcher, *share, run.vocabulary)
+        loader = Loader(settings.data, settings.seed, run.patcher, *share, run.vocabulary, run.chat_template)
         loader = PrefetchLoader(loader, device) if prefetches(device) else loader
         state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
         gradients = Gradients(loss, device)
@@ -159,6 +161,8 @@ class Trainer:
         """
         self._begin()
         state, is_over = self.state, self.done >= 1
+        if self.settings.init is not None and state.step == 0:
+            self.validate()
         while self.done < 1:
             try:
                 row = self._guarded_step()
@@ -195,8 +199,10 @@ class Trainer:
             group["lr"] = rate * group["lr_scale"]
         batches = [self._next_batch() for _ in range(settings.optimizer.accumulation)]
         state.waited += time.perf_counter() - began
-        counts = zip(*((batch.num_targets, batch.num_bytes, batch.num_patches) for batch in batches), strict=True)
-        num_targets, num_bytes, num_patches = map(int, plan.sum([sum(count) for count in counts]))
+        counts = [(b.num_targets, b.target_bytes, b.num_bytes, b.num_patches) for b in batches]
+        sums = plan.sum([sum(count) for count in zip(*counts, strict=True)])
+        num_targets, target_bytes, num_bytes, num_patches = map(int, sums)
+        num_targets = max(num_targets, 1)  # in conversations there may be a batch in which nothing counts
         parts = []
         for number, batch in enumerate(batches, start=1):
             plan.set_last_backward(state.model, number == len(batches))
@@ -222,7 +228,7 @@ class Trainer:
         row = {
             "step": state.step,
             "bytes_seen": state.bytes_seen,
-            "bits_per_byte": bits_per_byte(nats, num_bytes) if math.isfinite(nats) else None,
+            "bits_per_byte": bits_per_byte(nats, target_bytes) if math.isfinite(nats) else None,
             "lr": rate,
             "gradient_norm": norm if math.isfinite(norm) else None,
             "mean_patch_bytes": num_bytes / num_patches if num_patches else None,
@@ -251,7 +257,7 @@ class Trainer:
         limit = None
         if settings.minutes is not None:
             share = VALIDATION_SHARE if self.done >= 1 else VALIDATION_SHARE / 2
-            limit = share * state.seconds - self.validated
+            limit = share * (state.seconds if state.step else 60 * settings.minutes) - self.validated
         began = time.perf_counter()
         self.metrics.write(self.evaluate(limit), self.done)
         self.step_began = time.perf_counter()
@@ -259,33 +265,15 @@ class Trainer:
 
     def evaluate(self, limit: float | None = None) -> dict[str, Any]:
         """Bits per byte on the validation text; after `limit` seconds the rest of it is left out."""
-        state, plan, max_bytes = self.state, self.plan, self.settings.validation.max_bytes
-        nats, num_bytes = 0.0, 0
-
-        def agreed(over: bool) -> bool:  # the first rank's clock counts
-            return bool(plan.ranks.sum([over * plan.ranks.is_first])[0])
-
-        batches = held_out_batches(self.settings.data, self.opened.patcher, max_bytes, self.opened.vocabulary)
-        groups = iter(lambda: list(itertools.islice(batches, plan.data_world_size)), [])
-        state.model.eval()
-        with torch.no_grad(), Progress("validating", max_bytes, limit, bar=False) as progress:
-            for group in progress.within(groups, agreed):
-                # All ranks compute equally often, as they need one another's weights; one without a batch computes
-                # the first one and drops the result.
-                own = group[plan.data_rank] if plan.data_rank < len(group) else None
-                found = float(self.loss((own or group[0]).to(self.device)))
-                if own is not None:
-                    nats += found
-                    num_bytes += own.num_bytes
-                progress.advance(sum(batch.num_bytes for batch in group))
-        state.model.train()
-        free_gathered_weights(state.model)
-        nats, num_bytes = plan.sum([nats, num_bytes])
+        state, opened, max_bytes = self.state, self.opened, self.settings.validation.max_bytes
+        how = opened.patcher, max_bytes, opened.vocabulary, opened.chat_template
+        batches = held_out_batches(self.settings.data, *how)
+        nats, num_bytes = held_out_loss(state.model, self.loss, batches, self.plan, self.device, max_bytes, limit)
         return {
             "step": state.step,
             "bytes_seen": state.bytes_seen,
-            "validation_bits_per_byte": bits_per_byte(nats, int(num_bytes)),
-            "validation_bytes": int(num_bytes),
+            "validation_bits_per_byte": bits_per_byte(nats, num_bytes),
+            "validation_bytes": num_bytes,
         }
 
     def save(self) -> None:
@@ -306,10 +294,14 @@ class Trainer:
         return self.state.step / self.settings.steps
 
     def _begin(self) -> None:
-        """Load the newest checkpoint, or draw the initial weights, and try a step before anything is changed."""
-        state, ranks = self.state, self.plan.ranks
-        if not self.checkpoints.resume(state):
-            initialize_weights(state.model, self.settings.model)
+        """Load the newest checkpoint or the initial weights, or draw these, and try a step before anything changes."""
+        state, ranks, settings = self.state, self.plan.ranks, self.settings
+        resumes = self.checkpoints.resume(state)
+        if not resumes and settings.init is not None:
+            assert self.opened.initial is not None, "the run has begun, and has no checkpoint"
+            load_initial(state.model, settings.init, self.opened.initial, ranks)
+        elif not resumes:
+            initialize_weights(state.model, settings.model)
         if self.checkpoints.holds_weights_only and self.done < 1:
             raise ranks.common_error(
                 UserError(
@@ -319,7 +311,7 @@ class Trainer:
             )
         must_be_finite(state, self.folder, ranks)
         self._log_start()
-        self.metrics.resume_after(state.step)
+        self.metrics.resume_after(state.step if resumes else -1)
         if self.done < 1:
             self._try_step()
             ranks.on_first(lambda: write_settings(self.folder, self.opened))

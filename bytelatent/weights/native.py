@@ -266,7 +266,7 @@ class NativeFormat(WeightsFormat):
         found = self.read_config(checkpoint)
         return replace(
             found,
-            config=found.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)}),
+            config=found.config.model_copy(update={"origin": origin_of_run(folder, checkpoint, found.config.origin)}),
             byte_lm=self._byte_lm_in(folder) or found.byte_lm,
             format="checkpoint of a run",
             warnings=corrupt,
@@ -289,22 +289,28 @@ def _is_native(folder: Path) -> bool:
     return (folder / "config.json").is_file() and read_json_object(folder / "config.json").get("format") == FORMAT
 
 
-def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
-    """The training text and the bits per byte of a checkpoint, from the settings and metrics of its run."""
+def origin_of_run(folder: Path, checkpoint: Path, begun: Origin) -> Origin:
+    """The training text and the bits per byte of a checkpoint, from the settings and metrics of its run.
+
+    Args:
+        begun: as the run began, stored in the checkpoint.
+    """
     try:
         data = load_yaml(folder / "settings.yaml").get("data")
         data = data if isinstance(data, dict) else {}
         step = int(checkpoint.name.rpartition("-")[2])
         rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= step]
         measured = next((row for row in reversed(rows) if "validation_bits_per_byte" in row), {})
-        return Origin(
-            training_text=_paths(data.get("train")),
-            training_bytes=rows[-1].get("bytes_seen") if rows else None,
-            validation_text=_paths(data.get("valid")),
-            bits_per_byte=measured.get("validation_bits_per_byte"),
+        return begun.model_copy(
+            update={
+                "training_text": _paths(data.get("train")),
+                "training_bytes": rows[-1].get("bytes_seen") if rows else None,
+                "validation_text": _paths(data.get("valid")),
+                "bits_per_byte": measured.get("validation_bits_per_byte"),
+            }
         )
     except (KeyError, TypeError, AttributeError, ValueError):  # corrupt files; the model does not need them
-        return Origin()
+        return begun
 
 
 def _paths(sources: Any) -> list[str]:

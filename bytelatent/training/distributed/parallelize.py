@@ -43,7 +43,7 @@ from bytelatent.model import Block, BLTModel, CrossAttention, ModelSettings, bui
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.settings import ActivationCheckpointing, Float8, ParallelSettings
+from bytelatent.training.distributed.settings import ActivationCheckpointing, Float8, ParallelSettings
 
 # Shapes: W ranks, T ids per rank, S rows per id, R rows held here, D width
 
@@ -113,10 +113,15 @@ def build_parallel_model(
     dtype: torch.dtype,
     compiled: bool,
     float8: Float8 | None = None,
+    is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> nn.Module:
     """The model, spread over the ranks as the plan says, with uninitialized weights: see `initialize_weights`.
 
-    In this order: 8-bit floats, sharded tables, tensor parallelism, activation checkpointing, compilation, FSDP.
+    In this order: 8-bit floats, sharded tables, tensor parallelism, frozen weights, activation checkpointing,
+    compilation, FSDP.
+
+    Args:
+        is_frozen: whether a weight, by its name, gets no gradients.
 
     Raises:
         UserError: there is not enough memory.
@@ -134,6 +139,8 @@ def build_parallel_model(
         if plan.settings.tensor > 1:
             for block in global_blocks:
                 apply_tensor_parallelism(block, plan.mesh["tensor"])
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not is_frozen(name))
     apply_activation_checkpointing(model, plan.settings.activation_checkpointing)
     if compiled:
         compile_regions(model)
