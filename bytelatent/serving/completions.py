@@ -30,7 +30,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     state = server_state(request)
     prompts = [state.backend.ids_of(prompt) for prompt in body.prompts]
     most = min(DEFAULT_NEW_BYTES, state.limits.max_new_bytes) if body.max_tokens is None else body.max_tokens
-    plan = plan_of(state, body, prompts, max(most, 1), body.logprobs or 0)
+    plan = await plan_of(state, body, prompts, max(most, 1), body.logprobs or 0)
     answer = CompletionAnswer(state, body, plan, request)
     async with while_connected(request.receive):
         if body.stream:

@@ -15,7 +15,10 @@ if "TEST_SERVE" not in os.environ:
 else:
     import httpx
 
+import torch
+
 from bytelatent import BLT
+from bytelatent.vocab import EOS
 from tests.model.tiny import tiny_blt
 from tests.processes import Command
 from tests.test_blt import wrap
@@ -82,8 +85,11 @@ class Served:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served") / "model"
-    wrap(tiny_blt(window=6)).save_pretrained(folder)
+    """A model that ends no text of its own accord where the likeliest byte is taken."""
+    folder, model = tmp_path_factory.mktemp("served") / "model", tiny_blt(window=6)
+    with torch.no_grad():
+        model.decoder.output.weight[EOS] = 0
+    wrap(model).save_pretrained(folder)
     return folder
 
 

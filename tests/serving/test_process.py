@@ -20,7 +20,7 @@ from bytelatent import BLT
 from tests import processes
 from tests.serving.conftest import COMMAND, ENVIRONMENT, Served
 
-LONG = {"prompt": "x", "max_tokens": 100_000, "seed": 1}
+LONG = {"prompt": "x", "max_tokens": 100_000, "temperature": 0}
 Start = Callable[..., Served]
 
 
@@ -165,14 +165,14 @@ def test_time_ends_an_answer(start: Start) -> None:
     began = time.monotonic()
     found = served.post("/v1/completions", LONG).json()
     assert time.monotonic() - began < 20
-    assert found["choices"][0]["finish_reason"] in ("length", "stop")
+    assert found["choices"][0]["finish_reason"] == "length"
     assert found["usage"]["completion_tokens"] < 100_000
     served.must_become_idle()
 
 
 def test_running_requests_end_before_the_server_does(start: Start, blt: BLT) -> None:
     served = start("--drain-seconds", "60", "--max-new-bytes", "100000")
-    body: dict[str, Any] = {"prompt": "x", "max_tokens": 1500, "seed": 4, "stream": True}
+    body: dict[str, Any] = {"prompt": "x", "max_tokens": 1500, "temperature": 0}
     text, refused = "", None
     with events(served, body) as lines:
         for line in lines:
@@ -185,7 +185,7 @@ def test_running_requests_end_before_the_server_does(start: Start, blt: BLT) -> 
     assert refused is not None
     assert refused.status_code == 503
     assert "retry-after" in refused.headers
-    assert text == blt.generate("x", 1500, temperature=1.0, seed=4)
+    assert text == blt.generate("x", 1500, temperature=0)
     assert served.process.wait(30) == 0
     assert "stopped" in served.log()
 
