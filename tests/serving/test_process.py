@@ -199,7 +199,7 @@ def test_what_does_not_end_in_time_is_cut_short(start: Start) -> None:
     assert done == "data: [DONE]"
     assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert served.process.wait(30) == 0
-    assert "1 requests are cut short" in served.log()
+    assert "drain: 1 requests have not ended in 0.5 s, and are cut short" in served.log()
 
 
 def test_a_second_signal_ends_at_once(start: Start) -> None:
