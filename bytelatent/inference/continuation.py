@@ -192,6 +192,10 @@ class Allowances:
         """Another sequence is in the slot."""
         self._num_ids[slot] = None
 
+    def take_over(self, slot: int, other: "Allowances", source: int) -> None:
+        """The sequence of slot `source` of others is in the slot."""
+        self._num_ids[slot] = other._num_ids[source]
+
     def new(self, in_slot: Sequence[Continuation | None]) -> tuple[list[int], list[np.ndarray]]:
         """The slots whose sequences have become longer, and what each one's constraint allows, bool [V]."""
         slots, allowed = [], []

@@ -317,7 +317,7 @@ class Scheduler:
                 self._advance()
 
     def _new_engine(self) -> tuple[Engine, PromptQueue]:
-        engine = self.blt.engine(self.batch_size)
+        engine = self.blt.engine(self.batch_size, varies=True)
         return engine, engine.serve(self._prefill_chunk, self._cache if self._cache.max_bytes else None)
 
     def _replace_engine(self, waiting: list[list[Continuation]]) -> None:
