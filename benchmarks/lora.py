@@ -62,7 +62,6 @@ def ours(source: Path, text: Path, args: argparse.Namespace, frozen: tuple[str, 
         "optimizer": {"lr": 1e-4, "warmup_steps": 0, "lr_scale": dict.fromkeys(frozen, 0.0)},
         "checkpoint": {"last": "weights"},
         "dtype": args.dtype,
-        "compile": False,
     }
     ends: list[float] = []
     step = loop.Trainer.train_step
