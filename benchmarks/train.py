@@ -52,6 +52,7 @@ from bytelatent.model.flops import training_flops
 from bytelatent.patching import PatchSettings
 from bytelatent.text import Document
 from bytelatent.training.distributed.parallelize import apply_activation_checkpointing, to_float8
+from bytelatent.training.distributed.settings import ActivationCheckpointing, Float8
 from bytelatent.training.gradients import clip
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.measure import (
@@ -65,7 +66,7 @@ from bytelatent.training.profiling.measure import (
     random_batch,
     seconds_of,
 )
-from bytelatent.training.settings import ActivationCheckpointing, Float8, OptimizerSettings
+from bytelatent.training.settings import OptimizerSettings
 
 CUDA, BF16, FLOAT32 = torch.device("cuda"), torch.bfloat16, torch.float32
 RECOMPUTED = 65_536  # bytes from which `step` computes blocks again

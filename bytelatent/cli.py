@@ -14,7 +14,15 @@ import typer
 from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
-from bytelatent.commands import eval_options, import_uncollected, options, plot_options, study_options
+from bytelatent.commands import (
+    byteify_options,
+    eval_options,
+    import_uncollected,
+    options,
+    plot_options,
+    serve_options,
+    study_options,
+)
 from bytelatent.config import Option, Settings, union_members, warn_renamed
 from bytelatent.errors import BAD_INPUT, UserError, guarded, nearest
 from bytelatent.prepare import PrepareSettings
@@ -34,8 +42,10 @@ VERBS: dict[str, type[Settings]] = {
     "eval": eval_options.EvaluateSettings,
     "generate": options.GenerateSettings,
     "patch": options.PatchesSettings,
+    "serve": serve_options.ServeSettings,
     "convert": options.ConvertSettings,
     "export": options.ExportSettings,
+    "byteify": byteify_options.ByteifySettings,
     "info": options.InfoSettings,
     "study": study_options.StudySettings,
     "speedrun": study_options.SpeedrunSettings,

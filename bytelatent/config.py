@@ -23,7 +23,7 @@ from bytelatent.credentials import masked
 from bytelatent.errors import UserError, nearest
 
 LOGGER = logging.getLogger(__name__)
-KIND_OF_VALUE = re.compile(r"bool|int|float|str|literal\[.*\]|function-\w+\[.*\]")
+KIND_OF_VALUE = re.compile(r"bool|int|float|str|(literal|list|function-\w+|constrained-\w+)(\[.*\])?")
 LARGEST = 2**64 - 1  # more, and a number overflows where torch takes it; a seed may have 64 bits
 PACKAGE = Path(__file__).parent
 
@@ -82,7 +82,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(_one_line(cls, error, where)) from None
+            raise UserError(one_line_of(cls, error.errors(include_url=False), where)) from None
 
     def plain(self) -> dict[str, Any]:
         """The settings as plain nested values, as in a YAML file."""
@@ -246,8 +246,8 @@ def shorten(text: str, longest: int = 200) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def _one_line(model: type[BaseModel], error: ValidationError, where: str | Callable[[str], str]) -> str:
-    problems = error.errors(include_url=False)
+def one_line_of(model: type[BaseModel], problems: Sequence[Any], where: str | Callable[[str], str] = "") -> str:
+    """A line about the first wrong key among pydantic's problems, see `Settings.parse`."""
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])  # a wrong key explains the rest
     location = _location(first)
     same = [problem for problem in problems if _location(problem) == location]  # of each kind that may be there

@@ -92,6 +92,11 @@ def sigterm_interrupts() -> AbstractContextManager[None]:
     return _handling({signal.SIGTERM: signal.default_int_handler})
 
 
+def hearing_stops(hear: Callable[[], None]) -> AbstractContextManager[None]:
+    """Let each signal that asks to stop call a function within a block."""
+    return _handling(dict.fromkeys(_stop_signals(), lambda *_: hear()))
+
+
 def _stop_signals() -> list[int]:
     """The signals that ask to stop, SIGHUP (the terminal is gone) only where it is not ignored, as under nohup."""
     numbers = [signal.SIGINT, signal.SIGTERM, *WARNINGS]

@@ -34,6 +34,7 @@ VERBS = [
     "eval",
     "generate",
     "patch",
+    "serve",
     "convert",
     "export",
 ]

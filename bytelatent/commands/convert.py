@@ -9,7 +9,7 @@ from bytelatent import log
 from bytelatent.commands.options import ConvertSettings
 from bytelatent.errors import Interrupted
 from bytelatent.terminal import print_line
-from bytelatent.weights import check_target, convert, open_pretrained
+from bytelatent.weights import StoredModel, check_target, convert, open_pretrained
 
 LOGGER = logging.getLogger(__name__)
 
@@ -27,11 +27,20 @@ def run(settings: ConvertSettings) -> None:
     LOGGER.info(found.in_a_line())
     for line in found.warnings:
         LOGGER.warning(line)
+    write_with_bar(found, target, settings.to, settings.licence)
+    print_line(str(target))
+
+
+def write_with_bar(found: StoredModel, target: Path, format: str, licence: str | None) -> None:
+    """Write a model, with a bar where one is shown.
+
+    Raises:
+        Interrupted: by Ctrl-C; nothing is written.
+    """
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=log.console, transient=True, disable=not log.shows_bars()) as progress:
         task = progress.add_task("", total=found.num_bytes)
         try:
-            convert(found, target, settings.to, settings.licence, lambda written: progress.advance(task, written))
+            convert(found, target, format, licence, lambda written: progress.advance(task, written))
         except KeyboardInterrupt:
             raise Interrupted(f"'{target}' was not written; the same command begins again") from None
-    print_line(str(target))

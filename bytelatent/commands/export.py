@@ -39,10 +39,10 @@ def export_checkpoint(run: str, step: int | None, out: str) -> Path:
     checkpoint, lines = _checkpoint(folder, step)
     stored = open_stored(checkpoint / "state")
     byte_lm = NATIVE.open(folder / BYTE_LM) if (folder / BYTE_LM).is_dir() else None
-    config = stored.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)})
+    config = stored.config.model_copy(update={"origin": origin_of_run(folder, checkpoint, stored.config.origin)})
     tokenizer = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
-    template = ChatTemplate.find(folder)
-    stored = replace(stored, config=config, byte_lm=byte_lm, tokenizer=tokenizer, chat_template=template)
+    stored = replace(stored, config=config, folder=folder, byte_lm=byte_lm, tokenizer=tokenizer)
+    stored = replace(stored, chat_template=ChatTemplate.find(folder))
     for line in lines:
         LOGGER.warning(line)
     LOGGER.info(stored.in_a_line())

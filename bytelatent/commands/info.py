@@ -146,7 +146,10 @@ def architecture(settings: ModelSettings) -> list[str]:
 def _in_words(stack: StackSettings) -> str:
     seen = f"window {stack.window}" if stack.window else "whole document"
     shape = f"{stack.num_layers} x {stack.dim}, {_heads(stack.num_heads, stack.kv_heads)}"
-    return f"{shape}, feed-forward {stack.hidden_dim}, {seen}, theta {stack.rope_theta:g}"
+    theta = f"theta {stack.rope_theta:g}" + (f" / {stack.rope_scaling.factor:g}" if stack.rope_scaling else "")
+    more = [f"heads of {stack.head_size}"] if stack.head_size else []
+    more += [words for has, words in ((stack.attention_bias, "biases"), (stack.qk_norm, "q/k norms")) if has]
+    return ", ".join([shape, *more, f"feed-forward {stack.hidden_dim}", seen, theta])
 
 
 def _heads(num_heads: int, kv_heads: int) -> str:

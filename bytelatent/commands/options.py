@@ -97,6 +97,8 @@ class TrainArguments(Settings):
 
     A BLT:  `blt train config=blt_1b entropy_model=runs/mine data.train=text/*.jsonl model.encoder.window=256`
 
+    From weights that exist:  `blt train init=facebook/blt-1b run=runs/mine data.train=text/*.jsonl steps=2000`
+
     A run of a minute, on text that Python brings:  `config=debug`
 
     Settings: `--print-config` lists them all with their values and sources; docs/settings.md explains each.

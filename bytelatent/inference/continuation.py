@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
-from bytelatent.inference.sampling import CharacterStream, whole_characters
+from bytelatent.errors import UserError
+from bytelatent.inference.constraint import Constraint, ConstraintState
 from bytelatent.inference.settings import Sampling
+from bytelatent.inference.utf8 import CharacterStream, whole_characters
 from bytelatent.vocab import BYTES, Vocabulary, decode
 
 Reason = Literal["end of text", "length", "stop", "cancelled", "failed"]
@@ -75,8 +78,9 @@ class Continuation:
         log_probabilities: the model's own, of each of `ids`, in nats.
         starts: of each of `ids` whether it begins a patch.
         alternatives: for each of `ids` the most likely ones, where asked for.
+        constraint: what the text must meet.
         ended: why nothing more will come; None as long as more may.
-        failure: what went wrong, where it `failed`.
+        failure: what went wrong, where it `failed`; a UserError where its constraint left nothing to draw.
     """
 
     prompt: Tensor
@@ -90,6 +94,8 @@ class Continuation:
     ended: Reason | None = None
     failure: Exception | None = None
     vocabulary: Vocabulary = BYTES
+    constraint: Constraint | None = None
+    _constraint_state: ConstraintState | None = None
     _data: bytearray = field(default_factory=bytearray)  # without a stop text
     _stop_texts: StopTexts | None = None
     _num_given: int = 0  # bytes that `new_bytes` has returned
@@ -136,6 +142,13 @@ class Continuation:
         """The same in whole characters."""
         return self._characters.feed(self.new_bytes()) + (self._characters.finish() if self.ended else "")
 
+    @property
+    def constraint_state(self) -> ConstraintState | None:
+        """What its constraint allows next."""
+        if self._constraint_state is None and self.constraint is not None:
+            self._constraint_state = self.constraint.start()
+        return self._constraint_state
+
     def take(self, drawn: "Drawn") -> None:
         """Add a drawn id, and decide whether it is the last."""
         self.ids.append(drawn.id)
@@ -155,11 +168,40 @@ class Continuation:
                 return
             if len(self._data) >= self.max_new_bytes:
                 self.ended = "length"
-                return
+                break
+        if (state := self.constraint_state) is not None:
+            state.read(drawn.id)
+            if state.is_complete and self.ended == "length":
+                self.ended = "end of text"  # only EOS could follow, for which there is no room
+            elif state.error is not None and self.ended is None:
+                self.fail(UserError(f"{state.kind}: {state.error}"))
 
     def fail(self, failure: Exception) -> None:
         """End it because of an error."""
         self.ended, self.failure = "failed", failure
+
+
+class Allowances:
+    """Which slots need what their constraints allow next."""
+
+    def __init__(self, num_slots: int):
+        self._num_ids: list[int | None] = [None] * num_slots  # of each, after which it was given last
+
+    def forget(self, slot: int) -> None:
+        """Another sequence is in the slot."""
+        self._num_ids[slot] = None
+
+    def new(self, in_slot: Sequence[Continuation | None]) -> tuple[list[int], list[np.ndarray]]:
+        """The slots whose sequences have become longer, and what each one's constraint allows, bool [V]."""
+        slots, allowed = [], []
+        for slot, which in enumerate(in_slot):
+            if which is None or which.ended is not None or self._num_ids[slot] == len(which.ids):
+                continue
+            if (state := which.constraint_state) is not None:
+                self._num_ids[slot] = len(which.ids)
+                slots.append(slot)
+                allowed.append(state.allowed)
+        return slots, allowed
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bytelatent.device import outside_inference_mode
 from bytelatent.errors import UserError
-from bytelatent.inference.continuation import Continuation, Drawn, StopTexts
+from bytelatent.inference.constraint import Constraint
+from bytelatent.inference.continuation import Allowances, Continuation, Drawn, StopTexts
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import DecodeState
 from bytelatent.inference.sampling import SamplingSlots
@@ -54,10 +55,12 @@ class PlainSlots:
         self.logits_BV = torch.zeros(num_slots, decoder.vocab_size, device=decoder.device)
         self._in_slot: list[Continuation | None] = [None] * num_slots
         self._drawn: list[Drawn] = []
+        self._allowances = Allowances(num_slots)
 
     def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
         self.state.put(slot, state, source)
-        self.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes)
+        self.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes, which.constraint is not None)
+        self._allowances.forget(slot)
         self.logits_BV[slot] = logits
         self._in_slot[slot] = which
 
@@ -66,6 +69,7 @@ class PlainSlots:
 
     @torch.no_grad()
     def advance(self) -> None:
+        self.sampling.constrain(*self._allowances.new(self._in_slot))
         active = torch.tensor([which is not None for which in self._in_slot], device=self.decoder.device)
         ids, log_probabilities = self.sampling.draw(self.logits_BV)
         self.sampling.read(ids, active)
@@ -182,6 +186,7 @@ class Engine:
         max_new_bytes: int,
         samples: int = 1,
         num_alternatives: int = 0,
+        constraint: Constraint | None = None,
     ) -> list[Continuation]:
         """Continuations of a prompt, for `enqueue`; their seeds follow one another. Any thread may call it.
 
@@ -190,6 +195,7 @@ class Engine:
             max_new_bytes: where each ends, unless the model ends the text before; at most `MAX_NEW_BYTES`.
             samples: 1 to `MAX_SAMPLES`.
             num_alternatives: most likely ids to report for each drawn one.
+            constraint: what each text must meet, however it is sampled. One that ends with its length may not.
 
         Raises:
             UserError: the prompt is neither text nor ids, or holds none; a number is out of range.
@@ -201,6 +207,8 @@ class Engine:
         check_limits(max_new_bytes=max_new_bytes, samples=samples)
         if sampling.valid_utf8 and vocabulary.is_tokens:
             raise UserError("valid_utf8: a token LM draws tokens, some of which end within a character; leave it out")
+        if constraint is not None and vocabulary.is_tokens:
+            raise UserError(f"{constraint.kind}: a token LM draws tokens, and only bytes are constrained; leave it out")
         stops = [to_bytes(stop) for stop in sampling.stop]
         return [
             Continuation(
@@ -209,6 +217,7 @@ class Engine:
                 max_new_bytes,
                 num_alternatives,
                 vocabulary=vocabulary,
+                constraint=constraint,
                 _stop_texts=StopTexts(stops) if stops else None,
             )
             for number in range(samples)

@@ -33,7 +33,7 @@ class PackedStack(PrefillStack):
         place = torch.arange(len(document), device=document.device)
         is_first = F.pad(document[1:] != document[:-1], (1, 0), value=True)
         position = F.pad(place - torch.where(is_first, place, 0).cummax(0).values, (0, -len(document) % ROWS))
-        cos, sin = cos_sin(position, settings.head_dim, settings.rope_theta)
+        cos, sin = cos_sin(position, settings.head_dim, settings.rope_theta, settings.rope_scaling)
         return RunAttention(first_seen(position, settings.window), cos, sin, lambda k_THE, v_THE: None)
 
 

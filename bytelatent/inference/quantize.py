@@ -28,13 +28,15 @@ Model = TypeVar("Model", bound=BLTModel | LanguageModel)
 
 
 class QuantizedLinear(nn.Module):
-    """In place of an `nn.Linear` without bias; the norm before it is part of its matrix."""
+    """In place of an `nn.Linear`; the norm before it is part of its matrix, and a bias stays as it is."""
 
     values: Tensor
     scale: Tensor
+    bias: Tensor | None
 
-    def __init__(self, matrix: QuantizedMatrix):
+    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None = None):
         super().__init__()
+        self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("values", matrix.values)
         self.register_buffer("scale", matrix.scale)
 
@@ -47,7 +49,11 @@ class QuantizedLinear(nn.Module):
         return super()._apply(partial(keep_precision, fn), recurse)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix.dense(x.dtype))
+        return F.linear(x, self.matrix.dense(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    @property
+    def out_features(self) -> int:
+        return self.values.shape[0]
 
 
 def check_quantize(quantize: str, device: torch.device) -> None:
@@ -89,10 +95,11 @@ def quantize_model(model: Model, quantize: Quantization, as_bytes: bool | None =
                     weight = weight * norm.weight.detach().float()
                 matrix = QuantizedMatrix.of(weight, quantize, f"{name}.{child}")
                 if as_bytes:
-                    part.set_submodule(child, QuantizedLinear(matrix))
+                    part.set_submodule(child, QuantizedLinear(matrix, linear.bias))
                     continue
                 dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
                 dense.weight = nn.Parameter(matrix.dense(some.dtype), requires_grad=False)
+                dense.bias = linear.bias
                 part.set_submodule(child, dense)
             if norm is not None:
                 norm.weight = nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)

@@ -1,10 +1,10 @@
-"""From logits to ids, for many slots at once, each as if it were alone; and valid UTF-8 as an automaton.
+"""From logits to ids, for many slots at once, each as if it were alone.
 
 All of it is tensors of fixed shapes that never wait for the device, so that a CUDA graph can hold it. A slot's id is
 the same in any batch: sums over the vocabulary are sums of integers, which no order of summation changes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.inference.settings import Sampling
+from bytelatent.inference.utf8 import NEEDED, RESUMED, TRANSITIONS
 from bytelatent.vocab import BYTES, EOS, OFFSET, VOCAB_SIZE, Vocabulary
 
 # Shapes: B slots, V vocabulary, N ids of a prompt, S states of the automaton
@@ -23,6 +24,7 @@ ANY = 1 << 30  # in place of top_k: more ids than there are
 NEVER = 1 << 30  # bytes needed after an id that may not be drawn: more than a slot can have
 FEW = 16  # slots
 COLDEST = 2.0**-149  # the lowest temperature above 0 in float32; 0 itself is divided by none
+FREE, READY, OUTDATED = 0, 1, 2  # slots without a constraint; with what it allows next; with what it allowed before
 FAR = 1e30  # takes the place of infinite logits, which have no differences
 
 
@@ -74,6 +76,8 @@ class SamplingSlots:
     valid_utf8: Tensor  # [B] bool
     utf8: Tensor  # [B] int64, state of the automaton after what was read
     remaining: Tensor  # [B] int64, ids that may still be drawn
+    constraint: Tensor  # [B] int64, FREE, READY or OUTDATED: then nothing may be drawn
+    allowed: Tensor  # [B, V] bool, what a constraint allows next
     utf8_after: Tensor  # [S, V] int64, the state after an id; the same for all slots, as are the next three
     needed: Tensor  # [S] int64, bytes that a character in this state still needs
     needed_after: Tensor  # [S, V] int64, bytes that its character still needs after an id; NEVER: it may not be drawn
@@ -116,6 +120,8 @@ class SamplingSlots:
             seen=torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device),
             utf8=full(0, torch.int64),
             remaining=full(0, torch.int64),
+            constraint=full(FREE, torch.int64),
+            allowed=torch.ones(num_slots, vocab_size, dtype=torch.bool, device=device),
             utf8_after=utf8_after.to(device),
             needed=needed.to(device),
             needed_after=needed_after.to(device),
@@ -127,17 +133,24 @@ class SamplingSlots:
     def vocab_size(self) -> int:
         return self.seen.shape[1]
 
-    def put(self, slot: int, sampling: Sampling, prompt_ids: Tensor, max_new_bytes: int) -> None:
+    def put(
+        self, slot: int, sampling: Sampling, prompt_ids: Tensor, max_new_bytes: int, is_constrained: bool = False
+    ) -> None:
         """Let a slot draw what follows a prompt, in place of what it held before.
 
         Args:
             prompt_ids: [N] on any device.
             max_new_bytes: ids that will be drawn at most, `MAX_NEW_BYTES` or fewer; with `valid_utf8` no character
                 begins that would need more.
+            is_constrained: whether a constraint decides what may be drawn, in place of `valid_utf8`; `constrain` before
+                each draw.
         """
         for name, option in OPTIONS.items():
             getattr(self, name)[slot] = option.value(sampling)
         self.top_k[slot : slot + 1].clamp_(max=self.vocab_size)
+        if is_constrained:
+            self.valid_utf8[slot] = False
+        self.constraint[slot] = OUTDATED if is_constrained else FREE
         self.drawn[slot] = 0
         self.remaining[slot] = max_new_bytes
         prompt = prompt_ids.to(self.seen.device, torch.int64)
@@ -148,6 +161,18 @@ class SamplingSlots:
         for back in range(min(len(prompt), 3), 0, -1):
             state = self.utf8_after[state, prompt[len(prompt) - back :][:1]]
         self.utf8[slot : slot + 1] = state
+
+    def constrain(self, slots: Sequence[int], allowed: Sequence[np.ndarray]) -> None:
+        """Let slots draw one of the ids that each one's constraint allows next, bool [V]; some id must be."""
+        if not slots:
+            return
+        rows, index = torch.from_numpy(np.stack(allowed)), torch.tensor(slots)
+        if self.allowed.is_cuda:
+            rows, index = rows.pin_memory(), index.pin_memory()
+        index = index.to(self.allowed.device, non_blocking=True)
+        rows = rows.to(self.allowed.device, non_blocking=True)
+        self.allowed[:, : rows.shape[1]].index_copy_(0, index, rows)
+        self.constraint.index_fill_(0, index, READY)
 
     def draw(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a byte or EOS for each slot. Nothing is changed: the same is drawn until `read` is called.
@@ -181,6 +206,7 @@ class SamplingSlots:
         self.seen |= (every_V == ids_B[:, None]) & self.is_text & active_B[:, None]
         self.utf8.copy_(torch.where(active_B, self.utf8_after[self.utf8, ids_B], self.utf8))
         self.drawn += active_B
+        self.constraint.masked_fill_(active_B & (self.constraint == READY), OUTDATED)
         self.remaining -= active_B.long()
 
     def _read_arrays(self, ids_B: np.ndarray, active_B: np.ndarray) -> None:
@@ -192,9 +218,18 @@ class SamplingSlots:
         drawn_B, remaining_B = self.drawn.numpy(), self.remaining.numpy()
         drawn_B += active_B
         remaining_B -= active_B
+        constraint_B = self.constraint.numpy()
+        constraint_B[active_B & (constraint_B == READY)] = OUTDATED
 
     def ruled_out(self) -> Tensor:
-        """What may not be drawn, bool [B or 1, V]: special ids but EOS, and where asked for what would not be UTF-8."""
+        """What may not be drawn, bool [B or 1, V]: special ids but EOS, and where asked for what would not be UTF-8 or
+        is not allowed by a constraint.
+        """
+        if _asked(self.constraint, FREE):
+            return torch.where(self.constraint[:, None] == FREE, self._no_text(), ~self.allowed)
+        return self._no_text()
+
+    def _no_text(self) -> Tensor:
         if not _asked(self.valid_utf8, False):
             return self.is_special[None]
         needed_B = self.needed[self.utf8]
@@ -286,91 +321,3 @@ def _shifted(x: Any, bits: int) -> Any:
 def _as_int64(value: int) -> int:
     """The int64 with the same lowest 64 bits."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-# UTF-8. A state of the automaton is what the character that has begun still needs; state 0 is between characters.
-# Source: The Unicode Standard, table 3-7: no overlong form, no surrogate, nothing above U+10FFFF.
-
-Ranges = tuple[tuple[int, int], ...]  # the range of each byte that a character still needs, ends included
-
-_ANY = (0x80, 0xBF)
-_CHARACTERS: list[tuple[tuple[int, int], Ranges]] = [  # first byte, then the others
-    ((0x00, 0x7F), ()),
-    ((0xC2, 0xDF), (_ANY,)),
-    ((0xE0, 0xE0), ((0xA0, 0xBF), _ANY)),
-    ((0xE1, 0xEC), (_ANY, _ANY)),
-    ((0xED, 0xED), ((0x80, 0x9F), _ANY)),
-    ((0xEE, 0xEF), (_ANY, _ANY)),
-    ((0xF0, 0xF0), ((0x90, 0xBF), _ANY, _ANY)),
-    ((0xF1, 0xF3), (_ANY, _ANY, _ANY)),
-    ((0xF4, 0xF4), ((0x80, 0x8F), _ANY, _ANY)),
-]
-
-
-def _states() -> list[Ranges]:
-    """What may still follow, for each state; those that need fewer bytes first."""
-    tails = {rest[begin:] for _, rest in _CHARACTERS for begin in range(len(rest) + 1)}
-    return sorted(tails, key=lambda rest: (len(rest), rest))
-
-
-def _transitions(states: list[Ranges]) -> Tensor:
-    table = torch.full((len(states) + 1, 256), len(states), dtype=torch.int64)
-    for (low, high), rest in _CHARACTERS:
-        table[0, low : high + 1] = states.index(rest)
-    for state, rest in enumerate(states[1:], start=1):
-        (low, high), *after = rest
-        table[state, low : high + 1] = states.index(tuple(after))
-    return table
-
-
-def _resumed(transitions: Tensor, error: int) -> Tensor:
-    begin = torch.where(transitions[0] == error, 0, transitions[0])
-    return torch.where(transitions == error, begin, transitions)
-
-
-_STATES = _states()
-ERROR = len(_STATES)  # the state after an invalid byte; it is never left
-TRANSITIONS = _transitions(_STATES)  # [S, 256] the state after a byte, int64
-NEEDED = torch.tensor([len(rest) for rest in _STATES] + [4])  # [S] bytes needed at least; of ERROR more than any
-RESUMED = _resumed(TRANSITIONS, ERROR)  # [S, 256] the same, but invalid bytes are skipped, int64
-
-
-def state_after(data: bytes) -> int:
-    """The automaton's state after `data`; never ERROR.
-
-    An invalid byte is skipped, along with the character it broke off; it may begin the next. So the state is that of
-    the longest end of the data that can still become a character.
-    """
-    state = 0
-    for byte in data[-3:]:  # no character needs more once three of its bytes are there
-        state = int(RESUMED[state, byte])
-    return state
-
-
-def whole_characters(data: bytes) -> bytes:
-    """`data` without a last character that has begun and may still become valid."""
-    if state_after(data) == 0:
-        return data
-    return data[: max(index for index in range(max(len(data) - 3, 0), len(data)) if data[index] >= 0xC0)]
-
-
-class CharacterStream:
-    """Whole characters out of bytes that come a few at a time.
-
-    What it gives, all put together, is `data.decode("utf-8", errors="replace")`. Only a character that has begun and
-    can still become valid is withheld. (Python's incremental decoder also withholds the beginnings of surrogates.)
-    """
-
-    def __init__(self) -> None:
-        self._begun = b""
-
-    def feed(self, data: bytes) -> str:
-        data = self._begun + data
-        whole = whole_characters(data)
-        self._begun = data[len(whole) :]
-        return whole.decode("utf-8", errors="replace")
-
-    def finish(self) -> str:
-        """U+FFFD for what is left of a broken character, once nothing more comes."""
-        begun, self._begun = self._begun, b""
-        return begun.decode("utf-8", errors="replace")

@@ -238,7 +238,8 @@ class FastEntropies:
     def supports(settings: LanguageModelSettings) -> bool:
         """Whether the kernels can do a byte LM of this shape."""
         heads = (settings.num_heads, settings.kv_heads, settings.head_dim)
-        return can_attend(*heads) and can_gate(2 * settings.hidden_dim, settings.dim)
+        is_plain = not (settings.attention_bias or settings.qk_norm)
+        return is_plain and can_attend(*heads) and can_gate(2 * settings.hidden_dim, settings.dim)
 
     @torch.no_grad()
     def __call__(self, stream: Stream) -> Tensor:
@@ -249,7 +250,7 @@ class FastEntropies:
         padding = torch.arange(-size % ROWS, device=stream.ids.device)  # kernels take blocks of ROWS rows
         ids, position = torch.cat([stream.ids, padding * 0]), torch.cat([stream.position, padding])
         low = first_seen(position, settings.window)
-        cos, sin = cos_sin(position, settings.head_dim, settings.rope_theta)
+        cos, sin = cos_sin(position, settings.head_dim, settings.rope_theta, settings.rope_scaling)
         x_TD = F.embedding(ids, self.embedding)
         for layer in self.layers:
             qkv = F.linear(F.rms_norm(x_TD, (dim,), layer["attention_norm"], eps), layer["qkv"])

@@ -1,4 +1,4 @@
-"""Transformer blocks: pre-norm, rotary attention without bias, SwiGLU."""
+"""Transformer blocks: pre-norm, rotary attention, SwiGLU. Biases and norms of queries and keys are options."""
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +15,34 @@ from bytelatent.model.settings import StackSettings
 class Attention(nn.Module):
     def __init__(self, settings: StackSettings):
         super().__init__()
-        kv_dim = settings.kv_heads * settings.head_dim
-        self.query = nn.Linear(settings.dim, settings.dim, bias=False)
-        self.key = nn.Linear(settings.dim, kv_dim, bias=False)
-        self.value = nn.Linear(settings.dim, kv_dim, bias=False)
-        self.output = nn.Linear(settings.dim, settings.dim, bias=False)
+        kv_dim, bias = settings.kv_heads * settings.head_dim, settings.attention_bias
+        self.query = nn.Linear(settings.dim, settings.attention_dim, bias=bias)
+        self.key = nn.Linear(settings.dim, kv_dim, bias=bias)
+        self.value = nn.Linear(settings.dim, kv_dim, bias=bias)
+        self.output = nn.Linear(settings.attention_dim, settings.dim, bias=False)
+        self.has_qk_norm = settings.qk_norm
+        if settings.qk_norm:
+            self.query_norm = nn.RMSNorm(settings.head_dim, eps=settings.norm_eps)
+            self.key_norm = nn.RMSNorm(settings.head_dim, eps=settings.norm_eps)
 
-    def forward(self, x_TD: Tensor, rotary_TE2: Tensor, mask: Mask) -> Tensor:
+    def queries_keys(self, x_TD: Tensor, rotary_TE2: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated queries [T, H, E] and keys [T, J, E]."""
         head_dim = head_dim_of(rotary_TE2)
         q_THE = self.query(x_TD).unflatten(-1, (-1, head_dim))
         k_TJE = self.key(x_TD).unflatten(-1, (-1, head_dim))
-        v_TJE = self.value(x_TD).unflatten(-1, (-1, head_dim))
-        out_THE = mask.attend(rotate(q_THE, rotary_TE2), rotate(k_TJE, rotary_TE2), v_TJE)
-        return self.output(out_THE.flatten(-2))
+        if self.has_qk_norm:
+            q_THE, k_TJE = _normed(q_THE, self.query_norm), _normed(k_TJE, self.key_norm)
+        return rotate(q_THE, rotary_TE2), rotate(k_TJE, rotary_TE2)
+
+    def forward(self, x_TD: Tensor, rotary_TE2: Tensor, mask: Mask) -> Tensor:
+        q_THE, k_TJE = self.queries_keys(x_TD, rotary_TE2)
+        v_TJE = self.value(x_TD).unflatten(-1, (-1, q_THE.shape[-1]))
+        return self.output(mask.attend(q_THE, k_TJE, v_TJE).flatten(-2))
+
+
+def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Normalized in the precision of the norm's weights: under autocast `x` has another."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -63,7 +78,8 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
 
     def rotary(self, position: Tensor) -> Tensor:
-        return rotary_embedding(position, self.settings.head_dim, self.settings.rope_theta)
+        settings = self.settings
+        return rotary_embedding(position, settings.head_dim, settings.rope_theta, settings.rope_scaling)
 
     def mask(self, document: Tensor, num_documents: int | None) -> Mask:
         """What the positions of a packed stream see; see `build_mask`."""
@@ -89,6 +105,7 @@ def init_weights(module: nn.Module, generator: torch.Generator | None = None) ->
     | embedding, hash table| normal, std dim^-1/2, cut at 3 std                  |
     | linear               | normal, std (input width)^-1/2, cut at 3 std        |
     | norm                 | ones                                                |
+    | bias                 | zeros                                               |
 
     For a feed-forward's output the input width is its hidden width.
     """
@@ -96,5 +113,7 @@ def init_weights(module: nn.Module, generator: torch.Generator | None = None) ->
         if isinstance(part, nn.Linear | nn.Embedding | nn.EmbeddingBag):
             std = part.weight.shape[1] ** -0.5
             nn.init.trunc_normal_(part.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
         elif isinstance(part, nn.RMSNorm):
             nn.init.ones_(part.weight)

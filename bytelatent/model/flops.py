@@ -1,9 +1,9 @@
 """What a model costs: parameters, and floating-point operations per byte, part by part.
 
 Counted on the meta device from the real modules: a matrix costs two operations a weight each time it is used. Uses are
-per byte or per patch (in a token LM per token); attention adds 4 * width * (keys seen). Hash tables are looked up:
-memory, no operations. Norms, rotations, activations and softmax are not counted: they cost time by what they read and
-write.
+per byte or per patch (in a token LM per token); attention adds 4 * (width of all heads) * (keys seen). Hash tables are
+looked up: memory, no operations. Norms, biases, rotations, activations and softmax are not counted: they cost time by
+what they read and write.
 """
 
 from dataclasses import dataclass, replace
@@ -119,7 +119,8 @@ def _cross_attention(
 
 def _stack(name: str, stack: Stack, context: float, per_byte: float = 1.0) -> PartCost:
     """A stack's cost; `context` is in its positions, of which there are `per_byte`."""
-    attention = stack.settings.num_layers * 4 * stack.settings.dim * keys_seen(stack.settings, context) * per_byte
+    settings = stack.settings
+    attention = settings.num_layers * 4 * settings.attention_dim * keys_seen(settings, context) * per_byte
     return PartCost(name, _parameters(stack), _matrices(stack) * per_byte + attention, attention)
 
 

@@ -16,13 +16,41 @@ MOST_LAYERS = 1000  # of a stack
 WIDEST = 2**20
 
 
+class RopeScaling(Settings):
+    """Lower frequencies of the rotary embedding, for longer texts than a model saw at first, as in Llama 3.1.
+
+    Attributes:
+        factor: what the low frequencies are divided by.
+        low_freq_factor: those that turn fewer times than this within `original_context` are low.
+        high_freq_factor: those that turn more often stay as they are; between the two, both are mixed.
+        original_context: positions that the model saw at first.
+    """
+
+    factor: float = Field(ge=1, allow_inf_nan=False)
+    low_freq_factor: float = Field(gt=0, allow_inf_nan=False)
+    high_freq_factor: float = Field(gt=0, allow_inf_nan=False)
+    original_context: int = Field(ge=1, le=LONGEST_CONTEXT)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor:g} must be above low_freq_factor {self.low_freq_factor:g}"
+            )
+        return self
+
+
 class StackSettings(Settings):
-    """A stack of transformer blocks.
+    """A stack of transformer blocks. The last four settings are those of blocks of Llama, Qwen2 and Qwen3.
 
     Attributes:
         window: ids (itself and the window-1 before it) that attention sees; None for the whole document.
         num_kv_heads: key and value heads shared by groups of query heads; None for as many as num_heads.
         ffn_dim_multiplier, multiple_of: the feed-forward width is 2/3 * 4 * dim * ffn_dim_multiplier, rounded up.
+        head_size: width of a head; None for dim / num_heads.
+        attention_bias: queries, keys and values have biases.
+        qk_norm: each head's queries and keys are normalized before they are rotated.
+        rope_scaling: None for the plain rotary embedding.
     """
 
     dim: int = Field(ge=2, le=WIDEST)
@@ -34,10 +62,14 @@ class StackSettings(Settings):
     multiple_of: int = Field(default=256, ge=1, le=WIDEST)
     rope_theta: float = Field(default=500_000.0, gt=0, allow_inf_nan=False)
     norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
+    head_size: int | None = Field(default=None, ge=2, le=WIDEST, multiple_of=2)
+    attention_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+        if self.head_size is None and (self.dim % self.num_heads or (self.dim // self.num_heads) % 2):
             raise ValueError(f"dim {self.dim} must be num_heads {self.num_heads} times an even head size")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
@@ -49,7 +81,12 @@ class StackSettings(Settings):
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.num_heads
+        return self.head_size or self.dim // self.num_heads
+
+    @property
+    def attention_dim(self) -> int:
+        """The width of all heads together."""
+        return self.num_heads * self.head_dim
 
     @property
     def hidden_dim(self) -> int:

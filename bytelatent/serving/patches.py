@@ -14,9 +14,9 @@ from bytelatent.inference.scoring import entropies_of
 from bytelatent.model import BLTSettings, ByteLM, Stream, lines_as_documents, pack_rows
 from bytelatent.model.flops import flops_per_byte
 from bytelatent.patching import MODES, PatchSettings, next_starts
+from bytelatent.serving.shapes import OTHER_MODES
 from bytelatent.vocab import to_bytes
 
-OTHER_MODES = ("space", "static:4", "byte")  # beside the model's own, where none are asked for
 SHARES = 32  # steps between no patches and one per byte, at which FLOPs are counted
 
 
@@ -27,6 +27,7 @@ def patches_answer(
     modes: Sequence[str] = OTHER_MODES,
     threshold: float | None = None,
     with_patches: bool = True,
+    entropies: Tensor | None = None,
 ) -> dict[str, Any]:
     """The patches of a text, as JSON.
 
@@ -34,6 +35,7 @@ def patches_answer(
         modes: modes to compare with, such as `space` and `static:4`; the model's own is always there.
         threshold: in place of the model's own, in nats.
         with_patches: whether `patches` is there, which is long.
+        entropies: of BOS and each byte, where they are known already.
 
     Returns:
         `bytes`, their number; `entropies` in nats of each byte before it is read, null where the mode needs none;
@@ -47,7 +49,8 @@ def patches_answer(
     data, own = to_bytes(text), own_settings(blt, threshold)
     settings = {mode_name(own): own} | {name: mode_settings(name) for name in modes if name != mode_name(own)}
     stream = pack_rows([prompt_ids(data)]).to(blt.device)
-    entropies = _entropies(blt, own, stream) if own.needs_entropies else None
+    if entropies is None and own.needs_entropies:
+        entropies = _entropies(blt, own, stream)
     costs = _Costs.of(blt, own)
     found = {}
     for name, each in settings.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 from bytelatent.blt import BLT
 from bytelatent.errors import UserError, in_one_line
 from bytelatent.inference import Continuation, Engine, Sampling
+from bytelatent.inference.constraint import Constraint
 from bytelatent.inference.continuation import Alternatives, Reason
 
 LOGGER = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Job:
     max_new_bytes: int
     samples: int = 1
     num_alternatives: int = 0
-    constraint: Any = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Scheduler:
         if job.samples > self.places:
             raise UserError(f"samples: {job.samples:,} are more than the {self.places:,} that can be asked for at once")
         samples = self._engine.asked(
-            job.ids, job.sampling, job.max_new_bytes, job.samples, num_alternatives=job.num_alternatives
+            job.ids, job.sampling, job.max_new_bytes, job.samples, job.num_alternatives, job.constraint
         )
         ticket = Ticket(job, on_update, samples, time.monotonic(), [None] * len(samples))
         with self._condition:

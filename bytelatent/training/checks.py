@@ -18,9 +18,10 @@ from bytelatent.text import find_files
 from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
 from bytelatent.text.tokenizer import Tokenizer
-from bytelatent.training.settings import Float8, TrainSettings
+from bytelatent.training.distributed.settings import Float8
+from bytelatent.training.settings import TrainSettings
 from bytelatent.vocab import BYTES
-from bytelatent.weights import find_byte_lm
+from bytelatent.weights import find_byte_lm, open_pretrained
 
 FLOAT8_CAPABILITY = (8, 9)  # the first CUDA devices that multiply 8-bit floats
 
@@ -103,7 +104,7 @@ def check_float8(float8: Float8 | None, device: torch.device, dtype: torch.dtype
 
 
 def check_inputs(settings: TrainSettings, whence: str) -> None:
-    """Check, where a job is submitted, that the text and the byte LM exist; not what lies on other machines.
+    """Check, where a job is submitted, that the text and the named models exist; not what lies on other machines.
 
     Args:
         whence: is added to messages about relative paths: where the job looks for them.
@@ -114,15 +115,17 @@ def check_inputs(settings: TrainSettings, whence: str) -> None:
     check_sources(settings.data, whence, remote=False)
     if settings.data.tokenizer is not None:
         Tokenizer.read(settings.data.tokenizer, "data.tokenizer")
-    if settings.entropy_model is None:
-        return
-    try:
-        find_byte_lm(settings.entropy_model, weights=False, setting="entropy_model")
-    except Unreachable:
-        pass  # a hub that does not answer may have it
-    except UserError as error:
-        is_absolute = Path(settings.entropy_model).expanduser().is_absolute()
-        raise UserError(f"{error}{'' if is_absolute else whence}") from None
+    for setting, find in (("init", open_pretrained), ("entropy_model", find_byte_lm)):
+        source = getattr(settings, setting)
+        if source is None:
+            continue
+        try:
+            find(source, weights=False, setting=setting)
+        except Unreachable:
+            pass  # a hub that does not answer may have it
+        except UserError as error:
+            is_absolute = Path(source).expanduser().is_absolute()
+            raise UserError(f"{error}{'' if is_absolute else whence}") from None
 
 
 def check_sources(data: DataSettings, whence: str = "", remote: bool = True) -> None:

@@ -14,7 +14,7 @@ from bytelatent.model import Block, CrossAttention
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.distributed.parallelize import local_part
 from bytelatent.training.muon import Muon
-from bytelatent.training.settings import LearningRateScale, OptimizerSettings
+from bytelatent.training.settings import OptimizerSettings
 from bytelatent.training.sparse_rows import SparseRowsAdamW
 
 
@@ -67,7 +67,7 @@ def catch_up(optimizer: torch.optim.Optimizer | Optimizers) -> None:
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer | Optimizers:
-    """The optimizer of all weights; only matrices decay, norms and embeddings do not.
+    """The optimizer of all weights that are not frozen; only matrices decay, norms and embeddings do not.
 
     With `hash_gradients: rows` it makes the gradients of the model's hash tables sparse, and the model brings the rows
     of these up to date before it reads them.
@@ -75,8 +75,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     Each parameter group has its `lr_scale`, the factor of its learning rate.
     """
     tables = {part.tables.weight: part for part in model.modules() if isinstance(part, NgramHashEmbedding)}
-    for part in tables.values():
-        part.tables.sparse = settings.hash_gradients == "rows"
+    for table, part in tables.items():
+        part.tables.sparse = settings.hash_gradients == "rows" and table.requires_grad
         part.before_lookup = None
     embeddings = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)} | tables.keys()
     blocks = [part for part in model.modules() if isinstance(part, Block | CrossAttention)]
@@ -84,6 +84,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
 
     groups: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = parameter.dim() >= 2 and parameter not in embeddings
         if parameter in tables and settings.hash_gradients == "rows":
             kind = "rows"
@@ -92,14 +94,14 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
         else:
             kind = "adamw"
         decay = settings.weight_decay if is_matrix else 0.0
-        groups[kind][decay, _scale(name, settings.lr_scale)].append(parameter)
+        groups[kind][decay, settings.lr_scale.of(name)].append(parameter)
 
     # Rows first, AdamW last: the device computes while the host prepares what takes it longer.
     optimizers = {kind: _optimizer(kind, groups[kind], settings) for kind in sorted(groups, reverse=True)}
     if isinstance(rows := optimizers.get("rows"), SparseRowsAdamW):
         for part in tables.values():
             rows.before_lookups(part)
-    return Optimizers(optimizers) if len(optimizers) > 1 else optimizers["adamw"]
+    return Optimizers(optimizers) if len(optimizers) > 1 else next(iter(optimizers.values()))
 
 
 def _optimizer(
@@ -113,16 +115,3 @@ def _optimizer(
         return Muon(given)
     betas = (settings.beta1, settings.beta2)
     return SparseRowsAdamW(given, betas=betas) if kind == "rows" else AdamW(given, betas=betas, fused=True)
-
-
-def _scale(name: str, scales: LearningRateScale) -> float:
-    """What the learning rate of a weight is multiplied by, by the part of the model that its name begins with."""
-    of_parts = {
-        "embedding.": scales.byte_embedding,
-        "encoder.embedding.": scales.byte_embedding,
-        "encoder.ngram_hash.": scales.hash_tables,
-        "encoder.": scales.encoder,
-        "global_transformer.": scales.global_transformer,
-        "decoder.": scales.decoder,
-    }
-    return next((scale for part, scale in of_parts.items() if name.startswith(part)), 1.0)

@@ -31,9 +31,10 @@ from bytelatent.training.calibration import calibrate_on, read_calibration, writ
 from bytelatent.training.checkpoint.manager import check_takes_checkpoints
 from bytelatent.training.checks import check_text
 from bytelatent.training.distributed.ranks import Ranks
+from bytelatent.training.initial import earlier_origin, keep_side_files, open_initial, origin_of, place_of
 from bytelatent.training.settings import TrainSettings
 from bytelatent.vocab import BYTES, Vocabulary
-from bytelatent.weights import BYTE_LM, Config, fingerprint, load_byte_lm, save
+from bytelatent.weights import BYTE_LM, Config, Origin, fingerprint, load_byte_lm, save
 
 LOGGER = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Run:
         vocabulary: of the model's ids.
         changes: a line about each setting that differs from those the run had before, and about its text.
         text: the files of its text as they are now.
+        initial: of a run that begins from a model, which state of it: see `place_of`.
     """
 
     settings: TrainSettings
@@ -77,6 +79,7 @@ class Run:
     vocabulary: Vocabulary
     changes: list[str]
     text: Listing
+    initial: tuple[str, str] | None
 
 
 def lock_folder(folder: Path, data: DataSettings, resources: ExitStack) -> None:
@@ -94,7 +97,7 @@ def open_run(folder: Path, settings: TrainSettings, ranks: Ranks, device: torch.
         UserError: the folder is another run's, or its text has changed.
     """
     forget_logged()
-    (settings, config, changes, text), lines = ranks.on_first(
+    (settings, config, changes, text, initial), lines = ranks.on_first(
         lambda: (_prepare(folder, settings, device, dtype), logged_lines())
     )
     mark_logged(lines)
@@ -107,7 +110,7 @@ def open_run(folder: Path, settings: TrainSettings, ranks: Ranks, device: torch.
     vocabulary = BYTES
     if settings.data.tokenizer is not None:
         vocabulary = Tokenizer.read(folder / TOKENIZER)
-    return Run(settings, config, patcher, vocabulary, changes, text)
+    return Run(settings, config, patcher, vocabulary, changes, text, initial)
 
 
 def write_settings(folder: Path, run: Run) -> None:
@@ -121,13 +124,19 @@ def write_settings(folder: Path, run: Run) -> None:
 
 def _prepare(
     folder: Path, settings: TrainSettings, device: torch.device, dtype: torch.dtype
-) -> tuple[TrainSettings, Config, list[str], Listing]:
+) -> tuple[TrainSettings, Config, list[str], Listing, tuple[str, str] | None]:
     """What `Run` holds beside the patcher."""
     earlier = _earlier_settings(folder)
     changes = _changes(settings, earlier, folder) if earlier is not None else []
     text = list_text(settings.data)
     if earlier is not None:
         changes += check_listing(folder, text, settings.data.allow_changed)
+    initial, origin = None, Origin() if earlier is None else earlier_origin(folder)
+    if earlier is None and settings.init is not None:
+        initial = open_initial(settings)
+        LOGGER.info(f"begins from {initial.in_a_line()}")
+        keep_side_files(initial, folder)
+        origin = origin_of(initial, settings.init)
     byte_lm = None
     if settings.entropy_model is not None:
         byte_lm = _own_byte_lm(folder, settings.entropy_model, settings.data.context, resumes=earlier is not None)
@@ -135,6 +144,9 @@ def _prepare(
     if settings.data.tokenizer is not None:
         digest = _keep_tokenizer(folder, settings.data.tokenizer, settings.model, resumes=earlier is not None)
     calibration = read_calibration(folder) if earlier is not None else None
+    if initial is not None and settings.calibration is None and initial.config.calibration is not None:
+        calibration = initial.config.calibration
+        write_calibration(folder, calibration)
     if settings.calibration is not None and settings.patching is not None:
         if calibration is None:
             LOGGER.info(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes")
@@ -151,8 +163,9 @@ def _prepare(
         patching=settings.patching,
         calibration=calibration,
         tokenizer=digest,
+        origin=origin,
     )
-    return settings, config, changes, text
+    return settings, config, changes, text, None if initial is None else place_of(initial)
 
 
 def _own_byte_lm(folder: Path, entropy_model: str, context: int, resumes: bool) -> ByteLM:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from bytelatent.config import Settings, laid_over, must_be_named, shorten
+from bytelatent.config import Settings, laid_over, must_be_named, renamed, shorten
 from bytelatent.data import DataSettings
 from bytelatent.model import (
     BLTSettings,
@@ -20,25 +20,39 @@ from bytelatent.model import (
 )
 from bytelatent.model.settings import NAMES
 from bytelatent.patching import PatchSettings
+from bytelatent.training.checkpoint.settings import CheckpointSettings
+from bytelatent.training.distributed.settings import Float8, ParallelSettings
+from bytelatent.training.initial import TAKEN_OVER, taken_over
 
-ActivationCheckpointing = Literal["none", "selective", "full"]
-Float8 = Literal["rowwise"]
 ScheduleName = Literal["cosine", "wsd"]
 OF_ONE_SCHEDULE = {"wsd": ("decay_share", "decay_steps", "decay_minutes")}  # settings that no other schedule takes
 
 
 class LearningRateScale(Settings):
-    """Factors of the learning rate, by part of the model.
+    """Factors of the learning rate, by part of the model. 0 freezes a part: it costs neither gradients nor optimizer
+    state.
 
     Attributes:
         byte_embedding, hash_tables: of the encoder (or the byte LM), and not of `encoder`.
     """
 
-    byte_embedding: float = Field(default=1.0, gt=0)
-    hash_tables: float = Field(default=1.0, gt=0)
-    encoder: float = Field(default=1.0, gt=0)
-    global_transformer: float = Field(default=1.0, gt=0)
-    decoder: float = Field(default=1.0, gt=0)
+    byte_embedding: float = Field(default=1.0, ge=0)
+    hash_tables: float = Field(default=1.0, ge=0)
+    encoder: float = Field(default=1.0, ge=0)
+    global_transformer: float = Field(default=1.0, ge=0)
+    decoder: float = Field(default=1.0, ge=0)
+
+    def of(self, name: str) -> float:
+        """The factor for a weight, by the part of the model that its name begins with."""
+        of_parts = {
+            "embedding.": self.byte_embedding,
+            "encoder.embedding.": self.byte_embedding,
+            "encoder.ngram_hash.": self.hash_tables,
+            "encoder.": self.encoder,
+            "global_transformer.": self.global_transformer,
+            "decoder.": self.decoder,
+        }
+        return next((scale for part, scale in of_parts.items() if name.startswith(part)), 1.0)
 
 
 class OptimizerSettings(Settings):
@@ -53,7 +67,7 @@ class OptimizerSettings(Settings):
         decay_share: with `wsd`, the share of the run, at its end, that decays;
         decay_steps, decay_minutes: its length instead, in the unit of the run's own.
         name: `muon` trains the matrices of the blocks by Muon, and the rest by AdamW.
-        lr_scale: factors of the learning rate.
+        lr_scale: factors of the learning rate; 0 freezes a part of the model.
         clip: gradients are scaled so that their norm, as of one vector, is at most this.
         accumulation: batches of each process in a step.
         hash_gradients: with `rows` the gradients of the hash tables hold only the rows that a step reads, and AdamW
@@ -111,53 +125,6 @@ class ValidationSettings(Settings):
     max_bytes: int | None = Field(default=1_000_000, ge=1)
 
 
-class CheckpointSettings(Settings):
-    """When to save, and what to keep.
-
-    Attributes:
-        every: steps between checkpoints.
-        keep: number of the newest checkpoints to keep.
-        keep_every: also keep checkpoints after a multiple of this many steps.
-        last: `weights` leaves the optimizer's state and the place in the text out of the run's last checkpoint, so that
-            it is a third as large or smaller, and the run cannot be continued.
-        asynchronous: train on while a copy of the state is written; `auto` does so on a GPU and in several processes.
-    """
-
-    every: int = Field(default=1000, ge=1)
-    keep: int = Field(default=2, ge=1)
-    keep_every: int | None = Field(default=None, ge=1)
-    last: Literal["whole", "weights"] = "whole"
-    asynchronous: bool | Literal["auto"] = "auto"
-
-
-class ParallelSettings(Settings):
-    """How several processes share the work. With one process only `activation_checkpointing` has an effect.
-
-    Attributes:
-        data: `shard` (FSDP) divides weights and the optimizer's state among the processes and gathers them block by
-            block; `replicate` holds all of them in each process; `hybrid` has `replicas`, each of them sharded.
-        tensor: processes that divide each matrix of the global transformer (tensor parallelism).
-        activation_checkpointing: in the backward pass, recompute blocks (`full`), or all of them but matrix products
-            and attention (`selective`), instead of saving their activations.
-        tables: `rows` shards the hash tables by row, and looks rows up on the rank that holds them; `gather` treats
-            them like the other weights.
-        reduce_dtype: in which gradients are summed; those of `rows` are summed in float32.
-    """
-
-    data: Literal["replicate", "shard", "hybrid"] = "shard"
-    replicas: int | None = Field(default=None, ge=1)
-    tensor: int = Field(default=1, ge=1)
-    activation_checkpointing: ActivationCheckpointing = "none"
-    tables: Literal["rows", "gather"] = "rows"
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @model_validator(mode="after")
-    def _replicas(self) -> Self:
-        if (self.data == "hybrid") != (self.replicas is not None):
-            raise ValueError("data=hybrid and replicas go together, as in parallel.data=hybrid parallel.replicas=2")
-        return self
-
-
 class WandbSettings(Settings):
     """Where Weights & Biases puts a run.
 
@@ -210,6 +177,8 @@ class TrainSettings(Settings):
             calibration takes at most a tenth as long, and so does validation; what does not fit is left out, with a
             line in the log. The learning rate follows the clock, and on a CPU the number of threads is the fastest one
             (unless OMP_NUM_THREADS is set), so such a run is not repeatable.
+        init: the model to begin from: a run, a folder in any known format, or OWNER/NAME on the hub. Its weights,
+            `model`, `patching`, `entropy_model` and tokenizer are taken over; what is named must be the same.
         model: a preset's name, the shapes themselves, or a mapping of `preset` and the shapes that differ from it.
         patching: where patches start (BLT only). With `calibration` its threshold may be left out.
         entropy_model: a run or folder with the frozen byte LM that gives entropies which are not stored with the text.
@@ -232,6 +201,7 @@ class TrainSettings(Settings):
     seed: int = Field(default=0, ge=0)
     steps: int | None = Field(default=None, ge=1, le=10**12)
     minutes: float | None = Field(default=None, gt=0, le=10**8)
+    init: str | None = None
     model: ModelSettings
     data: DataSettings
     patching: PatchSettings | None = None
@@ -258,6 +228,11 @@ class TrainSettings(Settings):
     @classmethod
     def _in_the_home_folder(cls, value: str) -> str:
         return str(Path(must_be_named(value, "a folder")).expanduser())
+
+    @field_validator("init")
+    @classmethod
+    def _init_is_named(cls, value: str | None) -> str | None:
+        return None if value is None else must_be_named(value, "a run, a folder with a model, or OWNER/NAME on the hub")
 
     @field_validator("track", mode="before")
     @classmethod
@@ -286,7 +261,20 @@ class TrainSettings(Settings):
         return value
 
     def source_of_default(self, key: str) -> str:
-        return "calibration" if key == "patching.threshold" and self.calibration is not None else "default"
+        if key == "patching.threshold" and self.calibration is not None:
+            return "calibration"
+        is_taken_over = self.init is not None and key.startswith((*TAKEN_OVER, "data.tokenizer"))
+        return f"init {self.init}" if is_taken_over else "default"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _taken_over(cls, values: Any) -> Any:
+        """With `init` all that the model has may be missing."""
+        source = values.get("init") if isinstance(values, dict) else None
+        if not isinstance(source, str) or not source.strip():
+            return values
+        run = values.get("run", cls.model_fields["run"].default)
+        return taken_over(renamed(values, cls.old_names), Path(str(run)).expanduser())
 
     @field_validator("patching", "calibration", "entropy_model", mode="before")
     @classmethod
@@ -343,7 +331,10 @@ class TrainSettings(Settings):
             for name in ("hash_tables", "encoder", "global_transformer", "decoder"):
                 if getattr(scales, name) != 1:
                     raise ValueError(f"optimizer.lr_scale.{name} belongs to a BLT; this model is a {own}")
-        if isinstance(self.model, LanguageModelSettings) or self.model.ngram_hash is None:
+        has_tables = isinstance(self.model, BLTSettings) and self.model.ngram_hash is not None
+        if not any(scales.model_dump(exclude=None if has_tables else {"hash_tables"}).values()):
+            raise ValueError("optimizer.lr_scale: 0 freezes a part, and here all of them; leave one to train")
+        if not has_tables:
             if scales.hash_tables != 1:
                 raise ValueError("optimizer.lr_scale.hash_tables: this model has no hash tables; leave it out")
             if self.optimizer.hash_gradients == "rows":

@@ -1,6 +1,5 @@
 """The training loop: the same for byte LMs, token LMs and BLTs, for one process and for many."""
 
-import itertools
 import logging
 import math
 import time
@@ -16,14 +15,12 @@ from bytelatent.device import Threads, autocast, choose_dtype, peak_flops
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.model.settings import NAMES
-from bytelatent.progress import Progress
 from bytelatent.signals import StopSignals
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
 from bytelatent.training.checks import check_machine, check_settings, hints_about_batches, how_to_save_memory
 from bytelatent.training.distributed.parallelize import (
     ParallelPlan,
     build_parallel_model,
-    free_gathered_weights,
     initialize_weights,
     make_plan,
 )
@@ -37,12 +34,14 @@ from bytelatent.training.faults import (
     who_failed,
 )
 from bytelatent.training.gradients import CapturedGradients, Gradients, clip
+from bytelatent.training.initial import load_initial
 from bytelatent.training.metrics import Metrics, Totals, open_trackers, speed
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.steps import Profiler, layer_statistics
 from bytelatent.training.run_setup import Run, lock_folder, open_run, write_settings
 from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import TrainSettings
+from bytelatent.training.validation import held_out_loss
 
 LOGGER = logging.getLogger(__name__)
 
@@ -116,7 +115,10 @@ class Trainer:
         settings, ranks = run.settings, plan.ranks
         torch.manual_seed(settings.seed)
         compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
-        model = build_parallel_model(settings.model, plan, device, dtype, compiled, settings.float8)
+        scales = settings.optimizer.lr_scale
+        model = build_parallel_model(
+            settings.model, plan, device, dtype, compiled, settings.float8, lambda name: scales.of(name) == 0
+        )
 
         def loss(batch: Batch) -> torch.Tensor:
             with autocast(device, dtype):
@@ -159,6 +161,8 @@ class Trainer:
         """
         self._begin()
         state, is_over = self.state, self.done >= 1
+        if self.settings.init is not None and state.step == 0:
+            self.validate()
         while self.done < 1:
             try:
                 row = self._guarded_step()
@@ -251,7 +255,7 @@ class Trainer:
         limit = None
         if settings.minutes is not None:
             share = VALIDATION_SHARE if self.done >= 1 else VALIDATION_SHARE / 2
-            limit = share * state.seconds - self.validated
+            limit = share * (state.seconds if state.step else 60 * settings.minutes) - self.validated
         began = time.perf_counter()
         self.metrics.write(self.evaluate(limit), self.done)
         self.step_began = time.perf_counter()
@@ -259,33 +263,14 @@ class Trainer:
 
     def evaluate(self, limit: float | None = None) -> dict[str, Any]:
         """Bits per byte on the validation text; after `limit` seconds the rest of it is left out."""
-        state, plan, max_bytes = self.state, self.plan, self.settings.validation.max_bytes
-        nats, num_bytes = 0.0, 0
-
-        def agreed(over: bool) -> bool:  # the first rank's clock counts
-            return bool(plan.ranks.sum([over * plan.ranks.is_first])[0])
-
-        batches = held_out_batches(self.settings.data, self.opened.patcher, max_bytes, self.opened.vocabulary)
-        groups = iter(lambda: list(itertools.islice(batches, plan.data_world_size)), [])
-        state.model.eval()
-        with torch.no_grad(), Progress("validating", max_bytes, limit, bar=False) as progress:
-            for group in progress.within(groups, agreed):
-                # All ranks compute equally often, as they need one another's weights; one without a batch computes
-                # the first one and drops the result.
-                own = group[plan.data_rank] if plan.data_rank < len(group) else None
-                found = float(self.loss((own or group[0]).to(self.device)))
-                if own is not None:
-                    nats += found
-                    num_bytes += own.num_bytes
-                progress.advance(sum(batch.num_bytes for batch in group))
-        state.model.train()
-        free_gathered_weights(state.model)
-        nats, num_bytes = plan.sum([nats, num_bytes])
+        state, opened, max_bytes = self.state, self.opened, self.settings.validation.max_bytes
+        batches = held_out_batches(self.settings.data, opened.patcher, max_bytes, opened.vocabulary)
+        nats, num_bytes = held_out_loss(state.model, self.loss, batches, self.plan, self.device, max_bytes, limit)
         return {
             "step": state.step,
             "bytes_seen": state.bytes_seen,
-            "validation_bits_per_byte": bits_per_byte(nats, int(num_bytes)),
-            "validation_bytes": int(num_bytes),
+            "validation_bits_per_byte": bits_per_byte(nats, num_bytes),
+            "validation_bytes": num_bytes,
         }
 
     def save(self) -> None:
@@ -306,10 +291,14 @@ class Trainer:
         return self.state.step / self.settings.steps
 
     def _begin(self) -> None:
-        """Load the newest checkpoint, or draw the initial weights, and try a step before anything is changed."""
-        state, ranks = self.state, self.plan.ranks
-        if not self.checkpoints.resume(state):
-            initialize_weights(state.model, self.settings.model)
+        """Load the newest checkpoint or the initial weights, or draw these, and try a step before anything changes."""
+        state, ranks, settings = self.state, self.plan.ranks, self.settings
+        resumes = self.checkpoints.resume(state)
+        if not resumes and settings.init is not None:
+            assert self.opened.initial is not None, "the run has begun, and has no checkpoint"
+            load_initial(state.model, settings.init, self.opened.initial, ranks)
+        elif not resumes:
+            initialize_weights(state.model, settings.model)
         if self.checkpoints.holds_weights_only and self.done < 1:
             raise ranks.common_error(
                 UserError(
@@ -319,7 +308,7 @@ class Trainer:
             )
         must_be_finite(state, self.folder, ranks)
         self._log_start()
-        self.metrics.resume_after(state.step)
+        self.metrics.resume_after(state.step if resumes else -1)
         if self.done < 1:
             self._try_step()
             ranks.on_first(lambda: write_settings(self.folder, self.opened))

@@ -1,5 +1,6 @@
 """Weights in and out: our format, Meta's, and that of Hugging Face transformers."""
 
+from bytelatent.weights.byteify import blt_around, byteify
 from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run, save
 from bytelatent.weights.pretrained import (
     FORMATS,
@@ -33,6 +34,8 @@ __all__ = [
     "Pretrained",
     "StoredModel",
     "StoredTensor",
+    "blt_around",
+    "byteify",
     "check_target",
     "convert",
     "drop_outdated",

@@ -13,7 +13,6 @@ from typing import Any
 
 from bytelatent.errors import UserError
 from bytelatent.model import BLTSettings, ByteLMSettings
-from bytelatent.model.settings import LONGEST_CONTEXT, StackSettings
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import BOE, BOS, EOS, VOCAB_SIZE
 from bytelatent.weights.native import (
@@ -25,9 +24,10 @@ from bytelatent.weights.native import (
     our_settings,
     their_settings,
 )
-from bytelatent.weights.safetensors_io import StoredTensor, read_json_object, read_weights, shown, write_json_object
+from bytelatent.weights.safetensors_io import StoredTensor, read_json_object, read_weights, write_json_object
 from bytelatent.weights.side_files import read_sidecar, write_sidecar, write_tokenizer
 from bytelatent.weights.stored_model import Config, StoredModel
+from bytelatent.weights.transformers_config import SIZES, STACK, Part, fixed_of_stack
 
 BYTE_LM_SIDECAR = "bytelatent.byte_lm.json"
 PATCHER = "model.patcher."
@@ -35,16 +35,6 @@ NO_TABLES = "model.encoder_hash_tok_embedding.weight"  # empty in a model withou
 MODES = ("entropy", "byte")
 SPECIAL_IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": BOE}
 
-# The keys of a part of `config.json` and our settings.
-STACK = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "kv_heads",
-    "intermediate_size": "hidden_dim",
-    "rms_norm_eps": "norm_eps",
-    "rope_theta": "rope_theta",
-}
 PARTS = {"encoder_config": "encoder", "global_config": "global_transformer", "decoder_config": "decoder"}
 LOCAL = ("encoder_config", "decoder_config")
 BLT_KEYS: SettingsTable = {
@@ -68,8 +58,6 @@ HASH_KEYS: SettingsTable = {
 }
 NO_HASHES = dict(zip(HASH_KEYS, ([3], 0, 1), strict=True))
 PATCHER_KEYS: SettingsTable = {**{key: (ours,) for key, ours in STACK.items()}, "sliding_window": ("window",)}
-
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 def _sizes(*values: int | None) -> dict[str, Any]:
@@ -106,6 +94,7 @@ DEFAULT_THETA, DEFAULT_PATCHER_THETA = 500_000.0, 10_000.0
 
 class HuggingFaceFormat(WeightsFormat):
     modes = MODES
+    block_options = ("rope_scaling",)
     column = TRANSFORMERS_NAMES
     loaded_by = "transformers"
     loading = (
@@ -175,102 +164,6 @@ class HuggingFaceFormat(WeightsFormat):
         return tensors | (self.stored_tensors(stored.byte_lm) if stored.byte_lm is not None else {})
 
 
-class Part(dict[str, Any]):
-    """The values of a part of a `config.json`; the top level has no name."""
-
-    def __init__(self, values: Mapping[str, Any], name: str = "", where: str = ""):
-        super().__init__(values)
-        self.where, self.name = where, name
-
-    def path(self, key: str) -> str:
-        return f"{self.where}: {self.name}.{key}" if self.name else f"{self.where}: {key}"
-
-    def check(self, key: str, value: Any, *allowed: Any) -> None:
-        """Refuse a value that requires a computation that is not implemented."""
-        if value not in allowed:
-            raise UserError(f"{self.path(key)} is {shown(repr(value))}; only {shown(repr(allowed[0]))} is known here")
-
-    def group(self, key: str) -> dict[str, Any]:
-        """The keys and values under a key; empty if it is absent."""
-        found = self.get(key)
-        if found is not None and not isinstance(found, dict):
-            raise UserError(f"{self.path(key)} is {shown(repr(found))}; it should be a mapping of keys to values")
-        return found or {}
-
-    def part(self, name: str) -> "Part":
-        part = Part({**DEFAULTS[name], **self.group(name)}, name, self.where)
-        part.check_sizes()
-        return part
-
-    def check_sizes(self) -> None:
-        for key in SIZES:
-            value = self.get(key)
-            if not (type(value) is int and value > 0) and not (value is None and key == "intermediate_size"):
-                raise UserError(f"{self.path(key)} is {shown(repr(value))}; it should be a number above 0")
-
-    @property
-    def context(self) -> int:
-        """The context in training, in ids."""
-        key = "max_position_embeddings"
-        if type(self[key]) is not int or not 1 <= self[key] <= LONGEST_CONTEXT:
-            raise UserError(
-                f"{self.path(key)} is {shown(repr(self[key]))}; it should be a number from 1 to {LONGEST_CONTEXT:,}"
-            )
-        return self[key]
-
-    def resolved(self, default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
-        """All values, with those that follow from others."""
-        return {
-            "rms_norm_eps": 1e-5,
-            **self,
-            "num_key_value_heads": self.get("num_key_value_heads") or self["num_attention_heads"],
-            "intermediate_size": self["intermediate_size"] or 8 * self["hidden_size"] // 3,
-            "rope_theta": self.rope_theta(default_theta),
-        }
-
-    def stack(self, values: dict[str, Any]) -> StackSettings:
-        """The settings of a stack from its values by `STACK`."""
-        head_dim = values["dim"] // values["num_heads"]
-        self.check("hidden_act", self.get("hidden_act", "silu"), "silu")
-        self.check("head_dim", self.get("head_dim") or head_dim, head_dim)
-        width = _width(values["dim"], values.pop("hidden_dim"))
-        values |= {"num_kv_heads": self.get("num_key_value_heads"), **width}
-        del values["kv_heads"]
-        return StackSettings.parse(values, f"{self.where}: {self.name}")
-
-    def rope_theta(self, default: float) -> float:
-        """The theta of the rotary embedding.
-
-        transformers 5 reads `rope_scaling`, else `rope_parameters`, and `rope_theta` only if these name no theta.
-        transformers 4 reads `rope_theta` and the type in `rope_scaling`.
-
-        Raises:
-            UserError: it is not the default type, or the two versions of transformers would read another theta.
-        """
-        alone = self.get("rope_theta", default)
-        found = {"rope_theta": alone} if "rope_theta" in self else {}
-        found |= {key: rope.get("rope_theta", alone) for key, rope in self.plain_rope().items() if rope}
-        first = next(iter(found.values()), default)
-        if any(theta != first for theta in found.values()):
-            thetas = ", ".join(f"{self.name}.{key} = {shown(repr(theta))}" for key, theta in found.items())
-            raise UserError(
-                f"{self.where}: the rotary theta is not clear: {thetas}; which one counts depends on the version of "
-                "transformers, so let them agree"
-            )
-        return first
-
-    def plain_rope(self) -> dict[str, dict[str, Any]]:
-        """The settings of the rotary embedding by either name; they must describe the plain one."""
-        found = {key: self.group(key) for key in ("rope_scaling", "rope_parameters")}
-        for key, rope in found.items():
-            self.check(f"{key}.rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
-            self.check(f"{key}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0, None)
-            if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
-                raise UserError(f"{self.path(key)}.{shown(nested[0])}: settings by kind of layer are not known here")
-        self.check("partial_rotary_factor", self.get("partial_rotary_factor", 1.0), 1.0, None)
-        return found
-
-
 def read_model(values: Mapping[str, Any], where: str) -> Config:
     """The configuration of the BLT that a `config.json` describes.
 
@@ -278,9 +171,9 @@ def read_model(values: Mapping[str, Any], where: str) -> Config:
         UserError: a value requires a computation that is not implemented.
     """
     top = Part({**DEFAULTS[""], **values}, where=where)
-    parts = {name: top.part(name) for name in PARTS}
+    parts = {name: top.part(name, DEFAULTS[name]) for name in PARTS}
     encoder = parts["encoder_config"]
-    top.plain_rope()  # transformers ignores it at the top level, but its author meant it
+    top.rope("default")  # transformers ignores it at the top level, but its author meant it
     top.check("tie_word_embeddings", top["tie_word_embeddings"], False)
     for part in (top, encoder, parts["decoder_config"]):
         part.check("vocab_size", part.get("vocab_size", VOCAB_SIZE), VOCAB_SIZE)
@@ -290,7 +183,9 @@ def read_model(values: Mapping[str, Any], where: str) -> Config:
             "transformers then pools again after each layer and the published model does not, so it is not clear what "
             "these weights mean. If they were converted from published weights, convert those instead"
         )
-    given = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.resolved().items()}
+    given = {
+        f"{name}.{key}": value for name, part in parts.items() for key, value in part.resolved(DEFAULT_THETA).items()
+    }
     model = our_settings({**top, **given}, BLT_KEYS, where)
     model |= {stack: parts[name].stack(model[stack]) for name, stack in PARTS.items()}
     model["cross_attention"]["num_kv_heads"] = encoder.get("num_key_value_heads")
@@ -319,19 +214,10 @@ def read_patcher(values: Mapping[str, Any], where: str) -> Config | None:
     top = Part({**DEFAULTS[""], **values}, where=where)
     if not top["patch_in_forward"]:
         return None
-    patcher = top.part("patcher_config")
+    patcher = top.part("patcher_config", DEFAULTS["patcher_config"])
     patcher.check("vocab_size", patcher.get("vocab_size", VOCAB_SIZE), VOCAB_SIZE)
     stack = patcher.stack(our_settings(patcher.resolved(DEFAULT_PATCHER_THETA), PATCHER_KEYS, where))
     return Config(model=ByteLMSettings(**stack.model_dump()), context=patcher.context)
-
-
-def _width(dim: int, hidden: int) -> dict[str, Any]:
-    """`multiple_of` and `ffn_dim_multiplier` that give this feed-forward width."""
-    base = int(2 * 4 * dim / 3)
-    for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
-        if -(-base // multiple) * multiple == hidden:
-            return {"multiple_of": multiple}
-    return {"multiple_of": 1, "ffn_dim_multiplier": (hidden + 0.5) / base}
 
 
 def config_of(config: Config, has_byte_lm: bool) -> dict[str, Any]:
@@ -386,12 +272,3 @@ def patcher_config_of(config: Config) -> dict[str, Any]:
     values = their_settings(config.model, PATCHER_KEYS, "hf")
     fixed = fixed_of_stack(config.model, config.context)
     return {**values, **fixed, "model_type": "blt_patcher", "vocab_size": VOCAB_SIZE}
-
-
-def fixed_of_stack(stack: StackSettings, context: int) -> dict[str, Any]:
-    return {
-        "hidden_act": "silu",
-        "dropout": 0.0,
-        "max_position_embeddings": context,
-        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},  # transformers 4 reads rope_theta
-    }

@@ -36,6 +36,7 @@ BYTE_LM = "byte_lm"
 LOADING_LM = ("from bytelatent.weights import load", "", "found = load(FOLDER)  # found.model, found.vocabulary")
 LOADING = ("from bytelatent import BLT", "", "model = BLT.from_pretrained(FOLDER)", 'model.generate("The history of")')
 
+BLOCK_OPTIONS = ("head_size", "attention_bias", "qk_norm", "rope_scaling")
 SettingsTable = Mapping[str, Sequence[str]]  # keys of another format, and those of our settings that have its value
 
 # Our modules, and their names in Meta's formats and in transformers. {table} means that each hash table is a tensor of
@@ -75,6 +76,8 @@ IN_LAYER = {
     "attention.key": ("attention.wk", "self_attn.k_proj"),
     "attention.value": ("attention.wv", "self_attn.v_proj"),
     "attention.output": ("attention.wo", "self_attn.o_proj"),
+    "attention.query_norm": ("attention.q_norm", "self_attn.q_norm"),  # of Llama-like models; Meta's have none
+    "attention.key_norm": ("attention.k_norm", "self_attn.k_norm"),
     "feed_forward_norm": ("ffn_norm", "post_attention_layernorm"),
     "feed_forward.gate": ("feed_forward.w1", "mlp.gate_proj"),
     "feed_forward.down": ("feed_forward.w2", "mlp.down_proj"),
@@ -95,6 +98,7 @@ class WeightsFormat:
 
     Attributes:
         modes: the patching modes that the format can express; None: all.
+        block_options: of `BLOCK_OPTIONS`, those that the format can express in a BLT or a byte LM.
         column: of the names in `MODULES` and `IN_LAYER`; None: our own names.
         loaded_by: the Python package that loads it, for the hub.
         loading: lines of Python that load it; FOLDER stands for the folder.
@@ -103,6 +107,7 @@ class WeightsFormat:
     """
 
     modes: ClassVar[tuple[str, ...] | None] = None
+    block_options: ClassVar[tuple[str, ...]] = ()
     column: ClassVar[int | None] = None
     loaded_by: ClassVar[str] = "bytelatent"
     loading: ClassVar[tuple[str, ...]] = LOADING
@@ -261,7 +266,7 @@ class NativeFormat(WeightsFormat):
         found = self.read_config(checkpoint)
         return replace(
             found,
-            config=found.config.model_copy(update={"origin": origin_of_run(folder, checkpoint)}),
+            config=found.config.model_copy(update={"origin": origin_of_run(folder, checkpoint, found.config.origin)}),
             byte_lm=self._byte_lm_in(folder) or found.byte_lm,
             format="checkpoint of a run",
             warnings=corrupt,
@@ -284,22 +289,28 @@ def _is_native(folder: Path) -> bool:
     return (folder / "config.json").is_file() and read_json_object(folder / "config.json").get("format") == FORMAT
 
 
-def origin_of_run(folder: Path, checkpoint: Path) -> Origin:
-    """The training text and the bits per byte of a checkpoint, from the settings and metrics of its run."""
+def origin_of_run(folder: Path, checkpoint: Path, begun: Origin) -> Origin:
+    """The training text and the bits per byte of a checkpoint, from the settings and metrics of its run.
+
+    Args:
+        begun: as the run began, stored in the checkpoint.
+    """
     try:
         data = load_yaml(folder / "settings.yaml").get("data")
         data = data if isinstance(data, dict) else {}
         step = int(checkpoint.name.rpartition("-")[2])
         rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= step]
         measured = next((row for row in reversed(rows) if "validation_bits_per_byte" in row), {})
-        return Origin(
-            training_text=_paths(data.get("train")),
-            training_bytes=rows[-1].get("bytes_seen") if rows else None,
-            validation_text=_paths(data.get("valid")),
-            bits_per_byte=measured.get("validation_bits_per_byte"),
+        return begun.model_copy(
+            update={
+                "training_text": _paths(data.get("train")),
+                "training_bytes": rows[-1].get("bytes_seen") if rows else None,
+                "validation_text": _paths(data.get("valid")),
+                "bits_per_byte": measured.get("validation_bits_per_byte"),
+            }
         )
     except (KeyError, TypeError, AttributeError, ValueError):  # corrupt files; the model does not need them
-        return Origin()
+        return begun
 
 
 def _paths(sources: Any) -> list[str]:
@@ -347,6 +358,27 @@ def their_settings(model: ModelSettings, table: SettingsTable, format: str) -> d
             names = ", ".join(table[key])
             raise UserError(f"{format}: the format has one {key} for {names}, and here they differ ({found})")
     return {key: found[0] for key, found in values.items()}
+
+
+def check_blocks(model: ModelSettings, format: str, known: Sequence[str]) -> None:
+    """Check that a format can express the options of a model's blocks.
+
+    Args:
+        known: those of `BLOCK_OPTIONS` that it can.
+
+    Raises:
+        UserError: it cannot.
+    """
+    is_blt = isinstance(model, BLTSettings)
+    names = ("encoder", "global_transformer", "decoder") if is_blt else ("",)
+    for name in names:
+        stack: Any = getattr(model, name) if name else model
+        has = {option: bool(getattr(stack, option)) for option in BLOCK_OPTIONS}
+        has["head_size"] = stack.attention_dim != stack.dim
+        for option in BLOCK_OPTIONS:
+            if has[option] and option not in known:
+                key = f"{name}.{option}" if name else option
+                raise UserError(f"{format}: the format has no key for {key} ({getattr(stack, option)}); use native")
 
 
 def check_tensors(stored: StoredModel) -> None:

@@ -18,10 +18,10 @@ from bytelatent.model.settings import NAMES
 from bytelatent.text.chat import CHAT_TEMPLATE, TOKENIZER_CONFIG, ChatTemplate
 from bytelatent.text.tokenizer import TOKENIZER, content_digest
 from bytelatent.weights.hugging_face import HuggingFaceFormat
-from bytelatent.weights.llama import LlamaFormat
+from bytelatent.weights.llama import FAMILIES, LlamaFormat
 from bytelatent.weights.meta import BYTE_LM_FOLDERS, MetaFormat
-from bytelatent.weights.native import LOADING_LM, NATIVE, WeightsFormat, check_tensors
-from bytelatent.weights.safetensors_io import shown
+from bytelatent.weights.native import LOADING_LM, NATIVE, WeightsFormat, check_blocks, check_tensors
+from bytelatent.weights.safetensors_io import read_json_object, shown
 from bytelatent.weights.side_files import CARD, LEGAL_FILES, leads_out, legal_files, stated_licence, write_card
 from bytelatent.weights.stored_model import Advance, Pretrained, StoredModel
 
@@ -38,6 +38,7 @@ def open_pretrained(
     token: str | None = None,
     local_files_only: bool = False,
     weights: bool = True,
+    setting: str = "model",
 ) -> StoredModel:
     """Find a model and check that it is complete, without loading its weights.
 
@@ -48,14 +49,15 @@ def open_pretrained(
         token: a user's key for the hub; default: HF_TOKEN, or the key of `hf auth login`.
         local_files_only: use earlier downloads, and do not connect to the hub.
         weights: False reads only the configuration and downloads nothing large.
+        setting: the setting or argument that named `source`, for errors.
 
     Raises:
         UserError: there is no model, it is not complete, or it needs mathematics that is not implemented here.
     """
     access = _Access(token, local_files_only, weights)
     if entropy_model is None:
-        return access.open_with_byte_lm("model", source, revision)
-    found, _ = access.open("model", source, revision)
+        return access.open_with_byte_lm(setting, source, revision)
+    found, _ = access.open(setting, source, revision)
     if isinstance(found.config.model, LanguageModelSettings):
         name = NAMES[found.config.model.kind]
         raise UserError(f"entropy_model: '{source}' is a {name} itself and needs no other; leave it out")
@@ -192,6 +194,13 @@ def open_folder(folder: Path, weights: bool = True, setting: str = "model") -> S
     """
     format = next((format for format in (*FORMATS.values(), LLAMA) if format.recognizes(folder)), None)
     if format is None:
+        config = folder / "config.json"
+        kind = read_json_object(config).get("model_type") if config.is_file() else None
+        if isinstance(kind, str):
+            raise UserError(
+                f"{setting}: '{folder}' holds a model of transformers' type '{shown(kind)}'; known here are blt, "
+                f"{', '.join(FAMILIES)}"
+            )
         raise UserError(
             f"{setting}: '{folder}' holds no model: neither settings.yaml, params.json nor a known config.json"
         )
@@ -276,6 +285,9 @@ def write_model(
     model = stored.config.model
     if chosen.column is not None and isinstance(model, BLTSettings) and model.cross_attention is None:
         raise UserError(f"{format}: the format has no BLT without cross-attention; use native")
+    for own in (model, stored.byte_lm.config.model if stored.byte_lm is not None else None):
+        if chosen.column is not None and own is not None and not isinstance(own, TokenLMSettings):
+            check_blocks(own, format, chosen.block_options)
     if licence is not None:
         stored = replace(stored, config=stored.config.with_origin(licence=" ".join(licence.split())))
     check_tensors(stored)

@@ -49,12 +49,26 @@ class FileRange:
 
 
 @dataclass(frozen=True)
+class DrawnRange:
+    """Bytes of a tensor that is computed each time that some of them are read."""
+
+    draw: Callable[[], Tensor]
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self.draw().reshape(-1).view(torch.uint8)[part]
+
+
+@dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as pieces along its first dimension: ranges of files, or the bytes of tensors in memory."""
+    """A tensor as pieces along its first dimension: ranges of files, the bytes of tensors in memory, or drawn ones."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: tuple[FileRange | Tensor, ...]
+    pieces: tuple[FileRange | Tensor | DrawnRange, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> "StoredTensor":

@@ -120,6 +120,8 @@ def _facts(stored: StoredModel) -> dict[str, str]:
     facts["training text"] = ", ".join(origin.training_text) + read if origin.training_text else "not stated"
     held_out = f" on {', '.join(origin.validation_text)}" if origin.bits_per_byte and origin.validation_text else ""
     facts["bits per byte"] = "not measured" if origin.bits_per_byte is None else f"{origin.bits_per_byte:.4f}{held_out}"
+    if origin.trained_from:
+        facts["trained from"] = origin.trained_from
     if origin.converted_from:
         facts["converted from"] = origin.converted_from
     return facts | {"licence": origin.licence or "not stated; state one before you publish the weights"}

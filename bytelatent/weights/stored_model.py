@@ -41,6 +41,7 @@ class Origin(Settings):
     Attributes:
         licence: as its repository or its owner states it.
         converted_from: the folder or repository it was converted from.
+        trained_from: the folder or repository of the weights that its training began with.
         training_text, validation_text: as named in the settings of its training.
         training_bytes: bytes of text it was trained on.
         bits_per_byte: on the validation text.
@@ -48,6 +49,7 @@ class Origin(Settings):
 
     licence: str | None = None
     converted_from: str | None = None
+    trained_from: str | None = None
     training_text: list[str] = Field(default=[])
     training_bytes: int | None = None
     validation_text: list[str] = Field(default=[])
@@ -267,7 +269,7 @@ def drop_outdated(config: Config, before: ModelChecksums, now: ModelChecksums) -
 
 
 def _without_training(origin: Origin) -> Origin:
-    return Origin(licence=origin.licence, converted_from=origin.converted_from)
+    return Origin(licence=origin.licence, converted_from=origin.converted_from, trained_from=origin.trained_from)
 
 
 def checksum(model: nn.Module) -> str:

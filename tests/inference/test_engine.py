@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.sampling import state_after
 from bytelatent.inference.settings import MAX_DRAFT_LENGTH, MAX_NEW_BYTES
 from bytelatent.inference.step import CapturedSlots, engine_for, supports
 from bytelatent.inference.step.step import BLTStep
+from bytelatent.inference.utf8 import state_after
 from bytelatent.model import ByteLM
 from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
 from bytelatent.patching import MODES, PatchSettings

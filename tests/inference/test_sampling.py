@@ -15,9 +15,10 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import sampling as module
-from bytelatent.inference.sampling import NEEDED, TRANSITIONS, SamplingSlots, random_numbers, state_after
+from bytelatent.inference.sampling import SamplingSlots, random_numbers
 from bytelatent.inference.settings import MAX_NEW_BYTES, Sampling
 from bytelatent.inference.step import sampling as device_sampling
+from bytelatent.inference.utf8 import NEEDED, TRANSITIONS, state_after
 from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS, OFFSET, VOCAB_SIZE, decode, encode, to_bytes
 
 SPECIAL = [BOE, BOS, BPE_DELIMITER]

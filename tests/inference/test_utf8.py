@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bytelatent.inference.sampling import ERROR, NEEDED, RESUMED, TRANSITIONS, CharacterStream, state_after
+from bytelatent.inference.utf8 import ERROR, NEEDED, RESUMED, TRANSITIONS, CharacterStream, state_after
 
 SCALARS = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 PIECES = st.one_of(

@@ -26,6 +26,9 @@ class Weights:
     def __getitem__(self, name: str) -> np.ndarray:
         return self.values[f"{self.prefix}{name}.weight"].double().numpy()
 
+    def bias(self, name: str) -> np.ndarray:
+        return self.values[f"{self.prefix}{name}.bias"].double().numpy()
+
 
 def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x * x).mean() + eps) * weight
@@ -36,11 +39,22 @@ def softmax(scores: Sequence[float]) -> np.ndarray:
     return powers / powers.sum()
 
 
-def rotated(head: np.ndarray, position: int, theta: float) -> np.ndarray:
-    """Pairs (2i, 2i+1) turned by position * theta^(-2i/size)."""
+def rotated(head: np.ndarray, position: int, theta: float, scaling: Any) -> np.ndarray:
+    """Pairs (2i, 2i+1) turned by position * theta^(-2i/size); slow pairs turn more slowly where there is scaling."""
     out = head.copy()
     for first in range(0, len(head), 2):
         phase = position * theta ** (-first / len(head))
+        if scaling is not None:
+            length = 2 * np.pi * theta ** (first / len(head))  # positions until the pair is back
+            longest, shortest = (
+                scaling.original_context / scaling.low_freq_factor, scaling.original_context / scaling.high_freq_factor
+            )  # fmt: skip
+            if length > longest:
+                phase /= scaling.factor
+            elif length >= shortest:
+                smooth = scaling.original_context / length - scaling.low_freq_factor
+                smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+                phase = (1 - smooth) * phase / scaling.factor + smooth * phase
         turned = complex(head[first], head[first + 1]) * complex(np.cos(phase), np.sin(phase))
         out[first], out[first + 1] = turned.real, turned.imag
     return out
@@ -72,22 +86,28 @@ def attention(
 
 def block(x: list[np.ndarray], weights: Weights, settings: Any) -> list[np.ndarray]:
     """One pre-norm block over one document."""
-    size, eps = settings.dim // settings.num_heads, settings.norm_eps
+    size, eps = settings.head_size or settings.dim // settings.num_heads, settings.norm_eps
     kv_heads = settings.num_kv_heads or settings.num_heads
     normed = [norm(row, weights["attention_norm"], eps) for row in x]
     layer = weights / "attention"
 
+    def product(name: str, row: np.ndarray) -> np.ndarray:
+        return layer[name] @ row + (layer.bias(name) if settings.attention_bias else 0)
+
     def turned(name: str) -> list[np.ndarray]:
-        rows = [layer[name] @ row for row in normed]
-        return [
-            np.concatenate([rotated(head, at, settings.rope_theta) for head in row.reshape(-1, size)])
-            for at, row in enumerate(rows)
-        ]
+        rows = []
+        for at, row in enumerate(normed):
+            heads = list(product(name, row).reshape(-1, size))
+            if settings.qk_norm:
+                heads = [norm(head, layer[f"{name}_norm"], eps) for head in heads]
+            turns = [rotated(head, at, settings.rope_theta, settings.rope_scaling) for head in heads]
+            rows.append(np.concatenate(turns))
+        return rows
 
     def seen(at: int) -> range:
         return range(0 if settings.window is None else max(0, at - settings.window + 1), at + 1)
 
-    values = [layer["value"] @ row for row in normed]
+    values = [product("value", row) for row in normed]
     found = attention(turned("query"), turned("key"), values, seen, settings.num_heads, size, kv_heads)
     x = [row + layer["output"] @ out for row, out in zip(x, found, strict=True)]
     out = []

@@ -17,19 +17,21 @@ from bytelatent.model import (
     add_patches,
     build_model,
 )
-from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, StackSettings
+from bytelatent.model.settings import CrossAttentionSettings, NgramHashSettings, RopeScaling, StackSettings
 from bytelatent.vocab import NEWLINE, VOCAB_SIZE
 
 # Shapes: T ids in the stream, P patches
 
 
 def make(settings: ByteLMSettings | BLTSettings, seed: int = 0) -> Any:
-    """A model with random weights, those of the norms too, which would otherwise be ones."""
+    """A model with random weights, those of norms and biases too, which would otherwise be ones and zeros."""
     torch.manual_seed(seed)
     model = build_model(settings)
     for part in model.modules():
         if isinstance(part, nn.RMSNorm):
             nn.init.uniform_(part.weight, 0.5, 1.5)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.uniform_(part.bias, -0.5, 0.5)
     return model.eval()
 
 
@@ -54,8 +56,24 @@ def tiny_blt(seed: int = 0, **changes: Any) -> BLTModel:
     return make(tiny_blt_settings(**changes), seed)
 
 
+SCALING = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=16)
+
+
 @st.composite
-def stacks(draw: st.DrawFn, dim: int | None = None, window: bool = True) -> dict[str, Any]:
+def block_options(draw: st.DrawFn) -> dict[str, Any]:
+    """Options of blocks of Llama, Qwen2 and Qwen3; often none."""
+    if draw(st.booleans()):
+        return {}
+    return {
+        "head_size": draw(st.sampled_from([None, 4, 10])),
+        "attention_bias": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()),
+        "rope_scaling": draw(st.sampled_from([None, SCALING])),
+    }
+
+
+@st.composite
+def stacks(draw: st.DrawFn, dim: int | None = None, window: bool = True, options: bool = True) -> dict[str, Any]:
     """Settings of a stack, of width `dim` where it is given."""
     shapes = [(heads, size) for heads in (1, 2, 4) for size in (2, 4, 6, 8) if dim is None or heads * size == dim]
     heads, size = draw(st.sampled_from(shapes))
@@ -68,30 +86,32 @@ def stacks(draw: st.DrawFn, dim: int | None = None, window: bool = True) -> dict
         "ffn_dim_multiplier": draw(st.sampled_from([1.0, 1.3])),
         "multiple_of": draw(st.sampled_from([1, 8])),
         "rope_theta": draw(st.sampled_from([100.0, 10_000.0, 500_000.0])),
+        **(draw(block_options()) if options else {}),
     }
 
 
 @st.composite
-def byte_lm_settings(draw: st.DrawFn) -> ByteLMSettings:
-    return ByteLMSettings(**draw(stacks()))
+def byte_lm_settings(draw: st.DrawFn, options: bool = True) -> ByteLMSettings:
+    return ByteLMSettings(**draw(stacks(options=options)))
 
 
 @st.composite
-def blt_settings(draw: st.DrawFn, crosses: bool | None = None) -> BLTSettings:
-    """`crosses`: with or without cross-attention; None: either."""
+def blt_settings(draw: st.DrawFn, crosses: bool | None = None, options: bool = True) -> BLTSettings:
+    """`crosses`: with or without cross-attention; None: either. `options`: see `block_options`."""
     k, dim = draw(st.integers(1, 4)), draw(st.sampled_from([4, 8, 16]))
     global_dim = draw(st.sampled_from([k * dim, 6, 24]))
     crosses = draw(st.sampled_from([True, True, True, False])) if crosses is None else crosses
     return BLTSettings(
-        encoder=StackSettings(**draw(stacks(dim))),
+        encoder=StackSettings(**draw(stacks(dim, options=options))),
         global_transformer=StackSettings(
             dim=global_dim,
             num_layers=2,
             num_heads=global_dim // 2,
             num_kv_heads=draw(st.sampled_from([None, 1])),
             multiple_of=4,
+            **(draw(block_options()) if options else {}),
         ),
-        decoder=StackSettings(**draw(stacks(dim))),
+        decoder=StackSettings(**draw(stacks(dim, options=options))),
         cross_attention=CrossAttentionSettings(
             k=k,
             num_heads=(heads := draw(st.sampled_from([1, 2, 4]))),

@@ -30,13 +30,15 @@ from bytelatent.training.distributed.parallelize import (
 )
 from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.gradients import Gradients
+from bytelatent.training.initial import load_initial, open_initial, place_of
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import OptimizerSettings
-from bytelatent.weights import Config
+from bytelatent.weights import Config, load_byte_lm
 from tests.training.tiny_runs import BLT, byte_lm_run, settings
 
-MODEL = {**BLT, "global_transformer": {**BLT["global_transformer"], "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}}
+OF_LLAMAS = {"num_kv_heads": 2, "attention_bias": True, "qk_norm": True}
+MODEL = {**BLT, "global_transformer": {**BLT["global_transformer"], "num_layers": 2, "num_heads": 4, **OF_LLAMAS}}
 PLANS = {
     "shard": (2, {"data": "shard"}),
     "replicate": (2, {"data": "replicate", "tables": "gather"}),
@@ -110,10 +112,17 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked.dtype]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parallelize, "GROUP_WEIGHTS", AT_ONCE)
-            model = build_parallel_model(asked.model, plan, device, dtype, compiled=False)
-        initialize_weights(model, asked.model)
+            scales = asked.optimizer.lr_scale
+            model = build_parallel_model(
+                asked.model, plan, device, dtype, compiled=False, is_frozen=lambda name: scales.of(name) == 0
+            )
+        if asked.init is None:
+            initialize_weights(model, asked.model)
+        else:
+            load_initial(model, asked.init, place_of(open_initial(asked)), ranks)
         initial = whole(model)
-        patcher = Patcher(asked.patching) if asked.patching is not None else None
+        byte_lm = load_byte_lm(asked.entropy_model) if asked.entropy_model is not None else None
+        patcher = Patcher(asked.patching, byte_lm) if asked.patching is not None else None
         optimizer = {**asked.optimizer.plain(), "accumulation": BATCHES // plan.data_world_size}
         asked = asked.model_copy(update={"optimizer": type(asked.optimizer).parse(optimizer)})
         batches = Batches(asked, patcher, plan)
@@ -135,7 +144,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
             rows.append(loop.Trainer(asked, plan, state, Gradients(loss, device)).train_step())
             if not gradients:
                 scale = 1 / (1 - asked.optimizer.beta1)
-                named = list(model.named_parameters())
+                named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
                 gradients = {name: _whole(adam.state[value]["exp_avg"]) * scale for name, value in named}
         held = {name: tuple(_own(value).shape) for name, value in model.named_parameters()}
         valid = next(Loader(asked.data, 1, patcher))

@@ -11,7 +11,7 @@ from bytelatent.kernels import packed_attention
 from bytelatent.model import add_patches, compile_regions, pack_rows
 from bytelatent.model.attention import packed_mask
 from bytelatent.training.distributed.parallelize import apply_activation_checkpointing, checkpointed
-from bytelatent.training.settings import ActivationCheckpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt, tiny_byte_lm
 
 

@@ -28,9 +28,10 @@ from bytelatent.training import gradients as module
 from bytelatent.training import train
 from bytelatent.training.checks import check_cuda_graph
 from bytelatent.training.distributed.parallelize import apply_activation_checkpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing
 from bytelatent.training.gradients import CapturedGradients, Gradients
 from bytelatent.training.profiling.measure import ForwardBackward, SyntheticTraining, TrainingSetup, random_batch
-from bytelatent.training.settings import ActivationCheckpointing, OptimizerSettings
+from bytelatent.training.settings import OptimizerSettings
 from tests.model.tiny import tiny_blt_settings
 from tests.training.tiny_runs import BLT, assert_equal_runs, byte_lm_run, settings
 

@@ -60,7 +60,7 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ([*ENOUGH, "optimizer.lr=-1"], "optimizer.lr: "),
         ([*ENOUGH, "optimizer.name=adam"], "optimizer.name: Input should be 'adamw' or 'muon', not 'adam'"),
         ([*ENOUGH, "optimizer.lr_scale.embeding=2"], "optimizer.lr_scale.embeding: unknown key; "),
-        ([*ENOUGH, "optimizer.lr_scale.decoder=0"], "optimizer.lr_scale.decoder: "),
+        ([*ENOUGH, "optimizer.lr_scale.decoder=-1"], "optimizer.lr_scale.decoder: "),
         ([*ENOUGH, "optimizer.lr_scale.encoder=2"], "optimizer.lr_scale.encoder belongs to a BLT"),
         ([*ENOUGH, "data.batch_patches=64"], "data.batch_patches is for a BLT, and a byte LM has no patches"),
         ([*ENOUGH, "data.patch_bytes=4"], "data.patch_bytes is for a BLT, and a byte LM has no patches"),

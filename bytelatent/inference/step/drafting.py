@@ -8,6 +8,8 @@ Each byte is drawn by the random number of its place in the text, drafted or not
 model's logits would have drawn the same one; the bytes are those of plain decoding, with any sampling settings. Cache
 entries after the last right byte are overwritten by the next step; nothing else changes before the draft is verified.
 
+A slot with a constraint draws one byte per step: the host decides what may follow it.
+
 Source: arXiv 2605.08044 for drafts by the local models; drawing twice by one number is this project's.
 """
 
@@ -30,7 +32,7 @@ from bytelatent.vocab import VOCAB_SIZE
 
 assert MAX_DRAFT_LENGTH <= SLACK, "a KV cache with a window could not take that many bytes back"
 SCALARS = ("position", "tail", "previous_entropy", "since_start", "open_count")  # that `append`, `decide` write
-DRAWING = ("drawn", "seen", "utf8", "remaining")  # that `draw` writes of SamplingSlots
+DRAWING = ("drawn", "seen", "utf8", "remaining", "constraint")  # that `draw` writes of SamplingSlots
 
 
 @dataclass

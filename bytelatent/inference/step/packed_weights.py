@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bytelatent.inference.kv_cache import BLOCK
@@ -26,16 +27,37 @@ class BlockWeights:
     output: Matrix  # [D, H*E]
     gate_up: Matrix  # [2F, D] row by row in turn, with the norm
     down: Matrix  # [D, F]
+    bias: Tensor | None = None  # [(H+2J)*E] of queries, keys and values
+    qk_norm: Tensor | None = None  # [H+J, E] float32, the weights of the norms of queries and keys
 
     @classmethod
     def of(cls, block: Any) -> "BlockWeights":
         attention, feed_forward = block.attention, block.feed_forward
+        products, bias, qk_norm = [attention.query, attention.key, attention.value], None, None
+        if attention.query.bias is not None:
+            bias = torch.cat([linear.bias.detach() for linear in products])
+        if attention.has_qk_norm:
+            pairs = ((attention.query_norm, attention.query), (attention.key_norm, attention.key))
+            heads = [n.weight.detach().float().expand(lin.out_features // len(n.weight), -1) for n, lin in pairs]
+            qk_norm = torch.cat(heads)
         return cls(
-            qkv=_joined(_cat, [attention.query, attention.key, attention.value], block.attention_norm),
+            qkv=_joined(_cat, products, block.attention_norm),
             output=_matrix(attention.output),
             gate_up=_joined(interleaved, [feed_forward.gate, feed_forward.up], block.feed_forward_norm),
             down=_matrix(feed_forward.down),
+            bias=bias,
+            qk_norm=qk_norm,
         )
+
+    def finished(self, qkv: Tensor, eps: float) -> Tensor:
+        """Queries, keys and values with their biases and norms, from the product; it may be overwritten."""
+        if self.bias is not None:
+            qkv += self.bias
+        if self.qk_norm is not None:
+            num_heads, head_dim = self.qk_norm.shape
+            qk = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+            qk.copy_(F.rms_norm(qk.float(), (head_dim,), None, eps) * self.qk_norm)
+        return qkv
 
 
 @dataclass
@@ -76,7 +98,7 @@ class StackWeights:
         if positions > len(self.rotary):
             settings = self.settings
             position = torch.arange(positions, device=self.rotary.device)
-            self.rotary = rotary_embedding(position, settings.head_dim, settings.rope_theta)
+            self.rotary = rotary_embedding(position, settings.head_dim, settings.rope_theta, settings.rope_scaling)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ class PrefillBlock(nn.Module):
         settings, weights = self.settings, self.weights
         shape, eps = (settings.dim,), settings.norm_eps
         qkv = F.linear(F.rms_norm(x_TD, shape, None, eps), dense(weights.qkv, x_TD.dtype))
-        q, k, v = qkv.unflatten(-1, (3, settings.num_heads, settings.head_dim)).unbind(1)
+        qkv = weights.finished(qkv, eps).unflatten(-1, (3, settings.num_heads, settings.head_dim))
+        q, k, v = qkv.unbind(1)
         x_TD = torch.addmm(x_TD, attention.attend(q, k, v).flatten(1), dense(weights.output, x_TD.dtype).T)
         return x_TD.addmm_(self._hidden(x_TD), dense(weights.down, x_TD.dtype).T)
 
@@ -225,7 +226,7 @@ class PrefillDecoder(Decoder):
         if stack not in self._fast:
             return super()._prompt_attention(cache, stack, new, num_padding)
         position = F.pad(new.position, (0, -len(new.position) % ROWS))
-        cos, sin = cos_sin(position, stack.head_dim, stack.rope_theta)
+        cos, sin = cos_sin(position, stack.head_dim, stack.rope_theta, stack.rope_scaling)
         store = StoreNewest(cache, new)
         return RunAttention(first_seen(position, stack.window), cos, sin, store)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytelatent.inference.sampling import SamplingSlots
+from bytelatent.inference.sampling import OUTDATED, READY, SamplingSlots
 from bytelatent.kernels.launch import Arrays, launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
 from bytelatent.vocab import EOS, OFFSET
 
@@ -61,7 +61,8 @@ class StepBuffers:
 def draw(
     logits_BV: Tensor, sampling: SamplingSlots, position: Tensor, buffers: StepBuffers, expected: Tensor | None = None
 ) -> None:
-    """Draw an id in each active slot that does not wait: `SamplingSlots.draw` and `read` in one.
+    """Draw an id in each active slot that does not wait, be it for what its constraint allows: `SamplingSlots.draw` and
+    `read` in one.
 
     A slot ends with EOS, or once as many ids were drawn as were asked for.
 
@@ -85,6 +86,8 @@ def draw(
         PADDED=power_of_two(logits_BV.shape[1]),
         EOS=EOS,
         OFFSET=OFFSET,
+        READY=READY,
+        OUTDATED=OUTDATED,
         num_warps=4,
         **launch_options(),
     )
@@ -95,7 +98,7 @@ def plain_draw(
 ) -> None:
     arrays, at = Arrays(buffers), position.numpy()
     is_active, is_waiting = arrays.is_active, arrays.is_waiting
-    draws = is_active & ~is_waiting
+    draws = is_active & ~is_waiting & (sampling.constraint.numpy() != OUTDATED)
     drawn, log_probability = sampling.draw(logits_BV)
     ids = drawn.numpy()
     if expected is not None:
@@ -131,8 +134,8 @@ def mixed(x):
 
 @triton.jit
 def candidates(
-    v, logits_ptr, seen_ptr, needed_after_ptr, penalty, valid, utf8, room, V: tl.constexpr, EOS: tl.constexpr,
-    OFFSET: tl.constexpr,
+    v, logits_ptr, seen_ptr, needed_after_ptr, allowed_ptr, penalty, valid, utf8, room, constrained,
+    V: tl.constexpr, EOS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """The logits of ids `v` as they are drawn from, float64; -inf where one may not be drawn."""
     inside = v < V
@@ -144,6 +147,8 @@ def candidates(
     logit = tl.minimum(tl.maximum(logit, -FAR), FAR)
     needed = tl.load(needed_after_ptr + utf8 * V + v, mask=inside, other=1 << 30)
     allowed = tl.where(valid, needed < room, (v >= OFFSET) | (v == EOS))
+    by_constraint = tl.load(allowed_ptr + v, mask=inside & constrained, other=0) != 0
+    allowed = tl.where(constrained, by_constraint, allowed)
     return tl.where(allowed & inside, logit, -float("inf"))
 
 
@@ -151,15 +156,19 @@ def candidates(
 def draw_kernel(
     logits_ptr, position_ptr, expected_ptr, active_ptr, waiting_ptr, drawn_id_ptr, log_probability_ptr, ids_ptr,
     reads_ptr, slot_ptr, at_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, repetition_penalty_ptr, seed_ptr,
-    drawn_ptr, seen_ptr, valid_utf8_ptr, utf8_ptr, remaining_ptr, utf8_after_ptr, needed_ptr, needed_after_ptr,
-    V: tl.constexpr, PADDED: tl.constexpr, EOS: tl.constexpr, OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
+    drawn_ptr, seen_ptr, valid_utf8_ptr, utf8_ptr, remaining_ptr, constraint_ptr, allowed_ptr, utf8_after_ptr,
+    needed_ptr, needed_after_ptr, V: tl.constexpr, PADDED: tl.constexpr, EOS: tl.constexpr, OFFSET: tl.constexpr,
+    READY: tl.constexpr, OUTDATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     v = tl.arange(0, PADDED)
     wait_for_earlier(OVERLAP)
     logits_ptr += b * V
     seen_ptr += b * V
-    draws = (tl.load(active_ptr + b) != 0) & (tl.load(waiting_ptr + b) == 0)
+    allowed_ptr += b * V
+    constraint = tl.load(constraint_ptr + b)
+    constrained = (constraint == READY) | (constraint == OUTDATED)
+    draws = (tl.load(active_ptr + b) != 0) & (tl.load(waiting_ptr + b) == 0) & (constraint != OUTDATED)
     plain = tl.load(logits_ptr + v, mask=v < V, other=-float("inf"))
     highest = tl.max(plain, 0)
     normaliser = highest + tl.log(tl.sum(tl.exp(plain - highest), 0))
@@ -168,7 +177,9 @@ def draw_kernel(
     remaining = tl.load(remaining_ptr + b)
     room = tl.maximum(remaining, tl.maximum(tl.load(needed_ptr + utf8), 1))
     penalty = tl.load(repetition_penalty_ptr + b).to(tl.float64)
-    logit = candidates(v, logits_ptr, seen_ptr, needed_after_ptr, penalty, valid, utf8, room, V, EOS, OFFSET)
+    logit = candidates(
+        v, logits_ptr, seen_ptr, needed_after_ptr, allowed_ptr, penalty, valid, utf8, room, constrained, V, EOS, OFFSET
+    )
     top = tl.max(logit, 0)
     temperature = tl.load(temperature_ptr + b).to(tl.float64)
     top_k, top_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b).to(tl.float64)
@@ -186,8 +197,9 @@ def draw_kernel(
         for begin in range(0, PADDED, 16):
             other_v = begin + tl.arange(0, 16)
             other = candidates(
-                other_v, logits_ptr, seen_ptr, needed_after_ptr, penalty, valid, utf8, room, V, EOS, OFFSET
-            )
+                other_v, logits_ptr, seen_ptr, needed_after_ptr, allowed_ptr, penalty, valid, utf8, room, constrained,
+                V, EOS, OFFSET,
+            )  # fmt: skip
             other_weight = (tl.exp((other - top) / scale) * 1073741824.0 + 0.5).to(tl.int64)
             precedes = other[None, :] > logit[:, None]
             precedes |= (other[None, :] == logit[:, None]) & (other_v[None, :] < v[:, None])
@@ -215,6 +227,7 @@ def draw_kernel(
     reads = draws & (drawn != EOS) & (left > 0)
     tl.store(drawn_ptr + b, count + 1, mask=draws)
     tl.store(remaining_ptr + b, left, mask=draws)
+    tl.store(constraint_ptr + b, OUTDATED, mask=draws & constrained)
     tl.store(utf8_ptr + b, tl.load(utf8_after_ptr + utf8 * V + drawn), mask=draws)
     tl.store(seen_ptr + drawn, 1, mask=draws & (drawn >= OFFSET))
     tl.store(active_ptr + b, 0, mask=ends)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytelatent.inference.continuation import Continuation, Drawn
+from bytelatent.inference.continuation import Allowances, Continuation, Drawn
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import BLOCK, CacheCapacity, DecodeState
 from bytelatent.inference.step.cuda_graph import Graph
@@ -58,6 +58,7 @@ class CapturedSlots:
                 for _ in range(IN_FLIGHT + 1)
             ]
         self._drawn: list[Drawn] = []
+        self._allowances = Allowances(num_slots)
 
     def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
         counts = torch.stack([state.position[source], state.num_patches[source], state.open_count[source]])
@@ -67,7 +68,8 @@ class CapturedSlots:
         self._largest[slot] = position, num_patches, open_bytes
         step = self.step
         step.state.put(slot, state, source)
-        step.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes)
+        step.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes, which.constraint is not None)
+        self._allowances.forget(slot)
         step.logits_BV[slot] = logits
         step.buffers.is_active[slot], step.buffers.is_waiting[slot] = True, False
         self._in_slot[slot] = which
@@ -81,6 +83,7 @@ class CapturedSlots:
     def advance(self) -> None:
         self._largest += self._draft_length
         self._make_room()
+        self.step.sampling.constrain(*self._allowances.new(self._in_slot))
         self.num_steps += 1
         if self.decoder.device.type != "cuda":
             self.step()
@@ -92,10 +95,20 @@ class CapturedSlots:
             self._take(wait=True)
 
     def drawn(self) -> list[Drawn]:
-        while self.in_flight and self._take(wait=False):
+        most = self._most_in_flight()
+        while self.in_flight and self._take(wait=len(self.in_flight) > most):
             pass
         drawn, self._drawn = self._drawn, []
         return drawn
+
+    def _most_in_flight(self) -> int:
+        """Steps that may run before the host reads what they drew.
+
+        A slot with a constraint draws once the host has read its last byte. Beside others, which need not wait for it,
+        it takes part in every second step: one runs while the host reads the one before.
+        """
+        constrained = [which.constraint is not None for which in self._in_slot if which is not None]
+        return IN_FLIGHT if not any(constrained) else 0 if all(constrained) else 1
 
     def _read_back(self) -> None:
         """Start copying what was drawn to the host."""

@@ -102,7 +102,7 @@ class ByteLMStep:
 
     def _block(self, stack: StackWeights, layer: int, x_MD: Tensor, cache: KVCache, at: QueryPositions) -> Tensor:
         weights, eps = stack.blocks[layer], stack.eps
-        qkv = skinny_linear(x_MD, weights.qkv, eps=eps, run=at.run)
+        qkv = weights.finished(skinny_linear(x_MD, weights.qkv, eps=eps, run=at.run), eps)
         found = decode_attention(
             qkv,
             *cache.layers[layer],

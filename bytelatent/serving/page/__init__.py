@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -23,7 +24,7 @@ HEADERS = {
 class Page(StaticFiles):
     async def get_response(self, path: str, scope: Scope) -> Response:
         if path != "." and Path(path).suffix not in NAMES:  # such as this module
-            return Response("not found", status_code=404, media_type="text/plain")
+            raise HTTPException(404)
         response = await super().get_response(path, scope)
         response.headers.update(HEADERS)
         return response

@@ -34,6 +34,7 @@ from bytelatent.data.source import FilesChanged
 from bytelatent.errors import UserError
 from bytelatent.files import Digest, DiskFull, digest_of, explain, find_corruption, manifest_of, whole_folder
 from bytelatent.run_folder import NoCheckpoint, checkpoint_name, checkpoints_of, newest_checkpoint
+from bytelatent.training.checkpoint.settings import CheckpointSettings
 from bytelatent.training.checkpoint.storage import CpuCopies, begin_folder, read_tensors, tensors_of, write_tensors
 from bytelatent.training.distributed.parallelize import (
     ParallelPlan,
@@ -43,7 +44,6 @@ from bytelatent.training.distributed.parallelize import (
 )
 from bytelatent.training.optimizer import Optimizers, catch_up
 from bytelatent.training.schedule import Schedule
-from bytelatent.training.settings import CheckpointSettings
 from bytelatent.weights import NATIVE, Config, StoredModel, StoredTensor, load
 
 LOGGER = logging.getLogger(__name__)

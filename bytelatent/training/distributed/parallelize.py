@@ -26,7 +26,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import bytelatent.kernels.packed_attention  # noqa: F401 it defines the operator
@@ -37,7 +43,7 @@ from bytelatent.model import Block, BLTModel, CrossAttention, ModelSettings, bui
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.settings import ActivationCheckpointing, Float8, ParallelSettings
+from bytelatent.training.distributed.settings import ActivationCheckpointing, Float8, ParallelSettings
 
 # Shapes: W ranks, T ids per rank, S rows per id, R rows held here, D width
 
@@ -107,10 +113,15 @@ def build_parallel_model(
     dtype: torch.dtype,
     compiled: bool,
     float8: Float8 | None = None,
+    is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> nn.Module:
     """The model, spread over the ranks as the plan says, with uninitialized weights: see `initialize_weights`.
 
-    In this order: 8-bit floats, sharded tables, tensor parallelism, activation checkpointing, compilation, FSDP.
+    In this order: 8-bit floats, sharded tables, tensor parallelism, frozen weights, activation checkpointing,
+    compilation, FSDP.
+
+    Args:
+        is_frozen: whether a weight, by its name, gets no gradients.
 
     Raises:
         UserError: there is not enough memory.
@@ -128,6 +139,8 @@ def build_parallel_model(
         if plan.settings.tensor > 1:
             for block in global_blocks:
                 apply_tensor_parallelism(block, plan.mesh["tensor"])
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not is_frozen(name))
     apply_activation_checkpointing(model, plan.settings.activation_checkpointing)
     if compiled:
         compile_regions(model)
@@ -215,6 +228,9 @@ def apply_tensor_parallelism(block: Block, mesh: DeviceMesh) -> None:
     """Divide the heads and the feed-forward width of a block among the ranks of a tensor group."""
     same = Replicate()
     attention_inputs = (same, None, None)
+    of_heads = SequenceParallel(sequence_dim=1, use_local_output=True)  # [T, H, E]
+    has_norms = block.attention.has_qk_norm
+    norms = {"attention.query_norm": of_heads, "attention.key_norm": of_heads} if has_norms else {}
     parallelize_module(
         block,
         mesh,
@@ -224,6 +240,7 @@ def apply_tensor_parallelism(block: Block, mesh: DeviceMesh) -> None:
             "attention.key": ColwiseParallel(),
             "attention.value": ColwiseParallel(),
             "attention.output": RowwiseParallel(),
+            **norms,
             "feed_forward": PrepareModuleInput(input_layouts=(same,), desired_input_layouts=(same,)),
             "feed_forward.gate": ColwiseParallel(),
             "feed_forward.up": ColwiseParallel(),
@@ -291,7 +308,7 @@ class _Float32Norm(nn.RMSNorm):
     """Autocast computes norms in float32, and a fused norm needs its input and weight in one precision."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.float(), self.eps)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
 
 
 def shard_tables(embedding: NgramHashEmbedding, device: str, world_size: int) -> nn.Parameter:

@@ -26,9 +26,10 @@ from bytelatent.model import (
 )
 from bytelatent.model.loss import cross_entropy
 from bytelatent.training.distributed.parallelize import apply_activation_checkpointing, to_float8
+from bytelatent.training.distributed.settings import ActivationCheckpointing, Float8
 from bytelatent.training.gradients import CapturedGradients, Gradients, clip
 from bytelatent.training.optimizer import build_optimizer
-from bytelatent.training.settings import ActivationCheckpointing, Float8, OptimizerSettings
+from bytelatent.training.settings import OptimizerSettings
 
 DOCUMENT, PATCH_BYTES = 8192, 4.5
 SLOTS = 128  # the number of patch slots is a multiple of this

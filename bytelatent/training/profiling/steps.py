@@ -18,9 +18,8 @@ from torch.distributed.tensor import DTensor
 from bytelatent.data import Batch
 from bytelatent.errors import UserError, in_one_line
 from bytelatent.files import whole_folder
-from bytelatent.kernels.rotary import rotate
 from bytelatent.model import Block, CrossAttention, PatchedStream, Stream
-from bytelatent.model.attention import DenseMask, head_dim_of
+from bytelatent.model.attention import DenseMask
 from bytelatent.model.block import Attention, Stack
 from bytelatent.training.distributed.parallelize import free_gathered_weights, full_tensor, local_part
 from bytelatent.training.settings import ProfileSettings
@@ -195,8 +194,7 @@ def _record_entropy(name: str, found: dict[str, float]) -> Callable[..., None]:
         assert isinstance(part, Attention)
         x_TD, rotary_TE2, mask = inputs
         assert isinstance(mask, DenseMask)
-        heads = (-1, head_dim_of(rotary_TE2))
-        q_THE, k_TJE = (rotate(matrix(x_TD).unflatten(-1, heads), rotary_TE2) for matrix in (part.query, part.key))
+        q_THE, k_TJE = part.queries_keys(x_TD, rotary_TE2)
         found[name] = float(attention_entropy(q_THE, k_TJE, mask.allowed_TT).mean())
 
     return record

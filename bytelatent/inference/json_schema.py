@@ -1,0 +1,151 @@
+"""What a JSON schema asks for: where its parts are, whether some value of finite size can meet it, and what is refused.
+
+The compiler reports most of what it cannot do. Here is what it would accept and not hold to, or not end on.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from bytelatent.errors import UserError
+
+MAX_DEPTH = 100  # of objects and arrays within one another, as in the text of a schema
+MAX_PARTS = 20_000
+MAX_OPEN_PROPERTIES = 1000  # of an object, that may be left out
+MAX_STEPS = 10_000  # an automaton of that many states knows the multiples of a number
+IN_OBJECTS = ("properties", "patternProperties", "$defs", "definitions")  # keywords whose values hold schemas by name
+IN_LISTS = ("prefixItems", "allOf", "anyOf", "oneOf")
+ALONE = ("items", "additionalProperties", "additionalItems")
+
+Part = tuple[str, Any]  # where a schema is within the whole, as a JSON pointer, and the schema
+
+
+def parts(schema: Any, at: str = "") -> Iterator[Part]:
+    """All schemas within one, itself first."""
+    waiting = [(at, schema)]
+    while waiting:
+        at, schema = waiting.pop()
+        yield at, schema
+        waiting += reversed(list(_within(schema, at)))
+
+
+def _within(schema: Any, at: str) -> Iterator[Part]:
+    if not isinstance(schema, dict):
+        return
+    for keyword in (*IN_OBJECTS, *IN_LISTS, *ALONE):
+        value, place = schema.get(keyword), f"{at}/{keyword}"
+        if keyword in IN_OBJECTS and isinstance(value, dict):
+            yield from ((f"{place}/{_escaped(name)}", part) for name, part in value.items())
+        elif keyword in (*IN_LISTS, "items") and isinstance(value, list):
+            yield from ((f"{place}/{index}", part) for index, part in enumerate(value))
+        elif keyword in ALONE and isinstance(value, dict | bool):
+            yield place, value
+
+
+def _escaped(name: str) -> str:
+    return str(name).replace("~", "~0").replace("/", "~1")
+
+
+def depth(value: Any) -> int:
+    """Objects and arrays within one another; counted up to `MAX_DEPTH` + 1."""
+    level, number = [value], 0
+    while level and number <= MAX_DEPTH:
+        level = [each for each in level if isinstance(each, dict | list)]
+        number += bool(level)
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+    return number
+
+
+def check(schema: Any) -> None:
+    """Refuse what is too large, what has no finite value, and what would not be held to exactly.
+
+    Raises:
+        UserError: names the part by its JSON pointer.
+    """
+    if depth(schema) > MAX_DEPTH:
+        raise UserError(f"schema: it nests more than {MAX_DEPTH} objects and arrays; name inner parts under $defs")
+    for number, (at, part) in enumerate(parts(schema), start=1):
+        if number > MAX_PARTS:
+            raise UserError(f"schema: it has more than {MAX_PARTS:,} parts; ask for less at once")
+        if isinstance(part, dict):
+            _check_part(part, at)
+    if not _has_value(schema):
+        raise UserError("schema: no value of finite size meets it, since a part needs itself; make a property optional")
+
+
+def _check_part(part: dict[str, Any], at: str) -> None:
+    properties, required = part.get("properties", {}), part.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return  # the compiler refuses it
+    if (
+        num_open := len(properties.keys() - {name for name in required if isinstance(name, str)})
+    ) > MAX_OPEN_PROPERTIES:
+        raise UserError(
+            f"schema: {_at(at)} has {num_open:,} properties that may be left out, more than {MAX_OPEN_PROPERTIES:,}; "
+            "require them, or split the object"
+        )
+    is_open = part.get("additionalProperties", True) is not False or bool(part.get("patternProperties"))
+    least = part.get("minProperties", 0)
+    if is_open and isinstance(least, int) and least > len(required) + 1:
+        # A key that is not named may come twice, which counts once.
+        raise UserError(
+            f"schema: {_at(at)} has minProperties={least} and names no more than {len(required)} required properties; "
+            "require them by name, or set additionalProperties to false"
+        )
+    step = part.get("multipleOf")
+    if isinstance(step, int | float) and not isinstance(step, bool) and _digits(step) > MAX_STEPS:
+        raise UserError(f"schema: {_at(at)} has multipleOf={step}, of more than {MAX_STEPS:,} steps; leave it out")
+
+
+def _digits(step: float) -> int:
+    """The digits of a number as a whole one: 25 of 0.25."""
+    text = f"{step:.17g}" if isinstance(step, int) else repr(step)
+    digits = text.partition("e")[0].replace(".", "").replace("-", "").lstrip("0")
+    return int(digits[:20] or 0)
+
+
+def _at(pointer: str) -> str:
+    return f"'{pointer}'" if pointer else "the whole"
+
+
+def _has_value(schema: Any) -> bool:
+    """Whether some value of finite size may meet a schema, going by what it requires.
+
+    References are resolved to the least fixed point: a part that needs itself has no value.
+    """
+    by_name = {f"#{at}": part for at, part in parts(schema)}
+    has_value = dict.fromkeys(by_name, False)
+    if not any(isinstance(part, dict) and "$ref" in part for part in by_name.values()):
+        return True
+
+    def holds(part: Any) -> bool:
+        if not isinstance(part, dict) or "const" in part or "enum" in part:
+            return True  # `false` is the compiler's to refuse
+        if (name := part.get("$ref")) is not None and not has_value.get(name, True):
+            return False
+        for keyword, some_or_all in (("allOf", all), ("anyOf", any), ("oneOf", any)):
+            inner = part.get(keyword)
+            if isinstance(inner, list) and inner and not some_or_all(map(holds, inner)):
+                return False
+        types = part.get("type", "null")
+        types = types if isinstance(types, list) else [types]
+        return any(_of_type(part, type_, holds) for type_ in types) if types else True
+
+    while True:
+        after = {name: holds(part) for name, part in by_name.items()}
+        if after == has_value:
+            return has_value["#"]
+        has_value = after
+
+
+def _of_type(part: dict[str, Any], type_: Any, holds: Any) -> bool:
+    """Whether a part may have a value of one type."""
+    if type_ == "object" and isinstance(part.get("required"), list) and isinstance(part.get("properties", {}), dict):
+        properties = part.get("properties", {})
+        return all(holds(properties[name]) for name in part["required"] if name in properties)
+    if type_ == "array" and isinstance(least := part.get("minItems", 0), int) and least > 0:
+        items = part.get("items", True)
+        first = part.get("prefixItems", items if isinstance(items, list) else [])
+        rest = part.get("additionalItems", True) if isinstance(items, list) else items
+        needed = [*first[:least], *([rest] if least > len(first) else [])] if isinstance(first, list) else []
+        return all(map(holds, needed))
+    return True
