@@ -3,6 +3,7 @@
 
     build_corpus.py OUT_DIR [--only prose,docs,multilingual,code] [--cache DIR] [--kernel]
     build_corpus.py OUT_DIR --speedrun [--snapshot] [--cache DIR]
+    build_corpus.py OUT_DIR --permissive [--only prose,docs,multilingual,code] [--cache DIR]
 
 Writes OUT_DIR/train.jsonl and OUT_DIR/valid.jsonl, one {"id", "text", "source", "category"} a line, shuffled with a
 fixed seed; about 1 % of the documents, chosen by a hash of their text, are validation. Needs apt-get and dpkg-deb;
@@ -12,6 +13,9 @@ commit them. `xz -T2 -6` packs the whole to about 60 MB.
 --speedrun writes the text of `blt speedrun`, byte for byte, from the versions of packages that it was made of:
 train.jsonl holds the first 30,222 of the documents for training, tune.jsonl the next 600. --snapshot takes these
 versions from Debian's archive of the past, once newer ones have replaced them.
+
+--permissive keeps only what is in the public domain or under a permissive licence, and adds more of that: about 75 MB,
+each row with its "licence". Models trained on it may be passed on; setup/train_tiny.py does so.
 """
 
 import argparse
@@ -110,6 +114,46 @@ SOURCES = [
     ("perl-modules", "code", ["perl-modules-5.36"], r"\.(pm|pl)$", plain, 0),
 ]
 AUSTEN = "r-cran-janeaustenr"  # six novels, stored as R's lazy-load database
+
+# What --permissive keeps, as the packages' own files of copyright state it.
+LICENCES = {
+    "austen": "public domain",
+    "devils-dictionary": "public domain",
+    "jargon-file": "public domain",
+    "world-english-bible": "public domain",
+    "reina-valera": "public domain",
+    "apache-manual": "Apache-2.0",
+    "python-doc": "PSF-2.0",
+    "sqlite-doc": "public domain",
+    "postgresql-doc": "PostgreSQL licence",
+    "py-stdlib": "PSF-2.0",
+    "py-tests": "PSF-2.0",
+    "go-stdlib": "BSD-3-Clause",
+}
+GO = (
+    "bufio|bytes|container|context|encoding|errors|flag|fmt|go|io|log|net|os|path|regexp|sort|strconv|strings|sync|text"
+)
+PERMISSIVE = [  # beside those of SOURCES
+    ("devils-dictionary", "prose", ["dict-devil"], r"\.dict\.dz$", plain, 16384),
+    ("jargon-file", "prose", ["dict-jargon"], r"\.dict\.dz$", plain, 16384),
+    ("apache-manual", "multilingual", ["apache2-doc"], r"manual/[a-z-]+/.*\.html$", from_html, 0),
+    ("sqlite-doc", "docs", ["sqlite3-doc"], r"\.html$", from_html, 0),
+    ("postgresql-doc", "docs", ["postgresql-doc-15"], r"\.html$", from_html, 0),
+    ("go-stdlib", "code", ["golang-1.19-src"], rf"/src/({GO})/(?!.*(testdata|zerrors|_bundle)).*\.go$", plain, 0),
+]
+BIBLES = {"world-english-bible": ("prose", "sword-text-web"), "reina-valera": ("multilingual", "sword-text-sparv")}
+
+
+def bible(root: Path) -> Iterator[str]:
+    """Yield the books of a SWORD module: blocks of zlib, each at an offset and of a size that the .bzs file lists."""
+    for index in sorted(root.rglob("*.bzs"), reverse=True):  # the Old Testament first
+        blocks = index.with_suffix(".bzz").read_bytes()
+        for start, size, _ in struct.iter_unpack("<III", index.read_bytes()):
+            book = zlib.decompress(blocks[start : start + size]).decode("utf8", "replace")
+            book = re.sub(r"<note.*?</note>", "", book, flags=re.S)
+            text = re.sub(r"<[^>]+>", "", re.sub(r"<(chapter|lb|milestone|/?p|/?div|/?title)\b[^>]*>", "\n", book))
+            text = re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*", "\n", html.unescape(text))).strip()
+            yield from (text[i : i + 20000] for i in range(0, len(text), 20000))
 
 
 def austen(root: Path) -> Iterator[str]:
@@ -235,16 +279,23 @@ def kernel(packages: Packages) -> Iterator[str]:
 class Corpus:
     """Documents, each once, as lines of JSON with the hash of their text.
 
+    Args:
+        licences: by source, for a row's "licence"; other sources are left out. None: all sources, and none is stated.
+
     Attributes:
         digests: the first digits of SHA-256 of the hashes of a source's documents, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, licences: dict[str, str] | None = None) -> None:
+        self.licences = licences
         self.digests: dict[str, str] = {}
         self._seen: set[str] = set()
         self._rows: list[tuple[str, str]] = []
 
     def take(self, name: str, category: str, texts: Iterable[str]) -> None:
+        if self.licences is not None and name not in self.licences:
+            return
+        stated = {} if self.licences is None else {"licence": self.licences[name]}
         size, digest = 0, hashlib.sha256()
         for text in texts:
             key = hashlib.sha1(text.encode("utf8", "replace")).hexdigest()
@@ -253,7 +304,7 @@ class Corpus:
             self._seen.add(key)
             digest.update(key.encode())
             size += len(text.encode("utf8", "replace"))
-            row = {"id": key[:16], "text": text, "source": name, "category": category}
+            row = {"id": key[:16], "text": text, "source": name, "category": category} | stated
             self._rows.append((key, json.dumps(row, ensure_ascii=False)))
         self.digests[name] = digest.hexdigest()[:16]
         print(f"{name:20s} {category:12s} {size / 1e6:8.2f} MB  {self.digests[name]}", file=sys.stderr)
@@ -286,7 +337,13 @@ class Corpus:
 
 
 def build(
-    out: Path, wanted: set[str], cache: Path, with_kernel: bool, speedrun: bool = False, snapshot: bool = False
+    out: Path,
+    wanted: set[str],
+    cache: Path,
+    with_kernel: bool = False,
+    speedrun: bool = False,
+    snapshot: bool = False,
+    permissive: bool = False,
 ) -> None:
     """Write `out`/train.jsonl and `out`/valid.jsonl; the speedrun's have a tune.jsonl beside them.
 
@@ -300,18 +357,23 @@ def build(
         raise UserError("--speedrun: its text is of all categories and without the kernel; leave --only, --kernel out")
     if snapshot and not speedrun:
         raise UserError("--snapshot: it is for the versions of --speedrun; give that too, or leave it out")
+    if permissive and (with_kernel or speedrun):
+        raise UserError("--permissive: the kernel and the text of the speedrun hold other licences; leave them out")
     for folder in (out, cache):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"'{folder}' cannot be written: {error.strerror}") from None
     packages = Packages(cache, speedrun_text.PACKAGES if speedrun else None, snapshot)
-    corpus = Corpus()
-    for name, category, names, pattern, convert, cut in SOURCES:
+    corpus = Corpus(LICENCES if permissive else None)
+    for name, category, names, pattern, convert, cut in [*SOURCES, *(PERMISSIVE if permissive else ())]:
         if category in wanted:
             corpus.take(name, category, documents(names, pattern, convert, cut, packages))
     if "prose" in wanted:
         corpus.take("austen", "prose", austen(packages.folder(AUSTEN)))
+    for name, (category, package) in BIBLES.items() if permissive else ():
+        if category in wanted:
+            corpus.take(name, category, bible(packages.folder(package)))
     if with_kernel and "code" in wanted:
         corpus.take("kernel-c", "code", kernel(packages))
     if not speedrun:
@@ -336,8 +398,10 @@ def main() -> None:
     parser.add_argument("--kernel", action="store_true", help="also parts of linux-source-6.1 (about 70 MB)")
     parser.add_argument("--speedrun", action="store_true", help="the text of blt speedrun, checked by its digests")
     parser.add_argument("--snapshot", action="store_true", help="take its packages from snapshot.debian.org")
-    given = parser.parse_args()
-    build(given.out, set(given.only.split(",")), given.cache, given.kernel, given.speedrun, given.snapshot)
+    parser.add_argument("--permissive", action="store_true", help="only permissive licences and the public domain")
+    given = vars(parser.parse_args())
+    given |= {"wanted": set(given.pop("only").split(",")), "with_kernel": given.pop("kernel")}
+    build(**given)
 
 
 if __name__ == "__main__":

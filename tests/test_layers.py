@@ -8,7 +8,7 @@ import bytelatent
 PACKAGE = "bytelatent"
 ROOT = Path(bytelatent.__file__).parent
 LAYERS = [  # the lowest first
-    ["credentials", "terminal", "signals"],
+    ["credentials", "terminal", "signals", "packaged"],
     ["errors", "log"],
     ["vocab", "config", "files", "device", "progress", "kernels"],
     ["hub", "run_folder", "command_line", "lm_eval_model"],
@@ -43,6 +43,7 @@ HOLDS = {  # what a package is for, where its name does not say it
     "text": "documents out of files",
     "launch": "SLURM jobs",
     "kernels": "one file per operation",
+    "packaged": "the model that the package brings",
     "lm_eval_model": "registers our model with lm_eval",
 }
 DOCS = Path(__file__).parents[1] / "docs" / "internals" / "layers.md"

@@ -85,7 +85,8 @@ class Core(nn.Module):
         """Load a model, in evaluation mode, and log in one line what was found.
 
         Args:
-            source: a run; a folder, or OWNER/NAME on the Hugging Face hub, in our format, Meta's or transformers'.
+            source: a run; a folder, or OWNER/NAME on the Hugging Face hub, in our format, Meta's or transformers'; or
+                `tiny`, the model in the package.
             entropy_model: where the byte LM is, if it is neither in `source` nor next to it.
             device: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`, or a torch.device.
             dtype: precision of the weights: `float32`, `bfloat16`, `auto` (as stored), or a torch.dtype. The entropy

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, overload
 
 import torch
@@ -14,6 +15,7 @@ from bytelatent.blt.forward import Text, Texts, as_list
 from bytelatent.config import renamed_arguments
 from bytelatent.errors import UserError
 from bytelatent.inference import Engine, Sampling, prompt_ids
+from bytelatent.inference.constraint import Constraint
 from bytelatent.inference.continuation import Continuation, Reason
 from bytelatent.inference.settings import check_limits
 from bytelatent.inference.step import engine_for
@@ -98,6 +100,9 @@ class Generating(Core):
         samples: int | None = None,
         *,
         return_log_probabilities: bool = False,
+        schema: Any = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         **sampling: Any,
     ) -> Any:
         """Continue a text, or several at once; each result is the same as for the text alone.
@@ -106,6 +111,8 @@ class Generating(Core):
             max_new_bytes: largest number of new bytes; the model may end the text earlier.
             samples: number of continuations of each prompt; the result then is a list for each prompt.
             return_log_probabilities: give a `GeneratedText` for each continuation in place of its text.
+            schema, regex, grammar: one of them, which every continuation must meet: a JSON schema (a dict, its JSON, or
+                a pydantic model), a regular expression, or a grammar. One that is cut at `max_new_bytes` may not.
             sampling: fields of `Sampling`, such as `temperature` (0.8; 0 takes the most likely byte), `top_p`, `seed`
                 (0; None for a random one) and `stop` (texts that end it). With several prompts each of them, and
                 `max_new_bytes`, may be a list with a value for each prompt; `stop` a list of lists.
@@ -114,17 +121,24 @@ class Generating(Core):
             The continuation of each prompt, with U+FFFD for bytes that are not UTF-8.
 
         Raises:
-            UserError: a sampling setting is not valid, or a prompt is neither str nor bytes.
+            UserError: a sampling setting is not valid, a prompt is neither str nor bytes, or the schema, expression or
+                grammar is not supported or cannot be met.
         """
         num_samples = 1 if samples is None else samples
+        constraint = Constraint.of(schema=schema, regex=regex, grammar=grammar)
         requests = _requests("generate", prompt, max_new_bytes, sampling)
         check_limits(samples=num_samples)
         if num_samples * len(requests) > MAX_CONTINUATIONS:
             asked = f"{num_samples:,} of each of {len(requests):,} prompts"
             raise UserError(f"samples: {asked}; a call gives at most {MAX_CONTINUATIONS:,} texts")
         with self._borrowed_engine(max(min(len(requests) * num_samples, MAX_BATCH_SIZE), 1)) as engine:
-            asked = [engine.submit(each.ids, each.sampling, each.max_new_bytes, num_samples) for each in requests]
+            asked = [
+                engine.submit(each.ids, each.sampling, each.max_new_bytes, num_samples, constraint=constraint)
+                for each in requests
+            ]
             engine.run()
+        for continuation in chain(*asked):
+            _raise_failure(continuation)
         result = GeneratedText.of if return_log_probabilities else lambda which: which.text
         found: list[Any] = [[result(continuation) for continuation in continuations] for continuations in asked]
         found = found if samples is not None else [only for [only] in found]
@@ -136,24 +150,38 @@ class Generating(Core):
     def stream(
         self, prompt: Texts, max_new_bytes: int | list[int] = ..., **sampling: Any
     ) -> Iterator[tuple[int, str]]: ...
-    def stream(self, prompt: Text | Texts, max_new_bytes: int | list[int] = 200, **sampling: Any) -> Iterator[Any]:
+    def stream(
+        self,
+        prompt: Text | Texts,
+        max_new_bytes: int | list[int] = 200,
+        *,
+        schema: Any = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        **sampling: Any,
+    ) -> Iterator[Any]:
         """Continue a text piece by piece, in whole characters; the arguments are those of `generate`.
 
         With several prompts, pairs of a prompt's index and what is new of its continuation, as they come.
         """
+        constraint = Constraint.of(schema=schema, regex=regex, grammar=grammar)
         requests = _requests("stream", prompt, max_new_bytes, sampling)
         self.needed_entropy_model()
         is_one = isinstance(prompt, str | bytes)
 
         def pieces() -> Iterator[Any]:  # a separate function, so that `stream` itself raises errors at once
             with self._borrowed_engine(max(min(len(requests), MAX_BATCH_SIZE), 1)) as engine:
-                asked = [engine.submit(each.ids, each.sampling, each.max_new_bytes)[0] for each in requests]
+                asked = [
+                    engine.submit(each.ids, each.sampling, each.max_new_bytes, constraint=constraint)[0]
+                    for each in requests
+                ]
                 index = {id(which): number for number, which in enumerate(asked)}
                 try:
                     while not engine.is_idle:
                         for which in engine.advance():
                             if new := which.new_text():
                                 yield new if is_one else (index[id(which)], new)
+                            _raise_failure(which)
                 finally:  # the caller may stop early
                     for which in asked:
                         if which.ended is None:
@@ -174,6 +202,12 @@ class Generating(Core):
         yield engine
         if engine.is_idle:
             self._idle_engine = (key, engine)
+
+
+def _raise_failure(which: Continuation) -> None:
+    """Raise what a sequence failed with, as where its constraint left nothing to draw."""
+    if which.failure is not None:
+        raise which.failure
 
 
 def _requests(name: str, prompt: Text | Texts, max_new_bytes: Any, sampling: dict[str, Any]) -> list[Request]:

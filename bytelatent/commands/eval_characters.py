@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bytelatent.commands.eval_options import EvaluateSettings
-from bytelatent.commands.generate import line_of, must_be_free, rows_at
+from bytelatent.commands.rows import line_of, must_be_free, rows_at
 from bytelatent.device import choose_device
 from bytelatent.errors import UserError
 from bytelatent.evaluation import FoundModel, ReadSettings, Texts, TransformersModel, bootstrap, find_models

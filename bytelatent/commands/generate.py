@@ -3,11 +3,10 @@
 python -m bytelatent.generate config=FILE.yaml prompt="The history of" sampling.temperature=0.7
 """
 
-import json
 import logging
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bytelatent import log, terminal
 from bytelatent.command_line import from_command_line
-from bytelatent.commands.options import GenerateSettings
+from bytelatent.commands.options import GenerateSettings, default_model, model_named
+from bytelatent.commands.rows import line_of, must_be_free, rows_at
 from bytelatent.config import flat
 from bytelatent.device import choose_device, is_out_of_memory, precision_of_weights
 from bytelatent.errors import Interrupted, UserError, nearest
-from bytelatent.files import growing_file, partial_path, whole_file
+from bytelatent.files import partial_path
 from bytelatent.inference import Continuation, Engine, Sampling, prompt_bytes
+from bytelatent.inference.constraint import Constraint
 from bytelatent.inference.quantize import check_quantize
 from bytelatent.inference.settings import MAX_BATCH_SIZE, check_limits
 from bytelatent.inference.step import engine_for
@@ -38,8 +39,6 @@ FREE = {"jsonl", "out", "batch_size", "draft_length", "device"}  # settings that
 OF_A_ROW = {"prompt", "max_new_bytes", *Sampling.model_fields}
 SAMPLES_AT_ONCE = 64  # of one prompt
 GENERATED = {"text", "ended", "log_probabilities", "samples"}  # keys of what comes out
-RENAMED = {"entropy": "entropy_model", "weights": "quantize"}  # keys of files begun by an earlier build
-RESET = "to start over, move it away"
 
 LOGGER = logging.getLogger(__name__)
 
@@ -58,26 +57,28 @@ def generate(settings: GenerateSettings, out: BinaryIO) -> None:
     given = [name for name in ("prompt", "file", "jsonl") if getattr(settings, name) is not None]
     if len(given) > 1:
         raise UserError(f"generate: {' and '.join(given)} are given; give one of them")
+    settings = settings.model_copy(update={"model": model_named(settings) or default_model()})
     with sigterm_interrupts():
+        constraint = _constraint(settings)
         if settings.jsonl is None:
             for name in ("out", "log_probabilities"):
                 if getattr(settings, name):
                     raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
             prompt, batch_size = _prompt(settings), min(settings.samples, SAMPLES_AT_ONCE)
             with _memory_named("samples", batch_size):
-                _show(_engine(settings, batch_size), prompt, settings, out)
+                _show(_engine(settings, batch_size), prompt, settings, constraint, out)
             return
         if settings.out is not None:
             must_be_free(settings.out)
         rows = list(_rows(settings))
         _log_unknown_keys(rows, settings)
         if settings.out is None:
-            _continue_rows(rows, settings, out)
+            _continue_rows(rows, settings, constraint, out)
             return
         with rows_at(settings.out, [row.given for row in rows], _made_with(settings), GENERATED) as (file, num_done):
             if num_done:
                 LOGGER.info(f"{num_done:,} of {len(rows):,} rows are in '{partial_path(settings.out)}'; resuming")
-            _continue_rows(rows[num_done:], settings, file)
+            _continue_rows(rows[num_done:], settings, constraint, file)
 
 
 def _made_with(settings: GenerateSettings) -> dict[str, Any]:
@@ -98,6 +99,17 @@ def _engine(settings: GenerateSettings, batch_size: int) -> Engine:
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
     how = (batch_size, settings.quantize, settings.draft_length)
     return engine_for(loaded.model, patching, byte_lm, *how, loaded.vocabulary)
+
+
+def _constraint(settings: GenerateSettings) -> Constraint | None:
+    """What every continuation must meet."""
+    texts: dict[str, str | None] = {"regex": settings.regex}
+    for name, path in (("schema", settings.json_schema), ("grammar", settings.grammar)):
+        try:
+            texts[name] = path if path is None else path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{name}: '{path}' cannot be read: {getattr(error, 'strerror', error)}") from None
+    return Constraint.of(**texts)
 
 
 def _prompt(settings: GenerateSettings) -> bytes:
@@ -126,9 +138,12 @@ def _prompt_in(name: str) -> bytes:
     return prompt
 
 
-def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: BinaryIO) -> None:
+def _show(
+    engine: Engine, prompt: bytes, settings: GenerateSettings, constraint: Constraint | None, out: BinaryIO
+) -> None:
     """The prompt and what comes after it, as it comes; several samples one after another, each once it is whole."""
-    asked = engine.submit(prompt, settings.sampling, settings.max_new_bytes, settings.samples)
+    how = (settings.sampling, settings.max_new_bytes, settings.samples)
+    asked = engine.submit(prompt, *how, constraint=constraint)
     began = time.perf_counter()
     if len(asked) == 1:
         _write(out, prompt)
@@ -144,6 +159,9 @@ def _show(engine: Engine, prompt: bytes, settings: GenerateSettings, out: Binary
         engine.run()
         for number, continuation in enumerate(asked):
             _write(out, f"--- {number + 1} ---\n".encode() + prompt + continuation.text.encode() + b"\n")
+    for continuation in asked:
+        if continuation.failure is not None:
+            raise continuation.failure
     num_ids = sum(len(continuation.ids) for continuation in asked)
     if log.shows_bars():
         rate, unit = num_ids / (time.perf_counter() - began), engine.vocabulary.unit
@@ -217,7 +235,7 @@ def _log_unknown_keys(rows: list[Row], settings: GenerateSettings) -> None:
             LOGGER.info(f"'{settings.jsonl}' has '{key}', which is no setting and passes through{hint}")
 
 
-def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO) -> None:
+def _continue_rows(rows: list[Row], settings: GenerateSettings, constraint: Constraint | None, out: BinaryIO) -> None:
     """Write each row with its continuation as soon as it and all before it are done."""
     if not rows:
         return
@@ -232,7 +250,8 @@ def _continue_rows(rows: list[Row], settings: GenerateSettings, out: BinaryIO) -
             while len(asked) < len(rows) and engine.num_waiting < batch_size:  # all of them could be more than fit
                 row = rows[len(asked)]
                 prompt = row.given["prompt"]
-                asked.append(engine.submit(prompt, row.sampling, row.max_new_bytes, settings.samples))
+                how = (row.sampling, row.max_new_bytes, settings.samples)
+                asked.append(engine.submit(prompt, *how, constraint=constraint))
             if not all(continuation.ended for continuation in asked[written]):
                 num_ids += len(engine.advance())
                 bar.update(task, rate=f"{num_ids / (time.perf_counter() - began):,.0f} {engine.vocabulary.unit}/s")
@@ -279,114 +298,6 @@ def _write(out: BinaryIO, data: bytes) -> None:
         raise  # nobody reads any more, which is no error
     except OSError as error:
         raise UserError(f"the output cannot be written: {error.strerror or error}") from None
-
-
-def must_be_free(path: Path) -> None:
-    """Refuse to overwrite a file at `path`, or one beside it where unfinished rows go.
-
-    Raises:
-        UserError: there is one.
-    """
-    try:
-        if path.is_dir():
-            raise UserError(f"out: '{path}' is a folder; name a file")
-        part, settings = partial_path(path), path.with_name(f"{path.name}.part.settings")
-        if path.is_file() and path.stat().st_size:
-            raise UserError(f"out: '{path}' holds something already; name another file, or move it away")
-        if not settings.exists() and part.exists() and part.stat().st_size:
-            raise UserError(f"out: '{part}' is in the way, and there is no '{settings}' beside it; move it away")
-    except OSError as error:
-        raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
-
-
-@contextmanager
-def rows_at(
-    path: Path, rows: Sequence[dict[str, Any]], made_with: dict[str, Any], added: Collection[str]
-) -> Iterator[tuple[BinaryIO, int]]:
-    """A file that appears whole, and the number of its rows that an earlier call has written.
-
-    A device or a pipe, which must not be replaced, is written as it comes. After an error, finished rows stay in
-    `path.part`, with the settings they were made with beside it.
-
-    Args:
-        rows: as they were given, in the order in which they are written.
-        made_with: settings, by their keys; rows that were made with others are not resumed.
-        added: keys that are added to a row.
-
-    Raises:
-        UserError: the file cannot be written, or an earlier call wrote other rows or settings.
-        Interrupted: Ctrl-C; names the file of finished rows.
-    """
-    if path.exists() and not path.is_file():
-        try:
-            file = path.open("wb", buffering=0)  # with a buffer, closing it would write again what could not be written
-        except OSError as error:
-            raise UserError(f"out: '{path}' cannot be written: {error.strerror or error}") from None
-        with file:
-            yield file, 0
-        return
-    part, settings = partial_path(path), path.with_name(f"{path.name}.part.settings")
-    try:
-        with growing_file(path) as file:
-            num_done = 0
-            if part.stat().st_size == 0:
-                with whole_file(settings) as aside:
-                    aside.write_text(json.dumps(made_with))
-            else:
-                _must_be_made_with(part, settings, made_with)
-                num_done = _num_done(part, rows, added)
-            try:
-                yield file, num_done
-                must_be_free(path)  # what came there meanwhile stays, too
-            except (KeyboardInterrupt, UserError) as error:
-                with part.open("rb") as lines:
-                    some = any(line.endswith(b"\n") for line in lines)
-                rows_so_far = f"; the rows so far are in '{part}', and the same command resumes" if some else ""
-                if isinstance(error, UserError):
-                    raise UserError(f"{error}{rows_so_far}") from None
-                raise Interrupted(f"'{path}' was not written{rows_so_far or '; no row was done'}") from None
-    finally:
-        if settings.exists() and not part.exists():
-            settings.unlink()
-
-
-def line_of(row: dict[str, Any]) -> bytes:
-    """A row as a line of JSON."""
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # surrogates, which JSON writes only as escapes
-        return json.dumps(row).encode() + b"\n"
-
-
-def _must_be_made_with(part: Path, settings: Path, made_with: dict[str, Any]) -> None:
-    try:
-        before = {RENAMED.get(key, key): value for key, value in json.loads(settings.read_text()).items()}
-    except (OSError, ValueError):
-        raise UserError(f"out: '{part}' is in the way, and '{settings}' cannot be read; {RESET}") from None
-    for key, value in made_with.items():
-        if before.get(key) != value:
-            raise UserError(f"out: '{part}' was begun with {key}={before.get(key)}, not {value}; {RESET}")
-
-
-def _num_done(part: Path, rows: Sequence[dict[str, Any]], added: Collection[str]) -> int:
-    """How many of the rows are in `part`: the first ones, since they are written in order."""
-
-    def given(row: dict[str, Any]) -> bytes:
-        return line_of({key: value for key, value in row.items() if key not in added})
-
-    def belongs(line: bytes, number: int) -> bool:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            return False
-        return number <= len(rows) and isinstance(row, dict) and given(row) == given(rows[number - 1])
-
-    number = 0
-    with part.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not belongs(line, number):
-                raise UserError(f"out: line {number} of '{part}' belongs to another row of the prompts; {RESET}")
-    return number
 
 
 def main(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ from bytelatent.log import Console
 from bytelatent.model import PRESETS, LanguageModelSettings, ModelSettings, preset
 from bytelatent.model.flops import PartCost, costs
 from bytelatent.model.settings import NAMES, StackSettings
+from bytelatent.packaged import packaged_folder
 from bytelatent.patching import PatchSettings
 from bytelatent.run_folder import read_metrics
 from bytelatent.terminal import print_json
@@ -84,7 +85,7 @@ def describe(given: InfoSettings) -> Description:
     """
     if not given.model:
         raise UserError(f"info: name a run, a folder, a repository or a preset; presets: {', '.join(PRESETS)}")
-    if Path(given.model).exists() or "/" in given.model:
+    if Path(given.model).exists() or "/" in given.model or packaged_folder(given.model):
         found = open_pretrained(given.model, given.entropy_model, given.revision, weights=False)
         settings, patching, source = found.config.model, found.config.patching, found.in_a_line()
         byte_lm = found.byte_lm.config.model if found.byte_lm is not None else None

@@ -4,6 +4,7 @@ Those of `eval` are in `eval_options.py`. What a verb does is in the file of its
 that help is shown at once.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, Field, field_validator
 from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
 from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
 from bytelatent.launch import LaunchSettings
+from bytelatent.packaged import TINY
 from bytelatent.text import MAX_ROW_BYTES
 from bytelatent.text.documents import MAX_BAD_ROWS
 from bytelatent.text.stored import MAX_TEXT_BYTES
@@ -20,10 +22,25 @@ from bytelatent.text.stored import MAX_TEXT_BYTES
 DEFAULT_MODEL = "runs/demo"
 DEFAULT_PATCH_BYTES = 4.5
 
+LOGGER = logging.getLogger(__name__)
+
 Folder = Annotated[str, AfterValidator(lambda path: must_be_named(path, "a folder"))]
 Model = Annotated[str, Option(("--model", "-m"))]
 PatchBytes = Annotated[float, Field(ge=1, le=1e6)]
 NumBytes = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+def model_named(settings: Any) -> str | None:
+    """The model that a command was given; None if there was none."""
+    return settings.model if "model" in settings.model_fields_set else None
+
+
+def default_model() -> str:
+    """The model where none is named: the demo's run, or else the one in the package."""
+    if Path(DEFAULT_MODEL).exists():
+        return DEFAULT_MODEL
+    LOGGER.info(f"no model is named and '{DEFAULT_MODEL}' does not exist: using {TINY}, the small model in the package")
+    return TINY
 
 
 class JsonSettings(Settings):
@@ -239,13 +256,16 @@ class GenerateSettings(ThresholdSettings):
 
     Attributes:
         prompt: text to continue. Default: standard input, without --file and --jsonl.
-        model: a run, a folder with a model, or OWNER/NAME on the hub.
+        model: a run, a folder with a model, OWNER/NAME on the hub, or tiny, the model in the package, which is used
+            where this is not given and there is no demo.
         file: file that holds the prompt.
         jsonl: file of rows {"prompt": ...}, which are continued in batches. A row may hold max_new_bytes and settings
             of the sampling. The file may be compressed. - is standard input.
-        out: new file for the rows of --jsonl, in their order. Default: standard output. An interrupted command
-            leaves its rows in OUT.part; the same command resumes.
+        out: new file for the rows of --jsonl, in their order. Default: standard output. The same command resumes it.
         max_new_bytes: largest number of bytes to generate.
+        json_schema: file with a JSON schema, which every continuation meets.
+        regex: regular expression, which every continuation matches as a whole.
+        grammar: file with a grammar in llguidance's form of Lark, which every continuation follows.
         samples: number of continuations of each prompt.
         batch_size: batch size of --jsonl.
         log_probabilities: write the log-probability of each byte into the rows of --jsonl.
@@ -269,6 +289,9 @@ class GenerateSettings(ThresholdSettings):
     out: Path | None = None
     max_new_bytes: Annotated[int, Option(("--max-new-bytes", "-n"))] = Field(default=200, ge=1, le=MAX_NEW_BYTES)
     sampling: Sampling = Sampling()
+    json_schema: Annotated[Path | None, Option(("--schema",))] = None
+    regex: str | None = None
+    grammar: Path | None = None
     samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     batch_size: int = Field(default=16, ge=1, le=10**6)
     log_probabilities: bool = False
@@ -285,7 +308,8 @@ class PatchesSettings(JsonSettings):
 
     Attributes:
         text: text to patch. Default: standard input.
-        model: a run, or a folder with a model.
+        model: a run, a folder with a model, or tiny, the model in the package, which is used where this is not given
+            and there is no demo.
         mode: patching mode, or several with commas, each with its setting: static:4. Default: the model's.
         threshold: threshold in nats, in place of the model's own.
         context: read the text in pieces of this many bytes, as training and eval do. Default: as a whole.
@@ -348,7 +372,7 @@ class InfoSettings(EntropyModelSettings, JsonSettings):
     Example:  `blt info blt-1b --patch-bytes 6`
 
     Attributes:
-        model: a preset (blt-1b, blt-8b, entropy, ...), a run, a folder, or OWNER/NAME on the hub.
+        model: a preset (blt-1b, blt-8b, entropy, ...), a run, a folder, OWNER/NAME on the hub, or tiny.
         patch_bytes: mean patch size, in bytes; of a token LM the mean token. Default: as the run measured it, else 4.5.
         context: context, in bytes.
         revision: branch, tag or commit of a repository.

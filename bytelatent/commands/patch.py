@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from bytelatent.blt import BLT
-from bytelatent.commands.options import DEFAULT_PATCH_BYTES, PatchesSettings
+from bytelatent.commands.options import DEFAULT_PATCH_BYTES, PatchesSettings, default_model, model_named
 from bytelatent.data import Patcher, patches_of
 from bytelatent.errors import UserError
 from bytelatent.inference import prompt_ids
@@ -28,7 +28,7 @@ LOGGER = logging.getLogger(__name__)
 def run(settings: PatchesSettings) -> None:
     text = standard_input() if settings.text is None else settings.text
     without_model = " -- or take modes that need no model: --mode space,static:4"
-    modes = PatchingModes(settings.model, settings.context, settings.threshold, without_model)
+    modes = PatchingModes(model_named(settings), settings.context, settings.threshold, without_model)
     patched = modes.patched([name.strip() for name in settings.mode.split(",")], text)
     if settings.as_json:
         print_json({name: [vars(patch) for patch in patches] for name, patches in patched.items()})
@@ -51,7 +51,7 @@ class PatchingModes:
     """Patching settings by name, with one model for all that need its byte LM.
 
     Args:
-        source: where the model is, a BLT or a byte LM; read only when a mode needs it.
+        source: where the model is, a BLT or a byte LM, read only when a mode needs it; None: `default_model`.
         context: ids that are read at once, without those before them; None: the whole text, as the model uses it.
         else_take: the way out where there is no such model.
 
@@ -59,11 +59,17 @@ class PatchingModes:
         thresholds: of the entropy modes that compare an entropy itself with one, by their names.
     """
 
-    def __init__(self, source: str, context: int | None = None, threshold: float | None = None, else_take: str = ""):
+    def __init__(
+        self, source: str | None, context: int | None = None, threshold: float | None = None, else_take: str = ""
+    ):
         if context is not None and context < 1:
             raise UserError(f"context: {context} is too small; it takes the number of ids read at once, 1 or more")
-        self.source, self.context, self.threshold, self.else_take = source, context, threshold, else_take
+        self.given, self.context, self.threshold, self.else_take = source, context, threshold, else_take
         self.thresholds: dict[str, float] = {}
+
+    @cached_property
+    def source(self) -> str:
+        return default_model() if self.given is None else self.given
 
     @cached_property
     def model(self) -> BLT | ByteLM:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bytelatent import __version__
 from bytelatent.commands import import_uncollected
+from bytelatent.commands.options import default_model, model_named
 from bytelatent.commands.serve_options import ServeSettings
 from bytelatent.errors import UserError
 from bytelatent.terminal import print_line
@@ -29,6 +30,7 @@ def run(settings: ServeSettings) -> None:
         if (error.name or "").startswith("bytelatent"):
             raise
         raise UserError(f"serve needs the package {error.name}; run: pip install 'bytelatent[serve]'") from None
+    settings = settings.model_copy(update={"model": model_named(settings) or default_model()})
     keys = api_keys(settings.api_key_file)
     shared = state.ServerState(settings.name or [settings.model], settings.limits, __version__)
     hosts = _hosts(settings)

@@ -25,7 +25,8 @@ class ServeSettings(ThresholdSettings):
     A key for all requests:  `BLT_API_KEY=... blt serve runs/demo --host 0.0.0.0`
 
     Attributes:
-        model: a run, a folder with a model, or OWNER/NAME on the hub.
+        model: a run, a folder with a model, OWNER/NAME on the hub, or tiny, the model in the package, which is used
+            where this is not given and there is no demo.
         host: address to listen on. 0.0.0.0 is all of this machine's.
         port: port to listen on. 0 takes any that is free.
         name: name of the model for clients; may be repeated. Default: as it is given.

@@ -15,6 +15,7 @@ from bytelatent.files import MANIFEST, find_corruption, whole_folder
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
 from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings, LanguageModelSettings, TokenLMSettings
 from bytelatent.model.settings import NAMES
+from bytelatent.packaged import packaged_folder
 from bytelatent.text.chat import CHAT_TEMPLATE, TOKENIZER_CONFIG, ChatTemplate
 from bytelatent.text.tokenizer import TOKENIZER, content_digest
 from bytelatent.weights.hugging_face import HuggingFaceFormat
@@ -43,7 +44,8 @@ def open_pretrained(
     """Find a model and check that it is complete, without loading its weights.
 
     Args:
-        source: a run; a folder in any of `FORMATS`; or OWNER/NAME, a repository of the Hugging Face hub in one of them.
+        source: a run; a folder in any of `FORMATS`; OWNER/NAME, a repository of the Hugging Face hub in one of them; or
+            `tiny`, the model in the package.
         entropy_model: where the byte LM is, if it is neither in `source` nor next to it.
         revision: a branch, a tag or a commit of the repository.
         token: a user's key for the hub; default: HF_TOKEN, or the key of `hf auth login`.
@@ -143,7 +145,8 @@ class _Access:
 
     def open(self, setting: str, source: str | Path, revision: str | None = None) -> tuple[StoredModel, Path]:
         """The model itself, and its folder."""
-        path = _folder(setting, source)
+        packaged = packaged_folder(source)
+        path = packaged or _folder(setting, source)
         if not path.exists() and is_on_hub(str(source)):
             try:
                 path = model_folder(str(source), revision, self.token, self.local_files_only, self.weights)
@@ -151,13 +154,16 @@ class _Access:
                 raise Unreachable(f"{setting}: '{source}' is not a folder here, and on the hub {error}") from None
             return replace(open_folder(path, self.weights, setting), source=str(source)), path
         if not path.is_dir():
+            if packaged is not None:
+                raise UserError(f"{setting}: '{source}' is in the package, and '{path}' is missing; reinstall it")
             raise UserError(
                 f"{setting}: '{source}' is not a folder; name a run (blt demo makes runs/demo), a folder with a "
-                "model, or OWNER/NAME on the hub"
+                "model, OWNER/NAME on the hub, or tiny, which is in the package"
             )
         if revision is not None:
             raise UserError(f"revision: '{source}' is a folder, which has no revisions; leave it out")
-        return open_folder(path, self.weights, setting), path
+        found = open_folder(path, self.weights, setting)
+        return (found if packaged is None else found.to_load_in(torch.float32, str(source))), path
 
     def open_with_byte_lm(self, setting: str, source: str | Path, revision: str | None = None) -> StoredModel:
         """The model, with its byte LM from Meta's separate folder or repository if it needs that."""

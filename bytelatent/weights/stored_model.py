@@ -101,6 +101,7 @@ class StoredModel:
         tensors: by our names; empty if only the configuration was read.
         byte_lm: the byte LM stored with a BLT.
         tokenizer: the file of a token LM's tokenizer, if it is there.
+        dtype: the precision to load the weights in where none is asked for; None: as stored.
         chat_template: how a conversation is written for it; None where its folder has no template.
         format: the format in words.
         source: where it was found.
@@ -116,6 +117,7 @@ class StoredModel:
     warnings: Sequence[str] = ()
     folder: Path | None = None
     tokenizer: Path | None = None
+    dtype: torch.dtype | None = None
     chat_template: ChatTemplate | None = None
 
     @classmethod
@@ -137,8 +139,8 @@ class StoredModel:
         """Load the weights.
 
         Args:
-            dtype: precision of the weights; None: as stored, or the widest if they differ. The byte LM stays as
-                stored.
+            dtype: precision of the weights; None: the model's own `dtype`, or as stored, the widest if they differ. The
+                byte LM stays as stored.
 
         Raises:
             UserError: some of the weights are NaN or infinite.
@@ -151,12 +153,17 @@ class StoredModel:
     def _load_alone(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
         """The model without its byte LM."""
         model = _without_weights(self.config.model)
-        dtype = dtype or reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
+        dtype = dtype or self.dtype or reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
         values = {name: tensor.load().to(device, dtype) for name, tensor in self.tensors.items()}
         for name, value in values.items():
             check_finite(name, value, f"'{self.source}'")  # after the cast, which may overflow
         model.load_state_dict(values, assign=True)
         return model.eval()
+
+    def to_load_in(self, dtype: torch.dtype, source: str) -> "StoredModel":
+        """The model under another name, loaded in this precision where none is asked for, with its byte LM."""
+        byte_lm = None if self.byte_lm is None else self.byte_lm.to_load_in(dtype, source)
+        return replace(self, dtype=dtype, source=source, byte_lm=byte_lm)
 
     def with_threshold(self, threshold: float | None) -> "StoredModel":
         """The model with another threshold of its patches; None: its own.

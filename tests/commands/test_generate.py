@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bytelatent.commands import generate
-from bytelatent.commands.generate import _must_be_made_with
+from bytelatent.commands.rows import _must_be_made_with
 from bytelatent.errors import UserError
 from bytelatent.files import growing_file, partial_path
 from tests import processes
@@ -115,7 +115,8 @@ def test_what_belongs_to_another_command_is_not_gone_on_with(model: Path, tmp_pa
     first = out.read_bytes().splitlines(keepends=True)[0]
     out.unlink()
 
-    from bytelatent.commands.generate import GENERATED, GenerateSettings, _made_with, _rows, rows_at
+    from bytelatent.commands.generate import GENERATED, GenerateSettings, _made_with, _rows
+    from bytelatent.commands.rows import rows_at
 
     asked = GenerateSettings(model=str(model), jsonl=str(rows), out=out, max_new_bytes=4, rows=2)
 

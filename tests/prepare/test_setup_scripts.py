@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
 import zlib
@@ -238,6 +239,34 @@ def test_build_corpus(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
 
 
+def test_only_permissive_licences(corpus: Any, tmp_path: Path) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    whole = packages(cache)
+    for name in ("dict-devil", "dict-jargon"):
+        (cache / name).mkdir()
+        (cache / name / "a.dict.dz").write_bytes(gzip.compress(f"{name} entry ".encode() * 20))
+    book = "<chapter n='1'/><p>In the beginning &amp; <note>a footnote</note>later,\n  a verse.</p>" * 9
+    packed = zlib.compress(book.encode())
+    module = cache / "sword-text-web" / "web"
+    module.mkdir(parents=True)
+    (module / "ot.bzz").write_bytes(b"--" + packed)
+    (module / "ot.bzs").write_bytes(struct.pack("<III", 2, len(packed), len(book)))
+    corpus.build(out, {"prose"}, cache, permissive=True)
+    rows = [json.loads(line) for file in sorted(out.iterdir()) for line in file.read_text().splitlines() if line]
+    texts = {row["source"]: row["text"] for row in rows}
+    assert texts == {
+        "austen": whole["austen"],
+        "devils-dictionary": "dict-devil entry " * 20,
+        "jargon-file": "dict-jargon entry " * 20,
+        "world-english-bible": "\n".join(["In the beginning & later,\na verse."] * 9),
+    }
+    assert {row["licence"] for row in rows} == {"public domain"}
+    every = {name for name, *_ in [*corpus.SOURCES, *corpus.PERMISSIVE]} | corpus.BIBLES.keys()
+    copyleft = {"gcide", "foldoc", "anarchism"}
+    assert copyleft.isdisjoint(corpus.LICENCES)
+    assert copyleft < every
+
+
 def test_build_corpus_without_debian_or_network(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -329,6 +358,7 @@ def test_packages_of_the_speedrun_have_their_versions(
     ("arguments", "shown"),
     [
         (["--speedrun", "--only", "prose"], "--speedrun: its text is of all categories and without the kernel"),
+        (["--permissive", "--kernel"], "--permissive: the kernel and the text of the speedrun hold other licences"),
         (["--snapshot"], "--snapshot: it is for the versions of --speedrun"),
     ],
 )
