@@ -5,6 +5,7 @@
  */
 
 import { oncePerFrame } from "./dom.js";
+import { theme } from "./state.js";
 import { cut, decode, graphemes } from "./text.js";
 
 const BLOCK = { least: 700, most: 1600, lines: 24 }; // bytes, and lines, of a block
@@ -36,6 +37,7 @@ export class PatchedText {
     this.redraw = oncePerFrame(() => this.draw());
     new ResizeObserver(() => this.#remeasure()).observe(this.page);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", this.redraw);
+    theme.subscribe(this.redraw);
     document.fonts.ready.then(() => this.#remeasure());
     host.addEventListener("pointermove", (event) => event.pointerType === "mouse" && this.#point(event, false));
     host.addEventListener("click", (event) => this.#point(event, true));
@@ -47,16 +49,17 @@ export class PatchedText {
     const ranges = cut(bytes, BLOCK.least, BLOCK.most, BLOCK.lines);
     let same = 0;
     while (same < ranges.length && same < this.blocks.length && this.#isSame(this.blocks[same], bytes, ranges[same])) same++;
-    for (const block of this.blocks.splice(same)) {
+    for (const block of this.blocks.splice(ranges.length)) {
       this.seen.unobserve(block.element);
       block.element.remove();
     }
-    const made = ranges.slice(same).map(([from, to]) => this.#block(bytes, from, to));
-    this.page.append(...made.map((block) => block.element));
-    this.blocks.push(...made);
+    for (let number = same; number < ranges.length; number++) {
+      const block = this.blocks[number] ?? this.#newBlock();
+      this.#fill(block, bytes, ...ranges[number]);
+    }
     this.bytes = bytes;
     if (this.selected && this.selected.from >= bytes.length) this.selected = null;
-    for (const block of made) this.seen.observe(block.element);
+    if (same < ranges.length) this.redraw();
   }
 
   /**
@@ -101,18 +104,24 @@ export class PatchedText {
     return true;
   }
 
-  #block(bytes, from, to) {
-    const { shown, at } = decode(bytes, from, to);
+  #newBlock() {
     const element = document.createElement("div");
     element.className = "block";
-    const text = document.createElement("span");
-    text.textContent = shown;
-    element.append(text);
-    const rows = shown.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / 70)), 0);
-    element.style.containIntrinsicBlockSize = `auto ${rows * this.row}px`;
-    const block = { from, to, shown, at, element, node: text.firstChild, canvas: null, glyphs: null };
+    const node = element.appendChild(document.createElement("span")).appendChild(document.createTextNode(""));
+    const block = { element, node, canvas: null };
     element.block = block;
+    this.blocks.push(block);
+    this.page.append(element);
+    this.seen.observe(element);
     return block;
+  }
+
+  #fill(block, bytes, from, to) {
+    const { shown, at } = decode(bytes, from, to);
+    block.node.data = shown;
+    const rows = shown.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / 70)), 0);
+    block.element.style.containIntrinsicBlockSize = `auto ${rows * this.row}px`;
+    Object.assign(block, { from, to, shown, at, glyphs: null });
   }
 
   #layOut() {

@@ -44,10 +44,7 @@ addEventListener("hashchange", show);
 
 const choice = document.getElementById("theme");
 choice.value = theme.get("choice");
-choice.addEventListener("change", () => {
-  theme.set({ choice: choice.value });
-  dispatchEvent(new Event("themechange"));
-});
+choice.addEventListener("change", () => theme.set({ choice: choice.value }));
 
 /** Ask for the models; the views are made once they are known, or once the problem is shown. */
 async function begin() {
@@ -55,7 +52,8 @@ async function begin() {
   clearProblem(problem);
   try {
     server.set({ models: await models() });
-    document.getElementById("model").replaceChildren(...server.get("models").map((name) => el("span", {}, name)));
+    const names = server.get("models").map((name) => el("span", { title: name }, name.startsWith("/") ? name.split("/").pop() : name));
+    document.getElementById("model").replaceChildren(...names);
   } catch (error) {
     showProblem(problem, error, begin);
     return;

@@ -71,14 +71,14 @@ export class PatchesView {
           {},
           this.facts,
           this.thresholdBox,
-          el("section", {}, el("h3", {}, "Modes"), el("div.scroll", { tabIndex: 0, role: "group", "aria-label": "Table of modes" }, this.modes), el("p.note", {}, "Each mode has a bar below the text, in this order. FLOPs saved: of a forward pass, against one patch per byte.")),
+          el("section", {}, el("h3", {}, "Modes"), el("div.scroll", { tabIndex: 0, role: "group", "aria-label": "Table of modes" }, this.modes), el("p.note", {}, "The chosen mode colours the text; the others are the bars below it, in this order. FLOPs saved: of a forward pass, against one patch per byte.")),
         ),
       ),
     );
   }
 
   #modes() {
-    const rows = { own: el("span", {}, "entropy"), space: "space", fixed: el("span", {}, "fixed, ", this.size, " bytes") };
+    const rows = { own: el("span", {}, "entropy"), space: "space", fixed: el("span", {}, "fixed ", this.size) };
     this.cells = {};
     this.names = rows;
     const body = Object.entries(rows).map(([key, name]) => {
@@ -141,7 +141,8 @@ export class PatchesView {
     const top = entropies ? topOf(entropies, threshold) : 1;
     // A bar in the line of entropies is a threshold only where entropies themselves are compared with it.
     const isLine = entropies && about.patching.decision !== "rise";
-    drawing.setMarks({ values: entropies, top, starts: this.shown, threshold: isLine ? threshold : null, rulers: Object.values(starts) });
+    const others = Object.keys(starts).filter((key) => key !== this.coloured).map((key) => starts[key]);
+    drawing.setMarks({ values: entropies, top, starts: this.shown, threshold: isLine ? threshold : null, rulers: others });
     this.bar.show(isLine ? threshold : null);
     this.thresholdBox.hidden = !isLine;
     if (isLine) this.histogram.draw(entropies, top, threshold);

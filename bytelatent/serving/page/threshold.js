@@ -20,7 +20,9 @@ export class ThresholdBar {
       onkeydown: (event) => this.#key(event),
     });
     const { host } = drawing;
-    host.append(this.handle);
+    this.axis = ["top", "zero"].map((end) => el(`div.axis.${end}`, { "aria-hidden": "true" }));
+    this.axis[1].textContent = "0";
+    host.append(...this.axis, this.handle);
     host.addEventListener("scroll", oncePerFrame(() => this.place()), { passive: true });
     host.addEventListener("pointerdown", (event) => this.#down(event));
     host.addEventListener("pointermove", (event) => this.#hover(event));
@@ -29,10 +31,11 @@ export class ThresholdBar {
   /** Show a threshold; null: there is none to move. */
   show(value) {
     this.value = value;
-    this.handle.hidden = value === null;
+    for (const part of [this.handle, ...this.axis]) part.hidden = value === null;
     if (value === null) return;
     const { top } = this.drawing.marks;
     this.handle.textContent = decimal(value);
+    this.axis[0].textContent = `${top} nats`;
     this.handle.setAttribute("aria-valuemax", decimal(top));
     this.handle.setAttribute("aria-valuenow", decimal(value));
     this.handle.setAttribute("aria-valuetext", `${decimal(value)} nats`);
@@ -42,9 +45,14 @@ export class ThresholdBar {
   /** The handle is beside the first row in sight. */
   place() {
     if (this.value === null) return;
-    const { row, first } = this.drawing.geometry;
-    const top = Math.max(0, Math.ceil((this.drawing.host.scrollTop - first) / row));
-    this.handle.style.top = `${first + top * row + this.drawing.yOf(this.value)}px`;
+    const { row, first, lane } = this.drawing.geometry;
+    const top = first + row * Math.max(0, Math.ceil((this.drawing.host.scrollTop - first) / row));
+    this.handle.style.top = `${top + this.drawing.yOf(this.value)}px`;
+    this.axis[0].style.top = `${top}px`;
+    this.axis[1].style.top = `${top + lane}px`;
+    const y = this.drawing.yOf(this.value);
+    this.axis[0].hidden = y < 22; // the handle is there
+    this.axis[1].hidden = y > lane - 20;
   }
 
   /** How far the pointer is from the line of its row, and its height in that row. */
