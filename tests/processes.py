@@ -43,7 +43,7 @@ def forkserver() -> ForkServerContext:
 
 def forked_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that read text ahead, which a user's machine starts anew, are forked too."""
-    monkeypatch.setattr("bytelatent.data.source.get_context", lambda kind: forkserver())
+    monkeypatch.setattr("bytelatent.data.reading.get_context", lambda kind: forkserver())
 
 
 class Command:

@@ -214,6 +214,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         mask: bool = True,
+        num_given: int = 0,
         **variables: Any,
     ) -> Rendered:
         """A conversation in parts, those of the assistant told from the others.
@@ -222,6 +223,7 @@ class ChatTemplate:
             messages, add_generation_prompt, variables: as in `render`.
             continue_final_message: end within the last message, for the model to go on with it.
             mask: find the assistant's parts where the template does not mark them.
+            num_given: messages at the beginning that are no one's answers, such as those of a prompt.
 
         Raises:
             BadMessages: as `render`; or the template does not say what the assistant's parts are, and it cannot be
@@ -232,7 +234,9 @@ class ChatTemplate:
             given[-1] = {**given[-1], "content": text_of(given[-1]["content"]) + CUT}
         text = self._rendered(given, add_generation_prompt, variables).partition(CUT)[0]
         if mask and not GENERATION.search(self.source):
-            text = self._marked(text, given, variables)
+            text = self._marked(text, given, num_given, variables)
+        elif mask and num_given:
+            text = self._without_marks(text, given, num_given)
         return Rendered(_parts(text), bool(self.stops) or EOS_MARK in self._after_answer)
 
     @cached_property
@@ -244,10 +248,19 @@ class ChatTemplate:
         except BadMessages:
             return ""
 
-    def _marked(self, text: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+    def _without_marks(self, text: str, messages: list[dict[str, Any]], num_given: int) -> str:
+        """The text without the marks of answers among the given messages."""
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        before, *marked = text.split(BEGIN)
+        if len(marked) != len(answers):
+            raise BadMessages(f"chat_template: '{self.name}' should have one {{% generation %}} for each answer")
+        pairs = zip(answers, marked, strict=True)
+        return before + "".join(part.replace(END, "") if n < num_given else BEGIN + part for n, part in pairs)
+
+    def _marked(self, text: str, messages: list[dict[str, Any]], num_given: int, variables: dict[str, Any]) -> str:
         """The text with the assistant's parts between marks: what each answer adds to the prompt for it."""
         found, at = "", 0
-        for number, message in enumerate(messages):
+        for number, message in enumerate(messages[num_given:], start=num_given):
             if message["role"] == "assistant":
                 begin = self._rendered(messages[:number], True, variables)
                 end = self._rendered(messages[: number + 1], False, variables)

@@ -15,10 +15,9 @@ from torch import nn
 
 from bytelatent.config import laid_over, load_yaml
 from bytelatent.errors import UserError
-from bytelatent.files import json_if_any, whole_file
+from bytelatent.files import json_if_any
 from bytelatent.model import BLTSettings, TokenLMSettings, settings_class
 from bytelatent.run_folder import checkpoints_of
-from bytelatent.text.chat import CHAT_TEMPLATE
 from bytelatent.text.tokenizer import content_digest
 from bytelatent.training.distributed.parallelize import copy_local_part
 from bytelatent.training.distributed.ranks import Ranks
@@ -163,10 +162,7 @@ def load_initial(model: nn.Module, source: str, place: tuple[str, str], ranks: R
 
 
 def keep_side_files(stored: StoredModel, run: Path) -> None:
-    """Copy the chat template, and the licences and notices that must accompany the weights, into a run's folder."""
-    if stored.chat_template is not None:
-        with whole_file(run / CHAT_TEMPLATE) as aside:
-            aside.write_text(stored.chat_template.source, encoding="utf-8")
+    """Copy the licences and notices that must accompany the weights into a run's folder."""
     for file in legal_files(stored.folder) if stored.folder is not None else ():
         shutil.copyfile(file, run / file.name)
 
