@@ -343,7 +343,7 @@ def test_commands_give_the_same_text(open_page: Open, kind: str) -> None:
     if kind == "chat":
         page.get_by_label("Chat", exact=True).check()
     prompt = 'It\'s "quoted" $HOME\n\\n é 🇯🇵'
-    page.get_by_label("Message" if kind == "chat" else "Prompt").fill(prompt)
+    page.get_by_label("Message" if kind == "chat" else "Prompt", exact=True).fill(prompt)
     page.get_by_label("Bytes", exact=True).fill("30")
     page.get_by_label("Stop texts").fill("\\n\\n|zzz")
     page.get_by_text("This request as a command").click()
