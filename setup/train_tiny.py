@@ -12,8 +12,6 @@ LM before patches are made with it, and the BLT before it is measured.
 
 import argparse
 import platform
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,11 +71,13 @@ def settings(run: Path, texts: Path, model: Any, minutes: float, device: str, **
     )
 
 
-def rounded(run: Path, out: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:
+def write_in_bfloat16(run: Path, out: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:
     """Write a run's model, and the byte LM in it, as bfloat16; `finish` is called with the folder before it appears."""
     found = load(run)
     byte_lm = found.byte_lm.to(torch.bfloat16) if found.byte_lm is not None else None
     config = found.config.with_origin(training_text=[ABOUT], validation_text=[ABOUT], bits_per_byte=None)
+    if config.calibration is not None:
+        config = config.model_copy(update={"calibration": config.calibration.model_copy(update={"data": ABOUT})})
     write_model(
         StoredModel.of(found.model.to(torch.bfloat16), config, byte_lm), out, "native", "apache-2.0", check=finish
     )
@@ -110,7 +110,13 @@ def card(given: argparse.Namespace, bits: dict[str, dict[str, float]]) -> str:
     lines += ["## Bits per byte", "", "Of held-out documents, with the weights as they are here.", ""]
     lines += ["| | " + " | ".join(CATEGORIES) + " |", "| --- |" + " --- |" * len(CATEGORIES)]
     lines += [f"| {name} | " + " | ".join(f"{of[part]:.3f}" for part in CATEGORIES) + " |" for name, of in bits.items()]
-    lines += ["", "## Training", "", f"`python setup/{shlex.join(['train_tiny.py', *sys.argv[1:]])}`", ""]
+    lines += [
+        "",
+        "## Training",
+        "",
+        f"`python setup/train_tiny.py WORK_DIR --minutes {given.minutes:g} --device {given.device}`",
+        "",
+    ]
     for run in (given.work / "runs" / name for name in SHARES):
         found = compare_runs([run]).runs[0].summary
         lines.append(
@@ -138,7 +144,7 @@ def make(given: argparse.Namespace) -> None:
     minutes = {name: share * given.minutes for name, share in SHARES.items()}
     train(settings(runs / "byte_lm", texts, "demo-byte-lm", minutes["byte_lm"], given.device))
     if not byte_lm.is_dir():
-        rounded(runs / "byte_lm", byte_lm)
+        write_in_bfloat16(runs / "byte_lm", byte_lm)
     patching: dict[str, Any] = {
         "patching": {"mode": "entropy"},
         "calibration": {"patch_bytes": PATCH_BYTES, "text_bytes": 300_000},
@@ -151,9 +157,9 @@ def make(given: argparse.Namespace) -> None:
 
 
 def package(given: argparse.Namespace) -> None:
-    """Round and measure the runs' models as far as they are trained, and write the package's folder."""
+    """Measure the runs' models, in bfloat16, and write the package's folder with its card."""
     folders = {"BLT": given.work / "blt", "byte LM": given.work / "byte_lm"}
-    rounded(given.work / "runs" / "blt", folders["BLT"])
+    write_in_bfloat16(given.work / "runs" / "blt", folders["BLT"])
     bits = {name: bits_per_byte(folder, given.work / "text", given.device) for name, folder in folders.items()}
 
     def finish(folder: Path) -> None:
@@ -162,7 +168,7 @@ def package(given: argparse.Namespace) -> None:
         if (size := sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())) > MOST_BYTES:
             raise UserError(f"'{given.out}' would hold {size:,} bytes, more than {MOST_BYTES:,}; take smaller shapes")
 
-    rounded(given.work / "runs" / "blt", given.out, finish)
+    write_in_bfloat16(given.work / "runs" / "blt", given.out, finish)
 
 
 def main() -> None:

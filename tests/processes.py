@@ -102,11 +102,14 @@ class Command:
             raise subprocess.TimeoutExpired(self.arguments, timeout or 0)
         return self._process.exitcode
 
+    def written(self, stream: int) -> str:
+        """What it has written so far, 1 to its output, 2 to its error output."""
+        return (self._outputs / ("in", "out", "error")[stream]).read_text()
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end; what it printed to its output and to its error output."""
         self.wait(timeout)
-        out, error = ((self._outputs / name).read_text() for name in ("out", "error"))
-        return out, error
+        return self.written(1), self.written(2)
 
 
 def ended(

@@ -131,7 +131,9 @@ class Backend:
         ids = prompt_ids(data).to(self.blt.device)
         if own.reset_at_newline or len(ids) <= PIECE:
             return None
-        decoder = Decoder(self.blt.needed_entropy_model(), None, None)
+        byte_lm = self.blt.needed_entropy_model()
+        assert byte_lm is not None
+        decoder = Decoder(byte_lm, None, None)
         first, *others = ids.split(PIECE)
         state, logits = await self.call(lambda: decoder.prefill([first]))
         found = [entropies(logits)]

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bytelatent.blt import BLT
@@ -21,6 +22,8 @@ from bytelatent.errors import UserError, in_one_line
 from bytelatent.inference import Continuation, Engine, Sampling
 from bytelatent.inference.constraint import Constraint
 from bytelatent.inference.continuation import Alternatives, Reason
+from bytelatent.inference.prefix_cache import PrefixCache
+from bytelatent.inference.prompts import PromptQueue
 
 LOGGER = logging.getLogger(__name__)
 
@@ -173,8 +176,10 @@ class Scheduler:
     ) -> None:
         self.blt, self.batch_size = blt, batch_size
         self.places = batch_size + max_waiting
-        self._prefill_chunk, self._prefix_cache_bytes = prefill_chunk, prefix_cache_bytes
-        self._engine = self._new_engine()
+        self._prefill_chunk = prefill_chunk
+        self._cache = PrefixCache(prefix_cache_bytes)
+        self._prefill_ids = 0  # that earlier engines have read
+        self._engine, self._prompts = self._new_engine()
         self._condition = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._num_live, self._stops, self._closed = 0, False, False
@@ -259,7 +264,7 @@ class Scheduler:
             self._thread.join()
 
     def statistics(self) -> Statistics:
-        engine = self._engine
+        engine, cache = self._engine, self._cache
         return Statistics(
             slots=self.batch_size,
             busy=engine.num_busy,
@@ -270,11 +275,11 @@ class Scheduler:
             ended=dict(self._ended),
             bytes=self._bytes,
             patches=self._patches,
-            prefill_bytes=0,
-            reused_bytes=0,
-            hits=0,
-            lookups=0,
-            cached_bytes=0,
+            prefill_bytes=self._prefill_ids + self._prompts.num_read,
+            reused_bytes=cache.num_reused,
+            hits=cache.hits,
+            lookups=cache.lookups,
+            cached_bytes=cache.num_bytes,
             time_to_first_byte=self._time_to_first_byte.copy(),
             between_bytes=self._between_bytes.copy(),
         )
@@ -307,8 +312,17 @@ class Scheduler:
             if not self._engine.is_idle:
                 self._advance()
 
-    def _new_engine(self) -> Engine:
-        return self.blt.engine(self.batch_size)
+    def _new_engine(self) -> tuple[Engine, PromptQueue]:
+        engine = self.blt.engine(self.batch_size)
+        return engine, engine.serve(self._prefill_chunk, self._cache if self._cache.max_bytes else None)
+
+    def _replace_engine(self, waiting: list[list[Continuation]]) -> None:
+        """Go on with a new engine after an error that nobody knows the extent of."""
+        self._cache.clear()
+        self._prefill_ids += self._prompts.num_read
+        self._engine, self._prompts = self._new_engine()
+        for samples in waiting:
+            self._engine.enqueue(samples)
 
     def _enqueue(self, ticket: Ticket) -> None:
         for number, which in enumerate(ticket.samples):
@@ -324,12 +338,14 @@ class Scheduler:
     def _advance(self) -> None:
         try:
             longer = self._engine.advance()
+            if self._engine.is_broken:
+                self._replace_engine(self._engine.waiting)
         except Exception as error:
             LOGGER.exception("decoding failed")
             longer = list(self._ticket_of)
             for which in longer:
-                which.fail(error)
-            self._engine = self._new_engine()
+                which.fail(error.with_traceback(None))
+            self._replace_engine([])
         self._deliver(longer)
 
     def _deliver(self, changed: list[Continuation]) -> None:
@@ -365,7 +381,7 @@ class Scheduler:
     def _update(self, which: Continuation, sample: int) -> Update:
         begin, data = which.num_given, which.new_bytes()
         new = slice(begin, begin + len(data))
-        failure = "" if which.failure is None else in_one_line(which.failure)
+        failure = "" if which.failure is None else _in_words(which.failure)
         lists = which.ids[new], which.log_probabilities[new], which.alternatives[new], which.starts[new]
         return Update(sample, data, *lists, which.ended, failure)
 
@@ -386,3 +402,12 @@ class Scheduler:
         with self._condition:
             self._num_live -= 1
             self._condition.notify_all()
+
+
+def _in_words(failure: Exception) -> str:
+    """A failure in a line for who asked; the log has the rest."""
+    if isinstance(failure, UserError):
+        return str(failure)
+    if isinstance(failure, torch.OutOfMemoryError):
+        return "there is not enough memory for this request; ask for less, or try again later"
+    return f"the server failed on this request ({type(failure).__name__}); its log says why"

@@ -45,6 +45,7 @@ class StepBuffers:
     run: Tensor  # [1] whether there is any of them
     decodes: Tensor  # [B] the slot itself, -1 where no logits are to come any more in this step
     reads_patch: Tensor  # [B] bool, whether a patch is closed yet
+    starts: Tensor  # [B] bool, whether the drawn id begins a patch
 
     @classmethod
     def empty(cls, num_slots: int, max_closing: int, device: torch.device | str) -> "StepBuffers":
@@ -52,7 +53,7 @@ class StepBuffers:
             return torch.zeros(size, dtype=dtype, device=device)
 
         sizes = {"closing": max_closing, "number": max_closing, "closing_count": max_closing, "run": 1}
-        dtypes = dict.fromkeys(("is_active", "is_waiting", "reads", "wants", "reads_patch"), torch.bool)
+        dtypes = dict.fromkeys(("is_active", "is_waiting", "reads", "wants", "reads_patch", "starts"), torch.bool)
         dtypes |= {"log_probability": torch.float32, "run": torch.int32}
         names = [field.name for field in fields(cls)]
         return cls(**{name: zeros(sizes.get(name, num_slots), dtypes.get(name, torch.long)) for name in names})

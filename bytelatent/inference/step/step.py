@@ -91,9 +91,15 @@ class ByteLMStep:
         out = self.logits_BV.new_empty(len(ids_M), VOCAB_SIZE)
         return skinny_linear(x_MD, self.byte_lm.output, eps=self.byte_lm.stack.eps, out=out)
 
-    def outcome(self) -> tuple[Tensor, Tensor]:
-        """What the step drew: ids [S, B], -1 for none, of S bytes one after another, and their log-probabilities."""
-        return self.buffers.drawn[None], self.buffers.log_probability[None]
+    def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the step drew: ids [S, B], -1 for none, of S bytes one after another, their log-probabilities, and
+        whether they begin patches.
+        """
+        return self.buffers.drawn[None], self.buffers.log_probability[None], self.buffers.starts[None]
+
+    def drawn_from(self, logits_BV: Tensor) -> Tensor:
+        """The logits from which the newest step drew, [S, B, V], given those before it."""
+        return logits_BV[None]
 
     def _stack(self, stack: StackWeights, x_MD: Tensor, cache: KVCache, at: QueryPositions) -> Tensor:
         for layer in range(len(stack.blocks)):
@@ -152,6 +158,7 @@ class BLTStep(ByteLMStep):
     @torch.inference_mode()
     def __call__(self) -> None:
         state, buffers = self.state, self.buffers
+        torch.eq(state.open_count, 0, out=buffers.starts)
         draw(self.logits_BV, self.sampling, state.position, buffers)
         append(state, buffers)
         with self.side.beside():
