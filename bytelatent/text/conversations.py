@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bytelatent.text.chat import SURROGATES, BadMessages, ChatTemplate, Message, Part, Rendered, checked_messages
+from bytelatent.text.chat import SURROGATES, BadMessages, ChatPart, ChatTemplate, Message, Rendered, checked_messages
 from bytelatent.vocab import BYTES, Vocabulary, to_bytes
 
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
@@ -110,7 +110,7 @@ def conversation_of(row: Mapping[str, Any], text_key: str, options: ChatOptions)
         return None
     if isinstance(prompt, str) and isinstance(completion, str):
         _ = _clean(prompt, PROMPT), _clean(completion, COMPLETION)
-        parts = Part(to_bytes(prompt), None, False), Part(to_bytes(completion), None, True)
+        parts = ChatPart(to_bytes(prompt), None, False), ChatPart(to_bytes(completion), None, True)
         return Conversation(Rendered(parts, ends_by_itself=False), options)
     if isinstance(prompt, str) or isinstance(completion, str):
         raise BadMessages("its prompt and completion should both be texts, or both lists of messages")

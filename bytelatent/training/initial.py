@@ -117,7 +117,7 @@ def open_initial(settings: Any) -> StoredModel:
     """The model that `init` names, which the settings of a training must fit; its weights stay on the disk.
 
     Raises:
-        UserError: there is none, or a setting differs from the model's own.
+        UserError: it does not exist, or a setting differs from the model's own.
     """
     stored = _open(settings.init)
     known = settings_of(stored, settings.init)
@@ -139,7 +139,7 @@ def open_initial(settings: Any) -> StoredModel:
     return stored
 
 
-def place_of(stored: StoredModel) -> tuple[str, str]:
+def identity_of(stored: StoredModel) -> tuple[str, str]:
     """What tells one state of a source from another: the checkpoint of a run, or the commit of a repository."""
     return stored.source, "" if stored.folder is None else stored.folder.name
 
@@ -153,7 +153,7 @@ def load_initial(model: nn.Module, source: str, place: tuple[str, str], ranks: R
 
     def load() -> None:
         stored = _open(source)
-        if place_of(stored) != place:
+        if identity_of(stored) != place:
             raise UserError(f"init: '{source}' changes as it is read; name a folder that stays, as blt export writes")
         for name, weight in model.named_parameters():
             copy_local_part(weight.detach(), stored.tensors[name].load())

@@ -32,7 +32,7 @@ from bytelatent.training.calibration import calibrate_on, read_calibration, writ
 from bytelatent.training.checkpoint.manager import check_takes_checkpoints
 from bytelatent.training.checks import check_text
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.initial import earlier_origin, keep_side_files, open_initial, origin_of, place_of
+from bytelatent.training.initial import earlier_origin, identity_of, keep_side_files, open_initial, origin_of
 from bytelatent.training.settings import TrainSettings
 from bytelatent.vocab import BYTES, Vocabulary
 from bytelatent.weights import BYTE_LM, Config, Origin, StoredModel, fingerprint, load_byte_lm, save
@@ -77,7 +77,7 @@ class Run:
         vocabulary: of the model's ids.
         changes: a line about each setting that differs from those the run had before, and about its text.
         text: the files of its text as they are now.
-        initial: of a run that begins from a model, which state of it: see `place_of`.
+        initial: of a run that begins from a model, which state of it: see `identity_of`.
         chat_template: writes its conversations.
     """
 
@@ -175,7 +175,7 @@ def _prepare(
         tokenizer=digest,
         origin=origin,
     )
-    return settings, config, changes, text, None if initial is None else place_of(initial)
+    return settings, config, changes, text, None if initial is None else identity_of(initial)
 
 
 def _own_byte_lm(folder: Path, entropy_model: str, context: int, resumes: bool) -> ByteLM:

@@ -100,7 +100,7 @@ def test_every_format(tmp_path: Path) -> None:
         ("[1]", "is not a JSON object"),
         ('{"text": "x"}', r"has no 'messages', nor 'prompt' and 'completion'; its keys: text"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "holds no answer of the assistant"),
-        ('{"messages": [{"role": "robot", "content": "x"}]}', "role 'robot' is none of"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "role 'robot' is not one of"),
         ('{"messages": [{"role": "assistant"}]}', r"messages\[0\] \(assistant\) has no content"),
         ('{"messages": "hello"}', "list of messages"),
         ('{"prompt": "x", "completion": []}', "both be texts"),
