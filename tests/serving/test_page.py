@@ -283,7 +283,7 @@ def test_long_text(open_page: Open) -> None:
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
     line = "Each line of a long text has words, 数字 and signs: 12345.\n"
     text = line * (200_000 // len(line.encode()))
-    page.evaluate("text => navigator.clipboard.writeText(text)", text)
+    page.evaluate("(text) => navigator.clipboard.writeText(text)", text)
     page.get_by_label("Text", exact=True).press("Control+a")
     page.keyboard.press("Control+v")
     wait_until_read(page, text)
