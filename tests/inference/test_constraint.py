@@ -17,7 +17,7 @@ from bytelatent.inference import constraint as module
 from bytelatent.inference.constraint import Constraint, ConstraintState
 from bytelatent.vocab import EOS, OFFSET
 
-COMPACT = {"x-guidance": {"whitespace_flexible": False}}
+COMPACT = {"x-guidance": {"whitespace_pattern": ""}}
 
 
 def constraint(**given: Any) -> Constraint:
@@ -92,7 +92,7 @@ LANGUAGES = st.recursive(
 ).filter(lambda language: len(language[1]) <= 60)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(LANGUAGES)
 def test_what_is_allowed_is_what_comes_next_in_some_text(language: Language) -> None:
     """After every beginning of every text: nothing more, nothing less."""
@@ -135,7 +135,7 @@ TWO = {name: {"const": value} for name, value in BOTH.items()}
 )
 def test_all_values_of_a_schema_and_no_other(schema: Any, values: list[Any]) -> None:
     found = [json.loads(text) for text in texts_of(constraint(schema={**schema, **COMPACT}))]
-    assert sorted(map(repr, found)) == sorted(map(repr, values))
+    assert set(map(repr, found)) == set(map(repr, values))
 
 
 def test_a_grammar() -> None:
@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "large": ({"schema": {"enum": [f"value {number}" for number in range(60_000)]}}, "are more than 500,000"),
     "wide": ({"schema": {"properties": {f"p{n}": {} for n in range(2000)}}}, "2,000 properties that may be left out"),
     "slow": ({"schema": {"properties": {"a": {"multipleOf": 1_000_003}}}}, "'/properties/a' has multipleOf=1000003"),
-    "huge bounds": ({"schema": {"type": "integer", "maximum": 10**30}}, "bounds of this size are not supported"),
+    "huge bounds": ({"schema": {"type": "integer", "minimum": 10**30}}, "bounds of this size are not supported"),
     "no expression": ({"regex": "ab(c"}, r"regex: at character 3, '\(c': unclosed group"),
     "look-ahead": ({"regex": "ab(?=c)c"}, r"regex: at character 3, '\(\?=c\)c': look-around"),
     "word boundary": ({"regex": r"a\bb"}, "regex: look-around"),
@@ -249,7 +249,7 @@ ANY_JSON = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.dictionaries(WORDS, ANY_JSON, max_size=5))
 def test_any_json_is_a_schema_or_an_error(schema: dict[str, Any]) -> None:
     try:

@@ -69,6 +69,7 @@ class CapturedSlots:
         step = self.step
         step.state.put(slot, state, source)
         step.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes, which.constraint is not None)
+        step.buffers.is_held[slot] = False
         self._allowances.forget(slot)
         step.logits_BV[slot] = logits
         step.buffers.is_active[slot], step.buffers.is_waiting[slot] = True, False
