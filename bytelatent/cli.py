@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from bytelatent import __version__, log, signals
 from bytelatent.commands import (
     byteify_options,
+    chat_options,
     eval_options,
     import_uncollected,
     options,
@@ -41,6 +42,7 @@ VERBS: dict[str, type[Settings]] = {
     "entropies": options.EntropiesSettings,
     "eval": eval_options.EvaluateSettings,
     "generate": options.GenerateSettings,
+    "chat": chat_options.ChatSettings,
     "patch": options.PatchesSettings,
     "serve": serve_options.ServeSettings,
     "convert": options.ConvertSettings,

@@ -1,4 +1,4 @@
-"""Write docs/python.md as a notebook, docs/python.ipynb: its snippets of Python are the cells.
+"""Write pages of the docs as notebooks: their snippets of Python are the cells.
 
 python dev/notebook.py
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE, NOTEBOOK = DOCS / "python.md", DOCS / "python.ipynb"
+NOTEBOOKS = {page: page.with_suffix(".ipynb") for page in (DOCS / "python.md", DOCS / "notebooks" / "first_steps.md")}
 SNIPPET = re.compile(r"^```python\n(.*?)^```\n", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -27,5 +27,12 @@ def notebook_of(page: str) -> str:
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
+def cells_of(notebook: Path) -> list[str]:
+    """The code of a notebook."""
+    found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
+
+
 if __name__ == "__main__":
-    NOTEBOOK.write_text(notebook_of(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, notebook in NOTEBOOKS.items():
+        notebook.write_text(notebook_of(page.read_text(encoding="utf-8")), encoding="utf-8")

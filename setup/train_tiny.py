@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the model in the package, bytelatent/tiny: its text, a byte LM, a BLT, and a card with what was measured.
 
-    train_tiny.py WORK_DIR [--minutes 10] [--device auto] [--out bytelatent/tiny] [--cache DIR]
+    train_tiny.py WORK_DIR [--minutes 8] [--device auto] [--out bytelatent/tiny] [--cache DIR]
     train_tiny.py WORK_DIR --text-only [--cache DIR]
 
 WORK_DIR/text holds the text, by category, from `build_corpus.py --permissive`, which is called where it is missing;
@@ -12,8 +12,6 @@ LM before patches are made with it, and the BLT before it is measured.
 
 import argparse
 import platform
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,8 +37,8 @@ MOST_BYTES = 12_000_000  # of the package's files
 ABOUT = "the text below"
 NGRAMS = {"sizes": [3, 4, 5, 6], "vocab_size": 5003}
 OPTIMIZER = {"name": "muon", "lr": 8e-3, "warmup_steps": 40, "weight_decay": 0.05}
-# A GPU takes larger batches, from processes that read ahead.
-BATCHES = {"cpu": {"batch_bytes": 2048}, "cuda": {"batch_bytes": 65_536, "workers": 4}}
+# A GPU takes larger batches, from processes that read ahead, and replays its step.
+BATCHES = {"cpu": {"batch_bytes": 2048}, "cuda": {"batch_bytes": 32_768, "workers": 4}}
 
 
 def text(folder: Path, cache: Path) -> None:
@@ -57,14 +55,17 @@ def parts(folder: Path, name: str) -> dict[str, str]:
 def settings(run: Path, texts: Path, model: Any, minutes: float, device: str, **more: Any) -> TrainSettings:
     sources = [{"path": path, "weight": WEIGHTS[name]} for name, path in parts(texts, "train").items()]
     data = {"train": sources, "valid": list(parts(texts, "valid").values()), "context": 1024}
-    optimizer = OPTIMIZER | more.pop("optimizer", {})
+    kind, optimizer = choose_device(device).type, OPTIMIZER | more.pop("optimizer", {})
+    if kind == "cuda" and "patching" in more:
+        data["patch_bytes"] = PATCH_BYTES
     return TrainSettings.parse(
         {
             "run": str(run),
             "model": model,
             "minutes": minutes,
             "device": device,
-            "data": data | BATCHES[choose_device(device).type],
+            "data": data | BATCHES.get(kind, BATCHES["cpu"]),
+            "cuda_graph": kind == "cuda",
             "optimizer": optimizer,
             "validation": {"every": 1000, "max_bytes": 50_000},
             "checkpoint": {"every": 250, "keep": 2},
@@ -73,11 +74,13 @@ def settings(run: Path, texts: Path, model: Any, minutes: float, device: str, **
     )
 
 
-def rounded(run: Path, out: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:
+def write_in_bfloat16(run: Path, out: Path, finish: Callable[[Path], None] = lambda folder: None) -> None:
     """Write a run's model, and the byte LM in it, as bfloat16; `finish` is called with the folder before it appears."""
     found = load(run)
     byte_lm = found.byte_lm.to(torch.bfloat16) if found.byte_lm is not None else None
     config = found.config.with_origin(training_text=[ABOUT], validation_text=[ABOUT], bits_per_byte=None)
+    if config.calibration is not None:
+        config = config.model_copy(update={"calibration": config.calibration.model_copy(update={"data": ABOUT})})
     write_model(
         StoredModel.of(found.model.to(torch.bfloat16), config, byte_lm), out, "native", "apache-2.0", check=finish
     )
@@ -110,11 +113,17 @@ def card(given: argparse.Namespace, bits: dict[str, dict[str, float]]) -> str:
     lines += ["## Bits per byte", "", "Of held-out documents, with the weights as they are here.", ""]
     lines += ["| | " + " | ".join(CATEGORIES) + " |", "| --- |" + " --- |" * len(CATEGORIES)]
     lines += [f"| {name} | " + " | ".join(f"{of[part]:.3f}" for part in CATEGORIES) + " |" for name, of in bits.items()]
-    lines += ["", "## Training", "", f"`python setup/{shlex.join(['train_tiny.py', *sys.argv[1:]])}`", ""]
+    lines += [
+        "",
+        "## Training",
+        "",
+        f"`python setup/train_tiny.py WORK_DIR --minutes {given.minutes:g} --device {given.device}`",
+        "",
+    ]
     for run in (given.work / "runs" / name for name in SHARES):
         found = compare_runs([run]).runs[0].summary
         lines.append(
-            f"- {found.kind}: {found.seconds / 60:.1f} minutes, {found.steps:,} steps, {found.num_bytes:,} bytes"
+            f"- {found.kind}: {(found.seconds or 0) / 60:.1f} minutes, {found.steps:,} steps, {found.num_bytes:,} bytes"
         )
     machine = (
         f"{device_name(choose_device(given.device))}, torch {torch.__version__}, Python {platform.python_version()}"
@@ -138,7 +147,7 @@ def make(given: argparse.Namespace) -> None:
     minutes = {name: share * given.minutes for name, share in SHARES.items()}
     train(settings(runs / "byte_lm", texts, "demo-byte-lm", minutes["byte_lm"], given.device))
     if not byte_lm.is_dir():
-        rounded(runs / "byte_lm", byte_lm)
+        write_in_bfloat16(runs / "byte_lm", byte_lm)
     patching: dict[str, Any] = {
         "patching": {"mode": "entropy"},
         "calibration": {"patch_bytes": PATCH_BYTES, "text_bytes": 300_000},
@@ -151,9 +160,9 @@ def make(given: argparse.Namespace) -> None:
 
 
 def package(given: argparse.Namespace) -> None:
-    """Round and measure the runs' models as far as they are trained, and write the package's folder."""
+    """Measure the runs' models, in bfloat16, and write the package's folder with its card."""
     folders = {"BLT": given.work / "blt", "byte LM": given.work / "byte_lm"}
-    rounded(given.work / "runs" / "blt", folders["BLT"])
+    write_in_bfloat16(given.work / "runs" / "blt", folders["BLT"])
     bits = {name: bits_per_byte(folder, given.work / "text", given.device) for name, folder in folders.items()}
 
     def finish(folder: Path) -> None:
@@ -162,13 +171,13 @@ def package(given: argparse.Namespace) -> None:
         if (size := sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())) > MOST_BYTES:
             raise UserError(f"'{given.out}' would hold {size:,} bytes, more than {MOST_BYTES:,}; take smaller shapes")
 
-    rounded(given.work / "runs" / "blt", given.out, finish)
+    write_in_bfloat16(given.work / "runs" / "blt", given.out, finish)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", metavar="WORK_DIR", type=Path)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training and measuring")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training; on a GPU the rest takes two more")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", metavar="DIR", type=Path, default=OUT)
     parser.add_argument("--cache", metavar="DIR", type=Path, default=Path("/tmp/corpus-debs"))

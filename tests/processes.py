@@ -43,7 +43,7 @@ def forkserver() -> ForkServerContext:
 
 def forked_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that read text ahead, which a user's machine starts anew, are forked too."""
-    monkeypatch.setattr("bytelatent.data.source.get_context", lambda kind: forkserver())
+    monkeypatch.setattr("bytelatent.data.reading.get_context", lambda kind: forkserver())
 
 
 class Command:
@@ -102,11 +102,14 @@ class Command:
             raise subprocess.TimeoutExpired(self.arguments, timeout or 0)
         return self._process.exitcode
 
+    def written(self, stream: int) -> str:
+        """What it has written so far, 1 to its output, 2 to its error output."""
+        return (self._outputs / ("in", "out", "error")[stream]).read_text()
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end; what it printed to its output and to its error output."""
         self.wait(timeout)
-        out, error = ((self._outputs / name).read_text() for name in ("out", "error"))
-        return out, error
+        return self.written(1), self.written(2)
 
 
 def ended(

@@ -15,7 +15,7 @@ from bytelatent.commands.generate import GenerateSettings, main
 from bytelatent.config import load_yaml
 from bytelatent.model import PRESETS
 from bytelatent.study.plan import load_plan
-from dev.notebook import NOTEBOOK, PAGE, notebook_of
+from dev.notebook import DOCS, NOTEBOOKS, cells_of, notebook_of
 from tests.model.tiny import tiny_blt, tiny_blt_settings
 from tests.test_blt import wrap
 
@@ -73,24 +73,20 @@ def test_python(here: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setitem(PRESETS, "demo-blt", tiny_blt_settings(window=6))
     names: dict[str, Any] = {}
-    for snippet in snippets(page, "python") if page == GENERATE else cells():  # one after another, as they are read
+    found = snippets(page, "python") if page == GENERATE else cells_of(NOTEBOOKS[DOCS / "python.md"])
+    for snippet in found:  # one after another, as they are read
         exec(compile(snippet, page, "exec"), names)
     assert isinstance(names["model" if page == GENERATE else "blt"], BLT)
 
 
-def cells() -> list[str]:
-    """The code of the notebook."""
-    found = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
-
-
-def test_the_notebook_is_the_page() -> None:
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_the_notebook_is_the_page(page: Path) -> None:
     """To write it again: `python dev/notebook.py`."""
-    page = PAGE.read_text(encoding="utf-8")
-    assert NOTEBOOK.read_text(encoding="utf-8") == notebook_of(page)
-    assert cells() == [snippet.strip() for snippet in snippets(PYTHON, "python")]
-    sources = ["".join(cell["source"]) for cell in json.loads(notebook_of(page))["cells"]]
-    assert sources[0].startswith("# From Python")
+    text, notebook = page.read_text(encoding="utf-8"), NOTEBOOKS[page]
+    assert notebook.read_text(encoding="utf-8") == notebook_of(text)
+    assert cells_of(notebook) == [snippet.strip() for snippet in snippets(str(page.relative_to(ROOT)), "python")]
+    sources = ["".join(cell["source"]) for cell in json.loads(notebook_of(text))["cells"]]
+    assert sources[0].startswith("# ")
     assert not any("```python" in source for source in sources)
 
 

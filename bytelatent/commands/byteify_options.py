@@ -45,6 +45,6 @@ class ByteifySettings(Settings):
     decoder_layers: int | None = Field(default=None, ge=1, le=1000)
     hash_rows: int | None = Field(default=None, ge=0, le=2**31)
     context: int = Field(default=8192, ge=1, le=2**24)
-    seed: int = Field(default=0, ge=0, lt=2**62)
+    seed: int = Field(default=0, ge=0, lt=2**40)
     revision: str | None = None
     licence: str | None = None

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bytelatent import log, terminal
 from bytelatent.command_line import from_command_line
+from bytelatent.commands.chat_options import ChatSettings
 from bytelatent.commands.options import GenerateSettings, default_model, model_named
 from bytelatent.commands.rows import line_of, must_be_free, rows_at
 from bytelatent.config import flat
@@ -66,7 +67,7 @@ def generate(settings: GenerateSettings, out: BinaryIO) -> None:
                     raise UserError(f"{name}: it goes with jsonl; leave it out, or give the prompt as a row of a file")
             prompt, batch_size = _prompt(settings), min(settings.samples, SAMPLES_AT_ONCE)
             with _memory_named("samples", batch_size):
-                _show(_engine(settings, batch_size), prompt, settings, constraint, out)
+                _show(open_engine(settings, batch_size), prompt, settings, constraint, out)
             return
         if settings.out is not None:
             must_be_free(settings.out)
@@ -86,7 +87,12 @@ def _made_with(settings: GenerateSettings) -> dict[str, Any]:
     return {key: value for key, value in flat(settings.shown()).items() if key not in FREE}
 
 
-def _engine(settings: GenerateSettings, batch_size: int) -> Engine:
+def open_engine(settings: GenerateSettings | ChatSettings, batch_size: int) -> Engine:
+    """An engine for the model that the settings name.
+
+    Raises:
+        UserError: it does not exist, or cannot generate.
+    """
     precision, place = precision_of_weights(settings.dtype), choose_device(settings.device)
     check_quantize(settings.quantize, place)
     check_limits(draft_length=settings.draft_length)
@@ -244,7 +250,7 @@ def _continue_rows(rows: list[Row], settings: GenerateSettings, constraint: Cons
     bar = Progress(*columns, console=log.console, transient=True, disable=not log.shows_bars())
     asked: list[list[Continuation]] = []
     with _memory_named("batch_size", batch_size), bar:
-        engine = _engine(settings, batch_size)
+        engine = open_engine(settings, batch_size)
         task, began, written, num_ids = bar.add_task("", total=len(rows), rate=""), time.perf_counter(), 0, 0
         while written < len(rows):
             while len(asked) < len(rows) and engine.num_waiting < batch_size:  # all of them could be more than fit

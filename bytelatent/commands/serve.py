@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bytelatent import __version__
 from bytelatent.commands import import_uncollected
@@ -11,6 +12,9 @@ from bytelatent.commands.options import default_model, model_named
 from bytelatent.commands.serve_options import ServeSettings
 from bytelatent.errors import UserError
 from bytelatent.terminal import print_line
+
+if TYPE_CHECKING:
+    from bytelatent.serving.backend import Backend
 
 LOGGER = logging.getLogger(__name__)
 KEY_VARIABLE = "BLT_API_KEY"
@@ -45,7 +49,7 @@ def run(settings: ServeSettings) -> None:
     running.serve_until_stopped(listening, lambda: load_backend(settings))
 
 
-def load_backend(settings: ServeSettings) -> "Backend":  # noqa: F821
+def load_backend(settings: ServeSettings) -> "Backend":
     """The model with its scheduler; torch is imported here, once the address is known."""
     [blt, scheduler, backend, calibration] = [
         import_uncollected(f"bytelatent.{name}") for name in ("blt", "serving.scheduler", "serving.backend", "patching")

@@ -12,10 +12,12 @@ import torch
 
 from bytelatent.data.packing import Batch, Piece, fill_batch, pack, split_document
 from bytelatent.data.patcher import Patcher, StoredCheck, groups_of
+from bytelatent.data.reading import PieceReader, ReaderPool
 from bytelatent.data.settings import DataSettings, SourceSettings
-from bytelatent.data.source import PieceReader, ReaderPool, SourceReader
+from bytelatent.data.source import SourceReader
 from bytelatent.errors import UserError
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Document, find_files, read_documents
+from bytelatent.text.chat import DEFAULT_TEMPLATE, ChatTemplate
 from bytelatent.vocab import BYTES, Vocabulary
 
 
@@ -32,6 +34,7 @@ class Loader:
         patcher: None for batches without patches.
         rank, world_size: no document is read by two ranks in the same epoch.
         vocabulary: of the ids.
+        chat_template: writes conversations.
     """
 
     def __init__(
@@ -42,12 +45,20 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         vocabulary: Vocabulary = BYTES,
+        chat_template: ChatTemplate = DEFAULT_TEMPLATE,
     ):
         self.settings, self.seed, self.patcher, self.vocabulary = settings, seed, patcher, vocabulary
         self.rank, self.world_size = rank, world_size
         self.pool = ReaderPool(
             [
-                PieceReader(source.text_key, settings.context, patcher, settings.max_row_bytes, vocabulary)
+                PieceReader(
+                    source.text_key,
+                    settings.context,
+                    patcher,
+                    settings.max_row_bytes,
+                    vocabulary,
+                    source.chat(chat_template),
+                )
                 for source in settings.train
             ],
             settings.workers,
@@ -70,7 +81,8 @@ class Loader:
     def __next__(self) -> Batch:
         settings = self.settings
         pieces = fill_batch(self.ready, settings.batch_ids, settings.patch_slots, self._prepare)
-        return pack(pieces, settings.batch_ids, settings.patch_slots, as_one_row=True, vocabulary=self.vocabulary)
+        apart = settings.has_chats  # a conversation is read as it is when the model answers in it
+        return pack(pieces, settings.batch_ids, settings.patch_slots, as_one_row=not apart, vocabulary=self.vocabulary)
 
     def __enter__(self) -> Self:
         return self
@@ -282,6 +294,7 @@ def batches_once(
     bad_rows: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
     vocabulary: Vocabulary = BYTES,
+    chat_template: ChatTemplate = DEFAULT_TEMPLATE,
 ) -> Iterator[Batch]:
     """The sources' documents once, in order: for validation.
 
@@ -292,8 +305,10 @@ def batches_once(
         bad_rows: receives bad rows and files; None to raise the first.
         max_row_bytes: a longer row is a bad one.
         vocabulary: of the ids.
+        chat_template: writes conversations.
     """
-    pieces = _pieces_once(_documents_once(sources, patcher, bad_rows, max_row_bytes), context, max_bytes, vocabulary)
+    documents = _documents_once(sources, patcher, bad_rows, max_row_bytes, chat_template)
+    pieces = _pieces_once(documents, context, max_bytes, vocabulary)
     ready: deque[Piece] = deque()
 
     def more() -> bool:
@@ -307,13 +322,18 @@ def batches_once(
 
 
 def held_out_batches(
-    data: DataSettings, patcher: Patcher | None = None, max_bytes: int | None = None, vocabulary: Vocabulary = BYTES
+    data: DataSettings,
+    patcher: Patcher | None = None,
+    max_bytes: int | None = None,
+    vocabulary: Vocabulary = BYTES,
+    chat_template: ChatTemplate = DEFAULT_TEMPLATE,
 ) -> Iterator[Batch]:
     """The held-out text once, in batches of the shape of training's.
 
     Args:
         max_bytes: stop after about as much text.
         vocabulary: of the ids.
+        chat_template: writes conversations.
     """
     return batches_once(
         data.valid,
@@ -326,17 +346,23 @@ def held_out_batches(
         bad_rows=BadRows(data.max_bad_rows, "data.max_bad_rows"),
         max_row_bytes=data.max_row_bytes,
         vocabulary=vocabulary,
+        chat_template=chat_template,
     )
 
 
 def _documents_once(
-    sources: list[SourceSettings], patcher: Patcher | None, bad_rows: BadRows | None, max_row_bytes: int
+    sources: list[SourceSettings],
+    patcher: Patcher | None,
+    bad_rows: BadRows | None,
+    max_row_bytes: int,
+    chat_template: ChatTemplate,
 ) -> Iterator[Document]:
     check = StoredCheck(patcher)
     stored = check.patcher is not None
     for source in sources:
         for file in find_files(source.path):
-            for _, document in read_documents(file, source.text_key, check, bad_rows, stored, max_row_bytes):
+            how = {"max_row_bytes": max_row_bytes, "chat": source.chat(chat_template)}
+            for _, document in read_documents(file, source.text_key, check, bad_rows, stored, **how):
                 yield document
 
 
@@ -348,9 +374,10 @@ def _pieces_once(
         document = next(documents, None)
         if document is None:
             return
-        text = document.text if max_bytes is None else document.text[: max_bytes - num_bytes]
-        num_bytes += len(text)
-        yield from split_document(_first(document, len(text)), context, vocabulary)
+        if document.chat is None and max_bytes is not None:
+            document = _first(document, max_bytes - num_bytes)
+        num_bytes += len(document.text)
+        yield from split_document(document, context, vocabulary)
 
 
 def _first(document: Document, num_bytes: int) -> Document:

@@ -1,13 +1,15 @@
 """Which text, and how much of it in a batch."""
 
 import math
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bytelatent.config import Settings, must_be_named, renamed
 from bytelatent.model.settings import LONGEST_CONTEXT
 from bytelatent.text import MAX_ROW_BYTES
+from bytelatent.text.chat import ChatTemplate
+from bytelatent.text.conversations import TEXT_KEY, ChatOptions, TrainOn
 from bytelatent.text.documents import MAX_BAD_ROWS
 from bytelatent.text.stored import MAX_TEXT_BYTES
 
@@ -21,12 +23,26 @@ class SourceSettings(Settings):
     Attributes:
         path: a file, a folder or a glob; also s3://, gs://, hf://, http:// and what else fsspec knows.
         weight: how often a document is taken from this source, relative to the others.
-        text_key: the key or column that holds the text.
+        text_key: the key or column that holds the text; of a conversation its messages, `messages` by default.
+        format: `text`; or `chat`: rows are conversations, as `messages`, or as `prompt` and `completion`.
+        train_on: of conversations, `assistant`: only its answers count in the loss; `all`: every byte does.
     """
 
     path: str
     weight: float = Field(default=1.0, gt=0)
-    text_key: str = "text"
+    text_key: str = TEXT_KEY
+    format: Literal["text", "chat"] = "text"
+    train_on: TrainOn = "assistant"
+
+    def chat(self, template: ChatTemplate) -> ChatOptions | None:
+        """How its conversations are read; None for a source of texts."""
+        return ChatOptions(template, self.train_on) if self.format == "chat" else None
+
+    @model_validator(mode="after")
+    def _only_chats_have_answers(self) -> Self:
+        if self.format == "text" and "train_on" in self.model_fields_set and self.train_on != "assistant":
+            raise ValueError("train_on is for conversations: set format: chat, or leave it out")
+        return self
 
     @field_validator("path")
     @classmethod
@@ -39,6 +55,8 @@ class DataSettings(Settings):
 
     Attributes:
         train, valid: sources; a path alone will do. No text is held out where `valid` is null or empty.
+        chat_template: how conversations (`format: chat` of a source) are written, a file of Jinja or the folder of a
+            model that has one; the default template if left out. The run keeps a copy, and so do its models.
         tokenizer: for a token LM, the tokenizer.json of a byte-level BPE, as `blt tokenizer` trains it. The run keeps
             a copy, so that the model can be used on other text.
         context: ids that a document's pieces hold at most.
@@ -56,6 +74,7 @@ class DataSettings(Settings):
 
     train: list[SourceSettings] = Field(min_length=1)
     valid: list[SourceSettings] = Field(default=[])
+    chat_template: str | None = None
     tokenizer: str | None = None
     context: int = Field(default=8192, ge=2, le=LONGEST_CONTEXT)
     batch_bytes: int = Field(default=16_384, ge=2, le=MOST)
@@ -77,6 +96,11 @@ class DataSettings(Settings):
         if self.batch_patches is not None and self.patch_bytes is not None:
             raise ValueError("batch_patches and patch_bytes both say how many patch slots there are; give one of them")
         return self
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether some of the sources hold conversations."""
+        return any(source.format == "chat" for source in (*self.train, *self.valid))
 
     @property
     def patch_slots(self) -> int | None:

@@ -4,7 +4,6 @@
 ids into bytes, stops and ends.
 """
 
-from collections import deque
 from typing import Any, Protocol
 
 import torch
@@ -13,16 +12,24 @@ from torch import Tensor
 from bytelatent.device import outside_inference_mode
 from bytelatent.errors import UserError
 from bytelatent.inference.constraint import Constraint
-from bytelatent.inference.continuation import Allowances, Continuation, Drawn, StopTexts
+from bytelatent.inference.continuation import Allowances, Alternatives, Continuation, Drawn, StopTexts
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.kv_cache import DecodeState
+from bytelatent.inference.prefix_cache import Prefix, PrefixCache
+from bytelatent.inference.prompts import PromptQueue
 from bytelatent.inference.sampling import SamplingSlots
 from bytelatent.inference.settings import Sampling, check_limits
 from bytelatent.vocab import BYTES, Vocabulary, to_bytes
 
 # Shapes: B slots, V vocabulary
 
-PREFILL_IDS = 65_536  # prompt ids read at once
+
+class OutOfRoom(torch.OutOfMemoryError):
+    """There is no memory for what the longest sequence needs next; the others can go on without it."""
+
+    def __init__(self, which: Continuation):
+        super().__init__(f"no memory is left for a text of {len(which.prompt) + len(which.ids):,} bytes")
+        self.which = which
 
 
 class Slots(Protocol):
@@ -42,6 +49,12 @@ class Slots(Protocol):
 
     def drawn(self) -> list[Drawn]:
         """What has become known since the last call, in order."""
+        ...
+
+    def newest(self, slot: int) -> Prefix | None:
+        """The state that holds a slot, the number of ids it has read and its next logits; None in the midst of a
+        patch's end.
+        """
         ...
 
 
@@ -71,6 +84,10 @@ class PlainSlots:
     def advance(self) -> None:
         self.sampling.constrain(*self._allowances.new(self._in_slot))
         active = torch.tensor([which is not None for which in self._in_slot], device=self.decoder.device)
+        alternatives: list[Alternatives] = [[]] * len(self._in_slot)
+        if (count := most_alternatives(self._in_slot)) > 0:
+            [alternatives] = as_alternatives(*likeliest(self.logits_BV[None], count))
+        starts = (self.state.open_count == 0).tolist()
         ids, log_probabilities = self.sampling.draw(self.logits_BV)
         self.sampling.read(ids, active)
         new = zip(
@@ -79,7 +96,7 @@ class PlainSlots:
         unfinished = []
         for slot, (which, drawn, log_probability, remaining) in enumerate(new):
             if which is not None:
-                self._drawn.append(Drawn(which, drawn, log_probability))
+                self._drawn.append(Drawn(which, drawn, log_probability, starts[slot], alternatives[slot]))
                 if drawn != self.eos and remaining > 0:
                     unfinished.append(slot)
         if unfinished:
@@ -89,6 +106,29 @@ class PlainSlots:
     def drawn(self) -> list[Drawn]:
         drawn, self._drawn = self._drawn, []
         return drawn
+
+    def newest(self, slot: int) -> Prefix | None:
+        return Prefix(int(self.state.position[slot]), self.state, self.logits_BV[slot], slot)
+
+
+def most_alternatives(in_slot: list[Continuation | None]) -> int:
+    """The most likely ids that some sequence asks for."""
+    return max((which.num_alternatives for which in in_slot if which is not None), default=0)
+
+
+def likeliest(logits_SBV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` most likely ids, the lowest first among equals, and their log-probabilities, [S, B, count]."""
+    log_probabilities_SBV = logits_SBV.float().log_softmax(dim=-1)
+    ids = log_probabilities_SBV.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return ids, log_probabilities_SBV.gather(-1, ids)
+
+
+def as_alternatives(ids: Tensor, log_probabilities: Tensor) -> list[list[Alternatives]]:
+    """The same by step and slot, as `Drawn` takes it."""
+    return [
+        [list(zip(*pair, strict=True)) for pair in zip(*step, strict=True)]
+        for step in zip(ids.tolist(), log_probabilities.tolist(), strict=True)
+    ]
 
 
 def prompt_ids(text: str | bytes, vocabulary: Vocabulary = BYTES) -> Tensor:
@@ -143,7 +183,8 @@ class Engine:
         self.decoder, self.vocabulary = decoder, vocabulary
         self.slots = slots
         self._in_slot: list[Continuation | None] = [None] * batch_size
-        self._waiting: deque[list[Continuation]] = deque()  # those of one prompt together
+        self._prompts = PromptQueue(decoder)
+        self.is_broken = False
 
     @classmethod
     @outside_inference_mode
@@ -155,7 +196,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for a slot."""
-        return sum(map(len, self._waiting))
+        return sum(map(len, self._prompts.groups))
 
     @property
     def num_busy(self) -> int:
@@ -164,7 +205,24 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not self._waiting and not any(self._in_slot)
+        return not self._prompts.groups and not any(self._in_slot)
+
+    def serve(self, chunk: int, cache: PrefixCache | None = None) -> PromptQueue:
+        """Read long prompts in chunks between steps, and let an error end the sequences alone that it concerns.
+
+        `advance` then gives what has `failed`, too. Once the engine `is_broken`, another one must take `waiting`.
+
+        Args:
+            chunk: ids of prompts that are read between two steps.
+            cache: keeps states of prompts, for those that begin alike.
+        """
+        self._prompts = PromptQueue(self.decoder, chunk, cache, isolates=True)
+        return self._prompts
+
+    @property
+    def waiting(self) -> list[list[Continuation]]:
+        """Sequences that wait, by their prompts."""
+        return self._prompts.groups
 
     def submit(
         self,
@@ -225,28 +283,32 @@ class Engine:
 
     def enqueue(self, asked: list[Continuation]) -> None:
         """Let continuations of one prompt wait for slots."""
-        self._waiting.append(list(asked))
+        self._prompts.add(asked)
 
     @outside_inference_mode
     def cancel(self, which: Continuation) -> None:
         """End a sequence where it is."""
         if which.ended is None:
             which.ended = "cancelled"
-        others = ([other for other in waiting if other is not which] for waiting in self._waiting)
-        self._waiting = deque(waiting for waiting in others if waiting)
+        self._prompts.drop_ended()
         self._release_ended()
 
     @outside_inference_mode
     def advance(self) -> list[Continuation]:
-        """Admit waiting sequences and decode a step; the sequences that have become longer."""
+        """Admit waiting sequences and decode a step; the sequences that have become longer, or ended."""
         self._admit()
         if any(self._in_slot):
-            self.slots.advance()
+            self._step()
         longer: dict[int, Continuation] = {}
-        for drawn in self.slots.drawn():
+        for drawn in self.slots.drawn() if not self.is_broken else ():
             if drawn.which.ended is None:
-                drawn.which.take(drawn)
+                try:
+                    drawn.which.take(drawn)
+                except Exception as error:
+                    self._fail([drawn.which], error)
                 longer[id(drawn.which)] = drawn.which
+        failed, self._prompts.failed = self._prompts.failed, []
+        longer |= {id(which): which for which in failed}
         self._release_ended()
         return list(longer.values())
 
@@ -256,30 +318,46 @@ class Engine:
             self.advance()
 
     def _admit(self) -> None:
-        """Read the prompts of waiting sequences, as many as there are free slots for."""
+        """Read prompts for which there are free slots, and put their sequences into these."""
         free = [slot for slot, which in enumerate(self._in_slot) if which is None]
-        while free and self._waiting:
-            group: list[list[Continuation]] = []
-            num_ids, num_free = 0, len(free)
-            while self._waiting and num_free:
-                size = len(self._waiting[0][0].prompt)
-                if group and num_ids + size > PREFILL_IDS:
-                    break
-                waiting = self._waiting.popleft()
-                if len(waiting) > num_free:
-                    self._waiting.appendleft(waiting[num_free:])
-                group.append(waiting[:num_free])
-                num_ids += size
-                num_free -= len(group[-1])
-            state, logits = self.decoder.prefill([waiting[0].prompt for waiting in group], last_only=True)
-            for source, waiting in enumerate(group):
-                for which in waiting:
-                    slot = free.pop(0)
-                    self._in_slot[slot] = which
-                    self.slots.admit(slot, state, source, logits[source], which)
+        self._prompts.read(len(free))
+        for read, members in self._prompts.take(len(free)):
+            for which in members:
+                slot = free.pop(0)
+                self._in_slot[slot] = which
+                try:
+                    self.slots.admit(slot, read.state, read.source, read.logits, which)
+                except Exception as error:
+                    self._fail([which], error)
+
+    def _step(self) -> None:
+        try:
+            self.slots.advance()
+        except OutOfRoom as error:
+            self._fail([error.which], error)
+        except Exception as error:  # nobody knows what has become of the state
+            self._fail([which for which in self._in_slot if which is not None], error)
+            self.is_broken = True
+
+    def _fail(self, sequences: list[Continuation], error: Exception) -> None:
+        if not self._prompts.isolates:
+            raise error
+        self._prompts.end(sequences, error)
 
     def _release_ended(self) -> None:
         for slot, which in enumerate(self._in_slot):
             if which is not None and which.ended is not None:
-                self.slots.release(slot)
+                if self._prompts.cache is not None and which.ended not in ("cancelled", "failed"):
+                    self._keep_state(self._prompts.cache, slot, which)
+                if not self.is_broken:
+                    self.slots.release(slot)
                 self._in_slot[slot] = None
+
+    def _keep_state(self, cache: PrefixCache, slot: int, which: Continuation) -> None:
+        """Keep the state of what was generated, for prompts that go on from it."""
+        if len(which.prompt) + len(which.ids) < cache.shortest:
+            return
+        found = self.slots.newest(slot)
+        ids = torch.cat([which.prompt, torch.tensor(which.ids, dtype=which.prompt.dtype)])
+        if found is not None and found.num_ids <= len(ids):  # steps in flight may have read more
+            cache.add(ids[: found.num_ids], found.state, found.slot, found.logits)

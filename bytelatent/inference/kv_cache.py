@@ -9,8 +9,9 @@ ids -> byte LM ------------> entropies -> patch starts
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from bytelatent.patching import Tail
 # R positions in a KV cache, S of them that are attended to, J key/value heads, H heads, E head size, D local width, P
 # patches, K keys per patch, M bytes of an open patch that fit, X and Y cross-attentions of encoder and decoder, W ids
 
+SLOTS_SECOND = ("open_k", "open_v", "patch_k", "patch_v")  # fields whose second axis are the slots
 SLACK = 16  # positions more than a window, so that as many drafted bytes may be overwritten
 BLOCK = 256  # positions, patches, bytes by which caches grow
 
@@ -49,6 +51,11 @@ class KVCache:
     @property
     def size(self) -> int:
         return self.k.shape[2]
+
+    def taken(self, slot: int, positions: int) -> "KVCache":
+        """A copy of the first indices of a slot, for `DecodeState.put`."""
+        here = slice(None), slice(slot, slot + 1), slice(0, positions)
+        return KVCache(self.k[here].clone(), self.v[here].clone(), self.window)
 
     def reserve(self, positions: int) -> None:
         """Grow to hold `positions`, where there is no window."""
@@ -106,7 +113,29 @@ class DecodeState:
             if isinstance(value, KVCache):
                 yield from (value.k.transpose(0, 1), value.v.transpose(0, 1))
             elif isinstance(value, Tensor):
-                yield value.transpose(0, 1) if name in ("open_k", "open_v", "patch_k", "patch_v") else value
+                yield value.transpose(0, 1) if name in SLOTS_SECOND else value
+
+    def taken(self, slot: int) -> Self:
+        """A copy of one slot with no room to spare: for `put`, not to be read on from."""
+        counts = torch.stack([self.position[slot], self.num_patches[slot], self.open_count[slot]]).tolist()
+        num_read, num_patches, num_open = counts
+
+        def copied(name: str, value: Any) -> Any:
+            if isinstance(value, KVCache):
+                return value.taken(slot, num_patches if name == "patches" else num_read)
+            if name in SLOTS_SECOND:
+                here = value[:, slot : slot + 1]
+                return (here[:, :, :num_open] if name.startswith("open") else here).clone()
+            if isinstance(value, Tensor):
+                return value[slot : slot + 1].clone()
+            return [value[slot]] if value else value
+
+        return replace(self, **{name: copied(name, value) for name, value in vars(self).items()})
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._by_slot())
 
 
 @dataclass

@@ -21,6 +21,7 @@ from bytelatent.serving.page import mount_page
 from bytelatent.serving.request_log import ID_HEADER, RequestLog, note
 from bytelatent.serving.state import ServerState
 
+ROUTERS = (completions.router, chat.router, reading.router, service.router)
 DESCRIPTION = "A byte-level language model with dynamic patches, in OpenAI's shapes. Tokens are bytes."
 
 
@@ -35,8 +36,8 @@ def application(
     """
     app = FastAPI(title="bytelatent", version=state.version, description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.server = state
-    for part in (completions, chat, reading, service):
-        app.include_router(part.router)
+    for router in ROUTERS:
+        app.include_router(router)
     for kind in (HTTPException, UserError, Exception):
         app.add_exception_handler(kind, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_body)
@@ -61,10 +62,10 @@ def _no_such_route(request: Request) -> ApiError:
     """What is wrong with an address that neither a route nor the page has."""
     path = request.url.path
     known: set[str] = set()
-    for route in request.app.routes:
+    for route in [route for router in ROUTERS for route in router.routes]:
         if isinstance(route, APIRoute) and route.path_regex.match(path):
-            known |= route.methods
-    if known:
+            known |= set(route.methods or ())
+    if known and request.method not in known:
         allowed = ", ".join(sorted(known))
         return ApiError(405, f"{path} takes {allowed}, not {request.method}", headers={"Allow": allowed})
     return ApiError(404, f"there is no {path[:200]} here; /openapi.json lists what there is")

@@ -27,7 +27,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         [message.model_dump(include={"role", "content"}) for message in body.messages]
     )
     most = state.limits.max_new_bytes if body.max_new_bytes is None else body.max_new_bytes
-    plan = plan_of(state, body, [ids], most, body.top_logprobs or 0, stops)
+    plan = await plan_of(state, body, [ids], most, body.top_logprobs or 0, stops)
     answer = ChatAnswer(state, body, plan, request)
     async with while_connected(request.receive):
         if body.stream:

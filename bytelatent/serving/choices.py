@@ -56,9 +56,11 @@ class ChoiceText:
         """What has become known by these updates, in order."""
         data, reason = b"", None
         for update in updates:
-            alternatives = update.alternatives or [()] * len(update.ids)
-            each = zip(update.ids, update.log_probabilities, alternatives, update.starts, strict=True)
-            self._known.extend(ByteInfo(id_ - OFFSET, *about) for id_, *about in each)
+            alternatives: Sequence[Alternatives] = update.alternatives or [()] * len(update.ids)
+            for id_, value, others, starts in zip(
+                update.ids, update.log_probabilities, alternatives, update.starts, strict=True
+            ):
+                self._known.append(ByteInfo(id_ - OFFSET, value, others, starts))
             data += update.data
             reason = update.ended or reason
         self.ended = self.ended or reason is not None

@@ -30,7 +30,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     state = server_state(request)
     prompts = [state.backend.ids_of(prompt) for prompt in body.prompts]
     most = min(DEFAULT_NEW_BYTES, state.limits.max_new_bytes) if body.max_tokens is None else body.max_tokens
-    plan = plan_of(state, body, prompts, max(most, 1), body.logprobs or 0)
+    plan = await plan_of(state, body, prompts, max(most, 1), body.logprobs or 0)
     answer = CompletionAnswer(state, body, plan, request)
     async with while_connected(request.receive):
         if body.stream:
@@ -58,8 +58,10 @@ class CompletionAnswer:
             texts[index].append(text)
             bytes_of[index] += infos
             reasons[index] = reason or reasons[index]
-        about = zip(texts, bytes_of, reasons, strict=True)
-        choices = [self._choice(index, "".join(text), *more) for index, (text, *more) in enumerate(about)]
+        choices = [
+            self._choice(index, "".join(text), infos, reason)
+            for index, (text, infos, reason) in enumerate(zip(texts, bytes_of, reasons, strict=True))
+        ]
         return {**self.head, "choices": choices, "usage": self.usage}
 
     async def events(self) -> AsyncIterator[Plain]:

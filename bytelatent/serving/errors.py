@@ -86,7 +86,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, UserError):
         message = str(error)
         param = message.partition(":")[0]
-        return ApiError(400, message, param if param.isidentifier() else None)
+        return ApiError(400, message, param if param.replace(".", "").isidentifier() else None)
     if isinstance(error, HTTPException):
         if error.status_code == 400:
             return ApiError(400, "the body is no JSON text in UTF-8", code="invalid_json")

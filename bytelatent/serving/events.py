@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from bytelatent.errors import in_one_line
 from bytelatent.serving.errors import ClientGone, as_api_error
 from bytelatent.serving.generation import while_connected
 from bytelatent.serving.request_log import record_of
 
+LOGGER = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 SEND_SECONDS = 60.0  # in which a client must take what it is sent
 
@@ -44,20 +47,25 @@ class EventStream(Response):
             except TimeoutError:  # it reads no more
                 raise ClientGone from None
 
-        async with while_connected(receive), aclosing(self.events):  # pyright: ignore[reportArgumentType]
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            try:
-                await send_data(_event(self.first))
-                async for event in self.events:
-                    await send_data(_event(event))
-            except ClientGone:
-                raise
-            except Exception as error:
-                found = as_api_error(error)
-                record = record_of(scope)
-                record.reason = record.reason or found.message
-                await send_data(_event(found.body()))
-            await send_data(DONE, more=False)
+        record = record_of(scope)
+        try:
+            async with while_connected(receive), aclosing(self.events):  # pyright: ignore[reportArgumentType]
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                try:
+                    await send_data(_event(self.first))
+                    async for event in self.events:
+                        await send_data(_event(event))
+                except ClientGone:
+                    raise
+                except Exception as error:
+                    found = as_api_error(error)
+                    record.reason = record.reason or found.message
+                    if found.status_code == 500:
+                        LOGGER.exception(f"{record.id}: {in_one_line(repr(error))}")
+                    await send_data(_event(found.body()))
+                await send_data(DONE, more=False)
+        except ClientGone as gone:
+            record.status, record.reason = gone.status_code, gone.message
 
 
 def _event(value: Any) -> bytes:

@@ -23,6 +23,7 @@ from bytelatent.serving.state import ServerState
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bytelatent.inference.constraint import Constraint
     from bytelatent.serving.scheduler import Ticket, Update
 
 DEFAULT_TEMPERATURE = 1.0  # as of OpenAI's API
@@ -45,7 +46,7 @@ class Plan:
     max_new_bytes: int
     samples: int
     num_alternatives: int = 0
-    constraint: object = None
+    constraint: "Constraint | None" = None
 
     @property
     def prompt_bytes(self) -> int:
@@ -56,7 +57,7 @@ class Plan:
         return len(self.prompts) * self.samples
 
 
-def plan_of(
+async def plan_of(
     state: ServerState,
     body: GenerationBody,
     prompts: Sequence["Tensor"],
@@ -92,7 +93,11 @@ def plan_of(
     )
     if body.bytelatent:
         num_alternatives = num_alternatives or DEFAULT_ALTERNATIVES
-    return Plan(model, list(prompts), sampling, max_new_bytes, body.num_samples, num_alternatives)
+    from bytelatent.serving.response_format import constraint_of
+
+    # It may take a second, in which other requests are answered.
+    constraint = await asyncio.to_thread(constraint_of, body.response_format, body.structured_outputs)
+    return Plan(model, list(prompts), sampling, max_new_bytes, body.num_samples, num_alternatives, constraint)
 
 
 @dataclass

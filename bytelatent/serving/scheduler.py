@@ -12,8 +12,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bytelatent.blt import BLT
@@ -21,6 +22,8 @@ from bytelatent.errors import UserError, in_one_line
 from bytelatent.inference import Continuation, Engine, Sampling
 from bytelatent.inference.constraint import Constraint
 from bytelatent.inference.continuation import Alternatives, Reason
+from bytelatent.inference.prefix_cache import PrefixCache
+from bytelatent.inference.prompts import PromptQueue
 
 LOGGER = logging.getLogger(__name__)
 
@@ -69,8 +72,7 @@ class Job:
     constraint: Constraint | None = None
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What is new of a sample.
 
     Attributes:
@@ -173,10 +175,13 @@ class Scheduler:
     ) -> None:
         self.blt, self.batch_size = blt, batch_size
         self.places = batch_size + max_waiting
-        self._prefill_chunk, self._prefix_cache_bytes = prefill_chunk, prefix_cache_bytes
-        self._engine = self._new_engine()
+        self._prefill_chunk = prefill_chunk
+        self._cache = PrefixCache(prefix_cache_bytes)
+        self._prefill_ids = 0  # that earlier engines have read
+        self._engine, self._prompts = self._new_engine()
         self._condition = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._num_live, self._stops, self._closed = 0, False, False
         self._ticket_of: dict[Continuation, tuple[Ticket, int]] = {}
         self._ends: deque[float] = deque(maxlen=NUM_ENDS)
@@ -241,7 +246,8 @@ class Scheduler:
         with self._condition:
             if self._closed:
                 raise Stopping
-            self._command(run)
+            self._calls.append(run)
+            self._condition.notify_all()
         return future
 
     def drain(self, timeout_s: float) -> bool:
@@ -259,7 +265,7 @@ class Scheduler:
             self._thread.join()
 
     def statistics(self) -> Statistics:
-        engine = self._engine
+        engine, cache = self._engine, self._cache
         return Statistics(
             slots=self.batch_size,
             busy=engine.num_busy,
@@ -270,11 +276,11 @@ class Scheduler:
             ended=dict(self._ended),
             bytes=self._bytes,
             patches=self._patches,
-            prefill_bytes=0,
-            reused_bytes=0,
-            hits=0,
-            lookups=0,
-            cached_bytes=0,
+            prefill_bytes=self._prefill_ids + self._prompts.num_read,
+            reused_bytes=cache.num_reused,
+            hits=cache.hits,
+            lookups=cache.lookups,
+            cached_bytes=cache.num_bytes,
             time_to_first_byte=self._time_to_first_byte.copy(),
             between_bytes=self._between_bytes.copy(),
         )
@@ -295,10 +301,13 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._commands or self._closed or not self._engine.is_idle)
+                self._condition.wait_for(
+                    lambda: self._commands or self._calls or self._closed or not self._engine.is_idle
+                )
                 commands, self._commands = self._commands, deque()
                 closed = self._closed
-            for command in commands:
+                calls = [self._calls.popleft() for _ in range(len(self._calls) if closed else min(len(self._calls), 1))]
+            for command in (*commands, *calls):  # a single call, since it may take long
                 command()
             if closed:
                 for ticket in {id(ticket): ticket for ticket, _ in self._ticket_of.values()}.values():
@@ -307,8 +316,17 @@ class Scheduler:
             if not self._engine.is_idle:
                 self._advance()
 
-    def _new_engine(self) -> Engine:
-        return self.blt.engine(self.batch_size)
+    def _new_engine(self) -> tuple[Engine, PromptQueue]:
+        engine = self.blt.engine(self.batch_size, varies=True)
+        return engine, engine.serve(self._prefill_chunk, self._cache if self._cache.max_bytes else None)
+
+    def _replace_engine(self, waiting: list[list[Continuation]]) -> None:
+        """Go on with a new engine after an error that nobody knows the extent of."""
+        self._cache.clear()
+        self._prefill_ids += self._prompts.num_read
+        self._engine, self._prompts = self._new_engine()
+        for samples in waiting:
+            self._engine.enqueue(samples)
 
     def _enqueue(self, ticket: Ticket) -> None:
         for number, which in enumerate(ticket.samples):
@@ -324,12 +342,14 @@ class Scheduler:
     def _advance(self) -> None:
         try:
             longer = self._engine.advance()
+            if self._engine.is_broken:
+                self._replace_engine(self._engine.waiting)
         except Exception as error:
             LOGGER.exception("decoding failed")
             longer = list(self._ticket_of)
             for which in longer:
-                which.fail(error)
-            self._engine = self._new_engine()
+                which.fail(error.with_traceback(None))
+            self._replace_engine([])
         self._deliver(longer)
 
     def _deliver(self, changed: list[Continuation]) -> None:
@@ -337,16 +357,17 @@ class Scheduler:
         now = time.monotonic()
         updates: dict[int, tuple[Ticket, list[Update]]] = {}
         for which in changed:
-            if which not in self._ticket_of:
+            if (found := self._ticket_of.get(which)) is None:
                 continue
-            ticket, sample = self._ticket_of[which]
+            ticket, sample = found
             update = self._update(which, sample)
             if update.data:
                 self._measure(ticket, update, now)
+            elif update.ended is None:
+                continue
             if update.ended is not None:
                 self._end(which, update.ended, now)
-            if update.data or update.ended is not None:
-                updates.setdefault(id(ticket), (ticket, []))[1].append(update)
+            updates.setdefault(id(ticket), (ticket, []))[1].append(update)
         for ticket, new in updates.values():
             try:
                 ticket.on_update(new)
@@ -365,7 +386,7 @@ class Scheduler:
     def _update(self, which: Continuation, sample: int) -> Update:
         begin, data = which.num_given, which.new_bytes()
         new = slice(begin, begin + len(data))
-        failure = "" if which.failure is None else in_one_line(which.failure)
+        failure = "" if which.failure is None else _in_words(which.failure)
         lists = which.ids[new], which.log_probabilities[new], which.alternatives[new], which.starts[new]
         return Update(sample, data, *lists, which.ended, failure)
 
@@ -386,3 +407,12 @@ class Scheduler:
         with self._condition:
             self._num_live -= 1
             self._condition.notify_all()
+
+
+def _in_words(failure: Exception) -> str:
+    """A failure in a line for who asked; the log has the rest."""
+    if isinstance(failure, UserError):
+        return str(failure)
+    if isinstance(failure, torch.OutOfMemoryError):
+        return "there is not enough memory for this request; ask for less, or try again later"
+    return f"the server failed on this request ({type(failure).__name__}); its log says why"

@@ -177,6 +177,7 @@ class Server(uvicorn.Server):
     def _hear(self) -> None:
         """A first signal begins the drain; a second one ends it."""
         if self.state.is_draining:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of each request that is cancelled
             self._quits = self.should_exit = self.force_exit = True
             return
         self.state.is_draining = True

@@ -74,6 +74,7 @@ class GenerationBody(Body):
     valid_utf8: bool | None = None
     bytelatent: bool | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     presence_penalty: Any = only(None, 0, way_out="leave it out, or set repetition_penalty")
     frequency_penalty: Any = only(None, 0, way_out="leave it out, or set repetition_penalty")

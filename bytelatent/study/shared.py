@@ -212,7 +212,7 @@ class Shared:
         self, data: DataSettings, patcher: Patcher | None, vocabulary: Vocabulary = BYTES
     ) -> MeasuredText:
         """Read a sample of the text in batches as training does, and count."""
-        num_bytes = num_units = num_targets = num_batches = 0
+        num_bytes = num_units = num_ids = num_batches = 0
         positions = 0.0
         with Loader(self._of_sample(data), 0, patcher, vocabulary=vocabulary) as loader:
             while num_bytes < self.text.sample_bytes or num_batches < FEWEST_BATCHES:
@@ -221,13 +221,13 @@ class Shared:
                 positions += float(batch.stream.position.numpy()[own].sum(dtype=np.float64))
                 num_bytes += batch.num_bytes
                 num_units += batch.num_patches
-                num_targets += batch.num_targets
+                num_ids += batch.num_ids
                 num_batches += 1
-        context_ids = 2 * positions / num_targets + 1  # whose mean position is the same
+        context_ids = 2 * positions / num_ids + 1  # whose mean position is the same
         return MeasuredText(
             unit_bytes=max(num_bytes / num_units, 1.0) if num_units else 1.0,
             batch_bytes=num_bytes / num_batches,
-            context_bytes=max(context_ids * num_bytes / num_targets, 1.0),
+            context_bytes=max(context_ids * num_bytes / num_ids, 1.0),
             text_bytes=num_bytes,
         )
 

@@ -33,7 +33,7 @@ DEFAULT = r"""{#- A message is \x01 role \x02 content \x03. Content loses these 
 {%- for message in messages -%}
 {%- set role = "system" if message.role == "developer" else message.role -%}
 {%- if role not in ["system", "user", "assistant"] -%}
-{{- raise_exception("the role '" ~ role ~ "' is none of system, user and assistant") -}}
+{{- raise_exception("the role '" ~ role ~ "' is not one of system, user and assistant") -}}
 {%- endif -%}
 {%- set content = message.content -%}
 {%- if content is not string -%}{%- set content = content | map(attribute="text") | join -%}{%- endif -%}
@@ -53,7 +53,7 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class ChatPart:
     """A stretch of a conversation: text, or one special id in its place; and whether the assistant writes it."""
 
     text: bytes
@@ -70,7 +70,7 @@ class Rendered:
         ends_by_itself: the template marks the end of an answer, by a text or EOS.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[ChatPart, ...]
     ends_by_itself: bool = True
 
     @property
@@ -92,7 +92,7 @@ class Rendered:
         for number, part in enumerate(self.parts):
             if part.special is None:
                 found.append(vocabulary.encode(part.text, bos=False, eos=False))
-            elif part.special == "eos" or number:  # the first id is BOS whether or not the template says so
+            elif part.special == "eos" or number:  # the first id is BOS with any template
                 found.append(np.array([specials[part.special]]))
             else:
                 continue
@@ -140,7 +140,7 @@ class ChatTemplate:
             setting: names the path, for errors.
 
         Raises:
-            UserError: there is none, or it is not Jinja.
+            UserError: it does not exist, or is not Jinja.
         """
         path = Path(path)
         if path.is_dir():
@@ -214,14 +214,16 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         mask: bool = True,
+        num_given: int = 0,
         **variables: Any,
     ) -> Rendered:
-        """A conversation in parts, those of the assistant told from the others.
+        """A conversation in parts, those of the assistant marked.
 
         Args:
             messages, add_generation_prompt, variables: as in `render`.
-            continue_final_message: end within the last message, for the model to go on with it.
+            continue_final_message: end within the last message, for the model to continue it.
             mask: find the assistant's parts where the template does not mark them.
+            num_given: messages at the beginning that are no one's answers, such as those of a prompt.
 
         Raises:
             BadMessages: as `render`; or the template does not say what the assistant's parts are, and it cannot be
@@ -232,7 +234,9 @@ class ChatTemplate:
             given[-1] = {**given[-1], "content": text_of(given[-1]["content"]) + CUT}
         text = self._rendered(given, add_generation_prompt, variables).partition(CUT)[0]
         if mask and not GENERATION.search(self.source):
-            text = self._marked(text, given, variables)
+            text = self._marked(text, given, num_given, variables)
+        elif mask and num_given:
+            text = self._without_marks(text, given, num_given)
         return Rendered(_parts(text), bool(self.stops) or EOS_MARK in self._after_answer)
 
     @cached_property
@@ -244,10 +248,19 @@ class ChatTemplate:
         except BadMessages:
             return ""
 
-    def _marked(self, text: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+    def _without_marks(self, text: str, messages: list[dict[str, Any]], num_given: int) -> str:
+        """The text without the marks of answers among the given messages."""
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        before, *marked = text.split(BEGIN)
+        if len(marked) != len(answers):
+            raise BadMessages(f"chat_template: '{self.name}' should have one {{% generation %}} for each answer")
+        pairs = zip(answers, marked, strict=True)
+        return before + "".join(part.replace(END, "") if n < num_given else BEGIN + part for n, part in pairs)
+
+    def _marked(self, text: str, messages: list[dict[str, Any]], num_given: int, variables: dict[str, Any]) -> str:
         """The text with the assistant's parts between marks: what each answer adds to the prompt for it."""
         found, at = "", 0
-        for number, message in enumerate(messages):
+        for number, message in enumerate(messages[num_given:], start=num_given):
             if message["role"] == "assistant":
                 begin = self._rendered(messages[:number], True, variables)
                 end = self._rendered(messages[: number + 1], False, variables)
@@ -295,7 +308,7 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
         _check_content(message.get("content"), f"{where} ({message['role'][:20]})")
         found.append(_without_surrogates({name: value for name, value in message.items() if value is not None}))
     if not found:
-        raise BadMessages(f"messages: there is none; {SHAPE}")
+        raise BadMessages(f"messages: it is empty; {SHAPE}")
     return found
 
 
@@ -323,16 +336,16 @@ def _without_surrogates(value: Any) -> Any:
     return [_without_surrogates(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _parts(text: str) -> tuple[Part, ...]:
+def _parts(text: str) -> tuple[ChatPart, ...]:
     specials: dict[str, Special] = {BOS_MARK: "bos", EOS_MARK: "eos"}
     found, inside = [], False
     for piece in MARKS.split(text):
         if piece in (BEGIN, END):
             inside = piece == BEGIN
         elif piece in specials:
-            found.append(Part(b"", specials[piece], inside))
+            found.append(ChatPart(b"", specials[piece], inside))
         elif piece and piece != CUT:
-            found.append(Part(to_bytes(piece), None, inside))
+            found.append(ChatPart(to_bytes(piece), None, inside))
     return tuple(found)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
+from bytelatent.text.chat import BadMessages
+from bytelatent.text.conversations import COMPLETION, MESSAGES, PROMPT, ChatOptions, Conversation, conversation_of
 from bytelatent.vocab import to_bytes
 
 LOGGER = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Document:
     entropies: np.ndarray | None = None  # float32 [bytes + 1]
     starts: np.ndarray | None = None  # bool [bytes + 1], whether the id that follows starts a patch
     field: "str | NotPlain | None" = None  # valid UTF-8
+    chat: Conversation | None = None  # what the text was written from
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,14 @@ class ReadOptions:
         stored: read entropies and starts beside the text; otherwise nothing in them can be wrong.
         max_row_bytes: a longer row, in bytes of its line or its text, is bad.
         field_key: the key (`meta.source` in an object within) or column whose value a document keeps as its `field`.
+        chat: rows are conversations, read so; None for texts.
     """
 
     text_key: str = "text"
     stored: bool = True
     max_row_bytes: int = MAX_ROW_BYTES
     field_key: str | None = None
+    chat: ChatOptions | None = None
 
     @property
     def too_long(self) -> str:
@@ -243,14 +248,38 @@ def from_value(value: Any, options: ReadOptions) -> Document:
     key = options.text_key
     if not isinstance(value, dict):
         raise NoDocument(f"is not a JSON object with the key '{key}'")
+    if options.chat is not None:
+        return chat_document(value, options)
     if key not in value:
-        raise NoDocument(f"has no text under '{key}'; its keys: {some(value)}")
+        raise NoDocument(f"has no text under '{key}'; its keys: {some(value)}{_hint(value)}")
     text = value[key]
     if not isinstance(text, str):
         raise NoDocument(f"has no text under '{key}' but {JSON_NAMES.get(type(text), 'an object')}")
     entropies = _floats(value.get("entropies")) if options.stored else None
     field = None if options.field_key is None else field_of(value, options.field_key)
     return checked(Document(to_bytes(text), _plain(value.get("id")), entropies, field=field))
+
+
+def chat_document(row: dict[str, Any], options: ReadOptions) -> Document:
+    """The document of a row that holds a conversation.
+
+    Raises:
+        NoDocument: it holds none.
+    """
+    assert options.chat is not None
+    try:
+        found = conversation_of(row, options.text_key, options.chat)
+    except BadMessages as error:
+        raise NoDocument(f"holds no conversation to train on: {error}") from None
+    if found is None:
+        keys = f"'{MESSAGES}', nor '{PROMPT}' and '{COMPLETION}'"
+        raise NoDocument(f"has no {keys}; its keys: {some(row)}; it is no conversation (format: chat)")
+    field = None if options.field_key is None else field_of(row, options.field_key)
+    return Document(found.rendered.text, _plain(row.get("id")), field=field, chat=found)
+
+
+def _hint(row: Iterable[str]) -> str:
+    return "; it is a conversation: set format: chat of the source" if {MESSAGES, COMPLETION} & set(row) else ""
 
 
 def _within(value: dict[str, Any], key: str) -> Any:

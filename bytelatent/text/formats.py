@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bytelatent.text.conversations import ChatOptions
 from bytelatent.text.documents import MAX_ROW_BYTES, BadRow, BadRows, Document, ReadOptions, json_value
 from bytelatent.text.readers import BlockReader, JsonlReader, JsonReader, PlainTextReader
 from bytelatent.text.stored import Stored
@@ -191,11 +192,12 @@ def read_documents(
     max_row_bytes: int = MAX_ROW_BYTES,
     on_block: Callable[[float | None], None] = lambda fraction: None,
     field_key: str | None = None,
+    chat: ChatOptions | None = None,
 ) -> Iterator[tuple[int, Document]]:
     """The documents of a file with their rows, without empty ones.
 
     Args:
-        text_key, stored, max_row_bytes, field_key: see `ReadOptions`.
+        text_key, stored, max_row_bytes, field_key, chat: see `ReadOptions`.
         check: is called with what the file says of stored entropies or starts, and raises where they are not wanted.
         bad_rows: receives each bad row, and a file that cannot be read; None to raise the first.
         on_block: is called before the documents of each block with the fraction of the file that is then read, None
@@ -205,7 +207,7 @@ def read_documents(
         UserError: the file cannot be read or a row holds no text; the file and row are named.
     """
     is_read, first = False, None
-    options = ReadOptions(text_key, stored, max_row_bytes, field_key)
+    options = ReadOptions(text_key, stored and chat is None, max_row_bytes, field_key, chat)
     for row, found in _rows_of(file, options, check, on_block, bad_rows):
         if not isinstance(found, BadRow):
             is_read = True

@@ -96,6 +96,8 @@ class PlainTextReader(BlockReader):
     def read(self, index: int) -> DocumentBlock | None:
         if index > 0:
             return None
+        if self.options.chat is not None:
+            raise BadRow(self.file, "is plain text, which holds no conversations (format: chat); write them as JSONL")
         block = DocumentBlock()
         for row, found in enumerate(self.rows()):
             block.add(row, found if isinstance(found, BadRow) else Document(found[self.options.text_key]))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from bytelatent.text.conversations import COMPLETION, MESSAGES, PROMPT, TEXT_KEY
 from bytelatent.text.documents import (
     ONE_EACH,
     BadRow,
@@ -17,6 +18,7 @@ from bytelatent.text.documents import (
     NoDocument,
     ReadOptions,
     RowTooLong,
+    chat_document,
     checked,
     field_of,
     id_of,
@@ -43,8 +45,11 @@ class TableFile:
 
     title: ClassVar[str]
 
-    def __init__(self, file: str, text_key: str, block_rows: int):
+    def __init__(self, file: str, text_key: str | None, block_rows: int):
         """
+        Args:
+            text_key: the column that should hold text; None where any columns will do.
+
         Raises:
             BadRow: the file is not whole, has no such column, or two, or one that does not hold text.
         """
@@ -53,7 +58,8 @@ class TableFile:
         self.columns: list[str] | None = None
         with readable(file, self.title):
             self.schema, group_rows = self.open()
-            _check_text(self.schema, file, text_key)
+            if text_key is not None:
+                _check_text(self.schema, file, text_key)
             self.first_rows: list[int] = []
             self._groups: list[int] = []  # the group of each block
             first = 0
@@ -182,11 +188,18 @@ class TableReader(BlockReader):
 
     def _open(self) -> TableFile:
         if self._table is None:
-            table = self.table(self.file, self.options.text_key, BLOCK_ROWS)
+            is_chat, key = self.options.chat is not None, self.options.text_key
+            table = self.table(self.file, None if is_chat else key, BLOCK_ROWS)
             names = table.schema.names
             field = self.options.field_key
             others = ("id", field if field is None or field in names else field.partition(".")[0])
-            wanted = [self.options.text_key, *(name for name in others if names.count(name) == 1)]
+            if is_chat:
+                of_chat = dict.fromkeys((key if key != TEXT_KEY else MESSAGES, PROMPT, COMPLETION))
+                if not of_chat.keys() & set(names):
+                    columns = f"{' or '.join(map(repr, of_chat))}; its columns: {some(names)}"
+                    raise BadRow(self.file, f"holds no conversations (format: chat): it has no column {columns}")
+                others = (*others, *of_chat)
+            wanted = [*([] if is_chat else [key]), *(name for name in others if names.count(name) == 1)]
             if self.options.stored:
                 self._stored = stored_in(table.schema.metadata, self.file)
                 wanted += _stored_columns(table.schema, self._stored, self.file)
@@ -196,6 +209,9 @@ class TableReader(BlockReader):
 
     def _documents(self, table: Any, first: int) -> Iterator[Document | BadRow]:
         """The documents of an Arrow table whose first row has this number."""
+        if self.options.chat is not None:
+            yield from self._conversations(table, first)
+            return
         key = self.options.text_key
         texts = bytes_of(table.column(key))
         none, names = [None] * len(texts), table.column_names
@@ -215,6 +231,16 @@ class TableReader(BlockReader):
                 yield BadRow(self.file, str(error), f"row {row}")
             except ValueError as error:
                 yield BadRow(self.file, f"has {error}; {ONE_EACH}", f"row {row}")
+
+    def _conversations(self, table: Any, first: int) -> Iterator[Document | BadRow]:
+        columns = [plain_values(table[at]) for at in range(table.num_columns)]
+        for row, values in enumerate(zip(*columns, strict=True), start=first):
+            try:
+                found = chat_document(dict(zip(table.column_names, values, strict=True)), self.options)
+                is_long = len(found.text) > self.options.max_row_bytes
+                yield RowTooLong(self.file, self.options.too_long, f"row {row}") if is_long else found
+            except NoDocument as error:
+                yield BadRow(self.file, str(error), f"row {row}")
 
     def _whole_rows(self, table: Any, first: int) -> Iterator[dict[str, Any] | BadRow]:
         key, names = self.options.text_key, table.column_names

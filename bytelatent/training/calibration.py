@@ -27,6 +27,7 @@ from bytelatent.model import ByteLM
 from bytelatent.patching import Calibration, PatchSettings, calibrate, mean_patch_bytes
 from bytelatent.progress import Progress
 from bytelatent.text import MAX_ROW_BYTES, BadRows, Stored, find_files, must_have_read, read_documents
+from bytelatent.text.chat import DEFAULT_TEMPLATE, ChatTemplate
 from bytelatent.training.settings import CalibrationSettings
 from bytelatent.weights import fingerprint
 
@@ -43,6 +44,7 @@ def calibrate_on(
     device: torch.device,
     dtype: torch.dtype,
     limit: float | None = None,
+    chat_template: ChatTemplate = DEFAULT_TEMPLATE,
 ) -> Calibration:
     """The threshold for a mean patch size on a sample of the training text, checked on the validation text.
 
@@ -52,14 +54,14 @@ def calibrate_on(
         patching: of mode entropy; its threshold does not matter.
         device, dtype: of the byte LM.
         limit: seconds after which the rest of a sample is left out, of the training text and of the validation text.
+        chat_template: writes conversations.
     """
 
     def sampled(sources: list[SourceSettings], what: str) -> Sample:
         rows = BadRows(data.max_bad_rows, "data.max_bad_rows"), data.max_row_bytes
+        how = {"what": what, "limit": limit, "chat_template": chat_template}
         text_bytes = settings.text_bytes
-        return sample_entropies(
-            byte_lm, sources, data.context, patching, text_bytes, device, dtype, *rows, what=what, limit=limit
-        )
+        return sample_entropies(byte_lm, sources, data.context, patching, text_bytes, device, dtype, *rows, **how)
 
     sample = sampled(data.train, "calibrating")
     found = calibrate(sample.ids, sample.entropies, sample.position, settings.patch_bytes, patching)
@@ -101,6 +103,7 @@ def sample_entropies(
     max_row_bytes: int = MAX_ROW_BYTES,
     what: str = "calibrating",
     limit: float | None = None,
+    chat_template: ChatTemplate = DEFAULT_TEMPLATE,
 ) -> Sample:
     """Entropies of about `text_bytes` of text: those stored with it, else the byte LM's.
 
@@ -108,6 +111,7 @@ def sample_entropies(
         device, dtype: of the byte LM.
         what: in front of the progress bar.
         limit: seconds after which the rest of the text is left out.
+        chat_template: writes conversations.
 
     Raises:
         UserError: there is no text, or there are neither stored entropies nor a byte LM.
@@ -125,7 +129,7 @@ def sample_entropies(
 
     pieces: list[Piece] = []
     with Progress(what, limit=limit) as progress:
-        chosen = sample_pieces(sources, text_bytes, context, seen, bad_rows, max_row_bytes)
+        chosen = sample_pieces(sources, text_bytes, context, seen, bad_rows, max_row_bytes, chat_template)
         progress.total = sum(map(len, chosen))
         for group in progress.within(groups_of(chosen, SAMPLE_GROUP)):
             pieces.extend(patcher(group))
@@ -147,6 +151,7 @@ def sample_pieces(
     check: Callable[[Stored, str], None] = lambda stored, file: None,
     bad_rows: BadRows | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
+    chat_template: ChatTemplate = DEFAULT_TEMPLATE,
 ) -> list[Piece]:
     """About `text_bytes` of text from all over the sources, by weight: the same pieces each time."""
     random = np.random.default_rng(0)
@@ -156,7 +161,8 @@ def sample_pieces(
         wanted = text_bytes * source.weight / total
         read, pieces = 0, []
         files = map(str, random.permutation(find_files(source.path)))
-        found = (read_documents(f, source.text_key, check, bad_rows, max_row_bytes=max_row_bytes) for f in files)
+        how = {"max_row_bytes": max_row_bytes, "chat": source.chat(chat_template)}
+        found = (read_documents(f, source.text_key, check, bad_rows, **how) for f in files)
         for _, document in chain.from_iterable(found):
             pieces.extend(split_document(replace(document, starts=None), context))
             read += len(document.text)

@@ -15,6 +15,7 @@ from bytelatent.device import free_memory
 from bytelatent.errors import UserError
 from bytelatent.hub import Unreachable
 from bytelatent.text import find_files
+from bytelatent.text.chat import DEFAULT_TEMPLATE, ChatTemplate
 from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
 from bytelatent.text.tokenizer import Tokenizer
@@ -157,7 +158,10 @@ def check_text(data: DataSettings) -> None:
         UserError: it names the setting.
     """
     check_sources(data)
-    if data.valid and next(held_out_batches(data), None) is None:
+    template = DEFAULT_TEMPLATE
+    if data.chat_template is not None and Path(data.chat_template).exists():  # else the run may have a copy
+        template = ChatTemplate.read(data.chat_template, "data.chat_template")
+    if data.valid and next(held_out_batches(data, chat_template=template), None) is None:
         raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
 
 
@@ -170,11 +174,11 @@ def hints_about_batches(data: DataSettings, first: Batch) -> list[str]:
             f"data.batch_bytes={data.batch_bytes}{ids} is less than data.context={data.context}: no piece of a "
             f"document is longer than {data.batch_ids} ids"
         )
-    if data.patch_slots is not None and 2 * first.num_targets < data.batch_ids:
-        fills = data.patch_slots * data.batch_bytes // first.num_targets
+    if data.patch_slots is not None and 2 * first.num_ids < data.batch_ids:
+        fills = data.patch_slots * data.batch_bytes // first.num_ids
         lines.append(
             f"data.batch_patches={data.patch_slots} is full before data.batch_bytes={data.batch_bytes} is: the first "
-            f"batch holds {first.num_targets} ids; about data.batch_patches={fills} fills it"
+            f"batch holds {first.num_ids} ids; about data.batch_patches={fills} fills it"
         )
     return lines
 

@@ -15,10 +15,9 @@ from torch import nn
 
 from bytelatent.config import laid_over, load_yaml
 from bytelatent.errors import UserError
-from bytelatent.files import json_if_any, whole_file
+from bytelatent.files import json_if_any
 from bytelatent.model import BLTSettings, TokenLMSettings, settings_class
 from bytelatent.run_folder import checkpoints_of
-from bytelatent.text.chat import CHAT_TEMPLATE
 from bytelatent.text.tokenizer import content_digest
 from bytelatent.training.distributed.parallelize import copy_local_part
 from bytelatent.training.distributed.ranks import Ranks
@@ -118,7 +117,7 @@ def open_initial(settings: Any) -> StoredModel:
     """The model that `init` names, which the settings of a training must fit; its weights stay on the disk.
 
     Raises:
-        UserError: there is none, or a setting differs from the model's own.
+        UserError: it does not exist, or a setting differs from the model's own.
     """
     stored = _open(settings.init)
     known = settings_of(stored, settings.init)
@@ -140,7 +139,7 @@ def open_initial(settings: Any) -> StoredModel:
     return stored
 
 
-def place_of(stored: StoredModel) -> tuple[str, str]:
+def identity_of(stored: StoredModel) -> tuple[str, str]:
     """What tells one state of a source from another: the checkpoint of a run, or the commit of a repository."""
     return stored.source, "" if stored.folder is None else stored.folder.name
 
@@ -154,7 +153,7 @@ def load_initial(model: nn.Module, source: str, place: tuple[str, str], ranks: R
 
     def load() -> None:
         stored = _open(source)
-        if place_of(stored) != place:
+        if identity_of(stored) != place:
             raise UserError(f"init: '{source}' changes as it is read; name a folder that stays, as blt export writes")
         for name, weight in model.named_parameters():
             copy_local_part(weight.detach(), stored.tensors[name].load())
@@ -163,10 +162,7 @@ def load_initial(model: nn.Module, source: str, place: tuple[str, str], ranks: R
 
 
 def keep_side_files(stored: StoredModel, run: Path) -> None:
-    """Copy the chat template, and the licences and notices that must accompany the weights, into a run's folder."""
-    if stored.chat_template is not None:
-        with whole_file(run / CHAT_TEMPLATE) as aside:
-            aside.write_text(stored.chat_template.source, encoding="utf-8")
+    """Copy the licences and notices that must accompany the weights into a run's folder."""
     for file in legal_files(stored.folder) if stored.folder is not None else ():
         shutil.copyfile(file, run / file.name)
 

@@ -25,16 +25,17 @@ from bytelatent.log import log_file
 from bytelatent.model import ByteLM, LanguageModelSettings, ModelSettings
 from bytelatent.run_folder import checkpoints_of
 from bytelatent.text import FileState, find_files
+from bytelatent.text.chat import CHAT_TEMPLATE, DEFAULT_TEMPLATE, ChatTemplate
 from bytelatent.text.documents import forget_logged, logged_lines, mark_logged
 from bytelatent.text.tokenizer import TOKENIZER, Tokenizer, content_digest
 from bytelatent.training.calibration import calibrate_on, read_calibration, write_calibration
 from bytelatent.training.checkpoint.manager import check_takes_checkpoints
 from bytelatent.training.checks import check_text
 from bytelatent.training.distributed.ranks import Ranks
-from bytelatent.training.initial import earlier_origin, keep_side_files, open_initial, origin_of, place_of
+from bytelatent.training.initial import earlier_origin, identity_of, keep_side_files, open_initial, origin_of
 from bytelatent.training.settings import TrainSettings
 from bytelatent.vocab import BYTES, Vocabulary
-from bytelatent.weights import BYTE_LM, Config, Origin, fingerprint, load_byte_lm, save
+from bytelatent.weights import BYTE_LM, Config, Origin, StoredModel, fingerprint, load_byte_lm, save
 
 LOGGER = logging.getLogger(__name__)
 
@@ -44,7 +45,13 @@ MAY_CHANGE = {
     *("log_every", "device", "compile", "cuda_graph", "determinism", "entropy_model"),
     *("track", "wandb", "profile", "statistics_every"),
 }
-DATA_MAY_CHANGE = {"workers", "max_bad_rows", "allow_changed", "tokenizer"}  # not another tokenizer: its path
+DATA_MAY_CHANGE = {
+    "workers",
+    "max_bad_rows",
+    "allow_changed",
+    "tokenizer",
+    "chat_template",
+}  # of files: their paths
 OPTIMIZER_MAY_CHANGE = {
     "accumulation",  # with the number of processes, so that a step stays as large
     *("schedule", "decay_share", "decay_steps", "decay_minutes"),  # the rate continues from where it is
@@ -70,7 +77,8 @@ class Run:
         vocabulary: of the model's ids.
         changes: a line about each setting that differs from those the run had before, and about its text.
         text: the files of its text as they are now.
-        initial: of a run that begins from a model, which state of it: see `place_of`.
+        initial: of a run that begins from a model, which state of it: see `identity_of`.
+        chat_template: writes its conversations.
     """
 
     settings: TrainSettings
@@ -80,6 +88,7 @@ class Run:
     changes: list[str]
     text: Listing
     initial: tuple[str, str] | None
+    chat_template: ChatTemplate
 
 
 def lock_folder(folder: Path, data: DataSettings, resources: ExitStack) -> None:
@@ -110,7 +119,8 @@ def open_run(folder: Path, settings: TrainSettings, ranks: Ranks, device: torch.
     vocabulary = BYTES
     if settings.data.tokenizer is not None:
         vocabulary = Tokenizer.read(folder / TOKENIZER)
-    return Run(settings, config, patcher, vocabulary, changes, text, initial)
+    chat_template = ChatTemplate.find(folder) or DEFAULT_TEMPLATE
+    return Run(settings, config, patcher, vocabulary, changes, text, initial, chat_template)
 
 
 def write_settings(folder: Path, run: Run) -> None:
@@ -143,6 +153,7 @@ def _prepare(
     digest = None
     if settings.data.tokenizer is not None:
         digest = _keep_tokenizer(folder, settings.data.tokenizer, settings.model, resumes=earlier is not None)
+    chat_template = _keep_chat_template(folder, settings.data, initial, resumes=earlier is not None)
     calibration = read_calibration(folder) if earlier is not None else None
     if initial is not None and settings.calibration is None and initial.config.calibration is not None:
         calibration = initial.config.calibration
@@ -151,9 +162,8 @@ def _prepare(
         if calibration is None:
             LOGGER.info(f"calibrating for patches of {settings.calibration.patch_bytes:g} bytes")
             limit = None if settings.minutes is None else CALIBRATION_SHARE / 2 * 60 * settings.minutes
-            calibration = calibrate_on(
-                byte_lm, settings.data, settings.calibration, settings.patching, device, dtype, limit
-            )
+            how = settings.calibration, settings.patching, device, dtype, limit, chat_template or DEFAULT_TEMPLATE
+            calibration = calibrate_on(byte_lm, settings.data, *how)
             write_calibration(folder, calibration)
         patching = settings.patching.model_copy(update={"threshold": calibration.threshold})
         settings = settings.model_copy(update={"patching": patching})
@@ -165,7 +175,7 @@ def _prepare(
         tokenizer=digest,
         origin=origin,
     )
-    return settings, config, changes, text, None if initial is None else place_of(initial)
+    return settings, config, changes, text, None if initial is None else identity_of(initial)
 
 
 def _own_byte_lm(folder: Path, entropy_model: str, context: int, resumes: bool) -> ByteLM:
@@ -177,6 +187,38 @@ def _own_byte_lm(folder: Path, entropy_model: str, context: int, resumes: bool) 
     with whole_folder(copy) as aside:
         save(aside, byte_lm, Config(model=byte_lm.settings, context=context))
     return byte_lm
+
+
+def _keep_chat_template(
+    folder: Path, data: DataSettings, initial: StoredModel | None, resumes: bool
+) -> ChatTemplate | None:
+    """Copy the chat template into the run's folder, from where its models have it; when it resumes it is the same.
+
+    Args:
+        initial: the model that the run begins from, whose template it takes unless another is given.
+
+    Returns:
+        The run's template; None where it neither has conversations nor was given one.
+    """
+    copy, path = folder / CHAT_TEMPLATE, data.chat_template
+    kept = ChatTemplate.read(copy) if resumes and copy.is_file() else None
+    given = kept
+    if path is not None and (kept is None or Path(path).exists()):
+        given = ChatTemplate.read(path, "data.chat_template")
+    if kept is not None:
+        if given != kept:
+            raise UserError(
+                f"data.chat_template: '{path}' is not the one that '{folder}' was begun with; name '{copy}'"
+            )
+        return kept
+    found = given or (initial.chat_template if initial is not None else None)
+    found = found or (DEFAULT_TEMPLATE if data.has_chats else None)
+    if found is None:
+        copy.unlink(missing_ok=True)  # of a start that came to nothing
+        return None
+    with whole_file(copy) as aside:
+        aside.write_text(found.source, encoding="utf-8")
+    return found
 
 
 def _keep_tokenizer(folder: Path, path: str, model: ModelSettings, resumes: bool) -> str:

@@ -125,7 +125,7 @@ class Trainer:
                 return cross_entropy(model, batch)
 
         share = plan.data_rank, plan.data_world_size
-        loader = Loader(settings.data, settings.seed, run.patcher, *share, run.vocabulary)
+        loader = Loader(settings.data, settings.seed, run.patcher, *share, run.vocabulary, run.chat_template)
         loader = PrefetchLoader(loader, device) if prefetches(device) else loader
         state = TrainState(model, build_optimizer(model, settings.optimizer), loader)
         gradients = Gradients(loss, device)
@@ -199,8 +199,10 @@ class Trainer:
             group["lr"] = rate * group["lr_scale"]
         batches = [self._next_batch() for _ in range(settings.optimizer.accumulation)]
         state.waited += time.perf_counter() - began
-        counts = zip(*((batch.num_targets, batch.num_bytes, batch.num_patches) for batch in batches), strict=True)
-        num_targets, num_bytes, num_patches = map(int, plan.sum([sum(count) for count in counts]))
+        counts = [(b.num_targets, b.target_bytes, b.num_bytes, b.num_patches) for b in batches]
+        sums = plan.sum([sum(count) for count in zip(*counts, strict=True)])
+        num_targets, target_bytes, num_bytes, num_patches = map(int, sums)
+        num_targets = max(num_targets, 1)  # in conversations there may be a batch in which nothing counts
         parts = []
         for number, batch in enumerate(batches, start=1):
             plan.set_last_backward(state.model, number == len(batches))
@@ -226,7 +228,7 @@ class Trainer:
         row = {
             "step": state.step,
             "bytes_seen": state.bytes_seen,
-            "bits_per_byte": bits_per_byte(nats, num_bytes) if math.isfinite(nats) else None,
+            "bits_per_byte": bits_per_byte(nats, target_bytes) if math.isfinite(nats) else None,
             "lr": rate,
             "gradient_norm": norm if math.isfinite(norm) else None,
             "mean_patch_bytes": num_bytes / num_patches if num_patches else None,
@@ -264,7 +266,8 @@ class Trainer:
     def evaluate(self, limit: float | None = None) -> dict[str, Any]:
         """Bits per byte on the validation text; after `limit` seconds the rest of it is left out."""
         state, opened, max_bytes = self.state, self.opened, self.settings.validation.max_bytes
-        batches = held_out_batches(self.settings.data, opened.patcher, max_bytes, opened.vocabulary)
+        how = opened.patcher, max_bytes, opened.vocabulary, opened.chat_template
+        batches = held_out_batches(self.settings.data, *how)
         nats, num_bytes = held_out_loss(state.model, self.loss, batches, self.plan, self.device, max_bytes, limit)
         return {
             "step": state.step,

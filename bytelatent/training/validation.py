@@ -43,7 +43,7 @@ def held_out_loss(
             found = float(loss((own or group[0]).to(device)))
             if own is not None:
                 nats += found
-                num_bytes += own.num_bytes
+                num_bytes += own.target_bytes
             progress.advance(sum(batch.num_bytes for batch in group))
     model.train()
     free_gathered_weights(model)

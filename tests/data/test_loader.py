@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bytelatent.data import Batch, DataSettings, Loader, Patcher, Piece, SourceSettings, batches_once
-from bytelatent.data.source import PieceReader, ReaderPool, SourceReader
+from bytelatent.data.reading import PieceReader, ReaderPool
+from bytelatent.data.source import SourceReader
 from bytelatent.errors import UserError
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings

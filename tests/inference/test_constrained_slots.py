@@ -2,11 +2,13 @@
 
 import itertools
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Engine, Sampling
@@ -43,10 +45,9 @@ def outcome(one: Continuation) -> tuple[Any, ...]:
 def plainly(number: int, most: int) -> tuple[Any, ...]:
     """What `asked_of` asks for, alone in a plain slot."""
     engine = Engine.plain(shared_decoder("entropy", seed=1), 1)
-    one = asked_of(engine, number + 1, most)[number]
-    for other in list(engine._waiting):
-        if other != [one]:
-            engine.cancel(other[0])
+    *others, one = asked_of(engine, number + 1, most)
+    for other in others:
+        engine.cancel(other)
     engine.run()
     return outcome(one), one.log_probabilities
 
@@ -100,10 +101,9 @@ class Late:
 
 
 class LateSlots(CapturedSlots):
-    def _read_back(self) -> None:
-        super()._read_back()
-        *found, _ = self.in_flight.pop()
-        self.in_flight.append((*found, Late()))  # pyright: ignore[reportArgumentType]
+    def _read_back(self, alternatives: tuple[Tensor, ...]) -> None:
+        super()._read_back(alternatives)
+        self.in_flight.append(replace(self.in_flight.pop(), event=Late()))
 
 
 @pytest.mark.parametrize(("draft_length", "quorum"), [(1, 0.0), (1, 0.6), (4, 0.0)])

@@ -1,19 +1,21 @@
 """Jobs of many clients on one engine: each text is what it is alone."""
 
+import gc
 import queue
+import random
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from bytelatent import BLT
 from bytelatent.inference import Sampling, prompt_ids
 from bytelatent.patching import PatchSettings
 from bytelatent.serving.scheduler import Job, QueueFull, Scheduler, Stopping, Ticket, Update
-from tests.inference.test_engine import decoder_of, wide_blt
-
-__all__ = ["wide_blt"]
+from tests.inference.test_engine import decoder_of
 
 
 class Client:
@@ -89,6 +91,85 @@ def test_a_receiver_that_fails_harms_no_other(blt: BLT, scheduler: Scheduler) ->
     scheduler.submit(Job(prompt_ids("abc"), Sampling(), 100_000), fails)
     assert Client(scheduler, "The", 20, seed=1).texts() == [blt.generate("The", 20, seed=1)]
     assert scheduler.drain(5)
+
+
+def test_random_cancels_leave_nothing_behind(blt: BLT) -> None:
+    """Jobs that wait, are read or decoded are cancelled at any time; the others' texts are those of `generate`."""
+    scheduler = Scheduler(blt, batch_size=3, max_waiting=20, prefill_chunk=16, prefix_cache_bytes=0)
+    chance = random.Random(0)
+    counts = []
+    for _ in range(4):
+        clients = []
+        for number in range(14):
+            prompt, seed = "abcd " * chance.randint(0, 20), chance.randint(0, 9)
+            size = chance.choice([5, 25, 100_000])
+            client = Client(scheduler, prompt, size, samples=chance.randint(1, 2) if number < 6 else 1, seed=seed)
+            clients.append((client, prompt, size, seed))
+            time.sleep(chance.choice([0, 0, 0.01]))
+            if size > 1000 or chance.random() < 0.4:
+                threading.Timer(chance.random() * 0.1, scheduler.cancel, [client.ticket]).start()
+        for client, prompt, size, seed in clients:
+            results = client.results()
+            expected = [blt.generate(prompt, size, seed=seed + sample) for sample in range(len(results)) if size < 1000]
+            for updates, text in zip(results, expected, strict=False):
+                found = b"".join(update.data for update in updates).decode(errors="replace")
+                assert found == text or (updates[-1].ended == "cancelled" and text.startswith(found[:-1]))
+        assert scheduler.drain(5)
+        scheduler._stops = False
+        assert scheduler.statistics().busy == 0
+        assert not scheduler._ticket_of
+        del client, clients
+        scheduler.call(gc.collect).result(5)
+        counts.append(sum(tensor.numel() for tensor in gc.get_objects() if type(tensor) is torch.Tensor))
+    scheduler.close()
+    assert counts[1:] == counts[1:2] * 3
+
+
+def test_a_request_that_fails_harms_no_other(blt: BLT, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose prompt cannot be read; then an error in a step, after which those that wait go on."""
+    read = scheduler._engine.decoder.prefill
+
+    def prefill(prompts: Any, last_only: bool = False) -> Any:
+        if any(len(prompt) == 5 for prompt in prompts):
+            raise torch.OutOfMemoryError("no memory")
+        return read(prompts, last_only)
+
+    monkeypatch.setattr(scheduler._engine.decoder, "prefill", prefill)
+    clients = [Client(scheduler, text, 20, seed=1) for text in ("The", "abcd", "it is")]
+    [failed] = clients[1].results()
+    assert (failed[-1].ended, failed[-1].failure[:22]) == ("failed", "there is not enough me")
+    assert [clients[0].texts(), clients[2].texts()] == [[blt.generate(text, 20, seed=1)] for text in ("The", "it is")]
+    engine = scheduler._engine
+    monkeypatch.setattr(engine.slots, "advance", lambda: 1 // 0)
+    clients = [Client(scheduler, "The", 20, seed=number) for number in range(8)]
+    results = [client.results()[0] for client in clients]
+    assert scheduler._engine is not engine
+    assert "ZeroDivisionError" in results[0][-1].failure
+    assert results[-1][-1].ended in ("length", "end of text")
+    assert b"".join(update.data for update in results[-1]).decode(errors="replace") == blt.generate("The", 20, seed=7)
+
+
+def test_prompts_that_begin_alike(blt: BLT) -> None:
+    """They are read from a stored state, with the same text; alternatives and patch starts come with the bytes."""
+    scheduler = Scheduler(blt, batch_size=2, max_waiting=20, prefill_chunk=64, prefix_cache_bytes=1 << 24)
+    system = "You are a careful assistant, and write short answers. " * 8
+    for number, question in enumerate(["Why?", "Is it?", "And when?", "Is it?"]):
+        client = Client(scheduler, system + question, 30, seed=number, num_alternatives=2)
+        [updates] = client.results()
+        found = b"".join(update.data for update in updates)
+        assert found.decode(errors="replace") == blt.generate(system + question, 30, seed=number)
+        read = blt.read((system + question).encode() + found)
+        assert [start for update in updates for start in update.starts] == read.starts[-len(found) :].tolist()
+        for update in updates:
+            assert len(update.ids) == len(update.log_probabilities) == len(update.alternatives) == len(update.data)
+            assert all(len(likely) == 2 for likely in update.alternatives)
+    statistics = scheduler.statistics()
+    assert statistics.hits == 2
+    assert statistics.reused_bytes >= 2 * len(system)
+    assert statistics.prefill_bytes < 3 * len(system)
+    assert 0 < statistics.cached_bytes <= 1 << 24
+    assert sum(statistics.between_bytes.counts) > 20
+    scheduler.close()
 
 
 def test_calls_run_on_the_engines_thread(blt: BLT, scheduler: Scheduler) -> None:

@@ -124,12 +124,12 @@ def test_bad_templates(source: str, expected: str) -> None:
     ("messages", "expected"),
     [
         ("hello", "a list of messages"),
-        ([], "there is none"),
+        ([], "it is empty"),
         ([{"content": "x"}], r"messages\[0\] has no role"),
         ([TALK[0], {"role": "user", "content": None}], r"messages\[1\] \(user\) has no content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "no text but image_url"),
-        ([{"role": "tool", "content": "x"}], "role 'tool' is none of system, user and assistant"),
-        ([{"role": "user\x02x", "content": "x"}], "is none of"),
+        ([{"role": "tool", "content": "x"}], "role 'tool' is not one of system, user and assistant"),
+        ([{"role": "user\x02x", "content": "x"}], "is not one of"),
     ],
 )
 def test_bad_messages(messages: Any, expected: str) -> None:
@@ -137,7 +137,7 @@ def test_bad_messages(messages: Any, expected: str) -> None:
         DEFAULT_TEMPLATE.render(messages)
 
 
-def test_a_template_that_does_not_say_whose_is_what() -> None:
+def test_a_template_that_marks_no_answers() -> None:
     last = ChatTemplate("{% for m in messages %}{{ m.content }}{% if loop.last %}.{% endif %}{% endfor %}")
     assert last.render(TALK[:2], False) == b"Be kind.Hi."
     with pytest.raises(BadMessages, match="generation"):

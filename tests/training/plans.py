@@ -30,7 +30,7 @@ from bytelatent.training.distributed.parallelize import (
 )
 from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.gradients import Gradients
-from bytelatent.training.initial import load_initial, open_initial, place_of
+from bytelatent.training.initial import identity_of, load_initial, open_initial
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import OptimizerSettings
@@ -119,7 +119,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         if asked.init is None:
             initialize_weights(model, asked.model)
         else:
-            load_initial(model, asked.init, place_of(open_initial(asked)), ranks)
+            load_initial(model, asked.init, identity_of(open_initial(asked)), ranks)
         initial = whole(model)
         byte_lm = load_byte_lm(asked.entropy_model) if asked.entropy_model is not None else None
         patcher = Patcher(asked.patching, byte_lm) if asked.patching is not None else None

@@ -165,11 +165,12 @@ def test_resolved_settings_name_their_sources(tmp_path: Path, capsys: pytest.Cap
     assert from_command_line(TrainSettings, [f"config={again}"], USAGE) == expected
 
 
-def test_the_shipped_configurations_are_read() -> None:
+def test_the_shipped_configurations_are_read(whole: Path) -> None:
     configs = sorted((Path(__file__).parents[2] / "apps" / "bytelatent" / "configs").glob("*.yaml"))
     assert len(configs) >= 8
     for config in configs:
-        assert from_command_line(TrainSettings, [f"config={config}"], USAGE).data.train
+        more = [f"init={whole}", "optimizer.hash_gradients=dense"] if config.stem == "finetune" else []
+        assert from_command_line(TrainSettings, [f"config={config}", *more], USAGE).data.train
 
 
 @pytest.mark.parametrize("where", ["train", "valid"])

@@ -27,6 +27,8 @@ from tests.model.tiny import make, tiny_blt, tiny_blt_settings, tiny_byte_lm
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+ROPES = st.sampled_from([{"rope_type": "default"}, {"rope_type": "llama3", **LLAMA3}])
 EXAMPLES = settings(max_examples=20, deadline=None)
 
 
@@ -41,7 +43,7 @@ def stack_configs(draw: st.DrawFn, dim: int, heads: tuple[int, int] | None = Non
         "num_key_value_heads": num_kv_heads,
         "intermediate_size": draw(st.sampled_from([dim, 2 * dim + 3, 8 * dim // 3, 48])),
         "rms_norm_eps": draw(st.sampled_from([1e-5, 1e-3])),
-        "rope_parameters": {"rope_type": "default", "rope_theta": draw(st.sampled_from([100.0, 10_000.0, 500_000.0]))},
+        "rope_parameters": {"rope_theta": draw(st.sampled_from([100.0, 10_000.0, 500_000.0])), **draw(ROPES)},
     }
 
 

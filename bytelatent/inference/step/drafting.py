@@ -53,8 +53,15 @@ class DraftedStep(BLTStep):
         max_patches: that may close in a slot in a step. A slot stops before the byte that would close one more.
     """
 
-    def __init__(self, decoder: Decoder, num_slots: int, size: int, max_patches: int | None = None):
-        super().__init__(decoder, num_slots, num_slots)
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_slots: int,
+        size: int,
+        max_patches: int | None = None,
+        like: BLTStep | None = None,
+    ):
+        super().__init__(decoder, num_slots, num_slots, like=like)
         self.size, self.max_patches = size, min(max_patches or size, size)
         empty = [StepBuffers.empty(num_slots, num_slots, decoder.device) for _ in range(2 * size - 2)]
         self.verified = [self.buffers, *empty[: size - 1]]  # what the whole model draws
@@ -75,11 +82,15 @@ class DraftedStep(BLTStep):
         super().reserve(room)
         self.draft_state = self._copied_state()
 
-    def outcome(self) -> tuple[Tensor, Tensor]:
+    def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
         return (
             torch.stack([buffers.drawn for buffers in self.verified]),
             torch.stack([buffers.log_probability for buffers in self.verified]),
+            torch.stack([buffers.starts for buffers in self.verified]),
         )
+
+    def drawn_from(self, logits_BV: Tensor) -> Tensor:
+        return torch.cat([logits_BV[None], self.drafted_logits_SBV[: self.size - 1]])
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -185,7 +196,7 @@ class DraftedStep(BLTStep):
         """Draw as long as it is what was drafted, and no more patches close than there is room for."""
         drawn_SB = torch.stack([buffers.drawn for buffers in self.draft])
         expected_SB = torch.where(patches.upto_SB <= self.max_patches, drawn_SB, -1)
-        logits_SBV = logits_BSV.transpose(0, 1).contiguous()
+        self.drafted_logits_SBV = logits_SBV = logits_BSV.transpose(0, 1).contiguous()
         for number in range(1, self.size):
             logits_BV, expected_B = logits_SBV[number - 1], expected_SB[number]
             draw(logits_BV, self.sampling, self.state.position, self.verified[number], expected_B)
@@ -196,6 +207,7 @@ class DraftedStep(BLTStep):
         state = self.state
         position, num_patches = state.position.clone(), state.num_patches.clone()
         for buffers, lm_logits_BV, (h_BD, *kvs) in zip(self.verified, lm_logits_SBV, parts, strict=True):
+            torch.eq(state.open_count, 0, out=buffers.starts)
             append(state, buffers)
             decide(lm_logits_BV, self.patching, state, buffers)
             for layer, kv in enumerate(kvs):

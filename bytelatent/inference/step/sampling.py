@@ -45,6 +45,7 @@ class StepBuffers:
     run: Tensor  # [1] whether there is any of them
     decodes: Tensor  # [B] the slot itself, -1 where no logits are to come any more in this step
     reads_patch: Tensor  # [B] bool, whether a patch is closed yet
+    starts: Tensor  # [B] bool, whether the drawn id begins a patch
     is_held: Tensor  # [B] bool, whether the logits are those of `held`, since a step went by that drew nothing
     held: Tensor  # [B, V] float32
 
@@ -54,7 +55,8 @@ class StepBuffers:
             return torch.zeros(size, dtype=dtype, device=device)
 
         sizes = {"closing": max_closing, "number": max_closing, "closing_count": max_closing, "run": 1}
-        dtypes = dict.fromkeys(("is_active", "is_waiting", "reads", "wants", "reads_patch", "is_held"), torch.bool)
+        flags = ("is_active", "is_waiting", "reads", "wants", "reads_patch", "starts", "is_held")
+        dtypes = dict.fromkeys(flags, torch.bool)
         dtypes |= {"log_probability": torch.float32, "run": torch.int32}
         names = [field.name for field in fields(cls) if field.name != "held"]
         held = torch.zeros(num_slots, VOCAB_SIZE, device=device)

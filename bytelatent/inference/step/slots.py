@@ -1,19 +1,33 @@
 """Slots whose decode step is replayed from a CUDA graph, some steps before the host reads what they drew."""
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bytelatent.inference.continuation import Allowances, Continuation, Drawn
+from bytelatent.inference.continuation import Allowances, Alternatives, Continuation, Drawn
 from bytelatent.inference.decoder import Decoder
+from bytelatent.inference.engine import OutOfRoom, as_alternatives, likeliest, most_alternatives
 from bytelatent.inference.kv_cache import BLOCK, CacheCapacity, DecodeState
+from bytelatent.inference.prefix_cache import Prefix
 from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.drafting import DraftedStep
 from bytelatent.inference.step.step import BLTStep, ByteLMStep
 from bytelatent.model import ByteLM
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A step that the host has not read yet: who was in the slots, and what was drawn."""
+
+    in_slot: list[Continuation | None]
+    found: tuple[Tensor, ...]  # as `ByteLMStep.outcome`
+    alternatives: tuple[Tensor, ...]  # as `likeliest`, where some sequence asks
+    event: Any  # after which all of it is on the host; None: it is
+
 
 IN_FLIGHT = 8  # steps that the host has not read yet
 
@@ -26,6 +40,7 @@ class CapturedSlots:
             `BLTStep`.
         max_closing: slots that the global transformer runs for at most; default: all. With drafts: patches of a slot.
         draft_length: bytes of each slot per step at most, all but one of them drafted; see `DraftedStep`.
+        like: other slots of the same decoder, whose weights these share.
     """
 
     def __init__(
@@ -35,28 +50,27 @@ class CapturedSlots:
         quorum: float = 0.0,
         max_closing: int | None = None,
         draft_length: int = 1,
+        like: "CapturedSlots | None" = None,
     ):
         self.decoder = decoder
         self.num_steps = 0
-        self.in_flight: deque[tuple[list[Continuation | None], Tensor, Tensor, Any]] = deque()
+        self.in_flight: deque[InFlight] = deque()
         self._room = CacheCapacity()
         self._largest = np.zeros((num_slots, 3), dtype=np.int64)  # the most that each slot may have of what Room counts
         self._in_slot: list[Continuation | None] = [None] * num_slots
         self._draft_length = draft_length
+        shared: Any = None if like is None else like.step
         if isinstance(decoder.model, ByteLM):
-            self.step = ByteLMStep(decoder, num_slots)
+            self.step = ByteLMStep(decoder, num_slots, like=shared)
         elif draft_length > 1:
-            self.step = DraftedStep(decoder, num_slots, draft_length, max_closing)
+            self.step = DraftedStep(decoder, num_slots, draft_length, max_closing, shared)
         else:
-            self.step = BLTStep(decoder, num_slots, max_closing or num_slots, quorum)
+            self.step = BLTStep(decoder, num_slots, max_closing or num_slots, quorum, shared)
         self._graph: Graph | None = None
-        self._pinned: list[tuple[Tensor, Tensor]] = []
+        self._captured_at: list[int] = []
+        self._pinned: list[tuple[Tensor, ...]] = []
         if decoder.device.type == "cuda":
-            shape = draft_length, num_slots
-            self._pinned = [
-                (torch.empty(shape, dtype=torch.long, pin_memory=True), torch.empty(shape, pin_memory=True))
-                for _ in range(IN_FLIGHT + 1)
-            ]
+            self._pinned = [tuple(map(_pinned, self.step.outcome())) for _ in range(IN_FLIGHT + 1)]
         self._drawn: list[Drawn] = []
         self._allowances = Allowances(num_slots)
 
@@ -83,15 +97,25 @@ class CapturedSlots:
 
     def advance(self) -> None:
         self._largest += self._draft_length
-        self._make_room()
+        try:
+            self._make_room()
+        except torch.OutOfMemoryError:
+            longest = self._in_slot[int(self._largest.max(1).argmax())]
+            if longest is None:
+                raise
+            raise OutOfRoom(longest) from None
         self.step.sampling.constrain(*self._allowances.new(self._in_slot))
         self.num_steps += 1
+        num_alternatives = most_alternatives(self._in_slot)
+        logits_BV = self.step.newest_logits() if num_alternatives else None
         if self.decoder.device.type != "cuda":
             self.step()
         else:
-            self._graph = self._graph or self._captured()
+            if self._graph is None or self._captured_at != self.step.addresses():
+                self._graph, self._captured_at = self._captured(), self.step.addresses()
             self._graph.replay()
-        self._read_back()
+        likely = () if logits_BV is None else likeliest(self.step.drawn_from(logits_BV), num_alternatives)
+        self._read_back(likely)
         while len(self.in_flight) >= IN_FLIGHT:
             self._take(wait=True)
 
@@ -111,31 +135,67 @@ class CapturedSlots:
         constrained = [which.constraint is not None for which in self._in_slot if which is not None]
         return IN_FLIGHT if not any(constrained) else 0 if all(constrained) else 1
 
-    def _read_back(self) -> None:
+    def newest(self, slot: int) -> Prefix | None:
+        step = self.step
+        num_ids, is_waiting = torch.stack([step.state.position[slot], step.buffers.is_waiting[slot]]).tolist()
+        return None if is_waiting else Prefix(num_ids, step.state, step.newest_logits()[slot], slot)
+
+    def take_over(self, slot: int, other: "CapturedSlots", source: int) -> None:
+        """Let a slot go on as slot `source` of others would, of which no step is in flight."""
+        self._make_room(other._largest[source] + BLOCK + self._draft_length)
+        self._largest[slot] = other._largest[source]
+        self._in_slot[slot] = other._in_slot[source]
+        self._allowances.take_over(slot, other._allowances, source)
+        step, theirs = self.step, other.step
+        step.state.put(slot, theirs.state, source)
+        step.sampling.take_over(slot, theirs.sampling, source)
+        step.logits_BV[slot] = theirs.newest_logits()[source]
+        step.buffers.is_held[slot] = False
+        for name in ("is_active", "is_waiting"):
+            getattr(step.buffers, name)[slot] = getattr(theirs.buffers, name)[source]
+        if isinstance(step, BLTStep) and isinstance(theirs, BLTStep):
+            step.encoded_BD[slot] = theirs.encoded_BD[source]
+
+    def clear(self) -> None:
+        """Free all slots."""
+        for slot in range(len(self._in_slot)):
+            self.release(slot)
+
+    def finish(self) -> list[Drawn]:
+        """Wait for the steps in flight; what they drew, and what is known besides."""
+        while self.in_flight:
+            self._take(wait=True)
+        return self.drawn()
+
+    def _read_back(self, alternatives: tuple[Tensor, ...]) -> None:
         """Start copying what was drawn to the host."""
         in_slot, found = list(self._in_slot), self.step.outcome()
         if self.decoder.device.type != "cuda":
-            self.in_flight.append((in_slot, found[0].clone(), found[1].clone(), None))
+            self.in_flight.append(InFlight(in_slot, tuple(part.clone() for part in found), alternatives, None))
             return
         pinned = self._pinned[self.num_steps % len(self._pinned)]
         for target, source in zip(pinned, found, strict=True):
             target.copy_(source, non_blocking=True)
+        alternatives = tuple(_pinned(part).copy_(part, non_blocking=True) for part in alternatives)
         event = torch.cuda.Event()
         event.record()
-        self.in_flight.append((in_slot, *pinned, event))
+        self.in_flight.append(InFlight(in_slot, pinned, alternatives, event))
 
     def _take(self, wait: bool) -> bool:
         """Take what the oldest step drew; False if it is not on the host yet."""
-        in_slot, ids, log_probabilities, event = self.in_flight[0]
-        if event is not None:
-            if not wait and not event.query():
+        step = self.in_flight[0]
+        if step.event is not None:
+            if not wait and not step.event.query():
                 return False
-            event.synchronize()
+            step.event.synchronize()
         self.in_flight.popleft()
-        for row in zip(ids.tolist(), log_probabilities.tolist(), strict=True):
-            for which, drawn, log_probability in zip(in_slot, *row, strict=True):
+        rows = [part.tolist() for part in step.found]
+        none: list[list[Alternatives]] = [[[]] * len(step.in_slot)] * len(rows[0])
+        rows.append(as_alternatives(*step.alternatives) if step.alternatives else none)
+        for row in zip(*rows, strict=True):
+            for which, drawn, *more in zip(step.in_slot, *row, strict=True):
                 if which is not None and drawn >= 0:
-                    self._drawn.append(Drawn(which, drawn, log_probability))
+                    self._drawn.append(Drawn(which, drawn, *more))
         return True
 
     def _captured(self) -> Graph:
@@ -165,8 +225,11 @@ class CapturedSlots:
         largest = np.maximum(self._largest.max(0), wanted)
         if (largest < room).all():
             return
-        self._room = CacheCapacity(
-            *(int(size) for size in np.where(largest < room, room, -(-2 * largest // BLOCK) * BLOCK))
-        )
-        self.step.reserve(self._room)
+        grown = CacheCapacity(*(int(size) for size in np.where(largest < room, room, -(-2 * largest // BLOCK) * BLOCK)))
         self._graph = None  # it knows the caches by their addresses
+        self.step.reserve(grown)
+        self._room = grown
+
+
+def _pinned(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)

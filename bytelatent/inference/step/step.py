@@ -51,17 +51,21 @@ class QueryPositions:
 
 
 class ByteLMStep:
-    """The step of a byte LM, over its own state."""
+    """The step of a byte LM, over its own state.
+
+    Args:
+        like: another step, whose weights this one shares.
+    """
 
     state: DecodeState
 
-    def __init__(self, decoder: Decoder, num_slots: int, max_closing: int = 1):
+    def __init__(self, decoder: Decoder, num_slots: int, max_closing: int = 1, like: "ByteLMStep | None" = None):
         self.decoder = decoder
         self.state = decoder.empty(num_slots)
         self.sampling = SamplingSlots.empty(num_slots, decoder.device)
         self.buffers = StepBuffers.empty(num_slots, min(max_closing, num_slots), decoder.device)
         self.logits_BV = torch.zeros(num_slots, VOCAB_SIZE, device=decoder.device)
-        self.byte_lm = decoder.byte_lm_weights if isinstance(decoder, PrefillDecoder) else None
+        self.byte_lm = decoder.byte_lm_weights if isinstance(decoder, PrefillDecoder) else like and like.byte_lm
         lm = decoder.model if isinstance(decoder.model, ByteLM) else decoder.byte_lm
         if lm is not None and self.byte_lm is None:
             self.byte_lm = ByteLMWeights.of(lm)
@@ -74,6 +78,10 @@ class ByteLMStep:
 
     def _stacks(self) -> list[StackWeights]:
         return [self.byte_lm.stack] if self.byte_lm is not None else []
+
+    def addresses(self) -> list[int]:
+        """Where the tensors are that a step sharing its weights may replace."""
+        return [stack.rotary.data_ptr() for stack in self._stacks()]
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -91,9 +99,19 @@ class ByteLMStep:
         out = self.logits_BV.new_empty(len(ids_M), VOCAB_SIZE)
         return skinny_linear(x_MD, self.byte_lm.output, eps=self.byte_lm.stack.eps, out=out)
 
-    def outcome(self) -> tuple[Tensor, Tensor]:
-        """What the step drew: ids [S, B], -1 for none, of S bytes one after another, and their log-probabilities."""
-        return self.buffers.drawn[None], self.buffers.log_probability[None]
+    def newest_logits(self) -> Tensor:
+        """What comes next in each slot, [B, V], a copy: of slots that a step went by, what they held."""
+        return torch.where(self.buffers.is_held[:, None], self.buffers.held, self.logits_BV)
+
+    def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the step drew: ids [S, B], -1 for none, of S bytes one after another, their log-probabilities, and
+        whether they begin patches.
+        """
+        return self.buffers.drawn[None], self.buffers.log_probability[None], self.buffers.starts[None]
+
+    def drawn_from(self, logits_BV: Tensor) -> Tensor:
+        """The logits from which the newest step drew, [S, B, V], given those before it."""
+        return logits_BV[None]
 
     def _stack(self, stack: StackWeights, x_MD: Tensor, cache: KVCache, at: QueryPositions) -> Tensor:
         for layer in range(len(stack.blocks)):
@@ -130,12 +148,19 @@ class BLTStep(ByteLMStep):
 
     state: BLTDecodeState
 
-    def __init__(self, decoder: Decoder, num_slots: int, max_closing: int, quorum: float = 0.0):
-        super().__init__(decoder, num_slots, max_closing)
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_slots: int,
+        max_closing: int,
+        quorum: float = 0.0,
+        like: "BLTStep | None" = None,
+    ):
+        super().__init__(decoder, num_slots, max_closing, like)
         model: Any = decoder.model
         assert decoder.patching is not None, "a BLT needs patching settings"
         self.patching = decoder.patching
-        weights = decoder.blt_weights if isinstance(decoder, PrefillDecoder) else None
+        weights = decoder.blt_weights if isinstance(decoder, PrefillDecoder) else like and like.blt
         self.blt = BLTWeights.of(model) if weights is None else weights
         self.quorum = quorum
         self.can_wait = quorum > 0 or max_closing < num_slots
@@ -152,6 +177,7 @@ class BLTStep(ByteLMStep):
     @torch.inference_mode()
     def __call__(self) -> None:
         state, buffers = self.state, self.buffers
+        torch.eq(state.open_count, 0, out=buffers.starts)
         draw(self.logits_BV, self.sampling, state.position, buffers)
         append(state, buffers)
         with self.side.beside():

@@ -143,7 +143,7 @@ def _activations(model: nn.Module, loss: Callable[[Batch], Tensor], batch: Batch
             hooks.append(part.register_forward_hook(_record_entropy(_short(name.rpartition(".")[0]), entropies)))
     # At most two windows, so that each mask is one matrix.
     windows = [part.settings.window for part in model.modules() if isinstance(part, Stack)]
-    size = min(SAMPLE, batch.num_targets, *(2 * window for window in windows if window is not None))
+    size = min(SAMPLE, batch.num_ids, *(2 * window for window in windows if window is not None))
     sample = replace(batch, stream=first_ids(batch.stream, size), targets=batch.targets[:size])
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code does not call these hooks

@@ -170,7 +170,7 @@ def _tables(hashes: NgramHashSettings, dim: int, dtype: torch.dtype, seed: int) 
     at_once = max(CHUNK_BYTES // 4 // dim, 1)
     sizes = [min(at_once, rows - begin) for begin in range(0, rows, at_once)]
     pieces = [
-        DrawnRange(partial(_drawn_rows, size, dim, dtype, seed + 1 + number), size * dim * dtype.itemsize)
+        DrawnRange(partial(_drawn_rows, size, dim, dtype, (seed << 20) + number + 1), size * dim * dtype.itemsize)
         for number, size in enumerate(sizes)
     ]
     return StoredTensor(dtype, (rows, dim), tuple(pieces))

@@ -1,0 +1,540 @@
+"""The page in a real browser, with a real server on a tiny model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import axe_playwright_python
+import pytest
+import torch
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from bytelatent.blt import BLT
+from bytelatent.patching import PatchSettings, next_starts
+from bytelatent.serving.patches import patches_answer
+from tests.serving.browsing import CHROMIUM, NAMES, served, tiny_model
+
+AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
+VIEWS = ["patches", "generate", "compare"]
+WIDTHS = [360, 1440]
+STATUS_OF_ERRORS = re.compile(r"Failed to load resource.*(status of|ERR_FAILED)")  # the browser's own, of asked errors
+
+if not CHROMIUM.exists() and "CI" not in os.environ:
+    pytest.skip(f"there is no {CHROMIUM}; install it: apt-get install chromium", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("page") / "model"
+
+
+@pytest.fixture(scope="module")
+def blt(folder: Path) -> BLT:
+    return tiny_model(folder)
+
+
+@pytest.fixture(scope="module")
+def address(blt: BLT, folder: Path) -> Iterator[str]:
+    with served(folder, *(part for name in NAMES for part in ("--name", name))) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(browser: Browser, address: str) -> Iterator[Open]:
+    """Opens a view; at the end nothing may have gone wrong in it, nor been asked of another host."""
+    problems: list[str] = []
+    contexts = []
+
+    def opened(view: str = "patches", width: int = 1440, theme: Any = "light", **options: Any) -> Page:
+        contexts.append(
+            context := browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, **options)
+        )
+        context.set_default_timeout(15_000)
+        page = context.new_page()
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: None if request.url.startswith(address) else problems.append(request.url))
+        page.goto(f"{address}/#{view}")
+        expect(page.locator(f"#view-{view} h2")).to_be_visible()
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert [line for line in problems if not STATUS_OF_ERRORS.search(line)] == []
+
+
+def patched(page: Page) -> Locator:
+    return page.locator(".patched:visible")
+
+
+def facts(page: Page) -> dict[str, str]:
+    names, values = page.locator(".facts dt").all_inner_texts(), page.locator(".facts dd").all_inner_texts()
+    return dict(zip(names, values, strict=True))
+
+
+def read(page: Page, text: str) -> None:
+    """Type a text, and wait until all of it has been read."""
+    page.get_by_label("Text", exact=True).fill(text)
+    page.wait_for_function(
+        "bytes => [...document.querySelectorAll('.facts div')].some((fact) => "
+        "fact.textContent.startsWith('bytes') && fact.querySelector('dd').textContent.replaceAll(',', '') === bytes)"
+        " && document.querySelector('#view-patches .status').textContent === ''",
+        arg=str(len(text.encode("utf-8"))),
+        timeout=60_000,
+    )
+
+
+def num_patches(page: Page) -> int:
+    return int(facts(page)["patches"].replace(",", ""))
+
+
+def test_patches_are_the_servers(open_page: Open, blt: BLT) -> None:
+    page = open_page()
+    text = "The Byte Latent Transformer, 2024.\n\tIt reads bytes."
+    page.get_by_label("Text", exact=True).press_sequentially("typed ")
+    read(page, text)
+    answer = patches_answer(blt, text)
+    assert facts(page) == {
+        "mean patch": f"{len(text) / len(answer['starts']):.2f} bytes",
+        "FLOPs saved": f"{100 * answer['flops_saved']:.0f} %".replace("-", "−"),
+        "patches": str(len(answer["starts"])),
+        "bytes": str(len(text)),
+        "characters": str(len(text)),
+        "mean entropy": f"{sum(answer['entropies']) / len(text):.2f} nats",
+    }
+    rows = page.locator(".modes tbody tr").all()
+    counts = {row.locator("th").inner_text().split()[0]: row.locator("td").first.inner_text() for row in rows}
+    assert counts == {
+        "entropy": str(len(answer["starts"])),
+        "space": str(len(answer["modes"]["space"]["starts"])),
+        "fixed": str(len(answer["modes"]["static:4"]["starts"])),
+    }
+    page.get_by_label("Bytes per patch").fill("1")
+    expect(page.locator(".modes tbody tr").nth(2).locator("td").first).to_have_text(str(len(text)))
+    page.get_by_label("Colour the text by mode space").check()
+    expect(page.locator(".facts dd").nth(2)).to_have_text(str(len(answer["modes"]["space"]["starts"])))
+
+
+def test_the_threshold_moves(open_page: Open, blt: BLT) -> None:
+    page = open_page()
+    text = "Where the next byte is hard to guess, a patch begins. " * 3
+    read(page, text)
+    bar = page.get_by_role("slider", name="Threshold", exact=True)
+
+    def check() -> float:
+        threshold = float(bar.get_attribute("aria-valuenow") or "nan")
+        expect(page.locator(".facts dd").nth(2)).to_have_text(
+            str(len(patches_answer(blt, text, threshold=threshold)["starts"]))
+        )
+        return threshold
+
+    page.get_by_label("Threshold, over the histogram").fill("5.2")
+    assert check() == 5.2
+    box = bar.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 20, box["y"] + 12)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 30, box["y"] + 20, steps=4)
+    page.mouse.up()
+    dragged = check()
+    assert dragged < 5.1
+    # The line itself can be dragged, too.
+    line = bar.bounding_box()
+    assert line is not None
+    page.mouse.move(line["x"] + 300, line["y"] + line["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(line["x"] + 300, line["y"] + line["height"] / 2 - 5)
+    page.mouse.up()
+    assert check() > dragged
+    bar.press("Home")
+    assert check() == 0
+    bar.press("ArrowUp")
+    assert check() == 0.05
+    bar.press("End")
+    assert check() >= 5
+    assert num_patches(page) == 1
+    page.get_by_role("button", name="Reset to the model's").click()
+    expect(page.locator(".facts dd").nth(2)).to_have_text(str(len(patches_answer(blt, text)["starts"])))
+
+
+def test_starts_equal_the_models(open_page: Open) -> None:
+    generator = torch.Generator().manual_seed(0)
+    entropies = torch.rand(200, generator=generator) * 4
+    entropies[5::11] = 1.3  # exactly at the threshold in float32, which is below it in float64
+    entropies[3::7] = entropies[2:-1:7]  # no rise
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"monotonicity": True},
+        {"threshold_add": 0.4},
+        {"max_patch_length": 5},
+        {"threshold_add": -1.0, "max_patch_length": 3},
+    ]
+    cases = [PatchSettings(threshold=threshold, **kind) for threshold in (0.0, 1.3, 2.71, 9.0) for kind in kinds]
+    cases += [PatchSettings(mode="static", patch_size=size) for size in (1, 2, 4, 7)]
+    wanted = []
+    for settings in cases:
+        starts = next_starts(torch.full((200,), 100), entropies, torch.arange(200), settings)
+        starts[0] = True
+        wanted.append(starts.int().tolist())
+    asked = [{**settings.plain(), "decision": settings.decision} for settings in cases]
+    found = open_page().evaluate(
+        """async ([values, cases]) => {
+          const { entropyStarts, fixedStarts } = await import("/starts.js");
+          const entropies = Float32Array.from(values);
+          return cases.map((its) => Array.from(its.mode === "static"
+            ? fixedStarts(entropies.length, its.patch_size) : entropyStarts(entropies, its, its.threshold)));
+        }""",
+        [[float(f"{value:.9g}") for value in entropies.tolist()], asked],
+    )
+    for settings, ours, theirs in zip(cases, wanted, found, strict=True):
+        assert theirs == ours, settings.in_words()
+    assert len({tuple(starts) for starts in wanted}) > 12
+
+
+SCRIPTS = {
+    "right to left": "שלום עולם, مرحبا بالعالم",
+    "combining": "e\u0301 a\u0308\u0323 क्षि ก็",
+    "emoji": "👩‍🔬 👨‍👩‍👧‍👦 🇯🇵 👍🏽",
+    "markup": "<img src=x onerror=alert(1)><script>alert(2)</script>&amp;",
+    "unseen": "a\u200bb\u202ec\u0000d\u007f\u2028e\ufeff",
+    "half": "a\ud83db",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_any_text(open_page: Open, blt: BLT, name: str) -> None:
+    page = open_page()
+    text = SCRIPTS[name]
+    page.evaluate(
+        """text => { const field = document.querySelector("#view-patches textarea");
+          field.value = text; field.dispatchEvent(new Event("input")); }""",
+        text,
+    )
+    data = text.encode("utf-8", "replace" if name == "half" else "strict").replace(b"?", "\ufffd".encode())
+    expect(page.locator(".facts dd").nth(3)).to_have_text(str(len(data)))
+    expect(page.locator(".facts dd").nth(2)).to_have_text(str(len(patches_answer(blt, data)["starts"])))
+    if name not in ("unseen", "half"):
+        assert patched(page).locator(".block").inner_text() == text
+    # The arrow keys visit every character once, and all bytes with it.
+    patched(page).focus()
+    sizes, seen = [], None
+    page.keyboard.press("Home")
+    while (at := page.locator(".inspected p").inner_text()) != seen:
+        sizes.append(page.locator(".inspector tbody:visible tr").count())
+        seen = at
+        page.keyboard.press("ArrowRight")
+    assert sum(sizes) == len(data)
+    if name == "emoji":
+        assert sizes == [11, 1, 25, 1, 8, 1, 8]
+    if name == "combining":
+        assert sizes[:3] == [3, 1, 5]
+
+
+def test_patches_lie_where_the_characters_are(open_page: Open, blt: BLT) -> None:
+    """Of a right-to-left text the first patch is at the right."""
+    page = open_page()
+    read(page, "שלום")
+    patched(page).focus()
+    page.keyboard.press("Home")
+    boxes = page.evaluate(
+        """() => { const { block } = document.querySelector("#view-patches .block");
+          return block.glyphs.map((glyph) => [glyph.begin, glyph.end, glyph.from, glyph.to]); }"""
+    )
+    begins = [begin for begin, *_ in boxes]
+    assert begins == sorted(begins, reverse=True)
+    assert all(begin > end for begin, end, *_ in boxes)
+    assert [piece for *_, start, end in boxes for piece in (start, end)] == [0, 2, 2, 4, 4, 6, 6, 8]
+
+
+def test_bytes_on_hover(open_page: Open) -> None:
+    page = open_page()
+    read(page, "aé")
+    box = patched(page).locator(".block > span").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + box["height"] / 2)
+    rows = page.locator("#view-patches .inspector tbody tr")
+    expect(rows).to_have_count(2)
+    assert [row.locator("th").inner_text() for row in rows.all()] == ["C3", "A9"]
+
+
+def test_long_text(open_page: Open) -> None:
+    """Only blocks in sight are drawn; the end is reached by scrolling."""
+    page = open_page()
+    line = "Each line of a long text has words, 数字 and signs: 12345.\n"
+    text = line * (200_000 // len(line.encode()))
+    read(page, text)
+    blocks = page.locator("#view-patches .block")
+    assert blocks.count() > 100
+    assert page.locator("#view-patches canvas").count() < 12
+    expect(blocks.last.locator("canvas")).to_have_count(0)
+    patched(page).evaluate("host => host.scrollTo(0, host.scrollHeight)")
+    expect(blocks.last.locator("canvas")).to_have_count(1)
+    drawn = blocks.last.locator("canvas").evaluate(
+        "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some((value) => value)"
+    )
+    assert drawn
+    assert page.locator("#view-patches canvas").count() < 12
+    # A change at the end asks only for the last piece.
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    read(page, text + "more")
+    assert len(asked) <= 2
+
+
+def generated(page: Page) -> str:
+    return "".join(patched(page).last.locator(".block").all_inner_texts()).replace("↵", "")
+
+
+def test_generate(open_page: Open, blt: BLT) -> None:
+    page = open_page("generate")
+    view = page.locator("#view-generate")
+    page.get_by_label("Prompt").fill("The history of")
+    page.get_by_label("Bytes", exact=True).fill("40")
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Temperature").fill("0.6")
+    page.get_by_role("button", name="Generate").click()
+    status = view.locator(".status")
+    expect(status).to_contain_text("bits per byte")
+    wanted = blt.generate("The history of", 40, seed=7, temperature=0.6, top_p=0.95, return_log_probabilities=True)
+    found = page.evaluate("() => document.querySelector('#view-generate .block').block")
+    assert found["to"] == int((wanted.ids >= 4).sum())
+    bits = -float(wanted.log_probabilities[wanted.ids >= 4].double().mean()) / 0.6931471805599453
+    expect(status).to_contain_text(f"{bits:.2f} bits per byte")
+    patched(page).focus()
+    page.keyboard.press("Home")
+    inspector = view.locator(".inspector")
+    p = float(wanted.log_probabilities[0].exp())
+    expect(inspector.locator("tbody td").first).to_have_text(f"{100 * p:.1f} %")
+    assert inspector.locator(".likeliest").first.locator("li").count() >= 5
+
+
+def test_stop_keeps_what_came(open_page: Open) -> None:
+    page = open_page("generate")
+    page.get_by_label("Bytes", exact=True).fill("16384")
+    page.get_by_label("Temperature").fill("1")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#view-generate .block").first).to_be_visible()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#view-generate .status")).to_contain_text("Stopped. ")
+    assert page.get_by_role("button", name="Stop").is_disabled()
+    assert patched(page).locator(".block").count() >= 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_commands_give_the_same_text(open_page: Open, kind: str) -> None:
+    page = open_page("generate")
+    if kind == "chat":
+        page.get_by_label("Chat", exact=True).check()
+    prompt = 'It\'s "quoted" $HOME\n\\n é 🇯🇵'
+    page.get_by_label("Message" if kind == "chat" else "Prompt", exact=True).fill(prompt)
+    page.get_by_label("Bytes", exact=True).fill("30")
+    page.get_by_label("Stop texts").fill("\\n\\n|zzz")
+    page.get_by_text("This request as a command").click()
+    curl, python = page.locator(".command pre").all_text_contents()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#view-generate .status")).to_contain_text("bits per byte")
+    shown = page.locator("#view-generate .block").text_content() or ""
+    streamed = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True, timeout=60).stdout
+    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    choices = [choice for event in events for choice in event["choices"]]
+    by_curl = "".join(choice["delta"].get("content") or "" if kind == "chat" else choice["text"] for choice in choices)
+    utf8 = {**os.environ, "PYTHONUTF8": "1"}
+    ran = subprocess.run([sys.executable, "-c", python], capture_output=True, check=True, timeout=60, env=utf8)
+    assert ran.stdout.decode() == by_curl
+    assert len(by_curl) > 5
+    # Bytes that are no UTF-8 are shown one by one in the page, and signs take the place of controls.
+    letters = re.compile("[^\ufffd\u2400-\u2421\u25e6↵⇥\\s\x00-\x1f\x7f]")
+    assert letters.findall(shown) == [letter for letter in letters.findall(by_curl) if letter.isprintable()]
+
+
+def test_chat_remembers(open_page: Open) -> None:
+    page = open_page("generate")
+    bodies: list[Any] = []
+    page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
+    page.get_by_label("Chat", exact=True).check()
+    page.get_by_label("System message").fill("Be brief.")
+    page.get_by_label("Bytes", exact=True).fill("12")
+    for number, message in enumerate(("Hello", "And now?"), start=1):
+        page.get_by_label("Message", exact=True).fill(message)
+        page.keyboard.press("Control+Enter")
+        expect(page.locator("#view-generate .generation")).to_have_count(number)
+        expect(page.locator("#view-generate .status").last).to_contain_text("bits per byte")
+    assert [turn["role"] for turn in bodies[1]["messages"]] == ["system", "user", "assistant", "user"]
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator("#view-generate .generation")).to_have_count(0)
+
+
+def test_compare(open_page: Open) -> None:
+    page = open_page("compare")
+    for side in ("Left", "Right"):
+        fields = page.get_by_role("group", name=side)
+        fields.get_by_label("Bytes").fill("30")
+        fields.get_by_label("Temperature").fill("0.7")
+    page.get_by_role("group", name="Right").get_by_label("Model").select_option(NAMES[1])
+    page.get_by_role("button", name="Compare").click()
+    summary = page.locator(".summary")
+    expect(summary).to_contain_text("Bits per byte: left")
+    texts = [each.inner_text() for each in patched(page).all()]
+    assert texts[0] == texts[1]  # two names of one model
+    page.get_by_role("group", name="Right").get_by_label("Seed").fill("1")
+    page.get_by_role("button", name="Compare").click()
+    expect(summary).to_contain_text("Bits per byte: left")
+    texts = [each.inner_text() for each in patched(page).all()]
+    assert texts[0] != texts[1]
+    patched(page).last.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#view-compare .inspected")).to_be_visible()
+
+
+def test_errors_say_the_way_out(open_page: Open) -> None:
+    page = open_page()
+    expect(page.locator(".facts dd").first).to_be_visible()
+    status: list[Any] = []
+    keys: list[str | None] = []
+
+    def answer(route: Any) -> None:
+        keys.append(route.request.headers.get("authorization"))
+        what = status.pop(0) if status else None
+        if what is None:
+            route.continue_()
+        elif what == "gone":
+            route.abort()
+        else:
+            error = {"message": "prompt: 9 bytes, at most 8", "code": "context_length_exceeded"}
+            route.fulfill(status=what, json={"error": error}, headers={"Retry-After": "1"})
+
+    page.route("**/v1/patches", answer)
+    text = page.get_by_label("Text", exact=True)
+    alert = page.get_by_role("alert")
+
+    status[:] = ["gone"]
+    text.fill("server gone")
+    expect(alert).to_contain_text("does not answer")
+    alert.get_by_role("button", name="Try again").click()
+    expect(alert).to_have_count(0)
+
+    status[:] = [429]
+    text.fill("busy server")
+    expect(alert).to_contain_text("busy")
+    expect(alert).to_have_count(0)  # it tries again by itself
+    expect(page.locator(".facts dd").nth(3)).to_have_text("11")
+
+    status[:] = [400]
+    text.fill("a text that is too long")
+    expect(alert).to_contain_text("at most 8")
+    expect(alert).to_contain_text("shorter")
+
+    status[:] = [401]
+    text.fill("key needed")
+    expect(alert).to_contain_text("needs a key")
+    alert.get_by_label("API key").fill("secret <key>")
+    alert.get_by_role("button", name="Use this key").click()
+    expect(alert).to_have_count(0)
+    expect(page.locator(".facts dd").nth(3)).to_have_text("10")
+    assert keys[-1] == "Bearer secret <key>"
+    stored = page.evaluate("() => JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
+    assert "secret" not in stored
+    page.get_by_role("tab", name="Generate").click()
+    page.get_by_text("This request as a command").click()
+    assert "secret" not in page.locator("body").inner_text()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_accessible_in_each_theme_and_width(open_page: Open, theme: str, width: int) -> None:
+    page = open_page(width=width, theme="dark" if theme == "light" else "light")
+    page.get_by_label("Theme").select_option(theme)
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == theme
+    axe = AXE.read_text(encoding="utf-8")
+    for view in VIEWS:
+        page.get_by_role("tab", name=view.title()).click()
+        if view == "patches":
+            expect(page.locator(".facts dd").first).to_be_visible()
+            patched(page).focus()
+            page.keyboard.press("ArrowRight")
+        else:
+            for field in page.locator("input[name=max_tokens]:visible").all():
+                field.fill("20")
+            page.locator("button.primary:visible").click()
+            expect(page.locator(f"#view-{view} .status").last).to_contain_text("bits per byte")
+            expect(page.locator(f"#view-{view} button:has-text('Stop')")).to_be_disabled()
+            patched(page).first.focus()
+            page.keyboard.press("ArrowRight")
+            expect(page.locator(f"#view-{view} .inspected")).to_be_visible()
+        # Debugging has its own world: the page's policy forbids what axe does to load itself.
+        page.evaluate(axe)
+        found = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found["violations"]] == []
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    page.reload()
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+
+
+def test_keyboard_alone(open_page: Open) -> None:
+    page = open_page(reduced_motion="reduce")
+    expect(page.locator(".facts dd").first).to_be_visible()
+
+    def focused() -> str:
+        return page.evaluate(
+            "document.activeElement.getAttribute('aria-label') || document.activeElement.textContent || ''"
+        )
+
+    def tab_to(name: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if name in focused():
+                return
+        raise AssertionError(f"Tab never reached {name}")
+
+    tab_to("Skip to the content")
+    tab_to("Patches")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#view-generate")).to_be_visible()
+    assert page.url.endswith("#generate")
+    tab_to("Generate")
+    page.keyboard.press("Enter")
+    expect(page.locator("#view-generate .block").first).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#view-generate .status")).not_to_contain_text("…")
+    page.locator("#tab-generate").focus()
+    page.keyboard.press("Home")
+    expect(page.locator("#view-patches")).to_be_visible()
+    tab_to("English")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    expect(page.get_by_label("Text", exact=True)).to_have_value(re.compile("def fibonacci"))
+    tab_to("Text in patches")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    expect(page.locator("#view-patches .unseen[role=status]")).to_contain_text("1 byte, patch")
+    tab_to("Threshold")
+    before = num_patches(page)
+    page.keyboard.press("Home")
+    expect(page.locator(".facts dd").nth(2)).not_to_have_text(str(before))
+
+
+def test_unmade_views_and_other_files_are_not_served(address: str, browser: Browser) -> None:
+    page = browser.new_page()
+    found = page.request.get(f"{address}/")
+    assert found.ok
+    assert "default-src 'none'" in found.headers["content-security-policy"]
+    assert page.request.get(f"{address}/__init__.py").status == 404
+    assert page.request.get(f"{address}/%2e%2e/app.py").status == 404
+    page.close()
