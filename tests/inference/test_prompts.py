@@ -1,5 +1,6 @@
 """Prompts that are read in chunks and go on from stored states, against the full forward pass."""
 
+import itertools
 import random
 from typing import Any
 
@@ -14,10 +15,12 @@ from bytelatent.inference.continuation import Continuation as Sequence
 from bytelatent.inference.engine import OutOfRoom
 from bytelatent.inference.prefix_cache import PrefixCache
 from bytelatent.inference.prompts import PromptQueue
+from bytelatent.inference.step import CapturedSlots, SizedSlots, sized_slots
+from bytelatent.inference.step.step import BLTStep
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.vocab import EOS
 from tests.inference.test_decoder import PATCHINGS, assert_close, full_logits
-from tests.inference.test_engine import GREEDY, KINDS, decoder_of, engine_of, shared_decoder
+from tests.inference.test_engine import ASSUMING, FAST, GREEDY, KINDS, decoder_of, engine_of, shared_decoder
 from tests.model.tiny import blt_settings, byte_lm_settings, make, random_lines
 
 BOS = torch.tensor([1])
@@ -169,6 +172,44 @@ def test_prompts_go_on_from_what_was_generated(kind: str) -> None:
     assert queue.num_read + cache.num_reused > queue.num_read > 0
     if kind not in ("fast, seldom", "drafted"):  # there a patch may wait at the end, or a step go past a stop text
         assert queue.num_read <= 2 * (20 + 2 * 16)
+
+
+@pytest.mark.parametrize("kind", ["fast", "fast, seldom", "assuming, seldom", "drafted"])
+@pytest.mark.parametrize("name", ["entropy", "joined"])
+def test_sets_of_slots(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that join and leave, so that others move between sets in the midst of their patches."""
+    if (name, kind) == ("joined", "drafted"):
+        pytest.skip("a model without cross-attention has no drafts")
+    monkeypatch.setattr(sized_slots, "GROWTH", 2)
+    monkeypatch.setattr(sized_slots, "PATIENCE", 3)
+    decoder = decoder_of(name)
+
+    def make(count: int, like: CapturedSlots | None) -> CapturedSlots:
+        slots = CapturedSlots(decoder, count, like=like, **FAST[kind])
+        if isinstance(slots.step, BLTStep):
+            slots.step.assumes_open |= kind in ASSUMING
+            assert like is None or slots.step.blt is like.step.blt  # pyright: ignore[reportAttributeAccessIssue]
+        return slots
+
+    slots = SizedSlots(make, 6)
+    assert list(slots.sets) == [1, 2, 3, 6]
+    engine, alone = Engine(decoder, slots, 6), Engine.plain(decoder, 1)
+    asked, sizes, chance = [], [], random.Random(1)
+    for number in range(90):
+        if number % 40 < 6 and chance.random() < 0.9:
+            sampling = Sampling(temperature=1.0, seed=number, valid_utf8=number % 2 == 0, repetition_penalty=1.1)
+            size = chance.randint(4, 20)
+            asked += engine.submit(text_of(number, chance.randint(1, 9)), sampling, size)
+        engine.advance()
+        sizes.append(slots.size)
+    engine.run()
+    assert {1, 2, 3} <= set(sizes)
+    assert sum(before > after for before, after in itertools.pairwise(sizes)) >= 2
+    for which in asked:
+        [expected] = alone.submit(which.prompt, which.sampling, which.max_new_bytes)
+        alone.run()
+        assert which.ids == expected.ids
+    assert not slots._index
 
 
 class Faulty(Decoder):
