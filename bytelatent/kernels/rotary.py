@@ -24,10 +24,10 @@ def cos_sin(position_T: Tensor, head_dim: int, theta: float, scaling: Any = None
     exponents = torch.arange(0, head_dim, 2, device=position_T.device, dtype=torch.float32) / head_dim
     frequency = 1.0 / theta**exponents
     if scaling is not None:
-        turns = scaling.original_context / (2 * math.pi / frequency)  # within the original context
+        cycles = scaling.original_context / (2 * math.pi / frequency)  # within the original context
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = (1 - kept) * frequency / scaling.factor + kept * frequency
+        own = ((cycles - low) / (high - low)).clamp(0, 1)
+        frequency = (1 - own) * frequency / scaling.factor + own * frequency
     radians = position_T.float()[:, None] * frequency
     return radians.cos(), radians.sin()
 

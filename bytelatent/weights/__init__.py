@@ -1,6 +1,6 @@
 """Weights in and out: our format, Meta's, and that of Hugging Face transformers."""
 
-from bytelatent.weights.byteify import blt_around, byteify
+from bytelatent.weights.byteified import blt_around, byteify
 from bytelatent.weights.native import BYTE_LM, NATIVE, is_run, origin_of_run, save
 from bytelatent.weights.pretrained import (
     FORMATS,

@@ -27,7 +27,7 @@ from bytelatent.weights.native import (
 from bytelatent.weights.safetensors_io import StoredTensor, read_json_object, read_weights, write_json_object
 from bytelatent.weights.side_files import read_sidecar, write_sidecar, write_tokenizer
 from bytelatent.weights.stored_model import Config, StoredModel
-from bytelatent.weights.transformers_config import SIZES, STACK, Part, fixed_of_stack
+from bytelatent.weights.transformers_config import SIZES, STACK, ConfigPart, fixed_of_stack
 
 BYTE_LM_SIDECAR = "bytelatent.byte_lm.json"
 PATCHER = "model.patcher."
@@ -170,7 +170,7 @@ def read_model(values: Mapping[str, Any], where: str) -> Config:
     Raises:
         UserError: a value requires a computation that is not implemented.
     """
-    top = Part({**DEFAULTS[""], **values}, where=where)
+    top = ConfigPart({**DEFAULTS[""], **values}, where=where)
     parts = {name: top.part(name, DEFAULTS[name]) for name in PARTS}
     encoder = parts["encoder_config"]
     top.rope("default")  # transformers ignores it at the top level, but its author meant it
@@ -211,7 +211,7 @@ def read_model(values: Mapping[str, Any], where: str) -> Config:
 
 def read_patcher(values: Mapping[str, Any], where: str) -> Config | None:
     """The same for the patcher, which is a byte LM; None if the model has no patcher."""
-    top = Part({**DEFAULTS[""], **values}, where=where)
+    top = ConfigPart({**DEFAULTS[""], **values}, where=where)
     if not top["patch_in_forward"]:
         return None
     patcher = top.part("patcher_config", DEFAULTS["patcher_config"])

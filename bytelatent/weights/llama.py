@@ -20,7 +20,7 @@ from bytelatent.weights.native import TRANSFORMERS_NAMES, SettingsTable, Weights
 from bytelatent.weights.safetensors_io import StoredTensor, read_json_object, shown, write_json_object
 from bytelatent.weights.side_files import read_sidecar, write_sidecar, write_tokenizer_config
 from bytelatent.weights.stored_model import Config, StoredModel
-from bytelatent.weights.transformers_config import STACK, Part, fixed_of_stack
+from bytelatent.weights.transformers_config import STACK, ConfigPart, fixed_of_stack
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def read_llama(values: Mapping[str, Any], where: str) -> Config:
         UserError: a value requires a computation that is not implemented.
     """
     family = FAMILIES[values.get("model_type", "llama")]
-    part = Part({**DEFAULTS, **family.defaults, **values}, where=where)
+    part = ConfigPart({**DEFAULTS, **family.defaults, **values}, where=where)
     if values.get("quantization_config") is not None:
         raise UserError(f"{where}: its weights are quantized (quantization_config); take the model it was made of")
     for key in ("attention_bias", "mlp_bias"):  # with a bias of the output, too
@@ -154,7 +154,7 @@ def read_llama(values: Mapping[str, Any], where: str) -> Config:
     return Config(model=model, context=part.context)
 
 
-def _window(part: Part) -> Any:
+def _window(part: ConfigPart) -> Any:
     """The positions that attention sees, the own one included; None for all.
 
     Raises:

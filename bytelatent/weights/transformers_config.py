@@ -29,7 +29,7 @@ SCALING = {  # the keys of a rotary embedding of type llama3, and those of `Rope
 }
 
 
-class Part(dict[str, Any]):
+class ConfigPart(dict[str, Any]):
     """The values of a part of a `config.json`; the top level has no name."""
 
     def __init__(self, values: Mapping[str, Any], name: str = "", where: str = ""):
@@ -53,9 +53,9 @@ class Part(dict[str, Any]):
             raise UserError(f"{self.path(key)} is {shown(repr(found))}; it should be a mapping of keys to values")
         return found or {}
 
-    def part(self, name: str, defaults: Mapping[str, Any]) -> "Part":
+    def part(self, name: str, defaults: Mapping[str, Any]) -> "ConfigPart":
         """The part under a key, with transformers' values for missing ones."""
-        part = Part({**defaults, **self.group(name)}, name, self.where)
+        part = ConfigPart({**defaults, **self.group(name)}, name, self.where)
         part.check_sizes()
         return part
 

@@ -100,8 +100,8 @@ def block(x: list[np.ndarray], weights: Weights, settings: Any) -> list[np.ndarr
             heads = list(product(name, row).reshape(-1, size))
             if settings.qk_norm:
                 heads = [norm(head, layer[f"{name}_norm"], eps) for head in heads]
-            turns = [rotated(head, at, settings.rope_theta, settings.rope_scaling) for head in heads]
-            rows.append(np.concatenate(turns))
+            heads = [rotated(head, at, settings.rope_theta, settings.rope_scaling) for head in heads]
+            rows.append(np.concatenate(heads))
         return rows
 
     def seen(at: int) -> range:
