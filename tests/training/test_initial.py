@@ -149,7 +149,8 @@ def test_resumes_exactly_without_the_source(
     sources: dict[str, Path], other_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(shutil.copytree(sources["native"], tmp_path / "source"))
-    more = {"data": {"valid": str(other_text)}, "checkpoint": {"every": 2}}
+    more: dict[str, Any] = {"data": {"valid": str(other_text)}, "checkpoint": {"every": 2}}
+    more["optimizer"] = {"lr": 1e-3, "warmup_steps": 0, "lr_scale": {"encoder": 0.0, "decoder": 0.1}}
     whole = train(settings(from_model(tmp_path / "whole", other_text, source, 6, **more)))
     values = from_model(tmp_path / "cut", other_text, source, 6, **more)
     inner, calls = loop.learning_rate, []
