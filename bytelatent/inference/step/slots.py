@@ -83,6 +83,7 @@ class CapturedSlots:
         step = self.step
         step.state.put(slot, state, source)
         step.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes, which.constraint is not None)
+        step.buffers.is_held[slot] = False
         self._allowances.forget(slot)
         step.logits_BV[slot] = logits
         step.buffers.is_active[slot], step.buffers.is_waiting[slot] = True, False
@@ -106,7 +107,7 @@ class CapturedSlots:
         self.step.sampling.constrain(*self._allowances.new(self._in_slot))
         self.num_steps += 1
         num_alternatives = most_alternatives(self._in_slot)
-        logits_BV = self.step.logits_BV.clone() if num_alternatives else None
+        logits_BV = self.step.newest_logits() if num_alternatives else None
         if self.decoder.device.type != "cuda":
             self.step()
         else:
@@ -137,7 +138,7 @@ class CapturedSlots:
     def newest(self, slot: int) -> Prefix | None:
         step = self.step
         num_ids, is_waiting = torch.stack([step.state.position[slot], step.buffers.is_waiting[slot]]).tolist()
-        return None if is_waiting else Prefix(num_ids, step.state, step.logits_BV[slot], slot)
+        return None if is_waiting else Prefix(num_ids, step.state, step.newest_logits()[slot], slot)
 
     def take_over(self, slot: int, other: "CapturedSlots", source: int) -> None:
         """Let a slot go on as slot `source` of others would, of which no step is in flight."""
@@ -148,7 +149,8 @@ class CapturedSlots:
         step, theirs = self.step, other.step
         step.state.put(slot, theirs.state, source)
         step.sampling.take_over(slot, theirs.sampling, source)
-        step.logits_BV[slot] = theirs.logits_BV[source]
+        step.logits_BV[slot] = theirs.newest_logits()[source]
+        step.buffers.is_held[slot] = False
         for name in ("is_active", "is_waiting"):
             getattr(step.buffers, name)[slot] = getattr(theirs.buffers, name)[source]
         if isinstance(step, BLTStep) and isinstance(theirs, BLTStep):

@@ -99,6 +99,10 @@ class ByteLMStep:
         out = self.logits_BV.new_empty(len(ids_M), VOCAB_SIZE)
         return skinny_linear(x_MD, self.byte_lm.output, eps=self.byte_lm.stack.eps, out=out)
 
+    def newest_logits(self) -> Tensor:
+        """What comes next in each slot, [B, V], a copy: of slots that a step went by, what they held."""
+        return torch.where(self.buffers.is_held[:, None], self.buffers.held, self.logits_BV)
+
     def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the step drew: ids [S, B], -1 for none, of S bytes one after another, their log-probabilities, and
         whether they begin patches.
