@@ -65,10 +65,19 @@ class Request:
 
 class Generating(Core):
     @renamed_arguments(num_rows="batch_size")
-    def engine(self, batch_size: int = 16) -> Engine:
-        """Continuous batching: up to `batch_size` sequences are decoded at once, and join and leave at any time."""
+    def engine(self, batch_size: int = 16, varies: bool = False) -> Engine:
+        """Continuous batching: up to `batch_size` sequences are decoded at once, and join and leave at any time.
+
+        Args:
+            varies: whether there are often fewer; then steps are faster, and their caches take more memory.
+        """
         return engine_for(
-            self.model, self.patching, self.needed_entropy_model(), batch_size, draft_length=self.draft_length
+            self.model,
+            self.patching,
+            self.needed_entropy_model(),
+            batch_size,
+            draft_length=self.draft_length,
+            varies=varies,
         )
 
     @overload

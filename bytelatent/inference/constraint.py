@@ -155,7 +155,8 @@ def schema_text(schema: Any) -> str:
             )
         if json_schema.depth(schema) > json_schema.MAX_DEPTH:
             json_schema.check(schema)
-        return json.dumps(schema, ensure_ascii=False, allow_nan=False).encode().decode()
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False).encode().decode()
+        return json.dumps(json_schema.with_encoded_references(json.loads(text)), ensure_ascii=False)
     except RecursionError:
         raise UserError("schema: it nests too many objects and arrays") from None
     except (TypeError, ValueError) as error:
@@ -296,8 +297,7 @@ def _schema_refusal(library: Any, schema: Any, message: str) -> str:
     for at, part in sorted(json_schema.parts(schema), key=lambda part: -part[0].count("/")):
         if not at or time.monotonic() > until:
             break
-        alone = {**named, **part} if isinstance(part, dict) else part
-        if _matcher(library, "schema", json.dumps(alone)).get_error() == message:
+        if isinstance(part, dict) and _matcher(library, "schema", json.dumps(named | part)).get_error() == message:
             where = f"'{at}': "
             break
     if keys := re.match(r"Unimplemented keys: (.*)", message):
@@ -310,7 +310,7 @@ def _schema_refusal(library: Any, schema: Any, message: str) -> str:
         message = "a pattern together with these lengths takes too long to follow; leave one of them out"
     elif message.startswith("Unsatisfiable schema: "):
         message = f"no value meets it: {message.partition(': ')[2]}"
-    return f"schema: {where}{_short(message)}; {ANYWHERE}"
+    return f"schema: {where}{_short(' '.join(message.split()))}; {ANYWHERE}"
 
 
 def _short(message: str) -> str:

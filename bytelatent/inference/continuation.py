@@ -79,6 +79,7 @@ class Continuation:
         starts: of each of `ids` whether it begins a patch.
         alternatives: for each of `ids` the most likely ones, where asked for.
         constraint: what the text must meet.
+        prompt_patches: patches of the prompt, that of BOS included; None before it was read.
         ended: why nothing more will come; None as long as more may.
         failure: what went wrong, where it `failed`; a UserError where its constraint left nothing to draw.
     """
@@ -95,6 +96,7 @@ class Continuation:
     failure: Exception | None = None
     vocabulary: Vocabulary = BYTES
     constraint: Constraint | None = None
+    prompt_patches: int | None = None
     _constraint_state: ConstraintState | None = None
     _data: bytearray = field(default_factory=bytearray)  # without a stop text
     _stop_texts: StopTexts | None = None
@@ -123,7 +125,8 @@ class Continuation:
         end = len(self._data)
         if self._stop_texts is not None and self.ended is None:
             end -= self._stop_texts.held_back()
-        end = self._whole(end)
+        if self.sampling.valid_utf8:
+            end = self._whole(end)
         new, self._num_given = bytes(self._data[self._num_given : end]), max(end, self._num_given)
         return new
 
@@ -190,6 +193,10 @@ class Allowances:
     def forget(self, slot: int) -> None:
         """Another sequence is in the slot."""
         self._num_ids[slot] = None
+
+    def take_over(self, slot: int, other: "Allowances", source: int) -> None:
+        """The sequence of slot `source` of others is in the slot."""
+        self._num_ids[slot] = other._num_ids[source]
 
     def new(self, in_slot: Sequence[Continuation | None]) -> tuple[list[int], list[np.ndarray]]:
         """The slots whose sequences have become longer, and what each one's constraint allows, bool [V]."""

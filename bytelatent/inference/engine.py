@@ -52,7 +52,7 @@ class Slots(Protocol):
         ...
 
     def newest(self, slot: int) -> Prefix | None:
-        """The state of all slots, with the ids that this one has read and its next logits; None in the midst of a
+        """The state that holds a slot, the number of ids it has read and its next logits; None in the midst of a
         patch's end.
         """
         ...
@@ -108,7 +108,7 @@ class PlainSlots:
         return drawn
 
     def newest(self, slot: int) -> Prefix | None:
-        return Prefix(int(self.state.position[slot]), self.state, self.logits_BV[slot])
+        return Prefix(int(self.state.position[slot]), self.state, self.logits_BV[slot], slot)
 
 
 def most_alternatives(in_slot: list[Continuation | None]) -> int:
@@ -322,7 +322,9 @@ class Engine:
         free = [slot for slot, which in enumerate(self._in_slot) if which is None]
         self._prompts.read(len(free))
         for read, members in self._prompts.take(len(free)):
+            num_patches = int(read.state.num_patches[read.source] + (read.state.open_count[read.source] > 0))
             for which in members:
+                which.prompt_patches = num_patches
                 slot = free.pop(0)
                 self._in_slot[slot] = which
                 try:
@@ -360,4 +362,4 @@ class Engine:
         found = self.slots.newest(slot)
         ids = torch.cat([which.prompt, torch.tensor(which.ids, dtype=which.prompt.dtype)])
         if found is not None and found.num_ids <= len(ids):  # steps in flight may have read more
-            cache.add(ids[: found.num_ids], found.state, slot, found.logits)
+            cache.add(ids[: found.num_ids], found.state, found.slot, found.logits)

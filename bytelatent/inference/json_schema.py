@@ -5,6 +5,7 @@ The compiler reports most of what it cannot do. Here is what it would accept and
 
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote, unquote
 
 from bytelatent.errors import UserError
 
@@ -72,6 +73,14 @@ def check(schema: Any) -> None:
         raise UserError("schema: no value of finite size meets it, since a part needs itself; make a property optional")
 
 
+def with_encoded_references(schema: Any) -> Any:
+    """The schema, changed in place, with references as the standard writes them: as URIs, which are ASCII."""
+    for _, part in parts(schema):
+        if isinstance(part, dict) and isinstance(name := part.get("$ref"), str):
+            part["$ref"] = quote(name, safe="#/%:?&=~$@!'()*+,;[]")
+    return schema
+
+
 def _check_part(part: dict[str, Any], at: str) -> None:
     properties, required = part.get("properties", {}), part.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
@@ -120,7 +129,7 @@ def _has_value(schema: Any) -> bool:
     def holds(part: Any) -> bool:
         if not isinstance(part, dict) or "const" in part or "enum" in part:
             return True  # `false` is the compiler's to refuse
-        if (name := part.get("$ref")) is not None and not has_value.get(name, True):
+        if not has_value.get(unquote(str(part.get("$ref", ""))), True):
             return False
         for keyword, some_or_all in (("allOf", all), ("anyOf", any), ("oneOf", any)):
             inner = part.get(keyword)

@@ -24,13 +24,15 @@ class Prefix:
     """What a model knows once it has read some ids.
 
     Attributes:
-        state: of one slot, for `DecodeState.put`.
+        state: for `DecodeState.put`.
+        slot: of the state.
         logits: [V] of what comes next.
     """
 
     num_ids: int
     state: DecodeState
     logits: Tensor
+    slot: int = 0
 
     @property
     def num_bytes(self) -> int:

@@ -53,6 +53,7 @@ OPTIONS: dict[str, SamplingOption] = {
     "seed": SamplingOption(torch.int64, 0, lambda sampling: _as_int64(sampling.seed)),
     "valid_utf8": SamplingOption(torch.bool, False, lambda sampling: sampling.valid_utf8),
 }
+OF_ALL_SLOTS = {"utf8_after", "needed", "needed_after", "is_special", "is_text"}  # fields of SamplingSlots
 BY_ENGINE = {"stop"}  # fields that the engine applies to what was drawn
 
 
@@ -161,6 +162,12 @@ class SamplingSlots:
         for back in range(min(len(prompt), 3), 0, -1):
             state = self.utf8_after[state, prompt[len(prompt) - back :][:1]]
         self.utf8[slot : slot + 1] = state
+
+    def take_over(self, slot: int, other: "SamplingSlots", source: int) -> None:
+        """Let a slot go on as slot `source` of others would."""
+        for name, mine in vars(self).items():
+            if name not in OF_ALL_SLOTS:
+                mine[slot] = getattr(other, name)[source]
 
     def constrain(self, slots: Sequence[int], allowed: Sequence[np.ndarray]) -> None:
         """Let slots draw one of the ids that each one's constraint allows next, bool [V]; some id must be."""

@@ -65,7 +65,7 @@ def _no_such_route(request: Request) -> ApiError:
     for route in [route for router in ROUTERS for route in router.routes]:
         if isinstance(route, APIRoute) and route.path_regex.match(path):
             known |= set(route.methods or ())
-    if known:
+    if known and request.method not in known:
         allowed = ", ".join(sorted(known))
         return ApiError(405, f"{path} takes {allowed}, not {request.method}", headers={"Allow": allowed})
     return ApiError(404, f"there is no {path[:200]} here; /openapi.json lists what there is")

@@ -2,13 +2,13 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from bytelatent.blt import BLT
+from bytelatent.blt import BLT, TextReading
 from bytelatent.inference import Decoder, prompt_bytes, prompt_ids
 from bytelatent.model import entropies
 from bytelatent.patching import PatchSettings
@@ -143,19 +143,39 @@ class Backend:
             found.append(entropies(logits))
         return torch.cat(found)
 
-    async def score(self, data: bytes, end: bool, each: bool) -> Plain:
-        """How well the model predicts a text, read in pieces of its context, as `blt eval` does."""
+    async def score(self, texts: Sequence[bytes], end: bool, each: bool) -> list[Plain]:
+        """How well the model predicts texts, read in pieces of its context, as `blt eval` does.
 
-        def read() -> Plain:
-            read = self.blt.read(data, context=self.blt.context, end=end)
-            values = read.log_probabilities.double()
-            total = float(values.sum())
-            return {
-                "bytes": len(data),
-                "patches": int(read.starts.sum()),
-                "log_probability": total,
-                "bits_per_byte": -total / NATS_PER_BIT / len(data) if data else None,
-                "log_probabilities": values.tolist() if each else None,
-            }
+        Args:
+            end: whether the end of each text is predicted, too.
+            each: whether the log-probability of each byte is there.
+        """
+        found: list[Plain] = []
+        for group in _groups(texts):
+            read = await self.call(lambda group=group: self.blt.read(group, context=self.blt.context, end=end))
+            found += [_score(reading, each) for reading in read]
+        return found
 
-        return await self.call(read)
+
+def _groups(texts: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """The texts in groups that are read between two steps."""
+    group: list[bytes] = []
+    for data in texts:
+        if group and sum(map(len, group)) + len(group) + len(data) >= PIECE:
+            yield group
+            group = []
+        group.append(data)
+    if group:
+        yield group
+
+
+def _score(reading: TextReading, each: bool) -> Plain:
+    values = reading.log_probabilities.double()
+    total, size = float(values.sum()), len(reading.data)
+    return {
+        "bytes": size,
+        "patches": int(reading.starts.sum()),
+        "log_probability": total,
+        "bits_per_byte": -total / NATS_PER_BIT / size if size else None,
+        "log_probabilities": values.tolist() if each else None,
+    }

@@ -41,7 +41,7 @@ async def score(body: ScoreRequest, request: Request) -> Plain:
     size = record_of(request.scope).prompt_bytes = sum(map(len, texts))
     ends = True if body.end is None else body.end
     async with while_connected(request.receive):
-        data = [await backend.score(data, ends, bool(body.log_probabilities)) for data in texts]
+        data = await backend.score(texts, ends, bool(body.log_probabilities))
     patches = {"prompt_patches": sum(found["patches"] for found in data), "completion_patches": 0}
     return {
         "object": "list",

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,8 +72,7 @@ class Job:
     constraint: Constraint | None = None
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What is new of a sample.
 
     Attributes:
@@ -182,6 +181,7 @@ class Scheduler:
         self._engine, self._prompts = self._new_engine()
         self._condition = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._num_live, self._stops, self._closed = 0, False, False
         self._ticket_of: dict[Continuation, tuple[Ticket, int]] = {}
         self._ends: deque[float] = deque(maxlen=NUM_ENDS)
@@ -246,7 +246,8 @@ class Scheduler:
         with self._condition:
             if self._closed:
                 raise Stopping
-            self._command(run)
+            self._calls.append(run)
+            self._condition.notify_all()
         return future
 
     def drain(self, timeout_s: float) -> bool:
@@ -300,10 +301,13 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._commands or self._closed or not self._engine.is_idle)
+                self._condition.wait_for(
+                    lambda: self._commands or self._calls or self._closed or not self._engine.is_idle
+                )
                 commands, self._commands = self._commands, deque()
                 closed = self._closed
-            for command in commands:
+                calls = [self._calls.popleft() for _ in range(len(self._calls) if closed else min(len(self._calls), 1))]
+            for command in (*commands, *calls):  # a single call, since it may take long
                 command()
             if closed:
                 for ticket in {id(ticket): ticket for ticket, _ in self._ticket_of.values()}.values():
@@ -313,7 +317,7 @@ class Scheduler:
                 self._advance()
 
     def _new_engine(self) -> tuple[Engine, PromptQueue]:
-        engine = self.blt.engine(self.batch_size)
+        engine = self.blt.engine(self.batch_size, varies=True)
         return engine, engine.serve(self._prefill_chunk, self._cache if self._cache.max_bytes else None)
 
     def _replace_engine(self, waiting: list[list[Continuation]]) -> None:
@@ -353,16 +357,17 @@ class Scheduler:
         now = time.monotonic()
         updates: dict[int, tuple[Ticket, list[Update]]] = {}
         for which in changed:
-            if which not in self._ticket_of:
+            if (found := self._ticket_of.get(which)) is None:
                 continue
-            ticket, sample = self._ticket_of[which]
+            ticket, sample = found
             update = self._update(which, sample)
             if update.data:
                 self._measure(ticket, update, now)
+            elif update.ended is None:
+                continue
             if update.ended is not None:
                 self._end(which, update.ended, now)
-            if update.data or update.ended is not None:
-                updates.setdefault(id(ticket), (ticket, []))[1].append(update)
+            updates.setdefault(id(ticket), (ticket, []))[1].append(update)
         for ticket, new in updates.values():
             try:
                 ticket.on_update(new)

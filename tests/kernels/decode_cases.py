@@ -11,6 +11,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -243,6 +244,7 @@ def deciding(
     quorum: float = 0.0,
     decoded: bool = False,
     sampling: list[dict[str, Any]] | None = None,
+    constrained: bool = False,
 ) -> Errors:
     """Draw, append, decide, choose, one after another, with the rows' states as they come."""
     patching = PatchSettings(**chosen)
@@ -250,7 +252,8 @@ def deciding(
     drawing = SamplingSlots.empty(rows, DEVICE)
     for row in range(rows):
         prompt = torch.randint(4, 260, [5])
-        drawing.put(row, samplings[row % len(samplings)], prompt, 3 + row % 4)
+        is_constrained = constrained and row % 4 != 3
+        drawing.put(row, samplings[row % len(samplings)], prompt, 3 + row % 4, is_constrained)
     state = SimpleNamespace(
         position=torch.randint(0, 6, [rows]),
         tail=torch.randint(0, 260, [rows, 4]),
@@ -271,6 +274,10 @@ def deciding(
         if number == 1:  # some rows would draw another id than the one that is expected
             drawn = ours[0].draw(logits)[0]
             expected = torch.where(torch.rand(rows) < 0.5, drawn, drawn + 1)
+        ready = [row for row in range(rows) if constrained and row % 4 != 3 and (row + number) % 3 == 0]
+        allowed = [(np.arange(260) + row) % 7 == 2 for row in ready]  # others' are outdated, and their logits held
+        ours[0].constrain(ready, allowed)
+        theirs[0].constrain(ready, allowed)
         draw(logits, ours[0], ours[1].position, ours[2], expected)
         append(ours[1], ours[2])
         decide(lm, patching, ours[1], ours[2])

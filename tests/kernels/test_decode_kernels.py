@@ -248,6 +248,7 @@ def test_decisions() -> None:
             {"rows": 3, "max_closing": 1, "chosen": {"mode": "static", "patch_size": 2}},
             {"rows": 3, "max_closing": 2, "chosen": {"mode": "byte"}},
             {"rows": len(alone), "max_closing": 2, "chosen": {"mode": "byte"}, "sampling": alone},
+            {"rows": 5, "max_closing": 5, "chosen": {"mode": "byte"}, "sampling": every[:2], "constrained": True},
         ],
         keeping=[{"rows": 4, "closing": [2, -1, 0], "keys": 3, "heads": 2, "head_dim": 8, "layers": 2}],
         deciding_on_every_id=[

@@ -42,6 +42,8 @@ def test_the_text_of_a_seed_is_that_of_generate(client: openai.OpenAI, blt: BLT,
     assert found.usage is not None
     assert found.usage.prompt_tokens == len(prompt.encode())
     assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+    assert found.usage.model_extra is not None
+    assert found.usage.model_extra["patches"]["prompt_patches"] == 1 + len(blt.patch(prompt))
 
 
 def test_a_stream_is_the_text_in_whole_characters(client: openai.OpenAI, blt: BLT) -> None:
@@ -81,7 +83,7 @@ def test_samples_of_several_prompts(client: openai.OpenAI, blt: BLT) -> None:
     assert [choice.index for choice in found.choices] == list(range(12))
 
 
-def test_streams_of_samples_are_told_apart(client: openai.OpenAI, blt: BLT) -> None:
+def test_streams_of_samples_have_their_index(client: openai.OpenAI, blt: BLT) -> None:
     texts = dict.fromkeys(range(3), "")
     for chunk in client.completions.create(model="tiny-test", prompt="x", max_tokens=20, n=3, seed=5, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
@@ -192,7 +194,7 @@ def test_events_are_as_sent_to_curl(served: Served) -> None:
 
 
 def test_scores_are_bits_per_byte(served: Served, blt: BLT) -> None:
-    texts = ["some text", "caf\u00e9 " * 30]
+    texts = ["some text", "caf\u00e9 " * 30, *["x" * size for size in range(1, 90)]]
     found = served.post("/v1/score", {"texts": texts, "log_probabilities": True}).json()["data"]
     assert [each["bits_per_byte"] for each in found] == pytest.approx(blt.bits_per_byte(texts).per_text, abs=1e-4)
     assert found[0]["log_probability"] == pytest.approx(sum(found[0]["log_probabilities"]))

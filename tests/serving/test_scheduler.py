@@ -140,7 +140,7 @@ def test_a_request_that_fails_harms_no_other(blt: BLT, scheduler: Scheduler, mon
     assert (failed[-1].ended, failed[-1].failure[:22]) == ("failed", "there is not enough me")
     assert [clients[0].texts(), clients[2].texts()] == [[blt.generate(text, 20, seed=1)] for text in ("The", "it is")]
     engine = scheduler._engine
-    monkeypatch.setattr(engine.slots, "_read_back", lambda *_: 1 // 0)
+    monkeypatch.setattr(engine.slots, "advance", lambda: 1 // 0)
     clients = [Client(scheduler, "The", 20, seed=number) for number in range(8)]
     results = [client.results()[0] for client in clients]
     assert scheduler._engine is not engine

@@ -133,7 +133,7 @@ def test_released_weights_of_the_hub(
             (place / "LICENSE").write_text(f"the licence of {name}")
             hub.add(name, place, kind="model")
         hub.connect(monkeypatch, tmp_path / "home")
-        values = from_model(tmp_path / "run", text, "published/blt-1b", 1)
+        values = from_model(tmp_path / "run", text, "published/blt-1b", 1, data={"batch_bytes": 128})
         asked = settings(values)
         assert not [what for what in hub.requests if what.endswith((".safetensors", ".pth"))]
         run = train(asked)
@@ -149,7 +149,8 @@ def test_resumes_exactly_without_the_source(
     sources: dict[str, Path], other_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(shutil.copytree(sources["native"], tmp_path / "source"))
-    more = {"data": {"valid": str(other_text)}, "checkpoint": {"every": 2}}
+    more: dict[str, Any] = {"data": {"valid": str(other_text)}, "checkpoint": {"every": 2}}
+    more["optimizer"] = {"lr": 1e-3, "warmup_steps": 0, "lr_scale": {"encoder": 0.0, "decoder": 0.1}}
     whole = train(settings(from_model(tmp_path / "whole", other_text, source, 6, **more)))
     values = from_model(tmp_path / "cut", other_text, source, 6, **more)
     inner, calls = loop.learning_rate, []

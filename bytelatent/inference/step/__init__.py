@@ -2,7 +2,7 @@
 
 `packed_weights` holds a model's matrices as the kernels read them, `prefill` reads prompts with them. `step` is the
 decode step: `sampling` draws, `patching` decides where patches start, `drafting` does several bytes at once. `slots`
-captures a step in a CUDA graph (`cuda_graph`) and replays it.
+captures a step in a CUDA graph (`cuda_graph`) and replays it; `sized_slots` has several such sets.
 """
 
 from bytelatent.device import outside_inference_mode
@@ -13,6 +13,7 @@ from bytelatent.inference.quantize import quantize_model
 from bytelatent.inference.settings import Quantization, check_limits
 from bytelatent.inference.step.packed_weights import has_cross_attention, supports
 from bytelatent.inference.step.prefill import PrefillDecoder
+from bytelatent.inference.step.sized_slots import SizedSlots
 from bytelatent.inference.step.slots import CapturedSlots
 from bytelatent.model import BLTModel, ByteLM, LanguageModel, TokenLM
 from bytelatent.model.settings import NAMES
@@ -31,6 +32,7 @@ def engine_for(
     quantize: Quantization = "full",
     draft_length: int = 1,
     vocabulary: Vocabulary = BYTES,
+    varies: bool = False,
 ) -> Engine:
     """The fastest engine that can decode this model where it is.
 
@@ -40,6 +42,7 @@ def engine_for(
         quantize: quantize the model's large matrices to `int8` or `fp8`; the entropy model stays as it is.
         draft_length: speculative decoding: bytes per step at most; 1: no drafts. See `DraftedStep`.
         vocabulary: of the ids of a token LM.
+        varies: whether there are often fewer sequences; then steps are faster, and their caches take more memory.
 
     Raises:
         UserError: this model cannot draft, or a number is out of range.
@@ -57,7 +60,11 @@ def engine_for(
         return Engine.plain(Decoder(model, patching, byte_lm), batch_size)
     decoder = (Decoder if device == "cpu" else PrefillDecoder)(model, patching, byte_lm)
     quorum = 0.0 if device == "cpu" else QUORUM
-    return Engine(decoder, CapturedSlots(decoder, batch_size, quorum, draft_length=draft_length), batch_size)
+
+    def slots(count: int, like: CapturedSlots | None = None) -> CapturedSlots:
+        return CapturedSlots(decoder, count, quorum, draft_length=draft_length, like=like)
+
+    return Engine(decoder, SizedSlots(slots, batch_size) if varies else slots(batch_size), batch_size)
 
 
 def _why_no_drafts(
@@ -86,4 +93,4 @@ def _is_changed(model: BLTModel | LanguageModel) -> bool:
     return any(type(part).__module__.partition(".")[0] not in ("torch", "bytelatent") for part in model.modules())
 
 
-__all__ = ["QUORUM", "CapturedSlots", "PrefillDecoder", "engine_for", "supports"]
+__all__ = ["QUORUM", "CapturedSlots", "PrefillDecoder", "SizedSlots", "engine_for", "supports"]

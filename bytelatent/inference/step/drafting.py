@@ -53,8 +53,15 @@ class DraftedStep(BLTStep):
         max_patches: that may close in a slot in a step. A slot stops before the byte that would close one more.
     """
 
-    def __init__(self, decoder: Decoder, num_slots: int, size: int, max_patches: int | None = None):
-        super().__init__(decoder, num_slots, num_slots)
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_slots: int,
+        size: int,
+        max_patches: int | None = None,
+        like: BLTStep | None = None,
+    ):
+        super().__init__(decoder, num_slots, num_slots, like=like)
         self.size, self.max_patches = size, min(max_patches or size, size)
         empty = [StepBuffers.empty(num_slots, num_slots, decoder.device) for _ in range(2 * size - 2)]
         self.verified = [self.buffers, *empty[: size - 1]]  # what the whole model draws

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bytelatent.inference.sampling import OUTDATED, READY, SamplingSlots
 from bytelatent.kernels.launch import Arrays, launch_options, power_of_two, tl, triton, uses_kernels, wait_for_earlier
-from bytelatent.vocab import EOS, OFFSET
+from bytelatent.vocab import EOS, OFFSET, VOCAB_SIZE
 
 # Shapes: B slots, C slots whose patch closes, V vocabulary
 
@@ -46,6 +46,8 @@ class StepBuffers:
     decodes: Tensor  # [B] the slot itself, -1 where no logits are to come any more in this step
     reads_patch: Tensor  # [B] bool, whether a patch is closed yet
     starts: Tensor  # [B] bool, whether the drawn id begins a patch
+    is_held: Tensor  # [B] bool, whether the logits are those of `held`, since a step went by that drew nothing
+    held: Tensor  # [B, V] float32
 
     @classmethod
     def empty(cls, num_slots: int, max_closing: int, device: torch.device | str) -> "StepBuffers":
@@ -53,10 +55,14 @@ class StepBuffers:
             return torch.zeros(size, dtype=dtype, device=device)
 
         sizes = {"closing": max_closing, "number": max_closing, "closing_count": max_closing, "run": 1}
-        dtypes = dict.fromkeys(("is_active", "is_waiting", "reads", "wants", "reads_patch", "starts"), torch.bool)
+        flags = ("is_active", "is_waiting", "reads", "wants", "reads_patch", "starts", "is_held")
+        dtypes = dict.fromkeys(flags, torch.bool)
         dtypes |= {"log_probability": torch.float32, "run": torch.int32}
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: zeros(sizes.get(name, num_slots), dtypes.get(name, torch.long)) for name in names})
+        names = [field.name for field in fields(cls) if field.name != "held"]
+        held = torch.zeros(num_slots, VOCAB_SIZE, device=device)
+        return cls(
+            **{name: zeros(sizes.get(name, num_slots), dtypes.get(name, torch.long)) for name in names}, held=held
+        )
 
 
 def draw(
@@ -65,13 +71,14 @@ def draw(
     """Draw an id in each active slot that does not wait, be it for what its constraint allows: `SamplingSlots.draw` and
     `read` in one.
 
-    A slot ends with EOS, or once as many ids were drawn as were asked for.
+    A slot ends with EOS, or once as many ids were drawn as were asked for. One whose constraint is OUTDATED draws
+    nothing, and the step may write over its logits: they are held until it draws.
 
     Args:
         logits_BV: float32, of what comes next.
         position: [B] ids read.
-        buffers: `is_active`, `is_waiting` are read; `is_active`, `drawn`, `log_probability`, `ids`, `reads`, `slot` and
-            `at` are written.
+        buffers: `is_active`, `is_waiting`, `is_held` and `held` are read; `is_active`, `drawn`, `log_probability`,
+            `ids`, `reads`, `slot`, `at`, `is_held` and `held` are written.
         expected: [B] the only ids that are drawn: a slot that would draw another one draws none, and waits.
     """
     if not uses_kernels(logits_BV):
@@ -82,6 +89,7 @@ def draw(
         logits_BV,
         *(position, expected, buffers.is_active, buffers.is_waiting),
         *(buffers.drawn, buffers.log_probability, buffers.ids, buffers.reads, buffers.slot, buffers.at),
+        *(buffers.is_held, buffers.held),
         **{f"{name}_ptr": part for name, part in vars(sampling).items() if name not in PLAIN_FIELDS},
         V=logits_BV.shape[1],
         PADDED=power_of_two(logits_BV.shape[1]),
@@ -99,13 +107,19 @@ def plain_draw(
 ) -> None:
     arrays, at = Arrays(buffers), position.numpy()
     is_active, is_waiting = arrays.is_active, arrays.is_waiting
-    draws = is_active & ~is_waiting & (sampling.constraint.numpy() != OUTDATED)
+    could_draw, is_held, constraint = is_active & ~is_waiting, arrays.is_held, sampling.constraint.numpy()
+    draws, holds = could_draw & (constraint != OUTDATED), could_draw & (constraint == OUTDATED) & ~is_held
+    if is_held.any():
+        uses_held = torch.from_numpy(is_held & (constraint == READY))
+        logits_BV = torch.where(uses_held[:, None], buffers.held, logits_BV)
+    buffers.held[torch.from_numpy(holds)] = logits_BV[torch.from_numpy(holds)]
     drawn, log_probability = sampling.draw(logits_BV)
     ids = drawn.numpy()
     if expected is not None:
         agrees = ids == expected.numpy()
         is_waiting |= draws & ~agrees
         draws &= agrees
+    is_held[:] = (is_held | holds) & ~draws
     sampling.read(drawn, torch.from_numpy(draws))
     ends = draws & ((ids == EOS) | (sampling.remaining.numpy() <= 0))
     reads = draws & ~ends
@@ -134,13 +148,20 @@ def mixed(x):
 
 
 @triton.jit
+def newest_logits(v, logits_ptr, held_ptr, uses_held, other, V: tl.constexpr):
+    """The logits of ids `v`, or those that were held; `other` of ids beyond the last."""
+    held = tl.load(held_ptr + v, mask=(v < V) & uses_held, other=other)
+    return tl.where(uses_held, held, tl.load(logits_ptr + v, mask=v < V, other=other))
+
+
+@triton.jit
 def candidates(
-    v, logits_ptr, seen_ptr, needed_after_ptr, allowed_ptr, penalty, valid, utf8, room, constrained,
-    V: tl.constexpr, EOS: tl.constexpr, OFFSET: tl.constexpr,
+    v, logits_ptr, held_ptr, seen_ptr, needed_after_ptr, allowed_ptr, penalty, valid, utf8, room, constrained,
+    uses_held, V: tl.constexpr, EOS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """The logits of ids `v` as they are drawn from, float64; -inf where one may not be drawn."""
     inside = v < V
-    logit = tl.load(logits_ptr + v, mask=inside, other=0.0).to(tl.float64)
+    logit = newest_logits(v, logits_ptr, held_ptr, uses_held, 0.0, V).to(tl.float64)
     seen = tl.load(seen_ptr + v, mask=inside, other=0) != 0
     penalised = tl.where(logit > 0, logit / penalty, logit * penalty)
     logit = tl.where(seen, penalised, logit)
@@ -156,10 +177,10 @@ def candidates(
 @triton.jit
 def draw_kernel(
     logits_ptr, position_ptr, expected_ptr, active_ptr, waiting_ptr, drawn_id_ptr, log_probability_ptr, ids_ptr,
-    reads_ptr, slot_ptr, at_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, repetition_penalty_ptr, seed_ptr,
-    drawn_ptr, seen_ptr, valid_utf8_ptr, utf8_ptr, remaining_ptr, constraint_ptr, allowed_ptr, utf8_after_ptr,
-    needed_ptr, needed_after_ptr, V: tl.constexpr, PADDED: tl.constexpr, EOS: tl.constexpr, OFFSET: tl.constexpr,
-    READY: tl.constexpr, OUTDATED: tl.constexpr, OVERLAP: tl.constexpr,
+    reads_ptr, slot_ptr, at_ptr, is_held_ptr, held_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
+    repetition_penalty_ptr, seed_ptr, drawn_ptr, seen_ptr, valid_utf8_ptr, utf8_ptr, remaining_ptr, constraint_ptr,
+    allowed_ptr, utf8_after_ptr, needed_ptr, needed_after_ptr, V: tl.constexpr, PADDED: tl.constexpr,
+    EOS: tl.constexpr, OFFSET: tl.constexpr, READY: tl.constexpr, OUTDATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     v = tl.arange(0, PADDED)
@@ -169,8 +190,13 @@ def draw_kernel(
     allowed_ptr += b * V
     constraint = tl.load(constraint_ptr + b)
     constrained = (constraint == READY) | (constraint == OUTDATED)
-    draws = (tl.load(active_ptr + b) != 0) & (tl.load(waiting_ptr + b) == 0) & (constraint != OUTDATED)
-    plain = tl.load(logits_ptr + v, mask=v < V, other=-float("inf"))
+    could_draw = (tl.load(active_ptr + b) != 0) & (tl.load(waiting_ptr + b) == 0)
+    draws = could_draw & (constraint != OUTDATED)
+    held_ptr += b * V
+    is_held = tl.load(is_held_ptr + b) != 0
+    holds = could_draw & (constraint == OUTDATED) & (is_held == 0)
+    uses_held = is_held & (constraint == READY)
+    plain = newest_logits(v, logits_ptr, held_ptr, uses_held, -float("inf"), V)
     highest = tl.max(plain, 0)
     normaliser = highest + tl.log(tl.sum(tl.exp(plain - highest), 0))
 
@@ -179,8 +205,9 @@ def draw_kernel(
     room = tl.maximum(remaining, tl.maximum(tl.load(needed_ptr + utf8), 1))
     penalty = tl.load(repetition_penalty_ptr + b).to(tl.float64)
     logit = candidates(
-        v, logits_ptr, seen_ptr, needed_after_ptr, allowed_ptr, penalty, valid, utf8, room, constrained, V, EOS, OFFSET
-    )
+        v, logits_ptr, held_ptr, seen_ptr, needed_after_ptr, allowed_ptr, penalty, valid, utf8, room, constrained,
+        uses_held, V, EOS, OFFSET,
+    )  # fmt: skip
     top = tl.max(logit, 0)
     temperature = tl.load(temperature_ptr + b).to(tl.float64)
     top_k, top_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b).to(tl.float64)
@@ -198,8 +225,8 @@ def draw_kernel(
         for begin in range(0, PADDED, 16):
             other_v = begin + tl.arange(0, 16)
             other = candidates(
-                other_v, logits_ptr, seen_ptr, needed_after_ptr, allowed_ptr, penalty, valid, utf8, room, constrained,
-                V, EOS, OFFSET,
+                other_v, logits_ptr, held_ptr, seen_ptr, needed_after_ptr, allowed_ptr, penalty, valid, utf8, room,
+                constrained, uses_held, V, EOS, OFFSET,
             )  # fmt: skip
             other_weight = (tl.exp((other - top) / scale) * 1073741824.0 + 0.5).to(tl.int64)
             precedes = other[None, :] > logit[:, None]
@@ -219,6 +246,7 @@ def draw_kernel(
     log_probability = tl.sum(tl.where(v == drawn, plain, 0.0), 0) - normaliser
 
     tl.debug_barrier()  # what follows writes what was read above
+    tl.store(held_ptr + v, plain, mask=(v < V) & holds)
     if expected_ptr is not None:
         agrees = drawn == tl.load(expected_ptr + b)
         tl.store(waiting_ptr + b, 1, mask=draws & (agrees == 0))
@@ -229,6 +257,7 @@ def draw_kernel(
     tl.store(drawn_ptr + b, count + 1, mask=draws)
     tl.store(remaining_ptr + b, left, mask=draws)
     tl.store(constraint_ptr + b, OUTDATED, mask=draws & constrained)
+    tl.store(is_held_ptr + b, (is_held | holds) & (draws == 0))
     tl.store(utf8_ptr + b, tl.load(utf8_after_ptr + utf8 * V + drawn), mask=draws)
     tl.store(seen_ptr + drawn, 1, mask=draws & (drawn >= OFFSET))
     tl.store(active_ptr + b, 0, mask=ends)

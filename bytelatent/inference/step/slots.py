@@ -40,6 +40,7 @@ class CapturedSlots:
             `BLTStep`.
         max_closing: slots that the global transformer runs for at most; default: all. With drafts: patches of a slot.
         draft_length: bytes of each slot per step at most, all but one of them drafted; see `DraftedStep`.
+        like: other slots of the same decoder, whose weights these share.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class CapturedSlots:
         quorum: float = 0.0,
         max_closing: int | None = None,
         draft_length: int = 1,
+        like: "CapturedSlots | None" = None,
     ):
         self.decoder = decoder
         self.num_steps = 0
@@ -57,13 +59,15 @@ class CapturedSlots:
         self._largest = np.zeros((num_slots, 3), dtype=np.int64)  # the most that each slot may have of what Room counts
         self._in_slot: list[Continuation | None] = [None] * num_slots
         self._draft_length = draft_length
+        shared: Any = None if like is None else like.step
         if isinstance(decoder.model, ByteLM):
-            self.step = ByteLMStep(decoder, num_slots)
+            self.step = ByteLMStep(decoder, num_slots, like=shared)
         elif draft_length > 1:
-            self.step = DraftedStep(decoder, num_slots, draft_length, max_closing)
+            self.step = DraftedStep(decoder, num_slots, draft_length, max_closing, shared)
         else:
-            self.step = BLTStep(decoder, num_slots, max_closing or num_slots, quorum)
+            self.step = BLTStep(decoder, num_slots, max_closing or num_slots, quorum, shared)
         self._graph: Graph | None = None
+        self._captured_at: list[int] = []
         self._pinned: list[tuple[Tensor, ...]] = []
         if decoder.device.type == "cuda":
             self._pinned = [tuple(map(_pinned, self.step.outcome())) for _ in range(IN_FLIGHT + 1)]
@@ -79,6 +83,7 @@ class CapturedSlots:
         step = self.step
         step.state.put(slot, state, source)
         step.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes, which.constraint is not None)
+        step.buffers.is_held[slot] = False
         self._allowances.forget(slot)
         step.logits_BV[slot] = logits
         step.buffers.is_active[slot], step.buffers.is_waiting[slot] = True, False
@@ -102,11 +107,12 @@ class CapturedSlots:
         self.step.sampling.constrain(*self._allowances.new(self._in_slot))
         self.num_steps += 1
         num_alternatives = most_alternatives(self._in_slot)
-        logits_BV = self.step.logits_BV.clone() if num_alternatives else None
+        logits_BV = self.step.newest_logits() if num_alternatives else None
         if self.decoder.device.type != "cuda":
             self.step()
         else:
-            self._graph = self._graph or self._captured()
+            if self._graph is None or self._captured_at != self.step.addresses():
+                self._graph, self._captured_at = self._captured(), self.step.addresses()
             self._graph.replay()
         likely = () if logits_BV is None else likeliest(self.step.drawn_from(logits_BV), num_alternatives)
         self._read_back(likely)
@@ -132,7 +138,34 @@ class CapturedSlots:
     def newest(self, slot: int) -> Prefix | None:
         step = self.step
         num_ids, is_waiting = torch.stack([step.state.position[slot], step.buffers.is_waiting[slot]]).tolist()
-        return None if is_waiting else Prefix(num_ids, step.state, step.logits_BV[slot])
+        return None if is_waiting else Prefix(num_ids, step.state, step.newest_logits()[slot], slot)
+
+    def take_over(self, slot: int, other: "CapturedSlots", source: int) -> None:
+        """Let a slot go on as slot `source` of others would, of which no step is in flight."""
+        self._make_room(other._largest[source] + BLOCK + self._draft_length)
+        self._largest[slot] = other._largest[source]
+        self._in_slot[slot] = other._in_slot[source]
+        self._allowances.take_over(slot, other._allowances, source)
+        step, theirs = self.step, other.step
+        step.state.put(slot, theirs.state, source)
+        step.sampling.take_over(slot, theirs.sampling, source)
+        step.logits_BV[slot] = theirs.newest_logits()[source]
+        step.buffers.is_held[slot] = False
+        for name in ("is_active", "is_waiting"):
+            getattr(step.buffers, name)[slot] = getattr(theirs.buffers, name)[source]
+        if isinstance(step, BLTStep) and isinstance(theirs, BLTStep):
+            step.encoded_BD[slot] = theirs.encoded_BD[source]
+
+    def clear(self) -> None:
+        """Free all slots."""
+        for slot in range(len(self._in_slot)):
+            self.release(slot)
+
+    def finish(self) -> list[Drawn]:
+        """Wait for the steps in flight; what they drew, and what is known besides."""
+        while self.in_flight:
+            self._take(wait=True)
+        return self.drawn()
 
     def _read_back(self, alternatives: tuple[Tensor, ...]) -> None:
         """Start copying what was drawn to the host."""

@@ -51,17 +51,21 @@ class QueryPositions:
 
 
 class ByteLMStep:
-    """The step of a byte LM, over its own state."""
+    """The step of a byte LM, over its own state.
+
+    Args:
+        like: another step, whose weights this one shares.
+    """
 
     state: DecodeState
 
-    def __init__(self, decoder: Decoder, num_slots: int, max_closing: int = 1):
+    def __init__(self, decoder: Decoder, num_slots: int, max_closing: int = 1, like: "ByteLMStep | None" = None):
         self.decoder = decoder
         self.state = decoder.empty(num_slots)
         self.sampling = SamplingSlots.empty(num_slots, decoder.device)
         self.buffers = StepBuffers.empty(num_slots, min(max_closing, num_slots), decoder.device)
         self.logits_BV = torch.zeros(num_slots, VOCAB_SIZE, device=decoder.device)
-        self.byte_lm = decoder.byte_lm_weights if isinstance(decoder, PrefillDecoder) else None
+        self.byte_lm = decoder.byte_lm_weights if isinstance(decoder, PrefillDecoder) else like and like.byte_lm
         lm = decoder.model if isinstance(decoder.model, ByteLM) else decoder.byte_lm
         if lm is not None and self.byte_lm is None:
             self.byte_lm = ByteLMWeights.of(lm)
@@ -74,6 +78,10 @@ class ByteLMStep:
 
     def _stacks(self) -> list[StackWeights]:
         return [self.byte_lm.stack] if self.byte_lm is not None else []
+
+    def addresses(self) -> list[int]:
+        """Where the tensors are that a step sharing its weights may replace."""
+        return [stack.rotary.data_ptr() for stack in self._stacks()]
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -90,6 +98,10 @@ class ByteLMStep:
         x_MD = self._stack(self.byte_lm.stack, F.embedding(ids_M, self.byte_lm.embedding), cache, at)
         out = self.logits_BV.new_empty(len(ids_M), VOCAB_SIZE)
         return skinny_linear(x_MD, self.byte_lm.output, eps=self.byte_lm.stack.eps, out=out)
+
+    def newest_logits(self) -> Tensor:
+        """What comes next in each slot, [B, V], a copy: of slots that a step went by, what they held."""
+        return torch.where(self.buffers.is_held[:, None], self.buffers.held, self.logits_BV)
 
     def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the step drew: ids [S, B], -1 for none, of S bytes one after another, their log-probabilities, and
@@ -136,12 +148,19 @@ class BLTStep(ByteLMStep):
 
     state: BLTDecodeState
 
-    def __init__(self, decoder: Decoder, num_slots: int, max_closing: int, quorum: float = 0.0):
-        super().__init__(decoder, num_slots, max_closing)
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_slots: int,
+        max_closing: int,
+        quorum: float = 0.0,
+        like: "BLTStep | None" = None,
+    ):
+        super().__init__(decoder, num_slots, max_closing, like)
         model: Any = decoder.model
         assert decoder.patching is not None, "a BLT needs patching settings"
         self.patching = decoder.patching
-        weights = decoder.blt_weights if isinstance(decoder, PrefillDecoder) else None
+        weights = decoder.blt_weights if isinstance(decoder, PrefillDecoder) else like and like.blt
         self.blt = BLTWeights.of(model) if weights is None else weights
         self.quorum = quorum
         self.can_wait = quorum > 0 or max_closing < num_slots

@@ -72,8 +72,9 @@ export class CompareView {
     let same = 0;
     while (same < left.bytes.length && left.bytes[same] === right.bytes[same]) same++;
     const size = ({ bytes, starts }) => decimal(bytes.length / Math.max(1, starts.filter(Boolean).length));
+    const alike = same ? `They begin with the same ${plural(same, "byte")}.` : "They differ from the first byte on.";
     this.summary.textContent =
-      `The first ${plural(same, "byte")} are the same. Bits per byte: left ${decimal(left.bitsPerByte)}, ` +
+      `${alike} Bits per byte: left ${decimal(left.bitsPerByte)}, ` +
       `right ${decimal(right.bitsPerByte)}. Mean patch: left ${size(left)} bytes, right ${size(right)} bytes.`;
   }
 }

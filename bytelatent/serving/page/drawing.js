@@ -25,6 +25,7 @@ export class PatchedText {
     this.blocks = [];
     this.marks = { values: null, starts: null, top: 1, threshold: null, rulers: [] };
     this.selected = null;
+    this.numbers = new WeakMap();
     host.classList.add("patched");
     host.tabIndex = 0;
     host.setAttribute("role", "region");
@@ -71,8 +72,14 @@ export class PatchedText {
     this.marks = { ...before, ...marks };
     const changes = before.rulers.length !== this.marks.rulers.length || !before.values !== !this.marks.values;
     if (changes) this.#layOut();
-    this.patchOf = null;
     this.redraw();
+  }
+
+  /** The patches of flags, counted once for all blocks. */
+  #numbered(flags) {
+    const known = this.numbers.get(flags) ?? numbered(flags);
+    this.numbers.set(flags, known);
+    return known;
   }
 
   /** Heights in pixels: of a row, of the lane of values in it, and where the first row begins in `host`. */
@@ -218,8 +225,7 @@ export class PatchedText {
     const { starts, values, rulers, threshold } = this.marks;
     const rows = block.glyphs.reduce((most, glyph) => Math.max(most, glyph.row), 0) + 1;
     if (starts) {
-      this.patchOf ??= numbered(starts);
-      this.#drawPatches(context, block, this.patchOf, (run, odd) => {
+      this.#drawPatches(context, block, this.#numbered(starts), (run, odd) => {
         const top = run.row * this.row + this.lane;
         context.fillStyle = colours.fills[odd];
         rounded(context, run.left + 0.75, top + 1, run.width - 1.5, this.text - 3, 3);
@@ -228,7 +234,7 @@ export class PatchedText {
       });
     }
     rulers.forEach((flags, number) => {
-      this.#drawPatches(context, block, numbered(flags, block.from, block.to), (run, odd) => {
+      this.#drawPatches(context, block, this.#numbered(flags), (run, odd) => {
         const top = run.row * this.row + this.lane + this.text + 3 + number * RULER;
         context.fillStyle = odd ? colours.faint : colours.value;
         context.fillRect(run.left + 0.75, top, run.width - 1.5, 3);
@@ -267,7 +273,6 @@ export class PatchedText {
 
   /** Call `paint(run, odd)` for each stretch of a patch that lies together in a row. `patchOf[i]`: of byte i. */
   #drawPatches(context, block, patchOf, paint) {
-    const offset = patchOf.offset ?? 0;
     let run = null;
     const close = () => {
       if (run && run.right - run.left > 0) paint({ ...run, width: Math.max(run.right - run.left, 2) }, run.patch % 2);
@@ -276,7 +281,7 @@ export class PatchedText {
     for (const glyph of block.glyphs) {
       const step = (glyph.end - glyph.begin) / (glyph.to - glyph.from);
       for (let i = glyph.from; i < glyph.to; i++) {
-        const patch = patchOf.numbers[i - offset];
+        const patch = patchOf[i];
         if (patch < 0) {
           close();
           continue;
@@ -392,14 +397,14 @@ export class PatchedText {
 export const UNKNOWN = 2;
 
 /** The number of the patch that each byte is in, 0 in one that began before the text; -1 where it is not known. */
-export function numbered(starts, from = 0, to = starts.length) {
-  const numbers = new Int32Array(to - from);
+export function numbered(starts) {
+  const numbers = new Int32Array(starts.length);
   let patch = 0;
-  for (let i = 0; i < to; i++) {
+  for (let i = 0; i < starts.length; i++) {
     if (starts[i] === 1) patch++;
-    if (i >= from) numbers[i - from] = starts[i] === UNKNOWN ? -1 : patch;
+    numbers[i] = starts[i] === UNKNOWN ? -1 : patch;
   }
-  return { numbers, offset: from };
+  return numbers;
 }
 
 /** The glyph nearest to one, in the row above or below; beyond the ends if there is none. */

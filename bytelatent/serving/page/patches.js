@@ -16,9 +16,9 @@ const EXAMPLES = {
   English: "The Byte Latent Transformer groups bytes into patches. A patch begins where the next byte is hard to guess: at the start of a word, rarely at its end.\n",
   Code: "def fibonacci(n: int) -> int:\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
   Numbers: "In 1687, 42 of 365 days; pi is 3.14159 26535 89793, and 2**64 is 18446744073709551616.\n",
-  Русский: "Байты складываются в участки там, где следующий байт трудно угадать.\n",
-  العربية: "تبدأ الرقعة حيث يصعب تخمين البايت التالي.\n",
-  हिन्दी: "जहाँ अगला बाइट कठिन हो, वहाँ नया पैच शुरू होता है।\n",
+  Russian: "Байты складываются в участки там, где следующий байт трудно угадать.\n",
+  Arabic: "تبدأ الرقعة حيث يصعب تخمين البايت التالي.\n",
+  Hindi: "जहाँ अगला बाइट कठिन हो, वहाँ नया पैच शुरू होता है।\n",
   Emoji: "👩‍🔬 measures 🌡️, 👨‍👩‍👧‍👦 waits: é is two code points, 🇯🇵 as well.\n",
 };
 const PAUSE = 60; // milliseconds of rest after a key, before the text is read

@@ -19,6 +19,7 @@ export class Reading {
     this.bytes = new Uint8Array();
     this.pieces = [];
     this.about = null; // what holds for every piece: its mode, settings, threshold, FLOPs
+    this.made = {}; // entropies and flags that were asked for, until another piece is read
   }
 
   /** Whether each piece has been read. */
@@ -34,6 +35,7 @@ export class Reading {
   /** Change the text at once; `read` then asks the server. */
   setText(text) {
     this.#abort?.abort();
+    this.made = {};
     this.bytes = encode(text);
     this.pieces = cut(this.bytes, PIECE.least, PIECE.most).map(([from, to]) => {
       const string = this.#decoder.decode(this.bytes.subarray(from, to));
@@ -49,6 +51,7 @@ export class Reading {
         piece.answer ??= this.#remember(piece.string, await patches(piece.string, model, abort.signal));
         if (abort.signal.aborted) return;
         this.about = piece.answer;
+        this.made = {};
         this.onChange();
       }
     } catch (error) {
@@ -66,31 +69,37 @@ export class Reading {
   /** Entropies of all bytes, NaN where they are not known; null where the model has none. */
   entropies() {
     if (!this.about?.values) return null;
-    const all = new Float32Array(this.bytes.length).fill(NaN);
-    for (const { from, answer } of this.pieces) if (answer) all.set(answer.values, from);
-    return all;
+    if (!this.made.entropies) {
+      const all = (this.made.entropies = new Float32Array(this.bytes.length).fill(NaN));
+      for (const { from, answer } of this.pieces) if (answer) all.set(answer.values, from);
+    }
+    return this.made.entropies;
   }
 
   /** Flags of the model's own mode, with another threshold where it takes one. */
   own(threshold) {
-    return this.#each((answer, size) =>
+    return this.#each(`own ${threshold}`, (answer, size) =>
       answer.values ? entropyStarts(answer.values, answer.patching, threshold) : flags(answer.starts, size),
     );
   }
 
   /** Flags of patches of a fixed size. */
   fixed(size) {
-    return this.#each((answer, length) => fixedStarts(length, size));
+    return this.#each(`fixed ${size}`, (answer, length) => fixedStarts(length, size));
   }
 
   /** Flags of a mode that the server has found. */
   mode(name) {
-    return this.#each((answer, size) => flags(answer.modes[name].starts, size));
+    return this.#each(name, (answer, size) => flags(answer.modes[name].starts, size));
   }
 
-  #each(starts) {
-    const all = new Uint8Array(this.bytes.length).fill(UNKNOWN);
-    for (const { from, to, answer } of this.pieces) if (answer) all.set(starts(answer, to - from), from);
-    return all;
+  #each(key, starts) {
+    const mode = key.split(" ")[0]; // of each mode the last flags are kept
+    if (this.made[mode]?.key !== key) {
+      const all = new Uint8Array(this.bytes.length).fill(UNKNOWN);
+      for (const { from, to, answer } of this.pieces) if (answer) all.set(starts(answer, to - from), from);
+      this.made[mode] = { key, all };
+    }
+    return this.made[mode].all;
   }
 }
