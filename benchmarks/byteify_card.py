@@ -84,7 +84,7 @@ class Card:
         last = metrics(run)[-1]
         row = {
             "model": name,
-            "bits_per_byte": found["models"][0]["bits_per_byte"],
+            "bits_per_byte": found["bits_per_byte"],
             "bytes_read": last["bytes_seen"],
             "steps": last["step"],
             "seconds": round(last["seconds"]),
@@ -121,7 +121,7 @@ class Card:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "bytes_seen" in row]
+    return [row for row in rows if "seconds" in row]  # of training; others are of validation
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from bytelatent.patching import PatchSettings
 from bytelatent.text.tokenizer import TOKENIZER
 from bytelatent.vocab import BYTES, Vocabulary
 from bytelatent.weights import StoredModel, open_pretrained
+from bytelatent.weights.llama import FAMILIES
 from bytelatent.weights.pretrained import is_on_hub, open_folder
 from bytelatent.weights.side_files import SIDECAR
 
@@ -202,7 +203,7 @@ def _in_transformers(source: str, folder: Path, how: ReadSettings) -> FoundModel
     if how.tokenizer is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"model: '{source}' reads tokens, and its folder holds no tokenizer; name it with --tokenizer")
     given = None if how.tokenizer is None else _given_tokenizer(how.tokenizer)
-    if (folder / SIDECAR).is_file() and config.model_type == "llama":
+    if (folder / SIDECAR).is_file() and config.model_type in FAMILIES:
         place = given or folder
         place = place / TOKENIZER if place.is_dir() else place
         open_folder(folder, weights=False).config.check_tokenizer(place)
