@@ -96,7 +96,7 @@ def check(model: str, path: Path, options: list[str]) -> dict[str, Any]:
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in FORMS}
     for row, answer in zip(rows, answers, strict=True):
         is_whole = answer["ended"] == "stop" and re.fullmatch(row["form"], answer["content"]) is not None
-        counts[row["kind"]].update(asked=1, in_format=is_whole, right=answer["content"] == row["answer"])
+        counts[row["kind"]].update(asked=1, in_format=is_whole, right=is_whole and answer["content"] == row["answer"])
         if not is_whole:
             print(f"not in format: {row['messages'][-1]['content']!r} -> {answer['content'][:80]!r}", file=sys.stderr)
     total = sum(counts.values(), Counter())

@@ -1,6 +1,6 @@
 """How much of the engine's speed reaches the clients of a server, and how long do they wait?
 
-    python benchmarks/serving.py MODEL [rate] [long] [prefix] [--clients 1,64,200] [--batch-size 64] [--device cpu]
+    python benchmarks/serving.py MODEL [rate] [long] [prefix] [soak] [--clients 1,64,200] [--device cpu]
     python benchmarks/serving.py blt-1b --clients 1,64,200 --new 512       # random weights, on a card
 
 The scheduler is driven directly, without HTTP. A MODEL that is a preset's name gets random weights in bfloat16 and the
@@ -10,14 +10,19 @@ rate    closed loop: each client asks again once it has its text. Bytes per seco
         same prompts at once; time to the first byte, and between bytes
 long    half of the slots stream while a prompt of --long bytes arrives: the longest wait between two bytes of a stream,
         before and meanwhile, for several sizes of chunks; whole: a chunk as long as the prompt
+soak    200 clients for --minutes, half of whose texts are cancelled at a random time: memory, places in use, and
+        whether texts equal those of `generate`. Not part of the default
 prefix  prompts that begin with the same --shared bytes, with and without the cache: seconds to the first byte
 """
 
 import argparse
+import itertools
+import random
 import threading
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +30,9 @@ import torch
 from bytelatent import BLT
 from bytelatent.device import choose_device
 from bytelatent.inference import Sampling, prompt_ids
+from bytelatent.model import BLTModel
 from bytelatent.serving.scheduler import Job, QueueFull, Scheduler, Ticket, Update
+from bytelatent.vocab import decode
 
 TEXT = (
     "The engine reads a prompt in chunks between two steps, so that those who stream need not wait for it. "
@@ -48,6 +55,7 @@ def model_of(name: str, device: str) -> BLT:
     decoder = decode.decoder_of(name)
     BYTES.eos = sampling.EOS = -1
     config = Config(model=decoder.model.settings, context=8192, patching=decoder.patching)
+    assert isinstance(decoder.model, BLTModel)
     return BLT(decoder.model, config, decoder.byte_lm)
 
 
@@ -203,6 +211,63 @@ def prefix(blt: BLT, args: Any) -> None:
         scheduler.close()
 
 
+def soak(blt: BLT, args: Any) -> None:
+    scheduler, chance = scheduler_of(blt, args, cache_bytes=64 << 20), random.Random(0)
+    until, whole, lock = time.perf_counter() + 60 * args.minutes, [], threading.Lock()
+    done, count, counter = threading.Semaphore(0), 200, itertools.count()
+
+    def ask() -> None:
+        if time.perf_counter() > until:
+            done.release()
+            return
+        with lock:
+            number = next(counter)
+            size, new, hangs_up = chance.randint(1, 600), chance.randint(1, args.new), chance.random() < 0.5
+            after = chance.randint(0, new)
+        found, tickets = bytearray(), list[Ticket]()
+
+        def take(updates: list[Update]) -> None:
+            [update] = updates
+            found.extend(update.data)
+            if update.ended in ("cancelled", "failed"):
+                assert hangs_up, update
+            elif update.ended is not None and len(whole) < 5000:
+                whole.append((size, new, number, bytes(found)))
+            elif hangs_up and update.ended is None and len(found) >= after:
+                for ticket in tickets:  # none yet: the next byte asks again
+                    scheduler.cancel(ticket)
+            if update.ended is not None:
+                ask()
+
+        tickets.append(scheduler.submit(Job(prompt_of(0, size), draw(number), new), take))
+
+    for _ in range(count):
+        ask()
+    print(f"{'s':>6} {'MB':>8} {'busy':>5} {'waiting':>8} {'texts':>7} {'cached MB':>10}")
+    began = time.perf_counter()
+    while time.perf_counter() < until:
+        time.sleep(5 * args.minutes)
+        now = scheduler.statistics()
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+        texts = sum(now.ended.values())
+        print(
+            f"{time.perf_counter() - began:6.0f} {memory:8.0f} {now.busy:5} {now.waiting:8} {texts:7} "
+            f"{now.cached_bytes / 2**20:10.1f}",
+            flush=True,
+        )
+    for _ in range(count):
+        done.acquire()
+    now = scheduler.statistics()
+    scheduler.close()
+    tried = chance.sample(whole, min(40, len(whole)))
+    same = sum(
+        blt.generate(decode(prompt_of(0, size).numpy()), new, seed=seed, temperature=1.0)
+        == text.decode("utf-8", "replace")
+        for size, new, seed, text in tried
+    )
+    print(f"at the end {now.busy} busy, {now.waiting} waiting; {now.ended}; {same} of {len(tried)} texts as alone")
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -221,11 +286,12 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=20_000)
     parser.add_argument("--chunks", type=numbers, default=[256, 1024, 4096])
     parser.add_argument("--cpu-time", action="store_true", help="rates per CPU second, on a machine with other work")
+    parser.add_argument("--minutes", type=float, default=2)
     parser.add_argument("--shared", type=int, default=4000)
     args = parser.parse_args()
     blt = model_of(args.model, str(choose_device(args.device)))
     for part in args.parts or ["rate", "long", "prefix"]:
-        {"rate": rate, "long": long, "prefix": prefix}[part](blt, args)
+        {"rate": rate, "long": long, "prefix": prefix, "soak": soak}[part](blt, args)
     if torch.cuda.is_available():
         print(f"memory at most: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

@@ -34,7 +34,7 @@ COMMANDS = {
 HELP = (
     "\n".join(f"  {name:<14}{about}" for name, about in COMMANDS.items())
     + '\nA line that ends in \\ continues in the next one; """ begins and ends a message of several lines. Write // '
-    "for / at the beginning of a message. Ctrl-C stops an answer and keeps what was said."
+    "for / at the beginning of a message. Ctrl-C stops an answer and keeps its beginning."
 )
 MARK, MORE, SEVERAL = "> ", ". ", '"""'
 
@@ -57,7 +57,7 @@ class Chat:
 
     Attributes:
         limit: ids of the prompt and the answer together.
-        messages: all that was said, the system message first.
+        messages: all messages, the system message first.
         num_dropped: messages after the system message that the model does not read any more.
         ended: why the last answer ended: a `Reason`; `stopped` by Ctrl-C.
     """
@@ -83,7 +83,7 @@ class Chat:
     def answer(self, said: str) -> Iterator[str]:
         """What the model answers to a message, as it comes. Both are in `messages` afterwards.
 
-        Ctrl-C ends the answer and keeps what was said; a second one raises `Interrupted`.
+        Ctrl-C ends the answer and keeps its beginning; a second one raises `Interrupted`.
 
         Raises:
             BadMessages: the template refuses the message, which is forgotten.
@@ -113,13 +113,13 @@ class Chat:
 
     def _prompt(self) -> Any:
         """The ids of the conversation. Where they are too many, the oldest exchanges are dropped, with a warning."""
-        system, turns = self._system_and_turns()
+        system, others = self._system_and_others()
         room = max(self.limit - min(self.max_new_bytes, self.limit // 2), 1)
         dropped = self.num_dropped
-        ids = self._ids([*system, *turns[dropped:]])
-        while len(ids) > room and (after := self._next_question(turns, dropped)) is not None:
+        ids = self._ids([*system, *others[dropped:]])
+        while len(ids) > room and (after := self._next_question(others, dropped)) is not None:
             dropped = after
-            ids = self._ids([*system, *turns[dropped:]])
+            ids = self._ids([*system, *others[dropped:]])
         if dropped > self.num_dropped:
             LOGGER.warning(
                 f"the conversation is longer than the context of {self.limit:,} {self.engine.vocabulary.unit}: the "
@@ -133,14 +133,14 @@ class Chat:
     def _ids(self, messages: list[dict[str, str]]) -> Any:
         return self.template.ids(messages, vocabulary=self.engine.vocabulary)
 
-    def _system_and_turns(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    def _system_and_others(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         begin = 0 if self.system is None else 1
         return self.messages[:begin], self.messages[begin:]
 
     @staticmethod
-    def _next_question(turns: list[dict[str, str]], dropped: int) -> int | None:
-        """Where the next exchange begins; None where there is none."""
-        return next((n for n in range(dropped + 1, len(turns)) if turns[n]["role"] == "user"), None)
+    def _next_question(others: list[dict[str, str]], dropped: int) -> int | None:
+        """Where the next exchange begins; None at the end."""
+        return next((n for n in range(dropped + 1, len(others)) if others[n]["role"] == "user"), None)
 
 
 def open_chat(settings: ChatSettings) -> Chat:
@@ -251,7 +251,7 @@ def message_from(read: Callable[[str], str]) -> str:
     """A message of one line, or of several.
 
     Args:
-        read: gives the next line, with a mark to show before it; raises EOFError where there is none.
+        read: gives the next line, with a mark to show before it; raises EOFError at the end.
     """
     line = read(MARK)
     if line.lstrip().startswith(SEVERAL):
