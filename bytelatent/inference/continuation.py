@@ -79,6 +79,7 @@ class Continuation:
         starts: of each of `ids` whether it begins a patch.
         alternatives: for each of `ids` the most likely ones, where asked for.
         constraint: what the text must meet.
+        prompt_patches: patches of the prompt, that of BOS included; None before it was read.
         ended: why nothing more will come; None as long as more may.
         failure: what went wrong, where it `failed`; a UserError where its constraint left nothing to draw.
     """
@@ -95,6 +96,7 @@ class Continuation:
     failure: Exception | None = None
     vocabulary: Vocabulary = BYTES
     constraint: Constraint | None = None
+    prompt_patches: int | None = None
     _constraint_state: ConstraintState | None = None
     _data: bytearray = field(default_factory=bytearray)  # without a stop text
     _stop_texts: StopTexts | None = None

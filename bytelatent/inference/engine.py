@@ -322,7 +322,9 @@ class Engine:
         free = [slot for slot, which in enumerate(self._in_slot) if which is None]
         self._prompts.read(len(free))
         for read, members in self._prompts.take(len(free)):
+            num_patches = int(read.state.num_patches[read.source] + (read.state.open_count[read.source] > 0))
             for which in members:
+                which.prompt_patches = num_patches
                 slot = free.pop(0)
                 self._in_slot[slot] = which
                 try:

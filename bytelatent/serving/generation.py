@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 from starlette.types import Receive
 
+from bytelatent.errors import UserError
 from bytelatent.inference.settings import Sampling
 from bytelatent.serving.answers import Plain
 from bytelatent.serving.choices import ByteInfo, ChoiceText, TextPiece
@@ -195,9 +196,9 @@ class Generation:
                 for update in new:
                     updates.setdefault(job * self.plan.samples + update.sample, []).append(update)
             for index, found in updates.items():
-                if failure := next((update.failure for update in found if update.ended == "failed"), ""):
-                    self.record.reason = failure
-                    raise ApiError(500, "the model failed; the log of the server says why")
+                if found[-1].ended == "failed":
+                    failure = self._tickets[index // self.plan.samples].samples[found[-1].sample].failure
+                    raise failure if isinstance(failure, UserError) else ApiError(500, found[-1].failure)
                 piece = self.texts[index].take(found)
                 self.record.new_bytes += len(piece.bytes)
                 if piece.bytes:
@@ -211,11 +212,15 @@ class Generation:
 
     def usage(self) -> Plain:
         prompt, completion = self.plan.prompt_bytes, sum(text.num_bytes for text in self.texts)
+        read = [ticket.samples[0].prompt_patches for ticket in self._tickets] or [None]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "patches": {"prompt_patches": None, "completion_patches": sum(text.num_patches for text in self.texts)},
+            "patches": {
+                "prompt_patches": None if None in read else sum(count for count in read if count is not None),
+                "completion_patches": sum(text.num_patches for text in self.texts),
+            },
         }
 
 

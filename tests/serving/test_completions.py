@@ -42,6 +42,8 @@ def test_the_text_of_a_seed_is_that_of_generate(client: openai.OpenAI, blt: BLT,
     assert found.usage is not None
     assert found.usage.prompt_tokens == len(prompt.encode())
     assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+    assert found.usage.model_extra is not None
+    assert found.usage.model_extra["patches"]["prompt_patches"] == 1 + len(blt.patch(prompt))
 
 
 def test_a_stream_is_the_text_in_whole_characters(client: openai.OpenAI, blt: BLT) -> None:

@@ -133,7 +133,7 @@ def test_released_weights_of_the_hub(
             (place / "LICENSE").write_text(f"the licence of {name}")
             hub.add(name, place, kind="model")
         hub.connect(monkeypatch, tmp_path / "home")
-        values = from_model(tmp_path / "run", text, "published/blt-1b", 1)
+        values = from_model(tmp_path / "run", text, "published/blt-1b", 1, data={"batch_bytes": 128})
         asked = settings(values)
         assert not [what for what in hub.requests if what.endswith((".safetensors", ".pth"))]
         run = train(asked)
