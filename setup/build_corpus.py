@@ -117,18 +117,10 @@ AUSTEN = "r-cran-janeaustenr"  # six novels, stored as R's lazy-load database
 
 # What --permissive keeps, as the packages' own files of copyright state it.
 LICENCES = {
-    "austen": "public domain",
-    "devils-dictionary": "public domain",
-    "jargon-file": "public domain",
-    "world-english-bible": "public domain",
-    "reina-valera": "public domain",
-    "apache-manual": "Apache-2.0",
-    "python-doc": "PSF-2.0",
-    "sqlite-doc": "public domain",
-    "postgresql-doc": "PostgreSQL licence",
-    "py-stdlib": "PSF-2.0",
-    "py-tests": "PSF-2.0",
-    "go-stdlib": "BSD-3-Clause",
+    **dict.fromkeys(("austen", "devils-dictionary", "jargon-file", "sqlite-doc"), "public domain"),
+    **dict.fromkeys(("reina-valera", "world-english-bible"), "public domain"),
+    **dict.fromkeys(("python-doc", "py-stdlib", "py-tests"), "PSF-2.0"),
+    **{"apache-manual": "Apache-2.0", "go-stdlib": "BSD-3-Clause", "postgresql-doc": "PostgreSQL licence"},
 }
 GO = (
     "bufio|bytes|container|context|encoding|errors|flag|fmt|go|io|log|net|os|path|regexp|sort|strconv|strings|sync|text"
