@@ -29,6 +29,8 @@ def run(settings: ByteifySettings) -> None:
     LOGGER.info(source.in_a_line())
     for line in source.warnings:
         LOGGER.warning(line)
+    if source.chat_template is not None:
+        LOGGER.warning("the source's chat template is left out: it is made for the source's tokens")
     config = Config(model=shape, context=settings.context, patching=patching, calibration=calibration)
     made = byteify(source, config, byte_lm, settings.seed)
     LOGGER.info(made.in_a_line())

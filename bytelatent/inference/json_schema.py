@@ -69,8 +69,9 @@ def check(schema: Any) -> None:
             raise UserError(f"schema: it has more than {MAX_PARTS:,} parts; ask for less at once")
         if isinstance(part, dict):
             _check_part(part, at)
-    if not _has_value(schema):
-        raise UserError("schema: no value of finite size meets it, since a part needs itself; make a property optional")
+    if (at := _endless(schema)) is not None:
+        why = "no value of finite size meets it, since it needs itself; make a property optional"
+        raise UserError(f"schema: {_at(at)}: {why}")
 
 
 def with_encoded_references(schema: Any) -> Any:
@@ -116,15 +117,15 @@ def _at(pointer: str) -> str:
     return f"'{pointer}'" if pointer else "the whole"
 
 
-def _has_value(schema: Any) -> bool:
-    """Whether some value of finite size may meet a schema, going by what it requires.
+def _endless(schema: Any) -> str | None:
+    """The first part that no value of finite size may meet, going by what it requires; None if there is none.
 
     References are resolved to the least fixed point: a part that needs itself has no value.
     """
     by_name = {f"#{at}": part for at, part in parts(schema)}
     has_value = dict.fromkeys(by_name, False)
     if not any(isinstance(part, dict) and "$ref" in part for part in by_name.values()):
-        return True
+        return None
 
     def holds(part: Any) -> bool:
         if not isinstance(part, dict) or "const" in part or "enum" in part:
@@ -142,7 +143,7 @@ def _has_value(schema: Any) -> bool:
     while True:
         after = {name: holds(part) for name, part in by_name.items()}
         if after == has_value:
-            return has_value["#"]
+            return next((name[1:] for name, found in has_value.items() if not found), None)
         has_value = after
 
 

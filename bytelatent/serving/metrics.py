@@ -7,8 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from bytelatent.serving.scheduler import Histogram as Durations
-    from bytelatent.serving.scheduler import Statistics
+    from bytelatent.serving.statistics import Histogram as Durations
+    from bytelatent.serving.statistics import Statistics
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -76,7 +76,7 @@ def _counter(name: str, about: str, value: float) -> Metric:
 
 
 def _histogram(name: str, about: str, durations: "Durations") -> Metric:
-    from bytelatent.serving.scheduler import BOUNDS_S
+    from bytelatent.serving.statistics import BOUNDS_S
 
     cumulated, buckets = 0, []
     for bound, count in zip([*map(str, BOUNDS_S), "+Inf"], durations.counts, strict=True):

@@ -7,7 +7,6 @@ request what is new of it.
 import logging
 import threading
 import time
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,12 +23,13 @@ from bytelatent.inference.constraint import Constraint
 from bytelatent.inference.continuation import Alternatives, Reason
 from bytelatent.inference.prefix_cache import PrefixCache
 from bytelatent.inference.prompts import PromptQueue
+from bytelatent.inference.step import SizedSlots
+from bytelatent.serving.statistics import Histogram, Statistics
 
 LOGGER = logging.getLogger(__name__)
 
 NUM_ENDS = 64  # newest ends of sequences, from which it is estimated when a place becomes free
 RETRY_AFTER_S = 1.0, 60.0  # the shortest and the longest estimate
-BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 OnUpdate = Callable[[list["Update"]], None]
 
@@ -102,62 +102,6 @@ class Ticket:
     samples: list[Continuation]
     submitted_s: float
     newest_s: list[float | None] = field(default_factory=list)  # of each sample, when its newest bytes came
-
-
-@dataclass
-class Histogram:
-    """Durations in seconds.
-
-    Attributes:
-        counts: of durations up to each of `BOUNDS_S`, and of longer ones; not cumulated.
-    """
-
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
-    sum_s: float = 0.0
-
-    def add(self, seconds: float, times: int = 1) -> None:
-        self.counts[bisect_left(BOUNDS_S, seconds)] += times
-        self.sum_s += seconds * times
-
-    def copy(self) -> "Histogram":
-        return Histogram(list(self.counts), self.sum_s)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a scheduler has done and has to do.
-
-    Attributes:
-        slots, busy: sequences that are decoded at once at most, and now.
-        waiting: sequences that are not decoded yet; their prompts may be being read.
-        places: sequences that may be decoded and wait at most.
-        requests, refused: jobs accepted, and refused because the queue was full.
-        ended: sequences by why they ended.
-        bytes, patches: generated.
-        prefill_bytes: of prompts, read.
-        reused_bytes: of prompts, whose state was in the prefix cache.
-        hits: prompts of which a part was.
-        lookups: prompts that were looked for.
-        cached_bytes: memory that the prefix cache takes.
-        time_to_first_byte, between_bytes: from submitting to a sample's first byte, and from byte to byte.
-    """
-
-    slots: int
-    busy: int
-    waiting: int
-    places: int
-    requests: int
-    refused: int
-    ended: dict[str, int]
-    bytes: int
-    patches: int
-    prefill_bytes: int
-    reused_bytes: int
-    hits: int
-    lookups: int
-    cached_bytes: int
-    time_to_first_byte: Histogram
-    between_bytes: Histogram
 
 
 class Scheduler:
@@ -318,6 +262,8 @@ class Scheduler:
 
     def _new_engine(self) -> tuple[Engine, PromptQueue]:
         engine = self.blt.engine(self.batch_size, varies=True)
+        if self.blt.device.type == "cuda":
+            warm_up(engine, self.batch_size)
         return engine, engine.serve(self._prefill_chunk, self._cache if self._cache.max_bytes else None)
 
     def _replace_engine(self, waiting: list[list[Continuation]]) -> None:
@@ -407,6 +353,14 @@ class Scheduler:
         with self._condition:
             self._num_live -= 1
             self._condition.notify_all()
+
+
+def warm_up(engine: Engine, batch_size: int) -> None:
+    """Compile kernels and capture the steps of all sets of slots, so that no request waits for that."""
+    slots = engine.slots
+    for size in slots.sets if isinstance(slots, SizedSlots) else [batch_size]:
+        engine.submit(b"a b " * 128, Sampling(), 2, size)
+        engine.run()
 
 
 def _in_words(failure: Exception) -> str:

@@ -170,6 +170,7 @@ def test_ways_to_give_a_schema() -> None:
 
 LIST_OF_ITSELF = {"type": "array", "minItems": 1, "items": {"allOf": [{"$ref": "#/$defs/a b"}]}}
 NEEDS_ITSELF = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+NEVER = {"$ref": "#/properties/a"}
 DOUBLED = "".join(f"r{number}: r{number + 1} r{number + 1}\n" for number in range(60))
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two": ({"regex": "a", "grammar": "b"}, "regex and grammar are given; .* give one"),
@@ -186,8 +187,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "never": ({"schema": False}, "schema: no value meets false"),
     "empty": ({"schema": {"type": "integer", "minimum": 5, "maximum": 4}}, "no value meets it: minimum"),
     "no length": ({"schema": {"type": "string", "pattern": "^a$", "minLength": 3}}, "no value meets it: Regex is"),
-    "needs itself": ({"schema": NEEDS_ITSELF}, "no value of finite size meets it, since a part needs itself"),
-    "in lists": ({"schema": {"$ref": "#/$defs/a%20b", "$defs": {"a b": LIST_OF_ITSELF}}}, "no value of finite size"),
+    "needs itself": ({"schema": NEEDS_ITSELF}, "the whole: no value of finite size meets it"),
+    "in lists": (
+        {"schema": {"$ref": "#/$defs/a%20b", "$defs": {"a b": LIST_OF_ITSELF}}},
+        "the whole: no value of finite size",
+    ),
+    "optional": ({"schema": {"properties": {"a": NEVER}}}, "'/properties/a': no value of finite size meets it"),
     "deep": ({"schema": '{"items":' * 5000 + "{}" + "}" * 5000}, "nests"),
     "deeper than a compiler goes": ({"schema": '{"items":' * 110 + "{}" + "}" * 110}, "nests more than 100"),
     "large": ({"schema": {"enum": [f"value {number}" for number in range(60_000)]}}, "are more than 500,000"),

@@ -13,8 +13,9 @@ import torch
 
 from bytelatent import BLT
 from bytelatent.inference import Sampling, prompt_ids
+from bytelatent.inference.step import SizedSlots
 from bytelatent.patching import PatchSettings
-from bytelatent.serving.scheduler import Job, QueueFull, Scheduler, Stopping, Ticket, Update
+from bytelatent.serving.scheduler import Job, QueueFull, Scheduler, Stopping, Ticket, Update, warm_up
 from tests.inference.test_engine import decoder_of
 
 
@@ -170,6 +171,14 @@ def test_prompts_that_begin_alike(blt: BLT) -> None:
     assert 0 < statistics.cached_bytes <= 1 << 24
     assert sum(statistics.between_bytes.counts) > 20
     scheduler.close()
+
+
+def test_every_set_of_slots_is_warmed_up(blt: BLT) -> None:
+    engine = blt.engine(10, varies=True)
+    warm_up(engine, 10)
+    assert isinstance(engine.slots, SizedSlots)
+    assert [slots.num_steps > 0 for slots in engine.slots.sets.values()] == [True] * 3
+    assert engine.is_idle
 
 
 def test_calls_run_on_the_engines_thread(blt: BLT, scheduler: Scheduler) -> None:

@@ -5,8 +5,10 @@
  */
 
 import { oncePerFrame } from "./dom.js";
+import { measured } from "./measuring.js";
+import { numbered } from "./starts.js";
 import { theme } from "./state.js";
-import { cut, decode, graphemes } from "./text.js";
+import { cut, decode } from "./text.js";
 
 const BLOCK = { least: 700, most: 1600, lines: 24 }; // bytes, and lines, of a block
 const LANE = 46; // pixels of the line of values above each row
@@ -179,39 +181,8 @@ export class PatchedText {
     };
   }
 
-  /** Where each character is: its row, and its left and right edge, `begin` being where its first byte is. */
   #measure(block) {
-    if (block.glyphs) return;
-    const begins = graphemes(block.shown);
-    const range = document.createRange();
-    const box = block.element.getBoundingClientRect();
-    const glyphs = [];
-    for (let i = 0; i + 1 < begins.length; i++) {
-      const [start, end] = [begins[i], begins[i + 1]];
-      range.setStart(block.node, start);
-      range.setEnd(block.node, block.shown[end - 1] === "\n" ? end - 1 : end);
-      const rects = range.getClientRects();
-      const rect = rects[rects.length - 1] ?? box;
-      const row = Math.floor((rect.top + rect.height / 2 - box.top - this.shift) / this.row);
-      const isRtl = /\p{Script=Arabic}|\p{Script=Hebrew}|\p{Script=Syriac}|\p{Script=Thaana}|\p{Script=Nko}/u.test(
-        block.shown.slice(start, end),
-      );
-      const [left, right] = [rect.left - box.left, rect.right - box.left];
-      const [begin, finish] = isRtl ? [right, left] : [left, right];
-      const from = block.at[start];
-      const to = end < block.at.length ? block.at[end] : block.to;
-      glyphs.push({ from, to, row, begin, end: finish, left, right, isSpace: block.shown[start] === " " });
-    }
-    // Spaces follow the direction of what is before them.
-    glyphs.forEach((glyph, i) => {
-      const before = glyphs[i - 1];
-      if (glyph.isSpace && before && before.begin > before.end && before.row === glyph.row) {
-        [glyph.begin, glyph.end] = [glyph.right, glyph.left];
-      }
-    });
-    block.glyphs = glyphs;
-    block.width = box.width;
-    block.height = box.height;
+    block.glyphs ??= measured(block, this.row, this.shift);
   }
 
   #drawBlock(block, colours) {
@@ -391,20 +362,6 @@ export class PatchedText {
     if (top < scrollTop) this.host.scrollTop = top - this.row / 2;
     else if (top + this.row > scrollTop + clientHeight) this.host.scrollTop = top + 1.5 * this.row - clientHeight;
   }
-}
-
-/** A flag of a byte of which it is not known yet whether it starts a patch. */
-export const UNKNOWN = 2;
-
-/** The number of the patch that each byte is in, 0 in one that began before the text; -1 where it is not known. */
-export function numbered(starts) {
-  const numbers = new Int32Array(starts.length);
-  let patch = 0;
-  for (let i = 0; i < starts.length; i++) {
-    if (starts[i] === 1) patch++;
-    numbers[i] = starts[i] === UNKNOWN ? -1 : patch;
-  }
-  return numbers;
 }
 
 /** The glyph nearest to one, in the row above or below; beyond the ends if there is none. */

@@ -1,8 +1,7 @@
 /** A text as the server reads it: piece by piece, so that a long one shows its beginning at once. */
 
 import { isStop, patches } from "./api.js";
-import { UNKNOWN } from "./drawing.js";
-import { entropyStarts, fixedStarts, flags } from "./starts.js";
+import { entropyStarts, fixedStarts, flags, UNKNOWN } from "./starts.js";
 import { cut, encode } from "./text.js";
 
 const PIECE = { least: 3072, most: 4096 }; // bytes that are read at once

@@ -64,3 +64,17 @@ export function flopsSaved(flops, numBytes, numPatches, byEntropy) {
   const needed = low + (high - low) * (share - below) + (byEntropy ? flops.entropy_model : 0);
   return 1 - needed / flops.per_byte[steps];
 }
+
+/** A flag of a byte of which it is not known yet whether it starts a patch. */
+export const UNKNOWN = 2;
+
+/** The number of the patch that each byte is in, 0 in one that began before the text; -1 where it is not known. */
+export function numbered(starts) {
+  const numbers = new Int32Array(starts.length);
+  let patch = 0;
+  for (let i = 0; i < starts.length; i++) {
+    if (starts[i] === 1) patch++;
+    numbers[i] = starts[i] === UNKNOWN ? -1 : patch;
+  }
+  return numbers;
+}

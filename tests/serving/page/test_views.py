@@ -1,112 +1,20 @@
-"""The page in a real browser, with a real server on a tiny model."""
+"""What the three views of the page do, in a real browser, with a real server on a tiny model."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import axe_playwright_python
 import pytest
 import torch
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from bytelatent.blt import BLT
 from bytelatent.patching import PatchSettings, next_starts
 from bytelatent.serving.patches import patches_answer
-from tests.serving.browsing import CHROMIUM, NAMES, served, tiny_model
-
-AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
-VIEWS = ["patches", "generate", "compare"]
-WIDTHS = [360, 1440]
-STATUS_OF_ERRORS = re.compile(r"Failed to load resource.*(status of|ERR_FAILED)")  # the browser's own, of asked errors
-
-if not CHROMIUM.exists() and "CI" not in os.environ:
-    pytest.skip(f"there is no {CHROMIUM}; install it: apt-get install chromium", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("page") / "model"
-
-
-@pytest.fixture(scope="module")
-def blt(folder: Path) -> BLT:
-    return tiny_model(folder)
-
-
-@pytest.fixture(scope="module")
-def address(blt: BLT, folder: Path) -> Iterator[str]:
-    with served(folder, *(part for name in NAMES for part in ("--name", name))) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-Open = Callable[..., Page]
-
-
-@pytest.fixture
-def open_page(browser: Browser, address: str) -> Iterator[Open]:
-    """Opens a view; at the end nothing may have gone wrong in it, nor been asked of another host."""
-    problems: list[str] = []
-    contexts = []
-
-    def opened(view: str = "patches", width: int = 1440, theme: Any = "light", **options: Any) -> Page:
-        contexts.append(
-            context := browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, **options)
-        )
-        context.set_default_timeout(15_000)
-        page = context.new_page()
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: None if request.url.startswith(address) else problems.append(request.url))
-        page.goto(f"{address}/#{view}")
-        expect(page.locator(f"#view-{view} h2")).to_be_visible()
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert [line for line in problems if not STATUS_OF_ERRORS.search(line)] == []
-
-
-def patched(page: Page) -> Locator:
-    return page.locator(".patched:visible")
-
-
-def facts(page: Page) -> dict[str, str]:
-    names, values = page.locator(".facts dt").all_inner_texts(), page.locator(".facts dd").all_inner_texts()
-    return dict(zip(names, values, strict=True))
-
-
-def read(page: Page, text: str) -> None:
-    """Put a text in, and wait until all of it has been read."""
-    page.get_by_label("Text", exact=True).fill(text)
-    wait_until_read(page, text)
-
-
-def wait_until_read(page: Page, text: str) -> None:
-    page.wait_for_function(
-        "bytes => [...document.querySelectorAll('.facts div')].some((fact) => "
-        "fact.textContent.startsWith('bytes') && fact.querySelector('dd').textContent.replaceAll(',', '') === bytes)"
-        " && document.querySelector('#view-patches .status').textContent === ''",
-        arg=str(len(text.encode("utf-8"))),
-        timeout=60_000,
-    )
-
-
-def num_patches(page: Page) -> int:
-    return int(facts(page)["patches"].replace(",", ""))
+from tests.serving.page.browsing import NAMES, Open, facts, num_patches, patched, read, wait_until_read
 
 
 def test_patches_are_the_servers(open_page: Open, blt: BLT) -> None:
@@ -143,6 +51,7 @@ def test_the_threshold_moves(open_page: Open, blt: BLT) -> None:
     bar = page.get_by_role("slider", name="Threshold", exact=True)
 
     def check() -> float:
+        page.evaluate("async () => { for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame); }")  # drawn
         threshold = float(bar.get_attribute("aria-valuenow") or "nan")
         expect(page.locator(".facts dd").nth(2)).to_have_text(
             str(len(patches_answer(blt, text, threshold=threshold)["starts"]))
@@ -387,7 +296,7 @@ def test_chat_remembers(open_page: Open) -> None:
         page.keyboard.press("Control+Enter")
         expect(page.locator("#view-generate .generation")).to_have_count(number)
         expect(page.locator("#view-generate .status").last).to_contain_text("bits per byte")
-    assert [turn["role"] for turn in bodies[1]["messages"]] == ["system", "user", "assistant", "user"]
+    assert [message["role"] for message in bodies[1]["messages"]] == ["system", "user", "assistant", "user"]
     page.get_by_role("button", name="New chat").click()
     expect(page.locator("#view-generate .generation")).to_have_count(0)
 
@@ -412,140 +321,3 @@ def test_compare(open_page: Open) -> None:
     patched(page).last.focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator("#view-compare .inspected")).to_be_visible()
-
-
-def test_errors_say_the_way_out(open_page: Open) -> None:
-    page = open_page()
-    expect(page.locator(".facts dd").first).to_be_visible()
-    status: list[Any] = []
-    keys: list[str | None] = []
-
-    def answer(route: Any) -> None:
-        keys.append(route.request.headers.get("authorization"))
-        what = status.pop(0) if status else None
-        if what is None:
-            route.continue_()
-        elif what == "gone":
-            route.abort()
-        else:
-            error = {"message": "prompt: 9 bytes, at most 8", "code": "context_length_exceeded"}
-            route.fulfill(status=what, json={"error": error}, headers={"Retry-After": "1"})
-
-    page.route("**/v1/patches", answer)
-    text = page.get_by_label("Text", exact=True)
-    alert = page.get_by_role("alert")
-
-    status[:] = ["gone"]
-    text.fill("server gone")
-    expect(alert).to_contain_text("does not answer")
-    alert.get_by_role("button", name="Try again").click()
-    expect(alert).to_have_count(0)
-
-    status[:] = [429]
-    text.fill("busy server")
-    expect(alert).to_contain_text("busy")
-    expect(alert).to_have_count(0)  # it tries again by itself
-    expect(page.locator(".facts dd").nth(3)).to_have_text("11")
-
-    status[:] = [400]
-    text.fill("a text that is too long")
-    expect(alert).to_contain_text("at most 8")
-    expect(alert).to_contain_text("shorter")
-
-    status[:] = [401]
-    text.fill("key needed")
-    expect(alert).to_contain_text("needs a key")
-    alert.get_by_label("API key").fill("secret <key>")
-    alert.get_by_role("button", name="Use this key").click()
-    expect(alert).to_have_count(0)
-    expect(page.locator(".facts dd").nth(3)).to_have_text("10")
-    assert keys[-1] == "Bearer secret <key>"
-    stored = page.evaluate("() => JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
-    assert "secret" not in stored
-    page.get_by_role("tab", name="Generate").click()
-    page.get_by_text("This request as a command").click()
-    assert "secret" not in page.locator("body").inner_text()
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_accessible_in_each_theme_and_width(open_page: Open, theme: str, width: int) -> None:
-    page = open_page(width=width, theme="dark" if theme == "light" else "light")
-    page.get_by_label("Theme").select_option(theme)
-    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == theme
-    axe = AXE.read_text(encoding="utf-8")
-    for view in VIEWS:
-        page.get_by_role("tab", name=view.title()).click()
-        if view == "patches":
-            expect(page.locator(".facts dd").first).to_be_visible()
-            patched(page).focus()
-            page.keyboard.press("ArrowRight")
-        else:
-            for field in page.locator("input[name=max_tokens]:visible").all():
-                field.fill("20")
-            page.locator("button.primary:visible").click()
-            expect(page.locator(f"#view-{view} .status").last).to_contain_text("bits per byte")
-            expect(page.locator(f"#view-{view} button:has-text('Stop')")).to_be_disabled()
-            patched(page).first.focus()
-            page.keyboard.press("ArrowRight")
-            expect(page.locator(f"#view-{view} .inspected")).to_be_visible()
-        # Debugging has its own world: the page's policy forbids what axe does to load itself.
-        page.evaluate(axe)
-        found = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
-        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found["violations"]] == []
-        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    page.reload()
-    assert page.evaluate("document.documentElement.dataset.theme") == theme
-
-
-def test_keyboard_alone(open_page: Open) -> None:
-    page = open_page(reduced_motion="reduce")
-    expect(page.locator(".facts dd").first).to_be_visible()
-
-    def focused() -> str:
-        return page.evaluate(
-            "document.activeElement.getAttribute('aria-label') || document.activeElement.textContent || ''"
-        )
-
-    def tab_to(name: str) -> None:
-        for _ in range(40):
-            page.keyboard.press("Tab")
-            if name in focused():
-                return
-        raise AssertionError(f"Tab never reached {name}")
-
-    tab_to("Skip to the content")
-    tab_to("Patches")
-    page.keyboard.press("ArrowRight")
-    expect(page.locator("#view-generate")).to_be_visible()
-    assert page.url.endswith("#generate")
-    tab_to("Generate")
-    page.keyboard.press("Enter")
-    expect(page.locator("#view-generate .block").first).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(page.locator("#view-generate .status")).not_to_contain_text("…")
-    page.locator("#tab-generate").focus()
-    page.keyboard.press("Home")
-    expect(page.locator("#view-patches")).to_be_visible()
-    tab_to("English")
-    page.keyboard.press("Tab")
-    page.keyboard.press("Space")
-    expect(page.get_by_label("Text", exact=True)).to_have_value(re.compile("def fibonacci"))
-    tab_to("Text in patches")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowDown")
-    expect(page.locator("#view-patches .unseen[role=status]")).to_contain_text("1 byte, patch")
-    tab_to("Threshold")
-    before = num_patches(page)
-    page.keyboard.press("Home")
-    expect(page.locator(".facts dd").nth(2)).not_to_have_text(str(before))
-
-
-def test_unmade_views_and_other_files_are_not_served(address: str, browser: Browser) -> None:
-    page = browser.new_page()
-    found = page.request.get(f"{address}/")
-    assert found.ok
-    assert "default-src 'none'" in found.headers["content-security-policy"]
-    assert page.request.get(f"{address}/__init__.py").status == 404
-    assert page.request.get(f"{address}/%2e%2e/app.py").status == 404
-    page.close()
