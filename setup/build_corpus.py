@@ -115,12 +115,14 @@ SOURCES = [
 ]
 AUSTEN = "r-cran-janeaustenr"  # six novels, stored as R's lazy-load database
 
+BIBLES = {"world-english-bible": ("prose", "sword-text-web"), "reina-valera": ("multilingual", "sword-text-sparv")}
 # What --permissive keeps, as the packages' own files of copyright state it.
 LICENCES = {
-    **dict.fromkeys(("austen", "devils-dictionary", "jargon-file", "sqlite-doc"), "public domain"),
-    **dict.fromkeys(("reina-valera", "world-english-bible"), "public domain"),
+    **dict.fromkeys(("austen", "devils-dictionary", "jargon-file", "sqlite-doc", *BIBLES), "public domain"),
     **dict.fromkeys(("python-doc", "py-stdlib", "py-tests"), "PSF-2.0"),
-    **{"apache-manual": "Apache-2.0", "go-stdlib": "BSD-3-Clause", "postgresql-doc": "PostgreSQL licence"},
+    "apache-manual": "Apache-2.0",
+    "go-stdlib": "BSD-3-Clause",
+    "postgresql-doc": "PostgreSQL licence",
 }
 GO = (
     "bufio|bytes|container|context|encoding|errors|flag|fmt|go|io|log|net|os|path|regexp|sort|strconv|strings|sync|text"
@@ -133,7 +135,6 @@ PERMISSIVE = [  # beside those of SOURCES
     ("postgresql-doc", "docs", ["postgresql-doc-15"], r"\.html$", from_html, 0),
     ("go-stdlib", "code", ["golang-1.19-src"], rf"/src/({GO})/(?!.*(testdata|zerrors|_bundle)).*\.go$", plain, 0),
 ]
-BIBLES = {"world-english-bible": ("prose", "sword-text-web"), "reina-valera": ("multilingual", "sword-text-sparv")}
 
 
 def bible(root: Path) -> Iterator[str]:
