@@ -74,7 +74,8 @@ def write(folder: Path, number: int, held_out: int, seed: int) -> None:
     for name, size, source in (("train", number, known), ("valid", max(number // 50, 10), asked)):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for _ in range(size):
-                exchanges = draw.choices(source, k=draw.randint(1, 3))
+                kinds = draw.choices(list(FORMS), k=draw.randint(1, 3))  # as often, though there are more of some
+                exchanges = [draw.choice([one for one in source if one[0] == kind] or source) for kind in kinds]
                 file.write(json.dumps({"messages": messages_of(exchanges, draw.random() < 0.5)}) + "\n")
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
         for kind, question, answer, parts in asked:

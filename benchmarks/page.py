@@ -1,6 +1,6 @@
 """How long the page takes in a browser with a pasted text of 200 kB: to paint, to scroll, to move the threshold.
 
-    blt serve runs/demo --port 8000
+    blt serve tiny --port 8000
     python benchmarks/page.py http://127.0.0.1:8000
 
 Needs playwright and Chromium, see dev/page_screenshots.py. Numbers are milliseconds: the median, 9 of 10, the most.

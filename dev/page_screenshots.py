@@ -1,6 +1,6 @@
 """Take screenshots of the page for the docs: docs/images/page_*.png.
 
-    blt serve runs/demo --port 8000
+    blt serve tiny --port 8000
     python dev/page_screenshots.py http://127.0.0.1:8000
 
 Needs playwright and Chromium (`make test-serve` installs the first, Debian's `apt-get install chromium` the second),

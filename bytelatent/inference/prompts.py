@@ -1,4 +1,4 @@
-"""Prompts on their way to slots: they wait, are read, whole or in chunks between decode steps, and are then ready.
+"""Prompts before they have slots: they wait, are read, whole or in chunks between decode steps, and are then ready.
 
 Short prompts are read together in one packed pass. Longer ones, and those that go on from a stored prefix, are read
 side by side, each with a share of the ids that may be read between two steps.
@@ -21,7 +21,7 @@ from bytelatent.inference.prefix_cache import PrefixCache
 LOGGER = logging.getLogger(__name__)
 
 PREFILL_IDS = 65_536  # prompt ids read at once where nothing waits for them
-NUM_PLACES = 8  # prompts that are read in chunks at once
+NUM_READERS = 8  # prompts that are read in chunks at once
 SMALLEST_PIECE = 64  # ids
 
 
@@ -31,14 +31,14 @@ class Prompt:
 
     Attributes:
         position: ids that are read.
-        place: in the state of the prompts that are read in chunks; -1: in none.
+        slot: in the state of the prompts that are read in chunks; -1: in none.
         ends: where pieces of it end, since the state there is kept; the last one is the prompt's own.
         alone: it is read by itself, since reading it together with others failed.
     """
 
     members: list[Continuation]
     position: int = 0
-    place: int = -1
+    slot: int = -1
     ends: list[int] = field(default_factory=list)
     alone: bool = False
 
@@ -131,7 +131,7 @@ class PromptQueue:
     def _begin(self, room: int, num_ids: int) -> list[tuple[Prompt, int]]:
         """Take prompts that wait: those to be read from their beginnings, and how many ids of each."""
         begun: list[tuple[Prompt, int]] = []
-        num_places = NUM_PLACES - len(self.reading)
+        num_readers = NUM_READERS - len(self.reading)
         while self.waiting and room > 0:
             prompt = self.waiting[0]
             size = prompt.ends[-1]
@@ -139,15 +139,15 @@ class PromptQueue:
             if begun and (prompt.alone or (num_ids < SMALLEST_PIECE if splits else size > num_ids)):
                 break
             is_cached = self.cache is not None and size >= self.cache.shortest and not prompt.alone
-            if num_places == 0 and (splits or is_cached):
+            if num_readers == 0 and (splits or is_cached):
                 break
             self.waiting.popleft()
             room -= len(prompt.members)
             if is_cached and self._go_on_from_prefix(prompt):
-                num_places -= 1
+                num_readers -= 1
                 continue
             size = min(prompt.ends[0], num_ids) if self.chunk is not None else size
-            num_places -= size < prompt.ends[-1]
+            num_readers -= size < prompt.ends[-1]
             num_ids -= size
             begun.append((prompt, size))
             if prompt.alone:
@@ -168,7 +168,7 @@ class PromptQueue:
         if prompt.left == 0:
             self.ready.append(ReadPrompt(prompt.members, found.state, 0, found.logits))
         else:
-            self._give_place(prompt, found.state, 0)
+            self._give_slot(prompt, found.state, 0)
         return True
 
     def _read_beginnings(self, begun: Sequence[tuple[Prompt, int]]) -> None:
@@ -194,11 +194,11 @@ class PromptQueue:
             pieces = [
                 prompt.ids[prompt.position : prompt.position + size] for prompt, size in zip(group, sizes, strict=True)
             ]
-            places = torch.tensor([prompt.place for prompt in group])
-            slots = places.repeat_interleave(torch.tensor(sizes)).to(self.decoder.device)
+            own_slots = torch.tensor([prompt.slot for prompt in group])
+            slots = own_slots.repeat_interleave(torch.tensor(sizes)).to(self.decoder.device)
             logits_NV = self.decoder.extend(state, slots, torch.cat(pieces).to(self.decoder.device), last_only=True)
             for number, (prompt, size) in enumerate(zip(group, sizes, strict=True)):
-                self._have_read(prompt, size, state, prompt.place, logits_NV[number])
+                self._have_read(prompt, size, state, prompt.slot, logits_NV[number])
         except Exception as error:
             self._fail(group, error)
 
@@ -207,7 +207,7 @@ class PromptQueue:
         prompt.position += size
         self.num_read += size
         if prompt.left == 0:
-            is_copy = prompt.place >= 0 and len(prompt.ends) == 1  # another prompt takes the place
+            is_copy = prompt.slot >= 0 and len(prompt.ends) == 1  # another prompt takes the slot
             if is_copy:
                 state, source = state.taken(source), 0
             if self.cache is not None:
@@ -218,15 +218,15 @@ class PromptQueue:
                 self.ready.append(ReadPrompt(prompt.members, state, source, logits))
                 return
             del prompt.ends[0]
-        if prompt.place < 0:
-            self._give_place(prompt, state, source)
+        if prompt.slot < 0:
+            self._give_slot(prompt, state, source)
 
-    def _give_place(self, prompt: Prompt, state: DecodeState, source: int) -> None:
+    def _give_slot(self, prompt: Prompt, state: DecodeState, source: int) -> None:
         """Let a prompt be read on from slot `source` of a state."""
         if self._state is None:
-            self._state = self.decoder.empty(NUM_PLACES)
-        prompt.place = min(set(range(NUM_PLACES)) - {other.place for other in self.reading})
-        self._state.put(prompt.place, state, source)
+            self._state = self.decoder.empty(NUM_READERS)
+        prompt.slot = min(set(range(NUM_READERS)) - {other.slot for other in self.reading})
+        self._state.put(prompt.slot, state, source)
         self.reading.append(prompt)
 
     def _free_state(self) -> None:

@@ -226,7 +226,7 @@ def test_the_loss_is_that_of_each_conversation_alone(tmp_path: Path) -> None:
     read = [batch.stream.ids[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
     read = [ids for ids in read if ids[0] == 1]  # without padding
     for ids in read:
-        text = decode(ids)
+        text = decode(ids.tolist())
         messages = next(row["messages"] for row in rows if DEFAULT_TEMPLATE.render(row["messages"], False) == text)
         [piece] = PATCHER([Piece(np.array([*ids.tolist(), EOS], np.uint16))])
         with torch.no_grad():

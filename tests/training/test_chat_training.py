@@ -13,6 +13,7 @@ from bytelatent.data import Loader, Patcher, batches_once
 from bytelatent.errors import UserError
 from bytelatent.model import build_model
 from bytelatent.model.loss import bits_per_byte, cross_entropy
+from bytelatent.patching import PatchSettings
 from bytelatent.text.chat import CHAT_TEMPLATE, DEFAULT_TEMPLATE, ChatTemplate
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
@@ -56,7 +57,7 @@ def test_what_counts_is_counted_over_all_batches(chats: Path) -> None:
     """The gradient of a step is that of the mean over the bytes that count in all its batches."""
     asked = settings(chat_run(Path("x"), chats, optimizer={"lr": 1e-3, "accumulation": 3, "clip": 1e9}))
     model = build_model(asked.model)
-    patcher = Patcher(asked.patching)
+    patcher = Patcher(PatchSettings(mode="space"))
     batches = [next(loader) for loader in [Loader(asked.data, 0, patcher)] for _ in range(3)]
     counts = [batch.num_targets for batch in batches]
     assert len(set(counts)) > 1
@@ -111,7 +112,7 @@ def test_a_run(tmp_path: Path, chats: Path) -> None:
     assert (exported / CHAT_TEMPLATE).read_text() == SHORT.source
     found = load(exported)
     valid = settings(chat_run(whole, chats)).data.valid
-    batches = list(batches_once(valid, 200, 256, Patcher(found.config.patching), chat_template=SHORT))
+    batches = list(batches_once(valid, 200, 256, Patcher(PatchSettings(mode="space")), chat_template=SHORT))
     with torch.no_grad():
         nats = sum(float(cross_entropy(found.model, batch)) for batch in batches)
     num_bytes = sum(len(json.loads(row)["messages"][1]["content"]) + 1 for row in chats.read_text().splitlines())
