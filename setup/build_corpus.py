@@ -115,20 +115,14 @@ SOURCES = [
 ]
 AUSTEN = "r-cran-janeaustenr"  # six novels, stored as R's lazy-load database
 
+BIBLES = {"world-english-bible": ("prose", "sword-text-web"), "reina-valera": ("multilingual", "sword-text-sparv")}
 # What --permissive keeps, as the packages' own files of copyright state it.
 LICENCES = {
-    "austen": "public domain",
-    "devils-dictionary": "public domain",
-    "jargon-file": "public domain",
-    "world-english-bible": "public domain",
-    "reina-valera": "public domain",
+    **dict.fromkeys(("austen", "devils-dictionary", "jargon-file", "sqlite-doc", *BIBLES), "public domain"),
+    **dict.fromkeys(("python-doc", "py-stdlib", "py-tests"), "PSF-2.0"),
     "apache-manual": "Apache-2.0",
-    "python-doc": "PSF-2.0",
-    "sqlite-doc": "public domain",
-    "postgresql-doc": "PostgreSQL licence",
-    "py-stdlib": "PSF-2.0",
-    "py-tests": "PSF-2.0",
     "go-stdlib": "BSD-3-Clause",
+    "postgresql-doc": "PostgreSQL licence",
 }
 GO = (
     "bufio|bytes|container|context|encoding|errors|flag|fmt|go|io|log|net|os|path|regexp|sort|strconv|strings|sync|text"
@@ -141,7 +135,6 @@ PERMISSIVE = [  # beside those of SOURCES
     ("postgresql-doc", "docs", ["postgresql-doc-15"], r"\.html$", from_html, 0),
     ("go-stdlib", "code", ["golang-1.19-src"], rf"/src/({GO})/(?!.*(testdata|zerrors|_bundle)).*\.go$", plain, 0),
 ]
-BIBLES = {"world-english-bible": ("prose", "sword-text-web"), "reina-valera": ("multilingual", "sword-text-sparv")}
 
 
 def bible(root: Path) -> Iterator[str]:
