@@ -4,14 +4,15 @@ ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build
 ARG DEVICE=cpu
+# Where pip finds torch's builds for CPUs alone; without it the image carries CUDA's libraries, which do no harm there.
+ARG TORCH_INDEX=
 WORKDIR /src
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # torch in a layer of its own, which a change of the code leaves as it is.
 COPY constraints.txt ./
 RUN case "$DEVICE" in \
-      cpu) pip install -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch ;; \
-      cuda) pip install -c constraints.txt torch ;; \
+      cpu|cuda) pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch ;; \
       *) echo "DEVICE: '$DEVICE' is neither cpu nor cuda" >&2; exit 2 ;; \
     esac
 COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE ./

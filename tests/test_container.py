@@ -60,16 +60,17 @@ def test_it_runs_as_a_user_without_rights_over_what_it_runs() -> None:
     assert not {"RUN", "COPY"} & set(names[names.index("USER") :])
 
 
-@pytest.mark.parametrize(("device", "code"), [("cpu", 0), ("cuda", 0), ("tpu", 2)])
-def test_torch_is_chosen_by_the_device(device: str, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("device", "index", "code"), [("cpu", "file:///a b", 0), ("cuda", "", 0), ("tpu", "", 2)])
+def test_torch_comes_from_the_index_that_is_named(device: str, index: str, code: int, tmp_path: Path) -> None:
     pip = tmp_path / "pip"
-    pip.write_text('#!/bin/sh\necho "$@"\n')
+    pip.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     pip.chmod(0o755)
     step = next(step for step in BUILD if step.name == "RUN" and "DEVICE" in step.value)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICE": device}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICE": device, "TORCH_INDEX": index}
     ended = subprocess.run(step.value, shell=True, env=environment, capture_output=True, text=True)
     assert ended.returncode == code
-    assert ("whl/cpu" in ended.stdout, "torch" in ended.stdout) == (device == "cpu", code == 0)
+    asked = ["install", "-c", "constraints.txt", *(["--extra-index-url", index] if index else []), "torch"]
+    assert ended.stdout.splitlines() == (asked if code == 0 else [])
     assert bool(ended.stderr) == (code != 0)
 
 
