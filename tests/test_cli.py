@@ -38,7 +38,7 @@ VERBS = [
     "convert",
     "export",
 ]
-VERBS += ["byteify", "info", "tokenizer", "study", "speedrun"]
+VERBS += ["byteify", "chat", "info", "tokenizer", "study", "speedrun"]
 IMPORT_TORCH = ["patch words --mode space", "info demo-blt"]  # not in an interpreter of their own: it takes seconds
 NO_UTF8 = b"caf\xc3\xa9 \xff\xfe \x1b[31m and\nmore"
 BLT_COMMAND = [sys.executable, "-m", "bytelatent.cli"]

@@ -118,7 +118,7 @@ def _at(pointer: str) -> str:
 
 
 def _endless(schema: Any) -> str | None:
-    """The first part that no value of finite size may meet, going by what it requires; None if there is none.
+    """The first part that no value of finite size may meet, going by what it requires; None where all have one.
 
     References are resolved to the least fixed point: a part that needs itself has no value.
     """

@@ -76,11 +76,11 @@ def _of_outputs(given: Any) -> dict[str, Any]:
     if key == "choice":
         if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
             raise UserError("structured_outputs.choice: a list of texts is needed, none of them empty")
-        return {"regex": "|".join(map(literal, value))}
+        return {"regex": "|".join(map(expression_for, value))}
     return {key: value}
 
 
-def literal(text: str) -> str:
+def expression_for(text: str) -> str:
     """A regular expression that matches one text."""
     return "".join(f"\\{character}" if character in SPECIAL else character for character in text)
 

@@ -14,7 +14,7 @@ from bytelatent.cli import app
 from bytelatent.errors import UserError
 from bytelatent.inference import Sampling
 from bytelatent.inference.constraint import Constraint
-from bytelatent.serving.response_format import constraint_of, literal
+from bytelatent.serving.response_format import constraint_of, expression_for
 from tests.inference.test_constraint import texts_of
 from tests.inference.test_engine import engine_of, shared_decoder
 from tests.model.tiny import tiny_blt
@@ -70,7 +70,7 @@ def test_choices_are_taken_as_they_are() -> None:
     found = constraint_of(None, {"choice": choices})
     assert found is not None
     assert texts_of(found) == set(choices)
-    assert literal("a.b") == "a\\.b"
+    assert expression_for("a.b") == "a\\.b"
 
 
 @pytest.mark.parametrize(
