@@ -87,17 +87,29 @@ def api_keys(path: Path | None) -> list[bytes]:
     """
     if path is None:
         key = os.environ.get(KEY_VARIABLE)
-        if key is not None and not key.strip():
+        if key is None:
+            return []
+        if not key.strip():
             raise UserError(f"{KEY_VARIABLE}: it is empty; set it to a key, or unset it")
-        return [] if key is None else [key.strip().encode()]
+        return [_checked_key(os.fsencode(key.strip()), KEY_VARIABLE)]
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"api_key_file: '{path}' cannot be read: {error.strerror or error}") from None
-    keys = [line.strip() for line in lines if line.strip()]
+    keys = [
+        _checked_key(line.strip(), f"api_key_file: line {number} of '{path}'")
+        for number, line in enumerate(lines, start=1)
+        if line.strip() and not line.strip().startswith(b"#")
+    ]
     if not keys:
         raise UserError(f"api_key_file: '{path}' holds no key; write one on a line of its own")
     return keys
+
+
+def _checked_key(key: bytes, where: str) -> bytes:
+    if not all(0x21 <= byte <= 0x7E for byte in key):
+        raise UserError(f"{where}: a key is of ASCII letters, digits and signs, without spaces; write another one")
+    return key
 
 
 def _hosts(settings: ServeSettings) -> Sequence[str]:

@@ -30,8 +30,8 @@ class ServeSettings(ThresholdSettings):
         host: address to listen on. 0.0.0.0 is all of this machine's.
         port: port to listen on. 0 takes any that is free.
         name: name of the model for clients; may be repeated. Default: as it is given.
-        api_key_file: file of API keys, one per line; every request needs one of them. Default: the environment's
-            BLT_API_KEY, if there is one.
+        api_key_file: file of API keys, one per line, without lines that begin with #; every request needs one of them.
+            Default: the environment's BLT_API_KEY, if there is one.
         allow_host: name by which clients may call the server; may be repeated. Default: this machine's own names
             where it listens for itself alone, else any.
         allow_origin: site whose pages may call the server from a browser; may be repeated. Default: none.

@@ -27,7 +27,7 @@ T = TypeVar("T")
 MAX_TEXT = 500_000  # characters of a schema, an expression or a grammar
 MAX_SECONDS = 1.0  # to compile one
 CACHED = 256  # compiled constraints
-LIMITS = {"max_lexer_states": 50_000, "verbose_errors": False}
+LIMITS = {"max_items_in_row": 8000, "max_lexer_states": 50_000, "verbose_errors": False}
 # What a schema leaves open is written in one way only, so that no key can be written in two: with no escapes but
 # these, and at most a space or a line break with its indentation between the parts.
 JSON_OPTIONS = {
@@ -79,6 +79,10 @@ class Constraint:
             raise UserError(f"{kind}: a text is needed, not {type(text).__name__}")
         if len(text) > MAX_TEXT:
             raise UserError(f"{kind}: {len(text):,} characters are more than {MAX_TEXT:,}; ask for less at once")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{kind}: it holds half of a surrogate pair; write whole characters") from None
         return _cached(kind, text)
 
     def __repr__(self) -> str:
@@ -244,7 +248,7 @@ def _tried(kind: Kind, matcher: Any, until: float) -> str | None:
         state, text = ConstraintState(kind, matcher.deep_copy()), b""
         for _ in range(WALK_BYTES):
             if state.error is not None:
-                return f"after {text!r}: {state.error}" if text else state.error
+                return f"after '{text.decode(errors='replace')}': {state.error}" if text else state.error
             if time.monotonic() > until:
                 return f"it takes more than {MAX_SECONDS:g} s to compile; ask for less at once"
             id_ = chance.choice(state.allowed.nonzero()[0].tolist())

@@ -101,7 +101,11 @@ def _check_part(part: dict[str, Any], at: str) -> None:
             f"schema: {_at(at)} has minProperties={least} and names no more than {len(required)} required properties; "
             "require them by name, or set additionalProperties to false"
         )
+    if "x-guidance" in part and (at or [*part["x-guidance"]] != ["whitespace_pattern"]):
+        raise UserError(f"schema: {_at(at)} has x-guidance, which takes whitespace_pattern in the whole alone")
     step = part.get("multipleOf")
+    if isinstance(step, int | float) and not isinstance(step, bool) and step <= 0:
+        raise UserError(f"schema: {_at(at)} has multipleOf={step}, which is not above 0")
     if isinstance(step, int | float) and not isinstance(step, bool) and _digits(step) > MAX_STEPS:
         raise UserError(f"schema: {_at(at)} has multipleOf={step}, of more than {MAX_STEPS:,} steps; leave it out")
 

@@ -53,18 +53,20 @@ def application(
 async def _refuse(request: Request, error: Exception) -> Response:
     found = as_api_error(error)
     if found.status_code in (404, 405) and not isinstance(error, ApiError):
-        found = _no_such_route(request)
+        found = _no_such_route(request, found.status_code)
     note(request.scope, found)
     return found.response()
 
 
-def _no_such_route(request: Request) -> ApiError:
+def _no_such_route(request: Request, status: int) -> ApiError:
     """What is wrong with an address that neither a route nor the page has."""
     path = request.url.path
     known: set[str] = set()
     for route in [route for router in ROUTERS for route in router.routes]:
         if isinstance(route, APIRoute) and route.path_regex.match(path):
             known |= set(route.methods or ())
+    if status == 405 and not known:
+        known = {"GET"}  # a file of the page
     if known and request.method not in known:
         allowed = ", ".join(sorted(known))
         return ApiError(405, f"{path} takes {allowed}, not {request.method}", headers={"Allow": allowed})

@@ -2,14 +2,15 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from bytelatent.blt import BLT, TextReading
+from bytelatent.blt import BLT
 from bytelatent.inference import Decoder, prompt_bytes, prompt_ids
+from bytelatent.inference.kv_cache import BLTDecodeState, DecodeState
 from bytelatent.model import entropies
 from bytelatent.patching import PatchSettings
 from bytelatent.serving.answers import Plain
@@ -18,13 +19,13 @@ from bytelatent.serving.errors import ApiError
 from bytelatent.serving.patches import own_settings, patches_answer
 from bytelatent.serving.scheduler import Job, QueueFull, Scheduler, Statistics, Stopping, Ticket, Update
 from bytelatent.text.chat import DEFAULT_TEMPLATE
-from bytelatent.vocab import BOS, OFFSET, decode
+from bytelatent.vocab import BOS, OFFSET, decode, encode
 
 Result = TypeVar("Result")
 
-# Shapes: N ids of a text, V vocabulary
+# Shapes: N ids of a text, T of a piece of it, V vocabulary
 
-PIECE = 2048  # ids that are read between two steps, so that streams do not wait
+PIECE = 2048  # ids of which the entropy model alone reads so many between two steps
 NATS_PER_BIT = math.log(2)
 
 
@@ -40,6 +41,11 @@ class Backend:
     @property
     def context(self) -> int:
         return self.blt.context
+
+    @property
+    def places(self) -> int:
+        """Texts that can be asked for at once."""
+        return self.scheduler.places
 
     def statistics(self) -> Statistics:
         return self.scheduler.statistics()
@@ -61,9 +67,9 @@ class Backend:
         """
         return prompt_bytes(text)
 
-    def text_of(self, ids: Tensor) -> str:
-        """The text of a prompt."""
-        return decode(ids.numpy()).decode("utf-8", "replace")
+    def bytes_of(self, ids: Tensor) -> bytes:
+        """The bytes of a prompt, without special ids."""
+        return decode(ids.numpy())
 
     def chat_prompt(self, messages: list[Plain]) -> tuple[Tensor, tuple[str, ...]]:
         """The ids of a chat [N] up to where the answer begins, and the texts that end it.
@@ -97,24 +103,24 @@ class Backend:
 
     async def read_prompt(self, ids: Tensor, num_alternatives: int) -> list[ByteInfo]:
         """What the model predicts of each byte of a prompt; of special ids within it nothing is shown."""
+        found: list[ByteInfo] = []
+        async for new, log_p_TV in self._predictions(Document(self.blt, ids)):
+            top = log_p_TV.topk(max(num_alternatives, 1))
+            values = log_p_TV.gather(1, new[:, None])[:, 0].tolist()
+            for id_, value, *pair in zip(new.tolist(), values, top.indices.tolist(), top.values.tolist(), strict=True):
+                if id_ >= OFFSET:
+                    alternatives = list(zip(*pair, strict=True))[:num_alternatives]
+                    found.append(ByteInfo(id_ - OFFSET, value, alternatives, False))
+        return found
 
-        def read() -> list[ByteInfo]:
-            row = ids[None].to(self.blt.device)
-            with torch.no_grad():
-                log_p_NV = self.blt.logits(row)[0].double().log_softmax(-1)
-            found = log_p_NV[:-1].gather(1, row[0, 1:, None])[:, 0].tolist()
-            top = log_p_NV[:-1].topk(max(num_alternatives, 1))
-            tops = [
-                list(zip(*pair, strict=True)) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            ]
-            each = zip(ids[1:].tolist(), found, tops, strict=True)
-            return [
-                ByteInfo(id_ - OFFSET, value, alternatives[:num_alternatives], False)
-                for id_, value, alternatives in each
-                if id_ >= OFFSET
-            ]
+    async def _predictions(self, document: "Document") -> AsyncIterator[tuple[Tensor, Tensor]]:
+        """The ids of a document after its first [T], and their log-probabilities, float64 [T, V], piece by piece.
 
-        return await self.call(read)
+        Between the pieces others decode, and a task that is cancelled ends.
+        """
+        while (at := document.position) < len(document.ids) - 1:
+            log_p_TV = await self.call(lambda: document.read(self.scheduler.prefill_chunk))
+            yield document.ids[at + 1 : document.position + 1], log_p_TV
 
     async def patches(self, data: bytes, modes: Sequence[str], threshold: float | None, with_patches: bool) -> Plain:
         """The answer of `/v1/patches`.
@@ -151,17 +157,87 @@ class Backend:
             each: whether the log-probability of each byte is there.
         """
         found: list[Plain] = []
-        for group in _groups(texts):
+        for group in _groups(texts, self.scheduler.prefill_chunk):
+            if len(group) == 1 and len(group[0]) >= self.scheduler.prefill_chunk:
+                found.append(await self._score_long(group[0], end, each))
+                continue
             read = await self.call(lambda group=group: self.blt.read(group, context=self.blt.context, end=end))
-            found += [_score(reading, each) for reading in read]
+            found += [
+                _score(len(reading.data), int(reading.starts.sum()), reading.log_probabilities.double(), each)
+                for reading in read
+            ]
         return found
 
+    async def _score_long(self, data: bytes, end: bool, each: bool) -> Plain:
+        """The score of one text, as `BLT.read` has it."""
+        ids, context = torch.from_numpy(encode(data)), self.blt.context
+        values: list[Tensor] = []
+        num_patches, size = 0, self.scheduler.prefill_chunk
+        first = Document(self.blt, ids[:2])
+        await self.call(lambda: first.read(1))
+        if context <= size:
+            at = 0
+            for rows in _batches(ids[:-1].split(context), size // context):
+                log_p_TV, count = await self.call(lambda rows=rows: _read_rows(self.blt, rows))
+                values.append(log_p_TV.gather(1, ids[at + 1 : at + 1 + len(log_p_TV), None])[:, 0])
+                at, num_patches = at + len(log_p_TV), num_patches + count
+            return _score(len(data), num_patches - first.first_closes, torch.cat(values)[: len(data) + end], each)
+        for begin in range(0, len(ids) - 1, context):
+            document = Document(self.blt, ids[begin : begin + context + 1])
+            async for new, log_p_TV in self._predictions(document):
+                values.append(log_p_TV.gather(1, new[:, None])[:, 0])
+            num_patches += document.num_patches
+        return _score(len(data), num_patches - first.first_closes, torch.cat(values)[: len(data) + end], each)
 
-def _groups(texts: Sequence[bytes]) -> Iterator[list[bytes]]:
+
+class Document:
+    """Ids [N] that a model reads in pieces, all but the last one, which it only predicts.
+
+    Attributes:
+        position: ids that are read.
+        first_closes: whether what was read first is whole patches.
+    """
+
+    def __init__(self, blt: BLT, ids: Tensor):
+        self.ids, self.position, self.first_closes = ids, 0, False
+        self._decoder = Decoder(blt.model, blt.patching, blt.needed_entropy_model())
+        self._state: DecodeState | None = None
+
+    @property
+    def num_patches(self) -> int:
+        """Of what is read."""
+        assert isinstance(self._state, BLTDecodeState)
+        return int(self._state.num_patches[0] + (self._state.open_count[0] > 0))
+
+    def read(self, size: int) -> Tensor:
+        """Log-probabilities of what follows each of the next ids, float64 [T, V]."""
+        piece = self.ids[self.position : min(self.position + size, len(self.ids) - 1)].to(self._decoder.device)
+        if self._state is None:
+            self._state, logits_TV = self._decoder.prefill([piece])
+            self.first_closes = bool(self._state.open_count[0] == 0)
+        else:
+            logits_TV = self._decoder.extend(self._state, torch.zeros_like(piece), piece)
+        self.position += len(piece)
+        return logits_TV.cpu().double().log_softmax(-1)
+
+
+def _read_rows(blt: BLT, rows: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """Log-probabilities of what follows each id of rows [T, V], float64, and the number of patches."""
+    decoder = Decoder(blt.model, blt.patching, blt.needed_entropy_model())
+    state, logits_TV = decoder.prefill(rows)
+    assert isinstance(state, BLTDecodeState)
+    return logits_TV.cpu().double().log_softmax(-1), int((state.num_patches + (state.open_count > 0)).sum())
+
+
+def _batches(rows: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
+    yield from (rows[at : at + size] for at in range(0, len(rows), size))
+
+
+def _groups(texts: Sequence[bytes], size: int) -> Iterator[list[bytes]]:
     """The texts in groups that are read between two steps."""
     group: list[bytes] = []
     for data in texts:
-        if group and sum(map(len, group)) + len(group) + len(data) >= PIECE:
+        if group and sum(map(len, group)) + len(group) + len(data) >= size:
             yield group
             group = []
         group.append(data)
@@ -169,12 +245,15 @@ def _groups(texts: Sequence[bytes]) -> Iterator[list[bytes]]:
         yield group
 
 
-def _score(reading: TextReading, each: bool) -> Plain:
-    values = reading.log_probabilities.double()
-    total, size = float(values.sum()), len(reading.data)
+def _score(size: int, num_patches: int, values: Tensor, each: bool) -> Plain:
+    """
+    Args:
+        values: log-probabilities, float64, of each byte and perhaps of the end.
+    """
+    total = float(values.sum())
     return {
         "bytes": size,
-        "patches": int(reading.starts.sum()),
+        "patches": num_patches,
         "log_probability": total,
         "bits_per_byte": -total / NATS_PER_BIT / size if size else None,
         "log_probabilities": values.tolist() if each else None,

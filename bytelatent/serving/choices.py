@@ -47,10 +47,22 @@ class ChoiceText:
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._known: deque[ByteInfo] = deque()  # drawn, not yet released
+        self._known: deque[ByteInfo | None] = deque()  # of bytes that are not yet released
         self._pending = b""
+        self._num_echoed = 0  # of these, those of the prompt
         self.num_bytes = self.num_patches = 0
         self.ended = False
+
+    def echo(self, data: bytes, infos: Sequence[ByteInfo], final: bool) -> TextPiece:
+        """The prompt, which the text begins with. Its bytes are not counted.
+
+        Args:
+            infos: of each of its bytes, or none.
+            final: whether nothing follows.
+        """
+        self._known += infos or [None] * len(data)
+        self._num_echoed = len(data)
+        return self._release(data, "length" if final else None)
 
     def take(self, updates: Iterable["Update"]) -> TextPiece:
         """What has become known by these updates, in order."""
@@ -63,15 +75,20 @@ class ChoiceText:
                 self._known.append(ByteInfo(id_ - OFFSET, value, others, starts))
             data += update.data
             reason = update.ended or reason
+        return self._release(data, reason)
+
+    def _release(self, data: bytes, reason: str | None) -> TextPiece:
         self.ended = self.ended or reason is not None
         text = self._decoder.decode(data, final=self.ended)
         self._pending += data
         size = len(self._pending) - (0 if self.ended else len(self._decoder.getstate()[0]))
         self._pending = self._pending[size:]
         released = [self._known.popleft() for _ in range(size)]
-        self.num_bytes += size
-        self.num_patches += sum(info.starts for info in released)
-        return TextPiece(text, released, _finish_reason(reason))
+        num_echoed = min(self._num_echoed, size)
+        self._num_echoed -= num_echoed
+        self.num_bytes += size - num_echoed
+        self.num_patches += sum(info.starts for info in released[num_echoed:] if info is not None)
+        return TextPiece(text, [info for info in released if info is not None], _finish_reason(reason))
 
 
 def _finish_reason(ended: str | None) -> FinishReason | None:

@@ -83,8 +83,10 @@ class CompletionAnswer:
                 asks = body.logprobs is not None
                 read = await echoed(self.state, plan) if asks else [[] for _ in plan.prompts]
                 for number, (ids, infos) in enumerate(zip(plan.prompts, read, strict=True)):
+                    data = self.state.backend.bytes_of(ids)
                     for index in range(number * plan.samples, (number + 1) * plan.samples):
-                        yield index, self.state.backend.text_of(ids), infos, None if generates else "length"
+                        piece = found.texts[index].echo(data, infos, not generates)
+                        yield index, piece.text, piece.bytes, piece.finish_reason
             if generates:
                 async for index, piece in found.pieces():
                     yield index, piece.text, piece.bytes, piece.finish_reason

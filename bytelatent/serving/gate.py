@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,7 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 OPEN = {"/health", "/ready", "/openapi.json"}  # without a key
 API = ("/v1/", "/tokenize", "/detokenize", "/metrics")
 DISCARDED = 16  # times the limit of a body is read and dropped, so that a client gets its answer before it is cut off
+HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::\d*)?")
 CLOSE = {"Connection": "close"}
 
 
@@ -53,6 +55,8 @@ class Gate:
             if self.is_draining() and path not in OPEN and path != "/metrics":
                 raise ApiError(503, "the server is stopping and takes no more requests", headers={"Retry-After": "5"})
             body = LimitedBody(receive, self.limits)
+            if "content-length" in headers and "transfer-encoding" in headers:
+                raise ApiError(400, "Content-Length and Transfer-Encoding do not go together", headers=CLOSE)
             length = headers.get("content-length", "")
             if length.isdecimal() and int(length) > self.limits.max_body_bytes:
                 if "expect" not in headers:  # else the client waits for word before it sends any
@@ -64,13 +68,22 @@ class Gate:
                 error.headers = {**(error.headers or {}), **CLOSE}
             await error.response()(scope, receive, send)
             return
-        await self.app(scope, body.receive, send)
+        if scope["method"] != "HEAD":
+            await self.app(scope, body.receive, send)
+            return
+        got = {**scope, "method": "GET"}  # the server sends no body of it
+        try:
+            await self.app(got, body.receive, send)
+        finally:
+            scope["route"] = got.get("route")
 
     def _check_host(self, headers: Headers) -> None:
         name = _host_name(headers.get("host", ""))
         if self.hosts and name not in self.hosts:
+            if not name:
+                raise ApiError(403, "no host is not one of this server's; send the header Host")
             shown = name[:100]
-            raise ApiError(403, f"the host '{shown}' is not one of this server; allow it: --allow-host {shown}")
+            raise ApiError(403, f"the host '{shown}' is not one of this server's; allow it: --allow-host {shown}")
 
     def _check_key(self, headers: Headers) -> None:
         if not self._keys:
@@ -86,10 +99,9 @@ class Gate:
 
 
 def _host_name(host: str) -> str:
-    """The name in a header Host, without a port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.rpartition(":")[0].lower() if ":" in host else host.lower()
+    """The name in a header Host, without a port and the root's dot; all of what has another form."""
+    found = HOST.fullmatch(host.lower())
+    return host.lower() if found is None else found[1] or found[2].removesuffix(".")
 
 
 class LimitedBody:

@@ -76,11 +76,16 @@ async def plan_of(
             long = f"the prompt has {len(ids) - 1:,} bytes, and this server takes {limits.max_prompt_bytes:,}"
             raise ApiError(400, f"{long}; give a shorter one", "prompt", "context_length_exceeded")
     if max_new_bytes > limits.max_new_bytes:
-        message = f"max_tokens: {max_new_bytes:,} bytes are more than the {limits.max_new_bytes:,} of this server"
-        raise ApiError(400, message, "max_tokens")
-    if len(prompts) * body.num_samples > limits.max_samples:
-        asked = f"{body.num_samples:,} texts of {len(prompts):,} prompt{'s' if len(prompts) > 1 else ''}"
-        raise ApiError(400, f"n: {asked} are more than the {limits.max_samples:,} of a request here", "n")
+        field = body.length_field
+        message = f"{field}: {max_new_bytes:,} bytes are more than the {limits.max_new_bytes:,} of this server"
+        raise ApiError(400, message, field)
+    most = min(limits.max_samples, state.backend.places)
+    if len(prompts) * body.num_samples > most:
+        field, asked = "prompt", f"{len(prompts):,} prompts"
+        if body.num_samples > 1:
+            field = "n"
+            asked = f"{body.num_samples:,} texts of {asked if len(prompts) > 1 else '1 prompt'}"
+        raise ApiError(400, f"{field}: {asked} are more than the {most:,} of a request here", field)
     given = body.model_dump(include={"top_k", "top_p", "min_p"}, exclude_none=True)
     sampling = Sampling.parse(
         {
@@ -199,8 +204,8 @@ class Generation:
                 if found[-1].ended == "failed":
                     failure = self._tickets[index // self.plan.samples].samples[found[-1].sample].failure
                     raise failure if isinstance(failure, UserError) else ApiError(500, found[-1].failure)
-                piece = self.texts[index].take(found)
-                self.record.new_bytes += len(piece.bytes)
+                before, piece = self.texts[index].num_bytes, self.texts[index].take(found)
+                self.record.new_bytes += self.texts[index].num_bytes - before
                 if piece.bytes:
                     self.record.first_byte()
                 if piece.text or piece.finish_reason:
@@ -262,6 +267,21 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         watcher.cancel()
 
 
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """A time limit for what cannot be cut short, as a text can.
+
+    Raises:
+        ApiError: it was reached.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise ApiError(400, f"it takes longer than the {seconds:g} s of this server; ask for less at once") from None
+
+
 async def echoed(state: ServerState, plan: Plan) -> list[list[ByteInfo]]:
     """What the model predicts of the bytes of each prompt."""
-    return [await state.backend.read_prompt(ids, plan.num_alternatives) for ids in plan.prompts]
+    async with within(state.limits.max_seconds):
+        return [await state.backend.read_prompt(ids, plan.num_alternatives) for ids in plan.prompts]

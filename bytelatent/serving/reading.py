@@ -7,7 +7,7 @@ from bytelatent.inference.settings import LIMITS
 from bytelatent.serving.answers import Detokenized, PatchesAnswer, Plain, ScoreAnswer, Tokens
 from bytelatent.serving.completions import ERRORS
 from bytelatent.serving.errors import ApiError
-from bytelatent.serving.generation import while_connected
+from bytelatent.serving.generation import while_connected, within
 from bytelatent.serving.request_log import record_of
 from bytelatent.serving.shapes import OTHER_MODES, DetokenizeRequest, PatchesRequest, ScoreRequest, TokenizeRequest
 from bytelatent.serving.state import server_state
@@ -24,7 +24,7 @@ async def patches(body: PatchesRequest, request: Request) -> Plain:
     backend = state.backend
     data = backend.text_bytes(body.text)
     record_of(request.scope).prompt_bytes = len(data)
-    async with while_connected(request.receive):
+    async with while_connected(request.receive), within(state.limits.max_seconds):
         modes = OTHER_MODES if body.modes is None else body.modes
         return await backend.patches(data, modes, body.threshold, body.patches is not False)
 
@@ -40,7 +40,7 @@ async def score(body: ScoreRequest, request: Request) -> Plain:
         raise ApiError(400, f"{long}; give a shorter one", "texts", "context_length_exceeded")
     size = record_of(request.scope).prompt_bytes = sum(map(len, texts))
     ends = True if body.end is None else body.end
-    async with while_connected(request.receive):
+    async with while_connected(request.receive), within(limits.max_seconds):
         data = await backend.score(texts, ends, bool(body.log_probabilities))
     patches = {"prompt_patches": sum(found["patches"] for found in data), "completion_patches": 0}
     return {

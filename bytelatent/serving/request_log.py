@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from bytelatent.serving.metrics import ServerMetrics
 
 LOGGER = logging.getLogger(__name__)
 ID_HEADER = "x-request-id"
-MAX_ID = 128
+SOUND_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # any other one could forge words of the log
 QUIET = {"/health", "/ready", "/metrics"}  # what monitoring asks for every few seconds is logged at debug level
 
 
@@ -45,6 +46,24 @@ def record_of(scope: Scope) -> RequestRecord:
     return scope["state"]["record"]
 
 
+def new_id() -> str:
+    return f"req-{secrets.token_hex(12)}"
+
+
+def id_of(scope: Scope) -> str:
+    """The id of a request, its own if it has a sound one."""
+    state = scope.setdefault("state", {})
+    if "id" not in state:
+        given = Headers(scope=scope).get(ID_HEADER, "")
+        state["id"] = given if SOUND_ID.fullmatch(given) else new_id()
+    return state["id"]
+
+
+def refuse_below(scope: Scope, error: ApiError) -> None:
+    """Note that the protocol has refused the rest of a request whose body is being read."""
+    scope["state"]["refusal"] = error
+
+
 class RequestLog:
     """The outermost layer: request ids, the log, metrics, and errors that nothing else has caught."""
 
@@ -55,10 +74,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(ID_HEADER, "")
-        is_sound = 0 < len(given) <= MAX_ID and given.isascii() and given.isprintable()
-        record = RequestRecord(given if is_sound else f"req-{secrets.token_hex(12)}")
-        scope.setdefault("state", {})["record"] = record
+        record = RequestRecord(id_of(scope))
+        scope["state"]["record"] = record
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -83,6 +100,8 @@ class RequestLog:
             raise
         finally:
             self.metrics.open_requests.dec()
+            if (refusal := scope["state"].get("refusal")) is not None:
+                record.status, record.reason = refusal.status_code, refusal.message
             self._log(scope, record)
 
     def _log(self, scope: Scope, record: RequestRecord) -> None:

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -119,13 +120,13 @@ class Scheduler:
     ) -> None:
         self.blt, self.batch_size = blt, batch_size
         self.places = batch_size + max_waiting
-        self._prefill_chunk = prefill_chunk
+        self.prefill_chunk = prefill_chunk
         self._cache = PrefixCache(prefix_cache_bytes)
         self._prefill_ids = 0  # that earlier engines have read
         self._engine, self._prompts = self._new_engine()
         self._condition = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._num_live, self._stops, self._closed = 0, False, False
         self._ticket_of: dict[Continuation, tuple[Ticket, int]] = {}
         self._ends: deque[float] = deque(maxlen=NUM_ENDS)
@@ -178,19 +179,10 @@ class Scheduler:
             Stopping: `close` was called.
         """
         future: Future[Any] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except BaseException as error:  # belongs to whoever asked
-                future.set_exception(error)
-
         with self._condition:
             if self._closed:
                 raise Stopping
-            self._calls.append(run)
+            self._calls.append((future, function))
             self._condition.notify_all()
         return future
 
@@ -200,13 +192,14 @@ class Scheduler:
             self._stops = True
             return self._condition.wait_for(lambda: self._num_live == 0, timeout_s)
 
-    def close(self) -> None:
-        """Cancel what has not ended, and end the thread."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Cancel what has not ended, and end the thread; False if what it runs has not ended in time."""
         with self._condition:
             self._stops = self._closed = True
             self._condition.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def statistics(self) -> Statistics:
         engine, cache = self._engine, self._cache
@@ -251,7 +244,8 @@ class Scheduler:
                 commands, self._commands = self._commands, deque()
                 closed = self._closed
                 calls = [self._calls.popleft() for _ in range(len(self._calls) if closed else min(len(self._calls), 1))]
-            for command in (*commands, *calls):  # a single call, since it may take long
+            run = [partial(_run_call, future, _refuse if closed else function) for future, function in calls]
+            for command in (*commands, *run):  # a single call, since it may take long
                 command()
             if closed:
                 for ticket in {id(ticket): ticket for ticket, _ in self._ticket_of.values()}.values():
@@ -264,7 +258,7 @@ class Scheduler:
         engine = self.blt.engine(self.batch_size, varies=True)
         if self.blt.device.type == "cuda":
             warm_up(engine, self.batch_size)
-        return engine, engine.serve(self._prefill_chunk, self._cache if self._cache.max_bytes else None)
+        return engine, engine.serve(self.prefill_chunk, self._cache if self._cache.max_bytes else None)
 
     def _replace_engine(self, waiting: list[list[Continuation]]) -> None:
         """Go on with a new engine after an error that nobody knows the extent of."""
@@ -353,6 +347,19 @@ class Scheduler:
         with self._condition:
             self._num_live -= 1
             self._condition.notify_all()
+
+
+def _run_call(future: "Future[Any]", function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:  # belongs to whoever asked
+        future.set_exception(error)
+
+
+def _refuse() -> None:
+    raise Stopping
 
 
 def warm_up(engine: Engine, batch_size: int) -> None:

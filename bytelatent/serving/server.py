@@ -1,22 +1,28 @@
 """The process: a socket, uvicorn with time limits on it, the model loaded beside it, and an end in good order."""
 
 import asyncio
+import gc
 import logging
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bytelatent.errors import Interrupted, UserError
+from bytelatent.errors import STOPPED, UserError
 from bytelatent.serving.errors import ApiError
+from bytelatent.serving.request_log import ID_HEADER, id_of, new_id, refuse_below
 from bytelatent.serving.state import ServerState
 from bytelatent.signals import hearing_stops
+from bytelatent.terminal import flush_output, print_line
 
 if TYPE_CHECKING:
     from bytelatent.serving.backend import Backend
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 30
 MAX_HEAD = 65_536  # bytes of a request's line and headers
+CLOSE_SECONDS = 2  # for what the engine's thread runs to end
 LAST_ANSWERS_SECONDS = 5  # in which answers that were cut short by the end of the drain are sent
 
 
@@ -79,6 +86,12 @@ class TimedProtocol(H11Protocol):
         elif self._head_timer is None:
             self._wait_for_head()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        is_next = self.cycle is None or self.cycle.response_complete
+        if is_next and self._head_timer is None and self.conn._receive_buffer:  # a part of a head that came early
+            self._wait_for_head()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
@@ -105,15 +118,23 @@ class TimedProtocol(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no whole request, and close the connection."""
-        LOGGER.info(f"{self.client[0] if self.client else '-'} - {error.status_code}: {error.message}")
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer was begun
+            self.transport.close()
+            return
+        if self.cycle is not None and not self.cycle.response_complete:  # it is in its body
+            refuse_below(self.cycle.scope, error)
+            id_ = id_of(self.cycle.scope)
+        else:
+            id_ = new_id()
+            LOGGER.info(f"{self.client[0] if self.client else '-'} - {error.status_code}, {id_}: {error.message}")
         response = error.response()
-        headers = [*response.raw_headers, (b"connection", b"close")]
-        try:
-            self.transport.write(self.conn.send(h11.Response(status_code=error.status_code, headers=headers)) or b"")
-            self.transport.write(self.conn.send(h11.Data(data=bytes(response.body))) or b"")
-            self.transport.write(self.conn.send(h11.EndOfMessage()) or b"")
-        except h11.LocalProtocolError:  # the client's own error came in the middle of an answer
-            pass
+        headers = [*response.raw_headers, (ID_HEADER.encode(), id_.encode()), (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=error.status_code, headers=headers),
+            h11.Data(data=bytes(response.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
 
@@ -147,7 +168,6 @@ class Server(uvicorn.Server):
 
         Raises:
             Exception: what `load` raised.
-            Interrupted: a second signal ended it at once.
         """
         for name in ("uvicorn", "uvicorn.error"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -155,17 +175,22 @@ class Server(uvicorn.Server):
         with hearing_stops(self._hear):
             loading.start()
             self.run(sockets=[listening])
+        if self._quits:
+            _leave(STOPPED, "stopped: without waiting for the running requests")
         if self.state.failure is not None:
             raise self.state.failure
-        if self._quits:
-            raise Interrupted("without waiting for the running requests")
-        self.state.close()
+        ends = not loading.is_alive() and self.state.close(CLOSE_SECONDS)
         LOGGER.info("stopped")
+        if not ends:
+            _leave(0)
 
     def _load(self, load: Callable[[], "Backend"]) -> None:
         began = time.perf_counter()
         try:
-            self.state.ready(load())
+            backend = load()
+            gc.collect()
+            gc.freeze()  # what is there now stays
+            self.state.ready(backend)
             LOGGER.info(f"ready after {time.perf_counter() - began:.1f} s")
         except BaseException as error:
             self.state.failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
@@ -187,12 +212,24 @@ class Server(uvicorn.Server):
         if self._drain_ends is not None and not self.should_exit:
             num_open = len(self.server_state.tasks)
             if counter % 100 == 0 and num_open:
-                LOGGER.info(f"draining: {num_open:,} requests are being answered")
+                LOGGER.info(f"draining: {_requests(num_open)} still being answered")
             late = time.monotonic() >= self._drain_ends
             if late and num_open:
-                LOGGER.warning(
-                    f"drain: {num_open:,} requests have not ended in {self.drain_seconds:g} s, and are cut short"
-                )
-                await asyncio.to_thread(self.state.close)
+                LOGGER.warning(f"drain: {_requests(num_open)} cut short after {self.drain_seconds:g} s")
+                await asyncio.to_thread(self.state.close, CLOSE_SECONDS)
             self.should_exit = late or not num_open
         return await super().on_tick(counter)
+
+
+def _requests(number: int) -> str:
+    return "1 request is" if number == 1 else f"{number:,} requests are"
+
+
+def _leave(code: int, line: str = "") -> NoReturn:
+    """End the process while a thread computes, which the end of the interpreter would break off in its midst."""
+    if line:
+        with suppress(OSError):  # nobody may read it any more
+            print_line(line, sys.stderr)
+    logging.shutdown()
+    flush_output()
+    os._exit(code)

@@ -4,6 +4,7 @@ A field nobody knows is an error. Fields of OpenAI's that would change the answe
 their value changes nothing (`only`); fields that change nothing here are ignored (`Ignored`). docs/serve.md lists both.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -22,11 +23,13 @@ from bytelatent.vocab import VOCAB_SIZE
 OTHER_MODES = ("space", "static:4", "byte")  # patching modes beside the model's own, where none are asked for
 MAX_ALTERNATIVES = 20
 MAX_STOPS = 16
+LONGEST_STOP = 1024  # characters
 MAX_PROMPTS = 1024
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 Id = Annotated[int, Field(ge=0, lt=VOCAB_SIZE)]
 Ids = Annotated[list[Id], Field(min_length=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Ignored = Annotated[Any, Field(description="Ignored.")]
 
 
@@ -35,10 +38,30 @@ def only(*neutral: Any, way_out: str) -> Any:
     return Field(default=neutral[0], description=f"Not supported; {way_out}.", json_schema_extra={"enum": [*neutral]})
 
 
+def must_hold_characters(value: Any) -> Any:
+    """Refuse half of a surrogate pair, in a text or within lists and objects."""
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, str) and (found := SURROGATE.search(inner)):
+            where = f"{found[0]!a} at character {found.start() + 1}"
+            raise ValueError(f"{where} is half of a surrogate pair; write the whole character")
+        if isinstance(inner, dict):
+            waiting += [*inner, *inner.values()]
+        elif isinstance(inner, list):
+            waiting += inner
+    return value
+
+
 class Body(Settings):
     """A JSON object: strict types, no unknown fields."""
 
     model_config = ConfigDict(strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _holds_characters(cls, value: Any) -> Any:
+        return must_hold_characters(value)
 
     @field_validator("*")
     @classmethod
@@ -50,6 +73,15 @@ class Body(Settings):
                 about = str(field.description)
                 raise ValueError(f"{shorten(repr(value))} is {about[:1].lower()}{about[1:-1]}")
         return value
+
+
+def _in_one_line(value: Any, handler: ValidatorFunctionWrapHandler, kinds: str) -> Any:
+    """A field of several kinds, whose error is not that of each kind."""
+    must_hold_characters(value)
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError(f"it takes {kinds}, not {shorten(repr(value))}") from None
 
 
 class StreamOptions(Body):
@@ -81,6 +113,13 @@ class GenerationBody(Body):
     logit_bias: Any = only(None, {}, way_out="leave it out")
     user: Ignored = None
 
+    @field_validator("stop", mode="wrap")
+    @classmethod
+    def _texts(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        return _in_one_line(
+            value, handler, f"a text, or up to {MAX_STOPS} of them, of 1 to {LONGEST_STOP:,} characters"
+        )
+
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
@@ -90,6 +129,10 @@ class GenerationBody(Body):
     @property
     def num_samples(self) -> int:
         return self.n or 1
+
+    @property
+    def length_field(self) -> str:
+        return "max_tokens"
 
     @property
     def stops(self) -> list[str]:
@@ -114,12 +157,8 @@ class CompletionRequest(GenerationBody):
 
     @field_validator("prompt", mode="wrap")
     @classmethod
-    def _in_one_line(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            kinds = f"a text, ids from 0 to {VOCAB_SIZE - 1}, or a list of such prompts"
-            raise ValueError(f"it takes {kinds}, not {shorten(repr(value))}") from None
+    def _texts_or_ids(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        return _in_one_line(value, handler, f"a text, ids from 0 to {VOCAB_SIZE - 1}, or a list of such prompts")
 
     @model_validator(mode="after")
     def _best_of_all(self) -> Self:
@@ -149,13 +188,13 @@ class Message(Body):
     """A message of a chat. What an answer of ours holds may be sent back as it is."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: Ignored = None
     refusal: Any = only(None, way_out="leave it out")
     audio: Any = only(None, way_out="there is only text here; leave it out")
     annotations: Any = only(None, [], way_out="leave it out")
     function_call: Any = only(None, way_out="there are no functions; leave it out")
     tool_calls: Any = only(None, [], way_out="there are no tools; leave it out")
+    content: str | Annotated[list[TextPart], Field(min_length=1)]  # after those that explain why it is null
 
     @property
     def text(self) -> str:
@@ -194,6 +233,10 @@ class ChatRequest(GenerationBody):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: it goes with logprobs=true; set that, or leave it out")
         return self
+
+    @property
+    def length_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def max_new_bytes(self) -> int | None:

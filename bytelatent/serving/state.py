@@ -55,9 +55,9 @@ class ServerState:
             raise ApiError(503, "the model is being loaded; try again soon", headers={"Retry-After": "2"})
         return self._backend
 
-    def close(self) -> None:
-        if self._backend is not None:
-            self._backend.scheduler.close()
+    def close(self, timeout_s: float) -> bool:
+        """End the engine's thread; False if what it runs has not ended in time."""
+        return self._backend is None or self._backend.scheduler.close(timeout_s)
 
     def name_of(self, asked: str | None) -> str:
         """The model's name in an answer.

@@ -179,6 +179,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no JSON": ({"schema": '{"type":'}, "schema: it is no JSON: .*char 8"),
     "no number": ({"schema": {"const": float("nan")}}, "schema: it is no JSON"),
     "half a character": ({"schema": {"const": "\ud800"}}, "schema: it is no JSON"),
+    "half of one": ({"regex": "a\udc80"}, "regex: it holds half of a surrogate pair"),
+    "extension": ({"schema": {"items": {"x-guidance": {}}}}, "schema: '/items' has x-guidance"),
+    "negative steps": ({"schema": {"multipleOf": -3}}, "the whole has multipleOf=-3, which is not above 0"),
     "no such type": ({"schema": {"properties": {"a": {"type": "strin"}}}}, "schema: '/properties/a': .*strin"),
     "not supported": ({"schema": {"items": {"not": {}}}}, "schema: '/items': not: not supported; leave it out"),
     "elsewhere": ({"schema": {"$ref": "https://example.com/x"}}, "schema: .*'https://example.com/x'"),
@@ -204,13 +207,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "word boundary": ({"regex": r"a\bb"}, "regex: look-around"),
     "backreference": ({"regex": r"(a)\1"}, "regex: at character 4.*: backreferences are not supported"),
     "raw bytes": ({"regex": r"(?-u:\xff)"}, "can match invalid UTF-8"),
-    "nothing": ({"regex": r"a[^\s\S]"}, "regex: after b'a': no text meets it|regex: no text meets it"),
+    "nothing": ({"regex": r"a[^\s\S]"}, "regex: after 'a': no text meets it|regex: no text meets it"),
     "no grammar": ({"grammar": 'start: "a'}, "grammar: line 1, column 10"),
     "no rule": ({"grammar": "start: other"}, 'grammar: line 1, column 8: unknown name: "other"'),
     "no start": ({"grammar": 'other: "a"'}, "grammar: no start"),
-    "no end": ({"grammar": 'start: "a" start'}, "grammar: after b'a': it has too many readings, or never ends"),
-    "dead end": ({"grammar": 'start: "x" /[^\\s\\S]/ | "b"'}, "grammar: after b'x': no text meets it"),
-    "ambiguous": ({"grammar": f'{DOUBLED}r60: "a"\nstart: r0'}, "grammar: after b'a': it has too many readings"),
+    "no end": ({"grammar": 'start: "a" start'}, "grammar: after 'a': it has too many readings, or never ends"),
+    "dead end": ({"grammar": 'start: "x" /[^\\s\\S]/ | "b"'}, "grammar: after 'x': no text meets it"),
+    "ambiguous": ({"grammar": f'{DOUBLED}r60: "a"\nstart: r0'}, "grammar: after 'a': it has too many readings"),
     "special ids": ({"grammar": "start: <[1]>"}, "grammar: no text meets it"),
 }
 
@@ -224,6 +227,16 @@ def test_what_is_refused(name: str) -> None:
         Constraint.of(**given)
     assert time.process_time() - began < module.MAX_SECONDS
     assert len(str(error.value)) < 350
+
+
+def test_as_many_properties_as_told_may_be_left_out() -> None:
+    names = [f"p{number}" for number in range(1000)]
+    state = constraint(
+        schema={"type": "object", "properties": {name: {"type": "integer"} for name in names}}
+    ).start()
+    for byte in b'{"p999":5':
+        assert state.allowed[byte + OFFSET]
+        state.read(byte + OFFSET)
 
 
 def test_what_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

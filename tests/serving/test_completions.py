@@ -1,5 +1,6 @@
 """`/v1/completions` with OpenAI's own client, against the same model in this process."""
 
+import asyncio
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,9 @@ import pytest
 
 from bytelatent import BLT
 from bytelatent.inference import Sampling
+from bytelatent.patching import PatchSettings
+from bytelatent.serving.backend import Backend
+from bytelatent.serving.scheduler import Scheduler
 from bytelatent.vocab import OFFSET, encode
 from tests.serving.conftest import Served
 
@@ -159,6 +163,14 @@ def test_echo_reads_the_prompt_too(client: openai.OpenAI, blt: BLT) -> None:
     assert score.usage.completion_tokens == 0
 
 
+def test_a_prompt_that_ends_within_a_character_is_echoed(served: Served) -> None:
+    ids = [byte + OFFSET for byte in b"caf\xc3"]
+    cut = served.post("/v1/completions", {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}).json()
+    assert cut["choices"][0]["text"] == "caf\ufffd"
+    assert cut["choices"][0]["logprobs"]["text_offset"] == [0, 1, 2, 3]
+    assert cut["usage"]["completion_tokens"] == 0
+
+
 def test_what_leaves_out_a_seed_differs(client: openai.OpenAI) -> None:
     texts = {client.completions.create(model="tiny-test", prompt="x", max_tokens=30).choices[0].text for _ in range(4)}
     assert len(texts) == 4
@@ -202,6 +214,27 @@ def test_scores_are_bits_per_byte(served: Served, blt: BLT) -> None:
     expected = float(blt.read(texts[0], context=blt.context).log_probabilities.sum())
     assert without_end["log_probability"] == pytest.approx(expected, abs=1e-3)
     assert without_end["bits_per_byte"] == pytest.approx(-expected / math.log(2) / 9, abs=1e-4)
+
+
+@pytest.mark.parametrize("context", [100, 700])
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("patching", [{}, {"mode": "static", "patch_size": 3}, {"mode": "space"}])
+def test_a_long_text_is_scored_as_blt_reads_it(
+    blt: BLT, monkeypatch: pytest.MonkeyPatch, context: int, end: bool, patching: dict[str, Any]
+) -> None:
+    """Piece by piece, here of 64 ids, while the context is as long as told."""
+    monkeypatch.setattr(blt, "context", context)
+    if patching:
+        monkeypatch.setattr(blt, "patching", PatchSettings.parse(patching))
+    scheduler = Scheduler(blt, batch_size=1, max_waiting=1, prefill_chunk=64, prefix_cache_bytes=0)
+    try:
+        texts = [("The caf\u00e9 of \u4f60 is open. " * 40)[:size].encode() for size in (3, 64, 100, 700)]
+        found = asyncio.run(Backend(blt, scheduler).score(texts, end, True))
+    finally:
+        scheduler.close()
+    for mine, expected in zip(found, blt.read(texts, context=context, end=end), strict=True):
+        assert mine["log_probabilities"] == pytest.approx(expected.log_probabilities.tolist(), abs=1e-4)
+        assert (mine["bytes"], mine["patches"]) == (len(expected.data), int(expected.starts.sum()))
 
 
 @pytest.mark.parametrize("size", [0, 1, 20, 5000])

@@ -42,6 +42,10 @@ def test_bad_settings_end_with_one_line(folder: Path, tmp_path: Path) -> None:
     assert "no-such-model" in refused(tmp_path / "no-such-model", "--port", "0")
     (tmp_path / "keys").write_text("\n")
     assert "holds no key" in refused(folder, "--api-key-file", str(tmp_path / "keys"))
+    for keys, words in ((b"# of Mary\n", "holds no key"), (b"#\n\xff\xfe", "line 2 of"), (b"two words", "line 1 of")):
+        (tmp_path / "keys").write_bytes(keys)
+        assert words in refused(folder, "--api-key-file", str(tmp_path / "keys"))
+    assert "BLT_API_KEY: a key is of ASCII" in refused(folder, BLT_API_KEY="caf\xe9")
     assert "cannot be read" in refused(folder, "--api-key-file", str(tmp_path / "absent"))
     assert "BLT_API_KEY: it is empty" in refused(folder, BLT_API_KEY="")
 
@@ -61,9 +65,14 @@ def test_the_address_is_printed_before_torch_is_imported(folder: Path) -> None:
 
 
 def test_a_key_is_asked_for_and_never_shown(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("first-key\n  second-key  \n")
+    (tmp_path / "keys").write_text("# no-key\nfirst-key\n  second-key  \n")
     served = start("--api-key-file", str(tmp_path / "keys"))
-    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-key"}):
+    for header in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Bearer # no-key"},
+        {"Authorization": "Basic first-key"},
+    ):
         response = served.client.get("/v1/models", headers=header)
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
@@ -148,6 +157,10 @@ def test_a_full_queue_refuses(start: Start) -> None:
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["code"] == "queue_full"
+        never = served.post("/v1/completions", {"prompt": ["a", "b"], "n": 2, "max_tokens": 5})
+        assert never.status_code == 400
+        assert never.json()["error"]["message"].startswith("n: 2 texts of 2 prompts are more than the 3 ")
+        assert never.json()["error"]["param"] == "n"
         assert served.metrics()["bytelatent_refused_jobs_total"] == 1
         stops.set()
         for one in held:
@@ -161,7 +174,14 @@ def test_a_full_queue_refuses(start: Start) -> None:
 
 
 def test_time_ends_an_answer(start: Start) -> None:
-    served = start("--max-seconds", "0.5", "--max-new-bytes", "100000")
+    served = start("--max-seconds", "0.5", "--max-new-bytes", "100000", "--prefill-chunk", "1")
+    for path, body in (
+        ("/v1/score", {"texts": "x" * 60_000}),
+        ("/v1/completions", {"prompt": "x" * 60_000, "max_tokens": 0, "echo": True, "logprobs": 1}),
+    ):
+        response = served.post(path, body)
+        assert response.status_code == 400
+        assert "it takes longer than the 0.5 s of this server" in response.text
     began = time.monotonic()
     found = served.post("/v1/completions", LONG).json()
     assert time.monotonic() - began < 20
@@ -199,7 +219,40 @@ def test_what_does_not_end_in_time_is_cut_short(start: Start) -> None:
     assert done == "data: [DONE]"
     assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert served.process.wait(30) == 0
-    assert "drain: 1 requests have not ended in 0.5 s, and are cut short" in served.log()
+    assert "drain: 1 request is cut short after 0.5 s" in served.log()
+
+
+def test_a_text_that_is_read_neither_stops_streams_nor_outlives_its_client(start: Start) -> None:
+    served = start("--max-new-bytes", "100000")
+    body = {"texts": "some text " * 6000}
+    gaps: list[float] = []
+    with ThreadPoolExecutor(1) as pool, events(served, LONG) as lines:
+        next(lines)
+        reading = pool.submit(served.post, "/v1/score", body)
+        while not reading.done():
+            began = time.monotonic()
+            next(lines)
+            gaps.append(time.monotonic() - began)
+        assert reading.result().status_code == 200
+    assert len(gaps) > 30  # between its pieces a stream goes on
+    assert max(gaps) < 1
+    with suppress(httpx.ReadTimeout):
+        httpx.post(f"{served.address}/v1/score", json=body, timeout=httpx.Timeout(30, read=0.2))
+    assert "client closed the connection" in served.logged("/v1/score 499, ")
+
+
+def test_what_is_read_ends_with_the_drain(start: Start) -> None:
+    served = start("--drain-seconds", "0.2", "--prefill-chunk", "1")
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(served.post, "/v1/score", {"texts": "x" * 60_000})
+        served.wait_for(lambda: served.metrics()["bytelatent_http_open_requests"] == 2)
+        time.sleep(0.3)
+        began = time.monotonic()
+        served.process.send_signal(signal.SIGTERM)
+        assert reading.result().status_code == 503
+    assert served.process.wait(30) == 0
+    assert time.monotonic() - began < 5
+    assert "stopped" in served.log()
 
 
 def test_a_second_signal_ends_at_once(start: Start) -> None:
@@ -210,6 +263,7 @@ def test_a_second_signal_ends_at_once(start: Start) -> None:
         time.sleep(0.3)
         served.process.send_signal(signal.SIGINT)
         assert served.process.wait(30) == 130
+    assert "stopped: without waiting for the running requests" in served.log()
     assert "Traceback" not in served.log()
 
 

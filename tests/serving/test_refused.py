@@ -34,6 +34,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (COMPLETIONS, {"prompt": "x", "max_tokens": True}, 400, "max_tokens: Input should be a valid integer"),
     (COMPLETIONS, {"prompt": "x", "n": 0}, 400, "n: Input should be greater"),
     (COMPLETIONS, {"prompt": "x", "n": 100_000}, 400, "n: 100,000 texts of 1 prompt are more than the 64"),
+    (COMPLETIONS, {"prompt": ["x"] * 65}, 400, "prompt: 65 prompts are more than the 64 of a request here"),
     (COMPLETIONS, {"prompt": ["x"] * 40, "n": 2}, 400, "n: 2 texts of 40 prompts are more than the 64"),
     (COMPLETIONS, {"prompt": "x", "temperature": -0.1}, 400, "temperature: Input should be greater"),
     (COMPLETIONS, {"prompt": "x", "temperature": float("nan")}, 400, "temperature: Input should be a finite number"),
@@ -44,8 +45,22 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (COMPLETIONS, {"prompt": "x", "seed": 2**64}, 400, "seed: Input should be"),
     (COMPLETIONS, {"prompt": "x", "seed": 1.5}, 400, "seed: Input should be a valid integer"),
     (COMPLETIONS, {"prompt": "x", "stop": [""]}, 400, "stop: "),
-    (COMPLETIONS, {"prompt": "x", "stop": ["a"] * 17}, 400, "stop: "),
-    (COMPLETIONS, {"prompt": "x", "stop": "\ud800"}, 400, "stop"),
+    (
+        COMPLETIONS,
+        {"prompt": "x", "stop": ["a"] * 17},
+        400,
+        "stop: it takes a text, or up to 16 of them, of 1 to 1,024",
+    ),
+    (COMPLETIONS, {"prompt": "x", "stop": "\ud800"}, 400, "stop: '\\ud800' at character 1 is half of a surrogate pair"),
+    (COMPLETIONS, {"prompt": "x", "structured_outputs": {"regex": "a\ud800"}}, 400, "structured_outputs: '\\ud800'"),
+    (COMPLETIONS, {"prompt": "x", "structured_outputs": {"choice": ["\udfff"]}}, 400, "structured_outputs: '\\udfff'"),
+    (COMPLETIONS, {"prompt": "x", "response_format": {"\ud800": {}}}, 400, "response_format: '\\ud800' at"),
+    (CHAT, {"messages": [{"role": "user", "content": "a\udc80"}]}, 400, "messages.0.content: '\\udc80' at character 2"),
+    ("/v1/score", {"texts": ["\ud800"]}, 400, "texts: '\\ud800' at"),
+    ("/v1/patches", {"text": "\ud800"}, 400, "text: '\\ud800' at"),
+    ("/tokenize", {"prompt": "\udcff"}, 400, "prompt: '\\udcff' at"),
+    (CHAT, {"messages": HELLO, "max_completion_tokens": 10**6}, 400, "max_completion_tokens: 1,000,000 bytes are more"),
+    (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, 400, "messages.0.tool_calls: "),
     (COMPLETIONS, {"prompt": "x", "logprobs": 21}, 400, "logprobs: Input should be less"),
     (COMPLETIONS, {"prompt": "x", "logprobs": True}, 400, "logprobs: Input should be a valid integer"),
     (COMPLETIONS, {"prompt": "x", "stream": "yes"}, 400, "stream: Input should be a valid boolean"),
@@ -155,20 +170,23 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 
 
 def test_slow_clients_are_cut_off(served: Served) -> None:
-    with ThreadPoolExecutor(5) as pool:
+    with ThreadPoolExecutor(6) as pool:
         silent = pool.submit(raw, served)
         head = pool.submit(raw, served, *[HEAD[at : at + 2] for at in range(0, 40, 2)], pause=0.2)
         body = pool.submit(raw, served, HEAD + b"Content-Length: 100\r\n\r\n", b"{", b" ", pause=0.1)
         chunk = pool.submit(raw, served, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n{\r\n", pause=0.1)
         second = pool.submit(raw, served, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /", pause=0.3)
+        piped = pool.submit(raw, served, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /")
         assert silent.result() == b""
         assert head.result().startswith(b"HTTP/1.1 408 ")
         assert b"did not arrive within 2 s" in head.result()
         for sent in (body, chunk):
             assert sent.result().startswith(b"HTTP/1.1 408 ")
             assert b'"code": "request_timeout"' in sent.result()
-        assert second.result().startswith(b"HTTP/1.1 200 ")
-        assert b"HTTP/1.1 408 " in second.result()
+        for sent in (second, piped):
+            assert sent.result().startswith(b"HTTP/1.1 200 ")
+            assert b"HTTP/1.1 408 " in sent.result()
+            assert sent.result().count(b"x-request-id: req-") == 2
 
 
 def test_what_is_no_http_is_refused_in_shape(served: Served) -> None:
@@ -179,10 +197,33 @@ def test_what_is_no_http_is_refused_in_shape(served: Served) -> None:
     assert too_long.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 431 "))
 
 
+def test_a_body_that_breaks_has_one_line(served: Served) -> None:
+    head = HEAD + b"X-Request-Id: broken-1\r\nTransfer-Encoding: chunked\r\n"
+    answer = raw(served, head + b"\r\n", b"zz\r\n", pause=0.2)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"x-request-id: broken-1\r\n" in answer
+    assert " 400, " in served.logged("broken-1")
+    assert served.log().count("broken-1") == 1
+    both = raw(served, head.replace(b"broken", b"both") + b"Content-Length: 5\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n")
+    assert both.count(b"HTTP/1.1 ") == 1
+    assert b"do not go together" in both
+
+
+def test_methods(served: Served) -> None:
+    for path in ("/health", "/v1/models", "/metrics", "/"):
+        response = served.client.head(path)
+        assert response.status_code == 200
+        assert response.content == b""
+        assert int(response.headers["content-length"]) > 0
+    assert served.client.head(COMPLETIONS).status_code == 405
+    assert 'route="/v1/models",status="200"' in served.client.get("/metrics").text
+    assert "GET, not TRACE" in checked(served.client.request("TRACE", "/"), 405)
+
+
 def test_names_of_other_sites_are_refused(served: Served) -> None:
-    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", ""):
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "[::1]evil.example", ""):
         assert "is not one of this server" in checked(served.client.get("/v1/models", headers={"Host": host}), 403)
-    for host in ("localhost", "127.0.0.1:80", "[::1]:8000", "LOCALHOST"):
+    for host in ("localhost", "127.0.0.1:80", "[::1]:8000", "LOCALHOST", "localhost."):
         assert served.client.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
@@ -196,7 +237,7 @@ def test_request_ids_come_back(served: Served) -> None:
     assert served.client.get("/health", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
     made = {
         served.client.get("/health", headers={"X-Request-Id": given}).headers["x-request-id"]
-        for given in ("", "x" * 999)
+        for given in ("", "x" * 999, "a, 200: b")
     }
-    assert len(made) == 2
+    assert len(made) == 3
     assert all(one.startswith("req-") for one in made)
