@@ -101,7 +101,8 @@ def _check_part(part: dict[str, Any], at: str) -> None:
             f"schema: {_at(at)} has minProperties={least} and names no more than {len(required)} required properties; "
             "require them by name, or set additionalProperties to false"
         )
-    if "x-guidance" in part and (at or [*part["x-guidance"]] != ["whitespace_pattern"]):
+    guidance = part.get("x-guidance")
+    if "x-guidance" in part and (at or not isinstance(guidance, dict) or guidance.keys() - {"whitespace_pattern"}):
         raise UserError(f"schema: {_at(at)} has x-guidance, which takes whitespace_pattern in the whole alone")
     step = part.get("multipleOf")
     if isinstance(step, int | float) and not isinstance(step, bool) and step <= 0:
