@@ -14,6 +14,7 @@ import { cut, decode } from "./text.js";
 const BLOCK = { least: 700, most: 1600, lines: 24 }; // bytes, and lines, of a block
 const LANE = 46; // pixels of the line of values above each row
 const RULER = 6; // of each further mode below it
+const OVER = matchMedia("(max-width: 60rem), (pointer: coarse)"); // what is inspected lies over the text: see style.css
 const MAX_SIDE = 8192; // pixels of a canvas
 
 export class PatchedText {
@@ -44,7 +45,7 @@ export class PatchedText {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", this.redraw);
     theme.subscribe(this.redraw);
     document.fonts.ready.then(() => this.#remeasure());
-    host.addEventListener("pointermove", (event) => event.pointerType === "mouse" && this.#point(event, false));
+    host.addEventListener("pointermove", (event) => event.pointerType === "mouse" && !OVER.matches && this.#point(event, false));
     host.addEventListener("click", (event) => this.#point(event, true));
     host.addEventListener("keydown", (event) => this.#key(event));
   }

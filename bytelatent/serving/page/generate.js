@@ -42,7 +42,7 @@ export class GenerateView {
         "div.intro",
         {},
         el("h2", {}, "Text, byte by byte"),
-        el("p", {}, "Patches are coloured as they form. The line shows how unlikely each byte was, in nats (1 nat = 1.44 bits): flat where the model was sure."),
+        el("p", {}, "Patches are coloured as they form. The line shows how unlikely each byte was, in nats (1\u00a0nat\u00a0=\u00a01.44\u00a0bits): flat where the model was sure."),
       ),
       el("div.columns.even", {}, this.form, el("div.main", {}, this.output, this.inspector.element)),
     );

@@ -60,7 +60,7 @@ export class PatchesView {
         "div.intro",
         {},
         el("h2", {}, "Where is the next byte hard to guess?"),
-        el("p", {}, "There a patch begins. A small byte LM reads the text; the line is its entropy before each byte, in nats (1 nat = 1.44 bits). Where it rises above the threshold, the large transformer takes another step."),
+        el("p", {}, "There a patch begins. A small byte LM reads the text; the line is its entropy before each byte, in nats (1\u00a0nat\u00a0=\u00a01.44\u00a0bits). Where it rises above the threshold, the large transformer takes another step."),
       ),
       labelled("Text", this.input.element),
       this.input.note,

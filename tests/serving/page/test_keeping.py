@@ -96,17 +96,23 @@ def test_pasted_texts(open_page: Open) -> None:
 
 
 def test_the_chosen_byte_is_in_sight_on_a_phone(open_page: Open) -> None:
-    page = open_page(width=360)
+    page = open_page(width=360, has_touch=True, is_mobile=True)
     read(page, "A line of a text.\n" * 30)
     patched(page).focus()
     for _ in range(12):
         page.keyboard.press("ArrowDown")
         shown = page.locator("#view-patches .inspected p")
         expect(shown).to_be_in_viewport(ratio=1)
-        covered = page.evaluate(
-            """() => { const { block } = document.querySelector("#view-patches .block");
-              const top = document.querySelector("#view-patches .inspector").getBoundingClientRect().top;
-              return innerHeight - top > 0.5 * innerHeight; }"""
+        below = page.evaluate(
+            """() => { const about = document.querySelector(".inspected p").textContent;
+              const first = Number(about.match(/byte (\\d+)/)[1]) - 1;
+              const blocks = [...document.querySelectorAll("#view-patches .block")];
+              const element = blocks.find((each) => first < each.block.to);
+              const { row } = element.block.glyphs.find((glyph) => glyph.from === first);
+              const height = parseFloat(getComputedStyle(element).lineHeight);
+              return element.getBoundingClientRect().top + (row + 1) * height; }"""
         )
-        assert not covered
+        over = page.locator("#view-patches .inspector").bounding_box()
+        assert over is not None
+        assert 0 < below <= over["y"] + 1  # the text itself is not covered
     expect(shown).to_contain_text("byte 217 ")  # the first is byte 1
