@@ -12,7 +12,7 @@ from bytelatent.command_line import ParsedSettings
 from bytelatent.commands.options import EntropiesSettings
 from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
 from bytelatent.device import choose_device, choose_dtype
-from bytelatent.errors import Interrupted, UserError
+from bytelatent.errors import Interrupted, UserError, need
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.patching import PatchSettings
@@ -36,6 +36,7 @@ class Share:
 
 
 def run(settings: EntropiesSettings) -> None:
+    need("entropies", "pyarrow")
     print_line(line_about(store_beside(settings), settings.out))
 
 
