@@ -5,7 +5,7 @@ The ranks form a mesh: replicate x shard x tensor. Ranks of one tensor group rea
 matrices of the global transformer; all others read batches of their own. FSDP divides weights and the optimizer's state
 among the shard ranks and gathers some blocks at a time as they compute; each replica holds all of them. The local
 models are the same in a tensor group, so FSDP divides them among its ranks, too.
-Hash tables are divided by rows: `sharded_tables.py`.
+Hash tables are row-sharded: `sharded_tables.py`.
 """
 
 from collections.abc import Callable, Collection, Sequence

@@ -1,4 +1,4 @@
-"""Hash tables whose rows are divided among all ranks.
+"""Row-sharded hash tables.
 
 Gathered like the other weights, those of the 1B model would send 12 GB to each rank and a gradient of 12 GB back in
 every step, though a batch uses only a few rows. So row numbers and sums are sent instead: a rank sums the rows that it
