@@ -171,22 +171,22 @@ def _talk(chat: Chat, model: str) -> None:
     """With a person at a terminal."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lets `input` edit lines and go back to earlier ones
-    print(terminal.safe(f"{model}; /help lists the commands"))
+    terminal.print_line(f"{model}; /help lists the commands")
     while True:
         try:
-            said = obeyed(chat, message_from(input), print)
+            said = obeyed(chat, message_from(input), terminal.print_line)
         except (EOFError, KeyboardInterrupt):
-            print()
+            terminal.print_line("")
             return
         if said is None:
             continue
         try:
             for piece in chat.answer(said):
-                print(terminal.safe(piece), end="", flush=True)
+                terminal.print_line(piece, end="")
         except BadMessages as error:
             LOGGER.warning(error)
             continue
-        print(" [stopped]" if chat.ended == "stopped" else "", flush=True)
+        terminal.print_line(" [stopped]" if chat.ended == "stopped" else "")
         _log_cut(chat)
 
 
@@ -197,8 +197,8 @@ def _answer_lines(chat: Chat) -> None:
             said = obeyed(chat, message_from(lambda _: _next_line()), LOGGER.info)
             if said is not None:
                 for piece in chat.answer(said):
-                    print(piece, end="", flush=True)
-                print(flush=True)
+                    terminal.print_line(piece, end="")
+                terminal.print_line("")
                 _log_cut(chat)
 
 
@@ -210,9 +210,8 @@ def _answer_rows(chat: Chat) -> None:
             continue
         said = _said_in(chat, line, f"standard input: line {number}", system)
         content = "".join(chat.answer(said))
-        print(
-            json.dumps({"role": "assistant", "content": content, "ended": chat.ended}, ensure_ascii=False), flush=True
-        )
+        answer = {"role": "assistant", "content": content, "ended": chat.ended}
+        terminal.print_line(json.dumps(answer, ensure_ascii=False))
 
 
 def _said_in(chat: Chat, line: bytes, where: str, system: str | None) -> str:
