@@ -49,7 +49,7 @@ def store_beside(given: EntropiesSettings) -> Summary:
     """
     part = part_of(given.rank, given.world_size, os.environ)
     place = choose_device(_own_device(given.device, part))
-    byte_lm, trained_context = load_byte_lm_and_context(given.model)
+    byte_lm, trained_context = load_byte_lm_and_context(given.model, dtype="float32")
     byte_lm = byte_lm.to(place).eval()
     context = trained_context if given.context is None else given.context
     batch_bytes = given.batch_bytes
