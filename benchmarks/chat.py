@@ -122,7 +122,7 @@ def main() -> None:
     for kind in FORMS:
         print(f"{kind}: {found[kind]}")
     print(f"answers in format: {found['in_format']} of {found['asked']}; right: {found['right']}")
-    sys.exit(found["in_format"] < found["asked"])
+    sys.exit(int(found["in_format"] < found["asked"]))
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def ours(source: Path, text: Path, args: argparse.Namespace, frozen: tuple[str, 
 
 def peft(source: Path, text: Path, args: argparse.Namespace) -> list[float]:
     """Seconds of each step of PEFT's adapters in transformers' Trainer."""
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+    from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
     from transformers import (
         AutoModelForCausalLM,
         DataCollatorForLanguageModeling,

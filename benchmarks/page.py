@@ -11,7 +11,7 @@ import json
 import shutil
 from typing import Any
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
 
 LINE = "Each line of a long text has words, 数字 and signs: 12345.\n"
 PAINTED = "new Promise((done) => requestAnimationFrame(() => setTimeout(done)))"  # the frame is drawn

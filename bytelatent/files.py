@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: written aside, then renamed."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -105,6 +106,18 @@ def whole_folder(path: str | Path, known: dict[str, Digest] | None = None) -> It
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes of this computer left beside a folder that `whole_folder` writes."""
+    for place in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
+        number = place.name.split(".")[-2]
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(place, ignore_errors=True)
+        except (OSError, ValueError, OverflowError):
+            continue
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from getpass import getpass
 from pathlib import Path, PurePosixPath
 
 from bytelatent import log
-from bytelatent.errors import UserError
+from bytelatent.errors import UserError, install
 
 LOGGER = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def require_client(what: str, extra: str) -> None:
         import huggingface_hub  # noqa: F401
         from huggingface_hub.utils import disable_progress_bars
     except ImportError:
-        raise UserError(f"'{what}' needs the package huggingface_hub; run: pip install 'bytelatent[{extra}]'") from None
+        raise UserError(f"'{what}' needs {install('huggingface_hub', extra)}") from None
     if not log.console.is_terminal:
         disable_progress_bars()
 

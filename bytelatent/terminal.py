@@ -29,10 +29,10 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def print_line(line: str, file: IO[str] | None = None) -> None:
+def print_line(line: str, file: IO[str] | None = None, end: str = "\n") -> None:
     """Print a line, to standard output unless another file is given: safely to a terminal, elsewhere as it is."""
     place = file or sys.stdout
-    print(safe(line) if place.isatty() else line, file=place, flush=True)
+    print(safe(line) if place.isatty() else line, end=end, file=place, flush=True)
 
 
 def open_closed_streams() -> None:

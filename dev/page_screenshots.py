@@ -44,7 +44,7 @@ def main() -> None:
 def show_patches(page: Page) -> None:
     page.get_by_role("button", name="English").click()
     expect(page.locator(".facts dd").first).to_be_visible()
-    point_at(page, "#view-patches .block > span", 0.42)
+    click_at(page, "#view-patches .patched")
 
 
 def show_generate(page: Page) -> None:
@@ -62,12 +62,8 @@ def show_compare(page: Page) -> None:
     expect(page.locator(".summary")).to_contain_text("Bits per byte", timeout=120_000)
 
 
-def point_at(page: Page, selector: str, share: float) -> None:
-    box: Any = page.locator(selector).first.bounding_box()
-    page.mouse.move(box["x"] + share * box["width"], box["y"] + 14)
-
-
 def click_at(page: Page, selector: str) -> None:
+    page.locator(selector).first.scroll_into_view_if_needed()
     box: Any = page.locator(selector).first.bounding_box()
     page.mouse.click(box["x"] + 90, box["y"] + 70)
 

@@ -166,8 +166,10 @@ def package(given: argparse.Namespace) -> None:
     bits = {name: bits_per_byte(folder, given.work / "text", given.device) for name, folder in folders.items()}
 
     def finish(folder: Path) -> None:
-        with (folder / CARD).open("a", encoding="utf-8") as file:
-            file.write(card(given, bits))
+        mean = sum(bits["BLT"].values()) / len(bits["BLT"])
+        begin = (folder / CARD).read_text(encoding="utf-8")
+        begin = begin.replace("not measured", f"{mean:.3f}, the mean of the categories below")
+        (folder / CARD).write_text(begin + card(given, bits), encoding="utf-8")
         if (size := sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())) > MOST_BYTES:
             raise UserError(f"'{given.out}' would hold {size:,} bytes, more than {MOST_BYTES:,}; take smaller shapes")
 

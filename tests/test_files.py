@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from bytelatent.files import (
     growing_file,
     only_writer,
     partial_path,
+    remove_unfinished,
     whole_file,
     whole_folder,
 )
@@ -229,3 +232,14 @@ def test_a_growing_file_that_another_writer_took_away_is_begun_again(
         file.write(b"ours\n")
     assert len(calls) == 2
     assert everything(tmp_path) == {"out": b"ours\n"}
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """But nothing that a living process writes, or beside another folder."""
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    places = [tmp_path / f".{name}.part" for name in (f"a.{killed.pid}", f"a.{os.getppid()}", f"b.{killed.pid}")]
+    for place in places:
+        place.mkdir()
+    remove_unfinished(tmp_path / "a")
+    assert [place.exists() for place in places] == [False, True, True]

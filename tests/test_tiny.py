@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -68,8 +69,10 @@ def test_the_card_states_licences_and_bits_per_byte() -> None:
     assert {kind for kind, _ in licences} == {"prose", "docs", "multilingual", "code"}
     allowed = {"public domain", "Apache-2.0", "BSD-3-Clause", "PSF-2.0", "PostgreSQL licence"}
     assert {licence for _, licence in licences} <= allowed
-    (bits,) = re.findall(r"^\| BLT \| (.*) \|$", CARD, re.MULTILINE)
-    assert all(1 < float(value) < 3 for value in bits.split(" | "))
+    (row,) = re.findall(r"^\| BLT \| (.*) \|$", CARD, re.MULTILINE)
+    bits = [float(value) for value in row.split(" | ")]
+    assert all(1 < value < 3 for value in bits)
+    assert re.search(r"^\| bits per byte \| ([\d.]+), the mean of", CARD, re.MULTILINE)[1] == f"{mean(bits):.3f}"  # type: ignore[index]
     assert "train_tiny.py" in CARD
     assert "/tmp" not in CARD + (FOLDER / "config.json").read_text()
 
@@ -78,7 +81,10 @@ def test_commands_use_it_where_no_model_is_named(empty: Path, caplog: pytest.Log
     assert called("patch", TEXT).splitlines()[1:]
     assert "no model is named and 'runs/demo' does not exist: using tiny" in caplog.text
     assert called("generate", "The ", "-n", "20", "--seed", "3") == f"The {tiny.generate('The ', 20, seed=3)}\n"
-    assert "5,003 rows each" in called("info", "tiny")
+    shown = called("info", "tiny")
+    assert "5,003 rows each" in shown
+    assert f"{tiny.context:,} bytes of context" in shown
+    assert "4,000 bytes of context" in called("info", "tiny", "--context", "4000")
     caplog.clear()
     called("patch", TEXT, "--mode", "space")
     assert "tiny" not in caplog.text

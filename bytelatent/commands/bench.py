@@ -12,7 +12,7 @@ from rich import box
 from rich.filesize import decimal
 from rich.table import Table
 
-from bytelatent.commands.options import BenchTrainSettings
+from bytelatent.commands.bench_options import BenchTrainSettings
 from bytelatent.device import choose_device, choose_dtype, free_memory, is_out_of_memory, peak_flops, peak_memory
 from bytelatent.errors import UserError
 from bytelatent.log import Console

@@ -38,7 +38,9 @@ def calibrate_text(settings: CalibrateSettings) -> tuple[Calibration, dict[str, 
     data = DataSettings.parse({"train": sources, **limits})
     patching = PatchSettings(mode="entropy", threshold=0.0, reset_at_newline=settings.reset_at_newline)
     # In pieces as in its training, and as `blt entropies` reads it; entropies that are stored were computed so.
-    byte_lm, context = (None, data.context) if settings.model is None else load_byte_lm_and_context(settings.model)
+    byte_lm, context = None, data.context
+    if settings.model is not None:
+        byte_lm, context = load_byte_lm_and_context(settings.model, dtype="float32")
     bad = BadRows(data.max_bad_rows)
     sample = sample_entropies(
         byte_lm,

@@ -171,22 +171,22 @@ def _talk(chat: Chat, model: str) -> None:
     """With a person at a terminal."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lets `input` edit lines and go back to earlier ones
-    print(terminal.safe(f"{model}; /help lists the commands"))
+    terminal.print_line(f"{model}; /help lists the commands")
     while True:
         try:
-            said = obeyed(chat, message_from(input), print)
+            said = obeyed(chat, message_from(input), terminal.print_line)
         except (EOFError, KeyboardInterrupt):
-            print()
+            terminal.print_line("")
             return
         if said is None:
             continue
         try:
             for piece in chat.answer(said):
-                print(terminal.safe(piece), end="", flush=True)
+                terminal.print_line(piece, end="")
         except BadMessages as error:
             LOGGER.warning(error)
             continue
-        print(" [stopped]" if chat.ended == "stopped" else "", flush=True)
+        terminal.print_line(" [stopped]" if chat.ended == "stopped" else "")
         _log_cut(chat)
 
 
@@ -197,25 +197,25 @@ def _answer_lines(chat: Chat) -> None:
             said = obeyed(chat, message_from(lambda _: _next_line()), LOGGER.info)
             if said is not None:
                 for piece in chat.answer(said):
-                    print(piece, end="", flush=True)
-                print(flush=True)
+                    terminal.print_line(piece, end="")
+                terminal.print_line("")
                 _log_cut(chat)
 
 
 def _answer_rows(chat: Chat) -> None:
     """Answer the rows of JSON of standard input."""
+    system = chat.system
     for number, line in enumerate(sys.stdin.buffer, start=1):
         if not line.strip():
             continue
-        said = _said_in(chat, line, f"standard input: line {number}")
+        said = _said_in(chat, line, f"standard input: line {number}", system)
         content = "".join(chat.answer(said))
-        print(
-            json.dumps({"role": "assistant", "content": content, "ended": chat.ended}, ensure_ascii=False), flush=True
-        )
+        answer = {"role": "assistant", "content": content, "ended": chat.ended}
+        terminal.print_line(json.dumps(answer, ensure_ascii=False))
 
 
-def _said_in(chat: Chat, line: bytes, where: str) -> str:
-    """The message of a row of JSON; a row of messages begins a conversation of its own."""
+def _said_in(chat: Chat, line: bytes, where: str, system: str | None) -> str:
+    """The message of a row of JSON; a row of messages begins a conversation of its own, by default with `system`."""
     try:
         row = json_value(line)
     except ValueError as error:
@@ -227,7 +227,7 @@ def _said_in(chat: Chat, line: bytes, where: str) -> str:
             raise UserError(f"{where}: {error}") from None
         if last["role"] != "user":
             raise UserError(f"{where}: its last message is the {last['role'][:20]}'s; it should be the user's")
-        chat.reset(chat.system if not before or before[0]["role"] != "system" else None)
+        chat.reset(system if not before or before[0]["role"] != "system" else None)
         chat.messages += [{"role": each["role"], "content": text_of(each["content"])} for each in before]
         return text_of(last["content"])
     if not isinstance(row, dict) or not isinstance(row.get("content"), str):
@@ -248,7 +248,7 @@ def _log_cut(chat: Chat) -> None:
 
 
 def message_from(read: Callable[[str], str]) -> str:
-    """A message of one line, or of several.
+    """A message of one line, or of several; the end of the input ends it, too.
 
     Args:
         read: gives the next line, with a mark to show before it; raises EOFError at the end.
@@ -256,14 +256,16 @@ def message_from(read: Callable[[str], str]) -> str:
     line = read(MARK)
     if line.lstrip().startswith(SEVERAL):
         lines = [line.lstrip().removeprefix(SEVERAL)]
-        while not lines[-1].rstrip().endswith(SEVERAL):
-            lines.append(read(MORE))
+        with contextlib.suppress(EOFError):
+            while not lines[-1].rstrip().endswith(SEVERAL):
+                lines.append(read(MORE))
         lines[-1] = lines[-1].rstrip().removesuffix(SEVERAL)
         return "\n".join(lines).strip("\n")
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
-        lines.append(read(MORE))
+        with contextlib.suppress(EOFError):
+            lines.append(read(MORE))
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from bytelatent.command_line import ParsedSettings
 from bytelatent.commands.options import EntropiesSettings
 from bytelatent.data.entropies import EntropySettings, Summary, store_entropies
 from bytelatent.device import choose_device, choose_dtype
-from bytelatent.errors import Interrupted, UserError
+from bytelatent.errors import Interrupted, UserError, need
 from bytelatent.inference import FastEntropies
 from bytelatent.model import ByteLM
 from bytelatent.patching import PatchSettings
@@ -36,6 +36,7 @@ class Share:
 
 
 def run(settings: EntropiesSettings) -> None:
+    need("entropies", "pyarrow")
     print_line(line_about(store_beside(settings), settings.out))
 
 
@@ -48,7 +49,7 @@ def store_beside(given: EntropiesSettings) -> Summary:
     """
     part = part_of(given.rank, given.world_size, os.environ)
     place = choose_device(_own_device(given.device, part))
-    byte_lm, trained_context = load_byte_lm_and_context(given.model)
+    byte_lm, trained_context = load_byte_lm_and_context(given.model, dtype="float32")
     byte_lm = byte_lm.to(place).eval()
     context = trained_context if given.context is None else given.context
     batch_bytes = given.batch_bytes

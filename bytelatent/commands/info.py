@@ -19,6 +19,8 @@ from bytelatent.run_folder import read_metrics
 from bytelatent.terminal import print_json
 from bytelatent.weights import Config, open_pretrained
 
+CONTEXT = 8192  # ids, of a preset
+
 
 @dataclass(frozen=True)
 class Description:
@@ -88,21 +90,23 @@ def describe(given: InfoSettings) -> Description:
     if Path(given.model).exists() or "/" in given.model or packaged_folder(given.model):
         found = open_pretrained(given.model, given.entropy_model, given.revision, weights=False)
         settings, patching, source = found.config.model, found.config.patching, found.in_a_line()
+        ids = found.config.context
         byte_lm = found.byte_lm.config.model if found.byte_lm is not None else None
         measured = _measured(Path(given.model), found.config) if given.patch_bytes is None else None
     else:
-        measured = None
+        measured, ids = None, CONTEXT
         try:
             settings, patching, source, byte_lm = preset(given.model), None, given.model, None
         except UserError as error:
             raise UserError(f"{error}; or name a run, a folder with a model, or OWNER/NAME on the hub") from None
     patch_bytes = given.patch_bytes or measured or DEFAULT_PATCH_BYTES
-    parts = costs(settings, patch_bytes, given.context)
+    context = given.context or round(ids * (patch_bytes if settings.kind == "token_lm" else 1))
+    parts = costs(settings, patch_bytes, context)
     if byte_lm is not None:
-        inner = costs(byte_lm, patch_bytes, given.context)
+        inner = costs(byte_lm, patch_bytes, context)
         flops = sum(part.flops_per_byte for part in inner) if patching is None or patching.needs_entropies else 0.0
         parts.append(PartCost("byte LM (patches)", sum(part.num_parameters for part in inner), flops))
-    return Description(source, settings, patching, parts, patch_bytes, given.context, measured is not None)
+    return Description(source, settings, patching, parts, patch_bytes, context, measured is not None)
 
 
 def _measured(folder: Path, config: Config) -> float | None:

@@ -1,15 +1,14 @@
 """Settings of the verbs. Their fields and docstrings are the options and the help of `blt VERB`.
 
-Those of `eval` are in `eval_options.py`. What a verb does is in the file of its name. Nothing here imports torch, so
-that help is shown at once.
+Those of some verbs are in `VERB_options.py`. What a verb does is in the file of its name. Nothing here imports torch,
+so that help is shown at once.
 """
 
 import logging
-import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field
 
 from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
 from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
@@ -374,46 +373,11 @@ class InfoSettings(EntropyModelSettings, JsonSettings):
     Attributes:
         model: a preset (blt-1b, blt-8b, entropy, ...), a run, a folder, OWNER/NAME on the hub, or tiny.
         patch_bytes: mean patch size, in bytes; of a token LM the mean token. Default: as the run measured it, else 4.5.
-        context: context, in bytes.
+        context: context, in bytes. Default: as in the model's training, 8192 of a preset.
         revision: branch, tag or commit of a repository.
     """
 
     model: Annotated[str, ARGUMENT] = ""
     patch_bytes: PatchBytes | None = None
-    context: NumBytes = 8192
+    context: NumBytes | None = None
     revision: str | None = None
-
-
-class BenchTrainSettings(JsonSettings):
-    """Measure how fast this machine trains a preset on random bytes, and where the time goes.
-
-    Example:  `blt bench train blt-1b --bytes 16384,65536`
-
-    Attributes:
-        model: a preset; `blt info` lists them.
-        bytes: bytes of a batch; several with commas. Default: chosen for the device.
-        float8: use 8-bit floats for the matrix products of the global transformer.
-        checkpointing: activation checkpointing: none, selective or full.
-        cuda_graph: capture forward and backward pass as a CUDA graph and replay it.
-        device: device: auto, cpu, cuda or mps.
-        dtype: precision: auto, float32 or bfloat16.
-    """
-
-    model: Annotated[str, ARGUMENT]
-    bytes: list[Annotated[int, Field(ge=1)]] | None = None
-    float8: bool = False
-    checkpointing: Literal["none", "selective", "full"] = "none"
-    cuda_graph: bool = False
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-    @field_validator("bytes", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        """Several sizes with commas."""
-        if not isinstance(value, str):
-            return value
-        sizes = [int(size) if re.fullmatch(r"[0-9]{1,16}", size) else 0 for size in value.split(",")]
-        if min(sizes) < 1:  # numbers of more digits overflow before memory is allocated
-            raise ValueError(f"'{value}' is not a batch size; write a number, or several with commas: 16384,65536")
-        return sizes

@@ -143,7 +143,8 @@ def _train(entry: Entry, text: Path, device: torch.device) -> dict[str, Any]:
         before = run_cost(byte_lm.model, 1.0, byte_lm.data.context).flops_per_byte * last["bytes_seen"]
     if settings.calibration is not None and settings.patching is not None:
         with clock.counts("threshold"):
-            data, frozen = settings.data.model_copy(update={"valid": []}), load_byte_lm(settings.entropy_model or "")
+            data = settings.data.model_copy(update={"valid": []})
+            frozen = load_byte_lm(settings.entropy_model or "", dtype="float32")
             found = calibrate_on(frozen, data, settings.calibration, settings.patching, device, dtype)
         patching = settings.patching.model_copy(update={"threshold": found.threshold})
         settings = settings.model_copy(update={"patching": patching, "calibration": None})

@@ -327,6 +327,7 @@ def held_out_batches(
     max_bytes: int | None = None,
     vocabulary: Vocabulary = BYTES,
     chat_template: ChatTemplate = DEFAULT_TEMPLATE,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[Batch]:
     """The held-out text once, in batches of the shape of training's.
 
@@ -343,7 +344,7 @@ def held_out_batches(
         max_bytes,
         data.patch_slots if patcher is not None else None,
         padded=True,
-        bad_rows=BadRows(data.max_bad_rows, "data.max_bad_rows"),
+        bad_rows=bad_rows or BadRows(data.max_bad_rows, "data.max_bad_rows"),
         max_row_bytes=data.max_row_bytes,
         vocabulary=vocabulary,
         chat_template=chat_template,

@@ -213,7 +213,7 @@ class SourceReader:
         self.bad_rows(error)
 
     def _raise_no_text(self) -> NoReturn:
-        raise UserError(f"data: '{self.settings.path}' holds no text that can be read: every document is empty")
+        raise UserError(f"data: '{self.settings.path}' holds no text that can be read: {self.bad_rows.why_no_text}")
 
     def _owner(self, position: BlockPosition) -> int:
         """The rank that reads a block. In as many epochs as there are ranks, each rank reads every block once."""

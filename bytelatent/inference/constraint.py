@@ -29,14 +29,14 @@ MAX_SECONDS = 1.0  # to compile one
 CACHED = 256  # compiled constraints
 LIMITS = {"max_items_in_row": 8000, "max_lexer_states": 50_000, "verbose_errors": False}
 # What a schema leaves open is written in one way only, so that no key can be written in two: with no escapes but
-# these, and at most a space or a line break with its indentation between the parts.
+# these, and at most a space between the parts, on which a small model could spend all bytes that it has.
 JSON_OPTIONS = {
     "json_allowed_escapes": '"\\bfnrt',
     "json_allow_general_unicode_escapes": False,
     "coerce_one_of": False,
     "lenient": False,
 }
-JSON_DEFAULTS = {"whitespace_pattern": r" |\n {0,64}"}
+JSON_DEFAULTS = {"whitespace_pattern": " "}
 WALKS, WALK_BYTES = 4, 64  # texts that are tried on a new constraint
 ANYWHERE = "docs/structured.md says what is supported"
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from bytelatent.credentials import masked
-from bytelatent.errors import UserError
+from bytelatent.errors import UserError, need
 from bytelatent.files import Locked, only_writer
 from bytelatent.prepare.executors import Budget, divide_memory, run_locally, run_on_ray, run_on_slurm
 from bytelatent.prepare.plan import (
@@ -61,6 +61,7 @@ def prepare(settings: PrepareSettings) -> Path:
         return out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: '{out}' is a file; give a folder")
+    need("prepare", "pyarrow", *(["datatrove"] if settings.executor != "local" else []))
     work = WorkFolder(out)
     with _alone(work):
         _plan(settings, request, work)

@@ -52,7 +52,9 @@ class ServerState:
             ApiError: there is no model yet.
         """
         if self._backend is None:
-            raise ApiError(503, "the model is being loaded; try again soon", headers={"Retry-After": "2"})
+            raise ApiError(
+                503, "the model is being loaded; try again soon", code="model_loading", headers={"Retry-After": "2"}
+            )
         return self._backend
 
     def close(self, timeout_s: float) -> bool:

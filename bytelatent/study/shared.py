@@ -177,7 +177,7 @@ class Shared:
         byte_lm = threshold = mark = None
         patching = settings.patching
         if settings.entropy_model is not None:
-            byte_lm = load_byte_lm(settings.entropy_model, setting="entropy_model")
+            byte_lm = load_byte_lm(settings.entropy_model, dtype="float32", setting="entropy_model")
             mark = fingerprint(byte_lm)
             byte_lm = byte_lm.to(device)
         if settings.calibration is not None:

@@ -9,23 +9,22 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from bytelatent.errors import UserError
+from bytelatent.text.sandbox import BEGIN, END, Refused, compile_template, write
 from bytelatent.vocab import BYTES, Vocabulary, to_bytes
 
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Characters that no text has, as `checked_messages` replaces all surrogates: what a template writes by them is its own.
-BOS_MARK, EOS_MARK, BEGIN, END, CUT = "\ud800", "\ud801", "\ud802", "\ud803", "\ud804"
+BOS_MARK, EOS_MARK, CUT = "\ud800", "\ud801", "\ud804"
 MARKS = re.compile(f"([{BOS_MARK}{EOS_MARK}{BEGIN}{END}{CUT}])")
 SURROGATES = re.compile("[\ud800-\udfff]")
-GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PROBE = "an answer to find again"
 SHAPE = "it should be a list of messages, such as {'role': 'user', 'content': 'Hello'}"
 DEFAULT = r"""{#- A message is \x01 role \x02 content \x03. Content loses these bytes, so it can hold no marker. -#}
@@ -233,29 +232,42 @@ class ChatTemplate:
         if continue_final_message:
             given[-1] = {**given[-1], "content": text_of(given[-1]["content"]) + CUT}
         text = self._rendered(given, add_generation_prompt, variables).partition(CUT)[0]
-        if mask and not GENERATION.search(self.source):
+        if mask and BEGIN not in text and not self._marks_answers:
             text = self._marked(text, given, num_given, variables)
-        elif mask and num_given:
-            text = self._without_marks(text, given, num_given)
+        elif mask and any(message["role"] == "assistant" for message in given[:num_given]):
+            text = self._without_marks(text, given, num_given, variables)
         return Rendered(_parts(text), bool(self.stops) or EOS_MARK in self._after_answer)
 
     @cached_property
-    def _after_answer(self) -> str:
-        """What the template writes after an answer, with the marks."""
+    def _probed(self) -> str:
+        """A question and the answer `PROBE`, with the marks; empty where the template refuses them."""
         messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": PROBE}]
         try:
-            return self._rendered(messages, False, {}).rpartition(PROBE)[2]
+            return self._rendered(messages, False, {})
         except BadMessages:
             return ""
 
-    def _without_marks(self, text: str, messages: list[dict[str, Any]], num_given: int) -> str:
+    @property
+    def _after_answer(self) -> str:
+        """What the template writes after an answer."""
+        return self._probed.rpartition(PROBE)[2]
+
+    @property
+    def _marks_answers(self) -> bool:
+        return BEGIN in self._probed
+
+    def _without_marks(
+        self, text: str, messages: list[dict[str, Any]], num_given: int, variables: dict[str, Any]
+    ) -> str:
         """The text without the marks of answers among the given messages."""
-        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        given = [{**message, "content": text_of(message["content"]) + CUT} for message in messages[:num_given]]
         before, *marked = text.split(BEGIN)
-        if len(marked) != len(answers):
-            raise BadMessages(f"chat_template: '{self.name}' should have one {{% generation %}} for each answer")
-        pairs = zip(answers, marked, strict=True)
-        return before + "".join(part.replace(END, "") if n < num_given else BEGIN + part for n, part in pairs)
+        again = self._rendered([*given, *messages[num_given:]], False, variables).split(BEGIN)[1:]
+        if len(marked) != len(again):
+            raise BadMessages(f"chat_template: '{self.name}' does not mark the answers of a prompt as it does others")
+        is_given = [CUT in part.partition(END)[0] for part in again]
+        pairs = zip(is_given, marked, strict=True)
+        return before + "".join(part.replace(END, "") if given else BEGIN + part for given, part in pairs)
 
     def _marked(self, text: str, messages: list[dict[str, Any]], num_given: int, variables: dict[str, Any]) -> str:
         """The text with the assistant's parts between marks: what each answer adds to the prompt for it."""
@@ -273,21 +285,19 @@ class ChatTemplate:
         return found + text[at:]
 
     def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
-        from jinja2 import TemplateError
-
         clean = {name: _without_surrogates(value) for name, value in variables.items()}
         clean = {"tools": None, "documents": None, **clean}
         own = {"bos_token": BOS_MARK, "eos_token": EOS_MARK, "messages": messages}
         try:
-            return self._compiled.render({**clean, **own, "add_generation_prompt": add_generation_prompt})
-        except TemplateError as error:
-            raise BadMessages(f"chat_template: {error.message or error}") from None
+            return write(self._compiled, {**clean, **own, "add_generation_prompt": add_generation_prompt})
+        except Refused as error:
+            raise BadMessages(f"chat_template: {error}") from None
         except Exception as error:  # whatever a template does
             raise BadMessages(f"chat_template: '{self.name}' fails: {type(error).__name__}: {error}") from None
 
     @property
     def _compiled(self) -> Any:
-        return _compile(self.source, self.name)
+        return compile_template(self.source, self.name)
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
@@ -347,48 +357,6 @@ def _parts(text: str) -> tuple[ChatPart, ...]:
         elif piece and piece != CUT:
             found.append(ChatPart(to_bytes(piece), None, inside))
     return tuple(found)
-
-
-@lru_cache(maxsize=64)
-def _compile(source: str, name: str) -> Any:
-    from jinja2 import TemplateSyntaxError
-
-    try:
-        return _environment().from_string(source)
-    except TemplateSyntaxError as error:
-        raise UserError(f"chat_template: '{name}', line {error.lineno}: {error.message}") from None
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Any:
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}`: what is within is the assistant's."""
-
-        tags = {"generation"}  # noqa: RUF012  # as Jinja has it
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("between_marks"), [], [], body).set_lineno(line)
-
-        def between_marks(self, caller: Any) -> str:
-            return f"{BEGIN}{caller()}{END}"
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, **how: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **how})  # Jinja's own escapes HTML
-
-    found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    found.filters["tojson"] = to_json
-    found.globals["raise_exception"] = raise_exception
-    found.globals["strftime_now"] = lambda how: datetime.now().strftime(how)
-    return found
 
 
 DEFAULT_TEMPLATE = ChatTemplate(DEFAULT, "default")

@@ -14,7 +14,15 @@ import numpy as np
 from bytelatent.errors import UserError
 from bytelatent.terminal import one_line
 from bytelatent.text.chat import BadMessages
-from bytelatent.text.conversations import COMPLETION, MESSAGES, PROMPT, ChatOptions, Conversation, conversation_of
+from bytelatent.text.conversations import (
+    COMPLETION,
+    MESSAGES,
+    PROMPT,
+    TEXT_KEY,
+    ChatOptions,
+    Conversation,
+    conversation_of,
+)
 from bytelatent.vocab import to_bytes
 
 LOGGER = logging.getLogger(__name__)
@@ -125,6 +133,7 @@ class BadRows:
         count: bad rows and files so far.
         unread: files of which nothing could be read, each with the reason.
         num_empty: documents without a byte in what was read to its end.
+        first: what was wrong with the first one.
     """
 
     def __init__(self, limit: int, name: str = "--max-bad-rows", of: str = ""):
@@ -132,6 +141,7 @@ class BadRows:
         self.count = 0
         self.unread: dict[str, str] = {}
         self.num_empty = 0
+        self.first = ""
 
     def __call__(self, error: BadRow) -> None:
         """Pass over one.
@@ -141,10 +151,18 @@ class BadRows:
         """
         self.count += 1
         line = str(error).rstrip(".")
+        self.first = self.first or error.line.rstrip(".")
         if self.count > self.limit:
             before = f"{self.limit} bad rows or files{self.of} were passed over already ({self.name})"
             raise UserError(f"{line}; {before}" if self.limit else line)
         warn_once(line, f"; passed over ({self.count} of at most {self.limit})")
+
+    @property
+    def why_no_text(self) -> str:
+        """Why nothing was read: all was empty, or passed over."""
+        if not self.first:
+            return "every document is empty"
+        return f"all its rows were passed over ({self.name}), each named in a warning; the first: {self.first}"
 
 
 def must_have_read(unread: dict[str, str]) -> None:
@@ -247,7 +265,8 @@ def from_value(value: Any, options: ReadOptions) -> Document:
     """
     key = options.text_key
     if not isinstance(value, dict):
-        raise NoDocument(f"is not a JSON object with the key '{key}'")
+        keys = f"the key '{key}'" if options.chat is None else keys_of_chats(key)
+        raise NoDocument(f"is not a JSON object with {keys}")
     if options.chat is not None:
         return chat_document(value, options)
     if key not in value:
@@ -272,10 +291,15 @@ def chat_document(row: dict[str, Any], options: ReadOptions) -> Document:
     except BadMessages as error:
         raise NoDocument(f"holds no conversation to train on: {error}") from None
     if found is None:
-        keys = f"'{MESSAGES}', nor '{PROMPT}' and '{COMPLETION}'"
+        keys = keys_of_chats(options.text_key, "nor")
         raise NoDocument(f"has no {keys}; its keys: {some(row)}; it is no conversation (format: chat)")
     field = None if options.field_key is None else field_of(row, options.field_key)
     return Document(found.rendered.text, _plain(row.get("id")), field=field, chat=found)
+
+
+def keys_of_chats(text_key: str, conjunction: str = "or") -> str:
+    """The keys of which a row of a conversation has some."""
+    return f"'{MESSAGES if text_key == TEXT_KEY else text_key}', {conjunction} '{PROMPT}' and '{COMPLETION}'"
 
 
 def _hint(row: Iterable[str]) -> str:

@@ -17,10 +17,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bytelatent.errors import Interrupted, UserError
+from bytelatent.errors import Interrupted, UserError, install
 from bytelatent.text.documents import BadRow, TextError
 
 BUFFER_BYTES = 1 << 20
+PACKAGES = {"hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}  # of protocols, in the extra `data`
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")  # the first one's, or the end's: texts may begin with BZh1, too
 INPUT_BYTES, OUTPUT_BYTES = 1 << 16, 1 << 16  # of one call
@@ -96,6 +97,8 @@ def file_system(path: str) -> tuple[Any, str]:
     try:
         return url_to_fs(path)
     except ImportError as error:
+        if (package := PACKAGES.get(path.partition("://")[0])) is not None:
+            raise TextError(f"'{path}' needs {install(package, 'data')}") from None
         raise TextError(f"'{path}' needs a package that is not installed: {error}") from None
     except ValueError as error:
         raise TextError(f"'{path}' cannot be reached: {error}") from None
@@ -140,7 +143,7 @@ def _import(file: str, package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise TextError(f"'{file}' needs the package {package}; run: pip install 'bytelatent[data]'") from None
+        raise TextError(f"'{file}' needs {install(package, 'data')}") from None
 
 
 def import_pyarrow(file: str) -> Any:

@@ -172,9 +172,9 @@ def sample_pieces(
         sizes = np.cumsum([len(piece) for piece in pieces])
         sample.extend(pieces[: int(np.searchsorted(sizes, wanted)) + 1])
     if not sample:
-        if bad_rows is not None:
-            must_have_read(bad_rows.unread)
-        raise UserError("data: there is no text to calibrate on: every document is empty")
+        bad_rows = bad_rows or BadRows(0)
+        must_have_read(bad_rows.unread)
+        raise UserError(f"data: there is no text to calibrate on: {bad_rows.why_no_text}")
     random.shuffle(sample)  # so that any part of it is of all sources
     return sample
 

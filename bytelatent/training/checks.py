@@ -14,7 +14,7 @@ from bytelatent.data import Batch, DataSettings, held_out_batches
 from bytelatent.device import free_memory
 from bytelatent.errors import UserError
 from bytelatent.hub import Unreachable
-from bytelatent.text import find_files
+from bytelatent.text import BadRows, find_files
 from bytelatent.text.chat import DEFAULT_TEMPLATE, ChatTemplate
 from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
@@ -161,8 +161,10 @@ def check_text(data: DataSettings) -> None:
     template = DEFAULT_TEMPLATE
     if data.chat_template is not None and Path(data.chat_template).exists():  # else the run may have a copy
         template = ChatTemplate.read(data.chat_template, "data.chat_template")
-    if data.valid and next(held_out_batches(data, chat_template=template), None) is None:
-        raise UserError(f"data.valid: there is no text in {', '.join(repr(source.path) for source in data.valid)}")
+    bad_rows = BadRows(data.max_bad_rows, "data.max_bad_rows")
+    if data.valid and next(held_out_batches(data, chat_template=template, bad_rows=bad_rows), None) is None:
+        where = ", ".join(repr(source.path) for source in data.valid)
+        raise UserError(f"data.valid: there is no text in {where}: {bad_rows.why_no_text}")
 
 
 def hints_about_batches(data: DataSettings, first: Batch) -> list[str]:

@@ -106,7 +106,11 @@ def must_be_same(
         if isinstance(value, Mapping) and isinstance(theirs[name], Mapping):
             must_be_same(value, theirs[name], key, source, is_calibrated)
         elif value != theirs[name]:
-            other = ", or choose a threshold on your text: calibration.patch_bytes=4.5" if key.startswith("pat") else ""
+            other = (
+                ", or choose a threshold on your text: calibration.patch_bytes=4.5"
+                if key == "patching.threshold"
+                else ""
+            )
             raise UserError(
                 f"{key}: it is {json.dumps(value)}, and that of init='{source}' is {json.dumps(theirs[name])}; leave "
                 f"it out, which takes the model's own{other}"

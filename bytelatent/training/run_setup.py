@@ -182,8 +182,8 @@ def _own_byte_lm(folder: Path, entropy_model: str, context: int, resumes: bool) 
     """The frozen byte LM: the run's own copy, made when the run begins."""
     copy = folder / BYTE_LM
     if resumes and copy.is_dir():
-        return load_byte_lm(copy)
-    byte_lm = load_byte_lm(entropy_model, setting="entropy_model")
+        return load_byte_lm(copy)  # as stored: in float32, or as a run of an earlier version began
+    byte_lm = load_byte_lm(entropy_model, dtype="float32", setting="entropy_model")
     with whole_folder(copy) as aside:
         save(aside, byte_lm, Config(model=byte_lm.settings, context=context))
     return byte_lm

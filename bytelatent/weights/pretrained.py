@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from bytelatent.config import renamed_arguments
 from bytelatent.device import choose_device, precision_of_weights
 from bytelatent.errors import UserError, nearest
-from bytelatent.files import MANIFEST, find_corruption, whole_folder
+from bytelatent.files import MANIFEST, find_corruption, remove_unfinished, whole_folder
 from bytelatent.hub import Unreachable, is_repository_name, model_exists, model_folder
 from bytelatent.model import BLTSettings, ByteLM, ByteLMSettings, LanguageModelSettings, TokenLMSettings
 from bytelatent.model.settings import NAMES
@@ -297,6 +297,7 @@ def write_model(
     if licence is not None:
         stored = replace(stored, config=stored.config.with_origin(licence=" ".join(licence.split())))
     check_tensors(stored)
+    remove_unfinished(folder)
     with whole_folder(folder) as aside:
         chosen.write(aside, stored, advance)
         if stored.chat_template is not None:

@@ -98,7 +98,7 @@ class ConfigPart(dict[str, Any]):
             **more,
         }
         del values["kv_heads"]
-        return StackSettings.parse(values, f"{self.where}: {self.name}")
+        return StackSettings.parse(values, ": ".join(filter(None, (self.where, self.name))))
 
     def rope_theta(self, default: float) -> float:
         """The theta of the rotary embedding.

@@ -148,6 +148,31 @@ def test_commands(chat: Chat, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "said"), [('"""one\ntwo', "one\ntwo"), ("one\\", "one"), ("one\\\ntwo\\", "one\ntwo")]
+)
+def test_the_end_of_the_input_ends_a_message(
+    text: str, said: str, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(Chat, "answer", lambda self, said: iter(asked.append(said) or ()))
+    through(monkeypatch, text, settings_of(model))
+    assert asked == [said]
+
+
+def test_a_system_message_is_of_its_row_alone(model: Path) -> None:
+    heard: list[Any] = []
+    hello = {"role": "user", "content": "Hello"}
+    rows = [[{"role": "system", "content": "Lie."}, hello], [hello]]
+    text = "".join(json.dumps({"messages": row}) + "\n" for row in rows)
+    for system in (None, "Be brief."):
+        heard.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Chat, "answer", lambda self, said: iter(heard.append(self.system) or ()))
+            through(patch, text, settings_of(model, system=system, as_json=True))
+        assert heard == ["Lie.", system]
+
+
+@pytest.mark.parametrize(
     ("lines", "expected"),
     [
         (["one"], "one"),

@@ -251,3 +251,12 @@ def test_templates_are_the_runs(tmp_path: Path) -> None:
     assert [t for t in batch.targets.tolist() if t >= 0][-1] == EOS
     with Loader(settings_of(path), 0, chat_template=template) as loader:
         assert set(counted(next(loader)).split(b"<assistant>")) == {b"", b"answer 1.0"}
+
+
+def test_nothing_but_bad_rows(tmp_path: Path) -> None:
+    """They are not called empty documents; and a row is asked for the keys of a conversation."""
+    path = write_rows(tmp_path / "bad.jsonl", [[1, 2], {"messages": talk(0)[:1]}])
+    with pytest.raises(
+        UserError, match=r"all its rows were passed over .*the first: .*not a JSON object with 'messages', or"
+    ):
+        next(Loader(settings_of(path), 0, PATCHER))

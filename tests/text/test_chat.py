@@ -112,6 +112,9 @@ def test_what_transformers_gives_templates() -> None:
         ("{{ raise_exception('only one message') }}", "only one message"),
         ("{{ messages[7].content.x }}", "fails|has no element|undefined"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ 'a' * 10**9 }}", "repeats something 1,000,000,000 times"),
+        ("{{ 9 ** 99999 }}", "to the power of"),
+        ("{% set a = 'a' * 2**20 %}{% for i in range(999) %}{{ a }}{% endfor %}", "writes more than 134,217,728"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
     ],
 )
@@ -142,6 +145,21 @@ def test_a_template_that_marks_no_answers() -> None:
     assert last.render(TALK[:2], False) == b"Be kind.Hi."
     with pytest.raises(BadMessages, match="generation"):
         last.parts(TALK)
+
+
+def test_what_is_marked_is_what_the_template_writes() -> None:
+    """A comment that names the tag marks nothing; and of a prompt and its completion only the latter's marks count."""
+    comment = ChatTemplate("{# put {% generation %} around answers #}" + CHATML)
+    assert assistant_text(comment, TALK) == assistant_text(ChatTemplate(CHATML), TALK)
+    both = "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    last, every = (
+        ChatTemplate("{% for m in messages %}{% if m.role == 'assistant'" + more + " %}" + both)
+        for more in (" and loop.last", "")
+    )
+    for template in (last, every, DEFAULT_TEMPLATE):
+        found = template.parts(TALK, num_given=4)
+        assert [part.text.rstrip(b"\x03") for part in found.parts if part.is_assistant] == ["été".encode()]
+        assert found.text == template.render(TALK, False)
 
 
 def test_files(tmp_path: Path) -> None:

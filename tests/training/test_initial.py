@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bytelatent.text.tokenizer import TOKENIZER, train_tokenizer
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.settings import TrainSettings
-from bytelatent.weights import convert, fingerprint, load, open_pretrained
+from bytelatent.weights import StoredModel, convert, fingerprint, load, load_byte_lm, open_pretrained, write_model
 from tests.hub_server import HubServer
 from tests.training.crew import Crew
 from tests.training.plans import PLANS, take_steps, train_as
@@ -330,3 +331,17 @@ def test_a_token_lm(tmp_path: Path, text: Path, other_text: Path, initial: dict[
     assert held_out_at_the_start(run) == pytest.approx(evaluated(source, other_text, 24), rel=1e-6)
     source.rename(tmp_path / "gone")
     assert [row[0] for row in losses(train(settings(values | {"steps": 3})))] == [0, 1, 2, 2, 3, 3]
+
+
+def test_a_byte_lm_in_bfloat16(sources: dict[str, Path], other_text: Path, tmp_path: Path) -> None:
+    """It finds patches in float32, in training as in evaluation; its copy is the run's own from then on."""
+    stored = open_pretrained(sources["native"])
+    assert stored.byte_lm is not None
+    found = stored.byte_lm.load().model.bfloat16()
+    narrow = replace(stored, byte_lm=StoredModel.of(found, stored.byte_lm.config, None))
+    write_model(narrow, tmp_path / "narrow", "native")
+    values = from_model(tmp_path / "run", other_text, tmp_path / "narrow", 1, data={"valid": str(other_text)})
+    run = train(settings(values))
+    assert load_byte_lm(run / "byte_lm").output.weight.dtype == torch.float32
+    assert fingerprint(load_byte_lm(run / "byte_lm")) == fingerprint(found)
+    assert held_out_at_the_start(run) == pytest.approx(evaluated(tmp_path / "narrow", other_text), rel=1e-6)

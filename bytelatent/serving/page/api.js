@@ -4,7 +4,7 @@ import { server } from "./state.js";
 
 /**
  * Something went wrong, and what can be done.
- * `kind`: `gone`, `key`, `busy`, `long` or `refused`; `wait`: seconds after which to try again.
+ * `kind`: `gone`, `loading`, `key`, `busy`, `long` or `refused`; `wait`: seconds after which to try again.
  */
 export class ApiError extends Error {
   constructor(kind, message, wait = 0) {
@@ -99,8 +99,11 @@ async function problem(response) {
     case 403:
       return new ApiError("key", server.get("key") ? "The server does not know this key." : "This server needs a key.");
     case 429:
-    case 503:
-      return new ApiError("busy", "The server is busy.", Number(response.headers.get("Retry-After")) || 1);
+    case 503: {
+      const wait = Number(response.headers.get("Retry-After")) || 1;
+      if (code === "model_loading") return new ApiError("loading", "The model is loading …", wait);
+      return new ApiError("busy", response.status === 429 ? "The server is busy: its queue is full." : "The server takes no requests now.", wait);
+    }
     case 413:
       return new ApiError("long", `The text is too long: ${message}`);
     default:

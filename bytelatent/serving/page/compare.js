@@ -1,7 +1,7 @@
 /** The view that compares: one prompt, two models or two settings. */
 
 import { decimal, el, plural } from "./dom.js";
-import { labelled, SamplingFields } from "./fields.js";
+import { labelled, remembered, SamplingFields } from "./fields.js";
 import { Generation } from "./generation.js";
 import { Inspector } from "./inspector.js";
 
@@ -12,7 +12,7 @@ const SIDES = [
 
 export class CompareView {
   constructor(place) {
-    this.inspector = new Inspector("Click a character of either text to see how likely its bytes were.");
+    this.inspector = new Inspector("Click or tap a character of either text to see how likely its bytes were.");
     this.prompt = el("textarea", { rows: 3, dir: "auto", value: "Once upon a time", spellcheck: false });
     this.summary = el("p.summary", { role: "status" });
     this.sides = SIDES.map(([name, values]) => {
@@ -31,6 +31,7 @@ export class CompareView {
       el("div.columns.even", {}, ...this.sides.map((side) => side.fields.element)),
       el("div.row", {}, this.start, this.stop),
     );
+    this.start.parentElement.append(remembered("compare", this.form, () => {}));
     place.append(
       el(
         "div.intro",

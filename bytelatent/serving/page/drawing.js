@@ -4,6 +4,7 @@
  * browser has put each character. A long text is cut into blocks, and only blocks in sight are measured and drawn.
  */
 
+import { Axis } from "./axis.js";
 import { oncePerFrame } from "./dom.js";
 import { measured } from "./measuring.js";
 import { numbered } from "./starts.js";
@@ -13,12 +14,13 @@ import { cut, decode } from "./text.js";
 const BLOCK = { least: 700, most: 1600, lines: 24 }; // bytes, and lines, of a block
 const LANE = 46; // pixels of the line of values above each row
 const RULER = 6; // of each further mode below it
+const OVER = matchMedia("(max-width: 60rem), (pointer: coarse)"); // what is inspected lies over the text: see style.css
 const MAX_SIDE = 8192; // pixels of a canvas
 
 export class PatchedText {
   /**
    * `host`: an empty element that scrolls. `label`: its name. `onInspect({from, to, byUser})`: a character was pointed
-   * at or reached with the arrow keys.
+   * at or reached with the arrow keys; it returns an element that may lie over the text.
    */
   constructor(host, { label, onInspect = () => {} }) {
     this.host = host;
@@ -35,6 +37,7 @@ export class PatchedText {
     this.page = host.appendChild(document.createElement("div"));
     this.page.className = "page";
     this.page.dir = "auto";
+    this.axis = new Axis(this);
     this.#layOut();
     this.seen = new IntersectionObserver((entries) => this.#onSight(entries), { root: host, rootMargin: "400px 0px" });
     this.redraw = oncePerFrame(() => this.draw());
@@ -42,7 +45,7 @@ export class PatchedText {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", this.redraw);
     theme.subscribe(this.redraw);
     document.fonts.ready.then(() => this.#remeasure());
-    host.addEventListener("pointermove", (event) => event.pointerType === "mouse" && this.#point(event, false));
+    host.addEventListener("pointermove", (event) => event.pointerType === "mouse" && !OVER.matches && this.#point(event, false));
     host.addEventListener("click", (event) => this.#point(event, true));
     host.addEventListener("keydown", (event) => this.#key(event));
   }
@@ -74,6 +77,7 @@ export class PatchedText {
     this.marks = { ...before, ...marks };
     const changes = before.rulers.length !== this.marks.rulers.length || !before.values !== !this.marks.values;
     if (changes) this.#layOut();
+    this.axis.place();
     this.redraw();
   }
 
@@ -329,7 +333,9 @@ export class PatchedText {
     if (!glyph || (!byUser && this.selected?.from === glyph.from)) return;
     this.selected = { from: glyph.from, to: glyph.to };
     this.redraw();
-    this.onInspect({ ...this.selected, byUser });
+    const over = this.onInspect({ ...this.selected, byUser });
+    const bottom = block.element.getBoundingClientRect().top + (glyph.row + 1) * this.row;
+    if (byUser && over) scrollBy(0, Math.max(0, bottom - over.getBoundingClientRect().top));
   }
 
   #key(event) {

@@ -1,7 +1,7 @@
 /** Fields for how a text is sampled, and the request that they make. */
 
 import { el } from "./dom.js";
-import { server } from "./state.js";
+import { keep, kept, server } from "./state.js";
 
 let lastId = 0;
 
@@ -35,7 +35,7 @@ export class SamplingFields {
       labelled("Top-p", this.topP),
       labelled("Seed", this.seed),
       labelled("Bytes", this.maxBytes),
-      labelled("Stop texts", this.stops, "Divided by | ; \\n is a line break."),
+      labelled("Stop texts", this.stops, "Write | between several. \\n is a line break."),
     );
     server.subscribe(({ models }) => {
       choice.hidden = models.length < 2;
@@ -65,4 +65,26 @@ export class SamplingFields {
   areValid() {
     return [this.temperature, this.topP, this.seed, this.maxBytes].every((field) => field.reportValidity());
   }
+}
+
+/**
+ * Keep the fields of `place` over a reload, under `name`; its other contents are its own.
+ * Returns a button that puts the first values back; `onBack()` is called after it.
+ */
+export function remembered(name, place, onBack) {
+  const fields = [...place.querySelectorAll("input, textarea, select")];
+  const values = () => fields.map((field) => (field.type === "radio" ? field.checked : field.value));
+  const fill = (given) => fields.forEach((field, i) => (field[field.type === "radio" ? "checked" : "value"] = given[i]));
+  const first = values();
+  const last = kept(name);
+  if (last?.length === fields.length) fill(last);
+  const save = () => {
+    const isFirst = values().every((value, i) => value === first[i]);
+    back.hidden = isFirst;
+    keep(name, isFirst ? null : values());
+  };
+  const back = el("button.quiet", { type: "button", onclick: () => (fill(first), save(), onBack()) }, "Back to the example");
+  place.addEventListener("input", save);
+  save();
+  return back;
 }

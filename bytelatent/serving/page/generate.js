@@ -2,7 +2,7 @@
 
 import { commandsOf } from "./commands.js";
 import { el } from "./dom.js";
-import { labelled, SamplingFields } from "./fields.js";
+import { labelled, remembered, SamplingFields } from "./fields.js";
 import { Generation } from "./generation.js";
 import { Inspector } from "./inspector.js";
 
@@ -12,7 +12,7 @@ export class GenerateView {
   constructor(place) {
     this.turns = []; // of a chat: {role, content}
     this.running = null;
-    this.inspector = new Inspector("Click a character, or focus the text and use the arrow keys, to see how likely its bytes were, and what else was.");
+    this.inspector = new Inspector("Click or tap a character, or focus the text and use the arrow keys, to see how likely its bytes were, and what else was.");
     this.fields = new SamplingFields();
     this.prompt = el("textarea", { rows: 4, dir: "auto", value: PROMPT, spellcheck: false });
     this.system = el("textarea", { rows: 2, dir: "auto", placeholder: "none" });
@@ -33,14 +33,16 @@ export class GenerateView {
       el("div.row", {}, this.start, this.stop, this.renew),
       this.commands.element,
     );
-    this.#setKind("plain");
-    this.#forget();
+    const chosen = () => this.#setKind(this.form.elements.kind.value);
+    const back = remembered("generate", this.form, chosen);
+    this.start.parentElement.append(back);
+    chosen();
     place.append(
       el(
         "div.intro",
         {},
         el("h2", {}, "Text, byte by byte"),
-        el("p", {}, "Patches are coloured as they form. The line shows how unlikely each byte was, in nats: flat where the model was sure."),
+        el("p", {}, "Patches are coloured as they form. The line shows how unlikely each byte was, in nats (1\u00a0nat\u00a0=\u00a01.44\u00a0bits): flat where the model was sure."),
       ),
       el("div.columns.even", {}, this.form, el("div.main", {}, this.output, this.inspector.element)),
     );

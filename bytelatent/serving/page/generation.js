@@ -7,7 +7,7 @@ import { probability } from "./inspector.js";
 import { clearProblem, showProblem } from "./problems.js";
 
 const TOP = 6; // nats at the top of the line: a probability of 0.25 %
-const ENDS = { stop: "The text ended.", length: "As many bytes as asked for." };
+const ENDS = { stop: "The text ended.", length: "Reached the number of bytes asked for." };
 
 export class Generation {
   /** `label`: of the text; `inspector`: shows a byte's probability and alternatives. */
@@ -52,7 +52,8 @@ export class Generation {
       if (isStop(error)) this.#sum("Stopped.");
       else {
         this.#sum("");
-        showProblem(this.problem, error, () => this.run(body));
+        // What has come is not thrown away unasked.
+        showProblem(this.problem, error, () => this.run(body), this.bytes.length > 0);
       }
       return false;
     } finally {
@@ -109,7 +110,7 @@ export class Generation {
     let patch = 0;
     for (const starts of this.starts) numbers.push((patch += starts ? 1 : 0));
     const number = numbers[from];
-    this.inspector.show({
+    return this.inspector.show({
       bytes: Uint8Array.from(this.bytes.slice(from, to)),
       from,
       columns: ["probability"],

@@ -46,6 +46,6 @@ export class Histogram {
       bar.setAttribute("class", ((i + 0.5) / BARS) * top > threshold ? "above" : "below");
     });
     this.line.style.left = `${(100 * threshold) / top}%`;
-    this.caption.textContent = `${percent(all ? above / all : NaN)} of the bytes lie above ${decimal(threshold)} nats.`;
+    this.caption.textContent = !all ? "" : `${percent(above / all)} of the bytes lie above ${decimal(threshold)} nats.`;
   }
 }

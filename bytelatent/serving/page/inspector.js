@@ -23,10 +23,11 @@ export class Inspector {
   /**
    * `bytes`: of the character; `from`: where they begin; `rows`: for each byte its cells in words, by column;
    * `patch`: `{number, count, size}` of its first byte; `alternatives`: for each byte `[byte or null, log p]` pairs.
+   * Returns the element, which may lie over the text on a small screen.
    */
   show({ bytes, from, columns, rows, patch, alternatives, byUser }) {
     const { shown } = decode(bytes, 0, bytes.length);
-    const where = bytes.length === 1 ? `byte ${from}` : `bytes ${from} to ${from + bytes.length - 1}`;
+    const where = bytes.length === 1 ? `byte ${from + 1}` : `bytes ${from + 1} to ${from + bytes.length}`;
     const inPatch = patch ? `patch ${patch.number} of ${patch.count}, ${plural(patch.size, "byte")}` : "in the patch that the prompt ends with";
     const head = el(
       "div.inspected",
@@ -47,6 +48,7 @@ export class Inspector {
       const values = columns.map((name, i) => `${name} ${rows[0][i]}`).join(", ");
       this.spoken.textContent = `${shown.trim() || "space"}, ${plural(bytes.length, "byte")}, ${inPatch}, ${values}`;
     }
+    return this.element;
   }
 
   #row(byte, cells, alternatives) {

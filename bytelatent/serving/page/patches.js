@@ -8,8 +8,9 @@ import { Inspector } from "./inspector.js";
 import { clearProblem, showProblem } from "./problems.js";
 import { Reading } from "./reading.js";
 import { count, flopsSaved } from "./starts.js";
-import { server } from "./state.js";
+import { keep, kept, server } from "./state.js";
 import { countCharacters } from "./text.js";
+import { TextField } from "./textfield.js";
 import { ThresholdBar } from "./threshold.js";
 
 const EXAMPLES = {
@@ -25,20 +26,21 @@ const PAUSE = 60; // milliseconds of rest after a key, before the text is read
 
 export class PatchesView {
   constructor(place) {
-    this.threshold = null;
-    this.coloured = "own";
+    const { threshold = null, coloured = "own", size = 4, text = EXAMPLES.English } = { ...kept("patches"), ...kept("text") };
+    this.threshold = threshold;
+    this.coloured = coloured;
     this.reading = new Reading(() => this.update());
     this.update = oncePerFrame(() => this.#update());
-    this.inspector = new Inspector("Point at a character, or focus the text and use the arrow keys, to see its bytes.");
+    this.inspector = new Inspector("Point at or tap a character, or focus the text and use the arrow keys, to see its bytes.");
     this.problem = el("div");
     this.status = el("p.note.status", { role: "status" });
-    this.#build(place);
-    this.input.value = EXAMPLES.English;
+    this.#build(place, size);
+    this.input.value = text;
     this.#changed();
   }
 
-  #build(place) {
-    this.input = el("textarea", { rows: 4, spellcheck: false, dir: "auto", oninput: () => this.#changed() });
+  #build(place, size) {
+    this.input = new TextField(() => this.#changed());
     const examples = Object.entries(EXAMPLES).map(([name, text]) =>
       el("button.chip", { type: "button", onclick: () => this.show(text) }, name),
     );
@@ -49,7 +51,8 @@ export class PatchesView {
     this.histogram = new Histogram((threshold) => this.setThreshold(threshold));
     this.reset = el("button.quiet", { type: "button", onclick: () => this.setThreshold(null) }, "Reset to the model's");
     this.facts = el("dl.facts");
-    this.size = el("input.small", { type: "number", min: 1, max: 64, value: 4, "aria-label": "Bytes per patch", oninput: () => this.update() });
+    this.cost = el("p.note");
+    this.size = el("input.small", { type: "number", min: 1, max: 64, value: size, "aria-label": "Bytes per patch", oninput: () => this.update() });
     this.modes = this.#modes();
     this.thresholdBox = el("section", {}, el("h3", {}, "Threshold"), this.histogram.element, this.reset);
     place.append(
@@ -57,32 +60,33 @@ export class PatchesView {
         "div.intro",
         {},
         el("h2", {}, "Where is the next byte hard to guess?"),
-        el("p", {}, "There a patch begins. A small byte LM reads the text; the line is its entropy before each byte. Where it rises above the threshold, the large transformer takes another step."),
+        el("p", {}, "There a patch begins. A small byte LM reads the text; the line is its entropy before each byte, in nats (1\u00a0nat\u00a0=\u00a01.44\u00a0bits). Where it rises above the threshold, the large transformer takes another step."),
       ),
-      labelled("Text", this.input),
+      labelled("Text", this.input.element),
+      this.input.note,
       el("div.chips", { role: "group", "aria-label": "Examples" }, ...examples),
       this.problem,
       el(
         "div.columns",
         {},
         el("div.main", {}, figure, this.status, this.inspector.element),
-        el(
+        (this.side = el(
           "div.side",
-          {},
-          this.facts,
+          { hidden: true }, // until the model is known
+          el("div", {}, this.facts, this.cost),
           this.thresholdBox,
           el("section", {}, el("h3", {}, "Modes"), el("div.scroll", { tabIndex: 0, role: "group", "aria-label": "Table of modes" }, this.modes), el("p.note", {}, "The chosen mode colours the text; the others are the bars below it, in this order. FLOPs saved: of a forward pass, against one patch per byte.")),
-        ),
+        )),
       ),
     );
   }
 
   #modes() {
-    const rows = { own: el("span", {}, "entropy"), space: "space", fixed: el("span", {}, "fixed ", this.size) };
+    const rows = { own: el("span", {}, "entropy"), space: "space", static: el("span", {}, "static ", this.size) };
     this.cells = {};
     this.names = rows;
     const body = Object.entries(rows).map(([key, name]) => {
-      const radio = el("input", { type: "radio", name: "coloured", value: key, checked: key === "own", onchange: () => this.#colour(key) });
+      const radio = el("input", { type: "radio", name: "coloured", value: key, checked: key === this.coloured, onchange: () => this.#colour(key) });
       radio.setAttribute("aria-label", `Colour the text by mode ${key}`);
       this.cells[key] = [el("td"), el("td"), el("td")];
       return el("tr", {}, el("th", { scope: "row" }, radio, " ", name), ...this.cells[key]);
@@ -116,6 +120,7 @@ export class PatchesView {
     this.update();
     // A long text may take the server longer than a key press lasts.
     this.pause = setTimeout(() => this.#read(), this.reading.isDone ? 0 : PAUSE);
+    keep("text", { text: this.input.value });
   }
 
   async #read() {
@@ -135,8 +140,9 @@ export class PatchesView {
     const entropies = reading.entropies();
     const threshold = entropies && (this.threshold ?? about.threshold);
     const size = Math.max(1, Math.min(64, Math.round(Number(this.size.value)) || 4));
-    const starts = { own: reading.own(threshold), space: reading.mode("space"), fixed: reading.fixed(size) };
-    this.starts = starts;
+    const starts = { own: reading.own(threshold), space: reading.mode("space"), static: reading.static(size) };
+    this.side.hidden = false;
+    keep("patches", { threshold: this.threshold, coloured: this.coloured, size });
     this.shown = starts[this.coloured];
     const top = entropies ? topOf(entropies, threshold) : 1;
     // A bar in the line of entropies is a threshold only where entropies themselves are compared with it.
@@ -161,9 +167,11 @@ export class PatchesView {
       const saved = patches ? flopsSaved(about.flops, numRead, patches, byEntropy) : NaN;
       const values = [whole(patches), decimal(numRead / patches), percent(saved)];
       values.forEach((value, i) => (this.cells[key][i].textContent = value));
-      if (key === this.coloured) this.#facts(patches, saved, entropies);
+      if (key !== this.coloured) continue;
+      this.#facts(patches, saved, entropies);
+      this.cost.textContent = !(saved < 0) ? "" : `Costs more FLOPs than one patch per byte${byEntropy ? ": the entropy model's share is included" : ""}.`;
     }
-    const isAll = reading.isDone;
+    const isAll = reading.isDone || this.problem.hasChildNodes(); // which says what it waits for
     this.status.textContent = isAll ? "" : `Read ${whole(numRead)} of ${plural(bytes.length, "byte")} …`;
   }
 
@@ -171,12 +179,12 @@ export class PatchesView {
     const { bytes, numRead } = this.reading;
     const mean = entropies ? meanOf(entropies) : NaN;
     const facts = [
-      ["mean patch", `${decimal(numRead / patches)} bytes`],
+      ["mean patch", patches ? `${decimal(numRead / patches, numRead / patches < 100 ? 2 : 0)} bytes` : "–"],
       ["FLOPs saved", percent(saved)],
       ["patches", whole(patches)],
       ["bytes", whole(bytes.length)],
       ["characters", whole(countCharacters(bytes))],
-      ...(entropies ? [["mean entropy", `${decimal(mean)} nats`]] : []),
+      ...(entropies ? [["mean entropy", numRead ? `${decimal(mean)} nats` : "–"]] : []),
     ];
     this.facts.replaceChildren(...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
   }
@@ -190,7 +198,7 @@ export class PatchesView {
       ...(entropies ? [decimal(entropies[from + i])] : []),
       shown?.[from + i] === 1 ? "yes" : "",
     ]);
-    this.inspector.show({ bytes, from, columns, rows, patch: shown && patchAt(shown, from), byUser });
+    return this.inspector.show({ bytes, from, columns, rows, patch: shown && patchAt(shown, from), byUser });
   }
 }
 

@@ -1,7 +1,7 @@
 /** A text as the server reads it: piece by piece, so that a long one shows its beginning at once. */
 
 import { isStop, patches } from "./api.js";
-import { entropyStarts, fixedStarts, flags, UNKNOWN } from "./starts.js";
+import { entropyStarts, flags, staticStarts, UNKNOWN } from "./starts.js";
 import { cut, encode } from "./text.js";
 
 const PIECE = { least: 3072, most: 4096 }; // bytes that are read at once
@@ -82,9 +82,9 @@ export class Reading {
     );
   }
 
-  /** Flags of patches of a fixed size. */
-  fixed(size) {
-    return this.#each(`fixed ${size}`, (answer, length) => fixedStarts(length, size));
+  /** Flags of static patches. */
+  static(size) {
+    return this.#each(`static ${size}`, (answer, length) => staticStarts(length, size));
   }
 
   /** Flags of a mode that the server has found. */

@@ -23,8 +23,8 @@ export function entropyStarts(entropies, patching, threshold) {
   return patching.max_patch_length ? split(starts, patching.max_patch_length) : starts;
 }
 
-/** Fixed size: BOS is in the first patch, so that it has a byte less. */
-export function fixedStarts(length, size) {
+/** Static patches, of one size: BOS is in the first patch, so that it has a byte less. */
+export function staticStarts(length, size) {
   const starts = new Uint8Array(length);
   for (let i = 0; i < length; i++) starts[i] = i === 0 || (i + 1) % size === 0 ? 1 : 0;
   return starts;

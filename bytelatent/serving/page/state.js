@@ -1,4 +1,4 @@
-/** What the views share. Nothing is stored but the theme: texts and the key are forgotten with the tab. */
+/** What the views share. The theme is stored; texts and settings last as long as the tab, the key until a reload. */
 
 /** Values that others are called about when they change. */
 export class Store {
@@ -30,20 +30,33 @@ export const server = new Store({ models: [], key: "" });
 const THEME = "bytelatent.theme";
 
 /** `system`, `light` or `dark`. */
-export const theme = new Store({ choice: stored(THEME) ?? "system" });
+export const theme = new Store({ choice: stored("localStorage", THEME) ?? "system" });
 
 theme.subscribe(({ choice }) => {
   document.documentElement.dataset.theme = choice;
-  try {
-    localStorage.setItem(THEME, choice);
-  } catch {
-    // Storage may be switched off; the theme then lasts as long as the tab.
-  }
+  store("localStorage", THEME, choice);
 });
 
-function stored(name) {
+/** What was kept under a name in this tab, else null. */
+export const kept = (name) => JSON.parse(stored("sessionStorage", `bytelatent.${name}`));
+
+/** Keep a value over a reload. */
+export const keep = (name, value) => store("sessionStorage", `bytelatent.${name}`, JSON.stringify(value));
+
+// Storage may be switched off or full; values then last until a reload.
+
+function store(storage, name, value) {
   try {
-    return localStorage.getItem(name);
+    globalThis[storage].setItem(name, value);
+  } catch {
+    stored(storage, name, true);
+  }
+}
+
+function stored(storage, name, isOld = false) {
+  try {
+    if (isOld) globalThis[storage].removeItem(name);
+    return globalThis[storage].getItem(name);
   } catch {
     return null;
   }

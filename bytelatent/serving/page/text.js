@@ -3,11 +3,18 @@
 const LF = 0x0a;
 const SPACE = 0x20;
 const INVISIBLE = /[\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\u0080-\u009f\u00ad]/; // joiners keep their effect
+const BLANK = /[\u00a0\u115f\u1160\u1680\u180e\u2000-\u200a\u202f\u205f\u2800\u3000\u3164\uffa0]/; // no plain space
 const PLAIN = /^[\x20-\x7e\n↵⇥␀-␡]*$/;
 const PIECES = globalThis.Intl?.Segmenter ? new Intl.Segmenter(undefined, { granularity: "grapheme" }) : null;
 
 /** UTF-8 of a text; half a surrogate pair, which no text may hold, becomes U+FFFD. */
 export const encode = (text) => new TextEncoder().encode(text);
+
+/** The beginning of a text that has at most so many bytes; whole characters. */
+export function beginning(text, most) {
+  if (3 * text.length <= most) return text; // a UTF-16 unit has at most 3 bytes
+  return text.slice(0, new TextEncoder().encodeInto(text, new Uint8Array(Math.max(0, most))).read);
+}
 
 const isContinuation = (byte) => (byte & 0xc0) === 0x80;
 
@@ -82,7 +89,7 @@ function sign(code) {
   if (code < 0x20) return String.fromCharCode(0x2400 + code);
   if (code === 0x7f) return "␡";
   const text = String.fromCodePoint(code);
-  return INVISIBLE.test(text) ? "◦" : text;
+  return INVISIBLE.test(text) ? "◦" : BLANK.test(text) ? "␣" : text;
 }
 
 /** Where each grapheme of a shown text begins, in UTF-16 units, and its end. */

@@ -1,6 +1,6 @@
 /** The threshold as a bar in the line of entropies: dragged with the pointer, or moved with the arrow keys. */
 
-import { decimal, el, oncePerFrame } from "./dom.js";
+import { decimal, el } from "./dom.js";
 
 const NEAR = 6; // pixels from the line at which the pointer takes it
 const STEPS = { ArrowUp: 0.05, ArrowRight: 0.05, ArrowDown: -0.05, ArrowLeft: -0.05, PageUp: 0.5, PageDown: -0.5 };
@@ -10,7 +10,7 @@ export class ThresholdBar {
   constructor(drawing, onChange) {
     this.drawing = drawing;
     this.onChange = onChange;
-    this.value = 0;
+    this.value = null;
     this.handle = el("div.threshold-handle", {
       role: "slider",
       tabIndex: 0,
@@ -18,12 +18,11 @@ export class ThresholdBar {
       "aria-orientation": "vertical",
       "aria-valuemin": "0",
       onkeydown: (event) => this.#key(event),
+      hidden: true,
     });
     const { host } = drawing;
-    this.axis = ["top", "zero"].map((end) => el(`div.axis.${end}`, { "aria-hidden": "true" }));
-    this.axis[1].textContent = "0";
-    host.append(...this.axis, this.handle);
-    host.addEventListener("scroll", oncePerFrame(() => this.place()), { passive: true });
+    host.append(this.handle);
+    drawing.axis.onPlace = (y) => this.#place(y);
     host.addEventListener("pointerdown", (event) => this.#down(event));
     host.addEventListener("pointermove", (event) => this.#hover(event));
   }
@@ -31,28 +30,22 @@ export class ThresholdBar {
   /** Show a threshold; null: there is none to move. */
   show(value) {
     this.value = value;
-    for (const part of [this.handle, ...this.axis]) part.hidden = value === null;
+    this.handle.hidden = value === null;
     if (value === null) return;
     const { top } = this.drawing.marks;
     this.handle.textContent = decimal(value);
-    this.axis[0].textContent = `${top} nats`;
     this.handle.setAttribute("aria-valuemax", decimal(top));
     this.handle.setAttribute("aria-valuenow", decimal(value));
     this.handle.setAttribute("aria-valuetext", `${decimal(value)} nats`);
-    this.place();
+    this.drawing.axis.place();
   }
 
-  /** The handle is beside the first row in sight. */
-  place() {
+  /** The handle is beside the first row in sight, over the scale's 0 where it has to be. */
+  #place(y) {
     if (this.value === null) return;
-    const { row, first, lane } = this.drawing.geometry;
-    const top = first + row * Math.max(0, Math.ceil((this.drawing.host.scrollTop - first) / row));
-    this.handle.style.top = `${top + this.drawing.yOf(this.value)}px`;
-    this.axis[0].style.top = `${top}px`;
-    this.axis[1].style.top = `${top + lane}px`;
-    const y = this.drawing.yOf(this.value);
-    this.axis[0].hidden = y < 22; // the handle is there
-    this.axis[1].hidden = y > lane - 20;
+    const at = this.drawing.yOf(this.value);
+    this.handle.style.top = `${y + at}px`;
+    if (at > this.drawing.geometry.lane - 18) this.drawing.axis.ends[1].hidden = true;
   }
 
   /** How far the pointer is from the line of its row, and its height in that row. */

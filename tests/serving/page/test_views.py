@@ -36,7 +36,7 @@ def test_patches_are_the_servers(open_page: Open, blt: BLT) -> None:
     assert counts == {
         "entropy": str(len(answer["starts"])),
         "space": str(len(answer["modes"]["space"]["starts"])),
-        "fixed": str(len(answer["modes"]["static:4"]["starts"])),
+        "static": str(len(answer["modes"]["static:4"]["starts"])),
     }
     page.get_by_label("Bytes per patch").fill("1")
     expect(page.locator(".modes tbody tr").nth(2).locator("td").first).to_have_text(str(len(text)))
@@ -109,10 +109,10 @@ def test_starts_equal_the_models(open_page: Open) -> None:
     asked = [{**settings.plain(), "decision": settings.decision} for settings in cases]
     found = open_page().evaluate(
         """async ([values, cases]) => {
-          const { entropyStarts, fixedStarts } = await import("/starts.js");
+          const { entropyStarts, staticStarts } = await import("/starts.js");
           const entropies = Float32Array.from(values);
           return cases.map((its) => Array.from(its.mode === "static"
-            ? fixedStarts(entropies.length, its.patch_size) : entropyStarts(entropies, its, its.threshold)));
+            ? staticStarts(entropies.length, its.patch_size) : entropyStarts(entropies, its, its.threshold)));
         }""",
         [[float(f"{value:.9g}") for value in entropies.tolist()], asked],
     )
@@ -126,7 +126,7 @@ SCRIPTS = {
     "combining": "e\u0301 a\u0308\u0323 क्षि ก็",
     "emoji": "👩‍🔬 👨‍👩‍👧‍👦 🇯🇵 👍🏽",
     "markup": "<img src=x onerror=alert(1)><script>alert(2)</script>&amp;",
-    "unseen": "a\u200bb\u202ec\u0000d\u007f\u2028e\ufeff",
+    "unseen": "a\u200bb\u202ec\u0000d\u007f\u2028e\ufeff\u00a0f\u3000",
     "half": "a\ud83db",
 }
 
@@ -156,6 +156,8 @@ def test_any_text(open_page: Open, blt: BLT, name: str) -> None:
     assert sum(sizes) == len(data)
     if name == "emoji":
         assert sizes == [11, 1, 25, 1, 8, 1, 8]
+    if name == "unseen":
+        assert patched(page).locator(".block").inner_text() == "a◦b◦c␀d␡◦e◦␣f␣"
     if name == "combining":
         assert sizes[:3] == [3, 1, 5]
 
@@ -279,7 +281,7 @@ def test_commands_give_the_same_text(open_page: Open, kind: str) -> None:
     assert len(by_curl) > 5
     # Bytes that are no UTF-8 are shown one by one in the page, and signs take the place of controls.
     letters = re.compile(
-        "[^\ufffd\u2400-\u2421\u25e6↵⇥\\s\x00-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
+        "[^\ufffd\u2400-\u2423\u25e6↵⇥\\s\x00-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
     )
     assert letters.findall(shown) == letters.findall(by_curl)
 
