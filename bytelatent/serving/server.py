@@ -122,8 +122,9 @@ class TimedProtocol(H11Protocol):
             self.transport.close()
             return
         if self.cycle is not None and not self.cycle.response_complete:  # it is in its body
-            refuse_below(self.cycle.scope, error)
-            id_ = id_of(self.cycle.scope)
+            scope: Any = self.cycle.scope
+            refuse_below(scope, error)
+            id_ = id_of(scope)
         else:
             id_ = new_id()
             LOGGER.info(f"{self.client[0] if self.client else '-'} - {error.status_code}, {id_}: {error.message}")
