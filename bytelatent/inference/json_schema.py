@@ -3,6 +3,7 @@
 The compiler reports most of what it cannot do. Here is what it would accept and not hold to, or not end on.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, unquote
@@ -11,6 +12,8 @@ from bytelatent.errors import UserError
 
 MAX_DEPTH = 100  # of objects and arrays within one another, as in the text of a schema
 MAX_PARTS = 20_000
+# An expression of what JSON takes for white space.
+WHITE_SPACE = re.compile(r"(?:(?:[ \t\n\r]|\\[tnr]|\[(?:[ \t\n\r]|\\[tnr])+\])(?:[*+?]|\{\d+(?:,\d*)?\})?)*")
 MAX_OPEN_PROPERTIES = 1000  # of an object, that may be left out
 MAX_STEPS = 10_000  # an automaton of that many states knows the multiples of a number
 IN_OBJECTS = ("properties", "patternProperties", "$defs", "definitions")  # keywords whose values hold schemas by name
@@ -101,14 +104,25 @@ def _check_part(part: dict[str, Any], at: str) -> None:
             f"schema: {_at(at)} has minProperties={least} and names no more than {len(required)} required properties; "
             "require them by name, or set additionalProperties to false"
         )
-    guidance = part.get("x-guidance")
-    if "x-guidance" in part and (at or not isinstance(guidance, dict) or guidance.keys() - {"whitespace_pattern"}):
-        raise UserError(f"schema: {_at(at)} has x-guidance, which takes whitespace_pattern in the whole alone")
+    if "x-guidance" in part:
+        _check_guidance(part["x-guidance"], at)
     step = part.get("multipleOf")
     if isinstance(step, int | float) and not isinstance(step, bool) and step <= 0:
         raise UserError(f"schema: {_at(at)} has multipleOf={step}, which is not above 0")
     if isinstance(step, int | float) and not isinstance(step, bool) and _digits(step) > MAX_STEPS:
         raise UserError(f"schema: {_at(at)} has multipleOf={step}, of more than {MAX_STEPS:,} steps; leave it out")
+
+
+def _check_guidance(guidance: Any, at: str) -> None:
+    """Of llguidance's own options the one is taken that says how parts are spaced, in white space."""
+    if at or not isinstance(guidance, dict) or guidance.keys() - {"whitespace_pattern"}:
+        raise UserError(f"schema: {_at(at)} has x-guidance, which takes whitespace_pattern in the whole alone")
+    pattern = guidance.get("whitespace_pattern", "")
+    if not isinstance(pattern, str) or WHITE_SPACE.fullmatch(pattern) is None:
+        raise UserError(
+            "schema: x-guidance: whitespace_pattern is spaces, \\t, \\n, \\r, or some of them in [], "
+            "each with *, +, ? or {1,2}"
+        )
 
 
 def _digits(step: float) -> int:

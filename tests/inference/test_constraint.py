@@ -181,6 +181,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "half a character": ({"schema": {"const": "\ud800"}}, "schema: it is no JSON"),
     "half of one": ({"regex": "a\udc80"}, "regex: it holds half of a surrogate pair"),
     "extension": ({"schema": {"items": {"x-guidance": {}}}}, "schema: '/items' has x-guidance"),
+    "letters between": (
+        {"schema": {"x-guidance": {"whitespace_pattern": "[ a]"}}},
+        "schema: x-guidance: whitespace_pattern is spaces",
+    ),
     "negative steps": ({"schema": {"multipleOf": -3}}, "the whole has multipleOf=-3, which is not above 0"),
     "no such type": ({"schema": {"properties": {"a": {"type": "strin"}}}}, "schema: '/properties/a': .*strin"),
     "not supported": ({"schema": {"items": {"not": {}}}}, "schema: '/items': not: not supported; leave it out"),
