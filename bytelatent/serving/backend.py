@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 # Shapes: N ids of a text, T of a piece of it, V vocabulary
 
-PIECE = 2048  # ids of which the entropy model alone reads so many between two steps
+PIECE = 2048  # ids that the entropy model alone reads between two steps
 NATS_PER_BIT = math.log(2)
 
 

@@ -10,7 +10,7 @@ const PIECES = globalThis.Intl?.Segmenter ? new Intl.Segmenter(undefined, { gran
 /** UTF-8 of a text; half a surrogate pair, which no text may hold, becomes U+FFFD. */
 export const encode = (text) => new TextEncoder().encode(text);
 
-/** The beginning of a text that has at most so many bytes; whole characters. */
+/** The beginning of a text, of at most this number of bytes; whole characters. */
 export function beginning(text, most) {
   if (3 * text.length <= most) return text; // a UTF-16 unit has at most 3 bytes
   return text.slice(0, new TextEncoder().encodeInto(text, new Uint8Array(Math.max(0, most))).read);
