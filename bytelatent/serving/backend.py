@@ -104,7 +104,7 @@ class Backend:
     async def read_prompt(self, ids: Tensor, num_alternatives: int) -> list[ByteInfo]:
         """What the model predicts of each byte of a prompt; of special ids within it nothing is shown."""
         found: list[ByteInfo] = []
-        async for new, log_p_TV in self._predictions(Document(self.blt, ids)):
+        async for new, log_p_TV in self._predictions(ScoredText(self.blt, ids)):
             top = log_p_TV.topk(max(num_alternatives, 1))
             values = log_p_TV.gather(1, new[:, None])[:, 0].tolist()
             for id_, value, *pair in zip(new.tolist(), values, top.indices.tolist(), top.values.tolist(), strict=True):
@@ -113,7 +113,7 @@ class Backend:
                     found.append(ByteInfo(id_ - OFFSET, value, alternatives, False))
         return found
 
-    async def _predictions(self, document: "Document") -> AsyncIterator[tuple[Tensor, Tensor]]:
+    async def _predictions(self, document: "ScoredText") -> AsyncIterator[tuple[Tensor, Tensor]]:
         """The ids of a document after its first [T], and their log-probabilities, float64 [T, V], piece by piece.
 
         Between the pieces others decode, and a task that is cancelled ends.
@@ -173,7 +173,7 @@ class Backend:
         ids, context = torch.from_numpy(encode(data)), self.blt.context
         values: list[Tensor] = []
         num_patches, size = 0, self.scheduler.prefill_chunk
-        first = Document(self.blt, ids[:2])
+        first = ScoredText(self.blt, ids[:2])
         await self.call(lambda: first.read(1))
         if context <= size:
             at = 0
@@ -183,14 +183,14 @@ class Backend:
                 at, num_patches = at + len(log_p_TV), num_patches + count
             return _score(len(data), num_patches - first.first_closes, torch.cat(values)[: len(data) + end], each)
         for begin in range(0, len(ids) - 1, context):
-            document = Document(self.blt, ids[begin : begin + context + 1])
+            document = ScoredText(self.blt, ids[begin : begin + context + 1])
             async for new, log_p_TV in self._predictions(document):
                 values.append(log_p_TV.gather(1, new[:, None])[:, 0])
             num_patches += document.num_patches
         return _score(len(data), num_patches - first.first_closes, torch.cat(values)[: len(data) + end], each)
 
 
-class Document:
+class ScoredText:
     """Ids [N] that a model reads in pieces, all but the last one, which it only predicts.
 
     Attributes:

@@ -50,7 +50,7 @@ def new_id() -> str:
     return f"req-{secrets.token_hex(12)}"
 
 
-def id_of(scope: Scope) -> str:
+def request_id(scope: Scope) -> str:
     """The id of a request, its own if it has a sound one."""
     state = scope.setdefault("state", {})
     if "id" not in state:
@@ -74,7 +74,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = RequestRecord(id_of(scope))
+        record = RequestRecord(request_id(scope))
         scope["state"]["record"] = record
 
         async def send_with_id(message: Message) -> None:

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bytelatent.errors import STOPPED, UserError
 from bytelatent.serving.errors import ApiError
-from bytelatent.serving.request_log import ID_HEADER, id_of, new_id, refuse_below
+from bytelatent.serving.request_log import ID_HEADER, new_id, refuse_below, request_id
 from bytelatent.serving.state import ServerState
 from bytelatent.signals import hearing_stops
 from bytelatent.terminal import flush_output, print_line
@@ -124,7 +124,7 @@ class TimedProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:  # it is in its body
             scope: Any = self.cycle.scope
             refuse_below(scope, error)
-            id_ = id_of(scope)
+            id_ = request_id(scope)
         else:
             id_ = new_id()
             LOGGER.info(f"{self.client[0] if self.client else '-'} - {error.status_code}, {id_}: {error.message}")

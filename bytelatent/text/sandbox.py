@@ -20,7 +20,7 @@ def compile_template(source: str, name: str) -> Any:
     """A template of Jinja.
 
     Raises:
-        UserError: it is none; `name` is its file.
+        UserError: it is no Jinja; `name` is its file.
     """
     from jinja2 import TemplateSyntaxError
 
