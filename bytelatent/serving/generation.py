@@ -187,14 +187,16 @@ class Generation:
         deadline, newest = time.monotonic() + self.limits.max_seconds, 0.0
         late = False
         while not all(text.ended for text in self.texts):
-            try:
-                items = await self._inbox.get(30.0 if late else max(deadline - time.monotonic(), 0))
-            except TimeoutError:
-                if late:
-                    raise ApiError(500, "the engine does not answer") from None
+            left = deadline - time.monotonic()
+            if left <= 0 and not late:
                 late = True
                 self.record.reason = f"ended after {self.limits.max_seconds:g} s"
                 self.cancel()
+            try:
+                items = await self._inbox.get(30.0 if late else left)
+            except TimeoutError:
+                if late:
+                    raise ApiError(500, "the engine does not answer") from None
                 continue
             updates: dict[int, list[Update]] = {}
             for job, new in items:
