@@ -103,15 +103,15 @@ def test_the_chosen_byte_is_in_sight_on_a_phone(open_page: Open) -> None:
         page.keyboard.press("ArrowDown")
         shown = page.locator("#view-patches .inspected p")
         expect(shown).to_be_in_viewport(ratio=1)
-        below = page.evaluate(
+        below = page.wait_for_function(  # until it is drawn where it has come to
             """() => { const about = document.querySelector(".inspected p").textContent;
               const first = Number(about.match(/byte (\\d+)/)[1]) - 1;
               const blocks = [...document.querySelectorAll("#view-patches .block")];
               const element = blocks.find((each) => first < each.block.to);
-              const { row } = element.block.glyphs.find((glyph) => glyph.from === first);
+              const glyph = element.block.glyphs?.find((each) => each.from === first);
               const height = parseFloat(getComputedStyle(element).lineHeight);
-              return element.getBoundingClientRect().top + (row + 1) * height; }"""
-        )
+              return glyph && element.getBoundingClientRect().top + (glyph.row + 1) * height; }"""
+        ).json_value()
         over = page.locator("#view-patches .inspector").bounding_box()
         assert over is not None
         assert 0 < below <= over["y"] + 1  # the text itself is not covered
