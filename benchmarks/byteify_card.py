@@ -1,4 +1,4 @@
-"""Is a byteified token LM better than a BLT from scratch on the same bytes? The experiment for one GPU, in an hour.
+"""Is a byteified token LM better than a BLT from scratch on the same bytes? The experiment for one GPU.
 
     python benchmarks/byteify_card.py text --out runs/byteify_card
     python benchmarks/byteify_card.py --tiny --out /tmp/byteify_card
