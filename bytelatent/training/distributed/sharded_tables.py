@@ -21,7 +21,8 @@ that. Gigabytes that a rank sends in a step, in both passes:
 | 64    | 24.2     | 33.8 | 3.17               | 1.33                |
 
 So sums are for a dense gradient and at most S ranks; rows for more, and for gradients by rows, which then hold V rows.
-Tables that every rank holds whole would send half of what sums do, but take W times the memory and the optimizer's work.
+Tables that every rank holds whole would send half of what sums do, but take W times the memory and the optimizer's
+work.
 """
 
 from typing import Any
@@ -108,7 +109,7 @@ class _Lookup:
         return self._bounds
 
     def exchange(self, part: Tensor, to_each: list[int], from_each: list[int]) -> Tensor:
-        """Send consecutive rows of `part` to the ranks, so many to each; what they send, in the order of ranks."""
+        """Send consecutive rows of `part` to the ranks, and return what these send, in the order of ranks."""
         out = part.new_empty(sum(from_each), *part.shape[1:])
         dist.all_to_all_single(out, part.contiguous(), from_each, to_each, group=self.group)
         return out
