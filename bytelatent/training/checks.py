@@ -46,8 +46,6 @@ def check_settings(settings: TrainSettings, world_size: int, device: torch.devic
         )
     if world_size > 1 and optimizer.hash_gradients == "rows":
         raise UserError(f"optimizer.hash_gradients: rows is for one process, not for {world_size}; take dense")
-    if world_size > 1 and optimizer.name == "muon":
-        raise UserError(f"optimizer.name: muon is for one process, not for {world_size}; take adamw")
     check_cuda_graph(settings.cuda_graph, device, world_size)
 
 

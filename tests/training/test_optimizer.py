@@ -192,7 +192,7 @@ def test_muon_learns(tmp_path: Path, text: Path, model: str) -> None:
     assert sum(row["bits_per_byte"] for row in rows[-5:]) / 5 < 0.9 * unigram_bits(text)
 
 
-@pytest.mark.parametrize("more", [{"hash_gradients": "rows"}, {"name": "muon"}])
+@pytest.mark.parametrize("more", [{"hash_gradients": "rows"}])
 def test_what_one_process_can_do_alone(text: Path, more: dict[str, Any]) -> None:
     asked = space_run(text, **more)
     check_settings(asked, 1, CPU)
