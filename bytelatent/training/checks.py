@@ -49,8 +49,6 @@ def check_settings(settings: TrainSettings, world_size: int, device: torch.devic
             f"optimizer.hash_gradients: rows of {world_size} processes need row-sharded tables, not parallel.tables="
             f"{parallel.tables}; take parallel.tables=rows, or optimizer.hash_gradients=dense"
         )
-    if world_size > 1 and optimizer.name == "muon":
-        raise UserError(f"optimizer.name: muon is for one process, not for {world_size}; take adamw")
     check_cuda_graph(settings.cuda_graph, device, world_size)
 
 

@@ -5,8 +5,15 @@ import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
+
+from bytelatent.training.distributed.parallelize import local_part
+from bytelatent.training.distributed.whole_matrices import WholeMatrices
+
+PRECISION = torch.bfloat16  # of the products, as in torch's class
 
 # Shapes: N matrices of A rows and B columns
 
@@ -16,47 +23,63 @@ class Muon(torch.optim.Muon):
 
     Wide matrices are orthogonalized together with tall ones of the transposed shape. Updates are scaled to the size of
     AdamW's, so that both share a learning rate.
+
+    Matrices may be spread over ranks in any way: each is orthogonalized whole on one rank, see `WholeMatrices`. torch's
+    own class takes them, too, but gathers each matrix on every rank, for each of its products.
     """
 
     def __init__(self, params: ParamsT):
         super().__init__(params, adjust_lr_fn="match_rms_adamw")
+        self._whole: WholeMatrices | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         assert closure is None, "the gradients are there already"
-        directions: dict[Tensor, Tensor] = {}
+        directions: dict[Tensor, Tensor] = {}  # of the parts that this rank holds
         for group in self.param_groups:
             parameters: list[Tensor] = []
             gradients: list[Tensor] = []
             averages: list[Tensor] = []
             self._init_group(group, parameters, gradients, averages)
             if parameters:
-                torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-                found = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
+                own, averages = [local_part(value) for value in gradients], [local_part(value) for value in averages]
+                torch._foreach_lerp_(averages, own, 1 - group["momentum"])
+                found = torch._foreach_lerp(own, averages, group["momentum"]) if group["nesterov"] else averages
                 directions |= zip(parameters, found, strict=True)
-        updates = self._updates(directions)
+        updates = dict(zip(directions, self._updates(directions), strict=True))
         for group in self.param_groups:
             of_size = _by_size([parameter for parameter in group["params"] if parameter in updates])
             for size, parameters in of_size.items():
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                own = [local_part(parameter) for parameter in parameters]
+                torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * 0.2 * math.sqrt(max(size))
-                torch._foreach_add_(parameters, [updates[parameter] for parameter in parameters], alpha=-rate)
+                torch._foreach_add_(own, [updates[parameter] for parameter in parameters], alpha=-rate)
 
-    def _updates(self, directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """The orthogonalized directions, by their parameters."""
+    def _updates(self, directions: dict[Tensor, Tensor]) -> list[Tensor]:
+        """The orthogonalized directions; of matrices that are spread over ranks this rank's parts."""
+        parts = list(directions.values())
+        if not any(isinstance(matrix, DTensor) for matrix in directions) or dist.get_world_size() == 1:
+            return self._orthogonalized(parts)
+        matrices = list(directions)
+        if self._whole is None or list(map(id, self._whole.matrices)) != list(map(id, matrices)):
+            self._whole = WholeMatrices(matrices, newton_schulz_cost, PRECISION)
+        whole = self._whole.gather(parts)
+        return self._whole.spread(dict(zip(whole, self._orthogonalized(list(whole.values())), strict=True)))
+
+    def _orthogonalized(self, matrices: list[Tensor]) -> list[Tensor]:
         how = {name: self.defaults[name] for name in ("ns_coefficients", "ns_steps", "eps")}
-        updates: dict[Tensor, Tensor] = {}
-        for parameters in _by_size(directions).values():
-            wide = [parameter for parameter in parameters if parameter.shape[0] <= parameter.shape[1]]
-            tall = [parameter for parameter in parameters if parameter.shape[0] > parameter.shape[1]]
+        found: dict[Tensor, Tensor] = {}
+        for of_size in _by_size(matrices).values():
+            wide = [matrix for matrix in of_size if matrix.shape[0] <= matrix.shape[1]]
+            tall = [matrix for matrix in of_size if matrix.shape[0] > matrix.shape[1]]
             # Stacked as they lie in memory, which is one kernel, and then transposed.
-            stacks = [torch.stack([directions[parameter] for parameter in those]) for those in (wide, tall) if those]
+            stacks = [torch.stack(those) for those in (wide, tall) if those]
             given = [stack if stack.shape[1] <= stack.shape[2] else stack.mT for stack in stacks]
-            found_NAB = orthogonalized(torch.cat([stack.bfloat16() for stack in given]), **how)
+            found_NAB = orthogonalized(torch.cat([stack.to(PRECISION) for stack in given]), **how)
             for stack, part in zip(stacks, found_NAB.split([len(stack) for stack in stacks]), strict=True):
                 stack.copy_(part if part.shape == stack.shape else part.mT)  # laid out as the parameters
-            updates |= zip([*wide, *tall], [update for stack in stacks for update in stack], strict=True)
-        return updates
+            found |= zip([*wide, *tall], [update for stack in stacks for update in stack], strict=True)
+        return [found[matrix] for matrix in matrices]
 
 
 def orthogonalized(x_NAB: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float) -> Tensor:
@@ -70,9 +93,15 @@ def orthogonalized(x_NAB: Tensor, ns_coefficients: tuple[float, float, float], n
     return x_NAB
 
 
-def _by_size(parameters: "list[Tensor] | dict[Tensor, Tensor]") -> dict[tuple[int, ...], list[Tensor]]:
+def newton_schulz_cost(rows: int, columns: int) -> float:
+    """FLOPs of `orthogonalized` for a matrix, in its five iterations."""
+    a, b = min(rows, columns), max(rows, columns)
+    return 5 * (4 * a * a * b + 2 * a * a * a)
+
+
+def _by_size(matrices: list[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:
     """Matrices by their shape, transposed or not."""
     found: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        found[tuple(sorted(parameter.shape))].append(parameter)
+    for matrix in matrices:
+        found[tuple(sorted(matrix.shape))].append(matrix)
     return found

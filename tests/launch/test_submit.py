@@ -97,7 +97,6 @@ def test_a_byte_lm_that_is_not_there(cluster: Cluster, here: Path) -> None:
     [
         (2, ["parallel.tensor=2"], "parallel.tensor divides the global transformer, and a byte LM has none"),
         (3, ["parallel.data=hybrid", "parallel.replicas=7"], "parallel.replicas: 24 processes are no multiple of 7"),
-        (2, ["optimizer.name=muon"], "optimizer.name: muon is for one process, not for 16"),
         (1, ["cuda_graph=true"], "cuda_graph: it is for one process on CUDA, not for 8 processes"),
     ],
 )

@@ -31,7 +31,7 @@ from bytelatent.training.distributed.parallelize import (
 from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.initial import identity_of, load_initial, open_initial
-from bytelatent.training.optimizer import build_optimizer, catch_up, single_optimizers
+from bytelatent.training.optimizer import Optimizers, build_optimizer, catch_up, single_optimizers
 from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import OptimizerSettings
 from bytelatent.weights import Config, load_byte_lm
@@ -126,8 +126,8 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         optimizer = {**asked.optimizer.plain(), "accumulation": BATCHES // plan.data_world_size}
         asked = asked.model_copy(update={"optimizer": type(asked.optimizer).parse(optimizer)})
         batches = Batches(asked, patcher, plan)
-        adam = build_optimizer(model, asked.optimizer)
-        state = TrainState(model, adam, batches)  # type: ignore[arg-type]
+        optimizers = build_optimizer(model, asked.optimizer)
+        state = TrainState(model, optimizers, batches)  # type: ignore[arg-type]
         checkpoints = None
         if run is not None:
             config = Config(model=asked.model, context=asked.data.context, patching=asked.patching)
@@ -143,12 +143,9 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         while state.step < steps:
             rows.append(loop.Trainer(asked, plan, state, Gradients(loss, device)).train_step())
             if not gradients:
-                scale = 1 / (1 - asked.optimizer.beta1)
                 named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-                states = [one.state for one in single_optimizers(adam)]
-                moments = {name: state[value] for name, value in named for state in states if value in state}
-                gradients = {name: _whole(moment["exp_avg"]) * scale for name, moment in moments.items()}
-        catch_up(adam)
+                gradients = {name: first_gradient(value, optimizers) for name, value in named}
+        catch_up(optimizers)
         held = {name: tuple(_own(value).shape) for name, value in model.named_parameters()}
         valid = next(Loader(asked.data, 1, patcher))
         with torch.no_grad():
@@ -158,6 +155,14 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
         if checkpoints is not None:
             checkpoints.save(state, is_last=ranks.world_size == 4, is_needed=True)
         return Taken(rows, gradients, whole(model), initial, held, gathered)
+
+
+def first_gradient(weight: torch.nn.Parameter, optimizers: torch.optim.Optimizer | Optimizers) -> torch.Tensor:
+    """From what the optimizer has after its first step."""
+    [(one, state)] = [(one, one.state[weight]) for one in single_optimizers(optimizers) if weight in one.state]
+    if "momentum_buffer" in state:
+        return _whole(state["momentum_buffer"]) / (1 - one.defaults["momentum"])
+    return _whole(state["exp_avg"]) / (1 - one.defaults["betas"][0])
 
 
 def train_as(

@@ -252,7 +252,6 @@ def trained(values: dict[str, Any]) -> str:
     [
         ({"optimizer": {"lrr": 1}}, "optimizer.lrr: unknown key; did you mean 'lr'?"),
         ({"device": "cpu:0"}, "device: 'cpu:0' is one, and 2 processes take one each; use device=cuda"),
-        ({"optimizer": {"name": "muon"}}, "optimizer.name: muon is for one process, not for 2; take adamw"),
         (
             {"parallel": {"data": "hybrid", "replicas": 3}},
             "parallel.replicas: 2 processes are no multiple of 3; start ",
