@@ -45,7 +45,7 @@ def measure(name: str, rows: int, waiting: int, rate: float) -> None:
     num_bytes = int(seen.sum()) * heads * size * 2 * k.element_size()
     print(f"{name}, {rows} rows, {waiting} wait: {num_bytes / 1e6:.0f} MB a layer, {num_bytes / rate * 1e6:.1f} us")
     expected = plain_decode_attention(qkv, k[0].clone(), v[0].clone(), position_B, rotary, **given)
-    for launch in (launch_for_attention(rows, 1, heads, heads, window or slots), *LAUNCHES):
+    for launch in (launch_for_attention(rows, heads, heads, window or slots), *LAUNCHES):
         found = decode_attention(qkv, k[0], v[0], position_B, rotary, launch=launch, **given)
         far = float((found - expected)[row_B >= 0].abs().max())
         assert far < 0.02, f"{launch}: {far}"

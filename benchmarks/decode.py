@@ -1,7 +1,7 @@
 """How fast is generation? Against the card's limits, and against transformers.
 
     python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [--new 512]
-    python benchmarks/decode.py [drafted] [one8] [cpu] [leaks --minutes 60]
+    python benchmarks/decode.py [one8] [cpu] [leaks --minutes 60]
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
 so that what the model writes has patches of 4.5 bytes; prompts of 512 random bytes, new bytes drawn at temperature 1.
@@ -9,8 +9,6 @@ The limit counts the bytes of weights and caches that must be read, at the speed
 
 check    float32 on the device: the replayed step's bytes and log-probabilities against plain PyTorch's
 one      one sequence;  batch: 64;  8b: one, of the 8B shape
-drafted  one sequence and 64 with drafts of several lengths. Random weights say nothing about how many drafted bytes are
-         right: `decode_trained.py drafted` does
 one8     one sequence with weights quantized to int8, to fp8, and as they are
 first    seconds from a prompt to the first byte
 cpu      the demo's BLT on the CPU, against the whole forward pass for every byte
@@ -127,11 +125,9 @@ def lower_bound(decoder: Decoder, rows: int, quorum: float, position: int) -> fl
     return (by_byte + by_patch) / copy_rate()
 
 
-def generate(
-    decoder: Decoder, count: int, new: int, quorum: float = 0.0, max_closing: int | None = None, draft_length: int = 1
-) -> None:
+def generate(decoder: Decoder, count: int, new: int, quorum: float = 0.0, max_closing: int | None = None) -> None:
     """Warm up, then time `count` sequences of `new` bytes from the first drawn byte on."""
-    slots = CapturedSlots(decoder, count, quorum, max_closing, draft_length)
+    slots = CapturedSlots(decoder, count, quorum, max_closing)
     engine = Engine(decoder, slots, count)
     began = time.perf_counter()
     for prompt in random_prompts(count, 16, seed=3):
@@ -156,8 +152,7 @@ def generate(
         f"{count} sequences, quorum {quorum:.2f}, {max_closing or count} closing: {rate:,.0f} bytes/s, "
         f"{rate / limit:.0%} of the limit's {limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms per byte of each, "
         f"{patch:.2f} bytes per patch, warm-up {warm:.1f} s"
-        f", {took / (slots.num_steps - first_step) * 1e3:.3f} ms per step"
-        + (f" of up to {draft_length} bytes" if draft_length > 1 else ""),
+        f", {took / (slots.num_steps - first_step) * 1e3:.3f} ms per step",
         flush=True,
     )
 
@@ -180,19 +175,10 @@ def check() -> None:
         model = quantize_model(plain.model, weights)
         there = Decoder(model, plain.patching, plain.byte_lm)
         fast = PrefillDecoder(model, plain.patching, plain.byte_lm)
-        for rows, quorum, max_closing, draft_length in (
-            (1, 0.0, None, 1),
-            (4, 0.0, None, 1),
-            (4, 0.5, 2, 1),
-            (20, 0.3, None, 1),
-            (1, 0.0, None, 6),
-            (4, 0.0, None, 9),
-        ):
-            if draft_length > 1 and name in ("byte LM", *cases.OTHERS):  # without drafts
-                continue
+        for rows, quorum, max_closing in ((1, 0.0, None), (4, 0.0, None), (4, 0.5, 2), (20, 0.3, None)):
             prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * max(rows // 4, 1)
             expected = cases.generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
-            engine = Engine(fast, CapturedSlots(fast, rows, quorum, max_closing, draft_length), rows)
+            engine = Engine(fast, CapturedSlots(fast, rows, quorum, max_closing), rows)
             found = cases.generated(engine, prompts[:rows], 60, sampling)
             same, far = 0, 0.0
             for one, other in zip(found, expected, strict=True):
@@ -204,7 +190,7 @@ def check() -> None:
                     far = max(far, abs(p - q))
             num_unequal += rows - same
             print(
-                f"check {name}, {weights} weights, {rows} rows, quorum {quorum}, drafts of {draft_length}: "
+                f"check {name}, {weights} weights, {rows} rows, quorum {quorum}: "
                 f"{same} of {rows} equal, log-probabilities {far:.1e}"
             )
     if num_unequal:
@@ -381,7 +367,7 @@ def main() -> None:
     if "peer" in given.what:
         peer()
         torch.cuda.empty_cache()
-    if {"one", "batch", "first", "prefill", "profile", "drafted"} & set(given.what):
+    if {"one", "batch", "first", "prefill", "profile"} & set(given.what):
         print(f"copy {copy_rate() / 1e12:.2f} TB/s, matrices {matrix_rate() / 1e12:.0f} TFLOP/s")
         decoder = decoder_of("blt-1b")
         if "one" in given.what:
@@ -391,9 +377,6 @@ def main() -> None:
         if "batch" in given.what:
             for quorum, max_closing in ((0.0, 24), (QUORUM, None), (0.5, None)):
                 generate(decoder, 64, given.new, quorum, max_closing)
-        if "drafted" in given.what:
-            for count, draft_length in ((1, 1), (1, 4), (1, 8), (1, 12), (1, 16), (64, 8)):
-                generate(decoder, count, given.new, draft_length=draft_length)
         if "prefill" in given.what:
             prefill(decoder)
         if "profile" in given.what:

@@ -155,6 +155,8 @@ def _options(settings: type[Settings], within: tuple[str, ...] = ()) -> Iterator
         names = how.names or (_switch(name) if kind is bool and default is not False else _option(name),)
         info = typer.Argument(help=help) if how.is_argument else typer.Option(*names, help=help)
         yield _parameter(name, kind, default, info), _Given((*within, name))
+    for name in settings.removed:  # the settings refuse it
+        yield _parameter(name, str, None, typer.Option(_option(name), hidden=True)), _Given((*within, name))
     for old, new in settings.old_names.items():
         kind = _kind(settings.model_fields[new].annotation)
         parameter = _parameter(old, kind, None, typer.Option(_option(old), hidden=True))

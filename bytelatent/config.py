@@ -49,12 +49,14 @@ class Settings(BaseModel):
         presets: fields that may be the name of a preset; with other keys beside it, the name's key is `preset`.
         alternatives: fields of which one may be set. One on the command line unsets the others of a file.
         old_names: earlier names of fields, which still work.
+        removed: earlier fields, and what a line about each says.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
     presets: ClassVar[tuple[str, ...]] = ()
     alternatives: ClassVar[tuple[str, ...]] = ()
     old_names: ClassVar[dict[str, str]] = {}
+    removed: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -224,6 +226,30 @@ def renamed_arguments(**names: str) -> Callable[[Callable[Arguments, Result]], C
     return decorate
 
 
+def removed_arguments(**names: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Decorate a function that had these arguments once; an error about one says what is given here."""
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            for name in names.keys() & kwargs.keys():
+                raise UserError(f"{name}: {names[name]}")
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def removed_attribute(name: str, why: str) -> Any:
+    """A property in place of an attribute that was removed: to read or to set it is an error."""
+
+    def refuse(*_: object) -> None:
+        raise UserError(f"{name}: {why}")
+
+    return property(refuse, refuse)
+
+
 def renamed_attribute(old: str, new: str) -> Any:
     """A property that still gives an attribute its old name."""
 
@@ -278,6 +304,9 @@ def _location(problem: Any) -> list[str]:
 def _about_unknown(model: type[BaseModel], location: list[str]) -> str:
     """A line about a key that the settings at its place do not know, and about the one that may be meant."""
     *group, name = location
+    for inner in _models_at(model, group):
+        if issubclass(inner, Settings) and name in inner.removed:
+            return inner.removed[name]
     known = list(dict.fromkeys(field for inner in _models_at(model, group) for field in inner.model_fields))
     places = [[*group, field] for field in known]
     deeper = [

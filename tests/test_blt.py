@@ -226,9 +226,9 @@ def test_published_weights_round_trip(goldens: Path, tmp_path: Path) -> None:
 def test_old_names_still_work(blt: BLT, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     warn_renamed.cache_clear()
     blt.save_pretrained(tmp_path / "a")
-    old: Any = {"entropy": tmp_path / "a" / "byte_lm", "weights": "int8", "ahead": 3}
+    old: Any = {"entropy": tmp_path / "a" / "byte_lm", "weights": "int8"}
     model = BLT.from_pretrained(tmp_path / "a", device="cpu", **old)
-    assert (model.quantize, model.draft_length) == ("int8", 3) == (model.weights, model.ahead)
+    assert model.quantize == "int8" == model.weights
     model.byte_lm = tiny_byte_lm(seed=5)
     assert model.entropy_model is model.byte_lm
     old = {"num_rows": 2}
@@ -257,14 +257,9 @@ def test_precision_of_the_weights(blt: BLT, tmp_path: Path) -> None:
         BLT.from_pretrained(tmp_path / "a", dtype="float16")
 
 
-def test_drafts_change_nothing_that_is_written(blt: BLT, tmp_path: Path) -> None:
-    blt.save_pretrained(tmp_path / "a")
-    ours = BLT.from_pretrained(tmp_path / "a", device="cpu", draft_length=7)
-    texts = ["The", "", "a longer one"]
-    assert ours.generate(texts, max_new_bytes=30) == blt.generate(texts, max_new_bytes=30)
-    assert "".join(ours.stream("The", max_new_bytes=30)) == blt.generate("The", max_new_bytes=30)
-    ours.draft_length = 1
-    assert ours.generate("The", max_new_bytes=30) == blt.generate("The", max_new_bytes=30)
+def test_streams_of_several_texts_are_those_alone(blt: BLT) -> None:
+    assert "".join(blt.stream("The", max_new_bytes=30)) == blt.generate("The", max_new_bytes=30)
+    assert blt.generate(["The", "", "a longer one"], max_new_bytes=30)[0] == blt.generate("The", max_new_bytes=30)
 
 
 def test_quantized_weights(blt: BLT, tmp_path: Path) -> None:
@@ -416,7 +411,10 @@ def test_a_reused_engine_has_the_new_weights(blt: BLT) -> None:
         (lambda blt: blt.generate("x", samples="2"), "samples: '2' is not a number"),
         (lambda blt: blt.generate("x", samples=True), "samples: True is not a number"),
         (lambda blt: blt.generate("x", stop="\ud800"), "stop: .* holds half of a surrogate pair"),
-        (lambda blt: BLT.from_pretrained("absent", draft_length="8"), "draft_length: '8' is not a number from 1 to 16"),  # type: ignore
+        (lambda blt: BLT.from_pretrained("absent", draft_length=8), "draft_length: speculative decoding was"),  # type: ignore
+        (lambda blt: BLT.from_pretrained("absent", ahead=8), "ahead: speculative decoding was removed"),  # type: ignore
+        (lambda blt: setattr(blt, "draft_length", 4), "draft_length: .* was removed .*; leave it out, the text is"),
+        (lambda blt: blt.ahead, "ahead: speculative decoding was removed"),
         (lambda blt: blt.stream(["a", ["b"]]), "a text is str or bytes, not list"),
         (lambda blt: blt.score("a", [5]), "a text is str or bytes, not int: 5"),
         (lambda blt: blt.score("a", 5), "score takes a list of continuations"),

@@ -135,9 +135,6 @@ def test_adapters_take_part_in_generation() -> None:
             break
     expected = bytes(i - 4 for i in ids[4:] if i > 3).decode(errors="replace")
     assert model.generate("The", **settings) == expected != plain
-    model.draft_length = 4
-    with pytest.raises(UserError, match="draft_length: modules of this model were replaced"):
-        model.generate("The", **settings)
 
 
 def changed_threshold(model: BLT) -> None:
@@ -214,8 +211,6 @@ def test_patches_are_the_same_everywhere(change: Callable[[BLT], None]) -> None:
         ("entropy_model", "runs/byte_lm", "entropy_model: it takes a ByteLM, not str: 'runs/byte_lm'"),
         ("model", nn.Linear(2, 2), "model: it takes a BLTModel, not Linear"),
         ("config", {}, "config: it takes a Config, not dict"),
-        ("draft_length", 99, "draft_length: 99 is not a number from 1 to 16"),
-        ("draft_length", "2", "draft_length: '2' is not a number"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line(name: str, value: object, message: str) -> None:

@@ -29,7 +29,6 @@ NAMES = {  # part of a name -> what to write
 DECODING_NAMES = {  # words that mean something else in other packages
     "look|looks|kept": "cache, cached",
     "places": "slots (engine), batch_size (commands)",
-    "ahead": "draft_length",
 }
 DECODING = ("inference", "kernels", "model", "blt", "generate.py", "test_blt.py", "decode.py", "decode_trained.py")
 PROSE = {
@@ -57,8 +56,6 @@ PROSE = {
 }
 # Where an old word is right: a name of a file format, of another library, or an old name that users may still write.
 ALLOWED = {
-    "bytelatent/blt/core.py": "ahead",  # an old name that still works
-    "tests/test_blt.py": "ahead",
     "bytelatent/data/loader.py": "damaged",  # a key of checkpoints
     "bytelatent/data/settings.py": "max_damaged",
     "bytelatent/data/source.py": "damaged",

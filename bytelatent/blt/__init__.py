@@ -26,7 +26,6 @@ class BLT(Generating, Looking):
         context: context of the training, in ids; `bits_per_byte` splits longer texts into pieces of this size.
         quantize: `int8` or `fp8` if the network's large matrices are quantized, else `full`.
         chat_template: how a conversation is written for the model, a `ChatTemplate` or None. It can be set to Jinja.
-        draft_length: speculative decoding: bytes per decode step at most; 1: no drafts.
     """
 
 

@@ -10,14 +10,14 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from bytelatent.config import renamed_arguments, renamed_attribute
+from bytelatent.config import removed_arguments, removed_attribute, renamed_arguments, renamed_attribute
 from bytelatent.data import Patcher
 from bytelatent.device import choose_device, keep_precision, precision_of_weights
 from bytelatent.errors import UserError
 from bytelatent.inference import Engine
 from bytelatent.inference.quantize import QuantizedLinear, check_quantize, quantize_model
 from bytelatent.inference.scoring import entropies_of
-from bytelatent.inference.settings import Quantization, check_limits
+from bytelatent.inference.settings import REMOVED, Quantization, check_limits
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, build_model, preset
 from bytelatent.model.settings import NAMES, StackSettings
 from bytelatent.patching import PatchSettings
@@ -38,13 +38,14 @@ from bytelatent.weights.stored_model import amount
 LOGGER = logging.getLogger(__name__)
 
 CONTEXT = 8192  # ids, of a model that is made from its shape alone
-OLD_NAMES = {"byte_lm": "entropy_model", "ahead": "draft_length", "weights": "quantize"}
+OLD_NAMES = {"byte_lm", "weights", *REMOVED}
 
 
 class Core(nn.Module):
     """The parts of a `BLT`, which documents them."""
 
-    @renamed_arguments(byte_lm="entropy_model", weights="quantize", ahead="draft_length")
+    @removed_arguments(**REMOVED)
+    @renamed_arguments(byte_lm="entropy_model", weights="quantize")
     def __init__(
         self,
         model: BLTModel,
@@ -52,7 +53,6 @@ class Core(nn.Module):
         entropy_model: ByteLM | None,
         source: str = "",
         quantize: Quantization = "full",
-        draft_length: int = 1,
         chat_template: ChatTemplate | str | None = None,
     ):
         super().__init__()
@@ -62,13 +62,13 @@ class Core(nn.Module):
         self.entropy_model = entropy_model
         self._config = config
         self._measured = ModelChecksums.of(self.model, config, self.entropy_model)
-        self.draft_length = draft_length
         self.chat_template = chat_template
         self.source = source
         self.eval()
 
     @classmethod
-    @renamed_arguments(entropy="entropy_model", weights="quantize", ahead="draft_length")
+    @removed_arguments(**REMOVED)
+    @renamed_arguments(entropy="entropy_model", weights="quantize")
     def from_pretrained(
         cls,
         source: str | Path,
@@ -79,7 +79,6 @@ class Core(nn.Module):
         token: str | None = None,
         local_files_only: bool = False,
         quantize: Quantization = "full",
-        draft_length: int = 1,
         patching: PatchSettings | None = None,
     ) -> Self:
         """Load a model, in evaluation mode, and log in one line what was found.
@@ -95,7 +94,6 @@ class Core(nn.Module):
             token: a user's key for the hub; default: HF_TOKEN, or the key of `hf auth login`.
             local_files_only: use earlier downloads, and do not connect to the hub.
             quantize: `int8` or `fp8` quantizes the large matrices: less memory, and faster generation on a GPU.
-            draft_length: speculative decoding: bytes per step at most. The text stays the same; 1: no drafts.
             patching: patching settings in place of the model's own, such as another threshold.
 
         Raises:
@@ -103,7 +101,6 @@ class Core(nn.Module):
         """
         precision, device = precision_of_weights(dtype), choose_device(device)
         check_quantize(quantize, device)
-        check_limits(draft_length=draft_length)
         found = open_pretrained(source, entropy_model, revision, token, local_files_only)
         if not isinstance(found.config.model, BLTSettings):
             name = NAMES[found.config.model.kind]
@@ -119,7 +116,7 @@ class Core(nn.Module):
         loaded = found.load(device, precision)
         assert isinstance(loaded.model, BLTModel)
         lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-        blt = cls(loaded.model, loaded.config, lm, loaded.source, quantize, draft_length, loaded.chat_template)
+        blt = cls(loaded.model, loaded.config, lm, loaded.source, quantize, loaded.chat_template)
         blt.patching = blt.patching if patching is None else patching
         return blt
 
@@ -166,7 +163,8 @@ class Core(nn.Module):
         return cls(cast(BLTModel, model), settings, entropy_model.to(device) if entropy_model is not None else None)
 
     byte_lm = renamed_attribute("byte_lm", "entropy_model")
-    ahead = renamed_attribute("ahead", "draft_length")
+    ahead = removed_attribute("ahead", REMOVED["ahead"])
+    draft_length = removed_attribute("draft_length", REMOVED["draft_length"])
     weights = renamed_attribute("weights", "quantize")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -304,15 +302,6 @@ class Core(nn.Module):
     @context.setter
     def context(self, context: int) -> None:
         self._config = self._config.model_copy(update={"context": checked_context(context)})
-
-    @property
-    def draft_length(self) -> int:
-        return self._draft_length
-
-    @draft_length.setter
-    def draft_length(self, draft_length: int) -> None:
-        check_limits(draft_length=draft_length)
-        self._draft_length = draft_length
 
     @property
     def chat_template(self) -> ChatTemplate | None:

@@ -1,12 +1,12 @@
 """Settings of `blt chat`. Nothing here imports torch, so that help is shown at once."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from bytelatent.commands.options import DEFAULT_MODEL, ThresholdSettings
 from bytelatent.config import ARGUMENT, Option
-from bytelatent.inference.settings import MAX_NEW_BYTES, Quantization, Sampling
+from bytelatent.inference.settings import MAX_NEW_BYTES, REMOVED, Quantization, Sampling
 
 
 class ChatSettings(ThresholdSettings):
@@ -27,8 +27,9 @@ class ChatSettings(ThresholdSettings):
         device: device: auto, cpu, cuda or mps.
         dtype: precision: float32, bfloat16 or auto (as the weights are stored).
         quantize: quantization of large matrices, faster on a GPU: int8, fp8 or full (none).
-        draft_length: speculative decoding: bytes per step, of which all but one are drafts. The text stays the same.
     """
+
+    removed: ClassVar[dict[str, str]] = REMOVED
 
     model: Annotated[str, ARGUMENT] = DEFAULT_MODEL
     system: str | None = None
@@ -40,4 +41,3 @@ class ChatSettings(ThresholdSettings):
     device: str = "auto"
     dtype: str = "auto"
     quantize: Quantization = "full"
-    draft_length: int = 1

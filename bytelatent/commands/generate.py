@@ -36,7 +36,7 @@ from bytelatent.text.streams import BYTE_ORDER_MARK, TextReader, readable
 from bytelatent.weights import open_pretrained
 
 USAGE = 'name what to continue: python -m bytelatent.generate model=runs/demo prompt="The history of"'
-FREE = {"jsonl", "out", "batch_size", "draft_length", "device"}  # settings that may differ when a file is resumed
+FREE = {"jsonl", "out", "batch_size", "device"}  # settings that may differ when a file is resumed
 OF_A_ROW = {"prompt", "max_new_bytes", *Sampling.model_fields}
 SAMPLES_AT_ONCE = 64  # of one prompt
 GENERATED = {"text", "ended", "log_probabilities", "samples"}  # keys of what comes out
@@ -95,7 +95,6 @@ def open_engine(settings: GenerateSettings | ChatSettings, batch_size: int) -> E
     """
     precision, place = precision_of_weights(settings.dtype), choose_device(settings.device)
     check_quantize(settings.quantize, place)
-    check_limits(draft_length=settings.draft_length)
     found = open_pretrained(settings.model, settings.entropy_model).with_threshold(settings.threshold)
     patching = found.config.patching
     if patching is not None and patching.needs_entropies and found.byte_lm is None:
@@ -103,8 +102,7 @@ def open_engine(settings: GenerateSettings | ChatSettings, batch_size: int) -> E
     loaded = found.load(place, precision)
     # In float32, however it is stored: the same patches as those of `BLT`.
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-    how = (batch_size, settings.quantize, settings.draft_length)
-    return engine_for(loaded.model, patching, byte_lm, *how, loaded.vocabulary)
+    return engine_for(loaded.model, patching, byte_lm, batch_size, settings.quantize, loaded.vocabulary)
 
 
 def _constraint(settings: GenerateSettings) -> Constraint | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field
 
 from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
-from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, Quantization, Sampling
+from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, REMOVED, Quantization, Sampling
 from bytelatent.launch import LaunchSettings
 from bytelatent.packaged import TINY
 from bytelatent.text import MAX_ROW_BYTES
@@ -271,15 +271,14 @@ class GenerateSettings(ThresholdSettings):
         device: device: auto, cpu, cuda or mps.
         dtype: precision: float32, bfloat16 or auto (as the weights are stored).
         quantize: quantization of large matrices, faster on a GPU: int8, fp8 or full (none).
-        draft_length: speculative decoding: bytes per step, of which all but one are drafts. The text stays the same.
     """
 
     old_names: ClassVar[dict[str, str]] = {
         "entropy": "entropy_model",
         "rows": "batch_size",
         "weights": "quantize",
-        "ahead": "draft_length",
     }
+    removed: ClassVar[dict[str, str]] = REMOVED
 
     prompt: Annotated[str | None, ARGUMENT] = None
     model: Model = DEFAULT_MODEL
@@ -297,7 +296,6 @@ class GenerateSettings(ThresholdSettings):
     device: str = "auto"
     dtype: str = "auto"
     quantize: Quantization = "full"
-    draft_length: int = 1
 
 
 class PatchesSettings(JsonSettings):

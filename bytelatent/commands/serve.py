@@ -60,7 +60,6 @@ def load_backend(settings: ServeSettings) -> "Backend":
         device=settings.device,
         dtype=settings.dtype,
         quantize=settings.quantize,
-        draft_length=settings.draft_length,
     )
     if settings.threshold is not None:
         if not model.patching.needs_entropies:

@@ -1,13 +1,13 @@
 """Settings of `blt serve`. Nothing here imports torch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
 from bytelatent.commands.options import DEFAULT_MODEL, ThresholdSettings
 from bytelatent.config import ARGUMENT, Option, must_be_named
-from bytelatent.inference.settings import MAX_BATCH_SIZE, Quantization
+from bytelatent.inference.settings import MAX_BATCH_SIZE, REMOVED, Quantization
 from bytelatent.serving.limits import Limits
 
 Names = Annotated[list[str], Option(("--name",))]
@@ -43,8 +43,9 @@ class ServeSettings(ThresholdSettings):
         device: device: auto, cpu, cuda, cuda:1 or mps.
         dtype: precision: float32, bfloat16 or auto (as the weights are stored).
         quantize: quantization of large matrices, faster on a GPU: int8, fp8 or full (none).
-        draft_length: speculative decoding: bytes per step, of which all but one are drafts. The text stays the same.
     """
+
+    removed: ClassVar[dict[str, str]] = REMOVED
 
     model: Annotated[str, ARGUMENT] = DEFAULT_MODEL
     host: Annotated[str, AfterValidator(lambda host: must_be_named(host, "an address"))] = "127.0.0.1"
@@ -62,4 +63,3 @@ class ServeSettings(ThresholdSettings):
     device: str = "auto"
     dtype: str = "auto"
     quantize: Quantization = "full"
-    draft_length: int = 1

@@ -82,7 +82,7 @@ def _check(settings: GenerationConfig, input_ids: Tensor) -> None:
         raise UserError(f"num_beams: {settings.num_beams}; beam search is not implemented for a BLT; {way_out}")
     for name in REFUSED:
         if getattr(settings, name, None) is not None:
-            raise UserError(f"{name}: it is not implemented for a BLT; leave it out (draft_length makes drafts)")
+            raise UserError(f"{name}: it is not implemented for a BLT; leave it out")
     if input_ids.dim() != 2 or input_ids.is_floating_point():
         raise UserError(f"input_ids: ids [B, N], not {input_ids.dtype} {list(input_ids.shape)}")
     if bool(((input_ids < 0) | (input_ids >= VOCAB_SIZE)).any()):

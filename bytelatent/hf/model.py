@@ -22,6 +22,7 @@ from bytelatent.files import MANIFEST, digests
 from bytelatent.hf.config import OF_AUTO, BytelatentConfig, found_by
 from bytelatent.hf.generation import HostDecoding, continue_texts
 from bytelatent.hf.packing import PackedTexts
+from bytelatent.inference.settings import REMOVED
 from bytelatent.model import Block, BLTModel, BLTSettings, ByteLM, ByteLMSettings, CrossAttention
 from bytelatent.model.loss import IGNORED
 from bytelatent.patching import PatchSettings
@@ -32,7 +33,7 @@ from bytelatent.weights import StoredModel, StoredTensor, write_model
 # Shapes: B batch size, N ids in a row, V vocabulary
 
 PREFIX = "model."  # of the network's weights
-BLT_ARGUMENTS = ("quantize", "draft_length")  # of `BLT.from_pretrained`, beside those that find a model
+BLT_ARGUMENTS = ("quantize",)  # of `BLT.from_pretrained`, beside those that find a model
 # Arguments of transformers' `from_pretrained` that change nothing here.
 WITHOUT_EFFECT = {
     *OF_AUTO,
@@ -99,7 +100,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
                 `save_pretrained` wrote.
             config: as `BytelatentConfig.from_pretrained` gives it, perhaps with other `patching` or `context`.
             more: `entropy_model`, `dtype` (float32; `auto`: as stored), `revision`, `token`, `local_files_only`,
-                `quantize` and `draft_length` as there; `device_map`: one device, or `auto`.
+                `quantize` as there; `device_map`: one device, or `auto`.
 
         Raises:
             UserError: as `BLT.from_pretrained`, or an argument is not known or cannot be honoured.
@@ -112,7 +113,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         more.pop("torch_dtype", None)
         device = _one_device(more.pop("device_map", None))
         wants_report = more.pop("output_loading_info", False)
-        own = {name: more.pop(name) for name in BLT_ARGUMENTS if name in more}
+        own = {name: more.pop(name) for name in (*BLT_ARGUMENTS, *REMOVED) if name in more}
         if unknown := [name for name, value in more.items() if is_unknown(name, value)]:
             known = [*BLT_ARGUMENTS, "entropy_model", "dtype", "device_map", "patching", "context"]
             why = f"'{unknown[0]}' is not known here{nearest(unknown[0], known)}"

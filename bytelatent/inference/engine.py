@@ -86,7 +86,7 @@ class PlainSlots:
         active = torch.tensor([which is not None for which in self._in_slot], device=self.decoder.device)
         alternatives: list[Alternatives] = [[]] * len(self._in_slot)
         if (count := most_alternatives(self._in_slot)) > 0:
-            [alternatives] = as_alternatives(*likeliest(self.logits_BV[None], count))
+            alternatives = as_alternatives(*likeliest(self.logits_BV, count))
         starts = (self.state.open_count == 0).tolist()
         ids, log_probabilities = self.sampling.draw(self.logits_BV)
         self.sampling.read(ids, active)
@@ -116,19 +116,17 @@ def most_alternatives(in_slot: list[Continuation | None]) -> int:
     return max((which.num_alternatives for which in in_slot if which is not None), default=0)
 
 
-def likeliest(logits_SBV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` most likely ids, the lowest first among equals, and their log-probabilities, [S, B, count]."""
-    log_probabilities_SBV = logits_SBV.float().log_softmax(dim=-1)
-    ids = log_probabilities_SBV.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    return ids, log_probabilities_SBV.gather(-1, ids)
+def likeliest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` most likely ids, the lowest first among equals, and their log-probabilities, [B, count]."""
+    log_probabilities_BV = logits_BV.float().log_softmax(dim=-1)
+    ids = log_probabilities_BV.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return ids, log_probabilities_BV.gather(-1, ids)
 
 
-def as_alternatives(ids: Tensor, log_probabilities: Tensor) -> list[list[Alternatives]]:
-    """The same by step and slot, as `Drawn` takes it."""
-    return [
-        [list(zip(*pair, strict=True)) for pair in zip(*step, strict=True)]
-        for step in zip(ids.tolist(), log_probabilities.tolist(), strict=True)
-    ]
+def as_alternatives(ids: Tensor, log_probabilities: Tensor) -> list[Alternatives]:
+    """The same by slot, as `Drawn` takes it."""
+    pairs = zip(ids.tolist(), log_probabilities.tolist(), strict=True)
+    return [list(zip(*pair, strict=True)) for pair in pairs]
 
 
 def prompt_ids(text: str | bytes, vocabulary: Vocabulary = BYTES) -> Tensor:

@@ -27,7 +27,6 @@ from bytelatent.patching import Tail
 # patches, K keys per patch, M bytes of an open patch that fit, X and Y cross-attentions of encoder and decoder, W ids
 
 SLOTS_SECOND = ("open_k", "open_v", "patch_k", "patch_v")  # fields whose second axis are the slots
-SLACK = 16  # positions more than a window, so that as many drafted bytes may be overwritten
 BLOCK = 256  # positions, patches, bytes by which caches grow
 
 
@@ -44,8 +43,7 @@ class KVCache:
 
     @classmethod
     def empty(cls, stack: StackSettings, num_slots: int, like: Tensor) -> "KVCache":
-        size = BLOCK if stack.window is None else stack.window + SLACK
-        shape = (stack.num_layers, num_slots, size, stack.kv_heads, stack.head_dim)
+        shape = (stack.num_layers, num_slots, stack.window or BLOCK, stack.kv_heads, stack.head_dim)
         return cls(like.new_zeros(shape), like.new_zeros(shape), stack.window)
 
     @property

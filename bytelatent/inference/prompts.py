@@ -132,7 +132,7 @@ class PromptQueue:
         """Take prompts that wait: those to be read from their beginnings, and how many ids of each."""
         begun: list[tuple[Prompt, int]] = []
         num_readers = NUM_READERS - len(self.reading)
-        while self.waiting and room > 0:
+        while self.waiting and room > 0 and num_ids > 0:
             prompt = self.waiting[0]
             size = prompt.ends[-1]
             splits = self.chunk is not None and size > num_ids

@@ -12,14 +12,15 @@ from bytelatent.errors import UserError
 MAX_NEW_BYTES = 10**9
 MAX_SAMPLES = 100_000  # of a prompt; each takes memory from when it is asked for
 MAX_BATCH_SIZE = 65_536
-MAX_DRAFT_LENGTH = 16
 LIMITS = {
     "max_new_bytes": MAX_NEW_BYTES,
     "samples": MAX_SAMPLES,
     "batch_size": MAX_BATCH_SIZE,
-    "draft_length": MAX_DRAFT_LENGTH,
     "context": 2**31,
 }
+
+_NO_DRAFTS = "speculative decoding was removed (docs/generate.md says why); leave it out, the text is the same"
+REMOVED = {"draft_length": _NO_DRAFTS, "ahead": _NO_DRAFTS}
 
 Quantization = Literal["full", "int8", "fp8"]  # full: the weights as they are
 

@@ -1,9 +1,9 @@
 # pyright: reportInvalidTypeForm=false
-"""Attention of the newest positions of several sequences over their KV caches, for decode steps.
+"""Attention of the newest position of several sequences over their KV caches, for decode steps.
 
 The kernel takes queries, keys and values as one product wrote them, rotates them by their positions, puts the new
 keys and values into the cache and attends, all at once. A cache is a ring: position p is in slot p mod R. The new
-positions' keys are used from where they were computed; nothing that a launch writes is read by it.
+position's key is used from where it was computed; nothing that a launch writes is read by it.
 
 Where keys are many and sequences few, several programs share the keys of one head. The last of them to finish joins
 what they found, always in the same order.
@@ -33,7 +33,7 @@ from bytelatent.kernels.launch import (
 )
 from bytelatent.kernels.rotary import rotated
 
-# Shapes: B sequences, S new positions each, H query heads, J key/value heads, E head size, A = E/2 pairs, C rows of the
+# Shapes: B sequences, H query heads, J key/value heads, E head size, A = E/2 pairs, C rows of the
 # cache, R slots of a row
 # Z = H + 2J heads of queries, keys and values together, G queries that share a key
 
@@ -57,24 +57,23 @@ class AttentionLaunch(NamedTuple):
 class SplitScratch(NamedTuple):
     """What programs that share keys leave for each other; calls that follow one another may use the same."""
 
-    found: Tensor  # [B*S*H, splits, E]
-    weights: Tensor  # [B*S*H, splits, 2]: the highest score and the sum of the weights
+    found: Tensor  # [B*H, splits, E]
+    weights: Tensor  # [B*H, splits, 2]: the highest score and the sum of the weights
     arrived: Tensor  # [B*J] programs that are done, 0 between launches
 
 
-def split_scratch(rows: int, heads: int, head_dim: int, splits: int, device: torch.device | str) -> SplitScratch:
-    """For `rows` = B*S new positions and H `heads`."""
-    found = torch.empty(rows * heads, splits, head_dim, device=device)
-    weights = torch.empty(rows * heads, splits, 2, device=device)
-    return SplitScratch(found, weights, torch.zeros(rows * heads, dtype=torch.int32, device=device))
+def split_scratch(sequences: int, heads: int, head_dim: int, splits: int, device: torch.device | str) -> SplitScratch:
+    found = torch.empty(sequences * heads, splits, head_dim, device=device)
+    weights = torch.empty(sequences * heads, splits, 2, device=device)
+    return SplitScratch(found, weights, torch.zeros(sequences * heads, dtype=torch.int32, device=device))
 
 
-def launch_for_attention(sequences: int, new: int, heads: int, kv_heads: int, reach: int) -> AttentionLaunch:
+def launch_for_attention(sequences: int, heads: int, kv_heads: int, reach: int) -> AttentionLaunch:
     """The launch for attention to `reach` positions at most: the window, or the slots of a row."""
     splits, programs = 1, sequences * kv_heads
     while splits < 8 and programs * splits * 2 <= PROGRAMS and reach >= splits * 2 * 32:
         splits *= 2
-    is_small = new * heads == kv_heads and (reach <= splits * 128 or splits == 1)
+    is_small = heads == kv_heads and (reach <= splits * 128 or splits == 1)
     return AttentionLaunch(block=32 if is_small else 64, splits=splits, num_warps=4, num_stages=2)
 
 
@@ -87,33 +86,31 @@ def plain_decode_attention(
     *,
     heads: int,
     window: int | None,
-    new: int = 1,
     row_B: Tensor | None = None,
     out: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
-    """The plain form, one position after another. Without `out`, the result of a skipped sequence may be anything."""
+    """The plain form, one sequence after another. Without `out`, the result of a skipped sequence may be anything."""
     (size, _), (_, slots, kv_heads, head_dim) = qkv.shape, cache_k_CRJE.shape
     if run is not None and not bool(run):
         return qkv.new_zeros(size, heads * head_dim) if out is None else out
-    found_TX = np.zeros((size, heads * head_dim), np.float32) if out is None else array(out)
-    qkv_TZE, rotation_PA = array(qkv).reshape(size, -1, head_dim), array(rotary_PA2).view(np.complex64)[..., 0]
-    rows = range(size // new) if row_B is None else row_B.tolist()
-    for b, (row, first) in enumerate(zip(rows, position_B.tolist(), strict=True)):
+    found_BX = np.zeros((size, heads * head_dim), np.float32) if out is None else array(out)
+    qkv_BZE, rotation_PA = array(qkv).reshape(size, -1, head_dim), array(rotary_PA2).view(np.complex64)[..., 0]
+    rows = range(size) if row_B is None else row_B.tolist()
+    for b, (row, position) in enumerate(zip(rows, position_B.tolist(), strict=True)):
         if row < 0:
             continue
         k_RJE, v_RJE = array(cache_k_CRJE, row), array(cache_v_CRJE, row)
-        for position in range(first, first + new):
-            place, slot, seen = b * new + position - first, position % slots, min(position + 1, slots)
-            q_k = (qkv_TZE[place, : heads + kv_heads].view(np.complex64) * rotation_PA[position]).view(np.float32)
-            k_RJE[slot], v_RJE[slot] = q_k[heads:], qkv_TZE[place, heads + kv_heads :]
-            oldest = slots - 1 - slot
-            bias = None if window is None or seen <= window else _window_bias(slots, window)[oldest : oldest + seen]
-            q_JGE = q_k[:heads].reshape(kv_heads, -1, head_dim)
-            found_TX[place] = attend_array(q_JGE, k_RJE[:seen], v_RJE[:seen], bias).reshape(-1)
+        slot, seen = position % slots, min(position + 1, slots)
+        q_k = (qkv_BZE[b, : heads + kv_heads].view(np.complex64) * rotation_PA[position]).view(np.float32)
+        k_RJE[slot], v_RJE[slot] = q_k[heads:], qkv_BZE[b, heads + kv_heads :]
+        oldest = slots - 1 - slot
+        bias = None if window is None or seen <= window else _window_bias(slots, window)[oldest : oldest + seen]
+        q_JGE = q_k[:heads].reshape(kv_heads, -1, head_dim)
+        found_BX[b] = attend_array(q_JGE, k_RJE[:seen], v_RJE[:seen], bias).reshape(-1)
         write_back(cache_k_CRJE, row, k_RJE)
         write_back(cache_v_CRJE, row, v_RJE)
-    return tensor_like(qkv, found_TX) if out is None else write_back(out, ..., found_TX)
+    return tensor_like(qkv, found_BX) if out is None else write_back(out, ..., found_BX)
 
 
 @lru_cache(maxsize=16)
@@ -134,26 +131,24 @@ def decode_attention(
     *,
     heads: int,
     window: int | None,
-    new: int = 1,
     row_B: Tensor | None = None,
     out: Tensor | None = None,
     run: Tensor | None = None,
     scratch: SplitScratch | None = None,
     launch: AttentionLaunch | None = None,
 ) -> Tensor:
-    """Softmax attention of S new positions of each sequence; their keys and values go into the cache, [B*S, H*E].
+    """Softmax attention of the new position of each sequence; its keys and values go into the cache, [B, H*E].
 
     Position p attends to positions p - window + 1 to p, or 0 to p without a window.
 
     Args:
-        qkv: [B*S, Z*E] the heads' queries, then keys, then values, not rotated; rows need not be adjacent.
-        cache_k_CRJE, cache_v_CRJE: rotated keys, and values, contiguous; R is at least window + S - 1, or without a
-            window no position reaches it.
-        position_B: of each sequence's first new position, int32 or int64.
+        qkv: [B, Z*E] the heads' queries, then keys, then values, not rotated; rows need not be adjacent.
+        cache_k_CRJE, cache_v_CRJE: rotated keys, and values, contiguous; R is at least the window, or without a window
+            no position reaches it.
+        position_B: of each sequence's new position, int32 or int64.
         rotary_PA2: see `rotary_embedding`; positions do not reach its end.
         heads: H, a multiple of J.
         window: positions attended to, the own one included; None for all.
-        new: S, 1 to 16.
         row_B: the row of the cache of each sequence, int32 or int64; where negative the sequence is skipped and nothing
             is written. None: row b of the cache for sequence b.
         out: where the result goes; a new tensor of qkv's dtype.
@@ -162,25 +157,24 @@ def decode_attention(
         launch: see `launch_for_attention`.
     """
     if not uses_kernels(qkv):
-        given: dict[str, Any] = {"heads": heads, "window": window, "new": new, "row_B": row_B, "out": out, "run": run}
+        given: dict[str, Any] = {"heads": heads, "window": window, "row_B": row_B, "out": out, "run": run}
         return plain_decode_attention(qkv, cache_k_CRJE, cache_v_CRJE, position_B, rotary_PA2, **given)
     sequences, (_, slots, kv_heads, head_dim) = len(position_B), cache_k_CRJE.shape
     out = qkv.new_empty(len(qkv), heads * head_dim) if out is None else out
     check_contiguous(keys=cache_k_CRJE, values=cache_v_CRJE, rotary=rotary_PA2)
     assert qkv.stride(1) == out.stride(1) == 1, "a row is not contiguous"
-    assert window is None or slots >= window + new - 1, f"{slots} slots, a window of {window}, {new} new positions"
-    launch = launch or launch_for_attention(sequences, new, heads, kv_heads, window or slots)
+    assert window is None or slots >= window, f"{slots} slots, a window of {window}"
+    launch = launch or launch_for_attention(sequences, heads, kv_heads, window or slots)
     if launch.splits > 1 and scratch is None:
-        scratch = split_scratch(sequences * new, heads, head_dim, launch.splits, qkv.device)
+        scratch = split_scratch(sequences, heads, head_dim, launch.splits, qkv.device)
     kernel, blocks = attend_one, {}
-    if new * heads > kv_heads:
-        queries = power_of_two(new * heads // kv_heads)
-        kernel, blocks = attend_several, {"QUERIES": max(16, queries), "NEW": max(16, power_of_two(new))}
+    if heads > kv_heads:
+        kernel, blocks = attend_several, {"QUERIES": max(16, power_of_two(heads // kv_heads))}
     kernel[(sequences, kv_heads, launch.splits)](
         *(qkv, cache_k_CRJE, cache_v_CRJE, position_B, rotary_PA2, row_B, out, run),
         *(scratch if scratch is not None and launch.splits > 1 else (None, None, None)),
         *(head_dim**-0.5 * LOG2_E, qkv.stride(0), out.stride(0)),
-        **{"R": slots, "WINDOW": window or 0, "S": new, "H": heads, "J": kv_heads, "E": head_dim, **blocks},
+        **{"R": slots, "WINDOW": window or 0, "H": heads, "J": kv_heads, "E": head_dim, **blocks},
         SPLITS=launch.splits,
         BLOCK=launch.block,
         STAGES=launch.num_stages,
@@ -264,11 +258,11 @@ def deliver(
 @triton.jit
 def attend_one(
     qkv_ptr, k_ptr, v_ptr, position_ptr, rotary_ptr, row_ptr, out_ptr, run_ptr, found_ptr, weights_ptr, arrived_ptr,
-    scale, qkv_row, out_row, R, WINDOW: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+    scale, qkv_row, out_row, R, WINDOW: tl.constexpr, H: tl.constexpr,
     J: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One new position, and no two heads share keys."""
+    """No two heads share keys."""
     b, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     wait_for_earlier(OVERLAP)
     if run_ptr is not None and tl.load(run_ptr) == 0:
@@ -320,7 +314,7 @@ def attend_one(
 
 @triton.jit
 def seen_block(q, k, v, seen, scale, highest, total, acc):
-    """Several queries, [QUERIES, E], a block of keys and values, [BLOCK, E], and which keys each sees."""
+    """Several queries, [QUERIES, E], a block of keys and values, [BLOCK, E], and which of them are seen, [1, BLOCK]."""
     score = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, LOWEST)
     higher = tl.maximum(highest, tl.max(score, 1))
     weight = tl.where(seen, tl.exp2(score - higher[:, None]), 0.0)
@@ -332,11 +326,11 @@ def seen_block(q, k, v, seen, scale, highest, total, acc):
 @triton.jit
 def attend_several(
     qkv_ptr, k_ptr, v_ptr, position_ptr, rotary_ptr, row_ptr, out_ptr, run_ptr, found_ptr, weights_ptr, arrived_ptr,
-    scale, qkv_row, out_row, R, WINDOW: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+    scale, qkv_row, out_row, R, WINDOW: tl.constexpr, H: tl.constexpr,
     J: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    QUERIES: tl.constexpr, NEW: tl.constexpr, OVERLAP: tl.constexpr,
+    QUERIES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Several new positions, or heads that share keys: query i is head i mod G of the group at new position i / G."""
+    """Heads that share keys: query i is head i of the group."""
     G: tl.constexpr = H // J
     b, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     wait_for_earlier(OVERLAP)
@@ -348,50 +342,39 @@ def attend_several(
         if row < 0:
             return
     position = tl.load(position_ptr + b).to(tl.int32)
-    e, pair = tl.arange(0, E)[None, :], tl.arange(0, E // 2)[None, :]
+    e, pair = tl.arange(0, E), tl.arange(0, E // 2)
+    cos = tl.load(rotary_ptr + position * E + 2 * pair)[None, :]
+    sin = tl.load(rotary_ptr + position * E + 2 * pair + 1)[None, :]
     query = tl.arange(0, QUERIES)
-    within = query < S * G
-    step = tl.minimum(query // G, S - 1)  # what lies past the last position repeats it
-    head = group * G + query % G
-    at = (b * S + step).to(tl.int64)[:, None]
-    rotary = rotary_ptr + (position + step)[:, None] * E + 2 * pair
-    q = tl.load(qkv_ptr + at * qkv_row + head[:, None] * E + e)
-    q = rotated(q.to(tl.float32), tl.load(rotary), tl.load(rotary + 1), QUERIES, E).to(k_ptr.dtype.element_ty)
-
-    new = tl.arange(0, NEW)
-    new_step = tl.minimum(new, S - 1)
-    at_new = (b * S + new_step).to(tl.int64)[:, None] * qkv_row + (H + group) * E + e
-    rotary = rotary_ptr + (position + new_step)[:, None] * E + 2 * pair
-    k_new, v_new = tl.load(qkv_ptr + at_new), tl.load(qkv_ptr + at_new + J * E).to(v_ptr.dtype.element_ty)
-    k_new = rotated(k_new.to(tl.float32), tl.load(rotary), tl.load(rotary + 1), NEW, E).to(k_ptr.dtype.element_ty)
+    within = query < G
+    head = group * G + tl.minimum(query, G - 1)  # what lies past the last head repeats it
+    own = qkv_ptr + b.to(tl.int64) * qkv_row
+    q = tl.load(own + head[:, None] * E + e[None, :])
+    q = rotated(q.to(tl.float32), cos, sin, QUERIES, E).to(k_ptr.dtype.element_ty)
+    own += (H + group) * E + e
+    k_new, v_new = tl.load(own), tl.load(own + J * E).to(v_ptr.dtype.element_ty)
+    k_new = tl.reshape(rotated(k_new[None, :].to(tl.float32), cos, sin, 1, E), [E]).to(k_ptr.dtype.element_ty)
     keys = k_ptr + row.to(tl.int64) * (R * J * E) + group * E
     values = v_ptr + row.to(tl.int64) * (R * J * E) + group * E
-    stored = (new < S) & (split == 0)
-    if WINDOW == 0:
-        stored = stored & (position + new < R)
-    slot = ((position + new) % R)[:, None] * (J * E) + e
-    tl.store(keys + slot, k_new, mask=stored[:, None])
-    tl.store(values + slot, v_new, mask=stored[:, None])
+    if split == 0 and (WINDOW > 0) | (position < R):
+        tl.store(keys + position % R * (J * E) + e, k_new)
+        tl.store(values + position % R * (J * E) + e, v_new)
 
+    # The new position sees itself, in the first split.
+    own_score = tl.sum(q.to(tl.float32) * k_new[None, :].to(tl.float32), 1) * scale
+    highest = tl.where(split == 0, own_score, LOWEST)
+    total = tl.where(split == 0, 1.0, 0.0) + tl.zeros([QUERIES], tl.float32)
+    acc = total[:, None] * v_new[None, :].to(tl.float32)
     low = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
     begin, end = share_of_split(low, position, split, SPLITS, BLOCK)
-    highest = tl.full([QUERIES], LOWEST, tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    acc = tl.zeros([QUERIES, E], tl.float32)
     for first in tl.range(begin, end, BLOCK, num_stages=STAGES):
-        at_key = first + tl.arange(0, BLOCK)
-        place = (at_key % R)[:, None] * (J * E) + e
-        k = tl.load(keys + place, mask=(at_key < end)[:, None], other=0.0)
-        v = tl.load(values + place, mask=(at_key < end)[:, None], other=0.0)
-        seen = (at_key < end)[None, :] & (query >= 0)[:, None]
-        if WINDOW > 0:
-            seen = seen & (at_key[None, :] > (position + step)[:, None] - WINDOW)
-        highest, total, acc = seen_block(q, k, v, seen, scale, highest, total, acc)
-    seen = (new[None, :] <= step[:, None]) & (split == 0)
-    if WINDOW > 0:
-        seen = seen & (new[None, :] > step[:, None] - WINDOW)
-    highest, total, acc = seen_block(q, k_new, v_new, seen, scale, highest, total, acc)
+        at = first + tl.arange(0, BLOCK)
+        seen = at < end
+        place = (at % R)[:, None] * (J * E) + e[None, :]
+        k = tl.load(keys + place, mask=seen[:, None], other=0.0)
+        v = tl.load(values + place, mask=seen[:, None], other=0.0)
+        highest, total, acc = seen_block(q, k, v, seen[None, :], scale, highest, total, acc)
     deliver(
-        acc, total, highest, (b * S + step) * H + head, within, at * out_row + head[:, None] * E + e, out_ptr,
+        acc, total, highest, b * H + head, within, b.to(tl.int64) * out_row + head[:, None] * E + e[None, :], out_ptr,
         found_ptr, weights_ptr, arrived_ptr, b * J + group, split, SPLITS, E,
     )  # fmt: skip

@@ -31,7 +31,7 @@ from bytelatent.kernels.launch import (
     write_back,
 )
 
-# Shapes: T new bytes, B sequences, S new bytes of each, C patches that are closed, K keys or queries per patch, L bytes
+# Shapes: T new bytes, B sequences, C patches that are closed, K keys or queries per patch, L bytes
 # of a patch at most, H query heads, J key/value heads, G queries that share a key, E head size, D width
 
 
@@ -41,8 +41,7 @@ def plain_decoder_cross_attention_step(
     v_BKJE: Tensor,
     reads_T: Tensor,
     *,
-    new: int = 1,
-    row_B: Tensor | None = None,
+    row_T: Tensor | None = None,
     out: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
@@ -51,9 +50,9 @@ def plain_decoder_cross_attention_step(
         return torch.zeros_like(q_THE) if out is None else out
     found_THE = np.zeros(q_THE.shape, np.float32) if out is None else array(out)
     q_TJGE = array(q_THE).reshape(len(q_THE), k_BKJE.shape[2], -1, q_THE.shape[-1])
-    rows = range(len(q_THE) // new) if row_B is None else row_B.tolist()
+    rows = range(len(q_THE)) if row_T is None else row_T.tolist()
     for t, reads in enumerate(reads_T.tolist()):
-        row = rows[t // new]
+        row = rows[t]
         if row >= 0 and reads:
             found_JGE = attend_array(q_TJGE[t], array(k_BKJE, row), array(v_BKJE, row))
             found_THE[t] = found_JGE.reshape(q_THE.shape[1:])
@@ -68,31 +67,28 @@ def decoder_cross_attention_step(
     v_BKJE: Tensor,
     reads_T: Tensor,
     *,
-    new: int = 1,
-    row_B: Tensor | None = None,
+    row_T: Tensor | None = None,
     out: Tensor | None = None,
     run: Tensor | None = None,
 ) -> Tensor:
     """Each byte attends to the K keys of the patch that its sequence reads, [T, H, E].
 
     Args:
-        q_THE: queries of the bytes, contiguous; byte t belongs to sequence t / S.
+        q_THE: queries of the bytes, contiguous.
         k_BKJE, v_BKJE: keys and values of the patch that each row reads, contiguous.
         reads_T: bool, whether each byte reads a patch yet; zeros if not, and its row may hold anything.
-        new: S, new bytes per sequence.
-        row_B: the row of each sequence, where negative nothing is written; None: row b for sequence b.
+        row_T: the row of each byte, where negative nothing is written; None: row t for byte t.
         out: where the result goes; a new tensor of the queries' dtype.
         run: one number on the device; where it is 0 nothing is written.
     """
     if not uses_kernels(q_THE):
-        given: dict[str, Any] = {"new": new, "row_B": row_B, "out": out, "run": run}
+        given: dict[str, Any] = {"row_T": row_T, "out": out, "run": run}
         return plain_decoder_cross_attention_step(q_THE, k_BKJE, v_BKJE, reads_T, **given)
     (size, heads, head_dim), (_, num_keys, kv_heads, _) = q_THE.shape, k_BKJE.shape
     out = torch.empty_like(q_THE) if out is None else out
     check_contiguous(q=q_THE, keys=k_BKJE, values=v_BKJE, out=out)
     decoder_cross_attention_step_kernel[(size, kv_heads)](
-        *(q_THE, k_BKJE, v_BKJE, reads_T, row_B, out, run, head_dim**-0.5 * LOG2_E),
-        S=new,
+        *(q_THE, k_BKJE, v_BKJE, reads_T, row_T, out, run, head_dim**-0.5 * LOG2_E),
         K=num_keys,
         PADDED_K=power_of_two(num_keys),
         J=kv_heads,
@@ -111,7 +107,6 @@ def plain_encoder_cross_attention_step(
     v_BLJE: Tensor,
     count_C: Tensor,
     *,
-    begin_C: Tensor | None = None,
     row_C: Tensor | None = None,
     out: Tensor | None = None,
     run: Tensor | None = None,
@@ -120,11 +115,10 @@ def plain_encoder_cross_attention_step(
     out = torch.zeros_like(q_CKHE) if out is None else out
     if run is not None and not bool(run):
         return out
-    begins = [0] * len(out) if begin_C is None else begin_C.tolist()
     rows = range(len(out)) if row_C is None else row_C.tolist()
-    for place, (row, begin, count) in enumerate(zip(rows, begins, count_C.tolist(), strict=True)):
+    for place, (row, count) in enumerate(zip(rows, count_C.tolist(), strict=True)):
         if row >= 0 and count > 0:
-            k_RJE, v_RJE = (array(part, (row, slice(begin, begin + count))) for part in (k_BLJE, v_BLJE))
+            k_RJE, v_RJE = (array(part, (row, slice(0, count))) for part in (k_BLJE, v_BLJE))
             q_HKE = array(q_CKHE, place).transpose(1, 0, 2)
             found_JGE = attend_array(q_HKE.reshape(k_RJE.shape[1], -1, k_RJE.shape[2]), k_RJE, v_RJE)
             out[place] = torch.from_numpy(found_JGE.reshape(q_HKE.shape).transpose(1, 0, 2))
@@ -139,7 +133,6 @@ def encoder_cross_attention_step(
     v_BLJE: Tensor,
     count_C: Tensor,
     *,
-    begin_C: Tensor | None = None,
     row_C: Tensor | None = None,
     out: Tensor | None = None,
     run: Tensor | None = None,
@@ -150,19 +143,18 @@ def encoder_cross_attention_step(
         q_CKHE: queries, contiguous.
         k_BLJE, v_BLJE: keys and values of the bytes of each row's patch, contiguous; see `append_patch_byte`.
         count_C: the number of bytes of each patch, int32 or int64, L at most; 0 gives zeros.
-        begin_C: where in its row each patch begins; None: with the first byte.
         row_C: the row of each patch, where negative nothing is written; None: row c for patch c.
         out: where the result goes; a new tensor of the queries' dtype.
         run: one number on the device; where it is 0 nothing is written.
     """
     if not uses_kernels(q_CKHE):
-        given: dict[str, Any] = {"begin_C": begin_C, "row_C": row_C, "out": out, "run": run}
+        given: dict[str, Any] = {"row_C": row_C, "out": out, "run": run}
         return plain_encoder_cross_attention_step(q_CKHE, k_BLJE, v_BLJE, count_C, **given)
     (patches, num_queries, heads, head_dim), (_, most, kv_heads, _) = q_CKHE.shape, k_BLJE.shape
     out = torch.empty_like(q_CKHE) if out is None else out
     check_contiguous(q=q_CKHE, keys=k_BLJE, values=v_BLJE, out=out)
     encoder_cross_attention_step_kernel[(patches, num_queries, heads)](
-        *(q_CKHE, k_BLJE, v_BLJE, count_C, begin_C, row_C, out, run, head_dim**-0.5 * LOG2_E),
+        *(q_CKHE, k_BLJE, v_BLJE, count_C, row_C, out, run, head_dim**-0.5 * LOG2_E),
         L=most,
         K=num_queries,
         H=heads,
@@ -241,7 +233,7 @@ def append_patch_byte(
 
 @triton.jit
 def decoder_cross_attention_step_kernel(
-    q_ptr, k_ptr, v_ptr, reads_ptr, row_ptr, out_ptr, run_ptr, scale, S: tl.constexpr, K: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, reads_ptr, row_ptr, out_ptr, run_ptr, scale, K: tl.constexpr,
     PADDED_K: tl.constexpr, J: tl.constexpr, G: tl.constexpr, PADDED_G: tl.constexpr, E: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -249,9 +241,9 @@ def decoder_cross_attention_step_kernel(
     wait_for_earlier(OVERLAP)
     if run_ptr is not None and tl.load(run_ptr) == 0:
         return
-    row = byte // S
+    row = byte
     if row_ptr is not None:
-        row = tl.load(row_ptr + row).to(tl.int32)
+        row = tl.load(row_ptr + byte).to(tl.int32)
         if row < 0:
             return
     reads = tl.load(reads_ptr + byte).to(tl.int32) != 0
@@ -271,7 +263,7 @@ def decoder_cross_attention_step_kernel(
 
 @triton.jit
 def encoder_cross_attention_step_kernel(
-    q_ptr, k_ptr, v_ptr, count_ptr, begin_ptr, row_ptr, out_ptr, run_ptr, scale, L, K: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, count_ptr, row_ptr, out_ptr, run_ptr, scale, L, K: tl.constexpr,
     H: tl.constexpr, J: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     patch, query, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -284,9 +276,6 @@ def encoder_cross_attention_step_kernel(
         if row < 0:
             return
     count = tl.load(count_ptr + patch).to(tl.int32)
-    begin = 0
-    if begin_ptr is not None:
-        begin = tl.load(begin_ptr + patch).to(tl.int32)
     e = tl.arange(0, E)
     at_q = ((patch * K + query) * H + head).to(tl.int64) * E + e
     q = tl.load(q_ptr + at_q).to(tl.float32)
@@ -297,7 +286,7 @@ def encoder_cross_attention_step_kernel(
     for first in tl.range(0, count, BLOCK):
         byte = first + tl.arange(0, BLOCK)
         seen = byte < count
-        place = start + (begin + byte)[:, None] * (J * E) + e[None, :]
+        place = start + byte[:, None] * (J * E) + e[None, :]
         k = tl.load(k_ptr + place, mask=seen[:, None], other=0.0).to(tl.float32)
         v = tl.load(v_ptr + place, mask=seen[:, None], other=0.0).to(tl.float32)
         highest, total, acc = seen_by_lanes(q, k, v, seen, scale, highest, total, acc)

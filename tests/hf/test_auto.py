@@ -117,7 +117,8 @@ def refused(call: Any, *words: str) -> None:
 def test_refused(folder: Path, tmp_path: Path) -> None:
     load = AutoModelForCausalLM.from_pretrained
     refused(lambda: load(folder, load_in_8bit=True), "load_in_8bit", "quantize")
-    refused(lambda: load(folder, draft_lenght=2), "did you mean 'draft_length'")
+    refused(lambda: load(folder, quantise="int8"), "did you mean 'quantize'")
+    refused(lambda: load(folder, draft_length=2), "draft_length: speculative decoding was removed")
     refused(lambda: load(folder, device_map={"model": "cpu", "": "cuda"}), "device_map", "one device")
     refused(lambda: load(folder, subfolder="x"), "subfolder")
     refused(lambda: load(folder, patching={"mode": "spaces"}), "patching", "spaces")

@@ -16,7 +16,7 @@ from bytelatent.inference import constraint as module
 from bytelatent.inference.step import CapturedSlots
 from bytelatent.vocab import EOS, OFFSET, Vocabulary
 from tests.inference.test_constraint import after, allowed, constraint
-from tests.inference.test_engine import DRAFTED, engine_of, shared_decoder
+from tests.inference.test_engine import engine_of, shared_decoder
 
 HOT = Sampling(temperature=1.0)
 PERSON = {
@@ -52,7 +52,7 @@ def plainly(number: int, most: int) -> tuple[Any, ...]:
     return outcome(one), one.log_probabilities
 
 
-@pytest.mark.parametrize("kind", ["fast, seldom", "assuming, seldom", "drafted, few"])
+@pytest.mark.parametrize("kind", ["fast, seldom", "assuming, seldom"])
 def test_slots_draw_what_is_allowed(kind: str) -> None:
     """With and without constraints side by side; each as plain slots draw it, alone."""
     decoder = shared_decoder("entropy", seed=1)
@@ -106,11 +106,11 @@ class LateSlots(CapturedSlots):
         self.in_flight.append(replace(self.in_flight.pop(), event=Late()))
 
 
-@pytest.mark.parametrize(("draft_length", "quorum"), [(1, 0.0), (1, 0.6), (4, 0.0)])
-def test_steps_run_before_the_host_has_read_what_they_drew(draft_length: int, quorum: float) -> None:
+@pytest.mark.parametrize("quorum", [0.0, 0.6])
+def test_steps_run_before_the_host_has_read_what_they_drew(quorum: float) -> None:
     """The bytes are the same: a slot that draws nothing in a step keeps its logits."""
     decoder = shared_decoder("entropy", seed=1)
-    slots = LateSlots(decoder, 3, quorum=quorum, draft_length=draft_length)
+    slots = LateSlots(decoder, 3, quorum=quorum)
     engine = Engine(decoder, slots, 3)
     asked = asked_of(engine, 6, 30)
     engine.run()
@@ -139,10 +139,9 @@ def test_others_do_not_wait() -> None:
 @pytest.mark.parametrize(
     "change", [{"temperature": 0}, {"top_k": 2}, {"top_p": 0.2, "repetition_penalty": 1.7}, {"min_p": 0.3}]
 )
-@pytest.mark.parametrize("kind", ["fast", *DRAFTED[:1]])
-def test_every_setting_applies_to_what_is_allowed(kind: str, change: dict[str, Any]) -> None:
+def test_every_setting_applies_to_what_is_allowed(change: dict[str, Any]) -> None:
     decoder = shared_decoder("entropy", seed=1)
-    plain, fast = Engine.plain(decoder, 2), engine_of(decoder, kind, 2)
+    plain, fast = Engine.plain(decoder, 2), engine_of(decoder, "fast", 2)
     found = [asked_of(engine, 4, 15, valid_utf8=True, **change) for engine in (plain, fast)]
     plain.run()
     fast.run()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
-from bytelatent.inference.settings import MAX_DRAFT_LENGTH, MAX_NEW_BYTES
-from bytelatent.inference.step import CapturedSlots, engine_for, supports
+from bytelatent.inference.settings import MAX_NEW_BYTES
+from bytelatent.inference.step import CapturedSlots, supports
 from bytelatent.inference.step.step import BLTStep
 from bytelatent.inference.utf8 import state_after
 from bytelatent.model import ByteLM
@@ -77,13 +77,11 @@ def shared_decoder(name: str, seed: int = 0) -> Decoder:
 
 
 def engine_of(decoder: Decoder, kind: str, batch_size: int) -> Engine:
-    """Plain rows; the fast ones as they run on a CPU; the same where the global transformer runs seldom, for few; as on
-    a GPU, where the decoder does not wait for the byte LM; and where several bytes are drafted and verified at once."""
+    """Plain rows; the fast ones as they run on a CPU; the same where the global transformer runs seldom, for few; and
+    as on a GPU, where the decoder does not wait for the byte LM."""
     if kind == "plain":
         return Engine.plain(decoder, batch_size)
     assert supports(decoder.model, decoder.byte_lm)
-    if kind in DRAFTED and isinstance(decoder.model, ByteLM):
-        pytest.skip("a byte LM has no part that drafts")
     slots = CapturedSlots(decoder, batch_size, **FAST[kind])
     if isinstance(slots.step, BLTStep):
         slots.step.assumes_open |= kind in ASSUMING
@@ -96,12 +94,8 @@ FAST: dict[str, dict[str, Any]] = {
     "fast, few": {"max_closing": 2},
     "assuming": {},
     "assuming, seldom": {"quorum": 0.6},
-    "drafted": {"draft_length": 5},
-    "drafted, far": {"draft_length": MAX_DRAFT_LENGTH},
-    "drafted, few": {"draft_length": 6, "max_closing": 2},
 }
 ASSUMING = ["assuming", "assuming, seldom"]
-DRAFTED = ["drafted", "drafted, far", "drafted, few"]
 KINDS = ["plain", *FAST]
 
 
@@ -139,14 +133,12 @@ def test_greedy_bytes(name: str, kind: str, batch_size: int) -> None:
 
 @pytest.mark.parametrize("kind", ["fast, seldom", "assuming"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_greedy_bytes_of_models_that_do_not_draft(name: str, kind: str) -> None:
+def test_greedy_bytes_of_other_models(name: str, kind: str) -> None:
     """Plain slots are those of `Decoder`, whose own tests try such models."""
     decoder, prompts = decoder_of(name), ["The", "two\nlines", "it"]
     found = generated(engine_of(decoder, kind, 2), prompts, 20)
     assert [one.ids for one in found] == [slow_greedy(name, prompt, 20) for prompt in prompts]
     assert name != "lines" or {NEWLINE} < set(found[0].ids)
-    with pytest.raises(UserError, match=r"^draft_length: .* has no drafts; leave it out"):
-        engine_for(decoder.model, decoder.patching, decoder.byte_lm, 2, draft_length=3)
 
 
 @cache
@@ -194,7 +186,7 @@ def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("size", [200, 300])
-@pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
+@pytest.mark.parametrize("kind", ["plain", "fast"])
 def test_long_texts_and_patches(kind: str, size: int) -> None:
     """Beyond the first size of every table, on the way or with the prompt."""
     patching = PatchSettings(mode="static", patch_size=300)
@@ -227,7 +219,7 @@ def test_samples_share_a_prompt() -> None:
     assert len({tuple(continuation.ids) for continuation in asked}) == 3
 
 
-@pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
+@pytest.mark.parametrize("kind", ["plain", "fast"])
 def test_stop_texts(kind: str) -> None:
     """Matched on bytes, shown neither in the end nor on the way."""
     decoder = decoder_of("entropy")
@@ -246,7 +238,7 @@ def test_stop_texts(kind: str) -> None:
     assert bytes(i - 4 for i in found.ids) == whole.data[: at + 3]
 
 
-@pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
+@pytest.mark.parametrize("kind", ["plain", "fast"])
 def test_valid_utf8(kind: str) -> None:
     decoder = decoder_of("entropy")
     engine = engine_of(decoder, kind, 2)
@@ -274,34 +266,6 @@ def test_it_ends_at_the_end_of_the_text() -> None:
         assert (found.ended, found.data, found.ids) == ("end of text", b"", [EOS])
 
 
-def test_drafts_save_steps() -> None:
-    """A model that no patch tells anything drafts what it then draws."""
-    decoder = decoder_of("entropy")
-    model: Any = decoder.model
-    for cross in model.decoder.cross_attention:
-        cross.output.weight.data.zero_()
-    slots = CapturedSlots(decoder, 1, draft_length=8)
-    engine = Engine(decoder, slots, 1)
-    [asked] = engine.submit(prompt_ids("The"), Sampling(temperature=1.0), 64)
-    steps = 0
-    while asked.ended is None:
-        engine.advance()
-        steps += 1
-    assert len(asked.ids) == 64
-    assert steps == 8
-
-
-def test_who_cannot_draft() -> None:
-    lm, blt = decoder_of("byte LM"), decoder_of("entropy")
-    with pytest.raises(UserError, match="draft_length: a byte LM has no part that drafts"):
-        engine_for(lm.model, None, None, 1, draft_length=4)
-    with pytest.raises(UserError, match="patching mode 'bpe' has no drafts"):
-        engine_for(blt.model, PatchSettings(mode="bpe", tokenizer="x.json"), None, 1, draft_length=4)
-    for wrong in (0, MAX_DRAFT_LENGTH + 1):
-        with pytest.raises(UserError, match=f"draft_length: {wrong} is not a number from 1 to {MAX_DRAFT_LENGTH}"):
-            engine_for(blt.model, blt.patching, blt.byte_lm, 1, draft_length=wrong)
-
-
 def test_what_will_not_do() -> None:
     engine = Engine.plain(decoder_of("entropy"), 1)
     for wrong in (0, MAX_NEW_BYTES + 1, 2**64, True, 2.5, "5"):
@@ -321,7 +285,7 @@ STOPS = st.lists(
 )
 
 
-@pytest.mark.parametrize("kind", ["plain", "fast", "drafted"])
+@pytest.mark.parametrize("kind", ["plain", "fast"])
 @settings(max_examples=12)
 @given(data=st.data())
 def test_valid_utf8_is_valid_whatever_ends_it(kind: str, data: st.DataObject) -> None:
@@ -358,42 +322,39 @@ def test_valid_utf8_is_valid_whatever_ends_it(kind: str, data: st.DataObject) ->
         assert text == one.text if watched is Continuation.new_text else shown == one.data
 
 
-@pytest.mark.parametrize("kind", DRAFTED)
 @pytest.mark.parametrize("change", [{"repetition_penalty": 1.5}, {"valid_utf8": True, "top_k": 9}])
-def test_drafts_follow_every_sampling_setting(kind: str, change: dict[str, Any]) -> None:
-    """Penalties and UTF-8 depend on what was drafted before."""
+def test_slots_follow_every_sampling_setting(change: dict[str, Any]) -> None:
+    """Penalties and UTF-8 depend on what was drawn before."""
     decoder = decoder_of("entropy")
     for sampling in (Sampling(temperature=0, **change), Sampling(temperature=5.0, seed=3, **change)):
         prompts = [*PROMPTS, "\u4f60"]
         plain = generated(Engine.plain(decoder, 3), prompts, 25, sampling)
-        for found, expected in zip(generated(engine_of(decoder, kind, 3), prompts, 25, sampling), plain, strict=True):
+        for found, expected in zip(generated(engine_of(decoder, "fast", 3), prompts, 25, sampling), plain, strict=True):
             assert (found.ids, found.ended) == (expected.ids, expected.ended)
 
 
 @pytest.mark.parametrize("mode", [mode for mode, its in MODES.items() if not its.on_host])
-def test_rejected_drafts_leave_no_trace(mode: str) -> None:
-    """Drafts close patches that never were: with `byte` one for each byte of a draft as long as any."""
+def test_slots_in_every_mode(mode: str) -> None:
     settings: dict[str, Any] = {"static": {"patch_size": 3}, "entropy": {"threshold": 5.12}}.get(mode, {})
     patching = PatchSettings.parse({"mode": mode} | settings)
     decoder = Decoder(wide_blt(0), patching, decoder_of("entropy").byte_lm)
     hot = Sampling(temperature=1.0, seed=1)
     plain = generated(Engine.plain(decoder, 2), PROMPTS[:3], 40, hot)
-    slots = CapturedSlots(decoder, 2, draft_length=MAX_DRAFT_LENGTH)
-    for found, expected in zip(generated(Engine(decoder, slots, 2), PROMPTS[:3], 40, hot), plain, strict=True):
+    for found, expected in zip(generated(engine_of(decoder, "fast", 2), PROMPTS[:3], 40, hot), plain, strict=True):
         assert (found.ids, found.ended) == (expected.ids, expected.ended)
 
 
-def test_the_end_of_a_text_within_a_draft() -> None:
-    """Heads of zeros: every id is as likely, in the model and in its draft, so a text may end anywhere in one."""
+def test_texts_that_may_end_anywhere() -> None:
+    """Heads of zeros: every id is as likely."""
     decoder = decoder_of("entropy", seed=3)
     head: Any = decoder.model.decoder.output
     with torch.no_grad():
         head.weight.zero_()
     hot = Sampling(temperature=1.0)
-    plain, drafted = Engine.plain(decoder, 12), Engine(decoder, CapturedSlots(decoder, 12, draft_length=8), 12)
-    asked = [engine.submit(prompt_ids("x"), hot, 300, samples=12) for engine in (plain, drafted)]
+    plain, fast = Engine.plain(decoder, 12), engine_of(decoder, "fast", 12)
+    asked = [engine.submit(prompt_ids("x"), hot, 300, samples=12) for engine in (plain, fast)]
     plain.run()
-    drafted.run()
+    fast.run()
     assert sum(one.ended == "end of text" for one in asked[1]) > 4  # one in 257 ids
     for expected, found in zip(*asked, strict=True):
         assert (found.ids, found.ended) == (expected.ids, expected.ended)

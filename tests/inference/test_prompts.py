@@ -59,6 +59,19 @@ def test_what_is_read_equals_the_full_forward(shape: Any, byte_lm: Any, patching
     assert queue.num_read + cache.num_reused == sum(map(len, prompts))
 
 
+def test_chunks_of_one_id() -> None:
+    """Half a chunk is none: a prompt that waits begins once nothing is read on."""
+    decoder = shared_decoder("entropy")
+    queue = PromptQueue(decoder, 1)
+    for size in (20, 5):
+        queue.add([Sequence(text_of(size, size), GREEDY, 1)])
+    for _ in range(25):
+        queue.read(3)
+    for found, [which] in queue.take(3):
+        check_read(decoder, found.state, found.source, found.logits, which.prompt)
+    assert (queue.num_read, queue.groups) == (25, [])
+
+
 def check_read(decoder: Decoder, state: Any, source: int, logits: Tensor, prompt: Tensor) -> None:
     more = text_of(len(prompt), 9)[1:]
     expected = full_logits(decoder, [torch.cat([prompt, more])])[0][len(prompt) - 1 :]
@@ -116,7 +129,7 @@ def test_long_prompts_do_not_keep_short_ones_waiting() -> None:
     assert queue._state is None
 
 
-@pytest.mark.parametrize(("name", "kind"), [("entropy", "plain"), ("split", "fast, seldom"), ("split", "drafted")])
+@pytest.mark.parametrize(("name", "kind"), [("entropy", "plain"), ("split", "fast, seldom")])
 def test_starts_and_alternatives(name: str, kind: str) -> None:
     check_starts_and_alternatives(name, kind)
 

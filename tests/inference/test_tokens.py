@@ -118,5 +118,3 @@ def test_command(model: Any, tmp_path: Path) -> None:
     out = io.BytesIO()
     generate(GenerateSettings(jsonl=str(rows), **given), out)
     assert json.loads(out.getvalue())["text"] == expected.text
-    with pytest.raises(UserError, match="a token LM has no part that drafts"):
-        generate(GenerateSettings(prompt="x", draft_length=2, **given), io.BytesIO())

@@ -107,7 +107,6 @@ def attention(
     positions: list[int],
     slots: int,
     window: int | None,
-    new: int = 1,
     heads: int = 2,
     kv_heads: int = 2,
     dtype: str = "float32",
@@ -119,7 +118,7 @@ def attention(
     """Some steps one after the other, over caches that hold what came before and are NaN elsewhere."""
     kind, size = getattr(torch, dtype), len(positions)
     cache_rows = max(rows or [size]) + 1
-    table = rotary_embedding(torch.arange(max(positions) + new * steps), head_dim, 10_000.0)
+    table = rotary_embedding(torch.arange(max(positions) + steps), head_dim, 10_000.0)
     caches = [torch.full((cache_rows, slots, kv_heads, head_dim), torch.nan, dtype=kind) for _ in range(2)]
     for b, position in enumerate(positions):
         row = b if rows is None else rows[b]
@@ -128,14 +127,14 @@ def attention(
             for cache in caches:
                 cache[row, held] = torch.randn(len(held), kv_heads, head_dim).to(kind)
     copies = [cache.nan_to_num() for cache in caches]  # the plain form may look at what it gives no weight
-    scratch = split_scratch(size * new, heads, head_dim, splits, caches[0].device) if splits > 1 else None
+    scratch = split_scratch(size, heads, head_dim, splits, caches[0].device) if splits > 1 else None
     launch = AttentionLaunch(block=16, splits=splits, num_warps=4, num_stages=2)
-    shared: dict = {"heads": heads, "window": window, "new": new, "row_B": None if rows is None else torch.tensor(rows)}
+    shared: dict = {"heads": heads, "window": window, "row_B": None if rows is None else torch.tensor(rows)}
     worst: Errors = {"error": 0.0, "keys": 0.0, "values": 0.0}
     for step in range(steps):
-        at = torch.tensor(positions, dtype=torch.int32) + step * new
-        qkv = torch.randn(size * new, (heads + 2 * kv_heads) * head_dim).to(kind)
-        out = [torch.full((size * new, heads * head_dim), torch.nan, dtype=kind) for _ in range(2)]
+        at = torch.tensor(positions, dtype=torch.int32) + step
+        qkv = torch.randn(size, (heads + 2 * kv_heads) * head_dim).to(kind)
+        out = [torch.full((size, heads * head_dim), torch.nan, dtype=kind) for _ in range(2)]
         before = [cache.clone() for cache in caches]
         for run in (0, 1):
             flag = torch.tensor(run, dtype=torch.int32)
@@ -153,22 +152,21 @@ def attention(
 
 def reading(
     sequences: int,
-    new: int,
     keys: int,
     heads: int,
     kv_heads: int,
     dtype: str = "float32",
     rows: list[int] | None = None,
 ) -> Errors:
-    kind, size = getattr(torch, dtype), sequences * new
-    q = torch.randn(size, heads, 16).to(kind)
+    kind = getattr(torch, dtype)
+    q = torch.randn(sequences, heads, 16).to(kind)
     k, v = torch.randn(2, max(rows or [sequences]) + 1, keys, kv_heads, 16).to(kind)
-    reads = torch.rand(size) < 0.7
+    reads = torch.rand(sequences) < 0.7
     for row in range(sequences) if rows is None else [row for row in rows if row >= 0]:
-        if not reads[(row if rows is None else rows.index(row)) * new :][:new].any():
+        if not reads[row if rows is None else rows.index(row)]:
             k[row], v[row] = torch.nan, torch.nan  # what is not read does not matter
     out = torch.full((3, *q.shape), torch.nan, dtype=kind)
-    shared: dict = {"new": new, "row_B": None if rows is None else torch.tensor(rows)}
+    shared: dict = {"row_T": None if rows is None else torch.tensor(rows)}
     decoder_cross_attention_step(q, k, v, reads, **shared, out=out[0], run=torch.ones(1, dtype=torch.int32))
     plain_decoder_cross_attention_step(q, k, v, reads, **shared, out=out[1])
     decoder_cross_attention_step(q, k, v, reads, **shared, out=out[2], run=torch.zeros(1, dtype=torch.bool))
@@ -184,7 +182,6 @@ def gathering(
     kv_heads: int,
     rows: list[int],
     dtype: str = "float32",
-    shifted: bool = False,
 ) -> Errors:
     """Bytes are cached one by one, then gathered."""
     kind, size, dim = getattr(torch, dtype), len(counts), 40
@@ -200,11 +197,8 @@ def gathering(
             kv + 1, *cached[0], at, h_BD=h + 1, pooled_BD=pooled[0], run=torch.zeros(1, dtype=torch.int32)
         )
     out = torch.full((3, *q.shape), torch.nan, dtype=kind)
-    begins = [counts[row] // 3 if shifted and row % 2 else 0 for row in rows]
-    left = torch.tensor([max(counts[row], 0) - begin for row, begin in zip(rows, begins, strict=True)])
-    shared: dict = {"count_C": left, "row_C": torch.tensor(rows, dtype=torch.int32)}
-    if shifted:
-        shared["begin_C"] = torch.tensor(begins)
+    found = torch.tensor([max(counts[row], 0) for row in rows])
+    shared: dict = {"count_C": found, "row_C": torch.tensor(rows, dtype=torch.int32)}
     encoder_cross_attention_step(q, *cached[0], **shared, out=out[0])
     plain_encoder_cross_attention_step(q, *cached[1], **shared, out=out[1])
     encoder_cross_attention_step(q, *cached[0], **shared, out=out[2], run=torch.zeros(1, dtype=torch.int32))
@@ -270,21 +264,16 @@ def deciding(
     for number in range(3):
         logits, lm_logits = 3 * torch.randn(rows, 260), 2 * torch.randn(rows, 260)
         lm = lm_logits if patching.needs_entropies else None
-        expected = None
-        if number == 1:  # some rows would draw another id than the one that is expected
-            drawn = ours[0].draw(logits)[0]
-            expected = torch.where(torch.rand(rows) < 0.5, drawn, drawn + 1)
         ready = [row for row in range(rows) if constrained and row % 4 != 3 and (row + number) % 3 == 0]
         allowed = [(np.arange(260) + row) % 7 == 2 for row in ready]  # others' are outdated, and their logits held
         ours[0].constrain(ready, allowed)
         theirs[0].constrain(ready, allowed)
-        draw(logits, ours[0], ours[1].position, ours[2], expected)
+        draw(logits, ours[0], ours[1].position, ours[2])
         append(ours[1], ours[2])
         decide(lm, patching, ours[1], ours[2])
         choose(ours[1], ours[2], quorum, decoded)
         with torch.device("cpu"):  # the only one that the plain forms are for
-            expected = None if expected is None else expected.cpu()
-            plain_draw(logits.cpu(), theirs[0], theirs[1].position, theirs[2], expected)
+            plain_draw(logits.cpu(), theirs[0], theirs[1].position, theirs[2])
             plain_append(theirs[1], theirs[2])
             plain_decide(None if lm is None else lm.cpu(), patching, theirs[1], theirs[2])
             plain_choose(theirs[1], theirs[2], quorum, decoded)

@@ -34,21 +34,20 @@ def decode_attention(
     *,
     heads: int,
     window: int | None,
-    new: int = 1,
     row_B: Tensor,
 ) -> Tensor:
-    """One position after another; NaN where a sequence is skipped."""
+    """NaN where a sequence is skipped."""
     _, slots, kv_heads, head_dim = cache_k_CRJE.shape
     out = torch.full((len(qkv), heads * head_dim), torch.nan, dtype=torch.float64)
-    for b, (first, row) in enumerate(zip(position_B.tolist(), row_B.tolist(), strict=True)):
-        for step in range(new if row >= 0 else 0):
-            position, at = first + step, b * new + step
-            q_HE, k_JE, v_JE = qkv[at].view(-1, head_dim).split([heads, kv_heads, kv_heads])
-            q_HE, k_JE = (rotate(x.double(), rotary_PA2[position]).to(qkv.dtype) for x in (q_HE, k_JE))
-            cache_k_CRJE[row, position % slots], cache_v_CRJE[row, position % slots] = k_JE, v_JE
-            low = 0 if window is None else max(position - window + 1, 0)
-            seen = torch.arange(low, position + 1) % slots
-            out[at] = attend(q_HE, cache_k_CRJE[row, seen], cache_v_CRJE[row, seen]).flatten()
+    for b, (position, row) in enumerate(zip(position_B.tolist(), row_B.tolist(), strict=True)):
+        if row < 0:
+            continue
+        q_HE, k_JE, v_JE = qkv[b].view(-1, head_dim).split([heads, kv_heads, kv_heads])
+        q_HE, k_JE = (rotate(x.double(), rotary_PA2[position]).to(qkv.dtype) for x in (q_HE, k_JE))
+        cache_k_CRJE[row, position % slots], cache_v_CRJE[row, position % slots] = k_JE, v_JE
+        low = 0 if window is None else max(position - window + 1, 0)
+        seen = torch.arange(low, position + 1) % slots
+        out[b] = attend(q_HE, cache_k_CRJE[row, seen], cache_v_CRJE[row, seen]).flatten()
     return out
 
 

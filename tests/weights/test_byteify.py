@@ -252,11 +252,11 @@ def test_sizes_that_nobody_chose(width: int, layers: int, expected: tuple[int, i
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_generation_is_the_forward_pass(name: str, tmp_path: Path) -> None:
-    """Byte by byte, quantized, with drafts, and from text to text."""
+    """Byte by byte, quantized, and from text to text."""
     theirs(name, tmp_path)
     folder = byteified(tmp_path)
     prompt = "The history of "
-    for options in ({}, {"quantize": "int8"}, {"draft_length": 3}):
+    for options in ({}, {"quantize": "int8"}):
         blt = BLT.from_pretrained(folder, device="cpu", dtype="float32", **options)
         made = blt.generate(prompt, max_new_bytes=40, temperature=0.0, return_log_probabilities=True)
         ids = torch.tensor([1, *(byte + 4 for byte in prompt.encode()), *made.ids])

@@ -173,7 +173,7 @@ class PrefillDecoderCrossAttention(nn.Module):
         weights, dtype = self.weights, h_TD.dtype
         q_THE = F.linear(self._norm(h_TD), dense(weights.query, dtype)).unflatten(-1, self.heads)
         row_T, reads_T = read.patch_T.clamp(min=0), read.patch_T >= 0
-        found = decoder_cross_attention_step(q_THE, k_PKHE, v_PKHE, reads_T, row_B=row_T).flatten(1)
+        found = decoder_cross_attention_step(q_THE, k_PKHE, v_PKHE, reads_T, row_T=row_T).flatten(1)
         return torch.addmm(h_TD, found, dense(weights.output, dtype).T, beta=2)
 
     def _norm(self, x: Tensor) -> Tensor:

@@ -65,9 +65,7 @@ class StepBuffers:
         )
 
 
-def draw(
-    logits_BV: Tensor, sampling: SamplingSlots, position: Tensor, buffers: StepBuffers, expected: Tensor | None = None
-) -> None:
+def draw(logits_BV: Tensor, sampling: SamplingSlots, position: Tensor, buffers: StepBuffers) -> None:
     """Draw an id in each active slot that does not wait, be it for what its constraint allows: `SamplingSlots.draw` and
     `read` in one.
 
@@ -79,15 +77,14 @@ def draw(
         position: [B] ids read.
         buffers: `is_active`, `is_waiting`, `is_held` and `held` are read; `is_active`, `drawn`, `log_probability`,
             `ids`, `reads`, `slot`, `at`, `is_held` and `held` are written.
-        expected: [B] the only ids that are drawn: a slot that would draw another one draws none, and waits.
     """
     if not uses_kernels(logits_BV):
-        plain_draw(logits_BV, sampling, position, buffers, expected)
+        plain_draw(logits_BV, sampling, position, buffers)
         return
     assert logits_BV.is_contiguous(), "logits are not contiguous"
     draw_kernel[(logits_BV.shape[0],)](
         logits_BV,
-        *(position, expected, buffers.is_active, buffers.is_waiting),
+        *(position, buffers.is_active, buffers.is_waiting),
         *(buffers.drawn, buffers.log_probability, buffers.ids, buffers.reads, buffers.slot, buffers.at),
         *(buffers.is_held, buffers.held),
         **{f"{name}_ptr": part for name, part in vars(sampling).items() if name not in PLAIN_FIELDS},
@@ -102,12 +99,10 @@ def draw(
     )
 
 
-def plain_draw(
-    logits_BV: Tensor, sampling: SamplingSlots, position: Tensor, buffers: StepBuffers, expected: Tensor | None = None
-) -> None:
+def plain_draw(logits_BV: Tensor, sampling: SamplingSlots, position: Tensor, buffers: StepBuffers) -> None:
     arrays, at = Arrays(buffers), position.numpy()
-    is_active, is_waiting = arrays.is_active, arrays.is_waiting
-    could_draw, is_held, constraint = is_active & ~is_waiting, arrays.is_held, sampling.constraint.numpy()
+    is_active, is_held, constraint = arrays.is_active, arrays.is_held, sampling.constraint.numpy()
+    could_draw = is_active & ~arrays.is_waiting
     draws, holds = could_draw & (constraint != OUTDATED), could_draw & (constraint == OUTDATED) & ~is_held
     if is_held.any():
         uses_held = torch.from_numpy(is_held & (constraint == READY))
@@ -115,10 +110,6 @@ def plain_draw(
     buffers.held[torch.from_numpy(holds)] = logits_BV[torch.from_numpy(holds)]
     drawn, log_probability = sampling.draw(logits_BV)
     ids = drawn.numpy()
-    if expected is not None:
-        agrees = ids == expected.numpy()
-        is_waiting |= draws & ~agrees
-        draws &= agrees
     is_held[:] = (is_held | holds) & ~draws
     sampling.read(drawn, torch.from_numpy(draws))
     ends = draws & ((ids == EOS) | (sampling.remaining.numpy() <= 0))
@@ -176,7 +167,7 @@ def candidates(
 
 @triton.jit
 def draw_kernel(
-    logits_ptr, position_ptr, expected_ptr, active_ptr, waiting_ptr, drawn_id_ptr, log_probability_ptr, ids_ptr,
+    logits_ptr, position_ptr, active_ptr, waiting_ptr, drawn_id_ptr, log_probability_ptr, ids_ptr,
     reads_ptr, slot_ptr, at_ptr, is_held_ptr, held_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     repetition_penalty_ptr, seed_ptr, drawn_ptr, seen_ptr, valid_utf8_ptr, utf8_ptr, remaining_ptr, constraint_ptr,
     allowed_ptr, utf8_after_ptr, needed_ptr, needed_after_ptr, V: tl.constexpr, PADDED: tl.constexpr,
@@ -247,10 +238,6 @@ def draw_kernel(
 
     tl.debug_barrier()  # what follows writes what was read above
     tl.store(held_ptr + v, plain, mask=(v < V) & holds)
-    if expected_ptr is not None:
-        agrees = drawn == tl.load(expected_ptr + b)
-        tl.store(waiting_ptr + b, 1, mask=draws & (agrees == 0))
-        draws = draws & agrees
     left = remaining - 1
     ends = draws & ((drawn == EOS) | (left <= 0))
     reads = draws & (drawn != EOS) & (left > 0)

@@ -14,7 +14,6 @@ from bytelatent.inference.engine import OutOfRoom, as_alternatives, likeliest, m
 from bytelatent.inference.kv_cache import BLOCK, CacheCapacity, DecodeState
 from bytelatent.inference.prefix_cache import Prefix
 from bytelatent.inference.step.cuda_graph import Graph
-from bytelatent.inference.step.drafting import DraftedStep
 from bytelatent.inference.step.step import BLTStep, ByteLMStep
 from bytelatent.model import ByteLM
 
@@ -38,8 +37,7 @@ class CapturedSlots:
     Args:
         quorum: the share of slots at work that must have closed a patch before the global transformer runs; see
             `BLTStep`.
-        max_closing: slots that the global transformer runs for at most; default: all. With drafts: patches of a slot.
-        draft_length: bytes of each slot per step at most, all but one of them drafted; see `DraftedStep`.
+        max_closing: slots that the global transformer runs for at most; default: all.
         like: other slots of the same decoder, whose weights these share.
     """
 
@@ -49,7 +47,6 @@ class CapturedSlots:
         num_slots: int,
         quorum: float = 0.0,
         max_closing: int | None = None,
-        draft_length: int = 1,
         like: "CapturedSlots | None" = None,
     ):
         self.decoder = decoder
@@ -58,12 +55,9 @@ class CapturedSlots:
         self._room = CacheCapacity()
         self._largest = np.zeros((num_slots, 3), dtype=np.int64)  # the most that each slot may have of what Room counts
         self._in_slot: list[Continuation | None] = [None] * num_slots
-        self._draft_length = draft_length
         shared: Any = None if like is None else like.step
         if isinstance(decoder.model, ByteLM):
             self.step = ByteLMStep(decoder, num_slots, like=shared)
-        elif draft_length > 1:
-            self.step = DraftedStep(decoder, num_slots, draft_length, max_closing, shared)
         else:
             self.step = BLTStep(decoder, num_slots, max_closing or num_slots, quorum, shared)
         self._graph: Graph | None = None
@@ -78,7 +72,7 @@ class CapturedSlots:
         counts = torch.stack([state.position[source], state.num_patches[source], state.open_count[source]])
         position, num_patches, open_bytes = counts.tolist()
         soon = min(which.max_new_bytes, BLOCK)  # so that caches need not grow, and graphs be captured again, at once
-        self._make_room(np.array([position + soon, num_patches + soon, open_bytes + 1]) + self._draft_length)
+        self._make_room(np.array([position + soon, num_patches + soon, open_bytes + 1]) + 1)
         self._largest[slot] = position, num_patches, open_bytes
         step = self.step
         step.state.put(slot, state, source)
@@ -96,7 +90,7 @@ class CapturedSlots:
         self.step.buffers.is_waiting[slot] = False
 
     def advance(self) -> None:
-        self._largest += self._draft_length
+        self._largest += 1
         try:
             self._make_room()
         except torch.OutOfMemoryError:
@@ -107,14 +101,13 @@ class CapturedSlots:
         self.step.sampling.constrain(*self._allowances.new(self._in_slot))
         self.num_steps += 1
         num_alternatives = most_alternatives(self._in_slot)
-        logits_BV = self.step.newest_logits() if num_alternatives else None
+        likely = likeliest(self.step.newest_logits(), num_alternatives) if num_alternatives else ()
         if self.decoder.device.type != "cuda":
             self.step()
         else:
             if self._graph is None or self._captured_at != self.step.addresses():
                 self._graph, self._captured_at = self._captured(), self.step.addresses()
             self._graph.replay()
-        likely = () if logits_BV is None else likeliest(self.step.drawn_from(logits_BV), num_alternatives)
         self._read_back(likely)
         while len(self.in_flight) >= IN_FLIGHT:
             self._take(wait=True)
@@ -142,7 +135,7 @@ class CapturedSlots:
 
     def take_over(self, slot: int, other: "CapturedSlots", source: int) -> None:
         """Let a slot go on as slot `source` of others would, of which no step is in flight."""
-        self._make_room(other._largest[source] + BLOCK + self._draft_length)
+        self._make_room(other._largest[source] + BLOCK + 1)
         self._largest[slot] = other._largest[source]
         self._in_slot[slot] = other._in_slot[source]
         self._allowances.take_over(slot, other._allowances, source)
@@ -189,13 +182,12 @@ class CapturedSlots:
                 return False
             step.event.synchronize()
         self.in_flight.popleft()
-        rows = [part.tolist() for part in step.found]
-        none: list[list[Alternatives]] = [[[]] * len(step.in_slot)] * len(rows[0])
-        rows.append(as_alternatives(*step.alternatives) if step.alternatives else none)
-        for row in zip(*rows, strict=True):
-            for which, drawn, *more in zip(step.in_slot, *row, strict=True):
-                if which is not None and drawn >= 0:
-                    self._drawn.append(Drawn(which, drawn, *more))
+        none: list[Alternatives] = [[]] * len(step.in_slot)
+        alternatives = as_alternatives(*step.alternatives) if step.alternatives else none
+        found = (part.tolist() for part in step.found)
+        for which, drawn, *more in zip(step.in_slot, *found, alternatives, strict=True):
+            if which is not None and drawn >= 0:
+                self._drawn.append(Drawn(which, drawn, *more))
         return True
 
     def _captured(self) -> Graph:
@@ -221,7 +213,7 @@ class CapturedSlots:
         state = self.step.state
         counts = torch.stack([state.position, state.num_patches, state.open_count], dim=1).cpu().numpy()
         occupied = np.array([which is not None for which in self._in_slot])[:, None]
-        self._largest = np.where(occupied, counts + self._draft_length, 0)
+        self._largest = np.where(occupied, counts + 1, 0)
         largest = np.maximum(self._largest.max(0), wanted)
         if (largest < room).all():
             return

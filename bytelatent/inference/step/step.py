@@ -42,11 +42,10 @@ from bytelatent.vocab import BOS, NEWLINE, VOCAB_SIZE
 
 @dataclass(frozen=True)
 class QueryPositions:
-    """Which positions a stack reads: of each slot `new`, one after another; see `decode_attention`."""
+    """Which positions a stack reads; see `decode_attention`."""
 
-    position: Tensor  # the first one's
+    position: Tensor
     slot: Tensor  # -1: nothing is read
-    new: int = 1
     run: Tensor | None = None  # one number, 0: the kernels do nothing
 
 
@@ -104,14 +103,8 @@ class ByteLMStep:
         return torch.where(self.buffers.is_held[:, None], self.buffers.held, self.logits_BV)
 
     def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the step drew: ids [S, B], -1 for none, of S bytes one after another, their log-probabilities, and
-        whether they begin patches.
-        """
-        return self.buffers.drawn[None], self.buffers.log_probability[None], self.buffers.starts[None]
-
-    def drawn_from(self, logits_BV: Tensor) -> Tensor:
-        """The logits from which the newest step drew, [S, B, V], given those before it."""
-        return logits_BV[None]
+        """What the step drew: ids [B], -1 for none, their log-probabilities, and whether they begin patches."""
+        return self.buffers.drawn, self.buffers.log_probability, self.buffers.starts
 
     def _stack(self, stack: StackWeights, x_MD: Tensor, cache: KVCache, at: QueryPositions) -> Tensor:
         for layer in range(len(stack.blocks)):
@@ -128,10 +121,9 @@ class ByteLMStep:
             stack.rotary,
             heads=stack.settings.num_heads,
             window=cache.window,
-            new=at.new,
             row_B=at.slot,
             run=at.run,
-            **stack.launch(len(at.position), at.new),
+            **stack.launch(len(at.position)),
         )
         x_MD = skinny_linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=at.run)
         hidden = skinny_linear(x_MD, weights.gate_up, gated=True, eps=eps, run=at.run)
@@ -181,8 +173,8 @@ class BLTStep(ByteLMStep):
         draw(self.logits_BV, self.sampling, state.position, buffers)
         append(state, buffers)
         with self.side.beside():
-            lm_logits = self._read_byte_lm(*self._line(state, buffers))
-        encoded_BD = self._encode(state, buffers)
+            lm_logits = self._read_byte_lm(*self._line())
+        encoded_BD = self._encode()
         if self.can_wait:
             torch.where(buffers.reads[:, None], encoded_BD, self.encoded_BD, out=self.encoded_BD)
             encoded_BD = self.encoded_BD
@@ -197,8 +189,9 @@ class BLTStep(ByteLMStep):
         else:
             self._close(encoded_BD)
 
-    def _line(self, state: BLTDecodeState, buffers: StepBuffers) -> tuple[Tensor, QueryPositions]:
+    def _line(self) -> tuple[Tensor, QueryPositions]:
         """The newest ids and their positions as the entropy model reads them: its context may be reset at newlines."""
+        state, buffers = self.state, self.buffers
         if not self.patching.reset_at_newline:
             return buffers.ids, QueryPositions(buffers.at, buffers.slot)
         is_newline = buffers.ids == NEWLINE
@@ -206,13 +199,10 @@ class BLTStep(ByteLMStep):
         at = buffers.at - state.context_begin
         return torch.where(is_newline, BOS, buffers.ids), QueryPositions(at, buffers.slot)
 
-    def _encode(self, state: BLTDecodeState, buffers: StepBuffers, parts: list[Tensor] | None = None) -> Tensor:
-        """The encoder's states of the newest bytes, [B, D]; the bytes are added to the open patches.
-
-        Args:
-            parts: takes what is added: the states, [B, D], then each cross-attention's keys and values.
-        """
-        weights, at = self.blt, QueryPositions(buffers.at, buffers.slot)
+    def _encode(self) -> Tensor:
+        """The encoder's states of the newest bytes, [B, D]; the bytes are added to the open patches."""
+        state, buffers, weights = self.state, self.buffers, self.blt
+        at = QueryPositions(buffers.at, buffers.slot)
         model: Any = self.decoder.model
         if self.powers is None:
             x_BD = F.embedding(buffers.ids, model.encoder.embedding.weight)
@@ -224,20 +214,18 @@ class BLTStep(ByteLMStep):
             x_BD = self._block(weights.encoder, layer, x_BD, state.encoder, at)
             cross = layer - first
             if cross >= 0 and not weights.encoder_cross:
-                self._append_state(state, x_BD, buffers.count)
+                self._append_state(x_BD)
             elif cross >= 0:
                 kv = skinny_linear(x_BD, weights.encoder_cross[cross].key_value, eps=weights.encoder.eps)
                 kv = kv.unflatten(1, (-1, state.open_k.shape[-1]))
                 pooled = {"h_BD": x_BD, "pooled_BD": state.open_max} if cross == 0 else {}
                 append_patch_byte(kv, state.open_k[cross], state.open_v[cross], buffers.count, **pooled)
-                if parts is not None:
-                    parts += [x_BD.clone(), kv] if cross == 0 else [kv]
         return x_BD
 
-    @staticmethod
-    def _append_state(state: BLTDecodeState, x_BD: Tensor, count_B: Tensor) -> None:
+    def _append_state(self, x_BD: Tensor) -> None:
         """Add states of bytes to the open patches, in place of keys and values."""
-        open_BMD, slot_B = state.open_k[0, :, :, 0], torch.arange(len(x_BD), device=x_BD.device)
+        open_BMD, count_B = self.state.open_k[0, :, :, 0], self.buffers.count
+        slot_B = torch.arange(len(x_BD), device=x_BD.device)
         at_B, reads_B1 = count_B.clamp(min=0), (count_B >= 0).unsqueeze(1)
         open_BMD[slot_B, at_B] = torch.where(reads_B1, x_BD.to(open_BMD.dtype), open_BMD[slot_B, at_B])
 
@@ -286,15 +274,22 @@ class BLTStep(ByteLMStep):
         Args:
             closes: whether the slots among `closing` have closed a patch with this byte; otherwise none has.
         """
-        state, buffers = self.state, self.buffers
+        state, buffers, weights, eps = self.state, self.buffers, self.blt, self.blt.decoder.eps
         x_BD = encoded_BD.clone()  # the decoder writes over it
         if not self.blt.decoder_cross:
             takes_B = buffers.reads_patch
             if self.blt.settings.added_to == "closing":
                 takes_B = self._of_slots(buffers.closing)[0] if closes else torch.zeros_like(takes_B)
             x_BD += torch.where(takes_B.unsqueeze(1), state.patch_k[0, :, 0, 0], 0.0)
-        patch = state.patch_k, state.patch_v
-        self._decode(x_BD, QueryPositions(buffers.at, slot), patch, slot, buffers.reads_patch, self.logits_BV)
+        heads, size = state.patch_k.shape[-2:]
+        for layer in range(len(weights.decoder.blocks)):
+            if layer < len(weights.decoder_cross):
+                cross, patch = weights.decoder_cross[layer], (state.patch_k[layer], state.patch_v[layer])
+                q = skinny_linear(x_BD, cross.query, eps=eps).view(-1, heads, size)
+                found = decoder_cross_attention_step(q, *patch, buffers.reads_patch, row_T=slot)
+                x_BD = skinny_linear(found.flatten(1), cross.output, residual_MN=x_BD, residual_scale=2.0, out=x_BD)
+            x_BD = self._block(weights.decoder, layer, x_BD, state.decoder, QueryPositions(buffers.at, slot))
+        skinny_linear(x_BD, weights.output, eps=eps, out=self.logits_BV)
 
     def _patches(self, pooled_CD: Tensor, bytes_of: dict[str, Tensor], at: QueryPositions) -> Tensor:
         """Keys and values of closed patches for the decoder's cross-attentions, [C*K, Y*2*H*E].
@@ -326,30 +321,3 @@ class BLTStep(ByteLMStep):
             return skinny_linear(x_CG, weights.patch_key_values, eps=weights.decoder.eps, run=run)
         keys = skinny_linear(x_CG, weights.patch_to_keys, run=run).view(-1, dim)
         return skinny_linear(keys, weights.patch_key_values, eps=weights.decoder.eps, run=run)
-
-    def _decode(
-        self,
-        x_MD: Tensor,
-        at: QueryPositions,
-        patch: tuple[Tensor, Tensor],
-        patch_row: Tensor,
-        reads_patch: Tensor,
-        out: Tensor,
-    ) -> None:
-        """The logits of what follows bytes, into `out` [M, V].
-
-        Args:
-            x_MD: the encoder's states of the bytes.
-            patch: keys and values of patches, [Y, rows, K, H, E].
-            patch_row, reads_patch: [M] which of them each byte attends to, and whether there is one yet.
-        """
-        weights, eps = self.blt, self.blt.decoder.eps
-        heads, size = patch[0].shape[-2:]
-        for layer in range(len(weights.decoder.blocks)):
-            if layer < len(weights.decoder_cross):
-                cross = weights.decoder_cross[layer]
-                q = skinny_linear(x_MD, cross.query, eps=eps).view(-1, heads, size)
-                found = decoder_cross_attention_step(q, patch[0][layer], patch[1][layer], reads_patch, row_B=patch_row)
-                x_MD = skinny_linear(found.flatten(1), cross.output, residual_MN=x_MD, residual_scale=2.0, out=x_MD)
-            x_MD = self._block(weights.decoder, layer, x_MD, self.state.decoder, at)
-        skinny_linear(x_MD, weights.output, eps=eps, out=out)
