@@ -9,7 +9,7 @@ predict  the formulas of docs/internals/scaling.md. `--rate` is what one card do
          same share of the matrix rate.
 measure  the trainer's steps on random text, so many bytes a GPU; each configuration is a model, a plan (alone, shard,
          hybrid, replicate, tensor) and how it is trained (dense: hash tables like other weights; float8; selective or
-         full: what is computed again), with other rows of each hash table or bytes a GPU where it says so:
+         full: what is computed again; muon), with other rows of each hash table or bytes a GPU where it says so:
          blt-1b/100003:shard+selective@32768. `--save FOLDER`: after all of them each is made again and saved in the
          background while steps go on; of one process only what is `alone`.
 correct  runs of the trainer: many GPUs against one, a second time, from another number, after a rank was killed.

@@ -11,7 +11,7 @@ from bytelatent.training import TrainSettings
 from bytelatent.training.profiling.measure import DOCUMENT
 
 PLANS = ("alone", "shard", "hybrid", "replicate", "tensor")
-OTHERS = ("rows", "dense", "float8", "selective", "full")
+OTHERS = ("rows", "dense", "float8", "selective", "full", "muon")
 TINY_STACK = StackSettings(dim=32, num_layers=1, num_heads=2, window=64, multiple_of=16)
 TINY = BLTSettings(
     encoder=TINY_STACK,
@@ -46,6 +46,7 @@ class Configuration:
     tables: str
     float8: bool
     checkpointing: str
+    optimizer: str
     size: int  # bytes a rank and step
 
     @classmethod
@@ -79,7 +80,8 @@ class Configuration:
             model = model.model_copy(update={"ngram_hash": hashed})
         tables = "dense" if "dense" in words or (plans == ["alone"] and "rows" not in words) else "rows"
         how = next((word for word in words if word in ("selective", "full")), "none")
-        return cls(name, model, plans[0], tables, "float8" in words, how, int(own_size or size))
+        optimizer = "muon" if "muon" in words else "adamw"
+        return cls(name, model, plans[0], tables, "float8" in words, how, optimizer, int(own_size or size))
 
     @property
     def settings(self) -> TrainSettings:
@@ -100,7 +102,7 @@ class Configuration:
                 "model": self.model.plain(),
                 "patching": {"mode": "space"},
                 "data": {"train": "random", "batch_bytes": self.size * tensor, "context": DOCUMENT},
-                "optimizer": {"hash_gradients": hashed},
+                "optimizer": {"name": self.optimizer, "hash_gradients": hashed},
                 "parallel": parallel,
                 "float8": "rowwise" if self.float8 else None,
             }
@@ -109,7 +111,8 @@ class Configuration:
     @property
     def words(self) -> str:
         words = {"alone": "no FSDP", "shard": "FSDP", "tensor": "FSDP, tensor 2"}.get(self.plan, self.plan)
-        return words if self.checkpointing == "none" else f"{words}, recomputing {self.checkpointing}"
+        words += "" if self.checkpointing == "none" else f", recomputing {self.checkpointing}"
+        return f"{words}, Muon" if self.optimizer == "muon" else words
 
     def products(self, dtype: torch.dtype) -> str:
         """In which precision."""
