@@ -54,11 +54,23 @@ def test_a_configuration_and_its_line() -> None:
     assert len(cells(underline(Row.HEAD))) == len(row)
     assert Configuration.parse("tiny:alone+rows", 8).settings.optimizer.hash_gradients == "rows"
     assert Configuration.parse("tiny:shard", 8).settings.optimizer.hash_gradients == "dense"
+    by_rows = Configuration.parse("tiny:shard+rows", 8)
+    assert by_rows.settings.optimizer.hash_gradients == by_rows.settings.parallel.tables == "rows"
+    assert by_rows.tables == "rows, gradients too"
     assert Configuration.parse("tiny:shard+muon", 8).settings.optimizer.name == "muon"
 
 
 @pytest.mark.parametrize(
-    "text", ["tiny", "tiny:rows", "tiny:shard+tensor", "tiny:shard+what", "entropy:shard", "tiny:shard@x"]
+    "text",
+    [
+        "tiny",
+        "tiny:rows",
+        "tiny:shard+tensor",
+        "tiny:shard+what",
+        "tiny:shard+rows+dense",
+        "entropy:shard",
+        "tiny:shard@x",
+    ],
 )
 def test_what_is_no_configuration(text: str) -> None:
     with pytest.raises(UserError, match=text.replace("+", r"\+")):
@@ -95,7 +107,9 @@ def test_a_prediction_adds_up_what_is_sent(gpus: int, speed: float) -> None:
     assert found.compute == alone.compute
     assert found.gather == pytest.approx(2 * (2 * weights * share / speed + calls))
     assert found.reduce == pytest.approx(4 * weights * share / speed + calls)
-    assert found.tables == pytest.approx(1000 * 2 * 32 * 2 * 2 * share / speed)  # two tables of width 32, both ways
+    assert found.tables == pytest.approx(1000 * 2 * 32 * 4 * 2 * share / speed)  # two tables of width 32, both ways
+    two = predict(TINY, 2, 1000, 2e-6, links)  # ranks, which send sums
+    assert two.tables == pytest.approx(1000 * 32 * 4 * 2 / 100e9)
     assert found.exposed > found.tables
     assert found.step == pytest.approx(found.compute + found.exposed)
 
