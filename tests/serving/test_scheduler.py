@@ -195,11 +195,11 @@ def test_every_set_of_slots_is_warmed_up(blt: BLT, monkeypatch: pytest.MonkeyPat
 def test_caches_that_memory_does_not_hold_grow_later(blt: BLT, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = blt.engine(2, varies=True)
     assert isinstance(engine.slots, SizedSlots)
-    more = [slots.more_bytes(CacheCapacity(1000, 500)) for slots in engine.slots.sets.values()]
+    more = [slots.more_bytes(CacheCapacity(1024, 512)) for slots in engine.slots.sets.values()]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (more[-1] + 2, 1 << 40))
     states = [slots.step.state for slots in engine.slots.sets.values()]
     before = [state.patches.k.nbytes + state.patches.v.nbytes for state in states]
-    reserve(engine, 1000)
+    reserve(engine, 1024)
     taken = [state.patches.k.nbytes + state.patches.v.nbytes - size for state, size in zip(states, before, strict=True)]
     assert taken == [more[0], 0]
 
