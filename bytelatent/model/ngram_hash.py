@@ -34,7 +34,8 @@ class NgramHashEmbedding(nn.Module):
     The tables are without values until `init_weights` draws them.
 
     Attributes:
-        before_lookup: is called with the rows that a stream looks up, [T, S], before they are read.
+        before_lookup: is called with the rows that a stream looks up, [T, S], before they are read; of a row-sharded
+            table with those that this rank looks up for all ranks, [V].
 
     `tables.sparse`: whether the tables' gradient is a sparse tensor of the rows looked up.
     """

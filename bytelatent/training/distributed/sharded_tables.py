@@ -25,7 +25,9 @@ Tables that every rank holds whole would send half of what sums do, but take W t
 work.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -41,6 +43,7 @@ from bytelatent.model.ngram_hash import NgramHashEmbedding
 # of this one, R rows held here, D width
 
 ROWS = "rows"  # the dimension of the mesh
+PIECE = 2**16  # rows, at most, that are sent at once where a whole table is
 # The names of these collectives from torch 2.13 on, and before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -55,7 +58,7 @@ def shard_tables(embedding: NgramHashEmbedding, device: str, world_size: int) ->
     return parameter
 
 
-def is_row_sharded(weight: Tensor) -> bool:
+def is_row_sharded(weight: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a table of `shard_tables`."""
     return isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names == (ROWS,)
 
@@ -74,6 +77,41 @@ def zero_per_row(table_RD: Tensor) -> Tensor:
     part = table_RD.to_local()
     how: dict[str, Any] = {"run_check": False, "shape": table_RD.shape[:1], "stride": (1,)}
     return DTensor.from_local(part.new_zeros(part.shape[0]), table_RD.device_mesh, table_RD.placements, **how)
+
+
+@torch.no_grad()
+def table_on_first(table_RD: DTensor) -> Tensor | None:
+    """The whole table in the memory of the first rank's CPU, and None on others. No GPU has room for it."""
+    own_RD, rank, whole = table_RD.to_local(), table_RD.device_mesh.get_local_rank(), None
+    if rank == 0:
+        whole = torch.empty(table_RD.shape, dtype=own_RD.dtype)
+    for owner, rows, held in _pieces(table_RD):
+        piece = own_RD[held] if rank == owner else own_RD.new_empty(rows.stop - rows.start, own_RD.shape[1])
+        dist.broadcast(piece, group=table_RD.device_mesh.get_group(), group_src=owner)
+        if whole is not None:
+            whole[rows] = piece
+    return whole
+
+
+@torch.no_grad()
+def fill_from_first(table_RD: DTensor, whole: Tensor | None) -> None:
+    """Fill the parts of a table with the whole one that the first rank has; on others it is None."""
+    own_RD, rank = table_RD.to_local(), table_RD.device_mesh.get_local_rank()
+    for owner, rows, held in _pieces(table_RD):
+        piece = own_RD.new_empty(rows.stop - rows.start, own_RD.shape[1])
+        if whole is not None:
+            piece.copy_(whole[rows])
+        dist.broadcast(piece, group=table_RD.device_mesh.get_group(), group_src=0)
+        if rank == owner:
+            own_RD[held] = piece
+
+
+def _pieces(table_RD: DTensor) -> Iterator[tuple[int, slice, slice]]:
+    """A rank that holds rows, their numbers in the whole table, and among those of the rank."""
+    for owner, (begin, end) in enumerate(pairwise(_bounds(table_RD))):
+        for first in range(begin, end, PIECE):
+            last = min(first + PIECE, end)
+            yield owner, slice(first, last), slice(first - begin, last - begin)
 
 
 def _bounds(table_RD: DTensor) -> list[int]:
