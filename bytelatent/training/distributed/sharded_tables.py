@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from bytelatent.kernels.hash_embed import entry_sums, row_sums
+from bytelatent.kernels.hash_embed import sums_of_sorted
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 
 # Shapes: W ranks, T ids per rank, S rows per id, M = T*S look-ups, U distinct rows of these, V rows that all ranks ask
@@ -126,13 +126,13 @@ class _Lookup:
     def __init__(self, embedding: NgramHashEmbedding, weight: DTensor):
         self.embedding, self.group = embedding, weight.device_mesh.get_group()
         self.bounds, self.begin = _bounds(weight), first_row(weight)
-        self.world = weight.device_mesh.size()
+        self.world, self.num_tables = weight.device_mesh.size(), embedding.settings.num_tables
         self._bounds: Tensor | None = None  # on the device
 
     def __call__(self, ids: Tensor, history: Tensor) -> Tensor:
         rows_TS = self.embedding.rows(ids, history)
         weight: Any = self.embedding.tables.weight
-        if self.embedding.tables.sparse or self.world > rows_TS.shape[1]:
+        if self.embedding.tables.sparse or self.world > self.num_tables:
             return _Rows.apply(weight, rows_TS, self)
         num_ids = rows_TS.shape[0]
         if not torch.is_grad_enabled():  # sizes of validation batches differ
@@ -170,27 +170,29 @@ class _Rows(torch.autograd.Function):
         asked_WW = _gather(ends_W.diff(), lookup.group).view(lookup.world, lookup.world).tolist()  # the host waits
         rank = dist.get_rank(lookup.group)
         asked, given = asked_WW[rank], [of_rank[rank] for of_rank in asked_WW]
-        rows_U = rows_M.new_empty(sum(asked)).scatter_(0, number_M - 1, rows_M)
-        index_TS = torch.empty_like(order_M).scatter_(0, order_M, number_M - 1).view_as(rows_TS)
+        number_M -= 1
+        rows_U = rows_M.new_empty(sum(asked)).scatter_(0, number_M, rows_M)
+        index_TS = torch.empty_like(order_M).scatter_(0, order_M, number_M).view_as(rows_TS)
 
         rows_V = lookup.exchange(rows_U, asked, given)
+        sorted_V = rows_V.sort(stable=True) if lookup.embedding.tables.sparse else (rows_V,)
         if lookup.embedding.before_lookup is not None:
-            lookup.embedding.before_lookup(rows_V)
+            lookup.embedding.before_lookup(sorted_V[0])
         found_UD = lookup.exchange(weight.to_local()[rows_V - lookup.begin], given, asked)
-        ctx.save_for_backward(index_TS, rows_V)
+        ctx.save_for_backward(number_M, order_M, *sorted_V)
         ctx.asked, ctx.given, ctx.lookup, ctx.weight = asked, given, lookup, weight.detach()
         return F.embedding_bag(index_TS, found_UD, mode="sum") if len(index_TS) else found_UD[:0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        index_TS, rows_V = ctx.saved_tensors
+        number_M, order_M, rows_V, *order_V = ctx.saved_tensors
         weight, lookup = ctx.weight, ctx.lookup
         grads_TD = gradients[0] / lookup.world  # the mean over ranks, as for other weights
-        grads_UD = row_sums(index_TS, grads_TD, sum(ctx.asked))
+        grads_UD = sums_of_sorted(number_M, order_M, grads_TD, lookup.num_tables, sum(ctx.asked))
         grads_VD = lookup.exchange(grads_UD, ctx.asked, ctx.given)
         del grads_UD
-        if lookup.embedding.tables.sparse:
-            rows_V, grads_VD = entry_sums(rows_V[:, None], grads_VD)
+        if order_V:
+            grads_VD = sums_of_sorted(rows_V, *order_V, grads_VD, 1)
             grad = torch.sparse_coo_tensor(rows_V[None], grads_VD, weight.shape, check_invariants=False)
         else:
             grad_RD = torch.zeros_like(weight.to_local()).index_add_(0, rows_V - lookup.begin, grads_VD)
