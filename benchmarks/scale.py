@@ -121,7 +121,7 @@ def main() -> None:
     given.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
     given = what.add_parser("correct")
     given.add_argument("--gpus", type=int, help="default: all; with --tiny 2")
-    given.add_argument("--plans", nargs="+", default=["shard"], choices=["shard", "replicate", "tensor"])
+    given.add_argument("--plans", nargs="+", default=["shard"], choices=["shard", "replicate", "tensor", "rows"])
     given.add_argument("--text", type=Path, help="JSONL; else random words")
     given.add_argument("--out", type=Path, default=Path("runs/scale"), help="for the runs; must not exist")
     given.add_argument("--steps", type=int, default=100)

@@ -78,7 +78,7 @@ def test_what_is_no_configuration(text: str) -> None:
 
 
 def test_a_table_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = ["tiny:alone", "tiny:shard+muon", "tiny:hybrid"]
+    texts = ["tiny:alone", "tiny:shard+muon+rows", "tiny:hybrid"]
     measure(texts, [300], 1, "cpu", compiled=False, folder=tmp_path / "saves")
     lines = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     plans = [line[2] for line in lines]

@@ -49,7 +49,7 @@ class SparseRowsAdamW(torch.optim.Optimizer):
         That is part of its forward pass, so a CUDA graph holds it, and the state stays where it is in memory.
         """
         table_RD = embedding.tables.weight
-        embedding.before_lookup = lambda rows_TN: self.catch_up(table_RD, rows_TN.flatten().sort().values)
+        embedding.before_lookup = lambda rows_M: self.catch_up(table_RD, rows_M)
 
     @torch.no_grad()
     def catch_up(self, table_RD: Tensor | None = None, rows_M: Tensor | None = None) -> None:

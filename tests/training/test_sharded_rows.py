@@ -12,9 +12,9 @@ from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
 from bytelatent.training import read_metrics
 from bytelatent.training.checks import check_settings
-from bytelatent.training.distributed.parallelize import copy_local_part, full_tensor
+from bytelatent.training.distributed import sharded_tables
 from bytelatent.training.distributed.ranks import open_ranks
-from bytelatent.training.distributed.sharded_tables import shard_tables, zero_per_row
+from bytelatent.training.distributed.sharded_tables import fill_from_first, shard_tables, table_on_first, zero_per_row
 from bytelatent.training.gradients import clip
 from bytelatent.training.sparse_rows import SparseRowsAdamW
 from tests.training.crew import Crew
@@ -120,13 +120,18 @@ def loss_of(embedding: NgramHashEmbedding, ids: Tensor) -> Tensor:
     return embedding(ids, torch.arange(len(ids))).square().sum()
 
 
-def steps_by_rows(num_rows: int, loaded: bool) -> tuple[list[float], Tensor]:
-    """Norms before clipping, and the table after some steps; `loaded`: from an earlier version's state."""
+def steps_by_rows(num_rows: int, loaded: bool) -> tuple[list[float], Tensor | None]:
+    """Norms before clipping, and on the first rank the table after some steps.
+
+    Args:
+        loaded: from an earlier version's state.
+    """
     whole = whole_embedding(num_rows)
-    with open_ranks("cpu", 1) as (ranks, _):
+    with open_ranks("cpu", 1) as (ranks, _), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded_tables, "PIECE", 4)
         table = whole.tables.weight.detach().clone()
-        weight = shard_tables(whole, "cpu", ranks.world_size)
-        copy_local_part(weight.detach(), table)
+        weight: Any = shard_tables(whole, "cpu", ranks.world_size)
+        fill_from_first(weight.detach(), table if ranks.is_first else None)
         whole.tables.sparse = True
         optimizer = SparseRowsAdamW([weight], lr=0.05, betas=(0.7, 0.9), eps=1e-6)
         optimizer.before_lookups(whole)
@@ -141,7 +146,9 @@ def steps_by_rows(num_rows: int, loaded: bool) -> tuple[list[float], Tensor]:
             optimizer.step()
             optimizer.zero_grad()
         optimizer.catch_up()
-        return norms, full_tensor(weight.detach())
+        found = table_on_first(weight)
+        assert (found is not None) == ranks.is_first
+        return norms, found
 
 
 @pytest.mark.parametrize(("num_rows", "world", "loaded"), [(31, 2, False), (31, 2, True), (1, 4, False)])
@@ -158,9 +165,8 @@ def test_ranks_without_ids_or_rows(crew: Crew, num_rows: int, world: int, loaded
         assert norm == pytest.approx(float(nn.utils.clip_grad_norm_([table], 20.0)), rel=1e-9)
         adam.step()
     assert max(jobs[0][0]) > 20 > min(jobs[0][0])
-    for norms, found in jobs:
-        assert norms == jobs[0][0]
-        torch.testing.assert_close(found, table.detach(), rtol=1e-9, atol=1e-9)
+    assert all(norms == jobs[0][0] for norms, _ in jobs)
+    torch.testing.assert_close(jobs[0][1], table.detach(), rtol=1e-9, atol=1e-9)
 
 
 def test_tables_that_are_gathered_have_no_gradients_by_rows(text: Path) -> None:

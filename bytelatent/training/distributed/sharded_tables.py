@@ -25,7 +25,9 @@ Tables that every rank holds whole would send half of what sums do, but take W t
 work.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -34,13 +36,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from bytelatent.kernels.hash_embed import entry_sums, row_sums
+from bytelatent.kernels.hash_embed import sums_of_sorted
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 
 # Shapes: W ranks, T ids per rank, S rows per id, M = T*S look-ups, U distinct rows of these, V rows that all ranks ask
 # of this one, R rows held here, D width
 
 ROWS = "rows"  # the dimension of the mesh
+PIECE = 2**16  # rows, at most, that are sent at once where a whole table is
 # The names of these collectives from torch 2.13 on, and before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -55,7 +58,7 @@ def shard_tables(embedding: NgramHashEmbedding, device: str, world_size: int) ->
     return parameter
 
 
-def is_row_sharded(weight: Tensor) -> bool:
+def is_row_sharded(weight: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a table of `shard_tables`."""
     return isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names == (ROWS,)
 
@@ -76,6 +79,41 @@ def zero_per_row(table_RD: Tensor) -> Tensor:
     return DTensor.from_local(part.new_zeros(part.shape[0]), table_RD.device_mesh, table_RD.placements, **how)
 
 
+@torch.no_grad()
+def table_on_first(table_RD: DTensor) -> Tensor | None:
+    """The whole table in the memory of the first rank's CPU, and None on others. No GPU has room for it."""
+    own_RD, rank, whole = table_RD.to_local(), table_RD.device_mesh.get_local_rank(), None
+    if rank == 0:
+        whole = torch.empty(table_RD.shape, dtype=own_RD.dtype)
+    for owner, rows, held in _pieces(table_RD):
+        piece = own_RD[held] if rank == owner else own_RD.new_empty(rows.stop - rows.start, own_RD.shape[1])
+        dist.broadcast(piece, group=table_RD.device_mesh.get_group(), group_src=owner)
+        if whole is not None:
+            whole[rows] = piece
+    return whole
+
+
+@torch.no_grad()
+def fill_from_first(table_RD: DTensor, whole: Tensor | None) -> None:
+    """Fill the parts of a table with the whole one that the first rank has; on others it is None."""
+    own_RD, rank = table_RD.to_local(), table_RD.device_mesh.get_local_rank()
+    for owner, rows, held in _pieces(table_RD):
+        piece = own_RD.new_empty(rows.stop - rows.start, own_RD.shape[1])
+        if whole is not None:
+            piece.copy_(whole[rows])
+        dist.broadcast(piece, group=table_RD.device_mesh.get_group(), group_src=0)
+        if rank == owner:
+            own_RD[held] = piece
+
+
+def _pieces(table_RD: DTensor) -> Iterator[tuple[int, slice, slice]]:
+    """A rank that holds rows, their numbers in the whole table, and among those of the rank."""
+    for owner, (begin, end) in enumerate(pairwise(_bounds(table_RD))):
+        for first in range(begin, end, PIECE):
+            last = min(first + PIECE, end)
+            yield owner, slice(first, last), slice(first - begin, last - begin)
+
+
 def _bounds(table_RD: DTensor) -> list[int]:
     """The first row of each rank, and the number of all rows."""
     num_rows, world = table_RD.shape[0], table_RD.device_mesh.size()
@@ -88,13 +126,13 @@ class _Lookup:
     def __init__(self, embedding: NgramHashEmbedding, weight: DTensor):
         self.embedding, self.group = embedding, weight.device_mesh.get_group()
         self.bounds, self.begin = _bounds(weight), first_row(weight)
-        self.world = weight.device_mesh.size()
+        self.world, self.num_tables = weight.device_mesh.size(), embedding.settings.num_tables
         self._bounds: Tensor | None = None  # on the device
 
     def __call__(self, ids: Tensor, history: Tensor) -> Tensor:
         rows_TS = self.embedding.rows(ids, history)
         weight: Any = self.embedding.tables.weight
-        if self.embedding.tables.sparse or self.world > rows_TS.shape[1]:
+        if self.embedding.tables.sparse or self.world > self.num_tables:
             return _Rows.apply(weight, rows_TS, self)
         num_ids = rows_TS.shape[0]
         if not torch.is_grad_enabled():  # sizes of validation batches differ
@@ -132,27 +170,29 @@ class _Rows(torch.autograd.Function):
         asked_WW = _gather(ends_W.diff(), lookup.group).view(lookup.world, lookup.world).tolist()  # the host waits
         rank = dist.get_rank(lookup.group)
         asked, given = asked_WW[rank], [of_rank[rank] for of_rank in asked_WW]
-        rows_U = rows_M.new_empty(sum(asked)).scatter_(0, number_M - 1, rows_M)
-        index_TS = torch.empty_like(order_M).scatter_(0, order_M, number_M - 1).view_as(rows_TS)
+        number_M -= 1
+        rows_U = rows_M.new_empty(sum(asked)).scatter_(0, number_M, rows_M)
+        index_TS = torch.empty_like(order_M).scatter_(0, order_M, number_M).view_as(rows_TS)
 
         rows_V = lookup.exchange(rows_U, asked, given)
+        sorted_V = rows_V.sort(stable=True) if lookup.embedding.tables.sparse else (rows_V,)
         if lookup.embedding.before_lookup is not None:
-            lookup.embedding.before_lookup(rows_V)
+            lookup.embedding.before_lookup(sorted_V[0])
         found_UD = lookup.exchange(weight.to_local()[rows_V - lookup.begin], given, asked)
-        ctx.save_for_backward(index_TS, rows_V)
+        ctx.save_for_backward(number_M, order_M, *sorted_V)
         ctx.asked, ctx.given, ctx.lookup, ctx.weight = asked, given, lookup, weight.detach()
         return F.embedding_bag(index_TS, found_UD, mode="sum") if len(index_TS) else found_UD[:0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        index_TS, rows_V = ctx.saved_tensors
+        number_M, order_M, rows_V, *order_V = ctx.saved_tensors
         weight, lookup = ctx.weight, ctx.lookup
         grads_TD = gradients[0] / lookup.world  # the mean over ranks, as for other weights
-        grads_UD = row_sums(index_TS, grads_TD, sum(ctx.asked))
+        grads_UD = sums_of_sorted(number_M, order_M, grads_TD, lookup.num_tables, sum(ctx.asked))
         grads_VD = lookup.exchange(grads_UD, ctx.asked, ctx.given)
         del grads_UD
-        if lookup.embedding.tables.sparse:
-            rows_V, grads_VD = entry_sums(rows_V[:, None], grads_VD)
+        if order_V:
+            grads_VD = sums_of_sorted(rows_V, *order_V, grads_VD, 1)
             grad = torch.sparse_coo_tensor(rows_V[None], grads_VD, weight.shape, check_invariants=False)
         else:
             grad_RD = torch.zeros_like(weight.to_local()).index_add_(0, rows_V - lookup.begin, grads_VD)
