@@ -28,7 +28,7 @@ HOT = Sampling(temperature=1.0, seed=3)
 
 
 @contextmanager
-def rounded_attention() -> Iterator[None]:
+def attention_in_8_bits() -> Iterator[None]:
     """The models' own forward pass with keys and values rounded by a slow, obvious form."""
     before = Attention.forward
 
@@ -45,8 +45,8 @@ def rounded_attention() -> Iterator[None]:
         Attention.forward = before
 
 
-def rounded_logits(decoder: Decoder, rows: list[Tensor]) -> list[Tensor]:
-    with rounded_attention():
+def logits_in_8_bits(decoder: Decoder, rows: list[Tensor]) -> list[Tensor]:
+    with attention_in_8_bits():
         return FULL_LOGITS(decoder, rows)
 
 
@@ -55,13 +55,13 @@ FULL_LOGITS = test_decoder.full_logits
 
 @settings(max_examples=6, deadline=None)
 @given(shape=blt_settings(), byte_lm=byte_lm_settings(), patching=PATCHINGS, seed=st.integers(0, 1000), data=st.data())
-def test_logits_are_those_of_rounded_keys_and_values(
+def test_logits_are_those_of_keys_and_values_in_8_bits(
     shape: Any, byte_lm: Any, patching: PatchSettings, seed: int, data: st.DataObject
 ) -> None:
     """Of prompts and then of a few ids at once, at every position."""
     decoder = Decoder(make(shape, seed).double(), patching, make(byte_lm, seed).double(), "int8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_decoder, "full_logits", rounded_logits)
+        patch.setattr(test_decoder, "full_logits", logits_in_8_bits)
         check(decoder, [25, 3], seed, data)
 
 
