@@ -8,10 +8,11 @@ predict  the formulas of docs/internals/scaling.md. `--rate` is what one card do
          backward, in bytes per second (`python benchmarks/train.py 1b`); the 8B shape is taken to reach the
          same share of the matrix rate.
 measure  the trainer's steps on random text, so many bytes a GPU; each configuration is a model, a plan (alone, shard,
-         hybrid, replicate, tensor) and how it is trained (dense: hash tables like other weights; float8; selective or
-         full: what is computed again), with other rows of each hash table or bytes a GPU where it says so:
-         blt-1b/100003:shard+selective@32768. `--save FOLDER`: after all of them each is made again and saved in the
-         background while steps go on; of one process only what is `alone`.
+         hybrid, replicate, tensor) and how it is trained (dense: hash tables like other weights; rows: their gradients
+         by rows; float8; selective or full: what is computed again; muon), with other rows of each hash table or bytes
+         a GPU where it says so: blt-1b/100003:shard+selective@32768, blt-1b/2000003:shard+rows. `--save FOLDER`: after
+         all of them each is made again and saved in the background while steps go on; of one process only what is
+         `alone`.
 correct  runs of the trainer: many GPUs against one, a second time, from another number, after a rank was killed.
 
 `measure` and `correct` run on a CPU with `--tiny`; `predict` only computes, on any machine.
@@ -71,7 +72,6 @@ def predict(settings: ModelSettings, gpus: int, size: int, seconds_a_byte: float
     with torch.device("meta"):
         groups = fsdp_groups(build_model(settings))
     first = sum(weight.numel() for part in groups[0] for weight in part.parameters())
-    rows = settings.ngram_hash.num_tables * settings.encoder.dim  # numbers of the tables that a byte looks up
     compute = size * seconds_a_byte
     if gpus == 1:
         return Prediction(compute, 0.0, 0.0, 0.0, 0.0)
@@ -80,7 +80,9 @@ def predict(settings: ModelSettings, gpus: int, size: int, seconds_a_byte: float
     latency = call * len(groups)
     gather = 2 * (2 * weights * share / speed + latency)
     reduce = 4 * weights * share / speed + latency
-    tables = 2 * 2 * size * rows * share / speed  # there and back, bfloat16, by all-to-all
+    # There and back, in float32: each row that a byte looks up, or their sum among all ranks (`sharded_tables.py`).
+    numbers = settings.encoder.dim * min(settings.ngram_hash.num_tables * share, gpus - 1)
+    tables = 2 * 4 * size * numbers / speed
     hidden = min(gather + reduce, compute)
     slower = links.taken * hidden
     # The encoder's first gathering and its reduction, the last one, have nothing to hide behind.
@@ -119,7 +121,7 @@ def main() -> None:
     given.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
     given = what.add_parser("correct")
     given.add_argument("--gpus", type=int, help="default: all; with --tiny 2")
-    given.add_argument("--plans", nargs="+", default=["shard"], choices=["shard", "replicate", "tensor"])
+    given.add_argument("--plans", nargs="+", default=["shard"], choices=["shard", "replicate", "tensor", "rows"])
     given.add_argument("--text", type=Path, help="JSONL; else random words")
     given.add_argument("--out", type=Path, default=Path("runs/scale"), help="for the runs; must not exist")
     given.add_argument("--steps", type=int, default=100)

@@ -70,7 +70,7 @@ class Dealt:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.inner.load_state_dict(state)
 
-    def deal(self, states: list[dict[str, Any]]) -> str:
+    def redistribute(self, states: list[dict[str, Any]]) -> str:
         self.load_state_dict(states[0])
         return f"data: the position of {len(states)} ranks is that of {self.world}"
 
@@ -268,6 +268,8 @@ def copy_until(run: Path, copy: Path, step: int) -> None:
 
 
 def plan_settings(plan: str, world: int) -> dict[str, Any]:
+    if plan == "rows":
+        return {"optimizer.hash_gradients": "rows"}
     if world == 1:
         return {}
     if plan == "tensor":

@@ -11,7 +11,8 @@ from bytelatent.training import TrainSettings
 from bytelatent.training.profiling.measure import DOCUMENT
 
 PLANS = ("alone", "shard", "hybrid", "replicate", "tensor")
-OTHERS = ("rows", "dense", "float8", "selective", "full")
+OTHERS = ("rows", "dense", "float8", "selective", "full", "muon")
+CONTRARY = {"rows", "dense"}
 TINY_STACK = StackSettings(dim=32, num_layers=1, num_heads=2, window=64, multiple_of=16)
 TINY = BLTSettings(
     encoder=TINY_STACK,
@@ -37,7 +38,8 @@ class Configuration:
 
     Attributes:
         plan: `alone` is without FSDP, for one rank; any other one of one rank is FSDP on it.
-        tables: `rows` are the hash tables divided by rows, or, alone, their gradients by rows.
+        tables: `rows` are the hash tables divided by rows, or, alone, their gradients by rows; `rows, gradients too`
+            both.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Configuration:
     tables: str
     float8: bool
     checkpointing: str
+    optimizer: str
     size: int  # bytes a rank and step
 
     @classmethod
@@ -66,7 +69,7 @@ class Configuration:
         words = rest.split("+")
         plans = [word for word in words if word in PLANS]
         numbers = all(part == "" or part.isdecimal() for part in (own_size, rows))
-        if len(plans) != 1 or not numbers or any(word not in PLANS + OTHERS for word in words):
+        if len(plans) != 1 or not numbers or any(word not in PLANS + OTHERS for word in words) or {*words} >= CONTRARY:
             raise UserError(
                 f"'{text}': write MODEL[/ROWS]:PLAN+WORD...[@BYTES], PLAN of {', '.join(PLANS)}, "
                 f"WORD of {', '.join(OTHERS)}"
@@ -78,20 +81,23 @@ class Configuration:
             hashed = model.ngram_hash.model_copy(update={"vocab_size": int(rows)})
             model = model.model_copy(update={"ngram_hash": hashed})
         tables = "dense" if "dense" in words or (plans == ["alone"] and "rows" not in words) else "rows"
+        if "rows" in words and plans != ["alone"]:
+            tables = "rows, gradients too"
         how = next((word for word in words if word in ("selective", "full")), "none")
-        return cls(name, model, plans[0], tables, "float8" in words, how, int(own_size or size))
+        optimizer = "muon" if "muon" in words else "adamw"
+        return cls(name, model, plans[0], tables, "float8" in words, how, optimizer, int(own_size or size))
 
     @property
     def settings(self) -> TrainSettings:
         """Those of a run."""
-        hashed = "rows" if (self.plan, self.tables) == ("alone", "rows") else "dense"
+        by_rows = self.tables == "rows, gradients too" or (self.plan, self.tables) == ("alone", "rows")
         kind = {"alone": "shard", "tensor": "shard"}.get(self.plan, self.plan)
         tensor = 2 if self.plan == "tensor" else 1
         parallel = {
             "data": kind,
             "replicas": 2 if kind == "hybrid" else None,
             "tensor": tensor,
-            "tables": "rows" if self.tables == "rows" else "gather",
+            "tables": "gather" if self.tables == "dense" else "rows",
             "activation_checkpointing": self.checkpointing,
         }
         return TrainSettings.parse(
@@ -100,7 +106,7 @@ class Configuration:
                 "model": self.model.plain(),
                 "patching": {"mode": "space"},
                 "data": {"train": "random", "batch_bytes": self.size * tensor, "context": DOCUMENT},
-                "optimizer": {"hash_gradients": hashed},
+                "optimizer": {"name": self.optimizer, "hash_gradients": "rows" if by_rows else "dense"},
                 "parallel": parallel,
                 "float8": "rowwise" if self.float8 else None,
             }
@@ -109,7 +115,8 @@ class Configuration:
     @property
     def words(self) -> str:
         words = {"alone": "no FSDP", "shard": "FSDP", "tensor": "FSDP, tensor 2"}.get(self.plan, self.plan)
-        return words if self.checkpointing == "none" else f"{words}, recomputing {self.checkpointing}"
+        words += "" if self.checkpointing == "none" else f", recomputing {self.checkpointing}"
+        return f"{words}, Muon" if self.optimizer == "muon" else words
 
     def products(self, dtype: torch.dtype) -> str:
         """In which precision."""

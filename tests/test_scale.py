@@ -32,7 +32,7 @@ def test_a_configuration_and_its_line() -> None:
     assert settings.parallel.activation_checkpointing == "full"
     assert (settings.float8, settings.data.batch_bytes) == ("rowwise", 2000)  # of two ranks
     spent = Communication(span=2.0, total=0.5, exposed=0.1, idle=0.2)
-    line = Row(4, found, torch.bfloat16, 0.5, 0.25, 3 << 29, spent, 9.4).line()
+    line = Row(4, found, torch.bfloat16, 0.5, 0.25, 3 << 29, spent, 9.4, 0.03).line()
     row = dict(zip(cells(Row.HEAD), cells(line), strict=True))
     assert row == {
         "GPUs": "4",
@@ -49,14 +49,28 @@ def test_a_configuration_and_its_line() -> None:
         "of it exposed": "5.0%",
         "nothing runs": "10.0%",
         "first step, s": "9",
+        "optimizer, ms": "30.0",
     }
     assert len(cells(underline(Row.HEAD))) == len(row)
     assert Configuration.parse("tiny:alone+rows", 8).settings.optimizer.hash_gradients == "rows"
     assert Configuration.parse("tiny:shard", 8).settings.optimizer.hash_gradients == "dense"
+    by_rows = Configuration.parse("tiny:shard+rows", 8)
+    assert by_rows.settings.optimizer.hash_gradients == by_rows.settings.parallel.tables == "rows"
+    assert by_rows.tables == "rows, gradients too"
+    assert Configuration.parse("tiny:shard+muon", 8).settings.optimizer.name == "muon"
 
 
 @pytest.mark.parametrize(
-    "text", ["tiny", "tiny:rows", "tiny:shard+tensor", "tiny:shard+what", "entropy:shard", "tiny:shard@x"]
+    "text",
+    [
+        "tiny",
+        "tiny:rows",
+        "tiny:shard+tensor",
+        "tiny:shard+what",
+        "tiny:shard+rows+dense",
+        "entropy:shard",
+        "tiny:shard@x",
+    ],
 )
 def test_what_is_no_configuration(text: str) -> None:
     with pytest.raises(UserError, match=text.replace("+", r"\+")):
@@ -64,13 +78,13 @@ def test_what_is_no_configuration(text: str) -> None:
 
 
 def test_a_table_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = ["tiny:alone", "tiny:shard", "tiny:hybrid"]
+    texts = ["tiny:alone", "tiny:shard+muon+rows", "tiny:hybrid"]
     measure(texts, [300], 1, "cpu", compiled=False, folder=tmp_path / "saves")
     lines = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     plans = [line[2] for line in lines]
-    assert plans[:4] == ["plan", "---", "no FSDP", "FSDP"]
+    assert plans[:4] == ["plan", "---", "no FSDP", "FSDP, Muon"]
     assert [len(line) for line in lines[:5]] == [len(cells(Row.HEAD))] * 5
-    assert lines[4][6:] == ["UserError: hybrid is for four processes and more; there are 1", *["-"] * 7]
+    assert lines[4][6:] == ["UserError: hybrid is for four processes and more; there are 1", *["-"] * 8]
     assert lines[5] == cells(SAVE_HEAD)
     num_weights = sum(part.num_parameters for part in costs(TINY))
     for line in lines[7:]:
@@ -93,7 +107,9 @@ def test_a_prediction_adds_up_what_is_sent(gpus: int, speed: float) -> None:
     assert found.compute == alone.compute
     assert found.gather == pytest.approx(2 * (2 * weights * share / speed + calls))
     assert found.reduce == pytest.approx(4 * weights * share / speed + calls)
-    assert found.tables == pytest.approx(1000 * 2 * 32 * 2 * 2 * share / speed)  # two tables of width 32, both ways
+    assert found.tables == pytest.approx(1000 * 2 * 32 * 4 * 2 * share / speed)  # two tables of width 32, both ways
+    two = predict(TINY, 2, 1000, 2e-6, links)  # ranks, which send sums
+    assert two.tables == pytest.approx(1000 * 32 * 4 * 2 / 100e9)
     assert found.exposed > found.tables
     assert found.step == pytest.approx(found.compute + found.exposed)
 

@@ -257,12 +257,24 @@ def entry_sums(rows_TN: Tensor, grads_TD: Tensor) -> tuple[Tensor, Tensor]:
     The sum of a row that comes several times is where it comes first, and the others of it are zero.
     """
     rows_M, order_M = rows_TN.flatten().sort(stable=True)
-    sums_MD = grads_TD.new_empty(rows_M.shape[0], grads_TD.shape[1])
-    if uses_kernels(rows_TN):
-        _launch_row_sums(rows_M, order_M, grads_TD, sums_MD, rows_TN.shape[1], at_rows=False)
-    else:
-        sums_MD.zero_().index_add_(0, torch.searchsorted(rows_M, rows_M), grads_TD[order_M // rows_TN.shape[1]])
-    return rows_M, sums_MD
+    return rows_M, sums_of_sorted(rows_M, order_M, grads_TD, rows_TN.shape[1])
+
+
+def sums_of_sorted(
+    rows_M: Tensor, order_M: Tensor, grads_TD: Tensor, num_tables: int, num_rows: int | None = None
+) -> Tensor:
+    """The sums of `entry_sums`, or where `num_rows` is given those of `row_sums`, of lookups that are sorted already.
+
+    Args:
+        rows_M, order_M: the lookups' rows, and their places before they were sorted, which was stable.
+        num_rows: R, each of which is looked up.
+    """
+    sums = grads_TD.new_empty(len(rows_M) if num_rows is None else num_rows, grads_TD.shape[1])
+    if uses_kernels(rows_M):
+        _launch_row_sums(rows_M, order_M, grads_TD, sums, num_tables, at_rows=num_rows is not None)
+        return sums
+    places_M = torch.searchsorted(rows_M, rows_M) if num_rows is None else rows_M
+    return sums.zero_().index_add_(0, places_M, grads_TD[order_M // num_tables])
 
 
 @entry_sums.register_fake

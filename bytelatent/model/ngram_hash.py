@@ -34,7 +34,8 @@ class NgramHashEmbedding(nn.Module):
     The tables are without values until `init_weights` draws them.
 
     Attributes:
-        before_lookup: is called with the rows that a stream looks up, [T, S], before they are read.
+        before_lookup: is called with the rows that a stream looks up, sorted, before they are read; of a row-sharded
+            table with those that this rank looks up for all ranks.
 
     `tables.sparse`: whether the tables' gradient is a sparse tensor of the rows looked up.
     """
@@ -61,7 +62,7 @@ class NgramHashEmbedding(nn.Module):
             history: [T] how many ids before each one count; ids before them count as zero.
         """
         if self.before_lookup is not None:
-            self.before_lookup(self.rows(ids, history))
+            self.before_lookup(self.rows(ids, history).flatten().sort().values)
         return self.sums(ids[None], history, new=ids.shape[0])
 
     def rows(self, ids: Tensor, history: Tensor) -> Tensor:

@@ -44,8 +44,11 @@ def check_settings(settings: TrainSettings, world_size: int, device: torch.devic
             f"parallel.replicas: {data} processes{' beside those of parallel.tensor' if tensor > 1 else ''} are no "
             f"multiple of {parallel.replicas}; start another number of them"
         )
-    if world_size > 1 and optimizer.hash_gradients == "rows":
-        raise UserError(f"optimizer.hash_gradients: rows is for one process, not for {world_size}; take dense")
+    if world_size > 1 and optimizer.hash_gradients == "rows" and parallel.tables != "rows":
+        raise UserError(
+            f"optimizer.hash_gradients: rows of {world_size} processes need row-sharded tables, not parallel.tables="
+            f"{parallel.tables}; take parallel.tables=rows, or optimizer.hash_gradients=dense"
+        )
     check_cuda_graph(settings.cuda_graph, device, world_size)
 
 

@@ -199,7 +199,8 @@ def _misfit(one: Batch, other: Batch) -> str | None:
 def clip(parameters: Iterable[nn.Parameter], max_norm: float, num_passes: int | None = None) -> Tensor:
     """Scale all gradients alike so that their norm, as of one vector, is at most `max_norm`.
 
-    A sparse gradient's norm is that of the dense one it stands for: entries that share a place are added first.
+    A sparse gradient's norm is that of the dense one it stands for: entries that share a place are added first. Of a
+    weight in parts it has the entries of the part that is here.
     Gradients in parts count once each, whatever ranks the parts are on and however often each is repeated.
 
     Args:
@@ -217,7 +218,9 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float, num_passes: int | 
             alike.setdefault((grad.device_mesh, grad.placements), []).append(grad.to_local())
         elif grad.is_sparse:
             parameter.grad = grad = as_summed(grad) if num_passes == 1 else sum_entries(grad)
-            alike.setdefault(None, []).append(grad._values())
+            weight: Any = parameter
+            spread = (weight.device_mesh, weight.placements) if hasattr(weight, "placements") else None
+            alike.setdefault(spread, []).append(grad._values())
         else:
             alike.setdefault(None, []).append(grad)
     norms = [_norm_of(parts, spread) for spread, parts in alike.items()]

@@ -72,13 +72,15 @@ class Muon(torch.optim.Muon):
         for of_size in _by_size(matrices).values():
             wide = [matrix for matrix in of_size if matrix.shape[0] <= matrix.shape[1]]
             tall = [matrix for matrix in of_size if matrix.shape[0] > matrix.shape[1]]
+            groups = [those for those in (wide, tall) if those]
             # Stacked as they lie in memory, which is one kernel, and then transposed.
-            stacks = [torch.stack(those) for those in (wide, tall) if those]
+            stacks = [_stacked(those) for those in groups]
             given = [stack if stack.shape[1] <= stack.shape[2] else stack.mT for stack in stacks]
-            found_NAB = orthogonalized(torch.cat([stack.to(PRECISION) for stack in given]), **how)
-            for stack, part in zip(stacks, found_NAB.split([len(stack) for stack in stacks]), strict=True):
-                stack.copy_(part if part.shape == stack.shape else part.mT)  # laid out as the parameters
-            found |= zip([*wide, *tall], [update for stack in stacks for update in stack], strict=True)
+            found_NAB = orthogonalized(torch.cat(given) if len(given) > 1 else given[0], **how)
+            for those, part in zip(groups, found_NAB.split([len(those) for those in groups]), strict=True):
+                updates = torch.empty(len(those), *those[0].shape, dtype=those[0].dtype, device=part.device)
+                # Laid out as the parameters.
+                found |= zip(those, updates.copy_(part if part.shape == updates.shape else part.mT), strict=True)
         return [found[matrix] for matrix in matrices]
 
 
@@ -91,6 +93,12 @@ def orthogonalized(x_NAB: Tensor, ns_coefficients: tuple[float, float, float], n
         change_NAA = torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c)
         x_NAB = torch.baddbmm(x_NAB, change_NAA, x_NAB, beta=a)
     return x_NAB
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    stack = torch.empty(len(matrices), *matrices[0].shape, dtype=PRECISION, device=matrices[0].device)
+    torch._foreach_copy_(list(stack), matrices)
+    return stack
 
 
 def newton_schulz_cost(rows: int, columns: int) -> float:

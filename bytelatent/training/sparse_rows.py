@@ -17,6 +17,8 @@ from bytelatent.kernels.row_adamw import (
     sum_entries,
 )
 from bytelatent.model.ngram_hash import NgramHashEmbedding
+from bytelatent.training.distributed.parallelize import full_tensor, local_part
+from bytelatent.training.distributed.sharded_tables import first_row, zero_per_row
 
 # Shapes: R rows of a table, D width, M lookups
 
@@ -29,8 +31,11 @@ class SparseRowsAdamW(torch.optim.Optimizer):
     each update, is as of AdamW with dense gradients, but for rounding. Between its look-ups a row lies behind: call
     `catch_up` before the whole table is read, as before it is saved. That changes no later result, not by a bit.
 
-    The moments are as large as the table. A state of the earlier version of this class, which counted for each row the
-    steps that looked it up (`seen`), is loaded as if all rows had caught up.
+    The moments are as large as the table. Of a row-sharded table each rank has the state of its rows and changes these;
+    rows are numbered as in the whole table.
+
+    A state of the earlier version of this class, which counted for each row the steps that looked it up (`seen`), is
+    loaded as if all rows had caught up.
     """
 
     def __init__(self, params: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
@@ -44,14 +49,14 @@ class SparseRowsAdamW(torch.optim.Optimizer):
         That is part of its forward pass, so a CUDA graph holds it, and the state stays where it is in memory.
         """
         table_RD = embedding.tables.weight
-        embedding.before_lookup = lambda rows_TN: self.catch_up(table_RD, rows_TN.flatten().sort().values)
+        embedding.before_lookup = lambda rows_M: self.catch_up(table_RD, rows_M)
 
     @torch.no_grad()
     def catch_up(self, table_RD: Tensor | None = None, rows_M: Tensor | None = None) -> None:
         """Make up for the steps that rows missed: sorted rows of a table; or all of one table, or of all."""
         for own_RD, group in self._tables():
             if table_RD is None or own_RD is table_RD:
-                catch_up_rows(self._state(own_RD, group), rows_M)
+                catch_up_rows(self._state(own_RD, group), None if rows_M is None else _held(own_RD, rows_M))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -59,7 +64,7 @@ class SparseRowsAdamW(torch.optim.Optimizer):
         for table_RD, group in self._tables():
             if table_RD.grad is None:
                 continue
-            assert table_RD.grad.is_sparse, "the gradient is dense"
+            assert table_RD.grad.layout is torch.sparse_coo, "the gradient is dense"
             gradient = sum_entries(table_RD.grad)
             table = self._state(table_RD, group)
             if table_RD not in self._done:
@@ -70,7 +75,7 @@ class SparseRowsAdamW(torch.optim.Optimizer):
                 table.rates_H2[step % HISTORY], rates_of(step, group["lr"], group["betas"]), strict=True
             ):
                 place.fill_(rate)
-            row_adamw(table, gradient._indices()[0], gradient._values())
+            row_adamw(table, _held(table_RD, gradient._indices()[0]), gradient._values())
             if step % HISTORY == 0:
                 catch_up_rows(table)
 
@@ -94,25 +99,35 @@ class SparseRowsAdamW(torch.optim.Optimizer):
         state = self.state[table_RD]
         if not state:
             # Counts are of the table's dtype, as a state that is loaded is made that.
-            num_rows = table_RD.shape[0]
-            state |= {name: torch.zeros_like(table_RD, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-            state |= {name: table_RD.new_zeros(num_rows) for name in ("last", "until")}
-            state |= {"step": table_RD.new_zeros(()), "rates": table_RD.new_zeros(HISTORY, 2)}
+            table_RD, own_RD = table_RD.detach(), local_part(table_RD.detach())
+            state |= {name: torch.zeros_like(table_RD) for name in ("exp_avg", "exp_avg_sq")}
+            state |= {name: zero_per_row(table_RD) for name in ("last", "until")}
+            state |= {"step": own_RD.new_zeros(()), "rates": own_RD.new_zeros(HISTORY, 2)}
         names = "exp_avg", "exp_avg_sq", "last", "until", "step", "rates"
-        return TableState(table_RD.detach(), *(state[name] for name in names), betas=group["betas"], eps=group["eps"])
+        own = (local_part(value) for value in (table_RD.detach(), *(state[name] for name in names)))
+        return TableState(*own, betas=group["betas"], eps=group["eps"])
+
+
+def _held(table_RD: Tensor, rows_M: Tensor) -> Tensor:
+    """Rows by their numbers among those that this rank holds, all of which it does."""
+    first = first_row(table_RD)
+    return rows_M - first if first else rows_M
 
 
 def _converted(state: dict[str, Tensor], table_RD: Tensor, betas: tuple[float, float]) -> dict[str, Tensor]:
     """A loaded state: of this class; or of another AdamW, which leaves nothing to make up for."""
+    own_RD = local_part(table_RD.detach())
     if "last" in state:
-        return {**state, "step": state["step"].to(table_RD)}
-    step = state["seen"].max() if "seen" in state else state["step"].to(table_RD)
-    last_R = step.expand(table_RD.shape[0]).clone()
+        return {**state, "step": state["step"].to(own_RD)}
+    step = full_tensor(state["seen"]).max() if "seen" in state else state["step"].to(own_RD)
+    last_R, until_R = (zero_per_row(table_RD.detach()) for _ in range(2))
+    local_part(last_R).fill_(step)
+    local_part(until_R).fill_(step + lasting_steps(betas, own_RD.dtype))
     return {
         "exp_avg": state["exp_avg"],
         "exp_avg_sq": state["exp_avg_sq"],
         "last": last_R,
-        "until": last_R + lasting_steps(betas, table_RD.dtype),
+        "until": until_R,
         "step": step,
-        "rates": table_RD.new_zeros(HISTORY, 2),
+        "rates": own_RD.new_zeros(HISTORY, 2),
     }

@@ -9,6 +9,7 @@ import json
 import sys
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from bytelatent.kernels.hash_embed import hash_embed, hash_rows, ngram_powers, ngram_rows, row_sums
@@ -24,6 +25,8 @@ from bytelatent.kernels.row_adamw import (
 )
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
+from bytelatent.training.distributed.parallelize import local_part
+from bytelatent.training.distributed.sharded_tables import shard_tables
 from bytelatent.training.gradients import clip
 from bytelatent.training.sparse_rows import SparseRowsAdamW
 from tests.kernels.decode_cases import DEVICE, Errors, difference
@@ -101,13 +104,21 @@ def update(rows: int, lookups: int, dim: int, betas: tuple[float, float] = (0.9,
     return errors
 
 
-def steps(size: int, dim: int, rows: int) -> Errors:
-    """Tables trained by rows, through a look-up, its gradient, clipping and AdamW, against dense ones in float64."""
+def steps(size: int, dim: int, rows: int, sharded: bool = False) -> Errors:
+    """Tables trained by rows, through a look-up, its gradient, clipping and AdamW, against dense ones in float64.
+
+    Args:
+        sharded: as one of several ranks does, of which this is the only one.
+    """
     table_settings = NgramHashSettings(sizes=[2, 3], num_functions=1, vocab_size=rows)
     model, exact = NgramHashEmbedding(table_settings, dim), NgramHashEmbedding(table_settings, dim).double()
-    weight, exact_weight = model.tables.weight, exact.tables.weight
-    torch.nn.init.normal_(weight)
+    torch.nn.init.normal_(model.tables.weight)
     exact.load_state_dict(model.state_dict())
+    if sharded:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo", store=store, rank=0, world_size=1)
+        shard_tables(model, DEVICE, 1)
+    weight, exact_weight = model.tables.weight, exact.tables.weight
     model.tables.sparse = True
     patching: dict = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6}
     optimizer = SparseRowsAdamW([weight], **patching)
@@ -126,7 +137,9 @@ def steps(size: int, dim: int, rows: int) -> Errors:
         both = {"output": (found, wanted), "norm": norms}
         errors |= {name: max(errors.get(name, 0.0), difference(*pair)) for name, pair in both.items()}
     optimizer.catch_up()
-    return errors | {"weight": difference(weight.detach(), exact_weight.detach())}
+    if sharded:
+        dist.destroy_process_group()
+    return errors | {"weight": difference(local_part(weight.detach()), exact_weight.detach())}
 
 
 def exact_sums(exact: NgramHashEmbedding, ids: torch.Tensor) -> torch.Tensor:

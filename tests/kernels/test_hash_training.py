@@ -45,7 +45,7 @@ def test_kernels() -> None:
             {"rows": 4, "lookups": 9, "dim": 1030, "betas": [0.0, 0.9]},
             {"rows": 4, "lookups": 0, "dim": 8},
         ],
-        steps=[{"size": 12, "dim": 24, "rows": 31}],
+        steps=[{"size": 12, "dim": 24, "rows": 31}, {"size": 12, "dim": 24, "rows": 31, "sharded": True}],
         entries=[
             {"rows": 9, "lookups": 40, "dim": 24},
             {"rows": 50, "lookups": 30, "dim": 130},

@@ -31,7 +31,7 @@ from bytelatent.training.distributed.parallelize import (
 from bytelatent.training.distributed.ranks import open_ranks
 from bytelatent.training.gradients import Gradients
 from bytelatent.training.initial import identity_of, load_initial, open_initial
-from bytelatent.training.optimizer import Optimizers, build_optimizer, single_optimizers
+from bytelatent.training.optimizer import Optimizers, build_optimizer, catch_up, single_optimizers
 from bytelatent.training.schedule import learning_rate
 from bytelatent.training.settings import OptimizerSettings
 from bytelatent.weights import Config, load_byte_lm
@@ -145,6 +145,7 @@ def take_steps(values: dict[str, Any], steps: int = 3, run: Path | None = None) 
             if not gradients:
                 named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
                 gradients = {name: first_gradient(value, optimizers) for name, value in named}
+        catch_up(optimizers)
         held = {name: tuple(_own(value).shape) for name, value in model.named_parameters()}
         valid = next(Loader(asked.data, 1, patcher))
         with torch.no_grad():

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bytelatent.data import Batch, Loader, Patcher
-from bytelatent.errors import UserError
 from bytelatent.model import build_model
 from bytelatent.model.loss import cross_entropy
 from bytelatent.training import read_metrics, train
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import TrainState
-from bytelatent.training.checks import check_settings
 from bytelatent.training.distributed.parallelize import ParallelPlan
 from bytelatent.training.gradients import Gradients, clip
 from bytelatent.training.optimizer import Optimizers, build_optimizer, catch_up
@@ -190,11 +188,3 @@ def test_muon_learns(tmp_path: Path, text: Path, model: str) -> None:
         more["optimizer"]["hash_gradients"] = "rows"
     rows = read_metrics(train(settings(byte_lm_run(tmp_path / "run", text, 40, **more))) / "metrics.jsonl")
     assert sum(row["bits_per_byte"] for row in rows[-5:]) / 5 < 0.9 * unigram_bits(text)
-
-
-@pytest.mark.parametrize("more", [{"hash_gradients": "rows"}])
-def test_what_one_process_can_do_alone(text: Path, more: dict[str, Any]) -> None:
-    asked = space_run(text, **more)
-    check_settings(asked, 1, CPU)
-    with pytest.raises(UserError, match=f"^optimizer.{next(iter(more))}: .* is for one process, not for 2; take "):
-        check_settings(asked, 2, CPU)

@@ -40,7 +40,7 @@ from bytelatent.training.distributed.parallelize import (
     ParallelPlan,
     copy_local_part,
     free_gathered_weights,
-    full_tensor,
+    whole_on_first,
 )
 from bytelatent.training.optimizer import Optimizers, catch_up
 from bytelatent.training.schedule import Schedule
@@ -200,8 +200,9 @@ class CheckpointManager:
         if self.ranks.world_size == 1 and not only_weights:
             model = {name: tensors[f"model.{name}"] for name, _ in state.model.named_parameters()}
         elif is_last:
-            whole = ((name, full_tensor(weight.detach())) for name, weight in state.model.named_parameters())
-            model = {name: weight.cpu() for name, weight in whole if self.ranks.is_first}
+            own = ((name, weight.detach()) for name, weight in state.model.named_parameters())
+            found = ((name, whole_on_first(weight, self.ranks.is_first)) for name, weight in own)
+            model = {name: whole for name, whole in found if whole is not None}
         reads = self.plan.ranks.rank % self.plan.settings.tensor == 0 and not only_weights
         folder = self.run / "checkpoints" / checkpoint_name(state.step)
         return CheckpointContent(folder, tensors, progress, position if reads else None, model or None)

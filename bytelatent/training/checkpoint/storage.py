@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from bytelatent.training.distributed.parallelize import local_part
 from bytelatent.training.distributed.ranks import Ranks
+from bytelatent.training.distributed.sharded_tables import is_row_sharded, zero_per_row
 from bytelatent.training.optimizer import Optimizers, single_optimizers
 from bytelatent.weights import Config, StoredModel, StoredTensor
 
@@ -122,9 +123,14 @@ def _shapes(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def _empty_state(about: TensorStorageMetadata, parameter: nn.Parameter) -> Tensor:
-    """An empty tensor for the optimizer's state of a weight: spread over ranks like the weight, if it has its shape."""
+    """An empty tensor for the optimizer's state of a weight.
+
+    It is spread over ranks like the weight, if it has its shape, and like a table's rows, if it has a number for each.
+    """
     if about.size == parameter.shape:
         return torch.empty_like(parameter, dtype=about.properties.dtype).detach()
+    if is_row_sharded(parameter) and about.size == parameter.shape[:1]:
+        return zero_per_row(parameter.detach()).to(about.properties.dtype)
     return torch.empty(about.size, dtype=about.properties.dtype, device=parameter.device)
 
 

@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.filesize import decimal
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.distributed.settings import ActivationCheckpointing, Float8, ParallelSettings
-from bytelatent.training.distributed.sharded_tables import shard_tables
+from bytelatent.training.distributed.sharded_tables import fill_from_first, is_row_sharded, shard_tables, table_on_first
 
 GROUP_WEIGHTS = 2**28  # half a gigabyte in bfloat16; two groups are gathered at a time
 FLOAT8_MULTIPLE = 16  # what both sizes of a matrix must be multiples of
@@ -162,18 +163,39 @@ def _allocate(model: nn.Module, device: torch.device, is_alone: bool) -> nn.Modu
 
 @torch.no_grad()
 def initialize_weights(model: nn.Module, settings: ModelSettings) -> None:
-    """Draw the initial weights one after the other, as a single process does; each rank keeps its own part of each."""
+    """Draw the initial weights one after the other, as a single process does; each rank keeps its own part of each.
+
+    Each rank draws all of them, but for row-sharded tables.
+    """
     with torch.device("meta"):
         whole = build_model(settings)
     targets = dict(model.named_parameters())
     for prefix, part in whole.named_modules():
-        names = [name for name, _ in part.named_parameters(recurse=False)]
-        if names:
+        own = {name: targets[f"{prefix}.{name}"] for name, _ in part.named_parameters(recurse=False)}
+        tables = [target for target in own.values() if is_row_sharded(target)]
+        if tables:
+            _draw_table(part, *tables)
+        elif own:
             part.to_empty(device="cpu", recurse=False)
             init_weights(part)
-            for name in names:
-                copy_local_part(targets[f"{prefix}.{name}"], part.get_parameter(name))
-            part.to_empty(device="meta", recurse=False)
+            for name, target in own.items():
+                copy_local_part(target, part.get_parameter(name))
+        part.to_empty(device="meta", recurse=False)
+
+
+def _draw_table(part: nn.Module, table: Any) -> None:
+    """Draw a row-sharded table on the first rank alone, as there may be no memory for one on each.
+
+    What comes next is drawn as if all ranks had drawn it.
+    """
+    is_first = dist.get_rank() == 0
+    if is_first:
+        part.to_empty(device="cpu", recurse=False)
+        init_weights(part)
+    fill_from_first(table, part.get_parameter("weight") if is_first else None)
+    state = torch.get_rng_state().to(table.device)
+    dist.broadcast(state, src=0)
+    torch.set_rng_state(state.cpu())
 
 
 def to_float8(model: nn.Module, float8: Float8 | None) -> None:
@@ -338,3 +360,11 @@ def full_tensor(value: Tensor) -> Tensor:
             placements[dim] = Replicate()
             value = value.redistribute(placements=placements)
     return value.to_local()
+
+
+def whole_on_first(value: Tensor, is_first: bool) -> Tensor | None:
+    """The whole of a tensor on the CPU of the first rank, and None on others. All ranks call it together."""
+    if is_row_sharded(value):
+        return table_on_first(value)
+    value = full_tensor(value)
+    return value.cpu() if is_first else None

@@ -20,7 +20,7 @@ class ParallelSettings(Settings):
         activation_checkpointing: in the backward pass, recompute blocks (`full`), or all of them but matrix products
             and attention (`selective`), instead of saving their activations.
         tables: `rows` shards the hash tables by row, and looks rows up on the rank that holds them; `gather` treats
-            them like the other weights.
+            them like the other weights, with dense gradients.
         reduce_dtype: in which gradients are summed; those of `rows` are summed in float32.
     """
 

@@ -18,7 +18,6 @@ So replicas divide the work, too. They gain until links are slower than about 30
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -173,8 +172,8 @@ def _sums(pairs: Iterable[tuple[int, int]], world_size: int) -> list[int]:
 def _cut(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """Views of what lies one after the other from the beginning."""
     sizes = [rows * columns for rows, columns in shapes]
-    ends = accumulate(sizes)
-    return [flat[end - size : end].view(*shape) for end, size, shape in zip(ends, sizes, shapes, strict=True)]
+    parts = flat[: sum(sizes)].split(sizes)
+    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -121,7 +121,7 @@ def layer_statistics(model: nn.Module, loss: Callable[[Batch], Tensor], batch: B
 
     row: dict[str, Any] = {
         "weight_norms": norms(lambda parameter: parameter.detach()),
-        "gradient_norms": norms(lambda parameter: parameter.grad),
+        "gradient_norms": norms(_gradient),
         **_activations(model, loss, batch),
     }
     # On the CPU: the device may have no memory for a second model.
@@ -202,22 +202,30 @@ def _record_entropy(name: str, found: dict[str, float]) -> Callable[..., None]:
 
 def _norm(tensors: list[Tensor | None]) -> float:
     """The norm of some tensors, as of one vector."""
-    total = 0.0
-    for tensor in tensors:
-        if tensor is not None:
-            values: Any = tensor.coalesce().values() if tensor.is_sparse else tensor
-            total += float(full_tensor(torch.linalg.vector_norm(values, dtype=torch.float32))) ** 2
-    return total**0.5
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors if tensor is not None]
+    return sum(float(full_tensor(norm)) ** 2 for norm in norms) ** 0.5
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    """The gradient of a weight; of a sparse one the entries."""
+    grad: Any = parameter.grad
+    if grad is None or not grad.is_sparse:
+        return grad
+    return _spread_like(parameter.detach(), grad.coalesce().values())
 
 
 def _change(parameter: nn.Parameter, before: Tensor) -> Tensor:
     """The difference of a weight to the part of it that this rank held before."""
     weight = parameter.detach()
     own = local_part(weight)
-    change = own - before.to(own.device)
+    return _spread_like(weight, own - before.to(own.device))
+
+
+def _spread_like(weight: Tensor, part: Tensor) -> Tensor:
+    """What this rank has of something that is spread over ranks as a weight is; for its norm."""
     if not isinstance(weight, DTensor):
-        return change
-    return DTensor.from_local(change, weight.device_mesh, weight.placements, run_check=False)
+        return part
+    return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False)
 
 
 def _short(name: str) -> str:
