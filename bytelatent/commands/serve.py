@@ -60,6 +60,7 @@ def load_backend(settings: ServeSettings) -> "Backend":
         device=settings.device,
         dtype=settings.dtype,
         quantize=settings.quantize,
+        kv_cache=settings.kv_cache,
     )
     if settings.threshold is not None:
         if not model.patching.needs_entropies:

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field
 
 from bytelatent.commands.options import DEFAULT_MODEL, ThresholdSettings
 from bytelatent.config import ARGUMENT, Option, must_be_named
-from bytelatent.inference.settings import MAX_BATCH_SIZE, REMOVED, Quantization
+from bytelatent.inference.settings import MAX_BATCH_SIZE, REMOVED, KVCacheNumbers, Quantization
 from bytelatent.serving.limits import Limits
 
 Names = Annotated[list[str], Option(("--name",))]
@@ -44,6 +44,7 @@ class ServeSettings(ThresholdSettings):
         device: device: auto, cpu, cuda, cuda:1 or mps.
         dtype: precision: float32, bfloat16 or auto (as the weights are stored).
         quantize: quantization of large matrices, faster on a GPU: int8, fp8 or full (none).
+        kv_cache: KV caches: int8 for about half of bfloat16's memory, or full.
     """
 
     removed: ClassVar[dict[str, str]] = REMOVED
@@ -64,3 +65,4 @@ class ServeSettings(ThresholdSettings):
     device: str = "auto"
     dtype: str = "auto"
     quantize: Quantization = "full"
+    kv_cache: KVCacheNumbers = "full"
