@@ -48,7 +48,6 @@ def show_patches(page: Page) -> None:
 
 
 def show_generate(page: Page) -> None:
-    page.get_by_label("Prompt").fill("In the beginning, the river")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#view-generate .status")).to_contain_text("bits per byte", timeout=120_000)
     page.locator("#view-generate .patched").evaluate("(host) => host.scrollTo(0, 0)")

@@ -57,7 +57,7 @@ def test_it_is_small_and_whole() -> None:
 
 def test_what_it_learned(tiny: BLT) -> None:
     backwards = TEXT[::-1]
-    assert tiny.bits_per_byte(TEXT) < 2.6 < tiny.bits_per_byte(backwards)
+    assert tiny.bits_per_byte(TEXT) < 1.6 < tiny.bits_per_byte(backwards)
     patches = tiny.patch(TEXT)
     assert "".join(patch.text for patch in patches) == TEXT
     assert 2 <= len(TEXT) / len(patches) <= 8
@@ -71,7 +71,7 @@ def test_the_card_states_licences_and_bits_per_byte() -> None:
     assert {licence for _, licence in licences} <= allowed
     (row,) = re.findall(r"^\| BLT \| (.*) \|$", CARD, re.MULTILINE)
     bits = [float(value) for value in row.split(" | ")]
-    assert all(1 < value < 3 for value in bits)
+    assert all(1 < value < 2 for value in bits)
     assert re.search(r"^\| bits per byte \| ([\d.]+), the mean of", CARD, re.MULTILINE)[1] == f"{mean(bits):.3f}"  # type: ignore[index]
     assert "train_tiny.py" in CARD
     assert "/tmp" not in CARD + (FOLDER / "config.json").read_text()
@@ -122,5 +122,5 @@ def test_the_notebook_runs(empty: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert [bar.get_width() for bar in names["axes"].patches] == list(names["bits"].values())
     printed = capsys.readouterr().out
     assert "entropy_model: 706" in printed
-    assert "The history of" in printed
+    assert "She was" in printed
     assert len(re.findall(r"' -> '.': \d+\.\d nats\n", printed)) == 5

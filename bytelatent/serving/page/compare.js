@@ -13,7 +13,7 @@ const SIDES = [
 export class CompareView {
   constructor(place) {
     this.inspector = new Inspector("Click or tap a character of either text to see how likely its bytes were.");
-    this.prompt = el("textarea", { rows: 3, dir: "auto", value: "Once upon a time", spellcheck: false });
+    this.prompt = el("textarea", { rows: 3, dir: "auto", value: "She was", spellcheck: false });
     this.summary = el("p.summary", { role: "status" });
     this.sides = SIDES.map(([name, values]) => {
       const fields = new SamplingFields(values);

@@ -6,7 +6,7 @@ import { labelled, remembered, SamplingFields } from "./fields.js";
 import { Generation } from "./generation.js";
 import { Inspector } from "./inspector.js";
 
-const PROMPT = "The history of";
+const PROMPT = "She was";
 
 export class GenerateView {
   constructor(place) {

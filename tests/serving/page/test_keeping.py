@@ -73,7 +73,7 @@ def test_a_reload_keeps_texts_and_settings(open_page: Open) -> None:
     expect(page.get_by_label("Message", exact=True)).to_have_value("Mine")
     expect(page.get_by_label("Seed")).to_have_value("9")
     back.click()
-    expect(page.get_by_label("Prompt", exact=True)).to_have_value("The history of")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("She was")
     expect(page.get_by_label("Seed")).to_have_value("0")
     expect(back).to_be_hidden()
 
