@@ -192,7 +192,7 @@ class _Rows(torch.autograd.Function):
         grads_VD = lookup.exchange(grads_UD, ctx.asked, ctx.given)
         del grads_UD
         if order_V:
-            grads_VD = sums_of_sorted(rows_V, *order_V, grads_VD, 1)
+            grads_VD = sums_of_sorted(rows_V, order_V[0], grads_VD, 1)
             grad = torch.sparse_coo_tensor(rows_V[None], grads_VD, weight.shape, check_invariants=False)
         else:
             grad_RD = torch.zeros_like(weight.to_local()).index_add_(0, rows_V - lookup.begin, grads_VD)
