@@ -81,6 +81,11 @@ class KVCache:
         k, v, *scales = (table[here].clone() for table in self.tables)
         return KVCache(k, v, self.window, tuple(scales))
 
+    def more_bytes(self, positions: int) -> int:
+        """Memory that `reserve` would take."""
+        each = (self.k.nbytes + self.v.nbytes) // self.size
+        return max(positions - self.size, 0) * each if self.window is None else 0
+
     def reserve(self, positions: int) -> None:
         """Grow to hold `positions`, where there is no window."""
         if self.window is None and positions > self.size:
@@ -120,6 +125,10 @@ class DecodeState:
         """Grow, so that this much fits in each slot."""
         for cache in self.caches():
             cache.reserve(room.positions)
+
+    def more_bytes(self, room: CacheCapacity) -> int:
+        """Memory that `reserve` would take for KV caches."""
+        return sum(cache.more_bytes(room.positions) for cache in self.caches())
 
     def put(self, slot: int, other: "DecodeState", source: int) -> None:
         """Copy slot `source` of another state of the same model into a slot."""
@@ -186,6 +195,9 @@ class BLTDecodeState(DecodeState):
         if room.open_bytes > self.open_k.shape[2]:
             more = (0, 0, 0, 0, 0, _in_blocks(room.open_bytes) - self.open_k.shape[2])
             self.open_k, self.open_v = F.pad(self.open_k, more), F.pad(self.open_v, more)
+
+    def more_bytes(self, room: CacheCapacity) -> int:
+        return super().more_bytes(room) + self.patches.more_bytes(room.patches)
 
     def put(self, slot: int, other: DecodeState, source: int) -> None:
         super().put(slot, other, source)
