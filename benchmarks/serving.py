@@ -16,6 +16,7 @@ prefix  prompts that begin with the same --shared bytes, with and without the ca
 """
 
 import argparse
+import gc
 import itertools
 import random
 import threading
@@ -156,7 +157,8 @@ def rate(blt: BLT, args: Any) -> None:
         between = [gap for client in clients for gap in gaps(client, began)]
         print(
             f"{count:8} {alone:11,.0f} {served:11,.0f} {served / alone:6.0%}  {share(first, 0.5)} {share(first, 0.99)}"
-            f"            {share(between, 0.99)}"
+            f"            {share(between, 0.99)}",
+            flush=True,
         )
         scheduler.close()
 
@@ -170,30 +172,40 @@ def long(blt: BLT, args: Any) -> None:
     print(f"a prompt of {args.long:,} bytes beside {args.batch_size // 2} streams")
     print(f"{'chunk':>8} {'longest wait before, ms':>24} {'meanwhile, ms':>14} {'its first byte, s':>18}")
     for chunk in (*args.chunks, args.long + 1):
-        scheduler = scheduler_of(blt, args, chunk)
-        done = threading.Semaphore(0)
-        warm = Client(scheduler, [Job(prompt_of(0, min(args.long, 4 * chunk)), draw(0), 4)], done)
-        warm.ask()
-        done.acquire()
-        streams = [
-            Client(scheduler, [Job(prompt_of(number, args.prompt), draw(number), 10**6)], done)
-            for number in range(args.batch_size // 2)
-        ]
-        for stream in streams:
-            stream.ask()
-        while not all(len(stream.times) > 20 for stream in streams):
-            time.sleep(0.05)
+        beside_long(blt, args, chunk)
+        gc.collect()  # the scheduler's caches, before the next one has its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def beside_long(blt: BLT, args: Any, chunk: int) -> None:
+    scheduler = scheduler_of(blt, args, chunk)
+    done = threading.Semaphore(0)
+    streams = [
+        Client(scheduler, [Job(prompt_of(number, args.prompt), draw(number), 10**6)], done)
+        for number in range(args.batch_size // 2)
+    ]
+    for stream in streams:
+        stream.ask()
+    while not all(len(stream.times) > 20 for stream in streams):
+        time.sleep(0.05)
+    began = time.perf_counter()
+    time.sleep(1)
+    before = max(gap for stream in streams for gap in gaps(stream, began))
+    found: list[tuple[float, float]] = []
+    for number in range(3):
         began = time.perf_counter()
-        time.sleep(1)
-        before = max(gap for stream in streams for gap in gaps(stream, began))
-        began = time.perf_counter()
-        late = Client(scheduler, [Job(prompt_of(-1, args.long), draw(0), 8)], done)
+        late = Client(scheduler, [Job(prompt_of(-1 - number, args.long), draw(0), 8)], done)
         late.ask()
         done.acquire()
-        meanwhile = max(gap for stream in streams for gap in gaps(stream, began))
-        name = "whole" if chunk > args.long else f"{chunk:,}"
-        print(f"{name:>8} {1000 * before:24.1f} {1000 * meanwhile:14.1f} {late.first_s[0]:18.2f}")
-        scheduler.close()
+        found.append((max(gap for stream in streams for gap in gaps(stream, began)), late.first_s[0]))
+    name = "whole" if chunk > args.long else f"{chunk:,}"
+    waits, firsts = (
+        ", ".join(f"{scale * each[part]:.{digits}f}" for each in found)
+        for part, scale, digits in ((0, 1000, 0), (1, 1, 2))
+    )
+    print(f"{name:>8} {1000 * before:24.1f} {waits:>14} {firsts:>18}", flush=True)
+    scheduler.close()
 
 
 def prefix(blt: BLT, args: Any) -> None:
@@ -278,12 +290,12 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=["rate", "long", "prefix"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--clients", type=numbers, default=[1, 64, 200])
     parser.add_argument("--rounds", type=int, default=2, help="texts of each client")
     parser.add_argument("--prompt", type=int, default=200)
     parser.add_argument("--new", type=int, default=200)
-    parser.add_argument("--long", type=int, default=20_000)
+    parser.add_argument("--long", type=int, default=8_000)
     parser.add_argument("--chunks", type=numbers, default=[256, 1024, 4096])
     parser.add_argument("--cpu-time", action="store_true", help="rates per CPU second, on a machine with other work")
     parser.add_argument("--minutes", type=float, default=2)

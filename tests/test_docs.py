@@ -95,7 +95,7 @@ def test_commands(here: Path) -> None:
     commands = [
         line for snippet in snippets(GENERATE, "bash") for line in snippet.splitlines() if line.startswith("blt ")
     ]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         arguments = shlex.split(command.replace("$'\\n\\n'", "'\n\n'"), comments=True)[1:]
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)

@@ -25,6 +25,7 @@ class BLT(Generating, Looking):
         entropy_model: the byte LM for the entropies; None if the patching mode needs none.
         context: context of the training, in ids; `bits_per_byte` splits longer texts into pieces of this size.
         quantize: `int8` or `fp8` if the network's large matrices are quantized, else `full`.
+        kv_cache: `int8` if texts are generated with KV caches in 8 bits, else `full`.
         chat_template: how a conversation is written for the model, a `ChatTemplate` or None. It can be set to Jinja.
     """
 

@@ -17,7 +17,7 @@ from bytelatent.errors import UserError
 from bytelatent.inference import Engine
 from bytelatent.inference.quantize import QuantizedLinear, check_quantize, quantize_model
 from bytelatent.inference.scoring import entropies_of
-from bytelatent.inference.settings import REMOVED, Quantization, check_limits
+from bytelatent.inference.settings import REMOVED, KVCacheNumbers, Quantization, check_kv_cache, check_limits
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, build_model, preset
 from bytelatent.model.settings import NAMES, StackSettings
 from bytelatent.patching import PatchSettings
@@ -54,6 +54,7 @@ class Core(nn.Module):
         source: str = "",
         quantize: Quantization = "full",
         chat_template: ChatTemplate | str | None = None,
+        kv_cache: KVCacheNumbers = "full",
     ):
         super().__init__()
         self._quantize: Quantization = quantize
@@ -63,6 +64,7 @@ class Core(nn.Module):
         self._config = config
         self._measured = ModelChecksums.of(self.model, config, self.entropy_model)
         self.chat_template = chat_template
+        self.kv_cache = kv_cache
         self.source = source
         self.eval()
 
@@ -80,6 +82,7 @@ class Core(nn.Module):
         local_files_only: bool = False,
         quantize: Quantization = "full",
         patching: PatchSettings | None = None,
+        kv_cache: KVCacheNumbers = "full",
     ) -> Self:
         """Load a model, in evaluation mode, and log in one line what was found.
 
@@ -95,12 +98,14 @@ class Core(nn.Module):
             local_files_only: use earlier downloads, and do not connect to the hub.
             quantize: `int8` or `fp8` quantizes the large matrices: less memory, and faster generation on a GPU.
             patching: patching settings in place of the model's own, such as another threshold.
+            kv_cache: `int8` generates with KV caches in 8 bits: about half of bfloat16's memory.
 
         Raises:
             UserError: there is no BLT at `source`, it is incomplete or not supported, or cannot be quantized this way.
         """
         precision, device = precision_of_weights(dtype), choose_device(device)
         check_quantize(quantize, device)
+        check_kv_cache(kv_cache)
         found = open_pretrained(source, entropy_model, revision, token, local_files_only)
         if not isinstance(found.config.model, BLTSettings):
             name = NAMES[found.config.model.kind]
@@ -116,7 +121,7 @@ class Core(nn.Module):
         loaded = found.load(device, precision)
         assert isinstance(loaded.model, BLTModel)
         lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-        blt = cls(loaded.model, loaded.config, lm, loaded.source, quantize, loaded.chat_template)
+        blt = cls(loaded.model, loaded.config, lm, loaded.source, quantize, loaded.chat_template, kv_cache)
         blt.patching = blt.patching if patching is None else patching
         return blt
 
@@ -302,6 +307,15 @@ class Core(nn.Module):
     @context.setter
     def context(self, context: int) -> None:
         self._config = self._config.model_copy(update={"context": checked_context(context)})
+
+    @property
+    def kv_cache(self) -> KVCacheNumbers:
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, kv_cache: KVCacheNumbers) -> None:
+        check_kv_cache(kv_cache)
+        self._kv_cache: KVCacheNumbers = kv_cache
 
     @property
     def chat_template(self) -> ChatTemplate | None:

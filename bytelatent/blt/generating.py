@@ -77,6 +77,7 @@ class Generating(Core):
             self.needed_entropy_model(),
             batch_size,
             varies=varies,
+            kv_cache=self.kv_cache,
         )
 
     @overload
@@ -204,7 +205,7 @@ class Generating(Core):
         weights = [weight for part in parts for weight in part.parameters()]
         # Weights that were made in inference mode do not tell whether they have changed.
         state = [(each.data_ptr(), object() if each.is_inference() else each._version) for each in weights]
-        key = (batch_size, self.patching, state)
+        key = (batch_size, self.kv_cache, self.patching, state)
         idle, self._idle_engine = self._idle_engine, None
         engine = idle[1] if idle is not None and idle[0] == key else self.engine(batch_size)
         yield engine

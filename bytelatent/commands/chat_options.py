@@ -6,7 +6,7 @@ from pydantic import Field
 
 from bytelatent.commands.options import DEFAULT_MODEL, ThresholdSettings
 from bytelatent.config import ARGUMENT, Option
-from bytelatent.inference.settings import MAX_NEW_BYTES, REMOVED, Quantization, Sampling
+from bytelatent.inference.settings import MAX_NEW_BYTES, REMOVED, KVCacheNumbers, Quantization, Sampling
 
 
 class ChatSettings(ThresholdSettings):
@@ -27,6 +27,7 @@ class ChatSettings(ThresholdSettings):
         device: device: auto, cpu, cuda or mps.
         dtype: precision: float32, bfloat16 or auto (as the weights are stored).
         quantize: quantization of large matrices, faster on a GPU: int8, fp8 or full (none).
+        kv_cache: KV caches: int8 for about half of bfloat16's memory, or full.
     """
 
     removed: ClassVar[dict[str, str]] = REMOVED
@@ -41,3 +42,4 @@ class ChatSettings(ThresholdSettings):
     device: str = "auto"
     dtype: str = "auto"
     quantize: Quantization = "full"
+    kv_cache: KVCacheNumbers = "full"

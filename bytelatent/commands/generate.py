@@ -102,7 +102,8 @@ def open_engine(settings: GenerateSettings | ChatSettings, batch_size: int) -> E
     loaded = found.load(place, precision)
     # In float32, however it is stored: the same patches as those of `BLT`.
     byte_lm = loaded.byte_lm.to(torch.float32) if loaded.byte_lm is not None else None
-    return engine_for(loaded.model, patching, byte_lm, batch_size, settings.quantize, loaded.vocabulary)
+    how = (batch_size, settings.quantize, loaded.vocabulary)
+    return engine_for(loaded.model, patching, byte_lm, *how, kv_cache=settings.kv_cache)
 
 
 def _constraint(settings: GenerateSettings) -> Constraint | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field
 
 from bytelatent.config import ARGUMENT, Option, Settings, must_be_named
-from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, REMOVED, Quantization, Sampling
+from bytelatent.inference.settings import MAX_NEW_BYTES, MAX_SAMPLES, REMOVED, KVCacheNumbers, Quantization, Sampling
 from bytelatent.launch import LaunchSettings
 from bytelatent.packaged import TINY
 from bytelatent.text import MAX_ROW_BYTES
@@ -271,6 +271,7 @@ class GenerateSettings(ThresholdSettings):
         device: device: auto, cpu, cuda or mps.
         dtype: precision: float32, bfloat16 or auto (as the weights are stored).
         quantize: quantization of large matrices, faster on a GPU: int8, fp8 or full (none).
+        kv_cache: KV caches: int8 for about half of bfloat16's memory, or full.
     """
 
     old_names: ClassVar[dict[str, str]] = {
@@ -296,6 +297,7 @@ class GenerateSettings(ThresholdSettings):
     device: str = "auto"
     dtype: str = "auto"
     quantize: Quantization = "full"
+    kv_cache: KVCacheNumbers = "full"
 
 
 class PatchesSettings(JsonSettings):

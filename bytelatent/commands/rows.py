@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.files import growing_file, partial_path, whole_file
 
+ADDED = {"kv_cache": "full"}  # keys that files begun by an earlier build do not have
 RENAMED = {"entropy": "entropy_model", "weights": "quantize"}  # keys of files begun by an earlier build
 RESET = "to start over, move it away"
 
@@ -92,7 +93,7 @@ def line_of(row: dict[str, Any]) -> bytes:
 
 def _must_be_made_with(part: Path, settings: Path, made_with: dict[str, Any]) -> None:
     try:
-        before = {RENAMED.get(key, key): value for key, value in json.loads(settings.read_text()).items()}
+        before = ADDED | {RENAMED.get(key, key): value for key, value in json.loads(settings.read_text()).items()}
     except (OSError, ValueError):
         raise UserError(f"out: '{part}' is in the way, and '{settings}' cannot be read; {RESET}") from None
     for key, value in made_with.items():

@@ -60,6 +60,7 @@ def load_backend(settings: ServeSettings) -> "Backend":
         device=settings.device,
         dtype=settings.dtype,
         quantize=settings.quantize,
+        kv_cache=settings.kv_cache,
     )
     if settings.threshold is not None:
         if not model.patching.needs_entropies:
@@ -68,11 +69,12 @@ def load_backend(settings: ServeSettings) -> "Backend":
         model.patching = calibration.PatchSettings.parse(values, "--threshold")
     if model.chat_template is None:
         LOGGER.info(f"'{settings.model}' has no chat template; chats use the default one")
+    batch_size, prefill_chunk = (64, 4096) if model.device.type == "cuda" else (16, 512)
     running = scheduler.Scheduler(
         model,
-        batch_size=settings.batch_size or (64 if model.device.type == "cuda" else 16),
+        batch_size=settings.batch_size or batch_size,
         max_waiting=settings.max_waiting,
-        prefill_chunk=settings.prefill_chunk,
+        prefill_chunk=settings.prefill_chunk or prefill_chunk,
         prefix_cache_bytes=int(settings.prefix_cache_mb * MIB),
     )
     return backend.Backend(model, running)

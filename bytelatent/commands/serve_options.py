@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field
 
 from bytelatent.commands.options import DEFAULT_MODEL, ThresholdSettings
 from bytelatent.config import ARGUMENT, Option, must_be_named
-from bytelatent.inference.settings import MAX_BATCH_SIZE, REMOVED, Quantization
+from bytelatent.inference.settings import MAX_BATCH_SIZE, REMOVED, KVCacheNumbers, Quantization
 from bytelatent.serving.limits import Limits
 
 Names = Annotated[list[str], Option(("--name",))]
@@ -38,11 +38,13 @@ class ServeSettings(ThresholdSettings):
         drain_seconds: time for running requests to end after SIGTERM or Ctrl-C.
         batch_size: texts that are decoded at once. Default: 16, on a GPU 64.
         max_waiting: texts that may wait for their turn; further ones are refused.
-        prefill_chunk: bytes of prompts that are read between two steps of decoding at most.
+        prefill_chunk: bytes of prompts that are read between two steps of decoding at most. Default: 512, on a GPU
+            4,096.
         prefix_cache_mb: memory for the states of prompts, for prompts that begin alike.
         device: device: auto, cpu, cuda, cuda:1 or mps.
         dtype: precision: float32, bfloat16 or auto (as the weights are stored).
         quantize: quantization of large matrices, faster on a GPU: int8, fp8 or full (none).
+        kv_cache: KV caches: int8 for about half of bfloat16's memory, or full.
     """
 
     removed: ClassVar[dict[str, str]] = REMOVED
@@ -57,9 +59,10 @@ class ServeSettings(ThresholdSettings):
     drain_seconds: float = Field(default=30, ge=0, le=86_400)
     batch_size: int | None = Field(default=None, ge=1, le=MAX_BATCH_SIZE)
     max_waiting: int = Field(default=256, ge=0, le=10**6)
-    prefill_chunk: int = Field(default=512, ge=1, le=2**20)
+    prefill_chunk: int | None = Field(default=None, ge=1, le=2**20)
     prefix_cache_mb: float = Field(default=256, ge=0, le=1e6)
     limits: Limits = Limits()
     device: str = "auto"
     dtype: str = "auto"
     quantize: Quantization = "full"
+    kv_cache: KVCacheNumbers = "full"

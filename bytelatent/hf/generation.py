@@ -221,7 +221,7 @@ def _in_their_loop(
     arguments: dict[str, Any],
 ) -> Any:
     blt = model.blt
-    decoding = HostDecoding(Decoder(blt.model, blt.patching, blt.entropy_model))
+    decoding = HostDecoding(Decoder(blt.model, blt.patching, blt.entropy_model, blt.kv_cache))
     processors = LogitsProcessorList([OnlyText(), *(on_host.get("logits_processor") or [])])
     return theirs(
         input_ids,

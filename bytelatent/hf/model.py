@@ -33,7 +33,7 @@ from bytelatent.weights import StoredModel, StoredTensor, write_model
 # Shapes: B batch size, N ids in a row, V vocabulary
 
 PREFIX = "model."  # of the network's weights
-BLT_ARGUMENTS = ("quantize",)  # of `BLT.from_pretrained`, beside those that find a model
+BLT_ARGUMENTS = ("quantize", "kv_cache")  # of `BLT.from_pretrained`, beside those that find a model
 # Arguments of transformers' `from_pretrained` that change nothing here.
 WITHOUT_EFFECT = {
     *OF_AUTO,
@@ -100,7 +100,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
                 `save_pretrained` wrote.
             config: as `BytelatentConfig.from_pretrained` gives it, perhaps with other `patching` or `context`.
             more: `entropy_model`, `dtype` (float32; `auto`: as stored), `revision`, `token`, `local_files_only`,
-                `quantize` as there; `device_map`: one device, or `auto`.
+                `quantize` and `kv_cache` as there; `device_map`: one device, or `auto`.
 
         Raises:
             UserError: as `BLT.from_pretrained`, or an argument is not known or cannot be honoured.

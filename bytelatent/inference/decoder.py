@@ -12,18 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.inference.kv_cache import (
-    BLTDecodeState,
-    CacheCapacity,
-    DecodeState,
-    KVCache,
+from bytelatent.inference.cached_attention import (
     NewPositions,
     PerDocument,
     PromptAttention,
     StepAttention,
     StoreNewest,
-    empty_state,
 )
+from bytelatent.inference.kv_cache import BLTDecodeState, CacheCapacity, DecodeState, KVCache, empty_state
+from bytelatent.inference.settings import KVCacheNumbers
 from bytelatent.kernels.patch_attention import ByteRanges
 from bytelatent.kernels.patch_pooling import pool_patches
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, LanguageModel, Stream, entropies, pack_rows
@@ -42,12 +39,20 @@ class Decoder:
     Args:
         patching: patching settings of a BLT.
         byte_lm: gives the entropies, where the patching mode needs them.
+        kv_cache: `int8`: KV caches in 8 bits.
     """
 
     pad_to = 1  # prompts are padded to a multiple of it
 
-    def __init__(self, model: BLTModel | LanguageModel, patching: PatchSettings | None, byte_lm: ByteLM | None):
+    def __init__(
+        self,
+        model: BLTModel | LanguageModel,
+        patching: PatchSettings | None,
+        byte_lm: ByteLM | None,
+        kv_cache: KVCacheNumbers = "full",
+    ):
         self.model = model
+        self.kv_cache: KVCacheNumbers = kv_cache
         self.patching = patching
         self.byte_lm = byte_lm if patching is not None and patching.needs_entropies else None
         self.device = next(model.parameters()).device
@@ -57,7 +62,7 @@ class Decoder:
 
     def empty(self, num_slots: int) -> DecodeState:
         """The state of slots that have read nothing."""
-        return empty_state(self.model, self.byte_lm, num_slots)
+        return empty_state(self.model, self.byte_lm, num_slots, self.kv_cache)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Tensor], last_only: bool = False) -> tuple[DecodeState, Tensor]:

@@ -2,7 +2,7 @@
 
 import reprlib
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_serializer, field_validator
 
@@ -23,6 +23,13 @@ _NO_DRAFTS = "speculative decoding was removed (docs/generate.md says why); leav
 REMOVED = {"draft_length": _NO_DRAFTS, "ahead": _NO_DRAFTS}
 
 Quantization = Literal["full", "int8", "fp8"]  # full: the weights as they are
+KVCacheNumbers = Literal["full", "int8"]  # full: in the precision of the states
+
+
+def check_kv_cache(kv_cache: Any) -> None:
+    """Raises UserError where there are no such KV caches."""
+    if kv_cache not in get_args(KVCacheNumbers):
+        raise UserError(f"kv_cache: {reprlib.repr(kv_cache)} is not one of {', '.join(get_args(KVCacheNumbers))}")
 
 
 def check_limits(**values: Any) -> None:

@@ -5,10 +5,14 @@ The kernel takes queries, keys and values as one product wrote them, rotates the
 keys and values into the cache and attends, all at once. A cache is a ring: position p is in slot p mod R. The new
 position's key is used from where it was computed; nothing that a launch writes is read by it.
 
+A cache may hold 8-bit keys and values with a scale per head and position; the new ones are quantized before they are
+attended to, as they will be read later.
+
 Where keys are many and sequences few, several programs share the keys of one head. The last of them to finish joins
 what they found, always in the same order.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -31,6 +35,7 @@ from bytelatent.kernels.launch import (
     wait_for_earlier,
     write_back,
 )
+from bytelatent.kernels.quantized_heads import held_heads, numbers_of_heads, quantize_heads, store_new
 from bytelatent.kernels.rotary import rotated
 
 # Shapes: B sequences, H query heads, J key/value heads, E head size, A = E/2 pairs, C rows of the
@@ -86,6 +91,7 @@ def plain_decode_attention(
     *,
     heads: int,
     window: int | None,
+    scales: Sequence[Tensor] = (),
     row_B: Tensor | None = None,
     out: Tensor | None = None,
     run: Tensor | None = None,
@@ -100,16 +106,27 @@ def plain_decode_attention(
     for b, (row, position) in enumerate(zip(rows, position_B.tolist(), strict=True)):
         if row < 0:
             continue
-        k_RJE, v_RJE = array(cache_k_CRJE, row), array(cache_v_CRJE, row)
         slot, seen = position % slots, min(position + 1, slots)
         q_k = (qkv_BZE[b, : heads + kv_heads].view(np.complex64) * rotation_PA[position]).view(np.float32)
-        k_RJE[slot], v_RJE[slot] = q_k[heads:], qkv_BZE[b, heads + kv_heads :]
+        new_k_v = q_k[heads:], qkv_BZE[b, heads + kv_heads :]
+        if scales:  # the new ones are stored first, and then read as all others
+            k_v, exponents = quantize_heads(torch.from_numpy(np.stack(new_k_v)).to(qkv.dtype))
+            for part, table in enumerate((cache_k_CRJE, cache_v_CRJE)):
+                table[row, slot], scales[part][row, slot] = k_v[part], exponents[part]
+            k_RJE, v_RJE = (
+                numbers_of_heads(table[row, :seen], scale[row, :seen])
+                for table, scale in zip((cache_k_CRJE, cache_v_CRJE), scales, strict=True)
+            )
+        else:
+            k_RJE, v_RJE = array(cache_k_CRJE, row), array(cache_v_CRJE, row)
+            k_RJE[slot], v_RJE[slot] = new_k_v
         oldest = slots - 1 - slot
         bias = None if window is None or seen <= window else _window_bias(slots, window)[oldest : oldest + seen]
         q_JGE = q_k[:heads].reshape(kv_heads, -1, head_dim)
         found_BX[b] = attend_array(q_JGE, k_RJE[:seen], v_RJE[:seen], bias).reshape(-1)
-        write_back(cache_k_CRJE, row, k_RJE)
-        write_back(cache_v_CRJE, row, v_RJE)
+        if not scales:
+            write_back(cache_k_CRJE, row, k_RJE)
+            write_back(cache_v_CRJE, row, v_RJE)
     return tensor_like(qkv, found_BX) if out is None else write_back(out, ..., found_BX)
 
 
@@ -131,6 +148,7 @@ def decode_attention(
     *,
     heads: int,
     window: int | None,
+    scales: Sequence[Tensor] = (),
     row_B: Tensor | None = None,
     out: Tensor | None = None,
     run: Tensor | None = None,
@@ -149,6 +167,7 @@ def decode_attention(
         rotary_PA2: see `rotary_embedding`; positions do not reach its end.
         heads: H, a multiple of J.
         window: positions attended to, the own one included; None for all.
+        scales: of a cache in 8 bits, of keys and of values, uint8 [C, R, J], contiguous; see `quantize_heads`.
         row_B: the row of the cache of each sequence, int32 or int64; where negative the sequence is skipped and nothing
             is written. None: row b of the cache for sequence b.
         out: where the result goes; a new tensor of qkv's dtype.
@@ -157,11 +176,15 @@ def decode_attention(
         launch: see `launch_for_attention`.
     """
     if not uses_kernels(qkv):
-        given: dict[str, Any] = {"heads": heads, "window": window, "row_B": row_B, "out": out, "run": run}
+        given: dict[str, Any] = {"heads": heads, "window": window, "scales": scales}
+        given |= {"row_B": row_B, "out": out, "run": run}
         return plain_decode_attention(qkv, cache_k_CRJE, cache_v_CRJE, position_B, rotary_PA2, **given)
     sequences, (_, slots, kv_heads, head_dim) = len(position_B), cache_k_CRJE.shape
     out = qkv.new_empty(len(qkv), heads * head_dim) if out is None else out
-    check_contiguous(keys=cache_k_CRJE, values=cache_v_CRJE, rotary=rotary_PA2)
+    k_scale_CRJ, v_scale_CRJ = scales or (None, None)
+    check_contiguous(
+        keys=cache_k_CRJE, values=cache_v_CRJE, rotary=rotary_PA2, k_scale=k_scale_CRJ, v_scale=v_scale_CRJ
+    )
     assert qkv.stride(1) == out.stride(1) == 1, "a row is not contiguous"
     assert window is None or slots >= window, f"{slots} slots, a window of {window}"
     launch = launch or launch_for_attention(sequences, heads, kv_heads, window or slots)
@@ -171,7 +194,7 @@ def decode_attention(
     if heads > kv_heads:
         kernel, blocks = attend_several, {"QUERIES": max(16, power_of_two(heads // kv_heads))}
     kernel[(sequences, kv_heads, launch.splits)](
-        *(qkv, cache_k_CRJE, cache_v_CRJE, position_B, rotary_PA2, row_B, out, run),
+        *(qkv, cache_k_CRJE, cache_v_CRJE, k_scale_CRJ, v_scale_CRJ, position_B, rotary_PA2, row_B, out, run),
         *(scratch if scratch is not None and launch.splits > 1 else (None, None, None)),
         *(head_dim**-0.5 * LOG2_E, qkv.stride(0), out.stride(0)),
         **{"R": slots, "WINDOW": window or 0, "H": heads, "J": kv_heads, "E": head_dim, **blocks},
@@ -257,8 +280,8 @@ def deliver(
 
 @triton.jit
 def attend_one(
-    qkv_ptr, k_ptr, v_ptr, position_ptr, rotary_ptr, row_ptr, out_ptr, run_ptr, found_ptr, weights_ptr, arrived_ptr,
-    scale, qkv_row, out_row, R, WINDOW: tl.constexpr, H: tl.constexpr,
+    qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, position_ptr, rotary_ptr, row_ptr, out_ptr, run_ptr, found_ptr,
+    weights_ptr, arrived_ptr, scale, qkv_row, out_row, R, WINDOW: tl.constexpr, H: tl.constexpr,
     J: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -277,14 +300,12 @@ def attend_one(
     cos = tl.load(rotary_ptr + position * E + 2 * pair)[None, :]
     sin = tl.load(rotary_ptr + position * E + 2 * pair + 1)[None, :]
     at_q = qkv_ptr + b.to(tl.int64) * qkv_row + head * E + e
-    q, k_new, v_new = tl.load(at_q), tl.load(at_q + J * E), tl.load(at_q + 2 * J * E).to(v_ptr.dtype.element_ty)
+    q, k_new, v_new = tl.load(at_q), tl.load(at_q + J * E), tl.load(at_q + 2 * J * E)
     q = tl.reshape(rotated(q[None, :].to(tl.float32), cos, sin, 1, E), [E]).to(q.dtype).to(tl.float32)
-    k_new = tl.reshape(rotated(k_new[None, :].to(tl.float32), cos, sin, 1, E), [E]).to(k_ptr.dtype.element_ty)
-    keys = k_ptr + row.to(tl.int64) * (R * J * E) + head * E
-    values = v_ptr + row.to(tl.int64) * (R * J * E) + head * E
-    if split == 0 and (WINDOW > 0) | (position < R):
-        tl.store(keys + position % R * (J * E) + e, k_new)
-        tl.store(values + position % R * (J * E) + e, v_new)
+    first_head = row.to(tl.int64) * (R * J) + head
+    stores = (split == 0) & ((WINDOW > 0) | (position < R))
+    at_new = first_head + position % R * J
+    k_new, v_new = store_new(k_new, v_new, cos, sin, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, at_new, stores, E)
     low = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
     begin, end = share_of_split(low, position, split, SPLITS, BLOCK)
     highest = tl.full([BLOCK], LOWEST, tl.float32)
@@ -293,16 +314,15 @@ def attend_one(
     for first in tl.range(begin, end, BLOCK, num_stages=STAGES):
         at = first + tl.arange(0, BLOCK)
         seen = at < end
-        place = (at % R)[:, None] * (J * E) + e[None, :]
-        k = tl.load(keys + place, mask=seen[:, None], other=0.0).to(tl.float32)
-        v = tl.load(values + place, mask=seen[:, None], other=0.0).to(tl.float32)
+        k = held_heads(k_ptr, k_scale_ptr, first_head, at % R, seen, tl.float32, J, E).to(tl.float32)
+        v = held_heads(v_ptr, v_scale_ptr, first_head, at % R, seen, tl.float32, J, E).to(tl.float32)
         highest, total, acc = seen_by_lanes(q, k, v, seen, scale, highest, total, acc)
     old_highest, old_total, old_acc = joined_lanes(highest, total, acc)
     # The new position sees itself, in the first split.
-    own = tl.where(split == 0, tl.sum(q * k_new.to(tl.float32), 0) * scale, LOWEST)
+    own = tl.where(split == 0, tl.sum(q * k_new, 0) * scale, LOWEST)
     higher = tl.maximum(old_highest, own)
     shrink, weight = tl.exp2(old_highest - higher), tl.where(split == 0, tl.exp2(own - higher), 0.0)
-    acc = (old_acc * shrink + weight * v_new.to(tl.float32))[None, :]
+    acc = (old_acc * shrink + weight * v_new)[None, :]
     one = tl.zeros([1], tl.int32)
     zero = one.to(tl.float32)
     deliver(
@@ -325,8 +345,8 @@ def seen_block(q, k, v, seen, scale, highest, total, acc):
 
 @triton.jit
 def attend_several(
-    qkv_ptr, k_ptr, v_ptr, position_ptr, rotary_ptr, row_ptr, out_ptr, run_ptr, found_ptr, weights_ptr, arrived_ptr,
-    scale, qkv_row, out_row, R, WINDOW: tl.constexpr, H: tl.constexpr,
+    qkv_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, position_ptr, rotary_ptr, row_ptr, out_ptr, run_ptr, found_ptr,
+    weights_ptr, arrived_ptr, scale, qkv_row, out_row, R, WINDOW: tl.constexpr, H: tl.constexpr,
     J: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     QUERIES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -350,29 +370,25 @@ def attend_several(
     head = group * G + tl.minimum(query, G - 1)  # what lies past the last head repeats it
     own = qkv_ptr + b.to(tl.int64) * qkv_row
     q = tl.load(own + head[:, None] * E + e[None, :])
-    q = rotated(q.to(tl.float32), cos, sin, QUERIES, E).to(k_ptr.dtype.element_ty)
+    q = rotated(q.to(tl.float32), cos, sin, QUERIES, E).to(q.dtype)
     own += (H + group) * E + e
-    k_new, v_new = tl.load(own), tl.load(own + J * E).to(v_ptr.dtype.element_ty)
-    k_new = tl.reshape(rotated(k_new[None, :].to(tl.float32), cos, sin, 1, E), [E]).to(k_ptr.dtype.element_ty)
-    keys = k_ptr + row.to(tl.int64) * (R * J * E) + group * E
-    values = v_ptr + row.to(tl.int64) * (R * J * E) + group * E
-    if split == 0 and (WINDOW > 0) | (position < R):
-        tl.store(keys + position % R * (J * E) + e, k_new)
-        tl.store(values + position % R * (J * E) + e, v_new)
+    first_head = row.to(tl.int64) * (R * J) + group
+    stores = (split == 0) & ((WINDOW > 0) | (position < R))
+    at_new, k_new, v_new = first_head + position % R * J, tl.load(own), tl.load(own + J * E)
+    k_new, v_new = store_new(k_new, v_new, cos, sin, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, at_new, stores, E)
 
     # The new position sees itself, in the first split.
-    own_score = tl.sum(q.to(tl.float32) * k_new[None, :].to(tl.float32), 1) * scale
+    own_score = tl.sum(q.to(tl.float32) * k_new[None, :], 1) * scale
     highest = tl.where(split == 0, own_score, LOWEST)
     total = tl.where(split == 0, 1.0, 0.0) + tl.zeros([QUERIES], tl.float32)
-    acc = total[:, None] * v_new[None, :].to(tl.float32)
+    acc = total[:, None] * v_new[None, :]
     low = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
     begin, end = share_of_split(low, position, split, SPLITS, BLOCK)
     for first in tl.range(begin, end, BLOCK, num_stages=STAGES):
         at = first + tl.arange(0, BLOCK)
         seen = at < end
-        place = (at % R)[:, None] * (J * E) + e[None, :]
-        k = tl.load(keys + place, mask=seen[:, None], other=0.0)
-        v = tl.load(values + place, mask=seen[:, None], other=0.0)
+        k = held_heads(k_ptr, k_scale_ptr, first_head, at % R, seen, q.dtype, J, E)
+        v = held_heads(v_ptr, v_scale_ptr, first_head, at % R, seen, q.dtype, J, E)
         highest, total, acc = seen_block(q, k, v, seen[None, :], scale, highest, total, acc)
     deliver(
         acc, total, highest, b * H + head, within, b.to(tl.int64) * out_row + head[:, None] * E + e[None, :], out_ptr,

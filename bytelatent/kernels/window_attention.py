@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bytelatent.kernels.launch import LOG2_E, power_of_two, tl, triton, uses_kernels
+from bytelatent.kernels.quantized_heads import dequantize_heads, quantize_heads, quantized_heads, scale_of
 from bytelatent.kernels.rotary import rotate, rotated
 
 # Shapes: T positions in the stream, H heads, E head size, A = E/2 rotated pairs
@@ -35,18 +36,32 @@ def can_attend(num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
 
 
 def plain_window_attention(
-    q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, low_T: Tensor, cos_TA: Tensor, sin_TA: Tensor
+    q_THE: Tensor,
+    k_THE: Tensor,
+    v_THE: Tensor,
+    low_T: Tensor,
+    cos_TA: Tensor,
+    sin_TA: Tensor,
+    in_8_bits: bool = False,
 ) -> Tensor:
     place = torch.arange(q_THE.shape[0], device=q_THE.device)
     seen = (place[None, :] <= place[:, None]) & (place[None, :] >= low_T[:, None])
     rotary_TA2 = torch.stack([cos_TA, sin_TA], dim=-1)
     k_THE.copy_(rotate(k_THE, rotary_TA2))
+    for x_THE in (k_THE, v_THE) if in_8_bits else ():
+        x_THE.copy_(dequantize_heads(*quantize_heads(x_THE), x_THE.dtype))
     q, k, v = (x.transpose(0, 1)[None] for x in (rotate(q_THE, rotary_TA2), k_THE, v_THE))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1)
 
 
 def window_attention(
-    q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, low_T: Tensor, cos_TA: Tensor, sin_TA: Tensor
+    q_THE: Tensor,
+    k_THE: Tensor,
+    v_THE: Tensor,
+    low_T: Tensor,
+    cos_TA: Tensor,
+    sin_TA: Tensor,
+    in_8_bits: bool = False,
 ) -> Tensor:
     """Softmax attention of each position over places `low` to itself, with rotary positions, [T, H, E].
 
@@ -54,16 +69,18 @@ def window_attention(
         q_THE, k_THE, v_THE: strided alike, as parts of one product's output; the keys are rotated in place.
         low_T: the first place that a position sees, never falling; see `first_seen`.
         cos_TA, sin_TA: of the positions' rotary embedding, see `cos_sin`; contiguous.
+        in_8_bits: whether keys and values are first rounded, in place, to what a KV cache in 8 bits holds.
     """
     if not uses_kernels(q_THE):
-        return plain_window_attention(q_THE, k_THE, v_THE, low_T, cos_TA, sin_TA)
+        return plain_window_attention(q_THE, k_THE, v_THE, low_T, cos_TA, sin_TA, in_8_bits)
     size, heads, head_dim = q_THE.shape
     row, padded_heads = q_THE.stride(0), power_of_two(heads)
     assert size % BLOCK == 0, f"{size} positions are no multiple of {BLOCK}"
     assert q_THE.stride() == k_THE.stride() == v_THE.stride() == (row, head_dim, 1), "q, k, v are not strided alike"
     assert size * row < 2**31, "the kernel counts places in 32 bits"
     out_THE = torch.empty(size, heads, head_dim, dtype=v_THE.dtype, device=v_THE.device)
-    rotate_in_place_kernel[(size,)](k_THE, cos_TA, sin_TA, row, heads, padded_heads, head_dim, num_warps=4)
+    values = v_THE if in_8_bits else None
+    rotate_in_place_kernel[(size,)](k_THE, values, cos_TA, sin_TA, row, heads, padded_heads, head_dim, num_warps=4)
     window_attention_kernel[(heads, size // BLOCK)](
         *(q_THE, k_THE, v_THE, out_THE, low_T, cos_TA, sin_TA, head_dim**-0.5 * LOG2_E),
         *(row, out_THE.stride(0), BLOCK, head_dim),
@@ -77,15 +94,26 @@ def window_attention(
 
 @triton.jit
 def rotate_in_place_kernel(
-    x_ptr, cos_ptr, sin_ptr, ROW: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, E: tl.constexpr
+    k_ptr, v_ptr, cos_ptr, sin_ptr, ROW: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, E: tl.constexpr
 ):
     at = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, PADDED)[:, None]
-    place = x_ptr + at * ROW + head * E + tl.arange(0, E)[None, :]
+    place = at * ROW + head * E + tl.arange(0, E)[None, :]
     pair = at * (E // 2) + tl.arange(0, E // 2)
     cos, sin = tl.load(cos_ptr + pair)[None, :], tl.load(sin_ptr + pair)[None, :]
-    x = tl.load(place, mask=head < H, other=0.0)
-    tl.store(place, rotated(x.to(tl.float32), cos, sin, PADDED, E).to(x.dtype), mask=head < H)
+    k = tl.load(k_ptr + place, mask=head < H, other=0.0)
+    k = rotated(k.to(tl.float32), cos, sin, PADDED, E).to(k.dtype)
+    if v_ptr is not None:  # as a KV cache in 8 bits holds them
+        v = tl.load(v_ptr + place, mask=head < H, other=0.0)
+        k, v = as_in_8_bits(k), as_in_8_bits(v)
+        tl.store(v_ptr + place, v, mask=head < H)
+    tl.store(k_ptr + place, k, mask=head < H)
+
+
+@triton.jit
+def as_in_8_bits(x):
+    whole, exponent = quantized_heads(x.to(tl.float32))
+    return (whole * scale_of(exponent)[:, None]).to(x.dtype)
 
 
 @triton.jit

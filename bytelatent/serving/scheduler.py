@@ -22,14 +22,17 @@ from bytelatent.errors import UserError, in_one_line
 from bytelatent.inference import Continuation, Engine, Sampling
 from bytelatent.inference.constraint import Constraint
 from bytelatent.inference.continuation import Alternatives, Reason
+from bytelatent.inference.kv_cache import CacheCapacity
 from bytelatent.inference.prefix_cache import PrefixCache
 from bytelatent.inference.prompts import PromptQueue
-from bytelatent.inference.step import SizedSlots
+from bytelatent.inference.step import CapturedSlots, SizedSlots
 from bytelatent.serving.statistics import Histogram, Statistics
 
 LOGGER = logging.getLogger(__name__)
 
 NUM_ENDS = 64  # newest ends of sequences, from which it is estimated when a place becomes free
+LONG = 8192  # bytes of a prompt that warms up
+MEMORY_SHARE = 0.5  # of free memory, that caches may take before the first request
 RETRY_AFTER_S = 1.0, 60.0  # the shortest and the longest estimate
 
 OnUpdate = Callable[[list["Update"]], None]
@@ -257,7 +260,8 @@ class Scheduler:
     def _new_engine(self) -> tuple[Engine, PromptQueue]:
         engine = self.blt.engine(self.batch_size, varies=True)
         if self.blt.device.type == "cuda":
-            warm_up(engine, self.batch_size)
+            reserve(engine, self.blt.context)
+            warm_up(engine, self.batch_size, self.prefill_chunk)
         return engine, engine.serve(self.prefill_chunk, self._cache if self._cache.max_bytes else None)
 
     def _replace_engine(self, waiting: list[list[Continuation]]) -> None:
@@ -362,12 +366,32 @@ def _refuse() -> None:
     raise Stopping
 
 
-def warm_up(engine: Engine, batch_size: int) -> None:
-    """Compile kernels and capture the steps of all sets of slots, so that no request waits for that."""
+def reserve(engine: Engine, context: int) -> None:
+    """Let the caches hold texts as long as the context before the first request, where memory allows.
+
+    A step is captured again when its caches grow, and meanwhile all streams wait.
+    """
+    slots = engine.slots
+    for each in slots.sets.values() if isinstance(slots, SizedSlots) else [slots]:
+        if isinstance(each, CapturedSlots):
+            room, free = CacheCapacity(context, context // 2), torch.cuda.mem_get_info()[0]
+            if each.more_bytes(room) < free * MEMORY_SHARE:
+                each.reserve(room)
+
+
+def warm_up(engine: Engine, batch_size: int, chunk: int) -> None:
+    """Compile kernels, and capture the steps of all sets of slots and the reading of prompts of all lengths, so that no
+    request waits for that."""
     slots = engine.slots
     for size in slots.sets if isinstance(slots, SizedSlots) else [batch_size]:
         engine.submit(b"a b " * 128, Sampling(), 2, size)
         engine.run()
+    for size in (100, 200, 400, 800, 1600, 3200):  # bytes, and a patch begins with every second one or fewer
+        engine.submit(b"a b " * (size // 4), Sampling(), 2)
+        engine.run()
+    engine.serve(chunk)
+    engine.submit(b"a b " * (min(chunk, LONG) * 3 // 8 + 1), Sampling(), 2)  # in two pieces
+    engine.run()
 
 
 def _in_words(failure: Exception) -> str:

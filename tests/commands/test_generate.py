@@ -167,7 +167,7 @@ def test_no_more_rows_are_made_than_there_are_sequences(model: Path, tmp_path: P
 def test_too_little_memory_names_the_rows(
     error: Exception, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def engine_for(*_: object) -> None:
+    def engine_for(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(generate, "engine_for", engine_for)
@@ -325,9 +325,12 @@ def test_a_row_of_too_many_brackets_is_no_json(tmp_path: Path) -> None:
 
 
 def test_rows_that_an_earlier_build_began(tmp_path: Path) -> None:
-    """Its settings had other names."""
+    """Its settings had other names, and there were fewer."""
     part, settings = tmp_path / "out.part", tmp_path / "out.part.settings"
     settings.write_text('{"entropy": "byte_lm", "weights": "int8"}')
     _must_be_made_with(part, settings, {"entropy_model": "byte_lm", "quantize": "int8"})
+    _must_be_made_with(part, settings, {"quantize": "int8", "kv_cache": "full"})
+    with pytest.raises(UserError, match="was begun with kv_cache=full, not int8"):
+        _must_be_made_with(part, settings, {"quantize": "int8", "kv_cache": "int8"})
     with pytest.raises(UserError, match="was begun with quantize=int8, not fp8"):
         _must_be_made_with(part, settings, {"entropy_model": "byte_lm", "quantize": "fp8"})

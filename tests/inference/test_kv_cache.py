@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelatent.inference.kv_cache import KVCache, NewPositions, PerDocument, StoreNewest
+from bytelatent.inference.cached_attention import NewPositions, PerDocument, StoreNewest
+from bytelatent.inference.kv_cache import KVCache
 from bytelatent.model.attention import build_mask
 
 # of each row: its number, what it has read, and the sizes of its runs

@@ -45,11 +45,14 @@ from bytelatent.kernels.decode_cross_attention import (
 from bytelatent.kernels.gated_product import gate, plain_gate
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
 from bytelatent.kernels.quantized import QuantizedMatrix, Rounding
-from bytelatent.kernels.rotary import rotary_embedding
+from bytelatent.kernels.quantized_heads import dequantize_heads, quantize_heads
+from bytelatent.kernels.rotary import cos_sin, rotary_embedding
 from bytelatent.kernels.skinny_linear import SkinnyLaunch, plain_skinny_linear, skinny_linear
+from bytelatent.kernels.window_attention import BLOCK, first_seen, plain_window_attention, window_attention
 from bytelatent.model.ngram_hash import PRIMES
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import VOCAB_SIZE
+from tests.kernels.streams import stream_of_sizes
 
 Errors = dict[str, float]
 
@@ -114,6 +117,7 @@ def attention(
     splits: int = 1,
     steps: int = 1,
     head_dim: int = 16,
+    in_8_bits: bool = False,
 ) -> Errors:
     """Some steps one after the other, over caches that hold what came before and are NaN elsewhere."""
     kind, size = getattr(torch, dtype), len(positions)
@@ -126,26 +130,35 @@ def attention(
             held = torch.arange(max(position - slots, 0), position) % slots
             for cache in caches:
                 cache[row, held] = torch.randn(len(held), kv_heads, head_dim).to(kind)
+    scales: list[Tensor] = []
+    if in_8_bits:  # 8 bits have no NaN: elsewhere they are 0
+        caches, scales = map(list, zip(*(quantize_heads(cache.nan_to_num()) for cache in caches), strict=True))
     copies = [cache.nan_to_num() for cache in caches]  # the plain form may look at what it gives no weight
     scratch = split_scratch(size, heads, head_dim, splits, caches[0].device) if splits > 1 else None
     launch = AttentionLaunch(block=16, splits=splits, num_warps=4, num_stages=2)
     shared: dict = {"heads": heads, "window": window, "row_B": None if rows is None else torch.tensor(rows)}
+    copied = [scale.clone() for scale in scales]
     worst: Errors = {"error": 0.0, "keys": 0.0, "values": 0.0}
     for step in range(steps):
         at = torch.tensor(positions, dtype=torch.int32) + step
         qkv = torch.randn(size, (heads + 2 * kv_heads) * head_dim).to(kind)
         out = [torch.full((size, heads * head_dim), torch.nan, dtype=kind) for _ in range(2)]
-        before = [cache.clone() for cache in caches]
+        before = [cache.clone() for cache in (*caches, *scales)]
         for run in (0, 1):
             flag = torch.tensor(run, dtype=torch.int32)
             decode_attention(
-                qkv, *caches, at, table, **shared, out=out[0], scratch=scratch, launch=launch, run=flag
+                qkv, *caches, at, table, **shared, scales=scales, out=out[0], scratch=scratch, launch=launch, run=flag
             )  # fmt: skip
             if not run:
                 assert bool(out[0].isnan().all()), "a kernel that should not run wrote something"
-                assert max(map(difference, caches, before)) == 0
-        plain_decode_attention(qkv, *copies, at, table, **shared, out=out[1])
-        errors = (difference(*out), *(difference(c.nan_to_num(), copy) for c, copy in zip(caches, copies, strict=True)))
+                assert max(map(difference, (*caches, *scales), before)) == 0
+        plain_decode_attention(qkv, *copies, at, table, **shared, scales=copied, out=out[1])
+        held = [(cache.nan_to_num(), copy) for cache, copy in zip(caches, copies, strict=True)]
+        if in_8_bits:
+            every = zip((*scales, *copied), (*caches, *copies), strict=True)
+            found = [dequantize_heads(values, scale, torch.float32) for scale, values in every]
+            held = [(found[0], found[2]), (found[1], found[3])]
+        errors = (difference(*out), *(difference(*pair) for pair in held))
         worst = {name: max(worst[name], error) for name, error in zip(worst, errors, strict=True)}
     return worst
 
@@ -313,6 +326,24 @@ def keeping(rows: int, closing: list[int], keys: int, heads: int, head_dim: int,
     return {"error": difference(tables, expected)}
 
 
+def rounding(sizes: list[int], heads: int, head_dim: int) -> Errors:
+    """Prompts whose keys and values are rounded to 8 bits in place."""
+    size = -(-sum(sizes) // BLOCK) * BLOCK
+    stream = stream_of_sizes(sizes, size - sum(sizes))
+    qkv = torch.randn(size, 3, heads, head_dim)
+    copy = qkv.clone()
+    given = (first_seen(stream.position, None), *cos_sin(stream.position, head_dim, 10_000.0), True)
+    found = window_attention(*qkv.unbind(1), *given)
+    expected = plain_window_attention(*copy.unbind(1), *given)
+    again = [dequantize_heads(*quantize_heads(x), x.dtype) for x in qkv.unbind(1)[1:]]
+    return {
+        "error": difference(found, expected),
+        "keys": difference(qkv[:, 1], copy[:, 1]),
+        "values": difference(qkv[:, 2], copy[:, 2]),
+        "alike": max(map(difference, again, qkv.unbind(1)[1:])),
+    }
+
+
 def gating(rows: int, columns: int) -> Errors:
     both = torch.randn(rows, 2 * columns)
     return {"error": difference(gate(both), plain_gate(both))}
@@ -328,6 +359,7 @@ CASES = {
     "deciding_on_every_id": deciding_on_every_id,
     "keeping": keeping,
     "gating": gating,
+    "rounding": rounding,
 }
 
 

@@ -13,9 +13,10 @@ import torch
 
 from bytelatent import BLT
 from bytelatent.inference import Sampling, prompt_ids
+from bytelatent.inference.kv_cache import CacheCapacity
 from bytelatent.inference.step import SizedSlots
 from bytelatent.patching import PatchSettings
-from bytelatent.serving.scheduler import Job, QueueFull, Scheduler, Stopping, Ticket, Update, warm_up
+from bytelatent.serving.scheduler import Job, QueueFull, Scheduler, Stopping, Ticket, Update, reserve, warm_up
 from tests.inference.test_engine import decoder_of
 
 
@@ -173,12 +174,34 @@ def test_prompts_that_begin_alike(blt: BLT) -> None:
     scheduler.close()
 
 
-def test_every_set_of_slots_is_warmed_up(blt: BLT) -> None:
-    engine = blt.engine(10, varies=True)
-    warm_up(engine, 10)
+def test_every_set_of_slots_is_warmed_up(blt: BLT, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = blt.engine(16, varies=True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    reserve(engine, 1000)
+    warm_up(engine, 16, 64)
     assert isinstance(engine.slots, SizedSlots)
-    assert [slots.num_steps > 0 for slots in engine.slots.sets.values()] == [True] * 3
+    assert all(slots.num_steps for slots in engine.slots.sets.values())
     assert engine.is_idle
+    keys = [slots.step.state.patches.k for slots in engine.slots.sets.values()]
+    asked = engine.submit("ab", Sampling(temperature=1.0, seed=3), 900, 3)
+    engine.run()
+    kept = [
+        slots.step.state.patches.k is before for slots, before in zip(engine.slots.sets.values(), keys, strict=True)
+    ]
+    assert all(kept)
+    assert [each.text for each in asked] == blt.generate("ab", 900, 3, temperature=1.0, seed=3)
+
+
+def test_caches_that_memory_does_not_hold_grow_later(blt: BLT, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = blt.engine(2, varies=True)
+    assert isinstance(engine.slots, SizedSlots)
+    more = [slots.more_bytes(CacheCapacity(1024, 512)) for slots in engine.slots.sets.values()]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (more[-1] + 2, 1 << 40))
+    states = [slots.step.state for slots in engine.slots.sets.values()]
+    before = [state.patches.k.nbytes + state.patches.v.nbytes for state in states]
+    reserve(engine, 1024)
+    taken = [state.patches.k.nbytes + state.patches.v.nbytes - size for state, size in zip(states, before, strict=True)]
+    assert taken == [more[0], 0]
 
 
 def test_calls_run_on_the_engines_thread(blt: BLT, scheduler: Scheduler) -> None:

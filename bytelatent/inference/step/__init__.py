@@ -9,7 +9,7 @@ from bytelatent.device import outside_inference_mode
 from bytelatent.inference.decoder import Decoder
 from bytelatent.inference.engine import Engine
 from bytelatent.inference.quantize import quantize_model
-from bytelatent.inference.settings import Quantization, check_limits
+from bytelatent.inference.settings import KVCacheNumbers, Quantization, check_kv_cache, check_limits
 from bytelatent.inference.step.packed_weights import supports
 from bytelatent.inference.step.prefill import PrefillDecoder
 from bytelatent.inference.step.sized_slots import SizedSlots
@@ -30,6 +30,7 @@ def engine_for(
     quantize: Quantization = "full",
     vocabulary: Vocabulary = BYTES,
     varies: bool = False,
+    kv_cache: KVCacheNumbers = "full",
 ) -> Engine:
     """The fastest engine that can decode this model where it is.
 
@@ -39,20 +40,22 @@ def engine_for(
         quantize: quantize the model's large matrices to `int8` or `fp8`; the entropy model stays as it is.
         vocabulary: of the ids of a token LM.
         varies: whether there are often fewer sequences; then steps are faster, and their caches take more memory.
+        kv_cache: `int8`: KV caches in 8 bits.
 
     Raises:
-        UserError: `batch_size` is out of range.
+        UserError: `batch_size` is out of range, or there are no such KV caches.
     """
     check_limits(batch_size=batch_size)
+    check_kv_cache(kv_cache)
     device = next(model.parameters()).device.type
     model = quantize_model(model, quantize)
     if isinstance(model, TokenLM):
-        return Engine.plain(Decoder(model, None, None), batch_size, vocabulary)
+        return Engine.plain(Decoder(model, None, None, kv_cache), batch_size, vocabulary)
     decides_on_host = patching is not None and patching.decides_on_host
     is_changed = _is_changed(model) or (byte_lm is not None and _is_changed(byte_lm))
     if decides_on_host or is_changed or not (device == "cpu" or (device == "cuda" and supports(model, byte_lm))):
-        return Engine.plain(Decoder(model, patching, byte_lm), batch_size)
-    decoder = (Decoder if device == "cpu" else PrefillDecoder)(model, patching, byte_lm)
+        return Engine.plain(Decoder(model, patching, byte_lm, kv_cache), batch_size)
+    decoder = (Decoder if device == "cpu" else PrefillDecoder)(model, patching, byte_lm, kv_cache)
     quorum = 0.0 if device == "cpu" else QUORUM
 
     def slots(count: int, like: CapturedSlots | None = None) -> CapturedSlots:

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bytelatent.inference.cached_attention import NewPositions, StoreNewest
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.kv_cache import KVCache, NewPositions, StoreNewest
+from bytelatent.inference.kv_cache import KVCache
+from bytelatent.inference.settings import KVCacheNumbers
 from bytelatent.inference.step.cuda_graph import Graph
 from bytelatent.inference.step.packed_weights import BlockWeights, BLTWeights, ByteLMWeights, CrossWeights, StackWeights
 from bytelatent.kernels.decode_cross_attention import decoder_cross_attention_step
@@ -37,10 +39,11 @@ class RunAttention:
     cos: Tensor  # [T, A]
     sin: Tensor  # [T, A]
     store: Callable[[Tensor, Tensor], None]  # takes each layer's rotated keys, and values
+    in_8_bits: bool = False  # whether keys and values are those of a KV cache in 8 bits
 
     def attend(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor) -> Tensor:
         """Attend with queries and keys that are not yet rotated; the keys are rotated in place."""
-        found = window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin)
+        found = window_attention(q_THE, k_TJE, v_TJE, self.low, self.cos, self.sin, self.in_8_bits)
         self.store(k_TJE, v_TJE)
         return found
 
@@ -109,7 +112,7 @@ class PrefillStack(nn.Module):
         if size is None or not x_TD.is_cuda:
             return self._read(F.pad(x_TD, (0, 0, 0, len(attention.low) - num)), attention)[:num]
         if size not in self._captured:
-            self._captured[size] = self._capture(x_TD, size)
+            self._captured[size] = self._capture(x_TD, size, attention.in_8_bits)
         captured, here = self._captured[size], slice(0, num)
         captured.x_TD[here] = x_TD
         to, store = captured.attention, attention.store
@@ -124,12 +127,12 @@ class PrefillStack(nn.Module):
             x_TD = block(x_TD, None, attention)
         return x_TD
 
-    def _capture(self, like_TD: Tensor, size: int) -> _Captured:
+    def _capture(self, like_TD: Tensor, size: int, in_8_bits: bool) -> _Captured:
         device, half = like_TD.device, self.settings.head_dim // 2
         low = torch.arange(size, dtype=torch.int32, device=device)  # what is not written sees itself only
         cos, sin = torch.ones(size, half, device=device), torch.zeros(size, half, device=device)
         stored: list[tuple[Tensor, Tensor]] = []
-        attention = RunAttention(low, cos, sin, lambda k_THE, v_THE: stored.append((k_THE, v_THE)))
+        attention = RunAttention(low, cos, sin, lambda k_THE, v_THE: stored.append((k_THE, v_THE)), in_8_bits)
         x_TD = like_TD.new_zeros(size, like_TD.shape[1])
         results: list[Tensor] = []
 
@@ -186,8 +189,14 @@ class PrefillDecoder(Decoder):
 
     pad_to = ROWS
 
-    def __init__(self, model: BLTModel | LanguageModel, patching: PatchSettings | None, byte_lm: ByteLM | None):
-        super().__init__(model, patching, byte_lm)
+    def __init__(
+        self,
+        model: BLTModel | LanguageModel,
+        patching: PatchSettings | None,
+        byte_lm: ByteLM | None,
+        kv_cache: KVCacheNumbers = "full",
+    ):
+        super().__init__(model, patching, byte_lm, kv_cache)
         lm = model if isinstance(model, ByteLM) else self.byte_lm
         self.byte_lm_weights = ByteLMWeights.of(lm) if lm is not None else None
         self.blt_weights = BLTWeights.of(model) if isinstance(model, BLTModel) else None
@@ -228,7 +237,7 @@ class PrefillDecoder(Decoder):
         position = F.pad(new.position, (0, -len(new.position) % ROWS))
         cos, sin = cos_sin(position, stack.head_dim, stack.rope_theta, stack.rope_scaling)
         store = StoreNewest(cache, new)
-        return RunAttention(first_seen(position, stack.window), cos, sin, store)
+        return RunAttention(first_seen(position, stack.window), cos, sin, store, self.kv_cache == "int8")
 
 
 def with_modules(module: Any, **modules: nn.Module) -> Any:

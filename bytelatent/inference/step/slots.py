@@ -218,9 +218,17 @@ class CapturedSlots:
         if (largest < room).all():
             return
         grown = CacheCapacity(*(int(size) for size in np.where(largest < room, room, -(-2 * largest // BLOCK) * BLOCK)))
+        self.reserve(grown)
+
+    def reserve(self, room: CacheCapacity) -> None:
+        """Let this much fit in each slot."""
         self._graph = None  # it knows the caches by their addresses
-        self.step.reserve(grown)
-        self._room = grown
+        self.step.reserve(room)
+        self._room = room
+
+    def more_bytes(self, room: CacheCapacity) -> int:
+        """Memory that `reserve` would take."""
+        return self.step.state.more_bytes(room)
 
 
 def _pinned(like: Tensor) -> Tensor:

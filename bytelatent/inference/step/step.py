@@ -112,13 +112,15 @@ class ByteLMStep:
         return x_MD
 
     def _block(self, stack: StackWeights, layer: int, x_MD: Tensor, cache: KVCache, at: QueryPositions) -> Tensor:
-        weights, eps = stack.blocks[layer], stack.eps
+        weights, eps, (k, v, *scales) = stack.blocks[layer], stack.eps, cache.layers[layer]
         qkv = weights.finished(skinny_linear(x_MD, weights.qkv, eps=eps, run=at.run), eps)
         found = decode_attention(
             qkv,
-            *cache.layers[layer],
+            k,
+            v,
             at.position,
             stack.rotary,
+            scales=scales,
             heads=stack.settings.num_heads,
             window=cache.window,
             row_B=at.slot,
