@@ -127,7 +127,7 @@ class _Lookup:
         self.embedding, self.group = embedding, weight.device_mesh.get_group()
         self.bounds, self.begin = _bounds(weight), first_row(weight)
         self.world, self.num_tables = weight.device_mesh.size(), embedding.settings.num_tables
-        self._bounds: Tensor | None = None  # on the device
+        self._bounds_on_device: Tensor | None = None
 
     def __call__(self, ids: Tensor, history: Tensor) -> Tensor:
         rows_TS = self.embedding.rows(ids, history)
@@ -142,9 +142,9 @@ class _Lookup:
         return _Sums.apply(weight.to_local(), rows_TS, self.begin, self.group)[:num_ids]
 
     def bounds_on(self, device: torch.device) -> Tensor:
-        if self._bounds is None or self._bounds.device != device:
-            self._bounds = torch.tensor(self.bounds, device=device)
-        return self._bounds
+        if self._bounds_on_device is None or self._bounds_on_device.device != device:
+            self._bounds_on_device = torch.tensor(self.bounds, device=device)
+        return self._bounds_on_device
 
     def exchange(self, part: Tensor, to_each: list[int], from_each: list[int]) -> Tensor:
         """Send consecutive rows of `part` to the ranks, and return what these send, in the order of ranks."""
@@ -167,9 +167,9 @@ class _Rows(torch.autograd.Function):
         is_first_M[1:] = rows_M[1:] != rows_M[:-1]
         number_M = is_first_M.cumsum(0)  # of the distinct rows, from 1
         ends_W = F.pad(number_M, (1, 0))[torch.searchsorted(rows_M, lookup.bounds_on(rows_M.device))]
-        asked_WW = _gather(ends_W.diff(), lookup.group).view(lookup.world, lookup.world).tolist()  # the host waits
-        rank = dist.get_rank(lookup.group)
-        asked, given = asked_WW[rank], [of_rank[rank] for of_rank in asked_WW]
+        asked_W = ends_W.diff()
+        given_W = lookup.exchange(asked_W, [1] * lookup.world, [1] * lookup.world)
+        asked, given = torch.stack((asked_W, given_W)).tolist()  # the host waits
         number_M -= 1
         rows_U = rows_M.new_empty(sum(asked)).scatter_(0, number_M, rows_M)
         index_TS = torch.empty_like(order_M).scatter_(0, order_M, number_M).view_as(rows_TS)
