@@ -11,14 +11,14 @@ every step, though a batch uses only a few rows. So one of these is sent, in the
   `4 U D (W - 1) / W` bytes a pass, and 8 for each row's number, and computes on about U rows, however many ranks there
   are. The host waits once, for how many rows go where.
 
-For the 1B shape (S = 6, D = 1024) with T = 65,536 bytes per rank, U is at most 393,216; of English text it is 0.42 of
-that. Gigabytes that a rank sends in a step, in both passes:
+For the 1B shape (S = 6, D = 1024) with T = 65,536 bytes per rank, U is at most 393,216, and of this project's docs 0.42
+of that. Gigabytes that a rank sends in a step, in both passes (`python benchmarks/scale.py tables`):
 
 | ranks | gathered | sums | rows, all distinct | rows, 0.42 distinct |
 | ----- | -------- | ---- | ------------------ | ------------------- |
 | 2     | 12.3     | 0.54 | 1.61               | 0.68                |
-| 8     | 21.5     | 3.76 | 2.82               | 1.18                |
-| 64    | 24.2     | 33.8 | 3.17               | 1.33                |
+| 8     | 21.5     | 3.76 | 2.82               | 1.19                |
+| 64    | 24.2     | 33.8 | 3.17               | 1.34                |
 
 So sums are for a dense gradient and at most S ranks; rows for more, and for gradients by rows, which then hold V rows.
 Tables that every rank holds whole would send half of what sums do, but take W times the memory and the optimizer's
@@ -192,7 +192,7 @@ class _Rows(torch.autograd.Function):
         grads_VD = lookup.exchange(grads_UD, ctx.asked, ctx.given)
         del grads_UD
         if order_V:
-            grads_VD = sums_of_sorted(rows_V, *order_V, grads_VD, 1)
+            grads_VD = sums_of_sorted(rows_V, order_V[0], grads_VD, 1)
             grad = torch.sparse_coo_tensor(rows_V[None], grads_VD, weight.shape, check_invariants=False)
         else:
             grad_RD = torch.zeros_like(weight.to_local()).index_add_(0, rows_V - lookup.begin, grads_VD)
