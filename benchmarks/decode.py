@@ -1,15 +1,17 @@
 """How fast is generation? Against the card's limits, and against transformers.
 
     python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [--new 512]
-    python benchmarks/decode.py [one8] [cpu] [leaks --minutes 60]
+    python benchmarks/decode.py [one8] [caches8] [cpu] [leaks --minutes 60]
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
 so that what the model writes has patches of 4.5 bytes; prompts of 512 random bytes, new bytes drawn at temperature 1.
 The limit counts the bytes of weights and caches that must be read, at the speed at which the card copies.
 
-check    float32 on the device: the replayed step's bytes and log-probabilities against plain PyTorch's
+check    float32 on the device: the replayed step's bytes and log-probabilities against plain PyTorch's. KV caches in 8
+         bits are shown and not counted: another order of sums may round a key to the next step
 one      one sequence;  batch: 64;  8b: one, of the 8B shape
 one8     one sequence with weights quantized to int8, to fp8, and as they are
+caches8  one, 64 and 256 sequences with KV caches as they are and in 8 bits
 first    seconds from a prompt to the first byte
 cpu      the demo's BLT on the CPU, against the whole forward pass for every byte
 leaks    sequences join, leave and are cancelled for --minutes; memory every twelfth of it
@@ -27,7 +29,7 @@ import torch
 
 from bytelatent.inference import Decoder, Engine, Sampling
 from bytelatent.inference.quantize import quantize_model
-from bytelatent.inference.settings import Quantization
+from bytelatent.inference.settings import KVCacheNumbers, Quantization
 from bytelatent.inference.step import QUORUM, CapturedSlots, PrefillDecoder, engine_for, sampling
 from bytelatent.inference.step.prefill import PrefillStack
 from bytelatent.model import BLTModel, BLTSettings, ByteLM, build_model, pack_rows, preset
@@ -55,13 +57,13 @@ def random_prompts(count: int, size: int, seed: int = 0) -> list[torch.Tensor]:
     return [torch.cat([bos, torch.randint(4, 260, [size], generator=generator)]) for _ in range(count)]
 
 
-def decoder_of(name: str, weights: Quantization = "full") -> Decoder:
+def decoder_of(name: str, weights: Quantization = "full", kv_cache: KVCacheNumbers = "full") -> Decoder:
     """A random model, and a threshold that gives patches of 4.5 bytes on what it writes."""
     byte_lm = random_model(preset("entropy"), torch.bfloat16, seed=1)
     byte_lm.output.weight.data.mul_(4)  # else its entropies are so alike that rounding decides about patches
     sampling.EOS = -1  # no text ends, so that all are as long
     model = quantize_model(random_model(preset(name), torch.bfloat16), weights)
-    decoder = PrefillDecoder(model, PatchSettings(threshold=5.0), byte_lm)
+    decoder = PrefillDecoder(model, PatchSettings(threshold=5.0), byte_lm, kv_cache)
     for _ in range(2):  # what it writes depends a little on the patches
         decoder.patching = PatchSettings(threshold=threshold_on_own_text(decoder, byte_lm))
     return decoder
@@ -112,7 +114,8 @@ def lower_bound(decoder: Decoder, rows: int, quorum: float, position: int) -> fl
         return sum(p.numel() * p.element_size() for p in stored)
 
     def cache(settings: Any, seen: int) -> int:
-        return 2 * settings.num_layers * settings.kv_heads * settings.head_dim * 2 * seen
+        head = 2 * settings.head_dim if decoder.kv_cache == "full" else settings.head_dim + 1
+        return 2 * settings.num_layers * settings.kv_heads * head * seen
 
     settings: BLTSettings = model.settings
     inner = byte_lm.settings
@@ -162,19 +165,18 @@ def check() -> None:
     from tests.inference import test_engine as cases
 
     sampling = Sampling(temperature=1.0, seed=3, top_p=0.9)
-    every, full = get_args(Quantization), get_args(Quantization)[:1]
     num_unequal = 0
-    kinds = [
-        (name, weights) for name in (*cases.NAMES, *cases.OTHERS) for weights in (every if name == "entropy" else full)
-    ]
-    for name, weights in kinds:
+    kinds: list[Any] = [(n, "full", "full") for n in (*cases.NAMES, *cases.OTHERS)]
+    kinds += [("entropy", "int8", "full"), ("entropy", "fp8", "full")]
+    kinds += [(name, "full", "int8") for name in ("byte LM", "entropy", "all layers")]
+    for name, weights, caches in kinds:
         plain = cases.decoder_of(name)
         for part in (plain.model, plain.byte_lm):
             if part is not None:
                 part.cuda()
         model = quantize_model(plain.model, weights)
-        there = Decoder(model, plain.patching, plain.byte_lm)
-        fast = PrefillDecoder(model, plain.patching, plain.byte_lm)
+        there = Decoder(model, plain.patching, plain.byte_lm, caches)
+        fast = PrefillDecoder(model, plain.patching, plain.byte_lm, caches)
         for rows, quorum, max_closing in ((1, 0.0, None), (4, 0.0, None), (4, 0.5, 2), (20, 0.3, None)):
             prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * max(rows // 4, 1)
             expected = cases.generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
@@ -188,9 +190,9 @@ def check() -> None:
                     if a != b:
                         break
                     far = max(far, abs(p - q))
-            num_unequal += rows - same
+            num_unequal += rows - same if caches == "full" else 0
             print(
-                f"check {name}, {weights} weights, {rows} rows, quorum {quorum}: "
+                f"check {name}, {weights} weights, {caches} caches, {rows} rows, quorum {quorum}: "
                 f"{same} of {rows} equal, log-probabilities {far:.1e}"
             )
     if num_unequal:
@@ -389,6 +391,15 @@ def main() -> None:
         for weights in get_args(Quantization):
             print(f"{weights} weights: ", end="")
             generate(decoder_of("blt-1b", weights=weights), 1, given.new)
+            torch.cuda.empty_cache()
+    if "caches8" in given.what:
+        print(f"copy {copy_rate() / 1e12:.2f} TB/s")
+        for kv_cache in get_args(KVCacheNumbers):
+            decoder = decoder_of("blt-1b", kv_cache=kv_cache)
+            for count in (1, 64, 256):
+                print(f"{kv_cache} caches: ", end="")
+                generate(decoder, count, given.new, QUORUM if count > 1 else 0.0)
+            del decoder
             torch.cuda.empty_cache()
     if "8b" in given.what:
         generate(decoder_of("blt-8b"), 1, given.new)

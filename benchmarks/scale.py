@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py predict [--rate 171440] [--bytes 65536]
     torchrun --nproc-per-node N benchmarks/scale.py measure [MODEL[/ROWS]:WORD+WORD[@BYTES]...] [--bytes 65536 16384]
+    python benchmarks/scale.py tables [--text FILE] [--bytes 65536]
     python benchmarks/scale.py correct [--gpus N] [--text TEXT.jsonl] [--out FOLDER]
 
 predict  the formulas of docs/internals/scaling.md. `--rate` is what one card does of the 1B shape alone, forward and
@@ -13,9 +14,10 @@ measure  the trainer's steps on random text, so many bytes a GPU; each configura
          a GPU where it says so: blt-1b/100003:shard+selective@32768, blt-1b/2000003:shard+rows. `--save FOLDER`: after
          all of them each is made again and saved in the background while steps go on; of one process only what is
          `alone`.
+tables   what a GPU sends for hash tables in a step of the 1B shape, counted; how many rows a text looks up.
 correct  runs of the trainer: many GPUs against one, a second time, from another number, after a rank was killed.
 
-`measure` and `correct` run on a CPU with `--tiny`; `predict` only computes, on any machine.
+`measure` and `correct` run on a CPU with `--tiny`; `predict` and `tables` only compute, on any machine.
 """
 
 import argparse
@@ -119,6 +121,9 @@ def main() -> None:
     given.add_argument("--profile", action="store_true", help="print the kernels of a step, too")
     given.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     given.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
+    given = what.add_parser("tables")
+    given.add_argument("--text", type=Path, metavar="FILE", help="plain text; else random bytes")
+    given.add_argument("--bytes", type=int, default=65_536, help="a GPU and step")
     given = what.add_parser("correct")
     given.add_argument("--gpus", type=int, help="default: all; with --tiny 2")
     given.add_argument("--plans", nargs="+", default=["shard"], choices=["shard", "replicate", "tensor", "rows"])
@@ -131,6 +136,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "predict":
         print_predictions(given.rate, given.bytes)
+    elif given.what == "tables":
+        from scale_tables import print_sent
+
+        guarded(lambda: print_sent(preset("blt-1b"), given.bytes, given.text))
     elif given.what == "measure":
         from scale_measure import measure
 

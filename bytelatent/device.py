@@ -121,6 +121,11 @@ def keep_precision(convert: Callable[[torch.Tensor], torch.Tensor], tensor: torc
     return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
 
+def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Send what the host has to the device; nothing waits until that is done."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype`; weights, norms and sums stay in float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -18,6 +18,7 @@ from gpu_trace import Communication, communication
 from scale import Links, predict
 from scale_measure import SAVE_HEAD, Row, measure, underline
 from scale_plans import TINY, Configuration
+from scale_tables import distinct_rows, sent
 
 
 def cells(line: str) -> list[str]:
@@ -132,3 +133,12 @@ def test_communication_is_exposed_where_nothing_else_runs() -> None:
     expected = Communication(span=9e-3, total=5e-3, exposed=2.5e-3, idle=1e-3)
     assert astuple(communication(reversed(events))) == pytest.approx(astuple(expected), abs=1e-12)
     assert communication(events[-3:]) == Communication(0.0, 0.0, 0.0, 0.0)
+
+
+def test_what_is_sent_for_tables() -> None:
+    """A text that repeats itself looks up few rows; both ways send the same to as many ranks as there are tables."""
+    assert TINY.ngram_hash is not None
+    assert distinct_rows(TINY.ngram_hash, b"abc" * 50) == (2 + 3) + (3 + 3)  # at the beginning, and after it
+    found = sent(TINY, 2, 100, 200)
+    assert found["sums"] == found["rows"] == 2 * 4 * 32 * 100
+    assert found["gathered"] == 2 * 4 * 32 * 2 * 1009 / 2

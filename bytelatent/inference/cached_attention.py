@@ -6,7 +6,9 @@ sees does not depend on which positions were read together with it.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -143,14 +145,16 @@ class StepAttention:
 class StoreNewest:
     """Stores the newest keys and values of whole sequences in a KV cache, layer by layer.
 
-    They are copied as slices: that is less work for the host, and for the device, than indices.
+    Those of few sequences are copied as slices: that is less work for the host, and for the device, than indices.
     """
+
+    FEW = 4  # slices
 
     def __init__(self, cache: KVCache, new: NewPositions):
         slots, counts = new.slot.tolist(), new.count.tolist()
         cache.reserve(max(counts, default=0))
         self.cache, self.layer = cache, 0
-        self.slices: list[tuple[int, slice, slice]] = []  # slot, in the stream, in the cache
+        slices: list[tuple[int, slice, slice]] = []  # slot, in the stream, in the cache
         begin = 0
         newest = [True] * len(slots) if new.is_newest_run is None else new.is_newest_run.tolist()
         for slot, count, is_newest_run in zip(slots, counts, newest, strict=True):
@@ -158,20 +162,30 @@ class StoreNewest:
             while at < count:
                 index = at % cache.size
                 size = min(count - at, cache.size - index)
-                self.slices.append((slot, slice(begin + at, begin + at + size), slice(index, index + size)))
+                slices.append((slot, slice(begin + at, begin + at + size), slice(index, index + size)))
                 at += size
             begin += count
+        self.parts: list[tuple[Any, Any, Any]] = list(slices)
+        if len(slices) > self.FEW:
+            sizes = [source.stop - source.start for _, source, _ in slices]
+            arrays = (
+                np.repeat([slot for slot, _, _ in slices], sizes),
+                np.concatenate([np.arange(source.start, source.stop) for _, source, _ in slices]),
+                np.concatenate([np.arange(target.start, target.stop) for _, _, target in slices]),
+            )
+            slot_M, source_M, target_M = torch.from_numpy(np.stack(arrays)).to(cache.k.device)
+            self.parts = [(slot_M, source_M, target_M)]
 
     def __call__(self, k_TJE: Tensor, v_TJE: Tensor) -> None:
         for table, x_TJ in zip(self.cache.layers[self.layer], self.cache.as_held(k_TJE, v_TJE), strict=True):
-            for slot, source, target in self.slices:
+            for slot, source, target in self.parts:
                 table[slot, target] = x_TJ[source]
         self.layer += 1
 
     def all_layers(self, k_LTJE: Tensor, v_LTJE: Tensor) -> None:
         """The keys and values of all L layers at once."""
         for table, x_LTJ in zip(self.cache.tables, self.cache.as_held(k_LTJE, v_LTJE), strict=True):
-            for slot, source, target in self.slices:
+            for slot, source, target in self.parts:
                 table[:, slot, target] = x_LTJ[:, source]
 
 

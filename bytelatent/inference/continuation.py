@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bytelatent.errors import UserError
 from bytelatent.inference.constraint import Constraint, ConstraintState
+from bytelatent.inference.sampling import Start
 from bytelatent.inference.settings import Sampling
 from bytelatent.inference.utf8 import CharacterStream, whole_characters
 from bytelatent.vocab import BYTES, Vocabulary, decode
@@ -102,6 +103,10 @@ class Continuation:
     _stop_texts: StopTexts | None = None
     _num_given: int = 0  # bytes that `new_bytes` has returned
     _characters: CharacterStream = field(default_factory=CharacterStream)
+
+    @property
+    def start(self) -> Start:
+        return Start(self.sampling, self.prompt, self.max_new_bytes, self.constraint is not None)
 
     @property
     def data(self) -> bytes:

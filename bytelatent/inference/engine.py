@@ -4,7 +4,8 @@
 ids into bytes, stops and ends.
 """
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,11 +33,20 @@ class OutOfRoom(torch.OutOfMemoryError):
         self.which = which
 
 
+class Admission(NamedTuple):
+    """A sequence for a slot: slot `source` of a state, and the logits [V] of what comes next."""
+
+    slot: int
+    source: int
+    logits: Tensor
+    which: Continuation
+
+
 class Slots(Protocol):
     """Slots that draw and read ids, one each at a time."""
 
-    def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
-        """Put a sequence into a slot: slot `source` of a state, and the logits [V] of what comes next."""
+    def admit(self, state: DecodeState, admitted: Sequence[Admission]) -> None:
+        """Put sequences into slots."""
         ...
 
     def release(self, slot: int) -> None:
@@ -70,12 +80,14 @@ class PlainSlots:
         self._drawn: list[Drawn] = []
         self._allowances = Allowances(num_slots)
 
-    def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
-        self.state.put(slot, state, source)
-        self.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes, which.constraint is not None)
-        self._allowances.forget(slot)
-        self.logits_BV[slot] = logits
-        self._in_slot[slot] = which
+    def admit(self, state: DecodeState, admitted: Sequence[Admission]) -> None:
+        slots = [each.slot for each in admitted]
+        self.state.put(slots, state, [each.source for each in admitted])
+        self.sampling.put_all(slots, [each.which.start for each in admitted])
+        self.logits_BV[slots] = torch.stack([each.logits for each in admitted])
+        for each in admitted:
+            self._allowances.forget(each.slot)
+            self._in_slot[each.slot] = each.which
 
     def release(self, slot: int) -> None:
         self._in_slot[slot] = None
@@ -319,16 +331,29 @@ class Engine:
         """Read prompts for which there are free slots, and put their sequences into these."""
         free = [slot for slot, which in enumerate(self._in_slot) if which is None]
         self._prompts.read(len(free))
+        by_state: dict[int, tuple[DecodeState, list[Admission]]] = {}
         for read, members in self._prompts.take(len(free)):
-            num_patches = int(read.state.num_patches[read.source] + (read.state.open_count[read.source] > 0))
+            _, admitted = by_state.setdefault(id(read.state), (read.state, []))
             for which in members:
-                which.prompt_patches = num_patches
                 slot = free.pop(0)
                 self._in_slot[slot] = which
-                try:
-                    self.slots.admit(slot, read.state, read.source, read.logits, which)
-                except Exception as error:
-                    self._fail([which], error)
+                admitted.append(Admission(slot, read.source, read.logits, which))
+        for state, admitted in by_state.values():
+            counts = state.counts([each.source for each in admitted])
+            for each, (_, num_patches, open_bytes) in zip(admitted, counts.tolist(), strict=True):
+                each.which.prompt_patches = num_patches + (open_bytes > 0)
+            self._put(state, admitted)
+
+    def _put(self, state: DecodeState, admitted: list[Admission]) -> None:
+        """Put sequences into their slots; one by one, if it fails for all at once."""
+        try:
+            self.slots.admit(state, admitted)
+        except Exception as error:
+            if len(admitted) == 1:
+                self._fail([admitted[0].which], error)
+                return
+            for each in admitted:
+                self._put(state, [each])
 
     def _step(self) -> None:
         try:

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bytelatent.device import on_device
 from bytelatent.inference.settings import KVCacheNumbers
 from bytelatent.kernels.quantized_heads import dequantize_heads, quantize_heads
 from bytelatent.model import BLTModel, ByteLM, LanguageModel
@@ -83,7 +85,7 @@ class KVCache:
 
     def more_bytes(self, positions: int) -> int:
         """Memory that `reserve` would take."""
-        each = (self.k.nbytes + self.v.nbytes) // self.size
+        each = sum(table.nbytes for table in self.tables) // self.size
         return max(positions - self.size, 0) * each if self.window is None else 0
 
     def reserve(self, positions: int) -> None:
@@ -130,16 +132,19 @@ class DecodeState:
         """Memory that `reserve` would take for KV caches."""
         return sum(cache.more_bytes(room.positions) for cache in self.caches())
 
-    def put(self, slot: int, other: "DecodeState", source: int) -> None:
-        """Copy slot `source` of another state of the same model into a slot."""
-        counts = torch.stack([other.position[source], other.num_patches[source], other.open_count[source]]).tolist()
-        self.reserve(CacheCapacity(*counts))
+    def counts(self, slots: Sequence[int]) -> np.ndarray:
+        """[N, 3] what N slots hold of what `CacheCapacity` counts."""
+        counts = torch.stack([self.position, self.num_patches, self.open_count], dim=1)
+        return counts.cpu().numpy()[list(slots)]
+
+    def put(self, slots: Sequence[int], other: "DecodeState", sources: Sequence[int]) -> None:
+        """Copy slots `sources` of another state of the same model into `slots`."""
+        self.reserve(CacheCapacity(*other.counts(sources).max(0).tolist()))
+        to, of = (on_device(torch.tensor(list(each)), self.position.device) for each in (slots, sources))
         for mine, theirs in zip(self._by_slot(), other._by_slot(), strict=True):
-            target, given = mine[slot], theirs[source]
-            if target.shape != given.shape:  # one has grown more
-                common = tuple(slice(0, min(sizes)) for sizes in zip(target.shape, given.shape, strict=True))
-                target, given = target[common], given[common]
-            target.copy_(given)
+            sizes = map(min, mine.shape[1:], theirs.shape[1:])  # one may have grown more
+            common = (slice(None), *(slice(size) for size in sizes))
+            mine[common].index_copy_(0, to, theirs[common].index_select(0, of))
 
     def _by_slot(self) -> Iterator[Tensor]:
         """All tensors, with the slots as their first axis."""
@@ -199,11 +204,12 @@ class BLTDecodeState(DecodeState):
     def more_bytes(self, room: CacheCapacity) -> int:
         return super().more_bytes(room) + self.patches.more_bytes(room.patches)
 
-    def put(self, slot: int, other: DecodeState, source: int) -> None:
-        super().put(slot, other, source)
+    def put(self, slots: Sequence[int], other: DecodeState, sources: Sequence[int]) -> None:
+        super().put(slots, other, sources)
         if isinstance(other, BLTDecodeState) and other.tails:
             self.tails = self.tails or [Tail() for _ in self.position]
-            self.tails[slot] = other.tails[source]
+            for slot, source in zip(slots, sources, strict=True):
+                self.tails[slot] = other.tails[source]
 
 
 def empty_state(

@@ -226,7 +226,7 @@ class PromptQueue:
         if self._state is None:
             self._state = self.decoder.empty(NUM_READERS)
         prompt.slot = min(set(range(NUM_READERS)) - {other.slot for other in self.reading})
-        self._state.put(prompt.slot, state, source)
+        self._state.put([prompt.slot], state, [source])
         self.reading.append(prompt)
 
     def _free_state(self) -> None:

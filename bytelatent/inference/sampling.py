@@ -6,12 +6,13 @@ the same in any batch: sums over the vocabulary are sums of integers, which no o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bytelatent.device import on_device
 from bytelatent.inference.settings import Sampling
 from bytelatent.inference.utf8 import NEEDED, RESUMED, TRANSITIONS
 from bytelatent.vocab import BYTES, EOS, OFFSET, VOCAB_SIZE, Vocabulary
@@ -57,9 +58,26 @@ OF_ALL_SLOTS = {"utf8_after", "needed", "needed_after", "is_special", "is_text"}
 BY_ENGINE = {"stop"}  # fields that the engine applies to what was drawn
 
 
+def _utf8_state(prompt_ids: Tensor) -> int:
+    """The automaton's state after a prompt, which depends on its last three bytes only."""
+    state = 0
+    for id_ in prompt_ids[-3:].tolist():
+        state = 0 if id_ < OFFSET else int(RESUMED[state, id_ - OFFSET])
+    return state
+
+
 def _top_k(sampling: Sampling) -> int:
     takes_likeliest = sampling.temperature <= COLDEST / 2  # float32 rounds it to 0
     return 1 if takes_likeliest else min(sampling.top_k or ANY, ANY)
+
+
+class Start(NamedTuple):
+    """What a slot begins with; see `SamplingSlots.put`."""
+
+    sampling: Sampling
+    prompt_ids: Tensor
+    max_new_bytes: int
+    is_constrained: bool
 
 
 @dataclass
@@ -146,38 +164,43 @@ class SamplingSlots:
             is_constrained: whether a constraint decides what may be drawn, in place of `valid_utf8`; `constrain` before
                 each draw.
         """
-        for name, option in OPTIONS.items():
-            getattr(self, name)[slot] = option.value(sampling)
-        self.top_k[slot : slot + 1].clamp_(max=self.vocab_size)
-        if is_constrained:
-            self.valid_utf8[slot] = False
-        self.constraint[slot] = OUTDATED if is_constrained else FREE
-        self.drawn[slot] = 0
-        self.remaining[slot] = max_new_bytes
-        prompt = prompt_ids.to(self.seen.device, torch.int64)
-        self.seen[slot].zero_().scatter_(0, prompt, True)
-        self.seen[slot] &= self.is_text
-        # The state depends on the last three bytes only. Slices, since an index of no dimension waits for the device.
-        state = torch.zeros(1, dtype=torch.int64, device=prompt.device)
-        for back in range(min(len(prompt), 3), 0, -1):
-            state = self.utf8_after[state, prompt[len(prompt) - back :][:1]]
-        self.utf8[slot : slot + 1] = state
+        self.put_all([slot], [Start(sampling, prompt_ids, max_new_bytes, is_constrained)])
 
-    def take_over(self, slot: int, other: "SamplingSlots", source: int) -> None:
-        """Let a slot go on as slot `source` of others would."""
+    def put_all(self, slots: Sequence[int], starts: Sequence[Start]) -> None:
+        """`put` for several slots. Each field is sent to the device once, which the host does not wait for."""
+        device, samplings = self.seen.device, [start.sampling for start in starts]
+        is_bytes = len(self.utf8_after) > 1
+        values: dict[str, list[Any]] = {
+            name: [option.value(sampling) for sampling in samplings] for name, option in OPTIONS.items()
+        }
+        values["top_k"] = [min(top_k, self.vocab_size) for top_k in values["top_k"]]
+        values["valid_utf8"] = [start.sampling.valid_utf8 and not start.is_constrained for start in starts]
+        values["constraint"] = [OUTDATED if start.is_constrained else FREE for start in starts]
+        values["remaining"] = [start.max_new_bytes for start in starts]
+        values["utf8"] = [_utf8_state(start.prompt_ids) if is_bytes else 0 for start in starts]
+        seen = np.zeros((len(starts), self.vocab_size), dtype=np.bool_)
+        for row, start in zip(seen, starts, strict=True):
+            row[start.prompt_ids.cpu().numpy()] = True
+        index = on_device(torch.tensor(slots), device)
+        for name, given in values.items():
+            field = getattr(self, name)
+            field.index_copy_(0, index, on_device(torch.tensor(given, dtype=field.dtype), device))
+        self.seen.index_copy_(0, index, on_device(torch.from_numpy(seen), device) & self.is_text)
+        self.drawn.index_fill_(0, index, 0)
+
+    def take_over(self, slots: Sequence[int], other: "SamplingSlots", sources: Sequence[int]) -> None:
+        """Let `slots` go on as slots `sources` of others would."""
+        to, of = (on_device(torch.tensor(each), self.seen.device) for each in (slots, sources))
         for name, mine in vars(self).items():
             if name not in OF_ALL_SLOTS:
-                mine[slot] = getattr(other, name)[source]
+                mine.index_copy_(0, to, getattr(other, name).index_select(0, of))
 
     def constrain(self, slots: Sequence[int], allowed: Sequence[np.ndarray]) -> None:
         """Let slots draw one of the ids that each one's constraint allows next, bool [V]; some id must be."""
         if not slots:
             return
-        rows, index = torch.from_numpy(np.stack(allowed)), torch.tensor(slots)
-        if self.allowed.is_cuda:
-            rows, index = rows.pin_memory(), index.pin_memory()
-        index = index.to(self.allowed.device, non_blocking=True)
-        rows = rows.to(self.allowed.device, non_blocking=True)
+        device = self.allowed.device
+        rows, index = on_device(torch.from_numpy(np.stack(allowed)), device), on_device(torch.tensor(slots), device)
         self.allowed[:, : rows.shape[1]].index_copy_(0, index, rows)
         self.constraint.index_fill_(0, index, READY)
 

@@ -99,8 +99,7 @@ def _read_prompts(decoder: Decoder, prompts: list[Ids]) -> Iterator[tuple[Decode
         prefix, _ = decoder.prefill([torch.tensor(sharing[0][:size])], last_only=True)
         for group in _groups(sharing, size):
             state = decoder.empty(len(group))
-            for slot in range(len(group)):
-                state.put(slot, prefix, 0)
+            state.put(range(len(group)), prefix, [0] * len(group))
             rest = [torch.tensor(prompt[size:], device=decoder.device) for prompt in group]
             slots = torch.arange(len(group), device=decoder.device)
             slots = slots.repeat_interleave(torch.tensor([len(ids) for ids in rest], device=decoder.device))
@@ -179,7 +178,7 @@ def _after_first(decoder: Decoder, state: DecodeState, group: list[Item], texts:
 def _of_long(decoder: Decoder, state: DecodeState, slot: int, text: Tensor) -> Score:
     """The score of one long text, read piece by piece in a slot of its own."""
     own = decoder.empty(1)
-    own.put(0, state, slot)
+    own.put([0], state, [slot])
     parts = [
         _of(decoder.extend(own, torch.zeros_like(read), read), expected)
         for read, expected in zip(text[:-1].split(PASS_IDS), text[1:].split(PASS_IDS), strict=True)

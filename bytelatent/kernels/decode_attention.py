@@ -35,7 +35,7 @@ from bytelatent.kernels.launch import (
     wait_for_earlier,
     write_back,
 )
-from bytelatent.kernels.quantized_heads import dequantize_heads, held_heads, quantize_heads, store_new
+from bytelatent.kernels.quantized_heads import held_heads, numbers_of_heads, quantize_heads, store_new
 from bytelatent.kernels.rotary import rotated
 
 # Shapes: B sequences, H query heads, J key/value heads, E head size, A = E/2 pairs, C rows of the
@@ -106,18 +106,20 @@ def plain_decode_attention(
     for b, (row, position) in enumerate(zip(rows, position_B.tolist(), strict=True)):
         if row < 0:
             continue
-        if scales:
-            k_RJE, v_RJE = _numbers(cache_k_CRJE[row], scales[0][row]), _numbers(cache_v_CRJE[row], scales[1][row])
-        else:
-            k_RJE, v_RJE = array(cache_k_CRJE, row), array(cache_v_CRJE, row)
         slot, seen = position % slots, min(position + 1, slots)
         q_k = (qkv_BZE[b, : heads + kv_heads].view(np.complex64) * rotation_PA[position]).view(np.float32)
-        k_RJE[slot], v_RJE[slot] = q_k[heads:], qkv_BZE[b, heads + kv_heads :]
-        if scales:
-            for cache_CRJE, scale_CRJ, x_RJE in ((cache_k_CRJE, scales[0], k_RJE), (cache_v_CRJE, scales[1], v_RJE)):
-                held = quantize_heads(torch.from_numpy(x_RJE[slot]).to(qkv.dtype))
-                cache_CRJE[row, slot], scale_CRJ[row, slot] = held
-                x_RJE[slot] = _numbers(*held)
+        new_k_v = q_k[heads:], qkv_BZE[b, heads + kv_heads :]
+        if scales:  # the new ones are stored first, and then read as all others
+            k_v, exponents = quantize_heads(torch.from_numpy(np.stack(new_k_v)).to(qkv.dtype))
+            for part, table in enumerate((cache_k_CRJE, cache_v_CRJE)):
+                table[row, slot], scales[part][row, slot] = k_v[part], exponents[part]
+            k_RJE, v_RJE = (
+                numbers_of_heads(table[row, :seen], scale[row, :seen])
+                for table, scale in zip((cache_k_CRJE, cache_v_CRJE), scales, strict=True)
+            )
+        else:
+            k_RJE, v_RJE = array(cache_k_CRJE, row), array(cache_v_CRJE, row)
+            k_RJE[slot], v_RJE[slot] = new_k_v
         oldest = slots - 1 - slot
         bias = None if window is None or seen <= window else _window_bias(slots, window)[oldest : oldest + seen]
         q_JGE = q_k[:heads].reshape(kv_heads, -1, head_dim)
@@ -126,10 +128,6 @@ def plain_decode_attention(
             write_back(cache_k_CRJE, row, k_RJE)
             write_back(cache_v_CRJE, row, v_RJE)
     return tensor_like(qkv, found_BX) if out is None else write_back(out, ..., found_BX)
-
-
-def _numbers(values: Tensor, scale: Tensor) -> np.ndarray:
-    return dequantize_heads(values, scale, torch.float32).cpu().numpy()
 
 
 @lru_cache(maxsize=16)

@@ -273,8 +273,8 @@ def sums_of_sorted(
     if uses_kernels(rows_M):
         _launch_row_sums(rows_M, order_M, grads_TD, sums, num_tables, at_rows=num_rows is not None)
         return sums
-    places_M = torch.searchsorted(rows_M, rows_M) if num_rows is None else rows_M
-    return sums.zero_().index_add_(0, places_M, grads_TD[order_M // num_tables])
+    first_M = torch.searchsorted(rows_M, rows_M) if num_rows is None else rows_M
+    return sums.zero_().index_add_(0, first_M, grads_TD[order_M // num_tables])
 
 
 @entry_sums.register_fake

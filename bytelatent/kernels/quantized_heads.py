@@ -5,6 +5,7 @@ A scale is a power of two, of which only the exponent is stored. So what is read
 quantized again gives the same bytes: whoever quantizes, and how often, all read the same numbers.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,12 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_heads(values: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers of `quantize_heads`, [..., E]."""
     return (values.float() * _scale(exponent.int())).to(dtype)
+
+
+def numbers_of_heads(values: Tensor, exponent: Tensor) -> np.ndarray:
+    """The same for NumPy, float32."""
+    scale = (exponent.cpu().numpy().astype(np.int32) << 23).view(np.float32)
+    return values.cpu().numpy() * scale[..., None]
 
 
 def _scale(exponent: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def test_rows_move_between_states() -> None:
     slots = decoder.empty(4)
     for row, (slot, size) in enumerate([(2, 5), (0, 300), (3, 40)]):
         state, _ = decoder.prefill([rows[row][:size]])
-        slots.put(slot, state, 0)
+        slots.put([slot], state, [0])
         rows[row] = rows[row][size:]
         expected[row] = expected[row][size:]
     where = torch.tensor([2, 0, 3])

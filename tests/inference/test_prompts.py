@@ -77,7 +77,7 @@ def check_read(decoder: Decoder, state: Any, source: int, logits: Tensor, prompt
     expected = full_logits(decoder, [torch.cat([prompt, more])])[0][len(prompt) - 1 :]
     assert_close(logits, expected[0])
     mine = decoder.empty(2)
-    mine.put(1, state, source)
+    mine.put([1], state, [source])
     assert_close(decoder.extend(mine, torch.ones(len(more), dtype=torch.long), more), expected[1:])
 
 

@@ -1,5 +1,6 @@
 """Hash tables whose gradients are by rows, divided among processes, against one process with dense gradients."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,8 @@ def steps_by_rows(num_rows: int, loaded: bool) -> tuple[list[float], Tensor | No
             norms.append(float(clip([weight], 20.0)))
             optimizer.step()
             optimizer.zero_grad()
+            if step == 4:  # as a run that rolls back does, in place
+                optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
         optimizer.catch_up()
         found = table_on_first(weight)
         assert (found is not None) == ranks.is_first

@@ -4,11 +4,10 @@ The smallest set that holds what is decoded is at work. When it is full the sequ
 back some steps after they would fit a smaller one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
-from bytelatent.inference.continuation import Continuation, Drawn
+from bytelatent.inference.continuation import Drawn
+from bytelatent.inference.engine import Admission
 from bytelatent.inference.kv_cache import DecodeState
 from bytelatent.inference.prefix_cache import Prefix
 from bytelatent.inference.step.slots import CapturedSlots
@@ -41,12 +40,15 @@ class SizedSlots:
     def at_work(self) -> CapturedSlots:
         return self.sets[self.size]
 
-    def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
-        if len(self._index) == self.size:
-            self._move_to(self._size_for(self.size + 1))
-        index = min(set(range(self.size)) - set(self._index.values()))
-        self._index[slot] = index
-        self.at_work.admit(index, state, source, logits, which)
+    def admit(self, state: DecodeState, admitted: Sequence[Admission]) -> None:
+        for each in admitted:
+            self._index.pop(each.slot, None)  # where admitting it with others has failed
+        if (count := len(self._index) + len(admitted)) > self.size:
+            self._move_to(self._size_for(count))
+        unused = sorted(set(range(self.size)) - set(self._index.values()))
+        moved = [each._replace(slot=index) for each, index in zip(admitted, unused, strict=False)]
+        self._index |= {each.slot: there.slot for each, there in zip(admitted, moved, strict=True)}
+        self.at_work.admit(state, moved)
 
     def release(self, slot: int) -> None:
         if slot in self._index:
@@ -73,8 +75,8 @@ class SizedSlots:
         before, after = self.at_work, self.sets[size]
         self._drawn += before.finish()
         try:
-            for index, source in enumerate(self._index.values()):
-                after.take_over(index, before, source)
+            if self._index:
+                after.take_over(range(len(self._index)), before, list(self._index.values()))
         except BaseException:
             after.clear()
             raise

@@ -1,6 +1,7 @@
 """Slots whose decode step is replayed from a CUDA graph, some steps before the host reads what they drew."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bytelatent.device import on_device
 from bytelatent.inference.continuation import Allowances, Alternatives, Continuation, Drawn
 from bytelatent.inference.decoder import Decoder
-from bytelatent.inference.engine import OutOfRoom, as_alternatives, likeliest, most_alternatives
+from bytelatent.inference.engine import Admission, OutOfRoom, as_alternatives, likeliest, most_alternatives
 from bytelatent.inference.kv_cache import BLOCK, CacheCapacity, DecodeState
 from bytelatent.inference.prefix_cache import Prefix
 from bytelatent.inference.step.cuda_graph import Graph
@@ -68,20 +70,24 @@ class CapturedSlots:
         self._drawn: list[Drawn] = []
         self._allowances = Allowances(num_slots)
 
-    def admit(self, slot: int, state: DecodeState, source: int, logits: Tensor, which: Continuation) -> None:
-        counts = torch.stack([state.position[source], state.num_patches[source], state.open_count[source]])
-        position, num_patches, open_bytes = counts.tolist()
-        soon = min(which.max_new_bytes, BLOCK)  # so that caches need not grow, and graphs be captured again, at once
-        self._make_room(np.array([position + soon, num_patches + soon, open_bytes + 1]) + 1)
-        self._largest[slot] = position, num_patches, open_bytes
+    def admit(self, state: DecodeState, admitted: Sequence[Admission]) -> None:
+        slots, sources = [each.slot for each in admitted], [each.source for each in admitted]
+        counts = state.counts(sources)
+        # So that caches need not grow, and graphs be captured again, at once.
+        soon = np.array([min(each.which.max_new_bytes, BLOCK) for each in admitted])
+        self._make_room((counts + np.stack([soon, soon, np.ones_like(soon)], axis=1) + 1).max(0))
+        self._largest[slots] = counts
         step = self.step
-        step.state.put(slot, state, source)
-        step.sampling.put(slot, which.sampling, which.prompt, which.max_new_bytes, which.constraint is not None)
-        step.buffers.is_held[slot] = False
-        self._allowances.forget(slot)
-        step.logits_BV[slot] = logits
-        step.buffers.is_active[slot], step.buffers.is_waiting[slot] = True, False
-        self._in_slot[slot] = which
+        step.state.put(slots, state, sources)
+        step.sampling.put_all(slots, [each.which.start for each in admitted])
+        index = on_device(torch.tensor(slots), self.decoder.device)
+        step.logits_BV.index_copy_(0, index, torch.stack([each.logits for each in admitted]).to(step.logits_BV.dtype))
+        step.buffers.is_active.index_fill_(0, index, True)
+        for name in ("is_waiting", "is_held"):
+            getattr(step.buffers, name).index_fill_(0, index, False)
+        for each in admitted:
+            self._allowances.forget(each.slot)
+            self._in_slot[each.slot] = each.which
 
     def release(self, slot: int) -> None:
         self._in_slot[slot] = None
@@ -133,21 +139,24 @@ class CapturedSlots:
         num_ids, is_waiting = torch.stack([step.state.position[slot], step.buffers.is_waiting[slot]]).tolist()
         return None if is_waiting else Prefix(num_ids, step.state, step.newest_logits()[slot], slot)
 
-    def take_over(self, slot: int, other: "CapturedSlots", source: int) -> None:
-        """Let a slot go on as slot `source` of others would, of which no step is in flight."""
-        self._make_room(other._largest[source] + BLOCK + 1)
-        self._largest[slot] = other._largest[source]
-        self._in_slot[slot] = other._in_slot[source]
-        self._allowances.take_over(slot, other._allowances, source)
+    def take_over(self, slots: Sequence[int], other: "CapturedSlots", sources: Sequence[int]) -> None:
+        """Let `slots` go on as slots `sources` of others would, of which no step is in flight."""
+        self._make_room(other._largest[sources].max(0) + BLOCK + 1)
+        self._largest[slots] = other._largest[sources]
+        for slot, source in zip(slots, sources, strict=True):
+            self._in_slot[slot] = other._in_slot[source]
+            self._allowances.take_over(slot, other._allowances, source)
         step, theirs = self.step, other.step
-        step.state.put(slot, theirs.state, source)
-        step.sampling.take_over(slot, theirs.sampling, source)
-        step.logits_BV[slot] = theirs.newest_logits()[source]
-        step.buffers.is_held[slot] = False
-        for name in ("is_active", "is_waiting"):
-            getattr(step.buffers, name)[slot] = getattr(theirs.buffers, name)[source]
+        step.state.put(slots, theirs.state, sources)
+        step.sampling.take_over(slots, theirs.sampling, sources)
+        to, of = (on_device(torch.tensor(each), self.decoder.device) for each in (slots, sources))
+        moved = [(step.logits_BV, theirs.newest_logits())]
+        moved += [(getattr(step.buffers, name), getattr(theirs.buffers, name)) for name in ("is_active", "is_waiting")]
         if isinstance(step, BLTStep) and isinstance(theirs, BLTStep):
-            step.encoded_BD[slot] = theirs.encoded_BD[source]
+            moved.append((step.encoded_BD, theirs.encoded_BD))
+        for mine, given in moved:
+            mine.index_copy_(0, to, given.index_select(0, of))
+        step.buffers.is_held.index_fill_(0, to, False)
 
     def clear(self) -> None:
         """Free all slots."""

@@ -11,14 +11,14 @@ every step, though a batch uses only a few rows. So one of these is sent, in the
   `4 U D (W - 1) / W` bytes a pass, and 8 for each row's number, and computes on about U rows, however many ranks there
   are. The host waits once, for how many rows go where.
 
-For the 1B shape (S = 6, D = 1024) with T = 65,536 bytes per rank, U is at most 393,216; of English text it is 0.42 of
-that. Gigabytes that a rank sends in a step, in both passes:
+For the 1B shape (S = 6, D = 1024) with T = 65,536 bytes per rank, U is at most 393,216, and of this project's docs 0.42
+of that. Gigabytes that a rank sends in a step, in both passes (`python benchmarks/scale.py tables`):
 
 | ranks | gathered | sums | rows, all distinct | rows, 0.42 distinct |
 | ----- | -------- | ---- | ------------------ | ------------------- |
 | 2     | 12.3     | 0.54 | 1.61               | 0.68                |
-| 8     | 21.5     | 3.76 | 2.82               | 1.18                |
-| 64    | 24.2     | 33.8 | 3.17               | 1.33                |
+| 8     | 21.5     | 3.76 | 2.82               | 1.19                |
+| 64    | 24.2     | 33.8 | 3.17               | 1.34                |
 
 So sums are for a dense gradient and at most S ranks; rows for more, and for gradients by rows, which then hold V rows.
 Tables that every rank holds whole would send half of what sums do, but take W times the memory and the optimizer's
@@ -127,7 +127,7 @@ class _Lookup:
         self.embedding, self.group = embedding, weight.device_mesh.get_group()
         self.bounds, self.begin = _bounds(weight), first_row(weight)
         self.world, self.num_tables = weight.device_mesh.size(), embedding.settings.num_tables
-        self._bounds: Tensor | None = None  # on the device
+        self._bounds_on_device: Tensor | None = None
 
     def __call__(self, ids: Tensor, history: Tensor) -> Tensor:
         rows_TS = self.embedding.rows(ids, history)
@@ -142,9 +142,9 @@ class _Lookup:
         return _Sums.apply(weight.to_local(), rows_TS, self.begin, self.group)[:num_ids]
 
     def bounds_on(self, device: torch.device) -> Tensor:
-        if self._bounds is None or self._bounds.device != device:
-            self._bounds = torch.tensor(self.bounds, device=device)
-        return self._bounds
+        if self._bounds_on_device is None or self._bounds_on_device.device != device:
+            self._bounds_on_device = torch.tensor(self.bounds, device=device)
+        return self._bounds_on_device
 
     def exchange(self, part: Tensor, to_each: list[int], from_each: list[int]) -> Tensor:
         """Send consecutive rows of `part` to the ranks, and return what these send, in the order of ranks."""
@@ -167,9 +167,9 @@ class _Rows(torch.autograd.Function):
         is_first_M[1:] = rows_M[1:] != rows_M[:-1]
         number_M = is_first_M.cumsum(0)  # of the distinct rows, from 1
         ends_W = F.pad(number_M, (1, 0))[torch.searchsorted(rows_M, lookup.bounds_on(rows_M.device))]
-        asked_WW = _gather(ends_W.diff(), lookup.group).view(lookup.world, lookup.world).tolist()  # the host waits
-        rank = dist.get_rank(lookup.group)
-        asked, given = asked_WW[rank], [of_rank[rank] for of_rank in asked_WW]
+        asked_W = ends_W.diff()
+        given_W = lookup.exchange(asked_W, [1] * lookup.world, [1] * lookup.world)
+        asked, given = torch.stack((asked_W, given_W)).tolist()  # the host waits
         number_M -= 1
         rows_U = rows_M.new_empty(sum(asked)).scatter_(0, number_M, rows_M)
         index_TS = torch.empty_like(order_M).scatter_(0, order_M, number_M).view_as(rows_TS)
@@ -192,7 +192,7 @@ class _Rows(torch.autograd.Function):
         grads_VD = lookup.exchange(grads_UD, ctx.asked, ctx.given)
         del grads_UD
         if order_V:
-            grads_VD = sums_of_sorted(rows_V, *order_V, grads_VD, 1)
+            grads_VD = sums_of_sorted(rows_V, order_V[0], grads_VD, 1)
             grad = torch.sparse_coo_tensor(rows_V[None], grads_VD, weight.shape, check_invariants=False)
         else:
             grad_RD = torch.zeros_like(weight.to_local()).index_add_(0, rows_V - lookup.begin, grads_VD)
