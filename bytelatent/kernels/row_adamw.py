@@ -247,10 +247,10 @@ def row_adamw_catch_up_kernel(
         if tl.load(rows_ptr + place - 1, mask=place > 0, other=-1) == row:
             return
     last = tl.load(last_ptr + row).to(tl.int32)
-    end = tl.load(step_ptr).to(tl.int32)
-    stop = tl.minimum(tl.load(until_ptr + row).to(tl.int32), end)
-    if K == 2:
-        end = stop
+    step = tl.load(step_ptr)
+    end = stop = tl.minimum(tl.load(until_ptr + row), step).to(tl.int32)
+    if K == 3:
+        end = step.to(tl.int32)
     if last >= end:
         return
     for begin in range(0, D, BLOCK):
