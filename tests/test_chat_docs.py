@@ -18,7 +18,11 @@ from bytelatent.text.chat import DEFAULT_TEMPLATE
 from tests.test_docs import ROOT, snippets
 
 PAGE = "docs/chat.md"
-SMALL = {"write": ["--number", "30", "--questions", "5"], "train": ["steps=2", "device=cpu", "validation.max_bytes=300", "data.batch_bytes=256", "data.context=256"], "chat": ["-n", "8"]}
+SMALL = {
+    "write": ["--number", "30", "--questions", "5"],
+    "train": ["steps=2", "device=cpu", "validation.max_bytes=300", "data.batch_bytes=256", "data.context=256"],
+    "chat": ["-n", "8"],
+}
 
 
 def blt(*given: str, stdin: str = "") -> str:
