@@ -17,7 +17,8 @@ from bytelatent.kernels.gated_product import interleaved
 from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
 from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attention, encoder_cross_attention
 from bytelatent.kernels.rotary import rotary_embedding, rotate
-from bytelatent.kernels.skinny_linear import fold_norm, launch_for, plain_skinny_linear
+from bytelatent.kernels.skinny_launch import launch_for
+from bytelatent.kernels.skinny_linear import fold_norm, plain_skinny_linear
 from bytelatent.model.attention import build_mask
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
@@ -85,6 +86,21 @@ def test_skinny_products_of_quantized_matrices(rounding: str) -> None:
         {"M": 70, "N": 17, "K": 48},
     ]
     check(skinny=[{**case, "rounding": rounding} for case in cases])
+
+
+def test_squares_left_for_a_norm() -> None:
+    """Also of blocks that are not whole, of shared widths, and of a result more precise than its matrix."""
+    matrix = [16, 16, 32, 4, 2]
+    check(
+        leaving=[
+            {"M": 1, "N": 40, "K": 64},
+            {"M": 5, "N": 40, "K": 64, "launch": matrix},
+            {"M": 20, "N": 72, "K": 100, "launch": [16, 16, 16, 4, 2, 2], "readers": [16, 16, 16, 4, 2, 1]},
+            {"M": 3, "N": 80, "K": 96, "dtype": "float16"},
+            {"M": 3, "N": 48, "K": 64, "dtype": "float16", "out": "float32", "launch": matrix, "readers": matrix},
+            {"M": 18, "N": 64, "K": 64, "rounding": "int8", "launch": matrix, "readers": matrix},
+        ],
+    )
 
 
 def test_decode_attention() -> None:
