@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bytelatent.commands.train import main as train
@@ -115,6 +116,24 @@ def test_clipping_knows_the_norm_over_all_ranks(crew: Crew, text: Path) -> None:
     ):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert sum(float(g.square().sum()) for g in rank.gradients.values()) == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_weights_that_stay_gathered_change_nothing_but_calls(
+    crew: Crew, text: Path, taken: dict[str, list[Taken]]
+) -> None:
+    stays = {**PLANS["shard"][1], "reshard_after_forward": False}
+    jobs = [(2, num_gathers, values(text, parallel=parallel)) for parallel in (PLANS["shard"][1], stays)]
+    [[found, *_], [found_staying, *_]] = crew.run(*jobs)
+    [ranks] = crew.run((2, take_steps, values(text, parallel=stays)))
+    assert 0 < found_staying < found
+    for rank, before in zip(ranks, taken["shard"], strict=True):
+        assert all(torch.equal(rank.weights[name], weight) for name, weight in before.weights.items())
+
+
+def num_gathers(given: dict[str, Any]) -> int:
+    with CommDebugMode() as calls:
+        take_steps(given, 1)
+    return sum(count for name, count in calls.get_comm_counts().items() if "gather" in str(name))
 
 
 def test_a_model_without_cross_attention_is_divided_alike(crew: Crew, text: Path) -> None:
