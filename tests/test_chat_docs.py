@@ -14,13 +14,15 @@ from typer.testing import CliRunner
 from benchmarks import chat as benchmark
 from bytelatent import BLT
 from bytelatent.cli import app
-from bytelatent.model import PRESETS
 from bytelatent.text.chat import DEFAULT_TEMPLATE
-from tests.model.tiny import tiny_blt_settings
 from tests.test_docs import ROOT, snippets
 
 PAGE = "docs/chat.md"
-SMALL = {"write": ["--number", "30", "--questions", "5"], "train": ["steps=2", "device=cpu"], "chat": ["-n", "8"]}
+SMALL = {
+    "write": ["--number", "30", "--questions", "5"],
+    "train": ["steps=2", "device=cpu", "validation.max_bytes=300", "data.batch_bytes=256", "data.context=256"],
+    "chat": ["-n", "8"],
+}
 
 
 def blt(*given: str, stdin: str = "") -> str:
@@ -35,7 +37,6 @@ def asked(command: list[str], input: str, **_: Any) -> SimpleNamespace:
 
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(PRESETS, "demo-blt", tiny_blt_settings(window=6))
     monkeypatch.setattr(benchmark, "subprocess", SimpleNamespace(run=asked))
     outputs = []
     for line in "".join(snippets(PAGE, "bash")).splitlines():
