@@ -248,7 +248,8 @@ def row_adamw_catch_up_kernel(
             return
     last = tl.load(last_ptr + row).to(tl.int32)
     step = tl.load(step_ptr)
-    end = stop = tl.minimum(tl.load(until_ptr + row), step).to(tl.int32)
+    stop = tl.minimum(tl.load(until_ptr + row), step).to(tl.int32)
+    end = stop
     if K == 3:
         end = step.to(tl.int32)
     if last >= end:
