@@ -19,7 +19,7 @@ from bytelatent.training.distributed.parallelize import ParallelPlan
 from bytelatent.training.gradients import Gradients, clip
 from bytelatent.training.optimizer import Optimizers, build_optimizer, catch_up
 from bytelatent.training.settings import OptimizerSettings, TrainSettings
-from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits
+from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits, weights
 
 CPU = torch.device("cpu")
 TABLES = "encoder.ngram_hash.tables.weight"
@@ -180,6 +180,20 @@ def test_steps_by_rows_are_dense_ones(text: Path, accumulation: int) -> None:
     catch_up(state.optimizer)
     for name, parameter in other.named_parameters():
         torch.testing.assert_close(parameter, one.get_parameter(name), rtol=1e-8, atol=1e-8)
+
+
+def test_a_run_by_rows_writes_weights_that_have_decayed(tmp_path: Path, text: Path) -> None:
+    """Also those of rows that no step looks up: what a run with dense gradients writes."""
+    tables, optimizer = [], {"lr": 1e-2, "warmup_steps": 0, "hash_weight_decay": 5.0}
+    for kind in ("dense", "rows"):
+        more: dict[str, Any] = {"model": BLT, "patching": {"mode": "space"}}
+        more["optimizer"] = {**optimizer, "hash_gradients": kind}
+        tables.append(weights(train(settings(byte_lm_run(tmp_path / kind, text, 8, **more))))[TABLES])
+    torch.testing.assert_close(*tables, rtol=1e-4, atol=1e-5)
+    unused = byte_lm_run(tmp_path / "x", text, 8, model=BLT, patching={"mode": "space"}, optimizer={"lr": 1e-9})
+    begin = weights(train(settings(unused)))[TABLES]
+    left = tables[1].norm(dim=1) / begin.norm(dim=1)
+    assert 0.6 < float(left.min()) < 0.85  # 1 - 0.05 to the eighth, by a rate that falls
 
 
 @pytest.mark.parametrize("model", ["byte LM", "BLT"])
